@@ -1,0 +1,47 @@
+# Two commands do everything from nothing: `make demo` and `make test`.
+# BACKEND chooses what libllama computes on: auto, cpu, cuda, metal, vulkan, hip.
+
+PYTHON ?= python3
+BACKEND ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+TREE := build/tree
+# What, when changed, makes an installation stale. Python sources are used in place.
+INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp
+
+.PHONY: setup demo test lint format clean wheel
+
+setup: $(VENV)/.installed-$(BACKEND)
+
+$(VENV)/.installed-$(BACKEND): $(INSTALL_INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "erllama needs Python 3.11 or newer; set PYTHON" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "setup: virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@prefix=$$(PYTHON="$(PYTHON)" scripts/build_llama.sh --backend $(BACKEND)) && \
+	echo "setup: installing erllama and its development tools" && \
+	ERLLAMA_LLAMA_PREFIX="$$prefix" $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@rm -f $(VENV)/.installed-* && touch $@
+
+demo: setup
+	@$(BIN)/python -m erllama demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf $(TREE) && mkdir -p $(TREE)/erllama && ln -s ../../../erllama/* ../../../engine ../../../cache ../../../llama_ffi $(TREE)/erllama/
+	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama
+	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: setup
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -f llama_ffi/*.so llama_ffi/*.so.* llama_ffi/*.dylib llama_ffi/build.json llama_ffi/LICENSE.llama.cpp
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,177 @@
+"""The disk tier: .kvc files under one private directory, and their index.
+
+    <root>/index.db                    what is stored
+    <root>/blocks/ab/abcdef….kvc       one file a block, named by its key
+    <root>/partial/                    files being written
+
+A file is written under `partial/`, made durable, renamed into place and only
+then indexed. What a crash leaves between those steps is put right when the
+directory is next opened: a valid file that the index lacks is adopted, a row
+without its file is dropped, a partial file of a dead process is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import stat
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from erllama.cache import kvc
+from erllama.cache.blocks import Block
+from erllama.cache.index import Index, IndexRow
+from erllama.cache.keys import KEY_BYTES
+from numpy.typing import NDArray
+
+from erllama.errors import CacheError, CacheFormatError
+
+log = logging.getLogger("erllama.cache")
+
+_STALE_PARTIAL_SECONDS = 3600
+
+
+class DiskTier:
+    """Files and rows of one cache directory; the caller decides what to keep.
+
+    Raises (from the constructor):
+        CacheError: the directory is not private to us, is a link, or its index is of a newer release.
+        OSError, sqlite3.Error: it cannot be used.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._blocks = root / "blocks"
+        self._partial = root / "partial"
+        for directory in (root, self._blocks, self._partial):
+            _private_directory(directory)
+        self.index = Index(root / "index.db")
+        self._serial = itertools.count()
+        self._reap_partials()
+        self._reconcile()
+
+    def path_of(self, key: bytes) -> Path:
+        name = key.hex()
+        return self._blocks / name[:2] / f"{name}{kvc.SUFFIX}"
+
+    def write(self, block: Block, payload: memoryview | NDArray[np.uint8], now: int) -> int:
+        """Store one block durably, replacing a file of the same key; returns the file's bytes."""
+        final = self.path_of(block.key)
+        _private_directory(final.parent)
+        partial = self._partial / f"{os.getpid()}-{next(self._serial)}-{final.name}"
+        try:
+            n_bytes = kvc.write(partial, block, payload)
+            partial.rename(final)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+        self.index.put(block, n_bytes, now)
+        return n_bytes
+
+    def read(self, block: Block) -> memoryview:
+        """A block's payload.
+
+        Raises:
+            CacheFormatError: the file is damaged, or holds another block.
+            OSError: it cannot be read.
+        """
+        found, payload = kvc.read(self.path_of(block.key))
+        if (found.key, found.namespace, found.start) != (block.key, block.namespace, block.start):
+            raise CacheFormatError("the file holds another block than its name says")
+        return payload
+
+    def remove(self, keys: Iterable[bytes]) -> None:
+        """Forget blocks: their rows first, so that no row is left without a file."""
+        keys = list(keys)
+        if not keys:
+            return
+        self.index.remove(keys)
+        for key in keys:
+            with contextlib.suppress(FileNotFoundError):
+                self.path_of(key).unlink()
+
+    def set_aside(self, key: bytes) -> None:
+        """Take a damaged file out of the way, kept for a look at what happened."""
+        path = self.path_of(key)
+        with contextlib.suppress(OSError):
+            path.rename(path.with_suffix(".damaged"))
+        self.index.remove([key])
+
+    def close(self) -> None:
+        self.index.close()
+
+    def _files(self) -> dict[bytes, Path]:
+        found = {}
+        for directory in sorted(self._blocks.iterdir()):
+            if directory.is_symlink() or not directory.is_dir():
+                continue
+            for path in directory.iterdir():
+                key = _key_of(path)
+                if key is not None and directory.name == path.name[:2]:
+                    found[key] = path
+        return found
+
+    def _reconcile(self) -> None:
+        files = self._files()
+        rows = {row.block.key for row in self.index.rows()}
+        missing = rows - files.keys()
+        if missing:
+            log.warning("%d blocks of the index in %s have no file; dropped", len(missing), self.root)
+            self.index.remove(missing)
+        for key in files.keys() - rows:
+            path = files[key]
+            try:
+                block, payload_bytes = kvc.read_header(path)
+                if block.key != key:
+                    raise CacheFormatError("the file holds another block than its name says")
+            except (CacheFormatError, OSError) as error:
+                log.warning("%s: %s; set aside", path, error)
+                self.set_aside(key)
+                continue
+            self.index.put(block, kvc.header_bytes(block.n_tokens) + payload_bytes, time.time_ns())
+
+    def _reap_partials(self) -> None:
+        for path in self._partial.iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                old = time.time() - path.lstat().st_mtime > _STALE_PARTIAL_SECONDS
+                if old or not _alive(int(path.name.split("-", 1)[0])):
+                    path.unlink()
+
+    def rows(self) -> Iterable[IndexRow]:
+        return self.index.rows()
+
+
+def _private_directory(path: Path) -> None:
+    """Make `path` a directory of ours that nobody else may look into."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise CacheError(f"{path} is a link or a special file; give the directory itself")
+    if found.st_uid != os.geteuid():
+        raise CacheError(f"{path} belongs to another user; give a directory of your own")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        path.chmod(0o700)
+
+
+def _key_of(path: Path) -> bytes | None:
+    if path.suffix != kvc.SUFFIX or len(path.stem) != 2 * KEY_BYTES:
+        return None
+    try:
+        return bytes.fromhex(path.stem)
+    except ValueError:
+        return None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

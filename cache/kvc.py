@@ -1,0 +1,192 @@
+"""Reads and writes .kvc files: one block, its tokens and its payload, checksummed.
+
+The format is specified in docs/kvc-format.md. Nothing is believed before it is
+checked: the header by its checksum, the key against the tokens, the length of
+the file against the header, the payload by its checksum.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from erllama.cache.blocks import Block, SaveReason
+from erllama.cache.keys import TOKEN_BYTES, child_key
+from numpy.typing import NDArray
+
+from erllama.errors import CacheFormatError
+
+MAGIC = b"\x89KVC\r\n\x1a\n"  # as PNG's: shows a text-mode copy, and is no text
+VERSION = 1
+SUFFIX = ".kvc"
+
+# magic, version, flags, header bytes, reason, start, slice_end, payload bytes, tokens, reserved,
+# namespace, parent, key, recipe, payload checksum; then the tokens and the header's checksum.
+_FIXED = struct.Struct("<8sIIIIQQQII32s32s32s16s16s")
+_CHECKSUM_BYTES = 16
+MAX_TOKENS = 1 << 20  # far above any block size; bounds what a header can ask us to read
+
+
+def header_bytes(n_tokens: int) -> int:
+    """Length of the header of a block of `n_tokens`, its checksum included."""
+    return _FIXED.size + n_tokens * TOKEN_BYTES + _CHECKSUM_BYTES
+
+
+def encode_header(block: Block, payload: memoryview | NDArray[np.uint8]) -> bytes:
+    """The header that goes before `payload`."""
+    view = memoryview(payload).cast("B")
+    fixed = _FIXED.pack(
+        MAGIC,
+        VERSION,
+        0,
+        header_bytes(block.n_tokens),
+        block.reason,
+        block.start,
+        block.slice_end,
+        view.nbytes,
+        block.n_tokens,
+        0,
+        block.namespace,
+        block.parent,
+        block.key,
+        block.recipe,
+        xxhash.xxh3_128_digest(view),
+    )
+    body = fixed + block.tokens
+    return body + xxhash.xxh3_128_digest(body)
+
+
+def decode(content: memoryview) -> tuple[Block, memoryview]:
+    """A whole file's content as its block and its payload (a view of `content`).
+
+    Raises:
+        CacheFormatError: anything is not as it was written.
+    """
+    block, payload_bytes, payload_checksum = decode_header(content)
+    start = header_bytes(block.n_tokens)
+    if content.nbytes != start + payload_bytes:
+        raise CacheFormatError(f"{content.nbytes} bytes where the header says {start + payload_bytes}")
+    payload = content[start:]
+    if xxhash.xxh3_128_digest(payload) != payload_checksum:
+        raise CacheFormatError("the payload's checksum does not match")
+    return block, payload
+
+
+def decode_header(content: memoryview) -> tuple[Block, int, bytes]:
+    """The block, its payload's length and its payload's checksum, from the start of a file.
+
+    Raises:
+        CacheFormatError: no valid header of a version that this code reads.
+    """
+    if content.nbytes < _FIXED.size:
+        raise CacheFormatError(f"{content.nbytes} bytes are too few for a header")
+    (
+        magic,
+        version,
+        flags,
+        n_header,
+        reason,
+        start,
+        slice_end,
+        payload_bytes,
+        n_tokens,
+        reserved,
+        namespace,
+        parent,
+        key,
+        recipe,
+        payload_checksum,
+    ) = _FIXED.unpack_from(content)
+    if magic != MAGIC:
+        raise CacheFormatError("not a .kvc file")
+    if version != VERSION:
+        raise CacheFormatError(f"version {version}; this release reads version {VERSION}")
+    if n_tokens == 0 or n_tokens > MAX_TOKENS or n_header != header_bytes(n_tokens) or content.nbytes < n_header:
+        raise CacheFormatError("the header's length is wrong")
+    body_end = n_header - _CHECKSUM_BYTES
+    if xxhash.xxh3_128_digest(content[:body_end]) != bytes(content[body_end:n_header]):
+        raise CacheFormatError("the header's checksum does not match")
+    tokens = bytes(content[_FIXED.size : body_end])
+    if flags or reserved or child_key(parent, tokens) != key or reason not in SaveReason.__members__.values():
+        raise CacheFormatError("the header contradicts itself")
+    block = Block(key, parent, namespace, start, tokens, SaveReason(reason), recipe, slice_end)
+    return block, payload_bytes, payload_checksum
+
+
+def read(path: Path) -> tuple[Block, memoryview]:
+    """Read and check one file.
+
+    Raises:
+        CacheFormatError: not a regular file, or not valid.
+        OSError: it cannot be read.
+    """
+    descriptor = _open(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        # A numpy buffer: bytearray would write zeros first, and bytes would be copied.
+        content = memoryview(np.empty(size, np.uint8))
+        done = 0
+        while done < size:
+            n = os.readv(descriptor, [content[done:]])
+            if n == 0:
+                break
+            done += n
+    finally:
+        os.close(descriptor)
+    return decode(content[:done])
+
+
+def read_header(path: Path) -> tuple[Block, int]:
+    """The block and the payload's length, from the header alone, after checking the file's length.
+
+    Raises:
+        CacheFormatError, OSError: as `read`.
+    """
+    descriptor = _open(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        head = os.read(descriptor, _FIXED.size)
+        if len(head) == _FIXED.size:
+            n_header = struct.unpack_from("<I", head, 16)[0]
+            head += os.read(descriptor, min(max(n_header - _FIXED.size, 0), header_bytes(MAX_TOKENS)))
+    finally:
+        os.close(descriptor)
+    block, payload_bytes, _ = decode_header(memoryview(head))
+    if size != header_bytes(block.n_tokens) + payload_bytes:
+        raise CacheFormatError(f"{size} bytes where the header says {header_bytes(block.n_tokens) + payload_bytes}")
+    return block, payload_bytes
+
+
+def write(path: Path, block: Block, payload: memoryview | NDArray[np.uint8]) -> int:
+    """Write one file, private to its owner and on stable storage when this returns.
+
+    `path` is a temporary name: publishing it is the caller's.
+
+    Returns:
+        bytes written.
+    """
+    header = encode_header(block, payload)
+    view = memoryview(payload).cast("B")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        for piece in (memoryview(header), view):
+            done = 0
+            while done < piece.nbytes:
+                done += os.write(descriptor, piece[done:])
+        getattr(os, "fdatasync", os.fsync)(descriptor)
+    finally:
+        os.close(descriptor)
+    return len(header) + view.nbytes
+
+
+def _open(path: Path) -> int:
+    # O_NONBLOCK: a FIFO put in our way must not hang us before fstat tells.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CacheFormatError("not a regular file")
+    return descriptor

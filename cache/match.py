@@ -1,0 +1,59 @@
+"""What lookups and loads answer with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from erllama.cache.blocks import Block
+
+
+class Match:
+    """The longest stored prefix of some tokens.
+
+    Attributes:
+        blocks: from the first token on, each following the one before. The last
+            may reach beyond `n_tokens`, and is then to be cut after restoring.
+        n_tokens: how many tokens agree.
+
+    The blocks are pinned, so not evicted, until `release()` or the end of a `with`.
+    """
+
+    __slots__ = ("_unpin", "blocks", "n_tokens")
+
+    def __init__(
+        self, blocks: tuple[Block, ...], n_tokens: int, unpin: Callable[[tuple[Block, ...]], None]
+    ) -> None:
+        self.blocks = blocks
+        self.n_tokens = n_tokens
+        self._unpin: Callable[[tuple[Block, ...]], None] | None = unpin
+
+    def release(self) -> None:
+        """Unpin the blocks. Idempotent."""
+        unpin, self._unpin = self._unpin, None
+        if unpin is not None:
+            unpin(self.blocks)
+
+    def __enter__(self) -> Match:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Loaded(NamedTuple):
+    """A block's payload and the tier that gave it ("ram" or "disk")."""
+
+    tier: str
+    payload: memoryview
+
+
+class Row(NamedTuple):
+    """One stored block in one tier."""
+
+    key: bytes
+    tier: str
+    start: int
+    n_tokens: int
+    n_bytes: int
+    pins: int

@@ -1,0 +1,38 @@
+"""Byte budgets as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from erllama.errors import OptionError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_bytes(name: str, value: object) -> int:
+    """Bytes of `value`: an integer, or a text such as "2GiB", "512 MB" or "1.5GiB".
+
+    Raises:
+        OptionError: not a size, or negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise OptionError(f"{name}={value!r}; give a size such as '2GiB', or a number of bytes")
+    if isinstance(value, int):
+        if value < 0:
+            raise OptionError(f"{name}={value}; a size cannot be negative")
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if not found or found[2].lower() not in _UNITS:
+        raise OptionError(f"{name}={value!r}; give a size such as '2GiB' or '500MB' (units: KB to TB, KiB to TiB)")
+    return int(float(found[1]) * _UNITS[found[2].lower()])

@@ -1,0 +1,138 @@
+"""What the engine asks of a backend: tokens in, logits out, and KV that can be moved.
+
+A backend has no policy: which tokens to run, what to sample and what to keep
+is the engine's. Vocabularies may be used from any thread; everything else is
+called by one thread, the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+NamespaceValue = str | int | float | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a backend can hold and compute.
+
+    Attributes:
+        n_ctx: cells, so most tokens that a sequence can hold.
+        n_batch: most tokens of one decode.
+        n_ubatch: tokens the backend computes at once; prefill is cut at its multiples.
+        n_vocab: width of a row of logits.
+        can_trim: whether the memory can be cut at any position. False for
+            sliding-window and recurrent memory: it resumes only where state was packed.
+    """
+
+    n_ctx: int
+    n_batch: int
+    n_ubatch: int
+    n_vocab: int
+    can_trim: bool
+
+
+class Batch(NamedTuple):
+    """Rows for one decode, each shape (n,): int32 ids, positions and sequences, int8 output flags."""
+
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    sequences: NDArray[np.int32]
+    output: NDArray[np.int8]
+
+
+class Vocabulary(Protocol):
+    """Text to tokens and back; thread-safe."""
+
+    @property
+    def n_tokens(self) -> int: ...
+
+    @property
+    def is_eog(self) -> NDArray[np.bool_]:
+        """Shape (n_tokens,): tokens that end generation."""
+        ...
+
+    def tokenize(
+        self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
+    ) -> NDArray[np.int32]:
+        """Ids of a text, int32, shape (n,)."""
+        ...
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that one token adds to a text; empty for control tokens."""
+        ...
+
+    def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
+        """The bytes of a text."""
+        ...
+
+
+class Backend(Protocol):
+    """A model that decodes."""
+
+    @property
+    def limits(self) -> Limits: ...
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    @property
+    def namespace(self) -> Mapping[str, NamespaceValue]:
+        """Everything that changes what a token's KV holds or how `pack` lays it out."""
+        ...
+
+    @property
+    def recipe(self) -> bytes:
+        """16 bytes over everything that changes the bits of a computation: batch sizes, threads, build."""
+        ...
+
+    def decode(self, batch: Batch) -> NDArray[np.float32]:
+        """Compute a batch, extending its sequences.
+
+        Returns:
+            shape (rows with output, n_vocab), valid until the next call.
+
+        Raises:
+            BackendError: the state of the batch's sequences is then unknown.
+        """
+        ...
+
+    def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
+        """The state of positions [start, end) as bytes, shape (n,), the caller's to keep.
+
+        Where the memory cannot be trimmed, `end` is the sequence's end.
+        """
+        ...
+
+    def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
+        """Append positions [start, end), packed earlier, to a sequence that ends at `start`.
+
+        Raises:
+            StateError: the payload does not fit; the sequence is as it was.
+        """
+        ...
+
+    def cut(self, sequence: int, end: int) -> None:
+        """Drop positions from `end` on; only where `limits.can_trim`."""
+        ...
+
+    def drop(self, sequence: int) -> None:
+        """Empty one sequence."""
+        ...
+
+    def clear(self) -> None:
+        """Empty every sequence."""
+        ...
+
+    def abort(self, on: bool) -> None:
+        """Make a running decode end early with BackendError; from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Release everything. Idempotent."""
+        ...

@@ -1,0 +1,352 @@
+"""The backend over libllama: one model, one context, one scratch sequence for moving blocks.
+
+A block leaves the context by way of the scratch sequence: its cells are tagged
+as the scratch's, without a copy, and the scratch's state is exactly the KV of
+those positions. It comes back the same way. Errors of the binding become this
+library's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from erllama.engine.backend import Batch, Limits, NamespaceValue
+from numpy.typing import NDArray
+
+from erllama.errors import (
+    BackendError,
+    LibraryNotBuilt,
+    LoadCancelled,
+    ModelLoadError,
+    OptionError,
+    PromptError,
+    StateError,
+    boolean,
+    choice,
+    integer,
+    real,
+)
+
+try:
+    from erllama import llama_ffi
+except ImportError as error:
+    raise LibraryNotBuilt(
+        f"the binding of libllama is not there ({error}); build it with `make setup` in a checkout, "
+        "or install erllama with pip, which builds it"
+    ) from error
+
+KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
+_DEFAULT_N_CTX = 4096
+_MAX_N_CTX = 2**30
+_SEQUENCES = 1
+_SCRATCH = _SEQUENCES
+# How libllama's state of one sequence begins: magic, sequence, streams, cells;
+# then, for each cell, its position, the number of its sequences, and the sequence.
+_STATE_HEAD = struct.Struct("<IiII")
+_STATE_MAGIC = 0xAF143CD8
+_ROPE_ONE_POSITION = (-1, 0, 2)  # none, norm, neox: one position a cell
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaOptions:
+    """How a model file is loaded and its context made. None is libllama's or the model's own choice.
+
+    Attributes:
+        n_ctx: cells, in tokens; None for the model's training context, at most 4096.
+        n_batch: most tokens of one decode.
+        n_ubatch: tokens computed at once, and the length of a prefill slice.
+        n_threads: threads for decoding; None for the processors this process may use.
+        n_threads_batch: threads for prefill; None for the same as n_threads.
+        n_gpu_layers: layers on a GPU; -1 for all.
+        flash_attn: True, False, or "auto" for libllama's choice.
+        kv_type_k, kv_type_v: type of the K and V cells, one of KV_TYPES.
+        rope_freq_base, rope_freq_scale: None for the model's own.
+        mmap: map the file instead of reading it.
+        mlock: keep the weights from being swapped out.
+    """
+
+    n_ctx: int | None = None
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_threads: int | None = None
+    n_threads_batch: int | None = None
+    n_gpu_layers: int = -1
+    flash_attn: bool | str = "auto"
+    kv_type_k: str = "f16"
+    kv_type_v: str = "f16"
+    rope_freq_base: float | None = None
+    rope_freq_scale: float | None = None
+    mmap: bool = True
+    mlock: bool = False
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        if self.n_ctx is not None:
+            put("n_ctx", integer("n_ctx", self.n_ctx, 1, _MAX_N_CTX))
+        for name in ("n_batch", "n_ubatch"):
+            put(name, integer(name, getattr(self, name), 1, _MAX_N_CTX))
+        for name in ("n_threads", "n_threads_batch"):
+            if getattr(self, name) is not None:
+                put(name, integer(name, getattr(self, name), 1, 512))
+        put("n_gpu_layers", integer("n_gpu_layers", self.n_gpu_layers, -1))
+        if not isinstance(self.flash_attn, bool):
+            choice("flash_attn", self.flash_attn, ("auto",))
+        for name in ("kv_type_k", "kv_type_v"):
+            choice(name, getattr(self, name), KV_TYPES)
+        for name in ("rope_freq_base", "rope_freq_scale"):
+            if getattr(self, name) is not None:
+                put(name, real(name, getattr(self, name), 1e-6))
+        for name in ("mmap", "mlock"):
+            boolean(name, getattr(self, name))
+        if self.kv_type_v not in ("f16", "f32", "bf16") and self.flash_attn is False:
+            raise OptionError(
+                f"kv_type_v={self.kv_type_v!r} needs flash attention; leave flash_attn at 'auto', or use 'f16'"
+            )
+
+
+class LlamaVocabulary:
+    """A model's vocabulary, with the bytes of tokens remembered."""
+
+    def __init__(self, vocabulary: llama_ffi.Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._pieces: dict[int, bytes] = {}
+        self.n_tokens = vocabulary.n_tokens
+        self.is_eog = vocabulary.is_eog
+
+    def tokenize(
+        self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
+    ) -> NDArray[np.int32]:
+        with _translated(PromptError):
+            return self._vocabulary.tokenize(source, add_special=add_special, parse_special=parse_special)
+
+    def piece(self, token: int) -> bytes:
+        piece = self._pieces.get(token)
+        if piece is None:
+            with _translated(PromptError):
+                piece = self._pieces[token] = self._vocabulary.piece(token)
+        return piece
+
+    def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
+        with _translated(PromptError):
+            return self._vocabulary.detokenize(tokens, special=special)
+
+
+class LlamaBackend:
+    """A GGUF model on libllama.
+
+    Args:
+        path: the GGUF file.
+        options: how to load it.
+        fingerprint: names the file's content, for the cache.
+        on_progress: called with the fraction loaded; returning False cancels.
+
+    Raises:
+        ModelLoadError: the file cannot be loaded, or its context not made.
+        LibraryNotBuilt: the binding is missing.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        options: LlamaOptions,
+        fingerprint: str,
+        on_progress: Callable[[float], object] | None = None,
+    ) -> None:
+        self.path = path
+        model = load_file(path, options, on_progress)
+        try:
+            self._model = model
+            self.vocabulary = LlamaVocabulary(model.vocabulary)
+            shape = model.shape
+            if shape.has_encoder or not shape.has_decoder or shape.diffusion:
+                raise ModelLoadError(f"{path}: a model that does not generate text one token at a time")
+            threads = options.n_threads or _processors()
+            threads_batch = options.n_threads_batch or threads
+            with _translated(ModelLoadError, f"{path}: no context of this size"):
+                self._context = llama_ffi.LlamaContext(
+                    model,
+                    n_ctx=options.n_ctx or min(shape.n_ctx_train or _DEFAULT_N_CTX, _DEFAULT_N_CTX),
+                    n_batch=options.n_batch,
+                    n_ubatch=min(options.n_ubatch, options.n_batch),
+                    n_seq_max=_SEQUENCES + 1,
+                    n_threads=threads,
+                    n_threads_batch=threads_batch,
+                    flash_attn=options.flash_attn if isinstance(options.flash_attn, bool) else None,
+                    type_k=llama_ffi.ggml_type(options.kv_type_k),
+                    type_v=llama_ffi.ggml_type(options.kv_type_v),
+                    rope_freq_base=options.rope_freq_base or 0.0,
+                    rope_freq_scale=options.rope_freq_scale or 0.0,
+                )
+        except BaseException:
+            model.close()
+            raise
+        context = self._context
+        # Only full attention may be cut anywhere; seq_rm's own answer cannot be trusted for the rest.
+        can_trim = not (shape.recurrent or shape.hybrid or shape.n_swa > 0)
+        self.limits = Limits(context.n_ctx, context.n_batch, context.n_ubatch, context.n_vocab, can_trim)
+        self._checks_positions = can_trim and shape.rope_type in _ROPE_ONE_POSITION
+        build = llama_ffi.build_info()
+        gpus = (
+            [d.name + " " + d.description for d in llama_ffi.devices() if d.is_gpu] if options.n_gpu_layers else []
+        )
+        self.namespace: Mapping[str, NamespaceValue] = {
+            "backend": "llama",
+            "model": fingerprint,
+            "libllama": build["source"],
+            "state": llama_ffi.state_version(),
+            "kv_type_k": options.kv_type_k,
+            "kv_type_v": options.kv_type_v,
+            # What "auto" comes to depends on the devices.
+            "flash_attn": options.flash_attn,
+            "devices": "; ".join(gpus),
+            "rope_freq_base": options.rope_freq_base,
+            "rope_freq_scale": options.rope_freq_scale,
+            # Some RoPE scalings choose their factors by the size of the context.
+            "rope_n_ctx": context.n_ctx if any(".rope.scaling." in key for key in model.metadata) else None,
+        }
+        self.recipe = hashlib.sha256(
+            json.dumps(
+                [
+                    context.n_ubatch,
+                    threads,
+                    threads_batch,
+                    options.n_gpu_layers,
+                    build["key"],
+                    llama_ffi.system_info(),
+                ]
+            ).encode()
+        ).digest()[:16]
+
+    @property
+    def model(self) -> llama_ffi.LlamaModel:
+        """The loaded model, for its metadata."""
+        return self._model
+
+    def decode(self, batch: Batch) -> NDArray[np.float32]:
+        with _translated(BackendError):
+            self._context.decode(batch.tokens, batch.positions, batch.sequences, batch.output)
+            if not batch.output.any():
+                return np.empty((0, self.limits.n_vocab), np.float32)
+            return self._context.logits()
+
+    def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
+        with _translated(BackendError):
+            try:
+                self._context.copy(sequence, _SCRATCH, start, end)
+                return self._context.state(_SCRATCH)
+            finally:
+                self._context.cut(_SCRATCH, 0)
+
+    def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
+        if self._checks_positions:
+            _check_state(payload, start, end)
+        with _translated(StateError):
+            try:
+                self._context.set_state(_SCRATCH, payload)
+                if self._context.last_position(_SCRATCH) != end - 1:
+                    raise StateError(f"the state does not end at position {end - 1}")
+                self._context.copy(_SCRATCH, sequence)
+            finally:
+                self._context.cut(_SCRATCH, 0)
+
+    def cut(self, sequence: int, end: int) -> None:
+        with _translated(BackendError):
+            if not self.limits.can_trim or not self._context.cut(sequence, end):
+                raise BackendError("this model's memory cannot be cut")
+
+    def drop(self, sequence: int) -> None:
+        with _translated(BackendError):
+            self._context.cut(sequence, 0)
+
+    def clear(self) -> None:
+        with _translated(BackendError):
+            self._context.clear()
+
+    def abort(self, on: bool) -> None:
+        self._context.abort(on)
+
+    def close(self) -> None:
+        self._context.close()
+        self._model.close()
+
+
+def load_file(
+    path: Path, options: LlamaOptions, on_progress: Callable[[float], object] | None = None
+) -> llama_ffi.LlamaModel:
+    """Check a GGUF file's header and load it.
+
+    Raises:
+        ModelLoadError: it is missing, not a file, not GGUF, damaged, or unknown to libllama.
+        LoadCancelled: `on_progress` returned False.
+    """
+    check_file(path)
+    try:
+        llama_ffi.check_header(path)
+        return llama_ffi.LlamaModel(
+            path,
+            n_gpu_layers=options.n_gpu_layers,
+            mmap=options.mmap,
+            mlock=options.mlock,
+            on_progress=on_progress,
+        )
+    except llama_ffi.LoadCancelledError as error:
+        raise LoadCancelled(f"{path}: {error}") from None
+    except llama_ffi.LlamaError as error:
+        raise ModelLoadError(
+            f"{path} cannot be loaded: {error}. Is the file complete and of a known kind?"
+        ) from error
+
+
+def check_file(path: Path) -> None:
+    """Raise ModelLoadError unless `path` is a readable file that begins as GGUF does."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise ModelLoadError(f"{path} does not exist; give the path of a GGUF file") from None
+    except IsADirectoryError:
+        raise ModelLoadError(f"{path} is a directory; give the GGUF file in it") from None
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path} cannot be read: {error}") from None
+    if not magic:
+        raise ModelLoadError(f"{path} is empty; give a complete GGUF file")
+    if magic != b"GGUF":
+        raise ModelLoadError(
+            f"{path} is not a GGUF file: it begins with {magic!r}. Convert the model to GGUF first"
+        )
+
+
+def _check_state(payload: memoryview, start: int, end: int) -> None:
+    """Refuse a state that is not of positions [start, end), before libllama trusts its sizes."""
+    n = end - start
+    if payload.nbytes < _STATE_HEAD.size + 12 * n:
+        raise StateError(f"{payload.nbytes} bytes are too few for the state of {n} tokens")
+    magic, _, n_streams, n_cells = _STATE_HEAD.unpack_from(payload)
+    cells = np.frombuffer(payload, "<i4", 3 * n, _STATE_HEAD.size).reshape(n, 3)
+    if (magic, n_streams, n_cells) != (_STATE_MAGIC, 1, n):
+        raise StateError(f"not the state of {n} tokens of one sequence")
+    if not np.array_equal(cells[:, 0], np.arange(start, end)) or not np.all(cells[:, 1] == 1):
+        raise StateError(f"the state is not of positions {start} to {end - 1}")
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _translated(kind: type[BackendError | ModelLoadError | PromptError], context: str = "") -> Iterator[None]:
+    """Turn the binding's errors into `kind`."""
+    try:
+        yield
+    except llama_ffi.LlamaError as error:
+        raise kind(f"{context}: {error}" if context else str(error)) from error

@@ -1,0 +1,133 @@
+"""The model thread: takes requests from a queue and runs them on one backend.
+
+One request at a time, first come first served. Only this thread touches the
+backend (its vocabulary and `abort` apart). A request that fails, fails alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from typing import Literal
+
+from erllama.cache import Cache, SaveReason
+from erllama.engine.backend import Backend
+from erllama.engine.request import CacheHit, Request, Ticket
+from erllama.engine.sequence import Sequence
+from erllama.engine.warmth import shared_warmth
+
+from erllama.errors import BackendError, Error, ModelUnloaded
+
+log = logging.getLogger("erllama.engine")
+
+Phase = Literal["idle", "prefilling", "generating"]
+
+
+class Runner:
+    """Runs requests on a backend in a thread of its own.
+
+    Args:
+        backend: closed when the runner is.
+        cache: shared with other runners; not closed.
+        namespace: the cache's root key for this backend.
+        name: for the thread and the log.
+    """
+
+    def __init__(self, backend: Backend, cache: Cache, namespace: bytes, name: str) -> None:
+        self._backend = backend
+        self._shared = shared_warmth(cache, backend, namespace)
+        self._name = name
+        self._condition = threading.Condition()
+        self._queue: deque[tuple[Ticket, float]] = deque()
+        self._stopping = False
+        # Read without a lock, by anyone, at any time.
+        self.phase: Phase = "idle"
+        self.last_hit: CacheHit | None = None
+        self._thread = threading.Thread(target=self._run, name=f"erllama-model-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait."""
+        return len(self._queue)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopping
+
+    def submit(self, request: Request) -> Ticket:
+        """Queue a request.
+
+        Raises:
+            ModelUnloaded: the runner was stopped.
+        """
+        ticket = Ticket(request)
+        with self._condition:
+            if self._stopping:
+                raise ModelUnloaded(f"model {self._name!r} is unloaded; load it again to use it")
+            self._queue.append((ticket, time.perf_counter()))
+            self._condition.notify_all()
+        return ticket
+
+    def stop(self) -> None:
+        """End the present request and those that wait with ModelUnloaded, and close the backend. Idempotent."""
+        with self._condition:
+            first = not self._stopping
+            self._stopping = True
+            self._condition.notify_all()
+        if first:
+            self._backend.abort(True)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while (admitted := self._next()) is not None:
+                ticket, queued_at = admitted
+                self._serve(ticket, time.perf_counter() - queued_at)
+        finally:
+            with self._condition:
+                self._stopping = True
+                waiting, self._queue = self._queue, deque()
+            for ticket, _ in waiting:
+                ticket.fail(self._unloaded())
+            self._backend.close()
+
+    def _next(self) -> tuple[Ticket, float] | None:
+        with self._condition:
+            self.phase = "idle"
+            self._condition.wait_for(lambda: self._queue or self._stopping)
+            return None if self._stopping else self._queue.popleft()
+
+    def _serve(self, ticket: Ticket, queued: float) -> None:
+        try:
+            # Cleared, so that cells are taken in the same order every time.
+            self._backend.clear()
+            self.phase = "prefilling"
+            sequence = Sequence(ticket, 0, self._shared, queued)
+            sequence.restore()
+            self.last_hit = sequence.hit
+            while sequence.finish_reason is None:
+                if self._stopping:
+                    raise self._unloaded()
+                if ticket.cancelled:
+                    sequence.finish_reason = "cancelled"
+                    break
+                batch = sequence.next_batch()
+                logits = self._backend.decode(batch)
+                sequence.decoded(batch, logits)
+                self.phase = "prefilling" if sequence.prefilling else "generating"
+            sequence.save(SaveReason.FINISH)
+            ticket.finish(sequence.completion())
+        except Error as error:
+            ticket.fail(self._unloaded() if self._stopping else error)
+        except Exception as error:
+            log.exception("a request on model %r failed unexpectedly", self._name)
+            failure = BackendError(f"the request failed unexpectedly: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            ticket.fail(failure)
+
+    def _unloaded(self) -> ModelUnloaded:
+        return ModelUnloaded(f"model {self._name!r} was unloaded while the request ran or waited")

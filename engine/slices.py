@@ -1,0 +1,116 @@
+"""Where prefill is cut, and which stored KV has the bits of a cold run.
+
+The KV of a token depends, in its last bits, on the batch it was computed in.
+So a prompt of n tokens is always computed in the same slices: cut at absolute
+multiples of a window (the backend's micro-batch), and before its last token,
+which is a slice of its own. KV is *canonical* when it was computed in the
+slices that a cold run of the present prompt would use, after a prefix that was
+canonical too. A block notes where the slice ended that computed its first
+token; from that, any prompt can tell which of its KV is canonical for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from erllama.cache import Block
+
+
+@dataclass(frozen=True, slots=True)
+class Slicing:
+    """How prefill is cut.
+
+    Attributes:
+        n_ubatch: the backend's micro-batch.
+        block_size: tokens of a cache block.
+        at_blocks: cut at the end of every block, too: for memory whose state
+            must be packed the moment a block is complete.
+    """
+
+    n_ubatch: int
+    block_size: int
+    at_blocks: bool
+
+    @property
+    def window(self) -> int:
+        """Tokens of a full slice; 0 where slices have no one length."""
+        if not self.at_blocks or self.block_size % self.n_ubatch == 0:
+            return self.n_ubatch
+        return self.block_size if self.n_ubatch % self.block_size == 0 else 0
+
+    def next_cut(self, position: int, n_prompt: int) -> int:
+        """The end of the slice that begins at `position` of a prompt of `n_prompt` tokens."""
+        if position >= n_prompt - 1:
+            return n_prompt
+        end = min((position // self.n_ubatch + 1) * self.n_ubatch, n_prompt - 1)
+        if self.at_blocks:
+            end = min(end, (position // self.block_size + 1) * self.block_size)
+        return end
+
+
+def canonical_prefix(
+    blocks: Sequence[Block], n_matched: int, n_prompt: int, slicing: Slicing, recipe: bytes
+) -> int:
+    """How many tokens of a match can be restored with the bits of a cold run.
+
+    Args:
+        blocks, n_matched: a match for a prompt of `n_prompt` tokens.
+        recipe: how the engine computes now.
+
+    Returns:
+        a position where a cold run cuts, too, at most `n_matched`.
+    """
+    window, last = slicing.window, n_prompt - 1
+    if not window:
+        return 0
+    good = 0
+    for block in blocks:
+        # The slice of a cold run that would compute this block's first token.
+        cold_end = min((block.start // window + 1) * window, last)
+        if block.recipe != recipe or block.slice_end != cold_end:
+            break
+        good = min(block.slice_end, block.end, n_matched)
+        if good < block.end and good < n_matched:
+            break
+    return good if good == last else good // window * window
+
+
+class Provenance:
+    """Tells, for the blocks of one sequence, what to note as their `slice_end`."""
+
+    def __init__(self, slicing: Slicing, recipe: bytes) -> None:
+        self._window = slicing.window
+        self._recipe = recipe
+        self._slice_ends: dict[int, int] = {}  # by window
+        self._canonical = 0  # everything before was computed in full windows
+
+    def restored(self, blocks: Sequence[Block], n_tokens: int) -> None:
+        """Positions [0, n_tokens) came from `blocks`."""
+        if not self._window:
+            return
+        for block in blocks:
+            index = block.start // self._window
+            # A slice cut short by the restore goes on with other tokens, in another slice.
+            known = block.slice_end if block.recipe == self._recipe and block.slice_end <= n_tokens else 0
+            # Blocks of one window may come from different runs: the window is as good as its worst.
+            if self._slice_ends.setdefault(index, known) != known:
+                self._slice_ends[index] = 0
+        while (end := self._canonical + self._window) <= n_tokens:
+            if self._slice_ends.get(self._canonical // self._window) != end:
+                break
+            self._canonical = end
+
+    def computed(self, start: int, end: int) -> None:
+        """Positions [start, end) were computed in one slice of prefill."""
+        if self._window and start == self._canonical and end <= start + self._window:
+            self._slice_ends[start // self._window] = end
+            if end == start + self._window:
+                self._canonical = end
+
+    def slice_end(self, position: int) -> int:
+        """What a block that starts at `position` notes; 0 where its KV is canonical for no prompt."""
+        if not self._window:
+            return 0
+        end = self._slice_ends.get(position // self._window, 0)
+        return end if end > position else 0

@@ -1,0 +1,20 @@
+"""Bytes of tokens to text that never splits a character."""
+
+from __future__ import annotations
+
+import codecs
+
+
+class TextDecoder:
+    """Decodes UTF-8 as it arrives; holds the start of a character back until its end is there."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, piece: bytes) -> str:
+        """The text that is complete now; bytes that can be no UTF-8 become U+FFFD."""
+        return self._decoder.decode(piece)
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for a character that never ended."""
+        return self._decoder.decode(b"", final=True)

@@ -1,0 +1,166 @@
+"""One sequence's dealings with the cache: what it restores, and what it saves.
+
+Knows the chain of keys of the sequence's tokens, which blocks are stored, and
+how each was computed. The runner tells it what was decoded; it packs blocks as
+they complete. Where the cache fails, the sequence is as if nothing had been
+stored.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from erllama.cache import Block, Cache, Match, SaveReason, child_key, token_bytes
+from erllama.engine.backend import Backend
+from erllama.engine.request import CacheHit, HitKind
+from erllama.engine.slices import Provenance, Slicing, canonical_prefix
+from numpy.typing import NDArray
+
+from erllama.errors import BackendError, StateError
+
+log = logging.getLogger("erllama.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class WarmthContext:
+    """What all sequences of a model share: the cache and how the model computes."""
+
+    cache: Cache
+    backend: Backend
+    namespace: bytes
+    slicing: Slicing
+
+
+class Warmth:
+    """The cache's view of one sequence.
+
+    Args:
+        shared: the model's.
+        sequence: the backend's number of it; empty.
+    """
+
+    def __init__(self, shared: WarmthContext, sequence: int) -> None:
+        self._cache, self._backend = shared.cache, shared.backend
+        self._namespace, self._slicing = shared.namespace, shared.slicing
+        self._sequence = sequence
+        self._recipe = shared.backend.recipe
+        self._provenance = Provenance(shared.slicing, self._recipe)
+        self._keys: list[bytes] = []  # of the full blocks
+        self.finish_key: bytes | None = None
+
+    # --- restoring ----------------------------------------------------------------------
+
+    def restore(self, prompt: NDArray[np.int32], reproducible: bool) -> CacheHit:
+        """Fill the sequence with the longest stored prefix of the prompt, short of its last token."""
+        last = len(prompt) - 1
+        trim = self._backend.limits.can_trim
+        with self._cache.lookup(self._namespace, prompt[:last], whole=not trim) as match:
+            wanted = match.n_tokens
+            if reproducible:
+                wanted = canonical_prefix(match.blocks, wanted, len(prompt), self._slicing, self._recipe)
+            restored, tiers = self._restore_blocks(match, wanted)
+            if reproducible and restored < wanted:
+                restored = self._recut(match, restored, len(prompt))
+            self._provenance.restored([b for b in match.blocks if b.start < restored], restored)
+        self._extend_keys(token_bytes(prompt[:restored]))
+        kind: HitKind = "cold" if restored == 0 else "exact" if restored == last else "partial"
+        self._cache.count_request(kind, restored)
+        # Tiers are listed from fast to slow.
+        slowest = max(tiers, key=("ram", "disk").index, default=None)
+        return CacheHit(kind, slowest if restored else None, restored)
+
+    def _restore_blocks(self, match: Match, wanted: int) -> tuple[int, set[str]]:
+        """Restore up to `wanted` tokens; stops early at a block that cannot be had."""
+        limits = self._backend.limits
+        tiers: set[str] = set()
+        position = 0
+        for block in match.blocks:
+            if position >= wanted or block.end > limits.n_ctx or (block.end > wanted and not limits.can_trim):
+                break
+            loaded = self._cache.load(block)
+            if loaded is None:
+                break
+            try:
+                self._backend.restore(self._sequence, block.start, block.end, loaded.payload)
+            except StateError as error:
+                self._cache.reject(block, error)
+                break
+            tiers.add(loaded.tier)
+            position = block.end
+        if position > wanted:
+            self._backend.cut(self._sequence, wanted)
+            position = wanted
+        return position, tiers
+
+    def _recut(self, match: Match, restored: int, n_prompt: int) -> int:
+        """After a block failed: fall back to a position where a cold run cuts, too."""
+        kept = canonical_prefix(match.blocks, restored, n_prompt, self._slicing, self._recipe)
+        if kept < restored:
+            if kept and self._backend.limits.can_trim:
+                self._backend.cut(self._sequence, kept)
+            else:
+                self._backend.drop(self._sequence)
+                kept = 0
+        return kept
+
+    # --- saving --------------------------------------------------------------------------
+
+    def computed(self, start: int, end: int) -> None:
+        """A slice of prefill [start, end) was decoded."""
+        self._provenance.computed(start, end)
+
+    def save_blocks(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
+        """Save the full blocks among `tokens`, all of which are in the sequence, that are not saved yet."""
+        size = self._slicing.block_size
+        while (len(self._keys) + 1) * size <= len(tokens):
+            start = len(self._keys) * size
+            block = self._save(start, tokens[start : start + size], reason)
+            self._keys.append(block.key)
+
+    def save_tail(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
+        """Save what follows the last full block; `tokens` are all that the sequence holds."""
+        start = len(self._keys) * self._slicing.block_size
+        if len(tokens) > start:
+            self._save(start, tokens[start:], reason)
+        elif self._keys:
+            self.finish_key = self._keys[-1] if self._cache.contains(self._keys[-1]) else None
+
+    def _save(self, start: int, tokens: NDArray[np.int32], reason: SaveReason) -> Block:
+        parent = self._keys[-1] if self._keys else self._namespace
+        slice_end = self._provenance.slice_end(start)
+        block = Block.following(
+            parent, self._namespace, start, token_bytes(tokens), reason, self._recipe, slice_end
+        )
+        known = self._cache.stored(block.key)
+        replace = known is not None and self._better(block, known)
+        if known is None or replace:
+            try:
+                payload = self._backend.pack(self._sequence, block.start, block.end)
+                self._cache.save(block, payload, replace=replace)
+            except BackendError as error:
+                log.warning("a block of %d tokens could not be packed: %s; not saved", block.n_tokens, error)
+        self.finish_key = block.key if self._cache.contains(block.key) else None
+        return block
+
+    def _better(self, new: Block, old: Block) -> bool:
+        """Whether `new` is canonical for more prompts: a full slice serves every longer prompt."""
+        window = self._slicing.window
+        if not window or (old.recipe, old.slice_end) == (new.recipe, new.slice_end):
+            return False
+        return new.slice_end == (new.start // window + 1) * window
+
+    def _extend_keys(self, raw: bytes) -> None:
+        size = self._slicing.block_size * 4
+        parent = self._namespace
+        for at in range(0, len(raw) - size + 1, size):
+            parent = child_key(parent, raw[at : at + size])
+            self._keys.append(parent)
+
+
+def shared_warmth(cache: Cache, backend: Backend, namespace: bytes) -> WarmthContext:
+    """What the sequences of one model share."""
+    limits = backend.limits
+    slicing = Slicing(min(limits.n_ubatch, limits.n_batch), cache.block_size, at_blocks=not limits.can_trim)
+    return WarmthContext(cache, backend, namespace, slicing)

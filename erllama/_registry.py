@@ -1,0 +1,67 @@
+"""The models loaded in this process, by id."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import threading
+from typing import TYPE_CHECKING
+
+from erllama.errors import AlreadyLoaded, ModelNotFound, OptionError
+
+if TYPE_CHECKING:
+    from erllama._model import Model
+
+_lock = threading.Lock()
+_models: dict[str, Model | None] = {}  # None: being loaded
+_serial = itertools.count(1)
+
+
+def reserve(model_id: str | None) -> str:
+    """Take an id for a model about to be loaded; a fresh one for None."""
+    with _lock:
+        if model_id is None:
+            model_id = next(name for n in _serial if (name := f"model-{n}") not in _models)
+        elif not isinstance(model_id, str) or not model_id:
+            raise OptionError(f"id={model_id!r}; give a name, or leave it out")
+        if model_id in _models:
+            raise AlreadyLoaded(f"a model is loaded as {model_id!r} already; unload it, or give another id")
+        _models[model_id] = None
+        return model_id
+
+
+def add(model: Model) -> None:
+    with _lock:
+        _models[model.id] = model
+
+
+def release(model_id: str) -> None:
+    with _lock:
+        _models.pop(model_id, None)
+
+
+def get_model(id: str) -> Model:
+    """The model loaded under an id.
+
+    Raises:
+        ModelNotFound: none is.
+    """
+    with _lock:
+        model = _models.get(id)
+        if model is None:
+            loaded = ", ".join(repr(name) for name, found in _models.items() if found) or "none"
+            raise ModelNotFound(f"no model is loaded as {id!r}; loaded: {loaded}")
+        return model
+
+
+def list_models() -> list[Model]:
+    """The models loaded in this process, in the order of their loading."""
+    with _lock:
+        return [model for model in _models.values() if model is not None]
+
+
+@atexit.register
+def _unload_all() -> None:
+    # Before the interpreter takes the machinery away that model threads need.
+    for model in list_models():
+        model.unload()

@@ -1,0 +1,121 @@
+"""Every error this library raises on purpose, under one root.
+
+A leaf module: it imports nothing of ours, so that every layer may use it. The
+message of an error names the value, the limit and the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+
+
+class Error(Exception):
+    """Root of everything raised by erllama."""
+
+
+class OptionError(Error, ValueError):
+    """An option is unknown, of the wrong type or out of range."""
+
+
+class PromptError(Error, ValueError):
+    """A prompt that cannot be run: empty, or with token ids outside the vocabulary."""
+
+
+class PromptTooLong(PromptError):  # noqa: N818 - reads as what happened
+    """The prompt has more tokens than the context has cells."""
+
+
+class LibraryNotBuilt(Error):  # noqa: N818
+    """The binding of libllama is missing: the package was not built."""
+
+
+class ModelLoadError(Error):
+    """A model file cannot be loaded."""
+
+
+class LoadCancelled(ModelLoadError):  # noqa: N818
+    """A load was cancelled by its progress callback."""
+
+
+class ModelNotFound(Error, LookupError):  # noqa: N818
+    """No model is loaded under this id."""
+
+
+class AlreadyLoaded(Error):  # noqa: N818
+    """A model is already loaded under this id."""
+
+
+class ModelUnloaded(Error):  # noqa: N818
+    """The model was unloaded; the request was not run, or not to its end."""
+
+
+class BackendError(Error):
+    """A backend could not decode, or could not pack or restore state."""
+
+
+class StateError(BackendError):
+    """A payload does not fit the backend's memory; the sequence it was for is empty."""
+
+
+class SamplingError(Error):
+    """The logits leave nothing to sample from."""
+
+
+class CacheError(Error):
+    """The cache cannot do what was asked of it. Requests never fail with it."""
+
+
+class CacheFormatError(CacheError):
+    """Bytes that are no valid .kvc file."""
+
+
+def reject_unknown(given: Mapping[str, object], known: Collection[str], where: str) -> None:
+    """Raise OptionError for the first name in `given`; suggest the nearest of `known`."""
+    for name in given:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(known))}"
+        raise OptionError(f"{where} has no option {name!r}; {hint}")
+
+
+def integer(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> int:
+    """`value` as an int within limits, or OptionError."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise OptionError(f"{name} must be an integer, not {value!r}")
+    number = int(value.__index__())
+    _within(name, number, minimum, maximum)
+    return number
+
+
+def real(name: str, value: object, minimum: float | None = None, maximum: float | None = None) -> float:
+    """`value` as a finite float within limits, or OptionError."""
+    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
+        raise OptionError(f"{name} must be a number, not {value!r}")
+    number = float(value.__float__())
+    if number != number or number in (float("inf"), float("-inf")):
+        raise OptionError(f"{name} must be finite, not {value!r}")
+    _within(name, number, minimum, maximum)
+    return number
+
+
+def boolean(name: str, value: object) -> bool:
+    """`value` if it is True or False, or OptionError."""
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} must be True or False, not {value!r}")
+    return value
+
+
+def choice(name: str, value: object, known: Collection[str]) -> str:
+    """`value` if it is one of `known`, or OptionError with the nearest."""
+    if not isinstance(value, str) or value not in known:
+        near = get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise OptionError(f"{name}={value!r}; it takes {', '.join(map(repr, known))}{hint}")
+    return value
+
+
+def _within(name: str, number: float, minimum: float | None, maximum: float | None) -> None:
+    if minimum is not None and number < minimum:
+        raise OptionError(f"{name}={number}; it must be at least {minimum}")
+    if maximum is not None and number > maximum:
+        raise OptionError(f"{name}={number}; it must be at most {maximum}")

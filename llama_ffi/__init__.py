@@ -1,0 +1,47 @@
+"""libllama for Python: models, vocabularies, contexts and GGUF headers. No policy.
+
+A thin, typed layer over a libllama that was built with this package. It
+checks what libllama would answer with an abort, turns failures into
+`LlamaError`, sends libllama's log to the logger `erllama.llama`, and keeps
+native lifetimes right in any order of closing. Importing it does not start
+libllama's backends; the first use does.
+"""
+
+from erllama.llama_ffi.context import LlamaContext
+from erllama.llama_ffi.gguf import GGUFHeader, Tensor, check_header, read_header
+from erllama.llama_ffi.library import (
+    AbortedError,
+    Device,
+    LlamaError,
+    NoCellsError,
+    build_info,
+    devices,
+    ggml_block_size,
+    ggml_type,
+    state_version,
+    system_info,
+)
+from erllama.llama_ffi.model import LlamaModel, LoadCancelledError, ModelShape
+from erllama.llama_ffi.vocabulary import Vocabulary
+
+__all__ = [
+    "AbortedError",
+    "Device",
+    "GGUFHeader",
+    "LlamaContext",
+    "LlamaError",
+    "LlamaModel",
+    "LoadCancelledError",
+    "ModelShape",
+    "NoCellsError",
+    "Tensor",
+    "Vocabulary",
+    "build_info",
+    "check_header",
+    "devices",
+    "ggml_block_size",
+    "ggml_type",
+    "read_header",
+    "state_version",
+    "system_info",
+]

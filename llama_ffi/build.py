@@ -1,0 +1,32 @@
+"""Describes the extension module `erllama.llama_ffi._binding` to cffi.
+
+Run by setuptools (see setup.py), which adds the directories of the libllama it
+links. The declarations come from shim.h itself, so there is one copy of them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+
+
+def declarations(header: str) -> str:
+    """The part of shim.h between its markers, without comments, as cffi's cdef wants it."""
+    inside = header.split("/* cffi: begin */", 1)[1].split("/* cffi: end */", 1)[0]
+    return re.sub(r"/\*.*?\*/", "", inside, flags=re.DOTALL)
+
+
+ffibuilder = FFI()
+ffibuilder.cdef(declarations((HERE / "shim.h").read_text()))
+ffibuilder.set_source(
+    "erllama.llama_ffi._binding",
+    '#include "shim.h"',
+    # Relative to the project's root, where setuptools runs.
+    sources=["llama_ffi/shim.cpp"],
+    depends=["llama_ffi/shim.h"],
+    py_limited_api=True,
+)

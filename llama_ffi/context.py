@@ -1,0 +1,343 @@
+"""A context: KV memory for some sequences, and the decode that fills it.
+
+A context belongs to one thread at a time; a lock makes a second one wait
+instead of corrupting it. What libllama would answer with an abort (ids out of
+range, batches too large, logits before a decode) is checked here first.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from erllama.llama_ffi.handle import Handle
+from erllama.llama_ffi.library import AbortedError, LlamaError, NoCellsError, check, drain_log, ffi, last_error, lib
+from erllama.llama_ffi.model import LlamaModel
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class LlamaContext:
+    """A llama_context over a model.
+
+    Args:
+        model: an open model with weights.
+        n_ctx: KV cells, rounded up to a multiple of 256 by libllama.
+        n_batch: most tokens of one `decode`; at most n_ctx.
+        n_ubatch: most tokens libllama computes at once; at most n_batch.
+        n_seq_max: sequences, numbered 0 to n_seq_max - 1.
+        n_threads: threads for decodes of one token a sequence.
+        n_threads_batch: threads for longer batches.
+        flash_attn: True, False, or None for libllama's own choice.
+        type_k, type_v: ggml type numbers of the K and V cells (see `ggml_type`).
+        rope_freq_base, rope_freq_scale: 0 for the model's own.
+        offload_kqv: keep the KV cells on the GPU.
+        swa_full: give sliding-window layers cells for the whole context.
+        kv_unified: one pool of cells for all sequences, so that they can share.
+
+    Raises:
+        LlamaError: libllama refused; the message says why.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        *,
+        n_ctx: int,
+        n_batch: int = 2048,
+        n_ubatch: int = 512,
+        n_seq_max: int = 1,
+        n_threads: int = 4,
+        n_threads_batch: int = 4,
+        flash_attn: bool | None = None,
+        type_k: int = 1,
+        type_v: int = 1,
+        rope_freq_base: float = 0.0,
+        rope_freq_scale: float = 0.0,
+        offload_kqv: bool = True,
+        swa_full: bool = False,
+        kv_unified: bool = True,
+    ) -> None:
+        if model.vocab_only:
+            raise LlamaError("this model was loaded with vocab_only=True: it has no weights to decode with")
+        if min(n_ctx, n_batch, n_ubatch, n_seq_max, n_threads, n_threads_batch) < 1:
+            raise LlamaError("n_ctx, n_batch, n_ubatch, n_seq_max and the thread counts must be at least 1")
+        limit = lib.erl_max_sequences()
+        if n_seq_max > limit:
+            raise LlamaError(f"n_seq_max={n_seq_max}; this libllama allows at most {limit} sequences")
+        held = model.hold()
+        try:
+            options = ffi.new("erl_context_options *")
+            options.n_ctx, options.n_batch, options.n_ubatch = n_ctx, n_batch, n_ubatch
+            options.n_seq_max = n_seq_max
+            options.n_threads, options.n_threads_batch = n_threads, n_threads_batch
+            options.flash_attn = -1 if flash_attn is None else int(flash_attn)
+            options.type_k, options.type_v = type_k, type_v
+            options.rope_freq_base, options.rope_freq_scale = rope_freq_base, rope_freq_scale
+            options.offload_kqv, options.swa_full, options.kv_unified = offload_kqv, swa_full, kv_unified
+            pointer = lib.erl_context_new(held.pointer, options)
+            reason = last_error()
+            problems = drain_log()
+            if not pointer:
+                raise LlamaError(reason or "; ".join(problems[-3:]) or "libllama could not make a context")
+        except BaseException:
+            held.release()
+            raise
+        self._lock = threading.RLock()
+        self._handle = Handle(pointer, _free_context(held), "context")
+        self._finalizer: Callable[[], object] = weakref.finalize(self, _close, self._handle, self._lock)
+        self.n_ctx = int(lib.erl_context_n_ctx(pointer))
+        self.n_batch = int(lib.erl_context_n_batch(pointer))
+        self.n_ubatch = int(lib.erl_context_n_ubatch(pointer))
+        self.n_seq_max = n_seq_max
+        self.n_vocab = model.vocabulary.n_tokens
+        self._logit_rows = 0
+        self._reserved_rows = n_seq_max
+        self._views: weakref.WeakSet[_Lease] = weakref.WeakSet()
+        self._current: _Lease | None = None
+
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Stop a decode that is running and let go; freed once no logits view is left. Idempotent."""
+        if not self.closed:
+            self.abort()
+        self._finalizer()
+        self._current = None
+
+    def __enter__(self) -> LlamaContext:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _native(self) -> object:
+        if self.closed:
+            raise LlamaError("this context is closed")
+        return self._handle.pointer
+
+    # --- decoding ---------------------------------------------------------------------
+
+    def decode(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        output: NDArray[np.int8],
+    ) -> None:
+        """Compute one batch; KV lands in the cells, logits where `output` is not 0.
+
+        Args:
+            tokens, positions, sequences: int32 arrays, shape (n,), 1 <= n <= n_batch;
+                the positions of a sequence follow on from what it holds.
+            output: int8 array, shape (n,).
+
+        Raises:
+            NoCellsError: not enough free cells; nothing was computed.
+            AbortedError: `abort()` was called; part of the batch may be in the cells.
+            LlamaError: an argument is out of range (nothing was computed), or libllama failed.
+        """
+        n = len(tokens)
+        if not 1 <= n <= self.n_batch:
+            raise LlamaError(f"a batch of {n} tokens; it must hold 1 to n_batch={self.n_batch}")
+        arrays = (("tokens", tokens, np.int32), ("positions", positions, np.int32))
+        for name, array, dtype in (*arrays, ("sequences", sequences, np.int32), ("output", output, np.int8)):
+            if array.dtype != dtype or array.shape != (n,) or not array.flags.c_contiguous:
+                raise LlamaError(f"{name} must be a contiguous {np.dtype(dtype).name} array of shape ({n},)")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self.n_vocab:
+            bad = int(tokens[(tokens < 0) | (tokens >= self.n_vocab)][0])
+            raise LlamaError(f"token id {bad} is outside the vocabulary of {self.n_vocab} tokens")
+        if int(sequences.min()) < 0 or int(sequences.max()) >= self.n_seq_max:
+            raise LlamaError(f"a sequence outside 0 to n_seq_max - 1 = {self.n_seq_max - 1}")
+        if int(positions.min()) < 0 or int(positions.max()) >= self.n_ctx:
+            raise LlamaError(f"a position outside 0 to n_ctx - 1 = {self.n_ctx - 1}")
+        rows = int(np.count_nonzero(output))
+        with self._lock:
+            native = self._native()
+            self._logit_rows = 0
+            self._current = None
+            if rows > self._reserved_rows:
+                # libllama moves its output buffer when it must hold more rows than ever before.
+                if len(self._views):
+                    raise LlamaError(
+                        f"a batch with {rows} rows of logits needs a larger buffer while views of the present one "
+                        "are alive; copy and drop them first"
+                    )
+                self._reserved_rows = rows
+            code = lib.erl_decode(
+                native,
+                n,
+                ffi.from_buffer("int32_t[]", tokens),
+                ffi.from_buffer("int32_t[]", positions),
+                ffi.from_buffer("int32_t[]", sequences),
+                ffi.from_buffer("int8_t[]", output),
+            )
+            if code == 0:
+                self._logit_rows = rows
+                if lib.erl_log_pending():
+                    drain_log()
+                return
+            reason = last_error()
+            problems = "; ".join(drain_log()[-3:])
+        if code == 1:
+            raise NoCellsError(f"no free cells for a batch of {n} tokens in a context of {self.n_ctx}")
+        if code == 2:
+            raise AbortedError("the decode was aborted")
+        raise LlamaError(f"decode failed with code {code}: {reason or problems or 'libllama gave no reason'}")
+
+    def logits(self) -> NDArray[np.float32]:
+        """The logits of the last decode, in place.
+
+        Returns:
+            read-only float32 array, shape (rows with output, n_vocab), a view of
+            libllama's own buffer. The next decode overwrites what it shows; it
+            stays safe to look at after `close()`.
+
+        Raises:
+            LlamaError: the last decode left no logits.
+        """
+        with self._lock:
+            native = self._native()
+            if not self._logit_rows:
+                raise LlamaError("there are no logits: decode a batch whose `output` marks a row first")
+            if self._current is None:
+                pointer = lib.erl_logits(native)
+                if not pointer:
+                    raise LlamaError(f"libllama has no logits: {last_error()}")
+                self._current = _Lease(self._handle, pointer, (self._logit_rows, self.n_vocab))
+                self._views.add(self._current)
+            return np.asarray(self._current)
+
+    def abort(self, on: bool = True) -> None:
+        """Make the running decode, and later ones, stop early; `abort(False)` allows them again.
+
+        Safe from any thread. libllama honours it between operations on the CPU.
+        """
+        if not self._handle.freed:
+            lib.erl_context_abort(self._handle.pointer, on)
+
+    # --- memory -----------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        with self._lock:
+            check(lib.erl_memory_clear(self._native(), False), "clearing the memory")
+
+    def cut(self, sequence: int, start: int, end: int = -1) -> bool:
+        """Drop positions [start, end) of a sequence (end < 0: to its end).
+
+        Returns:
+            False where libllama refuses. True is no promise that the rest is
+            still usable: sliding-window memory says True and is wrong.
+        """
+        self._check_sequence(sequence)
+        with self._lock:
+            return check(lib.erl_memory_cut(self._native(), sequence, start, end), "cutting a sequence") == 1
+
+    def copy(self, source: int, target: int, start: int = 0, end: int = -1) -> None:
+        """Let `target` share the cells of `source` at positions [start, end); no data moves.
+
+        Needs `kv_unified`, where every sequence lives in the same pool.
+        """
+        self._check_sequence(source)
+        self._check_sequence(target)
+        with self._lock:
+            check(lib.erl_memory_copy(self._native(), source, target, start, end), "copying a sequence")
+
+    def first_position(self, sequence: int) -> int:
+        """The lowest position a sequence holds; -1 when it is empty."""
+        self._check_sequence(sequence)
+        with self._lock:
+            return check(lib.erl_memory_first(self._native(), sequence), "reading a sequence")
+
+    def last_position(self, sequence: int) -> int:
+        """The highest position a sequence holds; -1 when it is empty."""
+        self._check_sequence(sequence)
+        with self._lock:
+            return check(lib.erl_memory_last(self._native(), sequence), "reading a sequence")
+
+    def state(self, sequence: int) -> NDArray[np.uint8]:
+        """Everything a sequence holds, as libllama serialises it.
+
+        Returns:
+            uint8 array, shape (bytes,), owned by the caller.
+        """
+        self._check_sequence(sequence)
+        with self._lock:
+            native = self._native()
+            size = lib.erl_state_size(native, sequence)
+            if size <= 0:
+                raise LlamaError(f"reading the state of sequence {sequence} failed: {last_error()}")
+            state = np.empty(size, np.uint8)
+            written = lib.erl_state_get(
+                native, sequence, ffi.from_buffer("uint8_t[]", state, require_writable=True), size
+            )
+            if written != size:
+                raise LlamaError(
+                    f"reading the state of sequence {sequence} gave {written} of {size} bytes: {last_error()}"
+                )
+            return state
+
+    def set_state(self, sequence: int, state: bytes | bytearray | memoryview | NDArray[np.uint8]) -> None:
+        """Replace what a sequence holds by a state that `state()` gave.
+
+        The bytes must be ones that were checked: libllama trusts them.
+
+        Raises:
+            LlamaError: they do not fit this context; the sequence is then empty.
+        """
+        self._check_sequence(sequence)
+        size = memoryview(state).nbytes
+        with self._lock:
+            native = self._native()
+            read = lib.erl_state_set(native, sequence, ffi.from_buffer("uint8_t[]", state), size)
+            if read != size:
+                reason = last_error()
+                problems = drain_log()
+                lib.erl_memory_cut(native, sequence, -1, -1)
+                raise LlamaError(
+                    f"a state of {size} bytes does not fit: "
+                    + (reason or "; ".join(problems[-2:]) or f"libllama read {read} bytes of it")
+                )
+
+    def _check_sequence(self, sequence: int) -> None:
+        if not 0 <= sequence < self.n_seq_max:
+            raise LlamaError(f"sequence {sequence} is outside 0 to n_seq_max - 1 = {self.n_seq_max - 1}")
+
+
+class _Lease:
+    """The memory behind a logits view: holds the context until the last view is gone."""
+
+    __slots__ = ("__array_interface__", "__weakref__", "_handle")
+
+    def __init__(self, handle: Handle, pointer: object, shape: tuple[int, int]) -> None:
+        self._handle = handle.hold()
+        # numpy's own protocol: the array made of this keeps this object as its base.
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": np.dtype(np.float32).str,
+            "shape": shape,
+            "data": (int(ffi.cast("uintptr_t", pointer)), True),
+        }
+
+    def __del__(self) -> None:
+        self._handle.release()
+
+
+def _free_context(model: Handle) -> Callable[[object], None]:
+    def free(pointer: object) -> None:
+        lib.erl_context_free(pointer)
+        model.release()
+
+    return free
+
+
+def _close(handle: Handle, lock: threading.RLock) -> None:
+    with lock:  # a decode in another thread ends first
+        handle.release()

@@ -1,0 +1,144 @@
+"""The header of a GGUF file, read without loading the model.
+
+libllama's own reader does the parsing, so what passes here is what it will
+see. What it does not check, and later trusts, is checked by `inspect`: tensors
+beyond the end of the file, and sizes it would divide by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+from erllama.llama_ffi.library import LlamaError, check, drain_log, ffi, last_error, lib, start, text
+from numpy.typing import NDArray
+
+Value = int | float | bool | str | list[str] | NDArray[np.generic]
+
+_NUMPY_TYPES: dict[int, type[np.generic]] = {
+    0: np.uint8,
+    1: np.int8,
+    2: np.uint16,
+    3: np.int16,
+    4: np.uint32,
+    5: np.int32,
+    6: np.float32,
+    7: np.bool_,
+    10: np.uint64,
+    11: np.int64,
+    12: np.float64,
+}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where one tensor lies in the file; offset in bytes from the start of the data."""
+
+    name: str
+    offset: int
+    n_bytes: int
+    ggml_type: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFHeader:
+    """A GGUF file's metadata and the table of its tensors.
+
+    Attributes:
+        metadata: every key; arrays of numbers as numpy arrays, arrays of strings as lists.
+        tensors: in the order of the file.
+        data_offset: where tensor data begins, in bytes from the start of the file.
+    """
+
+    metadata: Mapping[str, Value]
+    tensors: tuple[Tensor, ...]
+    data_offset: int
+
+
+def read_header(path: str | Path) -> GGUFHeader:
+    """Read the header of a GGUF file.
+
+    Raises:
+        LlamaError: the file is not a GGUF file that libllama can read.
+    """
+    start()
+    opened = lib.erl_gguf_open(str(path).encode("utf-8", "surrogateescape"))
+    reason = last_error()
+    problems = drain_log()
+    if not opened:
+        raise LlamaError(reason or "; ".join(problems[-2:]) or "not a GGUF file")
+    gguf = ffi.gc(opened, lib.erl_gguf_free)
+    metadata = {text(lib.erl_gguf_key(gguf, i)): _value(gguf, i) for i in range(lib.erl_gguf_n_keys(gguf))}
+    tensors = tuple(_tensor(gguf, i) for i in range(lib.erl_gguf_n_tensors(gguf)))
+    return GGUFHeader(MappingProxyType(metadata), tensors, int(lib.erl_gguf_data_offset(gguf)))
+
+
+def _value(gguf: object, i: int) -> Value:
+    kind = check(lib.erl_gguf_type(gguf, i), "reading metadata")
+    if kind == _STRING:
+        return text(lib.erl_gguf_string(gguf, i))
+    if kind != _ARRAY:
+        dtype = np.dtype(_NUMPY_TYPES[kind])
+        raw = bytes(ffi.buffer(ffi.cast("char *", lib.erl_gguf_value(gguf, i)), dtype.itemsize))
+        found: int | float | bool = np.frombuffer(raw, dtype)[0].item()
+        return found
+    kind = check(lib.erl_gguf_array_type(gguf, i), "reading metadata")
+    n = check(lib.erl_gguf_array_length(gguf, i), "reading metadata")
+    if kind == _STRING:
+        return [text(lib.erl_gguf_array_string(gguf, i, j)) for j in range(n)]
+    dtype = np.dtype(_NUMPY_TYPES[kind])
+    if n == 0:
+        return np.empty(0, dtype)
+    return np.frombuffer(
+        bytes(ffi.buffer(ffi.cast("char *", lib.erl_gguf_value(gguf, i)), n * dtype.itemsize)), dtype
+    )
+
+
+def _tensor(gguf: object, i: int) -> Tensor:
+    offset, size = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    kind, shape = ffi.new("int32_t *"), ffi.new("int64_t[4]")
+    check(lib.erl_gguf_tensor(gguf, i, offset, size, kind, shape), "reading a tensor")
+    name = text(lib.erl_gguf_tensor_name(gguf, i))
+    return Tensor(name, int(offset[0]), int(size[0]), int(kind[0]), tuple(int(d) for d in shape))
+
+
+def check_header(path: str | Path) -> None:
+    """Raise LlamaError where a file's header would lead libllama beyond the file or to a division by zero.
+
+    Reads the header alone. What libllama itself refuses with an error is left to it.
+    """
+    header = read_header(path)
+    size = Path(path).stat().st_size
+    for tensor in header.tensors:
+        end = header.data_offset + tensor.offset + tensor.n_bytes
+        if end > size:
+            raise LlamaError(
+                f"tensor {tensor.name!r} ends at byte {end} of a file of {size}: the file is cut short"
+            )
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise LlamaError("the metadata names no architecture")
+    for name, (low, high) in _SANE.items():
+        value = header.metadata.get(f"{architecture}.{name}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and not low <= value <= high:
+            raise LlamaError(f"{architecture}.{name} is {value}; it must be {low} to {high}")
+
+
+# Sizes that libllama divides by, allocates by or loops over before it checks them.
+_SANE: dict[str, tuple[float, float]] = {
+    "block_count": (1, 4096),
+    "context_length": (1, 2**31 - 1),
+    "embedding_length": (1, 2**24),
+    "attention.head_count": (1, 2**16),
+    "attention.head_count_kv": (1, 2**16),
+    "attention.key_length": (1, 2**16),
+    "attention.value_length": (1, 2**16),
+    "rope.dimension_count": (1, 2**16),
+    "rope.freq_base": (1e-9, 1e30),
+    "rope.scaling.factor": (1e-9, 1e9),
+}

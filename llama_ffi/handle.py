@@ -1,0 +1,72 @@
+"""Native objects with counted holders.
+
+A `Handle` owns one native object and frees it when its last holder lets go,
+whatever the order: a model closed while a context still uses it lives until
+that context is closed, and a context whose logits are still looked at lives
+until the last view of them is gone. After a fork the child frees nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from erllama.llama_ffi.library import LlamaError, generation
+
+
+class Handle:
+    """One native pointer, the number of its holders, and how to free it."""
+
+    __slots__ = ("_free", "_generation", "_holders", "_lock", "_pointer", "what")
+
+    def __init__(self, pointer: object, free: Callable[[object], None], what: str) -> None:
+        self._pointer: object | None = pointer
+        self._free = free
+        self._holders = 1
+        self._lock = threading.Lock()
+        self._generation = generation()
+        self.what = what
+
+    @property
+    def pointer(self) -> object:
+        """The native pointer, for a call made now by a holder."""
+        if self._generation != generation():
+            raise LlamaError(
+                f"this {self.what} belongs to the process that forked this one; "
+                "load models in the child, or start it with multiprocessing's 'spawn' method"
+            )
+        if self._pointer is None:
+            raise LlamaError(f"this {self.what} is closed")
+        return self._pointer
+
+    @property
+    def freed(self) -> bool:
+        return self._pointer is None
+
+    def hold(self) -> Handle:
+        """Add a holder; every hold needs one `release`."""
+        with self._lock:
+            if self._pointer is None:
+                raise LlamaError(f"this {self.what} is closed")
+            self._holders += 1
+        return self
+
+    @contextmanager
+    def held(self) -> Iterator[object]:
+        """The pointer, kept alive for the length of a `with` even if every other holder lets go."""
+        self.hold()
+        try:
+            yield self.pointer
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let go. The last holder frees the native object."""
+        with self._lock:
+            self._holders -= 1
+            if self._holders > 0 or self._pointer is None:
+                return
+            pointer, self._pointer = self._pointer, None
+        if self._generation == generation():
+            self._free(pointer)

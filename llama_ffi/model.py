@@ -1,0 +1,199 @@
+"""A model loaded by libllama: weights, vocabulary and metadata; no context yet."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from erllama.llama_ffi.handle import Handle
+from erllama.llama_ffi.library import LlamaError, check, drain_log, ffi, last_error, lib, start, text
+from erllama.llama_ffi.vocabulary import Vocabulary
+
+_POLL_SECONDS = 0.02
+
+
+class LoadCancelledError(LlamaError):
+    """The load was cancelled by its progress callback."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What libllama read of a model's architecture; sizes in elements unless named otherwise."""
+
+    n_ctx_train: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_swa: int
+    rope_type: int
+    n_bytes: int
+    n_params: int
+    recurrent: bool
+    hybrid: bool
+    diffusion: bool
+    has_encoder: bool
+    has_decoder: bool
+
+
+class LlamaModel:
+    """A GGUF file loaded by libllama.
+
+    Close it with `close()` or leave it to garbage collection; contexts made
+    from it keep the weights alive until they are closed themselves.
+
+    Args:
+        path: the GGUF file (the first part of a split one).
+        n_gpu_layers: layers to put on a GPU; -1 means all that fit its devices.
+        mmap: map the file instead of reading it.
+        mlock: keep the weights from being swapped out.
+        vocab_only: read the vocabulary and metadata, no weights.
+        on_progress: called in the calling thread with the fraction loaded, 0.0
+            to 1.0, a few times a second; returning False cancels the load.
+
+    Raises:
+        LlamaError: libllama cannot load the file; the message says why.
+        LoadCancelledError: `on_progress` returned False.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        n_gpu_layers: int = -1,
+        mmap: bool = True,
+        mlock: bool = False,
+        vocab_only: bool = False,
+        on_progress: Callable[[float], object] | None = None,
+    ) -> None:
+        start()
+        self.path = Path(path)
+        options = ffi.new("erl_model_options *")
+        options.n_gpu_layers = n_gpu_layers
+        options.mmap, options.mlock, options.vocab_only = mmap, mlock, vocab_only
+        pointer = _load(str(path).encode("utf-8", "surrogateescape"), options, on_progress)
+        self._handle = Handle(pointer, lib.erl_model_free, "model")
+        self._finalizer: Callable[[], object] = weakref.finalize(self, self._handle.release)
+        shape = ffi.new("erl_model_shape *")
+        check(lib.erl_model_shape_of(pointer, shape), "reading the model")
+        self.shape = ModelShape(
+            shape.n_ctx_train,
+            shape.n_embd,
+            shape.n_layer,
+            shape.n_head,
+            shape.n_head_kv,
+            shape.n_swa,
+            shape.rope_type,
+            shape.n_bytes,
+            shape.n_params,
+            bool(shape.recurrent),
+            bool(shape.hybrid),
+            bool(shape.diffusion),
+            bool(shape.has_encoder),
+            bool(shape.has_decoder),
+        )
+        self.vocab_only = vocab_only
+        self.vocabulary = Vocabulary(self._handle)
+
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Let go of the model; its memory is freed once no context uses it. Idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> LlamaModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def hold(self) -> Handle:
+        """For contexts: a hold on the native model, to be released by them."""
+        if self.closed:
+            raise LlamaError("this model is closed")
+        return self._handle.hold()
+
+    @property
+    def description(self) -> str:
+        """libllama's one-line description, e.g. "llama 1B Q4_0"."""
+        buffer = ffi.new("char[]", 256)
+        with self._held() as model:
+            check(lib.erl_model_desc(model, buffer, 256), "reading the model")
+        return text(buffer)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The scalar entries of the GGUF metadata, as text. Arrays: see `gguf.read_metadata`."""
+        with self._held() as model:
+            count = check(lib.erl_model_meta_count(model), "reading metadata")
+            return {
+                _string(lib.erl_model_meta_key, model, i): _string(lib.erl_model_meta_value, model, i)
+                for i in range(count)
+            }
+
+    def chat_template(self, name: str | None = None) -> str | None:
+        """The model's own chat template, or the named one; None where it has none."""
+        with self._held() as model:
+            found = lib.erl_model_chat_template(model, name.encode() if name else ffi.NULL)
+            return text(found) if found else None
+
+    def _held(self) -> AbstractContextManager[object]:
+        if self.closed:
+            raise LlamaError("this model is closed")
+        return self._handle.held()
+
+
+def _string(read: Callable[..., int], model: object, i: int) -> str:
+    """What a libllama call writes that answers with the length it would need."""
+    size = 512
+    while True:
+        buffer = ffi.new("char[]", size)
+        n = check(read(model, i, buffer, size), "reading metadata")
+        if n < size:
+            return text(buffer)
+        size = n + 1
+
+
+def _load(path: bytes, options: object, on_progress: Callable[[float], object] | None) -> object:
+    """Load in a thread of its own, so that this one can report progress and be interrupted."""
+    job = ffi.gc(lib.erl_load_new(), lib.erl_load_free)
+    outcome: dict[str, object] = {}
+
+    def run() -> None:
+        outcome["model"] = lib.erl_model_load(path, options, job)
+        outcome["error"] = last_error()
+
+    thread = threading.Thread(target=run, name="erllama-load", daemon=True)
+    problems: list[str] = []
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+            problems += drain_log()
+            if on_progress is not None and on_progress(float(lib.erl_load_progress(job))) is False:
+                lib.erl_load_cancel(job)
+                break
+    except BaseException:
+        lib.erl_load_cancel(job)
+        thread.join()
+        if outcome.get("model"):
+            lib.erl_model_free(outcome["model"])
+        raise
+    thread.join()
+    problems += drain_log()
+    model = outcome["model"]
+    if lib.erl_load_cancelled(job):
+        if model:
+            lib.erl_model_free(model)
+        raise LoadCancelledError("the load was cancelled")
+    if not model:
+        raise LlamaError(str(outcome["error"]) or "; ".join(problems[-3:]) or "libllama gave no reason")
+    if on_progress is not None:
+        on_progress(1.0)
+    return model

@@ -1,0 +1,544 @@
+// Implements shim.h over libllama. Three jobs: nothing thrown leaves, nothing
+// of libllama's calls into Python (the log waits in a queue, progress and
+// cancellation are atomics), and one call does one tick's work.
+#include "shim.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ggml-backend.h"
+#include "ggml.h"
+#include "gguf.h"
+#include "llama.h"
+
+static_assert(sizeof(llama_token) == 4 && sizeof(llama_pos) == 4 && sizeof(llama_seq_id) == 4,
+              "the binding passes tokens, positions and sequences as 32-bit integers");
+
+namespace {
+
+thread_local std::string last_error;
+// How many guarded calls this thread is inside of: only then may an assertion be thrown.
+thread_local int guard_depth = 0;
+
+struct assertion_failed : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+void on_assertion(const char *message) {
+    if (guard_depth > 0) {
+        throw assertion_failed(message);
+    }
+    // A worker thread of a backend: nothing can be unwound from here.
+    std::fprintf(stderr, "libllama: %s\n", message);
+}
+
+struct guard {
+    guard() {
+        guard_depth++;
+        last_error.clear();
+    }
+    ~guard() { guard_depth--; }
+};
+
+template <typename R, typename F>
+R guarded(R on_exception, R on_assert, F &&body) noexcept {
+    guard g;
+    try {
+        return body();
+    } catch (const assertion_failed &e) {
+        last_error = std::string("assertion in libllama: ") + e.what();
+        return on_assert;
+    } catch (const std::exception &e) {
+        last_error = e.what();
+        return on_exception;
+    } catch (...) {
+        last_error = "an exception of unknown type";
+        return on_exception;
+    }
+}
+
+template <typename F>
+int32_t guarded_code(F &&body) noexcept {
+    return guarded<int32_t>(ERL_EXCEPTION, ERL_ASSERTION, body);
+}
+
+template <typename T, typename F>
+T *guarded_pointer(F &&body) noexcept {
+    return guarded<T *>(nullptr, nullptr, body);
+}
+
+template <typename F>
+void guarded_void(F &&body) noexcept {
+    guarded_code([&] {
+        body();
+        return 0;
+    });
+}
+
+// libllama's log, kept until Python asks. Bounded: a model that logs a line per
+// tensor must not grow it without end while nobody reads.
+constexpr size_t max_log_lines = 4096;
+
+struct log_line {
+    int32_t level;
+    std::string text;
+};
+
+std::mutex log_mutex;
+std::deque<log_line> log_lines;
+log_line log_partial{GGML_LOG_LEVEL_INFO, ""};
+std::atomic<int32_t> log_count{0};
+
+void on_log(enum ggml_log_level level, const char *text, void *) {
+    try {
+        std::lock_guard<std::mutex> lock(log_mutex);
+        if (level != GGML_LOG_LEVEL_CONT) {
+            log_partial.level = level;
+        }
+        for (const char *at = text; *at;) {
+            const char *newline = std::strchr(at, '\n');
+            if (!newline) {
+                log_partial.text.append(at);
+                break;
+            }
+            log_partial.text.append(at, newline);
+            at = newline + 1;
+            if (log_lines.size() == max_log_lines) {
+                log_lines.pop_front();
+            }
+            log_lines.push_back(log_partial);
+            log_partial.text.clear();
+            log_count.store((int32_t) log_lines.size());
+        }
+    } catch (...) {
+        // A log line lost for want of memory must not end the process.
+    }
+}
+
+}  // namespace
+
+struct erl_load {
+    std::atomic<float> progress{0.0f};
+    std::atomic<bool> cancel{false};
+};
+
+struct erl_context {
+    llama_context *llama = nullptr;
+    std::atomic<bool> abort{false};
+    // seq_id is an array of pointers in llama_batch: each row points into `sequences`.
+    std::vector<int32_t> n_seq_id;
+    std::vector<llama_seq_id> sequences;
+    std::vector<llama_seq_id *> seq_id;
+};
+
+extern "C" {
+
+const char *erl_last_error(void) { return last_error.c_str(); }
+
+int32_t erl_init(void) {
+    return guarded_code([] {
+        llama_log_set(on_log, nullptr);
+        ggml_set_abort_callback(on_assertion);
+        llama_backend_init();
+        return 0;
+    });
+}
+
+const char *erl_system_info(void) {
+    return guarded_pointer<const char>([] { return llama_print_system_info(); });
+}
+
+const char *erl_llama_version(void) {
+    return guarded_pointer<const char>([] { return llama_version(); });
+}
+
+int32_t erl_supports_gpu_offload(void) {
+    return guarded_code([] { return llama_supports_gpu_offload() ? 1 : 0; });
+}
+
+int32_t erl_state_seq_version(void) { return LLAMA_STATE_SEQ_VERSION; }
+
+int32_t erl_max_sequences(void) {
+    return guarded_code([] { return (int32_t) llama_max_parallel_sequences(); });
+}
+
+int32_t erl_n_devices(void) {
+    return guarded_code([] { return (int32_t) ggml_backend_dev_count(); });
+}
+
+const char *erl_device_name(int32_t i) {
+    return guarded_pointer<const char>([=] { return ggml_backend_dev_name(ggml_backend_dev_get(i)); });
+}
+
+const char *erl_device_description(int32_t i) {
+    return guarded_pointer<const char>([=] { return ggml_backend_dev_description(ggml_backend_dev_get(i)); });
+}
+
+int32_t erl_device_is_gpu(int32_t i) {
+    return guarded_code([=] {
+        auto type = ggml_backend_dev_type(ggml_backend_dev_get(i));
+        return type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU ? 1 : 0;
+    });
+}
+
+int32_t erl_log_pending(void) { return log_count.load(); }
+
+int32_t erl_log_next(int32_t *level, char *buffer, int32_t size) {
+    return guarded_code([=]() -> int32_t {
+        std::lock_guard<std::mutex> lock(log_mutex);
+        if (log_lines.empty()) {
+            return -1;
+        }
+        const log_line &line = log_lines.front();
+        int32_t n = (int32_t) std::min<size_t>(line.text.size(), (size_t) size);
+        std::memcpy(buffer, line.text.data(), n);
+        *level = line.level;
+        log_lines.pop_front();
+        log_count.store((int32_t) log_lines.size());
+        return n;
+    });
+}
+
+int32_t erl_ggml_type(const char *name) {
+    return guarded_code([=]() -> int32_t {
+        for (int32_t type = 0; type < GGML_TYPE_COUNT; type++) {
+            const char *candidate = ggml_type_name((ggml_type) type);
+            if (candidate && std::strcmp(candidate, name) == 0) {
+                return type;
+            }
+        }
+        return -1;
+    });
+}
+
+int64_t erl_ggml_block_size(int32_t type) {
+    return guarded<int64_t>(ERL_EXCEPTION, ERL_ASSERTION, [=] { return (int64_t) ggml_blck_size((ggml_type) type); });
+}
+
+// --- models ------------------------------------------------------------------------
+
+erl_load *erl_load_new(void) {
+    return guarded_pointer<erl_load>([] { return new erl_load(); });
+}
+float erl_load_progress(const erl_load *load) { return load->progress.load(); }
+void erl_load_cancel(erl_load *load) { load->cancel.store(true); }
+int32_t erl_load_cancelled(const erl_load *load) { return load->cancel.load() ? 1 : 0; }
+void erl_load_free(erl_load *load) { delete load; }
+
+struct llama_model *erl_model_load(const char *path, const erl_model_options *options, erl_load *load) {
+    return guarded_pointer<llama_model>([=] {
+        llama_model_params params = llama_model_default_params();
+        params.n_gpu_layers = options->n_gpu_layers;
+        params.load_mode = options->mmap ? (options->mlock ? LLAMA_LOAD_MODE_MMAP_MLOCK : LLAMA_LOAD_MODE_MMAP)
+                                         : (options->mlock ? LLAMA_LOAD_MODE_MLOCK : LLAMA_LOAD_MODE_NONE);
+        params.vocab_only = options->vocab_only;
+        params.progress_callback_user_data = load;
+        params.progress_callback = [](float progress, void *user) {
+            erl_load *load = static_cast<erl_load *>(user);
+            load->progress.store(progress);
+            return !load->cancel.load();
+        };
+        return llama_model_load_from_file(path, params);
+    });
+}
+
+void erl_model_free(struct llama_model *model) {
+    guarded_void([=] { llama_model_free(model); });
+}
+
+int32_t erl_model_shape_of(struct llama_model *model, erl_model_shape *out) {
+    return guarded_code([=] {
+        out->n_ctx_train = llama_model_n_ctx_train(model);
+        out->n_embd = llama_model_n_embd(model);
+        out->n_layer = llama_model_n_layer(model);
+        out->n_head = llama_model_n_head(model);
+        out->n_head_kv = llama_model_n_head_kv(model);
+        out->n_swa = llama_model_n_swa(model);
+        out->rope_type = (int32_t) llama_model_rope_type(model);
+        out->n_bytes = llama_model_size(model);
+        out->n_params = llama_model_n_params(model);
+        out->recurrent = llama_model_is_recurrent(model);
+        out->hybrid = llama_model_is_hybrid(model);
+        out->diffusion = llama_model_is_diffusion(model);
+        out->has_encoder = llama_model_has_encoder(model);
+        out->has_decoder = llama_model_has_decoder(model);
+        return 0;
+    });
+}
+
+int32_t erl_model_desc(struct llama_model *model, char *buffer, size_t size) {
+    return guarded_code([=] { return llama_model_desc(model, buffer, size); });
+}
+
+int32_t erl_model_meta_count(struct llama_model *model) {
+    return guarded_code([=] { return llama_model_meta_count(model); });
+}
+
+int32_t erl_model_meta_key(struct llama_model *model, int32_t i, char *buffer, size_t size) {
+    return guarded_code([=] { return llama_model_meta_key_by_index(model, i, buffer, size); });
+}
+
+int32_t erl_model_meta_value(struct llama_model *model, int32_t i, char *buffer, size_t size) {
+    return guarded_code([=] { return llama_model_meta_val_str_by_index(model, i, buffer, size); });
+}
+
+const char *erl_model_chat_template(struct llama_model *model, const char *name) {
+    return guarded_pointer<const char>([=] { return llama_model_chat_template(model, name); });
+}
+
+// --- vocabularies --------------------------------------------------------------------
+
+const struct llama_vocab *erl_vocab(struct llama_model *model) {
+    return guarded_pointer<const llama_vocab>([=] { return llama_model_get_vocab(model); });
+}
+
+int32_t erl_vocab_shape_of(const struct llama_vocab *vocab, erl_vocab_shape *out) {
+    return guarded_code([=] {
+        out->n_tokens = llama_vocab_n_tokens(vocab);
+        out->type = (int32_t) llama_vocab_type(vocab);
+        out->bos = llama_vocab_bos(vocab);
+        out->eos = llama_vocab_eos(vocab);
+        out->eot = llama_vocab_eot(vocab);
+        out->nl = llama_vocab_nl(vocab);
+        out->pad = llama_vocab_pad(vocab);
+        out->sep = llama_vocab_sep(vocab);
+        out->mask = llama_vocab_mask(vocab);
+        out->fim_pre = llama_vocab_fim_pre(vocab);
+        out->fim_suf = llama_vocab_fim_suf(vocab);
+        out->fim_mid = llama_vocab_fim_mid(vocab);
+        out->add_bos = llama_vocab_get_add_bos(vocab);
+        out->add_eos = llama_vocab_get_add_eos(vocab);
+        return 0;
+    });
+}
+
+const char *erl_vocab_text(const struct llama_vocab *vocab, int32_t token) {
+    return guarded_pointer<const char>([=] { return llama_vocab_get_text(vocab, token); });
+}
+
+int32_t erl_vocab_attributes(const struct llama_vocab *vocab, int32_t *attributes, int8_t *is_eog, int32_t n) {
+    return guarded_code([=] {
+        for (int32_t token = 0; token < n; token++) {
+            attributes[token] = (int32_t) llama_vocab_get_attr(vocab, token);
+            is_eog[token] = llama_vocab_is_eog(vocab, token) ? 1 : 0;
+        }
+        return 0;
+    });
+}
+
+int32_t erl_tokenize(const struct llama_vocab *vocab, const char *text, int32_t n_text, int32_t *tokens,
+                     int32_t n_max, int32_t add_special, int32_t parse_special) {
+    return guarded_code(
+        [=] { return llama_tokenize(vocab, text, n_text, tokens, n_max, add_special != 0, parse_special != 0); });
+}
+
+int32_t erl_token_piece(const struct llama_vocab *vocab, int32_t token, char *buffer, int32_t size, int32_t special) {
+    return guarded_code([=] { return llama_token_to_piece(vocab, token, buffer, size, 0, special != 0); });
+}
+
+int32_t erl_detokenize(const struct llama_vocab *vocab, const int32_t *tokens, int32_t n_tokens, char *buffer,
+                       int32_t size, int32_t remove_special, int32_t unparse_special) {
+    return guarded_code([=] {
+        return llama_detokenize(vocab, tokens, n_tokens, buffer, size, remove_special != 0, unparse_special != 0);
+    });
+}
+
+// --- contexts --------------------------------------------------------------------------
+
+erl_context *erl_context_new(struct llama_model *model, const erl_context_options *options) {
+    return guarded_pointer<erl_context>([=]() -> erl_context * {
+        erl_context *context = new erl_context();
+        llama_context_params params = llama_context_default_params();
+        params.n_ctx = options->n_ctx;
+        params.n_batch = options->n_batch;
+        params.n_ubatch = options->n_ubatch;
+        params.n_seq_max = options->n_seq_max;
+        params.n_threads = options->n_threads;
+        params.n_threads_batch = options->n_threads_batch;
+        params.flash_attn_type = (llama_flash_attn_type) options->flash_attn;
+        params.type_k = (ggml_type) options->type_k;
+        params.type_v = (ggml_type) options->type_v;
+        params.rope_freq_base = options->rope_freq_base;
+        params.rope_freq_scale = options->rope_freq_scale;
+        params.offload_kqv = options->offload_kqv;
+        params.swa_full = options->swa_full;
+        params.kv_unified = options->kv_unified;
+        params.no_perf = true;
+        params.abort_callback_data = &context->abort;
+        params.abort_callback = [](void *flag) { return static_cast<std::atomic<bool> *>(flag)->load(); };
+        try {
+            context->llama = llama_init_from_model(model, params);
+        } catch (...) {
+            delete context;
+            throw;
+        }
+        if (!context->llama) {
+            delete context;
+            return nullptr;
+        }
+        size_t n_batch = llama_n_batch(context->llama);
+        context->n_seq_id.assign(n_batch, 1);
+        context->sequences.assign(n_batch, 0);
+        context->seq_id.resize(n_batch);
+        for (size_t i = 0; i < n_batch; i++) {
+            context->seq_id[i] = &context->sequences[i];
+        }
+        return context;
+    });
+}
+
+void erl_context_free(erl_context *context) {
+    guarded_void([=] {
+        llama_free(context->llama);
+        delete context;
+    });
+}
+
+void erl_context_abort(erl_context *context, int32_t abort) { context->abort.store(abort != 0); }
+
+uint32_t erl_context_n_ctx(const erl_context *context) { return llama_n_ctx(context->llama); }
+uint32_t erl_context_n_batch(const erl_context *context) { return llama_n_batch(context->llama); }
+uint32_t erl_context_n_ubatch(const erl_context *context) { return llama_n_ubatch(context->llama); }
+
+int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
+                   const int32_t *sequences, const int8_t *output) {
+    return guarded_code([=]() -> int32_t {
+        if (n < 1 || (size_t) n > context->sequences.size()) {
+            throw std::invalid_argument("a batch of " + std::to_string(n) + " tokens; n_batch is " +
+                                        std::to_string(context->sequences.size()));
+        }
+        std::memcpy(context->sequences.data(), sequences, n * sizeof(int32_t));
+        llama_batch batch = {};
+        batch.n_tokens = n;
+        // llama_batch is not const-correct; llama_decode reads these arrays only.
+        batch.token = const_cast<llama_token *>(tokens);
+        batch.pos = const_cast<llama_pos *>(positions);
+        batch.n_seq_id = context->n_seq_id.data();
+        batch.seq_id = context->seq_id.data();
+        batch.logits = const_cast<int8_t *>(output);
+        return llama_decode(context->llama, batch);
+    });
+}
+
+const float *erl_logits(erl_context *context) {
+    return guarded_pointer<const float>([=] { return llama_get_logits(context->llama); });
+}
+
+int32_t erl_memory_clear(erl_context *context, int32_t zero) {
+    return guarded_code([=] {
+        llama_memory_clear(llama_get_memory(context->llama), zero != 0);
+        return 0;
+    });
+}
+
+int32_t erl_memory_cut(erl_context *context, int32_t sequence, int32_t p0, int32_t p1) {
+    return guarded_code(
+        [=] { return llama_memory_seq_rm(llama_get_memory(context->llama), sequence, p0, p1) ? 1 : 0; });
+}
+
+int32_t erl_memory_copy(erl_context *context, int32_t source, int32_t target, int32_t p0, int32_t p1) {
+    return guarded_code([=] {
+        llama_memory_seq_cp(llama_get_memory(context->llama), source, target, p0, p1);
+        return 0;
+    });
+}
+
+int32_t erl_memory_first(erl_context *context, int32_t sequence) {
+    return guarded_code([=] { return llama_memory_seq_pos_min(llama_get_memory(context->llama), sequence); });
+}
+
+int32_t erl_memory_last(erl_context *context, int32_t sequence) {
+    return guarded_code([=] { return llama_memory_seq_pos_max(llama_get_memory(context->llama), sequence); });
+}
+
+int64_t erl_state_size(erl_context *context, int32_t sequence) {
+    return guarded<int64_t>(ERL_EXCEPTION, ERL_ASSERTION,
+                            [=] { return (int64_t) llama_state_seq_get_size(context->llama, sequence); });
+}
+
+int64_t erl_state_get(erl_context *context, int32_t sequence, uint8_t *buffer, size_t size) {
+    return guarded<int64_t>(ERL_EXCEPTION, ERL_ASSERTION, [=] {
+        return (int64_t) llama_state_seq_get_data(context->llama, buffer, size, sequence);
+    });
+}
+
+int64_t erl_state_set(erl_context *context, int32_t sequence, const uint8_t *buffer, size_t size) {
+    return guarded<int64_t>(ERL_EXCEPTION, ERL_ASSERTION, [=] {
+        return (int64_t) llama_state_seq_set_data(context->llama, buffer, size, sequence);
+    });
+}
+
+// --- GGUF files ----------------------------------------------------------------------------
+
+struct gguf_context *erl_gguf_open(const char *path) {
+    return guarded_pointer<gguf_context>([=] {
+        gguf_init_params params = {/*.no_alloc =*/true, /*.ctx =*/nullptr};
+        return gguf_init_from_file(path, params);
+    });
+}
+
+void erl_gguf_free(struct gguf_context *gguf) {
+    guarded_void([=] { gguf_free(gguf); });
+}
+
+int64_t erl_gguf_n_keys(const struct gguf_context *gguf) { return gguf_get_n_kv(gguf); }
+
+const char *erl_gguf_key(const struct gguf_context *gguf, int64_t i) {
+    return guarded_pointer<const char>([=] { return gguf_get_key(gguf, i); });
+}
+
+int32_t erl_gguf_type(const struct gguf_context *gguf, int64_t i) {
+    return guarded_code([=] { return (int32_t) gguf_get_kv_type(gguf, i); });
+}
+
+int32_t erl_gguf_array_type(const struct gguf_context *gguf, int64_t i) {
+    return guarded_code([=] { return (int32_t) gguf_get_arr_type(gguf, i); });
+}
+
+int64_t erl_gguf_array_length(const struct gguf_context *gguf, int64_t i) {
+    return guarded<int64_t>(ERL_EXCEPTION, ERL_ASSERTION, [=] { return (int64_t) gguf_get_arr_n(gguf, i); });
+}
+
+const void *erl_gguf_value(const struct gguf_context *gguf, int64_t i) {
+    return guarded_pointer<const void>([=] {
+        return gguf_get_kv_type(gguf, i) == GGUF_TYPE_ARRAY ? gguf_get_arr_data(gguf, i) : gguf_get_val_data(gguf, i);
+    });
+}
+
+const char *erl_gguf_string(const struct gguf_context *gguf, int64_t i) {
+    return guarded_pointer<const char>([=] { return gguf_get_val_str(gguf, i); });
+}
+
+const char *erl_gguf_array_string(const struct gguf_context *gguf, int64_t i, int64_t j) {
+    return guarded_pointer<const char>([=] { return gguf_get_arr_str(gguf, i, (size_t) j); });
+}
+
+uint64_t erl_gguf_data_offset(const struct gguf_context *gguf) { return gguf_get_data_offset(gguf); }
+int64_t erl_gguf_n_tensors(const struct gguf_context *gguf) { return gguf_get_n_tensors(gguf); }
+
+const char *erl_gguf_tensor_name(const struct gguf_context *gguf, int64_t i) {
+    return guarded_pointer<const char>([=] { return gguf_get_tensor_name(gguf, i); });
+}
+
+int32_t erl_gguf_tensor(const struct gguf_context *gguf, int64_t i, uint64_t *offset, uint64_t *size, int32_t *type,
+                        int64_t shape[4]) {
+    return guarded_code([=] {
+        *offset = gguf_get_tensor_offset(gguf, i);
+        *size = gguf_get_tensor_size(gguf, i);
+        *type = (int32_t) gguf_get_tensor_type(gguf, i);
+        const int64_t *ne = gguf_get_tensor_ne(gguf, i);
+        for (int d = 0; d < 4; d++) {
+            shape[d] = ne[d];
+        }
+        return 0;
+    });
+}
+
+}  // extern "C"

@@ -1,0 +1,171 @@
+/* The C surface that Python sees. cffi reads everything between the two
+ * markers; shim.cpp implements it over llama.h and ggml.h, so a libllama whose
+ * headers differ fails to compile instead of failing at run time.
+ *
+ * No C++ exception crosses this surface, and an assertion inside libllama on
+ * the calling thread is turned into a failed call: a failed call returns the
+ * documented value and leaves its reason in erl_last_error(). */
+#ifndef ERLLAMA_SHIM_H
+#define ERLLAMA_SHIM_H
+#include <stddef.h>
+#include <stdint.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+/* cffi: begin */
+
+struct llama_model;
+struct llama_vocab;
+struct gguf_context;
+typedef struct erl_load erl_load;       /* progress and cancellation of one model load */
+typedef struct erl_context erl_context; /* a llama_context with its batch and abort flag */
+
+/* Results of calls that return int32_t, below any value libllama returns. */
+#define ERL_EXCEPTION -1000
+#define ERL_ASSERTION -1001
+
+typedef struct {
+    int32_t n_gpu_layers; /* < 0: all */
+    int8_t mmap;
+    int8_t mlock;
+    int8_t vocab_only;
+} erl_model_options;
+
+typedef struct {
+    uint32_t n_ctx;
+    uint32_t n_batch;
+    uint32_t n_ubatch;
+    uint32_t n_seq_max;
+    int32_t n_threads;
+    int32_t n_threads_batch;
+    int32_t flash_attn; /* -1 auto, 0 off, 1 on */
+    int32_t type_k;     /* ggml types, see erl_ggml_type() */
+    int32_t type_v;
+    float rope_freq_base;  /* 0: the model's */
+    float rope_freq_scale; /* 0: the model's */
+    int8_t offload_kqv;
+    int8_t swa_full;
+    int8_t kv_unified;
+} erl_context_options;
+
+typedef struct {
+    int32_t n_ctx_train;
+    int32_t n_embd;
+    int32_t n_layer;
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t n_swa;
+    int32_t rope_type;
+    uint64_t n_bytes;
+    uint64_t n_params;
+    int8_t recurrent;
+    int8_t hybrid;
+    int8_t diffusion;
+    int8_t has_encoder;
+    int8_t has_decoder;
+} erl_model_shape;
+
+typedef struct {
+    int32_t n_tokens;
+    int32_t type;
+    int32_t bos, eos, eot, nl, pad, sep, mask;
+    int32_t fim_pre, fim_suf, fim_mid;
+    int8_t add_bos;
+    int8_t add_eos;
+} erl_vocab_shape;
+
+/* The reason of the calling thread's last failed call; valid until its next call. */
+const char *erl_last_error(void);
+
+/* Once per process: backends, log and assertion handlers. 0, or < 0. */
+int32_t erl_init(void);
+const char *erl_system_info(void);
+const char *erl_llama_version(void);
+int32_t erl_supports_gpu_offload(void);
+int32_t erl_state_seq_version(void);
+int32_t erl_max_sequences(void);
+int32_t erl_n_devices(void);
+const char *erl_device_name(int32_t i);
+const char *erl_device_description(int32_t i);
+int32_t erl_device_is_gpu(int32_t i);
+
+/* One line of libllama's log: its length, or -1 when there is none.
+ * `level` is ggml's: 1 debug, 2 info, 3 warning, 4 error. */
+int32_t erl_log_pending(void);
+int32_t erl_log_next(int32_t *level, char *buffer, int32_t size);
+
+/* ggml's number of a type name such as "f16" or "q8_0", or -1. */
+int32_t erl_ggml_type(const char *name);
+int64_t erl_ggml_block_size(int32_t type);
+
+/* Models. erl_model_load: NULL when it failed or was cancelled. */
+erl_load *erl_load_new(void);
+float erl_load_progress(const erl_load *load);
+void erl_load_cancel(erl_load *load);
+int32_t erl_load_cancelled(const erl_load *load);
+void erl_load_free(erl_load *load);
+struct llama_model *erl_model_load(const char *path, const erl_model_options *options, erl_load *load);
+void erl_model_free(struct llama_model *model);
+int32_t erl_model_shape_of(struct llama_model *model, erl_model_shape *out);
+int32_t erl_model_desc(struct llama_model *model, char *buffer, size_t size);
+int32_t erl_model_meta_count(struct llama_model *model);
+int32_t erl_model_meta_key(struct llama_model *model, int32_t i, char *buffer, size_t size);
+int32_t erl_model_meta_value(struct llama_model *model, int32_t i, char *buffer, size_t size);
+const char *erl_model_chat_template(struct llama_model *model, const char *name);
+
+/* Vocabularies belong to their model. */
+const struct llama_vocab *erl_vocab(struct llama_model *model);
+int32_t erl_vocab_shape_of(const struct llama_vocab *vocab, erl_vocab_shape *out);
+const char *erl_vocab_text(const struct llama_vocab *vocab, int32_t token);
+int32_t erl_vocab_attributes(const struct llama_vocab *vocab, int32_t *attributes, int8_t *is_eog, int32_t n);
+int32_t erl_tokenize(const struct llama_vocab *vocab, const char *text, int32_t n_text,
+                     int32_t *tokens, int32_t n_max, int32_t add_special, int32_t parse_special);
+int32_t erl_token_piece(const struct llama_vocab *vocab, int32_t token, char *buffer, int32_t size, int32_t special);
+int32_t erl_detokenize(const struct llama_vocab *vocab, const int32_t *tokens, int32_t n_tokens,
+                       char *buffer, int32_t size, int32_t remove_special, int32_t unparse_special);
+
+/* Contexts. */
+erl_context *erl_context_new(struct llama_model *model, const erl_context_options *options);
+void erl_context_free(erl_context *context);
+void erl_context_abort(erl_context *context, int32_t abort);
+uint32_t erl_context_n_ctx(const erl_context *context);
+uint32_t erl_context_n_batch(const erl_context *context);
+uint32_t erl_context_n_ubatch(const erl_context *context);
+/* 0 done; 1 no cells free; 2 aborted; < 0 failed. Rows whose `output` is not 0
+ * leave logits, in the order of the batch. */
+int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
+                   const int32_t *sequences, const int8_t *output);
+const float *erl_logits(erl_context *context);
+
+/* Memory: positions [p0, p1); p1 < 0 means to the end. */
+int32_t erl_memory_clear(erl_context *context, int32_t zero);
+int32_t erl_memory_cut(erl_context *context, int32_t sequence, int32_t p0, int32_t p1); /* 1 done, 0 refused */
+int32_t erl_memory_copy(erl_context *context, int32_t source, int32_t target, int32_t p0, int32_t p1);
+int32_t erl_memory_first(erl_context *context, int32_t sequence);
+int32_t erl_memory_last(erl_context *context, int32_t sequence);
+int64_t erl_state_size(erl_context *context, int32_t sequence);
+int64_t erl_state_get(erl_context *context, int32_t sequence, uint8_t *buffer, size_t size);
+int64_t erl_state_set(erl_context *context, int32_t sequence, const uint8_t *buffer, size_t size);
+
+/* GGUF files, their metadata alone. */
+struct gguf_context *erl_gguf_open(const char *path);
+void erl_gguf_free(struct gguf_context *gguf);
+int64_t erl_gguf_n_keys(const struct gguf_context *gguf);
+const char *erl_gguf_key(const struct gguf_context *gguf, int64_t i);
+int32_t erl_gguf_type(const struct gguf_context *gguf, int64_t i);
+int32_t erl_gguf_array_type(const struct gguf_context *gguf, int64_t i);
+int64_t erl_gguf_array_length(const struct gguf_context *gguf, int64_t i);
+const void *erl_gguf_value(const struct gguf_context *gguf, int64_t i);
+const char *erl_gguf_string(const struct gguf_context *gguf, int64_t i);
+const char *erl_gguf_array_string(const struct gguf_context *gguf, int64_t i, int64_t j);
+uint64_t erl_gguf_data_offset(const struct gguf_context *gguf);
+int64_t erl_gguf_n_tensors(const struct gguf_context *gguf);
+const char *erl_gguf_tensor_name(const struct gguf_context *gguf, int64_t i);
+int32_t erl_gguf_tensor(const struct gguf_context *gguf, int64_t i, uint64_t *offset, uint64_t *size,
+                        int32_t *type, int64_t shape[4]);
+
+/* cffi: end */
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,155 @@
+"""A model's vocabulary: text to tokens and back, and what each token is.
+
+Thread-safe: libllama's tokenizer may be called from any thread, and
+everything else here is read once when the vocabulary is made.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from erllama.llama_ffi.library import LlamaError, check, ffi, lib, text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from erllama.llama_ffi.handle import Handle
+    from numpy.typing import NDArray
+
+_TYPE_NAMES = {0: "none", 1: "spm", 2: "bpe", 3: "wpm", 4: "ugm", 5: "rwkv", 6: "plamo2"}
+_ATTR_CONTROL = 1 << 3
+_INT32_MAX = 2**31 - 1
+
+
+class Vocabulary:
+    """The vocabulary of one model.
+
+    Attributes:
+        n_tokens: size; token ids are 0 to n_tokens - 1.
+        type: the kind of tokenizer: "spm", "bpe", "wpm", "ugm", "rwkv", "plamo2" or "none".
+        bos, eos, eot, nl, pad: ids of the tokens of note, None where the model has none.
+        add_bos, add_eos: whether `tokenize(add_special=True)` adds them.
+        is_eog: bool array, shape (n_tokens,): tokens that end generation.
+        is_control: bool array, shape (n_tokens,): tokens that are no text.
+    """
+
+    def __init__(self, model: Handle) -> None:
+        self._model = model
+        with model.held() as pointer:
+            # Lives as long as the model does: looked at only while that is held.
+            self._vocab = lib.erl_vocab(pointer)
+            shape = ffi.new("erl_vocab_shape *")
+            check(lib.erl_vocab_shape_of(self._vocab, shape), "reading the vocabulary")
+            self.n_tokens = int(shape.n_tokens)
+            attributes = np.zeros(self.n_tokens, np.int32)
+            eog = np.zeros(self.n_tokens, np.int8)
+            check(
+                lib.erl_vocab_attributes(
+                    self._vocab,
+                    ffi.from_buffer("int32_t[]", attributes),
+                    ffi.from_buffer("int8_t[]", eog),
+                    self.n_tokens,
+                ),
+                "reading the vocabulary",
+            )
+        self.type = _TYPE_NAMES.get(shape.type, f"type {shape.type}")
+        self.bos, self.eos, self.eot = _id(shape.bos), _id(shape.eos), _id(shape.eot)
+        self.nl, self.pad = _id(shape.nl), _id(shape.pad)
+        self.add_bos, self.add_eos = bool(shape.add_bos), bool(shape.add_eos)
+        self.is_eog: NDArray[np.bool_] = eog.astype(bool)
+        self.is_control: NDArray[np.bool_] = (attributes & _ATTR_CONTROL) != 0
+
+    def tokenize(
+        self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
+    ) -> NDArray[np.int32]:
+        """Turn text into token ids.
+
+        Args:
+            source: text; bytes are taken as they are.
+            add_special: add BOS and EOS where the model asks for them.
+            parse_special: read the text of special tokens as those tokens.
+
+        Returns:
+            int32 array, shape (n,).
+
+        Raises:
+            LlamaError: the model has no tokenizer, or the text is too long for it.
+        """
+        if self.type == "none":
+            raise LlamaError("this model has no vocabulary to tokenize with; pass token ids")
+        raw = source.encode("utf-8", "surrogatepass") if isinstance(source, str) else bytes(source)
+        if len(raw) > _INT32_MAX // 4:
+            raise LlamaError(f"a text of {len(raw)} bytes; the tokenizer takes at most {_INT32_MAX // 4}")
+        tokens = np.empty(len(raw) + 8, np.int32)
+        with self._model.held():
+            for _ in range(2):
+                out = ffi.from_buffer("int32_t[]", tokens, require_writable=True)
+                n = check(
+                    lib.erl_tokenize(self._vocab, raw, len(raw), out, len(tokens), add_special, parse_special),
+                    "tokenizing",
+                )
+                if n >= 0:
+                    return tokens[:n].copy()
+                tokens = np.empty(-n, np.int32)
+        raise LlamaError(f"tokenizing a text of {len(raw)} bytes failed")
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes that one token stands for; empty for control tokens unless `special`."""
+        self._check_ids([token])
+        size = 64
+        with self._model.held():
+            buffer = ffi.new("char[]", size)
+            n = check(lib.erl_token_piece(self._vocab, token, buffer, size, special), "reading a token")
+            if n < 0:
+                size = -n
+                buffer = ffi.new("char[]", size)
+                n = check(lib.erl_token_piece(self._vocab, token, buffer, size, special), "reading a token")
+        return bytes(ffi.buffer(buffer, n))
+
+    def detokenize(
+        self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False, remove_special: bool = False
+    ) -> bytes:
+        """The bytes that token ids stand for.
+
+        Args:
+            tokens: ids, each 0 to n_tokens - 1.
+            special: write special tokens out as their text instead of leaving them out.
+            remove_special: leave a BOS at the start and an EOS at the end out.
+
+        Raises:
+            LlamaError: an id is outside the vocabulary.
+        """
+        ids = self._check_ids(tokens)
+        if not len(ids):
+            return b""
+        size = 8 * len(ids) + 64
+        given = ffi.from_buffer("int32_t[]", ids)
+        with self._model.held():
+            for _ in range(2):
+                buffer = ffi.new("char[]", size)
+                n = check(
+                    lib.erl_detokenize(self._vocab, given, len(ids), buffer, size, remove_special, special),
+                    "detokenizing",
+                )
+                if n >= 0:
+                    return bytes(ffi.buffer(buffer, n))
+                size = -n
+        raise LlamaError(f"detokenizing {len(ids)} tokens failed")
+
+    def text(self, token: int) -> str:
+        """The token as the vocabulary file spells it, e.g. "<|im_end|>" or "▁the"."""
+        self._check_ids([token])
+        with self._model.held():
+            return text(lib.erl_vocab_text(self._vocab, token))
+
+    def _check_ids(self, tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int32]:
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.n_tokens):
+            bad = int(ids[(ids < 0) | (ids >= self.n_tokens)][0])
+            raise LlamaError(f"token id {bad} is outside the vocabulary of {self.n_tokens} tokens")
+        return np.ascontiguousarray(ids, dtype=np.int32)
+
+
+def _id(token: int) -> int | None:
+    return int(token) if token >= 0 else None

