@@ -3,6 +3,7 @@
     <root>/index.db                    what is stored
     <root>/blocks/ab/abcdef….kvc       one file a block, named by its key
     <root>/partial/                    files being written
+    <root>/damaged/                    the last few files that were not what they should be
 
 A file is written under `partial/`, made durable, renamed into place and only
 then indexed. What a crash leaves between those steps is put right when the
@@ -21,18 +22,17 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from erllama.cache import kvc
 from erllama.cache.blocks import Block
 from erllama.cache.index import Index, IndexRow
 from erllama.cache.keys import KEY_BYTES
-from numpy.typing import NDArray
 
 from erllama.errors import CacheError, CacheFormatError
 
 log = logging.getLogger("erllama.cache")
 
 _STALE_PARTIAL_SECONDS = 3600
+_DAMAGED_KEPT = 8  # enough to see what happened; they are outside every budget
 
 
 class DiskTier:
@@ -47,7 +47,8 @@ class DiskTier:
         self.root = root
         self._blocks = root / "blocks"
         self._partial = root / "partial"
-        for directory in (root, self._blocks, self._partial):
+        self._damaged = root / "damaged"
+        for directory in (root, self._blocks, self._partial, self._damaged):
             _private_directory(directory)
         self.index = Index(root / "index.db")
         self._serial = itertools.count()
@@ -58,7 +59,7 @@ class DiskTier:
         name = key.hex()
         return self._blocks / name[:2] / f"{name}{kvc.SUFFIX}"
 
-    def write(self, block: Block, payload: memoryview | NDArray[np.uint8], now: int) -> int:
+    def write(self, block: Block, payload: memoryview, now: int) -> int:
         """Store one block durably, replacing a file of the same key; returns the file's bytes."""
         final = self.path_of(block.key)
         _private_directory(final.parent)
@@ -99,7 +100,9 @@ class DiskTier:
         """Take a damaged file out of the way, kept for a look at what happened."""
         path = self.path_of(key)
         with contextlib.suppress(OSError):
-            path.rename(path.with_suffix(".damaged"))
+            path.rename(self._damaged / f"{time.time_ns()}-{path.name}")
+            for old in sorted(self._damaged.iterdir())[:-_DAMAGED_KEPT]:
+                old.unlink()
         self.index.remove([key])
 
     def close(self) -> None:

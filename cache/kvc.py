@@ -16,7 +16,6 @@ import numpy as np
 import xxhash
 from erllama.cache.blocks import Block, SaveReason
 from erllama.cache.keys import TOKEN_BYTES, child_key
-from numpy.typing import NDArray
 
 from erllama.errors import CacheFormatError
 
@@ -36,9 +35,8 @@ def header_bytes(n_tokens: int) -> int:
     return _FIXED.size + n_tokens * TOKEN_BYTES + _CHECKSUM_BYTES
 
 
-def encode_header(block: Block, payload: memoryview | NDArray[np.uint8]) -> bytes:
+def encode_header(block: Block, payload: memoryview) -> bytes:
     """The header that goes before `payload`."""
-    view = memoryview(payload).cast("B")
     fixed = _FIXED.pack(
         MAGIC,
         VERSION,
@@ -47,14 +45,14 @@ def encode_header(block: Block, payload: memoryview | NDArray[np.uint8]) -> byte
         block.reason,
         block.start,
         block.slice_end,
-        view.nbytes,
+        payload.nbytes,
         block.n_tokens,
         0,
         block.namespace,
         block.parent,
         block.key,
         block.recipe,
-        xxhash.xxh3_128_digest(view),
+        xxhash.xxh3_128_digest(payload),
     )
     body = fixed + block.tokens
     return body + xxhash.xxh3_128_digest(body)
@@ -128,7 +126,7 @@ def read(path: Path) -> tuple[Block, memoryview]:
     try:
         size = os.fstat(descriptor).st_size
         # A numpy buffer: bytearray would write zeros first, and bytes would be copied.
-        content = memoryview(np.empty(size, np.uint8))
+        content = np.empty(size, np.uint8).data
         done = 0
         while done < size:
             n = os.readv(descriptor, [content[done:]])
@@ -161,7 +159,7 @@ def read_header(path: Path) -> tuple[Block, int]:
     return block, payload_bytes
 
 
-def write(path: Path, block: Block, payload: memoryview | NDArray[np.uint8]) -> int:
+def write(path: Path, block: Block, payload: memoryview) -> int:
     """Write one file, private to its owner and on stable storage when this returns.
 
     `path` is a temporary name: publishing it is the caller's.
@@ -170,17 +168,16 @@ def write(path: Path, block: Block, payload: memoryview | NDArray[np.uint8]) -> 
         bytes written.
     """
     header = encode_header(block, payload)
-    view = memoryview(payload).cast("B")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        for piece in (memoryview(header), view):
+        for piece in (memoryview(header), payload):
             done = 0
             while done < piece.nbytes:
                 done += os.write(descriptor, piece[done:])
         getattr(os, "fdatasync", os.fsync)(descriptor)
     finally:
         os.close(descriptor)
-    return len(header) + view.nbytes
+    return len(header) + payload.nbytes
 
 
 def _open(path: Path) -> int:

@@ -23,7 +23,8 @@ from typing import Never
 import numpy as np
 import platformdirs
 from erllama.cache import kvc
-from erllama.cache.blocks import Block, SaveReason
+from erllama.cache.blocks import Block
+from erllama.cache.counters import Counters
 from erllama.cache.disk import DiskTier
 from erllama.cache.keys import TOKEN_BYTES, child_key, token_bytes
 from erllama.cache.lru import LeafLRU
@@ -40,23 +41,6 @@ log = logging.getLogger("erllama.cache")
 RAM, DISK, PENDING = "ram", "disk", "pending"
 TIERS = (RAM, DISK)
 
-# Names in `counters()`, always all present.
-_COUNTERS = (
-    "hits_exact",
-    "hits_partial",
-    "misses",
-    "tokens_reused",
-    *(f"saves_{reason.name.lower()}" for reason in SaveReason),
-    "saves_dropped",
-    "duplicates_dropped",
-    "tails_overtaken",
-    "evictions_ram",
-    "evictions_disk",
-    "corrupt_files",
-    "disk_errors",
-    "restore_errors",
-    "bytes_written",
-)
 _TOUCH_FLUSH = 512  # uses noted in memory before the index is told of them
 
 _open_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
@@ -110,8 +94,7 @@ class Cache:
         self._lru = {RAM: LeafLRU(), DISK: LeafLRU()}
         self._pins: Counter[bytes] = Counter()
         self._touched: dict[bytes, int] = {}
-        self._counts: Counter[str] = Counter(dict.fromkeys(_COUNTERS, 0))
-        self._seconds: Counter[str] = Counter(dict.fromkeys(("lookup", "load", "write"), 0.0))
+        self._counters = Counters()
         self._fingerprints: dict[str, str] = {}
         self._closed = False
         self.disk_error: CacheError | None = None
@@ -132,7 +115,7 @@ class Cache:
                 if isinstance(error, CacheError)
                 else CacheError(f"the cache directory {root} cannot be used: {error}; give a writable one")
             )
-            self._count("disk_errors")
+            self._counters.add("disk_errors")
             log.warning("%s. Going on without a disk tier", self.disk_error)
 
     # --- what the engine calls ----------------------------------------------------------
@@ -149,16 +132,14 @@ class Cache:
         Returns:
             a Match whose blocks are pinned until its `release()`; use it in a `with`.
         """
-        began = time.perf_counter()
-        raw = token_bytes(tokens)
-        with self._lock:
+        with self._counters.timing("lookup"), self._lock:
+            raw = token_bytes(tokens)
             self._see_others()
             blocks, n_tokens = self._walk(namespace, raw, whole)
             now = time.time_ns()
             for block in blocks:
                 self._pins[block.key] += 1
                 self._touch(block.key, now)
-            self._seconds["lookup"] += time.perf_counter() - began
         return Match(tuple(blocks), n_tokens, self._unpin)
 
     def _walk(self, namespace: bytes, raw: bytes, whole: bool) -> tuple[list[Block], int]:
@@ -189,18 +170,12 @@ class Cache:
         Returns:
             None when no place can give it, undamaged; the block is then forgotten.
         """
-        began = time.perf_counter()
-        try:
+        with self._counters.timing("load"):
             with self._lock:
                 payload = self._ram.get(block.key)
-            if payload is not None:
-                return Loaded(RAM, memoryview(payload))
-            payload = self._writer.get(block.key)
-            if payload is not None:
-                return Loaded(RAM, memoryview(payload))
-            return self._load_from_disk(block)
-        finally:
-            self._add_seconds("load", time.perf_counter() - began)
+            if payload is None:
+                payload = self._writer.get(block.key)
+            return self._load_from_disk(block) if payload is None else Loaded(RAM, payload.data)
 
     def _load_from_disk(self, block: Block) -> Loaded | None:
         if self._disk is None:
@@ -209,7 +184,7 @@ class Cache:
             payload = self._disk.read(block)
         except CacheFormatError as error:
             log.warning("%s: %s; not used", self._disk.path_of(block.key), error)
-            self._count("corrupt_files")
+            self._counters.add("corrupt_files")
             with self._guarding_disk("setting a damaged file aside"):
                 self._disk.set_aside(block.key)
             self._forget(DISK, block.key)
@@ -217,7 +192,7 @@ class Cache:
         except OSError as error:
             if not isinstance(error, FileNotFoundError):
                 log.warning("%s cannot be read: %s", self._disk.path_of(block.key), error)
-                self._count("disk_errors")
+                self._counters.add("disk_errors")
             self._forget(DISK, block.key)
             return None
         with self._lock:
@@ -241,7 +216,7 @@ class Cache:
             if self._closed:
                 return False
             if self._tree.get(block.key) is not None and not replace:
-                self._counts["duplicates_dropped"] += 1
+                self._counters.add("duplicates_dropped")
                 return False
             if replace:
                 self._drop(RAM, block.key)
@@ -251,9 +226,9 @@ class Cache:
             in_ram = self._put_in_ram(block, block_payload)
             queued = self._offer_to_disk(block, block_payload)
             if not in_ram and not queued:
-                self._counts["saves_dropped"] += 1
+                self._counters.add("saves_dropped")
                 return False
-            self._counts[f"saves_{block.reason.name.lower()}"] += 1
+            self._counters.add(f"saves_{block.reason.name.lower()}")
             for tail in self._tree.overtaken_by(block):
                 self._overtake(tail)
         return True
@@ -269,7 +244,7 @@ class Cache:
             self._tree.add(block, PENDING)
             return True
         if self.ram_budget:  # else the caller counts it
-            self._counts["saves_dropped"] += 1
+            self._counters.add("saves_dropped")
         return False
 
     def _overtake(self, tail: Block) -> None:
@@ -278,7 +253,7 @@ class Cache:
         self._drop(RAM, tail.key)
         if self._writer.cancel(tail.key):
             self._tree.discard(tail.key, PENDING)
-        self._counts["tails_overtaken"] += 1
+        self._counters.add("tails_overtaken")
 
     def contains(self, key: bytes) -> bool:
         """Whether a block is stored anywhere."""
@@ -294,14 +269,14 @@ class Cache:
     def count_request(self, kind: str, tokens_reused: int) -> None:
         """Count how a request was served: "exact", "partial" or "cold"."""
         with self._lock:
-            self._counts["misses" if kind == "cold" else f"hits_{kind}"] += 1
-            self._counts["tokens_reused"] += tokens_reused
+            self._counters.add("misses" if kind == "cold" else f"hits_{kind}")
+            self._counters.add("tokens_reused", tokens_reused)
 
     def reject(self, block: Block, error: Exception) -> None:
         """Forget a block whose payload the backend refused."""
         log.warning("a stored block of %d tokens could not be restored: %s; dropped", block.n_tokens, error)
         with self._lock:
-            self._counts["restore_errors"] += 1
+            self._counters.add("restore_errors")
             self._drop(RAM, block.key)
             if self._writer.cancel(block.key):
                 self._tree.discard(block.key, PENDING)
@@ -339,8 +314,7 @@ class Cache:
     def counters(self) -> Mapping[str, int | float]:
         """Counts since this cache was made, seconds spent, and bytes held now, by name."""
         with self._lock:
-            found: dict[str, int | float] = dict(self._counts)
-            found |= {f"{name}_seconds": value for name, value in self._seconds.items()}
+            found = self._counters.snapshot()
             found |= {f"bytes_{tier}": self._lru[tier].n_bytes for tier in TIERS}
             found |= {f"blocks_{tier}": len(self._lru[tier]) for tier in TIERS}
             found["bytes_pending"] = self._writer.n_bytes
@@ -421,7 +395,7 @@ class Cache:
         while lru.n_bytes > max(target, 0) and (key := lru.oldest_leaf(pinned)) is not None:
             victims.append((key, lru.size_of(key)))
             self._drop(tier, key)
-            self._counts[f"evictions_{tier}"] += 1
+            self._counters.add(f"evictions_{tier}")
         return victims
 
     def _drop(self, tier: str, key: bytes) -> None:
@@ -437,18 +411,17 @@ class Cache:
     def _persist(self, pending: Pending) -> None:
         """Write one save; the writer's thread calls it."""
         block, payload, _ = pending
-        began = time.perf_counter()
         disk = self._disk
         if disk is None:
             return
-        with self._guarding_disk(f"writing a block of {block.n_tokens} tokens"):
+        with self._counters.timing("write"), self._guarding_disk(f"writing a block of {block.n_tokens} tokens"):
             if self._make_room(block, kvc.header_bytes(block.n_tokens) + payload.nbytes):
-                n_bytes = disk.write(block, payload, now := time.time_ns())
+                n_bytes = disk.write(block, payload.data, now := time.time_ns())
                 with self._lock:
                     self._lru[DISK].remove(block.key)
                     self._lru[DISK].add(block.key, block.parent, n_bytes, now)
                     self._tree.add(block, DISK)
-                    self._counts["bytes_written"] += n_bytes
+                    self._counters.add("bytes_written", n_bytes)
                     overtaken = [b.key for b in self._tree.overtaken_by(block) if not self._pins[b.key]]
                     overtaken = [key for key in overtaken if key in self._lru[DISK]]
                     for key in overtaken:
@@ -456,7 +429,6 @@ class Cache:
                 disk.remove(overtaken)
         with self._lock:
             self._tree.discard(block.key, PENDING)
-            self._seconds["write"] += time.perf_counter() - began
         if len(self._touched) >= _TOUCH_FLUSH:
             self._tell_uses()
 
@@ -471,7 +443,7 @@ class Cache:
                 victims = self._choose_victims(DISK, self.disk_quota - n_bytes + held, keep=block.parent)
             fits = reachable and lru.n_bytes - held + n_bytes <= self.disk_quota
             if not fits:
-                self._counts["saves_dropped"] += 1
+                self._counters.add("saves_dropped")
         if self._disk is not None:
             self._disk.remove([key for key, _ in victims])
         return fits
@@ -526,14 +498,6 @@ class Cache:
     def _guarding_disk(self, action: str) -> contextlib.AbstractContextManager[None]:
         return _Guard(self, action)
 
-    def _count(self, name: str) -> None:
-        with self._lock:
-            self._counts[name] += 1
-
-    def _add_seconds(self, name: str, seconds: float) -> None:
-        with self._lock:
-            self._seconds[name] += seconds
-
 
 class _Guard(contextlib.AbstractContextManager[None]):
     """Counts and logs a storage fault instead of letting it reach a request."""
@@ -544,7 +508,7 @@ class _Guard(contextlib.AbstractContextManager[None]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> bool:
         if not isinstance(error, OSError | sqlite3.Error | CacheError):
             return False
-        self._cache._count("disk_errors")
+        self._cache._counters.add("disk_errors")
         log.warning("%s failed: %s", self._action, error)
         return True
 

@@ -284,7 +284,7 @@ class LlamaContext:
                 )
             return state
 
-    def set_state(self, sequence: int, state: bytes | bytearray | memoryview | NDArray[np.uint8]) -> None:
+    def set_state(self, sequence: int, state: bytes | bytearray | memoryview) -> None:
         """Replace what a sequence holds by a state that `state()` gave.
 
         The bytes must be ones that were checked: libllama trusts them.

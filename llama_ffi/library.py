@@ -18,7 +18,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from erllama.llama_ffi._binding import ffi, lib
+from erllama.llama_ffi._binding import ffi as ffi
+from erllama.llama_ffi._binding import lib as lib
 
 log = logging.getLogger("erllama.llama")
 

@@ -1,0 +1,55 @@
+"""Counts of what a cache did, readable at any time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+from erllama.cache.blocks import SaveReason
+
+COUNTS = (
+    "hits_exact",
+    "hits_partial",
+    "misses",
+    "tokens_reused",
+    *(f"saves_{reason.name.lower()}" for reason in SaveReason),
+    "saves_dropped",
+    "duplicates_dropped",
+    "tails_overtaken",
+    "evictions_ram",
+    "evictions_disk",
+    "corrupt_files",
+    "disk_errors",
+    "restore_errors",
+    "bytes_written",
+)
+TIMED = ("lookup", "load", "write")
+
+
+class Counters:
+    """Named counts and seconds; every name is there from the start. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(COUNTS, 0)
+        self._seconds = dict.fromkeys(TIMED, 0.0)
+
+    def add(self, name: str, n: int = 1) -> None:
+        with self._lock:
+            self._counts[name] += n
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Add the seconds a `with` takes."""
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._seconds[name] += perf_counter() - began
+
+    def snapshot(self) -> dict[str, int | float]:
+        with self._lock:
+            return {**self._counts, **{f"{name}_seconds": spent for name, spent in self._seconds.items()}}

@@ -1,0 +1,94 @@
+"""What several test modules share: models of a size, recording backends, child processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from erllama.engine import Backend, Batch, Limits
+from erllama.engine.backends.llama import LlamaBackend, LlamaOptions
+from numpy.typing import NDArray
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def llama_backend(path: Path, **options: object) -> LlamaBackend:
+    defaults: dict[str, object] = {"n_ctx": 1024, "n_threads": 2}
+    return LlamaBackend(path, LlamaOptions(**{**defaults, **options}), f"test {path.name}")  # type: ignore[arg-type]
+
+
+class RecordingBackend:
+    """A backend that passes everything on and keeps the slices and logits of the decodes."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.slices: list[tuple[int, int]] = []
+        self.logits: list[NDArray[np.float32]] = []
+        self.vocabulary = inner.vocabulary
+        self.namespace: Mapping[str, str | int | float | bool | None] = inner.namespace
+        self.recipe = inner.recipe
+        self.limits: Limits = inner.limits
+
+    def forget(self) -> None:
+        self.slices, self.logits = [], []
+
+    def decode(self, batch: Batch) -> NDArray[np.float32]:
+        logits = self.inner.decode(batch)
+        self.slices.append((int(batch.positions[0]), int(batch.positions[-1]) + 1))
+        self.logits.extend(row.copy() for row in logits)
+        return logits
+
+    def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
+        return self.inner.pack(sequence, start, end)
+
+    def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
+        self.inner.restore(sequence, start, end, payload)
+
+    def cut(self, sequence: int, end: int) -> None:
+        self.inner.cut(sequence, end)
+
+    def drop(self, sequence: int) -> None:
+        self.inner.drop(sequence)
+
+    def clear(self) -> None:
+        self.inner.clear()
+
+    def abort(self, on: bool) -> None:
+        self.inner.abort(on)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def same_bits(a: list[NDArray[np.float32]], b: list[NDArray[np.float32]]) -> bool:
+    return len(a) == len(b) and all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+
+
+def run_python(
+    code: str,
+    *arguments: object,
+    timeout: float = 120,
+    cwd: Path | None = None,
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a new interpreter, away from the checkout, so that the installed package is what it imports."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd or "/",
+        env={**os.environ, **(environment or {})},
+        check=False,
+    )
+
+
+def must_run(code: str, *arguments: object, timeout: float = 120) -> str:
+    finished = run_python(code, *arguments, timeout=timeout)
+    assert finished.returncode == 0, f"exit {finished.returncode}\n{finished.stdout}\n{finished.stderr}"
+    return finished.stdout
