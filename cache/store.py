@@ -200,13 +200,17 @@ class Cache:
                 self._put_in_ram(block, np.frombuffer(payload, np.uint8))
         return Loaded(DISK, payload)
 
-    def save(self, block: Block, payload: NDArray[np.uint8], *, replace: bool = False) -> bool:
+    def save(
+        self, block: Block, payload: NDArray[np.uint8], *, replace: bool = False, trimmable: bool = True
+    ) -> bool:
         """Store a block: in RAM at once, on disk behind the caller's back.
 
         Args:
             block: its parent is stored already, or is the namespace.
             payload: uint8 array, shape (bytes,); not changed by the caller afterwards.
             replace: store it even where a block of this key is stored.
+            trimmable: whether its payload can be cut after restoring. Then it takes
+                the place of shorter tails; otherwise only a full block does.
 
         Returns:
             False when it is stored already, or nowhere has room.
@@ -223,37 +227,40 @@ class Cache:
                 entry = self._tree.get(block.key)
                 if entry is not None:
                     entry.block = block
+            whole = trimmable or block.n_tokens >= self.block_size
+            overtaken = self._tree.overtaken_by(block) if whole else []
             in_ram = self._put_in_ram(block, block_payload)
-            queued = self._offer_to_disk(block, block_payload)
+            queued = self._offer_to_disk(block, block_payload, tuple(tail.key for tail in overtaken))
             if not in_ram and not queued:
                 self._counters.add("saves_dropped")
                 return False
             self._counters.add(f"saves_{block.reason.name.lower()}")
-            for tail in self._tree.overtaken_by(block):
-                self._overtake(tail)
+            for tail in overtaken:
+                if not self._pins[tail.key]:
+                    self._overtake(tail.key)
         return True
 
-    def _offer_to_disk(self, block: Block, payload: NDArray[np.uint8]) -> bool:
+    def _offer_to_disk(self, block: Block, payload: NDArray[np.uint8], overtaken: tuple[bytes, ...]) -> bool:
         if self._disk is None:
             return False
         reachable = (
             block.parent == block.namespace or block.parent in self._lru[DISK] or block.parent in self._writer
         )
         delay = 0.0 if block.n_tokens >= self.block_size else TAIL_DELAY_SECONDS
-        if reachable and self._writer.offer(block, payload, delay=delay):
+        if reachable and self._writer.offer(block, payload, overtaken, delay):
             self._tree.add(block, PENDING)
             return True
         if self.ram_budget:  # else the caller counts it
             self._counters.add("saves_dropped")
         return False
 
-    def _overtake(self, tail: Block) -> None:
-        if self._pins[tail.key]:
-            return
-        self._drop(RAM, tail.key)
-        if self._writer.cancel(tail.key):
-            self._tree.discard(tail.key, PENDING)
-        self._counters.add("tails_overtaken")
+    def _overtake(self, key: bytes) -> None:
+        """Drop a tail whose successor is stored; from the disk only once that is there, too."""
+        self._drop(RAM, key)
+        if self._writer.cancel(key):
+            self._tree.discard(key, PENDING)
+        if self._tree.get(key) is None:
+            self._counters.add("tails_overtaken")
 
     def contains(self, key: bytes) -> bool:
         """Whether a block is stored anywhere."""
@@ -410,7 +417,7 @@ class Cache:
 
     def _persist(self, pending: Pending) -> None:
         """Write one save; the writer's thread calls it."""
-        block, payload, _ = pending
+        block, payload = pending.block, pending.payload
         disk = self._disk
         if disk is None:
             return
@@ -422,10 +429,10 @@ class Cache:
                     self._lru[DISK].add(block.key, block.parent, n_bytes, now)
                     self._tree.add(block, DISK)
                     self._counters.add("bytes_written", n_bytes)
-                    overtaken = [b.key for b in self._tree.overtaken_by(block) if not self._pins[b.key]]
-                    overtaken = [key for key in overtaken if key in self._lru[DISK]]
+                    overtaken = [key for key in pending.overtaken if key in self._lru[DISK] and not self._pins[key]]
                     for key in overtaken:
                         self._drop(DISK, key)
+                        self._overtake(key)
                 disk.remove(overtaken)
         with self._lock:
             self._tree.discard(block.key, PENDING)

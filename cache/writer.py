@@ -22,10 +22,11 @@ TAIL_DELAY_SECONDS = 5.0
 
 
 class Pending(NamedTuple):
-    """A save on its way to the disk; `due` by time.monotonic()."""
+    """A save on its way to the disk; `due` by time.monotonic(). Makes the blocks `overtaken` superfluous."""
 
     block: Block
     payload: NDArray[np.uint8]
+    overtaken: tuple[bytes, ...]
     due: float
 
 
@@ -50,14 +51,14 @@ class WriteBehind:
         """Bytes that wait, the one being written among them."""
         return self._n_bytes
 
-    def offer(self, block: Block, payload: NDArray[np.uint8], *, delay: float = 0.0) -> bool:
-        """Queue a save; False when the queue is full and it was not taken."""
+    def offer(self, block: Block, payload: NDArray[np.uint8], overtaken: tuple[bytes, ...], delay: float) -> bool:
+        """Queue a save, to be written in `delay` seconds; False when the queue is full and it was not taken."""
         with self._condition:
             replaced = self._pending.get(block.key)
             n_bytes = self._n_bytes + payload.nbytes - (replaced.payload.nbytes if replaced else 0)
             if n_bytes > self._limit:
                 return False
-            self._pending[block.key] = Pending(block, payload, time.monotonic() + delay)
+            self._pending[block.key] = Pending(block, payload, overtaken, time.monotonic() + delay)
             self._n_bytes = n_bytes
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="erllama-cache-writer", daemon=True)

@@ -138,7 +138,7 @@ class Warmth:
         if known is None or replace:
             try:
                 payload = self._backend.pack(self._sequence, block.start, block.end)
-                self._cache.save(block, payload, replace=replace)
+                self._cache.save(block, payload, replace=replace, trimmable=self._backend.limits.can_trim)
             except BackendError as error:
                 log.warning("a block of %d tokens could not be packed: %s; not saved", block.n_tokens, error)
         self.finish_key = block.key if self._cache.contains(block.key) else None
