@@ -36,10 +36,11 @@ class Sequence:
         prompt = ticket.request.prompt
         n_ctx = self._backend.limits.n_ctx
         room = n_ctx - len(prompt) + 1  # the last token sampled needs no cell
-        self._max_tokens = room if options.max_tokens is None else options.max_tokens
+        self._max_tokens = options.max_tokens
         self._n_prompt = len(prompt)
         # Prompt and reply; grows to what this request can need, no further.
-        self._tokens = np.empty(len(prompt) + min(self._max_tokens, room), np.int32)
+        n_reply = room if options.max_tokens is None else min(options.max_tokens, room)
+        self._tokens = np.empty(len(prompt) + n_reply, np.int32)
         self._tokens[: len(prompt)] = prompt
         self._n_tokens = len(prompt)  # known
         self._n_held = 0  # of them in the backend's memory
@@ -109,7 +110,7 @@ class Sequence:
         text = self._decoder.feed(vocabulary.piece(token))
         self._text.append(text)
         self._ticket.emit(TextDelta(text, (token,)))
-        if self._n_tokens - self._n_prompt >= self._max_tokens:
+        if self._max_tokens is not None and self._n_tokens - self._n_prompt >= self._max_tokens:
             self.finish_reason = "length"
         elif self._n_held >= self._backend.limits.n_ctx:
             self.finish_reason = "context_full"

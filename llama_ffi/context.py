@@ -7,6 +7,7 @@ range, batches too large, logits before a decode) is checked here first.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -69,6 +70,7 @@ class LlamaContext:
         limit = lib.erl_max_sequences()
         if n_seq_max > limit:
             raise LlamaError(f"n_seq_max={n_seq_max}; this libllama allows at most {limit} sequences")
+        _check_room(model, n_ctx, type_k, type_v)
         held = model.hold()
         try:
             options = ffi.new("erl_context_options *")
@@ -297,7 +299,7 @@ class LlamaContext:
         with self._lock:
             native = self._native()
             read = lib.erl_state_set(native, sequence, ffi.from_buffer("uint8_t[]", state), size)
-            if read != size:
+            if read <= 0 or read != size:
                 reason = last_error()
                 problems = drain_log()
                 lib.erl_memory_cut(native, sequence, -1, -1)
@@ -328,6 +330,28 @@ class _Lease:
 
     def __del__(self) -> None:
         self._handle.release()
+
+
+def _check_room(model: LlamaModel, n_ctx: int, type_k: int, type_v: int) -> None:
+    """Refuse cells that this machine's memory cannot hold: an allocation that large is not refused by
+    the system, but ends the process when the cells are first written.
+
+    Known only for full attention, whose cells are of one size.
+    """
+    shape = model.shape
+    if shape.recurrent or shape.hybrid or shape.n_swa > 0 or not shape.n_head:
+        return
+    row = shape.n_embd // shape.n_head * shape.n_head_kv
+    bytes_per_element = sum(
+        lib.erl_ggml_type_bytes(kind) / lib.erl_ggml_block_size(kind) for kind in (type_k, type_v)
+    )
+    n_bytes = int(n_ctx * shape.n_layer * row * bytes_per_element)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if n_bytes > memory:
+        raise LlamaError(
+            f"n_ctx={n_ctx} needs {n_bytes / 2**30:.1f} GiB for its cells and this machine has "
+            f"{memory / 2**30:.1f} GiB; give a smaller n_ctx, or smaller KV types"
+        )
 
 
 def _free_context(model: Handle) -> Callable[[object], None]:

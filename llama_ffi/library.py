@@ -85,7 +85,7 @@ def last_error() -> str:
 
 def check(code: int, action: str) -> int:
     """Return `code` unless it reports a failure, which is raised as LlamaError."""
-    if code <= lib.ERL_EXCEPTION:
+    if code <= lib.ERL_ASSERTION:
         raise LlamaError(f"{action} failed: {last_error()}")
     return code
 

@@ -222,6 +222,10 @@ int64_t erl_ggml_block_size(int32_t type) {
     return guarded<int64_t>(ERL_EXCEPTION, ERL_ASSERTION, [=] { return (int64_t) ggml_blck_size((ggml_type) type); });
 }
 
+int64_t erl_ggml_type_bytes(int32_t type) {
+    return guarded<int64_t>(ERL_EXCEPTION, ERL_ASSERTION, [=] { return (int64_t) ggml_type_size((ggml_type) type); });
+}
+
 // --- models ------------------------------------------------------------------------
 
 erl_load *erl_load_new(void) {
@@ -258,8 +262,9 @@ int32_t erl_model_shape_of(struct llama_model *model, erl_model_shape *out) {
         out->n_ctx_train = llama_model_n_ctx_train(model);
         out->n_embd = llama_model_n_embd(model);
         out->n_layer = llama_model_n_layer(model);
-        out->n_head = llama_model_n_head(model);
-        out->n_head_kv = llama_model_n_head_kv(model);
+        // A model loaded for its vocabulary has no layers to ask for their heads.
+        out->n_head = out->n_layer > 0 ? llama_model_n_head(model) : 0;
+        out->n_head_kv = out->n_layer > 0 ? llama_model_n_head_kv(model) : 0;
         out->n_swa = llama_model_n_swa(model);
         out->rope_type = (int32_t) llama_model_rope_type(model);
         out->n_bytes = llama_model_size(model);
@@ -344,9 +349,22 @@ int32_t erl_token_piece(const struct llama_vocab *vocab, int32_t token, char *bu
 }
 
 int32_t erl_detokenize(const struct llama_vocab *vocab, const int32_t *tokens, int32_t n_tokens, char *buffer,
-                       int32_t size, int32_t remove_special, int32_t unparse_special) {
-    return guarded_code([=] {
-        return llama_detokenize(vocab, tokens, n_tokens, buffer, size, remove_special != 0, unparse_special != 0);
+                       int32_t size, int32_t strip_space, int32_t special) {
+    return guarded_code([=]() -> int32_t {
+        // Not llama_detokenize: for some vocabularies that tidies spaces up, and the text would not be what was said.
+        int64_t written = 0;
+        bool fits = true, strip = strip_space != 0;
+        for (int32_t i = 0; i < n_tokens; i++) {
+            int32_t room = fits ? (int32_t) (size - written) : 0;
+            int32_t n = llama_token_to_piece(vocab, tokens[i], buffer + (fits ? written : 0), room, strip, special != 0);
+            fits = fits && n >= 0;
+            written += n < 0 ? -(int64_t) n : n;
+            strip = strip && n == 0;
+        }
+        if (written > INT32_MAX) {
+            throw std::length_error("a text of more than 2 GiB");
+        }
+        return fits ? (int32_t) written : (int32_t) -written;
     });
 }
 

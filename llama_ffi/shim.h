@@ -20,9 +20,9 @@ struct gguf_context;
 typedef struct erl_load erl_load;       /* progress and cancellation of one model load */
 typedef struct erl_context erl_context; /* a llama_context with its batch and abort flag */
 
-/* Results of calls that return int32_t, below any value libllama returns. */
-#define ERL_EXCEPTION -1000
-#define ERL_ASSERTION -1001
+/* Results of failed calls; what libllama returns lies above, INT32_MIN (an overflow) apart. */
+#define ERL_ASSERTION -2147483646
+#define ERL_EXCEPTION -2147483647
 
 typedef struct {
     int32_t n_gpu_layers; /* < 0: all */
@@ -96,7 +96,8 @@ int32_t erl_log_next(int32_t *level, char *buffer, int32_t size);
 
 /* ggml's number of a type name such as "f16" or "q8_0", or -1. */
 int32_t erl_ggml_type(const char *name);
-int64_t erl_ggml_block_size(int32_t type);
+int64_t erl_ggml_block_size(int32_t type); /* elements of one quantisation block */
+int64_t erl_ggml_type_bytes(int32_t type); /* bytes of one */
 
 /* Models. erl_model_load: NULL when it failed or was cancelled. */
 erl_load *erl_load_new(void);
@@ -118,11 +119,13 @@ const struct llama_vocab *erl_vocab(struct llama_model *model);
 int32_t erl_vocab_shape_of(const struct llama_vocab *vocab, erl_vocab_shape *out);
 const char *erl_vocab_text(const struct llama_vocab *vocab, int32_t token);
 int32_t erl_vocab_attributes(const struct llama_vocab *vocab, int32_t *attributes, int8_t *is_eog, int32_t n);
+/* Token calls answer with a length; a negative one is the length they need. */
 int32_t erl_tokenize(const struct llama_vocab *vocab, const char *text, int32_t n_text,
                      int32_t *tokens, int32_t n_max, int32_t add_special, int32_t parse_special);
 int32_t erl_token_piece(const struct llama_vocab *vocab, int32_t token, char *buffer, int32_t size, int32_t special);
+/* The pieces one after the other, exactly; strip_space: less one space at the start of the text. */
 int32_t erl_detokenize(const struct llama_vocab *vocab, const int32_t *tokens, int32_t n_tokens,
-                       char *buffer, int32_t size, int32_t remove_special, int32_t unparse_special);
+                       char *buffer, int32_t size, int32_t strip_space, int32_t special);
 
 /* Contexts. */
 erl_context *erl_context_new(struct llama_model *model, const erl_context_options *options);

@@ -59,6 +59,10 @@ class Vocabulary:
         self.add_bos, self.add_eos = bool(shape.add_bos), bool(shape.add_eos)
         self.is_eog: NDArray[np.bool_] = eog.astype(bool)
         self.is_control: NDArray[np.bool_] = (attributes & _ATTR_CONTROL) != 0
+        self._space_first = False
+        if self.type != "none":
+            first = self.tokenize("a", add_special=False)[:1]
+            self._space_first = bool(len(first)) and self.piece(int(first[0])).startswith(b" ")
 
     def tokenize(
         self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
@@ -107,15 +111,12 @@ class Vocabulary:
                 n = check(lib.erl_token_piece(self._vocab, token, buffer, size, special), "reading a token")
         return bytes(ffi.buffer(buffer, n))
 
-    def detokenize(
-        self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False, remove_special: bool = False
-    ) -> bytes:
-        """The bytes that token ids stand for.
+    def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
+        """The bytes that token ids stand for: their pieces, without the space some tokenizers put first.
 
         Args:
             tokens: ids, each 0 to n_tokens - 1.
             special: write special tokens out as their text instead of leaving them out.
-            remove_special: leave a BOS at the start and an EOS at the end out.
 
         Raises:
             LlamaError: an id is outside the vocabulary.
@@ -129,7 +130,7 @@ class Vocabulary:
             for _ in range(2):
                 buffer = ffi.new("char[]", size)
                 n = check(
-                    lib.erl_detokenize(self._vocab, given, len(ids), buffer, size, remove_special, special),
+                    lib.erl_detokenize(self._vocab, given, len(ids), buffer, size, self._space_first, special),
                     "detokenizing",
                 )
                 if n >= 0:
