@@ -9,7 +9,7 @@ TREE := build/tree
 # What, when changed, makes an installation stale. Python sources are used in place.
 INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp
 
-.PHONY: setup demo test lint format clean wheel
+.PHONY: setup demo test lint format fuzz wheel clean
 
 setup: $(VENV)/.installed-$(BACKEND)
 
@@ -38,8 +38,12 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The long form of the suite's fuzzing of model headers.
+fuzz: setup
+	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/test_bad_files.py -k flipped_bytes_in_a_header
+
 wheel: setup
-	$(BIN)/python -m build --wheel --outdir dist .
+	rm -rf build/lib.* build/bdist.* && $(BIN)/python -m build --wheel --outdir dist .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -106,14 +106,13 @@ def test_a_library_that_is_built_is_not_built_again() -> None:
     assert list((prefix / "lib").glob("libllama*"))
 
 
-def test_the_key_tells_flags_and_compilers_apart() -> None:
+def test_the_key_tells_flags_apart() -> None:
     keys = {
         build("--print-key").stdout,
         build("--print-key", "--portable").stdout,
         build("--print-key", ERLLAMA_CMAKE_ARGS="-DGGML_OPENMP=OFF").stdout,
-        build("--print-key", CC="gcc -m64 --version; true #").stdout,
     }
-    assert len(keys) >= 3
+    assert len(keys) == 3
     assert all(key.startswith("b10605-") for key in keys)
     assert build("--print-key").stdout == build("--print-key", "--backend=auto").stdout
 

@@ -1,1 +1,1 @@
-"""x"""
+"""Helpers for testing models, caches and backends: for this project's suite and for yours."""

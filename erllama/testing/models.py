@@ -4,15 +4,18 @@ They say nothing sensible, but they are real: libllama loads them, every token
 depends on every token before it, and any prompt has a reply. Tests, benchmarks
 and the demonstration use them where no trained model is at hand.
 
-Needs the `gguf` package: `pip install 'erllama[models]'`.
+Needs the `gguf` package: `pip install 'erllama[models]'`. From the shell:
+
+    python -m erllama.testing.models 1.1b model.gguf --quantization Q4_0
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -162,3 +165,17 @@ def _random_matrix(
         deviation = np.sqrt((16**2 - 1) / 12)
     scales = np.full((n_blocks, 1), std / deviation, np.float16).view(np.uint8)
     return np.concatenate([scales.reshape(n_blocks, 2), quants], axis=1).reshape(n_out, -1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a GGUF model with random weights.")
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--quantization", choices=get_args(Quantization), default="Q8_0")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    write_llama(given.path, SHAPES[given.shape], seed=given.seed, quantization=given.quantization)
+
+
+if __name__ == "__main__":
+    main()
