@@ -6,11 +6,14 @@ say what a block is.
 """
 
 from erllama.cache.blocks import Block, SaveReason
-from erllama.cache.keys import child_key, namespace_key, token_bytes
+from erllama.cache.keys import TOKEN_BYTES, child_key, namespace_key, token_bytes
 from erllama.cache.match import Loaded, Match, Row
+from erllama.cache.residents import TIERS
 from erllama.cache.store import Cache
 
 __all__ = [
+    "TIERS",
+    "TOKEN_BYTES",
     "Block",
     "Cache",
     "Loaded",

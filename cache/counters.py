@@ -23,6 +23,7 @@ COUNTS = (
     "corrupt_files",
     "disk_errors",
     "restore_errors",
+    "faults",
     "bytes_written",
 )
 TIMED = ("lookup", "load", "write")

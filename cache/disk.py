@@ -22,11 +22,13 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from erllama.cache import kvc
 from erllama.cache.blocks import Block
 from erllama.cache.index import Index, IndexRow
 from erllama.cache.keys import KEY_BYTES
-
 from erllama.errors import CacheError, CacheFormatError
 
 log = logging.getLogger("erllama.cache")
@@ -74,8 +76,8 @@ class DiskTier:
         self.index.put(block, n_bytes, now)
         return n_bytes
 
-    def read(self, block: Block) -> memoryview:
-        """A block's payload.
+    def read(self, block: Block) -> tuple[Block, NDArray[np.uint8]]:
+        """A block as its file has it, and its payload.
 
         Raises:
             CacheFormatError: the file is damaged, or holds another block.
@@ -84,7 +86,7 @@ class DiskTier:
         found, payload = kvc.read(self.path_of(block.key))
         if (found.key, found.namespace, found.start) != (block.key, block.namespace, block.start):
             raise CacheFormatError("the file holds another block than its name says")
-        return payload
+        return found, payload
 
     def remove(self, keys: Iterable[bytes]) -> None:
         """Forget blocks: their rows first, so that no row is left without a file."""

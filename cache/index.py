@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sqlite_utils
-from erllama.cache.blocks import Block, SaveReason
 
+from erllama.cache.blocks import Block, SaveReason
 from erllama.errors import CacheError
 
 log = logging.getLogger("erllama.cache")
@@ -119,11 +119,19 @@ class Index:
             self.db.conn.close()
 
     def changed_by_others(self) -> bool:
-        """Whether another connection has written since this was last asked."""
-        with self._lock:
+        """Whether another connection has written since this was last asked.
+
+        While a write of ours is under way, which may wait for another process,
+        the answer is no: who asks does not wait, and asks again.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
             version = self._data_version()
             changed, self._seen_version = version != self._seen_version, version
             return changed
+        finally:
+            self._lock.release()
 
     def rows(self) -> Iterator[IndexRow]:
         """Every stored block."""

@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
+
 from erllama.cache.blocks import Block, SaveReason
 from erllama.cache.keys import TOKEN_BYTES, child_key
-
 from erllama.errors import CacheFormatError
 
 MAGIC = b"\x89KVC\r\n\x1a\n"  # as PNG's: shows a text-mode copy, and is no text
@@ -115,27 +118,26 @@ def decode_header(content: memoryview) -> tuple[Block, int, bytes]:
     return block, payload_bytes, payload_checksum
 
 
-def read(path: Path) -> tuple[Block, memoryview]:
-    """Read and check one file.
+def read(path: Path) -> tuple[Block, NDArray[np.uint8]]:
+    """Read and check one file: its block, and its payload in a buffer of its own.
 
     Raises:
         CacheFormatError: not a regular file, or not valid.
         OSError: it cannot be read.
     """
-    descriptor = _open(path)
-    try:
-        size = os.fstat(descriptor).st_size
-        # A numpy buffer: bytearray would write zeros first, and bytes would be copied.
-        content = np.empty(size, np.uint8).data
+    with _opened(path) as (descriptor, size):
+        block, payload_bytes, checksum = _read_header(descriptor, size)
+        # Not a bytearray, which would be filled with zeros first.
+        payload = np.empty(payload_bytes, np.uint8)
         done = 0
-        while done < size:
-            n = os.readv(descriptor, [content[done:]])
+        while done < payload_bytes:
+            n = os.readv(descriptor, [payload.data[done:]])
             if n == 0:
-                break
+                raise CacheFormatError("the file ended while it was read")
             done += n
-    finally:
-        os.close(descriptor)
-    return decode(content[:done])
+    if xxhash.xxh3_128_digest(payload.data) != checksum:
+        raise CacheFormatError("the payload's checksum does not match")
+    return block, payload
 
 
 def read_header(path: Path) -> tuple[Block, int]:
@@ -144,19 +146,22 @@ def read_header(path: Path) -> tuple[Block, int]:
     Raises:
         CacheFormatError, OSError: as `read`.
     """
-    descriptor = _open(path)
-    try:
-        size = os.fstat(descriptor).st_size
-        head = os.read(descriptor, _FIXED.size)
-        if len(head) == _FIXED.size:
-            n_header = struct.unpack_from("<I", head, 16)[0]
-            head += os.read(descriptor, min(max(n_header - _FIXED.size, 0), header_bytes(MAX_TOKENS)))
-    finally:
-        os.close(descriptor)
-    block, payload_bytes, _ = decode_header(memoryview(head))
-    if size != header_bytes(block.n_tokens) + payload_bytes:
-        raise CacheFormatError(f"{size} bytes where the header says {header_bytes(block.n_tokens) + payload_bytes}")
+    with _opened(path) as (descriptor, size):
+        block, payload_bytes, _ = _read_header(descriptor, size)
     return block, payload_bytes
+
+
+def _read_header(descriptor: int, size: int) -> tuple[Block, int, bytes]:
+    """Leaves the descriptor at the payload, whose length the file's size confirms."""
+    head = os.read(descriptor, _FIXED.size)
+    if len(head) == _FIXED.size:
+        n_header = struct.unpack_from("<I", head, 16)[0]
+        head += os.read(descriptor, min(max(n_header - _FIXED.size, 0), header_bytes(MAX_TOKENS)))
+    block, payload_bytes, checksum = decode_header(memoryview(head))
+    expected = header_bytes(block.n_tokens) + payload_bytes
+    if size != expected:
+        raise CacheFormatError(f"{size} bytes where the header says {expected}")
+    return block, payload_bytes, checksum
 
 
 def write(path: Path, block: Block, payload: memoryview) -> int:
@@ -180,10 +185,15 @@ def write(path: Path, block: Block, payload: memoryview) -> int:
     return len(header) + payload.nbytes
 
 
-def _open(path: Path) -> int:
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[int, int]]:
+    """The descriptor and size of a regular file; links are not followed."""
     # O_NONBLOCK: a FIFO put in our way must not hang us before fstat tells.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CacheFormatError("not a regular file")
+        yield descriptor, status.st_size
+    finally:
         os.close(descriptor)
-        raise CacheFormatError("not a regular file")
-    return descriptor

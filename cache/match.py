@@ -42,10 +42,15 @@ class Match:
 
 
 class Loaded(NamedTuple):
-    """A block's payload and the tier that gave it ("ram" or "disk")."""
+    """A block's payload, the tier that gave it ("ram" or "disk"), and the block as saved with it.
+
+    Its key is the one asked for; how it was computed may differ from what the
+    lookup said, where another process saved the block anew.
+    """
 
     tier: str
     payload: memoryview
+    block: Block
 
 
 class Row(NamedTuple):

@@ -6,14 +6,18 @@ more holds no thread and can be collected.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from erllama.cache.blocks import Block
 from numpy.typing import NDArray
+
+from erllama.cache.blocks import Block
+
+log = logging.getLogger("erllama.cache")
 
 # A tail is overtaken as soon as its conversation goes on; waiting that long
 # before it is written saves most of those writes, and a crash loses less than
@@ -31,10 +35,7 @@ class Pending(NamedTuple):
 
 
 class WriteBehind:
-    """A bounded queue of saves and the thread that hands them to `write`, parents first.
-
-    `write` must not raise.
-    """
+    """A bounded queue of saves and the thread that hands them to `write`, parents first."""
 
     def __init__(self, write: Callable[[Pending], None], limit_bytes: int) -> None:
         self._write = write
@@ -44,7 +45,7 @@ class WriteBehind:
         self._n_bytes = 0
         self._writing: Pending | None = None
         self._thread: threading.Thread | None = None
-        self._hurried = False
+        self._flushing = 0  # callers of flush(); while there are any, nothing is delayed
 
     @property
     def n_bytes(self) -> int:
@@ -66,13 +67,13 @@ class WriteBehind:
             self._condition.notify_all()
         return True
 
-    def get(self, key: bytes) -> NDArray[np.uint8] | None:
-        """The payload of a save that still waits or is being written."""
+    def get(self, key: bytes) -> Pending | None:
+        """A save that still waits or is being written."""
         with self._condition:
             pending = self._pending.get(key)
             if pending is None and self._writing is not None and self._writing.block.key == key:
                 pending = self._writing
-            return pending.payload if pending else None
+            return pending
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, bytes) and self.get(key) is not None
@@ -90,16 +91,20 @@ class WriteBehind:
     def flush(self, timeout: float | None = None) -> bool:
         """Write everything now, delayed saves too; False when `timeout` seconds were not enough."""
         with self._condition:
-            self._hurried = True
+            self._flushing += 1
             self._condition.notify_all()
             try:
                 return self._condition.wait_for(lambda: not self._pending and self._writing is None, timeout)
             finally:
-                self._hurried = False
+                self._flushing -= 1
 
     def _run(self) -> None:
         while (pending := self._next()) is not None:
-            self._write(pending)
+            try:
+                self._write(pending)
+            except Exception:
+                # The queue must go on, and flush() must end, whatever happened to one save.
+                log.exception("a save of %d tokens failed unexpectedly", pending.block.n_tokens)
             with self._condition:
                 self._n_bytes -= pending.payload.nbytes
                 self._writing = None
@@ -112,7 +117,7 @@ class WriteBehind:
                 now = time.monotonic()
                 # Insertion order puts parents before children; a delayed tail has no children.
                 for key, pending in self._pending.items():
-                    if self._hurried or pending.due <= now:
+                    if self._flushing or pending.due <= now:
                         del self._pending[key]
                         self._writing = pending
                         return pending

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from erllama.engine.sampling import SamplingOptions
 from numpy.typing import NDArray
 
+from erllama.engine.sampling import SamplingOptions
 from erllama.errors import boolean, integer
 
 FinishReason = Literal["stop", "length", "context_full", "cancelled"]

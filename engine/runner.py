@@ -17,7 +17,6 @@ from erllama.engine.backend import Backend
 from erllama.engine.request import CacheHit, Request, Ticket
 from erllama.engine.sequence import Sequence
 from erllama.engine.warmth import shared_warmth
-
 from erllama.errors import BackendError, Error, ModelUnloaded
 
 log = logging.getLogger("erllama.engine")

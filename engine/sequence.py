@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 
 import numpy as np
+from numpy.typing import NDArray
+
 from erllama.cache import SaveReason
 from erllama.engine.backend import Backend, Batch
 from erllama.engine.request import CacheHit, Completion, FinishReason, TextDelta, Ticket, Timings
@@ -12,7 +14,6 @@ from erllama.engine.sampling import Sampler
 from erllama.engine.slices import Slicing
 from erllama.engine.text import TextDecoder
 from erllama.engine.warmth import Warmth, WarmthContext
-from numpy.typing import NDArray
 
 
 class Sequence:

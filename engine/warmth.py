@@ -12,13 +12,13 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
-from erllama.cache import Block, Cache, Match, SaveReason, child_key, token_bytes
+from numpy.typing import NDArray
+
+from erllama.cache import TIERS, TOKEN_BYTES, Block, Cache, Match, SaveReason, child_key, token_bytes
 from erllama.engine.backend import Backend
 from erllama.engine.request import CacheHit, HitKind
 from erllama.engine.slices import Provenance, Slicing, canonical_prefix
-from numpy.typing import NDArray
-
-from erllama.errors import BackendError, StateError
+from erllama.errors import StateError
 
 log = logging.getLogger("erllama.engine")
 
@@ -48,6 +48,7 @@ class Warmth:
         self._recipe = shared.backend.recipe
         self._provenance = Provenance(shared.slicing, self._recipe)
         self._keys: list[bytes] = []  # of the full blocks
+        self._saving = True
         self.finish_key: bytes | None = None
 
     # --- restoring ----------------------------------------------------------------------
@@ -55,48 +56,60 @@ class Warmth:
     def restore(self, prompt: NDArray[np.int32], reproducible: bool) -> CacheHit:
         """Fill the sequence with the longest stored prefix of the prompt, short of its last token."""
         last = len(prompt) - 1
-        trim = self._backend.limits.can_trim
-        with self._cache.lookup(self._namespace, prompt[:last], whole=not trim) as match:
-            wanted = match.n_tokens
-            if reproducible:
-                wanted = canonical_prefix(match.blocks, wanted, len(prompt), self._slicing, self._recipe)
-            restored, tiers = self._restore_blocks(match, wanted)
-            if reproducible and restored < wanted:
-                restored = self._recut(match, restored, len(prompt))
-            self._provenance.restored([b for b in match.blocks if b.start < restored], restored)
-        self._extend_keys(token_bytes(prompt[:restored]))
+        whole = not self._backend.limits.can_trim
+        try:
+            with self._cache.lookup(self._namespace, prompt[:last], whole=whole) as match:
+                wanted = match.n_tokens
+                if reproducible:
+                    wanted = canonical_prefix(match.blocks, wanted, len(prompt), self._slicing, self._recipe)
+                blocks, restored, tiers = self._restore_blocks(match, wanted)
+                if reproducible and restored < wanted:
+                    restored = self._recut(blocks, restored, len(prompt))
+        except Exception:
+            # A request never fails for the cache, not even for a mistake in it.
+            log.exception("restoring a prompt of %d tokens failed; it is read cold", len(prompt))
+            self._cache.count_fault()
+            self._backend.drop(self._sequence)
+            blocks, restored, tiers = [], 0, set()
+        self._provenance.restored([block for block in blocks if block.start < restored], restored)
+        self._note_restored(token_bytes(prompt[:restored]))
         kind: HitKind = "cold" if restored == 0 else "exact" if restored == last else "partial"
         self._cache.count_request(kind, restored)
-        # Tiers are listed from fast to slow.
-        slowest = max(tiers, key=("ram", "disk").index, default=None)
-        return CacheHit(kind, slowest if restored else None, restored)
+        slowest = max(tiers, key=TIERS.index, default=None) if restored else None
+        return CacheHit(kind, slowest, restored)
 
-    def _restore_blocks(self, match: Match, wanted: int) -> tuple[int, set[str]]:
-        """Restore up to `wanted` tokens; stops early at a block that cannot be had."""
+    def _restore_blocks(self, match: Match, wanted: int) -> tuple[list[Block], int, set[str]]:
+        """Restore up to `wanted` tokens; stops early at a block that cannot be had.
+
+        Returns:
+            the blocks as they were loaded, the tokens restored, and the tiers that gave them.
+        """
         limits = self._backend.limits
+        blocks: list[Block] = []
         tiers: set[str] = set()
         position = 0
         for block in match.blocks:
             if position >= wanted or block.end > limits.n_ctx or (block.end > wanted and not limits.can_trim):
                 break
             loaded = self._cache.load(block)
-            if loaded is None:
+            if loaded is None or not _computed_alike(loaded.block, block):
                 break
             try:
                 self._backend.restore(self._sequence, block.start, block.end, loaded.payload)
             except StateError as error:
                 self._cache.reject(block, error)
                 break
+            blocks.append(loaded.block)
             tiers.add(loaded.tier)
             position = block.end
         if position > wanted:
             self._backend.cut(self._sequence, wanted)
             position = wanted
-        return position, tiers
+        return blocks, position, tiers
 
-    def _recut(self, match: Match, restored: int, n_prompt: int) -> int:
+    def _recut(self, blocks: list[Block], restored: int, n_prompt: int) -> int:
         """After a block failed: fall back to a position where a cold run cuts, too."""
-        kept = canonical_prefix(match.blocks, restored, n_prompt, self._slicing, self._recipe)
+        kept = canonical_prefix(blocks, restored, n_prompt, self._slicing, self._recipe)
         if kept < restored:
             if kept and self._backend.limits.can_trim:
                 self._backend.cut(self._sequence, kept)
@@ -104,6 +117,18 @@ class Warmth:
                 self._backend.drop(self._sequence)
                 kept = 0
         return kept
+
+    def _note_restored(self, raw: bytes) -> None:
+        """Take the restored blocks' keys, so that saving goes on after them."""
+        size = self._slicing.block_size * TOKEN_BYTES
+        parent = self._namespace
+        for at in range(0, len(raw) - size + 1, size):
+            parent = child_key(parent, raw[at : at + size])
+            if not self._cache.contains(parent):
+                # Saved with blocks of another size: save them anew, where that can still be done.
+                self._saving = self._backend.limits.can_trim
+                break
+            self._keys.append(parent)
 
     # --- saving --------------------------------------------------------------------------
 
@@ -114,7 +139,7 @@ class Warmth:
     def save_blocks(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
         """Save the full blocks among `tokens`, all of which are in the sequence, that are not saved yet."""
         size = self._slicing.block_size
-        while (len(self._keys) + 1) * size <= len(tokens):
+        while self._saving and (len(self._keys) + 1) * size <= len(tokens):
             start = len(self._keys) * size
             block = self._save(start, tokens[start : start + size], reason)
             self._keys.append(block.key)
@@ -122,7 +147,7 @@ class Warmth:
     def save_tail(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
         """Save what follows the last full block; `tokens` are all that the sequence holds."""
         start = len(self._keys) * self._slicing.block_size
-        if len(tokens) > start:
+        if self._saving and len(tokens) > start:
             self._save(start, tokens[start:], reason)
         elif self._keys:
             self.finish_key = self._keys[-1] if self._cache.contains(self._keys[-1]) else None
@@ -133,30 +158,31 @@ class Warmth:
         block = Block.following(
             parent, self._namespace, start, token_bytes(tokens), reason, self._recipe, slice_end
         )
-        known = self._cache.stored(block.key)
-        replace = known is not None and self._better(block, known)
-        if known is None or replace:
-            try:
+        try:
+            known = self._cache.stored(block.key)
+            replace = known is not None and self._better(block, known)
+            if known is None or replace:
                 payload = self._backend.pack(self._sequence, block.start, block.end)
-                self._cache.save(block, payload, replace=replace, trimmable=self._backend.limits.can_trim)
-            except BackendError as error:
-                log.warning("a block of %d tokens could not be packed: %s; not saved", block.n_tokens, error)
-        self.finish_key = block.key if self._cache.contains(block.key) else None
+                trimmable = self._backend.limits.can_trim
+                self._cache.save(block, payload, replace=replace, trimmable=trimmable)
+            self.finish_key = block.key if self._cache.contains(block.key) else None
+        except Exception:
+            log.exception("saving a block of %d tokens failed; this request saves no more", block.n_tokens)
+            self._cache.count_fault()
+            self._saving = False
+            self.finish_key = None
         return block
 
     def _better(self, new: Block, old: Block) -> bool:
         """Whether `new` is canonical for more prompts: a full slice serves every longer prompt."""
         window = self._slicing.window
-        if not window or (old.recipe, old.slice_end) == (new.recipe, new.slice_end):
+        if not window or _computed_alike(new, old):
             return False
         return new.slice_end == (new.start // window + 1) * window
 
-    def _extend_keys(self, raw: bytes) -> None:
-        size = self._slicing.block_size * 4
-        parent = self._namespace
-        for at in range(0, len(raw) - size + 1, size):
-            parent = child_key(parent, raw[at : at + size])
-            self._keys.append(parent)
+
+def _computed_alike(a: Block, b: Block) -> bool:
+    return (a.recipe, a.slice_end) == (b.recipe, b.slice_end)
 
 
 def shared_warmth(cache: Cache, backend: Backend, namespace: bytes) -> WarmthContext:

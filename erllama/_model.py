@@ -280,10 +280,12 @@ class Model:
 
     def _prompt_ids(self, prompt: object) -> NDArray[np.int32]:
         self._check_loaded()
-        if isinstance(prompt, str):
+        # An empty text is refused even where the tokenizer would put a BOS before it: it is a mistake more
+        # often than a wish, and who wishes it can give the id.
+        if isinstance(prompt, str) and prompt:
             ids = self._backend.vocabulary.tokenize(prompt, add_special=True, parse_special=True)
         else:
-            ids = self._checked_ids(prompt)
+            ids = self._checked_ids([] if isinstance(prompt, str) else prompt)
         if not len(ids):
             raise PromptError("the prompt is empty; give at least one token")
         n_ctx = self._backend.limits.n_ctx

@@ -7,6 +7,7 @@ import itertools
 import threading
 from typing import TYPE_CHECKING
 
+import erllama.cache  # noqa: F401 - at exit its caches close after, as they registered before, the models here
 from erllama.errors import AlreadyLoaded, ModelNotFound, OptionError
 
 if TYPE_CHECKING:

@@ -11,9 +11,11 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from erllama.llama_ffi.handle import Handle
 from erllama.llama_ffi.library import AbortedError, LlamaError, NoCellsError, check, drain_log, ffi, last_error, lib
 from erllama.llama_ffi.model import LlamaModel
@@ -221,8 +223,9 @@ class LlamaContext:
 
         Safe from any thread. libllama honours it between operations on the CPU.
         """
-        if not self._handle.freed:
-            lib.erl_context_abort(self._handle.pointer, on)
+        # Without the lock, which a decode holds, so the context is held against a close in another thread.
+        with suppress(LlamaError), self._handle.held() as native:
+            lib.erl_context_abort(native, on)
 
     # --- memory -----------------------------------------------------------------------
 

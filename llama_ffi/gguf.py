@@ -13,8 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from erllama.llama_ffi.library import LlamaError, check, drain_log, ffi, last_error, lib, start, text
 from numpy.typing import NDArray
+
+from erllama.llama_ffi.library import LlamaError, check, drain_log, ffi, last_error, lib, start, text
 
 Value = int | float | bool | str | list[str] | NDArray[np.generic]
 

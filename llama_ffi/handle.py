@@ -24,7 +24,8 @@ class Handle:
         self._pointer: object | None = pointer
         self._free = free
         self._holders = 1
-        self._lock = threading.Lock()
+        # Reentrant: a garbage collection inside may release another hold of this very handle.
+        self._lock = threading.RLock()
         self._generation = generation()
         self.what = what
 
@@ -39,10 +40,6 @@ class Handle:
         if self._pointer is None:
             raise LlamaError(f"this {self.what} is closed")
         return self._pointer
-
-    @property
-    def freed(self) -> bool:
-        return self._pointer is None
 
     def hold(self) -> Handle:
         """Add a holder; every hold needs one `release`."""

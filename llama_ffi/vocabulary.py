@@ -9,13 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from erllama.llama_ffi.library import LlamaError, check, ffi, lib, text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from erllama.llama_ffi.handle import Handle
     from numpy.typing import NDArray
+
+    from erllama.llama_ffi.handle import Handle
 
 _TYPE_NAMES = {0: "none", 1: "spm", 2: "bpe", 3: "wpm", 4: "ugm", 5: "rwkv", 6: "plamo2"}
 _ATTR_CONTROL = 1 << 3

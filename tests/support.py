@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from erllama.engine import Backend, Batch, Limits
 from erllama.engine.backends.llama import LlamaBackend, LlamaOptions
-from numpy.typing import NDArray
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -8,9 +8,9 @@ import struct
 from pathlib import Path
 
 import pytest
-from support import must_run, run_python
 
 import erllama
+from support import must_run, run_python
 
 
 def refused(path: Path | str, **options: object) -> str:
@@ -220,9 +220,10 @@ def test_token_ids_outside_the_vocabulary(tiny: erllama.Model) -> None:
         tiny.complete([])
 
 
-def test_an_empty_text_is_the_models_beginning(tiny: erllama.Model) -> None:
-    """This model's tokenizer puts a BOS before any text, so even an empty one has a token."""
-    assert tiny.complete("", max_tokens=2).context_tokens[0] == 1
+def test_an_empty_text_is_refused_and_a_bos_alone_is_not(tiny: erllama.Model) -> None:
+    with pytest.raises(erllama.PromptError, match="empty"):
+        tiny.complete("")
+    assert tiny.complete([1], max_tokens=2).context_tokens[0] == 1
 
 
 def test_a_binding_that_was_not_built_says_so() -> None:

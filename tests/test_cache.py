@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from erllama.cache import Block, Cache, SaveReason, namespace_key, token_bytes
-from erllama.cache.lru import LeafLRU
-from erllama.cache.tree import BlockTree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support import must_run, run_python
 
 import erllama
+from erllama.cache import Block, Cache, SaveReason, namespace_key, token_bytes
+from erllama.cache.lru import LeafLRU
+from erllama.cache.tree import BlockTree
+from support import must_run, run_python
 
 NAMESPACE = namespace_key({"model": "a"})
 OTHER = namespace_key({"model": "b"})

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from erllama.llama_ffi import LlamaContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support import RecordingBackend, llama_backend, must_run, same_bits
 
 import erllama
+from erllama.llama_ffi import LlamaContext
+from support import RecordingBackend, llama_backend, must_run, same_bits
 
 BLOCK, UBATCH, REPLY = 32, 64, 64
 GREEDY = {"temperature": 0.0}

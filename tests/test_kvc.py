@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from erllama.cache import Block, SaveReason, child_key, kvc, namespace_key, token_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
+from erllama.cache import Block, SaveReason, child_key, kvc, namespace_key, token_bytes
 from erllama.errors import CacheFormatError
 
 NAMESPACE = namespace_key({"model": "m"})
@@ -43,7 +43,9 @@ def test_a_file_round_trips_and_is_private(tmp_path: Path) -> None:
     written = kvc.write(path, block, payload)
     assert written == path.stat().st_size
     assert path.stat().st_mode & 0o777 == 0o600
-    assert kvc.read(path) == (block, payload)
+    found, found_payload = kvc.read(path)
+    assert found == block
+    assert found_payload.data == payload
     assert kvc.read_header(path) == (block, 1000)
 
 

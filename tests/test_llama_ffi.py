@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from erllama.llama_ffi import LlamaContext, LlamaError, LlamaModel
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support import SHARED, must_run
 
 from erllama import llama_ffi
+from erllama.llama_ffi import LlamaContext, LlamaError, LlamaModel
 from erllama.testing.models import TINY, write_llama
+from support import SHARED, must_run
 
 CONTEXT = {"n_ctx": 512, "n_batch": 256, "n_ubatch": 64, "n_seq_max": 3, "n_threads": 2, "n_threads_batch": 2}
 
@@ -367,6 +367,13 @@ def work():
     except LlamaError: pass
 thread = threading.Thread(target=work); thread.start()
 import time; time.sleep(0.02); context.close(); model.close(); thread.join()""",
+        "abort while it is closed": """
+for _ in range(300):
+    context = LlamaContext(model, n_ctx=256, n_threads=1)
+    threads = [threading.Thread(target=context.abort) for _ in range(3)] + [threading.Thread(target=context.close)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    context.abort()""",
         "exit during a load": "threading.Thread(target=lambda: LlamaModel(sys.argv[1]), daemon=True).start()",
         "a fork": """
 import os

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from erllama.cache import Cache
-from erllama.engine import Batch
-from erllama.engine.backends.stub import EOG, StubBackend, StubVocabulary
-from erllama.engine.text import TextDecoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import erllama
+from erllama.cache import Cache
+from erllama.engine import Batch
+from erllama.engine.backends.stub import EOG, StubBackend, StubVocabulary
+from erllama.engine.text import TextDecoder
 
 
 @pytest.fixture
@@ -272,8 +272,9 @@ def test_a_cache_that_lies_costs_a_cold_start(caplog: pytest.LogCaptureFixture) 
     """Payloads that do not fit are dropped, counted and logged; the reply is the cold one."""
     with Cache() as cache, erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
         first = model.complete("x" * 600, max_tokens=5, temperature=0)
-        key = list(cache._ram)[1]
-        cache._ram[key] = cache._ram[key][:-8]
+        payloads = cache._residents.payloads
+        key = list(payloads)[1]
+        payloads[key] = payloads[key][:-8]
         second = model.complete("x" * 600, max_tokens=5, temperature=0)
         third = model.complete("x" * 600, max_tokens=5, temperature=0)
         assert cache.counters()["restore_errors"] == 1

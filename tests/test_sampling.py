@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from erllama.engine.sampling import Sampler, SamplingOptions, top_k
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
+from erllama.engine.sampling import Sampler, SamplingOptions, top_k
 
 rows = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=300).map(lambda r: np.array(r, np.float32))
 tied_rows = st.lists(st.sampled_from([-1.0, 0.0, 2.0]), min_size=1, max_size=300).map(

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from erllama.engine.backend import Batch, Limits, NamespaceValue
 from numpy.typing import NDArray
 
+from erllama.engine.backend import Batch, Limits, NamespaceValue
 from erllama.errors import (
     BackendError,
     LibraryNotBuilt,

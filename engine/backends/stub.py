@@ -12,9 +12,9 @@ import struct
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from erllama.engine.backend import Batch, Limits, NamespaceValue
 from numpy.typing import NDArray
 
+from erllama.engine.backend import Batch, Limits, NamespaceValue
 from erllama.errors import BackendError, OptionError, StateError
 
 EOG = 256
