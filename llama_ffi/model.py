@@ -52,8 +52,8 @@ class LlamaModel:
         mmap: map the file instead of reading it.
         mlock: keep the weights from being swapped out.
         vocab_only: read the vocabulary and metadata, no weights.
-        on_progress: called in the calling thread with the fraction loaded, 0.0
-            to 1.0, a few times a second; returning False cancels the load.
+        on_progress: called in the calling thread with the fraction loaded, first
+            0.0 and last 1.0, some times a second; returning False cancels the load.
 
     Raises:
         LlamaError: libllama cannot load the file; the message says why.
@@ -169,31 +169,36 @@ def _load(path: bytes, options: object, on_progress: Callable[[float], object] |
         outcome["model"] = lib.erl_model_load(path, options, job)
         outcome["error"] = last_error()
 
+    def wanted() -> bool:
+        return on_progress is None or on_progress(float(lib.erl_load_progress(job))) is not False
+
     thread = threading.Thread(target=run, name="erllama-load", daemon=True)
     problems: list[str] = []
+    cancelled = not wanted()
+    if cancelled:
+        raise LoadCancelledError("the load was cancelled")
     thread.start()
     try:
-        while thread.is_alive():
+        loading = True
+        while loading:
             thread.join(_POLL_SECONDS)
+            loading = thread.is_alive()
             problems += drain_log()
-            if on_progress is not None and on_progress(float(lib.erl_load_progress(job))) is False:
+            if not cancelled and not wanted():
+                cancelled = True
                 lib.erl_load_cancel(job)
-                break
     except BaseException:
         lib.erl_load_cancel(job)
         thread.join()
         if outcome.get("model"):
             lib.erl_model_free(outcome["model"])
         raise
-    thread.join()
     problems += drain_log()
     model = outcome["model"]
-    if lib.erl_load_cancelled(job):
+    if cancelled:
         if model:
             lib.erl_model_free(model)
         raise LoadCancelledError("the load was cancelled")
     if not model:
         raise LlamaError(str(outcome["error"]) or "; ".join(problems[-3:]) or "libllama gave no reason")
-    if on_progress is not None:
-        on_progress(1.0)
     return model

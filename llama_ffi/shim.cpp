@@ -233,7 +233,6 @@ erl_load *erl_load_new(void) {
 }
 float erl_load_progress(const erl_load *load) { return load->progress.load(); }
 void erl_load_cancel(erl_load *load) { load->cancel.store(true); }
-int32_t erl_load_cancelled(const erl_load *load) { return load->cancel.load() ? 1 : 0; }
 void erl_load_free(erl_load *load) { delete load; }
 
 struct llama_model *erl_model_load(const char *path, const erl_model_options *options, erl_load *load) {
@@ -249,7 +248,9 @@ struct llama_model *erl_model_load(const char *path, const erl_model_options *op
             load->progress.store(progress);
             return !load->cancel.load();
         };
-        return llama_model_load_from_file(path, params);
+        llama_model *model = llama_model_load_from_file(path, params);
+        load->progress.store(model ? 1.0f : load->progress.load());
+        return model;
     });
 }
 

@@ -103,7 +103,6 @@ int64_t erl_ggml_type_bytes(int32_t type); /* bytes of one */
 erl_load *erl_load_new(void);
 float erl_load_progress(const erl_load *load);
 void erl_load_cancel(erl_load *load);
-int32_t erl_load_cancelled(const erl_load *load);
 void erl_load_free(erl_load *load);
 struct llama_model *erl_model_load(const char *path, const erl_model_options *options, erl_load *load);
 void erl_model_free(struct llama_model *model);

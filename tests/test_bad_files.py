@@ -132,6 +132,7 @@ def test_flipped_bytes_in_a_header(tiny_gguf: Path, tmp_path: Path) -> None:
         (b"llama.attention.head_count", 0),
         (b"llama.attention.head_count_kv", 0),
         (b"llama.attention.head_count", 3),
+        (b"llama.attention.head_count", 4),
         (b"llama.block_count", 0),
         (b"llama.block_count", 2**31),
         (b"llama.embedding_length", 0),

@@ -219,6 +219,58 @@ def in_new_process(path: Path, directory: Path, reproducible: bool, *prompts: li
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"flash_attn": False},
+        {"kv_type_k": "q8_0", "kv_type_v": "q8_0"},
+        {"n_ubatch": 48},  # blocks do not fit it
+        {"n_ubatch": 16},  # smaller than a block
+        {"n_batch": 40, "n_ubatch": 512},
+        {"n_threads": 1},
+        {"rope_freq_base": 5000.0},
+    ],
+    ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_every_kind_of_context_is_exact(tiny_gguf: Path, options: dict[str, object]) -> None:
+    backend = RecordingBackend(llama_backend(tiny_gguf, **{"n_ubatch": UBATCH, **options}))
+    rounds = [prompt_of(1, 200), prompt_of(1, 200)[:130], prompt_of(1, 200), prompt_of(1, 350), prompt_of(1, 200)]
+    logits: dict[bool, list[list[NDArray[np.float32]]]] = {}
+    kinds = []
+    with erllama.Cache(ram=0) as none, erllama.Cache(block_size=BLOCK) as cache:
+        with erllama.load_backend(backend, cache=none) as model:
+            backend.close = lambda: None  # type: ignore[method-assign]
+            logits[False] = []
+            for prompt in rounds:
+                backend.forget()
+                model.complete(prompt, max_tokens=REPLY, temperature=0)
+                logits[False].append(backend.logits)
+        backend.abort(False)
+        with erllama.load_backend(backend, cache=cache) as model:
+            logits[True] = []
+            for prompt in rounds:
+                backend.forget()
+                kinds.append(model.complete(prompt, max_tokens=REPLY, temperature=0, reproducible=True).cache.kind)
+                logits[True].append(backend.logits)
+        assert cache.counters()["restore_errors"] == cache.counters()["faults"] == 0
+    backend.inner.close()
+    assert all(same_bits(a, b) for a, b in zip(logits[False], logits[True], strict=True))
+    assert kinds[0] == "cold"
+    assert kinds[2] in ("exact", "partial")
+    if options.get("n_ubatch") != 48:
+        assert kinds[4] in ("exact", "partial")
+
+
+def test_contexts_that_differ_in_what_kv_means_share_nothing(tiny_gguf: Path) -> None:
+    with erllama.Cache() as cache:
+        for options in ({}, {"kv_type_k": "q8_0"}, {"flash_attn": False}, {"rope_freq_base": 5000.0}):
+            with erllama.load_model(tiny_gguf, cache=cache, n_ctx=512, n_threads=2, **options) as model:  # type: ignore[arg-type]
+                for kind in ("cold", "exact"):
+                    assert model.complete(prompt_of(1, 100), max_tokens=2).cache.kind == kind
+        with erllama.load_model(tiny_gguf, cache=cache, n_ctx=1024, n_batch=64, n_threads=1) as model:
+            assert model.complete(prompt_of(1, 100), max_tokens=2).cache.kind == "exact"
+
+
 def test_a_new_process_gives_the_cold_reply_from_disk(tiny_gguf: Path, tmp_path: Path) -> None:
     """Default sizes: blocks of 256, micro-batches of 512."""
     prompt = prompt_of(5, 1000).tolist()

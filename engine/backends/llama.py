@@ -172,7 +172,7 @@ class LlamaBackend:
                 raise ModelLoadError(f"{path}: a model that does not generate text one token at a time")
             threads = options.n_threads or _processors()
             threads_batch = options.n_threads_batch or threads
-            with _translated(ModelLoadError, f"{path}: no context of this size"):
+            with _translated(ModelLoadError, f"{path}: no context can be made"):
                 self._context = llama_ffi.LlamaContext(
                     model,
                     n_ctx=options.n_ctx or min(shape.n_ctx_train or _DEFAULT_N_CTX, _DEFAULT_N_CTX),

@@ -43,7 +43,7 @@ class LlamaShape:
     n_ctx_train: int = 32768
 
 
-TINY = LlamaShape(n_layer=2, n_embd=64, n_ff=128, n_head=4, n_head_kv=2)
+TINY = LlamaShape(n_layer=2, n_embd=64, n_ff=128, n_head=2, n_head_kv=1)
 SMALL = LlamaShape(n_layer=12, n_embd=512, n_ff=1408, n_head=8, n_head_kv=4)
 SHAPE_135M = LlamaShape(n_layer=30, n_embd=576, n_ff=1536, n_head=9, n_head_kv=3, n_vocab=49152)
 SHAPE_1B = LlamaShape(n_layer=22, n_embd=2048, n_ff=5632, n_head=32, n_head_kv=4, n_vocab=32000)
