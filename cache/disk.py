@@ -14,9 +14,9 @@ without its file is dropped, a partial file of a dead process is removed.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
+import secrets
 import stat
 import time
 from collections.abc import Iterable
@@ -33,6 +33,7 @@ from erllama.errors import CacheError, CacheFormatError
 
 log = logging.getLogger("erllama.cache")
 
+INDEX_NAME = "index.db"
 _STALE_PARTIAL_SECONDS = 3600
 _DAMAGED_KEPT = 8  # enough to see what happened; they are outside every budget
 
@@ -52,8 +53,7 @@ class DiskTier:
         self._damaged = root / "damaged"
         for directory in (root, self._blocks, self._partial, self._damaged):
             _private_directory(directory)
-        self.index = Index(root / "index.db")
-        self._serial = itertools.count()
+        self.index = Index(root / INDEX_NAME)
         self._reap_partials()
         self._reconcile()
 
@@ -65,15 +65,19 @@ class DiskTier:
         """Store one block durably, replacing a file of the same key; returns the file's bytes."""
         final = self.path_of(block.key)
         _private_directory(final.parent)
-        partial = self._partial / f"{os.getpid()}-{next(self._serial)}-{final.name}"
+        # The random part keeps apart caches of one process, and processes of one number in other containers.
+        partial = self._partial / f"{os.getpid()}-{secrets.token_hex(8)}{kvc.SUFFIX}"
+        published = False
         try:
             n_bytes = kvc.write(partial, block, payload)
             partial.rename(final)
+            published = True
+            self.index.put(block, n_bytes, now)
         except BaseException:
+            # A file that is not in the index would be outside every budget.
             with contextlib.suppress(OSError):
-                partial.unlink()
+                (final if published else partial).unlink()
             raise
-        self.index.put(block, n_bytes, now)
         return n_bytes
 
     def read(self, block: Block) -> tuple[Block, NDArray[np.uint8]]:
@@ -84,8 +88,15 @@ class DiskTier:
             OSError: it cannot be read.
         """
         found, payload = kvc.read(self.path_of(block.key))
-        if (found.key, found.namespace, found.start) != (block.key, block.namespace, block.start):
-            raise CacheFormatError("the file holds another block than its name says")
+        # The file checks out; what the index says of it must be the same, down to every token.
+        if (found.key, found.parent, found.namespace, found.start, found.tokens) != (
+            block.key,
+            block.parent,
+            block.namespace,
+            block.start,
+            block.tokens,
+        ):
+            raise CacheFormatError("the file holds another block than the index says")
         return found, payload
 
     def remove(self, keys: Iterable[bytes]) -> None:
@@ -95,8 +106,11 @@ class DiskTier:
             return
         self.index.remove(keys)
         for key in keys:
-            with contextlib.suppress(FileNotFoundError):
-                self.path_of(key).unlink()
+            path = self.path_of(key)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s cannot be removed: %s", path, error)
 
     def set_aside(self, key: bytes) -> None:
         """Take a damaged file out of the way, kept for a look at what happened."""
@@ -122,9 +136,10 @@ class DiskTier:
         return found
 
     def _reconcile(self) -> None:
-        files = self._files()
+        # Rows first: a block that another process publishes meanwhile is a file without a row, seen as such.
         rows = {row.block.key for row in self.index.rows()}
-        missing = rows - files.keys()
+        files = self._files()
+        missing = {key for key in rows - files.keys() if not self.path_of(key).exists()}
         if missing:
             log.warning("%d blocks of the index in %s have no file; dropped", len(missing), self.root)
             self.index.remove(missing)
@@ -138,7 +153,7 @@ class DiskTier:
                 log.warning("%s: %s; set aside", path, error)
                 self.set_aside(key)
                 continue
-            self.index.put(block, kvc.header_bytes(block.n_tokens) + payload_bytes, time.time_ns())
+            self.index.put_new(block, kvc.header_bytes(block.n_tokens) + payload_bytes, time.time_ns())
 
     def _reap_partials(self) -> None:
         for path in self._partial.iterdir():
@@ -152,15 +167,25 @@ class DiskTier:
 
 
 def _private_directory(path: Path) -> None:
-    """Make `path` a directory of ours that nobody else may look into."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Make `path` a directory that nobody else may look into, or refuse one that is not."""
+    try:
+        path.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        pass
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise CacheError(f"{path} is a link or a special file; give the directory itself")
     if found.st_uid != os.geteuid():
         raise CacheError(f"{path} belongs to another user; give a directory of your own")
     if stat.S_IMODE(found.st_mode) & 0o077:
-        path.chmod(0o700)
+        if not any(path.iterdir()) or (path / INDEX_NAME).is_file():
+            path.chmod(0o700)
+            return
+        # Others' things are in it: it is not ours to close.
+        raise CacheError(
+            f"{path} is open to other users, and a cache holds people's prompts; "
+            f"give an empty directory, or one that does not exist yet, or run: chmod 700 {path}"
+        )
 
 
 def _key_of(path: Path) -> bytes | None:

@@ -18,12 +18,24 @@ from typing import NamedTuple
 import sqlite_utils
 
 from erllama.cache.blocks import Block, SaveReason
+from erllama.cache.keys import child_key
 from erllama.errors import CacheError
 
 log = logging.getLogger("erllama.cache")
 
 SCHEMA_VERSION = 1
 _BUSY_SECONDS = 10.0
+# Primary result codes that tell of the database's surroundings, not of its content.
+_SURROUNDINGS = {
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+}
 
 
 class IndexRow(NamedTuple):
@@ -45,16 +57,28 @@ class Index:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
-        self.rebuilt = False
         try:
-            self._open()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError) or not path.exists():
+            self._open_waiting()
+        except (OSError, CacheError):
+            raise
+        except Exception as error:  # a damaged database shows itself in many ways, UnicodeDecodeError among them
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _SURROUNDINGS or not path.exists():
                 raise
             self._set_aside(error)
-            self._open()
-            self.rebuilt = True
+            self._open_waiting()
         self._seen_version = self._data_version()
+
+    def _open_waiting(self) -> None:
+        """Open; wait for a process that makes the database just now, which SQLite's own wait does not cover."""
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                self._open()
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.02)
 
     def _open(self) -> None:
         existed = self.path.exists()
@@ -75,8 +99,9 @@ class Index:
             self.db = sqlite_utils.Database(connection, execute_plugins=False)
             if version == 0:
                 self._create()
-            # A database whose pages are damaged often still opens: read what lookups will need.
-            self.db.execute("SELECT count(key), sum(file_bytes), max(length(tokens)) FROM blocks").fetchone()
+            # A database whose pages are damaged often still opens: read all that will be needed.
+            for _ in self.rows():
+                pass
         except BaseException:
             connection.close()
             raise
@@ -134,17 +159,32 @@ class Index:
             self._lock.release()
 
     def rows(self) -> Iterator[IndexRow]:
-        """Every stored block."""
-        with self._lock:
-            found = self.db.execute(
-                "SELECT key, parent, namespace, start, tokens, reason, recipe, slice_end, file_bytes, last_used "
-                "FROM blocks"
-            ).fetchall()
+        """Every stored block.
+
+        Raises:
+            sqlite3.DatabaseError: the database is damaged, or a row is not as it was written.
+        """
+        columns = "key, parent, namespace, start, tokens, reason, recipe, slice_end, file_bytes, last_used"
+        try:
+            with self._lock:
+                found = self.db.execute(f"SELECT {columns} FROM blocks").fetchall()
+        except UnicodeDecodeError as error:
+            raise _DamagedError(str(error)) from error
         for key, parent, namespace, start, tokens, reason, recipe, slice_end, file_bytes, last_used in found:
-            block = Block(key, parent, namespace, start, tokens, SaveReason(reason), recipe, slice_end)
+            try:
+                block = Block(key, parent, namespace, start, tokens, SaveReason(reason), recipe, slice_end)
+                sound = child_key(parent, tokens) == key and min(start, slice_end, file_bytes, last_used) >= 0
+            except (TypeError, ValueError):
+                sound = False
+            if not sound:
+                raise _DamagedError("a row of the index contradicts itself")
             yield IndexRow(block, file_bytes, last_used)
 
-    def put(self, block: Block, file_bytes: int, last_used: int) -> None:
+    def put_new(self, block: Block, file_bytes: int, last_used: int) -> None:
+        """Add a block unless it is there."""
+        self.put(block, file_bytes, last_used, replace=False)
+
+    def put(self, block: Block, file_bytes: int, last_used: int, *, replace: bool = True) -> None:
         """Add a block, or replace the one of the same key."""
         with self._transaction():
             self.db.table("blocks").insert(
@@ -162,7 +202,8 @@ class Index:
                     "last_used": last_used,
                 },
                 pk="key",
-                replace=True,
+                replace=replace,
+                ignore=not replace,
             )
 
     def remove(self, keys: Iterable[bytes]) -> None:
@@ -197,6 +238,10 @@ class Index:
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self.db.conn, self._lock)
+
+
+class _DamagedError(sqlite3.DatabaseError):
+    """The database can be read, but what it says cannot be."""
 
 
 class _Transaction:

@@ -83,7 +83,15 @@ class Residents:
         """Note that a tier holds a block of this many bytes, in place of an older one of the same key."""
         self._lru[tier].remove(block.key)
         self._lru[tier].add(block.key, block.parent, n_bytes, now)
-        self.tree.add(block, tier).block = block
+        entry = self.tree.add(block, tier)
+        if tier == RAM or entry.places == {tier}:
+            entry.block = block
+
+    def learn(self, block: Block) -> None:
+        """Take over what is known now of how a stored block was computed, unless RAM or the queue has its own."""
+        entry = self.tree.get(block.key)
+        if entry is not None and entry.places == {DISK}:
+            entry.block = block
 
     def put_in_ram(self, block: Block, payload: NDArray[np.uint8], budget: int, now: int) -> bool:
         """Keep a payload in RAM if it fits the budget after evicting others; False if it does not."""

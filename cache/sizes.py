@@ -6,6 +6,8 @@ import re
 
 from erllama.errors import OptionError
 
+_MOST = 2**62
+
 _UNITS = {
     "": 1,
     "b": 1,
@@ -31,8 +33,11 @@ def parse_bytes(name: str, value: object) -> int:
     if isinstance(value, int):
         if value < 0:
             raise OptionError(f"{name}={value}; a size cannot be negative")
-        return value
+        return min(value, _MOST)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
     if not found or found[2].lower() not in _UNITS:
         raise OptionError(f"{name}={value!r}; give a size such as '2GiB' or '500MB' (units: KB to TB, KiB to TiB)")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    n_bytes = float(found[1]) * _UNITS[found[2].lower()]
+    if n_bytes > _MOST:
+        raise OptionError(f"{name}={value!r} is more than any storage holds")
+    return int(n_bytes)

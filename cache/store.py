@@ -1,15 +1,18 @@
 """The cache: finds, loads and saves blocks across its tiers, within their budgets.
 
 Callers are the engine's model threads; any number of models and threads may
-share one cache. Lookups touch memory only. Loads may read a file. Saves land
-in RAM and are written behind to the disk. Nothing here raises at a request
+share one cache. Lookups touch memory, and the index where another process has
+written to it. Loads may read a file. Saves land in RAM and are written behind
+to the disk. Nothing here raises at a request
 because storage failed: it is a miss or an unsaved block, counted and logged.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
+import os
 import sqlite3
 import threading
 import time
@@ -36,6 +39,7 @@ from erllama.errors import CacheError, CacheFormatError, OptionError, integer, r
 
 log = logging.getLogger("erllama.cache")
 
+_LOOK_SECONDS = 0.25  # between two looks at what other processes saved: a look may read the whole index
 _TOUCH_FLUSH = 512  # uses noted in memory before the index is told of them
 
 _open_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
@@ -88,8 +92,9 @@ class Cache:
         self._residents = Residents(self.block_size, self._counters)
         self._touched: dict[bytes, int] = {}
         self._fingerprints: dict[str, str] = {}
-        self._closed = False
+        self._closing = False
         self._out_of_step = False  # a fault left memory and index apart
+        self._look_again = 0.0  # when to look what other processes did, by time.monotonic()
         self.disk_error: CacheError | None = None
         self._disk: DiskTier | None = None
         if root is not None:
@@ -101,6 +106,8 @@ class Cache:
         try:
             self._disk = DiskTier(root)
             self._adopt_rows(self._disk)
+            # The quota may be smaller than the last time.
+            self._disk.remove([key for key, _ in self._residents.evict(DISK, self.disk_quota)])
         except (OSError, sqlite3.Error, CacheError) as error:
             self._disk = None
             self.disk_error = (
@@ -172,7 +179,8 @@ class Cache:
             self._counters.add("disk_errors")
         else:
             with self._lock:
-                if self._residents.holds(DISK, block.key):  # promote
+                if self._residents.holds(DISK, block.key):
+                    self._residents.learn(found)
                     self._residents.put_in_ram(found, payload, self.ram_budget, time.time_ns())
             return Loaded(DISK, payload.data, found)
         with self._lock:
@@ -196,7 +204,7 @@ class Cache:
         """
         residents = self._residents
         with self._lock:
-            if self._closed:
+            if self._closing:
                 return False
             if residents.tree.get(block.key) is not None and not replace:
                 self._counters.add("duplicates_dropped")
@@ -272,6 +280,11 @@ class Cache:
     # --- fingerprints ---------------------------------------------------------------------
 
     @property
+    def closed(self) -> bool:
+        """Whether it was closed, or belongs to the process that forked this one; it then stores nothing."""
+        return self._closing
+
+    @property
     def persistent(self) -> bool:
         """Whether blocks survive this process."""
         return self._disk is not None
@@ -330,9 +343,8 @@ class Cache:
     def close(self) -> None:
         """Write what waits and let go of the directory. Idempotent; lookups then miss."""
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+            self._closing = True
+        # Interrupted here, close() can be called again.
         self.flush()
         with self._lock:
             disk, self._disk = self._disk, None
@@ -340,6 +352,19 @@ class Cache:
         if disk is not None:
             disk.close()
         _open_caches.discard(self)
+
+    def _forked(self) -> None:
+        """In a forked child: an empty cache that saves nothing, without touching what the parent holds."""
+        self._lock = threading.RLock()
+        self._counters = Counters()
+        self._residents = Residents(self.block_size, self._counters)
+        self._writer = WriteBehind(self._persist, 0)
+        self._touched = {}
+        if self._disk is not None:
+            # Closing the parent's connection here could damage its database: never let it be collected.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._disk))
+        self._disk = None
+        self._closing = True
 
     def __enter__(self) -> Cache:
         return self
@@ -379,8 +404,9 @@ class Cache:
     def _make_room(self, disk: DiskTier, block: Block, n_bytes: int) -> bool:
         """Bring the disk tier down so that `n_bytes` fit; False, counted, when they cannot."""
         residents, quota = self._residents, self.disk_quota
+        others = disk.index.changed_by_others()
         with self._lock:
-            if self._out_of_step:
+            if others or self._out_of_step:
                 self._adopt_rows(disk)
             victims: list[tuple[bytes, int]] = []
             reachable = block.parent == block.namespace or residents.holds(DISK, block.parent)
@@ -410,18 +436,19 @@ class Cache:
             if key not in rows:
                 self._residents.drop(DISK, key)
         for key, row in rows.items():
-            entry = self._residents.tree.get(key)
-            if entry is None or not self._residents.holds(DISK, key):
-                known = entry.block if entry else row.block
-                self._residents.put(DISK, known, row.file_bytes, row.last_used)
+            if not self._residents.holds(DISK, key):
+                self._residents.put(DISK, row.block, row.file_bytes, row.last_used)
+            self._residents.learn(row.block)
 
     def _see_others(self) -> None:
         """Take in what other processes did to the directory since the last lookup."""
-        disk = self._disk
-        if disk is not None:
-            with self._guarding("reading the index"):
-                if disk.index.changed_by_others() or self._out_of_step:
-                    self._adopt_rows(disk)
+        disk, now = self._disk, time.monotonic()
+        if disk is None or now < self._look_again:
+            return
+        self._look_again = now + _LOOK_SECONDS
+        with self._guarding("reading the index"):
+            if disk.index.changed_by_others() or self._out_of_step:
+                self._adopt_rows(disk)
 
     def _tell_uses(self) -> None:
         with self._lock:
@@ -451,12 +478,25 @@ def _disk_root(disk: object) -> Path | None:
         return None
     if disk is True:
         return Path(platformdirs.user_cache_dir("erllama")) / "kv"
-    if not isinstance(disk, str | Path) or not str(disk):
+    if not isinstance(disk, str | Path) or not str(disk) or "\0" in str(disk):
         raise OptionError(f"disk={disk!r}; give a directory, True for the user's cache directory, or None")
-    return Path(disk).expanduser().absolute()
+    try:
+        return Path(disk).expanduser().absolute()
+    except RuntimeError as error:
+        raise OptionError(f"disk={disk!r}: {error}") from None
 
 
 @atexit.register
 def _close_all() -> None:
     for cache in list(_open_caches):
         cache.close()
+
+
+def _after_fork_in_child() -> None:
+    # The connection, the writer's thread and the locks stayed with the parent.
+    for cache in list(_open_caches):
+        cache._forked()
+    _open_caches.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

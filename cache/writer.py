@@ -59,12 +59,22 @@ class WriteBehind:
             n_bytes = self._n_bytes + payload.nbytes - (replaced.payload.nbytes if replaced else 0)
             if n_bytes > self._limit:
                 return False
+            if self._thread is None and not self._start():
+                return False
             self._pending[block.key] = Pending(block, payload, overtaken, time.monotonic() + delay)
             self._n_bytes = n_bytes
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="erllama-cache-writer", daemon=True)
-                self._thread.start()
             self._condition.notify_all()
+        return True
+
+    def _start(self) -> bool:
+        """Start the thread, which waits for the condition we hold; False where threads cannot be had any more."""
+        thread = threading.Thread(target=self._run, name="erllama-cache-writer", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            log.warning("no thread to write the cache with: %s", error)
+            return False
+        self._thread = thread
         return True
 
     def get(self, key: bytes) -> Pending | None:

@@ -7,6 +7,7 @@ backend (its vocabulary and `abort` apart). A request that fails, fails alone.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -41,6 +42,7 @@ class Runner:
         self._condition = threading.Condition()
         self._queue: deque[tuple[Ticket, float]] = deque()
         self._stopping = False
+        self._process = os.getpid()
         # Read without a lock, by anyone, at any time.
         self.phase: Phase = "idle"
         self.last_hit: CacheHit | None = None
@@ -56,16 +58,26 @@ class Runner:
     def stopped(self) -> bool:
         return self._stopping
 
+    def check(self) -> None:
+        """Raise ModelUnloaded if no request can run here any more."""
+        if self._process != os.getpid():
+            raise ModelUnloaded(
+                f"model {self._name!r} was loaded before this process was forked and does not run in it; "
+                "load models after forking, or start workers with multiprocessing's 'spawn' method"
+            )
+        if self._stopping:
+            raise ModelUnloaded(f"model {self._name!r} is unloaded; load it again to use it")
+
     def submit(self, request: Request) -> Ticket:
         """Queue a request.
 
         Raises:
             ModelUnloaded: the runner was stopped.
         """
+        self.check()  # before the lock, which a fork may have left taken
         ticket = Ticket(request)
         with self._condition:
-            if self._stopping:
-                raise ModelUnloaded(f"model {self._name!r} is unloaded; load it again to use it")
+            self.check()
             self._queue.append((ticket, time.perf_counter()))
             self._condition.notify_all()
         return ticket
@@ -76,6 +88,8 @@ class Runner:
             first = not self._stopping
             self._stopping = True
             self._condition.notify_all()
+        if self._process != os.getpid():
+            return  # the thread stayed with the parent
         if first:
             self._backend.abort(True)
         if threading.current_thread() is not self._thread:
@@ -122,7 +136,8 @@ class Runner:
             ticket.finish(sequence.completion())
         except Error as error:
             ticket.fail(self._unloaded() if self._stopping else error)
-        except Exception as error:
+        except BaseException as error:
+            # SystemExit, too: no interrupt is meant for this thread, and whoever waits must not wait for ever.
             log.exception("a request on model %r failed unexpectedly", self._name)
             failure = BackendError(f"the request failed unexpectedly: {type(error).__name__}: {error}")
             failure.__cause__ = error

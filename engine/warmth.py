@@ -63,7 +63,8 @@ class Warmth:
                 if reproducible:
                     wanted = canonical_prefix(match.blocks, wanted, len(prompt), self._slicing, self._recipe)
                 blocks, restored, tiers = self._restore_blocks(match, wanted)
-                if reproducible and restored < wanted:
+                if reproducible:
+                    # Again, by what was loaded: a block may have been missing, or saved anew by another process.
                     restored = self._recut(blocks, restored, len(prompt))
         except Exception:
             # A request never fails for the cache, not even for a mistake in it.
@@ -92,7 +93,7 @@ class Warmth:
             if position >= wanted or block.end > limits.n_ctx or (block.end > wanted and not limits.can_trim):
                 break
             loaded = self._cache.load(block)
-            if loaded is None or not _computed_alike(loaded.block, block):
+            if loaded is None:
                 break
             try:
                 self._backend.restore(self._sequence, block.start, block.end, loaded.payload)
@@ -108,7 +109,7 @@ class Warmth:
         return blocks, position, tiers
 
     def _recut(self, blocks: list[Block], restored: int, n_prompt: int) -> int:
-        """After a block failed: fall back to a position where a cold run cuts, too."""
+        """Fall back to a position where a cold run cuts, too, where the restored KV is not canonical."""
         kept = canonical_prefix(blocks, restored, n_prompt, self._slicing, self._recipe)
         if kept < restored:
             if kept and self._backend.limits.can_trim:
@@ -174,11 +175,12 @@ class Warmth:
         return block
 
     def _better(self, new: Block, old: Block) -> bool:
-        """Whether `new` is canonical for more prompts: a full slice serves every longer prompt."""
+        """Whether `new` is canonical for more prompts: for any at all, or, from a full slice, for longer ones."""
         window = self._slicing.window
         if not window or _computed_alike(new, old):
             return False
-        return new.slice_end == (new.start // window + 1) * window
+        full = (new.start // window + 1) * window
+        return new.slice_end == full or (new.slice_end > 0 and old.slice_end == 0)
 
 
 def _computed_alike(a: Block, b: Block) -> bool:

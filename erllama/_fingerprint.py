@@ -48,7 +48,8 @@ def _identity(path: Path) -> str:
         status = path.stat()
     except OSError as error:
         raise ModelLoadError(f"{path} cannot be read: {error}") from None
-    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+    # ctime, too: mtime can be kept through a change of content, ctime cannot.
+    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
 def _sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Never
 
@@ -26,7 +27,7 @@ from erllama.engine import (
     SamplingOptions,
     Ticket,
 )
-from erllama.errors import ModelUnloaded, OptionError, PromptError, PromptTooLong, boolean, reject_unknown
+from erllama.errors import OptionError, PromptError, PromptTooLong, boolean, reject_unknown
 
 Prompt = str | Sequence[int] | NDArray[np.integer]
 
@@ -125,7 +126,10 @@ def load_model(
     if on_progress is not None and not callable(on_progress):
         raise OptionError(f"on_progress={on_progress!r}; give a function of one number, or None")
     cache = _checked_cache(cache)
-    file = Path(path).expanduser()
+    try:
+        file = Path(path).expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"path={path!r}: {error}") from None
 
     def make() -> Backend:
         check_file(file)
@@ -155,7 +159,7 @@ def _load(make: Callable[[], Backend], id: str | None, cache: Cache) -> Model:
             backend.close()
             raise
     except BaseException:
-        _registry.release(model_id)
+        _registry.give_up(model_id)
         raise
     _registry.add(model)
     return model
@@ -168,7 +172,7 @@ def _checked_cache(cache: object) -> Cache:
     if cache is not None:
         raise OptionError(f"cache={cache!r}; give an erllama.Cache, or leave it out for one in RAM")
     with _shared_cache_lock:
-        if _shared_cache is None:
+        if _shared_cache is None or _shared_cache.closed:
             _shared_cache = Cache()
         return _shared_cache
 
@@ -297,7 +301,10 @@ class Model:
         return ids
 
     def _checked_ids(self, ids: object) -> NDArray[np.int32]:
-        found = np.asarray(ids) if isinstance(ids, np.ndarray | list | tuple | range) else None
+        found = None
+        if isinstance(ids, np.ndarray | list | tuple | range):
+            with suppress(ValueError, OverflowError, TypeError):  # ragged lists and the like
+                found = np.asarray(ids)
         if found is None or found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
             raise PromptError(f"{_shown(ids)} is neither text nor a sequence of token ids")
         n_vocab = self._backend.vocabulary.n_tokens
@@ -368,12 +375,11 @@ class Model:
 
     def unload(self) -> None:
         """End the model: requests in flight and waiting fail with ModelUnloaded. Idempotent."""
-        _registry.release(self.id)
         self._runner.stop()
+        _registry.remove(self)
 
     def _check_loaded(self) -> None:
-        if self._runner.stopped:
-            raise ModelUnloaded(f"model {self.id!r} is unloaded; load it again to use it")
+        self._runner.check()
 
 
 class Stream:

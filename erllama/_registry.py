@@ -36,9 +36,17 @@ def add(model: Model) -> None:
         _models[model.id] = model
 
 
-def release(model_id: str) -> None:
+def give_up(model_id: str) -> None:
+    """Free a reserved id whose model was not loaded."""
     with _lock:
         _models.pop(model_id, None)
+
+
+def remove(model: Model) -> None:
+    """Free the id of a model, unless another has it by now."""
+    with _lock:
+        if _models.get(model.id) is model:
+            del _models[model.id]
 
 
 def get_model(id: str) -> Model:
@@ -48,7 +56,7 @@ def get_model(id: str) -> Model:
         ModelNotFound: none is.
     """
     with _lock:
-        model = _models.get(id)
+        model = _models.get(id) if isinstance(id, str) else None
         if model is None:
             loaded = ", ".join(repr(name) for name, found in _models.items() if found) or "none"
             raise ModelNotFound(f"no model is loaded as {id!r}; loaded: {loaded}")

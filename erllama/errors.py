@@ -91,7 +91,10 @@ def real(name: str, value: object, minimum: float | None = None, maximum: float 
     """`value` as a finite float within limits, or OptionError."""
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
         raise OptionError(f"{name} must be a number, not {value!r}")
-    number = float(value.__float__())
+    try:
+        number = float(value.__float__())
+    except (OverflowError, TypeError, ValueError):
+        raise OptionError(f"{name} must be a finite number") from None
     if number != number or number in (float("inf"), float("-inf")):
         raise OptionError(f"{name} must be finite, not {value!r}")
     _within(name, number, minimum, maximum)

@@ -93,7 +93,10 @@ class LlamaContext:
             raise
         self._lock = threading.RLock()
         self._handle = Handle(pointer, _free_context(held), "context")
-        self._finalizer: Callable[[], object] = weakref.finalize(self, _close, self._handle, self._lock)
+        # Not at interpreter exit: a thread may be inside a decode then, and the system frees everything anyway.
+        finalizer = weakref.finalize(self, _close, self._handle, self._lock)
+        finalizer.atexit = False
+        self._finalizer: Callable[[], object] = finalizer
         self.n_ctx = int(lib.erl_context_n_ctx(pointer))
         self.n_batch = int(lib.erl_context_n_batch(pointer))
         self.n_ubatch = int(lib.erl_context_n_ubatch(pointer))
@@ -166,14 +169,12 @@ class LlamaContext:
             native = self._native()
             self._logit_rows = 0
             self._current = None
-            if rows > self._reserved_rows:
+            if rows > self._reserved_rows and len(self._views):
                 # libllama moves its output buffer when it must hold more rows than ever before.
-                if len(self._views):
-                    raise LlamaError(
-                        f"a batch with {rows} rows of logits needs a larger buffer while views of the present one "
-                        "are alive; copy and drop them first"
-                    )
-                self._reserved_rows = rows
+                raise LlamaError(
+                    f"a batch with {rows} rows of logits needs a larger buffer while views of the present one "
+                    "are alive; copy and drop them first"
+                )
             code = lib.erl_decode(
                 native,
                 n,
@@ -184,6 +185,7 @@ class LlamaContext:
             )
             if code == 0:
                 self._logit_rows = rows
+                self._reserved_rows = max(rows, self._reserved_rows)
                 if lib.erl_log_pending():
                     drain_log()
                 return

@@ -124,7 +124,10 @@ def check_header(path: str | Path) -> None:
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise LlamaError("the metadata names no architecture")
+    recurrent = any(key.startswith((f"{architecture}.ssm.", f"{architecture}.wkv.")) for key in header.metadata)
     for name, (low, high) in _SANE.items():
+        if recurrent and name.startswith("attention."):
+            low = 0  # no attention, no heads
         value = header.metadata.get(f"{architecture}.{name}")
         if isinstance(value, int | float) and not isinstance(value, bool) and not low <= value <= high:
             raise LlamaError(f"{architecture}.{name} is {value}; it must be {low} to {high}")

@@ -22,6 +22,8 @@ from erllama.llama_ffi._binding import ffi as ffi
 from erllama.llama_ffi._binding import lib as lib
 
 log = logging.getLogger("erllama.llama")
+# What libllama says of a failure is in the error we raise: unasked, it need not be on the terminal, too.
+log.addHandler(logging.NullHandler())
 
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 _LINE_BYTES = 4096

@@ -77,7 +77,9 @@ class LlamaModel:
         options.mmap, options.mlock, options.vocab_only = mmap, mlock, vocab_only
         pointer = _load(str(path).encode("utf-8", "surrogateescape"), options, on_progress)
         self._handle = Handle(pointer, lib.erl_model_free, "model")
-        self._finalizer: Callable[[], object] = weakref.finalize(self, self._handle.release)
+        finalizer = weakref.finalize(self, self._handle.release)
+        finalizer.atexit = False  # as for contexts
+        self._finalizer: Callable[[], object] = finalizer
         shape = ffi.new("erl_model_shape *")
         check(lib.erl_model_shape_of(pointer, shape), "reading the model")
         self.shape = ModelShape(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -98,7 +99,7 @@ class LlamaOptions:
         for name in ("n_threads", "n_threads_batch"):
             if getattr(self, name) is not None:
                 put(name, integer(name, getattr(self, name), 1, 512))
-        put("n_gpu_layers", integer("n_gpu_layers", self.n_gpu_layers, -1))
+        put("n_gpu_layers", integer("n_gpu_layers", self.n_gpu_layers, -1, 2**31 - 1))
         if not isinstance(self.flash_attn, bool):
             choice("flash_attn", self.flash_attn, ("auto",))
         for name in ("kv_type_k", "kv_type_v"):
@@ -310,6 +311,9 @@ def load_file(
 def check_file(path: Path) -> None:
     """Raise ModelLoadError unless `path` is a readable file that begins as GGUF does."""
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise ModelLoadError(f"{path} is no regular file; give a GGUF file")
         with path.open("rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
