@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given
@@ -145,6 +146,25 @@ def test_a_header_is_read_without_the_model(tiny_gguf: Path) -> None:
     assert header.tensors[0].name == "token_embd.weight"
     last = header.tensors[-1]
     assert header.data_offset + last.offset + last.n_bytes <= tiny_gguf.stat().st_size
+
+
+def test_models_without_attention_may_have_no_heads(tmp_path: Path) -> None:
+    """As converters write recurrent models: zero heads, and sizes of their state."""
+    for name, key, accepted in (("mamba", "ssm.state_size", True), ("llama", "feed_forward_length", False)):
+        writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", name)
+        writer.add_block_count(2)
+        writer.add_head_count(0)
+        writer.add_uint32(f"{name}.{key}", 16)
+        writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        if accepted:
+            llama_ffi.check_header(tmp_path / f"{name}.gguf")
+        else:
+            with pytest.raises(LlamaError, match="llama.attention.head_count is 0"):
+                llama_ffi.check_header(tmp_path / f"{name}.gguf")
 
 
 # --- decoding and memory ---------------------------------------------------------------------------
