@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -56,9 +57,9 @@ def write_llama(
     """Write a llama-architecture GGUF with random weights and a vocabulary of bytes.
 
     Every byte is a token, so any text has tokens and any tokens have bytes; a
-    space has a second one, and ids beyond stand for words of the form "⟨n⟩". The query and key
-    weights are drawn wide enough for attention to pick single positions, so
-    that a reply changes when any one token of its prompt does.
+    space has a second one, and ids beyond stand for words of the form "⟨n⟩".
+    The query and key weights are drawn wide enough for attention to pick single
+    positions, so that a reply changes when any one token of its prompt does.
 
     Args:
         path: where to write; appears whole or not at all.
@@ -69,60 +70,166 @@ def write_llama(
     Returns:
         `path`.
     """
-    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+    n_embd, n_kv = shape.n_embd, shape.n_embd // shape.n_head * shape.n_head_kv
+    with _ModelFile(path, "llama", shape.n_vocab, n_embd, shape.n_layer, seed, quantization) as file:
+        file.writer.add_context_length(shape.n_ctx_train)
+        file.writer.add_feed_forward_length(shape.n_ff)
+        file.writer.add_head_count(shape.n_head)
+        file.writer.add_head_count_kv(shape.n_head_kv)
+        file.writer.add_rope_dimension_count(n_embd // shape.n_head)
+        file.writer.add_rope_freq_base(10000.0)
+        for layer in range(shape.n_layer):
+            block = f"blk.{layer}"
+            file.norm(f"{block}.attn_norm", n_embd)
+            file.attention(block, n_embd, n_embd, n_kv)
+            file.norm(f"{block}.ffn_norm", n_embd)
+            file.feed_forward(block, n_embd, shape.n_ff)
+    return Path(path)
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    rng = np.random.Generator(np.random.PCG64(seed))
-    kind = GGMLQuantizationType[quantization]
-    writer = GGUFWriter(partial, "llama")
-    writer.add_name(f"random llama, seed {seed}")
-    writer.add_file_type(LlamaFileType["ALL_F32" if quantization == "F32" else f"MOSTLY_{quantization}"])
-    writer.add_context_length(shape.n_ctx_train)
-    writer.add_embedding_length(shape.n_embd)
-    writer.add_block_count(shape.n_layer)
-    writer.add_feed_forward_length(shape.n_ff)
-    writer.add_head_count(shape.n_head)
-    writer.add_head_count_kv(shape.n_head_kv)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(shape.n_embd // shape.n_head)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(shape.n_vocab)
-    _add_byte_vocabulary(writer, shape.n_vocab)
 
-    def norm(name: str) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(shape.n_embd, np.float32))
+def write_gemma3(path: str | Path, *, window: int = 64, seed: int = 0) -> Path:
+    """Write a tiny gemma3: five of six layers see only a sliding window of `window` tokens."""
+    n_layer, n_embd, n_ff, n_head, n_head_kv, n_dim = 6, 64, 128, 4, 2, 16
+    with _ModelFile(path, "gemma3", 320, n_embd, n_layer, seed, "F32") as file:
+        file.writer.add_context_length(32768)
+        file.writer.add_feed_forward_length(n_ff)
+        file.writer.add_head_count(n_head)
+        file.writer.add_head_count_kv(n_head_kv)
+        file.writer.add_key_length(n_dim)
+        file.writer.add_value_length(n_dim)
+        file.writer.add_sliding_window(window)
+        file.writer.add_rope_freq_base(10000.0)
+        for layer in range(n_layer):
+            block = f"blk.{layer}"
+            for norm in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
+                file.norm(f"{block}.{norm}", n_embd)
+            for norm in ("attn_q_norm", "attn_k_norm"):
+                file.norm(f"{block}.{norm}", n_dim, value=2.0)
+            file.attention(block, n_embd, n_head * n_dim, n_head_kv * n_dim)
+            file.feed_forward(block, n_embd, n_ff)
+    return Path(path)
 
-    def matrix(name: str, n_out: int, n_in: int, gain: float = 1.0) -> None:
-        packed = _random_matrix(rng, n_out, n_in, gain / np.sqrt(n_in), quantization)
-        writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
 
-    n_kv = shape.n_embd // shape.n_head * shape.n_head_kv
-    # Small embeddings and a separate output: what attention gathers outweighs the last token itself.
-    matrix("token_embd", shape.n_vocab, shape.n_embd, gain=0.3 * np.sqrt(shape.n_embd))
-    norm("output_norm")
-    matrix("output", shape.n_vocab, shape.n_embd, gain=2.5)
-    for layer in range(shape.n_layer):
-        block = f"blk.{layer}"
-        norm(f"{block}.attn_norm")
-        matrix(f"{block}.attn_q", shape.n_embd, shape.n_embd, gain=2.0)
-        matrix(f"{block}.attn_k", n_kv, shape.n_embd, gain=2.0)
-        matrix(f"{block}.attn_v", n_kv, shape.n_embd, gain=2.0)
-        matrix(f"{block}.attn_output", shape.n_embd, shape.n_embd, gain=2.0)
-        norm(f"{block}.ffn_norm")
-        matrix(f"{block}.ffn_gate", shape.n_ff, shape.n_embd)
-        matrix(f"{block}.ffn_up", shape.n_ff, shape.n_embd)
-        matrix(f"{block}.ffn_down", shape.n_embd, shape.n_ff)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+def write_mamba(path: str | Path, *, seed: int = 0) -> Path:
+    """Write a tiny mamba: no attention at all, a recurrent state."""
+    n_layer, n_embd, n_inner, n_state, n_rank, n_conv = 3, 64, 128, 16, 8, 4
+    with _ModelFile(path, "mamba", 320, n_embd, n_layer, seed, "F32") as file:
+        file.writer.add_context_length(32768)
+        file.writer.add_feed_forward_length(0)
+        file.writer.add_head_count(0)
+        file.writer.add_ssm_conv_kernel(n_conv)
+        file.writer.add_ssm_inner_size(n_inner)
+        file.writer.add_ssm_state_size(n_state)
+        file.writer.add_ssm_time_step_rank(n_rank)
+        for layer in range(n_layer):
+            block = f"blk.{layer}"
+            file.norm(f"{block}.attn_norm", n_embd)
+            file.matrix(f"{block}.ssm_in", 2 * n_inner, n_embd)
+            file.matrix(f"{block}.ssm_conv1d", n_inner, n_conv)
+            file.constant(f"{block}.ssm_conv1d.bias", np.zeros(n_inner))
+            file.matrix(f"{block}.ssm_x", n_rank + 2 * n_state, n_inner)
+            file.matrix(f"{block}.ssm_dt", n_inner, n_rank)
+            # Slow decay and small steps, so that the state remembers hundreds of tokens.
+            file.constant(f"{block}.ssm_dt.bias", np.full(n_inner, -2.0))
+            file.constant(f"{block}.ssm_a", -np.tile(np.linspace(0.05, 1, n_state), (n_inner, 1)))
+            file.constant(f"{block}.ssm_d", np.ones(n_inner))
+            file.matrix(f"{block}.ssm_out", n_embd, n_inner)
+    return Path(path)
+
+
+def write_lfm2(path: str | Path, *, seed: int = 0) -> Path:
+    """Write a tiny lfm2: layers of attention and layers of short convolutions with a state, in turn."""
+    n_layer, n_embd, n_ff, n_head, n_head_kv, n_conv = 4, 64, 128, 4, 2, 3
+    n_dim = n_embd // n_head
+    with _ModelFile(path, "lfm2", 320, n_embd, n_layer, seed, "F32", output_norm="token_embd_norm") as file:
+        file.writer.add_context_length(32768)
+        file.writer.add_feed_forward_length(n_ff)
+        file.writer.add_head_count(n_head)
+        file.writer.add_head_count_kv([n_head_kv * (layer % 2) for layer in range(n_layer)])
+        file.writer.add_shortconv_l_cache(n_conv)
+        file.writer.add_rope_freq_base(10000.0)
+        for layer in range(n_layer):
+            block = f"blk.{layer}"
+            file.norm(f"{block}.attn_norm", n_embd)
+            if layer % 2:
+                file.norm(f"{block}.attn_q_norm", n_dim, value=2.0)
+                file.norm(f"{block}.attn_k_norm", n_dim, value=2.0)
+                file.attention(block, n_embd, n_embd, n_head_kv * n_dim)
+            else:
+                file.matrix(f"{block}.shortconv.in_proj", 3 * n_embd, n_embd)
+                file.matrix(f"{block}.shortconv.conv", n_embd, n_conv)
+                file.matrix(f"{block}.shortconv.out_proj", n_embd, n_embd, gain=2.0)
+            file.norm(f"{block}.ffn_norm", n_embd)
+            file.feed_forward(block, n_embd, n_ff)
+    return Path(path)
+
+
+class _ModelFile(AbstractContextManager["_ModelFile"]):
+    """A GGUF being written: vocabulary, embeddings and output on entry, everything in place at the end."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        architecture: str,
+        n_vocab: int,
+        n_embd: int,
+        n_layer: int,
+        seed: int,
+        quantization: Quantization,
+        output_norm: str = "output_norm",
+    ) -> None:
+        from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        self._random = np.random.Generator(np.random.PCG64(seed))
+        self._quantization = quantization
+        self._kind = GGMLQuantizationType[quantization]
+        self.writer = GGUFWriter(self._partial, architecture)
+        self.writer.add_name(f"random {architecture}, seed {seed}")
+        self.writer.add_file_type(LlamaFileType["ALL_F32" if quantization == "F32" else f"MOSTLY_{quantization}"])
+        self.writer.add_embedding_length(n_embd)
+        self.writer.add_block_count(n_layer)
+        self.writer.add_layer_norm_rms_eps(1e-5)
+        self.writer.add_vocab_size(n_vocab)
+        _add_byte_vocabulary(self.writer, n_vocab)
+        # Small embeddings and a separate output: what the layers gather outweighs the last token itself.
+        self.matrix("token_embd", n_vocab, n_embd, gain=0.3 * np.sqrt(n_embd))
+        self.norm(output_norm, n_embd)
+        self.matrix("output", n_vocab, n_embd, gain=2.5)
+
+    def norm(self, name: str, n: int, value: float = 1.0) -> None:
+        self.constant(f"{name}.weight", np.full(n, value))
+
+    def constant(self, name: str, values: NDArray[np.floating]) -> None:
+        self.writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
+
+    def matrix(self, name: str, n_out: int, n_in: int, gain: float = 1.0) -> None:
+        packed = _random_matrix(self._random, n_out, n_in, gain / np.sqrt(n_in), self._quantization)
+        self.writer.add_tensor(f"{name}.weight", packed, raw_dtype=self._kind)
+
+    def attention(self, block: str, n_embd: int, n_q: int, n_kv: int) -> None:
+        self.matrix(f"{block}.attn_q", n_q, n_embd, gain=2.0)
+        self.matrix(f"{block}.attn_k", n_kv, n_embd, gain=2.0)
+        self.matrix(f"{block}.attn_v", n_kv, n_embd, gain=2.0)
+        self.matrix(f"{block}.attn_output", n_embd, n_q, gain=2.0)
+
+    def feed_forward(self, block: str, n_embd: int, n_ff: int) -> None:
+        self.matrix(f"{block}.ffn_gate", n_ff, n_embd)
+        self.matrix(f"{block}.ffn_up", n_ff, n_embd)
+        self.matrix(f"{block}.ffn_down", n_embd, n_ff)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.writer.write_header_to_file()
+                self.writer.write_kv_data_to_file()
+                self.writer.write_tensors_to_file()
+                self.writer.close()
+                os.replace(self._partial, self._path)
+        finally:
+            self._partial.unlink(missing_ok=True)
 
 
 def _add_byte_vocabulary(writer: object, n_vocab: int) -> None:

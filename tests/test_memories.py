@@ -1,0 +1,103 @@
+"""Every kind of memory resumes only where it can, and then with the bits of a cold run.
+
+Full attention has its own, longer tests in test_exactness.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_exactness import prompt_of
+
+import erllama
+from erllama.testing.models import write_gemma3, write_lfm2, write_mamba
+from support import RecordingBackend, llama_backend, same_bits
+
+BLOCK, UBATCH = 32, 64
+KINDS = {"sliding window": write_gemma3, "recurrent": write_mamba, "hybrid": write_lfm2}
+
+
+class Trial:
+    """One model, cold and warm, recorded."""
+
+    def __init__(self, path: Path) -> None:
+        self.cold_backend = RecordingBackend(llama_backend(path, n_ubatch=UBATCH))
+        self.warm_backend = RecordingBackend(llama_backend(path, n_ubatch=UBATCH))
+        # Of the same block size: memory that cannot be cut is packed, so cut, at the end of every block.
+        self.none = erllama.Cache(ram=0, block_size=BLOCK)
+        self.cold = erllama.load_backend(self.cold_backend, cache=self.none)
+
+    def close(self) -> None:
+        self.cold.unload()
+        self.warm_backend.inner.close()
+        self.none.close()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trial(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
+    path = KINDS[request.param](tmp_path_factory.mktemp("memory") / "model.gguf", seed=1)
+    found = Trial(path)
+    yield found
+    found.close()
+
+
+def test_these_memories_cannot_be_cut(trial: Trial) -> None:
+    assert not trial.warm_backend.limits.can_trim
+    with pytest.raises(erllama.BackendError, match="cannot be cut"):
+        trial.warm_backend.cut(0, 0)
+
+
+def test_the_reply_depends_on_the_first_token(trial: Trial) -> None:
+    """Else a wrong state would not show."""
+    rows = []
+    for first in (5, 6):
+        trial.cold_backend.forget()
+        trial.cold.complete([first, *prompt_of(3, 300).tolist()], max_tokens=1, temperature=0)
+        rows.append(trial.cold_backend.logits[0])
+    assert not np.array_equal(*rows)
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 400),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 90), st.booleans()), max_size=3),
+)
+def test_replies_have_the_bits_of_a_cold_run(
+    trial: Trial, seed: int, n: int, history: list[tuple[float, int, bool]]
+) -> None:
+    prompt = prompt_of(seed, n)
+    trial.cold_backend.forget()
+    expected = trial.cold.complete(prompt, max_tokens=40, temperature=0)
+    expected_logits = trial.cold_backend.logits
+    backend = trial.warm_backend
+    backend.close = lambda: None  # type: ignore[method-assign]
+    backend.abort(False)
+    permitted = {0, n - 1}
+    with erllama.Cache(block_size=BLOCK) as cache, erllama.load_backend(backend, cache=cache) as model:
+        for share, more, reproducible in history:
+            earlier = np.concatenate([prompt[: round(share * n)], prompt_of(seed + 1, more)])
+            if len(earlier):
+                reply = model.complete(earlier, max_tokens=20, temperature=0, reproducible=reproducible)
+                # Where state was packed: before the last prompt token, and after the last token computed.
+                permitted |= {len(earlier) - 1, len(reply.context_tokens) - 1}
+        for _ in range(2):
+            backend.forget()
+            reply = model.complete(prompt, max_tokens=40, temperature=0, reproducible=True)
+            assert reply.tokens == expected.tokens
+            assert same_bits(backend.logits, expected_logits)
+            assert reply.cache.tokens % BLOCK == 0 or reply.cache.tokens in permitted
+        assert reply.cache.tokens >= (n - 1) // BLOCK * BLOCK
+        backend.forget()
+        again = model.complete(prompt, max_tokens=40, temperature=0)
+        assert again.cache.tokens % BLOCK == 0 or again.cache.tokens in permitted
+        if not history:
+            assert again.cache.tokens >= (n - 1) // BLOCK * BLOCK
+            assert same_bits(backend.logits, expected_logits)
+        counters = cache.counters()
+        assert counters["restore_errors"] == counters["faults"] == 0
