@@ -82,7 +82,8 @@ class Sampler:
             keep = min(keep, int(np.searchsorted(cumulative, options.top_p * total)) + 1)
         if options.min_p > 0:
             keep = min(keep, int(np.searchsorted(-kept, -np.log(options.min_p), side="right")))
-        weights = np.cumsum(np.exp(kept[: max(keep, 1)] / options.temperature))
+        with np.errstate(over="ignore"):  # of a tiny temperature: minus infinity, so no weight
+            weights = np.cumsum(np.exp(kept[: max(keep, 1)] / options.temperature))
         chosen = int(np.searchsorted(weights, self._random.random() * weights[-1], side="right"))
         return int(ids[min(chosen, len(weights) - 1)])
 

@@ -51,6 +51,8 @@ _LOAD_OPTIONS = (
 )
 _REQUEST_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "reproducible")
 
+_BACKEND_PARTS = sorted(name for name in vars(Backend) if not name.startswith("_"))
+
 _shared_cache_lock = threading.Lock()
 _shared_cache: Cache | None = None
 
@@ -83,7 +85,8 @@ def load_model(
         id: a name for it in this process; one is made up if None.
         cache: where its prompts are kept; None for one in RAM, shared by every
             model loaded without a cache of its own.
-        n_ctx: tokens the context holds; None for the model's training context, at most 4096.
+        n_ctx: tokens the context holds, rounded up to a multiple of 256; None for the
+            model's training context, at most 4096.
         n_batch: most tokens of one decode.
         n_ubatch: tokens computed at once.
         n_threads: threads for decoding; None for the processors this process may use.
@@ -146,6 +149,9 @@ def load_backend(backend: Backend, *, id: str | None = None, cache: Cache | None
         id, cache: as for `load_model`.
     """
     reject_unknown(unknown, ("id", "cache"), "load_backend")
+    missing = [name for name in _BACKEND_PARTS if not hasattr(backend, name)]
+    if missing:
+        raise OptionError(f"{_shown(backend)} is no backend: it has no {', '.join(missing)}")
     return _load(lambda: backend, id, _checked_cache(cache))
 
 
@@ -272,8 +278,9 @@ class Model:
             )
         )
 
-    def prefill(self, prompt: Prompt) -> Completion:
+    def prefill(self, prompt: Prompt, **unknown: Never) -> Completion:
         """Read a prompt into the cache and sample nothing; errors as for `complete`."""
+        reject_unknown(unknown, ("prompt",), "prefill")
         return _wait(self._submit(prompt, 0, SamplingOptions(), False))
 
     def _submit(
@@ -317,7 +324,7 @@ class Model:
     # --- text --------------------------------------------------------------------------
 
     def tokenize(
-        self, text: str | bytes, *, add_special: bool = True, parse_special: bool = False
+        self, text: str | bytes, *, add_special: bool = True, parse_special: bool = False, **unknown: Never
     ) -> NDArray[np.int32]:
         """Token ids of a text, int32, shape (n,).
 
@@ -326,6 +333,7 @@ class Model:
             add_special: add the BOS and EOS that the model asks for.
             parse_special: read the text of special tokens as those tokens.
         """
+        reject_unknown(unknown, ("add_special", "parse_special"), "tokenize")
         self._check_loaded()
         if not isinstance(text, str | bytes):
             raise PromptError(f"{_shown(text)} is no text")
@@ -335,13 +343,16 @@ class Model:
             parse_special=boolean("parse_special", parse_special),
         )
 
-    def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> str:
+    def detokenize(
+        self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False, **unknown: Never
+    ) -> str:
         """The text of token ids; bytes that are no UTF-8 appear as U+FFFD.
 
         Args:
             tokens: ids, shape (n,).
             special: write special tokens out instead of leaving them out.
         """
+        reject_unknown(unknown, ("special",), "detokenize")
         self._check_loaded()
         raw = self._backend.vocabulary.detokenize(self._checked_ids(tokens), special=boolean("special", special))
         return raw.decode("utf-8", "replace")

@@ -73,7 +73,7 @@ class CacheFormatError(CacheError):
 def reject_unknown(given: Mapping[str, object], known: Collection[str], where: str) -> None:
     """Raise OptionError for the first name in `given`; suggest the nearest of `known`."""
     for name in given:
-        near = get_close_matches(name, known, n=1)
+        near = _nearest(name, known)
         hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(known))}"
         raise OptionError(f"{where} has no option {name!r}; {hint}")
 
@@ -82,7 +82,10 @@ def integer(name: str, value: object, minimum: int | None = None, maximum: int |
     """`value` as an int within limits, or OptionError."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise OptionError(f"{name} must be an integer, not {value!r}")
-    number = int(value.__index__())
+    try:
+        number = int(value.__index__())
+    except TypeError:
+        raise OptionError(f"{name} must be an integer, not {value!r}") from None
     _within(name, number, minimum, maximum)
     return number
 
@@ -111,10 +114,15 @@ def boolean(name: str, value: object) -> bool:
 def choice(name: str, value: object, known: Collection[str]) -> str:
     """`value` if it is one of `known`, or OptionError with the nearest."""
     if not isinstance(value, str) or value not in known:
-        near = get_close_matches(str(value), known, n=1)
+        near = _nearest(str(value), known)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise OptionError(f"{name}={value!r}; it takes {', '.join(map(repr, known))}{hint}")
     return value
+
+
+def _nearest(name: str, known: Collection[str]) -> list[str]:
+    # Stricter than the default, which takes "top_p" for a misspelt "stop".
+    return get_close_matches(name, known, n=1, cutoff=0.7)
 
 
 def _within(name: str, number: float, minimum: float | None, maximum: float | None) -> None:

@@ -176,7 +176,7 @@ def test_sizes_that_cannot_be(tiny_gguf: Path, tmp_path: Path, key: bytes, value
         ({"n_ubatch": 1.5}, "integer"),
         ({"n_threads": 0}, "n_threads"),
         ({"n_gpu_layers": -2}, "n_gpu_layers"),
-        ({"flash_attn": "on"}, "flash_attn='on'"),
+        ({"flash_attn": "on"}, "True, False or 'auto'"),
         ({"kv_type_k": "q8_1"}, "did you mean 'q8_0'"),
         ({"kv_type_v": "q8_0", "flash_attn": False}, "flash attention"),
         ({"rope_freq_base": 0}, "rope_freq_base"),
@@ -192,6 +192,12 @@ def test_wrong_options_are_typed_errors(tiny_gguf: Path, options: dict[str, obje
     with pytest.raises(erllama.OptionError) as caught:
         erllama.load_model(tiny_gguf, **options)  # type: ignore[arg-type]
     assert words in str(caught.value)
+
+
+def test_the_smallest_context_is_rounded_up(tiny_gguf: Path) -> None:
+    with erllama.load_model(tiny_gguf, n_ctx=1) as model:
+        assert model.n_ctx == 256
+        assert model.complete([5] * 256, max_tokens=5).finish_reason == "context_full"
 
 
 def test_a_context_larger_than_memory_is_refused(tiny_gguf: Path) -> None:

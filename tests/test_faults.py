@@ -361,7 +361,13 @@ def test_a_refused_decode_does_not_count_as_room_for_logits(tiny_gguf: Path) -> 
         lambda model: erllama.load_model("~nosuchuser/m.gguf"),
         lambda model: erllama.load_model("m.gguf", n_gpu_layers=2**40),
         lambda model: erllama.get_model(["chat"]),
-        lambda model: erllama.load_model(fifo()),
+        lambda model: erllama.load_backend(None),
+        lambda model: erllama.load_model("m.gguf", n_threads=np.array([1, 2])),
+        lambda model: erllama.load_model("m.gguf", flash_attn="on"),
+        lambda model: model.complete("x", temperature=np.array([0.5])),
+        lambda model: model.prefill("x", max_tokens=5),
+        lambda model: model.tokenize("x", add_bos=True),
+        lambda model: model.detokenize([[1], [2, 3]]),
     ],
 )
 def test_mistakes_are_errors_of_this_library(tiny: erllama.Model, use: object) -> None:
@@ -369,8 +375,7 @@ def test_mistakes_are_errors_of_this_library(tiny: erllama.Model, use: object) -
         use(tiny)  # type: ignore[operator]
 
 
-def fifo() -> str:
-    path = f"/tmp/erllama-test-fifo-{os.getpid()}"
-    if not os.path.exists(path):
-        os.mkfifo(path)
-    return path
+def test_a_pipe_is_no_model_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(erllama.ModelLoadError, match="no regular file"):
+        erllama.load_model(tmp_path / "pipe.gguf")

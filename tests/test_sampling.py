@@ -85,6 +85,10 @@ def test_a_seed_fixes_the_draws_and_is_told() -> None:
     assert draws[0] == draws[1] != draws[2]
 
 
+def test_the_smallest_temperature_is_nearly_greedy() -> None:
+    assert draw(SKEWED, n=50, temperature=1e-320)[0] == 1.0
+
+
 def test_ruled_out_tokens_are_never_drawn() -> None:
     logits = np.array([0.0, -np.inf, 0.0, -np.inf], np.float32)
     assert np.count_nonzero(draw(logits, temperature=50.0)[[1, 3]]) == 0

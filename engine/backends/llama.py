@@ -47,6 +47,7 @@ except ImportError as error:
 KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
 _DEFAULT_N_CTX = 4096
 _MAX_N_CTX = 2**30
+_N_CTX_STEP = 256
 _SEQUENCES = 1
 _SCRATCH = _SEQUENCES
 # How libllama's state of one sequence begins: magic, sequence, streams, cells;
@@ -61,7 +62,8 @@ class LlamaOptions:
     """How a model file is loaded and its context made. None is libllama's or the model's own choice.
 
     Attributes:
-        n_ctx: cells, in tokens; None for the model's training context, at most 4096.
+        n_ctx: cells, in tokens, rounded up to a multiple of 256; None for the model's
+            training context, at most 4096.
         n_batch: most tokens of one decode.
         n_ubatch: tokens computed at once, and the length of a prefill slice.
         n_threads: threads for decoding; None for the processors this process may use.
@@ -100,8 +102,8 @@ class LlamaOptions:
             if getattr(self, name) is not None:
                 put(name, integer(name, getattr(self, name), 1, 512))
         put("n_gpu_layers", integer("n_gpu_layers", self.n_gpu_layers, -1, 2**31 - 1))
-        if not isinstance(self.flash_attn, bool):
-            choice("flash_attn", self.flash_attn, ("auto",))
+        if not isinstance(self.flash_attn, bool) and self.flash_attn != "auto":
+            raise OptionError(f"flash_attn={self.flash_attn!r}; it takes True, False or 'auto'")
         for name in ("kv_type_k", "kv_type_v"):
             choice(name, getattr(self, name), KV_TYPES)
         for name in ("rope_freq_base", "rope_freq_scale"):
@@ -176,7 +178,7 @@ class LlamaBackend:
             with _translated(ModelLoadError, f"{path}: no context can be made"):
                 self._context = llama_ffi.LlamaContext(
                     model,
-                    n_ctx=options.n_ctx or min(shape.n_ctx_train or _DEFAULT_N_CTX, _DEFAULT_N_CTX),
+                    n_ctx=_padded(options.n_ctx or min(shape.n_ctx_train or _DEFAULT_N_CTX, _DEFAULT_N_CTX)),
                     n_batch=options.n_batch,
                     n_ubatch=min(options.n_ubatch, options.n_batch),
                     n_seq_max=_SEQUENCES + 1,
@@ -279,6 +281,11 @@ class LlamaBackend:
     def close(self) -> None:
         self._context.close()
         self._model.close()
+
+
+def _padded(n_ctx: int) -> int:
+    """As libllama rounds it, but before it derives other sizes from it."""
+    return -(-n_ctx // _N_CTX_STEP) * _N_CTX_STEP
 
 
 def load_file(
