@@ -257,10 +257,8 @@ def test_saves_beyond_the_queue_are_dropped_and_counted(tmp_path: Path, monkeypa
     with Cache(block_size=SIZE, disk=tmp_path, write_queue=200) as cache:
         assert cache._disk is not None
         write = cache._disk.write
-        monkeypatch.setattr(cache._disk, "write", lambda *given: (gate.wait(10), write(*given))[1])
-        began = time.monotonic()
-        save(cache, np.arange(10 * SIZE, dtype=np.int32))
-        assert time.monotonic() - began < 5, "a save waited for the disk"
+        monkeypatch.setattr(cache._disk, "write", lambda *given: (gate.wait(), write(*given))[1])
+        save(cache, np.arange(10 * SIZE, dtype=np.int32))  # returns while the disk stands still
         assert cache.counters()["bytes_pending"] <= 200
         assert cache.counters()["saves_dropped"] == 7
         assert hit(cache, np.arange(10 * SIZE, dtype=np.int32)) == 10 * SIZE, "RAM has them all the same"
