@@ -2,8 +2,9 @@
 # BACKEND chooses what libllama computes on: auto, cpu, cuda, metal, vulkan, hip.
 
 PYTHON ?= python3
-BACKEND ?= auto
 VENV := .venv
+# What was chosen before stays chosen.
+BACKEND ?= $(or $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*))),auto)
 BIN := $(VENV)/bin
 TREE := build/tree
 # What, when changed, makes an installation stale. Python sources are used in place.

@@ -34,6 +34,8 @@ from erllama.errors import CacheError, CacheFormatError
 log = logging.getLogger("erllama.cache")
 
 INDEX_NAME = "index.db"
+# What a directory may hold and still be ours to close: a cache, or what else the user's cache directory has.
+_OURS = {"blocks", "partial", "damaged", "kv", "llama", "models"}
 _STALE_PARTIAL_SECONDS = 3600
 _DAMAGED_KEPT = 8  # enough to see what happened; they are outside every budget
 
@@ -178,7 +180,7 @@ def _private_directory(path: Path) -> None:
     if found.st_uid != os.geteuid():
         raise CacheError(f"{path} belongs to another user; give a directory of your own")
     if stat.S_IMODE(found.st_mode) & 0o077:
-        if not any(path.iterdir()) or (path / INDEX_NAME).is_file():
+        if all(entry.name in _OURS or entry.name.startswith(INDEX_NAME) for entry in path.iterdir()):
             path.chmod(0o700)
             return
         # Others' things are in it: it is not ours to close.

@@ -126,6 +126,9 @@ def _prompt(model: Model, n_tokens: int) -> str:
 
 def _default_model() -> Path:
     """A small model with random weights, made once."""
+    path = Path(platformdirs.user_cache_dir("erllama")) / "models" / "random-small-q8_0.gguf"
+    if path.exists():
+        return path
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -135,8 +138,5 @@ def _default_model() -> Path:
         ) from None
     from erllama.testing.models import SMALL, write_llama
 
-    path = Path(platformdirs.user_cache_dir("erllama")) / "models" / "random-small-q8_0.gguf"
-    if not path.exists():
-        print(f"making a model in {path}")
-        write_llama(path, SMALL, seed=1, quantization="Q8_0")
-    return path
+    print(f"making a model in {path}")
+    return write_llama(path, SMALL, seed=1, quantization="Q8_0")

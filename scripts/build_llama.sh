@@ -141,7 +141,9 @@ trap 'exit 130' INT TERM
 tools="$cache/tools"
 need_tool() { # cmake and ninja come from the package index where the system has none
     command -v "$1" >/dev/null 2>&1 && return
-    if [ ! -x "$tools/bin/$1" ]; then
+    if ! "$tools/bin/$1" --version >/dev/null 2>&1; then
+        # Not there, or made by a Python that is gone.
+        "$tools/bin/python" --version >/dev/null 2>&1 || rm -rf "$tools"
         say "no $1 on this system: installing it from the package index"
         [ -x "$tools/bin/python" ] || "$python" -m venv "$tools" >&2 || die "cannot create a virtual environment for $1 (Debian: apt install python3-venv), or install $1 yourself"
         "$tools/bin/python" -m pip install --quiet --disable-pip-version-check "$1" >&2 || die "cannot install $1 from the package index; install it yourself"

@@ -191,6 +191,12 @@ def test_a_directory_that_others_use_is_not_closed_to_them(tmp_path: Path) -> No
     with Cache(disk=shared) as cache:
         assert "chmod 700" in str(cache.disk_error)
     assert shared.stat().st_mode & 0o777 == 0o755
+    own = tmp_path / "own"  # as after a build and a demonstration
+    for name in ("llama", "models"):
+        (own / name).mkdir(parents=True)
+    own.chmod(0o755)
+    with Cache(disk=own) as cache:
+        assert cache.disk_error is None
     empty = tmp_path / "empty"
     empty.mkdir()
     empty.chmod(0o755)
