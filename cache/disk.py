@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from erllama.cache import kvc
 from erllama.cache.blocks import Block
-from erllama.cache.index import Index, IndexRow
+from erllama.cache.index import Index
 from erllama.cache.keys import KEY_BYTES
 from erllama.errors import CacheError, CacheFormatError
 
@@ -163,9 +163,6 @@ class DiskTier:
                 old = time.time() - path.lstat().st_mtime > _STALE_PARTIAL_SECONDS
                 if old or not _alive(int(path.name.split("-", 1)[0])):
                     path.unlink()
-
-    def rows(self) -> Iterable[IndexRow]:
-        return self.index.rows()
 
 
 def _private_directory(path: Path) -> None:

@@ -217,10 +217,6 @@ class Index:
                 "UPDATE blocks SET last_used = max(last_used, ?) WHERE key = ?", [(at, key) for key, at in used]
             )
 
-    def total_bytes(self) -> int:
-        with self._lock:
-            return int(self.db.execute("SELECT coalesce(sum(file_bytes), 0) FROM blocks").fetchone()[0])
-
     def fingerprint(self, identity: str) -> str | None:
         """The digest remembered for a file's identity, if any."""
         with self._lock:

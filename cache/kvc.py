@@ -61,22 +61,6 @@ def encode_header(block: Block, payload: memoryview) -> bytes:
     return body + xxhash.xxh3_128_digest(body)
 
 
-def decode(content: memoryview) -> tuple[Block, memoryview]:
-    """A whole file's content as its block and its payload (a view of `content`).
-
-    Raises:
-        CacheFormatError: anything is not as it was written.
-    """
-    block, payload_bytes, payload_checksum = decode_header(content)
-    start = header_bytes(block.n_tokens)
-    if content.nbytes != start + payload_bytes:
-        raise CacheFormatError(f"{content.nbytes} bytes where the header says {start + payload_bytes}")
-    payload = content[start:]
-    if xxhash.xxh3_128_digest(payload) != payload_checksum:
-        raise CacheFormatError("the payload's checksum does not match")
-    return block, payload
-
-
 def decode_header(content: memoryview) -> tuple[Block, int, bytes]:
     """The block, its payload's length and its payload's checksum, from the start of a file.
 

@@ -91,7 +91,6 @@ class Cache:
         self._counters = Counters()
         self._residents = Residents(self.block_size, self._counters)
         self._touched: dict[bytes, int] = {}
-        self._fingerprints: dict[str, str] = {}
         self._closing = False
         self._out_of_step = False  # a fault left memory and index apart
         self._look_again = 0.0  # when to look what other processes did, by time.monotonic()
@@ -430,7 +429,7 @@ class Cache:
 
     def _adopt_rows(self, disk: DiskTier) -> None:
         """Bring the picture in memory in line with the index."""
-        rows = {row.block.key: row for row in disk.rows()}
+        rows = {row.block.key: row for row in disk.index.rows()}
         self._out_of_step = False
         for key in self._residents.keys(DISK):
             if key not in rows:

@@ -155,14 +155,6 @@ const char *erl_system_info(void) {
     return guarded_pointer<const char>([] { return llama_print_system_info(); });
 }
 
-const char *erl_llama_version(void) {
-    return guarded_pointer<const char>([] { return llama_version(); });
-}
-
-int32_t erl_supports_gpu_offload(void) {
-    return guarded_code([] { return llama_supports_gpu_offload() ? 1 : 0; });
-}
-
 int32_t erl_state_seq_version(void) { return LLAMA_STATE_SEQ_VERSION; }
 
 int32_t erl_max_sequences(void) {

@@ -80,8 +80,6 @@ const char *erl_last_error(void);
 /* Once per process: backends, log and assertion handlers. 0, or < 0. */
 int32_t erl_init(void);
 const char *erl_system_info(void);
-const char *erl_llama_version(void);
-int32_t erl_supports_gpu_offload(void);
 int32_t erl_state_seq_version(void);
 int32_t erl_max_sequences(void);
 int32_t erl_n_devices(void);

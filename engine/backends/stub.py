@@ -71,7 +71,6 @@ class StubBackend:
         self.vocabulary = StubVocabulary()
         self.namespace: Mapping[str, NamespaceValue] = {"backend": "stub", "seed": seed, "can_trim": can_trim}
         self.recipe = hashlib.sha256(f"stub {n_ubatch}".encode()).digest()[:16]
-        self.n_decodes = 0
         self.tokens_decoded = 0
         self._seed = np.uint64(seed)
         self._eog_bias = eog_bias
@@ -85,7 +84,6 @@ class StubBackend:
             raise BackendError("the decode was aborted")
         if not 1 <= len(batch.tokens) <= self.limits.n_batch:
             raise BackendError(f"a batch of {len(batch.tokens)} tokens; n_batch is {self.limits.n_batch}")
-        self.n_decodes += 1
         self.tokens_decoded += len(batch.tokens)
         rows = []
         for token, position, sequence, output in zip(*(array.tolist() for array in batch), strict=True):
