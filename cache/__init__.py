@@ -2,24 +2,36 @@
 
 `Cache` is what users make. The engine looks up, loads and saves blocks with
 it; `kvc` reads and writes the files; `namespace_key`, `child_key` and `Block`
-say what a block is.
+say what a block is; `Tier` is what a tier of one's own derives from.
 """
 
 from erllama.cache.blocks import Block, SaveReason
+from erllama.cache.file_tier import FileTier
 from erllama.cache.keys import TOKEN_BYTES, child_key, namespace_key, token_bytes
-from erllama.cache.match import Loaded, Match, Row
-from erllama.cache.residents import TIERS
+from erllama.cache.match import Loaded, Match, Row, TierStatus
+from erllama.cache.policy import Policy
+from erllama.cache.pressure import MemoryUsage, Pressure
 from erllama.cache.store import Cache
+from erllama.cache.tier import Changes, Problem, RamTier, Tier, TierRow
 
 __all__ = [
-    "TIERS",
     "TOKEN_BYTES",
     "Block",
     "Cache",
+    "Changes",
+    "FileTier",
     "Loaded",
     "Match",
+    "MemoryUsage",
+    "Policy",
+    "Pressure",
+    "Problem",
+    "RamTier",
     "Row",
     "SaveReason",
+    "Tier",
+    "TierRow",
+    "TierStatus",
     "child_key",
     "namespace_key",
     "token_bytes",

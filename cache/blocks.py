@@ -5,9 +5,11 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from erllama.cache.keys import TOKEN_BYTES, child_key
+from erllama.cache.keys import KEY_BYTES, TOKEN_BYTES, child_key
+from erllama.errors import OptionError
 
 RECIPE_BYTES = 16
+MAX_POSITION = 2**63  # what the index can hold
 
 
 class SaveReason(enum.IntEnum):
@@ -27,7 +29,7 @@ class Block:
     Attributes:
         key, parent, namespace: 32 bytes each; `key` is `child_key(parent, tokens)`.
         start: position of the first token.
-        tokens: the tokens as little-endian u32.
+        tokens: the tokens as little-endian u32, at least one.
         reason: why it was saved.
         recipe: 16 bytes that name how the engine computes (batch sizes, threads,
             build); equal recipes and equal slices give equal bits. The cache
@@ -57,7 +59,18 @@ class Block:
         recipe: bytes = bytes(RECIPE_BYTES),
         slice_end: int = 0,
     ) -> Block:
-        """The block of `tokens` after `parent`, its key computed."""
+        """The block of `tokens` after `parent`, its key computed.
+
+        Raises:
+            OptionError: a part has the wrong length or range.
+        """
+        lengths = (len(parent), len(namespace), len(recipe))
+        if lengths != (KEY_BYTES, KEY_BYTES, RECIPE_BYTES):
+            raise OptionError(f"parent, namespace and recipe of {lengths} bytes; they have 32, 32 and 16")
+        if not tokens or len(tokens) % TOKEN_BYTES:
+            raise OptionError(f"tokens of {len(tokens)} bytes; give at least one, as u32: see token_bytes")
+        if not (0 <= start < MAX_POSITION and 0 <= slice_end < MAX_POSITION):
+            raise OptionError(f"start={start}, slice_end={slice_end}; both are positions")
         return cls(child_key(parent, tokens), parent, namespace, start, tokens, reason, recipe, slice_end)
 
     @property

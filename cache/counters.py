@@ -11,22 +11,24 @@ from erllama.cache.blocks import SaveReason
 
 COUNTS = (
     "hits_exact",
-    "hits_partial",
+    "hits_resume",
+    "hits_longest_prefix",
     "misses",
     "tokens_reused",
     *(f"saves_{reason.name.lower()}" for reason in SaveReason),
     "saves_dropped",
     "duplicates_dropped",
     "tails_overtaken",
-    "evictions_ram",
-    "evictions_disk",
+    "promotions",
     "corrupt_files",
     "disk_errors",
     "restore_errors",
     "faults",
     "bytes_written",
+    "pressure_evictions",
 )
-TIMED = ("lookup", "load", "write")
+TIERS = ("live", "ram", "ram_file", "disk")  # have counts even where they are not in use
+TIMED = ("lookup", "load", "pack", "write")
 
 
 class Counters:
@@ -34,8 +36,13 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts = dict.fromkeys(COUNTS, 0)
+        self._counts = dict.fromkeys((*COUNTS, *(f"evictions_{tier}" for tier in TIERS)), 0)
         self._seconds = dict.fromkeys(TIMED, 0.0)
+
+    def know_tier(self, name: str) -> None:
+        """Have a count of evictions for a tier."""
+        with self._lock:
+            self._counts.setdefault(f"evictions_{name}", 0)
 
     def add(self, name: str, n: int = 1) -> None:
         with self._lock:

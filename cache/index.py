@@ -1,12 +1,15 @@
 """The index of a cache directory: one SQLite database, the source of truth for what is stored.
 
-Written by one writer thread a process and read by others; several processes
-may share it (WAL). A database that cannot be read is set aside and made anew,
-to be filled again from the files.
+Several processes share it (WAL). Each writes through one connection, in short
+transactions, and reads what the others wrote through another, which never
+waits. Triggers note every change of a block, so that a process reads only what
+is new to it. A database that cannot be read is set aside and made anew, to be
+filled again from the files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import threading
@@ -19,12 +22,15 @@ import sqlite_utils
 
 from erllama.cache.blocks import Block, SaveReason
 from erllama.cache.keys import child_key
+from erllama.cache.tier import Changes, TierRow
 from erllama.errors import CacheError
 
 log = logging.getLogger("erllama.cache")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _BUSY_SECONDS = 10.0
+_CHANGES_KEPT = 20_000  # a process that is further behind reads everything
+_COLUMNS = "b.key, parent, namespace, start, tokens, reason, recipe, slice_end, file_bytes, last_used"
 # Primary result codes that tell of the database's surroundings, not of its content.
 _SURROUNDINGS = {
     sqlite3.SQLITE_PERM,
@@ -38,25 +44,26 @@ _SURROUNDINGS = {
 }
 
 
-class IndexRow(NamedTuple):
-    """One stored block: its file's size in bytes and when it was last used, in ns since 1970."""
+class FileStamp(NamedTuple):
+    """What tells one version of a file from another: its bytes, and its mtime in ns."""
 
-    block: Block
-    file_bytes: int
-    last_used: int
+    n_bytes: int
+    mtime_ns: int
 
 
 class Index:
     """The database of one directory. Methods may be called from any thread.
 
     Raises:
-        CacheError: the database is of a newer release; it is left untouched.
+        CacheError: the database is of a newer release, and is left untouched; or it cannot be shared.
         OSError, sqlite3.Error: the directory cannot hold a database.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
+        self._depth = 0  # of transactions in one another
+        self._read_lock = threading.Lock()
         try:
             self._open_waiting()
         except (OSError, CacheError):
@@ -64,9 +71,11 @@ class Index:
         except Exception as error:  # a damaged database shows itself in many ways, UnicodeDecodeError among them
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in _SURROUNDINGS or not path.exists():
                 raise
-            self._set_aside(error)
+            set_aside(path, error)
             self._open_waiting()
-        self._seen_version = self._data_version()
+        self.inode = path.stat().st_ino
+
+    # --- opening ---------------------------------------------------------------------------
 
     def _open_waiting(self) -> None:
         """Open; wait for a process that makes the database just now, which SQLite's own wait does not cover."""
@@ -81,33 +90,41 @@ class Index:
             time.sleep(0.02)
 
     def _open(self) -> None:
-        existed = self.path.exists()
-        connection = sqlite3.connect(
-            self.path, timeout=_BUSY_SECONDS, check_same_thread=False, isolation_level=None
-        )
-        try:
+        with contextlib.ExitStack() as undo:
+            existed = self.path.exists()
+            connection = _connect(self.path, _BUSY_SECONDS)
+            undo.callback(connection.close)
             if not existed:
                 self.path.chmod(0o600)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise CacheError(
                     f"{self.path} has version {version}; this release reads up to {SCHEMA_VERSION}. "
                     "Upgrade erllama, or give another directory"
                 )
+            mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            if mode != "wal":
+                raise CacheError(
+                    f"{self.path.parent} is on a file system that databases cannot share; give a local one"
+                )
+            connection.execute("PRAGMA synchronous=NORMAL")
             self.db = sqlite_utils.Database(connection, execute_plugins=False)
-            if version == 0:
-                self._create()
+            if version < SCHEMA_VERSION:
+                self._create(version)
+            # Requests read through this one: it must not wait for anyone.
+            self._reader = _connect(self.path, 0.0)
+            undo.callback(self._reader.close)
+            self._seen_version = self._data_version()
             # A database whose pages are damaged often still opens: read all that will be needed.
-            for _ in self.rows():
-                pass
-        except BaseException:
-            connection.close()
-            raise
+            self._first_rows: list[TierRow] | None
+            self._seen, self._first_rows = _read_all(self._reader)
+            undo.pop_all()
 
-    def _create(self) -> None:
-        with self._transaction():
+    def _create(self, version: int) -> None:
+        with self.transaction():
+            if version:
+                # The files have everything: it is read again from them.
+                self.db.execute("DROP TABLE IF EXISTS blocks")
             self.db.table("blocks").create(
                 {
                     "key": bytes,
@@ -119,74 +136,147 @@ class Index:
                     "recipe": bytes,
                     "slice_end": int,
                     "file_bytes": int,
-                    "created": int,
+                    "mtime_ns": int,
                     "last_used": int,
                 },
                 pk="key",
-                not_null={"parent", "namespace", "start", "tokens", "file_bytes", "last_used"},
+                not_null={"parent", "namespace", "start", "tokens", "file_bytes", "mtime_ns", "last_used"},
+                if_not_exists=True,
+            )
+            self.db.table("reservations").create(
+                {"key": bytes, "owner": str, "n_bytes": int},
+                pk="key",
+                not_null={"owner", "n_bytes"},
                 if_not_exists=True,
             )
             self.db.table("fingerprints").create(
                 {"identity": str, "sha256": str}, pk="identity", if_not_exists=True
             )
+            # AUTOINCREMENT: numbers go on where old entries were removed.
+            self.db.execute(
+                "CREATE TABLE IF NOT EXISTS changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL)"
+            )
+            for event, side in (("INSERT", "new"), ("UPDATE", "new"), ("DELETE", "old")):
+                self.db.execute(
+                    f"CREATE TRIGGER IF NOT EXISTS noted_{event.lower()} AFTER {event} ON blocks "
+                    f"BEGIN INSERT INTO changes (key) VALUES ({side}.key); END"
+                )
             self.db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
-    def _set_aside(self, error: Exception) -> None:
-        aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
-        log.warning("%s is damaged (%s); set aside as %s and rebuilt from the files", self.path, error, aside.name)
-        for suffix in ("", "-wal", "-shm"):
-            damaged = self.path.with_name(self.path.name + suffix)
-            if damaged.exists():
-                damaged.rename(aside.with_name(aside.name + suffix))
+    @property
+    def lost(self) -> bool:
+        """Whether the database that is open is no longer the one in the directory."""
+        try:
+            return self.path.stat().st_ino != self.inode
+        except OSError:
+            return True
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, self._read_lock:
             self.db.conn.close()
+            self._reader.close()
 
-    def changed_by_others(self) -> bool:
-        """Whether another connection has written since this was last asked.
+    # --- reading ---------------------------------------------------------------------------
 
-        While a write of ours is under way, which may wait for another process,
-        the answer is no: who asks does not wait, and asks again.
-        """
-        if not self._lock.acquire(blocking=False):
-            return False
-        try:
-            version = self._data_version()
-            changed, self._seen_version = version != self._seen_version, version
-            return changed
-        finally:
-            self._lock.release()
-
-    def rows(self) -> Iterator[IndexRow]:
-        """Every stored block.
+    def rows(self) -> list[TierRow]:
+        """Every stored block; `changes` then tells what is new since.
 
         Raises:
             sqlite3.DatabaseError: the database is damaged, or a row is not as it was written.
         """
-        columns = "key, parent, namespace, start, tokens, reason, recipe, slice_end, file_bytes, last_used"
-        try:
-            with self._lock:
-                found = self.db.execute(f"SELECT {columns} FROM blocks").fetchall()
-        except UnicodeDecodeError as error:
-            raise _DamagedError(str(error)) from error
-        for key, parent, namespace, start, tokens, reason, recipe, slice_end, file_bytes, last_used in found:
+        with self._read_lock:
+            first, self._first_rows = self._first_rows, None
+            if first is None:
+                self._seen, first = _read_all(self._reader)
+            return first
+
+    def rows_now(self) -> list[TierRow]:
+        """Every stored block; `changes` goes on from where it was."""
+        with contextlib.closing(_connect(self.path, _BUSY_SECONDS)) as reader:
+            return _read_all(reader)[1]
+
+    def keys(self) -> set[bytes]:
+        """The keys of every stored block."""
+        with self._lock:
+            return {key for (key,) in self.db.execute("SELECT key FROM blocks")}
+
+    def changes(self) -> Changes | None:
+        """What was written since the last look, by whomever; None for nothing. Waits for nobody."""
+        with self._read_lock:
             try:
-                block = Block(key, parent, namespace, start, tokens, SaveReason(reason), recipe, slice_end)
-                sound = child_key(parent, tokens) == key and min(start, slice_end, file_bytes, last_used) >= 0
-            except (TypeError, ValueError):
-                sound = False
-            if not sound:
-                raise _DamagedError("a row of the index contradicts itself")
-            yield IndexRow(block, file_bytes, last_used)
+                version = self._data_version()
+                if version == self._seen_version:
+                    return None
+                found = self._read_changes()
+            except sqlite3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                    return None  # somebody has the database for himself: another time
+                raise
+            self._seen_version = version
+            return found
 
-    def put_new(self, block: Block, file_bytes: int, last_used: int) -> None:
-        """Add a block unless it is there."""
-        self.put(block, file_bytes, last_used, replace=False)
+    def _read_changes(self) -> Changes:
+        oldest = self._reader.execute("SELECT min(seq) FROM changes").fetchone()[0]
+        if oldest is not None and oldest > self._seen + 1:
+            self._seen, rows = _read_all(self._reader)
+            return Changes(rows, [], complete=True)
+        found = self._reader.execute(
+            f"SELECT c.seq, c.key, {_COLUMNS} FROM changes c LEFT JOIN blocks b ON b.key = c.key "
+            "WHERE c.seq > ? ORDER BY c.seq",
+            [self._seen],
+        ).fetchall()
+        if found:
+            self._seen = found[-1][0]
+        stored = {row[1]: _checked_row(*row[2:]) for row in found if row[2] is not None}
+        removed = [key for _, key, *row in found if row[0] is None]
+        return Changes(list(stored.values()), removed, complete=False)
 
-    def put(self, block: Block, file_bytes: int, last_used: int, *, replace: bool = True) -> None:
-        """Add a block, or replace the one of the same key."""
-        with self._transaction():
+    def stamp(self, key: bytes) -> FileStamp | None:
+        """What the index knows of a block's file."""
+        with self._lock:
+            row = self.db.execute("SELECT file_bytes, mtime_ns FROM blocks WHERE key = ?", [key]).fetchone()
+        return FileStamp(*row) if row else None
+
+    def in_flight(self, key: bytes, owner: str) -> bool:
+        """Whether anyone but `owner` is writing a block. Waits for nobody."""
+        query = "SELECT 1 FROM reservations WHERE key = ? AND owner != ?"
+        with self._read_lock:
+            return self._reader.execute(query, [key, owner]).fetchone() is not None
+
+    def _data_version(self) -> int:
+        return int(self._reader.execute("PRAGMA data_version").fetchone()[0])
+
+    # --- writing ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """BEGIN IMMEDIATE to COMMIT, or ROLLBACK; part of the transaction around it, where there is one."""
+        with self._lock:
+            connection = self.db.conn
+            if self._depth == 0:
+                connection.execute("BEGIN IMMEDIATE")
+            self._depth += 1
+            try:
+                yield
+            except BaseException:
+                self._depth -= 1
+                if self._depth == 0:
+                    # A transaction that SQLite itself has ended needs no rollback.
+                    with contextlib.suppress(sqlite3.Error):
+                        connection.execute("ROLLBACK")
+                raise
+            self._depth -= 1
+            if self._depth == 0:
+                try:
+                    connection.execute("COMMIT")
+                except BaseException:
+                    with contextlib.suppress(sqlite3.Error):
+                        connection.execute("ROLLBACK")
+                    raise
+
+    def put(self, block: Block, stamp: FileStamp, last_used: int, *, replace: bool = True) -> None:
+        """Add a block, or replace the one of the same key, or leave that as it is."""
+        with self.transaction():
             self.db.table("blocks").insert(
                 {
                     "key": block.key,
@@ -197,8 +287,8 @@ class Index:
                     "reason": int(block.reason),
                     "recipe": block.recipe,
                     "slice_end": block.slice_end,
-                    "file_bytes": file_bytes,
-                    "created": time.time_ns(),
+                    "file_bytes": stamp.n_bytes,
+                    "mtime_ns": stamp.mtime_ns,
                     "last_used": last_used,
                 },
                 pk="key",
@@ -207,15 +297,51 @@ class Index:
             )
 
     def remove(self, keys: Iterable[bytes]) -> None:
-        with self._transaction():
+        with self.transaction():
             self.db.conn.executemany("DELETE FROM blocks WHERE key = ?", [(key,) for key in keys])
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         """Note when blocks were last used: pairs of key and ns since 1970."""
-        with self._transaction():
+        with self.transaction():
             self.db.conn.executemany(
-                "UPDATE blocks SET last_used = max(last_used, ?) WHERE key = ?", [(at, key) for key, at in used]
+                "UPDATE blocks SET last_used = ?1 WHERE key = ?2 AND last_used < ?1",
+                [(at, key) for key, at in used],
             )
+
+    def trim_changes(self) -> None:
+        """Drop old entries of the list of changes."""
+        with self.transaction():
+            self.db.execute("DELETE FROM changes WHERE seq <= (SELECT max(seq) FROM changes) - ?", [_CHANGES_KEPT])
+
+    # --- reservations ------------------------------------------------------------------------
+
+    def reservations(self) -> dict[bytes, tuple[str, int]]:
+        """Owner and bytes of what is being written, by key."""
+        with self._lock:
+            found = self.db.execute("SELECT key, owner, n_bytes FROM reservations").fetchall()
+        return {key: (owner, n_bytes) for key, owner, n_bytes in found}
+
+    def reserve(self, key: bytes, owner: str, n_bytes: int) -> None:
+        with self.transaction():
+            self.db.table("reservations").insert(
+                {"key": key, "owner": owner, "n_bytes": n_bytes}, pk="key", replace=True
+            )
+
+    def reserved_by(self, key: bytes) -> str | None:
+        with self._lock:
+            row = self.db.execute("SELECT owner FROM reservations WHERE key = ?", [key]).fetchone()
+        return str(row[0]) if row else None
+
+    def release(self, key: bytes, owner: str) -> None:
+        with self.transaction():
+            self.db.execute("DELETE FROM reservations WHERE key = ? AND owner = ?", [key, owner])
+
+    def release_all(self, owners: Iterable[str]) -> None:
+        """Drop everything that these owners reserved."""
+        with self.transaction():
+            self.db.conn.executemany("DELETE FROM reservations WHERE owner = ?", [(owner,) for owner in owners])
+
+    # --- fingerprints ------------------------------------------------------------------------
 
     def fingerprint(self, identity: str) -> str | None:
         """The digest remembered for a file's identity, if any."""
@@ -224,38 +350,68 @@ class Index:
         return str(row[0]) if row else None
 
     def remember_fingerprint(self, identity: str, sha256: str) -> None:
-        with self._transaction():
+        with self.transaction():
             self.db.table("fingerprints").insert(
                 {"identity": identity, "sha256": sha256}, pk="identity", replace=True
             )
-
-    def _data_version(self) -> int:
-        return int(self.db.execute("PRAGMA data_version").fetchone()[0])
-
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self.db.conn, self._lock)
 
 
 class _DamagedError(sqlite3.DatabaseError):
     """The database can be read, but what it says cannot be."""
 
 
-class _Transaction:
-    """BEGIN IMMEDIATE to COMMIT under the lock, or ROLLBACK."""
+def tells_damage(error: sqlite3.Error) -> bool:
+    """Whether an error says that the database's content is not what was written."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    # A damaged schema lacks tables and columns, or has constraints that it never had.
+    telling = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT)
+    return isinstance(error, _DamagedError) or code in telling
 
-    def __init__(self, connection: sqlite3.Connection, lock: threading.RLock) -> None:
-        self._connection, self._lock = connection, lock
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
-        except BaseException:
-            self._lock.release()
-            raise
+def set_aside(path: Path, error: Exception) -> None:
+    """Take a damaged database out of the way."""
+    aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+    log.warning("%s is damaged (%s); set aside as %s and rebuilt from the files", path, error, aside.name)
+    for suffix in ("", "-wal", "-shm"):
+        damaged = path.with_name(path.name + suffix)
+        if damaged.exists():
+            damaged.rename(aside.with_name(aside.name + suffix))
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self._connection.execute("ROLLBACK" if kind else "COMMIT")
-        finally:
-            self._lock.release()
+
+def _connect(path: Path, timeout: float) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=timeout, check_same_thread=False, isolation_level=None)
+
+
+def _read_all(reader: sqlite3.Connection) -> tuple[int, list[TierRow]]:
+    """The number of the last change, and every block as of then."""
+    reader.execute("BEGIN")
+    try:
+        seen = reader.execute("SELECT coalesce(max(seq), 0) FROM changes").fetchone()[0]
+        found = reader.execute(f"SELECT {_COLUMNS} FROM blocks b").fetchall()
+    except UnicodeDecodeError as error:
+        raise _DamagedError(str(error)) from error
+    finally:
+        reader.execute("ROLLBACK")
+    return seen, [_checked_row(*row) for row in found]
+
+
+def _checked_row(
+    key: bytes,
+    parent: bytes,
+    namespace: bytes,
+    start: int,
+    tokens: bytes,
+    reason: int,
+    recipe: bytes,
+    slice_end: int,
+    file_bytes: int,
+    last_used: int,
+) -> TierRow:
+    try:
+        block = Block(key, parent, namespace, start, tokens, SaveReason(reason), recipe, slice_end)
+        sound = child_key(parent, tokens) == key and min(start, slice_end, file_bytes, last_used) >= 0
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise _DamagedError("a row of the index contradicts itself")
+    return TierRow(block, file_bytes, last_used)

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from erllama.errors import OptionError
 
 KEY_BYTES = 32
 TOKEN_BYTES = 4
@@ -31,9 +33,22 @@ def namespace_key(parts: Mapping[str, NamespaceValue]) -> bytes:
     return hashlib.sha256(canonical.encode()).digest()
 
 
-def token_bytes(tokens: NDArray[np.integer]) -> bytes:
-    """Token ids as little-endian u32, four bytes each."""
-    return np.ascontiguousarray(tokens, dtype="<u4").tobytes()
+def token_bytes(tokens: Sequence[int] | NDArray[np.integer]) -> bytes:
+    """Token ids, shape (n,), as little-endian u32, four bytes each.
+
+    Raises:
+        OptionError: not integers from 0 to 2**32 - 1.
+    """
+    try:
+        ids = np.asarray(tokens)
+    except (ValueError, OverflowError) as error:
+        raise OptionError(f"token ids: {error}; give integers from 0 to 2**32 - 1") from None
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise OptionError(f"token ids of shape {ids.shape} and type {ids.dtype}; give integers, shape (n,)")
+    if ids.size and ids.dtype != np.uint32 and (ids.min() < 0 or ids.max() >= 2**32):
+        wrong = ids[(ids < 0) | (ids >= 2**32)][0]
+        raise OptionError(f"token id {wrong} is no u32; ids are 0 to 2**32 - 1")
+    return np.ascontiguousarray(ids, dtype="<u4").tobytes()
 
 
 def child_key(parent: bytes, tokens: bytes) -> bytes:

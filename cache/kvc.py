@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from erllama.cache.blocks import Block, SaveReason
+from erllama.cache.blocks import MAX_POSITION, Block, SaveReason
 from erllama.cache.keys import TOKEN_BYTES, child_key
 from erllama.errors import CacheFormatError
 
@@ -96,7 +96,8 @@ def decode_header(content: memoryview) -> tuple[Block, int, bytes]:
     if xxhash.xxh3_128_digest(content[:body_end]) != bytes(content[body_end:n_header]):
         raise CacheFormatError("the header's checksum does not match")
     tokens = bytes(content[_FIXED.size : body_end])
-    if flags or reserved or child_key(parent, tokens) != key or reason not in SaveReason.__members__.values():
+    sound = max(start, slice_end) < MAX_POSITION and reason in SaveReason.__members__.values()
+    if flags or reserved or not sound or child_key(parent, tokens) != key:
         raise CacheFormatError("the header contradicts itself")
     block = Block(key, parent, namespace, start, tokens, SaveReason(reason), recipe, slice_end)
     return block, payload_bytes, payload_checksum
@@ -148,8 +149,8 @@ def _read_header(descriptor: int, size: int) -> tuple[Block, int, bytes]:
     return block, payload_bytes, checksum
 
 
-def write(path: Path, block: Block, payload: memoryview) -> int:
-    """Write one file, private to its owner and on stable storage when this returns.
+def write(path: Path, block: Block, payload: memoryview, *, durable: bool = True) -> int:
+    """Write one new file, private to its owner, and, if `durable`, on stable storage when this returns.
 
     `path` is a temporary name: publishing it is the caller's.
 
@@ -163,7 +164,8 @@ def write(path: Path, block: Block, payload: memoryview) -> int:
             done = 0
             while done < piece.nbytes:
                 done += os.write(descriptor, piece[done:])
-        getattr(os, "fdatasync", os.fsync)(descriptor)
+        if durable:
+            getattr(os, "fdatasync", os.fsync)(descriptor)
     finally:
         os.close(descriptor)
     return len(header) + payload.nbytes

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from erllama.cache.blocks import Block
+from erllama.errors import CacheError
 
 
 class Match:
@@ -42,7 +43,7 @@ class Match:
 
 
 class Loaded(NamedTuple):
-    """A block's payload, the tier that gave it ("ram" or "disk"), and the block as saved with it.
+    """A block's payload, the tier that gave it, and the block as saved with it.
 
     Its key is the one asked for; how it was computed may differ from what the
     lookup said, where another process saved the block anew.
@@ -62,3 +63,14 @@ class Row(NamedTuple):
     n_tokens: int
     n_bytes: int
     pins: int
+
+
+class TierStatus(NamedTuple):
+    """One root of a tier: where it is, what it may hold and holds, and why it cannot be used, if so."""
+
+    tier: str
+    place: str
+    budget: int
+    n_bytes: int
+    n_blocks: int
+    error: CacheError | None

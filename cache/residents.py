@@ -1,37 +1,106 @@
-"""What is stored where, in memory: the blocks, the RAM tier's payloads, sizes, uses and pins.
+"""What is stored where, in memory: the blocks, what each tier holds of them, sizes, uses and pins.
 
 Owned by one `Cache` and used under its lock; does no input or output.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterable
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Iterable, Iterator, Sequence
 
 from erllama.cache.blocks import Block
 from erllama.cache.counters import Counters
 from erllama.cache.keys import TOKEN_BYTES, child_key
 from erllama.cache.lru import LeafLRU
 from erllama.cache.match import Row
-from erllama.cache.tree import BlockTree
+from erllama.cache.tier import Tier
+from erllama.cache.tree import BlockTree, Entry
 
-RAM, DISK, PENDING = "ram", "disk", "pending"
-TIERS = (RAM, DISK)  # from fast to slow
+PENDING = "pending"  # a place, too: a save on its way
+
+
+class Shelf:
+    """The account of one tier: which of its roots holds which block, what that comes to, which goes next."""
+
+    def __init__(self, name: str, behind: bool) -> None:
+        self.name = name
+        self.behind = behind  # written behind requests
+        self.roots: list[Tier] = []
+        self.lru = LeafLRU()
+        self._root_of: dict[bytes, Tier] = {}
+        self._n_bytes: dict[Tier, int] = {}
+
+    def add_root(self, root: Tier) -> None:
+        self.roots.append(root)
+        self._n_bytes[root] = 0
+
+    def remove_root(self, root: Tier) -> None:
+        for key in self.keys(root):
+            self.remove(key)
+        self.roots.remove(root)
+        del self._n_bytes[root]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._root_of
+
+    def __len__(self) -> int:
+        return len(self._root_of)
+
+    def keys(self, root: Tier) -> list[bytes]:
+        return [key for key, holder in self._root_of.items() if holder is root]
+
+    def root_of(self, key: bytes) -> Tier | None:
+        return self._root_of.get(key)
+
+    def n_bytes(self, root: Tier | None = None) -> int:
+        return self.lru.n_bytes if root is None else self._n_bytes[root]
+
+    def free(self, root: Tier) -> int:
+        return root.budget - self._n_bytes[root]
+
+    def add(self, root: Tier, block: Block, n_bytes: int, now: int) -> None:
+        """Note that `root` holds the block, and no other root does."""
+        self.remove(block.key)
+        self.lru.add(block.key, block.parent, n_bytes, now)
+        self._root_of[block.key] = root
+        self._n_bytes[root] += n_bytes
+
+    def remove(self, key: bytes) -> None:
+        root = self._root_of.pop(key, None)
+        if root is not None:
+            self._n_bytes[root] -= self.lru.remove(key)
+
+
+class _Elsewhere:
+    """Keys that an eviction from one root passes over: pinned ones, and other roots' own."""
+
+    def __init__(self, shelf: Shelf, root: Tier, kept: Iterable[bytes]) -> None:
+        self._shelf, self._root, self._kept = shelf, root, set(kept)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._kept or (isinstance(key, bytes) and self._shelf.root_of(key) is not self._root)
 
 
 class Residents:
-    """The places of every block. `pending` is a place, too: a save on its way to the disk."""
+    """The places of every block: its tiers' names, and `pending`."""
 
-    def __init__(self, block_size: int, counters: Counters) -> None:
+    def __init__(self, block_size: int, counters: Counters, tiers: Sequence[Tier]) -> None:
         self.tree = BlockTree()
-        self.payloads: dict[bytes, NDArray[np.uint8]] = {}  # of the RAM tier
-        self._lru = {tier: LeafLRU() for tier in TIERS}
+        self._counters = counters
+        self.shelves: dict[str, Shelf] = {}  # from fast to slow
         self._pins: Counter[bytes] = Counter()
         self._block_size = block_size
-        self._counters = counters
+        for tier in tiers:
+            self.add_root(tier)
+
+    def add_root(self, tier: Tier, *, fastest: bool = False) -> None:
+        shelf = self.shelves.get(tier.name)
+        if shelf is None:
+            self._counters.know_tier(tier.name)
+            shelf = Shelf(tier.name, tier.fed == "behind")
+            self.shelves = {tier.name: shelf, **self.shelves} if fastest else {**self.shelves, tier.name: shelf}
+        shelf.add_root(tier)
 
     # --- finding ---------------------------------------------------------------------------
 
@@ -57,91 +126,128 @@ class Residents:
             parent = entry.block.key
         return blocks, at // TOKEN_BYTES
 
-    def holds(self, tier: str, key: bytes) -> bool:
-        return key in self._lru[tier]
+    def path(self, key: bytes) -> list[Block]:
+        """The blocks of the context that a key names, from its first token; none where one is missing."""
+        blocks: list[Block] = []
+        entry = self.tree.get(key)
+        while entry is not None:
+            blocks.append(entry.block)
+            if entry.block.parent == entry.block.namespace:
+                return blocks[::-1]
+            entry = self.tree.get(entry.block.parent)
+        return []
 
-    def n_bytes(self, tier: str) -> int:
-        return self._lru[tier].n_bytes
-
-    def n_blocks(self, tier: str) -> int:
-        return len(self._lru[tier])
-
-    def keys(self, tier: str) -> list[bytes]:
-        return list(self._lru[tier])
+    def holders(self, key: bytes) -> Iterator[tuple[Shelf, Tier]]:
+        """Who holds a block, fastest first."""
+        for shelf in self.shelves.values():
+            root = shelf.root_of(key)
+            if root is not None:
+                yield shelf, root
 
     def rows(self) -> list[Row]:
         return [
-            Row(key, tier, entry.block.start, entry.block.n_tokens, lru.size_of(key), self._pins[key])
-            for tier, lru in self._lru.items()
-            for key in lru
-            if (entry := self.tree.get(key)) is not None
+            Row(
+                e.block.key,
+                name,
+                e.block.start,
+                e.block.n_tokens,
+                shelf.lru.size_of(e.block.key),
+                self._pins[e.block.key],
+            )
+            for e in self.tree
+            for name, shelf in self.shelves.items()
+            if e.block.key in shelf
         ]
 
-    # --- placing -----------------------------------------------------------------------------
+    # --- changing --------------------------------------------------------------------------
 
-    def put(self, tier: str, block: Block, n_bytes: int, now: int) -> None:
-        """Note that a tier holds a block of this many bytes, in place of an older one of the same key."""
-        self._lru[tier].remove(block.key)
-        self._lru[tier].add(block.key, block.parent, n_bytes, now)
-        entry = self.tree.add(block, tier)
-        if tier == RAM or entry.places == {tier}:
-            entry.block = block
+    def put(self, root: Tier, block: Block, n_bytes: int, now: int) -> None:
+        """Note that a root holds a block of this many bytes, in place of an older one of the same key."""
+        self.shelves[root.name].add(root, block, n_bytes, now)
+        self.tree.add(block, root.name)
+        self.learn(root.name, block)
 
-    def learn(self, block: Block) -> None:
-        """Take over what is known now of how a stored block was computed, unless RAM or the queue has its own."""
+    def learn(self, place: str, block: Block) -> None:
+        """Take over how a place's block was computed, unless a faster place has its own."""
         entry = self.tree.get(block.key)
-        if entry is not None and entry.places == {DISK}:
+        if entry is not None and place == self._fastest(entry):
             entry.block = block
 
-    def put_in_ram(self, block: Block, payload: NDArray[np.uint8], budget: int, now: int) -> bool:
-        """Keep a payload in RAM if it fits the budget after evicting others; False if it does not."""
-        if self.holds(RAM, block.key):
-            return True
-        if payload.nbytes > budget:
-            return False
-        self.evict(RAM, budget - payload.nbytes, keep=block.parent)
-        if self.n_bytes(RAM) + payload.nbytes > budget:
-            return False
-        self.payloads[block.key] = payload
-        self.put(RAM, block, payload.nbytes, now)
-        return True
+    def _fastest(self, entry: Entry) -> str | None:
+        for name, shelf in self.shelves.items():
+            if shelf.behind and PENDING in entry.places:
+                return PENDING
+            if name in entry.places:
+                return name
+        return PENDING if PENDING in entry.places else None
 
-    def drop(self, tier: str, key: bytes) -> None:
+    def drop(self, place: str, key: bytes) -> None:
         """Note that a place no longer holds a block."""
-        if tier in self._lru:
-            self._lru[tier].remove(key)
-        if tier == RAM:
-            self.payloads.pop(key, None)
-        self.tree.discard(key, tier)
+        if place in self.shelves:
+            self.shelves[place].remove(key)
+        self.tree.discard(key, place)
 
-    def evict(self, tier: str, target: int, keep: bytes = b"") -> list[tuple[bytes, int]]:
-        """Drop the least recently used blocks until a tier holds `target` bytes, or only pinned ones are left.
+    def choose_victims(self, root: Tier, target: int, keep: Iterable[bytes] = ()) -> list[tuple[bytes, int]]:
+        """Drop a root's least recently used blocks until it holds `target` bytes, or only pinned ones are left.
 
         Args:
-            keep: a key that stays, as if it were pinned.
+            keep: keys that stay, as if they were pinned.
 
         Returns:
-            keys and sizes of what was dropped.
+            keys and sizes of what was dropped, for the root to remove.
         """
-        lru = self._lru[tier]
-        kept = {*self._pins, keep}
-        victims = []
-        while lru.n_bytes > max(target, 0) and (key := lru.oldest_leaf(kept)) is not None:
-            victims.append((key, lru.size_of(key)))
-            self.drop(tier, key)
-            self._counters.add(f"evictions_{tier}")
+        shelf = self.shelves[root.name]
+        victims: list[tuple[bytes, int]] = []
+        if shelf.n_bytes(root) <= target:
+            return victims
+        passed_over = _Elsewhere(shelf, root, (*self._pins, *keep))
+        while shelf.n_bytes(root) > max(target, 0) and (key := shelf.lru.oldest_leaf(passed_over)) is not None:
+            victims.append((key, shelf.lru.size_of(key)))
+            self.drop(root.name, key)
+        if victims:
+            self._counters.add(f"evictions_{root.name}", len(victims))
         return victims
 
-    def room_with(self, tier: str, block: Block, n_bytes: int) -> int:
-        """Bytes a tier would hold with the block added, or put in place of its older version."""
-        held = self._lru[tier].size_of(block.key) if self.holds(tier, block.key) else 0
-        return self.n_bytes(tier) - held + n_bytes
+    def make_room(self, root: Tier, block: Block, n_bytes: int) -> bool:
+        """Evict from a root that is written at once, until a block, or its new version, fits; False if it never does."""
+        shelf = self.shelves[root.name]
+        held = shelf.lru.size_of(block.key) if shelf.root_of(block.key) is root else 0
+        target = root.budget - n_bytes + held
+        if n_bytes <= root.budget:
+            victims = self.choose_victims(root, target, keep=(block.parent, block.key))
+            root.remove([key for key, _ in victims])
+        return n_bytes <= root.budget and shelf.n_bytes(root) <= target
+
+    # --- the RAM tier ----------------------------------------------------------------------------
+
+    def keep_in_ram(self, block: Block, payload: memoryview) -> bool:
+        """Store a payload in place of an older version, if it fits the budget after evicting others."""
+        shelf = self.shelves.get("ram")
+        if shelf is None:
+            return False
+        tier = shelf.roots[0]
+        if not self.make_room(tier, block, payload.nbytes):
+            self.drop_from_ram(block.key)
+            return False
+        tier.write(block, payload)
+        self.put(tier, block, payload.nbytes, time.time_ns())
+        return True
+
+    def in_ram(self, block: Block) -> tuple[Block, memoryview] | None:
+        shelf = self.shelves.get("ram")
+        return shelf.roots[0].read(block) if shelf is not None and block.key in shelf else None
+
+    def drop_from_ram(self, key: bytes) -> None:
+        shelf = self.shelves.get("ram")
+        if shelf is not None and key in shelf:
+            self.drop("ram", key)
+            shelf.roots[0].remove([key])
 
     # --- using ---------------------------------------------------------------------------------
 
     def touch(self, key: bytes, now: int) -> None:
-        for lru in self._lru.values():
-            lru.touch(key, now)
+        for shelf in self.shelves.values():
+            shelf.lru.touch(key, now)
 
     def pin(self, blocks: Iterable[Block]) -> None:
         for block in blocks:
@@ -155,3 +261,26 @@ class Residents:
 
     def pinned(self, key: bytes) -> bool:
         return key in self._pins
+
+    # --- checking ------------------------------------------------------------------------------
+
+    def contradictions(self) -> Iterator[str]:
+        """What does not add up."""
+        for entry in self.tree:
+            key = entry.block.key
+            where = {name for name, shelf in self.shelves.items() if key in shelf}
+            if entry.places - {PENDING} != where:
+                yield f"block {key.hex()} is noted in {sorted(entry.places)} and held by {sorted(where)}"
+            if child_key(entry.block.parent, entry.block.tokens) != key:
+                yield f"block {key.hex()} is not what its key says"
+        for name, shelf in self.shelves.items():
+            for root in shelf.roots:
+                held = sum(shelf.lru.size_of(key) for key in shelf.keys(root))
+                if held != shelf.n_bytes(root):
+                    yield f"{root.place} counts {shelf.n_bytes(root)} bytes and holds {held}"
+                if held > root.budget:
+                    yield f"{root.place} holds {held} bytes; its budget is {root.budget}"
+            for key in shelf.lru:
+                if self.tree.get(key) is None:
+                    yield f"{name} holds {key.hex()}, which nobody can find"
+        yield from self.tree.contradictions()

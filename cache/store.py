@@ -3,8 +3,8 @@
 Callers are the engine's model threads; any number of models and threads may
 share one cache. Lookups touch memory, and the index where another process has
 written to it. Loads may read a file. Saves land in RAM and are written behind
-to the disk. Nothing here raises at a request
-because storage failed: it is a miss or an unsaved block, counted and logged.
+to the slower tiers. Nothing here raises at a request because storage failed:
+it is a miss or an unsaved block, counted and logged.
 """
 
 from __future__ import annotations
@@ -13,133 +13,160 @@ import atexit
 import ctypes
 import logging
 import os
-import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Never
 
 import numpy as np
-import platformdirs
 from numpy.typing import NDArray
 
-from erllama.cache import kvc
 from erllama.cache.blocks import Block
-from erllama.cache.counters import Counters
-from erllama.cache.disk import DiskTier
+from erllama.cache.counters import TIERS, Counters
+from erllama.cache.file_tier import FileTier
 from erllama.cache.keys import token_bytes
-from erllama.cache.match import Loaded, Match, Row
-from erllama.cache.residents import DISK, PENDING, RAM, TIERS, Residents
+from erllama.cache.match import Loaded, Match, Row, TierStatus
+from erllama.cache.options import OPTIONS, Directories, directories, file_tiers, known_tiers
+from erllama.cache.pressure import Pressure, PressureWatch
+from erllama.cache.residents import PENDING, Residents, Shelf
 from erllama.cache.sizes import parse_bytes
-from erllama.cache.writer import TAIL_DELAY_SECONDS, Pending, WriteBehind
-from erllama.errors import CacheError, CacheFormatError, OptionError, integer, reject_unknown
+from erllama.cache.tier import Problem, RamTier, Tier
+from erllama.cache.upkeep import Upkeep
+from erllama.errors import (
+    CacheError,
+    CacheFormatError,
+    IntegrityError,
+    OptionError,
+    boolean,
+    integer,
+    reject_unknown,
+)
 
 log = logging.getLogger("erllama.cache")
 
-_LOOK_SECONDS = 0.25  # between two looks at what other processes saved: a look may read the whole index
-_TOUCH_FLUSH = 512  # uses noted in memory before the index is told of them
+_WAIT_STEP_SECONDS = 0.05  # between two looks for a save of another process
 
 _open_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
 
 
 class Cache:
-    """A store of KV blocks, in memory and, where a directory is given, on disk.
+    """A store of KV blocks: in memory and, where directories are given, in files.
 
     Safe to share between models and threads. Close it, use it in a `with`, or
     leave it to the interpreter's exit: what waits to be written is written.
 
     Args:
         ram: budget of the RAM tier, as "2GiB" or in bytes; 0 or None turns it off.
+        ram_file: directory on a tmpfs, for blocks that outlive this process and not the machine's
+            uptime; True for one of this user's in /dev/shm; None for none. Several: as for `disk`.
+        ram_file_quota: budget of each such directory.
         disk: directory of the disk tier, made if missing, private to its owner;
-            True for the user's cache directory; None for no disk.
-        disk_quota: budget of the disk tier.
+            True for the user's cache directory; None for no disk. Several
+            directories are one tier: a sequence of them, or a mapping to their quotas.
+        disk_quota: budget of each such directory.
+        tiers: tiers of your own, slower than all these, from fast to slow.
         block_size: tokens of one block; a power of two from 16 to 4096.
-        write_queue: most bytes that may wait for the disk; saves beyond are dropped and counted.
+        write_queue: most bytes that may wait for the slower tiers; saves beyond are dropped and counted.
+        pressure: evicts when memory runs short: a `Pressure`, a mapping of its options, or the name of a source.
+        watch: notice files that others put into, or take out of, the directories.
 
     Raises:
         OptionError: an option is unknown, ill-typed or out of range.
 
     A directory that cannot be used does not raise: the cache goes on without
-    it, logs the reason and keeps it in `disk_error`.
+    it, logs the reason, keeps it in `disk_error`, and tries again now and then.
     """
 
     def __init__(
         self,
         *,
         ram: str | int | None = "2GiB",
-        disk: str | Path | bool | None = None,
+        ram_file: Directories = None,
+        ram_file_quota: str | int = "4GiB",
+        disk: Directories = None,
         disk_quota: str | int = "50GiB",
+        tiers: Sequence[Tier] = (),
         block_size: int = 256,
         write_queue: str | int = "512MiB",
+        pressure: Pressure | Mapping[str, object] | str | None = None,
+        watch: bool = True,
         **unknown: Never,
     ) -> None:
-        reject_unknown(unknown, ("ram", "disk", "disk_quota", "block_size", "write_queue"), "Cache")
+        reject_unknown(unknown, OPTIONS, "Cache")
         self.ram_budget = parse_bytes("ram", 0 if ram is None else ram)
-        self.disk_quota = parse_bytes("disk_quota", disk_quota)
         self.block_size = integer("block_size", block_size, 16, 4096)
         if self.block_size & (self.block_size - 1):
             raise OptionError(f"block_size={block_size}; it must be a power of two from 16 to 4096")
         queue_bytes = parse_bytes("write_queue", write_queue)
-        root = _disk_root(disk)
-        if root is not None and self.disk_quota == 0:
-            raise OptionError("disk_quota=0 leaves a disk tier no room; give a size, or leave `disk` out")
+        roots = directories("ram_file", ram_file, ram_file_quota) + directories("disk", disk, disk_quota)
+        found: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
+        found += file_tiers(roots, boolean("watch", watch))
+        found += known_tiers(tiers)
+        wanted = Pressure.of(pressure)
 
         self._lock = threading.RLock()
+        self._saved = threading.Condition(self._lock)  # told of every save
+        self._expected: dict[bytes, int] = {}  # finish saves that were announced, and how often
         self._counters = Counters()
-        self._residents = Residents(self.block_size, self._counters)
-        self._touched: dict[bytes, int] = {}
+        self._residents = Residents(self.block_size, self._counters, found)
         self._closing = False
-        self._out_of_step = False  # a fault left memory and index apart
-        self._look_again = 0.0  # when to look what other processes did, by time.monotonic()
-        self.disk_error: CacheError | None = None
-        self._disk: DiskTier | None = None
-        if root is not None:
-            self._open_disk(root)
-        self._writer = WriteBehind(self._persist, queue_bytes)
+        self._upkeep = Upkeep(self._lock, self._residents, self._counters, found, queue_bytes)
+        self._pressure = self._watch_pressure(wanted)
         _open_caches.add(self)
 
-    def _open_disk(self, root: Path) -> None:
-        try:
-            self._disk = DiskTier(root)
-            self._adopt_rows(self._disk)
-            # The quota may be smaller than the last time.
-            self._disk.remove([key for key, _ in self._residents.evict(DISK, self.disk_quota)])
-        except (OSError, sqlite3.Error, CacheError) as error:
-            self._disk = None
-            self.disk_error = (
-                error
-                if isinstance(error, CacheError)
-                else CacheError(f"the cache directory {root} cannot be used: {error}; give a writable one")
-            )
-            self._counters.add("disk_errors")
-            log.warning("%s. Going on without a disk tier", self.disk_error)
+    def _watch_pressure(self, wanted: Pressure | None) -> PressureWatch | None:
+        if wanted is None:
+            return None
+        self._check_tiers(wanted.tiers, "pressure tiers")
+        owner = weakref.ref(self)
+
+        def evict(n_bytes: int, tiers: tuple[str, ...]) -> int:
+            cache = owner()
+            if cache is None or cache.closed:
+                raise ReferenceError("the cache is gone")
+            cache._counters.add("pressure_evictions")
+            return cache.evict_bytes(n_bytes, tuple(t for t in tiers if t in cache.tier_names))
+
+        watch = PressureWatch(wanted, evict)
+        watch.start()
+        return watch
 
     # --- what the engine calls ----------------------------------------------------------
 
-    def lookup(self, namespace: bytes, tokens: NDArray[np.integer], *, whole: bool = False) -> Match:
+    def lookup(
+        self,
+        namespace: bytes,
+        tokens: Sequence[int] | NDArray[np.integer],
+        *,
+        whole: bool = False,
+        parent_key: bytes | None = None,
+        wait_ms: int = 0,
+    ) -> Match:
         """Find the longest stored prefix of `tokens`.
 
         Args:
             namespace: the root key, from `namespace_key`.
             tokens: ids, shape (n,).
-            whole: only blocks that match to their last token; for memory that
-                cannot be cut.
+            whole: only blocks that match to their last token; for memory that cannot be cut.
+            parent_key: the key of a context that `tokens` go on from; where it is still being
+                saved, that is waited for.
+            wait_ms: the longest to wait for it, in milliseconds.
 
         Returns:
             a Match whose blocks are pinned until its `release()`; use it in a `with`.
         """
+        raw = token_bytes(tokens)
+        if parent_key is not None and wait_ms > 0:
+            self._await(parent_key, wait_ms / 1000)
         with self._counters.timing("lookup"), self._lock:
-            self._see_others()
-            blocks, n_tokens = self._residents.walk(namespace, token_bytes(tokens), whole)
+            self._upkeep.look_around()
+            blocks, n_tokens = self._residents.walk(namespace, raw, whole)
             self._residents.pin(blocks)
             now = time.time_ns()
             for block in blocks:
-                self._residents.touch(block.key, now)
-                if self._residents.holds(DISK, block.key):
-                    self._touched[block.key] = now
+                self._upkeep.used(block, now)
         return Match(tuple(blocks), n_tokens, self._unpin)
 
     def load(self, block: Block) -> Loaded | None:
@@ -151,96 +178,98 @@ class Cache:
         """
         with self._counters.timing("load"):
             with self._lock:
-                entry = self._residents.tree.get(block.key)
-                payload = self._residents.payloads.get(block.key)
-                if entry is not None and payload is not None:
-                    return Loaded(RAM, payload.data, entry.block)
-                pending = self._writer.get(block.key)
+                in_ram = self._residents.in_ram(block)
+                if in_ram is not None:
+                    return Loaded("ram", in_ram[1], in_ram[0])
+                pending = self._upkeep.writer.get(block.key)
                 if pending is not None:
-                    return Loaded(RAM, pending.payload.data, pending.block)
-                disk = self._disk
-            return self._load_from_disk(disk, block) if disk is not None else None
+                    return Loaded("ram", pending.payload, pending.block)
+                holders = [held for held in self._residents.holders(block.key) if held[0].behind]
+            for shelf, tier in holders:
+                loaded = self._load_from(shelf, tier, block)
+                if loaded is not None:
+                    return loaded
+        return None
 
-    def _load_from_disk(self, disk: DiskTier, block: Block) -> Loaded | None:
+    def _load_from(self, shelf: Shelf, tier: Tier, block: Block) -> Loaded | None:
         try:
-            found, payload = disk.read(block)
+            found, payload = tier.read(block)
+            if found.key != block.key:
+                raise CacheFormatError("another block is in its place")
         except CacheFormatError as error:
-            log.warning("%s: %s; not used", disk.path_of(block.key), error)
+            log.warning("%s: %s; not used", tier.where(block), error)
             self._counters.add("corrupt_files")
-            with self._guarding("setting a damaged file aside"):
-                disk.set_aside(block.key)
+            self._upkeep.remove(tier, block, damaged=True)
         except FileNotFoundError:
-            log.warning("%s is gone", disk.path_of(block.key))
-            with self._guarding("forgetting a missing file"):
-                disk.index.remove([block.key])
-        except (OSError, MemoryError) as error:
-            log.warning("%s cannot be read: %s", disk.path_of(block.key), error)
+            log.info("%s is gone", tier.where(block))
+            self._upkeep.remove(tier, block)
+        except Exception as error:
+            log.warning("%s cannot be read: %s", tier.where(block), error)
             self._counters.add("disk_errors")
         else:
             with self._lock:
-                if self._residents.holds(DISK, block.key):
-                    self._residents.learn(found)
-                    self._residents.put_in_ram(found, payload, self.ram_budget, time.time_ns())
-            return Loaded(DISK, payload.data, found)
-        with self._lock:
-            self._residents.drop(DISK, block.key)
+                if shelf.root_of(block.key) is tier and not self._closing:
+                    self._residents.learn(shelf.name, found)
+                    if self._residents.keep_in_ram(found, payload):
+                        self._counters.add("promotions")
+                    self._upkeep.promote(found, payload, shelf)
+            return Loaded(shelf.name, payload, found)
         return None
 
     def save(
-        self, block: Block, payload: NDArray[np.uint8], *, replace: bool = False, trimmable: bool = True
+        self, block: Block, payload: NDArray[np.uint8] | bytes, *, replace: bool = False, trimmable: bool = True
     ) -> bool:
-        """Store a block: in RAM at once, on disk behind the caller's back.
+        """Store a block: in RAM at once, in slower tiers behind the caller's back.
 
         Args:
             block: its parent is stored already, or is the namespace.
-            payload: uint8 array, shape (bytes,), contiguous; not changed by the caller afterwards.
+            payload: bytes, contiguous, at least one; not changed by the caller afterwards.
             replace: store it even where a block of this key is stored.
             trimmable: whether its payload can be cut after restoring. Then it takes
                 the place of shorter tails; otherwise only a full block does.
 
         Returns:
             False when it is stored already, or nowhere has room.
-        """
-        residents = self._residents
-        with self._lock:
-            if self._closing:
-                return False
-            if residents.tree.get(block.key) is not None and not replace:
-                self._counters.add("duplicates_dropped")
-                return False
-            if block.parent != block.namespace and residents.tree.get(block.parent) is None:
-                self._counters.add("saves_dropped")  # what it follows was evicted: nobody could find it
-                return False
-            residents.drop(RAM, block.key)
-            whole = trimmable or block.n_tokens >= self.block_size
-            overtaken = tuple(tail.key for tail in residents.tree.overtaken_by(block)) if whole else ()
-            in_ram = residents.put_in_ram(block, payload, self.ram_budget, time.time_ns())
-            queued = self._offer_to_disk(block, payload, overtaken)
-            if (self._disk is not None and not queued) or (not in_ram and not queued):
-                self._counters.add("saves_dropped")
-            if not in_ram and not queued:
-                return False
-            self._counters.add(f"saves_{block.reason.name.lower()}")
-            for key in overtaken:
-                if not residents.pinned(key):
-                    self._overtake(key)
-        return True
 
-    def _offer_to_disk(self, block: Block, payload: NDArray[np.uint8], overtaken: tuple[bytes, ...]) -> bool:
-        if self._disk is None:
+        Raises:
+            OptionError: the payload is not bytes, or empty, or the block is longer than `block_size`.
+        """
+        content = _bytes_of(payload)
+        if block.n_tokens > self.block_size:
+            raise OptionError(f"a block of {block.n_tokens} tokens; block_size is {self.block_size}")
+        with self._lock:
+            try:
+                return not self._closing and self._save(block, content, replace, trimmable)
+            finally:
+                self._expected.pop(block.key, None)
+                self._saved.notify_all()
+
+    def _save(self, block: Block, payload: memoryview, replace: bool, trimmable: bool) -> bool:
+        residents, upkeep = self._residents, self._upkeep
+        if residents.tree.get(block.key) is not None and not replace:
+            self._counters.add("duplicates_dropped")
             return False
-        parent = block.parent
-        reachable = parent == block.namespace or self._residents.holds(DISK, parent) or parent in self._writer
-        delay = 0.0 if block.n_tokens >= self.block_size else TAIL_DELAY_SECONDS
-        if not reachable or not self._writer.offer(block, payload, overtaken, delay):
+        if block.parent != block.namespace and residents.tree.get(block.parent) is None:
+            self._counters.add("saves_dropped")  # what it follows was evicted: nobody could find it
             return False
-        self._residents.tree.add(block, PENDING).block = block
+        full = block.n_tokens >= self.block_size
+        overtaken = tuple(tail.key for tail in residents.tree.overtaken_by(block)) if trimmable or full else ()
+        in_ram = residents.keep_in_ram(block, payload)
+        queued = upkeep.offer(block, payload, replace, overtaken, full)
+        if not queued and (upkeep.writes_behind or not in_ram):
+            self._counters.add("saves_dropped")
+        if not in_ram and not queued:
+            return False
+        self._counters.add(f"saves_{block.reason.name.lower()}")
+        for key in overtaken:
+            if not residents.pinned(key):
+                self._overtake(key)
         return True
 
     def _overtake(self, key: bytes) -> None:
-        """Drop a tail whose successor is stored; from the disk only once that is there, too."""
-        self._residents.drop(RAM, key)
-        if self._writer.cancel(key):
+        """Drop a tail whose successor is stored; from slower tiers only once that is there, too."""
+        self._residents.drop_from_ram(key)
+        if self._upkeep.writer.cancel(key):
             self._residents.drop(PENDING, key)
         if self._residents.tree.get(key) is None:
             self._counters.add("tails_overtaken")
@@ -255,9 +284,20 @@ class Cache:
             entry = self._residents.tree.get(key)
             return entry.block if entry else None
 
-    def count_request(self, kind: str, tokens_reused: int) -> None:
-        """Count how a request was served: "exact", "partial" or "cold"."""
-        self._counters.add("misses" if kind == "cold" else f"hits_{kind}")
+    def context(self, key: bytes) -> NDArray[np.uint32] | None:
+        """The tokens of the stored context that ends with this block, from the first; None when it is not stored."""
+        with self._lock:
+            blocks = self._residents.path(key)
+        return np.frombuffer(b"".join(block.tokens for block in blocks), "<u4") if blocks else None
+
+    def packing(self) -> AbstractContextManager[None]:
+        """Time spent in a `with` counts as spent packing."""
+        return self._counters.timing("pack")
+
+    def count_request(self, kind: str, tokens_reused: int, *, resumed: bool = False) -> None:
+        """Count how a request was served: "exact", "partial" or "cold"; `resumed`: from its parent's key."""
+        name = "misses" if kind == "cold" else "hits_resume" if resumed else _HIT_COUNTS[kind]
+        self._counters.add(name)
         self._counters.add("tokens_reused", tokens_reused)
 
     def count_fault(self) -> None:
@@ -269,12 +309,85 @@ class Cache:
         log.warning("a stored block of %d tokens could not be restored: %s; dropped", block.n_tokens, error)
         self._counters.add("restore_errors")
         with self._lock:
-            self._residents.drop(RAM, block.key)
-            if self._writer.cancel(block.key):
+            self._residents.drop_from_ram(block.key)
+            if self._upkeep.writer.cancel(block.key):
                 self._residents.drop(PENDING, block.key)
-            on_disk = self._residents.holds(DISK, block.key)
-        if on_disk:
-            self._remove_from_disk([block.key])
+            for _, tier in list(self._residents.holders(block.key)):
+                if tier.fed == "behind":
+                    self._upkeep.remove(tier, block)
+
+    # --- saves in flight ------------------------------------------------------------------
+
+    @contextmanager
+    def expecting(self, key: bytes) -> Iterator[None]:
+        """Announce the save of a block within a `with`: lookups that go on from it wait for that."""
+        with self._lock:
+            self._expected[key] = self._expected.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                left = self._expected.get(key, 0) - 1
+                if left > 0:
+                    self._expected[key] = left
+                else:
+                    self._expected.pop(key, None)
+                self._saved.notify_all()
+
+    def _await(self, key: bytes, seconds: float) -> None:
+        """Wait until a block is stored, as long as somebody is saving it."""
+        deadline = time.monotonic() + seconds
+        with self._saved:
+            while self._residents.tree.get(key) is None and (left := deadline - time.monotonic()) > 0:
+                if key in self._expected:
+                    self._saved.wait(left)
+                elif self._upkeep.in_flight(key):
+                    self._saved.wait(min(left, _WAIT_STEP_SECONDS))
+                    self._upkeep.look_around(at_once=True)
+                else:
+                    return
+
+    # --- live tiers -------------------------------------------------------------------------
+
+    def attach(self, tier: Tier) -> None:
+        """Add a tier that its owner feeds, as the fastest: KV that is still in a context.
+
+        Its owner tells with `hold` and `let_go` what it has. Lookups find those
+        blocks; `load` does not read from it; `evict_bytes` calls its `remove`.
+        """
+        if tier.fed != "by its owner":
+            raise OptionError(
+                f"tier {tier.name!r} is fed {tier.fed}; only tiers fed by their owner can be attached"
+            )
+        with self._lock:
+            self._residents.add_root(tier, fastest=True)
+            self._upkeep.tiers.insert(0, tier)
+
+    def detach(self, tier: Tier) -> None:
+        """Forget an attached tier and what it holds."""
+        with self._lock:
+            shelf = self._residents.shelves.get(tier.name)
+            if shelf is None or tier not in shelf.roots:
+                return
+            for key in shelf.keys(tier):
+                self._residents.drop(tier.name, key)
+            self._upkeep.tiers.remove(tier)
+            shelf.remove_root(tier)
+
+    def hold(self, tier: Tier, block: Block, n_bytes: int) -> bool:
+        """Note that an attached tier has a block; False when its budget has no room, after evicting others."""
+        with self._lock:
+            fits = self._residents.make_room(tier, block, n_bytes)
+            if fits:
+                self._residents.put(tier, block, n_bytes, time.time_ns())
+            return fits
+
+    def let_go(self, tier: Tier, keys: Sequence[bytes]) -> None:
+        """Note that an attached tier no longer has these blocks."""
+        with self._lock:
+            for key in keys:
+                if self._residents.shelves[tier.name].root_of(key) is tier:
+                    self._residents.drop(tier.name, key)
 
     # --- fingerprints ---------------------------------------------------------------------
 
@@ -286,84 +399,158 @@ class Cache:
     @property
     def persistent(self) -> bool:
         """Whether blocks survive this process."""
-        return self._disk is not None
+        return any(tier.persistent and self._upkeep.ready(tier) for tier in self._upkeep.tiers)
+
+    @property
+    def disk_error(self) -> CacheError | None:
+        """Why a directory, or a tier of your own, cannot be used; None when all can."""
+        return next(iter(self._upkeep.errors.values()), None)
 
     def fingerprint(self, identity: str) -> str | None:
         """The digest remembered for a file's identity."""
-        disk, digest = self._disk, None
-        if disk is not None:
-            with self._guarding("reading a fingerprint"):
-                digest = disk.index.fingerprint(identity)
-        return digest
+        for tier in self._memory():
+            with self._upkeep.guarding("reading a fingerprint", tier):
+                digest = tier.fingerprint(identity)
+                if digest is not None:
+                    return digest
+        return None
 
     def remember_fingerprint(self, identity: str, sha256: str) -> None:
         """Remember a file's digest where blocks survive the process."""
-        disk = self._disk
-        if disk is not None:
-            with self._guarding("noting a fingerprint"):
-                disk.index.remember_fingerprint(identity, sha256)
+        for tier in self._memory():
+            with self._upkeep.guarding("noting a fingerprint", tier):
+                tier.remember_fingerprint(identity, sha256)
+
+    def _memory(self) -> list[FileTier]:
+        return [tier for tier in self._upkeep.tiers if isinstance(tier, FileTier) and self._upkeep.ready(tier)]
 
     # --- what an operator calls --------------------------------------------------------------
 
+    @property
+    def tier_names(self) -> tuple[str, ...]:
+        """The tiers, from fast to slow."""
+        return tuple(self._residents.shelves)
+
+    def tiers(self) -> list[TierStatus]:
+        """Every root of every tier, from fast to slow, and how it is."""
+        with self._lock:
+            return [
+                TierStatus(
+                    shelf.name,
+                    root.place,
+                    root.budget,
+                    shelf.n_bytes(root),
+                    len(shelf.keys(root)),
+                    self._upkeep.errors.get(root),
+                )
+                for shelf in self._residents.shelves.values()
+                for root in shelf.roots
+            ]
+
     def counters(self) -> Mapping[str, int | float]:
-        """Counts since this cache was made, seconds spent, and bytes held now, by name."""
+        """Counts since this cache was made, seconds spent, and bytes and blocks held now, by name."""
         with self._lock:
             found = self._counters.snapshot()
-            found |= {f"bytes_{tier}": self._residents.n_bytes(tier) for tier in TIERS}
-            found |= {f"blocks_{tier}": self._residents.n_blocks(tier) for tier in TIERS}
-            found["bytes_pending"] = self._writer.n_bytes
+            found["corrupt_files"] += sum(tier.damaged for tier in self._upkeep.tiers)
+            shelves = self._residents.shelves
+            for name in dict.fromkeys((*TIERS, *shelves)):
+                shelf = shelves.get(name)
+                found[f"bytes_{name}"] = shelf.n_bytes() if shelf else 0
+                found[f"blocks_{name}"] = len(shelf) if shelf else 0
+            found["bytes_pending"] = self._upkeep.writer.n_bytes
         return found
 
     def rows(self) -> list[Row]:
         """Every block that is stored: key, tier, position, tokens, bytes and pins."""
         with self._lock:
+            self._upkeep.look_around()
             return self._residents.rows()
 
-    def evict_bytes(self, n_bytes: int, tiers: tuple[str, ...] = (RAM,)) -> int:
-        """Free at least `n_bytes`, least recently used first; returns the bytes freed."""
-        n_bytes = parse_bytes("n_bytes", n_bytes)
-        if not isinstance(tiers, tuple | list) or not set(tiers) <= set(TIERS):
-            raise OptionError(f"tiers={tiers!r}; give a tuple of {', '.join(map(repr, TIERS))}")
+    def evict_bytes(self, n_bytes: int | str, tiers: Sequence[str] | None = None) -> int:
+        """Free at least `n_bytes`, least recently used first, of the tiers in memory, or of those given.
+
+        Returns:
+            the bytes freed: fewer when the rest is pinned.
+        """
+        wanted = parse_bytes("n_bytes", n_bytes)
+        if tiers is None:
+            tiers = tuple(name for name in self.tier_names if name in ("ram", "ram_file"))
+        self._check_tiers(tiers, "tiers")
         freed = 0
-        for tier in tiers:
-            with self._lock:
-                victims = self._residents.evict(tier, self._residents.n_bytes(tier) - (n_bytes - freed))
-            freed += sum(size for _, size in victims)
-            if tier == DISK:
-                self._remove_from_disk([key for key, _ in victims])
+        for name in tiers:
+            shelf = self._residents.shelves.get(name)
+            for root in list(shelf.roots) if shelf is not None else ():
+                if freed < wanted:
+                    freed += self._upkeep.evict(root, wanted - freed)
         return freed
+
+    def _check_tiers(self, tiers: object, option: str) -> None:
+        known = {"ram", "ram_file", "disk", "live", *self.tier_names}
+        if not isinstance(tiers, tuple | list) or not known.issuperset(tiers):
+            raise OptionError(f"{option}={tiers!r}; give a tuple of {', '.join(map(repr, sorted(known)))}")
+
+    def gc(self) -> int:
+        """Bring everything in line: write what waits, mend the directories, keep to the budgets.
+
+        Files that came or went are taken in or forgotten, what dead processes
+        left is removed, and so are blocks that follow one that is gone.
+
+        Returns:
+            the bytes freed, those of evictions apart.
+        """
+        self.flush()
+        return self._upkeep.mend()
+
+    def verify(self) -> list[Problem]:
+        """Read every stored file and tell what is wrong, without changing anything; empty when all is well."""
+        return self._upkeep.verify()
+
+    def check_integrity(self) -> None:
+        """Check that the picture in memory adds up.
+
+        Raises:
+            IntegrityError: it does not; the message says where.
+        """
+        with self._lock:
+            wrong = list(self._residents.contradictions())
+        if wrong:
+            raise IntegrityError(f"{len(wrong)} contradictions: {'; '.join(wrong[:5])}")
 
     def flush(self, timeout: float | None = None) -> bool:
         """Write everything that waits; False when `timeout` seconds were not enough."""
-        done = self._writer.flush(timeout)
-        self._tell_uses()
-        return done
+        return self._upkeep.writer.flush(timeout)
 
     def close(self) -> None:
-        """Write what waits and let go of the directory. Idempotent; lookups then miss."""
+        """Write what waits and let go of the directories. Idempotent; lookups then miss."""
         with self._lock:
             self._closing = True
+        if self._pressure is not None:
+            self._pressure.stop()
         # Interrupted here, close() can be called again.
         self.flush()
+        self._upkeep.tell_uses()
         with self._lock:
-            disk, self._disk = self._disk, None
-            self._residents = Residents(self.block_size, self._counters)
-        if disk is not None:
-            disk.close()
+            upkeep = self._upkeep
+            self._forget_everything()
+        upkeep.writer.abandon()
+        upkeep.close()
         _open_caches.discard(self)
+
+    def _forget_everything(self) -> None:
+        """Be an empty cache that stores nothing."""
+        self._closing = True
+        self._residents = Residents(self.block_size, self._counters, [])
+        self._upkeep = Upkeep(self._lock, self._residents, self._counters, [], 0)
 
     def _forked(self) -> None:
         """In a forked child: an empty cache that saves nothing, without touching what the parent holds."""
         self._lock = threading.RLock()
+        self._saved = threading.Condition(self._lock)
         self._counters = Counters()
-        self._residents = Residents(self.block_size, self._counters)
-        self._writer = WriteBehind(self._persist, 0)
-        self._touched = {}
-        if self._disk is not None:
-            # Closing the parent's connection here could damage its database: never let it be collected.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._disk))
-        self._disk = None
-        self._closing = True
+        self._pressure = None
+        # Closing the parent's connections here could damage its databases: never let them be collected.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._upkeep))
+        self._forget_everything()
 
     def __enter__(self) -> Cache:
         return self
@@ -371,118 +558,24 @@ class Cache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- the disk's side ------------------------------------------------------------------------
-
-    def _persist(self, pending: Pending) -> None:
-        """Write one save; the writer's thread calls it."""
-        block, payload = pending.block, pending.payload
-        disk, written = self._disk, False
-        with self._counters.timing("write"), self._guarding(f"writing a block of {block.n_tokens} tokens"):
-            if disk is not None and self._make_room(disk, block, kvc.header_bytes(block.n_tokens) + payload.nbytes):
-                n_bytes = disk.write(block, payload.data, now := time.time_ns())
-                written = True
-                self._counters.add("bytes_written", n_bytes)
-                with self._lock:
-                    self._residents.put(DISK, block, n_bytes, now)
-                    superfluous = [
-                        key
-                        for key in pending.overtaken
-                        if self._residents.holds(DISK, key) and not self._residents.pinned(key)
-                    ]
-                    for key in superfluous:
-                        self._residents.drop(DISK, key)
-                        self._overtake(key)
-                disk.remove(superfluous)
-        with self._lock:
-            self._residents.drop(PENDING, block.key)
-            # An older version of the block may be there still; what it is, only the index knows.
-            self._out_of_step |= not written
-        if len(self._touched) >= _TOUCH_FLUSH:
-            self._tell_uses()
-
-    def _make_room(self, disk: DiskTier, block: Block, n_bytes: int) -> bool:
-        """Bring the disk tier down so that `n_bytes` fit; False, counted, when they cannot."""
-        residents, quota = self._residents, self.disk_quota
-        others = disk.index.changed_by_others()
-        with self._lock:
-            if others or self._out_of_step:
-                self._adopt_rows(disk)
-            victims: list[tuple[bytes, int]] = []
-            reachable = block.parent == block.namespace or residents.holds(DISK, block.parent)
-            if reachable and n_bytes <= quota:
-                excess = residents.room_with(DISK, block, n_bytes) - quota
-                victims = residents.evict(DISK, residents.n_bytes(DISK) - max(excess, 0), keep=block.parent)
-            fits = reachable and residents.room_with(DISK, block, n_bytes) <= quota
-        disk.remove([key for key, _ in victims])
-        if not fits:
-            self._counters.add("saves_dropped")
-        return fits
-
-    def _remove_from_disk(self, keys: list[bytes]) -> None:
-        with self._lock:
-            disk = self._disk
-            for key in keys:
-                self._residents.drop(DISK, key)
-        if disk is not None:
-            with self._guarding("removing blocks"):
-                disk.remove(keys)
-
-    def _adopt_rows(self, disk: DiskTier) -> None:
-        """Bring the picture in memory in line with the index."""
-        rows = {row.block.key: row for row in disk.index.rows()}
-        self._out_of_step = False
-        for key in self._residents.keys(DISK):
-            if key not in rows:
-                self._residents.drop(DISK, key)
-        for key, row in rows.items():
-            if not self._residents.holds(DISK, key):
-                self._residents.put(DISK, row.block, row.file_bytes, row.last_used)
-            self._residents.learn(row.block)
-
-    def _see_others(self) -> None:
-        """Take in what other processes did to the directory since the last lookup."""
-        disk, now = self._disk, time.monotonic()
-        if disk is None or now < self._look_again:
-            return
-        self._look_again = now + _LOOK_SECONDS
-        with self._guarding("reading the index"):
-            if disk.index.changed_by_others() or self._out_of_step:
-                self._adopt_rows(disk)
-
-    def _tell_uses(self) -> None:
-        with self._lock:
-            touched, self._touched = self._touched, {}
-            disk = self._disk
-        if touched and disk is not None:
-            with self._guarding("noting uses"):
-                disk.index.touch(touched.items())
-
     def _unpin(self, blocks: tuple[Block, ...]) -> None:
         with self._lock:
             self._residents.unpin(blocks)
 
-    @contextmanager
-    def _guarding(self, action: str) -> Iterator[None]:
-        """Count and log a storage fault instead of letting it reach a request."""
-        try:
-            yield
-        except (OSError, sqlite3.Error, CacheError, MemoryError) as error:
-            self._out_of_step = True
-            self._counters.add("disk_errors")
-            log.warning("%s failed: %s", action, error)
+
+_HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}
 
 
-def _disk_root(disk: object) -> Path | None:
-    if disk is None or disk is False:
-        return None
-    if disk is True:
-        return Path(platformdirs.user_cache_dir("erllama")) / "kv"
-    if not isinstance(disk, str | Path) or not str(disk) or "\0" in str(disk):
-        raise OptionError(f"disk={disk!r}; give a directory, True for the user's cache directory, or None")
+def _bytes_of(payload: object) -> memoryview:
     try:
-        return Path(disk).expanduser().absolute()
-    except RuntimeError as error:
-        raise OptionError(f"disk={disk!r}: {error}") from None
+        content = memoryview(payload)  # type: ignore[arg-type]
+    except TypeError:
+        raise OptionError(f"a payload of type {type(payload).__name__}; give bytes, or an array of uint8") from None
+    if not content.c_contiguous or content.itemsize != 1 or not content.nbytes:
+        raise OptionError(
+            f"a payload of {content.nbytes} bytes, items of {content.itemsize}; give at least one byte, contiguous"
+        )
+    return content.cast("B") if content.format != "B" or content.ndim != 1 else content
 
 
 @atexit.register
@@ -492,7 +585,7 @@ def _close_all() -> None:
 
 
 def _after_fork_in_child() -> None:
-    # The connection, the writer's thread and the locks stayed with the parent.
+    # The connections, the threads and the locks stayed with the parent.
     for cache in list(_open_caches):
         cache._forked()
     _open_caches.clear()

@@ -105,3 +105,15 @@ class BlockTree:
                 bound = Sibling(shared, _AFTER_ANY_KEY)
             if not shared:
                 return
+
+    def contradictions(self) -> Iterator[str]:
+        """What does not add up between the entries and the lists of children."""
+        listed = {sibling.key for siblings in self._children.values() for sibling in siblings}
+        if listed != self._entries.keys():
+            yield f"{len(listed ^ self._entries.keys())} blocks are listed as children and unknown, or the reverse"
+        for parent, siblings in self._children.items():
+            if siblings != sorted(siblings) or len(set(siblings)) != len(siblings):
+                yield f"the children of {parent.hex()} are out of order"
+        for entry in self._entries.values():
+            if not entry.places:
+                yield f"block {entry.block.key.hex()} is nowhere"

@@ -1,4 +1,4 @@
-"""Write-behind: saves wait here for the disk, bounded in bytes, and requests never wait for them.
+"""Write-behind: saves and chores wait here for the storage, bounded in bytes, and requests never wait for them.
 
 The thread lives only while there is work, so that a cache nobody uses any
 more holds no thread and can be collected.
@@ -12,70 +12,82 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from erllama.cache.blocks import Block
 
 log = logging.getLogger("erllama.cache")
 
 # A tail is overtaken as soon as its conversation goes on; waiting that long
 # before it is written saves most of those writes, and a crash loses less than
-# one block.
+# one block. Where other processes look on, they are to see it within a second.
 TAIL_DELAY_SECONDS = 5.0
+SHARED_TAIL_DELAY_SECONDS = 0.4
 
 
 class Pending(NamedTuple):
-    """A save on its way to the disk; `due` by time.monotonic(). Makes the blocks `overtaken` superfluous."""
+    """A save on its way to the tiers `to`; `due` by time.monotonic(). Makes the blocks `overtaken` superfluous."""
 
     block: Block
-    payload: NDArray[np.uint8]
+    payload: memoryview
+    to: tuple[str, ...]
+    replace: bool
     overtaken: tuple[bytes, ...]
     due: float
 
 
 class WriteBehind:
-    """A bounded queue of saves and the thread that hands them to `write`, parents first."""
+    """A bounded queue of saves, a list of chores, and the thread that does them: saves go to `write`, parents first."""
 
     def __init__(self, write: Callable[[Pending], None], limit_bytes: int) -> None:
         self._write = write
         self._limit = limit_bytes
         self._condition = threading.Condition()
         self._pending: dict[bytes, Pending] = {}
+        self._chores: dict[Callable[[], None], float] = {}  # and when they are due
         self._n_bytes = 0
         self._writing: Pending | None = None
+        self._busy = False
         self._thread: threading.Thread | None = None
         self._flushing = 0  # callers of flush(); while there are any, nothing is delayed
+        self._abandoned = False
 
     @property
     def n_bytes(self) -> int:
         """Bytes that wait, the one being written among them."""
         return self._n_bytes
 
-    def offer(self, block: Block, payload: NDArray[np.uint8], overtaken: tuple[bytes, ...], delay: float) -> bool:
-        """Queue a save, to be written in `delay` seconds; False when the queue is full and it was not taken."""
+    def offer(self, save: Pending) -> bool:
+        """Queue a save; False when the queue is full and it was not taken."""
         with self._condition:
-            replaced = self._pending.get(block.key)
-            n_bytes = self._n_bytes + payload.nbytes - (replaced.payload.nbytes if replaced else 0)
-            if n_bytes > self._limit:
+            replaced = self._pending.get(save.block.key)
+            n_bytes = self._n_bytes + save.payload.nbytes - (replaced.payload.nbytes if replaced else 0)
+            if n_bytes > self._limit or not self._started():
                 return False
-            if self._thread is None and not self._start():
-                return False
-            self._pending[block.key] = Pending(block, payload, overtaken, time.monotonic() + delay)
+            if replaced is not None:
+                save = save._replace(to=tuple(dict.fromkeys(replaced.to + save.to)))
+            self._pending[save.block.key] = save
             self._n_bytes = n_bytes
             self._condition.notify_all()
         return True
 
-    def _start(self) -> bool:
+    def defer(self, chore: Callable[[], None], delay: float = 0.0) -> None:
+        """Have the thread call `chore`, once, in `delay` seconds; equal ones that wait are called together."""
+        with self._condition:
+            due = time.monotonic() + delay
+            self._chores[chore] = min(due, self._chores.get(chore, due))
+            self._started()
+            self._condition.notify_all()
+
+    def _started(self) -> bool:
         """Start the thread, which waits for the condition we hold; False where threads cannot be had any more."""
-        thread = threading.Thread(target=self._run, name="erllama-cache-writer", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:
-            log.warning("no thread to write the cache with: %s", error)
-            return False
-        self._thread = thread
-        return True
+        if self._thread is None and not self._abandoned:
+            thread = threading.Thread(target=self._run, name="erllama-cache-writer", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                log.warning("no thread to write the cache with: %s", error)
+                return False
+            self._thread = thread
+        return self._thread is not None
 
     def get(self, key: bytes) -> Pending | None:
         """A save that still waits or is being written."""
@@ -99,38 +111,66 @@ class WriteBehind:
             return True
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Write everything now, delayed saves too; False when `timeout` seconds were not enough."""
+        """Do everything now, what is delayed too; False when `timeout` seconds were not enough."""
         with self._condition:
+            if threading.current_thread() is self._thread:
+                return False
             self._flushing += 1
             self._condition.notify_all()
             try:
-                return self._condition.wait_for(lambda: not self._pending and self._writing is None, timeout)
+                return self._condition.wait_for(lambda: not self._waiting and not self._busy, timeout)
             finally:
                 self._flushing -= 1
 
+    def abandon(self) -> None:
+        """Do nothing any more, as if the process had ended; what waits is lost."""
+        with self._condition:
+            self._abandoned = True
+            self._pending.clear()
+            self._chores.clear()
+            self._condition.notify_all()
+
+    @property
+    def _waiting(self) -> bool:
+        if self._thread is None and self._chores and not self._pending:
+            return self._started()  # chores that found no thread
+        return bool(self._pending or self._chores)
+
     def _run(self) -> None:
-        while (pending := self._next()) is not None:
+        while (work := self._next()) is not None:
             try:
-                self._write(pending)
+                if isinstance(work, Pending):
+                    self._write(work)
+                else:
+                    work()
             except Exception:
-                # The queue must go on, and flush() must end, whatever happened to one save.
-                log.exception("a save of %d tokens failed unexpectedly", pending.block.n_tokens)
+                # The queue must go on, and flush() must end, whatever happened to one piece of work.
+                log.exception("work behind the cache failed unexpectedly")
             with self._condition:
-                self._n_bytes -= pending.payload.nbytes
+                if isinstance(work, Pending):
+                    self._n_bytes -= work.payload.nbytes
                 self._writing = None
+                self._busy = False
+                del work
                 self._condition.notify_all()
 
-    def _next(self) -> Pending | None:
-        """The next save that is due; None, and the thread ends, when none waits."""
+    def _next(self) -> Pending | Callable[[], None] | None:
+        """What is due next; None, and the thread ends, when nothing waits."""
         with self._condition:
-            while self._pending:
+            while (self._pending or self._chores) and not self._abandoned:
                 now = time.monotonic()
+                for chore, due in self._chores.items():
+                    if self._flushing or due <= now:
+                        del self._chores[chore]
+                        self._busy = True
+                        return chore
                 # Insertion order puts parents before children; a delayed tail has no children.
                 for key, pending in self._pending.items():
                     if self._flushing or pending.due <= now:
                         del self._pending[key]
-                        self._writing = pending
+                        self._writing, self._busy = pending, True
                         return pending
-                self._condition.wait(min(p.due for p in self._pending.values()) - now)
+                dues = [*(p.due for p in self._pending.values()), *self._chores.values()]
+                self._condition.wait(min(dues) - now)
             self._thread = None
             return None

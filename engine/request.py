@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.sampling import SamplingOptions
-from erllama.errors import boolean, integer
+from erllama.errors import OptionError, boolean, integer
 
 FinishReason = Literal["stop", "length", "context_full", "cancelled"]
 HitKind = Literal["cold", "partial", "exact"]
@@ -30,13 +30,17 @@ class RequestOptions:
         sampling: how tokens are drawn.
         reproducible: resume only where the reply is, bit for bit, that of a
             cold run. Costs some warmth: up to one micro-batch is computed again.
+        cache_salt: shares cached KV only with requests of the same salt; None with those of none.
     """
 
     max_tokens: int | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     reproducible: bool = False
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
+        if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
+            raise OptionError(f"cache_salt={self.cache_salt!r}; give a text that is not empty, or None")
         if self.max_tokens is not None:
             object.__setattr__(self, "max_tokens", integer("max_tokens", self.max_tokens, 0))
         boolean("reproducible", self.reproducible)

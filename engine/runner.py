@@ -13,7 +13,7 @@ import time
 from collections import deque
 from typing import Literal
 
-from erllama.cache import Cache, SaveReason
+from erllama.cache import Cache, Policy, SaveReason
 from erllama.engine.backend import Backend
 from erllama.engine.request import CacheHit, Request, Ticket
 from erllama.engine.sequence import Sequence
@@ -21,6 +21,9 @@ from erllama.engine.warmth import shared_warmth
 from erllama.errors import BackendError, Error, ModelUnloaded
 
 log = logging.getLogger("erllama.engine")
+
+# evict() and stop() wait that long for the disk: a hung one must not hang them.
+_SYNCHRONOUS_SAVE_SECONDS = 30.0
 
 Phase = Literal["idle", "prefilling", "generating"]
 
@@ -31,17 +34,20 @@ class Runner:
     Args:
         backend: closed when the runner is.
         cache: shared with other runners; not closed.
-        namespace: the cache's root key for this backend.
+        policy: what is saved, and when.
         name: for the thread and the log.
     """
 
-    def __init__(self, backend: Backend, cache: Cache, namespace: bytes, name: str) -> None:
+    def __init__(self, backend: Backend, cache: Cache, policy: Policy, name: str) -> None:
         self._backend = backend
-        self._shared = shared_warmth(cache, backend, namespace)
+        self._cache = cache
+        self._shared = shared_warmth(cache, backend, policy)
         self._name = name
         self._condition = threading.Condition()
         self._queue: deque[tuple[Ticket, float]] = deque()
         self._stopping = False
+        self._evicting: list[threading.Event] = []  # callers of evict() that wait
+        self._saved_at_stop = False
         self._process = os.getpid()
         # Read without a lock, by anyone, at any time.
         self.phase: Phase = "idle"
@@ -94,6 +100,19 @@ class Runner:
             self._backend.abort(True)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        if first and self._saved_at_stop:
+            self._cache.flush(_SYNCHRONOUS_SAVE_SECONDS)
+
+    def evict(self) -> None:
+        """Save what the context holds, at the next token, and wait until that is stored; then let go of idle KV."""
+        self.check()
+        done = threading.Event()
+        with self._condition:
+            self.check()
+            self._evicting.append(done)
+            self._condition.notify_all()
+        done.wait()
+        self._cache.flush(_SYNCHRONOUS_SAVE_SECONDS)
 
     def _run(self) -> None:
         try:
@@ -104,6 +123,7 @@ class Runner:
             with self._condition:
                 self._stopping = True
                 waiting, self._queue = self._queue, deque()
+                self._evicted()
             for ticket, _ in waiting:
                 ticket.fail(self._unloaded())
             self._backend.close()
@@ -111,8 +131,20 @@ class Runner:
     def _next(self) -> tuple[Ticket, float] | None:
         with self._condition:
             self.phase = "idle"
-            self._condition.wait_for(lambda: self._queue or self._stopping)
-            return None if self._stopping else self._queue.popleft()
+            while not self._stopping:
+                if self._evicting:
+                    self._backend.clear()  # all of it was saved when its request ended
+                    self._evicted()
+                if self._queue:
+                    return self._queue.popleft()
+                self._condition.wait()
+            return None
+
+    def _evicted(self) -> None:
+        """Tell who waits; under the lock."""
+        for done in self._evicting:
+            done.set()
+        self._evicting.clear()
 
     def _serve(self, ticket: Ticket, queued: float) -> None:
         try:
@@ -122,16 +154,12 @@ class Runner:
             sequence = Sequence(ticket, 0, self._shared, queued)
             sequence.restore()
             self.last_hit = sequence.hit
-            while sequence.finish_reason is None:
+            try:
+                self._run_to_end(ticket, sequence)
+            except BaseException:
                 if self._stopping:
-                    raise self._unloaded()
-                if ticket.cancelled:
-                    sequence.finish_reason = "cancelled"
-                    break
-                batch = sequence.next_batch()
-                logits = self._backend.decode(batch)
-                sequence.decoded(batch, logits)
-                self.phase = "prefilling" if sequence.prefilling else "generating"
+                    self._save_at_stop(sequence)
+                raise
             sequence.save(SaveReason.FINISH)
             ticket.finish(sequence.completion())
         except Error as error:
@@ -142,6 +170,31 @@ class Runner:
             failure = BackendError(f"the request failed unexpectedly: {type(error).__name__}: {error}")
             failure.__cause__ = error
             ticket.fail(failure)
+
+    def _run_to_end(self, ticket: Ticket, sequence: Sequence) -> None:
+        while sequence.finish_reason is None:
+            if self._stopping:
+                raise self._unloaded()
+            if ticket.cancelled:
+                sequence.finish_reason = "cancelled"
+                break
+            if self._evicting:
+                sequence.save(SaveReason.EVICT)
+                with self._condition:
+                    self._evicted()
+            batch = sequence.next_batch()
+            logits = self._backend.decode(batch)
+            sequence.decoded(batch, logits)
+            self.phase = "prefilling" if sequence.prefilling else "generating"
+
+    def _save_at_stop(self, sequence: Sequence) -> None:
+        """Keep what an interrupted request had computed."""
+        try:
+            sequence.interrupted()
+            sequence.save(SaveReason.SHUTDOWN)
+            self._saved_at_stop = True
+        except Exception:
+            log.warning("model %r: the interrupted request could not be saved", self._name, exc_info=True)
 
     def _unloaded(self) -> ModelUnloaded:
         return ModelUnloaded(f"model {self._name!r} was unloaded while the request ran or waited")

@@ -28,8 +28,8 @@ class Sequence:
         self._number = number
         self._backend: Backend = shared.backend
         self._slicing: Slicing = shared.slicing
-        self._warmth = Warmth(shared, number)
         options = ticket.request.options
+        self._warmth = Warmth(shared, number, len(ticket.request.prompt), options.cache_salt)
         self._sampler = Sampler(options.sampling)
         self._reproducible = options.reproducible
         self._decoder = TextDecoder()
@@ -68,7 +68,11 @@ class Sequence:
     def next_batch(self) -> Batch:
         """The rows to decode next: a slice of the prompt, or the last token sampled."""
         start = self._n_held
-        end = self._slicing.next_cut(start, self._n_prompt) if self.prefilling else self._n_tokens
+        end = (
+            self._slicing.next_cut(start, self._n_prompt, self._warmth.cold_tail_end)
+            if self.prefilling
+            else self._n_tokens
+        )
         n = end - start
         output = np.zeros(n, np.int8)
         # Logits of the last row, and only once the prompt is complete.
@@ -87,11 +91,10 @@ class Sequence:
         if prefilled:
             self._warmth.computed(self._n_held, end)
         self._n_held = end
-        reason = SaveReason.COLD if prefilled else SaveReason.CONTINUED
-        self._warmth.save_blocks(self._tokens[:end], reason)
-        if prefilled and end == self._n_prompt - 1 and not self._backend.limits.can_trim:
-            # The one moment at which this memory can be packed for the same prompt's return.
-            self._warmth.save_tail(self._tokens[:end], SaveReason.COLD)
+        if prefilled:
+            self._warmth.prefilled(self._tokens[:end])
+        else:
+            self._warmth.generated(self._tokens[:end], end - self._n_prompt)
         if end < self._n_prompt:
             return
         if prefilled:
@@ -118,9 +121,12 @@ class Sequence:
 
     def save(self, reason: SaveReason) -> None:
         """Save what the cache does not have yet of the tokens that the memory holds."""
-        held = self._tokens[: self._n_held]
-        self._warmth.save_blocks(held, reason)
-        self._warmth.save_tail(held, reason)
+        self._warmth.save_all(self._tokens[: self._n_held], reason)
+
+    def interrupted(self) -> None:
+        """A decode was cut short: go back to what was held before it, where that can be done."""
+        if self._backend.limits.can_trim:
+            self._backend.cut(self._number, self._n_held)
 
     def completion(self) -> Completion:
         """The result; text that was held back for want of its last bytes is sent first."""

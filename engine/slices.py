@@ -39,11 +39,13 @@ class Slicing:
             return self.n_ubatch
         return self.block_size if self.n_ubatch % self.block_size == 0 else 0
 
-    def next_cut(self, position: int, n_prompt: int) -> int:
-        """The end of the slice that begins at `position` of a prompt of `n_prompt` tokens."""
+    def next_cut(self, position: int, n_prompt: int, mark: int = 0) -> int:
+        """The end of the slice that begins at `position` of a prompt of `n_prompt` tokens; cut at `mark`, too."""
         if position >= n_prompt - 1:
             return n_prompt
         end = min((position // self.n_ubatch + 1) * self.n_ubatch, n_prompt - 1)
+        if position < mark:
+            end = min(end, mark)
         if self.at_blocks:
             end = min(end, (position // self.block_size + 1) * self.block_size)
         return end

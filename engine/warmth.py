@@ -14,7 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.cache import TIERS, TOKEN_BYTES, Block, Cache, Match, SaveReason, child_key, token_bytes
+from erllama.cache import (
+    TOKEN_BYTES,
+    Block,
+    Cache,
+    Match,
+    Policy,
+    SaveReason,
+    child_key,
+    namespace_key,
+    token_bytes,
+)
 from erllama.engine.backend import Backend
 from erllama.engine.request import CacheHit, HitKind
 from erllama.engine.slices import Provenance, Slicing, canonical_prefix
@@ -25,12 +35,19 @@ log = logging.getLogger("erllama.engine")
 
 @dataclass(frozen=True, slots=True)
 class WarmthContext:
-    """What all sequences of a model share: the cache and how the model computes."""
+    """What all sequences of a model share: the cache, how the model computes, and what of it is saved."""
 
     cache: Cache
     backend: Backend
-    namespace: bytes
     slicing: Slicing
+    policy: Policy
+
+    def namespace(self, cache_salt: str | None) -> bytes:
+        """The root key of what a request may see: the model's, or a tenant's own."""
+        parts = dict(self.backend.namespace)
+        if cache_salt is not None:
+            parts["cache_salt"] = cache_salt
+        return namespace_key(parts)
 
 
 class Warmth:
@@ -39,11 +56,18 @@ class Warmth:
     Args:
         shared: the model's.
         sequence: the backend's number of it; empty.
+        n_prompt: tokens of the prompt.
+        cache_salt: the tenant's.
     """
 
-    def __init__(self, shared: WarmthContext, sequence: int) -> None:
+    def __init__(self, shared: WarmthContext, sequence: int, n_prompt: int, cache_salt: str | None) -> None:
         self._cache, self._backend = shared.cache, shared.backend
-        self._namespace, self._slicing = shared.namespace, shared.slicing
+        self._namespace, self._slicing = shared.namespace(cache_salt), shared.slicing
+        self._policy = shared.policy
+        self._can_trim = shared.backend.limits.can_trim
+        self._cold_end = shared.policy.cold_end(n_prompt)
+        # Where memory that cannot be cut is packed for the same prompt's return.
+        self.cold_tail_end = 0 if self._can_trim else min(self._cold_end, n_prompt - 1)
         self._sequence = sequence
         self._recipe = shared.backend.recipe
         self._provenance = Provenance(shared.slicing, self._recipe)
@@ -56,7 +80,7 @@ class Warmth:
     def restore(self, prompt: NDArray[np.int32], reproducible: bool) -> CacheHit:
         """Fill the sequence with the longest stored prefix of the prompt, short of its last token."""
         last = len(prompt) - 1
-        whole = not self._backend.limits.can_trim
+        whole = not self._can_trim
         try:
             with self._cache.lookup(self._namespace, prompt[:last], whole=whole) as match:
                 wanted = match.n_tokens
@@ -76,8 +100,11 @@ class Warmth:
         self._note_restored(token_bytes(prompt[:restored]))
         kind: HitKind = "cold" if restored == 0 else "exact" if restored == last else "partial"
         self._cache.count_request(kind, restored)
-        slowest = max(tiers, key=TIERS.index, default=None) if restored else None
+        slowest = self._slowest(tiers) if restored else None
         return CacheHit(kind, slowest, restored)
+
+    def _slowest(self, tiers: set[str]) -> str | None:
+        return next((name for name in reversed(self._cache.tier_names) if name in tiers), next(iter(tiers), None))
 
     def _restore_blocks(self, match: Match, wanted: int) -> tuple[list[Block], int, set[str]]:
         """Restore up to `wanted` tokens; stops early at a block that cannot be had.
@@ -112,7 +139,7 @@ class Warmth:
         """Fall back to a position where a cold run cuts, too, where the restored KV is not canonical."""
         kept = canonical_prefix(blocks, restored, n_prompt, self._slicing, self._recipe)
         if kept < restored:
-            if kept and self._backend.limits.can_trim:
+            if kept and self._can_trim:
                 self._backend.cut(self._sequence, kept)
             else:
                 self._backend.drop(self._sequence)
@@ -127,7 +154,7 @@ class Warmth:
             parent = child_key(parent, raw[at : at + size])
             if not self._cache.contains(parent):
                 # Saved with blocks of another size: save them anew, where that can still be done.
-                self._saving = self._backend.limits.can_trim
+                self._saving = self._can_trim
                 break
             self._keys.append(parent)
 
@@ -137,17 +164,43 @@ class Warmth:
         """A slice of prefill [start, end) was decoded."""
         self._provenance.computed(start, end)
 
-    def save_blocks(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
-        """Save the full blocks among `tokens`, all of which are in the sequence, that are not saved yet."""
+    def prefilled(self, tokens: NDArray[np.int32]) -> None:
+        """All of `tokens`, the prompt's first ones, are in the sequence: save what is to be saved as it is read."""
+        end = min(len(tokens), self._cold_end)
+        self._save_blocks(tokens[:end], len(tokens), SaveReason.COLD)
+        if len(tokens) == self.cold_tail_end:
+            # The one moment at which this memory can be packed there.
+            self._save_tail(tokens, SaveReason.COLD)
+
+    def generated(self, tokens: NDArray[np.int32], n_reply: int) -> None:
+        """All of `tokens` are in the sequence, the last `n_reply` of them sampled."""
+        interval = self._policy.continued_interval
+        # Memory that cannot be cut is packed as a block completes, or not at all.
+        if interval and (n_reply % interval == 0 or not self._can_trim):
+            self._save_blocks(tokens, len(tokens), SaveReason.CONTINUED)
+
+    def save_all(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
+        """Save whatever is not saved yet of `tokens`, which are all that the sequence holds."""
+        self._save_blocks(tokens, len(tokens), reason)
+        self._save_tail(tokens, reason)
+
+    def _save_blocks(self, tokens: NDArray[np.int32], n_held: int, reason: SaveReason) -> None:
+        """Save the full blocks among `tokens` that are not saved yet; the sequence holds `n_held` tokens."""
         size = self._slicing.block_size
-        while self._saving and (len(self._keys) + 1) * size <= len(tokens):
-            start = len(self._keys) * size
-            block = self._save(start, tokens[start : start + size], reason)
+        if n_held < self._policy.min_tokens and reason is not SaveReason.COLD:
+            return
+        while self._saving and (end := (len(self._keys) + 1) * size) <= len(tokens):
+            if not self._can_trim and end < n_held:
+                self._saving = False  # it was left out when it could be packed
+                return
+            block = self._save(end - size, tokens[end - size : end], reason)
             self._keys.append(block.key)
 
-    def save_tail(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
+    def _save_tail(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
         """Save what follows the last full block; `tokens` are all that the sequence holds."""
         start = len(self._keys) * self._slicing.block_size
+        if len(tokens) < self._policy.min_tokens or len(tokens) - start >= self._slicing.block_size:
+            return  # too short, or blocks before the tail were left out
         if self._saving and len(tokens) > start:
             self._save(start, tokens[start:], reason)
         elif self._keys:
@@ -163,9 +216,10 @@ class Warmth:
             known = self._cache.stored(block.key)
             replace = known is not None and self._better(block, known)
             if known is None or replace:
-                payload = self._backend.pack(self._sequence, block.start, block.end)
-                trimmable = self._backend.limits.can_trim
-                self._cache.save(block, payload, replace=replace, trimmable=trimmable)
+                with self._cache.expecting(block.key):
+                    with self._cache.packing():
+                        payload = self._backend.pack(self._sequence, block.start, block.end)
+                    self._cache.save(block, payload, replace=replace, trimmable=self._can_trim)
             self.finish_key = block.key if self._cache.contains(block.key) else None
         except Exception:
             log.exception("saving a block of %d tokens failed; this request saves no more", block.n_tokens)
@@ -187,8 +241,8 @@ def _computed_alike(a: Block, b: Block) -> bool:
     return (a.recipe, a.slice_end) == (b.recipe, b.slice_end)
 
 
-def shared_warmth(cache: Cache, backend: Backend, namespace: bytes) -> WarmthContext:
+def shared_warmth(cache: Cache, backend: Backend, policy: Policy) -> WarmthContext:
     """What the sequences of one model share."""
     limits = backend.limits
     slicing = Slicing(min(limits.n_ubatch, limits.n_batch), cache.block_size, at_blocks=not limits.can_trim)
-    return WarmthContext(cache, backend, namespace, slicing)
+    return WarmthContext(cache, backend, slicing, policy)

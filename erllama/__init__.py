@@ -13,7 +13,7 @@ survives a restart. Everything a user needs is in this namespace.
 
 from erllama._model import Model, Stream, load_backend, load_model
 from erllama._registry import get_model, list_models
-from erllama.cache import Cache
+from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
 from erllama.engine.request import CacheHit, Completion, Done, Event, TextDelta, Timings
 from erllama.errors import (
     AlreadyLoaded,
@@ -21,6 +21,7 @@ from erllama.errors import (
     CacheError,
     CacheFormatError,
     Error,
+    IntegrityError,
     LibraryNotBuilt,
     LoadCancelled,
     ModelLoadError,
@@ -46,16 +47,21 @@ __all__ = [
     "Done",
     "Error",
     "Event",
+    "IntegrityError",
     "LibraryNotBuilt",
     "LoadCancelled",
+    "MemoryUsage",
     "Model",
     "ModelLoadError",
     "ModelNotFound",
     "ModelUnloaded",
     "OptionError",
+    "Policy",
+    "Pressure",
     "PromptError",
     "PromptTooLong",
     "SamplingError",
+    "SaveReason",
     "StateError",
     "Stream",
     "TextDelta",

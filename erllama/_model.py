@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Never
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from erllama import _registry
 from erllama._fingerprint import fingerprint
-from erllama.cache import Cache, namespace_key
+from erllama.cache import Cache, Policy
 from erllama.engine import (
     Backend,
     CacheHit,
@@ -34,6 +34,8 @@ Prompt = str | Sequence[int] | NDArray[np.integer]
 _LOAD_OPTIONS = (
     "id",
     "cache",
+    "policy",
+    "cache_salt",
     "n_ctx",
     "n_batch",
     "n_ubatch",
@@ -49,7 +51,7 @@ _LOAD_OPTIONS = (
     "mlock",
     "on_progress",
 )
-_REQUEST_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "reproducible")
+_REQUEST_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "reproducible", "cache_salt")
 
 _BACKEND_PARTS = sorted(name for name in vars(Backend) if not name.startswith("_"))
 
@@ -62,6 +64,8 @@ def load_model(
     *,
     id: str | None = None,
     cache: Cache | None = None,
+    policy: Policy | Mapping[str, object] | None = None,
+    cache_salt: str | None = None,
     n_ctx: int | None = None,
     n_batch: int = 2048,
     n_ubatch: int = 512,
@@ -85,6 +89,9 @@ def load_model(
         id: a name for it in this process; one is made up if None.
         cache: where its prompts are kept; None for one in RAM, shared by every
             model loaded without a cache of its own.
+        policy: what of its contexts is saved, and when; None for all of it.
+        cache_salt: keeps its requests' KV apart from that of requests with another salt, or none; a
+            request can give its own.
         n_ctx: tokens the context holds, rounded up to a multiple of 256; None for the
             model's training context, at most 4096.
         n_batch: most tokens of one decode.
@@ -138,29 +145,40 @@ def load_model(
         check_file(file)
         return LlamaBackend(file, options, fingerprint(file, cache), on_progress)
 
-    return _load(make, id, cache)
+    return _load(make, id, cache, Policy.of(policy), cache_salt)
 
 
-def load_backend(backend: Backend, *, id: str | None = None, cache: Cache | None = None, **unknown: Never) -> Model:
+def load_backend(
+    backend: Backend,
+    *,
+    id: str | None = None,
+    cache: Cache | None = None,
+    policy: Policy | Mapping[str, object] | None = None,
+    cache_salt: str | None = None,
+    **unknown: Never,
+) -> Model:
     """Make a model of a backend of your own; it is closed when the model is unloaded.
 
     Args:
         backend: an object with the methods of `erllama.engine.Backend`.
-        id, cache: as for `load_model`.
+        id, cache, policy, cache_salt: as for `load_model`.
     """
-    reject_unknown(unknown, ("id", "cache"), "load_backend")
+    reject_unknown(unknown, ("id", "cache", "policy", "cache_salt"), "load_backend")
     missing = [name for name in _BACKEND_PARTS if not hasattr(backend, name)]
     if missing:
         raise OptionError(f"{_shown(backend)} is no backend: it has no {', '.join(missing)}")
-    return _load(lambda: backend, id, _checked_cache(cache))
+    return _load(lambda: backend, id, _checked_cache(cache), Policy.of(policy), cache_salt)
 
 
-def _load(make: Callable[[], Backend], id: str | None, cache: Cache) -> Model:
+def _load(
+    make: Callable[[], Backend], id: str | None, cache: Cache, policy: Policy, cache_salt: str | None
+) -> Model:
+    RequestOptions(cache_salt=cache_salt)  # checks it before anything is loaded
     model_id = _registry.reserve(id)
     try:
         backend = make()
         try:
-            model = Model(backend, model_id, cache)
+            model = Model(backend, model_id, cache, policy, cache_salt)
         except BaseException:
             backend.close()
             raise
@@ -189,13 +207,16 @@ class Model:
     Attributes:
         id: its name in this process.
         cache: where its prompts are kept.
+        policy: what of its contexts is saved, and when.
     """
 
-    def __init__(self, backend: Backend, id: str, cache: Cache) -> None:
+    def __init__(self, backend: Backend, id: str, cache: Cache, policy: Policy, cache_salt: str | None) -> None:
         self.id = id
         self.cache = cache
+        self.policy = policy
+        self._cache_salt = cache_salt
         self._backend = backend
-        self._runner = Runner(backend, cache, namespace_key(backend.namespace), id)
+        self._runner = Runner(backend, cache, policy, id)
 
     def __repr__(self) -> str:
         state = "unloaded" if self._runner.stopped else self.phase
@@ -220,6 +241,7 @@ class Model:
         min_p: float = 0.05,
         seed: int | None = None,
         reproducible: bool = False,
+        cache_salt: str | None = None,
         **unknown: Never,
     ) -> Completion:
         """Complete a prompt and wait for the whole reply.
@@ -234,6 +256,7 @@ class Model:
             min_p: draw from tokens at least this times as likely as the most likely; 0 for all.
             seed: fixes the draws; None draws a seed, told in the result.
             reproducible: reuse only KV that gives, bit for bit, the reply of a cold run.
+            cache_salt: share cached KV only with requests of the same salt; None for the model's.
 
         Raises:
             PromptError: the prompt is empty, or an id is outside the vocabulary.
@@ -248,6 +271,7 @@ class Model:
             max_tokens,
             SamplingOptions(temperature, top_k, top_p, min_p, seed),
             reproducible,
+            cache_salt,
         )
         return _wait(ticket)
 
@@ -262,6 +286,7 @@ class Model:
         min_p: float = 0.05,
         seed: int | None = None,
         reproducible: bool = False,
+        cache_salt: str | None = None,
         **unknown: Never,
     ) -> Stream:
         """Complete a prompt and get the reply as it comes; options and errors as for `complete`.
@@ -275,18 +300,32 @@ class Model:
                 max_tokens,
                 SamplingOptions(temperature, top_k, top_p, min_p, seed),
                 reproducible,
+                cache_salt,
             )
         )
 
-    def prefill(self, prompt: Prompt, **unknown: Never) -> Completion:
+    def prefill(self, prompt: Prompt, *, cache_salt: str | None = None, **unknown: Never) -> Completion:
         """Read a prompt into the cache and sample nothing; errors as for `complete`."""
-        reject_unknown(unknown, ("prompt",), "prefill")
-        return _wait(self._submit(prompt, 0, SamplingOptions(), False))
+        reject_unknown(unknown, ("prompt", "cache_salt"), "prefill")
+        return _wait(self._submit(prompt, 0, SamplingOptions(), False, cache_salt))
+
+    def evict(self) -> None:
+        """Save what the context holds, wait until it is stored, and let go of KV that no request uses.
+
+        A request in flight is saved as far as it is, and goes on.
+        """
+        self._runner.evict()
 
     def _submit(
-        self, prompt: Prompt, max_tokens: int | None, sampling: SamplingOptions, reproducible: bool
+        self,
+        prompt: Prompt,
+        max_tokens: int | None,
+        sampling: SamplingOptions,
+        reproducible: bool,
+        cache_salt: str | None,
     ) -> Ticket:
-        options = RequestOptions(max_tokens, sampling, boolean("reproducible", reproducible))
+        salt = self._cache_salt if cache_salt is None else cache_salt
+        options = RequestOptions(max_tokens, sampling, boolean("reproducible", reproducible), salt)
         return self._runner.submit(Request(self._prompt_ids(prompt), options))
 
     def _prompt_ids(self, prompt: object) -> NDArray[np.int32]:

@@ -66,6 +66,10 @@ class CacheError(Error):
     """The cache cannot do what was asked of it. Requests never fail with it."""
 
 
+class IntegrityError(CacheError):
+    """What the cache knows of its blocks contradicts itself: a defect of ours."""
+
+
 class CacheFormatError(CacheError):
     """Bytes that are no valid .kvc file."""
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import erllama
-from erllama.cache import Block, Cache, SaveReason, namespace_key, token_bytes
+from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, token_bytes
 from erllama.cache.lru import LeafLRU
 from erllama.cache.tree import BlockTree
 from support import must_run, run_python
@@ -252,19 +252,33 @@ def test_the_lru_agrees_with_a_plain_one(steps: list[tuple[str, int]]) -> None:
         assert lru.n_bytes == 10 * len(plain)
 
 
-def test_saves_beyond_the_queue_are_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = threading.Event()
-    with Cache(block_size=SIZE, disk=tmp_path, write_queue=200) as cache:
-        assert cache._disk is not None
-        write = cache._disk.write
-        monkeypatch.setattr(cache._disk, "write", lambda *given: (gate.wait(), write(*given))[1])
+class GatedTier(FileTier):
+    """Files that are written when the gate is opened."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, 10**9)
+        self.gate = threading.Event()
+
+    def write(self, block: Block, payload: memoryview) -> None:
+        self.gate.wait()
+        super().write(block, payload)
+
+
+def test_saves_beyond_the_queue_are_dropped_and_counted(tmp_path: Path) -> None:
+    tier = GatedTier(tmp_path)
+    with Cache(block_size=SIZE, tiers=[tier], write_queue=200) as cache:
         save(cache, np.arange(10 * SIZE, dtype=np.int32))  # returns while the disk stands still
         assert cache.counters()["bytes_pending"] <= 200
         assert cache.counters()["saves_dropped"] == 7
         assert hit(cache, np.arange(10 * SIZE, dtype=np.int32)) == 10 * SIZE, "RAM has them all the same"
-        gate.set()
+        tier.gate.set()
         cache.flush()
         assert cache.counters()["blocks_disk"] == 3
+        save(cache, np.arange(8 * SIZE, dtype=np.int32))
+        assert cache.counters()["blocks_disk"] == 3, "what RAM has is not saved again"
+        save(cache, np.arange(11 * SIZE, dtype=np.int32)[: 10 * SIZE + 1])
+        cache.flush()
+        assert cache.counters()["blocks_disk"] == 6, "what was dropped is made up for, as the queue has room"
 
 
 # --- restarts and faults -------------------------------------------------------------------------
@@ -329,6 +343,7 @@ def test_a_damaged_file_is_a_miss_a_count_and_a_log_line(
     with Cache(block_size=SIZE, disk=tmp_path, ram=0) as cache, caplog.at_level(logging.WARNING, "erllama.cache"):
         with cache.lookup(NAMESPACE, tokens) as match:
             assert [cache.load(block) is not None for block in match.blocks] == [True, False, True]
+        cache.flush()
         assert cache.counters()["corrupt_files"] == 1
         assert str(victim) in caplog.text
         assert not victim.exists(), "it is set aside"

@@ -18,6 +18,7 @@ from test_cache import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
 
 import erllama
 from erllama.cache import Block, Cache
+from erllama.cache.index import Index
 from erllama.engine import Batch
 from erllama.engine.backends.stub import StubBackend
 from erllama.llama_ffi import LlamaContext, LlamaError, LlamaModel
@@ -121,8 +122,7 @@ def test_a_file_that_cannot_be_indexed_is_taken_back(tmp_path: Path, monkeypatch
         raise sqlite3.OperationalError("database is locked")
 
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
-        assert cache._disk is not None
-        monkeypatch.setattr(cache._disk.index, "put", locked)
+        monkeypatch.setattr(Index, "put", locked)
         save(cache, np.arange(SIZE, dtype=np.int32))
         cache.flush()
         assert list(tmp_path.rglob("*.kvc")) == []

@@ -286,9 +286,9 @@ def test_a_cache_that_lies_costs_a_cold_start(caplog: pytest.LogCaptureFixture) 
     """Payloads that do not fit are dropped, counted and logged; the reply is the cold one."""
     with Cache() as cache, erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
         first = model.complete("x" * 600, max_tokens=5, temperature=0)
-        payloads = cache._residents.payloads
-        key = list(payloads)[1]
-        payloads[key] = payloads[key][:-8]
+        second_block = cache.stored(sorted(cache.rows(), key=lambda row: row.start)[1].key)
+        assert second_block is not None
+        cache.save(second_block, bytes(100), replace=True)
         second = model.complete("x" * 600, max_tokens=5, temperature=0)
         third = model.complete("x" * 600, max_tokens=5, temperature=0)
         assert cache.counters()["restore_errors"] == 1
@@ -374,7 +374,7 @@ def test_tokens_are_computed_once() -> None:
         ({"reproducible": 1}, "True or False"),
         ({"max_token": 5}, "did you mean 'max_tokens'"),
         ({"temprature": 5}, "did you mean 'temperature'"),
-        ({"xyzzy": 5}, "it takes max_tokens"),
+        ({"xyzzy": 5}, "it takes cache_salt, max_tokens"),
     ],
 )
 @pytest.mark.parametrize("call", ["complete", "stream"])

@@ -1,0 +1,477 @@
+"""What happens behind requests: saves reach the slower tiers, tiers keep to their budgets, others' work is seen.
+
+Runs in the write-behind thread, or in an operator's own. Nothing here raises
+because storage failed: it is counted and logged, the tier is opened anew, and
+what was to be stored is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from erllama.cache.blocks import Block
+from erllama.cache.counters import Counters
+from erllama.cache.residents import PENDING, Residents, Shelf
+from erllama.cache.tier import Changes, Problem, Tier, TierRow
+from erllama.cache.writer import SHARED_TAIL_DELAY_SECONDS, TAIL_DELAY_SECONDS, Pending, WriteBehind
+from erllama.errors import CacheError
+
+log = logging.getLogger("erllama.cache")
+
+_LOOK_SECONDS = 0.25  # between two looks at what other processes did
+_REOPEN_SECONDS = 5.0  # between two tries to open a tier that cannot be used
+_ALARM_SECONDS = 0.2  # what comes or goes does so in bursts; and a file's row follows it by a moment
+_TOUCH_SECONDS = 2.0  # uses are noted in memory, and told to the tiers that often at most
+
+
+class Upkeep:
+    """Keeps the tiers of one cache.
+
+    Args:
+        lock: the cache's; guards `residents`.
+        tiers: from fast to slow.
+        queue_bytes: most bytes of saves that may wait.
+    """
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        residents: Residents,
+        counters: Counters,
+        tiers: Sequence[Tier],
+        queue_bytes: int,
+    ) -> None:
+        self._lock, self.residents, self._counters = lock, residents, counters
+        self.tiers = list(tiers)
+        self.errors: dict[Tier, CacheError] = {}  # why a tier cannot be used
+        self.writer = WriteBehind(self._persist, queue_bytes)
+        self._touched: dict[bytes, int] = {}
+        self._look_again = 0.0  # by time.monotonic()
+        self._reopen_after: dict[Tier, float] = {}
+        self._out_of_step: set[Tier] = set()  # a fault left memory and tier apart
+        for tier in self._behind:
+            self.open(tier)
+
+    @property
+    def _behind(self) -> list[Tier]:
+        return [tier for tier in self.tiers if tier.fed == "behind"]
+
+    @property
+    def writes_behind(self) -> bool:
+        """Whether there is any tier slower than RAM."""
+        return bool(self._behind)
+
+    # --- tiers that open, fail, and open again ----------------------------------------------------
+
+    def open(self, tier: Tier) -> bool:
+        """Open a tier and take in what it holds; False, with the reason in `errors`, when that cannot be done."""
+        self._reopen_after[tier] = time.monotonic() + _REOPEN_SECONDS
+        try:
+            tier.open()
+            rows = tier.rows()
+            tier.watch(_alarm(weakref.ref(self), tier))
+        except Exception as error:
+            tier_error = (
+                error
+                if isinstance(error, CacheError)
+                else CacheError(f"the cache directory {tier.place} cannot be used: {error}; give a writable one")
+            )
+            if str(tier_error) != str(self.errors.get(tier)):
+                log.warning("%s. Going on without it", tier_error)
+            self.errors[tier] = tier_error
+            self._counters.add("disk_errors")
+            return False
+        self.errors.pop(tier, None)
+        self._out_of_step.discard(tier)
+        with self._lock:
+            self._take_in(tier, Changes(list(rows), [], complete=True))
+        self._fit(tier)
+        return True
+
+    def _usable(self, tier: Tier) -> bool:
+        """Whether a tier can be written to; tries to open one that was lost, now and then."""
+        if tier not in self.errors and tier.usable:
+            return True
+        if tier not in self.errors:  # lost just now: what it held is gone, as far as anybody knows
+            with self._lock:
+                self._take_in(tier, Changes([], [], complete=True))
+            return self.open(tier)
+        return time.monotonic() >= self._reopen_after[tier] and self.open(tier)
+
+    def ready(self, tier: Tier) -> bool:
+        """Whether a tier can be read from; never waits."""
+        return tier not in self.errors and tier.usable
+
+    @contextmanager
+    def guarding(self, action: str, tier: Tier) -> Iterator[None]:
+        """Count and log a storage fault instead of letting it reach a request."""
+        try:
+            yield
+        except (OSError, sqlite3.Error, CacheError, MemoryError) as error:
+            self._out_of_step.add(tier)
+            self._counters.add("disk_errors")
+            log.warning("%s failed: %s", action, error)
+        except Exception:
+            self._out_of_step.add(tier)
+            self._counters.add("faults")
+            log.exception("%s in tier %s failed unexpectedly", action, tier.place)
+
+    # --- saves on their way -----------------------------------------------------------------------
+
+    def offer(
+        self, block: Block, payload: memoryview, replace: bool, overtaken: tuple[bytes, ...], full: bool
+    ) -> bool:
+        """Queue a save for every slower tier; under the lock. Ancestors that a tier lacks go before it, from RAM."""
+        to = tuple(dict.fromkeys(tier.name for tier in self._behind))
+        if not to:
+            return False
+        for ancestor, where in self._missing_ancestors(block, to):
+            held = self.residents.in_ram(ancestor)
+            if held is None or not self._queue(*held, where, False, (), 0.0):
+                return False
+        return self._queue(block, payload, to, replace, overtaken, 0.0 if full else self._tail_delay())
+
+    def _queue(
+        self,
+        block: Block,
+        payload: memoryview,
+        to: tuple[str, ...],
+        replace: bool,
+        overtaken: tuple[bytes, ...],
+        delay: float,
+    ) -> bool:
+        if not self.writer.offer(Pending(block, payload, to, replace, overtaken, time.monotonic() + delay)):
+            return False
+        self.residents.tree.add(block, PENDING)
+        self.residents.learn(PENDING, block)
+        return True
+
+    def _missing_ancestors(self, block: Block, to: tuple[str, ...]) -> list[tuple[Block, tuple[str, ...]]]:
+        """Blocks before this one that a tier neither holds nor is about to get, and those tiers; first ones first."""
+        missing: list[tuple[Block, tuple[str, ...]]] = []
+        parent = block.parent
+        while parent != block.namespace and parent not in self.writer:
+            where = tuple(name for name in to if parent not in self.residents.shelves[name])
+            entry = self.residents.tree.get(parent)
+            if not where or entry is None:
+                break
+            missing.append((entry.block, where))
+            parent = entry.block.parent
+        return missing[::-1]
+
+    def _tail_delay(self) -> float:
+        shared = any(tier.shared for tier in self._behind if self.ready(tier))
+        return SHARED_TAIL_DELAY_SECONDS if shared else TAIL_DELAY_SECONDS
+
+    def promote(self, block: Block, payload: memoryview, slower: Shelf) -> None:
+        """Queue a block for the written-behind tiers that are faster than the one it was found in; under the lock."""
+        to: list[str] = []
+        for name, shelf in self.residents.shelves.items():
+            if shelf is slower:
+                break
+            follows = block.parent == block.namespace or block.parent in shelf or block.parent in self.writer
+            if shelf.behind and block.key not in shelf and follows:
+                to.append(name)
+        if to and self._queue(block, payload, tuple(to), False, (), 0.0):
+            self._counters.add("promotions")
+
+    def _persist(self, pending: Pending) -> None:
+        """Write one save to its tiers; the writer's thread calls it."""
+        for name in pending.to:
+            self._persist_in(self.residents.shelves[name], pending)
+        with self._lock:
+            self.residents.drop(PENDING, pending.block.key)
+
+    def _persist_in(self, shelf: Shelf, pending: Pending) -> None:
+        block, n_payload = pending.block, pending.payload.nbytes
+        for tier in self._by_room(shelf, block):
+            if not self._usable(tier):
+                continue
+            with self._counters.timing("write"), self.guarding(f"writing a block of {block.n_tokens} tokens", tier):
+                n_bytes = tier.size(block, n_payload)
+                verdict = self._make_room(shelf, tier, pending, n_bytes)
+                if verdict is not None:
+                    if not verdict:
+                        continue  # another root may have room
+                    tier.write(block, pending.payload)
+                    self._counters.add("bytes_written", n_bytes)
+                    with self._lock:
+                        self.residents.put(tier, block, n_bytes, time.time_ns())
+                self._drop_overtaken(shelf, pending.overtaken)
+                return
+        self._counters.add("saves_dropped")
+
+    def _by_room(self, shelf: Shelf, block: Block) -> list[Tier]:
+        """The roots to try: the one that has the block, else by free room."""
+        with self._lock:
+            holder = shelf.root_of(block.key)
+            return [holder] if holder is not None else sorted(shelf.roots, key=shelf.free, reverse=True)
+
+    def _make_room(self, shelf: Shelf, tier: Tier, pending: Pending, n_bytes: int) -> bool | None:
+        """Reserve room for a block, evicting others; False when there is none, None when it need not be written."""
+        block = pending.block
+        with tier.exclusive():
+            self.look(tier)
+            reserved = tier.reserved()
+            with self._lock:
+                residents = self.residents
+                if block.key in shelf and not pending.replace:
+                    self._counters.add("duplicates_dropped")
+                    return None
+                reachable = block.parent == block.namespace or block.parent in shelf
+                room = tier.budget - reserved - n_bytes
+                if not reachable or room < 0:
+                    return False
+                # An older version of the block stays until the new one is in its place.
+                victims = residents.choose_victims(tier, room, keep=(block.parent, block.key))
+                fits = shelf.n_bytes(tier) <= room
+            self._forget(tier, victims)
+            return (tier.reserve(block, n_bytes) or None) if fits else False
+
+    def _forget(self, tier: Tier, victims: list[tuple[bytes, int]]) -> None:
+        if victims:
+            tier.remove([key for key, _ in victims])
+
+    def _drop_overtaken(self, shelf: Shelf, keys: Iterable[bytes]) -> None:
+        """Drop tails whose successor this tier has now."""
+        superfluous: dict[Tier, list[bytes]] = {}
+        with self._lock:
+            for key in keys:
+                root = shelf.root_of(key)
+                if root is not None and not self.residents.pinned(key):
+                    superfluous.setdefault(root, []).append(key)
+                    self.residents.drop(shelf.name, key)
+                    if self.residents.tree.get(key) is None:
+                        self._counters.add("tails_overtaken")
+        for root, gone in superfluous.items():
+            root.remove(gone)
+
+    # --- evicting and removing ---------------------------------------------------------------------
+
+    def _fit(self, tier: Tier) -> None:
+        """Bring a tier down to its budget, which may be smaller than the last time."""
+        with self.guarding("evicting", tier), tier.exclusive():
+            with self._lock:
+                victims = self.residents.choose_victims(tier, tier.budget)
+            self._forget(tier, victims)
+
+    def evict(self, tier: Tier, n_bytes: int) -> int:
+        """Free at least `n_bytes` of a tier, if it has them; returns the bytes freed."""
+        with self._lock:
+            held = self.residents.shelves[tier.name].n_bytes(tier)
+            victims = self.residents.choose_victims(tier, held - n_bytes)
+        with self.guarding("evicting", tier):
+            self._forget(tier, victims)
+        return sum(size for _, size in victims)
+
+    def remove(self, tier: Tier, block: Block, *, damaged: bool = False) -> None:
+        """Have a block taken out of a tier, later: a request waits for nothing."""
+        with self._lock:
+            self.residents.drop(tier.name, block.key)
+
+        def chore() -> None:
+            with self.guarding("removing a block", tier):
+                if damaged:
+                    tier.set_aside(block)
+                else:
+                    tier.remove([block.key])
+
+        self.writer.defer(chore)
+
+    # --- seeing what others did ------------------------------------------------------------------
+
+    def look_around(self, *, at_once: bool = False) -> None:
+        """Take in what other processes did since the last look; under the lock, and without waiting."""
+        now = time.monotonic()
+        if now < self._look_again and not at_once:
+            return
+        self._look_again = now + _LOOK_SECONDS
+        for tier in self._behind:
+            if self.ready(tier):
+                with self.guarding("reading the index", tier):
+                    self.look(tier)
+            elif tier not in self.errors or now >= self._reopen_after[tier]:
+                self.writer.defer(self._reopen)
+
+    def look(self, tier: Tier) -> None:
+        """Bring the picture in memory in line with a tier."""
+        with self._lock:
+            if tier in self._out_of_step:
+                self._take_in(tier, Changes(list(tier.rows()), [], complete=True))
+                self._out_of_step.discard(tier)
+            elif (changes := tier.changes()) is not None:
+                self._take_in(tier, changes)
+
+    def in_flight(self, key: bytes) -> bool:
+        """Whether another process is writing a block now."""
+        for tier in self._behind:
+            if self.ready(tier):
+                with self.guarding("reading the index", tier):
+                    if tier.in_flight(key):
+                        return True
+        return False
+
+    def _reopen(self) -> None:
+        for tier in self._behind:
+            self._usable(tier)
+
+    def _take_in(self, tier: Tier, changes: Changes) -> None:
+        residents, shelf = self.residents, self.residents.shelves[tier.name]
+        there = {row.block.key for row in changes.stored}
+        gone = [k for k in shelf.keys(tier) if k not in there] if changes.complete else changes.removed
+        for key in gone:
+            if shelf.root_of(key) is tier:
+                residents.drop(tier.name, key)
+        for row in changes.stored:
+            self._take_in_row(shelf, tier, row)
+
+    def _take_in_row(self, shelf: Shelf, tier: Tier, row: TierRow) -> None:
+        holder, key = shelf.root_of(row.block.key), row.block.key
+        if holder is None:
+            self.residents.put(tier, row.block, row.n_bytes, row.last_used)
+        elif holder is not tier:
+            self.writer.defer(lambda: self._remove_double(shelf, tier, row.block))
+        else:
+            if shelf.lru.size_of(key) != row.n_bytes:
+                self.residents.put(tier, row.block, row.n_bytes, row.last_used)
+            shelf.lru.touch(key, row.last_used)
+            self.residents.learn(tier.name, row.block)
+
+    def _remove_double(self, shelf: Shelf, tier: Tier, block: Block) -> None:
+        """One of a tier's roots is enough for a block."""
+        with self._lock:
+            double = shelf.root_of(block.key) not in (None, tier)
+        if double:
+            with self.guarding("removing a double", tier):
+                tier.remove([block.key])
+
+    def examine(self, tier: Tier) -> None:
+        """Follow up an alarm that something changed behind our back."""
+        if not self.ready(tier):
+            return
+        with self.guarding("looking at files", tier):
+            if tier.examine():
+                self.alarm(tier)
+        # What was put there by hand counts, too.
+        with self.guarding("reading the index", tier):
+            self.look(tier)
+            with self._lock:
+                over = self.residents.shelves[tier.name].n_bytes(tier) > tier.budget
+            if over:
+                self._fit(tier)
+
+    def alarm(self, tier: Tier) -> None:
+        self.writer.defer(_Examination(self, tier), _ALARM_SECONDS)
+
+    def used(self, block: Block, now: int) -> None:
+        """Note a use; under the lock."""
+        self.residents.touch(block.key, now)
+        if not self._touched and self._behind:
+            self.writer.defer(self.tell_uses, _TOUCH_SECONDS)
+        self._touched[block.key] = now
+
+    def tell_uses(self) -> None:
+        """Tell the tiers of the uses noted since."""
+        with self._lock:
+            touched, self._touched = self._touched, {}
+            told = [
+                (tier, uses)
+                for tier in self._behind
+                if (uses := [(k, at) for k, at in touched.items() if self._shelf(tier).root_of(k) is tier])
+            ]
+        for tier, uses in told:
+            if self.ready(tier):
+                with self.guarding("noting uses", tier):
+                    tier.touch(uses)
+
+    def _shelf(self, tier: Tier) -> Shelf:
+        return self.residents.shelves[tier.name]
+
+    # --- an operator's ---------------------------------------------------------------------------
+
+    def mend(self) -> int:
+        """Bring tiers, budgets and memory in line; drop what nobody can reach. Returns the bytes freed."""
+        freed = 0
+        self.tell_uses()
+        for tier in self._behind:
+            if self._usable(tier):
+                with self.guarding("mending", tier):
+                    tier.mend()
+                    self.look(tier)
+                    freed += self._drop_unreachable(tier)
+                self._fit(tier)
+        return freed
+
+    def _drop_unreachable(self, tier: Tier) -> int:
+        """Blocks whose parent this tier lacks can be found by nobody who starts with it alone."""
+        shelf = self._shelf(tier)
+        victims: list[tuple[bytes, int]] = []
+        with tier.exclusive():
+            self.look(tier)
+            with self._lock:
+                held = {key: self.residents.tree.get(key) for key in shelf.keys(tier)}
+                lost = True
+                while lost:
+                    lost = [
+                        key
+                        for key, entry in held.items()
+                        if entry is not None
+                        and entry.block.parent != entry.block.namespace
+                        and entry.block.parent not in shelf
+                        and entry.block.parent not in self.writer
+                        and not self.residents.pinned(key)
+                    ]
+                    for key in lost:
+                        victims.append((key, shelf.lru.size_of(key)))
+                        self.residents.drop(tier.name, key)
+                        del held[key]
+            self._forget(tier, victims)
+        return sum(size for _, size in victims)
+
+    def verify(self) -> list[Problem]:
+        problems: list[Problem] = []
+        for tier in self._behind:
+            if self.ready(tier):
+                problems.extend(tier.verify())
+            else:
+                problems.append(Problem(tier.name, tier.place, str(self.errors.get(tier, "it is not open"))))
+        return problems
+
+    def close(self) -> None:
+        for tier in self.tiers:
+            with suppress(Exception):
+                tier.close()
+
+
+class _Examination:
+    """A chore that is equal to another of the same tier, so that a burst of alarms is one."""
+
+    def __init__(self, upkeep: Upkeep, tier: Tier) -> None:
+        self._upkeep, self._tier = upkeep, tier
+
+    def __call__(self) -> None:
+        self._upkeep.examine(self._tier)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Examination) and other._tier is self._tier
+
+    def __hash__(self) -> int:
+        return id(self._tier)
+
+
+def _alarm(upkeep: weakref.ref[Upkeep], tier: Tier) -> Callable[[], None]:
+    """Raise an alarm without keeping anything alive."""
+    watched = weakref.ref(tier)
+
+    def alarm() -> None:
+        keeper, found = upkeep(), watched()
+        if keeper is not None and found is not None:
+            keeper.alarm(found)
+
+    return alarm
