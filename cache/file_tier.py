@@ -107,7 +107,7 @@ class FileTier(Tier):
             self._watch = DirectoryWatch(directory.blocks, self._suspect)
         self._reap()
         with self._using() as index:
-            self._compare(index.keys())
+            self._compare(index.stamps(), by_name=True)
 
     def close(self) -> None:
         watch, self._watch = self._watch, None
@@ -119,6 +119,16 @@ class FileTier(Tier):
             index.close()
         if directory is not None:
             directory.leave()
+
+    def abandon(self) -> None:
+        """Let go as the system does when a process is killed: what is half-done stays half-done."""
+        if self._watch is not None:
+            self._watch.stop()
+        if self._index is not None:
+            self._index.close()
+        if self._directory is not None:
+            self._directory.close()
+        self._watch = self._index = self._directory = None
 
     def _open_index(self) -> Index:
         index = self._index
@@ -317,7 +327,7 @@ class FileTier(Tier):
         self._reap()
         with self._using() as index:
             index.trim_changes()
-            self._compare(index.keys())
+            self._compare(index.stamps(), by_name=False)
 
     def verify(self) -> Iterator[Problem]:
         with self._using() as index:
@@ -357,16 +367,17 @@ class FileTier(Tier):
                 index.release_all(dead)
         directory.reap()
 
-    def _compare(self, known: set[bytes]) -> None:
-        """Bring index and files together, by their names."""
+    def _compare(self, known: dict[bytes, FileStamp], *, by_name: bool) -> None:
+        """Bring index and files together: by their names alone, or by their sizes and times, too."""
         directory = self._open_directory
         seen = set()
-        for entry in directory.block_files():
+        for entry in list(directory.block_files()):
             key = _key_of(entry.name)
             seen.add(key)
-            if key not in known:
-                self._look_at(Path(entry.path), whole=False)
-        missing = [key for key in known - seen if not os.path.lexists(self.path_of(key))]
+            with contextlib.suppress(FileNotFoundError):
+                if key is None or key not in known or not (by_name or _stamp(Path(entry.path)) == known[key]):
+                    self._look_at(Path(entry.path), whole=not by_name)
+        missing = [key for key in known.keys() - seen if not os.path.lexists(self.path_of(key))]
         if missing:
             log.warning("%d blocks of the index in %s have no file; dropped", len(missing), self.root)
             with self._using() as index:
@@ -396,6 +407,8 @@ class FileTier(Tier):
                 self._refuse(path, key, error)
                 return
             with index.transaction():
+                if key is not None and key != block.key:
+                    index.remove([key])  # what was under that name is gone
                 if os.path.lexists(path) and index.stamp(block.key) != stamp:
                     index.put(block, stamp, time.time_ns())
 

@@ -195,10 +195,11 @@ class Index:
         with contextlib.closing(_connect(self.path, _BUSY_SECONDS)) as reader:
             return _read_all(reader)[1]
 
-    def keys(self) -> set[bytes]:
-        """The keys of every stored block."""
+    def stamps(self) -> dict[bytes, FileStamp]:
+        """What the index knows of every block's file, by key."""
         with self._lock:
-            return {key for (key,) in self.db.execute("SELECT key FROM blocks")}
+            found = self.db.execute("SELECT key, file_bytes, mtime_ns FROM blocks").fetchall()
+        return {key: FileStamp(n_bytes, mtime_ns) for key, n_bytes, mtime_ns in found}
 
     def changes(self) -> Changes | None:
         """What was written since the last look, by whomever; None for nothing. Waits for nobody."""

@@ -51,8 +51,8 @@ class Policy:
             object.__setattr__(self, field.name, integer(f"policy: {field.name}", value, least))
         if self.cold_max_tokens is not None and self.cold_max_tokens < self.cold_min_tokens:
             raise OptionError(
-                f"policy: cold_max_tokens={self.cold_max_tokens} is less than cold_min_tokens={self.cold_min_tokens}; "
-                "no prompt would be saved as it is read"
+                f"policy: cold_max_tokens={self.cold_max_tokens} is below "
+                f"cold_min_tokens={self.cold_min_tokens}; no prompt would be saved as it is read"
             )
 
     @classmethod

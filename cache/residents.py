@@ -209,7 +209,7 @@ class Residents:
         return victims
 
     def make_room(self, root: Tier, block: Block, n_bytes: int) -> bool:
-        """Evict from a root that is written at once, until a block, or its new version, fits; False if it never does."""
+        """Evict from a root that is written at once until a block, or its new version, fits; False if it cannot."""
         shelf = self.shelves[root.name]
         held = shelf.lru.size_of(block.key) if shelf.root_of(block.key) is root else 0
         target = root.budget - n_bytes + held

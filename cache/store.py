@@ -285,7 +285,7 @@ class Cache:
             return entry.block if entry else None
 
     def context(self, key: bytes) -> NDArray[np.uint32] | None:
-        """The tokens of the stored context that ends with this block, from the first; None when it is not stored."""
+        """The tokens of the stored context that ends with this block, shape (n,); None when it is not stored."""
         with self._lock:
             blocks = self._residents.path(key)
         return np.frombuffer(b"".join(block.tokens for block in blocks), "<u4") if blocks else None
@@ -463,7 +463,7 @@ class Cache:
     def rows(self) -> list[Row]:
         """Every block that is stored: key, tier, position, tokens, bytes and pins."""
         with self._lock:
-            self._upkeep.look_around()
+            self._upkeep.look_around(at_once=True)
             return self._residents.rows()
 
     def evict_bytes(self, n_bytes: int | str, tiers: Sequence[str] | None = None) -> int:
@@ -534,6 +534,16 @@ class Cache:
             self._forget_everything()
         upkeep.writer.abandon()
         upkeep.close()
+        _open_caches.discard(self)
+
+    def abandon(self) -> None:
+        """End as if the process had been killed: nothing more is written, nothing is tidied up. For tests."""
+        with self._lock:
+            upkeep = self._upkeep
+            self._forget_everything()
+        upkeep.writer.abandon()
+        for tier in upkeep.tiers:
+            (tier.abandon if isinstance(tier, FileTier) else tier.close)()
         _open_caches.discard(self)
 
     def _forget_everything(self) -> None:

@@ -59,7 +59,7 @@ class Tier(ABC):
         budget: most bytes, as `size` counts them.
     """
 
-    # How blocks get here: with the save itself, behind its back, or because the tier's owner says so (`Cache.hold`).
+    # How blocks get here: with the save itself, behind its back, or as the tier's owner says (`Cache.hold`).
     fed: Literal["at once", "behind", "by its owner"] = "behind"
 
     def __init__(self, name: str, budget: int) -> None:

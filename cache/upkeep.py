@@ -127,7 +127,7 @@ class Upkeep:
     def offer(
         self, block: Block, payload: memoryview, replace: bool, overtaken: tuple[bytes, ...], full: bool
     ) -> bool:
-        """Queue a save for every slower tier; under the lock. Ancestors that a tier lacks go before it, from RAM."""
+        """Queue a save for every slower tier; under the lock. Ancestors that one lacks go before it, from RAM."""
         to = tuple(dict.fromkeys(tier.name for tier in self._behind))
         if not to:
             return False
@@ -153,7 +153,7 @@ class Upkeep:
         return True
 
     def _missing_ancestors(self, block: Block, to: tuple[str, ...]) -> list[tuple[Block, tuple[str, ...]]]:
-        """Blocks before this one that a tier neither holds nor is about to get, and those tiers; first ones first."""
+        """Blocks before this one that a tier neither holds nor is about to get, and those tiers; in order."""
         missing: list[tuple[Block, tuple[str, ...]]] = []
         parent = block.parent
         while parent != block.namespace and parent not in self.writer:
@@ -170,7 +170,7 @@ class Upkeep:
         return SHARED_TAIL_DELAY_SECONDS if shared else TAIL_DELAY_SECONDS
 
     def promote(self, block: Block, payload: memoryview, slower: Shelf) -> None:
-        """Queue a block for the written-behind tiers that are faster than the one it was found in; under the lock."""
+        """Queue a block for those tiers written behind that are faster than where it was found; under the lock."""
         to: list[str] = []
         for name, shelf in self.residents.shelves.items():
             if shelf is slower:
@@ -416,8 +416,7 @@ class Upkeep:
             self.look(tier)
             with self._lock:
                 held = {key: self.residents.tree.get(key) for key in shelf.keys(tier)}
-                lost = True
-                while lost:
+                while True:
                     lost = [
                         key
                         for key, entry in held.items()
@@ -431,6 +430,8 @@ class Upkeep:
                         victims.append((key, shelf.lru.size_of(key)))
                         self.residents.drop(tier.name, key)
                         del held[key]
+                    if not lost:
+                        break
             self._forget(tier, victims)
         return sum(size for _, size in victims)
 

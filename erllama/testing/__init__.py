@@ -1,1 +1,27 @@
-"""Helpers for testing models, caches and backends: for this project's suite and for yours."""
+"""What tests of this library, of caches and of backends of your own are made with.
+
+`CacheMachine` and `BackendMachine` are Hypothesis state machines: derive from
+one, say how to make the thing under test, and run its `TestCase`. They need
+`pip install erllama[testing]`. `erllama.testing.models` writes tiny GGUF
+models of several kinds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from erllama.testing.backend_machine import BackendMachine
+    from erllama.testing.cache_machine import CacheMachine
+
+__all__ = ["BackendMachine", "CacheMachine"]
+
+_HOMES = {"BackendMachine": "backend_machine", "CacheMachine": "cache_machine"}
+
+
+def __getattr__(name: str) -> object:
+    # Late, so that the generator of models works without Hypothesis.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

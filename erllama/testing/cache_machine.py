@@ -1,0 +1,347 @@
+"""A Hypothesis state machine that tries to make a cache lie.
+
+It saves, looks up, pins, evicts, restarts, dies in the middle of a write, flips
+bytes, removes and copies files, works as a second process, and changes
+namespaces, in whatever order Hypothesis finds; and after every step it checks
+what a cache promises:
+
+* a payload that is loaded is one that was saved for that very key, and the
+  block that comes with it says how it was computed;
+* a hit is as long as the stored blocks allow, and no longer than the tokens agree;
+* no budget is exceeded, by the cache's count and by the size of the files;
+* a tier has a block once; a pinned block stays;
+* what was on disk before a crash is on disk after it, nothing half-done is left,
+  and `verify()` finds nothing but the damage that the machine did itself;
+* `check_integrity()` holds.
+
+To run it on a cache of your own:
+
+    class Mine(CacheMachine):
+        def make_cache(self, directory):
+            return Cache(ram=4000, tiers=[MyTier(directory)], block_size=16)
+
+    TestMine = Mine.TestCase
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+
+from erllama.cache import Block, Cache, FileTier, Match, SaveReason, namespace_key, token_bytes
+from erllama.cache.keys import TOKEN_BYTES, common_prefix
+from erllama.cache.writer import Abandoned
+
+# Few distinct tokens and short texts, so that prefixes are shared often.
+contexts = st.lists(st.integers(0, 2), min_size=1, max_size=70)
+namespaces = st.sampled_from([namespace_key({"model": name}) for name in "ab"])
+picks = st.integers(0, 99)
+steps = st.sampled_from(["reserved", "written", "published"])
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Derive from it, give `make_cache`, and run `YourMachine.TestCase`.
+
+    Attributes:
+        can_trim: whether payloads are of memory that can be cut, so that a longer
+            tail takes a shorter one's place, and blocks match in part.
+        payload_bytes: size of a block's payload.
+    """
+
+    can_trim = True
+    payload_bytes = 96
+
+    matches = Bundle("matches")
+
+    def make_cache(self, directory: Path) -> Cache:
+        """A cache that keeps everything persistent under `directory`. Called for every start, and for second ones."""
+        raise NotImplementedError("derive from CacheMachine and define make_cache(directory)")
+
+    # --- life ------------------------------------------------------------------------------------
+
+    @initialize()
+    def start(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="erllama-test-"))
+        self.elsewhere = Path(tempfile.mkdtemp(prefix="erllama-test-"))
+        self.saved: dict[bytes, dict[bytes, Block]] = {}  # every version of every block ever saved, by key and recipe
+        self.held: list[Match] = []
+        self.tampered = False  # files were changed since the last gc
+        self.version = 0
+        self.cache = self.make_cache(self.directory / "cache")
+
+    def teardown(self) -> None:
+        if hasattr(self, "cache"):
+            self.cache.close()
+            shutil.rmtree(self.directory)
+            shutil.rmtree(self.elsewhere)
+
+    @rule()
+    def restart(self) -> None:
+        """Close and start again: what was stored persistently is still there."""
+        self._release_all()
+        self.cache.flush()
+        before = self._persistent()
+        self.cache.close()
+        self._started_after(before)
+
+    @rule(ids=contexts, namespace=namespaces, step=steps)
+    def crash(self, ids: list[int], namespace: bytes, step: str) -> None:
+        """Die in the middle of a write: what was stored before is still there, and nothing half-done is."""
+        self._release_all()
+        self.cache.flush()
+        before = self._persistent()
+        evictions = self._evictions()
+        died = threading.Event()
+
+        def die(name: str) -> None:
+            if name == step:
+                died.set()
+                raise Abandoned
+
+        for tier in self._file_tiers():
+            tier._step = die  # type: ignore[method-assign]
+        self._save(self.cache, ids, namespace)
+        while not died.is_set() and not self.cache.flush(0.01):
+            pass
+        evicted = self._evictions() > evictions
+        self.cache.abandon()
+        overtaken = {key for key in before if evicted or self._overtaken(key)}
+        self._started_after(before - overtaken)
+
+    def _started_after(self, before: set[bytes]) -> None:
+        self.cache = self.make_cache(self.directory / "cache")
+        if not self.tampered:
+            lost = before - self._persistent()
+            assert not lost, f"what was stored is lost: {[self.saved[key] for key in lost]}"
+            assert self.cache.verify() == [], "something is wrong after a start"
+        assert not list(self.directory.rglob("partial/*")), "a start leaves half-written files"
+
+    @rule(ids=contexts, namespace=namespaces, wanted=contexts)
+    def another_process(self, ids: list[int], namespace: bytes, wanted: list[int]) -> None:
+        """A second cache on the same directory, as another process would have it."""
+        with self.make_cache(self.directory / "cache") as other:
+            self._save(other, ids, namespace)
+            self._look_up(other, wanted, namespace)
+
+    # --- use -------------------------------------------------------------------------------------
+
+    @rule(ids=contexts, namespace=namespaces, replace=st.booleans())
+    def save(self, ids: list[int], namespace: bytes, replace: bool) -> None:
+        self._save(self.cache, ids, namespace, replace)
+
+    @rule(ids=contexts, namespace=namespaces)
+    def look_up(self, ids: list[int], namespace: bytes) -> None:
+        self._look_up(self.cache, ids, namespace)
+
+    @rule(target=matches, ids=contexts, namespace=namespaces)
+    def pin(self, ids: list[int], namespace: bytes) -> Match:
+        match = self.cache.lookup(namespace, np.array(ids), whole=not self.can_trim)
+        self.held.append(match)
+        return match
+
+    @rule(match=consumes(matches))
+    def unpin(self, match: Match) -> None:
+        match.release()
+        if match in self.held:
+            self.held.remove(match)
+
+    @rule(n_bytes=st.integers(0, 3000), data=st.data())
+    def evict(self, n_bytes: int, data: st.DataObject) -> None:
+        tier = data.draw(st.sampled_from(self.cache.tier_names))
+        held = self.cache.counters().get(f"bytes_{tier}", 0)
+        freed = self.cache.evict_bytes(n_bytes, (tier,))
+        assert freed == held - self.cache.counters().get(f"bytes_{tier}", 0)
+        assert freed >= min(n_bytes, held) or self.held, "less was freed than could be"
+
+    @rule()
+    def flush(self) -> None:
+        assert self.cache.flush()
+        if not self.tampered:
+            assert self.cache.verify() == []
+
+    @rule()
+    def gc(self) -> None:
+        if self.tampered:
+            self._release_all()  # what others did may cost pinned blocks
+        self.cache.gc()
+        self.tampered = False
+
+    # --- what others do to the files ---------------------------------------------------------------
+
+    @rule(pick=picks, byte=st.integers(0, 2**16), bit=st.integers(0, 7))
+    def flip(self, pick: int, byte: int, bit: int) -> None:
+        for path in self._tamper(pick):
+            content = bytearray(path.read_bytes())
+            if content:
+                content[byte % len(content)] ^= 1 << bit
+                path.write_bytes(content)
+                _settle(path)
+
+    @rule(pick=picks, keep=st.integers(0, 400))
+    def truncate(self, pick: int, keep: int) -> None:
+        for path in self._tamper(pick):
+            path.write_bytes(path.read_bytes()[:keep])
+            _settle(path)
+
+    @rule(pick=picks)
+    def remove(self, pick: int) -> None:
+        for path in self._tamper(pick):
+            path.unlink()
+
+    @rule(pick=picks)
+    def keep_a_copy(self, pick: int) -> None:
+        for path in self._picked(self.files(), pick):
+            shutil.copy(path, self.elsewhere / path.name)
+
+    @rule(pick=picks, which=picks, rightly_named=st.booleans())
+    def copy_in(self, pick: int, which: int, rightly_named: bool) -> None:
+        """Files from another machine: taken in by the next gc, within the budget."""
+        for beside in self._tamper(pick):
+            for kept in self._picked(sorted(self.elsewhere.iterdir()), which):
+                path = beside.parent / (kept.name if rightly_named else beside.name)
+                shutil.copy(kept, path)
+                _settle(path)
+        self.gc()
+
+    def files(self) -> list[Path]:
+        """The files of stored blocks."""
+        self.cache.flush()  # so that one run of an example finds the same files as the next
+        return sorted(self.directory.rglob("blocks/*.kvc"))
+
+    def _tamper(self, pick: int) -> list[Path]:
+        """One of the files, if there are any."""
+        found = self._picked(self.files(), pick)
+        self.tampered |= bool(found)
+        return found
+
+    def _picked(self, paths: list[Path], pick: int) -> list[Path]:
+        return [paths[pick % len(paths)]] if paths else []
+
+    # --- what must hold -----------------------------------------------------------------------------
+
+    @invariant()
+    def adds_up(self) -> None:
+        if hasattr(self, "cache"):
+            self.cache.check_integrity()
+            rows = self.cache.rows()
+            assert len({(row.tier, row.key) for row in rows}) == len(rows), "a tier has a block twice"
+
+    @invariant()
+    def keeps_to_budgets(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        for tier in self.cache.tiers():
+            assert tier.n_bytes <= tier.budget, f"{tier.place} is over its budget"
+        if not self.tampered:
+            for tier in self._file_tiers():
+                there = [p for part in ("blocks", "partial") for p in (tier.root / part).glob("*.kvc")]
+                assert sum(map(_size, there)) <= tier.budget, f"the files of {tier.root} are over its budget"
+
+    @invariant()
+    def pinned_blocks_stay(self) -> None:
+        if not self.tampered:
+            for match in getattr(self, "held", []):
+                for block in match.blocks:
+                    assert self.cache.contains(block.key) or self._overtaken(block.key), "a pinned block is gone"
+
+    # --- how -------------------------------------------------------------------------------------
+
+    def _save(self, cache: Cache, ids: list[int], namespace: bytes, replace: bool = False) -> None:
+        for block in self._blocks(ids, namespace, cache.block_size):
+            self.saved.setdefault(block.key, {})[block.recipe] = block
+            cache.save(block, self._payload(block), replace=replace, trimmable=self.can_trim)
+
+    def _blocks(self, ids: list[int], namespace: bytes, size: int) -> Iterator[Block]:
+        """The chain that a context is saved as; its recipe tells one time of saving from another."""
+        self.version += 1
+        recipe = self.version.to_bytes(16, "little")
+        parent = namespace
+        for start in range(0, len(ids), size):
+            raw = token_bytes(np.array(ids[start : start + size]))
+            yield (block := Block.following(parent, namespace, start, raw, SaveReason.COLD, recipe))
+            parent = block.key
+
+    def _payload(self, block: Block) -> bytes:
+        text = block.key + block.recipe
+        return (text * (self.payload_bytes // len(text) + 1))[: self.payload_bytes]
+
+    def _look_up(self, cache: Cache, ids: list[int], namespace: bytes) -> None:
+        cache.rows()  # takes in what others did, so that a lookup right after it need not
+        before = self._present(cache)
+        with cache.lookup(namespace, np.array(ids), whole=not self.can_trim) as match:
+            if before == self._present(cache):
+                assert match.n_tokens == self._longest(before, namespace, token_bytes(np.array(ids)))
+            found = b"".join(block.tokens for block in match.blocks)
+            assert common_prefix(found, token_bytes(np.array(ids))) >= match.n_tokens, "other tokens than asked for"
+            for block in match.blocks:
+                loaded = cache.load(block)
+                if loaded is not None:
+                    assert loaded.block.key == block.key
+                    assert loaded.block.recipe in self.saved[block.key], "a block that nobody saved"
+                    assert bytes(loaded.payload) == self._payload(loaded.block), "the payload of another block"
+
+    def _present(self, cache: Cache) -> set[bytes]:
+        return {key for key in self.saved if cache.contains(key)}
+
+    def _longest(self, present: set[bytes], namespace: bytes, raw: bytes) -> int:
+        """The longest prefix that stored blocks give, found by trying all of them."""
+        best, parents = 0, {namespace: 0}
+        known = [next(iter(self.saved[key].values())) for key in present]
+        while parents:
+            parent, at = parents.popitem()
+            for block in known:
+                if block.parent != parent:
+                    continue
+                shared = common_prefix(block.tokens, raw[at * TOKEN_BYTES :])
+                if shared == block.n_tokens:
+                    parents[block.key] = block.end
+                elif not self.can_trim:
+                    continue
+                best = max(best, at + shared)
+        return best
+
+    def _overtaken(self, key: bytes) -> bool:
+        """Whether a longer block has been saved beside this one, at whatever time."""
+        block = next(iter(self.saved[key].values()))
+        return any(
+            other.parent == block.parent and other.tokens.startswith(block.tokens) and other.key != key
+            for versions in self.saved.values()
+            for other in versions.values()
+        )
+
+    def _persistent(self) -> set[bytes]:
+        lasting = {tier.name for tier in self.cache._upkeep.tiers if tier.persistent}
+        return {row.key for row in self.cache.rows() if row.tier in lasting}
+
+    def _evictions(self) -> float:
+        return sum(n for name, n in self.cache.counters().items() if name.startswith("evictions_"))
+
+    def _file_tiers(self) -> list[FileTier]:
+        return [tier for tier in self.cache._upkeep.tiers if isinstance(tier, FileTier)]
+
+    def _release_all(self) -> None:
+        for match in self.held:
+            match.release()
+        self.held = []
+
+
+def _settle(path: Path) -> None:
+    """Make a file look as if it had not been changed just now: it might still be on its way, then."""
+    then = time.time() - 60
+    os.utime(path, (then, then))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
