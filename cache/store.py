@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Never
 
 import numpy as np
@@ -27,16 +27,17 @@ from erllama.cache.blocks import Block
 from erllama.cache.counters import TIERS, Counters
 from erllama.cache.file_tier import FileTier
 from erllama.cache.keys import token_bytes
+from erllama.cache.loading import Loader
 from erllama.cache.match import Loaded, Match, Row, TierStatus
 from erllama.cache.options import OPTIONS, Directories, directories, file_tiers, known_tiers
 from erllama.cache.pressure import Pressure, PressureWatch
-from erllama.cache.residents import PENDING, Residents, Shelf
+from erllama.cache.residents import Residents
+from erllama.cache.saving import Saver
 from erllama.cache.sizes import parse_bytes
 from erllama.cache.tier import Problem, RamTier, Tier
 from erllama.cache.upkeep import Upkeep
 from erllama.errors import (
     CacheError,
-    CacheFormatError,
     IntegrityError,
     OptionError,
     boolean,
@@ -45,8 +46,6 @@ from erllama.errors import (
 )
 
 log = logging.getLogger("erllama.cache")
-
-_WAIT_STEP_SECONDS = 0.05  # between two looks for a save of another process
 
 _open_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
 
@@ -107,14 +106,17 @@ class Cache:
         wanted = Pressure.of(pressure)
 
         self._lock = threading.RLock()
-        self._saved = threading.Condition(self._lock)  # told of every save
-        self._expected: dict[bytes, int] = {}  # finish saves that were announced, and how often
         self._counters = Counters()
-        self._residents = Residents(self.block_size, self._counters, found)
         self._closing = False
-        self._upkeep = Upkeep(self._lock, self._residents, self._counters, found, queue_bytes)
+        self._assemble(found, queue_bytes)
         self._pressure = self._watch_pressure(wanted)
         _open_caches.add(self)
+
+    def _assemble(self, tiers: Sequence[Tier], queue_bytes: int) -> None:
+        self._residents = Residents(self.block_size, self._counters, tiers)
+        self._upkeep = Upkeep(self._lock, self._residents, self._counters, tiers, queue_bytes)
+        self._loader = Loader(self._lock, self._residents, self._upkeep, self._counters)
+        self._saver = Saver(self._lock, self._residents, self._upkeep, self._counters, self.block_size)
 
     def _watch_pressure(self, wanted: Pressure | None) -> PressureWatch | None:
         if wanted is None:
@@ -159,7 +161,7 @@ class Cache:
         """
         raw = token_bytes(tokens)
         if parent_key is not None and wait_ms > 0:
-            self._await(parent_key, wait_ms / 1000)
+            self._saver.wait_for(parent_key, wait_ms / 1000)
         with self._counters.timing("lookup"), self._lock:
             self._upkeep.look_around()
             blocks, n_tokens = self._residents.walk(namespace, raw, whole)
@@ -176,45 +178,11 @@ class Cache:
             what was found, with the block as it was saved with that payload;
             None when no place can give it undamaged: it is then forgotten.
         """
-        with self._counters.timing("load"):
-            with self._lock:
-                in_ram = self._residents.in_ram(block)
-                if in_ram is not None:
-                    return Loaded("ram", in_ram[1], in_ram[0])
-                pending = self._upkeep.writer.get(block.key)
-                if pending is not None:
-                    return Loaded("ram", pending.payload, pending.block)
-                holders = [held for held in self._residents.holders(block.key) if held[0].behind]
-            for shelf, tier in holders:
-                loaded = self._load_from(shelf, tier, block)
-                if loaded is not None:
-                    return loaded
-        return None
+        return self._loader.load(block)
 
-    def _load_from(self, shelf: Shelf, tier: Tier, block: Block) -> Loaded | None:
-        try:
-            found, payload = tier.read(block)
-            if found.key != block.key:
-                raise CacheFormatError("another block is in its place")
-        except CacheFormatError as error:
-            log.warning("%s: %s; not used", tier.where(block), error)
-            self._counters.add("corrupt_files")
-            self._upkeep.remove(tier, block, damaged=True)
-        except FileNotFoundError:
-            log.info("%s is gone", tier.where(block))
-            self._upkeep.remove(tier, block)
-        except Exception as error:
-            log.warning("%s cannot be read: %s", tier.where(block), error)
-            self._counters.add("disk_errors")
-        else:
-            with self._lock:
-                if shelf.root_of(block.key) is tier and not self._closing:
-                    self._residents.learn(shelf.name, found)
-                    if self._residents.keep_in_ram(found, payload):
-                        self._counters.add("promotions")
-                    self._upkeep.promote(found, payload, shelf)
-            return Loaded(shelf.name, payload, found)
-        return None
+    def load_each(self, blocks: Sequence[Block]) -> Iterator[Loaded | None]:
+        """As `load`, for each of several blocks in turn; while one is used, the next is read."""
+        return self._loader.load_each(blocks)
 
     def save(
         self, block: Block, payload: NDArray[np.uint8] | bytes, *, replace: bool = False, trimmable: bool = True
@@ -234,45 +202,7 @@ class Cache:
         Raises:
             OptionError: the payload is not bytes, or empty, or the block is longer than `block_size`.
         """
-        content = _bytes_of(payload)
-        if block.n_tokens > self.block_size:
-            raise OptionError(f"a block of {block.n_tokens} tokens; block_size is {self.block_size}")
-        with self._lock:
-            try:
-                return not self._closing and self._save(block, content, replace, trimmable)
-            finally:
-                self._expected.pop(block.key, None)
-                self._saved.notify_all()
-
-    def _save(self, block: Block, payload: memoryview, replace: bool, trimmable: bool) -> bool:
-        residents, upkeep = self._residents, self._upkeep
-        if residents.tree.get(block.key) is not None and not replace:
-            self._counters.add("duplicates_dropped")
-            return False
-        if block.parent != block.namespace and residents.tree.get(block.parent) is None:
-            self._counters.add("saves_dropped")  # what it follows was evicted: nobody could find it
-            return False
-        full = block.n_tokens >= self.block_size
-        overtaken = tuple(tail.key for tail in residents.tree.overtaken_by(block)) if trimmable or full else ()
-        in_ram = residents.keep_in_ram(block, payload)
-        queued = upkeep.offer(block, payload, replace, overtaken, full)
-        if not queued and (upkeep.writes_behind or not in_ram):
-            self._counters.add("saves_dropped")
-        if not in_ram and not queued:
-            return False
-        self._counters.add(f"saves_{block.reason.name.lower()}")
-        for key in overtaken:
-            if not residents.pinned(key):
-                self._overtake(key)
-        return True
-
-    def _overtake(self, key: bytes) -> None:
-        """Drop a tail whose successor is stored; from slower tiers only once that is there, too."""
-        self._residents.drop_from_ram(key)
-        if self._upkeep.writer.cancel(key):
-            self._residents.drop(PENDING, key)
-        if self._residents.tree.get(key) is None:
-            self._counters.add("tails_overtaken")
+        return not self._closing and self._saver.save(block, payload, replace, trimmable)
 
     def contains(self, key: bytes) -> bool:
         """Whether a block is stored anywhere."""
@@ -306,46 +236,11 @@ class Cache:
 
     def reject(self, block: Block, error: Exception) -> None:
         """Forget a block whose payload the backend refused."""
-        log.warning("a stored block of %d tokens could not be restored: %s; dropped", block.n_tokens, error)
-        self._counters.add("restore_errors")
-        with self._lock:
-            self._residents.drop_from_ram(block.key)
-            if self._upkeep.writer.cancel(block.key):
-                self._residents.drop(PENDING, block.key)
-            for _, tier in list(self._residents.holders(block.key)):
-                if tier.fed == "behind":
-                    self._upkeep.remove(tier, block)
+        self._loader.reject(block, error)
 
-    # --- saves in flight ------------------------------------------------------------------
-
-    @contextmanager
-    def expecting(self, key: bytes) -> Iterator[None]:
+    def expecting(self, key: bytes) -> AbstractContextManager[None]:
         """Announce the save of a block within a `with`: lookups that go on from it wait for that."""
-        with self._lock:
-            self._expected[key] = self._expected.get(key, 0) + 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                left = self._expected.get(key, 0) - 1
-                if left > 0:
-                    self._expected[key] = left
-                else:
-                    self._expected.pop(key, None)
-                self._saved.notify_all()
-
-    def _await(self, key: bytes, seconds: float) -> None:
-        """Wait until a block is stored, as long as somebody is saving it."""
-        deadline = time.monotonic() + seconds
-        with self._saved:
-            while self._residents.tree.get(key) is None and (left := deadline - time.monotonic()) > 0:
-                if key in self._expected:
-                    self._saved.wait(left)
-                elif self._upkeep.in_flight(key):
-                    self._saved.wait(min(left, _WAIT_STEP_SECONDS))
-                    self._upkeep.look_around(at_once=True)
-                else:
-                    return
+        return self._saver.expecting(key)
 
     # --- live tiers -------------------------------------------------------------------------
 
@@ -549,13 +444,11 @@ class Cache:
     def _forget_everything(self) -> None:
         """Be an empty cache that stores nothing."""
         self._closing = True
-        self._residents = Residents(self.block_size, self._counters, [])
-        self._upkeep = Upkeep(self._lock, self._residents, self._counters, [], 0)
+        self._assemble([], 0)
 
     def _forked(self) -> None:
         """In a forked child: an empty cache that saves nothing, without touching what the parent holds."""
         self._lock = threading.RLock()
-        self._saved = threading.Condition(self._lock)
         self._counters = Counters()
         self._pressure = None
         # Closing the parent's connections here could damage its databases: never let them be collected.
@@ -574,18 +467,6 @@ class Cache:
 
 
 _HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}
-
-
-def _bytes_of(payload: object) -> memoryview:
-    try:
-        content = memoryview(payload)  # type: ignore[arg-type]
-    except TypeError:
-        raise OptionError(f"a payload of type {type(payload).__name__}; give bytes, or an array of uint8") from None
-    if not content.c_contiguous or content.itemsize != 1 or not content.nbytes:
-        raise OptionError(
-            f"a payload of {content.nbytes} bytes, items of {content.itemsize}; give at least one byte, contiguous"
-        )
-    return content.cast("B") if content.format != "B" or content.ndim != 1 else content
 
 
 @atexit.register

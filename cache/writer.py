@@ -17,9 +17,10 @@ from erllama.cache.blocks import Block
 log = logging.getLogger("erllama.cache")
 
 # A tail is overtaken as soon as its conversation goes on; waiting that long
-# before it is written saves most of those writes, and a crash loses less than
-# one block. Where other processes look on, they are to see it within a second.
-TAIL_DELAY_SECONDS = 5.0
+# before it is written, about as long as people take to answer, saves most of
+# those writes, and a crash loses less than one block. Where other processes
+# look on, they are to see it within a second.
+TAIL_DELAY_SECONDS = 30.0
 SHARED_TAIL_DELAY_SECONDS = 0.4
 
 
@@ -34,7 +35,7 @@ class Pending(NamedTuple):
     due: float
 
 
-class Abandoned(BaseException):  # noqa: N818
+class Abandoned(BaseException):
     """Raised within a piece of work, ends the thread on the spot, as if the process had been killed. For tests."""
 
 
@@ -171,8 +172,10 @@ class WriteBehind:
                         self._busy = True
                         return chore
                 # Insertion order puts parents before children; a delayed tail has no children.
+                # What is delayed must not crowd out what is not.
+                hurry = self._flushing or 2 * self._n_bytes > self._limit
                 for key, pending in self._pending.items():
-                    if self._flushing or pending.due <= now:
+                    if hurry or pending.due <= now:
                         del self._pending[key]
                         self._writing, self._busy = pending, True
                         return pending

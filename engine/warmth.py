@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,14 +113,11 @@ class Warmth:
         Returns:
             the blocks as they were loaded, the tokens restored, and the tiers that gave them.
         """
-        limits = self._backend.limits
         blocks: list[Block] = []
         tiers: set[str] = set()
         position = 0
-        for block in match.blocks:
-            if position >= wanted or block.end > limits.n_ctx or (block.end > wanted and not limits.can_trim):
-                break
-            loaded = self._cache.load(block)
+        usable = list(takewhile(lambda b: b.start < wanted and self._fits(b, wanted), match.blocks))
+        for block, loaded in zip(usable, self._cache.load_each(usable), strict=True):
             if loaded is None:
                 break
             try:
@@ -134,6 +132,9 @@ class Warmth:
             self._backend.cut(self._sequence, wanted)
             position = wanted
         return blocks, position, tiers
+
+    def _fits(self, block: Block, wanted: int) -> bool:
+        return block.end <= self._backend.limits.n_ctx and (block.end <= wanted or self._can_trim)
 
     def _recut(self, blocks: list[Block], restored: int, n_prompt: int) -> int:
         """Fall back to a position where a cold run cuts, too, where the restored KV is not canonical."""

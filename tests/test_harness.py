@@ -62,7 +62,13 @@ MACHINES = [
     machine(
         "Everything",
         lambda self, d: Cache(
-            ram=1000, ram_file=d / "f", ram_file_quota=4000, disk=d / "d", disk_quota=9000, block_size=16, watch=False
+            ram=1000,
+            ram_file=d / "f",
+            ram_file_quota=4000,
+            disk=d / "d",
+            disk_quota=9000,
+            block_size=16,
+            watch=False,
         ),
     ),
     machine(
@@ -70,7 +76,9 @@ MACHINES = [
         lambda self, d: Cache(ram=500, disk={d / "a": 4000, d / "b": 6000}, block_size=16, watch=False),
     ),
     machine(
-        "Uncut", lambda self, d: Cache(ram=1000, disk=d, disk_quota=9000, block_size=16, watch=False), can_trim=False
+        "Uncut",
+        lambda self, d: Cache(ram=1000, disk=d, disk_quota=9000, block_size=16, watch=False),
+        can_trim=False,
     ),
 ]
 
@@ -81,7 +89,9 @@ def test_no_tier_lies(kind: type[CacheMachine]) -> None:
 
 
 def custom(self: CacheMachine, directory: Path) -> Cache:
-    return Cache(ram=600, disk=directory, disk_quota=6000, tiers=[DictTier(str(directory))], block_size=16, watch=False)
+    return Cache(
+        ram=600, disk=directory, disk_quota=6000, tiers=[DictTier(str(directory))], block_size=16, watch=False
+    )
 
 
 def test_a_tier_of_ones_own_does_not_lie() -> None:

