@@ -137,7 +137,7 @@ def decode(model_path: Path, n_tokens: int, runs: int) -> None:
                 cache.flush()
             written = cache.counters()["bytes_written"] - written
         print(
-            f"decode alone {spread(alone, 1)} tokens/s; {spread(beside, 1)} while {written / 1e6:.0f} MB are written"
+            f"decode alone {spread(alone, 1)} tokens/s; {spread(beside, 1)} while {written / 1e6:.0f} MB go to disk"
         )
         ratios = [b / a for a, b in zip(alone, beside, strict=True)]
         print(f"throughput while saving: {statistics.median(ratios):.3f} of throughput without")

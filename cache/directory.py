@@ -77,6 +77,15 @@ class CacheDirectory:
             (self.owners / f"{self.owner}{_LOCK}").unlink()
         self.close()
 
+    @property
+    def whole(self) -> bool:
+        """Whether nobody has taken parts of it away."""
+        try:
+            mine = (self.owners / f"{self.owner}{_LOCK}").stat().st_ino == os.fstat(self._lock).st_ino
+            return mine and self.blocks.is_dir() and self.partial.is_dir()
+        except OSError:
+            return False
+
     def path_of(self, key: bytes) -> Path:
         return self.blocks / f"{key.hex()}{kvc.SUFFIX}"
 
@@ -148,12 +157,14 @@ class CacheDirectory:
                 continue
             except OSError as error:
                 os.close(lock)
+                path.unlink(missing_ok=True)
                 raise CacheError(
                     f"{self.root} is on a file system without locks ({error}); "
                     "several processes could not share it: give a directory on a local disk"
                 ) from error
             except BaseException:
                 os.close(lock)
+                path.unlink(missing_ok=True)
                 raise
             with contextlib.suppress(OSError):
                 if path.stat().st_ino == os.fstat(lock).st_ino:
@@ -200,8 +211,16 @@ def _file_system(path: Path) -> str:
 
 def _refuse_nested(root: Path) -> None:
     for above in root.parents:
-        if (above / INDEX_NAME).is_file() and (above / "blocks").is_dir():
+        if _is_cache(above):
             raise CacheError(f"{root} lies in the cache directory {above}; give a directory of its own, or {above}")
+    if root.is_dir() and not _is_cache(root):
+        for below in root.iterdir():
+            if below.is_dir() and _is_cache(below):
+                raise CacheError(f"{root} holds the cache directory {below}; give another directory, or {below}")
+
+
+def _is_cache(path: Path) -> bool:
+    return (path / INDEX_NAME).is_file() and (path / "blocks").is_dir()
 
 
 def _private_directory(path: Path) -> None:

@@ -10,6 +10,7 @@ without its file is dropped, what dead processes left half-done is removed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sqlite3
@@ -31,6 +32,7 @@ log = logging.getLogger("erllama.cache")
 
 # A file that makes no sense and is younger than that may be one that somebody is copying in.
 _SETTLED_SECONDS = 2.0
+_AGAIN_SECONDS = 1.0  # before what failed for a reason of the moment is tried again
 
 
 class FileTier(Tier):
@@ -100,8 +102,8 @@ class FileTier(Tier):
         warn_of_file_system(self.root, in_memory=not self._durable)
 
     def _open_in(self, directory: CacheDirectory) -> None:
-        self._index, self._broken = Index(directory.index), False
         self._directory = directory
+        self._index, self._broken = Index(directory.index), False
         if self._watching:
             # Before the first look: what comes in between is seen twice rather than never.
             self._watch = DirectoryWatch(directory.blocks, self._suspect)
@@ -134,7 +136,7 @@ class FileTier(Tier):
         index = self._index
         if index is None or self._broken:
             raise CacheError(f"{self.root} is not open")
-        if index.lost:
+        if index.lost or not self._open_directory.whole:
             self._broken = True  # closing it may wait, and whoever notices may not
             raise CacheError(f"{self.root} was removed or replaced; it is opened anew")
         return index
@@ -173,7 +175,7 @@ class FileTier(Tier):
 
     def write(self, block: Block, payload: memoryview) -> None:
         directory, final = self._open_directory, self.path_of(block.key)
-        partial = directory.new_partial()
+        partial, before = directory.new_partial(), directory.new_partial()
         published = False
         try:
             self._step("reserved")
@@ -182,7 +184,11 @@ class FileTier(Tier):
             with self._using() as index, index.transaction():
                 if index.reserved_by(block.key) != directory.owner:
                     raise CacheError("the reservation is gone: another process took this one for dead")
-                if index.stamp(block.key) is None and self._in_the_way(final, block):
+                if index.stamp(block.key) is not None:
+                    with contextlib.suppress(OSError):
+                        os.link(final, before)
+                    partial.rename(final)
+                elif self._in_the_way(final, block):
                     partial.unlink()
                 else:
                     partial.rename(final)
@@ -191,12 +197,19 @@ class FileTier(Tier):
                 index.put(block, _stamp(final), time.time_ns())
                 index.release(block.key, directory.owner)
         except Exception:
-            # A file that is not in the index would be outside every budget.
-            with contextlib.suppress(OSError):
-                (final if published else partial).unlink()
+            self._take_back(final if published else partial, before, final)
             with contextlib.suppress(CacheError, OSError, sqlite3.Error), self._using() as index:
                 index.release(block.key, directory.owner)
             raise
+        with contextlib.suppress(FileNotFoundError):
+            before.unlink()
+
+    def _take_back(self, written: Path, before: Path, final: Path) -> None:
+        """Undo a write: a file that is not in the index would be outside every budget."""
+        with contextlib.suppress(OSError):
+            written.unlink()
+        with contextlib.suppress(OSError):
+            before.rename(final)
 
     def _step(self, name: str) -> None:
         """A moment at which a process may die; tests make it die there."""
@@ -208,6 +221,8 @@ class FileTier(Tier):
         except FileNotFoundError:
             return False
         except (CacheFormatError, OSError) as error:
+            if not _tells_of_the_file(error):
+                raise
             log.warning("%s: %s; replaced", final, error)
             self.damaged += 1
             self._open_directory.set_aside(final)
@@ -231,14 +246,18 @@ class FileTier(Tier):
         """Rows and files go in one transaction, so that the index never counts less than there is."""
         if not keys:
             return
+        removed: list[bytes] = []
+        failure: OSError | None = None
         with self._using() as index, index.transaction():
-            index.remove(keys)
             for key in keys:
-                path = self.path_of(key)
                 try:
-                    path.unlink(missing_ok=True)
+                    self.path_of(key).unlink(missing_ok=True)
+                    removed.append(key)
                 except OSError as error:
-                    log.warning("%s cannot be removed: %s", path, error)
+                    failure = error  # it stays in the index, and in the budget
+            index.remove(removed)
+        if failure is not None:
+            raise failure
 
     def set_aside(self, block: Block) -> None:
         with self._using() as index, index.transaction():
@@ -267,16 +286,18 @@ class FileTier(Tier):
 
     def reserved(self) -> int:
         with self._using() as index:
-            found = index.reservations()
-            owners = {owner for owner, _ in found.values()}
-            if any(not self._open_directory.alive(owner) for owner in owners):
-                self._reap()
-                found = index.reservations()
-            return sum(n_bytes for _, n_bytes in found.values())
+            return sum(n_bytes for _, n_bytes in index.reservations().values())
+
+    def tidy(self) -> None:
+        with self._using() as index:
+            owners = {owner for owner, _ in index.reservations().values()}
+        if any(not self._open_directory.alive(owner) for owner in owners):
+            self._reap()
 
     def in_flight(self, key: bytes) -> bool:
         with self._using() as index:
-            return index.in_flight(key, self._open_directory.owner)
+            owner = index.writer_of(key)
+        return owner is not None and owner != self._open_directory.owner and self._open_directory.alive(owner)
 
     @property
     def shared(self) -> bool:
@@ -318,8 +339,14 @@ class FileTier(Tier):
             due = [name for name, since in self._suspects.items() if since <= now]
             for name in due:
                 del self._suspects[name]
-        for name in due:
-            self._look_at(self._open_directory.blocks / name, whole=True)
+        while due:
+            try:
+                self._look_at(self._open_directory.blocks / due[-1], whole=True)
+            except BaseException:
+                for name in due:
+                    self._suspect(name, _AGAIN_SECONDS)
+                raise
+            due.pop()
         with self._suspects_lock:
             return bool(self._suspects)
 
@@ -362,9 +389,13 @@ class FileTier(Tier):
         """Drop the reservations of the dead, then their files, then their locks, which tell that they are dead."""
         directory = self._open_directory
         with self._using() as index:
-            dead = {o for o, _ in index.reservations().values() if not directory.alive(o)}
-            if dead:
-                index.release_all(dead)
+            left = {key: o for key, (o, _) in index.reservations().items() if not directory.alive(o)}
+            if left:
+                with index.transaction():
+                    for key in left:
+                        # It may have been renamed into place, and the index not told.
+                        self._look_at(self.path_of(key), whole=True)
+                    index.release_all(set(left.values()))
         directory.reap()
 
     def _compare(self, known: dict[bytes, FileStamp], *, by_name: bool) -> None:
@@ -422,6 +453,10 @@ class FileTier(Tier):
         return right
 
     def _refuse(self, path: Path, key: bytes | None, error: Exception) -> None:
+        if not _tells_of_the_file(error):
+            log.warning("%s cannot be looked at: %s; again later", path, error)
+            self._suspect(path.name, _AGAIN_SECONDS)
+            return
         with contextlib.suppress(OSError):
             age = time.time() - path.lstat().st_mtime
             if 0 <= age < _SETTLED_SECONDS and path.is_file() and not path.is_symlink():
@@ -434,6 +469,14 @@ class FileTier(Tier):
         if key is not None:
             with self._using() as index:
                 index.remove([key])
+
+
+def _tells_of_the_file(error: Exception) -> bool:
+    """Whether an error is the file's own fault, and not one of the moment."""
+    if isinstance(error, CacheFormatError):
+        return True
+    # A link, a socket or a device without a driver, a directory.
+    return isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR)
 
 
 def _stamp(path: Path) -> FileStamp:

@@ -238,11 +238,11 @@ class Index:
             row = self.db.execute("SELECT file_bytes, mtime_ns FROM blocks WHERE key = ?", [key]).fetchone()
         return FileStamp(*row) if row else None
 
-    def in_flight(self, key: bytes, owner: str) -> bool:
-        """Whether anyone but `owner` is writing a block. Waits for nobody."""
-        query = "SELECT 1 FROM reservations WHERE key = ? AND owner != ?"
+    def writer_of(self, key: bytes) -> str | None:
+        """Who is writing a block, as far as is committed. Waits for nobody."""
         with self._read_lock:
-            return self._reader.execute(query, [key, owner]).fetchone() is not None
+            row = self._reader.execute("SELECT owner FROM reservations WHERE key = ?", [key]).fetchone()
+        return str(row[0]) if row else None
 
     def _data_version(self) -> int:
         return int(self._reader.execute("PRAGMA data_version").fetchone()[0])

@@ -162,6 +162,9 @@ class Tier(ABC):
         """Claim room and the right to write a block, within `exclusive`; False where another is writing it."""
         return True
 
+    def tidy(self) -> None:  # noqa: B027
+        """Give up what processes had reserved that are no more; before `exclusive`."""
+
     def reserved(self) -> int:
         """Bytes that are claimed and not stored yet."""
         return 0

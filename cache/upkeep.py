@@ -55,6 +55,7 @@ class Upkeep:
         self._look_again = 0.0  # by time.monotonic()
         self._reopen_after: dict[Tier, float] = {}
         self._out_of_step: set[Tier] = set()  # a fault left memory and tier apart
+        self._doomed: dict[Tier, dict[bytes, tuple[Block, bool, int]]] = {}  # to go; whether damaged; bytes
         for tier in self._behind:
             self.open(tier)
 
@@ -199,10 +200,11 @@ class Upkeep:
                 if verdict is not None:
                     if not verdict:
                         continue  # another root may have room
-                    tier.write(block, pending.payload)
-                    self._counters.add("bytes_written", n_bytes)
+                    # Before it is written: as soon as it is, others may remove it, and `look` then tells us.
                     with self._lock:
                         self.residents.put(tier, block, n_bytes, time.time_ns())
+                    tier.write(block, pending.payload)
+                    self._counters.add("bytes_written", n_bytes)
                 self._drop_overtaken(shelf, pending.overtaken)
                 return
         self._counters.add("saves_dropped")
@@ -216,16 +218,23 @@ class Upkeep:
     def _make_room(self, shelf: Shelf, tier: Tier, pending: Pending, n_bytes: int) -> bool | None:
         """Reserve room for a block, evicting others; False when there is none, None when it need not be written."""
         block = pending.block
+        tier.tidy()
         with tier.exclusive():
+            self._remove_doomed(tier)
             self.look(tier)
             reserved = tier.reserved()
+            if tier.in_flight(block.key):
+                self._counters.add("duplicates_dropped")
+                return None
             with self._lock:
                 residents = self.residents
                 if block.key in shelf and not pending.replace:
                     self._counters.add("duplicates_dropped")
                     return None
-                reachable = block.parent == block.namespace or block.parent in shelf
-                room = tier.budget - reserved - n_bytes
+                first = block.parent == block.namespace
+                reachable = first or block.parent in shelf or tier.in_flight(block.parent)
+                doomed = sum(size for _, _, size in self._doomed.get(tier, {}).values())
+                room = tier.budget - reserved - doomed - n_bytes
                 if not reachable or room < 0:
                     return False
                 # An older version of the block stays until the new one is in its place.
@@ -263,26 +272,46 @@ class Upkeep:
 
     def evict(self, tier: Tier, n_bytes: int) -> int:
         """Free at least `n_bytes` of a tier, if it has them; returns the bytes freed."""
-        with self._lock:
-            held = self.residents.shelves[tier.name].n_bytes(tier)
-            victims = self.residents.choose_victims(tier, held - n_bytes)
-        with self.guarding("evicting", tier):
-            self._forget(tier, victims)
+        if tier.fed == "behind" and not self.ready(tier):
+            return 0
+        victims: list[tuple[bytes, int]] = []
+        with self.guarding("evicting", tier), tier.exclusive():
+            self.look(tier)
+            with self._lock:
+                held = self._shelf(tier).n_bytes(tier)
+                victims = self.residents.choose_victims(tier, held - n_bytes)
+                if tier.fed != "behind":  # written under the lock, so removed under it
+                    self._forget(tier, victims)
+            if tier.fed == "behind":
+                self._forget(tier, victims)
         return sum(size for _, size in victims)
 
     def remove(self, tier: Tier, block: Block, *, damaged: bool = False) -> None:
         """Have a block taken out of a tier, later: a request waits for nothing."""
         with self._lock:
+            shelf = self._shelf(tier)
+            if shelf.root_of(block.key) is not tier:
+                return
+            # Its bytes count until it is really gone.
+            self._doomed.setdefault(tier, {})[block.key] = (block, damaged, shelf.lru.size_of(block.key))
             self.residents.drop(tier.name, block.key)
+        self.writer.defer(self._remove_all_doomed)
 
-        def chore() -> None:
-            with self.guarding("removing a block", tier):
-                if damaged:
-                    tier.set_aside(block)
-                else:
-                    tier.remove([block.key])
+    def _remove_all_doomed(self) -> None:
+        for tier in list(self._doomed):
+            if self.ready(tier):
+                with self.guarding("removing blocks", tier), tier.exclusive():
+                    self._remove_doomed(tier)
 
-        self.writer.defer(chore)
+    def _remove_doomed(self, tier: Tier) -> None:
+        """Remove what is to be removed, before its room is given to others; within `exclusive`."""
+        with self._lock:
+            doomed = self._doomed.pop(tier, {})
+        for block, damaged, _ in doomed.values():
+            if damaged:
+                tier.set_aside(block)
+            else:
+                tier.remove([block.key])
 
     # --- seeing what others did ------------------------------------------------------------------
 
@@ -367,7 +396,7 @@ class Upkeep:
                 self._fit(tier)
 
     def alarm(self, tier: Tier) -> None:
-        self.writer.defer(_Examination(self, tier), _ALARM_SECONDS)
+        self.writer.defer(_Examination(self, tier), _ALARM_SECONDS, patient=True)
 
     def used(self, block: Block, now: int) -> None:
         """Note a use; under the lock."""

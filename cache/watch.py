@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,25 @@ class _Handler(FileSystemEventHandler):
                 changed(Path(str(path)).name)
 
 
+class _Quiet(logging.Filter):
+    """Drops what watchdog says, as an error, of events that come while it is being stopped."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "called when the thread is inactive" not in record.getMessage()
+
+
+logging.getLogger("watchdog.observers.inotify").addFilter(_Quiet())
+
+
 def _stop(observer: Observer) -> None:  # type: ignore[valid-type]
+    """Stop from a thread of its own: it may take half a second, which nobody should wait for."""
+    try:
+        threading.Thread(target=_stop_now, args=(observer,), name="erllama-cache-unwatch", daemon=True).start()
+    except RuntimeError:  # the interpreter is ending, and its daemons with it
+        log.debug("a watch is left to end with the process")
+
+
+def _stop_now(observer: Observer) -> None:  # type: ignore[valid-type]
     try:
         observer.stop()  # type: ignore[attr-defined]
     except Exception:

@@ -48,6 +48,7 @@ class WriteBehind:
         self._condition = threading.Condition()
         self._pending: dict[bytes, Pending] = {}
         self._chores: dict[Callable[[], None], float] = {}  # and when they are due
+        self._patient: set[Callable[[], None]] = set()  # chores that a flush neither hurries nor waits for
         self._n_bytes = 0
         self._writing: Pending | None = None
         self._busy = False
@@ -74,11 +75,17 @@ class WriteBehind:
             self._condition.notify_all()
         return True
 
-    def defer(self, chore: Callable[[], None], delay: float = 0.0) -> None:
-        """Have the thread call `chore`, once, in `delay` seconds; equal ones that wait are called together."""
+    def defer(self, chore: Callable[[], None], delay: float = 0.0, *, patient: bool = False) -> None:
+        """Have the thread call `chore`, once, in `delay` seconds; equal ones that wait are called together.
+
+        Args:
+            patient: a flush neither hurries it nor waits for it.
+        """
         with self._condition:
             due = time.monotonic() + delay
             self._chores[chore] = min(due, self._chores.get(chore, due))
+            if patient:
+                self._patient.add(chore)
             self._started()
             self._condition.notify_all()
 
@@ -133,13 +140,15 @@ class WriteBehind:
             self._abandoned = True
             self._pending.clear()
             self._chores.clear()
+            self._patient.clear()
             self._condition.notify_all()
 
     @property
     def _waiting(self) -> bool:
-        if self._thread is None and self._chores and not self._pending:
+        impatient = self._chores.keys() - self._patient
+        if self._thread is None and impatient and not self._pending:
             return self._started()  # chores that found no thread
-        return bool(self._pending or self._chores)
+        return bool(self._pending or impatient)
 
     def _run(self) -> None:
         while (work := self._next()) is not None:
@@ -166,11 +175,6 @@ class WriteBehind:
         with self._condition:
             while (self._pending or self._chores) and not self._abandoned:
                 now = time.monotonic()
-                for chore, due in self._chores.items():
-                    if self._flushing or due <= now:
-                        del self._chores[chore]
-                        self._busy = True
-                        return chore
                 # Insertion order puts parents before children; a delayed tail has no children.
                 # What is delayed must not crowd out what is not.
                 hurry = self._flushing or 2 * self._n_bytes > self._limit
@@ -179,6 +183,12 @@ class WriteBehind:
                         del self._pending[key]
                         self._writing, self._busy = pending, True
                         return pending
+                for chore, due in self._chores.items():
+                    if due <= now or (self._flushing and chore not in self._patient):
+                        del self._chores[chore]
+                        self._busy = chore not in self._patient
+                        self._patient.discard(chore)
+                        return chore
                 dues = [*(p.due for p in self._pending.values()), *self._chores.values()]
                 self._condition.wait(min(dues) - now)
             self._thread = None

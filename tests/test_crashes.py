@@ -28,11 +28,6 @@ KILLS = int(os.environ.get("ERLLAMA_KILLS", "12"))
 DEADLINE = 60.0  # generous: nothing here should come near it
 
 
-def not_yet(reason: str) -> pytest.MarkDecorator:
-    """A defect that is known."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 # Also what the children of other test modules begin with. They import nothing but the cache, to start quickly.
 PRELUDE = """
     import os, random, signal, sys, time
@@ -293,7 +288,7 @@ def test_a_write_that_was_cut_short_is_undone_or_completed(tmp_path: Path, step:
     [
         "reserved",
         "written",
-        pytest.param("published", marks=not_yet("FileTier._compare, at a start, knows files by their names alone")),
+        "published",
     ],
 )
 def test_a_new_version_that_was_cut_short_leaves_one_or_the_other(tmp_path: Path, step: str) -> None:
@@ -312,11 +307,8 @@ def test_a_new_version_that_was_cut_short_leaves_one_or_the_other(tmp_path: Path
         ("reserved", True),
         ("written", True),
         ("written", False),
-        pytest.param(
-            "published",
-            False,
-            marks=not_yet("FileTier._reap gives up a dead one's reservation and not what became of it"),
-        ),
+        ("published", False),
+        ("published", True),
     ],
 )
 def test_who_lives_on_clears_up_after_who_died(tmp_path: Path, step: str, watch: bool) -> None:

@@ -23,7 +23,6 @@ from test_crashes import (
     assert_nothing_is_wrong,
     bytes_in,
     finished,
-    not_yet,
     running,
     start_python,
 )
@@ -172,7 +171,6 @@ def test_evicting_in_one_process_gives_another_the_payload_or_nothing(tmp_path: 
         cache.check_integrity()
 
 
-@not_yet("Upkeep.evict forgets what it is about to remove before it is removed, outside of the transaction")
 def test_evicting_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
     """In one process: what is chosen to go still takes its room until it is gone."""
 
@@ -205,7 +203,6 @@ def test_evicting_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
         assert cache.verify() == []
 
 
-@not_yet("Upkeep.remove forgets at once what its chore removes later")
 def test_dropping_what_is_damaged_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
     class Watched(FileTier):
         reserving, may_go_on = threading.Event(), threading.Event()
@@ -239,7 +236,6 @@ def test_dropping_what_is_damaged_while_saving_leaves_the_quota_alone(tmp_path: 
         assert tier.most <= tier.budget
 
 
-@not_yet("Upkeep._persist_in notes a block after others could have removed it")
 def test_a_block_that_another_evicts_as_soon_as_it_is_written_is_not_offered(tmp_path: Path) -> None:
     tokens = np.arange(SIZE, dtype=np.int32)
 
@@ -411,7 +407,7 @@ WRITING = """
     "ends",
     [
         signal.SIGCONT,
-        pytest.param(signal.SIGKILL, marks=not_yet("FileTier.in_flight does not ask whether the owner lives")),
+        signal.SIGKILL,
     ],
 )
 def test_a_lookup_waits_for_what_another_process_is_writing(tmp_path: Path, ends: signal.Signals) -> None:
@@ -432,7 +428,6 @@ def test_a_lookup_waits_for_what_another_process_is_writing(tmp_path: Path, ends
         assert time.monotonic() - began < 2.5
 
 
-@not_yet("Upkeep._make_room drops a block whose parent another process has reserved")
 def test_processes_that_save_the_same_chain_keep_what_each_adds(tmp_path: Path) -> None:
     """A block whose parent another process is writing just now is written, too."""
     child = start_python(WRITING, tmp_path)

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from test_cache import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
-from test_crashes import finished, not_yet, running, start_python
+from test_crashes import finished, running, start_python
 
 import erllama
 from erllama.cache import Block, Cache, FileTier
@@ -194,8 +194,8 @@ def test_a_directory_that_is_removed_is_made_anew(tmp_path: Path, ram: str | int
 @pytest.mark.parametrize(
     "lost",
     [
-        pytest.param("blocks", marks=not_yet("FileTier takes only the index's loss for the directory's")),
-        pytest.param("partial", marks=not_yet("FileTier takes only the index's loss for the directory's")),
+        "blocks",
+        "partial",
         "owners",
         "damaged",
     ],
@@ -461,7 +461,6 @@ def test_a_file_that_cannot_be_read_now_is_a_miss_and_stays(tmp_path: Path, erro
         assert hit(cache, texts(0)) == 48
 
 
-@not_yet("FileTier.write renames over the old version before it knows that the index takes the new one")
 def test_a_new_version_that_cannot_be_indexed_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,7 +479,6 @@ def test_a_new_version_that_cannot_be_indexed_leaves_the_old_one(
         assert hit(cache, texts(0, SIZE)) == SIZE
 
 
-@not_yet("FileTier.remove drops the rows of files that it could not remove")
 def test_a_file_that_cannot_be_removed_counts_towards_the_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -573,7 +571,6 @@ def test_a_file_system_without_locks_is_refused(
     assert not (tmp_path / "index.db").exists()
 
 
-@not_yet("CacheDirectory._take_lock leaves its file when it raises")
 def test_a_refusal_leaves_no_locks_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     Cache(block_size=SIZE, disk=tmp_path).close()
@@ -762,7 +759,6 @@ def test_a_copy_of_a_directory_is_as_good(tmp_path: Path, donor: Path, times: st
         assert cache.verify() == []
 
 
-@not_yet("FileTier.examine forgets what it had still to look at")
 def test_a_file_is_looked_at_though_the_one_before_it_could_not_be(
     tmp_path: Path, donor: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -782,7 +778,6 @@ def test_a_file_is_looked_at_though_the_one_before_it_could_not_be(
         assert until(lambda: use_only(cache, texts(0)) == 48, 2.5)
 
 
-@not_yet("FileTier._look_at takes every OSError for damage")
 def test_a_file_that_cannot_be_opened_just_now_is_not_taken_for_a_damaged_one(
     tmp_path: Path, donor: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -808,7 +803,6 @@ def test_a_file_that_cannot_be_opened_just_now_is_not_taken_for_a_damaged_one(
         assert use_only(cache, texts(0)) == 48
 
 
-@not_yet("WriteBehind does no chore later while somebody flushes: one that defers itself goes round and round")
 def test_a_copy_that_takes_long_holds_up_no_save(tmp_path: Path) -> None:
     """Nor `flush`, which waits for saves and not for other people."""
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
@@ -832,7 +826,6 @@ def test_a_copy_that_takes_long_holds_up_no_save(tmp_path: Path) -> None:
             copier.join()
 
 
-@not_yet("watchdog logs an error of its own when it is stopped")
 def test_closing_says_nothing_of_its_own_affairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         for i in range(2):
