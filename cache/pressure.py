@@ -27,7 +27,7 @@ from erllama.errors import OptionError, choice, real, reject_unknown
 log = logging.getLogger("erllama.cache")
 
 SOURCES = ("noop", "system", "nvidia")
-EVICTABLE = ("ram", "ram_file", "disk")
+EVICTABLE = ("live", "ram", "ram_file", "disk")
 
 # A driver or a user's source can hang, and must not take close() with it: the
 # thread is left to find, when it wakes, that it was stopped.
@@ -79,7 +79,7 @@ class Pressure:
     low_watermark: float = 0.75
     # With equal watermarks the want would be a few bytes, look after look.
     min_evict_bytes: int | str = "64MiB"
-    tiers: tuple[str, ...] = EVICTABLE[:2]
+    tiers: tuple[str, ...] = ("ram", "ram_file")
 
     def __post_init__(self) -> None:
         if not callable(self.source):

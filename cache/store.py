@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from erllama.cache.blocks import Block
 from erllama.cache.counters import TIERS, Counters
 from erllama.cache.file_tier import FileTier
-from erllama.cache.keys import token_bytes
+from erllama.cache.keys import TOKEN_BYTES, token_bytes
 from erllama.cache.loading import Loader
 from erllama.cache.match import Loaded, Match, Row, TierStatus
 from erllama.cache.options import OPTIONS, Directories, directories, file_tiers, known_tiers
@@ -103,13 +103,15 @@ class Cache:
         found: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
         found += file_tiers(roots, boolean("watch", watch))
         found += known_tiers(tiers)
-        wanted = Pressure.of(pressure)
+        # Made before anything is opened, since it may find that it cannot be had.
+        self._pressure = self._pressure_watch(Pressure.of(pressure))
 
         self._lock = threading.RLock()
         self._counters = Counters()
         self._closing = False
         self._assemble(found, queue_bytes)
-        self._pressure = self._watch_pressure(wanted)
+        if self._pressure is not None:
+            self._pressure.start()
         _open_caches.add(self)
 
     def _assemble(self, tiers: Sequence[Tier], queue_bytes: int) -> None:
@@ -118,22 +120,23 @@ class Cache:
         self._loader = Loader(self._lock, self._residents, self._upkeep, self._counters)
         self._saver = Saver(self._lock, self._residents, self._upkeep, self._counters, self.block_size)
 
-    def _watch_pressure(self, wanted: Pressure | None) -> PressureWatch | None:
+    def _pressure_watch(self, wanted: Pressure | None) -> PressureWatch | None:
         if wanted is None:
             return None
-        self._check_tiers(wanted.tiers, "pressure tiers")
         owner = weakref.ref(self)
 
-        def evict(n_bytes: int, tiers: tuple[str, ...]) -> int:
+        def living() -> Cache:
             cache = owner()
             if cache is None or cache.closed:
                 raise ReferenceError("the cache is gone")
-            cache._counters.add("pressure_evictions")
-            return cache.evict_bytes(n_bytes, tuple(t for t in tiers if t in cache.tier_names))
+            return cache
 
-        watch = PressureWatch(wanted, evict)
-        watch.start()
-        return watch
+        def evict(n_bytes: int, tiers: tuple[str, ...]) -> int:
+            cache = living()
+            cache._counters.add("pressure_evictions")
+            return cache.evict_bytes(n_bytes, tiers)
+
+        return PressureWatch(wanted, evict, lambda _: living().count_fault())
 
     # --- what the engine calls ----------------------------------------------------------
 
@@ -145,6 +148,7 @@ class Cache:
         whole: bool = False,
         parent_key: bytes | None = None,
         wait_ms: int = 0,
+        count: bool = True,
     ) -> Match:
         """Find the longest stored prefix of `tokens`.
 
@@ -155,6 +159,7 @@ class Cache:
             parent_key: the key of a context that `tokens` go on from; where it is still being
                 saved, that is waited for.
             wait_ms: the longest to wait for it, in milliseconds.
+            count: count a hit or a miss; False for a caller that tells with `count_request` what came of it.
 
         Returns:
             a Match whose blocks are pinned until its `release()`; use it in a `with`.
@@ -169,6 +174,10 @@ class Cache:
             now = time.time_ns()
             for block in blocks:
                 self._upkeep.used(block, now)
+            resumed = parent_key is not None and any(block.key == parent_key for block in blocks)
+        if count:
+            kind = "cold" if not n_tokens else "exact" if n_tokens * TOKEN_BYTES == len(raw) else "partial"
+            self.count_request(kind, n_tokens, resumed=resumed)
         return Match(tuple(blocks), n_tokens, self._unpin)
 
     def load(self, block: Block) -> Loaded | None:

@@ -83,7 +83,7 @@ class Warmth:
         last = len(prompt) - 1
         whole = not self._can_trim
         try:
-            with self._cache.lookup(self._namespace, prompt[:last], whole=whole) as match:
+            with self._cache.lookup(self._namespace, prompt[:last], whole=whole, count=False) as match:
                 wanted = match.n_tokens
                 if reproducible:
                     wanted = canonical_prefix(match.blocks, wanted, len(prompt), self._slicing, self._recipe)

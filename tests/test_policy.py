@@ -245,11 +245,8 @@ def test_a_model_can_have_a_salt_of_its_own(cache: Cache) -> None:
         backend = StubBackend(eog_bias=-100)
         with erllama.load_backend(backend, cache=cache, cache_salt=salt) as model:
             assert model.complete([1] * 80, max_tokens=1).cache.kind == kind
-            assert (
-                model.complete([1] * 80, max_tokens=1, cache_salt="a").cache.kind == "exact"
-                if salt == "a"
-                else True
-            )
+            if salt == "a":
+                assert model.complete([1] * 80, max_tokens=1, cache_salt="a").cache.kind == "exact"
 
 
 @pytest.mark.parametrize("salt", ["", 5, b"a"])

@@ -13,7 +13,7 @@ from test_cache import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
 from test_harness import DictTier
 
 import erllama
-from erllama.cache import Block, Cache, FileTier, SaveReason, Tier, TierRow, token_bytes
+from erllama.cache import Block, Cache, FileTier, MemoryUsage, SaveReason, Tier, TierRow, token_bytes
 
 MANY = np.arange(10 * SIZE, dtype=np.int32)
 
@@ -301,6 +301,42 @@ def test_a_lookup_waits_for_the_save_it_goes_on_from() -> None:
         with cache.lookup(NAMESPACE, MANY[:20], parent_key=bytes(32), wait_ms=10_000) as match:
             assert match.n_tokens == 20
         assert time.monotonic() - began < 5, "nobody is saving that one"
+
+
+def test_memory_pressure_evicts(tmp_path: Path) -> None:
+    looks = threading.Semaphore(0)
+
+    def full() -> MemoryUsage:
+        looks.release()
+        return MemoryUsage(used=90_000, total=100_000)
+
+    pressure = {
+        "source": full,
+        "interval": 0.01,
+        "min_evict_bytes": 100,
+        "high_watermark": 0.9,
+        "low_watermark": 0.899,
+    }
+    with Cache(block_size=SIZE, disk=tmp_path, pressure=pressure) as cache:
+        save(cache, MANY)
+        cache.flush()
+        for _ in range(12):
+            assert looks.acquire(timeout=10)
+        assert held(cache) == {"ram": 0, "disk": 10}
+        assert cache.counters()["pressure_evictions"] >= 5
+
+
+def test_a_source_that_fails_is_counted() -> None:
+    looks = threading.Semaphore(0)
+
+    def broken() -> MemoryUsage:
+        looks.release()
+        raise OSError("no such sensor")
+
+    with Cache(pressure={"source": broken, "interval": 0.01}) as cache:
+        for _ in range(3):
+            assert looks.acquire(timeout=10)
+        assert cache.counters()["faults"] >= 2
 
 
 def test_gc_removes_what_nobody_can_reach(tmp_path: Path) -> None:
