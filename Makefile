@@ -10,7 +10,7 @@ TREE := build/tree
 # What, when changed, makes an installation stale. Python sources are used in place.
 INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp
 
-.PHONY: setup demo test lint format fuzz wheel clean
+.PHONY: setup demo test lint format fuzz stress wheel clean
 
 setup: $(VENV)/.installed-$(BACKEND)
 
@@ -42,6 +42,12 @@ format: setup
 # The long form of the suite's fuzzing of model headers.
 fuzz: setup
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/test_bad_files.py -k flipped_bytes_in_a_header
+
+# The long forms of what the suite does briefly: kills, faults, mutations, processes, state machines.
+stress: setup
+	ERLLAMA_KILLS=200 ERLLAMA_MUTATIONS=10000 ERLLAMA_SHARING_SECONDS=60 ERLLAMA_LOCK_SECONDS=10 \
+	ERLLAMA_HARNESS_EXAMPLES=$(or $(N),500) $(BIN)/python -m pytest --timeout 3600 --durations=25 \
+	tests/test_crashes.py tests/test_storage_faults.py tests/test_mutations.py tests/test_sharing.py tests/test_harness.py
 
 wheel: setup
 	rm -rf build/lib.* build/bdist.* && $(BIN)/python -m build --wheel --outdir dist .

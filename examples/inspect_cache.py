@@ -22,9 +22,7 @@ with (
             print(f"{name}: {value:.6f}" if isinstance(value, float) else f"{name}: {value}")
 
     for row in cache.rows():
-        print(
-            f"{row.key.hex()[:12]} tier={row.tier} tokens {row.start}+{row.n_tokens} size={row.n_bytes} pins={row.pins}"
-        )
+        print(f"{row.key.hex()[:12]} tier={row.tier} {row.n_tokens} tokens size={row.n_bytes} pins={row.pins}")
 
     freed = cache.evict_bytes("256MiB", ("ram", "ram_file"))  # at least, if there is so much
     print(f"evicted {freed} bytes; gc freed {cache.gc()}; verify: {cache.verify() or 'all is well'}")
