@@ -28,6 +28,8 @@ class Limits:
         n_vocab: width of a row of logits.
         can_trim: whether the memory can be cut at any position. False for
             sliding-window and recurrent memory: it resumes only where state was packed.
+        whole_state: whether a payload has all that resuming at its end takes, those
+            before it not needed: purely recurrent memory.
     """
 
     n_ctx: int
@@ -35,6 +37,7 @@ class Limits:
     n_ubatch: int
     n_vocab: int
     can_trim: bool
+    whole_state: bool = False
 
 
 class Batch(NamedTuple):
@@ -111,6 +114,8 @@ class Backend(Protocol):
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
         """Append positions [start, end), packed earlier, to a sequence that ends at `start`.
+
+        Where `limits.whole_state`, the sequence may be empty instead.
 
         Raises:
             StateError: the payload does not fit; the sequence is as it was.

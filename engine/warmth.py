@@ -19,6 +19,7 @@ from erllama.cache import (
     TOKEN_BYTES,
     Block,
     Cache,
+    Loaded,
     Match,
     Policy,
     SaveReason,
@@ -113,17 +114,14 @@ class Warmth:
         Returns:
             the blocks as they were loaded, the tokens restored, and the tiers that gave them.
         """
+        usable = list(takewhile(lambda b: b.start < wanted and self._fits(b, wanted), match.blocks))
+        if self._backend.limits.whole_state:
+            return self._restore_last(usable)
         blocks: list[Block] = []
         tiers: set[str] = set()
         position = 0
-        usable = list(takewhile(lambda b: b.start < wanted and self._fits(b, wanted), match.blocks))
         for block, loaded in zip(usable, self._cache.load_each(usable), strict=True):
-            if loaded is None:
-                break
-            try:
-                self._backend.restore(self._sequence, block.start, block.end, loaded.payload)
-            except StateError as error:
-                self._cache.reject(block, error)
+            if loaded is None or not self._put_back(block, loaded):
                 break
             blocks.append(loaded.block)
             tiers.add(loaded.tier)
@@ -132,6 +130,24 @@ class Warmth:
             self._backend.cut(self._sequence, wanted)
             position = wanted
         return blocks, position, tiers
+
+    def _restore_last(self, usable: list[Block]) -> tuple[list[Block], int, set[str]]:
+        """Restore the last of the blocks that can be had; it has the state of all before it."""
+        while usable:
+            block = usable.pop()
+            loaded = self._cache.load(block)
+            if loaded is not None and self._put_back(block, loaded):
+                return [*usable, loaded.block], block.end, {loaded.tier}
+        return [], 0, set()
+
+    def _put_back(self, block: Block, loaded: Loaded) -> bool:
+        """Append a block to the sequence; forget it, and answer False, where the backend refuses it."""
+        try:
+            self._backend.restore(self._sequence, block.start, block.end, loaded.payload)
+        except StateError as error:
+            self._cache.reject(block, error)
+            return False
+        return True
 
     def _fits(self, block: Block, wanted: int) -> bool:
         return block.end <= self._backend.limits.n_ctx and (block.end <= wanted or self._can_trim)

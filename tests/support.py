@@ -29,6 +29,7 @@ class RecordingBackend:
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
         self.slices: list[tuple[int, int]] = []
+        self.restored: list[tuple[int, int]] = []
         self.logits: list[NDArray[np.float32]] = []
         self.vocabulary = inner.vocabulary
         self.namespace: Mapping[str, str | int | float | bool | None] = inner.namespace
@@ -36,7 +37,7 @@ class RecordingBackend:
         self.limits: Limits = inner.limits
 
     def forget(self) -> None:
-        self.slices, self.logits = [], []
+        self.slices, self.logits, self.restored = [], [], []
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         logits = self.inner.decode(batch)
@@ -49,6 +50,7 @@ class RecordingBackend:
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
         self.inner.restore(sequence, start, end, payload)
+        self.restored.append((start, end))
 
     def cut(self, sequence: int, end: int) -> None:
         self.inner.cut(sequence, end)

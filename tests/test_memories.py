@@ -101,3 +101,27 @@ def test_replies_have_the_bits_of_a_cold_run(
             assert same_bits(backend.logits, expected_logits)
         counters = cache.counters()
         assert counters["restore_errors"] == counters["faults"] == 0
+
+
+def test_recurrent_memory_resumes_from_the_last_block_alone(trial: Trial) -> None:
+    backend, prompt = trial.warm_backend, prompt_of(7, 200)
+    backend.close = lambda: None  # type: ignore[method-assign]
+    backend.abort(False)
+    with erllama.Cache(block_size=BLOCK) as cache, erllama.load_backend(backend, cache=cache) as model:
+        cold = model.complete(prompt, max_tokens=5, temperature=0)
+        backend.forget()
+        warm = model.complete(prompt, max_tokens=5, temperature=0)
+        assert warm.tokens == cold.tokens
+        assert warm.cache.kind == "exact"
+        ends = [end for _, end in backend.restored]
+        assert ends == ([199] if backend.limits.whole_state else [32, 64, 96, 128, 160, 192, 199])
+        # Where the last block is lost, the one before it serves.
+        tail = max(cache.rows(), key=lambda row: row.start + row.n_tokens if row.start + row.n_tokens < 200 else 0)
+        last = cache.stored(tail.key)
+        assert last is not None
+        cache.save(last, b"nonsense", replace=True)
+        backend.forget()
+        again = model.complete(prompt, max_tokens=5, temperature=0)
+        assert again.cache.tokens == 192
+        assert again.tokens == cold.tokens
+        assert cache.counters()["restore_errors"] == 1

@@ -59,6 +59,19 @@ def test_a_long_reply_is_saved_while_it_is_written(cache: Cache) -> None:
     assert "CONTINUED" not in saved(cache)
 
 
+def test_a_conversation_writes_its_tokens_once(tmp_path: Path) -> None:
+    def written(turns: list[list[int]], place: Path) -> float:
+        with Cache(disk=place) as cache, loaded(cache) as model:
+            for prompt in turns:
+                model.prefill(prompt)
+            cache.flush()
+            return cache.counters()["bytes_written"]
+
+    tokens = [i % 97 for i in range(1000)]
+    turns = [tokens[: 50 * (i + 1)] for i in range(20)]
+    assert written(turns, tmp_path / "turns") <= 1.05 * written([tokens], tmp_path / "once")
+
+
 def test_what_is_too_short_is_not_saved_at_all(cache: Cache) -> None:
     with loaded(cache, Policy(min_tokens=100)) as model:
         short = model.complete([1] * 64, max_tokens=20)

@@ -196,7 +196,10 @@ class LlamaBackend:
         context = self._context
         # Only full attention may be cut anywhere; seq_rm's own answer cannot be trusted for the rest.
         can_trim = not (shape.recurrent or shape.hybrid or shape.n_swa > 0)
-        self.limits = Limits(context.n_ctx, context.n_batch, context.n_ubatch, context.n_vocab, can_trim)
+        whole_state = shape.recurrent and not shape.hybrid
+        self.limits = Limits(
+            context.n_ctx, context.n_batch, context.n_ubatch, context.n_vocab, can_trim, whole_state
+        )
         self._checks_positions = can_trim and shape.rope_type in _ROPE_ONE_POSITION
         build = llama_ffi.build_info()
         gpus = (
