@@ -7,14 +7,16 @@ say what a block is; `Tier` is what a tier of one's own derives from.
 
 from erllama.cache.blocks import Block, SaveReason
 from erllama.cache.file_tier import FileTier
-from erllama.cache.keys import TOKEN_BYTES, child_key, namespace_key, token_bytes
+from erllama.cache.keys import KEY_BYTES, TOKEN_BYTES, child_key, namespace_key, token_bytes
 from erllama.cache.match import Loaded, Match, Row, TierStatus
+from erllama.cache.memory import MemoryUsage
 from erllama.cache.policy import Policy
-from erllama.cache.pressure import MemoryUsage, Pressure
+from erllama.cache.pressure import Pressure
 from erllama.cache.store import Cache
 from erllama.cache.tier import Changes, Problem, RamTier, Tier, TierRow
 
 __all__ = [
+    "KEY_BYTES",
     "TOKEN_BYTES",
     "Block",
     "Cache",

@@ -63,6 +63,7 @@ class FileTier(Tier):
         self._alarm: Callable[[], None] = lambda: None
         self._suspects_lock = threading.Lock()
         self._suspects: dict[str, float] = {}  # names to look at, and not before when, by time.monotonic()
+        self._uses_seen = time.time_ns()  # what was used before, the rows tell
         self._others_until = 0.0
         self._others = False
 
@@ -268,6 +269,12 @@ class FileTier(Tier):
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         with self._using() as index:
             index.touch(used)
+
+    def uses(self) -> list[tuple[bytes, int]]:
+        with self._using() as index:
+            found = index.uses_since(self._uses_seen)
+        self._uses_seen = max((at for _, at in found), default=self._uses_seen)
+        return found
 
     # --- sharing ---------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ log = logging.getLogger("erllama.cache")
 SCHEMA_VERSION = 2
 _BUSY_SECONDS = 10.0
 _CHANGES_KEPT = 20_000  # a process that is further behind reads everything
+_TRIM_EVERY = 1_000  # blocks written between two removals of older entries
 _COLUMNS = "b.key, parent, namespace, start, tokens, reason, recipe, slice_end, file_bytes, last_used"
 # Primary result codes that tell of the database's surroundings, not of its content.
 _SURROUNDINGS = {
@@ -63,6 +64,7 @@ class Index:
         self.path = path
         self._lock = threading.RLock()
         self._depth = 0  # of transactions in one another
+        self._puts = 0
         self._read_lock = threading.Lock()
         try:
             self._open_waiting()
@@ -156,11 +158,13 @@ class Index:
             self.db.execute(
                 "CREATE TABLE IF NOT EXISTS changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL)"
             )
-            for event, side in (("INSERT", "new"), ("UPDATE", "new"), ("DELETE", "old")):
+            # Uses are no changes: they are many, and of interest only to who evicts.
+            for event, side in (("INSERT", "new"), ("DELETE", "old")):
                 self.db.execute(
                     f"CREATE TRIGGER IF NOT EXISTS noted_{event.lower()} AFTER {event} ON blocks "
                     f"BEGIN INSERT INTO changes (key) VALUES ({side}.key); END"
                 )
+            self.db.execute("CREATE INDEX IF NOT EXISTS by_use ON blocks (last_used)")
             self.db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     @property
@@ -278,6 +282,9 @@ class Index:
     def put(self, block: Block, stamp: FileStamp, last_used: int, *, replace: bool = True) -> None:
         """Add a block, or replace the one of the same key, or leave that as it is."""
         with self.transaction():
+            self._puts += 1
+            if self._puts % _TRIM_EVERY == 1:
+                self.trim_changes()
             self.db.table("blocks").insert(
                 {
                     "key": block.key,
@@ -308,6 +315,11 @@ class Index:
                 "UPDATE blocks SET last_used = ?1 WHERE key = ?2 AND last_used < ?1",
                 [(at, key) for key, at in used],
             )
+
+    def uses_since(self, ns: int) -> list[tuple[bytes, int]]:
+        """Blocks used at or after a time, in ns since 1970, and when."""
+        with self._lock:
+            return self.db.execute("SELECT key, last_used FROM blocks WHERE last_used >= ?", [ns]).fetchall()
 
     def trim_changes(self) -> None:
         """Drop old entries of the list of changes."""
@@ -373,6 +385,9 @@ def set_aside(path: Path, error: Exception) -> None:
     """Take a damaged database out of the way."""
     aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
     log.warning("%s is damaged (%s); set aside as %s and rebuilt from the files", path, error, aside.name)
+    # One is enough to see what happened; it is outside every budget.
+    for earlier in path.parent.glob(f"{path.name}.damaged-*"):
+        earlier.unlink(missing_ok=True)
     for suffix in ("", "-wal", "-shm"):
         damaged = path.with_name(path.name + suffix)
         if damaged.exists():

@@ -169,6 +169,10 @@ class Tier(ABC):
         """Bytes that are claimed and not stored yet."""
         return 0
 
+    def uses(self) -> Iterable[tuple[bytes, int]]:
+        """Uses that others have noted since this was last called: pairs of key and ns since 1970."""
+        return ()
+
     @property
     def shared(self) -> bool:
         """Whether another process uses it now, as far as is known without waiting."""

@@ -237,11 +237,18 @@ class Upkeep:
                 room = tier.budget - reserved - doomed - n_bytes
                 if not reachable or room < 0:
                     return False
+                if shelf.n_bytes(tier) > room:
+                    self._learn_uses(shelf, tier)
                 # An older version of the block stays until the new one is in its place.
                 victims = residents.choose_victims(tier, room, keep=(block.parent, block.key))
                 fits = shelf.n_bytes(tier) <= room
             self._forget(tier, victims)
             return (tier.reserve(block, n_bytes) or None) if fits else False
+
+    def _learn_uses(self, shelf: Shelf, tier: Tier) -> None:
+        """What another process needs is no older than it is to that one."""
+        for key, at in tier.uses():
+            shelf.lru.touch(key, at)
 
     def _forget(self, tier: Tier, victims: list[tuple[bytes, int]]) -> None:
         if victims:

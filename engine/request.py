@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama.cache import KEY_BYTES
 from erllama.engine.sampling import SamplingOptions
 from erllama.errors import OptionError, boolean, integer
 
@@ -31,14 +32,22 @@ class RequestOptions:
         reproducible: resume only where the reply is, bit for bit, that of a
             cold run. Costs some warmth: up to one micro-batch is computed again.
         cache_salt: shares cached KV only with requests of the same salt; None with those of none.
+        parent_key: the `finish_key` of the context that the prompt goes on from: where its save is
+            still in flight, that is waited for.
     """
 
     max_tokens: int | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     reproducible: bool = False
     cache_salt: str | None = None
+    parent_key: bytes | None = None
 
     def __post_init__(self) -> None:
+        key = self.parent_key
+        if key is not None and (not isinstance(key, bytes) or len(key) != KEY_BYTES):
+            raise OptionError(
+                f"parent_key={key!r}; give the finish_key of a Completion, {KEY_BYTES} bytes, or None"
+            )
         if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
             raise OptionError(f"cache_salt={self.cache_salt!r}; give a text that is not empty, or None")
         if self.max_tokens is not None:

@@ -32,6 +32,7 @@ class Sequence:
         self._warmth = Warmth(shared, number, len(ticket.request.prompt), options.cache_salt)
         self._sampler = Sampler(options.sampling)
         self._reproducible = options.reproducible
+        self._parent_key = options.parent_key
         self._decoder = TextDecoder()
         self._text: list[str] = []
         prompt = ticket.request.prompt
@@ -61,7 +62,7 @@ class Sequence:
 
     def restore(self) -> None:
         """Take what the cache has of the prompt."""
-        self._hit = self._warmth.restore(self._prompt, self._reproducible)
+        self._hit = self._warmth.restore(self._prompt, self._reproducible, self._parent_key)
         self._n_held = self._hit.tokens
         self._restored_at = self._first_token_at = time.perf_counter()
 

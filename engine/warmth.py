@@ -79,12 +79,19 @@ class Warmth:
 
     # --- restoring ----------------------------------------------------------------------
 
-    def restore(self, prompt: NDArray[np.int32], reproducible: bool) -> CacheHit:
+    def restore(self, prompt: NDArray[np.int32], reproducible: bool, parent_key: bytes | None = None) -> CacheHit:
         """Fill the sequence with the longest stored prefix of the prompt, short of its last token."""
         last = len(prompt) - 1
         whole = not self._can_trim
         try:
-            with self._cache.lookup(self._namespace, prompt[:last], whole=whole, count=False) as match:
+            with self._cache.lookup(
+                self._namespace,
+                prompt[:last],
+                whole=whole,
+                parent_key=parent_key,
+                wait_ms=self._policy.session_resume_wait_ms,
+                count=False,
+            ) as match:
                 wanted = match.n_tokens
                 if reproducible:
                     wanted = canonical_prefix(match.blocks, wanted, len(prompt), self._slicing, self._recipe)
@@ -101,7 +108,8 @@ class Warmth:
         self._provenance.restored([block for block in blocks if block.start < restored], restored)
         self._note_restored(token_bytes(prompt[:restored]))
         kind: HitKind = "cold" if restored == 0 else "exact" if restored == last else "partial"
-        self._cache.count_request(kind, restored)
+        resumed = any(block.key == parent_key and block.end <= restored for block in blocks)
+        self._cache.count_request(kind, restored, resumed=resumed)
         slowest = self._slowest(tiers) if restored else None
         return CacheHit(kind, slowest, restored)
 

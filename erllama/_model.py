@@ -51,7 +51,17 @@ _LOAD_OPTIONS = (
     "mlock",
     "on_progress",
 )
-_REQUEST_OPTIONS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "reproducible", "cache_salt")
+_REQUEST_OPTIONS = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "reproducible",
+    "cache_salt",
+    "parent_key",
+)
 
 _BACKEND_PARTS = sorted(name for name in vars(Backend) if not name.startswith("_"))
 
@@ -242,6 +252,7 @@ class Model:
         seed: int | None = None,
         reproducible: bool = False,
         cache_salt: str | None = None,
+        parent_key: bytes | None = None,
         **unknown: Never,
     ) -> Completion:
         """Complete a prompt and wait for the whole reply.
@@ -257,6 +268,8 @@ class Model:
             seed: fixes the draws; None draws a seed, told in the result.
             reproducible: reuse only KV that gives, bit for bit, the reply of a cold run.
             cache_salt: share cached KV only with requests of the same salt; None for the model's.
+            parent_key: the `finish_key` of the reply that the prompt goes on from; where that is still
+                being saved, it is waited for.
 
         Raises:
             PromptError: the prompt is empty, or an id is outside the vocabulary.
@@ -272,6 +285,7 @@ class Model:
             SamplingOptions(temperature, top_k, top_p, min_p, seed),
             reproducible,
             cache_salt,
+            parent_key,
         )
         return _wait(ticket)
 
@@ -287,6 +301,7 @@ class Model:
         seed: int | None = None,
         reproducible: bool = False,
         cache_salt: str | None = None,
+        parent_key: bytes | None = None,
         **unknown: Never,
     ) -> Stream:
         """Complete a prompt and get the reply as it comes; options and errors as for `complete`.
@@ -301,13 +316,21 @@ class Model:
                 SamplingOptions(temperature, top_k, top_p, min_p, seed),
                 reproducible,
                 cache_salt,
+                parent_key,
             )
         )
 
-    def prefill(self, prompt: Prompt, *, cache_salt: str | None = None, **unknown: Never) -> Completion:
+    def prefill(
+        self,
+        prompt: Prompt,
+        *,
+        cache_salt: str | None = None,
+        parent_key: bytes | None = None,
+        **unknown: Never,
+    ) -> Completion:
         """Read a prompt into the cache and sample nothing; errors as for `complete`."""
-        reject_unknown(unknown, ("prompt", "cache_salt"), "prefill")
-        return _wait(self._submit(prompt, 0, SamplingOptions(), False, cache_salt))
+        reject_unknown(unknown, ("prompt", "cache_salt", "parent_key"), "prefill")
+        return _wait(self._submit(prompt, 0, SamplingOptions(), False, cache_salt, parent_key))
 
     def evict(self) -> None:
         """Save what the context holds, wait until it is stored, and let go of KV that no request uses.
@@ -323,9 +346,10 @@ class Model:
         sampling: SamplingOptions,
         reproducible: bool,
         cache_salt: str | None,
+        parent_key: bytes | None,
     ) -> Ticket:
         salt = self._cache_salt if cache_salt is None else cache_salt
-        options = RequestOptions(max_tokens, sampling, boolean("reproducible", reproducible), salt)
+        options = RequestOptions(max_tokens, sampling, boolean("reproducible", reproducible), salt, parent_key)
         return self._runner.submit(Request(self._prompt_ids(prompt), options))
 
     def _prompt_ids(self, prompt: object) -> NDArray[np.int32]:

@@ -159,6 +159,26 @@ def test_wrong_policies_are_typed_errors(cache: Cache, policy: object, words: st
     assert words in str(caught.value)
 
 
+# --- continuations -----------------------------------------------------------------------------------
+
+
+def test_a_turn_goes_on_from_the_one_before(cache: Cache) -> None:
+    with loaded(cache) as model:
+        first = model.complete([1] * 40, max_tokens=10, temperature=0)
+        second = model.complete([*first.context_tokens, 5, 6], max_tokens=10, parent_key=first.finish_key)
+        assert second.cache.tokens == 49
+        assert cache.counters()["hits_resume"] == 1
+        third = model.complete([9] * 40, max_tokens=1, parent_key=second.finish_key)
+        assert third.cache.kind == "cold", "the prompt decides, whatever is said of its parent"
+        assert cache.counters()["hits_resume"] == 1
+
+
+@pytest.mark.parametrize("key", [b"short", "text", 5])
+def test_a_parent_key_is_a_finish_key(cache: Cache, key: object) -> None:
+    with loaded(cache) as model, pytest.raises(erllama.OptionError, match="finish_key"):
+        model.complete([1], parent_key=key)  # type: ignore[arg-type]
+
+
 # --- evicting and ending ---------------------------------------------------------------------------
 
 

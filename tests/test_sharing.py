@@ -440,3 +440,21 @@ def test_processes_that_save_the_same_chain_keep_what_each_adds(tmp_path: Path) 
         finished(child)
         assert until(lambda: hit(cache, tokens) >= 16)
         assert hit(cache, tokens) == 64
+
+
+def test_what_another_process_uses_is_not_evicted_first(tmp_path: Path) -> None:
+    quota = 6 * (64 + 264)
+    old = [np.array([i] * SIZE, dtype=np.int32) for i in range(6)]
+    with (
+        Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota) as mine,
+        Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota) as theirs,
+    ):
+        for tokens in old:
+            save(mine, tokens)
+        mine.flush()
+        assert theirs.rows()
+        assert hit(theirs, old[0]) == SIZE
+        theirs.flush()  # and tells the index of it
+        save(mine, np.array([99] * SIZE, dtype=np.int32))
+        mine.flush()
+        assert [hit(mine, tokens) for tokens in old] == [SIZE, 0, SIZE, SIZE, SIZE, SIZE]
