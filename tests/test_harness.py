@@ -95,7 +95,7 @@ def custom(self: CacheMachine, directory: Path) -> Cache:
 
 
 def test_a_tier_of_ones_own_does_not_lie() -> None:
-    run_state_machine_as_test(machine("Remote", custom), settings=MACHINE)
+    run_state_machine_as_test(machine("Remote", custom, shared=False), settings=MACHINE)
 
 
 class SwappingTier(FileTier):

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from erllama.cache import Block, Cache, FileTier, Match, SaveReason, namespace_key, token_bytes
 from erllama.cache.keys import TOKEN_BYTES, common_prefix
@@ -55,10 +55,13 @@ class CacheMachine(RuleBasedStateMachine):
         can_trim: whether payloads are of memory that can be cut, so that a longer
             tail takes a shorter one's place, and blocks match in part.
         payload_bytes: size of a block's payload.
+        shared: whether several caches may use one directory at once: not where a tier
+            does not tell what others did to it (`Tier.changes`).
     """
 
     can_trim = True
     payload_bytes = 96
+    shared = True
 
     matches = Bundle("matches")
 
@@ -127,6 +130,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.verify() == [], "something is wrong after a start"
         assert not list(self.directory.rglob("partial/*")), "a start leaves half-written files"
 
+    @precondition(lambda self: self.shared)
     @rule(ids=contexts, namespace=namespaces, wanted=contexts)
     def another_process(self, ids: list[int], namespace: bytes, wanted: list[int]) -> None:
         """A second cache on the same directory, as another process would have it."""
