@@ -115,7 +115,7 @@ def restore(model_path: Path, n_tokens: int, runs: int) -> None:
         print(f"speed: {statistics.median(theirs) / statistics.median(ours):.2f} of reading and copying")
 
 
-def decode(model_path: Path, n_tokens: int, runs: int) -> None:
+def decode(model_path: Path, n_tokens: int, runs: int, threads: int | None) -> None:
     """Decoding while the prompts of before are written behind, against decoding alone."""
     with tempfile.TemporaryDirectory() as place:
         alone: list[float] = []
@@ -124,14 +124,15 @@ def decode(model_path: Path, n_tokens: int, runs: int) -> None:
         with (
             Cache(ram=0) as none,
             Cache(disk=Path(place) / "kv", ram="1GiB", write_queue="4GiB") as cache,
-            erllama.load_model(model_path, cache=none, n_ctx=2048, id="alone") as quiet,
-            erllama.load_model(model_path, cache=cache, n_ctx=2048, id="beside") as busy,
+            erllama.load_model(model_path, cache=none, n_ctx=2048, n_threads=threads, id="alone") as quiet,
+            erllama.load_model(model_path, cache=cache, n_ctx=2048, n_threads=threads, id="beside") as busy,
         ):
             written = cache.counters()["bytes_written"]
-            for _ in range(runs):
+            for run in range(runs):
                 # Long enough for its blocks to be written while the reply is.
                 prompt = dice.integers(5, 2000, n_tokens).tolist()
-                for model, speeds in ((quiet, alone), (busy, beside)):
+                order = [(quiet, alone), (busy, beside)]
+                for model, speeds in order if run % 2 else order[::-1]:
                     done = model.complete(prompt, max_tokens=128, temperature=0.8, seed=1)
                     speeds.append(done.timings.decode_tokens / done.timings.decode)
                 cache.flush()
@@ -140,7 +141,10 @@ def decode(model_path: Path, n_tokens: int, runs: int) -> None:
             f"decode alone {spread(alone, 1)} tokens/s; {spread(beside, 1)} while {written / 1e6:.0f} MB go to disk"
         )
         ratios = [b / a for a, b in zip(alone, beside, strict=True)]
-        print(f"throughput while saving: {statistics.median(ratios):.3f} of throughput without")
+        print(
+            f"throughput while saving: {statistics.median(ratios):.3f} of throughput without (median of pairs); "
+            f"{statistics.median(beside) / statistics.median(alone):.3f} (of medians)"
+        )
 
 
 def turns(n_turns: int) -> None:
@@ -175,6 +179,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="of decoding; all processors if left out")
     given = parser.parse_args()
     if given.what in ("restore", "decode") and given.model is None:
         parser.error(f"{given.what} needs --model")
@@ -185,7 +190,7 @@ def main() -> None:
         case "restore":
             restore(given.model, given.tokens, given.runs)
         case "decode":
-            decode(given.model, min(given.tokens, 1024), given.runs)
+            decode(given.model, min(given.tokens, 1024), given.runs, given.threads)
         case "turns":
             turns(20)
 

@@ -59,13 +59,18 @@ class CacheDirectory:
         for directory in (root, self.blocks, self.partial, self.owners, self.damaged):
             _private_directory(directory)
         self._serial = itertools.count()
+        self._process = os.getpid()
         self.owner, self._lock = self._take_lock()
 
     def __del__(self) -> None:
-        self.close()
+        if getattr(self, "_process", None) == os.getpid():
+            self.leave()
+        else:
+            self.close()
 
     def close(self) -> None:
         """Let go of the lock. Idempotent; a forked child may call it without harm to its parent."""
+        # The lock is the parent's until it lets go itself; what a child closes is its own descriptor.
         lock, self._lock = getattr(self, "_lock", -1), -1
         if lock >= 0:
             with contextlib.suppress(OSError):
@@ -73,8 +78,9 @@ class CacheDirectory:
 
     def leave(self) -> None:
         """Let go, and leave no trace of having been here."""
-        with contextlib.suppress(OSError):
-            (self.owners / f"{self.owner}{_LOCK}").unlink()
+        if getattr(self, "_lock", -1) >= 0:
+            with contextlib.suppress(OSError):
+                (self.owners / f"{self.owner}{_LOCK}").unlink()
         self.close()
 
     @property
@@ -132,14 +138,23 @@ class CacheDirectory:
 
     def reap(self) -> None:
         """Remove what dead processes left: their files first, then the lock that tells of them."""
-        dead = {owner for owner in self._owners() if not self.alive(owner)}
         for path in self.partial.iterdir():
             if not self.alive(self.owner_of(path)):
                 with contextlib.suppress(OSError):
                     path.unlink()
-        for owner in dead:
-            with contextlib.suppress(OSError):
-                (self.owners / f"{owner}{_LOCK}").unlink()
+        for owner in self._owners():
+            self._bury(owner)
+
+    def _bury(self, owner: str) -> None:
+        """Remove a dead one's lock file, while holding its lock: nobody who takes it meanwhile is robbed."""
+        path = self.owners / f"{owner}{_LOCK}"
+        with contextlib.suppress(OSError):
+            lock = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(lock)
 
     def _owners(self) -> list[str]:
         return [name.removesuffix(_LOCK) for name in os.listdir(self.owners) if name.endswith(_LOCK)]

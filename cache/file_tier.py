@@ -26,7 +26,7 @@ from erllama.cache.index import FileStamp, Index, set_aside, tells_damage
 from erllama.cache.keys import KEY_BYTES
 from erllama.cache.tier import Changes, Problem, Tier, TierRow
 from erllama.cache.watch import DirectoryWatch
-from erllama.errors import CacheError, CacheFormatError
+from erllama.errors import CacheError, CacheFormatError, CacheVersionError
 
 log = logging.getLogger("erllama.cache")
 
@@ -64,8 +64,7 @@ class FileTier(Tier):
         self._suspects_lock = threading.Lock()
         self._suspects: dict[str, float] = {}  # names to look at, and not before when, by time.monotonic()
         self._uses_seen = time.time_ns()  # what was used before, the rows tell
-        self._others_until = 0.0
-        self._others = False
+        self._delays: dict[str, float] = {}  # of names that cannot be looked at, each longer than the last
 
     # --- opening and closing ---------------------------------------------------------------
 
@@ -122,6 +121,11 @@ class FileTier(Tier):
             index.close()
         if directory is not None:
             directory.leave()
+
+    def forked(self) -> None:
+        """In a forked child: let go of the lock, so that the parent's death shows."""
+        if self._directory is not None:
+            self._directory.close()
 
     def abandon(self) -> None:
         """Let go as the system does when a process is killed: what is half-done stays half-done."""
@@ -222,7 +226,7 @@ class FileTier(Tier):
         except FileNotFoundError:
             return False
         except (CacheFormatError, OSError) as error:
-            if not _tells_of_the_file(error):
+            if not _tells_of_the_file(error) or isinstance(error, CacheVersionError):
                 raise
             log.warning("%s: %s; replaced", final, error)
             self.damaged += 1
@@ -298,6 +302,9 @@ class FileTier(Tier):
     def tidy(self) -> None:
         with self._using() as index:
             owners = {owner for owner, _ in index.reservations().values()}
+            if self._open_directory.owner in owners:
+                # One thread writes, and it is here: what is reserved for us was left by a write that failed.
+                index.release_all([self._open_directory.owner])
         if any(not self._open_directory.alive(owner) for owner in owners):
             self._reap()
 
@@ -308,17 +315,21 @@ class FileTier(Tier):
 
     @property
     def shared(self) -> bool:
-        """Whether another process has the directory open, as of a second ago at most."""
-        now = time.monotonic()
-        if now >= self._others_until:
-            with contextlib.suppress(OSError, CacheError):
-                self._others = self._open_directory.others()
-            self._others_until = now + 1.0
-        return self._others
+        with contextlib.suppress(OSError, CacheError):
+            return self._open_directory.others()
+        return False
 
     def changes(self) -> Changes | None:
-        with self._using() as index:
+        # Requests come this way: whether the directory is still whole is for others to look.
+        index = self._index
+        if index is None or self._broken:
+            return None
+        try:
             return index.changes()
+        except sqlite3.Error as error:
+            if tells_damage(error):
+                self._broken, self._damage = True, error
+            raise
 
     # --- fingerprints of models, remembered beside what they computed -----------------------
 
@@ -358,6 +369,7 @@ class FileTier(Tier):
             return bool(self._suspects)
 
     def mend(self) -> None:
+        self.tidy()
         self._reap()
         with self._using() as index:
             index.trim_changes()
@@ -460,9 +472,15 @@ class FileTier(Tier):
         return right
 
     def _refuse(self, path: Path, key: bytes | None, error: Exception) -> None:
+        if isinstance(error, CacheVersionError):
+            log.info("%s: %s; left to that release", path, error)
+            return
         if not _tells_of_the_file(error):
-            log.warning("%s cannot be looked at: %s; again later", path, error)
-            self._suspect(path.name, _AGAIN_SECONDS)
+            delay = self._delays[path.name] = min(2 * self._delays.get(path.name, _AGAIN_SECONDS / 2), 300.0)
+            log.log(
+                logging.WARNING if delay == _AGAIN_SECONDS else logging.DEBUG, "%s: %s; again later", path, error
+            )
+            self._suspect(path.name, delay)
             return
         with contextlib.suppress(OSError):
             age = time.time() - path.lstat().st_mtime

@@ -27,7 +27,7 @@ from erllama.errors import CacheError
 
 log = logging.getLogger("erllama.cache")
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _BUSY_SECONDS = 10.0
 _CHANGES_KEPT = 20_000  # a process that is further behind reads everything
 _TRIM_EVERY = 1_000  # blocks written between two removals of older entries
@@ -98,12 +98,7 @@ class Index:
             undo.callback(connection.close)
             if not existed:
                 self.path.chmod(0o600)
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise CacheError(
-                    f"{self.path} has version {version}; this release reads up to {SCHEMA_VERSION}. "
-                    "Upgrade erllama, or give another directory"
-                )
+            version = _check_version(self.path, connection)
             mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             if mode != "wal":
                 raise CacheError(
@@ -221,9 +216,16 @@ class Index:
             return found
 
     def _read_changes(self) -> Changes:
+        self._reader.execute("BEGIN")  # both from one moment
+        try:
+            return self._changes_now()
+        finally:
+            self._reader.execute("ROLLBACK")
+
+    def _changes_now(self) -> Changes:
         oldest = self._reader.execute("SELECT min(seq) FROM changes").fetchone()[0]
         if oldest is not None and oldest > self._seen + 1:
-            self._seen, rows = _read_all(self._reader)
+            self._seen, rows = _rows_now(self._reader)
             return Changes(rows, [], complete=True)
         found = self._reader.execute(
             f"SELECT c.seq, c.key, {_COLUMNS} FROM changes c LEFT JOIN blocks b ON b.key = c.key "
@@ -382,16 +384,33 @@ def tells_damage(error: sqlite3.Error) -> bool:
 
 
 def set_aside(path: Path, error: Exception) -> None:
-    """Take a damaged database out of the way."""
+    """Take a damaged database out of the way; one that is only newer is left.
+
+    Raises:
+        CacheError: it is of a newer release.
+    """
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path, 0.0)) as connection:
+        _check_version(path, connection)
     aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
     log.warning("%s is damaged (%s); set aside as %s and rebuilt from the files", path, error, aside.name)
     # One is enough to see what happened; it is outside every budget.
     for earlier in path.parent.glob(f"{path.name}.damaged-*"):
         earlier.unlink(missing_ok=True)
-    for suffix in ("", "-wal", "-shm"):
+    # The log first: a database that somebody makes meanwhile must not find this one's.
+    for suffix in ("-wal", "-shm", ""):
         damaged = path.with_name(path.name + suffix)
         if damaged.exists():
             damaged.rename(aside.with_name(aside.name + suffix))
+
+
+def _check_version(path: Path, connection: sqlite3.Connection) -> int:
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if version > SCHEMA_VERSION:
+        raise CacheError(
+            f"{path} has version {version}; this release reads up to {SCHEMA_VERSION}. "
+            "Upgrade erllama, or give another directory"
+        )
+    return version
 
 
 def _connect(path: Path, timeout: float) -> sqlite3.Connection:
@@ -402,12 +421,17 @@ def _read_all(reader: sqlite3.Connection) -> tuple[int, list[TierRow]]:
     """The number of the last change, and every block as of then."""
     reader.execute("BEGIN")
     try:
+        return _rows_now(reader)
+    finally:
+        reader.execute("ROLLBACK")
+
+
+def _rows_now(reader: sqlite3.Connection) -> tuple[int, list[TierRow]]:
+    try:
         seen = reader.execute("SELECT coalesce(max(seq), 0) FROM changes").fetchone()[0]
         found = reader.execute(f"SELECT {_COLUMNS} FROM blocks b").fetchall()
     except UnicodeDecodeError as error:
         raise _DamagedError(str(error)) from error
-    finally:
-        reader.execute("ROLLBACK")
     return seen, [_checked_row(*row) for row in found]
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from erllama.cache.blocks import MAX_POSITION, Block, SaveReason
 from erllama.cache.keys import TOKEN_BYTES, child_key
-from erllama.errors import CacheFormatError
+from erllama.errors import CacheFormatError, CacheVersionError
 
 MAGIC = b"\x89KVC\r\n\x1a\n"  # as PNG's: shows a text-mode copy, and is no text
 VERSION = 1
@@ -89,7 +89,8 @@ def decode_header(content: memoryview) -> tuple[Block, int, bytes]:
     if magic != MAGIC:
         raise CacheFormatError("not a .kvc file")
     if version != VERSION:
-        raise CacheFormatError(f"version {version}; this release reads version {VERSION}")
+        kind = CacheVersionError if version > VERSION else CacheFormatError
+        raise kind(f"version {version}; this release reads version {VERSION}")
     if n_tokens == 0 or n_tokens > MAX_TOKENS or n_header != header_bytes(n_tokens) or content.nbytes < n_header:
         raise CacheFormatError("the header's length is wrong")
     body_end = n_header - _CHECKSUM_BYTES

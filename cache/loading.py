@@ -13,7 +13,7 @@ from erllama.cache.match import Loaded
 from erllama.cache.residents import PENDING, Residents, Shelf
 from erllama.cache.tier import Tier
 from erllama.cache.upkeep import Upkeep
-from erllama.errors import CacheFormatError
+from erllama.errors import CacheFormatError, CacheVersionError
 
 log = logging.getLogger("erllama.cache")
 
@@ -70,15 +70,19 @@ class Loader:
         """What is in RAM, or waits there to be written; under the lock."""
         in_ram = self._residents.in_ram(block)
         if in_ram is not None:
-            return Loaded("ram", in_ram[1], in_ram[0])
+            return Loaded("ram", in_ram[1].toreadonly(), in_ram[0])
         pending = self._upkeep.writer.get(block.key)
-        return Loaded("ram", pending.payload, pending.block) if pending is not None else None
+        return Loaded("ram", pending.payload.toreadonly(), pending.block) if pending is not None else None
 
     def _load_from(self, shelf: Shelf, tier: Tier, block: Block) -> Loaded | None:
         try:
             found, payload = tier.read(block)
             if found.key != block.key:
                 raise CacheFormatError("another block is in its place")
+        except CacheVersionError as error:
+            log.warning("%s: %s; left to that release", tier.where(block), error)
+            with self._lock:
+                self._residents.drop(shelf.name, block.key)
         except CacheFormatError as error:
             log.warning("%s: %s; not used", tier.where(block), error)
             self._counters.add("corrupt_files")
@@ -91,10 +95,11 @@ class Loader:
             self._counters.add("disk_errors")
         else:
             with self._lock:
-                if shelf.root_of(block.key) is tier:
+                # Unless a newer version was saved while this one was read.
+                if shelf.root_of(block.key) is tier and self._at_hand(block) is None:
                     self._residents.learn(shelf.name, found)
                     if self._residents.keep_in_ram(found, payload):
                         self._counters.add("promotions")
                     self._upkeep.promote(found, payload, shelf)
-            return Loaded(shelf.name, payload, found)
+            return Loaded(shelf.name, payload.toreadonly(), found)
         return None

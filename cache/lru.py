@@ -17,6 +17,7 @@ class _Resident:
     n_bytes: int
     last_used: int
     children: int
+    group: object
 
 
 class LeafLRU:
@@ -29,7 +30,7 @@ class LeafLRU:
     def __init__(self) -> None:
         self._residents: dict[bytes, _Resident] = {}
         self._orphans: dict[bytes, int] = {}  # children that came before their parent
-        self._heap: list[tuple[int, bytes]] = []
+        self._heaps: dict[object, list[tuple[int, bytes]]] = {}  # by group
         self.n_bytes = 0
 
     def __contains__(self, key: object) -> bool:
@@ -44,9 +45,9 @@ class LeafLRU:
     def size_of(self, key: bytes) -> int:
         return self._residents[key].n_bytes
 
-    def add(self, key: bytes, parent: bytes, n_bytes: int, last_used: int) -> None:
-        """Add a key that is not there yet."""
-        self._residents[key] = _Resident(parent, n_bytes, last_used, self._orphans.pop(key, 0))
+    def add(self, key: bytes, parent: bytes, n_bytes: int, last_used: int, group: object = None) -> None:
+        """Add a key that is not there yet; `group` is what it can be looked for in."""
+        self._residents[key] = _Resident(parent, n_bytes, last_used, self._orphans.pop(key, 0), group)
         self.n_bytes += n_bytes
         above = self._residents.get(parent)
         if above is not None:
@@ -81,28 +82,34 @@ class LeafLRU:
             resident.last_used = max(now, resident.last_used)
             self._offer(key)
 
-    def oldest_leaf(self, pinned: Container[bytes]) -> bytes | None:
-        """The key to give up next, or None when every leaf is pinned."""
+    def oldest_leaf(self, pinned: Container[bytes], group: object = None) -> bytes | None:
+        """The key of a group to give up next, or None when every leaf of it is pinned."""
+        heap = self._heaps.get(group, [])
         skipped = []
         found = None
-        while self._heap:
-            last_used, key = self._heap[0]
+        while heap:
+            last_used, key = heap[0]
             resident = self._residents.get(key)
             if resident is None or resident.children or resident.last_used != last_used:
-                heapq.heappop(self._heap)
+                heapq.heappop(heap)
             elif key in pinned:
-                skipped.append(heapq.heappop(self._heap))
+                skipped.append(heapq.heappop(heap))
             else:
                 found = key
                 break
         for entry in skipped:
-            heapq.heappush(self._heap, entry)
+            heapq.heappush(heap, entry)
         return found
 
     def _offer(self, key: bytes) -> None:
         resident = self._residents[key]
+        heap = self._heaps.setdefault(resident.group, [])
         if not resident.children:
-            heapq.heappush(self._heap, (resident.last_used, key))
-        if len(self._heap) > 64 + 4 * len(self._residents):
-            self._heap = [(r.last_used, k) for k, r in self._residents.items() if not r.children]
-            heapq.heapify(self._heap)
+            heapq.heappush(heap, (resident.last_used, key))
+        if len(heap) > 64 + 4 * len(self._residents):
+            group = resident.group
+            heap[:] = [(r.last_used, k) for k, r in self._residents.items() if r.group is group and not r.children]
+            heapq.heapify(heap)
+
+    def last_used(self, key: bytes) -> int:
+        return self._residents[key].last_used

@@ -35,6 +35,11 @@ class Match:
         if unpin is not None:
             unpin(self.blocks)
 
+    def __del__(self) -> None:
+        # A forgotten match must not pin for ever.
+        if getattr(self, "_unpin", None) is not None:
+            self.release()
+
     def __enter__(self) -> Match:
         return self
 

@@ -1,5 +1,9 @@
 """What of a context is saved, and when: one `Policy` a model.
 
+Memory that cannot be cut can be packed only the moment a block is complete, and
+what follows a block needs it. There, full blocks are saved as they complete,
+whatever the policy says, and it decides of the tails alone.
+
 Every token's KV is stored once, whatever the policy; a policy keeps out what
 is not worth its bytes. The defaults keep everything: a block that nobody asks
 for again costs a write behind the request, and is the first to be evicted.
@@ -18,14 +22,13 @@ class Policy:
     """When a model saves. All counts are tokens, but the last.
 
     Attributes:
-        min_tokens: contexts shorter than this are not saved at all, for whatever reason;
-            their `finish_key` is None.
+        min_tokens: contexts shorter than this are not saved, for whatever reason; their
+            `finish_key` is None.
         cold_min_tokens: prompts shorter than this are not saved as they are read.
-        cold_max_tokens: prompts longer than this are not saved as they are read; None for no limit.
-            What is not saved then is saved when the reply is complete, where the memory can
-            still be packed: one that cannot be cut then saves nothing of that prompt.
-        continued_interval: while a reply is written, save every that many tokens of it; 0 for
-            only at its end.
+        cold_max_tokens: prompts longer than this are not saved as they are read, but when the
+            request ends; None for no limit.
+        continued_interval: while a reply is written, save its full blocks whenever that many tokens,
+            and a block, are unsaved; 0 for only at its end.
         boundary_trim_tokens: leave that many tokens at a prompt's end out of what is saved as it is
             read. A text that is sent again with more after it often tokenizes otherwise at
             the seam; memory that cannot be cut then still resumes before it.
@@ -36,7 +39,7 @@ class Policy:
     min_tokens: int = 0
     cold_min_tokens: int = 0
     cold_max_tokens: int | None = None
-    # One block of the default size: a crash then loses less than that.
+    # A block of the default size: each is saved as it completes, and a crash loses less than one.
     continued_interval: int = 256
     boundary_trim_tokens: int = 0
     boundary_align_tokens: int = 1

@@ -62,7 +62,7 @@ class Shelf:
     def add(self, root: Tier, block: Block, n_bytes: int, now: int) -> None:
         """Note that `root` holds the block, and no other root does."""
         self.remove(block.key)
-        self.lru.add(block.key, block.parent, n_bytes, now)
+        self.lru.add(block.key, block.parent, n_bytes, now, root)
         self._root_of[block.key] = root
         self._n_bytes[root] += n_bytes
 
@@ -70,16 +70,6 @@ class Shelf:
         root = self._root_of.pop(key, None)
         if root is not None:
             self._n_bytes[root] -= self.lru.remove(key)
-
-
-class _Elsewhere:
-    """Keys that an eviction from one root passes over: pinned ones, and other roots' own."""
-
-    def __init__(self, shelf: Shelf, root: Tier, kept: Iterable[bytes]) -> None:
-        self._shelf, self._root, self._kept = shelf, root, set(kept)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._kept or (isinstance(key, bytes) and self._shelf.root_of(key) is not self._root)
 
 
 class Residents:
@@ -200,13 +190,26 @@ class Residents:
         victims: list[tuple[bytes, int]] = []
         if shelf.n_bytes(root) <= target:
             return victims
-        passed_over = _Elsewhere(shelf, root, (*self._pins, *keep))
-        while shelf.n_bytes(root) > max(target, 0) and (key := shelf.lru.oldest_leaf(passed_over)) is not None:
+        passed_over = {*self._pins, *keep}
+        while (
+            shelf.n_bytes(root) > max(target, 0) and (key := shelf.lru.oldest_leaf(passed_over, root)) is not None
+        ):
             victims.append((key, shelf.lru.size_of(key)))
             self.drop(root.name, key)
         if victims:
             self._counters.add(f"evictions_{root.name}", len(victims))
         return victims
+
+    def roots_by_room(self, shelf: Shelf, block: Block, n_bytes: int) -> list[Tier]:
+        """The roots to try for a block: the one that has it; else by free room, or by the age of what would go."""
+        holder = shelf.root_of(block.key)
+        if holder is not None:
+            return [holder]
+        roots = sorted(shelf.roots, key=shelf.free, reverse=True)
+        if len(roots) < 2 or shelf.free(roots[0]) >= n_bytes:
+            return roots
+        oldest = {root: shelf.lru.oldest_leaf({*self._pins, block.parent}, root) for root in roots}
+        return sorted(roots, key=lambda root: shelf.lru.last_used(key) if (key := oldest[root]) else 2**63)
 
     def make_room(self, root: Tier, block: Block, n_bytes: int) -> bool:
         """Evict from a root that is written at once until a block, or its new version, fits; False if it cannot."""
@@ -221,13 +224,15 @@ class Residents:
     # --- the RAM tier ----------------------------------------------------------------------------
 
     def keep_in_ram(self, block: Block, payload: memoryview) -> bool:
-        """Store a payload in place of an older version, if it fits the budget after evicting others."""
+        """Store a payload in place of an older version, if it fits the budget after evicting others.
+
+        Where it does not, an older version stays.
+        """
         shelf = self.shelves.get("ram")
         if shelf is None:
             return False
         tier = shelf.roots[0]
         if not self.make_room(tier, block, payload.nbytes):
-            self.drop_from_ram(block.key)
             return False
         tier.write(block, payload)
         self.put(tier, block, payload.nbytes, time.time_ns())

@@ -39,7 +39,8 @@ class Saver:
 
     def _save(self, block: Block, payload: memoryview, replace: bool, trimmable: bool) -> bool:
         residents, upkeep = self._residents, self._upkeep
-        if residents.tree.get(block.key) is not None and not replace:
+        to = upkeep.tiers_behind if replace else self._lacking(block.key)
+        if not replace and not self.wants(block.key):
             self._counters.add("duplicates_dropped")
             return False
         if block.parent != block.namespace and residents.tree.get(block.parent) is None:
@@ -48,8 +49,10 @@ class Saver:
         full = block.n_tokens >= self._block_size
         overtaken = tuple(tail.key for tail in residents.tree.overtaken_by(block)) if trimmable or full else ()
         in_ram = residents.keep_in_ram(block, payload)
-        queued = upkeep.offer(block, payload, replace, overtaken, full)
-        if not queued and (upkeep.writes_behind or not in_ram):
+        queued = upkeep.offer(block, payload, to, replace, overtaken, full)
+        if queued and not in_ram:
+            residents.drop_from_ram(block.key)  # an older version, if any
+        if not queued and (to or not in_ram):
             self._counters.add("saves_dropped")
         if not in_ram and not queued:
             return False
@@ -58,6 +61,19 @@ class Saver:
             if not residents.pinned(key):
                 self._overtake(key)
         return True
+
+    def wants(self, key: bytes) -> bool:
+        """Whether saving this block would store it anywhere where it is not yet; under the lock."""
+        if self._upkeep.tiers_behind:
+            return bool(self._lacking(key))
+        return "ram" in self._residents.shelves and key not in self._residents.shelves["ram"]
+
+    def _lacking(self, key: bytes) -> tuple[str, ...]:
+        """The slower tiers that neither have a block nor are about to get it."""
+        pending = self._upkeep.writer.get(key)
+        coming = pending.to if pending is not None else ()
+        shelves = self._residents.shelves
+        return tuple(name for name in self._upkeep.tiers_behind if name not in coming and key not in shelves[name])
 
     def _overtake(self, key: bytes) -> None:
         """Drop a tail whose successor is stored; from slower tiers only once that is there, too."""

@@ -48,6 +48,8 @@ from erllama.errors import (
 log = logging.getLogger("erllama.cache")
 
 _open_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+# Of caches that were dropped, too: what waits keeps its upkeep alive.
+_open_upkeeps: weakref.WeakSet[Upkeep] = weakref.WeakSet()
 
 
 class Cache:
@@ -117,6 +119,8 @@ class Cache:
     def _assemble(self, tiers: Sequence[Tier], queue_bytes: int) -> None:
         self._residents = Residents(self.block_size, self._counters, tiers)
         self._upkeep = Upkeep(self._lock, self._residents, self._counters, tiers, queue_bytes)
+        if tiers:
+            _open_upkeeps.add(self._upkeep)
         self._loader = Loader(self._lock, self._residents, self._upkeep, self._counters)
         self._saver = Saver(self._lock, self._residents, self._upkeep, self._counters, self.block_size)
 
@@ -134,6 +138,7 @@ class Cache:
         def evict(n_bytes: int, tiers: tuple[str, ...]) -> int:
             cache = living()
             cache._counters.add("pressure_evictions")
+            cache._upkeep.writer.hurry()  # what waits to be written holds memory, too
             return cache.evict_bytes(n_bytes, tiers)
 
         return PressureWatch(wanted, evict, lambda _: living().count_fault())
@@ -212,6 +217,11 @@ class Cache:
             OptionError: the payload is not bytes, or empty, or the block is longer than `block_size`.
         """
         return not self._closing and self._saver.save(block, payload, replace, trimmable)
+
+    def wants(self, key: bytes) -> bool:
+        """Whether saving the block of this key would store it anywhere where it is not yet."""
+        with self._lock:
+            return not self._closing and self._saver.wants(key)
 
     def contains(self, key: bytes) -> bool:
         """Whether a block is stored anywhere."""
@@ -383,9 +393,14 @@ class Cache:
         freed = 0
         for name in tiers:
             shelf = self._residents.shelves.get(name)
-            for root in list(shelf.roots) if shelf is not None else ():
-                if freed < wanted:
-                    freed += self._upkeep.evict(root, wanted - freed)
+            gained = 1
+            # Again, as long as that frees more: what one root gives up may have kept another's blocks from going.
+            while shelf is not None and gained and freed < wanted:
+                gained = 0
+                for root in list(shelf.roots):
+                    if freed + gained < wanted:
+                        gained += self._upkeep.evict(root, wanted - freed - gained)
+                freed += gained
         return freed
 
     def _check_tiers(self, tiers: object, option: str) -> None:
@@ -430,14 +445,10 @@ class Cache:
             self._closing = True
         if self._pressure is not None:
             self._pressure.stop()
-        # Interrupted here, close() can be called again.
-        self.flush()
-        self._upkeep.tell_uses()
+        # Interrupted here, close() can be called again; what others ask meanwhile is a miss.
+        self._upkeep.close()
         with self._lock:
-            upkeep = self._upkeep
             self._forget_everything()
-        upkeep.writer.abandon()
-        upkeep.close()
         _open_caches.discard(self)
 
     def abandon(self) -> None:
@@ -462,6 +473,9 @@ class Cache:
         self._pressure = None
         # Closing the parent's connections here could damage its databases: never let them be collected.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._upkeep))
+        for tier in self._upkeep.tiers:
+            if isinstance(tier, FileTier):
+                tier.forked()
         self._forget_everything()
 
     def __enter__(self) -> Cache:
@@ -482,6 +496,8 @@ _HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}
 def _close_all() -> None:
     for cache in list(_open_caches):
         cache.close()
+    for upkeep in list(_open_upkeeps):
+        upkeep.close()
 
 
 def _after_fork_in_child() -> None:
@@ -489,6 +505,7 @@ def _after_fork_in_child() -> None:
     for cache in list(_open_caches):
         cache._forked()
     _open_caches.clear()
+    _open_upkeeps.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -175,7 +175,7 @@ class Tier(ABC):
 
     @property
     def shared(self) -> bool:
-        """Whether another process uses it now, as far as is known without waiting."""
+        """Whether another process uses it now."""
         return False
 
     def in_flight(self, key: bytes) -> bool:

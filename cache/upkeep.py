@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Literal
 
 from erllama.cache.blocks import Block
 from erllama.cache.counters import Counters
@@ -27,6 +28,7 @@ log = logging.getLogger("erllama.cache")
 _LOOK_SECONDS = 0.25  # between two looks at what other processes did
 _REOPEN_SECONDS = 5.0  # between two tries to open a tier that cannot be used
 _ALARM_SECONDS = 0.2  # what comes or goes does so in bursts; and a file's row follows it by a moment
+_CLOSE_SECONDS = 120.0  # a hung disk must not hang the interpreter's end
 _TOUCH_SECONDS = 2.0  # uses are noted in memory, and told to the tiers that often at most
 
 
@@ -51,6 +53,10 @@ class Upkeep:
         self.tiers = list(tiers)
         self.errors: dict[Tier, CacheError] = {}  # why a tier cannot be used
         self.writer = WriteBehind(self._persist, queue_bytes)
+        self._tending = threading.RLock()  # one thread at a time calls a tier, to read apart
+        self._closed = False
+        self._shared = False  # other processes use a tier, too, as of the last look
+        self._look_who_shares_again = 0.0
         self._touched: dict[bytes, int] = {}
         self._look_again = 0.0  # by time.monotonic()
         self._reopen_after: dict[Tier, float] = {}
@@ -64,14 +70,16 @@ class Upkeep:
         return [tier for tier in self.tiers if tier.fed == "behind"]
 
     @property
-    def writes_behind(self) -> bool:
-        """Whether there is any tier slower than RAM."""
-        return bool(self._behind)
+    def tiers_behind(self) -> tuple[str, ...]:
+        """The names of the tiers slower than RAM."""
+        return tuple(dict.fromkeys(tier.name for tier in self._behind))
 
     # --- tiers that open, fail, and open again ----------------------------------------------------
 
     def open(self, tier: Tier) -> bool:
         """Open a tier and take in what it holds; False, with the reason in `errors`, when that cannot be done."""
+        if self._closed:
+            return False
         self._reopen_after[tier] = time.monotonic() + _REOPEN_SECONDS
         try:
             tier.open()
@@ -97,6 +105,8 @@ class Upkeep:
 
     def _usable(self, tier: Tier) -> bool:
         """Whether a tier can be written to; tries to open one that was lost, now and then."""
+        if self._closed:
+            return False
         if tier not in self.errors and tier.usable:
             return True
         if tier not in self.errors:  # lost just now: what it held is gone, as far as anybody knows
@@ -110,12 +120,17 @@ class Upkeep:
         return tier not in self.errors and tier.usable
 
     @contextmanager
-    def guarding(self, action: str, tier: Tier) -> Iterator[None]:
-        """Count and log a storage fault instead of letting it reach a request."""
+    def guarding(self, action: str, tier: Tier, *, changes: bool = True) -> Iterator[None]:
+        """Count and log a storage fault instead of letting it reach a request.
+
+        Args:
+            changes: the fault may leave memory and tier apart.
+        """
         try:
             yield
         except (OSError, sqlite3.Error, CacheError, MemoryError) as error:
-            self._out_of_step.add(tier)
+            if changes:
+                self._out_of_step.add(tier)
             self._counters.add("disk_errors")
             log.warning("%s failed: %s", action, error)
         except Exception:
@@ -126,10 +141,15 @@ class Upkeep:
     # --- saves on their way -----------------------------------------------------------------------
 
     def offer(
-        self, block: Block, payload: memoryview, replace: bool, overtaken: tuple[bytes, ...], full: bool
+        self,
+        block: Block,
+        payload: memoryview,
+        to: tuple[str, ...],
+        replace: bool,
+        overtaken: tuple[bytes, ...],
+        full: bool,
     ) -> bool:
-        """Queue a save for every slower tier; under the lock. Ancestors that one lacks go before it, from RAM."""
-        to = tuple(dict.fromkeys(tier.name for tier in self._behind))
+        """Queue a save for slower tiers; under the lock. Ancestors that one lacks go before it, from RAM."""
         if not to:
             return False
         for ancestor, where in self._missing_ancestors(block, to):
@@ -167,8 +187,17 @@ class Upkeep:
         return missing[::-1]
 
     def _tail_delay(self) -> float:
-        shared = any(tier.shared for tier in self._behind if self.ready(tier))
-        return SHARED_TAIL_DELAY_SECONDS if shared else TAIL_DELAY_SECONDS
+        now = time.monotonic()
+        if now >= self._look_who_shares_again:
+            self._look_who_shares_again = now + 1.0
+            self.writer.defer(self._look_who_shares, patient=True)
+        return SHARED_TAIL_DELAY_SECONDS if self._shared else TAIL_DELAY_SECONDS
+
+    def _look_who_shares(self) -> None:
+        with self._tending:
+            self._shared = any(tier.shared for tier in self._behind if self.ready(tier))
+        if self._shared:
+            self.writer.hurry()
 
     def promote(self, block: Block, payload: memoryview, slower: Shelf) -> None:
         """Queue a block for those tiers written behind that are faster than where it was found; under the lock."""
@@ -185,65 +214,86 @@ class Upkeep:
     def _persist(self, pending: Pending) -> None:
         """Write one save to its tiers; the writer's thread calls it."""
         for name in pending.to:
-            self._persist_in(self.residents.shelves[name], pending)
+            with self._tending:
+                self._persist_in(self.residents.shelves[name], pending)
         with self._lock:
-            self.residents.drop(PENDING, pending.block.key)
+            if not self.writer.waits(pending.block.key):  # a newer version
+                self.residents.drop(PENDING, pending.block.key)
 
     def _persist_in(self, shelf: Shelf, pending: Pending) -> None:
         block, n_payload = pending.block, pending.payload.nbytes
-        for tier in self._by_room(shelf, block):
+        with self._lock:
+            roots = self.residents.roots_by_room(shelf, block, shelf.roots[0].size(block, n_payload))
+        for tier in roots:
             if not self._usable(tier):
                 continue
-            with self._counters.timing("write"), self.guarding(f"writing a block of {block.n_tokens} tokens", tier):
+            with self._counters.timing("write"), self.guarding("making room", tier):
                 n_bytes = tier.size(block, n_payload)
-                verdict = self._make_room(shelf, tier, pending, n_bytes)
-                if verdict is not None:
-                    if not verdict:
-                        continue  # another root may have room
-                    # Before it is written: as soon as it is, others may remove it, and `look` then tells us.
-                    with self._lock:
-                        self.residents.put(tier, block, n_bytes, time.time_ns())
-                    tier.write(block, pending.payload)
-                    self._counters.add("bytes_written", n_bytes)
-                self._drop_overtaken(shelf, pending.overtaken)
-                return
+                room = self._make_room(shelf, tier, pending, n_bytes)
+                if room == "elsewhere":
+                    return
+                if room == "there" or (room == "made" and self._write(shelf, tier, pending, n_bytes)):
+                    self._drop_overtaken(shelf, pending.overtaken)
+                    return
         self._counters.add("saves_dropped")
 
-    def _by_room(self, shelf: Shelf, block: Block) -> list[Tier]:
-        """The roots to try: the one that has the block, else by free room."""
+    def _write(self, shelf: Shelf, tier: Tier, pending: Pending, n_bytes: int) -> bool:
+        block, before, written = pending.block, None, False
         with self._lock:
-            holder = shelf.root_of(block.key)
-            return [holder] if holder is not None else sorted(shelf.roots, key=shelf.free, reverse=True)
+            entry = self.residents.tree.get(block.key)
+            if entry is not None and block.key in shelf:
+                before = (entry.block, shelf.lru.size_of(block.key))
+            # Before it is written: as soon as it is, others may remove it, and `look` then tells us.
+            self.residents.put(tier, block, n_bytes, time.time_ns())
+        with self.guarding(f"writing a block of {block.n_tokens} tokens", tier, changes=False):
+            tier.write(block, pending.payload)
+            self._counters.add("bytes_written", n_bytes)
+            written = True
+        with self._lock:
+            if not written and before is None:
+                self.residents.drop(tier.name, block.key)
+            elif not written and before is not None:
+                self.residents.put(tier, *before, time.time_ns())
+        return written
 
-    def _make_room(self, shelf: Shelf, tier: Tier, pending: Pending, n_bytes: int) -> bool | None:
-        """Reserve room for a block, evicting others; False when there is none, None when it need not be written."""
+    def _make_room(
+        self, shelf: Shelf, tier: Tier, pending: Pending, n_bytes: int
+    ) -> Literal["made", "none", "there", "elsewhere"]:
+        """Reserve room for a block, evicting others.
+
+        Returns:
+            "made"; "none", where nothing that may go is left; "there", where the block
+            is stored already; "elsewhere", where another process is writing it.
+        """
         block = pending.block
         tier.tidy()
         with tier.exclusive():
             self._remove_doomed(tier)
-            self.look(tier)
+            self._catch_up(tier)
             reserved = tier.reserved()
             if tier.in_flight(block.key):
                 self._counters.add("duplicates_dropped")
-                return None
+                return "elsewhere"
             with self._lock:
                 residents = self.residents
                 if block.key in shelf and not pending.replace:
                     self._counters.add("duplicates_dropped")
-                    return None
+                    return "there"
                 first = block.parent == block.namespace
                 reachable = first or block.parent in shelf or tier.in_flight(block.parent)
                 doomed = sum(size for _, _, size in self._doomed.get(tier, {}).values())
                 room = tier.budget - reserved - doomed - n_bytes
                 if not reachable or room < 0:
-                    return False
+                    return "none"
                 if shelf.n_bytes(tier) > room:
                     self._learn_uses(shelf, tier)
                 # An older version of the block stays until the new one is in its place.
                 victims = residents.choose_victims(tier, room, keep=(block.parent, block.key))
                 fits = shelf.n_bytes(tier) <= room
             self._forget(tier, victims)
-            return (tier.reserve(block, n_bytes) or None) if fits else False
+            if not fits:
+                return "none"
+            return "made" if tier.reserve(block, n_bytes) else "elsewhere"
 
     def _learn_uses(self, shelf: Shelf, tier: Tier) -> None:
         """What another process needs is no older than it is to that one."""
@@ -272,7 +322,7 @@ class Upkeep:
 
     def _fit(self, tier: Tier) -> None:
         """Bring a tier down to its budget, which may be smaller than the last time."""
-        with self.guarding("evicting", tier), tier.exclusive():
+        with self._tending, self.guarding("evicting", tier), tier.exclusive():
             with self._lock:
                 victims = self.residents.choose_victims(tier, tier.budget)
             self._forget(tier, victims)
@@ -282,14 +332,15 @@ class Upkeep:
         if tier.fed == "behind" and not self.ready(tier):
             return 0
         victims: list[tuple[bytes, int]] = []
-        with self.guarding("evicting", tier), tier.exclusive():
-            self.look(tier)
+        if tier.fed != "behind":  # written under the lock, so removed under it
             with self._lock:
-                held = self._shelf(tier).n_bytes(tier)
-                victims = self.residents.choose_victims(tier, held - n_bytes)
-                if tier.fed != "behind":  # written under the lock, so removed under it
-                    self._forget(tier, victims)
-            if tier.fed == "behind":
+                victims = self.residents.choose_victims(tier, self._shelf(tier).n_bytes(tier) - n_bytes)
+                self._forget(tier, victims)
+        else:
+            with self._tending, self.guarding("evicting", tier), tier.exclusive():
+                self._catch_up(tier)
+                with self._lock:
+                    victims = self.residents.choose_victims(tier, self._shelf(tier).n_bytes(tier) - n_bytes)
                 self._forget(tier, victims)
         return sum(size for _, size in victims)
 
@@ -307,7 +358,7 @@ class Upkeep:
     def _remove_all_doomed(self) -> None:
         for tier in list(self._doomed):
             if self.ready(tier):
-                with self.guarding("removing blocks", tier), tier.exclusive():
+                with self._tending, self.guarding("removing blocks", tier), tier.exclusive():
                     self._remove_doomed(tier)
 
     def _remove_doomed(self, tier: Tier) -> None:
@@ -329,20 +380,37 @@ class Upkeep:
             return
         self._look_again = now + _LOOK_SECONDS
         for tier in self._behind:
-            if self.ready(tier):
+            if not self.ready(tier):
+                if tier not in self.errors or now >= self._reopen_after[tier]:
+                    self.writer.defer(self._reopen)
+            elif tier in self._out_of_step:
+                self.writer.defer(self._catch_up_all)
+            else:
                 with self.guarding("reading the index", tier):
-                    self.look(tier)
-            elif tier not in self.errors or now >= self._reopen_after[tier]:
-                self.writer.defer(self._reopen)
+                    self._look(tier)
 
-    def look(self, tier: Tier) -> None:
-        """Bring the picture in memory in line with a tier."""
+    def _look(self, tier: Tier) -> None:
+        """Take in what is new in a tier."""
         with self._lock:
-            if tier in self._out_of_step:
-                self._take_in(tier, Changes(list(tier.rows()), [], complete=True))
-                self._out_of_step.discard(tier)
-            elif (changes := tier.changes()) is not None:
+            if (changes := tier.changes()) is not None:
                 self._take_in(tier, changes)
+
+    def _catch_up(self, tier: Tier) -> None:
+        """Bring the picture in memory in line with a tier, all of it after a fault; not for requests."""
+        if tier not in self._out_of_step:
+            self._look(tier)
+            return
+        # Read without the lock. Nobody takes in changes meanwhile: the tier is out of step until this is done.
+        rows = list(tier.rows())
+        with self._lock:
+            self._take_in(tier, Changes(rows, [], complete=True))
+            self._out_of_step.discard(tier)
+
+    def _catch_up_all(self) -> None:
+        for tier in list(self._out_of_step):
+            if self.ready(tier):
+                with self._tending, self.guarding("reading the index", tier):
+                    self._catch_up(tier)
 
     def in_flight(self, key: bytes) -> bool:
         """Whether another process is writing a block now."""
@@ -354,8 +422,9 @@ class Upkeep:
         return False
 
     def _reopen(self) -> None:
-        for tier in self._behind:
-            self._usable(tier)
+        with self._tending:
+            for tier in self._behind:
+                self._usable(tier)
 
     def _take_in(self, tier: Tier, changes: Changes) -> None:
         residents, shelf = self.residents, self.residents.shelves[tier.name]
@@ -370,13 +439,14 @@ class Upkeep:
     def _take_in_row(self, shelf: Shelf, tier: Tier, row: TierRow) -> None:
         holder, key = shelf.root_of(row.block.key), row.block.key
         if holder is None:
-            self.residents.put(tier, row.block, row.n_bytes, row.last_used)
+            # A clock that was ahead must not keep a block for ever.
+            self.residents.put(tier, row.block, row.n_bytes, min(row.last_used, time.time_ns()))
         elif holder is not tier:
             self.writer.defer(lambda: self._remove_double(shelf, tier, row.block))
         else:
             if shelf.lru.size_of(key) != row.n_bytes:
                 self.residents.put(tier, row.block, row.n_bytes, row.last_used)
-            shelf.lru.touch(key, row.last_used)
+            shelf.lru.touch(key, min(row.last_used, time.time_ns()))
             self.residents.learn(tier.name, row.block)
 
     def _remove_double(self, shelf: Shelf, tier: Tier, block: Block) -> None:
@@ -384,19 +454,22 @@ class Upkeep:
         with self._lock:
             double = shelf.root_of(block.key) not in (None, tier)
         if double:
-            with self.guarding("removing a double", tier):
+            with self._tending, self.guarding("removing a double", tier):
                 tier.remove([block.key])
 
     def examine(self, tier: Tier) -> None:
         """Follow up an alarm that something changed behind our back."""
-        if not self.ready(tier):
-            return
+        with self._tending:
+            if self.ready(tier):
+                self._examine(tier)
+
+    def _examine(self, tier: Tier) -> None:
         with self.guarding("looking at files", tier):
             if tier.examine():
                 self.alarm(tier)
         # What was put there by hand counts, too.
         with self.guarding("reading the index", tier):
-            self.look(tier)
+            self._catch_up(tier)
             with self._lock:
                 over = self.residents.shelves[tier.name].n_bytes(tier) > tier.budget
             if over:
@@ -408,7 +481,9 @@ class Upkeep:
     def used(self, block: Block, now: int) -> None:
         """Note a use; under the lock."""
         self.residents.touch(block.key, now)
-        if not self._touched and self._behind:
+        if not self._behind:
+            return
+        if not self._touched:
             self.writer.defer(self.tell_uses, _TOUCH_SECONDS)
         self._touched[block.key] = now
 
@@ -423,7 +498,7 @@ class Upkeep:
             ]
         for tier, uses in told:
             if self.ready(tier):
-                with self.guarding("noting uses", tier):
+                with self._tending, self.guarding("noting uses", tier):
                     tier.touch(uses)
 
     def _shelf(self, tier: Tier) -> Shelf:
@@ -436,12 +511,13 @@ class Upkeep:
         freed = 0
         self.tell_uses()
         for tier in self._behind:
-            if self._usable(tier):
-                with self.guarding("mending", tier):
-                    tier.mend()
-                    self.look(tier)
-                    freed += self._drop_unreachable(tier)
-                self._fit(tier)
+            with self._tending:
+                if self._usable(tier):
+                    with self.guarding("mending", tier):
+                        tier.mend()
+                        self._catch_up(tier)
+                        freed += self._drop_unreachable(tier)
+                    self._fit(tier)
         return freed
 
     def _drop_unreachable(self, tier: Tier) -> int:
@@ -449,7 +525,7 @@ class Upkeep:
         shelf = self._shelf(tier)
         victims: list[tuple[bytes, int]] = []
         with tier.exclusive():
-            self.look(tier)
+            self._catch_up(tier)
             with self._lock:
                 held = {key: self.residents.tree.get(key) for key in shelf.keys(tier)}
                 while True:
@@ -475,15 +551,27 @@ class Upkeep:
         problems: list[Problem] = []
         for tier in self._behind:
             if self.ready(tier):
-                problems.extend(tier.verify())
+                try:
+                    problems.extend(tier.verify())
+                except (OSError, sqlite3.Error, CacheError) as error:
+                    problems.append(Problem(tier.name, tier.place, str(error)))
             else:
                 problems.append(Problem(tier.name, tier.place, str(self.errors.get(tier, "it is not open"))))
         return problems
 
     def close(self) -> None:
-        for tier in self.tiers:
-            with suppress(Exception):
-                tier.close()
+        """Write what waits, unless that takes too long, and let go of the tiers. Idempotent."""
+        if self._closed:
+            return
+        if not self.writer.flush(_CLOSE_SECONDS):
+            log.warning("%d bytes could not be written in time; lost", self.writer.n_bytes)
+        self.tell_uses()
+        self.writer.abandon()
+        with self._tending:
+            self._closed = True
+            for tier in self.tiers:
+                with suppress(Exception):
+                    tier.close()
 
 
 class _Examination:

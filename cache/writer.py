@@ -35,6 +35,17 @@ class Pending(NamedTuple):
     due: float
 
 
+def _merged(old: Pending, new: Pending) -> Pending:
+    """One save for two of a block: of the newer version, for the tiers of both."""
+    kept = new if new.replace or not old.replace else old
+    return kept._replace(
+        to=tuple(dict.fromkeys(old.to + new.to)),
+        replace=old.replace or new.replace,
+        overtaken=tuple(dict.fromkeys(old.overtaken + new.overtaken)),
+        due=min(old.due, new.due),
+    )
+
+
 class Abandoned(BaseException):
     """Raised within a piece of work, ends the thread on the spot, as if the process had been killed. For tests."""
 
@@ -69,7 +80,8 @@ class WriteBehind:
             if n_bytes > self._limit or not self._started():
                 return False
             if replaced is not None:
-                save = save._replace(to=tuple(dict.fromkeys(replaced.to + save.to)))
+                save = _merged(replaced, save)
+                n_bytes = self._n_bytes + save.payload.nbytes - replaced.payload.nbytes
             self._pending[save.block.key] = save
             self._n_bytes = n_bytes
             self._condition.notify_all()
@@ -111,6 +123,18 @@ class WriteBehind:
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, bytes) and self.get(key) is not None
+
+    def waits(self, key: bytes) -> bool:
+        """Whether a save waits, the one being written apart."""
+        with self._condition:
+            return key in self._pending
+
+    def hurry(self) -> None:
+        """Delay nothing that waits now."""
+        with self._condition:
+            for key, pending in self._pending.items():
+                self._pending[key] = pending._replace(due=0.0)
+            self._condition.notify_all()
 
     def cancel(self, key: bytes) -> bool:
         """Take a waiting save back; False when it was not waiting."""
@@ -159,7 +183,7 @@ class WriteBehind:
                     work()
             except Abandoned:
                 return
-            except Exception:
+            except BaseException:  # SystemExit, too: the thread is the cache's, and flush() waits for it
                 # The queue must go on, and flush() must end, whatever happened to one piece of work.
                 log.exception("work behind the cache failed unexpectedly")
             with self._condition:

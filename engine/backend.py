@@ -108,7 +108,8 @@ class Backend(Protocol):
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
         """The state of positions [start, end) as bytes, shape (n,), the caller's to keep.
 
-        Where the memory cannot be trimmed, `end` is the sequence's end.
+        Where the memory cannot be trimmed, `end` is the sequence's end, and after a
+        decode that failed it raises BackendError until `clear`.
         """
         ...
 

@@ -190,9 +190,9 @@ class Runner:
     def _save_at_stop(self, sequence: Sequence) -> None:
         """Keep what an interrupted request had computed."""
         try:
-            sequence.interrupted()
-            sequence.save(SaveReason.SHUTDOWN)
-            self._saved_at_stop = True
+            if sequence.recover():
+                sequence.save(SaveReason.SHUTDOWN)
+                self._saved_at_stop = True
         except Exception:
             log.warning("model %r: the interrupted request could not be saved", self._name, exc_info=True)
 

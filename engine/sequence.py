@@ -46,6 +46,7 @@ class Sequence:
         self._tokens[: len(prompt)] = prompt
         self._n_tokens = len(prompt)  # known
         self._n_held = 0  # of them in the backend's memory
+        self._decoding = False  # a batch was given out and has not come back
         self._hit = CacheHit("cold", None, 0)
         self.finish_reason: FinishReason | None = None
         self._queued = queued_seconds
@@ -76,6 +77,7 @@ class Sequence:
         )
         n = end - start
         output = np.zeros(n, np.int8)
+        self._decoding = True
         # Logits of the last row, and only once the prompt is complete.
         output[-1] = end >= self._n_prompt
         return Batch(
@@ -87,6 +89,7 @@ class Sequence:
 
     def decoded(self, batch: Batch, logits: NDArray[np.float32]) -> None:
         """Take note of a decoded batch; sample where it completed the prompt or a token of the reply."""
+        self._decoding = False
         end = self._n_held + len(batch.tokens)
         prefilled = self.prefilling
         if prefilled:
@@ -95,7 +98,7 @@ class Sequence:
         if prefilled:
             self._warmth.prefilled(self._tokens[:end])
         else:
-            self._warmth.generated(self._tokens[:end], end - self._n_prompt)
+            self._warmth.generated(self._tokens[:end])
         if end < self._n_prompt:
             return
         if prefilled:
@@ -124,10 +127,14 @@ class Sequence:
         """Save what the cache does not have yet of the tokens that the memory holds."""
         self._warmth.save_all(self._tokens[: self._n_held], reason)
 
-    def interrupted(self) -> None:
-        """A decode was cut short: go back to what was held before it, where that can be done."""
+    def recover(self) -> bool:
+        """Go back to what was held before a decode that failed; False where nobody knows what is held now."""
+        if not self._decoding:
+            return True
         if self._backend.limits.can_trim:
             self._backend.cut(self._number, self._n_held)
+            return True
+        return False
 
     def completion(self) -> Completion:
         """The result; text that was held back for want of its last bytes is sent first."""

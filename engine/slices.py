@@ -50,6 +50,11 @@ class Slicing:
             end = min(end, (position // self.block_size + 1) * self.block_size)
         return end
 
+    def is_cut(self, position: int, n_prompt: int) -> bool:
+        """Whether every cold run of such a prompt is cut at this position."""
+        at_block = self.at_blocks and position % self.block_size == 0
+        return at_block or position % self.n_ubatch == 0 or position >= n_prompt - 1
+
 
 def canonical_prefix(
     blocks: Sequence[Block], n_matched: int, n_prompt: int, slicing: Slicing, recipe: bytes

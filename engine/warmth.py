@@ -9,6 +9,7 @@ stored.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -70,6 +71,9 @@ class Warmth:
         self._cold_end = shared.policy.cold_end(n_prompt)
         # Where memory that cannot be cut is packed for the same prompt's return.
         self.cold_tail_end = 0 if self._can_trim else min(self._cold_end, n_prompt - 1)
+        # A cut that only this policy makes: KV from there to the next window is canonical for nobody.
+        own_cut = not self._slicing.is_cut(self.cold_tail_end, n_prompt)
+        self._own_cut = self.cold_tail_end if own_cut else None
         self._sequence = sequence
         self._recipe = shared.backend.recipe
         self._provenance = Provenance(shared.slicing, self._recipe)
@@ -94,7 +98,7 @@ class Warmth:
             ) as match:
                 wanted = match.n_tokens
                 if reproducible:
-                    wanted = canonical_prefix(match.blocks, wanted, len(prompt), self._slicing, self._recipe)
+                    wanted = self._canonical(match.blocks, wanted, len(prompt))
                 blocks, restored, tiers = self._restore_blocks(match, wanted)
                 if reproducible:
                     # Again, by what was loaded: a block may have been missing, or saved anew by another process.
@@ -162,13 +166,19 @@ class Warmth:
 
     def _recut(self, blocks: list[Block], restored: int, n_prompt: int) -> int:
         """Fall back to a position where a cold run cuts, too, where the restored KV is not canonical."""
-        kept = canonical_prefix(blocks, restored, n_prompt, self._slicing, self._recipe)
+        kept = self._canonical(blocks, restored, n_prompt)
         if kept < restored:
             if kept and self._can_trim:
                 self._backend.cut(self._sequence, kept)
             else:
                 self._backend.drop(self._sequence)
                 kept = 0
+        return kept
+
+    def _canonical(self, blocks: Sequence[Block], n_matched: int, n_prompt: int) -> int:
+        kept = canonical_prefix(blocks, n_matched, n_prompt, self._slicing, self._recipe)
+        if self._own_cut is not None and self._slicing.window:
+            kept = min(kept, self._own_cut // self._slicing.window * self._slicing.window)
         return kept
 
     def _note_restored(self, raw: bytes) -> None:
@@ -187,49 +197,47 @@ class Warmth:
 
     def computed(self, start: int, end: int) -> None:
         """A slice of prefill [start, end) was decoded."""
-        self._provenance.computed(start, end)
+        if end != self._own_cut:
+            self._provenance.computed(start, end)
 
     def prefilled(self, tokens: NDArray[np.int32]) -> None:
         """All of `tokens`, the prompt's first ones, are in the sequence: save what is to be saved as it is read."""
-        end = min(len(tokens), self._cold_end)
-        self._save_blocks(tokens[:end], len(tokens), SaveReason.COLD)
+        if self._can_trim:
+            self._save_blocks(tokens[: self._cold_end], SaveReason.COLD)
+            return
+        # Packed now or never: whatever the policy, since all that follows a block needs it.
+        self._save_blocks(tokens, SaveReason.COLD)
         if len(tokens) == self.cold_tail_end:
-            # The one moment at which this memory can be packed there.
             self._save_tail(tokens, SaveReason.COLD)
 
-    def generated(self, tokens: NDArray[np.int32], n_reply: int) -> None:
-        """All of `tokens` are in the sequence, the last `n_reply` of them sampled."""
+    def generated(self, tokens: NDArray[np.int32]) -> None:
+        """All of `tokens` are in the sequence, the last of them sampled."""
         interval = self._policy.continued_interval
-        # Memory that cannot be cut is packed as a block completes, or not at all.
-        if interval and (n_reply % interval == 0 or not self._can_trim):
-            self._save_blocks(tokens, len(tokens), SaveReason.CONTINUED)
+        unsaved = len(tokens) - len(self._keys) * self._slicing.block_size
+        if not self._can_trim or (interval and unsaved >= interval and len(tokens) >= self._policy.min_tokens):
+            self._save_blocks(tokens, SaveReason.CONTINUED)
 
     def save_all(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
         """Save whatever is not saved yet of `tokens`, which are all that the sequence holds."""
-        self._save_blocks(tokens, len(tokens), reason)
-        self._save_tail(tokens, reason)
+        self.finish_key = None
+        if len(tokens) >= self._policy.min_tokens:
+            self._save_blocks(tokens, reason)
+            self._save_tail(tokens, reason)
 
-    def _save_blocks(self, tokens: NDArray[np.int32], n_held: int, reason: SaveReason) -> None:
-        """Save the full blocks among `tokens` that are not saved yet; the sequence holds `n_held` tokens."""
+    def _save_blocks(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
+        """Save the full blocks among `tokens` that are not saved yet."""
         size = self._slicing.block_size
-        if n_held < self._policy.min_tokens and reason is not SaveReason.COLD:
-            return
         while self._saving and (end := (len(self._keys) + 1) * size) <= len(tokens):
-            if not self._can_trim and end < n_held:
-                self._saving = False  # it was left out when it could be packed
-                return
             block = self._save(end - size, tokens[end - size : end], reason)
             self._keys.append(block.key)
 
     def _save_tail(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
         """Save what follows the last full block; `tokens` are all that the sequence holds."""
         start = len(self._keys) * self._slicing.block_size
-        if len(tokens) < self._policy.min_tokens or len(tokens) - start >= self._slicing.block_size:
-            return  # too short, or blocks before the tail were left out
         if self._saving and len(tokens) > start:
             self._save(start, tokens[start:], reason)
-        elif self._keys:
-            self.finish_key = self._keys[-1] if self._cache.contains(self._keys[-1]) else None
+        elif self._saving and self._keys and len(tokens) == start and self._cache.contains(self._keys[-1]):
+            self.finish_key = self._keys[-1]
 
     def _save(self, start: int, tokens: NDArray[np.int32], reason: SaveReason) -> Block:
         parent = self._keys[-1] if self._keys else self._namespace
@@ -240,7 +248,7 @@ class Warmth:
         try:
             known = self._cache.stored(block.key)
             replace = known is not None and self._better(block, known)
-            if known is None or replace:
+            if replace or self._cache.wants(block.key):
                 with self._cache.expecting(block.key):
                     with self._cache.packing():
                         payload = self._backend.pack(self._sequence, block.start, block.end)

@@ -74,6 +74,10 @@ class CacheFormatError(CacheError):
     """Bytes that are no valid .kvc file."""
 
 
+class CacheVersionError(CacheFormatError):
+    """A .kvc file of a release newer than this one."""
+
+
 def reject_unknown(given: Mapping[str, object], known: Collection[str], where: str) -> None:
     """Raise OptionError for the first name in `given`; suggest the nearest of `known`."""
     for name in given:

@@ -407,7 +407,7 @@ def test_a_database_of_a_newer_release_is_refused_and_left_as_it_is(tmp_path: Pa
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         save(cache, texts(0))
     with sqlite3.connect(tmp_path / "index.db") as connection:
-        connection.execute("PRAGMA user_version=3")
+        connection.execute("PRAGMA user_version=99")
     connection.close()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with Cache(block_size=SIZE, disk=tmp_path, watch=False) as cache:

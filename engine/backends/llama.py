@@ -200,6 +200,7 @@ class LlamaBackend:
         self.limits = Limits(
             context.n_ctx, context.n_batch, context.n_ubatch, context.n_vocab, can_trim, whole_state
         )
+        self._state_known = True  # False after a decode that failed, for memory that cannot be cut back
         self._checks_positions = can_trim and shape.rope_type in _ROPE_ONE_POSITION
         build = llama_ffi.build_info()
         gpus = (
@@ -240,12 +241,16 @@ class LlamaBackend:
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         with _translated(BackendError):
+            self._state_known = self.limits.can_trim
             self._context.decode(batch.tokens, batch.positions, batch.sequences, batch.output)
+            self._state_known = True
             if not batch.output.any():
                 return np.empty((0, self.limits.n_vocab), np.float32)
             return self._context.logits()
 
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
+        if not self._state_known:
+            raise BackendError("a decode failed, and nobody knows what this memory holds; drop the sequence")
         with _translated(BackendError):
             try:
                 self._context.copy(sequence, _SCRATCH, start, end)
@@ -277,6 +282,7 @@ class LlamaBackend:
     def clear(self) -> None:
         with _translated(BackendError):
             self._context.clear()
+        self._state_known = True
 
     def abort(self, on: bool) -> None:
         self._context.abort(on)
