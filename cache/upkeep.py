@@ -133,7 +133,7 @@ class Upkeep:
                 self._out_of_step.add(tier)
             self._counters.add("disk_errors")
             log.warning("%s failed: %s", action, error)
-        except Exception:
+        except (Exception, SystemExit):
             self._out_of_step.add(tier)
             self._counters.add("faults")
             log.exception("%s in tier %s failed unexpectedly", action, tier.place)
@@ -567,11 +567,16 @@ class Upkeep:
             log.warning("%d bytes could not be written in time; lost", self.writer.n_bytes)
         self.tell_uses()
         self.writer.abandon()
-        with self._tending:
-            self._closed = True
+        self._closed = True  # nothing is opened any more
+        if not self._tending.acquire(timeout=_CLOSE_SECONDS):
+            log.warning("a tier hangs; left as it is")
+            return
+        try:
             for tier in self.tiers:
                 with suppress(Exception):
                     tier.close()
+        finally:
+            self._tending.release()
 
 
 class _Examination:

@@ -30,6 +30,7 @@ class Limits:
             sliding-window and recurrent memory: it resumes only where state was packed.
         whole_state: whether a payload has all that resuming at its end takes, those
             before it not needed: purely recurrent memory.
+        attention_window: tokens that a sliding window keeps; 0 where there is none.
     """
 
     n_ctx: int
@@ -38,6 +39,7 @@ class Limits:
     n_vocab: int
     can_trim: bool
     whole_state: bool = False
+    attention_window: int = 0
 
 
 class Batch(NamedTuple):

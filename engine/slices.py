@@ -26,15 +26,19 @@ class Slicing:
         block_size: tokens of a cache block.
         at_blocks: cut at the end of every block, too: for memory whose state
             must be packed the moment a block is complete.
+        restores_bits: restored KV gives the bits of KV that never left.
     """
 
     n_ubatch: int
     block_size: int
     at_blocks: bool
+    restores_bits: bool = True
 
     @property
     def window(self) -> int:
-        """Tokens of a full slice; 0 where slices have no one length."""
+        """Tokens of a full slice; 0 where slices have no one length, or bits cannot be vouched for."""
+        if not self.restores_bits:
+            return 0
         if not self.at_blocks or self.block_size % self.n_ubatch == 0:
             return self.n_ubatch
         return self.block_size if self.n_ubatch % self.block_size == 0 else 0

@@ -277,5 +277,12 @@ def _computed_alike(a: Block, b: Block) -> bool:
 def shared_warmth(cache: Cache, backend: Backend, policy: Policy) -> WarmthContext:
     """What the sequences of one model share."""
     limits = backend.limits
-    slicing = Slicing(min(limits.n_ubatch, limits.n_batch), cache.block_size, at_blocks=not limits.can_trim)
+    slicing = Slicing(
+        min(limits.n_ubatch, limits.n_batch),
+        cache.block_size,
+        at_blocks=not limits.can_trim,
+        # Of a block longer than the window only its end is packed; restored, it lies in other cells, which
+        # changes the order of sums. Windows of a block's length and more were found to keep every bit.
+        restores_bits=not 0 < limits.attention_window < cache.block_size,
+    )
     return WarmthContext(cache, backend, slicing, policy)

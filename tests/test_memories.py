@@ -125,3 +125,62 @@ def test_recurrent_memory_resumes_from_the_last_block_alone(trial: Trial) -> Non
         assert again.cache.tokens == 192
         assert again.tokens == cold.tokens
         assert cache.counters()["restore_errors"] == 1
+
+
+@pytest.mark.parametrize(
+    ("window", "block", "ubatch", "bits"),
+    [
+        (64, 256, 512, False),
+        (192, 256, 512, False),
+        (256, 256, 512, True),
+        (64, 64, 512, True),
+        (512, 256, 512, True),
+    ],
+)
+def test_a_window_is_restored_to_the_bit_or_not_at_all(
+    tmp_path: Path, window: int, block: int, ubatch: int, bits: bool
+) -> None:
+    path = write_gemma3(tmp_path / "model.gguf", seed=1, window=window)
+    cold_backend, warm_backend = (RecordingBackend(llama_backend(path, n_ubatch=ubatch)) for _ in range(2))
+    with (
+        erllama.Cache(ram=0, block_size=block) as none,
+        erllama.Cache(block_size=block) as cache,
+        erllama.load_backend(cold_backend, cache=none) as cold,
+        erllama.load_backend(warm_backend, cache=cache) as warm,
+    ):
+        for n in (257, 300, 513, 900):
+            prompt = prompt_of(n, n)
+            cold_backend.forget()
+            expected = cold.complete(prompt, max_tokens=8, temperature=0)
+            warm.complete(prompt, max_tokens=8, temperature=0)
+            warm_backend.forget()
+            reply = warm.complete(prompt, max_tokens=8, temperature=0, reproducible=True)
+            assert reply.tokens == expected.tokens
+            assert same_bits(warm_backend.logits, cold_backend.logits)
+            assert (reply.cache.kind == "exact") is bits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_request_that_is_cut_short_leaves_nothing_wrong(kind: str, tmp_path: Path) -> None:
+    """Unloaded in the middle of a decode: what was saved then gives the replies of a cold run."""
+    path = KINDS[kind](tmp_path / "model.gguf", seed=1)
+    with (
+        erllama.Cache(ram=0, block_size=BLOCK) as none,
+        erllama.load_backend(llama_backend(path, n_ubatch=UBATCH), cache=none) as cold,
+    ):
+        for i in range(12):
+            prompt = prompt_of(i, 100)
+            with erllama.Cache(block_size=BLOCK) as cache:
+                model = erllama.load_backend(llama_backend(path, n_ubatch=UBATCH), cache=cache)
+                stream = model.stream(prompt, max_tokens=400, temperature=0)
+                for _ in range(3 + i):
+                    next(stream, None)
+                model.unload()
+                longest = max((row for row in cache.rows()), key=lambda row: row.start + row.n_tokens)
+                context = cache.context(longest.key)
+                assert context is not None
+                again = [*context.tolist(), 7]
+                with erllama.load_backend(llama_backend(path, n_ubatch=UBATCH), cache=cache) as model:
+                    warm = model.complete(again, max_tokens=4, temperature=0)
+                assert warm.cache.kind == "exact"
+            assert warm.tokens == cold.complete(again, max_tokens=4, temperature=0).tokens

@@ -14,7 +14,7 @@ import erllama
 from erllama import Policy, SaveReason
 from erllama.cache import Cache
 from erllama.engine.backends.stub import StubBackend
-from support import must_run
+from support import RecordingBackend, must_run
 
 SIZE = 32
 
@@ -157,6 +157,49 @@ def test_wrong_policies_are_typed_errors(cache: Cache, policy: object, words: st
     with pytest.raises(erllama.OptionError) as caught:
         loaded(cache, policy)
     assert words in str(caught.value)
+
+
+@given(
+    st.sampled_from([{}, {"continued_interval": 0}, {"boundary_trim_tokens": 50}, {"boundary_align_tokens": 50}]),
+    st.integers(1, 150),
+    st.integers(0, 100),
+    st.booleans(),
+)
+def test_a_finish_key_names_its_own_context(
+    policy: dict[str, object], n_prompt: int, max_tokens: int, can_trim: bool
+) -> None:
+    with Cache(block_size=SIZE) as cache, loaded(cache, policy, can_trim=can_trim) as model:
+        reply = model.complete([i % 7 for i in range(n_prompt)], max_tokens=max_tokens)
+        assert reply.finish_key is not None
+        # The last token sampled was never computed.
+        held = reply.context_tokens[: n_prompt + max(max_tokens - 1, 0)]
+        assert cache.context(reply.finish_key).tolist() == list(held)  # type: ignore[union-attr]
+
+
+@given(st.integers(0, 40), st.integers(1, 3), st.integers(20, 150), st.integers(20, 150))
+def test_reproducible_replies_are_cut_where_a_cold_run_is(
+    trim: int, share: int, n_first: int, n_second: int
+) -> None:
+    """Also where a policy adds a cut of its own: what differs in its cuts is computed anew."""
+
+    def slices(history: list[list[int]], prompt: list[int]) -> tuple[int, list[tuple[int, int]]]:
+        backend = RecordingBackend(StubBackend(eog_bias=-100, n_ctx=1024, n_ubatch=SIZE, can_trim=False))
+        with (
+            Cache(block_size=SIZE) as cache,
+            erllama.load_backend(backend, cache=cache, policy={"boundary_trim_tokens": trim}) as model,
+        ):
+            for earlier in history:
+                model.complete(earlier, max_tokens=3)
+            backend.forget()
+            reply = model.complete(prompt, max_tokens=1, reproducible=True)
+            return reply.cache.tokens, backend.slices
+
+    tokens = [i % 5 for i in range(200)]
+    first, second = tokens[:n_first], [*tokens[: n_second // share], *[6] * (n_second - n_second // share)]
+    reused, warm = slices([first], second)
+    _, cold = slices([], second)
+    assert warm == [(start, end) for start, end in cold if start >= reused]
+    assert reused in {0, *(end for _, end in cold)}
 
 
 # --- continuations -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from test_harness import DictTier
 
 import erllama
 from erllama.cache import Block, Cache, FileTier, MemoryUsage, SaveReason, Tier, TierRow, token_bytes
+from support import must_run
 
 MANY = np.arange(10 * SIZE, dtype=np.int32)
 
@@ -175,6 +176,121 @@ def test_a_mistake_in_a_tier_of_ones_own_is_a_miss(tmp_path: Path) -> None:
         cache.flush()
         with cache.lookup(NAMESPACE, MANY) as match:
             assert [cache.load(block) for block in match.blocks] == [None] * 10
+
+
+class Slow(DictTier):
+    """Reads when it is let."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self.reading, self.go_on = threading.Event(), threading.Event()
+
+    def read(self, block: Block) -> tuple[Block, memoryview]:
+        found = super().read(block)
+        self.reading.set()
+        self.go_on.wait(30)
+        return found
+
+
+def test_a_newer_version_is_not_undone_by_a_load_of_the_old(tmp_path: Path) -> None:
+    tier = Slow(str(tmp_path))
+    (block,) = blocks_of(MANY[:SIZE])
+    with Cache(block_size=SIZE, ram=0, tiers=[tier]) as cache:
+        cache.save(block, b"old")
+    with Cache(block_size=SIZE, disk=tmp_path / "d", tiers=[tier]) as cache:
+        loading = threading.Thread(target=cache.load, args=(block,))
+        loading.start()
+        assert tier.reading.wait(30)
+        assert cache.save(block, b"new", replace=True)
+        tier.go_on.set()
+        loading.join()
+        cache.flush()
+        assert bytes(cache.load(block).payload) == b"new"  # type: ignore[union-attr]
+        cache.evict_bytes(1000, ("ram",))
+        assert bytes(cache.load(block).payload) == b"new"  # type: ignore[union-attr]
+        assert bytes(tier.shelf[block.key][1]) == b"new"
+
+
+def test_a_version_that_does_not_fit_leaves_the_old_one() -> None:
+    (block,) = blocks_of(MANY[:SIZE])
+    with Cache(block_size=SIZE, ram=100) as cache:
+        cache.save(block, b"old")
+        with cache.lookup(NAMESPACE, MANY) as match:
+            assert not cache.save(block, bytes(200), replace=True)
+            assert bytes(cache.load(match.blocks[0]).payload) == b"old"  # type: ignore[union-attr]
+
+
+def test_a_match_that_is_forgotten_pins_nothing() -> None:
+    with Cache(block_size=SIZE) as cache:
+        save(cache, MANY)
+        cache.lookup(NAMESPACE, MANY)
+        assert {row.pins for row in cache.rows()} == {0}
+
+
+class Exiting(DictTier):
+    def write(self, block: Block, payload: memoryview) -> None:
+        raise SystemExit
+
+
+def test_a_tier_that_exits_does_not_end_the_writing(tmp_path: Path) -> None:
+    with Cache(block_size=SIZE, disk=tmp_path / "d", tiers=[Exiting(str(tmp_path))]) as cache:
+        save(cache, MANY)
+        assert cache.flush(30)
+        assert held(cache) == {"ram": 10, "disk": 10, "remote": 0}
+
+
+def test_a_cache_that_was_dropped_still_writes_what_waits(tmp_path: Path) -> None:
+    program = """
+        import sys
+        sys.path.insert(0, sys.argv[2])
+        import gc, numpy as np
+        from test_cache import Cache, SIZE, save
+        cache = Cache(block_size=SIZE, disk=sys.argv[1])
+        save(cache, np.arange(5, dtype=np.int32))
+        del cache
+        gc.collect()
+    """
+    must_run(program, tmp_path, Path(__file__).parent)
+    with Cache(block_size=SIZE, disk=tmp_path) as cache:
+        assert hit(cache, MANY[:5]) == 5
+        assert len(list((tmp_path / "owners").iterdir())) == 1
+
+
+def test_evicting_everything_leaves_nothing_in_any_directory(tmp_path: Path) -> None:
+    with Cache(block_size=SIZE, ram=0, disk=[tmp_path / "a", tmp_path / "b"]) as cache:
+        save(cache, MANY)
+        cache.flush()
+        assert cache.evict_bytes("1GiB", ("disk",)) == 10 * 328
+        assert cache.rows() == []
+
+
+def test_the_oldest_of_all_directories_go_first(tmp_path: Path) -> None:
+    with Cache(block_size=SIZE, ram=0, disk={tmp_path / "a": 5 * 328, tmp_path / "b": 5 * 328}) as cache:
+        for i in range(40):
+            save(cache, np.array([i] * SIZE, dtype=np.int32))
+            cache.flush()
+        assert [hit(cache, np.array([i] * SIZE, dtype=np.int32)) > 0 for i in range(40)] == [False] * 30 + [
+            True
+        ] * 10
+
+
+def test_a_file_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
+    with Cache(block_size=SIZE, disk=tmp_path) as cache:
+        save(cache, MANY[:SIZE])
+    (path,) = (tmp_path / "blocks").iterdir()
+    content = bytearray(path.read_bytes())
+    content[8:12] = (2).to_bytes(4, "little")
+    path.write_bytes(content)
+    with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
+        assert hit_or_none(cache) == [None]
+        cache.gc()
+        assert cache.counters()["corrupt_files"] == 0
+    assert path.read_bytes() == content
+
+
+def hit_or_none(cache: Cache) -> list[object]:
+    with cache.lookup(NAMESPACE, MANY[:SIZE]) as match:
+        return [cache.load(block) for block in match.blocks]
 
 
 # --- KV that is still in a context -------------------------------------------------------------------

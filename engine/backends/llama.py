@@ -198,7 +198,13 @@ class LlamaBackend:
         can_trim = not (shape.recurrent or shape.hybrid or shape.n_swa > 0)
         whole_state = shape.recurrent and not shape.hybrid
         self.limits = Limits(
-            context.n_ctx, context.n_batch, context.n_ubatch, context.n_vocab, can_trim, whole_state
+            context.n_ctx,
+            context.n_batch,
+            context.n_ubatch,
+            context.n_vocab,
+            can_trim,
+            whole_state,
+            max(shape.n_swa, 0),
         )
         self._state_known = True  # False after a decode that failed, for memory that cannot be cut back
         self._checks_positions = can_trim and shape.rope_type in _ROPE_ONE_POSITION

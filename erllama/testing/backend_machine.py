@@ -26,7 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numpy.typing import NDArray
 
 from erllama.engine.backend import Backend, Batch
-from erllama.errors import StateError
+from erllama.errors import BackendError, StateError
 
 _SEQUENCE = 0
 
@@ -70,6 +70,9 @@ class BackendMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def decode(self, data: st.DataObject) -> None:
         """Compute a slice; its last row gives logits."""
+        self.decode_some(data)
+
+    def decode_some(self, data: st.DataObject) -> None:
         limits, held = self.backend.limits, len(self.history)
         most = min(self.longest, limits.n_batch, limits.n_ubatch, limits.n_ctx - held)
         assume(most > 0)
@@ -102,6 +105,32 @@ class BackendMachine(RuleBasedStateMachine):
         self.history += tuple((token, held, end) for token in ids)
         bits = logits.tobytes()
         assert self.seen.setdefault(self.history, bits) == bits, "the same computation gave other logits"
+
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        """A decode that is aborted; what is packed after it is right, or refused."""
+        before = self.history
+        self.backend.abort(True)
+        try:
+            self.decode_some(data)
+        except BackendError:
+            self.history = before
+            self.backend.abort(False)
+            if self.backend.limits.can_trim:
+                self.backend.cut(_SEQUENCE, len(before))
+            else:
+                self._pack_after_failure()
+        finally:
+            self.backend.abort(False)
+
+    def _pack_after_failure(self) -> None:
+        try:
+            if self.history:
+                payload = self.backend.pack(_SEQUENCE, 0, len(self.history))
+                self.packed.append(_Packed(0, len(self.history), self.history, payload))
+        except BackendError:
+            self.backend.clear()
+            self.history = ()
 
     @precondition(lambda self: self.history)
     @rule(data=st.data())
