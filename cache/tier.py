@@ -47,9 +47,10 @@ class Tier(ABC):
     """A place for payloads.
 
     The cache calls `open` once, and again when a call has failed and
-    `usable` is False; then `rows`; then the rest, from several threads: reads
-    at any time, everything else from one thread at a time. No method is called
-    while a request waits, `read` apart. An error (OSError, sqlite3.Error,
+    `usable` is False; then `rows`; then the rest. `read`, `verify`, `in_flight`
+    and `changes` may be called from any thread at any time, everything else by
+    one thread at a time. Requests wait for `read`, and for `changes` and
+    `in_flight`, which must not wait themselves; for nothing else. An error (OSError, sqlite3.Error,
     CacheError) costs the one save or load, is counted, and is no reason to
     stop; any other exception is counted as a fault.
 
