@@ -100,6 +100,6 @@ class Loader:
                     self._residents.learn(shelf.name, found)
                     if self._residents.keep_in_ram(found, payload):
                         self._counters.add("promotions")
-                    self._upkeep.promote(found, payload, shelf)
+                    self._upkeep.persister.promote(found, payload, shelf)
             return Loaded(shelf.name, payload.toreadonly(), found)
         return None

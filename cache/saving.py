@@ -49,7 +49,7 @@ class Saver:
         full = block.n_tokens >= self._block_size
         overtaken = tuple(tail.key for tail in residents.tree.overtaken_by(block)) if trimmable or full else ()
         in_ram = residents.keep_in_ram(block, payload)
-        queued = upkeep.offer(block, payload, to, replace, overtaken, full)
+        queued = upkeep.persister.offer(block, payload, to, replace, overtaken, full)
         if queued and not in_ram:
             residents.drop_from_ram(block.key)  # an older version, if any
         if not queued and (to or not in_ram):

@@ -364,6 +364,7 @@ class Cache:
     def counters(self) -> Mapping[str, int | float]:
         """Counts since this cache was made, seconds spent, and bytes and blocks held now, by name."""
         with self._lock:
+            self._upkeep.look_around(at_once=True)
             found = self._counters.snapshot()
             found["corrupt_files"] += sum(tier.damaged for tier in self._upkeep.tiers)
             shelves = self._residents.shelves

@@ -1,4 +1,4 @@
-"""What happens behind requests: saves reach the slower tiers, tiers keep to their budgets, others' work is seen.
+"""What happens behind requests: tiers are opened, keep to their budgets, and others' work in them is seen.
 
 Runs in the write-behind thread, or in an operator's own. Nothing here raises
 because storage failed: it is counted and logged, the tier is opened anew, and
@@ -12,15 +12,15 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Literal
 
 from erllama.cache.blocks import Block
 from erllama.cache.counters import Counters
-from erllama.cache.residents import PENDING, Residents, Shelf
+from erllama.cache.persisting import Persister
+from erllama.cache.residents import Residents, Shelf
 from erllama.cache.tier import Changes, Problem, Tier, TierRow
-from erllama.cache.writer import SHARED_TAIL_DELAY_SECONDS, TAIL_DELAY_SECONDS, Pending, WriteBehind
+from erllama.cache.writer import WriteBehind
 from erllama.errors import CacheError
 
 log = logging.getLogger("erllama.cache")
@@ -52,27 +52,27 @@ class Upkeep:
         self._lock, self.residents, self._counters = lock, residents, counters
         self.tiers = list(tiers)
         self.errors: dict[Tier, CacheError] = {}  # why a tier cannot be used
-        self.writer = WriteBehind(self._persist, queue_bytes)
-        self._tending = threading.RLock()  # one thread at a time calls a tier, to read apart
+        self.persister = Persister(self, lock, residents, counters)
+        self.writer = WriteBehind(self.persister.persist, queue_bytes)
+        self.tending = threading.RLock()  # one thread at a time calls a tier, to read apart
         self._closed = False
-        self._shared = False  # other processes use a tier, too, as of the last look
-        self._look_who_shares_again = 0.0
         self._touched: dict[bytes, int] = {}
         self._look_again = 0.0  # by time.monotonic()
         self._reopen_after: dict[Tier, float] = {}
         self._out_of_step: set[Tier] = set()  # a fault left memory and tier apart
         self._doomed: dict[Tier, dict[bytes, tuple[Block, bool, int]]] = {}  # to go; whether damaged; bytes
-        for tier in self._behind:
+        for tier in self.behind:
             self.open(tier)
 
     @property
-    def _behind(self) -> list[Tier]:
+    def behind(self) -> list[Tier]:
+        """The tiers slower than RAM."""
         return [tier for tier in self.tiers if tier.fed == "behind"]
 
     @property
     def tiers_behind(self) -> tuple[str, ...]:
         """The names of the tiers slower than RAM."""
-        return tuple(dict.fromkeys(tier.name for tier in self._behind))
+        return tuple(dict.fromkeys(tier.name for tier in self.behind))
 
     # --- tiers that open, fail, and open again ----------------------------------------------------
 
@@ -103,7 +103,7 @@ class Upkeep:
         self._fit(tier)
         return True
 
-    def _usable(self, tier: Tier) -> bool:
+    def usable(self, tier: Tier) -> bool:
         """Whether a tier can be written to; tries to open one that was lost, now and then."""
         if self._closed:
             return False
@@ -138,194 +138,19 @@ class Upkeep:
             self._counters.add("faults")
             log.exception("%s in tier %s failed unexpectedly", action, tier.place)
 
-    # --- saves on their way -----------------------------------------------------------------------
+    # --- evicting and removing ---------------------------------------------------------------------
 
-    def offer(
-        self,
-        block: Block,
-        payload: memoryview,
-        to: tuple[str, ...],
-        replace: bool,
-        overtaken: tuple[bytes, ...],
-        full: bool,
-    ) -> bool:
-        """Queue a save for slower tiers; under the lock. Ancestors that one lacks go before it, from RAM."""
-        if not to:
-            return False
-        for ancestor, where in self._missing_ancestors(block, to):
-            held = self.residents.in_ram(ancestor)
-            if held is None or not self._queue(*held, where, False, (), 0.0):
-                return False
-        return self._queue(block, payload, to, replace, overtaken, 0.0 if full else self._tail_delay())
-
-    def _queue(
-        self,
-        block: Block,
-        payload: memoryview,
-        to: tuple[str, ...],
-        replace: bool,
-        overtaken: tuple[bytes, ...],
-        delay: float,
-    ) -> bool:
-        if not self.writer.offer(Pending(block, payload, to, replace, overtaken, time.monotonic() + delay)):
-            return False
-        self.residents.tree.add(block, PENDING)
-        self.residents.learn(PENDING, block)
-        return True
-
-    def _missing_ancestors(self, block: Block, to: tuple[str, ...]) -> list[tuple[Block, tuple[str, ...]]]:
-        """Blocks before this one that a tier neither holds nor is about to get, and those tiers; in order."""
-        missing: list[tuple[Block, tuple[str, ...]]] = []
-        parent = block.parent
-        while parent != block.namespace and parent not in self.writer:
-            where = tuple(name for name in to if parent not in self.residents.shelves[name])
-            entry = self.residents.tree.get(parent)
-            if not where or entry is None:
-                break
-            missing.append((entry.block, where))
-            parent = entry.block.parent
-        return missing[::-1]
-
-    def _tail_delay(self) -> float:
-        now = time.monotonic()
-        if now >= self._look_who_shares_again:
-            self._look_who_shares_again = now + 1.0
-            self.writer.defer(self._look_who_shares, patient=True)
-        return SHARED_TAIL_DELAY_SECONDS if self._shared else TAIL_DELAY_SECONDS
-
-    def _look_who_shares(self) -> None:
-        with self._tending:
-            self._shared = any(tier.shared for tier in self._behind if self.ready(tier))
-        if self._shared:
-            self.writer.hurry()
-
-    def promote(self, block: Block, payload: memoryview, slower: Shelf) -> None:
-        """Queue a block for those tiers written behind that are faster than where it was found; under the lock."""
-        to: list[str] = []
-        for name, shelf in self.residents.shelves.items():
-            if shelf is slower:
-                break
-            follows = block.parent == block.namespace or block.parent in shelf or block.parent in self.writer
-            if shelf.behind and block.key not in shelf and follows:
-                to.append(name)
-        if to and self._queue(block, payload, tuple(to), False, (), 0.0):
-            self._counters.add("promotions")
-
-    def _persist(self, pending: Pending) -> None:
-        """Write one save to its tiers; the writer's thread calls it."""
-        for name in pending.to:
-            with self._tending:
-                self._persist_in(self.residents.shelves[name], pending)
-        with self._lock:
-            if not self.writer.waits(pending.block.key):  # a newer version
-                self.residents.drop(PENDING, pending.block.key)
-
-    def _persist_in(self, shelf: Shelf, pending: Pending) -> None:
-        block, n_payload = pending.block, pending.payload.nbytes
-        with self._lock:
-            roots = self.residents.roots_by_room(shelf, block, shelf.roots[0].size(block, n_payload))
-        for tier in roots:
-            if not self._usable(tier):
-                continue
-            with self._counters.timing("write"), self.guarding("making room", tier):
-                n_bytes = tier.size(block, n_payload)
-                room = self._make_room(shelf, tier, pending, n_bytes)
-                if room == "elsewhere":
-                    return
-                if room == "there" or (room == "made" and self._write(shelf, tier, pending, n_bytes)):
-                    self._drop_overtaken(shelf, pending.overtaken)
-                    return
-        self._counters.add("saves_dropped")
-
-    def _write(self, shelf: Shelf, tier: Tier, pending: Pending, n_bytes: int) -> bool:
-        block, before, written = pending.block, None, False
-        with self._lock:
-            entry = self.residents.tree.get(block.key)
-            if entry is not None and block.key in shelf:
-                before = (entry.block, shelf.lru.size_of(block.key))
-            # Before it is written: as soon as it is, others may remove it, and `look` then tells us.
-            self.residents.put(tier, block, n_bytes, time.time_ns())
-        with self.guarding(f"writing a block of {block.n_tokens} tokens", tier, changes=False):
-            tier.write(block, pending.payload)
-            self._counters.add("bytes_written", n_bytes)
-            written = True
-        with self._lock:
-            if not written and before is None:
-                self.residents.drop(tier.name, block.key)
-            elif not written and before is not None:
-                self.residents.put(tier, *before, time.time_ns())
-        return written
-
-    def _make_room(
-        self, shelf: Shelf, tier: Tier, pending: Pending, n_bytes: int
-    ) -> Literal["made", "none", "there", "elsewhere"]:
-        """Reserve room for a block, evicting others.
-
-        Returns:
-            "made"; "none", where nothing that may go is left; "there", where the block
-            is stored already; "elsewhere", where another process is writing it.
-        """
-        block = pending.block
-        tier.tidy()
-        with tier.exclusive():
-            self._remove_doomed(tier)
-            self._catch_up(tier)
-            reserved = tier.reserved()
-            if tier.in_flight(block.key):
-                self._counters.add("duplicates_dropped")
-                return "elsewhere"
-            with self._lock:
-                residents = self.residents
-                if block.key in shelf and not pending.replace:
-                    self._counters.add("duplicates_dropped")
-                    return "there"
-                first = block.parent == block.namespace
-                reachable = first or block.parent in shelf or tier.in_flight(block.parent)
-                doomed = sum(size for _, _, size in self._doomed.get(tier, {}).values())
-                room = tier.budget - reserved - doomed - n_bytes
-                if not reachable or room < 0:
-                    return "none"
-                if shelf.n_bytes(tier) > room:
-                    self._learn_uses(shelf, tier)
-                # An older version of the block stays until the new one is in its place.
-                victims = residents.choose_victims(tier, room, keep=(block.parent, block.key))
-                fits = shelf.n_bytes(tier) <= room
-            self._forget(tier, victims)
-            if not fits:
-                return "none"
-            return "made" if tier.reserve(block, n_bytes) else "elsewhere"
-
-    def _learn_uses(self, shelf: Shelf, tier: Tier) -> None:
-        """What another process needs is no older than it is to that one."""
-        for key, at in tier.uses():
-            shelf.lru.touch(key, at)
-
-    def _forget(self, tier: Tier, victims: list[tuple[bytes, int]]) -> None:
+    def forget(self, tier: Tier, victims: list[tuple[bytes, int]]) -> None:
+        """Have a tier remove what was chosen to go."""
         if victims:
             tier.remove([key for key, _ in victims])
 
-    def _drop_overtaken(self, shelf: Shelf, keys: Iterable[bytes]) -> None:
-        """Drop tails whose successor this tier has now."""
-        superfluous: dict[Tier, list[bytes]] = {}
-        with self._lock:
-            for key in keys:
-                root = shelf.root_of(key)
-                if root is not None and not self.residents.pinned(key):
-                    superfluous.setdefault(root, []).append(key)
-                    self.residents.drop(shelf.name, key)
-                    if self.residents.tree.get(key) is None:
-                        self._counters.add("tails_overtaken")
-        for root, gone in superfluous.items():
-            root.remove(gone)
-
-    # --- evicting and removing ---------------------------------------------------------------------
-
     def _fit(self, tier: Tier) -> None:
         """Bring a tier down to its budget, which may be smaller than the last time."""
-        with self._tending, self.guarding("evicting", tier), tier.exclusive():
+        with self.tending, self.guarding("evicting", tier), tier.exclusive():
             with self._lock:
                 victims = self.residents.choose_victims(tier, tier.budget)
-            self._forget(tier, victims)
+            self.forget(tier, victims)
 
     def evict(self, tier: Tier, n_bytes: int) -> int:
         """Free at least `n_bytes` of a tier, if it has them; returns the bytes freed."""
@@ -335,13 +160,13 @@ class Upkeep:
         if tier.fed != "behind":  # written under the lock, so removed under it
             with self._lock:
                 victims = self.residents.choose_victims(tier, self._shelf(tier).n_bytes(tier) - n_bytes)
-                self._forget(tier, victims)
+                self.forget(tier, victims)
         else:
-            with self._tending, self.guarding("evicting", tier), tier.exclusive():
-                self._catch_up(tier)
+            with self.tending, self.guarding("evicting", tier), tier.exclusive():
+                self.catch_up(tier)
                 with self._lock:
                     victims = self.residents.choose_victims(tier, self._shelf(tier).n_bytes(tier) - n_bytes)
-                self._forget(tier, victims)
+                self.forget(tier, victims)
         return sum(size for _, size in victims)
 
     def remove(self, tier: Tier, block: Block, *, damaged: bool = False) -> None:
@@ -358,10 +183,14 @@ class Upkeep:
     def _remove_all_doomed(self) -> None:
         for tier in list(self._doomed):
             if self.ready(tier):
-                with self._tending, self.guarding("removing blocks", tier), tier.exclusive():
-                    self._remove_doomed(tier)
+                with self.tending, self.guarding("removing blocks", tier), tier.exclusive():
+                    self.remove_doomed(tier)
 
-    def _remove_doomed(self, tier: Tier) -> None:
+    def doomed_bytes(self, tier: Tier) -> int:
+        """Bytes of what is to be removed and still there; under the lock."""
+        return sum(size for _, _, size in self._doomed.get(tier, {}).values())
+
+    def remove_doomed(self, tier: Tier) -> None:
         """Remove what is to be removed, before its room is given to others; within `exclusive`."""
         with self._lock:
             doomed = self._doomed.pop(tier, {})
@@ -379,7 +208,7 @@ class Upkeep:
         if now < self._look_again and not at_once:
             return
         self._look_again = now + _LOOK_SECONDS
-        for tier in self._behind:
+        for tier in self.behind:
             if not self.ready(tier):
                 if tier not in self.errors or now >= self._reopen_after[tier]:
                     self.writer.defer(self._reopen)
@@ -395,7 +224,7 @@ class Upkeep:
             if (changes := tier.changes()) is not None:
                 self._take_in(tier, changes)
 
-    def _catch_up(self, tier: Tier) -> None:
+    def catch_up(self, tier: Tier) -> None:
         """Bring the picture in memory in line with a tier, all of it after a fault; not for requests."""
         if tier not in self._out_of_step:
             self._look(tier)
@@ -409,12 +238,12 @@ class Upkeep:
     def _catch_up_all(self) -> None:
         for tier in list(self._out_of_step):
             if self.ready(tier):
-                with self._tending, self.guarding("reading the index", tier):
-                    self._catch_up(tier)
+                with self.tending, self.guarding("reading the index", tier):
+                    self.catch_up(tier)
 
     def in_flight(self, key: bytes) -> bool:
         """Whether another process is writing a block now."""
-        for tier in self._behind:
+        for tier in self.behind:
             if self.ready(tier):
                 with self.guarding("reading the index", tier):
                     if tier.in_flight(key):
@@ -422,9 +251,9 @@ class Upkeep:
         return False
 
     def _reopen(self) -> None:
-        with self._tending:
-            for tier in self._behind:
-                self._usable(tier)
+        with self.tending:
+            for tier in self.behind:
+                self.usable(tier)
 
     def _take_in(self, tier: Tier, changes: Changes) -> None:
         residents, shelf = self.residents, self.residents.shelves[tier.name]
@@ -454,12 +283,12 @@ class Upkeep:
         with self._lock:
             double = shelf.root_of(block.key) not in (None, tier)
         if double:
-            with self._tending, self.guarding("removing a double", tier):
+            with self.tending, self.guarding("removing a double", tier):
                 tier.remove([block.key])
 
     def examine(self, tier: Tier) -> None:
         """Follow up an alarm that something changed behind our back."""
-        with self._tending:
+        with self.tending:
             if self.ready(tier):
                 self._examine(tier)
 
@@ -469,7 +298,7 @@ class Upkeep:
                 self.alarm(tier)
         # What was put there by hand counts, too.
         with self.guarding("reading the index", tier):
-            self._catch_up(tier)
+            self.catch_up(tier)
             with self._lock:
                 over = self.residents.shelves[tier.name].n_bytes(tier) > tier.budget
             if over:
@@ -481,7 +310,7 @@ class Upkeep:
     def used(self, block: Block, now: int) -> None:
         """Note a use; under the lock."""
         self.residents.touch(block.key, now)
-        if not self._behind:
+        if not self.behind:
             return
         if not self._touched:
             self.writer.defer(self.tell_uses, _TOUCH_SECONDS)
@@ -493,12 +322,12 @@ class Upkeep:
             touched, self._touched = self._touched, {}
             told = [
                 (tier, uses)
-                for tier in self._behind
+                for tier in self.behind
                 if (uses := [(k, at) for k, at in touched.items() if self._shelf(tier).root_of(k) is tier])
             ]
         for tier, uses in told:
             if self.ready(tier):
-                with self._tending, self.guarding("noting uses", tier):
+                with self.tending, self.guarding("noting uses", tier):
                     tier.touch(uses)
 
     def _shelf(self, tier: Tier) -> Shelf:
@@ -510,12 +339,12 @@ class Upkeep:
         """Bring tiers, budgets and memory in line; drop what nobody can reach. Returns the bytes freed."""
         freed = 0
         self.tell_uses()
-        for tier in self._behind:
-            with self._tending:
-                if self._usable(tier):
+        for tier in self.behind:
+            with self.tending:
+                if self.usable(tier):
                     with self.guarding("mending", tier):
                         tier.mend()
-                        self._catch_up(tier)
+                        self.catch_up(tier)
                         freed += self._drop_unreachable(tier)
                     self._fit(tier)
         return freed
@@ -525,7 +354,7 @@ class Upkeep:
         shelf = self._shelf(tier)
         victims: list[tuple[bytes, int]] = []
         with tier.exclusive():
-            self._catch_up(tier)
+            self.catch_up(tier)
             with self._lock:
                 held = {key: self.residents.tree.get(key) for key in shelf.keys(tier)}
                 while True:
@@ -544,12 +373,12 @@ class Upkeep:
                         del held[key]
                     if not lost:
                         break
-            self._forget(tier, victims)
+            self.forget(tier, victims)
         return sum(size for _, size in victims)
 
     def verify(self) -> list[Problem]:
         problems: list[Problem] = []
-        for tier in self._behind:
+        for tier in self.behind:
             if self.ready(tier):
                 try:
                     problems.extend(tier.verify())
@@ -568,7 +397,7 @@ class Upkeep:
         self.tell_uses()
         self.writer.abandon()
         self._closed = True  # nothing is opened any more
-        if not self._tending.acquire(timeout=_CLOSE_SECONDS):
+        if not self.tending.acquire(timeout=_CLOSE_SECONDS):
             log.warning("a tier hangs; left as it is")
             return
         try:
@@ -576,7 +405,7 @@ class Upkeep:
                 with suppress(Exception):
                     tier.close()
         finally:
-            self._tending.release()
+            self.tending.release()
 
 
 class _Examination:
