@@ -226,8 +226,10 @@ class FileTier(Tier):
         except FileNotFoundError:
             return False
         except (CacheFormatError, OSError) as error:
-            if not _tells_of_the_file(error) or isinstance(error, CacheVersionError):
+            if not _tells_of_the_file(error):
                 raise
+            if isinstance(error, CacheVersionError):
+                return False  # of a release that does not use this directory any more, or not yet
             log.warning("%s: %s; replaced", final, error)
             self.damaged += 1
             self._open_directory.set_aside(final)

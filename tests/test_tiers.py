@@ -285,7 +285,11 @@ def test_a_file_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
         assert hit_or_none(cache) == [None]
         cache.gc()
         assert cache.counters()["corrupt_files"] == 0
-    assert path.read_bytes() == content
+        assert path.read_bytes() == content
+        save(cache, MANY[:SIZE])  # until its block is saved anew
+        cache.flush()
+        assert hit(cache, MANY[:SIZE]) == SIZE
+        assert cache.verify() == []
 
 
 def hit_or_none(cache: Cache) -> list[object]:
