@@ -92,9 +92,6 @@ class CacheDirectory:
         except OSError:
             return False
 
-    def path_of(self, key: bytes) -> Path:
-        return self.blocks / f"{key.hex()}{kvc.SUFFIX}"
-
     def new_partial(self) -> Path:
         return self.partial / f"{self.owner}-{next(self._serial)}{kvc.SUFFIX}"
 

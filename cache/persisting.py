@@ -13,6 +13,8 @@ from erllama.cache.residents import PENDING, Residents, Shelf
 from erllama.cache.tier import Tier
 from erllama.cache.writer import SHARED_TAIL_DELAY_SECONDS, TAIL_DELAY_SECONDS, Pending
 
+_SHARED_LOOK_SECONDS = 0.5  # between two looks for other processes while tails wait to be written
+
 if TYPE_CHECKING:
     from erllama.cache.upkeep import Upkeep
 
@@ -83,6 +85,9 @@ class Persister:
             self._shared = any(tier.shared for tier in self._upkeep.behind if self._upkeep.ready(tier))
         if self._shared:
             self._upkeep.writer.hurry()
+        elif self._upkeep.writer.n_bytes:
+            # Who comes while a tail waits is to see it, too.
+            self._upkeep.writer.defer(self._look_who_shares, _SHARED_LOOK_SECONDS, patient=True)
 
     def promote(self, block: Block, payload: memoryview, slower: Shelf) -> None:
         """Queue a block for those tiers written behind that are faster than where it was found; under the lock."""

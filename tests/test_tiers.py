@@ -379,6 +379,17 @@ def test_a_tail_is_written_soon_where_others_look_on(tmp_path: Path) -> None:
         assert cache.counters()["bytes_pending"] > 0, "alone, it waits to be overtaken"
 
 
+def test_who_comes_later_sees_a_tail_that_waits(tmp_path: Path) -> None:
+    with Cache(block_size=SIZE, disk=tmp_path) as cache:
+        save(cache, MANY[:5])
+        time.sleep(0.3)
+        with Cache(block_size=SIZE, disk=tmp_path) as other:
+            deadline = time.monotonic() + 10
+            while hit(other, MANY[:5]) < 5:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+
 def test_a_delayed_tail_gives_way_when_the_queue_fills(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path, write_queue=1000) as cache:
         for i in range(20):
