@@ -164,7 +164,7 @@ class CacheDirectory:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._check_locks(path)
-            except BlockingIOError:
+            except (BlockingIOError, FileNotFoundError):
                 os.close(lock)  # somebody who reaps just now took it for a dead one's
                 continue
             except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import sqlite3
@@ -172,15 +173,34 @@ def test_two_caches_of_one_process_share_a_directory(tmp_path: Path) -> None:
 
 
 def test_processes_that_start_together_all_get_the_disk(tmp_path: Path) -> None:
-    program = "import sys, erllama; cache = erllama.Cache(disk=sys.argv[1]); sys.exit(cache.disk_error is not None)"
+    program = "import sys, erllama; print(erllama.Cache(disk=sys.argv[1]).disk_error)"
     started = [
-        subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "kv")], cwd="/", stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "kv")], cwd="/", stdout=subprocess.PIPE, text=True
+        )
         for _ in range(6)
     ]
-    assert [process.wait(60) for process in started] == [0] * 6
-    for process in started:
-        assert process.stderr is not None
-        process.stderr.close()
+    assert [process.communicate(timeout=60)[0].strip() for process in started] == ["None"] * 6
+
+
+def test_a_lock_file_that_was_taken_for_a_dead_ones_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    robbed: list[Path] = []
+    lock = fcntl.flock
+
+    def reaper(descriptor: int, operation: int) -> None:
+        lock(descriptor, operation)
+        if not robbed:  # another process that starts reaps it between its making and its locking
+            (path,) = (tmp_path / "kv" / "owners").iterdir()
+            path.unlink()
+            robbed.append(path)
+
+    monkeypatch.setattr(fcntl, "flock", reaper)
+    with Cache(disk=tmp_path / "kv") as cache:
+        assert robbed
+        assert cache.disk_error is None
+        assert len(list((tmp_path / "kv" / "owners").iterdir())) == 1
 
 
 def test_a_directory_that_others_use_is_not_closed_to_them(tmp_path: Path) -> None:
