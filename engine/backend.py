@@ -22,7 +22,7 @@ class Limits:
     """What a backend can hold and compute.
 
     Attributes:
-        n_ctx: cells, so most tokens that a sequence can hold.
+        n_ctx: cells, which all sequences have together; so most tokens that one can hold.
         n_batch: most tokens of one decode.
         n_ubatch: tokens the backend computes at once; prefill is cut at its multiples.
         n_vocab: width of a row of logits.
@@ -31,6 +31,7 @@ class Limits:
         whole_state: whether a payload has all that resuming at its end takes, those
             before it not needed: purely recurrent memory.
         attention_window: tokens that a sliding window keeps; 0 where there is none.
+        n_sequences: sequences that can be held at once, numbered from 0.
     """
 
     n_ctx: int
@@ -40,6 +41,7 @@ class Limits:
     can_trim: bool
     whole_state: bool = False
     attention_window: int = 0
+    n_sequences: int = 1
 
 
 class Batch(NamedTuple):
@@ -99,10 +101,14 @@ class Backend(Protocol):
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         """Compute a batch, extending its sequences.
 
+        Rows of several sequences may be mixed; those of one are in order, and
+        go on from what it holds.
+
         Returns:
-            shape (rows with output, n_vocab), valid until the next call.
+            shape (rows with output, n_vocab), in the batch's order, valid until the next call.
 
         Raises:
+            CellsExhausted: not enough free cells; nothing was computed.
             BackendError: the state of the batch's sequences is then unknown.
         """
         ...
@@ -125,6 +131,13 @@ class Backend(Protocol):
         """
         ...
 
+    def share(self, source: int, target: int, end: int) -> None:
+        """Let `target`, which is empty, hold positions [0, end) of `source`, too; only where `limits.can_trim`.
+
+        No data moves, and no cell is taken: one is free again when no sequence holds it any more.
+        """
+        ...
+
     def cut(self, sequence: int, end: int) -> None:
         """Drop positions from `end` on; only where `limits.can_trim`."""
         ...
@@ -134,7 +147,7 @@ class Backend(Protocol):
         ...
 
     def clear(self) -> None:
-        """Empty every sequence."""
+        """Empty every sequence, and make good what a failed decode may have broken."""
         ...
 
     def abort(self, on: bool) -> None:

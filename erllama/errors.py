@@ -55,7 +55,27 @@ class BackendError(Error):
 
 
 class StateError(BackendError):
-    """A payload does not fit the backend's memory; the sequence it was for is empty."""
+    """A payload does not fit the backend's memory; the sequence it was for is as it was."""
+
+
+class CellsExhausted(BackendError):  # noqa: N818
+    """No free cells for a batch; nothing of it was computed."""
+
+
+class QueueFull(Error):  # noqa: N818
+    """As many requests wait for the model as may; ask again later."""
+
+
+class DeadlineExceeded(Error, TimeoutError):  # noqa: N818
+    """A request was not done within its `timeout`."""
+
+
+class SessionBusy(Error):  # noqa: N818
+    """A request of this session is running or waiting."""
+
+
+class CalledFromModelThread(Error, RuntimeError):  # noqa: N818
+    """A call that waits for the model was made by the model's own thread, which would wait for itself."""
 
 
 class SamplingError(Error):

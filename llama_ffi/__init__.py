@@ -18,6 +18,7 @@ from erllama.llama_ffi.library import (
     devices,
     ggml_block_size,
     ggml_type,
+    max_sequences,
     state_version,
     system_info,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "devices",
     "ggml_block_size",
     "ggml_type",
+    "max_sequences",
     "read_header",
     "state_version",
     "system_info",

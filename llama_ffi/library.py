@@ -157,6 +157,11 @@ def state_version() -> int:
     return int(lib.erl_state_seq_version())
 
 
+def max_sequences() -> int:
+    """Most sequences that one context can hold."""
+    return int(lib.erl_max_sequences())
+
+
 def ggml_type(name: str) -> int:
     """ggml's number for a type name such as "f16" or "q8_0"; -1 when it has none."""
     return int(lib.erl_ggml_type(name.encode()))

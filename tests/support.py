@@ -52,6 +52,9 @@ class RecordingBackend:
         self.inner.restore(sequence, start, end, payload)
         self.restored.append((start, end))
 
+    def share(self, source: int, target: int, end: int) -> None:
+        self.inner.share(source, target, end)
+
     def cut(self, sequence: int, end: int) -> None:
         self.inner.cut(sequence, end)
 

@@ -1,4 +1,4 @@
-"""The backend over libllama: one model, one context, one scratch sequence for moving blocks.
+"""The backend over libllama: one model, one context, a scratch sequence for moving blocks.
 
 A block leaves the context by way of the scratch sequence: its cells are tagged
 as the scratch's, without a copy, and the scratch's state is exactly the KV of
@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from erllama.engine.backend import Batch, Limits, NamespaceValue
 from erllama.errors import (
     BackendError,
+    CellsExhausted,
     LibraryNotBuilt,
     LoadCancelled,
     ModelLoadError,
@@ -48,8 +50,7 @@ KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_n
 _DEFAULT_N_CTX = 4096
 _MAX_N_CTX = 2**30
 _N_CTX_STEP = 256
-_SEQUENCES = 1
-_SCRATCH = _SEQUENCES
+MAX_SEQUENCES = llama_ffi.max_sequences() - 1  # one is the scratch sequence
 # How libllama's state of one sequence begins: magic, sequence, streams, cells;
 # then, for each cell, its position, the number of its sequences, and the sequence.
 _STATE_HEAD = struct.Struct("<IiII")
@@ -66,6 +67,7 @@ class LlamaOptions:
             training context, at most 4096.
         n_batch: most tokens of one decode.
         n_ubatch: tokens computed at once, and the length of a prefill slice.
+        n_sequences: sequences that the cells can be shared among.
         n_threads: threads for decoding; None for the processors this process may use.
         n_threads_batch: threads for prefill; None for the same as n_threads.
         n_gpu_layers: layers on a GPU; -1 for all.
@@ -79,6 +81,7 @@ class LlamaOptions:
     n_ctx: int | None = None
     n_batch: int = 2048
     n_ubatch: int = 512
+    n_sequences: int = 1
     n_threads: int | None = None
     n_threads_batch: int | None = None
     n_gpu_layers: int = -1
@@ -98,6 +101,7 @@ class LlamaOptions:
             put("n_ctx", integer("n_ctx", self.n_ctx, 1, _MAX_N_CTX))
         for name in ("n_batch", "n_ubatch"):
             put(name, integer(name, getattr(self, name), 1, _MAX_N_CTX))
+        put("n_sequences", integer("n_sequences", self.n_sequences, 1, MAX_SEQUENCES))
         for name in ("n_threads", "n_threads_batch"):
             if getattr(self, name) is not None:
                 put(name, integer(name, getattr(self, name), 1, 512))
@@ -175,21 +179,24 @@ class LlamaBackend:
                 raise ModelLoadError(f"{path}: a model that does not generate text one token at a time")
             threads = options.n_threads or _processors()
             threads_batch = options.n_threads_batch or threads
+            self._scratch = options.n_sequences
+            self._make_context = partial(
+                llama_ffi.LlamaContext,
+                model,
+                n_ctx=_padded(options.n_ctx or min(shape.n_ctx_train or _DEFAULT_N_CTX, _DEFAULT_N_CTX)),
+                n_batch=options.n_batch,
+                n_ubatch=min(options.n_ubatch, options.n_batch),
+                n_seq_max=options.n_sequences + 1,
+                n_threads=threads,
+                n_threads_batch=threads_batch,
+                flash_attn=options.flash_attn if isinstance(options.flash_attn, bool) else None,
+                type_k=llama_ffi.ggml_type(options.kv_type_k),
+                type_v=llama_ffi.ggml_type(options.kv_type_v),
+                rope_freq_base=options.rope_freq_base or 0.0,
+                rope_freq_scale=options.rope_freq_scale or 0.0,
+            )
             with _translated(ModelLoadError, f"{path}: no context can be made"):
-                self._context = llama_ffi.LlamaContext(
-                    model,
-                    n_ctx=_padded(options.n_ctx or min(shape.n_ctx_train or _DEFAULT_N_CTX, _DEFAULT_N_CTX)),
-                    n_batch=options.n_batch,
-                    n_ubatch=min(options.n_ubatch, options.n_batch),
-                    n_seq_max=_SEQUENCES + 1,
-                    n_threads=threads,
-                    n_threads_batch=threads_batch,
-                    flash_attn=options.flash_attn if isinstance(options.flash_attn, bool) else None,
-                    type_k=llama_ffi.ggml_type(options.kv_type_k),
-                    type_v=llama_ffi.ggml_type(options.kv_type_v),
-                    rope_freq_base=options.rope_freq_base or 0.0,
-                    rope_freq_scale=options.rope_freq_scale or 0.0,
-                )
+                self._context = self._make_context()
         except BaseException:
             model.close()
             raise
@@ -205,8 +212,11 @@ class LlamaBackend:
             can_trim,
             whole_state,
             max(shape.n_swa, 0),
+            options.n_sequences,
         )
         self._state_known = True  # False after a decode that failed, for memory that cannot be cut back
+        self._broken = False  # a decode failed in a way that nobody planned: the context may be in any state
+        self._aborting = False
         self._checks_positions = can_trim and shape.rope_type in _ROPE_ONE_POSITION
         build = llama_ffi.build_info()
         gpus = (
@@ -246,12 +256,19 @@ class LlamaBackend:
         return self._model
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
-        with _translated(BackendError):
-            self._state_known = self.limits.can_trim
+        known, self._state_known = self._state_known, self.limits.can_trim
+        try:
             self._context.decode(batch.tokens, batch.positions, batch.sequences, batch.output)
-            self._state_known = True
-            if not batch.output.any():
-                return np.empty((0, self.limits.n_vocab), np.float32)
+        except llama_ffi.NoCellsError as error:
+            self._state_known = known
+            raise CellsExhausted(str(error)) from error
+        except llama_ffi.LlamaError as error:
+            self._broken = not isinstance(error, llama_ffi.AbortedError)
+            raise BackendError(str(error)) from error
+        self._state_known = known
+        if not batch.output.any():
+            return np.empty((0, self.limits.n_vocab), np.float32)
+        with _translated(BackendError):
             return self._context.logits()
 
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
@@ -259,22 +276,28 @@ class LlamaBackend:
             raise BackendError("a decode failed, and nobody knows what this memory holds; drop the sequence")
         with _translated(BackendError):
             try:
-                self._context.copy(sequence, _SCRATCH, start, end)
-                return self._context.state(_SCRATCH)
+                self._context.copy(sequence, self._scratch, start, end)
+                return self._context.state(self._scratch)
             finally:
-                self._context.cut(_SCRATCH, 0)
+                self._context.cut(self._scratch, 0)
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
         if self._checks_positions:
             _check_state(payload, start, end)
         with _translated(StateError):
             try:
-                self._context.set_state(_SCRATCH, payload)
-                if self._context.last_position(_SCRATCH) != end - 1:
+                self._context.set_state(self._scratch, payload)
+                if self._context.last_position(self._scratch) != end - 1:
                     raise StateError(f"the state does not end at position {end - 1}")
-                self._context.copy(_SCRATCH, sequence)
+                self._context.copy(self._scratch, sequence)
             finally:
-                self._context.cut(_SCRATCH, 0)
+                self._context.cut(self._scratch, 0)
+
+    def share(self, source: int, target: int, end: int) -> None:
+        if not self.limits.can_trim:
+            raise BackendError("this model's memory is shared by sequences whole or not at all")
+        with _translated(BackendError):
+            self._context.copy(source, target, 0, end)
 
     def cut(self, sequence: int, end: int) -> None:
         with _translated(BackendError):
@@ -287,10 +310,16 @@ class LlamaBackend:
 
     def clear(self) -> None:
         with _translated(BackendError):
+            if self._broken:
+                self._context.close()
+                self._context = self._make_context()
+                self._context.abort(self._aborting)
+                self._broken = False
             self._context.clear()
         self._state_known = True
 
     def abort(self, on: bool) -> None:
+        self._aborting = on
         self._context.abort(on)
 
     def close(self) -> None:

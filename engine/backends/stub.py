@@ -2,7 +2,8 @@
 
 Every position's "KV" is a number that depends on all tokens up to it, and the
 logits depend on the KV of every position held, so a single wrong position
-changes the reply. Its vocabulary is the bytes and an end token.
+changes the reply. Its vocabulary is the bytes and an end token. All sequences
+take their cells from one pool, and may share them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backend import Batch, Limits, NamespaceValue
-from erllama.errors import BackendError, OptionError, StateError
+from erllama.errors import BackendError, CellsExhausted, OptionError, StateError
 
 EOG = 256
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -48,7 +49,7 @@ class StubBackend:
 
     Args:
         seed: two stubs with one seed are the same model.
-        n_ctx, n_batch, n_ubatch, n_sequences: sizes, as a real backend's.
+        n_ctx, n_batch, n_ubatch, n_sequences: sizes, as a real backend's; n_ctx is the pool's.
         can_trim: False behaves as memory that cannot be cut: `cut` refuses,
             and state can be packed only at a sequence's end.
         eog_bias: added to the end token's logit.
@@ -61,20 +62,22 @@ class StubBackend:
         n_ctx: int = 4096,
         n_batch: int = 512,
         n_ubatch: int = 128,
-        n_sequences: int = 1,
+        n_sequences: int = 12,
         can_trim: bool = True,
         eog_bias: float = 0.0,
     ) -> None:
         if min(n_ctx, n_batch, n_ubatch, n_sequences) < 1:
             raise OptionError("n_ctx, n_batch, n_ubatch and n_sequences must be at least 1")
-        self.limits = Limits(n_ctx, n_batch, n_ubatch, StubVocabulary.n_tokens, can_trim)
+        self.limits = Limits(n_ctx, n_batch, n_ubatch, StubVocabulary.n_tokens, can_trim, n_sequences=n_sequences)
         self.vocabulary = StubVocabulary()
         self.namespace: Mapping[str, NamespaceValue] = {"backend": "stub", "seed": seed, "can_trim": can_trim}
         self.recipe = hashlib.sha256(f"stub {n_ubatch}".encode()).digest()[:16]
         self.tokens_decoded = 0
         self._seed = np.uint64(seed)
         self._eog_bias = eog_bias
-        self._cells = np.zeros((n_sequences, n_ctx), np.uint64)
+        self._kv = np.zeros(n_ctx, np.uint64)  # by cell
+        self._holders = np.zeros(n_ctx, np.int32)  # sequences that hold a cell
+        self._table = np.zeros((n_sequences, n_ctx), np.int32)  # the cell of each position of a sequence
         self._held = [0] * n_sequences
         self._places = (2 * np.arange(n_ctx, dtype=np.uint64) + 1) * _MIX
         self._aborted = False
@@ -84,24 +87,37 @@ class StubBackend:
             raise BackendError("the decode was aborted")
         if not 1 <= len(batch.tokens) <= self.limits.n_batch:
             raise BackendError(f"a batch of {len(batch.tokens)} tokens; n_batch is {self.limits.n_batch}")
+        free = np.flatnonzero(self._holders == 0)
+        if len(free) < len(batch.tokens):
+            raise CellsExhausted(f"{len(free)} free cells for {len(batch.tokens)} tokens")
         self.tokens_decoded += len(batch.tokens)
         rows = []
-        for token, position, sequence, output in zip(*(array.tolist() for array in batch), strict=True):
+        for cell, token, position, sequence, output in zip(
+            free.tolist(), *(array.tolist() for array in batch), strict=False
+        ):
             if position != self._held[sequence]:
                 raise BackendError(f"position {position} after {self._held[sequence]} held")
-            if position >= self.limits.n_ctx:
-                raise BackendError(f"no cell for position {position}")
-            before = int(self._cells[sequence, position - 1]) if position else int(self._seed)
+            before = int(self._kv[self._table[sequence, position - 1]]) if position else int(self._seed)
             digest = hashlib.blake2b(struct.pack("<QI", before, token), digest_size=8).digest()
-            self._cells[sequence, position] = int.from_bytes(digest, "little")
-            self._held[sequence] = position + 1
+            self._kv[cell] = int.from_bytes(digest, "little")
+            self._hold(sequence, position, np.array([cell], np.int32))
             if output:
                 rows.append(self._logits(sequence))
         return np.array(rows, np.float32).reshape(len(rows), self.limits.n_vocab)
 
+    def _hold(self, sequence: int, start: int, cells: NDArray[np.int32]) -> None:
+        """Append cells to a sequence that holds `start` positions."""
+        self._table[sequence, start : start + len(cells)] = cells
+        self._holders[cells] += 1
+        self._held[sequence] = start + len(cells)
+
+    def _values(self, sequence: int, start: int, end: int) -> NDArray[np.uint64]:
+        values: NDArray[np.uint64] = self._kv[self._table[sequence, start:end]]
+        return values
+
     def _logits(self, sequence: int) -> NDArray[np.float32]:
         held = self._held[sequence]
-        summed = np.bitwise_xor.reduce(self._cells[sequence, :held] * self._places[:held])
+        summed = np.bitwise_xor.reduce(self._values(sequence, 0, held) * self._places[:held])
         logits = np.random.Generator(np.random.PCG64(int(summed))).standard_normal(self.limits.n_vocab, np.float32)
         logits *= np.float32(3)
         logits[EOG] += np.float32(self._eog_bias)
@@ -114,7 +130,7 @@ class StubBackend:
         if not self.limits.can_trim and end != held:
             raise BackendError(f"this memory can be packed at its end, {held}, not at {end}")
         header = _HEADER.pack(int(self._seed), start, end)
-        return np.frombuffer(header + self._cells[sequence, start:end].tobytes(), np.uint8).copy()
+        return np.frombuffer(header + self._values(sequence, start, end).tobytes(), np.uint8).copy()
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
         raw = bytes(payload)
@@ -122,19 +138,42 @@ class StubBackend:
             raise StateError("the payload is not of these positions")
         if self._held[sequence] != start:
             raise StateError(f"positions from {start} on, in a sequence that holds {self._held[sequence]}")
-        self._cells[sequence, start:end] = np.frombuffer(raw, np.uint64, offset=_HEADER.size)
-        self._held[sequence] = end
+        free = np.flatnonzero(self._holders == 0)[: end - start]
+        if len(free) < end - start:
+            raise StateError(f"{len(free)} free cells for {end - start} positions")
+        self._kv[free] = np.frombuffer(raw, np.uint64, offset=_HEADER.size)
+        self._hold(sequence, start, free.astype(np.int32))
+
+    def share(self, source: int, target: int, end: int) -> None:
+        if not self.limits.can_trim:
+            raise BackendError("this memory is shared by sequences whole or not at all")
+        if not 0 <= end <= self._held[source] or self._held[target]:
+            raise BackendError(
+                f"positions 0 to {end} of a sequence that holds {self._held[source]}, "
+                f"for one that holds {self._held[target]}"
+            )
+        self._hold(target, 0, self._table[source, :end].copy())
 
     def cut(self, sequence: int, end: int) -> None:
         if not self.limits.can_trim:
             raise BackendError("this memory cannot be cut")
-        self._held[sequence] = min(end, self._held[sequence])
+        self._release(sequence, min(end, self._held[sequence]))
+
+    def _release(self, sequence: int, end: int) -> None:
+        self._holders[self._table[sequence, end : self._held[sequence]]] -= 1
+        self._held[sequence] = end
 
     def drop(self, sequence: int) -> None:
-        self._held[sequence] = 0
+        self._release(sequence, 0)
 
     def clear(self) -> None:
-        self._held = [0] * len(self._held)
+        for sequence in range(len(self._held)):
+            self._release(sequence, 0)
+
+    @property
+    def cells_used(self) -> int:
+        """Cells that a sequence holds."""
+        return int(np.count_nonzero(self._holders))
 
     def abort(self, on: bool) -> None:
         self._aborted = on
