@@ -19,7 +19,7 @@ from erllama.errors import OptionError, integer, reject_unknown
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """When a model saves. All counts are tokens, but the last.
+    """When a model saves. All counts are tokens, but the last two.
 
     Attributes:
         min_tokens: contexts shorter than this are not saved, for whatever reason; their
@@ -34,6 +34,7 @@ class Policy:
             the seam; memory that cannot be cut then still resumes before it.
         boundary_align_tokens: after the trim, save as it is read only up to a multiple of this.
         session_resume_wait_ms: the longest that a request waits for the save of its parent, in milliseconds.
+        evict_save_timeout_ms: the longest that `evict()` and `unload()` wait for the disk, in milliseconds.
     """
 
     min_tokens: int = 0
@@ -44,6 +45,8 @@ class Policy:
     boundary_trim_tokens: int = 0
     boundary_align_tokens: int = 1
     session_resume_wait_ms: int = 500
+    # A hung disk must not hang them.
+    evict_save_timeout_ms: int = 30_000
 
     def __post_init__(self) -> None:
         for field in fields(self):

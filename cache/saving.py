@@ -96,6 +96,12 @@ class Saver:
                     del self._expected[key]
                 self._saved.notify_all()
 
+    def awaits(self, key: bytes) -> bool:
+        with self._lock:
+            if self._residents.tree.get(key) is not None:
+                return False
+            return key in self._expected or self._upkeep.in_flight(key)
+
     def wait_for(self, key: bytes, seconds: float) -> None:
         """Wait until a block is stored, as long as somebody is saving it."""
         deadline = time.monotonic() + seconds

@@ -261,6 +261,10 @@ class Cache:
         """Announce the save of a block within a `with`: lookups that go on from it wait for that."""
         return self._saver.expecting(key)
 
+    def awaits(self, key: bytes) -> bool:
+        """Whether a block is not stored yet, but being saved."""
+        return self._saver.awaits(key)
+
     # --- live tiers -------------------------------------------------------------------------
 
     def attach(self, tier: Tier) -> None:

@@ -1,4 +1,4 @@
-"""Runs requests: the model thread, slices, sampling, and the backends' protocol."""
+"""Runs requests: the model thread, its scheduler, sampling, and the backends' protocol."""
 
 from erllama.engine.backend import Backend, Batch, Limits, Vocabulary
 from erllama.engine.request import (
@@ -9,11 +9,12 @@ from erllama.engine.request import (
     Request,
     RequestOptions,
     TextDelta,
-    Ticket,
     Timings,
 )
-from erllama.engine.runner import Phase, Runner
-from erllama.engine.sampling import Sampler, SamplingOptions
+from erllama.engine.runner import Runner
+from erllama.engine.sampling import Sampler, SamplingOptions, TokenLogprobs
+from erllama.engine.scheduler import Phase
+from erllama.engine.ticket import Ticket
 
 __all__ = [
     "Backend",
@@ -32,5 +33,6 @@ __all__ = [
     "TextDelta",
     "Ticket",
     "Timings",
+    "TokenLogprobs",
     "Vocabulary",
 ]

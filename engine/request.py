@@ -1,13 +1,8 @@
-"""A request and what comes of it: options, events, the result. Plain immutable values.
-
-`Ticket` is the one exception: the caller's end of a request in flight.
-"""
+"""A request and what comes of it: options, events, the result. Plain immutable values."""
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import KEY_BYTES
-from erllama.engine.sampling import SamplingOptions
-from erllama.errors import OptionError, boolean, integer
+from erllama.engine.sampling import SamplingOptions, TokenLogprobs
+from erllama.errors import OptionError, boolean, integer, real
 
 FinishReason = Literal["stop", "length", "context_full", "cancelled"]
 HitKind = Literal["cold", "partial", "exact"]
+
+MOST_LOGPROBS = 100  # as many as a person, or an evaluation, ever looks at; a row of them is built per token
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +31,11 @@ class RequestOptions:
         cache_salt: shares cached KV only with requests of the same salt; None with those of none.
         parent_key: the `finish_key` of the context that the prompt goes on from: where its save is
             still in flight, that is waited for.
+        stop: texts at which the reply ends; the first by position wins, and is not part of it.
+        logprobs: how many of the most likely tokens to tell the probabilities of, beside those of the
+            tokens drawn; None for none at all.
+        session_id: keeps the context in its cells for the session's next request; a name.
+        timeout: seconds from the call in which the reply must be done; None for any time.
     """
 
     max_tokens: int | None = None
@@ -41,8 +43,13 @@ class RequestOptions:
     reproducible: bool = False
     cache_salt: str | None = None
     parent_key: bytes | None = None
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    session_id: str | None = None
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
+        put = object.__setattr__
         key = self.parent_key
         if key is not None and (not isinstance(key, bytes) or len(key) != KEY_BYTES):
             raise OptionError(
@@ -51,8 +58,22 @@ class RequestOptions:
         if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
             raise OptionError(f"cache_salt={self.cache_salt!r}; give a text that is not empty, or None")
         if self.max_tokens is not None:
-            object.__setattr__(self, "max_tokens", integer("max_tokens", self.max_tokens, 0))
+            put(self, "max_tokens", integer("max_tokens", self.max_tokens, 0))
         boolean("reproducible", self.reproducible)
+        put(self, "stop", _stop_strings(self.stop))
+        if self.logprobs is not None:
+            put(self, "logprobs", integer("logprobs", self.logprobs, 0, MOST_LOGPROBS))
+        if self.session_id is not None and (not isinstance(self.session_id, str) or not self.session_id):
+            raise OptionError(f"session_id={self.session_id!r}; give a text that is not empty, or None")
+        if self.timeout is not None:
+            put(self, "timeout", real("timeout", self.timeout, 0.0))
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    found = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(found, list | tuple) or not all(isinstance(text, str) and text for text in found):
+        raise OptionError(f"stop={stop!r}; give a text, or a list of them, none of them empty")
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,14 +132,16 @@ class Completion:
 
     Attributes:
         text: the reply as text; bytes that are no UTF-8 appear as U+FFFD.
-        tokens: ids of the reply, an end token not among them.
+        tokens: ids of the reply, an end token not among them, those of a stop string among them.
         context_tokens: ids of prompt and reply.
-        finish_reason: "stop" at an end-of-generation token, "length" at
+        finish_reason: "stop" at an end-of-generation token or a stop string, "length" at
             max_tokens, "context_full" when no cell was left, "cancelled".
         finish_key: names the stored context of this reply; None when nothing was stored.
         cache: how much of the prompt was warm.
         seed: the seed the draws used.
         timings: where the time went.
+        stop_sequence: the stop string that ended it; None where none did.
+        logprobs: one for each of `tokens`, where asked for; else None.
     """
 
     text: str
@@ -129,14 +152,32 @@ class Completion:
     cache: CacheHit
     seed: int
     timings: Timings
+    stop_sequence: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """A piece of the reply: text that is complete, and the tokens since the last piece."""
+    """A piece of the reply.
+
+    Attributes:
+        text: what is complete, and is no part of a stop string.
+        tokens: the ids since the last piece.
+        logprobs: one for each of them, where asked for; else empty.
+    """
 
     text: str
     tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+def joined(pieces: Sequence[TextDelta]) -> TextDelta:
+    """Several pieces as one."""
+    return TextDelta(
+        "".join(piece.text for piece in pieces),
+        tuple(token for piece in pieces for token in piece.tokens),
+        tuple(logprobs for piece in pieces for logprobs in piece.logprobs),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,72 +188,3 @@ class Done:
 
 
 Event = TextDelta | Done
-
-
-class Ticket:
-    """The caller's end of a request in flight; the model thread fills it.
-
-    Safe from any thread. Events come in order and end with `Done` or an error.
-    """
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self._condition = threading.Condition()
-        self._events: deque[Event] = deque()
-        self._completion: Completion | None = None
-        self._error: BaseException | None = None
-        self._cancelled = False
-
-    # --- the model thread's side
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled
-
-    def emit(self, event: TextDelta) -> None:
-        with self._condition:
-            self._events.append(event)
-            self._condition.notify_all()
-
-    def finish(self, completion: Completion) -> None:
-        with self._condition:
-            self._completion = completion
-            self._events.append(Done(completion))
-            self._condition.notify_all()
-
-    def fail(self, error: BaseException) -> None:
-        with self._condition:
-            self._error = error
-            self._condition.notify_all()
-
-    # --- the caller's side
-
-    @property
-    def done(self) -> bool:
-        return self._completion is not None or self._error is not None
-
-    def cancel(self) -> None:
-        """Ask for an early end; the request still ends with a Completion. Idempotent."""
-        self._cancelled = True
-
-    def events(self) -> Iterator[Event]:
-        """Events as they come; raises the request's error where it failed."""
-        while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._events or self._error is not None)
-                if not self._events:
-                    assert self._error is not None
-                    raise self._error
-                event = self._events.popleft()
-            yield event
-            if isinstance(event, Done):
-                return
-
-    def result(self) -> Completion:
-        """Wait for the end; raises the request's error where it failed."""
-        with self._condition:
-            self._condition.wait_for(lambda: self.done)
-        if self._error is not None:
-            raise self._error
-        assert self._completion is not None
-        return self._completion

@@ -1,7 +1,6 @@
-"""The model thread: takes requests from a queue and runs them on one backend.
+"""The model thread: takes requests from callers, and runs the scheduler's ticks.
 
-One request at a time, first come first served. Only this thread touches the
-backend (its vocabulary and `abort` apart). A request that fails, fails alone.
+Only this thread touches the backend (its vocabulary and `abort` apart).
 """
 
 from __future__ import annotations
@@ -9,23 +8,20 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections import deque
-from typing import Literal
+from collections.abc import Callable
 
-from erllama.cache import Cache, Policy, SaveReason
+from erllama.cache import Cache, Policy
 from erllama.engine.backend import Backend
-from erllama.engine.request import CacheHit, Request, Ticket
+from erllama.engine.metrics import EngineMetrics
+from erllama.engine.request import CacheHit, Request
+from erllama.engine.scheduler import Phase, Scheduler
 from erllama.engine.sequence import Sequence
+from erllama.engine.ticket import Ticket
 from erllama.engine.warmth import shared_warmth
-from erllama.errors import BackendError, Error, ModelUnloaded
+from erllama.errors import BackendError, CalledFromModelThread, ModelUnloaded, QueueFull, SessionBusy
 
 log = logging.getLogger("erllama.engine")
-
-# evict() and stop() wait that long for the disk: a hung one must not hang them.
-_SYNCHRONOUS_SAVE_SECONDS = 30.0
-
-Phase = Literal["idle", "prefilling", "generating"]
 
 
 class Runner:
@@ -36,33 +32,81 @@ class Runner:
         cache: shared with other runners; not closed.
         policy: what is saved, and when.
         name: for the thread and the log.
+        n_seq_max: most requests that run at once.
+        prefill_chunk_size: most tokens of prompts in one tick beside replies that are being written.
+        parked_cells: cells that finished sequences may keep while others compute.
+        max_pending: most requests that may wait.
     """
 
-    def __init__(self, backend: Backend, cache: Cache, policy: Policy, name: str) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        cache: Cache,
+        policy: Policy,
+        name: str,
+        *,
+        n_seq_max: int,
+        prefill_chunk_size: int,
+        parked_cells: int,
+        max_pending: int,
+    ) -> None:
         self._backend = backend
         self._cache = cache
-        self._shared = shared_warmth(cache, backend, policy)
-        self._name = name
-        self._condition = threading.Condition()
-        self._queue: deque[tuple[Ticket, float]] = deque()
+        self._policy = policy
         self._stopping = False
-        self._evicting: list[threading.Event] = []  # callers of evict() that wait
+        self._shared = shared_warmth(cache, backend, policy)
+        self._scheduler = Scheduler(
+            self._shared,
+            n_seq_max=n_seq_max,
+            prefill_chunk_size=prefill_chunk_size,
+            parked_cells=parked_cells,
+            on_end=self._on_end,
+            stopping=lambda: self._stopping,
+        )
+        self._name = name
+        self._max_pending = max_pending
+        self._condition = threading.Condition()
+        self._arrived: deque[Sequence] = deque()
+        self._sessions: set[str] = set()  # of requests that run or wait
+        self._calls: deque[tuple[Callable[[], object], threading.Event]] = deque()
         self._saved_at_stop = False
         self._process = os.getpid()
-        # Read without a lock, by anyone, at any time.
-        self.phase: Phase = "idle"
-        self.last_hit: CacheHit | None = None
         self._thread = threading.Thread(target=self._run, name=f"erllama-model-{name}", daemon=True)
         self._thread.start()
+
+    # --- read without a lock, by anyone, at any time
+
+    @property
+    def phase(self) -> Phase:
+        return self._scheduler.phase
 
     @property
     def pending(self) -> int:
         """Requests that wait."""
-        return len(self._queue)
+        return len(self._arrived) + len(self._scheduler.waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that are admitted."""
+        return len(self._scheduler.running)
+
+    @property
+    def last_hit(self) -> CacheHit | None:
+        return self._scheduler.last_hit
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        return self._scheduler.metrics
 
     @property
     def stopped(self) -> bool:
         return self._stopping
+
+    def namespace(self, cache_salt: str | None) -> bytes:
+        """The root key of what a request of this salt may share."""
+        return self._shared.namespace(cache_salt)
+
+    # --- asking
 
     def check(self) -> None:
         """Raise ModelUnloaded if no request can run here any more."""
@@ -74,22 +118,53 @@ class Runner:
         if self._stopping:
             raise ModelUnloaded(f"model {self._name!r} is unloaded; load it again to use it")
 
-    def submit(self, request: Request) -> Ticket:
+    def submit(self, request: Request, *, streaming: bool) -> Ticket:
         """Queue a request.
 
         Raises:
             ModelUnloaded: the runner was stopped.
+            QueueFull: as many wait as may.
+            SessionBusy: a request of its session runs or waits.
+            CalledFromModelThread: by this runner's own thread.
         """
-        self.check()  # before the lock, which a fork may have left taken
-        ticket = Ticket(request)
+        self._check_caller()
+        ticket = Ticket(request, streaming)
+        sequence = Sequence(ticket, self._shared)
+        session = request.options.session_id
         with self._condition:
             self.check()
-            self._queue.append((ticket, time.perf_counter()))
-            self._condition.notify_all()
+            if self.pending >= self._max_pending:
+                self.metrics.refused += 1
+                raise QueueFull(
+                    f"{self.pending} requests wait for model {self._name!r}, and max_pending={self._max_pending}; "
+                    "ask again later, or load the model with a larger max_pending"
+                )
+            if session is not None:
+                self._check_session(session)
+                self._sessions.add(session)
+            self._arrived.append(sequence)
+            self._condition.notify()
         return ticket
 
+    def end_session(self, session_id: str) -> bool:
+        """Stop keeping the context of a session; False where none is kept.
+
+        Raises:
+            SessionBusy: a request of it runs or waits.
+        """
+        with self._condition:
+            self._check_session(session_id)
+        found: list[bool] = []
+        self._call(lambda: found.append(self._scheduler.live.end_session(session_id)))
+        return any(found)
+
+    def evict(self) -> None:
+        """Save what the context holds and wait until that is stored; let go of what no request uses."""
+        self._call(self._scheduler.evict)
+        self._cache.flush(self._policy.evict_save_timeout_ms / 1000)
+
     def stop(self) -> None:
-        """End the present request and those that wait with ModelUnloaded, and close the backend. Idempotent."""
+        """End all requests with ModelUnloaded, save what they had computed, and close the backend. Idempotent."""
         with self._condition:
             first = not self._stopping
             self._stopping = True
@@ -101,100 +176,84 @@ class Runner:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         if first and self._saved_at_stop:
-            self._cache.flush(_SYNCHRONOUS_SAVE_SECONDS)
+            self._cache.flush(self._policy.evict_save_timeout_ms / 1000)
 
-    def evict(self) -> None:
-        """Save what the context holds, at the next token, and wait until that is stored; then let go of idle KV."""
-        self.check()
+    def _check_caller(self) -> None:
+        self.check()  # before the lock, which a fork may have left taken
+        if threading.current_thread() is self._thread:
+            raise CalledFromModelThread(
+                f"model {self._name!r} was called by its own thread, from a callback; it would wait for itself. "
+                "Hand the work to another thread"
+            )
+
+    def _check_session(self, session_id: str) -> None:
+        if session_id in self._sessions:
+            raise SessionBusy(
+                f"session {session_id!r} has a request that runs or waits; "
+                "wait for its end, or use another session_id"
+            )
+
+    def _call(self, function: Callable[[], object]) -> None:
+        """Have the model thread call something between two ticks, and wait for that."""
+        self._check_caller()
         done = threading.Event()
         with self._condition:
             self.check()
-            self._evicting.append(done)
-            self._condition.notify_all()
+            self._calls.append((function, done))
+            self._condition.notify()
         done.wait()
-        self._cache.flush(_SYNCHRONOUS_SAVE_SECONDS)
+
+    # --- the model thread
 
     def _run(self) -> None:
+        scheduler = self._scheduler
         try:
-            while (admitted := self._next()) is not None:
-                ticket, queued_at = admitted
-                self._serve(ticket, time.perf_counter() - queued_at)
+            while not self._stopping:
+                self._wait_for_work()
+                while self._calls:
+                    function, done = self._calls.popleft()
+                    self._guarded(function)
+                    done.set()
+                while self._arrived:
+                    scheduler.waiting.append(self._arrived.popleft())
+                if not self._stopping and scheduler.busy:
+                    self._guarded(scheduler.tick)
         finally:
             with self._condition:
                 self._stopping = True
-                waiting, self._queue = self._queue, deque()
-                self._evicted()
-            for ticket, _ in waiting:
-                ticket.fail(self._unloaded())
+                scheduler.waiting.extend(self._arrived)
+                self._arrived.clear()
+                calls, self._calls = self._calls, deque()
+            self._saved_at_stop = scheduler.shut_down(
+                ModelUnloaded(f"model {self._name!r} was unloaded while the request ran or waited")
+            )
+            for _, done in calls:
+                done.set()
             self._backend.close()
 
-    def _next(self) -> tuple[Ticket, float] | None:
+    def _wait_for_work(self) -> None:
+        if self._scheduler.busy:
+            return
         with self._condition:
-            self.phase = "idle"
-            while not self._stopping:
-                if self._evicting:
-                    self._backend.clear()  # all of it was saved when its request ended
-                    self._evicted()
-                if self._queue:
-                    return self._queue.popleft()
-                self._condition.wait()
-            return None
+            self._condition.wait_for(lambda: self._stopping or self._arrived or self._calls)
 
-    def _evicted(self) -> None:
-        """Tell who waits; under the lock."""
-        for done in self._evicting:
-            done.set()
-        self._evicting.clear()
-
-    def _serve(self, ticket: Ticket, queued: float) -> None:
+    def _guarded(self, work: Callable[[], object]) -> None:
+        """Whatever goes wrong, those who wait are told, and the thread goes on."""
         try:
-            # Cleared, so that cells are taken in the same order every time.
-            self._backend.clear()
-            self.phase = "prefilling"
-            sequence = Sequence(ticket, 0, self._shared, queued)
-            sequence.restore()
-            self.last_hit = sequence.hit
-            try:
-                self._run_to_end(ticket, sequence)
-            except BaseException:
-                if self._stopping:
-                    self._save_at_stop(sequence)
-                raise
-            sequence.save(SaveReason.FINISH)
-            ticket.finish(sequence.completion())
-        except Error as error:
-            ticket.fail(self._unloaded() if self._stopping else error)
+            work()
         except BaseException as error:
-            # SystemExit, too: no interrupt is meant for this thread, and whoever waits must not wait for ever.
-            log.exception("a request on model %r failed unexpectedly", self._name)
-            failure = BackendError(f"the request failed unexpectedly: {type(error).__name__}: {error}")
+            # SystemExit, too: no interrupt is meant for this thread.
+            log.exception("model %r failed unexpectedly; its requests end", self._name)
+            failure = BackendError(f"the model failed unexpectedly: {type(error).__name__}: {error}")
             failure.__cause__ = error
-            ticket.fail(failure)
+            try:
+                self._scheduler.fail_all(failure)
+            except Exception:
+                log.exception("model %r cannot go on; it is unloaded", self._name)
+                self._stopping = True
 
-    def _run_to_end(self, ticket: Ticket, sequence: Sequence) -> None:
-        while sequence.finish_reason is None:
-            if self._stopping:
-                raise self._unloaded()
-            if ticket.cancelled:
-                sequence.finish_reason = "cancelled"
-                break
-            if self._evicting:
-                sequence.save(SaveReason.EVICT)
-                with self._condition:
-                    self._evicted()
-            batch = sequence.next_batch()
-            logits = self._backend.decode(batch)
-            sequence.decoded(batch, logits)
-            self.phase = "prefilling" if sequence.prefilling else "generating"
-
-    def _save_at_stop(self, sequence: Sequence) -> None:
-        """Keep what an interrupted request had computed."""
-        try:
-            if sequence.recover():
-                sequence.save(SaveReason.SHUTDOWN)
-                self._saved_at_stop = True
-        except Exception:
-            log.warning("model %r: the interrupted request could not be saved", self._name, exc_info=True)
-
-    def _unloaded(self) -> ModelUnloaded:
-        return ModelUnloaded(f"model {self._name!r} was unloaded while the request ran or waited")
+    def _on_end(self, sequence: Sequence) -> None:
+        session = sequence.options.session_id
+        if session is not None:
+            with self._condition:
+                self._sessions.discard(session)

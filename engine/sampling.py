@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,17 @@ class SamplingOptions:
         set_field(self, "min_p", real("min_p", self.min_p, 0.0, 1.0))
         if self.seed is not None:
             set_field(self, "seed", integer("seed", self.seed, 0, _MAX_SEED))
+
+
+class TokenLogprobs(NamedTuple):
+    """How likely the model found a token, as natural logarithms of probabilities, before any sampling step.
+
+    `top` has the most likely ids and theirs, most likely first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class Sampler:
@@ -106,3 +118,17 @@ def top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:
         candidates = np.arange(n)
     order = np.argsort(-logits[candidates], kind="stable")
     return candidates[order[:k]]
+
+
+def log_probabilities(logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprobs:
+    """How likely a token was, and the `n_top` most likely ones, by the softmax of the logits.
+
+    Args:
+        logits: shape (n_vocab,), at least one finite.
+    """
+    top = float(logits.max())
+    total = top + float(np.log(np.exp(logits - np.float32(top), dtype=np.float64).sum()))
+    ids = top_k(logits, n_top) if n_top else np.empty(0, np.intp)
+    return TokenLogprobs(
+        token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in ids)
+    )

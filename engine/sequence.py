@@ -1,4 +1,4 @@
-"""One request on its way through the model: its tokens, its position, its reply so far."""
+"""One request, from its submission to its end: its tokens, what of them is held, its reply so far."""
 
 from __future__ import annotations
 
@@ -8,162 +8,237 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import SaveReason
-from erllama.engine.backend import Backend, Batch
-from erllama.engine.request import CacheHit, Completion, FinishReason, TextDelta, Ticket, Timings
-from erllama.engine.sampling import Sampler
-from erllama.engine.slices import Slicing
+from erllama.engine.metrics import EngineMetrics
+from erllama.engine.request import CacheHit, Completion, FinishReason, TextDelta, Timings
+from erllama.engine.sampling import Sampler, TokenLogprobs, log_probabilities
+from erllama.engine.stops import StopScanner
 from erllama.engine.text import TextDecoder
+from erllama.engine.ticket import Ticket
 from erllama.engine.warmth import Warmth, WarmthContext
 
 
 class Sequence:
-    """The state of one admitted request; used by the model thread alone.
+    """The state of one request. Made by the caller's thread, then used by the model's alone.
 
-    The runner asks for the next rows, decodes them, and hands the logits back,
-    until `finish_reason` is set.
+    It may enter the context several times: where it had to give its cells to
+    others, what it holds is saved, and it waits and is restored. What it draws
+    from, its text and its stop strings stay with it, so the reply is the same.
+
+    Attributes:
+        ticket: the caller's end.
+        namespace: the root key of what it may share.
+        tokens: prompt and reply, int32; the first `n_known` are known, the first `n_held` in the context.
+        number: the backend's for it, while it is in the context.
+        leader, fork: another sequence that computes its first `fork` tokens just now, which it waits for.
+        waits_until: until when it waits for the save of its parent; 0 where it does not.
+        finish_reason: None as long as it goes on.
     """
 
-    def __init__(self, ticket: Ticket, number: int, shared: WarmthContext, queued_seconds: float) -> None:
-        self._ticket = ticket
-        self._number = number
-        self._backend: Backend = shared.backend
-        self._slicing: Slicing = shared.slicing
-        options = ticket.request.options
-        self._warmth = Warmth(shared, number, len(ticket.request.prompt), options.cache_salt)
-        self._sampler = Sampler(options.sampling)
-        self._reproducible = options.reproducible
-        self._parent_key = options.parent_key
-        self._decoder = TextDecoder()
-        self._text: list[str] = []
+    def __init__(self, ticket: Ticket, shared: WarmthContext) -> None:
+        self.ticket = ticket
+        self._shared = shared
+        self._vocabulary = shared.backend.vocabulary
+        self._n_ctx = shared.backend.limits.n_ctx
+        self.options = options = ticket.request.options
+        self.namespace = shared.namespace(options.cache_salt)
         prompt = ticket.request.prompt
-        n_ctx = self._backend.limits.n_ctx
-        room = n_ctx - len(prompt) + 1  # the last token sampled needs no cell
-        self._max_tokens = options.max_tokens
-        self._n_prompt = len(prompt)
-        # Prompt and reply; grows to what this request can need, no further.
+        self.n_prompt = len(prompt)
+        room = self._n_ctx - len(prompt) + 1  # the last token sampled needs no cell
         n_reply = room if options.max_tokens is None else min(options.max_tokens, room)
-        self._tokens = np.empty(len(prompt) + n_reply, np.int32)
-        self._tokens[: len(prompt)] = prompt
-        self._n_tokens = len(prompt)  # known
-        self._n_held = 0  # of them in the backend's memory
-        self._decoding = False  # a batch was given out and has not come back
-        self._hit = CacheHit("cold", None, 0)
+        # Grows to what this request can need, no further.
+        self.tokens = np.empty(len(prompt) + n_reply, np.int32)
+        self.tokens[: len(prompt)] = prompt
+        self.n_known = len(prompt)
+        self.n_held = 0
+        self.number: int | None = None
+        self.leader: Sequence | None = None
+        self.fork = 0
+        self.waits_until = 0.0
         self.finish_reason: FinishReason | None = None
-        self._queued = queued_seconds
-        self._began = time.perf_counter()
-        self._restored_at = self._first_token_at = self._began
+        self._warmth: Warmth | None = None
+        self._sampler = Sampler(options.sampling)
+        self._decoder = TextDecoder()
+        self._stops = StopScanner(options.stop)
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._unsent = len(prompt)  # the first token that no piece told of
+        self._n_prefilled = 0
+        self._hit: CacheHit | None = None
+        self._decoding = False  # rows were given out and have not come back
+        self._placed_at = self._restored_at = self._first_token_at = self._last_token_at = 0.0
+
+    # --- where it stands
+
+    @property
+    def hit(self) -> CacheHit | None:
+        """How warm it was when it first entered the context; None before."""
+        return self._hit
+
+    @property
+    def known(self) -> NDArray[np.int32]:
+        return self.tokens[: self.n_known]
+
+    @property
+    def held(self) -> NDArray[np.int32]:
+        return self.tokens[: self.n_held]
 
     @property
     def prefilling(self) -> bool:
-        return self._n_held < self._n_prompt
+        """Whether the next row is not just the token drawn last."""
+        return self.n_held < max(self.n_prompt, self.n_known - 1)
 
     @property
-    def hit(self) -> CacheHit:
-        return self._hit
+    def waiting(self) -> bool:
+        """Whether it waits for others before it computes."""
+        return self.number is None
 
-    def restore(self) -> None:
-        """Take what the cache has of the prompt."""
-        self._hit = self._warmth.restore(self._prompt, self._reproducible, self._parent_key)
-        self._n_held = self._hit.tokens
-        self._restored_at = self._first_token_at = time.perf_counter()
+    @property
+    def growth(self) -> int:
+        """How many tokens more it may come to hold, beyond those known."""
+        return len(self.tokens) - self.n_known
 
-    def next_batch(self) -> Batch:
-        """The rows to decode next: a slice of the prompt, or the last token sampled."""
-        start = self._n_held
-        end = (
-            self._slicing.next_cut(start, self._n_prompt, self._warmth.cold_tail_end)
-            if self.prefilling
-            else self._n_tokens
-        )
-        n = end - start
-        output = np.zeros(n, np.int8)
-        self._decoding = True
-        # Logits of the last row, and only once the prompt is complete.
-        output[-1] = end >= self._n_prompt
-        return Batch(
-            self._tokens[start:end],
-            np.arange(start, end, dtype=np.int32),
-            np.full(n, self._number, np.int32),
-            output,
-        )
+    @property
+    def warmth(self) -> Warmth:
+        assert self._warmth is not None
+        return self._warmth
 
-    def decoded(self, batch: Batch, logits: NDArray[np.float32]) -> None:
-        """Take note of a decoded batch; sample where it completed the prompt or a token of the reply."""
+    # --- in and out of the context
+
+    def enter(self, number: int, warmth: Warmth, n_held: int, hit: CacheHit, began: float) -> None:
+        """It is in the context now, and holds its first `n_held` tokens."""
+        self.number, self._warmth, self.n_held = number, warmth, n_held
+        self.leader = None
+        if self._hit is None:
+            self._hit = hit
+            self._placed_at = began
+            self._restored_at = self._first_token_at = time.perf_counter()
+
+    def leave(self) -> None:
+        """It is no longer in the context."""
+        self.number = self._warmth = self.leader = None
+        self.n_held = 0
         self._decoding = False
-        end = self._n_held + len(batch.tokens)
-        prefilled = self.prefilling
-        if prefilled:
-            self._warmth.computed(self._n_held, end)
-        self._n_held = end
-        if prefilled:
-            self._warmth.prefilled(self._tokens[:end])
-        else:
-            self._warmth.generated(self._tokens[:end])
-        if end < self._n_prompt:
-            return
-        if prefilled:
-            self._first_token_at = time.perf_counter()
-        if self._max_tokens == 0:
-            self.finish_reason = "length"
-            return
-        self._accept(self._sampler.sample(logits[0]))
 
-    def _accept(self, token: int) -> None:
-        vocabulary = self._backend.vocabulary
-        if vocabulary.is_eog[token]:
-            self.finish_reason = "stop"
-            return
-        self._tokens[self._n_tokens] = token
-        self._n_tokens += 1
-        text = self._decoder.feed(vocabulary.piece(token))
-        self._text.append(text)
-        self._ticket.emit(TextDelta(text, (token,)))
-        if self._max_tokens is not None and self._n_tokens - self._n_prompt >= self._max_tokens:
+    def next_end(self, most: int, alone: bool) -> int:
+        """Where the next slice ends, if it may have `most` tokens; `alone`: in a batch, and context, of its own."""
+        start = self.n_held
+        if not self.prefilling:
+            return start + 1
+        slicing = self._shared.slicing
+        if alone:
+            end = slicing.next_cut(start, self.n_known, self.warmth.cold_tail_end)
+        else:
+            end = slicing.next_mark(start, self.n_known, self.warmth.cold_tail_end)
+        return min(end, start + most)
+
+    def rows_given(self) -> None:
+        self._decoding = True
+
+    def rows_returned(self) -> None:
+        """They were not computed."""
+        self._decoding = False
+
+    def wants_logits(self, end: int) -> bool:
+        return end == self.n_known and self.options.max_tokens != 0
+
+    def decoded(self, end: int, alone: bool) -> None:
+        """The rows up to `end` were computed; `alone` as they were cut."""
+        self._decoding = False
+        start, self.n_held = self.n_held, end
+        if start < self.n_prompt:
+            self._n_prefilled += min(end, self.n_prompt) - start
+            if alone:
+                self.warmth.computed(start, end)
+        if end == self.n_known and self.options.max_tokens == 0:
             self.finish_reason = "length"
-        elif self._n_held >= self._backend.limits.n_ctx:
-            self.finish_reason = "context_full"
+
+    def keep(self) -> None:
+        """Save what is to be saved as it is computed."""
+        if self.n_held <= self.n_prompt:
+            self.warmth.prefilled(self.held)
+        else:
+            self.warmth.generated(self.held)
 
     def save(self, reason: SaveReason) -> None:
-        """Save what the cache does not have yet of the tokens that the memory holds."""
-        self._warmth.save_all(self._tokens[: self._n_held], reason)
+        """Save what the cache does not have yet of the tokens that are held."""
+        self.warmth.save_all(self.held, reason)
 
     def recover(self) -> bool:
         """Go back to what was held before a decode that failed; False where nobody knows what is held now."""
-        if not self._decoding:
-            return True
-        if self._backend.limits.can_trim:
-            self._backend.cut(self._number, self._n_held)
-            return True
-        return False
+        if self._decoding and self.number is not None:
+            if not self._shared.backend.limits.can_trim:
+                return False
+            self._shared.backend.cut(self.number, self.n_held)
+            self._decoding = False
+        return True
+
+    # --- the reply
+
+    def draw(self, logits: NDArray[np.float32], metrics: EngineMetrics) -> None:
+        """Sample the next token from logits, shape (n_vocab,)."""
+        token = self._sampler.sample(logits)
+        now = time.perf_counter()
+        if self._last_token_at:
+            metrics.between_tokens.observe(now - self._last_token_at)
+        else:
+            self._first_token_at = now
+            metrics.first_token.observe(now - self.ticket.submitted)
+        self._last_token_at = now
+        if self._vocabulary.is_eog[token]:
+            self.finish_reason = "stop"
+            return
+        if self.options.logprobs is not None:
+            self._logprobs.append(log_probabilities(logits, token, self.options.logprobs))
+        self.tokens[self.n_known] = token
+        self.n_known += 1
+        self._say(self._decoder.feed(self._vocabulary.piece(token)))
+        if self._stops.matched is not None:
+            self.finish_reason = "stop"
+        elif self.options.max_tokens is not None and self.n_known - self.n_prompt >= self.options.max_tokens:
+            self.finish_reason = "length"
+        elif self.n_held >= self._n_ctx:
+            self.finish_reason = "context_full"
+
+    def _say(self, text: str) -> None:
+        """Pass text on, but for what may belong to a stop string."""
+        released = self._stops.feed(text)
+        if released or not (self._stops.holding or self._stops.matched):
+            self._send(released)
+
+    def _send(self, text: str) -> None:
+        first, self._unsent = self._unsent, self.n_known
+        self._text.append(text)
+        if self.ticket.streaming:
+            told = self._logprobs[first - self.n_prompt :]
+            self.ticket.emit(TextDelta(text, tuple(self.tokens[first : self.n_known].tolist()), tuple(told)))
 
     def completion(self) -> Completion:
-        """The result; text that was held back for want of its last bytes is sent first."""
-        rest = self._decoder.finish()
+        """The result; text that was held back and is no stop string is sent first."""
+        rest = self._stops.feed(self._decoder.finish()) + self._stops.finish()
+        if self._stops.matched is not None:
+            self.finish_reason = "stop"
         if rest:
-            self._text.append(rest)
-            self._ticket.emit(TextDelta(rest, ()))
+            self._send(rest)
         assert self.finish_reason is not None
-        tokens = tuple(self._tokens[: self._n_tokens].tolist())
+        tokens = tuple(self.known.tolist())
         now = time.perf_counter()
-        n_reply = self._n_tokens - self._n_prompt
+        began = self._placed_at or now
         return Completion(
             text="".join(self._text),
-            tokens=tokens[self._n_prompt :],
+            tokens=tokens[self.n_prompt :],
             context_tokens=tokens,
             finish_reason=self.finish_reason,
-            finish_key=self._warmth.finish_key,
-            cache=self._hit,
+            finish_key=self._warmth.finish_key if self._warmth is not None else None,
+            cache=self._hit or CacheHit("cold", None, 0),
             seed=self._sampler.seed,
             timings=Timings(
-                queued=self._queued,
-                restore=self._restored_at - self._began,
-                prefill=self._first_token_at - self._restored_at,
-                decode=now - self._first_token_at,
-                prefill_tokens=min(self._n_held, self._n_prompt) - self._hit.tokens,
-                decode_tokens=max(n_reply - 1, 0),
+                queued=began - self.ticket.submitted,
+                restore=(self._restored_at or now) - began,
+                prefill=(self._first_token_at or now) - (self._restored_at or now),
+                decode=now - (self._first_token_at or now),
+                prefill_tokens=self._n_prefilled,
+                decode_tokens=max(self.n_known - self.n_prompt - 1, 0),
             ),
+            stop_sequence=self._stops.matched,
+            logprobs=tuple(self._logprobs) if self.options.logprobs is not None else None,
         )
-
-    @property
-    def _prompt(self) -> NDArray[np.int32]:
-        return self._tokens[: self._n_prompt]

@@ -54,6 +54,14 @@ class Slicing:
             end = min(end, (position // self.block_size + 1) * self.block_size)
         return end
 
+    def next_mark(self, position: int, n_prompt: int, mark: int = 0) -> int:
+        """The end of the longest slice from `position` on where no bits are promised: at blocks' ends and at
+        `mark`, where memory that cannot be cut is packed."""
+        if not self.at_blocks:
+            return n_prompt
+        end = min((position // self.block_size + 1) * self.block_size, n_prompt)
+        return min(end, mark) if position < mark else end
+
     def is_cut(self, position: int, n_prompt: int) -> bool:
         """Whether every cold run of such a prompt is cut at this position."""
         at_block = self.at_blocks and position % self.block_size == 0
@@ -91,13 +99,14 @@ class Provenance:
     """Tells, for the blocks of one sequence, what to note as their `slice_end`."""
 
     def __init__(self, slicing: Slicing, recipe: bytes) -> None:
+        self._slicing = slicing
         self._window = slicing.window
         self._recipe = recipe
         self._slice_ends: dict[int, int] = {}  # by window
         self._canonical = 0  # everything before was computed in full windows
 
     def restored(self, blocks: Sequence[Block], n_tokens: int) -> None:
-        """Positions [0, n_tokens) came from `blocks`."""
+        """Of positions [0, n_tokens), `blocks` were restored."""
         if not self._window:
             return
         for block in blocks:
@@ -111,6 +120,16 @@ class Provenance:
             if self._slice_ends.get(self._canonical // self._window) != end:
                 break
             self._canonical = end
+
+    def fork(self, n_tokens: int) -> Provenance:
+        """That of a sequence that goes on from the first `n_tokens` of this one."""
+        other = Provenance(self._slicing, self._recipe)
+        if self._window:
+            for window in range(-(-n_tokens // self._window)):
+                end = self._slice_ends.get(window, 0)
+                other._slice_ends[window] = end if end <= n_tokens else 0
+            other._canonical = min(self._canonical, n_tokens // self._window * self._window)
+        return other
 
     def computed(self, start: int, end: int) -> None:
         """Positions [start, end) were computed in one slice of prefill."""

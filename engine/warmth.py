@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,8 @@ from erllama.errors import StateError
 
 log = logging.getLogger("erllama.engine")
 
+LIVE = "live"  # the tier of what is still in the context
+
 
 @dataclass(frozen=True, slots=True)
 class WarmthContext:
@@ -52,20 +55,50 @@ class WarmthContext:
             parts["cache_salt"] = cache_salt
         return namespace_key(parts)
 
+    def find(
+        self, namespace: bytes, tokens: NDArray[np.int32], parent_key: bytes | None, wait_ms: int
+    ) -> Match | None:
+        """What the cache has of `tokens`, short of the last; None where it fails. The caller releases it."""
+        try:
+            return self.cache.lookup(
+                namespace,
+                tokens[:-1],
+                whole=not self.backend.limits.can_trim,
+                parent_key=parent_key,
+                wait_ms=wait_ms,
+                count=False,
+            )
+        except Exception:
+            log.exception("looking up a prompt of %d tokens failed; it is read cold", len(tokens))
+            self.cache.count_fault()
+            return None
+
+
+class Restored(NamedTuple):
+    """What a sequence begins with.
+
+    Attributes:
+        hit: for the caller.
+        n_shared: tokens still in cells that were another sequence's.
+    """
+
+    hit: CacheHit
+    n_shared: int
+
 
 class Warmth:
     """The cache's view of one sequence.
 
     Args:
         shared: the model's.
-        sequence: the backend's number of it; empty.
+        sequence: the backend's number of it.
+        namespace: the root key of what it may share.
         n_prompt: tokens of the prompt.
-        cache_salt: the tenant's.
     """
 
-    def __init__(self, shared: WarmthContext, sequence: int, n_prompt: int, cache_salt: str | None) -> None:
+    def __init__(self, shared: WarmthContext, sequence: int, namespace: bytes, n_prompt: int) -> None:
         self._cache, self._backend = shared.cache, shared.backend
-        self._namespace, self._slicing = shared.namespace(cache_salt), shared.slicing
+        self._namespace, self._slicing = namespace, shared.slicing
         self._policy = shared.policy
         self._can_trim = shared.backend.limits.can_trim
         self._cold_end = shared.policy.cold_end(n_prompt)
@@ -83,55 +116,87 @@ class Warmth:
 
     # --- restoring ----------------------------------------------------------------------
 
-    def restore(self, prompt: NDArray[np.int32], reproducible: bool, parent_key: bytes | None = None) -> CacheHit:
-        """Fill the sequence with the longest stored prefix of the prompt, short of its last token."""
-        last = len(prompt) - 1
-        whole = not self._can_trim
-        try:
-            with self._cache.lookup(
-                self._namespace,
-                prompt[:last],
-                whole=whole,
-                parent_key=parent_key,
-                wait_ms=self._policy.session_resume_wait_ms,
-                count=False,
-            ) as match:
-                wanted = match.n_tokens
-                if reproducible:
-                    wanted = self._canonical(match.blocks, wanted, len(prompt))
-                blocks, restored, tiers = self._restore_blocks(match, wanted)
-                if reproducible:
-                    # Again, by what was loaded: a block may have been missing, or saved anew by another process.
-                    restored = self._recut(blocks, restored, len(prompt))
-        except Exception:
-            # A request never fails for the cache, not even for a mistake in it.
-            log.exception("restoring a prompt of %d tokens failed; it is read cold", len(prompt))
-            self._cache.count_fault()
-            self._backend.drop(self._sequence)
-            blocks, restored, tiers = [], 0, set()
+    def restore(
+        self,
+        tokens: NDArray[np.int32],
+        match: Match | None,
+        *,
+        reproducible: bool = False,
+        n_shared: int = 0,
+        room: int,
+        as_computed: Provenance | None = None,
+    ) -> Restored:
+        """Fill the sequence with the longest prefix of `tokens` that can be had, short of the last.
+
+        Args:
+            tokens: what is known of it, int32, shape (n,).
+            match: what the cache has of it; None for nothing.
+            reproducible: only what has the bits of a cold run.
+            n_shared: how many of its tokens it holds already, in cells of another sequence.
+            room: free cells.
+            as_computed: how those that it holds were computed, where that is known.
+        """
+        last = len(tokens) - 1
+        n_held, tiers = n_shared, {LIVE} if n_shared else set()
+        self._provenance = (as_computed or self._provenance).fork(n_shared)
+        if match is not None:
+            try:
+                n_held, n_shared = self._fill(match, len(tokens), reproducible, n_shared, room, tiers)
+            except Exception:
+                # A request never fails for the cache, not even for a mistake in it.
+                log.exception("restoring a prompt of %d tokens failed; it is read cold", len(tokens))
+                self._cache.count_fault()
+                self._backend.drop(self._sequence)
+                self._provenance = Provenance(self._slicing, self._recipe)
+                n_held = n_shared = 0
+        self._note_restored(token_bytes(tokens[:n_held]))
+        kind: HitKind = "cold" if n_held == 0 else "exact" if n_held == last else "partial"
+        return Restored(CacheHit(kind, self._slowest(tiers) if n_held else None, n_held), n_shared)
+
+    def count(self, hit: CacheHit, parent_key: bytes | None, match: Match | None) -> None:
+        """Tell the cache how the request was served."""
+        blocks = match.blocks if match is not None else ()
+        resumed = any(block.key == parent_key and block.end <= hit.tokens for block in blocks)
+        self._cache.count_request(hit.kind, hit.tokens, resumed=resumed)
+
+    def _slowest(self, tiers: set[str]) -> str:
+        return next((name for name in reversed(self._cache.tier_names) if name in tiers), LIVE)
+
+    def _fill(
+        self, match: Match, n_tokens: int, reproducible: bool, n_shared: int, room: int, tiers: set[str]
+    ) -> tuple[int, int]:
+        """Restore what the cache has beyond what is held; the tokens held then, and those of them still shared."""
+        wanted = match.n_tokens
+        if reproducible:
+            wanted = self._canonical(match.blocks, wanted, n_tokens)
+        blocks = [block for block in match.blocks if block.end > n_shared]
+        if wanted <= n_shared or not blocks:
+            return n_shared, n_shared
+        if blocks[0].start < n_shared:
+            if not self._can_trim or min(blocks[0].end, wanted) > blocks[0].start + room:
+                return n_shared, n_shared
+            # Held in part: the whole block is restored in its place.
+            n_shared = blocks[0].start
+            self._backend.cut(self._sequence, n_shared)
+        blocks, restored = self._restore_blocks(blocks, wanted, n_shared, n_shared + room, tiers)
+        if reproducible:
+            # Again, by what was loaded: a block may have been missing, or saved anew by another process.
+            restored = self._recut(blocks, restored, n_tokens)
         self._provenance.restored([block for block in blocks if block.start < restored], restored)
-        self._note_restored(token_bytes(prompt[:restored]))
-        kind: HitKind = "cold" if restored == 0 else "exact" if restored == last else "partial"
-        resumed = any(block.key == parent_key and block.end <= restored for block in blocks)
-        self._cache.count_request(kind, restored, resumed=resumed)
-        slowest = self._slowest(tiers) if restored else None
-        return CacheHit(kind, slowest, restored)
+        return restored, min(n_shared, restored)
 
-    def _slowest(self, tiers: set[str]) -> str | None:
-        return next((name for name in reversed(self._cache.tier_names) if name in tiers), next(iter(tiers), None))
-
-    def _restore_blocks(self, match: Match, wanted: int) -> tuple[list[Block], int, set[str]]:
-        """Restore up to `wanted` tokens; stops early at a block that cannot be had.
+    def _restore_blocks(
+        self, candidates: Sequence[Block], wanted: int, position: int, room: int, tiers: set[str]
+    ) -> tuple[list[Block], int]:
+        """Restore up to `wanted` tokens from `position` on; stops early at a block that cannot be had.
 
         Returns:
-            the blocks as they were loaded, the tokens restored, and the tiers that gave them.
+            the blocks as they were loaded, and the tokens held.
         """
-        usable = list(takewhile(lambda b: b.start < wanted and self._fits(b, wanted), match.blocks))
+        usable = list(takewhile(lambda b: b.start < wanted and self._fits(b, wanted, room), candidates))
         if self._backend.limits.whole_state:
-            return self._restore_last(usable)
+            return self._restore_last(usable, tiers)
         blocks: list[Block] = []
-        tiers: set[str] = set()
-        position = 0
         for block, loaded in zip(usable, self._cache.load_each(usable), strict=True):
             if loaded is None or not self._put_back(block, loaded):
                 break
@@ -141,16 +206,17 @@ class Warmth:
         if position > wanted:
             self._backend.cut(self._sequence, wanted)
             position = wanted
-        return blocks, position, tiers
+        return blocks, position
 
-    def _restore_last(self, usable: list[Block]) -> tuple[list[Block], int, set[str]]:
+    def _restore_last(self, usable: list[Block], tiers: set[str]) -> tuple[list[Block], int]:
         """Restore the last of the blocks that can be had; it has the state of all before it."""
         while usable:
             block = usable.pop()
             loaded = self._cache.load(block)
             if loaded is not None and self._put_back(block, loaded):
-                return [*usable, loaded.block], block.end, {loaded.tier}
-        return [], 0, set()
+                tiers.add(loaded.tier)
+                return [*usable, loaded.block], block.end
+        return [], 0
 
     def _put_back(self, block: Block, loaded: Loaded) -> bool:
         """Append a block to the sequence; forget it, and answer False, where the backend refuses it."""
@@ -161,8 +227,8 @@ class Warmth:
             return False
         return True
 
-    def _fits(self, block: Block, wanted: int) -> bool:
-        return block.end <= self._backend.limits.n_ctx and (block.end <= wanted or self._can_trim)
+    def _fits(self, block: Block, wanted: int, room: int) -> bool:
+        return block.end <= min(self._backend.limits.n_ctx, room) and (block.end <= wanted or self._can_trim)
 
     def _recut(self, blocks: list[Block], restored: int, n_prompt: int) -> int:
         """Fall back to a position where a cold run cuts, too, where the restored KV is not canonical."""
@@ -194,6 +260,16 @@ class Warmth:
             self._keys.append(parent)
 
     # --- saving --------------------------------------------------------------------------
+
+    @property
+    def as_computed(self) -> Provenance:
+        """How what the sequence holds was computed."""
+        return self._provenance
+
+    @property
+    def keys(self) -> Sequence[bytes]:
+        """Of the full blocks."""
+        return self._keys
 
     def computed(self, start: int, end: int) -> None:
         """A slice of prefill [start, end) was decoded."""

@@ -11,15 +11,20 @@ Every token's KV is computed once, stored once, found again exactly, and
 survives a restart. Everything a user needs is in this namespace.
 """
 
-from erllama._model import Model, Stream, load_backend, load_model
-from erllama._registry import get_model, list_models
+from erllama._load import load_backend, load_model
+from erllama._model import Model, ModelInfo
+from erllama._registry import get_model, list_models, queue_depth
+from erllama._stream import AsyncStream, Stream
 from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
-from erllama.engine.request import CacheHit, Completion, Done, Event, TextDelta, Timings
+from erllama.engine import CacheHit, Completion, Done, Event, TextDelta, Timings, TokenLogprobs
 from erllama.errors import (
     AlreadyLoaded,
     BackendError,
     CacheError,
     CacheFormatError,
+    CalledFromModelThread,
+    CellsExhausted,
+    DeadlineExceeded,
     Error,
     IntegrityError,
     LibraryNotBuilt,
@@ -30,7 +35,9 @@ from erllama.errors import (
     OptionError,
     PromptError,
     PromptTooLong,
+    QueueFull,
     SamplingError,
+    SessionBusy,
     StateError,
 )
 
@@ -38,12 +45,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyLoaded",
+    "AsyncStream",
     "BackendError",
     "Cache",
     "CacheError",
     "CacheFormatError",
     "CacheHit",
+    "CalledFromModelThread",
+    "CellsExhausted",
     "Completion",
+    "DeadlineExceeded",
     "Done",
     "Error",
     "Event",
@@ -52,6 +63,7 @@ __all__ = [
     "LoadCancelled",
     "MemoryUsage",
     "Model",
+    "ModelInfo",
     "ModelLoadError",
     "ModelNotFound",
     "ModelUnloaded",
@@ -60,15 +72,19 @@ __all__ = [
     "Pressure",
     "PromptError",
     "PromptTooLong",
+    "QueueFull",
     "SamplingError",
     "SaveReason",
+    "SessionBusy",
     "StateError",
     "Stream",
     "TextDelta",
     "Timings",
+    "TokenLogprobs",
     "__version__",
     "get_model",
     "list_models",
     "load_backend",
     "load_model",
+    "queue_depth",
 ]

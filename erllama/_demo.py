@@ -16,7 +16,8 @@ from pathlib import Path
 
 import platformdirs
 
-from erllama._model import Model, load_model
+from erllama._load import load_model
+from erllama._model import Model
 from erllama.cache import Cache
 from erllama.errors import Error
 

@@ -69,6 +69,11 @@ def list_models() -> list[Model]:
         return [model for model in _models.values() if model is not None]
 
 
+def queue_depth() -> int:
+    """Requests that are admitted, over all models of this process."""
+    return sum(model.queue_depth for model in list_models())
+
+
 @atexit.register
 def _unload_all() -> None:
     # Before the interpreter takes the machinery away that model threads need.

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
 # Build libllama, once per source, flags and compiler, into the user's cache directory.
 #
-#   scripts/build_llama.sh [--backend auto|cpu|cuda|metal|vulkan|hip] [--portable] [--jobs N] [--print-key]
+#   scripts/build_llama.sh [--backend auto|cpu|cuda|metal|vulkan|hip] [--portable] [--jobs N] [--peers] [--print-key]
 #
 # Progress goes to standard error; the one line on standard output is the
 # directory that holds include/, lib/ and build.json. A directory that is
-# already complete is reported at once. Environment:
+# already complete is reported at once.
+#
+# --peers builds llama.cpp's own llama-server, llama-bench and llama-batched-bench
+# instead, from the same source with the same flags, for benchmarks that compare
+# with them: the directory stands beside the library's, has "-peers" at the
+# end of its name, and holds bin/ and build.json. Environment:
 #
 #   LLAMA_CPP_DIR        a llama.cpp checkout to build instead of the pinned release
 #   ERLLAMA_BUILD_CACHE  where builds are kept (default: the user's cache directory)
@@ -24,7 +29,7 @@ RECIPE=1 # raise when what this script does to a build changes
 say() { printf 'build_llama: %s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
 
-backend=auto portable=0 jobs="" print_key=0
+backend=auto portable=0 jobs="" peers=0 print_key=0
 while [ $# -gt 0 ]; do
     case "$1" in
         --backend) [ $# -ge 2 ] || die "--backend wants a value: auto, cpu, cuda, metal, vulkan or hip"; backend=$2; shift 2 ;;
@@ -32,8 +37,9 @@ while [ $# -gt 0 ]; do
         --portable) portable=1; shift ;;
         --jobs) [ $# -ge 2 ] || die "--jobs wants a number"; jobs=$2; shift 2 ;;
         --jobs=*) jobs=${1#*=}; shift ;;
+        --peers) peers=1; shift ;;
         --print-key) print_key=1; shift ;;
-        -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) die "unknown option '$1'; see --help" ;;
     esac
 done
@@ -97,10 +103,13 @@ flags+=(${extra[@]+"${extra[@]}"})
 
 if [ -n "${LLAMA_CPP_DIR:-}" ]; then
     [ -f "$LLAMA_CPP_DIR/include/llama.h" ] || die "LLAMA_CPP_DIR is '$LLAMA_CPP_DIR', which holds no include/llama.h; point it at a llama.cpp checkout, or unset it"
-    source_id=$("$python" - "$LLAMA_CPP_DIR" <<'PY'
+    source_id=$("$python" - "$LLAMA_CPP_DIR" "$peers" <<'PY'
 import hashlib, os, sys
 root, digest = sys.argv[1], hashlib.sha256()
-for top in ("CMakeLists.txt", "cmake", "include", "src", "ggml", "vendor"):
+tops = ["CMakeLists.txt", "cmake", "include", "src", "ggml", "vendor"]
+if sys.argv[2] == "1":
+    tops += ["common"] + ["tools/" + name for name in ("server", "mtmd", "llama-bench", "batched-bench")]
+for top in tops:
     paths = [top] if os.path.isfile(os.path.join(root, top)) else sorted(
         os.path.relpath(os.path.join(d, f), root)
         for d, _, files in os.walk(os.path.join(root, top)) for f in files)
@@ -122,10 +131,20 @@ tool_versions="$($cc --version 2>/dev/null | head -n 1) / $($cxx --version 2>/de
 [ "$backend" = cuda ] && tool_versions+=" / $(nvcc --version | tail -n 1)"
 key="$source_id-$backend-$(printf '%s\n' "$RECIPE" "$source_id" "${flags[@]}" "$tool_versions" "$(uname -s)" "$processor" |
     "$python" -c 'import hashlib,sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:12])')"
+what=libllama targets=(llama)
+if [ "$peers" = 1 ]; then
+    what="llama.cpp's tools" targets=(llama-server llama-bench llama-batched-bench) key="$key-peers"
+    # Without the server's web page, which would be built with npm or fetched.
+    flags+=(
+        -DLLAMA_BUILD_COMMON=ON -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_SERVER=ON
+        -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_UI_GZIP=OFF -DLLAMA_OPENSSL=OFF
+    )
+    [ "$source_id" != "$TAG" ] || flags+=("-DLLAMA_BUILD_NUMBER=${TAG#b}" "-DLLAMA_BUILD_COMMIT=$TAG")
+fi
 if [ "$print_key" = 1 ]; then echo "$key"; exit 0; fi
 prefix="$cache/$key"
 if [ -f "$prefix/build.json" ]; then
-    say "libllama ($backend, $source_id) is already built"
+    say "$what ($backend, $source_id): already built"
     echo "$prefix"
     exit 0
 fi
@@ -186,8 +205,11 @@ else
     fi
 fi
 
+# llama.cpp takes a web page that lies here, whatever the flags say: 10 MB to compile.
+[ -n "${LLAMA_CPP_DIR:-}" ] || rm -rf "$source/tools/ui/dist"
+
 [ -n "$jobs" ] || jobs=$( (nproc || sysctl -n hw.ncpu || echo 2) 2>/dev/null | head -n 1)
-say "building libllama ($backend) with $jobs jobs: some minutes, once"
+say "building $what ($backend) with $jobs jobs: some minutes, once"
 log="$work/build.log"
 fail() {
     grep -n -m 5 -E 'error|FAILED|CMake Error' "$log" >&2 || true
@@ -196,13 +218,21 @@ fail() {
     cp "$log" "$kept" && say "whole log: $kept"
     die "$1"
 }
-cmake -S "$source" -B "$work/build" -G Ninja "${flags[@]}" >"$log" 2>&1 || fail "cmake could not configure libllama"
-cmake --build "$work/build" --target llama --parallel "$jobs" >>"$log" 2>&1 || fail "libllama did not compile"
+cmake -S "$source" -B "$work/build" -G Ninja "${flags[@]}" >"$log" 2>&1 || fail "cmake could not configure $what"
+cmake --build "$work/build" --target "${targets[@]}" --parallel "$jobs" >>"$log" 2>&1 || fail "$what did not compile"
 
+if [ "$peers" = 1 ]; then
+    # The tools, too, find the libraries beside themselves.
+    lib="$work/prefix/bin"
+    mkdir -p "$lib"
+    for target in "${targets[@]}"; do cp "$work/build/bin/$target" "$lib/"; done
+else
+    lib="$work/prefix/lib"
+    mkdir -p "$lib" "$work/prefix/include"
+    cp "$source"/include/*.h "$source"/ggml/include/*.h "$work/prefix/include/"
+fi
 # Only the names that the loader asks for are kept (a wheel holds no links).
-mkdir -p "$work/prefix/include" "$work/prefix/lib"
-cp "$source"/include/*.h "$source"/ggml/include/*.h "$work/prefix/include/"
-"$python" - "$work/build/bin" "$work/prefix/lib" <<'PY'
+"$python" - "$work/build/bin" "$lib" <<'PY'
 import os, re, shutil, sys
 built, lib = sys.argv[1:]
 for name in sorted(os.listdir(built)):
@@ -215,8 +245,8 @@ for name in sorted(os.listdir(built)):
 PY
 # The OpenMP run-time is the one library that a system without a compiler may lack.
 if [ "$on_mac" = 0 ] && command -v ldd >/dev/null 2>&1; then
-    gomp=$(ldd "$work/prefix/lib"/libggml-cpu.so* 2>/dev/null | awk '/libgomp\.so/ {print $3; exit}')
-    [ -z "$gomp" ] || cp -L "$gomp" "$work/prefix/lib/"
+    gomp=$(ldd "$lib"/libggml-cpu.so* 2>/dev/null | awk '/libgomp\.so/ {print $3; exit}')
+    [ -z "$gomp" ] || cp -L "$gomp" "$lib/"
 fi
 [ -f "$source/LICENSE" ] && cp "$source/LICENSE" "$work/prefix/LICENSE.llama.cpp"
 "$python" - "$work/prefix/build.json" "$source_id" "$backend" "$key" "$portable" <<'PY'

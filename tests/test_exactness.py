@@ -52,6 +52,7 @@ class Bench:
     def cold(
         self, prompt: NDArray[np.int32], **options: object
     ) -> tuple[erllama.Completion, list[NDArray[np.float32]]]:
+        self.cold_model.evict()  # nothing is left in the context
         self.cold_backend.forget()
         reply = self.cold_model.complete(prompt, max_tokens=REPLY, **options)  # type: ignore[arg-type]
         assert reply.cache.kind == "cold"
@@ -242,6 +243,7 @@ def test_every_kind_of_context_is_exact(tiny_gguf: Path, options: dict[str, obje
             backend.close = lambda: None  # type: ignore[method-assign]
             logits[False] = []
             for prompt in rounds:
+                model.evict()
                 backend.forget()
                 model.complete(prompt, max_tokens=REPLY, temperature=0)
                 logits[False].append(backend.logits)

@@ -257,6 +257,7 @@ def test_what_one_process_computes_anew_warms_another(tmp_path: Path) -> None:
             a.flush()
             expected = two.complete(prompt, reproducible=True, **ask)  # type: ignore[arg-type]
             b.flush()
+            a.rows()  # looks at once at what others saved
             for reproducible in (False, True):
                 reply = one.complete(prompt, reproducible=reproducible, **ask)  # type: ignore[arg-type]
                 assert reply.tokens == expected.tokens

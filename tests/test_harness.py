@@ -178,7 +178,7 @@ class Forgetting(StubBackend):
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
         super().restore(sequence, start, end, payload)
-        self._cells[sequence, end - 1] ^= np.uint64(1)
+        self._kv[self._table[sequence, end - 1]] ^= np.uint64(1)
 
 
 class Trusting(StubBackend):

@@ -248,7 +248,7 @@ def test_an_evicted_model_has_saved_its_running_request_which_goes_on(tmp_path: 
         assert backend.at.wait(30)
         evicting = threading.Thread(target=model.evict)
         evicting.start()
-        while not model._runner._evicting:
+        while not model._runner._calls:
             pass
         backend.go_on.set()
         evicting.join(30)

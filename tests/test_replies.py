@@ -121,7 +121,7 @@ def test_max_tokens_of_zero_reads_the_prompt_and_says_nothing(stub: erllama.Mode
 def test_prefill_warms(stub: erllama.Model) -> None:
     assert stub.prefill("a long system prompt").cache.kind == "cold"
     reply = stub.complete("a long system prompt and a question", max_tokens=1)
-    assert reply.cache == erllama.CacheHit("partial", "ram", 20)
+    assert reply.cache == erllama.CacheHit("partial", "live", 20)
 
 
 @settings(max_examples=50)
@@ -187,7 +187,7 @@ def test_a_stream_that_is_left_stops_the_work(way: str) -> None:
 
 def test_requests_run_in_the_order_they_came() -> None:
     backend = Gated()
-    with loaded(backend) as model:
+    with erllama.load_backend(backend, cache=Cache(), n_seq_max=1) as model:
         streams = [model.stream(f"prompt {i}", max_tokens=3) for i in range(3)]
         assert model.pending >= 2
         backend.gate.set()
@@ -289,6 +289,7 @@ def test_a_cache_that_lies_costs_a_cold_start(caplog: pytest.LogCaptureFixture) 
         second_block = cache.stored(sorted(cache.rows(), key=lambda row: row.start)[1].key)
         assert second_block is not None
         cache.save(second_block, bytes(100), replace=True)
+        model.evict()
         second = model.complete("x" * 600, max_tokens=5, temperature=0)
         third = model.complete("x" * 600, max_tokens=5, temperature=0)
         assert cache.counters()["restore_errors"] == 1
@@ -374,7 +375,7 @@ def test_tokens_are_computed_once() -> None:
         ({"reproducible": 1}, "True or False"),
         ({"max_token": 5}, "did you mean 'max_tokens'"),
         ({"temprature": 5}, "did you mean 'temperature'"),
-        ({"xyzzy": 5}, "it takes cache_salt, max_tokens"),
+        ({"xyzzy": 5}, "it takes cache_salt, logprobs, max_tokens"),
     ],
 )
 @pytest.mark.parametrize("call", ["complete", "stream"])

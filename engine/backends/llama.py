@@ -67,7 +67,8 @@ class LlamaOptions:
             training context, at most 4096.
         n_batch: most tokens of one decode.
         n_ubatch: tokens computed at once, and the length of a prefill slice.
-        n_sequences: sequences that the cells can be shared among.
+        n_sequences: sequences that the context can hold.
+        n_spare_sequences: as many more, where a sequence takes no memory of its own.
         n_threads: threads for decoding; None for the processors this process may use.
         n_threads_batch: threads for prefill; None for the same as n_threads.
         n_gpu_layers: layers on a GPU; -1 for all.
@@ -82,6 +83,7 @@ class LlamaOptions:
     n_batch: int = 2048
     n_ubatch: int = 512
     n_sequences: int = 1
+    n_spare_sequences: int = 0
     n_threads: int | None = None
     n_threads_batch: int | None = None
     n_gpu_layers: int = -1
@@ -102,6 +104,8 @@ class LlamaOptions:
         for name in ("n_batch", "n_ubatch"):
             put(name, integer(name, getattr(self, name), 1, _MAX_N_CTX))
         put("n_sequences", integer("n_sequences", self.n_sequences, 1, MAX_SEQUENCES))
+        most = MAX_SEQUENCES - self.n_sequences
+        put("n_spare_sequences", integer("n_spare_sequences", self.n_spare_sequences, 0, most))
         for name in ("n_threads", "n_threads_batch"):
             if getattr(self, name) is not None:
                 put(name, integer(name, getattr(self, name), 1, 512))
@@ -177,16 +181,20 @@ class LlamaBackend:
             shape = model.shape
             if shape.has_encoder or not shape.has_decoder or shape.diffusion:
                 raise ModelLoadError(f"{path}: a model that does not generate text one token at a time")
+            # Only full attention may be cut anywhere; seq_rm's own answer cannot be trusted for the rest.
+            can_trim = not (shape.recurrent or shape.hybrid or shape.n_swa > 0)
+            whole_state = shape.recurrent and not shape.hybrid
+            n_sequences = options.n_sequences + (options.n_spare_sequences if can_trim else 0)
             threads = options.n_threads or _processors()
             threads_batch = options.n_threads_batch or threads
-            self._scratch = options.n_sequences
+            self._scratch = n_sequences
             self._make_context = partial(
                 llama_ffi.LlamaContext,
                 model,
                 n_ctx=_padded(options.n_ctx or min(shape.n_ctx_train or _DEFAULT_N_CTX, _DEFAULT_N_CTX)),
                 n_batch=options.n_batch,
                 n_ubatch=min(options.n_ubatch, options.n_batch),
-                n_seq_max=options.n_sequences + 1,
+                n_seq_max=n_sequences + 1,
                 n_threads=threads,
                 n_threads_batch=threads_batch,
                 flash_attn=options.flash_attn if isinstance(options.flash_attn, bool) else None,
@@ -201,9 +209,6 @@ class LlamaBackend:
             model.close()
             raise
         context = self._context
-        # Only full attention may be cut anywhere; seq_rm's own answer cannot be trusted for the rest.
-        can_trim = not (shape.recurrent or shape.hybrid or shape.n_swa > 0)
-        whole_state = shape.recurrent and not shape.hybrid
         self.limits = Limits(
             context.n_ctx,
             context.n_batch,
@@ -212,7 +217,7 @@ class LlamaBackend:
             can_trim,
             whole_state,
             max(shape.n_swa, 0),
-            options.n_sequences,
+            n_sequences,
         )
         self._state_known = True  # False after a decode that failed, for memory that cannot be cut back
         self._broken = False  # a decode failed in a way that nobody planned: the context may be in any state
@@ -249,6 +254,11 @@ class LlamaBackend:
                 ]
             ).encode()
         ).digest()[:16]
+
+    @property
+    def description(self) -> str:
+        """What it is, in libllama's words, as "llama 1B Q4_0"."""
+        return self._model.description
 
     @property
     def model(self) -> llama_ffi.LlamaModel:

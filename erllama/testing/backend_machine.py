@@ -125,9 +125,11 @@ class BackendMachine(RuleBasedStateMachine):
 
     def _pack_after_failure(self) -> None:
         try:
-            if self.history:
-                payload = self.backend.pack(_SEQUENCE, 0, len(self.history))
-                self.packed.append(_Packed(0, len(self.history), self.history, payload))
+            if not self.history:
+                self.backend.clear()
+                return
+            payload = self.backend.pack(_SEQUENCE, 0, len(self.history))
+            self.packed.append(_Packed(0, len(self.history), self.history, payload))
         except BackendError:
             self.backend.clear()
             self.history = ()

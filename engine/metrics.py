@@ -1,0 +1,65 @@
+"""What an engine counts. Written by the model thread alone, read by anyone without waiting."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+# Seconds. From a tick on a GPU to a long prompt on a small machine; doubling, so that ratios show alike everywhere.
+BUCKETS = tuple(0.001 * 2**i for i in range(18))
+
+
+class Histogram:
+    """Counts of observations by size.
+
+    Attributes:
+        counts: of those at most as large as each of BUCKETS, not cumulated; the last of all larger ones.
+        total: their sum, in seconds.
+    """
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS) + 1)
+        self.total = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.total += seconds
+
+
+@dataclass(slots=True)
+class EngineMetrics:
+    """Counts since the model was loaded.
+
+    Attributes:
+        finished: requests that ended with a reply, by finish reason.
+        failed: requests that ended with an error, by the error's name.
+        refused: requests that the full queue turned away.
+        prompt_tokens: of requests that entered the context.
+        shared_tokens: prompt tokens that came from cells of other sequences.
+        cached_tokens: prompt tokens that came from the cache.
+        prefilled_tokens: tokens computed in slices of prefill, those of resumed requests among them.
+        decoded_tokens: tokens computed one at a time.
+        ticks: decodes.
+        preempted: times that a request gave its cells to others, and waited.
+        first_token, between_tokens: seconds from submission to the first token, and from token to token.
+    """
+
+    finished: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, int] = field(default_factory=dict)
+    refused: int = 0
+    prompt_tokens: int = 0
+    shared_tokens: int = 0
+    cached_tokens: int = 0
+    prefilled_tokens: int = 0
+    decoded_tokens: int = 0
+    ticks: int = 0
+    preempted: int = 0
+    first_token: Histogram = field(default_factory=Histogram)
+    between_tokens: Histogram = field(default_factory=Histogram)
+
+    def ended(self, reason: str) -> None:
+        self.finished[reason] = self.finished.get(reason, 0) + 1
+
+    def went_wrong(self, error: BaseException) -> None:
+        name = type(error).__name__
+        self.failed[name] = self.failed.get(name, 0) + 1

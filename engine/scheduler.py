@@ -1,0 +1,411 @@
+"""Decides, tick by tick, who computes: admission, sharing, batches, and who gives way when cells run out.
+
+Used by the model thread alone. Each tick is one decode, over the tokens drawn
+last of all sequences that generate, and slices of the prompts of those that do
+not yet. Requests enter first come, first served. A request that fails, fails alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+from erllama.cache import Match, SaveReason
+from erllama.engine.backend import Batch
+from erllama.engine.batches import BatchBuilder, Part
+from erllama.engine.live import LiveContext, Parked, common_prefix
+from erllama.engine.metrics import EngineMetrics
+from erllama.engine.request import CacheHit
+from erllama.engine.sequence import Sequence
+from erllama.engine.warmth import Warmth, WarmthContext
+from erllama.errors import BackendError, CellsExhausted, DeadlineExceeded, Error
+
+log = logging.getLogger("erllama.engine")
+
+Phase = Literal["idle", "prefilling", "generating"]
+
+# Prefixes shorter than this are computed again rather than waited for: less than a tick of one's own costs.
+_WORTH_WAITING = 16
+# Cells kept for each reply that grows, when another request is admitted: else it would be sent back at once.
+_HEADROOM = 64
+
+
+class Scheduler:
+    """The running and the waiting requests of one model.
+
+    Args:
+        shared: the cache, the backend, and how it computes.
+        n_seq_max: most requests that run at once.
+        prefill_chunk_size: most tokens of prompts in one tick beside replies that are being written.
+        parked_cells: cells that finished sequences may keep while others compute.
+        on_end: called with each request that ended.
+        stopping: whether the model is being unloaded: a decode that fails was ended on purpose.
+
+    Attributes:
+        waiting: who is not admitted yet, first come first; those sent back are at its head.
+        running: who is admitted, in that order.
+    """
+
+    def __init__(
+        self,
+        shared: WarmthContext,
+        *,
+        n_seq_max: int,
+        prefill_chunk_size: int,
+        parked_cells: int,
+        on_end: Callable[[Sequence], None],
+        stopping: Callable[[], bool],
+    ) -> None:
+        self._shared = shared
+        self._backend = shared.backend
+        self._limits = shared.backend.limits
+        self._n_seq_max = n_seq_max
+        self._chunk = prefill_chunk_size
+        self._live = LiveContext(shared.backend, parked_cells)
+        self._batches = BatchBuilder(self._limits.n_batch)
+        self._on_end = on_end
+        self._stopping = stopping
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.metrics = EngineMetrics()
+        self.last_hit: CacheHit | None = None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def phase(self) -> Phase:
+        if not self.running:
+            return "idle"
+        return "prefilling" if any(s.waiting or s.prefilling for s in self.running) else "generating"
+
+    @property
+    def live(self) -> LiveContext:
+        return self._live
+
+    def tick(self) -> None:
+        """Admit who can be, decode once, and pass on what came of it."""
+        self._sweep()
+        self._admit()
+        for sequence in [s for s in self.running if s.waiting]:
+            if self._ready(sequence):
+                self._start(sequence)
+        parts = self._compose()
+        if parts:
+            self._decode(parts)
+
+    # --- who enters
+
+    def _sweep(self) -> None:
+        """End what was cancelled, or is late."""
+        now = time.perf_counter()
+        for sequence in [*self.running, *self.waiting]:
+            ticket = sequence.ticket
+            if ticket.cancelled:
+                sequence.finish_reason = "cancelled"
+                self._finish(sequence)
+            elif ticket.deadline is not None and now >= ticket.deadline:
+                timeout = ticket.request.options.timeout
+                self.fail(sequence, DeadlineExceeded(f"the reply was not done within timeout={timeout} seconds"))
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._n_seq_max:
+            first = self.waiting[0]
+            if self.running and (first.options.reproducible or self.running[0].options.reproducible):
+                return  # such a request has the context to itself
+            if self.running and not self._has_room(first):
+                return
+            self.waiting.popleft()
+            self.running.append(first)
+            self._start(first)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether its prompt, those of all who run, and a little of their replies fit the cells."""
+        source, shared = self._live.longest(sequence, self.running)
+        if isinstance(source, Parked):
+            shared = 0  # its cells count as room
+        _, fork = self._leader_of(sequence, shared)
+        needed = sequence.n_known - max(shared, fork) + min(_HEADROOM, sequence.growth)
+        for other in self.running:
+            needed += other.n_known - max(other.n_held, other.fork if other.waiting else 0)
+            needed += min(_HEADROOM, other.growth)
+        return needed <= self._live.room
+
+    def _start(self, sequence: Sequence) -> None:
+        """Bring an admitted sequence into the context, or note whom it waits for."""
+        sequence.leader, sequence.fork = None, 0
+        alone = len(self.running) == 1
+        parent_key = sequence.options.parent_key
+        wait_ms = self._shared.policy.session_resume_wait_ms
+        if parent_key is not None and not alone and not sequence.waits_until:
+            # The others' replies go on meanwhile.
+            sequence.waits_until = time.perf_counter() + wait_ms / 1000
+            if not self._ready(sequence):
+                return
+        match = self._shared.find(sequence.namespace, sequence.known, parent_key, wait_ms if alone else 0)
+        try:
+            source, n_live = (
+                (None, 0) if sequence.options.reproducible else self._live.longest(sequence, self.running)
+            )
+            warm = max(n_live, match.n_tokens if match is not None else 0)
+            leader, fork = self._leader_of(sequence, warm)
+            if leader is not None:
+                sequence.leader, sequence.fork = leader, fork
+                return
+            self._place(sequence, match, source, n_live)
+        except Exception as error:
+            self._failed([sequence], _typed(error))
+        finally:
+            if match is not None:
+                match.release()
+
+    def _ready(self, sequence: Sequence) -> bool:
+        """Whether what an admitted sequence waited for has come, or will not come any more."""
+        leader = sequence.leader
+        if leader is not None:
+            return leader.n_held >= sequence.fork or leader not in self.running
+        key = sequence.options.parent_key
+        late = time.perf_counter() >= sequence.waits_until
+        return key is None or late or not self._shared.cache.awaits(key)
+
+    def _leader_of(self, sequence: Sequence, warm: int) -> tuple[Sequence | None, int]:
+        """Who of those admitted before is about to compute more of its prefix than can be had now, and how much."""
+        leader, fork = None, warm + _WORTH_WAITING - 1
+        if sequence.options.reproducible:
+            return None, 0
+        for other in self.running:
+            if other is sequence:
+                break
+            if other.namespace != sequence.namespace or other.n_held >= other.n_known:
+                continue
+            n = common_prefix(other.known, sequence.known[:-1])
+            if not self._limits.can_trim:
+                n -= n % self._shared.slicing.block_size  # it gets what is packed at blocks' ends
+            if n > max(fork, other.n_held):
+                leader, fork = other, n
+        return (leader, fork) if leader is not None else (None, 0)
+
+    def _place(
+        self, sequence: Sequence, match: Match | None, source: Sequence | Parked | None, n_live: int
+    ) -> None:
+        began = time.perf_counter()
+        live = self._live
+        n_stored = match.n_tokens if match is not None else 0
+        if not self._limits.can_trim and n_stored > n_live:
+            source, n_live = None, 0  # it could not go on from the middle of what is stored
+        if sequence.options.reproducible:
+            live.clear()
+        number, as_computed = live.take_in(sequence, source, n_live)
+        live.make_room(max(n_stored - n_live, 0) + self._shared.slicing.block_size)
+        warmth = Warmth(self._shared, number, sequence.namespace, sequence.n_prompt)
+        restored = warmth.restore(
+            sequence.known,
+            match,
+            reproducible=sequence.options.reproducible,
+            n_shared=n_live,
+            room=live.cells.free,
+            as_computed=as_computed,
+        )
+        live.cells.cut(number, restored.n_shared)
+        live.cells.extend(number, restored.hit.tokens - restored.n_shared)
+        if sequence.hit is None:
+            self.last_hit = restored.hit
+            warmth.count(restored.hit, sequence.options.parent_key, match)
+            self.metrics.prompt_tokens += sequence.n_prompt
+            self.metrics.shared_tokens += restored.n_shared
+            self.metrics.cached_tokens += restored.hit.tokens - restored.n_shared
+        sequence.enter(number, warmth, restored.hit.tokens, restored.hit, began)
+        live.thin_out()
+
+    # --- what is computed
+
+    def _compose(self) -> list[Part]:
+        """The rows of this tick."""
+        while True:
+            inside = [s for s in self.running if not s.waiting]
+            rows = [Part(s, s.n_held, s.n_held + 1) for s in inside if not s.prefilling]
+            if self._live.make_room(len(rows)):
+                parts = rows + self._slices(inside, len(rows))
+                if parts or not inside:
+                    return parts
+            if len(inside) == 1:
+                self.fail(inside[0], CellsExhausted(f"no cells for it in a context of {self._limits.n_ctx}"))
+            else:
+                self._send_back(inside[-1])
+
+    def _slices(self, inside: list[Sequence], n_rows: int) -> list[Part]:
+        """Slices of prompts, in the order of admission: as many tokens as fit the tick."""
+        most = self._chunk if n_rows else max(self._chunk, self._limits.n_ubatch)
+        most = min(most, self._limits.n_batch - n_rows)
+        parts = []
+        taken = n_rows
+        for sequence in inside:
+            if most <= 0:
+                break
+            if sequence.prefilling:
+                start = sequence.n_held
+                end = sequence.next_end(most, len(inside) == 1)
+                if not self._live.make_room(taken + end - start):
+                    end = start + self._live.cells.free - taken
+                    if end <= start:
+                        break
+                    end = sequence.next_end(end - start, len(inside) == 1)
+                parts.append(Part(sequence, start, end))
+                taken += end - start
+                most -= end - start
+        return parts
+
+    def _decode(self, parts: list[Part]) -> None:
+        alone = len(parts) == 1 and self._live.pristine
+        batch = self._batches.build(parts)
+        for sequence, _, _ in parts:
+            sequence.rows_given()
+        try:
+            logits = self._backend.decode(batch)
+            if logits.shape != (int(batch.output.sum()), self._limits.n_vocab):
+                raise BackendError(f"the backend gave logits of shape {logits.shape}")
+        except CellsExhausted as error:
+            self._ran_out(parts, error)
+            return
+        except Exception as error:
+            if not self._stopping():
+                self._failed([part.sequence for part in parts], _typed(error))
+            return
+        self._count(parts, batch)
+        for sequence, start, end in parts:
+            assert sequence.number is not None
+            self._live.cells.extend(sequence.number, end - start)
+            sequence.decoded(end, alone)
+        row = 0
+        for sequence, _, end in parts:
+            try:
+                if sequence.wants_logits(end):
+                    row += 1
+                    sequence.draw(logits[row - 1], self.metrics)
+            except Exception as error:
+                self.fail(sequence, _typed(error))
+        for sequence, _, _ in parts:
+            if sequence.number is not None:
+                sequence.keep()
+                if sequence.finish_reason is not None:
+                    self._finish(sequence)
+
+    def _count(self, parts: list[Part], batch: Batch) -> None:
+        rows = sum(1 for sequence, _, _ in parts if not sequence.prefilling)
+        self.metrics.ticks += 1
+        self.metrics.decoded_tokens += rows
+        self.metrics.prefilled_tokens += len(batch.tokens) - rows
+
+    # --- who leaves
+
+    def _finish(self, sequence: Sequence) -> None:
+        """A request ends with a reply."""
+        try:
+            if sequence.number is not None:
+                sequence.save(SaveReason.FINISH)
+            completion = sequence.completion()
+        except Exception as error:
+            self.fail(sequence, _typed(error))
+            return
+        if sequence.number is not None:
+            self._live.park(sequence)
+        self._gone(sequence)
+        if self.running:
+            self._live.thin_out()
+        self.metrics.ended(completion.finish_reason)
+        sequence.ticket.finish(completion)
+
+    def fail(self, sequence: Sequence, error: Error) -> None:
+        """A request ends with an error."""
+        if sequence.number is not None:
+            self._live.release(sequence.number)
+        self._gone(sequence)
+        self.metrics.went_wrong(error)
+        sequence.ticket.fail(error)
+
+    def _gone(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._on_end(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        sequence.leave()
+        for other in self.running:
+            if other.leader is sequence:
+                other.leader, other.fork = None, 0
+
+    def _send_back(self, sequence: Sequence) -> None:
+        """Save what a running sequence holds, and put it at the head of those that wait."""
+        if sequence.number is not None:
+            sequence.save(SaveReason.EVICT)
+            self._live.release(sequence.number)
+        self._leave(sequence)
+        self.running.remove(sequence)
+        self.waiting.appendleft(sequence)
+        self.metrics.preempted += 1
+
+    def _ran_out(self, parts: list[Part], error: CellsExhausted) -> None:
+        """The backend has fewer cells than was counted; nothing was computed."""
+        for sequence, _, _ in parts:
+            sequence.rows_returned()
+        if self._live.parked:
+            self._live.drop_all_parked()
+        elif len(parts) > 1:
+            self._send_back(parts[-1].sequence)
+        else:
+            self.fail(parts[0].sequence, error)
+
+    def _failed(self, sequences: list[Sequence], error: Error) -> None:
+        """A decode failed: its requests end, the context is made anew, and whoever else was in it comes back."""
+        for sequence in self.running:
+            self._leave(sequence)
+        self._live.clear()
+        for sequence in sequences:
+            self.fail(sequence, error)
+        self.waiting.extendleft(self.running[::-1])
+        self.running.clear()
+
+    def fail_all(self, error: Error) -> None:
+        """What should never happen did: everything that runs ends with an error."""
+        self._failed(list(self.running), error)
+
+    # --- what others ask for, between two ticks
+
+    def evict(self) -> None:
+        """Save what is in the context, and drop what nobody uses."""
+        for sequence in self.running:
+            if sequence.number is not None:
+                sequence.save(SaveReason.EVICT)
+        self._live.drop_all_parked()
+
+    def shut_down(self, error: Error) -> bool:
+        """End everything, keeping what was computed; whether anything was saved."""
+        saved = False
+        for sequence in [*self.running, *self.waiting]:
+            try:
+                if sequence.number is not None and sequence.recover():
+                    sequence.save(SaveReason.SHUTDOWN)
+                    saved = True
+            except Exception:
+                log.warning("an interrupted request could not be saved", exc_info=True)
+            self._gone(sequence)
+            self.metrics.went_wrong(error)
+            sequence.ticket.fail(error)
+        return saved
+
+
+def _typed(error: BaseException) -> Error:
+    """An error of this library for whatever was raised."""
+    if isinstance(error, Error):
+        return error
+    log.error("a request failed unexpectedly", exc_info=error)
+    failure = BackendError(f"the request failed unexpectedly: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

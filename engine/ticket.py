@@ -1,0 +1,135 @@
+"""The caller's end of a request in flight: events, the result, cancelling."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from erllama.engine.request import Completion, Done, Event, Request, TextDelta, joined
+
+# Unread pieces beyond this are joined into one: a reader that stops costs no more than the reply itself.
+_MOST_UNREAD = 256
+
+
+class Ticket:
+    """Filled by the model thread, read by the caller. Safe from any thread.
+
+    Events come in order and end with `Done` or an error. The model thread never
+    waits for a reader.
+
+    Args:
+        request: what is asked.
+        streaming: whether pieces are wanted as they come; otherwise the end alone.
+    """
+
+    def __init__(self, request: Request, streaming: bool) -> None:
+        self.request = request
+        self.streaming = streaming
+        self.submitted = time.perf_counter()
+        timeout = request.options.timeout
+        self.deadline = None if timeout is None else self.submitted + timeout
+        self._condition = threading.Condition()
+        self._unread: deque[TextDelta] = deque()
+        self._beyond: list[TextDelta] = []  # unread, after those: one piece, once somebody reads
+        self._completion: Completion | None = None
+        self._error: BaseException | None = None
+        self._ended = False  # the end was read
+        self._cancelled = False
+        self._on_news: Callable[[], None] | None = None
+
+    # --- the model thread's side
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def emit(self, piece: TextDelta) -> None:
+        if not self.streaming:
+            return
+        with self._condition:
+            news = not self._unread
+            if len(self._unread) < _MOST_UNREAD:
+                self._unread.append(piece)
+            else:
+                self._beyond.append(piece)
+                if len(self._beyond) >= _MOST_UNREAD:
+                    self._beyond = [joined(self._beyond)]
+            if news:
+                self._tell()
+
+    def finish(self, completion: Completion) -> None:
+        with self._condition:
+            self._completion = completion
+            self._tell()
+
+    def fail(self, error: BaseException) -> None:
+        with self._condition:
+            self._error = error
+            self._tell()
+
+    def _tell(self) -> None:
+        self._condition.notify_all()
+        if self._on_news is not None:
+            self._on_news()
+
+    # --- the caller's side
+
+    @property
+    def done(self) -> bool:
+        return self._completion is not None or self._error is not None
+
+    def cancel(self) -> None:
+        """Ask for an early end; the request still ends with a Completion. Idempotent."""
+        self._cancelled = True
+
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """Have a function called, by the model thread, when there is something to `poll` after there was nothing.
+
+        It must be quick and must not raise.
+        """
+        with self._condition:
+            self._on_news = on_news
+
+    def poll(self) -> Event | None:
+        """The next event, if there is one now; raises the request's error where it failed."""
+        with self._condition:
+            return self._next()
+
+    def events(self) -> Iterator[Event]:
+        """Events as they come; raises the request's error where it failed."""
+        while not self._ended:
+            with self._condition:
+                self._condition.wait_for(lambda: self._unread or self.done)
+                event = self._next()
+            if event is not None:
+                yield event
+
+    def _next(self) -> Event | None:
+        if self._unread:
+            event = self._unread.popleft()
+            if not self._unread and self._beyond:
+                self._unread.append(joined(self._beyond))
+                self._beyond = []
+            return event
+        if self._error is not None:
+            self._ended = True
+            raise self._error
+        if self._completion is not None and not self._ended:
+            self._ended = True
+            return Done(self._completion)
+        return None
+
+    def result(self) -> Completion:
+        """Wait for the end; raises the request's error where it failed."""
+        with self._condition:
+            self._condition.wait_for(lambda: self.done)
+        return self.outcome()
+
+    def outcome(self) -> Completion:
+        """How it ended; raises the request's error where it failed. Only once `done`."""
+        if self._error is not None:
+            raise self._error
+        assert self._completion is not None
+        return self._completion
