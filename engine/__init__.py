@@ -1,6 +1,7 @@
 """Runs requests: the model thread, its scheduler, sampling, and the backends' protocol."""
 
 from erllama.engine.backend import Backend, Batch, Limits, Vocabulary
+from erllama.engine.metrics import EngineMetrics
 from erllama.engine.request import (
     CacheHit,
     Completion,
@@ -22,6 +23,7 @@ __all__ = [
     "CacheHit",
     "Completion",
     "Done",
+    "EngineMetrics",
     "Event",
     "Limits",
     "Phase",

@@ -20,7 +20,12 @@ class _Span:
 
 
 class Cells:
-    """The cells of one context, `capacity` of them, held by numbered sequences."""
+    """The cells of one context, `capacity` of them, held by numbered sequences.
+
+    Attributes:
+        capacity: how many there are; lowered where the backend turns out to have fewer.
+        used: how many are held.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -65,10 +70,6 @@ class Cells:
         """A sequence lets go of everything."""
         self.cut(number, 0)
         self._spans.pop(number, None)
-
-    def clear(self) -> None:
-        self._spans.clear()
-        self.used = 0
 
     def only_of(self, numbers: Iterable[int]) -> int:
         """Cells that nobody else holds: what dropping these sequences frees."""

@@ -60,7 +60,8 @@ class LiveContext:
         self._can_trim = limits.can_trim
         self._parked_cells = parked_cells
         # Recurrent state takes no cells: there, each sequence has room of its own.
-        self.cells = Cells(limits.n_ctx * (limits.n_sequences if limits.whole_state else 1))
+        self._capacity = limits.n_ctx * (limits.n_sequences if limits.whole_state else 1)
+        self.cells = Cells(self._capacity)
         self._numbers = list(range(limits.n_sequences))[::-1]
         self._n_sequences = limits.n_sequences
         self.parked: list[Parked] = []  # the least recently used first
@@ -193,7 +194,7 @@ class LiveContext:
     def clear(self) -> None:
         """Empty the context; nobody may be running in it."""
         self.parked.clear()
-        self.cells.clear()
+        self.cells = Cells(self._capacity)
         self._numbers = list(range(self._n_sequences))[::-1]
         self.pristine = True
         self._backend.clear()

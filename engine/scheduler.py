@@ -352,15 +352,11 @@ class Scheduler:
         self.metrics.preempted += 1
 
     def _ran_out(self, parts: list[Part], error: CellsExhausted) -> None:
-        """The backend has fewer cells than was counted; nothing was computed."""
+        """The backend has fewer cells than was counted; nothing was computed. The next tick makes room."""
+        log.info("%s: counting on the %d cells in use, until the context is empty", error, self._live.cells.used)
         for sequence, _, _ in parts:
             sequence.rows_returned()
-        if self._live.parked:
-            self._live.drop_all_parked()
-        elif len(parts) > 1:
-            self._send_back(parts[-1].sequence)
-        else:
-            self.fail(parts[0].sequence, error)
+        self._live.cells.capacity = self._live.cells.used
 
     def _failed(self, sequences: list[Sequence], error: Error) -> None:
         """A decode failed: its requests end, the context is made anew, and whoever else was in it comes back."""

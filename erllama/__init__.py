@@ -16,7 +16,7 @@ from erllama._model import Model, ModelInfo
 from erllama._registry import get_model, list_models, queue_depth
 from erllama._stream import AsyncStream, Stream
 from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
-from erllama.engine import CacheHit, Completion, Done, Event, TextDelta, Timings, TokenLogprobs
+from erllama.engine import CacheHit, Completion, Done, EngineMetrics, Event, TextDelta, Timings, TokenLogprobs
 from erllama.errors import (
     AlreadyLoaded,
     BackendError,
@@ -56,6 +56,7 @@ __all__ = [
     "Completion",
     "DeadlineExceeded",
     "Done",
+    "EngineMetrics",
     "Error",
     "Event",
     "IntegrityError",

@@ -14,7 +14,18 @@ from erllama import _registry
 from erllama._options import CompletionOptions, PrefillOptions, request_options
 from erllama._stream import AsyncStream, Stream, wait, wait_async
 from erllama.cache import Cache, Policy
-from erllama.engine import Backend, CacheHit, Completion, Limits, Phase, Request, RequestOptions, Runner, Ticket
+from erllama.engine import (
+    Backend,
+    CacheHit,
+    Completion,
+    EngineMetrics,
+    Limits,
+    Phase,
+    Request,
+    RequestOptions,
+    Runner,
+    Ticket,
+)
 from erllama.errors import PromptError, PromptTooLong, boolean, integer, reject_unknown
 
 Prompt = str | Sequence[int] | NDArray[np.integer]
@@ -301,6 +312,11 @@ class Model:
     def last_cache_hit(self) -> CacheHit | None:
         """How warm the latest request's prompt was; None before the first."""
         return self._runner.last_hit
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """Counts since it was loaded; never waits."""
+        return self._runner.metrics
 
     @property
     def info(self) -> ModelInfo:

@@ -11,6 +11,7 @@ from erllama.llama_ffi.context import LlamaContext
 from erllama.llama_ffi.gguf import GGUFHeader, Tensor, check_header, read_header
 from erllama.llama_ffi.library import (
     AbortedError,
+    DecodeError,
     Device,
     LlamaError,
     NoCellsError,
@@ -27,6 +28,7 @@ from erllama.llama_ffi.vocabulary import Vocabulary
 
 __all__ = [
     "AbortedError",
+    "DecodeError",
     "Device",
     "GGUFHeader",
     "LlamaContext",

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from erllama.llama_ffi.handle import Handle
-from erllama.llama_ffi.library import AbortedError, LlamaError, NoCellsError, check, drain_log, ffi, last_error, lib
+from erllama.llama_ffi.library import (
+    AbortedError,
+    DecodeError,
+    LlamaError,
+    NoCellsError,
+    check,
+    drain_log,
+    ffi,
+    last_error,
+    lib,
+)
 from erllama.llama_ffi.model import LlamaModel
 
 if TYPE_CHECKING:
@@ -148,7 +158,8 @@ class LlamaContext:
         Raises:
             NoCellsError: not enough free cells; nothing was computed.
             AbortedError: `abort()` was called; part of the batch may be in the cells.
-            LlamaError: an argument is out of range (nothing was computed), or libllama failed.
+            DecodeError: libllama failed; the context may be in any state.
+            LlamaError: an argument is out of range; nothing was computed.
         """
         n = len(tokens)
         if not 1 <= n <= self.n_batch:
@@ -195,7 +206,7 @@ class LlamaContext:
             raise NoCellsError(f"no free cells for a batch of {n} tokens in a context of {self.n_ctx}")
         if code == 2:
             raise AbortedError("the decode was aborted")
-        raise LlamaError(f"decode failed with code {code}: {reason or problems or 'libllama gave no reason'}")
+        raise DecodeError(f"decode failed with code {code}: {reason or problems or 'libllama gave no reason'}")
 
     def logits(self) -> NDArray[np.float32]:
         """The logits of the last decode, in place.

@@ -41,6 +41,10 @@ class NoCellsError(LlamaError):
     """No free KV cells for the batch; nothing was decoded."""
 
 
+class DecodeError(LlamaError):
+    """libllama failed in a decode."""
+
+
 class AbortedError(LlamaError):
     """The decode was aborted on request."""
 

@@ -31,6 +31,7 @@ def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "inspect_cache.py",
         "memory_pressure.py",
+        "numpy_backend.py",
         "smoke_test.py",
         "test_my_cache.py",
     }
@@ -47,6 +48,12 @@ def test_the_tests_of_a_cache_need_no_model(tmp_path: Path) -> None:
         "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider", EXAMPLES / "test_my_cache.py", cwd=tmp_path
     )
     assert "2 passed" in said
+
+
+def test_a_backend_of_ones_own_gives_libllamas_reply(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "numpy_backend.py", cwd=tmp_path)
+    assert "numpy, exact hit:" in said
+    assert "the same reply" in said
 
 
 @pytest.mark.parametrize("name", ["inspect_cache.py", "memory_pressure.py"])

@@ -266,6 +266,7 @@ class LlamaBackend:
         return self._model
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
+        self._check_rows(batch)
         known, self._state_known = self._state_known, self.limits.can_trim
         try:
             self._context.decode(batch.tokens, batch.positions, batch.sequences, batch.output)
@@ -273,7 +274,7 @@ class LlamaBackend:
             self._state_known = known
             raise CellsExhausted(str(error)) from error
         except llama_ffi.LlamaError as error:
-            self._broken = not isinstance(error, llama_ffi.AbortedError)
+            self._broken = isinstance(error, llama_ffi.DecodeError)
             raise BackendError(str(error)) from error
         self._state_known = known
         if not batch.output.any():
@@ -281,10 +282,24 @@ class LlamaBackend:
         with _translated(BackendError):
             return self._context.logits()
 
+    def _check_rows(self, batch: Batch) -> None:
+        """What libllama would not notice."""
+        if len(batch.positions) and int(batch.positions.max()) >= self.limits.n_ctx:
+            raise CellsExhausted(f"a position beyond the context of {self.limits.n_ctx} cells")
+        same = batch.sequences[1:] == batch.sequences[:-1]
+        if not np.all(np.diff(batch.positions)[same] == 1):
+            raise BackendError("the positions of a sequence do not follow one another")
+
+    def _held(self, sequence: int) -> int:
+        return self._context.last_position(sequence) + 1
+
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
         if not self._state_known:
             raise BackendError("a decode failed, and nobody knows what this memory holds; drop the sequence")
         with _translated(BackendError):
+            held = self._held(sequence)
+            if not 0 <= start < end <= held:
+                raise BackendError(f"positions {start} to {end} of a sequence that holds {held}")
             try:
                 self._context.copy(sequence, self._scratch, start, end)
                 return self._context.state(self._scratch)
@@ -295,6 +310,9 @@ class LlamaBackend:
         if self._checks_positions:
             _check_state(payload, start, end)
         with _translated(StateError):
+            held = self._held(sequence)
+            if held != start and not (self.limits.whole_state and held == 0):
+                raise StateError(f"positions from {start} on, in a sequence that holds {held}")
             try:
                 self._context.set_state(self._scratch, payload)
                 if self._context.last_position(self._scratch) != end - 1:
@@ -307,6 +325,11 @@ class LlamaBackend:
         if not self.limits.can_trim:
             raise BackendError("this model's memory is shared by sequences whole or not at all")
         with _translated(BackendError):
+            if not 0 <= end <= self._held(source) or self._held(target):
+                raise BackendError(
+                    f"positions 0 to {end} of a sequence that holds {self._held(source)}, "
+                    f"for one that holds {self._held(target)}"
+                )
             self._context.copy(source, target, 0, end)
 
     def cut(self, sequence: int, end: int) -> None:

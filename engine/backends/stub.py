@@ -80,13 +80,15 @@ class StubBackend:
         self._table = np.zeros((n_sequences, n_ctx), np.int32)  # the cell of each position of a sequence
         self._held = [0] * n_sequences
         self._places = (2 * np.arange(n_ctx, dtype=np.uint64) + 1) * _MIX
-        self._aborted = False
+        self._aborted = self._closed = False
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
-        if self._aborted:
-            raise BackendError("the decode was aborted")
+        if self._aborted or self._closed:
+            raise BackendError("the backend is closed" if self._closed else "the decode was aborted")
         if not 1 <= len(batch.tokens) <= self.limits.n_batch:
             raise BackendError(f"a batch of {len(batch.tokens)} tokens; n_batch is {self.limits.n_batch}")
+        if not np.all((batch.sequences >= 0) & (batch.sequences < self.limits.n_sequences)):
+            raise BackendError(f"a sequence outside 0 to {self.limits.n_sequences - 1}")
         free = np.flatnonzero(self._holders == 0)
         if len(free) < len(batch.tokens):
             raise CellsExhausted(f"{len(free)} free cells for {len(batch.tokens)} tokens")
@@ -179,4 +181,4 @@ class StubBackend:
         self._aborted = on
 
     def close(self) -> None:
-        self._aborted = True
+        self._closed = True

@@ -1,5 +1,6 @@
 """What tests of this library, of caches and of backends of your own are made with.
 
+`BackendConformance` states what a backend must do and tests each rule.
 `CacheMachine` and `BackendMachine` are Hypothesis state machines: derive from
 one, say how to make the thing under test, and run its `TestCase`. They need
 `pip install erllama[testing]`. `erllama.testing.models` writes tiny GGUF
@@ -14,10 +15,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from erllama.testing.backend_machine import BackendMachine
     from erllama.testing.cache_machine import CacheMachine
+    from erllama.testing.conformance import BackendConformance
 
-__all__ = ["BackendMachine", "CacheMachine"]
+__all__ = ["BackendConformance", "BackendMachine", "CacheMachine"]
 
-_HOMES = {"BackendMachine": "backend_machine", "CacheMachine": "cache_machine"}
+_HOMES = {
+    "BackendConformance": "conformance",
+    "BackendMachine": "backend_machine",
+    "CacheMachine": "cache_machine",
+}
 
 
 def __getattr__(name: str) -> object:

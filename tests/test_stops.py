@@ -1,0 +1,67 @@
+"""Stop strings: where a reply ends does not depend on where its tokens end."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from erllama.engine.stops import StopScanner
+
+letters = st.text("abc", max_size=12)
+stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
+
+
+def scanned(pieces: list[str], stops: list[str]) -> tuple[list[str], str | None]:
+    scanner = StopScanner(stops)
+    released = [scanner.feed(piece) for piece in pieces]
+    return [*released, scanner.finish()], scanner.matched
+
+
+def first_by_position(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """What is said and what stopped it, by looking at every position of the whole text."""
+    for at in range(len(text)):
+        for stop in sorted(stops, key=len):
+            if text.startswith(stop, at):
+                return text[:at], stop
+    return text, None
+
+
+@settings(max_examples=1000)
+@given(st.lists(letters, max_size=8), stops)
+def test_the_first_stop_string_by_position_ends_the_text_however_it_is_cut(
+    pieces: list[str], stops: list[str]
+) -> None:
+    released, matched = scanned(pieces, stops)
+    assert ("".join(released), matched) == first_by_position("".join(pieces), stops)
+
+
+@settings(max_examples=500)
+@given(letters, stops)
+def test_no_more_is_held_back_than_may_be_part_of_a_stop_string(text: str, stops: list[str]) -> None:
+    scanner = StopScanner(stops)
+    said = ""
+    for i, letter in enumerate(text):
+        said += scanner.feed(letter)
+        if scanner.matched is not None:
+            break
+        held = text[len(said) : i + 1]
+        assert not held or any(
+            stop.startswith(held) or (stop in held and any(s.startswith(held[0]) for s in stops)) for stop in stops
+        )
+
+
+def test_what_came_after_is_not_looked_at() -> None:
+    released, matched = scanned(["one END two", " END"], ["END"])
+    assert ("".join(released), matched) == ("one ", "END")
+
+
+def test_without_stop_strings_all_text_passes_at_once() -> None:
+    assert scanned(["a", "", "bc"], []) == (["a", "", "bc", ""], None)
+
+
+def test_a_longer_one_that_began_before_is_waited_for() -> None:
+    scanner = StopScanner(["cd", "abcdef"])
+    assert scanner.feed("abcd") == ""
+    assert scanner.matched is None
+    assert scanner.feed("x") == "ab"
+    assert scanner.matched == "cd"
