@@ -46,8 +46,8 @@ fuzz: setup
 # The long forms of what the suite does briefly: kills, faults, mutations, processes, state machines.
 stress: setup
 	ERLLAMA_KILLS=200 ERLLAMA_MUTATIONS=10000 ERLLAMA_SHARING_SECONDS=60 ERLLAMA_LOCK_SECONDS=10 \
-	ERLLAMA_HARNESS_EXAMPLES=$(or $(N),500) $(BIN)/python -m pytest --timeout 3600 --durations=25 \
-	tests/test_crashes.py tests/test_storage_faults.py tests/test_mutations.py tests/test_sharing.py tests/test_harness.py
+	ERLLAMA_SOAK=10000 ERLLAMA_HARNESS_EXAMPLES=$(or $(N),500) $(BIN)/python -m pytest --timeout 3600 --durations=25 \
+	tests/test_crashes.py tests/test_storage_faults.py tests/test_mutations.py tests/test_sharing.py tests/test_harness.py tests/test_soak.py
 
 wheel: setup
 	rm -rf build/lib.* build/bdist.* && $(BIN)/python -m build --wheel --outdir dist .

@@ -127,6 +127,11 @@ class Residents:
             entry = self.tree.get(entry.block.parent)
         return []
 
+    def kept(self, entry: Entry) -> bool:
+        """Whether a block is anywhere but in cells, which keep nothing."""
+        shelves = [self.shelves.get(place) for place in entry.places]
+        return any(shelf is None or shelf.roots[0].fed != "by its owner" for shelf in shelves)
+
     def holders(self, key: bytes) -> Iterator[tuple[Shelf, Tier]]:
         """Who holds a block, fastest first."""
         for shelf in self.shelves.values():

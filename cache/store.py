@@ -228,10 +228,10 @@ class Cache:
         return self.stored(key) is not None
 
     def stored(self, key: bytes) -> Block | None:
-        """The stored block of this key, if any."""
+        """The stored block of this key, if any; one that is only in a context is not stored."""
         with self._lock:
             entry = self._residents.tree.get(key)
-            return entry.block if entry else None
+            return entry.block if entry and self._residents.kept(entry) else None
 
     def context(self, key: bytes) -> NDArray[np.uint32] | None:
         """The tokens of the stored context that ends with this block, shape (n,); None when it is not stored."""

@@ -32,6 +32,7 @@ class Limits:
             before it not needed: purely recurrent memory.
         attention_window: tokens that a sliding window keeps; 0 where there is none.
         n_sequences: sequences that can be held at once, numbered from 0.
+        cell_bytes: about how many bytes a token's KV takes; 0 where that cannot be said.
     """
 
     n_ctx: int
@@ -42,6 +43,7 @@ class Limits:
     whole_state: bool = False
     attention_window: int = 0
     n_sequences: int = 1
+    cell_bytes: int = 0
 
 
 class Batch(NamedTuple):

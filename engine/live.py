@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from erllama.engine.backend import Backend
 from erllama.engine.cells import Cells
+from erllama.engine.live_tier import LiveTier
 from erllama.engine.sequence import Sequence
 from erllama.engine.slices import Provenance
 
@@ -32,6 +33,7 @@ class Parked:
         tokens: what it holds, int32, shape (n,).
         as_computed: how, where nothing else was in the context; else None.
         session_id: the session that it is kept for; None for anybody.
+        keys: the cache's names of the blocks among them.
     """
 
     number: int
@@ -39,6 +41,7 @@ class Parked:
     tokens: NDArray[np.int32]
     as_computed: Provenance | None
     session_id: str | None
+    keys: tuple[bytes, ...]
 
 
 class LiveContext:
@@ -48,17 +51,19 @@ class LiveContext:
         backend: whose context it is.
         parked_cells: cells that parked sequences may keep while others compute: they cost
             every decode a little, since attention passes over them.
+        tier: shows the cache what is parked; None where it cannot be shown.
 
     Attributes:
         pristine: whether what was computed since the context was last empty is all one
             sequence's, so that its cells lie as those of any run from an empty context.
     """
 
-    def __init__(self, backend: Backend, parked_cells: int) -> None:
+    def __init__(self, backend: Backend, parked_cells: int, tier: LiveTier | None) -> None:
         limits = backend.limits
         self._backend = backend
         self._can_trim = limits.can_trim
         self._parked_cells = parked_cells
+        self._tier = tier
         # Recurrent state takes no cells: there, each sequence has room of its own.
         self._capacity = limits.n_ctx * (limits.n_sequences if limits.whole_state else 1)
         self.cells = Cells(self._capacity)
@@ -110,7 +115,7 @@ class LiveContext:
             own = source.session_id is not None and source.session_id == sequence.options.session_id
             mostly = source.session_id is None and 2 * n >= len(source.tokens)
             if own or mostly or not self._can_trim or not self._spare_number(source):
-                self.parked.remove(source)
+                self._unpark(source)
                 self._cut(source.number, n, len(source.tokens))
                 return source.number, source.as_computed
         number = self._new_number(source)
@@ -169,7 +174,12 @@ class LiveContext:
             self.release(number)
             return
         as_computed = sequence.warmth.as_computed if self.pristine else None
-        self.parked.append(Parked(number, sequence.namespace, sequence.held.copy(), as_computed, session_id))
+        warmth = sequence.warmth
+        keys = (*warmth.keys, warmth.finish_key) if warmth.finish_key is not None else tuple(warmth.keys)
+        keys = tuple(dict.fromkeys(keys))  # a context of whole blocks is named by its last
+        self.parked.append(Parked(number, sequence.namespace, sequence.held.copy(), as_computed, session_id, keys))
+        if self._tier is not None:
+            self._tier.hold(keys)
 
     def thin_out(self) -> None:
         """Drop what is parked beyond the cells that it may keep while others compute."""
@@ -191,9 +201,17 @@ class LiveContext:
         while self.parked:
             self._drop_parked(self.parked[0])
 
+    def give_up(self) -> None:
+        """Drop what the cache was asked to evict of what is parked."""
+        evicted = self._tier.take_given_up() if self._tier is not None else None
+        if evicted:
+            for parked in [parked for parked in self.parked if evicted.intersection(parked.keys)]:
+                self._drop_parked(parked)
+
     def clear(self) -> None:
         """Empty the context; nobody may be running in it."""
-        self.parked.clear()
+        for parked in list(self.parked):
+            self._unpark(parked)
         self.cells = Cells(self._capacity)
         self._numbers = list(range(self._n_sequences))[::-1]
         self.pristine = True
@@ -204,8 +222,13 @@ class LiveContext:
         return sorted(self.parked, key=lambda parked: parked.session_id is not None)
 
     def _drop_parked(self, parked: Parked) -> None:
-        self.parked.remove(parked)
+        self._unpark(parked)
         self.release(parked.number)
+
+    def _unpark(self, parked: Parked) -> None:
+        self.parked.remove(parked)
+        if self._tier is not None:
+            self._tier.let_go(parked.keys)
 
 
 def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:

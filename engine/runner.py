@@ -13,12 +13,13 @@ from collections.abc import Callable
 
 from erllama.cache import Cache, Policy
 from erllama.engine.backend import Backend
+from erllama.engine.live_tier import LiveTier
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.request import CacheHit, Request
 from erllama.engine.scheduler import Phase, Scheduler
 from erllama.engine.sequence import Sequence
 from erllama.engine.ticket import Ticket
-from erllama.engine.warmth import shared_warmth
+from erllama.engine.warmth import LIVE, shared_warmth
 from erllama.errors import BackendError, CalledFromModelThread, ModelUnloaded, QueueFull, SessionBusy
 
 log = logging.getLogger("erllama.engine")
@@ -55,11 +56,18 @@ class Runner:
         self._policy = policy
         self._stopping = False
         self._shared = shared_warmth(cache, backend, policy)
+        limits = backend.limits
+        self._tier = (
+            LiveTier(cache, LIVE, f"the context of model {name!r}", limits.cell_bytes, limits.n_ctx)
+            if limits.cell_bytes and not cache.closed
+            else None
+        )
         self._scheduler = Scheduler(
             self._shared,
             n_seq_max=n_seq_max,
             prefill_chunk_size=prefill_chunk_size,
             parked_cells=parked_cells,
+            tier=self._tier,
             on_end=self._on_end,
             stopping=lambda: self._stopping,
         )
@@ -229,6 +237,8 @@ class Runner:
             )
             for _, done in calls:
                 done.set()
+            if self._tier is not None:
+                self._tier.detach()
             self._backend.close()
 
     def _wait_for_work(self) -> None:

@@ -17,6 +17,7 @@ from erllama.cache import Match, SaveReason
 from erllama.engine.backend import Batch
 from erllama.engine.batches import BatchBuilder, Part
 from erllama.engine.live import LiveContext, Parked, common_prefix
+from erllama.engine.live_tier import LiveTier
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.request import CacheHit
 from erllama.engine.sequence import Sequence
@@ -41,6 +42,7 @@ class Scheduler:
         n_seq_max: most requests that run at once.
         prefill_chunk_size: most tokens of prompts in one tick beside replies that are being written.
         parked_cells: cells that finished sequences may keep while others compute.
+        tier: shows the cache what is parked.
         on_end: called with each request that ended.
         stopping: whether the model is being unloaded: a decode that fails was ended on purpose.
 
@@ -56,6 +58,7 @@ class Scheduler:
         n_seq_max: int,
         prefill_chunk_size: int,
         parked_cells: int,
+        tier: LiveTier | None,
         on_end: Callable[[Sequence], None],
         stopping: Callable[[], bool],
     ) -> None:
@@ -64,7 +67,7 @@ class Scheduler:
         self._limits = shared.backend.limits
         self._n_seq_max = n_seq_max
         self._chunk = prefill_chunk_size
-        self._live = LiveContext(shared.backend, parked_cells)
+        self._live = LiveContext(shared.backend, parked_cells, tier)
         self._batches = BatchBuilder(self._limits.n_batch)
         self._on_end = on_end
         self._stopping = stopping
@@ -89,6 +92,7 @@ class Scheduler:
 
     def tick(self) -> None:
         """Admit who can be, decode once, and pass on what came of it."""
+        self._live.give_up()
         self._sweep()
         self._admit()
         for sequence in [s for s in self.running if s.waiting]:

@@ -7,7 +7,7 @@ native lifetimes right in any order of closing. Importing it does not start
 libllama's backends; the first use does.
 """
 
-from erllama.llama_ffi.context import LlamaContext
+from erllama.llama_ffi.context import LlamaContext, cell_bytes
 from erllama.llama_ffi.gguf import GGUFHeader, Tensor, check_header, read_header
 from erllama.llama_ffi.library import (
     AbortedError,
@@ -40,6 +40,7 @@ __all__ = [
     "Tensor",
     "Vocabulary",
     "build_info",
+    "cell_bytes",
     "check_header",
     "devices",
     "ggml_block_size",

@@ -111,6 +111,7 @@ class LlamaContext:
         self.n_batch = int(lib.erl_context_n_batch(pointer))
         self.n_ubatch = int(lib.erl_context_n_ubatch(pointer))
         self.n_seq_max = n_seq_max
+        self.type_k, self.type_v = type_k, type_v
         self.n_vocab = model.vocabulary.n_tokens
         self._logit_rows = 0
         self._reserved_rows = n_seq_max
@@ -348,6 +349,18 @@ class _Lease:
         self._handle.release()
 
 
+def cell_bytes(model: LlamaModel, type_k: int, type_v: int) -> int:
+    """Bytes of one token's K and V in all layers, as if all had full attention; 0 for a model without any."""
+    shape = model.shape
+    if not shape.n_head:
+        return 0
+    row = shape.n_embd // shape.n_head * shape.n_head_kv
+    bytes_per_element = sum(
+        lib.erl_ggml_type_bytes(kind) / lib.erl_ggml_block_size(kind) for kind in (type_k, type_v)
+    )
+    return int(shape.n_layer * row * bytes_per_element)
+
+
 def _check_room(model: LlamaModel, n_ctx: int, type_k: int, type_v: int) -> None:
     """Refuse cells that this machine's memory cannot hold: an allocation that large is not refused by
     the system, but ends the process when the cells are first written.
@@ -357,11 +370,7 @@ def _check_room(model: LlamaModel, n_ctx: int, type_k: int, type_v: int) -> None
     shape = model.shape
     if shape.recurrent or shape.hybrid or shape.n_swa > 0 or not shape.n_head:
         return
-    row = shape.n_embd // shape.n_head * shape.n_head_kv
-    bytes_per_element = sum(
-        lib.erl_ggml_type_bytes(kind) / lib.erl_ggml_block_size(kind) for kind in (type_k, type_v)
-    )
-    n_bytes = int(n_ctx * shape.n_layer * row * bytes_per_element)
+    n_bytes = n_ctx * cell_bytes(model, type_k, type_v)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if n_bytes > memory:
         raise LlamaError(

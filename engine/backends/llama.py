@@ -218,6 +218,7 @@ class LlamaBackend:
             whole_state,
             max(shape.n_swa, 0),
             n_sequences,
+            llama_ffi.cell_bytes(model, context.type_k, context.type_v),
         )
         self._state_known = True  # False after a decode that failed, for memory that cannot be cut back
         self._broken = False  # a decode failed in a way that nobody planned: the context may be in any state
@@ -423,7 +424,8 @@ def _check_state(payload: memoryview, start: int, end: int) -> None:
     cells = np.frombuffer(payload, "<i4", 3 * n, _STATE_HEAD.size).reshape(n, 3)
     if (magic, n_streams, n_cells) != (_STATE_MAGIC, 1, n):
         raise StateError(f"not the state of {n} tokens of one sequence")
-    if not np.array_equal(cells[:, 0], np.arange(start, end)) or not np.all(cells[:, 1] == 1):
+    # In the order of the cells, which need not be that of the positions.
+    if not np.array_equal(np.sort(cells[:, 0]), np.arange(start, end)) or not np.all(cells[:, 1] == 1):
         raise StateError(f"the state is not of positions {start} to {end - 1}")
 
 

@@ -68,7 +68,9 @@ class StubBackend:
     ) -> None:
         if min(n_ctx, n_batch, n_ubatch, n_sequences) < 1:
             raise OptionError("n_ctx, n_batch, n_ubatch and n_sequences must be at least 1")
-        self.limits = Limits(n_ctx, n_batch, n_ubatch, StubVocabulary.n_tokens, can_trim, n_sequences=n_sequences)
+        self.limits = Limits(
+            n_ctx, n_batch, n_ubatch, StubVocabulary.n_tokens, can_trim, n_sequences=n_sequences, cell_bytes=8
+        )
         self.vocabulary = StubVocabulary()
         self.namespace: Mapping[str, NamespaceValue] = {"backend": "stub", "seed": seed, "can_trim": can_trim}
         self.recipe = hashlib.sha256(f"stub {n_ubatch}".encode()).digest()[:16]
