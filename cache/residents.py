@@ -23,9 +23,10 @@ PENDING = "pending"  # a place, too: a save on its way
 class Shelf:
     """The account of one tier: which of its roots holds which block, what that comes to, which goes next."""
 
-    def __init__(self, name: str, behind: bool) -> None:
+    def __init__(self, name: str, fed: str) -> None:
         self.name = name
-        self.behind = behind  # written behind requests
+        self.behind = fed == "behind"  # written behind requests
+        self.in_cells = fed == "by its owner"
         self.roots: list[Tier] = []
         self.lru = LeafLRU()
         self._root_of: dict[bytes, Tier] = {}
@@ -88,7 +89,7 @@ class Residents:
         shelf = self.shelves.get(tier.name)
         if shelf is None:
             self._counters.know_tier(tier.name)
-            shelf = Shelf(tier.name, tier.fed == "behind")
+            shelf = Shelf(tier.name, tier.fed)
             self.shelves = {tier.name: shelf, **self.shelves} if fastest else {**self.shelves, tier.name: shelf}
         shelf.add_root(tier)
 
@@ -129,8 +130,7 @@ class Residents:
 
     def kept(self, entry: Entry) -> bool:
         """Whether a block is anywhere but in cells, which keep nothing."""
-        shelves = [self.shelves.get(place) for place in entry.places]
-        return any(shelf is None or shelf.roots[0].fed != "by its owner" for shelf in shelves)
+        return any(place not in self.shelves or not self.shelves[place].in_cells for place in entry.places)
 
     def holders(self, key: bytes) -> Iterator[tuple[Shelf, Tier]]:
         """Who holds a block, fastest first."""
@@ -172,7 +172,8 @@ class Residents:
         for name, shelf in self.shelves.items():
             if shelf.behind and PENDING in entry.places:
                 return PENDING
-            if name in entry.places:
+            # What is in cells is not restored from, so how that was computed tells nothing.
+            if name in entry.places and not shelf.in_cells:
                 return name
         return PENDING if PENDING in entry.places else None
 

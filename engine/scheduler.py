@@ -96,7 +96,8 @@ class Scheduler:
         self._sweep()
         self._admit()
         for sequence in [s for s in self.running if s.waiting]:
-            if self._ready(sequence):
+            # One that fails may have sent the others back.
+            if sequence in self.running and self._ready(sequence):
                 self._start(sequence)
         parts = self._compose()
         if parts:
@@ -317,19 +318,21 @@ class Scheduler:
             return
         if sequence.number is not None:
             self._live.park(sequence)
+        # Who waits is told first, whatever the backend does when it is asked to drop something.
         self._gone(sequence)
-        if self.running:
-            self._live.thin_out()
         self.metrics.ended(completion.finish_reason)
         sequence.ticket.finish(completion)
+        if self.running:
+            self._live.thin_out()
 
     def fail(self, sequence: Sequence, error: Error) -> None:
         """A request ends with an error."""
-        if sequence.number is not None:
-            self._live.release(sequence.number)
+        number = sequence.number
         self._gone(sequence)
         self.metrics.went_wrong(error)
         sequence.ticket.fail(error)
+        if number is not None:
+            self._live.release(number)
 
     def _gone(self, sequence: Sequence) -> None:
         self._leave(sequence)

@@ -21,7 +21,7 @@ from erllama.engine.backends.stub import EOG, StubBackend
 from erllama.engine.cells import Cells
 from erllama.engine.metrics import EngineMetrics
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
-from support import RecordingBackend, llama_backend
+from support import RecordingBackend, llama_backend, must_run
 
 SIZE = 32  # tokens of a block
 
@@ -813,6 +813,41 @@ def test_requests_that_run_at_the_unload_are_saved_and_told() -> None:
     with pytest.raises(erllama.ModelUnloaded):
         model.end_session("ann")
     cache.close()
+
+
+INTERRUPTED = """
+import signal, sys, threading, time
+import numpy as np
+import erllama
+
+model = erllama.load_model(sys.argv[1], n_ctx=65536, n_threads=1)
+vocabulary = model._backend.vocabulary
+vocabulary.is_eog = np.zeros(vocabulary.n_tokens, bool)
+main = threading.get_ident()
+def interrupt():
+    while model.phase != "generating":
+        time.sleep(0.001)
+    signal.pthread_kill(main, signal.SIGINT)
+threading.Thread(target=interrupt).start()
+try:
+    if sys.argv[2] == "complete":
+        model.complete([5, 6, 7], temperature=0)
+    else:
+        for event in model.stream([5, 6, 7], temperature=0):
+            pass
+except KeyboardInterrupt:
+    print("interrupted")
+while model.queue_depth:
+    time.sleep(0.001)
+print(model.metrics.finished)
+print(model.complete([5, 6, 7], max_tokens=1).finish_reason)
+"""
+
+
+@pytest.mark.parametrize("way", ["complete", "stream"])
+def test_control_c_during_a_decode_ends_that_request_alone(tmp_path: Path, way: str) -> None:
+    path = write_llama(tmp_path / "model.gguf", seed=1)
+    assert must_run(INTERRUPTED, path, way).split("\n") == ["interrupted", "{'cancelled': 1}", "length", ""]
 
 
 # --- options -----------------------------------------------------------------------------------------------

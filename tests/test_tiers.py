@@ -342,6 +342,26 @@ def test_live_blocks_are_found_and_never_loaded() -> None:
         assert [row.tier for row in cache.rows()] == ["ram", "ram"]
 
 
+def test_how_a_live_block_was_computed_tells_nothing_of_the_stored_one(tmp_path: Path) -> None:
+    first = blocks_of(MANY)[0]
+    better = Block(first.key, first.parent, NAMESPACE, 0, first.tokens, first.reason, b"r" * 16, SIZE)
+    with (
+        Cache(block_size=SIZE, disk=tmp_path, ram=0) as mine,
+        Cache(block_size=SIZE, disk=tmp_path, ram=0) as theirs,
+    ):
+        live = Live(1000)
+        mine.attach(live)
+        mine.save(first, payload_of(first))
+        mine.flush()
+        assert mine.hold(live, first, 100)
+        theirs.rows()
+        theirs.save(better, payload_of(first), replace=True)
+        theirs.flush()
+        mine.rows()
+        assert mine.stored(first.key) == better
+        mine.detach(live)
+
+
 def test_live_blocks_keep_to_their_budget_and_pins() -> None:
     live, chain = Live(500), blocks_of(MANY)
     with Cache(block_size=SIZE) as cache:
