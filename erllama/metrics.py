@@ -110,7 +110,8 @@ class _CacheNames:
         with self._lock:
             name = self._names.get(cache)
             if name is None:
-                place = next((status.place for status in tiers if status.tier == tiers[-1].tier), "none")
+                stores = [status for status in tiers if status.tier != "live"]
+                place = next((status.place for status in stores if status.tier == stores[-1].tier), "none")
                 taken = set(self._names.values())
                 numbered = (place if n == 1 else f"{place} ({n})" for n in count(1))
                 name = next(name for name in numbered if name not in taken)

@@ -33,7 +33,8 @@ def loaded(cache: Cache, policy: object = None, **options: object) -> erllama.Mo
 def saved(cache: Cache) -> dict[str, list[tuple[int, int]]]:
     """Start and end of every stored block, by why it was saved."""
     found: dict[str, list[tuple[int, int]]] = {}
-    for row in sorted(cache.rows(), key=lambda row: row.start):
+    stored = [row for row in cache.rows() if row.tier != "live"]
+    for row in sorted(stored, key=lambda row: row.start):
         block = cache.stored(row.key)
         assert block is not None
         found.setdefault(block.reason.name, []).append((block.start, block.end))
