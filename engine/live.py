@@ -1,8 +1,9 @@
 """What the context holds: the cells of running sequences, and of finished ones that stay for those who go on.
 
 A finished sequence is *parked*: it keeps its cells until they are needed. A
-request that begins as it did shares its cells, or takes it over. Whatever is
-parked was saved before, so it may go at any time. Used by the model thread alone.
+request that begins as it did shares its cells, or takes it over. What was worth
+keeping of it was saved before, so it may go at any time. Used by the model
+thread alone.
 """
 
 from __future__ import annotations
@@ -77,8 +78,7 @@ class LiveContext:
     def longest(self, sequence: Sequence, running: Several[Sequence]) -> tuple[Sequence | Parked | None, int]:
         """Who holds the longest prefix of what is known of a sequence, short of its last token, and how long it is.
 
-        Its own session's, where that shares anything at all. Where memory cannot be
-        cut, only what is parked, and only whole.
+        Of several, its own session's. Where memory cannot be cut, only what is parked, and only whole.
         """
         wanted = sequence.known[:-1]
         best: Sequence | Parked | None = None
@@ -89,9 +89,7 @@ class LiveContext:
                 if not self._can_trim and n < len(parked.tokens):
                     continue
                 own = parked.session_id is not None and parked.session_id == sequence.options.session_id
-                if own and n:
-                    return parked, n
-                if n > most and (self._can_trim or parked.session_id is None):
+                if (n > most or (own and n == most > 0)) and (own or self._can_trim or parked.session_id is None):
                     best, most = parked, n
         if self._can_trim:
             for other in running:
@@ -121,6 +119,9 @@ class LiveContext:
         number = self._new_number(source)
         if source is not None:
             assert source.number is not None
+            if isinstance(source, Parked):  # it was used just now
+                self.parked.remove(source)
+                self.parked.append(source)
             self._backend.share(source.number, number, n)
             self.cells.share(source.number, number, n)
         return number, None
@@ -167,7 +168,7 @@ class LiveContext:
         number, session_id = sequence.number, sequence.options.session_id
         assert number is not None
         for older in self.parked:
-            if session_id is not None and older.session_id == session_id:
+            if session_id is not None and (older.namespace, older.session_id) == (sequence.namespace, session_id):
                 self._drop_parked(older)
                 break
         if not sequence.n_held:
@@ -189,10 +190,10 @@ class LiveContext:
                 return
             self._drop_parked(free[0])
 
-    def end_session(self, session_id: str) -> bool:
+    def end_session(self, namespace: bytes, session_id: str) -> bool:
         """What is kept for a session is anybody's; False where nothing is."""
         for parked in self.parked:
-            if parked.session_id == session_id:
+            if (parked.namespace, parked.session_id) == (namespace, session_id):
                 parked.session_id = None
                 return True
         return False

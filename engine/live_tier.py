@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from erllama.cache import Block, Cache
 from erllama.cache.tier import Tier, TierRow
@@ -41,9 +42,10 @@ class LiveTier(Tier):
 
     def hold(self, keys: Sequence[bytes]) -> None:
         """A sequence that holds these blocks was parked."""
-        for key in keys:
-            self._holders[key] += 1
-            if self._holders[key] == 1 and not self._cache.closed:
+        new = [key for key in keys if not self._holders[key]]
+        self._holders.update(keys)
+        with self._guarded():
+            for key in new:
                 block = self._cache.stored(key)
                 if block is not None:
                     self._cache.hold(self, block, block.n_tokens * self._cell_bytes)
@@ -54,7 +56,7 @@ class LiveTier(Tier):
         gone = [key for key in keys if self._holders[key] <= 0]
         for key in gone:
             del self._holders[key]
-        if not self._cache.closed:
+        with self._guarded():
             self._cache.let_go(self, gone)
 
     def take_given_up(self) -> set[bytes]:
@@ -62,8 +64,19 @@ class LiveTier(Tier):
         return {self._given_up.popleft() for _ in range(len(self._given_up))}
 
     def detach(self) -> None:
-        if not self._cache.closed:
+        with self._guarded():
             self._cache.detach(self)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """What goes wrong in the cache costs its picture of the cells, and nothing else."""
+        try:
+            yield
+        except Exception:
+            if not self._cache.closed:
+                log.exception("showing the cache what is in cells failed")
+                with suppress(Exception):
+                    self._cache.count_fault()
 
     # --- for the cache
 

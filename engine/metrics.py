@@ -1,4 +1,4 @@
-"""What an engine counts. Written by the model thread alone, read by anyone without waiting."""
+"""What an engine counts. Written by the model thread, and `refused` by callers under its lock; read without waiting."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class EngineMetrics:
         shared_tokens: prompt tokens that came from cells of other sequences.
         cached_tokens: prompt tokens that came from the cache.
         prefilled_tokens: tokens computed in slices of prefill, those of resumed requests among them.
-        decoded_tokens: tokens computed one at a time.
+        decoded_tokens: rows of replies that were computed, one a tick for each reply that is being written.
         ticks: decodes.
         preempted: times that a request gave its cells to others, and waited.
         first_token, between_tokens: seconds from submission to the first token, and from token to token.

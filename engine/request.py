@@ -171,15 +171,6 @@ class TextDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-def joined(pieces: Sequence[TextDelta]) -> TextDelta:
-    """Several pieces as one."""
-    return TextDelta(
-        "".join(piece.text for piece in pieces),
-        tuple(token for piece in pieces for token in piece.tokens),
-        tuple(logprobs for piece in pieces for logprobs in piece.logprobs),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Done:
     """The end of a stream."""

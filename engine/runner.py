@@ -24,6 +24,8 @@ from erllama.errors import BackendError, CalledFromModelThread, ModelUnloaded, Q
 
 log = logging.getLogger("erllama.engine")
 
+_LOOK_AGAIN_SECONDS = 0.01
+
 
 class Runner:
     """Runs requests on a backend in a thread of its own.
@@ -75,8 +77,9 @@ class Runner:
         self._max_pending = max_pending
         self._condition = threading.Condition()
         self._arrived: deque[Sequence] = deque()
-        self._sessions: set[str] = set()  # of requests that run or wait
-        self._calls: deque[tuple[Callable[[], object], threading.Event]] = deque()
+        self._sessions: set[tuple[bytes, str]] = set()  # of requests that run or wait; a tenant's are its own
+        self._calls: deque[_Call] = deque()
+        self._failure: BackendError | None = None  # why the model cannot go on
         self._saved_at_stop = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name=f"erllama-model-{name}", daemon=True)
@@ -124,7 +127,7 @@ class Runner:
                 "load models after forking, or start workers with multiprocessing's 'spawn' method"
             )
         if self._stopping:
-            raise ModelUnloaded(f"model {self._name!r} is unloaded; load it again to use it")
+            raise self._unloaded("is unloaded; load it again to use it")
 
     def submit(self, request: Request, *, streaming: bool) -> Ticket:
         """Queue a request.
@@ -138,7 +141,8 @@ class Runner:
         self._check_caller()
         ticket = Ticket(request, streaming)
         sequence = Sequence(ticket, self._shared)
-        session = request.options.session_id
+        session_id = request.options.session_id
+        session = None if session_id is None else (sequence.namespace, session_id)
         with self._condition:
             self.check()
             if self.pending >= self._max_pending:
@@ -154,37 +158,46 @@ class Runner:
             self._condition.notify()
         return ticket
 
-    def end_session(self, session_id: str) -> bool:
+    def end_session(self, session_id: str, cache_salt: str | None) -> bool:
         """Stop keeping the context of a session; False where none is kept.
 
         Raises:
             SessionBusy: a request of it runs or waits.
         """
+        namespace = self.namespace(cache_salt)
+        self._check_caller()
         with self._condition:
-            self._check_session(session_id)
+            self._check_session((namespace, session_id))
         found: list[bool] = []
-        self._call(lambda: found.append(self._scheduler.live.end_session(session_id)))
+        self._call(lambda: found.append(self._scheduler.live.end_session(namespace, session_id)))
         return any(found)
 
     def evict(self) -> None:
         """Save what the context holds and wait until that is stored; let go of what no request uses."""
         self._call(self._scheduler.evict)
-        self._cache.flush(self._policy.evict_save_timeout_ms / 1000)
+        self._flush()
 
     def stop(self) -> None:
         """End all requests with ModelUnloaded, save what they had computed, and close the backend. Idempotent."""
+        if self._process != os.getpid():
+            return  # the thread stayed with the parent, and so, perhaps, did the lock
         with self._condition:
             first = not self._stopping
             self._stopping = True
             self._condition.notify_all()
-        if self._process != os.getpid():
-            return  # the thread stayed with the parent
         if first:
             self._backend.abort(True)
         if threading.current_thread() is not self._thread:
             self._thread.join()
         if first and self._saved_at_stop:
-            self._cache.flush(self._policy.evict_save_timeout_ms / 1000)
+            self._flush()
+
+    def _flush(self) -> None:
+        timeout_ms = self._policy.evict_save_timeout_ms
+        if not self._cache.flush(timeout_ms / 1000):
+            log.warning(
+                "model %r: its saves were not written within evict_save_timeout_ms=%d", self._name, timeout_ms
+            )
 
     def _check_caller(self) -> None:
         self.check()  # before the lock, which a fork may have left taken
@@ -194,38 +207,38 @@ class Runner:
                 "Hand the work to another thread"
             )
 
-    def _check_session(self, session_id: str) -> None:
-        if session_id in self._sessions:
+    def _check_session(self, session: tuple[bytes, str]) -> None:
+        if session in self._sessions:
             raise SessionBusy(
-                f"session {session_id!r} has a request that runs or waits; "
+                f"session {session[1]!r} has a request that runs or waits; "
                 "wait for its end, or use another session_id"
             )
 
     def _call(self, function: Callable[[], object]) -> None:
-        """Have the model thread call something between two ticks, and wait for that."""
+        """Have the model thread call something between two ticks, and wait for that; raises what it raised."""
         self._check_caller()
-        done = threading.Event()
+        call = _Call(function)
         with self._condition:
             self.check()
-            self._calls.append((function, done))
+            self._calls.append(call)
             self._condition.notify()
-        done.wait()
+        call.done.wait()
+        if call.error is not None:
+            raise call.error
 
     # --- the model thread
 
     def _run(self) -> None:
         scheduler = self._scheduler
+        progress = True
         try:
             while not self._stopping:
-                self._wait_for_work()
+                self._wait_for_work(progress)
                 while self._calls:
-                    function, done = self._calls.popleft()
-                    self._guarded(function)
-                    done.set()
+                    self._calls.popleft().run()
                 while self._arrived:
                     scheduler.waiting.append(self._arrived.popleft())
-                if not self._stopping and scheduler.busy:
-                    self._guarded(scheduler.tick)
+                progress = self._tick() if not self._stopping and scheduler.busy else True
         finally:
             with self._condition:
                 self._stopping = True
@@ -233,24 +246,34 @@ class Runner:
                 self._arrived.clear()
                 calls, self._calls = self._calls, deque()
             self._saved_at_stop = scheduler.shut_down(
-                ModelUnloaded(f"model {self._name!r} was unloaded while the request ran or waited")
+                self._unloaded("was unloaded while the request ran or waited")
             )
-            for _, done in calls:
-                done.set()
+            for call in calls:
+                call.error = self._unloaded("was unloaded meanwhile")
+                call.done.set()
             if self._tier is not None:
                 self._tier.detach()
             self._backend.close()
 
-    def _wait_for_work(self) -> None:
-        if self._scheduler.busy:
+    def _unloaded(self, how: str) -> ModelUnloaded:
+        if self._failure is None:
+            return ModelUnloaded(f"model {self._name!r} {how}")
+        error = ModelUnloaded(f"model {self._name!r} cannot go on, and is unloaded: {self._failure}")
+        error.__cause__ = self._failure
+        return error
+
+    def _wait_for_work(self, progress: bool) -> None:
+        if self._scheduler.busy and progress:
             return
         with self._condition:
-            self._condition.wait_for(lambda: self._stopping or self._arrived or self._calls)
+            # Where all who are admitted wait for saves of others, that is looked at again soon.
+            timeout = _LOOK_AGAIN_SECONDS if self._scheduler.busy else None
+            self._condition.wait_for(lambda: self._stopping or self._arrived or self._calls, timeout)
 
-    def _guarded(self, work: Callable[[], object]) -> None:
+    def _tick(self) -> bool:
         """Whatever goes wrong, those who wait are told, and the thread goes on."""
         try:
-            work()
+            return self._scheduler.tick()
         except BaseException as error:
             # SystemExit, too: no interrupt is meant for this thread.
             log.exception("model %r failed unexpectedly; its requests end", self._name)
@@ -260,10 +283,28 @@ class Runner:
                 self._scheduler.fail_all(failure)
             except Exception:
                 log.exception("model %r cannot go on; it is unloaded", self._name)
+                self._failure = failure
                 self._stopping = True
+            return True
 
     def _on_end(self, sequence: Sequence) -> None:
-        session = sequence.options.session_id
-        if session is not None:
+        session_id = sequence.options.session_id
+        if session_id is not None:
             with self._condition:
-                self._sessions.discard(session)
+                self._sessions.discard((sequence.namespace, session_id))
+
+
+class _Call:
+    """Something that the model thread does for another, which waits for it."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function = function
+        self.done = threading.Event()
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._function()
+        except Exception as error:
+            self.error = error
+        self.done.set()

@@ -20,7 +20,7 @@ from erllama.engine.live import LiveContext, Parked, common_prefix
 from erllama.engine.live_tier import LiveTier
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.request import CacheHit
-from erllama.engine.sequence import Sequence
+from erllama.engine.sequence import HEADROOM, Sequence
 from erllama.engine.warmth import Warmth, WarmthContext
 from erllama.errors import BackendError, CellsExhausted, DeadlineExceeded, Error
 
@@ -30,8 +30,6 @@ Phase = Literal["idle", "prefilling", "generating"]
 
 # Prefixes shorter than this are computed again rather than waited for: less than a tick of one's own costs.
 _WORTH_WAITING = 16
-# Cells kept for each reply that grows, when another request is admitted: else it would be sent back at once.
-_HEADROOM = 64
 
 
 class Scheduler:
@@ -90,8 +88,12 @@ class Scheduler:
     def live(self) -> LiveContext:
         return self._live
 
-    def tick(self) -> None:
-        """Admit who can be, decode once, and pass on what came of it."""
+    def tick(self) -> bool:
+        """Admit who can be, decode once, and pass on what came of it.
+
+        Returns:
+            False where everybody waits for something outside: it is too early for another.
+        """
         self._live.give_up()
         self._sweep()
         self._admit()
@@ -102,6 +104,7 @@ class Scheduler:
         parts = self._compose()
         if parts:
             self._decode(parts)
+        return bool(parts) or not any(s.waiting for s in self.running)
 
     # --- who enters
 
@@ -118,7 +121,11 @@ class Scheduler:
                 self.fail(sequence, DeadlineExceeded(f"the reply was not done within timeout={timeout} seconds"))
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._n_seq_max:
+        # Beside replies that are being written, one a tick: restoring takes its time, too.
+        generating = any(not s.waiting and not s.prefilling for s in self.running)
+        for _ in range(1 if generating else self._n_seq_max):
+            if not self.waiting or len(self.running) >= self._n_seq_max:
+                return
             first = self.waiting[0]
             if self.running and (first.options.reproducible or self.running[0].options.reproducible):
                 return  # such a request has the context to itself
@@ -134,24 +141,22 @@ class Scheduler:
         if isinstance(source, Parked):
             shared = 0  # its cells count as room
         _, fork = self._leader_of(sequence, shared)
-        needed = sequence.n_known - max(shared, fork) + min(_HEADROOM, sequence.growth)
+        needed = sequence.n_known - max(shared, fork) + min(sequence.headroom, sequence.growth)
         for other in self.running:
             needed += other.n_known - max(other.n_held, other.fork if other.waiting else 0)
-            needed += min(_HEADROOM, other.growth)
+            needed += min(HEADROOM, other.growth)
         return needed <= self._live.room
 
     def _start(self, sequence: Sequence) -> None:
         """Bring an admitted sequence into the context, or note whom it waits for."""
         sequence.leader, sequence.fork = None, 0
-        alone = len(self.running) == 1
         parent_key = sequence.options.parent_key
-        wait_ms = self._shared.policy.session_resume_wait_ms
-        if parent_key is not None and not alone and not sequence.waits_until:
-            # The others' replies go on meanwhile.
-            sequence.waits_until = time.perf_counter() + wait_ms / 1000
+        if parent_key is not None and not sequence.waits_until:
+            # Tick by tick, so that others' replies go on meanwhile.
+            sequence.waits_until = time.perf_counter() + self._shared.policy.session_resume_wait_ms / 1000
             if not self._ready(sequence):
                 return
-        match = self._shared.find(sequence.namespace, sequence.known, parent_key, wait_ms if alone else 0)
+        match = self._shared.find(sequence.namespace, sequence.known, parent_key)
         try:
             source, n_live = (
                 (None, 0) if sequence.options.reproducible else self._live.longest(sequence, self.running)
@@ -175,7 +180,7 @@ class Scheduler:
             return leader.n_held >= sequence.fork or leader not in self.running
         key = sequence.options.parent_key
         late = time.perf_counter() >= sequence.waits_until
-        return key is None or late or not self._shared.cache.awaits(key)
+        return key is None or late or not self._shared.awaits(key)
 
     def _leader_of(self, sequence: Sequence, warm: int) -> tuple[Sequence | None, int]:
         """Who of those admitted before is about to compute more of its prefix than can be had now, and how much."""
@@ -237,10 +242,26 @@ class Scheduler:
                 parts = rows + self._slices(inside, len(rows))
                 if parts or not inside:
                     return parts
-            if len(inside) == 1:
-                self.fail(inside[0], CellsExhausted(f"no cells for it in a context of {self._limits.n_ctx}"))
-            else:
-                self._send_back(inside[-1])
+            if len(inside) > 1:
+                self._send_back(self.running[-1])
+            elif not self._tries_again(inside[0]):
+                self.fail(
+                    inside[0],
+                    CellsExhausted(
+                        f"{inside[0].n_held} of {inside[0].n_known} tokens fit the cells that the backend has, "
+                        f"of the {self._limits.n_ctx} that it said it has"
+                    ),
+                )
+
+    def _tries_again(self, sequence: Sequence) -> bool:
+        """Start a sequence anew in an empty context, where the backend ran out of cells too early; once at a place."""
+        if sequence.ran_out_at == sequence.n_known:
+            return False
+        sequence.ran_out_at = sequence.n_known
+        for other in self.running[::-1]:
+            self._send_back(other)
+        self._live.clear()
+        return True
 
     def _slices(self, inside: list[Sequence], n_rows: int) -> list[Part]:
         """Slices of prompts, in the order of admission: as many tokens as fit the tick."""
@@ -353,10 +374,12 @@ class Scheduler:
         if sequence.number is not None:
             sequence.save(SaveReason.EVICT)
             self._live.release(sequence.number)
+            # Each time it asks for more room before it comes back: coming back costs, too.
+            sequence.headroom = 2 * sequence.headroom
+            self.metrics.preempted += 1
         self._leave(sequence)
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
-        self.metrics.preempted += 1
 
     def _ran_out(self, parts: list[Part], error: CellsExhausted) -> None:
         """The backend has fewer cells than was counted; nothing was computed. The next tick makes room."""

@@ -16,6 +16,9 @@ from erllama.engine.text import TextDecoder
 from erllama.engine.ticket import Ticket
 from erllama.engine.warmth import Warmth, WarmthContext
 
+# Cells kept for each reply that grows, when another request is admitted: else it would be sent back at once.
+HEADROOM = 64
+
 
 class Sequence:
     """The state of one request. Made by the caller's thread, then used by the model's alone.
@@ -31,6 +34,8 @@ class Sequence:
         number: the backend's for it, while it is in the context.
         leader, fork: another sequence that computes its first `fork` tokens just now, which it waits for.
         waits_until: until when it waits for the save of its parent; 0 where it does not.
+        headroom: cells that it wants for its reply before it is admitted.
+        ran_out_at: how many of its tokens were known when the backend last had no cells for it alone.
         finish_reason: None as long as it goes on.
     """
 
@@ -54,8 +59,11 @@ class Sequence:
         self.leader: Sequence | None = None
         self.fork = 0
         self.waits_until = 0.0
+        self.headroom = HEADROOM
+        self.ran_out_at = 0
         self.finish_reason: FinishReason | None = None
         self._warmth: Warmth | None = None
+        self._finish_key: bytes | None = None  # of what it held when it last left
         self._sampler = Sampler(options.sampling)
         self._decoder = TextDecoder()
         self._stops = StopScanner(options.stop)
@@ -115,6 +123,8 @@ class Sequence:
 
     def leave(self) -> None:
         """It is no longer in the context."""
+        if self._warmth is not None:
+            self._finish_key = self._warmth.finish_key
         self.number = self._warmth = self.leader = None
         self.n_held = 0
         self._decoding = False
@@ -228,7 +238,7 @@ class Sequence:
             tokens=tokens[self.n_prompt :],
             context_tokens=tokens,
             finish_reason=self.finish_reason,
-            finish_key=self._warmth.finish_key if self._warmth is not None else None,
+            finish_key=self._warmth.finish_key if self._warmth is not None else self._finish_key,
             cache=self._hit or CacheHit("cold", None, 0),
             seed=self._sampler.seed,
             timings=Timings(

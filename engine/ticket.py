@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from erllama.engine.request import Completion, Done, Event, Request, TextDelta, joined
+from erllama.engine.request import Completion, Done, Event, Request, TextDelta
+from erllama.engine.sampling import TokenLogprobs
+from erllama.errors import ModelUnloaded
 
 # Unread pieces beyond this are joined into one: a reader that stops costs no more than the reply itself.
 _MOST_UNREAD = 256
@@ -30,9 +33,10 @@ class Ticket:
         self.submitted = time.perf_counter()
         timeout = request.options.timeout
         self.deadline = None if timeout is None else self.submitted + timeout
+        self._process = os.getpid()
         self._condition = threading.Condition()
         self._unread: deque[TextDelta] = deque()
-        self._beyond: list[TextDelta] = []  # unread, after those: one piece, once somebody reads
+        self._beyond = _Beyond()  # unread, after those
         self._completion: Completion | None = None
         self._error: BaseException | None = None
         self._ended = False  # the end was read
@@ -53,9 +57,7 @@ class Ticket:
             if len(self._unread) < _MOST_UNREAD:
                 self._unread.append(piece)
             else:
-                self._beyond.append(piece)
-                if len(self._beyond) >= _MOST_UNREAD:
-                    self._beyond = [joined(self._beyond)]
+                self._beyond.add(piece)
             if news:
                 self._tell()
 
@@ -94,12 +96,14 @@ class Ticket:
 
     def poll(self) -> Event | None:
         """The next event, if there is one now; raises the request's error where it failed."""
+        self._check_process()
         with self._condition:
             return self._next()
 
     def events(self) -> Iterator[Event]:
         """Events as they come; raises the request's error where it failed."""
         while not self._ended:
+            self._check_process()
             with self._condition:
                 self._condition.wait_for(lambda: self._unread or self.done)
                 event = self._next()
@@ -109,9 +113,8 @@ class Ticket:
     def _next(self) -> Event | None:
         if self._unread:
             event = self._unread.popleft()
-            if not self._unread and self._beyond:
-                self._unread.append(joined(self._beyond))
-                self._beyond = []
+            if not self._unread and (rest := self._beyond.take()) is not None:
+                self._unread.append(rest)
             return event
         if self._error is not None:
             self._ended = True
@@ -123,9 +126,14 @@ class Ticket:
 
     def result(self) -> Completion:
         """Wait for the end; raises the request's error where it failed."""
+        self._check_process()
         with self._condition:
             self._condition.wait_for(lambda: self.done)
         return self.outcome()
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise ModelUnloaded("the request was made before this process was forked; its model runs in the parent")
 
     def outcome(self) -> Completion:
         """How it ended; raises the request's error where it failed. Only once `done`."""
@@ -133,3 +141,25 @@ class Ticket:
             raise self._error
         assert self._completion is not None
         return self._completion
+
+
+class _Beyond:
+    """Pieces that will be read as one."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+
+    def add(self, piece: TextDelta) -> None:
+        self._text.append(piece.text)
+        self._tokens += piece.tokens
+        self._logprobs += piece.logprobs
+
+    def take(self) -> TextDelta | None:
+        """All of them, as one piece; None where there are none."""
+        if not self._text:
+            return None
+        piece = TextDelta("".join(self._text), tuple(self._tokens), tuple(self._logprobs))
+        self._text, self._tokens, self._logprobs = [], [], []
+        return piece

@@ -55,9 +55,23 @@ class WarmthContext:
             parts["cache_salt"] = cache_salt
         return namespace_key(parts)
 
-    def find(
-        self, namespace: bytes, tokens: NDArray[np.int32], parent_key: bytes | None, wait_ms: int
-    ) -> Match | None:
+    def awaits(self, key: bytes) -> bool:
+        """Whether a block is being saved just now."""
+        try:
+            return self.cache.awaits(key)
+        except Exception:
+            self.fault("asking for a save in flight")
+            return False
+
+    def fault(self, what: str) -> None:
+        """In an `except`: a request never fails for the cache, not even for a mistake in it."""
+        log.exception("%s failed", what)
+        try:
+            self.cache.count_fault()
+        except Exception:
+            log.exception("counting that failed, too")
+
+    def find(self, namespace: bytes, tokens: NDArray[np.int32], parent_key: bytes | None) -> Match | None:
         """What the cache has of `tokens`, short of the last; None where it fails. The caller releases it."""
         try:
             return self.cache.lookup(
@@ -65,12 +79,10 @@ class WarmthContext:
                 tokens[:-1],
                 whole=not self.backend.limits.can_trim,
                 parent_key=parent_key,
-                wait_ms=wait_ms,
                 count=False,
             )
         except Exception:
-            log.exception("looking up a prompt of %d tokens failed; it is read cold", len(tokens))
-            self.cache.count_fault()
+            self.fault(f"looking up a prompt of {len(tokens)} tokens, which is read cold,")
             return None
 
 
@@ -97,6 +109,7 @@ class Warmth:
     """
 
     def __init__(self, shared: WarmthContext, sequence: int, namespace: bytes, n_prompt: int) -> None:
+        self._shared = shared
         self._cache, self._backend = shared.cache, shared.backend
         self._namespace, self._slicing = namespace, shared.slicing
         self._policy = shared.policy
@@ -143,21 +156,27 @@ class Warmth:
             try:
                 n_held, n_shared = self._fill(match, len(tokens), reproducible, n_shared, room, tiers)
             except Exception:
-                # A request never fails for the cache, not even for a mistake in it.
-                log.exception("restoring a prompt of %d tokens failed; it is read cold", len(tokens))
-                self._cache.count_fault()
+                self._shared.fault(f"restoring a prompt of {len(tokens)} tokens, which is read cold,")
                 self._backend.drop(self._sequence)
                 self._provenance = Provenance(self._slicing, self._recipe)
                 n_held = n_shared = 0
-        self._note_restored(token_bytes(tokens[:n_held]))
+        try:
+            self._note_restored(token_bytes(tokens[:n_held]))
+            slowest = self._slowest(tiers)
+        except Exception:
+            self._shared.fault("looking for what is stored of a prompt")
+            self._saving, slowest = False, LIVE
         kind: HitKind = "cold" if n_held == 0 else "exact" if n_held == last else "partial"
-        return Restored(CacheHit(kind, self._slowest(tiers) if n_held else None, n_held), n_shared)
+        return Restored(CacheHit(kind, slowest if n_held else None, n_held), n_shared)
 
     def count(self, hit: CacheHit, parent_key: bytes | None, match: Match | None) -> None:
         """Tell the cache how the request was served."""
         blocks = match.blocks if match is not None else ()
         resumed = any(block.key == parent_key and block.end <= hit.tokens for block in blocks)
-        self._cache.count_request(hit.kind, hit.tokens, resumed=resumed)
+        try:
+            self._cache.count_request(hit.kind, hit.tokens, resumed=resumed)
+        except Exception:
+            self._shared.fault("counting a request")
 
     def _slowest(self, tiers: set[str]) -> str:
         return next((name for name in reversed(self._cache.tier_names) if name in tiers), LIVE)
@@ -298,7 +317,11 @@ class Warmth:
         self.finish_key = None
         if len(tokens) >= self._policy.min_tokens:
             self._save_blocks(tokens, reason)
-            self._save_tail(tokens, reason)
+            try:
+                self._save_tail(tokens, reason)
+            except Exception:
+                self._shared.fault("saving the end of a context")
+                self.finish_key = None
 
     def _save_blocks(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
         """Save the full blocks among `tokens` that are not saved yet."""
@@ -331,8 +354,7 @@ class Warmth:
                     self._cache.save(block, payload, replace=replace, trimmable=self._can_trim)
             self.finish_key = block.key if self._cache.contains(block.key) else None
         except Exception:
-            log.exception("saving a block of %d tokens failed; this request saves no more", block.n_tokens)
-            self._cache.count_fault()
+            self._shared.fault(f"saving a block of {block.n_tokens} tokens, the last of its request,")
             self._saving = False
             self.finish_key = None
         return block

@@ -192,7 +192,7 @@ class Model:
             self._submit(prompt, request_options(options, "aprefill", self._cache_salt, prefill=True))
         )
 
-    def end_session(self, session_id: str) -> bool:
+    def end_session(self, session_id: str, *, cache_salt: str | None = None, **unknown: Never) -> bool:
         """Stop keeping the context of a session; False where none is kept.
 
         What was computed stays in the cache.
@@ -200,8 +200,10 @@ class Model:
         Raises:
             SessionBusy: a request of it runs or waits.
         """
-        RequestOptions(session_id=session_id)
-        return self._runner.end_session(session_id)
+        reject_unknown(unknown, ("cache_salt",), "end_session")
+        salt = self._cache_salt if cache_salt is None else cache_salt
+        RequestOptions(session_id=session_id, cache_salt=salt)
+        return self._runner.end_session(session_id, salt)
 
     def evict(self) -> None:
         """Save what the context holds, wait until it is stored, and let go of KV that no request uses.

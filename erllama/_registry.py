@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,16 @@ def list_models() -> list[Model]:
 def queue_depth() -> int:
     """Requests that are admitted, over all models of this process."""
     return sum(model.queue_depth for model in list_models())
+
+
+def _after_fork_in_child() -> None:
+    # The models run in the parent; the lock may have been taken there.
+    global _lock
+    _lock = threading.Lock()
+    _models.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @atexit.register

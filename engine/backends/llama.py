@@ -252,6 +252,8 @@ class LlamaBackend:
                     options.n_gpu_layers,
                     build["key"],
                     llama_ffi.system_info(),
+                    # The cells of a sliding window are laid out by these.
+                    (context.n_ctx, n_sequences) if shape.n_swa > 0 else None,
                 ]
             ).encode()
         ).digest()[:16]
