@@ -611,6 +611,19 @@ def test_a_parents_save_is_waited_for_without_holding_up_others(monkeypatch: pyt
         other.cancel()
 
 
+def test_who_waits_for_a_save_is_cancelled_at_once_and_holds_up_nobody() -> None:
+    with loaded(StubBackend(eog_bias=-100), policy={"session_resume_wait_ms": 3_600_000}) as model:
+        key = b"k" * 32
+        with model.cache.expecting(key):
+            waiting = model.stream([1], parent_key=key)
+            late = model.stream([1], parent_key=key, timeout=0.05)
+            assert model.complete([2], max_tokens=3).finish_reason == "length"
+            with pytest.raises(erllama.DeadlineExceeded):
+                late.result()
+            waiting.cancel()
+            assert waiting.result().finish_reason == "cancelled"
+
+
 def test_a_session_keeps_its_cells_when_others_are_parked_and_go() -> None:
     backend = StubBackend(n_ctx=1024, eog_bias=-100)
     with erllama.Cache(ram=0) as none, loaded(backend, cache=none, parked_cells=0) as model:
@@ -647,6 +660,30 @@ def test_a_session_that_is_in_use_is_busy() -> None:
         stream.result()
         other.result()
         assert model.complete([1, 2, 3], max_tokens=1, session_id="ann").finish_reason == "length"
+
+
+def test_a_tenants_sessions_are_its_own() -> None:
+    backend = Watched()
+    with loaded(backend) as model:
+        backend.hold()
+        first = model.stream(random_prompt(1, 50), max_tokens=5, session_id="chat", cache_salt="a")
+        second = model.stream(random_prompt(2, 50), max_tokens=5, session_id="chat", cache_salt="b")
+        backend.let_go()
+        first.result()
+        second.result()
+        assert model.end_session("chat", cache_salt="a")
+        assert not model.end_session("chat")
+        assert model.end_session("chat", cache_salt="b")
+
+
+def test_a_session_that_begins_anew_shares_what_others_have() -> None:
+    with erllama.Cache(ram=0) as none, loaded(StubBackend(eog_bias=-100), cache=none, parked_cells=4096) as model:
+        prompt = random_prompt(1, 200)
+        model.complete([prompt[0], 9, 9, 9], max_tokens=5, session_id="ann")
+        model.complete(prompt, max_tokens=5)
+        assert model.complete(prompt, max_tokens=5, session_id="ann").cache == erllama.CacheHit(
+            "exact", "live", 199
+        )
 
 
 def test_a_session_may_go_back() -> None:
@@ -698,13 +735,110 @@ def prompts_with(token: int) -> list[list[int]]:
 
 
 def test_a_request_whose_sampling_fails_ends_alone() -> None:
+    prompts = prompts_with(99)
+    expected = [alone(np.array(prompt, np.int32), max_tokens=5, temperature=0).tokens for prompt in prompts]
+    assert all(99 not in tokens for tokens in expected)
     with loaded(Failing(None)) as model:
-        streams = [model.stream(prompt, max_tokens=20, seed=1, temperature=0) for prompt in prompts_with(99)]
+        streams = [model.stream(prompt, max_tokens=5, temperature=0) for prompt in prompts]
         with pytest.raises(erllama.SamplingError):
             streams[3].result()
-        for prompt, stream in zip(prompts_with(99)[:3], streams, strict=False):
-            expected = alone(np.array(prompt, np.int32), max_tokens=20, temperature=0).tokens
-            assert 99 in expected or stream.result().tokens == expected
+        assert [stream.result().tokens for stream in streams[:3]] == expected[:3]
+
+
+def once(call: Callable[..., object], when: Callable[[], bool] = lambda: True) -> Callable[..., object]:
+    """`call`, which fails the first time that `when`."""
+    left = [1]
+
+    def failing(*arguments: object, **options: object) -> object:
+        if left and when():
+            left.clear()
+            raise RuntimeError("injected")
+        return call(*arguments, **options)
+
+    return failing
+
+
+@pytest.mark.parametrize("name", ["share", "drop", "cut", "pack", "restore"])
+def test_whatever_call_of_the_backend_fails_nobody_waits_for_ever(name: str) -> None:
+    backend = StubBackend(n_ctx=1024, eog_bias=-100)
+    prompts = [np.concatenate([random_prompt(1, 100), random_prompt(i, 40)]) for i in range(6)]
+    with loaded(backend, n_seq_max=3, parked_cells=0) as model:
+        for round_ in range(3):
+            setattr(backend, name, once(getattr(StubBackend, name).__get__(backend)))
+            streams = [model.stream(prompt, max_tokens=10 + 20 * i, seed=i) for i, prompt in enumerate(prompts)]
+            for i, stream in enumerate(streams):
+                try:
+                    tokens = stream.result().tokens
+                except erllama.BackendError as error:
+                    assert "injected" in str(error)
+                else:
+                    assert tokens == alone(prompts[i], max_tokens=10 + 20 * i, seed=i).tokens
+            assert round_ < 3
+        model.evict()
+        live = model._runner._scheduler.live
+        assert backend.cells_used == live.cells.used == 0
+        assert len(live._numbers) == 12, "no number leaks"
+
+
+CACHE_CALLS = ["lookup", "load", "load_each", "save", "wants", "contains", "stored", "packing", "expecting", "hold"]
+CACHE_CALLS += ["let_go", "count_request", "awaits", "tier_names"]
+
+
+@pytest.mark.parametrize("name", CACHE_CALLS)
+def test_whatever_call_of_the_cache_fails_requests_do_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a mistake in the cache")
+
+    with loaded(StubBackend(n_ctx=512, eog_bias=-100), n_seq_max=2) as model:
+        first = model.complete(random_prompt(1, 100), max_tokens=5, seed=1)
+        monkeypatch.setattr(Cache, name, property(broken) if name == "tier_names" else broken)
+        for i in range(4):
+            streams = [
+                model.stream(random_prompt(j, 100), max_tokens=150, seed=1, parent_key=first.finish_key)
+                for j in range(1, 4)
+            ]
+            for j, stream in enumerate(streams, 1):
+                assert stream.result().tokens == alone(random_prompt(j, 100), max_tokens=150, seed=1).tokens, i
+        monkeypatch.undo()
+        assert model.complete(random_prompt(1, 100), max_tokens=5, seed=1).tokens == first.tokens
+
+
+def test_cells_that_run_out_for_a_moment_cost_a_request_nothing() -> None:
+    backend = StubBackend(n_ctx=512, eog_bias=-100)
+    decode = backend.decode
+
+    def tight(batch: Batch) -> NDArray[np.float32]:
+        if backend.tokens_decoded > 110 and not failed:
+            failed.append(1)
+            raise erllama.CellsExhausted("not now")
+        return decode(batch)
+
+    failed: list[int] = []
+    backend.decode = tight  # type: ignore[method-assign]
+    with loaded(backend) as model:
+        reply = model.complete(random_prompt(1, 77), max_tokens=100, seed=1)
+    assert failed
+    assert reply.tokens == alone(random_prompt(1, 77), max_tokens=100, seed=1).tokens
+
+
+def test_a_model_whose_context_cannot_be_made_anew_says_why() -> None:
+    class Dying(StubBackend):
+        dead = False
+
+        def decode(self, batch: Batch) -> NDArray[np.float32]:
+            self.dead = True
+            raise erllama.BackendError("the device is lost")
+
+        def clear(self) -> None:
+            if self.dead:
+                raise erllama.BackendError("and does not come back")
+            super().clear()
+
+    with loaded(Dying()) as model:
+        with pytest.raises(erllama.Error, match="does not come back"):
+            model.complete([1])
+        with pytest.raises(erllama.ModelUnloaded, match="cannot go on"):
+            eventually(lambda: model.complete([1]))
 
 
 @pytest.mark.parametrize("error", [erllama.BackendError("broken"), ValueError("broken"), MemoryError("broken")])

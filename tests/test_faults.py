@@ -301,6 +301,7 @@ def test_a_forked_child_is_told_and_ends_well(tiny_gguf: Path, tmp_path: Path) -
         cache = erllama.Cache(disk=sys.argv[2])
         model = erllama.load_model(sys.argv[1], cache=cache, n_ctx=256)
         model.complete("hello", max_tokens=4)
+        stream = model.stream("hello", max_tokens=4)
         pid = os.fork()
         if pid == 0:
             try:
@@ -309,6 +310,14 @@ def test_a_forked_child_is_told_and_ends_well(tiny_gguf: Path, tmp_path: Path) -
                 assert "spawn" in str(error)
             else:
                 os._exit(1)
+            for ask in (lambda: stream.result(), lambda: next(stream), lambda: stream._ticket.poll()):
+                try:
+                    ask()
+                except erllama.ModelUnloaded as error:
+                    assert "fork" in str(error)
+                else:
+                    os._exit(1)
+            assert erllama.list_models() == []
             assert cache.closed and cache.rows() == []
             from erllama.engine.backends.stub import StubBackend
             with erllama.load_backend(StubBackend()) as other:

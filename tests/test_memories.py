@@ -184,3 +184,13 @@ def test_a_request_that_is_cut_short_leaves_nothing_wrong(kind: str, tmp_path: P
                     warm = model.complete(again, max_tokens=4, temperature=0)
                 assert warm.cache.kind == "exact"
             assert warm.tokens == cold.complete(again, max_tokens=4, temperature=0).tokens
+
+
+def test_a_window_of_another_layout_is_not_taken_for_a_cold_runs(tmp_path: Path) -> None:
+    """libllama sizes a window's cells by the number of sequences, and sums go by cells."""
+    path = write_gemma3(tmp_path / "model.gguf", seed=1)
+    one, four = (llama_backend(path, n_sequences=n) for n in (1, 4))
+    again = llama_backend(path, n_sequences=4)
+    assert one.recipe != four.recipe == again.recipe
+    for backend in (one, four, again):
+        backend.close()
