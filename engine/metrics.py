@@ -1,4 +1,4 @@
-"""What an engine counts. Written by the model thread, and `refused` by callers under its lock; read without waiting."""
+"""What an engine counts. Written by the model thread, `refused` by callers under a lock; read without waiting."""
 
 from __future__ import annotations
 

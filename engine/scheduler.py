@@ -254,7 +254,7 @@ class Scheduler:
                 )
 
     def _tries_again(self, sequence: Sequence) -> bool:
-        """Start a sequence anew in an empty context, where the backend ran out of cells too early; once at a place."""
+        """Where the backend ran out of cells too early: start anew in an empty context; once at one place."""
         if sequence.ran_out_at == sequence.n_known:
             return False
         sequence.ran_out_at = sequence.n_known

