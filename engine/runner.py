@@ -74,7 +74,7 @@ class Runner:
             stopping=lambda: self._stopping,
         )
         self._name = name
-        self._max_pending = max_pending
+        self._n_seq_max, self._max_pending = n_seq_max, max_pending
         self._condition = threading.Condition()
         self._arrived: deque[Sequence] = deque()
         self._sessions: set[tuple[bytes, str]] = set()  # of requests that run or wait; a tenant's are its own
@@ -145,7 +145,7 @@ class Runner:
         session = None if session_id is None else (sequence.namespace, session_id)
         with self._condition:
             self.check()
-            if self.pending >= self._max_pending:
+            if self.pending >= self._max_pending + max(self._n_seq_max - self.running, 0):
                 self.metrics.refused += 1
                 raise QueueFull(
                     f"{self.pending} requests wait for model {self._name!r}, and max_pending={self._max_pending}; "

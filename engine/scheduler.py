@@ -210,7 +210,8 @@ class Scheduler:
         if sequence.options.reproducible:
             live.clear()
         number, as_computed = live.take_in(sequence, source, n_live)
-        live.make_room(max(n_stored - n_live, 0) + self._shared.slicing.block_size)
+        if n_stored > n_live:  # whole blocks are restored, and then cut
+            live.make_room(n_stored - n_live + self._shared.slicing.block_size)
         warmth = Warmth(self._shared, number, sequence.namespace, sequence.n_prompt)
         restored = warmth.restore(
             sequence.known,

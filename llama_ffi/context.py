@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_FEW = 32  # as many are looked at one by one sooner than numpy is called
+
+
 class LlamaContext:
     """A llama_context over a model.
 
@@ -169,12 +172,11 @@ class LlamaContext:
         for name, array, dtype in (*arrays, ("sequences", sequences, np.int32), ("output", output, np.int8)):
             if array.dtype != dtype or array.shape != (n,) or not array.flags.c_contiguous:
                 raise LlamaError(f"{name} must be a contiguous {np.dtype(dtype).name} array of shape ({n},)")
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self.n_vocab:
-            bad = int(tokens[(tokens < 0) | (tokens >= self.n_vocab)][0])
+        if (bad := _outside(tokens, self.n_vocab)) is not None:
             raise LlamaError(f"token id {bad} is outside the vocabulary of {self.n_vocab} tokens")
-        if int(sequences.min()) < 0 or int(sequences.max()) >= self.n_seq_max:
+        if _outside(sequences, self.n_seq_max) is not None:
             raise LlamaError(f"a sequence outside 0 to n_seq_max - 1 = {self.n_seq_max - 1}")
-        if int(positions.min()) < 0 or int(positions.max()) >= self.n_ctx:
+        if _outside(positions, self.n_ctx) is not None:
             raise LlamaError(f"a position outside 0 to n_ctx - 1 = {self.n_ctx - 1}")
         rows = int(np.count_nonzero(output))
         with self._lock:
@@ -328,6 +330,15 @@ class LlamaContext:
     def _check_sequence(self, sequence: int) -> None:
         if not 0 <= sequence < self.n_seq_max:
             raise LlamaError(f"sequence {sequence} is outside 0 to n_seq_max - 1 = {self.n_seq_max - 1}")
+
+
+def _outside(numbers: NDArray[np.int32], limit: int) -> int | None:
+    """The first that is not in [0, limit), if any."""
+    if len(numbers) <= _FEW:
+        return next((number for number in numbers.tolist() if not 0 <= number < limit), None)
+    bad = (numbers < 0) | (numbers >= limit)
+    at = int(bad.argmax())
+    return int(numbers[at]) if bad[at] else None
 
 
 class _Lease:

@@ -1,15 +1,22 @@
-"""Every example runs, from another directory, against what is installed."""
+"""Every example, and every snippet of the page on serving, runs in another directory, against what is installed."""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+from erllama.testing.models import write_llama
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "error"}
 WITHOUT_LIBLLAMA = "import sys; sys.modules['erllama.llama_ffi'] = None; import runpy; runpy.run_path(sys.argv[1])"
 
 
@@ -20,20 +27,35 @@ def run(*arguments: object, cwd: Path) -> str:
         text=True,
         timeout=300,
         cwd=cwd,
-        env={**os.environ, "PYTHONWARNINGS": "error"},
+        env=ENVIRONMENT,
         check=False,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
 
 
+def numbers(pattern: str, said: str) -> list[tuple[int, ...]]:
+    """The groups of every match, as numbers."""
+    return [tuple(map(int, match.groups())) for match in re.finditer(pattern, said)]
+
+
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+    assert {path.name for path in EXAMPLES.glob("[!_]*.py")} == {
+        "agents.py",
+        "http_server.py",
         "inspect_cache.py",
+        "many_at_once.py",
         "memory_pressure.py",
         "numpy_backend.py",
+        "observe.py",
+        "one_shot.py",
+        "sessions.py",
+        "several_models.py",
         "smoke_test.py",
+        "stop_sequences.py",
+        "streaming.py",
         "test_my_cache.py",
+        "warm.py",
     }
 
 
@@ -62,3 +84,139 @@ def test_an_example_runs(name: str, tmp_path: Path) -> None:
     if name == "inspect_cache.py":
         assert "hits_longest_prefix: 1" in said
         assert "all is well" in said
+
+
+def test_an_example_takes_a_model_of_the_users(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "one_shot.py", write_llama(tmp_path / "mine.gguf", seed=3), cwd=tmp_path)
+    assert said != run(EXAMPLES / "one_shot.py", cwd=tmp_path)
+    assert "the same reply" in said
+
+
+def test_one_shot_finds_its_prompt_after_a_restart(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "one_shot.py", cwd=tmp_path)
+    assert "cold: 0 of 37 prompt tokens were warm; tier None" in said
+    assert "exact: 36 of 37 prompt tokens were warm; tier disk" in said
+    assert "the same reply" in said
+
+
+def test_the_server_finds_the_conversation_of_the_turn_before(tmp_path: Path) -> None:
+    # A handler for the moment: tests that run in the background may ignore Ctrl-C, and their children would, too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        server = subprocess.Popen(
+            [sys.executable, EXAMPLES / "http_server.py"],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().strip()
+        conversation = "User: hello\nAssistant:"
+        for _ in range(2):
+            with urllib.request.urlopen(address, conversation.encode(), timeout=60) as answer:
+                reply = answer.read().decode()
+            assert reply
+            conversation += f"{reply}\nUser: tell me a joke\nAssistant:"
+        server.send_signal(signal.SIGINT)
+        said = server.communicate(timeout=60)[0]
+    finally:
+        server.kill()
+        server.wait()
+    assert server.returncode == 0
+    (cold, before_hits), (warm, hits) = numbers(r"(\d+) prompt tokens were warm; hits_longest_prefix: (\d+)", said)
+    assert (cold, before_hits, hits) == (0, 0, 1)
+    assert warm >= len("User: hello\nAssistant:")
+    assert said.endswith("stopped\n")
+
+
+def test_sessions_compute_no_turn_twice(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "sessions.py", cwd=tmp_path)
+    for way, tier in (("by key", "ram"), ("session", "live")):
+        turns = numbers(rf"{way}: (\d+) of (\d+) prompt tokens were warm; tier \w+", said)
+        # 20 tokens a reply, the last of which no cell holds.
+        assert [warm for warm, _ in turns[1:]] == [prompt + 20 - 1 for _, prompt in turns[:-1]]
+        assert said.count(f"tier {tier}") >= 2
+    assert "hits_resume: 2" in said
+    assert "was kept: True; is kept: False" in said
+
+
+def test_several_models_share_a_cache_and_no_prompt(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "several_models.py", cwd=tmp_path)
+    assert re.findall(r"^(.+): (cold|exact)", said, re.MULTILINE) == [
+        ("tiny", "cold"),
+        ("big", "cold"),
+        ("tiny", "exact"),
+        ("tiny too", "exact"),
+    ]
+    replies = re.findall(r"^(\w+)[^;\n]*; ('.*')$", said, re.MULTILINE)
+    assert len({reply for name, reply in replies if name == "tiny"}) == 1
+    assert len({reply for _, reply in replies}) == 2
+    assert "loaded: []; 2 exact hits" in said
+
+
+def test_agents_compute_their_system_prompt_once(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "agents.py", cwd=tmp_path)
+    counts = numbers(r"8 prompts, (\d+) tokens; (\d+) computed, (\d+) shared; (\d+) are the system prompt", said)
+    assert len(counts) == 2
+    for tokens, computed, shared, system in counts:
+        assert computed + shared == tokens
+        assert computed <= tokens - 7 * (system - 1)
+
+
+def test_streams_end_when_they_are_cancelled(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "streaming.py", cwd=tmp_path)
+    ends = re.findall(r"^(\w+): cancelled after (\d+) tokens$", said, re.MULTILINE)
+    assert [name for name, _ in ends] == ["stream", "astream"]
+    assert all(0 < int(n) < 4000 for _, n in ends)
+
+
+def test_a_stop_string_is_told_and_not_streamed(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "stop_sequences.py", cwd=tmp_path)
+    (free,) = re.findall(r"^without: '(.*)', ended by 'length'$", said, re.MULTILINE)
+    (stop,) = re.findall(r"^with \['(.+?)', ", said, re.MULTILINE)
+    (text,) = re.findall(rf"^with .*: '(.*)', ended by 'stop' at '{re.escape(stop)}'$", said, re.MULTILINE)
+    assert text == free[: free.index(stop)]
+    (streamed,) = re.findall(r"^streamed: \[(.*)\], then", said, re.MULTILINE)
+    assert streamed.replace("', '", "").strip("'") == text
+
+
+def test_what_was_prefilled_is_not_computed_again(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "warm.py", cwd=tmp_path)
+    ((read,),) = numbers(r"read: (\d+) tokens", said)
+    assert re.search(r"kept as [0-9a-f]{12}; wrote ''", said)
+    for warm, computed in (found := numbers(r"asked: (\d+) tokens were warm, (\d+) computed", said)):
+        assert warm >= read
+        assert computed < 40
+    assert len(found) == 2
+
+
+def test_more_requests_than_may_run_wait(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "many_at_once.py", cwd=tmp_path)
+    assert "4 run, 2 wait" in said
+    assert numbers(r"worker (\d), seed (\d)", said) == [(n, n) for n in range(6)]
+    ((tokens, decodes),) = numbers(r"(\d+) tokens in (\d+) decodes; 0 wait", said)
+    assert decodes < tokens / 2
+
+
+def test_a_model_at_work_can_be_looked_at(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "observe.py", cwd=tmp_path)
+    assert "before: idle, 0 run, 0 wait" in said
+    assert "at work: generating, 2 run, 1 wait" in said
+    assert "after: idle, 0 run, 0 wait" in said
+    assert numbers(r"; (\d) run in all models", said) == [(0,), (2,), (0,)]
+    # BOS and ten times the 29 bytes of the system prompt, which alone is prefilled before.
+    assert numbers(r"(\d+) tokens of the next prompt are cached", said)[:2] == [(0,), (291,)]
+
+
+@pytest.mark.parametrize("page", ["serving.md"])
+def test_the_snippets_of_a_page_run(page: str, tmp_path: Path) -> None:
+    """One after another, as a reader would try them, with a model of that name in the directory."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) > 3
+    write_llama(tmp_path / "model.gguf", seed=1)
+    (tmp_path / "snippets.py").write_text("\n".join(blocks))
+    run("snippets.py", cwd=tmp_path)

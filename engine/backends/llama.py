@@ -287,8 +287,10 @@ class LlamaBackend:
 
     def _check_rows(self, batch: Batch) -> None:
         """What libllama would not notice."""
-        if len(batch.positions) and int(batch.positions.max()) >= self.limits.n_ctx:
+        if len(batch.positions) and batch.positions.max() >= self.limits.n_ctx:
             raise CellsExhausted(f"a position beyond the context of {self.limits.n_ctx} cells")
+        if len(batch.positions) < 2:
+            return
         same = batch.sequences[1:] == batch.sequences[:-1]
         if not np.all(np.diff(batch.positions)[same] == 1):
             raise BackendError("the positions of a sequence do not follow one another")

@@ -1,0 +1,33 @@
+"""Requests that run together, each with a temperature and a seed of its own; what is too many, waits.
+
+python examples/many_at_once.py [model.gguf]
+"""
+
+from _model import model_file
+
+import erllama
+
+
+def main() -> None:
+    with (
+        model_file() as path,
+        erllama.Cache() as cache,
+        erllama.load_model(path, cache=cache, n_ctx=4096, n_seq_max=4, prefill_chunk_size=128) as model,
+    ):
+        streams = [
+            model.stream(f"Worker {n} begins:", max_tokens=100, temperature=0.2 * n, seed=n) for n in range(6)
+        ]
+        for stream in streams[:4]:
+            next(stream)  # its first piece: it runs
+        print(f"{model.queue_depth} run, {model.pending} wait, in the order in which they came")
+
+        for n, stream in enumerate(streams):
+            reply = stream.result()
+            print(f"worker {n}, seed {reply.seed}: {len(reply.tokens)} tokens, {reply.text[:40]!r}…")
+
+        counts = model.metrics
+        print(f"{counts.decoded_tokens} tokens in {counts.ticks} decodes; {model.pending} wait")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""A reply as it comes, ended before its time from elsewhere: by a thread, and in asyncio.
+
+python examples/streaming.py [model.gguf]
+"""
+
+import asyncio
+import threading
+
+from _model import model_file
+
+import erllama
+
+PROMPT = "Once upon a time"
+SECONDS = 0.1  # that the reply may take
+
+
+def in_a_thread(model: erllama.Model) -> None:
+    with model.stream(PROMPT, temperature=0) as stream:
+        for n, event in enumerate(stream):
+            if n == 0:
+                threading.Timer(SECONDS, stream.cancel).start()
+            show("stream", event)
+
+
+async def in_asyncio(model: erllama.Model) -> None:
+    async with model.astream(PROMPT, temperature=0) as stream:
+        asyncio.get_running_loop().call_later(SECONDS, stream.cancel)
+        async for event in stream:
+            show("astream", event)
+
+
+def show(name: str, event: erllama.Event) -> None:
+    if isinstance(event, erllama.TextDelta):
+        print(event.text, end="", flush=True)
+    else:
+        # The last event, whatever ended the reply; it has all that came.
+        reply = event.completion
+        print(f"\n{name}: {reply.finish_reason} after {len(reply.tokens)} tokens")
+
+
+def main() -> None:
+    with model_file() as path, erllama.load_model(path) as model:
+        in_a_thread(model)
+        asyncio.run(in_asyncio(model))
+
+
+if __name__ == "__main__":
+    main()
