@@ -339,7 +339,9 @@ def test_who_comes_back_goes_on_with_the_same_text_stops_and_draws() -> None:
         i: alone(random_prompt(i, 150), max_tokens=140, seed=i, temperature=2.0, logprobs=1) for i in range(3)
     }
     stop = expected[2].text[-20:]
-    with loaded(StubBackend(n_ctx=768, eog_bias=-100), n_seq_max=3) as model:
+    backend = Watched(n_ctx=768)
+    with loaded(backend, n_seq_max=3) as model:
+        backend.hold()
         streams = [
             model.stream(
                 random_prompt(i, 150),
@@ -351,6 +353,7 @@ def test_who_comes_back_goes_on_with_the_same_text_stops_and_draws() -> None:
             )
             for i in range(3)
         ]
+        backend.let_go()
         texts = ["".join(e.text for e in stream if isinstance(e, erllama.TextDelta)) for stream in streams]
         replies = [stream.result() for stream in streams]
         assert metrics(model).preempted > 0
