@@ -3,7 +3,10 @@
 // cancellation are atomics), and one call does one tick's work.
 #include "shim.h"
 
+#include <unistd.h>
+
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <deque>
@@ -11,6 +14,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "ggml-backend.h"
@@ -21,11 +25,34 @@
 static_assert(sizeof(llama_token) == 4 && sizeof(llama_pos) == 4 && sizeof(llama_seq_id) == 4,
               "the binding passes tokens, positions and sequences as 32-bit integers");
 
+extern "C" int Py_AtExit(void (*function)(void));  // of Python's stable ABI; nothing else of it is needed here
+
 namespace {
 
 thread_local std::string last_error;
 // How many guarded calls this thread is inside of: only then may an assertion be thrown.
 thread_local int guard_depth = 0;
+
+// The process may end while a thread is inside a decode. Libraries' static objects go then, and the decode must
+// not use them any more: it is ended first.
+std::atomic<bool> ending{false};
+std::atomic<int> decodes{0};
+pid_t process = 0;
+
+void end_decodes() {
+    if (getpid() != process) {
+        return;  // a forked child: the decode's thread stayed with the parent
+    }
+    ending = true;
+    for (int i = 0; i < 5000 && decodes > 0; i++) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+}
+
+struct decoding {
+    decoding() { decodes++; }
+    ~decoding() { decodes--; }
+};
 
 struct assertion_failed : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -145,6 +172,11 @@ const char *erl_last_error(void) { return last_error.c_str(); }
 int32_t erl_init(void) {
     return guarded_code([] {
         llama_log_set(on_log, nullptr);
+        if (process == 0) {
+            // After the interpreter is done, and before any library's static object goes.
+            Py_AtExit(end_decodes);
+        }
+        process = getpid();
         ggml_set_abort_callback(on_assertion);
         llama_backend_init();
         return 0;
@@ -383,7 +415,9 @@ erl_context *erl_context_new(struct llama_model *model, const erl_context_option
         params.kv_unified = options->kv_unified;
         params.no_perf = true;
         params.abort_callback_data = &context->abort;
-        params.abort_callback = [](void *flag) { return static_cast<std::atomic<bool> *>(flag)->load(); };
+        params.abort_callback = [](void *flag) {
+            return ending.load() || static_cast<std::atomic<bool> *>(flag)->load();
+        };
         try {
             context->llama = llama_init_from_model(model, params);
         } catch (...) {
@@ -434,7 +468,8 @@ int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const
         batch.n_seq_id = context->n_seq_id.data();
         batch.seq_id = context->seq_id.data();
         batch.logits = const_cast<int8_t *>(output);
-        return llama_decode(context->llama, batch);
+        decoding count;
+        return ending ? 2 : llama_decode(context->llama, batch);
     });
 }
 
