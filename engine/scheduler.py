@@ -410,7 +410,11 @@ class Scheduler:
         for sequence in self.running:
             if sequence.number is not None:
                 sequence.save(SaveReason.EVICT)
-        self._live.drop_all_parked()
+        try:
+            self._live.drop_all_parked()
+        except Exception as error:
+            # Nobody knows what the context holds now: it is made anew, and whoever was in it comes back.
+            self._failed([], _typed(error))
 
     def shut_down(self, error: Error) -> bool:
         """End everything, keeping what was computed; whether anything was saved."""

@@ -782,6 +782,22 @@ def test_whatever_call_of_the_backend_fails_nobody_waits_for_ever(name: str) -> 
         assert len(live._numbers) == 12, "no number leaks"
 
 
+def test_a_backend_that_cannot_drop_what_is_evicted_loses_nothing() -> None:
+    backend = StubBackend(n_ctx=1024, eog_bias=-100)
+    with loaded(backend, n_seq_max=3) as model:
+        model.complete(random_prompt(1, 100), max_tokens=10)
+        model.complete(random_prompt(2, 100), max_tokens=10)
+        stream = model.stream(random_prompt(3, 100), max_tokens=400, seed=3)
+        next(stream)
+        backend.drop = once(backend.drop)  # type: ignore[method-assign]
+        model.evict()
+        assert stream.result().tokens == alone(random_prompt(3, 100), max_tokens=400, seed=3).tokens
+        model.evict()
+        live = model._runner._scheduler.live
+        assert backend.cells_used == live.cells.used == 0
+        assert len(live._numbers) == 12, "no number leaks"
+
+
 CACHE_CALLS = ["lookup", "load", "load_each", "save", "wants", "contains", "stored", "packing", "expecting", "hold"]
 CACHE_CALLS += ["let_go", "count_request", "awaits", "tier_names"]
 
