@@ -26,7 +26,7 @@ from erllama.cache.index import FileStamp, Index, set_aside, tells_damage
 from erllama.cache.keys import KEY_BYTES
 from erllama.cache.tier import Changes, Problem, Tier, TierRow
 from erllama.cache.watch import DirectoryWatch
-from erllama.errors import CacheError, CacheFormatError, CacheVersionError
+from erllama.errors import CacheError, CacheFormatError
 
 log = logging.getLogger("erllama.cache")
 
@@ -228,8 +228,6 @@ class FileTier(Tier):
         except (CacheFormatError, OSError) as error:
             if not _tells_of_the_file(error):
                 raise
-            if isinstance(error, CacheVersionError):
-                return False  # of a release that does not use this directory any more, or not yet
             log.warning("%s: %s; replaced", final, error)
             self.damaged += 1
             self._open_directory.set_aside(final)
@@ -474,9 +472,6 @@ class FileTier(Tier):
         return right
 
     def _refuse(self, path: Path, key: bytes | None, error: Exception) -> None:
-        if isinstance(error, CacheVersionError):
-            log.info("%s: %s; left to that release", path, error)
-            return
         if not _tells_of_the_file(error):
             delay = self._delays[path.name] = min(2 * self._delays.get(path.name, _AGAIN_SECONDS / 2), 300.0)
             log.log(

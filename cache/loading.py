@@ -13,7 +13,7 @@ from erllama.cache.match import Loaded
 from erllama.cache.residents import PENDING, Residents, Shelf
 from erllama.cache.tier import Tier
 from erllama.cache.upkeep import Upkeep
-from erllama.errors import CacheFormatError, CacheVersionError
+from erllama.errors import CacheFormatError
 
 log = logging.getLogger("erllama.cache")
 
@@ -79,10 +79,6 @@ class Loader:
             found, payload = tier.read(block)
             if found.key != block.key:
                 raise CacheFormatError("another block is in its place")
-        except CacheVersionError as error:
-            log.warning("%s: %s; left to that release", tier.where(block), error)
-            with self._lock:
-                self._residents.drop(shelf.name, block.key)
         except CacheFormatError as error:
             log.warning("%s: %s; not used", tier.where(block), error)
             self._counters.add("corrupt_files")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -274,18 +275,21 @@ def test_the_oldest_of_all_directories_go_first(tmp_path: Path) -> None:
         ] * 10
 
 
-def test_a_file_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [0, 2, 1 + 2**24])
+def test_a_file_of_another_version_is_set_aside(tmp_path: Path, version: int) -> None:
+    """Its directory would have an index of that version, which is not opened."""
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, MANY[:SIZE])
     (path,) = (tmp_path / "blocks").iterdir()
     content = bytearray(path.read_bytes())
-    content[8:12] = (2).to_bytes(4, "little")
+    content[8:12] = version.to_bytes(4, "little")
     path.write_bytes(content)
+    os.utime(path, (0, 0))  # long ago: it is not on its way
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert hit_or_none(cache) == [None]
-        cache.gc()
-        assert cache.counters()["corrupt_files"] == 0
-        assert path.read_bytes() == content
+        assert cache.counters()["corrupt_files"] == 1
+        assert cache.verify() == []
+        assert not path.exists()
         save(cache, MANY[:SIZE])  # until its block is saved anew
         cache.flush()
         assert hit(cache, MANY[:SIZE]) == SIZE
