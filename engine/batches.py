@@ -29,18 +29,26 @@ class BatchBuilder:
         self._output = np.empty(n_batch, np.int8)
         self._counting = np.arange(0, dtype=np.int32)
 
-    def build(self, parts: list[Part]) -> Batch:
-        n = 0
+    def build(self, parts: list[Part]) -> tuple[Batch, int]:
+        """The batch, and how many of its rows give logits."""
+        n = n_wanted = 0
         for sequence, start, end in parts:
             to = n + end - start
-            self._tokens[n:to] = sequence.tokens[start:end]
-            self._positions[n:to] = self._positions_from(start, end)
+            wanted = sequence.wants_logits(end)
             assert sequence.number is not None
-            self._sequences[n:to] = sequence.number
-            self._output[n:to] = 0
-            self._output[to - 1] = sequence.wants_logits(end)
+            if to == n + 1:
+                self._tokens[n] = sequence.tokens[start]
+                self._positions[n] = start
+                self._sequences[n] = sequence.number
+            else:
+                self._tokens[n:to] = sequence.tokens[start:end]
+                self._positions[n:to] = self._positions_from(start, end)
+                self._sequences[n:to] = sequence.number
+                self._output[n : to - 1] = 0
+            self._output[to - 1] = wanted
+            n_wanted += wanted
             n = to
-        return Batch(self._tokens[:n], self._positions[:n], self._sequences[:n], self._output[:n])
+        return Batch(self._tokens[:n], self._positions[:n], self._sequences[:n], self._output[:n]), n_wanted
 
     def _positions_from(self, start: int, end: int) -> NDArray[np.int32]:
         if end > len(self._counting):

@@ -204,8 +204,8 @@ class LiveContext:
 
     def give_up(self) -> None:
         """Drop what the cache was asked to evict of what is parked."""
-        evicted = self._tier.take_given_up() if self._tier is not None else None
-        if evicted:
+        if self._tier is not None and self._tier.gave_up:
+            evicted = self._tier.take_given_up()
             for parked in [parked for parked in self.parked if evicted.intersection(parked.keys)]:
                 self._drop_parked(parked)
 

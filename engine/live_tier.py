@@ -59,6 +59,11 @@ class LiveTier(Tier):
         with self._guarded():
             self._cache.let_go(self, gone)
 
+    @property
+    def gave_up(self) -> bool:
+        """Whether the cache has evicted any since `take_given_up`."""
+        return bool(self._given_up)
+
     def take_given_up(self) -> set[bytes]:
         """Blocks that the cache has evicted since the last call."""
         return {self._given_up.popleft() for _ in range(len(self._given_up))}

@@ -7,6 +7,7 @@ falling logits, ties by rising id, so that equal logits give equal tokens.
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -78,9 +79,9 @@ class Sampler:
         Raises:
             SamplingError: a logit is NaN, or none is finite.
         """
-        best = int(np.argmax(logits))  # the first NaN, if there is one
+        best = int(logits.argmax())  # the first NaN, if there is one
         top = float(logits[best])
-        if not np.isfinite(top):
+        if not math.isfinite(top):
             raise SamplingError(f"the logits leave nothing to sample from: the largest is {top}")
         options = self._options
         if options.temperature == 0:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Literal
 
 from erllama.cache import Match, SaveReason
-from erllama.engine.backend import Batch
 from erllama.engine.batches import BatchBuilder, Part
 from erllama.engine.live import LiveContext, Parked, common_prefix
 from erllama.engine.live_tier import LiveTier
@@ -71,6 +70,7 @@ class Scheduler:
         self._stopping = stopping
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._in_flight: list[Part] = []  # given to a decode that has not come back, or was ended
         self.metrics = EngineMetrics()
         self.last_hit: CacheHit | None = None
 
@@ -96,15 +96,17 @@ class Scheduler:
         """
         self._live.give_up()
         self._sweep()
-        self._admit()
-        for sequence in [s for s in self.running if s.waiting]:
+        if self.waiting:
+            self._admit()
+        for sequence in [s for s in self.running if s.number is None]:
             # One that fails may have sent the others back.
             if sequence in self.running and self._ready(sequence):
                 self._start(sequence)
         parts = self._compose()
         if parts:
             self._decode(parts)
-        return bool(parts) or not any(s.waiting for s in self.running)
+            return True
+        return not any(s.waiting for s in self.running)
 
     # --- who enters
 
@@ -237,9 +239,11 @@ class Scheduler:
     def _compose(self) -> list[Part]:
         """The rows of this tick."""
         while True:
-            inside = [s for s in self.running if not s.waiting]
+            inside = [s for s in self.running if s.number is not None]
             rows = [Part(s, s.n_held, s.n_held + 1) for s in inside if not s.prefilling]
             if self._live.make_room(len(rows)):
+                if len(rows) == len(inside) > 0:
+                    return rows
                 parts = rows + self._slices(inside, len(rows))
                 if parts or not inside:
                     return parts
@@ -288,44 +292,45 @@ class Scheduler:
 
     def _decode(self, parts: list[Part]) -> None:
         alone = len(parts) == 1 and self._live.pristine
-        batch = self._batches.build(parts)
-        for sequence, _, _ in parts:
-            sequence.rows_given()
+        batch, n_wanted = self._batches.build(parts)
+        self._in_flight = parts
         try:
             logits = self._backend.decode(batch)
-            if logits.shape != (int(batch.output.sum()), self._limits.n_vocab):
+            if logits.shape != (n_wanted, self._limits.n_vocab):
                 raise BackendError(f"the backend gave logits of shape {logits.shape}")
         except CellsExhausted as error:
-            self._ran_out(parts, error)
+            self._ran_out(error)
             return
         except Exception as error:
             if not self._stopping():
                 self._failed([part.sequence for part in parts], _typed(error))
             return
-        self._count(parts, batch)
+        self._in_flight = []
+        now = time.perf_counter()
+        rows = row = 0
         for sequence, start, end in parts:
             assert sequence.number is not None
+            rows += not sequence.prefilling
             self._live.cells.extend(sequence.number, end - start)
+            wanted = sequence.wants_logits(end)
             sequence.decoded(end, alone)
-        row = 0
-        for sequence, _, end in parts:
-            try:
-                if sequence.wants_logits(end):
-                    row += 1
-                    sequence.draw(logits[row - 1], self.metrics)
-            except Exception as error:
-                self.fail(sequence, _typed(error))
+            if wanted:
+                try:
+                    sequence.draw(logits[row], now, self.metrics)
+                except Exception as error:
+                    self.fail(sequence, _typed(error))
+                row += 1
+        self.metrics.ticks += 1
+        self.metrics.decoded_tokens += rows
+        self.metrics.prefilled_tokens += len(batch.tokens) - rows
+        for sequence, _, _ in parts:
+            # All at once, and last: whoever is woken wants the interpreter, which is free during a decode.
+            sequence.ticket.tell()
         for sequence, _, _ in parts:
             if sequence.number is not None:
                 sequence.keep()
                 if sequence.finish_reason is not None:
                     self._finish(sequence)
-
-    def _count(self, parts: list[Part], batch: Batch) -> None:
-        rows = sum(1 for sequence, _, _ in parts if not sequence.prefilling)
-        self.metrics.ticks += 1
-        self.metrics.decoded_tokens += rows
-        self.metrics.prefilled_tokens += len(batch.tokens) - rows
 
     # --- who leaves
 
@@ -382,17 +387,17 @@ class Scheduler:
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
 
-    def _ran_out(self, parts: list[Part], error: CellsExhausted) -> None:
+    def _ran_out(self, error: CellsExhausted) -> None:
         """The backend has fewer cells than was counted; nothing was computed. The next tick makes room."""
         log.info("%s: counting on the %d cells in use, until the context is empty", error, self._live.cells.used)
-        for sequence, _, _ in parts:
-            sequence.rows_returned()
+        self._in_flight = []
         self._live.cells.capacity = self._live.cells.used
 
     def _failed(self, sequences: list[Sequence], error: Error) -> None:
         """A decode failed: its requests end, the context is made anew, and whoever else was in it comes back."""
         for sequence in self.running:
             self._leave(sequence)
+        self._in_flight = []
         self._live.clear()
         for sequence in sequences:
             self.fail(sequence, error)
@@ -419,9 +424,10 @@ class Scheduler:
     def shut_down(self, error: Error) -> bool:
         """End everything, keeping what was computed; whether anything was saved."""
         saved = False
+        in_flight = [part.sequence for part in self._in_flight]
         for sequence in [*self.running, *self.waiting]:
             try:
-                if sequence.number is not None and sequence.recover():
+                if sequence.number is not None and (sequence not in in_flight or sequence.recover()):
                     sequence.save(SaveReason.SHUTDOWN)
                     saved = True
             except Exception:

@@ -72,7 +72,6 @@ class Sequence:
         self._unsent = len(prompt)  # the first token that no piece told of
         self._n_prefilled = 0
         self._hit: CacheHit | None = None
-        self._decoding = False  # rows were given out and have not come back
         self._placed_at = self._restored_at = self._first_token_at = self._last_token_at = 0.0
 
     # --- where it stands
@@ -127,7 +126,6 @@ class Sequence:
             self._finish_key = self._warmth.finish_key
         self.number = self._warmth = self.leader = None
         self.n_held = 0
-        self._decoding = False
 
     def next_end(self, most: int, alone: bool) -> int:
         """Where the next slice ends, if it may have `most` tokens; `alone`: in a batch, and context, of its own."""
@@ -141,19 +139,11 @@ class Sequence:
             end = slicing.next_mark(start, self.n_known, self.warmth.cold_tail_end)
         return min(end, start + most)
 
-    def rows_given(self) -> None:
-        self._decoding = True
-
-    def rows_returned(self) -> None:
-        """They were not computed."""
-        self._decoding = False
-
     def wants_logits(self, end: int) -> bool:
         return end == self.n_known and self.options.max_tokens != 0
 
     def decoded(self, end: int, alone: bool) -> None:
         """The rows up to `end` were computed; `alone` as they were cut."""
-        self._decoding = False
         start, self.n_held = self.n_held, end
         if start < self.n_prompt:
             self._n_prefilled += min(end, self.n_prompt) - start
@@ -166,7 +156,7 @@ class Sequence:
         """Save what is to be saved as it is computed."""
         if self.n_held <= self.n_prompt:
             self.warmth.prefilled(self.held)
-        else:
+        elif self.n_held >= self.warmth.due:
             self.warmth.generated(self.held)
 
     def save(self, reason: SaveReason) -> None:
@@ -174,20 +164,18 @@ class Sequence:
         self.warmth.save_all(self.held, reason)
 
     def recover(self) -> bool:
-        """Go back to what was held before a decode that failed; False where nobody knows what is held now."""
-        if self._decoding and self.number is not None:
-            if not self._shared.backend.limits.can_trim:
-                return False
+        """Go back to what was held before a decode that was ended; False where nobody knows what is held now."""
+        assert self.number is not None
+        if self._shared.backend.limits.can_trim:
             self._shared.backend.cut(self.number, self.n_held)
-            self._decoding = False
-        return True
+            return True
+        return False
 
     # --- the reply
 
-    def draw(self, logits: NDArray[np.float32], metrics: EngineMetrics) -> None:
-        """Sample the next token from logits, shape (n_vocab,)."""
+    def draw(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
+        """Sample the next token from logits, shape (n_vocab,), that were there at `now`."""
         token = self._sampler.sample(logits)
-        now = time.perf_counter()
         if self._last_token_at:
             metrics.between_tokens.observe(now - self._last_token_at)
         else:

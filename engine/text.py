@@ -10,10 +10,15 @@ class TextDecoder:
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._within = False  # a character
 
     def feed(self, piece: bytes) -> str:
         """The text that is complete now; bytes that can be no UTF-8 become U+FFFD."""
-        return self._decoder.decode(piece)
+        if not self._within and piece.isascii():
+            return piece.decode()
+        text = self._decoder.decode(piece)
+        self._within = bool(self._decoder.getstate()[0])
+        return text
 
     def finish(self) -> str:
         """What is left: U+FFFD for a character that never ended."""

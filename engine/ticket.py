@@ -25,6 +25,9 @@ class Ticket:
     Args:
         request: what is asked.
         streaming: whether pieces are wanted as they come; otherwise the end alone.
+
+    Attributes:
+        cancelled: an early end was asked for.
     """
 
     def __init__(self, request: Request, streaming: bool) -> None:
@@ -34,47 +37,51 @@ class Ticket:
         timeout = request.options.timeout
         self.deadline = None if timeout is None else self.submitted + timeout
         self._process = os.getpid()
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._waiters: list[threading.Lock] = []  # each taken, and released to wake who waits for it
+        self._news = False
         self._unread: deque[TextDelta] = deque()
         self._beyond = _Beyond()  # unread, after those
         self._completion: Completion | None = None
         self._error: BaseException | None = None
         self._ended = False  # the end was read
-        self._cancelled = False
+        self.cancelled = False
         self._on_news: Callable[[], None] | None = None
 
     # --- the model thread's side
 
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled
-
     def emit(self, piece: TextDelta) -> None:
-        if not self.streaming:
-            return
-        with self._condition:
-            news = not self._unread
-            if len(self._unread) < _MOST_UNREAD:
-                self._unread.append(piece)
-            else:
-                self._beyond.add(piece)
-            if news:
-                self._tell()
+        """Add a piece, where pieces are wanted; readers learn of it by `tell`."""
+        if self.streaming:
+            with self._lock:
+                self._news = self._news or not self._unread
+                if len(self._unread) < _MOST_UNREAD:
+                    self._unread.append(piece)
+                else:
+                    self._beyond.add(piece)
+
+    def tell(self) -> None:
+        """Wake who waits, if there is something new."""
+        if self._news:
+            with self._lock:
+                self._news = False
+                waiters, self._waiters = self._waiters, []
+            for waiter in waiters:
+                waiter.release()
+            if self._on_news is not None:
+                self._on_news()
 
     def finish(self, completion: Completion) -> None:
-        with self._condition:
+        with self._lock:
             self._completion = completion
-            self._tell()
+            self._news = True
+        self.tell()
 
     def fail(self, error: BaseException) -> None:
-        with self._condition:
+        with self._lock:
             self._error = error
-            self._tell()
-
-    def _tell(self) -> None:
-        self._condition.notify_all()
-        if self._on_news is not None:
-            self._on_news()
+            self._news = True
+        self.tell()
 
     # --- the caller's side
 
@@ -84,31 +91,41 @@ class Ticket:
 
     def cancel(self) -> None:
         """Ask for an early end; the request still ends with a Completion. Idempotent."""
-        self._cancelled = True
+        self.cancelled = True
 
     def listen(self, on_news: Callable[[], None]) -> None:
         """Have a function called, by the model thread, when there is something to `poll` after there was nothing.
 
         It must be quick and must not raise.
         """
-        with self._condition:
-            self._on_news = on_news
+        self._on_news = on_news
 
     def poll(self) -> Event | None:
         """The next event, if there is one now; raises the request's error where it failed."""
         self._check_process()
-        with self._condition:
+        with self._lock:
             return self._next()
 
     def events(self) -> Iterator[Event]:
         """Events as they come; raises the request's error where it failed."""
         while not self._ended:
             self._check_process()
-            with self._condition:
-                self._condition.wait_for(lambda: self._unread or self.done)
+            with self._lock:
                 event = self._next()
+                news = self._wait_for_news() if event is None else None
             if event is not None:
                 yield event
+            elif news is not None:
+                news.acquire()
+
+    def _wait_for_news(self) -> threading.Lock | None:
+        """A lock that cannot be taken before there are some; None where none will come."""
+        if self._ended:
+            return None
+        news = threading.Lock()
+        news.acquire()
+        self._waiters.append(news)
+        return news
 
     def _next(self) -> Event | None:
         if self._unread:
@@ -127,8 +144,11 @@ class Ticket:
     def result(self) -> Completion:
         """Wait for the end; raises the request's error where it failed."""
         self._check_process()
-        with self._condition:
-            self._condition.wait_for(lambda: self.done)
+        while not self.done:
+            with self._lock:
+                news = self._wait_for_news() if not self.done else None
+            if news is not None:
+                news.acquire()
         return self.outcome()
 
     def _check_process(self) -> None:

@@ -9,6 +9,7 @@ stored.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -305,12 +306,17 @@ class Warmth:
         if len(tokens) == self.cold_tail_end:
             self._save_tail(tokens, SaveReason.COLD)
 
+    @property
+    def due(self) -> float:
+        """How many tokens are held when `generated` next has something to save."""
+        saved, interval = len(self._keys) * self._slicing.block_size, self._policy.continued_interval
+        if not self._can_trim:
+            return saved + self._slicing.block_size
+        return max(saved + interval, self._policy.min_tokens) if interval else math.inf
+
     def generated(self, tokens: NDArray[np.int32]) -> None:
-        """All of `tokens` are in the sequence, the last of them sampled."""
-        interval = self._policy.continued_interval
-        unsaved = len(tokens) - len(self._keys) * self._slicing.block_size
-        if not self._can_trim or (interval and unsaved >= interval and len(tokens) >= self._policy.min_tokens):
-            self._save_blocks(tokens, SaveReason.CONTINUED)
+        """All of `tokens` are in the sequence, the last of them sampled, and they are due."""
+        self._save_blocks(tokens, SaveReason.CONTINUED)
 
     def save_all(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
         """Save whatever is not saved yet of `tokens`, which are all that the sequence holds."""

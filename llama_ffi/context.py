@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-_FEW = 32  # as many are looked at one by one sooner than numpy is called
+_INT32, _INT8 = np.dtype(np.int32), np.dtype(np.int8)
 
 
 class LlamaContext:
@@ -54,6 +54,9 @@ class LlamaContext:
         offload_kqv: keep the KV cells on the GPU.
         swa_full: give sliding-window layers cells for the whole context.
         kv_unified: one pool of cells for all sequences, so that they can share.
+
+    Attributes:
+        n_logits: rows of logits that the last decode left.
 
     Raises:
         LlamaError: libllama refused; the message says why.
@@ -110,27 +113,29 @@ class LlamaContext:
         finalizer = weakref.finalize(self, _close, self._handle, self._lock)
         finalizer.atexit = False
         self._finalizer: Callable[[], object] = finalizer
+        self._open = True
         self.n_ctx = int(lib.erl_context_n_ctx(pointer))
         self.n_batch = int(lib.erl_context_n_batch(pointer))
         self.n_ubatch = int(lib.erl_context_n_ubatch(pointer))
         self.n_seq_max = n_seq_max
         self.type_k, self.type_v = type_k, type_v
         self.n_vocab = model.vocabulary.n_tokens
-        self._logit_rows = 0
+        self.n_logits = 0
         self._reserved_rows = n_seq_max
-        self._views: weakref.WeakSet[_Lease] = weakref.WeakSet()
-        self._current: _Lease | None = None
+        self._logits_at = ffi.new("float **")  # where libllama keeps them; moves only when it must hold more rows
+        self._buffer: NDArray[np.float32] | None = None  # a view of all of it
 
     @property
     def closed(self) -> bool:
-        return not self._finalizer.alive  # type: ignore[attr-defined]
+        return not self._open
 
     def close(self) -> None:
         """Stop a decode that is running and let go; freed once no logits view is left. Idempotent."""
-        if not self.closed:
+        if self._open:
             self.abort()
+        self._open = False
         self._finalizer()
-        self._current = None
+        self._buffer = None
 
     def __enter__(self) -> LlamaContext:
         return self
@@ -139,7 +144,7 @@ class LlamaContext:
         self.close()
 
     def _native(self) -> object:
-        if self.closed:
+        if not self._open:
             raise LlamaError("this context is closed")
         return self._handle.pointer
 
@@ -168,37 +173,26 @@ class LlamaContext:
         n = len(tokens)
         if not 1 <= n <= self.n_batch:
             raise LlamaError(f"a batch of {n} tokens; it must hold 1 to n_batch={self.n_batch}")
-        arrays = (("tokens", tokens, np.int32), ("positions", positions, np.int32))
-        for name, array, dtype in (*arrays, ("sequences", sequences, np.int32), ("output", output, np.int8)):
-            if array.dtype != dtype or array.shape != (n,) or not array.flags.c_contiguous:
-                raise LlamaError(f"{name} must be a contiguous {np.dtype(dtype).name} array of shape ({n},)")
-        if (bad := _outside(tokens, self.n_vocab)) is not None:
-            raise LlamaError(f"token id {bad} is outside the vocabulary of {self.n_vocab} tokens")
-        if _outside(sequences, self.n_seq_max) is not None:
-            raise LlamaError(f"a sequence outside 0 to n_seq_max - 1 = {self.n_seq_max - 1}")
-        if _outside(positions, self.n_ctx) is not None:
-            raise LlamaError(f"a position outside 0 to n_ctx - 1 = {self.n_ctx - 1}")
+        # Numbers out of range are refused by erl_decode.
+        pointers = (
+            _pointer("tokens", tokens, n, _INT32, "int32_t[]"),
+            _pointer("positions", positions, n, _INT32, "int32_t[]"),
+            _pointer("sequences", sequences, n, _INT32, "int32_t[]"),
+            _pointer("output", output, n, _INT8, "int8_t[]"),
+        )
         rows = int(np.count_nonzero(output))
         with self._lock:
             native = self._native()
-            self._logit_rows = 0
-            self._current = None
-            if rows > self._reserved_rows and len(self._views):
+            self.n_logits = 0
+            if rows > self._reserved_rows and not self._let_go_of_logits():
                 # libllama moves its output buffer when it must hold more rows than ever before.
                 raise LlamaError(
                     f"a batch with {rows} rows of logits needs a larger buffer while views of the present one "
                     "are alive; copy and drop them first"
                 )
-            code = lib.erl_decode(
-                native,
-                n,
-                ffi.from_buffer("int32_t[]", tokens),
-                ffi.from_buffer("int32_t[]", positions),
-                ffi.from_buffer("int32_t[]", sequences),
-                ffi.from_buffer("int8_t[]", output),
-            )
+            code = lib.erl_decode(native, n, *pointers, self._logits_at)
             if code == 0:
-                self._logit_rows = rows
+                self.n_logits = rows
                 self._reserved_rows = max(rows, self._reserved_rows)
                 if lib.erl_log_pending():
                     drain_log()
@@ -209,6 +203,8 @@ class LlamaContext:
             raise NoCellsError(f"no free cells for a batch of {n} tokens in a context of {self.n_ctx}")
         if code == 2:
             raise AbortedError("the decode was aborted")
+        if code == 3:
+            raise LlamaError(reason)
         raise DecodeError(f"decode failed with code {code}: {reason or problems or 'libllama gave no reason'}")
 
     def logits(self) -> NDArray[np.float32]:
@@ -223,16 +219,22 @@ class LlamaContext:
             LlamaError: the last decode left no logits.
         """
         with self._lock:
-            native = self._native()
-            if not self._logit_rows:
+            self._native()
+            if not self.n_logits:
                 raise LlamaError("there are no logits: decode a batch whose `output` marks a row first")
-            if self._current is None:
-                pointer = lib.erl_logits(native)
-                if not pointer:
-                    raise LlamaError(f"libllama has no logits: {last_error()}")
-                self._current = _Lease(self._handle, pointer, (self._logit_rows, self.n_vocab))
-                self._views.add(self._current)
-            return np.asarray(self._current)
+            if self._buffer is None:
+                lease = _Lease(self._handle, self._logits_at[0], (self._reserved_rows, self.n_vocab))
+                self._buffer = np.asarray(lease)
+            return self._buffer[: self.n_logits]
+
+    def _let_go_of_logits(self) -> bool:
+        """Whether nobody looks at libllama's output buffer any more."""
+        if self._buffer is None:
+            return True
+        buffer = weakref.ref(self._buffer)  # every view of it has it as its base
+        self._buffer = None
+        self._buffer = buffer()
+        return self._buffer is None
 
     def abort(self, on: bool = True) -> None:
         """Make the running decode, and later ones, stop early; `abort(False)` allows them again.
@@ -332,19 +334,16 @@ class LlamaContext:
             raise LlamaError(f"sequence {sequence} is outside 0 to n_seq_max - 1 = {self.n_seq_max - 1}")
 
 
-def _outside(numbers: NDArray[np.int32], limit: int) -> int | None:
-    """The first that is not in [0, limit), if any."""
-    if len(numbers) <= _FEW:
-        return next((number for number in numbers.tolist() if not 0 <= number < limit), None)
-    bad = (numbers < 0) | (numbers >= limit)
-    at = int(bad.argmax())
-    return int(numbers[at]) if bad[at] else None
+def _pointer(name: str, array: NDArray[np.integer], n: int, dtype: np.dtype[np.integer], kind: str) -> object:
+    if array.dtype != dtype or array.shape != (n,) or not array.flags.c_contiguous:
+        raise LlamaError(f"{name} must be a contiguous {dtype.name} array of shape ({n},)")
+    return ffi.from_buffer(kind, array)
 
 
 class _Lease:
     """The memory behind a logits view: holds the context until the last view is gone."""
 
-    __slots__ = ("__array_interface__", "__weakref__", "_handle")
+    __slots__ = ("__array_interface__", "_handle")
 
     def __init__(self, handle: Handle, pointer: object, shape: tuple[int, int]) -> None:
         self._handle = handle.hold()

@@ -5,6 +5,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -163,7 +164,37 @@ struct erl_context {
     std::vector<int32_t> n_seq_id;
     std::vector<llama_seq_id> sequences;
     std::vector<llama_seq_id *> seq_id;
+    int32_t n_vocab = 0;
 };
+
+namespace {
+
+// What libllama would answer with an abort, or with wrong numbers, in row `i` of a batch of `n`; null for nothing.
+const char *refused(const erl_context &context, int32_t n, int32_t i, const int32_t *tokens, const int32_t *positions,
+                    const int32_t *sequences) {
+    thread_local std::string reason;
+    const int64_t n_ctx = llama_n_ctx(context.llama), n_seq_max = llama_n_seq_max(context.llama);
+    if ((size_t) n > context.sequences.size()) {
+        reason = "a batch of " + std::to_string(n) + " tokens; n_batch is " + std::to_string(context.sequences.size());
+    } else if (tokens[i] < 0 || tokens[i] >= context.n_vocab) {
+        reason = "token id " + std::to_string(tokens[i]) + " is outside the vocabulary of " +
+                 std::to_string(context.n_vocab) + " tokens";
+    } else if (sequences[i] < 0 || sequences[i] >= n_seq_max) {
+        reason = "sequence " + std::to_string(sequences[i]) + " is outside 0 to n_seq_max - 1 = " +
+                 std::to_string(n_seq_max - 1);
+    } else if (positions[i] < 0 || positions[i] >= n_ctx) {
+        reason = "position " + std::to_string(positions[i]) + " is outside 0 to n_ctx - 1 = " +
+                 std::to_string(n_ctx - 1);
+    } else if (i > 0 && sequences[i] == sequences[i - 1] && positions[i] != positions[i - 1] + 1) {
+        reason = "position " + std::to_string(positions[i]) + " after " + std::to_string(positions[i - 1]) +
+                 " of sequence " + std::to_string(sequences[i]) + ": positions must follow one another";
+    } else {
+        return nullptr;
+    }
+    return reason.c_str();
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -363,6 +394,22 @@ int32_t erl_vocab_attributes(const struct llama_vocab *vocab, int32_t *attribute
     });
 }
 
+int64_t erl_vocab_pieces(const struct llama_vocab *vocab, char *buffer, int64_t size, uint32_t *ends, int32_t n) {
+    return guarded<int64_t>(ERL_EXCEPTION, ERL_ASSERTION, [=]() -> int64_t {
+        int64_t at = 0;
+        for (int32_t token = 0; token < n; token++) {
+            const int32_t room = (int32_t) std::clamp<int64_t>(size - at, 0, INT32_MAX);
+            const int32_t length = llama_token_to_piece(vocab, token, buffer + (room ? at : 0), room, 0, false);
+            at += length < 0 ? -length : length;
+            if (at > UINT32_MAX) {
+                throw std::length_error("the tokens' texts are longer than 4 GiB");
+            }
+            ends[token] = (uint32_t) at;
+        }
+        return at;
+    });
+}
+
 int32_t erl_tokenize(const struct llama_vocab *vocab, const char *text, int32_t n_text, int32_t *tokens,
                      int32_t n_max, int32_t add_special, int32_t parse_special) {
     return guarded_code(
@@ -429,6 +476,7 @@ erl_context *erl_context_new(struct llama_model *model, const erl_context_option
             return nullptr;
         }
         size_t n_batch = llama_n_batch(context->llama);
+        context->n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
         context->n_seq_id.assign(n_batch, 1);
         context->sequences.assign(n_batch, 0);
         context->seq_id.resize(n_batch);
@@ -453,11 +501,16 @@ uint32_t erl_context_n_batch(const erl_context *context) { return llama_n_batch(
 uint32_t erl_context_n_ubatch(const erl_context *context) { return llama_n_ubatch(context->llama); }
 
 int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
-                   const int32_t *sequences, const int8_t *output) {
+                   const int32_t *sequences, const int8_t *output, const float **logits) {
     return guarded_code([=]() -> int32_t {
-        if (n < 1 || (size_t) n > context->sequences.size()) {
-            throw std::invalid_argument("a batch of " + std::to_string(n) + " tokens; n_batch is " +
-                                        std::to_string(context->sequences.size()));
+        *logits = nullptr;
+        bool has_output = false;
+        for (int32_t i = 0; i < n; i++) {
+            if (const char *reason = refused(*context, n, i, tokens, positions, sequences)) {
+                last_error = reason;
+                return 3;
+            }
+            has_output |= output[i] != 0;
         }
         std::memcpy(context->sequences.data(), sequences, n * sizeof(int32_t));
         llama_batch batch = {};
@@ -469,12 +522,12 @@ int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const
         batch.seq_id = context->seq_id.data();
         batch.logits = const_cast<int8_t *>(output);
         decoding count;
-        return ending ? 2 : llama_decode(context->llama, batch);
+        const int32_t code = ending ? 2 : llama_decode(context->llama, batch);
+        if (code == 0 && has_output) {
+            *logits = llama_get_logits(context->llama);
+        }
+        return code;
     });
-}
-
-const float *erl_logits(erl_context *context) {
-    return guarded_pointer<const float>([=] { return llama_get_logits(context->llama); });
 }
 
 int32_t erl_memory_clear(erl_context *context, int32_t zero) {

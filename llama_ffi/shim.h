@@ -120,6 +120,9 @@ int32_t erl_vocab_attributes(const struct llama_vocab *vocab, int32_t *attribute
 int32_t erl_tokenize(const struct llama_vocab *vocab, const char *text, int32_t n_text,
                      int32_t *tokens, int32_t n_max, int32_t add_special, int32_t parse_special);
 int32_t erl_token_piece(const struct llama_vocab *vocab, int32_t token, char *buffer, int32_t size, int32_t special);
+/* What each of the first n tokens stands for (control tokens: nothing), one after the other: token i ends at
+ * ends[i]. Returns the bytes of all; where that is more than `size`, nothing of use was written. */
+int64_t erl_vocab_pieces(const struct llama_vocab *vocab, char *buffer, int64_t size, uint32_t *ends, int32_t n);
 /* The pieces one after the other, exactly; strip_space: less one space at the start of the text. */
 int32_t erl_detokenize(const struct llama_vocab *vocab, const int32_t *tokens, int32_t n_tokens,
                        char *buffer, int32_t size, int32_t strip_space, int32_t special);
@@ -131,11 +134,10 @@ void erl_context_abort(erl_context *context, int32_t abort);
 uint32_t erl_context_n_ctx(const erl_context *context);
 uint32_t erl_context_n_batch(const erl_context *context);
 uint32_t erl_context_n_ubatch(const erl_context *context);
-/* 0 done; 1 no cells free; 2 aborted; < 0 failed. Rows whose `output` is not 0
- * leave logits, in the order of the batch. */
+/* 0 done; 1 no cells free; 2 aborted; 3 refused, for a reason that erl_last_error tells; < 0 failed.
+ * Rows whose `output` is not 0 leave logits, in the order of the batch; without any, *logits is NULL. */
 int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
-                   const int32_t *sequences, const int8_t *output);
-const float *erl_logits(erl_context *context);
+                   const int32_t *sequences, const int8_t *output, const float **logits);
 
 /* Memory: positions [p0, p1); p1 < 0 means to the end. */
 int32_t erl_memory_clear(erl_context *context, int32_t zero);

@@ -6,6 +6,7 @@ everything else here is read once when the vocabulary is made.
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,6 +62,7 @@ class Vocabulary:
         self.add_bos, self.add_eos = bool(shape.add_bos), bool(shape.add_eos)
         self.is_eog: NDArray[np.bool_] = eog.astype(bool)
         self.is_control: NDArray[np.bool_] = (attributes & _ATTR_CONTROL) != 0
+        self._pieces, self._ends = self._read_pieces()
         self._space_first = False
         if self.type != "none":
             first = self.tokenize("a", add_special=False)[:1]
@@ -102,7 +104,10 @@ class Vocabulary:
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes that one token stands for; empty for control tokens unless `special`."""
-        self._check_ids([token])
+        if not 0 <= token < self.n_tokens:
+            self._check_ids([token])
+        if not special:
+            return self._pieces[self._ends[token] : self._ends[token + 1]]
         size = 64
         with self._model.held():
             buffer = ffi.new("char[]", size)
@@ -112,6 +117,21 @@ class Vocabulary:
                 buffer = ffi.new("char[]", size)
                 n = check(lib.erl_token_piece(self._vocab, token, buffer, size, special), "reading a token")
         return bytes(ffi.buffer(buffer, n))
+
+    def _read_pieces(self) -> tuple[bytes, array[int]]:
+        """The bytes of all tokens, one after the other, and where each begins and the last ends."""
+        ends = np.zeros(self.n_tokens + 1, np.uint32)
+        size = 16 * self.n_tokens
+        buffer = ffi.new("char[]", 0)
+        with self._model.held():
+            while self.type != "none":
+                buffer = ffi.new("char[]", size)
+                given = ffi.from_buffer("uint32_t[]", ends[1:])
+                n = check(lib.erl_vocab_pieces(self._vocab, buffer, size, given, self.n_tokens), "reading tokens")
+                if n <= size:
+                    break
+                size = n
+        return bytes(ffi.buffer(buffer, int(ends[-1]))), array("I", ends.tobytes())
 
     def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
         """The bytes that token ids stand for: their pieces, without the space some tokenizers put first.

