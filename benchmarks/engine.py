@@ -594,34 +594,30 @@ def parked(given: argparse.Namespace) -> None:
     prompts = Prompts()
     sizes = [int(size) for size in given.cells.split(",")]
     n_ctx = max(sizes) + n_streams * (SHORT_PROMPT + given.tokens) + 512
-    with ExitStack() as stack:
-        kinds: list[tuple[bool, int, Ours]] = []
-        for flash_attn in (True, False):
-            for size in sizes:
-                options = {
-                    "flash_attn": flash_attn,
-                    "parked_cells": size,
-                    "n_seq_max": n_streams + n_parked_requests,
-                }
-                engine = stack.enter_context(Ours(given.model, given.threads, n_ctx, **options))
-                kinds.append((flash_attn, size, engine))
-        found: list[list[float]] = [[] for _ in kinds]
-        for run in range(given.runs):
-            order = list(enumerate(kinds))
-            for at, (_, size, engine) in order if run % 2 else order[::-1]:
-                # Parked anew each time: what the streams themselves leave behind takes the place of the oldest.
+    kinds = [(flash_attn, size) for flash_attn in (True, False) for size in sizes]
+    found: list[list[float]] = [[] for _ in kinds]
+    shown: list[str] = ["" for _ in kinds]
+    for run in range(given.runs):
+        order = list(enumerate(kinds))
+        for at, (flash_attn, size) in order if run % 2 else order[::-1]:
+            # One model at a time: the threads of several in one process slow one another down.
+            options = {"flash_attn": flash_attn, "parked_cells": size, "n_seq_max": n_streams + n_parked_requests}
+            with Ours(given.model, given.threads, n_ctx, **options) as engine:
+                shown[at] = engine.command
+                ask_together(engine, prompts.many(n_streams, SHORT_PROMPT), 8)
+                engine.model.evict()
                 for _ in range(n_parked_requests if size else 0):
                     ask(engine, prompts.of(size // n_parked_requests - 2), 1)
                 replies = ask_together(engine, prompts.many(n_streams, SHORT_PROMPT), given.tokens)
                 found[at].append(rates(replies).while_all)
-        fastest = statistics.median(found[sizes.index(min(sizes))])
-        for (flash_attn, size, engine), speeds in zip(kinds, found, strict=True):
-            print(
-                f"{n_streams} streams beside {size} parked cells, flash attention {'on' if flash_attn else 'off'}: "
-                f"{statistics.median(speeds) / fastest:.3f} of {min(sizes)} cells with it on; "
-                f"{spread(speeds)} tokens/s"
-            )
-            commands(engine.command)
+    fastest = statistics.median(found[sizes.index(min(sizes))])
+    for (flash_attn, size), speeds, command in zip(kinds, found, shown, strict=True):
+        print(
+            f"{n_streams} streams beside {size} parked cells, flash attention {'on' if flash_attn else 'off'}: "
+            f"{statistics.median(speeds) / fastest:.3f} of {min(sizes)} cells with it on; "
+            f"{spread(speeds)} tokens/s"
+        )
+        commands(command)
 
 
 def main() -> None:

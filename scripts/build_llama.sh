@@ -221,7 +221,7 @@ cells = """erl_unmasked_cells erl_cells(
     (const char *) k->data + ik2*nbk2 + ik3*nbk3, nbk1, ggml_row_size(k->type, DK),
     (const char *) v->data + iv2*nbv2 + iv3*nbv3, nbv1, ggml_row_size(v->type, DV));
 """
-skip = "if (mp && (ic = erl_cells.next()) == ic_end) { break; }\n"
+skip = "if (mp && (ic = erl_cells.next(ic)) == ic_end) { break; }\n"
 for old, new in ((include, include + '#include "unmasked_cells.h"\n'), (loop, cells + loop + skip)):
     if code.count(old) != 1:
         sys.exit(f"build_llama: error: {path}: {old!r} is there {code.count(old)} times")

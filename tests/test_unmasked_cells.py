@@ -26,16 +26,18 @@ int main() {
     for (int round = 0; round < 20000; round++) {
         const int64_t n = dice() % 120, begin = dice() % (n + 1), end = begin + dice() % (n - begin + 1);
         const unsigned rare = 1 + dice() % 30;
+        const bool often = dice() % 2;
         // Exactly as long as it is said to be: what reads beyond its end is found by the address sanitizer.
         std::vector<uint16_t> mask(n);
-        for (auto &value : mask) value = dice() % rare ? 0xFC00 : values[dice() % 7];
+        for (auto &value : mask) value = (dice() % rare != 0) != often ? 0xFC00 : values[dice() % 7];
         char k[64], v[64];
         erl_unmasked_cells cells(mask.data(), begin, end, k, 0, 64, v, 0, 64);
-        for (int64_t cell = begin; cell < end; cell++) {
-            if (mask[cell] == 0xFC00) continue;
-            if (cells.next() != cell) { std::printf("round %d: cell %d\n", round, (int) cell); return 1; }
+        int64_t given = begin;
+        for (int64_t cell = begin; cell <= end; cell++, given++) {
+            if (cell < end && mask[cell] == 0xFC00) { given--; continue; }
+            given = cells.next(given);
+            if (given != cell) { std::printf("round %d: %d for %d\n", round, (int) given, (int) cell); return 1; }
         }
-        if (cells.next() != end) { std::printf("round %d: the end\n", round); return 1; }
     }
     erl_unmasked_cells none(nullptr, 0, 10, nullptr, 0, 0, nullptr, 0, 0);
     return 0;
