@@ -30,6 +30,7 @@ from erllama.errors import CacheError, CacheFormatError
 
 log = logging.getLogger("erllama.cache")
 
+_MOST_SUSPECTS = 1000  # names; beyond that, all files are looked at
 # A file that makes no sense and is younger than that may be one that somebody is copying in.
 _SETTLED_SECONDS = 2.0
 _AGAIN_SECONDS = 1.0  # before what failed for a reason of the moment is tried again
@@ -63,6 +64,7 @@ class FileTier(Tier):
         self._alarm: Callable[[], None] = lambda: None
         self._suspects_lock = threading.Lock()
         self._suspects: dict[str, float] = {}  # names to look at, and not before when, by time.monotonic()
+        self._suspects_all = False  # there were too many to remember
         self._uses_seen = time.time_ns()  # what was used before, the rows tell
         self._delays: dict[str, float] = {}  # of names that cannot be looked at, each longer than the last
 
@@ -349,10 +351,21 @@ class FileTier(Tier):
     def _suspect(self, name: str, delay: float = 0.0) -> None:
         with self._suspects_lock:
             self._suspects.setdefault(name, time.monotonic() + delay)
+            if len(self._suspects) > _MOST_SUSPECTS:
+                self._suspects, self._suspects_all = {}, True
         self._alarm()
 
     def examine(self) -> bool:
         now = time.monotonic()
+        with self._suspects_lock:
+            everything, self._suspects_all = self._suspects_all, False
+        if everything:
+            try:
+                with self._using() as index:
+                    self._compare(index.stamps(), by_name=False)
+            except BaseException:
+                self._suspects_all = True
+                raise
         with self._suspects_lock:
             due = [name for name, since in self._suspects.items() if since <= now]
             for name in due:

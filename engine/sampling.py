@@ -90,14 +90,13 @@ class Sampler:
         kept = logits[ids].astype(np.float64) - top
         keep = len(ids)
         if options.top_p < 1:
-            cumulative = np.cumsum(np.exp(kept))
-            total = cumulative[-1]
-            keep = min(keep, int(np.searchsorted(cumulative, options.top_p * total)) + 1)
+            cumulative = np.exp(kept).cumsum()
+            keep = min(keep, int(cumulative.searchsorted(options.top_p * cumulative[-1])) + 1)
         if options.min_p > 0:
-            keep = min(keep, int(np.searchsorted(-kept, -np.log(options.min_p), side="right")))
+            keep = min(keep, int((-kept).searchsorted(-math.log(options.min_p), side="right")))
         with np.errstate(over="ignore"):  # of a tiny temperature: minus infinity, so no weight
-            weights = np.cumsum(np.exp(kept[: max(keep, 1)] / options.temperature))
-        chosen = int(np.searchsorted(weights, self._random.random() * weights[-1], side="right"))
+            weights = np.exp(kept[: max(keep, 1)] / options.temperature).cumsum()
+        chosen = int(weights.searchsorted(self._random.random() * weights[-1], side="right"))
         return int(ids[min(chosen, len(weights) - 1)])
 
 
@@ -111,13 +110,14 @@ def top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:
     k = min(k, n) if k else n
     groups = n // _GROUP
     if k < groups:
-        # The k-th largest of the groups' maxima bounds the k-th largest logit from below.
-        maxima = logits[: groups * _GROUP].reshape(groups, _GROUP).max(axis=1)
+        # The k-th largest of the groups' maxima bounds the k-th largest logit from below. Any groups would do: of
+        # these, each takes every groups-th logit, numpy makes all maxima at once, ten times as fast as of neighbours.
+        maxima = logits[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
         bound = np.partition(maxima, groups - k)[groups - k]
         candidates = np.flatnonzero(logits >= bound)
     else:
         candidates = np.arange(n)
-    order = np.argsort(-logits[candidates], kind="stable")
+    order = (-logits[candidates]).argsort(kind="stable")
     return candidates[order[:k]]
 
 

@@ -307,10 +307,13 @@ class Scheduler:
             return
         self._in_flight = []
         now = time.perf_counter()
-        rows = row = 0
+        rows = sum([not sequence.prefilling for sequence, _, _ in parts])
+        self.metrics.ticks += 1
+        self.metrics.decoded_tokens += rows
+        self.metrics.prefilled_tokens += len(batch.tokens) - rows
+        row = 0
         for sequence, start, end in parts:
             assert sequence.number is not None
-            rows += not sequence.prefilling
             self._live.cells.extend(sequence.number, end - start)
             wanted = sequence.wants_logits(end)
             sequence.decoded(end, alone)
@@ -320,9 +323,6 @@ class Scheduler:
                 except Exception as error:
                     self.fail(sequence, _typed(error))
                 row += 1
-        self.metrics.ticks += 1
-        self.metrics.decoded_tokens += rows
-        self.metrics.prefilled_tokens += len(batch.tokens) - rows
         for sequence, _, _ in parts:
             # All at once, and last: whoever is woken wants the interpreter, which is free during a decode.
             sequence.ticket.tell()

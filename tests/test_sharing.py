@@ -6,6 +6,7 @@ ERLLAMA_SHARING_SECONDS says for how long they work; `make stress` lets them wor
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import threading
@@ -458,3 +459,24 @@ def test_what_another_process_uses_is_not_evicted_first(tmp_path: Path) -> None:
         save(mine, np.array([99] * SIZE, dtype=np.int32))
         mine.flush()
         assert [hit(mine, tokens) for tokens in old] == [SIZE, 0, SIZE, SIZE, SIZE, SIZE]
+
+
+def test_more_names_than_are_remembered_are_all_looked_at(tmp_path: Path) -> None:
+    """A flood of changes behind our back costs bounded memory, and loses none of them."""
+    tokens = np.arange(SIZE, dtype=np.int32)
+    with Cache(block_size=SIZE, disk=tmp_path / "other") as other:
+        save(other, tokens)
+    (source,) = (tmp_path / "other" / "blocks").iterdir()
+    tier = FileTier(tmp_path / "own", 2**30, watch=False)
+    with Cache(block_size=SIZE, ram=0, tiers=[tier]) as cache:
+        target = tmp_path / "own" / "blocks" / source.name
+        shutil.copy(source, target)
+        cache.flush()
+        tier._suspect(source.name)
+        for i in range(5000):
+            tier._suspect(f"{i:064x}.kvc")
+        assert len(tier._suspects) <= 1001
+        deadline = time.monotonic() + 30
+        while hit(cache, tokens) != SIZE:
+            assert time.monotonic() < deadline, "it is not taken in"
+            time.sleep(0.01)
