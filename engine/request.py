@@ -108,7 +108,7 @@ class Timings:
         queued: waiting for the model.
         restore: looking up and restoring from the cache.
         prefill: computing the rest of the prompt, to the first token.
-        decode: computing the reply after its first token.
+        decode: from the first token of the reply to its last.
         prefill_tokens: prompt tokens computed.
         decode_tokens: reply tokens after the first.
     """

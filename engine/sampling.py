@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from erllama.errors import SamplingError, integer, real
 
-_GROUP = 64  # top-k looks at maxima of groups of this many logits first
+_GROUP = 64  # top-k looks at maxima of groups of this many logits first; 16 and 32 are no faster
 _MAX_SEED = 2**64 - 1
 
 
@@ -110,8 +110,8 @@ def top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:
     k = min(k, n) if k else n
     groups = n // _GROUP
     if k < groups:
-        # The k-th largest of the groups' maxima bounds the k-th largest logit from below. Any groups would do: of
-        # these, each takes every groups-th logit, numpy makes all maxima at once, ten times as fast as of neighbours.
+        # The k-th largest of the groups' maxima bounds the k-th largest logit from below, whatever the groups are.
+        # Down columns numpy takes maxima ten times as fast as along rows: a group is every groups-th logit.
         maxima = logits[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
         bound = np.partition(maxima, groups - k)[groups - k]
         candidates = np.flatnonzero(logits >= bound)

@@ -233,7 +233,7 @@ class Sequence:
                 queued=began - self.ticket.submitted,
                 restore=(self._restored_at or now) - began,
                 prefill=(self._first_token_at or now) - (self._restored_at or now),
-                decode=now - (self._first_token_at or now),
+                decode=max(self._last_token_at - self._first_token_at, 0.0),
                 prefill_tokens=self._n_prefilled,
                 decode_tokens=max(self.n_known - self.n_prompt - 1, 0),
             ),
