@@ -10,7 +10,7 @@ TREE := build/tree
 # What, when changed, makes an installation stale. Python sources are used in place.
 INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/unmasked_cells.h llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp
 
-.PHONY: setup demo test lint format fuzz stress wheel clean
+.PHONY: setup demo test lint format fuzz stress bench bench-quick profile wheel clean
 
 setup: $(VENV)/.installed-$(BACKEND)
 
@@ -48,6 +48,18 @@ stress: setup
 	ERLLAMA_KILLS=200 ERLLAMA_MUTATIONS=10000 ERLLAMA_SHARING_SECONDS=60 ERLLAMA_LOCK_SECONDS=10 \
 	ERLLAMA_SOAK=10000 ERLLAMA_HARNESS_EXAMPLES=$(or $(N),500) $(BIN)/python -m pytest --timeout 3600 --durations=25 \
 	tests/test_crashes.py tests/test_storage_faults.py tests/test_mutations.py tests/test_sharing.py tests/test_harness.py tests/test_soak.py
+
+# Side by side with llama.cpp's own tools, which are built first: half an hour, on a machine that does nothing else.
+# BENCH holds more, as BENCH="--shape 1.1b --runs 3 one agents".
+bench: setup
+	$(BIN)/python -m benchmarks $(BENCH)
+
+bench-quick: setup
+	$(BIN)/python -m benchmarks --quick $(BENCH)
+
+profile: setup
+	@mkdir -p build
+	$(BIN)/python -m benchmarks.ticks $(PROFILE)
 
 wheel: setup
 	rm -rf build/lib.* build/bdist.* && $(BIN)/python -m build --wheel --outdir dist .

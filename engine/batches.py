@@ -28,6 +28,7 @@ class BatchBuilder:
         self._sequences = np.empty(n_batch, np.int32)
         self._output = np.empty(n_batch, np.int8)
         self._counting = np.arange(0, dtype=np.int32)
+        self._batch = Batch(self._tokens, self._positions, self._sequences, self._output)
 
     def build(self, parts: list[Part]) -> tuple[Batch, int]:
         """The batch, and how many of its rows give logits."""
@@ -48,7 +49,9 @@ class BatchBuilder:
             self._output[to - 1] = wanted
             n_wanted += wanted
             n = to
-        return Batch(self._tokens[:n], self._positions[:n], self._sequences[:n], self._output[:n]), n_wanted
+        if len(self._batch.tokens) != n:
+            self._batch = Batch(self._tokens[:n], self._positions[:n], self._sequences[:n], self._output[:n])
+        return self._batch, n_wanted
 
     def _positions_from(self, start: int, end: int) -> NDArray[np.int32]:
         if end > len(self._counting):

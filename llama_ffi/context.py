@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from operator import is_
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -124,6 +125,9 @@ class LlamaContext:
         self._reserved_rows = n_seq_max
         self._logits_at = ffi.new("float **")  # where libllama keeps them; moves only when it must hold more rows
         self._buffer: NDArray[np.float32] | None = None  # a view of all of it
+        self._no_logits = np.empty((0, self.n_vocab), np.float32)
+        self._arrays: tuple[object, ...] = (None,) * 4  # of the last decode
+        self._pointers: tuple[object, ...] = ()  # to them
 
     @property
     def closed(self) -> bool:
@@ -156,13 +160,16 @@ class LlamaContext:
         positions: NDArray[np.int32],
         sequences: NDArray[np.int32],
         output: NDArray[np.int8],
-    ) -> None:
+    ) -> NDArray[np.float32]:
         """Compute one batch; KV lands in the cells, logits where `output` is not 0.
 
         Args:
             tokens, positions, sequences: int32 arrays, shape (n,), 1 <= n <= n_batch;
                 the positions of a sequence follow on from what it holds.
             output: int8 array, shape (n,).
+
+        Returns:
+            the logits, as `logits()` gives them; shape (0, n_vocab) where no row is marked.
 
         Raises:
             NoCellsError: not enough free cells; nothing was computed.
@@ -174,12 +181,17 @@ class LlamaContext:
         if not 1 <= n <= self.n_batch:
             raise LlamaError(f"a batch of {n} tokens; it must hold 1 to n_batch={self.n_batch}")
         # Numbers out of range are refused by erl_decode.
-        pointers = (
-            _pointer("tokens", tokens, n, _INT32, "int32_t[]"),
-            _pointer("positions", positions, n, _INT32, "int32_t[]"),
-            _pointer("sequences", sequences, n, _INT32, "int32_t[]"),
-            _pointer("output", output, n, _INT8, "int8_t[]"),
-        )
+        arrays = (tokens, positions, sequences, output)
+        if all(map(is_, arrays, self._arrays)):  # as where replies are written, tick by tick
+            pointers = self._pointers
+        else:
+            self._pointers = pointers = (
+                _pointer("tokens", tokens, n, _INT32, "int32_t[]"),
+                _pointer("positions", positions, n, _INT32, "int32_t[]"),
+                _pointer("sequences", sequences, n, _INT32, "int32_t[]"),
+                _pointer("output", output, n, _INT8, "int8_t[]"),
+            )
+            self._arrays = arrays
         rows = int(np.count_nonzero(output))
         with self._lock:
             native = self._native()
@@ -196,7 +208,7 @@ class LlamaContext:
                 self._reserved_rows = max(rows, self._reserved_rows)
                 if lib.erl_log_pending():
                     drain_log()
-                return
+                return self._rows() if rows else self._no_logits
             reason = last_error()
             problems = "; ".join(drain_log()[-3:])
         if code == 1:
@@ -222,10 +234,13 @@ class LlamaContext:
             self._native()
             if not self.n_logits:
                 raise LlamaError("there are no logits: decode a batch whose `output` marks a row first")
-            if self._buffer is None:
-                lease = _Lease(self._handle, self._logits_at[0], (self._reserved_rows, self.n_vocab))
-                self._buffer = np.asarray(lease)
-            return self._buffer[: self.n_logits]
+            return self._rows()
+
+    def _rows(self) -> NDArray[np.float32]:
+        if self._buffer is None:
+            lease = _Lease(self._handle, self._logits_at[0], (self._reserved_rows, self.n_vocab))
+            self._buffer = np.asarray(lease)
+        return self._buffer[: self.n_logits]
 
     def _let_go_of_logits(self) -> bool:
         """Whether nobody looks at libllama's output buffer any more."""

@@ -269,7 +269,7 @@ class LlamaBackend:
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         known, self._state_known = self._state_known, self.limits.can_trim
         try:
-            self._context.decode(batch.tokens, batch.positions, batch.sequences, batch.output)
+            logits = self._context.decode(batch.tokens, batch.positions, batch.sequences, batch.output)
         except llama_ffi.NoCellsError as error:
             self._state_known = known
             raise CellsExhausted(str(error)) from error
@@ -279,9 +279,7 @@ class LlamaBackend:
                 raise CellsExhausted(str(error)) from error
             raise BackendError(str(error)) from error
         self._state_known = known
-        if not self._context.n_logits:
-            return np.empty((0, self.limits.n_vocab), np.float32)
-        return self._context.logits()
+        return logits
 
     def _held(self, sequence: int) -> int:
         return self._context.last_position(sequence) + 1

@@ -1,0 +1,98 @@
+"""python -m benchmarks: what this library does, side by side with what people would use instead."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import erllama
+from benchmarks import decoding, llama_cpp_python, load, report, sampling, storage, ticks
+from benchmarks.engines import AbsentError
+from benchmarks.measure import Findings, Setup, spread
+from erllama.llama_ffi import build_info
+from erllama.testing.models import SHAPES, Quantization, write_llama
+
+SCENARIOS: dict[str, Callable[[Setup], Findings]] = {
+    **decoding.SCENARIOS,
+    **load.SCENARIOS,
+    **storage.SCENARIOS,
+    **ticks.SCENARIOS,
+    **sampling.SCENARIOS,
+    **llama_cpp_python.SCENARIOS,
+}
+QUANTIZATION: dict[str, Quantization] = {"1.1b": "Q4_0"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("scenario", nargs="*", help=f"all if left out: {', '.join(SCENARIOS)}")
+    parser.add_argument("--model", type=Path, help="a GGUF file; a generated one of --shape if left out")
+    parser.add_argument("--shape", choices=SHAPES, default="135m", help="of the generated model")
+    parser.add_argument("--runs", type=int, default=5, help="pairs of runs")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of both sides")
+    parser.add_argument("--backend", help="refuse to run unless libllama was built for this one, as cuda")
+    parser.add_argument("--peers", type=Path, help="what `scripts/build_llama.sh --peers` printed")
+    parser.add_argument("--llama-cpp-python", type=Path, help="the Python of an environment that has it")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="for JSON, Markdown and plots")
+    parser.add_argument("--docs", type=Path, help="also renew the page and the plots in this directory")
+    parser.add_argument("--quick", action="store_true", help="only try that every scenario runs, on a tiny model")
+    given = parser.parse_args()
+    unknown = [name for name in given.scenario if name not in SCENARIOS]
+    if unknown:
+        parser.error(f"unknown scenario {unknown[0]!r}; there are {', '.join(SCENARIOS)}")
+    backend = build_info()["backend"]
+    if given.backend is not None and given.backend != backend:
+        parser.error(f"libllama was built for {backend}; `make setup BACKEND={given.backend}` builds it anew")
+    with tempfile.TemporaryDirectory() as place:
+        setup = Setup(
+            model=(given.model or _generated(Path(place), "tiny" if given.quick else given.shape)).resolve(),
+            threads=given.threads,
+            runs=2 if given.quick else given.runs,
+            quick=given.quick,
+            backend=backend,
+            gpu_layers=0 if backend == "cpu" else 999,
+            peers=given.peers,
+            llama_cpp_python=given.llama_cpp_python,
+        )
+        print(f"erllama {erllama.__version__}, {build_info()}, {setup.threads} threads, {setup.model.name}")
+        findings = Findings()
+        for name in given.scenario or SCENARIOS:
+            findings.add(_run(name, setup))
+        report.write(findings, setup, given.out, given.docs)
+        print(f"\n{report.table(findings)}\nJSON, Markdown and plots: {given.out}")
+    return 0
+
+
+def _run(name: str, setup: Setup) -> Findings:
+    print(f"\n{name}")
+    try:
+        found = SCENARIOS[name](setup)
+    except AbsentError as error:
+        print(f"  absent: {error}")
+        return Findings(absent=[f"{name}: {error}"])
+    for figure in found.figures:
+        met = {True: "met", False: "NOT met", None: "no target"}[figure.met]
+        target = f" ({figure.target}: {met})" if figure.target else ""
+        print(f"  {figure.what}: {spread(figure.ratios, 3)} of {figure.peer}{target}")
+        print(f"    ours {spread(figure.ours)} {figure.unit}; theirs {spread(figure.theirs)} {figure.unit}")
+        for note in figure.notes:
+            print(f"    {note}")
+        for command in figure.commands:
+            print(f"    $ {command}")
+    for each in found.absent:
+        print(f"  absent: {each}")
+    return found
+
+
+def _generated(place: Path, shape: str) -> Path:
+    path = place / f"{shape}.gguf"
+    print(f"writing a {shape}-shaped model of random weights")
+    return write_llama(path, SHAPES[shape], quantization=QUANTIZATION.get(shape, "Q8_0"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""One stream against llama-bench; several streams, and agents that begin alike, against llama-server."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.engines import (
+    SHORT_PROMPT,
+    Engine,
+    Ours,
+    Prompt,
+    Prompts,
+    Reply,
+    Server,
+    ask,
+    ask_together,
+    llama_bench,
+    whole_cells,
+)
+from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn
+
+REPEAT = 3  # repetitions within one run, in one process, after one that does not count
+
+
+def one(setup: Setup) -> Findings:
+    """One stream, decode and prefill. Each run of either side is a process of its own, which loads the model anew:
+    speed differs by some percent with where memory happens to lie."""
+    n_decode, n_prefill = setup.of(128, 16), setup.of(512, 64)
+    findings = Findings()
+    for what, sizes, bench, target in (
+        ("decode", (SHORT_PROMPT, n_decode), ("-p", "0", "-n", str(n_decode)), 0.98),
+        ("prefill", (n_prefill, 0), ("-p", str(n_prefill), "-n", "0"), 0.97),
+    ):
+        shown: dict[str, str] = {}
+
+        def ours(sizes: tuple[int, int] = sizes, shown: dict[str, str] = shown) -> float:
+            command, speeds = _alone(setup, *sizes)
+            shown["ours"] = command
+            return statistics.median(speeds)
+
+        def theirs(bench: tuple[str, ...] = bench, shown: dict[str, str] = shown) -> float:
+            command, speeds = llama_bench(setup, *bench, repeat=REPEAT)
+            shown["theirs"] = command
+            return statistics.median(speeds)
+
+        pair = in_turn(ours, theirs, setup.runs)
+        findings.figures.append(
+            Figure(
+                f"one-{what}",
+                f"one stream, {what}",
+                "llama-bench",
+                "tokens/s",
+                *pair,
+                Target(">=", target),
+                (shown["ours"], shown["theirs"]),
+                (f"{max(sizes)} tokens; each value is the median of {REPEAT} repetitions in one process",),
+            )
+        )
+    return findings
+
+
+def _alone(setup: Setup, n_prompt: int, n_reply: int) -> tuple[str, list[float]]:
+    """One stream of ours in a process of its own: its command, and the tokens a second of each repetition."""
+    plain = {**asdict(setup), "model": str(setup.model), "peers": None, "llama_cpp_python": None}
+    given = json.dumps([plain, n_prompt, n_reply])
+    command = [sys.executable, "-m", "benchmarks.decoding", given]
+    root = Path(__file__).resolve().parent.parent
+    finished = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=root)
+    shown, speeds = json.loads(finished.stdout)
+    return shown, speeds
+
+
+def _measure_alone(given: str) -> None:
+    options, n_prompt, n_reply = json.loads(given)
+    setup = Setup(**{**options, "model": Path(options["model"])})
+    prompts = Prompts()
+    with Ours(setup, n_prompt + n_reply + 256) as engine:
+        speeds = []
+        for _ in range(REPEAT + 1):
+            engine.model.evict()  # the context is empty, as llama-bench's is
+            done = engine.model.complete(prompts.of(n_prompt), max_tokens=n_reply or 1, temperature=0)
+            if n_reply:
+                speeds.append(done.timings.decode_tokens / done.timings.decode)
+            else:
+                speeds.append(done.timings.prefill_tokens / done.timings.prefill)
+        print(json.dumps([f"{engine.command}.complete(ids, max_tokens={n_reply or 1}, temperature=0)", speeds[1:]]))
+
+
+class Rates(NamedTuple):
+    """Tokens a second of several streams together.
+
+    Attributes:
+        while_all: counted while every stream decodes: from the moment the last of them has its first token
+            to the moment the first of them has its last.
+        whole: all tokens, over the time from the requests to the last token of all.
+    """
+
+    while_all: float
+    whole: float
+
+
+def rates(replies: Sequence[Reply]) -> Rates:
+    opens = max(reply.pieces[0].at for reply in replies)
+    closes = min(reply.ended for reply in replies)
+    if closes <= opens:
+        raise SystemExit("one stream ended before another began: they never all ran at once; ask for more tokens")
+    n_within = sum(
+        max((p.n_tokens for p in reply.pieces if p.at <= closes), default=0)
+        - max((p.n_tokens for p in reply.pieces if p.at <= opens), default=0)
+        for reply in replies
+    )
+    wall = max(reply.ended for reply in replies) - min(reply.asked for reply in replies)
+    return Rates(n_within / (closes - opens), sum(reply.n_tokens for reply in replies) / wall)
+
+
+def streams(n: int, more: tuple[str, ...], target: Target | None, setup: Setup) -> Findings:
+    """Decode of `n` streams at once that share nothing, all tokens together."""
+    n_tokens = setup.of(128, 200)
+    n_ctx = n * whole_cells(SHORT_PROMPT + n_tokens)
+    prompts = Prompts()
+    found: dict[str, list[Rates]] = {}
+    lengths: dict[str, set[int]] = {}
+
+    def measure(engine: Engine, asked: list[list[Prompt]]) -> float:
+        replies = ask_together(engine, asked.pop(), n_tokens)
+        lengths.setdefault(engine.name, set()).update(reply.n_tokens for reply in replies)
+        found.setdefault(engine.name, []).append(rates(replies))
+        return found[engine.name][-1].while_all
+
+    with Ours(setup, n_ctx, n_seq_max=n) as ours, Server(setup, ours, n_ctx, n, more) as server:
+        same = [prompts.many(n, SHORT_PROMPT) for _ in range(setup.runs + 1)]
+        ours_ask, theirs_ask = same.copy(), same.copy()
+        measure(ours, ours_ask)  # the first run of each warms it up
+        measure(server, theirs_ask)
+        found.clear()
+        pair = in_turn(lambda: measure(ours, ours_ask), lambda: measure(server, theirs_ask), setup.runs)
+        whole = [statistics.median(rate.whole for rate in found[engine.name]) for engine in (ours, server)]
+        notes = [
+            f"whole requests, from asking to the last token of all: {whole[0]:.1f} to {whole[1]:.1f} tokens/s",
+            f"tokens of each reply: {sorted(lengths[ours.name])} and {sorted(lengths[server.name])}",
+        ]
+        peer = " ".join(["llama-server", "-np", str(n), *more])
+        shown = f"{ours.command}.stream(ids, max_tokens={n_tokens}, temperature=0), in {n} threads"
+        return Findings(
+            [
+                Figure(
+                    f"streams-{n}" + "".join(more),
+                    f"{n} streams, decode, all tokens together",
+                    peer,
+                    "tokens/s",
+                    *pair,
+                    target,
+                    (shown, server.command),
+                    notes,
+                )
+            ]
+        )
+
+
+def agents(setup: Setup) -> Findings:
+    """Eight requests that come at once with one long prefix and tails of their own."""
+    n, n_prefix, n_tail, n_tokens = 8, setup.of(1024, 96), 32, setup.of(16, 4)
+    n_ctx = n * whole_cells(n_prefix + n_tail + n_tokens)
+    prompts = Prompts()
+    computed: dict[str, list[int]] = {}
+    waited: dict[str, list[float]] = {}
+
+    def measure(engine: Engine, asked: list[list[Prompt]]) -> float:
+        replies = ask_together(engine, asked.pop(), n_tokens)
+        computed.setdefault(engine.name, []).append(sum(reply.n_computed for reply in replies))
+        waited.setdefault(engine.name, []).extend(reply.pieces[0].at - reply.asked for reply in replies)
+        return max(reply.ended for reply in replies) - min(reply.asked for reply in replies)
+
+    def round_of() -> list[Prompt]:
+        prefix = prompts.of(n_prefix)
+        return [[*prefix, 5 + at, *prompts.of(n_tail - 1)] for at in range(n)]
+
+    with Ours(setup, n_ctx, n_seq_max=n) as ours, Server(setup, ours, n_ctx, n) as server:
+        for engine in (ours, server):
+            ask(engine, prompts.of(SHORT_PROMPT), 4)  # warms it up
+        same = [round_of() for _ in range(setup.runs)]
+        ours_ask, theirs_ask = same.copy(), same.copy()
+        pair = in_turn(lambda: measure(ours, ours_ask), lambda: measure(server, theirs_ask), setup.runs)
+        each = {name: sorted(set(counts)) for name, counts in computed.items()}
+        figure = Figure(
+            "agents",
+            f"{n} agents at once, one prefix of {n_prefix} tokens, tails of {n_tail}: wall time",
+            f"llama-server -np {n}",
+            "s",
+            *pair,
+            Target("<=", 0.5),
+            (f"{ours.command}.stream(ids, max_tokens={n_tokens}, temperature=0), in {n} threads", server.command),
+            [
+                f"prompt tokens computed: {each[ours.name]} by ours, {each[server.name]} by llama-server; "
+                f"the least possible is {n_prefix + n * n_tail}"
+            ],
+        )
+        lines = [
+            Line(name, [(100 * (at + 1) / len(times), seconds) for at, seconds in enumerate(sorted(times))])
+            for name, times in waited.items()
+        ]
+        title = f"{n} agents with one prefix of {n_prefix} tokens: time to the first token"
+        return Findings([figure], [Plot("agents", title, "percent of requests", "seconds", lines)])
+
+
+SCENARIOS: dict[str, Callable[[Setup], Findings]] = {
+    "one": one,
+    "streams-4": partial(streams, 4, (), Target(">=", 1.0)),
+    "streams-8": partial(streams, 8, (), Target(">=", 1.0)),
+    "streams-8-unified": partial(streams, 8, ("--kv-unified",), None),
+    "agents": agents,
+}
+
+if __name__ == "__main__":
+    _measure_alone(sys.argv[1])

@@ -1,0 +1,325 @@
+"""Who runs requests: this library in this process, llama-server, and llama-bench, with the same model and settings.
+
+llama.cpp's tools come from `scripts/build_llama.sh --peers`: the release as it is, the same flags and backend as
+the library. Both sides get the same threads, context, batch sizes, flash attention and layers on a GPU; prompts are
+token ids, no two alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import json
+import shlex
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+import erllama
+from benchmarks.measure import Setup
+from erllama.llama_ffi import build_info
+
+N_BATCH, N_UBATCH = 2048, 512  # the defaults of both sides, said to both all the same
+SHORT_PROMPT = 16
+PEERS = "scripts/build_llama.sh --peers"
+SERVER_START_SECONDS = 300
+
+Prompt = list[int]
+
+
+class Piece(NamedTuple):
+    """When a piece of a reply came, on the clock of time.perf_counter, and the tokens that had come with it."""
+
+    at: float
+    n_tokens: int
+
+
+class Reply(NamedTuple):
+    """One reply as its caller saw it.
+
+    `n_computed` is the prompt tokens that were computed for it, and `decode_seconds` the time from its
+    first token to its last, both as the engine itself tells them.
+    """
+
+    asked: float
+    pieces: list[Piece]
+    n_computed: int
+    decode_seconds: float
+
+    @property
+    def n_tokens(self) -> int:
+        return self.pieces[-1].n_tokens
+
+    @property
+    def ended(self) -> float:
+        return self.pieces[-1].at
+
+
+class Engine(Protocol):
+    """What runs requests: this library in this process, or a server."""
+
+    name: str
+    command: str
+
+    def reply(self, prompt: Prompt, n_tokens: int, pieces: list[Piece], enough: threading.Event) -> Reply | None:
+        """A greedy reply of `n_tokens`, its pieces appended as they come; None if `enough` ended it early."""
+
+
+class Ours:
+    """This library."""
+
+    name = "ours"
+
+    def __init__(self, setup: Setup, n_ctx: int, **options: object) -> None:
+        given: dict[str, object] = {
+            "n_ctx": n_ctx,
+            "n_threads": setup.threads,
+            "n_batch": N_BATCH,
+            "n_ubatch": N_UBATCH,
+            "flash_attn": True,
+            "n_gpu_layers": setup.gpu_layers,
+        } | options
+        shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        self.command = f"erllama.load_model({setup.model.name!r}, cache=erllama.Cache(), {shown})"
+        self.cache = erllama.Cache()
+        try:
+            self.model = erllama.load_model(setup.model, cache=self.cache, **given)  # type: ignore[arg-type]
+        except BaseException:
+            self.cache.close()
+            raise
+        # As llama-server's `ignore_eos`: replies are as long as they are asked to be.
+        vocabulary = self.model._backend.vocabulary
+        vocabulary.is_eog = np.zeros_like(vocabulary.is_eog)  # type: ignore[misc]
+
+    def reply(self, prompt: Prompt, n_tokens: int, pieces: list[Piece], enough: threading.Event) -> Reply | None:
+        asked = time.perf_counter()
+        n_come = 0
+        with self.model.stream(prompt, max_tokens=n_tokens, temperature=0) as stream:
+            for event in stream:
+                if enough.is_set():
+                    return None
+                if isinstance(event, erllama.TextDelta):
+                    n_come += len(event.tokens)
+                    pieces.append(Piece(time.perf_counter(), n_come))
+            done = stream.result()
+        return Reply(asked, pieces, done.timings.prefill_tokens, done.timings.decode)
+
+    def __enter__(self) -> Ours:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.model.unload()
+        self.cache.close()
+
+
+class Server:
+    """llama-server in a process of its own, ended when left.
+
+    It fails replies that are no UTF-8, which a model of random weights soon makes: tokens that are no text by
+    themselves are forbidden it. `ignore_eos` has it look through a list of forbidden tokens anyway.
+
+    Args:
+        ours: whose vocabulary tells which those are.
+        n_ctx: cells of all its slots together.
+        more: further arguments.
+    """
+
+    name = "llama-server"
+
+    def __init__(self, setup: Setup, ours: Ours, n_ctx: int, n_slots: int, more: Sequence[str] = ()) -> None:
+        tools, threads = peers(setup), str(setup.threads)
+        n_vocab = ours.model.n_vocab
+        self._forbidden = [[id, False] for id in range(n_vocab) if ours.model.detokenize([id]) == "\ufffd"]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        # fmt: off
+        arguments = [
+            str(tools / "bin" / "llama-server"), "-m", str(setup.model), "--host", "127.0.0.1",
+            "--port", str(self.port), "-t", threads, "-tb", threads, "-c", str(n_ctx), "-np", str(n_slots),
+            "-b", str(N_BATCH), "-ub", str(N_UBATCH), "-fa", "on", "-ngl", str(setup.gpu_layers), *more,
+        ]
+        # fmt: on
+        self.command = shlex.join(arguments)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+        self._process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + SERVER_START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+            try:
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    return
+            except (OSError, http.client.HTTPException):
+                pass
+            finally:
+                connection.close()
+            time.sleep(0.2)
+        self._log.seek(0)
+        raise SystemExit(
+            f"llama-server did not start: {self.command}\n{self._log.read()[-3000:].decode(errors='replace')}"
+        )
+
+    def reply(self, prompt: Prompt, n_tokens: int, pieces: list[Piece], enough: threading.Event) -> Reply | None:
+        asked = time.perf_counter()
+        # fmt: off
+        body = json.dumps({
+            "prompt": prompt, "n_predict": n_tokens, "temperature": 0, "ignore_eos": True,
+            "cache_prompt": True, "stream": True, "logit_bias": self._forbidden,
+        })
+        # fmt: on
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        try:
+            connection.request("POST", "/completion", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            if response.status != 200:
+                raise RuntimeError(f"llama-server answered {response.status}: {response.read().decode()}")
+            came: list[tuple[float, bytes]] = []
+            # Only stamped here, and understood below: reading JSON would take time from the server's threads.
+            while chunk := response.read1(1 << 16):
+                if enough.is_set():
+                    return None
+                came.append((time.perf_counter(), chunk))
+                pieces.append(Piece(came[-1][0], len(came)))
+        finally:
+            connection.close()
+        return self._read(asked, came)
+
+    @staticmethod
+    def _read(asked: float, came: list[tuple[float, bytes]]) -> Reply:
+        pieces: list[Piece] = []
+        line, last = b"", {}
+        for at, chunk in came:
+            *lines, line = (line + chunk).split(b"\n")
+            for text in lines:
+                if text.startswith(b"data: "):
+                    last = json.loads(text.removeprefix(b"data: "))
+                    if "tokens_predicted" not in last:
+                        raise RuntimeError(f"llama-server failed: {last}")
+                    if not pieces or last["tokens_predicted"] > pieces[-1].n_tokens:  # the last event repeats
+                        pieces.append(Piece(at, last["tokens_predicted"]))
+        timings = last["timings"]
+        return Reply(asked, pieces, timings["prompt_n"], timings["predicted_ms"] / 1e3)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None = None,
+        _value: BaseException | None = None,
+        _traceback: TracebackType | None = None,
+    ) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+class Prompts:
+    """Prompts of random ids, no two alike, so that nothing is found in a cache but what is meant to be."""
+
+    def __init__(self) -> None:
+        self._dice = np.random.default_rng(1)
+
+    def of(self, n_tokens: int) -> Prompt:
+        ids: Prompt = self._dice.integers(5, 300, n_tokens).tolist()
+        return ids
+
+    def many(self, n: int, n_tokens: int) -> list[Prompt]:
+        return [self.of(n_tokens) for _ in range(n)]
+
+
+def whole_cells(n_tokens: int) -> int:
+    """Cells for a sequence, as many as llama-server gives a slot, which must hold it with one to spare."""
+    return (n_tokens // 256 + 1) * 256
+
+
+def ask(engine: Engine, prompt: Prompt, n_tokens: int) -> Reply:
+    found = engine.reply(prompt, n_tokens, [], threading.Event())
+    assert found is not None
+    return found
+
+
+def ask_together(engine: Engine, prompts: Sequence[Prompt], n_tokens: int) -> list[Reply]:
+    """Replies to prompts that are all asked at one moment."""
+    replies: list[Reply | None] = [None] * len(prompts)
+    gate = threading.Barrier(len(prompts))
+
+    def one(at: int) -> None:
+        gate.wait()
+        replies[at] = ask(engine, prompts[at], n_tokens)
+
+    callers = [threading.Thread(target=one, args=(at,)) for at in range(len(prompts))]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    found = [reply for reply in replies if reply is not None]
+    if len(found) < len(prompts):
+        raise SystemExit(f"{engine.name}: {len(prompts) - len(found)} of {len(prompts)} requests failed; see above")
+    return found
+
+
+@functools.cache
+def peers(setup: Setup) -> Path:
+    """The directory of llama.cpp's tools; built, if they are not yet, for the backend of the library.
+
+    Raises:
+        AbsentError: they are not there and cannot be built.
+    """
+    if setup.peers is not None:
+        if not (setup.peers / "bin" / "llama-server").exists():
+            raise AbsentError(f"llama.cpp's tools are not in {setup.peers}; give what `{PEERS}` prints")
+        return setup.peers
+    script = Path(__file__).resolve().parent.parent / "scripts" / "build_llama.sh"
+    command = [str(script), "--peers", "--backend", build_info()["backend"]]
+    built = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if built.returncode:
+        raise AbsentError(f"llama.cpp's tools: `{PEERS}` failed; what it printed says why")
+    found = Path(built.stdout.strip())
+    if (source := json.loads((found / "build.json").read_text())["source"]) != build_info()["source"]:
+        raise AbsentError(f"llama.cpp's tools are of {source}, and the library is of {build_info()['source']}")
+    return found
+
+
+class AbsentError(Exception):
+    """A peer that is not there, and what would bring it."""
+
+
+def llama_bench(setup: Setup, *what: str, repeat: int) -> tuple[str, list[float]]:
+    """Run llama-bench in a process of its own: its command, and the tokens a second of each repetition.
+
+    Args:
+        what: as ("-p", "0", "-n", "128").
+    """
+    # fmt: off
+    command = [
+        str(peers(setup) / "bin" / "llama-bench"), "-m", str(setup.model), *what, "-fa", "1",
+        "-t", str(setup.threads), "-b", str(N_BATCH), "-ub", str(N_UBATCH), "-ngl", str(setup.gpu_layers),
+        "-r", str(repeat), "-o", "json",
+    ]
+    # fmt: on
+    finished = subprocess.run(command, capture_output=True, check=False)
+    if finished.returncode:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:].decode(errors='replace')}")
+    (row,) = json.loads(finished.stdout)
+    return shlex.join(command), [float(speed) for speed in row["samples_ts"]]

@@ -1,0 +1,250 @@
+"""Conversations in turn, long prompts beside replies, and the cells of those who are gone."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from itertools import pairwise
+from typing import NamedTuple
+
+from benchmarks.decoding import rates
+from benchmarks.engines import (
+    N_BATCH,
+    SHORT_PROMPT,
+    Engine,
+    Ours,
+    Piece,
+    Prompt,
+    Prompts,
+    Server,
+    ask,
+    ask_together,
+    whole_cells,
+)
+from benchmarks.measure import Figure, Findings, Line, Plot, Setup, in_turn
+
+
+def pingpong(setup: Setup) -> Findings:
+    """Ten conversations that take turns on an engine with four places: each turn goes on from the one before.
+
+    A turn sends the whole history again. Time is that from asking to the last token, of all turns but the first
+    of each conversation, which is cold for both.
+    """
+    n_talks, n_slots, n_turns = 10, 4, setup.of(4, 2)
+    n_first, n_more, n_tokens = setup.of(400, 40), setup.of(40, 8), setup.of(16, 4)
+    most = n_first + n_turns * (n_more + n_tokens)
+    n_ctx = n_slots * whole_cells(most)
+    prompts = Prompts()
+    computed: dict[str, list[int]] = {}
+
+    def talk(engine: Engine, histories: list[Prompt], asked: list[list[Prompt]]) -> float:
+        for history in histories:
+            ask(engine, history, n_tokens)
+        began, n_computed = time.perf_counter(), 0
+        for turn in asked:
+            for history, said in zip(histories, turn, strict=True):
+                history += said
+                n_computed += ask(engine, history, n_tokens).n_computed
+        computed.setdefault(engine.name, []).append(n_computed)
+        return time.perf_counter() - began
+
+    def one_round() -> tuple[list[Prompt], list[list[Prompt]]]:
+        return prompts.many(n_talks, n_first), [prompts.many(n_talks, n_more) for _ in range(n_turns)]
+
+    with Ours(setup, n_ctx, n_seq_max=n_slots) as ours, Server(setup, ours, n_ctx, n_slots) as server:
+        rounds = [one_round() for _ in range(setup.runs)]
+
+        def with_next(engine: Engine) -> Callable[[], float]:
+            own = [([list(history) for history in histories], asked) for histories, asked in rounds]
+            return lambda: talk(engine, *own.pop())
+
+        pair = in_turn(with_next(ours), with_next(server), setup.runs)
+        each = {name: statistics.median(counts) for name, counts in computed.items()}
+        return Findings(
+            [
+                Figure(
+                    "pingpong",
+                    f"{n_talks} conversations in turn on {n_slots} places, {n_turns} more turns each: wall time",
+                    f"llama-server -np {n_slots}",
+                    "s",
+                    *pair,
+                    None,
+                    (f"{ours.command}.stream(history, max_tokens={n_tokens}, temperature=0)", server.command),
+                    [
+                        f"prompt tokens computed in those turns: {each[ours.name]:.0f} by ours, "
+                        f"{each[server.name]:.0f} by llama-server; {n_talks * n_turns * n_more} of them are new",
+                        "histories hold what was asked, not what was replied, so a turn differs from the "
+                        "context before where the reply began",
+                    ],
+                )
+            ]
+        )
+
+
+class Waits(NamedTuple):
+    """What streams went through while a prompt was read; seconds.
+
+    Attributes:
+        between: every wait of any stream for its next token.
+        steady: the median of those before the prompt came.
+        first: from asking with the prompt to its first token.
+    """
+
+    between: list[float]
+    steady: float
+    first: float
+
+
+def waits(pieces: Iterable[Piece], after: float, before: float) -> list[float]:
+    """Waits for a token that fell, in part, between two moments; a piece of several tokens took several waits."""
+    each = list(pieces)
+    return [
+        (here.at - last.at) / max(1, here.n_tokens - last.n_tokens)
+        for last, here in pairwise(each)
+        if here.at > after and last.at < before
+    ]
+
+
+def beside_a_prompt(engine: Engine, prompts: Prompts, n_streams: int, n_prompt: int) -> Waits:
+    """Have streams running, and ask with a long prompt."""
+    enough = threading.Event()
+    every: list[list[Piece]] = [[] for _ in range(n_streams)]
+    callers = [
+        threading.Thread(target=engine.reply, args=(prompts.of(SHORT_PROMPT), 1024, pieces, enough))
+        for pieces in every
+    ]
+    for caller in callers:
+        caller.start()
+    try:
+        while min(len(pieces) for pieces in every) < 24:
+            if not any(caller.is_alive() for caller in callers):
+                raise SystemExit(f"{engine.name}: the streams ended before the prompt came")
+            time.sleep(0.01)
+        running = max(pieces[0].at for pieces in every)
+        asked = time.perf_counter()
+        read = ask(engine, prompts.of(n_prompt), 1).pieces[0].at
+        time.sleep(0.1)
+        if any(pieces[-1].at < asked for pieces in every):
+            time.sleep(2)  # whoever was held up the whole time gets its next token now
+    finally:
+        enough.set()
+        for caller in callers:
+            caller.join()
+    between = [wait for pieces in every for wait in waits(pieces, asked, read)]
+    steady = statistics.median(wait for pieces in every for wait in waits(pieces, running, asked))
+    return Waits(between, steady, read - asked)
+
+
+def mixed(setup: Setup) -> Findings:
+    """Three streams, and a long prompt that comes meanwhile: how long who waits for a token.
+
+    Ours with several sizes of chunk; llama-server fills a batch with the prompt, and its streams wait for it.
+    """
+    n_streams, n_prompt = 3, setup.of(2048, 256)
+    n_ctx = (n_streams + 1) * whole_cells(max(n_prompt, 1024 + SHORT_PROMPT))
+    prompts = Prompts()
+    chunks = [setup.of(size, size // 4) for size in (64, 128, 512)]
+    with ExitStack() as stack:
+        vocabulary = stack.enter_context(Ours(setup, 256))
+        server = stack.enter_context(Server(setup, vocabulary, n_ctx, n_streams + 1))
+        vocabulary.model.evict()
+
+        def of_server() -> Waits:
+            ask(server, prompts.of(SHORT_PROMPT), 4)
+            return beside_a_prompt(server, prompts, n_streams, n_prompt)
+
+        figures, lines = [], []
+        for chunk in chunks:
+            found: list[tuple[Waits, Waits]] = []
+            for _ in range(setup.runs):
+                theirs = of_server()
+                # One model at a time: the threads of several in one process slow one another down.
+                with Ours(setup, n_ctx, n_seq_max=n_streams + 1, prefill_chunk_size=chunk) as ours:
+                    ask(ours, prompts.of(SHORT_PROMPT), 4)
+                    found.append((beside_a_prompt(ours, prompts, n_streams, n_prompt), theirs))
+            steady = statistics.median(mine.steady for mine, _ in found)
+            peer = f"llama-server -np {n_streams + 1}, batches of {min(N_BATCH, n_prompt)}"
+            shown = (f"{ours.command}, {n_streams} streams and a prompt of {n_prompt} ids", server.command)
+            figures += [
+                Figure(
+                    f"mixed-wait-{chunk}",
+                    f"longest wait for a token while {n_prompt} tokens are read, chunks of {chunk}",
+                    peer,
+                    "s",
+                    [max(mine.between) for mine, _ in found],
+                    [max(theirs.between) for _, theirs in found],
+                    None,
+                    shown,
+                    [f"before the prompt came, a token took {1e3 * steady:.1f} ms"],
+                ),
+                Figure(
+                    f"mixed-first-{chunk}",
+                    f"first token of {n_prompt} tokens beside {n_streams} streams, chunks of {chunk}",
+                    peer,
+                    "s",
+                    [mine.first for mine, _ in found],
+                    [theirs.first for _, theirs in found],
+                    None,
+                    shown,
+                ),
+            ]
+            lines.append(Line(f"ours, chunks of {chunk}", _distribution([mine.between for mine, _ in found])))
+        lines.append(Line("llama-server", _distribution([theirs.between for _, theirs in found])))
+    title = f"Waits for a token while {n_prompt} tokens are read"
+    return Findings(figures, [Plot("mixed", title, "percent of tokens", "seconds", lines, log_y=True)])
+
+
+def _distribution(runs: list[list[float]]) -> list[tuple[float, float]]:
+    """The waits by rank, as 50 points of (percent, seconds)."""
+    ordered = sorted(wait for run in runs for wait in run)
+    return [(2.0 * i, ordered[min(len(ordered) * i // 50, len(ordered) - 1)]) for i in range(51)]
+
+
+def parked(setup: Setup) -> Findings:
+    """What cells of finished requests, kept for those to come, cost four streams that decode beside them."""
+    n_streams, n_parked, n_tokens = 4, 4, setup.of(64, 200)
+    sizes = [setup.of(size, size // 20) for size in (1000, 2500)]
+    prompts = Prompts()
+    n_ctx = max(sizes) + n_streams * (SHORT_PROMPT + n_tokens) + 512
+
+    def speed(size: int, flash_attn: bool) -> float:
+        # One model at a time: the threads of several in one process slow one another down.
+        options = {"flash_attn": flash_attn, "parked_cells": size, "n_seq_max": n_streams + n_parked}
+        with Ours(setup, n_ctx, **options) as engine:
+            shown[size, flash_attn] = engine.command
+            ask_together(engine, prompts.many(n_streams, SHORT_PROMPT), n_tokens)  # the first run warms it up
+            engine.model.evict()
+            for _ in range(n_parked if size else 0):
+                ask(engine, prompts.of(size // n_parked - 2), 1)
+            replies = ask_together(engine, prompts.many(n_streams, SHORT_PROMPT), n_tokens)
+            return rates(replies).while_all
+
+    shown: dict[tuple[int, bool], str] = {}
+    figures = []
+    for flash_attn in (True, False):
+        attention = f"flash attention {'on' if flash_attn else 'off'}"
+        for size in sizes:
+            ours, theirs = in_turn(
+                lambda size=size, flash_attn=flash_attn: speed(size, flash_attn),  # type: ignore[misc]
+                lambda: speed(0, True),
+                setup.runs,
+            )
+            figures.append(
+                Figure(
+                    f"parked-{size}" + ("" if flash_attn else "-without-flash-attention"),
+                    f"{n_streams} streams beside {size} parked cells, {attention}",
+                    "no parked cells, flash attention on",
+                    "tokens/s",
+                    ours,
+                    theirs,
+                    None,
+                    (shown[size, flash_attn], shown[0, True]),
+                )
+            )
+    return Findings(figures)
+
+
+SCENARIOS: dict[str, Callable[[Setup], Findings]] = {"pingpong": pingpong, "mixed": mixed, "parked": parked}

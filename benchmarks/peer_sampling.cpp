@@ -1,0 +1,101 @@
+// Time libllama's own samplers on given logits. benchmarks/sampling.py compiles and runs this.
+//
+//   peer_sampling LOGITS N_VOCAB TEMPERATURE SEED N_ROUNDS N_EVICT
+//
+// LOGITS is a file of float32 rows, each of N_VOCAB. A round samples once from each row. Temperature 0 is the greedy
+// sampler; any other is top-k 40, top-p 0.95, min-p 0.05, temperature, and the draw: the order of llama.cpp's tools.
+// Between two samples N_EVICT bytes are written, outside the measured time; 0 for none. Printed is JSON:
+// "nanoseconds", the mean of a sample for each round, and "tokens", what the last round chose.
+
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "llama.h"
+
+static std::vector<float> read_floats(const char * path) {
+    FILE * file = std::fopen(path, "rb");
+    if (!file) {
+        std::perror(path);
+        std::exit(1);
+    }
+    std::vector<float> found;
+    float buffer[4096];
+    while (size_t n = std::fread(buffer, sizeof(float), 4096, file)) {
+        found.insert(found.end(), buffer, buffer + n);
+    }
+    std::fclose(file);
+    return found;
+}
+
+static llama_sampler * make_chain(float temperature, uint32_t seed) {
+    llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+    if (temperature == 0) {
+        llama_sampler_chain_add(chain, llama_sampler_init_greedy());
+        return chain;
+    }
+    llama_sampler_chain_add(chain, llama_sampler_init_top_k(40));
+    llama_sampler_chain_add(chain, llama_sampler_init_top_p(0.95f, 1));
+    llama_sampler_chain_add(chain, llama_sampler_init_min_p(0.05f, 1));
+    llama_sampler_chain_add(chain, llama_sampler_init_temp(temperature));
+    llama_sampler_chain_add(chain, llama_sampler_init_dist(seed));
+    return chain;
+}
+
+// The array is kept between samples, as llama-server keeps it, and filled anew for each.
+static llama_token sample(llama_sampler * chain, const float * logits, std::vector<llama_token_data> & candidates) {
+    for (size_t id = 0; id < candidates.size(); id++) {
+        candidates[id] = llama_token_data{(llama_token) id, logits[id], 0.0f};
+    }
+    llama_token_data_array array = {candidates.data(), candidates.size(), -1, false};
+    llama_sampler_apply(chain, &array);
+    return array.data[array.selected].id;
+}
+
+int main(int n_arguments, char ** arguments) {
+    if (n_arguments != 7) {
+        std::fprintf(stderr, "usage: %s LOGITS N_VOCAB TEMPERATURE SEED N_ROUNDS N_EVICT\n", arguments[0]);
+        return 2;
+    }
+    const std::vector<float> logits = read_floats(arguments[1]);
+    const size_t n_vocab = std::strtoull(arguments[2], nullptr, 10);
+    const float temperature = std::strtof(arguments[3], nullptr);
+    const uint32_t seed = (uint32_t) std::strtoul(arguments[4], nullptr, 10);
+    const size_t n_rounds = std::strtoull(arguments[5], nullptr, 10);
+    std::vector<char> evict(std::strtoull(arguments[6], nullptr, 10));
+    const size_t n_rows = n_vocab ? logits.size() / n_vocab : 0;
+    if (n_rows == 0 || n_rows * n_vocab != logits.size()) {
+        std::fprintf(stderr, "%s does not hold rows of %zu\n", arguments[1], n_vocab);
+        return 1;
+    }
+
+    using Clock = std::chrono::steady_clock;
+    llama_sampler * chain = make_chain(temperature, seed);
+    std::vector<llama_token_data> candidates(n_vocab);
+    std::vector<llama_token> tokens(n_rows);
+    std::printf("{\"nanoseconds\": [");
+    for (size_t round = 0; round <= n_rounds; round++) {  // the first does not count
+        Clock::duration spent{};
+        for (size_t row = 0; row < n_rows; row++) {
+            for (size_t at = 0; at < evict.size(); at += 64) {
+                evict[at]++;
+            }
+            const Clock::time_point began = Clock::now();
+            tokens[row] = sample(chain, logits.data() + row * n_vocab, candidates);
+            spent += Clock::now() - began;
+        }
+        if (round > 0) {
+            const double nanoseconds = std::chrono::duration<double, std::nano>(spent).count() / n_rows;
+            std::printf("%s%.0f", round > 1 ? ", " : "", nanoseconds);
+        }
+    }
+    std::printf("], \"tokens\": [");
+    for (size_t row = 0; row < n_rows; row++) {
+        std::printf("%s%d", row ? ", " : "", tokens[row]);
+    }
+    std::printf("]}\n");
+    llama_sampler_free(chain);
+    return 0;
+}

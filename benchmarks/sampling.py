@@ -1,0 +1,167 @@
+"""From logits to a token: this library's sampler against libllama's, on the same rows, one thread each."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.engines import AbsentError
+from benchmarks.measure import Figure, Findings, Setup, Target, in_turn
+from erllama.engine.sampling import Sampler, SamplingOptions
+
+HERE = Path(__file__).resolve().parent
+VOCABULARIES = (32_000, 128_256, 262_144)  # of Llama 2, Llama 3 and Gemma 3
+TARGETED = 128_256
+N_ROWS = 16  # 8 MB at 128,256: more than a core's own cache holds
+N_PEAKS = 48  # more than top-k keeps
+EVICT = 64 << 20  # bytes
+SEED = 1
+
+
+class Case(NamedTuple):
+    """What is measured, with each vocabulary.
+
+    `temperature` 0 is the greedy sampler of both sides. `n_evict` is bytes written between two samples, and
+    `n_rounds` how often a run goes over all rows.
+    """
+
+    name: str
+    what: str
+    peer: str
+    temperature: float
+    n_evict: int
+    n_rounds: int
+    target: Target | None
+
+
+STEPS = "top-k 40, top-p, min-p, temperature"
+CASES = (
+    Case("sampling", STEPS, "libllama's chain", 0.8, 0, 60, Target("<=", 1.0)),
+    Case("sampling-cold", f"{STEPS}; caches emptied before each", "libllama's chain", 0.8, EVICT, 8, None),
+    Case("sampling-greedy", "greedy", "libllama's greedy sampler", 0.0, 0, 60, None),
+)
+
+
+def sampling(setup: Setup) -> Findings:
+    """The chain of steps, with warm and with cold caches, and the greedy choice, for three sizes of vocabulary."""
+    findings = Findings()
+    with tempfile.TemporaryDirectory() as place:
+        _compile(Path(place), setup.backend)
+        for n_vocab in VOCABULARIES[:1] if setup.quick else VOCABULARIES:
+            rows = make_rows(n_vocab, N_ROWS)
+            rows.tofile(Path(place) / "logits.f32")
+            findings.figures += [_compare(setup, case, rows, Path(place)) for case in CASES]
+    return findings
+
+
+def make_rows(n_vocab: int, n_rows: int) -> NDArray[np.float32]:
+    """Rows such as a model gives: noise, above which stand a few dozen peaks that fall as Zipf's law has it.
+
+    Returns:
+        shape (n_rows, n_vocab). The noise's largest of 128,256 is at about 11, the peaks go from 16 to 11.4.
+    """
+    dice = np.random.default_rng(SEED)
+    rows = dice.normal(0, 2.5, (n_rows, n_vocab)).astype(np.float32)
+    peaks = 16 - 1.2 * np.log(np.arange(1, N_PEAKS + 1))
+    for row in rows:
+        row[dice.choice(n_vocab, N_PEAKS, replace=False)] = peaks
+    return rows
+
+
+def _compare(setup: Setup, case: Case, rows: NDArray[np.float32], place: Path) -> Figure:
+    n_rounds, n_vocab = setup.of(case.n_rounds, 2), rows.shape[1]
+    options = SamplingOptions(case.temperature, top_k=40, top_p=0.95, min_p=0.05, seed=SEED)
+    given = ("logits.f32", n_vocab, case.temperature, SEED, n_rounds, case.n_evict)
+    command = ["./peer_sampling", *map(str, given)]
+    if case.temperature == 0 and _theirs(command, place).tokens != [Sampler(options).sample(row) for row in rows]:
+        raise SystemExit("ours and libllama's greedy sampler choose differently")
+    shown = "temperature=0" if case.temperature == 0 else f"{case.temperature}, top_k=40, top_p=0.95, min_p=0.05"
+    notes = [
+        f"a run: median of {n_rounds} rounds over {len(rows)} rows of noise with {N_PEAKS} peaks; one thread",
+        "libllama's samples begin, as llama-server's do, by filling an array of candidates from the logits, timed",
+    ]
+    if case.n_evict:
+        notes.append(f"{case.n_evict >> 20} MiB are written before each sample, untimed, as a decode would")
+    return Figure(
+        f"{case.name}-{n_vocab}",
+        f"sampling, {n_vocab:,} tokens: {case.what}",
+        case.peer,
+        "us",
+        *in_turn(
+            partial(_ours, options, rows, n_rounds, case.n_evict),
+            lambda: _theirs(command, place).microseconds,
+            setup.runs,
+        ),
+        case.target if n_vocab == TARGETED else None,
+        (f"Sampler(SamplingOptions({shown}, seed={SEED})).sample(logits)", shlex.join(command)),
+        notes,
+    )
+
+
+def _ours(options: SamplingOptions, rows: NDArray[np.float32], n_rounds: int, n_evict: int) -> float:
+    """Microseconds of a sample."""
+    sample: Callable[[NDArray[np.float32]], int] = Sampler(options).sample
+    evict = np.zeros(n_evict, np.uint8)[::64]
+    rounds: list[float] = []
+    for _ in range(n_rounds + 1):
+        spent = 0
+        for row in rows:
+            evict += 1
+            began = time.perf_counter_ns()
+            sample(row)
+            spent += time.perf_counter_ns() - began
+        rounds.append(spent / len(rows))
+    return statistics.median(rounds[1:]) / 1e3  # the first does not count
+
+
+class _Theirs(NamedTuple):
+    """`tokens` is what was chosen for each row, the last time."""
+
+    microseconds: float
+    tokens: list[int]
+
+
+def _theirs(command: list[str], place: Path) -> _Theirs:
+    finished = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:]}")
+    found = json.loads(finished.stdout)
+    return _Theirs(statistics.median(found["nanoseconds"]) / 1e3, found["tokens"])
+
+
+def _compile(place: Path, backend: str) -> None:
+    """Compile `peer_sampling` into `place`, against the libllama of this backend.
+
+    Raises:
+        AbsentError: libllama or the compiler is missing.
+    """
+    script = [str(HERE.parent / "scripts" / "build_llama.sh"), "--backend", backend]
+    built = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=False)
+    if built.returncode:
+        raise AbsentError("libllama's samplers: scripts/build_llama.sh failed; what it printed says why")
+    prefix = Path(built.stdout.splitlines()[-1])
+    (library,) = (prefix / "lib").glob("libllama.*")
+    # fmt: off
+    command = [
+        "c++", "-std=c++17", "-O2", "-I", str(prefix / "include"), str(HERE / "peer_sampling.cpp"), str(library),
+        f"-Wl,-rpath,{prefix / 'lib'}", "-o", str(place / "peer_sampling"),
+    ]
+    # fmt: on
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise AbsentError(f"libllama's samplers: `{shlex.join(command)}` failed; is c++ there?") from error
+
+
+SCENARIOS: dict[str, Callable[[Setup], Findings]] = {"sampling": sampling}

@@ -1,0 +1,156 @@
+"""Where a tick's time goes: libllama's, and ours around it. `make profile` prints it, function by function."""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import os
+import pstats
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import erllama.llama_ffi.context as binding
+from benchmarks.engines import SHORT_PROMPT, Ours, Prompts, whole_cells
+from benchmarks.measure import Figure, Findings, Setup, Target
+from erllama.llama_ffi import build_info
+from erllama.testing.models import SHAPE_135M, write_llama
+
+ALLOWED_US = 150.0  # outside libllama, for one stream
+
+
+class Call(NamedTuple):
+    """One call of libllama's decode, on the clock of time.perf_counter; `n` is its tokens."""
+
+    began: float
+    ended: float
+    n: int
+
+
+@contextmanager
+def decodes() -> Iterator[list[Call]]:
+    """The calls of libllama's decode while the `with` lasts."""
+    calls: list[Call] = []
+    lib = binding.lib
+    now, decode = time.perf_counter, lib.erl_decode
+
+    def timed(context: object, n: int, *arguments: object) -> int:
+        began = now()
+        code: int = decode(context, n, *arguments)
+        calls.append(Call(began, now(), n))
+        return code
+
+    names = [name for name in dir(lib) if name.startswith(("erl_", "ERL_"))]
+    # As plain attributes: what stands in for the functions should not cost more than they do.
+    binding.lib = SimpleNamespace(**{name: getattr(lib, name) for name in names} | {"erl_decode": timed})
+    try:
+        yield calls
+    finally:
+        binding.lib = lib
+
+
+def run(ours: Ours, prompts: Prompts, n_streams: int, n_tokens: int) -> None:
+    """Streams that are read as they come, each by a thread of its own."""
+
+    def read(prompt: list[int]) -> None:
+        with ours.model.stream(prompt, max_tokens=n_tokens, temperature=0) as stream:
+            for _ in stream:
+                pass
+
+    readers = [threading.Thread(target=read, args=(prompt,)) for prompt in prompts.many(n_streams, SHORT_PROMPT)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+
+
+def times(setup: Setup, n_streams: int) -> tuple[list[float], list[float]]:
+    """Microseconds of each tick in which all streams decode: outside libllama, and inside."""
+    n_tokens = setup.of(128, 32)
+    prompts = Prompts()
+    with Ours(setup, n_streams * whole_cells(SHORT_PROMPT + n_tokens), n_seq_max=n_streams) as ours:
+        run(ours, prompts, n_streams, n_tokens)
+        with decodes() as calls:
+            run(ours, prompts, n_streams, n_tokens)
+    pairs = [(a, b) for a, b in pairwise(calls) if a.n == b.n == n_streams]
+    return [1e6 * (b.began - a.ended) for a, b in pairs], [1e6 * (b.ended - b.began) for _, b in pairs]
+
+
+def outside(setup: Setup) -> Findings:
+    """Time outside libllama, a tick."""
+    figures = []
+    for n_streams in (1, 8):
+        found = [times(setup, n_streams) for _ in range(setup.runs)]
+        inside = statistics.median(t for _, run_inside in found for t in run_inside)
+        medians = [statistics.median(run_outside) for run_outside, _ in found]
+        share = statistics.median(medians) / (statistics.median(medians) + inside)
+        figures.append(
+            Figure(
+                f"outside-{n_streams}",
+                f"time outside libllama a tick, {n_streams} stream{'s' if n_streams > 1 else ''} read as they come",
+                f"{ALLOWED_US:g} us",
+                "us",
+                medians,
+                [ALLOWED_US] * setup.runs,
+                Target("<=", 1.0) if n_streams == 1 else None,
+                (),
+                [f"libllama's own decode takes {inside / 1e3:.2f} ms; {share:.1%} of a tick is outside it"],
+            )
+        )
+    return Findings(figures)
+
+
+def profile(setup: Setup, n_streams: int) -> None:
+    """Print the functions of the model thread by the time spent in them; the profiler makes all of them slower."""
+    profiler = cProfile.Profile()
+    prompts = Prompts()
+    n_tokens = setup.of(256, 32)
+    with Ours(setup, n_streams * whole_cells(SHORT_PROMPT + n_tokens), n_seq_max=n_streams) as ours:
+        run(ours, prompts, n_streams, n_tokens)
+        scheduler = ours.model._runner._scheduler
+        tick = scheduler.tick
+
+        def profiled() -> bool:
+            profiler.enable()
+            try:
+                return tick()
+            finally:
+                profiler.disable()
+
+        scheduler.tick = profiled  # type: ignore[method-assign]
+        run(ours, prompts, n_streams, n_tokens)
+        del scheduler.tick
+    pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(25)
+
+
+SCENARIOS: dict[str, Callable[[Setup], Findings]] = {"outside": outside}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ticks", description=__doc__)
+    parser.add_argument("--model", type=Path, help="a GGUF file; a generated 135M-shaped one if left out")
+    parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    given = parser.parse_args()
+    model: Path = given.model or write_llama(Path("build/135m.gguf"), SHAPE_135M, quantization="Q8_0")
+    gpu_layers = 0 if build_info()["backend"] == "cpu" else 999
+    setup = Setup(model, given.threads, 1, gpu_layers=gpu_layers)
+    beyond, inside = times(setup, given.streams)
+    for name, values in (("outside libllama", beyond), ("in libllama's decode", inside)):
+        ordered = sorted(values)
+        print(
+            f"{name}, a tick: median {statistics.median(ordered):.0f} us, "
+            f"a tenth under {ordered[len(ordered) // 10]:.0f}, a tenth over {ordered[-len(ordered) // 10]:.0f}"
+        )
+    print(f"share outside: {sum(beyond) / (sum(beyond) + sum(inside)):.1%}\n")
+    profile(setup, given.streams)
+
+
+if __name__ == "__main__":
+    main()
