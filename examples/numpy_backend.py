@@ -32,6 +32,8 @@ from erllama.testing.models import TINY, write_llama
 
 Floats = NDArray[np.float32]
 _HEADER = struct.Struct("<II")  # a payload begins with its positions: start, end
+# A character as llama.cpp splits text: its first byte says how many follow, whatever they are.
+_CHARACTER = re.compile(rb"[\xc0-\xdf].{0,1}|[\xe0-\xef].{0,2}|[\xf0-\xff].{0,3}|.", re.DOTALL)
 _LAYER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 
 
@@ -47,9 +49,10 @@ class Pieces:
             raise ModelLoadError(f"a tokenizer of kind {found.get('model')!r}; this backend knows 'llama'")
         self._texts: list[str] = found["tokens"]
         self._types: list[int] = found["token_type"]
-        self._scores = dict(zip(self._texts, found["scores"], strict=True))
-        self._ids = {text: token for token, text in enumerate(self._texts)}
-        self._bytes = [self._ids[f"<0x{byte:02X}>"] for byte in range(256)]
+        written = [text.encode() for text in self._texts]
+        self._scores = dict(zip(written, found["scores"], strict=True))
+        self._ids = {text: token for token, text in enumerate(written)}
+        self._bytes = [self._ids[b"<0x%02X>" % byte] for byte in range(256)]
         self._space_first: bool = found.get("add_space_prefix", True)
         self._first = [found["bos_token_id"]] if found.get("add_bos_token", True) else []
         self._last = [found["eos_token_id"]] if found.get("add_eos_token", False) else []
@@ -61,9 +64,10 @@ class Pieces:
         self.is_eog: NDArray[np.bool_] = np.zeros(self.n_tokens, bool)
         self.is_eog[[found[name] for name in ("eos_token_id", "eot_token_id") if name in found]] = True
 
-    def _pattern(self, *kinds: TokenType) -> re.Pattern[str]:
-        named = [text for text, kind in zip(self._texts, self._types, strict=True) if kind in kinds]
-        return re.compile("(" + ("|".join(map(re.escape, sorted(named, key=len, reverse=True))) or "(?!)") + ")")
+    def _pattern(self, *kinds: TokenType) -> re.Pattern[bytes]:
+        named = [text.encode() for text, kind in zip(self._texts, self._types, strict=True) if kind in kinds]
+        longest_first = map(re.escape, sorted(named, key=len, reverse=True))
+        return re.compile(b"(" + (b"|".join(longest_first) or b"(?!)") + b")")
 
     def tokenize(
         self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
@@ -71,16 +75,16 @@ class Pieces:
         raw = source.encode("utf-8", "surrogatepass") if isinstance(source, str) else source
         ids = list(self._first) if add_special else []
         # Splitting by a group gives text and special tokens in turn.
-        for at, part in enumerate(self._special[parse_special].split(raw.decode("utf-8", "surrogateescape"))):
+        for at, part in enumerate(self._special[parse_special].split(raw)):
             if at % 2:
                 ids.append(self._ids[part])
             elif part:
-                ids += self._spell((" " if self._space_first else "") + part)
+                ids += self._spell((b" " if self._space_first else b"") + part)
         return np.array(ids + (self._last if add_special else []), np.int32)
 
-    def _spell(self, text: str) -> list[int]:
+    def _spell(self, text: bytes) -> list[int]:
         """Join neighbours that make a piece, best score first, of equals the leftmost, while there are any."""
-        parts = list(text.replace(" ", "▁"))
+        parts: list[bytes] = _CHARACTER.findall(text.replace(b" ", "▁".encode()))
         while joined := [
             (self._scores[pair], -at) for at, pair in enumerate(map(add, parts, parts[1:])) if pair in self._scores
         ]:
@@ -89,7 +93,7 @@ class Pieces:
         ids: list[int] = []
         for part in parts:
             known = self._ids.get(part)
-            ids += [self._bytes[b] for b in part.encode("utf-8", "surrogateescape")] if known is None else [known]
+            ids += [self._bytes[b] for b in part] if known is None else [known]
         return ids
 
     def piece(self, token: int) -> bytes:

@@ -16,7 +16,7 @@ from types import ModuleType
 import gguf
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 from numpy.typing import NDArray
@@ -765,8 +765,16 @@ FRAGMENTS = st.sampled_from(
 TEXTS = st.lists(FRAGMENTS | st.text(max_size=4), max_size=8).map("".join)
 
 
+# Broken in all ways: first bytes of characters with nothing, a space or a special token after them.
+HEADS = [b"\xc0", b"\xe2", b"\xe2\x96", b"\xf0\x9f", b"\xff"]
+BROKEN_FRAGMENTS = st.sampled_from([*HEADS, b"\x80", b" ", b"the", b"<s>"])
+BROKEN = st.lists(BROKEN_FRAGMENTS, max_size=6).map(b"".join)
+
+
 @settings(max_examples=150)
-@given(TEXTS | st.binary(max_size=12), st.booleans(), st.booleans())
+@example(b"\xc0 ", False, False)
+@example(b"\xe2 the\xf0<s>", True, True)
+@given(TEXTS | st.binary(max_size=12) | BROKEN, st.booleans(), st.booleans())
 def test_numpy_reads_text_as_libllama_does(
     vocabularies: tuple[Backend, Backend], text: str | bytes, add_special: bool, parse_special: bool
 ) -> None:
