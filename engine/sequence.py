@@ -133,7 +133,11 @@ class Sequence:
         if not self.prefilling:
             return start + 1
         slicing = self._shared.slicing
-        if alone:
+        if self.options.reproducible:
+            # Where it starts anew, the reply so far is computed as it was: token by token.
+            cut = slicing.next_cut(start, self.n_prompt, self.warmth.cold_tail_end)
+            end = cut if start < self.n_prompt else start + 1
+        elif alone:
             end = slicing.next_cut(start, self.n_known, self.warmth.cold_tail_end)
         else:
             end = slicing.next_mark(start, self.n_known, self.warmth.cold_tail_end)

@@ -112,7 +112,7 @@ class Warmth:
     def __init__(self, shared: WarmthContext, sequence: int, namespace: bytes, n_prompt: int) -> None:
         self._shared = shared
         self._cache, self._backend = shared.cache, shared.backend
-        self._namespace, self._slicing = namespace, shared.slicing
+        self._namespace, self._slicing, self._n_prompt = namespace, shared.slicing, n_prompt
         self._policy = shared.policy
         self._can_trim = shared.backend.limits.can_trim
         self._cold_end = shared.policy.cold_end(n_prompt)
@@ -155,7 +155,7 @@ class Warmth:
         self._provenance = (as_computed or self._provenance).fork(n_shared)
         if match is not None:
             try:
-                n_held, n_shared = self._fill(match, len(tokens), reproducible, n_shared, room, tiers)
+                n_held, n_shared = self._fill(match, reproducible, n_shared, room, tiers)
             except Exception:
                 self._shared.fault(f"restoring a prompt of {len(tokens)} tokens, which is read cold,")
                 self._backend.drop(self._sequence)
@@ -182,13 +182,11 @@ class Warmth:
     def _slowest(self, tiers: set[str]) -> str:
         return next((name for name in reversed(self._cache.tier_names) if name in tiers), LIVE)
 
-    def _fill(
-        self, match: Match, n_tokens: int, reproducible: bool, n_shared: int, room: int, tiers: set[str]
-    ) -> tuple[int, int]:
+    def _fill(self, match: Match, reproducible: bool, n_shared: int, room: int, tiers: set[str]) -> tuple[int, int]:
         """Restore what the cache has beyond what is held; the tokens held then, and those of them still shared."""
         wanted = match.n_tokens
         if reproducible:
-            wanted = self._canonical(match.blocks, wanted, n_tokens)
+            wanted = self._canonical(match.blocks, wanted)
         blocks = [block for block in match.blocks if block.end > n_shared]
         if wanted <= n_shared or not blocks:
             return n_shared, n_shared
@@ -201,7 +199,7 @@ class Warmth:
         blocks, restored = self._restore_blocks(blocks, wanted, n_shared, n_shared + room, tiers)
         if reproducible:
             # Again, by what was loaded: a block may have been missing, or saved anew by another process.
-            restored = self._recut(blocks, restored, n_tokens)
+            restored = self._recut(blocks, restored)
         self._provenance.restored([block for block in blocks if block.start < restored], restored)
         return restored, min(n_shared, restored)
 
@@ -250,9 +248,9 @@ class Warmth:
     def _fits(self, block: Block, wanted: int, room: int) -> bool:
         return block.end <= min(self._backend.limits.n_ctx, room) and (block.end <= wanted or self._can_trim)
 
-    def _recut(self, blocks: list[Block], restored: int, n_prompt: int) -> int:
+    def _recut(self, blocks: list[Block], restored: int) -> int:
         """Fall back to a position where a cold run cuts, too, where the restored KV is not canonical."""
-        kept = self._canonical(blocks, restored, n_prompt)
+        kept = self._canonical(blocks, restored)
         if kept < restored:
             if kept and self._can_trim:
                 self._backend.cut(self._sequence, kept)
@@ -261,8 +259,8 @@ class Warmth:
                 kept = 0
         return kept
 
-    def _canonical(self, blocks: Sequence[Block], n_matched: int, n_prompt: int) -> int:
-        kept = canonical_prefix(blocks, n_matched, n_prompt, self._slicing, self._recipe)
+    def _canonical(self, blocks: Sequence[Block], n_matched: int) -> int:
+        kept = canonical_prefix(blocks, n_matched, self._n_prompt, self._slicing, self._recipe)
         if self._own_cut is not None and self._slicing.window:
             kept = min(kept, self._own_cut // self._slicing.window * self._slicing.window)
         return kept

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import erllama
+from erllama.engine import Batch
 from erllama.llama_ffi import LlamaContext
 from support import RecordingBackend, llama_backend, must_run, same_bits
 
@@ -122,6 +124,33 @@ def test_reproducible_replies_have_the_bits_of_a_cold_run_whatever_ran_before(
                 assert reply.cache.kind == "exact"
         assert cache.counters()["restore_errors"] == cache.counters()["disk_errors"] == 0
         unload(model)
+
+
+@settings(max_examples=40)
+@given(seeds, st.integers(1, 300), st.integers(1, REPLY + 10), sampling)
+def test_a_reproducible_reply_that_has_to_start_anew_keeps_its_bits(
+    bench: Bench, seed: int, n: int, at: int, options: dict[str, float]
+) -> None:
+    """The backend has no cells at decode number `at`, so that all is computed again."""
+    prompt = prompt_of(seed, n)
+    expected, expected_logits = bench.cold(prompt, **options)
+    with erllama.Cache(block_size=BLOCK) as cache:
+        model = bench.model(cache)
+        decode, calls = bench.backend.decode, count(1)
+
+        def decode_but_once(batch: Batch) -> NDArray[np.float32]:
+            if next(calls) == at:
+                raise erllama.CellsExhausted("none left")
+            return decode(batch)
+
+        bench.backend.decode = decode_but_once  # type: ignore[method-assign]
+        try:
+            reply = warm(bench, model, prompt, reproducible=True, **options)
+        finally:
+            bench.backend.decode = decode  # type: ignore[method-assign]
+        unload(model)
+    assert reply.tokens == expected.tokens
+    assert same_bits(bench.backend.logits, expected_logits)
 
 
 @settings(max_examples=40)

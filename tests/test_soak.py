@@ -574,7 +574,7 @@ class Footprint:
 
 def assert_idle(model: erllama.Model, crowd: Crowd, faults: Faults) -> None:
     """Nothing runs, nothing waits, and every request is accounted for."""
-    assert crowd.wrong == []
+    assert not crowd.wrong, "\n".join(crowd.wrong)
     assert (model.pending, model.queue_depth, model.phase) == (0, 0, "idle")
     assert all(ticket.done for ticket in crowd.tickets)
     assert disagreements(model) == []
