@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+import erllama
 from erllama.engine import Backend, Batch, Limits
 from erllama.engine.backends.llama import LlamaBackend, LlamaOptions
 
@@ -69,6 +72,23 @@ class RecordingBackend:
 
     def close(self) -> None:
         self.inner.close()
+
+
+@contextmanager
+def short_of_cells(backend: RecordingBackend, at: int) -> Iterator[None]:
+    """Decode number `at` finds no cells: its request starts anew in an empty context."""
+    decode, calls = backend.decode, count(1)
+
+    def decode_but_once(batch: Batch) -> NDArray[np.float32]:
+        if next(calls) == at:
+            raise erllama.CellsExhausted("injected: none left")
+        return decode(batch)
+
+    backend.decode = decode_but_once  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        backend.decode = decode  # type: ignore[method-assign]
 
 
 def same_bits(a: list[NDArray[np.float32]], b: list[NDArray[np.float32]]) -> bool:

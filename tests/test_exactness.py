@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import erllama
-from erllama.engine import Batch
 from erllama.llama_ffi import LlamaContext
-from support import RecordingBackend, llama_backend, must_run, same_bits
+from support import RecordingBackend, llama_backend, must_run, same_bits, short_of_cells
 
 BLOCK, UBATCH, REPLY = 32, 64, 64
 GREEDY = {"temperature": 0.0}
@@ -136,18 +134,8 @@ def test_a_reproducible_reply_that_has_to_start_anew_keeps_its_bits(
     expected, expected_logits = bench.cold(prompt, **options)
     with erllama.Cache(block_size=BLOCK) as cache:
         model = bench.model(cache)
-        decode, calls = bench.backend.decode, count(1)
-
-        def decode_but_once(batch: Batch) -> NDArray[np.float32]:
-            if next(calls) == at:
-                raise erllama.CellsExhausted("none left")
-            return decode(batch)
-
-        bench.backend.decode = decode_but_once  # type: ignore[method-assign]
-        try:
+        with short_of_cells(bench.backend, at):
             reply = warm(bench, model, prompt, reproducible=True, **options)
-        finally:
-            bench.backend.decode = decode  # type: ignore[method-assign]
         unload(model)
     assert reply.tokens == expected.tokens
     assert same_bits(bench.backend.logits, expected_logits)

@@ -16,7 +16,7 @@ from test_exactness import prompt_of
 
 import erllama
 from erllama.testing.models import write_gemma3, write_lfm2, write_mamba
-from support import RecordingBackend, llama_backend, same_bits
+from support import RecordingBackend, llama_backend, same_bits, short_of_cells
 
 BLOCK, UBATCH = 32, 64
 KINDS = {"sliding window": write_gemma3, "recurrent": write_mamba, "hybrid": write_lfm2}
@@ -101,6 +101,24 @@ def test_replies_have_the_bits_of_a_cold_run(
             assert same_bits(backend.logits, expected_logits)
         counters = cache.counters()
         assert counters["restore_errors"] == counters["faults"] == 0
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 200), st.integers(1, 60))
+def test_a_reproducible_reply_that_has_to_start_anew_keeps_its_bits(
+    trial: Trial, seed: int, n: int, at: int
+) -> None:
+    prompt, backend = prompt_of(seed, n), trial.warm_backend
+    trial.cold_backend.forget()
+    expected = trial.cold.complete(prompt, max_tokens=50, temperature=0)
+    backend.close = lambda: None  # type: ignore[method-assign]
+    backend.abort(False)
+    with erllama.Cache(block_size=BLOCK) as cache, erllama.load_backend(backend, cache=cache) as model:
+        backend.forget()
+        with short_of_cells(backend, at):
+            reply = model.complete(prompt, max_tokens=50, temperature=0, reproducible=True)
+    assert reply.tokens == expected.tokens
+    assert same_bits(backend.logits, trial.cold_backend.logits)
 
 
 def test_recurrent_memory_resumes_from_the_last_block_alone(trial: Trial) -> None:
