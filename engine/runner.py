@@ -172,6 +172,10 @@ class Runner:
         self._call(lambda: found.append(self._scheduler.live.end_session(namespace, session_id)))
         return any(found)
 
+    def warm_up(self) -> None:
+        """Decode once for nothing; before any request."""
+        self._call(self._scheduler.warm_up)
+
     def evict(self) -> None:
         """Save what the context holds and wait until that is stored; let go of what no request uses."""
         self._call(self._scheduler.evict)

@@ -13,7 +13,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
+
 from erllama.cache import Match, SaveReason
+from erllama.engine.backend import Batch
 from erllama.engine.batches import BatchBuilder, Part
 from erllama.engine.live import LiveContext, Parked, common_prefix
 from erllama.engine.live_tier import LiveTier
@@ -409,6 +412,12 @@ class Scheduler:
         self._failed(list(self.running), error)
 
     # --- what others ask for, between two ticks
+
+    def warm_up(self) -> None:
+        """Decode any one token and forget it, in this thread: the backend's threads and memory are its own."""
+        zero = np.zeros(1, np.int32)
+        self._backend.decode(Batch(zero, zero, zero, np.ones(1, np.int8)))
+        self._backend.clear()
 
     def evict(self) -> None:
         """Save what is in the context, and drop what nobody uses."""

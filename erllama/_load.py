@@ -12,7 +12,7 @@ from erllama._fingerprint import fingerprint
 from erllama._model import Model, Shape, shown
 from erllama.cache import Cache, Policy
 from erllama.engine import Backend, RequestOptions
-from erllama.errors import OptionError, integer, reject_unknown
+from erllama.errors import OptionError, boolean, integer, reject_unknown
 
 _LOAD_OPTIONS = (
     "id",
@@ -36,6 +36,7 @@ _LOAD_OPTIONS = (
     "rope_freq_scale",
     "mmap",
     "mlock",
+    "warmup",
     "on_progress",
 )
 _SHAPE_OPTIONS = ("n_seq_max", "prefill_chunk_size", "parked_cells", "max_pending")
@@ -73,6 +74,7 @@ def load_model(
     rope_freq_scale: float | None = None,
     mmap: bool = True,
     mlock: bool = False,
+    warmup: bool = True,
     on_progress: Callable[[float], object] | None = None,
     **unknown: Never,
 ) -> Model:
@@ -105,6 +107,8 @@ def load_model(
         rope_freq_base, rope_freq_scale: None for the model's own.
         mmap: map the file instead of reading it.
         mlock: keep the weights from being swapped out.
+        warmup: decode one token before returning, so that the first request does not wait for threads to
+            start and for memory to be touched for the first time.
         on_progress: called with the fraction loaded, 0.0 to 1.0; returning False cancels.
 
     Raises:
@@ -137,6 +141,7 @@ def load_model(
         mmap=mmap,
         mlock=mlock,
     )
+    boolean("warmup", warmup)
     if on_progress is not None and not callable(on_progress):
         raise OptionError(f"on_progress={on_progress!r}; give a function of one number, or None")
     cache = _checked_cache(cache)
@@ -150,7 +155,7 @@ def load_model(
         return LlamaBackend(file, options, fingerprint(file, cache), on_progress)
 
     shape = Shape(n_running, prefill_chunk_size, parked_cells, max_pending)
-    return _load(make, id, cache, Policy.of(policy), cache_salt, shape)
+    return _load(make, id, cache, Policy.of(policy), cache_salt, shape, warmup=warmup)
 
 
 def load_backend(
@@ -188,6 +193,8 @@ def _load(
     policy: Policy,
     cache_salt: str | None,
     shape: Shape,
+    *,
+    warmup: bool = False,
 ) -> Model:
     RequestOptions(cache_salt=cache_salt)  # checks it before anything is loaded
     model_id = _registry.reserve(id)
@@ -198,6 +205,12 @@ def _load(
         except BaseException:
             backend.close()
             raise
+        if warmup:
+            try:
+                model._runner.warm_up()
+            except BaseException:
+                model._runner.stop()
+                raise
     except BaseException:
         _registry.give_up(model_id)
         raise

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 import erllama
 from erllama.cache import Cache
 from erllama.engine import Batch
+from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.backends.stub import EOG, StubBackend
 from erllama.engine.cells import Cells
 from erllama.engine.metrics import EngineMetrics
@@ -1167,3 +1168,45 @@ def test_cells_are_counted_as_if_each_were_looked_at(steps: list[tuple[str, int,
             inside = set().union(*(held[number] for number in group))
             outside = set().union(*(held[number] for number in range(5) if number not in group))
             assert cells.only_of(group) == len(inside - outside)
+
+
+# --- loading ---------------------------------------------------------------------------------------------
+
+
+def test_a_model_decodes_once_before_it_is_given_out_and_nothing_of_that_remains(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, threads = LlamaBackend.decode, []
+
+    def watched(self: LlamaBackend, batch: Batch) -> NDArray[np.float32]:
+        threads.append(threading.current_thread().name)
+        return decode(self, batch)
+
+    monkeypatch.setattr(LlamaBackend, "decode", watched)
+    replies = []
+    for warmup in (True, False):
+        threads.clear()
+        with Cache() as cache, erllama.load_model(tiny_gguf, cache=cache, n_ctx=256, warmup=warmup) as model:
+            assert threads == [f"erllama-model-{model.id}"] * warmup
+            assert model.metrics.ticks == 0
+            assert cache.rows() == []
+            replies.append(model.complete([5, 6, 7], max_tokens=20, temperature=0, logprobs=0))
+    assert replies[0].cache.kind == "cold"
+    assert replies[0].logprobs == replies[1].logprobs
+
+
+def test_a_model_that_cannot_decode_is_refused_when_it_is_loaded(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: LlamaBackend, batch: Batch) -> NDArray[np.float32]:
+        raise erllama.BackendError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LlamaBackend, "decode", failing)
+        with pytest.raises(erllama.BackendError, match="out of memory"):
+            erllama.load_model(tiny_gguf, id="cannot", n_ctx=256)
+    assert "cannot" not in [model.id for model in erllama.list_models()]
+    with erllama.load_model(tiny_gguf, id="cannot", n_ctx=256) as model:
+        assert model.complete([5], max_tokens=1).tokens
+    with pytest.raises(erllama.OptionError, match="warmup"):
+        erllama.load_model(tiny_gguf, warmup="yes")  # type: ignore[arg-type]
