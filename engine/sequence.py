@@ -63,13 +63,14 @@ class Sequence:
         self.ran_out_at = 0
         self.finish_reason: FinishReason | None = None
         self._warmth: Warmth | None = None
+        self._due = 0.0  # how many tokens are held when something is to be saved
         self._finish_key: bytes | None = None  # of what it held when it last left
         self._sampler = Sampler(options.sampling)
         self._decoder = TextDecoder()
         self._stops = StopScanner(options.stop)
         self._text: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
-        self._unsent = len(prompt)  # the first token that no piece told of
+        self._unsent: list[int] = []  # drawn, and no piece told of them
         self._n_prefilled = 0
         self._hit: CacheHit | None = None
         self._placed_at = self._restored_at = self._first_token_at = self._last_token_at = 0.0
@@ -114,6 +115,7 @@ class Sequence:
     def enter(self, number: int, warmth: Warmth, n_held: int, hit: CacheHit, began: float) -> None:
         """It is in the context now, and holds its first `n_held` tokens."""
         self.number, self._warmth, self.n_held = number, warmth, n_held
+        self._due = warmth.due
         self.leader = None
         if self._hit is None:
             self._hit = hit
@@ -160,8 +162,11 @@ class Sequence:
         """Save what is to be saved as it is computed."""
         if self.n_held <= self.n_prompt:
             self.warmth.prefilled(self.held)
-        elif self.n_held >= self.warmth.due:
+        elif self.n_held >= self._due:
             self.warmth.generated(self.held)
+        else:
+            return
+        self._due = self.warmth.due
 
     def save(self, reason: SaveReason) -> None:
         """Save what the cache does not have yet of the tokens that are held."""
@@ -193,6 +198,7 @@ class Sequence:
             self._logprobs.append(log_probabilities(logits, token, self.options.logprobs))
         self.tokens[self.n_known] = token
         self.n_known += 1
+        self._unsent.append(token)
         self._say(self._decoder.feed(self._vocabulary.piece(token)))
         if self._stops.matched is not None:
             self.finish_reason = "stop"
@@ -208,11 +214,11 @@ class Sequence:
             self._send(released)
 
     def _send(self, text: str) -> None:
-        first, self._unsent = self._unsent, self.n_known
         self._text.append(text)
         if self.ticket.streaming:
-            told = self._logprobs[first - self.n_prompt :]
-            self.ticket.emit(TextDelta(text, tuple(self.tokens[first : self.n_known].tolist()), tuple(told)))
+            told = self._logprobs[len(self._logprobs) - len(self._unsent) :] if self._logprobs else ()
+            self.ticket.emit(TextDelta(text, tuple(self._unsent), tuple(told)))
+        self._unsent.clear()
 
     def completion(self) -> Completion:
         """The result; text that was held back and is no stop string is sent first."""
