@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import KEY_BYTES
-from erllama.engine.sampling import SamplingOptions, TokenLogprobs
+from erllama.engine.sampling import SamplingOptions, SamplingState, TokenLogprobs
 from erllama.errors import OptionError, boolean, integer, real
 
 FinishReason = Literal["stop", "length", "context_full", "cancelled"]
@@ -36,6 +36,7 @@ class RequestOptions:
             tokens drawn; None for none at all.
         session_id: keeps the context in its cells for the session's next request; a name.
         timeout: seconds from the call in which the reply must be done; None for any time.
+        sampling_state: where the draws of another reply ended, to go on from there; None to begin anew.
     """
 
     max_tokens: int | None = None
@@ -47,6 +48,7 @@ class RequestOptions:
     logprobs: int | None = None
     session_id: str | None = None
     timeout: float | None = None
+    sampling_state: SamplingState | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -67,6 +69,16 @@ class RequestOptions:
             raise OptionError(f"session_id={self.session_id!r}; give a text that is not empty, or None")
         if self.timeout is not None:
             put(self, "timeout", real("timeout", self.timeout, 0.0))
+        if self.sampling_state is not None:
+            if not isinstance(self.sampling_state, SamplingState):
+                raise OptionError(
+                    f"sampling_state={self.sampling_state!r}; give the sampling_state of a Completion, or None"
+                )
+            if self.sampling.seed not in (None, self.sampling_state.seed):
+                raise OptionError(
+                    f"seed={self.sampling.seed} beside a sampling_state, which goes on with seed "
+                    f"{self.sampling_state.seed}; leave one out"
+                )
 
 
 def _stop_strings(stop: object) -> tuple[str, ...]:
@@ -139,6 +151,7 @@ class Completion:
         finish_key: names the stored context of this reply; None when nothing was stored.
         cache: how much of the prompt was warm.
         seed: the seed the draws used.
+        sampling_state: where the draws stand; a request for more that is given it draws what this one would have.
         timings: where the time went.
         stop_sequence: the stop string that ended it; None where none did.
         logprobs: one for each of `tokens`, where asked for; else None.
@@ -151,6 +164,7 @@ class Completion:
     finish_key: bytes | None
     cache: CacheHit
     seed: int
+    sampling_state: SamplingState
     timings: Timings
     stop_sequence: str | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from erllama.cache import SaveReason
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.request import CacheHit, Completion, FinishReason, TextDelta, Timings
-from erllama.engine.sampling import Sampler, TokenLogprobs, log_probabilities
+from erllama.engine.sampling import TokenLogprobs, log_probabilities
 from erllama.engine.stops import StopScanner
 from erllama.engine.text import TextDecoder
 from erllama.engine.ticket import Ticket
@@ -65,7 +65,7 @@ class Sequence:
         self._warmth: Warmth | None = None
         self._due = 0.0  # how many tokens are held when something is to be saved
         self._finish_key: bytes | None = None  # of what it held when it last left
-        self._sampler = Sampler(options.sampling)
+        self._sampler = shared.samplers.make(options.sampling, options.sampling_state)
         self._decoder = TextDecoder()
         self._stops = StopScanner(options.stop)
         self._text: list[str] = []
@@ -184,7 +184,7 @@ class Sequence:
 
     def draw(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
         """Sample the next token from logits, shape (n_vocab,), that were there at `now`."""
-        token = self._sampler.sample(logits)
+        token = self._sampler.sample(logits, self.known)
         if self._last_token_at:
             metrics.between_tokens.observe(now - self._last_token_at)
         else:
@@ -239,6 +239,7 @@ class Sequence:
             finish_key=self._warmth.finish_key if self._warmth is not None else self._finish_key,
             cache=self._hit or CacheHit("cold", None, 0),
             seed=self._sampler.seed,
+            sampling_state=self._sampler.state,
             timings=Timings(
                 queued=began - self.ticket.submitted,
                 restore=(self._restored_at or now) - began,

@@ -32,6 +32,7 @@ from erllama.cache import (
 )
 from erllama.engine.backend import Backend
 from erllama.engine.request import CacheHit, HitKind
+from erllama.engine.sampling import SamplerFactory
 from erllama.engine.slices import Provenance, Slicing, canonical_prefix
 from erllama.errors import StateError
 
@@ -42,12 +43,13 @@ LIVE = "live"  # the tier of what is still in the context
 
 @dataclass(frozen=True, slots=True)
 class WarmthContext:
-    """What all sequences of a model share: the cache, how the model computes, and what of it is saved."""
+    """What all sequences of a model share: the cache, how the model computes, what is saved, and who draws."""
 
     cache: Cache
     backend: Backend
     slicing: Slicing
     policy: Policy
+    samplers: SamplerFactory
 
     def namespace(self, cache_salt: str | None) -> bytes:
         """The root key of what a request may see: the model's, or a tenant's own."""
@@ -387,4 +389,5 @@ def shared_warmth(cache: Cache, backend: Backend, policy: Policy) -> WarmthConte
         # changes the order of sums. Windows of a block's length and more were found to keep every bit.
         restores_bits=not 0 < limits.attention_window < cache.block_size,
     )
-    return WarmthContext(cache, backend, slicing, policy)
+    samplers = SamplerFactory(backend.vocabulary, backend.limits.n_ctx)
+    return WarmthContext(cache, backend, slicing, policy, samplers)

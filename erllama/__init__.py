@@ -16,7 +16,18 @@ from erllama._model import Model, ModelInfo
 from erllama._registry import get_model, list_models, queue_depth
 from erllama._stream import AsyncStream, Stream
 from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
-from erllama.engine import CacheHit, Completion, Done, EngineMetrics, Event, TextDelta, Timings, TokenLogprobs
+from erllama.engine import (
+    CacheHit,
+    Candidates,
+    Completion,
+    Done,
+    EngineMetrics,
+    Event,
+    SamplingState,
+    TextDelta,
+    Timings,
+    TokenLogprobs,
+)
 from erllama.errors import (
     AlreadyLoaded,
     BackendError,
@@ -52,6 +63,7 @@ __all__ = [
     "CacheFormatError",
     "CacheHit",
     "CalledFromModelThread",
+    "Candidates",
     "CellsExhausted",
     "Completion",
     "DeadlineExceeded",
@@ -75,6 +87,7 @@ __all__ = [
     "PromptTooLong",
     "QueueFull",
     "SamplingError",
+    "SamplingState",
     "SaveReason",
     "SessionBusy",
     "StateError",

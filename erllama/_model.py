@@ -141,6 +141,17 @@ class Model:
             top_p: draw from the fewest tokens whose probabilities sum to this, 0.95; 1 for all.
             min_p: draw from tokens at least this times as likely as the most likely, 0.05; 0 for all.
             seed: fixes the draws; None draws a seed, told in the result.
+            logit_bias: by token id, what is added to its logit; -inf rules it out.
+            banned_tokens: ids that are never drawn.
+            repeat_penalty, repeat_last_n, frequency_penalty, presence_penalty: make what came lately less likely.
+            dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, dry_sequence_breakers: make going on
+                with a repetition less likely.
+            top_n_sigma, typical_p, xtc_probability, xtc_threshold: other ways to drop candidates.
+            dynatemp_range, dynatemp_exponent: let the temperature follow how uncertain the model is.
+            mirostat, mirostat_tau, mirostat_eta: aim at one surprise for all tokens, in place of dropping some.
+            min_keep: the fewest candidates that a step leaves.
+            samplers: the steps and their order: names, and functions of one's own from Candidates to Candidates.
+            sampling_state: that of another Completion, to go on with its draws.
             stop: a text, or several, at which the reply ends; the first by position wins, and is
                 neither part of the reply nor streamed, but told as `stop_sequence`.
             logprobs: tell how likely each token was, and the most likely ones, this many of them, 0 to 100.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
-from erllama.engine import RequestOptions, SamplingOptions
+from erllama.engine import RequestOptions, SamplingOptions, SamplingState, Step
 from erllama.errors import reject_unknown
 
 
@@ -28,6 +28,29 @@ class CompletionOptions(PrefillOptions, total=False):
     top_p: float
     min_p: float
     seed: int | None
+    logit_bias: Mapping[int, float] | None
+    banned_tokens: Sequence[int]
+    repeat_penalty: float
+    repeat_last_n: int
+    frequency_penalty: float
+    presence_penalty: float
+    dry_multiplier: float
+    dry_base: float
+    dry_allowed_length: int
+    dry_penalty_last_n: int
+    dry_sequence_breakers: Sequence[str]
+    top_n_sigma: float
+    typical_p: float
+    xtc_probability: float
+    xtc_threshold: float
+    dynatemp_range: float
+    dynatemp_exponent: float
+    mirostat: int
+    mirostat_tau: float
+    mirostat_eta: float
+    min_keep: int
+    samplers: Sequence[str | Step]
+    sampling_state: SamplingState | None
     stop: str | Sequence[str]
     logprobs: int | None
 

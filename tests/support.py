@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -118,3 +118,23 @@ def must_run(code: str, *arguments: object, timeout: float = 120) -> str:
     finished = run_python(code, *arguments, timeout=timeout)
     assert finished.returncode == 0, f"exit {finished.returncode}\n{finished.stdout}\n{finished.stderr}"
     return finished.stdout
+
+
+class Letters:
+    """A vocabulary of `n_tokens` characters, beginning with those of ASCII; the last ends a reply."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+        self.is_eog = np.arange(n_tokens) == n_tokens - 1
+
+    def piece(self, token: int) -> bytes:
+        return b"" if self.is_eog[token] else chr(token).encode("utf-8", "surrogatepass")
+
+    def tokenize(
+        self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
+    ) -> NDArray[np.int32]:
+        text = source if isinstance(source, str) else source.decode()
+        return np.array([ord(letter) for letter in text], np.int32)
+
+    def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
+        return b"".join(self.piece(int(token)) for token in tokens)

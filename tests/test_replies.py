@@ -376,7 +376,7 @@ def test_tokens_are_computed_once() -> None:
         ({"reproducible": 1}, "True or False"),
         ({"max_token": 5}, "did you mean 'max_tokens'"),
         ({"temprature": 5}, "did you mean 'temperature'"),
-        ({"xyzzy": 5}, "it takes cache_salt, logprobs, max_tokens"),
+        ({"xyzzy": 5}, "it takes banned_tokens, cache_salt, dry_allowed_length"),
     ],
 )
 @pytest.mark.parametrize("call", ["complete", "stream"])
