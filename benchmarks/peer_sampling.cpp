@@ -1,9 +1,11 @@
 // Time libllama's own samplers on given logits. benchmarks/sampling.py compiles and runs this.
 //
-//   peer_sampling LOGITS N_VOCAB TEMPERATURE SEED N_ROUNDS N_EVICT
+//   peer_sampling LOGITS CONTEXT N_VOCAB TEMPERATURE PENALTY SEED N_ROUNDS N_EVICT
 //
-// LOGITS is a file of float32 rows, each of N_VOCAB. A round samples once from each row. Temperature 0 is the greedy
-// sampler; any other is top-k 40, top-p 0.95, min-p 0.05, temperature, and the draw: the order of llama.cpp's tools.
+// LOGITS is a file of float32 rows, each of N_VOCAB; CONTEXT one of int32 tokens that came before, the same for all.
+// A round samples once from each row. Temperature 0 is the greedy sampler; any other is top-k 40, top-p 0.95,
+// min-p 0.05, temperature, and the draw: the order of llama.cpp's tools. A PENALTY other than 1 for repetition among
+// the last 64 tokens comes before.
 // Between two samples N_EVICT bytes are written, outside the measured time; 0 for none. Printed is JSON:
 // "nanoseconds", the mean of a sample for each round, and "tokens", what the last round chose.
 
@@ -15,23 +17,26 @@
 
 #include "llama.h"
 
-static std::vector<float> read_floats(const char * path) {
+template <class Number> static std::vector<Number> read_numbers(const char * path) {
     FILE * file = std::fopen(path, "rb");
     if (!file) {
         std::perror(path);
         std::exit(1);
     }
-    std::vector<float> found;
-    float buffer[4096];
-    while (size_t n = std::fread(buffer, sizeof(float), 4096, file)) {
+    std::vector<Number> found;
+    Number buffer[4096];
+    while (size_t n = std::fread(buffer, sizeof(Number), 4096, file)) {
         found.insert(found.end(), buffer, buffer + n);
     }
     std::fclose(file);
     return found;
 }
 
-static llama_sampler * make_chain(float temperature, uint32_t seed) {
+static llama_sampler * make_chain(int32_t n_vocab, float temperature, float penalty, uint32_t seed) {
     llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+    if (penalty != 1) {
+        llama_sampler_chain_add(chain, llama_sampler_init_penalties(n_vocab, 64, penalty, 0, 0));
+    }
     if (temperature == 0) {
         llama_sampler_chain_add(chain, llama_sampler_init_greedy());
         return chain;
@@ -55,16 +60,19 @@ static llama_token sample(llama_sampler * chain, const float * logits, std::vect
 }
 
 int main(int n_arguments, char ** arguments) {
-    if (n_arguments != 7) {
-        std::fprintf(stderr, "usage: %s LOGITS N_VOCAB TEMPERATURE SEED N_ROUNDS N_EVICT\n", arguments[0]);
+    if (n_arguments != 9) {
+        std::fprintf(
+            stderr, "usage: %s LOGITS CONTEXT N_VOCAB TEMPERATURE PENALTY SEED N_ROUNDS N_EVICT\n", arguments[0]);
         return 2;
     }
-    const std::vector<float> logits = read_floats(arguments[1]);
-    const size_t n_vocab = std::strtoull(arguments[2], nullptr, 10);
-    const float temperature = std::strtof(arguments[3], nullptr);
-    const uint32_t seed = (uint32_t) std::strtoul(arguments[4], nullptr, 10);
-    const size_t n_rounds = std::strtoull(arguments[5], nullptr, 10);
-    std::vector<char> evict(std::strtoull(arguments[6], nullptr, 10));
+    const std::vector<float> logits = read_numbers<float>(arguments[1]);
+    const std::vector<llama_token> context = read_numbers<llama_token>(arguments[2]);
+    const size_t n_vocab = std::strtoull(arguments[3], nullptr, 10);
+    const float temperature = std::strtof(arguments[4], nullptr);
+    const float penalty = std::strtof(arguments[5], nullptr);
+    const uint32_t seed = (uint32_t) std::strtoul(arguments[6], nullptr, 10);
+    const size_t n_rounds = std::strtoull(arguments[7], nullptr, 10);
+    std::vector<char> evict(std::strtoull(arguments[8], nullptr, 10));
     const size_t n_rows = n_vocab ? logits.size() / n_vocab : 0;
     if (n_rows == 0 || n_rows * n_vocab != logits.size()) {
         std::fprintf(stderr, "%s does not hold rows of %zu\n", arguments[1], n_vocab);
@@ -72,7 +80,10 @@ int main(int n_arguments, char ** arguments) {
     }
 
     using Clock = std::chrono::steady_clock;
-    llama_sampler * chain = make_chain(temperature, seed);
+    llama_sampler * chain = make_chain((int32_t) n_vocab, temperature, penalty, seed);
+    for (llama_token token : context) {
+        llama_sampler_accept(chain, token);
+    }
     std::vector<llama_token_data> candidates(n_vocab);
     std::vector<llama_token> tokens(n_rows);
     std::printf("{\"nanoseconds\": [");

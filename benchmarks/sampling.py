@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.engines import AbsentError
 from benchmarks.measure import Figure, Findings, Setup, Target, in_turn
-from erllama.engine.sampling import Sampler, SamplingOptions
+from erllama.engine import SamplerFactory, SamplingOptions
 
 HERE = Path(__file__).resolve().parent
 VOCABULARIES = (32_000, 128_256, 262_144)  # of Llama 2, Llama 3 and Gemma 3
@@ -40,17 +40,41 @@ class Case(NamedTuple):
     what: str
     peer: str
     temperature: float
+    repeat_penalty: float
     n_evict: int
     n_rounds: int
     target: Target | None
 
 
 STEPS = "top-k 40, top-p, min-p, temperature"
+PENALISED = f"penalties, {STEPS}"
+CHAIN = "libllama's chain"
 CASES = (
-    Case("sampling", STEPS, "libllama's chain", 0.8, 0, 60, Target("<=", 1.0)),
-    Case("sampling-cold", f"{STEPS}; caches emptied before each", "libllama's chain", 0.8, EVICT, 8, None),
-    Case("sampling-greedy", "greedy", "libllama's greedy sampler", 0.0, 0, 60, None),
+    Case("sampling", PENALISED, CHAIN, 0.8, 1.1, 0, 60, Target("<=", 1.0)),
+    Case("sampling-cold", f"{PENALISED}; caches emptied before each", CHAIN, 0.8, 1.1, EVICT, 8, None),
+    Case("sampling-plain", STEPS, CHAIN, 0.8, 1.0, 0, 60, Target("<=", 1.0)),
+    Case("sampling-plain-cold", f"{STEPS}; caches emptied before each", CHAIN, 0.8, 1.0, EVICT, 8, None),
+    Case("sampling-greedy", "greedy", "libllama's greedy sampler", 0.0, 1.0, 0, 60, None),
 )
+
+
+class _Ids:
+    """A vocabulary of numbers: sampling asks for no more."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+        self.is_eog = np.zeros(n_tokens, np.bool_)
+
+    def piece(self, token: int) -> bytes:
+        return b"%d" % token
+
+    def tokenize(
+        self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
+    ) -> NDArray[np.int32]:
+        return np.array([int(source)], np.int32)
+
+    def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
+        return b"".join(map(self.piece, map(int, tokens)))
 
 
 def sampling(setup: Setup) -> Findings:
@@ -61,6 +85,7 @@ def sampling(setup: Setup) -> Findings:
         for n_vocab in VOCABULARIES[:1] if setup.quick else VOCABULARIES:
             rows = make_rows(n_vocab, N_ROWS)
             rows.tofile(Path(place) / "logits.f32")
+            context(rows).tofile(Path(place) / "context.i32")
             findings.figures += [_compare(setup, case, rows, Path(place)) for case in CASES]
     return findings
 
@@ -79,14 +104,27 @@ def make_rows(n_vocab: int, n_rows: int) -> NDArray[np.float32]:
     return rows
 
 
+def context(rows: NDArray[np.float32]) -> NDArray[np.int32]:
+    """What came before, int32, shape (64,): some that are likely in the first row, and others."""
+    dice = np.random.default_rng(SEED + 1)
+    likely = rows[0].argsort()[-N_PEAKS:]
+    return np.concatenate([dice.choice(likely, 32), dice.integers(0, rows.shape[1], 32)]).astype(np.int32)
+
+
 def _compare(setup: Setup, case: Case, rows: NDArray[np.float32], place: Path) -> Figure:
     n_rounds, n_vocab = setup.of(case.n_rounds, 2), rows.shape[1]
-    options = SamplingOptions(case.temperature, top_k=40, top_p=0.95, min_p=0.05, seed=SEED)
-    given = ("logits.f32", n_vocab, case.temperature, SEED, n_rounds, case.n_evict)
-    command = ["./peer_sampling", *map(str, given)]
-    if case.temperature == 0 and _theirs(command, place).tokens != [Sampler(options).sample(row) for row in rows]:
-        raise SystemExit("ours and libllama's greedy sampler choose differently")
+    options = SamplingOptions(
+        case.temperature, top_k=40, top_p=0.95, min_p=0.05, seed=SEED, repeat_penalty=case.repeat_penalty
+    )
+    given = ("logits.f32", "context.i32", n_vocab, case.temperature, case.repeat_penalty, SEED, n_rounds)
+    command = ["./peer_sampling", *map(str, given), str(case.n_evict)]
+    if case.temperature == 0:
+        sampler, before = SamplerFactory(_Ids(n_vocab), 4096).make(options), context(rows)
+        if _theirs(command, place).tokens != [sampler.sample(row, before) for row in rows]:
+            raise SystemExit("ours and libllama's greedy sampler choose differently")
     shown = "temperature=0" if case.temperature == 0 else f"{case.temperature}, top_k=40, top_p=0.95, min_p=0.05"
+    if case.repeat_penalty != 1:
+        shown += f", repeat_penalty={case.repeat_penalty}, repeat_last_n=64"
     notes = [
         f"a run: median of {n_rounds} rounds over {len(rows)} rows of noise with {N_PEAKS} peaks; one thread",
         "libllama's samples begin, as llama-server's do, by filling an array of candidates from the logits, timed",
@@ -104,14 +142,14 @@ def _compare(setup: Setup, case: Case, rows: NDArray[np.float32], place: Path) -
             setup.runs,
         ),
         case.target if n_vocab == TARGETED else None,
-        (f"Sampler(SamplingOptions({shown}, seed={SEED})).sample(logits)", shlex.join(command)),
+        (f"factory.make(SamplingOptions({shown}, seed={SEED})).sample(logits, context)", shlex.join(command)),
         notes,
     )
 
 
 def _ours(options: SamplingOptions, rows: NDArray[np.float32], n_rounds: int, n_evict: int) -> float:
     """Microseconds of a sample."""
-    sample: Callable[[NDArray[np.float32]], int] = Sampler(options).sample
+    sample, before = SamplerFactory(_Ids(rows.shape[1]), 4096).make(options).sample, context(rows)
     evict = np.zeros(n_evict, np.uint8)[::64]
     rounds: list[float] = []
     for _ in range(n_rounds + 1):
@@ -119,7 +157,7 @@ def _ours(options: SamplingOptions, rows: NDArray[np.float32], n_rounds: int, n_
         for row in rows:
             evict += 1
             began = time.perf_counter_ns()
-            sample(row)
+            sample(row, before)
             spent += time.perf_counter_ns() - began
         rounds.append(spent / len(rows))
     return statistics.median(rounds[1:]) / 1e3  # the first does not count
