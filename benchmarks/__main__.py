@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import erllama
-from benchmarks import decoding, llama_cpp_python, load, report, sampling, storage, ticks
+from benchmarks import decoding, grammar, llama_cpp_python, load, report, sampling, storage, ticks
 from benchmarks.engines import AbsentError
 from benchmarks.measure import Findings, Setup, spread
 from erllama.llama_ffi import build_info
@@ -22,6 +22,7 @@ SCENARIOS: dict[str, Callable[[Setup], Findings]] = {
     **storage.SCENARIOS,
     **ticks.SCENARIOS,
     **sampling.SCENARIOS,
+    **grammar.SCENARIOS,
     **llama_cpp_python.SCENARIOS,
 }
 QUANTIZATION: dict[str, Quantization] = {"1.1b": "Q4_0"}
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--backend", help="refuse to run unless libllama was built for this one, as cuda")
     parser.add_argument("--peers", type=Path, help="what `scripts/build_llama.sh --peers` printed")
     parser.add_argument("--llama-cpp-python", type=Path, help="the Python of an environment that has it")
+    parser.add_argument("--vocabulary", type=Path, help="a GGUF with 128,256 tokens, for grammars")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="for JSON, Markdown and plots")
     parser.add_argument("--docs", type=Path, help="also renew the page and the plots in this directory")
     parser.add_argument("--quick", action="store_true", help="only try that every scenario runs, on a tiny model")
@@ -57,6 +59,7 @@ def main() -> int:
             gpu_layers=0 if backend == "cpu" else 999,
             peers=given.peers,
             llama_cpp_python=given.llama_cpp_python,
+            vocabulary=given.vocabulary,
         )
         print(f"erllama {erllama.__version__}, {build_info()}, {setup.threads} threads, {setup.model.name}")
         findings = Findings()

@@ -69,7 +69,8 @@ def one(setup: Setup) -> Findings:
 
 def _alone(setup: Setup, n_prompt: int, n_reply: int) -> tuple[str, list[float]]:
     """One stream of ours in a process of its own: its command, and the tokens a second of each repetition."""
-    plain = {**asdict(setup), "model": str(setup.model), "peers": None, "llama_cpp_python": None}
+    nowhere = dict.fromkeys(("peers", "llama_cpp_python", "vocabulary"))
+    plain = {**asdict(setup), "model": str(setup.model), **nowhere}
     given = json.dumps([plain, n_prompt, n_reply])
     command = [sys.executable, "-m", "benchmarks.decoding", given]
     root = Path(__file__).resolve().parent.parent

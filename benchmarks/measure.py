@@ -126,6 +126,7 @@ class Setup:
         gpu_layers: layers on a GPU, for both sides; 0 for none.
         peers: the directory that `scripts/build_llama.sh --peers` printed; None to run that.
         llama_cpp_python: the Python of an environment that has llama-cpp-python; None for none.
+        vocabulary: a GGUF with a large vocabulary, for grammars; None for none.
     """
 
     model: Path
@@ -136,6 +137,7 @@ class Setup:
     gpu_layers: int = 0
     peers: Path | None = None
     llama_cpp_python: Path | None = None
+    vocabulary: Path | None = None
 
     def of(self, full: int, quick: int) -> int:
         """A size, as long as it is not only tried."""

@@ -81,7 +81,7 @@ def sampling(setup: Setup) -> Findings:
     """The chain of steps, with warm and with cold caches, and the greedy choice, for three sizes of vocabulary."""
     findings = Findings()
     with tempfile.TemporaryDirectory() as place:
-        _compile(Path(place), setup.backend)
+        compiled("peer_sampling", Path(place), setup.backend)
         for n_vocab in VOCABULARIES[:1] if setup.quick else VOCABULARIES:
             rows = make_rows(n_vocab, N_ROWS)
             rows.tofile(Path(place) / "logits.f32")
@@ -171,15 +171,20 @@ class _Theirs(NamedTuple):
 
 
 def _theirs(command: list[str], place: Path) -> _Theirs:
-    finished = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        raise SystemExit(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:]}")
-    found = json.loads(finished.stdout)
+    found = json.loads(ran(command, place))
     return _Theirs(statistics.median(found["nanoseconds"]) / 1e3, found["tokens"])
 
 
-def _compile(place: Path, backend: str) -> None:
-    """Compile `peer_sampling` into `place`, against the libllama of this backend.
+def ran(command: list[str], place: Path) -> str:
+    """What a command prints, which runs in `place`."""
+    finished = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:]}")
+    return finished.stdout
+
+
+def compiled(name: str, place: Path, backend: str) -> None:
+    """Compile a program of this directory into `place`, against the libllama of this backend.
 
     Raises:
         AbsentError: libllama or the compiler is missing.
@@ -192,8 +197,8 @@ def _compile(place: Path, backend: str) -> None:
     (library,) = (prefix / "lib").glob("libllama.*")
     # fmt: off
     command = [
-        "c++", "-std=c++17", "-O2", "-I", str(prefix / "include"), str(HERE / "peer_sampling.cpp"), str(library),
-        f"-Wl,-rpath,{prefix / 'lib'}", "-o", str(place / "peer_sampling"),
+        "c++", "-std=c++17", "-O2", "-I", str(prefix / "include"), str(HERE / f"{name}.cpp"), str(library),
+        f"-Wl,-rpath,{prefix / 'lib'}", "-o", str(place / name),
     ]
     # fmt: on
     try:

@@ -592,7 +592,8 @@ def _talk_sizes(setup: Setup) -> tuple[int, int, int]:
 
 
 def _memory_of(setup: Setup, what: str) -> Memory:
-    given = {**asdict(setup), "model": str(setup.model.resolve()), "peers": None, "llama_cpp_python": None}
+    nowhere = dict.fromkeys(("peers", "llama_cpp_python", "vocabulary"))
+    given = {**asdict(setup), "model": str(setup.model.resolve()), **nowhere}
     command = [sys.executable, "-m", "benchmarks.storage", json.dumps([given, what])]
     root = Path(__file__).resolve().parent.parent
     finished = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=root)

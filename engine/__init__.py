@@ -2,6 +2,7 @@
 
 from erllama.engine.backend import Backend, Batch, Limits, Vocabulary
 from erllama.engine.candidates import Candidates
+from erllama.engine.grammar import Grammar
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.request import (
     CacheHit,
@@ -28,6 +29,7 @@ __all__ = [
     "Done",
     "EngineMetrics",
     "Event",
+    "Grammar",
     "Limits",
     "Phase",
     "Request",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+_RULED_OUT = np.float32(-np.inf).view(np.int32)
 _MANY = 1024  # from here on numpy's sort of integers wins
 _GROUP = 64  # top-k looks at maxima of groups of this many logits first; 16 and 32 are no faster
 
@@ -93,6 +94,19 @@ class Candidates:
         weights = self.weights()
         found: NDArray[np.float64] = weights / weights.sum(dtype=np.float64)
         return found
+
+
+def masked(logits: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Logits with -inf where they are not allowed; new, shape (n,).
+
+    Without a branch for each: where allowed and ruled out alternate, `np.where` takes ten times as long.
+    """
+    keep = allowed.view(np.int8).astype(np.int32)
+    np.negative(keep, out=keep)  # all bits set where allowed
+    bits = np.ascontiguousarray(logits).view(np.int32) ^ _RULED_OUT
+    bits &= keep
+    bits ^= _RULED_OUT
+    return bits.view(np.float32)
 
 
 def top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:

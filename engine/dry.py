@@ -14,6 +14,7 @@ from erllama.engine.candidates import Candidates
 _LONGEST_BREAKER = 40  # bytes of a text that breaks repetitions
 _LONGEST_TAIL = 20  # tokens of its rest
 _LOG_MAX = 88.7228391  # of float32's largest number
+_HUGE = float(np.finfo(np.float32).max)  # as good as ruled out, and still a number
 
 
 class Breakers:
@@ -27,7 +28,11 @@ class Breakers:
     def __init__(self, vocabulary: Vocabulary, texts: Sequence[str]) -> None:
         self.heads = np.zeros(vocabulary.n_tokens, bool)
         self.tails: dict[int, list[tuple[int, ...]]] = {}
-        pieces = [vocabulary.piece(token) for token in range(vocabulary.n_tokens)]
+        pieces = [
+            # A control token is no text, but its name may be a breaker: "<|im_end|>".
+            vocabulary.piece(token) or vocabulary.detokenize([token], special=True)
+            for token in range(vocabulary.n_tokens)
+        ]
         for text in texts:
             whole = text.encode()[:_LONGEST_BREAKER]
             rests: dict[bytes, tuple[int, ...]] = {}
@@ -68,7 +73,7 @@ class DRY:
         self._multiplier, self._base, self._allowed = multiplier, base, allowed_length
         self._last_n, self._breakers = last_n, breakers
         # Beyond this the penalty does not grow: it would leave float32.
-        self._most = int(_LOG_MAX / math.log(base)) if base > 1.000001 else 0
+        self._most = int(_LOG_MAX / math.log(base)) if base > 1 else 0
 
     def __call__(self, candidates: Candidates) -> Candidates:
         recent = candidates.context[-self._last_n :]
@@ -89,8 +94,8 @@ class DRY:
         over = np.array([longest[token] - self._allowed for token in tokens], np.float64)
         if self._most:
             over = np.minimum(over, self._most)
-        with np.errstate(over="ignore"):  # of a huge base: such tokens are ruled out
-            penalties = (self._multiplier * self._base**over).astype(np.float32)
+        with np.errstate(over="ignore"):
+            penalties = np.minimum(self._multiplier * self._base**over, _HUGE).astype(np.float32)
         positions, which = candidates.at(np.array(tokens, np.int32))
         logits = candidates.logits.copy()
         logits[positions] -= penalties[which]

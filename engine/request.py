@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import KEY_BYTES
+from erllama.engine.grammar import Grammar
 from erllama.engine.sampling import SamplingOptions, SamplingState, TokenLogprobs
 from erllama.errors import OptionError, boolean, integer, real
 
@@ -37,6 +38,9 @@ class RequestOptions:
         session_id: keeps the context in its cells for the session's next request; a name.
         timeout: seconds from the call in which the reply must be done; None for any time.
         sampling_state: where the draws of another reply ended, to go on from there; None to begin anew.
+        grammar: the language that the reply must be of; None for any text.
+        grammar_triggers: texts, and ids of tokens, at the first of which the grammar begins, itself a part of it;
+            none of them for a grammar that the whole reply must be of.
     """
 
     max_tokens: int | None = None
@@ -49,6 +53,8 @@ class RequestOptions:
     session_id: str | None = None
     timeout: float | None = None
     sampling_state: SamplingState | None = None
+    grammar: Grammar | None = None
+    grammar_triggers: Sequence[str | int] = ()
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -69,6 +75,9 @@ class RequestOptions:
             raise OptionError(f"session_id={self.session_id!r}; give a text that is not empty, or None")
         if self.timeout is not None:
             put(self, "timeout", real("timeout", self.timeout, 0.0))
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise OptionError(f"grammar={self.grammar!r}; give GBNF as text, or an erllama.Grammar, or None")
+        put(self, "grammar_triggers", _triggers(self.grammar_triggers, self.grammar))
         if self.sampling_state is not None:
             if not isinstance(self.sampling_state, SamplingState):
                 raise OptionError(
@@ -85,6 +94,18 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     found = (stop,) if isinstance(stop, str) else stop
     if not isinstance(found, list | tuple) or not all(isinstance(text, str) and text for text in found):
         raise OptionError(f"stop={stop!r}; give a text, or a list of them, none of them empty")
+    return tuple(found)
+
+
+def _triggers(given: object, grammar: Grammar | None) -> tuple[str | int, ...]:
+    found = (given,) if isinstance(given, str | int) else given
+    if not isinstance(found, list | tuple) or not all(
+        trigger if isinstance(trigger, str) else integer("each of grammar_triggers", trigger, 0) >= 0
+        for trigger in found
+    ):
+        raise OptionError(f"grammar_triggers={given!r}; give texts, none of them empty, or ids of tokens")
+    if found and grammar is None:
+        raise OptionError("grammar_triggers without a grammar; give one, as grammar=, json_schema= or regex=")
     return tuple(found)
 
 

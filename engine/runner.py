@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 from erllama.cache import Cache, Policy
 from erllama.engine.backend import Backend
+from erllama.engine.grammar import Grammar
 from erllama.engine.live_tier import LiveTier
 from erllama.engine.metrics import EngineMetrics
-from erllama.engine.request import CacheHit, Request
+from erllama.engine.request import CacheHit
 from erllama.engine.scheduler import Phase, Scheduler
 from erllama.engine.sequence import Sequence
 from erllama.engine.ticket import Ticket
@@ -119,6 +120,11 @@ class Runner:
 
     # --- asking
 
+    def compile(self, grammar: Grammar) -> None:
+        """Compile a grammar, in the caller's thread, so that requests find it ready."""
+        self._check_caller()
+        self._shared.grammars.matcher(grammar)
+
     def check(self) -> None:
         """Raise ModelUnloaded if no request can run here any more."""
         if self._process != os.getpid():
@@ -129,7 +135,7 @@ class Runner:
         if self._stopping:
             raise self._unloaded("is unloaded; load it again to use it")
 
-    def submit(self, request: Request, *, streaming: bool) -> Ticket:
+    def submit(self, ticket: Ticket) -> None:
         """Queue a request.
 
         Raises:
@@ -139,9 +145,8 @@ class Runner:
             CalledFromModelThread: by this runner's own thread.
         """
         self._check_caller()
-        ticket = Ticket(request, streaming)
         sequence = Sequence(ticket, self._shared)
-        session_id = request.options.session_id
+        session_id = ticket.request.options.session_id
         session = None if session_id is None else (sequence.namespace, session_id)
         with self._condition:
             self.check()
@@ -156,7 +161,6 @@ class Runner:
                 self._sessions.add(session)
             self._arrived.append(sequence)
             self._condition.notify()
-        return ticket
 
     def end_session(self, session_id: str, cache_salt: str | None) -> bool:
         """Stop keeping the context of a session; False where none is kept.

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backend import Vocabulary
-from erllama.engine.candidates import Candidates, top_k
+from erllama.engine.candidates import Candidates, masked, top_k
 from erllama.engine.dry import DRY, Breakers
 from erllama.engine.steps import (
     XTC,
@@ -432,7 +432,7 @@ class Sampler:
             return best
         _checked(logits, "the row of logits")
         if allowed is not None:
-            logits = np.where(allowed, logits, np.float32(-np.inf))
+            logits = masked(logits, allowed)
             _checked(logits, "the grammar")
         candidates = Candidates(self._ids, logits, context, self._random)
         for step in self._steps:

@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import SaveReason
+from erllama.engine.grammar import Matcher
+from erllama.engine.lazy import LazyMatcher
 from erllama.engine.metrics import EngineMetrics
-from erllama.engine.request import CacheHit, Completion, FinishReason, TextDelta, Timings
+from erllama.engine.request import CacheHit, Completion, FinishReason, Timings
 from erllama.engine.sampling import TokenLogprobs, log_probabilities
 from erllama.engine.stops import StopScanner
 from erllama.engine.text import TextDecoder
@@ -66,6 +68,7 @@ class Sequence:
         self._due = 0.0  # how many tokens are held when something is to be saved
         self._finish_key: bytes | None = None  # of what it held when it last left
         self._sampler = shared.samplers.make(options.sampling, options.sampling_state)
+        self._grammar = shared.grammar(options.grammar, options.grammar_triggers)
         self._decoder = TextDecoder()
         self._stops = StopScanner(options.stop)
         self._text: list[str] = []
@@ -184,7 +187,8 @@ class Sequence:
 
     def draw(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
         """Sample the next token from logits, shape (n_vocab,), that were there at `now`."""
-        token = self._sampler.sample(logits, self.known)
+        grammar = self._grammar
+        token = self._sampler.sample(logits, self.known, grammar.allowed() if grammar is not None else None)
         if self._last_token_at:
             metrics.between_tokens.observe(now - self._last_token_at)
         else:
@@ -196,6 +200,15 @@ class Sequence:
             return
         if self.options.logprobs is not None:
             self._logprobs.append(log_probabilities(logits, token, self.options.logprobs))
+        self._take(token)
+        if grammar is not None:
+            grammar.accept(token)
+            self._take_forced(grammar)
+            if self.finish_reason is None and grammar.stopped:
+                self.finish_reason = "stop"
+
+    def _take(self, token: int) -> None:
+        """One token more of the reply."""
         self.tokens[self.n_known] = token
         self.n_known += 1
         self._unsent.append(token)
@@ -204,8 +217,17 @@ class Sequence:
             self.finish_reason = "stop"
         elif self.options.max_tokens is not None and self.n_known - self.n_prompt >= self.options.max_tokens:
             self.finish_reason = "length"
-        elif self.n_held >= self._n_ctx:
+        elif self.n_known > self._n_ctx:
             self.finish_reason = "context_full"
+
+    def _take_forced(self, grammar: Matcher | LazyMatcher) -> None:
+        """Where the grammar leaves one path, its tokens are the reply's, and are computed in one slice."""
+        if self.options.logprobs is not None:
+            return  # which are of each token's own row
+        for token in grammar.forced() if self.finish_reason is None else ():
+            if self.finish_reason is None:
+                self._take(token)
+                grammar.accept(token)
 
     def _say(self, text: str) -> None:
         """Pass text on, but for what may belong to a stop string."""
@@ -217,7 +239,7 @@ class Sequence:
         self._text.append(text)
         if self.ticket.streaming:
             told = self._logprobs[len(self._logprobs) - len(self._unsent) :] if self._logprobs else ()
-            self.ticket.emit(TextDelta(text, tuple(self._unsent), tuple(told)))
+            self.ticket.emit((text, tuple(self._unsent), tuple(told)))
         self._unsent.clear()
 
     def completion(self) -> Completion:

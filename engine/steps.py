@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.candidates import Candidates, order
+from erllama.errors import SamplingError
 
 Step = Callable[[Candidates], Candidates]
 
 _GROUP = 512  # of candidates, whose weights are summed before one is drawn
 _A_FEW = 256  # how many are put in order at first, where they may do
+_LARGE = 1e30  # less this, no float32 overflows
 
 
 class LogitBias:
@@ -32,7 +34,10 @@ class LogitBias:
         positions, which = candidates.at(self._tokens)
         logits = candidates.logits.copy()
         logits[positions] += self._biases[which]
-        return candidates.with_logits(logits)
+        left = candidates.with_logits(logits)
+        if not math.isfinite(left.best()):
+            raise SamplingError("logit_bias and banned_tokens rule out every token that is possible here")
+        return left
 
 
 class Penalties:
@@ -53,14 +58,18 @@ class Penalties:
         positions, which = candidates.at(np.array(tokens, np.int32))
         logits = candidates.logits.copy()
         found = logits[positions]
-        found = np.where(found <= 0, found * self._repeat, found / self._repeat)
         often = np.array([counts[token] for token in tokens], np.float32)[which]
-        logits[positions] = found - (often * self._frequency + self._presence)
+        with np.errstate(over="ignore"):  # of the lowest logits: minus infinity
+            found = np.where(found <= 0, found * self._repeat, found / self._repeat)
+            logits[positions] = found - (often * self._frequency + self._presence)
         return candidates.with_logits(logits)
 
 
 class TopNSigma:
     """Keeps logits within `n` standard deviations of the largest.
+
+    llama.cpp's leaves the others with logits of -inf, where later steps still count them: dynamic temperature in
+    the most that the entropy could be, `min_keep` in what is left. Here they are gone.
 
     Tang et al., "Top-nσ: Not All Logits Are You Need", 2024.
     """
@@ -171,7 +180,9 @@ class XTC:
         if len(candidates) < 2 or candidates.random.random() > self._probability:
             return candidates
         candidates = candidates.ordered()
-        n = int((candidates.probabilities() >= self._threshold).sum())
+        likely = candidates.probabilities() >= self._threshold
+        # A threshold of 0 does not let in what is ruled out.
+        n = int((likely & (candidates.logits > -np.inf)).sum())
         if n > 1 and len(candidates) - (n - 1) >= self._min_keep:
             return candidates.keep(slice(n - 1, None))
         return candidates
@@ -213,12 +224,16 @@ class DynamicTemperature:
 
 
 def _at(candidates: Candidates, temperature: float) -> Candidates:
-    """Logits less the largest, over a temperature: the same distribution, and none overflows."""
-    best = candidates.best()
-    shifted = candidates.logits.astype(np.float64) - best
+    """Logits over a temperature. Penalties may come later and look at their signs, so they are shifted only where
+    the largest could overflow: by that one, which leaves the distribution as it is.
+    """
+    logits, best = candidates.logits.astype(np.float64), candidates.best()
+    if abs(best) / temperature > _LARGE:
+        logits -= best
     with np.errstate(over="ignore"):  # of a tiny temperature: minus infinity, so no weight
-        logits = (shifted / temperature).astype(np.float32)
-    return candidates.with_logits(logits, in_order=candidates.in_order)
+        logits /= temperature
+        found = logits.astype(np.float32)
+    return candidates.with_logits(found, in_order=candidates.in_order)
 
 
 # --- who draws --------------------------------------------------------------------------------------------

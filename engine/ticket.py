@@ -13,6 +13,8 @@ from erllama.engine.sampling import TokenLogprobs
 from erllama.errors import ModelUnloaded
 
 # Unread pieces beyond this are joined into one: a reader that stops costs no more than the reply itself.
+Piece = tuple[str, tuple[int, ...], tuple[TokenLogprobs, ...]]  # what a TextDelta has, before it is one
+
 _MOST_UNREAD = 256
 
 
@@ -40,7 +42,7 @@ class Ticket:
         self._lock = threading.Lock()
         self._waiters: list[threading.Lock] = []  # each taken, and released to wake who waits for it
         self._news = False
-        self._unread: deque[TextDelta] = deque()
+        self._unread: deque[Piece] = deque()
         self._beyond = _Beyond()  # unread, after those
         self._completion: Completion | None = None
         self._error: BaseException | None = None
@@ -50,8 +52,8 @@ class Ticket:
 
     # --- the model thread's side
 
-    def emit(self, piece: TextDelta) -> None:
-        """Add a piece, where pieces are wanted; readers learn of it by `tell`."""
+    def emit(self, piece: Piece) -> None:
+        """Add a piece, where pieces are wanted; readers learn of it by `tell`, and make an event of it."""
         if self.streaming:
             with self._lock:
                 self._news = self._news or not self._unread
@@ -129,10 +131,10 @@ class Ticket:
 
     def _next(self) -> Event | None:
         if self._unread:
-            event = self._unread.popleft()
+            piece = self._unread.popleft()
             if not self._unread and (rest := self._beyond.take()) is not None:
                 self._unread.append(rest)
-            return event
+            return TextDelta(*piece)
         if self._error is not None:
             self._ended = True
             raise self._error
@@ -171,15 +173,16 @@ class _Beyond:
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
 
-    def add(self, piece: TextDelta) -> None:
-        self._text.append(piece.text)
-        self._tokens += piece.tokens
-        self._logprobs += piece.logprobs
+    def add(self, piece: Piece) -> None:
+        text, tokens, logprobs = piece
+        self._text.append(text)
+        self._tokens += tokens
+        self._logprobs += logprobs
 
-    def take(self) -> TextDelta | None:
+    def take(self) -> Piece | None:
         """All of them, as one piece; None where there are none."""
         if not self._text:
             return None
-        piece = TextDelta("".join(self._text), tuple(self._tokens), tuple(self._logprobs))
+        piece = ("".join(self._text), tuple(self._tokens), tuple(self._logprobs))
         self._text, self._tokens, self._logprobs = [], [], []
         return piece

@@ -31,6 +31,8 @@ from erllama.cache import (
     token_bytes,
 )
 from erllama.engine.backend import Backend
+from erllama.engine.grammar import Grammar, GrammarCompiler, Matcher
+from erllama.engine.lazy import LazyMatcher
 from erllama.engine.request import CacheHit, HitKind
 from erllama.engine.sampling import SamplerFactory
 from erllama.engine.slices import Provenance, Slicing, canonical_prefix
@@ -50,6 +52,14 @@ class WarmthContext:
     slicing: Slicing
     policy: Policy
     samplers: SamplerFactory
+    grammars: GrammarCompiler
+
+    def grammar(self, grammar: Grammar | None, triggers: Sequence[str | int]) -> Matcher | LazyMatcher | None:
+        """What keeps a reply to a grammar, from the start or from the first of `triggers`; None where none does."""
+        if grammar is None:
+            return None
+        matcher = self.grammars.matcher(grammar)
+        return LazyMatcher(matcher, self.backend.vocabulary, triggers) if triggers else matcher
 
     def namespace(self, cache_salt: str | None) -> bytes:
         """The root key of what a request may see: the model's, or a tenant's own."""
@@ -390,4 +400,4 @@ def shared_warmth(cache: Cache, backend: Backend, policy: Policy) -> WarmthConte
         restores_bits=not 0 < limits.attention_window < cache.block_size,
     )
     samplers = SamplerFactory(backend.vocabulary, backend.limits.n_ctx)
-    return WarmthContext(cache, backend, slicing, policy, samplers)
+    return WarmthContext(cache, backend, slicing, policy, samplers, GrammarCompiler(backend.vocabulary))

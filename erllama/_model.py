@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from numpy.typing import NDArray
 
 from erllama import _registry
 from erllama._options import CompletionOptions, PrefillOptions, request_options
-from erllama._stream import AsyncStream, Stream, wait, wait_async
+from erllama._stream import AsyncStream, News, Stream, wait_async
 from erllama.cache import Cache, Policy
 from erllama.engine import (
     Backend,
     CacheHit,
     Completion,
     EngineMetrics,
+    Grammar,
     Limits,
     Phase,
     Request,
@@ -26,7 +28,7 @@ from erllama.engine import (
     Runner,
     Ticket,
 )
-from erllama.errors import PromptError, PromptTooLong, boolean, integer, reject_unknown
+from erllama.errors import OptionError, PromptError, PromptTooLong, boolean, integer, reject_unknown
 
 Prompt = str | Sequence[int] | NDArray[np.integer]
 
@@ -152,6 +154,10 @@ class Model:
             min_keep: the fewest candidates that a step leaves.
             samplers: the steps and their order: names, and functions of one's own from Candidates to Candidates.
             sampling_state: that of another Completion, to go on with its draws.
+            grammar, json_schema, regex: keep the reply to GBNF or an erllama.Grammar, to a JSON schema, or to a
+                regular expression; at most one of them. The reply ends where nothing can follow.
+            grammar_triggers: texts, or ids of tokens, at the first of which the grammar begins, itself a part
+                of it.
             stop: a text, or several, at which the reply ends; the first by position wins, and is
                 neither part of the reply nor streamed, but told as `stop_sequence`.
             logprobs: tell how likely each token was, and the most likely ones, this many of them, 0 to 100.
@@ -174,34 +180,53 @@ class Model:
             CalledFromModelThread: by a callback that the model's own thread runs.
             BackendError, SamplingError: the model could not compute a reply.
         """
-        return wait(self._submit(prompt, request_options(options, "complete", self._cache_salt)))
+        return self._wait(self._ticket(prompt, request_options(options, "complete", self._cache_salt)))
 
     def stream(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Stream:
         """Complete a prompt and get the reply as it comes; options and errors as for `complete`.
 
         The prompt and options are checked at once; errors of the run come with the events.
         """
-        return Stream(self._submit(prompt, request_options(options, "stream", self._cache_salt), streaming=True))
+        ticket = self._ticket(prompt, request_options(options, "stream", self._cache_salt), streaming=True)
+        stream = Stream(ticket)
+        self._runner.submit(ticket)
+        return stream
+
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """Compile a grammar before a request needs it: the first of a model takes longest.
+
+        Requests under other grammars, and none, go on meanwhile.
+
+        Raises:
+            GrammarError: it cannot be compiled for this model's vocabulary.
+            ModelUnloaded: the model is unloaded.
+        """
+        if not isinstance(grammar, Grammar):
+            raise OptionError(f"compile_grammar({grammar!r}); give an erllama.Grammar")
+        self._runner.compile(grammar)
 
     def prefill(self, prompt: Prompt, **options: Unpack[PrefillOptions]) -> Completion:
         """Read a prompt into the cache and sample nothing; options and errors as for `complete`."""
-        return wait(self._submit(prompt, request_options(options, "prefill", self._cache_salt, prefill=True)))
+        return self._wait(self._ticket(prompt, request_options(options, "prefill", self._cache_salt, prefill=True)))
 
     async def acomplete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Completion:
         """`complete` for asyncio: no thread waits. Cancelling the task cancels the request."""
-        return await wait_async(self._submit(prompt, request_options(options, "acomplete", self._cache_salt)))
+        request = request_options(options, "acomplete", self._cache_salt)
+        if request.grammar is not None:
+            await asyncio.to_thread(self._runner.compile, request.grammar)  # the loop goes on
+        return await self._wait_async(self._ticket(prompt, request))
 
     def astream(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> AsyncStream:
         """`stream` for asyncio: `async for event in model.astream(...)`. Called where a loop runs."""
-        return AsyncStream(
-            self._submit(prompt, request_options(options, "astream", self._cache_salt), streaming=True)
-        )
+        ticket = self._ticket(prompt, request_options(options, "astream", self._cache_salt), streaming=True)
+        stream = AsyncStream(ticket)
+        self._runner.submit(ticket)
+        return stream
 
     async def aprefill(self, prompt: Prompt, **options: Unpack[PrefillOptions]) -> Completion:
         """`prefill` for asyncio."""
-        return await wait_async(
-            self._submit(prompt, request_options(options, "aprefill", self._cache_salt, prefill=True))
-        )
+        request = request_options(options, "aprefill", self._cache_salt, prefill=True)
+        return await self._wait_async(self._ticket(prompt, request))
 
     def end_session(self, session_id: str, *, cache_salt: str | None = None, **unknown: Never) -> bool:
         """Stop keeping the context of a session; False where none is kept.
@@ -223,8 +248,28 @@ class Model:
         """
         self._runner.evict()
 
-    def _submit(self, prompt: Prompt, options: RequestOptions, *, streaming: bool = False) -> Ticket:
-        return self._runner.submit(Request(self._prompt_ids(prompt), options), streaming=streaming)
+    # A ticket is made before its request is submitted, so that whatever interrupts the caller, at whatever moment,
+    # cancels the request: a stream that is dropped does it, and so do these.
+
+    def _ticket(self, prompt: Prompt, options: RequestOptions, *, streaming: bool = False) -> Ticket:
+        return Ticket(Request(self._prompt_ids(prompt), options), streaming)
+
+    def _wait(self, ticket: Ticket) -> Completion:
+        try:
+            self._runner.submit(ticket)
+            return ticket.result()
+        except BaseException:
+            ticket.cancel()
+            raise
+
+    async def _wait_async(self, ticket: Ticket) -> Completion:
+        news = News(ticket)
+        try:
+            self._runner.submit(ticket)
+            return await wait_async(ticket, news)
+        except BaseException:
+            ticket.cancel()
+            raise
 
     def _prompt_ids(self, prompt: object) -> NDArray[np.int32]:
         self._check_loaded()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TypedDict
 
-from erllama.engine import RequestOptions, SamplingOptions, SamplingState, Step
-from erllama.errors import reject_unknown
+from erllama.engine import Grammar, RequestOptions, SamplingOptions, SamplingState, Step
+from erllama.errors import OptionError, reject_unknown
 
 
 class PrefillOptions(TypedDict, total=False):
@@ -51,6 +53,10 @@ class CompletionOptions(PrefillOptions, total=False):
     min_keep: int
     samplers: Sequence[str | Step]
     sampling_state: SamplingState | None
+    grammar: str | Grammar | None
+    json_schema: Mapping[str, object] | bool | str | None
+    regex: str | None
+    grammar_triggers: Sequence[str | int]
     stop: str | Sequence[str]
     logprobs: int | None
 
@@ -78,7 +84,38 @@ def request_options(
         options["max_tokens"] = 0
     if options.get("cache_salt") is None:
         options["cache_salt"] = cache_salt
+    if not prefill:
+        schema, pattern = options.pop("json_schema", None), options.pop("regex", None)
+        options["grammar"] = _grammar(options.get("grammar"), schema, pattern)
     sampling: dict[str, object] = {name: options.pop(name) for name in _SAMPLING & options.keys()}
     # Checked there, value by value.
     options["sampling"] = SamplingOptions(**sampling)  # type: ignore[arg-type]
     return RequestOptions(**options)  # type: ignore[arg-type]
+
+
+def _grammar(grammar: object, json_schema: object, regex: object) -> object:
+    """The one grammar that was asked for; None where none was."""
+    given = {"grammar": grammar, "json_schema": json_schema, "regex": regex}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise OptionError(f"{' and '.join(named)} together; a reply is kept to one grammar: give one of them")
+    if json_schema is not None:
+        if isinstance(json_schema, Mapping):
+            try:
+                json_schema = json.dumps(json_schema)
+            except (TypeError, ValueError) as error:
+                raise OptionError(f"json_schema is not JSON: {error}") from None
+        if not isinstance(json_schema, str | bool):
+            raise OptionError(f"json_schema={json_schema!r}; give a schema as a mapping, or as JSON in a text")
+        return _made(Grammar.json_schema, json_schema)
+    if regex is not None:
+        if not isinstance(regex, str):
+            raise OptionError(f"regex={regex!r}; give a pattern as text")
+        return _made(Grammar.regex, regex)
+    return _made(Grammar.gbnf, grammar) if isinstance(grammar, str) else grammar
+
+
+@lru_cache(maxsize=128)
+def _made(make: Callable[[str | bool], Grammar], source: str | bool) -> Grammar:
+    """Grammars are checked when they are made, which takes a while; callers send the same again and again."""
+    return make(source)

@@ -62,7 +62,7 @@ class AsyncStream:
 
     def __init__(self, ticket: Ticket) -> None:
         self._ticket = ticket
-        self._news = _News(ticket)
+        self._news = News(ticket)
         self._ended = False
 
     def __aiter__(self) -> AsyncIterator[Event]:
@@ -87,7 +87,7 @@ class AsyncStream:
 
     async def result(self) -> Completion:
         """Wait for the end and return the whole reply; raises the error of a failed one."""
-        return await _wait_async(self._ticket, self._news)
+        return await wait_async(self._ticket, self._news)
 
     async def __aenter__(self) -> AsyncStream:
         return self
@@ -99,7 +99,7 @@ class AsyncStream:
         _cancel_dropped(self)
 
 
-class _News:
+class News:
     """Wakes a task when a ticket has something new."""
 
     def __init__(self, ticket: Ticket) -> None:
@@ -127,12 +127,8 @@ def wait(ticket: Ticket) -> Completion:
         raise
 
 
-async def wait_async(ticket: Ticket) -> Completion:
+async def wait_async(ticket: Ticket, news: News) -> Completion:
     """As `wait`, for a task; cancelling the task cancels the request."""
-    return await _wait_async(ticket, _News(ticket))
-
-
-async def _wait_async(ticket: Ticket, news: _News) -> Completion:
     try:
         while not ticket.done:
             await news.wait()

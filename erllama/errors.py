@@ -18,6 +18,18 @@ class OptionError(Error, ValueError):
     """An option is unknown, of the wrong type or out of range."""
 
 
+class GrammarError(OptionError):
+    """A grammar that cannot be used, or a reply that cannot go on under one.
+
+    Attributes:
+        line, column: where in its text, from 1; None where there is no one place.
+    """
+
+    def __init__(self, message: str, *, line: int | None = None, column: int | None = None) -> None:
+        super().__init__(message)
+        self.line, self.column = line, column
+
+
 class PromptError(Error, ValueError):
     """A prompt that cannot be run: empty, or with token ids outside the vocabulary."""
 

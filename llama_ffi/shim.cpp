@@ -194,6 +194,60 @@ const char *refused(const erl_context &context, int32_t n, int32_t i, const int3
     return reason.c_str();
 }
 
+struct sampler_arguments {
+    const double *numbers;
+    int32_t n_numbers;
+    const llama_vocab *vocab;
+    const char **texts;
+    int32_t n_texts;
+
+    float real(int32_t i) const { return (float) numbers[i]; }
+    int32_t whole(int32_t i) const { return (int32_t) numbers[i]; }
+    uint32_t seed(int32_t i) const { return (uint32_t) numbers[i]; }
+};
+
+using args = const sampler_arguments &;
+
+llama_sampler *new_logit_bias(args a) {
+    std::vector<llama_logit_bias> biases;
+    for (int32_t i = 1; i + 1 < a.n_numbers; i += 2) {
+        biases.push_back({a.whole(i), a.real(i + 1)});
+    }
+    return llama_sampler_init_logit_bias(a.whole(0), (int32_t) biases.size(), biases.data());
+}
+
+llama_sampler *new_dry(args a) {
+    return llama_sampler_init_dry(a.vocab, a.real(0), a.real(1), a.whole(2), a.whole(3), a.texts, a.n_texts);
+}
+
+// The least numbers and texts that each reads, whether it reads the vocabulary, and how it is made.
+const struct {
+    const char *name;
+    int32_t n_numbers, n_texts;
+    bool vocab;
+    llama_sampler *(*make)(args);
+} sampler_kinds[] = {
+    {"logit_bias", 1, 0, false, new_logit_bias},
+    {"penalties", 5, 0, false,
+     [](args a) { return llama_sampler_init_penalties(a.whole(0), a.whole(1), a.real(2), a.real(3), a.real(4)); }},
+    {"dry", 4, 0, true, new_dry},
+    {"top_n_sigma", 1, 0, false, [](args a) { return llama_sampler_init_top_n_sigma(a.real(0)); }},
+    {"top_k", 1, 0, false, [](args a) { return llama_sampler_init_top_k(a.whole(0)); }},
+    {"typical", 2, 0, false, [](args a) { return llama_sampler_init_typical(a.real(0), a.whole(1)); }},
+    {"top_p", 2, 0, false, [](args a) { return llama_sampler_init_top_p(a.real(0), a.whole(1)); }},
+    {"min_p", 2, 0, false, [](args a) { return llama_sampler_init_min_p(a.real(0), a.whole(1)); }},
+    {"xtc", 4, 0, false, [](args a) { return llama_sampler_init_xtc(a.real(0), a.real(1), a.whole(2), a.seed(3)); }},
+    {"temp", 1, 0, false, [](args a) { return llama_sampler_init_temp(a.real(0)); }},
+    {"temp_ext", 3, 0, false, [](args a) { return llama_sampler_init_temp_ext(a.real(0), a.real(1), a.real(2)); }},
+    {"mirostat", 5, 0, false,
+     [](args a) { return llama_sampler_init_mirostat(a.whole(0), a.seed(1), a.real(2), a.real(3), a.whole(4)); }},
+    {"mirostat_v2", 3, 0, false,
+     [](args a) { return llama_sampler_init_mirostat_v2(a.seed(0), a.real(1), a.real(2)); }},
+    {"dist", 1, 0, false, [](args a) { return llama_sampler_init_dist(a.seed(0)); }},
+    {"greedy", 0, 0, false, [](args) { return llama_sampler_init_greedy(); }},
+    {"grammar", 0, 2, true, [](args a) { return llama_sampler_init_grammar(a.vocab, a.texts[0], a.texts[1]); }},
+};
+
 }  // namespace
 
 extern "C" {
@@ -571,6 +625,55 @@ int64_t erl_state_get(erl_context *context, int32_t sequence, uint8_t *buffer, s
 int64_t erl_state_set(erl_context *context, int32_t sequence, const uint8_t *buffer, size_t size) {
     return guarded<int64_t>(ERL_EXCEPTION, ERL_ASSERTION, [=] {
         return (int64_t) llama_state_seq_set_data(context->llama, buffer, size, sequence);
+    });
+}
+
+// --- samplers ----------------------------------------------------------------------------
+
+struct llama_sampler *erl_sampler_new(const char *name, const double *numbers, int32_t n_numbers,
+                                      const struct llama_vocab *vocab, const char **texts, int32_t n_texts) {
+    return guarded_pointer<llama_sampler>([=] {
+        for (const auto &kind : sampler_kinds) {
+            if (std::strcmp(kind.name, name) == 0 && n_numbers >= kind.n_numbers && n_texts >= kind.n_texts &&
+                (vocab || !kind.vocab)) {
+                return kind.make({numbers, n_numbers, vocab, texts, n_texts});
+            }
+        }
+        throw std::invalid_argument(std::string("no sampler ") + name + " is made of so little");
+    });
+}
+
+void erl_sampler_free(struct llama_sampler *sampler) {
+    guarded_void([=] { llama_sampler_free(sampler); });
+}
+
+int32_t erl_sampler_accept(struct llama_sampler *sampler, const int32_t *tokens, int32_t n) {
+    return guarded_code([=] {
+        for (int32_t i = 0; i < n; i++) {
+            llama_sampler_accept(sampler, tokens[i]);
+        }
+        return 0;
+    });
+}
+
+int32_t erl_sampler_apply(struct llama_sampler *sampler, int32_t n, int32_t *ids, float *logits, float *p,
+                          int8_t *sorted, int32_t *selected) {
+    return guarded_code([=] {
+        std::vector<llama_token_data> candidates(n);
+        for (int32_t i = 0; i < n; i++) {
+            candidates[i] = {ids[i], logits[i], 0.0f};
+        }
+        llama_token_data_array array = {candidates.data(), candidates.size(), -1, *sorted != 0};
+        llama_sampler_apply(sampler, &array);
+        // Not from `candidates`: what is left may begin further on in it.
+        for (size_t i = 0; i < array.size; i++) {
+            ids[i] = array.data[i].id;
+            logits[i] = array.data[i].logit;
+            p[i] = array.data[i].p;
+        }
+        *sorted = array.sorted ? 1 : 0;
+        *selected = (int32_t) array.selected;
+        return (int32_t) array.size;
     });
 }
 

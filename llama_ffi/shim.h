@@ -16,6 +16,7 @@ extern "C" {
 
 struct llama_model;
 struct llama_vocab;
+struct llama_sampler;
 struct gguf_context;
 typedef struct erl_load erl_load;       /* progress and cancellation of one model load */
 typedef struct erl_context erl_context; /* a llama_context with its batch and abort flag */
@@ -148,6 +149,19 @@ int32_t erl_memory_last(erl_context *context, int32_t sequence);
 int64_t erl_state_size(erl_context *context, int32_t sequence);
 int64_t erl_state_get(erl_context *context, int32_t sequence, uint8_t *buffer, size_t size);
 int64_t erl_state_set(erl_context *context, int32_t sequence, const uint8_t *buffer, size_t size);
+
+/* libllama's own samplers, for comparisons: the engine draws without them. erl_sampler_new makes one by the name of
+ * its function in llama.h, llama_sampler_init_<name>, with its numbers in their order there; logit_bias takes the size
+ * of the vocabulary, then a token and its bias, and so on; dry and grammar take texts, and the vocabulary. NULL when
+ * it failed, or when libllama refused a grammar. */
+struct llama_sampler *erl_sampler_new(const char *name, const double *numbers, int32_t n_numbers,
+                                      const struct llama_vocab *vocab, const char **texts, int32_t n_texts);
+void erl_sampler_free(struct llama_sampler *sampler);
+int32_t erl_sampler_accept(struct llama_sampler *sampler, const int32_t *tokens, int32_t n);
+/* Replaces n candidates by those that are left: how many, or a failed call. `sorted` goes in and comes out: whether
+ * the logits are known to fall. `selected` is the position of the one chosen, or -1. */
+int32_t erl_sampler_apply(struct llama_sampler *sampler, int32_t n, int32_t *ids, float *logits, float *p,
+                          int8_t *sorted, int32_t *selected);
 
 /* GGUF files, their metadata alone. */
 struct gguf_context *erl_gguf_open(const char *path);

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama.cache import Cache
-from erllama.engine import Batch
+from erllama.engine import Batch, Ticket
 from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.backends.stub import EOG, StubBackend
 from erllama.engine.cells import Cells
@@ -419,7 +419,8 @@ def test_a_reader_that_stops_costs_its_reply_and_loses_nothing() -> None:
 
 def test_completions_that_nobody_streams_keep_no_events() -> None:
     with loaded(StubBackend(eog_bias=-100)) as model:
-        ticket = model._submit([1], erllama.engine.RequestOptions(max_tokens=50))
+        ticket = model._ticket([1], erllama.engine.RequestOptions(max_tokens=50))
+        model._runner.submit(ticket)
         ticket.result()
         assert not ticket._unread
 
@@ -1002,6 +1003,29 @@ print(model.complete([5, 6, 7], max_tokens=1).finish_reason)
 def test_control_c_during_a_decode_ends_that_request_alone(tmp_path: Path, way: str) -> None:
     path = write_llama(tmp_path / "model.gguf", seed=1)
     assert must_run(INTERRUPTED, path, way).split("\n") == ["interrupted", "{'cancelled': 1}", "length", ""]
+
+
+@pytest.mark.parametrize("way", ["complete", "stream", "acomplete", "astream"])
+def test_an_interrupt_right_after_submitting_cancels_the_request(way: str) -> None:
+    with loaded(StubBackend(eog_bias=-100, n_ctx=65536)) as model:
+        submit = model._runner.submit
+
+        def interrupted(ticket: Ticket) -> None:
+            submit(ticket)
+            raise KeyboardInterrupt
+
+        async def ask() -> None:
+            asked = getattr(model, way)("x")
+            if way == "acomplete":
+                await asked
+
+        model._runner.submit = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(ask()) if way.startswith("a") else getattr(model, way)("x")
+        while model.pending or model.queue_depth:
+            time.sleep(0.001)
+        model.end_session("nobody's")  # comes back between two ticks, so after the last
+        assert model.metrics.finished == {"cancelled": 1}
 
 
 # --- options -----------------------------------------------------------------------------------------------

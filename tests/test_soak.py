@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama.cache import KEY_BYTES
-from erllama.engine import Backend, Batch, Completion, Done, Event, Request, Ticket
+from erllama.engine import Backend, Batch, Completion, Done, Event, Ticket
 from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.sampling import Sampler
@@ -220,13 +220,12 @@ class Crowd:
         self._submit = model._runner.submit
         model._runner.submit = self._counted  # type: ignore[method-assign]
 
-    def _counted(self, request: Request, *, streaming: bool) -> Ticket:
-        ticket = self._submit(request, streaming=streaming)
+    def _counted(self, ticket: Ticket) -> None:
+        self._submit(ticket)
         with self._lock:
             self.n_accepted += 1
             self._left -= 1
             self.tickets.add(ticket)
-        return ticket
 
     def ask(self, n: int, seed: int) -> None:
         """Have `n` requests accepted, or a few more, and wait for the end of all."""

@@ -1,0 +1,136 @@
+"""What a grammar leaves of a row of logits: this library's mask against libllama's grammar sampler."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.engines import AbsentError
+from benchmarks.measure import Figure, Findings, Setup, Target, in_turn
+from benchmarks.sampling import compiled, ran
+from erllama.engine.backends.llama import LlamaVocabulary
+from erllama.engine.candidates import masked
+from erllama.engine.grammar import Grammar, GrammarCompiler
+from erllama.llama_ffi import LlamaModel
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "tags": {"type": "array", "items": {"type": "string"}},
+        "address": {
+            "type": "object",
+            "properties": {"street": {"type": "string"}, "city": {"type": "string"}},
+            "required": ["street", "city"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["name", "age", "tags", "address"],
+    "additionalProperties": False,
+}
+# The same, as llama.cpp's own translation of schemas would have it.
+GBNF = r"""root ::= "{" ws name "," ws age "," ws "\"tags\"" ws ":" ws tags "," ws place "}" ws
+name ::= "\"name\"" ws ":" ws string
+age ::= "\"age\"" ws ":" ws integer
+place ::= "\"address\"" ws ":" ws address
+tags ::= "[" ws (string ("," ws string)*)? "]" ws
+address ::= "{" ws "\"street\"" ws ":" ws string "," ws "\"city\"" ws ":" ws string "}" ws
+integer ::= ("-"? ("0" | [1-9] [0-9]{0,15})) ws
+string ::= "\"" char* "\"" ws
+char ::= [^"\\\x7F\x00-\x1F] | [\\] (["\\bfnrt] | "u" [0-9a-fA-F]{4})
+ws ::= | " " | "\n" [ \t]{0,20}
+"""
+VALUE = {
+    "name": "Ada Lovelace, Countess of Lovelace",
+    "age": 36,
+    "tags": ["mathematics", "computing", "naïve \u201cquotes\u201d"],
+    "address": {"street": "12 St James's Square", "city": "London"},
+}
+N_VOCAB = 128_256  # what the target speaks of
+SEED = 1
+
+
+def mask(setup: Setup) -> Findings:
+    """A JSON schema's mask, made and applied at each token of an object."""
+    path = setup.vocabulary
+    if path is None:
+        raise AbsentError("grammars: give --vocabulary, a GGUF with 128,256 tokens, such as Llama 3's")
+    findings = Findings()
+    with LlamaModel(path, vocab_only=True) as model, tempfile.TemporaryDirectory() as place:
+        vocabulary = LlamaVocabulary(model.vocabulary)
+        tokens = vocabulary.tokenize(json.dumps(VALUE, ensure_ascii=False), add_special=False)
+        logits = np.random.default_rng(SEED).normal(0, 2.5, vocabulary.n_tokens).astype(np.float32)
+        tokens.tofile(Path(place) / "tokens.i32")
+        logits.tofile(Path(place) / "logits.f32")
+        (Path(place) / "grammar.gbnf").write_text(GBNF)
+        compiled("peer_grammar", Path(place), setup.backend)
+        began = time.perf_counter()
+        compiler = GrammarCompiler(vocabulary)
+        compiler.matcher(Grammar.regex("a"))
+        trie = time.perf_counter() - began
+        n_rounds = setup.of(10, 1)
+        given = ["grammar.gbnf", "tokens.i32", "logits.f32", str(setup.of(3, 1))]
+        command = ["./peer_grammar", str(path.resolve()), *given]
+        shown = ["./peer_grammar", path.name, *given]
+        for name, what, grammar in (
+            ("mask", "a JSON schema's mask", Grammar.json_schema(SCHEMA)),
+            ("mask-gbnf", "the same as GBNF", Grammar.gbnf(GBNF)),
+        ):
+            times: list[float] = []
+            figure = Figure(
+                f"{name}-{vocabulary.n_tokens}",
+                f"{what} made and applied, {vocabulary.n_tokens:,} tokens",
+                "libllama's grammar sampler",
+                "us",
+                *in_turn(
+                    lambda grammar=grammar, times=times: _ours(  # type: ignore[misc]
+                        compiler, grammar, tokens, logits, n_rounds, times
+                    ),
+                    lambda: float(statistics.mean(json.loads(ran(command, Path(place)))["nanoseconds"])) / 1e3,
+                    setup.runs,
+                ),
+                Target("<=", 0.02) if name == "mask" and vocabulary.n_tokens >= N_VOCAB else None,
+                ("masked(logits, matcher.allowed())", shlex.join(shown)),
+                [
+                    f"the mean over the {len(tokens)} tokens of a JSON object, accepted one after the other",
+                    f"the slowest of ours took {max(times):.0f} us; the trie of the vocabulary, once, {trie:.2f} s",
+                    f"with 8 rows: {8 * statistics.mean(times):.0f} us a tick",
+                ],
+            )
+            findings.figures.append(figure)
+    return findings
+
+
+def _ours(
+    compiler: GrammarCompiler,
+    grammar: Grammar,
+    tokens: NDArray[np.int32],
+    logits: NDArray[np.float32],
+    n_rounds: int,
+    times: list[float],
+) -> float:
+    """Microseconds of a mask; all of them go into `times`."""
+    found = []
+    for _ in range(n_rounds):
+        matcher = compiler.matcher(grammar)
+        for token in tokens.tolist():
+            began = time.perf_counter_ns()
+            left = masked(logits, matcher.allowed())
+            found.append((time.perf_counter_ns() - began) / 1e3)
+            if not np.isfinite(left[token]):
+                raise SystemExit(f"the grammar does not allow token {token} of its own example")
+            matcher.accept(token)
+    times += found
+    return statistics.mean(found)
+
+
+SCENARIOS: dict[str, Callable[[Setup], Findings]] = {"mask": mask}

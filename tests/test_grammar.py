@@ -1,0 +1,898 @@
+"""Grammars: exactly their language, whatever the vocabulary, and errors that tell where."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import product
+from typing import TypeVar
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from erllama import Error, Grammar, GrammarError
+from erllama.engine.backend import Vocabulary
+from erllama.engine.backends.stub import StubVocabulary
+from erllama.engine.grammar import GrammarCompiler, Matcher
+from erllama.llama_ffi import LlamaModel
+from support import SHARED
+
+# --- GBNF is its language, no more and no less ------------------------------------------------
+
+T = TypeVar("T")
+# An expression: a set of letters, a text, a rule, or what is made of others.
+Expression = tuple[object, ...]
+TEXTS = ["".join(letters) for n in range(5) for letters in product("abc", repeat=n)]
+
+
+def made_or_refused(make: Callable[[], T], problem: str = "") -> T | None:
+    """What is made; None where it is refused, shortly and for the reason that is expected."""
+    refused: list[str] = []
+    try:
+        return make()
+    except GrammarError as error:
+        refused.append(str(error))
+    assert problem in refused[0]
+    assert len(refused[0]) < 500
+    assert "\n" not in refused[0]
+    return None
+
+
+def expressions(rules: int) -> st.SearchStrategy[Expression]:
+    leaves = st.one_of(
+        st.tuples(st.just("set"), st.sets(st.sampled_from("abc"), min_size=1).map(frozenset), st.booleans()),
+        st.tuples(st.just("text"), st.text("abc", max_size=3)),
+        st.tuples(st.just("rule"), st.integers(0, rules - 1)),
+    )
+    bounds = st.sampled_from([(0, 1), (0, None), (1, None), (2, 2), (1, 3), (0, 2), (2, None), (0, 0)])
+    return st.recursive(
+        leaves,
+        lambda inner: st.one_of(
+            st.tuples(st.just("sequence"), st.lists(inner, max_size=3).map(tuple)),
+            st.tuples(st.just("choice"), st.lists(inner, min_size=1, max_size=3).map(tuple)),
+            st.tuples(st.just("repeat"), inner, bounds),
+        ),
+        max_leaves=6,
+    )
+
+
+grammars = st.integers(1, 4).flatmap(lambda n: st.lists(expressions(n), min_size=n, max_size=n))
+
+
+def written(expression: Expression) -> str:
+    kind, *parts = expression
+    if kind == "set":
+        letters, negated = parts
+        # The negation of the others within abc: what else it holds is not in the texts that are tried.
+        others = "".join(sorted(set("abc") - letters))
+        return f"[^{others}]" if negated and others else f"[{''.join(sorted(letters))}]"
+    if kind == "text":
+        return f'"{parts[0]}"'
+    if kind == "rule":
+        return f"r{parts[0]}"
+    if kind == "sequence":
+        return "(" + " ".join(map(written, parts[0])) + ")"
+    if kind == "choice":
+        return "(" + " | ".join(map(written, parts[0])) + ")"
+    least, most = parts[1]
+    return f"({written(parts[0])}){{{least},{'' if most is None else most}}}"
+
+
+class Reference:
+    """Which parts of a text match an expression: sets of spans, grown until nothing more is found."""
+
+    def __init__(self, rules: Sequence[Expression], text: str) -> None:
+        self.rules, self.text = rules, text
+        self.here = {(i, i) for i in range(len(text) + 1)}
+        self.known: list[set[tuple[int, int]]] = [set() for _ in rules]
+
+    def accepts(self) -> bool:
+        while True:
+            new = [self.spans(rule) for rule in self.rules]
+            if new == self.known:
+                return (0, len(self.text)) in self.known[0]
+            self.known = new
+
+    def spans(self, expression: Expression) -> set[tuple[int, int]]:
+        kind, *parts = expression
+        if kind == "set":
+            return {(i, i + 1) for i, letter in enumerate(self.text) if letter in parts[0]}
+        if kind == "text":
+            return {(i, i + len(parts[0])) for i, _ in self.here if self.text.startswith(parts[0], i)}
+        if kind == "rule":
+            return self.known[parts[0]]
+        if kind == "choice":
+            return set().union(*map(self.spans, parts[0]))
+        if kind == "sequence":
+            return self.chained([self.spans(part) for part in parts[0]])
+        one = self.spans(parts[0])
+        least, most = parts[1]
+        # More repetitions than letters repeat what is empty.
+        counts = range(least, (max(least, len(self.text) + 1) if most is None else most) + 1)
+        return set().union(*(self.chained([one] * n) for n in counts))
+
+    def chained(self, parts: list[set[tuple[int, int]]]) -> set[tuple[int, int]]:
+        spans = self.here
+        for part in parts:
+            spans = {(i, end) for i, j in spans for start, end in part if start == j}
+        return spans
+
+
+@settings(max_examples=250, deadline=None)
+@given(grammars)
+def test_gbnf_accepts_the_texts_that_its_rules_derive(rules: list[Expression]) -> None:
+    source = "root ::= r0\n" + "".join(f"r{at} ::= {written(rule)}\n" for at, rule in enumerate(rules))
+    grammar = made_or_refused(lambda: Grammar.gbnf(source), "no text ever ends")
+    assume(grammar is not None)
+    for tried in TEXTS:
+        assert grammar is None or grammar.accepts(tried) == Reference(rules, tried).accepts(), (source, tried)
+
+
+def one_of(letters: str) -> Expression:
+    return ("set", frozenset(letters), False)
+
+
+def text(letters: str) -> Expression:
+    return ("text", letters)
+
+
+def sequence(*parts: Expression) -> Expression:
+    return ("sequence", parts)
+
+
+def choice(*options: Expression) -> Expression:
+    return ("choice", options)
+
+
+def repeat(part: Expression, least: int, most: int | None = None) -> Expression:
+    return ("repeat", part, (least, most))
+
+
+ROOT, ONE, TWO = ("rule", 0), ("rule", 1), ("rule", 2)
+# Each would be wrong if a lexeme were read further than the rules allow.
+TRAPS: list[list[Expression]] = [
+    [sequence(repeat(one_of("abc"), 1), text("a"))],
+    [sequence(repeat(text("a"), 0), text("ab"))],
+    [sequence(choice(text("ab"), text("a")), text("bc"))],
+    [choice(sequence(text("a"), ROOT, text("a")), sequence(repeat(one_of("abc"), 1), text("b")))],
+    [choice(sequence(text("ab"), ROOT, text("c")), sequence(text("a"), ROOT, text("bc")), text("abc"))],
+    [choice(sequence(ONE, ROOT, TWO), text("")), repeat(text("a"), 1), sequence(repeat(text("a"), 0), text("b"))],
+    [choice(sequence(ROOT, text("b")), sequence(text("a"), ROOT), text("c"))],
+    [choice(sequence(repeat(text("a"), 1, 2), ROOT, repeat(text("a"), 1, 2)), repeat(text("b"), 0, 1))],
+    [choice(sequence(text("a"), ROOT, text("c")), sequence(text("b"), ROOT, text("b")), text("ab"), text("abb"))],
+    [choice(sequence(ROOT, ROOT), sequence(text("a"), ROOT, text("b")), repeat(text("ab"), 1), text(""))],
+    [choice(sequence(ONE, ROOT, TWO), text("")), one_of("ab"), one_of("bc")],
+]
+
+
+@pytest.mark.parametrize("letters", ["abc", "aéè"], ids=["bytes", "characters of two bytes"])
+@pytest.mark.parametrize("number", range(len(TRAPS)))
+def test_lexemes_are_not_read_further_than_the_rules_allow(number: int, letters: str) -> None:
+    source = "root ::= r0\n" + "".join(f"r{at} ::= {written(rule)}\n" for at, rule in enumerate(TRAPS[number]))
+    grammar = Grammar.gbnf(source.translate(str.maketrans("abc", letters)) if letters != "abc" else source)
+    for tried in ("".join(some) for n in range(6) for some in product("abc", repeat=n)):
+        expected = Reference(TRAPS[number], tried).accepts()
+        assert grammar.accepts(tried.translate(str.maketrans("abc", letters))) == expected, tried
+
+
+def test_gbnf_is_read_as_llama_cpp_reads_it() -> None:
+    cases: list[tuple[str, list[str], list[str]]] = [
+        (r'root ::= "\x41\u00e9\U0001F600\t\r\n\\\"\[\]"', ['Aé😀\t\r\n\\"[]'], ["A"]),
+        ("root ::= [a-c-]", ["a", "c", "-"], ["d", ""]),
+        ("root ::= [-a]", ["-", "a"], ["b"]),
+        (r"root ::= [^\]\\a-c]", ["d", "é", "\n"], ["]", "\\", "b", "dd"]),
+        ("root ::= [^é]", ["è", "e", "😀"], ["é", ""]),
+        ("root ::= .", ["a", "\n", "😀", "\0"], ["", "ab"]),
+        ('root ::= [] "a" [^]', ["a"], ["", "^a"]),
+        ('root ::= "a" | [z-a]', ["a"], ["z"]),
+        ('root ::= "ab"{2}', ["abab"], ["abb", "ab"]),
+        ('root ::= "a"{2}{3}', ["aaaaaa"], ["aaaaa"]),
+        ('root ::= "a"{ 1 , 2 } "b"{0,2} "c"{2,}', ["acc", "aabbccc"], ["c", "abbbcc", "ac"]),
+        ('root ::= "a" *', ["", "aa"], ["b"]),
+        ('root ::= ("a"\n | # one\n "b" # two\n)+ "c" # three\n', ["abac", "bc"], ["c"]),
+        ('root ::= "a" |\n  "b" |\n', ["a", "b", ""], ["ab"]),
+        ('root ::=\n "a"\r\nunused ::= "b"\rroot ::= "c"', ["c"], ["a"]),
+        ("root::=Rule-1\nRule-1::=[0-9]+", ["12"], ["", "x"]),
+        ('root ::= "x" | root "y" | "z" root', ["x", "xyy", "zzxy"], ["y", "yx"]),
+    ]
+    for source, accepted, refused in cases:
+        grammar = Grammar.gbnf(source)
+        assert [text for text in accepted if not grammar.accepts(text)] == [], source
+        assert [text for text in refused if grammar.accepts(text)] == [], source
+    assert Grammar.gbnf("a ::= b\nb ::= [0-9]", root="a").accepts("7")
+
+
+@pytest.mark.parametrize(
+    ("source", "line", "column", "problem"),
+    [
+        ("", None, None, "empty"),
+        ("# nothing\n", None, None, "empty"),
+        ('a ::= "x"', None, None, "no rule 'root'; it has 'a'"),
+        ('root ::= "a" x', 1, 14, "there is no rule 'x'"),
+        ('root = "a"', 1, 6, "::= was expected"),
+        ('root ::= "a"\n\n  x_y ::= "b"', 3, 4, "::= was expected"),
+        ('root ::= "a" "b"\n | "c"', 2, 2, "the name of a rule"),
+        ('root ::= "a', 1, 10, "never closed"),
+        ("root ::= [a", 1, 10, "never closed"),
+        ('root ::= ("a"', 1, 10, "never closed"),
+        ('root ::= "a")', 1, 13, "a new line was expected"),
+        ('root ::= "\\q"', 1, 11, "escape"),
+        ('root ::= "\\x4"', 1, 11, "2 hexadecimal"),
+        ('root ::= "\\ud83d"', 1, 11, "no character"),
+        ("root ::= *", 1, 10, "nothing before it"),
+        ('root ::= "a" | +', 1, 16, "nothing before it"),
+        ('root ::= "a"{2001}', 1, 13, "at most 2000"),
+        ('root ::= "a"{0,2001}', 1, 13, "at most 2000"),
+        ('root ::= "a"{9' + "9" * 9000 + "}", 1, 13, "at most 2000"),
+        ('root ::= "a"{3,2}', 1, 13, "at least 3"),
+        ('root ::= "a"{,2}', 1, 14, "a number"),
+        ('root ::= "a"{2;}', 1, 15, "'}'"),
+        ("root ::= <12>x <a", 1, 16, "a token"),
+        ("root ::= root", 1, 1, "no text ever ends rule 'root'"),
+        ('root ::= "a" root', 1, 1, "no text ever ends rule 'root'"),
+        ('root ::= "a" | x\nx ::= y\ny ::= "(" x ")"', 2, 1, "no text ever ends rule 'x'"),
+        ("root ::= [z-a]", 1, 1, "no text ever ends"),
+        ('root ::= "\0"', 1, 11, "no text has"),
+        ("root ::= " + "(" * 10_000, 1, 110, "nested too deeply"),
+        ("root ::= " + "(" * 10_000 + '"a"' + ")" * 10_000, 1, 110, "nested too deeply"),
+    ],
+)
+def test_what_is_no_gbnf_is_refused_with_its_place(
+    source: str, line: int | None, column: int | None, problem: str
+) -> None:
+    with pytest.raises(GrammarError, match=re.escape(problem)) as caught:
+        Grammar.gbnf(source)
+    assert (caught.value.line, caught.value.column) == (line, column)
+    assert line is None or f"line {line}, column {column}" in str(caught.value)
+    assert isinstance(caught.value, Error)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_a_rule_that_root_does_not_need_may_never_end() -> None:
+    assert Grammar.gbnf('root ::= "a"\nunused ::= unused').accepts("a")
+
+
+HOSTILE = [
+    "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(10_000)) + 'r10000 ::= "a"',
+    "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1} r{i + 1}\n" for i in range(60)) + 'r60 ::= "a"',
+    "root ::= r0\n" + "".join(f'r{i} ::= "x" r{i + 1} "y" r{i} | "u"\n' for i in range(2000)) + 'r2000 ::= "a"',
+    "root ::= " + "(" * 90 + '"a"{0,2}' + "){0,2}" * 90,
+    "root ::= " + "(" * 99 + '"a" root? "b"' + ")*" * 99,
+    "root ::= " + '"a"? ' * 3000,
+    'root ::= x root y | "z"\nx ::= ' + " | ".join(f'"w{i}"' for i in range(3000)) + "\ny ::= [a-z0-9]+ x",
+    'root ::= "' + "a" * 100_000 + '"',
+    'root ::= "a"' + "*" * 20_000,
+    "root ::= [" + "".join(map(chr, range(0x4E00, 0x9000, 2))) + '] root "x" | "y"',
+    'root ::= ("a"{0,1000} "b"){0,1000} root "c" | "d"',
+]
+
+
+@pytest.mark.parametrize("number", range(len(HOSTILE)))
+def test_no_grammar_takes_long_or_ends_the_process(number: int) -> None:
+    made_or_refused(lambda: Grammar.gbnf(HOSTILE[number]).accepts("aaaab"))
+
+
+# --- regular expressions, JSON schemas, Lark --------------------------------------------------
+
+
+def test_a_regular_expression_matches_the_whole_text() -> None:
+    grammar = Grammar.regex(r"[a-z]+/\d{2,3}(?i:END)?")
+    assert grammar.accepts("abc/12")
+    assert grammar.accepts("abc/123eNd")
+    assert not grammar.accepts("abc/12 ")
+    assert not grammar.accepts("abc/1")
+    assert Grammar.regex(r"(?s:.*)x\n#").accepts("é\n x\n#")
+    assert not Grammar.regex(".").accepts("\n")
+    assert Grammar.regex("").accepts("")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("ab(c", "column 3 of the pattern: unclosed group"),
+        ("(?=a)b", "look-around"),
+        (r"(a)\1", "backreferences"),
+        (r"a\b", "lookarounds"),
+        ("[a&&b]", "no text of the grammar"),
+        ("a{2", "unclosed counted repetition"),
+        ("\ud800", "no text has"),
+        ("(" * 100_000, "unclosed"),
+    ],
+)
+def test_a_wrong_regular_expression_is_refused_in_one_line(pattern: str, problem: str) -> None:
+    with pytest.raises(GrammarError, match=re.escape(problem)) as caught:
+        Grammar.regex(pattern)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_regular_expression_that_blows_up_is_stopped() -> None:
+    grammar = Grammar.regex("(((a{0,1000}){0,1000}){0,1000}){0,1000}b")
+    with pytest.raises(GrammarError, match="too") as caught:
+        grammar.accepts("a" * 2000)
+    assert "\n" not in str(caught.value)
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "é😀"]}, "maxItems": 3},
+        "zip": {"type": "string", "pattern": "^[0-9]{5}$"},
+        "inner": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/point"}]},
+    },
+    "required": ["name", "age", "tags", "inner"],
+    "additionalProperties": False,
+    "$defs": {
+        "point": {
+            "type": "object",
+            "properties": {"x": {"type": "number", "minimum": -1, "maximum": 1}, "on": {"type": "boolean"}},
+            "required": ["x", "on"],
+            "additionalProperties": False,
+        }
+    },
+}
+
+
+def test_json_is_what_its_schema_describes() -> None:
+    grammar = Grammar.json_schema(PERSON)
+    good = {"name": "é", "age": 7, "tags": ["red"], "zip": "12345", "inner": {"x": 0.5, "on": True}}
+    assert grammar.accepts(json.dumps(good, ensure_ascii=False))
+    assert grammar.accepts(json.dumps(good, indent=4, ensure_ascii=False))
+    assert grammar.accepts(json.dumps(good, separators=(",", ":"), ensure_ascii=False))
+    for wrong in ({"age": 151}, {"tags": ["blue"]}, {"name": ""}, {"more": 1}, {"zip": "1234"}, {"inner": 3}):
+        assert not grammar.accepts(json.dumps({**good, **wrong}, ensure_ascii=False))
+    assert Grammar.json_schema(json.dumps(PERSON)) == grammar
+    assert Grammar.json_schema(True).accepts('[1, null, {"a": "b"}]')
+    assert Grammar.json_object().accepts('{"a": [1.5e3, {}]}')
+    assert not Grammar.json_object().accepts("[1]")
+
+
+def test_white_space_in_json_comes_to_an_end() -> None:
+    grammar = Grammar.json_object()
+    assert grammar.accepts('{\n    "a": 1\r\n}')
+    for white in ("  ", "\n\n", "\n" + " " * 41, "\t"):
+        assert not grammar.accepts("{" + white + '"a":1}')
+    assert not grammar.accepts(" {}")
+    assert not grammar.accepts("{} ")
+    matcher = GrammarCompiler(StubVocabulary()).matcher(grammar)
+    assert matcher.accept_text(b"{ ")
+    assert not matcher.allowed()[ord(" ")]
+
+
+def test_a_schema_cannot_change_the_compilers_settings() -> None:
+    strange = {"x-guidance": {"whitespace_pattern": "[ ]*", "lenient": True}, "type": "array"}
+    assert not Grammar.json_schema(strange).accepts("[  ]")
+    with pytest.raises(GrammarError, match="not"):
+        Grammar.json_schema({**strange, "not": {}})
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        ({"not": {"type": "string"}}, '"not"'),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "string", "format": "nonsense"}, "nonsense"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+        ({"$defs": {"a": {"not": {}}}, "$ref": "#/$defs/a"}, "not"),
+        ({"$ref": "#/nowhere"}, "nowhere"),
+        ({"$ref": "http://example.com/x"}, "example.com"),
+        ({"type": "nothing"}, "nothing"),
+        ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum"),
+        ({"type": "string", "pattern": "("}, "unclosed group"),
+        ({"a": {1, 2}}, "no JSON"),
+        ({"const": float("nan")}, "no JSON"),
+        (False, "false"),
+        ("[1]", "an object or a boolean"),
+        ('{"const": NaN}', "NaN"),
+        ({"$ref": "#"}, "requires itself"),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "requires itself"),
+        (
+            {"type": "object", "properties": {"next": {"allOf": [{"$ref": "#"}]}}, "required": ["next"]},
+            "requires itself",
+        ),
+        ('{"items":' * 100_000, "too deeply"),
+        ('{"items":' * 200 + "{}" + "}" * 200, "too deeply"),
+    ],
+)
+def test_a_schema_that_cannot_be_kept_is_refused_by_name(schema: object, problem: str) -> None:
+    with pytest.raises(GrammarError, match=re.escape(problem)) as caught:
+        Grammar.json_schema(schema)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_of_itself_that_may_be_empty_ends() -> None:
+    grammar = Grammar.json_schema({"type": "array", "items": {"$ref": "#"}})
+    assert grammar.accepts("[[],[[]]]")
+    inner = {"anyOf": [{"type": "null"}, {"$ref": "#"}]}
+    tree = {"type": "object", "properties": {"next": inner}, "required": ["next"]}
+    assert Grammar.json_schema(tree).accepts('{"next": {"next": null}}')
+
+
+def test_wrong_json_is_refused_with_its_place() -> None:
+    with pytest.raises(GrammarError, match="line 2, column 8") as caught:
+        Grammar.json_schema('{\n "type"; 1}')
+    assert (caught.value.line, caught.value.column) == (2, 8)
+
+
+@pytest.mark.parametrize("link", ["ref", "items", "properties", "prefixItems"])
+def test_references_through_thousands_of_schemas_do_not_end_the_process(link: str) -> None:
+    n = 3000
+
+    def one(i: int) -> dict[str, object]:
+        further: dict[str, object] = {"$ref": f"#/$defs/a{i}"}
+        return {
+            "ref": further,
+            "items": {"type": "array", "items": further},
+            "properties": {"type": "object", "properties": {"x": further}},
+            "prefixItems": {"type": "array", "prefixItems": [further]},
+        }[link]
+
+    chain = {f"a{i}": one(i + 1) for i in range(n)} | {f"a{n}": {"type": "string"}}
+    made_or_refused(lambda: Grammar.json_schema({"$defs": chain, "$ref": "#/$defs/a0"}).accepts('"x"'))
+
+
+def test_lark_is_llguidances() -> None:
+    grammar = Grammar.lark('start: "<" name ">"\nname: /[a-z]+/\n')
+    assert grammar.accepts("<abc>")
+    assert not grammar.accepts("<>")
+    with pytest.raises(GrammarError, match='line 2, column 4: unknown name: "nmae"') as caught:
+        Grammar.lark("start: x\nx: nmae | y\ny: /a/")
+    assert (caught.value.line, caught.value.column) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "start: start", 'start: "a" start', 'foo: "a"', "start: /[a&&b]/", "start: " + "(" * 10_000, "start: /(/"],
+)
+def test_wrong_lark_is_refused(text: str) -> None:
+    with pytest.raises(GrammarError) as caught:
+        Grammar.lark(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("n", [4000, 100_000])
+def test_lark_of_thousands_of_rules_does_not_end_the_process(n: int) -> None:
+    chain = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(n)) + f'r{n}: "a"\n'
+    assert made_or_refused(lambda: Grammar.lark(chain).accepts("a"), "rules") in (True, None)
+
+
+# --- what a grammar is ------------------------------------------------------------------------
+
+
+def test_grammars_are_values() -> None:
+    one, other = Grammar.regex("a+"), Grammar.regex("a+")
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != Grammar.regex("a*")
+    assert pickle.loads(pickle.dumps(one)) == one  # noqa: S301 - its own
+    assert pickle.loads(pickle.dumps(one)).accepts("aa")  # noqa: S301 - its own
+    with pytest.raises(AttributeError):
+        one.source = "b"  # type: ignore[misc]
+    assert Grammar.gbnf("a ::= [0]\nb ::= [1]", "a") != Grammar.gbnf("a ::= [0]\nb ::= [1]", "b")
+
+
+def test_nothing_else_is_a_grammar() -> None:
+    with pytest.raises(GrammarError, match="kinds"):
+        Grammar("yaml", "a")
+    with pytest.raises(GrammarError, match="kinds"):
+        Grammar.regex(3)  # type: ignore[arg-type]
+    with pytest.raises(GrammarError, match="mapping"):
+        Grammar.json_schema(3)  # type: ignore[arg-type]
+    with pytest.raises(GrammarError, match="characters"):
+        Grammar.regex("a" * 5_000_000)
+
+
+# --- tokens -----------------------------------------------------------------------------------
+
+
+class Pieces:
+    """A vocabulary of given pieces, of which some end a reply; it takes the longest piece that fits."""
+
+    def __init__(self, pieces: Sequence[bytes], ends: Sequence[int] = (), names: Sequence[bytes] = ()) -> None:
+        self._pieces, self._names = list(pieces), list(names)
+        self.n_tokens = len(pieces)
+        self.is_eog = np.isin(np.arange(self.n_tokens), list(ends))
+
+    def piece(self, token: int) -> bytes:
+        return self._pieces[token]
+
+    def tokenize(
+        self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
+    ) -> NDArray[np.int32]:
+        raw = source.encode() if isinstance(source, str) else source
+        if parse_special and raw in self._names:
+            return np.array([self._names.index(raw)], np.int32)
+        found = []
+        while raw:
+            fits = [token for token, piece in enumerate(self._pieces) if piece and raw.startswith(piece)]
+            found.append(max(fits, key=lambda token: len(self._pieces[token])))
+            raw = raw[len(self._pieces[found[-1]]) :]
+        return np.array(found, np.int32)
+
+    def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
+        names = [*self._names, *[b""] * self.n_tokens]
+        return b"".join(self._pieces[int(token)] or (names[int(token)] if special else b"") for token in tokens)
+
+
+BYTES = [bytes([byte]) for byte in range(256)]
+
+
+def spelled(vocabulary: Vocabulary, mask: NDArray[np.bool_]) -> list[bytes]:
+    return [vocabulary.piece(token) for token in np.flatnonzero(mask).tolist()]
+
+
+def test_every_token_that_stays_in_the_language_is_allowed_and_none_else() -> None:
+    vocabulary = Pieces([b"a", b"ab", b"ab", b"b", b"abc", b"\xc3", b"\xa9", "é".encode(), b"", b"\xff", b"x"], [8])
+    matcher = GrammarCompiler(vocabulary).matcher(Grammar.gbnf('root ::= "ab" | "é" "x"?'))
+    assert np.flatnonzero(matcher.allowed()).tolist() == [0, 1, 2, 5, 7]
+    matcher.accept(5)
+    assert np.flatnonzero(matcher.allowed()).tolist() == [6]
+    assert not matcher.accepting
+    matcher.accept(6)
+    assert np.flatnonzero(matcher.allowed()).tolist() == [8, 10]
+    assert (matcher.accepting, matcher.stopped) == (True, False)
+    matcher.accept(10)
+    assert np.flatnonzero(matcher.allowed()).tolist() == [8]
+    assert (matcher.accepting, matcher.stopped) == (True, True)
+    matcher.accept(8)
+    assert not matcher.allowed().any()
+    assert (matcher.accepting, matcher.stopped) == (True, True)
+    with pytest.raises(GrammarError, match="has ended"):
+        matcher.accept(8)
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 64])
+def test_any_size_of_vocabulary_works_without_end_tokens(n: int) -> None:
+    vocabulary = Pieces([b"x"] * n)
+    matcher = GrammarCompiler(vocabulary).matcher(Grammar.regex("x{2}"))
+    for _ in range(2):
+        assert matcher.allowed().tolist() == [True] * n
+        matcher.accept(n - 1)
+    assert (matcher.allowed().any(), matcher.accepting, matcher.stopped) == (False, True, True)
+
+
+def test_a_refused_token_changes_nothing() -> None:
+    vocabulary = Pieces([b"a", b"b", b"c", b"", b""], [4])
+    matcher = GrammarCompiler(vocabulary).matcher(Grammar.regex("ab"))
+    matcher.accept(0)
+    for wrong in (0, 2, 3, 4, 5, -1):
+        with pytest.raises(GrammarError, match=str(wrong)):
+            matcher.accept(wrong)
+    matcher.accept(1)
+    matcher.accept(4)
+
+
+def test_a_vocabulary_without_the_bytes_to_go_on_is_left_nothing() -> None:
+    matcher = GrammarCompiler(Pieces([b"a", b""], [1])).matcher(Grammar.regex("ab"))
+    matcher.accept(0)
+    assert not matcher.allowed().any()
+    assert not matcher.accepting
+
+
+def test_an_empty_text_can_be_all_there_is() -> None:
+    for grammar in (Grammar.gbnf('root ::= ""'), Grammar.regex(""), Grammar.gbnf("root ::= [] x\nx ::= | x x")):
+        assert grammar.accepts("")
+        assert not grammar.accepts("a")
+        matcher = GrammarCompiler(Pieces([b"a", b""], [1])).matcher(grammar)
+        assert matcher.allowed().tolist() == [False, True]
+        assert (matcher.accepting, matcher.stopped) == (True, True)
+
+
+def test_tokens_without_a_text_come_only_where_a_grammar_names_them() -> None:
+    names = [*[b""] * 256, b"<think>", b"</think>", b"<end>", b"<other>"]
+    vocabulary = Pieces([*BYTES, b"", b"", b"", b""], [258], names)
+    compiler = GrammarCompiler(vocabulary)
+    anything = compiler.matcher(Grammar.regex("(?s:.*)"))
+    assert np.flatnonzero(anything.allowed()).tolist() == [*range(0x80), *range(0xC2, 0xF5), 258]
+    for source in (
+        "root ::= <think> thought </think> [a-z]+\nthought ::= !</think>*",
+        "root ::= <[256]> !<[257]>* <[257]> [a-z]+",
+    ):
+        grammar = Grammar.gbnf(source)
+        matcher = compiler.matcher(grammar)
+        assert matcher.forced() == [256]
+        assert np.flatnonzero(matcher.allowed()).tolist() == [256]
+        matcher.accept(256)
+        assert np.flatnonzero(matcher.allowed()).tolist() == [token for token in range(260) if token != 258]
+        for token in (*b"so </think>", 0xFF, 259, 257):
+            matcher.accept(token)
+        assert np.flatnonzero(matcher.allowed()).tolist() == list(b"abcdefghijklmnopqrstuvwxyz")
+        with pytest.raises(GrammarError, match="vocabulary"):
+            grammar.accepts("a")
+    lark = compiler.matcher(Grammar.lark('start: <think> "a" </think>'))
+    for token in (256, ord("a"), 257):
+        assert np.flatnonzero(lark.allowed()).tolist() == [token]
+        lark.accept(token)
+    assert lark.stopped
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ('root ::=\n "a" <nothing>', "line 2, column 6: <nothing> is 9 tokens"),
+        ("root ::= <[400]>", "this model has 257 tokens"),
+        ("root ::= <[256]>", "ends a reply"),
+    ],
+)
+def test_a_token_that_the_vocabulary_has_not_is_refused_when_it_is_used(source: str, problem: str) -> None:
+    grammar = Grammar.gbnf(source)
+    with pytest.raises(GrammarError, match=re.escape(problem)):
+        GrammarCompiler(Pieces([*BYTES, b""], [256])).matcher(grammar)
+
+
+def test_bytes_are_read_across_the_borders_of_tokens() -> None:
+    vocabulary = Pieces([b"hel", b"lo wor", b"ld", b"", *BYTES], [3])
+    compiler = GrammarCompiler(vocabulary)
+    matcher = compiler.matcher(Grammar.gbnf('root ::= "hello " [a-zé]+'))
+    assert matcher.accept_text(b"hello w\xc3")
+    assert not matcher.accept_text(b"x")
+    assert not matcher.accept_text(b"\xff")
+    assert not matcher.accept_text(b"\xa9rld!")
+    assert matcher.accept_text(b"")
+    assert matcher.accept_text(b"\xa9r")
+    matcher.accept(2)
+    assert matcher.accepting
+    assert not matcher.accept_text(b" ")
+
+
+def test_one_compiler_serves_many_threads() -> None:
+    compiler = GrammarCompiler(StubVocabulary())
+    failures: list[object] = []
+
+    def work(seed: int) -> None:
+        grammar = Grammar.regex(f"(ab){{{seed % 3 + 1}}}")
+        for _ in range(30):
+            matcher = compiler.matcher(grammar)
+            for byte in b"ab" * (seed % 3 + 1):
+                if not matcher.allowed()[byte]:
+                    failures.append((seed, byte))
+                matcher.accept(byte)
+            if not matcher.stopped:
+                failures.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_more_grammars_than_are_kept_are_compiled_again() -> None:
+    compiler = GrammarCompiler(StubVocabulary())
+    for _ in range(2):
+        for n in range(1, 80):
+            matcher = compiler.matcher(Grammar.regex(f"a{{{n}}}"))
+            assert matcher.accept_text(b"a" * n)
+            assert matcher.stopped
+
+
+# --- real vocabularies ------------------------------------------------------------------------
+
+NAMES = ["qwen2", "llama-bpe", "llama-spm"]
+
+
+@cache
+def compiler_of(name: str) -> tuple[LlamaModel, GrammarCompiler]:
+    path = SHARED / "vocab" / f"ggml-vocab-{name}.gguf"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    model = LlamaModel(path, vocab_only=True)
+    return model, GrammarCompiler(model.vocabulary)
+
+
+@pytest.fixture(params=[*NAMES, "bytes"])
+def vocabulary(request: pytest.FixtureRequest) -> tuple[Vocabulary, GrammarCompiler]:
+    if request.param == "bytes":
+        stub = StubVocabulary()
+        return stub, GrammarCompiler(stub)
+    model, compiler = compiler_of(request.param)
+    return model.vocabulary, compiler
+
+
+def walked(vocabulary: Vocabulary, matcher: Matcher, rng: random.Random, most: int = 400) -> Iterator[int]:
+    """The tokens of a random reply; it ends early where it can, and is the given tokens long at most."""
+    for _ in range(most):
+        mask = matcher.allowed()
+        ends = np.flatnonzero(mask & vocabulary.is_eog)
+        assert bool(len(ends)) == matcher.accepting
+        tokens = np.flatnonzero(mask & ~vocabulary.is_eog)
+        assert (len(tokens) == 0) == matcher.stopped
+        if len(ends) and (not len(tokens) or rng.random() < 0.2):
+            matcher.accept(int(rng.choice(ends)))
+            return
+        # Short tokens as often as long ones, of which there are more.
+        token = min(rng.choices(tokens.tolist(), k=rng.randint(1, 4)), key=lambda id: len(vocabulary.piece(id)))
+        matcher.accept(token)
+        yield token
+    pytest.fail("the reply did not end")
+
+
+def is_sum(text: str) -> bool:
+    while "(" in text:
+        shorter = re.sub(r"\(([0-9]+|x)([-+]([0-9]+|x))*\)", "x", text)
+        if shorter == text:
+            return False
+        text = shorter
+    return re.fullmatch(r"([0-9]+|x)([-+]([0-9]+|x))*", text) is not None
+
+
+def is_person(text: str) -> bool:
+    jsonschema.validate(json.loads(text), PERSON)
+    return True
+
+
+REPLIES: dict[str, tuple[Grammar, Callable[[str], object]]] = {
+    "schema": (Grammar.json_schema(PERSON), is_person),
+    "regex": (
+        Grammar.regex(r"[A-Z][a-zé]{1,9}( [a-z]{1,6}){0,5}[.!]"),
+        lambda text: re.fullmatch(r"[A-Z][a-zé]{1,9}( [a-z]{1,6}){0,5}[.!]", text),
+    ),
+    "sum": (
+        Grammar.gbnf('root ::= term ([-+] term){0,3}\nterm ::= [0-9]{1,4} | "(" root ")"'),
+        is_sum,
+    ),
+    "lines": (
+        Grammar.gbnf('root ::= ("- " [^\\n\\x00-\\x1f]{1,20} "\\n"){1,4}'),
+        lambda text: re.fullmatch("(- [^\x00-\x1f]{1,20}\n){1,4}", text),
+    ),
+    "record": (
+        Grammar.gbnf(
+            'root ::= "temperature: " [0-9]{1,3} " degrees, " ("humidity: " [0-9]{1,2} "%" | "nothing else")'
+        ),
+        lambda text: re.fullmatch("temperature: [0-9]{1,3} degrees, (humidity: [0-9]{1,2}%|nothing else)", text),
+    ),
+    "words": (
+        Grammar.lark('start: (WORD " "){1,4} "the end"\nWORD: /[a-z]{1,6}/ & ~/.*x.*/\n'),
+        lambda text: re.fullmatch("([a-wyz]{1,6} ){1,4}the end", text),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_every_random_reply_is_in_the_language(vocabulary: tuple[Vocabulary, GrammarCompiler], name: str) -> None:
+    tokens, compiler = vocabulary
+    grammar, checked = REPLIES[name]
+    for seed in range(8):
+        reply = list(walked(tokens, compiler.matcher(grammar), random.Random(seed), 3000))
+        text = b"".join(map(tokens.piece, reply))
+        assert checked(text.decode()), text
+        assert grammar.accepts(text)
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_what_is_allowed_can_be_accepted_and_nothing_else(
+    vocabulary: tuple[Vocabulary, GrammarCompiler], name: str
+) -> None:
+    tokens, compiler = vocabulary
+    grammar, _ = REPLIES[name]
+    rng = random.Random(name)
+    reply = list(walked(tokens, compiler.matcher(grammar), rng, 3000))
+    for at in rng.sample(range(len(reply) + 1), min(4, len(reply) + 1)):
+
+        def there(at: int = at) -> Matcher:
+            matcher = compiler.matcher(grammar)
+            for token in reply[:at]:
+                matcher.accept(token)
+            return matcher
+
+        mask = there().allowed().copy()
+        allowed, refused = np.flatnonzero(mask).tolist(), np.flatnonzero(~mask).tolist()
+        for token in rng.sample(allowed, min(20, len(allowed))):
+            there().accept(token)
+            piece = tokens.piece(token)
+            assert tokens.is_eog[token] or there().accept_text(piece)
+        matcher = there()
+        for token in rng.sample(refused, min(100, len(refused))):
+            with pytest.raises(GrammarError):
+                matcher.accept(token)
+        assert (matcher.allowed() == mask).all()
+
+
+@pytest.mark.parametrize("name", ["schema", "record"])
+def test_forced_tokens_are_allowed_one_after_the_other(
+    vocabulary: tuple[Vocabulary, GrammarCompiler], name: str
+) -> None:
+    tokens, compiler = vocabulary
+    grammar, _ = REPLIES[name]
+    seen = 0
+    for seed in range(4):
+        matcher, rng = compiler.matcher(grammar), random.Random(seed)
+        for _ in range(200):
+            certain = matcher._native.deep_copy().compute_ff_bytes()
+            forced = matcher.forced()
+            assert certain.startswith(b"".join(map(tokens.piece, forced)))
+            for token in forced:
+                assert matcher.allowed()[token]
+                assert not tokens.is_eog[token]
+                matcher.accept(token)
+                seen += 1
+            choice = np.flatnonzero(matcher.allowed()).tolist()
+            token = rng.choice(choice)
+            matcher.accept(token)
+            if tokens.is_eog[token]:
+                break
+    assert seen > 10
+
+
+WORDS = st.lists(
+    st.sampled_from(
+        [
+            "hello",
+            " world",
+            "  ",
+            "\n",
+            '{"name": ',
+            "12",
+            "3",
+            " 1",
+            "é",
+            "😀",
+            "日本",
+            ".",
+            "...",
+            "ing",
+            "th",
+            "\t",
+        ]
+    ),
+    min_size=1,
+    max_size=6,
+).map("".join)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=150, deadline=None)
+@given(text=WORDS, later=WORDS)
+def test_forced_tokens_are_those_of_the_models_tokenizer_whatever_follows(name: str, text: str, later: str) -> None:
+    model, compiler = compiler_of(name)
+    vocabulary = model.vocabulary
+    literal = "".join(f"\\U{ord(letter):08x}" for letter in text)
+    forced = compiler.matcher(Grammar.gbnf(f'root ::= "{literal}" .*')).forced()
+    # Where a tokenizer puts a space first, a text within a text is tokenized as one that follows a new line.
+    fence = vocabulary.tokenize("\x02", add_special=False) if name == "llama-spm" else []
+    whole = vocabulary.tokenize("\x02" * bool(len(fence)) + text + later, add_special=False).tolist()[len(fence) :]
+    assert forced == whole[: len(forced)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_most_of_a_certain_text_is_forced_at_once(name: str) -> None:
+    _, compiler = compiler_of(name)
+    text = '{"temperature": {"unit": "celsius", "description": "how warm it is"}}'
+    matcher = compiler.matcher(Grammar.json_schema({"const": text}))
+    forced = matcher.forced()
+    assert len(b"".join(compiler._vocabulary.piece(token) for token in forced)) > len(text) - 8
+    for token in forced:
+        matcher.accept(token)
+
+
+def test_llama_cpps_own_grammars_are_read() -> None:
+    """A grammar of the size that schemas are converted to: recursive, with white space that may be empty."""
+    grammar = Grammar.gbnf(
+        r"""
+        root   ::= object
+        value  ::= object | array | string | number | ("true" | "false" | "null") ws
+        object ::= "{" ws ( string ":" ws value ("," ws string ":" ws value)* )? "}" ws
+        array  ::= "[" ws ( value ("," ws value)* )? "]" ws
+        string ::= "\"" ( [^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4}) )* "\"" ws
+        number ::= ("-"? ([0-9] | [1-9] [0-9]{0,15})) ("." [0-9]+)? ([eE] [-+]? [0-9] [1-9]{0,15})? ws
+        ws     ::= | " " | "\n" [ \t]{0,20}
+        """.replace("\n        ", "\n")
+    )
+    deep: object = {"a": [1, -2.5e7, 'x\\"y\né', None, True, {}], "": []}
+    for _ in range(20):
+        deep = {"more": [deep]}
+    assert grammar.accepts(json.dumps(deep))
+    assert grammar.accepts(json.dumps(deep, separators=(",", ":")))
+    for wrong in ('{"a":1', '{"a" 1}', "{'a':1}", '{"a":01}', '{"a":1,}', "[1]", '{"a":"\n"}'):
+        assert not grammar.accepts(wrong)
