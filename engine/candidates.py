@@ -86,7 +86,8 @@ class Candidates:
 
     def weights(self) -> NDArray[np.float32]:
         """exp(logit - largest), float32, shape (n,): what probabilities are proportional to."""
-        found: NDArray[np.float32] = np.exp(self.logits - np.float32(self.best()))
+        with np.errstate(over="ignore"):  # of logits at both ends of float32: minus infinity, so no weight
+            found: NDArray[np.float32] = np.exp(self.logits - np.float32(self.best()))
         return found
 
     def probabilities(self) -> NDArray[np.float64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -136,14 +137,19 @@ _stack_size = threading.Lock()
 
 def _on_a_large_stack(make: Callable[[], _T]) -> _T:
     """Call something that recurses deeper than the stacks of threads allow, which would end the process."""
-    made: list[_T] = []
+    future: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            future.set_exception(error)
+
     with _stack_size:
         # The size is of all threads begun meanwhile; larger is no harm, as it is only reserved.
         usual = threading.stack_size(_STACK)
         try:
-            thread = threading.Thread(target=lambda: made.append(make()), name="erllama-grammar")
-            thread.start()
+            threading.Thread(target=work, name="erllama-grammar").start()
         finally:
             threading.stack_size(usual)
-    thread.join()
-    return made[0]
+    return future.result()

@@ -82,7 +82,8 @@ class TopNSigma:
             return candidates
         logits = candidates.logits
         finite = logits[np.isfinite(logits)]
-        bound = np.float32(candidates.best() - self._n * float(finite.std(dtype=np.float64)))
+        with np.errstate(over="ignore"):  # of a huge `n`: minus infinity
+            bound = np.float32(candidates.best() - self._n * float(finite.std(dtype=np.float64)))
         return candidates.keep(np.flatnonzero(logits >= bound))
 
 

@@ -529,6 +529,13 @@ def test_no_temperature_is_too_low(row: Row, t: float) -> None:
         np.testing.assert_allclose(found.probabilities(), weights / weights.sum(), rtol=0, atol=1e-3)
 
 
+def test_numbers_that_float32_does_not_hold_are_infinite() -> None:
+    row = a_row(3e38, -3.3e38, 1.0)
+    context = np.array([0, 1], np.int32)
+    assert Penalties(5, 1.5, 0, 0)(row.candidates(context)).logits[1] == -np.inf
+    assert len(TopNSigma(1e300)(row.candidates())) == 3
+
+
 @pytest.mark.parametrize("logits", [(2.0, 1.0, -np.inf), (2.0, 1.0, -np.inf, 0.0, -np.inf)])
 def test_xtc_leaves_one_that_can_be_drawn(logits: tuple[float, ...]) -> None:
     """With a threshold of 0 libllama's leaves the last, which is ruled out."""
