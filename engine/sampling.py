@@ -37,6 +37,7 @@ from erllama.engine.steps import (
 )
 from erllama.errors import OptionError, SamplingError, choice, integer, real
 
+_MOST_BIAS = 1e30  # float32 has room for more, but not for sums of it
 _MAX_SEED = 2**64 - 1
 _MOST_BREAKERS = 8  # sets of them that are kept
 _MOST_TEXTS = 64  # of one set
@@ -199,7 +200,7 @@ def _biases(given: object) -> dict[int, float] | None:
         # OpenAI's clients write JSON, where keys are texts.
         token = int(token) if isinstance(token, str) and token.isdecimal() else token
         name = f"logit_bias[{token!r}]"
-        number = -math.inf if bias == -math.inf else real(name, bias)
+        number = -math.inf if bias == -math.inf else real(name, bias, -_MOST_BIAS, _MOST_BIAS)
         found[integer("a key of logit_bias", token, 0)] = number
     return found
 

@@ -137,6 +137,7 @@ def test_ruled_out_tokens_are_never_drawn() -> None:
         ({"logit_bias": {-1: 0.5}}, "at least 0"),
         ({"logit_bias": {1: float("inf")}}, "finite"),
         ({"logit_bias": {1: "much"}}, "number"),
+        ({"logit_bias": {1: 1e39}}, "at most 1e+30"),
         ({"logit_bias": {10_000: 1}}, "logit_bias has token 10000; the vocabulary has 0 to"),
         ({"banned_tokens": [10_000]}, "banned_tokens has token 10000"),
         ({"banned_tokens": "abc"}, "list of token ids"),
