@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ class Persister:
     def __init__(self, upkeep: Upkeep, lock: threading.RLock, residents: Residents, counters: Counters) -> None:
         self._upkeep, self._lock, self._residents, self._counters = upkeep, lock, residents, counters
         self._shared = False  # other processes use a tier, too, as of the last look
-        self._look_who_shares_again = 0.0
+        self._looked_who_shares = -math.inf  # when, by time.monotonic()
 
     def offer(
         self,
@@ -43,7 +44,12 @@ class Persister:
             held = self._residents.in_ram(ancestor)
             if held is None or not self._queue(*held, where, False, (), 0.0):
                 return False
-        return self._queue(block, payload, to, replace, overtaken, 0.0 if full else self._tail_delay())
+        if full:
+            return self._queue(block, payload, to, replace, overtaken, 0.0)
+        delay = SHARED_TAIL_DELAY_SECONDS if self._shared else TAIL_DELAY_SECONDS
+        queued = self._queue(block, payload, to, replace, overtaken, delay)
+        self._look_who_shares_soon()  # now that it is queued: a look that finds somebody hurries what waits
+        return queued
 
     def _queue(
         self,
@@ -73,14 +79,12 @@ class Persister:
             parent = entry.block.parent
         return missing[::-1]
 
-    def _tail_delay(self) -> float:
-        now = time.monotonic()
-        if now >= self._look_who_shares_again:
-            self._look_who_shares_again = now + 1.0
-            self._upkeep.writer.defer(self._look_who_shares, patient=True)
-        return SHARED_TAIL_DELAY_SECONDS if self._shared else TAIL_DELAY_SECONDS
+    def _look_who_shares_soon(self) -> None:
+        again = self._looked_who_shares + _SHARED_LOOK_SECONDS - time.monotonic()
+        self._upkeep.writer.defer(self._look_who_shares, max(again, 0.0), patient=True)
 
     def _look_who_shares(self) -> None:
+        self._looked_who_shares = time.monotonic()
         with self._upkeep.tending:
             self._shared = any(tier.shared for tier in self._upkeep.behind if self._upkeep.ready(tier))
         if self._shared:

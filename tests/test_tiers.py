@@ -15,6 +15,7 @@ from test_harness import DictTier
 
 import erllama
 from erllama.cache import Block, Cache, FileTier, MemoryUsage, SaveReason, Tier, TierRow, token_bytes
+from erllama.cache.writer import Pending, WriteBehind
 from support import must_run
 
 MANY = np.arange(10 * SIZE, dtype=np.int32)
@@ -413,6 +414,38 @@ def test_who_comes_later_sees_a_tail_that_waits(tmp_path: Path) -> None:
             while hit(other, MANY[:5]) < 5:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
+
+
+def test_each_tail_is_looked_after_however_soon_it_follows_another(tmp_path: Path) -> None:
+    with Cache(block_size=SIZE, disk=tmp_path) as cache:
+        save(cache, MANY[:5])
+        save(cache, MANY[:SIZE])  # overtakes it
+        cache.flush()
+        time.sleep(0.7)  # nothing waits any more
+        save(cache, MANY[: SIZE + 5])
+        with Cache(block_size=SIZE, disk=tmp_path) as other:
+            deadline = time.monotonic() + 10
+            while hit(other, MANY[: SIZE + 5]) < SIZE + 5:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+
+def test_a_look_for_others_does_not_miss_the_tail_that_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer = WriteBehind.offer
+
+    def offer_late(self: WriteBehind, save: Pending) -> bool:
+        time.sleep(0.2)  # the writer's thread has time to do all that it was given before
+        return offer(self, save)
+
+    monkeypatch.setattr(WriteBehind, "offer", offer_late)
+    with Cache(block_size=SIZE, disk=tmp_path) as cache, Cache(block_size=SIZE, disk=tmp_path) as other:
+        save(cache, MANY[:5])
+        deadline = time.monotonic() + 10
+        while hit(other, MANY[:5]) < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_a_delayed_tail_gives_way_when_the_queue_fills(tmp_path: Path) -> None:
