@@ -38,6 +38,34 @@ class PromptTooLong(PromptError):  # noqa: N818 - reads as what happened
     """The prompt has more tokens than the context has cells."""
 
 
+class ChatError(Error, ValueError):
+    """A conversation, or its tools, that no chat can be made of.
+
+    Attributes:
+        index: of the message at fault, from 0; None where it is none's.
+    """
+
+    def __init__(self, message: str, *, index: int | None = None) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class TemplateError(ChatError):
+    """A chat template does not parse, refuses the conversation, or asks for more than a template may.
+
+    Attributes:
+        line: of the template, from 1; None where it is not known.
+    """
+
+    def __init__(self, message: str, *, index: int | None = None, line: int | None = None) -> None:
+        super().__init__(message, index=index)
+        self.line = line
+
+
+class ToolCallError(ChatError):
+    """What a model wrote as a tool call is none."""
+
+
 class LibraryNotBuilt(Error):  # noqa: N818
     """The binding of libllama is missing: the package was not built."""
 
