@@ -4,15 +4,23 @@ from erllama.engine.backend import Backend, Batch, Limits, Vocabulary
 from erllama.engine.candidates import Candidates
 from erllama.engine.grammar import Grammar
 from erllama.engine.metrics import EngineMetrics
+from erllama.engine.phases import Markers, PhaseOptions
 from erllama.engine.request import (
+    CacheDelta,
     CacheHit,
     Completion,
+    Delta,
     Done,
     Event,
     Request,
     RequestOptions,
     TextDelta,
+    ThinkingDelta,
+    ThinkingEnd,
     Timings,
+    ToolCall,
+    ToolCallDelta,
+    ToolCallEnd,
 )
 from erllama.engine.runner import Runner
 from erllama.engine.sampling import Sampler, SamplerFactory, SamplingOptions, SamplingState, TokenLogprobs
@@ -23,15 +31,19 @@ from erllama.engine.ticket import Ticket
 __all__ = [
     "Backend",
     "Batch",
+    "CacheDelta",
     "CacheHit",
     "Candidates",
     "Completion",
+    "Delta",
     "Done",
     "EngineMetrics",
     "Event",
     "Grammar",
     "Limits",
+    "Markers",
     "Phase",
+    "PhaseOptions",
     "Request",
     "RequestOptions",
     "Runner",
@@ -41,8 +53,13 @@ __all__ = [
     "SamplingState",
     "Step",
     "TextDelta",
+    "ThinkingDelta",
+    "ThinkingEnd",
     "Ticket",
     "Timings",
     "TokenLogprobs",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolCallEnd",
     "Vocabulary",
 ]

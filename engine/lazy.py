@@ -28,6 +28,11 @@ class LazyMatcher:
         self._recent = b""
         self._begun = False
 
+    @property
+    def begun(self) -> bool:
+        """Whether a trigger has come."""
+        return self._begun
+
     def allowed(self) -> NDArray[np.bool_] | None:
         return self._matcher.allowed() if self._begun else None
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import KEY_BYTES
 from erllama.engine.grammar import Grammar
+from erllama.engine.phases import PhaseOptions
 from erllama.engine.sampling import SamplingOptions, SamplingState, TokenLogprobs
 from erllama.errors import OptionError, boolean, integer, real
 
@@ -41,6 +43,7 @@ class RequestOptions:
         grammar: the language that the reply must be of; None for any text.
         grammar_triggers: texts, and ids of tokens, at the first of which the grammar begins, itself a part of it;
             none of them for a grammar that the whole reply must be of.
+        phases: how thinking and tool calls are told from the answer; None for a reply that is all text.
     """
 
     max_tokens: int | None = None
@@ -55,6 +58,7 @@ class RequestOptions:
     sampling_state: SamplingState | None = None
     grammar: Grammar | None = None
     grammar_triggers: Sequence[str | int] = ()
+    phases: PhaseOptions | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -78,6 +82,8 @@ class RequestOptions:
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise OptionError(f"grammar={self.grammar!r}; give GBNF as text, or an erllama.Grammar, or None")
         put(self, "grammar_triggers", _triggers(self.grammar_triggers, self.grammar))
+        if self.phases is not None and self.phases.calls_only and self.grammar is not None:
+            raise OptionError("a grammar for a reply that must be a tool call; leave one of them out")
         if self.sampling_state is not None:
             if not isinstance(self.sampling_state, SamplingState):
                 raise OptionError(
@@ -133,6 +139,18 @@ class CacheHit:
     tokens: int
 
 
+class CacheDelta(NamedTuple):
+    """What a request took from the cache, and what it left there, in tokens.
+
+    Attributes:
+        read: of the prompt, that were not computed.
+        created: of prompt and reply, that are stored now and were not when it began.
+    """
+
+    read: int
+    created: int
+
+
 @dataclass(frozen=True, slots=True)
 class Timings:
     """Seconds a request spent, and the tokens it spent them on.
@@ -164,18 +182,24 @@ class Completion:
     """A reply.
 
     Attributes:
-        text: the reply as text; bytes that are no UTF-8 appear as U+FFFD.
+        text: the reply as text, without thinking and tool calls; bytes that are no UTF-8 appear as U+FFFD.
         tokens: ids of the reply, an end token not among them, those of a stop string among them.
         context_tokens: ids of prompt and reply.
         finish_reason: "stop" at an end-of-generation token or a stop string, "length" at
             max_tokens, "context_full" when no cell was left, "cancelled".
         finish_key: names the stored context of this reply; None when nothing was stored.
         cache: how much of the prompt was warm.
+        cache_delta: tokens of the context that the cache gave, and those that it got.
         seed: the seed the draws used.
         sampling_state: where the draws stand; a request for more that is given it draws what this one would have.
         timings: where the time went.
         stop_sequence: the stop string that ended it; None where none did.
         logprobs: one for each of `tokens`, where asked for; else None.
+        thinking: what it thought, where that is told apart.
+        thinking_signature: HMAC-SHA256 of `thinking` where a key was given, else b""; None where it did not
+            come to the end of a thought.
+        raw_tool_calls: each call as it was written, from its opening marker to its closing one, special tokens
+            written out; where they are told apart.
     """
 
     text: str
@@ -184,16 +208,20 @@ class Completion:
     finish_reason: FinishReason
     finish_key: bytes | None
     cache: CacheHit
+    cache_delta: CacheDelta
     seed: int
     sampling_state: SamplingState
     timings: Timings
     stop_sequence: str | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    thinking: str = ""
+    thinking_signature: bytes | None = None
+    raw_tool_calls: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """A piece of the reply.
+    """A piece of the reply's text.
 
     Attributes:
         text: what is complete, and is no part of a stop string.
@@ -207,10 +235,75 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class ThinkingDelta:
+    """A piece of what the model thinks; attributes as of TextDelta."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingEnd:
+    """A thought is over.
+
+    Attributes:
+        signature: HMAC-SHA256 of all thinking of the reply, in UTF-8, with `thinking_signing_key`; b"" without.
+    """
+
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a tool call as it is written, markers and all; attributes as of TextDelta."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool.
+
+    Attributes:
+        id: names it; the tool's result is sent back with it.
+        name: of the tool.
+        arguments: by name, as in JSON.
+    """
+
+    id: str
+    name: str
+    arguments: dict[str, object]
+
+    @property
+    def arguments_json(self) -> str:
+        """The arguments as JSON, as OpenAI's clients have them."""
+        return json.dumps(self.arguments, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallEnd:
+    """What was written as a tool call, or as several, is over.
+
+    Attributes:
+        full: the bytes that were sampled, from the opening marker to the closing one, special tokens written out.
+        calls: what they call; in chats.
+        error: why they call nothing; in chats.
+    """
+
+    full: bytes
+    calls: tuple[ToolCall, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The end of a stream."""
 
     completion: Completion
 
 
-Event = TextDelta | Done
+Delta = TextDelta | ThinkingDelta | ToolCallDelta
+Event = Delta | ThinkingEnd | ToolCallEnd | Done

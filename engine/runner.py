@@ -19,8 +19,9 @@ from erllama.engine.metrics import EngineMetrics
 from erllama.engine.request import CacheHit
 from erllama.engine.scheduler import Phase, Scheduler
 from erllama.engine.sequence import Sequence
+from erllama.engine.shared import Shared
 from erllama.engine.ticket import Ticket
-from erllama.engine.warmth import LIVE, shared_warmth
+from erllama.engine.warmth import LIVE
 from erllama.errors import BackendError, CalledFromModelThread, ModelUnloaded, QueueFull, SessionBusy
 
 log = logging.getLogger("erllama.engine")
@@ -58,7 +59,7 @@ class Runner:
         self._cache = cache
         self._policy = policy
         self._stopping = False
-        self._shared = shared_warmth(cache, backend, policy)
+        self._shared = Shared.of(cache, backend, policy)
         limits = backend.limits
         self._tier = (
             LiveTier(cache, LIVE, f"the context of model {name!r}", limits.cell_bytes, limits.n_ctx)

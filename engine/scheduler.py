@@ -23,7 +23,8 @@ from erllama.engine.live_tier import LiveTier
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.request import CacheHit
 from erllama.engine.sequence import HEADROOM, Sequence
-from erllama.engine.warmth import Warmth, WarmthContext
+from erllama.engine.shared import Shared
+from erllama.engine.warmth import Warmth
 from erllama.errors import BackendError, CellsExhausted, DeadlineExceeded, Error
 
 log = logging.getLogger("erllama.engine")
@@ -53,7 +54,7 @@ class Scheduler:
 
     def __init__(
         self,
-        shared: WarmthContext,
+        shared: Shared,
         *,
         n_seq_max: int,
         prefill_chunk_size: int,

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import SaveReason
-from erllama.engine.grammar import Matcher
-from erllama.engine.lazy import LazyMatcher
 from erllama.engine.metrics import EngineMetrics
-from erllama.engine.request import CacheHit, Completion, FinishReason, Timings
-from erllama.engine.sampling import TokenLogprobs, log_probabilities
-from erllama.engine.stops import StopScanner
-from erllama.engine.text import TextDecoder
+from erllama.engine.phases import ThinkingBudget
+from erllama.engine.reply import Reply
+from erllama.engine.request import CacheDelta, CacheHit, Completion, FinishReason, Timings
+from erllama.engine.sampling import Sampler, SamplingOptions, log_probabilities
+from erllama.engine.shared import Shared
 from erllama.engine.ticket import Ticket
-from erllama.engine.warmth import Warmth, WarmthContext
+from erllama.engine.warmth import NOTHING_STORED, Warmth
 
 # Cells kept for each reply that grows, when another request is admitted: else it would be sent back at once.
 HEADROOM = 64
@@ -41,7 +42,7 @@ class Sequence:
         finish_reason: None as long as it goes on.
     """
 
-    def __init__(self, ticket: Ticket, shared: WarmthContext) -> None:
+    def __init__(self, ticket: Ticket, shared: Shared) -> None:
         self.ticket = ticket
         self._shared = shared
         self._vocabulary = shared.backend.vocabulary
@@ -68,13 +69,13 @@ class Sequence:
         self._due = 0.0  # how many tokens are held when something is to be saved
         self._finish_key: bytes | None = None  # of what it held when it last left
         self._sampler = shared.samplers.make(options.sampling, options.sampling_state)
-        self._grammar = shared.grammar(options.grammar, options.grammar_triggers)
-        self._decoder = TextDecoder()
-        self._stops = StopScanner(options.stop)
-        self._text: list[str] = []
-        self._logprobs: list[TokenLogprobs] = []
-        self._unsent: list[int] = []  # drawn, and no piece told of them
+        self._tracker = shared.tracker(options, prompt)
+        self._grammar = shared.grammar(options, self._tracker)
+        self._budget = self._thinking_budget()
+        self._reply = Reply(ticket, options, self._vocabulary, shared.script, self._tracker)
+        self._coming: deque[int] = deque()  # tokens that come next, whatever the model says
         self._n_prefilled = 0
+        self._stored = NOTHING_STORED  # from where to where the cache got what it did not have
         self._hit: CacheHit | None = None
         self._placed_at = self._restored_at = self._first_token_at = self._last_token_at = 0.0
 
@@ -129,6 +130,7 @@ class Sequence:
         """It is no longer in the context."""
         if self._warmth is not None:
             self._finish_key = self._warmth.finish_key
+        self._note_stored()
         self.number = self._warmth = self.leader = None
         self.n_held = 0
 
@@ -187,8 +189,8 @@ class Sequence:
 
     def draw(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
         """Sample the next token from logits, shape (n_vocab,), that were there at `now`."""
-        grammar = self._grammar
-        token = self._sampler.sample(logits, self.known, grammar.allowed() if grammar is not None else None)
+        self._close_thinking()
+        token = self._coming.popleft() if self._coming else self._sampled(logits)
         if self._last_token_at:
             metrics.between_tokens.observe(now - self._last_token_at)
         else:
@@ -199,62 +201,79 @@ class Sequence:
             self.finish_reason = "stop"
             return
         if self.options.logprobs is not None:
-            self._logprobs.append(log_probabilities(logits, token, self.options.logprobs))
+            self._reply.logprobs.append(log_probabilities(logits, token, self.options.logprobs))
         self._take(token)
-        if grammar is not None:
-            grammar.accept(token)
-            self._take_forced(grammar)
-            if self.finish_reason is None and grammar.stopped:
-                self.finish_reason = "stop"
+        self._take_certain()
+        if self._grammar is not None and self.finish_reason is None and self._grammar.stopped:
+            self.finish_reason = "stop"
+
+    def _sampled(self, logits: NDArray[np.float32]) -> int:
+        sampler = self._sampler
+        if self._tracker is not None and self._tracker.phase == "syntax":
+            sampler = self._syntax_sampler
+        return sampler.sample(logits, self.known, self._grammar.allowed() if self._grammar is not None else None)
+
+    @cached_property
+    def _syntax_sampler(self) -> Sampler:
+        """Takes the most likely token of those that may be had at all."""
+        asked = self.options.sampling
+        options = SamplingOptions(temperature=0.0, logit_bias=asked.logit_bias, banned_tokens=asked.banned_tokens)
+        return self._shared.samplers.make(options)
 
     def _take(self, token: int) -> None:
         """One token more of the reply."""
         self.tokens[self.n_known] = token
         self.n_known += 1
-        self._unsent.append(token)
-        self._say(self._decoder.feed(self._vocabulary.piece(token)))
-        if self._stops.matched is not None:
+        was_thinking = self._tracker is not None and self._tracker.phase == "thinking"
+        self._reply.take(token)
+        if self._budget is not None and self._tracker is not None:
+            self._budget.count(before=was_thinking, after=self._tracker.phase == "thinking")
+        if self._reply.stop_sequence is not None:
             self.finish_reason = "stop"
         elif self.options.max_tokens is not None and self.n_known - self.n_prompt >= self.options.max_tokens:
             self.finish_reason = "length"
         elif self.n_known > self._n_ctx:
             self.finish_reason = "context_full"
+        if self._grammar is not None:
+            self._grammar.accept(token)
 
-    def _take_forced(self, grammar: Matcher | LazyMatcher) -> None:
-        """Where the grammar leaves one path, its tokens are the reply's, and are computed in one slice."""
+    def _take_certain(self) -> None:
+        """What is certain to come is the reply's at once, and is computed in one slice."""
         if self.options.logprobs is not None:
             return  # which are of each token's own row
-        for token in grammar.forced() if self.finish_reason is None else ():
+        self._close_thinking()
+        while self._coming and self.finish_reason is None:
+            self._take(self._coming.popleft())
+        for token in self._grammar.forced() if self._grammar is not None and self.finish_reason is None else ():
             if self.finish_reason is None:
                 self._take(token)
-                grammar.accept(token)
 
-    def _say(self, text: str) -> None:
-        """Pass text on, but for what may belong to a stop string."""
-        released = self._stops.feed(text)
-        if released or not (self._stops.holding or self._stops.matched):
-            self._send(released)
+    def _close_thinking(self) -> None:
+        """Where thinking has used its budget, its end comes next; not within a character."""
+        if self._budget is None or self._tracker is None or self._coming or self._reply.within_character:
+            return
+        if self._budget.due(self._tracker):
+            self._coming.extend(self._budget.closing)
 
-    def _send(self, text: str) -> None:
-        self._text.append(text)
-        if self.ticket.streaming:
-            told = self._logprobs[len(self._logprobs) - len(self._unsent) :] if self._logprobs else ()
-            self.ticket.emit((text, tuple(self._unsent), tuple(told)))
-        self._unsent.clear()
+    def _thinking_budget(self) -> ThinkingBudget | None:
+        phases = self.options.phases
+        if phases is None or phases.thinking_budget is None or phases.thinking is None:
+            return None
+        close = phases.thinking.close[0]
+        return ThinkingBudget(phases.thinking_budget, phases.budget_message, close, self._shared.script)
 
     def completion(self) -> Completion:
-        """The result; text that was held back and is no stop string is sent first."""
-        rest = self._stops.feed(self._decoder.finish()) + self._stops.finish()
-        if self._stops.matched is not None:
+        """The result; what was held back of the reply is sent first."""
+        reply = self._reply
+        reply.finish()
+        if reply.stop_sequence is not None:
             self.finish_reason = "stop"
-        if rest:
-            self._send(rest)
         assert self.finish_reason is not None
         tokens = tuple(self.known.tolist())
         now = time.perf_counter()
         began = self._placed_at or now
         return Completion(
-            text="".join(self._text),
+            text=reply.text,
             tokens=tokens[self.n_prompt :],
             context_tokens=tokens,
             finish_reason=self.finish_reason,
@@ -270,6 +289,22 @@ class Sequence:
                 prefill_tokens=self._n_prefilled,
                 decode_tokens=max(self.n_known - self.n_prompt - 1, 0),
             ),
-            stop_sequence=self._stops.matched,
-            logprobs=tuple(self._logprobs) if self.options.logprobs is not None else None,
+            stop_sequence=reply.stop_sequence,
+            logprobs=tuple(reply.logprobs) if self.options.logprobs is not None else None,
+            thinking=reply.thinking,
+            thinking_signature=reply.signature,
+            raw_tool_calls=tuple(reply.calls),
+            cache_delta=self._cache_delta(),
         )
+
+    def _cache_delta(self) -> CacheDelta:
+        self._note_stored()
+        read = self._hit.tokens if self._hit is not None else 0
+        start, end = self._stored
+        return CacheDelta(read, max(end - max(start, read), 0))
+
+    def _note_stored(self) -> None:
+        """Which of its tokens were stored for it, since it last entered the context."""
+        if self._warmth is not None:
+            start, end = self._warmth.stored
+            self._stored = min(start, self._stored[0]), max(end, self._stored[1])

@@ -6,18 +6,22 @@ import codecs
 
 
 class TextDecoder:
-    """Decodes UTF-8 as it arrives; holds the start of a character back until its end is there."""
+    """Decodes UTF-8 as it arrives; holds the start of a character back until its end is there.
+
+    Attributes:
+        within: a character has begun and is not complete.
+    """
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._within = False  # a character
+        self.within = False
 
     def feed(self, piece: bytes) -> str:
         """The text that is complete now; bytes that can be no UTF-8 become U+FFFD."""
-        if not self._within and piece.isascii():
+        if not self.within and piece.isascii():
             return piece.decode()
         text = self._decoder.decode(piece)
-        self._within = bool(self._decoder.getstate()[0])
+        self.within = bool(self._decoder.getstate()[0])
         return text
 
     def finish(self) -> str:

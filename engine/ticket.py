@@ -7,15 +7,34 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Literal
 
-from erllama.engine.request import Completion, Done, Event, Request, TextDelta
+from erllama.engine.request import (
+    Completion,
+    Delta,
+    Done,
+    Event,
+    Request,
+    TextDelta,
+    ThinkingDelta,
+    ThinkingEnd,
+    ToolCallDelta,
+    ToolCallEnd,
+)
 from erllama.engine.sampling import TokenLogprobs
 from erllama.errors import ModelUnloaded
 
-# Unread pieces beyond this are joined into one: a reader that stops costs no more than the reply itself.
-Piece = tuple[str, tuple[int, ...], tuple[TokenLogprobs, ...]]  # what a TextDelta has, before it is one
+# What events are made of, by who reads them: what a delta of the kind has, or the end of a thought or a call.
+Said = tuple[Literal["text", "thinking", "call"], str, tuple[int, ...], tuple[TokenLogprobs, ...]]
+Piece = Said | tuple[Literal["thinking_end", "call_end"], bytes]
 
+# Unread pieces beyond this are joined where they are of one kind: a reader that stops costs no more than the reply.
 _MOST_UNREAD = 256
+_DELTAS: dict[str, type[TextDelta] | type[ThinkingDelta] | type[ToolCallDelta]] = {
+    "text": TextDelta,
+    "thinking": ThinkingDelta,
+    "call": ToolCallDelta,
+}
 
 
 class Ticket:
@@ -57,7 +76,7 @@ class Ticket:
         if self.streaming:
             with self._lock:
                 self._news = self._news or not self._unread
-                if len(self._unread) < _MOST_UNREAD:
+                if len(self._unread) < _MOST_UNREAD and not self._beyond:
                     self._unread.append(piece)
                 else:
                     self._beyond.add(piece)
@@ -132,9 +151,9 @@ class Ticket:
     def _next(self) -> Event | None:
         if self._unread:
             piece = self._unread.popleft()
-            if not self._unread and (rest := self._beyond.take()) is not None:
-                self._unread.append(rest)
-            return TextDelta(*piece)
+            if not self._unread:
+                self._unread.extend(self._beyond.take())
+            return _event(piece)
         if self._error is not None:
             self._ended = True
             raise self._error
@@ -165,24 +184,45 @@ class Ticket:
         return self._completion
 
 
+def _event(piece: Piece) -> Event:
+    if len(piece) == 4:
+        return _delta(*piece)
+    kind, raw = piece
+    return ThinkingEnd(raw) if kind == "thinking_end" else ToolCallEnd(raw)
+
+
+def _delta(kind: str, text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> Delta:
+    return _DELTAS[kind](text, tokens, logprobs)
+
+
 class _Beyond:
-    """Pieces that will be read as one."""
+    """Pieces that will be read as few."""
 
     def __init__(self) -> None:
-        self._text: list[str] = []
-        self._tokens: list[int] = []
-        self._logprobs: list[TokenLogprobs] = []
+        self._pieces: list[list[Piece]] = []  # those of one kind that follow each other
+
+    def __bool__(self) -> bool:
+        return bool(self._pieces)
 
     def add(self, piece: Piece) -> None:
-        text, tokens, logprobs = piece
-        self._text.append(text)
-        self._tokens += tokens
-        self._logprobs += logprobs
+        if self._pieces and len(piece) == 4 and self._pieces[-1][0][0] == piece[0]:
+            self._pieces[-1].append(piece)
+        else:
+            self._pieces.append([piece])
 
-    def take(self) -> Piece | None:
-        """All of them, as one piece; None where there are none."""
-        if not self._text:
-            return None
-        piece = ("".join(self._text), tuple(self._tokens), tuple(self._logprobs))
-        self._text, self._tokens, self._logprobs = [], [], []
-        return piece
+    def take(self) -> list[Piece]:
+        """All of them, those that follow each other joined."""
+        taken, self._pieces = self._pieces, []
+        return [_joined(pieces) for pieces in taken]
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    said = [piece for piece in pieces if len(piece) == 4]
+    if len(said) < 2:
+        return pieces[0]
+    return (
+        said[0][0],
+        "".join(text for _, text, _, _ in said),
+        tuple(token for _, _, tokens, _ in said for token in tokens),
+        tuple(told for _, _, _, logprobs in said for told in logprobs),
+    )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -21,82 +20,21 @@ from numpy.typing import NDArray
 from erllama.cache import (
     TOKEN_BYTES,
     Block,
-    Cache,
     Loaded,
     Match,
-    Policy,
     SaveReason,
     child_key,
-    namespace_key,
     token_bytes,
 )
-from erllama.engine.backend import Backend
-from erllama.engine.grammar import Grammar, GrammarCompiler, Matcher
-from erllama.engine.lazy import LazyMatcher
 from erllama.engine.request import CacheHit, HitKind
-from erllama.engine.sampling import SamplerFactory
-from erllama.engine.slices import Provenance, Slicing, canonical_prefix
+from erllama.engine.shared import Shared
+from erllama.engine.slices import Provenance, canonical_prefix
 from erllama.errors import StateError
 
 log = logging.getLogger("erllama.engine")
 
+NOTHING_STORED = (1 << 62, 0)
 LIVE = "live"  # the tier of what is still in the context
-
-
-@dataclass(frozen=True, slots=True)
-class WarmthContext:
-    """What all sequences of a model share: the cache, how the model computes, what is saved, and who draws."""
-
-    cache: Cache
-    backend: Backend
-    slicing: Slicing
-    policy: Policy
-    samplers: SamplerFactory
-    grammars: GrammarCompiler
-
-    def grammar(self, grammar: Grammar | None, triggers: Sequence[str | int]) -> Matcher | LazyMatcher | None:
-        """What keeps a reply to a grammar, from the start or from the first of `triggers`; None where none does."""
-        if grammar is None:
-            return None
-        matcher = self.grammars.matcher(grammar)
-        return LazyMatcher(matcher, self.backend.vocabulary, triggers) if triggers else matcher
-
-    def namespace(self, cache_salt: str | None) -> bytes:
-        """The root key of what a request may see: the model's, or a tenant's own."""
-        parts = dict(self.backend.namespace)
-        if cache_salt is not None:
-            parts["cache_salt"] = cache_salt
-        return namespace_key(parts)
-
-    def awaits(self, key: bytes) -> bool:
-        """Whether a block is being saved just now."""
-        try:
-            return self.cache.awaits(key)
-        except Exception:
-            self.fault("asking for a save in flight")
-            return False
-
-    def fault(self, what: str) -> None:
-        """In an `except`: a request never fails for the cache, not even for a mistake in it."""
-        log.exception("%s failed", what)
-        try:
-            self.cache.count_fault()
-        except Exception:
-            log.exception("counting that failed, too")
-
-    def find(self, namespace: bytes, tokens: NDArray[np.int32], parent_key: bytes | None) -> Match | None:
-        """What the cache has of `tokens`, short of the last; None where it fails. The caller releases it."""
-        try:
-            return self.cache.lookup(
-                namespace,
-                tokens[:-1],
-                whole=not self.backend.limits.can_trim,
-                parent_key=parent_key,
-                count=False,
-            )
-        except Exception:
-            self.fault(f"looking up a prompt of {len(tokens)} tokens, which is read cold,")
-            return None
 
 
 class Restored(NamedTuple):
@@ -121,7 +59,7 @@ class Warmth:
         n_prompt: tokens of the prompt.
     """
 
-    def __init__(self, shared: WarmthContext, sequence: int, namespace: bytes, n_prompt: int) -> None:
+    def __init__(self, shared: Shared, sequence: int, namespace: bytes, n_prompt: int) -> None:
         self._shared = shared
         self._cache, self._backend = shared.cache, shared.backend
         self._namespace, self._slicing, self._n_prompt = namespace, shared.slicing, n_prompt
@@ -139,6 +77,7 @@ class Warmth:
         self._keys: list[bytes] = []  # of the full blocks
         self._saving = True
         self.finish_key: bytes | None = None
+        self.stored = NOTHING_STORED  # from where to where the cache got what it did not have
 
     # --- restoring ----------------------------------------------------------------------
 
@@ -368,6 +307,8 @@ class Warmth:
                     with self._cache.packing():
                         payload = self._backend.pack(self._sequence, block.start, block.end)
                     self._cache.save(block, payload, replace=replace, trimmable=self._can_trim)
+                if known is None:
+                    self.stored = (min(start, self.stored[0]), max(block.end, self.stored[1]))
             self.finish_key = block.key if self._cache.contains(block.key) else None
         except Exception:
             self._shared.fault(f"saving a block of {block.n_tokens} tokens, the last of its request,")
@@ -386,18 +327,3 @@ class Warmth:
 
 def _computed_alike(a: Block, b: Block) -> bool:
     return (a.recipe, a.slice_end) == (b.recipe, b.slice_end)
-
-
-def shared_warmth(cache: Cache, backend: Backend, policy: Policy) -> WarmthContext:
-    """What the sequences of one model share."""
-    limits = backend.limits
-    slicing = Slicing(
-        min(limits.n_ubatch, limits.n_batch),
-        cache.block_size,
-        at_blocks=not limits.can_trim,
-        # Of a block longer than the window only its end is packed; restored, it lies in other cells, which
-        # changes the order of sums. Windows of a block's length and more were found to keep every bit.
-        restores_bits=not 0 < limits.attention_window < cache.block_size,
-    )
-    samplers = SamplerFactory(backend.vocabulary, backend.limits.n_ctx)
-    return WarmthContext(cache, backend, slicing, policy, samplers, GrammarCompiler(backend.vocabulary))

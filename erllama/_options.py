@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TypedDict
 
-from erllama.engine import Grammar, RequestOptions, SamplingOptions, SamplingState, Step
-from erllama.errors import OptionError, reject_unknown
+from erllama.engine import Grammar, Markers, PhaseOptions, RequestOptions, SamplingOptions, SamplingState, Step
+from erllama.errors import OptionError, choice, reject_unknown
+
+# Texts that open and that close a phase: one each, or several.
+MarkerPair = tuple[str | Sequence[str], str | Sequence[str]]
 
 
 class PrefillOptions(TypedDict, total=False):
@@ -59,15 +62,36 @@ class CompletionOptions(PrefillOptions, total=False):
     grammar_triggers: Sequence[str | int]
     stop: str | Sequence[str]
     logprobs: int | None
+    thinking: str | bool | None
+    thinking_markers: MarkerPair | None
+    thinking_budget_tokens: int | None
+    thinking_budget_message: str
+    thinking_signing_key: bytes | None
+    tool_markers: MarkerPair | None
+    tool_payload_markers: MarkerPair | None
 
 
+_PHASES = (
+    "thinking",
+    "thinking_markers",
+    "thinking_budget_tokens",
+    "thinking_budget_message",
+    "thinking_signing_key",
+    "tool_markers",
+    "tool_payload_markers",
+)
 _SAMPLING = frozenset(SamplingOptions.__dataclass_fields__)
 _COMPLETION = frozenset(CompletionOptions.__annotations__) | frozenset(PrefillOptions.__annotations__)
 _PREFILL = frozenset(PrefillOptions.__annotations__)
 
 
 def request_options(
-    given: CompletionOptions | PrefillOptions, where: str, cache_salt: str | None, *, prefill: bool = False
+    given: CompletionOptions | PrefillOptions,
+    where: str,
+    cache_salt: str | None,
+    *,
+    prefill: bool = False,
+    find_thinking: Callable[[], Markers | None] = lambda: None,
 ) -> RequestOptions:
     """The checked options of one call.
 
@@ -76,6 +100,7 @@ def request_options(
         where: the name of the method, for errors.
         cache_salt: the model's own.
         prefill: only those that make sense where nothing is sampled.
+        find_thinking: the model's own markers of thinking, where it has some.
     """
     options: dict[str, object] = dict(given)
     known = _PREFILL if prefill else _COMPLETION
@@ -87,10 +112,53 @@ def request_options(
     if not prefill:
         schema, pattern = options.pop("json_schema", None), options.pop("regex", None)
         options["grammar"] = _grammar(options.get("grammar"), schema, pattern)
+        options["phases"] = _phases(options, find_thinking)
     sampling: dict[str, object] = {name: options.pop(name) for name in _SAMPLING & options.keys()}
     # Checked there, value by value.
     options["sampling"] = SamplingOptions(**sampling)  # type: ignore[arg-type]
     return RequestOptions(**options)  # type: ignore[arg-type]
+
+
+def _phases(options: dict[str, object], find_thinking: Callable[[], Markers | None]) -> PhaseOptions | None:
+    """How phases are told apart; takes its options out of the others. None where they are not to be told."""
+    given = {name: options.pop(name, None) for name in _PHASES}
+    enabled = thinking_choice(given["thinking"])
+    idle = [name for name in _PHASES if name.startswith("thinking_") and given[name] is not None]
+    if idle and not enabled:
+        raise OptionError(f'{idle[0]} where thinking is not told apart; give thinking="enabled", too')
+    thinking = markers("thinking_markers", given["thinking_markers"])
+    if enabled and thinking is None:
+        thinking = find_thinking()
+    calls = markers("tool_markers", given["tool_markers"])
+    payload = markers("tool_payload_markers", given["tool_payload_markers"])
+    if payload is not None and calls is None:
+        raise OptionError("tool_payload_markers without tool_markers; give both")
+    phases = PhaseOptions(
+        thinking=thinking if enabled else None,
+        calls=calls,
+        payload=payload,
+        thinking_budget=given["thinking_budget_tokens"],  # type: ignore[arg-type]
+        budget_message=given["thinking_budget_message"] or "",  # type: ignore[arg-type]
+        signing_key=given["thinking_signing_key"],  # type: ignore[arg-type]
+    )
+    return phases if phases.thinking is not None or calls is not None else None
+
+
+def thinking_choice(given: object) -> bool | None:
+    """Whether thinking is wanted; None where that is left open."""
+    if given is None or isinstance(given, bool):
+        return given
+    return choice("thinking", given, ("enabled", "disabled")) == "enabled"
+
+
+def markers(name: str, given: object) -> Markers | None:
+    """A pair of markers, or of several, as the engine takes them."""
+    if given is None:
+        return None
+    if not isinstance(given, list | tuple) or len(given) != 2:
+        raise OptionError(f"{name}={given!r}; give a pair: what opens, and what closes")
+    open, close = ((texts,) if isinstance(texts, str) else texts for texts in given)
+    return Markers(open, close)
 
 
 def _grammar(grammar: object, json_schema: object, regex: object) -> object:

@@ -14,7 +14,7 @@ stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
 def scanned(pieces: list[str], stops: list[str]) -> tuple[list[str], str | None]:
     scanner = StopScanner(stops)
     released = [scanner.feed(piece) for piece in pieces]
-    return [*released, scanner.finish()], scanner.matched
+    return [*released, scanner.flush()], scanner.matched
 
 
 def first_by_position(text: str, stops: list[str]) -> tuple[str, str | None]:

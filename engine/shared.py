@@ -1,0 +1,113 @@
+"""What all sequences of a model share: the cache, how the model computes, what is saved, and who draws."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erllama.cache import Cache, Match, Policy, namespace_key
+from erllama.engine.backend import Backend
+from erllama.engine.constraint import PhasedMatcher
+from erllama.engine.grammar import GrammarCompiler, Matcher
+from erllama.engine.lazy import LazyMatcher
+from erllama.engine.phases import PhaseTracker, Script, opening_tokens
+from erllama.engine.request import RequestOptions
+from erllama.engine.sampling import SamplerFactory
+from erllama.engine.slices import Slicing
+
+log = logging.getLogger("erllama.engine")
+
+Constraint = Matcher | LazyMatcher | PhasedMatcher
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all sequences of a model share: the cache, how the model computes, what is saved, and who draws."""
+
+    cache: Cache
+    backend: Backend
+    slicing: Slicing
+    policy: Policy
+    samplers: SamplerFactory
+    grammars: GrammarCompiler
+    script: Script
+
+    @classmethod
+    def of(cls, cache: Cache, backend: Backend, policy: Policy) -> Shared:
+        """Of one model."""
+        limits, vocabulary = backend.limits, backend.vocabulary
+        slicing = Slicing(
+            min(limits.n_ubatch, limits.n_batch),
+            cache.block_size,
+            at_blocks=not limits.can_trim,
+            # Of a block longer than the window only its end is packed; restored, it lies in other cells, which
+            # changes the order of sums. Windows of a block's length and more were found to keep every bit.
+            restores_bits=not 0 < limits.attention_window < cache.block_size,
+        )
+        samplers = SamplerFactory(vocabulary, limits.n_ctx)
+        return cls(cache, backend, slicing, policy, samplers, GrammarCompiler(vocabulary), Script(vocabulary))
+
+    def tracker(self, options: RequestOptions, prompt: NDArray[np.int32]) -> PhaseTracker | None:
+        """What tells the phases of a reply apart; None where they are not to be told."""
+        return None if options.phases is None else PhaseTracker(options.phases, self.script, prompt)
+
+    def grammar(self, options: RequestOptions, tracker: PhaseTracker | None) -> Constraint | None:
+        """What keeps a reply to its grammars; None where none does."""
+        phases = options.phases
+        answer: Matcher | LazyMatcher | None = None
+        if options.grammar is not None:
+            matcher = answer = self.grammars.matcher(options.grammar)
+            if options.grammar_triggers:
+                answer = LazyMatcher(matcher, self.backend.vocabulary, options.grammar_triggers)
+        if phases is None or tracker is None:
+            return answer
+        calls = None if phases.call_grammar is None else self.grammars.matcher(phases.call_grammar)
+        if phases.calls_only:
+            answer, calls = calls, None
+        if answer is None and calls is None:
+            return None
+        openings = opening_tokens(phases, self.script, calls=calls is not None)
+        n_vocab = self.backend.limits.n_vocab
+        return PhasedMatcher(
+            tracker, self.script, answer, calls, openings, n_vocab, answer_is_text=not phases.calls_only
+        )
+
+    def namespace(self, cache_salt: str | None) -> bytes:
+        """The root key of what a request may see: the model's, or a tenant's own."""
+        parts = dict(self.backend.namespace)
+        if cache_salt is not None:
+            parts["cache_salt"] = cache_salt
+        return namespace_key(parts)
+
+    def awaits(self, key: bytes) -> bool:
+        """Whether a block is being saved just now."""
+        try:
+            return self.cache.awaits(key)
+        except Exception:
+            self.fault("asking for a save in flight")
+            return False
+
+    def fault(self, what: str) -> None:
+        """In an `except`: a request never fails for the cache, not even for a mistake in it."""
+        log.exception("%s failed", what)
+        try:
+            self.cache.count_fault()
+        except Exception:
+            log.exception("counting that failed, too")
+
+    def find(self, namespace: bytes, tokens: NDArray[np.int32], parent_key: bytes | None) -> Match | None:
+        """What the cache has of `tokens`, short of the last; None where it fails. The caller releases it."""
+        try:
+            return self.cache.lookup(
+                namespace,
+                tokens[:-1],
+                whole=not self.backend.limits.can_trim,
+                parent_key=parent_key,
+                count=False,
+            )
+        except Exception:
+            self.fault(f"looking up a prompt of {len(tokens)} tokens, which is read cold,")
+            return None

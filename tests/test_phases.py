@@ -1,0 +1,300 @@
+"""Phases of a reply: told apart by their markers, however the text is cut into tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import erllama
+from erllama.engine.phases import Markers, PhaseOptions, PhaseTracker, Script
+from spelled import SpelledBackend, SpelledVocabulary
+
+# Marks that share beginnings, one of them a token of its own that is no text; \u0001 stands for it below.
+SPECIAL = "<|think|>"
+VOCABULARY = SpelledVocabulary(["he", "llo", "<", "</", "think", ">", "</think>", "<call>", "é", " {"], [SPECIAL])
+SCRIPT = Script(VOCABULARY)
+OPTIONS = PhaseOptions(
+    thinking=Markers(("<think>", SPECIAL), ("</think>",)),
+    calls=Markers(("<call>",), ("</call>", "</c>")),
+    payload=Markers(("{",), ("}",)),
+    skip=("<skip>",),
+)
+PARTS = ["a", "é", "<", "</", *"{}", "<think>", "</think>", SPECIAL, "<call>", "</call>", "</c>", "<skip>", " x"]
+BARE = ['{ "name" : 1}', ' [ {"name":2}]', '{"nam', '{"nope":1}', "no", '<think>x</think>{"name":3}']
+
+
+def told(tokens: Sequence[int], options: PhaseOptions = OPTIONS, prompt: str = "") -> list[tuple[str, str]]:
+    """The phases of a reply, and what each says; those that say nothing and do not end left out."""
+    tracker = PhaseTracker(options, SCRIPT, VOCABULARY.tokenize(prompt))
+    phases: list[tuple[str, bytes]] = []
+    over = True
+    segments = [segment for token in tokens for segment in tracker.feed(token)] + tracker.finish()
+    for kind, script, ended in segments:
+        if over or phases[-1][0] != kind:
+            phases.append((kind, b""))
+        phases[-1] = (kind, phases[-1][1] + SCRIPT.written(script))
+        over = ended
+    return [(kind, said.decode()) for kind, said in phases]
+
+
+def expected(text: str) -> list[tuple[str, str]]:
+    """The same, of a whole text, by looking for the next marker again and again."""
+    phases: list[tuple[str, str]] = []
+
+    def say(kind: str, said: str, over: bool) -> None:
+        if phases and phases[-1][0] == kind and not ended[0]:
+            phases[-1] = (kind, phases[-1][1] + said)
+        elif said or over:
+            phases.append((kind, said))
+        ended[0] = over
+
+    ended = [True]
+    kind, rest = "text", text
+    while rest or kind == "call":
+        marks = {"text": r"<think>|\x01|<call>|<skip>", "thinking": r"</think>", "call": r"</call>|</c>"}[kind]
+        found = re.search(marks, rest)
+        if found is None:
+            say(kind, rest, kind == "call")
+            break
+        mark = found.group()
+        if found.start():
+            say(kind, rest[: found.start()], False)
+        rest = rest[found.end() :]
+        if kind == "thinking":
+            say(kind, "", True)
+            kind = "text"
+        elif kind == "call":
+            say(kind, mark, True)
+            kind = "text"
+        elif mark in ("<think>", "\x01"):
+            kind = "thinking"
+        elif mark == "<call>":
+            kind = "call"
+            say(kind, mark, False)
+    return [(kind, said.replace("\x01", SPECIAL)) for kind, said in phases]
+
+
+@st.composite
+def cut_texts(draw: st.DrawFn) -> tuple[str, list[int]]:
+    """A text, and tokens that spell it, any of those that could."""
+    text = "".join(draw(st.lists(st.sampled_from(PARTS), max_size=12))).replace(SPECIAL, "\x01")
+    tokens: list[int] = []
+    raw = text.encode()
+    while raw:
+        ids = VOCABULARY.that_begin(raw) if not raw.startswith(b"\x01") else [VOCABULARY.special[SPECIAL]]
+        token = draw(st.sampled_from(ids))
+        tokens.append(token)
+        raw = raw[len(VOCABULARY.piece(token)) or 1 :]
+    return text, tokens
+
+
+@settings(max_examples=1500, deadline=None)
+@given(cut_texts())
+def test_phases_are_told_whatever_the_tokens(cut: tuple[str, list[int]]) -> None:
+    text, tokens = cut
+    assert told(tokens) == expected(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(cut_texts())
+def test_no_more_is_held_back_than_may_become_a_marker(cut: tuple[str, list[int]]) -> None:
+    tracker = PhaseTracker(OPTIONS, SCRIPT, np.zeros(0, np.int32))
+    markers = ["<think>", "</think>", "<call>", "</call>", "</c>", "<skip>", "{", "}"]
+    for token in cut[1]:
+        tracker.feed(token)
+        assert not tracker.held or any(marker.startswith(tracker.held) for marker in markers)
+
+
+def test_a_special_token_is_not_its_name() -> None:
+    assert told([*VOCABULARY.spelled(SPECIAL), ord("x")]) == [("text", f"{SPECIAL}x")]
+    assert told([VOCABULARY.special[SPECIAL], ord("x")]) == [("thinking", "x")]
+
+
+def test_a_phase_that_the_prompt_opens_is_understood() -> None:
+    assert told(VOCABULARY.spelled("so</think>yes"), prompt="Question?<think>\n") == [
+        ("thinking", "so"),
+        ("text", "yes"),
+    ]
+    assert told(VOCABULARY.spelled("so"), prompt="Question?<think>\n</think>\n") == [("text", "so")]
+    closed = PhaseOptions(thinking=OPTIONS.thinking, begins=False)
+    assert told(VOCABULARY.spelled("so"), closed, prompt="<think>") == [("text", "so")]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(BARE), st.data())
+def test_a_bare_call_is_known_by_how_it_begins(text: str, data: st.DataObject) -> None:
+    options = PhaseOptions(thinking=OPTIONS.thinking, calls=Markers(("<call>",)), leading=('{"name":', '[{"name":'))
+    tokens: list[int] = []
+    raw = text.encode()
+    while raw:
+        tokens.append(data.draw(st.sampled_from(VOCABULARY.that_begin(raw))))
+        raw = raw[len(VOCABULARY.piece(tokens[-1])) :]
+    kinds = [kind for kind, _ in told(tokens, options)]
+    assert kinds[-1] == ("call" if '"name"' in text else "text")
+    assert told(tokens, options)[-1][1].strip() == text.split("</think>")[-1].strip()
+
+
+# --- through the engine ----------------------------------------------------------------------------
+
+
+def model_that_says(*tokens: int, **sizes: int) -> erllama.Model:
+    return erllama.load_backend(SpelledBackend(VOCABULARY, tokens, **sizes), cache=erllama.Cache())
+
+
+MARKERS = {"thinking_markers": ("<think>", "</think>"), "tool_markers": ("<call>", "</call>")}
+
+
+def test_a_stream_tells_thinking_and_calls_from_text() -> None:
+    said = "<think> hm\n</think>\n\nYes. <call>{1}</call> Done"
+    with model_that_says(*VOCABULARY.spelled(said)) as model:
+        events = list(model.stream("Q\t", thinking="enabled", thinking_signing_key=b"k", **MARKERS))
+        kinds = [type(event).__name__ for event in events]
+        order = [kind for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+        assert order == [
+            "ThinkingDelta", "ThinkingEnd", "TextDelta", "ToolCallDelta", "ToolCallEnd", "TextDelta", "Done"
+        ]  # fmt: skip
+        joined = {
+            kind: "".join(e.text for e in events if type(e).__name__ == kind)
+            for kind in set(order)
+            if "Delta" in kind
+        }
+        assert joined == {"ThinkingDelta": "hm", "TextDelta": "Yes.Done", "ToolCallDelta": "<call>{1}</call>"}
+        signature = hmac.digest(b"k", b"hm", hashlib.sha256)
+        assert [e.signature for e in events if isinstance(e, erllama.ThinkingEnd)] == [signature]
+        assert [e.full for e in events if isinstance(e, erllama.ToolCallEnd)] == [b"<call>{1}</call>"]
+        done = events[-1].completion
+        assert (done.text, done.thinking, done.raw_tool_calls) == ("Yes.Done", "hm", (b"<call>{1}</call>",))
+        assert done.thinking_signature == signature
+        assert VOCABULARY.detokenize(done.tokens).decode() == said
+        without_key = model.complete("Q\t", thinking="enabled", **MARKERS)
+        assert without_key.thinking_signature == b""
+
+
+def test_without_thinking_a_stream_is_plain_text() -> None:
+    said = "<think>hm</think>yes"
+    with model_that_says(*VOCABULARY.spelled(said)) as model:
+        for options in ({}, {"thinking": "disabled"}, {"thinking": False}):
+            events = list(model.stream("Q\t", **options))
+            assert {type(e) for e in events} == {erllama.TextDelta, erllama.Done}
+            assert events[-1].completion.text == said
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("a <\n", max_size=20))
+def test_a_reply_without_markers_is_as_it_is(text: str) -> None:
+    with model_that_says(*VOCABULARY.spelled(text)) as model:
+        stream = model.stream("Q\t", thinking="enabled", **MARKERS)
+        joined = "".join(event.text for event in stream if isinstance(event, erllama.TextDelta))
+        assert joined == stream.result().text == text
+
+
+def test_a_stop_string_stops_the_answer_and_nothing_else() -> None:
+    said = "<think>END</think>a<call>END</call>bENDc"
+    with model_that_says(*VOCABULARY.spelled(said)) as model:
+        reply = model.complete("Q\t", thinking="enabled", stop="END", **MARKERS)
+        assert (reply.thinking, reply.text, reply.stop_sequence) == ("END", "ab", "END")
+        assert reply.raw_tool_calls == (b"<call>END</call>",)
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+@pytest.mark.parametrize("budget", [0, 1, 3, 100])
+@pytest.mark.parametrize("opened", [False, True])
+def test_at_its_budget_thinking_ends_and_the_model_goes_on_from_there(
+    budget: int, opened: bool, logprobs: int | None
+) -> None:
+    thought = "abcdefgh"
+    said = [*VOCABULARY.spelled("" if opened else "<think>"), *VOCABULARY.spelled(thought)]
+    # What the model says next depends on how many tokens there are: after 40 it ends.
+    with model_that_says(*said, *VOCABULARY.spelled("</think>" + "y" * 40)) as model:
+        reply = model.complete(
+            "Q<think>\t" if opened else "Q\t",
+            thinking="enabled",
+            thinking_budget_tokens=budget,
+            thinking_budget_message="; so",
+            max_tokens=30,
+            logprobs=logprobs,
+            **MARKERS,
+        )
+        put = budget < len(thought)
+        assert reply.thinking == (thought[:budget] + "; so" if put else thought)
+        written = VOCABULARY.detokenize(reply.tokens).decode()
+        assert (reply.thinking + "</think>") in written
+        assert reply.text
+        assert len(reply.tokens) == 30
+        assert reply.logprobs is None or len(reply.logprobs) == 30
+        # It is in the context: going on from there is warm.
+        again = model.complete(list(reply.context_tokens), max_tokens=1)
+        assert again.cache.tokens >= len(reply.context_tokens) - 1
+
+
+def test_a_budget_does_not_end_thinking_within_a_character() -> None:
+    said = [*VOCABULARY.spelled("<think>"), *"éé".encode(), *VOCABULARY.spelled("</think>")]
+    with model_that_says(*said) as model:
+        reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=1, **MARKERS)
+        assert reply.thinking == "é"
+
+
+def test_a_grammar_is_the_answers_and_leaves_thinking_free() -> None:
+    said = "<think>free: 1</think>xyz"
+    with model_that_says(*VOCABULARY.tokenize(said).tolist()) as model:
+        reply = model.complete("Q\t", thinking="enabled", regex="[0-9]{3}", **MARKERS)
+        assert reply.thinking == "free: 1"
+        assert re.fullmatch("[0-9]{3}", reply.text)
+        opened = model.complete("Q<think>\t", thinking="enabled", regex="[0-9]{3}", **MARKERS)
+        assert re.fullmatch("[0-9]{3}", opened.text)
+    with model_that_says(ord("a")) as model:
+        # What looks like a marker within the answer is the answer's.
+        told = model.complete("Q\t", thinking="enabled", regex="a<think>b</think>c", **MARKERS)
+        assert (told.text, told.thinking) == ("a<think>b</think>c", "")
+
+
+def test_a_reader_who_stops_and_goes_on_gets_all_in_order() -> None:
+    said = "".join(f"{i}," for i in range(300))
+    with model_that_says(*VOCABULARY.spelled(said), *VOCABULARY.spelled("<think>hm</think>!")) as model:
+        stream = model.stream("Q\t", thinking="enabled", **MARKERS)
+        first = next(stream)
+        stream.result()
+        rest = list(stream)
+        texts = [event.text for event in [first, *rest] if isinstance(event, erllama.TextDelta)]
+        assert "".join(texts) == said + "!"
+        kinds = [type(event) for event in rest if not isinstance(event, erllama.TextDelta)]
+        assert kinds == [erllama.ThinkingDelta, erllama.ThinkingEnd, erllama.Done]
+
+
+def test_cancelling_within_a_phase_ends_it() -> None:
+    with model_that_says(*VOCABULARY.spelled("<call>" + "x" * 1000)) as model:
+        stream = model.stream("Q\t", thinking="enabled", **MARKERS)
+        for event in stream:
+            if isinstance(event, erllama.ToolCallDelta):
+                stream.cancel()
+        reply = stream.result()
+        assert reply.finish_reason == "cancelled"
+        assert len(reply.raw_tool_calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"thinking": "on"}, "thinking="),
+        ({"thinking": "enabled", "thinking_budget_tokens": -1}, "thinking_budget_tokens=-1"),
+        ({"thinking_budget_tokens": 5}, 'thinking="enabled"'),
+        ({"thinking": "enabled", "thinking_budget_tokens": 5}, "thinking_markers"),
+        ({"thinking": "enabled", "thinking_markers": ("", "x")}, "empty"),
+        ({"thinking": "enabled", "thinking_markers": "<think>"}, "thinking_markers"),
+        ({"thinking": "enabled", "thinking_markers": ("<think>",)}, "thinking_markers"),
+        ({"thinking": "enabled", "thinking_signing_key": "text", **MARKERS}, "thinking_signing_key"),
+        ({"thinking": "enabled", "thinking_budget_message": 3, **MARKERS}, "thinking_budget_message"),
+        ({"tool_markers": 7}, "tool_markers"),
+        ({"thinking_marker": ("a", "b")}, "did you mean 'thinking_markers'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: dict[str, object], match: str) -> None:
+    with model_that_says(1) as model, pytest.raises(erllama.OptionError, match=match):
+        model.complete("Q\t", **options)  # type: ignore[arg-type]
