@@ -24,12 +24,14 @@ from erllama.cache.blocks import Block
 from erllama.cache.directory import CacheDirectory, warn_of_file_system
 from erllama.cache.index import FileStamp, Index, set_aside, tells_damage
 from erllama.cache.keys import KEY_BYTES
+from erllama.cache.texts import KnownText, TextDigests
 from erllama.cache.tier import Changes, Problem, Tier, TierRow
 from erllama.cache.watch import DirectoryWatch
 from erllama.errors import CacheError, CacheFormatError
 
 log = logging.getLogger("erllama.cache")
 
+_TEXT_BYTES = 64 << 20  # of the tokens of texts: about a thousandth of the KV of as many
 _MOST_SUSPECTS = 1000  # names; beyond that, all files are looked at
 # A file that makes no sense and is younger than that may be one that somebody is copying in.
 _SETTLED_SECONDS = 2.0
@@ -342,6 +344,17 @@ class FileTier(Tier):
     def remember_fingerprint(self, identity: str, sha256: str) -> None:
         with self._using() as index:
             index.remember_fingerprint(identity, sha256)
+
+    # --- texts, and the tokens that they were computed as -------------------------------------
+
+    def longest_text(self, digests: TextDigests, longer_than: int) -> KnownText | None:
+        # Requests come this way, too: whether the directory is still whole is for others to look.
+        index = self._index
+        return None if index is None or self._broken else index.longest_text(digests, longer_than)
+
+    def remember_text(self, known: KnownText) -> None:
+        with self._using() as index:
+            index.remember_text(known, _TEXT_BYTES)
 
     # --- files that come and go behind our back ---------------------------------------------
 

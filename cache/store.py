@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Never
 
 import numpy as np
@@ -34,6 +35,7 @@ from erllama.cache.pressure import Pressure, PressureWatch
 from erllama.cache.residents import Residents
 from erllama.cache.saving import Saver
 from erllama.cache.sizes import parse_bytes
+from erllama.cache.texts import KnownTexts, TextDigests
 from erllama.cache.tier import Problem, RamTier, Tier
 from erllama.cache.upkeep import Upkeep
 from erllama.errors import (
@@ -110,6 +112,7 @@ class Cache:
 
         self._lock = threading.RLock()
         self._counters = Counters()
+        self._texts = KnownTexts()
         self._closing = False
         self._assemble(found, queue_bytes)
         if self._pressure is not None:
@@ -338,6 +341,41 @@ class Cache:
         for tier in self._memory():
             with self._upkeep.guarding("noting a fingerprint", tier):
                 tier.remember_fingerprint(identity, sha256)
+
+    # --- texts -------------------------------------------------------------------------------
+
+    def remember_text(self, namespace: bytes, text: bytes, tokens: NDArray[np.int32]) -> None:
+        """Remember which tokens, shape (n,), a text was computed as, where blocks survive the process, too.
+
+        Only digests of the text are kept.
+        """
+        if self._closing:
+            return
+        known = TextDigests(namespace, text).known_as(tokens)
+        self._texts.remember(known)
+        for tier in self._memory():
+            self._upkeep.writer.defer(partial(self._note_text, tier, known))
+
+    def _note_text(self, tier: FileTier, known: KnownText) -> None:
+        with self._upkeep.tending, self._upkeep.guarding("noting a text", tier, changes=False):
+            tier.remember_text(known)
+
+    def longest_text(self, namespace: bytes, text: bytes) -> tuple[int, NDArray[np.int32]] | None:
+        """The longest remembered text that this one begins with.
+
+        Returns:
+            its bytes, and the tokens that it was computed as; None where there is none.
+        """
+        digests = TextDigests(namespace, text)
+        best = self._texts.longest(digests)
+        for tier in self._memory():
+            with self._upkeep.guarding("looking for a text", tier, changes=False):
+                found = tier.longest_text(digests, best.n_bytes if best is not None else 0)
+                best = found or best
+        if best is None:
+            return None
+        self._texts.remember(best)
+        return best.n_bytes, best.tokens
 
     def _memory(self) -> list[FileTier]:
         return [tier for tier in self._upkeep.tiers if isinstance(tier, FileTier) and self._upkeep.ready(tier)]
