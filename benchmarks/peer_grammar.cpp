@@ -6,29 +6,10 @@
 // accepts; LOGITS one of float32, one for each token of the vocabulary. A round applies the grammar to all candidates
 // and accepts a token, for each of TOKENS. Printed is JSON: "nanoseconds", the mean of an application for each round.
 
-#include <chrono>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <string>
-#include <vector>
 
-#include "llama.h"
-
-template <class Number> static std::vector<Number> read_numbers(const char * path) {
-    FILE * file = std::fopen(path, "rb");
-    if (!file) {
-        std::perror(path);
-        std::exit(1);
-    }
-    std::vector<Number> found;
-    Number buffer[4096];
-    while (size_t n = std::fread(buffer, sizeof(Number), 4096, file)) {
-        found.insert(found.end(), buffer, buffer + n);
-    }
-    std::fclose(file);
-    return found;
-}
+#include "peer.h"
 
 int main(int n_arguments, char ** arguments) {
     if (n_arguments != 6) {
@@ -53,7 +34,6 @@ int main(int n_arguments, char ** arguments) {
         return 1;
     }
 
-    using Clock = std::chrono::steady_clock;
     std::vector<llama_token_data> candidates(logits.size());
     std::printf("{\"nanoseconds\": [");
     for (size_t round = 0; round < n_rounds; round++) {
@@ -66,10 +46,7 @@ int main(int n_arguments, char ** arguments) {
         Clock::duration spent{};
         for (llama_token token : tokens) {
             const Clock::time_point began = Clock::now();
-            for (size_t id = 0; id < candidates.size(); id++) {
-                candidates[id] = llama_token_data{(llama_token) id, logits[id], 0.0f};
-            }
-            llama_token_data_array array = {candidates.data(), candidates.size(), -1, false};
+            llama_token_data_array array = filled(candidates, logits.data());
             llama_sampler_apply(grammar, &array);
             spent += Clock::now() - began;
             if (!std::isfinite(candidates[token].logit)) {
@@ -78,8 +55,7 @@ int main(int n_arguments, char ** arguments) {
             }
             llama_sampler_accept(grammar, token);
         }
-        const double nanoseconds = std::chrono::duration<double, std::nano>(spent).count() / tokens.size();
-        std::printf("%s%.0f", round ? ", " : "", nanoseconds);
+        std::printf("%s%.0f", round ? ", " : "", mean(spent, tokens.size()));
         llama_sampler_free(grammar);
     }
     std::printf("]}\n");

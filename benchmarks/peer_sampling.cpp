@@ -9,28 +9,7 @@
 // Between two samples N_EVICT bytes are written, outside the measured time; 0 for none. Printed is JSON:
 // "nanoseconds", the mean of a sample for each round, and "tokens", what the last round chose.
 
-#include <chrono>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <vector>
-
-#include "llama.h"
-
-template <class Number> static std::vector<Number> read_numbers(const char * path) {
-    FILE * file = std::fopen(path, "rb");
-    if (!file) {
-        std::perror(path);
-        std::exit(1);
-    }
-    std::vector<Number> found;
-    Number buffer[4096];
-    while (size_t n = std::fread(buffer, sizeof(Number), 4096, file)) {
-        found.insert(found.end(), buffer, buffer + n);
-    }
-    std::fclose(file);
-    return found;
-}
+#include "peer.h"
 
 static llama_sampler * make_chain(int32_t n_vocab, float temperature, float penalty, uint32_t seed) {
     llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
@@ -49,12 +28,8 @@ static llama_sampler * make_chain(int32_t n_vocab, float temperature, float pena
     return chain;
 }
 
-// The array is kept between samples, as llama-server keeps it, and filled anew for each.
 static llama_token sample(llama_sampler * chain, const float * logits, std::vector<llama_token_data> & candidates) {
-    for (size_t id = 0; id < candidates.size(); id++) {
-        candidates[id] = llama_token_data{(llama_token) id, logits[id], 0.0f};
-    }
-    llama_token_data_array array = {candidates.data(), candidates.size(), -1, false};
+    llama_token_data_array array = filled(candidates, logits);
     llama_sampler_apply(chain, &array);
     return array.data[array.selected].id;
 }
@@ -79,7 +54,6 @@ int main(int n_arguments, char ** arguments) {
         return 1;
     }
 
-    using Clock = std::chrono::steady_clock;
     llama_sampler * chain = make_chain((int32_t) n_vocab, temperature, penalty, seed);
     for (llama_token token : context) {
         llama_sampler_accept(chain, token);
@@ -98,8 +72,7 @@ int main(int n_arguments, char ** arguments) {
             spent += Clock::now() - began;
         }
         if (round > 0) {
-            const double nanoseconds = std::chrono::duration<double, std::nano>(spent).count() / n_rows;
-            std::printf("%s%.0f", round > 1 ? ", " : "", nanoseconds);
+            std::printf("%s%.0f", round > 1 ? ", " : "", mean(spent, n_rows));
         }
     }
     std::printf("], \"tokens\": [");

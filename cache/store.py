@@ -35,7 +35,7 @@ from erllama.cache.pressure import Pressure, PressureWatch
 from erllama.cache.residents import Residents
 from erllama.cache.saving import Saver
 from erllama.cache.sizes import parse_bytes
-from erllama.cache.texts import KnownTexts, TextDigests
+from erllama.cache.texts import KnownText, KnownTexts, TextDigests
 from erllama.cache.tier import Problem, RamTier, Tier
 from erllama.cache.upkeep import Upkeep
 from erllama.errors import (

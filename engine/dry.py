@@ -23,10 +23,11 @@ class Breakers:
     Attributes:
         tails: for a token, the sequences of tokens of which one must follow; the empty one always does.
         heads: bool, shape (n_vocab,): the tokens that have any.
+        alone: bool, shape (n_vocab,): those that have the empty one.
     """
 
     def __init__(self, vocabulary: Vocabulary, texts: Sequence[str]) -> None:
-        self.heads = np.zeros(vocabulary.n_tokens, bool)
+        self.heads, self.alone = np.zeros((2, vocabulary.n_tokens), bool)
         self.tails: dict[int, list[tuple[int, ...]]] = {}
         pieces = [
             # A control token is no text, but its name may be a breaker: "<|im_end|>".
@@ -51,6 +52,7 @@ class Breakers:
 
     def _add(self, token: int, tail: tuple[int, ...]) -> None:
         self.heads[token] = True
+        self.alone[token] |= not tail
         tails = self.tails.setdefault(token, [])
         if tail not in tails:
             tails.append(tail)
@@ -85,18 +87,18 @@ class DRY:
         lengths = self._repeated(recent, limit)
         places = np.flatnonzero(lengths[:-1] >= self._allowed)
         # What followed there would go on here; of several, the longest counts.
-        longest: dict[int, int] = {}
-        for token, length in zip(recent[places + 1].tolist(), lengths[places].tolist(), strict=True):
-            longest[token] = max(longest.get(token, 0), length)
-        tokens = sorted(token for token in longest if () not in self._breakers.tails.get(token, ()))
-        if not tokens:
+        tokens, which = np.unique(recent[places + 1], return_inverse=True)
+        longest = np.zeros(len(tokens), np.intp)
+        np.maximum.at(longest, which, lengths[places])
+        going_on = ~self._breakers.alone[tokens]
+        tokens, over = tokens[going_on], (longest[going_on] - self._allowed).astype(np.float64)
+        if not len(tokens):
             return candidates
-        over = np.array([longest[token] - self._allowed for token in tokens], np.float64)
         if self._most:
             over = np.minimum(over, self._most)
         with np.errstate(over="ignore"):
             penalties = np.minimum(self._multiplier * self._base**over, _HUGE).astype(np.float32)
-        positions, which = candidates.at(np.array(tokens, np.int32))
+        positions, which = candidates.at(tokens)
         logits = candidates.logits.copy()
         logits[positions] -= penalties[which]
         return candidates.with_logits(logits)

@@ -277,6 +277,17 @@ def referenced(pool: Pool, id: int) -> list[str]:
     return [value for value in values if isinstance(value, str)]
 
 
+def reached(pool: Pool, rules: dict[str, int], root: str) -> dict[str, int]:
+    """The rules that `root` leads to, itself among them, in the order that they have."""
+    found, open_ = {root}, [root]
+    while open_:
+        for name in referenced(pool, rules[open_.pop()]):
+            if name not in found:
+                found.add(name)
+                open_.append(name)
+    return {name: id for name, id in rules.items() if name in found}
+
+
 def holds(pool: Pool, rules: dict[str, int], leaf: Callable[[int], bool]) -> set[int]:
     """Where something holds that does for a sequence if for all its parts, and for a choice if for one.
 

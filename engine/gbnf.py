@@ -26,14 +26,14 @@ from erllama.engine.expressions import (
     Token,
     holds,
     inverted,
-    referenced,
+    reached,
 )
 from erllama.errors import GrammarError
 
 # llama.cpp's MAX_REPETITION_THRESHOLD.
-MAX_REPETITIONS = 2000
+_MAX_REPETITIONS = 2000
 # Parentheses within parentheses; every level takes a few frames of Python's stack later on.
-MAX_NESTING = 100
+_MAX_NESTING = 100
 _MAX_RULES = 20_000
 _NAME = re.compile(r"[A-Za-z0-9-]+")
 _DIGITS = re.compile(r"[0-9]+")
@@ -80,15 +80,15 @@ def parse(source: str, root: str = "root") -> Rules:
     if root not in parser.rules:
         raise GrammarError(f"the grammar has no rule {root!r}; it has {_some(parser.rules)}")
     parser.check_references()
-    reached = _reached(parser.pool, parser.rules, root)
-    have_texts = holds(parser.pool, reached, lambda id: id != parser.pool.nothing)
-    for name, id in reached.items():
+    rules = reached(parser.pool, parser.rules, root)
+    have_texts = holds(parser.pool, rules, lambda id: id != parser.pool.nothing)
+    for name, id in rules.items():
         if id not in have_texts:
             parser.fail(f"no text ever ends rule {name!r}", parser.defined[name])
-    return Rules(parser.pool, reached, root, source)
+    return Rules(parser.pool, rules, root, source)
 
 
-def place(source: str, at: int) -> tuple[int, int]:
+def _place(source: str, at: int) -> tuple[int, int]:
     """Line and column, from 1, of an offset in a text."""
     before = list(_NEWLINE.finditer(source, 0, at))
     return len(before) + 1, at - (before[-1].end() if before else 0) + 1
@@ -96,7 +96,7 @@ def place(source: str, at: int) -> tuple[int, int]:
 
 def error_at(source: str, at: int, problem: str) -> GrammarError:
     """An error that tells where, and shows what is there."""
-    line, column = place(source, at)
+    line, column = _place(source, at)
     shown = _NEWLINE.split(source[at : at + 40])[0]
     problem = f"{problem}: {shown!r}" if shown else problem
     return GrammarError(f"line {line}, column {column}: {problem}", line=line, column=column)
@@ -160,8 +160,8 @@ class _Parser:
             nested, next_ = len(open_) > 1, self.source[self.at : self.at + 1]
             group = open_[-1]
             if next_ == "(":
-                if len(open_) > MAX_NESTING:
-                    self.fail(f"nested too deeply: more than {MAX_NESTING} parentheses are open")
+                if len(open_) > _MAX_NESTING:
+                    self.fail(f"nested too deeply: more than {_MAX_NESTING} parentheses are open")
                 open_.append(_Group([], [], self.at))
                 self.at += 1
                 self._space(newlines=True)
@@ -213,8 +213,8 @@ class _Parser:
         self._space(newlines=nested)
         least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(sign) or self._bounds(nested)
         for bound in (least, most or 0):
-            if bound > MAX_REPETITIONS:
-                self.fail(f"at most {MAX_REPETITIONS} repetitions can be counted", at)
+            if bound > _MAX_REPETITIONS:
+                self.fail(f"at most {_MAX_REPETITIONS} repetitions can be counted", at)
         if most is not None and most < least:
             self.fail(f"at least {least} repetitions, and at most {most}", at)
         items[-1] = self.pool.repeat(items[-1], least, most)
@@ -308,17 +308,6 @@ class _Parser:
         found = (_SPACE_AND_NEWLINES if newlines else _SPACE).match(self.source, self.at)
         assert found is not None
         self.at = found.end()
-
-
-def _reached(pool: Pool, rules: dict[str, int], root: str) -> dict[str, int]:
-    """The rules that `root` leads to, in the order of the source."""
-    found, open_ = {root}, [root]
-    while open_:
-        for name in referenced(pool, rules[open_.pop()]):
-            if name not in found:
-                found.add(name)
-                open_.append(name)
-    return {name: id for name, id in rules.items() if name in found}
 
 
 def _some(names: dict[str, int]) -> str:

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from itertools import groupby, pairwise
 
 from erllama.engine.automata import Automata, TooLarge, members
-from erllama.engine.expressions import Bounds, Kind, Pool, Ranges, Token, components, holds, referenced
+from erllama.engine.expressions import Bounds, Kind, Pool, Ranges, Token, components, holds, reached, referenced
 
 # A lexeme larger than this is split however exact it is: its states cost memory, and its texts time to compare.
 _MAX_SIZE = 5000
@@ -138,13 +138,7 @@ def _inlined(pool: Pool, rules: dict[str, int], root: str) -> dict[str, int]:
                 meaning[pool.reference(names[at])] = id
             else:
                 left[names[at]] = id
-    found, open_ = {root}, [root]
-    while open_:
-        for name in referenced(pool, left[open_.pop()]):
-            if name not in found:
-                found.add(name)
-                open_.append(name)
-    return {name: id for name, id in left.items() if name in found}
+    return reached(pool, left, root)
 
 
 def _substituted(pool: Pool, id: int, meaning: dict[int, int]) -> int:

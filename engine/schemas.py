@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from erllama.errors import GrammarError
 
 # One space, or a new line and its indentation: every common layout, and no white space without end.
-WHITE_SPACE = r"\x20|\r?\n[\x20\t]{0,40}"
+_WHITE_SPACE = r"\x20|\r?\n[\x20\t]{0,40}"
 # The JSON parser of the compiler stops there.
 _MAX_NESTING = 120
 # Levels of nesting that references lead through: each takes up to about 10 kB of the compiler's stack.
@@ -50,7 +50,7 @@ def compiled_from(source: str) -> dict[str, object]:
         raise GrammarError("the schema's references lead too deep")
     if not _Endings(schema).found():
         raise GrammarError("no JSON that ends has the schema: it requires itself within itself")
-    return {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}}
+    return {**schema, "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
 
 
 def _read(source: str) -> object:

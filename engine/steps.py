@@ -7,7 +7,6 @@ the same probabilities. `min_keep` is the fewest that a step leaves, if it had t
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -53,12 +52,11 @@ class Penalties:
         self._repeat, self._frequency, self._presence = map(np.float32, (repeat, frequency, presence))
 
     def __call__(self, candidates: Candidates) -> Candidates:
-        counts = Counter(candidates.context[-self._last_n :].tolist())
-        tokens = sorted(counts)
-        positions, which = candidates.at(np.array(tokens, np.int32))
+        tokens, counts = np.unique(candidates.context[-self._last_n :], return_counts=True)
+        positions, which = candidates.at(tokens)
         logits = candidates.logits.copy()
         found = logits[positions]
-        often = np.array([counts[token] for token in tokens], np.float32)[which]
+        often = counts[which].astype(np.float32)
         with np.errstate(over="ignore"):  # of the lowest logits: minus infinity
             found = np.where(found <= 0, found * self._repeat, found / self._repeat)
             logits[positions] = found - (often * self._frequency + self._presence)
