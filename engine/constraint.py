@@ -65,6 +65,11 @@ class PhasedMatcher:
         n = len(self._opened)
         return [tokens[n] for tokens in self._openings if len(tokens) > n and list(tokens[:n]) == self._opened]
 
+    @property
+    def awaits_answer(self) -> bool:
+        """Whether a grammar is still to be begun, without which the reply cannot end."""
+        return self._ruling is None and isinstance(self._answer, Matcher)
+
     def forced(self) -> list[int]:
         return self._ruling.forced() if self._ruling is not None else []
 

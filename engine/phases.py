@@ -321,12 +321,12 @@ class ThinkingBudget:
     """Counts the tokens of a reply's thinking, and says when its end is to be put.
 
     Attributes:
-        closing: the tokens that end it.
+        closing: the tokens that end it there.
     """
 
-    def __init__(self, limit: int, message: str, close: str, script: Script) -> None:
-        self._limit = limit
-        self.closing = script.tokens_of(message + close)
+    def __init__(self, options: PhaseOptions, close: str, script: Script) -> None:
+        self._limit = options.thinking_budget
+        self.closing = script.tokens_of(options.budget_message + close)
         self._n_tokens = 0
         self._put = False
 
@@ -337,7 +337,7 @@ class ThinkingBudget:
 
     def due(self, tracker: PhaseTracker) -> bool:
         """Whether the end of thinking is to be put now; once for each thought."""
-        if self._put or tracker.phase != "thinking" or self._n_tokens < self._limit:
+        if self._put or self._limit is None or tracker.phase != "thinking" or self._n_tokens < self._limit:
             return False
         self._put = True
         return True

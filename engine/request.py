@@ -16,7 +16,7 @@ from erllama.engine.phases import PhaseOptions
 from erllama.engine.sampling import SamplingOptions, SamplingState, TokenLogprobs
 from erllama.errors import OptionError, boolean, integer, real
 
-FinishReason = Literal["stop", "length", "context_full", "cancelled"]
+FinishReason = Literal["stop", "length", "context_full", "cancelled", "tool_calls"]
 HitKind = Literal["cold", "partial", "exact"]
 
 MOST_LOGPROBS = 100  # as many as a person, or an evaluation, ever looks at; a row of them is built per token
@@ -186,7 +186,7 @@ class Completion:
         tokens: ids of the reply, an end token not among them, those of a stop string among them.
         context_tokens: ids of prompt and reply.
         finish_reason: "stop" at an end-of-generation token or a stop string, "length" at
-            max_tokens, "context_full" when no cell was left, "cancelled".
+            max_tokens, "context_full" when no cell was left, "cancelled"; in chats "tool_calls", for a call.
         finish_key: names the stored context of this reply; None when nothing was stored.
         cache: how much of the prompt was warm.
         cache_delta: tokens of the context that the cache gave, and those that it got.

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import SaveReason
+from erllama.engine.constraint import PhasedMatcher
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.phases import ThinkingBudget
 from erllama.engine.reply import Reply
@@ -190,7 +191,7 @@ class Sequence:
     def draw(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
         """Sample the next token from logits, shape (n_vocab,), that were there at `now`."""
         self._close_thinking()
-        token = self._coming.popleft() if self._coming else self._sampled(logits)
+        token = self._coming.popleft() if self._coming else self._ending_thought(self._sampled(logits))
         if self._last_token_at:
             metrics.between_tokens.observe(now - self._last_token_at)
         else:
@@ -212,6 +213,23 @@ class Sequence:
         if self._tracker is not None and self._tracker.phase == "syntax":
             sampler = self._syntax_sampler
         return sampler.sample(logits, self.known, self._grammar.allowed() if self._grammar is not None else None)
+
+    def _ending_thought(self, token: int) -> int:
+        """A reply that must have an answer does not end with a thought: the thought alone does."""
+        if not self._vocabulary.is_eog[token] or self._tracker is None or self._tracker.phase != "thinking":
+            return token
+        if not isinstance(self._grammar, PhasedMatcher) or not self._grammar.awaits_answer or not self._thought_end:
+            return token
+        self._coming.extend(self._thought_end)
+        return self._coming.popleft()
+
+    @cached_property
+    def _thought_end(self) -> list[int]:
+        """Tokens that end thinking; none where nothing does."""
+        phases = self.options.phases
+        if phases is None or phases.thinking is None or not phases.thinking.close:
+            return []
+        return self._shared.script.tokens_of(phases.thinking.close[0])
 
     @cached_property
     def _syntax_sampler(self) -> Sampler:
@@ -259,8 +277,7 @@ class Sequence:
         phases = self.options.phases
         if phases is None or phases.thinking_budget is None or phases.thinking is None:
             return None
-        close = phases.thinking.close[0]
-        return ThinkingBudget(phases.thinking_budget, phases.budget_message, close, self._shared.script)
+        return ThinkingBudget(phases, phases.thinking.close[0], self._shared.script)
 
     def completion(self) -> Completion:
         """The result; what was held back of the reply is sent first."""

@@ -11,11 +11,14 @@ Every token's KV is computed once, stored once, found again exactly, and
 survives a restart. Everything a user needs is in this namespace.
 """
 
+from erllama._info import ModelInfo
 from erllama._load import load_backend, load_model
-from erllama._model import Model, ModelInfo
+from erllama._model import Model
 from erllama._registry import get_model, list_models, queue_depth
-from erllama._stream import AsyncStream, Stream
+from erllama._stream import AsyncChatStream, AsyncStream, ChatStream, Stream
 from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
+from erllama.chat.results import ChatCompletion, Usage
+from erllama.chat.templates import render_chat_template
 from erllama.engine import (
     CacheDelta,
     CacheHit,
@@ -68,6 +71,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyLoaded",
+    "AsyncChatStream",
     "AsyncStream",
     "BackendError",
     "Cache",
@@ -78,7 +82,9 @@ __all__ = [
     "CalledFromModelThread",
     "Candidates",
     "CellsExhausted",
+    "ChatCompletion",
     "ChatError",
+    "ChatStream",
     "Completion",
     "DeadlineExceeded",
     "Delta",
@@ -119,10 +125,12 @@ __all__ = [
     "ToolCallDelta",
     "ToolCallEnd",
     "ToolCallError",
+    "Usage",
     "__version__",
     "get_model",
     "list_models",
     "load_backend",
     "load_model",
     "queue_depth",
+    "render_chat_template",
 ]

@@ -9,7 +9,8 @@ from typing import Never
 
 from erllama import _registry
 from erllama._fingerprint import fingerprint
-from erllama._model import Model, Shape, shown
+from erllama._info import Shape
+from erllama._model import Model, shown
 from erllama.cache import Cache, Policy
 from erllama.engine import Backend, RequestOptions
 from erllama.errors import OptionError, boolean, integer, reject_unknown

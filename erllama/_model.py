@@ -3,90 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Never, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from erllama import _registry
-from erllama._options import CompletionOptions, PrefillOptions, request_options
-from erllama._stream import AsyncStream, News, Stream, wait_async
+from erllama._info import ModelInfo, Shape
+from erllama._options import (
+    ChatOptions,
+    CompletionOptions,
+    PrefillOptions,
+    TemplateOptions,
+    chat_request,
+    request_options,
+    template_request,
+)
+from erllama._stream import AsyncChatStream, AsyncStream, ChatStream, News, Stream, wait_async
 from erllama.cache import Cache, Policy
+from erllama.chat.chats import Chats, Turn
+from erllama.chat.results import ChatCompletion
 from erllama.engine import (
     Backend,
     CacheHit,
     Completion,
     EngineMetrics,
     Grammar,
-    Limits,
     Phase,
     Request,
     RequestOptions,
     Runner,
     Ticket,
 )
-from erllama.errors import OptionError, PromptError, PromptTooLong, boolean, integer, reject_unknown
+from erllama.errors import OptionError, PromptError, PromptTooLong, boolean, reject_unknown
 
 Prompt = str | Sequence[int] | NDArray[np.integer]
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How a model serves many at once; None for what fits the backend.
-
-    Attributes: see `load_model`.
-    """
-
-    n_seq_max: int | None
-    prefill_chunk_size: int | None
-    parked_cells: int | None
-    max_pending: int
-
-    def for_limits(self, limits: Limits) -> Shape:
-        """Checked, and with nothing left open.
-
-        Raises:
-            OptionError: a value is ill-typed or out of range.
-        """
-        n_seq_max = min(4, limits.n_sequences, limits.n_batch) if self.n_seq_max is None else self.n_seq_max
-        chunk = self.prefill_chunk_size
-        if chunk is None:
-            chunk = min(max(64, limits.n_batch // 4), limits.n_batch)
-        parked = limits.n_ctx // 8 if self.parked_cells is None else self.parked_cells
-        return Shape(
-            integer("n_seq_max", n_seq_max, 1, min(limits.n_sequences, limits.n_batch)),
-            integer("prefill_chunk_size", chunk, 1, limits.n_batch),
-            integer("parked_cells", parked, 0, limits.n_ctx),
-            integer("max_pending", self.max_pending, 1),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What a loaded model is, and how it stands.
-
-    Attributes:
-        id: its name in this process.
-        backend: what computes it, as "llama".
-        description: what it is, in the backend's words; empty where it has none.
-        n_ctx: cells of its context, in tokens.
-        n_vocab: size of its vocabulary.
-        n_seq_max: most requests that run at once.
-        phase, pending, queue_depth: as of the model.
-    """
-
-    id: str
-    backend: str
-    description: str
-    n_ctx: int
-    n_vocab: int
-    n_seq_max: int
-    phase: Phase
-    pending: int
-    queue_depth: int
+Messages = Sequence[Mapping[str, object]]
 
 
 class Model:
@@ -117,6 +71,7 @@ class Model:
             parked_cells=shape.parked_cells or 0,
             max_pending=shape.max_pending,
         )
+        self._chats = Chats(backend, cache, self._runner.namespace)
 
     def __repr__(self) -> str:
         state = "unloaded" if self._runner.stopped else self.phase
@@ -165,8 +120,18 @@ class Model:
                 have the context to itself.
             cache_salt: share cached KV only with requests of the same salt; None for the model's.
             parent_key: the `finish_key` of the reply that the prompt goes on from; where that is still
-                being saved, it is waited for. One that nobody knows changes nothing.
+                being saved, it is waited for. A text that begins as that context does has the tokens that it was
+                computed as, whatever its own would be; not with `reproducible`. One that nobody knows changes
+                nothing.
             session_id: a name; the context stays in its cells for the next request of that name.
+            thinking: "enabled", or True, tells what the model thinks from what it answers, by the markers of its
+                chat template; a model without leaves all of it text, as does "disabled", the default.
+            thinking_markers: texts that open and close thinking, as a pair of one each, or of several.
+            thinking_budget_tokens: most tokens of thinking; then its closing marker is put into the context.
+            thinking_budget_message: what is put before that marker.
+            thinking_signing_key: bytes; what was thought is signed with them.
+            tool_markers, tool_payload_markers: texts that open and close a tool call, and its arguments; the tokens
+                of a call that are none of its arguments are the most likely ones.
             timeout: seconds in which the reply must be done, waiting included.
 
         Raises:
@@ -180,14 +145,14 @@ class Model:
             CalledFromModelThread: by a callback that the model's own thread runs.
             BackendError, SamplingError: the model could not compute a reply.
         """
-        return self._wait(self._ticket(prompt, request_options(options, "complete", self._cache_salt)))
+        return self._wait(self._ticket(prompt, self._options(options, "complete")))
 
     def stream(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Stream:
         """Complete a prompt and get the reply as it comes; options and errors as for `complete`.
 
         The prompt and options are checked at once; errors of the run come with the events.
         """
-        ticket = self._ticket(prompt, request_options(options, "stream", self._cache_salt), streaming=True)
+        ticket = self._ticket(prompt, self._options(options, "stream"), streaming=True)
         stream = Stream(ticket)
         self._runner.submit(ticket)
         return stream
@@ -211,14 +176,14 @@ class Model:
 
     async def acomplete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Completion:
         """`complete` for asyncio: no thread waits. Cancelling the task cancels the request."""
-        request = request_options(options, "acomplete", self._cache_salt)
+        request = self._options(options, "acomplete")
         if request.grammar is not None:
             await asyncio.to_thread(self._runner.compile, request.grammar)  # the loop goes on
         return await self._wait_async(self._ticket(prompt, request))
 
     def astream(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> AsyncStream:
         """`stream` for asyncio: `async for event in model.astream(...)`. Called where a loop runs."""
-        ticket = self._ticket(prompt, request_options(options, "astream", self._cache_salt), streaming=True)
+        ticket = self._ticket(prompt, self._options(options, "astream"), streaming=True)
         stream = AsyncStream(ticket)
         self._runner.submit(ticket)
         return stream
@@ -227,6 +192,98 @@ class Model:
         """`prefill` for asyncio."""
         request = request_options(options, "aprefill", self._cache_salt, prefill=True)
         return await self._wait_async(self._ticket(prompt, request))
+
+    # --- chats -------------------------------------------------------------------------
+
+    def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatCompletion:
+        """The next message of a conversation; waits for the whole of it.
+
+        Beside these options, those of `complete`, `thinking` otherwise:
+
+        Args:
+            messages: the conversation, as OpenAI's clients write it, or in Anthropic's blocks.
+            tools: what may be called, in their forms, too.
+            tool_choice: "auto", the default; "none"; "required", or the name of a tool, which the reply must call.
+            parallel_tool_calls: whether one reply may call several, True.
+            tool_format: how the model writes calls, by name (docs/chat.md); None to go by its template.
+            chat_template: a template's text, the name of one of the model's, or the pathlib.Path of a file; None
+                for the model's own, or ChatML where it has none.
+            template_args: what the template gets beside the conversation.
+            documents: what it gets as documents.
+            continue_final_message: go on with the last message, the assistant's, instead of answering.
+            thinking: "enabled" or True, "disabled" or False; None for what the template does of itself. What was
+                thought is always told from the answer.
+
+        A reply is remembered as the tokens that it was sampled as: where it comes back in `messages`, they are
+        what the next prompt has, whatever tokens its text would give. Not with `reproducible`, where the text alone
+        decides.
+
+        Raises:
+            ChatError: the messages or tools are none; it names the message's index.
+            TemplateError: the template does not parse, refuses the conversation, or takes too long.
+            Error: as of `complete`.
+        """
+        turn = self._turn(messages, options, "chat")
+        return turn.finish(self._wait(self._ticket(turn.prompt, turn.options)))
+
+    def stream_chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatStream:
+        """The next message of a conversation as it comes; options and errors as for `chat`."""
+        turn = self._turn(messages, options, "stream_chat")
+        ticket = self._ticket(turn.prompt, turn.options, streaming=True)
+        stream = ChatStream(ticket, turn)
+        self._runner.submit(ticket)
+        return stream
+
+    async def achat(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatCompletion:
+        """`chat` for asyncio. Cancelling the task cancels the request."""
+        # The loop goes on while templates are rendered and grammars compiled.
+        turn = await asyncio.to_thread(self._turn, messages, options, "achat")
+        completion = await self._wait_async(self._ticket(turn.prompt, turn.options))
+        return await asyncio.to_thread(turn.finish, completion)
+
+    def astream_chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> AsyncChatStream:
+        """`stream_chat` for asyncio. Called where a loop runs."""
+        turn = self._turn(messages, options, "astream_chat")
+        ticket = self._ticket(turn.prompt, turn.options, streaming=True)
+        stream = AsyncChatStream(ticket, turn)
+        self._runner.submit(ticket)
+        return stream
+
+    def apply_chat_template(
+        self, messages: Messages, *, add_generation_prompt: bool = True, **options: Unpack[TemplateOptions]
+    ) -> NDArray[np.int32]:
+        """The tokens of a conversation, int32, shape (n,), to be given to `complete`, `prefill` or `stream`.
+
+        Args:
+            add_generation_prompt: end with what a reply begins with.
+
+        Other options, and errors, as for `chat`.
+        """
+        self._check_loaded()
+        request = template_request(messages, options, "apply_chat_template")
+        text = self._chats.render(
+            request, add_generation_prompt=boolean("add_generation_prompt", add_generation_prompt)
+        )
+        return self._chats.history.tokens(self._runner.namespace(self._cache_salt), text, as_text=False)
+
+    def render_chat(
+        self, messages: Messages, *, add_generation_prompt: bool = True, **options: Unpack[TemplateOptions]
+    ) -> str:
+        """The text of a conversation as the template writes it; options and errors as for `apply_chat_template`."""
+        self._check_loaded()
+        request = template_request(messages, options, "render_chat")
+        return self._chats.render(
+            request, add_generation_prompt=boolean("add_generation_prompt", add_generation_prompt)
+        )
+
+    def _turn(self, messages: Messages, options: ChatOptions, where: str) -> Turn:
+        self._check_loaded()
+        return self._chats.turn(*chat_request(messages, options, where, self._cache_salt))
+
+    def _options(self, options: CompletionOptions, where: str) -> RequestOptions:
+        return request_options(options, where, self._cache_salt, find_thinking=lambda: self._chats.thinking_markers)
+
+    # --- sessions and saving ------------------------------------------------------------
 
     def end_session(self, session_id: str, *, cache_salt: str | None = None, **unknown: Never) -> bool:
         """Stop keeping the context of a session; False where none is kept.
@@ -252,7 +309,7 @@ class Model:
     # cancels the request: a stream that is dropped does it, and so do these.
 
     def _ticket(self, prompt: Prompt, options: RequestOptions, *, streaming: bool = False) -> Ticket:
-        return Ticket(Request(self._prompt_ids(prompt), options), streaming)
+        return Ticket(Request(self._prompt_ids(prompt, options), options), streaming)
 
     def _wait(self, ticket: Ticket) -> Completion:
         try:
@@ -271,12 +328,13 @@ class Model:
             ticket.cancel()
             raise
 
-    def _prompt_ids(self, prompt: object) -> NDArray[np.int32]:
+    def _prompt_ids(self, prompt: object, options: RequestOptions | None = None) -> NDArray[np.int32]:
         self._check_loaded()
         # An empty text is refused even where the tokenizer would put a BOS before it: it is a mistake more
         # often than a wish, and who wishes it can give the id.
         if isinstance(prompt, str) and prompt:
-            ids = self._backend.vocabulary.tokenize(prompt, add_special=True, parse_special=True)
+            going_on = self._going_on(prompt, options) if options is not None else None
+            ids = going_on if going_on is not None else self._tokenized(prompt)
         else:
             ids = self._checked_ids([] if isinstance(prompt, str) else prompt)
         if not len(ids):
@@ -288,6 +346,20 @@ class Model:
                 "shorten it, or load the model with a larger n_ctx"
             )
         return ids
+
+    def _tokenized(self, text: str) -> NDArray[np.int32]:
+        return self._backend.vocabulary.tokenize(text, add_special=True, parse_special=True)
+
+    def _going_on(self, text: str, options: RequestOptions) -> NDArray[np.int32] | None:
+        """The tokens of a text that goes on from its parent: those that the parent was computed as come first."""
+        key = options.parent_key
+        if key is None or options.reproducible:
+            return None
+        block = self.cache.stored(key)
+        if block is None or block.namespace != self._runner.namespace(options.cache_salt):
+            return None
+        context = self.cache.context(key)
+        return None if context is None else self._chats.history.going_on(context.astype(np.int32), text)
 
     def _checked_ids(self, ids: object) -> NDArray[np.int32]:
         found = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TypedDict
 
+from erllama.chat.chats import ChatRequest
 from erllama.engine import Grammar, Markers, PhaseOptions, RequestOptions, SamplingOptions, SamplingState, Step
 from erllama.errors import OptionError, choice, reject_unknown
 
@@ -71,6 +73,30 @@ class CompletionOptions(PrefillOptions, total=False):
     tool_payload_markers: MarkerPair | None
 
 
+class TemplateOptions(TypedDict, total=False):
+    """Options of `Model.apply_chat_template`, and of all chats; see `Model.chat`."""
+
+    tools: Sequence[Mapping[str, object]] | None
+    chat_template: str | Path | None
+    template_args: Mapping[str, object] | None
+    documents: Sequence[Mapping[str, object]] | None
+    continue_final_message: bool
+    thinking: str | bool | None
+
+
+class ChatOptions(CompletionOptions, total=False):
+    """Options of `Model.chat`, and of all chats that stream and wait."""
+
+    tools: Sequence[Mapping[str, object]] | None
+    tool_choice: str | Mapping[str, object] | None
+    parallel_tool_calls: bool
+    tool_format: str | None
+    chat_template: str | Path | None
+    template_args: Mapping[str, object] | None
+    documents: Sequence[Mapping[str, object]] | None
+    continue_final_message: bool
+
+
 _PHASES = (
     "thinking",
     "thinking_markers",
@@ -83,6 +109,41 @@ _PHASES = (
 _SAMPLING = frozenset(SamplingOptions.__dataclass_fields__)
 _COMPLETION = frozenset(CompletionOptions.__annotations__) | frozenset(PrefillOptions.__annotations__)
 _PREFILL = frozenset(PrefillOptions.__annotations__)
+
+
+_TEMPLATE = frozenset(TemplateOptions.__annotations__)
+_CHAT = frozenset(ChatOptions.__annotations__) - _COMPLETION
+
+
+def template_request(messages: object, given: TemplateOptions, where: str) -> ChatRequest:
+    """A conversation to be rendered; checked where it is."""
+    options: dict[str, object] = dict(given)
+    reject_unknown({name: value for name, value in options.items() if name not in _TEMPLATE}, _TEMPLATE, where)
+    options["thinking"] = thinking_choice(options.get("thinking"))
+    return ChatRequest(messages, **options)  # type: ignore[arg-type]
+
+
+def chat_request(
+    messages: object, given: ChatOptions, where: str, cache_salt: str | None
+) -> tuple[ChatRequest, RequestOptions]:
+    """A chat as it was asked for, and the checked options of its request, without phases."""
+    options: dict[str, object] = dict(given)
+    known = _COMPLETION | _CHAT
+    reject_unknown({name: value for name, value in options.items() if name not in known}, known, where)
+    chat: dict[str, object] = {name: options.pop(name) for name in _CHAT & options.keys()}
+    phases = {name: options.pop(name, None) for name in _PHASES}
+    request = ChatRequest(
+        messages,
+        thinking=thinking_choice(phases["thinking"]),
+        thinking_markers=markers("thinking_markers", phases["thinking_markers"]),
+        tool_markers=markers("tool_markers", phases["tool_markers"]),
+        tool_payload_markers=markers("tool_payload_markers", phases["tool_payload_markers"]),
+        thinking_budget=phases["thinking_budget_tokens"],  # type: ignore[arg-type]
+        budget_message=phases["thinking_budget_message"] or "",  # type: ignore[arg-type]
+        signing_key=phases["thinking_signing_key"],  # type: ignore[arg-type]
+        **chat,  # type: ignore[arg-type]
+    )
+    return request, request_options(options, where, cache_salt)  # type: ignore[arg-type]
 
 
 def request_options(

@@ -50,6 +50,7 @@ KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_n
 _DEFAULT_N_CTX = 4096
 _MAX_N_CTX = 2**30
 _N_CTX_STEP = 256
+_TEMPLATE = "tokenizer.chat_template"
 MAX_SEQUENCES = llama_ffi.max_sequences() - 1  # one is the scratch sequence
 # How libllama's state of one sequence begins: magic, sequence, streams, cells;
 # then, for each cell, its position, the number of its sequences, and the sequence.
@@ -126,12 +127,18 @@ class LlamaOptions:
 
 
 class LlamaVocabulary:
-    """A model's vocabulary."""
+    """A model's vocabulary.
+
+    Attributes:
+        special_texts: what a chat template gets: the texts of special tokens, as "bos_token".
+    """
 
     def __init__(self, vocabulary: llama_ffi.Vocabulary) -> None:
         self._vocabulary = vocabulary
         self.n_tokens = vocabulary.n_tokens
         self.is_eog = vocabulary.is_eog
+        special = {"bos_token": vocabulary.bos, "eos_token": vocabulary.eos, "pad_token": vocabulary.pad}
+        self.special_texts = {name: vocabulary.text(id) for name, id in special.items() if id is not None}
 
     def tokenize(
         self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
@@ -255,6 +262,17 @@ class LlamaBackend:
                 ]
             ).encode()
         ).digest()[:16]
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """The file's, by name: "default", and others such as "tool_use"."""
+        with _translated(BackendError):
+            metadata = self._model.metadata
+        return {
+            key.removeprefix(_TEMPLATE).removeprefix(".") or "default": source
+            for key, source in metadata.items()
+            if source and (key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."))
+        }
 
     @property
     def description(self) -> str:

@@ -1,0 +1,64 @@
+"""What a model is told when it is loaded, and what it tells of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from erllama.engine import Limits, Phase
+from erllama.errors import integer
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a model serves many at once; None for what fits the backend.
+
+    Attributes: see `load_model`.
+    """
+
+    n_seq_max: int | None
+    prefill_chunk_size: int | None
+    parked_cells: int | None
+    max_pending: int
+
+    def for_limits(self, limits: Limits) -> Shape:
+        """Checked, and with nothing left open.
+
+        Raises:
+            OptionError: a value is ill-typed or out of range.
+        """
+        n_seq_max = min(4, limits.n_sequences, limits.n_batch) if self.n_seq_max is None else self.n_seq_max
+        chunk = self.prefill_chunk_size
+        if chunk is None:
+            chunk = min(max(64, limits.n_batch // 4), limits.n_batch)
+        parked = limits.n_ctx // 8 if self.parked_cells is None else self.parked_cells
+        return Shape(
+            integer("n_seq_max", n_seq_max, 1, min(limits.n_sequences, limits.n_batch)),
+            integer("prefill_chunk_size", chunk, 1, limits.n_batch),
+            integer("parked_cells", parked, 0, limits.n_ctx),
+            integer("max_pending", self.max_pending, 1),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a loaded model is, and how it stands.
+
+    Attributes:
+        id: its name in this process.
+        backend: what computes it, as "llama".
+        description: what it is, in the backend's words; empty where it has none.
+        n_ctx: cells of its context, in tokens.
+        n_vocab: size of its vocabulary.
+        n_seq_max: most requests that run at once.
+        phase, pending, queue_depth: as of the model.
+    """
+
+    id: str
+    backend: str
+    description: str
+    n_ctx: int
+    n_vocab: int
+    n_seq_max: int
+    phase: Phase
+    pending: int
+    queue_depth: int
