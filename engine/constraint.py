@@ -49,7 +49,7 @@ class PhasedMatcher:
     def allowed(self) -> NDArray[np.bool_] | None:
         if self._ruling is not None:
             return self._ruling.allowed()
-        if self._answer is None or self._tracker.phase != "text":
+        if self._answer is None or not self._answering:
             return None
         if self._opened:
             allowed = np.zeros(self._n_vocab, np.bool_)
@@ -59,6 +59,11 @@ class PhasedMatcher:
             return None  # it waits for its trigger
         allowed[self._following()] = True
         return allowed
+
+    @property
+    def _answering(self) -> bool:
+        """Whether what comes is the answer's; a call is, where the answer must be one."""
+        return self._tracker.phase != "thinking" and (not self._answer_is_text or self._tracker.phase == "text")
 
     def _following(self) -> list[int]:
         """Tokens by which an opening goes on."""
@@ -90,7 +95,7 @@ class PhasedMatcher:
         elif tracker.kind == "call" and self._calls is not None:
             self._opened = []
             self._begin_call(self._calls)
-        elif tracker.phase != "text" or self._answer is None:
+        elif self._answer is None or not self._answering:
             self._opened = []
         elif was_thinking:
             self._begin_answer(self._answer)

@@ -51,7 +51,6 @@ class Rules(NamedTuple):
     pool: Pool
     rules: dict[str, int]
     root: str
-    source: str
 
     @property
     def tokens(self) -> list[Token]:
@@ -85,7 +84,7 @@ def parse(source: str, root: str = "root") -> Rules:
     for name, id in rules.items():
         if id not in have_texts:
             parser.fail(f"no text ever ends rule {name!r}", parser.defined[name])
-    return Rules(parser.pool, rules, root, source)
+    return Rules(parser.pool, rules, root)
 
 
 def _place(source: str, at: int) -> tuple[int, int]:

@@ -120,15 +120,20 @@ class Reply:
             self._send(self._stops.feed(rest) + self._stops.flush(), always=False)
         elif self._kind == "thinking":
             self._send(rest, always=False)
-            self.signature = b""
-            if self._signing_key is not None:
-                self.signature = hmac.digest(self._signing_key, self.thinking.encode(), hashlib.sha256)
-            self._ticket.emit(("thinking_end", self.signature))
+            if any(self._said["thinking"]):
+                self._sign()
         elif self._call:
             self._send(rest, always=False)
             self.calls.append(self._call)
             self._ticket.emit(("call_end", self._call))
             self._call = b""
+
+    def _sign(self) -> None:
+        """A thought is over."""
+        self.signature = b""
+        if self._signing_key is not None:
+            self.signature = hmac.digest(self._signing_key, self.thinking.encode(), hashlib.sha256)
+        self._ticket.emit(("thinking_end", self.signature))
 
     def _say(self, text: str) -> None:
         """Pass text on, but for what may belong to a stop string."""

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import erllama
 from erllama.engine.backends.stub import StubBackend
+from erllama.testing.models import BOS, write_llama
 from erllama.testing.scripted import END, write_scripted
 from spelled import SpelledBackend, SpelledVocabulary
 
@@ -240,6 +241,15 @@ def test_a_scripted_model_thinks_calls_a_tool_and_answers(scripted: Path) -> Non
                 assert first.timings.prefill_tokens <= n_new(model, "</s><|user|>And now?</s><|assistant|>")
 
 
+@pytest.mark.parametrize("choice", ["auto", "required", "get_time"])
+def test_markers_that_are_special_tokens_are_the_grammars_too(scripted: Path, choice: str) -> None:
+    with erllama.load_model(scripted, cache=erllama.Cache()) as model:
+        reply = model.chat([user("Q")], tools=TOOLS, tool_choice=choice, temperature=0.0, max_tokens=100)
+        assert [call.arguments for call in reply.tool_calls] == [{"city": "Oslo"}]
+        assert reply.raw_tool_calls[0].startswith(b"<tool_call>")
+        assert reply.raw_tool_calls[0].endswith(b"</tool_call>")
+
+
 # --- what a reply is told apart into --------------------------------------------------------------------
 
 
@@ -388,7 +398,7 @@ def test_thinking_can_be_disabled_and_has_a_budget() -> None:
         cut = model.chat([user("Q")], thinking=True, thinking_budget_tokens=2, thinking_budget_message=" enough.")
         assert cut.thinking == "so enough."
         events = list(model.stream_chat([user("Q")], thinking="disabled", max_tokens=30))
-        assert {type(event) for event in events} == {erllama.TextDelta, erllama.Done}
+        assert not any(isinstance(event, erllama.ThinkingDelta | erllama.ThinkingEnd) for event in events)
         done = events[-1].completion
         prompt = done.usage.prompt
         assert model.detokenize(done.context_tokens[prompt:]).startswith("</think>")
@@ -447,6 +457,14 @@ def test_tokens_of_a_conversation_can_be_completed_and_prefilled() -> None:
         )
         model.prefill(ids)
         assert model.complete(ids).text == "hello there"
+
+
+def test_bos_comes_once(tmp_path: Path) -> None:
+    with erllama.load_model(write_llama(tmp_path / "model.gguf"), cache=erllama.Cache()) as model:
+        plain = "{{ messages[0].content }}"
+        for template in (plain, "{{ bos_token }}" + plain):
+            ids = model.apply_chat_template([user("Q")], chat_template=template).tolist()
+            assert ids == model.tokenize("Q").tolist() == [BOS, ids[1]]
 
 
 def test_both_clients_forms_are_one_conversation() -> None:

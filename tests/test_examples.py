@@ -42,6 +42,7 @@ def numbers(pattern: str, said: str) -> list[tuple[int, ...]]:
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("[!_]*.py")} == {
         "agents.py",
+        "chat.py",
         "http_server.py",
         "inspect_cache.py",
         "many_at_once.py",
@@ -54,7 +55,10 @@ def test_every_example_is_run_here() -> None:
         "smoke_test.py",
         "stop_sequences.py",
         "streaming.py",
+        "structured_output.py",
         "test_my_cache.py",
+        "thinking.py",
+        "tools.py",
         "warm.py",
     }
 
@@ -192,6 +196,33 @@ def test_what_was_prefilled_is_not_computed_again(tmp_path: Path) -> None:
         assert warm >= read
         assert computed < 40
     assert len(found) == 2
+
+
+def test_a_chat_starts_each_turn_where_the_last_one_ended(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "chat.py", cwd=tmp_path)
+    (prompt, cached, completion), (_, again, _) = numbers(r"prompt=(\d+), cached=(\d+), completion=(\d+)", said)
+    assert again == prompt + completion, "all of the first turn, its reply included"
+    assert said.count("'It is 391.'; Usage") == 2
+
+
+def test_thinking_is_told_from_the_answer(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "thinking.py", cwd=tmp_path)
+    assert "answered:  'It is 391.'" in said
+    assert re.search(r"signature: [0-9a-f]{64}\n", said)
+    assert "in a hurry: '23 * 17 is  That will do.', 'It is 391.'" in said
+
+
+def test_a_tool_is_called_and_its_result_used(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "tools.py", cwd=tmp_path)
+    assert "get_time({'city': 'Oslo'}) -> 12:30" in said
+    assert "answer: 'In Oslo it is 12:30.'" in said
+
+
+def test_replies_keep_to_grammars(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "structured_output.py", cwd=tmp_path)
+    assert re.search(r"GBNF:        \{'n': \d\}\n", said)
+    assert re.search(r"JSON schema: \{'city': '(Oslo|Paris)', 'celsius': -?\d+\}\n", said)
+    assert re.search(r"regex:       \d{4}-\d\d-\d\d\n", said)
 
 
 def test_more_requests_than_may_run_wait(tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+import tempfile
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 
 import erllama
 from erllama.engine.phases import Markers, PhaseOptions, PhaseTracker, Script
+from erllama.testing.scripted import END, write_scripted
 from spelled import SpelledBackend, SpelledVocabulary
 
 # Marks that share beginnings, one of them a token of its own that is no text; \u0001 stands for it below.
@@ -139,6 +143,32 @@ def test_a_bare_call_is_known_by_how_it_begins(text: str, data: st.DataObject) -
     kinds = [kind for kind, _ in told(tokens, options)]
     assert kinds[-1] == ("call" if '"name"' in text else "text")
     assert told(tokens, options)[-1][1].strip() == text.split("</think>")[-1].strip()
+
+
+SCRIPTED = "<think>hmé.\n</think> Let go: <call>{7}</call>!"
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sets(st.integers(1, len(SCRIPTED) - 1)))
+def test_phases_are_told_on_libllama_whatever_the_tokens(cuts: set[int]) -> None:
+    edges = [0, *sorted(cuts), len(SCRIPTED)]
+    pieces = [SCRIPTED[start:end] for start, end in pairwise(edges)]
+    # Each token has one that follows it: those that come twice are joined with the next.
+    while len(set(pieces)) < len(pieces) or any(not piece.isascii() and len(piece) == 1 for piece in pieces):
+        at = next(i for i, p in enumerate(pieces) if pieces.count(p) > 1 or (not p.isascii() and len(p) == 1))
+        at = min(at, len(pieces) - 2)
+        pieces[at : at + 2] = ["".join(pieces[at : at + 2])]
+    with tempfile.TemporaryDirectory() as place:
+        chain = ["<|go|>", *pieces, END]
+        words = [piece for piece in pieces if len(piece) > 1]
+        path = write_scripted(Path(place) / "model.gguf", dict(pairwise(chain)), words=words, special=["<|go|>"])
+        with erllama.load_model(path, n_ctx=256, cache=erllama.Cache(), warmup=False) as model:
+            stream = model.stream("<|go|>", temperature=0.0, thinking="enabled", **MARKERS)
+            deltas = [event for event in stream if isinstance(event, erllama.ThinkingDelta | erllama.ToolCallDelta)]
+            reply = stream.result()
+    assert (reply.thinking, reply.text, reply.raw_tool_calls) == ("hmé.", "Let go:!", (b"<call>{7}</call>",))
+    assert len(reply.tokens) == len(pieces)
+    assert "".join(event.text for event in deltas) == "hmé.<call>{7}</call>"
 
 
 # --- through the engine ----------------------------------------------------------------------------
@@ -292,6 +322,8 @@ def test_cancelling_within_a_phase_ends_it() -> None:
         ({"thinking": "enabled", "thinking_signing_key": "text", **MARKERS}, "thinking_signing_key"),
         ({"thinking": "enabled", "thinking_budget_message": 3, **MARKERS}, "thinking_budget_message"),
         ({"tool_markers": 7}, "tool_markers"),
+        ({"tool_markers": ("\ud800", "x")}, "surrogate"),
+        ({"thinking": "enabled", "thinking_budget_message": "\udfff", **MARKERS}, "surrogate"),
         ({"thinking_marker": ("a", "b")}, "did you mean 'thinking_markers'"),
     ],
 )

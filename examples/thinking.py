@@ -1,0 +1,46 @@
+"""What a model thinks, told from what it answers; signed; and cut short by a budget.
+
+python examples/thinking.py [model.gguf]
+"""
+
+from __future__ import annotations
+
+from _model import chat_model_file
+
+import erllama
+
+
+def main() -> None:
+    with chat_model_file() as file, erllama.load_model(file) as model:
+        messages = [{"role": "user", "content": "Solve: 23 * 17."}]
+        thinking, answer, signature = "", "", b""
+        with model.stream_chat(
+            messages, max_tokens=256, thinking="enabled", thinking_signing_key=b"a key"
+        ) as events:
+            for event in events:
+                match event:
+                    case erllama.ThinkingDelta():
+                        thinking += event.text
+                    case erllama.ThinkingEnd():
+                        signature = event.signature
+                    case erllama.TextDelta():
+                        answer += event.text
+        print(f"thought:   {thinking!r}\nanswered:  {answer!r}\nsignature: {signature.hex()}")
+
+        # The same from a prompt of one's own, without messages.
+        prompt = model.render_chat(messages)
+        reply = model.complete(prompt, max_tokens=256, thinking="enabled")
+        print(f"complete:  {reply.thinking!r}, {reply.text!r}")
+
+        reply = model.chat(
+            messages,
+            max_tokens=256,
+            thinking="enabled",
+            thinking_budget_tokens=1,
+            thinking_budget_message=" That will do.",
+        )
+        print(f"in a hurry: {reply.thinking!r}, {reply.text!r}")
+
+
+if __name__ == "__main__":
+    main()

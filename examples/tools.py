@@ -1,0 +1,49 @@
+"""A model calls a tool, and uses what it says.
+
+python examples/tools.py [model.gguf]
+"""
+
+from __future__ import annotations
+
+from _model import chat_model_file
+
+import erllama
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_time",
+            "description": "The local time in a city.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
+
+
+def get_time(city: str) -> str:
+    return {"Oslo": "12:30"}.get(city, "unknown")
+
+
+def main() -> None:
+    policy = {"min_tokens": 1, "cold_min_tokens": 1}
+    with chat_model_file() as file, erllama.load_model(file, cache=erllama.Cache(), policy=policy) as model:
+        messages: list[dict[str, object]] = [{"role": "user", "content": "What time is it in Oslo?"}]
+        # tool_choice="required" makes a model call one that would rather not; its arguments always fit the schema.
+        reply = model.chat(messages, tools=TOOLS, tool_choice="required", max_tokens=200)
+        messages.append(reply.message)
+        for call in reply.tool_calls:
+            result = get_time(**call.arguments)  # type: ignore[arg-type]
+            print(f"{call.name}({call.arguments}) -> {result}")
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+        reply = model.chat(messages, tools=TOOLS, max_tokens=200)
+        print(f"answer: {reply.text!r}; {reply.usage.cached} of {reply.usage.prompt} prompt tokens were cached")
+
+
+if __name__ == "__main__":
+    main()
