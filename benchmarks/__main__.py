@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import erllama
-from benchmarks import decoding, grammar, llama_cpp_python, load, report, sampling, storage, ticks
+from benchmarks import decoding, grammar, llama_cpp_python, load, reading, report, sampling, ticks, writing
 from benchmarks.engines import AbsentError
-from benchmarks.measure import Findings, Setup, spread
+from benchmarks.measure import Findings, Setup, n_cores, spread
 from erllama.llama_ffi import build_info
 from erllama.testing.models import SHAPES, Quantization, write_llama
 
 SCENARIOS: dict[str, Callable[[Setup], Findings]] = {
     **decoding.SCENARIOS,
     **load.SCENARIOS,
-    **storage.SCENARIOS,
+    **reading.SCENARIOS,
+    **writing.SCENARIOS,
     **ticks.SCENARIOS,
     **sampling.SCENARIOS,
     **grammar.SCENARIOS,
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="a GGUF file; a generated one of --shape if left out")
     parser.add_argument("--shape", choices=SHAPES, default="135m", help="of the generated model")
     parser.add_argument("--runs", type=int, default=5, help="pairs of runs")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of both sides")
+    parser.add_argument("--threads", type=int, default=n_cores(), help="of both sides")
     parser.add_argument("--backend", help="refuse to run unless libllama was built for this one, as cuda")
     parser.add_argument("--peers", type=Path, help="what `scripts/build_llama.sh --peers` printed")
     parser.add_argument("--llama-cpp-python", type=Path, help="the Python of an environment that has it")
@@ -56,7 +56,6 @@ def main() -> int:
             runs=2 if given.quick else given.runs,
             quick=given.quick,
             backend=backend,
-            gpu_layers=0 if backend == "cpu" else 999,
             peers=given.peers,
             llama_cpp_python=given.llama_cpp_python,
             vocabulary=given.vocabulary,

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.engines import (
@@ -26,6 +21,7 @@ from benchmarks.engines import (
     whole_cells,
 )
 from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn
+from benchmarks.processes import answer, measured_apart
 
 REPEAT = 3  # repetitions within one run, in one process, after one that does not count
 
@@ -42,9 +38,9 @@ def one(setup: Setup) -> Findings:
         shown: dict[str, str] = {}
 
         def ours(sizes: tuple[int, int] = sizes, shown: dict[str, str] = shown) -> float:
-            command, speeds = _alone(setup, *sizes)
+            command, speeds = measured_apart("decoding", setup, *sizes)
             shown["ours"] = command
-            return statistics.median(speeds)
+            return float(statistics.median(speeds))
 
         def theirs(bench: tuple[str, ...] = bench, shown: dict[str, str] = shown) -> float:
             command, speeds = llama_bench(setup, *bench, repeat=REPEAT)
@@ -67,21 +63,8 @@ def one(setup: Setup) -> Findings:
     return findings
 
 
-def _alone(setup: Setup, n_prompt: int, n_reply: int) -> tuple[str, list[float]]:
-    """One stream of ours in a process of its own: its command, and the tokens a second of each repetition."""
-    nowhere = dict.fromkeys(("peers", "llama_cpp_python", "vocabulary"))
-    plain = {**asdict(setup), "model": str(setup.model), **nowhere}
-    given = json.dumps([plain, n_prompt, n_reply])
-    command = [sys.executable, "-m", "benchmarks.decoding", given]
-    root = Path(__file__).resolve().parent.parent
-    finished = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=root)
-    shown, speeds = json.loads(finished.stdout)
-    return shown, speeds
-
-
-def _measure_alone(given: str) -> None:
-    options, n_prompt, n_reply = json.loads(given)
-    setup = Setup(**{**options, "model": Path(options["model"])})
+def _measure_alone(setup: Setup, n_prompt: int, n_reply: int) -> tuple[str, list[float]]:
+    """One stream of ours: its command, and the tokens a second of each repetition."""
     prompts = Prompts()
     with Ours(setup, n_prompt + n_reply + 256) as engine:
         speeds = []
@@ -92,7 +75,7 @@ def _measure_alone(given: str) -> None:
                 speeds.append(done.timings.decode_tokens / done.timings.decode)
             else:
                 speeds.append(done.timings.prefill_tokens / done.timings.prefill)
-        print(json.dumps([f"{engine.command}.complete(ids, max_tokens={n_reply or 1}, temperature=0)", speeds[1:]]))
+        return f"{engine.command}.complete(ids, max_tokens={n_reply or 1}, temperature=0)", speeds[1:]
 
 
 class Rates(NamedTuple):
@@ -221,4 +204,4 @@ SCENARIOS: dict[str, Callable[[Setup], Findings]] = {
 }
 
 if __name__ == "__main__":
-    _measure_alone(sys.argv[1])
+    answer(_measure_alone)

@@ -16,9 +16,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -63,6 +63,28 @@ class Reply(NamedTuple):
         return self.pieces[-1].at
 
 
+def _options(setup: Setup, n_ctx: int, more: dict[str, object]) -> dict[str, object]:
+    given = {"n_ctx": n_ctx, "n_threads": setup.threads, "n_batch": N_BATCH, "n_ubatch": N_UBATCH}
+    return {**given, "flash_attn": True, "n_gpu_layers": setup.gpu_layers, **more}
+
+
+@contextmanager
+def loaded(setup: Setup, cache: erllama.Cache, n_ctx: int, **more: object) -> Iterator[erllama.Model]:
+    """The model, loaded anew, with `more` options."""
+    options = _options(setup, n_ctx, more)
+    with erllama.load_model(setup.model, cache=cache, **options) as model:  # type: ignore[arg-type]
+        # As llama-server's `ignore_eos`: replies are as long as they are asked to be.
+        vocabulary = model._backend.vocabulary
+        vocabulary.is_eog = np.zeros_like(vocabulary.is_eog)  # type: ignore[misc]
+        yield model
+
+
+def load_command(setup: Setup, cache: str, n_ctx: int, **more: object) -> str:
+    """How `loaded` would be written."""
+    options = ", ".join(f"{name}={value!r}" for name, value in _options(setup, n_ctx, more).items())
+    return f"erllama.load_model({setup.model.name!r}, cache={cache}, {options})"
+
+
 class Engine(Protocol):
     """What runs requests: this library in this process, or a server."""
 
@@ -78,26 +100,12 @@ class Ours:
 
     name = "ours"
 
-    def __init__(self, setup: Setup, n_ctx: int, **options: object) -> None:
-        given: dict[str, object] = {
-            "n_ctx": n_ctx,
-            "n_threads": setup.threads,
-            "n_batch": N_BATCH,
-            "n_ubatch": N_UBATCH,
-            "flash_attn": True,
-            "n_gpu_layers": setup.gpu_layers,
-        } | options
-        shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        self.command = f"erllama.load_model({setup.model.name!r}, cache=erllama.Cache(), {shown})"
-        self.cache = erllama.Cache()
-        try:
-            self.model = erllama.load_model(setup.model, cache=self.cache, **given)  # type: ignore[arg-type]
-        except BaseException:
-            self.cache.close()
-            raise
-        # As llama-server's `ignore_eos`: replies are as long as they are asked to be.
-        vocabulary = self.model._backend.vocabulary
-        vocabulary.is_eog = np.zeros_like(vocabulary.is_eog)  # type: ignore[misc]
+    def __init__(self, setup: Setup, n_ctx: int, **more: object) -> None:
+        self.command = load_command(setup, "erllama.Cache()", n_ctx, **more)
+        with ExitStack() as opened:
+            cache = opened.enter_context(erllama.Cache())
+            self.model = opened.enter_context(loaded(setup, cache, n_ctx, **more))
+            self._opened = opened.pop_all()
 
     def reply(self, prompt: Prompt, n_tokens: int, pieces: list[Piece], enough: threading.Event) -> Reply | None:
         asked = time.perf_counter()
@@ -116,8 +124,7 @@ class Ours:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.model.unload()
-        self.cache.close()
+        self._opened.close()
 
 
 class Server:
@@ -149,12 +156,12 @@ class Server:
         ]
         # fmt: on
         self.command = shlex.join(arguments)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
         try:
             self._wait_until_ready()
         except BaseException:
-            self.__exit__()
+            self.close()
             raise
 
     def _wait_until_ready(self) -> None:
@@ -219,12 +226,11 @@ class Server:
     def __enter__(self) -> Server:
         return self
 
-    def __exit__(
-        self,
-        _type: type[BaseException] | None = None,
-        _value: BaseException | None = None,
-        _traceback: TracebackType | None = None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it."""
         self._process.terminate()
         try:
             self._process.wait(10)

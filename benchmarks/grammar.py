@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.engines import AbsentError
 from benchmarks.measure import Figure, Findings, Setup, Target, in_turn
-from benchmarks.sampling import compiled, ran
+from benchmarks.peer import compiled, ran
 from erllama.engine.backends.llama import LlamaVocabulary
 from erllama.engine.candidates import masked
 from erllama.engine.grammar import Grammar, GrammarCompiler

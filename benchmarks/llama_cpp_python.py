@@ -15,8 +15,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from benchmarks.measure import Findings, Setup
 
 
@@ -68,7 +66,7 @@ class Peer:
         try:
             version = self._answer()["version"]
         except (ValueError, KeyError) as error:
-            self.__exit__()
+            self.close()
             shown = shlex.join([str(python), "-c", "import llama_cpp"])
             raise AbsentError(f"llama-cpp-python: it did not start; does `{shown}` work?") from error
         self.command = f"llama_cpp.Llama({shown}), {version}, with LlamaRAMCache(2 << 30)"
@@ -88,12 +86,11 @@ class Peer:
     def __enter__(self) -> Peer:
         return self
 
-    def __exit__(
-        self,
-        _type: type[BaseException] | None = None,
-        _value: BaseException | None = None,
-        _traceback: TracebackType | None = None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it."""
         self._process.kill()
         self._process.communicate()
 

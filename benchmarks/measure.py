@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -123,7 +124,6 @@ class Setup:
         runs: how many pairs of runs.
         quick: as little as shows that a scenario works; its figures mean nothing.
         backend: of libllama, as "cpu" or "cuda".
-        gpu_layers: layers on a GPU, for both sides; 0 for none.
         peers: the directory that `scripts/build_llama.sh --peers` printed; None to run that.
         llama_cpp_python: the Python of an environment that has llama-cpp-python; None for none.
         vocabulary: a GGUF with a large vocabulary, for grammars; None for none.
@@ -134,14 +134,23 @@ class Setup:
     runs: int
     quick: bool = False
     backend: str = "cpu"
-    gpu_layers: int = 0
     peers: Path | None = None
     llama_cpp_python: Path | None = None
     vocabulary: Path | None = None
 
+    @property
+    def gpu_layers(self) -> int:
+        """Layers on a GPU, for both sides: all that there are, or none."""
+        return 0 if self.backend == "cpu" else 999
+
     def of(self, full: int, quick: int) -> int:
         """A size, as long as it is not only tried."""
         return quick if self.quick else full
+
+
+def n_cores() -> int:
+    """Cores that this process may use, as far as the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_turn(first: Callable[[], float], second: Callable[[], float], runs: int) -> tuple[list[float], list[float]]:

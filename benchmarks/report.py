@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import time
@@ -15,7 +14,7 @@ import numpy as np
 import psutil
 
 import erllama
-from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target
+from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, n_cores
 from benchmarks.plots import svg
 from erllama.llama_ffi import build_info, devices
 
@@ -37,7 +36,7 @@ def about() -> dict[str, str]:
     """The machine and the versions; nothing that names its owner."""
     found = {
         "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(n_cores()),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.machine()}",
         "Python": platform.python_version(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.engines import AbsentError
 from benchmarks.measure import Figure, Findings, Setup, Target, in_turn
+from benchmarks.peer import compiled, ran
 from erllama.engine import SamplerFactory, SamplingOptions
 
-HERE = Path(__file__).resolve().parent
 VOCABULARIES = (32_000, 128_256, 262_144)  # of Llama 2, Llama 3 and Gemma 3
 TARGETED = 128_256
 N_ROWS = 16  # 8 MB at 128,256: more than a core's own cache holds
@@ -176,38 +174,6 @@ class _Theirs(NamedTuple):
 def _theirs(command: list[str], place: Path) -> _Theirs:
     found = json.loads(ran(command, place))
     return _Theirs(statistics.median(found["nanoseconds"]) / 1e3, found["tokens"])
-
-
-def ran(command: list[str], place: Path) -> str:
-    """What a command prints, which runs in `place`."""
-    finished = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        raise SystemExit(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:]}")
-    return finished.stdout
-
-
-def compiled(name: str, place: Path, backend: str) -> None:
-    """Compile a program of this directory into `place`, against the libllama of this backend.
-
-    Raises:
-        AbsentError: libllama or the compiler is missing.
-    """
-    script = [str(HERE.parent / "scripts" / "build_llama.sh"), "--backend", backend]
-    built = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=False)
-    if built.returncode:
-        raise AbsentError("libllama's samplers: scripts/build_llama.sh failed; what it printed says why")
-    prefix = Path(built.stdout.splitlines()[-1])
-    (library,) = (prefix / "lib").glob("libllama.*")
-    # fmt: off
-    command = [
-        "c++", "-std=c++17", "-O2", "-I", str(prefix / "include"), str(HERE / f"{name}.cpp"), str(library),
-        f"-Wl,-rpath,{prefix / 'lib'}", "-o", str(place / name),
-    ]
-    # fmt: on
-    try:
-        subprocess.run(command, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise AbsentError(f"libllama's samplers: `{shlex.join(command)}` failed; is c++ there?") from error
 
 
 SCENARIOS: dict[str, Callable[[Setup], Findings]] = {"sampling": sampling}

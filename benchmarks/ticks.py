@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import os
 import pstats
 import statistics
 import threading
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 import erllama.llama_ffi.context as binding
 from benchmarks.engines import SHORT_PROMPT, AbsentError, Ours, Prompts, whole_cells
-from benchmarks.measure import Figure, Findings, Setup, Target
+from benchmarks.measure import Figure, Findings, Setup, Target, n_cores
 from erllama.llama_ffi import build_info
 from erllama.testing.models import SHAPE_135M, write_llama
 
@@ -145,11 +144,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ticks", description=__doc__)
     parser.add_argument("--model", type=Path, help="a GGUF file; a generated 135M-shaped one if left out")
     parser.add_argument("--streams", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=n_cores())
     given = parser.parse_args()
     model: Path = given.model or write_llama(Path("build/135m.gguf"), SHAPE_135M, quantization="Q8_0")
-    gpu_layers = 0 if build_info()["backend"] == "cpu" else 999
-    setup = Setup(model, given.threads, 1, gpu_layers=gpu_layers)
+    setup = Setup(model, given.threads, 1, backend=build_info()["backend"])
     beyond, inside = times(setup, given.streams)
     for name, values in (("outside libllama", beyond), ("in libllama's decode", inside)):
         ordered = sorted(values)

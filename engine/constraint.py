@@ -43,17 +43,21 @@ class PhasedMatcher:
         self._openings, self._n_vocab = openings, n_vocab
         self._answer_is_text = answer_is_text
         self._ruling: Matcher | LazyMatcher | None = None
-        self._opened: list[int] = []  # tokens of an opening that is not complete
+        # Tokens of an opening that is not complete, and where the answer stands if they are the answer's.
+        self._opened: list[int] = []
+        self._instead: Matcher | None = None
         self._was_thinking = tracker.phase == "thinking"
+        if tracker.held and answer is not None and not answer_is_text:
+            self._begin_answer(answer)  # with what the prompt opened
 
     def allowed(self) -> NDArray[np.bool_] | None:
         if self._ruling is not None:
             return self._ruling.allowed()
         if self._answer is None or not self._answering:
             return None
-        if self._opened:
+        if self._opened and self._instead is None:
             allowed = np.zeros(self._n_vocab, np.bool_)
-        elif (mask := self._answer.allowed()) is not None:
+        elif (mask := (self._instead or self._answer).allowed()) is not None:
             allowed = mask.copy()
         else:
             return None  # it waits for its trigger
@@ -93,24 +97,30 @@ class PhasedMatcher:
         if self._ruling is not None:
             self._ruling.accept(token)
         elif tracker.kind == "call" and self._calls is not None:
-            self._opened = []
+            self._opened, self._instead = [], None
             self._begin_call(self._calls)
         elif self._answer is None or not self._answering:
-            self._opened = []
+            self._opened, self._instead = [], None
         elif was_thinking:
             self._begin_answer(self._answer)
         else:
             self._take(self._answer, token)
 
     def _take(self, answer: Matcher | LazyMatcher, token: int) -> None:
-        if token in self._following():
+        """A token of an opening, of the answer, or, until it is known, of either."""
+        if isinstance(answer, LazyMatcher):
+            answer.accept(token)
+            if answer.begun:
+                self._rule(answer)
+        elif token in self._following():
+            self._instead = _gone_on(self._instead if self._opened else answer.fork(), token)
             self._opened.append(token)
             if any(list(tokens) == self._opened for tokens in self._openings):
-                self._opened = []
-        elif not self._opened:
-            answer.accept(token)
-            if isinstance(answer, Matcher) or answer.begun:
-                self._rule(answer)
+                self._opened, self._instead = [], None
+        else:
+            ruling = self._instead if self._opened and self._instead is not None else answer
+            ruling.accept(token)
+            self._rule(ruling)
 
     def _rule(self, answer: Matcher | LazyMatcher) -> None:
         self._ruling = answer
@@ -138,3 +148,13 @@ class PhasedMatcher:
                 except GrammarError:
                     return
         self._ruling = calls
+
+
+def _gone_on(matcher: Matcher | None, token: int) -> Matcher | None:
+    """A matcher after a token; None where it does not take it."""
+    if matcher is not None:
+        try:
+            matcher.accept(token)
+        except GrammarError:
+            return None
+    return matcher

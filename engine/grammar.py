@@ -247,6 +247,12 @@ class Matcher:
         self._recent: list[int] = []
         self._begun = self._ended = False
 
+    def fork(self) -> Matcher:
+        """Another at the same place, which goes on by itself."""
+        fork = Matcher(self._tokens, self._native.deep_copy(), self._on_limit, names_tokens=self._names_tokens)
+        fork._recent, fork._begun, fork._ended = list(self._recent), self._begun, self._ended
+        return fork
+
     def allowed(self) -> NDArray[np.bool_]:
         """What may come next.
 

@@ -62,6 +62,7 @@ class PhaseOptions:
         call_grammar: what a call must be of, from its opening marker on, and all that follows; None for anything.
         calls_only: the answer is of that grammar from the first.
         begins: whether the reply begins in thinking; None to see whether the prompt ends with its opening marker.
+        opened: the beginning of a marker, or one, at the prompt's end, which the reply goes on with.
         thinking_budget: most tokens of thinking; at that many, the closing marker is put there; None for any.
         budget_message: what is put before that marker.
         signing_key: signs thinking, HMAC-SHA256; None for no signature.
@@ -75,6 +76,7 @@ class PhaseOptions:
     call_grammar: Grammar | None = None
     calls_only: bool = False
     begins: bool | None = None
+    opened: str = ""
     thinking_budget: int | None = None
     budget_message: str = ""
     signing_key: bytes | None = None
@@ -209,14 +211,14 @@ class PhaseTracker:
         self._payload = _Scripted(payload, script)
         self._skip = tuple(map(script.of_marker, options.skip))
         self._leading = options.leading
-        within = (*self._calls.close, *self._payload.open)
-        self._finders: dict[ReplyPhase, TextFinder] = {
-            "text": TextFinder((*self._thinking.open, *self._calls.open, *self._skip)),
-            "thinking": TextFinder(self._thinking.close),
-            "syntax": TextFinder(within),
-            "payload": TextFinder((*self._calls.close, *self._payload.close)),
+        markers: dict[ReplyPhase, Sequence[str]] = {
+            "text": (*self._thinking.open, *self._calls.open, *self._skip),
+            "thinking": self._thinking.close,
+            "syntax": (*self._calls.close, *self._payload.open),
+            "payload": (*self._calls.close, *self._payload.close),
         }
-        self.held = ""
+        self._finders = {phase: TextFinder(texts, longest=True) for phase, texts in markers.items()}
+        self.held = script.of_marker(options.opened) if options.opened else ""
         self._may_lead = bool(self._leading)
         self._settled = False
         self.call = self.after = ""

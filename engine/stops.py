@@ -8,14 +8,15 @@ from collections.abc import Sequence
 class TextFinder:
     """Finds the first of several texts.
 
-    The first by position wins; of several that begin at one place, the shortest.
-    So where one is complete while a longer one that began before it may still
-    become so, that is to be awaited. The outcome depends on the text alone,
+    The first by position wins; of several that begin at one place, the shortest,
+    or the `longest`. So where one is complete while another that wins over it may
+    still become so, that is to be awaited. The outcome depends on the text alone,
     never on how it was cut into pieces.
     """
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Sequence[str], *, longest: bool = False) -> None:
         self._texts = tuple(dict.fromkeys(texts))
+        self._sign = -1 if longest else 1
         self._first = {text[0] for text in self._texts}
         self._longest = max(map(len, self._texts), default=0)
 
@@ -28,11 +29,11 @@ class TextFinder:
         Args:
             ended: nothing comes next.
         """
-        found = [(at, len(text), text) for text in self._texts if (at := held.find(text)) >= 0]
+        found = [(at, self._sign * len(text), text) for text in self._texts if (at := held.find(text)) >= 0]
         begun = len(held) if ended else self._begun(held)
         if found:
             at, _, text = min(found)
-            if at <= begun:
+            if at < begun or (at == begun and self._sign > 0):
                 return at, text
         return begun, None
 

@@ -22,10 +22,10 @@ class SpelledVocabulary:
     Texts are tokenized by the longest piece that fits, so a reply of single bytes is seldom what its text gives.
     """
 
-    def __init__(self, pieces: Sequence[str] = (), special: Sequence[str] = ()) -> None:
+    def __init__(self, pieces: Sequence[str] = (), special: Sequence[str] = (), end: str = "<|end|>") -> None:
         self._pieces = [bytes([byte]) for byte in range(256)] + [b""] + [piece.encode() for piece in pieces]
         self.special = {name: len(self._pieces) + i for i, name in enumerate(special)}
-        self._names = {id: name.encode() for name, id in self.special.items()} | {EOG: b"<|end|>"}
+        self._names = {id: name.encode() for name, id in self.special.items()} | {EOG: end.encode()}
         self._pieces += [b""] * len(special)
         self._by_length = sorted(
             (id for id, piece in enumerate(self._pieces) if piece), key=lambda id: -len(self._pieces[id])

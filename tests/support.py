@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,6 +121,27 @@ def must_run(code: str, *arguments: object, timeout: float = 120) -> str:
     finished = run_python(code, *arguments, timeout=timeout)
     assert finished.returncode == 0, f"exit {finished.returncode}\n{finished.stdout}\n{finished.stderr}"
     return finished.stdout
+
+
+def in_threads(work: Callable[[int], object], n: int) -> None:
+    """Call `work` with 0 to n - 1, all at once, each in a thread of its own; what one raises is raised."""
+    together = Barrier(n)
+
+    def begun(number: int) -> None:
+        together.wait()
+        work(number)
+
+    with ThreadPoolExecutor(n) as threads:
+        for done in [threads.submit(begun, number) for number in range(n)]:
+            done.result()
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for what other threads bring about; it fails only where they do not."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.01)
 
 
 class Letters:

@@ -87,9 +87,10 @@ def test_an_unknown_scenario_is_named_with_those_there_are() -> None:
     assert "agents" in finished.stderr
 
 
-@pytest.mark.parametrize("scenario", ["turns", "outside", "lookup"])
+@pytest.mark.parametrize("scenario", ["lookup", "restart", "turns", "memory", "outside"])
 def test_scenarios_without_peers_run(tmp_path: Path, scenario: str) -> None:
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path), scenario]
+    # One thread: several that wait for one another spin, and would do so beside whatever else runs.
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--threads", "1", "--out", str(tmp_path), scenario]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert finished.returncode == 0, finished.stderr
     findings, _ = report.from_json((tmp_path / "benchmarks.json").read_text())

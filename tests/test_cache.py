@@ -7,7 +7,6 @@ import logging
 import resource
 import sqlite3
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +16,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import erllama
+from blocks import NAMESPACE, SIZE, blocks_of
 from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, token_bytes
 from erllama.cache.lru import LeafLRU
 from erllama.cache.tree import BlockTree
-from support import must_run, run_python
+from support import must_run, run_python, wait_until
 
-NAMESPACE = namespace_key({"model": "a"})
 OTHER = namespace_key({"model": "b"})
-SIZE = 16
 
 # Few distinct tokens and short texts, so that prefixes are shared often.
 contexts = st.lists(st.integers(0, 2), min_size=1, max_size=60).map(lambda ids: np.array(ids, np.int32))
-
-
-def blocks_of(tokens: NDArray[np.int32], namespace: bytes = NAMESPACE) -> list[Block]:
-    """The chain that a context is saved as: full blocks and a tail."""
-    chain: list[Block] = []
-    for start in range(0, len(tokens), SIZE):
-        parent = chain[-1].key if chain else namespace
-        raw = token_bytes(tokens[start : start + SIZE])
-        chain.append(Block.following(parent, namespace, start, raw, SaveReason.COLD))
-    return chain
 
 
 def payload_of(block: Block, n_bytes: int = 64) -> NDArray[np.uint8]:
@@ -493,10 +481,7 @@ def test_a_forgotten_cache_holds_no_thread(tmp_path: Path) -> None:
     cache = Cache(block_size=SIZE, disk=tmp_path)
     save(cache, np.arange(32, dtype=np.int32))
     cache.flush()
-    deadline = time.monotonic() + 10
-    while any(t.name == "erllama-cache-writer" for t in threading.enumerate()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not any(t.name == "erllama-cache-writer" for t in threading.enumerate())
+    wait_until(lambda: not any(t.name == "erllama-cache-writer" for t in threading.enumerate()))
     cache.close()
     cache.close()
     assert hit(cache, np.arange(32, dtype=np.int32)) == 0

@@ -28,22 +28,14 @@ KILLS = int(os.environ.get("ERLLAMA_KILLS", "12"))
 DEADLINE = 60.0  # generous: nothing here should come near it
 
 
-# Also what the children of other test modules begin with. They import nothing but the cache, to start quickly.
-PRELUDE = """
+# Also what the children of other test modules begin with. They import nothing but the cache.
+PRELUDE = f"""
     import os, random, signal, sys, time
+    sys.path.append({str(Path(__file__).parent)!r})
     from pathlib import Path
     import numpy as np
+    from blocks import NAMESPACE, SIZE, blocks_of
     from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, token_bytes
-
-    NAMESPACE, SIZE = namespace_key({"model": "a"}), 16
-
-    def blocks_of(tokens):
-        chain = []
-        for start in range(0, len(tokens), SIZE):
-            parent = chain[-1].key if chain else NAMESPACE
-            raw = token_bytes(tokens[start:start + SIZE])
-            chain.append(Block.following(parent, NAMESPACE, start, raw, SaveReason.COLD))
-        return chain
 
     def payload_of(block):
         return np.frombuffer(block.key * (64 + block.key[0]), np.uint8)  # 2 to 10 KB

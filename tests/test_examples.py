@@ -200,7 +200,7 @@ def test_what_was_prefilled_is_not_computed_again(tmp_path: Path) -> None:
 
 def test_a_chat_starts_each_turn_where_the_last_one_ended(tmp_path: Path) -> None:
     said = run(EXAMPLES / "chat.py", cwd=tmp_path)
-    (prompt, cached, completion), (_, again, _) = numbers(r"prompt=(\d+), cached=(\d+), completion=(\d+)", said)
+    (prompt, _, completion), (_, again, _) = numbers(r"prompt=(\d+), cached=(\d+), completion=(\d+)", said)
     assert again == prompt + completion, "all of the first turn, its reply included"
     assert said.count("'It is 391.'; Usage") == 2
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from erllama import llama_ffi
 from erllama.llama_ffi import LlamaContext, LlamaError, LlamaModel
-from erllama.testing.models import TINY, write_llama
-from support import SHARED, must_run
+from erllama.llama_ffi.samplers import LlamaSampler
+from erllama.testing.models import FIRST_BYTE, TINY, write_llama
+from support import SHARED, in_threads, must_run
 
 CONTEXT = {"n_ctx": 512, "n_batch": 256, "n_ubatch": 64, "n_seq_max": 3, "n_threads": 2, "n_threads_batch": 2}
 
@@ -339,6 +340,79 @@ def test_what_was_built_is_told() -> None:
     assert llama_ffi.ggml_block_size(8) == 32
 
 
+# --- samplers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("top_q",), "no sampler 'top_q'"),
+        (("top_k",), "it takes k"),
+        (("top_k", -1), "whole number, 0 to"),
+        (("top_k", 1.5), "whole number"),
+        (("temp", math.nan), "float32"),
+        (("temp", 1e39), "float32"),
+        (("dist", 2**32 - 1), "seed="),
+        (("logit_bias", 10, 10, 1.0), "token 10 is outside"),
+        (("logit_bias", 10, 1), "it takes"),
+        (("dry", 1, 2, 2, 10), "vocabulary"),
+        (("grammar",), "0 texts"),
+    ],
+)
+def test_samplers_that_cannot_be_are_errors(arguments: tuple[str, float], words: str) -> None:
+    with pytest.raises(LlamaError, match=words):
+        LlamaSampler(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("ids", "logits", "words"),
+    [
+        ([], [], "one of each or more"),
+        ([1], [0.0, 1.0], "shape"),
+        ([[1]], [[0.0]], "one dimension"),
+        ([10], [0.0], "token id 10 is outside"),
+        ([-1], [0.0], "token id -1"),
+        ([1, 2], [0.0, math.nan], "nan"),
+        ([1, 2], [0.0, math.inf], "inf"),
+        ([1], [-math.inf], "-inf"),
+    ],
+)
+def test_candidates_that_would_abort_are_refused(ids: list[int], logits: list[float], words: str) -> None:
+    with LlamaSampler("penalties", 10, 5, 1.5, 0, 0) as sampler:
+        with pytest.raises(LlamaError, match=words):
+            sampler.apply(ids, logits)
+        with pytest.raises(LlamaError, match="do not fall"):
+            sampler.apply([1, 2], [0.0, 1.0], in_order=True)
+        with pytest.raises(LlamaError, match="token id 10"):
+            sampler.accept([1, 10])
+        assert sampler.apply([1, 2], [0.0, 1.0]).ids.tolist() == [1, 2]
+    with pytest.raises(LlamaError, match="closed"):
+        sampler.apply([1], [0.0])
+
+
+def test_a_grammar_keeps_its_model(tiny_gguf: Path) -> None:
+    model = LlamaModel(tiny_gguf, vocab_only=True)
+    vocabulary = model.vocabulary
+    with pytest.raises(LlamaError, match="grammar"):
+        LlamaSampler("grammar", texts=["root ::= (", "root"], vocabulary=vocabulary)
+    grammar = LlamaSampler("grammar", texts=['root ::= "ab"', "root"], vocabulary=vocabulary)
+    model.close()
+    everything = np.arange(vocabulary.n_tokens)
+    a, b, c = (FIRST_BYTE + ord(letter) for letter in "abc")
+    for token in (a, b):
+        left = grammar.apply(everything, np.zeros(len(everything)))
+        assert np.flatnonzero(left.logits == 0).tolist() == [token]
+        grammar.accept([token])
+    left = grammar.apply(everything, np.zeros(len(everything)))
+    assert left.ids[left.logits == 0].tolist() == [2], "the end"
+    with pytest.raises(LlamaError):
+        grammar.accept([c])
+    grammar.close()
+    grammar.close()
+    with pytest.raises(LlamaError, match="closed"):
+        LlamaSampler("grammar", texts=['root ::= "ab"', "root"], vocabulary=vocabulary)
+
+
 # --- lifetimes: each in a process of its own, which must end well -------------------------------------
 
 SETUP = """
@@ -418,19 +492,10 @@ def test_any_order_of_ending_is_safe(tiny_gguf: Path, code: tuple[str, str]) -> 
 
 def test_threads_may_share_a_context(context: LlamaContext) -> None:
     """They wait for each other; what each decodes is its own affair."""
-    errors: list[BaseException] = []
 
     def work(sequence: int) -> None:
-        try:
-            for i in range(20):
-                decode(context, [5 + sequence], i, sequence)
-        except BaseException as error:
-            errors.append(error)
+        for i in range(20):
+            decode(context, [5 + sequence], i, sequence)
 
-    threads = [threading.Thread(target=work, args=(sequence,)) for sequence in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    in_threads(work, 3)
     assert [context.last_position(s) for s in range(3)] == [19, 19, 19]

@@ -22,9 +22,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from erllama import Grammar
-from erllama.chat.formats import TOOL_FORMATS, ToolCall, find_thinking, find_tool_format, tool_format
+from erllama.chat.formats import TOOL_FORMATS, find_tool_format, tool_format
 from erllama.chat.messages import normalized_messages
+from erllama.chat.thinking import find_thinking
 from erllama.chat.tools import normalized_tools, parameters_of
+from erllama.engine import ToolCall
 from erllama.engine.grammar import GrammarCompiler
 from erllama.errors import GrammarError, OptionError, ToolCallError
 from support import SHARED

@@ -39,30 +39,11 @@ from erllama.chat.payloads import (
     suggestion,
 )
 from erllama.chat.tools import parameters_of
+from erllama.engine import ToolCall
 from erllama.errors import OptionError, ToolCallError
 
 NAME_KEYS = ("name", "tool_name", "function")
 ARGUMENT_KEYS = ("arguments", "parameters")
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call that a model asks for.
-
-    Attributes:
-        id: what its result refers to; the model's own where its family writes one.
-        name: the tool's.
-        arguments: what JSON can say; not checked against the tool's schema.
-    """
-
-    id: str
-    name: str
-    arguments: dict[str, object]
-
-    @property
-    def arguments_json(self) -> str:
-        """The arguments as JSON text."""
-        return json.dumps(self.arguments, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)

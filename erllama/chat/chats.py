@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,11 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import Cache
-from erllama.chat.formats import ToolFormat, find_thinking, find_tool_format, tool_format
+from erllama.chat.call_formats import ToolFormat
+from erllama.chat.formats import find_tool_format, tool_format
 from erllama.chat.history import History
 from erllama.chat.messages import normalized_messages
+from erllama.chat.quirks import as_template_takes, with_arguments_as_text
 from erllama.chat.results import ChatCompletion, Usage
 from erllama.chat.templates import CHATML, ChatTemplate
+from erllama.chat.thinking import find_thinking
 from erllama.chat.tools import ToolChoice, normalized_tools, tool_choice_of
 from erllama.engine import (
     Backend,
@@ -37,7 +41,7 @@ from erllama.engine import (
     Vocabulary,
 )
 from erllama.engine.phases import Script
-from erllama.errors import ChatError, OptionError, TemplateError, ToolCallError, boolean
+from erllama.errors import ChatError, GrammarError, OptionError, TemplateError, ToolCallError, boolean
 
 log = logging.getLogger("erllama")
 
@@ -148,8 +152,7 @@ class Chats:
     @cached_property
     def thinking_markers(self) -> Markers | None:
         """Those that the model's template knows of."""
-        found = find_thinking(self.template().source) if self._templates else None
-        return None if found is None else Markers(found.open, found.close)
+        return find_thinking(self.template().source) if self._templates else None
 
     def render(self, request: ChatRequest, *, add_generation_prompt: bool = True) -> str:
         """A conversation as the template writes it."""
@@ -162,6 +165,7 @@ class Chats:
         template = self.template(request.chat_template, tools=bool(tools))
         if tools and not template.uses("tools"):
             raise ChatError("the chat template has no place for tools; give chat_template= with one that has")
+        messages = as_template_takes(messages, template.source)
         args: dict[str, object] = {}
         for name in ("enable_thinking", "thinking"):
             if request.thinking is not None and template.uses(name):
@@ -169,14 +173,27 @@ class Chats:
         if not isinstance(request.template_args, Mapping | None):
             raise OptionError(f"template_args={request.template_args!r:.80}; give a mapping")
         args |= request.template_args or {}
-        return template.render(
-            messages,
-            tools=tools or None,
-            documents=request.documents,
-            add_generation_prompt=add_generation_prompt and not request.continue_final_message,
-            continue_final_message=request.continue_final_message,
-            **args,
-        )
+
+        def rendered(messages: list[Message]) -> str:
+            return template.render(
+                messages,
+                tools=tools or None,
+                documents=request.documents,
+                add_generation_prompt=add_generation_prompt and not request.continue_final_message,
+                continue_final_message=request.continue_final_message,
+                **args,
+            )
+
+        try:
+            return rendered(messages)
+        except TemplateError:
+            # Some templates take the arguments of calls as JSON text.
+            as_text = with_arguments_as_text(messages)
+            if as_text == messages:
+                raise
+            with suppress(TemplateError):
+                return rendered(as_text)
+            raise
 
     # --- turns
 
@@ -219,11 +236,7 @@ class Chats:
         grammar, budget = None, request.thinking_budget
         boolean("parallel_tool_calls", request.parallel_tool_calls)
         if family.format is not None and not family.own_markers:
-            grammar = _lark(
-                family.format.grammar(
-                    tools, name=choice.name, parallel=request.parallel_tool_calls, literal=self._literal
-                )
-            )
+            grammar = self._call_grammar(family.format, tools, choice, parallel=request.parallel_tool_calls)
         if choice.kind == "required" and grammar is None:
             raise OptionError("tool_choice requires a call, and tool_markers do not tell how one is written")
         if choice.kind == "required" and options.grammar is not None:
@@ -244,10 +257,25 @@ class Chats:
             call_grammar=grammar,
             calls_only=choice.kind == "required",
             begins=begins,
+            opened=next((marker for marker in family.format.open if text.endswith(marker)), "")
+            if family.format is not None
+            else "",
             thinking_budget=budget,
             budget_message=request.budget_message,
             signing_key=request.signing_key,
         )
+
+    def _call_grammar(
+        self, format: ToolFormat, tools: list[Message], choice: ToolChoice, *, parallel: bool
+    ) -> Grammar | None:
+        try:
+            return _lark(format.grammar(tools, name=choice.name, parallel=parallel, literal=self._literal))
+        except GrammarError:
+            if choice.kind == "required":
+                raise
+            # Some schemas cannot be kept to in some families' ways: the calls are then the model's own.
+            log.info("calls are not kept to the tools' schemas", exc_info=True)
+            return None
 
     def _without_thinking(self, options: RequestOptions, thinking: Markers) -> RequestOptions:
         """Tokens that open thinking are ruled out."""
@@ -321,9 +349,7 @@ class _Family:
 
     @classmethod
     def of(cls, request: ChatRequest, template: str, calling: bool) -> _Family:
-        thinking = request.thinking_markers
-        if thinking is None and (found := find_thinking(template)) is not None:
-            thinking = Markers(found.open, found.close)
+        thinking = request.thinking_markers or find_thinking(template)
         known = find_tool_format(template)
         skip = known.skip if known is not None else ()
         if not calling:
@@ -380,7 +406,7 @@ class Turn:
         errors: list[str] = []
         for full in completion.raw_tool_calls:
             found, error = self._read(full)
-            calls += found
+            calls += _with_own_ids(found, {call.id for call in calls})
             if error is not None:
                 errors.append(error)
                 text += full.decode("utf-8", "replace")
@@ -422,6 +448,11 @@ def _message(text: str, thinking: str, calls: Sequence[ToolCall]) -> Message:
             for call in calls
         ]
     return message
+
+
+def _with_own_ids(calls: Sequence[ToolCall], taken: set[str]) -> list[ToolCall]:
+    """Some families count their calls in each span anew."""
+    return [replace(call, id=f"{call.id}-{len(taken)}") if call.id in taken else call for call in calls]
 
 
 def _is_open(text: str, markers: Markers) -> bool:

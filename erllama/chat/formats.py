@@ -12,21 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from erllama.chat.call_formats import ARGUMENT_KEYS, ToolCall, ToolFormat
+from erllama.chat.call_formats import ARGUMENT_KEYS, ToolFormat
 from erllama.chat.call_grammars import ID, Frame, Parameters, Shape
 from erllama.chat.payloads import suggestion
-from erllama.chat.thinking import ThinkingMarkers, find_thinking
 from erllama.errors import OptionError
-
-__all__ = [
-    "TOOL_FORMATS",
-    "ThinkingMarkers",
-    "ToolCall",
-    "ToolFormat",
-    "find_thinking",
-    "find_tool_format",
-    "tool_format",
-]
 
 
 def tool_format(name: str) -> ToolFormat:

@@ -1,0 +1,43 @@
+"""The programs of this directory that time libllama: compiled against the library's own, and run."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+from benchmarks.engines import AbsentError
+
+HERE = Path(__file__).resolve().parent
+
+
+def ran(command: list[str], place: Path) -> str:
+    """What a command prints, which runs in `place`."""
+    finished = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:]}")
+    return finished.stdout
+
+
+def compiled(name: str, place: Path, backend: str) -> None:
+    """Compile a program of this directory into `place`, against the libllama of this backend.
+
+    Raises:
+        AbsentError: libllama or the compiler is missing.
+    """
+    script = [str(HERE.parent / "scripts" / "build_llama.sh"), "--backend", backend]
+    built = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=False)
+    if built.returncode:
+        raise AbsentError("libllama's samplers: scripts/build_llama.sh failed; what it printed says why")
+    prefix = Path(built.stdout.splitlines()[-1])
+    (library,) = (prefix / "lib").glob("libllama.*")
+    # fmt: off
+    command = [
+        "c++", "-std=c++17", "-O2", "-I", str(prefix / "include"), str(HERE / f"{name}.cpp"), str(library),
+        f"-Wl,-rpath,{prefix / 'lib'}", "-o", str(place / name),
+    ]
+    # fmt: on
+    try:
+        subprocess.run(command, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise AbsentError(f"libllama's samplers: `{shlex.join(command)}` failed; is c++ there?") from error

@@ -1,0 +1,289 @@
+"""What the cache gives: stored blocks are found among many, and a prompt is warm after a restart.
+
+Directories of caches are temporary ones: TMPDIR chooses the file system that is measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import erllama
+from benchmarks.engines import Prompt, Prompts, load_command, loaded, whole_cells
+from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn, spread
+from erllama.cache import Block, SaveReason, namespace_key, token_bytes
+from erllama.cache.index import FileStamp, Index
+
+BLOCK = 256  # tokens; the cache's default
+REPEAT = 3  # repetitions within one run, of what takes little time
+LOOKUPS = 20  # in one run
+READS_ONLY = {"min_tokens": 2**30}  # a policy: nothing is saved, so that every start finds the same files
+AFTER = 32  # tokens whose decode is timed after a restart
+LOOKUP_BOUND_MS = 2.0
+LONGEST_COLD_SECONDS = 60.0  # after a prefill that took longer, no longer prompt is drawn
+NAMESPACE = namespace_key({"benchmark": 1})
+
+
+# --- finding blocks ---------------------------------------------------------------------------------------
+
+
+def lookup(setup: Setup) -> Findings:
+    """A long prompt, all of it stored, among few and among ten times as many blocks; no model.
+
+    The directories hold true indexes of chains of up to 100 blocks beside the prompt's own, and empty files: a
+    lookup reads none. Both caches are open all the time.
+    """
+    n_few, n_many, n_tokens = setup.of(10_000, 1_000), setup.of(100_000, 3_000), setup.of(32_768, 2_048)
+    dice = np.random.default_rng(1)
+    prompt = dice.integers(0, 100_000, n_tokens)
+    notes = [f"a prompt of {n_tokens:,} tokens in blocks of {BLOCK}; each value is the median of {LOOKUPS} lookups"]
+    with tempfile.TemporaryDirectory() as place, ExitStack() as opened:
+
+        def among(n_blocks: int) -> Callable[[], float]:
+            root = Path(place) / str(n_blocks)
+            _fill(root, prompt, n_blocks, dice)
+            starts = [_seconds(lambda: erllama.Cache(disk=root, watch=False).close()) for _ in range(REPEAT)]
+            notes.append(f"starting a cache with {n_blocks:,} blocks, and closing it: {spread(starts)} s")
+            cache = opened.enter_context(erllama.Cache(disk=root, watch=False))
+
+            def look() -> None:
+                with cache.lookup(NAMESPACE, prompt) as match:
+                    if match.n_tokens != n_tokens:
+                        raise SystemExit(f"a lookup found {match.n_tokens} of {n_tokens} tokens")
+
+            look()  # the first one warms it up
+            return lambda: 1e3 * statistics.median(_seconds(look) for _ in range(LOOKUPS))
+
+        few, many = among(n_few), among(n_many)
+        in_many, in_few = in_turn(many, few, setup.runs)
+    shown = "cache.lookup(namespace, ids), cache = erllama.Cache(disk=directory of {:,} blocks)"
+    commands = (shown.format(n_many), shown.format(n_few))
+    bound = [LOOKUP_BOUND_MS] * setup.runs
+    return Findings(
+        [
+            Figure(
+                "lookup",
+                f"a lookup among {n_many:,} blocks",
+                f"{LOOKUP_BOUND_MS:g} ms",
+                "ms",
+                in_many,
+                bound,
+                Target("<=", 1.0),
+                commands[:1],
+                notes,
+            ),
+            Figure(
+                "lookup-growth",
+                f"a lookup among {n_many:,} blocks",
+                f"among {n_few:,} blocks",
+                "ms",
+                in_many,
+                in_few,
+                Target("<=", 1.5),
+                commands,
+                notes[:1],
+            ),
+        ]
+    )
+
+
+def _fill(root: Path, prompt: NDArray[np.int64], n_blocks: int, dice: np.random.Generator) -> None:
+    """Make a directory that holds the prompt's blocks and, up to `n_blocks`, others."""
+    erllama.Cache(disk=root, watch=False).close()
+    blocks = _chain(prompt)
+    while len(blocks) < n_blocks:
+        blocks += _chain(dice.integers(0, 100_000, 100 * BLOCK))
+    index = Index(root / "index.db")
+    with index.transaction():
+        for block in blocks[:n_blocks]:
+            index.put(block, FileStamp(1, 1), 1)
+            (root / "blocks" / f"{block.key.hex()}.kvc").touch()
+    index.close()
+
+
+def _chain(tokens: NDArray[np.int64]) -> list[Block]:
+    blocks: list[Block] = []
+    for start in range(0, len(tokens), BLOCK):
+        parent = blocks[-1].key if blocks else NAMESPACE
+        raw = token_bytes(tokens[start : start + BLOCK])
+        blocks.append(Block.following(parent, NAMESPACE, start, raw, SaveReason.COLD))
+    return blocks
+
+
+# --- a restart --------------------------------------------------------------------------------------------
+
+
+class Restart(NamedTuple):
+    """One start with a prompt's blocks on disk; seconds.
+
+    Attributes:
+        first_token: from placing the request to the first token: looking up, reading, restoring, one decode.
+        moving: reading the same block files, and copying them into one buffer.
+        decode: of one token at the prompt's end, in the same context a moment later.
+        opening: opening the cache and loading the model, which `first_token` does not have in it.
+    """
+
+    first_token: float
+    moving: float
+    decode: float
+    opening: float
+
+
+def restart(setup: Setup) -> Findings:
+    """The same prompt after a restart: against its cold prefill, and against what cannot be done without.
+
+    Each measurement opens a cache and loads the model anew. Times are from placing the request to its first
+    token; opening and loading, which cold and warm need alike, are not in them. Files are in the page cache.
+    """
+    n_tokens = setup.of(2048, 300)
+    n_ctx, prompt = whole_cells(n_tokens + 64), Prompts().of(n_tokens)
+    warms: list[Restart] = []
+    colds: list[float] = []
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place) / "kv"
+        with erllama.Cache(disk=root) as cache, loaded(setup, cache, n_ctx) as model:
+            model.prefill(prompt)
+        files = sorted((root / "blocks").iterdir())
+        n_bytes = sum(path.stat().st_size for path in files)
+
+        def warm() -> float:
+            each = [_restarted(setup, root, n_ctx, prompt, files) for _ in range(REPEAT)]
+            warms.append(Restart(*(statistics.median(values) for values in zip(*each, strict=True))))
+            return 60 / warms[-1].first_token
+
+        def cold() -> float:
+            with erllama.Cache() as cache, loaded(setup, cache, n_ctx) as model:
+                colds.append(_first_token(model, prompt, None))
+            return 60 / colds[-1]
+
+        pair = in_turn(warm, cold, setup.runs)
+    shown = load_command(setup, "erllama.Cache(disk=root, ram=0)", n_ctx, policy=READS_ONLY)
+    commands = [
+        f"{shown}.complete(ids, max_tokens={1 + AFTER}, temperature=0)",
+        f"{load_command(setup, 'erllama.Cache()', n_ctx)}.complete(ids, max_tokens=1, temperature=0)",
+    ]
+    firsts = [1e3 * warm.first_token for warm in warms]
+    against_cold = Figure(
+        "restart",
+        f"a prompt of {n_tokens} tokens after a restart",
+        "its cold prefill",
+        "prompts/min",
+        *pair,
+        Target(">=", 100),
+        commands,
+        [
+            f"{setup.model.name}; to the first token {spread(colds)} s cold, {spread(firsts)} ms warm",
+            "each measurement in a cache opened anew and a model loaded anew, which is not timed: "
+            f"{spread([warm.opening for warm in warms])} s where warm; a warm value is the median of {REPEAT}",
+            "cold has an empty cache in RAM, into which blocks are saved as the prompt is read",
+        ],
+    )
+    moved = f"{n_bytes / 1e6:.1f} MB in {len(files)} files"
+    return Findings([against_cold, _against_floor(n_tokens, warms, moved, commands[0])], [_cold_and_warm(setup)])
+
+
+def _against_floor(n_tokens: int, warms: Sequence[Restart], moved: str, command: str) -> Figure:
+    moving, decode = [1e3 * warm.moving for warm in warms], [1e3 * warm.decode for warm in warms]
+    return Figure(
+        "restart-floor",
+        f"a prompt of {n_tokens} tokens after a restart, to its first token",
+        "reading and copying its files, and one decode",
+        "ms",
+        [1e3 * warm.first_token for warm in warms],
+        [sum(parts) for parts in zip(moving, decode, strict=True)],
+        Target("<=", 1.5),
+        [command],
+        [
+            f"reading {moved} from the page cache, and copying them into one buffer in memory: "
+            f"{spread(moving)} ms; one decode at the prompt's end: {spread(decode)} ms",
+            "ours is the first request after loading, and checks every byte's checksum; theirs decodes with a "
+            f"context that has been used, the mean of {AFTER} tokens",
+        ],
+    )
+
+
+def _restarted(setup: Setup, root: Path, n_ctx: int, prompt: Prompt, files: Sequence[Path]) -> Restart:
+    began = time.perf_counter()
+    with erllama.Cache(disk=root, ram=0) as cache, loaded(setup, cache, n_ctx, policy=READS_ONLY) as model:
+        opening = time.perf_counter() - began
+        done = _ask(model, prompt, "disk", 1 + AFTER)
+    timings = done.timings
+    buffer = np.ones(sum(path.stat().st_size for path in files), np.uint8)  # written to: its pages are there
+
+    def move() -> None:
+        at = 0
+        for path in files:
+            content = np.frombuffer(path.read_bytes(), np.uint8)
+            buffer[at : at + len(content)] = content
+            at += len(content)
+
+    return Restart(
+        timings.restore + timings.prefill, _seconds(move), timings.decode / timings.decode_tokens, opening
+    )
+
+
+def _cold_and_warm(setup: Setup) -> Plot:
+    """Time to the first token by the prompt's length: one cold prefill, and the median of some warm ones."""
+    lengths = [64 * 2**at for at in range(setup.of(7, 2))]
+    n_ctx, prompts = whole_cells(lengths[-1] + 64), Prompts()
+    asked: list[Prompt] = []
+    cold: list[tuple[float, float]] = []
+    from_ram: list[tuple[float, float]] = []
+
+    def warm(model: erllama.Model, prompt: Prompt, tier: str) -> tuple[float, float]:
+        times = []
+        for _ in range(REPEAT):
+            model.evict()  # nothing is left in its context
+            times.append(_first_token(model, prompt, tier))
+        return len(prompt), statistics.median(times)
+
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place) / "kv"
+        with erllama.Cache(disk=root) as cache, loaded(setup, cache, n_ctx) as model:
+            _ask(model, [4, *prompts.of(63)], None)  # warms it up
+            for at, length in enumerate(lengths):
+                asked.append([5 + at, *prompts.of(length - 1)])  # no two begin alike
+                cold.append((length, _first_token(model, asked[-1], None)))
+                from_ram.append(warm(model, asked[-1], "ram"))
+                if cold[-1][1] > LONGEST_COLD_SECONDS:
+                    break
+        with erllama.Cache(disk=root, ram=0) as cache, loaded(setup, cache, n_ctx) as model:
+            _ask(model, [3, *prompts.of(63)], None)
+            from_disk = [warm(model, prompt, "disk") for prompt in asked]
+    lines = [Line("cold", cold), Line("warm, from disk", from_disk), Line("warm, from RAM", from_ram)]
+    title = f"Time to the first token, cold and warm ({setup.model.stem})"
+    return Plot("cold-and-warm", title, "tokens of the prompt", "seconds", lines, log_x=True, log_y=True)
+
+
+# --- asking ----------------------------------------------------------------------------------------------
+
+
+def _ask(model: erllama.Model, prompt: Prompt, tier: str | None, n_tokens: int = 1) -> erllama.Completion:
+    """A greedy reply to a prompt that is warm in just this tier as a whole, or cold for None."""
+    done = model.complete(prompt, max_tokens=n_tokens, temperature=0)
+    if (done.cache.kind, done.cache.tier) != ("exact" if tier else "cold", tier):
+        raise SystemExit(f"a prompt of {len(prompt)} tokens was to come from {tier}, and was: {done.cache}")
+    return done
+
+
+def _first_token(model: erllama.Model, prompt: Prompt, tier: str | None) -> float:
+    """Seconds from placing the request to its first token."""
+    timings = _ask(model, prompt, tier).timings
+    return timings.restore + timings.prefill
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+SCENARIOS: dict[str, Callable[[Setup], Findings]] = {"lookup": lookup, "restart": restart}

@@ -1,0 +1,347 @@
+"""What the cache costs: bytes written, decoding beside writes, memory.
+
+Directories of caches are temporary ones: TMPDIR chooses the file system that is measured.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import erllama
+from benchmarks.engines import Prompt, Prompts, load_command, loaded, whole_cells
+from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn, spread
+from benchmarks.processes import answer, measured_apart
+from erllama.engine.backends.stub import StubBackend
+
+BLOCK = 256  # tokens; the cache's default
+REPEAT = 3  # replies within one run
+SYSTEM = 700  # tokens that a chat begins with
+
+
+# --- bytes written ----------------------------------------------------------------------------------------
+
+
+def turns(setup: Setup) -> Findings:
+    """Bytes written in a chat, each turn of which sends the whole history, against those of its distinct tokens.
+
+    The model is a stub: what is written depends on lengths alone. A token of it has 8 bytes of KV, so that the
+    headers of files and their token ids count for more than they would with a real model.
+    """
+    n_turns, n_said, n_reply = setup.of(20, 6), 90, 120
+    chats: list[Chat] = []
+    once: list[float] = []
+
+    def chat() -> float:
+        chats.append(_chat(n_turns, n_said, n_reply))
+        return chats[-1].n_bytes
+
+    def at_once() -> float:
+        once.append(_written_once(n_turns * (n_said + n_reply) + SYSTEM))
+        return once[-1]
+
+    ours, theirs = in_turn(chat, at_once, setup.runs)
+    last = chats[-1]
+    each_token = once[-1] / last.lengths[-1] / 1024
+    distinct = [(turn, length * each_token) for turn, length in enumerate(last.lengths, 1)]
+    whole = [(turn, sum(last.lengths[:turn]) * each_token) for turn in range(1, n_turns + 1)]
+    return Findings(
+        [
+            Figure(
+                "turns",
+                f"a chat of {n_turns} turns: bytes written to disk",
+                "its distinct tokens, written once",
+                "KiB",
+                [n_bytes / 1024 for n_bytes in ours],
+                [n_bytes / 1024 for n_bytes in theirs],
+                Target("<=", 1.05),
+                (
+                    f"model.complete(history, max_tokens={n_reply}), {n_turns} times; erllama.Cache(disk=root)",
+                    "model.prefill(history), once; erllama.Cache(disk=another)",
+                ),
+                [
+                    f"{SYSTEM} tokens before the first turn, {n_said} said and {n_reply} replied in each: "
+                    f"{last.lengths[-1]} in the end",
+                    "a stub instead of a model, with 8 bytes of KV a token; a model has thousands of times that",
+                    f"{last.n_overtaken} tails were overtaken by the next turn before they were written",
+                ],
+            )
+        ],
+        [
+            Plot(
+                "bytes-over-turns",
+                "A chat: bytes written to disk, all turns up to one (stub, 8 bytes of KV a token)",
+                "turn",
+                "KiB",
+                [
+                    Line("whole states saved each turn (computed)", whole),
+                    Line("erllama", [(turn, n / 1024) for turn, n in enumerate(last.written, 1)]),
+                    Line("the distinct tokens", distinct),
+                ],
+            )
+        ],
+    )
+
+
+class Chat(NamedTuple):
+    """What a chat wrote.
+
+    Attributes:
+        n_bytes: in all, after its end.
+        written: bytes, up to the end of each turn.
+        lengths: tokens of the history after each turn.
+        n_overtaken: tails that needed not be written.
+    """
+
+    n_bytes: float
+    written: list[float]
+    lengths: list[int]
+    n_overtaken: int
+
+
+def _chat(n_turns: int, n_said: int, n_reply: int) -> Chat:
+    history = [ord("s")] * SYSTEM
+    written: list[float] = []
+    lengths: list[int] = []
+    backend = StubBackend(n_ctx=32_768, eog_bias=-100)
+    with (
+        tempfile.TemporaryDirectory() as place,
+        erllama.Cache(disk=Path(place) / "kv") as cache,
+        erllama.load_backend(backend, cache=cache) as model,
+    ):
+        for _ in range(n_turns):
+            history += [ord("q")] * n_said
+            history = list(model.complete(history, max_tokens=n_reply).context_tokens)
+            # Full blocks are written at once, but behind; the tail waits for the next turn.
+            _wait_for_blocks(cache, (len(history) - 1) // BLOCK)
+            written.append(cache.counters()["bytes_written"])
+            lengths.append(len(history))
+        cache.flush()
+        counters = cache.counters()
+    written[-1] = counters["bytes_written"]
+    return Chat(counters["bytes_written"], written, lengths, int(counters["tails_overtaken"]))
+
+
+def _wait_for_blocks(cache: erllama.Cache, n_blocks: int) -> None:
+    deadline = time.monotonic() + 10
+    while cache.counters()["blocks_disk"] < n_blocks:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{n_blocks} blocks were not written within 10 seconds")
+        time.sleep(0.002)
+
+
+def _written_once(n_tokens: int) -> float:
+    """Bytes that a history of so many tokens takes on disk."""
+    with (
+        tempfile.TemporaryDirectory() as place,
+        erllama.Cache(disk=Path(place) / "once") as cache,
+        erllama.load_backend(StubBackend(n_ctx=32_768), cache=cache) as model,
+    ):
+        model.prefill([ord("q")] * n_tokens)
+        cache.flush()
+        return cache.counters()["bytes_written"]
+
+
+# --- decoding beside writes -------------------------------------------------------------------------------
+
+
+class Decoding(NamedTuple):
+    """Some replies in one process.
+
+    Attributes:
+        speed: tokens a second, the median of the replies'.
+        n_bytes: written to disk in all.
+        share: of those bytes, what was written between a reply's first token and its last.
+    """
+
+    speed: float
+    n_bytes: float
+    share: float
+
+
+def behind(setup: Setup) -> Findings:
+    """Decode of replies while the blocks of their prompts, and their own, go to disk; against decode alone.
+
+    One model at a time, loaded anew for each value. A block fills in the middle of each reply, and is packed and
+    written while that goes on.
+    """
+    n_tokens = setup.of(128, 32)
+    n_prompt = setup.of(1024, 512) - n_tokens // 2
+    n_ctx, prompts = whole_cells(n_prompt + n_tokens), Prompts()
+    asked = prompts.many(REPEAT + 1, n_prompt)
+    saving: list[Decoding] = []
+
+    def ours() -> float:
+        with tempfile.TemporaryDirectory() as place, erllama.Cache(disk=Path(place) / "kv") as cache:
+            saving.append(_decoding(setup, cache, n_ctx, asked, n_tokens))
+        return saving[-1].speed
+
+    def theirs() -> float:
+        with erllama.Cache(ram=0) as cache:
+            return _decoding(setup, cache, n_ctx, asked, n_tokens).speed
+
+    pair = in_turn(ours, theirs, setup.runs)
+    shares = [100 * each.share for each in saving]
+    return Findings(
+        [
+            Figure(
+                "behind",
+                "decode while saves are written behind",
+                "decode with a cache that stores nothing",
+                "tokens/s",
+                *pair,
+                Target(">=", 0.97),
+                [
+                    f"{load_command(setup, cache, n_ctx)}.complete(ids, max_tokens={n_tokens}, temperature=0)"
+                    for cache in ("erllama.Cache(disk=root)", "erllama.Cache(ram=0)")
+                ],
+                [
+                    f"prompts of {n_prompt} tokens, replies of {n_tokens}; each value is the median of {REPEAT}",
+                    f"{statistics.median(each.n_bytes for each in saving) / 1e6:.1f} MB written for them, "
+                    f"{spread(shares, 0)}% of it while a reply was decoded, the rest before or after",
+                ],
+            )
+        ]
+    )
+
+
+def _decoding(setup: Setup, cache: erllama.Cache, n_ctx: int, asked: Sequence[Prompt], n_tokens: int) -> Decoding:
+    def written() -> float:
+        return cache.counters()["bytes_written"]
+
+    speeds: list[float] = []
+    during = 0.0
+    with loaded(setup, cache, n_ctx) as model:
+        model.complete(asked[0][:64], max_tokens=8, temperature=0)  # warms it up
+        cache.flush()
+        before = written()
+        for prompt in asked[1:]:
+            with model.stream(prompt, max_tokens=n_tokens, temperature=0) as stream:
+                next(iter(stream))
+                at_first_token = written()
+                timings = stream.result().timings
+            during += written() - at_first_token
+            speeds.append(timings.decode_tokens / timings.decode)
+        cache.flush()
+        n_bytes = written() - before
+    return Decoding(statistics.median(speeds), n_bytes, during / n_bytes if n_bytes else 0.0)
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+RAM = "64MiB"  # less than the conversations' KV is with a model of 135M: the tier is full in the end
+TALKS, PLACES = 10, 4
+
+
+class Memory(NamedTuple):
+    """What one process took; MiB.
+
+    Attributes:
+        peak: most resident memory at any time, the mapped pages of the model's file among it.
+        ram: held by the RAM tier in the end.
+        disk: written.
+    """
+
+    peak: float
+    ram: float
+    disk: float
+
+
+def memory(setup: Setup) -> Findings:
+    """Peak resident memory of ten conversations at once with a cache in RAM and on disk, over that of one token.
+
+    Each value is of a process of its own.
+    """
+    processes: dict[str, list[Memory]] = {"cache": [], "none": [], "one": []}
+
+    def peak(what: str) -> float:
+        processes[what].append(Memory(*measured_apart("writing", setup, what)))
+        return processes[what][-1].peak
+
+    pair = in_turn(lambda: peak("cache"), lambda: peak("one"), setup.runs)
+    peak("none")
+    over = [a - b for a, b in zip(*pair, strict=True)]
+    held, n_said, n_reply, n_turns = processes["cache"][-1], *_talk_sizes(setup)
+    n_ctx = PLACES * whole_cells(n_turns * (n_said + n_reply))
+    talk = f".complete(history, max_tokens={n_reply}), in {TALKS} threads"
+
+    def loading(cache: str) -> str:
+        return load_command(setup, cache, n_ctx, n_seq_max=PLACES)
+
+    return Findings(
+        [
+            Figure(
+                "memory",
+                f"{TALKS} conversations at once, peak resident memory",
+                "one token, no cache",
+                "MiB",
+                *pair,
+                None,
+                (
+                    f"{loading(f'erllama.Cache(ram={RAM!r}, disk=root)')}{talk}",
+                    f"{loading('erllama.Cache(ram=0)')}.complete([5], max_tokens=1)",
+                ),
+                [
+                    f"{n_turns} turns and {n_turns * (n_said + n_reply)} tokens each in the end; "
+                    f"{PLACES} run at once, the others wait; each value is of a process of its own",
+                    f"{spread(over, 1)} MiB more than one token; the same conversations with Cache(ram=0) took "
+                    f"{processes['none'][0].peak - statistics.median(pair[1]):.1f} MiB more: that is computing",
+                    f"the RAM tier's budget is {RAM}, of which it held {held.ram:.1f} MiB in the end; "
+                    f"{held.disk:.1f} MiB were written to disk",
+                ],
+            )
+        ]
+    )
+
+
+def _talk_sizes(setup: Setup) -> tuple[int, int, int]:
+    """Tokens said in a turn, tokens replied, and turns."""
+    return setup.of(100, 40), setup.of(32, 8), setup.of(3, 2)
+
+
+def _measure_memory(setup: Setup, what: str) -> Memory:
+    """What the processes of `memory` do: "cache" and "none" talk, with a cache and without; "one" is one token."""
+    n_said, n_reply, n_turns = _talk_sizes(setup)
+    n_ctx, prompts = PLACES * whole_cells(n_turns * (n_said + n_reply)), Prompts()
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        kept = {"ram": RAM, "disk": Path(place) / "kv"} if what == "cache" else {"ram": 0}
+        cache = stack.enter_context(erllama.Cache(**kept))
+        model = stack.enter_context(loaded(setup, cache, n_ctx, n_seq_max=PLACES))
+
+        def talk(said: list[Prompt]) -> None:
+            history: Prompt = []
+            for each in said:
+                history = [*model.complete([*history, *each], max_tokens=n_reply, temperature=0).context_tokens]
+
+        if what == "one":
+            model.complete([5], max_tokens=1)
+        else:
+            with ThreadPoolExecutor(TALKS) as callers:
+                list(callers.map(talk, [prompts.many(n_turns, n_said) for _ in range(TALKS)]))
+        cache.flush()
+        counters = cache.counters()
+        return Memory(_peak_mib(), counters["bytes_ram"] / 2**20, counters["bytes_written"] / 2**20)
+
+
+def _peak_mib() -> float:
+    """Most resident memory that this process had, in MiB."""
+    try:
+        # getrusage also counts what the parent had when it started this process.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (FileNotFoundError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+SCENARIOS: dict[str, Callable[[Setup], Findings]] = {"turns": turns, "behind": behind, "memory": memory}
+
+if __name__ == "__main__":
+    answer(_measure_memory)

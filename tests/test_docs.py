@@ -1,0 +1,158 @@
+"""The examples of the pages run, one after another as a reader would try them, and do what the pages say.
+
+`docs/serving.md` is run with the examples, and those of backends and metrics where these are tested.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jsonschema
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import erllama
+from erllama.engine import SamplingOptions
+from erllama.engine.backends.stub import StubBackend
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+Names = dict[str, Any]
+
+
+class Terse(StubBackend):
+    """A stub that ends what JSON and calls are made of as soon as it may, and makes a call where a prompt is empty
+    but for one byte.
+    """
+
+    def _logits(self, sequence: int) -> NDArray[np.float32]:
+        logits = super()._logits(sequence)
+        logits[list(b'",]}()')] += 100
+        said = self._held[sequence] - 1
+        logits[list(b"<call>"[said : said + 1])] += 200
+        return logits
+
+
+class Model:
+    """The `model` of a page: one that passes prompts on, and keeps the replies."""
+
+    def __init__(self, inner: erllama.Model) -> None:
+        self._inner = inner
+        self.replies: list[erllama.Completion] = []
+
+    def complete(self, prompt: Any, **options: Any) -> erllama.Completion:  # noqa: ANN401
+        self.replies.append(self._inner.complete(prompt, **options))
+        return self.replies[-1]
+
+
+def snippets(page: str) -> list[str]:
+    """The page's Python, each block after as many empty lines as lines come before it in the page."""
+    text = (DOCS / page).read_text()
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return ["\n" * text[: block.start(1)].count("\n") + block[1] for block in found]
+
+
+def promised(source: str, statement: ast.stmt) -> tuple[object] | None:
+    """The value that a comment behind an expression tells, as in `f(x)  # True`."""
+    line = source.splitlines()[(statement.end_lineno or 1) - 1]
+    comment = line.encode()[statement.end_col_offset :].decode().strip()
+    if not isinstance(statement, ast.Expr) or not comment.startswith("#"):
+        return None
+    try:
+        return (ast.literal_eval(comment.lstrip("# ")),)
+    except (SyntaxError, ValueError):
+        return None  # only words
+
+
+def run(page: str, names: Names) -> int:
+    """Run the page's snippets with some names given, and tell how many promises they kept."""
+    n_kept = 0
+    for source in snippets(page):
+        for statement in ast.parse(source, page).body:
+            value = promised(source, statement)
+            if value is not None and isinstance(statement, ast.Expr):
+                found = eval(compile(ast.Expression(statement.value), page, "eval"), names)
+                assert found == value[0], f"{page}, line {statement.lineno}: {found!r}"
+                n_kept += 1
+            else:
+                exec(compile(ast.Module([statement], []), page, "exec"), names)
+    return n_kept
+
+
+class Page(NamedTuple):
+    """What a page is run with.
+
+    Attributes:
+        names: that its snippets take for granted, beside `model` and `erllama`.
+        check: looks at the names after them, among which those of the page are.
+        n_promises: comments with values.
+    """
+
+    backend: Callable[[], StubBackend]
+    names: Names
+    check: Callable[[Names], None]
+    n_promises: int = 0
+
+
+def sampling_page(names: Names) -> None:
+    whole = names["model"].complete(names["prompt"], max_tokens=200, seed=1)
+    assert names["first"].tokens + names["more"].tokens == whole.tokens
+    first, without_digits, *_ = names["model"].replies
+    assert (first.seed, len(first.tokens)) == (1, 200)
+    assert len(without_digits.tokens) > 100
+    assert not set(without_digits.tokens) & set(b"0123456789")
+
+
+def grammar_page(names: Names) -> None:
+    weather, date, answer, call = names["model"].replies
+    jsonschema.validate(json.loads(weather.text), names["schema"])
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", date.text)
+    assert answer.text in ("yes", "no")
+    assert re.fullmatch(r"<call>[a-z]+\([0-9]*\)</call>", call.text)
+
+
+IS_DIGIT = np.isin(np.arange(257), list(b"0123456789"))
+PAGES = {
+    "sampling.md": Page(
+        lambda: StubBackend(n_ctx=512, eog_bias=-100),
+        {"prompt": "Count: ", "is_digit": IS_DIGIT},
+        sampling_page,
+    ),
+    "grammar.md": Page(lambda: Terse(n_ctx=512), {"json": json, "prompt": "x"}, grammar_page, 2),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_does_what_it_says(page: str) -> None:
+    of_page = PAGES[page]
+    assert len(snippets(page)) >= 3
+    with erllama.Cache() as cache, erllama.load_backend(of_page.backend(), cache=cache) as model:
+        names = {"model": Model(model), "erllama": erllama, **of_page.names}
+        assert run(page, names) == of_page.n_promises
+        of_page.check(names)
+
+
+def test_the_page_of_sampling_names_every_option_and_its_default() -> None:
+    page = (DOCS / "sampling.md").read_text()
+    defaults = {field.name: field.default for field in fields(SamplingOptions)}
+    assert set(defaults) <= set(re.findall(r"`(\w+)[`=]", page))
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    told = {name: ast.literal_eval(value) for row in rows for name, value in re.findall(r"`(\w+)=([^`]*)`", row)}
+    assert told.pop("logit_bias") == (defaults.pop("logit_bias") or {})
+    elsewhere = {"seed", "samplers", "min_keep", "mirostat", "mirostat_tau", "mirostat_eta"}
+    assert told == {name: default for name, default in defaults.items() if name not in elsewhere}
+
+
+def test_what_a_snippet_gets_wrong_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_docs.DOCS", tmp_path)
+    (tmp_path / "page.md").write_text("# A page\n\n```python\nx = 1  # True\nx + 1  # words\nx + 2  # 3\n```\n")
+    assert run("page.md", {}) == 1
+    (tmp_path / "page.md").write_text("# A page\n\n```python\nx = 1\nx + 2  # 4\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md, line 5: 3"):
+        run("page.md", {})
