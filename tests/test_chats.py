@@ -115,6 +115,17 @@ def test_turns_go_on_after_a_restart(tmp_path: Path) -> None:
         assert again.cache.tier == "disk"
 
 
+def test_a_stop_string_is_no_part_of_what_comes_back() -> None:
+    with model_that_says("hello thereEND more") as model:
+        first = model.chat([user("hello?")], stop="END")
+        assert (first.text, first.stop_sequence) == ("hello there", "END")
+        again = model.chat([user("hello?"), first.message, user("and?")])
+        n = first.usage.prompt + len("hello there")
+        assert again.context_tokens[:n] == first.context_tokens[:n]
+        assert again.usage.cached >= n
+        assert "END" not in model.detokenize(again.context_tokens[: again.usage.prompt])
+
+
 def test_another_tenants_turns_are_not_found() -> None:
     with model_that_says("hello there") as model:
         first = model.chat([user("hello?")], cache_salt="one")

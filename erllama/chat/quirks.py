@@ -23,7 +23,7 @@ def as_template_takes(messages: Sequence[Message], template: str) -> list[Messag
     if "length != 9" in template or "alphanumeric" in template:
         found = [_with_ids_of_nine(message) for message in found]
     if "thinking" in template and "reasoning_content" not in template:
-        found = [_with_thinking(message) for message in found]
+        found = [_without_thinking_beside_text(message) for message in found]
     return found
 
 
@@ -66,9 +66,8 @@ def _nine(id: str) -> str:
     return digits
 
 
-def _with_thinking(message: Message) -> Message:
-    """Harmony's template reads `thinking`, and takes no text beside it in a message that calls."""
-    thinking = message.get("reasoning_content")
-    if not thinking or (message.get("tool_calls") and message.get("content")):
-        return message
-    return {**message, "thinking": thinking}
+def _without_thinking_beside_text(message: Message) -> Message:
+    """Harmony's template takes no text beside thinking in a message that calls; it gets thinking by two names."""
+    if message.get("tool_calls") and message.get("content"):
+        return {name: value for name, value in message.items() if name != "reasoning_content"}
+    return message

@@ -317,7 +317,8 @@ class Machine:
     def call_unop(self, context: object, symbol: str, value: object) -> object:
         """`-value` or `+value`."""
         self.tick()
-        return operator.neg(value) if symbol == "-" else operator.pos(value)  # type: ignore[type-var]
+        number = cast(int, value)
+        return -number if symbol == "-" else +number
 
     def text(self, value: object) -> str:
         """What `{{ value }}` writes."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from io import StringIO
 from types import CodeType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
@@ -20,8 +21,9 @@ from jinja2.exceptions import TemplateRuntimeError, TemplateSyntaxError
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.idtracking import VAR_LOAD_RESOLVE
 from jinja2.parser import Parser
-from jinja2.runtime import Undefined, identity, missing
+from jinja2.runtime import Undefined, identity
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import missing
 from jinja2.visitor import NodeTransformer
 
 from erllama.chat.template_filters import TABLES
@@ -31,7 +33,7 @@ from erllama.chat.template_values import MAX_INT_BITS, LimitExceeded, Namespace
 # Characters of a template: the longest there are have some twenty thousand.
 MAX_SOURCE: Final = 256 << 10
 # Nodes of its syntax tree: the largest there are have some 1,300. In the worst case jinja2 takes a time that
-# grows with the square of it: seconds, at this number.
+# grows with the square of it: a second or two, at this number.
 MAX_NODES: Final = 12_000
 # How deep expressions and statements nest. Python nests brackets to 200, jinja2 works by recursion.
 MAX_NESTING: Final = 80
@@ -219,13 +221,13 @@ def compile_template(source: str) -> TemplateCode:
         raise LimitExceeded("the template has a number of more than 1,000 digits")
     tree = _Parser(_ENVIRONMENT, source).parse()
     _check(tree)
-    tree = _Hooks().visit(tree)
+    _Hooks().visit(tree)
     tree.set_environment(_ENVIRONMENT)
     generator = _Generator(_ENVIRONMENT, None, None, optimized=False)
     generator.reads = set()
     generator.visit(tree)
     names: dict[str, object] = {"environment": None}
-    exec(compile(generator.stream.getvalue(), FILENAME, "exec"), names)
+    exec(compile(cast(StringIO, generator.stream).getvalue(), FILENAME, "exec"), names)
     return TemplateCode(
         root=names["root"].__code__,  # type: ignore[attr-defined]
         names=_NAMES,
@@ -250,9 +252,7 @@ def _check(tree: nodes.Template) -> None:
                     f"the template has an integer of more than {MAX_INT_BITS} bits", node.lineno
                 )
             below.extend(node.iter_child_nodes())
-        if not below:
-            return
-        if count > MAX_NODES or depth == MAX_NESTING:
+        if count + len(below) > MAX_NODES or (below and depth == MAX_NESTING):
             raise TemplateSyntaxError(_too_much(depth), below[0].lineno)
         level = below
 
@@ -267,8 +267,8 @@ def _paid(hook: str, node: nodes.Expr) -> nodes.Expr:
     return node if isinstance(node, nodes.Const) else _hook(hook, node)
 
 
-def _hook(name: str, node: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
-    return nodes.Filter(node, name, list(args), [], None, None, lineno=node.lineno)
+def _hook(name: str, node: nodes.Node, *args: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(cast(nodes.Expr, node), name, list(args), [], None, None, lineno=node.lineno)
 
 
 def _no_self(context: object) -> Undefined:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sized
 from typing import Final, cast
 
 import jinja2.exceptions
-from jinja2.filters import FilterArgumentError, do_indent, do_title
+from jinja2.exceptions import FilterArgumentError
+from jinja2.filters import do_indent, do_title
 from jinja2.runtime import LoopContext, Macro, Undefined
 from jinja2.tests import TESTS as JINJA_TESTS
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from erllama.chat.sandbox import Machine
 from erllama.chat.template_methods import (
@@ -30,8 +32,11 @@ from erllama.chat.template_methods import (
 )
 from erllama.chat.template_values import MAX_CHARACTERS, Function, LimitExceeded, Method, Tables
 
-# Digits that int() and float() read: more make no number below sandbox.MAX_INT_BITS.
+# Characters that int() and float() read: a number of more is beyond MAX_INT_BITS, or should be written shorter.
 _MAX_DIGITS: Final = 1000
+
+_WORD = re.compile(r"\w+")
+
 # -- what several need
 
 
@@ -86,7 +91,7 @@ def _judge(machine: Machine, arguments: tuple[object, ...], kwargs: dict[str, ob
         return bool
     if not isinstance(arguments[0], str) or arguments[0] not in TESTS:
         raise jinja2.exceptions.TemplateRuntimeError(f"No test named {_short(arguments[0])} found.")
-    test = machine.tests[cast(str, arguments[0])]
+    test = machine.tests[arguments[0]]
     return lambda item: bool(test(item, *arguments[1:], **kwargs))
 
 
@@ -118,6 +123,12 @@ def _dictsort(
         raise TypeError("Can only get item pairs from a mapping.")
     items = machine.drawn(value.items())
     return _sorted(machine, items, _sorting_key(machine, [0 if by == "key" else 1], case_sensitive), reverse)
+
+
+def _escape(machine: Machine, value: object) -> object:
+    text = machine.soft_text(value)
+    machine.room(5 * len(text), not text.isascii())
+    return escape(text)
 
 
 def _first(machine: Machine, value: object) -> object:
@@ -178,13 +189,13 @@ def _digits(value: object) -> object:
 
 def _items(machine: Machine, value: object) -> object:
     if isinstance(value, Undefined):
-        return iter_over([])
+        return _lazily([])
     if not isinstance(value, dict):
         raise TypeError("Can only get item pairs from a mapping.")
-    return iter_over(machine.drawn(value.items()))
+    return _lazily(machine.drawn(value.items()))
 
 
-def iter_over(items: list[object]) -> Iterator[object]:
+def _lazily(items: list[object]) -> Iterator[object]:
     """What jinja2's lazy filters give: read once, of no length, true."""
     yield from items
 
@@ -192,8 +203,9 @@ def iter_over(items: list[object]) -> Iterator[object]:
 def _join(machine: Machine, value: object, d: object = "", attribute: object = None) -> object:
     items = machine.drawn(value)
     if attribute is not None:
-        items = [_getter(machine, attribute)(item) for item in items]
-    return machine.joined(str(machine.text(d)), [machine.text(item) for item in items])
+        get = _getter(machine, attribute)
+        items = [get(item) for item in items]
+    return machine.joined(machine.text(d), [machine.text(item) for item in items])
 
 
 def _length(machine: Machine, value: object) -> object:
@@ -227,7 +239,7 @@ def _mapped(
     else:
         if not isinstance(args[0], str) or args[0] not in FILTERS:
             raise jinja2.exceptions.TemplateRuntimeError(f"No filter named {_short(args[0])} found.")
-        named = machine.filters[cast(str, args[0])]
+        named = machine.filters[args[0]]
 
         def function(item: object) -> object:
             return named(item, *args[1:], **kwargs)
@@ -305,7 +317,7 @@ def _replace(machine: Machine, value: object, old: object, new: object, count: o
 def _reverse(machine: Machine, value: object) -> object:
     if isinstance(value, str):
         return machine.slice(value, None, None, -1)
-    return iter_over(machine.drawn(value)[::-1])
+    return _lazily(machine.drawn(value)[::-1])
 
 
 def _round(machine: Machine, value: object, precision: object = 0, method: object = "common") -> object:
@@ -316,7 +328,7 @@ def _round(machine: Machine, value: object, precision: object = 0, method: objec
     digits, number = small(precision, "a precision", MAX_CHARACTERS), value
     if method == "common":
         return round(number, digits)
-    return getattr(math, cast(str, method))(number * 10**digits) / 10**digits
+    return (math.ceil if method == "ceil" else math.floor)(number * 10**digits) / 10**digits
 
 
 def _safe(machine: Machine, value: object) -> object:
@@ -390,6 +402,24 @@ def _trim(machine: Machine, value: object, chars: object = None) -> object:
     return text.strip(cast(str, chars))
 
 
+def _truncate(
+    machine: Machine,
+    value: object,
+    length: object = 255,
+    killwords: object = False,
+    end: object = "...",
+    leeway: object = None,
+) -> object:
+    text, mark, most = machine.soft_text(value), machine.text(end), cast(int, length)
+    spare = 5 if leeway is None else cast(int, leeway)
+    if most < len(mark) or spare < 0:
+        raise FilterArgumentError(f"a text cannot be cut to {most} characters that end with {len(mark)} others")
+    if len(text) <= most + spare:
+        return text
+    cut = text[: most - len(mark)]
+    return machine.made((cut if killwords else cut.rsplit(" ", 1)[0]) + mark)
+
+
 def _unique(machine: Machine, value: object, case_sensitive: object = False, attribute: object = None) -> object:
     key, items = _sorting_key(machine, [attribute], case_sensitive), machine.drawn(value)
 
@@ -403,6 +433,12 @@ def _unique(machine: Machine, value: object, case_sensitive: object = False, att
                 yield item
 
     return unique()
+
+
+def _wordcount(machine: Machine, value: object) -> object:
+    text = machine.soft_text(value)
+    machine.room(len(text), not text.isascii())
+    return sum(1 for _ in _WORD.finditer(text))
 
 
 def _upper(machine: Machine, value: object) -> object:
@@ -448,12 +484,12 @@ def _is_upper(machine: Machine, value: object) -> bool:
 
 def _pure(name: str) -> Callable[..., object]:
     """A test of jinja2's that only looks at what kind of value there is."""
-    test = JINJA_TESTS[name]
+    test = cast(Callable[..., object], JINJA_TESTS[name])
     return lambda machine, value, *args, **kwargs: test(value, *args, **kwargs)
 
 
 def _comparison(name: str) -> Callable[..., object]:
-    compare = JINJA_TESTS[name]
+    compare = cast(Callable[..., object], JINJA_TESTS[name])
     return lambda machine, value, other: compare(machine.operand(value), machine.operand(other))
 
 
@@ -464,6 +500,8 @@ FILTERS: Final[dict[str, Callable[..., object]]] = {
     "d": _default,
     "default": _default,
     "dictsort": _dictsort,
+    "e": _escape,
+    "escape": _escape,
     "first": _first,
     "float": _float,
     "format": _format,
@@ -492,8 +530,10 @@ FILTERS: Final[dict[str, Callable[..., object]]] = {
     "title": _title,
     "tojson": _tojson,
     "trim": _trim,
+    "truncate": _truncate,
     "unique": _unique,
     "upper": _upper,
+    "wordcount": _wordcount,
 }
 
 HOOKS: Final[dict[str, Callable[..., object]]] = {

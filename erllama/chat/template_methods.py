@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from string import Formatter
 from typing import Final, TypeVar, cast
 
 from jinja2.runtime import LoopContext, Macro
@@ -25,6 +26,8 @@ _SPACES: Final = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2028\u2029\u202
     map(chr, range(0x2000, 0x200B))
 )
 LINE_ENDS: Final = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+# Of format(): alignment, sign, a width, a precision and a kind; no field within.
+_SPECIFICATION = re.compile(r"(?:.?[<>=^])?[-+ ]?[#]?0?[0-9]{0,3}[,_]?(?:\.[0-9]{1,2})?[bcdeEfFgGnosxX%]?")
 # Directives of strftime without the widths that C libraries add to them.
 _DATE = re.compile(r"(?:[^%]|%[-#]?[A-Za-z%])*")
 
@@ -114,9 +117,42 @@ def _str_replace(machine: Machine, text: str, old: object, new: object, count: o
     return replaced(machine, text, cast(str, old), cast(str, new), count)
 
 
+def _padding(name: str) -> Callable[..., object]:
+    """A method of texts that makes one of some width."""
+
+    def run(machine: Machine, text: str, width: object, *fill: object) -> object:
+        if isinstance(width, int):
+            machine.room(max(len(text), width))
+        return getattr(text, name)(width, *fill)
+
+    return run
+
+
+def _str_format(machine: Machine, text: str, *args: object, **kwargs: object) -> object:
+    """Fields that name a value and nothing within it: attributes and items of values are not reached so."""
+    written, number = [], 0
+    for before, field, specification, conversion in Formatter().parse(text):
+        machine.tick()
+        written.append(before)
+        if field is None:
+            continue
+        if not field:
+            field, number = str(number), number + 1
+        value = args[int(field)] if field.isdigit() else kwargs[field]
+        if not _SPECIFICATION.fullmatch(specification or ""):
+            raise LimitExceeded(f"a format takes no {specification!r:.40}; give a width of up to three digits")
+        if conversion not in (None, "s"):
+            raise LimitExceeded(f"a format takes no conversion {conversion!r:.10}")
+        if conversion == "s" or type(value) not in (str, int, float):
+            value = machine.text(value)
+        written.append(machine.made(format(value, specification or "")))
+    return machine.joined("", written)
+
+
 def _search(name: str) -> Callable[..., object]:
     def run(machine: Machine, items: list[object], value: object, *bounds: object) -> object:
-        machine.operand(value)
+        # What is not found is told in the error.
+        machine.might_take(10 * machine.weigh(value).text)
         machine.weigh(items)
         return getattr(items, name)(value, *bounds)
 
@@ -160,6 +196,19 @@ def _strftime_now(machine: Machine, format: object) -> object:
     return datetime.now().strftime(format)
 
 
+def _joiner(machine: Machine, sep: object = ", ") -> object:
+    used: list[bool] = []
+
+    def run(machine: Machine) -> object:
+        if used:
+            return sep
+        used.append(True)
+        return ""
+
+    machine.spend(512)
+    return Function(run, "joiner")
+
+
 def _range(machine: Machine, *bounds: object) -> object:
     return safe_range(*cast("tuple[int, ...]", bounds))
 
@@ -196,13 +245,17 @@ def _generation(machine: Machine, /, caller: Macro) -> object:
 
 FUNCTIONS: Final[Mapping[str, Function]] = {
     name: Function(run, name)
-    for name, run in {
-        "dict": _dict,
-        "namespace": _namespace,
-        "raise_exception": _raise_exception,
-        "range": _range,
-        "strftime_now": _strftime_now,
-    }.items()
+    for name, run in cast(
+        "dict[str, Callable[..., object]]",
+        {
+            "dict": _dict,
+            "joiner": _joiner,
+            "namespace": _namespace,
+            "raise_exception": _raise_exception,
+            "range": _range,
+            "strftime_now": _strftime_now,
+        },
+    ).items()
 }
 GENERATION: Final = Function(_generation, "generation")
 
@@ -234,6 +287,8 @@ _TEXT_METHODS: Final[dict[str, Callable[..., object]]] = {
     },
     **{name: _stripping(name) for name in ("lstrip", "rstrip", "strip")},
     **{name: _splitting(name) for name in ("rsplit", "split")},
+    **{name: _padding(name) for name in ("center", "ljust", "rjust", "zfill")},
+    "format": _str_format,
     "join": _str_join,
     "replace": _str_replace,
     "splitlines": _splitlines,

@@ -9,14 +9,15 @@ changed or reached. Chats are made of it; it knows nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import FunctionType, TracebackType
 from typing import Final, cast
 
 import jinja2.exceptions
-from jinja2.runtime import Context, missing
+from jinja2.runtime import Context
+from jinja2.utils import missing
 
 from erllama.chat.sandbox import Machine
 from erllama.chat.template_code import FILENAME, MAX_SOURCE, TemplateCode, compile_template
@@ -193,9 +194,8 @@ def render_chat_template(
     """
     if isinstance(template, Path):
         template = _read(template)
-    return ChatTemplate(template).render(
-        messages, tools=tools, add_generation_prompt=add_generation_prompt, **template_args
-    )
+    render: Callable[..., str] = ChatTemplate(template).render
+    return render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **template_args)
 
 
 def _read(path: Path) -> str:
@@ -212,7 +212,8 @@ def _compiled(source: str) -> TemplateCode:
     try:
         return compile_template(source)
     except jinja2.exceptions.TemplateSyntaxError as error:
-        message, line = error.message or "the template does not parse", error.lineno
+        line = error.lineno
+        message = f"line {line} of the template: {error.message or 'it does not parse'}"
     except Exception as error:
         message = f"the template cannot be compiled: {_told(error)}"
     raise TemplateError(message, line=line)
