@@ -17,8 +17,11 @@ import jsonschema
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from test_chats import CALL, TEMPLATE, TOOLS, model_that_says, user
 
 import erllama
+from erllama._options import ChatOptions, CompletionOptions
+from erllama.chat.formats import TOOL_FORMATS
 from erllama.engine import SamplingOptions
 from erllama.engine.backends.stub import StubBackend
 
@@ -136,6 +139,37 @@ def test_a_page_does_what_it_says(page: str) -> None:
         names = {"model": Model(model), "erllama": erllama, **of_page.names}
         assert run(page, names) == of_page.n_promises
         of_page.check(names)
+
+
+def test_the_page_of_chats_does_what_it_says() -> None:
+    with model_that_says(f"<think>hm</think>Well. {CALL}") as model:
+        names: Names = {
+            "model": model,
+            "erllama": erllama,
+            "tools": TOOLS,
+            "key": b"k",
+            "run": lambda name, given: "noon",
+        }
+        run("chat.md", names)
+        assert names["reply"].tool_calls[0].arguments == {"city": "Oslo"}
+        assert [message["role"] for message in names["messages"]].count("tool") == 1
+
+
+def test_the_page_of_chats_names_every_option_and_format() -> None:
+    page = (DOCS / "chat.md").read_text()
+    assert set(TOOL_FORMATS) <= set(re.findall(r"`([\w.-]+)`", page))
+    own = set(ChatOptions.__annotations__) - set(CompletionOptions.__annotations__) | {
+        name for name in CompletionOptions.__annotations__ if name.startswith(("thinking", "tool_"))
+    }
+    assert own <= set(re.findall(r"\b(\w+)\b", page))
+
+
+def test_the_page_of_templates_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    names: Names = {"messages": [user("Q")], "tools": TOOLS}
+    run("templates.md", names)
+    assert "<|user|>Q" in names["text"]
 
 
 def test_the_page_of_sampling_names_every_option_and_its_default() -> None:
