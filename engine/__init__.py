@@ -25,6 +25,7 @@ from erllama.engine.request import (
 from erllama.engine.runner import Runner
 from erllama.engine.sampling import Sampler, SamplerFactory, SamplingOptions, SamplingState, TokenLogprobs
 from erllama.engine.scheduler import Phase
+from erllama.engine.speculation import Drafter, Drafts
 from erllama.engine.steps import Step
 from erllama.engine.ticket import Ticket
 
@@ -37,6 +38,8 @@ __all__ = [
     "Completion",
     "Delta",
     "Done",
+    "Drafter",
+    "Drafts",
     "EngineMetrics",
     "Event",
     "Grammar",

@@ -12,7 +12,7 @@ from erllama.engine.sequence import Sequence
 
 
 class Part(NamedTuple):
-    """Rows of one sequence: its tokens from `start` to `end`."""
+    """Rows of one sequence: its tokens from `start` to `end`; beyond those known, drafts."""
 
     sequence: Sequence
     start: int
@@ -45,7 +45,9 @@ class BatchBuilder:
                 self._tokens[n:to] = sequence.tokens[start:end]
                 self._positions[n:to] = self._positions_from(start, end)
                 self._sequences[n:to] = sequence.number
-                self._output[n : to - 1] = 0
+                drafted = end > sequence.n_known
+                self._output[n : to - 1] = drafted
+                n_wanted += (to - 1 - n) * drafted
             self._output[to - 1] = wanted
             n_wanted += wanted
             n = to

@@ -39,6 +39,7 @@ class EngineMetrics:
         cached_tokens: prompt tokens that came from the cache.
         prefilled_tokens: tokens computed in slices of prefill, those of resumed requests among them.
         decoded_tokens: rows of replies that were computed, one a tick for each reply that is being written.
+        drafted_tokens, accepted_tokens: rows computed ahead, and those of them that came.
         ticks: decodes.
         preempted: times that a request gave its cells to others, and waited.
         first_token, between_tokens: seconds from submission to the first token, and from token to token.
@@ -52,6 +53,8 @@ class EngineMetrics:
     cached_tokens: int = 0
     prefilled_tokens: int = 0
     decoded_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     ticks: int = 0
     preempted: int = 0
     first_token: Histogram = field(default_factory=Histogram)

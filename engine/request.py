@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -14,11 +14,13 @@ from erllama.cache import KEY_BYTES
 from erllama.engine.grammar import Grammar
 from erllama.engine.phases import PhaseOptions
 from erllama.engine.sampling import SamplingOptions, SamplingState, TokenLogprobs
+from erllama.engine.speculation import Drafter, Drafts
 from erllama.errors import OptionError, boolean, integer, real
 
 FinishReason = Literal["stop", "length", "context_full", "cancelled", "tool_calls"]
 HitKind = Literal["cold", "partial", "exact"]
 
+MOST_SPECULATIVE = 64  # beyond that, hardly a draft comes true
 MOST_LOGPROBS = 100  # as many as a person, or an evaluation, ever looks at; a row of them is built per token
 
 
@@ -43,6 +45,9 @@ class RequestOptions:
         grammar: the language that the reply must be of; None for any text.
         grammar_triggers: texts, and ids of tokens, at the first of which the grammar begins, itself a part of it;
             none of them for a grammar that the whole reply must be of.
+        speculative: makes, of a prompt, what drafts tokens to be computed ahead; None for nothing ahead. Without
+            effect where memory cannot be cut.
+        speculative_tokens: most tokens computed ahead at once.
         phases: how thinking and tool calls are told from the answer; None for a reply that is all text.
     """
 
@@ -59,6 +64,8 @@ class RequestOptions:
     grammar: Grammar | None = None
     grammar_triggers: Sequence[str | int] = ()
     phases: PhaseOptions | None = None
+    speculative: Callable[[NDArray[np.int32]], Drafter] | None = None
+    speculative_tokens: int = 8
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -82,6 +89,12 @@ class RequestOptions:
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise OptionError(f"grammar={self.grammar!r}; give GBNF as text, or an erllama.Grammar, or None")
         put(self, "grammar_triggers", _triggers(self.grammar_triggers, self.grammar))
+        most = integer("speculative_tokens", self.speculative_tokens, 1, MOST_SPECULATIVE)
+        put(self, "speculative_tokens", most)
+        if self.speculative is not None and not callable(self.speculative):
+            raise OptionError(f"speculative={self.speculative!r:.80}; give a maker of drafters, or None")
+        if self.speculative is not None and self.reproducible:
+            raise OptionError("speculative computes tokens together, and reproducible one by one; leave one out")
         if self.phases is not None and self.phases.calls_only and self.grammar is not None:
             raise OptionError("a grammar for a reply that must be a tool call; leave one of them out")
         if self.sampling_state is not None:
@@ -189,6 +202,7 @@ class Completion:
             max_tokens, "context_full" when no cell was left, "cancelled"; in chats "tool_calls", for a call.
         finish_key: names the stored context of this reply; None when nothing was stored.
         cache: how much of the prompt was warm.
+        drafts: what speculation did, where it was asked for.
         cache_delta: tokens of the context that the cache gave, and those that it got.
         seed: the seed the draws used.
         sampling_state: where the draws stand; a request for more that is given it draws what this one would have.
@@ -216,6 +230,7 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     thinking: str = ""
     thinking_signature: bytes | None = None
+    drafts: Drafts | None = None
     raw_tool_calls: tuple[bytes, ...] = ()
 
 

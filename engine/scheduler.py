@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from erllama.cache import Match, SaveReason
 from erllama.engine.backend import Batch
@@ -24,6 +25,7 @@ from erllama.engine.metrics import EngineMetrics
 from erllama.engine.request import CacheHit
 from erllama.engine.sequence import HEADROOM, Sequence
 from erllama.engine.shared import Shared
+from erllama.engine.speculation import DecodeCosts
 from erllama.engine.warmth import Warmth
 from erllama.errors import BackendError, CellsExhausted, DeadlineExceeded, Error
 
@@ -75,6 +77,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._in_flight: list[Part] = []  # given to a decode that has not come back, or was ended
+        self._costs = DecodeCosts()
         self.metrics = EngineMetrics()
         self.last_hit: CacheHit | None = None
 
@@ -247,7 +250,7 @@ class Scheduler:
             rows = [Part(s, s.n_held, s.n_held + 1) for s in inside if not s.prefilling]
             if self._live.make_room(len(rows)):
                 if len(rows) == len(inside) > 0:
-                    return rows
+                    return self._with_drafts(rows)
                 parts = rows + self._slices(inside, len(rows))
                 if parts or not inside:
                     return parts
@@ -261,6 +264,18 @@ class Scheduler:
                         f"of the {self._limits.n_ctx} that it said it has"
                     ),
                 )
+
+    def _with_drafts(self, rows: list[Part]) -> list[Part]:
+        """Where only replies are written: rows of what is likely to come, in cells that nobody else wants."""
+        if not any(part.sequence.speculates for part in rows):
+            return rows
+        spare = min(self._limits.n_batch, self._live.cells.free) - len(rows)
+        parts = []
+        for part in rows:
+            n = part.sequence.draft(spare, len(rows), self._costs) if part.sequence.speculates else 0
+            parts.append(part._replace(end=part.end + n))
+            spare -= n
+        return parts
 
     def _tries_again(self, sequence: Sequence) -> bool:
         """Where the backend ran out of cells too early: start anew in an empty context; once at one place."""
@@ -298,6 +313,7 @@ class Scheduler:
         alone = len(parts) == 1 and self._live.pristine
         batch, n_wanted = self._batches.build(parts)
         self._in_flight = parts
+        began = time.perf_counter()
         try:
             logits = self._backend.decode(batch)
             if logits.shape != (n_wanted, self._limits.n_vocab):
@@ -312,21 +328,28 @@ class Scheduler:
         self._in_flight = []
         now = time.perf_counter()
         rows = sum([not sequence.prefilling for sequence, _, _ in parts])
+        drafts = sum([end - sequence.n_known for sequence, _, end in parts if end > sequence.n_known])
         self.metrics.ticks += 1
         self.metrics.decoded_tokens += rows
-        self.metrics.prefilled_tokens += len(batch.tokens) - rows
+        self.metrics.drafted_tokens += drafts
+        self.metrics.prefilled_tokens += len(batch.tokens) - rows - drafts
+        if rows == len(parts):
+            self._costs.measured(len(batch.tokens), now - began)
         row = 0
         for sequence, start, end in parts:
             assert sequence.number is not None
             self._live.cells.extend(sequence.number, end - start)
-            wanted = sequence.wants_logits(end)
-            sequence.decoded(end, alone)
-            if wanted:
-                try:
-                    sequence.draw(logits[row], now, self.metrics)
-                except Exception as error:
-                    self.fail(sequence, _typed(error))
-                row += 1
+            wanted = end - sequence.n_known + 1 if sequence.wants_logits(end) else 0
+            try:
+                if wanted > 1:
+                    self._verify(sequence, end, logits[row : row + wanted], now)
+                else:
+                    sequence.decoded(end, alone)
+                    if wanted:
+                        sequence.draw(logits[row], now, self.metrics)
+            except Exception as error:
+                self.fail(sequence, _typed(error))
+            row += wanted
         for sequence, _, _ in parts:
             # All at once, and last: whoever is woken wants the interpreter, which is free during a decode.
             sequence.ticket.tell()
@@ -335,6 +358,16 @@ class Scheduler:
                 sequence.keep()
                 if sequence.finish_reason is not None:
                     self._finish(sequence)
+
+    def _verify(self, sequence: Sequence, end: int, logits: NDArray[np.float32], now: float) -> None:
+        """Keep what came true of a draft."""
+        n_before = sequence.n_known
+        sequence.verify(end, logits, now, self.metrics)
+        self.metrics.accepted_tokens += sequence.n_held - n_before
+        if sequence.n_held < end:
+            assert sequence.number is not None
+            self._backend.cut(sequence.number, sequence.n_held)
+            self._live.cells.cut(sequence.number, sequence.n_held)
 
     # --- who leaves
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from functools import cached_property
@@ -17,8 +18,11 @@ from erllama.engine.reply import Reply
 from erllama.engine.request import CacheDelta, CacheHit, Completion, FinishReason, Timings
 from erllama.engine.sampling import Sampler, SamplingOptions, log_probabilities
 from erllama.engine.shared import Shared
+from erllama.engine.speculation import DecodeCosts, Drafts, Speculator
 from erllama.engine.ticket import Ticket
 from erllama.engine.warmth import NOTHING_STORED, Warmth
+
+log = logging.getLogger("erllama.engine")
 
 # Cells kept for each reply that grows, when another request is admitted: else it would be sent back at once.
 HEADROOM = 64
@@ -75,6 +79,7 @@ class Sequence:
         self._budget = self._thinking_budget()
         self._reply = Reply(ticket, options, self._vocabulary, shared.script, self._tracker)
         self._coming: deque[int] = deque()  # tokens that come next, whatever the model says
+        self._speculator = self._speculating(prompt)
         self._n_prefilled = 0
         self._stored = NOTHING_STORED  # from where to where the cache got what it did not have
         self._hit: CacheHit | None = None
@@ -152,7 +157,42 @@ class Sequence:
         return min(end, start + most)
 
     def wants_logits(self, end: int) -> bool:
-        return end == self.n_known and self.options.max_tokens != 0
+        return end >= self.n_known and self.options.max_tokens != 0
+
+    @property
+    def speculates(self) -> bool:
+        """Whether more than its next token may be computed at once."""
+        return self._speculator is not None and not self._coming
+
+    def draft(self, most: int, n_rows: int, costs: DecodeCosts) -> int:
+        """Put tokens that are likely to come behind those known; how many."""
+        assert self._speculator is not None
+        try:
+            drafts = self._speculator.draft(self.known, min(most, self.growth - 1), n_rows, costs)
+        except Exception:
+            log.exception("a drafter failed; its request goes on without")
+            self._speculator = None
+            return 0
+        self.tokens[self.n_known : self.n_known + len(drafts)] = drafts
+        return len(drafts)
+
+    def verify(self, end: int, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
+        """Draw from the rows of drafts up to `end`, as far as they come true; what it holds is that far, then.
+
+        Args:
+            logits: shape (n, n_vocab), of the last known token and of all drafts.
+        """
+        assert self._speculator is not None
+        drafts = self.tokens[self.n_known : end].tolist()
+        first = self.n_known
+        self.n_held = first
+        for i in range(len(drafts) + 1):
+            if self.n_held == self.n_known:
+                self.draw(logits[i], now, metrics)
+            if self.finish_reason is not None or i == len(drafts) or self.tokens[first + i] != drafts[i]:
+                break
+            self.n_held += 1
+        self._speculator.judged(len(drafts), self.n_held - first)
 
     def decoded(self, end: int, alone: bool) -> None:
         """The rows up to `end` were computed; `alone` as they were cut."""
@@ -273,6 +313,12 @@ class Sequence:
         if self._budget.due(self._tracker):
             self._coming.extend(self._budget.closing)
 
+    def _speculating(self, prompt: NDArray[np.int32]) -> Speculator | None:
+        make = self.options.speculative
+        if make is None or not self._shared.backend.limits.can_trim:
+            return None
+        return Speculator(make(prompt), self.options.speculative_tokens, self._shared.backend.limits.n_vocab)
+
     def _thinking_budget(self) -> ThinkingBudget | None:
         phases = self.options.phases
         if phases is None or phases.thinking_budget is None or phases.thinking is None:
@@ -312,7 +358,12 @@ class Sequence:
             thinking_signature=reply.signature,
             raw_tool_calls=tuple(reply.calls),
             cache_delta=self._cache_delta(),
+            drafts=None if self.options.speculative is None else self._drafts(),
         )
+
+    def _drafts(self) -> Drafts:
+        found = self._speculator
+        return Drafts(found.drafted, found.accepted) if found is not None else Drafts(0, 0)
 
     def _cache_delta(self) -> CacheDelta:
         self._note_stored()

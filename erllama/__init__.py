@@ -15,6 +15,7 @@ from erllama._info import ModelInfo
 from erllama._load import load_backend, load_model
 from erllama._model import Model
 from erllama._registry import get_model, list_models, queue_depth
+from erllama._speculation import Verification
 from erllama._stream import AsyncChatStream, AsyncStream, ChatStream, Stream
 from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
 from erllama.chat.results import ChatCompletion, Usage
@@ -26,6 +27,8 @@ from erllama.engine import (
     Completion,
     Delta,
     Done,
+    Drafter,
+    Drafts,
     EngineMetrics,
     Event,
     Grammar,
@@ -89,6 +92,8 @@ __all__ = [
     "DeadlineExceeded",
     "Delta",
     "Done",
+    "Drafter",
+    "Drafts",
     "EngineMetrics",
     "Error",
     "Event",
@@ -126,6 +131,7 @@ __all__ = [
     "ToolCallEnd",
     "ToolCallError",
     "Usage",
+    "Verification",
     "__version__",
     "get_model",
     "list_models",

@@ -21,6 +21,7 @@ from erllama._options import (
     request_options,
     template_request,
 )
+from erllama._speculation import Verification, fixed
 from erllama._stream import AsyncChatStream, AsyncStream, ChatStream, News, Stream, wait_async
 from erllama.cache import Cache, Policy
 from erllama.chat.chats import Chats, Turn
@@ -35,9 +36,11 @@ from erllama.engine import (
     Request,
     RequestOptions,
     Runner,
+    SamplingOptions,
     Ticket,
 )
-from erllama.errors import OptionError, PromptError, PromptTooLong, boolean, reject_unknown
+from erllama.engine.request import MOST_SPECULATIVE
+from erllama.errors import OptionError, PromptError, PromptTooLong, boolean, integer, reject_unknown
 
 Prompt = str | Sequence[int] | NDArray[np.integer]
 Messages = Sequence[Mapping[str, object]]
@@ -132,6 +135,10 @@ class Model:
             thinking_signing_key: bytes; what was thought is signed with them.
             tool_markers, tool_payload_markers: texts that open and close a tool call, and its arguments; the tokens
                 of a call that are none of its arguments are the most likely ones.
+            speculative: compute tokens that are likely to come together with the next: "ngram" takes what followed
+                the last few tokens before, a smaller model of the same vocabulary drafts, or a function of all
+                tokens and a number does. The reply is the same in fewer decodes; where that does not pay, it stops.
+            speculative_tokens: most tokens computed ahead at once, 8.
             timeout: seconds in which the reply must be done, waiting included.
 
         Raises:
@@ -173,6 +180,40 @@ class Model:
     def prefill(self, prompt: Prompt, **options: Unpack[PrefillOptions]) -> Completion:
         """Read a prompt into the cache and sample nothing; options and errors as for `complete`."""
         return self._wait(self._ticket(prompt, request_options(options, "prefill", self._cache_salt, prefill=True)))
+
+    def draft(self, prefix: Prompt, n: int, **unknown: Never) -> list[int]:
+        """The `n` tokens that most likely follow, fewer where the model ends; for another model to `verify`.
+
+        Raises:
+            OptionError: n is below 1.
+            Error: as of `complete`.
+        """
+        reject_unknown(unknown, (), "draft")
+        reply = self.complete(prefix, max_tokens=integer("n", n, 1), temperature=0.0)
+        return list(reply.tokens)
+
+    def verify(self, prefix: Prompt, candidates: Sequence[int], **unknown: Never) -> Verification:
+        """How many of some tokens this model, too, would take after a prefix; errors as of `complete`.
+
+        They are computed together. What others have in the context stays as it is.
+        """
+        reject_unknown(unknown, (), "verify")
+        ids = self._prompt_ids(prefix)
+        proposed = self._checked_ids(candidates).tolist()
+        options = RequestOptions(
+            max_tokens=len(proposed) + 1,
+            sampling=SamplingOptions(temperature=0.0),
+            cache_salt=self._cache_salt,
+            speculative=lambda prompt: fixed(proposed, len(prompt)),
+            speculative_tokens=min(max(len(proposed), 1), MOST_SPECULATIVE),
+        )
+        reply = self._wait(Ticket(Request(ids, options), streaming=False))
+        pairs = zip(reply.tokens, proposed, strict=False)
+        accepted = next((i for i, (token, other) in enumerate(pairs) if token != other), None)
+        if accepted is None:
+            accepted = min(len(reply.tokens), len(proposed))
+        end = accepted == len(reply.tokens) and reply.finish_reason == "stop"
+        return Verification(accepted, reply.tokens[accepted] if accepted < len(reply.tokens) else None, end)
 
     async def acomplete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Completion:
         """`complete` for asyncio: no thread waits. Cancelling the task cancels the request."""
@@ -278,10 +319,17 @@ class Model:
 
     def _turn(self, messages: Messages, options: ChatOptions, where: str) -> Turn:
         self._check_loaded()
-        return self._chats.turn(*chat_request(messages, options, where, self._cache_salt))
+        request = chat_request(messages, options, where, self._cache_salt, self._backend.vocabulary)
+        return self._chats.turn(*request)
 
     def _options(self, options: CompletionOptions, where: str) -> RequestOptions:
-        return request_options(options, where, self._cache_salt, find_thinking=lambda: self._chats.thinking_markers)
+        return request_options(
+            options,
+            where,
+            self._cache_salt,
+            find_thinking=lambda: self._chats.thinking_markers,
+            vocabulary=self._backend.vocabulary,
+        )
 
     # --- sessions and saving ------------------------------------------------------------
 

@@ -6,11 +6,25 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
+from erllama._speculation import drafters
 from erllama.chat.chats import ChatRequest
-from erllama.engine import Grammar, Markers, PhaseOptions, RequestOptions, SamplingOptions, SamplingState, Step
+from erllama.engine import (
+    Drafter,
+    Grammar,
+    Markers,
+    PhaseOptions,
+    RequestOptions,
+    SamplingOptions,
+    SamplingState,
+    Step,
+    Vocabulary,
+)
 from erllama.errors import OptionError, choice, reject_unknown
+
+if TYPE_CHECKING:
+    from erllama._model import Model
 
 # Texts that open and that close a phase: one each, or several.
 MarkerPair = tuple[str | Sequence[str], str | Sequence[str]]
@@ -71,6 +85,8 @@ class CompletionOptions(PrefillOptions, total=False):
     thinking_signing_key: bytes | None
     tool_markers: MarkerPair | None
     tool_payload_markers: MarkerPair | None
+    speculative: str | Drafter | Model | None
+    speculative_tokens: int
 
 
 class TemplateOptions(TypedDict, total=False):
@@ -124,7 +140,7 @@ def template_request(messages: object, given: TemplateOptions, where: str) -> Ch
 
 
 def chat_request(
-    messages: object, given: ChatOptions, where: str, cache_salt: str | None
+    messages: object, given: ChatOptions, where: str, cache_salt: str | None, vocabulary: Vocabulary
 ) -> tuple[ChatRequest, RequestOptions]:
     """A chat as it was asked for, and the checked options of its request, without phases."""
     options: dict[str, object] = dict(given)
@@ -143,7 +159,8 @@ def chat_request(
         signing_key=phases["thinking_signing_key"],  # type: ignore[arg-type]
         **chat,  # type: ignore[arg-type]
     )
-    return request, request_options(options, where, cache_salt)  # type: ignore[arg-type]
+    checked = request_options(options, where, cache_salt, vocabulary=vocabulary)  # type: ignore[arg-type]
+    return request, checked
 
 
 def request_options(
@@ -153,6 +170,7 @@ def request_options(
     *,
     prefill: bool = False,
     find_thinking: Callable[[], Markers | None] = lambda: None,
+    vocabulary: Vocabulary | None = None,
 ) -> RequestOptions:
     """The checked options of one call.
 
@@ -162,6 +180,7 @@ def request_options(
         cache_salt: the model's own.
         prefill: only those that make sense where nothing is sampled.
         find_thinking: the model's own markers of thinking, where it has some.
+        vocabulary: the model's.
     """
     options: dict[str, object] = dict(given)
     known = _PREFILL if prefill else _COMPLETION
@@ -174,6 +193,8 @@ def request_options(
         schema, pattern = options.pop("json_schema", None), options.pop("regex", None)
         options["grammar"] = _grammar(options.get("grammar"), schema, pattern)
         options["phases"] = _phases(options, find_thinking)
+        if vocabulary is not None:
+            options["speculative"] = drafters(options.get("speculative"), vocabulary)
     sampling: dict[str, object] = {name: options.pop(name) for name in _SAMPLING & options.keys()}
     # Checked there, value by value.
     options["sampling"] = SamplingOptions(**sampling)  # type: ignore[arg-type]
