@@ -48,6 +48,8 @@ _MODEL_COUNTS = (
     _Count("cached_tokens", "cached_tokens", "Prompt tokens that came from the cache."),
     _Count("prefilled_tokens", "prefilled_tokens", "Tokens computed in slices of prefill."),
     _Count("decoded_tokens", "decoded_tokens", "Tokens computed one at a time."),
+    _Count("drafted_tokens", "drafted_tokens", "Tokens computed ahead, by speculation."),
+    _Count("accepted_tokens", "accepted_tokens", "Of the tokens computed ahead, those that came."),
     _Count("ticks", "ticks", "Decodes."),
     _Count("preemptions", "preempted", "Times that a request gave its cells to others, and waited."),
 )
