@@ -26,6 +26,18 @@ def model_file(argument: int = 1) -> Iterator[Path]:
         yield write_llama(Path(place) / "random.gguf", _SHAPE, seed=argument)
 
 
+@contextmanager
+def counting_model_file(argument: int = 1) -> Iterator[Path]:
+    """The path of a model: the argument of that number, or a file that says the alphabet for ever."""
+    if len(sys.argv) > argument:
+        yield Path(sys.argv[argument])
+        return
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    follows = dict(zip(letters, letters[1:] + letters[0], strict=True))
+    with tempfile.TemporaryDirectory() as place:
+        yield write_scripted(Path(place) / "alphabet.gguf", follows)
+
+
 # What the model for chats says: to a question, to one with tools at hand, and to a tool's result.
 _SAID = {
     "<|answers|>": ["<think>", "23 * 17 is ", "23 * 10 + 23 * 7, ", "so 230 + 161.", "</think>", "It is ", "391."],

@@ -53,6 +53,7 @@ def test_every_example_is_run_here() -> None:
         "sessions.py",
         "several_models.py",
         "smoke_test.py",
+        "speculation.py",
         "stop_sequences.py",
         "streaming.py",
         "structured_output.py",
@@ -216,6 +217,12 @@ def test_a_tool_is_called_and_its_result_used(tmp_path: Path) -> None:
     said = run(EXAMPLES / "tools.py", cwd=tmp_path)
     assert "get_time({'city': 'Oslo'}) -> 12:30" in said
     assert "answer: 'In Oslo it is 12:30.'" in said
+
+
+def test_speculation_gives_the_same_reply(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "speculation.py", cwd=tmp_path)
+    assert "the same reply" in said
+    assert "of 5 tokens proposed 5 are taken" in said
 
 
 def test_replies_keep_to_grammars(tmp_path: Path) -> None:
