@@ -24,6 +24,7 @@ from erllama._options import ChatOptions, CompletionOptions
 from erllama.chat.formats import TOOL_FORMATS
 from erllama.engine import SamplingOptions
 from erllama.engine.backends.stub import StubBackend
+from erllama.testing.scripted import write_scripted
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 Names = dict[str, Any]
@@ -170,6 +171,17 @@ def test_the_page_of_templates_does_what_it_says(tmp_path: Path, monkeypatch: py
     names: Names = {"messages": [user("Q")], "tools": TOOLS}
     run("templates.md", names)
     assert "<|user|>Q" in names["text"]
+
+
+def test_the_page_of_speculation_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    follows = {"a": "b", "b": "c", "c": "a"}
+    with erllama.load_model(write_scripted(tmp_path / "small.gguf", follows), n_ctx=256) as model:
+        names: Names = {"model": model, "erllama": erllama, "text": "abc" * 20, "prompt": "abc" * 20}
+        run("speculation.md", names)
+        names["draft"].unload()
+        assert names["reply"].drafts.accepted > 0
+        assert names["found"].accepted == 5
 
 
 def test_the_page_of_sampling_names_every_option_and_its_default() -> None:
