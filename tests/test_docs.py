@@ -175,7 +175,7 @@ def test_the_page_of_templates_does_what_it_says(tmp_path: Path, monkeypatch: py
 
 def test_the_page_of_speculation_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    follows = {"a": "b", "b": "c", "c": "a"}
+    follows = {"\n": "a", "a": "b", "b": "c", "c": "a"}
     with erllama.load_model(write_scripted(tmp_path / "small.gguf", follows), n_ctx=256) as model:
         names: Names = {"model": model, "erllama": erllama, "text": "abc" * 20, "prompt": "abc" * 20}
         run("speculation.md", names)
