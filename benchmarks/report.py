@@ -44,7 +44,7 @@ def about() -> dict[str, str]:
         "erllama": erllama.__version__,
         "libllama": f"{build_info()['source']}, {build_info()['backend']}",
     }
-    gpus = [device.description for device in devices() if device.is_gpu]
+    gpus = [device.description for device in devices() if device.kind in ("gpu", "igpu")]
     return found | ({"GPU": "; ".join(gpus)} if gpus else {})
 
 

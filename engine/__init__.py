@@ -1,6 +1,6 @@
 """Runs requests: the model thread, its scheduler, sampling, and the backends' protocol."""
 
-from erllama.engine.backend import Backend, Batch, Limits, Vocabulary
+from erllama.engine.backend import Backend, Batch, Buffer, Limits, ModelFacts, NotedToken, Vocabulary
 from erllama.engine.candidates import Candidates
 from erllama.engine.grammar import Grammar
 from erllama.engine.metrics import EngineMetrics
@@ -32,6 +32,7 @@ from erllama.engine.ticket import Ticket
 __all__ = [
     "Backend",
     "Batch",
+    "Buffer",
     "CacheDelta",
     "CacheHit",
     "Candidates",
@@ -45,6 +46,8 @@ __all__ = [
     "Grammar",
     "Limits",
     "Markers",
+    "ModelFacts",
+    "NotedToken",
     "Phase",
     "PhaseOptions",
     "Request",

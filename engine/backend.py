@@ -8,7 +8,7 @@ called by one thread, the model's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -44,6 +44,68 @@ class Limits:
     attention_window: int = 0
     n_sequences: int = 1
     cell_bytes: int = 0
+
+
+class NotedToken(NamedTuple):
+    """A token with a purpose, as the vocabulary spells it."""
+
+    id: int
+    text: str
+
+
+class Buffer(NamedTuple):
+    """A piece of memory that a model takes.
+
+    Attributes:
+        place: where it lies, as "CPU", "CPU_Mapped" (a mapped file) or "CUDA0".
+        holds: "weights", "kv", "state" (of recurrent layers), "compute" or "output".
+        n_bytes: its size, as far as the backend tells.
+    """
+
+    place: str
+    holds: str
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a model is, for people to read; a backend that has it offers it as `facts`.
+
+    Attributes:
+        architecture: as "llama"; empty where it is not known, as are the other texts.
+        name: as its makers named it.
+        quantization: how most of its weights are stored, as "Q4_K - Medium".
+        n_params: weights; 0 where that is not known, as are the other numbers.
+        file_bytes: size of its file, all parts of a split one together.
+        n_ctx_train: tokens of the longest context that it was trained on.
+        n_layer, n_embd, n_head, n_head_kv: layers, width of a token's embedding, heads, heads of K and V.
+        kv_type_k, kv_type_v: types of the K and V cells; empty where there are none.
+        has_chat_template: whether it brings one of its own.
+        special_tokens: by purpose: "bos", "eos", "eot", "nl", "pad", "sep", "mask", "fim_pre", "fim_suf" and
+            "fim_mid", as far as there are such.
+        devices: names of the devices that compute.
+        buffers: the memory it takes.
+        weights_bytes, kv_bytes: of weights, and of cells and recurrent state, over all devices.
+    """
+
+    architecture: str = ""
+    name: str = ""
+    quantization: str = ""
+    n_params: int = 0
+    file_bytes: int = 0
+    n_ctx_train: int = 0
+    n_layer: int = 0
+    n_embd: int = 0
+    n_head: int = 0
+    n_head_kv: int = 0
+    kv_type_k: str = ""
+    kv_type_v: str = ""
+    has_chat_template: bool = False
+    special_tokens: Mapping[str, NotedToken] = field(default_factory=dict)
+    devices: tuple[str, ...] = ()
+    buffers: tuple[Buffer, ...] = ()
+    weights_bytes: int = 0
+    kv_bytes: int = 0
 
 
 class Batch(NamedTuple):

@@ -11,7 +11,7 @@ Every token's KV is computed once, stored once, found again exactly, and
 survives a restart. Everything a user needs is in this namespace.
 """
 
-from erllama._info import ModelInfo
+from erllama._info import Device, ModelInfo, devices
 from erllama._load import load_backend, load_model
 from erllama._model import Model
 from erllama._registry import get_model, list_models, queue_depth
@@ -21,6 +21,7 @@ from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
 from erllama.chat.results import ChatCompletion, Usage
 from erllama.chat.templates import render_chat_template
 from erllama.engine import (
+    Buffer,
     CacheDelta,
     CacheHit,
     Candidates,
@@ -32,6 +33,7 @@ from erllama.engine import (
     EngineMetrics,
     Event,
     Grammar,
+    NotedToken,
     SamplingState,
     TextDelta,
     ThinkingDelta,
@@ -68,6 +70,7 @@ from erllama.errors import (
     StateError,
     TemplateError,
     ToolCallError,
+    VocabularyOnly,
 )
 
 __version__ = "0.1.0"
@@ -77,6 +80,7 @@ __all__ = [
     "AsyncChatStream",
     "AsyncStream",
     "BackendError",
+    "Buffer",
     "Cache",
     "CacheDelta",
     "CacheError",
@@ -91,6 +95,7 @@ __all__ = [
     "Completion",
     "DeadlineExceeded",
     "Delta",
+    "Device",
     "Done",
     "Drafter",
     "Drafts",
@@ -108,6 +113,7 @@ __all__ = [
     "ModelLoadError",
     "ModelNotFound",
     "ModelUnloaded",
+    "NotedToken",
     "OptionError",
     "Policy",
     "Pressure",
@@ -132,7 +138,9 @@ __all__ = [
     "ToolCallError",
     "Usage",
     "Verification",
+    "VocabularyOnly",
     "__version__",
+    "devices",
     "get_model",
     "list_models",
     "load_backend",

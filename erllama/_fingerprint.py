@@ -1,46 +1,84 @@
 """Names the content of a model file for the cache.
 
-Where blocks outlive the process, the name is the SHA-256 of the file, read
-once and remembered by the file's identity. Where they do not, the identity
-itself serves: nothing is read.
+By "safe", where blocks outlive the process, the name is the SHA-256 of the
+file, read once and remembered by the file's identity; where they do not, the
+identity itself serves, and nothing is read. "gguf_chunked" reads a part, and
+"fast_unsafe" believes the caller. Each kind's names begin with a word of its
+own, so no two kinds share any KV.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from erllama.cache import Cache
-from erllama.errors import ModelLoadError
+from erllama.engine.backends.gguf_parts import parts
+from erllama.errors import LoadCancelled, ModelLoadError, OptionError, choice
 
+KINDS = ("safe", "gguf_chunked", "fast_unsafe")
 _CHUNK = 1 << 22
-_SPLIT = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
-def fingerprint(path: Path, cache: Cache) -> str:
-    """The name of a model's content, all parts of a split one included."""
-    digests = []
-    for part in parts(path):
-        identity = _identity(part)
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """How a model file is named.
+
+    Attributes:
+        kind: one of KINDS.
+        own: the caller's name for the content, with "fast_unsafe" only.
+    """
+
+    kind: str = "safe"
+    own: str | bytes | None = None
+
+    def __post_init__(self) -> None:
+        choice("fingerprint", self.kind, KINDS)
+        if self.kind == "fast_unsafe":
+            if not isinstance(self.own, str | bytes) or not self.own:
+                raise OptionError(
+                    f"own_fingerprint={self.own!r}; with fingerprint='fast_unsafe' give the text or bytes that name "
+                    "the file's content"
+                )
+        elif self.own is not None:
+            raise OptionError(
+                f"own_fingerprint with fingerprint={self.kind!r}, which finds the name itself; "
+                "give fingerprint='fast_unsafe', or leave it out"
+            )
+
+    def of(self, path: Path, cache: Cache, on_progress: Callable[[float], object]) -> str:
+        """The name of a model's content, all parts of a split one included.
+
+        Args:
+            on_progress: called with the fraction read, 0.0 to 1.0, where files must be read whole; returning
+                False cancels.
+
+        Raises:
+            ModelLoadError: a file cannot be read, or changes while it is.
+            LoadCancelled: `on_progress` returned False.
+        """
+        if self.own is not None:
+            own = self.own.encode("utf-8", "surrogatepass") if isinstance(self.own, str) else self.own
+            return f"own:{hashlib.sha256(own).hexdigest()}"
+        if self.kind == "gguf_chunked":
+            # Imported here: this module works where libllama was never built.
+            from erllama.engine.backends.llama_file import beginnings_digest
+
+            return "chunked:" + " ".join(beginnings_digest(part) for part in parts(path))
         if not cache.persistent:
-            digests.append(identity)
-            continue
-        digest = cache.fingerprint(identity)
-        if digest is None:
-            digest = _sha256(part)
-            cache.remember_fingerprint(identity, digest)
-        digests.append(digest)
-    return " ".join(digests)
+            return f"file:{identity(path)}"
+        return "sha256:" + " ".join(_digests(path, cache, on_progress))
 
 
-def parts(path: Path) -> list[Path]:
-    """The files of a model: `path`, or every part where its name is that of a split file's first."""
-    found = _SPLIT.fullmatch(path.name)
-    if not found:
-        return [path]
-    count = int(found["count"])
-    return [path.with_name(f"{found['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+def identity(path: Path) -> str:
+    """What stays the same as long as a model's files do: device, inode, size and times of each part.
+
+    Raises:
+        ModelLoadError: a part is missing.
+    """
+    return " ".join(_identity(part) for part in parts(path))
 
 
 def _identity(path: Path) -> str:
@@ -52,7 +90,30 @@ def _identity(path: Path) -> str:
     return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
-def _sha256(path: Path) -> str:
+def _digests(path: Path, cache: Cache, on_progress: Callable[[float], object]) -> list[str]:
+    """SHA-256 of each part, in hex; those that the cache does not remember are read."""
+    files = {part: _identity(part) for part in parts(path)}
+    digests = {part: cache.fingerprint(found) for part, found in files.items()}
+    unknown = [part for part, digest in digests.items() if digest is None]
+    n_bytes = sum(part.stat().st_size for part in unknown)
+    n_read = 0
+
+    def read(n: int) -> None:
+        nonlocal n_read
+        n_read += n
+        if on_progress(min(n_read / max(n_bytes, 1), 1.0)) is False:
+            raise LoadCancelled(f"{path}: the load was cancelled")
+
+    for part in unknown:
+        read(0)
+        digests[part] = digest = _sha256(part, read)
+        if _identity(part) != files[part]:
+            raise ModelLoadError(f"{part} was changed while it was read; load it again when it is complete")
+        cache.remember_fingerprint(files[part], digest)
+    return [str(digest) for digest in digests.values()]
+
+
+def _sha256(path: Path, on_read: Callable[[int], None]) -> str:
     digest = hashlib.sha256()
     buffer = bytearray(_CHUNK)
     view = memoryview(buffer)
@@ -60,6 +121,7 @@ def _sha256(path: Path) -> str:
         with path.open("rb", buffering=0) as file:
             while n := file.readinto(buffer):
                 digest.update(view[:n])
+                on_read(n)
     except OSError as error:
         raise ModelLoadError(f"{path} cannot be read: {error}") from None
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from erllama.engine import Limits, Phase
+from erllama.engine import Limits, ModelFacts, Phase
 from erllama.errors import integer
 
 
@@ -40,22 +40,57 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelInfo:
+class Device:
+    """A device that libllama can compute on.
+
+    Attributes:
+        name: as "CPU" or "CUDA0"; what `load_model(devices=...)` takes.
+        description: of the hardware, as its driver words it.
+        kind: "cpu"; "gpu", with memory of its own; "igpu", with the machine's; "accel", which helps the CPU.
+        free_bytes, total_bytes: its memory when it was asked; 0 where its driver does not tell.
+    """
+
+    name: str
+    description: str
+    kind: str
+    free_bytes: int
+    total_bytes: int
+
+
+def devices() -> list[Device]:
+    """The devices that this build of libllama sees, the CPU among them; no model need be loaded.
+
+    Raises:
+        LibraryNotBuilt: the package was not built.
+        BackendError: libllama cannot be started, as in a process forked from one that used it.
+    """
+    # Imported here: the cache and custom backends work where libllama was never built.
+    from erllama.engine.backends.llama_library import devices as seen
+
+    return [Device(d.name, d.description, d.kind, d.free_bytes, d.total_bytes) for d in seen()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo(ModelFacts):
     """What a loaded model is, and how it stands.
 
     Attributes:
         id: its name in this process.
         backend: what computes it, as "llama".
         description: what it is, in the backend's words; empty where it has none.
+        vocab_only: whether it was loaded for its vocabulary alone.
         n_ctx: cells of its context, in tokens.
         n_vocab: size of its vocabulary.
         n_seq_max: most requests that run at once.
         phase, pending, queue_depth: as of the model.
+
+    The rest, from `architecture` on, as of `ModelFacts`: empty and 0 for a backend that does not tell.
     """
 
     id: str
     backend: str
     description: str
+    vocab_only: bool
     n_ctx: int
     n_vocab: int
     n_seq_max: int

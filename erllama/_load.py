@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Never
 
 from erllama import _registry
-from erllama._fingerprint import fingerprint
+from erllama._fingerprint import Fingerprint, identity
 from erllama._info import Shape
 from erllama._model import Model, shown
+from erllama._vocabulary_model import VocabularyModel
 from erllama.cache import Cache, Policy
 from erllama.engine import Backend, RequestOptions
-from erllama.errors import OptionError, boolean, integer, reject_unknown
+from erllama.errors import ModelLoadError, OptionError, boolean, integer, reject_unknown
 
-_LOAD_OPTIONS = (
-    "id",
-    "cache",
-    "policy",
-    "cache_salt",
-    "n_seq_max",
-    "prefill_chunk_size",
-    "parked_cells",
-    "max_pending",
-    "n_ctx",
-    "n_batch",
-    "n_ubatch",
-    "n_threads",
-    "n_threads_batch",
-    "n_gpu_layers",
-    "flash_attn",
-    "kv_type_k",
-    "kv_type_v",
-    "rope_freq_base",
-    "rope_freq_scale",
-    "mmap",
-    "mlock",
-    "warmup",
-    "on_progress",
-)
 _SHAPE_OPTIONS = ("n_seq_max", "prefill_chunk_size", "parked_cells", "max_pending")
 _BACKEND_OPTIONS = ("id", "cache", "policy", "cache_salt", *_SHAPE_OPTIONS)
 # Sequences beside those that run, to park finished ones in, where they cost nothing.
@@ -68,13 +46,28 @@ def load_model(
     n_threads: int | None = None,
     n_threads_batch: int | None = None,
     n_gpu_layers: int = -1,
+    devices: Sequence[str] | None = None,
+    split_mode: str = "layer",
+    main_gpu: int | None = None,
+    tensor_split: Sequence[float] | None = None,
     flash_attn: bool | str = "auto",
     kv_type_k: str = "f16",
     kv_type_v: str = "f16",
+    rope_scaling: str | None = None,
     rope_freq_base: float | None = None,
     rope_freq_scale: float | None = None,
+    yarn_ext_factor: float | None = None,
+    yarn_attn_factor: float | None = None,
+    yarn_beta_fast: float | None = None,
+    yarn_beta_slow: float | None = None,
+    yarn_orig_ctx: int | None = None,
+    swa_full: bool = False,
+    overrides: Mapping[str, int | float | bool | str] | None = None,
     mmap: bool = True,
     mlock: bool = False,
+    vocab_only: bool = False,
+    fingerprint: str = "safe",
+    own_fingerprint: str | bytes | None = None,
     warmup: bool = True,
     on_progress: Callable[[float], object] | None = None,
     **unknown: Never,
@@ -102,61 +95,124 @@ def load_model(
         n_ubatch: tokens computed at once.
         n_threads: threads for decoding; None for the processors this process may use.
         n_threads_batch: threads for prefill; None for the same.
-        n_gpu_layers: layers on a GPU; -1 for all.
-        flash_attn: True, False, or "auto".
-        kv_type_k, kv_type_v: "f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1" or "iq4_nl".
-        rope_freq_base, rope_freq_scale: None for the model's own.
+        n_gpu_layers: layers on GPUs; -1, or more than the model has, for all.
+        devices: names of the devices that compute beside the CPU, as `erllama.devices()` tells them; None for all
+            GPUs, ["CPU"] or [] for none.
+        split_mode: how several devices share a model: "layer" by layers, "row" by rows of the weights where
+            their driver can, "none" not at all.
+        main_gpu: with split_mode="none", which of the devices has the model, counted from 0; None for the first.
+        tensor_split: the share of each device, in any unit; None to go by their free memory.
+        flash_attn: True, False, or "auto" for libllama's choice.
+        kv_type_k, kv_type_v: "f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1" or "iq4_nl"; a quantised
+            kv_type_v needs flash attention.
+        rope_scaling: "none", "linear" or "yarn"; None for the model's own, as for the options that follow.
+        rope_freq_base: base of RoPE's frequencies.
+        rope_freq_scale: what positions are multiplied by: 0.25 for four times the context.
+        yarn_ext_factor: how much YaRN extrapolates, 0.0 to 1.0.
+        yarn_attn_factor: what attention is multiplied by; only with yarn_ext_factor=0, else it is computed.
+        yarn_beta_fast, yarn_beta_slow: rotations within yarn_orig_ctx above which a dimension is left as it is,
+            and below which it is scaled like the rest.
+        yarn_orig_ctx: tokens of the context that the model was trained on.
+        swa_full: give layers with a sliding window cells for the whole context, too.
+        overrides: metadata in place of the file's, as {"llama.rope.freq_base": 10000.0}, typed by value.
         mmap: map the file instead of reading it.
         mlock: keep the weights from being swapped out.
+        vocab_only: read no weights: a model that tokenizes, renders chat templates and tells of itself.
+        fingerprint: how the cache names the file's content: "safe" by all of it, "gguf_chunked" by its metadata and
+            the beginning of each tensor, "fast_unsafe" by own_fingerprint alone.
+        own_fingerprint: with "fast_unsafe", the text or bytes that name the content.
         warmup: decode one token before returning, so that the first request does not wait for threads to
             start and for memory to be touched for the first time.
-        on_progress: called with the fraction loaded, 0.0 to 1.0; returning False cancels.
+        on_progress: called with the fraction done, 0.0 to 1.0; returning False cancels. Where the file must be read
+            for its fingerprint, that is the first half.
 
     Raises:
         ModelLoadError: the file cannot be loaded.
-        OptionError: an option is unknown, ill-typed or out of range.
+        LoadCancelled: `on_progress` returned False.
+        OptionError: an option is unknown, ill-typed, out of range, or contradicts another, the devices or the file.
         AlreadyLoaded: the id is taken.
         LibraryNotBuilt: the package was not built.
     """
+    given = locals()
     reject_unknown(unknown, _LOAD_OPTIONS, "load_model")
     if not isinstance(path, str | Path) or not str(path):
         raise OptionError(f"path={path!r}; give the path of a GGUF file")
     # Imported here: the cache and custom backends work where libllama was never built.
-    from erllama.engine.backends.llama import MAX_SEQUENCES, LlamaBackend, LlamaOptions, check_file
+    from erllama.engine.backends.llama import LlamaBackend
+    from erllama.engine.backends.llama_file import VocabularyFile, check_file
+    from erllama.engine.backends.llama_library import MAX_SEQUENCES
+    from erllama.engine.backends.llama_options import LlamaOptions
 
     n_running = integer("n_seq_max", n_seq_max, 1, MAX_SEQUENCES)
+    names = {field.name for field in fields(LlamaOptions)}
     options = LlamaOptions(
-        n_ctx=n_ctx,
-        n_batch=n_batch,
-        n_ubatch=n_ubatch,
+        **{name: value for name, value in given.items() if name in names},
         n_sequences=n_running,
         n_spare_sequences=min(_PARKED_SEQUENCES, MAX_SEQUENCES - n_running),
-        n_threads=n_threads,
-        n_threads_batch=n_threads_batch,
-        n_gpu_layers=n_gpu_layers,
-        flash_attn=flash_attn,
-        kv_type_k=kv_type_k,
-        kv_type_v=kv_type_v,
-        rope_freq_base=rope_freq_base,
-        rope_freq_scale=rope_freq_scale,
-        mmap=mmap,
-        mlock=mlock,
     )
+    naming = Fingerprint(fingerprint, own_fingerprint)
     boolean("warmup", warmup)
     if on_progress is not None and not callable(on_progress):
         raise OptionError(f"on_progress={on_progress!r}; give a function of one number, or None")
+    if boolean("vocab_only", vocab_only):
+        _refuse_without_weights(given)
     cache = _checked_cache(cache)
     try:
         file = Path(path).expanduser()
     except RuntimeError as error:
         raise OptionError(f"path={path!r}: {error}") from None
 
+    if vocab_only:
+
+        def make_vocabulary(model_id: str) -> Model:
+            return VocabularyModel(VocabularyFile(file, options, on_progress), model_id, cache, cache_salt)
+
+        return _load(make_vocabulary, id, cache_salt)
+
     def make() -> Backend:
         check_file(file)
-        return LlamaBackend(file, options, fingerprint(file, cache), on_progress)
+        progress = _Progress(on_progress)
+        before = identity(file)
+        backend = LlamaBackend(file, options, naming.of(file, cache, progress.reading), progress.loading)
+        if identity(file) != before:
+            backend.close()
+            raise ModelLoadError(f"{file} was changed while it was loaded; load it again when it is complete")
+        return backend
 
     shape = Shape(n_running, prefill_chunk_size, parked_cells, max_pending)
-    return _load(make, id, cache, Policy.of(policy), cache_salt, shape, warmup=warmup)
+    return _load(_model_of(make, cache, Policy.of(policy), cache_salt, shape), id, cache_salt, warmup=warmup)
+
+
+_LOAD_OPTIONS = {
+    parameter.name: parameter.default
+    for parameter in inspect.signature(load_model).parameters.values()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
+_VOCABULARY_OPTIONS = ("id", "cache", "cache_salt", "overrides", "vocab_only", "on_progress")
+
+
+def _refuse_without_weights(given: Mapping[str, object]) -> None:
+    for name, default in _LOAD_OPTIONS.items():
+        if name not in _VOCABULARY_OPTIONS and given[name] is not default and given[name] != default:
+            raise OptionError(
+                f"{name}={given[name]!r} with vocab_only=True, which reads no weights and computes nothing; "
+                f"leave one of them out. It takes {', '.join(_VOCABULARY_OPTIONS)}"
+            )
+
+
+class _Progress:
+    """One fraction for two things: reading files for their fingerprint, where they must be, and loading them."""
+
+    def __init__(self, report: Callable[[float], object] | None) -> None:
+        self._report = report
+        self._done = 0.0
+
+    def reading(self, fraction: float) -> object:
+        self._done = 0.5
+        return self._report(fraction / 2) if self._report else None
+
+    def loading(self, fraction: float) -> object:
+        return self._report(self._done + (1 - self._done) * fraction) if self._report else None
 
 
 def load_backend(
@@ -184,28 +240,29 @@ def load_backend(
     if missing:
         raise OptionError(f"{shown(backend)} is no backend: it has no {', '.join(missing)}")
     shape = Shape(n_seq_max, prefill_chunk_size, parked_cells, max_pending)
-    return _load(lambda: backend, id, _checked_cache(cache), Policy.of(policy), cache_salt, shape)
+    make = _model_of(lambda: backend, _checked_cache(cache), Policy.of(policy), cache_salt, shape)
+    return _load(make, id, cache_salt)
 
 
-def _load(
-    make: Callable[[], Backend],
-    id: str | None,
-    cache: Cache,
-    policy: Policy,
-    cache_salt: str | None,
-    shape: Shape,
-    *,
-    warmup: bool = False,
-) -> Model:
-    RequestOptions(cache_salt=cache_salt)  # checks it before anything is loaded
-    model_id = _registry.reserve(id)
-    try:
+def _model_of(
+    make: Callable[[], Backend], cache: Cache, policy: Policy, cache_salt: str | None, shape: Shape
+) -> Callable[[str], Model]:
+    def model(model_id: str) -> Model:
         backend = make()
         try:
-            model = Model(backend, model_id, cache, policy, cache_salt, shape.for_limits(backend.limits))
+            return Model(backend, model_id, cache, policy, cache_salt, shape.for_limits(backend.limits))
         except BaseException:
             backend.close()
             raise
+
+    return model
+
+
+def _load(make: Callable[[str], Model], id: str | None, cache_salt: str | None, *, warmup: bool = False) -> Model:
+    RequestOptions(cache_salt=cache_salt)  # checks it before anything is loaded
+    model_id = _registry.reserve(id)
+    try:
+        model = make(model_id)
         if warmup:
             try:
                 model._runner.warm_up()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
+from types import MappingProxyType
 from typing import Never, Unpack
 
 import numpy as np
@@ -32,6 +34,7 @@ from erllama.engine import (
     Completion,
     EngineMetrics,
     Grammar,
+    ModelFacts,
     Phase,
     Request,
     RequestOptions,
@@ -64,17 +67,20 @@ class Model:
         self._cache_salt = cache_salt
         self._backend = backend
         self._n_seq_max = shape.n_seq_max or 1
-        self._runner = Runner(
-            backend,
-            cache,
-            policy,
-            id,
+        self._runner = self._make_runner(shape)
+        self._chats = Chats(backend, cache, self._runner.namespace)
+
+    def _make_runner(self, shape: Shape) -> Runner:
+        return Runner(
+            self._backend,
+            self.cache,
+            self.policy,
+            self.id,
             n_seq_max=self._n_seq_max,
             prefill_chunk_size=shape.prefill_chunk_size or 1,
             parked_cells=shape.parked_cells or 0,
             max_pending=shape.max_pending,
         )
-        self._chats = Chats(backend, cache, self._runner.namespace)
 
     def __repr__(self) -> str:
         state = "unloaded" if self._runner.stopped else self.phase
@@ -499,10 +505,13 @@ class Model:
     @property
     def info(self) -> ModelInfo:
         """What it is, and how it stands."""
+        facts = getattr(self._backend, "facts", None) or ModelFacts()
         return ModelInfo(
+            **{field.name: getattr(facts, field.name) for field in fields(ModelFacts)},
             id=self.id,
             backend=str(self._backend.namespace.get("backend", type(self._backend).__name__)),
             description=str(getattr(self._backend, "description", "")),
+            vocab_only=bool(getattr(self._backend, "vocab_only", False)),
             n_ctx=self.n_ctx,
             n_vocab=self.n_vocab,
             n_seq_max=self._n_seq_max,
@@ -510,6 +519,12 @@ class Model:
             pending=self.pending,
             queue_depth=self.queue_depth,
         )
+
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        """All of the model file's metadata, with `overrides` in it: numbers, texts, bools, lists of texts, and
+        arrays of numbers; empty for a backend without."""
+        return getattr(self._backend, "metadata", None) or MappingProxyType({})
 
     def cached_prefix(self, prompt: Prompt, *, cache_salt: str | None = None, **unknown: Never) -> int:
         """How many tokens of a prompt the cache has, so need not be computed; without waiting for the model.

@@ -90,6 +90,10 @@ class ModelUnloaded(Error):  # noqa: N818
     """The model was unloaded; the request was not run, or not to its end."""
 
 
+class VocabularyOnly(Error):  # noqa: N818
+    """The model was loaded with vocab_only=True: it has no weights to compute with."""
+
+
 class BackendError(Error):
     """A backend could not decode, or could not pack or restore state."""
 

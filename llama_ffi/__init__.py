@@ -8,7 +8,7 @@ libllama's backends; the first use does.
 """
 
 from erllama.llama_ffi.context import LlamaContext, cell_bytes
-from erllama.llama_ffi.gguf import GGUFHeader, Tensor, check_header, read_header
+from erllama.llama_ffi.gguf import GGUFHeader, Tensor, check_header, read_header, read_tensor_table
 from erllama.llama_ffi.library import (
     AbortedError,
     DecodeError,
@@ -23,7 +23,7 @@ from erllama.llama_ffi.library import (
     state_version,
     system_info,
 )
-from erllama.llama_ffi.model import LlamaModel, LoadCancelledError, ModelShape
+from erllama.llama_ffi.model import LlamaModel, LoadCancelledError, ModelShape, UnusedOverrideError
 from erllama.llama_ffi.vocabulary import Vocabulary
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "ModelShape",
     "NoCellsError",
     "Tensor",
+    "UnusedOverrideError",
     "Vocabulary",
     "build_info",
     "cell_bytes",
@@ -47,6 +48,7 @@ __all__ = [
     "ggml_type",
     "max_sequences",
     "read_header",
+    "read_tensor_table",
     "state_version",
     "system_info",
 ]

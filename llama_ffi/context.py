@@ -28,6 +28,7 @@ from erllama.llama_ffi.library import (
     ffi,
     last_error,
     lib,
+    text,
 )
 from erllama.llama_ffi.model import LlamaModel
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_ROPE_SCALINGS = {None: -1, "none": 0, "linear": 1, "yarn": 2}
 _INT32, _INT8 = np.dtype(np.int32), np.dtype(np.int8)
 
 
@@ -52,12 +54,16 @@ class LlamaContext:
         flash_attn: True, False, or None for libllama's own choice.
         type_k, type_v: ggml type numbers of the K and V cells (see `ggml_type`).
         rope_freq_base, rope_freq_scale: 0 for the model's own.
+        rope_scaling: "none", "linear" or "yarn"; None for the model's own.
+        yarn_ext_factor, yarn_attn_factor, yarn_beta_fast, yarn_beta_slow: -1 for the model's own.
+        yarn_orig_ctx: tokens; 0 for the model's own.
         offload_kqv: keep the KV cells on the GPU.
         swa_full: give sliding-window layers cells for the whole context.
         kv_unified: one pool of cells for all sequences, so that they can share.
 
     Attributes:
         n_logits: rows of logits that the last decode left.
+        said: what libllama logged while it made the context.
 
     Raises:
         LlamaError: libllama refused; the message says why.
@@ -78,6 +84,12 @@ class LlamaContext:
         type_v: int = 1,
         rope_freq_base: float = 0.0,
         rope_freq_scale: float = 0.0,
+        rope_scaling: str | None = None,
+        yarn_ext_factor: float = -1.0,
+        yarn_attn_factor: float = -1.0,
+        yarn_beta_fast: float = -1.0,
+        yarn_beta_slow: float = -1.0,
+        yarn_orig_ctx: int = 0,
         offload_kqv: bool = True,
         swa_full: bool = False,
         kv_unified: bool = True,
@@ -99,6 +111,10 @@ class LlamaContext:
             options.flash_attn = -1 if flash_attn is None else int(flash_attn)
             options.type_k, options.type_v = type_k, type_v
             options.rope_freq_base, options.rope_freq_scale = rope_freq_base, rope_freq_scale
+            options.rope_scaling = _ROPE_SCALINGS[rope_scaling]
+            options.yarn_ext_factor, options.yarn_attn_factor = yarn_ext_factor, yarn_attn_factor
+            options.yarn_beta_fast, options.yarn_beta_slow = yarn_beta_fast, yarn_beta_slow
+            options.yarn_orig_ctx = yarn_orig_ctx
             options.offload_kqv, options.swa_full, options.kv_unified = offload_kqv, swa_full, kv_unified
             pointer = lib.erl_context_new(held.pointer, options)
             reason = last_error()
@@ -121,6 +137,7 @@ class LlamaContext:
         self.n_seq_max = n_seq_max
         self.type_k, self.type_v = type_k, type_v
         self.n_vocab = model.vocabulary.n_tokens
+        self.said = text(lib.erl_context_said(pointer))
         self.n_logits = 0
         self._reserved_rows = n_seq_max
         self._logits_at = ffi.new("float **")  # where libllama keeps them; moves only when it must hold more rows

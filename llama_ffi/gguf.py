@@ -67,16 +67,33 @@ def read_header(path: str | Path) -> GGUFHeader:
     Raises:
         LlamaError: the file is not a GGUF file that libllama can read.
     """
+    gguf = _opened(path)
+    metadata = {text(lib.erl_gguf_key(gguf, i)): _value(gguf, i) for i in range(lib.erl_gguf_n_keys(gguf))}
+    return GGUFHeader(MappingProxyType(metadata), _tensors(gguf), int(lib.erl_gguf_data_offset(gguf)))
+
+
+def read_tensor_table(path: str | Path) -> tuple[int, tuple[Tensor, ...]]:
+    """`data_offset` and `tensors` of a file's header, without its metadata, which takes longer to read.
+
+    Raises:
+        LlamaError: as of `read_header`.
+    """
+    gguf = _opened(path)
+    return int(lib.erl_gguf_data_offset(gguf)), _tensors(gguf)
+
+
+def _opened(path: str | Path) -> object:
     start()
     opened = lib.erl_gguf_open(str(path).encode("utf-8", "surrogateescape"))
     reason = last_error()
     problems = drain_log()
     if not opened:
         raise LlamaError(reason or "; ".join(problems[-2:]) or "not a GGUF file")
-    gguf = ffi.gc(opened, lib.erl_gguf_free)
-    metadata = {text(lib.erl_gguf_key(gguf, i)): _value(gguf, i) for i in range(lib.erl_gguf_n_keys(gguf))}
-    tensors = tuple(_tensor(gguf, i) for i in range(lib.erl_gguf_n_tensors(gguf)))
-    return GGUFHeader(MappingProxyType(metadata), tensors, int(lib.erl_gguf_data_offset(gguf)))
+    return ffi.gc(opened, lib.erl_gguf_free)
+
+
+def _tensors(gguf: object) -> tuple[Tensor, ...]:
+    return tuple(_tensor(gguf, i) for i in range(lib.erl_gguf_n_tensors(gguf)))
 
 
 def _value(gguf: object, i: int) -> Value:
@@ -108,12 +125,22 @@ def _tensor(gguf: object, i: int) -> Tensor:
     return Tensor(name, int(offset[0]), int(size[0]), int(kind[0]), tuple(int(d) for d in shape))
 
 
-def check_header(path: str | Path) -> None:
-    """Raise LlamaError where a file's header would lead libllama beyond the file or to a division by zero.
+def check_header(path: str | Path, overrides: Mapping[str, int | float | bool | str] | None = None) -> GGUFHeader:
+    """Read a file's header, and refuse one that would lead libllama beyond the file or to a division by zero.
 
     Reads the header alone. What libllama itself refuses with an error is left to it.
+
+    Args:
+        overrides: metadata that takes the place of the file's.
+
+    Returns:
+        the header, with the overrides in it.
+
+    Raises:
+        LlamaError: the file is no GGUF file, is cut short, or has sizes that cannot be.
     """
     header = read_header(path)
+    metadata = MappingProxyType({**header.metadata, **(overrides or {})})
     size = Path(path).stat().st_size
     for tensor in header.tensors:
         end = header.data_offset + tensor.offset + tensor.n_bytes
@@ -121,16 +148,17 @@ def check_header(path: str | Path) -> None:
             raise LlamaError(
                 f"tensor {tensor.name!r} ends at byte {end} of a file of {size}: the file is cut short"
             )
-    architecture = header.metadata.get("general.architecture")
+    architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise LlamaError("the metadata names no architecture")
-    recurrent = any(key.startswith((f"{architecture}.ssm.", f"{architecture}.wkv.")) for key in header.metadata)
+    recurrent = any(key.startswith((f"{architecture}.ssm.", f"{architecture}.wkv.")) for key in metadata)
     for name, (low, high) in _SANE.items():
         if recurrent and name.startswith("attention."):
             low = 0  # no attention, no heads
-        value = header.metadata.get(f"{architecture}.{name}")
+        value = metadata.get(f"{architecture}.{name}")
         if isinstance(value, int | float) and not isinstance(value, bool) and not low <= value <= high:
             raise LlamaError(f"{architecture}.{name} is {value}; it must be {low} to {high}")
+    return GGUFHeader(metadata, header.tensors, header.data_offset)
 
 
 # Sizes that libllama divides by, allocates by or loops over before it checks them.

@@ -125,22 +125,40 @@ def drain_log() -> list[str]:
     return problems
 
 
+_DEVICE_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device that libllama can compute on."""
+    """One device that libllama can compute on.
+
+    Attributes:
+        name: as "CPU" or "CUDA0"; no two have the same.
+        description: of the hardware, as its driver words it.
+        kind: "cpu", "gpu" (memory of its own), "igpu" (the machine's memory) or "accel" (helps the CPU).
+        free_bytes, total_bytes: its memory now; 0 where the driver does not tell.
+        id: the hardware's own, such as a PCI address; empty where it has none.
+    """
 
     name: str
     description: str
-    is_gpu: bool
+    kind: str
+    free_bytes: int
+    total_bytes: int
+    id: str = ""
 
 
 def devices() -> list[Device]:
-    """The devices that this build of libllama sees, the CPU among them."""
+    """The devices that this build of libllama sees, the CPU among them; numbered as they stand here."""
     start()
-    return [
-        Device(text(lib.erl_device_name(i)), text(lib.erl_device_description(i)), bool(lib.erl_device_is_gpu(i)))
-        for i in range(lib.erl_n_devices())
-    ]
+    found = []
+    for i in range(check(lib.erl_n_devices(), "counting devices")):
+        device = ffi.new("erl_device *")
+        check(lib.erl_device_of(i, device), "reading a device")
+        kind = _DEVICE_KINDS.get(device.kind, f"kind {device.kind}")
+        memory = int(device.free_bytes), int(device.total_bytes)
+        found.append(Device(text(device.name), text(device.description), kind, *memory, text(device.id)))
+    return found
 
 
 def system_info() -> str:

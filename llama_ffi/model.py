@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,26 @@ from erllama.llama_ffi.library import LlamaError, check, drain_log, ffi, last_er
 from erllama.llama_ffi.vocabulary import Vocabulary
 
 _POLL_SECONDS = 0.02
+_SPLIT_MODES = {"none": 0, "layer": 1, "row": 2}
+_GUESSED = re.compile(r"^\(guessed\) ")
+_BAD_OVERRIDE = "Bad metadata override type for key '{}', "
 
 
 class LoadCancelledError(LlamaError):
     """The load was cancelled by its progress callback."""
+
+
+class UnusedOverrideError(LlamaError):
+    """libllama has no use for a metadata override: it reads no such key, or reads it as another type.
+
+    Attributes:
+        key: of the override.
+        reason: what libllama said of its type; empty where it read no such key.
+    """
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"the metadata override {key!r} is of no use: {reason or 'libllama reads no such key'}")
+        self.key, self.reason = key, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +65,12 @@ class LlamaModel:
 
     Args:
         path: the GGUF file (the first part of a split one).
-        n_gpu_layers: layers to put on a GPU; -1 means all that fit its devices.
+        n_gpu_layers: layers to put on devices; -1, or more than it has, for all.
+        devices: numbers of the devices to put layers on, as `devices()` counts them; None for libllama's choice.
+        split_mode: how several share: "none" (one of them has all), "layer" or "row".
+        main_gpu: with "none", which of them, by its place in `devices`.
+        tensor_split: the share of each of `devices`, in any unit; None to go by their free memory.
+        overrides: metadata in place of the file's, typed by value; keys and texts of at most 127 bytes.
         mmap: map the file instead of reading it.
         mlock: keep the weights from being swapped out.
         vocab_only: read the vocabulary and metadata, no weights.
@@ -58,6 +80,10 @@ class LlamaModel:
     Raises:
         LlamaError: libllama cannot load the file; the message says why.
         LoadCancelledError: `on_progress` returned False.
+        UnusedOverrideError: an override has no effect; found out before any weight is read.
+
+    Attributes:
+        said: what libllama logged while it loaded.
     """
 
     def __init__(
@@ -65,6 +91,11 @@ class LlamaModel:
         path: str | Path,
         *,
         n_gpu_layers: int = -1,
+        devices: Sequence[int] | None = None,
+        split_mode: str = "layer",
+        main_gpu: int = 0,
+        tensor_split: Sequence[float] | None = None,
+        overrides: Mapping[str, int | float | bool | str] | None = None,
         mmap: bool = True,
         mlock: bool = False,
         vocab_only: bool = False,
@@ -74,8 +105,16 @@ class LlamaModel:
         self.path = Path(path)
         options = ffi.new("erl_model_options *")
         options.n_gpu_layers = n_gpu_layers
+        options.split_mode, options.main_gpu = _SPLIT_MODES[split_mode], main_gpu
         options.mmap, options.mlock, options.vocab_only = mmap, mlock, vocab_only
-        pointer = _load(str(path).encode("utf-8", "surrogateescape"), options, on_progress)
+        # The arrays live until the load is over.
+        options.devices = numbers = ffi.new("int32_t[]", list(devices or ()))
+        options.n_devices = -1 if devices is None else len(devices)
+        if tensor_split is not None:
+            options.tensor_split = shares = ffi.new("float[]", list(tensor_split))
+        given, texts = _overrides(overrides or {})
+        options.overrides, options.n_overrides = given, len(overrides or {})
+        pointer, self.said = _load(str(path).encode("utf-8", "surrogateescape"), options, on_progress)
         self._handle = Handle(pointer, lib.erl_model_free, "model")
         finalizer = weakref.finalize(self, self._handle.release)
         finalizer.atexit = False  # as for contexts
@@ -130,6 +169,12 @@ class LlamaModel:
         return text(buffer)
 
     @property
+    def file_type(self) -> str:
+        """How most of the weights are quantised, as "Q4_K - Medium" or "all F32"."""
+        with self._held() as model:
+            return _GUESSED.sub("", text(lib.erl_model_file_type(model)))
+
+    @property
     def metadata(self) -> dict[str, str]:
         """The scalar entries of the GGUF metadata, as text. Arrays: see `gguf.read_metadata`."""
         with self._held() as model:
@@ -162,7 +207,26 @@ def _string(read: Callable[..., int], model: object, i: int) -> str:
         size = n + 1
 
 
-def _load(path: bytes, options: object, on_progress: Callable[[float], object] | None) -> object:
+def _overrides(given: Mapping[str, int | float | bool | str]) -> tuple[object, list[object]]:
+    """libllama's form of them, and what must live as long."""
+    found = ffi.new("erl_override[]", max(len(given), 1))
+    texts: list[object] = []
+    for override, (key, value) in zip(found, given.items(), strict=False):
+        texts.append(ffi.new("char[]", key.encode()))
+        override.key = texts[-1]
+        if isinstance(value, bool):
+            override.type, override.integer = 2, int(value)
+        elif isinstance(value, int):
+            override.type, override.integer = 0, value
+        elif isinstance(value, float):
+            override.type, override.real = 1, value
+        else:
+            texts.append(ffi.new("char[]", value.encode()))
+            override.type, override.text = 3, texts[-1]
+    return found, texts
+
+
+def _load(path: bytes, options: object, on_progress: Callable[[float], object] | None) -> tuple[object, str]:
     """Load in a thread of its own, so that this one can report progress and be interrupted."""
     job = ffi.gc(lib.erl_load_new(), lib.erl_load_free)
     outcome: dict[str, object] = {}
@@ -196,11 +260,15 @@ def _load(path: bytes, options: object, on_progress: Callable[[float], object] |
             lib.erl_model_free(outcome["model"])
         raise
     problems += drain_log()
-    model = outcome["model"]
+    model, said = outcome["model"], text(lib.erl_load_said(job))
+    unused = text(lib.erl_load_unused(job))
+    if model and (cancelled or unused):
+        lib.erl_model_free(model)
     if cancelled:
-        if model:
-            lib.erl_model_free(model)
         raise LoadCancelledError("the load was cancelled")
+    if unused:
+        reason = said.partition(_BAD_OVERRIDE.format(unused))[2].partition("\n")[0]
+        raise UnusedOverrideError(unused, reason)
     if not model:
         raise LlamaError(str(outcome["error"]) or "; ".join(problems[-3:]) or "libllama gave no reason")
-    return model
+    return model, said

@@ -124,8 +124,19 @@ std::deque<log_line> log_lines;
 log_line log_partial{GGML_LOG_LEVEL_INFO, ""};
 std::atomic<int32_t> log_count{0};
 
+// Where this thread's lines go as well, while it loads a model or makes a context.
+thread_local std::string *said = nullptr;
+
+struct listening {
+    explicit listening(std::string *to) { said = to; }
+    ~listening() { said = nullptr; }
+};
+
 void on_log(enum ggml_log_level level, const char *text, void *) {
     try {
+        if (said) {
+            said->append(text);
+        }
         std::lock_guard<std::mutex> lock(log_mutex);
         if (level != GGML_LOG_LEVEL_CONT) {
             log_partial.level = level;
@@ -155,6 +166,21 @@ void on_log(enum ggml_log_level level, const char *text, void *) {
 struct erl_load {
     std::atomic<float> progress{0.0f};
     std::atomic<bool> cancel{false};
+    std::string said;
+    std::vector<llama_model_kv_override> overrides;  // the last one's key is empty
+    const char *unused = nullptr;                    // the key of one of them
+    bool checked = false;
+
+    // libllama passes over an override whose key it does not read, or reads as another type. It logs those it uses,
+    // all of them before it reads weights.
+    void check_overrides() {
+        for (size_t i = 0; !checked && !unused && i + 1 < overrides.size(); i++) {
+            if (said.find(std::string(") '") + overrides[i].key + "' = ") == std::string::npos) {
+                unused = overrides[i].key;
+            }
+        }
+        checked = true;
+    }
 };
 
 struct erl_context {
@@ -165,6 +191,7 @@ struct erl_context {
     std::vector<llama_seq_id> sequences;
     std::vector<llama_seq_id *> seq_id;
     int32_t n_vocab = 0;
+    std::string said;
 };
 
 namespace {
@@ -192,6 +219,22 @@ const char *refused(const erl_context &context, int32_t n, int32_t i, const int3
         return nullptr;
     }
     return reason.c_str();
+}
+
+llama_model_kv_override override_of(const erl_override &from) {
+    llama_model_kv_override to = {};
+    to.tag = (llama_model_kv_override_type) from.type;
+    if (std::strlen(from.key) >= sizeof(to.key) || (from.text && std::strlen(from.text) >= sizeof(to.val_str))) {
+        throw std::length_error("a metadata override with a key or a text of more than 127 bytes");
+    }
+    std::strcpy(to.key, from.key);
+    switch (to.tag) {
+        case LLAMA_KV_OVERRIDE_TYPE_INT: to.val_i64 = from.integer; break;
+        case LLAMA_KV_OVERRIDE_TYPE_FLOAT: to.val_f64 = from.real; break;
+        case LLAMA_KV_OVERRIDE_TYPE_BOOL: to.val_bool = from.integer != 0; break;
+        case LLAMA_KV_OVERRIDE_TYPE_STR: std::strcpy(to.val_str, from.text); break;
+    }
+    return to;
 }
 
 struct sampler_arguments {
@@ -282,18 +325,13 @@ int32_t erl_n_devices(void) {
     return guarded_code([] { return (int32_t) ggml_backend_dev_count(); });
 }
 
-const char *erl_device_name(int32_t i) {
-    return guarded_pointer<const char>([=] { return ggml_backend_dev_name(ggml_backend_dev_get(i)); });
-}
-
-const char *erl_device_description(int32_t i) {
-    return guarded_pointer<const char>([=] { return ggml_backend_dev_description(ggml_backend_dev_get(i)); });
-}
-
-int32_t erl_device_is_gpu(int32_t i) {
+int32_t erl_device_of(int32_t i, erl_device *out) {
     return guarded_code([=] {
-        auto type = ggml_backend_dev_type(ggml_backend_dev_get(i));
-        return type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU ? 1 : 0;
+        ggml_backend_dev_props props = {};
+        ggml_backend_dev_get_props(ggml_backend_dev_get(i), &props);
+        *out = {props.name, props.description, props.device_id, (int32_t) props.type, props.memory_free,
+                props.memory_total};
+        return 0;
     });
 }
 
@@ -342,6 +380,8 @@ erl_load *erl_load_new(void) {
 }
 float erl_load_progress(const erl_load *load) { return load->progress.load(); }
 void erl_load_cancel(erl_load *load) { load->cancel.store(true); }
+const char *erl_load_said(const erl_load *load) { return load->said.c_str(); }
+const char *erl_load_unused(const erl_load *load) { return load->unused; }
 void erl_load_free(erl_load *load) { delete load; }
 
 struct llama_model *erl_model_load(const char *path, const erl_model_options *options, erl_load *load) {
@@ -351,13 +391,36 @@ struct llama_model *erl_model_load(const char *path, const erl_model_options *op
         params.load_mode = options->mmap ? (options->mlock ? LLAMA_LOAD_MODE_MMAP_MLOCK : LLAMA_LOAD_MODE_MMAP)
                                          : (options->mlock ? LLAMA_LOAD_MODE_MLOCK : LLAMA_LOAD_MODE_NONE);
         params.vocab_only = options->vocab_only;
+        params.split_mode = (llama_split_mode) options->split_mode;
+        params.main_gpu = options->main_gpu;
+        std::vector<ggml_backend_dev_t> devices;
+        for (int32_t i = 0; i < options->n_devices; i++) {
+            devices.push_back(ggml_backend_dev_get(options->devices[i]));
+        }
+        devices.push_back(nullptr);
+        params.devices = options->n_devices < 0 ? nullptr : devices.data();
+        std::vector<float> shares(llama_max_devices());
+        if (options->tensor_split && options->n_devices > 0 && (size_t) options->n_devices <= shares.size()) {
+            std::copy_n(options->tensor_split, options->n_devices, shares.begin());
+            params.tensor_split = shares.data();
+        }
+        for (int32_t i = 0; i < options->n_overrides; i++) {
+            load->overrides.push_back(override_of(options->overrides[i]));
+        }
+        load->overrides.push_back({});
+        params.kv_overrides = load->overrides.data();
         params.progress_callback_user_data = load;
         params.progress_callback = [](float progress, void *user) {
             erl_load *load = static_cast<erl_load *>(user);
+            load->check_overrides();
             load->progress.store(progress);
-            return !load->cancel.load();
+            return !load->cancel.load() && !load->unused;
         };
+        listening to(&load->said);
         llama_model *model = llama_model_load_from_file(path, params);
+        if (model) {
+            load->check_overrides();  // a vocabulary alone is loaded without progress
+        }
         load->progress.store(model ? 1.0f : load->progress.load());
         return model;
     });
@@ -390,6 +453,10 @@ int32_t erl_model_shape_of(struct llama_model *model, erl_model_shape *out) {
 
 int32_t erl_model_desc(struct llama_model *model, char *buffer, size_t size) {
     return guarded_code([=] { return llama_model_desc(model, buffer, size); });
+}
+
+const char *erl_model_file_type(struct llama_model *model) {
+    return guarded_pointer<const char>([=] { return llama_ftype_name(llama_model_ftype(model)); });
 }
 
 int32_t erl_model_meta_count(struct llama_model *model) {
@@ -511,6 +578,12 @@ erl_context *erl_context_new(struct llama_model *model, const erl_context_option
         params.type_v = (ggml_type) options->type_v;
         params.rope_freq_base = options->rope_freq_base;
         params.rope_freq_scale = options->rope_freq_scale;
+        params.rope_scaling_type = (llama_rope_scaling_type) options->rope_scaling;
+        params.yarn_ext_factor = options->yarn_ext_factor;
+        params.yarn_attn_factor = options->yarn_attn_factor;
+        params.yarn_beta_fast = options->yarn_beta_fast;
+        params.yarn_beta_slow = options->yarn_beta_slow;
+        params.yarn_orig_ctx = options->yarn_orig_ctx;
         params.offload_kqv = options->offload_kqv;
         params.swa_full = options->swa_full;
         params.kv_unified = options->kv_unified;
@@ -520,6 +593,7 @@ erl_context *erl_context_new(struct llama_model *model, const erl_context_option
             return ending.load() || static_cast<std::atomic<bool> *>(flag)->load();
         };
         try {
+            listening to(&context->said);
             context->llama = llama_init_from_model(model, params);
         } catch (...) {
             delete context;
@@ -553,6 +627,7 @@ void erl_context_abort(erl_context *context, int32_t abort) { context->abort.sto
 uint32_t erl_context_n_ctx(const erl_context *context) { return llama_n_ctx(context->llama); }
 uint32_t erl_context_n_batch(const erl_context *context) { return llama_n_batch(context->llama); }
 uint32_t erl_context_n_ubatch(const erl_context *context) { return llama_n_ubatch(context->llama); }
+const char *erl_context_said(const erl_context *context) { return context->said.c_str(); }
 
 int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
                    const int32_t *sequences, const int8_t *output, const float **logits) {

@@ -25,11 +25,27 @@ typedef struct erl_context erl_context; /* a llama_context with its batch and ab
 #define ERL_ASSERTION -2147483646
 #define ERL_EXCEPTION -2147483647
 
+/* One entry of the metadata in place of the file's. */
+typedef struct {
+    const char *key;
+    int32_t type; /* as llama.h's: 0 int, 1 float, 2 bool, 3 text */
+    int64_t integer; /* of an int, and 0 or 1 of a bool */
+    double real;
+    const char *text; /* at most 127 bytes */
+} erl_override;
+
 typedef struct {
     int32_t n_gpu_layers; /* < 0: all */
+    int32_t split_mode;   /* as llama.h's: 0 none, 1 layer, 2 row */
+    int32_t main_gpu;     /* with split_mode 0: its place in `devices` */
     int8_t mmap;
     int8_t mlock;
     int8_t vocab_only;
+    const int32_t *devices; /* numbers of those that layers are put on */
+    int32_t n_devices;      /* < 0: libllama's choice */
+    const float *tensor_split; /* n_devices shares, or NULL */
+    const erl_override *overrides;
+    int32_t n_overrides;
 } erl_model_options;
 
 typedef struct {
@@ -44,10 +60,25 @@ typedef struct {
     int32_t type_v;
     float rope_freq_base;  /* 0: the model's */
     float rope_freq_scale; /* 0: the model's */
+    int32_t rope_scaling;  /* as llama.h's: -1 the model's, 0 none, 1 linear, 2 yarn */
+    float yarn_ext_factor; /* these four < 0: the model's */
+    float yarn_attn_factor;
+    float yarn_beta_fast;
+    float yarn_beta_slow;
+    uint32_t yarn_orig_ctx; /* 0: the model's */
     int8_t offload_kqv;
     int8_t swa_full;
     int8_t kv_unified;
 } erl_context_options;
+
+typedef struct {
+    const char *name;
+    const char *description;
+    const char *id; /* the hardware's own, such as a PCI address, or NULL */
+    int32_t kind;   /* as ggml-backend.h's: 0 cpu, 1 gpu, 2 igpu, 3 accel */
+    uint64_t free_bytes;
+    uint64_t total_bytes;
+} erl_device;
 
 typedef struct {
     int32_t n_ctx_train;
@@ -84,9 +115,7 @@ const char *erl_system_info(void);
 int32_t erl_state_seq_version(void);
 int32_t erl_max_sequences(void);
 int32_t erl_n_devices(void);
-const char *erl_device_name(int32_t i);
-const char *erl_device_description(int32_t i);
-int32_t erl_device_is_gpu(int32_t i);
+int32_t erl_device_of(int32_t i, erl_device *out);
 
 /* One line of libllama's log: its length, or -1 when there is none.
  * `level` is ggml's: 1 debug, 2 info, 3 warning, 4 error. */
@@ -102,11 +131,15 @@ int64_t erl_ggml_type_bytes(int32_t type); /* bytes of one */
 erl_load *erl_load_new(void);
 float erl_load_progress(const erl_load *load);
 void erl_load_cancel(erl_load *load);
+/* After the load: all that libllama logged in it, and the first override that it had no use for, or NULL. */
+const char *erl_load_said(const erl_load *load);
+const char *erl_load_unused(const erl_load *load);
 void erl_load_free(erl_load *load);
 struct llama_model *erl_model_load(const char *path, const erl_model_options *options, erl_load *load);
 void erl_model_free(struct llama_model *model);
 int32_t erl_model_shape_of(struct llama_model *model, erl_model_shape *out);
 int32_t erl_model_desc(struct llama_model *model, char *buffer, size_t size);
+const char *erl_model_file_type(struct llama_model *model); /* such as "Q4_K - Medium" */
 int32_t erl_model_meta_count(struct llama_model *model);
 int32_t erl_model_meta_key(struct llama_model *model, int32_t i, char *buffer, size_t size);
 int32_t erl_model_meta_value(struct llama_model *model, int32_t i, char *buffer, size_t size);
@@ -135,6 +168,7 @@ void erl_context_abort(erl_context *context, int32_t abort);
 uint32_t erl_context_n_ctx(const erl_context *context);
 uint32_t erl_context_n_batch(const erl_context *context);
 uint32_t erl_context_n_ubatch(const erl_context *context);
+const char *erl_context_said(const erl_context *context); /* all that libllama logged in making it */
 /* 0 done; 1 no cells free; 2 aborted; 3 refused, for a reason that erl_last_error tells; < 0 failed.
  * Rows whose `output` is not 0 leave logits, in the order of the batch; without any, *logits is NULL. */
 int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from erllama.llama_ffi.handle import Handle
 
 _TYPE_NAMES = {0: "none", 1: "spm", 2: "bpe", 3: "wpm", 4: "ugm", 5: "rwkv", 6: "plamo2"}
+_NOTED = ("bos", "eos", "eot", "nl", "pad", "sep", "mask", "fim_pre", "fim_suf", "fim_mid")
 _ATTR_CONTROL = 1 << 3
 _INT32_MAX = 2**31 - 1
 
@@ -32,6 +33,8 @@ class Vocabulary:
         n_tokens: size; token ids are 0 to n_tokens - 1.
         type: the kind of tokenizer: "spm", "bpe", "wpm", "ugm", "rwkv", "plamo2" or "none".
         bos, eos, eot, nl, pad: ids of the tokens of note, None where the model has none.
+        noted: ids of all tokens of note that the model has, by name: those above, and "sep", "mask", "fim_pre",
+            "fim_suf" and "fim_mid".
         add_bos, add_eos: whether `tokenize(add_special=True)` adds them.
         is_eog: bool array, shape (n_tokens,): tokens that end generation.
         is_control: bool array, shape (n_tokens,): tokens that are no text.
@@ -59,6 +62,7 @@ class Vocabulary:
         self.type = _TYPE_NAMES.get(shape.type, f"type {shape.type}")
         self.bos, self.eos, self.eot = _id(shape.bos), _id(shape.eos), _id(shape.eot)
         self.nl, self.pad = _id(shape.nl), _id(shape.pad)
+        self.noted = {name: int(id) for name in _NOTED if (id := getattr(shape, name)) >= 0}
         self.add_bos, self.add_eos = bool(shape.add_bos), bool(shape.add_eos)
         self.is_eog: NDArray[np.bool_] = eog.astype(bool)
         self.is_control: NDArray[np.bool_] = (attributes & _ATTR_CONTROL) != 0

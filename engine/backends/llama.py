@@ -11,11 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,138 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backend import Batch, Limits, NamespaceValue
-from erllama.errors import (
-    BackendError,
-    CellsExhausted,
-    LibraryNotBuilt,
-    LoadCancelled,
-    ModelLoadError,
-    OptionError,
-    PromptError,
-    StateError,
-    boolean,
-    choice,
-    integer,
-    real,
-)
+from erllama.engine.backends.llama_file import LlamaVocabulary, buffers_in, chat_templates, facts_of, load_file
+from erllama.engine.backends.llama_library import llama_ffi, translated
+from erllama.engine.backends.llama_options import LlamaOptions
+from erllama.errors import BackendError, CellsExhausted, ModelLoadError, StateError
 
-try:
-    from erllama import llama_ffi
-except ImportError as error:
-    raise LibraryNotBuilt(
-        f"the binding of libllama is not there ({error}); build it with `make setup` in a checkout, "
-        "or install erllama with pip, which builds it"
-    ) from error
-
-KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
 _DEFAULT_N_CTX = 4096
-_MAX_N_CTX = 2**30
 _N_CTX_STEP = 256
-_TEMPLATE = "tokenizer.chat_template"
-MAX_SEQUENCES = llama_ffi.max_sequences() - 1  # one is the scratch sequence
 # How libllama's state of one sequence begins: magic, sequence, streams, cells;
 # then, for each cell, its position, the number of its sequences, and the sequence.
 _STATE_HEAD = struct.Struct("<IiII")
 _STATE_MAGIC = 0xAF143CD8
 _ROPE_ONE_POSITION = (-1, 0, 2)  # none, norm, neox: one position a cell
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaOptions:
-    """How a model file is loaded and its context made. None is libllama's or the model's own choice.
-
-    Attributes:
-        n_ctx: cells, in tokens, rounded up to a multiple of 256; None for the model's
-            training context, at most 4096.
-        n_batch: most tokens of one decode.
-        n_ubatch: tokens computed at once, and the length of a prefill slice.
-        n_sequences: sequences that the context can hold.
-        n_spare_sequences: as many more, where a sequence takes no memory of its own.
-        n_threads: threads for decoding; None for the processors this process may use.
-        n_threads_batch: threads for prefill; None for the same as n_threads.
-        n_gpu_layers: layers on a GPU; -1 for all.
-        flash_attn: True, False, or "auto" for libllama's choice.
-        kv_type_k, kv_type_v: type of the K and V cells, one of KV_TYPES.
-        rope_freq_base, rope_freq_scale: None for the model's own.
-        mmap: map the file instead of reading it.
-        mlock: keep the weights from being swapped out.
-    """
-
-    n_ctx: int | None = None
-    n_batch: int = 2048
-    n_ubatch: int = 512
-    n_sequences: int = 1
-    n_spare_sequences: int = 0
-    n_threads: int | None = None
-    n_threads_batch: int | None = None
-    n_gpu_layers: int = -1
-    flash_attn: bool | str = "auto"
-    kv_type_k: str = "f16"
-    kv_type_v: str = "f16"
-    rope_freq_base: float | None = None
-    rope_freq_scale: float | None = None
-    mmap: bool = True
-    mlock: bool = False
-
-    def __post_init__(self) -> None:
-        def put(name: str, value: object) -> None:
-            object.__setattr__(self, name, value)
-
-        if self.n_ctx is not None:
-            put("n_ctx", integer("n_ctx", self.n_ctx, 1, _MAX_N_CTX))
-        for name in ("n_batch", "n_ubatch"):
-            put(name, integer(name, getattr(self, name), 1, _MAX_N_CTX))
-        put("n_sequences", integer("n_sequences", self.n_sequences, 1, MAX_SEQUENCES))
-        most = MAX_SEQUENCES - self.n_sequences
-        put("n_spare_sequences", integer("n_spare_sequences", self.n_spare_sequences, 0, most))
-        for name in ("n_threads", "n_threads_batch"):
-            if getattr(self, name) is not None:
-                put(name, integer(name, getattr(self, name), 1, 512))
-        put("n_gpu_layers", integer("n_gpu_layers", self.n_gpu_layers, -1, 2**31 - 1))
-        if not isinstance(self.flash_attn, bool) and self.flash_attn != "auto":
-            raise OptionError(f"flash_attn={self.flash_attn!r}; it takes True, False or 'auto'")
-        for name in ("kv_type_k", "kv_type_v"):
-            choice(name, getattr(self, name), KV_TYPES)
-        for name in ("rope_freq_base", "rope_freq_scale"):
-            if getattr(self, name) is not None:
-                put(name, real(name, getattr(self, name), 1e-6))
-        for name in ("mmap", "mlock"):
-            boolean(name, getattr(self, name))
-        if self.kv_type_v not in ("f16", "f32", "bf16") and self.flash_attn is False:
-            raise OptionError(
-                f"kv_type_v={self.kv_type_v!r} needs flash attention; leave flash_attn at 'auto', or use 'f16'"
-            )
-
-
-class LlamaVocabulary:
-    """A model's vocabulary.
-
-    Attributes:
-        special_texts: what a chat template gets: the texts of special tokens, as "bos_token".
-    """
-
-    def __init__(self, vocabulary: llama_ffi.Vocabulary) -> None:
-        self._vocabulary = vocabulary
-        self.n_tokens = vocabulary.n_tokens
-        self.is_eog = vocabulary.is_eog
-        special = {"bos_token": vocabulary.bos, "eos_token": vocabulary.eos, "pad_token": vocabulary.pad}
-        self.special_texts = {name: vocabulary.text(id) for name, id in special.items() if id is not None}
-
-    def tokenize(
-        self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
-    ) -> NDArray[np.int32]:
-        with _translated(PromptError):
-            return self._vocabulary.tokenize(source, add_special=add_special, parse_special=parse_special)
-
-    def piece(self, token: int) -> bytes:
-        try:
-            return self._vocabulary.piece(token)
-        except llama_ffi.LlamaError as error:
-            raise PromptError(str(error)) from error
-
-    def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
-        with _translated(PromptError):
-            return self._vocabulary.detokenize(tokens, special=special)
 
 
 class LlamaBackend:
@@ -179,7 +57,8 @@ class LlamaBackend:
         on_progress: Callable[[float], object] | None = None,
     ) -> None:
         self.path = path
-        model = load_file(path, options, on_progress)
+        file = load_file(path, options, on_progress)
+        model, self.metadata = file
         try:
             self._model = model
             self.vocabulary = LlamaVocabulary(model.vocabulary)
@@ -207,13 +86,22 @@ class LlamaBackend:
                 type_v=llama_ffi.ggml_type(options.kv_type_v),
                 rope_freq_base=options.rope_freq_base or 0.0,
                 rope_freq_scale=options.rope_freq_scale or 0.0,
+                rope_scaling=options.rope_scaling,
+                yarn_ext_factor=_or_own(options.yarn_ext_factor),
+                yarn_attn_factor=_or_own(options.yarn_attn_factor),
+                yarn_beta_fast=_or_own(options.yarn_beta_fast),
+                yarn_beta_slow=_or_own(options.yarn_beta_slow),
+                yarn_orig_ctx=options.yarn_orig_ctx or 0,
+                swa_full=options.swa_full,
             )
-            with _translated(ModelLoadError, f"{path}: no context can be made"):
+            with translated(ModelLoadError, f"{path}: no context can be made"):
                 self._context = self._make_context()
+            context = self._context
+            self.chat_templates = chat_templates(self.metadata)
+            facts = facts_of(path, file, self.vocabulary.noted)
         except BaseException:
             model.close()
             raise
-        context = self._context
         self.limits = Limits(
             context.n_ctx,
             context.n_batch,
@@ -229,50 +117,51 @@ class LlamaBackend:
         self._broken = False  # a decode failed in a way that nobody planned: the context may be in any state
         self._aborting = False
         self._checks_positions = can_trim and shape.rope_type in _ROPE_ONE_POSITION
-        build = llama_ffi.build_info()
-        gpus = (
-            [d.name + " " + d.description for d in llama_ffi.devices() if d.is_gpu] if options.n_gpu_layers else []
+        gpus = options.computing_devices()
+        buffers = buffers_in(context.said)
+        self.facts = replace(
+            facts,
+            kv_type_k=options.kv_type_k,
+            kv_type_v=options.kv_type_v,
+            devices=(*(gpu.name for gpu in gpus), "CPU"),
+            buffers=facts.buffers + buffers,
+            kv_bytes=sum(buffer.n_bytes for buffer in buffers if buffer.holds in ("kv", "state")),
         )
+        build = llama_ffi.build_info()
         self.namespace: Mapping[str, NamespaceValue] = {
             "backend": "llama",
             "model": fingerprint,
+            # Read from the file, so that a fingerprint of the caller's own never joins two layouts.
+            "weights": f"{facts.architecture} {facts.n_params} {facts.quantization}",
+            "shape": f"{facts.n_layer} {facts.n_embd} {facts.n_head} {facts.n_head_kv}",
+            "overrides": json.dumps(dict(options.overrides)) if options.overrides else None,
             "libllama": build["source"],
             "state": llama_ffi.state_version(),
             "kv_type_k": options.kv_type_k,
             "kv_type_v": options.kv_type_v,
             # What "auto" comes to depends on the devices.
             "flash_attn": options.flash_attn,
-            "devices": "; ".join(gpus),
+            "devices": "; ".join(f"{gpu.name} {gpu.description}" for gpu in gpus),
+            "rope_scaling": options.rope_scaling,
             "rope_freq_base": options.rope_freq_base,
             "rope_freq_scale": options.rope_freq_scale,
+            "yarn_ext_factor": options.yarn_ext_factor,
+            "yarn_attn_factor": options.yarn_attn_factor,
+            "yarn_beta_fast": options.yarn_beta_fast,
+            "yarn_beta_slow": options.yarn_beta_slow,
+            "yarn_orig_ctx": options.yarn_orig_ctx,
+            "swa_full": options.swa_full,
             # Some RoPE scalings choose their factors by the size of the context.
-            "rope_n_ctx": context.n_ctx if any(".rope.scaling." in key for key in model.metadata) else None,
+            "rope_n_ctx": context.n_ctx if any(".rope.scaling." in key for key in self.metadata) else None,
         }
-        self.recipe = hashlib.sha256(
-            json.dumps(
-                [
-                    context.n_ubatch,
-                    threads,
-                    threads_batch,
-                    options.n_gpu_layers,
-                    build["key"],
-                    llama_ffi.system_info(),
-                    # The cells of a sliding window are laid out by these.
-                    (context.n_ctx, n_sequences) if shape.n_swa > 0 else None,
-                ]
-            ).encode()
-        ).digest()[:16]
-
-    @property
-    def chat_templates(self) -> dict[str, str]:
-        """The file's, by name: "default", and others such as "tool_use"."""
-        with _translated(BackendError):
-            metadata = self._model.metadata
-        return {
-            key.removeprefix(_TEMPLATE).removeprefix(".") or "default": source
-            for key, source in metadata.items()
-            if source and (key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."))
-        }
+        self.recipe = _recipe(
+            options,
+            context.n_ubatch,
+            threads,
+            threads_batch,
+            # The cells of a sliding window are laid out by these.
+            (context.n_ctx, n_sequences) if shape.n_swa > 0 else None,
+        )
 
     @property
     def description(self) -> str:
@@ -305,7 +194,7 @@ class LlamaBackend:
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
         if not self._state_known:
             raise BackendError("a decode failed, and nobody knows what this memory holds; drop the sequence")
-        with _translated(BackendError):
+        with translated(BackendError):
             held = self._held(sequence)
             if not 0 <= start < end <= held:
                 raise BackendError(f"positions {start} to {end} of a sequence that holds {held}")
@@ -318,7 +207,7 @@ class LlamaBackend:
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
         if self._checks_positions:
             _check_state(payload, start, end)
-        with _translated(StateError):
+        with translated(StateError):
             held = self._held(sequence)
             if held != start and not (self.limits.whole_state and held == 0):
                 raise StateError(f"positions from {start} on, in a sequence that holds {held}")
@@ -333,7 +222,7 @@ class LlamaBackend:
     def share(self, source: int, target: int, end: int) -> None:
         if not self.limits.can_trim:
             raise BackendError("this model's memory is shared by sequences whole or not at all")
-        with _translated(BackendError):
+        with translated(BackendError):
             if not 0 <= end <= self._held(source) or self._held(target):
                 raise BackendError(
                     f"positions 0 to {end} of a sequence that holds {self._held(source)}, "
@@ -342,16 +231,16 @@ class LlamaBackend:
             self._context.copy(source, target, 0, end)
 
     def cut(self, sequence: int, end: int) -> None:
-        with _translated(BackendError):
+        with translated(BackendError):
             if not self.limits.can_trim or not self._context.cut(sequence, end):
                 raise BackendError("this model's memory cannot be cut")
 
     def drop(self, sequence: int) -> None:
-        with _translated(BackendError):
+        with translated(BackendError):
             self._context.cut(sequence, 0)
 
     def clear(self) -> None:
-        with _translated(BackendError):
+        with translated(BackendError):
             if self._broken:
                 self._context.close()
                 self._context = self._make_context()
@@ -369,58 +258,21 @@ class LlamaBackend:
         self._model.close()
 
 
+def _recipe(options: LlamaOptions, *sizes: object) -> bytes:
+    """16 bytes over what changes the bits of a computation: `sizes`, where the layers are, and the build."""
+    where = [options.n_gpu_layers, options.split_mode, options.main_gpu, options.tensor_split]
+    build = [llama_ffi.build_info()["key"], llama_ffi.system_info()]
+    return hashlib.sha256(json.dumps([sizes, where, build]).encode()).digest()[:16]
+
+
+def _or_own(value: float | None) -> float:
+    """libllama takes the model's own for what is negative."""
+    return -1.0 if value is None else value
+
+
 def _padded(n_ctx: int) -> int:
     """As libllama rounds it, but before it derives other sizes from it."""
     return -(-n_ctx // _N_CTX_STEP) * _N_CTX_STEP
-
-
-def load_file(
-    path: Path, options: LlamaOptions, on_progress: Callable[[float], object] | None = None
-) -> llama_ffi.LlamaModel:
-    """Check a GGUF file's header and load it.
-
-    Raises:
-        ModelLoadError: it is missing, not a file, not GGUF, damaged, or unknown to libllama.
-        LoadCancelled: `on_progress` returned False.
-    """
-    check_file(path)
-    try:
-        llama_ffi.check_header(path)
-        return llama_ffi.LlamaModel(
-            path,
-            n_gpu_layers=options.n_gpu_layers,
-            mmap=options.mmap,
-            mlock=options.mlock,
-            on_progress=on_progress,
-        )
-    except llama_ffi.LoadCancelledError as error:
-        raise LoadCancelled(f"{path}: {error}") from None
-    except llama_ffi.LlamaError as error:
-        raise ModelLoadError(
-            f"{path} cannot be loaded: {error}. Is the file complete and of a known kind?"
-        ) from error
-
-
-def check_file(path: Path) -> None:
-    """Raise ModelLoadError unless `path` is a readable file that begins as GGUF does."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            raise ModelLoadError(f"{path} is no regular file; give a GGUF file")
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except FileNotFoundError:
-        raise ModelLoadError(f"{path} does not exist; give the path of a GGUF file") from None
-    except IsADirectoryError:
-        raise ModelLoadError(f"{path} is a directory; give the GGUF file in it") from None
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path} cannot be read: {error}") from None
-    if not magic:
-        raise ModelLoadError(f"{path} is empty; give a complete GGUF file")
-    if magic != b"GGUF":
-        raise ModelLoadError(
-            f"{path} is not a GGUF file: it begins with {magic!r}. Convert the model to GGUF first"
-        )
 
 
 def _check_state(payload: memoryview, start: int, end: int) -> None:
@@ -439,12 +291,3 @@ def _check_state(payload: memoryview, start: int, end: int) -> None:
 
 def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _translated(kind: type[BackendError | ModelLoadError | PromptError], context: str = "") -> Iterator[None]:
-    """Turn the binding's errors into `kind`."""
-    try:
-        yield
-    except llama_ffi.LlamaError as error:
-        raise kind(f"{context}: {error}" if context else str(error)) from error

@@ -1,0 +1,17 @@
+"""The files of a model that was split into several."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_SPLIT = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+def parts(path: Path) -> list[Path]:
+    """The files of a model: `path`, or every part where its name is that of a split file's first."""
+    found = _SPLIT.fullmatch(path.name)
+    if not found:
+        return [path]
+    count = int(found["count"])
+    return [path.with_name(f"{found['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]

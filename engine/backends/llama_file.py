@@ -1,0 +1,253 @@
+"""A model file: checked, loaded, and what is known of it: its vocabulary, templates, metadata and facts.
+
+Used by the backend, which makes a context of the loaded file, and by what needs
+no context: a model that is loaded for its vocabulary alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erllama.engine.backend import Buffer, Limits, ModelFacts, NamespaceValue, NotedToken
+from erllama.engine.backends.gguf_parts import parts
+from erllama.engine.backends.llama_library import llama_ffi, translated
+from erllama.engine.backends.llama_options import LlamaOptions
+from erllama.errors import LoadCancelled, ModelLoadError, OptionError, PromptError
+
+_TEMPLATE = "tokenizer.chat_template"
+_CHUNK_BYTES = 4096  # of each tensor: a page, which is what reading any of it costs
+# As libllama logs them: "load_tensors:   CPU_Mapped model buffer size =     0.44 MiB".
+_BUFFER = re.compile(r"(\S+) +(model|KV|RS|compute|output) buffer size = +([\d.]+) MiB")
+_HOLDS = {"model": "weights", "KV": "kv", "RS": "state", "compute": "compute", "output": "output"}
+
+
+class LlamaVocabulary:
+    """A model's vocabulary.
+
+    Attributes:
+        noted: tokens with a purpose, as "bos".
+        special_texts: what a chat template gets: the texts of special tokens, as "bos_token".
+    """
+
+    def __init__(self, vocabulary: llama_ffi.Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self.n_tokens = vocabulary.n_tokens
+        self.is_eog = vocabulary.is_eog
+        self.noted = {name: NotedToken(id, vocabulary.text(id)) for name, id in vocabulary.noted.items()}
+        in_templates = [name for name in ("bos", "eos", "pad") if name in self.noted]
+        self.special_texts = {f"{name}_token": self.noted[name].text for name in in_templates}
+
+    def tokenize(
+        self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
+    ) -> NDArray[np.int32]:
+        with translated(PromptError):
+            return self._vocabulary.tokenize(source, add_special=add_special, parse_special=parse_special)
+
+    def piece(self, token: int) -> bytes:
+        try:
+            return self._vocabulary.piece(token)
+        except llama_ffi.LlamaError as error:
+            raise PromptError(str(error)) from error
+
+    def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
+        with translated(PromptError):
+            return self._vocabulary.detokenize(tokens, special=special)
+
+
+class LoadedFile(NamedTuple):
+    """A file that libllama has loaded, and its metadata with the overrides in it."""
+
+    model: llama_ffi.LlamaModel
+    metadata: Mapping[str, object]
+
+
+def load_file(
+    path: Path,
+    options: LlamaOptions,
+    on_progress: Callable[[float], object] | None = None,
+    *,
+    vocab_only: bool = False,
+) -> LoadedFile:
+    """Check a GGUF file's header and load it.
+
+    Raises:
+        ModelLoadError: it is missing, not a file, not GGUF, damaged, or unknown to libllama.
+        OptionError: an option contradicts the file, or an override has no effect.
+        LoadCancelled: `on_progress` returned False.
+    """
+    check_file(path)
+    metadata: Mapping[str, object] = {}
+    try:
+        metadata = llama_ffi.check_header(path, options.overrides).metadata
+        if not vocab_only:
+            options.check_against_file(metadata)
+        model = llama_ffi.LlamaModel(
+            path,
+            n_gpu_layers=options.n_gpu_layers,
+            devices=[] if vocab_only else [number for number, _ in options.offload_devices()],
+            split_mode=options.split_mode,
+            main_gpu=options.main_gpu or 0,
+            tensor_split=options.tensor_split,
+            overrides=options.overrides,
+            mmap=options.mmap,
+            mlock=options.mlock,
+            vocab_only=vocab_only,
+            on_progress=on_progress,
+        )
+    except llama_ffi.LoadCancelledError as error:
+        raise LoadCancelled(f"{path}: {error}") from None
+    except llama_ffi.UnusedOverrideError as error:
+        raise OptionError(_unused(error, metadata, vocab_only)) from None
+    except llama_ffi.LlamaError as error:
+        raise ModelLoadError(
+            f"{path} cannot be loaded: {error}. Is the file complete and of a known kind?"
+        ) from error
+    return LoadedFile(model, metadata)
+
+
+def _unused(error: llama_ffi.UnusedOverrideError, metadata: Mapping[str, object], vocab_only: bool) -> str:
+    if error.reason:
+        return f"overrides[{error.key!r}] is of the wrong type: libllama {error.reason}"
+    near = get_close_matches(error.key, [key for key in metadata if key != error.key], n=1, cutoff=0.8)
+    hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+    return f"overrides[{error.key!r}] has no effect: libllama reads no such key of this file" + (
+        f" for a vocabulary alone; {hint}" if vocab_only else f"; {hint}"
+    )
+
+
+def check_file(path: Path) -> None:
+    """Raise ModelLoadError unless `path` is a readable file that begins as GGUF does."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise ModelLoadError(f"{path} is no regular file; give a GGUF file")
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise ModelLoadError(f"{path} does not exist; give the path of a GGUF file") from None
+    except IsADirectoryError:
+        raise ModelLoadError(f"{path} is a directory; give the GGUF file in it") from None
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path} cannot be read: {error}") from None
+    if not magic:
+        raise ModelLoadError(f"{path} is empty; give a complete GGUF file")
+    if magic != b"GGUF":
+        raise ModelLoadError(
+            f"{path} is not a GGUF file: it begins with {magic!r}. Convert the model to GGUF first"
+        )
+
+
+def beginnings_digest(path: Path) -> str:
+    """SHA-256, in hex, of a GGUF file's size, its header, and the first 4 KiB of each of its tensors.
+
+    Raises:
+        ModelLoadError: it cannot be read, or is no GGUF file.
+    """
+    try:
+        with translated(ModelLoadError, f"{path} cannot be loaded"):
+            data_offset, tensors = llama_ffi.read_tensor_table(path)
+        digest = hashlib.sha256(path.stat().st_size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            digest.update(file.read(data_offset))
+            for tensor in tensors:
+                file.seek(data_offset + tensor.offset)
+                digest.update(file.read(min(tensor.n_bytes, _CHUNK_BYTES)))
+    except OSError as error:
+        raise ModelLoadError(f"{path} cannot be read: {error}") from None
+    return digest.hexdigest()
+
+
+def chat_templates(metadata: Mapping[str, object]) -> dict[str, str]:
+    """A file's templates, by name: "default", and others such as "tool_use"."""
+    return {
+        key.removeprefix(_TEMPLATE).removeprefix(".") or "default": source
+        for key, source in metadata.items()
+        if isinstance(source, str) and source and (key == _TEMPLATE or key.startswith(f"{_TEMPLATE}."))
+    }
+
+
+def facts_of(path: Path, file: LoadedFile, noted: Mapping[str, NotedToken]) -> ModelFacts:
+    """What is known of a loaded file; nothing of a context, nor of devices."""
+    model, metadata = file
+    architecture = str(metadata.get("general.architecture", ""))
+
+    def size(name: str) -> int:
+        value = metadata.get(f"{architecture}.{name}")
+        if isinstance(value, np.ndarray) and value.size:  # one for each layer
+            value = value.max().item()
+        return int(value) if isinstance(value, int | float) else 0
+
+    n_head = size("attention.head_count")
+    return ModelFacts(
+        architecture=architecture,
+        name=str(metadata.get("general.name", "")),
+        quantization=model.file_type if not model.vocab_only else "",
+        n_params=model.shape.n_params,
+        file_bytes=sum(part.stat().st_size for part in parts(path) if part.exists()),
+        n_ctx_train=size("context_length"),
+        n_layer=size("block_count"),
+        n_embd=size("embedding_length"),
+        n_head=n_head,
+        n_head_kv=size("attention.head_count_kv") or n_head,
+        has_chat_template="default" in chat_templates(metadata),
+        special_tokens=noted,
+        buffers=buffers_in(model.said),
+        weights_bytes=0 if model.vocab_only else model.shape.n_bytes,
+    )
+
+
+def buffers_in(said: str) -> tuple[Buffer, ...]:
+    """The memory that libllama tells of in its log, to a hundredth of a MiB."""
+    return tuple(
+        Buffer(place, _HOLDS[what], round(float(mebibytes) * 2**20))
+        for place, what, mebibytes in _BUFFER.findall(said)
+    )
+
+
+class VocabularyFile:
+    """A GGUF file loaded for its vocabulary, templates and metadata; no weights, and nothing to decode with.
+
+    What a backend tells of itself, it tells, too.
+
+    Args:
+        path: the GGUF file; it need not have any weights.
+        options: of which `overrides` counts.
+        on_progress: called with 0.0 and 1.0; returning False cancels.
+
+    Raises:
+        ModelLoadError: the file cannot be loaded.
+        OptionError: an override has no effect.
+    """
+
+    vocab_only = True
+
+    def __init__(
+        self, path: Path, options: LlamaOptions, on_progress: Callable[[float], object] | None = None
+    ) -> None:
+        file = load_file(path, options, on_progress, vocab_only=True)
+        self._model = file.model
+        try:
+            self.metadata = file.metadata
+            self.vocabulary = LlamaVocabulary(file.model.vocabulary)
+            self.chat_templates = chat_templates(file.metadata)
+            self.facts = facts_of(path, file, self.vocabulary.noted)
+        except BaseException:
+            file.model.close()
+            raise
+        n_vocab = self.vocabulary.n_tokens
+        self.limits = Limits(n_ctx=0, n_batch=0, n_ubatch=0, n_vocab=n_vocab, can_trim=False, n_sequences=0)
+        # No KV is ever kept under it.
+        self.namespace: Mapping[str, NamespaceValue] = {"backend": "llama", "vocabulary": str(path)}
+        self.description = f"{self.facts.architecture}, vocabulary only"
+
+    def close(self) -> None:
+        self._model.close()

@@ -1,0 +1,41 @@
+"""The binding of libllama, for the modules of the llama backend: there, or an error that says how to get it.
+
+The only module that imports `llama_ffi`. Its errors become this library's in
+`translated`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from erllama.errors import BackendError, LibraryNotBuilt, ModelLoadError, PromptError
+
+try:
+    from erllama import llama_ffi as llama_ffi
+except ImportError as error:
+    raise LibraryNotBuilt(
+        f"the binding of libllama is not there ({error}); build it with `make setup` in a checkout, "
+        "or install erllama with pip, which builds it"
+    ) from error
+
+MAX_SEQUENCES = llama_ffi.max_sequences() - 1  # one is the scratch sequence
+
+
+def devices() -> list[llama_ffi.Device]:
+    """What libllama can compute on, the CPU among them.
+
+    Raises:
+        BackendError: libllama cannot be started, as in a process forked from one that had.
+    """
+    with translated(BackendError):
+        return llama_ffi.devices()
+
+
+@contextmanager
+def translated(kind: type[BackendError | ModelLoadError | PromptError], context: str = "") -> Iterator[None]:
+    """Turn the binding's errors into `kind`."""
+    try:
+        yield
+    except llama_ffi.LlamaError as error:
+        raise kind(f"{context}: {error}" if context else str(error)) from error

@@ -1,0 +1,293 @@
+"""How a model file is loaded and its context made: the options, and all that can be told of them without the file.
+
+`LlamaOptions` refuses what is ill-typed, out of range or contradictory, before
+anything is loaded; `check_against_file` what the file's metadata contradicts.
+Options that libllama would pass over in silence are refused, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from erllama.engine.backends.llama_library import MAX_SEQUENCES, devices, llama_ffi
+from erllama.errors import OptionError, boolean, choice, integer, real
+
+MetadataValue = int | float | bool | str
+
+KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl")
+SPLIT_MODES = ("none", "layer", "row")
+ROPE_SCALINGS = ("none", "linear", "yarn")
+MAX_N_CTX = 2**30
+_UNQUANTISED = ("f16", "f32", "bf16")
+_YARN_FACTORS = ("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow")
+_YARN = (*_YARN_FACTORS, "yarn_orig_ctx")
+_FLOAT32_MAX = 3.4e38
+_OVERRIDE_BYTES = 127  # libllama holds keys and texts in 128 bytes, the last of them 0
+_OVERRIDE_KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaOptions:
+    """How a model file is loaded and its context made. None is libllama's or the model's own choice.
+
+    Attributes:
+        n_ctx: cells, in tokens, rounded up to a multiple of 256; None for the model's
+            training context, at most 4096.
+        n_batch: most tokens of one decode.
+        n_ubatch: tokens computed at once, and the length of a prefill slice.
+        n_sequences: sequences that the context can hold.
+        n_spare_sequences: as many more, where a sequence takes no memory of its own.
+        n_threads: threads for decoding; None for the processors this process may use.
+        n_threads_batch: threads for prefill; None for the same as n_threads.
+        n_gpu_layers: layers on GPUs; -1, or more than there are, for all.
+        devices: names of those that compute beside the CPU; None for all GPUs.
+        split_mode: how several share a model, one of SPLIT_MODES.
+        main_gpu: with "none", which of the devices has all of it, counted from 0; None for the first.
+        tensor_split: the share of each device, in any unit; None to go by their free memory.
+        flash_attn: True, False, or "auto" for libllama's choice.
+        kv_type_k, kv_type_v: type of the K and V cells, one of KV_TYPES.
+        rope_scaling: one of ROPE_SCALINGS.
+        rope_freq_base, rope_freq_scale: of RoPE.
+        yarn_ext_factor, yarn_attn_factor, yarn_beta_fast, yarn_beta_slow, yarn_orig_ctx: of YaRN.
+        swa_full: give layers with a sliding window cells for the whole context.
+        overrides: metadata in place of the file's, by key.
+        mmap: map the file instead of reading it.
+        mlock: keep the weights from being swapped out.
+    """
+
+    n_ctx: int | None = None
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    n_sequences: int = 1
+    n_spare_sequences: int = 0
+    n_threads: int | None = None
+    n_threads_batch: int | None = None
+    n_gpu_layers: int = -1
+    devices: Sequence[str] | None = None
+    split_mode: str = "layer"
+    main_gpu: int | None = None
+    tensor_split: Sequence[float] | None = None
+    flash_attn: bool | str = "auto"
+    kv_type_k: str = "f16"
+    kv_type_v: str = "f16"
+    rope_scaling: str | None = None
+    rope_freq_base: float | None = None
+    rope_freq_scale: float | None = None
+    yarn_ext_factor: float | None = None
+    yarn_attn_factor: float | None = None
+    yarn_beta_fast: float | None = None
+    yarn_beta_slow: float | None = None
+    yarn_orig_ctx: int | None = None
+    swa_full: bool = False
+    overrides: Mapping[str, MetadataValue] | None = None
+    mmap: bool = True
+    mlock: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_cells()
+        self._check_rope()
+        self._put("overrides", _checked_overrides(self.overrides))
+        for name in ("mmap", "mlock"):
+            boolean(name, getattr(self, name))
+        self._check_devices()
+
+    def _put(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_integer(self, name: str, minimum: int, maximum: int) -> None:
+        if getattr(self, name) is not None:
+            self._put(name, integer(name, getattr(self, name), minimum, maximum))
+
+    def _check_real(self, name: str, minimum: float) -> None:
+        if getattr(self, name) is not None:
+            self._put(name, real(name, getattr(self, name), minimum, _FLOAT32_MAX))
+
+    def _check_sizes(self) -> None:
+        for name in ("n_ctx", "n_batch", "n_ubatch"):
+            self._check_integer(name, 1, MAX_N_CTX)
+        self._check_integer("n_sequences", 1, MAX_SEQUENCES)
+        self._check_integer("n_spare_sequences", 0, MAX_SEQUENCES - self.n_sequences)
+        for name in ("n_threads", "n_threads_batch"):
+            self._check_integer(name, 1, 512)
+
+    def _check_cells(self) -> None:
+        if not isinstance(self.flash_attn, bool) and self.flash_attn != "auto":
+            raise OptionError(f"flash_attn={self.flash_attn!r}; it takes True, False or 'auto'")
+        for name in ("kv_type_k", "kv_type_v"):
+            choice(name, getattr(self, name), KV_TYPES)
+        boolean("swa_full", self.swa_full)
+        if self.kv_type_v not in _UNQUANTISED and self.flash_attn is False:
+            raise OptionError(
+                f"kv_type_v={self.kv_type_v!r} needs flash attention; leave flash_attn at 'auto', or use 'f16'"
+            )
+
+    def _check_rope(self) -> None:
+        if self.rope_scaling is not None:
+            choice("rope_scaling", self.rope_scaling, ROPE_SCALINGS)
+        for name in ("rope_freq_base", "rope_freq_scale", "yarn_beta_fast", "yarn_beta_slow"):
+            self._check_real(name, 1e-6)
+        for name in ("yarn_ext_factor", "yarn_attn_factor"):
+            self._check_real(name, 0.0)
+        self._check_integer("yarn_orig_ctx", 1, 2**31 - 1)
+        if self.rope_scaling == "none" and self.rope_freq_scale is not None:
+            raise OptionError(
+                f"rope_freq_scale={self.rope_freq_scale} with rope_scaling='none', which scales nothing; "
+                "leave one of them out"
+            )
+        if self.rope_scaling in ("none", "linear"):
+            self._refuse_yarn(f"rope_scaling={self.rope_scaling!r}")
+        if self.yarn_attn_factor is not None and self.yarn_ext_factor != 0:
+            raise OptionError(
+                f"yarn_attn_factor={self.yarn_attn_factor} without yarn_ext_factor=0: libllama computes the factor "
+                "itself where it extrapolates; give yarn_ext_factor=0, too, or leave it out"
+            )
+        fast, slow = self.yarn_beta_fast, self.yarn_beta_slow
+        if fast is not None and slow is not None and fast <= slow:
+            raise OptionError(f"yarn_beta_fast={fast} must be more than yarn_beta_slow={slow}")
+
+    def _refuse_yarn(self, why: str) -> None:
+        for name in _YARN:
+            if getattr(self, name) is not None:
+                raise OptionError(
+                    f"{name}={getattr(self, name)} has no effect with {why}; "
+                    "give rope_scaling='yarn', or leave it out"
+                )
+
+    def check_against_file(self, metadata: Mapping[str, object]) -> None:
+        """Refuse what a file's metadata, overrides in it, contradicts.
+
+        Raises:
+            OptionError: options of YaRN for a model that is not scaled so.
+        """
+        if self.rope_scaling is None:
+            own = metadata.get(f"{metadata.get('general.architecture')}.rope.scaling.type", "linear")
+            if own != "yarn":
+                self._refuse_yarn(f"this model's own scaling, {own!r}")
+
+    # --- devices
+
+    def _check_devices(self) -> None:
+        self._check_integer("n_gpu_layers", -1, 2**31 - 1)
+        choice("split_mode", self.split_mode, SPLIT_MODES)
+        if self.main_gpu is not None:
+            self._put("main_gpu", integer("main_gpu", self.main_gpu, 0))
+            if self.split_mode != "none":
+                raise OptionError(
+                    f"main_gpu={self.main_gpu} with split_mode={self.split_mode!r}, which uses every device; "
+                    "give split_mode='none', or name the device in devices"
+                )
+        if self.tensor_split is not None:
+            self._put("tensor_split", _checked_shares(self.tensor_split))
+            if self.split_mode == "none":
+                raise OptionError(
+                    "tensor_split with split_mode='none', where one device has everything; leave one of them out"
+                )
+        if self.devices is not None:
+            given = self.devices
+            if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+                raise OptionError(f"devices={given!r}; give a list of names, as erllama.devices() tells them")
+            self._put("devices", tuple(given))
+        if self.devices is not None or self.main_gpu is not None or self.tensor_split is not None:
+            self.offload_devices()
+
+    def offload_devices(self) -> list[tuple[int, llama_ffi.Device]]:
+        """The devices that layers are put on, with their numbers.
+
+        Raises:
+            OptionError: `devices`, `main_gpu` or `tensor_split` do not fit those there are.
+        """
+        found = _chosen(self.devices) if self.devices is not None else _gpus()
+        named = ", ".join(device.name for _, device in found) or "none"
+        if self.devices is not None and not found and self.n_gpu_layers > 0:
+            raise OptionError(
+                f"n_gpu_layers={self.n_gpu_layers} with devices={list(self.devices)!r}, none of which is a GPU; "
+                "leave one of them out"
+            )
+        if self.main_gpu is not None and self.main_gpu >= len(found):
+            raise OptionError(f"main_gpu={self.main_gpu}, and there are {len(found)} devices to choose of: {named}")
+        if self.tensor_split is not None and len(self.tensor_split) != len(found):
+            raise OptionError(
+                f"tensor_split has {len(self.tensor_split)} shares, and there are {len(found)} devices to share: "
+                f"{named}; give one for each"
+            )
+        return found
+
+    def computing_devices(self) -> list[llama_ffi.Device]:
+        """Those of `offload_devices` that compute; none where all layers stay with the CPU."""
+        found = [device for _, device in self.offload_devices()] if self.n_gpu_layers else []
+        at = self.main_gpu or 0
+        return found[at : at + 1] if self.split_mode == "none" else found
+
+
+def _gpus() -> list[tuple[int, llama_ffi.Device]]:
+    """What libllama takes of itself: every GPU once, or else the integrated ones."""
+    seen: set[str] = set()
+    gpus = []
+    for number, device in enumerate(devices()):
+        if device.kind == "gpu" and not (device.id and device.id in seen):  # one that two drivers offer has one id
+            seen.add(device.id)
+            gpus.append((number, device))
+    return gpus or [(number, device) for number, device in enumerate(devices()) if device.kind == "igpu"]
+
+
+def _chosen(names: Sequence[str]) -> list[tuple[int, llama_ffi.Device]]:
+    known = {device.name: (number, device) for number, device in enumerate(devices())}
+    found = []
+    for name in names:
+        number, device = known[choice("devices", name, known)]
+        if device.kind == "accel":
+            raise OptionError(f"devices: {name!r} helps the CPU of itself and takes no layers; leave it out")
+        if (number, device) in found:
+            raise OptionError(f"devices: {name!r} is there twice")
+        if device.kind != "cpu":
+            found.append((number, device))
+    return found
+
+
+def _checked_shares(given: object) -> tuple[float, ...]:
+    if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
+        raise OptionError(f"tensor_split={given!r}; give a list of numbers, one for each device")
+    shares = tuple(real(f"tensor_split[{i}]", share, 0.0, _FLOAT32_MAX) for i, share in enumerate(given))
+    if not any(shares):
+        raise OptionError(f"tensor_split={list(shares)} gives no device anything; give at least one share above 0")
+    return shares
+
+
+def _checked_overrides(given: object) -> Mapping[str, MetadataValue] | None:
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise OptionError(f"overrides={given!r}; give a mapping of metadata keys to values")
+    return MappingProxyType({_checked_key(key): _checked_value(key, given[key]) for key in sorted(given, key=str)})
+
+
+def _checked_key(key: object) -> str:
+    if not isinstance(key, str) or not _OVERRIDE_KEY.fullmatch(key):
+        raise OptionError(
+            f"overrides: {key!r} is no metadata key; give its full name, such as 'llama.rope.freq_base'"
+        )
+    if len(key) > _OVERRIDE_BYTES:
+        raise OptionError(f"overrides: a key of {len(key)} bytes; libllama takes at most {_OVERRIDE_BYTES}")
+    return key
+
+
+def _checked_value(key: str, value: object) -> MetadataValue:
+    name = f"overrides[{key!r}]"
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        n_bytes = len(value.encode("utf-8", "surrogatepass"))
+        if n_bytes > _OVERRIDE_BYTES or "\0" in value or n_bytes != len(value.encode("utf-8", "ignore")):
+            raise OptionError(
+                f"{name} is no text that libllama takes: at most {_OVERRIDE_BYTES} bytes, none of them 0"
+            )
+        return value
+    if hasattr(value, "__index__"):
+        return integer(name, value, 0, 2**32 - 1)
+    if hasattr(value, "__float__"):
+        return real(name, value, -_FLOAT32_MAX, _FLOAT32_MAX)
+    raise OptionError(f"{name}={value!r}; metadata is an int, a float, a bool or a text")
