@@ -39,8 +39,8 @@ class Fingerprint:
         if self.kind == "fast_unsafe":
             if not isinstance(self.own, str | bytes) or not self.own:
                 raise OptionError(
-                    f"own_fingerprint={self.own!r}; with fingerprint='fast_unsafe' give the text or bytes that name "
-                    "the file's content"
+                    f"own_fingerprint={self.own!r}; with fingerprint='fast_unsafe' give the text or bytes that "
+                    "name the file's content"
                 )
         elif self.own is not None:
             raise OptionError(

@@ -107,12 +107,12 @@ class LlamaModel:
         options.n_gpu_layers = n_gpu_layers
         options.split_mode, options.main_gpu = _SPLIT_MODES[split_mode], main_gpu
         options.mmap, options.mlock, options.vocab_only = mmap, mlock, vocab_only
-        # The arrays live until the load is over.
-        options.devices = numbers = ffi.new("int32_t[]", list(devices or ()))
-        options.n_devices = -1 if devices is None else len(devices)
-        if tensor_split is not None:
-            options.tensor_split = shares = ffi.new("float[]", list(tensor_split))
-        given, texts = _overrides(overrides or {})
+        # cffi frees what it made with its last name, so these keep what the options point to.
+        numbers = ffi.new("int32_t[]", list(devices or ()))
+        shares = ffi.new("float[]", list(tensor_split or ()))
+        given, *_texts = _overrides(overrides or {})
+        options.devices, options.n_devices = numbers, -1 if devices is None else len(devices)
+        options.tensor_split = shares if tensor_split is not None else ffi.NULL
         options.overrides, options.n_overrides = given, len(overrides or {})
         pointer, self.said = _load(str(path).encode("utf-8", "surrogateescape"), options, on_progress)
         self._handle = Handle(pointer, lib.erl_model_free, "model")
@@ -207,8 +207,8 @@ def _string(read: Callable[..., int], model: object, i: int) -> str:
         size = n + 1
 
 
-def _overrides(given: Mapping[str, int | float | bool | str]) -> tuple[object, list[object]]:
-    """libllama's form of them, and what must live as long."""
+def _overrides(given: Mapping[str, int | float | bool | str]) -> list[object]:
+    """libllama's form of them, followed by the texts that it points to."""
     found = ffi.new("erl_override[]", max(len(given), 1))
     texts: list[object] = []
     for override, (key, value) in zip(found, given.items(), strict=False):
@@ -223,7 +223,7 @@ def _overrides(given: Mapping[str, int | float | bool | str]) -> tuple[object, l
         else:
             texts.append(ffi.new("char[]", value.encode()))
             override.type, override.text = 3, texts[-1]
-    return found, texts
+    return [found, *texts]
 
 
 def _load(path: bytes, options: object, on_progress: Callable[[float], object] | None) -> tuple[object, str]:

@@ -421,7 +421,7 @@ struct llama_model *erl_model_load(const char *path, const erl_model_options *op
         if (model) {
             load->check_overrides();  // a vocabulary alone is loaded without progress
         }
-        load->progress.store(model ? 1.0f : load->progress.load());
+        load->progress.store(model && !load->unused ? 1.0f : load->progress.load());
         return model;
     });
 }
@@ -552,7 +552,8 @@ int32_t erl_detokenize(const struct llama_vocab *vocab, const int32_t *tokens, i
             int32_t n = llama_token_to_piece(vocab, tokens[i], buffer + (fits ? written : 0), room, strip, special != 0);
             fits = fits && n >= 0;
             written += n < 0 ? -(int64_t) n : n;
-            strip = strip && n == 0;
+            // Until the first token that says anything: one that is a space alone has said it.
+            strip = strip && n == 0 && llama_token_to_piece(vocab, tokens[i], buffer, 0, 0, special != 0) == 0;
         }
         if (written > INT32_MAX) {
             throw std::length_error("a text of more than 2 GiB");
