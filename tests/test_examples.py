@@ -1,4 +1,4 @@
-"""Every example, and every snippet of the page on serving, runs in another directory, against what is installed."""
+"""Every example, and every snippet of the pages on loading and serving, runs in another directory, against what is installed."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def test_every_example_is_run_here() -> None:
         "chat.py",
         "http_server.py",
         "inspect_cache.py",
+        "load_options.py",
         "many_at_once.py",
         "memory_pressure.py",
         "numpy_backend.py",
@@ -240,6 +241,14 @@ def test_more_requests_than_may_run_wait(tmp_path: Path) -> None:
     assert decodes < tokens / 2
 
 
+def test_options_of_loading_keep_their_kv_apart(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "load_options.py", cwd=tmp_path)
+    kinds = re.findall(r"^(.*): (cold|exact), [\d.]+ MiB of KV$", said, re.MULTILINE)
+    assert [kind for _, kind in kinds] == ["cold", "exact", "cold", "cold", "cold"]
+    assert re.search(r"^CPU: cpu, .+ GiB$", said, re.MULTILINE)
+    assert said.count("refused: ") == 2
+
+
 def test_a_model_at_work_can_be_looked_at(tmp_path: Path) -> None:
     said = run(EXAMPLES / "observe.py", cwd=tmp_path)
     assert "before: idle, 0 run, 0 wait" in said
@@ -250,7 +259,7 @@ def test_a_model_at_work_can_be_looked_at(tmp_path: Path) -> None:
     assert numbers(r"(\d+) tokens of the next prompt are cached", said)[:2] == [(0,), (291,)]
 
 
-@pytest.mark.parametrize("page", ["serving.md"])
+@pytest.mark.parametrize("page", ["loading.md", "serving.md"])
 def test_the_snippets_of_a_page_run(page: str, tmp_path: Path) -> None:
     """One after another, as a reader would try them, with a model of that name in the directory."""
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 import erllama
 from erllama import _fingerprint
 from erllama._fingerprint import Fingerprint
+from erllama._load import _LOAD_OPTIONS
 from erllama.engine import Batch
 from erllama.engine.backends import llama_options
 from erllama.engine.backends.llama import LlamaBackend, _recipe
@@ -63,7 +66,7 @@ def refused(path: Path, kind: type[erllama.Error] = erllama.OptionError, **optio
     return str(caught.value)
 
 
-# --- options reach libllama, and keep what they compute apart ------------------------------------------------
+# --- options reach libllama, and keep what they compute apart --------------------------------------
 
 YARN = {"rope_scaling": "yarn", "rope_freq_scale": 0.25}
 
@@ -291,7 +294,13 @@ def test_options_that_contradict_are_refused(tiny_gguf: Path, options: dict[str,
     assert words in refused(tiny_gguf, **options)
 
 
-# --- devices ---------------------------------------------------------------------------------------------------
+def test_every_option_is_documented_with_its_default() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "loading.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \| \S.* \|$", page, re.MULTILINE))
+    assert {name: ast.literal_eval(default) for name, default in rows.items()} == _LOAD_OPTIONS
+
+
+# --- devices ---------------------------------------------------------------------------------------
 
 
 def test_devices_are_told_before_any_model_is_loaded() -> None:
@@ -365,7 +374,7 @@ def test_integrated_gpus_are_taken_where_there_are_no_others(monkeypatch: pytest
     assert names(LlamaOptions()) == ["iGPU"]
 
 
-# --- fingerprints ------------------------------------------------------------------------------------------------
+# --- fingerprints ----------------------------------------------------------------------------------
 
 
 def nothing(_: float) -> None: ...
@@ -506,7 +515,7 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(tiny_gguf: Path, tmp_
         assert model.complete("hello", max_tokens=2).tokens
 
 
-# --- several at once -----------------------------------------------------------------------------------------------
+# --- several at once -------------------------------------------------------------------------------
 
 
 def test_models_load_at_once(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -535,7 +544,7 @@ def test_models_load_at_once(tiny_gguf: Path, tmp_path: Path) -> None:
     assert [len(replies) for _, replies in sorted(alone.items())] == [1, 1, 1]
 
 
-# --- what a model tells of itself -------------------------------------------------------------------------------------
+# --- what a model tells of itself ------------------------------------------------------------------
 
 
 def test_a_model_tells_what_it_is_and_takes(tiny_gguf: Path) -> None:
@@ -572,7 +581,7 @@ def test_a_backend_of_ones_own_need_tell_nothing() -> None:
         assert dict(model.metadata) == {}
 
 
-# --- vocabularies alone -------------------------------------------------------------------------------------------------
+# --- vocabularies alone ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "llama-spm", "qwen2"])
