@@ -1,4 +1,4 @@
-"""Every example, and every snippet of the pages on loading and serving, runs in another directory, against what is installed."""
+"""Every example, and every snippet of some pages, runs in another directory, against what is installed."""
 
 from __future__ import annotations
 
