@@ -8,6 +8,7 @@ libllama's backends; the first use does.
 """
 
 from erllama.llama_ffi.context import LlamaContext, cell_bytes
+from erllama.llama_ffi.embedding import POOLINGS, EmbeddingContext, own_pooling
 from erllama.llama_ffi.gguf import GGUFHeader, Tensor, check_header, read_header
 from erllama.llama_ffi.library import (
     AbortedError,
@@ -27,9 +28,11 @@ from erllama.llama_ffi.model import LlamaModel, LoadCancelledError, ModelShape
 from erllama.llama_ffi.vocabulary import Vocabulary
 
 __all__ = [
+    "POOLINGS",
     "AbortedError",
     "DecodeError",
     "Device",
+    "EmbeddingContext",
     "GGUFHeader",
     "LlamaContext",
     "LlamaError",
@@ -46,6 +49,7 @@ __all__ = [
     "ggml_block_size",
     "ggml_type",
     "max_sequences",
+    "own_pooling",
     "read_header",
     "state_version",
     "system_info",

@@ -58,6 +58,7 @@ class LlamaContext:
 
     Attributes:
         n_logits: rows of logits that the last decode left.
+        has_memory: whether sequences are held from one decode to the next; not by models that only encode.
 
     Raises:
         LlamaError: libllama refused; the message says why.
@@ -100,6 +101,7 @@ class LlamaContext:
             options.type_k, options.type_v = type_k, type_v
             options.rope_freq_base, options.rope_freq_scale = rope_freq_base, rope_freq_scale
             options.offload_kqv, options.swa_full, options.kv_unified = offload_kqv, swa_full, kv_unified
+            options.pooling = -1
             pointer = lib.erl_context_new(held.pointer, options)
             reason = last_error()
             problems = drain_log()
@@ -109,9 +111,9 @@ class LlamaContext:
             held.release()
             raise
         self._lock = threading.RLock()
-        self._handle = Handle(pointer, _free_context(held), "context")
+        self._handle = Handle(pointer, freeing(held), "context")
         # Not at interpreter exit: a thread may be inside a decode then, and the system frees everything anyway.
-        finalizer = weakref.finalize(self, _close, self._handle, self._lock)
+        finalizer = weakref.finalize(self, let_go, self._handle, self._lock)
         finalizer.atexit = False
         self._finalizer: Callable[[], object] = finalizer
         self._open = True
@@ -119,6 +121,7 @@ class LlamaContext:
         self.n_batch = int(lib.erl_context_n_batch(pointer))
         self.n_ubatch = int(lib.erl_context_n_ubatch(pointer))
         self.n_seq_max = n_seq_max
+        self.has_memory = check(lib.erl_context_has_memory(pointer), "making a context") == 1
         self.type_k, self.type_v = type_k, type_v
         self.n_vocab = model.vocabulary.n_tokens
         self.n_logits = 0
@@ -404,7 +407,9 @@ def _check_room(model: LlamaModel, n_ctx: int, type_k: int, type_v: int) -> None
         )
 
 
-def _free_context(model: Handle) -> Callable[[object], None]:
+def freeing(model: Handle) -> Callable[[object], None]:
+    """What frees a native context, and then lets go of its model."""
+
     def free(pointer: object) -> None:
         lib.erl_context_free(pointer)
         model.release()
@@ -412,6 +417,7 @@ def _free_context(model: Handle) -> Callable[[object], None]:
     return free
 
 
-def _close(handle: Handle, lock: threading.RLock) -> None:
+def let_go(handle: Handle, lock: threading.RLock) -> None:
+    """Let go of a native context whose calls are made under `lock`."""
     with lock:  # a decode in another thread ends first
         handle.release()
