@@ -1,7 +1,8 @@
 """Runs requests: the model thread, its scheduler, sampling, and the backends' protocol."""
 
-from erllama.engine.backend import Backend, Batch, Limits, Vocabulary
+from erllama.engine.backend import Backend, Batch, InfillTokens, Limits, Vocabulary
 from erllama.engine.candidates import Candidates
+from erllama.engine.embedding import Embedder, EmbeddingBackend, EmbeddingLimits
 from erllama.engine.grammar import Grammar
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.phases import Markers, PhaseOptions
@@ -37,9 +38,13 @@ __all__ = [
     "Completion",
     "Delta",
     "Done",
+    "Embedder",
+    "EmbeddingBackend",
+    "EmbeddingLimits",
     "EngineMetrics",
     "Event",
     "Grammar",
+    "InfillTokens",
     "Limits",
     "Markers",
     "Phase",

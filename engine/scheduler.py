@@ -162,7 +162,7 @@ class Scheduler:
             sequence.waits_until = time.perf_counter() + self._shared.policy.session_resume_wait_ms / 1000
             if not self._ready(sequence):
                 return
-        match = self._shared.find(sequence.namespace, sequence.known, parent_key)
+        match = self._shared.find(sequence.namespace, sequence.reusable, parent_key)
         try:
             source, n_live = (
                 (None, 0) if sequence.options.reproducible else self._live.longest(sequence, self.running)
@@ -198,7 +198,7 @@ class Scheduler:
                 break
             if other.namespace != sequence.namespace or other.n_held >= other.n_known:
                 continue
-            n = common_prefix(other.known, sequence.known[:-1])
+            n = common_prefix(other.known, sequence.reusable)
             if not self._limits.can_trim:
                 n -= n % self._shared.slicing.block_size  # it gets what is packed at blocks' ends
             if n > max(fork, other.n_held):
@@ -220,7 +220,7 @@ class Scheduler:
             live.make_room(n_stored - n_live + self._shared.slicing.block_size)
         warmth = Warmth(self._shared, number, sequence.namespace, sequence.n_prompt)
         restored = warmth.restore(
-            sequence.known,
+            sequence.tokens[: len(sequence.reusable) + 1],
             match,
             reproducible=sequence.options.reproducible,
             n_shared=n_live,
@@ -319,14 +319,14 @@ class Scheduler:
         for sequence, start, end in parts:
             assert sequence.number is not None
             self._live.cells.extend(sequence.number, end - start)
-            wanted = sequence.wants_logits(end)
+            n_rows = len(sequence.wanted(end))
             sequence.decoded(end, alone)
-            if wanted:
+            if n_rows:
                 try:
-                    sequence.draw(logits[row], now, self.metrics)
+                    sequence.answer(logits[row : row + n_rows], now, self.metrics)
                 except Exception as error:
                     self.fail(sequence, _typed(error))
-                row += 1
+                row += n_rows
         for sequence, _, _ in parts:
             # All at once, and last: whoever is woken wants the interpreter, which is free during a decode.
             sequence.ticket.tell()

@@ -78,6 +78,10 @@ class LoadCancelled(ModelLoadError):  # noqa: N818
     """A load was cancelled by its progress callback."""
 
 
+class Unsupported(Error):  # noqa: N818
+    """What was asked for is beyond this model, or its backend: a reply of one that only encodes, for example."""
+
+
 class ModelNotFound(Error, LookupError):  # noqa: N818
     """No model is loaded under this id."""
 

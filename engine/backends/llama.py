@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.backend import Batch, Limits, NamespaceValue
+from erllama.engine.backend import Batch, InfillTokens, Limits, NamespaceValue
+from erllama.engine.embedding import Embedder
 from erllama.errors import (
     BackendError,
     CellsExhausted,
@@ -50,6 +51,7 @@ KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_n
 _DEFAULT_N_CTX = 4096
 _MAX_N_CTX = 2**30
 _N_CTX_STEP = 256
+_EMBEDDED_TOGETHER = 64  # texts: more take more memory in every computation, and n_ubatch is soon full
 _TEMPLATE = "tokenizer.chat_template"
 MAX_SEQUENCES = llama_ffi.max_sequences() - 1  # one is the scratch sequence
 # How libllama's state of one sequence begins: magic, sequence, streams, cells;
@@ -131,6 +133,7 @@ class LlamaVocabulary:
 
     Attributes:
         special_texts: what a chat template gets: the texts of special tokens, as "bos_token".
+        infill_tokens: what marks a gap in a text; None where the model has no such tokens.
     """
 
     def __init__(self, vocabulary: llama_ffi.Vocabulary) -> None:
@@ -139,6 +142,11 @@ class LlamaVocabulary:
         self.is_eog = vocabulary.is_eog
         special = {"bos_token": vocabulary.bos, "eos_token": vocabulary.eos, "pad_token": vocabulary.pad}
         self.special_texts = {name: vocabulary.text(id) for name, id in special.items() if id is not None}
+        self.infill_tokens: InfillTokens | None = None
+        pre, suf, mid = vocabulary.fim_pre, vocabulary.fim_suf, vocabulary.fim_mid
+        if pre is not None and suf is not None and mid is not None:
+            begin = (vocabulary.bos,) if vocabulary.add_bos and vocabulary.bos is not None else ()
+            self.infill_tokens = InfillTokens(begin, pre, suf, mid)
 
     def tokenize(
         self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
@@ -193,6 +201,7 @@ class LlamaBackend:
             threads = options.n_threads or _processors()
             threads_batch = options.n_threads_batch or threads
             self._scratch = n_sequences
+            self._options, self._n_threads_batch = options, threads_batch
             self._make_context = partial(
                 llama_ffi.LlamaContext,
                 model,
@@ -214,8 +223,12 @@ class LlamaBackend:
             model.close()
             raise
         context = self._context
+        encodes = not context.has_memory
+        if encodes:
+            context.close()  # no decode will come: an embedder makes one of its own
         self.limits = Limits(
-            context.n_ctx,
+            # Who only encodes has learned its positions, and has no more of them.
+            min(context.n_ctx, shape.n_ctx_train) if encodes else context.n_ctx,
             context.n_batch,
             context.n_ubatch,
             context.n_vocab,
@@ -223,7 +236,8 @@ class LlamaBackend:
             whole_state,
             max(shape.n_swa, 0),
             n_sequences,
-            llama_ffi.cell_bytes(model, context.type_k, context.type_v),
+            0 if encodes else llama_ffi.cell_bytes(model, context.type_k, context.type_v),
+            can_generate=not encodes,
         )
         self._state_known = True  # False after a decode that failed, for memory that cannot be cut back
         self._broken = False  # a decode failed in a way that nobody planned: the context may be in any state
@@ -283,6 +297,37 @@ class LlamaBackend:
     def model(self) -> llama_ffi.LlamaModel:
         """The loaded model, for its metadata."""
         return self._model
+
+    def embedder(self) -> Embedder:
+        """For embeddings: contexts of its own on the same weights, which it holds."""
+        from erllama.engine.backends.llama_embedding import LlamaEmbedder
+
+        options, limits = self._options, self.limits
+
+        def make_context(pooling: str, n_tokens: int) -> llama_ffi.EmbeddingContext:
+            return llama_ffi.EmbeddingContext(
+                self._model,
+                pooling=pooling,
+                n_tokens=n_tokens,
+                n_sequences=n_sequences,
+                n_threads=self._n_threads_batch,
+                flash_attn=options.flash_attn if isinstance(options.flash_attn, bool) else None,
+                type_k=llama_ffi.ggml_type(options.kv_type_k),
+                type_v=llama_ffi.ggml_type(options.kv_type_v),
+                rope_freq_base=options.rope_freq_base or 0.0,
+                rope_freq_scale=options.rope_freq_scale or 0.0,
+            )
+
+        # Windows and recurrent states take memory for each sequence.
+        n_sequences = _EMBEDDED_TOGETHER if limits.can_trim or not limits.can_generate else 1
+        with _translated(BackendError):
+            return LlamaEmbedder(
+                self._model,
+                make_context,
+                n_tokens=limits.n_ctx,
+                n_batch=limits.n_ubatch,
+                n_sequences=min(n_sequences, llama_ffi.max_sequences()),
+            )
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         known, self._state_known = self._state_known, self.limits.can_trim

@@ -108,6 +108,10 @@ def write_encoder(
         strict=True,
     ):
         add(words.index(word))
+    # [CLS] text [SEP]; [CLS] query [SEP] document [SEP].
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(True)
+    writer.add_add_sep_token(False)
     for name, values in weights.items():
         writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
     try:
