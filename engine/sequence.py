@@ -96,7 +96,7 @@ class Sequence:
 
     @property
     def reusable(self) -> NDArray[np.int32]:
-        """Those of its first tokens that it need not compute, if others have: the rest are computed for their logits."""
+        """Its first tokens, that it need not compute where others have; the rest it computes for their logits."""
         return self.tokens[: self._next_scored - 1 if self._n_scored else self.n_known - 1]
 
     @property

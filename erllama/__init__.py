@@ -15,6 +15,7 @@ from erllama._info import ModelInfo
 from erllama._load import load_backend, load_model
 from erllama._model import Model
 from erllama._registry import get_model, list_models, queue_depth
+from erllama._scoring import Score
 from erllama._stream import AsyncChatStream, AsyncStream, ChatStream, Stream
 from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
 from erllama.chat.results import ChatCompletion, Usage
@@ -65,6 +66,7 @@ from erllama.errors import (
     StateError,
     TemplateError,
     ToolCallError,
+    Unsupported,
 )
 
 __version__ = "0.1.0"
@@ -112,6 +114,7 @@ __all__ = [
     "SamplingError",
     "SamplingState",
     "SaveReason",
+    "Score",
     "SessionBusy",
     "StateError",
     "Stream",
@@ -125,6 +128,7 @@ __all__ = [
     "ToolCallDelta",
     "ToolCallEnd",
     "ToolCallError",
+    "Unsupported",
     "Usage",
     "__version__",
     "get_model",

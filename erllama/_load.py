@@ -10,10 +10,10 @@ from typing import Never
 from erllama import _registry
 from erllama._fingerprint import fingerprint
 from erllama._info import Shape
-from erllama._model import Model, shown
+from erllama._model import Model
 from erllama.cache import Cache, Policy
 from erllama.engine import Backend, RequestOptions
-from erllama.errors import OptionError, boolean, integer, reject_unknown
+from erllama.errors import OptionError, boolean, integer, reject_unknown, shown
 
 _LOAD_OPTIONS = (
     "id",
@@ -206,7 +206,7 @@ def _load(
         except BaseException:
             backend.close()
             raise
-        if warmup:
+        if warmup and backend.limits.can_generate:
             try:
                 model._runner.warm_up()
             except BaseException:

@@ -142,6 +142,12 @@ class CacheVersionError(CacheFormatError):
     """A .kvc file of a release newer than this one."""
 
 
+def shown(value: object) -> str:
+    """A value for an error's message, not too long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def reject_unknown(given: Mapping[str, object], known: Collection[str], where: str) -> None:
     """Raise OptionError for the first name in `given`; suggest the nearest of `known`."""
     for name in given:
