@@ -20,7 +20,7 @@ from erllama.engine import EmbeddingLimits
 from erllama.engine.backends.stub import StubBackend
 from erllama.llama_ffi import EmbeddingContext, LlamaError, LlamaModel
 from erllama.testing.bert import BertShape, write_bert, write_encoder
-from erllama.testing.models import write_gemma3, write_mamba
+from erllama.testing.models import write_gemma3, write_lfm2, write_mamba
 
 # Of many lengths, alike and unlike; more of them than are computed together.
 TEXTS = ["a", "hello, world", "hello world", *(f"number {n}: " + "ab cd " * (n % 11) for n in range(90)), "a"]
@@ -147,7 +147,7 @@ def test_many_short_texts_are_one_decode(bert: erllama.Model, monkeypatch: pytes
     assert max(sizes[4:]) == 5, "102 tokens each, of 512 together"
 
 
-@pytest.mark.parametrize("write", [write_gemma3, write_mamba])
+@pytest.mark.parametrize("write", [write_gemma3, write_mamba, write_lfm2])
 def test_other_memories_embed_too(write: type[write_gemma3], tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf")
     texts = ["hello", "x" * 100, "hello"]

@@ -15,7 +15,7 @@ import erllama
 from erllama.engine import Batch
 from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.backends.stub import StubBackend
-from erllama.testing.models import write_gemma3, write_mamba
+from erllama.testing.models import write_gemma3, write_lfm2, write_mamba
 from erllama.testing.scripted import write_scripted
 from support import RecordingBackend, llama_backend, short_of_cells
 
@@ -145,7 +145,7 @@ def test_a_score_that_starts_anew_tells_nothing_twice(at: int) -> None:
     assert len(backend.logits) == 300
 
 
-@pytest.mark.parametrize("write", [write_gemma3, write_mamba])
+@pytest.mark.parametrize("write", [write_gemma3, write_mamba, write_lfm2])
 def test_memory_that_cannot_be_cut_is_scored_too(write: type[write_gemma3], tmp_path: Path) -> None:
     backend = llama_backend(write(tmp_path / "model.gguf"), **EXACT)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
