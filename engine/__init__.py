@@ -1,7 +1,8 @@
 """Runs requests: the model thread, its scheduler, sampling, and the backends' protocol."""
 
-from erllama.engine.backend import Backend, Batch, Buffer, Limits, ModelFacts, NotedToken, Vocabulary
+from erllama.engine.backend import Backend, Batch, Buffer, InfillTokens, Limits, ModelFacts, NotedToken, Vocabulary
 from erllama.engine.candidates import Candidates
+from erllama.engine.embedding import Embedder, EmbeddingBackend, EmbeddingLimits
 from erllama.engine.grammar import Grammar
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.phases import Markers, PhaseOptions
@@ -41,9 +42,13 @@ __all__ = [
     "Done",
     "Drafter",
     "Drafts",
+    "Embedder",
+    "EmbeddingBackend",
+    "EmbeddingLimits",
     "EngineMetrics",
     "Event",
     "Grammar",
+    "InfillTokens",
     "Limits",
     "Markers",
     "ModelFacts",

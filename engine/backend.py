@@ -33,6 +33,8 @@ class Limits:
         attention_window: tokens that a sliding window keeps; 0 where there is none.
         n_sequences: sequences that can be held at once, numbered from 0.
         cell_bytes: about how many bytes a token's KV takes; 0 where that cannot be said.
+        can_generate: False for a model that only encodes: it embeds (see `erllama.engine.embedding`), and is
+            asked for no decode.
     """
 
     n_ctx: int
@@ -44,6 +46,7 @@ class Limits:
     attention_window: int = 0
     n_sequences: int = 1
     cell_bytes: int = 0
+    can_generate: bool = True
 
 
 class NotedToken(NamedTuple):
@@ -117,8 +120,25 @@ class Batch(NamedTuple):
     output: NDArray[np.int8]
 
 
+class InfillTokens(NamedTuple):
+    """The tokens that mark a gap in a text, for models that can fill one.
+
+    Attributes:
+        begin: what comes first of all, as a BOS; often nothing.
+        prefix, suffix, middle: what comes before the text on either side of the gap, and before what fills it.
+    """
+
+    begin: tuple[int, ...]
+    prefix: int
+    suffix: int
+    middle: int
+
+
 class Vocabulary(Protocol):
-    """Text to tokens and back; thread-safe."""
+    """Text to tokens and back; thread-safe.
+
+    One that can mark gaps has `infill_tokens`, too, an InfillTokens; None, or no such attribute, for none.
+    """
 
     @property
     def n_tokens(self) -> int: ...
@@ -144,7 +164,7 @@ class Vocabulary(Protocol):
 
 
 class Backend(Protocol):
-    """A model that decodes."""
+    """A model that decodes. One that embeds, too, is an `EmbeddingBackend` besides."""
 
     @property
     def limits(self) -> Limits: ...

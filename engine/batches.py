@@ -35,21 +35,21 @@ class BatchBuilder:
         n = n_wanted = 0
         for sequence, start, end in parts:
             to = n + end - start
-            wanted = sequence.wants_logits(end)
+            wanted = sequence.wanted(end)
             assert sequence.number is not None
             if to == n + 1:
                 self._tokens[n] = sequence.tokens[start]
                 self._positions[n] = start
                 self._sequences[n] = sequence.number
+                self._output[n] = len(wanted)
             else:
                 self._tokens[n:to] = sequence.tokens[start:end]
                 self._positions[n:to] = self._positions_from(start, end)
                 self._sequences[n:to] = sequence.number
-                drafted = end > sequence.n_known
-                self._output[n : to - 1] = drafted
-                n_wanted += (to - 1 - n) * drafted
-            self._output[to - 1] = wanted
-            n_wanted += wanted
+                self._output[n:to] = 0
+                if wanted:
+                    self._output[n + wanted.start - start : n + wanted.stop - start] = 1
+            n_wanted += len(wanted)
             n = to
         if len(self._batch.tokens) != n:
             self._batch = Batch(self._tokens[:n], self._positions[:n], self._sequences[:n], self._output[:n])

@@ -76,11 +76,11 @@ class LiveContext:
     # --- finding
 
     def longest(self, sequence: Sequence, running: Several[Sequence]) -> tuple[Sequence | Parked | None, int]:
-        """Who holds the longest prefix of what is known of a sequence, short of its last token, and how long it is.
+        """Who holds the longest prefix of what a sequence need not compute, and how long it is.
 
         Of several, its own session's. Where memory cannot be cut, only what is parked, and only whole.
         """
-        wanted = sequence.known[:-1]
+        wanted = sequence.reusable
         best: Sequence | Parked | None = None
         most = 0
         for parked in self.parked:

@@ -130,10 +130,18 @@ def _triggers(given: object, grammar: Grammar | None) -> tuple[str | int, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One completion to run: prompt ids, int32, shape (n,), and options."""
+    """One completion to run.
+
+    Attributes:
+        prompt: ids, int32, shape (n,).
+        options: what is asked.
+        n_scored: of how many of the prompt's last tokens the log-probabilities are told; less than n. With
+            max_tokens=0 and logprobs: the completion's are those tokens'.
+    """
 
     prompt: NDArray[np.int32]
     options: RequestOptions
+    n_scored: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,7 @@ class Scheduler:
             sequence.waits_until = time.perf_counter() + self._shared.policy.session_resume_wait_ms / 1000
             if not self._ready(sequence):
                 return
-        match = self._shared.find(sequence.namespace, sequence.known, parent_key)
+        match = self._shared.find(sequence.namespace, sequence.reusable, parent_key)
         try:
             source, n_live = (
                 (None, 0) if sequence.options.reproducible else self._live.longest(sequence, self.running)
@@ -201,7 +201,7 @@ class Scheduler:
                 break
             if other.namespace != sequence.namespace or other.n_held >= other.n_known:
                 continue
-            n = common_prefix(other.known, sequence.known[:-1])
+            n = common_prefix(other.known, sequence.reusable)
             if not self._limits.can_trim:
                 n -= n % self._shared.slicing.block_size  # it gets what is packed at blocks' ends
             if n > max(fork, other.n_held):
@@ -223,7 +223,7 @@ class Scheduler:
             live.make_room(n_stored - n_live + self._shared.slicing.block_size)
         warmth = Warmth(self._shared, number, sequence.namespace, sequence.n_prompt)
         restored = warmth.restore(
-            sequence.known,
+            sequence.tokens[: len(sequence.reusable) + 1],
             match,
             reproducible=sequence.options.reproducible,
             n_shared=n_live,
@@ -339,17 +339,17 @@ class Scheduler:
         for sequence, start, end in parts:
             assert sequence.number is not None
             self._live.cells.extend(sequence.number, end - start)
-            wanted = end - sequence.n_known + 1 if sequence.wants_logits(end) else 0
+            wanted = sequence.wanted(end)
             try:
-                if wanted > 1:
-                    self._verify(sequence, end, logits[row : row + wanted], now)
+                if end > sequence.n_known:
+                    self._verify(sequence, end, logits[row : row + len(wanted)], now)
                 else:
                     sequence.decoded(end, alone)
                     if wanted:
-                        sequence.draw(logits[row], now, self.metrics)
+                        sequence.answer(logits[row : row + len(wanted)], now, self.metrics)
             except Exception as error:
                 self.fail(sequence, _typed(error))
-            row += wanted
+            row += len(wanted)
         for sequence, _, _ in parts:
             # All at once, and last: whoever is woken wants the interpreter, which is free during a decode.
             sequence.ticket.tell()

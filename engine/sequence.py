@@ -26,6 +26,8 @@ log = logging.getLogger("erllama.engine")
 
 # Cells kept for each reply that grows, when another request is admitted: else it would be sent back at once.
 HEADROOM = 64
+# Rows of logits that one request has in a decode, where its prompt is scored: each is as wide as the vocabulary.
+_MOST_ROWS = 64
 
 
 class Sequence:
@@ -80,6 +82,7 @@ class Sequence:
         self._reply = Reply(ticket, options, self._vocabulary, shared.script, self._tracker)
         self._coming: deque[int] = deque()  # tokens that come next, whatever the model says
         self._speculator = self._speculating(prompt)
+        self._n_scored = ticket.request.n_scored
         self._n_prefilled = 0
         self._stored = NOTHING_STORED  # from where to where the cache got what it did not have
         self._hit: CacheHit | None = None
@@ -95,6 +98,16 @@ class Sequence:
     @property
     def known(self) -> NDArray[np.int32]:
         return self.tokens[: self.n_known]
+
+    @property
+    def reusable(self) -> NDArray[np.int32]:
+        """Its first tokens, that it need not compute where others have; the rest it computes for their logits."""
+        return self.tokens[: self._next_scored - 1 if self._n_scored else self.n_known - 1]
+
+    @property
+    def _next_scored(self) -> int:
+        """The place of the next token of the prompt whose log-probability is to be told."""
+        return self.n_prompt - self._n_scored + len(self._reply.logprobs)
 
     @property
     def held(self) -> NDArray[np.int32]:
@@ -146,6 +159,8 @@ class Sequence:
         if not self.prefilling:
             return start + 1
         slicing = self._shared.slicing
+        if self._n_scored:
+            most = min(most, self._next_scored - 1 - start + _MOST_ROWS)
         if self.options.reproducible:
             # Where it starts anew, the reply so far is computed as it was: token by token.
             cut = slicing.next_cut(start, self.n_prompt, self.warmth.cold_tail_end)
@@ -156,8 +171,13 @@ class Sequence:
             end = slicing.next_mark(start, self.n_known, self.warmth.cold_tail_end)
         return min(end, start + most)
 
-    def wants_logits(self, end: int) -> bool:
-        return end >= self.n_known and self.options.max_tokens != 0
+    def wanted(self, end: int) -> range:
+        """Its positions whose logits are wanted of the rows up to `end`; of drafts, all."""
+        if self._n_scored:
+            return range(self._next_scored - 1, min(end, self.n_prompt - 1))
+        if end < self.n_known or self.options.max_tokens == 0:
+            return range(0)
+        return range(self.n_known - 1, end)
 
     @property
     def speculates(self) -> bool:
@@ -188,7 +208,7 @@ class Sequence:
         self.n_held = first
         for i in range(len(drafts) + 1):
             if self.n_held == self.n_known:
-                self.draw(logits[i], now, metrics)
+                self._draw(logits[i], now, metrics)
             if self.finish_reason is not None or i == len(drafts) or self.tokens[first + i] != drafts[i]:
                 break
             self.n_held += 1
@@ -228,7 +248,16 @@ class Sequence:
 
     # --- the reply
 
-    def draw(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
+    def answer(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
+        """Take the logits that were wanted, shape (rows, n_vocab), and were there at `now`."""
+        if not self._n_scored:
+            self._draw(logits[0], now, metrics)
+            return
+        for row in logits:
+            token = int(self.tokens[self._next_scored])
+            self._reply.logprobs.append(log_probabilities(row, token, self.options.logprobs or 0))
+
+    def _draw(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
         """Sample the next token from logits, shape (n_vocab,), that were there at `now`."""
         self._close_thinking()
         token = self._coming.popleft() if self._coming else self._ending_thought(self._sampled(logits))

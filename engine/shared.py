@@ -99,15 +99,15 @@ class Shared:
             log.exception("counting that failed, too")
 
     def find(self, namespace: bytes, tokens: NDArray[np.int32], parent_key: bytes | None) -> Match | None:
-        """What the cache has of `tokens`, short of the last; None where it fails. The caller releases it."""
+        """What the cache has of `tokens`; None where it fails. The caller releases it."""
         try:
             return self.cache.lookup(
                 namespace,
-                tokens[:-1],
+                tokens,
                 whole=not self.backend.limits.can_trim,
                 parent_key=parent_key,
                 count=False,
             )
         except Exception:
-            self.fault(f"looking up a prompt of {len(tokens)} tokens, which is read cold,")
+            self.fault(f"looking up {len(tokens)} tokens of a prompt, which is read cold,")
             return None

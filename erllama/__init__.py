@@ -15,6 +15,7 @@ from erllama._info import Device, ModelInfo, devices
 from erllama._load import load_backend, load_model
 from erllama._model import Model
 from erllama._registry import get_model, list_models, queue_depth
+from erllama._scoring import Score
 from erllama._speculation import Verification
 from erllama._stream import AsyncChatStream, AsyncStream, ChatStream, Stream
 from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
@@ -70,6 +71,7 @@ from erllama.errors import (
     StateError,
     TemplateError,
     ToolCallError,
+    Unsupported,
     VocabularyOnly,
 )
 
@@ -123,6 +125,7 @@ __all__ = [
     "SamplingError",
     "SamplingState",
     "SaveReason",
+    "Score",
     "SessionBusy",
     "StateError",
     "Stream",
@@ -136,6 +139,7 @@ __all__ = [
     "ToolCallDelta",
     "ToolCallEnd",
     "ToolCallError",
+    "Unsupported",
     "Usage",
     "Verification",
     "VocabularyOnly",

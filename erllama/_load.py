@@ -12,11 +12,11 @@ from typing import Never
 from erllama import _registry
 from erllama._fingerprint import Fingerprint, identity
 from erllama._info import Shape
-from erllama._model import Model, shown
+from erllama._model import Model
 from erllama._vocabulary_model import VocabularyModel
 from erllama.cache import Cache, Policy
 from erllama.engine import Backend, RequestOptions
-from erllama.errors import ModelLoadError, OptionError, boolean, integer, reject_unknown
+from erllama.errors import ModelLoadError, OptionError, boolean, integer, reject_unknown, shown
 
 _SHAPE_OPTIONS = ("n_seq_max", "prefill_chunk_size", "parked_cells", "max_pending")
 _BACKEND_OPTIONS = ("id", "cache", "policy", "cache_salt", *_SHAPE_OPTIONS)
@@ -263,7 +263,7 @@ def _load(make: Callable[[str], Model], id: str | None, cache_salt: str | None, 
     model_id = _registry.reserve(id)
     try:
         model = make(model_id)
-        if warmup:
+        if warmup and model._backend.limits.can_generate:
             try:
                 model._runner.warm_up()
             except BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Never, Unpack
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama import _registry
+from erllama._embedding import EmbeddingMethods, Embeddings
 from erllama._info import ModelInfo, Shape
 from erllama._options import (
     ChatOptions,
@@ -23,6 +24,7 @@ from erllama._options import (
     request_options,
     template_request,
 )
+from erllama._scoring import Score, around_gap, with_continuation
 from erllama._speculation import Verification, fixed
 from erllama._stream import AsyncChatStream, AsyncStream, ChatStream, News, Stream, wait_async
 from erllama.cache import Cache, Policy
@@ -43,13 +45,22 @@ from erllama.engine import (
     Ticket,
 )
 from erllama.engine.request import MOST_SPECULATIVE
-from erllama.errors import OptionError, PromptError, PromptTooLong, boolean, integer, reject_unknown
+from erllama.errors import (
+    OptionError,
+    PromptError,
+    PromptTooLong,
+    Unsupported,
+    boolean,
+    integer,
+    reject_unknown,
+    shown,
+)
 
 Prompt = str | Sequence[int] | NDArray[np.integer]
 Messages = Sequence[Mapping[str, object]]
 
 
-class Model:
+class Model(EmbeddingMethods):
     """A loaded model. Made by `load_model` or `load_backend`; safe to use from any thread.
 
     Attributes:
@@ -69,6 +80,7 @@ class Model:
         self._n_seq_max = shape.n_seq_max or 1
         self._runner = self._make_runner(shape)
         self._chats = Chats(backend, cache, self._runner.namespace)
+        self._embeddings = Embeddings(backend, id, self._check_loaded, self._checked_ids)
 
     def _make_runner(self, shape: Shape) -> Runner:
         return Runner(
@@ -240,6 +252,60 @@ class Model:
         request = request_options(options, "aprefill", self._cache_salt, prefill=True)
         return await self._wait_async(self._ticket(prompt, request))
 
+    # --- likelihoods and gaps ----------------------------------------------------------
+
+    def score(self, prompt: Prompt, continuation: Prompt, **options: Unpack[PrefillOptions]) -> Score:
+        """How likely a continuation is after a prompt; nothing is sampled.
+
+        The prompt's KV is taken from the cache, and kept there, as any prompt's.
+
+        Args:
+            prompt: text or token ids, as of `complete`.
+            continuation: likewise. Two texts are tokenized as one; where the tokenizer joins characters of both
+                in a token, that one is the continuation's.
+
+        Options and errors as for `prefill`.
+        """
+        return Score.of(self._wait(self._score_ticket(prompt, continuation, options, "score")))
+
+    async def ascore(self, prompt: Prompt, continuation: Prompt, **options: Unpack[PrefillOptions]) -> Score:
+        """`score` for asyncio. Cancelling the task cancels the request."""
+        return Score.of(await self._wait_async(self._score_ticket(prompt, continuation, options, "ascore")))
+
+    def _score_ticket(self, prompt: object, continuation: object, options: PrefillOptions, where: str) -> Ticket:
+        checked = request_options(options, where, self._cache_salt, prefill=True)
+        self._check_generates()
+        ids, n_scored = with_continuation(prompt, continuation, self._backend.vocabulary, self._prompt_ids)
+        return Ticket(Request(ids, replace(checked, logprobs=1), n_scored), streaming=False)
+
+    def infill(self, prefix: str, suffix: str, **options: Unpack[CompletionOptions]) -> Completion:
+        """What is between two texts, by a model that was trained to fill gaps; options as for `complete`.
+
+        Args:
+            prefix, suffix: what is before the gap, and after it; one of them may be empty.
+
+        Raises:
+            Unsupported: the model has no tokens that mark gaps.
+            Error: as of `complete`.
+        """
+        return self.complete(self._gap(prefix, suffix), **options)
+
+    def stream_infill(self, prefix: str, suffix: str, **options: Unpack[CompletionOptions]) -> Stream:
+        """`infill` as it comes."""
+        return self.stream(self._gap(prefix, suffix), **options)
+
+    async def ainfill(self, prefix: str, suffix: str, **options: Unpack[CompletionOptions]) -> Completion:
+        """`infill` for asyncio. Cancelling the task cancels the request."""
+        return await self.acomplete(self._gap(prefix, suffix), **options)
+
+    def astream_infill(self, prefix: str, suffix: str, **options: Unpack[CompletionOptions]) -> AsyncStream:
+        """`stream_infill` for asyncio. Called where a loop runs."""
+        return self.astream(self._gap(prefix, suffix), **options)
+
+    def _gap(self, prefix: object, suffix: object) -> NDArray[np.int32]:
+        self._check_generates()
+        return around_gap(prefix, suffix, self._backend.vocabulary, self.id)
+
     # --- chats -------------------------------------------------------------------------
 
     def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatCompletion:
@@ -324,7 +390,7 @@ class Model:
         )
 
     def _turn(self, messages: Messages, options: ChatOptions, where: str) -> Turn:
-        self._check_loaded()
+        self._check_generates()
         request = chat_request(messages, options, where, self._cache_salt, self._backend.vocabulary)
         return self._chats.turn(*request)
 
@@ -363,6 +429,7 @@ class Model:
     # cancels the request: a stream that is dropped does it, and so do these.
 
     def _ticket(self, prompt: Prompt, options: RequestOptions, *, streaming: bool = False) -> Ticket:
+        self._check_generates()
         return Ticket(Request(self._prompt_ids(prompt, options), options), streaming)
 
     def _wait(self, ticket: Ticket) -> Completion:
@@ -547,14 +614,16 @@ class Model:
 
         What they had computed is saved, within the policy's `evict_save_timeout_ms`.
         """
+        self._embeddings.close()
         self._runner.stop()
         _registry.remove(self)
 
     def _check_loaded(self) -> None:
         self._runner.check()
 
-
-def shown(value: object) -> str:
-    """A value for an error's message, not too long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    def _check_generates(self) -> None:
+        self._check_loaded()
+        if not self._backend.limits.can_generate:
+            raise Unsupported(
+                f"model {self.id!r} only encodes: it writes no text, and has no next tokens; use embed, or rerank"
+            )

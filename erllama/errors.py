@@ -78,6 +78,10 @@ class LoadCancelled(ModelLoadError):  # noqa: N818
     """A load was cancelled by its progress callback."""
 
 
+class Unsupported(Error):  # noqa: N818
+    """What was asked for is beyond this model, or its backend: a reply of one that only encodes, for example."""
+
+
 class ModelNotFound(Error, LookupError):  # noqa: N818
     """No model is loaded under this id."""
 
@@ -140,6 +144,12 @@ class CacheFormatError(CacheError):
 
 class CacheVersionError(CacheFormatError):
     """A .kvc file of a release newer than this one."""
+
+
+def shown(value: object) -> str:
+    """A value for an error's message, not too long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def reject_unknown(given: Mapping[str, object], known: Collection[str], where: str) -> None:

@@ -7,7 +7,8 @@ native lifetimes right in any order of closing. Importing it does not start
 libllama's backends; the first use does.
 """
 
-from erllama.llama_ffi.context import LlamaContext, cell_bytes
+from erllama.llama_ffi.context import LlamaContext, RopeOptions, cell_bytes
+from erllama.llama_ffi.embedding import POOLINGS, EmbeddingContext, own_pooling
 from erllama.llama_ffi.gguf import GGUFHeader, Tensor, check_header, read_header, read_tensor_table
 from erllama.llama_ffi.library import (
     AbortedError,
@@ -27,9 +28,11 @@ from erllama.llama_ffi.model import LlamaModel, LoadCancelledError, ModelShape, 
 from erllama.llama_ffi.vocabulary import Vocabulary
 
 __all__ = [
+    "POOLINGS",
     "AbortedError",
     "DecodeError",
     "Device",
+    "EmbeddingContext",
     "GGUFHeader",
     "LlamaContext",
     "LlamaError",
@@ -37,6 +40,7 @@ __all__ = [
     "LoadCancelledError",
     "ModelShape",
     "NoCellsError",
+    "RopeOptions",
     "Tensor",
     "UnusedOverrideError",
     "Vocabulary",
@@ -47,6 +51,7 @@ __all__ = [
     "ggml_block_size",
     "ggml_type",
     "max_sequences",
+    "own_pooling",
     "read_header",
     "read_tensor_table",
     "state_version",

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from operator import is_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack
 
 import numpy as np
 
@@ -40,6 +40,48 @@ _ROPE_SCALINGS = {None: -1, "none": 0, "linear": 1, "yarn": 2}
 _INT32, _INT8 = np.dtype(np.int32), np.dtype(np.int8)
 
 
+class RopeOptions(TypedDict, total=False):
+    """How a context writes positions; what is left out is the model's own.
+
+    rope_freq_base, rope_freq_scale: 0 for the model's own.
+    rope_scaling: "none", "linear" or "yarn"; None for the model's own.
+    yarn_ext_factor, yarn_attn_factor, yarn_beta_fast, yarn_beta_slow: -1 for the model's own.
+    yarn_orig_ctx: tokens; 0 for the model's own.
+    """
+
+    rope_freq_base: float
+    rope_freq_scale: float
+    rope_scaling: str | None
+    yarn_ext_factor: float
+    yarn_attn_factor: float
+    yarn_beta_fast: float
+    yarn_beta_slow: float
+    yarn_orig_ctx: int
+
+
+class _ContextOptions(Protocol):
+    rope_freq_base: float
+    rope_freq_scale: float
+    rope_scaling: int
+    yarn_ext_factor: float
+    yarn_attn_factor: float
+    yarn_beta_fast: float
+    yarn_beta_slow: float
+    yarn_orig_ctx: int
+
+
+def put_rope(options: _ContextOptions, **rope: Unpack[RopeOptions]) -> None:
+    """Fill in what a context's options have of it: all of it, since libllama's own choices are not zeros."""
+    options.rope_freq_base = rope.get("rope_freq_base", 0.0)
+    options.rope_freq_scale = rope.get("rope_freq_scale", 0.0)
+    options.rope_scaling = _ROPE_SCALINGS[rope.get("rope_scaling")]
+    options.yarn_ext_factor = rope.get("yarn_ext_factor", -1.0)
+    options.yarn_attn_factor = rope.get("yarn_attn_factor", -1.0)
+    options.yarn_beta_fast = rope.get("yarn_beta_fast", -1.0)
+    options.yarn_beta_slow = rope.get("yarn_beta_slow", -1.0)
+    options.yarn_orig_ctx = rope.get("yarn_orig_ctx", 0)
+
+
 class LlamaContext:
     """A llama_context over a model.
 
@@ -53,17 +95,15 @@ class LlamaContext:
         n_threads_batch: threads for longer batches.
         flash_attn: True, False, or None for libllama's own choice.
         type_k, type_v: ggml type numbers of the K and V cells (see `ggml_type`).
-        rope_freq_base, rope_freq_scale: 0 for the model's own.
-        rope_scaling: "none", "linear" or "yarn"; None for the model's own.
-        yarn_ext_factor, yarn_attn_factor, yarn_beta_fast, yarn_beta_slow: -1 for the model's own.
-        yarn_orig_ctx: tokens; 0 for the model's own.
         offload_kqv: keep the KV cells on the GPU.
         swa_full: give sliding-window layers cells for the whole context.
         kv_unified: one pool of cells for all sequences, so that they can share.
+        rope: how positions are written; see RopeOptions.
 
     Attributes:
         n_logits: rows of logits that the last decode left.
         said: what libllama logged while it made the context.
+        has_memory: whether sequences are held from one decode to the next; not by models that only encode.
 
     Raises:
         LlamaError: libllama refused; the message says why.
@@ -82,17 +122,10 @@ class LlamaContext:
         flash_attn: bool | None = None,
         type_k: int = 1,
         type_v: int = 1,
-        rope_freq_base: float = 0.0,
-        rope_freq_scale: float = 0.0,
-        rope_scaling: str | None = None,
-        yarn_ext_factor: float = -1.0,
-        yarn_attn_factor: float = -1.0,
-        yarn_beta_fast: float = -1.0,
-        yarn_beta_slow: float = -1.0,
-        yarn_orig_ctx: int = 0,
         offload_kqv: bool = True,
         swa_full: bool = False,
         kv_unified: bool = True,
+        **rope: Unpack[RopeOptions],
     ) -> None:
         if model.vocab_only:
             raise LlamaError("this model was loaded with vocab_only=True: it has no weights to decode with")
@@ -110,12 +143,9 @@ class LlamaContext:
             options.n_threads, options.n_threads_batch = n_threads, n_threads_batch
             options.flash_attn = -1 if flash_attn is None else int(flash_attn)
             options.type_k, options.type_v = type_k, type_v
-            options.rope_freq_base, options.rope_freq_scale = rope_freq_base, rope_freq_scale
-            options.rope_scaling = _ROPE_SCALINGS[rope_scaling]
-            options.yarn_ext_factor, options.yarn_attn_factor = yarn_ext_factor, yarn_attn_factor
-            options.yarn_beta_fast, options.yarn_beta_slow = yarn_beta_fast, yarn_beta_slow
-            options.yarn_orig_ctx = yarn_orig_ctx
+            put_rope(options, **rope)
             options.offload_kqv, options.swa_full, options.kv_unified = offload_kqv, swa_full, kv_unified
+            options.pooling = -1
             pointer = lib.erl_context_new(held.pointer, options)
             reason = last_error()
             problems = drain_log()
@@ -125,9 +155,9 @@ class LlamaContext:
             held.release()
             raise
         self._lock = threading.RLock()
-        self._handle = Handle(pointer, _free_context(held), "context")
+        self._handle = Handle(pointer, freeing(held), "context")
         # Not at interpreter exit: a thread may be inside a decode then, and the system frees everything anyway.
-        finalizer = weakref.finalize(self, _close, self._handle, self._lock)
+        finalizer = weakref.finalize(self, let_go, self._handle, self._lock)
         finalizer.atexit = False
         self._finalizer: Callable[[], object] = finalizer
         self._open = True
@@ -135,6 +165,7 @@ class LlamaContext:
         self.n_batch = int(lib.erl_context_n_batch(pointer))
         self.n_ubatch = int(lib.erl_context_n_ubatch(pointer))
         self.n_seq_max = n_seq_max
+        self.has_memory = check(lib.erl_context_has_memory(pointer), "making a context") == 1
         self.type_k, self.type_v = type_k, type_v
         self.n_vocab = model.vocabulary.n_tokens
         self.said = text(lib.erl_context_said(pointer))
@@ -421,7 +452,9 @@ def _check_room(model: LlamaModel, n_ctx: int, type_k: int, type_v: int) -> None
         )
 
 
-def _free_context(model: Handle) -> Callable[[object], None]:
+def freeing(model: Handle) -> Callable[[object], None]:
+    """What frees a native context, and then lets go of its model."""
+
     def free(pointer: object) -> None:
         lib.erl_context_free(pointer)
         model.release()
@@ -429,6 +462,7 @@ def _free_context(model: Handle) -> Callable[[object], None]:
     return free
 
 
-def _close(handle: Handle, lock: threading.RLock) -> None:
+def let_go(handle: Handle, lock: threading.RLock) -> None:
+    """Let go of a native context whose calls are made under `lock`."""
     with lock:  # a decode in another thread ends first
         handle.release()

@@ -55,6 +55,8 @@ class ModelShape:
     diffusion: bool
     has_encoder: bool
     has_decoder: bool
+    n_embd_out: int
+    n_cls_out: int
 
 
 class LlamaModel:
@@ -136,6 +138,8 @@ class LlamaModel:
             bool(shape.diffusion),
             bool(shape.has_encoder),
             bool(shape.has_decoder),
+            shape.n_embd_out,
+            shape.n_cls_out,
         )
         self.vocab_only = vocab_only
         self.vocabulary = Vocabulary(self._handle)

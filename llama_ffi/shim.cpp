@@ -237,6 +237,28 @@ llama_model_kv_override override_of(const erl_override &from) {
     return to;
 }
 
+// One batch, checked; the results of erl_decode. Without `output`, every row that the context wants gives one.
+int32_t compute(erl_context &context, int32_t n, const int32_t *tokens, const int32_t *positions,
+                const int32_t *sequences, const int8_t *output) {
+    for (int32_t i = 0; i < n; i++) {
+        if (const char *reason = refused(context, n, i, tokens, positions, sequences)) {
+            last_error = reason;
+            return 3;
+        }
+    }
+    std::memcpy(context.sequences.data(), sequences, n * sizeof(int32_t));
+    llama_batch batch = {};
+    batch.n_tokens = n;
+    // llama_batch is not const-correct; llama_decode reads these arrays only.
+    batch.token = const_cast<llama_token *>(tokens);
+    batch.pos = const_cast<llama_pos *>(positions);
+    batch.n_seq_id = context.n_seq_id.data();
+    batch.seq_id = context.seq_id.data();
+    batch.logits = const_cast<int8_t *>(output);
+    decoding count;
+    return ending ? 2 : llama_decode(context.llama, batch);
+}
+
 struct sampler_arguments {
     const double *numbers;
     int32_t n_numbers;
@@ -434,6 +456,8 @@ int32_t erl_model_shape_of(struct llama_model *model, erl_model_shape *out) {
     return guarded_code([=] {
         out->n_ctx_train = llama_model_n_ctx_train(model);
         out->n_embd = llama_model_n_embd(model);
+        out->n_embd_out = llama_model_n_embd_out(model);
+        out->n_cls_out = (int32_t) llama_model_n_cls_out(model);
         out->n_layer = llama_model_n_layer(model);
         // A model loaded for its vocabulary has no layers to ask for their heads.
         out->n_head = out->n_layer > 0 ? llama_model_n_head(model) : 0;
@@ -497,6 +521,7 @@ int32_t erl_vocab_shape_of(const struct llama_vocab *vocab, erl_vocab_shape *out
         out->fim_mid = llama_vocab_fim_mid(vocab);
         out->add_bos = llama_vocab_get_add_bos(vocab);
         out->add_eos = llama_vocab_get_add_eos(vocab);
+        out->add_sep = llama_vocab_get_add_sep(vocab);
         return 0;
     });
 }
@@ -588,6 +613,8 @@ erl_context *erl_context_new(struct llama_model *model, const erl_context_option
         params.offload_kqv = options->offload_kqv;
         params.swa_full = options->swa_full;
         params.kv_unified = options->kv_unified;
+        params.embeddings = options->embeddings;
+        params.pooling_type = (enum llama_pooling_type) options->pooling;
         params.no_perf = true;
         params.abort_callback_data = &context->abort;
         params.abort_callback = [](void *flag) {
@@ -636,27 +663,38 @@ int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const
         *logits = nullptr;
         bool has_output = false;
         for (int32_t i = 0; i < n; i++) {
-            if (const char *reason = refused(*context, n, i, tokens, positions, sequences)) {
-                last_error = reason;
-                return 3;
-            }
             has_output |= output[i] != 0;
         }
-        std::memcpy(context->sequences.data(), sequences, n * sizeof(int32_t));
-        llama_batch batch = {};
-        batch.n_tokens = n;
-        // llama_batch is not const-correct; llama_decode reads these arrays only.
-        batch.token = const_cast<llama_token *>(tokens);
-        batch.pos = const_cast<llama_pos *>(positions);
-        batch.n_seq_id = context->n_seq_id.data();
-        batch.seq_id = context->seq_id.data();
-        batch.logits = const_cast<int8_t *>(output);
-        decoding count;
-        const int32_t code = ending ? 2 : llama_decode(context->llama, batch);
+        const int32_t code = compute(*context, n, tokens, positions, sequences, output);
         if (code == 0 && has_output) {
             *logits = llama_get_logits(context->llama);
         }
         return code;
+    });
+}
+
+int32_t erl_context_has_memory(const erl_context *context) {
+    return guarded_code([=] { return llama_get_memory(context->llama) ? 1 : 0; });
+}
+
+int32_t erl_embed(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
+                  const int32_t *sequences, int32_t n_sequences, float *rows, int32_t width) {
+    return guarded_code([=]() -> int32_t {
+        llama_memory_clear(llama_get_memory(context->llama), false);
+        const int32_t code = compute(*context, n, tokens, positions, sequences, nullptr);
+        if (code != 0) {
+            return code;
+        }
+        const bool pooled = llama_pooling_type(context->llama) != LLAMA_POOLING_TYPE_NONE;
+        for (int32_t i = 0; i < (pooled ? n_sequences : n); i++) {
+            const float *row = pooled ? llama_get_embeddings_seq(context->llama, i)
+                                      : llama_get_embeddings_ith(context->llama, i);
+            if (!row) {
+                throw std::runtime_error("the model gave no embeddings");
+            }
+            std::copy_n(row, width, rows + (size_t) i * width);
+        }
+        return 0;
     });
 }
 

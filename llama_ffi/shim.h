@@ -69,6 +69,8 @@ typedef struct {
     int8_t offload_kqv;
     int8_t swa_full;
     int8_t kv_unified;
+    int8_t embeddings; /* rows give embeddings */
+    int32_t pooling;   /* llama.h's number; -1: the model's */
 } erl_context_options;
 
 typedef struct {
@@ -83,6 +85,8 @@ typedef struct {
 typedef struct {
     int32_t n_ctx_train;
     int32_t n_embd;
+    int32_t n_embd_out; /* of an embedding */
+    int32_t n_cls_out;  /* scores of a ranking */
     int32_t n_layer;
     int32_t n_head;
     int32_t n_head_kv;
@@ -104,6 +108,7 @@ typedef struct {
     int32_t fim_pre, fim_suf, fim_mid;
     int8_t add_bos;
     int8_t add_eos;
+    int8_t add_sep;
 } erl_vocab_shape;
 
 /* The reason of the calling thread's last failed call; valid until its next call. */
@@ -173,6 +178,13 @@ const char *erl_context_said(const erl_context *context); /* all that libllama l
  * Rows whose `output` is not 0 leave logits, in the order of the batch; without any, *logits is NULL. */
 int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
                    const int32_t *sequences, const int8_t *output, const float **logits);
+/* Whether sequences are held from one decode to the next: not by models that only encode. */
+int32_t erl_context_has_memory(const erl_context *context);
+/* Of a context with `embeddings`: forgets every sequence, computes the batch, which holds sequences 0 to
+ * n_sequences - 1 whole, and writes rows of `width` numbers: one a sequence, or without pooling one a token.
+ * Results as of erl_decode. */
+int32_t erl_embed(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
+                  const int32_t *sequences, int32_t n_sequences, float *rows, int32_t width);
 
 /* Memory: positions [p0, p1); p1 < 0 means to the end. */
 int32_t erl_memory_clear(erl_context *context, int32_t zero);

@@ -32,10 +32,11 @@ class Vocabulary:
     Attributes:
         n_tokens: size; token ids are 0 to n_tokens - 1.
         type: the kind of tokenizer: "spm", "bpe", "wpm", "ugm", "rwkv", "plamo2" or "none".
-        bos, eos, eot, nl, pad: ids of the tokens of note, None where the model has none.
-        noted: ids of all tokens of note that the model has, by name: those above, and "sep", "mask", "fim_pre",
-            "fim_suf" and "fim_mid".
+        bos, eos, eot, nl, pad, sep: ids of the tokens of note, None where the model has none.
+        fim_pre, fim_suf, fim_mid: those that mark what is before and after a gap, and the gap; None likewise.
+        noted: ids of all tokens of note that the model has, by name: those above, and "mask".
         add_bos, add_eos: whether `tokenize(add_special=True)` adds them.
+        add_sep: whether the model puts `sep` between two texts.
         is_eog: bool array, shape (n_tokens,): tokens that end generation.
         is_control: bool array, shape (n_tokens,): tokens that are no text.
     """
@@ -61,9 +62,10 @@ class Vocabulary:
             )
         self.type = _TYPE_NAMES.get(shape.type, f"type {shape.type}")
         self.bos, self.eos, self.eot = _id(shape.bos), _id(shape.eos), _id(shape.eot)
-        self.nl, self.pad = _id(shape.nl), _id(shape.pad)
+        self.nl, self.pad, self.sep = _id(shape.nl), _id(shape.pad), _id(shape.sep)
+        self.fim_pre, self.fim_suf, self.fim_mid = _id(shape.fim_pre), _id(shape.fim_suf), _id(shape.fim_mid)
         self.noted = {name: int(id) for name in _NOTED if (id := getattr(shape, name)) >= 0}
-        self.add_bos, self.add_eos = bool(shape.add_bos), bool(shape.add_eos)
+        self.add_bos, self.add_eos, self.add_sep = bool(shape.add_bos), bool(shape.add_eos), bool(shape.add_sep)
         self.is_eog: NDArray[np.bool_] = eog.astype(bool)
         self.is_control: NDArray[np.bool_] = (attributes & _ATTR_CONTROL) != 0
         self._pieces, self._ends = self._read_pieces()

@@ -24,10 +24,12 @@ from erllama.engine.backend import Batch, Limits, NamespaceValue
 from erllama.engine.backends.llama_file import LlamaVocabulary, buffers_in, chat_templates, facts_of, load_file
 from erllama.engine.backends.llama_library import llama_ffi, translated
 from erllama.engine.backends.llama_options import LlamaOptions
+from erllama.engine.embedding import Embedder
 from erllama.errors import BackendError, CellsExhausted, ModelLoadError, StateError
 
 _DEFAULT_N_CTX = 4096
 _N_CTX_STEP = 256
+_EMBEDDED_TOGETHER = 64  # texts: more take more memory in every computation, and n_ubatch is soon full
 # How libllama's state of one sequence begins: magic, sequence, streams, cells;
 # then, for each cell, its position, the number of its sequences, and the sequence.
 _STATE_HEAD = struct.Struct("<IiII")
@@ -72,6 +74,7 @@ class LlamaBackend:
             threads = options.n_threads or _processors()
             threads_batch = options.n_threads_batch or threads
             self._scratch = n_sequences
+            self._options, self._n_threads_batch = options, threads_batch
             self._make_context = partial(
                 llama_ffi.LlamaContext,
                 model,
@@ -84,15 +87,8 @@ class LlamaBackend:
                 flash_attn=options.flash_attn if isinstance(options.flash_attn, bool) else None,
                 type_k=llama_ffi.ggml_type(options.kv_type_k),
                 type_v=llama_ffi.ggml_type(options.kv_type_v),
-                rope_freq_base=options.rope_freq_base or 0.0,
-                rope_freq_scale=options.rope_freq_scale or 0.0,
-                rope_scaling=options.rope_scaling,
-                yarn_ext_factor=_or_own(options.yarn_ext_factor),
-                yarn_attn_factor=_or_own(options.yarn_attn_factor),
-                yarn_beta_fast=_or_own(options.yarn_beta_fast),
-                yarn_beta_slow=_or_own(options.yarn_beta_slow),
-                yarn_orig_ctx=options.yarn_orig_ctx or 0,
                 swa_full=options.swa_full,
+                **_rope(options),
             )
             with translated(ModelLoadError, f"{path}: no context can be made"):
                 self._context = self._make_context()
@@ -102,8 +98,12 @@ class LlamaBackend:
         except BaseException:
             model.close()
             raise
+        encodes = not context.has_memory
+        if encodes:
+            context.close()  # no decode will come: an embedder makes one of its own
         self.limits = Limits(
-            context.n_ctx,
+            # Who only encodes has learned its positions, and has no more of them.
+            min(context.n_ctx, shape.n_ctx_train) if encodes else context.n_ctx,
             context.n_batch,
             context.n_ubatch,
             context.n_vocab,
@@ -111,7 +111,8 @@ class LlamaBackend:
             whole_state,
             max(shape.n_swa, 0),
             n_sequences,
-            llama_ffi.cell_bytes(model, context.type_k, context.type_v),
+            0 if encodes else llama_ffi.cell_bytes(model, context.type_k, context.type_v),
+            can_generate=not encodes,
         )
         self._state_known = True  # False after a decode that failed, for memory that cannot be cut back
         self._broken = False  # a decode failed in a way that nobody planned: the context may be in any state
@@ -172,6 +173,36 @@ class LlamaBackend:
     def model(self) -> llama_ffi.LlamaModel:
         """The loaded model, for its metadata."""
         return self._model
+
+    def embedder(self) -> Embedder:
+        """For embeddings: contexts of its own on the same weights, which it holds."""
+        from erllama.engine.backends.llama_embedding import LlamaEmbedder
+
+        options, limits = self._options, self.limits
+
+        def make_context(pooling: str, n_tokens: int) -> llama_ffi.EmbeddingContext:
+            return llama_ffi.EmbeddingContext(
+                self._model,
+                pooling=pooling,
+                n_tokens=n_tokens,
+                n_sequences=n_sequences,
+                n_threads=self._n_threads_batch,
+                flash_attn=options.flash_attn if isinstance(options.flash_attn, bool) else None,
+                type_k=llama_ffi.ggml_type(options.kv_type_k),
+                type_v=llama_ffi.ggml_type(options.kv_type_v),
+                **_rope(options),
+            )
+
+        # Windows and recurrent states take memory for each sequence.
+        n_sequences = _EMBEDDED_TOGETHER if limits.can_trim or not limits.can_generate else 1
+        with translated(BackendError):
+            return LlamaEmbedder(
+                self._model,
+                make_context,
+                n_tokens=limits.n_ctx,
+                n_batch=limits.n_ubatch,
+                n_sequences=min(n_sequences, llama_ffi.max_sequences()),
+            )
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         known, self._state_known = self._state_known, self.limits.can_trim
@@ -263,6 +294,19 @@ def _recipe(options: LlamaOptions, *sizes: object) -> bytes:
     where = [options.n_gpu_layers, options.split_mode, options.main_gpu, options.tensor_split]
     build = [llama_ffi.build_info()["key"], llama_ffi.system_info()]
     return hashlib.sha256(json.dumps([sizes, where, build]).encode()).digest()[:16]
+
+
+def _rope(options: LlamaOptions) -> llama_ffi.RopeOptions:
+    return {
+        "rope_freq_base": options.rope_freq_base or 0.0,
+        "rope_freq_scale": options.rope_freq_scale or 0.0,
+        "rope_scaling": options.rope_scaling,
+        "yarn_ext_factor": _or_own(options.yarn_ext_factor),
+        "yarn_attn_factor": _or_own(options.yarn_attn_factor),
+        "yarn_beta_fast": _or_own(options.yarn_beta_fast),
+        "yarn_beta_slow": _or_own(options.yarn_beta_slow),
+        "yarn_orig_ctx": options.yarn_orig_ctx or 0,
+    }
 
 
 def _or_own(value: float | None) -> float:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.backend import Buffer, Limits, ModelFacts, NamespaceValue, NotedToken
+from erllama.engine.backend import Buffer, InfillTokens, Limits, ModelFacts, NamespaceValue, NotedToken
 from erllama.engine.backends.gguf_parts import parts
 from erllama.engine.backends.llama_library import llama_ffi, translated
 from erllama.engine.backends.llama_options import LlamaOptions
@@ -36,6 +36,7 @@ class LlamaVocabulary:
     Attributes:
         noted: tokens with a purpose, as "bos".
         special_texts: what a chat template gets: the texts of special tokens, as "bos_token".
+        infill_tokens: what marks a gap in a text; None where the model has no such tokens.
     """
 
     def __init__(self, vocabulary: llama_ffi.Vocabulary) -> None:
@@ -45,6 +46,11 @@ class LlamaVocabulary:
         self.noted = {name: NotedToken(id, vocabulary.text(id)) for name, id in vocabulary.noted.items()}
         in_templates = [name for name in ("bos", "eos", "pad") if name in self.noted]
         self.special_texts = {f"{name}_token": self.noted[name].text for name in in_templates}
+        self.infill_tokens: InfillTokens | None = None
+        pre, suf, mid = vocabulary.fim_pre, vocabulary.fim_suf, vocabulary.fim_mid
+        if pre is not None and suf is not None and mid is not None:
+            begin = (vocabulary.bos,) if vocabulary.add_bos and vocabulary.bos is not None else ()
+            self.infill_tokens = InfillTokens(begin, pre, suf, mid)
 
     def tokenize(
         self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False

@@ -1,0 +1,204 @@
+"""A context that embeds: token sequences in, rows of numbers out, and nothing kept between two calls.
+
+Made beside other contexts on the same model, whose weights it shares. Belongs to
+one thread at a time; a lock makes a second one wait. What libllama would answer
+with an abort (sequences that are too long, ids out of range) is checked here first.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erllama.llama_ffi.context import RopeOptions, freeing, let_go, put_rope
+from erllama.llama_ffi.handle import Handle
+from erllama.llama_ffi.library import (
+    AbortedError,
+    DecodeError,
+    LlamaError,
+    check,
+    drain_log,
+    ffi,
+    last_error,
+    lib,
+    max_sequences,
+)
+from erllama.llama_ffi.model import LlamaModel
+
+# llama.h's numbers.
+POOLINGS = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
+_NAMES = {number: name for name, number in POOLINGS.items()}
+
+
+def own_pooling(model: LlamaModel) -> str | None:
+    """The pooling that a model's file asks for; None where it asks for none."""
+    metadata = model.metadata
+    found = metadata.get(f"{metadata.get('general.architecture')}.pooling_type", "")
+    return _NAMES.get(int(found)) if found.isdecimal() and int(found) else None
+
+
+class EmbeddingContext:
+    """A llama_context whose rows give embeddings.
+
+    Args:
+        model: an open model with weights.
+        pooling: how the rows of a sequence become one: "mean", "cls" (its first), "last", or "rank" (scores, of a
+            model that ranks); "none" for a row a token.
+        n_tokens: most tokens of one `embed`, so of one sequence. All are computed at once: libllama keeps
+            a row of logits for each, as wide as the vocabulary.
+        n_sequences: most sequences of one `embed`.
+        Others as of LlamaContext.
+
+    Attributes:
+        width: of a row: the model's embedding, or the number of its scores.
+
+    Raises:
+        LlamaError: libllama refused; the message says why.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        *,
+        pooling: str,
+        n_tokens: int,
+        n_sequences: int = 1,
+        n_threads: int = 4,
+        flash_attn: bool | None = None,
+        type_k: int = 1,
+        type_v: int = 1,
+        **rope: Unpack[RopeOptions],
+    ) -> None:
+        if model.vocab_only:
+            raise LlamaError("this model was loaded with vocab_only=True: it has no weights to embed with")
+        if pooling not in POOLINGS:
+            raise LlamaError(f"pooling={pooling!r}; it is one of {', '.join(POOLINGS)}")
+        if not 1 <= n_sequences <= max_sequences() or min(n_tokens, n_threads) < 1:
+            raise LlamaError(
+                f"n_tokens={n_tokens}, n_threads={n_threads}, n_sequences={n_sequences}; they must be at least 1, "
+                f"and sequences at most {max_sequences()}"
+            )
+        _check_room(model, n_tokens)
+        held = model.hold()
+        try:
+            options = ffi.new("erl_context_options *")
+            options.n_ctx = options.n_batch = options.n_ubatch = n_tokens
+            options.n_seq_max = n_sequences
+            options.n_threads = options.n_threads_batch = n_threads
+            options.flash_attn = -1 if flash_attn is None else int(flash_attn)
+            options.type_k, options.type_v = type_k, type_v
+            put_rope(options, **rope)
+            # Unified: elsewhere libllama would cut sequences of unlike lengths apart, and pool each part.
+            options.offload_kqv = options.kv_unified = options.embeddings = True
+            options.pooling = POOLINGS[pooling]
+            pointer = lib.erl_context_new(held.pointer, options)
+            reason = last_error()
+            problems = drain_log()
+            if not pointer:
+                raise LlamaError(reason or "; ".join(problems[-3:]) or "libllama could not make a context")
+        except BaseException:
+            held.release()
+            raise
+        self._lock = threading.RLock()
+        self._handle = Handle(pointer, freeing(held), "context")
+        finalizer = weakref.finalize(self, let_go, self._handle, self._lock)
+        finalizer.atexit = False  # as for other contexts
+        self._finalizer: Callable[[], object] = finalizer
+        self._open = True
+        self.pooling = pooling
+        self.n_tokens, self.n_sequences = n_tokens, n_sequences
+        self.width = model.shape.n_cls_out if pooling == "rank" else model.shape.n_embd_out
+        # A model that only encodes has learned its positions, and has no more of them.
+        encodes = check(lib.erl_context_has_memory(pointer), "making a context") == 0
+        self._longest = min(n_tokens, model.shape.n_ctx_train) if encodes else n_tokens
+
+    @property
+    def closed(self) -> bool:
+        return not self._open
+
+    def close(self) -> None:
+        """Stop a computation that is running and let go. Idempotent."""
+        if self._open:
+            self.abort()
+        self._open = False
+        self._finalizer()
+
+    def __enter__(self) -> EmbeddingContext:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def abort(self) -> None:
+        """Make the running `embed`, and later ones, stop early. Safe from any thread."""
+        with suppress(LlamaError), self._handle.held() as native:
+            lib.erl_context_abort(native, True)
+
+    def embed(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+        """Compute some sequences together, each on its own.
+
+        Args:
+            sequences: token ids, int32, each of shape (n,), n >= 1; together at most n_tokens.
+
+        Returns:
+            one float32 array a sequence, in their order: shape (width,), or (n, width) without pooling.
+
+        Raises:
+            AbortedError: `abort()` was called.
+            DecodeError: libllama failed.
+            LlamaError: an argument is out of range; nothing was computed.
+        """
+        lengths = [len(sequence) for sequence in sequences]
+        n = sum(lengths)
+        if not 1 <= len(sequences) <= self.n_sequences or n > self.n_tokens:
+            raise LlamaError(
+                f"{len(sequences)} sequences of {n} tokens together; "
+                f"it takes 1 to {self.n_sequences} of them, and {self.n_tokens} tokens"
+            )
+        if not 1 <= min(lengths) <= max(lengths) <= self._longest:
+            raise LlamaError(f"a sequence of {min(lengths)} to {max(lengths)} tokens; 1 to {self._longest} will do")
+        tokens = np.concatenate(sequences).astype(np.int32, casting="same_kind")
+        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        pooled = self.pooling != "none"
+        rows = np.empty((len(lengths) if pooled else n, self.width), np.float32)
+        with self._lock:
+            if not self._open:
+                raise LlamaError("this context is closed")
+            code = lib.erl_embed(
+                self._handle.pointer,
+                n,
+                ffi.from_buffer("int32_t[]", tokens),
+                ffi.from_buffer("int32_t[]", positions),
+                ffi.from_buffer("int32_t[]", numbers),
+                len(lengths),
+                ffi.from_buffer("float[]", rows, require_writable=True),
+                self.width,
+            )
+            reason = last_error()
+            problems = "; ".join(drain_log()[-3:])
+        if code == 2:
+            raise AbortedError("the computation was aborted")
+        if code == 3:
+            raise LlamaError(reason)
+        if code != 0:
+            raise DecodeError(f"embedding failed with code {code}: {reason or problems or 'no reason was given'}")
+        return list(rows) if pooled else np.split(rows, np.cumsum(lengths)[:-1])
+
+
+def _check_room(model: LlamaModel, n_tokens: int) -> None:
+    """Refuse rows that this machine's memory cannot hold: an allocation that large is not refused by the system."""
+    n_bytes = 4 * n_tokens * (model.vocabulary.n_tokens + model.shape.n_embd)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if n_bytes > memory:
+        raise LlamaError(
+            f"embedding {n_tokens} tokens at once needs {n_bytes / 2**30:.1f} GiB for their rows and this machine "
+            f"has {memory / 2**30:.1f} GiB; embed shorter texts"
+        )
