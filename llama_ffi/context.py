@@ -82,6 +82,16 @@ def put_rope(options: _ContextOptions, **rope: Unpack[RopeOptions]) -> None:
     options.yarn_orig_ctx = rope.get("yarn_orig_ctx", 0)
 
 
+def new_context(model: Handle, options: object) -> object:
+    """A context over a model that is held, or LlamaError with libllama's reason."""
+    pointer = lib.erl_context_new(model.pointer, options)
+    reason = last_error()
+    problems = drain_log()
+    if not pointer:
+        raise LlamaError(reason or "; ".join(problems[-3:]) or "libllama could not make a context")
+    return pointer
+
+
 class LlamaContext:
     """A llama_context over a model.
 
@@ -146,11 +156,7 @@ class LlamaContext:
             put_rope(options, **rope)
             options.offload_kqv, options.swa_full, options.kv_unified = offload_kqv, swa_full, kv_unified
             options.pooling = -1
-            pointer = lib.erl_context_new(held.pointer, options)
-            reason = last_error()
-            problems = drain_log()
-            if not pointer:
-                raise LlamaError(reason or "; ".join(problems[-3:]) or "libllama could not make a context")
+            pointer = new_context(held, options)
         except BaseException:
             held.release()
             raise

@@ -17,7 +17,7 @@ from typing import Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.llama_ffi.context import RopeOptions, freeing, let_go, put_rope
+from erllama.llama_ffi.context import RopeOptions, freeing, let_go, new_context, put_rope
 from erllama.llama_ffi.handle import Handle
 from erllama.llama_ffi.library import (
     AbortedError,
@@ -98,11 +98,7 @@ class EmbeddingContext:
             # Unified: elsewhere libllama would cut sequences of unlike lengths apart, and pool each part.
             options.offload_kqv = options.kv_unified = options.embeddings = True
             options.pooling = POOLINGS[pooling]
-            pointer = lib.erl_context_new(held.pointer, options)
-            reason = last_error()
-            problems = drain_log()
-            if not pointer:
-                raise LlamaError(reason or "; ".join(problems[-3:]) or "libllama could not make a context")
+            pointer = new_context(held, options)
         except BaseException:
             held.release()
             raise

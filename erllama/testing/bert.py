@@ -8,7 +8,6 @@ Needs the `gguf` package: `pip install 'erllama[models]'`.
 
 from __future__ import annotations
 
-import os
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+from erllama.testing._file import new_gguf
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
@@ -73,55 +74,45 @@ def write_encoder(
         pooling: what the file asks for.
         epsilon: of the layers' norms.
     """
-    from gguf import GGUFWriter, LlamaFileType, PoolingType, TokenType
+    from gguf import LlamaFileType, PoolingType, TokenType
 
     n_ctx, n_embd = weights["position_embd.weight"].shape
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    writer = GGUFWriter(partial, "bert")
-    writer.add_name("bert")
-    writer.add_file_type(LlamaFileType.ALL_F32)
-    writer.add_context_length(n_ctx)
-    writer.add_embedding_length(n_embd)
-    writer.add_feed_forward_length(weights["blk.0.ffn_up.weight"].shape[0])
-    writer.add_block_count(sum(name.endswith("attn_q.weight") for name in weights))
-    writer.add_head_count(n_head)
-    writer.add_layer_norm_eps(epsilon)
-    writer.add_causal_attention(False)
-    writer.add_pooling_type(PoolingType[pooling.upper()])
-    writer.add_vocab_size(len(words))
-    writer.add_token_type_count(weights["token_types.weight"].shape[0])
-    writer.add_tokenizer_model("bert")
-    # As libllama has them: a mark where a word begins, not where it goes on.
-    writer.add_token_list([w if w in _SPECIAL else w[2:] if w.startswith("##") else f"▁{w}" for w in words])
-    writer.add_token_types([TokenType.CONTROL if word in _SPECIAL else TokenType.NORMAL for word in words])
-    for word, add in zip(
-        _SPECIAL,
-        (
-            writer.add_pad_token_id,
-            writer.add_unk_token_id,
-            writer.add_bos_token_id,
-            writer.add_sep_token_id,
-            writer.add_mask_token_id,
-        ),
-        strict=True,
-    ):
-        add(words.index(word))
-    # [CLS] text [SEP]; [CLS] query [SEP] document [SEP].
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(True)
-    writer.add_add_sep_token(False)
-    for name, values in weights.items():
-        writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_gguf(path, "bert") as writer:
+        writer.add_name("bert")
+        writer.add_file_type(LlamaFileType.ALL_F32)
+        writer.add_context_length(n_ctx)
+        writer.add_embedding_length(n_embd)
+        writer.add_feed_forward_length(weights["blk.0.ffn_up.weight"].shape[0])
+        writer.add_block_count(sum(name.endswith("attn_q.weight") for name in weights))
+        writer.add_head_count(n_head)
+        writer.add_layer_norm_eps(epsilon)
+        writer.add_causal_attention(False)
+        writer.add_pooling_type(PoolingType[pooling.upper()])
+        writer.add_vocab_size(len(words))
+        writer.add_token_type_count(weights["token_types.weight"].shape[0])
+        writer.add_tokenizer_model("bert")
+        # As libllama has them: a mark where a word begins, not where it goes on.
+        writer.add_token_list([w if w in _SPECIAL else w[2:] if w.startswith("##") else f"▁{w}" for w in words])
+        writer.add_token_types([TokenType.CONTROL if word in _SPECIAL else TokenType.NORMAL for word in words])
+        for word, add in zip(
+            _SPECIAL,
+            (
+                writer.add_pad_token_id,
+                writer.add_unk_token_id,
+                writer.add_bos_token_id,
+                writer.add_sep_token_id,
+                writer.add_mask_token_id,
+            ),
+            strict=True,
+        ):
+            add(words.index(word))
+        # [CLS] text [SEP]; [CLS] query [SEP] document [SEP].
+        writer.add_add_bos_token(True)
+        writer.add_add_eos_token(True)
+        writer.add_add_sep_token(False)
+        for name, values in weights.items():
+            writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
     return path
 
 

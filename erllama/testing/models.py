@@ -12,13 +12,15 @@ Needs the `gguf` package: `pip install 'erllama[models]'`. From the shell:
 from __future__ import annotations
 
 import argparse
-import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
+
+from erllama.testing._file import new_gguf
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -178,15 +180,13 @@ class _ModelFile(AbstractContextManager["_ModelFile"]):
         quantization: Quantization,
         output_norm: str = "output_norm",
     ) -> None:
-        from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+        from gguf import GGMLQuantizationType, LlamaFileType
 
-        self._path = Path(path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        self._file = new_gguf(Path(path), architecture)
         self._random = np.random.Generator(np.random.PCG64(seed))
         self._quantization = quantization
         self._kind = GGMLQuantizationType[quantization]
-        self.writer = GGUFWriter(self._partial, architecture)
+        self.writer = self._file.__enter__()
         self.writer.add_name(f"random {architecture}, seed {seed}")
         self.writer.add_file_type(LlamaFileType["ALL_F32" if quantization == "F32" else f"MOSTLY_{quantization}"])
         self.writer.add_embedding_length(n_embd)
@@ -220,16 +220,10 @@ class _ModelFile(AbstractContextManager["_ModelFile"]):
         self.matrix(f"{block}.ffn_up", n_ff, n_embd)
         self.matrix(f"{block}.ffn_down", n_embd, n_ff)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.writer.write_header_to_file()
-                self.writer.write_kv_data_to_file()
-                self.writer.write_tensors_to_file()
-                self.writer.close()
-                os.replace(self._partial, self._path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, error, trace)
 
 
 def _add_byte_vocabulary(writer: object, n_vocab: int) -> None:

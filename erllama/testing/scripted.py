@@ -9,11 +9,12 @@ Needs the `gguf` package: `pip install 'erllama[models]'`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from erllama.testing._file import new_gguf
 
 END = "</s>"
 _SPECIAL = ["<unk>", "<s>", END]
@@ -47,7 +48,7 @@ def write_scripted(
     Raises:
         ValueError: `follows` names something that is no token.
     """
-    from gguf import GGUFWriter, TokenType
+    from gguf import TokenType
 
     begun = sorted({word[:n] for word in words for n in range(2, len(word) + 1)})
     # The tokenizer writes a space as another character, which has no byte of its own.
@@ -69,54 +70,46 @@ def write_scripted(
     output[following, np.arange(n_vocab)] = 1.0
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    writer = GGUFWriter(partial, "llama")
-    writer.add_name("scripted")
-    writer.add_context_length(n_ctx_train)
-    writer.add_embedding_length(n_embd)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(1)
-    writer.add_head_count_kv(1)
-    writer.add_rope_dimension_count(n_embd)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(n_vocab)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL] + [TokenType.BYTE] * 256
-    kinds += [TokenType.NORMAL] * (1 + len(begun)) + [TokenType.CONTROL] * len(special)
-    writer.add_token_types(kinds)
-    writer.add_token_scores([0.0] * first + [-1.0] + [float(len(word)) for word in begun] + [0.0] * len(special))
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)
-    if chat_template is not None:
-        writer.add_chat_template(chat_template)
-    writer.add_tensor("token_embd.weight", embeddings)
-    writer.add_tensor("output_norm.weight", np.ones(n_embd, np.float32))
-    writer.add_tensor("output.weight", output)
-    for name, shape in {
-        "attn_q": (n_embd, n_embd),
-        "attn_k": (n_embd, n_embd),
-        "attn_v": (n_embd, n_embd),
-        "attn_output": (n_embd, n_embd),
-        "ffn_gate": (32, n_embd),
-        "ffn_up": (32, n_embd),
-        "ffn_down": (n_embd, 32),
-    }.items():
-        writer.add_tensor(f"blk.0.{name}.weight", np.zeros(shape, np.float32))
-    for name in ("attn_norm", "ffn_norm"):
-        writer.add_tensor(f"blk.0.{name}.weight", np.ones(n_embd, np.float32))
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_gguf(path, "llama") as writer:
+        writer.add_name("scripted")
+        writer.add_context_length(n_ctx_train)
+        writer.add_embedding_length(n_embd)
+        writer.add_block_count(1)
+        writer.add_feed_forward_length(32)
+        writer.add_head_count(1)
+        writer.add_head_count_kv(1)
+        writer.add_rope_dimension_count(n_embd)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_vocab_size(n_vocab)
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL] + [TokenType.BYTE] * 256
+        kinds += [TokenType.NORMAL] * (1 + len(begun)) + [TokenType.CONTROL] * len(special)
+        writer.add_token_types(kinds)
+        writer.add_token_scores(
+            [0.0] * first + [-1.0] + [float(len(word)) for word in begun] + [0.0] * len(special)
+        )
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_unk_token_id(0)
+        writer.add_add_bos_token(False)
+        writer.add_add_eos_token(False)
+        writer.add_add_space_prefix(False)
+        if chat_template is not None:
+            writer.add_chat_template(chat_template)
+        writer.add_tensor("token_embd.weight", embeddings)
+        writer.add_tensor("output_norm.weight", np.ones(n_embd, np.float32))
+        writer.add_tensor("output.weight", output)
+        for name, shape in {
+            "attn_q": (n_embd, n_embd),
+            "attn_k": (n_embd, n_embd),
+            "attn_v": (n_embd, n_embd),
+            "attn_output": (n_embd, n_embd),
+            "ffn_gate": (32, n_embd),
+            "ffn_up": (32, n_embd),
+            "ffn_down": (n_embd, 32),
+        }.items():
+            writer.add_tensor(f"blk.0.{name}.weight", np.zeros(shape, np.float32))
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.0.{name}.weight", np.ones(n_embd, np.float32))
     return path

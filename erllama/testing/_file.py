@@ -1,0 +1,31 @@
+"""Writes a GGUF that appears whole or not at all. For the generators of test models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+
+@contextmanager
+def new_gguf(path: Path, architecture: str) -> Iterator[GGUFWriter]:
+    """A writer to be given metadata and tensors; the file is in its place when the `with` ends well."""
+    from gguf import GGUFWriter
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    writer = GGUFWriter(partial, architecture)
+    try:
+        yield writer
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
