@@ -78,6 +78,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._in_flight: list[Part] = []  # given to a decode that has not come back, or was ended
         self._costs = DecodeCosts()
+        self._speculating = False  # a request of the last tick may compute ahead
         self.metrics = EngineMetrics()
         self.last_hit: CacheHit | None = None
 
@@ -267,7 +268,8 @@ class Scheduler:
 
     def _with_drafts(self, rows: list[Part]) -> list[Part]:
         """Where only replies are written: rows of what is likely to come, in cells that nobody else wants."""
-        if not any(part.sequence.speculates for part in rows):
+        self._speculating = any([part.sequence.speculates for part in rows])  # noqa: C419 - quicker
+        if not self._speculating:
             return rows
         spare = min(self._limits.n_batch, self._live.cells.free) - len(rows)
         parts = []
@@ -333,7 +335,7 @@ class Scheduler:
         self.metrics.decoded_tokens += rows
         self.metrics.drafted_tokens += drafts
         self.metrics.prefilled_tokens += len(batch.tokens) - rows - drafts
-        if rows == len(parts):
+        if self._speculating and rows == len(parts):
             self._costs.measured(len(batch.tokens), now - began)
         row = 0
         for sequence, start, end in parts:

@@ -57,15 +57,19 @@ class DecodeCosts:
     """How long decodes take, by the number of their rows: a line through those of late."""
 
     def __init__(self) -> None:
-        self._sums = np.zeros(5)  # 1, rows, seconds, rows squared, rows times seconds
+        # Sums over decodes of 1, rows, seconds, rows squared, rows times seconds; the latest count most.
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
 
     def measured(self, n_rows: int, seconds: float) -> None:
-        self._sums *= _MEMORY
-        self._sums += (1, n_rows, seconds, n_rows * n_rows, n_rows * seconds)
+        self._n = _MEMORY * self._n + 1.0
+        self._x = _MEMORY * self._x + n_rows
+        self._y = _MEMORY * self._y + seconds
+        self._xx = _MEMORY * self._xx + n_rows * n_rows
+        self._xy = _MEMORY * self._xy + n_rows * seconds
 
     def ratio(self, n_rows: int, more: int) -> float | None:
         """How many times longer a decode takes with `more` rows beside `n_rows`; None where that is not known."""
-        n, x, y, xx, xy = self._sums.tolist()
+        n, x, y, xx, xy = self._n, self._x, self._y, self._xx, self._xy
         spread = n * xx - x * x
         if n < 2 or spread <= 1e-6 * n * n:
             return None
