@@ -98,7 +98,8 @@ class EmbeddingContext:
             # Unified: elsewhere libllama would cut sequences of unlike lengths apart, and pool each part.
             options.offload_kqv = options.kv_unified = options.embeddings = True
             options.pooling = POOLINGS[pooling]
-            pointer = lib.erl_context_new(held.pointer, options)
+            with model.adapters_lock:
+                pointer = lib.erl_context_new(held.pointer, options)
             reason = last_error()
             problems = drain_log()
             if not pointer:
@@ -107,6 +108,7 @@ class EmbeddingContext:
             held.release()
             raise
         self._lock = threading.RLock()
+        self._adapters_lock = model.adapters_lock
         self._handle = Handle(pointer, freeing(held), "context")
         finalizer = weakref.finalize(self, let_go, self._handle, self._lock)
         finalizer.atexit = False  # as for other contexts
@@ -169,7 +171,7 @@ class EmbeddingContext:
         numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         pooled = self.pooling != "none"
         rows = np.empty((len(lengths) if pooled else n, self.width), np.float32)
-        with self._lock:
+        with self._lock, self._adapters_lock:
             if not self._open:
                 raise LlamaError("this context is closed")
             code = lib.erl_embed(
