@@ -31,6 +31,7 @@ class Parked:
     Attributes:
         number: the backend's for it.
         namespace: the root key of who may share it.
+        tenant: whose session it is, if it is one's.
         tokens: what it holds, int32, shape (n,).
         as_computed: how, where nothing else was in the context; else None.
         session_id: the session that it is kept for; None for anybody.
@@ -39,6 +40,7 @@ class Parked:
 
     number: int
     namespace: bytes
+    tenant: bytes
     tokens: NDArray[np.int32]
     as_computed: Provenance | None
     session_id: str | None
@@ -168,7 +170,7 @@ class LiveContext:
         number, session_id = sequence.number, sequence.options.session_id
         assert number is not None
         for older in self.parked:
-            if session_id is not None and (older.namespace, older.session_id) == (sequence.namespace, session_id):
+            if session_id is not None and (older.tenant, older.session_id) == (sequence.tenant, session_id):
                 self._drop_parked(older)
                 break
         if not sequence.n_held:
@@ -178,7 +180,8 @@ class LiveContext:
         warmth = sequence.warmth
         keys = (*warmth.keys, warmth.finish_key) if warmth.finish_key is not None else tuple(warmth.keys)
         keys = tuple(dict.fromkeys(keys))  # a context of whole blocks is named by its last
-        self.parked.append(Parked(number, sequence.namespace, sequence.held.copy(), as_computed, session_id, keys))
+        held = sequence.held.copy()
+        self.parked.append(Parked(number, sequence.namespace, sequence.tenant, held, as_computed, session_id, keys))
         if self._tier is not None:
             self._tier.hold(keys)
 
@@ -190,10 +193,10 @@ class LiveContext:
                 return
             self._drop_parked(free[0])
 
-    def end_session(self, namespace: bytes, session_id: str) -> bool:
+    def end_session(self, tenant: bytes, session_id: str) -> bool:
         """What is kept for a session is anybody's; False where nothing is."""
         for parked in self.parked:
-            if (parked.namespace, parked.session_id) == (namespace, session_id):
+            if (parked.tenant, parked.session_id) == (tenant, session_id):
                 parked.session_id = None
                 return True
         return False

@@ -10,8 +10,11 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 from erllama.cache import Cache, Policy
+from erllama.engine.adapters import AdapterBackend, LoadedAdapter
 from erllama.engine.backend import Backend
 from erllama.engine.grammar import Grammar
 from erllama.engine.live_tier import LiveTier
@@ -41,6 +44,9 @@ class Runner:
         prefill_chunk_size: most tokens of prompts in one tick beside replies that are being written.
         parked_cells: cells that finished sequences may keep while others compute.
         max_pending: most requests that may wait.
+
+    Attributes:
+        adapters: of the model.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Runner:
         self._policy = policy
         self._stopping = False
         self._shared = Shared.of(cache, backend, policy)
+        self.adapters = self._shared.adapters
         limits = backend.limits
         self._tier = (
             LiveTier(cache, LIVE, f"the context of model {name!r}", limits.cell_bytes, limits.n_ctx)
@@ -116,8 +123,8 @@ class Runner:
         return self._stopping
 
     def namespace(self, cache_salt: str | None) -> bytes:
-        """The root key of what a request of this salt may share."""
-        return self._shared.namespace(cache_salt)
+        """The root key of what a request of this salt may share that is submitted now."""
+        return self._shared.namespace(cache_salt, self.adapters.current)
 
     # --- asking
 
@@ -146,9 +153,17 @@ class Runner:
             CalledFromModelThread: by this runner's own thread.
         """
         self._check_caller()
-        sequence = Sequence(ticket, self._shared)
-        session_id = ticket.request.options.session_id
-        session = None if session_id is None else (sequence.namespace, session_id)
+        adapters = self.adapters.enter()
+        try:
+            self._queue(Sequence(ticket, self._shared, adapters))
+        except Exception:  # whatever else interrupts it, the request may be in the queue: its adapters stay
+            self.adapters.leave(adapters)
+            self._wake()
+            raise
+
+    def _queue(self, sequence: Sequence) -> None:
+        session_id = sequence.options.session_id
+        session = None if session_id is None else (sequence.tenant, session_id)
         with self._condition:
             self.check()
             if self.pending >= self._max_pending + max(self._n_seq_max - self.running, 0):
@@ -169,13 +184,40 @@ class Runner:
         Raises:
             SessionBusy: a request of it runs or waits.
         """
-        namespace = self.namespace(cache_salt)
+        tenant = self._shared.namespace(cache_salt, ())
         self._check_caller()
         with self._condition:
-            self._check_session((namespace, session_id))
+            self._check_session((tenant, session_id))
         found: list[bool] = []
-        self._call(lambda: found.append(self._scheduler.live.end_session(namespace, session_id)))
+        self._call(lambda: found.append(self._scheduler.live.end_session(tenant, session_id)))
         return any(found)
+
+    def load_adapter(self, path: Path) -> object:
+        """Have the backend load a file that it has found good; without effect until it is attached."""
+        loaded: list[object] = []
+        backend = self._backend
+        assert isinstance(backend, AdapterBackend)
+        self._call(lambda: loaded.append(backend.load_adapter(path)))
+        return loaded[0]
+
+    def unload_adapter(self, adapter: LoadedAdapter) -> None:
+        """Let requests to come do without an adapter; it is freed behind those that use it. Idempotent."""
+        if self._process == os.getpid():  # in a fork, neither is there
+            self.adapters.detach(adapter)
+            self._wake()
+
+    def discard_adapter(self, native: object) -> None:
+        """Free one that was loaded and is not wanted after all."""
+        backend = self._backend
+        assert isinstance(backend, AdapterBackend)
+        with suppress(ModelUnloaded):  # which frees it, too
+            self._call(lambda: backend.free_adapter(native))
+
+    def _wake(self) -> None:
+        """There may be adapters to be freed."""
+        if self.adapters.unused:
+            with self._condition:
+                self._condition.notify()
 
     def warm_up(self) -> None:
         """Decode once for nothing; before any request."""
@@ -245,6 +287,8 @@ class Runner:
                 self._wait_for_work(progress)
                 while self._calls:
                     self._calls.popleft().run()
+                if self.adapters.unused:
+                    self.adapters.free_unused()
                 while self._arrived:
                     scheduler.waiting.append(self._arrived.popleft())
                 progress = self._tick() if not self._stopping and scheduler.busy else True
@@ -260,6 +304,7 @@ class Runner:
             for call in calls:
                 call.error = self._unloaded("was unloaded meanwhile")
                 call.done.set()
+            self.adapters.close()
             if self._tier is not None:
                 self._tier.detach()
             self._backend.close()
@@ -277,7 +322,10 @@ class Runner:
         with self._condition:
             # Where all who are admitted wait for saves of others, that is looked at again soon.
             timeout = _LOOK_AGAIN_SECONDS if self._scheduler.busy else None
-            self._condition.wait_for(lambda: self._stopping or self._arrived or self._calls, timeout)
+            self._condition.wait_for(self._has_work, timeout)
+
+    def _has_work(self) -> bool:
+        return self._stopping or bool(self._arrived or self._calls) or self.adapters.unused
 
     def _tick(self) -> bool:
         """Whatever goes wrong, those who wait are told, and the thread goes on."""
@@ -297,10 +345,11 @@ class Runner:
             return True
 
     def _on_end(self, sequence: Sequence) -> None:
+        self.adapters.leave(sequence.adapters)
         session_id = sequence.options.session_id
         if session_id is not None:
             with self._condition:
-                self._sessions.discard((sequence.namespace, session_id))
+                self._sessions.discard((sequence.tenant, session_id))
 
 
 class _Call:

@@ -2,7 +2,8 @@
 
 Used by the model thread alone. Each tick is one decode, over the tokens drawn
 last of all sequences that generate, and slices of the prompts of those that do
-not yet. Requests enter first come, first served. A request that fails, fails alone.
+not yet. Requests enter first come, first served; those that run at one time have one set of
+adapters. A request that fails, fails alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import Match, SaveReason
+from erllama.engine.adapters import recipe
 from erllama.engine.backend import Batch
 from erllama.engine.batches import BatchBuilder, Part
 from erllama.engine.live import LiveContext, Parked, common_prefix
@@ -139,6 +141,8 @@ class Scheduler:
             first = self.waiting[0]
             if self.running and (first.options.reproducible or self.running[0].options.reproducible):
                 return  # such a request has the context to itself
+            if self.running and first.adapters != self.running[0].adapters:
+                return  # a decode has one set of adapters: who has another waits for those before, as all behind do
             if self.running and not self._has_room(first):
                 return
             self.waiting.popleft()
@@ -222,7 +226,8 @@ class Scheduler:
         number, as_computed = live.take_in(sequence, source, n_live)
         if n_stored > n_live:  # whole blocks are restored, and then cut
             live.make_room(n_stored - n_live + self._shared.slicing.block_size)
-        warmth = Warmth(self._shared, number, sequence.namespace, sequence.n_prompt)
+        how = recipe(self._backend.recipe, sequence.adapters)
+        warmth = Warmth(self._shared, number, sequence.namespace, sequence.n_prompt, how)
         restored = warmth.restore(
             sequence.tokens[: len(sequence.reusable) + 1],
             match,
@@ -317,6 +322,7 @@ class Scheduler:
         self._in_flight = parts
         began = time.perf_counter()
         try:
+            self._shared.adapters.use(parts[0].sequence.adapters)
             logits = self._backend.decode(batch)
             if logits.shape != (n_wanted, self._limits.n_vocab):
                 raise BackendError(f"the backend gave logits of shape {logits.shape}")

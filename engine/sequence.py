@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import SaveReason
+from erllama.engine.adapters import AdapterSet
 from erllama.engine.constraint import PhasedMatcher
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.phases import ThinkingBudget
@@ -39,7 +40,9 @@ class Sequence:
 
     Attributes:
         ticket: the caller's end.
+        adapters: what it is computed with, from submission to end.
         namespace: the root key of what it may share.
+        tenant: that of what it may share without adapters: sessions are of one tenant.
         tokens: prompt and reply, int32; the first `n_known` are known, the first `n_held` in the context.
         number: the backend's for it, while it is in the context.
         leader, fork: another sequence that computes its first `fork` tokens just now, which it waits for.
@@ -49,13 +52,15 @@ class Sequence:
         finish_reason: None as long as it goes on.
     """
 
-    def __init__(self, ticket: Ticket, shared: Shared) -> None:
+    def __init__(self, ticket: Ticket, shared: Shared, adapters: AdapterSet = ()) -> None:
         self.ticket = ticket
         self._shared = shared
         self._vocabulary = shared.backend.vocabulary
         self._n_ctx = shared.backend.limits.n_ctx
         self.options = options = ticket.request.options
-        self.namespace = shared.namespace(options.cache_salt)
+        self.adapters = adapters
+        self.tenant = shared.namespace(options.cache_salt, ())
+        self.namespace = shared.namespace(options.cache_salt, adapters) if adapters else self.tenant
         prompt = ticket.request.prompt
         self.n_prompt = len(prompt)
         room = self._n_ctx - len(prompt) + 1  # the last token sampled needs no cell

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import Cache, Match, Policy, namespace_key
+from erllama.engine.adapters import Adapters, AdapterSet, named
 from erllama.engine.backend import Backend
 from erllama.engine.constraint import PhasedMatcher
 from erllama.engine.grammar import GrammarCompiler, Matcher
@@ -34,6 +35,7 @@ class Shared:
     samplers: SamplerFactory
     grammars: GrammarCompiler
     script: Script
+    adapters: Adapters
 
     @classmethod
     def of(cls, cache: Cache, backend: Backend, policy: Policy) -> Shared:
@@ -48,7 +50,8 @@ class Shared:
             restores_bits=not 0 < limits.attention_window < cache.block_size,
         )
         samplers = SamplerFactory(vocabulary, limits.n_ctx)
-        return cls(cache, backend, slicing, policy, samplers, GrammarCompiler(vocabulary), Script(vocabulary))
+        grammars, script = GrammarCompiler(vocabulary), Script(vocabulary)
+        return cls(cache, backend, slicing, policy, samplers, grammars, script, Adapters(backend))
 
     def tracker(self, options: RequestOptions, prompt: NDArray[np.int32]) -> PhaseTracker | None:
         """What tells the phases of a reply apart; None where they are not to be told."""
@@ -75,11 +78,13 @@ class Shared:
             tracker, self.script, answer, calls, openings, n_vocab, answer_is_text=not phases.calls_only
         )
 
-    def namespace(self, cache_salt: str | None) -> bytes:
-        """The root key of what a request may see: the model's, or a tenant's own."""
+    def namespace(self, cache_salt: str | None, adapters: AdapterSet) -> bytes:
+        """The root key of what a request may see: the model's, or a tenant's; another for each set of adapters."""
         parts = dict(self.backend.namespace)
         if cache_salt is not None:
             parts["cache_salt"] = cache_salt
+        if adapters:
+            parts["adapters"] = named(adapters)
         return namespace_key(parts)
 
     def awaits(self, key: bytes) -> bool:

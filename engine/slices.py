@@ -101,7 +101,7 @@ class Provenance:
     def __init__(self, slicing: Slicing, recipe: bytes) -> None:
         self._slicing = slicing
         self._window = slicing.window
-        self._recipe = recipe
+        self.recipe = recipe
         self._slice_ends: dict[int, int] = {}  # by window
         self._canonical = 0  # everything before was computed in full windows
 
@@ -112,7 +112,7 @@ class Provenance:
         for block in blocks:
             index = block.start // self._window
             # A slice cut short by the restore goes on with other tokens, in another slice.
-            known = block.slice_end if block.recipe == self._recipe and block.slice_end <= n_tokens else 0
+            known = block.slice_end if block.recipe == self.recipe and block.slice_end <= n_tokens else 0
             # Blocks of one window may come from different runs: the window is as good as its worst.
             if self._slice_ends.setdefault(index, known) != known:
                 self._slice_ends[index] = 0
@@ -123,7 +123,7 @@ class Provenance:
 
     def fork(self, n_tokens: int) -> Provenance:
         """That of a sequence that goes on from the first `n_tokens` of this one."""
-        other = Provenance(self._slicing, self._recipe)
+        other = Provenance(self._slicing, self.recipe)
         if self._window:
             for window in range(-(-n_tokens // self._window)):
                 end = self._slice_ends.get(window, 0)

@@ -57,9 +57,10 @@ class Warmth:
         sequence: the backend's number of it.
         namespace: the root key of what it may share.
         n_prompt: tokens of the prompt.
+        recipe: how it is computed.
     """
 
-    def __init__(self, shared: Shared, sequence: int, namespace: bytes, n_prompt: int) -> None:
+    def __init__(self, shared: Shared, sequence: int, namespace: bytes, n_prompt: int, recipe: bytes) -> None:
         self._shared = shared
         self._cache, self._backend = shared.cache, shared.backend
         self._namespace, self._slicing, self._n_prompt = namespace, shared.slicing, n_prompt
@@ -72,7 +73,7 @@ class Warmth:
         own_cut = not self._slicing.is_cut(self.cold_tail_end, n_prompt)
         self._own_cut = self.cold_tail_end if own_cut else None
         self._sequence = sequence
-        self._recipe = shared.backend.recipe
+        self._recipe = recipe
         self._provenance = Provenance(shared.slicing, self._recipe)
         self._keys: list[bytes] = []  # of the full blocks
         self._saving = True
@@ -103,7 +104,9 @@ class Warmth:
         """
         last = len(tokens) - 1
         n_held, tiers = n_shared, {LIVE} if n_shared else set()
-        self._provenance = (as_computed or self._provenance).fork(n_shared)
+        if as_computed is None or as_computed.recipe != self._recipe:
+            as_computed = self._provenance
+        self._provenance = as_computed.fork(n_shared)
         if match is not None:
             try:
                 n_held, n_shared = self._fill(match, reproducible, n_shared, room, tiers)

@@ -11,6 +11,7 @@ Every token's KV is computed once, stored once, found again exactly, and
 survives a restart. Everything a user needs is in this namespace.
 """
 
+from erllama._adapters import Adapter
 from erllama._info import Device, ModelInfo, devices
 from erllama._load import load_backend, load_model
 from erllama._model import Model
@@ -46,6 +47,8 @@ from erllama.engine import (
     ToolCallEnd,
 )
 from erllama.errors import (
+    AdapterLoadError,
+    AdapterUnloaded,
     AlreadyLoaded,
     BackendError,
     CacheError,
@@ -78,6 +81,9 @@ from erllama.errors import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
+    "AdapterLoadError",
+    "AdapterUnloaded",
     "AlreadyLoaded",
     "AsyncChatStream",
     "AsyncStream",

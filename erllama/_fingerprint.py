@@ -10,7 +10,7 @@ own, so no two kinds share any KV.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class Fingerprint:
             return "chunked:" + " ".join(beginnings_digest(part) for part in parts(path))
         if not cache.persistent:
             return f"file:{identity(path)}"
-        return "sha256:" + " ".join(_digests(path, cache, on_progress))
+        return "sha256:" + " ".join(_digests(parts(path), cache, on_progress))
 
 
 def identity(path: Path) -> str:
@@ -78,10 +78,15 @@ def identity(path: Path) -> str:
     Raises:
         ModelLoadError: a part is missing.
     """
-    return " ".join(_identity(part) for part in parts(path))
+    return " ".join(file_identity(part) for part in parts(path))
 
 
-def _identity(path: Path) -> str:
+def file_identity(path: Path) -> str:
+    """As `identity`, of one file, whatever its name.
+
+    Raises:
+        ModelLoadError: it cannot be read.
+    """
     try:
         status = path.stat()
     except OSError as error:
@@ -90,10 +95,19 @@ def _identity(path: Path) -> str:
     return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
-def _digests(path: Path, cache: Cache, on_progress: Callable[[float], object]) -> list[str]:
-    """SHA-256 of each part, in hex; those that the cache does not remember are read."""
-    files = {part: _identity(part) for part in parts(path)}
-    digests = {part: cache.fingerprint(found) for part, found in files.items()}
+def content_digest(path: Path, cache: Cache) -> str:
+    """SHA-256 of one file, in hex; read, unless the cache remembers it.
+
+    Raises:
+        ModelLoadError: it cannot be read, or changes while it is.
+    """
+    return _digests([path], cache, lambda _: None)[0]
+
+
+def _digests(found: Sequence[Path], cache: Cache, on_progress: Callable[[float], object]) -> list[str]:
+    """SHA-256 of each file, in hex; those that the cache does not remember are read."""
+    files = {part: file_identity(part) for part in found}
+    digests = {part: cache.fingerprint(identity) for part, identity in files.items()}
     unknown = [part for part, digest in digests.items() if digest is None]
     n_bytes = sum(part.stat().st_size for part in unknown)
     n_read = 0
@@ -102,12 +116,12 @@ def _digests(path: Path, cache: Cache, on_progress: Callable[[float], object]) -
         nonlocal n_read
         n_read += n
         if on_progress(min(n_read / max(n_bytes, 1), 1.0)) is False:
-            raise LoadCancelled(f"{path}: the load was cancelled")
+            raise LoadCancelled(f"{found[0]}: the load was cancelled")
 
     for part in unknown:
         read(0)
         digests[part] = digest = _sha256(part, read)
-        if _identity(part) != files[part]:
+        if file_identity(part) != files[part]:
             raise ModelLoadError(f"{part} was changed while it was read; load it again when it is complete")
         cache.remember_fingerprint(files[part], digest)
     return [str(digest) for digest in digests.values()]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama import _registry
+from erllama._adapters import AdapterMethods
 from erllama._embedding import EmbeddingMethods, Embeddings
 from erllama._info import ModelInfo, Shape
 from erllama._options import (
@@ -60,7 +61,7 @@ Prompt = str | Sequence[int] | NDArray[np.integer]
 Messages = Sequence[Mapping[str, object]]
 
 
-class Model(EmbeddingMethods):
+class Model(AdapterMethods, EmbeddingMethods):
     """A loaded model. Made by `load_model` or `load_backend`; safe to use from any thread.
 
     Attributes:

@@ -74,6 +74,14 @@ class ModelLoadError(Error):
     """A model file cannot be loaded."""
 
 
+class AdapterLoadError(Error):
+    """An adapter file cannot be loaded, or is not for this model."""
+
+
+class AdapterUnloaded(Error):  # noqa: N818
+    """The adapter was unloaded; load it again to use it."""
+
+
 class LoadCancelled(ModelLoadError):  # noqa: N818
     """A load was cancelled by its progress callback."""
 

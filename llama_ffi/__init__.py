@@ -7,6 +7,7 @@ native lifetimes right in any order of closing. Importing it does not start
 libllama's backends; the first use does.
 """
 
+from erllama.llama_ffi.adapter import LlamaAdapter, check_adapter
 from erllama.llama_ffi.context import LlamaContext, RopeOptions, cell_bytes
 from erllama.llama_ffi.embedding import POOLINGS, EmbeddingContext, own_pooling
 from erllama.llama_ffi.gguf import GGUFHeader, Tensor, check_header, read_header, read_tensor_table
@@ -34,6 +35,7 @@ __all__ = [
     "Device",
     "EmbeddingContext",
     "GGUFHeader",
+    "LlamaAdapter",
     "LlamaContext",
     "LlamaError",
     "LlamaModel",
@@ -46,6 +48,7 @@ __all__ = [
     "Vocabulary",
     "build_info",
     "cell_bytes",
+    "check_adapter",
     "check_header",
     "devices",
     "ggml_block_size",

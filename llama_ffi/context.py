@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from operator import is_
 from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack
 
 import numpy as np
 
+from erllama.llama_ffi.adapter import LlamaAdapter
 from erllama.llama_ffi.handle import Handle
 from erllama.llama_ffi.library import (
     AbortedError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _ROPE_SCALINGS = {None: -1, "none": 0, "linear": 1, "yarn": 2}
 _INT32, _INT8 = np.dtype(np.int32), np.dtype(np.int8)
+_MOST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 class RopeOptions(TypedDict, total=False):
@@ -161,7 +163,9 @@ class LlamaContext:
             held.release()
             raise
         self._lock = threading.RLock()
-        self._handle = Handle(pointer, freeing(held), "context")
+        self._model = held
+        self._adapters: list[Handle] = []  # held
+        self._handle = Handle(pointer, freeing(held, self._adapters), "context")
         # Not at interpreter exit: a thread may be inside a decode then, and the system frees everything anyway.
         finalizer = weakref.finalize(self, let_go, self._handle, self._lock)
         finalizer.atexit = False
@@ -314,6 +318,35 @@ class LlamaContext:
         with suppress(LlamaError), self._handle.held() as native:
             lib.erl_context_abort(native, on)
 
+    def set_adapters(self, adapters: Sequence[tuple[LlamaAdapter, float]]) -> None:
+        """Compute with these adapters, each by its scale, and no others, from the next decode on.
+
+        What the cells hold stays as it is. Each adapter lives until it is replaced here, or the context is freed.
+
+        Raises:
+            LlamaError: one is closed, given twice or of another model, or a scale is not finite; nothing changes.
+        """
+        held: list[Handle] = []
+        with self._lock:
+            native = self._native()
+            try:
+                for adapter, scale in adapters:
+                    if not abs(scale) <= _MOST_FLOAT32:
+                        raise LlamaError(f"a scale of {scale}; it must be a finite 32-bit number")
+                    held.append(adapter.hold(self._model))
+                if len({id(handle) for handle in held}) < len(held):
+                    raise LlamaError("an adapter is given twice; give each once, with one scale")
+                natives = ffi.new("struct llama_adapter_lora *[]", [handle.pointer for handle in held] or 1)
+                scales = ffi.new("float[]", [scale for _, scale in adapters] or 1)
+                check(lib.erl_context_adapters(native, natives, scales, len(held)), "setting adapters")
+            except BaseException:
+                for handle in held:
+                    handle.release()
+                raise
+            before, self._adapters[:] = self._adapters[:], held
+        for handle in before:
+            handle.release()
+
     # --- memory -----------------------------------------------------------------------
 
     def clear(self) -> None:
@@ -458,11 +491,13 @@ def _check_room(model: LlamaModel, n_ctx: int, type_k: int, type_v: int) -> None
         )
 
 
-def freeing(model: Handle) -> Callable[[object], None]:
-    """What frees a native context, and then lets go of its model."""
+def freeing(model: Handle, adapters: Sequence[Handle] = ()) -> Callable[[object], None]:
+    """What frees a native context, and then lets go of the adapters that it has by then, and of its model."""
 
     def free(pointer: object) -> None:
         lib.erl_context_free(pointer)
+        for adapter in adapters:
+            adapter.release()
         model.release()
 
     return free

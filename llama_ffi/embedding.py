@@ -98,11 +98,13 @@ class EmbeddingContext:
             # Unified: elsewhere libllama would cut sequences of unlike lengths apart, and pool each part.
             options.offload_kqv = options.kv_unified = options.embeddings = True
             options.pooling = POOLINGS[pooling]
-            pointer = new_context(held, options)
+            with model.adapters_lock:
+                pointer = new_context(held, options)
         except BaseException:
             held.release()
             raise
         self._lock = threading.RLock()
+        self._adapters_lock = model.adapters_lock
         self._handle = Handle(pointer, freeing(held), "context")
         finalizer = weakref.finalize(self, let_go, self._handle, self._lock)
         finalizer.atexit = False  # as for other contexts
@@ -165,7 +167,7 @@ class EmbeddingContext:
         numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         pooled = self.pooling != "none"
         rows = np.empty((len(lengths) if pooled else n, self.width), np.float32)
-        with self._lock:
+        with self._lock, self._adapters_lock:
             if not self._open:
                 raise LlamaError("this context is closed")
             code = lib.erl_embed(

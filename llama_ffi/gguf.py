@@ -141,13 +141,7 @@ def check_header(path: str | Path, overrides: Mapping[str, int | float | bool | 
     """
     header = read_header(path)
     metadata = MappingProxyType({**header.metadata, **(overrides or {})})
-    size = Path(path).stat().st_size
-    for tensor in header.tensors:
-        end = header.data_offset + tensor.offset + tensor.n_bytes
-        if end > size:
-            raise LlamaError(
-                f"tensor {tensor.name!r} ends at byte {end} of a file of {size}: the file is cut short"
-            )
+    check_length(path, header)
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
         raise LlamaError("the metadata names no architecture")
@@ -159,6 +153,21 @@ def check_header(path: str | Path, overrides: Mapping[str, int | float | bool | 
         if isinstance(value, int | float) and not isinstance(value, bool) and not low <= value <= high:
             raise LlamaError(f"{architecture}.{name} is {value}; it must be {low} to {high}")
     return GGUFHeader(metadata, header.tensors, header.data_offset)
+
+
+def check_length(path: str | Path, header: GGUFHeader) -> None:
+    """Refuse a file that ends before its tensors do.
+
+    Raises:
+        LlamaError: it does.
+    """
+    size = Path(path).stat().st_size
+    for tensor in header.tensors:
+        end = header.data_offset + tensor.offset + tensor.n_bytes
+        if end > size:
+            raise LlamaError(
+                f"tensor {tensor.name!r} ends at byte {end} of a file of {size}: the file is cut short"
+            )
 
 
 # Sizes that libllama divides by, allocates by or loops over before it checks them.

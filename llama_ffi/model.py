@@ -86,6 +86,8 @@ class LlamaModel:
 
     Attributes:
         said: what libllama logged while it loaded.
+        adapters_lock: held where an adapter is loaded or freed, and by contexts that compute in other threads:
+            libllama reads the list of a model's adapters in the midst of that.
     """
 
     def __init__(
@@ -143,6 +145,8 @@ class LlamaModel:
         )
         self.vocab_only = vocab_only
         self.vocabulary = Vocabulary(self._handle)
+        # Reentrant: a garbage collection inside may free an adapter.
+        self.adapters_lock = threading.RLock()
 
     @property
     def closed(self) -> bool:

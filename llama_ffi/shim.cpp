@@ -698,6 +698,18 @@ int32_t erl_embed(erl_context *context, int32_t n, const int32_t *tokens, const 
     });
 }
 
+struct llama_adapter_lora *erl_adapter_load(struct llama_model *model, const char *path) {
+    return guarded_pointer<llama_adapter_lora>([=] { return llama_adapter_lora_init(model, path); });
+}
+
+void erl_adapter_free(struct llama_adapter_lora *adapter) {
+    guarded_void([=] { llama_adapter_lora_free(adapter); });
+}
+
+int32_t erl_context_adapters(erl_context *context, struct llama_adapter_lora **adapters, float *scales, int32_t n) {
+    return guarded_code([=] { return llama_set_adapters_lora(context->llama, adapters, (size_t) n, scales); });
+}
+
 int32_t erl_memory_clear(erl_context *context, int32_t zero) {
     return guarded_code([=] {
         llama_memory_clear(llama_get_memory(context->llama), zero != 0);

@@ -17,6 +17,7 @@ extern "C" {
 struct llama_model;
 struct llama_vocab;
 struct llama_sampler;
+struct llama_adapter_lora;
 struct gguf_context;
 typedef struct erl_load erl_load;       /* progress and cancellation of one model load */
 typedef struct erl_context erl_context; /* a llama_context with its batch and abort flag */
@@ -185,6 +186,13 @@ int32_t erl_context_has_memory(const erl_context *context);
  * Results as of erl_decode. */
 int32_t erl_embed(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
                   const int32_t *sequences, int32_t n_sequences, float *rows, int32_t width);
+
+/* Adapters (LoRA) belong to their model: made and freed while no context of it is made or computes in another thread.
+ * erl_adapter_load: NULL when it failed. erl_adapter_free: no context may hold it any more. */
+struct llama_adapter_lora *erl_adapter_load(struct llama_model *model, const char *path);
+void erl_adapter_free(struct llama_adapter_lora *adapter);
+/* From the next decode on, these n and no others; summed in their order, as far as libllama keeps it: of two. */
+int32_t erl_context_adapters(erl_context *context, struct llama_adapter_lora **adapters, float *scales, int32_t n);
 
 /* Memory: positions [p0, p1); p1 < 0 means to the end. */
 int32_t erl_memory_clear(erl_context *context, int32_t zero);

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backend import Batch, Limits, NamespaceValue
+from erllama.engine.backends.llama_adapters import check_adapter_file
 from erllama.engine.backends.llama_file import LlamaVocabulary, buffers_in, chat_templates, facts_of, load_file
 from erllama.engine.backends.llama_library import llama_ffi, translated
 from erllama.engine.backends.llama_options import LlamaOptions
 from erllama.engine.embedding import Embedder
-from erllama.errors import BackendError, CellsExhausted, ModelLoadError, StateError
+from erllama.errors import AdapterLoadError, BackendError, CellsExhausted, ModelLoadError, StateError
 
 _DEFAULT_N_CTX = 4096
 _N_CTX_STEP = 256
@@ -117,6 +118,8 @@ class LlamaBackend:
         self._state_known = True  # False after a decode that failed, for memory that cannot be cut back
         self._broken = False  # a decode failed in a way that nobody planned: the context may be in any state
         self._aborting = False
+        self._loaded_adapters: set[llama_ffi.LlamaAdapter] = set()
+        self._used_adapters: list[tuple[llama_ffi.LlamaAdapter, float]] = []
         self._checks_positions = can_trim and shape.rope_type in _ROPE_ONE_POSITION
         gpus = options.computing_devices()
         buffers = buffers_in(context.said)
@@ -204,6 +207,28 @@ class LlamaBackend:
                 n_sequences=min(n_sequences, llama_ffi.max_sequences()),
             )
 
+    def check_adapter(self, path: Path) -> None:
+        check_adapter_file(path, self.path, self.facts.architecture)
+
+    def load_adapter(self, path: Path) -> llama_ffi.LlamaAdapter:
+        with translated(AdapterLoadError, f"{path} cannot be loaded"):
+            adapter = llama_ffi.LlamaAdapter(self._model, path)
+        self._loaded_adapters.add(adapter)
+        return adapter
+
+    def use_adapters(self, adapters: Sequence[tuple[object, float]]) -> None:
+        used = [(adapter, scale) for adapter, scale in adapters if isinstance(adapter, llama_ffi.LlamaAdapter)]
+        if len(used) < len(adapters):
+            raise BackendError("an adapter that is none of libllama's")
+        with translated(BackendError, "setting adapters"):
+            self._context.set_adapters(used)
+        self._used_adapters = used
+
+    def free_adapter(self, adapter: object) -> None:
+        if isinstance(adapter, llama_ffi.LlamaAdapter):
+            self._loaded_adapters.discard(adapter)
+            adapter.close()
+
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         known, self._state_known = self._state_known, self.limits.can_trim
         try:
@@ -275,6 +300,7 @@ class LlamaBackend:
             if self._broken:
                 self._context.close()
                 self._context = self._make_context()
+                self._context.set_adapters(self._used_adapters)
                 self._context.abort(self._aborting)
                 self._broken = False
             self._context.clear()
@@ -286,6 +312,8 @@ class LlamaBackend:
 
     def close(self) -> None:
         self._context.close()
+        for adapter in self._loaded_adapters:
+            adapter.close()
         self._model.close()
 
 

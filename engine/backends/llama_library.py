@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from erllama.errors import BackendError, LibraryNotBuilt, ModelLoadError, PromptError
+from erllama.errors import AdapterLoadError, BackendError, LibraryNotBuilt, ModelLoadError, PromptError
 
 try:
     from erllama import llama_ffi as llama_ffi
@@ -33,7 +33,9 @@ def devices() -> list[llama_ffi.Device]:
 
 
 @contextmanager
-def translated(kind: type[BackendError | ModelLoadError | PromptError], context: str = "") -> Iterator[None]:
+def translated(
+    kind: type[AdapterLoadError | BackendError | ModelLoadError | PromptError], context: str = ""
+) -> Iterator[None]:
     """Turn the binding's errors into `kind`."""
     try:
         yield

@@ -221,7 +221,7 @@ class Chats:
             options = self._without_thinking(options, family.thinking)
         namespace = self._namespace(options.cache_salt)
         prompt = self.history.tokens(namespace, text, as_text=options.reproducible)
-        return Turn(self, request, messages, tools, family, text, prompt, options)
+        return Turn(self, request, messages, tools, family, text, prompt, options, namespace)
 
     def _phases(
         self,
@@ -292,7 +292,7 @@ class Chats:
 
     def remember(self, turn: Turn, completion: Completion, message: Message) -> None:
         """What a reply was computed as, for when it comes back as text."""
-        namespace = self._namespace(turn.options.cache_salt)
+        namespace = turn.namespace
         n_said, said = self._said(completion)
         n_prompt = len(completion.context_tokens) - len(completion.tokens)
         tokens = np.array(completion.context_tokens[: n_prompt + n_said], np.int32)
@@ -396,6 +396,7 @@ class Turn:
         text: the conversation, as the template writes it.
         prompt: its tokens, int32, shape (n,).
         options: of the request.
+        namespace: the root key of what it may share, and where it is remembered.
     """
 
     chats: Chats
@@ -406,6 +407,7 @@ class Turn:
     text: str
     prompt: NDArray[np.int32]
     options: RequestOptions
+    namespace: bytes
 
     def event(self, event: Event) -> Event:
         """An event of the engine's, with what a tool call means."""

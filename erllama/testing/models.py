@@ -12,6 +12,7 @@ Needs the `gguf` package: `pip install 'erllama[models]'`. From the shell:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,72 @@ def write_lfm2(path: str | Path, *, seed: int = 0) -> Path:
             file.norm(f"{block}.ffn_norm", n_embd)
             file.feed_forward(block, n_embd, n_ff)
     return Path(path)
+
+
+# Weights of a llama's layers that adapters usually change.
+ADAPTED = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+def write_lora(
+    path: str | Path,
+    shape: LlamaShape = TINY,
+    *,
+    rank: int = 4,
+    alpha: float = 8.0,
+    seed: int = 0,
+    weights: Sequence[str] = ADAPTED,
+    gain: float = 1.0,
+) -> Path:
+    """Write a LoRA adapter with random weights for a llama of `write_llama`.
+
+    With scale 1 it changes each weight by alpha / rank times B A, about as large as `gain` times the weight itself:
+    replies differ from the model's from the first token on.
+
+    Args:
+        path: where to write; appears whole or not at all.
+        shape: of the model.
+        rank: columns of B and rows of A.
+        alpha: of the file's metadata.
+        seed: two files from the same arguments are equal byte for byte.
+        weights: what is changed: names of each layer's weights, or "token_embd" and "output".
+        gain: how much.
+
+    Returns:
+        `path`.
+    """
+    path = Path(path)
+    random = np.random.Generator(np.random.PCG64(seed))
+    with new_gguf(path, "llama") as writer:
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", alpha)
+        for name, n_out, n_in in _lora_weights(shape, weights):
+            # A row of A times an input of length 1 is about 1 / sqrt(n_in); the scale undoes alpha / rank.
+            a = random.standard_normal((rank, n_in), np.float32) / np.float32(np.sqrt(n_in))
+            b = random.standard_normal((n_out, rank), np.float32) * np.float32(gain * np.sqrt(rank) / alpha)
+            if name == "token_embd":  # of which rows are picked: there, the two are stored the other way round
+                a, b = np.ascontiguousarray(b), np.ascontiguousarray(a.T)
+            writer.add_tensor(f"{name}.weight.lora_a", a)
+            writer.add_tensor(f"{name}.weight.lora_b", b)
+    return path
+
+
+def _lora_weights(shape: LlamaShape, weights: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Names of what is adapted, with their rows and columns."""
+    n_embd, n_kv = shape.n_embd, shape.n_embd // shape.n_head * shape.n_head_kv
+    sizes = {
+        "attn_q": (n_embd, n_embd),
+        "attn_k": (n_kv, n_embd),
+        "attn_v": (n_kv, n_embd),
+        "attn_output": (n_embd, n_embd),
+        "ffn_gate": (shape.n_ff, n_embd),
+        "ffn_up": (shape.n_ff, n_embd),
+        "ffn_down": (n_embd, shape.n_ff),
+    }
+    whole = [(name, shape.n_vocab, n_embd) for name in ("token_embd", "output") if name in weights]
+    in_layers = [(name, *size) for name, size in sizes.items() if name in weights]
+    layers = range(shape.n_layer)
+    return whole + [(f"blk.{layer}.{name}", n_out, n_in) for layer in layers for name, n_out, n_in in in_layers]
 
 
 class _ModelFile(AbstractContextManager["_ModelFile"]):
