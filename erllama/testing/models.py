@@ -178,6 +178,7 @@ def write_lora(
     seed: int = 0,
     weights: Sequence[str] = ADAPTED,
     gain: float = 1.0,
+    architecture: str = "llama",
 ) -> Path:
     """Write a LoRA adapter with random weights for a llama of `write_llama`.
 
@@ -192,6 +193,7 @@ def write_lora(
         seed: two files from the same arguments are equal byte for byte.
         weights: what is changed: names of each layer's weights, or "token_embd" and "output".
         gain: how much.
+        architecture: whose weights they are; those of others than llamas have their own names and sizes.
 
     Returns:
         `path`.
@@ -202,7 +204,7 @@ def write_lora(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     random = np.random.Generator(np.random.PCG64(seed))
-    writer = GGUFWriter(partial, "llama")
+    writer = GGUFWriter(partial, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
