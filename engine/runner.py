@@ -130,7 +130,7 @@ class Runner:
 
     def compile(self, grammar: Grammar) -> None:
         """Compile a grammar, in the caller's thread, so that requests find it ready."""
-        self._check_caller()
+        self.check_caller()
         self._shared.grammars.matcher(grammar)
 
     def check(self) -> None:
@@ -152,7 +152,7 @@ class Runner:
             SessionBusy: a request of its session runs or waits.
             CalledFromModelThread: by this runner's own thread.
         """
-        self._check_caller()
+        self.check_caller()
         adapters = self.adapters.enter()
         try:
             self._queue(Sequence(ticket, self._shared, adapters))
@@ -185,7 +185,7 @@ class Runner:
             SessionBusy: a request of it runs or waits.
         """
         tenant = self._shared.namespace(cache_salt, ())
-        self._check_caller()
+        self.check_caller()
         with self._condition:
             self._check_session((tenant, session_id))
         found: list[bool] = []
@@ -250,7 +250,7 @@ class Runner:
                 "model %r: its saves were not written within evict_save_timeout_ms=%d", self._name, timeout_ms
             )
 
-    def _check_caller(self) -> None:
+    def check_caller(self) -> None:
         self.check()  # before the lock, which a fork may have left taken
         if threading.current_thread() is self._thread:
             raise CalledFromModelThread(
@@ -267,7 +267,7 @@ class Runner:
 
     def _call(self, function: Callable[[], object]) -> None:
         """Have the model thread call something between two ticks, and wait for that; raises what it raised."""
-        self._check_caller()
+        self.check_caller()
         call = _Call(function)
         with self._condition:
             self.check()

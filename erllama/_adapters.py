@@ -100,6 +100,7 @@ class AdapterMethods:
             raise OptionError(f"path={path!r}; give the path of a GGUF file")
         checked = checked_scale(scale)
         self._check_generates()
+        self._runner.check_caller()
         if not isinstance(self._backend, AdapterBackend):
             raise Unsupported(
                 f"model {self.id!r} takes no adapters: its backend, {type(self._backend).__name__}, has no "

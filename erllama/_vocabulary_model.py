@@ -90,7 +90,7 @@ class _NoRunner(Runner):
         self._stopping = True
         self._backend.close()
 
-    def _check_caller(self) -> Never:
+    def check_caller(self) -> Never:
         self.check()
         raise _refusal(self._name)
 

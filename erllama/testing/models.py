@@ -180,6 +180,7 @@ def write_lora(
     seed: int = 0,
     weights: Sequence[str] = ADAPTED,
     gain: float = 1.0,
+    architecture: str = "llama",
 ) -> Path:
     """Write a LoRA adapter with random weights for a llama of `write_llama`.
 
@@ -194,13 +195,14 @@ def write_lora(
         seed: two files from the same arguments are equal byte for byte.
         weights: what is changed: names of each layer's weights, or "token_embd" and "output".
         gain: how much.
+        architecture: whose weights they are; those of others than llamas have their own names and sizes.
 
     Returns:
         `path`.
     """
     path = Path(path)
     random = np.random.Generator(np.random.PCG64(seed))
-    with new_gguf(path, "llama") as writer:
+    with new_gguf(path, architecture) as writer:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
