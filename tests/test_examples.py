@@ -41,6 +41,7 @@ def numbers(pattern: str, said: str) -> list[tuple[int, ...]]:
 
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("[!_]*.py")} == {
+        "adapters.py",
         "agents.py",
         "chat.py",
         "embeddings.py",
@@ -234,6 +235,13 @@ def test_speculation_gives_the_same_reply(tmp_path: Path) -> None:
     said = run(EXAMPLES / "speculation.py", cwd=tmp_path)
     assert "the same reply" in said
     assert "of 5 tokens proposed 5 are taken" in said
+
+
+def test_adapters_have_replies_and_a_cache_of_their_own(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "adapters.py", cwd=tmp_path)
+    assert [kind for _, kind in re.findall(r"^([\w, ]+): .*; (\w+)$", said, re.MULTILINE)] == [
+        "cold", "cold", "cold", "exact", "exact", "exact"
+    ]  # fmt: skip
 
 
 def test_replies_keep_to_grammars(tmp_path: Path) -> None:
