@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ from erllama.engine.candidates import Candidates
 
 _LONGEST_BREAKER = 40  # bytes of a text that breaks repetitions
 _LONGEST_TAIL = 20  # tokens of its rest
+_ANY_LENGTH = 1 << 30
 _LOG_MAX = 88.7228391  # of float32's largest number
 _HUGE = float(np.finfo(np.float32).max)  # as good as ruled out, and still a number
 
@@ -72,10 +72,15 @@ class DRY:
     def __init__(
         self, multiplier: float, base: float, allowed_length: int, last_n: int, breakers: Breakers
     ) -> None:
-        self._multiplier, self._base, self._allowed = multiplier, base, allowed_length
+        # All in float32, as libllama has it: powers tell apart what is rounded otherwise.
+        self._multiplier, self._base = float(np.float32(multiplier)), float(np.float32(base))
+        self._allowed = allowed_length
         self._last_n, self._breakers = last_n, breakers
-        # Beyond this the penalty does not grow: it would leave float32.
-        self._most = int(_LOG_MAX / math.log(base)) if base > 1 else 0
+        # Beyond this the penalty does not grow: it would leave float32. For 1, it never does.
+        self._most = 0
+        if self._base > 1:
+            growth = np.log(np.float32(base))
+            self._most = int(np.float32(_LOG_MAX) / growth) if self._base > 1.000001 else _ANY_LENGTH
 
     def __call__(self, candidates: Candidates) -> Candidates:
         recent = candidates.context[-self._last_n :]

@@ -274,6 +274,13 @@ def test_dry_of_long_repetitions_is_libllamas(
     compare(pair, row, *both(pair, row, context.astype(np.int32)))
 
 
+@pytest.mark.parametrize("base", [1.0000005, 1.000002, 1.1, 2.0, 4.0, 8.0, 16.0, 100.0])
+def test_dry_stops_growing_where_libllamas_does(vocabulary: Vocabulary, base: float) -> None:
+    pair = dry(vocabulary, [], 1.0, base, 0, 500)
+    row = Row(np.arange(320, dtype=np.int32), np.zeros(320, np.float32))
+    compare(pair, row, *both(pair, row, np.array([A] * 300, np.int32)))
+
+
 @pytest.mark.parametrize("text", ["</s>", "/s", "a</", "b</s>", "</s>b"])
 def test_the_name_of_a_control_token_breaks_as_text_does(vocabulary: Vocabulary, text: str) -> None:
     pair = dry(vocabulary, [text], 1.0, 1.5, 1, 500)
