@@ -1,5 +1,6 @@
 """Runs requests: the model thread, its scheduler, sampling, and the backends' protocol."""
 
+from erllama.engine.adapters import AdapterBackend
 from erllama.engine.backend import Backend, Batch, Buffer, InfillTokens, Limits, ModelFacts, NotedToken, Vocabulary
 from erllama.engine.candidates import Candidates
 from erllama.engine.embedding import Embedder, EmbeddingBackend, EmbeddingLimits
@@ -31,6 +32,7 @@ from erllama.engine.steps import Step
 from erllama.engine.ticket import Ticket
 
 __all__ = [
+    "AdapterBackend",
     "Backend",
     "Batch",
     "Buffer",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from erllama.testing.models import write_llama
+from erllama.testing.models import write_llama, write_lora
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -267,6 +267,22 @@ def test_options_of_loading_keep_their_kv_apart(tmp_path: Path) -> None:
     assert said.count("refused: ") == 2
 
 
+def test_adapters_are_kept_apart(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "adapters.py", cwd=tmp_path)
+    found = re.findall(r"^(without|half|whole): (\w+); (.*)$", said, re.MULTILINE)
+    assert [(how, kind) for how, kind, _ in found] == [
+        ("without", "cold"),
+        ("half", "cold"),
+        ("whole", "cold"),
+        ("half", "exact"),
+        ("without", "exact"),
+    ]
+    assert len({(how, text) for how, _, text in found}) == len({text for _, _, text in found}) == 3
+    assert "loaded: [('lora.gguf', 0.5)]" in said
+    assert "begun before: exact" in said
+    assert "the file is no adapter" in said
+
+
 def test_a_model_at_work_can_be_looked_at(tmp_path: Path) -> None:
     said = run(EXAMPLES / "observe.py", cwd=tmp_path)
     assert "before: idle, 0 run, 0 wait" in said
@@ -277,11 +293,12 @@ def test_a_model_at_work_can_be_looked_at(tmp_path: Path) -> None:
     assert numbers(r"(\d+) tokens of the next prompt are cached", said)[:2] == [(0,), (291,)]
 
 
-@pytest.mark.parametrize("page", ["embeddings.md", "loading.md", "serving.md"])
+@pytest.mark.parametrize("page", ["adapters.md", "embeddings.md", "loading.md", "serving.md"])
 def test_the_snippets_of_a_page_run(page: str, tmp_path: Path) -> None:
     """One after another, as a reader would try them, with a model of that name in the directory."""
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)
     assert len(blocks) > 1
     write_llama(tmp_path / "model.gguf", seed=1)
+    write_lora(tmp_path / "lora.gguf", seed=1)
     (tmp_path / "snippets.py").write_text("\n".join(blocks))
     run("snippets.py", cwd=tmp_path)
