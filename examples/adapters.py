@@ -1,4 +1,4 @@
-"""Adapters: loaded beside a model, scaled, unloaded; the cache keeps what each set computed.
+"""LoRA adapters: loaded, scaled and unloaded while requests run, and kept apart in the cache.
 
 python examples/adapters.py [model.gguf lora.gguf]
 """
@@ -12,39 +12,46 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import erllama
-from erllama.testing.models import TINY, write_llama, write_lora
+from erllama.testing.models import write_llama, write_lora
+
+PROMPT = "The same words, read with other weights, are other numbers. " * 4
 
 
 @contextmanager
 def files() -> Iterator[tuple[Path, Path]]:
-    """A model and an adapter: those named on the command line, or random ones."""
+    """A model and an adapter for it: those of the command line, or tiny ones of random weights."""
     if len(sys.argv) > 2:
         yield Path(sys.argv[1]), Path(sys.argv[2])
         return
     with tempfile.TemporaryDirectory() as place:
-        yield write_llama(Path(place) / "model.gguf", TINY), write_lora(Path(place) / "lora.gguf", TINY)
+        yield write_llama(Path(place) / "model.gguf"), write_lora(Path(place) / "lora.gguf", seed=1)
+
+
+def ask(model: erllama.Model, how: str) -> None:
+    reply = model.complete(PROMPT, max_tokens=8, temperature=0.0)
+    print(f"{how}: {reply.cache.kind}; {reply.text!r}")
 
 
 def main() -> None:
-    prompt = "Once upon a time, in a village by the sea, " * 4
-    with files() as (file, lora), erllama.load_model(file, cache=erllama.Cache()) as model:
-
-        def ask(what: str) -> str:
-            reply = model.complete(prompt, max_tokens=8, temperature=0.0)
-            print(f"{what + ':':24} {reply.text!r}; {reply.cache.kind}")
-            return reply.text
-
-        plain = ask("without")
-        adapter = model.load_adapter(lora)
-        adapted = ask("with")
-        adapter.scale = 0.5
-        ask("by half")
-        adapter.scale = 0.0
-        assert ask("not at all") == plain
+    with files() as (path, lora), erllama.Cache() as cache, erllama.load_model(path, cache=cache) as model:
+        ask(model, "without")
+        adapter = model.load_adapter(lora, scale=0.5)
+        ask(model, "half")
         adapter.scale = 1.0
-        assert ask("with, again") == adapted
+        ask(model, "whole")
+
+        stream = model.stream(PROMPT, max_tokens=40, temperature=0.0)
+        adapter.scale = 0.5  # the stream goes on as it began
+        ask(model, "half")
+        print(f"loaded: {[(adapter.path.name, adapter.scale) for adapter in model.adapters]}")
         adapter.unload()
-        assert ask("without, again") == plain
+        ask(model, "without")
+        print(f"begun before: {stream.result().cache.kind}")
+
+        try:
+            model.load_adapter(path)
+        except erllama.AdapterLoadError as error:
+            print(f"refused: {error}")
 
 
 if __name__ == "__main__":

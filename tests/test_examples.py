@@ -237,13 +237,6 @@ def test_speculation_gives_the_same_reply(tmp_path: Path) -> None:
     assert "of 5 tokens proposed 5 are taken" in said
 
 
-def test_adapters_have_replies_and_a_cache_of_their_own(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "adapters.py", cwd=tmp_path)
-    assert [kind for _, kind in re.findall(r"^([\w, ]+): .*; (\w+)$", said, re.MULTILINE)] == [
-        "cold", "cold", "cold", "exact", "exact", "exact"
-    ]  # fmt: skip
-
-
 def test_replies_keep_to_grammars(tmp_path: Path) -> None:
     said = run(EXAMPLES / "structured_output.py", cwd=tmp_path)
     assert re.search(r"GBNF:        \{'n': \d\}\n", said)
