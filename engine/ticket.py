@@ -30,6 +30,7 @@ Piece = Said | tuple[Literal["thinking_end", "call_end"], bytes]
 
 # Unread pieces beyond this are joined where they are of one kind: a reader that stops costs no more than the reply.
 _MOST_UNREAD = 256
+_SLEEP_SECONDS = 1.0
 _DELTAS: dict[str, type[TextDelta] | type[ThinkingDelta] | type[ToolCallDelta]] = {
     "text": TextDelta,
     "thinking": ThinkingDelta,
@@ -137,7 +138,7 @@ class Ticket:
             if event is not None:
                 yield event
             elif news is not None:
-                news.acquire()
+                _awaken(news)
 
     def _wait_for_news(self) -> threading.Lock | None:
         """A lock that cannot be taken before there are some; None where none will come."""
@@ -169,7 +170,7 @@ class Ticket:
             with self._lock:
                 news = self._wait_for_news() if not self.done else None
             if news is not None:
-                news.acquire()
+                _awaken(news)
         return self.outcome()
 
     def _check_process(self) -> None:
@@ -182,6 +183,12 @@ class Ticket:
             raise self._error
         assert self._completion is not None
         return self._completion
+
+
+def _awaken(news: threading.Lock) -> None:
+    """Wait for news. Ctrl-C that comes in the moment before a thread sleeps would else be noticed when it wakes."""
+    while not news.acquire(timeout=_SLEEP_SECONDS):
+        pass
 
 
 def _event(piece: Piece) -> Event:
