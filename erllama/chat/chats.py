@@ -294,10 +294,13 @@ class Chats:
         """What a reply was computed as, for when it comes back as text."""
         namespace = turn.namespace
         n_said, said = self._said(completion)
+        if not self._is_told_by_text(completion.tokens[:n_said], said):
+            return
         n_prompt = len(completion.context_tokens) - len(completion.tokens)
         tokens = np.array(completion.context_tokens[: n_prompt + n_said], np.int32)
         self.history.remember(namespace, turn.text.encode() + said, tokens)
-        if completion.stop_sequence is not None:
+        # What was cut short lacks its end, and what was thought may be left out: those come back as said, or not.
+        if completion.finish_reason != "stop" or completion.stop_sequence is not None or completion.thinking:
             return
         try:
             written = self._as_it_comes_back(turn, completion, message)
@@ -305,6 +308,16 @@ class Chats:
             return
         if written is not None:
             self.history.remember(namespace, written.encode(), tokens)
+
+    def _is_told_by_text(self, tokens: Sequence[int], said: bytes) -> bool:
+        """Whether no other conversation can have this text: it is whole, and spells no special token out."""
+        try:
+            said.decode()
+        except UnicodeDecodeError:
+            return False
+        read = self.vocabulary.tokenize(said, add_special=False, parse_special=True).tolist()
+        special = [token for token in tokens if not self.vocabulary.piece(token)]
+        return bool(said) and special == [token for token in read if not self.vocabulary.piece(token)]
 
     def _said(self, completion: Completion) -> tuple[int, bytes]:
         """How many tokens of a reply were said, and what they say: those of a stop string were not."""
