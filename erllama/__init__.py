@@ -12,13 +12,14 @@ survives a restart. Everything a user needs is in this namespace.
 """
 
 from erllama._adapters import Adapter
+from erllama._chat import AsyncChatStream, ChatStream
 from erllama._info import Device, ModelInfo, devices
 from erllama._load import load_backend, load_model
 from erllama._model import Model
 from erllama._registry import get_model, list_models, queue_depth
 from erllama._scoring import Score
 from erllama._speculation import Verification
-from erllama._stream import AsyncChatStream, AsyncStream, ChatStream, Stream
+from erllama._stream import AsyncStream, Stream
 from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
 from erllama.chat.results import ChatCompletion, Usage
 from erllama.chat.templates import render_chat_template

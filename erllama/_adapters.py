@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Never
 
 from erllama._fingerprint import content_digest, file_identity
-from erllama.cache import Cache
-from erllama.engine import Backend, Runner
+from erllama._requests import Requests
+from erllama.engine import Runner
 from erllama.engine.adapters import AdapterBackend, LoadedAdapter, checked_scale
 from erllama.errors import AdapterLoadError, ModelLoadError, OptionError, Unsupported, reject_unknown
 
@@ -70,13 +70,8 @@ class Adapter:
         self._runner.unload_adapter(self._loaded)
 
 
-class AdapterMethods:
+class AdapterMethods(Requests):
     """What `Model` has of this."""
-
-    id: str
-    cache: Cache
-    _backend: Backend
-    _runner: Runner
 
     def load_adapter(self, path: str | Path, *, scale: float = 1.0, **unknown: Never) -> Adapter:
         """Load a LoRA adapter, with which all requests made from then on are computed.
@@ -128,9 +123,6 @@ class AdapterMethods:
         if not isinstance(self._backend, AdapterBackend):
             return ()
         return tuple(Adapter(loaded, self._runner) for loaded in self._runner.adapters.loaded)
-
-    def _check_generates(self) -> None:
-        raise NotImplementedError
 
 
 def _is_still(file: Path, before: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Never, Unpack
@@ -14,23 +13,18 @@ from numpy.typing import NDArray
 
 from erllama import _registry
 from erllama._adapters import AdapterMethods
+from erllama._chat import ChatMethods
 from erllama._embedding import EmbeddingMethods, Embeddings
 from erllama._info import ModelInfo, Shape
 from erllama._options import (
-    ChatOptions,
     CompletionOptions,
     PrefillOptions,
-    TemplateOptions,
-    chat_request,
     request_options,
-    template_request,
 )
 from erllama._scoring import Score, around_gap, with_continuation
 from erllama._speculation import Verification, fixed
-from erllama._stream import AsyncChatStream, AsyncStream, ChatStream, News, Stream, wait_async
+from erllama._stream import AsyncStream, Stream
 from erllama.cache import Cache, Policy
-from erllama.chat.chats import Chats, Turn
-from erllama.chat.results import ChatCompletion
 from erllama.engine import (
     Backend,
     CacheHit,
@@ -41,7 +35,6 @@ from erllama.engine import (
     Phase,
     Request,
     RequestOptions,
-    Runner,
     SamplingOptions,
     Ticket,
 )
@@ -49,8 +42,6 @@ from erllama.engine.request import MOST_SPECULATIVE
 from erllama.errors import (
     OptionError,
     PromptError,
-    PromptTooLong,
-    Unsupported,
     boolean,
     integer,
     reject_unknown,
@@ -61,7 +52,7 @@ Prompt = str | Sequence[int] | NDArray[np.integer]
 Messages = Sequence[Mapping[str, object]]
 
 
-class Model(AdapterMethods, EmbeddingMethods):
+class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
     """A loaded model. Made by `load_model` or `load_backend`; safe to use from any thread.
 
     Attributes:
@@ -73,27 +64,8 @@ class Model(AdapterMethods, EmbeddingMethods):
     def __init__(
         self, backend: Backend, id: str, cache: Cache, policy: Policy, cache_salt: str | None, shape: Shape
     ) -> None:
-        self.id = id
-        self.cache = cache
-        self.policy = policy
-        self._cache_salt = cache_salt
-        self._backend = backend
-        self._n_seq_max = shape.n_seq_max or 1
-        self._runner = self._make_runner(shape)
-        self._chats = Chats(backend, cache, self._runner.namespace)
+        super().__init__(backend, id, cache, policy, cache_salt, shape)
         self._embeddings = Embeddings(backend, id, self._check_loaded, self._checked_ids)
-
-    def _make_runner(self, shape: Shape) -> Runner:
-        return Runner(
-            self._backend,
-            self.cache,
-            self.policy,
-            self.id,
-            n_seq_max=self._n_seq_max,
-            prefill_chunk_size=shape.prefill_chunk_size or 1,
-            parked_cells=shape.parked_cells or 0,
-            max_pending=shape.max_pending,
-        )
 
     def __repr__(self) -> str:
         state = "unloaded" if self._runner.stopped else self.phase
@@ -307,103 +279,6 @@ class Model(AdapterMethods, EmbeddingMethods):
         self._check_generates()
         return around_gap(prefix, suffix, self._backend.vocabulary, self.id)
 
-    # --- chats -------------------------------------------------------------------------
-
-    def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatCompletion:
-        """The next message of a conversation; waits for the whole of it.
-
-        Beside these options, those of `complete`, `thinking` otherwise:
-
-        Args:
-            messages: the conversation, as OpenAI's clients write it, or in Anthropic's blocks.
-            tools: what may be called, in their forms, too.
-            tool_choice: "auto", the default; "none"; "required", or the name of a tool, which the reply must call.
-            parallel_tool_calls: whether one reply may call several, True.
-            tool_format: how the model writes calls, by name (docs/chat.md); None to go by its template.
-            chat_template: a template's text, the name of one of the model's, or the pathlib.Path of a file; None
-                for the model's own, or ChatML where it has none.
-            template_args: what the template gets beside the conversation.
-            documents: what it gets as documents.
-            continue_final_message: go on with the last message, the assistant's, instead of answering.
-            thinking: "enabled" or True, "disabled" or False; None for what the template does of itself. What was
-                thought is always told from the answer.
-
-        A reply is remembered as the tokens that it was sampled as: where it comes back in `messages`, they are
-        what the next prompt has, whatever tokens its text would give. Not with `reproducible`, where the text alone
-        decides.
-
-        Raises:
-            ChatError: the messages or tools are none; it names the message's index.
-            TemplateError: the template does not parse, refuses the conversation, or takes too long.
-            Error: as of `complete`.
-        """
-        turn = self._turn(messages, options, "chat")
-        return turn.finish(self._wait(self._ticket(turn.prompt, turn.options)))
-
-    def stream_chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatStream:
-        """The next message of a conversation as it comes; options and errors as for `chat`."""
-        turn = self._turn(messages, options, "stream_chat")
-        ticket = self._ticket(turn.prompt, turn.options, streaming=True)
-        stream = ChatStream(ticket, turn)
-        self._runner.submit(ticket)
-        return stream
-
-    async def achat(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatCompletion:
-        """`chat` for asyncio. Cancelling the task cancels the request."""
-        # The loop goes on while templates are rendered and grammars compiled.
-        turn = await asyncio.to_thread(self._turn, messages, options, "achat")
-        completion = await self._wait_async(self._ticket(turn.prompt, turn.options))
-        return await asyncio.to_thread(turn.finish, completion)
-
-    def astream_chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> AsyncChatStream:
-        """`stream_chat` for asyncio. Called where a loop runs."""
-        turn = self._turn(messages, options, "astream_chat")
-        ticket = self._ticket(turn.prompt, turn.options, streaming=True)
-        stream = AsyncChatStream(ticket, turn)
-        self._runner.submit(ticket)
-        return stream
-
-    def apply_chat_template(
-        self, messages: Messages, *, add_generation_prompt: bool = True, **options: Unpack[TemplateOptions]
-    ) -> NDArray[np.int32]:
-        """The tokens of a conversation, int32, shape (n,), to be given to `complete`, `prefill` or `stream`.
-
-        Args:
-            add_generation_prompt: end with what a reply begins with.
-
-        Other options, and errors, as for `chat`.
-        """
-        self._check_loaded()
-        request = template_request(messages, options, "apply_chat_template")
-        text = self._chats.render(
-            request, add_generation_prompt=boolean("add_generation_prompt", add_generation_prompt)
-        )
-        return self._chats.history.tokens(self._runner.namespace(self._cache_salt), text, as_text=False)
-
-    def render_chat(
-        self, messages: Messages, *, add_generation_prompt: bool = True, **options: Unpack[TemplateOptions]
-    ) -> str:
-        """The text of a conversation as the template writes it; options and errors as for `apply_chat_template`."""
-        self._check_loaded()
-        request = template_request(messages, options, "render_chat")
-        return self._chats.render(
-            request, add_generation_prompt=boolean("add_generation_prompt", add_generation_prompt)
-        )
-
-    def _turn(self, messages: Messages, options: ChatOptions, where: str) -> Turn:
-        self._check_generates()
-        request = chat_request(messages, options, where, self._cache_salt, self._backend.vocabulary)
-        return self._chats.turn(*request)
-
-    def _options(self, options: CompletionOptions, where: str) -> RequestOptions:
-        return request_options(
-            options,
-            where,
-            self._cache_salt,
-            find_thinking=lambda: self._chats.thinking_markers,
-            vocabulary=self._backend.vocabulary,
-        )
-
     # --- sessions and saving ------------------------------------------------------------
 
     def end_session(self, session_id: str, *, cache_salt: str | None = None, **unknown: Never) -> bool:
@@ -415,9 +290,8 @@ class Model(AdapterMethods, EmbeddingMethods):
             SessionBusy: a request of it runs or waits.
         """
         reject_unknown(unknown, ("cache_salt",), "end_session")
-        salt = self._cache_salt if cache_salt is None else cache_salt
-        RequestOptions(session_id=session_id, cache_salt=salt)
-        return self._runner.end_session(session_id, salt)
+        options = RequestOptions(session_id=session_id, cache_salt=self._salt(cache_salt))
+        return self._runner.end_session(session_id, options.cache_salt)
 
     def evict(self) -> None:
         """Save what the context holds, wait until it is stored, and let go of KV that no request uses.
@@ -425,77 +299,6 @@ class Model(AdapterMethods, EmbeddingMethods):
         A request in flight is saved as far as it is, and goes on.
         """
         self._runner.evict()
-
-    # A ticket is made before its request is submitted, so that whatever interrupts the caller, at whatever moment,
-    # cancels the request: a stream that is dropped does it, and so do these.
-
-    def _ticket(self, prompt: Prompt, options: RequestOptions, *, streaming: bool = False) -> Ticket:
-        self._check_generates()
-        return Ticket(Request(self._prompt_ids(prompt, options), options), streaming)
-
-    def _wait(self, ticket: Ticket) -> Completion:
-        try:
-            self._runner.submit(ticket)
-            return ticket.result()
-        except BaseException:
-            ticket.cancel()
-            raise
-
-    async def _wait_async(self, ticket: Ticket) -> Completion:
-        news = News(ticket)
-        try:
-            self._runner.submit(ticket)
-            return await wait_async(ticket, news)
-        except BaseException:
-            ticket.cancel()
-            raise
-
-    def _prompt_ids(self, prompt: object, options: RequestOptions | None = None) -> NDArray[np.int32]:
-        self._check_loaded()
-        # An empty text is refused even where the tokenizer would put a BOS before it: it is a mistake more
-        # often than a wish, and who wishes it can give the id.
-        if isinstance(prompt, str) and prompt:
-            going_on = self._going_on(prompt, options) if options is not None else None
-            ids = going_on if going_on is not None else self._tokenized(prompt)
-        else:
-            ids = self._checked_ids([] if isinstance(prompt, str) else prompt)
-        if not len(ids):
-            raise PromptError("the prompt is empty; give at least one token")
-        n_ctx = self._backend.limits.n_ctx
-        if len(ids) > n_ctx:
-            raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens and the context holds {n_ctx}; "
-                "shorten it, or load the model with a larger n_ctx"
-            )
-        return ids
-
-    def _tokenized(self, text: str) -> NDArray[np.int32]:
-        return self._backend.vocabulary.tokenize(text, add_special=True, parse_special=True)
-
-    def _going_on(self, text: str, options: RequestOptions) -> NDArray[np.int32] | None:
-        """The tokens of a text that goes on from its parent: those that the parent was computed as come first."""
-        key = options.parent_key
-        if key is None or options.reproducible:
-            return None
-        block = self.cache.stored(key)
-        if block is None or block.namespace != self._runner.namespace(options.cache_salt):
-            return None
-        context = self.cache.context(key)
-        return None if context is None else self._chats.history.going_on(context.astype(np.int32), text)
-
-    def _checked_ids(self, ids: object) -> NDArray[np.int32]:
-        found = None
-        if isinstance(ids, np.ndarray | list | tuple | range):
-            with suppress(ValueError, OverflowError, TypeError):  # ragged lists and the like
-                found = np.asarray(ids)
-        if found is None or found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
-            raise PromptError(f"{shown(ids)} is neither text nor a sequence of token ids")
-        n_vocab = self._backend.vocabulary.n_tokens
-        outside = (found < 0) | (found >= n_vocab)
-        if outside.any():
-            at = int(np.argmax(outside))
-            raise PromptError(f"token id {found[at]} at {at} is outside the vocabulary; ids are 0 to {n_vocab - 1}")
-        return np.ascontiguousarray(found, np.int32)
 
     # --- text --------------------------------------------------------------------------
 
@@ -600,10 +403,9 @@ class Model(AdapterMethods, EmbeddingMethods):
         For routers: what is only in the context, and not yet saved, is not counted.
         """
         reject_unknown(unknown, ("cache_salt",), "cached_prefix")
-        options = RequestOptions(cache_salt=self._cache_salt if cache_salt is None else cache_salt)
         ids = self._prompt_ids(prompt)
         with self.cache.lookup(
-            self._runner.namespace(options.cache_salt),
+            self._namespace(cache_salt),
             ids[:-1],
             whole=not self._backend.limits.can_trim,
             count=False,
@@ -618,13 +420,3 @@ class Model(AdapterMethods, EmbeddingMethods):
         self._embeddings.close()
         self._runner.stop()
         _registry.remove(self)
-
-    def _check_loaded(self) -> None:
-        self._runner.check()
-
-    def _check_generates(self) -> None:
-        self._check_loaded()
-        if not self._backend.limits.can_generate:
-            raise Unsupported(
-                f"model {self.id!r} only encodes: it writes no text, and has no next tokens; use embed, or rerank"
-            )

@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 
-from erllama.chat.chats import Turn
-from erllama.chat.results import ChatCompletion
 from erllama.engine import Completion, Done, Event, Ticket
 
 
@@ -63,9 +61,12 @@ class AsyncStream:
     """
 
     def __init__(self, ticket: Ticket) -> None:
+        self._ended = False
+        self._attach(ticket)
+
+    def _attach(self, ticket: Ticket) -> None:
         self._ticket = ticket
         self._news = News(ticket)
-        self._ended = False
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -99,52 +100,6 @@ class AsyncStream:
 
     def __del__(self) -> None:
         _cancel_dropped(self)
-
-
-class ChatStream(Stream):
-    """A chat's reply as it comes: a `Stream` whose `Done`, and `result()`, have a `ChatCompletion`."""
-
-    def __init__(self, ticket: Ticket, turn: Turn) -> None:
-        super().__init__(ticket)
-        self._turn = _Finishing(turn)
-
-    def __next__(self) -> Event:
-        return self._turn.event(super().__next__())
-
-    def result(self) -> ChatCompletion:
-        """Wait for the end and return the whole reply; raises the error of a failed one."""
-        return self._turn.finish(super().result())
-
-
-class AsyncChatStream(AsyncStream):
-    """A chat's reply as it comes, in asyncio: its `Done`, and `result()`, have a `ChatCompletion`."""
-
-    def __init__(self, ticket: Ticket, turn: Turn) -> None:
-        super().__init__(ticket)
-        self._turn = _Finishing(turn)
-
-    async def __anext__(self) -> Event:
-        return self._turn.event(await super().__anext__())
-
-    async def result(self) -> ChatCompletion:
-        """Wait for the end and return the whole reply; raises the error of a failed one."""
-        return self._turn.finish(await super().result())
-
-
-class _Finishing:
-    """A turn that is finished once."""
-
-    def __init__(self, turn: Turn) -> None:
-        self._turn = turn
-        self._finished: ChatCompletion | None = None
-
-    def event(self, event: Event) -> Event:
-        return Done(self.finish(event.completion)) if isinstance(event, Done) else self._turn.event(event)
-
-    def finish(self, completion: Completion) -> ChatCompletion:
-        if self._finished is None:
-            self._finished = self._turn.finish(completion)
-        return self._finished
 
 
 class News:

@@ -31,6 +31,8 @@ from support import in_threads, llama_backend, must_run, same_bits, wait_until
 
 LIVES = int(os.environ.get("ERLLAMA_ADAPTERS", "200"))
 PROMPT = [5 + i * 7 % 250 for i in range(150)]
+# Control tokens, and bytes that are no character: text that comes back does not tell what they were.
+NO_TEXT = [0, 1, 2, *range(3 + 0x80, 259)]
 Used = tuple[tuple[str, float], ...]  # contents of adapters, by their digests, and scales
 
 
@@ -382,8 +384,7 @@ def test_a_session_has_one_request_at_a_time_whatever_the_set(contents: list[Pat
 
 def test_a_parent_of_another_set_is_none(tiny_gguf: Path, loras: list[Path]) -> None:
     with llama(tiny_gguf) as model:
-        no_text = [0, 1, 2, *range(3 + 0x80, 259)]  # control tokens, and bytes that are no character
-        parent = model.complete("a text to go on from", max_tokens=8, temperature=0.0, banned_tokens=no_text)
+        parent = model.complete("a text to go on from", max_tokens=8, temperature=0.0, banned_tokens=NO_TEXT)
         going_on = "a text to go on from" + parent.text + " and on"
         ids = model.complete(going_on, max_tokens=1, parent_key=parent.finish_key).context_tokens
         assert ids[: len(parent.context_tokens) - 1] == parent.context_tokens[:-1]
@@ -398,7 +399,7 @@ def test_a_chat_is_remembered_under_its_set(tiny_gguf: Path, loras: list[Path]) 
     with llama(tiny_gguf) as model:
         adapter = model.load_adapter(loras[0])
         question: list[dict[str, object]] = [{"role": "user", "content": "hello"}]
-        reply = model.chat(question, max_tokens=12, temperature=0.0)
+        reply = model.chat(question, max_tokens=12, temperature=0.0, banned_tokens=NO_TEXT)
         messages = [*question, reply.message, {"role": "user", "content": "go on"}]
         n = len(reply.context_tokens)
         text = model.tokenize(model.render_chat(messages), parse_special=True).tolist()
@@ -415,7 +416,7 @@ def test_a_chat_under_way_is_remembered_under_the_set_it_began_with(tiny_gguf: P
     with llama(tiny_gguf) as model:
         adapter = model.load_adapter(loras[0])
         question: list[dict[str, object]] = [{"role": "user", "content": "hello"}]
-        stream = model.stream_chat(question, max_tokens=12, temperature=0.0)
+        stream = model.stream_chat(question, max_tokens=12, temperature=0.0, banned_tokens=NO_TEXT)
         adapter.scale = 0.5
         reply = stream.result()
         messages = [*question, reply.message]

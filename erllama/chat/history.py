@@ -7,6 +7,11 @@ longest one remembered, followed by the tokens of what is new.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from queue import Empty, SimpleQueue
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +23,7 @@ from erllama.engine.phases import Script
 _FENCE = b"\x02"
 # Tokens at the end of a context that a text which goes on from it need not have: a stop string's, at most.
 _MOST_MISSING = 16
+_WHITE = b" \t\r\n"
 
 
 class History:
@@ -26,12 +32,16 @@ class History:
     def __init__(self, vocabulary: Vocabulary, cache: Cache) -> None:
         self._vocabulary, self._cache = vocabulary, cache
         self._script = Script(vocabulary)
-        plain = self._tokenize("a")
+        self._word = self._tokenize("a")
         whole = vocabulary.tokenize("a", add_special=True).tolist()
-        at = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+        n = len(self._word)
+        at = next((at for at in range(len(whole)) if whole[at : at + n] == self._word), 0)
         self._first: list[int] = whole[:at]  # BOS, where the model wants one
-        spaced = bool(plain) and vocabulary.piece(plain[0]).startswith(b" ")
-        self._fence = self._tokenize(_FENCE) if spaced else []
+        # Some tokenizers put a space before a text, and before what follows a special token.
+        self._spaces = bool(self._word) and vocabulary.piece(self._word[0]).startswith(b" ")
+        self._fence = self._tokenize(_FENCE) if self._spaces else []
+        self._spaced_after = lru_cache(maxsize=4096)(self._puts_space_after)
+        self._deferred: SimpleQueue[Callable[[], None]] = SimpleQueue()
 
     def tokens(self, namespace: bytes, text: str, *, as_text: bool) -> NDArray[np.int32]:
         """The tokens of a rendered conversation, int32, shape (n,); special tokens are read, BOS comes once.
@@ -39,12 +49,16 @@ class History:
         Args:
             as_text: go by the text alone, whatever was computed before.
         """
+        with suppress(Empty):
+            while True:
+                self._deferred.get_nowait()()
         raw = text.encode()
         known = None if as_text else self._cache.longest_text(namespace, raw)
-        if known is None:
+        if known is None or not self._is_sound(known[1]) or _within_character(raw, known[0]):
             return self._of_whole(text)
         n_bytes, tokens = known
-        return np.concatenate([tokens, np.array(self._following(raw[n_bytes:]), np.int32)])
+        following = self._following(raw[n_bytes:], int(tokens[-1]))
+        return np.concatenate([tokens, np.array(following, np.int32)])
 
     def going_on(self, context: NDArray[np.int32], text: str) -> NDArray[np.int32] | None:
         """The tokens of a text that goes on where a context ends; None where it does not.
@@ -53,41 +67,141 @@ class History:
             context: the tokens of what was computed; the last few, such as those of a stop string, may be
                 missing from the text.
         """
-        raw, at, n = text.encode(), 0, 0
-        tokens = context.tolist()
-        if tokens[: len(self._first)] == self._first:
-            n = len(self._first)
-        for token in tokens[n:]:
-            written = self._script.written(self._script.of_token(token))
-            if not at and self._fence and written.startswith(b" ") and not raw.startswith(b" "):
-                written = written[1:]  # the tokenizer's own
-            if not raw.startswith(written, at):
+        raw, tokens = text.encode(), context.tolist()
+        given = raw.startswith(self.written(self._first))  # the text has its BOS itself
+        begin = len(self._first) if tokens[: len(self._first)] == self._first and not given else 0
+        ends = [0]  # in the text, of the tokens that it has
+        for at, token in enumerate(tokens[begin:], begin):
+            own = at == begin or self._spaced_after(tokens[at - 1])
+            end = self._end_of(token, raw, ends[-1], first=at == begin, spaced=self._spaces and own)
+            if end is None:
                 break
-            at, n = at + len(written), n + 1
-        if len(tokens) - n > _MOST_MISSING:
+            ends.append(end)
+        while len(ends) > 1 and (ends[-1] == ends[-2] or _within_character(raw, ends[-1])):
+            ends.pop()
+        n = begin + len(ends) - 1
+        if n == begin or len(tokens) - n > min(_MOST_MISSING, n - begin):
             return None
-        return np.array(tokens[:n] + self._following(raw[at:]), np.int32)
+        return np.array(tokens[:n] + self._following(raw[ends[-1] :], tokens[n - 1]), np.int32)
 
-    def remember(self, namespace: bytes, text: bytes, tokens: NDArray[np.int32]) -> None:
+    def _end_of(self, token: int, raw: bytes, at: int, *, first: bool, spaced: bool) -> int | None:
+        """Where a token ends in a text that has it at `at`; None where the text goes on otherwise.
+
+        Args:
+            first: it is the first of all.
+            spaced: the tokenizer puts a space here, which is not in the text.
+        """
+        written = self._written(token)
+        spaced = spaced and written.startswith(b" ")
+        if spaced and raw.startswith(written[1:], at):
+            return at + len(written) - 1
+        if raw.startswith(written, at) and not (first and spaced):
+            return at + len(written)
+        return None
+
+    def defer(self, remember: Callable[[], None]) -> None:
+        """Have something remembered before the next tokens are asked for. Takes no lock that is not reentrant."""
+        self._deferred.put(remember)
+
+    def remember(self, namespace: bytes, text: bytes, tokens: Sequence[int]) -> None:
         """A text was computed as these tokens."""
-        self._cache.remember_text(namespace, text, tokens)
+        self._cache.remember_text(namespace, text, np.array(tokens, np.int32))
+
+    def remember_reply(
+        self,
+        namespace: bytes,
+        text: str,
+        prompt: Sequence[int],
+        reply: Sequence[int],
+        *,
+        cut: bool,
+        stop: str | None,
+    ) -> bool:
+        """A conversation went on with a reply, which may come back as it was said.
+
+        Args:
+            text: the conversation's, computed as `prompt`.
+            cut: the reply may come back without white space at its end.
+            stop: the stop string that it ended at, which will not come back.
+
+        Returns:
+            whether all of the reply is remembered: its text may not tell what it was.
+        """
+        pieces = [self._written(token) for token in reply]
+        if stop is not None:
+            pieces = _before(stop.encode(), pieces)
+        while pieces and ((cut and not pieces[-1].strip(_WHITE)) or not _is_whole(b"".join(pieces))):
+            pieces.pop()
+        n, said = len(pieces), b"".join(pieces)
+        if not said or not self._is_told_by(said, reply[:n]):
+            return False
+        self.remember(namespace, text.encode() + said, [*prompt, *reply[:n]])
+        return n == len(reply)
+
+    def written(self, tokens: Sequence[int]) -> bytes:
+        """What tokens say, special tokens written out."""
+        return b"".join(map(self._written, tokens))
+
+    def _is_told_by(self, said: bytes, tokens: Sequence[int]) -> bool:
+        """Whether no other conversation can have this text: it spells no special token out."""
+        read = self._tokenize(said)
+        return [token for token in tokens if self._is_special(token)] == list(filter(self._is_special, read))
+
+    def _is_special(self, token: int) -> bool:
+        return not self._vocabulary.piece(token)
+
+    def _is_sound(self, tokens: NDArray[np.int32]) -> bool:
+        """Whether tokens are this model's: they may come from a file."""
+        return bool(len(tokens)) and int(tokens.min()) >= 0 and int(tokens.max()) < self._vocabulary.n_tokens
 
     def _of_whole(self, text: str) -> NDArray[np.int32]:
         ids = self._tokenize(text)
         first = self._first if ids[: len(self._first)] != self._first else []
         return np.array(first + ids, np.int32)
 
-    def _following(self, text: bytes) -> list[int]:
-        """The tokens of a text that follows another."""
+    def _following(self, text: bytes, before: int) -> list[int]:
+        """The tokens of a text that follows a token."""
         if not text:
             return []
         n = len(self._fence)
-        if n:
+        if n and not self._spaced_after(before):
             ids = self._tokenize(_FENCE + text)
             if ids[:n] == self._fence:
                 return ids[n:]
         return self._tokenize(text)
 
+    def _puts_space_after(self, token: int) -> bool:
+        """Whether the tokenizer puts a space before what follows a token."""
+        return self._tokenize(_FENCE + self._written(token) + b"a") == [*self._fence, token, *self._word]
+
+    def _written(self, token: int) -> bytes:
+        return self._script.written(self._script.of_token(token))
+
     def _tokenize(self, text: str | bytes) -> list[int]:
         ids: list[int] = self._vocabulary.tokenize(text, add_special=False, parse_special=True).tolist()
         return ids
+
+
+def _before(stop: bytes, pieces: list[bytes]) -> list[bytes]:
+    """The pieces that end before a stop string, with which the last of them ended a reply."""
+    said = b"".join(pieces)
+    found = said.find(stop, max(len(said) - len(pieces[-1]) - len(stop) + 1, 0)) if pieces else 0
+    end = found if found >= 0 else said.rfind(stop)  # seen late, where it might have become another
+    n = n_bytes = 0
+    while n < len(pieces) and n_bytes + len(pieces[n]) <= end:
+        n_bytes += len(pieces[n])
+        n += 1
+    return pieces[:n]
+
+
+def _within_character(raw: bytes, at: int) -> bool:
+    return at < len(raw) and raw[at] & 0xC0 == 0x80
+
+
+def _is_whole(text: bytes) -> bool:
+    """Whether a text does not end within a character, nor has what is none."""
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from erllama.chat.messages import TOOL_NAME
@@ -164,11 +165,20 @@ def _parameters(function: Mapping[object, object]) -> dict[str, object]:
     # What leaves the type out, as $ref and anyOf do, is told by the grammar of objects: nothing else is asked for.
     if schema.setdefault("type", "object") != "object":
         raise ChatError(f"its parameters are of type {json.dumps(schema['type'])[:60]}; arguments are an object")
+    fault = _fault_of(json.dumps(schema))
+    if fault is not None:
+        raise ChatError(f"its parameters do not compile: {fault}")
+    return schema
+
+
+@lru_cache(maxsize=1024)
+def _fault_of(schema: str) -> str | None:
+    """Why a schema does not compile. The tools of a chat come with each turn, and compiling takes a while."""
     try:
         Grammar.json_schema(schema)
     except GrammarError as error:
-        raise ChatError(f"its parameters do not compile: {error}") from None
-    return schema
+        return str(error)
+    return None
 
 
 def _known(given: Mapping[object, object], known: Sequence[str]) -> None:

@@ -1,0 +1,109 @@
+"""A conversation in one form, and the template that writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from erllama.chat.messages import normalized_messages
+from erllama.chat.quirks import as_template_takes, with_arguments_as_text
+from erllama.chat.templates import ChatTemplate
+from erllama.errors import ChatError, TemplateError
+
+Message = dict[str, object]
+
+# They stand for what is said and thought, where it is asked what a template makes of it.
+_ANY_REPLY = "0b5f9d0e reply 7c41"
+_ANY_THOUGHT = "5c1e77a2 thought 90d3"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a template is given.
+
+    Attributes:
+        template: that of the model, or the caller's.
+        messages, tools: normalized.
+        documents, args: what the template gets beside them.
+        continued: the last message, the assistant's, is to be gone on with.
+    """
+
+    template: ChatTemplate
+    messages: list[Message]
+    tools: list[Message]
+    documents: Sequence[Mapping[str, object]] | None
+    args: Mapping[str, object]
+    continued: bool
+
+    def text(self, *, add_generation_prompt: bool = True) -> str:
+        """The conversation as the template writes it.
+
+        Raises:
+            ChatError: there are tools, and the template has no place for them.
+            TemplateError: as of `ChatTemplate.render`.
+        """
+        if self.tools and not self.template.uses("tools"):
+            raise ChatError("the chat template has no place for tools; give chat_template= with one that has")
+        messages = as_template_takes(self.messages, self.template.source)
+        try:
+            return self._rendered(messages, add_generation_prompt)
+        except TemplateError:
+            # Some templates take the arguments of calls as JSON text.
+            as_text = with_arguments_as_text(messages)
+            if as_text == messages:
+                raise
+            with suppress(TemplateError):
+                return self._rendered(as_text, add_generation_prompt)
+            raise
+
+    def _rendered(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        return self.template.render(
+            messages,
+            tools=self.tools or None,
+            documents=self.documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=self.continued,
+            **self.args,
+        )
+
+    def message(self, content: str, thinking: str, calls: Sequence[Mapping[str, object]]) -> Message:
+        """A reply as a message, to be added; or to take the last one's place, where that was gone on with."""
+        message: Message = {"role": "assistant", "content": content}
+        if self.continued:
+            message = {**self.messages[-1], "content": f"{self.messages[-1]['content']}{content}"}
+        if thinking:
+            message["reasoning_content"] = f"{message.get('reasoning_content') or ''}{thinking}"
+        if calls:
+            message["tool_calls"] = list(calls)
+        return message
+
+    def as_it_comes_back(self, message: Message, written: str) -> str | None:
+        """The conversation and a reply, up to the end of its text, as the template writes them in later turns.
+
+        Args:
+            message: the reply, as `message` gives it.
+            written: what the template wrote before the reply.
+
+        Returns:
+            None where that is not what was computed: where the template writes what was before otherwise, or leaves
+            out what the model thought.
+
+        Raises:
+            ChatError: the template takes no conversation that ends so.
+        """
+        whole = self._with(message).text(add_generation_prompt=False)
+        sample = self._with({"role": "assistant", "content": _ANY_REPLY})
+        _, found, end = sample.text(add_generation_prompt=False).rpartition(_ANY_REPLY)
+        if not found or not whole.startswith(written) or not whole.endswith(end):
+            return None
+        if message.get("reasoning_content"):
+            thought = self._with({**message, "reasoning_content": _ANY_THOUGHT}).text(add_generation_prompt=False)
+            if thought.count(_ANY_THOUGHT) != 1 or not thought.startswith(written):
+                return None
+        text = whole[: len(whole) - len(end)]
+        return text if len(text) > len(written) else None
+
+    def _with(self, message: Message) -> Conversation:
+        before = self.messages[:-1] if self.continued else self.messages
+        return replace(self, messages=[*before, *normalized_messages([message])], continued=False)
