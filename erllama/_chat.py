@@ -67,7 +67,13 @@ class AsyncChatStream(AsyncStream):
         return self._turn
 
     async def __anext__(self) -> Event:
-        turn = await self._begun()
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            turn = await self._begun()
+        except BaseException:
+            self._ended = True
+            raise
         event = await super().__anext__()
         return await asyncio.to_thread(turn.event, event) if isinstance(event, Done) else turn.event(event)
 

@@ -147,7 +147,7 @@ def chat_request(
     known = _COMPLETION | _CHAT
     reject_unknown({name: value for name, value in options.items() if name not in known}, known, where)
     chat: dict[str, object] = {name: options.pop(name) for name in _CHAT & options.keys()}
-    phases = {name: options.pop(name, None) for name in _PHASES}
+    phases = _of_phases(options)
     request = ChatRequest(
         messages,
         thinking=thinking_choice(phases["thinking"]),
@@ -201,9 +201,19 @@ def request_options(
     return RequestOptions(**options)  # type: ignore[arg-type]
 
 
+def _of_phases(options: dict[str, object]) -> dict[str, object]:
+    """Takes the options of phases out of the others."""
+    given = {name: options.pop(name, None) for name in _PHASES}
+    if given["thinking_budget_message"] and given["thinking_budget_tokens"] is None:
+        raise OptionError("thinking_budget_message without thinking_budget_tokens; give both")
+    if given["tool_payload_markers"] is not None and given["tool_markers"] is None:
+        raise OptionError("tool_payload_markers without tool_markers; give both")
+    return given
+
+
 def _phases(options: dict[str, object], find_thinking: Callable[[], Markers | None]) -> PhaseOptions | None:
     """How phases are told apart; takes its options out of the others. None where they are not to be told."""
-    given = {name: options.pop(name, None) for name in _PHASES}
+    given = _of_phases(options)
     enabled = thinking_choice(given["thinking"])
     idle = [name for name in _PHASES if name.startswith("thinking_") and given[name] is not None]
     if idle and not enabled:
@@ -213,8 +223,6 @@ def _phases(options: dict[str, object], find_thinking: Callable[[], Markers | No
         thinking = find_thinking()
     calls = markers("tool_markers", given["tool_markers"])
     payload = markers("tool_payload_markers", given["tool_payload_markers"])
-    if payload is not None and calls is None:
-        raise OptionError("tool_payload_markers without tool_markers; give both")
     phases = PhaseOptions(
         thinking=thinking if enabled else None,
         calls=calls,

@@ -430,6 +430,9 @@ def test_the_last_message_can_be_gone_on_with() -> None:
         text = model.detokenize(reply.context_tokens[: reply.usage.prompt], special=True)
         assert text.endswith("<|assistant|>\thello")
         assert reply.text == " there"
+        assert reply.message == {"role": "assistant", "content": "hello there"}, "it takes the last one's place"
+        again = model.chat([user("Q"), reply.message, user("and?")])
+        assert again.context_tokens[: len(reply.context_tokens)] == reply.context_tokens
 
 
 def test_usage_and_what_the_cache_got() -> None:
@@ -531,6 +534,17 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         ([user("Q")], {"parallel_tool_calls": "no", "tools": TOOLS}, erllama.OptionError, "parallel_tool_calls"),
         ([user("Q")], {"template_args": 3}, erllama.OptionError, "template_args"),
         ([user("Q")], {"tols": TOOLS}, erllama.OptionError, "did you mean 'tools'"),
+        ([user("Q")], {"chat_template": "defualt"}, erllama.OptionError, "'default'"),
+        ([user("Q")], {"tool_format": "hermes"}, erllama.OptionError, "tool_format without tools"),
+        ([user("Q")], {"tool_markers": ("<a>", "</a>")}, erllama.OptionError, "tool_markers without tools"),
+        (
+            [user("Q")],
+            {"tools": TOOLS, "tool_payload_markers": ("<a>", "</a>")},
+            erllama.OptionError,
+            "payload_markers without",
+        ),
+        ([user("Q")], {"thinking_budget_message": "so"}, erllama.OptionError, "without thinking_budget_tokens"),
+        ([user("Q")], {"thinking": False, "thinking_budget_tokens": 5}, erllama.OptionError, "disabled"),
     ],
 )
 def test_bad_conversations_are_typed_errors(

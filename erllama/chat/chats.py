@@ -233,16 +233,9 @@ class Chats:
 
 def _family(request: ChatRequest, conversation: Conversation, choice: ToolChoice) -> Family:
     """How the model writes what is no text, as far as it may."""
-    of_calls = {
-        "tool_format": request.tool_format,
-        "tool_markers": request.tool_markers,
-        "tool_payload_markers": request.tool_payload_markers,
-    }
-    idle = [name for name, value in of_calls.items() if value is not None]
-    if idle and request.tools is None:
-        raise OptionError(f"{idle[0]} without tools; give tools, which may be an empty list")
-    if request.tool_payload_markers is not None and request.tool_markers is None:
-        raise OptionError("tool_payload_markers without tool_markers; give both")
+    for name in ("tool_format", "tool_markers"):
+        if getattr(request, name) is not None and request.tools is None:
+            raise OptionError(f"{name} without tools; give tools, which may be an empty list")
     return Family.of(
         conversation.template.source,
         calling=bool(conversation.tools) and choice.kind != "none",
