@@ -7,6 +7,7 @@ caller gets. Nothing here knows how requests are run.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from erllama.chat.templates import CHATML, ChatTemplate
 from erllama.chat.thinking import find_thinking
 from erllama.chat.tools import ToolChoice, normalized_tools, tool_choice_of
 from erllama.chat.turns import Turn
-from erllama.engine import Backend, Markers, PhaseOptions, RequestOptions, Vocabulary
+from erllama.engine import Backend, Grammar, Markers, PhaseOptions, RequestOptions, Vocabulary
 from erllama.engine.phases import Script
 from erllama.errors import ChatError, OptionError, boolean
 
@@ -81,6 +82,7 @@ class Chats:
         self._lock = threading.Lock()
         self._warned = False
         self._compiled = lru_cache(maxsize=16)(self._compile)
+        self._call_grammar = lru_cache(maxsize=64)(self._make_call_grammar)
         self.vocabulary = vocabulary
         self.script = Script(vocabulary)
 
@@ -192,9 +194,8 @@ class Chats:
         options: RequestOptions,
     ) -> PhaseOptions | None:
         boolean("parallel_tool_calls", request.parallel_tool_calls)
-        grammar = None
-        if family.format is not None:
-            grammar = family.grammar(conversation.tools, choice, self.script, parallel=request.parallel_tool_calls)
+        tools = json.dumps(conversation.tools)
+        grammar = self._call_grammar(family, tools, choice, request.parallel_tool_calls) if family.calling else None
         if choice.kind == "required" and grammar is None:
             raise OptionError("tool_choice requires a call, and tool_markers do not tell how one is written")
         if choice.kind == "required" and options.grammar is not None:
@@ -223,6 +224,10 @@ class Chats:
             budget_message=request.budget_message,
             signing_key=request.signing_key,
         )
+
+    def _make_call_grammar(self, family: Family, tools: str, choice: ToolChoice, parallel: bool) -> Grammar | None:
+        """What calls must be of. The tools of a chat come with each turn; so does what is made of them."""
+        return family.grammar(json.loads(tools), choice, self.script, parallel=parallel)
 
     def _without_thinking(self, options: RequestOptions, thinking: Markers) -> RequestOptions:
         """Tokens that open thinking are ruled out."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from erllama.chat.call_formats import ToolFormat
 from erllama.chat.formats import find_tool_format, tool_format
@@ -41,6 +40,11 @@ class Family:
     thinking: Markers | None
     skip: tuple[str, ...]
     opens: tuple[str, ...]
+
+    @property
+    def calling(self) -> bool:
+        """Whether tools may be called."""
+        return self.format is not None
 
     @classmethod
     def of(
@@ -107,7 +111,7 @@ class Family:
             return _literal(script, text)
 
         try:
-            return _lark(self.format.grammar(tools, name=choice.name, parallel=parallel, literal=literal))
+            return Grammar.lark(self.format.grammar(tools, name=choice.name, parallel=parallel, literal=literal))
         except GrammarError:
             if choice.kind == "required":
                 raise
@@ -121,12 +125,6 @@ class Family:
             return False
         opened = max(text.rfind(marker) for marker in self.thinking.open)
         return opened > max((text.rfind(marker) for marker in self.thinking.close), default=-1)
-
-
-@lru_cache(maxsize=128)
-def _lark(source: str) -> Grammar:
-    """Grammars are checked when they are made, which takes a while; the tools of a chat stay the same."""
-    return Grammar.lark(source)
 
 
 def _literal(script: Script, text: str) -> str:
