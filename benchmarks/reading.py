@@ -110,12 +110,7 @@ def _fill(root: Path, prompt: NDArray[np.int64], n_blocks: int, dice: np.random.
 
 
 def _chain(tokens: NDArray[np.int64]) -> list[Block]:
-    blocks: list[Block] = []
-    for start in range(0, len(tokens), BLOCK):
-        parent = blocks[-1].key if blocks else NAMESPACE
-        raw = token_bytes(tokens[start : start + BLOCK])
-        blocks.append(Block.following(parent, NAMESPACE, start, raw, SaveReason.COLD))
-    return blocks
+    return Block.chain(token_bytes(tokens), NAMESPACE, BLOCK, SaveReason.COLD)
 
 
 # --- a restart --------------------------------------------------------------------------------------------

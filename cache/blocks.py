@@ -73,6 +73,22 @@ class Block:
             raise OptionError(f"start={start}, slice_end={slice_end}; both are positions")
         return cls(child_key(parent, tokens), parent, namespace, start, tokens, reason, recipe, slice_end)
 
+    @classmethod
+    def chain(
+        cls, tokens: bytes, namespace: bytes, size: int, reason: SaveReason, recipe: bytes = bytes(RECIPE_BYTES)
+    ) -> list[Block]:
+        """The blocks that a context is saved as from its beginning: of `size` tokens each, and a tail.
+
+        Raises:
+            OptionError: as of `following`; no tokens give no blocks.
+        """
+        blocks: list[Block] = []
+        for at in range(0, len(tokens), size * TOKEN_BYTES):
+            parent = blocks[-1].key if blocks else namespace
+            part = tokens[at : at + size * TOKEN_BYTES]
+            blocks.append(cls.following(parent, namespace, at // TOKEN_BYTES, part, reason, recipe))
+        return blocks
+
     @property
     def n_tokens(self) -> int:
         return len(self.tokens) // TOKEN_BYTES

@@ -13,9 +13,4 @@ SIZE = 16
 
 def blocks_of(tokens: NDArray[np.int32], namespace: bytes = NAMESPACE) -> list[Block]:
     """The chain that a context is saved as: full blocks and a tail."""
-    chain: list[Block] = []
-    for start in range(0, len(tokens), SIZE):
-        parent = chain[-1].key if chain else namespace
-        raw = token_bytes(tokens[start : start + SIZE])
-        chain.append(Block.following(parent, namespace, start, raw, SaveReason.COLD))
-    return chain
+    return Block.chain(token_bytes(tokens), namespace, SIZE, SaveReason.COLD)

@@ -1,4 +1,4 @@
-"""The filters and tests of chat templates, and no others.
+"""The filters of chat templates, and no others; with `template_tests`, all that they may call.
 
 Each gives what jinja2's of that name gives, to the byte, and pays its machine
 first. Those that no chat template has a use for, and those that could do harm,
@@ -16,8 +16,7 @@ from typing import Final, cast
 import jinja2.exceptions
 from jinja2.exceptions import FilterArgumentError
 from jinja2.filters import do_indent, do_title
-from jinja2.runtime import LoopContext, Macro, Undefined
-from jinja2.tests import TESTS as JINJA_TESTS
+from jinja2.runtime import Undefined
 from markupsafe import Markup, escape
 
 from erllama.chat.sandbox import Machine
@@ -30,7 +29,8 @@ from erllama.chat.template_methods import (
     replaced,
     small,
 )
-from erllama.chat.template_values import MAX_CHARACTERS, Function, LimitExceeded, Method, Tables
+from erllama.chat.template_tests import TESTS
+from erllama.chat.template_values import MAX_CHARACTERS, LimitExceeded, Tables
 
 # Characters that int() and float() read: a number of more is beyond MAX_INT_BITS, or should be written shorter.
 _MAX_DIGITS: Final = 1000
@@ -445,54 +445,6 @@ def _upper(machine: Machine, value: object) -> object:
     return machine.made(machine.soft_text(value).upper())
 
 
-# -- tests
-
-
-def _divisibleby(machine: Machine, value: object, num: object) -> bool:
-    return _remainder(machine, value, num) == 0
-
-
-def _even(machine: Machine, value: object) -> bool:
-    return _remainder(machine, value, 2) == 0
-
-
-def _odd(machine: Machine, value: object) -> bool:
-    return _remainder(machine, value, 2) == 1
-
-
-def _remainder(machine: Machine, value: object, divisor: object) -> object:
-    if isinstance(value, str):
-        raise TypeError("not all arguments converted during string formatting")
-    return machine.call_binop(None, "%", value, divisor)
-
-
-def _in(machine: Machine, value: object, seq: object) -> bool:
-    return machine.operand(value) in cast("list[object]", machine.container(seq))
-
-
-def _callable(machine: Machine, value: object) -> bool:
-    return isinstance(value, Method | Function | Macro | LoopContext | Undefined)
-
-
-def _is_lower(machine: Machine, value: object) -> bool:
-    return machine.text(value).islower()
-
-
-def _is_upper(machine: Machine, value: object) -> bool:
-    return machine.text(value).isupper()
-
-
-def _pure(name: str) -> Callable[..., object]:
-    """A test of jinja2's that only looks at what kind of value there is."""
-    test = cast(Callable[..., object], JINJA_TESTS[name])
-    return lambda machine, value, *args, **kwargs: test(value, *args, **kwargs)
-
-
-def _comparison(name: str) -> Callable[..., object]:
-    compare = cast(Callable[..., object], JINJA_TESTS[name])
-    return lambda machine, value, other: compare(machine.operand(value), machine.operand(other))
-
-
 FILTERS: Final[dict[str, Callable[..., object]]] = {
     "abs": _abs,
     "capitalize": _capitalize,
@@ -543,55 +495,6 @@ HOOKS: Final[dict[str, Callable[..., object]]] = {
     "(key)": Machine.key,
     "(operand)": Machine.operand,
     "(slice)": Machine.slice,
-}
-
-TESTS: Final[dict[str, Callable[..., object]]] = {
-    **{
-        name: _pure(name)
-        for name in [
-            "boolean",
-            "defined",
-            "false",
-            "float",
-            "integer",
-            "iterable",
-            "mapping",
-            "none",
-            "number",
-            "sameas",
-            "sequence",
-            "string",
-            "true",
-            "undefined",
-        ]
-    },
-    **{
-        name: _comparison(name)
-        for name in [
-            "==",
-            "eq",
-            "equalto",
-            "!=",
-            "ne",
-            ">",
-            "gt",
-            "greaterthan",
-            ">=",
-            "ge",
-            "<",
-            "lt",
-            "lessthan",
-            "<=",
-            "le",
-        ]
-    },
-    "callable": _callable,
-    "divisibleby": _divisibleby,
-    "even": _even,
-    "in": _in,
-    "lower": _is_lower,
-    "odd": _odd,
-    "upper": _is_upper,
 }
 
 TABLES: Final = Tables(FILTERS | HOOKS, TESTS, METHODS, GENERATION)

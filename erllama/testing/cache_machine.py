@@ -30,7 +30,6 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -268,15 +267,11 @@ class CacheMachine(RuleBasedStateMachine):
             self.saved.setdefault(block.key, {})[block.recipe] = block
             cache.save(block, self._payload(block), replace=replace, trimmable=self.can_trim)
 
-    def _blocks(self, ids: list[int], namespace: bytes, size: int) -> Iterator[Block]:
+    def _blocks(self, ids: list[int], namespace: bytes, size: int) -> list[Block]:
         """The chain that a context is saved as; its recipe tells one time of saving from another."""
         self.version += 1
         recipe = self.version.to_bytes(16, "little")
-        parent = namespace
-        for start in range(0, len(ids), size):
-            raw = token_bytes(np.array(ids[start : start + size]))
-            yield (block := Block.following(parent, namespace, start, raw, SaveReason.COLD, recipe))
-            parent = block.key
+        return Block.chain(token_bytes(np.array(ids)), namespace, size, SaveReason.COLD, recipe)
 
     def _payload(self, block: Block) -> bytes:
         text = block.key + block.recipe
