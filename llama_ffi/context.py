@@ -8,10 +8,8 @@ range, batches too large, logits before a decode) is checked here first.
 from __future__ import annotations
 
 import os
-import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack
 
@@ -32,6 +30,7 @@ from erllama.llama_ffi.library import (
     text,
 )
 from erllama.llama_ffi.model import LlamaModel
+from erllama.llama_ffi.native_context import NativeContext
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -94,7 +93,7 @@ def new_context(model: Handle, options: object) -> object:
     return pointer
 
 
-class LlamaContext:
+class LlamaContext(NativeContext):
     """A llama_context over a model.
 
     Args:
@@ -162,15 +161,9 @@ class LlamaContext:
         except BaseException:
             held.release()
             raise
-        self._lock = threading.RLock()
         self._model = held
         self._adapters: list[Handle] = []  # held
-        self._handle = Handle(pointer, freeing(held, self._adapters), "context")
-        # Not at interpreter exit: a thread may be inside a decode then, and the system frees everything anyway.
-        finalizer = weakref.finalize(self, let_go, self._handle, self._lock)
-        finalizer.atexit = False
-        self._finalizer: Callable[[], object] = finalizer
-        self._open = True
+        super().__init__(pointer, held, self._adapters)
         self.n_ctx = int(lib.erl_context_n_ctx(pointer))
         self.n_batch = int(lib.erl_context_n_batch(pointer))
         self.n_ubatch = int(lib.erl_context_n_ubatch(pointer))
@@ -187,28 +180,10 @@ class LlamaContext:
         self._arrays: tuple[object, ...] = (None,) * 4  # of the last decode
         self._pointers: tuple[object, ...] = ()  # to them
 
-    @property
-    def closed(self) -> bool:
-        return not self._open
-
     def close(self) -> None:
         """Stop a decode that is running and let go; freed once no logits view is left. Idempotent."""
-        if self._open:
-            self.abort()
-        self._open = False
-        self._finalizer()
+        super().close()
         self._buffer = None
-
-    def __enter__(self) -> LlamaContext:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _native(self) -> object:
-        if not self._open:
-            raise LlamaError("this context is closed")
-        return self._handle.pointer
 
     # --- decoding ---------------------------------------------------------------------
 
@@ -308,15 +283,6 @@ class LlamaContext:
         self._buffer = None
         self._buffer = buffer()
         return self._buffer is None
-
-    def abort(self, on: bool = True) -> None:
-        """Make the running decode, and later ones, stop early; `abort(False)` allows them again.
-
-        Safe from any thread. libllama honours it between operations on the CPU.
-        """
-        # Without the lock, which a decode holds, so the context is held against a close in another thread.
-        with suppress(LlamaError), self._handle.held() as native:
-            lib.erl_context_abort(native, on)
 
     def set_adapters(self, adapters: Sequence[tuple[LlamaAdapter, float]]) -> None:
         """Compute with these adapters, each by its scale, and no others, from the next decode on.
@@ -489,21 +455,3 @@ def _check_room(model: LlamaModel, n_ctx: int, type_k: int, type_v: int) -> None
             f"n_ctx={n_ctx} needs {n_bytes / 2**30:.1f} GiB for its cells and this machine has "
             f"{memory / 2**30:.1f} GiB; give a smaller n_ctx, or smaller KV types"
         )
-
-
-def freeing(model: Handle, adapters: Sequence[Handle] = ()) -> Callable[[object], None]:
-    """What frees a native context, and then lets go of the adapters that it has by then, and of its model."""
-
-    def free(pointer: object) -> None:
-        lib.erl_context_free(pointer)
-        for adapter in adapters:
-            adapter.release()
-        model.release()
-
-    return free
-
-
-def let_go(handle: Handle, lock: threading.RLock) -> None:
-    """Let go of a native context whose calls are made under `lock`."""
-    with lock:  # a decode in another thread ends first
-        handle.release()

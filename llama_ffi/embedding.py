@@ -8,17 +8,13 @@ with an abort (sequences that are too long, ids out of range) is checked here fi
 from __future__ import annotations
 
 import os
-import threading
-import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.llama_ffi.context import RopeOptions, freeing, let_go, new_context, put_rope
-from erllama.llama_ffi.handle import Handle
+from erllama.llama_ffi.context import RopeOptions, new_context, put_rope
 from erllama.llama_ffi.library import (
     AbortedError,
     DecodeError,
@@ -31,6 +27,7 @@ from erllama.llama_ffi.library import (
     max_sequences,
 )
 from erllama.llama_ffi.model import LlamaModel
+from erllama.llama_ffi.native_context import NativeContext
 
 # llama.h's numbers.
 POOLINGS = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
@@ -44,7 +41,7 @@ def own_pooling(model: LlamaModel) -> str | None:
     return _NAMES.get(int(found)) if found.isdecimal() and int(found) else None
 
 
-class EmbeddingContext:
+class EmbeddingContext(NativeContext):
     """A llama_context whose rows give embeddings.
 
     Args:
@@ -103,41 +100,14 @@ class EmbeddingContext:
         except BaseException:
             held.release()
             raise
-        self._lock = threading.RLock()
         self._adapters_lock = model.adapters_lock
-        self._handle = Handle(pointer, freeing(held), "context")
-        finalizer = weakref.finalize(self, let_go, self._handle, self._lock)
-        finalizer.atexit = False  # as for other contexts
-        self._finalizer: Callable[[], object] = finalizer
-        self._open = True
+        super().__init__(pointer, held)
         self.pooling = pooling
         self.n_tokens, self.n_sequences = n_tokens, n_sequences
         self.width = model.shape.n_cls_out if pooling == "rank" else model.shape.n_embd_out
         # A model that only encodes has learned its positions, and has no more of them.
         encodes = check(lib.erl_context_has_memory(pointer), "making a context") == 0
         self._longest = min(n_tokens, model.shape.n_ctx_train) if encodes else n_tokens
-
-    @property
-    def closed(self) -> bool:
-        return not self._open
-
-    def close(self) -> None:
-        """Stop a computation that is running and let go. Idempotent."""
-        if self._open:
-            self.abort()
-        self._open = False
-        self._finalizer()
-
-    def __enter__(self) -> EmbeddingContext:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def abort(self) -> None:
-        """Make the running `embed`, and later ones, stop early. Safe from any thread."""
-        with suppress(LlamaError), self._handle.held() as native:
-            lib.erl_context_abort(native, True)
 
     def embed(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
         """Compute some sequences together, each on its own.
@@ -168,10 +138,8 @@ class EmbeddingContext:
         pooled = self.pooling != "none"
         rows = np.empty((len(lengths) if pooled else n, self.width), np.float32)
         with self._lock, self._adapters_lock:
-            if not self._open:
-                raise LlamaError("this context is closed")
             code = lib.erl_embed(
-                self._handle.pointer,
+                self._native(),
                 n,
                 ffi.from_buffer("int32_t[]", tokens),
                 ffi.from_buffer("int32_t[]", positions),

@@ -990,27 +990,20 @@ def test_embeddings_are_computed_beside_adapters(tiny_gguf: Path, loras: list[Pa
 
 
 FUZZ = """
-import random, sys
+import sys
 from pathlib import Path
 import erllama
+sys.path.append(sys.argv[7])
+from damage import damaged
 model_path, source, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-first, last, header = map(int, sys.argv[4:])
+first, last, header = map(int, sys.argv[4:7])
 content = Path(source).read_bytes()
 loaded = refused = 0
 with erllama.Cache() as cache, erllama.load_model(model_path, n_ctx=256, n_threads=1, cache=cache) as model:
     plain = model.complete("hello", max_tokens=3, temperature=0.0).tokens
     for seed in range(first, last):
         print("seed", seed, flush=True)
-        dice, damaged = random.Random(seed), bytearray(content)
-        if seed % 3 == 0:
-            damaged[dice.randrange(header)] ^= 1 << dice.randrange(8)
-        elif seed % 3 == 1:
-            for _ in range(dice.randrange(1, 5)):
-                damaged[dice.randrange(header)] = dice.randrange(256)
-        else:
-            at, n = dice.randrange(header), dice.choice([1, 2, 4, 8])
-            damaged[at : at + n] = bytes([dice.choice([0, 1, 0x7F, 0x80, 0xFF])]) * n
-        target.write_bytes(damaged)
+        target.write_bytes(damaged(content, seed, header))
         try:
             adapter = model.load_adapter(target)
         except erllama.AdapterLoadError:
@@ -1035,7 +1028,10 @@ def test_flipped_bytes_in_an_adapters_header(tiny_gguf: Path, tmp_path: Path) ->
     header = int(GGUFReader(lora).data_offset)
     first = int(os.environ.get("ERLLAMA_FUZZ_FIRST", "0"))
     n = int(os.environ.get("ERLLAMA_FUZZ_N", "600"))
-    output = must_run(FUZZ, tiny_gguf, lora, tmp_path / "flipped.gguf", first, first + n, header, timeout=60 + n)
+    flipped = tmp_path / "flipped.gguf"
+    output = must_run(
+        FUZZ, tiny_gguf, lora, flipped, first, first + n, header, Path(__file__).parent, timeout=60 + n
+    )
     loaded, n_refused = map(int, output.splitlines()[-1].split())
     assert loaded + n_refused == n
     assert n_refused > n // 4
