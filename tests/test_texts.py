@@ -163,6 +163,32 @@ def test_stored_texts_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert found(cache, b"49") is not None
 
 
+def test_texts_in_use_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("erllama.cache.file_tier._TEXT_BYTES", 3000)
+    with Cache(disk=tmp_path) as cache:
+        cache.remember_text(NAMESPACE, b"in use", ids(1))
+        for i in range(50):
+            cache.remember_text(NAMESPACE, b"%d" % i, ids(100 + i))
+            assert found(cache, b"in use, too") == (6, [1])
+            cache.flush()
+    with Cache(disk=tmp_path) as cache:
+        assert found(cache, b"in use") == (6, [1])
+        assert found(cache, b"0") is None
+
+
+def test_lookups_write_nothing_before_their_answer_nor_each_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Cache(disk=tmp_path) as cache:
+        cache.remember_text(NAMESPACE, b"text", ids(1))
+        cache.flush()
+        with database(tmp_path) as db:
+            before = db.execute("PRAGMA data_version").fetchone()
+            for _ in range(100):
+                assert found(cache, b"text") is not None
+            assert db.execute("PRAGMA data_version").fetchone() == before
+
+
 def turns(n_turns: int, n_tokens: int, rewrite: bool = False) -> Iterator[tuple[bytes, np.ndarray[Any, Any]]]:
     """A conversation's texts and their tokens: each turn as it was sampled, and as it was written.
 
