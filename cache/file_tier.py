@@ -31,7 +31,7 @@ from erllama.errors import CacheError, CacheFormatError
 
 log = logging.getLogger("erllama.cache")
 
-_TEXT_BYTES = 64 << 20  # of the tokens of texts: about a thousandth of the KV of as many
+_TEXT_BYTES = 64 << 20  # of texts and their tokens: about a thousandth of the KV of as many
 _MOST_SUSPECTS = 1000  # names; beyond that, all files are looked at
 # A file that makes no sense and is younger than that may be one that somebody is copying in.
 _SETTLED_SECONDS = 2.0
@@ -350,11 +350,15 @@ class FileTier(Tier):
     def longest_text(self, digests: TextDigests, longer_than: int) -> KnownText | None:
         # Requests come this way, too: whether the directory is still whole is for others to look.
         index = self._index
-        return None if index is None or self._broken else index.longest_text(digests, longer_than)
+        return None if index is None or self._broken else index.texts.longest(digests, longer_than)
 
     def remember_text(self, known: KnownText) -> None:
-        with self._using() as index:
-            index.remember_text(known, _TEXT_BYTES)
+        with self._using() as index, index.transaction():
+            index.texts.remember(known, _TEXT_BYTES)
+
+    def touch_texts(self, used: Iterable[tuple[bytes, int]]) -> None:
+        with self._using() as index, index.transaction():
+            index.texts.touch(used)
 
     # --- files that come and go behind our back ---------------------------------------------
 

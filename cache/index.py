@@ -18,20 +18,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import sqlite_utils
 
 from erllama.cache.blocks import Block, SaveReason
 from erllama.cache.keys import child_key
-from erllama.cache.texts import CHUNK_BYTES, KnownText, TextDigests, text_seal
+from erllama.cache.text_table import TextTable, create_text_tables
 from erllama.cache.tier import Changes, TierRow
 from erllama.errors import CacheError
 
 log = logging.getLogger("erllama.cache")
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _BUSY_SECONDS = 10.0
-_MOST_PARAMETERS = 500  # of a query; SQLite takes 999 and more
 _CHANGES_KEPT = 20_000  # a process that is further behind reads everything
 _TRIM_EVERY = 1_000  # blocks written between two removals of older entries
 _COLUMNS = "b.key, parent, namespace, start, tokens, reason, recipe, slice_end, file_bytes, last_used"
@@ -114,6 +112,7 @@ class Index:
             # Requests read through this one: it must not wait for anyone.
             self._reader = _connect(self.path, 0.0)
             undo.callback(self._reader.close)
+            self.texts = TextTable(connection, self._read)
             self._seen_version = self._data_version()
             # A database whose pages are damaged often still opens: read all that will be needed.
             self._first_rows: list[TierRow] | None
@@ -152,20 +151,7 @@ class Index:
             self.db.table("fingerprints").create(
                 {"identity": str, "sha256": str}, pk="identity", if_not_exists=True
             )
-            self.db.table("texts").create(
-                {
-                    "digest": bytes,
-                    "anchor": bytes,
-                    "n_bytes": int,
-                    "tokens": bytes,
-                    "seal": bytes,
-                    "last_used": int,
-                },
-                pk="digest",
-                not_null={"anchor", "n_bytes", "tokens", "seal", "last_used"},
-                if_not_exists=True,
-            )
-            self.db.execute("CREATE INDEX IF NOT EXISTS texts_by_anchor ON texts (anchor)")
+            create_text_tables(self.db.conn)
             # AUTOINCREMENT: numbers go on where old entries were removed.
             self.db.execute(
                 "CREATE TABLE IF NOT EXISTS changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL)"
@@ -266,6 +252,16 @@ class Index:
         with self._read_lock:
             row = self._reader.execute("SELECT owner FROM reservations WHERE key = ?", [key]).fetchone()
         return str(row[0]) if row else None
+
+    def _read(self, query: str, values: list[Any]) -> list[tuple[Any, ...]]:
+        """What is committed; nothing where somebody has the database for himself. Waits for nobody."""
+        with self._read_lock:
+            try:
+                return self._reader.execute(query, values).fetchall()
+            except sqlite3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                    return []
+                raise
 
     def _data_version(self) -> int:
         return int(self._reader.execute("PRAGMA data_version").fetchone()[0])
@@ -386,61 +382,6 @@ class Index:
             self.db.table("fingerprints").insert(
                 {"identity": identity, "sha256": sha256}, pk="identity", replace=True
             )
-
-    # --- texts -------------------------------------------------------------------------------
-
-    def remember_text(self, known: KnownText, limit_bytes: int) -> None:
-        """Note a text; the least recently used go where the tokens of all take more than `limit_bytes`."""
-        raw = known.tokens.astype("<i4").tobytes()
-        with self.transaction():
-            self.db.table("texts").insert(
-                {
-                    "digest": known.digest,
-                    "anchor": known.anchor,
-                    "n_bytes": known.n_bytes,
-                    "tokens": raw,
-                    "seal": text_seal(known.digest, raw),
-                    "last_used": time.time_ns(),
-                },
-                pk="digest",
-                replace=True,
-            )
-            over = self.db.execute("SELECT TOTAL(LENGTH(tokens)) FROM texts").fetchone()[0] - limit_bytes
-            if over > 0:
-                gone = []
-                for digest, size in self.db.execute("SELECT digest, LENGTH(tokens) FROM texts ORDER BY last_used"):
-                    gone.append((digest,))
-                    over -= size
-                    if over <= 0:
-                        break
-                self.db.conn.executemany("DELETE FROM texts WHERE digest = ?", gone)
-
-    def longest_text(self, digests: TextDigests, longer_than: int) -> KnownText | None:
-        """The longest text noted that another begins with, if longer than so many bytes."""
-        anchors = digests.anchors[longer_than // CHUNK_BYTES :]
-        for end in range(len(anchors), 0, -_MOST_PARAMETERS):
-            some = anchors[max(0, end - _MOST_PARAMETERS) : end]
-            rows = self._read(
-                "SELECT digest, anchor, n_bytes FROM texts WHERE n_bytes > ? AND anchor IN "
-                f"({', '.join('?' * len(some))}) ORDER BY n_bytes DESC",
-                [longer_than, *some],
-            )
-            for digest, anchor, n_bytes in rows:
-                if digests.begins_with(digest, n_bytes):
-                    for raw, seal in self._read("SELECT tokens, seal FROM texts WHERE digest = ?", [digest]):
-                        if seal == text_seal(digest, raw):
-                            return KnownText(digest, anchor, n_bytes, np.frombuffer(raw, "<i4").astype(np.int32))
-        return None
-
-    def _read(self, query: str, values: list[object]) -> list[tuple[Any, ...]]:
-        """What is committed; nothing where somebody has the database for himself. Waits for nobody."""
-        with self._read_lock:
-            try:
-                return self._reader.execute(query, values).fetchall()
-            except sqlite3.OperationalError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                    return []
-                raise
 
 
 class _DamagedError(sqlite3.DatabaseError):

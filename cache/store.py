@@ -18,7 +18,6 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Never
 
 import numpy as np
@@ -35,7 +34,7 @@ from erllama.cache.pressure import Pressure, PressureWatch
 from erllama.cache.residents import Residents
 from erllama.cache.saving import Saver
 from erllama.cache.sizes import parse_bytes
-from erllama.cache.texts import KnownText, KnownTexts, TextDigests
+from erllama.cache.text_memory import TextMemory, lasting_tiers
 from erllama.cache.tier import Problem, RamTier, Tier
 from erllama.cache.upkeep import Upkeep
 from erllama.errors import (
@@ -112,7 +111,6 @@ class Cache:
 
         self._lock = threading.RLock()
         self._counters = Counters()
-        self._texts = KnownTexts()
         self._closing = False
         self._assemble(found, queue_bytes)
         if self._pressure is not None:
@@ -124,6 +122,7 @@ class Cache:
         self._upkeep = Upkeep(self._lock, self._residents, self._counters, tiers, queue_bytes)
         if tiers:
             _open_upkeeps.add(self._upkeep)
+        self._texts = TextMemory(self._upkeep)
         self._loader = Loader(self._lock, self._residents, self._upkeep, self._counters)
         self._saver = Saver(self._lock, self._residents, self._upkeep, self._counters, self.block_size)
 
@@ -329,7 +328,7 @@ class Cache:
 
     def fingerprint(self, identity: str) -> str | None:
         """The digest remembered for a file's identity."""
-        for tier in self._memory():
+        for tier in lasting_tiers(self._upkeep):
             with self._upkeep.guarding("reading a fingerprint", tier):
                 digest = tier.fingerprint(identity)
                 if digest is not None:
@@ -338,7 +337,7 @@ class Cache:
 
     def remember_fingerprint(self, identity: str, sha256: str) -> None:
         """Remember a file's digest where blocks survive the process."""
-        for tier in self._memory():
+        for tier in lasting_tiers(self._upkeep):
             with self._upkeep.guarding("noting a fingerprint", tier):
                 tier.remember_fingerprint(identity, sha256)
 
@@ -349,36 +348,17 @@ class Cache:
 
         Only digests of the text are kept.
         """
-        if self._closing:
-            return
-        known = TextDigests(namespace, text).known_as(tokens)
-        self._texts.remember(known)
-        for tier in self._memory():
-            self._upkeep.writer.defer(partial(self._note_text, tier, known))
-
-    def _note_text(self, tier: FileTier, known: KnownText) -> None:
-        with self._upkeep.tending, self._upkeep.guarding("noting a text", tier, changes=False):
-            tier.remember_text(known)
+        if not self._closing:
+            self._texts.remember(namespace, text, tokens)
 
     def longest_text(self, namespace: bytes, text: bytes) -> tuple[int, NDArray[np.int32]] | None:
         """The longest remembered text that this one begins with.
 
         Returns:
-            its bytes, and the tokens that it was computed as; None where there is none.
+            its bytes, and the tokens that it was computed as, read-only; None where there is none.
         """
-        digests = TextDigests(namespace, text)
-        best = self._texts.longest(digests)
-        for tier in self._memory():
-            with self._upkeep.guarding("looking for a text", tier, changes=False):
-                found = tier.longest_text(digests, best.n_bytes if best is not None else 0)
-                best = found or best
-        if best is None:
-            return None
-        self._texts.remember(best)
-        return best.n_bytes, best.tokens
-
-    def _memory(self) -> list[FileTier]:
-        return [tier for tier in self._upkeep.tiers if isinstance(tier, FileTier) and self._upkeep.ready(tier)]
+        known = self._texts.longest(namespace, text)
+        return None if known is None else (known.n_bytes, known.tokens)
 
     # --- what an operator calls --------------------------------------------------------------
 
