@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 import pytest
-from test_tool_formats import EXAMPLES, TOOLS, VARIANTS, WANTED
+from tool_texts import EXAMPLES, TOOLS, VARIANTS, WANTED
 
 import erllama
 from erllama.chat.formats import TOOL_FORMATS

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from test_families import follow
-from test_tool_formats import TOOLS
+from tool_texts import TOOLS
 
 import erllama
 from erllama.chat.messages import normalized_messages
