@@ -17,15 +17,14 @@ from numpy.typing import NDArray
 
 from erllama.engine.backend import Vocabulary
 from erllama.engine.grammar import Grammar
-from erllama.engine.stops import TextFinder
+from erllama.engine.stops import WHITE, TextFinder
 from erllama.errors import OptionError, boolean, integer
 
 Kind = Literal["text", "thinking", "call"]
 ReplyPhase = Literal["text", "thinking", "syntax", "payload"]
 
 _SPECIAL = 0x100  # characters from here on are tokens that are no text
-_WHITE = " \t\r\n"
-_NO_WHITE = {ord(character): None for character in _WHITE}
+_NO_WHITE = {ord(character): None for character in WHITE}
 _PROMPT_END = 32  # tokens of the prompt's end in which an opening marker is looked for
 
 
@@ -224,8 +223,8 @@ class PhaseTracker:
         self.call = self.after = ""
         begins = options.begins
         if begins is None:
-            end = script.of_tokens(prompt[-_PROMPT_END:].tolist()).rstrip(_WHITE)
-            begins = any(end.endswith(marker.rstrip(_WHITE)) for marker in self._thinking.open)
+            end = script.of_tokens(prompt[-_PROMPT_END:].tolist()).rstrip(WHITE)
+            begins = any(end.endswith(marker.rstrip(WHITE)) for marker in self._thinking.open)
         self.phase: ReplyPhase = "thinking" if begins and thinking is not None else "text"
 
     @property
@@ -299,7 +298,7 @@ class PhaseTracker:
         """Whether it is still open if the answer is a call without a marker; if it is one, it begins."""
         begun = self.held.translate(_NO_WHITE)
         if any(begun.startswith(lead) for lead in self._leading):
-            self.held = self.held.lstrip(_WHITE)
+            self.held = self.held.lstrip(WHITE)
             self.phase, self.call = "syntax" if self._payload.open else "payload", ""
         elif not ended and any(lead.startswith(begun) for lead in self._leading):
             return True

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_stops import first_by_position
 
 import erllama
 from erllama.engine.phases import Markers, PhaseOptions, PhaseTracker, Script
@@ -86,9 +87,9 @@ def expected(text: str) -> list[tuple[str, str]]:
 
 
 @st.composite
-def cut_texts(draw: st.DrawFn) -> tuple[str, list[int]]:
+def cut_texts(draw: st.DrawFn, parts: Sequence[str] = PARTS) -> tuple[str, list[int]]:
     """A text, and tokens that spell it, any of those that could."""
-    text = "".join(draw(st.lists(st.sampled_from(PARTS), max_size=12))).replace(SPECIAL, "\x01")
+    text = "".join(draw(st.lists(st.sampled_from(parts), max_size=12))).replace(SPECIAL, "\x01")
     tokens: list[int] = []
     raw = text.encode()
     while raw:
@@ -231,6 +232,92 @@ def test_a_stop_string_stops_the_answer_and_nothing_else() -> None:
         reply = model.complete("Q\t", thinking="enabled", stop="END", **MARKERS)
         assert (reply.thinking, reply.text, reply.stop_sequence) == ("END", "ab", "END")
         assert reply.raw_tool_calls == (b"<call>END</call>",)
+
+
+WHITE_STOPS = ["\n", "\n\n", " ", "END", "\n\nEND", " x", "\u00e9\n"]
+
+
+def replied(text: str, stops: Sequence[str]) -> tuple[str, str, list[bytes], str | None, int]:
+    """A whole reply's answer, thinking, calls and stop string, and how many thoughts of it end."""
+    answer = thinking = ""
+    calls: list[bytes] = []
+    n_ends = 0
+    kind, rest, begun = "text", text, False
+    while True:
+        found = re.search({"text": "<think>|<call>", "thinking": "</think>", "call": "</call>"}[kind], rest)
+        said, mark, rest = rest.partition(found.group()) if found else (rest, "", "")
+        shown = said.replace("\x01", "")
+        if kind == "text":
+            kept, stop = first_by_position(shown, list(stops), behind=begun)
+            kept = kept.lstrip() if begun else kept
+            answer += kept.rstrip() if mark and stop is None else kept
+            if stop is not None:
+                return answer, thinking, calls, stop, n_ends
+        elif kind == "thinking":
+            thinking += shown.strip()
+            n_ends += bool(mark)
+        else:
+            calls.append(f"<call>{said}{mark}".replace("\x01", SPECIAL).encode())
+        if not mark:
+            return answer, thinking, calls, None, n_ends
+        kind = {"<think>": "thinking", "<call>": "call"}.get(mark, "text")
+        begun = True
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    cut_texts([*PARTS, "END", "E", "\n", "\n\n", " ", "<think> ", "</think>\n\n"]),
+    st.lists(st.sampled_from(WHITE_STOPS), max_size=2),
+    st.sampled_from([None, 0]),
+)
+def test_a_stream_tells_a_whole_reply(cut: tuple[str, list[int]], stops: list[str], logprobs: int | None) -> None:
+    text, tokens = cut
+    with model_that_says(*tokens) as model:
+        *events, done = model.stream("Q\t", thinking="enabled", stop=stops, logprobs=logprobs, **MARKERS)
+    reply = done.completion
+    ends = [event for event in events if isinstance(event, erllama.ThinkingEnd)]
+    expected = replied(text, stops)
+    assert (reply.text, reply.thinking, list(reply.raw_tool_calls), reply.stop_sequence, len(ends)) == expected
+    deltas = [event for event in events if hasattr(event, "tokens")]
+    for kind, said in ((erllama.TextDelta, reply.text), (erllama.ThinkingDelta, reply.thinking)):
+        assert "".join(event.text for event in deltas if isinstance(event, kind)) == said
+    assert all(event.text or event.tokens for event in deltas)
+    told = tuple(token for event in deltas for token in event.tokens)
+    assert told == reply.tokens if reply.stop_sequence is None else told == reply.tokens[: len(told)]
+    if logprobs is not None:
+        assert all(event.tokens == tuple(entry.token for entry in event.logprobs) for event in deltas)
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "text", "n_left"),
+    [
+        ("answer\n\n\nmore", "\n", "answer", 6),
+        ("<think>hm</think>\n\nanswer\n\nmore", "\n\n", "answer", 4),
+        ("<think>hm</think>\n\nEND", ["\n", "\n\nEND"], "", 0),
+        ("one two", " ", "one", 3),
+        ("one \n<call>1</call>", "\n", "one ", 14),
+    ],
+)
+def test_a_stop_string_of_white_space_stops_at_once(
+    said: str, stop: str | list[str], text: str, n_left: int
+) -> None:
+    with model_that_says(*VOCABULARY.spelled(said)) as model:
+        reply = model.complete("Q\t", thinking="enabled", stop=stop, **MARKERS)
+        assert (reply.text, reply.finish_reason, reply.raw_tool_calls) == (text, "stop", ())
+        assert len(reply.tokens) == len(said) - n_left
+
+
+@pytest.mark.parametrize(
+    "said", ["<think></think>x", "<think>\n\n</think>x", "<think></think>", "<think>\n</think>\n"]
+)
+@pytest.mark.parametrize("key", [None, b"k"])
+def test_an_empty_thought_ends_like_any_other(said: str, key: bytes | None) -> None:
+    with model_that_says(*VOCABULARY.spelled(said)) as model:
+        events = list(model.stream("Q\t", thinking="enabled", thinking_signing_key=key, **MARKERS))
+    signature = hmac.digest(key, b"", hashlib.sha256) if key is not None else b""
+    assert [event for event in events if isinstance(event, erllama.ThinkingEnd)] == [erllama.ThinkingEnd(signature)]
+    assert all(event.tokens for event in events if isinstance(event, erllama.ThinkingDelta))
+    assert events[-1].completion.thinking_signature == signature
 
 
 @pytest.mark.parametrize("logprobs", [None, 1])
