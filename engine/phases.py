@@ -26,6 +26,7 @@ ReplyPhase = Literal["text", "thinking", "syntax", "payload"]
 _SPECIAL = 0x100  # characters from here on are tokens that are no text
 _NO_WHITE = {ord(character): None for character in WHITE}
 _PROMPT_END = 32  # tokens of the prompt's end in which an opening marker is looked for
+_CHARACTER = 4  # most bytes of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +232,11 @@ class PhaseTracker:
     def kind(self) -> Kind:
         return "call" if self.phase in ("syntax", "payload") else self.phase  # type: ignore[return-value]
 
+    @property
+    def ending(self) -> bool:
+        """Whether what is held ends thinking, at this marker or at a longer one."""
+        return self.phase == "thinking" and bool(self.held) and self.held.startswith(self._thinking.close)
+
     def settle(self) -> None:
         """What comes is the answer to its end, whatever it looks like."""
         self._settled = True
@@ -339,16 +345,27 @@ class ThinkingBudget:
         self._limit = options.thinking_budget
         self.closing = script.tokens_of(options.budget_message + close)
         self._n_tokens = 0
+        self._n_within = 0  # tokens in a row that ended within a character
         self._put = False
 
-    def count(self, *, before: bool, after: bool) -> None:
-        """A token was taken; whether the reply was thinking before it, and after it."""
+    def count(self, *, before: bool, after: bool, within: bool) -> None:
+        """A token was taken.
+
+        Args:
+            before: whether the reply was thinking before it.
+            after: whether it is thinking now.
+            within: whether it is within a character.
+        """
         self._n_tokens += before and after
+        self._n_within = self._n_within + 1 if within else 0
         self._put = self._put and after
 
     def due(self, tracker: PhaseTracker) -> bool:
-        """Whether the end of thinking is to be put now; once for each thought."""
+        """Whether the end of thinking is to be put now; once for each thought, and not within a character."""
         if self._put or self._limit is None or tracker.phase != "thinking" or self._n_tokens < self._limit:
+            return False
+        # What is not complete in as many tokens as it can have bytes is no character.
+        if tracker.ending or 0 < self._n_within < _CHARACTER:
             return False
         self._put = True
         return True

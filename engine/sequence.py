@@ -319,7 +319,8 @@ class Sequence:
         was_thinking = self._tracker is not None and self._tracker.phase == "thinking"
         self._reply.take(token)
         if self._budget is not None and self._tracker is not None:
-            self._budget.count(before=was_thinking, after=self._tracker.phase == "thinking")
+            thinking = self._tracker.phase == "thinking"
+            self._budget.count(before=was_thinking, after=thinking, within=self._reply.within_character)
         if self._reply.stop_sequence is not None:
             self.finish_reason = "stop"
         elif self.options.max_tokens is not None and self.n_known - self.n_prompt >= self.options.max_tokens:
@@ -341,8 +342,8 @@ class Sequence:
                 self._take(token)
 
     def _close_thinking(self) -> None:
-        """Where thinking has used its budget, its end comes next; not within a character."""
-        if self._budget is None or self._tracker is None or self._coming or self._reply.within_character:
+        """Where thinking has used its budget, its end comes next."""
+        if self._budget is None or self._tracker is None or self._coming:
             return
         if self._budget.due(self._tracker):
             self._coming.extend(self._budget.closing)

@@ -358,6 +358,30 @@ def test_a_budget_does_not_end_thinking_within_a_character() -> None:
         assert reply.thinking == "é"
 
 
+@pytest.mark.parametrize("budget", range(8))
+def test_a_budget_ends_no_character_that_may_become_a_marker(budget: int) -> None:
+    markers = ("\u25c1think\u25b7", "\u25c1/think\u25b7")  # whose first byte others have, too
+    with model_that_says(*VOCABULARY.spelled(markers[0]), *"a\u2014\u2014b".encode(), *b"c" * 9) as model:
+        reply = model.complete(
+            "Q\t", thinking="enabled", thinking_budget_tokens=budget, max_tokens=60, thinking_markers=markers
+        )
+    assert "a\u2014\u2014bccc".startswith(reply.thinking)
+    assert budget <= len(reply.thinking.encode()) <= budget + 2
+
+
+def test_a_budget_puts_no_end_behind_one_that_may_become_longer() -> None:
+    markers = ("<think>", ("</think>", "</think>!!"))
+    with model_that_says(*VOCABULARY.spelled("<think>abc</think>!x")) as model:
+        reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=11, thinking_markers=markers)
+    assert (reply.thinking, reply.text) == ("abc", "!x")
+
+
+def test_bytes_that_are_no_character_do_not_outlast_a_budget() -> None:
+    with model_that_says(*VOCABULARY.spelled("<think>"), *b"\xe2" * 50) as model:
+        reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=2, max_tokens=40, **MARKERS)
+    assert 2 <= len(reply.thinking) <= 5
+
+
 def test_a_grammar_is_the_answers_and_leaves_thinking_free() -> None:
     said = "<think>free: 1</think>xyz"
     with model_that_says(*VOCABULARY.tokenize(said).tolist()) as model:
