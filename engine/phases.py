@@ -157,6 +157,16 @@ class Script:
             raise OptionError(f"the marker {text!r} gives no tokens of this model")
         return ids
 
+    def spelled(self, script: str) -> list[int]:
+        """Tokens of this script and nothing else; [] where the tokenizer gives others."""
+        try:
+            ids: list[int] = self._vocabulary.tokenize(
+                self.written(script).decode(), add_special=False, parse_special=True
+            ).tolist()
+        except UnicodeDecodeError:
+            return []
+        return ids if self.of_tokens(ids) == script else []
+
     def plain(self, script: str) -> bytes:
         """Its text alone."""
         return bytes(map(ord, script)) if script.isascii() else bytes([c for c in map(ord, script) if c < _SPECIAL])
@@ -199,7 +209,7 @@ class PhaseTracker:
     Attributes:
         phase: where it is; within a call, "syntax" or "payload".
         call: the call so far, from its opening marker on, while it is in one.
-        after: what came since the last marker and is no call.
+        behind: what the last token fed told behind the end of thinking, if it told that; as script.
         held: what is held back, since it may become a marker.
     """
 
@@ -221,7 +231,7 @@ class PhaseTracker:
         self.held = script.of_marker(options.opened) if options.opened else ""
         self._may_lead = bool(self._leading)
         self._settled = False
-        self.call = self.after = ""
+        self.call = self.behind = ""
         begins = options.begins
         if begins is None:
             end = script.of_tokens(prompt[-_PROMPT_END:].tolist()).rstrip(WHITE)
@@ -237,13 +247,25 @@ class PhaseTracker:
         """Whether what is held ends thinking, at this marker or at a longer one."""
         return self.phase == "thinking" and bool(self.held) and self.held.startswith(self._thinking.close)
 
+    @property
+    def closing(self) -> str:
+        """What would end thinking here, as script: the rest of a closing marker that has begun, or all of one."""
+        return next(
+            (text.removeprefix(self.held) for text in self._thinking.close if text.startswith(self.held)), ""
+        )
+
     def settle(self) -> None:
         """What comes is the answer to its end, whatever it looks like."""
         self._settled = True
 
+    def end_at_once(self) -> None:
+        """Thinking ends at its first closing marker, though a longer one could come."""
+        self._finders["thinking"] = TextFinder(self._thinking.close)
+
     def feed(self, token: int) -> list[Segment]:
         """Take the next token; the segments that are certain now."""
         self.held += self._script.of_token(token)
+        self.behind = ""
         return list(self._advance(ended=False))
 
     def finish(self) -> list[Segment]:
@@ -272,15 +294,12 @@ class PhaseTracker:
             released, self.held = self.held[:n], self.held[n:]
             if self.kind == "call":
                 self.call += released
-            else:
-                self.after += released
             yield Segment(self.kind, released)
 
     def _pass(self, marker: str) -> Iterator[Segment]:
         """Go on behind a marker."""
-        self.after = ""
         if self.phase == "thinking":
-            self.phase = "text"
+            self.phase, self.behind = "text", self.held
             self._may_lead = bool(self._leading)
             yield Segment("thinking", "", ended=True)
         elif self.phase == "text":

@@ -289,21 +289,11 @@ class Sequence:
         return sampler.sample(logits, self.known, self._grammar.allowed() if self._grammar is not None else None)
 
     def _ending_thought(self, token: int) -> int:
-        """A reply that must have an answer does not end with a thought: the thought alone does."""
-        if not self._vocabulary.is_eog[token] or self._tracker is None or self._tracker.phase != "thinking":
-            return token
-        if not isinstance(self._grammar, PhasedMatcher) or not self._grammar.awaits_answer or not self._thought_end:
-            return token
-        self._coming.extend(self._thought_end)
-        return self._coming.popleft()
-
-    @cached_property
-    def _thought_end(self) -> list[int]:
-        """Tokens that end thinking; none where nothing does."""
-        phases = self.options.phases
-        if phases is None or phases.thinking is None or not phases.thinking.close:
-            return []
-        return self._shared.script.tokens_of(phases.thinking.close[0])
+        """What comes for a token drawn: what ends thinking, where it is for an answer to begin behind that."""
+        if isinstance(self._grammar, PhasedMatcher):
+            ends_reply = bool(self._vocabulary.is_eog[token])
+            self._coming.extend(self._grammar.end_of_thought(token, ends_reply=ends_reply))
+        return self._coming.popleft() if self._coming else token
 
     @cached_property
     def _syntax_sampler(self) -> Sampler:

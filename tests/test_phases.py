@@ -396,6 +396,58 @@ def test_a_grammar_is_the_answers_and_leaves_thinking_free() -> None:
         assert (told.text, told.thinking) == ("a<think>b</think>c", "")
 
 
+@pytest.mark.parametrize("logprobs", [None, 0])
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["hm", "</think>Hello"],
+        ["hm", "</", "think", ">\n\nX"],
+        ["hm", "</", "think", ">\n\nX", "<"],
+        ["hm", "</think><think>"],
+        ["hm", "</think>1<think>"],
+        ["hm", "</", "think"],
+        ["hm", "</think>123", "4"],
+        ["hm", "</", "think", ">\n12 ", "3"],
+        ["hm", "</think>"],
+    ],
+)
+@pytest.mark.parametrize("close", [("</think>",), ("</think>", "</think>\n\n", "</think>\n\nX!")])
+def test_tokens_that_do_not_part_where_thinking_ends_fail_no_grammar(
+    said: list[str], close: tuple[str, ...], logprobs: int | None
+) -> None:
+    vocabulary = SpelledVocabulary([*said, "</think>1"])
+    tokens = [int(vocabulary.tokenize(part)[0]) for part in said]
+    with erllama.load_backend(SpelledBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
+        reply = model.complete(
+            "Q<think>\t",
+            thinking="enabled",
+            thinking_markers=("<think>", close),
+            regex="[0-9]{3}",
+            logprobs=logprobs,
+            max_tokens=50,
+        )
+        assert re.fullmatch("[0-9]{3}", reply.text)
+        assert reply.thinking == "hm"
+        assert reply.logprobs is None or [entry.token for entry in reply.logprobs] == list(reply.tokens)
+
+
+@pytest.mark.parametrize(
+    "cut", [["</think><tool_call>"], ["</think>no<tool_call>"], ["</", "think>\n<tool_call>{"]]
+)
+def test_a_call_that_is_required_may_begin_in_the_token_that_ends_thinking(cut: list[str]) -> None:
+    vocabulary = SpelledVocabulary(["<think>", *cut])
+    tokens = [int(vocabulary.tokenize(part)[0]) for part in ["<think>", "a", *cut]]
+    template = "{% if tools %}<tool_call></tool_call><think></think>{% endif %}{{ messages[0].content }}"
+    backend = SpelledBackend(vocabulary, tokens, chat_templates={"default": template}, n_ctx=1024)
+    tool = {"name": "now", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}}
+    with erllama.load_backend(backend, cache=erllama.Cache()) as model:
+        reply = model.chat(
+            [{"role": "user", "content": "Q\t"}], tools=[tool], tool_choice="required", tool_format="hermes"
+        )
+    assert (reply.thinking, reply.text, reply.tool_call_errors) == ("a", "", ())
+    assert [call.name for call in reply.tool_calls] == ["now"]
+
+
 def test_a_reader_who_stops_and_goes_on_gets_all_in_order() -> None:
     said = "".join(f"{i}," for i in range(300))
     with model_that_says(*VOCABULARY.spelled(said), *VOCABULARY.spelled("<think>hm</think>!")) as model:
