@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +11,8 @@ from numpy.typing import NDArray
 from erllama.engine.grammar import Matcher
 from erllama.engine.lazy import LazyMatcher
 from erllama.engine.phases import PhaseTracker, Script
+from erllama.engine.stops import WHITE
 from erllama.errors import GrammarError
-
-_WHITE = b" \t\r\n"
 
 
 class PhasedMatcher:
@@ -23,6 +23,7 @@ class PhasedMatcher:
         answer: what the answer must be of, or None.
         calls: what calls must be of, from their opening marker on, and all that follows; or None.
         openings: tokens of what may come before an answer, though its grammar has it not.
+        closing: tokens that end thinking; none where nothing does.
         n_vocab: width of a mask.
         answer_is_text: what looks like a marker within the answer is none.
     """
@@ -34,21 +35,24 @@ class PhasedMatcher:
         answer: Matcher | LazyMatcher | None,
         calls: Matcher | None,
         openings: Sequence[Sequence[int]],
+        closing: Sequence[int],
         n_vocab: int,
         *,
         answer_is_text: bool,
     ) -> None:
         self._tracker, self._script = tracker, script
         self._answer, self._calls = answer, calls
-        self._openings, self._n_vocab = openings, n_vocab
+        self._openings, self._closing, self._n_vocab = openings, closing, n_vocab
         self._answer_is_text = answer_is_text
         self._ruling: Matcher | LazyMatcher | None = None
         # Tokens of an opening that is not complete, and where the answer stands if they are the answer's.
         self._opened: list[int] = []
         self._instead: Matcher | None = None
         self._was_thinking = tracker.phase == "thinking"
+        if isinstance(answer, Matcher):
+            tracker.end_at_once()
         if tracker.held and answer is not None and not answer_is_text:
-            self._begin_answer(answer)  # with what the prompt opened
+            self._begin_answer(answer, tracker.held)  # with what the prompt opened
 
     def allowed(self) -> NDArray[np.bool_] | None:
         if self._ruling is not None:
@@ -74,10 +78,32 @@ class PhasedMatcher:
         n = len(self._opened)
         return [tokens[n] for tokens in self._openings if len(tokens) > n and list(tokens[:n]) == self._opened]
 
-    @property
-    def awaits_answer(self) -> bool:
-        """Whether a grammar is still to be begun, without which the reply cannot end."""
-        return self._ruling is None and isinstance(self._answer, Matcher)
+    def end_of_thought(self, token: int, *, ends_reply: bool) -> Sequence[int]:
+        """What ends thinking in place of a token drawn there, which may not come.
+
+        An answer is still to be begun: a token cannot end the reply, nor end thinking and go on as no answer
+        begins. The model meant the end, so its thinking ends as it would have, in other tokens.
+
+        Args:
+            ends_reply: the token does.
+
+        Returns:
+            ids; none where the token may come.
+        """
+        tracker, answer = self._tracker, self._answer
+        if self._ruling is not None or tracker.phase != "thinking" or not isinstance(answer, Matcher):
+            return ()
+        end = tracker.closing
+        if not ends_reply:
+            ahead = copy(tracker)
+            ahead.feed(token)
+            begun = ahead.behind.lstrip(WHITE)
+            # What looks like a marker in an answer that is text is none, but only once its grammar rules.
+            fits = ahead.phase == "text" or not self._answer_is_text
+            if not begun or (fits and self._taken(answer.fork(), begun)):
+                return ()
+            end = self._script.of_token(token).removesuffix(ahead.behind)
+        return self._script.spelled(end) or self._closing
 
     def forced(self) -> list[int]:
         return self._ruling.forced() if self._ruling is not None else []
@@ -90,7 +116,7 @@ class PhasedMatcher:
         """Go on by a token that the tracker has taken.
 
         Raises:
-            GrammarError: what came with the end of thinking does not begin an answer.
+            GrammarError: it was not allowed.
         """
         tracker = self._tracker
         was_thinking, self._was_thinking = self._was_thinking, tracker.phase == "thinking"
@@ -102,7 +128,7 @@ class PhasedMatcher:
         elif self._answer is None or not self._answering:
             self._opened, self._instead = [], None
         elif was_thinking:
-            self._begin_answer(self._answer)
+            self._begin_answer(self._answer, tracker.behind.lstrip(WHITE))
         else:
             self._take(self._answer, token)
 
@@ -127,27 +153,29 @@ class PhasedMatcher:
         if self._answer_is_text:
             self._tracker.settle()
 
-    def _begin_answer(self, answer: Matcher | LazyMatcher) -> None:
-        """A token may hold the end of thinking and the beginning of what follows."""
-        rest = self._script.plain(self._tracker.after + self._tracker.held).strip(_WHITE)
-        if rest and isinstance(answer, Matcher):
-            if not answer.accept_text(rest):
-                raise GrammarError(f"the grammar does not begin with {rest!r}, which came with the end of thinking")
+    def _begin_answer(self, answer: Matcher | LazyMatcher, begun: str) -> None:
+        """What came with the end of thinking, or of the prompt, is the beginning of what follows; as script."""
+        if begun and isinstance(answer, Matcher):
+            if not self._taken(answer, begun):
+                said = self._script.written(begun)
+                raise GrammarError(f"the grammar does not begin with {said!r}, which came before the answer")
             self._rule(answer)
 
     def _begin_call(self, calls: Matcher) -> None:
         """The grammar of calls takes what there is of one; where it does not, the call is left to the model."""
         self._calls = None
-        for part in self._script.runs(self._tracker.call + self._tracker.held):
+        if self._taken(calls, self._tracker.call + self._tracker.held):
+            self._ruling = calls
+
+    def _taken(self, matcher: Matcher, script: str) -> bool:
+        """Whether a matcher goes on by all of a script; where not, it is of no more use."""
+        for part in self._script.runs(script):
             if isinstance(part, bytes):
-                if not calls.accept_text(part):
-                    return
-            else:
-                try:
-                    calls.accept(part)
-                except GrammarError:
-                    return
-        self._ruling = calls
+                if not matcher.accept_text(part):
+                    return False
+            elif _gone_on(matcher, part) is None:
+                return False
+        return True
 
 
 def _gone_on(matcher: Matcher | None, token: int) -> Matcher | None:

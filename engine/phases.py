@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 
 from erllama.engine.backend import Vocabulary
 from erllama.engine.grammar import Grammar
-from erllama.engine.stops import TextFinder
+from erllama.engine.stops import WHITE, TextFinder
 from erllama.errors import OptionError, boolean, integer
 
 Kind = Literal["text", "thinking", "call"]
 ReplyPhase = Literal["text", "thinking", "syntax", "payload"]
 
 _SPECIAL = 0x100  # characters from here on are tokens that are no text
-_WHITE = " \t\r\n"
-_NO_WHITE = {ord(character): None for character in _WHITE}
+_NO_WHITE = {ord(character): None for character in WHITE}
 _PROMPT_END = 32  # tokens of the prompt's end in which an opening marker is looked for
+_CHARACTER = 4  # most bytes of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +157,16 @@ class Script:
             raise OptionError(f"the marker {text!r} gives no tokens of this model")
         return ids
 
+    def spelled(self, script: str) -> list[int]:
+        """Tokens of this script and nothing else; [] where the tokenizer gives others."""
+        try:
+            ids: list[int] = self._vocabulary.tokenize(
+                self.written(script).decode(), add_special=False, parse_special=True
+            ).tolist()
+        except UnicodeDecodeError:
+            return []
+        return ids if self.of_tokens(ids) == script else []
+
     def plain(self, script: str) -> bytes:
         """Its text alone."""
         return bytes(map(ord, script)) if script.isascii() else bytes([c for c in map(ord, script) if c < _SPECIAL])
@@ -199,7 +209,7 @@ class PhaseTracker:
     Attributes:
         phase: where it is; within a call, "syntax" or "payload".
         call: the call so far, from its opening marker on, while it is in one.
-        after: what came since the last marker and is no call.
+        behind: what the last token fed told behind the end of thinking, if it told that; as script.
         held: what is held back, since it may become a marker.
     """
 
@@ -221,24 +231,41 @@ class PhaseTracker:
         self.held = script.of_marker(options.opened) if options.opened else ""
         self._may_lead = bool(self._leading)
         self._settled = False
-        self.call = self.after = ""
+        self.call = self.behind = ""
         begins = options.begins
         if begins is None:
-            end = script.of_tokens(prompt[-_PROMPT_END:].tolist()).rstrip(_WHITE)
-            begins = any(end.endswith(marker.rstrip(_WHITE)) for marker in self._thinking.open)
+            end = script.of_tokens(prompt[-_PROMPT_END:].tolist()).rstrip(WHITE)
+            begins = any(end.endswith(marker.rstrip(WHITE)) for marker in self._thinking.open)
         self.phase: ReplyPhase = "thinking" if begins and thinking is not None else "text"
 
     @property
     def kind(self) -> Kind:
         return "call" if self.phase in ("syntax", "payload") else self.phase  # type: ignore[return-value]
 
+    @property
+    def ending(self) -> bool:
+        """Whether what is held ends thinking, at this marker or at a longer one."""
+        return self.phase == "thinking" and bool(self.held) and self.held.startswith(self._thinking.close)
+
+    @property
+    def closing(self) -> str:
+        """What would end thinking here, as script: the rest of a closing marker that has begun, or all of one."""
+        return next(
+            (text.removeprefix(self.held) for text in self._thinking.close if text.startswith(self.held)), ""
+        )
+
     def settle(self) -> None:
         """What comes is the answer to its end, whatever it looks like."""
         self._settled = True
 
+    def end_at_once(self) -> None:
+        """Thinking ends at its first closing marker, though a longer one could come."""
+        self._finders["thinking"] = TextFinder(self._thinking.close)
+
     def feed(self, token: int) -> list[Segment]:
         """Take the next token; the segments that are certain now."""
         self.held += self._script.of_token(token)
+        self.behind = ""
         return list(self._advance(ended=False))
 
     def finish(self) -> list[Segment]:
@@ -267,15 +294,12 @@ class PhaseTracker:
             released, self.held = self.held[:n], self.held[n:]
             if self.kind == "call":
                 self.call += released
-            else:
-                self.after += released
             yield Segment(self.kind, released)
 
     def _pass(self, marker: str) -> Iterator[Segment]:
         """Go on behind a marker."""
-        self.after = ""
         if self.phase == "thinking":
-            self.phase = "text"
+            self.phase, self.behind = "text", self.held
             self._may_lead = bool(self._leading)
             yield Segment("thinking", "", ended=True)
         elif self.phase == "text":
@@ -299,7 +323,7 @@ class PhaseTracker:
         """Whether it is still open if the answer is a call without a marker; if it is one, it begins."""
         begun = self.held.translate(_NO_WHITE)
         if any(begun.startswith(lead) for lead in self._leading):
-            self.held = self.held.lstrip(_WHITE)
+            self.held = self.held.lstrip(WHITE)
             self.phase, self.call = "syntax" if self._payload.open else "payload", ""
         elif not ended and any(lead.startswith(begun) for lead in self._leading):
             return True
@@ -340,16 +364,27 @@ class ThinkingBudget:
         self._limit = options.thinking_budget
         self.closing = script.tokens_of(options.budget_message + close)
         self._n_tokens = 0
+        self._n_within = 0  # tokens in a row that ended within a character
         self._put = False
 
-    def count(self, *, before: bool, after: bool) -> None:
-        """A token was taken; whether the reply was thinking before it, and after it."""
+    def count(self, *, before: bool, after: bool, within: bool) -> None:
+        """A token was taken.
+
+        Args:
+            before: whether the reply was thinking before it.
+            after: whether it is thinking now.
+            within: whether it is within a character.
+        """
         self._n_tokens += before and after
+        self._n_within = self._n_within + 1 if within else 0
         self._put = self._put and after
 
     def due(self, tracker: PhaseTracker) -> bool:
-        """Whether the end of thinking is to be put now; once for each thought."""
+        """Whether the end of thinking is to be put now; once for each thought, and not within a character."""
         if self._put or self._limit is None or tracker.phase != "thinking" or self._n_tokens < self._limit:
+            return False
+        # What is not complete in as many tokens as it can have bytes is no character.
+        if tracker.ending or 0 < self._n_within < _CHARACTER:
             return False
         self._put = True
         return True

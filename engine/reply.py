@@ -9,17 +9,17 @@ from erllama.engine.backend import Vocabulary
 from erllama.engine.phases import Kind, PhaseTracker, Script, Segment
 from erllama.engine.request import RequestOptions
 from erllama.engine.sampling import TokenLogprobs
-from erllama.engine.stops import StopScanner
+from erllama.engine.stops import WHITE, StopScanner
 from erllama.engine.text import TextDecoder
 from erllama.engine.ticket import Ticket
-
-_WHITE = " \t\r\n"
 
 
 class Reply:
     """The reply to one request, as it grows. Used by the model thread.
 
-    Where phases are told apart, white space between them belongs to none.
+    Where phases are told apart, white space between them belongs to none. Stop
+    strings are looked for before it is left out, in each text by itself. Every
+    token is told in some piece, but for those of a stop string.
 
     Args:
         tracker: tells the phases apart; None for a reply that is all text.
@@ -27,7 +27,7 @@ class Reply:
     Attributes:
         calls: the tool calls that are complete, as they were written.
         logprobs: of the tokens, where asked for.
-        signature: of the thinking, where a thought is complete.
+        signature: of the thinking, where a thought is over.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Reply:
         tracker: PhaseTracker | None,
     ) -> None:
         self._ticket, self._vocabulary, self._script, self._tracker = ticket, vocabulary, script, tracker
-        self._signing_key = options.phases.signing_key if options.phases is not None else None
+        self._phases = options.phases
         self._decoder = TextDecoder()
         self._stops = StopScanner(options.stop)
         self._said: dict[Kind, list[str]] = {"text": [], "thinking": [], "call": []}
@@ -68,7 +68,13 @@ class Reply:
     @property
     def within_character(self) -> bool:
         """Whether the last token ended within one."""
-        return self._decoder.within
+        held = self._script.plain(self._tracker.held) if self._tracker is not None else b""
+        if not held:
+            return self._decoder.within
+        # It may become a marker, which begins with a character of its own.
+        decoder = TextDecoder()
+        decoder.feed(held)
+        return decoder.within
 
     def take(self, token: int) -> None:
         """One token more."""
@@ -83,69 +89,88 @@ class Reply:
         """The end: what was held back, and is no stop string or marker, is said."""
         for segment in self._tracker.finish() if self._tracker is not None else ():
             self._tell(segment)
-        rest = self._decoder.finish()
+        rest = self._rest()
         if self._kind == "text":
-            rest = self._stops.feed(self._white + rest) + self._stops.flush()
-        self._send(rest, always=False)
+            rest += self._white
+        if rest or self._stops.matched is None:
+            self._send(rest)
 
     def _tell(self, segment: Segment) -> None:
-        if segment.kind != self._kind:
+        if segment.kind != self._kind and self._stops.matched is None:
             self._end_phase()
-            self._kind, self._trimming = segment.kind, True
+            if self._stops.matched is None:
+                self._begin_phase(segment.kind)
+        if self._stops.matched is not None:
+            return
         if segment.script and segment.kind == "call":
             written = self._script.written(segment.script)
             self._call += written
             self._send(self._decoder.feed(written))
         elif segment.script:
-            self._say(self._trimmed(self._decoder.feed(self._script.plain(segment.script))))
+            self._say(self._decoder.feed(self._script.plain(segment.script)))
         if segment.ended:
             self._end_phase()
-            self._kind, self._trimming = "text", True
+            self._begin_phase("text")
 
-    def _trimmed(self, text: str) -> str:
-        """Without white space around a phase; what may be in the middle of it comes with what follows."""
-        text = self._white + text
-        if self._trimming:
-            text = text.lstrip(_WHITE)
-            self._trimming = not text
-        kept = text.rstrip(_WHITE)
-        self._white = text[len(kept) :]
-        return kept
+    def _begin_phase(self, kind: Kind) -> None:
+        self._kind, self._trimming, self._white = kind, True, ""
+        if kind == "text":
+            self._stops.begin()
 
     def _end_phase(self) -> None:
         """What comes is of another phase."""
-        rest = self._decoder.finish()
-        self._white = ""
-        if self._kind == "text":
-            self._send(self._stops.feed(rest) + self._stops.flush(), always=False)
-        elif self._kind == "thinking":
-            self._send(rest, always=False)
-            if any(self._said["thinking"]):
-                self._sign()
-        elif self._call:
-            self._send(rest, always=False)
+        rest = self._rest()
+        if self._kind == "thinking":
+            self._end_thought(rest)
+            return
+        if rest:
+            self._send(rest)
+        if self._call:
             self.calls.append(self._call)
             self._ticket.emit(("call_end", self._call))
             self._call = b""
 
-    def _sign(self) -> None:
-        """A thought is over."""
-        self.signature = b""
-        if self._signing_key is not None:
-            self.signature = hmac.digest(self._signing_key, self.thinking.encode(), hashlib.sha256)
+    def _end_thought(self, rest: str) -> None:
+        """A thought is over, be it empty; one that the budget closed before it had a token never was."""
+        assert self._phases is not None
+        if self._phases.thinking_budget == 0 and not self._said["thinking"]:
+            return
+        self._send(rest)
+        key = self._phases.signing_key
+        self.signature = hmac.digest(key, self.thinking.encode(), hashlib.sha256) if key is not None else b""
         self._ticket.emit(("thinking_end", self.signature))
 
-    def _say(self, text: str) -> None:
-        """Pass text on, but for what may belong to a stop string."""
-        if self._kind != "text":
-            self._send(text)
-            return
-        released = self._stops.feed(text)
-        if released or not (self._stops.holding or self._stops.matched or self._white):
-            self._send(released)
+    def _rest(self) -> str:
+        """What is left of a phase that is over, but white space at its end."""
+        rest = self._decoder.finish()
+        if self._kind == "text":
+            rest = self._stops.feed(rest) + self._stops.flush()
+        return self._trimmed(rest)
 
-    def _send(self, text: str, *, always: bool = True) -> None:
-        if not text and not always:
+    def _say(self, text: str) -> None:
+        """Pass text of the answer or of a thought on, but for what may belong to a stop string, or to nobody."""
+        if self._kind == "text":
+            text = self._stops.feed(text)
+        text = self._trimmed(text)
+        held = self._kind == "text" and (self._stops.holding or self._stops.matched is not None or self._white)
+        if text or not held:
+            self._send(text)
+
+    def _trimmed(self, text: str) -> str:
+        """Without white space around a phase; what may be in the middle of it comes with what follows."""
+        if self._tracker is None or self._kind == "call":
+            return text
+        text = self._white + text
+        if self._trimming:
+            text = text.lstrip(WHITE)
+            self._trimming = not text
+        kept = text.rstrip(WHITE)
+        self._white = text[len(kept) :]
+        return kept
+
+    def _send(self, text: str) -> None:
+        """Tell a piece, of all tokens that none has told."""
+        if not text and not self._unsent:
             return
         self._said[self._kind].append(text)
         if self._ticket.streaming:

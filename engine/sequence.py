@@ -289,21 +289,11 @@ class Sequence:
         return sampler.sample(logits, self.known, self._grammar.allowed() if self._grammar is not None else None)
 
     def _ending_thought(self, token: int) -> int:
-        """A reply that must have an answer does not end with a thought: the thought alone does."""
-        if not self._vocabulary.is_eog[token] or self._tracker is None or self._tracker.phase != "thinking":
-            return token
-        if not isinstance(self._grammar, PhasedMatcher) or not self._grammar.awaits_answer or not self._thought_end:
-            return token
-        self._coming.extend(self._thought_end)
-        return self._coming.popleft()
-
-    @cached_property
-    def _thought_end(self) -> list[int]:
-        """Tokens that end thinking; none where nothing does."""
-        phases = self.options.phases
-        if phases is None or phases.thinking is None or not phases.thinking.close:
-            return []
-        return self._shared.script.tokens_of(phases.thinking.close[0])
+        """What comes for a token drawn: what ends thinking, where it is for an answer to begin behind that."""
+        if isinstance(self._grammar, PhasedMatcher):
+            ends_reply = bool(self._vocabulary.is_eog[token])
+            self._coming.extend(self._grammar.end_of_thought(token, ends_reply=ends_reply))
+        return self._coming.popleft() if self._coming else token
 
     @cached_property
     def _syntax_sampler(self) -> Sampler:
@@ -319,7 +309,8 @@ class Sequence:
         was_thinking = self._tracker is not None and self._tracker.phase == "thinking"
         self._reply.take(token)
         if self._budget is not None and self._tracker is not None:
-            self._budget.count(before=was_thinking, after=self._tracker.phase == "thinking")
+            thinking = self._tracker.phase == "thinking"
+            self._budget.count(before=was_thinking, after=thinking, within=self._reply.within_character)
         if self._reply.stop_sequence is not None:
             self.finish_reason = "stop"
         elif self.options.max_tokens is not None and self.n_known - self.n_prompt >= self.options.max_tokens:
@@ -341,8 +332,8 @@ class Sequence:
                 self._take(token)
 
     def _close_thinking(self) -> None:
-        """Where thinking has used its budget, its end comes next; not within a character."""
-        if self._budget is None or self._tracker is None or self._coming or self._reply.within_character:
+        """Where thinking has used its budget, its end comes next."""
+        if self._budget is None or self._tracker is None or self._coming:
             return
         if self._budget.due(self._tracker):
             self._coming.extend(self._budget.closing)

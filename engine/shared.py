@@ -73,9 +73,18 @@ class Shared:
         if answer is None and calls is None:
             return None
         openings = opening_tokens(phases, self.script, calls=calls is not None)
+        close = phases.thinking.close[:1] if phases.thinking is not None else ()
+        closing = [token for text in close for token in self.script.tokens_of(text)]
         n_vocab = self.backend.limits.n_vocab
         return PhasedMatcher(
-            tracker, self.script, answer, calls, openings, n_vocab, answer_is_text=not phases.calls_only
+            tracker,
+            self.script,
+            answer,
+            calls,
+            openings,
+            closing,
+            n_vocab,
+            answer_is_text=not phases.calls_only,
         )
 
     def namespace(self, cache_salt: str | None, adapters: AdapterSet) -> bytes:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# What belongs to nobody between the phases of a reply.
+WHITE = " \t\r\n"
+
 
 class TextFinder:
     """Finds the first of several texts.
@@ -51,12 +54,18 @@ class TextFinder:
 class StopScanner:
     """Lets text through up to the first stop string.
 
+    White space that is nobody's, before a text that follows another phase, is no
+    place for a stop string of white space alone: what every thought ends with
+    would else end the answer before it began.
+
     Attributes:
         matched: the stop string that was found; nothing comes after it.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = TextFinder(stops)
+        self._written = TextFinder([text for text in stops if text.strip(WHITE)])
+        self._leading = False
         self._held = ""
         self.matched: str | None = None
 
@@ -64,6 +73,10 @@ class StopScanner:
     def holding(self) -> bool:
         """Whether text is held back."""
         return bool(self._held)
+
+    def begin(self) -> None:
+        """Another text begins, and white space before it is nobody's."""
+        self._leading = True
 
     def feed(self, text: str) -> str:
         """Take the next piece; the text that can be let go."""
@@ -79,6 +92,17 @@ class StopScanner:
         if self.matched is not None:
             return ""
         held = self._held + text
-        at, self.matched = self._stops.find(held, ended=ended)
+        at, self.matched = self._find(held, ended)
         self._held = "" if self.matched is not None else held[at:]
         return held[:at]
+
+    def _find(self, held: str, ended: bool) -> tuple[int, str | None]:
+        if not self._leading:
+            return self._stops.find(held, ended=ended)
+        begin = len(held) - len(held.lstrip(WHITE))
+        at, found = self._written.find(held, ended=ended)
+        if at < begin or begin == len(held):
+            return at, found
+        self._leading = False
+        at, found = self._stops.find(held[begin:], ended=ended)
+        return begin + at, found

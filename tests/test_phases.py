@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_stops import first_by_position
 
 import erllama
 from erllama.engine.phases import Markers, PhaseOptions, PhaseTracker, Script
@@ -86,9 +87,9 @@ def expected(text: str) -> list[tuple[str, str]]:
 
 
 @st.composite
-def cut_texts(draw: st.DrawFn) -> tuple[str, list[int]]:
+def cut_texts(draw: st.DrawFn, parts: Sequence[str] = PARTS) -> tuple[str, list[int]]:
     """A text, and tokens that spell it, any of those that could."""
-    text = "".join(draw(st.lists(st.sampled_from(PARTS), max_size=12))).replace(SPECIAL, "\x01")
+    text = "".join(draw(st.lists(st.sampled_from(parts), max_size=12))).replace(SPECIAL, "\x01")
     tokens: list[int] = []
     raw = text.encode()
     while raw:
@@ -233,6 +234,92 @@ def test_a_stop_string_stops_the_answer_and_nothing_else() -> None:
         assert reply.raw_tool_calls == (b"<call>END</call>",)
 
 
+WHITE_STOPS = ["\n", "\n\n", " ", "END", "\n\nEND", " x", "\u00e9\n"]
+
+
+def replied(text: str, stops: Sequence[str]) -> tuple[str, str, list[bytes], str | None, int]:
+    """A whole reply's answer, thinking, calls and stop string, and how many thoughts of it end."""
+    answer = thinking = ""
+    calls: list[bytes] = []
+    n_ends = 0
+    kind, rest, begun = "text", text, False
+    while True:
+        found = re.search({"text": "<think>|<call>", "thinking": "</think>", "call": "</call>"}[kind], rest)
+        said, mark, rest = rest.partition(found.group()) if found else (rest, "", "")
+        shown = said.replace("\x01", "")
+        if kind == "text":
+            kept, stop = first_by_position(shown, list(stops), behind=begun)
+            kept = kept.lstrip() if begun else kept
+            answer += kept.rstrip() if mark and stop is None else kept
+            if stop is not None:
+                return answer, thinking, calls, stop, n_ends
+        elif kind == "thinking":
+            thinking += shown.strip()
+            n_ends += bool(mark)
+        else:
+            calls.append(f"<call>{said}{mark}".replace("\x01", SPECIAL).encode())
+        if not mark:
+            return answer, thinking, calls, None, n_ends
+        kind = {"<think>": "thinking", "<call>": "call"}.get(mark, "text")
+        begun = True
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    cut_texts([*PARTS, "END", "E", "\n", "\n\n", " ", "<think> ", "</think>\n\n"]),
+    st.lists(st.sampled_from(WHITE_STOPS), max_size=2),
+    st.sampled_from([None, 0]),
+)
+def test_a_stream_tells_a_whole_reply(cut: tuple[str, list[int]], stops: list[str], logprobs: int | None) -> None:
+    text, tokens = cut
+    with model_that_says(*tokens) as model:
+        *events, done = model.stream("Q\t", thinking="enabled", stop=stops, logprobs=logprobs, **MARKERS)
+    reply = done.completion
+    ends = [event for event in events if isinstance(event, erllama.ThinkingEnd)]
+    expected = replied(text, stops)
+    assert (reply.text, reply.thinking, list(reply.raw_tool_calls), reply.stop_sequence, len(ends)) == expected
+    deltas = [event for event in events if hasattr(event, "tokens")]
+    for kind, said in ((erllama.TextDelta, reply.text), (erllama.ThinkingDelta, reply.thinking)):
+        assert "".join(event.text for event in deltas if isinstance(event, kind)) == said
+    assert all(event.text or event.tokens for event in deltas)
+    told = tuple(token for event in deltas for token in event.tokens)
+    assert told == reply.tokens if reply.stop_sequence is None else told == reply.tokens[: len(told)]
+    if logprobs is not None:
+        assert all(event.tokens == tuple(entry.token for entry in event.logprobs) for event in deltas)
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "text", "n_left"),
+    [
+        ("answer\n\n\nmore", "\n", "answer", 6),
+        ("<think>hm</think>\n\nanswer\n\nmore", "\n\n", "answer", 4),
+        ("<think>hm</think>\n\nEND", ["\n", "\n\nEND"], "", 0),
+        ("one two", " ", "one", 3),
+        ("one \n<call>1</call>", "\n", "one ", 14),
+    ],
+)
+def test_a_stop_string_of_white_space_stops_at_once(
+    said: str, stop: str | list[str], text: str, n_left: int
+) -> None:
+    with model_that_says(*VOCABULARY.spelled(said)) as model:
+        reply = model.complete("Q\t", thinking="enabled", stop=stop, **MARKERS)
+        assert (reply.text, reply.finish_reason, reply.raw_tool_calls) == (text, "stop", ())
+        assert len(reply.tokens) == len(said) - n_left
+
+
+@pytest.mark.parametrize(
+    "said", ["<think></think>x", "<think>\n\n</think>x", "<think></think>", "<think>\n</think>\n"]
+)
+@pytest.mark.parametrize("key", [None, b"k"])
+def test_an_empty_thought_ends_like_any_other(said: str, key: bytes | None) -> None:
+    with model_that_says(*VOCABULARY.spelled(said)) as model:
+        events = list(model.stream("Q\t", thinking="enabled", thinking_signing_key=key, **MARKERS))
+    signature = hmac.digest(key, b"", hashlib.sha256) if key is not None else b""
+    assert [event for event in events if isinstance(event, erllama.ThinkingEnd)] == [erllama.ThinkingEnd(signature)]
+    assert all(event.tokens for event in events if isinstance(event, erllama.ThinkingDelta))
+    assert events[-1].completion.thinking_signature == signature
+
+
 @pytest.mark.parametrize("logprobs", [None, 1])
 @pytest.mark.parametrize("budget", [0, 1, 3, 100])
 @pytest.mark.parametrize("opened", [False, True])
@@ -271,6 +358,30 @@ def test_a_budget_does_not_end_thinking_within_a_character() -> None:
         assert reply.thinking == "é"
 
 
+@pytest.mark.parametrize("budget", range(8))
+def test_a_budget_ends_no_character_that_may_become_a_marker(budget: int) -> None:
+    markers = ("\u25c1think\u25b7", "\u25c1/think\u25b7")  # whose first byte others have, too
+    with model_that_says(*VOCABULARY.spelled(markers[0]), *"a\u2014\u2014b".encode(), *b"c" * 9) as model:
+        reply = model.complete(
+            "Q\t", thinking="enabled", thinking_budget_tokens=budget, max_tokens=60, thinking_markers=markers
+        )
+    assert "a\u2014\u2014bccc".startswith(reply.thinking)
+    assert budget <= len(reply.thinking.encode()) <= budget + 2
+
+
+def test_a_budget_puts_no_end_behind_one_that_may_become_longer() -> None:
+    markers = ("<think>", ("</think>", "</think>!!"))
+    with model_that_says(*VOCABULARY.spelled("<think>abc</think>!x")) as model:
+        reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=11, thinking_markers=markers)
+    assert (reply.thinking, reply.text) == ("abc", "!x")
+
+
+def test_bytes_that_are_no_character_do_not_outlast_a_budget() -> None:
+    with model_that_says(*VOCABULARY.spelled("<think>"), *b"\xe2" * 50) as model:
+        reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=2, max_tokens=40, **MARKERS)
+    assert 2 <= len(reply.thinking) <= 5
+
+
 def test_a_grammar_is_the_answers_and_leaves_thinking_free() -> None:
     said = "<think>free: 1</think>xyz"
     with model_that_says(*VOCABULARY.tokenize(said).tolist()) as model:
@@ -283,6 +394,58 @@ def test_a_grammar_is_the_answers_and_leaves_thinking_free() -> None:
         # What looks like a marker within the answer is the answer's.
         told = model.complete("Q\t", thinking="enabled", regex="a<think>b</think>c", **MARKERS)
         assert (told.text, told.thinking) == ("a<think>b</think>c", "")
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["hm", "</think>Hello"],
+        ["hm", "</", "think", ">\n\nX"],
+        ["hm", "</", "think", ">\n\nX", "<"],
+        ["hm", "</think><think>"],
+        ["hm", "</think>1<think>"],
+        ["hm", "</", "think"],
+        ["hm", "</think>123", "4"],
+        ["hm", "</", "think", ">\n12 ", "3"],
+        ["hm", "</think>"],
+    ],
+)
+@pytest.mark.parametrize("close", [("</think>",), ("</think>", "</think>\n\n", "</think>\n\nX!")])
+def test_tokens_that_do_not_part_where_thinking_ends_fail_no_grammar(
+    said: list[str], close: tuple[str, ...], logprobs: int | None
+) -> None:
+    vocabulary = SpelledVocabulary([*said, "</think>1"])
+    tokens = [int(vocabulary.tokenize(part)[0]) for part in said]
+    with erllama.load_backend(SpelledBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
+        reply = model.complete(
+            "Q<think>\t",
+            thinking="enabled",
+            thinking_markers=("<think>", close),
+            regex="[0-9]{3}",
+            logprobs=logprobs,
+            max_tokens=50,
+        )
+        assert re.fullmatch("[0-9]{3}", reply.text)
+        assert reply.thinking == "hm"
+        assert reply.logprobs is None or [entry.token for entry in reply.logprobs] == list(reply.tokens)
+
+
+@pytest.mark.parametrize(
+    "cut", [["</think><tool_call>"], ["</think>no<tool_call>"], ["</", "think>\n<tool_call>{"]]
+)
+def test_a_call_that_is_required_may_begin_in_the_token_that_ends_thinking(cut: list[str]) -> None:
+    vocabulary = SpelledVocabulary(["<think>", *cut])
+    tokens = [int(vocabulary.tokenize(part)[0]) for part in ["<think>", "a", *cut]]
+    template = "{% if tools %}<tool_call></tool_call><think></think>{% endif %}{{ messages[0].content }}"
+    backend = SpelledBackend(vocabulary, tokens, chat_templates={"default": template}, n_ctx=1024)
+    tool = {"name": "now", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}}
+    with erllama.load_backend(backend, cache=erllama.Cache()) as model:
+        reply = model.chat(
+            [{"role": "user", "content": "Q\t"}], tools=[tool], tool_choice="required", tool_format="hermes"
+        )
+    assert (reply.thinking, reply.text, reply.tool_call_errors) == ("a", "", ())
+    assert [call.name for call in reply.tool_calls] == ["now"]
 
 
 def test_a_reader_who_stops_and_goes_on_gets_all_in_order() -> None:

@@ -17,11 +17,16 @@ def scanned(pieces: list[str], stops: list[str]) -> tuple[list[str], str | None]
     return [*released, scanner.flush()], scanner.matched
 
 
-def first_by_position(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """What is said and what stopped it, by looking at every position of the whole text."""
+def first_by_position(text: str, stops: list[str], behind: bool = False) -> tuple[str, str | None]:
+    """What is said and what stopped it, by looking at every position of the whole text.
+
+    Args:
+        behind: the text is behind another phase: white space before it is nobody's.
+    """
+    begin = len(text) - len(text.lstrip()) if behind else 0
     for at in range(len(text)):
         for stop in sorted(stops, key=len):
-            if text.startswith(stop, at):
+            if text.startswith(stop, at) and (at >= begin or stop.strip()):
                 return text[:at], stop
     return text, None
 
@@ -33,6 +38,17 @@ def test_the_first_stop_string_by_position_ends_the_text_however_it_is_cut(
 ) -> None:
     released, matched = scanned(pieces, stops)
     assert ("".join(released), matched) == first_by_position("".join(pieces), stops)
+
+
+@settings(max_examples=1000)
+@given(st.lists(st.text("a \n", max_size=4), max_size=6), st.lists(st.text("a \n", min_size=1, max_size=3)))
+def test_white_space_behind_a_phase_is_no_place_for_a_stop_string_of_it_alone(
+    pieces: list[str], stops: list[str]
+) -> None:
+    scanner = StopScanner(stops)
+    scanner.begin()
+    said = "".join([*map(scanner.feed, pieces), scanner.flush()])
+    assert (said, scanner.matched) == first_by_position("".join(pieces), stops, behind=True)
 
 
 @settings(max_examples=500)
