@@ -155,7 +155,12 @@ class PhasedMatcher:
 
     def _begin_answer(self, answer: Matcher | LazyMatcher, begun: str) -> None:
         """What came with the end of thinking, or of the prompt, is the beginning of what follows; as script."""
-        if begun and isinstance(answer, Matcher):
+        if isinstance(answer, LazyMatcher):
+            for part in self._script.runs(begun):
+                answer.read(part) if isinstance(part, bytes) else answer.accept(part)
+            if answer.begun:
+                self._rule(answer)
+        elif begun:
             if not self._taken(answer, begun):
                 said = self._script.written(begun)
                 raise GrammarError(f"the grammar does not begin with {said!r}, which came before the answer")

@@ -50,10 +50,15 @@ class LazyMatcher:
             self._begun = True
             self._matcher.accept(token)
         else:
-            self._read(self._vocabulary.piece(token))
+            self.read(self._vocabulary.piece(token))
 
-    def _read(self, piece: bytes) -> None:
-        self._recent += piece
+    def read(self, text: bytes) -> None:
+        """Go on by a text that came in a token with something else.
+
+        Raises:
+            GrammarError: what follows the trigger in it is not of the grammar.
+        """
+        self._recent += text
         found = [at for text in self._texts if (at := self._recent.find(text)) >= 0]
         if found:
             self._begun = True

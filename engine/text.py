@@ -26,4 +26,5 @@ class TextDecoder:
 
     def finish(self) -> str:
         """What is left: U+FFFD for a character that never ended."""
+        self.within = False
         return self._decoder.decode(b"", final=True)

@@ -395,6 +395,7 @@ def test_stop_strings_grammars_logprobs_and_cancels_work_in_chats() -> None:
         assert listed.text in "0123456789"
         probabilities = model.chat([user("Q")], logprobs=2)
         assert [entry.token for entry in probabilities.logprobs] == list(probabilities.tokens)
+    with model_that_says("hello there " * 300) as model:
         stream = model.stream_chat([user("Q")])
         next(stream)
         stream.cancel()

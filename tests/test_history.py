@@ -49,17 +49,17 @@ class SpacedVocabulary(SpelledVocabulary):
 SPACED = SpacedVocabulary(["he", "llo", " hello", " there", "  "], ["<s>"])
 
 
-def of_file(name: str) -> Vocabulary:
-    path = VOCABULARIES / f"ggml-vocab-{name}.gguf"
+@pytest.fixture(scope="module", params=["spelled", "spaced", "qwen2", "llama-bpe", "llama-spm"])
+def vocabulary(request: pytest.FixtureRequest) -> Iterator[Vocabulary]:
+    own: dict[str, Vocabulary] = {"spelled": SpelledVocabulary(["he", "llo", "hello"], ["<s>"]), "spaced": SPACED}
+    if request.param in own:
+        yield own[request.param]
+        return
+    path = VOCABULARIES / f"ggml-vocab-{request.param}.gguf"
     if not path.exists():
         pytest.skip(f"{path.name} is not there")
-    return erllama.load_model(path, vocab_only=True)._backend.vocabulary
-
-
-@pytest.fixture(scope="module", params=["spelled", "spaced", "qwen2", "llama-bpe", "llama-spm"])
-def vocabulary(request: pytest.FixtureRequest) -> Vocabulary:
-    own: dict[str, Vocabulary] = {"spelled": SpelledVocabulary(["he", "llo", "hello"], ["<s>"]), "spaced": SPACED}
-    return own.get(request.param) or of_file(request.param)
+    with erllama.load_model(path, vocab_only=True) as model:
+        yield model._backend.vocabulary
 
 
 @pytest.fixture

@@ -431,6 +431,23 @@ def test_tokens_that_do_not_part_where_thinking_ends_fail_no_grammar(
         assert reply.logprobs is None or [entry.token for entry in reply.logprobs] == list(reply.tokens)
 
 
+@pytest.mark.parametrize("said", [["</think>ab", "x"], ["</think>a", "b", "x"], ["</think>", "ab", "x"]])
+def test_a_trigger_may_come_in_the_token_that_ends_thinking(said: list[str]) -> None:
+    vocabulary = SpelledVocabulary(["<think>", *said])
+    tokens = [int(vocabulary.tokenize(part)[0]) for part in ["<think>", "a", *said]]
+    with erllama.load_backend(SpelledBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
+        reply = model.complete(
+            "Q\t",
+            thinking=True,
+            thinking_markers=("<think>", "</think>"),
+            regex="ab[0-9]{3}",
+            grammar_triggers=["ab"],
+            max_tokens=50,
+        )
+    assert reply.thinking == "a"
+    assert re.fullmatch("ab[0-9]{3}", reply.text)
+
+
 @pytest.mark.parametrize(
     "cut", [["</think><tool_call>"], ["</think>no<tool_call>"], ["</", "think>\n<tool_call>{"]]
 )
@@ -483,10 +500,14 @@ def test_cancelling_within_a_phase_ends_it() -> None:
         ({"thinking": "enabled", "thinking_markers": "<think>"}, "thinking_markers"),
         ({"thinking": "enabled", "thinking_markers": ("<think>",)}, "thinking_markers"),
         ({"thinking": "enabled", "thinking_signing_key": "text", **MARKERS}, "thinking_signing_key"),
-        ({"thinking": "enabled", "thinking_budget_message": 3, **MARKERS}, "thinking_budget_message"),
+        ({"thinking": "enabled", "thinking_budget_message": "so", **MARKERS}, "without thinking_budget_tokens"),
+        ({"thinking": True, "thinking_budget_tokens": 1, "thinking_budget_message": 3, **MARKERS}, "message=3"),
         ({"tool_markers": 7}, "tool_markers"),
         ({"tool_markers": ("\ud800", "x")}, "surrogate"),
-        ({"thinking": "enabled", "thinking_budget_message": "\udfff", **MARKERS}, "surrogate"),
+        (
+            {"thinking": True, "thinking_budget_tokens": 1, "thinking_budget_message": "\udfff", **MARKERS},
+            "surrogate",
+        ),
         ({"thinking_marker": ("a", "b")}, "did you mean 'thinking_markers'"),
     ],
 )
