@@ -350,7 +350,7 @@ class Scheduler:
             wanted = sequence.wanted(end)
             try:
                 if end > sequence.n_known:
-                    self._verify(sequence, end, logits[row : row + len(wanted)], now)
+                    self._verify(sequence, end, logits[row : row + len(wanted)], now, alone)
                 else:
                     sequence.decoded(end, alone)
                     if wanted:
@@ -367,10 +367,12 @@ class Scheduler:
                 if sequence.finish_reason is not None:
                     self._finish(sequence)
 
-    def _verify(self, sequence: Sequence, end: int, logits: NDArray[np.float32], now: float) -> None:
+    def _verify(self, sequence: Sequence, end: int, logits: NDArray[np.float32], now: float, alone: bool) -> None:
         """Keep what came true of a draft."""
-        n_before = sequence.n_known
+        n_held, n_before = sequence.n_held, sequence.n_known
         sequence.verify(end, logits, now, self.metrics)
+        if alone:
+            sequence.warmth.placed(n_held, sequence.n_held)
         self.metrics.accepted_tokens += sequence.n_held - n_before
         if sequence.n_held < end:
             assert sequence.number is not None

@@ -220,8 +220,10 @@ class Sequence:
         self._speculator.judged(len(drafts), self.n_held - first)
 
     def decoded(self, end: int, alone: bool) -> None:
-        """The rows up to `end` were computed; `alone` as they were cut."""
+        """The rows up to `end` were computed; `alone`: as they were cut, with nobody else in the context."""
         start, self.n_held = self.n_held, end
+        if alone:
+            self.warmth.placed(start, end)
         if start < self.n_prompt:
             self._n_prefilled += min(end, self.n_prompt) - start
             if alone:

@@ -96,7 +96,14 @@ def canonical_prefix(
 
 
 class Provenance:
-    """Tells, for the blocks of one sequence, what to note as their `slice_end`."""
+    """Tells, for the blocks of one sequence, what to note as their `slice_end`.
+
+    A block is canonical for somebody only where its cells lie in the order of
+    its tokens, too: restored in another order, they would be added up in it.
+
+    Attributes:
+        ordered: the first so many tokens lie so.
+    """
 
     def __init__(self, slicing: Slicing, recipe: bytes) -> None:
         self._slicing = slicing
@@ -104,9 +111,11 @@ class Provenance:
         self.recipe = recipe
         self._slice_ends: dict[int, int] = {}  # by window
         self._canonical = 0  # everything before was computed in full windows
+        self.ordered = 0
 
     def restored(self, blocks: Sequence[Block], n_tokens: int) -> None:
         """Of positions [0, n_tokens), `blocks` were restored."""
+        self.ordered = n_tokens
         if not self._window:
             return
         for block in blocks:
@@ -124,12 +133,18 @@ class Provenance:
     def fork(self, n_tokens: int) -> Provenance:
         """That of a sequence that goes on from the first `n_tokens` of this one."""
         other = Provenance(self._slicing, self.recipe)
+        other.ordered = min(self.ordered, n_tokens)
         if self._window:
             for window in range(-(-n_tokens // self._window)):
                 end = self._slice_ends.get(window, 0)
                 other._slice_ends[window] = end if end <= n_tokens else 0
             other._canonical = min(self._canonical, n_tokens // self._window * self._window)
         return other
+
+    def placed(self, start: int, end: int) -> None:
+        """Positions [start, end) were computed, in a context that has nobody else in it."""
+        if self.ordered == start:
+            self.ordered = end
 
     def computed(self, start: int, end: int) -> None:
         """Positions [start, end) were computed in one slice of prefill."""
@@ -138,9 +153,9 @@ class Provenance:
             if end == start + self._window:
                 self._canonical = end
 
-    def slice_end(self, position: int) -> int:
-        """What a block that starts at `position` notes; 0 where its KV is canonical for no prompt."""
-        if not self._window:
+    def slice_end(self, start: int, end: int) -> int:
+        """What the block of positions [start, end) notes; 0 where its KV is canonical for no prompt."""
+        if not self._window or end > self.ordered:
             return 0
-        end = self._slice_ends.get(position // self._window, 0)
-        return end if end > position else 0
+        found = self._slice_ends.get(start // self._window, 0)
+        return found if found > start else 0

@@ -243,8 +243,12 @@ class Warmth:
         """Of the full blocks."""
         return self._keys
 
+    def placed(self, start: int, end: int) -> None:
+        """Positions [start, end) were decoded, in a context that has nobody else in it."""
+        self._provenance.placed(start, end)
+
     def computed(self, start: int, end: int) -> None:
-        """A slice of prefill [start, end) was decoded."""
+        """A slice of prefill [start, end) was decoded, in such a context."""
         if end != self._own_cut:
             self._provenance.computed(start, end)
 
@@ -298,7 +302,7 @@ class Warmth:
 
     def _save(self, start: int, tokens: NDArray[np.int32], reason: SaveReason) -> Block:
         parent = self._keys[-1] if self._keys else self._namespace
-        slice_end = self._provenance.slice_end(start)
+        slice_end = self._provenance.slice_end(start, start + len(tokens))
         block = Block.following(
             parent, self._namespace, start, token_bytes(tokens), reason, self._recipe, slice_end
         )

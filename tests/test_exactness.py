@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -329,3 +329,42 @@ def test_without_reproducible_every_agreeing_token_is_reused(tiny_gguf: Path, tm
     assert longer[2] >= 1000  # type: ignore[operator]
     assert cut[2] >= 701  # type: ignore[operator]
     assert other[0] == "cold"
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 0, 50]), st.integers(1, 120), st.booleans()), min_size=2, max_size=6),
+    st.integers(1, 120),
+    st.integers(1, 40),
+)
+@example([(0, 20, True), (50, 64, True), (0, 65, False)], 20, 7)
+def test_reproducible_replies_keep_their_bits_where_cells_come_and_go(
+    crowded: erllama.Model, earlier: list[tuple[int, int, bool]], n: int, step: int
+) -> None:
+    """Parked contexts make room while others compute, whose next tokens then lie before their first."""
+    tokens = [5 + i * step % 250 for i in range(170)]
+
+    def reply(start: int, n: int, reproducible: bool) -> erllama.Completion:
+        return crowded.complete(
+            tokens[start : start + n],
+            max_tokens=3,
+            reproducible=reproducible,
+            logprobs=20,
+            cache_salt=salt,
+            **GREEDY,
+        )
+
+    salt = f"cold {n} {step}"
+    cold = reply(0, n, True)
+    salt = repr((earlier, n, step))
+    for request in earlier:
+        reply(*request)
+    assert reply(0, n, True).logprobs == cold.logprobs
+
+
+@pytest.fixture(scope="module")
+def crowded(tiny_gguf: Path) -> Iterator[erllama.Model]:
+    with erllama.Cache(block_size=16) as cache:
+        options = {"n_ctx": 512, "n_ubatch": 32, "n_seq_max": 3, "n_threads": 1, "warmup": False}
+        with erllama.load_model(tiny_gguf, cache=cache, **options) as model:  # type: ignore[arg-type]
+            yield model
