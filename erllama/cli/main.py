@@ -1,0 +1,106 @@
+"""The command as a whole: its subcommands, and what becomes of errors.
+
+Exit statuses: 0; 1 for an error of ours, told in one line; 2 for wrong usage;
+130 for Ctrl-C; 141 where the reader of our output went away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+import erllama
+from erllama.cli.bench import bench
+from erllama.cli.cache import cache
+from erllama.cli.chat import chat
+from erllama.cli.completion import completion
+from erllama.cli.console import INTERRUPTED, NO_READER
+from erllama.cli.demo import demo, demo_worker
+from erllama.cli.doctor import doctor
+from erllama.cli.info import info
+from erllama.cli.run import run
+
+
+class _Commands(click.Group):
+    """Turns errors into lines and statuses."""
+
+    def invoke(self, ctx: click.Context) -> int:
+        debug = bool(ctx.params["debug"])
+        try:
+            status = super().invoke(ctx)
+            sys.stdout.flush()
+            return status if isinstance(status, int) else 0
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (KeyboardInterrupt, click.Abort):
+            return INTERRUPTED
+        except BrokenPipeError:
+            # Keeps the interpreter from complaining of it at its exit.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return NO_READER
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            print(f"erllama: {_told(error)}", file=sys.stderr)
+            return 1
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, erllama.Error | OSError):
+        return str(error)
+    return f"{type(error).__name__}: {error}. This is a defect; `erllama --debug …` tells where"
+
+
+class _Lines(logging.Formatter):
+    """What the library logs, as the command's other lines are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"erllama: {super().format(record)}"
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
+    epilog="Models are GGUF files. Prompts are kept in the user's cache directory: see `erllama cache`.",
+)
+@click.version_option(erllama.__version__, message="erllama %(version)s")
+@click.option(
+    "--debug", is_flag=True, envvar="ERLLAMA_DEBUG", help="Tell all that is logged, and where errors are."
+)
+def root(debug: bool) -> None:
+    """Run GGUF models and keep prompts warm: nobody's prompt is read twice."""
+    log = logging.getLogger("erllama")
+    if not any(isinstance(handler.formatter, _Lines) for handler in log.handlers):
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Lines("%(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
+    log.setLevel(logging.DEBUG if debug else logging.WARNING)
+
+
+for command in (run, chat, demo, demo_worker, info, doctor, cache, bench, completion):
+    root.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status. A user's mistake gives one line, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # A reply may hold what the terminal's encoding lacks.
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    given = None if arguments is None else list(arguments)
+    try:
+        status = root.main(given, prog_name="erllama", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    return status if isinstance(status, int) else 0
