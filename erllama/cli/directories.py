@@ -16,7 +16,7 @@ from erllama.cache.options import default_directory
 from erllama.cli.console import note
 from erllama.cli.options import DIRECTORY
 
-_IN_MEMORY = {"tmpfs", "ramfs"}
+IN_MEMORY = {"tmpfs", "ramfs"}
 
 directories_option = click.option(
     "--dir",
@@ -43,10 +43,8 @@ def chosen_directories(given: Sequence[Path]) -> list[Place]:
         path for path in usual_directories() if is_cache(path)
     ]
     if not found:
-        raise erllama.CacheError(
-            f"nothing is stored yet in {usual_directories()[0]}; give --dir for another directory"
-        )
-    return [Place(path, file_system(path) in _IN_MEMORY) for path in dict.fromkeys(found)]
+        note(f"nothing is stored yet in {usual_directories()[0]}; --dir names another directory")
+    return [Place(path, file_system(path) in IN_MEMORY) for path in dict.fromkeys(found)]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -63,7 +64,16 @@ def _asker(commands: Sequence[str], history: bool) -> Callable[[], str]:
         output=output,
         enable_open_in_editor=True,
     )
-    return lambda: session.prompt("> ", prompt_continuation="  ")
+
+    def ask() -> str:
+        # In raw mode Ctrl-C is a key. In the moment before, it would interrupt the making of an event loop.
+        before = signal.signal(signal.SIGINT, lambda signum, frame: None)
+        try:
+            return session.prompt("> ", prompt_continuation="  ")
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    return ask
 
 
 def _history_file() -> Path | None:

@@ -46,8 +46,8 @@ class Setup:
         with self.cache() as cache, self.loaded(path, cache) as model:
             yield model
 
-    def loaded(self, path: Path, cache: erllama.Cache) -> erllama.Model:
-        """The model, loaded with a cache of the caller's."""
+    def loaded(self, path: Path, cache: erllama.Cache, *, bar: bool = True) -> erllama.Model:
+        """The model, loaded with a cache of the caller's; with a bar where somebody watches."""
         options: dict[str, object] = {
             name: value
             for name, value in (
@@ -59,14 +59,10 @@ class Setup:
             if value is not None
         }
         options |= self.others
+        if not (bar and is_terminal(stderr=True)):
+            return erllama.load_model(path, cache=cache, **options)  # type: ignore[arg-type]
         with progress(f"loading {path.name}") as tell:
-            on_progress = tell if is_terminal(stderr=True) else None
-            return erllama.load_model(
-                path,
-                cache=cache,
-                on_progress=on_progress,
-                **options,  # type: ignore[arg-type]
-            )
+            return erllama.load_model(path, cache=cache, on_progress=tell, **options)  # type: ignore[arg-type]
 
 
 def plain_file(path: Path) -> Path:

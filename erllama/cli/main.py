@@ -22,7 +22,7 @@ from erllama.cli.chat import chat
 from erllama.cli.completion import completion
 from erllama.cli.console import INTERRUPTED, NO_READER
 from erllama.cli.demo import demo, demo_worker
-from erllama.cli.doctor import doctor
+from erllama.cli.doctor import doctor, doctor_worker
 from erllama.cli.info import info
 from erllama.cli.run import run
 
@@ -85,7 +85,7 @@ def root(debug: bool) -> None:
     log.setLevel(logging.DEBUG if debug else logging.WARNING)
 
 
-for command in (run, chat, demo, demo_worker, info, doctor, cache, bench, completion):
+for command in (run, chat, demo, demo_worker, info, doctor, doctor_worker, cache, bench, completion):
     root.add_command(command)
 
 
