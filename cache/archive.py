@@ -143,7 +143,8 @@ def _contents(source: IO[bytes], n_all: int | None) -> Iterator[tuple[tarfile.Ta
             raise CacheFormatError(f"{member.name!r} of {member.size} bytes is more than memory holds") from None
         done = 0
         while done < member.size:
-            piece = opened.read(min(_CHUNK, member.size - done))
+            with _reading():
+                piece = opened.read(min(_CHUNK, member.size - done))
             if not piece:
                 raise CacheFormatError(f"the archive ends within {member.name!r}")
             content[done : done + len(piece)] = piece

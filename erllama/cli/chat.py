@@ -11,7 +11,7 @@ import click
 import erllama
 from erllama.cli import reply as replies
 from erllama.cli.chat_commands import COMMANDS, Leave, run_command
-from erllama.cli.console import is_terminal, note, terminal
+from erllama.cli.console import is_terminal, note, terminal, told
 from erllama.cli.conversation import Conversation
 from erllama.cli.lines import typed_lines
 from erllama.cli.loading import Setup, plain_file
@@ -70,15 +70,15 @@ class _Talk:
             except (erllama.Error, OSError) as error:
                 if isinstance(error, BrokenPipeError):
                     raise
-                note(str(error))
+                note(told(error))
                 self._failed = True
         return 1 if self._failed and not self._watched else 0
 
     def _do(self, line: str) -> None:
         if line.startswith("/"):
-            told = run_command(self._conversation, line)
-            if told is not None:
-                self._tell(told)
+            answer = run_command(self._conversation, line)
+            if answer is not None:
+                self._tell(answer)
             return
         reply = self._conversation.ask(line, silent=self._as_json)
         if self._as_json:

@@ -7,6 +7,7 @@ lines are for terminals only; what is piped is plain text.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,13 @@ def terminal(*, stderr: bool = False) -> Console:
 def is_terminal(*, stderr: bool = False) -> bool:
     """Whether somebody watches."""
     return (sys.stderr if stderr else sys.stdout).isatty()
+
+
+def told(error: Exception) -> str:
+    """An error in a line."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 def note(text: str) -> None:

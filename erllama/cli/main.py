@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import click
 
@@ -20,7 +20,7 @@ from erllama.cli.bench import bench
 from erllama.cli.cache import cache
 from erllama.cli.chat import chat
 from erllama.cli.completion import completion
-from erllama.cli.console import INTERRUPTED, NO_READER
+from erllama.cli.console import INTERRUPTED, NO_READER, note, told
 from erllama.cli.demo import demo, demo_worker
 from erllama.cli.doctor import doctor, doctor_worker
 from erllama.cli.info import info
@@ -33,8 +33,9 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> int:
         debug = bool(ctx.params["debug"])
         try:
-            status = super().invoke(ctx)
-            sys.stdout.flush()
+            with _logging(debug):
+                status = super().invoke(ctx)
+                sys.stdout.flush()
             return status if isinstance(status, int) else 0
         except (click.ClickException, click.exceptions.Exit):
             raise
@@ -48,21 +49,29 @@ class _Commands(click.Group):
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            print(f"erllama: {_told(error)}", file=sys.stderr)
+            foreseen = isinstance(error, erllama.Error | OSError)
+            defect = f"{type(error).__name__}: {error}. This is a defect; `erllama --debug …` tells where"
+            note(told(error) if foreseen else defect)
             return 1
 
 
-def _told(error: Exception) -> str:
-    if isinstance(error, erllama.Error | OSError):
-        return str(error)
-    return f"{type(error).__name__}: {error}. This is a defect; `erllama --debug …` tells where"
+@contextlib.contextmanager
+def _logging(debug: bool) -> Iterator[None]:
+    """What the library logs becomes lines on stderr, as the command's own are.
 
-
-class _Lines(logging.Formatter):
-    """What the library logs, as the command's other lines are."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return f"erllama: {super().format(record)}"
+    What libllama says is for debugging: what matters of it is in errors.
+    """
+    log, handler, before = logging.getLogger("erllama"), logging.StreamHandler(), logging.getLogger("erllama").level
+    handler.setFormatter(logging.Formatter("erllama: %(message)s"))
+    if not debug:
+        handler.addFilter(lambda record: not record.name.startswith("erllama.llama"))
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if debug else logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
 
 
 @click.group(
@@ -76,13 +85,6 @@ class _Lines(logging.Formatter):
 )
 def root(debug: bool) -> None:
     """Run GGUF models and keep prompts warm: nobody's prompt is read twice."""
-    log = logging.getLogger("erllama")
-    if not any(isinstance(handler.formatter, _Lines) for handler in log.handlers):
-        handler = logging.StreamHandler()
-        handler.setFormatter(_Lines("%(message)s"))
-        log.addHandler(handler)
-        log.propagate = False
-    log.setLevel(logging.DEBUG if debug else logging.WARNING)
 
 
 for command in (run, chat, demo, demo_worker, info, doctor, doctor_worker, cache, bench, completion):
