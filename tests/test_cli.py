@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import Command, says
 
 import erllama
+from command import Command, says
 from erllama.cli.console import printable, size
+from pseudo_terminal import PseudoTerminal
 
 ONE = ("--threads", "1")
 
@@ -272,14 +273,16 @@ def test_doctor_says_what_is_wrong_and_how_to_mend_it(run: Command, model: Path)
     assert "1 thing wrong" in found.out
 
 
-def test_bench_measures_and_removes_what_it_wrote(run: Command, tiny_gguf: Path) -> None:
-    asked = ["bench", tiny_gguf, "-p", 64, "-n", 4, "-r", 2, *ONE]
+def test_bench_measures_and_removes_what_it_wrote(run: Command, tiny_gguf: Path, tmp_path: Path) -> None:
+    asked = ["bench", tiny_gguf, "-p", 64, "-n", 4, "-r", 2, "--dir", tmp_path / "disk", *ONE]
+    (tmp_path / "disk").mkdir()
     plain = run(*asked)
     assert plain.status == 0, plain.err
     assert "first token, from disk" in plain.out
     found = run(*asked, "--json").json
     assert all(len(values) == 2 and min(values) > 0 for values in found["runs"].values())
-    assert list(run.directory.iterdir()) == []
+    assert list((tmp_path / "disk").iterdir()) == []
+    assert not run.directory.exists()
 
 
 def test_the_demonstration_finds_its_prompt_in_the_next_process(run: Command, tiny_gguf: Path) -> None:
@@ -287,6 +290,14 @@ def test_the_demonstration_finds_its_prompt_in_the_next_process(run: Command, ti
     assert found.status == 0
     assert "exact hit from disk" in found.out
     assert "the same reply" in found.out
+
+
+def test_a_terminal_shows_how_far_a_long_prompt_is(run: Command, tiny_gguf: Path) -> None:
+    command = [sys.executable, "-m", "erllama", "run", str(tiny_gguf), "x" * 2000, "-n", "2", *ONE]
+    with PseudoTerminal(command, run.environment) as screen:
+        screen.wait_for("loading tiny.gguf")
+        screen.wait_for("reading the prompt")
+        assert screen.wait_for_end() == 0
 
 
 # --- what is written ---------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import Command, Finished, says
 
 from blocks import SIZE, blocks_of
+from command import Command, Finished, says
 from erllama.cache import Cache, namespace_key
 from erllama.cache import kvc as kvc_format
 from erllama.cache.maintenance import CacheFiles

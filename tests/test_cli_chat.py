@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from command import Command, says
 from pseudo_terminal import PseudoTerminal
 

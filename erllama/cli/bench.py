@@ -11,9 +11,10 @@ import click
 import numpy as np
 
 import erllama
+from erllama.cache.maintenance import is_cache
 from erllama.cli.console import print_facts, print_json, progress
 from erllama.cli.loading import Setup, plain_file
-from erllama.cli.options import chosen_model, loading_options, model_argument
+from erllama.cli.options import DIRECTORY, chosen_model, loading_options, model_argument
 from erllama.cli.reply import n_prompt_tokens, tokens_per_second
 
 _TEXT = (
@@ -33,18 +34,30 @@ _AT_LEAST = 64
 @click.option(
     "--runs", "-r", type=click.IntRange(min=1), default=3, metavar="N", help="Of which the median is told."
 )
+@click.option(
+    "--dir",
+    "-d",
+    "directory",
+    type=DIRECTORY,
+    help="Where the disk is that is measured; the system's for temporary files.",
+)
 @click.option("--json", "as_json", is_flag=True, help="As JSON, with every run.")
 def bench(
-    model: Path | None, setup: Setup, prompt_tokens: int, reply_tokens: int, runs: int, as_json: bool
+    model: Path | None,
+    setup: Setup,
+    prompt_tokens: int,
+    reply_tokens: int,
+    runs: int,
+    directory: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure a model: prefill, decode, and the first token cold, from RAM, and from disk after a restart.
 
-    Prompts differ from their first word on, and are read alone. --cache-dir says where the disk is; what is
-    written there is removed.
+    Prompts differ from their first word on, and are read alone. What is written to disk is removed.
     """
     path = plain_file(chosen_model(model))
     with progress("measuring") as tell:
-        measured = _Bench(path, setup, prompt_tokens, reply_tokens, runs, tell).measure()
+        measured = _Bench(path, setup, directory, prompt_tokens, reply_tokens, runs, tell).measure()
     found = {name: statistics.median(values) for name, values in measured.items()}
     if as_json:
         print_json(
@@ -79,19 +92,25 @@ class _Bench:
     """One measurement."""
 
     def __init__(
-        self, path: Path, setup: Setup, n_prompt: int, n_reply: int, n_runs: int, tell: Callable[[float], None]
+        self,
+        path: Path,
+        setup: Setup,
+        above: Path | None,
+        n_prompt: int,
+        n_reply: int,
+        n_runs: int,
+        tell: Callable[[float], None],
     ) -> None:
-        self._path, self._setup = path, setup
+        self._path, self._setup, self._above = path, setup, above
         self._n_prompt, self._n_reply, self._n_runs = n_prompt, n_reply, n_runs
         self._tell = tell
         self._found: dict[str, list[float]] = {}
 
     def measure(self) -> dict[str, list[float]]:
         """Every run's figures, by name."""
-        above = self._setup.cache_dir
-        if above is not None:
-            above.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="erllama-bench-", dir=above) as directory:
+        if self._above is not None and is_cache(self._above):
+            raise erllama.CacheError(f"{self._above} is a cache; give another directory on that disk")
+        with tempfile.TemporaryDirectory(prefix="erllama-bench-", dir=self._above) as directory:
             root = Path(directory) / "cache"
             with erllama.Cache(disk=root) as cache, self._setup.loaded(self._path, cache, bar=False) as model:
                 self._check_room(model)

@@ -15,12 +15,12 @@ from erllama.cli.console import is_terminal, note, terminal, told
 from erllama.cli.conversation import Conversation
 from erllama.cli.lines import typed_lines
 from erllama.cli.loading import Setup, plain_file
-from erllama.cli.options import chosen_model, loading_options, model_argument, sampling_options
+from erllama.cli.options import chosen_model, loading_and_caching_options, model_argument, sampling_options
 
 
 @click.command()
 @model_argument
-@loading_options
+@loading_and_caching_options
 @sampling_options
 @click.option("--system", metavar="TEXT", help="What the conversation begins with.")
 @click.option("--thinking/--no-thinking", default=None, help="Let it think first; as its template has it.")

@@ -90,35 +90,39 @@ def value_of(name: str, text: str) -> object:
 
 
 def loading_options(command: Command) -> Command:
+    """How a model is loaded; the command gets `setup`, a `Setup`."""
+    return _gathered(command, _LOADING, "setup", _setup)
+
+
+def loading_and_caching_options(command: Command) -> Command:
     """How a model is loaded, and where its prompts are kept; the command gets `setup`, a `Setup`."""
-    added = [
-        click.option("--n-ctx", type=int, metavar="N", help="Tokens of the context; the model's, at most 4096."),
-        click.option("--threads", type=int, metavar="N", help="Threads that compute; as many as processors."),
-        click.option("--n-gpu-layers", type=int, metavar="N", help="Layers on GPUs; all of them."),
-        click.option("--device", "devices", multiple=True, metavar="NAME", help="As `erllama doctor` names it."),
-        click.option(
-            "--load",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="Any other option of load_model, as kv_type_k=q8_0.",
-        ),
-        click.option(
-            "--cache-dir", type=DIRECTORY, envvar="ERLLAMA_CACHE_DIR", help="Where prompts are kept; the user's."
-        ),
-        click.option("--no-cache", is_flag=True, help="Keep nothing beyond this process."),
-        click.option(
-            "--quota", type=byte_size, metavar="SIZE", default="50GiB", help="Most bytes of that directory."
-        ),
-    ]
-    return _gathered(command, added, "setup", _setup)
+    return _gathered(command, [*_LOADING, *_CACHING], "setup", _setup)
+
+
+_LOADING = (
+    click.option("--n-ctx", type=int, metavar="N", help="Tokens of the context; the model's, at most 4096."),
+    click.option("--threads", type=int, metavar="N", help="Threads that compute; as many as processors."),
+    click.option("--n-gpu-layers", type=int, metavar="N", help="Layers on GPUs; all of them."),
+    click.option("--device", "devices", multiple=True, metavar="NAME", help="As `erllama doctor` names it."),
+    click.option(
+        "--load", multiple=True, metavar="NAME=VALUE", help="Any other option of load_model, as kv_type_k=q8_0."
+    ),
+)
+_CACHING = (
+    click.option(
+        "--cache-dir", type=DIRECTORY, envvar="ERLLAMA_CACHE_DIR", help="Where prompts are kept; the user's."
+    ),
+    click.option("--no-cache", is_flag=True, help="Keep nothing beyond this process."),
+    click.option("--quota", type=byte_size, metavar="SIZE", default="50GiB", help="Most bytes of that directory."),
+)
 
 
 def _setup(given: dict[str, object]) -> Setup:
-    others = given.pop("load")
-    assert isinstance(others, tuple)
-    if given["no_cache"] and given["cache_dir"] is not None:
+    load = given.pop("load")
+    assert isinstance(load, tuple)
+    if given.get("no_cache") and given["cache_dir"] is not None:
         raise click.UsageError("--cache-dir and --no-cache contradict each other; give one of them")
-    named = named_values(others, "--load")
+    named = named_values(load, "--load")
     for name in _NOT_TO_LOAD & named.keys():
         raise click.UsageError(f"--load {name}: the command sees to that itself")
     return Setup(**given, others=named)  # type: ignore[arg-type]

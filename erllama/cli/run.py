@@ -14,13 +14,13 @@ from erllama._options import ChatOptions, CompletionOptions
 from erllama.cli import reply as replies
 from erllama.cli.console import INTERRUPTED, print_json
 from erllama.cli.loading import Setup, plain_file
-from erllama.cli.options import FILE, chosen_model, loading_options, sampling_options
+from erllama.cli.options import FILE, chosen_model, loading_and_caching_options, sampling_options
 
 
 @click.command()
 @click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]...")
 @click.option("--model", "-m", type=click.Path(path_type=Path), help="The model, in place of the first word.")
-@loading_options
+@loading_and_caching_options
 @sampling_options
 @click.option("--system", metavar="TEXT", help="What the conversation begins with.")
 @click.option(
