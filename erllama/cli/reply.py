@@ -158,12 +158,12 @@ def as_json(model: erllama.Model, reply: erllama.Completion) -> dict[str, object
         },
         "cache": {"kind": reply.cache.kind, "tier": reply.cache.tier, "tokens": reply.cache.tokens},
         "timings": {
-            "queued_seconds": timings.queued,
-            "restore_seconds": timings.restore,
-            "prefill_seconds": timings.prefill,
-            "decode_seconds": timings.decode,
-            "prefill_tokens_per_second": tokens_per_second(timings.prefill_tokens, timings.prefill),
-            "decode_tokens_per_second": tokens_per_second(timings.decode_tokens, timings.decode),
+            "queued_seconds": round(timings.queued, 6),
+            "restore_seconds": round(timings.restore, 6),
+            "prefill_seconds": round(timings.prefill, 6),
+            "decode_seconds": round(timings.decode, 6),
+            "prefill_tokens_per_second": round(tokens_per_second(timings.prefill_tokens, timings.prefill), 2),
+            "decode_tokens_per_second": round(tokens_per_second(timings.decode_tokens, timings.decode), 2),
         },
     }
     if isinstance(reply, erllama.ChatCompletion):
