@@ -68,6 +68,11 @@ def test_a_prompt_comes_from_words_or_stdin_or_both(run: Command, model: Path) -
     assert len(set(lengths)) == 1
 
 
+def test_what_is_piped_in_and_is_no_text_is_read_as_far_as_it_is(run: Command, model: Path) -> None:
+    finished = run.apart("run", model, *ONE, stdin=b"Is\xff it?")
+    assert (finished.returncode, finished.stdout) == (0, b"Yes.\n"), finished.stderr
+
+
 def test_raw_goes_on_with_a_text_and_no_template(run: Command, model: Path, tiny_gguf: Path) -> None:
     reply = run("run", "-m", model, "e", "--raw", "--json", *ONE).json
     assert (reply["text"], reply["usage"]["prompt_tokens"]) == ("s.", 1)
@@ -125,9 +130,12 @@ def test_no_cache_keeps_nothing(run: Command, model: Path) -> None:
         (["run", "MODEL", "Q", "--raw", "--system", "S"], 2, "no system message"),
         (["run", "MODEL", "Q", "--json-schema", "nowhere.json"], 2, "does not exist"),
         (["run", "MODEL", "Q", "--quota", "much"], 2, "give a size such as '2GiB'"),
-        (["run", "MODEL", "Q", "--n-ctx", "256", "--regex", "("], 1, "unclosed group"),
+        (["run", "MODEL", "Q", "--n-ctx", "256", "--regex", "("], 1, "--regex: "),
         (["run", "MODEL", "x" * 600, "--n-ctx", "256"], 1, "the context holds 256"),
         (["run", "NOTGGUF", "Q"], 1, "is not a GGUF file"),
+        (["run", "MODEL", "Q", "--grammar", "BYTES"], 1, "no text in UTF-8"),
+        (["run", "MODEL", "Q", "--json-schema", "NOTGGUF"], 1, "no.gguf: line 1, column 1: "),
+        (["chat", "MODEL", "-o", "thinking_budget_message=Enough."], 1, "thinking_budget_message without"),
         (["chat", "nowhere.gguf"], 1, "does not exist"),
         (["info", "nowhere.gguf"], 1, "does not exist"),
         (["bench", "MODEL", "--n-ctx", "256"], 1, "give --n-ctx 576"),
@@ -139,7 +147,8 @@ def test_a_mistake_is_told_in_a_line_and_a_status(
     run: Command, model: Path, tmp_path: Path, arguments: list[str], status: int, words: str
 ) -> None:
     (tmp_path / "no.gguf").write_text("a text")
-    names = {"MODEL": str(model), "NOTGGUF": str(tmp_path / "no.gguf")}
+    (tmp_path / "bytes").write_bytes(b"root ::= \xff")
+    names = {"MODEL": str(model), "NOTGGUF": str(tmp_path / "no.gguf"), "BYTES": str(tmp_path / "bytes")}
     found = run(*[names.get(word, word) for word in arguments])
     assert found.status == status
     assert found.out == ""

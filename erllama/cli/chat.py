@@ -43,9 +43,8 @@ def chat(
     """
     watched = sys.stdin.isatty() and is_terminal()
     with setup.model(plain_file(chosen_model(model))) as loaded:
-        conversation = Conversation(loaded, system)
-        for name, value in drawing.items() if thinking is None else {**drawing, "thinking": thinking}.items():
-            conversation.set(name, value)
+        conversation = Conversation(loaded, system, silent=as_json)
+        conversation.set(drawing if thinking is None else {**drawing, "thinking": thinking})
         if watched:
             _dim(f"{loaded.info.name or loaded.id}, {loaded.n_ctx:,} tokens of context; /help lists the commands")
         talk = _Talk(conversation, stats=watched if stats is None else stats, as_json=as_json, watched=watched)
@@ -67,6 +66,10 @@ class _Talk:
                 self._do(line)
             except Leave:
                 break
+            except KeyboardInterrupt:  # before there was a reply to end
+                if not self._watched:
+                    raise
+                note("cancelled")
             except (erllama.Error, OSError) as error:
                 if isinstance(error, BrokenPipeError):
                     raise
@@ -75,16 +78,13 @@ class _Talk:
         return 1 if self._failed and not self._watched else 0
 
     def _do(self, line: str) -> None:
-        if line.startswith("/"):
-            answer = run_command(self._conversation, line)
-            if answer is not None:
-                self._tell(answer)
-            return
-        reply = self._conversation.ask(line, silent=self._as_json)
-        if self._as_json:
-            print(json.dumps(replies.as_json(self._conversation.model, reply), ensure_ascii=False), flush=True)
+        said = run_command(self._conversation, line) if line.startswith("/") else self._conversation.ask(line)
+        if isinstance(said, str):
+            self._tell(said)
+        elif self._as_json:
+            print(json.dumps(replies.as_json(self._conversation.model, said), ensure_ascii=False), flush=True)
         elif self._stats:
-            self._tell(replies.cost(reply))
+            self._tell(replies.cost(said))
 
     def _tell(self, text: str) -> None:
         if self._watched:

@@ -6,11 +6,13 @@ import shlex
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Never
 
 from erllama.cli import reply as replies
 from erllama.cli.console import count
 from erllama.cli.conversation import Conversation
 from erllama.cli.options import value_of
+from erllama.engine import Completion
 from erllama.errors import Error, OptionError
 
 
@@ -22,11 +24,11 @@ class CommandError(Error):
     """A command that is none, or is given what it does not take."""
 
 
-Run = Callable[[Conversation, str], str | None]
+Run = Callable[[Conversation, str], str | Completion]
 
 
-def run_command(conversation: Conversation, line: str) -> str | None:
-    """Do what a line that begins with "/" says; returns what there is to tell.
+def run_command(conversation: Conversation, line: str) -> str | Completion:
+    """Do what a line that begins with "/" says; returns what there is to tell, or the reply that was made.
 
     Raises:
         Leave: the user wants to.
@@ -49,7 +51,7 @@ def _help(conversation: Conversation, argument: str) -> str:
     return "\n".join(f"{what:<20} {does}" for what, does in lines + keys)
 
 
-def _quit(conversation: Conversation, argument: str) -> None:
+def _quit(conversation: Conversation, argument: str) -> Never:
     raise Leave
 
 
@@ -85,8 +87,8 @@ def _path(argument: str, usage: str) -> Path:
     return Path(words[0]).expanduser()
 
 
-def _regenerate(conversation: Conversation, argument: str) -> str:
-    return replies.cost(conversation.regenerate())
+def _regenerate(conversation: Conversation, argument: str) -> Completion:
+    return conversation.regenerate()
 
 
 def _set(conversation: Conversation, argument: str) -> str:
@@ -101,14 +103,14 @@ def _set(conversation: Conversation, argument: str) -> str:
         del conversation.options[name]
         return f"{name} is at its default"
     value = value_of(name, text)
-    conversation.set(name, value)
+    conversation.set({name: value})
     return f"{name} = {value!r}"
 
 
 def _think(conversation: Conversation, argument: str) -> str:
     if argument not in ("on", "off"):
         raise OptionError(f"/think {argument}: give on or off".replace(" :", ":"))
-    conversation.set("thinking", argument == "on")
+    conversation.set({"thinking": argument == "on"})
     return f"thinking is {argument}, where the model can think"
 
 

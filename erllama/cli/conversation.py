@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -24,6 +25,7 @@ class Conversation:
         model: what replies.
         system: what the conversation begins with; None for nothing.
         options: of `Model.chat`, by name.
+        silent: replies are not shown as they come.
         messages: those of the user and the replies, in turn.
         replies: what each reply of this process cost, the latest last.
     """
@@ -31,6 +33,7 @@ class Conversation:
     model: erllama.Model
     system: str | None = None
     options: dict[str, object] = field(default_factory=dict)
+    silent: bool = False
     messages: list[Message] = field(default_factory=list)
     replies: list[erllama.Completion] = field(default_factory=list)
 
@@ -40,8 +43,8 @@ class Conversation:
         first: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         return [*first, *self.messages]
 
-    def ask(self, text: str, *, silent: bool = False) -> erllama.ChatCompletion:
-        """Say something, and show the reply as it comes, unless `silent`.
+    def ask(self, text: str) -> erllama.ChatCompletion:
+        """Say something; the reply is shown as it comes.
 
         A message that gets no reply is taken back; a reply that Ctrl-C ends stays as far as it came.
 
@@ -49,7 +52,7 @@ class Conversation:
             erllama.Error: as of `Model.chat`.
         """
         self.messages.append({"role": "user", "content": text})
-        return self._answer(silent)
+        return self._answer()
 
     def regenerate(self) -> erllama.ChatCompletion:
         """Another reply in place of the last one.
@@ -62,13 +65,13 @@ class Conversation:
             raise ChatError("nothing was said yet; say something first")
         while self.messages[-1]["role"] != "user":
             self.messages.pop()
-        return self._answer(silent=False)
+        return self._answer()
 
-    def _answer(self, silent: bool) -> erllama.ChatCompletion:
+    def _answer(self) -> erllama.ChatCompletion:
         options, messages = cast(ChatOptions, self.options), self.all_messages
         came = False
         try:
-            if silent:
+            if self.silent:
                 reply = self.model.chat(messages, **options)
             else:
                 stream = lambda: self.model.stream_chat(messages, **options)  # noqa: E731
@@ -86,13 +89,13 @@ class Conversation:
         """Tokens of all that was said."""
         return len(self.model.apply_chat_template(self.all_messages)) if self.all_messages else 0
 
-    def set(self, name: str, value: object) -> None:
-        """Change an option of the replies.
+    def set(self, changed: Mapping[str, object]) -> None:
+        """Change options of the replies.
 
         Raises:
-            OptionError: there is none of that name, or it cannot be that.
+            OptionError: there is none of a name, or it cannot be that; all stay as they were.
         """
-        options = {**self.options, name: value}
+        options = {**self.options, **changed}
         # As a request would be checked.
         chat_request([], cast(ChatOptions, options), "/set", None, self.model._backend.vocabulary)
         self.options = options

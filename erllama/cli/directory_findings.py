@@ -40,7 +40,9 @@ def _directory(path: Path) -> Iterator[Finding]:
     except (erllama.CacheError, OSError, sqlite3.Error) as error:
         # The message says what to do, after the reason.
         reason, _, mend = str(error).partition("; ")
-        yield Finding(what, "wrong", reason, mend or "give another directory, or remove this one")
+        yield Finding(
+            what, "wrong", reason.removeprefix(f"{path} "), mend or "give another directory, or remove this one"
+        )
         return
     yield Finding(
         what, "ok", f"{stored}, index of version {SCHEMA_VERSION}, on {file_system(path) or 'a disk'}{use}"

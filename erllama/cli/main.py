@@ -93,8 +93,8 @@ for command in (run, chat, demo, demo_worker, info, doctor, doctor_worker, cache
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status. A user's mistake gives one line, not a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        # A reply may hold what the terminal's encoding lacks.
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # A reply may hold what the terminal's encoding lacks, and a pipe what is no text.
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     given = None if arguments is None else list(arguments)

@@ -43,6 +43,19 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 
 
+def text_of(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        erllama.OptionError: it is none.
+        OSError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise erllama.OptionError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from None
+
+
 def model_argument(command: Command) -> Command:
     """MODEL, which defaults to the model that comes with the package."""
     return click.argument("model", required=False, type=click.Path(path_type=Path))(command)

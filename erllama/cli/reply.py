@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 import erllama
-from erllama.cli.console import is_terminal, printable, watching
+from erllama.cli.console import is_terminal, printable, terminal, watching
 
 # Prompts shorter than this are read before a bar would be seen.
 _LONG_PROMPT = 512
@@ -51,7 +51,7 @@ class _Screen:
     """What of a reply is on the screen."""
 
     def __init__(self) -> None:
-        self._watched = is_terminal()
+        self._watched = is_terminal() and not terminal().is_dumb_terminal
         self._thinking = False
         self._last = "\n"
 

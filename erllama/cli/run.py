@@ -14,7 +14,7 @@ from erllama._options import ChatOptions, CompletionOptions
 from erllama.cli import reply as replies
 from erllama.cli.console import INTERRUPTED, print_json
 from erllama.cli.loading import Setup, plain_file
-from erllama.cli.options import FILE, chosen_model, loading_and_caching_options, sampling_options
+from erllama.cli.options import FILE, chosen_model, loading_and_caching_options, sampling_options, text_of
 
 
 @click.command()
@@ -57,13 +57,7 @@ def run(
       erllama run model.gguf --json-schema person.json --json "Invent somebody." | jq .text
     """
     path, prompt = _model_and_prompt(model, words)
-    options = dict(drawing)
-    if json_schema is not None:
-        options["json_schema"] = json_schema.read_text()
-    if grammar is not None:
-        options["grammar"] = grammar.read_text()
-    if regex is not None:
-        options["regex"] = regex
+    options = drawing | _language(json_schema, grammar, regex)
     if thinking is not None:
         options["thinking"] = thinking
     if system is not None and chat is False:
@@ -79,6 +73,21 @@ def run(
         if stats:
             print(replies.cost(reply), file=sys.stderr)
     return INTERRUPTED if reply.finish_reason == "cancelled" else 0
+
+
+def _language(json_schema: Path | None, grammar: Path | None, regex: str | None) -> dict[str, object]:
+    """The option that keeps a reply to a language, if one was given."""
+    if sum(given is not None for given in (json_schema, grammar, regex)) > 1:
+        raise click.UsageError("give one of --json-schema, --grammar and --regex")
+    where = str(json_schema or grammar or "--regex")
+    try:
+        if json_schema is not None:
+            return {"grammar": erllama.Grammar.json_schema(text_of(json_schema))}
+        if grammar is not None:
+            return {"grammar": erllama.Grammar.gbnf(text_of(grammar))}
+        return {} if regex is None else {"grammar": erllama.Grammar.regex(regex)}
+    except erllama.GrammarError as error:
+        raise erllama.OptionError(f"{where}: {error}") from None
 
 
 def _chat(
