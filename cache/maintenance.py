@@ -7,7 +7,6 @@ not to hold them up. The command `erllama cache` is made of it.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
@@ -87,10 +86,8 @@ class CacheFiles:
             raise CacheError(f"{root} holds no cache; give the directory of one")
         self.root = root
         self._tier = FileTier(root, _NO_BUDGET, name="ram_file" if in_memory else "disk", watch=False)
-        with contextlib.suppress(OSError):
-            # Opening removes what the dead left.
-            self._partials = set(os.listdir(root / "partial"))
         try:
+            self._partials = set(os.listdir(root / "partial"))  # before opening removes what the dead left
             self._tier.open()
         except (OSError, sqlite3.Error) as error:
             raise CacheError(f"{root} cannot be used: {error}") from error

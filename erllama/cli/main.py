@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sqlite3
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -49,7 +50,7 @@ class _Commands(click.Group):
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            foreseen = isinstance(error, erllama.Error | OSError)
+            foreseen = isinstance(error, erllama.Error | OSError | sqlite3.Error)
             defect = f"{type(error).__name__}: {error}. This is a defect; `erllama --debug …` tells where"
             note(told(error) if foreseen else defect)
             return 1
