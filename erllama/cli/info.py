@@ -11,7 +11,7 @@ import erllama
 from erllama._fingerprint import Fingerprint
 from erllama.cli.console import print_facts, print_json, progress, size
 from erllama.cli.loading import plain_file
-from erllama.cli.options import chosen_model, model_argument
+from erllama.cli.options import DIRECTORY, chosen_model, model_argument
 
 # ggml's names for types of weights; libllama gives the numbers that files have.
 # fmt: off
@@ -27,8 +27,11 @@ _TYPES = (
 @model_argument
 @click.option("--fingerprint", is_flag=True, help="Read all of it, and tell what the cache calls its content.")
 @click.option("--metadata", is_flag=True, help="All of the file's metadata, too; of arrays, how long they are.")
+@click.option(
+    "--cache-dir", type=DIRECTORY, envvar="ERLLAMA_CACHE_DIR", help="Where that is remembered; the user's."
+)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def info(model: Path | None, fingerprint: bool, metadata: bool, as_json: bool) -> None:
+def info(model: Path | None, fingerprint: bool, metadata: bool, cache_dir: Path | None, as_json: bool) -> None:
     """What a model is, from its file's header alone."""
     path = plain_file(chosen_model(model))
     with erllama.Cache(ram=0) as cache, erllama.load_model(path, vocab_only=True, cache=cache) as words:
@@ -36,7 +39,7 @@ def info(model: Path | None, fingerprint: bool, metadata: bool, as_json: bool) -
         if metadata:
             found["metadata"] = {name: _value(value) for name, value in words.metadata.items()}
     if fingerprint:
-        found["fingerprint"] = _fingerprint(path)
+        found["fingerprint"] = _fingerprint(path, cache_dir)
     if as_json:
         print_json(found)
         return
@@ -86,9 +89,9 @@ def _weight_types(path: Path) -> dict[str, int]:
     return dict(found.most_common())
 
 
-def _fingerprint(path: Path) -> str:
-    # Remembered in the user's cache directory, so that the next load need not read the file; nothing goes for it.
-    with erllama.Cache(ram=0, disk=True, disk_quota=2**62) as cache:
+def _fingerprint(path: Path, cache_dir: Path | None) -> str:
+    # Remembered, so that the next load need not read the file; with no limit, so that nothing goes for it.
+    with erllama.Cache(ram=0, disk=cache_dir or True, disk_quota=2**62) as cache:
         if not cache.persistent:
             raise erllama.CacheError(str(cache.disk_error))
         with progress(f"reading {path.name}") as tell:
