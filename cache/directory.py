@@ -199,14 +199,15 @@ class CacheDirectory:
 
 def warn_of_file_system(root: Path, in_memory: bool) -> None:
     """Log what a user should know of the file system that `root` is on."""
-    kind = _file_system(root)
+    kind = file_system(root)
     if in_memory and kind and kind not in _MEMORY_FILE_SYSTEMS:
         log.warning("ram_file=%s is on %s, not in memory; give a directory on a tmpfs", root, kind)
     if kind in _NETWORK_FILE_SYSTEMS:
         log.warning("%s is on %s; only processes of one machine may share it", root, kind)
 
 
-def _file_system(path: Path) -> str:
+def file_system(path: Path) -> str:
+    """The kind of the file system that a path is on, as "ext4"; empty where that is not known."""
     try:
         mounts = [(m.mountpoint, m.fstype) for m in psutil.disk_partitions(all=True)]
     except (OSError, RuntimeError):

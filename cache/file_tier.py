@@ -178,6 +178,11 @@ class FileTier(Tier):
     def size(self, block: Block, payload_bytes: int) -> int:
         return kvc.header_bytes(block.n_tokens) + payload_bytes
 
+    def holds(self, key: bytes) -> bool:
+        """Whether the index says that a block is stored now."""
+        with self._using() as index:
+            return index.stamp(key) is not None
+
     def path_of(self, key: bytes) -> Path:
         """The file of a block."""
         return self.root / "blocks" / f"{key.hex()}{kvc.SUFFIX}"
@@ -352,6 +357,11 @@ class FileTier(Tier):
         index = self._index
         return None if index is None or self._broken else index.texts.longest(digests, longer_than)
 
+    def forget_texts(self) -> None:
+        """Forget which tokens texts were computed as."""
+        with self._using() as index, index.transaction():
+            index.texts.clear()
+
     def remember_text(self, known: KnownText) -> None:
         with self._using() as index, index.transaction():
             index.texts.remember(known, _TEXT_BYTES)
@@ -405,7 +415,8 @@ class FileTier(Tier):
             index.trim_changes()
             self._compare(index.stamps(), by_name=False)
 
-    def verify(self) -> Iterator[Problem]:
+    def verify(self, on_read: Callable[[int], object] = lambda n_bytes: None) -> Iterator[Problem]:
+        """As of `Tier`; `on_read` is told the bytes of each file that was looked at."""
         with self._using() as index:
             rows = {row.block.key: row for row in index.rows_now()}
         for key, row in rows.items():
@@ -419,6 +430,7 @@ class FileTier(Tier):
                 with self._using() as index:
                     if index.stamp(key) is not None:  # not evicted meanwhile
                         yield Problem(self.name, str(self.path_of(key)), str(error))
+            on_read(row.n_bytes)
         directory = self._open_directory
         for entry in list(directory.block_files()):
             key_of_file = _key_of(entry.name)

@@ -104,6 +104,21 @@ def decode_header(content: memoryview) -> tuple[Block, int, bytes]:
     return block, payload_bytes, payload_checksum
 
 
+def decode(content: memoryview) -> tuple[Block, memoryview]:
+    """The block and the payload of a whole file's bytes, checked.
+
+    Raises:
+        CacheFormatError: they are not valid.
+    """
+    block, payload_bytes, checksum = decode_header(content)
+    payload = content[header_bytes(block.n_tokens) :]
+    if payload.nbytes != payload_bytes:
+        raise CacheFormatError(f"a payload of {payload.nbytes} bytes where the header says {payload_bytes}")
+    if xxhash.xxh3_128_digest(payload) != checksum:
+        raise CacheFormatError("the payload's checksum does not match")
+    return block, payload
+
+
 def read(path: Path) -> tuple[Block, NDArray[np.uint8]]:
     """Read and check one file: its block, and its payload in a buffer of its own.
 

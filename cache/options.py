@@ -95,7 +95,7 @@ def known_tiers(given: object) -> list[Tier]:
 
 def _directory(name: str, given: object) -> Path:
     if given is True:
-        return _default_directory(name)
+        return default_directory(name)
     if not isinstance(given, str | Path) or not str(given) or "\0" in str(given):
         raise OptionError(f"{name}={given!r}; give a directory, several, True for the usual one, or None")
     try:
@@ -104,7 +104,12 @@ def _directory(name: str, given: object) -> Path:
         raise OptionError(f"{name}={given!r}: {error}") from None
 
 
-def _default_directory(name: str) -> Path:
+def default_directory(name: str) -> Path:
+    """What True means for an option.
+
+    Raises:
+        OptionError: this system has no such place.
+    """
     if name == "disk":
         return Path(platformdirs.user_cache_dir("erllama"))
     if not sys.platform.startswith("linux"):

@@ -73,7 +73,7 @@ class TextTable:
     def remember(self, known: KnownText, limit_bytes: int) -> None:
         """Note a text; the least recently used go where all take more than `limit_bytes`."""
         if self._contradicted:
-            self._clear()
+            self.clear()
         pieces = pieces_of(known.tokens)
         head = head_of(pieces)
         seal = _seal(known.digest, known.n_bytes, head)
@@ -180,7 +180,7 @@ class TextTable:
     def _forget_oldest(self) -> None:
         row = self._connection.execute("SELECT digest, head FROM texts ORDER BY last_used LIMIT 1").fetchone()
         if row is None:
-            self._clear()  # what is left over belongs to nothing
+            self.clear()  # what is left over belongs to nothing
             return
         self._connection.execute("DELETE FROM texts WHERE digest = ?", [row[0]])
         self._release(row[1])
@@ -188,7 +188,8 @@ class TextTable:
     def _total(self) -> int:
         return int(self._connection.execute("SELECT TOTAL(n_bytes) FROM text_total").fetchone()[0])
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget every text."""
         create_text_tables(self._connection)
         self._contradicted = False
 

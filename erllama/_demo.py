@@ -11,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
+import erllama
 from erllama._load import load_model
 from erllama._model import Model
 from erllama.cache import Cache
@@ -46,9 +48,9 @@ class Step:
 
 def run(model: Path | None, n_tokens: int, max_tokens: int) -> int:
     """Show a cold start, then a warm one in a new process; returns the exit status."""
-    random_weights = model is None
+    random_weights = False
     if model is None:
-        model = _default_model()
+        model, random_weights = _default_model()
     print(f"model: {model}" + ("  (random weights: its words mean nothing)" if random_weights else ""))
     with tempfile.TemporaryDirectory(prefix="erllama-demo-") as directory:
         arguments = [str(model), directory, str(n_tokens), str(max_tokens)]
@@ -125,11 +127,14 @@ def _prompt(model: Model, n_tokens: int) -> str:
     return _PARAGRAPH * paragraphs + _PARAGRAPH[: len(_PARAGRAPH) * rest // per_paragraph]
 
 
-def _default_model() -> Path:
-    """A small model with random weights, made once."""
+def _default_model() -> tuple[Path, bool]:
+    """The model that comes with erllama; else a small one, made once. Whether its weights are random."""
+    find: Callable[[], Path] | None = getattr(erllama, "demo_model", None)
+    if find is not None:
+        return Path(find()), False
     path = Path(platformdirs.user_cache_dir("erllama")) / "models" / "random-small-q8_0.gguf"
     if path.exists():
-        return path
+        return path, True
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -140,4 +145,4 @@ def _default_model() -> Path:
     from erllama.testing.models import SMALL, write_llama
 
     print(f"making a model in {path}")
-    return write_llama(path, SMALL, seed=1, quantization="Q8_0")
+    return write_llama(path, SMALL, seed=1, quantization="Q8_0"), True

@@ -1,0 +1,109 @@
+"""The command as a whole: its subcommands, and what becomes of errors.
+
+Exit statuses: 0; 1 for an error of ours, told in one line; 2 for wrong usage;
+130 for Ctrl-C; 141 where the reader of our output went away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+
+import click
+
+import erllama
+from erllama.cli.bench import bench
+from erllama.cli.cache import cache
+from erllama.cli.chat import chat
+from erllama.cli.completion import completion
+from erllama.cli.console import INTERRUPTED, NO_READER, note, told
+from erllama.cli.demo import demo, demo_worker
+from erllama.cli.doctor import doctor, doctor_worker
+from erllama.cli.info import info
+from erllama.cli.run import run
+
+
+class _Commands(click.Group):
+    """Turns errors into lines and statuses."""
+
+    def invoke(self, ctx: click.Context) -> int:
+        debug = bool(ctx.params["debug"])
+        try:
+            with _logging(debug):
+                status = super().invoke(ctx)
+                sys.stdout.flush()
+            return status if isinstance(status, int) else 0
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (KeyboardInterrupt, click.Abort):
+            return INTERRUPTED
+        except BrokenPipeError:
+            # Keeps the interpreter from complaining of it at its exit.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return NO_READER
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            foreseen = isinstance(error, erllama.Error | OSError | sqlite3.Error)
+            defect = f"{type(error).__name__}: {error}. This is a defect; `erllama --debug …` tells where"
+            note(told(error) if foreseen else defect)
+            return 1
+
+
+@contextlib.contextmanager
+def _logging(debug: bool) -> Iterator[None]:
+    """What the library logs becomes lines on stderr, as the command's own are.
+
+    What libllama says is for debugging: what matters of it is in errors.
+    """
+    log, handler, before = logging.getLogger("erllama"), logging.StreamHandler(), logging.getLogger("erllama").level
+    handler.setFormatter(logging.Formatter("erllama: %(message)s"))
+    if not debug:
+        handler.addFilter(lambda record: not record.name.startswith("erllama.llama"))
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if debug else logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
+    epilog="Models are GGUF files. Prompts are kept in the user's cache directory: see `erllama cache`.",
+)
+@click.version_option(erllama.__version__, message="erllama %(version)s")
+@click.option(
+    "--debug", is_flag=True, envvar="ERLLAMA_DEBUG", help="Tell all that is logged, and where errors are."
+)
+def root(debug: bool) -> None:
+    """Run GGUF models and keep prompts warm: nobody's prompt is read twice."""
+
+
+for command in (run, chat, demo, demo_worker, info, doctor, doctor_worker, cache, bench, completion):
+    root.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status. A user's mistake gives one line, not a traceback."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # A reply may hold what the terminal's encoding lacks, and a pipe what is no text.
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    given = None if arguments is None else list(arguments)
+    try:
+        status = root.main(given, prog_name="erllama", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    return status if isinstance(status, int) else 0
