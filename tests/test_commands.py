@@ -50,6 +50,7 @@ def same(text: str) -> str:
     """What a page and a run must have in common: not times, nor what depends on them, nor random replies."""
     text = text.replace(str(Path.home()), "~")
     text = re.sub(r"\d+(?:\.\d+)?(?= ?(?:ms|s|MiB|times)\b)", "#", text)
+    text = re.sub(r" \(\d:\d\d:\d\d\)$", "", text, flags=re.MULTILINE)  # pytest's, of what took a minute
     lines = [re.sub(r"^( +)'.*'$", r"\1'…'", line.rstrip()) for line in text.strip().splitlines()]
     return "\n".join(lines)
 
@@ -88,8 +89,10 @@ def ask(text: str) -> None:
             assert given[1] is None or given[1] in extras, text
         case [".", ".venv/bin/activate"]:
             pass  # what runs this has such an environment, wherever it is
-        case [".venv/bin/python", "-m", "pytest", *what]:
+        case ["python" | ".venv/bin/python", "-m", "pytest", *what]:
             assert all((ROOT / path).exists() for path in what), text
+        case ["python", example] if example.endswith(".py"):
+            assert example == "examples/NAME.py" or (ROOT / example).exists(), text
         case ["python" | ".venv/bin/python", "-m", module, *_]:
             run(f"python -m {module} --help", ROOT)
         case _:

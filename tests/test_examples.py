@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from erllama.testing.bert import write_bert
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_lora, write_mamba
+from erllama.testing.scripted import write_scripted
 from pages import blocks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -320,10 +322,13 @@ SCRIPTS = ("adapters", "caching", "conversations", "embeddings", "loading", "ope
 
 @pytest.mark.parametrize("page", SCRIPTS)
 def test_the_snippets_of_a_page_run(page: str, tmp_path: Path) -> None:
-    """One after another, as a reader would try them, with a model of that name in the directory."""
+    """One after another, as a reader would try them, with models of those names in the directory."""
     found = [block.text for block in blocks(f"docs/{page}.md", "python")]
     assert found
     write_llama(tmp_path / "model.gguf", seed=1)
     write_lora(tmp_path / "lora.gguf", seed=1)
+    if page == "embeddings":
+        write_bert(tmp_path / "reranker.gguf", pooling="rank")
+        write_scripted(tmp_path / "coder.gguf", {}, special=["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"])
     (tmp_path / "snippets.py").write_text("\n".join(found))
     run("snippets.py", cwd=tmp_path, environment={"HOME": str(tmp_path)})

@@ -238,3 +238,35 @@ def test_every_example_is_listed_by_its_number() -> None:
     listed = [name for row in rows for name in re.findall(r"examples/(\w+\.py)\)", row[2])]
     assert sorted(listed) == sorted(path.name for path in Path(ROOT / "examples").glob("[!_]*.py"))
     assert [row[0] for row in rows if row[0]] == [str(n) for n in range(19)]
+
+
+# --- figures that sentences quote ---------------------------------------------------------------------
+
+
+def ratio(shape: str, what: str, against: str) -> float:
+    """The ratio of a row of docs/benchmarks.md, of the table under a model's shape."""
+    ((*_, found),) = (
+        row[2:3]
+        for heading, rows in tables("docs/benchmarks.md").items()
+        for row in rows
+        if heading.startswith(shape) and row[0].startswith(what) and row[1].startswith(against)
+    )
+    return float(re.findall(r"\*\*([\d.]+)\*\*", found)[0])
+
+
+def test_what_sentences_say_of_speed_is_what_was_measured() -> None:
+    readme = (ROOT / "README.md").read_text()
+    comparison = (DOCS / "comparison.md").read_text()
+    serving = (DOCS / "serving.md").read_text()
+    small, large = (ratio(shape, "one stream, decode", "llama-bench") for shape in ("135M", "1.1B"))
+    assert f"{small:.2f} of llama-bench's speed with a 135M model, {large:.2f} with a 1.1B one" in readme
+    assert f"{small:.2f} of `llama-bench`'s speed in decoding (on the 1.1B shape {large:.2f})" in serving
+    assert f"one stream of a small model, by {1 - small:.0%}".replace("%", " %") in comparison
+    assert 0.15 < ratio("135M", "8 agents", "llama-server") < 0.25
+    assert "a fifth of llama-server's time" in readme
+    assert "a fifth of llama-server's time" in comparison
+    turns = ratio("135M", "10 conversations in turn", "llama-server")
+    assert f"by\n{turns - 1:.0%}".replace("%", " %") in comparison
+    assert f"1/{ratio('135M', 'a prompt of 2048 tokens after a restart', 'its cold'):.0f} of the time" in comparison
+    assert ratio("135M", "4 conversations in turn", "llama-cpp-python") < 0.5
+    assert "less than half of the time that llama-cpp-python took" in comparison
