@@ -24,6 +24,9 @@ PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"
 # What a command of a reader's is run beside: the checkout, and nothing of it changed.
 BESIDE = ("examples", "benchmarks", "scripts", "tests", "docs", "pyproject.toml")
 
+# Pages whose commands are compared where these are tested, with models made for them.
+ELSEWHERE = {"docs/cli.md": "tests/test_cli_docs.py"}
+
 
 class Command(NamedTuple):
     """A command of a page, and what the page says that it prints; None where it says nothing."""
@@ -101,7 +104,12 @@ def ask(text: str) -> None:
             )
 
 
-@pytest.mark.parametrize("page", [name for name in NAMES if blocks(name, "console")])
+def test_pages_that_are_compared_elsewhere_are() -> None:
+    for page, test in ELSEWHERE.items():
+        assert page not in NAMES or page.removeprefix("docs/") in (ROOT / test).read_text()
+
+
+@pytest.mark.parametrize("page", [name for name in NAMES if blocks(name, "console") and name not in ELSEWHERE])
 def test_what_a_page_shows_is_what_its_commands_print(page: str, tmp_path: Path) -> None:
     for name in BESIDE:
         (tmp_path / name).symlink_to(ROOT / name)
