@@ -10,7 +10,7 @@ TREE := build/tree
 # What, when changed, makes an installation stale. Python sources are used in place.
 INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/unmasked_cells.h llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp
 
-.PHONY: setup demo test lint format fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup demo test lint format docs fuzz stress bench bench-quick profile wheel clean
 
 setup: $(VENV)/.installed-$(BACKEND)
 
@@ -38,6 +38,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in build/site; what mkdocs says of its own future is no warning about the pages.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The long form of the suite's fuzzing of the headers of models and adapters.
 fuzz: setup

@@ -91,6 +91,7 @@ class Block:
 
     @property
     def n_tokens(self) -> int:
+        """How many tokens it has."""
         return len(self.tokens) // TOKEN_BYTES
 
     @property

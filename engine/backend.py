@@ -141,7 +141,8 @@ class Vocabulary(Protocol):
     """
 
     @property
-    def n_tokens(self) -> int: ...
+    def n_tokens(self) -> int:
+        """Ids are below this."""
 
     @property
     def is_eog(self) -> NDArray[np.bool_]:
@@ -167,10 +168,12 @@ class Backend(Protocol):
     """A model that decodes. One that embeds, too, is an `EmbeddingBackend` besides."""
 
     @property
-    def limits(self) -> Limits: ...
+    def limits(self) -> Limits:
+        """Its sizes, and what its memory can do. They never change."""
 
     @property
-    def vocabulary(self) -> Vocabulary: ...
+    def vocabulary(self) -> Vocabulary:
+        """Turns text into tokens and back. Any thread may call it, several at once."""
 
     @property
     def namespace(self) -> Mapping[str, NamespaceValue]:

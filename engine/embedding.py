@@ -39,7 +39,8 @@ class Embedder(Protocol):
     """Turns texts into numbers. Called by one thread at a time, `abort` and `pair` apart."""
 
     @property
-    def limits(self) -> EmbeddingLimits: ...
+    def limits(self) -> EmbeddingLimits:
+        """Its sizes, and the pooling that the model asks for. They never change."""
 
     def embed(self, texts: Sequence[NDArray[np.int32]], pooling: str) -> list[NDArray[np.float32]]:
         """Compute some texts together.

@@ -61,8 +61,10 @@ class EngineMetrics:
     between_tokens: Histogram = field(default_factory=Histogram)
 
     def ended(self, reason: str) -> None:
+        """Count a request that ended with a reply."""
         self.finished[reason] = self.finished.get(reason, 0) + 1
 
     def went_wrong(self, error: BaseException) -> None:
+        """Count a request that ended with an error."""
         name = type(error).__name__
         self.failed[name] = self.failed.get(name, 0) + 1

@@ -1,14 +1,17 @@
-"""The examples of the pages run, one after another as a reader would try them, and do what the pages say.
+"""The snippets of the pages run, one after another as a reader would try them, and do what the pages say.
 
-`docs/serving.md` is run with the examples, and those of backends and metrics where these are tested.
+Those that take a model of the reader's, and nothing else, run with the examples; those of backends and metrics
+where these are tested; programs that a page has saved, with its commands.
 """
 
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import re
-from collections.abc import Callable
+import unittest
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,17 +19,20 @@ from typing import Any, NamedTuple
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 from test_chats import CALL, TEMPLATE, TOOLS, model_that_says, user
+from test_examples import SCRIPTS
 
 import erllama
 from erllama._options import ChatOptions, CompletionOptions
+from erllama.cache import Block, FileTier
 from erllama.chat.formats import TOOL_FORMATS
 from erllama.engine import SamplingOptions
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.scripted import write_scripted
+from pages import DOCS, NAMES, ROOT, blocks
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 Names = dict[str, Any]
 
 
@@ -57,9 +63,7 @@ class Model:
 
 def snippets(page: str) -> list[str]:
     """The page's Python, each block after as many empty lines as lines come before it in the page."""
-    text = (DOCS / page).read_text()
-    found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return ["\n" * text[: block.start(1)].count("\n") + block[1] for block in found]
+    return ["\n" * (block.line - 1) + block.text for block in blocks(page, "python")]
 
 
 def promised(source: str, statement: ast.stmt) -> tuple[object] | None:
@@ -85,7 +89,7 @@ def run(page: str, names: Names) -> int:
                 assert found == value[0], f"{page}, line {statement.lineno}: {found!r}"
                 n_kept += 1
             else:
-                exec(compile(ast.Module([statement], []), page, "exec"), names)
+                exec(compile(ast.Module([statement], []), page, "exec", dont_inherit=True), names)
     return n_kept
 
 
@@ -123,12 +127,12 @@ def grammar_page(names: Names) -> None:
 
 IS_DIGIT = np.isin(np.arange(257), list(b"0123456789"))
 PAGES = {
-    "sampling.md": Page(
+    "docs/sampling.md": Page(
         lambda: StubBackend(n_ctx=512, eog_bias=-100),
         {"prompt": "Count: ", "is_digit": IS_DIGIT},
         sampling_page,
     ),
-    "grammar.md": Page(lambda: Terse(n_ctx=512), {"json": json, "prompt": "x"}, grammar_page, 2),
+    "docs/grammar.md": Page(lambda: Terse(n_ctx=512), {"json": json, "prompt": "x"}, grammar_page, 2),
 }
 
 
@@ -151,7 +155,7 @@ def test_the_page_of_chats_does_what_it_says() -> None:
             "key": b"k",
             "run": lambda name, given: "noon",
         }
-        run("chat.md", names)
+        run("docs/chat.md", names)
         assert names["reply"].tool_calls[0].arguments == {"city": "Oslo"}
         assert [message["role"] for message in names["messages"]].count("tool") == 1
 
@@ -169,7 +173,7 @@ def test_the_page_of_templates_does_what_it_says(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     names: Names = {"messages": [user("Q")], "tools": TOOLS}
-    run("templates.md", names)
+    run("docs/templates.md", names)
     assert "<|user|>Q" in names["text"]
 
 
@@ -178,7 +182,7 @@ def test_the_page_of_speculation_does_what_it_says(tmp_path: Path, monkeypatch: 
     follows = {"\n": "a", "a": "b", "b": "c", "c": "a"}
     with erllama.load_model(write_scripted(tmp_path / "small.gguf", follows), n_ctx=256) as model:
         names: Names = {"model": model, "erllama": erllama, "text": "abc" * 20, "prompt": "abc" * 20}
-        run("speculation.md", names)
+        run("docs/speculation.md", names)
         names["draft"].unload()
         assert names["reply"].drafts.accepted > 0
         assert names["found"].accepted == 5
@@ -195,8 +199,103 @@ def test_the_page_of_sampling_names_every_option_and_its_default() -> None:
     assert told == {name: default for name, default in defaults.items() if name not in elsewhere}
 
 
+def test_the_readme_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    calling = TEMPLATE + "{# <tool_call> #}"
+    write_scripted(tmp_path / "model.gguf", {"\n": "a", "a": "b", "b": "c", "c": "a"}, chat_template=calling)
+    names: Names = {"tools": TOOLS, "SYSTEM_PROMPT": "abc" * 20, "asyncio": asyncio}
+    run("README.md", names)
+    replies = asyncio.run(names["ask_all"](["a", "b", "c"]))
+    assert len(replies) == 3
+    assert all(replies)
+    assert [message["role"] for message in names["messages"]] == ["user", "assistant"]
+    names["cache"].close()
+    assert list((tmp_path / ".cache" / "erllama").rglob("*.kvc"))
+
+
+def test_the_page_of_memory_pressure_does_what_it_says() -> None:
+    names: Names = {"erllama": erllama, "batch_bytes": lambda: 2**30}
+    run("docs/memory-pressure.md", names)
+    assert names["budget"]().total == 64 * 2**30
+    names["cache"].close()
+
+
+class Bucket:
+    """An object store, in memory."""
+
+    def __init__(self) -> None:
+        self.held: dict[bytes, tuple[Block, bytes]] = {}
+
+    def listing(self) -> list[tuple[Block, int, int]]:
+        return [(block, len(payload), 0) for block, payload in self.held.values()]
+
+    def put(self, block: Block, payload: bytes) -> None:
+        self.held[block.key] = (block, payload)
+
+    def get(self, key: bytes) -> tuple[Block, bytes]:
+        if key not in self.held:
+            raise FileNotFoundError(key.hex())
+        return self.held[key]
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            self.held.pop(key, None)
+
+
+def test_the_page_of_tiers_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names: Names = {"bucket": Bucket()}
+    run("docs/tiers.md", names)
+    prompt = "a prompt " * 100
+    with names["cache"] as cache, erllama.load_backend(StubBackend(), cache=cache) as model:
+        model.complete(prompt, max_tokens=4)
+        cache.flush()
+    assert names["bucket"].held
+    with erllama.Cache(ram=0, tiers=[names["ObjectStore"](names["bucket"], budget=10**9)]) as cache:
+        with erllama.load_backend(StubBackend(), cache=cache) as model:
+            hit = model.complete(prompt, max_tokens=4).cache
+    assert (hit.kind, hit.tier) == ("exact", "remote")
+
+
+def test_the_page_of_the_harness_does_what_it_says(tmp_path: Path) -> None:
+    """Its machines run, each a little."""
+    for source, tier_or_backend in zip(snippets("docs/test-harness.md"), ("MyTier", "MyBackend"), strict=True):
+        names: Names = {
+            "MyTier": lambda directory, budget: FileTier(directory / "mine", budget, name="mine"),
+            "MyBackend": lambda path: StubBackend(),
+            "__name__": "page",
+        }
+        assert tier_or_backend in source
+        exec(compile(source, "docs/test-harness.md", "exec", dont_inherit=True), names)
+        case = names["TestMine"]
+        case.settings = settings(max_examples=3, stateful_step_count=10, deadline=None)
+        result = unittest.TestResult()
+        case("runTest").run(result)
+        assert result.wasSuccessful(), result.failures + result.errors
+
+
+# Where the snippets of a page are run that is not run here.
+ELSEWHERE = {
+    "docs/backends.md": "tests/test_backends.py",
+    "docs/metrics.md": "tests/test_metrics.py",
+    "docs/demo-model.md": "tests/test_demo_model.py",
+    "docs/index.md": "tests/test_commands.py",
+    **{f"docs/{page}.md": "tests/test_examples.py" for page in SCRIPTS},
+}
+
+
+def test_every_page_with_snippets_is_run_somewhere() -> None:
+    here = set(re.findall(r"\"((?:docs/)?[\w-]+\.md)\"", Path(__file__).read_text()))
+    for page in NAMES:
+        if blocks(page, "python"):
+            assert page in here or page in ELSEWHERE, f"no test runs the snippets of {page}"
+    for page, test in ELSEWHERE.items():
+        assert page not in NAMES or (blocks(page, "python") and (ROOT / test).exists()), page
+
+
 def test_what_a_snippet_gets_wrong_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("test_docs.DOCS", tmp_path)
+    monkeypatch.setattr("pages.ROOT", tmp_path)
     (tmp_path / "page.md").write_text("# A page\n\n```python\nx = 1  # True\nx + 1  # words\nx + 2  # 3\n```\n")
     assert run("page.md", {}) == 1
     (tmp_path / "page.md").write_text("# A page\n\n```python\nx = 1\nx + 2  # 4\n```\n")

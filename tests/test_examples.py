@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-from erllama.testing.models import write_llama, write_lora
+from erllama.testing.bert import write_bert
+from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_lora, write_mamba
+from erllama.testing.scripted import write_scripted
+from pages import blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -20,14 +24,19 @@ ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "error"}
 WITHOUT_LIBLLAMA = "import sys; sys.modules['erllama.llama_ffi'] = None; import runpy; runpy.run_path(sys.argv[1])"
 
 
-def run(*arguments: object, cwd: Path) -> str:
+PYTEST = ("-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider")
+
+
+def run(*arguments: object, cwd: Path, environment: Mapping[str, str | None] | None = None) -> str:
+    """What a program prints; `environment` is changed by these, None takes one out."""
+    changed = {**ENVIRONMENT, **(environment or {})}
     finished = subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
         cwd=cwd,
-        env=ENVIRONMENT,
+        env={name: value for name, value in changed.items() if value is not None},
         check=False,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -44,6 +53,7 @@ def test_every_example_is_run_here() -> None:
         "adapters.py",
         "agents.py",
         "chat.py",
+        "cold_and_warm.py",
         "embeddings.py",
         "http_server.py",
         "inspect_cache.py",
@@ -60,6 +70,7 @@ def test_every_example_is_run_here() -> None:
         "stop_sequences.py",
         "streaming.py",
         "structured_output.py",
+        "test_end_to_end.py",
         "test_my_cache.py",
         "thinking.py",
         "tools.py",
@@ -74,10 +85,29 @@ def test_the_smoke_test_needs_no_model(tmp_path: Path) -> None:
 
 
 def test_the_tests_of_a_cache_need_no_model(tmp_path: Path) -> None:
-    said = run(
-        "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider", EXAMPLES / "test_my_cache.py", cwd=tmp_path
-    )
+    said = run(*PYTEST, EXAMPLES / "test_my_cache.py", cwd=tmp_path)
     assert "2 passed" in said
+
+
+@pytest.mark.parametrize("write", [write_llama, write_gemma3, write_mamba, write_lfm2])
+def test_the_whole_way_on_a_model_of_any_kind_of_memory(write: Callable[..., Path], tmp_path: Path) -> None:
+    given = {"ERLLAMA_MODEL": str(write(tmp_path / "mine.gguf", seed=5))}
+    said = run(*PYTEST, EXAMPLES / "test_end_to_end.py", cwd=tmp_path, environment=given)
+    assert "6 passed" in said
+
+
+def test_the_whole_way_is_skipped_without_a_model(tmp_path: Path) -> None:
+    said = run(*PYTEST, EXAMPLES / "test_end_to_end.py", cwd=tmp_path, environment={"ERLLAMA_MODEL": None})
+    assert "6 skipped" in said
+
+
+def test_cold_and_warm_are_told_side_by_side(tmp_path: Path) -> None:
+    said = run(EXAMPLES / "cold_and_warm.py", cwd=tmp_path)
+    rows = re.findall(r"^ *(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$", said, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [256, 512, 1024]
+    assert all(float(time) > 0 for row in rows for time in row[1:4])
+    ((tokens, computed),) = numbers(r"4 agents: (\d+) prompt tokens, (\d+) computed", said)
+    assert computed <= tokens - 3 * 1023, "the prefix is read once"
 
 
 def test_a_backend_of_ones_own_gives_libllamas_reply(tmp_path: Path) -> None:
@@ -286,12 +316,19 @@ def test_a_model_at_work_can_be_looked_at(tmp_path: Path) -> None:
     assert numbers(r"(\d+) tokens of the next prompt are cached", said)[:2] == [(0,), (291,)]
 
 
-@pytest.mark.parametrize("page", ["adapters.md", "embeddings.md", "loading.md", "serving.md"])
+# What is run here as a script, with a model in the directory; tests/test_docs.py knows who runs the others.
+SCRIPTS = ("adapters", "caching", "conversations", "embeddings", "loading", "operating", "serving", "streaming")
+
+
+@pytest.mark.parametrize("page", SCRIPTS)
 def test_the_snippets_of_a_page_run(page: str, tmp_path: Path) -> None:
-    """One after another, as a reader would try them, with a model of that name in the directory."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) > 1
+    """One after another, as a reader would try them, with models of those names in the directory."""
+    found = [block.text for block in blocks(f"docs/{page}.md", "python")]
+    assert found
     write_llama(tmp_path / "model.gguf", seed=1)
     write_lora(tmp_path / "lora.gguf", seed=1)
-    (tmp_path / "snippets.py").write_text("\n".join(blocks))
-    run("snippets.py", cwd=tmp_path)
+    if page == "embeddings":
+        write_bert(tmp_path / "reranker.gguf", pooling="rank")
+        write_scripted(tmp_path / "coder.gguf", {}, special=["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"])
+    (tmp_path / "snippets.py").write_text("\n".join(found))
+    run("snippets.py", cwd=tmp_path, environment={"HOME": str(tmp_path)})

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -18,7 +16,6 @@ from numpy.typing import NDArray
 import erllama
 from erllama import _fingerprint
 from erllama._fingerprint import Fingerprint
-from erllama._load import _LOAD_OPTIONS
 from erllama.engine import Batch
 from erllama.engine.backends import llama_options
 from erllama.engine.backends.llama import LlamaBackend, _recipe
@@ -292,12 +289,6 @@ def test_overrides_that_cannot_be_are_refused_as_in_a_file(tiny_gguf: Path) -> N
 )
 def test_options_that_contradict_are_refused(tiny_gguf: Path, options: dict[str, object], words: str) -> None:
     assert words in refused(tiny_gguf, **options)
-
-
-def test_every_option_is_documented_with_its_default() -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "loading.md").read_text()
-    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \| \S.* \|$", page, re.MULTILINE))
-    assert {name: ast.literal_eval(default) for name, default in rows.items()} == _LOAD_OPTIONS
 
 
 # --- devices ---------------------------------------------------------------------------------------
