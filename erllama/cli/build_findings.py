@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -81,9 +80,7 @@ def self_check() -> Iterator[Finding]:
     with tempfile.TemporaryDirectory(prefix="erllama-doctor-") as directory:
         command = [sys.executable, "-m", "erllama", "doctor-worker", directory]
         try:
-            finished = subprocess.run(
-                command, capture_output=True, text=True, check=False, timeout=_WORKER_SECONDS, env={**os.environ}
-            )
+            finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_WORKER_SECONDS)
         except subprocess.TimeoutExpired:
             yield Finding(
                 "self-check", "wrong", f"no reply within {_WORKER_SECONDS} s", "erllama --debug doctor-worker ."
