@@ -42,7 +42,8 @@ class Piece(NamedTuple):
     def is_sound(self) -> bool:
         """Whether this is what was stored under its key."""
         parts = (self.parent, self.tokens)
-        return all(isinstance(part, bytes) for part in parts) and child_key(*parts) == self.key
+        whole = all(isinstance(part, bytes) for part in parts) and len(self.tokens) % TOKEN_BYTES == 0
+        return whole and child_key(*parts) == self.key
 
 
 def pieces_of(tokens: NDArray[np.int32]) -> list[Piece]:

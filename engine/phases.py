@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from erllama.engine.backend import Vocabulary
 from erllama.engine.grammar import Grammar
 from erllama.engine.stops import WHITE, TextFinder
-from erllama.errors import OptionError, boolean, integer
+from erllama.errors import OptionError, boolean, encodable, integer
 
 Kind = Literal["text", "thinking", "call"]
 ReplyPhase = Literal["text", "thinking", "syntax", "payload"]
@@ -93,7 +93,7 @@ class PhaseOptions:
             object.__setattr__(self, "thinking_budget", integer("thinking_budget_tokens", self.thinking_budget, 0))
         if not isinstance(self.budget_message, str):
             raise OptionError(f"thinking_budget_message={self.budget_message!r}; give a text")
-        _encoded("thinking_budget_message", self.budget_message)
+        encodable("thinking_budget_message", self.budget_message)
         if self.signing_key is not None and (not isinstance(self.signing_key, bytes) or not self.signing_key):
             raise OptionError("thinking_signing_key must be bytes, at least one, or None")
         if self.thinking_budget is not None and (self.thinking is None or not self.thinking.close):
@@ -104,16 +104,7 @@ def _texts(name: str, given: object) -> tuple[str, ...]:
     found = (given,) if isinstance(given, str) else given
     if not isinstance(found, list | tuple) or not all(isinstance(text, str) and text for text in found):
         raise OptionError(f"{name}: {given!r}; give a text, or several, none of them empty")
-    for text in found:
-        _encoded(name, text)
-    return tuple(found)
-
-
-def _encoded(name: str, text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        raise OptionError(f"{name}: {text!r} has half a surrogate pair, which is no text") from None
+    return tuple(encodable(name, text) for text in found)
 
 
 class Script:

@@ -133,7 +133,7 @@ class Reply:
     def _end_thought(self, rest: str) -> None:
         """A thought is over, be it empty; one that the budget closed before it had a token never was."""
         assert self._phases is not None
-        if self._phases.thinking_budget == 0 and not self._said["thinking"]:
+        if self._phases.thinking_budget == 0 and not self.thinking and not rest:
             return
         self._send(rest)
         key = self._phases.signing_key

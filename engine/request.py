@@ -15,7 +15,7 @@ from erllama.engine.grammar import Grammar
 from erllama.engine.phases import PhaseOptions
 from erllama.engine.sampling import SamplingOptions, SamplingState, TokenLogprobs
 from erllama.engine.speculation import Drafter, Drafts
-from erllama.errors import OptionError, boolean, integer, real
+from erllama.errors import OptionError, boolean, encodable, integer, real
 
 FinishReason = Literal["stop", "length", "context_full", "cancelled", "tool_calls"]
 HitKind = Literal["cold", "partial", "exact"]
@@ -113,7 +113,7 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     found = (stop,) if isinstance(stop, str) else stop
     if not isinstance(found, list | tuple) or not all(isinstance(text, str) and text for text in found):
         raise OptionError(f"stop={stop!r}; give a text, or a list of them, none of them empty")
-    return tuple(found)
+    return tuple(encodable("stop", text) for text in found)
 
 
 def _triggers(given: object, grammar: Grammar | None) -> tuple[str | int, ...]:
@@ -125,7 +125,9 @@ def _triggers(given: object, grammar: Grammar | None) -> tuple[str | int, ...]:
         raise OptionError(f"grammar_triggers={given!r}; give texts, none of them empty, or ids of tokens")
     if found and grammar is None:
         raise OptionError("grammar_triggers without a grammar; give one, as grammar=, json_schema= or regex=")
-    return tuple(found)
+    return tuple(
+        encodable("grammar_triggers", trigger) if isinstance(trigger, str) else trigger for trigger in found
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

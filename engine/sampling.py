@@ -35,7 +35,7 @@ from erllama.engine.steps import (
     TopP,
     TypicalP,
 )
-from erllama.errors import OptionError, SamplingError, choice, integer, real
+from erllama.errors import OptionError, SamplingError, choice, encodable, integer, real
 
 _MOST_BIAS = 1e30  # float32 has room for more, but not for sums of it
 _MAX_SEED = 2**64 - 1
@@ -216,7 +216,7 @@ def _breakers(given: object) -> tuple[str, ...]:
         raise OptionError(f"dry_sequence_breakers={given!r}; give a list of texts, none of them empty")
     if len(given) > _MOST_TEXTS:
         raise OptionError(f"{len(given)} dry_sequence_breakers; give at most {_MOST_TEXTS}")
-    return tuple(given)
+    return tuple(encodable("dry_sequence_breakers", text) for text in given)
 
 
 def _samplers(given: object) -> tuple[str | Step, ...]:

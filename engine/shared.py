@@ -18,6 +18,7 @@ from erllama.engine.phases import PhaseTracker, Script, opening_tokens
 from erllama.engine.request import RequestOptions
 from erllama.engine.sampling import SamplerFactory
 from erllama.engine.slices import Slicing
+from erllama.errors import OptionError
 
 log = logging.getLogger("erllama.engine")
 
@@ -59,11 +60,17 @@ class Shared:
 
     def grammar(self, options: RequestOptions, tracker: PhaseTracker | None) -> Constraint | None:
         """What keeps a reply to its grammars; None where none does."""
-        phases = options.phases
+        phases, n_vocab = options.phases, self.backend.limits.n_vocab
         answer: Matcher | LazyMatcher | None = None
         if options.grammar is not None:
             matcher = answer = self.grammars.matcher(options.grammar)
             if options.grammar_triggers:
+                most, last = (
+                    max((id for id in options.grammar_triggers if isinstance(id, int)), default=0),
+                    n_vocab - 1,
+                )
+                if most > last:
+                    raise OptionError(f"grammar_triggers has token {most}; the vocabulary has 0 to {last}")
                 answer = LazyMatcher(matcher, self.backend.vocabulary, options.grammar_triggers)
         if phases is None or tracker is None:
             return answer
@@ -75,7 +82,6 @@ class Shared:
         openings = opening_tokens(phases, self.script, calls=calls is not None)
         close = phases.thinking.close[:1] if phases.thinking is not None else ()
         closing = [token for text in close for token in self.script.tokens_of(text)]
-        n_vocab = self.backend.limits.n_vocab
         return PhasedMatcher(
             tracker,
             self.script,

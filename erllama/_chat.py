@@ -63,7 +63,11 @@ class AsyncChatStream(AsyncStream):
                 if self._cancelled:
                     ticket.cancel()
                 self._turn = turn
-                self._submit(ticket)
+                try:
+                    self._submit(ticket)
+                except Exception as error:
+                    ticket.fail(error)  # to whoever waits for it later
+                    raise
         return self._turn
 
     async def __anext__(self) -> Event:

@@ -201,6 +201,15 @@ def boolean(name: str, value: object) -> bool:
     return value
 
 
+def encodable(name: str, value: str) -> str:
+    """`value` if it is whole characters, or OptionError."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise OptionError(f"{name}: {shown(value)} has half a surrogate pair, which is no text") from None
+    return value
+
+
 def choice(name: str, value: object, known: Collection[str]) -> str:
     """`value` if it is one of `known`, or OptionError with the nearest."""
     if not isinstance(value, str) or value not in known:

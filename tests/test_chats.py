@@ -534,6 +534,31 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         ([user("Q")], {"continue_final_message": 1}, erllama.OptionError, "continue_final_message"),
         ([user("Q")], {"parallel_tool_calls": "no", "tools": TOOLS}, erllama.OptionError, "parallel_tool_calls"),
         ([user("Q")], {"template_args": 3}, erllama.OptionError, "template_args"),
+        ([user("Q")], {"template_args": {3: 1}}, erllama.OptionError, "template_args has 3"),
+        ([user("Q")], {"template_args": {"messages": []}}, erllama.OptionError, "template_args has 'messages'"),
+        (
+            [user("Q")],
+            {"template_args": {"x": "\ud800"}, "chat_template": "{{ x }}"},
+            erllama.ChatError,
+            "surrogate",
+        ),
+        ([user("Q")], {"stop": "\ud800"}, erllama.OptionError, "surrogate"),
+        ([user("Q")], {"chat_template": Path("a\0b")}, erllama.OptionError, "cannot be read"),
+        (
+            [
+                user("Q"),
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [
+                        {"id": "c1", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
+                    ],
+                },
+            ],
+            {"continue_final_message": True},
+            erllama.ChatError,
+            "tool calls",
+        ),
         ([user("Q")], {"tols": TOOLS}, erllama.OptionError, "did you mean 'tools'"),
         ([user("Q")], {"chat_template": "defualt"}, erllama.OptionError, "'default'"),
         ([user("Q")], {"tool_format": "hermes"}, erllama.OptionError, "tool_format without tools"),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_chats import CALL, SPECIAL, TEMPLATE, TOOLS, Message, model_that_says, user
+from test_chats import CALL, SPECIAL, TEMPLATE, TOOLS, VOCABULARY, Message, model_that_says, user
 
 import erllama
 from erllama.chat.chats import Chats
@@ -392,3 +392,40 @@ def test_tokens_that_are_no_text_come_back_where_they_were() -> None:
         assert first.text == "hehe"
         ids = model.apply_chat_template([user("Q"), first.message, user("and?")]).tolist()
         assert ids[: len(first.context_tokens)] == list(first.context_tokens)
+
+
+def test_a_thought_that_the_reply_ends_within_comes_back_as_the_template_writes_it() -> None:
+    with model_that_says("<think>hm") as model:
+        first = model.chat([user("Q")], **KEEP)
+        assert (first.thinking, first.finish_reason) == ("hm", "stop")
+        messages = [user("Q"), first.message, user("and?")]
+        assert "</think>" in model.render_chat(messages, **KEEP)
+        assert said(model, messages, **KEEP) == model.render_chat(messages, **KEEP)
+
+
+def test_text_beside_a_call_that_the_template_leaves_out_is_no_part_of_what_comes_back() -> None:
+    template = TEMPLATE.replace("{{- m.content }}", "{%- if not m.tool_calls %}{{ m.content }}{% endif %}")
+    with model_that_says(f"Let me see. {CALL}", template=template) as model:
+        first = model.chat([user("Q")], tools=TOOLS)
+        assert first.text == "Let me see."
+        result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "noon"}
+        messages = [user("Q"), first.message, result]
+        assert said(model, messages, tools=TOOLS) == model.render_chat(messages, tools=TOOLS)
+
+
+def test_an_empty_thought_that_the_template_leaves_out_is_no_part_of_what_comes_back() -> None:
+    with model_that_says("<think>\n\n</think>hello there") as model:
+        first = model.chat([user("Q")])
+        messages = [user("Q"), first.message, user("and?")]
+        assert said(model, messages) == model.render_chat(messages)
+
+
+def test_bytes_that_are_no_text_cost_a_reply_what_follows_them_and_no_time() -> None:
+    backend = SpelledBackend(
+        VOCABULARY, [*b"hello", *([0xFF] * 3000)], chat_templates={"default": TEMPLATE}, n_ctx=8192
+    )
+    with erllama.load_backend(backend, cache=erllama.Cache()) as model:
+        first = model.chat([user("Q")], max_tokens=3000)
+        messages = [user("Q"), {"role": "assistant", "content": "hello"}, user("and?")]
+        n = first.usage.prompt + len("hello")
+        assert model.apply_chat_template(messages)[:n].tolist() == list(first.context_tokens[:n])

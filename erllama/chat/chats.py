@@ -30,6 +30,9 @@ from erllama.errors import ChatError, OptionError, boolean
 
 log = logging.getLogger("erllama")
 
+# What a template gets under names that are not the caller's to give.
+_OF_CONVERSATION = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
@@ -102,7 +105,7 @@ class Chats:
         if isinstance(given, Path):
             try:
                 return self._compiled(given.expanduser().read_text("utf-8"))
-            except (OSError, UnicodeDecodeError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:  # no UTF-8, no path, no home
                 raise OptionError(f"chat_template={str(given)!r} cannot be read: {error}") from None
         if isinstance(given, str) and given in self._templates:
             return self._compiled(self._templates[given])
@@ -151,8 +154,12 @@ class Chats:
         tools = normalized_tools(request.tools)
         if request.continue_final_message and messages[-1]["role"] != "assistant":
             raise ChatError("continue_final_message goes on with the assistant's message", index=len(messages) - 1)
-        if not isinstance(request.template_args, Mapping | None):
-            raise OptionError(f"template_args={request.template_args!r:.80}; give a mapping")
+        if request.continue_final_message and messages[-1].get("tool_calls"):
+            raise ChatError(
+                "continue_final_message goes on with a text, and this message ends with tool calls; leave them out",
+                index=len(messages) - 1,
+            )
+        _check_template_args(request.template_args)
         template = self.template(request.chat_template, tools=bool(tools))
         args: dict[str, object] = {}
         for name in ("enable_thinking", "thinking"):
@@ -234,6 +241,16 @@ class Chats:
         banned = [ids[0] for text in thinking.open if len(ids := self.script.tokens_of(text)) == 1]
         sampling = options.sampling
         return replace(options, sampling=replace(sampling, banned_tokens=(*sampling.banned_tokens, *banned)))
+
+
+def _check_template_args(given: object) -> None:
+    if not isinstance(given, Mapping | None):
+        raise OptionError(f"template_args={given!r:.80}; give a mapping")
+    for name in given or ():
+        if not isinstance(name, str):
+            raise OptionError(f"template_args has {name!r:.80}; give the names of the template's variables")
+        if name in _OF_CONVERSATION:
+            raise OptionError(f"template_args has {name!r}, which is of the conversation; give it as an argument")
 
 
 def _family(request: ChatRequest, conversation: Conversation, choice: ToolChoice) -> Family:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ from erllama.errors import ChatError, TemplateError
 
 Message = dict[str, object]
 
-# They stand for what is said and thought, where it is asked what a template makes of it.
+# They stand for what is said, thought and given to a tool, where it is asked what a template makes of it.
 _ANY_REPLY = "0b5f9d0e reply 7c41"
 _ANY_THOUGHT = "5c1e77a2 thought 90d3"
+_ANY_ARGUMENT = "e2a80c14 argument 3f6b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,22 @@ class Conversation:
         """The conversation as the template writes it.
 
         Raises:
-            ChatError: there are tools, and the template has no place for them.
+            ChatError: there are tools, and the template has no place for them; or what it writes is no text.
             TemplateError: as of `ChatTemplate.render`.
         """
         if self.tools and not self.template.uses("tools"):
             raise ChatError("the chat template has no place for tools; give chat_template= with one that has")
+        text = self._written(add_generation_prompt)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ChatError(
+                f"the chat template writes half a surrogate pair, at character {error.start}, which is no text; "
+                "give whole characters in the template, template_args and documents"
+            ) from None
+        return text
+
+    def _written(self, add_generation_prompt: bool) -> str:
         messages = as_template_takes(self.messages, self.template.source)
         try:
             return self._rendered(messages, add_generation_prompt)
@@ -87,7 +100,7 @@ class Conversation:
 
         Returns:
             None where that is not what was computed: where the template writes what was before otherwise, or leaves
-            out what the model thought.
+            out some of the reply, and so writes others as it does this one.
 
         Raises:
             ChatError: the template takes no conversation that ends so.
@@ -97,13 +110,37 @@ class Conversation:
         _, found, end = sample.text(add_generation_prompt=False).rpartition(_ANY_REPLY)
         if not found or not whole.startswith(written) or not whole.endswith(end):
             return None
-        if message.get("reasoning_content"):
-            thought = self._with({**message, "reasoning_content": _ANY_THOUGHT}).text(add_generation_prompt=False)
-            if thought.count(_ANY_THOUGHT) != 1 or not thought.startswith(written):
-                return None
         text = whole[: len(whole) - len(end)]
-        return text if len(text) > len(written) else None
+        return text if len(text) > len(written) and self._writes_all(message, text, written) else None
+
+    def _writes_all(self, message: Message, text: str, written: str) -> bool:
+        """Whether a template leaves nothing out of a reply, which it wrote as `text`."""
+        said = str(message["content"]).strip()
+        if text.find(said, max(len(written) - len(said) + 1, 0)) < 0:
+            return False
+        sample, expected = dict(message), []
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            arguments = [f"{_ANY_ARGUMENT} {i}" for i in range(len(calls))]
+            sample["tool_calls"] = list(map(_with_argument, calls, arguments))
+            expected += arguments
+            if said:
+                sample["content"] = _ANY_REPLY
+                expected.append(_ANY_REPLY)
+        if message.get("reasoning_content"):
+            sample["reasoning_content"] = _ANY_THOUGHT
+            expected.append(_ANY_THOUGHT)
+        if not expected:
+            return True
+        found = self._with(sample).text(add_generation_prompt=False)
+        return found.startswith(written) and all(found.count(mark) == 1 for mark in expected)
 
     def _with(self, message: Message) -> Conversation:
         before = self.messages[:-1] if self.continued else self.messages
         return replace(self, messages=[*before, *normalized_messages([message])], continued=False)
+
+
+def _with_argument(call: Mapping[str, object], argument: str) -> Message:
+    function = call["function"]
+    assert isinstance(function, Mapping)
+    return {**call, "function": {**function, "arguments": json.dumps({"argument": argument})}}

@@ -119,6 +119,10 @@ class Family:
             log.info("calls are not kept to the tools' schemas", exc_info=True)
             return None
 
+    def mentions_thinking(self, text: str) -> bool:
+        """Whether a thought begins or ends in a text, were it an empty one."""
+        return self.thinking is not None and any(m in text for m in (*self.thinking.open, *self.thinking.close))
+
     def is_thinking_at_end(self, text: str) -> bool:
         """Whether a thought has begun in a text, and not ended."""
         if self.thinking is None:

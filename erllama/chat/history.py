@@ -67,7 +67,7 @@ class History:
             context: the tokens of what was computed; the last few, such as those of a stop string, may be
                 missing from the text.
         """
-        raw, tokens = text.encode(), context.tolist()
+        raw, tokens = text.encode("utf-8", "surrogatepass"), context.tolist()
         given = raw.startswith(self.written(self._first))  # the text has its BOS itself
         begin = len(self._first) if tokens[: len(self._first)] == self._first and not given else 0
         ends = [0]  # in the text, of the tokens that it has
@@ -130,7 +130,8 @@ class History:
         pieces = [self._written(token) for token in reply]
         if stop is not None:
             pieces = _before(stop.encode(), pieces)
-        while pieces and ((cut and not pieces[-1].strip(_WHITE)) or not _is_whole(b"".join(pieces))):
+        pieces = _whole(pieces)
+        while cut and pieces and not pieces[-1].strip(_WHITE):
             pieces.pop()
         n, said = len(pieces), b"".join(pieces)
         if not said or not self._is_told_by(said, reply[:n]):
@@ -186,7 +187,22 @@ def _before(stop: bytes, pieces: list[bytes]) -> list[bytes]:
     """The pieces that end before a stop string, with which the last of them ended a reply."""
     said = b"".join(pieces)
     found = said.find(stop, max(len(said) - len(pieces[-1]) - len(stop) + 1, 0)) if pieces else 0
-    end = found if found >= 0 else said.rfind(stop)  # seen late, where it might have become another
+    return _up_to(found if found >= 0 else said.rfind(stop), pieces)  # seen late, where it might become another
+
+
+def _whole(pieces: list[bytes]) -> list[bytes]:
+    """The pieces up to a character that is not complete, or is none."""
+    while True:
+        try:
+            b"".join(pieces).decode()
+        except UnicodeDecodeError as error:
+            pieces = _up_to(error.start, pieces)
+        else:
+            return pieces
+
+
+def _up_to(end: int, pieces: list[bytes]) -> list[bytes]:
+    """The pieces that end within so many bytes."""
     n = n_bytes = 0
     while n < len(pieces) and n_bytes + len(pieces[n]) <= end:
         n_bytes += len(pieces[n])
@@ -196,12 +212,3 @@ def _before(stop: bytes, pieces: list[bytes]) -> list[bytes]:
 
 def _within_character(raw: bytes, at: int) -> bool:
     return at < len(raw) and raw[at] & 0xC0 == 0x80
-
-
-def _is_whole(text: bytes) -> bool:
-    """Whether a text does not end within a character, nor has what is none."""
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

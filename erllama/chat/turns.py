@@ -30,6 +30,8 @@ from erllama.errors import ChatError, ToolCallError
 
 log = logging.getLogger("erllama")
 
+_PROMPT_END = 64  # characters of a prompt's end in which a thought may begin
+
 
 class _Read(NamedTuple):
     """What a tool call was read as."""
@@ -144,7 +146,8 @@ class Turn:
         """What a reply was computed as, for when it comes back as text.
 
         Args:
-            ended: by itself. What was cut short within a thought or a call comes back with an end that it had not.
+            ended: by itself. What was cut short within a thought or a call comes back with an end that it had not;
+                so does a thought that the reply ends within.
             as_said: the message's text is in the order in which it was said.
         """
         n_prompt = len(completion.context_tokens) - len(completion.tokens)
@@ -156,14 +159,27 @@ class Turn:
             completion.thinking or message.get("tool_calls") or not self._says_in_order(completion)
         ):
             return
+        said = self._history.written(completion.tokens).decode("utf-8", "replace")
         try:
+            if self._family.is_thinking_at_end(self._begun() + said):
+                return
             written = self._conversation.as_it_comes_back(message, self._text)
-            if written is not None:
+            if written is not None and not self._leaves_thought_out(said, written, completion.thinking):
                 self._history.remember(self._namespace, written.encode(), completion.context_tokens)
         except ChatError:
             pass  # a template need not take a conversation that ends so
         except Exception:
             log.exception("remembering a reply failed; the next turn may compute it anew")
+
+    def _begun(self) -> str:
+        """What the prompt may have begun a thought with."""
+        continued = self._conversation.messages[-1]["content"] if self._conversation.continued else ""
+        return f"{continued}" or self._text[-_PROMPT_END:]
+
+    def _leaves_thought_out(self, said: str, written: str, thinking: str) -> bool:
+        """Whether a reply began with an empty thought, which the template writes nothing of."""
+        new = written[len(self._text) :]
+        return not thinking and self._family.mentions_thinking(said) and not self._family.mentions_thinking(new)
 
     def _says_in_order(self, completion: Completion) -> bool:
         """Whether a reply says its text first and what looked like calls then, white space apart."""
