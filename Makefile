@@ -10,7 +10,7 @@ TREE := build/tree
 # What, when changed, makes an installation stale. Python sources are used in place.
 INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/unmasked_cells.h llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp
 
-.PHONY: setup demo test lint format fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup demo demo-model test lint format fuzz stress bench bench-quick profile wheel clean
 
 setup: $(VENV)/.installed-$(BACKEND)
 
@@ -25,6 +25,11 @@ $(VENV)/.installed-$(BACKEND): $(INSTALL_INPUTS)
 demo: setup
 	@$(BIN)/python -m erllama demo
 
+# Trains anew the model that `demo` uses: an hour or so on two cores; interrupted, it goes on where it was.
+demo-model: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check jax
+	$(BIN)/python -m scripts.demo_model $(DEMO_MODEL)
+
 test: setup
 	$(BIN)/python -m pytest
 
@@ -32,7 +37,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf $(TREE) && mkdir -p $(TREE)/erllama && ln -s $(addprefix $(CURDIR)/,$(wildcard erllama/*) engine cache llama_ffi) $(TREE)/erllama/
-	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama
+	@ln -s $(CURDIR)/scripts $(TREE)/scripts
+	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model
 	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
 format: setup
