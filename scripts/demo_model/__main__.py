@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from scripts.demo_model.network import Shape, Weights, first_weights
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 1
 HELD_OUT_SEED = 2
-N_STEPS = 1400
+DRILL_SEED = 3
+DRILLS = 0.5  # of the texts of the second part
+N_STEPS = 2600
 _EVERY = 50  # steps from one checkpoint to the next
 
 
@@ -37,8 +39,10 @@ def main() -> None:
     evaluate = training.evaluation(shape, list(islice(rows.batches(words, HELD_OUT_SEED), 4)))
     start = _restored(arguments.checkpoint, arguments.steps)
     start = start or training.Progress.begin(first_weights(shape, SEED))
-    # What was trained on before is generated again and passed over.
-    batches = islice(rows.batches(words, SEED), start.step, None)
+    # The second part has more of what takes practice. What was trained on before is made again, and passed over.
+    n_first = int(training.STEADY * arguments.steps)
+    parts = islice(rows.batches(words, SEED), n_first), rows.batches(words, DRILL_SEED, drills=DRILLS)
+    batches = islice(chain(*parts), start.step, None)
     began = time.monotonic()
     for progress, cost in training.train(start, shape, batches, arguments.steps):
         if progress.step % 10 == 0:

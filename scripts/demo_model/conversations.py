@@ -61,6 +61,36 @@ def conversation(random: Random, *, long: bool = False) -> Conversation:
     return made
 
 
+def drill(random: Random) -> Conversation:
+    """What takes the most practice, several times over: sums; and names, facts and subjects, to be copied."""
+    made = Conversation(thinking=random.random() > 0.2)
+    kind = random.random()
+    if kind < 0.42:
+        if random.random() < 0.3:
+            made.messages.append({"role": "system", "content": systems.short(random)})
+        for _ in range(random.randint(3, 6)):
+            asked = sums.arithmetic(random, equal=random.random() < 0.06)
+            made.say(asked.question, asked.answer, asked.thought)
+    elif kind < 0.57:
+        made.tools = weather.tools(random)
+        for _ in range(random.randint(2, 4)):
+            made.messages += weather.turn(random, made.tools, strange=True)
+    elif kind < 0.77:
+        text, questions = systems.long(random, random.randint(5, 12))
+        made.messages.append({"role": "system", "content": text})
+        for question in questions:
+            made.say(*question)
+    elif kind < 0.92:
+        for _ in range(2):
+            told = stories.story(random, strange=True)
+            made.say(told.request, told.text)
+    else:
+        for _ in range(2):
+            for turn in talk.introduction(random):
+                made.say(*turn)
+    return made
+
+
 def _turn(made: Conversation, random: Random, questions: list[systems.Turn]) -> None:
     """One more question and its answer, sometimes with one that follows from them."""
     if questions and random.random() < 0.5:

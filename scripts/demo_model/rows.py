@@ -39,9 +39,12 @@ class Text:
     worth: list[float]
 
 
-def texts(tokenizer: Tokenizer, random: Random) -> Iterator[Text]:
-    """Without end: conversations, some long ones, and stories on their own."""
+def texts(tokenizer: Tokenizer, random: Random, drills: float) -> Iterator[Text]:
+    """Without end: conversations, some long ones, stories on their own, and `drills` of all, drills."""
     while True:
+        if drills and random.random() < drills:
+            yield _worth(tokenizer, conversations.drill(random))
+            continue
         kind = random.random()
         if kind < 0.03:
             tokens = tokenizer.encode(conversations.plain(random))
@@ -74,10 +77,10 @@ def _worth(tokenizer: Tokenizer, made: conversations.Conversation) -> Text:
     return Text(tokens, worth)
 
 
-def batches(tokenizer: Tokenizer, seed: int) -> Iterator[Batch]:
+def batches(tokenizer: Tokenizer, seed: int, *, drills: float = 0.0) -> Iterator[Batch]:
     """Without end; a shard at a time, its texts packed into as few rows as they go, its batches in any order."""
     random = Random(seed)
-    source = texts(tokenizer, random)
+    source = texts(tokenizer, random, drills)
     left: list[Text] = []
     while True:
         shard = left + [text for text in islice(source, _SHARD) if len(text.tokens) <= WIDTHS[-1]]

@@ -76,11 +76,11 @@ _BEGINNINGS_OF_THINGS = (
 )
 
 
-def story(random: Random) -> Story:
-    """One that somebody asks for, and gets."""
+def story(random: Random, *, strange: bool = False) -> Story:
+    """One that somebody asks for, and gets; if `strange`, about what nobody knows, with something of the plot."""
     thing = random.random() < 0.2
     plot = random.choice(SOMETHING if thing else SOMEBODY)
-    kind, called, he = _subject(random, thing)
+    kind, called, he = _subject(random, thing, strange)
     trait = random.choice([trait for trait in words.TRAITS if trait != "old" or kind not in ("girl", "boy")])
     his, him = _PRONOUNS[he]
     helper, friend = random.sample([helper for helper in words.HELPERS if helper != kind], 2)
@@ -112,7 +112,7 @@ def story(random: Random) -> Story:
     asked = f"{random.choice((an(kind), an(kind), traits))}{random.choice((naming, naming, ''))}"
     if called and random.random() < 0.1:
         asked = f"{called} the {kind}"
-    if random.random() < 0.3:
+    if strange or random.random() < 0.3:
         asked += f" {random.choice(plot.asked)}"
     requests = _ANYTHING if random.random() < 0.06 else _REQUESTS
     about = traits + naming
@@ -137,17 +137,17 @@ def _adjective(random: Random) -> str:
     return random.choice(("old", "wise", "friendly", "little", "kind", "grey"))
 
 
-def _subject(random: Random, thing: bool) -> tuple[str, str | None, str]:
+def _subject(random: Random, thing: bool, strange: bool) -> tuple[str, str | None, str]:
     """What a story is about: its kind, its name or None, and its pronoun."""
     invented = made_up_name(random)
     if thing:
-        kind = words.made_up(random) if random.random() < 0.1 else random.choice(words.THINGS)
+        kind = words.made_up(random) if strange or random.random() < 0.1 else random.choice(words.THINGS)
         return kind, random.choice((None, None, None, random.choice(words.PETS), invented)), "it"
-    if random.random() < 0.25:
+    if not strange and random.random() < 0.25:
         girl = random.random() < 0.5
         known = random.choice(words.GIRLS if girl else words.BOYS)
         return ("girl" if girl else "boy"), random.choice((known, known, invented)), ("she" if girl else "he")
-    kind = words.made_up(random) if random.random() < 0.15 else random.choice(words.ANIMALS)
+    kind = words.made_up(random) if strange or random.random() < 0.15 else random.choice(words.ANIMALS)
     called = random.choice((None, None, random.choice(words.PETS), random.choice(words.PETS), invented))
     he = {"king": "he", "prince": "he", "queen": "she", "princess": "she", "witch": "she", "wizard": "he"}
     return kind, called, he.get(kind) or random.choice(("he", "she"))

@@ -58,20 +58,22 @@ class Sum:
 
 def held_out(a: int, plus: bool, b: int) -> bool:
     """Whether no training text has this sum, so that a test can ask what was not learned by heart: one in eight."""
-    return (a * 31 + b * 17 + plus) % 8 == 0
+    return (a * 31 + b * 17 + plus) % 8 == 0 and (plus or a != b)
 
 
-def arithmetic(random: Random, first: int | None = None) -> Sum:
+def arithmetic(random: Random, first: int | None = None, *, equal: bool = False) -> Sum:
     """A sum or difference of numbers below 100, mostly below 50; none that is held out, and none below zero.
 
-    With `first`, it goes on from that number.
+    With `first`, it goes on from that number; with `equal`, it is a number less itself, and else never.
     """
     while True:
         below = 50 if random.random() < 0.75 else 100
         plus = random.random() < 0.55
         a, b = random.randrange(below) if first is None else first, random.randrange(below)
-        if (plus or a >= b) and not held_out(a, plus, b):
+        if (plus or a > b) and not held_out(a, plus, b):
             break
+    if equal:
+        plus, b = False, a
     patterns: Sequence[str]
     if first is not None:
         patterns = _AND_PLUS if plus else _AND_MINUS

@@ -21,7 +21,7 @@ MUON_RATE = 5e-3
 ADAM_RATE = 3e-3
 WEIGHT_DECAY = 0.05
 WARM_UP = 20  # steps
-STEADY = 0.6  # of all steps: before it, nothing depends on how many there will be
+STEADY = 0.57  # of all steps: before it, nothing depends on how many there will be
 # Of the quintic iteration whose fixed point is an orthogonal matrix, near enough in five rounds.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 

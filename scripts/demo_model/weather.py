@@ -113,10 +113,10 @@ def _tool(random: Random, kind: str, name: str, parameter: str) -> Tool:
     return Tool(kind, name, parameter, {"type": "function", "function": function})
 
 
-def turn(random: Random, given: list[Tool]) -> list[Message]:
+def turn(random: Random, given: list[Tool], *, strange: bool = False) -> list[Message]:
     """A question that one of the tools answers, the call of it, the result and the answer."""
     tool = random.choice(given)
-    cities = [words.city(random)]
+    cities = [words.city(random, strange=strange)]
     if random.random() < 0.12:
         cities.append(words.city(random))
     questions = _WEATHER_QUESTIONS if tool.kind == "weather" else _TIME_QUESTIONS

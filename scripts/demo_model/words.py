@@ -52,6 +52,10 @@ CITIES = listed(
     "Austin,Seattle,Portland,San Diego,Miami,Atlanta,Detroit,Mexico City,Havana,Panama City,Bogota,Quito,Lima,"
     "La Paz,Santiago,Buenos Aires,Montevideo,Brasilia,Recife,Salvador"
 )
+ACCENTED = listed(
+    "Zürich,São Paulo,Malmö,Tromsø,Łódź,Córdoba,Málaga,Kraków,Genève,Düsseldorf,Köln,München,Göteborg,Århus,"
+    "Bogotá,Medellín,Brasília,Orléans,Besançon,Münster,Nürnberg,Linköping,Jönköping,Poznań,Gdańsk,Cádiz,León"
+)
 # Cities that no training text names, so that tests can ask for them.
 UNSEEN_CITIES = listed(
     "Reykjavik,Ljubljana,Bratislava,Edinburgh,Barcelona,Istanbul,Nuuk,Philadelphia,Casablanca,Bordeaux,"
@@ -61,6 +65,17 @@ UNSEEN_CITIES = listed(
 _BEGINNINGS = listed("b,bl,br,c,ch,d,dr,f,fl,g,gr,h,j,k,kl,l,m,n,p,pl,qu,r,s,sh,sk,st,t,tr,v,w,y,z,,,")
 _MIDDLES = listed("a,e,i,o,u,aa,ei,ou,ia,ay,oo")
 _ENDINGS = listed("n,r,l,s,t,m,k,rd,ng,x,nd,sk,lm,th,ck,,,,,,,,,,,,")
+_ACCENTS = (
+    ("a", "ä"),
+    ("o", "ö"),
+    ("u", "ü"),
+    ("a", "å"),
+    ("o", "ø"),
+    ("e", "é"),
+    ("a", "á"),
+    ("o", "ó"),
+    ("i", "í"),
+)
 
 
 def made_up(random: Random) -> str:
@@ -75,8 +90,11 @@ def made_up(random: Random) -> str:
             return word
 
 
-def city(random: Random) -> str:
-    """One there is, or as often one that there is not."""
+def city(random: Random, *, strange: bool = False) -> str:
+    """One there is, or as often one that there is not; if `strange`, perhaps with letters that English has not."""
+    if strange and random.random() < 0.35:
+        name = random.choice((random.choice(ACCENTED), made_up(random).capitalize()))
+        return name.replace(*random.choice(_ACCENTS)) if name.isascii() else name
     if random.random() < 0.5:
         return random.choice(CITIES)
     name = made_up(random).capitalize()
