@@ -10,20 +10,30 @@ TREE := build/tree
 # What, when changed, makes an installation stale. Python sources are used in place.
 INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/unmasked_cells.h llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp
 
-.PHONY: setup demo test lint format docs fuzz stress bench bench-quick profile wheel clean
+# What it is, for the reader; the extra.
+define install
+@prefix=$$(PYTHON="$(PYTHON)" scripts/build_llama.sh --backend $(BACKEND)) && \
+echo "setup: installing $(1)" && \
+ERLLAMA_LLAMA_PREFIX="$$prefix" $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(2)]'
+endef
+
+.PHONY: setup demo demo-model test lint format docs fuzz stress bench bench-quick profile wheel clean
 
 setup: $(VENV)/.installed-$(BACKEND)
 
 $(VENV)/.installed-$(BACKEND): $(INSTALL_INPUTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "erllama needs Python 3.11 or newer; set PYTHON" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "setup: virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@prefix=$$(PYTHON="$(PYTHON)" scripts/build_llama.sh --backend $(BACKEND)) && \
-	echo "setup: installing erllama and its development tools" && \
-	ERLLAMA_LLAMA_PREFIX="$$prefix" $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(call install,erllama and its development tools,dev)
 	@rm -f $(VENV)/.installed-* && touch $@
 
 demo: setup
 	@$(BIN)/python -m erllama demo
+
+# Trains anew the model that `demo` uses: an hour or so on two cores; interrupted, it goes on where it was.
+demo-model: setup
+	$(call install,what training needs,train)
+	$(BIN)/python -m scripts.demo_model $(DEMO_MODEL)
 
 test: setup
 	$(BIN)/python -m pytest
@@ -32,7 +42,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf $(TREE) && mkdir -p $(TREE)/erllama && ln -s $(addprefix $(CURDIR)/,$(wildcard erllama/*) engine cache llama_ffi) $(TREE)/erllama/
-	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama
+	@ln -s $(CURDIR)/scripts $(TREE)/scripts
+	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model
 	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
 format: setup

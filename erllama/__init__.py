@@ -13,6 +13,7 @@ survives a restart. Everything a user needs is in this namespace.
 
 from erllama._adapters import Adapter
 from erllama._chat import AsyncChatStream, ChatStream
+from erllama._demo_model import demo_model
 from erllama._info import Device, ModelInfo, devices
 from erllama._load import load_backend, load_model
 from erllama._model import Model
@@ -151,6 +152,7 @@ __all__ = [
     "Verification",
     "VocabularyOnly",
     "__version__",
+    "demo_model",
     "devices",
     "get_model",
     "list_models",

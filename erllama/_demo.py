@@ -1,4 +1,4 @@
-"""The demonstration: one process reads a prompt, the next one finds it read.
+"""The demonstration: one process reads a long system prompt, the next one finds it read.
 
 Each step runs in a process of its own, so that nothing but the cache
 directory joins them.
@@ -10,35 +10,47 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
-import platformdirs
-
-import erllama
 from erllama._load import load_model
 from erllama._model import Model
 from erllama.cache import Cache
 from erllama.errors import Error
 
-_PARAGRAPH = (
-    "You are the keeper of a small lighthouse, and a patient teller of stories. Visitors climb the stairs to ask "
-    "about the sea, the weather and the ships that pass. Answer in plain words, keep to what you have seen, and "
-    "when you do not know a thing, say so. The lamp is lit at dusk and put out at dawn; between those hours you "
-    "write down every vessel, its course and the hour, in a book that nobody has ever asked to read. "
+_PAGE = (
+    "You are the keeper of a small lighthouse, and a patient teller of stories.",
+    "Visitors climb the stairs to ask about the sea, the weather and the ships that pass.",
+    "Answer in plain words, keep to what you have seen, and when you do not know a thing, say so.",
+    "The lamp is lit at dusk and put out at dawn; between those hours you write down every vessel, its course and "
+    "the hour, in a book that nobody has ever asked to read.",
+    "When somebody asks for a story, tell one that has an end.",
+    "Be polite, even when a visitor is in a hurry.",
+    "The ladder is in the cellar.",
+    "Use short sentences and common words.",
+    "The library opens at 9 and closes at 17.",
+    "In winter there are few visitors, and the evenings are long.",
+    "A map costs 14 coins.",
+    "Most visitors come by boat and stay for an hour.",
+    "Mia looks after the garden.",
+    "Tea is served in the kitchen all day.",
+    "Lost things are kept for a month and then given away.",
 )
-_MORE = "A visitor asks: which ship did you see last night, and where was it going?"
+_STORY = "Tell me a story about a fox named Pip."
+_QUESTION = "Where is the ladder?"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One completion of a worker process, as it reports it."""
+    """One reply of a worker process, as it reports it."""
 
-    prompt_tokens: int
+    question: str
     text: str
     tokens: list[int]
+    prompt_tokens: int
     kind: str
     tier: str | None
     reused: int
@@ -46,48 +58,48 @@ class Step:
     total_seconds: float
 
 
-def run(model: Path | None, n_tokens: int, max_tokens: int) -> int:
+def run(model: Path, n_tokens: int, max_tokens: int) -> int:
     """Show a cold start, then a warm one in a new process; returns the exit status."""
-    random_weights = False
-    if model is None:
-        model, random_weights = _default_model()
-    print(f"model: {model}" + ("  (random weights: its words mean nothing)" if random_weights else ""))
+    print(f"model: {model.name}")
     with tempfile.TemporaryDirectory(prefix="erllama-demo-") as directory:
         arguments = [str(model), directory, str(n_tokens), str(max_tokens)]
-        print(f"\nprocess 1 reads a prompt of about {n_tokens} tokens and ends")
+        print(f"\nprocess 1 reads a system prompt of about {n_tokens} tokens, answers, and ends")
         (cold,) = _worker("cold", arguments)
-        _show("cold", cold)
+        _show(cold)
         print("\nprocess 2 starts anew, with the same cache directory")
-        again, longer = _worker("warm", arguments)
-        _show("same prompt", again)
-        _show("longer prompt", longer)
+        again, later = _worker("warm", arguments)
+        _show(again)
+        _show(later)
         stored = sum(path.stat().st_size for path in Path(directory).rglob("*.kvc"))
-    same = "the same reply" if again.tokens == cold.tokens else "ANOTHER REPLY"
+    same = again.tokens == cold.tokens
     print()
     _compare("first token", cold.first_token_seconds, again.first_token_seconds)
     _compare("whole reply", cold.total_seconds, again.total_seconds)
-    print(f"{same}; {stored / 2**20:.1f} MiB on disk")
-    return 0 if again.tokens == cold.tokens and longer.reused >= cold.prompt_tokens - 1 else 1
+    print(f"{'the same reply' if same else 'ANOTHER REPLY'}; {stored / 2**20:.1f} MiB on disk")
+    return 0 if same and min(again.reused, later.reused) >= cold.prompt_tokens - 1 else 1
 
 
-def work(step: str, model: Path, directory: Path, n_tokens: int, max_tokens: int) -> None:
-    """What a worker process does: complete, and print one JSON object a completion."""
+def work(step: str, path: Path, directory: Path, n_tokens: int, max_tokens: int) -> None:
+    """What a worker process does: reply, and print one JSON object a reply."""
+    n_ctx = n_tokens + 2 * max_tokens + 512
     # No RAM tier: what is shown comes from the disk, the second time in a process, too.
-    with Cache(ram=0, disk=directory) as cache, load_model(model, cache=cache, n_ctx=n_tokens + 512) as loaded:
-        prompt = _prompt(loaded, n_tokens)
-        prompts = [prompt] if step == "cold" else [prompt, prompt + _MORE]
-        for text in prompts:
+    with Cache(ram=0, disk=directory) as cache, load_model(path, cache=cache, n_ctx=n_ctx) as model:
+        messages: list[dict[str, object]] = [{"role": "system", "content": _page(model, n_tokens)}]
+        for question in (_STORY,) if step == "cold" else (_STORY, _QUESTION):
+            messages.append({"role": "user", "content": question})
             began = time.perf_counter()
-            reply = loaded.complete(text, max_tokens=max_tokens, seed=1)
+            reply = model.chat(messages, max_tokens=max_tokens, temperature=0.0)
+            messages.append(reply.message)
             print(
                 json.dumps(
                     {
-                        "prompt_tokens": len(reply.context_tokens) - len(reply.tokens),
-                        "text": reply.text,
+                        "question": question,
+                        "text": reply.text or reply.thinking,
                         "tokens": reply.tokens,
+                        "prompt_tokens": reply.usage.prompt,
                         "kind": reply.cache.kind,
                         "tier": reply.cache.tier,
-                        "reused": reply.cache.tokens,
+                        "reused": reply.usage.cached,
                         "first_token_seconds": reply.timings.restore + reply.timings.prefill,
                         "total_seconds": time.perf_counter() - began,
                     }
@@ -104,45 +116,28 @@ def _worker(step: str, arguments: list[str]) -> list[Step]:
     return [Step(**json.loads(line)) for line in finished.stdout.splitlines()]
 
 
-def _show(title: str, step: Step) -> None:
-    text = step.text if len(step.text) <= 60 else step.text[:57] + "..."
+def _show(step: Step) -> None:
+    print(f"  > {step.question}")
+    said = step.text if step.text.isprintable() else ascii(step.text)[1:-1]
+    print(textwrap.fill(said, 100, initial_indent="    ", subsequent_indent="    "))
+    times = f"first token {step.first_token_seconds * 1e3:.1f} ms, whole reply {step.total_seconds * 1e3:.1f} ms"
     if step.tier:
         warmth = f"{step.kind} hit from {step.tier}, {step.reused} of {step.prompt_tokens} prompt tokens reused"
     else:
         warmth = f"nothing cached, {step.prompt_tokens} prompt tokens read"
-    times = f"first token {step.first_token_seconds * 1e3:.1f} ms, whole reply {step.total_seconds * 1e3:.1f} ms"
-    print(f"  {title + ':':15} {warmth}; {times}\n  {'':15} {text!r}")
+    print(f"  {warmth}; {times}")
 
 
 def _compare(what: str, cold: float, warm: float) -> None:
-    print(
-        f"same prompt, {what}: {warm * 1e3:.1f} ms instead of {cold * 1e3:.1f} ms, {cold / warm:.1f} times faster"
-    )
+    print(f"{what}: {warm * 1e3:.1f} ms instead of {cold * 1e3:.1f} ms, {cold / warm:.1f} times faster")
 
 
-def _prompt(model: Model, n_tokens: int) -> str:
-    """A text of about `n_tokens` tokens for this model."""
-    per_paragraph = len(model.tokenize(_PARAGRAPH, add_special=False))
-    paragraphs, rest = divmod(n_tokens, per_paragraph)
-    return _PARAGRAPH * paragraphs + _PARAGRAPH[: len(_PARAGRAPH) * rest // per_paragraph]
-
-
-def _default_model() -> tuple[Path, bool]:
-    """The model that comes with erllama; else a small one, made once. Whether its weights are random."""
-    find: Callable[[], Path] | None = getattr(erllama, "demo_model", None)
-    if find is not None:
-        return Path(find()), False
-    path = Path(platformdirs.user_cache_dir("erllama")) / "models" / "random-small-q8_0.gguf"
-    if path.exists():
-        return path, True
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise Error(
-            "the demonstration makes its own model with the package 'gguf': pip install 'erllama[models]', "
-            "or give a model of yours with --model PATH"
-        ) from None
-    from erllama.testing.models import SMALL, write_llama
-
-    print(f"making a model in {path}")
-    return write_llama(path, SMALL, seed=1, quantization="Q8_0"), True
+def _page(model: Model, n_tokens: int) -> str:
+    """A system prompt of about `n_tokens` tokens for this model: sentences, again and again if need be."""
+    text, n_left = "", n_tokens
+    for sentence in cycle(_PAGE):
+        n_left -= len(model.tokenize(f" {sentence}", add_special=False))
+        if text and n_left < 0:
+            return text
+        text = f"{text} {sentence}".strip()
+    raise AssertionError("a cycle has no end")

@@ -1,4 +1,4 @@
-"""The model of an example: the GGUF file named on its command line, or a tiny one made for the occasion."""
+"""The model of an example: the GGUF file named on its command line; else the demo model, or a tiny one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
+import erllama
 from erllama.testing.models import LlamaShape, write_llama
-from erllama.testing.scripted import END, write_scripted
+from erllama.testing.scripted import write_scripted
 
 # Small enough to be written in a moment; so many words that hardly any reply meets the end token early.
 _SHAPE = LlamaShape(n_layer=4, n_embd=256, n_ff=512, n_head=4, n_head_kv=2, n_vocab=4096)
+
+
+def model_or_demo() -> Path:
+    """The path of a model: the first argument, or the demo model, which knows stories, sums and a tool."""
+    return Path(sys.argv[1]) if len(sys.argv) > 1 else erllama.demo_model()
 
 
 @contextmanager
@@ -36,45 +41,3 @@ def counting_model_file(argument: int = 1) -> Iterator[Path]:
     follows = dict(zip(letters, letters[1:] + letters[0], strict=True))
     with tempfile.TemporaryDirectory() as place:
         yield write_scripted(Path(place) / "alphabet.gguf", follows)
-
-
-# What the model for chats says: to a question, to one with tools at hand, and to a tool's result.
-_SAID = {
-    "<|answers|>": ["<think>", "23 * 17 is ", "23 * 10 + 23 * 7, ", "so 230 + 161.", "</think>", "It is ", "391."],
-    "<|asks|>": ["<tool_call>", '{"name": "get_time", ', '"arguments": ', '{"city": "Oslo"}}', "</tool_call>"],
-    "<|tells|>": ["In Oslo ", "it is ", "12:30."],
-}
-_SPECIAL = [*_SAID, "<|system|>", "<|user|>", "<|tool|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
-_TEMPLATE = """
-{%- macro speaker(before) -%}
-{{ '<|tells|>' if before.role == 'tool' else '<|asks|>' if tools else '<|answers|>' }}
-{%- endmacro -%}
-{%- if tools %}<|system|>{{ tools | tojson }}{{ eos_token }}{% endif -%}
-{%- for message in messages -%}
-    {%- if message.role == 'assistant' -%}
-        {{ speaker(loop.previtem) }}
-        {%- if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif -%}
-        {{ message.content }}
-        {%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor -%}
-    {%- else -%}
-        <|{{ message.role }}|>{{ message.content }}
-    {%- endif -%}
-    {{ eos_token }}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ speaker(messages[-1]) }}{% endif -%}
-"""
-
-
-@contextmanager
-def chat_model_file() -> Iterator[Path]:
-    """The path of a model that chats: the first argument, or a file that says what is written above."""
-    if len(sys.argv) > 1:
-        yield Path(sys.argv[1])
-        return
-    chains = [[speaker, *pieces, END] for speaker, pieces in _SAID.items()]
-    follows = dict(pair for chain in chains for pair in pairwise(chain))
-    words = [piece for pieces in _SAID.values() for piece in pieces if piece not in _SPECIAL]
-    with tempfile.TemporaryDirectory() as place:
-        yield write_scripted(
-            Path(place) / "scripted.gguf", follows, words=words, special=_SPECIAL, chat_template=_TEMPLATE
-        )

@@ -5,7 +5,7 @@ python examples/chat.py [model.gguf]
 
 from __future__ import annotations
 
-from _model import chat_model_file
+from _model import model_or_demo
 
 import erllama
 
@@ -13,17 +13,17 @@ import erllama
 def main() -> None:
     # Conversations this short are kept only because the policy says so.
     policy = {"min_tokens": 1, "cold_min_tokens": 1}
-    with chat_model_file() as file, erllama.load_model(file, cache=erllama.Cache(), policy=policy) as model:
+    with erllama.load_model(model_or_demo(), cache=erllama.Cache(), policy=policy) as model:
         messages: list[dict[str, object]] = [
             {"role": "system", "content": "You are concise."},
-            {"role": "user", "content": "What is 23 * 17?"},
+            {"role": "user", "content": "What is 23 + 17?"},
         ]
         prompt = model.apply_chat_template(messages)
         print(f"prompt: {len(prompt)} tokens; as text: {model.render_chat(messages)!r}")
-        print(f"as a completion: {model.complete(prompt, max_tokens=40, temperature=0.0).text!r}")
+        print(f"as a completion: {model.complete(prompt, max_tokens=100, temperature=0.0).text!r}")
 
-        for question in ("Are you sure?", "Thank you."):
-            reply = model.chat(messages, max_tokens=40, temperature=0.0)
+        for question in ("And minus 5?", "Thank you."):
+            reply = model.chat(messages, max_tokens=100, temperature=0.0)
             print(f"{messages[-1]['content']} -> {reply.text!r}; {reply.usage}; {reply.cache_delta}")
             messages += [reply.message, {"role": "user", "content": question}]
 

@@ -6,21 +6,26 @@ python examples/one_shot.py [model.gguf]
 import tempfile
 from pathlib import Path
 
-from _model import model_file
+from _model import model_or_demo
 
 import erllama
+
+BEGINNING = (
+    "Once upon a time, in a quiet village by the sea, lived a small fox called Pip. "
+    "One day Pip found an old lamp on the beach. It was"
+)
 
 
 def complete(path: Path, place: str) -> erllama.Completion:
     """Load a model, ask it once, and unload it: all that stays is the cache's directory."""
     with erllama.Cache(disk=place) as cache, erllama.load_model(path, cache=cache, n_ctx=2048) as model:
-        return model.complete("Once upon a time, in a quiet village", max_tokens=16, seed=1)
+        return model.complete(BEGINNING, max_tokens=200, seed=1)
 
 
 def main() -> None:
-    with model_file() as path, tempfile.TemporaryDirectory() as place:
-        first = complete(path, place)
-        again = complete(path, place)
+    with tempfile.TemporaryDirectory() as place:
+        first = complete(model_or_demo(), place)
+        again = complete(model_or_demo(), place)
     print(f"reply: {first.text!r}, ended by {first.finish_reason!r}")
     for reply in (first, again):
         n_prompt = len(reply.context_tokens) - len(reply.tokens)

@@ -3,15 +3,15 @@
 python examples/stop_sequences.py [model.gguf]
 """
 
-from _model import model_file
+from _model import model_or_demo
 
 import erllama
 
-PROMPT = "Write a short list, then say END."
+PROMPT = "Once upon a time there was a small fox called"
 
 
 def main() -> None:
-    with model_file() as path, erllama.load_model(path) as model:
+    with erllama.load_model(model_or_demo()) as model:
         free = model.complete(PROMPT, max_tokens=24, temperature=0)
         print(f"without: {free.text!r}, ended by {free.finish_reason!r}")
 

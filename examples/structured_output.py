@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from _model import model_file
+from _model import model_or_demo
 
 import erllama
 
@@ -28,7 +28,7 @@ WEATHER = {
 
 
 def main() -> None:
-    with model_file() as file, erllama.load_model(file) as model:
+    with erllama.load_model(model_or_demo()) as model:
         reply = model.complete("Reply with JSON: ", max_tokens=32, grammar=NUMBER, seed=1)
         print(f"GBNF:        {json.loads(reply.text)}")
         reply = model.complete("The weather, as JSON: ", max_tokens=200, json_schema=WEATHER, seed=1)

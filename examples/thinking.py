@@ -5,14 +5,14 @@ python examples/thinking.py [model.gguf]
 
 from __future__ import annotations
 
-from _model import chat_model_file
+from _model import model_or_demo
 
 import erllama
 
 
 def main() -> None:
-    with chat_model_file() as file, erllama.load_model(file) as model:
-        messages = [{"role": "user", "content": "Solve: 23 * 17."}]
+    with erllama.load_model(model_or_demo()) as model:
+        messages = [{"role": "user", "content": "What is 23 + 17?"}]
         thinking, answer, signature = "", "", b""
         with model.stream_chat(
             messages, max_tokens=256, thinking="enabled", thinking_signing_key=b"a key"
@@ -36,7 +36,7 @@ def main() -> None:
             messages,
             max_tokens=256,
             thinking="enabled",
-            thinking_budget_tokens=1,
+            thinking_budget_tokens=8,
             thinking_budget_message=" That will do.",
         )
         print(f"in a hurry: {reply.thinking!r}, {reply.text!r}")

@@ -5,7 +5,7 @@ python examples/tools.py [model.gguf]
 
 from __future__ import annotations
 
-from _model import chat_model_file
+from _model import model_or_demo
 
 import erllama
 
@@ -32,7 +32,7 @@ def get_time(city: str) -> str:
 
 def main() -> None:
     policy = {"min_tokens": 1, "cold_min_tokens": 1}
-    with chat_model_file() as file, erllama.load_model(file, cache=erllama.Cache(), policy=policy) as model:
+    with erllama.load_model(model_or_demo(), cache=erllama.Cache(), policy=policy) as model:
         messages: list[dict[str, object]] = [{"role": "user", "content": "What time is it in Oslo?"}]
         # tool_choice="required" makes a model call one that would rather not; its arguments always fit the schema.
         reply = model.chat(messages, tools=TOOLS, tool_choice="required", max_tokens=200)

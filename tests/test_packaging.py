@@ -49,7 +49,12 @@ def test_the_wheel_holds_one_top_level_name_and_its_libraries(wheel: Path) -> No
     assert any(name.startswith("libllama") for name in binding)
     assert any(name.startswith("libggml-base") for name in binding)
     assert {"build.json", "LICENSE.llama.cpp", "_binding.pyi"} <= binding
-    assert {"erllama/py.typed", "erllama/cache/store.py", "erllama/engine/backends/llama.py"} <= set(names)
+    assert {
+        "erllama/py.typed",
+        "erllama/_data/demo.gguf",
+        "erllama/cache/store.py",
+        "erllama/engine/backends/llama.py",
+    } <= set(names)
     assert "-abi3-" in wheel.name
 
 

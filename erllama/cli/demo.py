@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from erllama import _demo
+from erllama.cli.loading import plain_file
+from erllama.cli.options import chosen_model
 
 _TOKENS = click.IntRange(min=1)
 _PATH = click.Path(path_type=Path)
@@ -14,11 +16,11 @@ _PATH = click.Path(path_type=Path)
 
 @click.command()
 @click.option("--model", "-m", type=_PATH, help="A GGUF file of your own.")
-@click.option("--tokens", type=_TOKENS, default=1000, metavar="N", help="Length of the prompt.")
-@click.option("--max-tokens", "-n", type=_TOKENS, default=32, metavar="N", help="Length of a reply.")
+@click.option("--tokens", type=_TOKENS, default=600, metavar="N", help="Length of the system prompt.")
+@click.option("--max-tokens", "-n", type=_TOKENS, default=200, metavar="N", help="Longest reply.")
 def demo(model: Path | None, tokens: int, max_tokens: int) -> int:
-    """Read a prompt in one process, find it read in the next."""
-    return _demo.run(model, tokens, max_tokens)
+    """Read a long prompt in one process, find it read in the next."""
+    return _demo.run(plain_file(chosen_model(model)), tokens, max_tokens)
 
 
 @click.command("demo-worker", hidden=True)

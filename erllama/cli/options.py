@@ -62,17 +62,8 @@ def model_argument(command: Command) -> Command:
 
 
 def chosen_model(given: Path | None) -> Path:
-    """The model that was named, or the one that comes with the package.
-
-    Raises:
-        erllama.Error: none was named, and none comes with it.
-    """
-    if given is not None:
-        return given
-    find: Callable[[], Path] | None = getattr(erllama, "demo_model", None)
-    if find is None:
-        raise erllama.Error("no model was given, and none comes with this build; give the path of a GGUF file")
-    return Path(find())
+    """The model that was named, or the one that comes with the package."""
+    return erllama.demo_model() if given is None else given
 
 
 def named_values(given: Iterable[str], option: str) -> dict[str, object]:

@@ -1,0 +1,149 @@
+"""Measures what the demo model can do, on questions that no training text has, greedily.
+
+The figures of docs/demo-model.md are what this prints; tests/test_demo_model.py
+asks for less of the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import erllama
+from scripts.demo_model import sums, words
+from scripts.demo_model.grammar import an
+
+Message = dict[str, object]
+
+WEATHER: Message = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+# Long enough that its cache is worth something; what it tells can be asked for.
+SYSTEM = (
+    "You are the keeper of a small lighthouse, and a patient teller of stories. Answer in plain words, keep to "
+    "what you have seen, and when you do not know a thing, say so. The library opens at 9 and closes at 17. Use "
+    "short sentences and common words. The ladder is in the cellar. A map costs 14 coins. Mia looks after the "
+    "garden."
+)
+SUBJECTS = ("a fox", "a girl named Mia", "an old clock", "a brave mouse", *map(an, words.UNSEEN))
+_CONDITIONS = ("rain", "sunny", "snow", "cloudy")
+
+
+class Skill(NamedTuple):
+    """How often something was done right; and what went wrong."""
+
+    right: int
+    asked: int
+    wrong: list[str]
+
+
+class ToolSkill(NamedTuple):
+    """How often a tool was called as it should be, and how often its result was told; and what went wrong."""
+
+    called: int
+    told: int
+    asked: int
+    wrong: list[str]
+
+
+class StorySkill(NamedTuple):
+    """How many stories end by themselves, and how many speak of what was asked for; and what went wrong."""
+
+    ended: int
+    kept: int
+    asked: int
+    wrong: list[str]
+
+
+def reply(model: erllama.Model, turns: Sequence[str], *, system: str | None = None) -> erllama.ChatCompletion:
+    """To the last of several turns of a user's, after those to the others."""
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        given = model.chat(messages, max_tokens=300, temperature=0.0)
+        messages.append(given.message)
+    return given
+
+
+def unlearned_sums(n: int, seed: int = 7) -> list[tuple[int, bool, int]]:
+    """Sums, and differences where the middle is False, of numbers below 50 that no training text has."""
+    random = Random(seed)
+    found: list[tuple[int, bool, int]] = []
+    while len(found) < n:
+        a, b, plus = random.randrange(50), random.randrange(50), random.random() < 0.5
+        if (plus or a >= b) and sums.held_out(a, plus, b) and (a, plus, b) not in found:
+            found.append((a, plus, b))
+    return found
+
+
+def calculates(model: erllama.Model, n: int) -> Skill:
+    """How many of `n` sums are thought about and answered rightly."""
+    wrong = []
+    for a, plus, b in unlearned_sums(n):
+        given = reply(model, [f"What is {a} {'+' if plus else '-'} {b}?"])
+        if not given.thinking or given.text != sums.answer(a, plus, b):
+            wrong.append(f"{given.thinking} {given.text}")
+    return Skill(n - len(wrong), n, wrong)
+
+
+def uses_tools(model: erllama.Model, cities: Sequence[str]) -> ToolSkill:
+    """For how many cities the weather is asked of the tool, and for how many told as the tool has it."""
+    called = told = 0
+    wrong = []
+    for i, city in enumerate(cities):
+        messages: list[Message] = [{"role": "user", "content": f"What is the weather in {city}?"}]
+        call = model.chat(messages, tools=[WEATHER], max_tokens=100, temperature=0.0)
+        if [(each.name, each.arguments) for each in call.tool_calls] != [("get_weather", {"city": city})]:
+            wrong.append(f"{city}: {call.text}{call.tool_calls}")
+            continue
+        called += 1
+        degrees, condition = i % 40 - 6, _CONDITIONS[i % len(_CONDITIONS)]
+        result = json.dumps({"temperature": degrees, "condition": condition})
+        messages += [call.message, {"role": "tool", "tool_call_id": call.tool_calls[0].id, "content": result}]
+        answer = model.chat(messages, tools=[WEATHER], max_tokens=100, temperature=0.0).text
+        if city in answer and f"{degrees} degrees" in answer and condition in answer:
+            told += 1
+        else:
+            wrong.append(f"{city}, {result}: {answer}")
+    return ToolSkill(called, told, len(cities), wrong)
+
+
+def tells_stories(model: erllama.Model, subjects: Sequence[str]) -> StorySkill:
+    """How many stories end, and keep their subject: name it, whether they have given it a name or not."""
+    ended = kept = 0
+    wrong = []
+    for subject in subjects:
+        given = reply(model, [f"Tell me a story about {subject}."])
+        ended += given.finish_reason == "stop"
+        kept += subject.split()[-1] in given.text
+        if given.finish_reason != "stop" or subject.split()[-1] not in given.text:
+            wrong.append(f"{subject}: {given.text}")
+    return StorySkill(ended, kept, len(subjects), wrong)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.demo_model.skills", description=__doc__)
+    parser.add_argument("model", type=Path, nargs="?", default=erllama.demo_model(), help="the demo model")
+    path = parser.parse_args().model
+    with erllama.Cache(ram="256MiB") as cache, erllama.load_model(path, cache=cache, n_ctx=1024) as model:
+        calculated = calculates(model, 200)
+        used = uses_tools(model, [*words.CITIES[:88], *words.UNSEEN_CITIES])
+        told = tells_stories(model, [an(kind) for kind in (*words.ANIMALS, *words.THINGS, *words.UNSEEN)])
+        print(f"sums right: {calculated.right} of {calculated.asked}")
+        print(f"tools called with the city: {used.called} of {used.asked}, results told: {used.told}")
+        print(f"stories that end: {told.ended} of {told.asked}, that keep their subject: {told.kept}")
+        for each in (*calculated.wrong, *used.wrong, *told.wrong):
+            print(f"  not right: {each}")
+
+
+if __name__ == "__main__":
+    main()
