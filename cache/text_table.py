@@ -74,6 +74,7 @@ class TextTable:
         """Note a text; the least recently used go where all take more than `limit_bytes`."""
         if self._contradicted:
             self.clear()
+        self._total()  # before triggers add to it: what is no number would pass for one
         pieces = pieces_of(known.tokens)
         head = head_of(pieces)
         seal = _seal(known.digest, known.n_bytes, head)
@@ -186,7 +187,16 @@ class TextTable:
         self._release(row[1])
 
     def _total(self) -> int:
-        return int(self._connection.execute("SELECT TOTAL(n_bytes) FROM text_total").fetchone()[0])
+        """What all of it takes; counted anew where that is not what triggers can have left."""
+        rows = self._connection.execute("SELECT n_bytes FROM text_total").fetchall()
+        if len(rows) == 1 and isinstance(rows[0][0], int) and rows[0][0] >= 0:
+            return int(rows[0][0])
+        self._connection.execute("DELETE FROM text_total")
+        self._connection.execute(
+            f"INSERT INTO text_total SELECT (SELECT COUNT(*) * {_TEXT_OVERHEAD} FROM texts) + "
+            f"(SELECT COUNT(*) * {_PIECE_OVERHEAD} + COALESCE(SUM(LENGTH(tokens)), 0) FROM text_pieces)"
+        )
+        return int(self._connection.execute("SELECT n_bytes FROM text_total").fetchone()[0])
 
     def clear(self) -> None:
         """Forget every text."""

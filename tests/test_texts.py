@@ -292,6 +292,36 @@ def test_what_is_forgotten_takes_nothing(steps: list[tuple[int, int, int]]) -> N
     assert (known.n_bytes, known._pieces._pieces, known._pieces._needs, known._lengths) == (0, {}, {}, {})
 
 
+WRONG_TOTALS = ("9e999", "-9e999", "'x'", "x'00'", "-1e11", "1e300", "1 << 60")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [f"UPDATE text_total SET n_bytes = {wrong}" for wrong in WRONG_TOTALS]
+    + ["DELETE FROM text_total", "INSERT INTO text_total VALUES (1)"],
+)
+def test_a_damaged_total_neither_ends_the_bound_nor_the_remembering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr("erllama.cache.file_tier._TEXT_BYTES", 1500)
+    with Cache(disk=tmp_path) as cache:
+        cache.remember_text(NAMESPACE, b"first", ids(1))
+    with database(tmp_path) as db:
+        db.execute(damage)
+    with Cache(disk=tmp_path) as cache:
+        for i in range(5):
+            cache.remember_text(NAMESPACE, b"%d" % i, np.arange(i, i + 10, dtype=np.int32))
+            cache.flush()
+        assert cache.counters()["faults"] == cache.counters()["disk_errors"] == 0
+    with Cache(disk=tmp_path) as cache:
+        assert found(cache, b"4") == (1, list(range(4, 14)))
+    with database(tmp_path) as db:
+        (rows,) = db.execute("SELECT 300 * COUNT(*) FROM texts").fetchone()
+        (pieces,) = db.execute("SELECT TOTAL(250 + LENGTH(tokens)) FROM text_pieces").fetchone()
+        assert db.execute("SELECT * FROM text_total").fetchall() == [(rows + pieces,)]
+        assert rows + pieces <= 1500
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 400), st.integers(0, 1)), max_size=20))
 def test_the_total_on_disk_is_that_of_the_rows_whoever_wrote_them(
