@@ -195,3 +195,5 @@ def test_another_reply_takes_the_last_ones_place(run: Command, model: Path, tmp_
     assert "nothing was said yet" in found.err
     assert "2 replies, " in found.err
     assert len(json.loads(file.read_text())) == 2
+    file.write_text('[{"role": "assistant", "content": "Hello."}]')
+    assert "nothing was said yet" in run("chat", model, *ONE, stdin=f"/load {file}\n/regenerate\n").err

@@ -61,10 +61,10 @@ class Conversation:
             ChatError: there is none.
             erllama.Error: as of `Model.chat`; the last one is then gone, and its message, too.
         """
-        if not self.messages:
+        asked = [at for at, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
             raise ChatError("nothing was said yet; say something first")
-        while self.messages[-1]["role"] != "user":
-            self.messages.pop()
+        del self.messages[asked[-1] + 1 :]
         return self._answer()
 
     def _answer(self) -> erllama.ChatCompletion:
