@@ -58,7 +58,7 @@ def _asker(commands: Sequence[str], history: bool) -> Callable[[], str]:
     kept: History = FileHistory(str(file)) if file is not None else InMemoryHistory()
     session: PromptSession[str] = PromptSession(
         history=kept,
-        completer=WordCompleter([f"/{name}" for name in commands], sentence=True),
+        completer=WordCompleter([f"/{name} " for name in commands], sentence=True),
         complete_while_typing=False,
         key_bindings=keys,
         output=output,
