@@ -85,6 +85,24 @@ def test_thinking_is_dimmed_and_the_second_turn_starts_where_the_first_ended(run
     assert not (run.directory.parent / "state").exists()
 
 
+def test_tab_completes_commands_and_up_brings_lines_back(run: Command, model: Path) -> None:
+    with terminal(run, model) as screen:
+        screen.wait_for("/help lists the commands")
+        screen.wait_for(">")
+        screen.send("/sys\t")
+        screen.wait_for("tem")
+        screen.send("Be brief.\r")
+        screen.wait_for("the system message is set")
+        screen.wait_for(">")
+        screen.send("\x1b[A")
+        screen.wait_for("Be brief.")
+        screen.send("\r")
+        screen.wait_for("the system message is set")
+        screen.wait_for(">")
+        screen.send("\x04")
+        assert screen.wait_for_end() == 0
+
+
 # --- through a pipe -----------------------------------------------------------------------------------
 
 
