@@ -30,7 +30,7 @@ $(VENV)/.installed-$(BACKEND): $(INSTALL_INPUTS)
 demo: setup
 	@$(BIN)/python -m erllama demo
 
-# Trains anew the model that `demo` uses: an hour or so on two cores; interrupted, it goes on where it was.
+# Trains anew the model that `demo` uses: half an hour or so on two cores; interrupted, it goes on where it was.
 demo-model: setup
 	$(call install,what training needs,train)
 	$(BIN)/python -m scripts.demo_model $(DEMO_MODEL)
