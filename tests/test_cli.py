@@ -183,6 +183,16 @@ def test_the_model_that_comes_with_it_is_what_no_model_means(
 # --- in processes of its own ----------------------------------------------------------------------
 
 
+def test_a_prompt_that_is_missing_is_told(run: Command, model: Path) -> None:
+    for stdin in ("", " \n"):
+        found = run("run", model, *ONE, stdin=stdin)
+        assert (found.status, found.out) == (2, "")
+        assert "stdin is empty" in found.err
+    found = run("run", model.parent, "Is it?", *ONE)
+    assert found.status == 1
+    assert "is a directory" in found.err
+
+
 def test_what_is_piped_has_no_escapes_and_ctrl_c_keeps_what_came(run: Command, tmp_path: Path) -> None:
     endless = says(tmp_path / "endless.gguf", "abc ", for_ever=True)
     command = [sys.executable, "-m", "erllama", "run", str(endless), "Q", "--n-ctx", "65536", *ONE]

@@ -111,7 +111,7 @@ def _complete(model: erllama.Model, prompt: str, options: Mapping[str, object], 
 
 
 def _model_and_prompt(model: Path | None, words: Sequence[str]) -> tuple[Path | None, str]:
-    if model is None and words and (words[0].endswith(".gguf") or Path(words[0]).is_file()):
+    if model is None and words and _names_a_model(words[0]):
         model, words = Path(words[0]), words[1:]
     if not words:
         if sys.stdin.isatty():
@@ -119,4 +119,12 @@ def _model_and_prompt(model: Path | None, words: Sequence[str]) -> tuple[Path | 
         words = ("-",)
     parts = [sys.stdin.read() if word == "-" else word for word in words]
     # Arguments that are no UTF-8 are still text to be read.
-    return model, " ".join(parts).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    prompt = " ".join(parts).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if words == ("-",) and not prompt.strip():
+        raise click.UsageError("no prompt: stdin is empty; give words, or pipe some in")
+    return model, prompt
+
+
+def _names_a_model(word: str) -> bool:
+    # A directory with a "/" was meant to be one, and is refused as such.
+    return word.endswith(".gguf") or Path(word).is_file() or ("/" in word and Path(word).is_dir())
