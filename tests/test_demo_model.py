@@ -14,6 +14,7 @@ from random import Random
 import pytest
 
 import erllama
+from pages import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
@@ -99,6 +100,16 @@ def test_a_story_goes_on_where_it_was_begun(demo: erllama.Model) -> None:
     reply = demo.complete("Once upon a time there was a small fox", max_tokens=300, temperature=0.0)
     assert reply.finish_reason == "stop"
     assert reply.text.count(".") >= 4
+
+
+def test_its_page_shows_what_it_says(demo: erllama.Model, capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = blocks("docs/demo-model.md", "python")
+    exec(compile(snippet.text, "docs/demo-model.md", "exec", dont_inherit=True), {})
+    assert capsys.readouterr().out.splitlines() == re.findall(r"print\(.*\)  # (.*)", snippet.text)
+    page = (ROOT / "docs" / "demo-model.md").read_text()
+    assert f"{erllama.demo_model().stat().st_size:,} bytes" in page
+    assert f"{demo.info.n_params / 1e6:.2f} million parameters" in page
+    assert f"{demo.info.n_layer} layers of width {demo.info.n_embd}" in page
 
 
 # --- Its file -----------------------------------------------------------------------------------
