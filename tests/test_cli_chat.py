@@ -204,6 +204,13 @@ def test_options_are_set_listed_and_taken_back(run: Command, model: Path) -> Non
     ]
 
 
+def test_a_conversation_that_fills_the_context_can_be_begun_anew(run: Command, model: Path) -> None:
+    found = run("chat", model, "--n-ctx", 256, *ONE, stdin=f"{'x' * 400}\n/reset\nIs it?\n")
+    assert (found.status, found.out) == (1, "Yes.\n")
+    assert "the context holds 256; " in found.err
+    assert "/reset begins a new conversation" in found.err
+
+
 def test_another_reply_takes_the_last_ones_place(run: Command, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     found = run(

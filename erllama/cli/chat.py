@@ -73,7 +73,8 @@ class _Talk:
             except (erllama.Error, OSError) as error:
                 if isinstance(error, BrokenPipeError):
                     raise
-                note(told(error))
+                full = isinstance(error, erllama.PromptTooLong)
+                note(told(error) + ("; /reset begins a new conversation" if full else ""))
                 self._failed = True
         return 1 if self._failed and not self._watched else 0
 
