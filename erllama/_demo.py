@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 import textwrap
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from erllama._load import load_model
 from erllama._model import Model
+from erllama._processes import erllama_command
 from erllama.cache import Cache
 from erllama.errors import Error
 
@@ -108,7 +108,7 @@ def work(step: str, path: Path, directory: Path, n_tokens: int, max_tokens: int)
 
 
 def _worker(step: str, arguments: list[str]) -> list[Step]:
-    command = [sys.executable, "-m", "erllama", "demo-worker", step, *arguments]
+    command = erllama_command("demo-worker", step, *arguments)
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         reason = finished.stderr.strip().splitlines()
