@@ -7,6 +7,7 @@ Exit statuses: 0; 1 for an error of ours, told in one line; 2 for wrong usage;
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import sqlite3
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 import erllama
+from erllama._printing import printable, say
 from erllama.cli.bench import bench
 from erllama.cli.cache import cache
 from erllama.cli.chat import chat
@@ -49,11 +51,18 @@ class _Commands(click.Group):
             return NO_READER
         except Exception as error:
             if debug:
-                traceback.print_exc()
+                say(traceback.format_exc(), end="", stderr=True)
             foreseen = isinstance(error, erllama.Error | OSError | sqlite3.Error)
             defect = f"{type(error).__name__}: {error}. This is a defect; `erllama --debug …` tells where"
             note(told(error) if foreseen else defect)
             return 1
+
+
+class _Lines(logging.Formatter):
+    """Log records may quote what came from outside."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 @contextlib.contextmanager
@@ -63,7 +72,7 @@ def _logging(debug: bool) -> Iterator[None]:
     What libllama says is for debugging: what matters of it is in errors.
     """
     log, handler, before = logging.getLogger("erllama"), logging.StreamHandler(), logging.getLogger("erllama").level
-    handler.setFormatter(logging.Formatter("erllama: %(message)s"))
+    handler.setFormatter(_Lines("erllama: %(message)s"))
     if not debug:
         handler.addFilter(lambda record: not record.name.startswith("erllama.llama"))
     log.addHandler(handler)
@@ -102,7 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = root.main(given, prog_name="erllama", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        say(shown.getvalue(), end="", stderr=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
