@@ -18,12 +18,10 @@ from __future__ import annotations
 import io
 import os
 import re
-import secrets
 import stat
 import tarfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -33,7 +31,7 @@ from erllama.cache import kvc
 from erllama.cache.blocks import Block
 from erllama.cache.maintenance import CacheFiles
 from erllama.cache.tier import Problem
-from erllama.errors import CacheError, CacheFormatError
+from erllama.errors import CacheFormatError
 
 _NAME = re.compile(r"blocks/([0-9a-f]{64})\.kvc")
 _MOST_BYTES = 1 << 36  # of one member: far above any block; where a stream cannot tell its own length
@@ -249,25 +247,3 @@ def _length(source: IO[bytes]) -> int | None:
         status = os.fstat(source.fileno())
         return status.st_size if stat.S_ISREG(status.st_mode) else None
     return None
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that only its owner can read, in place when it is complete and not before.
-
-    Raises:
-        CacheError: it cannot be made.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise CacheError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise

@@ -9,10 +9,11 @@ from typing import IO
 import click
 
 from erllama._printing import one_line, say
-from erllama.cache.archive import export_blocks, import_blocks, new_file
+from erllama.cache.archive import export_blocks, import_blocks
 from erllama.cache.maintenance import CacheFiles
 from erllama.cli.console import count, note, print_json, progress, size
 from erllama.cli.directories import directories_option, json_option, named_namespaces, the_disk_directory
+from erllama.cli.files import new_file
 
 
 @click.command("export")
