@@ -2,6 +2,9 @@
 
     blocks/<key>.kvc      one .kvc file a block, the blocks that it follows before it; and nothing else
 
+The members are plain files, with headers of the kind ustar or GNU; extended
+headers are refused before they are read.
+
 An archive may come from anywhere, so nothing in it is believed. No name of it
 becomes a path; a member is a plain file with a block's name, no longer than the
 archive has bytes for; its content is a .kvc file that checks out, of the block
@@ -15,20 +18,20 @@ from __future__ import annotations
 import io
 import os
 import re
-import secrets
 import stat
 import tarfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import IO, NamedTuple
 
 import numpy as np
+import xxhash
 
 from erllama.cache import kvc
+from erllama.cache.blocks import Block
 from erllama.cache.maintenance import CacheFiles
 from erllama.cache.tier import Problem
-from erllama.errors import CacheError, CacheFormatError
+from erllama.errors import CacheFormatError
 
 _NAME = re.compile(r"blocks/([0-9a-f]{64})\.kvc")
 _MOST_BYTES = 1 << 36  # of one member: far above any block; where a stream cannot tell its own length
@@ -112,86 +115,130 @@ def import_blocks(files: CacheFiles, source: IO[bytes], on_done: Told = lambda d
     """
     n_all = _length(source)
     if n_all is not None:
-        for member in _members(source, n_all):
-            _key_of(member)
+        for _ in _members(source, n_all):
+            pass
         source.seek(0)
     n_blocks = n_bytes = n_there = 0
     refused: list[Problem] = []
-    for member, content in _contents(source, n_all):
+    for member in _members(source, n_all):
         try:
-            block, payload = kvc.decode(content)
-            if block.key != _key_of(member):
-                raise CacheFormatError("the file holds another block than its name says")
+            block, payload = _content(member)
+        except _ArchiveError:
+            raise
         except CacheFormatError as error:
             refused.append(Problem(files.tier, member.name, str(error)))
             continue
         if files.put(block, payload):
-            n_blocks, n_bytes = n_blocks + 1, n_bytes + content.nbytes
+            n_blocks, n_bytes = n_blocks + 1, n_bytes + member.size
         else:
             n_there += 1
         if n_all:
-            on_done(min((member.offset_data + member.size) / n_all, 1.0))
+            on_done(min(member.end / n_all, 1.0))
     return Imported(n_blocks, n_bytes, n_there, refused)
 
 
-def _contents(source: IO[bytes], n_all: int | None) -> Iterator[tuple[tarfile.TarInfo, memoryview]]:
-    for member, opened in _opened_members(source, n_all):
-        _key_of(member)
-        try:
-            content = np.empty(member.size, np.uint8).data  # not touched before it is filled
-        except MemoryError:
-            raise CacheFormatError(f"{member.name!r} of {member.size} bytes is more than memory holds") from None
-        done = 0
-        while done < member.size:
-            with _reading():
-                piece = opened.read(min(_CHUNK, member.size - done))
-            if not piece:
-                raise CacheFormatError(f"the archive ends within {member.name!r}")
-            content[done : done + len(piece)] = piece
-            done += len(piece)
-        yield member, content.toreadonly()
+class _ArchiveError(CacheFormatError):
+    """The archive as a whole is refused, not one block of it."""
 
 
-def _members(source: IO[bytes], n_all: int | None) -> Iterator[tarfile.TarInfo]:
-    for member, _ in _opened_members(source, n_all):
+class _Member:
+    """One block of an archive that is being read.
+
+    Attributes:
+        name: as the archive has it; a block's.
+        key: that the name says.
+        size: bytes.
+        end: where it ends in the archive.
+    """
+
+    def __init__(self, source: IO[bytes], header: tarfile.TarInfo, start: int) -> None:
+        self.name, self.size, self.end = header.name, header.size, start + header.size
+        self.key = bytes.fromhex(_NAME.fullmatch(header.name)[1])  # type: ignore[index]  # it was checked
+        self._source, self._left = source, header.size
+
+    def read(self, n: int) -> bytes:
+        """The next `n` bytes, or as many as are left of the member."""
+        found = _read(self._source, min(n, self._left), f"within {self.name!r}")
+        self._left -= len(found)
+        return found
+
+    def skip(self, *, seeking: bool) -> None:
+        """Pass over what is left, and what fills its last record."""
+        n = self._left + -self.size % tarfile.BLOCKSIZE
+        self._left = 0
+        if seeking:
+            self._source.seek(n, os.SEEK_CUR)
+        while n and not seeking:
+            n -= len(_read(self._source, min(n, _CHUNK), f"within {self.name!r}"))
+
+
+def _members(source: IO[bytes], n_all: int | None) -> Iterator[_Member]:
+    """The members in turn, each checked as far as its header tells.
+
+    Reads header by header, and refuses every kind but plain files. `tarfile` would first read the whole content of
+    an extended header, of any length, and parse it in quadratic time.
+    """
+    at = 0
+    while True:
+        record = _read(source, tarfile.BLOCKSIZE, "without its end mark")
+        at += tarfile.BLOCKSIZE
+        if not any(record):
+            break
+        header = _header(record)
+        most = _MOST_BYTES if n_all is None else max(n_all - at, 0)
+        if not 0 < header.size <= most:
+            raise _ArchiveError(f"{header.name!r} of {header.size} bytes cannot be in this archive")
+        member = _Member(source, header, at)
         yield member
+        member.skip(seeking=n_all is not None)
+        at = member.end + -member.size % tarfile.BLOCKSIZE
+    if at == tarfile.BLOCKSIZE:
+        raise _ArchiveError("the archive is empty")
+    if n_all is None:
+        source.read(-at % tarfile.RECORDSIZE)  # whoever writes the stream writes whole records
 
 
-def _opened_members(source: IO[bytes], n_all: int | None) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
-    """The members, each checked as far as its header tells, and what reads it."""
-    found = False
-    with _reading(), tarfile.open(fileobj=source, mode="r:" if n_all is not None else "r|") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # there may be very many, and they are kept
-            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-                raise CacheFormatError(f"{member.name!r} is no plain file; an archive of blocks has nothing else")
-            most = _MOST_BYTES if n_all is None else max(n_all - member.offset_data, 0)
-            if not 0 < member.size <= most:
-                raise CacheFormatError(f"{member.name!r} of {member.size} bytes cannot be in this archive")
-            opened = tar.extractfile(member)
-            assert opened is not None
-            found = True
-            yield member, opened
-    if not found:
-        raise CacheFormatError("the archive is empty")
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    """What a tar file that is none makes of its reader, as one error."""
+def _header(record: bytes) -> tarfile.TarInfo:
+    """What a header says, if it is one of a plain file with a block's name."""
     try:
-        yield
-    except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
-        if isinstance(error, CacheFormatError):
-            raise
-        raise CacheFormatError(f"it is no tar file that can be read: {error}") from None
+        header = tarfile.TarInfo.frombuf(record, "utf-8", "surrogateescape")
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        raise _ArchiveError(f"it is no tar file that can be read: {error}") from None
+    if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        raise _ArchiveError(f"{header.name!r} is no plain file; an archive of blocks has nothing else")
+    if _NAME.fullmatch(header.name) is None:
+        raise _ArchiveError(f"{header.name!r} is no block; an archive of blocks has nothing else")
+    return header
 
 
-def _key_of(member: tarfile.TarInfo) -> bytes:
-    found = _NAME.fullmatch(member.name)
-    if found is None:
-        raise CacheFormatError(f"{member.name!r} is no block; an archive of blocks has nothing else")
-    return bytes.fromhex(found[1])
+def _content(member: _Member) -> tuple[Block, memoryview]:
+    """The block and the payload of a member, checked; memory is taken when its header was found valid."""
+    block, payload_bytes, checksum = kvc.read_header_from(member.read, member.size)
+    if block.key != member.key:
+        raise CacheFormatError("the file holds another block than its name says")
+    try:
+        payload = np.empty(payload_bytes, np.uint8).data  # not touched before it is filled
+    except MemoryError:
+        raise _ArchiveError(f"{member.name!r} of {member.size} bytes is more than memory holds") from None
+    done = 0
+    while done < payload_bytes:
+        piece = member.read(_CHUNK)
+        payload[done : done + len(piece)] = piece
+        done += len(piece)
+    if xxhash.xxh3_128_digest(payload) != checksum:
+        raise CacheFormatError("the payload's checksum does not match")
+    return block, payload.toreadonly()
+
+
+def _read(source: IO[bytes], n: int, where: str) -> bytes:
+    """Exactly `n` bytes; a pipe may give fewer at a time."""
+    found = source.read(n)
+    while len(found) < n:
+        piece = source.read(n - len(found))
+        if not piece:
+            raise _ArchiveError(f"the archive ends {where}")
+        found += piece
+    return found
 
 
 def _length(source: IO[bytes]) -> int | None:
@@ -200,25 +247,3 @@ def _length(source: IO[bytes]) -> int | None:
         status = os.fstat(source.fileno())
         return status.st_size if stat.S_ISREG(status.st_mode) else None
     return None
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that only its owner can read, in place when it is complete and not before.
-
-    Raises:
-        CacheError: it cannot be made.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise CacheError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,21 +105,6 @@ def decode_header(content: memoryview) -> tuple[Block, int, bytes]:
     return block, payload_bytes, payload_checksum
 
 
-def decode(content: memoryview) -> tuple[Block, memoryview]:
-    """The block and the payload of a whole file's bytes, checked.
-
-    Raises:
-        CacheFormatError: they are not valid.
-    """
-    block, payload_bytes, checksum = decode_header(content)
-    payload = content[header_bytes(block.n_tokens) :]
-    if payload.nbytes != payload_bytes:
-        raise CacheFormatError(f"a payload of {payload.nbytes} bytes where the header says {payload_bytes}")
-    if xxhash.xxh3_128_digest(payload) != checksum:
-        raise CacheFormatError("the payload's checksum does not match")
-    return block, payload
-
-
 def read(path: Path) -> tuple[Block, NDArray[np.uint8]]:
     """Read and check one file: its block, and its payload in a buffer of its own.
 
@@ -127,7 +113,7 @@ def read(path: Path) -> tuple[Block, NDArray[np.uint8]]:
         OSError: it cannot be read.
     """
     with _opened(path) as (descriptor, size):
-        block, payload_bytes, checksum = _read_header(descriptor, size)
+        block, payload_bytes, checksum = read_header_from(partial(os.read, descriptor), size)
         # Not a bytearray, which would be filled with zeros first.
         payload = np.empty(payload_bytes, np.uint8)
         done = 0
@@ -148,16 +134,27 @@ def read_header(path: Path) -> tuple[Block, int]:
         CacheFormatError, OSError: as `read`.
     """
     with _opened(path) as (descriptor, size):
-        block, payload_bytes, _ = _read_header(descriptor, size)
+        block, payload_bytes, _ = read_header_from(partial(os.read, descriptor), size)
     return block, payload_bytes
 
 
-def _read_header(descriptor: int, size: int) -> tuple[Block, int, bytes]:
-    """Leaves the descriptor at the payload, whose length the file's size confirms."""
-    head = os.read(descriptor, _FIXED.size)
+def read_header_from(read: Callable[[int], bytes], size: int) -> tuple[Block, int, bytes]:
+    """Read a header and stop at the payload, whose length the size of the whole confirms.
+
+    Args:
+        read: returns the next bytes, at most as many as asked for.
+        size: bytes of header and payload together.
+
+    Returns:
+        as `decode_header`.
+
+    Raises:
+        CacheFormatError: the header is not valid, or not of a file of this size.
+    """
+    head = read(_FIXED.size)
     if len(head) == _FIXED.size:
         n_header = struct.unpack_from("<I", head, 16)[0]
-        head += os.read(descriptor, min(max(n_header - _FIXED.size, 0), header_bytes(MAX_TOKENS)))
+        head += read(min(max(n_header - _FIXED.size, 0), header_bytes(MAX_TOKENS)))
     block, payload_bytes, checksum = decode_header(memoryview(head))
     expected = header_bytes(block.n_tokens) + payload_bytes
     if size != expected:

@@ -11,76 +11,160 @@ Every token's KV is computed once, stored once, found again exactly, and
 survives a restart. Everything a user needs is in this namespace.
 """
 
-from erllama._adapters import Adapter
-from erllama._chat import AsyncChatStream, ChatStream
-from erllama._demo_model import demo_model
-from erllama._info import Device, ModelInfo, devices
-from erllama._load import load_backend, load_model
-from erllama._model import Model
-from erllama._registry import get_model, list_models, queue_depth
-from erllama._scoring import Score
-from erllama._speculation import Verification
-from erllama._stream import AsyncStream, Stream
-from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
-from erllama.chat.results import ChatCompletion, Usage
-from erllama.chat.templates import render_chat_template
-from erllama.engine import (
-    Buffer,
-    CacheDelta,
-    CacheHit,
-    Candidates,
-    Completion,
-    Delta,
-    Done,
-    Drafter,
-    Drafts,
-    EngineMetrics,
-    Event,
-    Grammar,
-    NotedToken,
-    SamplingState,
-    TextDelta,
-    ThinkingDelta,
-    ThinkingEnd,
-    Timings,
-    TokenLogprobs,
-    ToolCall,
-    ToolCallDelta,
-    ToolCallEnd,
-)
-from erllama.errors import (
-    AdapterLoadError,
-    AdapterUnloaded,
-    AlreadyLoaded,
-    BackendError,
-    CacheError,
-    CacheFormatError,
-    CalledFromModelThread,
-    CellsExhausted,
-    ChatError,
-    DeadlineExceeded,
-    Error,
-    GrammarError,
-    IntegrityError,
-    LibraryNotBuilt,
-    LoadCancelled,
-    ModelLoadError,
-    ModelNotFound,
-    ModelUnloaded,
-    OptionError,
-    PromptError,
-    PromptTooLong,
-    QueueFull,
-    SamplingError,
-    SessionBusy,
-    StateError,
-    TemplateError,
-    ToolCallError,
-    Unsupported,
-    VocabularyOnly,
-)
+import importlib
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from erllama._adapters import Adapter
+    from erllama._chat import AsyncChatStream, ChatStream
+    from erllama._demo_model import demo_model
+    from erllama._info import Device, ModelInfo, devices
+    from erllama._load import load_backend, load_model
+    from erllama._model import Model
+    from erllama._registry import get_model, list_models, queue_depth
+    from erllama._scoring import Score
+    from erllama._speculation import Verification
+    from erllama._stream import AsyncStream, Stream
+    from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
+    from erllama.chat.results import ChatCompletion, Usage
+    from erllama.chat.templates import render_chat_template
+    from erllama.engine import (
+        Buffer,
+        CacheDelta,
+        CacheHit,
+        Candidates,
+        Completion,
+        Delta,
+        Done,
+        Drafter,
+        Drafts,
+        EngineMetrics,
+        Event,
+        Grammar,
+        NotedToken,
+        SamplingState,
+        TextDelta,
+        ThinkingDelta,
+        ThinkingEnd,
+        Timings,
+        TokenLogprobs,
+        ToolCall,
+        ToolCallDelta,
+        ToolCallEnd,
+    )
+    from erllama.errors import (
+        AdapterLoadError,
+        AdapterUnloaded,
+        AlreadyLoaded,
+        BackendError,
+        CacheError,
+        CacheFormatError,
+        CalledFromModelThread,
+        CellsExhausted,
+        ChatError,
+        DeadlineExceeded,
+        Error,
+        GrammarError,
+        IntegrityError,
+        LibraryNotBuilt,
+        LoadCancelled,
+        ModelLoadError,
+        ModelNotFound,
+        ModelUnloaded,
+        OptionError,
+        PromptError,
+        PromptTooLong,
+        QueueFull,
+        SamplingError,
+        SessionBusy,
+        StateError,
+        TemplateError,
+        ToolCallError,
+        Unsupported,
+        VocabularyOnly,
+    )
 
 __version__ = "0.1.0"
+
+# A library prints nothing: what it logs goes to the handlers that a program sets up, and otherwise nowhere.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+# Where the public names are, as above. Each module is imported when one of its names is first used: all of them
+# together take half a second, and import numpy, jinja2, llguidance, sqlite_utils and watchdog.
+_HOMES: dict[str, tuple[str, ...]] = {
+    "erllama._adapters": ("Adapter",),
+    "erllama._chat": ("AsyncChatStream", "ChatStream"),
+    "erllama._demo_model": ("demo_model",),
+    "erllama._info": ("Device", "ModelInfo", "devices"),
+    "erllama._load": ("load_backend", "load_model"),
+    "erllama._model": ("Model",),
+    "erllama._registry": ("get_model", "list_models", "queue_depth"),
+    "erllama._scoring": ("Score",),
+    "erllama._speculation": ("Verification",),
+    "erllama._stream": ("AsyncStream", "Stream"),
+    "erllama.cache": ("Cache", "MemoryUsage", "Policy", "Pressure", "SaveReason"),
+    "erllama.chat.results": ("ChatCompletion", "Usage"),
+    "erllama.chat.templates": ("render_chat_template",),
+    "erllama.engine": (
+        "Buffer",
+        "CacheDelta",
+        "CacheHit",
+        "Candidates",
+        "Completion",
+        "Delta",
+        "Done",
+        "Drafter",
+        "Drafts",
+        "EngineMetrics",
+        "Event",
+        "Grammar",
+        "NotedToken",
+        "SamplingState",
+        "TextDelta",
+        "ThinkingDelta",
+        "ThinkingEnd",
+        "Timings",
+        "TokenLogprobs",
+        "ToolCall",
+        "ToolCallDelta",
+        "ToolCallEnd",
+    ),
+    "erllama.errors": (
+        "AdapterLoadError",
+        "AdapterUnloaded",
+        "AlreadyLoaded",
+        "BackendError",
+        "CacheError",
+        "CacheFormatError",
+        "CalledFromModelThread",
+        "CellsExhausted",
+        "ChatError",
+        "DeadlineExceeded",
+        "Error",
+        "GrammarError",
+        "IntegrityError",
+        "LibraryNotBuilt",
+        "LoadCancelled",
+        "ModelLoadError",
+        "ModelNotFound",
+        "ModelUnloaded",
+        "OptionError",
+        "PromptError",
+        "PromptTooLong",
+        "QueueFull",
+        "SamplingError",
+        "SessionBusy",
+        "StateError",
+        "TemplateError",
+        "ToolCallError",
+        "Unsupported",
+        "VocabularyOnly",
+    ),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_SUBMODULES = ("cache", "chat", "engine", "errors")
 
 __all__ = [
     "Adapter",
@@ -161,3 +245,21 @@ __all__ = [
     "queue_depth",
     "render_chat_template",
 ]
+
+if not TYPE_CHECKING:  # otherwise type checkers would take any name for one of ours
+
+    def __getattr__(name: str) -> object:
+        """Import a public name, or a subpackage, at its first use."""
+        # No lock of ours: the import system has its own, and threads may import the same module at once.
+        if name in _SUBMODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name not in _HOME_OF:
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+            )
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 import textwrap
 import time
@@ -18,6 +17,8 @@ from pathlib import Path
 
 from erllama._load import load_model
 from erllama._model import Model
+from erllama._printing import one_line, say
+from erllama._processes import erllama_command
 from erllama.cache import Cache
 from erllama.errors import Error
 
@@ -60,22 +61,22 @@ class Step:
 
 def run(model: Path, n_tokens: int, max_tokens: int) -> int:
     """Show a cold start, then a warm one in a new process; returns the exit status."""
-    print(f"model: {model.name}")
+    say(f"model: {one_line(model.name)}")
     with tempfile.TemporaryDirectory(prefix="erllama-demo-") as directory:
         arguments = [str(model), directory, str(n_tokens), str(max_tokens)]
-        print(f"\nprocess 1 reads a system prompt of about {n_tokens} tokens, answers, and ends")
+        say(f"\nprocess 1 reads a system prompt of about {n_tokens} tokens, answers, and ends")
         (cold,) = _worker("cold", arguments)
         _show(cold)
-        print("\nprocess 2 starts anew, with the same cache directory")
+        say("\nprocess 2 starts anew, with the same cache directory")
         again, later = _worker("warm", arguments)
         _show(again)
         _show(later)
         stored = sum(path.stat().st_size for path in Path(directory).rglob("*.kvc"))
     same = again.tokens == cold.tokens
-    print()
+    say()
     _compare("first token", cold.first_token_seconds, again.first_token_seconds)
     _compare("whole reply", cold.total_seconds, again.total_seconds)
-    print(f"{'the same reply' if same else 'ANOTHER REPLY'}; {stored / 2**20:.1f} MiB on disk")
+    say(f"{'the same reply' if same else 'ANOTHER REPLY'}; {stored / 2**20:.1f} MiB on disk")
     return 0 if same and min(again.reused, later.reused) >= cold.prompt_tokens - 1 else 1
 
 
@@ -90,7 +91,7 @@ def work(step: str, path: Path, directory: Path, n_tokens: int, max_tokens: int)
             began = time.perf_counter()
             reply = model.chat(messages, max_tokens=max_tokens, temperature=0.0)
             messages.append(reply.message)
-            print(
+            say(
                 json.dumps(
                     {
                         "question": question,
@@ -108,7 +109,7 @@ def work(step: str, path: Path, directory: Path, n_tokens: int, max_tokens: int)
 
 
 def _worker(step: str, arguments: list[str]) -> list[Step]:
-    command = [sys.executable, "-m", "erllama", "demo-worker", step, *arguments]
+    command = erllama_command("demo-worker", step, *arguments)
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
         reason = finished.stderr.strip().splitlines()
@@ -117,19 +118,18 @@ def _worker(step: str, arguments: list[str]) -> list[Step]:
 
 
 def _show(step: Step) -> None:
-    print(f"  > {step.question}")
-    said = step.text if step.text.isprintable() else ascii(step.text)[1:-1]
-    print(textwrap.fill(said, 100, initial_indent="    ", subsequent_indent="    "))
+    say(f"  > {step.question}")
+    say(textwrap.fill(one_line(step.text), 100, initial_indent="    ", subsequent_indent="    "))
     times = f"first token {step.first_token_seconds * 1e3:.1f} ms, whole reply {step.total_seconds * 1e3:.1f} ms"
     if step.tier:
         warmth = f"{step.kind} hit from {step.tier}, {step.reused} of {step.prompt_tokens} prompt tokens reused"
     else:
         warmth = f"nothing cached, {step.prompt_tokens} prompt tokens read"
-    print(f"  {warmth}; {times}")
+    say(f"  {warmth}; {times}")
 
 
 def _compare(what: str, cold: float, warm: float) -> None:
-    print(f"{what}: {warm * 1e3:.1f} ms instead of {cold * 1e3:.1f} ms, {cold / warm:.1f} times faster")
+    say(f"{what}: {warm * 1e3:.1f} ms instead of {cold * 1e3:.1f} ms, {cold / warm:.1f} times faster")
 
 
 def _page(model: Model, n_tokens: int) -> str:

@@ -87,7 +87,7 @@ def test_an_unknown_scenario_is_named_with_those_there_are() -> None:
     assert "agents" in finished.stderr
 
 
-@pytest.mark.parametrize("scenario", ["lookup", "restart", "turns", "memory", "outside"])
+@pytest.mark.parametrize("scenario", ["lookup", "restart", "turns", "memory", "outside", "startup"])
 def test_scenarios_without_peers_run(tmp_path: Path, scenario: str) -> None:
     # One thread: several that wait for one another spin, and would do so beside whatever else runs.
     command = [sys.executable, "-m", "benchmarks", "--quick", "--threads", "1", "--out", str(tmp_path), scenario]

@@ -14,7 +14,7 @@ import pytest
 
 import erllama
 from command import Command, says
-from erllama.cli.console import printable, size
+from erllama.cli.console import size
 from pseudo_terminal import PseudoTerminal
 
 ONE = ("--threads", "1")
@@ -318,13 +318,6 @@ def test_a_terminal_shows_how_far_a_long_prompt_is(run: Command, tiny_gguf: Path
 
 
 # --- what is written ---------------------------------------------------------------------------------
-
-
-def test_nothing_that_a_model_says_changes_the_state_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erllama.cli.console.is_terminal", lambda: True)
-    assert (
-        printable("a\x1b[2Jb\x9b\r\x07c\n\td é 日本 👩‍👩‍👧") == "a\ufffd[2Jb\ufffd\ufffd\ufffdc\n\td é 日本 👩‍👩‍👧"
-    )
 
 
 def test_sizes_are_told_as_people_read_them() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-from erllama.cli.main import main, root
+from erllama.cli.main import Later, main, root
 from erllama.testing.scripted import write_scripted
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
@@ -110,7 +110,9 @@ def test_the_page_shows_what_its_commands_print(tmp_path: Path) -> None:
 
 def test_the_page_names_every_command_and_option() -> None:
     text = PAGE.read_text()
-    for name, command in root.commands.items():
+    for name, later in root.commands.items():
+        assert isinstance(later, Later)
+        command = later.load()
         if command.hidden:
             continue
         assert f"`{name}`" in text

@@ -6,9 +6,11 @@ The only module that imports `llama_ffi`. Its errors become this library's in
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from erllama._printing import printable
 from erllama.errors import AdapterLoadError, BackendError, LibraryNotBuilt, ModelLoadError, PromptError
 
 try:
@@ -18,6 +20,15 @@ except ImportError as error:
         f"the binding of libllama is not there ({error}); build it with `make setup` in a checkout, "
         "or install erllama with pip, which builds it"
     ) from error
+
+
+def _printable_lines(record: logging.LogRecord) -> bool:
+    """Make a line of libllama's log printable: it may quote a model's metadata."""
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
+
+
+logging.getLogger("erllama.llama").addFilter(_printable_lines)
 
 MAX_SEQUENCES = llama_ffi.max_sequences() - 1  # one is the scratch sequence
 

@@ -11,6 +11,7 @@ import click
 import numpy as np
 
 import erllama
+from erllama._printing import say
 from erllama.cache.maintenance import is_cache
 from erllama.cli.console import print_facts, print_json, progress
 from erllama.cli.loading import Setup, plain_file
@@ -81,7 +82,7 @@ def bench(
             ("first token, from disk", _against(cold, found["first_token_disk_seconds"])),
         ]
     )
-    print(f"medians of {runs}; files just written may be read from the system's memory")
+    say(f"medians of {runs}; files just written may be read from the system's memory")
 
 
 def _against(cold: float, warm: float) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import erllama
+from erllama._processes import erllama_command
 from erllama.cli.console import count, size
 from erllama.cli.findings import Finding
 
@@ -78,7 +79,7 @@ def packages() -> Iterator[Finding]:
 def self_check() -> Iterator[Finding]:
     """Whether the demo model runs, in a process of its own, and finds its prompt again on disk."""
     with tempfile.TemporaryDirectory(prefix="erllama-doctor-") as directory:
-        command = [sys.executable, "-m", "erllama", "doctor-worker", directory]
+        command = erllama_command("doctor-worker", directory)
         try:
             finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_WORKER_SECONDS)
         except subprocess.TimeoutExpired:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from erllama._printing import say
 from erllama.cache.maintenance import CacheFiles, Context, Namespace
 from erllama.cli.cache_archives import export_command, import_command
 from erllama.cli.cache_care import evict, gc, verify
@@ -44,7 +45,7 @@ def stats(directories: tuple[Path, ...], as_json: bool) -> None:
                     ("free space", size(int(str(usage["free_bytes"])))),
                 ]
             )
-            print()
+            say()
             if namespaces:
                 _print_namespaces(namespaces)
     if as_json:

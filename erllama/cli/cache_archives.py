@@ -8,10 +8,12 @@ from typing import IO
 
 import click
 
-from erllama.cache.archive import export_blocks, import_blocks, new_file
+from erllama._printing import one_line, say
+from erllama.cache.archive import export_blocks, import_blocks
 from erllama.cache.maintenance import CacheFiles
 from erllama.cli.console import count, note, print_json, progress, size
 from erllama.cli.directories import directories_option, json_option, named_namespaces, the_disk_directory
+from erllama.cli.files import new_file
 
 
 @click.command("export")
@@ -39,7 +41,7 @@ def export_command(file: Path, directories: tuple[Path, ...], prefixes: tuple[st
         left_out = [{"name": problem.place, "what": problem.what} for problem in done.left_out]
         print_json({"file": str(file), "blocks": done.n_blocks, "bytes": done.n_bytes, "left_out": left_out})
     elif not to_stdout:
-        print(f"{count(done.n_blocks, 'block')}, {size(done.n_bytes)}, in {file}")
+        say(f"{count(done.n_blocks, 'block')}, {size(done.n_bytes)}, in {one_line(str(file))}")
 
 
 @click.command("import")
@@ -62,5 +64,5 @@ def import_command(file: IO[bytes], directories: tuple[Path, ...], as_json: bool
         counted = {"blocks": done.n_blocks, "bytes": done.n_bytes, "there": done.n_there}
         print_json({"directory": str(root), **counted, "refused": refused})
     else:
-        print(f"{count(done.n_blocks, 'block')} stored, {size(done.n_bytes)}; {done.n_there:,} were there")
+        say(f"{count(done.n_blocks, 'block')} stored, {size(done.n_bytes)}; {done.n_there:,} were there")
     return 1 if done.refused else 0

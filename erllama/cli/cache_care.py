@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from erllama._printing import one_line, say
 from erllama.cache.maintenance import Removed
 from erllama.cli.console import count, print_json, progress, size
 from erllama.cli.directories import directories_option, json_option, named_namespaces, opened
@@ -31,11 +32,11 @@ def verify(directories: tuple[Path, ...], repair: bool, as_json: bool) -> int:
         print_json({"blocks": n_blocks, "problems": wrong, "set_aside": n_set_aside, "repaired": repair})
     else:
         for problem in problems:
-            print(f"{problem.place}: {problem.what}")
+            say(one_line(f"{problem.place}: {problem.what}"))
         if n_set_aside:
-            print(f"{count(n_set_aside, 'file')} that no index knew, and no block, set aside in damaged/")
+            say(f"{count(n_set_aside, 'file')} that no index knew, and no block, set aside in damaged/")
         wrong_text = count(len(problems), "problem") + (", repaired" if repair and problems else "")
-        print(f"{count(n_blocks, 'block')} checked, {wrong_text}")
+        say(f"{count(n_blocks, 'block')} checked, {wrong_text}")
     return 1 if problems and not repair else 0
 
 
@@ -57,7 +58,8 @@ def gc(directories: tuple[Path, ...], quota: int | None, as_json: bool) -> None:
                 del found[-1]["removed"]
             else:
                 others = f"{count(done.leftovers, 'file')} of dead processes removed, {done.adopted:,} adopted"
-                print(f"{files.root}: {_gone(done.removed)}; {others}, {done.forgotten:,} without a file forgotten")
+                removed_text = f"{one_line(str(files.root))}: {_gone(done.removed)}"
+                say(f"{removed_text}; {others}, {done.forgotten:,} without a file forgotten")
     if as_json:
         print_json(found)
 
@@ -99,4 +101,4 @@ def evict(
     if as_json:
         print_json({"removed_blocks": total.n_blocks, "removed_bytes": total.n_bytes})
     else:
-        print(_gone(total))
+        say(_gone(total))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
 import erllama
+from erllama._printing import json_text, say
 from erllama.cli import reply as replies
 from erllama.cli.chat_commands import COMMANDS, Leave, run_command
-from erllama.cli.console import is_terminal, note, terminal, told
+from erllama.cli.console import is_terminal, note, print_dimmed, told, write_reply
 from erllama.cli.conversation import Conversation
 from erllama.cli.lines import typed_lines
 from erllama.cli.loading import Setup, plain_file
@@ -46,7 +46,9 @@ def chat(
         conversation = Conversation(loaded, system, silent=as_json)
         conversation.set(drawing if thinking is None else {**drawing, "thinking": thinking})
         if watched:
-            _dim(f"{loaded.info.name or loaded.id}, {loaded.n_ctx:,} tokens of context; /help lists the commands")
+            print_dimmed(
+                f"{loaded.info.name or loaded.id}, {loaded.n_ctx:,} tokens of context; /help lists the commands"
+            )
         talk = _Talk(conversation, stats=watched if stats is None else stats, as_json=as_json, watched=watched)
         return talk.until_it_ends(history)
 
@@ -83,16 +85,12 @@ class _Talk:
         if isinstance(said, str):
             self._tell(said)
         elif self._as_json:
-            print(json.dumps(replies.as_json(self._conversation.model, said), ensure_ascii=False), flush=True)
+            write_reply(json_text(replies.as_json(self._conversation.model, said)) + "\n")
         elif self._stats:
             self._tell(replies.cost(said))
 
     def _tell(self, text: str) -> None:
         if self._watched:
-            _dim(text)
+            print_dimmed(text)
         else:
-            print(text, file=sys.stderr, flush=True)
-
-
-def _dim(text: str) -> None:
-    terminal().print(text, style="dim", soft_wrap=True)
+            say(text, stderr=True)

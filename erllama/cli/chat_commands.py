@@ -82,7 +82,7 @@ def _path(argument: str, usage: str) -> Path:
         words = shlex.split(argument)
     except ValueError as error:
         raise CommandError(f"{usage}: {error}") from None
-    if len(words) != 1:
+    if len(words) != 1 or "\0" in words[0]:
         raise CommandError(f"{usage}: give one file")
     return Path(words[0]).expanduser()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from erllama._printing import say
+
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -21,4 +23,4 @@ def completion(ctx: click.Context, shell: str) -> None:
     """
     kind = get_completion_class(shell)
     assert kind is not None
-    print(kind(ctx.find_root().command, {}, "erllama", "_ERLLAMA_COMPLETE").source())
+    say(kind(ctx.find_root().command, {}, "erllama", "_ERLLAMA_COMPLETE").source())

@@ -6,7 +6,6 @@ lines are for terminals only; what is piped is plain text.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -14,12 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from erllama._printing import json_text, one_line, printable, say
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress
 
 # Exit statuses beside 0, 1 for an error of ours and 2 for wrong usage, as shells have them.
 INTERRUPTED, NO_READER = 130, 141
+
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 Column = tuple[str, str]  # title, and "left" or "right"
 
@@ -45,16 +48,17 @@ def told(error: Exception) -> str:
 
 def note(text: str) -> None:
     """Say something that is no answer."""
-    print(f"erllama: {text}", file=sys.stderr, flush=True)
+    say(f"erllama: {one_line(text)}", stderr=True)
 
 
 def print_json(value: object) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    say(json_text(value, indent=2))
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
     """Rows under titles: a table in a terminal, columns that nothing is cut from in a pipe."""
+    rows = [[one_line(text) for text in row] for row in rows]
     if is_terminal():
         from rich.table import Table
         from rich.text import Text
@@ -72,26 +76,31 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Non
             text.rjust(width) if side == "right" else text.ljust(width)
             for text, width, (_, side) in zip(row, widths, columns, strict=True)
         ]
-        print("  ".join(cells).rstrip())
+        say("  ".join(cells).rstrip())
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
-    """Names and values, a line each."""
-    width = max((len(name) for name, _ in facts), default=0) + 2
-    for name, value in facts:
-        print(f"{name + ':':{width}}{printable(value)}")
+    """Names and values, a line each; further lines of a value are indented, so that none looks like a name."""
+    named = [(one_line(name), value) for name, value in facts]
+    width = max((len(name) for name, _ in named), default=0) + 2
+    for name, value in named:
+        say(f"{name + ':':{width}}{value}".replace("\n", "\n" + " " * width))
 
 
-def printable(text: str) -> str:
-    """A text without what would move the cursor or change the terminal's state; lines and tabs stay."""
-    if not is_terminal():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" or _is_mark(c) else "\ufffd" for c in text)
+def print_dimmed(text: str) -> None:
+    """Lines in the colour of remarks, in a terminal."""
+    terminal().print(printable(text), style="dim", soft_wrap=True)
 
 
-def _is_mark(character: str) -> bool:
-    # Other white space, and the joiners that emoji are made with; not the C0 and C1 controls.
-    return (character.isspace() and character >= "\u00a0") or character in "\u200c\u200d"
+def write_reply(text: str) -> None:
+    """Write what a model said, at once: printable in a terminal, and exact where it is piped."""
+    sys.stdout.write(printable(text) if is_terminal() else text)
+    sys.stdout.flush()
+
+
+def dim(on: bool) -> None:
+    """Begin or end a dimmed part of a reply, in a terminal."""
+    sys.stdout.write(_DIM if on else _PLAIN)
 
 
 def size(n_bytes: float) -> str:
@@ -127,7 +136,7 @@ def progress(what: str) -> Iterator[Callable[[float], None]]:
         yield lambda fraction: None
         return
     with _bar() as bar:
-        task = bar.add_task(what, total=1.0)
+        task = bar.add_task(one_line(what), total=1.0)
         yield lambda fraction: bar.update(task, completed=fraction)
 
 
@@ -138,7 +147,7 @@ def watching(what: str, done: Callable[[], float]) -> Iterator[Callable[[], None
         yield lambda: None
         return
     with _bar(done) as bar:
-        bar.add_task(what, total=1.0)
+        bar.add_task(one_line(what), total=1.0)
         yield bar.stop
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import cast
 import erllama
 from erllama._options import ChatOptions, chat_request
 from erllama.cli import reply as replies
+from erllama.cli.files import new_file
 from erllama.errors import ChatError, shown
 
 Message = dict[str, object]
@@ -101,15 +101,14 @@ class Conversation:
         self.options = options
 
     def save(self, path: Path) -> None:
-        """Write the messages to a file of the user's alone, as JSON.
+        """Write the messages to a new file of the user's alone, as JSON; it replaces a file or a link of that name.
 
         Raises:
             OSError: it cannot be written.
         """
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(self.all_messages, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+        text = json.dumps(self.all_messages, indent=2, ensure_ascii=False) + "\n"
+        with new_file(path) as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
 
     def load(self, path: Path) -> None:
         """Go on with the messages of a file.

@@ -13,6 +13,7 @@ import click
 import psutil
 
 import erllama
+from erllama._printing import one_line, say
 from erllama.cli import build_findings, directory_findings
 from erllama.cli.console import is_terminal, print_json, size, terminal
 from erllama.cli.directories import directories_option, json_option
@@ -34,7 +35,7 @@ def doctor(directories: tuple[Path, ...], as_json: bool) -> int:
     if as_json:
         print_json([asdict(finding) for finding in found])
     else:
-        print(build_findings.counted(found))
+        say(build_findings.counted(found))
     return 1 if any(finding.state == "wrong" for finding in found) else 0
 
 
@@ -55,14 +56,14 @@ def _show(finding: Finding) -> None:
     if is_terminal():
         terminal().print(f"{finding.state:>5}", style=_STYLES[finding.state], end="  ")
     else:
-        print(f"{finding.state:>5}", end="  ")
-    print(f"{finding.what}: {finding.text}")
+        say(f"{finding.state:>5}", end="  ")
+    say(f"{one_line(finding.what)}: {one_line(finding.text)}")
     if finding.mend:
-        print(f"{'':7}mend: {finding.mend}" if finding.state != "ok" else f"{'':7}to have it: {finding.mend}")
+        say(f"{'':7}{'to have it' if finding.state == 'ok' else 'mend'}: {one_line(finding.mend)}")
 
 
 @click.command("doctor-worker", hidden=True)
 @click.argument("directory", type=click.Path(path_type=Path))
 def doctor_worker(directory: Path) -> None:
     """Run by `doctor`."""
-    print(json.dumps(build_findings.run_self_check(directory)))
+    say(json.dumps(build_findings.run_self_check(directory)))

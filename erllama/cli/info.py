@@ -9,6 +9,7 @@ import click
 
 import erllama
 from erllama._fingerprint import Fingerprint
+from erllama._printing import say
 from erllama.cli.console import print_facts, print_json, progress, size
 from erllama.cli.loading import plain_file
 from erllama.cli.options import DIRECTORY, chosen_model, model_argument
@@ -47,7 +48,7 @@ def info(model: Path | None, fingerprint: bool, metadata: bool, cache_dir: Path 
         [(name.replace("_", " "), _text(name, value)) for name, value in found.items() if name != "metadata"]
     )
     if metadata:
-        print()
+        say()
         print_facts([(name, str(value)) for name, value in found["metadata"].items()])  # type: ignore[attr-defined]
 
 

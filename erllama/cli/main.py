@@ -7,9 +7,10 @@ Exit statuses: 0; 1 for an error of ours, told in one line; 2 for wrong usage;
 from __future__ import annotations
 
 import contextlib
+import importlib
+import io
 import logging
 import os
-import sqlite3
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,19 +18,35 @@ from collections.abc import Iterator, Sequence
 import click
 
 import erllama
-from erllama.cli.bench import bench
-from erllama.cli.cache import cache
-from erllama.cli.chat import chat
-from erllama.cli.completion import completion
+from erllama._printing import printable, say
 from erllama.cli.console import INTERRUPTED, NO_READER, note, told
-from erllama.cli.demo import demo, demo_worker
-from erllama.cli.doctor import doctor, doctor_worker
-from erllama.cli.info import info
-from erllama.cli.run import run
+
+
+class Later(click.Command):
+    """A subcommand that is imported when it is run, so that `--help` and `--version` are quick.
+
+    Its name and the first line of its help are here as they are there.
+    """
+
+    def __init__(self, name: str, module: str, text: str = "") -> None:
+        super().__init__(name, help=text, hidden=not text)
+        self._module = module
+
+    def load(self) -> click.Command:
+        """Import the subcommand."""
+        found = getattr(importlib.import_module(self._module), (self.name or "").replace("-", "_"))
+        assert isinstance(found, click.Command)
+        return found
 
 
 class _Commands(click.Group):
-    """Turns errors into lines and statuses."""
+    """Imports the subcommand that is run; turns errors into lines and statuses."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command.load() if isinstance(command, Later) else command, rest
 
     def invoke(self, ctx: click.Context) -> int:
         debug = bool(ctx.params["debug"])
@@ -49,11 +66,20 @@ class _Commands(click.Group):
             return NO_READER
         except Exception as error:
             if debug:
-                traceback.print_exc()
+                say(traceback.format_exc(), end="", stderr=True)
+            import sqlite3
+
             foreseen = isinstance(error, erllama.Error | OSError | sqlite3.Error)
             defect = f"{type(error).__name__}: {error}. This is a defect; `erllama --debug …` tells where"
             note(told(error) if foreseen else defect)
             return 1
+
+
+class _Lines(logging.Formatter):
+    """Log records may quote what came from outside."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 @contextlib.contextmanager
@@ -63,7 +89,7 @@ def _logging(debug: bool) -> Iterator[None]:
     What libllama says is for debugging: what matters of it is in errors.
     """
     log, handler, before = logging.getLogger("erllama"), logging.StreamHandler(), logging.getLogger("erllama").level
-    handler.setFormatter(logging.Formatter("erllama: %(message)s"))
+    handler.setFormatter(_Lines("erllama: %(message)s"))
     if not debug:
         handler.addFilter(lambda record: not record.name.startswith("erllama.llama"))
     log.addHandler(handler)
@@ -88,7 +114,22 @@ def root(debug: bool) -> None:
     """Run GGUF models and keep prompts warm: nobody's prompt is read twice."""
 
 
-for command in (run, chat, demo, demo_worker, info, doctor, doctor_worker, cache, bench, completion):
+for command in (
+    Later("run", "erllama.cli.run", "Write one reply."),
+    Later("chat", "erllama.cli.chat", "Talk with a model."),
+    Later("demo", "erllama.cli.demo", "Read a long prompt in one process, find it read in the next."),
+    Later("demo-worker", "erllama.cli.demo"),
+    Later("info", "erllama.cli.info", "What a model is, from its file's header alone."),
+    Later("doctor", "erllama.cli.doctor", "What is built, and what is wrong; exit status 1 where something is."),
+    Later("doctor-worker", "erllama.cli.doctor"),
+    Later("cache", "erllama.cli.cache", "Look after what is stored of prompts."),
+    Later(
+        "bench",
+        "erllama.cli.bench",
+        "Measure a model: prefill, decode, and the first token cold, from RAM, and from disk after a restart.",
+    ),
+    Later("completion", "erllama.cli.completion", "Print a completion script."),
+):
     root.add_command(command)
 
 
@@ -102,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = root.main(given, prog_name="erllama", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        say(shown.getvalue(), end="", stderr=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED

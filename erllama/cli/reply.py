@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import erllama
-from erllama.cli.console import is_terminal, printable, terminal, watching
+from erllama.cli.console import dim, is_terminal, terminal, watching, write_reply
 
 # Prompts shorter than this are read before a bar would be seen.
 _LONG_PROMPT = 512
-_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def show(
@@ -63,13 +61,13 @@ class _Screen:
         if self._watched and text:
             if not self._thinking:
                 self._thinking = True
-                sys.stdout.write(_DIM)
+                dim(True)
             self._write(text)
 
     def end_thought(self) -> None:
         if self._thinking:
             self._thinking = False
-            sys.stdout.write(_PLAIN)
+            dim(False)
             self._write("\n\n")
 
     def finish(self) -> None:
@@ -79,8 +77,7 @@ class _Screen:
 
     def _write(self, text: str) -> None:
         if text:
-            sys.stdout.write(printable(text))
-            sys.stdout.flush()
+            write_reply(text)
             self._last = text[-1]
 
 

@@ -11,6 +11,7 @@ import click
 
 import erllama
 from erllama._options import ChatOptions, CompletionOptions
+from erllama._printing import say
 from erllama.cli import reply as replies
 from erllama.cli.console import INTERRUPTED, print_json
 from erllama.cli.loading import Setup, plain_file
@@ -71,7 +72,7 @@ def run(
         if as_json:
             print_json(replies.as_json(loaded, reply))
         if stats:
-            print(replies.cost(reply), file=sys.stderr)
+            say(replies.cost(reply), stderr=True)
     return INTERRUPTED if reply.finish_reason == "cancelled" else 0
 
 

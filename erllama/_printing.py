@@ -1,0 +1,48 @@
+"""What the command prints: every text from outside passes `printable` before it reaches a terminal.
+
+Names of files, metadata of models, replies and error messages may hold escape
+sequences, which could move the cursor, change the terminal's title or hide
+what is printed. A leaf module; called by `erllama.cli`, by the demonstration
+and by the handler of libllama's log.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+_REPLACEMENT = "\ufffd"
+
+
+def printable(text: str) -> str:
+    """Return a text with U+FFFD for each character that a terminal would obey rather than show.
+
+    Replaced are the C0 and C1 controls but newline and tab, DEL, surrogates, the marks that change the direction of
+    writing, and other invisible characters; the joiners that emoji and some scripts need stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if _is_shown(c) or c in "\n\t" else _REPLACEMENT for c in text)
+
+
+def one_line(text: str) -> str:
+    """Return a printable text without line breaks, so that it cannot pose as a line of its own."""
+    return printable(text).replace("\n", " ").replace("\t", " ")
+
+
+def json_text(value: object, *, indent: int | None = None) -> str:
+    """Return a value as JSON: characters that `printable` replaces are escaped, all others are themselves."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    if text.isprintable():
+        return text
+    return "".join(c if _is_shown(c) or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def say(text: str = "", *, end: str = "\n", stderr: bool = False) -> None:
+    """Print a text, on stdout or stderr, as `printable` makes it."""
+    print(printable(text), end=end, file=sys.stderr if stderr else sys.stdout, flush=stderr)
+
+
+def _is_shown(character: str) -> bool:
+    # White space beyond ASCII and C1 is harmless, and so are the two joiners.
+    return character.isprintable() or (character.isspace() and character >= "\u00a0") or character in "\u200c\u200d"

@@ -1,0 +1,25 @@
+"""Command lines of the child processes that erllama starts.
+
+Owns the one way to run erllama in a child: with the parent's interpreter, and
+without the current directory on the module search path. The current directory
+may hold a downloaded model and files beside it, and none of them may run.
+Called by `erllama demo` and `erllama doctor`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def erllama_command(*arguments: str) -> list[str]:
+    """Return the command line that runs `erllama` in a child process.
+
+    `-P` keeps the current directory off `sys.path`, which `-m` would put first. `PYTHONPATH`, editable
+    installs and the virtual environment stay in effect, unless the parent runs without them.
+    """
+    flags = ["-P"]
+    if sys.flags.ignore_environment:
+        flags.append("-E")
+    if sys.flags.no_user_site:
+        flags.append("-s")
+    return [sys.executable, *flags, "-m", "erllama", *arguments]
