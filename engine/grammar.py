@@ -398,8 +398,8 @@ def _written_gbnf(rules: gbnf.Rules, spelled: Callable[[Token], str]) -> str:
 def _written(kind: str, source: str) -> str:
     """A grammar in llguidance's Lark, where alone it can be told to leave all ways of writing a text open."""
     if kind == "json_schema":
-        schema = json.dumps(schemas.compiled_from(source))
-        return f"{_NO_FORCING}\nstart: %json {schema}\n"
+        expression, lines = schemas.written(source)
+        return "\n".join([_NO_FORCING, f"start: {expression}", *lines, ""])
     try:
         source.encode()
     except UnicodeEncodeError as error:
