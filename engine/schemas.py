@@ -26,7 +26,7 @@ def source_of(schema: Mapping[str, object] | bool | str) -> str:
     """A schema as text; a text is taken as it is.
 
     Raises:
-        GrammarError: it is no JSON.
+        GrammarError: it is no JSON, or nested too deeply.
     """
     if isinstance(schema, str):
         return schema
