@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from urllib.parse import unquote
@@ -20,6 +21,11 @@ _WHITE_SPACE = r"\x20|\r?\n[\x20\t]{0,40}"
 _MAX_NESTING = 120
 # Levels of nesting that references lead through: each takes up to about 10 kB of the compiler's stack.
 _MAX_LEVELS = 10_000
+# Properties of one object: the time that they take grows with their square, to some seconds here.
+_MAX_PROPERTIES = 4000
+# Characters of a class of a regular expression: as with properties.
+_MAX_CLASS = 20_000
+_CLASS = re.compile(r"\[(?:[^\]\\]|\\.)*+", re.DOTALL)
 
 
 def source_of(schema: Mapping[str, object] | bool | str) -> str:
@@ -38,6 +44,32 @@ def source_of(schema: Mapping[str, object] | bool | str) -> str:
         raise GrammarError("the schema is nested too deeply") from None
     except (TypeError, ValueError) as error:
         raise GrammarError(f"the schema is no JSON: {error}") from None
+
+
+def check_classes(pattern: str) -> None:
+    """Raise GrammarError if a regular expression, or a text with some in it, has a character class that is too long."""
+    longest = max((found.end() - found.start() for found in _CLASS.finditer(pattern)), default=0)
+    if longest > _MAX_CLASS:
+        raise GrammarError(
+            f"a character class of {longest} characters; at most {_MAX_CLASS} are supported: "
+            "use ranges, such as [a-z], or classes, such as \\p{Han}"
+        )
+
+
+def _check_sizes(schema: dict[str, object]) -> None:
+    for node, _ in _walk(schema):
+        if not isinstance(node, dict):
+            continue
+        properties, pattern = node.get("properties"), node.get("pattern")
+        if isinstance(properties, dict) and len(properties) > _MAX_PROPERTIES:
+            raise GrammarError(
+                f"an object of {len(properties)} properties; at most {_MAX_PROPERTIES} are supported: "
+                "use additionalProperties, or objects within the object"
+            )
+        patterns = node.get("patternProperties")
+        for text in (pattern, *(patterns if isinstance(patterns, dict) else ())):
+            if isinstance(text, str):
+                check_classes(text)
 
 
 def written(source: str) -> Written:
@@ -79,6 +111,7 @@ def compiled_from(source: str) -> dict[str, object]:
         raise GrammarError("the schema is false: no JSON has it")
     if not isinstance(schema, dict):
         raise GrammarError(f"a schema is an object or a boolean, not {json.dumps(schema)[:40]}")
+    _check_sizes(schema)
     if _levels(schema) > _MAX_LEVELS:
         raise GrammarError("the schema's references lead too deep")
     fault = _Endings(schema).fault()
