@@ -47,6 +47,20 @@ _WORDS = tuple(
         (r"Schema intersection stack level exceeded", "allOf, anyOf and references lead too deep"),
         (r"json-schema:///", ""),
         (
+            r"required property '(.*)' is unsatisfiable",
+            r"the property '\1' is required, and no value has its schema",
+        ),
+        (
+            r"Resource '(.*?)' is not present in a registry.*",
+            r"the reference '\1' leads out of the schema; only those within it, as '#/$defs/name', are supported",
+        ),
+        (r"Pointer '(.*?)' does not exist", r"the reference '#\1' leads nowhere in the schema"),
+        (r"unexpected end of hex escape|lone leading surrogate.*", "a text in it has half a surrogate pair"),
+        (
+            r"Value for 'multipleOf' has too many digits: .*",
+            "multipleOf has too many digits; at most 9 are supported",
+        ),
+        (
             r"initial lexer configuration.*",
             "the grammar is too large to compile; use fewer rules and shorter texts",
         ),

@@ -47,7 +47,7 @@ def source_of(schema: Mapping[str, object] | bool | str) -> str:
 
 
 def check_classes(pattern: str) -> None:
-    """Raise GrammarError if a regular expression, or a text with some in it, has a character class that is too long."""
+    """Raise GrammarError if a text with regular expressions has a character class that is too long."""
     longest = max((found.end() - found.start() for found in _CLASS.finditer(pattern)), default=0)
     if longest > _MAX_CLASS:
         raise GrammarError(

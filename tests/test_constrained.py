@@ -363,7 +363,7 @@ def test_an_option_that_is_nested_without_end_is_refused(option: str, make: Call
 
 def test_an_integer_of_too_many_digits_is_refused_by_its_option() -> None:
     with erllama.load_backend(StubBackend()) as model:
-        for option in ("temperature", "seed", "top_k", "json_schema"):
+        for option in ("temperature", "seed", "json_schema", "regex"):
             with pytest.raises(erllama.OptionError):
                 model.complete("x", **{option: 10**5000})  # type: ignore[arg-type]
         with pytest.raises(erllama.GrammarError, match="no JSON"):

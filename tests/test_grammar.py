@@ -505,34 +505,12 @@ def test_a_schema_that_cannot_be_kept_is_refused_by_name(schema: object, problem
 # Words of llguidance, of Rust and of our own machinery, which say nothing to who wrote a schema.
 INTERNAL = re.compile(
     r"%json|coerce|lenient|x-guidance|json-schema:|f64|Some\(|None|panic|assert|usize|serde|[Ll]exer|Bias|"
-    r"Unsatisfiable|Unimplemented|RegexAst|stack level|llguidance|start:|regex for"
+    r"registry|retriev|[Uu]nsatisfiable|Pointer|hex escape|Unimplemented|RegexAst|stack level|"
+    r"llguidance|start:|regex for"
 )
-odd_values = st.sampled_from(
-    [
-        *(
-            None,
-            True,
-            False,
-            -1,
-            0,
-            1.5,
-            3,
-            2**31,
-            2**60,
-            1e300,
-            5e-324,
-            "",
-            "a",
-            "\ud800",
-            "^a$",
-            "(",
-            "#",
-            "#/a",
-            "x:y",
-        )
-    ]
-    + [[], {}, [1], ["a"], [{}], [[]], {"a": 1}, {"a": {"$ref": "#"}}, {"type": "string"}, [{"type": "string"}] * 2]
-)
+ODD: list[object] = [None, True, False, -1, 0, 1.5, 3, 2**31, 2**60, 1e300, 5e-324, "", "a", "\ud800", "^a$", "("]
+ODD += ["#", "#/a", "x:y", [], {}, [1], ["a"], [{}], [[]], {"a": 1}, {"a": {"$ref": "#"}}, {"type": "string"}]
+odd_values = st.sampled_from(ODD)
 keywords = st.sampled_from(
     [
         "type",
