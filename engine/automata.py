@@ -19,7 +19,7 @@ from erllama.engine.expressions import MAX_CODE_POINT, Kind, Pool, Ranges
 TOKEN = 1 << 0xFF
 # Counted repetitions are written out up to so many characters, and taken for endless above.
 _WRITTEN_OUT = 64
-# Pairs of moves that all walks together may look at: about half a second.
+# Positions and pairs of moves that all walks together may look at: about half a second.
 _MAX_STEPS = 500_000
 
 
@@ -83,6 +83,12 @@ class Automata:
             bits |= (1 << bisect_left(self._edges, high + 1)) - (1 << bisect_left(self._edges, low))
         return bits
 
+    def step(self, n: int) -> None:
+        """Count steps, or raise TooLarge."""
+        self._steps += n
+        if self._steps > _MAX_STEPS:
+            raise TooLarge
+
     def _segment_edges(self) -> list[int]:
         edges = {0, MAX_CODE_POINT + 1}
         for id in self._pool.all_chars():
@@ -117,12 +123,10 @@ class Automata:
             # Side by side with itself, an automaton is in one state.
             pairs = zip(moves, moves, strict=True) if a is b else product(a.moves(one), moves)
             for (segments, state), (others, there) in pairs:
-                self._steps += 1
+                self.step(1)
                 if segments & others and (state, there) not in found:
                     found.add((state, there))
                     open_.append((state, there))
-            if self._steps > _MAX_STEPS:
-                raise TooLarge
         return ends, any(state & b.last for state in ends)
 
 
@@ -178,18 +182,21 @@ class _Automaton:
         return self._moves[state]
 
     def _next(self, state: int) -> int:
+        self._automata.step(state.bit_count())
         bits = 0
         for position in members(state):
             bits |= self._follow[position]
         return bits
 
     def _divided(self, positions: int) -> list[Move]:
+        self._automata.step(positions.bit_count())
         by_segments: dict[int, int] = {}
         for position in members(positions):
             segments = self._segments[position]
             by_segments[segments] = by_segments.get(segments, 0) | 1 << position
         moves: list[Move] = []
         for segments, state in by_segments.items():
+            self._automata.step(len(moves))
             rest, divided = segments, []
             for move in moves:
                 if both := move.segments & segments:

@@ -11,8 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
+from erllama.errors import GrammarError
+
 MAX_CODE_POINT = 0x10FFFF
 SURROGATES = (0xD800, 0xDFFF)
+# Steps that reading and writing a grammar may take: some seconds.
+MAX_WORK = 3_000_000
 # Sizes are compared with limits far below; an expression that refers to itself twice per level has 2**levels.
 _SIZE_CAP = 1 << 40
 
@@ -74,10 +78,16 @@ class Expression(NamedTuple):
 
 
 class Pool:
-    """All expressions of one grammar."""
+    """All expressions of one grammar.
+
+    Attributes:
+        work: steps taken so far: about one for every part, and for every range, that was looked at.
+    """
 
     def __init__(self) -> None:
+        self.work = 0
         self._all: list[Expression] = []
+        self._single: dict[int, int] = {}
         self._ids: dict[tuple[Kind, tuple[int, ...], Value], int] = {}
         self._nonempty: dict[int, int] = {}
         self.nothing = self.chars(())
@@ -94,14 +104,22 @@ class Pool:
                 if part not in found:
                     found.add(part)
                     open_.append(part)
+        self._count(len(found))
         return sorted(found)
 
     def chars(self, ranges: Iterable[tuple[int, int]]) -> int:
         """One character out of ranges of code points, both ends included."""
-        return self._intern(Kind.CHARS, (), normalized(ranges))
+        found = normalized(ranges)
+        self._count(len(found))
+        return self._intern(Kind.CHARS, (), found)
 
     def literal(self, code_points: Iterable[int]) -> int:
-        return self.sequence([self.chars([(point, point)]) for point in code_points])
+        return self.sequence(map(self._character, code_points))
+
+    def _character(self, point: int) -> int:
+        if point not in self._single:
+            self._single[point] = self.chars([(point, point)])
+        return self._single[point]
 
     def reference(self, rule: str) -> int:
         return self._intern(Kind.REFERENCE, (), rule)
@@ -116,14 +134,17 @@ class Pool:
     def sequence(self, parts: Iterable[int]) -> int:
         flat: list[int] = []
         for part in parts:
-            for id in self._all[part].parts if self._all[part].kind is Kind.SEQUENCE else (part,):
-                if id == self.nothing:
-                    return self.nothing
-                joined = self._joined(flat[-1], id) if flat else None
-                if joined is None:
-                    flat.append(id)
-                else:
-                    flat[-1] = joined
+            if part == self.nothing:
+                return self.nothing
+            expression = self._all[part]
+            inner = expression.parts if expression.kind is Kind.SEQUENCE else (part,)
+            # Within a sequence everything that can be joined is: only its first part may join what is before.
+            joined = self._joined(flat[-1], inner[0]) if flat and inner else None
+            if joined is None:
+                flat += inner
+            else:
+                flat[-1] = joined
+                flat += inner[1:]
         return flat[0] if len(flat) == 1 else self._intern(Kind.SEQUENCE, tuple(flat), None)
 
     def choice(self, options: Iterable[int]) -> int:
@@ -200,10 +221,21 @@ class Pool:
             return self.repeat(inner, 1 if self._all[parts[0]].nullable else max(least, 1), most)
         return self.choice(self.sequence((self._nonempty[part], *parts[at + 1 :])) for at, part in enumerate(parts))
 
+    def _count(self, steps: int) -> None:
+        self.work += steps
+        if self.work > MAX_WORK:
+            raise GrammarError(
+                f"the grammar takes more than {MAX_WORK:,} steps to read; "
+                "use fewer or shorter texts, and fewer rules within each other"
+            )
+
     def _joined(self, left: int, right: int) -> int | None:
         """x{a,b} x{c,d} as x{a+c,b+d}: so `ws* ws*` is read in one way."""
-        one, other = self._all[left], self._all[right]
-        if one.kind is not Kind.REPEAT or other.kind is not Kind.REPEAT or one.parts != other.parts:
+        other = self._all[right]
+        if other.kind is not Kind.REPEAT:
+            return None
+        one = self._all[left]
+        if one.kind is not Kind.REPEAT or one.parts != other.parts:
             return None
         a, b = self.bounds(left), self.bounds(right)
         # Only where one of them has no end: `x? x?` as `x{0,2}` would gain nothing.
@@ -212,6 +244,7 @@ class Pool:
         return self.repeat(one.parts[0], a.least + b.least, None)
 
     def _intern(self, kind: Kind, parts: tuple[int, ...], value: Value) -> int:
+        self._count(1 + len(parts))
         key = (kind, parts, value)
         found = self._ids.get(key)
         if found is None:
@@ -220,26 +253,32 @@ class Pool:
         return found
 
     def _measured(self, kind: Kind, parts: tuple[int, ...], value: Value) -> Expression:
-        inner = [self._all[part] for part in parts]
-        repetitions = max((part.repetitions for part in inner), default=1)
-        nullable = False
-        if kind is Kind.SEQUENCE:
-            nullable = all(part.nullable for part in inner)
-        elif kind is Kind.CHOICE:
-            nullable = any(part.nullable for part in inner)
-        elif isinstance(value, Bounds):
-            nullable = inner[0].nullable or value.least == 0
+        repetitions, size, depth, widest = 1, int(not parts), 0, 0
+        regular = kind not in (Kind.REFERENCE, Kind.TOKEN, Kind.LEXEME)
+        some, every = False, True
+        for part in parts:
+            inner = self._all[part]
+            repetitions = max(repetitions, inner.repetitions)
+            size += inner.size
+            depth = max(depth, inner.depth)
+            widest = max(widest, inner.widest)
+            regular = regular and inner.regular
+            some = some or inner.nullable
+            every = every and inner.nullable
+        nullable = (kind is Kind.SEQUENCE and every) or (kind is Kind.CHOICE and some)
+        if isinstance(value, Bounds):
+            nullable = every or value.least == 0
             repetitions *= max(value.least, value.most or 1)
         return Expression(
             kind,
             parts,
             value,
-            regular=kind not in (Kind.REFERENCE, Kind.TOKEN, Kind.LEXEME) and all(part.regular for part in inner),
+            regular=regular,
             nullable=nullable,
-            size=min(_SIZE_CAP, sum((part.size for part in inner), start=int(not parts))),
-            depth=1 + max((part.depth for part in inner), default=0),
+            size=min(_SIZE_CAP, size),
+            depth=1 + depth,
             repetitions=min(_SIZE_CAP, repetitions),
-            widest=max([len(parts) if nullable else 0, *(part.widest for part in inner)]),
+            widest=max(widest, len(parts) if nullable else 0),
         )
 
 

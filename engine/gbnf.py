@@ -26,6 +26,7 @@ from erllama.engine.expressions import (
     Token,
     holds,
     inverted,
+    normalized,
     reached,
 )
 from erllama.errors import GrammarError
@@ -35,6 +36,8 @@ _MAX_REPETITIONS = 2000
 # Parentheses within parentheses; every level takes a few frames of Python's stack later on.
 _MAX_NESTING = 100
 _MAX_RULES = 20_000
+# Separate ranges of a character class. All letters of Unicode are about 700.
+_MAX_RANGES = 10_000
 _NAME = re.compile(r"[A-Za-z0-9-]+")
 _DIGITS = re.compile(r"[0-9]+")
 _HEX = {"x": 2, "u": 4, "U": 8}
@@ -42,6 +45,9 @@ _ESCAPES = {"t": "\t", "r": "\r", "n": "\n", "\\": "\\", '"': '"', "[": "[", "]"
 _SPACE = re.compile(r"(?:[ \t]|#[^\r\n]*)*")
 _SPACE_AND_NEWLINES = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
 _TOKEN = re.compile(r"<(?:\[([0-9]+)\]|(?!\[)[^>]*)>")
+# What stands for itself: in a string, and in a class, where it is not the start of a range.
+_PLAIN_TEXT = re.compile(r'[^"\\]+')
+_PLAIN_CLASS = re.compile(r"[^\]\\-]+(?!-)")
 _NEWLINE = re.compile(r"\r\n|\r|\n")
 
 
@@ -240,8 +246,12 @@ class _Parser:
     def _string(self) -> int:
         start = self.at
         self.at += 1
-        points = []
+        points: list[int] = []
         while not self.source.startswith('"', self.at):
+            if (plain := _PLAIN_TEXT.match(self.source, self.at)) is not None:
+                points += map(ord, plain.group())
+                self.at = plain.end()
+                continue
             at = self.at
             point = self._char(start)
             if point > MAX_CODE_POINT or SURROGATES[0] <= point <= SURROGATES[1]:
@@ -254,8 +264,12 @@ class _Parser:
         start = self.at
         negated = self.source.startswith("[^", start)
         self.at += 2 if negated else 1
-        ranges = []
+        ranges: list[tuple[int, int]] = []
         while not self.source.startswith("]", self.at):
+            if (plain := _PLAIN_CLASS.match(self.source, self.at)) is not None:
+                ranges += ((point, point) for point in map(ord, set(plain.group())))
+                self.at = plain.end()
+                continue
             low = high = self._char(start)
             if self.source.startswith("-", self.at) and not self.source.startswith("-]", self.at):
                 self.at += 1
@@ -264,6 +278,11 @@ class _Parser:
         self.at += 1
         if not ranges:
             return self.pool.empty
+        ranges = list(normalized(ranges))
+        if len(ranges) > _MAX_RANGES:
+            self.fail(
+                f"a character class of {len(ranges)} separate ranges; at most {_MAX_RANGES} are supported", start
+            )
         return self.pool.chars(inverted(ranges) if negated else ranges)
 
     def _char(self, start: int) -> int:

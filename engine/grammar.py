@@ -38,6 +38,11 @@ _NO_FORCING = '%llguidance {"no_forcing": true}'
 _LARK_RULE = re.compile(r"(?m)^[ \t]*[?!]?[A-Za-z_][\w-]*[^:\n]{0,200}:")
 # Perhaps a token, as <|name|> or <[12]>; perhaps only in a string.
 _LARK_TOKEN = re.compile(r"<[^<>\s]+>")
+# Regular expressions of more characters take seconds, and are too large for llguidance in the end.
+_MAX_PATTERN = 1 << 20
+# Texts that are options of rules of Lark: the time that they take grows with their square.
+_MAX_OPTIONS = 20_000
+_OPTION = re.compile(r'\|\s*"')
 _KINDS = ("gbnf", "json_schema", "regex", "lark")
 
 
@@ -398,17 +403,29 @@ def _written_gbnf(rules: gbnf.Rules, spelled: Callable[[Token], str]) -> str:
 def _written(kind: str, source: str) -> str:
     """A grammar in llguidance's Lark, where alone it can be told to leave all ways of writing a text open."""
     if kind == "json_schema":
-        schema = json.dumps(schemas.compiled_from(source))
-        return f"{_NO_FORCING}\nstart: %json {schema}\n"
+        expression, lines = schemas.written(source)
+        return "\n".join([_NO_FORCING, f"start: {expression}", *lines, ""])
     try:
         source.encode()
     except UnicodeEncodeError as error:
         raise gbnf.error_at(source, error.start, "a character that no text has") from None
+    schemas.check_classes(source)
     if kind == "regex":
+        if len(source) > _MAX_PATTERN:
+            raise GrammarError(
+                f"the regular expression has {len(source)} characters; at most {_MAX_PATTERN} are supported: "
+                "use fewer or shorter options"
+            )
         quoted = json.loads(LLMatcher.grammar_from_regex(source))["grammars"][0]["lark_grammar"]
         return f"{quoted}\n{_NO_FORCING}\n"
     if len(_LARK_RULE.findall(source)) > _MAX_RULES:
         raise GrammarError(f"the grammar has more than {_MAX_RULES} rules")
+    options = sum(1 for _ in _OPTION.finditer(source))
+    if options > _MAX_OPTIONS:
+        raise GrammarError(
+            f"the grammar has {options} texts as options of rules; at most {_MAX_OPTIONS} are supported: "
+            "write long lists of words as a regular expression"
+        )
     return f"{source}\n{_NO_FORCING}\n"
 
 

@@ -25,6 +25,49 @@ _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)", re.DOTALL)
 _REGEX_ERROR = re.compile(r"regex parse error:\n(.*?)\nerror: (.*?)(?:\n|$)", re.DOTALL)
 _LIMIT = re.compile(r"lexer error|too (?:many|big|complex|large)|max is|limit|panic", re.IGNORECASE)
 
+# llguidance's messages about schemas in the words of schemas: what it says of itself means nothing to a reader.
+_WORDS = tuple(
+    (re.compile(pattern), words)
+    for pattern, words in (
+        (r'failed to parse "%json": (.*?)(?: at line \d+ column \d+)?$', r"the schema cannot be read: \1"),
+        (
+            r"oneOf constraints are not supported.*",
+            "oneOf whose options may hold together is not supported; use anyOf, or options whose types or "
+            "constants differ",
+        ),
+        (r"Unimplemented keys: \[(.*)\]", r"keywords that are not supported: \1; leave them out"),
+        (
+            r"Unsatisfiable schema: Regex is empty: .*",
+            "no JSON has the schema: no text has its pattern and its lengths",
+        ),
+        (r"Unsatisfiable schema: (.*)", r"no JSON has the schema: \1"),
+        (r"Unable to determine if regex is empty: .*", "a pattern is too large; use a shorter one"),
+        (r"Expected f64 for", "Expected a number for"),
+        (r"Failed to generate regex for (\w+) range: .*", r"the bounds of the \1 are out of range"),
+        (r"Schema intersection stack level exceeded", "allOf, anyOf and references lead too deep"),
+        (r"json-schema:///", ""),
+        (
+            r"required property '(.*)' is unsatisfiable",
+            r"the property '\1' is required, and no value has its schema",
+        ),
+        (
+            r"Resource '(.*?)' is not present in a registry.*",
+            r"the reference '\1' leads out of the schema; only those within it, as '#/$defs/name', are supported",
+        ),
+        (r"Pointer '(.*?)' does not exist", r"the reference '#\1' leads nowhere in the schema"),
+        (r"unexpected end of hex escape|lone leading surrogate.*", "a text in it has half a surrogate pair"),
+        (
+            r"Value for 'multipleOf' has too many digits: .*",
+            "multipleOf has too many digits; at most 9 are supported",
+        ),
+        (
+            r"initial lexer configuration.*",
+            "the grammar is too large to compile; use fewer rules and shorter texts",
+        ),
+        (r"panic.*", "the grammar is too large to compile; use fewer rules and shorter texts"),
+    )
+)
+
 _T = TypeVar("_T")
 
 
@@ -125,8 +168,8 @@ def _first_line(text: str) -> str:
     first = text.removeprefix("failed to compile JSON schema: ").partition("\n")[0]
     if first.startswith("invalid regex "):
         first = first.partition(" (in regex): ")[2] or first
-    if first.startswith("panic"):
-        return f"too large for the parser ({first.removeprefix('panic: ')})"
+    for pattern, words in _WORDS:
+        first = pattern.sub(words, first)
     if first == "NoExtensionBias":
         return NO_TEXT
     return f"{first} (at {within.group(1)})" if within else first

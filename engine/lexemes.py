@@ -49,6 +49,8 @@ _MAX_FACTORED = 40
 # character becomes a lexeme.
 _MAX_WORK = 100_000
 _MAX_PAIRS = 200_000
+# Characters that rules have where they stand in others: of a chain of rules, each holds all that follow.
+_MAX_INLINED = 200_000
 _HEADER = '%llguidance {"no_forcing": true}\n'
 
 
@@ -86,7 +88,7 @@ def _in_lexemes(pool: Pool, rules: dict[str, int], root: str) -> dict[str, int]:
             if not found:
                 return made
             splits.update(found)
-            work += near.size
+            work += near.size + near.n_pairs // 2
     except TooLarge:
         pass
     maker = _Maker(pool, None)
@@ -129,12 +131,15 @@ def _inlined(pool: Pool, rules: dict[str, int], root: str) -> dict[str, int]:
     calls = {number[name]: [number[other] for other in referenced(pool, id)] for name, id in rules.items()}
     meaning: dict[int, int] = {}
     left: dict[str, int] = {}
+    inlined = 0
     for component in components(calls):
         recursive = len(component) > 1 or component[0] in calls[component[0]]
         for at in component:
             id = _substituted(pool, rules[names[at]], meaning)
             alias = pool[id].kind in (Kind.REFERENCE, Kind.TOKEN)
-            if names[at] != root and not recursive and (alias or (pool[id].regular and _fits(pool, id))):
+            fits = pool[id].regular and _fits(pool, id) and inlined <= _MAX_INLINED
+            if names[at] != root and not recursive and (alias or fits):
+                inlined += pool[id].size
                 meaning[pool.reference(names[at])] = id
             else:
                 left[names[at]] = id
@@ -292,6 +297,7 @@ class _Neighbours:
         follow: by number, the lexemes that may come next.
         together: by number, those that are possible where it is.
         size: how many expressions there are.
+        n_pairs: how many pairs of lexemes there are that follow each other, or are possible at one place.
     """
 
     def __init__(self, pool: Pool, rules: dict[str, int], root: str) -> None:
@@ -315,10 +321,11 @@ class _Neighbours:
         for group in {first[rules[root]], *self.follow}:
             for at in members(group):
                 self.together[at] |= group
+        self.n_pairs = sum(map(int.bit_count, (*self.together, *self.follow)))
 
     def join(self, automata: Automata) -> None:
         """Add to `together` what follows lexemes that have a text in common: either of them may have been read."""
-        if sum(map(int.bit_count, self.together)) > _MAX_PAIRS:
+        if self.n_pairs > _MAX_PAIRS:
             raise TooLarge
         waiting = True
         done: set[tuple[int, int]] = set()

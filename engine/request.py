@@ -15,7 +15,7 @@ from erllama.engine.grammar import Grammar
 from erllama.engine.phases import PhaseOptions
 from erllama.engine.sampling import SamplingOptions, SamplingState, TokenLogprobs
 from erllama.engine.speculation import Drafter, Drafts
-from erllama.errors import OptionError, boolean, encodable, integer, real
+from erllama.errors import OptionError, boolean, encodable, integer, real, shown
 
 FinishReason = Literal["stop", "length", "context_full", "cancelled", "tool_calls"]
 HitKind = Literal["cold", "partial", "exact"]
@@ -72,10 +72,10 @@ class RequestOptions:
         key = self.parent_key
         if key is not None and (not isinstance(key, bytes) or len(key) != KEY_BYTES):
             raise OptionError(
-                f"parent_key={key!r}; give the finish_key of a Completion, {KEY_BYTES} bytes, or None"
+                f"parent_key={shown(key)}; give the finish_key of a Completion, {KEY_BYTES} bytes, or None"
             )
         if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
-            raise OptionError(f"cache_salt={self.cache_salt!r}; give a text that is not empty, or None")
+            raise OptionError(f"cache_salt={shown(self.cache_salt)}; give a text that is not empty, or None")
         if self.max_tokens is not None:
             put(self, "max_tokens", integer("max_tokens", self.max_tokens, 0))
         boolean("reproducible", self.reproducible)
@@ -83,11 +83,11 @@ class RequestOptions:
         if self.logprobs is not None:
             put(self, "logprobs", integer("logprobs", self.logprobs, 0, MOST_LOGPROBS))
         if self.session_id is not None and (not isinstance(self.session_id, str) or not self.session_id):
-            raise OptionError(f"session_id={self.session_id!r}; give a text that is not empty, or None")
+            raise OptionError(f"session_id={shown(self.session_id)}; give a text that is not empty, or None")
         if self.timeout is not None:
             put(self, "timeout", real("timeout", self.timeout, 0.0))
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
-            raise OptionError(f"grammar={self.grammar!r}; give GBNF as text, or an erllama.Grammar, or None")
+            raise OptionError(f"grammar={shown(self.grammar)}; give GBNF as text, or an erllama.Grammar, or None")
         put(self, "grammar_triggers", _triggers(self.grammar_triggers, self.grammar))
         most = integer("speculative_tokens", self.speculative_tokens, 1, MOST_SPECULATIVE)
         put(self, "speculative_tokens", most)
@@ -100,7 +100,7 @@ class RequestOptions:
         if self.sampling_state is not None:
             if not isinstance(self.sampling_state, SamplingState):
                 raise OptionError(
-                    f"sampling_state={self.sampling_state!r}; give the sampling_state of a Completion, or None"
+                    f"sampling_state={shown(self.sampling_state)}; give the sampling_state of a Completion, or None"
                 )
             if self.sampling.seed not in (None, self.sampling_state.seed):
                 raise OptionError(
@@ -112,7 +112,7 @@ class RequestOptions:
 def _stop_strings(stop: object) -> tuple[str, ...]:
     found = (stop,) if isinstance(stop, str) else stop
     if not isinstance(found, list | tuple) or not all(isinstance(text, str) and text for text in found):
-        raise OptionError(f"stop={stop!r}; give a text, or a list of them, none of them empty")
+        raise OptionError(f"stop={shown(stop)}; give a text, or a list of them, none of them empty")
     return tuple(encodable("stop", text) for text in found)
 
 
@@ -122,7 +122,7 @@ def _triggers(given: object, grammar: Grammar | None) -> tuple[str | int, ...]:
         trigger if isinstance(trigger, str) else integer("each of grammar_triggers", trigger, 0) >= 0
         for trigger in found
     ):
-        raise OptionError(f"grammar_triggers={given!r}; give texts, none of them empty, or ids of tokens")
+        raise OptionError(f"grammar_triggers={shown(given)}; give texts, none of them empty, or ids of tokens")
     if found and grammar is None:
         raise OptionError("grammar_triggers without a grammar; give one, as grammar=, json_schema= or regex=")
     return tuple(

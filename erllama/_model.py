@@ -165,7 +165,7 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
             ModelUnloaded: the model is unloaded.
         """
         if not isinstance(grammar, Grammar):
-            raise OptionError(f"compile_grammar({grammar!r}); give an erllama.Grammar")
+            raise OptionError(f"compile_grammar({shown(grammar)}); give an erllama.Grammar")
         self._runner.compile(grammar)
 
     def prefill(self, prompt: Prompt, **options: Unpack[PrefillOptions]) -> Completion:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +20,8 @@ from erllama.engine import (
     Step,
     Vocabulary,
 )
-from erllama.errors import OptionError, choice, reject_unknown
+from erllama.engine.schemas import source_of as schema_source
+from erllama.errors import OptionError, choice, reject_unknown, shown
 
 if TYPE_CHECKING:
     from erllama._model import Model
@@ -246,7 +246,7 @@ def markers(name: str, given: object) -> Markers | None:
     if given is None:
         return None
     if not isinstance(given, list | tuple) or len(given) != 2:
-        raise OptionError(f"{name}={given!r}; give a pair: what opens, and what closes")
+        raise OptionError(f"{name}={shown(given)}; give a pair: what opens, and what closes")
     open, close = ((texts,) if isinstance(texts, str) else texts for texts in given)
     return Markers(open, close)
 
@@ -258,22 +258,17 @@ def _grammar(grammar: object, json_schema: object, regex: object) -> object:
     if len(named) > 1:
         raise OptionError(f"{' and '.join(named)} together; a reply is kept to one grammar: give one of them")
     if json_schema is not None:
-        if isinstance(json_schema, Mapping):
-            try:
-                json_schema = json.dumps(json_schema)
-            except (TypeError, ValueError) as error:
-                raise OptionError(f"json_schema is not JSON: {error}") from None
-        if not isinstance(json_schema, str | bool):
-            raise OptionError(f"json_schema={json_schema!r}; give a schema as a mapping, or as JSON in a text")
-        return _made(Grammar.json_schema, json_schema)
+        if not isinstance(json_schema, Mapping | str | bool):
+            raise OptionError(f"json_schema={shown(json_schema)}; give a schema as a mapping, or as JSON in a text")
+        return _made(Grammar.json_schema, schema_source(json_schema))
     if regex is not None:
         if not isinstance(regex, str):
-            raise OptionError(f"regex={regex!r}; give a pattern as text")
+            raise OptionError(f"regex={shown(regex)}; give a pattern as text")
         return _made(Grammar.regex, regex)
     return _made(Grammar.gbnf, grammar) if isinstance(grammar, str) else grammar
 
 
 @lru_cache(maxsize=128)
-def _made(make: Callable[[str | bool], Grammar], source: str | bool) -> Grammar:
+def _made(make: Callable[[str], Grammar], source: str) -> Grammar:
     """Grammars are checked when they are made, which takes a while; callers send the same again and again."""
     return make(source)

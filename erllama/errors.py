@@ -155,8 +155,11 @@ class CacheVersionError(CacheFormatError):
 
 
 def shown(value: object) -> str:
-    """A value for an error's message, not too long."""
-    text = repr(value)
+    """A value for an error's message, not too long; its type where it cannot be written."""
+    try:
+        text = repr(value)
+    except Exception:  # nested too deeply, an integer of too many digits, or a faulty __repr__
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -171,11 +174,11 @@ def reject_unknown(given: Mapping[str, object], known: Collection[str], where: s
 def integer(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> int:
     """`value` as an int within limits, or OptionError."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise OptionError(f"{name} must be an integer, not {value!r}")
+        raise OptionError(f"{name} must be an integer, not {shown(value)}")
     try:
         number = int(value.__index__())
     except TypeError:
-        raise OptionError(f"{name} must be an integer, not {value!r}") from None
+        raise OptionError(f"{name} must be an integer, not {shown(value)}") from None
     _within(name, number, minimum, maximum)
     return number
 
@@ -183,13 +186,13 @@ def integer(name: str, value: object, minimum: int | None = None, maximum: int |
 def real(name: str, value: object, minimum: float | None = None, maximum: float | None = None) -> float:
     """`value` as a finite float within limits, or OptionError."""
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
-        raise OptionError(f"{name} must be a number, not {value!r}")
+        raise OptionError(f"{name} must be a number, not {shown(value)}")
     try:
         number = float(value.__float__())
     except (OverflowError, TypeError, ValueError):
         raise OptionError(f"{name} must be a finite number") from None
     if number != number or number in (float("inf"), float("-inf")):
-        raise OptionError(f"{name} must be finite, not {value!r}")
+        raise OptionError(f"{name} must be finite, not {shown(value)}")
     _within(name, number, minimum, maximum)
     return number
 
@@ -197,7 +200,7 @@ def real(name: str, value: object, minimum: float | None = None, maximum: float 
 def boolean(name: str, value: object) -> bool:
     """`value` if it is True or False, or OptionError."""
     if not isinstance(value, bool):
-        raise OptionError(f"{name} must be True or False, not {value!r}")
+        raise OptionError(f"{name} must be True or False, not {shown(value)}")
     return value
 
 
@@ -213,9 +216,9 @@ def encodable(name: str, value: str) -> str:
 def choice(name: str, value: object, known: Collection[str]) -> str:
     """`value` if it is one of `known`, or OptionError with the nearest."""
     if not isinstance(value, str) or value not in known:
-        near = _nearest(str(value), known)
+        near = _nearest(value if isinstance(value, str) else "", known)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise OptionError(f"{name}={value!r}; it takes {', '.join(map(repr, known))}{hint}")
+        raise OptionError(f"{name}={shown(value)}; it takes {', '.join(map(repr, known))}{hint}")
     return value
 
 
@@ -226,6 +229,6 @@ def _nearest(name: str, known: Collection[str]) -> list[str]:
 
 def _within(name: str, number: float, minimum: float | None, maximum: float | None) -> None:
     if minimum is not None and number < minimum:
-        raise OptionError(f"{name}={number}; it must be at least {minimum}")
+        raise OptionError(f"{name}={shown(number)}; it must be at least {minimum}")
     if maximum is not None and number > maximum:
-        raise OptionError(f"{name}={number}; it must be at most {maximum}")
+        raise OptionError(f"{name}={shown(number)}; it must be at most {maximum}")

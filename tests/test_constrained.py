@@ -7,7 +7,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jsonschema
 import numpy as np
@@ -338,3 +338,33 @@ def test_grammars_test_texts_without_a_model() -> None:
     assert erllama.Grammar.json_schema({"type": "array", "items": {"type": "integer"}}).accepts("[1, 2]")
     assert not erllama.Grammar.regex("a|b").accepts("ab")
     assert erllama.Grammar.lark('start: "a" B\nB: /b+/').accepts(b"abb")
+
+
+# --- what cannot be written -------------------------------------------------------------------
+
+
+def nested(levels: int, make: Callable[[object], object]) -> object:
+    value: object = {}
+    for _ in range(levels):
+        value = make(value)
+    return value
+
+
+@pytest.mark.parametrize("option", ["json_schema", "regex", "grammar", "stop", "max_tokens", "temperature"])
+@pytest.mark.parametrize("make", [lambda inner: {"items": inner}, lambda inner: [inner]], ids=["objects", "lists"])
+def test_an_option_that_is_nested_without_end_is_refused(option: str, make: Callable[[object], object]) -> None:
+    with erllama.load_backend(StubBackend()) as model, pytest.raises(erllama.OptionError) as caught:
+        model.complete("x", **{option: nested(100_000, make)})  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 300
+    if option == "json_schema" and isinstance(make({}), dict):
+        assert isinstance(caught.value, erllama.GrammarError)
+        assert "nested too deeply" in str(caught.value)
+
+
+def test_an_integer_of_too_many_digits_is_refused_by_its_option() -> None:
+    with erllama.load_backend(StubBackend()) as model:
+        for option in ("temperature", "seed", "json_schema", "regex"):
+            with pytest.raises(erllama.OptionError):
+                model.complete("x", **{option: 10**5000})  # type: ignore[arg-type]
+        with pytest.raises(erllama.GrammarError, match="no JSON"):
+            model.complete("x", json_schema={"const": 10**5000})

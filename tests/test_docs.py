@@ -132,7 +132,7 @@ PAGES = {
         {"prompt": "Count: ", "is_digit": IS_DIGIT},
         sampling_page,
     ),
-    "docs/grammar.md": Page(lambda: Terse(n_ctx=512), {"json": json, "prompt": "x"}, grammar_page, 2),
+    "docs/grammar.md": Page(lambda: Terse(n_ctx=512), {"json": json, "prompt": "x"}, grammar_page, 4),
 }
 
 

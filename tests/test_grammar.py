@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import TypeVar
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from erllama import Error, Grammar, GrammarError
+from erllama.engine import automata, gbnf, lexemes
 from erllama.engine.backends.stub import StubVocabulary
 from erllama.engine.grammar import GrammarCompiler
 
@@ -294,6 +296,81 @@ def test_no_grammar_takes_long_or_ends_the_process(number: int) -> None:
     assert made_or_refused(lambda: Grammar.gbnf(HOSTILE[number]).accepts("aaaab")) in (False, None)
 
 
+def optional_rules(n: int) -> str:
+    return "root ::= r0\n" + "".join(f'r{i} ::= "a"? r{i + 1}\n' for i in range(n)) + f'r{n} ::= "z"'
+
+
+def doubled_rules(n: int) -> str:
+    return "root ::= r0\n" + "".join(f'r{i} ::= r{i + 1}? "a" r{i + 1}\n' for i in range(n)) + f'r{n} ::= "z"'
+
+
+def class_of(n: int) -> str:
+    return "root ::= [" + "".join(chr(0x4E00 + i % 5000) for i in range(n)) + "]"
+
+
+def list_of_words(n: int) -> str:
+    return "root ::= " + " | ".join(f'"w{i * 7919 % 1_000_003}"' for i in range(n))
+
+
+@pytest.mark.parametrize(
+    ("made", "n"),
+    [(optional_rules, 1200), (class_of, 100_000), (list_of_words, 1500)],
+    ids=lambda made: str(made)[:20],
+)
+def test_the_steps_that_a_grammar_takes_grow_with_its_size(made: Callable[[int], str], n: int) -> None:
+    def steps(source: str) -> int:
+        rules = gbnf.parse(source)
+        lexemes.lark(rules.pool, rules.rules, rules.root, str)
+        return rules.pool.work
+
+    assert steps(made(2 * n)) < 3 * steps(made(n))
+
+
+def test_walks_of_automata_stop_at_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = 0
+
+    def counted(bits: int, start: int = 0) -> Iterator[int]:
+        nonlocal seen
+        for member in members(bits, start):
+            seen += 1
+            yield member
+
+    members = automata.members
+    monkeypatch.setattr(automata, "members", counted)
+    monkeypatch.setattr(automata, "_MAX_STEPS", 20_000)
+    assert Grammar.gbnf(doubled_rules(100)).accepts("az" * 2) is False
+    assert seen < 200_000
+
+
+def test_a_grammar_of_too_many_steps_is_refused_with_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("erllama.engine.expressions.MAX_WORK", 1000)
+    assert Grammar.gbnf(list_of_words(10)).accepts("w0")
+    with pytest.raises(GrammarError, match="more than 1,000 steps"):
+        Grammar.gbnf(list_of_words(1000))
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: Grammar.gbnf("root ::= [" + "".join(map(chr, range(0x10000, 0x20000, 2))) + "]"), "at most 10000"),
+        (lambda: Grammar.regex("|".join(f"w{i}" for i in range(200_000))), "at most 1048576"),
+        (lambda: Grammar.regex("[" + "ab" * 20_000 + "]"), "class of 40001 characters; at most 20000"),
+        (lambda: Grammar.lark("start: /[" + "ab" * 20_000 + "]/"), "class of 40001 characters; at most 20000"),
+        (lambda: Grammar.lark("start: " + " | ".join(f'"w{i}"' for i in range(30_000))), "at most 20000"),
+        (lambda: Grammar.json_schema({"pattern": "[" + "ab" * 20_000 + "]"}), "class of 40001 characters"),
+        (
+            lambda: Grammar.json_schema({"properties": {f"p{i}": {} for i in range(5000)}}),
+            "5000 properties; at most",
+        ),
+    ],
+)
+def test_what_would_take_too_long_is_refused_with_value_limit_and_remedy(
+    make: Callable[[], Grammar], problem: str
+) -> None:
+    with pytest.raises(GrammarError, match=problem):
+        make()
+
+
 # --- regular expressions, JSON schemas, Lark --------------------------------------------------
 
 
@@ -423,6 +500,95 @@ def test_a_schema_that_cannot_be_kept_is_refused_by_name(schema: object, problem
     with pytest.raises(GrammarError, match=re.escape(problem)) as caught:
         Grammar.json_schema(schema)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+# Words of llguidance, of Rust and of our own machinery, which say nothing to who wrote a schema.
+INTERNAL = re.compile(
+    r"%json|coerce|lenient|x-guidance|json-schema:|f64|Some\(|None|panic|assert|usize|serde|[Ll]exer|Bias|"
+    r"registry|retriev|[Uu]nsatisfiable|Pointer|hex escape|Unimplemented|RegexAst|stack level|"
+    r"llguidance|start:|regex for"
+)
+ODD: list[object] = [None, True, False, -1, 0, 1.5, 3, 2**31, 2**60, 1e300, 5e-324, "", "a", "\ud800", "^a$", "("]
+ODD += ["#", "#/a", "x:y", [], {}, [1], ["a"], [{}], [[]], {"a": 1}, {"a": {"$ref": "#"}}, {"type": "string"}]
+odd_values = st.sampled_from(ODD)
+keywords = st.sampled_from(
+    [
+        "type",
+        "const",
+        "enum",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "exclusiveMaximum",
+        "multipleOf",
+        "minLength",
+        "maxLength",
+        "pattern",
+        "format",
+        "items",
+        "prefixItems",
+        "minItems",
+        "maxItems",
+        "uniqueItems",
+        "contains",
+        "properties",
+        "required",
+        "additionalProperties",
+        "patternProperties",
+        "minProperties",
+        "maxProperties",
+        "propertyNames",
+        "anyOf",
+        "oneOf",
+        "allOf",
+        "not",
+        "if",
+        "$ref",
+        "$defs",
+        "$schema",
+        "x-guidance",
+        "additionalItems",
+        "dependentRequired",
+    ]
+)
+types = st.sampled_from(["integer", "number", "string", "array", "object", "null", ["integer", "string"]])
+odd_schemas = st.recursive(
+    st.dictionaries(keywords, odd_values, max_size=3),
+    lambda inner: st.one_of(
+        st.builds(lambda type_, part: {**part, "type": type_}, types, inner),
+        st.builds(lambda key, parts: {key: parts}, keywords, st.lists(inner, min_size=1, max_size=3)),
+        st.builds(lambda key, part: {key: part}, keywords, inner),
+        st.builds(lambda part: {"properties": {"a": part}, "required": ["a"], "type": "object"}, inner),
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=int(os.environ.get("ERLLAMA_GRAMMARS", "25")) * 12, deadline=None)
+@given(odd_schemas)
+@example({"oneOf": [{"type": "integer"}, {"type": "number"}]})
+@example({"type": "object", "required": ["b"], "additionalProperties": False})
+@example({"type": "integer", "minimum": 3, "maximum": 2})
+@example({"type": "string", "pattern": "^a$", "minLength": 3})
+@example({"type": "integer", "multipleOf": 5e-324})
+@example({"minimum": "a"})
+@example({"$defs": {"a": {"$ref": "#/$defs/a", "minimum": 1}}, "$ref": "#/$defs/a", "minimum": 1})
+def test_a_message_about_a_schema_is_in_the_words_of_schemas(schema: dict[str, object]) -> None:
+    problem = ""
+    try:
+        Grammar.json_schema(schema)
+    except GrammarError as error:
+        problem = str(error)
+    # What the schema itself says may be repeated.
+    for text in re.findall(r"[A-Za-z:-]+", json.dumps(schema)):
+        problem = problem.replace(text, "") if len(text) > 3 else problem
+    assert INTERNAL.search(problem) is None, problem
+    assert "\n" not in problem
+
+
+def test_a_property_that_is_required_and_not_allowed_is_named() -> None:
+    with pytest.raises(GrammarError, match="'b' is required, and neither listed nor an additional one"):
+        Grammar.json_schema({"type": "object", "required": ["b"], "properties": {}, "additionalProperties": False})
 
 
 def test_a_list_of_itself_that_may_be_empty_ends() -> None:

@@ -145,9 +145,15 @@ class _Writer:
                 parts.append(self._literal(part))
         return " ".join(parts) or '""'
 
+    def _json(self, schema: Mapping[str, object]) -> str:
+        """JSON of a schema. Equal schemas share their rules."""
+        expression, lines = schemas.written(schemas.source_of(schema))
+        self._rules += (line for line in lines if line not in self._rules)
+        return expression
+
     def arguments(self, kind: Arguments, schema: dict[str, object]) -> str:
         if kind == "json":
-            return _json(schema)
+            return self._json(schema)
         listing = listing_of(schema)
         if isinstance(kind, Parameters):
             return (
@@ -192,7 +198,7 @@ class _Writer:
         if types and types <= {"string", "null"}:
             value = self._raw(schema, root, line, close)
         else:
-            value = f"{_json(_within(schema, root))} {self._literal(line + close)}"
+            value = f"{self._json(_within(schema, root))} {self._literal(line + close)}"
         if line:
             value = f"{self._literal(line)} {value}"
         return self.rule(f"{head} {value} {self.piece(''.join(rest))}")
@@ -215,7 +221,7 @@ class _Writer:
         types = types_of(schema, root)
         if types == {"boolean"} and _choices(schema) is None:
             return '("True" | "False")'
-        return _json(_within(schema, root))
+        return self._json(_within(schema, root))
 
     def _gemma_entries(self, schema: object, root: dict[str, object]) -> str:
         entries = {
@@ -267,7 +273,7 @@ class _Writer:
                 return f'"{{" {self._gemma_entries(schema, root)} "}}"'
             return self._gemma_pairs(self._gemma(others, root))
         limits = {key: value for key, value in schema.items() if key in _NUMBER_LIMITS}
-        return _json({"type": type_, **limits})
+        return self._json({"type": type_, **limits})
 
     def _gemma_list(self, item: str, least: object = 0, most: object = None) -> str:
         if not isinstance(least, int) or not isinstance(most, int | None) or (most is not None and most < least):
@@ -289,10 +295,6 @@ class _Writer:
 
 
 _NUMBER_LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-
-
-def _json(schema: Mapping[str, object]) -> str:
-    return f"%json {json.dumps(schemas.compiled_from(schemas.source_of(schema)))}"
 
 
 def _within(schema: object, root: Mapping[str, object]) -> dict[str, object]:
