@@ -30,6 +30,7 @@ from erllama.chat.call_grammars import (
 from erllama.chat.messages import TOOL_NAME
 from erllama.chat.payloads import (
     GEMMA,
+    GEMMA_QUOTE,
     PYTHON,
     PYTHON_ARGUMENTS,
     Unreadable,
@@ -76,6 +77,13 @@ class ToolFormat:
     id: str = ""
     id_form: str = ""
     id_length: int = 0
+
+    @property
+    def quotes(self) -> tuple[str, ...]:
+        """What begins and ends strings in arguments; () where they are listed, and texts are written as they are."""
+        if isinstance(self.arguments, Parameters):
+            return ()
+        return {"json": ('"',), "python": ('"', "'"), "gemma": (GEMMA_QUOTE,)}[self.arguments]
 
     def parse(self, full: str, tools: Sequence[Mapping[str, object]]) -> list[ToolCall]:
         """The calls of a span, or of several with white space between.

@@ -221,6 +221,7 @@ class Chats:
             thinking=family.thinking,
             calls=family.calls,
             payload=family.payload,
+            quotes=family.quotes,
             leading=family.leading,
             skip=family.skip,
             call_grammar=grammar,

@@ -30,6 +30,7 @@ class Family:
         thinking: between which it thinks.
         skip: what belongs to nothing.
         opens: what a prompt may end with that is the beginning of a reply's markers.
+        quotes: what begins and ends strings in the arguments of calls.
     """
 
     format: ToolFormat | None
@@ -40,6 +41,7 @@ class Family:
     thinking: Markers | None
     skip: tuple[str, ...]
     opens: tuple[str, ...]
+    quotes: tuple[str, ...] = ('"',)
 
     @property
     def calling(self) -> bool:
@@ -71,7 +73,8 @@ class Family:
         if not calling:
             return cls(None, None, None, (), False, thinking, skip, opens)
         if calls is not None:
-            return cls(asked or tool_format("json"), calls, payload, (), True, thinking, skip, opens)
+            found = asked or tool_format("json")
+            return cls(found, calls, payload, (), True, thinking, skip, opens, found.quotes)
         found = asked or known or tool_format("json")
         return cls(
             found,
@@ -82,6 +85,7 @@ class Family:
             thinking,
             found.skip,
             found.open,
+            found.quotes,
         )
 
     def read(self, full: str, tools: Sequence[Message]) -> Sequence[ToolCall]:

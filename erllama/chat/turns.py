@@ -110,17 +110,14 @@ class Turn:
 
     def _reply(self, completion: Completion) -> ChatCompletion:
         read = [self._call(i, full) for i, full in enumerate(completion.raw_tool_calls)]
-        text = completion.text
-        for full, (_, error) in zip(completion.raw_tool_calls, read, strict=True):
-            if error is not None:
-                text += full.decode("utf-8", "replace")
+        text = _text_in_order(completion, read)
         calls = [call for found, _ in read for call in found]
         message = self._conversation.message(text, completion.thinking, list(map(_as_message, calls)))
         ended = completion.finish_reason == "stop" and completion.stop_sequence is None
         given = {field.name: getattr(completion, field.name) for field in fields(completion)}
         given |= {"text": text, "finish_reason": "tool_calls" if ended and calls else completion.finish_reason}
         n_prompt = len(completion.context_tokens) - len(completion.tokens)
-        self._remember(completion, message, ended=ended, as_said=text == completion.text)
+        self._remember(completion, message, ended=ended, text=text)
         return ChatCompletion(
             **given,
             tool_calls=tuple(calls),
@@ -142,21 +139,21 @@ class Turn:
 
     # --- remembering
 
-    def _remember(self, completion: Completion, message: Message, *, ended: bool, as_said: bool) -> None:
+    def _remember(self, completion: Completion, message: Message, *, ended: bool, text: str) -> None:
         """What a reply was computed as, for when it comes back as text.
 
         Args:
             ended: by itself. What was cut short within a thought or a call comes back with an end that it had not;
                 so does a thought that the reply ends within.
-            as_said: the message's text is in the order in which it was said.
+            text: the reply's, with what looked like a call and is none.
         """
         n_prompt = len(completion.context_tokens) - len(completion.tokens)
         prompt = completion.context_tokens[:n_prompt]
         told = self._remember_said(prompt, completion.tokens, cut=not ended, stop=completion.stop_sequence)
         if not told or not ended:
             return
-        if not as_said and (
-            completion.thinking or message.get("tool_calls") or not self._says_in_order(completion)
+        if text != completion.text and (
+            completion.thinking or message.get("tool_calls") or not self._says_all(completion, text)
         ):
             return
         said = self._history.written(completion.tokens).decode("utf-8", "replace")
@@ -181,10 +178,9 @@ class Turn:
         new = written[len(self._text) :]
         return not thinking and self._family.mentions_thinking(said) and not self._family.mentions_thinking(new)
 
-    def _says_in_order(self, completion: Completion) -> bool:
-        """Whether a reply says its text first and what looked like calls then, white space apart."""
+    def _says_all(self, completion: Completion, text: str) -> bool:
+        """Whether a text is all that the model wrote, white space apart."""
         said = self._history.written(completion.tokens).decode("utf-8", "replace")
-        text = completion.text + b"".join(completion.raw_tool_calls).decode("utf-8", "replace")
         return "".join(said.split()) == "".join(text.split())
 
     def _remember_said(self, prompt: Sequence[int], reply: Sequence[int], *, cut: bool, stop: str | None) -> bool:
@@ -194,6 +190,17 @@ class Turn:
         except Exception:
             log.exception("remembering a reply failed; the next turn computes it anew")
             return False
+
+
+def _text_in_order(completion: Completion, read: Sequence[_Read]) -> str:
+    """A reply's text, with what looked like a call and is none at the place where the model wrote it."""
+    parts, at = [], 0
+    places = zip(completion.raw_tool_calls, completion.tool_call_places, read, strict=True)
+    for full, place, (_, error) in places:
+        if error is not None:
+            parts += [completion.text[at:place], full.decode("utf-8", "replace")]
+            at = place
+    return "".join([*parts, completion.text[at:]])
 
 
 def _as_message(call: ToolCall) -> Message:
