@@ -67,8 +67,8 @@ class CallEnds:
 class _Strings:
     """Follows the strings in arguments, in whatever pieces they come.
 
-    A quote of one character may be escaped by a backslash, and its string has no line end. Where a quote stands where
-    no string begins or ends, the arguments are malformed, and nothing in them counts as a string from there on.
+    A quote of one character may be escaped by a backslash, and its string has no line end. Where a quote stands
+    where no string begins or ends, the arguments are malformed: from there on nothing in them counts as a string.
     """
 
     def __init__(self, quotes: Sequence[str]) -> None:

@@ -58,9 +58,9 @@ class PhaseOptions:
         calls: between which it calls tools; None where it has none.
         payload: within a call, between which the arguments are; the rest is syntax, of which the most likely
             token is taken. None for a call that is all arguments.
-        quotes: texts that begin and end strings in the arguments: a marker within a string is content. Quotes of one
-            character may be escaped by a backslash. () where arguments are not quoted: an argument then ends at
-            the payload's closing marker alone.
+        quotes: texts that begin and end strings in the arguments: a marker within a string is content. Quotes of
+            one character may be escaped by a backslash. () where arguments are not quoted: an argument then ends
+            at the payload's closing marker alone.
         leading: JSON texts, compared without white space, that begin a call where an answer begins with them.
         skip: texts around phases that belong to none.
         call_grammar: what a call must be of, from its opening marker on, and all that follows; None for anything.

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from erllama.chat.payloads import GEMMA_QUOTE
+from erllama.chat.payloads import GEMMA_KEY, GEMMA_QUOTE, PYTHON_KEY
 from erllama.engine import schemas
 from erllama.errors import GrammarError
 
@@ -64,7 +64,7 @@ def lark(
     frames: Sequence[Frame],
     shapes: Sequence[Shape],
     arguments: Arguments,
-    parameters: Mapping[str, dict[str, object]],
+    parameters: Mapping[str, dict[str, object] | None],
     *,
     parallel: bool,
     id: str,
@@ -73,6 +73,7 @@ def lark(
     """The language of calls to tools, given by the schemas of their parameters.
 
     Args:
+        parameters: the schema of each tool's arguments, by the tool's name; None for any arguments.
         id: a regular expression of calls' ids.
         literal: the Lark expression for a text in which special tokens may be spelled out.
     """
@@ -92,6 +93,11 @@ def lark(
         several = "" if between is None else f"({between} {call})*"
         spans.append(f"{writer.piece(frame.begin)} {call} {several} {writer.piece(frame.end)}")
     return writer.source(spans)
+
+
+def quoted(text: str) -> str:
+    """A text as a string of Lark's: one of JSON's, without DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def types_of(schema: object, root: Mapping[str, object]) -> frozenset[str]:
@@ -145,11 +151,14 @@ class _Writer:
                 parts.append(self._literal(part))
         return " ".join(parts) or '""'
 
-    def arguments(self, kind: Arguments, schema: dict[str, object]) -> str:
+    def arguments(self, kind: Arguments, schema: dict[str, object] | None) -> str:
+        if schema is None:
+            return self._any_arguments(kind)
         if kind == "json":
             return _json(schema)
         listing = listing_of(schema)
         if isinstance(kind, Parameters):
+            _check_apart(list(_listed(listing)), kind.middle.partition("~")[0])
             return (
                 " ".join(
                     self._parameter(kind, name, part, schema) + ("" if name in _required(listing) else "?")
@@ -159,11 +168,32 @@ class _Writer:
             )
         if kind == "python":
             entries = {
-                name: f"{self._literal(name + '=')} {self._python(part, schema)}"
+                name: f"{_key(name, PYTHON_KEY, json.dumps(name), '=')} {self._python(part, schema)}"
                 for name, part in _listed(listing).items()
             }
             return self._separated(entries, _required(listing), self.piece(",~"))
         return self._gemma_entries(listing, schema)
+
+    def _any_arguments(self, kind: Arguments) -> str:
+        """Arguments of which nothing is known but how they are written."""
+        if kind == "json":
+            return _json({"type": "object"})
+        if isinstance(kind, Parameters):
+            mark = kind.middle.partition("~")[0]
+            name = self.terminal(f"/(?s:.+)/ & ~/(?s:.*){_escaped(mark)}(?s:.*)/")
+            if _QUOTED.fullmatch(self._literal(mark)):
+                name = self.terminal(f"(/(?s:.+)/ & ~/(?s:.*){_escaped(mark)}(?s:.*)/) {self._literal(mark)}")
+                middle = self.piece(kind.middle.removeprefix(mark))
+            else:
+                middle = self.piece(kind.middle)
+            return (
+                f"({self._with_value(f'{self.piece(kind.open)} {name} {middle}', kind, {'type': 'string'}, {})})*"
+            )
+        if kind == "python":
+            entry = f'{self.terminal("/[A-Za-z_][A-Za-z0-9_]*/")} "=" {_json({})}'
+            return f"({entry} ({self.piece(',~')} {entry})*)?"
+        entry = f'{self.terminal("/[A-Za-z_][A-Za-z0-9_]*/")} ":" {self._gemma_any()}'
+        return f'({entry} ("," {entry})*)?'
 
     def _named(self, prefix: str, expression: str) -> str:
         known = f"{prefix}: {expression}"
@@ -185,29 +215,37 @@ class _Writer:
         return first
 
     def _parameter(self, kind: Parameters, name: str, schema: object, root: dict[str, object]) -> str:
-        head = f"{self.piece(kind.open)} {self._literal(name)} {self.piece(kind.middle)}"
+        head = f"{self.piece(kind.open)} {quoted(name)} {self.piece(kind.middle)}"
+        return self.rule(self._with_value(head, kind, schema, root))
+
+    def _with_value(self, head: str, kind: Parameters, schema: object, root: dict[str, object]) -> str:
+        """What begins an argument, and its value, and what ends it."""
         close, *rest = re.split("(~)", kind.close, maxsplit=1)
-        types = types_of(schema, root)
         line = "\n" if kind.framed else ""
-        if types and types <= {"string", "null"}:
+        if is_raw(types_of(schema, root)):
             value = self._raw(schema, root, line, close)
         else:
             value = f"{_json(_within(schema, root))} {self._literal(line + close)}"
         if line:
             value = f"{self._literal(line)} {value}"
-        return self.rule(f"{head} {value} {self.piece(''.join(rest))}")
+        return f"{head} {value} {self.piece(''.join(rest))}"
 
     def _raw(self, schema: object, root: dict[str, object], line: str, close: str) -> str:
         """A text as it is, and what ends it."""
-        found = _text(schema, root, 0)
+        found = _text(schema, root, close, 0)
         if found is None:
-            raise GrammarError("an argument's schema allows no value")
+            raise GrammarError(
+                f"the schema of a text allows none that this model can write: none without {close!r}"
+            )
+        if "null" in types_of(schema, root):
+            # The text of null is null.
+            found = f'(({found}) & ~/{_NULLS}/) | "null"'
         text = f"({found}) & ~/(?s:.*){_escaped(close)}(?s:.*)/"
         ending = self._literal(close)
         if _QUOTED.fullmatch(ending):
             # Text is read in lexemes, the longest first: one that ends with what ends it is read as it should be.
-            return self.terminal(f"({text}) {self._literal(line + close)}")
-        return f"{self.terminal(f'({text}) {json.dumps(line)}' if line else text)} {ending}"
+            return self.terminal(f"({text}) {quoted(line + close)}")
+        return f"{self.terminal(f'({text}) {quoted(line)}' if line else text)} {ending}"
 
     # --- Values in other spellings -------------------------------------------------------------
 
@@ -219,7 +257,7 @@ class _Writer:
 
     def _gemma_entries(self, schema: object, root: dict[str, object]) -> str:
         entries = {
-            name: f"{self._literal(name + ':')} {self._gemma(part, root)}"
+            name: f"{self._gemma_key(name)} {self._gemma(part, root)}"
             # As the family's templates order them, which is what its models have seen.
             for name, part in sorted(_listed(schema).items(), key=lambda entry: entry[0].lower())
         }
@@ -275,6 +313,8 @@ class _Writer:
         if most == 0:
             return '"[" "]"'
         rest = f"({self._literal(',')} {item}){{{max(least - 1, 0)},{'' if most is None else most - 1}}}"
+        if most == 1:
+            rest = ""
         filled = f'"[" {item} {rest} "]"'
         return filled if least else f'({filled} | "[" "]")'
 
@@ -284,15 +324,61 @@ class _Writer:
 
     def _gemma_value(self, value: object) -> str:
         if isinstance(value, str):
-            return f"{self._literal(GEMMA_QUOTE)} {self._literal(value)} {self._literal(GEMMA_QUOTE)}"
-        return self._literal(json.dumps(value))
+            return self._gemma_string(value)
+        if isinstance(value, list):
+            return _joined("[", map(self._gemma_value, value), "]")
+        if isinstance(value, Mapping):
+            entries = (f"{self._gemma_key(str(key))} {self._gemma_value(part)}" for key, part in value.items())
+            return _joined("{", entries, "}")
+        return quoted(json.dumps(value))
+
+    def _gemma_string(self, text: str) -> str:
+        if GEMMA_QUOTE in text:
+            raise GrammarError(f"this model writes no text that has {GEMMA_QUOTE!r} in it, as {text!r:.60} has")
+        quote = self._literal(GEMMA_QUOTE)
+        if _QUOTED.fullmatch(quote):
+            return quoted(f"{GEMMA_QUOTE}{text}{GEMMA_QUOTE}")
+        return f"{quote} {quoted(text)} {quote}" if text else f"{quote} {quote}"
+
+    def _gemma_key(self, name: str) -> str:
+        return quoted(f"{name}:") if GEMMA_KEY.fullmatch(name) else f'{self._gemma_string(name)} ":"'
 
 
+# What reads as null where a text may be null.
+_NULLS = r"[\x20\t\r\n]*(?:null|None)[\x20\t\r\n]*"
 _NUMBER_LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
 def _json(schema: Mapping[str, object]) -> str:
     return f"%json {json.dumps(schemas.compiled_from(schemas.source_of(schema)))}"
+
+
+def _joined(begin: str, entries: Iterable[str], end: str) -> str:
+    """Expressions with commas between them, in brackets."""
+    return " ".join([quoted(begin), ' "," '.join(entries), quoted(end)])
+
+
+def is_raw(types: frozenset[str]) -> bool:
+    """Whether an argument of these types is written as it is, without quotes, where arguments are listed."""
+    return bool(types) and types <= {"string", "null"}
+
+
+def _key(name: str, bare: re.Pattern[str], string: str, equals: str) -> str:
+    """A name before its value: bare where it can be, else as a string."""
+    return quoted(f"{name if bare.fullmatch(name) else string}{equals}")
+
+
+def _check_apart(names: Sequence[str], mark: str) -> None:
+    """Raise GrammarError where one name and what follows it may be the beginning of another name."""
+    known = set(names)
+    for name in names:
+        at = name.find(mark)
+        while at >= 0:
+            if name[:at] in known:
+                raise GrammarError(
+                    f"the parameters {name[:at]!r} and {name!r} look alike as this model writes them"
+                )
+            at = name.find(mark, at + 1)
 
 
 def _within(schema: object, root: Mapping[str, object]) -> dict[str, object]:
@@ -332,7 +418,7 @@ def _choices(schema: object) -> list[object] | None:
     return None
 
 
-def _text(schema: object, root: Mapping[str, object], depth: int) -> str | None:
+def _text(schema: object, root: Mapping[str, object], without: str, depth: int) -> str | None:
     """What a text without quotes may be, as a terminal, where a schema has strings and null; None for nothing."""
     if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
         return None if schema is False else "/(?s:.*)/"
@@ -340,18 +426,19 @@ def _text(schema: object, root: Mapping[str, object], depth: int) -> str | None:
     listed = schema.get("type", "string")
     types = _list(listed) or [listed]
     if choices is not None:
-        texts = ["null" if choice is None else str(choice) for choice in choices]
-        needed = [f"/{'|'.join(map(_escaped, texts))}/"]
+        texts = [choice for choice in choices if isinstance(choice, str) and without not in choice]
+        texts += ["null"] if None in choices else []
+        needed = [" | ".join(map(quoted, texts))]
     else:
         kinds = [_lengths(schema)] if "string" in types else []
         needed = [" | ".join([*kinds, *(['"null"'] if "null" in types else [])])]
     for key in ("anyOf", "oneOf"):
         if key in schema:
-            parts = (_text(part, root, depth + 1) for part in _list(schema[key]))
+            parts = (_text(part, root, without, depth + 1) for part in _list(schema[key]))
             needed.append(" | ".join(part for part in parts if part))
-    needed += (_text(part, root, depth + 1) or "" for part in _list(schema.get("allOf")))
+    needed += (_text(part, root, without, depth + 1) or "" for part in _list(schema.get("allOf")))
     if isinstance(schema.get("$ref"), str):
-        needed.append(_text(_target(root, str(schema["$ref"])), root, depth + 1) or "")
+        needed.append(_text(_target(root, str(schema["$ref"])), root, without, depth + 1) or "")
     return " & ".join(f"({part})" for part in needed) if all(needed) else None
 
 

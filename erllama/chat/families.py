@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from erllama.chat.call_formats import ToolFormat
+from erllama.chat.call_grammars import quoted
 from erllama.chat.formats import find_tool_format, tool_format
 from erllama.chat.thinking import find_thinking
 from erllama.chat.tools import ToolChoice
@@ -139,11 +140,5 @@ def _literal(script: Script, text: str) -> str:
     """A text, special tokens written out, in Lark."""
     parts = script.runs(script.of_marker(text))
     return " ".join(
-        f"<[{part}]>" if isinstance(part, int) else _quoted(part.decode("utf-8", "replace")) for part in parts
+        f"<[{part}]>" if isinstance(part, int) else quoted(part.decode("utf-8", "replace")) for part in parts
     )
-
-
-def _quoted(text: str) -> str:
-    """A string of Lark's."""
-    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    return '"' + "".join(escapes.get(character, character) for character in text) + '"'

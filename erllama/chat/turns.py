@@ -110,12 +110,13 @@ class Turn:
 
     def _reply(self, completion: Completion) -> ChatCompletion:
         read = [self._call(i, full) for i, full in enumerate(completion.raw_tool_calls)]
-        text = _text_in_order(completion, read)
+        text, places = _text_in_order(completion, read)
         calls = [call for found, _ in read for call in found]
         message = self._conversation.message(text, completion.thinking, list(map(_as_message, calls)))
         ended = completion.finish_reason == "stop" and completion.stop_sequence is None
         given = {field.name: getattr(completion, field.name) for field in fields(completion)}
-        given |= {"text": text, "finish_reason": "tool_calls" if ended and calls else completion.finish_reason}
+        given |= {"text": text, "tool_call_places": places}
+        given |= {"finish_reason": "tool_calls" if ended and calls else completion.finish_reason}
         n_prompt = len(completion.context_tokens) - len(completion.tokens)
         self._remember(completion, message, ended=ended, text=text)
         return ChatCompletion(
@@ -192,15 +193,15 @@ class Turn:
             return False
 
 
-def _text_in_order(completion: Completion, read: Sequence[_Read]) -> str:
-    """A reply's text, with what looked like a call and is none at the place where the model wrote it."""
-    parts, at = [], 0
-    places = zip(completion.raw_tool_calls, completion.tool_call_places, read, strict=True)
-    for full, place, (_, error) in places:
+def _text_in_order(completion: Completion, read: Sequence[_Read]) -> tuple[str, tuple[int, ...]]:
+    """A reply's text, with what looked like a call and is none in its place; and the places of all calls."""
+    text, at, places = "", 0, []
+    for full, place, (_, error) in zip(completion.raw_tool_calls, completion.tool_call_places, read, strict=True):
+        text, at = text + completion.text[at:place], place
+        places.append(len(text))
         if error is not None:
-            parts += [completion.text[at:place], full.decode("utf-8", "replace")]
-            at = place
-    return "".join([*parts, completion.text[at:]])
+            text += full.decode("utf-8", "replace")
+    return text + completion.text[at:], tuple(places)
 
 
 def _as_message(call: ToolCall) -> Message:
