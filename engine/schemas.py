@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
+from erllama.engine.subschemas import without_unknown_formats
 from erllama.errors import GrammarError
 
 # One space, or a new line and its indentation: every common layout, and no white space without end.
@@ -50,7 +51,7 @@ def compiled_from(source: str) -> dict[str, object]:
         raise GrammarError("the schema's references lead too deep")
     if not _Endings(schema).found():
         raise GrammarError("no JSON that ends has the schema: it requires itself within itself")
-    return {**schema, "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
+    return {**without_unknown_formats(schema), "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
 
 
 def _read(source: str) -> object:

@@ -106,6 +106,7 @@ class ToolFormat:
         name: str | None,
         parallel: bool,
         literal: Callable[[str], str],
+        relaxed: Mapping[str, dict[str, object] | None] | None = None,
     ) -> str:
         """What a model may write as calls, from the first byte of `open` on: Lark, for `Grammar.lark`.
 
@@ -114,11 +115,13 @@ class ToolFormat:
             name: the one tool to call; None for any.
             parallel: whether several calls may follow each other, in families that have that.
             literal: the Lark expression for a text in which special tokens may be spelled out.
+            relaxed: what is enforced instead of the parameters' schema, by the names of tools; None for nothing.
 
         Raises:
             GrammarError: a tool's parameters cannot be written in this family's way.
         """
-        parameters = {tool: schema for tool, schema in parameters_of(tools).items() if name in (None, tool)}
+        enforced: dict[str, dict[str, object] | None] = {**parameters_of(tools), **(relaxed or {})}
+        parameters = {tool: schema for tool, schema in enforced.items() if name in (None, tool)}
         if not parameters:
             raise OptionError(
                 "a grammar of tool calls needs a tool" if name is None else f"no tool is called {name!r}"

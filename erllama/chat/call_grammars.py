@@ -105,13 +105,40 @@ def types_of(schema: object, root: Mapping[str, object]) -> frozenset[str]:
     return _types(schema, root, {}, 0) or JSON_TYPES
 
 
-def listing_of(parameters: Mapping[str, object]) -> Mapping[str, object]:
+def listing_of(parameters: Mapping[str, object]) -> dict[str, object]:
+    """An object with all arguments that are named anywhere in the parameters' schema, and those always required."""
+    properties: dict[str, object] = {}
+    required: set[str] = set()
+    known: set[tuple[str, bool]] = set()
+
+    def collect(node: object, depth: int, *, always: bool) -> None:
+        if not isinstance(node, Mapping) or depth > _MAX_DEPTH:
+            return
+        reference = node.get("$ref")
+        if isinstance(reference, str) and (reference, always) not in known:
+            known.add((reference, always))
+            collect(target_of(parameters, reference), depth + 1, always=always)
+        for name, part in properties_of(node).items():
+            same = name not in properties or properties[name] == part
+            properties[name] = part if same else {"anyOf": [properties[name], part]}
+        required.update(_required(node) if always else ())
+        for key in ("allOf", "anyOf", "oneOf"):
+            for part in _list(node.get(key)):
+                collect(part, depth + 1, always=always and key == "allOf")
+
+    collect(parameters, 0, always=True)
+    shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+    lacking: dict[str, object] = {name: {} for name in sorted(required) if name not in properties}
+    return {**shared, "type": "object", "properties": {**properties, **lacking}, "required": sorted(required)}
+
+
+def _plain_listing(parameters: Mapping[str, object]) -> Mapping[str, object]:
     """The schema that lists the arguments: the parameters', or what all of it refers to."""
     found: object = parameters
     for _ in range(_MAX_DEPTH):
         if not isinstance(found, Mapping) or not isinstance(found.get("$ref"), str):
             break
-        found = _target(parameters, str(found["$ref"]))
+        found = target_of(parameters, str(found["$ref"]))
     return found if isinstance(found, Mapping) else {}
 
 
@@ -156,7 +183,7 @@ class _Writer:
             return self._any_arguments(kind)
         if kind == "json":
             return _json(schema)
-        listing = listing_of(schema)
+        listing = _plain_listing(schema)
         if isinstance(kind, Parameters):
             _check_apart(list(_listed(listing)), kind.middle.partition("~")[0])
             return (
@@ -272,7 +299,7 @@ class _Writer:
             # A rule for each target: a schema may be within itself.
             if reference not in self._targets:
                 self._targets[reference] = f"g{len(self._targets)}"
-                self._rules.append(f"{self._targets[reference]}: {self._gemma(_target(root, reference), root)}")
+                self._rules.append(f"{self._targets[reference]}: {self._gemma(target_of(root, reference), root)}")
             return self._targets[reference]
         for key in ("anyOf", "oneOf"):
             if key in schema:
@@ -328,8 +355,8 @@ class _Writer:
         if isinstance(value, list):
             return _joined("[", map(self._gemma_value, value), "]")
         if isinstance(value, Mapping):
-            entries = (f"{self._gemma_key(str(key))} {self._gemma_value(part)}" for key, part in value.items())
-            return _joined("{", entries, "}")
+            keys = sorted(map(str, value), key=str.lower)
+            return _joined("{", (f"{self._gemma_key(key)} {self._gemma_value(value[key])}" for key in keys), "}")
         return quoted(json.dumps(value))
 
     def _gemma_string(self, text: str) -> str:
@@ -438,7 +465,7 @@ def _text(schema: object, root: Mapping[str, object], without: str, depth: int) 
             needed.append(" | ".join(part for part in parts if part))
     needed += (_text(part, root, without, depth + 1) or "" for part in _list(schema.get("allOf")))
     if isinstance(schema.get("$ref"), str):
-        needed.append(_text(_target(root, str(schema["$ref"])), root, without, depth + 1) or "")
+        needed.append(_text(target_of(root, str(schema["$ref"])), root, without, depth + 1) or "")
     return " & ".join(f"({part})" for part in needed) if all(needed) else None
 
 
@@ -461,7 +488,8 @@ def _escaped(text: str) -> str:
     return "".join(f"\\x{{{ord(letter):x}}}" if not letter.isalnum() else letter for letter in text)
 
 
-def _target(root: Mapping[str, object], reference: str) -> object:
+def target_of(root: Mapping[str, object], reference: str) -> object:
+    """What a reference within a schema points to; {} where that is not plain."""
     node: object = root
     for part in reference.removeprefix("#").split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
@@ -497,7 +525,7 @@ def _types(
         if reference not in known:
             # Within itself a schema allows nothing that it does not allow elsewhere.
             known[reference] = frozenset()
-            known[reference] = _types(_target(root, reference), root, known, depth + 1)
+            known[reference] = _types(target_of(root, reference), root, known, depth + 1)
         found &= known[reference]
     return found
 

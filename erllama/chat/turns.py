@@ -44,6 +44,7 @@ class Turn:
     """One turn. Its events are read by one thread at a time; the rest is thread-safe.
 
     Args:
+        checked: the names of tools whose arguments are validated after a call is read.
         text: the conversation, as its template writes it.
         namespace: the root key of what the request may share, and where the turn is remembered.
 
@@ -56,6 +57,7 @@ class Turn:
         self,
         conversation: Conversation,
         family: Family,
+        checked: frozenset[str],
         history: History,
         namespace: bytes,
         text: str,
@@ -64,7 +66,7 @@ class Turn:
     ) -> None:
         self.prompt, self.options = prompt, options
         self._conversation, self._family, self._history = conversation, family, history
-        self._namespace, self._text = namespace, text
+        self._namespace, self._text, self._checked = namespace, text, checked
         self._lock = threading.Lock()
         self._read: list[_Read] = []  # the reply's first calls
         self._finished: ChatCompletion | None = None
@@ -131,7 +133,8 @@ class Turn:
         """What the reply's call `i` is; those before it were read."""
         if i == len(self._read):
             try:
-                found = self._family.read(full.decode("utf-8", "replace"), self._conversation.tools)
+                said, tools = full.decode("utf-8", "replace"), self._conversation.tools
+                found = self._family.read(said, tools, self._checked)
                 taken = {call.id for calls, _ in self._read for call in calls}
                 self._read.append(_Read(tuple(_with_own_ids(found, taken)), None))
             except ToolCallError as error:
