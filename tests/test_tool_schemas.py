@@ -133,6 +133,29 @@ def test_what_cannot_be_enforced_is_relaxed_and_checked(format: str, what: str) 
     assert normalized_tools([{**loose, "strict": False}])
 
 
+@pytest.mark.parametrize(
+    ("part", "good", "bad"),
+    [
+        ({"type": "array", "prefixItems": [{"type": "integer"}], "minItems": 1}, [1], ["x"]),
+        ({"type": "object", "minProperties": 1}, {"a": 1}, {}),
+        ({"allOf": [{"$ref": "#/$defs/p"}]}, {"x": 1}, {"x": "y"}),
+        ({"anyOf": [{"type": "integer"}, {"type": "boolean"}], "maximum": 5}, 5, 6),
+        ({"$ref": "#/$defs/n", "maximum": 5}, 5, 6),
+        ({"enum": [1, 9], "maximum": 5}, 1, 9),
+    ],
+)
+def test_gemmas_values_are_kept_to_their_schema_or_checked(part: Schema, good: object, bad: object) -> None:
+    point: Schema = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    parameters: Schema = {"properties": {"v": part}, "$defs": {"p": point, "n": {"type": "integer"}}}
+    grammar, checked = rules("gemma4", [tool("f", parameters), NOW])
+    text = spelled_call("gemma4", "f", {"v": good}, parameters)
+    assert grammar.accepts(text)
+    assert not violation_of(parameters, {"v": good})
+    assert not grammar.accepts(text.replace("call:f", "call:now"))
+    wrong = spelled_call("gemma4", "f", {"v": bad}, parameters)
+    assert not grammar.accepts(wrong) or ("f" in checked and violation_of(parameters, {"v": bad}))
+
+
 @pytest.mark.parametrize("format", [*LISTED, "lfm2", "gemma4"])
 def test_what_a_family_cannot_write_is_relaxed_and_checked(format: str) -> None:
     parts: Schema = {

@@ -22,7 +22,13 @@ ID = "\0"
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _MAX_DEPTH = 100
 JSON_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
-_COMBINED = ("anyOf", "oneOf", "allOf", "$ref", "if", "not", "dependentSchemas", "patternProperties")
+_COMBINED = (
+    *("anyOf", "oneOf", "allOf", "$ref", "if", "not", "dependentSchemas", "patternProperties"),
+    *("minProperties", "maxProperties"),
+)
+# What Gemma's values are not kept to; and what is none of an alternative beside which it stands.
+_NOT_GEMMAS = ("prefixItems", "patternProperties", "minProperties", "maxProperties")
+_ALTERNATIVES = ("$ref", "anyOf", "oneOf", "const", "enum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +300,7 @@ class _Writer:
         """A value in Gemma's spelling."""
         if not isinstance(schema, Mapping):
             return self._gemma_any()
+        _check_gemma(schema, types_of(schema, root))
         reference = schema.get("$ref")
         if isinstance(reference, str):
             # A rule for each target: a schema may be within itself.
@@ -374,10 +381,28 @@ class _Writer:
 # What reads as null where a text may be null.
 _NULLS = r"[\x20\t\r\n]*(?:null|None)[\x20\t\r\n]*"
 _NUMBER_LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_LIMITS = (
+    *(*_NUMBER_LIMITS, "minLength", "maxLength", "pattern", "minItems", "maxItems", "items"),
+    *("properties", "required", "additionalProperties"),
+)
 
 
 def _json(schema: Mapping[str, object]) -> str:
     return f"%json {json.dumps(schemas.compiled_from(schemas.source_of(schema)))}"
+
+
+def _check_gemma(schema: Mapping[str, object], types: frozenset[str]) -> None:
+    """Raise GrammarError for a schema that the grammar of Gemma's values would only partly enforce."""
+    unknown = [key for key in _NOT_GEMMAS if key in schema]
+    if isinstance(schema.get("items"), list):
+        unknown.append("items")
+    if "allOf" in schema and not is_raw(types):
+        unknown.append("allOf")
+    alternatives = [key for key in _ALTERNATIVES if key in schema]
+    if alternatives:
+        unknown += [key for key in (*alternatives[1:], *_LIMITS) if key in schema]
+    if unknown:
+        raise GrammarError(f"this model's values cannot be kept to {unknown[0]!r} in this place")
 
 
 def _joined(begin: str, entries: Iterable[str], end: str) -> str:
