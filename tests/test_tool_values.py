@@ -262,7 +262,7 @@ def model_that_says(said: str, pieces: Sequence[str]) -> erllama.Model:
 def with_marks(format: str, *, constant: bool) -> tuple[Schema, dict[str, object]]:
     """A tool's parameters, and arguments with the family's own marks in them, as far as the family writes them."""
     found = TOOL_FORMATS[format]
-    text = "".join(f"a {mark} b" for mark in dict.fromkeys([*found.close, *found.payload_close, *found.open[:1]]))
+    text = "".join(f"a {mark} b" for mark in dict.fromkeys([*found.payload_close, *found.close, *found.open[:1]]))
     arguments: dict[str, object] = {"body": text, "more": {"x": [text], "z": 5}}
     if format in LISTED:
         arguments["body"] = text.replace(found.payload_close[0], "")
