@@ -25,7 +25,7 @@ class PhasedMatcher:
         openings: tokens of what may come before an answer, though its grammar has it not.
         closing: tokens that end thinking; none where nothing does.
         n_vocab: width of a mask.
-        answer_is_text: what looks like a marker within the answer is none.
+        answer_is_text: what looks like a marker within the answer is none. Otherwise the answer is a call.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class PhasedMatcher:
         self._was_thinking = tracker.phase == "thinking"
         if isinstance(answer, Matcher):
             tracker.end_at_once()
+        if isinstance(of_calls := calls if answer_is_text else answer, Matcher):
+            tracker.follow(of_calls.fork())
         if tracker.held and answer is not None and not answer_is_text:
             self._begin_answer(answer, tracker.held)  # with what the prompt opened
 

@@ -81,7 +81,8 @@ class Grammar:
         Properties come in the order in which the schema lists them. Between the parts of the JSON there may be one
         space, or a new line and up to 40 spaces or tabs, and nothing else: a model cannot write white space without
         end. Characters of strings are written as they are: \\u is for control characters only. `x-guidance`, by
-        which a schema could change such settings of the compiler, is ignored.
+        which a schema could change such settings of the compiler, is ignored. A `format` that llguidance does not
+        know is an annotation, and is ignored, too.
 
         Args:
             schema: a mapping, True for any JSON, or a text of one.

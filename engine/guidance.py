@@ -23,7 +23,7 @@ _LIMITS = LLParserLimits(max_items_in_row=20_000, step_max_items=200_000, verbos
 _STACK = 256 << 20
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)", re.DOTALL)
 _REGEX_ERROR = re.compile(r"regex parse error:\n(.*?)\nerror: (.*?)(?:\n|$)", re.DOTALL)
-_LIMIT = re.compile(r"lexer error|too (?:many|big|complex|large)|max is|limit|panic", re.IGNORECASE)
+_LIMIT = re.compile(r"lexer error|too (?:many|big|complex|large)|max is|at most|limit|panic", re.IGNORECASE)
 
 # llguidance's messages about schemas in the words of schemas: what it says of itself means nothing to a reader.
 _WORDS = tuple(

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backend import Vocabulary
-from erllama.engine.grammar import Grammar
+from erllama.engine.calls import CallEnds
+from erllama.engine.grammar import Grammar, Matcher
 from erllama.engine.stops import WHITE, TextFinder
 from erllama.errors import OptionError, boolean, encodable, integer
 
@@ -57,6 +58,9 @@ class PhaseOptions:
         calls: between which it calls tools; None where it has none.
         payload: within a call, between which the arguments are; the rest is syntax, of which the most likely
             token is taken. None for a call that is all arguments.
+        quotes: texts that begin and end strings in the arguments: a marker within a string is content. Quotes of
+            one character may be escaped by a backslash. () where arguments are not quoted: an argument then ends
+            at the payload's closing marker alone.
         leading: JSON texts, compared without white space, that begin a call where an answer begins with them.
         skip: texts around phases that belong to none.
         call_grammar: what a call must be of, from its opening marker on, and all that follows; None for anything.
@@ -71,6 +75,7 @@ class PhaseOptions:
     thinking: Markers | None = None
     calls: Markers | None = None
     payload: Markers | None = None
+    quotes: tuple[str, ...] = ('"',)
     leading: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     call_grammar: Grammar | None = None
@@ -85,7 +90,7 @@ class PhaseOptions:
         for name in ("thinking", "calls", "payload"):
             if not isinstance(getattr(self, name), Markers | None):
                 raise OptionError(f"{name}={getattr(self, name)!r}; give Markers, or None")
-        for name in ("leading", "skip"):
+        for name in ("quotes", "leading", "skip"):
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
         if self.begins is not None:
             boolean("begins", self.begins)
@@ -211,6 +216,9 @@ class PhaseTracker:
         self._calls = _Scripted(calls, script)
         self._payload = _Scripted(payload, script)
         self._skip = tuple(map(script.of_marker, options.skip))
+        self._quotes = tuple(map(script.of_marker, options.quotes))
+        self._call_grammar: Matcher | None = None
+        self._ends: CallEnds | None = None  # of the call that it is in
         self._leading = options.leading
         markers: dict[ReplyPhase, Sequence[str]] = {
             "text": (*self._thinking.open, *self._calls.open, *self._skip),
@@ -249,6 +257,10 @@ class PhaseTracker:
         """What comes is the answer to its end, whatever it looks like."""
         self._settled = True
 
+    def follow(self, call_grammar: Matcher) -> None:
+        """Calls are of this grammar, which decides where one ends. It is forked at each call."""
+        self._call_grammar = call_grammar
+
     def end_at_once(self) -> None:
         """Thinking ends at its first closing marker, though a longer one could come."""
         self._finders["thinking"] = TextFinder(self._thinking.close)
@@ -277,6 +289,9 @@ class PhaseTracker:
             yield from self._release(at)
             if marker is None:
                 return
+            if self._ends is not None and not self._counts(marker, self._ends):
+                yield from self._release(1)
+                continue
             self.held = self.held[len(marker) :]
             yield from self._pass(marker)
 
@@ -284,8 +299,31 @@ class PhaseTracker:
         if n:
             released, self.held = self.held[:n], self.held[n:]
             if self.kind == "call":
-                self.call += released
+                self._read(released)
             yield Segment(self.kind, released)
+
+    def _begin_call(self, marker: str) -> None:
+        self.phase, self.call = "syntax" if self._payload.open else "payload", ""
+        grammar = self._call_grammar.fork() if self._call_grammar is not None else None
+        self._ends = CallEnds(self._script.runs, self._quotes, grammar)
+        self._read(marker)
+
+    def _read(self, script: str) -> None:
+        """A part of the call."""
+        assert self._ends is not None
+        self.call += script
+        self._ends.read(script)
+
+    def _counts(self, marker: str, ends: CallEnds) -> bool:
+        """Whether a marker within a call ends something, and is no content of an argument."""
+        if marker in self._calls.close:
+            may_end = ends.may_end(marker)
+            if may_end is not None:
+                return may_end
+            # Arguments without quotes end at their own marker alone.
+            unquoted = not self._quotes and bool(self._payload.close) and marker not in self._payload.close
+            return not ends.within_string and not (unquoted and self.phase == "payload")
+        return self.phase == "syntax" or not ends.within_string
 
     def _pass(self, marker: str) -> Iterator[Segment]:
         """Go on behind a marker."""
@@ -295,16 +333,16 @@ class PhaseTracker:
             yield Segment("thinking", "", ended=True)
         elif self.phase == "text":
             if marker in self._calls.open:
-                self.phase, self.call = "syntax" if self._payload.open else "payload", marker
+                self._begin_call(marker)
                 yield Segment("call", marker)
             elif marker in self._thinking.open:
                 self.phase = "thinking"
             else:
                 self._may_lead = bool(self._leading)
         else:
-            self.call += marker
+            self._read(marker)
             if marker in self._calls.close:
-                self.phase = "text"
+                self.phase, self._ends = "text", None
                 yield Segment("call", marker, ended=True)
             else:
                 self.phase = "payload" if self.phase == "syntax" else "syntax"
@@ -315,7 +353,7 @@ class PhaseTracker:
         begun = self.held.translate(_NO_WHITE)
         if any(begun.startswith(lead) for lead in self._leading):
             self.held = self.held.lstrip(WHITE)
-            self.phase, self.call = "syntax" if self._payload.open else "payload", ""
+            self._begin_call("")
         elif not ended and any(lead.startswith(begun) for lead in self._leading):
             return True
         self._may_lead = False

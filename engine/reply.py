@@ -26,6 +26,7 @@ class Reply:
 
     Attributes:
         calls: the tool calls that are complete, as they were written.
+        places: for each of them, how many characters of the text come before it.
         logprobs: of the tokens, where asked for.
         signature: of the thinking, where a thought is over.
     """
@@ -49,6 +50,7 @@ class Reply:
         self._white = ""  # at its end, perhaps
         self._call = b""
         self.calls: list[bytes] = []
+        self.places: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.signature: bytes | None = None
 
@@ -127,6 +129,7 @@ class Reply:
             self._send(rest)
         if self._call:
             self.calls.append(self._call)
+            self.places.append(len(self.text))
             self._ticket.emit(("call_end", self._call))
             self._call = b""
 

@@ -224,6 +224,7 @@ class Completion:
             come to the end of a thought.
         raw_tool_calls: each call as it was written, from its opening marker to its closing one, special tokens
             written out; where they are told apart.
+        tool_call_places: for each of these, how many characters of `text` the model wrote before it.
     """
 
     text: str
@@ -242,6 +243,7 @@ class Completion:
     thinking_signature: bytes | None = None
     drafts: Drafts | None = None
     raw_tool_calls: tuple[bytes, ...] = ()
+    tool_call_places: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from erllama.engine import guidance
 from erllama.engine.lark_rules import Written
 from erllama.engine.schema_keywords import has_large_numbers
 from erllama.engine.schema_rules import SchemaWriter
+from erllama.engine.subschemas import without_unknown_formats
 from erllama.errors import GrammarError
 
 # One space, or a new line and its indentation: every common layout, and no white space without end.
@@ -117,7 +118,7 @@ def compiled_from(source: str) -> dict[str, object]:
     fault = _Endings(schema).fault()
     if fault is not None:
         raise GrammarError(f"no JSON has the schema: {fault}")
-    return {**schema, "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
+    return {**without_unknown_formats(schema), "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
 
 
 def _read(source: str) -> object:

@@ -384,6 +384,7 @@ class Sequence:
             thinking=reply.thinking,
             thinking_signature=reply.signature,
             raw_tool_calls=tuple(reply.calls),
+            tool_call_places=tuple(reply.places),
             cache_delta=self._cache_delta(),
             drafts=None if self.options.speculative is None else self._drafts(),
         )

@@ -26,8 +26,8 @@ from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_
 TEXTS = ["a", "hello, world", "hello world", *(f"number {n}: " + "ab cd " * (n % 11) for n in range(90)), "a"]
 # float32 throughout, so that a difference beyond rounding is a mistake.
 EXACT: dict[str, object] = {"kv_type_k": "f32", "kv_type_v": "f32", "flash_attn": False, "n_threads": 1}
-# Two sums of the same n float32 products, added in other orders, differ by at most 2 * n * 2**-24 of the sum of their
-# magnitudes. These models chain about 20 sums of at most 100 products, of magnitudes of 1 to 3.
+# Two sums of the same n float32 products, added in other orders, differ by at most 2 * n * 2**-24 of the sum of
+# their magnitudes. These models chain about 20 sums of at most 100 products, of magnitudes of 1 to 3.
 ROUNDING = 1e-4
 # ggml's GELU reads a table of half precision, whose entries are 2**-11 of their value apart. An activation that
 # differs in its last bit may read the neighbouring entry; 64 of them, with weights of 1/sqrt(64), may all do so.

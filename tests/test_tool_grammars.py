@@ -33,7 +33,7 @@ from erllama.chat.formats import TOOL_FORMATS, find_tool_format, tool_format
 from erllama.chat.messages import normalized_messages
 from erllama.chat.tools import normalized_tools, parameters_of
 from erllama.engine import ToolCall
-from erllama.engine.grammar import GrammarCompiler
+from erllama.engine.grammar import GrammarCompiler, Matcher
 from erllama.errors import ToolCallError
 
 # --- Whatever a grammar lets a model write is read, and valid ---------------------------------
@@ -157,9 +157,12 @@ def walked(format: str, vocabulary: str, name: str | None, parallel: bool) -> tu
 
 def written_by_chance(format: str, vocabulary: str, name: str | None, parallel: bool, seed: int) -> str | None:
     """A text that tokens drawn at random make under a format's grammar; None where it does not come to its end."""
-    words, chance = VOCABULARIES[vocabulary], random.Random(seed)
     compiler, grammar = walked(format, vocabulary, name, parallel)
-    matcher = compiler.matcher(grammar)
+    return walk(VOCABULARIES[vocabulary], compiler.matcher(grammar), random.Random(seed))
+
+
+def walk(words: Vocabulary, matcher: Matcher, chance: random.Random) -> str | None:
+    """A text that tokens drawn at random make under a grammar; None where it does not come to its end."""
     text = ""
     for _ in range(1500):
         allowed = np.flatnonzero(matcher.allowed()).tolist()

@@ -22,6 +22,7 @@ from erllama.chat.call_grammars import (
     Frame,
     Parameters,
     Shape,
+    is_raw,
     lark,
     listing_of,
     properties_of,
@@ -30,6 +31,7 @@ from erllama.chat.call_grammars import (
 from erllama.chat.messages import TOOL_NAME
 from erllama.chat.payloads import (
     GEMMA,
+    GEMMA_QUOTE,
     PYTHON,
     PYTHON_ARGUMENTS,
     Unreadable,
@@ -77,6 +79,13 @@ class ToolFormat:
     id_form: str = ""
     id_length: int = 0
 
+    @property
+    def quotes(self) -> tuple[str, ...]:
+        """What begins and ends strings in arguments; () where they are listed, with texts as they are."""
+        if isinstance(self.arguments, Parameters):
+            return ()
+        return {"json": ('"',), "python": ('"', "'"), "gemma": (GEMMA_QUOTE,)}[self.arguments]
+
     def parse(self, full: str, tools: Sequence[Mapping[str, object]]) -> list[ToolCall]:
         """The calls of a span, or of several with white space between.
 
@@ -97,6 +106,7 @@ class ToolFormat:
         name: str | None,
         parallel: bool,
         literal: Callable[[str], str],
+        relaxed: Mapping[str, dict[str, object] | None] | None = None,
     ) -> str:
         """What a model may write as calls, from the first byte of `open` on: Lark, for `Grammar.lark`.
 
@@ -105,11 +115,13 @@ class ToolFormat:
             name: the one tool to call; None for any.
             parallel: whether several calls may follow each other, in families that have that.
             literal: the Lark expression for a text in which special tokens may be spelled out.
+            relaxed: what is enforced instead of the parameters' schema, by the names of tools; None for nothing.
 
         Raises:
             GrammarError: a tool's parameters cannot be written in this family's way.
         """
-        parameters = {tool: schema for tool, schema in parameters_of(tools).items() if name in (None, tool)}
+        enforced: dict[str, dict[str, object] | None] = {**parameters_of(tools), **(relaxed or {})}
+        parameters = {tool: schema for tool, schema in enforced.items() if name in (None, tool)}
         if not parameters:
             raise OptionError(
                 "a grammar of tool calls needs a tool" if name is None else f"no tool is called {name!r}"
@@ -268,19 +280,48 @@ class _Reader:
     def _listed(self, kind: Parameters, schema: dict[str, object]) -> dict[str, object]:
         found: dict[str, object] = {}
         properties = properties_of(listing_of(schema))
+        names = sorted(properties, key=len, reverse=True)
         while self._piece(kind.open):
             at = self._at
-            name = self._until(kind.middle.partition("~")[0])
+            name = self._argument_name(kind, names)
             if name in found:
                 raise self._error(f"the argument {name!r:.60} comes twice", at)
-            self._piece(kind.middle)
-            raw = self._until(kind.close.partition("~")[0])
-            self._piece(kind.close)
-            if kind.framed:
-                raw = raw.removeprefix("\n").removesuffix("\n")
             types = types_of(properties[name], schema) if name in properties else JSON_TYPES
-            found[name] = self._converted(name, raw, types, at)
+            found[name] = self._argument(kind, name, types, at)
         return found
+
+    def _argument_name(self, kind: Parameters, known: Sequence[str]) -> str:
+        at = self._at
+        for name in known:
+            # What ends a name may be part of a name that is known.
+            if self._text.startswith(name, at):
+                self._at = at + len(name)
+                if self._piece(kind.middle):
+                    return name
+                self._at = at
+        name = self._until(kind.middle.partition("~")[0])
+        self._piece(kind.middle)
+        return name
+
+    def _argument(self, kind: Parameters, name: str, types: frozenset[str], at: int) -> object:
+        begin = self._at
+        close = kind.close.partition("~")[0]
+        if not is_raw(types):
+            # What ends an argument may be part of a string in JSON.
+            try:
+                value, self._at = read_json(self._text, after_space(self._text, begin))
+                self._space()
+                if _is_of(value, types) and self._text.startswith(close, self._at):
+                    self._piece(kind.close)
+                    return value
+            except Unreadable:
+                pass
+            self._at = begin
+        raw = self._until(close)
+        self._piece(kind.close)
+        if kind.framed:
+            raw = raw.removeprefix("\n").removesuffix("\n")
+        return self._converted(name, raw, types, at)
 
     def _converted(self, name: str, raw: str, types: frozenset[str], at: int) -> object:
         """A value that is written without quotes, by what the schema says it is."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from erllama.chat.payloads import GEMMA_QUOTE
+from erllama.chat.payloads import GEMMA_KEY, GEMMA_QUOTE, PYTHON_KEY
 from erllama.engine import schemas
 from erllama.errors import GrammarError
 
@@ -22,7 +22,13 @@ ID = "\0"
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _MAX_DEPTH = 100
 JSON_TYPES = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
-_COMBINED = ("anyOf", "oneOf", "allOf", "$ref", "if", "not", "dependentSchemas", "patternProperties")
+_COMBINED = (
+    *("anyOf", "oneOf", "allOf", "$ref", "if", "not", "dependentSchemas", "patternProperties"),
+    *("minProperties", "maxProperties"),
+)
+# What Gemma's values are not kept to; and what is none of an alternative beside which it stands.
+_NOT_GEMMAS = ("prefixItems", "patternProperties", "minProperties", "maxProperties")
+_ALTERNATIVES = ("$ref", "anyOf", "oneOf", "const", "enum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ def lark(
     frames: Sequence[Frame],
     shapes: Sequence[Shape],
     arguments: Arguments,
-    parameters: Mapping[str, dict[str, object]],
+    parameters: Mapping[str, dict[str, object] | None],
     *,
     parallel: bool,
     id: str,
@@ -73,6 +79,7 @@ def lark(
     """The language of calls to tools, given by the schemas of their parameters.
 
     Args:
+        parameters: the schema of each tool's arguments, by the tool's name; None for any arguments.
         id: a regular expression of calls' ids.
         literal: the Lark expression for a text in which special tokens may be spelled out.
     """
@@ -94,18 +101,50 @@ def lark(
     return writer.source(spans)
 
 
+def quoted(text: str) -> str:
+    """A text as a string of Lark's: one of JSON's, without DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def types_of(schema: object, root: Mapping[str, object]) -> frozenset[str]:
     """The types that a schema allows a value to be of; all where that is not plain."""
     return _types(schema, root, {}, 0) or JSON_TYPES
 
 
-def listing_of(parameters: Mapping[str, object]) -> Mapping[str, object]:
+def listing_of(parameters: Mapping[str, object]) -> dict[str, object]:
+    """An object with all arguments that are named anywhere in the parameters' schema, and those always required."""
+    properties: dict[str, object] = {}
+    required: set[str] = set()
+    known: set[tuple[str, bool]] = set()
+
+    def collect(node: object, depth: int, *, always: bool) -> None:
+        if not isinstance(node, Mapping) or depth > _MAX_DEPTH:
+            return
+        reference = node.get("$ref")
+        if isinstance(reference, str) and (reference, always) not in known:
+            known.add((reference, always))
+            collect(target_of(parameters, reference), depth + 1, always=always)
+        for name, part in properties_of(node).items():
+            same = name not in properties or properties[name] == part
+            properties[name] = part if same else {"anyOf": [properties[name], part]}
+        required.update(_required(node) if always else ())
+        for key in ("allOf", "anyOf", "oneOf"):
+            for part in _list(node.get(key)):
+                collect(part, depth + 1, always=always and key == "allOf")
+
+    collect(parameters, 0, always=True)
+    shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+    lacking: dict[str, object] = {name: {} for name in sorted(required) if name not in properties}
+    return {**shared, "type": "object", "properties": {**properties, **lacking}, "required": sorted(required)}
+
+
+def _plain_listing(parameters: Mapping[str, object]) -> Mapping[str, object]:
     """The schema that lists the arguments: the parameters', or what all of it refers to."""
     found: object = parameters
     for _ in range(_MAX_DEPTH):
         if not isinstance(found, Mapping) or not isinstance(found.get("$ref"), str):
             break
-        found = _target(parameters, str(found["$ref"]))
+        found = target_of(parameters, str(found["$ref"]))
     return found if isinstance(found, Mapping) else {}
 
 
@@ -151,11 +190,14 @@ class _Writer:
         self._rules += (line for line in lines if line not in self._rules)
         return expression
 
-    def arguments(self, kind: Arguments, schema: dict[str, object]) -> str:
+    def arguments(self, kind: Arguments, schema: dict[str, object] | None) -> str:
+        if schema is None:
+            return self._any_arguments(kind)
         if kind == "json":
             return self._json(schema)
-        listing = listing_of(schema)
+        listing = _plain_listing(schema)
         if isinstance(kind, Parameters):
+            _check_apart(list(_listed(listing)), kind.middle.partition("~")[0])
             return (
                 " ".join(
                     self._parameter(kind, name, part, schema) + ("" if name in _required(listing) else "?")
@@ -165,11 +207,32 @@ class _Writer:
             )
         if kind == "python":
             entries = {
-                name: f"{self._literal(name + '=')} {self._python(part, schema)}"
+                name: f"{_key(name, PYTHON_KEY, json.dumps(name), '=')} {self._python(part, schema)}"
                 for name, part in _listed(listing).items()
             }
             return self._separated(entries, _required(listing), self.piece(",~"))
         return self._gemma_entries(listing, schema)
+
+    def _any_arguments(self, kind: Arguments) -> str:
+        """Arguments of which nothing is known but how they are written."""
+        if kind == "json":
+            return self._json({"type": "object"})
+        if isinstance(kind, Parameters):
+            mark = kind.middle.partition("~")[0]
+            name = self.terminal(f"/(?s:.+)/ & ~/(?s:.*){_escaped(mark)}(?s:.*)/")
+            if _QUOTED.fullmatch(self._literal(mark)):
+                name = self.terminal(f"(/(?s:.+)/ & ~/(?s:.*){_escaped(mark)}(?s:.*)/) {self._literal(mark)}")
+                middle = self.piece(kind.middle.removeprefix(mark))
+            else:
+                middle = self.piece(kind.middle)
+            return (
+                f"({self._with_value(f'{self.piece(kind.open)} {name} {middle}', kind, {'type': 'string'}, {})})*"
+            )
+        if kind == "python":
+            entry = f'{self.terminal("/[A-Za-z_][A-Za-z0-9_]*/")} "=" {self._json({})}'
+            return f"({entry} ({self.piece(',~')} {entry})*)?"
+        entry = f'{self.terminal("/[A-Za-z_][A-Za-z0-9_]*/")} ":" {self._gemma_any()}'
+        return f'({entry} ("," {entry})*)?'
 
     def _named(self, prefix: str, expression: str) -> str:
         known = f"{prefix}: {expression}"
@@ -191,29 +254,37 @@ class _Writer:
         return first
 
     def _parameter(self, kind: Parameters, name: str, schema: object, root: dict[str, object]) -> str:
-        head = f"{self.piece(kind.open)} {self._literal(name)} {self.piece(kind.middle)}"
+        head = f"{self.piece(kind.open)} {quoted(name)} {self.piece(kind.middle)}"
+        return self.rule(self._with_value(head, kind, schema, root))
+
+    def _with_value(self, head: str, kind: Parameters, schema: object, root: dict[str, object]) -> str:
+        """What begins an argument, and its value, and what ends it."""
         close, *rest = re.split("(~)", kind.close, maxsplit=1)
-        types = types_of(schema, root)
         line = "\n" if kind.framed else ""
-        if types and types <= {"string", "null"}:
+        if is_raw(types_of(schema, root)):
             value = self._raw(schema, root, line, close)
         else:
             value = f"{self._json(_within(schema, root))} {self._literal(line + close)}"
         if line:
             value = f"{self._literal(line)} {value}"
-        return self.rule(f"{head} {value} {self.piece(''.join(rest))}")
+        return f"{head} {value} {self.piece(''.join(rest))}"
 
     def _raw(self, schema: object, root: dict[str, object], line: str, close: str) -> str:
         """A text as it is, and what ends it."""
-        found = _text(schema, root, 0)
+        found = _text(schema, root, close, 0)
         if found is None:
-            raise GrammarError("an argument's schema allows no value")
+            raise GrammarError(
+                f"the schema of a text allows none that this model can write: none without {close!r}"
+            )
+        if "null" in types_of(schema, root):
+            # The text of null is null.
+            found = f'(({found}) & ~/{_NULLS}/) | "null"'
         text = f"({found}) & ~/(?s:.*){_escaped(close)}(?s:.*)/"
         ending = self._literal(close)
         if _QUOTED.fullmatch(ending):
             # Text is read in lexemes, the longest first: one that ends with what ends it is read as it should be.
-            return self.terminal(f"({text}) {self._literal(line + close)}")
-        return f"{self.terminal(f'({text}) {json.dumps(line)}' if line else text)} {ending}"
+            return self.terminal(f"({text}) {quoted(line + close)}")
+        return f"{self.terminal(f'({text}) {quoted(line)}' if line else text)} {ending}"
 
     # --- Values in other spellings -------------------------------------------------------------
 
@@ -225,7 +296,7 @@ class _Writer:
 
     def _gemma_entries(self, schema: object, root: dict[str, object]) -> str:
         entries = {
-            name: f"{self._literal(name + ':')} {self._gemma(part, root)}"
+            name: f"{self._gemma_key(name)} {self._gemma(part, root)}"
             # As the family's templates order them, which is what its models have seen.
             for name, part in sorted(_listed(schema).items(), key=lambda entry: entry[0].lower())
         }
@@ -235,12 +306,13 @@ class _Writer:
         """A value in Gemma's spelling."""
         if not isinstance(schema, Mapping):
             return self._gemma_any()
+        _check_gemma(schema, types_of(schema, root))
         reference = schema.get("$ref")
         if isinstance(reference, str):
             # A rule for each target: a schema may be within itself.
             if reference not in self._targets:
                 self._targets[reference] = f"g{len(self._targets)}"
-                self._rules.append(f"{self._targets[reference]}: {self._gemma(_target(root, reference), root)}")
+                self._rules.append(f"{self._targets[reference]}: {self._gemma(target_of(root, reference), root)}")
             return self._targets[reference]
         for key in ("anyOf", "oneOf"):
             if key in schema:
@@ -281,6 +353,8 @@ class _Writer:
         if most == 0:
             return '"[" "]"'
         rest = f"({self._literal(',')} {item}){{{max(least - 1, 0)},{'' if most is None else most - 1}}}"
+        if most == 1:
+            rest = ""
         filled = f'"[" {item} {rest} "]"'
         return filled if least else f'({filled} | "[" "]")'
 
@@ -290,11 +364,75 @@ class _Writer:
 
     def _gemma_value(self, value: object) -> str:
         if isinstance(value, str):
-            return f"{self._literal(GEMMA_QUOTE)} {self._literal(value)} {self._literal(GEMMA_QUOTE)}"
-        return self._literal(json.dumps(value))
+            return self._gemma_string(value)
+        if isinstance(value, list):
+            return _joined("[", map(self._gemma_value, value), "]")
+        if isinstance(value, Mapping):
+            keys = sorted(map(str, value), key=str.lower)
+            return _joined("{", (f"{self._gemma_key(key)} {self._gemma_value(value[key])}" for key in keys), "}")
+        return quoted(json.dumps(value))
+
+    def _gemma_string(self, text: str) -> str:
+        if GEMMA_QUOTE in text:
+            raise GrammarError(f"this model writes no text that has {GEMMA_QUOTE!r} in it, as {text!r:.60} has")
+        quote = self._literal(GEMMA_QUOTE)
+        if _QUOTED.fullmatch(quote):
+            return quoted(f"{GEMMA_QUOTE}{text}{GEMMA_QUOTE}")
+        return f"{quote} {quoted(text)} {quote}" if text else f"{quote} {quote}"
+
+    def _gemma_key(self, name: str) -> str:
+        return quoted(f"{name}:") if GEMMA_KEY.fullmatch(name) else f'{self._gemma_string(name)} ":"'
 
 
+# What reads as null where a text may be null.
+_NULLS = r"[\x20\t\r\n]*(?:null|None)[\x20\t\r\n]*"
 _NUMBER_LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_LIMITS = (
+    *(*_NUMBER_LIMITS, "minLength", "maxLength", "pattern", "minItems", "maxItems", "items"),
+    *("properties", "required", "additionalProperties"),
+)
+
+
+def _check_gemma(schema: Mapping[str, object], types: frozenset[str]) -> None:
+    """Raise GrammarError for a schema that the grammar of Gemma's values would only partly enforce."""
+    unknown = [key for key in _NOT_GEMMAS if key in schema]
+    if isinstance(schema.get("items"), list):
+        unknown.append("items")
+    if "allOf" in schema and not is_raw(types):
+        unknown.append("allOf")
+    alternatives = [key for key in _ALTERNATIVES if key in schema]
+    if alternatives:
+        unknown += [key for key in (*alternatives[1:], *_LIMITS) if key in schema]
+    if unknown:
+        raise GrammarError(f"this model's values cannot be kept to {unknown[0]!r} in this place")
+
+
+def _joined(begin: str, entries: Iterable[str], end: str) -> str:
+    """Expressions with commas between them, in brackets."""
+    return " ".join([quoted(begin), ' "," '.join(entries), quoted(end)])
+
+
+def is_raw(types: frozenset[str]) -> bool:
+    """Whether an argument of these types is written as it is, without quotes, where arguments are listed."""
+    return bool(types) and types <= {"string", "null"}
+
+
+def _key(name: str, bare: re.Pattern[str], string: str, equals: str) -> str:
+    """A name before its value: bare where it can be, else as a string."""
+    return quoted(f"{name if bare.fullmatch(name) else string}{equals}")
+
+
+def _check_apart(names: Sequence[str], mark: str) -> None:
+    """Raise GrammarError where one name and what follows it may be the beginning of another name."""
+    known = set(names)
+    for name in names:
+        at = name.find(mark)
+        while at >= 0:
+            if name[:at] in known:
+                raise GrammarError(
+                    f"the parameters {name[:at]!r} and {name!r} look alike as this model writes them"
+                )
+            at = name.find(mark, at + 1)
 
 
 def _within(schema: object, root: Mapping[str, object]) -> dict[str, object]:
@@ -334,7 +472,7 @@ def _choices(schema: object) -> list[object] | None:
     return None
 
 
-def _text(schema: object, root: Mapping[str, object], depth: int) -> str | None:
+def _text(schema: object, root: Mapping[str, object], without: str, depth: int) -> str | None:
     """What a text without quotes may be, as a terminal, where a schema has strings and null; None for nothing."""
     if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
         return None if schema is False else "/(?s:.*)/"
@@ -342,18 +480,19 @@ def _text(schema: object, root: Mapping[str, object], depth: int) -> str | None:
     listed = schema.get("type", "string")
     types = _list(listed) or [listed]
     if choices is not None:
-        texts = ["null" if choice is None else str(choice) for choice in choices]
-        needed = [f"/{'|'.join(map(_escaped, texts))}/"]
+        texts = [choice for choice in choices if isinstance(choice, str) and without not in choice]
+        texts += ["null"] if None in choices else []
+        needed = [" | ".join(map(quoted, texts))]
     else:
         kinds = [_lengths(schema)] if "string" in types else []
         needed = [" | ".join([*kinds, *(['"null"'] if "null" in types else [])])]
     for key in ("anyOf", "oneOf"):
         if key in schema:
-            parts = (_text(part, root, depth + 1) for part in _list(schema[key]))
+            parts = (_text(part, root, without, depth + 1) for part in _list(schema[key]))
             needed.append(" | ".join(part for part in parts if part))
-    needed += (_text(part, root, depth + 1) or "" for part in _list(schema.get("allOf")))
+    needed += (_text(part, root, without, depth + 1) or "" for part in _list(schema.get("allOf")))
     if isinstance(schema.get("$ref"), str):
-        needed.append(_text(_target(root, str(schema["$ref"])), root, depth + 1) or "")
+        needed.append(_text(target_of(root, str(schema["$ref"])), root, without, depth + 1) or "")
     return " & ".join(f"({part})" for part in needed) if all(needed) else None
 
 
@@ -376,7 +515,8 @@ def _escaped(text: str) -> str:
     return "".join(f"\\x{{{ord(letter):x}}}" if not letter.isalnum() else letter for letter in text)
 
 
-def _target(root: Mapping[str, object], reference: str) -> object:
+def target_of(root: Mapping[str, object], reference: str) -> object:
+    """What a reference within a schema points to; {} where that is not plain."""
     node: object = root
     for part in reference.removeprefix("#").split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
@@ -412,7 +552,7 @@ def _types(
         if reference not in known:
             # Within itself a schema allows nothing that it does not allow elsewhere.
             known[reference] = frozenset()
-            known[reference] = _types(_target(root, reference), root, known, depth + 1)
+            known[reference] = _types(target_of(root, reference), root, known, depth + 1)
         found &= known[reference]
     return found
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from erllama.cache import Cache
 from erllama.chat.conversation import Conversation
-from erllama.chat.families import Family
+from erllama.chat.families import CallGrammar, Family
 from erllama.chat.history import History
 from erllama.chat.messages import normalized_messages
 from erllama.chat.templates import CHATML, ChatTemplate
 from erllama.chat.thinking import find_thinking
-from erllama.chat.tools import ToolChoice, normalized_tools, tool_choice_of
+from erllama.chat.tools import ToolChoice, normalized_tools, strict_names, tool_choice_of
 from erllama.chat.turns import Turn
 from erllama.engine import Backend, Grammar, Markers, PhaseOptions, RequestOptions, Vocabulary
 from erllama.engine.phases import Script
@@ -184,25 +184,35 @@ class Chats:
         choice = tool_choice_of(request.tool_choice, conversation.tools)
         text = conversation.text()
         family = _family(request, conversation, choice)
-        options = replace(options, phases=self._phases(request, family, choice, conversation, text, options))
+        calls = self._calls(request, family, choice, conversation)
+        phases = self._phases(request, family, choice, calls.grammar, conversation, text, options)
+        options = replace(options, phases=phases)
         if request.thinking is False and family.thinking is not None:
             options = self._without_thinking(options, family.thinking)
         namespace = self._namespace(options.cache_salt)
         prompt = self.history.tokens(namespace, text, as_text=options.reproducible)
-        return Turn(conversation, family, self.history, namespace, text, prompt, options)
+        return Turn(conversation, family, calls.checked, self.history, namespace, text, prompt, options)
+
+    def _calls(
+        self, request: ChatRequest, family: Family, choice: ToolChoice, conversation: Conversation
+    ) -> CallGrammar:
+        """What keeps calls to the tools' schemas."""
+        boolean("parallel_tool_calls", request.parallel_tool_calls)
+        if not family.calling:
+            return CallGrammar(None, frozenset())
+        tools, strict = json.dumps(conversation.tools), strict_names(request.tools)
+        return self._call_grammar(family, tools, choice, request.parallel_tool_calls, strict)
 
     def _phases(
         self,
         request: ChatRequest,
         family: Family,
         choice: ToolChoice,
+        grammar: Grammar | None,
         conversation: Conversation,
         text: str,
         options: RequestOptions,
     ) -> PhaseOptions | None:
-        boolean("parallel_tool_calls", request.parallel_tool_calls)
-        tools = json.dumps(conversation.tools)
-        grammar = self._call_grammar(family, tools, choice, request.parallel_tool_calls) if family.calling else None
         if choice.kind == "required" and grammar is None:
             raise OptionError("tool_choice requires a call, and tool_markers do not tell how one is written")
         if choice.kind == "required" and options.grammar is not None:
@@ -221,6 +231,7 @@ class Chats:
             thinking=family.thinking,
             calls=family.calls,
             payload=family.payload,
+            quotes=family.quotes,
             leading=family.leading,
             skip=family.skip,
             call_grammar=grammar,
@@ -232,9 +243,11 @@ class Chats:
             signing_key=request.signing_key,
         )
 
-    def _make_call_grammar(self, family: Family, tools: str, choice: ToolChoice, parallel: bool) -> Grammar | None:
+    def _make_call_grammar(
+        self, family: Family, tools: str, choice: ToolChoice, parallel: bool, strict: frozenset[str]
+    ) -> CallGrammar:
         """What calls must be of. The tools of a chat come with each turn; so does what is made of them."""
-        return family.grammar(json.loads(tools), choice, self.script, parallel=parallel)
+        return family.grammar(json.loads(tools), choice, self.script, parallel=parallel, strict=strict)
 
     def _without_thinking(self, options: RequestOptions, thinking: Markers) -> RequestOptions:
         """Tokens that open thinking are ruled out."""

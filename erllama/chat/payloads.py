@@ -279,8 +279,9 @@ def _unescaped(match: re.Match[str]) -> str:
 
 _WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 PYTHON = Literals(_python_string, _WORDS)
-# The same, with names for keys, as keyword arguments have them.
-PYTHON_ARGUMENTS = Literals(_python_string, _WORDS, re.compile(r"[^\W\d]\w*"))
+# The same, with names for keys, as keyword arguments have them, and as parameters are called beside them.
+PYTHON_KEY = re.compile(r"[^\W\d][\w.$@-]*")
+PYTHON_ARGUMENTS = Literals(_python_string, _WORDS, PYTHON_KEY)
 
 GEMMA_QUOTE = '<|"|>'
 
@@ -294,4 +295,5 @@ def _gemma_string(text: str, at: int) -> tuple[str, int] | None:
     return text[at + len(GEMMA_QUOTE) : end], end + len(GEMMA_QUOTE)
 
 
-GEMMA = Literals(_gemma_string, _WORDS, re.compile(r"[^\s:,{}\[\]<]+"))
+GEMMA_KEY = re.compile(r"[^\s:,{}\[\]<]+")
+GEMMA = Literals(_gemma_string, _WORDS, GEMMA_KEY)

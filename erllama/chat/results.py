@@ -35,7 +35,8 @@ class ChatCompletion(Completion):
 
     Attributes:
         tool_calls: the calls, in order.
-        tool_call_errors: what is wrong with what looked like a call and is none; its text is part of `text`.
+        tool_call_errors: what is wrong with what looked like a call and is none; its text is part of
+            `text`, at the place where the model wrote it.
         usage: tokens of prompt and reply.
         message: the reply as a message, to be added to the conversation for the next turn.
     """

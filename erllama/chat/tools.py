@@ -1,8 +1,8 @@
 """Tools as callers give them, brought into OpenAI's form, and which of them a reply must call.
 
 A tool is checked here, once, before any model runs: its name, and that its
-parameters are a schema of objects that compiles, so that a reply can be kept
-to it. `Chat` calls this; `erllama.chat.formats` reads the result.
+parameters are a schema of objects. A reply is kept to the schema as far as a
+grammar can enforce it (see `erllama.chat.enforcing`). `Chat` calls this; `erllama.chat.formats` reads the result.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
+from erllama.chat.enforcing import fault_of, problem_of
 from erllama.chat.messages import TOOL_NAME
 from erllama.chat.payloads import Unreadable, plain, plain_text, suggestion
-from erllama.engine.grammar import Grammar
-from erllama.errors import ChatError, GrammarError, OptionError
+from erllama.errors import ChatError, OptionError
 
 _NO_PARAMETERS: Mapping[str, object] = {"type": "object", "properties": {}}
 _KEYS = ("name", "description", "parameters", "input_schema", "strict", "type", "cache_control", "return")
@@ -41,7 +40,8 @@ def normalized_tools(tools: object) -> list[dict[str, object]]:
 
     Raises:
         ChatError: naming the tool: its name is none that models can write, or given twice; its parameters are no
-            JSON schema, one that does not compile, or none of objects.
+            JSON schema, one that no arguments have, or none of objects; or it is strict, and no grammar can enforce
+            its parameters.
     """
     if tools is None:
         return []
@@ -97,6 +97,17 @@ def tool_choice_of(choice: object, tools: Sequence[Mapping[str, object]]) -> Too
     return ToolChoice(kind, name)
 
 
+def strict_names(tools: object) -> frozenset[str]:
+    """The names of the tools that are strict.
+
+    Args:
+        tools: as callers give them, and `normalized_tools` takes them.
+    """
+    given = tools if isinstance(tools, Sequence) else ()
+    functions = (tool.get("function", tool) for tool in given if isinstance(tool, Mapping))
+    return frozenset(str(function["name"]) for function in functions if function.get("strict"))
+
+
 def tool_names(tools: Sequence[Mapping[str, object]]) -> list[str]:
     """The names of normalized tools, in order."""
     return [str(function["name"]) for function in map(_function_of, tools)]
@@ -144,6 +155,8 @@ def _function(tool: object) -> dict[str, object]:
     name, description = function.get("name"), function.get("description")
     if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
         raise ChatError(f"its name is {name!r:.80}; it takes 1 to 64 letters, digits, '_', '.' and '-'")
+    if not isinstance(function.get("strict"), bool | None):
+        raise ChatError(f"strict={function['strict']!r:.60}; it takes true, false or null")
     if description is not None and not isinstance(description, str):
         raise ChatError(f"its description must be a text, not {type(description).__name__}")
     return {
@@ -165,20 +178,13 @@ def _parameters(function: Mapping[object, object]) -> dict[str, object]:
     # What leaves the type out, as $ref and anyOf do, is told by the grammar of objects: nothing else is asked for.
     if schema.setdefault("type", "object") != "object":
         raise ChatError(f"its parameters are of type {json.dumps(schema['type'])[:60]}; arguments are an object")
-    fault = _fault_of(json.dumps(schema))
-    if fault is not None:
+    fault = fault_of(json.dumps(schema))
+    if fault:
         raise ChatError(f"its parameters do not compile: {fault}")
+    problem = problem_of(json.dumps(schema)) if function.get("strict") else ""
+    if problem:
+        raise ChatError(f"it is strict, and its parameters cannot be enforced: {problem}; leave 'strict' out")
     return schema
-
-
-@lru_cache(maxsize=1024)
-def _fault_of(schema: str) -> str | None:
-    """Why a schema does not compile. The tools of a chat come with each turn, and compiling takes a while."""
-    try:
-        Grammar.json_schema(schema)
-    except GrammarError as error:
-        return str(error)
-    return None
 
 
 def _known(given: Mapping[object, object], known: Sequence[str]) -> None:

@@ -44,6 +44,7 @@ class Turn:
     """One turn. Its events are read by one thread at a time; the rest is thread-safe.
 
     Args:
+        checked: the names of tools whose arguments are validated after a call is read.
         text: the conversation, as its template writes it.
         namespace: the root key of what the request may share, and where the turn is remembered.
 
@@ -56,6 +57,7 @@ class Turn:
         self,
         conversation: Conversation,
         family: Family,
+        checked: frozenset[str],
         history: History,
         namespace: bytes,
         text: str,
@@ -64,7 +66,7 @@ class Turn:
     ) -> None:
         self.prompt, self.options = prompt, options
         self._conversation, self._family, self._history = conversation, family, history
-        self._namespace, self._text = namespace, text
+        self._namespace, self._text, self._checked = namespace, text, checked
         self._lock = threading.Lock()
         self._read: list[_Read] = []  # the reply's first calls
         self._finished: ChatCompletion | None = None
@@ -110,17 +112,15 @@ class Turn:
 
     def _reply(self, completion: Completion) -> ChatCompletion:
         read = [self._call(i, full) for i, full in enumerate(completion.raw_tool_calls)]
-        text = completion.text
-        for full, (_, error) in zip(completion.raw_tool_calls, read, strict=True):
-            if error is not None:
-                text += full.decode("utf-8", "replace")
+        text, places = _text_in_order(completion, read)
         calls = [call for found, _ in read for call in found]
         message = self._conversation.message(text, completion.thinking, list(map(_as_message, calls)))
         ended = completion.finish_reason == "stop" and completion.stop_sequence is None
         given = {field.name: getattr(completion, field.name) for field in fields(completion)}
-        given |= {"text": text, "finish_reason": "tool_calls" if ended and calls else completion.finish_reason}
+        given |= {"text": text, "tool_call_places": places}
+        given |= {"finish_reason": "tool_calls" if ended and calls else completion.finish_reason}
         n_prompt = len(completion.context_tokens) - len(completion.tokens)
-        self._remember(completion, message, ended=ended, as_said=text == completion.text)
+        self._remember(completion, message, ended=ended, text=text)
         return ChatCompletion(
             **given,
             tool_calls=tuple(calls),
@@ -133,7 +133,8 @@ class Turn:
         """What the reply's call `i` is; those before it were read."""
         if i == len(self._read):
             try:
-                found = self._family.read(full.decode("utf-8", "replace"), self._conversation.tools)
+                said, tools = full.decode("utf-8", "replace"), self._conversation.tools
+                found = self._family.read(said, tools, self._checked)
                 taken = {call.id for calls, _ in self._read for call in calls}
                 self._read.append(_Read(tuple(_with_own_ids(found, taken)), None))
             except ToolCallError as error:
@@ -142,21 +143,21 @@ class Turn:
 
     # --- remembering
 
-    def _remember(self, completion: Completion, message: Message, *, ended: bool, as_said: bool) -> None:
+    def _remember(self, completion: Completion, message: Message, *, ended: bool, text: str) -> None:
         """What a reply was computed as, for when it comes back as text.
 
         Args:
             ended: by itself. What was cut short within a thought or a call comes back with an end that it had not;
                 so does a thought that the reply ends within.
-            as_said: the message's text is in the order in which it was said.
+            text: the reply's, with what looked like a call and is none.
         """
         n_prompt = len(completion.context_tokens) - len(completion.tokens)
         prompt = completion.context_tokens[:n_prompt]
         told = self._remember_said(prompt, completion.tokens, cut=not ended, stop=completion.stop_sequence)
         if not told or not ended:
             return
-        if not as_said and (
-            completion.thinking or message.get("tool_calls") or not self._says_in_order(completion)
+        if text != completion.text and (
+            completion.thinking or message.get("tool_calls") or not self._says_all(completion, text)
         ):
             return
         said = self._history.written(completion.tokens).decode("utf-8", "replace")
@@ -181,10 +182,9 @@ class Turn:
         new = written[len(self._text) :]
         return not thinking and self._family.mentions_thinking(said) and not self._family.mentions_thinking(new)
 
-    def _says_in_order(self, completion: Completion) -> bool:
-        """Whether a reply says its text first and what looked like calls then, white space apart."""
+    def _says_all(self, completion: Completion, text: str) -> bool:
+        """Whether a text is all that the model wrote, white space apart."""
         said = self._history.written(completion.tokens).decode("utf-8", "replace")
-        text = completion.text + b"".join(completion.raw_tool_calls).decode("utf-8", "replace")
         return "".join(said.split()) == "".join(text.split())
 
     def _remember_said(self, prompt: Sequence[int], reply: Sequence[int], *, cut: bool, stop: str | None) -> bool:
@@ -194,6 +194,17 @@ class Turn:
         except Exception:
             log.exception("remembering a reply failed; the next turn computes it anew")
             return False
+
+
+def _text_in_order(completion: Completion, read: Sequence[_Read]) -> tuple[str, tuple[int, ...]]:
+    """A reply's text, with what looked like a call and is none in its place; and the places of all calls."""
+    text, at, places = "", 0, []
+    for full, place, (_, error) in zip(completion.raw_tool_calls, completion.tool_call_places, read, strict=True):
+        text, at = text + completion.text[at:place], place
+        places.append(len(text))
+        if error is not None:
+            text += full.decode("utf-8", "replace")
+    return text + completion.text[at:], tuple(places)
 
 
 def _as_message(call: ToolCall) -> Message:
