@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import logging
 import os
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Never
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._log import logger
 from erllama.cache.blocks import Block
 from erllama.cache.counters import TIERS, Counters
 from erllama.cache.file_tier import FileTier
@@ -46,7 +46,7 @@ from erllama.errors import (
     reject_unknown,
 )
 
-log = logging.getLogger("erllama.cache")
+log = logger("erllama.cache")
 
 _open_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
 # Of caches that were dropped, too: what waits keeps its upkeep alive.

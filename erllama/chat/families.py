@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from erllama._log import logger
 from erllama.chat.call_formats import ToolFormat
 from erllama.chat.formats import find_tool_format, tool_format
 from erllama.chat.thinking import find_thinking
@@ -14,7 +14,7 @@ from erllama.engine import Grammar, Markers, ToolCall
 from erllama.engine.phases import Script
 from erllama.errors import GrammarError
 
-log = logging.getLogger("erllama")
+log = logger("erllama")
 
 Message = dict[str, object]
 
