@@ -10,7 +10,6 @@ to check them.
 from __future__ import annotations
 
 import hashlib
-import logging
 import secrets
 import threading
 from collections import Counter
@@ -21,10 +20,11 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from erllama._log import logger
 from erllama.engine.backend import Backend
 from erllama.errors import AdapterUnloaded, real
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 # libllama sums the parts of two adapters in the order given, and those of more in one that depends on where in
 # memory they lie: there, the same bits come only of the same loaded ones.

@@ -5,15 +5,15 @@ The cache only counts them: what a request takes from cells, the engine finds by
 
 from __future__ import annotations
 
-import logging
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from erllama._log import logger
 from erllama.cache import Block, Cache
 from erllama.cache.tier import Tier, TierRow
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 
 class LiveTier(Tier):

@@ -5,7 +5,6 @@ Only this thread touches the backend (its vocabulary and `abort` apart).
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections import deque
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from erllama._log import logger
 from erllama.cache import Cache, Policy
 from erllama.engine.adapters import AdapterBackend, LoadedAdapter
 from erllama.engine.backend import Backend
@@ -27,7 +27,7 @@ from erllama.engine.ticket import Ticket
 from erllama.engine.warmth import LIVE
 from erllama.errors import BackendError, CalledFromModelThread, ModelUnloaded, QueueFull, SessionBusy
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 _LOOK_AGAIN_SECONDS = 0.01
 
@@ -117,6 +117,11 @@ class Runner:
     @property
     def metrics(self) -> EngineMetrics:
         return self._scheduler.metrics
+
+    @property
+    def cache_problem(self) -> str:
+        """Why KV is neither saved nor taken from the cache; empty where it is."""
+        return self._shared.weights.problem
 
     @property
     def stopped(self) -> bool:

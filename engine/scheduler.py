@@ -8,7 +8,6 @@ adapters. A request that fails, fails alone.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._log import logger
 from erllama.cache import Match, SaveReason
 from erllama.engine.adapters import recipe
 from erllama.engine.backend import Batch
@@ -31,7 +31,7 @@ from erllama.engine.speculation import DecodeCosts
 from erllama.engine.warmth import Warmth
 from erllama.errors import BackendError, CellsExhausted, DeadlineExceeded, Error
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 Phase = Literal["idle", "prefilling", "generating"]
 
@@ -172,9 +172,8 @@ class Scheduler:
                 return
         match = self._shared.find(sequence.namespace, sequence.reusable, parent_key)
         try:
-            source, n_live = (
-                (None, 0) if sequence.options.reproducible else self._live.longest(sequence, self.running)
-            )
+            shares = not sequence.options.reproducible and self._shared.weights.intact()
+            source, n_live = self._live.longest(sequence, self.running) if shares else (None, 0)
             warm = max(n_live, match.n_tokens if match is not None else 0)
             leader, fork = self._leader_of(sequence, warm)
             if leader is not None:
@@ -199,7 +198,7 @@ class Scheduler:
     def _leader_of(self, sequence: Sequence, warm: int) -> tuple[Sequence | None, int]:
         """Who of those admitted before is about to compute more of its prefix than can be had now, and how much."""
         leader, fork = None, warm + _WORTH_WAITING - 1
-        if sequence.options.reproducible:
+        if sequence.options.reproducible or not self._shared.weights.intact():
             return None, 0
         for other in self.running:
             if other is sequence:

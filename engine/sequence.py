@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from functools import cached_property
@@ -10,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._log import logger
 from erllama.cache import SaveReason
 from erllama.engine.adapters import AdapterSet
 from erllama.engine.constraint import PhasedMatcher
@@ -23,7 +23,7 @@ from erllama.engine.speculation import DecodeCosts, Drafts, Speculator
 from erllama.engine.ticket import Ticket
 from erllama.engine.warmth import NOTHING_STORED, Warmth
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 # Cells kept for each reply that grows, when another request is admitted: else it would be sent back at once.
 HEADROOM = 64

@@ -8,7 +8,6 @@ stored.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from itertools import takewhile
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._log import logger
 from erllama.cache import (
     TOKEN_BYTES,
     Block,
@@ -31,7 +31,7 @@ from erllama.engine.shared import Shared
 from erllama.engine.slices import Provenance, canonical_prefix
 from erllama.errors import StateError
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 NOTHING_STORED = (1 << 62, 0)
 LIVE = "live"  # the tier of what is still in the context
@@ -307,6 +307,9 @@ class Warmth:
             parent, self._namespace, start, token_bytes(tokens), reason, self._recipe, slice_end
         )
         try:
+            if not self._shared.weights.intact():
+                self._saving, self.finish_key = False, None
+                return block
             known = self._cache.stored(block.key)
             replace = known is not None and self._better(block, known)
             if replace or self._cache.wants(block.key):

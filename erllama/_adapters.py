@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Never
 
-from erllama._fingerprint import content_digest, file_identity
+from erllama._fingerprint import content_digest
 from erllama._requests import Requests
 from erllama.engine import Runner
 from erllama.engine.adapters import AdapterBackend, LoadedAdapter, checked_scale
+from erllama.engine.backends.file_identity import file_identity
 from erllama.errors import AdapterLoadError, ModelLoadError, OptionError, Unsupported, reject_unknown
 
 

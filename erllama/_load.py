@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Never
 
 from erllama import _registry
-from erllama._fingerprint import Fingerprint, identity
+from erllama._fingerprint import Fingerprint
 from erllama._info import Shape
 from erllama._model import Model
 from erllama._vocabulary_model import VocabularyModel
 from erllama.cache import Cache, Policy
 from erllama.engine import Backend, RequestOptions
+from erllama.engine.backends.file_identity import identity
 from erllama.errors import ModelLoadError, OptionError, boolean, integer, reject_unknown, shown
 
 _SHAPE_OPTIONS = ("n_seq_max", "prefill_chunk_size", "parked_cells", "max_pending")
@@ -173,7 +174,8 @@ def load_model(
         check_file(file)
         progress = _Progress(on_progress)
         before = identity(file)
-        backend = LlamaBackend(file, options, naming.of(file, cache, progress.reading), progress.loading)
+        fingerprint = naming.of(file, cache, progress.reading)
+        backend = LlamaBackend(file, options, fingerprint, progress.loading, before)
         if identity(file) != before:
             backend.close()
             raise ModelLoadError(f"{file} was changed while it was loaded; load it again when it is complete")

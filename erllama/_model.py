@@ -389,6 +389,7 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
             phase=self.phase,
             pending=self.pending,
             queue_depth=self.queue_depth,
+            cache_problem=self._runner.cache_problem,
         )
 
     @property
@@ -404,6 +405,8 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
         """
         reject_unknown(unknown, ("cache_salt",), "cached_prefix")
         ids = self._prompt_ids(prompt)
+        if self._runner.cache_problem:
+            return 0
         with self.cache.lookup(
             self._namespace(cache_salt),
             ids[:-1],

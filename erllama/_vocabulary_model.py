@@ -80,6 +80,10 @@ class _NoRunner(Runner):
         return None
 
     @property
+    def cache_problem(self) -> str:
+        return ""
+
+    @property
     def metrics(self) -> EngineMetrics:
         return self._nothing
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backend import Batch, Limits, NamespaceValue
+from erllama.engine.backends.file_identity import MappedFiles
 from erllama.engine.backends.llama_adapters import check_adapter_file
 from erllama.engine.backends.llama_file import LlamaVocabulary, buffers_in, chat_templates, facts_of, load_file
 from erllama.engine.backends.llama_library import llama_ffi, translated
@@ -46,6 +47,7 @@ class LlamaBackend:
         options: how to load it.
         fingerprint: names the file's content, for the cache.
         on_progress: called with the fraction loaded; returning False cancels.
+        identity: the `identity` of the files, taken before `fingerprint` was; None for files that nobody changes.
 
     Raises:
         ModelLoadError: the file cannot be loaded, or its context not made.
@@ -58,8 +60,11 @@ class LlamaBackend:
         options: LlamaOptions,
         fingerprint: str,
         on_progress: Callable[[float], object] | None = None,
+        identity: str | None = None,
     ) -> None:
         self.path = path
+        # A file that is read and not mapped may be changed once it is loaded.
+        self._mapped = MappedFiles(path, identity) if identity is not None and options.mmap else None
         file = load_file(path, options, on_progress)
         model, self.metadata = file
         try:
@@ -176,6 +181,10 @@ class LlamaBackend:
     def model(self) -> llama_ffi.LlamaModel:
         """The loaded model, for its metadata."""
         return self._model
+
+    def weights_problem(self) -> str:
+        """Return why the weights may have changed since they were loaded; empty as long as they have not."""
+        return self._mapped.problem() if self._mapped is not None else ""
 
     def embedder(self) -> Embedder:
         """For embeddings: contexts of its own on the same weights, which it holds."""
