@@ -77,10 +77,10 @@ class LiveTier(Tier):
         """What goes wrong in the cache costs its picture of the cells, and nothing else."""
         try:
             yield
-        except Exception:
+        except BaseException:
             if not self._cache.closed:
                 log.exception("showing the cache what is in cells failed")
-                with suppress(Exception):
+                with suppress(BaseException):
                     self._cache.count_fault()
 
     # --- for the cache

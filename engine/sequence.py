@@ -49,6 +49,7 @@ class Sequence:
         waits_until: until when it waits for the save of its parent; 0 where it does not.
         headroom: cells that it wants for its reply before it is admitted.
         ran_out_at: how many of its tokens were known when the backend last had no cells for it alone.
+        arrived: the model thread has taken it out of the queue.
         finish_reason: None as long as it goes on.
     """
 
@@ -76,6 +77,7 @@ class Sequence:
         self.waits_until = 0.0
         self.headroom = HEADROOM
         self.ran_out_at = 0
+        self.arrived = False
         self.finish_reason: FinishReason | None = None
         self._warmth: Warmth | None = None
         self._due = 0.0  # how many tokens are held when something is to be saved
@@ -194,7 +196,7 @@ class Sequence:
         assert self._speculator is not None
         try:
             drafts = self._speculator.draft(self.known, min(most, self.growth - 1), n_rows, costs)
-        except Exception:
+        except BaseException:
             log.exception("a drafter failed; its request goes on without")
             self._speculator = None
             return 0

@@ -108,7 +108,7 @@ class Shared:
         """Whether a block is being saved just now."""
         try:
             return self.cache.awaits(key)
-        except Exception:
+        except BaseException:
             self.fault("asking for a save in flight")
             return False
 
@@ -117,7 +117,7 @@ class Shared:
         log.exception("%s failed", what)
         try:
             self.cache.count_fault()
-        except Exception:
+        except BaseException:
             log.exception("counting that failed, too")
 
     def find(self, namespace: bytes, tokens: NDArray[np.int32], parent_key: bytes | None) -> Match | None:
@@ -132,6 +132,6 @@ class Shared:
                 parent_key=parent_key,
                 count=False,
             )
-        except Exception:
+        except BaseException:
             self.fault(f"looking up {len(tokens)} tokens of a prompt, which is read cold,")
             return None

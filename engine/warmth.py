@@ -110,7 +110,7 @@ class Warmth:
         if match is not None:
             try:
                 n_held, n_shared = self._fill(match, reproducible, n_shared, room, tiers)
-            except Exception:
+            except BaseException:
                 self._shared.fault(f"restoring a prompt of {len(tokens)} tokens, which is read cold,")
                 self._backend.drop(self._sequence)
                 self._provenance = Provenance(self._slicing, self._recipe)
@@ -118,7 +118,7 @@ class Warmth:
         try:
             self._note_restored(token_bytes(tokens[:n_held]))
             slowest = self._slowest(tiers)
-        except Exception:
+        except BaseException:
             self._shared.fault("looking for what is stored of a prompt")
             self._saving, slowest = False, LIVE
         kind: HitKind = "cold" if n_held == 0 else "exact" if n_held == last else "partial"
@@ -130,7 +130,7 @@ class Warmth:
         resumed = any(block.key == parent_key and block.end <= hit.tokens for block in blocks)
         try:
             self._cache.count_request(hit.kind, hit.tokens, resumed=resumed)
-        except Exception:
+        except BaseException:
             self._shared.fault("counting a request")
 
     def _slowest(self, tiers: set[str]) -> str:
@@ -281,7 +281,7 @@ class Warmth:
             self._save_blocks(tokens, reason)
             try:
                 self._save_tail(tokens, reason)
-            except Exception:
+            except BaseException:
                 self._shared.fault("saving the end of a context")
                 self.finish_key = None
 
@@ -320,7 +320,7 @@ class Warmth:
                 if known is None:
                     self.stored = (min(start, self.stored[0]), max(block.end, self.stored[1]))
             self.finish_key = block.key if self._cache.contains(block.key) else None
-        except Exception:
+        except BaseException:
             self._shared.fault(f"saving a block of {block.n_tokens} tokens, the last of its request,")
             self._saving = False
             self.finish_key = None

@@ -112,11 +112,8 @@ class AdapterMethods(Requests):
             digest = content_digest(file, self.cache)
         except ModelLoadError as error:
             raise AdapterLoadError(str(error)) from None
-        native = self._runner.load_adapter(file)
-        if not _is_still(file, before):
-            self._runner.discard_adapter(native)
-            raise AdapterLoadError(f"{file} was changed while it was loaded; load it again when it is complete")
-        return Adapter(self._runner.adapters.attach(native, file, digest, checked), self._runner)
+        loaded = self._runner.load_adapter(file, digest, checked, lambda: _is_still(file, before))
+        return Adapter(loaded, self._runner)
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:

@@ -90,6 +90,9 @@ class _NoRunner(Runner):
     def namespace(self, cache_salt: str | None) -> bytes:
         return namespace_key({**self._backend.namespace, "cache_salt": cache_salt})
 
+    def begin_to_stop(self) -> None:
+        self._stopping = True
+
     def stop(self) -> None:
         self._stopping = True
         self._backend.close()
