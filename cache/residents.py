@@ -51,6 +51,10 @@ class Shelf:
     def keys(self, root: Tier) -> list[bytes]:
         return [key for key, holder in self._root_of.items() if holder is root]
 
+    def n_blocks(self, root: Tier) -> int:
+        """How many blocks a root holds; may be called without the cache's lock."""
+        return sum(holder is root for holder in list(self._root_of.values()))
+
     def root_of(self, key: bytes) -> Tier | None:
         return self._root_of.get(key)
 

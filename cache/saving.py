@@ -105,7 +105,7 @@ class Saver:
     def wait_for(self, key: bytes, seconds: float) -> None:
         """Wait until a block is stored, as long as somebody is saving it."""
         deadline = time.monotonic() + seconds
-        with self._lock:
+        with self._saved:
             while self._residents.tree.get(key) is None and (left := deadline - time.monotonic()) > 0:
                 if key in self._expected:
                     self._saved.wait(left)

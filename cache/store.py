@@ -16,13 +16,14 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Never
 
 import numpy as np
 from numpy.typing import NDArray
 
 from erllama._log import logger
+from erllama._reentry import reentered
 from erllama.cache.blocks import Block
 from erllama.cache.counters import TIERS, Counters
 from erllama.cache.file_tier import FileTier
@@ -368,33 +369,42 @@ class Cache:
         return tuple(self._residents.shelves)
 
     def tiers(self) -> list[TierStatus]:
-        """Every root of every tier, from fast to slow, and how it is."""
-        with self._lock:
+        """Every root of every tier, from fast to slow, and how it is. Safe in signal handlers."""
+        with nullcontext() if reentered() else self._lock:
             return [
                 TierStatus(
                     shelf.name,
                     root.place,
                     root.budget,
                     shelf.n_bytes(root),
-                    len(shelf.keys(root)),
+                    shelf.n_blocks(root),
                     self._upkeep.errors.get(root),
                 )
                 for shelf in self._residents.shelves.values()
-                for root in shelf.roots
+                for root in list(shelf.roots)
             ]
 
     def counters(self) -> Mapping[str, int | float]:
-        """Counts since this cache was made, seconds spent, and bytes and blocks held now, by name."""
+        """Counts since this cache was made, seconds spent, and bytes and blocks held now, by name.
+
+        Safe in signal handlers: one that interrupts a call of this library gets the counts as they are, without
+        what other processes have done since the last look.
+        """
+        if reentered():
+            return self._counts()
         with self._lock:
             self._upkeep.look_around(at_once=True)
-            found = self._counters.snapshot()
-            found["corrupt_files"] += sum(tier.damaged for tier in self._upkeep.tiers)
-            shelves = self._residents.shelves
-            for name in dict.fromkeys((*TIERS, *shelves)):
-                shelf = shelves.get(name)
-                found[f"bytes_{name}"] = shelf.n_bytes() if shelf else 0
-                found[f"blocks_{name}"] = len(shelf) if shelf else 0
-            found["bytes_pending"] = self._upkeep.writer.n_bytes
+            return self._counts()
+
+    def _counts(self) -> dict[str, int | float]:
+        found = self._counters.snapshot()
+        found["corrupt_files"] += sum(tier.damaged for tier in list(self._upkeep.tiers))
+        shelves = self._residents.shelves
+        for name in dict.fromkeys((*TIERS, *shelves)):
+            shelf = shelves.get(name)
+            found[f"bytes_{name}"] = shelf.n_bytes() if shelf else 0
+            found[f"blocks_{name}"] = len(shelf) if shelf else 0
+        found["bytes_pending"] = self._upkeep.writer.n_bytes
         return found
 
     def rows(self) -> list[Row]:

@@ -56,9 +56,7 @@ class WriteBehind:
     def __init__(self, write: Callable[[Pending], None], limit_bytes: int) -> None:
         self._write = write
         self._limit = limit_bytes
-        # Taken by itself and not as the condition: Ctrl-C cannot come between its acquisition and the `with` then.
-        self._lock = threading.RLock()
-        self._condition = threading.Condition(self._lock)
+        self._condition = threading.Condition()
         self._pending: dict[bytes, Pending] = {}
         self._chores: dict[Callable[[], None], float] = {}  # and when they are due
         self._patient: set[Callable[[], None]] = set()  # chores that a flush neither hurries nor waits for
@@ -76,7 +74,7 @@ class WriteBehind:
 
     def offer(self, save: Pending) -> bool:
         """Queue a save; False when the queue is full and it was not taken."""
-        with self._lock:
+        with self._condition:
             replaced = self._pending.get(save.block.key)
             n_bytes = self._n_bytes + save.payload.nbytes - (replaced.payload.nbytes if replaced else 0)
             if n_bytes > self._limit or not self._started():
@@ -95,7 +93,7 @@ class WriteBehind:
         Args:
             patient: a flush neither hurries it nor waits for it.
         """
-        with self._lock:
+        with self._condition:
             due = time.monotonic() + delay
             self._chores[chore] = min(due, self._chores.get(chore, due))
             if patient:
@@ -107,19 +105,17 @@ class WriteBehind:
         """Start the thread, which waits for the condition we hold; False where threads cannot be had any more."""
         if self._thread is None and not self._abandoned:
             thread = threading.Thread(target=self._run, name="erllama-cache-writer", daemon=True)
-            self._thread = thread
             try:
                 thread.start()
-            except BaseException as error:
-                self._thread = None  # interrupted, it may have started: it ends by itself, as it is not this one
-                if not isinstance(error, RuntimeError):
-                    raise
+            except RuntimeError as error:
                 log.warning("no thread to write the cache with: %s", error)
+                return False
+            self._thread = thread
         return self._thread is not None
 
     def get(self, key: bytes) -> Pending | None:
         """A save that still waits or is being written."""
-        with self._lock:
+        with self._condition:
             pending = self._pending.get(key)
             if pending is None and self._writing is not None and self._writing.block.key == key:
                 pending = self._writing
@@ -130,19 +126,19 @@ class WriteBehind:
 
     def waits(self, key: bytes) -> bool:
         """Whether a save waits, the one being written apart."""
-        with self._lock:
+        with self._condition:
             return key in self._pending
 
     def hurry(self) -> None:
         """Delay nothing that waits now."""
-        with self._lock:
+        with self._condition:
             for key, pending in self._pending.items():
                 self._pending[key] = pending._replace(due=0.0)
             self._condition.notify_all()
 
     def cancel(self, key: bytes) -> bool:
         """Take a waiting save back; False when it was not waiting."""
-        with self._lock:
+        with self._condition:
             pending = self._pending.pop(key, None)
             if pending is None:
                 return False
@@ -152,7 +148,7 @@ class WriteBehind:
 
     def flush(self, timeout: float | None = None) -> bool:
         """Do everything now, what is delayed too; False when `timeout` seconds were not enough."""
-        with self._lock:
+        with self._condition:
             if threading.current_thread() is self._thread:
                 return False
             self._flushing += 1
@@ -164,7 +160,7 @@ class WriteBehind:
 
     def abandon(self) -> None:
         """Do nothing any more, as if the process had ended; what waits is lost."""
-        with self._lock:
+        with self._condition:
             self._abandoned = True
             self._pending.clear()
             self._chores.clear()
@@ -190,7 +186,7 @@ class WriteBehind:
             except BaseException:  # SystemExit, too: the thread is the cache's, and flush() waits for it
                 # The queue must go on, and flush() must end, whatever happened to one piece of work.
                 log.exception("work behind the cache failed unexpectedly")
-            with self._lock:
+            with self._condition:
                 if isinstance(work, Pending):
                     self._n_bytes -= work.payload.nbytes
                 self._writing = None
@@ -200,9 +196,7 @@ class WriteBehind:
 
     def _next(self) -> Pending | Callable[[], None] | None:
         """What is due next; None, and the thread ends, when nothing waits."""
-        with self._lock:
-            if self._thread is not threading.current_thread():
-                return None
+        with self._condition:
             while (self._pending or self._chores) and not self._abandoned:
                 now = time.monotonic()
                 # Insertion order puts parents before children; a delayed tail has no children.

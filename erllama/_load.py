@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -26,8 +27,17 @@ _PARKED_SEQUENCES = 12
 
 _BACKEND_PARTS = sorted(name for name in vars(Backend) if not name.startswith("_"))
 
-_shared_cache_lock = threading.Lock()
+_shared_cache_lock = threading.RLock()
 _shared_cache: Cache | None = None
+
+
+def _after_fork_in_child() -> None:
+    # A thread that was not forked may have held it.
+    global _shared_cache_lock
+    _shared_cache_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def load_model(
@@ -262,20 +272,18 @@ def _model_of(
 
 def _load(make: Callable[[str], Model], id: str | None, cache_salt: str | None, *, warmup: bool = False) -> Model:
     RequestOptions(cache_salt=cache_salt)  # checks it before anything is loaded
-    model_id = _registry.reserve(id)
+    reservation, model = _registry.Reservation(), None
     try:
-        model = make(model_id)
+        model = make(_registry.reserve(id, reservation))
         if warmup and model._backend.limits.can_generate:
-            try:
-                model._runner.warm_up()
-            except BaseException:
-                model._runner.stop()
-                raise
+            model._runner.warm_up()
+        _registry.add(model)
+        return model
     except BaseException:
-        _registry.give_up(model_id)
+        if model is not None:
+            model.unload()
+        _registry.give_up(reservation)
         raise
-    _registry.add(model)
-    return model
 
 
 def _checked_cache(cache: object) -> Cache:

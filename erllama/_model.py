@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from _thread import start_new_thread
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from erllama._options import (
     PrefillOptions,
     request_options,
 )
+from erllama._reentry import reentered
 from erllama._scoring import Score, around_gap, with_continuation
 from erllama._speculation import Verification, fixed
 from erllama._stream import AsyncStream, Stream
@@ -418,8 +420,19 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
     def unload(self) -> None:
         """End the model: requests in flight and waiting fail with ModelUnloaded. Idempotent.
 
-        What they had computed is saved, within the policy's `evict_save_timeout_ms`.
+        What they had computed is saved, within the policy's `evict_save_timeout_ms`. In a signal handler that
+        interrupts a call of this library, it returns at once, and a thread does the rest.
         """
-        self._embeddings.close()
-        self._runner.stop()
-        _registry.remove(self)
+        if reentered():
+            # No threading.Thread: its start takes locks that may be held here, too.
+            self._runner.begin_to_stop()
+            start_new_thread(self._unload, ())
+        else:
+            self._unload()
+
+    def _unload(self) -> None:
+        try:
+            self._embeddings.close()
+        finally:
+            self._runner.stop()
+            _registry.remove(self)

@@ -1,4 +1,8 @@
-"""The models loaded in this process, by id."""
+"""The models loaded in this process, by id.
+
+Reading takes no lock, so that signal handlers may read at any time: what is
+read is copied in one step of the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,26 @@ import threading
 from typing import TYPE_CHECKING
 
 import erllama.cache  # noqa: F401 - at exit its caches close after, as they registered before, the models here
+from erllama._log import logger
 from erllama.errors import AlreadyLoaded, ModelNotFound, OptionError
 
 if TYPE_CHECKING:
     from erllama._model import Model
 
-_lock = threading.Lock()
-_models: dict[str, Model | None] = {}  # None: being loaded
+log = logger("erllama")
+
+
+class Reservation:
+    """Takes an id for a model that is being loaded."""
+
+
+_lock = threading.RLock()
+_models: dict[str, Model | Reservation] = {}
 _serial = itertools.count(1)
 
 
-def reserve(model_id: str | None) -> str:
-    """Take an id for a model about to be loaded; a fresh one for None."""
+def reserve(model_id: str | None, reservation: Reservation) -> str:
+    """Take an id for a model about to be loaded; a fresh one for None. `give_up` undoes it at any time."""
     with _lock:
         if model_id is None:
             model_id = next(name for n in _serial if (name := f"model-{n}") not in _models)
@@ -28,7 +40,7 @@ def reserve(model_id: str | None) -> str:
             raise OptionError(f"id={model_id!r}; give a name, or leave it out")
         if model_id in _models:
             raise AlreadyLoaded(f"a model is loaded as {model_id!r} already; unload it, or give another id")
-        _models[model_id] = None
+        _models[model_id] = reservation
         return model_id
 
 
@@ -37,10 +49,11 @@ def add(model: Model) -> None:
         _models[model.id] = model
 
 
-def give_up(model_id: str) -> None:
-    """Free a reserved id whose model was not loaded."""
+def give_up(reservation: Reservation) -> None:
+    """Free an id whose model was not loaded. Idempotent."""
     with _lock:
-        _models.pop(model_id, None)
+        for model_id in [name for name, found in list(_models.items()) if found is reservation]:
+            del _models[model_id]
 
 
 def remove(model: Model) -> None:
@@ -56,18 +69,16 @@ def get_model(id: str) -> Model:
     Raises:
         ModelNotFound: none is.
     """
-    with _lock:
-        model = _models.get(id) if isinstance(id, str) else None
-        if model is None:
-            loaded = ", ".join(repr(name) for name, found in _models.items() if found) or "none"
-            raise ModelNotFound(f"no model is loaded as {id!r}; loaded: {loaded}")
-        return model
+    model = _models.get(id) if isinstance(id, str) else None
+    if model is None or isinstance(model, Reservation):
+        loaded = ", ".join(repr(model.id) for model in list_models()) or "none"
+        raise ModelNotFound(f"no model is loaded as {id!r}; loaded: {loaded}")
+    return model
 
 
 def list_models() -> list[Model]:
     """The models loaded in this process, in the order of their loading."""
-    with _lock:
-        return [model for model in _models.values() if model is not None]
+    return [model for model in list(_models.values()) if not isinstance(model, Reservation)]
 
 
 def queue_depth() -> int:
@@ -78,7 +89,7 @@ def queue_depth() -> int:
 def _after_fork_in_child() -> None:
     # The models run in the parent; the lock may have been taken there.
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _models.clear()
 
 
@@ -89,4 +100,7 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 def _unload_all() -> None:
     # Before the interpreter takes the machinery away that model threads need.
     for model in list_models():
-        model.unload()
+        try:
+            model.unload()
+        except Exception:  # of one model: the others are unloaded all the same
+            log.exception("model %r was not unloaded well at exit", model.id)

@@ -50,8 +50,9 @@ class AbortedError(LlamaError):
 
 
 def _after_fork_in_child() -> None:
-    global _generation
+    global _generation, _start_lock
     _generation += 1
+    _start_lock = threading.Lock()  # a thread that was not forked may have held it
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
