@@ -255,8 +255,12 @@ class Runner:
             return loaded[0]
         except BaseException:
             # Ctrl-C ends the waiting and not the loading: what comes of it is undone behind it.
+            def undo() -> None:
+                for adapter in loaded:
+                    self.adapters.detach(adapter)
+
             with self._lock:
-                self._calls.append(_Call(lambda: [self.adapters.detach(adapter) for adapter in loaded]))
+                self._calls.append(_Call(undo))
                 self._condition.notify()
             raise
 
