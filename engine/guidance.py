@@ -164,7 +164,8 @@ def _on_a_large_stack(make: Callable[[], _T]) -> _T:
         usual = _usual_size = threading.stack_size()
         try:
             threading.stack_size(_STACK)
-            threading.Thread(target=work, name="erllama-grammar").start()
+            # No daemon: the interpreter's exit would end it in the midst of llguidance.
+            threading.Thread(target=work, name="erllama-grammar", daemon=False).start()
         finally:
             threading.stack_size(usual)
     return future.result()
