@@ -154,6 +154,7 @@ class Cache:
         tokens: Sequence[int] | NDArray[np.integer],
         *,
         whole: bool = False,
+        loadable: bool = False,
         parent_key: bytes | None = None,
         wait_ms: int = 0,
         count: bool = True,
@@ -164,6 +165,7 @@ class Cache:
             namespace: the root key, from `namespace_key`.
             tokens: ids, shape (n,).
             whole: only blocks that match to their last token; for memory that cannot be cut.
+            loadable: only blocks that `load` can give: none that are only in a context's cells.
             parent_key: the key of a context that `tokens` go on from; where it is still being
                 saved, that is waited for.
             wait_ms: the longest to wait for it, in milliseconds.
@@ -177,7 +179,7 @@ class Cache:
             self._saver.wait_for(parent_key, wait_ms / 1000)
         with self._counters.timing("lookup"), self._lock:
             self._upkeep.look_around()
-            blocks, n_tokens = self._residents.walk(namespace, raw, whole)
+            blocks, n_tokens = self._residents.walk(namespace, raw, whole, loadable)
             self._residents.pin(blocks)
             now = time.time_ns()
             for block in blocks:

@@ -129,6 +129,7 @@ class Shared:
                 namespace,
                 tokens,
                 whole=not self.backend.limits.can_trim,
+                loadable=True,
                 parent_key=parent_key,
                 count=False,
             )

@@ -413,6 +413,7 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
             self._namespace(cache_salt),
             ids[:-1],
             whole=not self._backend.limits.can_trim,
+            loadable=True,
             count=False,
         ) as match:
             return match.n_tokens
