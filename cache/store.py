@@ -529,10 +529,11 @@ _HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}
 
 @atexit.register
 def _close_all() -> None:
-    for cache in list(_open_caches):
-        cache.close()
-    for upkeep in list(_open_upkeeps):
-        upkeep.close()
+    for open_one in [*_open_caches, *_open_upkeeps]:
+        try:
+            open_one.close()
+        except BaseException:  # of one cache: the others are closed all the same
+            log.exception("a cache was not closed well at exit")
 
 
 def _after_fork_in_child() -> None:

@@ -138,6 +138,11 @@ class Runner:
         return self._shared.weights.problem
 
     @property
+    def is_ours(self) -> bool:
+        """Whether it runs in this process: not in one that was forked from it."""
+        return self._process == os.getpid()
+
+    @property
     def stopped(self) -> bool:
         return self._stopping
 
@@ -303,7 +308,7 @@ class Runner:
             self._stopping = True
             self._condition.notify_all()
         if first:
-            self._backend.abort(True)
+            self._last(lambda: self._backend.abort(True))
 
     def _flush(self) -> None:
         timeout_ms = self._policy.evict_save_timeout_ms

@@ -50,6 +50,7 @@ class Ticket:
 
     Attributes:
         cancelled: an early end was asked for.
+        model: what runs it, which lives as long as its requests do.
     """
 
     def __init__(self, request: Request, streaming: bool) -> None:
@@ -68,6 +69,7 @@ class Ticket:
         self._error: BaseException | None = None
         self._ended = False  # the end was read
         self.cancelled = False
+        self.model: object = None
         self._on_news: Callable[[], None] | None = None
 
     # --- the model thread's side

@@ -87,7 +87,8 @@ def load_model(
 
     Args:
         path: the file; the first part of a split model.
-        id: a name for it in this process; one is made up if None.
+        id: a name for it in this process; one is made up if None. A model that was given one stays loaded until
+            it is unloaded; another is unloaded, with a ResourceWarning, when its last reference is dropped.
         cache: where its prompts are kept; None for one in RAM, shared by every
             model loaded without a cache of its own.
         policy: what of its contexts is saved, and when; None for all of it.
@@ -277,7 +278,7 @@ def _load(make: Callable[[str], Model], id: str | None, cache_salt: str | None, 
         model = make(_registry.reserve(id, reservation))
         if warmup and model._backend.limits.can_generate:
             model._runner.warm_up()
-        _registry.add(model)
+        _registry.add(model, reservation)
         return model
     except BaseException:
         if model is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from _thread import start_new_thread
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Never, Unpack
 
@@ -23,6 +25,7 @@ from erllama._options import (
     request_options,
 )
 from erllama._reentry import reentered
+from erllama._requests import checked_ids
 from erllama._scoring import Score, around_gap, with_continuation
 from erllama._speculation import Verification, fixed
 from erllama._stream import AsyncStream, Stream
@@ -37,6 +40,7 @@ from erllama.engine import (
     Phase,
     Request,
     RequestOptions,
+    Runner,
     SamplingOptions,
     Ticket,
 )
@@ -67,11 +71,24 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
         self, backend: Backend, id: str, cache: Cache, policy: Policy, cache_salt: str | None, shape: Shape
     ) -> None:
         super().__init__(backend, id, cache, policy, cache_salt, shape)
-        self._embeddings = Embeddings(backend, id, self._check_loaded, self._checked_ids)
+        self._embeddings = Embeddings(backend, id, self._runner.check, partial(checked_ids, backend.vocabulary))
 
     def __repr__(self) -> str:
         state = "unloaded" if self._runner.stopped else self.phase
         return f"<erllama.Model {self.id!r}, {state}>"
+
+    def __del__(self) -> None:
+        runner: Runner | None = getattr(self, "_runner", None)
+        if runner is None or runner.stopped or not runner.is_ours:
+            return
+        _registry.drop(self, runner)
+        runner.begin_to_stop()  # waits for nothing: the garbage collector calls this in any thread
+        warnings.warn(
+            f"model {self.id!r} was dropped and is unloaded; call its unload(), or load it in a `with`",
+            ResourceWarning,
+            stacklevel=2,
+            source=self,
+        )
 
     def __enter__(self) -> Model:
         return self

@@ -1,7 +1,9 @@
 """The models loaded in this process, by id.
 
 Reading takes no lock, so that signal handlers may read at any time: what is
-read is copied in one step of the interpreter.
+read is copied in one step of the interpreter. A model that was given an id is
+kept until it is unloaded, since others may get it by its id. One whose id was
+made up is not kept: it is unloaded when its last user drops it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import itertools
 import os
 import threading
 from typing import TYPE_CHECKING
+from weakref import ReferenceType, WeakSet, ref
 
 import erllama.cache  # noqa: F401 - at exit its caches close after, as they registered before, the models here
 from erllama._log import logger
@@ -18,16 +21,24 @@ from erllama.errors import AlreadyLoaded, ModelNotFound, OptionError
 
 if TYPE_CHECKING:
     from erllama._model import Model
+    from erllama.engine import Runner
 
 log = logger("erllama")
 
 
 class Reservation:
-    """Takes an id for a model that is being loaded."""
+    """Takes an id for a model that is being loaded.
+
+    Attributes:
+        made_up: the id is not the user's.
+    """
+
+    made_up = False
 
 
 _lock = threading.RLock()
-_models: dict[str, Model | Reservation] = {}
+_models: dict[str, Model | ReferenceType[Model] | Reservation] = {}
+_dropped: WeakSet[Runner] = WeakSet()  # of models that nobody unloaded; they end by themselves
 _serial = itertools.count(1)
 
 
@@ -36,6 +47,7 @@ def reserve(model_id: str | None, reservation: Reservation) -> str:
     with _lock:
         if model_id is None:
             model_id = next(name for n in _serial if (name := f"model-{n}") not in _models)
+            reservation.made_up = True
         elif not isinstance(model_id, str) or not model_id:
             raise OptionError(f"id={model_id!r}; give a name, or leave it out")
         if model_id in _models:
@@ -44,9 +56,9 @@ def reserve(model_id: str | None, reservation: Reservation) -> str:
         return model_id
 
 
-def add(model: Model) -> None:
+def add(model: Model, reservation: Reservation) -> None:
     with _lock:
-        _models[model.id] = model
+        _models[model.id] = ref(model) if reservation.made_up else model
 
 
 def give_up(reservation: Reservation) -> None:
@@ -59,8 +71,15 @@ def give_up(reservation: Reservation) -> None:
 def remove(model: Model) -> None:
     """Free the id of a model, unless another has it by now."""
     with _lock:
-        if _models.get(model.id) is model:
+        found = _models.get(model.id)
+        if found is model or (isinstance(found, ReferenceType) and found() in (model, None)):
             del _models[model.id]
+
+
+def drop(model: Model, runner: Runner) -> None:
+    """Forget a model that nobody unloaded, and that ends behind its last user."""
+    _dropped.add(runner)
+    remove(model)
 
 
 def get_model(id: str) -> Model:
@@ -69,8 +88,8 @@ def get_model(id: str) -> Model:
     Raises:
         ModelNotFound: none is.
     """
-    model = _models.get(id) if isinstance(id, str) else None
-    if model is None or isinstance(model, Reservation):
+    model = _loaded(_models.get(id)) if isinstance(id, str) else None
+    if model is None:
         loaded = ", ".join(repr(model.id) for model in list_models()) or "none"
         raise ModelNotFound(f"no model is loaded as {id!r}; loaded: {loaded}")
     return model
@@ -78,7 +97,13 @@ def get_model(id: str) -> Model:
 
 def list_models() -> list[Model]:
     """The models loaded in this process, in the order of their loading."""
-    return [model for model in list(_models.values()) if not isinstance(model, Reservation)]
+    return [model for found in list(_models.values()) if (model := _loaded(found)) is not None]
+
+
+def _loaded(found: Model | ReferenceType[Model] | Reservation | None) -> Model | None:
+    if isinstance(found, ReferenceType):
+        return found()
+    return None if isinstance(found, Reservation) else found
 
 
 def queue_depth() -> int:
@@ -91,6 +116,7 @@ def _after_fork_in_child() -> None:
     global _lock
     _lock = threading.RLock()
     _models.clear()
+    _dropped.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -99,8 +125,11 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 @atexit.register
 def _unload_all() -> None:
     # Before the interpreter takes the machinery away that model threads need.
-    for model in list_models():
+    for name, unload in [
+        *((repr(model.id), model.unload) for model in list_models()),
+        *(("that was dropped", runner.stop) for runner in list(_dropped)),
+    ]:
         try:
-            model.unload()
-        except Exception:  # of one model: the others are unloaded all the same
-            log.exception("model %r was not unloaded well at exit", model.id)
+            unload()
+        except BaseException:  # of one model, or Ctrl-C while it ends: the others are unloaded all the same
+            log.exception("model %s was not unloaded well at exit", name)

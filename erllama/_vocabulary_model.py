@@ -91,7 +91,7 @@ class _NoRunner(Runner):
         return namespace_key({**self._backend.namespace, "cache_salt": cache_salt})
 
     def begin_to_stop(self) -> None:
-        self._stopping = True
+        self.stop()
 
     def stop(self) -> None:
         self._stopping = True
