@@ -529,9 +529,9 @@ _HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}
 
 @atexit.register
 def _close_all() -> None:
-    for open_one in [*_open_caches, *_open_upkeeps]:
+    for close in [*(cache.close for cache in _open_caches), *(upkeep.close for upkeep in _open_upkeeps)]:
         try:
-            open_one.close()
+            close()
         except BaseException:  # of one cache: the others are closed all the same
             log.exception("a cache was not closed well at exit")
 

@@ -105,7 +105,8 @@ def load_model(
             model's training context, at most 4096.
         n_batch: most tokens of one decode.
         n_ubatch: tokens computed at once.
-        n_threads: threads for decoding; None for the processors this process may use.
+        n_threads: threads for decoding; None for the processors this process may use, by its affinity and its
+            cgroups' CPU quotas.
         n_threads_batch: threads for prefill; None for the same.
         n_gpu_layers: layers on GPUs; -1, or more than the model has, for all.
         devices: names of the devices that compute beside the CPU, as `erllama.devices()` tells them; None for all

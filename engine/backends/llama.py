@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from erllama.engine.backends.llama_file import LlamaVocabulary, buffers_in, chat
 from erllama.engine.backends.llama_library import llama_ffi, translated
 from erllama.engine.backends.llama_options import LlamaOptions
 from erllama.engine.embedding import Embedder
+from erllama.engine.processors import default_threads
 from erllama.errors import AdapterLoadError, BackendError, CellsExhausted, ModelLoadError, StateError
 
 _DEFAULT_N_CTX = 4096
@@ -77,7 +77,7 @@ class LlamaBackend:
             can_trim = not (shape.recurrent or shape.hybrid or shape.n_swa > 0)
             whole_state = shape.recurrent and not shape.hybrid
             n_sequences = options.n_sequences + (options.n_spare_sequences if can_trim else 0)
-            threads = options.n_threads or _processors()
+            threads = options.n_threads or default_threads()
             threads_batch = options.n_threads_batch or threads
             self._scratch = n_sequences
             self._options, self._n_threads_batch = options, threads_batch
@@ -130,6 +130,8 @@ class LlamaBackend:
         buffers = buffers_in(context.said)
         self.facts = replace(
             facts,
+            n_threads=threads,
+            n_threads_batch=threads_batch,
             kv_type_k=options.kv_type_k,
             kv_type_v=options.kv_type_v,
             devices=(*(gpu.name for gpu in gpus), "CPU"),
@@ -368,7 +370,3 @@ def _check_state(payload: memoryview, start: int, end: int) -> None:
     # In the order of the cells, which need not be that of the positions.
     if not np.array_equal(np.sort(cells[:, 0]), np.arange(start, end)) or not np.all(cells[:, 1] == 1):
         raise StateError(f"the state is not of positions {start} to {end - 1}")
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
