@@ -77,6 +77,19 @@ def test_a_logging_handler_that_raises_does_not_end_the_model(error: type[BaseEx
     assert seen
 
 
+def test_a_logging_handler_that_raises_disturbs_no_loading(tiny_gguf: Path) -> None:
+    log = logging.getLogger("erllama")
+    before = log.level
+    log.setLevel(logging.DEBUG)
+    try:
+        with failing_handler(ValueError) as seen:
+            with erllama.load_model(tiny_gguf, n_ctx=256, n_threads=1) as model:
+                assert model.complete("x", max_tokens=2).tokens
+        assert any("tensor" in line for line in seen), "libllama's own lines, too"
+    finally:
+        log.setLevel(before)
+
+
 def test_what_a_handler_raises_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     from erllama._log import logger
 
