@@ -59,7 +59,7 @@ class Shelf:
         return self._root_of.get(key)
 
     def n_bytes(self, root: Tier | None = None) -> int:
-        return self.lru.n_bytes if root is None else self._n_bytes[root]
+        return self.lru.n_bytes if root is None else self._n_bytes.get(root, 0)  # a root may be detached meanwhile
 
     def free(self, root: Tier) -> int:
         return root.budget - self._n_bytes[root]

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Never
 
 import numpy as np
@@ -372,19 +372,25 @@ class Cache:
 
     def tiers(self) -> list[TierStatus]:
         """Every root of every tier, from fast to slow, and how it is. Safe in signal handlers."""
-        with nullcontext() if reentered() else self._lock:
-            return [
-                TierStatus(
-                    shelf.name,
-                    root.place,
-                    root.budget,
-                    shelf.n_bytes(root),
-                    shelf.n_blocks(root),
-                    self._upkeep.errors.get(root),
-                )
-                for shelf in self._residents.shelves.values()
-                for root in list(shelf.roots)
-            ]
+        return self._statuses() if reentered() else self._statuses_now()
+
+    def _statuses_now(self) -> list[TierStatus]:
+        with self._lock:
+            return self._statuses()
+
+    def _statuses(self) -> list[TierStatus]:
+        return [
+            TierStatus(
+                shelf.name,
+                root.place,
+                root.budget,
+                shelf.n_bytes(root),
+                shelf.n_blocks(root),
+                self._upkeep.errors.get(root),
+            )
+            for shelf in self._residents.shelves.values()
+            for root in list(shelf.roots)
+        ]
 
     def counters(self) -> Mapping[str, int | float]:
         """Counts since this cache was made, seconds spent, and bytes and blocks held now, by name.
@@ -392,8 +398,9 @@ class Cache:
         Safe in signal handlers: one that interrupts a call of this library gets the counts as they are, without
         what other processes have done since the last look.
         """
-        if reentered():
-            return self._counts()
+        return self._counts() if reentered() else self._counts_now()
+
+    def _counts_now(self) -> dict[str, int | float]:
         with self._lock:
             self._upkeep.look_around(at_once=True)
             return self._counts()
