@@ -246,7 +246,7 @@ def test_ctrl_c_at_any_step_of_a_submission_leaves_nothing_behind(stub_adapters:
 
 
 def test_ctrl_c_at_any_step_of_loading_an_adapter_leaves_it_whole_or_not_at_all(stub_adapters: list[Path]) -> None:
-    modules = ("erllama.engine.runner", "threading")
+    modules = ("erllama.engine.runner",)
     backend = AdaptedStub(eog_bias=-100)
     with erllama.load_backend(backend) as model:
         step, whole = 1, True
