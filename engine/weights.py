@@ -26,7 +26,12 @@ class Weights:
     @property
     def problem(self) -> str:
         """Why KV of this model is neither saved nor taken from the cache; empty where it is."""
-        return self._find_problem() if self._find_problem is not None else ""
+        if self._find_problem is None:
+            return ""
+        try:
+            return self._find_problem()
+        except Exception as error:
+            return f"whether the weights have changed cannot be found out: {type(error).__name__}: {error}"
 
     def intact(self) -> bool:
         """Whether KV may be saved and taken from the cache. Logs a warning the first time that it may not."""

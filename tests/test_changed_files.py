@@ -12,6 +12,7 @@ import pytest
 
 import erllama
 from erllama.engine.backends.file_identity import MappedFiles, file_identity, identity
+from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import TINY, write_llama
 
 PROMPT = [5 + i % 50 for i in range(100)]
@@ -166,6 +167,31 @@ def test_a_file_that_cannot_be_looked_at_is_a_problem_until_it_can(
         patch.setattr(Path, "stat", failing)
         assert "cannot be looked at" in files.problem()
     assert files.problem() == ""
+
+
+def test_a_backend_of_ones_own_says_that_its_weights_changed() -> None:
+    class Changing(StubBackend):
+        problem = ""
+        fails = False
+
+        def weights_problem(self) -> str:
+            if self.fails:
+                raise OSError("injected")
+            return self.problem
+
+    backend = Changing(eog_bias=-100)
+    with erllama.Cache(block_size=32) as cache, erllama.load_backend(backend, cache=cache) as model:
+        assert [greedy(model).cache.kind for _ in range(2)] == ["cold", "exact"]
+        backend.problem = "somebody wrote to it"
+        assert (greedy(model).cache.kind, model.info.cache_problem) == ("cold", "somebody wrote to it")
+        backend.problem, backend.fails = "", True
+        assert greedy(model).cache.kind == "cold"
+        assert "OSError: injected" in model.info.cache_problem
+        n_rows = len(cache.rows())
+        model.complete([7] * 200, max_tokens=1)
+        assert len(cache.rows()) <= n_rows
+        backend.fails = False
+        assert greedy(model).cache.kind == "exact"
 
 
 def test_two_changes_within_one_tick_of_the_file_system_are_two(tmp_path: Path) -> None:
