@@ -35,7 +35,7 @@ class Counters:
     """Named counts and seconds; every name is there from the start. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant, for calls from signal handlers
         self._counts = dict.fromkeys((*COUNTS, *(f"evictions_{tier}" for tier in TIERS)), 0)
         self._seconds = dict.fromkeys(TIMED, 0.0)
 

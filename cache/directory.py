@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
-import logging
 import os
 import secrets
 import stat
@@ -26,10 +25,11 @@ from pathlib import Path
 
 import psutil
 
+from erllama._log import logger
 from erllama.cache import kvc
 from erllama.errors import CacheError
 
-log = logging.getLogger("erllama.cache")
+log = logger("erllama.cache")
 
 INDEX_NAME = "index.db"
 # What a directory may hold and still be ours to close: a cache, or what else the user's cache directory has.

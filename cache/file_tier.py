@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from erllama._log import logger
 from erllama.cache import kvc
 from erllama.cache.blocks import Block
 from erllama.cache.directory import CacheDirectory, warn_of_file_system
@@ -29,7 +30,7 @@ from erllama.cache.tier import Changes, Problem, Tier, TierRow
 from erllama.cache.watch import DirectoryWatch
 from erllama.errors import CacheError, CacheFormatError
 
-log = logging.getLogger("erllama.cache")
+log = logger("erllama.cache")
 
 _TEXT_BYTES = 64 << 20  # of texts and their tokens: about a thousandth of the KV of as many
 _MOST_SUSPECTS = 1000  # names; beyond that, all files are looked at

@@ -10,7 +10,6 @@ filled again from the files.
 from __future__ import annotations
 
 import contextlib
-import logging
 import sqlite3
 import threading
 import time
@@ -20,13 +19,14 @@ from typing import Any, NamedTuple
 
 import sqlite_utils
 
+from erllama._log import logger
 from erllama.cache.blocks import Block, SaveReason
 from erllama.cache.keys import child_key
 from erllama.cache.text_table import TextTable, create_text_tables
 from erllama.cache.tier import Changes, TierRow
 from erllama.errors import CacheError
 
-log = logging.getLogger("erllama.cache")
+log = logger("erllama.cache")
 
 SCHEMA_VERSION = 5
 _BUSY_SECONDS = 10.0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from erllama._log import logger
 from erllama.cache.blocks import Block
 from erllama.cache.counters import Counters
 from erllama.cache.match import Loaded
@@ -15,7 +15,7 @@ from erllama.cache.tier import Tier
 from erllama.cache.upkeep import Upkeep
 from erllama.errors import CacheFormatError
 
-log = logging.getLogger("erllama.cache")
+log = logger("erllama.cache")
 
 
 class Loader:

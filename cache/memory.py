@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib import import_module
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from erllama.cache.cgroups import MEMBERSHIP, MOUNT, Level, levels, read_number, read_text
 from erllama.errors import OptionError, real
 
 SOURCES = ("noop", "system", "nvidia")
@@ -118,9 +119,7 @@ _V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_f
 _V2 = _Files("memory.max", "memory.current", "inactive_file")
 
 
-def cgroup_memory(
-    membership: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
-) -> list[MemoryUsage]:
+def cgroup_memory(membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> list[MemoryUsage]:
     """Usage of every memory limit this process is under, from its own cgroup up to the root: v1, v2 or both.
 
     Empty where there is no limit, or there are no cgroups. Page cache that the
@@ -128,49 +127,24 @@ def cgroup_memory(
     cannot be read is left out.
 
     Args:
-        membership: the file with the process's cgroups, one "id:controllers:path" a line.
-        mount: where the hierarchies are mounted, those of v1 by the name of the controller.
+        membership, mount: as of `cgroups.levels`.
     """
-    found: list[MemoryUsage] = []
-    for line in (_text(membership) or "").splitlines():
-        _, _, controllers_and_path = line.partition(":")
-        controllers, _, path = controllers_and_path.partition(":")
-        if not controllers:
-            found += _levels(mount, path, _V2)
-        elif "memory" in controllers.split(","):
-            found += _levels(mount / "memory", path, _V1)
-    return found
+    found = (_usage(level) for level in levels("memory", membership, mount))
+    return [usage for usage in found if usage is not None]
 
 
-def _levels(root: Path, path: str, files: _Files) -> Iterator[MemoryUsage]:
-    inner = PurePosixPath(path.lstrip("/"))
-    # In a container the path may be the host's, of which only the end is
-    # mounted, as the root: then its other levels are not ours, or not there.
-    if ".." in inner.parts or not (root / inner).is_dir():
-        inner = PurePosixPath()
-    for level in (inner, *inner.parents) if inner.parts else (inner,):
-        limit, usage = _number(root / level / files.limit), _number(root / level / files.usage)
-        if limit is not None and usage is not None and 0 < limit < _NO_LIMIT:
-            dropped = _reclaimable(root / level / "memory.stat", files.reclaimable)
-            yield MemoryUsage(max(0, usage - dropped), limit, f"cgroup /{level}" if level.parts else "cgroup /")
+def _usage(level: Level) -> MemoryUsage | None:
+    files = _V1 if level.version == 1 else _V2
+    limit, usage = read_number(level.path / files.limit), read_number(level.path / files.usage)
+    if limit is None or usage is None or not 0 < limit < _NO_LIMIT:
+        return None
+    dropped = _reclaimable(level.path / "memory.stat", files.reclaimable)
+    return MemoryUsage(max(0, usage - dropped), limit, level.name)
 
 
 def _reclaimable(stat: Path, key: str) -> int:
-    for line in (_text(stat) or "").splitlines():
+    for line in (read_text(stat) or "").splitlines():
         name, _, number = line.partition(" ")
         if name == key and number.strip().isdecimal():
             return int(number)
     return 0
-
-
-def _number(path: Path) -> int | None:
-    """The file's number; None where there is none, as for "max"."""
-    text = (_text(path) or "").strip()
-    return int(text) if text.isdecimal() else None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None

@@ -17,11 +17,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+from erllama._log import logger
 from erllama.cache.memory import SOURCES, MemoryUsage, Source, open_sources, readings
 from erllama.cache.sizes import parse_bytes
 from erllama.errors import OptionError, choice, real, reject_unknown
 
-log = logging.getLogger("erllama.cache")
+log = logger("erllama.cache")
 
 EVICTABLE = ("live", "ram", "ram_file", "disk")
 

@@ -15,7 +15,7 @@ from erllama.cache.keys import TOKEN_BYTES, child_key
 from erllama.cache.lru import LeafLRU
 from erllama.cache.match import Row
 from erllama.cache.tier import Tier
-from erllama.cache.tree import BlockTree, Entry
+from erllama.cache.tree import BlockTree, Entry, any_entry
 
 PENDING = "pending"  # a place, too: a save on its way
 
@@ -51,11 +51,15 @@ class Shelf:
     def keys(self, root: Tier) -> list[bytes]:
         return [key for key, holder in self._root_of.items() if holder is root]
 
+    def n_blocks(self, root: Tier) -> int:
+        """How many blocks a root holds; may be called without the cache's lock."""
+        return sum(holder is root for holder in list(self._root_of.values()))
+
     def root_of(self, key: bytes) -> Tier | None:
         return self._root_of.get(key)
 
     def n_bytes(self, root: Tier | None = None) -> int:
-        return self.lru.n_bytes if root is None else self._n_bytes[root]
+        return self.lru.n_bytes if root is None else self._n_bytes.get(root, 0)  # a root may be detached meanwhile
 
     def free(self, root: Tier) -> int:
         return root.budget - self._n_bytes[root]
@@ -82,6 +86,7 @@ class Residents:
         self.shelves: dict[str, Shelf] = {}  # from fast to slow
         self._pins: Counter[bytes] = Counter()
         self._block_size = block_size
+        self._cells: frozenset[str] = frozenset()  # names of the tiers that are cells
         for tier in tiers:
             self.add_root(tier)
 
@@ -90,24 +95,34 @@ class Residents:
         if shelf is None:
             self._counters.know_tier(tier.name)
             shelf = Shelf(tier.name, tier.fed)
+            if shelf.in_cells:
+                self._cells |= {tier.name}
             self.shelves = {tier.name: shelf, **self.shelves} if fastest else {**self.shelves, tier.name: shelf}
         shelf.add_root(tier)
 
     # --- finding ---------------------------------------------------------------------------
 
-    def walk(self, namespace: bytes, raw: bytes, whole: bool) -> tuple[list[Block], int]:
-        """The blocks of the longest stored prefix of the tokens `raw`, and its length in tokens."""
+    def walk(self, namespace: bytes, raw: bytes, whole: bool, loadable: bool) -> tuple[list[Block], int]:
+        """The blocks of the longest stored prefix of the tokens `raw`, and its length in tokens.
+
+        Args:
+            whole: only blocks that match to their last token.
+            loadable: no blocks that are only in cells.
+        """
+        usable = self.kept if loadable else any_entry
         blocks: list[Block] = []
         parent, at, step = namespace, 0, self._block_size * TOKEN_BYTES
         while at < len(raw):
             full = raw[at : at + step]
             entry = self.tree.get(child_key(parent, full)) if len(full) == step else None
             shared = self._block_size
+            if entry is not None and not usable(entry):
+                entry = None
             if entry is None and whole:
-                entry = self.tree.longest_whole(parent, raw[at:])
+                entry = self.tree.longest_whole(parent, raw[at:], usable)
                 shared = entry.block.n_tokens if entry else 0
             elif entry is None:
-                entry, shared = self.tree.longest_shared(parent, raw[at:]) or (None, 0)
+                entry, shared = self.tree.longest_shared(parent, raw[at:], usable) or (None, 0)
             if entry is None or entry.block.namespace != namespace or entry.block.start != at // TOKEN_BYTES:
                 break
             blocks.append(entry.block)
@@ -130,7 +145,7 @@ class Residents:
 
     def kept(self, entry: Entry) -> bool:
         """Whether a block is anywhere but in cells, which keep nothing."""
-        return any(place not in self.shelves or not self.shelves[place].in_cells for place in entry.places)
+        return not entry.places <= self._cells
 
     def holders(self, key: bytes) -> Iterator[tuple[Shelf, Tier]]:
         """Who holds a block, fastest first."""

@@ -43,7 +43,8 @@ class Saver:
         if not replace and not self.wants(block.key):
             self._counters.add("duplicates_dropped")
             return False
-        if block.parent != block.namespace and residents.tree.get(block.parent) is None:
+        parent = residents.tree.get(block.parent)
+        if block.parent != block.namespace and (parent is None or not residents.kept(parent)):
             self._counters.add("saves_dropped")  # what it follows was evicted: nobody could find it
             return False
         full = block.n_tokens >= self._block_size

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import logging
 import os
 import threading
 import time
@@ -23,6 +22,8 @@ from typing import Never
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._log import logger
+from erllama._reentry import reentered
 from erllama.cache.blocks import Block
 from erllama.cache.counters import TIERS, Counters
 from erllama.cache.file_tier import FileTier
@@ -46,7 +47,7 @@ from erllama.errors import (
     reject_unknown,
 )
 
-log = logging.getLogger("erllama.cache")
+log = logger("erllama.cache")
 
 _open_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
 # Of caches that were dropped, too: what waits keeps its upkeep alive.
@@ -153,6 +154,7 @@ class Cache:
         tokens: Sequence[int] | NDArray[np.integer],
         *,
         whole: bool = False,
+        loadable: bool = False,
         parent_key: bytes | None = None,
         wait_ms: int = 0,
         count: bool = True,
@@ -163,6 +165,7 @@ class Cache:
             namespace: the root key, from `namespace_key`.
             tokens: ids, shape (n,).
             whole: only blocks that match to their last token; for memory that cannot be cut.
+            loadable: only blocks that `load` can give: none that are only in a context's cells.
             parent_key: the key of a context that `tokens` go on from; where it is still being
                 saved, that is waited for.
             wait_ms: the longest to wait for it, in milliseconds.
@@ -176,7 +179,7 @@ class Cache:
             self._saver.wait_for(parent_key, wait_ms / 1000)
         with self._counters.timing("lookup"), self._lock:
             self._upkeep.look_around()
-            blocks, n_tokens = self._residents.walk(namespace, raw, whole)
+            blocks, n_tokens = self._residents.walk(namespace, raw, whole, loadable)
             self._residents.pin(blocks)
             now = time.time_ns()
             for block in blocks:
@@ -368,33 +371,49 @@ class Cache:
         return tuple(self._residents.shelves)
 
     def tiers(self) -> list[TierStatus]:
-        """Every root of every tier, from fast to slow, and how it is."""
+        """Every root of every tier, from fast to slow, and how it is. Safe in signal handlers."""
+        return self._statuses() if reentered() else self._statuses_now()
+
+    def _statuses_now(self) -> list[TierStatus]:
         with self._lock:
-            return [
-                TierStatus(
-                    shelf.name,
-                    root.place,
-                    root.budget,
-                    shelf.n_bytes(root),
-                    len(shelf.keys(root)),
-                    self._upkeep.errors.get(root),
-                )
-                for shelf in self._residents.shelves.values()
-                for root in shelf.roots
-            ]
+            return self._statuses()
+
+    def _statuses(self) -> list[TierStatus]:
+        return [
+            TierStatus(
+                shelf.name,
+                root.place,
+                root.budget,
+                shelf.n_bytes(root),
+                shelf.n_blocks(root),
+                self._upkeep.errors.get(root),
+            )
+            for shelf in self._residents.shelves.values()
+            for root in list(shelf.roots)
+        ]
 
     def counters(self) -> Mapping[str, int | float]:
-        """Counts since this cache was made, seconds spent, and bytes and blocks held now, by name."""
+        """Counts since this cache was made, seconds spent, and bytes and blocks held now, by name.
+
+        Safe in signal handlers: one that interrupts a call of this library gets the counts as they are, without
+        what other processes have done since the last look.
+        """
+        return self._counts() if reentered() else self._counts_now()
+
+    def _counts_now(self) -> dict[str, int | float]:
         with self._lock:
             self._upkeep.look_around(at_once=True)
-            found = self._counters.snapshot()
-            found["corrupt_files"] += sum(tier.damaged for tier in self._upkeep.tiers)
-            shelves = self._residents.shelves
-            for name in dict.fromkeys((*TIERS, *shelves)):
-                shelf = shelves.get(name)
-                found[f"bytes_{name}"] = shelf.n_bytes() if shelf else 0
-                found[f"blocks_{name}"] = len(shelf) if shelf else 0
-            found["bytes_pending"] = self._upkeep.writer.n_bytes
+            return self._counts()
+
+    def _counts(self) -> dict[str, int | float]:
+        found = self._counters.snapshot()
+        found["corrupt_files"] += sum(tier.damaged for tier in list(self._upkeep.tiers))
+        shelves = self._residents.shelves
+        for name in dict.fromkeys((*TIERS, *shelves)):
+            shelf = shelves.get(name)
+            found[f"bytes_{name}"] = shelf.n_bytes() if shelf else 0
+            found[f"blocks_{name}"] = len(shelf) if shelf else 0
+        found["bytes_pending"] = self._upkeep.writer.n_bytes
         return found
 
     def rows(self) -> list[Row]:
@@ -517,10 +536,11 @@ _HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}
 
 @atexit.register
 def _close_all() -> None:
-    for cache in list(_open_caches):
-        cache.close()
-    for upkeep in list(_open_upkeeps):
-        upkeep.close()
+    for close in [*(cache.close for cache in _open_caches), *(upkeep.close for upkeep in _open_upkeeps)]:
+        try:
+            close()
+        except BaseException:  # of one cache: the others are closed all the same
+            log.exception("a cache was not closed well at exit")
 
 
 def _after_fork_in_child() -> None:

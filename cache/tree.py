@@ -8,7 +8,7 @@ an ordered list, the longest common prefix is with a neighbour.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,6 +24,10 @@ class Entry:
 
     block: Block
     places: set[str] = field(default_factory=set)
+
+
+def any_entry(_: Entry) -> bool:
+    return True
 
 
 class Sibling(NamedTuple):
@@ -70,22 +74,31 @@ class BlockTree:
         if not siblings:
             del self._children[entry.block.parent]
 
-    def longest_shared(self, parent: bytes, tokens: bytes) -> tuple[Entry, int] | None:
-        """The child of `parent` that shares the most tokens with `tokens`, and how many (at least one)."""
+    def longest_shared(
+        self, parent: bytes, tokens: bytes, usable: Callable[[Entry], bool] = any_entry
+    ) -> tuple[Entry, int] | None:
+        """The usable child of `parent` that shares the most tokens with `tokens`, and how many (at least one)."""
         siblings = self._children.get(parent)
         if not siblings:
             return None
         at = bisect_left(siblings, Sibling(tokens, b""))
         best: tuple[Entry, int] | None = None
-        for sibling in siblings[max(at - 1, 0) : at + 1]:
-            shared = common_prefix(sibling.tokens, tokens)
-            if shared and (best is None or shared > best[1]):
-                best = (self._entries[sibling.key], shared)
+        for beside in (range(at - 1, -1, -1), range(at, len(siblings))):
+            for i in beside:  # away from the place of `tokens`, less and less is shared
+                shared = common_prefix(siblings[i].tokens, tokens)
+                if not shared or (best is not None and shared <= best[1]):
+                    break
+                entry = self._entries[siblings[i].key]
+                if usable(entry):
+                    best = (entry, shared)
+                    break
         return best
 
-    def longest_whole(self, parent: bytes, tokens: bytes) -> Entry | None:
-        """The longest child of `parent` that `tokens` begins with."""
-        return next(self._prefixes(parent, tokens, Sibling(tokens, _AFTER_ANY_KEY)), None)
+    def longest_whole(
+        self, parent: bytes, tokens: bytes, usable: Callable[[Entry], bool] = any_entry
+    ) -> Entry | None:
+        """The longest usable child of `parent` that `tokens` begins with."""
+        return next(filter(usable, self._prefixes(parent, tokens, Sibling(tokens, _AFTER_ANY_KEY))), None)
 
     def overtaken_by(self, block: Block) -> list[Block]:
         """The blocks beside `block` whose tokens are a true prefix of its tokens."""

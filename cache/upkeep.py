@@ -7,7 +7,6 @@ what was to be stored is not.
 
 from __future__ import annotations
 
-import logging
 import sqlite3
 import threading
 import time
@@ -15,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from erllama._log import logger
 from erllama.cache.blocks import Block
 from erllama.cache.counters import Counters
 from erllama.cache.persisting import Persister
@@ -23,7 +23,7 @@ from erllama.cache.tier import Changes, Problem, Tier, TierRow
 from erllama.cache.writer import WriteBehind
 from erllama.errors import CacheError
 
-log = logging.getLogger("erllama.cache")
+log = logger("erllama.cache")
 
 _LOOK_SECONDS = 0.25  # between two looks at what other processes did
 _REOPEN_SECONDS = 5.0  # between two tries to open a tier that cannot be used

@@ -11,7 +11,9 @@ from pathlib import Path
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 
-log = logging.getLogger("erllama.cache")
+from erllama._log import logger
+
+log = logger("erllama.cache")
 
 # An open or a read changes nothing, and on Linux a file that is being written is told of again when it is closed.
 _HEARD = {"created", "deleted", "moved", "closed", "modified"}

@@ -6,15 +6,15 @@ more holds no thread and can be collected.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from erllama._log import logger
 from erllama.cache.blocks import Block
 
-log = logging.getLogger("erllama.cache")
+log = logger("erllama.cache")
 
 # A tail is overtaken as soon as its conversation goes on; waiting that long
 # before it is written, about as long as people take to answer, saves most of

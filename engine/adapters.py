@@ -10,10 +10,8 @@ to check them.
 from __future__ import annotations
 
 import hashlib
-import logging
 import secrets
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -21,10 +19,11 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from erllama._log import logger
 from erllama.engine.backend import Backend
 from erllama.errors import AdapterUnloaded, real
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 # libllama sums the parts of two adapters in the order given, and those of more in one that depends on where in
 # memory they lie: there, the same bits come only of the same loaded ones.
@@ -126,8 +125,8 @@ class Adapters:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._lock = threading.Lock()
-        self._users: Counter[LoadedAdapter] = Counter()  # requests that run or wait
+        self._lock = threading.RLock()
+        self._users: dict[object, AdapterSet] = {}  # of requests that run or wait
         self._unused: list[LoadedAdapter] = []
         self._in_use: AdapterSet | None = ()  # None where nobody knows
         self._closed = False
@@ -176,27 +175,26 @@ class Adapters:
 
     # --- what requests do
 
-    def enter(self) -> AdapterSet:
-        """The set of a request that is submitted now; each needs one `leave`."""
+    def enter(self, user: object) -> AdapterSet:
+        """Return the set of a request that is submitted now, which `user` stands for until its `leave`."""
         if not self.current:
             return ()
         with self._lock:
-            self._users.update(adapter for adapter, _ in self.current)
-            return self.current
+            # In one step, so that whatever interrupts the caller, `leave` undoes it.
+            adapters = self._users[user] = self.current
+            return adapters
 
-    def leave(self, adapters: AdapterSet) -> None:
-        """A request with this set has ended."""
-        if adapters:
+    def leave(self, user: object) -> None:
+        """A request has ended, or was not submitted after all. Idempotent."""
+        if user in self._users:
             with self._lock:
-                for adapter, _ in adapters:
-                    self._users[adapter] -= 1
+                for adapter, _ in self._users.pop(user, ()):
                     self._free_if_unused(adapter)
 
     def _free_if_unused(self, adapter: LoadedAdapter) -> None:
-        if not self._users[adapter]:
-            del self._users[adapter]
-            if adapter not in self.loaded and not self._closed:
-                self._unused.append(adapter)
+        used = any(adapter is other for adapters in self._users.values() for other, _ in adapters)
+        if not used and adapter not in self.loaded and adapter not in self._unused and not self._closed:
+            self._unused.append(adapter)
 
     # --- what the model thread does
 
@@ -216,7 +214,7 @@ class Adapters:
                 if self._in_use is None or any(used is adapter for used, _ in self._in_use):
                     self.use(())
                 self._with_adapters().free_adapter(adapter.native)
-            except Exception:
+            except BaseException:
                 log.exception("an unloaded adapter could not be freed; it stays until the model is unloaded")
 
     def close(self) -> None:

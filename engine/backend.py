@@ -86,6 +86,7 @@ class ModelFacts:
         has_chat_template: whether it brings one of its own.
         special_tokens: by purpose: "bos", "eos", "eot", "nl", "pad", "sep", "mask", "fim_pre", "fim_suf" and
             "fim_mid", as far as there are such.
+        n_threads, n_threads_batch: threads that decode, and that read prompts.
         devices: names of the devices that compute.
         buffers: the memory it takes.
         weights_bytes, kv_bytes: of weights, and of cells and recurrent state, over all devices.
@@ -105,6 +106,8 @@ class ModelFacts:
     kv_type_v: str = ""
     has_chat_template: bool = False
     special_tokens: Mapping[str, NotedToken] = field(default_factory=dict)
+    n_threads: int = 0
+    n_threads_batch: int = 0
     devices: tuple[str, ...] = ()
     buffers: tuple[Buffer, ...] = ()
     weights_bytes: int = 0

@@ -11,6 +11,7 @@ about a vocabulary is added here.
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -395,6 +396,10 @@ class _Bytes:
 @cache
 def _byte_compiler() -> GrammarCompiler:
     return GrammarCompiler(_Bytes())
+
+
+# A thread that was not forked may have held its lock.
+os.register_at_fork(after_in_child=_byte_compiler.cache_clear)
 
 
 def _written_gbnf(rules: gbnf.Rules, spelled: Callable[[Token], str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -176,6 +177,18 @@ def _first_line(text: str) -> str:
 
 
 _stack_size = threading.Lock()
+_usual_size = 0  # of stacks, while it is changed
+
+
+def _after_fork_in_child() -> None:
+    # A thread that was not forked may have held the lock, and would have put the size back.
+    global _stack_size
+    _stack_size = threading.Lock()
+    if threading.stack_size() == _STACK:
+        threading.stack_size(_usual_size)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _on_a_large_stack(make: Callable[[], _T]) -> _T:
@@ -188,11 +201,14 @@ def _on_a_large_stack(make: Callable[[], _T]) -> _T:
         except BaseException as error:
             future.set_exception(error)
 
+    global _usual_size
     with _stack_size:
         # The size is of all threads begun meanwhile; larger is no harm, as it is only reserved.
-        usual = threading.stack_size(_STACK)
+        usual = _usual_size = threading.stack_size()
         try:
-            threading.Thread(target=work, name="erllama-grammar").start()
+            threading.stack_size(_STACK)
+            # No daemon: the interpreter's exit would end it in the midst of llguidance.
+            threading.Thread(target=work, name="erllama-grammar", daemon=False).start()
         finally:
             threading.stack_size(usual)
     return future.result()

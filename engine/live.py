@@ -8,20 +8,20 @@ thread alone.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._log import logger
 from erllama.engine.backend import Backend
 from erllama.engine.cells import Cells
 from erllama.engine.live_tier import LiveTier
 from erllama.engine.sequence import Sequence
 from erllama.engine.slices import Provenance
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 
 @dataclass(slots=True, eq=False)

@@ -5,15 +5,15 @@ The cache only counts them: what a request takes from cells, the engine finds by
 
 from __future__ import annotations
 
-import logging
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from erllama._log import logger
 from erllama.cache import Block, Cache
 from erllama.cache.tier import Tier, TierRow
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 
 class LiveTier(Tier):
@@ -77,10 +77,10 @@ class LiveTier(Tier):
         """What goes wrong in the cache costs its picture of the cells, and nothing else."""
         try:
             yield
-        except Exception:
+        except BaseException:
             if not self._cache.closed:
                 log.exception("showing the cache what is in cells failed")
-                with suppress(Exception):
+                with suppress(BaseException):
                     self._cache.count_fault()
 
     # --- for the cache

@@ -5,14 +5,13 @@ Only this thread touches the backend (its vocabulary and `abort` apart).
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
+from erllama._log import logger
 from erllama.cache import Cache, Policy
 from erllama.engine.adapters import AdapterBackend, LoadedAdapter
 from erllama.engine.backend import Backend
@@ -20,14 +19,22 @@ from erllama.engine.grammar import Grammar
 from erllama.engine.live_tier import LiveTier
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.request import CacheHit
-from erllama.engine.scheduler import Phase, Scheduler
+from erllama.engine.scheduler import Phase, Scheduler, typed
 from erllama.engine.sequence import Sequence
 from erllama.engine.shared import Shared
-from erllama.engine.ticket import Ticket
+from erllama.engine.ticket import Ticket, awaken
 from erllama.engine.warmth import LIVE
-from erllama.errors import BackendError, CalledFromModelThread, ModelUnloaded, QueueFull, SessionBusy
+from erllama.errors import (
+    AdapterLoadError,
+    BackendError,
+    CalledFromModelThread,
+    Error,
+    ModelUnloaded,
+    QueueFull,
+    SessionBusy,
+)
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 _LOOK_AGAIN_SECONDS = 0.01
 
@@ -84,15 +91,22 @@ class Runner:
         )
         self._name = name
         self._n_seq_max, self._max_pending = n_seq_max, max_pending
-        self._condition = threading.Condition()
+        # Taken by itself and not as the condition: Ctrl-C cannot come between its acquisition and the `with` then.
+        # Reentrant, for calls from signal handlers.
+        self._lock = threading.RLock()
+        self._condition = threading.Condition(self._lock)
         self._arrived: deque[Sequence] = deque()
-        self._sessions: set[tuple[bytes, str]] = set()  # of requests that run or wait; a tenant's are its own
+        self._sessions: dict[tuple[bytes, str], Sequence] = {}  # whose they are; a tenant's are its own
         self._calls: deque[_Call] = deque()
         self._failure: BackendError | None = None  # why the model cannot go on
         self._saved_at_stop = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name=f"erllama-model-{name}", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # interrupted: it may run all the same
+            self._stopping = True
+            raise
 
     # --- read without a lock, by anyone, at any time
 
@@ -117,6 +131,16 @@ class Runner:
     @property
     def metrics(self) -> EngineMetrics:
         return self._scheduler.metrics
+
+    @property
+    def cache_problem(self) -> str:
+        """Why KV is neither saved nor taken from the cache; empty where it is."""
+        return self._shared.weights.problem
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it runs in this process: not in one that was forked from it."""
+        return self._process == os.getpid()
 
     @property
     def stopped(self) -> bool:
@@ -153,18 +177,25 @@ class Runner:
             CalledFromModelThread: by this runner's own thread.
         """
         self.check_caller()
-        adapters = self.adapters.enter()
+        sequence = None
         try:
-            self._queue(Sequence(ticket, self._shared, adapters))
-        except Exception:  # whatever else interrupts it, the request may be in the queue: its adapters stay
-            self.adapters.leave(adapters)
-            self._wake()
+            sequence = Sequence(ticket, self._shared, self.adapters.enter(ticket))
+            self._queue(sequence)
+        except BaseException:
+            # Ctrl-C may come before and after it is queued. Once it is, its end is the model thread's.
+            with self._lock:
+                queued = sequence is not None and (sequence in self._arrived or sequence.arrived)
+                self._condition.notify()
+            if not queued:
+                self.adapters.leave(ticket)
+                if sequence is not None:
+                    self._leave_session(sequence)
+                self._wake()
             raise
 
     def _queue(self, sequence: Sequence) -> None:
-        session_id = sequence.options.session_id
-        session = None if session_id is None else (sequence.tenant, session_id)
-        with self._condition:
+        session = _session_of(sequence)
+        with self._lock:
             self.check()
             if self.pending >= self._max_pending + max(self._n_seq_max - self.running, 0):
                 self.metrics.refused += 1
@@ -174,9 +205,16 @@ class Runner:
                 )
             if session is not None:
                 self._check_session(session)
-                self._sessions.add(session)
+                self._sessions[session] = sequence
             self._arrived.append(sequence)
             self._condition.notify()
+
+    def _leave_session(self, sequence: Sequence) -> None:
+        session = _session_of(sequence)
+        if session is not None:
+            with self._lock:
+                if self._sessions.get(session) is sequence:
+                    del self._sessions[session]
 
     def end_session(self, session_id: str, cache_salt: str | None) -> bool:
         """Stop keeping the context of a session; False where none is kept.
@@ -186,19 +224,50 @@ class Runner:
         """
         tenant = self._shared.namespace(cache_salt, ())
         self.check_caller()
-        with self._condition:
+        with self._lock:
             self._check_session((tenant, session_id))
         found: list[bool] = []
         self._call(lambda: found.append(self._scheduler.live.end_session(tenant, session_id)))
         return any(found)
 
-    def load_adapter(self, path: Path) -> object:
-        """Have the backend load a file that it has found good; without effect until it is attached."""
-        loaded: list[object] = []
+    def load_adapter(self, path: Path, digest: str, scale: float, is_complete: Callable[[], bool]) -> LoadedAdapter:
+        """Have the backend load a file that it has found good, and put it into effect.
+
+        Args:
+            is_complete: called once the file is loaded; the adapter is freed where it returns False.
+
+        Raises:
+            AdapterLoadError: it cannot be loaded, or is not complete.
+        """
+        loaded: list[LoadedAdapter] = []
         backend = self._backend
         assert isinstance(backend, AdapterBackend)
-        self._call(lambda: loaded.append(backend.load_adapter(path)))
-        return loaded[0]
+
+        def load() -> None:
+            native = backend.load_adapter(path)
+            try:
+                if not is_complete():
+                    raise AdapterLoadError(
+                        f"{path} was changed while it was loaded; load it again when it is complete"
+                    )
+                loaded.append(self.adapters.attach(native, path, digest, scale))
+            except BaseException:
+                backend.free_adapter(native)
+                raise
+
+        try:
+            self._call(load)
+            return loaded[0]
+        except BaseException:
+            # Ctrl-C ends the waiting and not the loading: what comes of it is undone behind it.
+            def undo() -> None:
+                for adapter in loaded:
+                    self.adapters.detach(adapter)
+
+            with self._lock:
+                self._calls.append(_Call(undo))
+                self._condition.notify()
+            raise
 
     def unload_adapter(self, adapter: LoadedAdapter) -> None:
         """Let requests to come do without an adapter; it is freed behind those that use it. Idempotent."""
@@ -206,17 +275,10 @@ class Runner:
             self.adapters.detach(adapter)
             self._wake()
 
-    def discard_adapter(self, native: object) -> None:
-        """Free one that was loaded and is not wanted after all."""
-        backend = self._backend
-        assert isinstance(backend, AdapterBackend)
-        with suppress(ModelUnloaded):  # which frees it, too
-            self._call(lambda: backend.free_adapter(native))
-
     def _wake(self) -> None:
         """There may be adapters to be freed."""
         if self.adapters.unused:
-            with self._condition:
+            with self._lock:
                 self._condition.notify()
 
     def warm_up(self) -> None:
@@ -232,16 +294,21 @@ class Runner:
         """End all requests with ModelUnloaded, save what they had computed, and close the backend. Idempotent."""
         if self._process != os.getpid():
             return  # the thread stayed with the parent, and so, perhaps, did the lock
-        with self._condition:
+        self.begin_to_stop()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        if self._saved_at_stop:
+            self._saved_at_stop = False
+            self._flush()
+
+    def begin_to_stop(self) -> None:
+        """Refuse new requests, and have the model thread end; waits for nothing. Idempotent."""
+        with self._lock:
             first = not self._stopping
             self._stopping = True
             self._condition.notify_all()
         if first:
-            self._backend.abort(True)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-        if first and self._saved_at_stop:
-            self._flush()
+            self._last(lambda: self._backend.abort(True))
 
     def _flush(self) -> None:
         timeout_ms = self._policy.evict_save_timeout_ms
@@ -269,13 +336,11 @@ class Runner:
         """Have the model thread call something between two ticks, and wait for that; raises what it raised."""
         self.check_caller()
         call = _Call(function)
-        with self._condition:
+        with self._lock:
             self.check()
             self._calls.append(call)
             self._condition.notify()
-        call.done.wait()
-        if call.error is not None:
-            raise call.error
+        call.wait()
 
     # --- the model thread
 
@@ -290,24 +355,34 @@ class Runner:
                 if self.adapters.unused:
                     self.adapters.free_unused()
                 while self._arrived:
+                    self._arrived[0].arrived = True  # before it is taken out: `submit` looks for it in this order
                     scheduler.waiting.append(self._arrived.popleft())
                 progress = self._tick() if not self._stopping and scheduler.busy else True
         finally:
             with self._condition:
                 self._stopping = True
+                for sequence in self._arrived:
+                    sequence.arrived = True
                 scheduler.waiting.extend(self._arrived)
                 self._arrived.clear()
                 calls, self._calls = self._calls, deque()
-            self._saved_at_stop = scheduler.shut_down(
-                self._unloaded("was unloaded while the request ran or waited")
-            )
+            self._last(lambda: self._end_requests(scheduler))
             for call in calls:
-                call.error = self._unloaded("was unloaded meanwhile")
-                call.done.set()
-            self.adapters.close()
+                call.end(self._unloaded("was unloaded meanwhile"))
+            self._last(self.adapters.close)
             if self._tier is not None:
-                self._tier.detach()
-            self._backend.close()
+                self._last(self._tier.detach)
+            self._last(self._backend.close)
+
+    def _end_requests(self, scheduler: Scheduler) -> None:
+        self._saved_at_stop = scheduler.shut_down(self._unloaded("was unloaded while the request ran or waited"))
+
+    def _last(self, step: Callable[[], object]) -> None:
+        """Do one step of the model's end; whatever it raises, the others follow."""
+        try:
+            step()
+        except BaseException:
+            log.exception("model %r did not end well", self._name)
 
     def _unloaded(self, how: str) -> ModelUnloaded:
         if self._failure is None:
@@ -338,18 +413,20 @@ class Runner:
             failure.__cause__ = error
             try:
                 self._scheduler.fail_all(failure)
-            except Exception:
+            except BaseException:
                 log.exception("model %r cannot go on; it is unloaded", self._name)
                 self._failure = failure
                 self._stopping = True
             return True
 
     def _on_end(self, sequence: Sequence) -> None:
-        self.adapters.leave(sequence.adapters)
-        session_id = sequence.options.session_id
-        if session_id is not None:
-            with self._condition:
-                self._sessions.discard((sequence.tenant, session_id))
+        self.adapters.leave(sequence.ticket)
+        self._leave_session(sequence)
+
+
+def _session_of(sequence: Sequence) -> tuple[bytes, str] | None:
+    session_id = sequence.options.session_id
+    return None if session_id is None else (sequence.tenant, session_id)
 
 
 class _Call:
@@ -357,12 +434,26 @@ class _Call:
 
     def __init__(self, function: Callable[[], object]) -> None:
         self._function = function
-        self.done = threading.Event()
-        self.error: Exception | None = None
+        self._done = threading.Lock()  # a lock and no Event, whose own lock Ctrl-C could leave taken
+        self._done.acquire()
+        self._error: Error | None = None
 
     def run(self) -> None:
+        """Call it; in the model thread."""
         try:
             self._function()
-        except Exception as error:
-            self.error = error
-        self.done.set()
+        except BaseException as error:
+            self.end(typed(error))
+        else:
+            self.end(None)
+
+    def end(self, error: Error | None) -> None:
+        """Let go whom waits for it; once."""
+        self._error = error
+        self._done.release()
+
+    def wait(self) -> None:
+        """Wait for its end; raises the error it ended with."""
+        awaken(self._done)
+        if self._error is not None:
+            raise self._error

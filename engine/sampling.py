@@ -353,7 +353,7 @@ class _Checked:
         name = getattr(self._step, "__qualname__", type(self._step).__qualname__)
         try:
             found = self._step(candidates)
-        except Exception as error:
+        except BaseException as error:
             raise SamplingError(f"the step {name} failed: {type(error).__name__}: {error}") from error
         if not isinstance(found, Candidates):
             raise SamplingError(f"the step {name} gave {type(found).__name__}, not Candidates")

@@ -8,7 +8,6 @@ adapters. A request that fails, fails alone.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._log import logger
 from erllama.cache import Match, SaveReason
 from erllama.engine.adapters import recipe
 from erllama.engine.backend import Batch
@@ -31,7 +31,7 @@ from erllama.engine.speculation import DecodeCosts
 from erllama.engine.warmth import Warmth
 from erllama.errors import BackendError, CellsExhausted, DeadlineExceeded, Error
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 Phase = Literal["idle", "prefilling", "generating"]
 
@@ -172,17 +172,16 @@ class Scheduler:
                 return
         match = self._shared.find(sequence.namespace, sequence.reusable, parent_key)
         try:
-            source, n_live = (
-                (None, 0) if sequence.options.reproducible else self._live.longest(sequence, self.running)
-            )
+            shares = not sequence.options.reproducible and self._shared.weights.intact()
+            source, n_live = self._live.longest(sequence, self.running) if shares else (None, 0)
             warm = max(n_live, match.n_tokens if match is not None else 0)
             leader, fork = self._leader_of(sequence, warm)
             if leader is not None:
                 sequence.leader, sequence.fork = leader, fork
                 return
             self._place(sequence, match, source, n_live)
-        except Exception as error:
-            self._failed([sequence], _typed(error))
+        except BaseException as error:
+            self._failed([sequence], typed(error))
         finally:
             if match is not None:
                 match.release()
@@ -199,7 +198,7 @@ class Scheduler:
     def _leader_of(self, sequence: Sequence, warm: int) -> tuple[Sequence | None, int]:
         """Who of those admitted before is about to compute more of its prefix than can be had now, and how much."""
         leader, fork = None, warm + _WORTH_WAITING - 1
-        if sequence.options.reproducible:
+        if sequence.options.reproducible or not self._shared.weights.intact():
             return None, 0
         for other in self.running:
             if other is sequence:
@@ -329,9 +328,9 @@ class Scheduler:
         except CellsExhausted as error:
             self._ran_out(error)
             return
-        except Exception as error:
+        except BaseException as error:
             if not self._stopping():
-                self._failed([part.sequence for part in parts], _typed(error))
+                self._failed([part.sequence for part in parts], typed(error))
             return
         self._in_flight = []
         now = time.perf_counter()
@@ -355,8 +354,8 @@ class Scheduler:
                     sequence.decoded(end, alone)
                     if wanted:
                         sequence.answer(logits[row : row + len(wanted)], now, self.metrics)
-            except Exception as error:
-                self.fail(sequence, _typed(error))
+            except BaseException as error:
+                self.fail(sequence, typed(error))
             row += len(wanted)
         for sequence, _, _ in parts:
             # All at once, and last: whoever is woken wants the interpreter, which is free during a decode.
@@ -387,8 +386,8 @@ class Scheduler:
             if sequence.number is not None:
                 sequence.save(SaveReason.FINISH)
             completion = sequence.completion()
-        except Exception as error:
-            self.fail(sequence, _typed(error))
+        except BaseException as error:
+            self.fail(sequence, typed(error))
             return
         if sequence.number is not None:
             self._live.park(sequence)
@@ -470,9 +469,9 @@ class Scheduler:
                 sequence.save(SaveReason.EVICT)
         try:
             self._live.drop_all_parked()
-        except Exception as error:
+        except BaseException as error:
             # Nobody knows what the context holds now: it is made anew, and whoever was in it comes back.
-            self._failed([], _typed(error))
+            self._failed([], typed(error))
 
     def shut_down(self, error: Error) -> bool:
         """End everything, keeping what was computed; whether anything was saved."""
@@ -483,7 +482,7 @@ class Scheduler:
                 if sequence.number is not None and (sequence not in in_flight or sequence.recover()):
                     sequence.save(SaveReason.SHUTDOWN)
                     saved = True
-            except Exception:
+            except BaseException:
                 log.warning("an interrupted request could not be saved", exc_info=True)
             self._gone(sequence)
             self.metrics.went_wrong(error)
@@ -491,8 +490,11 @@ class Scheduler:
         return saved
 
 
-def _typed(error: BaseException) -> Error:
-    """An error of this library for whatever was raised."""
+def typed(error: BaseException) -> Error:
+    """Return an error of this library for whatever was raised in the model thread, SystemExit included.
+
+    No interrupt is meant for that thread, and no request may end it.
+    """
     if isinstance(error, Error):
         return error
     log.error("a request failed unexpectedly", exc_info=error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from functools import cached_property
@@ -10,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._log import logger
 from erllama.cache import SaveReason
 from erllama.engine.adapters import AdapterSet
 from erllama.engine.constraint import PhasedMatcher
@@ -23,7 +23,7 @@ from erllama.engine.speculation import DecodeCosts, Drafts, Speculator
 from erllama.engine.ticket import Ticket
 from erllama.engine.warmth import NOTHING_STORED, Warmth
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 # Cells kept for each reply that grows, when another request is admitted: else it would be sent back at once.
 HEADROOM = 64
@@ -49,6 +49,7 @@ class Sequence:
         waits_until: until when it waits for the save of its parent; 0 where it does not.
         headroom: cells that it wants for its reply before it is admitted.
         ran_out_at: how many of its tokens were known when the backend last had no cells for it alone.
+        arrived: the model thread has taken it out of the queue.
         finish_reason: None as long as it goes on.
     """
 
@@ -76,6 +77,7 @@ class Sequence:
         self.waits_until = 0.0
         self.headroom = HEADROOM
         self.ran_out_at = 0
+        self.arrived = False
         self.finish_reason: FinishReason | None = None
         self._warmth: Warmth | None = None
         self._due = 0.0  # how many tokens are held when something is to be saved
@@ -194,7 +196,7 @@ class Sequence:
         assert self._speculator is not None
         try:
             drafts = self._speculator.draft(self.known, min(most, self.growth - 1), n_rows, costs)
-        except Exception:
+        except BaseException:
             log.exception("a drafter failed; its request goes on without")
             self._speculator = None
             return 0

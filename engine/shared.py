@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._log import logger
 from erllama.cache import Cache, Match, Policy, namespace_key
 from erllama.engine.adapters import Adapters, AdapterSet, named
 from erllama.engine.backend import Backend
@@ -18,9 +18,10 @@ from erllama.engine.phases import PhaseTracker, Script, opening_tokens
 from erllama.engine.request import RequestOptions
 from erllama.engine.sampling import SamplerFactory
 from erllama.engine.slices import Slicing
+from erllama.engine.weights import Weights
 from erllama.errors import OptionError
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 Constraint = Matcher | LazyMatcher | PhasedMatcher
 
@@ -37,6 +38,7 @@ class Shared:
     grammars: GrammarCompiler
     script: Script
     adapters: Adapters
+    weights: Weights
 
     @classmethod
     def of(cls, cache: Cache, backend: Backend, policy: Policy) -> Shared:
@@ -52,7 +54,7 @@ class Shared:
         )
         samplers = SamplerFactory(vocabulary, limits.n_ctx)
         grammars, script = GrammarCompiler(vocabulary), Script(vocabulary)
-        return cls(cache, backend, slicing, policy, samplers, grammars, script, Adapters(backend))
+        return cls(cache, backend, slicing, policy, samplers, grammars, script, Adapters(backend), Weights(backend))
 
     def tracker(self, options: RequestOptions, prompt: NDArray[np.int32]) -> PhaseTracker | None:
         """What tells the phases of a reply apart; None where they are not to be told."""
@@ -106,7 +108,7 @@ class Shared:
         """Whether a block is being saved just now."""
         try:
             return self.cache.awaits(key)
-        except Exception:
+        except BaseException:
             self.fault("asking for a save in flight")
             return False
 
@@ -115,19 +117,22 @@ class Shared:
         log.exception("%s failed", what)
         try:
             self.cache.count_fault()
-        except Exception:
+        except BaseException:
             log.exception("counting that failed, too")
 
     def find(self, namespace: bytes, tokens: NDArray[np.int32], parent_key: bytes | None) -> Match | None:
-        """What the cache has of `tokens`; None where it fails. The caller releases it."""
+        """What the cache has of `tokens`; None where it fails, or may not be used. The caller releases it."""
+        if not self.weights.intact():
+            return None
         try:
             return self.cache.lookup(
                 namespace,
                 tokens,
                 whole=not self.backend.limits.can_trim,
+                loadable=True,
                 parent_key=parent_key,
                 count=False,
             )
-        except Exception:
+        except BaseException:
             self.fault(f"looking up {len(tokens)} tokens of a prompt, which is read cold,")
             return None

@@ -50,6 +50,7 @@ class Ticket:
 
     Attributes:
         cancelled: an early end was asked for.
+        model: what runs it, which lives as long as its requests do.
     """
 
     def __init__(self, request: Request, streaming: bool) -> None:
@@ -68,6 +69,7 @@ class Ticket:
         self._error: BaseException | None = None
         self._ended = False  # the end was read
         self.cancelled = False
+        self.model: object = None
         self._on_news: Callable[[], None] | None = None
 
     # --- the model thread's side
@@ -138,7 +140,7 @@ class Ticket:
             if event is not None:
                 yield event
             elif news is not None:
-                _awaken(news)
+                awaken(news)
 
     def _wait_for_news(self) -> threading.Lock | None:
         """A lock that cannot be taken before there are some; None where none will come."""
@@ -170,7 +172,7 @@ class Ticket:
             with self._lock:
                 news = self._wait_for_news() if not self.done else None
             if news is not None:
-                _awaken(news)
+                awaken(news)
         return self.outcome()
 
     def _check_process(self) -> None:
@@ -185,7 +187,7 @@ class Ticket:
         return self._completion
 
 
-def _awaken(news: threading.Lock) -> None:
+def awaken(news: threading.Lock) -> None:
     """Wait for news. Ctrl-C that comes in the moment before a thread sleeps would else be noticed when it wakes."""
     while not news.acquire(timeout=_SLEEP_SECONDS):
         pass

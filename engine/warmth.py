@@ -8,7 +8,6 @@ stored.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from itertools import takewhile
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._log import logger
 from erllama.cache import (
     TOKEN_BYTES,
     Block,
@@ -31,7 +31,7 @@ from erllama.engine.shared import Shared
 from erllama.engine.slices import Provenance, canonical_prefix
 from erllama.errors import StateError
 
-log = logging.getLogger("erllama.engine")
+log = logger("erllama.engine")
 
 NOTHING_STORED = (1 << 62, 0)
 LIVE = "live"  # the tier of what is still in the context
@@ -110,7 +110,7 @@ class Warmth:
         if match is not None:
             try:
                 n_held, n_shared = self._fill(match, reproducible, n_shared, room, tiers)
-            except Exception:
+            except BaseException:
                 self._shared.fault(f"restoring a prompt of {len(tokens)} tokens, which is read cold,")
                 self._backend.drop(self._sequence)
                 self._provenance = Provenance(self._slicing, self._recipe)
@@ -118,7 +118,7 @@ class Warmth:
         try:
             self._note_restored(token_bytes(tokens[:n_held]))
             slowest = self._slowest(tiers)
-        except Exception:
+        except BaseException:
             self._shared.fault("looking for what is stored of a prompt")
             self._saving, slowest = False, LIVE
         kind: HitKind = "cold" if n_held == 0 else "exact" if n_held == last else "partial"
@@ -130,7 +130,7 @@ class Warmth:
         resumed = any(block.key == parent_key and block.end <= hit.tokens for block in blocks)
         try:
             self._cache.count_request(hit.kind, hit.tokens, resumed=resumed)
-        except Exception:
+        except BaseException:
             self._shared.fault("counting a request")
 
     def _slowest(self, tiers: set[str]) -> str:
@@ -281,7 +281,7 @@ class Warmth:
             self._save_blocks(tokens, reason)
             try:
                 self._save_tail(tokens, reason)
-            except Exception:
+            except BaseException:
                 self._shared.fault("saving the end of a context")
                 self.finish_key = None
 
@@ -307,6 +307,9 @@ class Warmth:
             parent, self._namespace, start, token_bytes(tokens), reason, self._recipe, slice_end
         )
         try:
+            if not self._shared.weights.intact():
+                self._saving, self.finish_key = False, None
+                return block
             known = self._cache.stored(block.key)
             replace = known is not None and self._better(block, known)
             if replace or self._cache.wants(block.key):
@@ -317,7 +320,7 @@ class Warmth:
                 if known is None:
                     self.stored = (min(start, self.stored[0]), max(block.end, self.stored[1]))
             self.finish_key = block.key if self._cache.contains(block.key) else None
-        except Exception:
+        except BaseException:
             self._shared.fault(f"saving a block of {block.n_tokens} tokens, the last of its request,")
             self._saving = False
             self.finish_key = None

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Never
 
-from erllama._fingerprint import content_digest, file_identity
+from erllama._fingerprint import content_digest
 from erllama._requests import Requests
 from erllama.engine import Runner
 from erllama.engine.adapters import AdapterBackend, LoadedAdapter, checked_scale
+from erllama.engine.backends.file_identity import file_identity
 from erllama.errors import AdapterLoadError, ModelLoadError, OptionError, Unsupported, reject_unknown
 
 
@@ -111,11 +112,8 @@ class AdapterMethods(Requests):
             digest = content_digest(file, self.cache)
         except ModelLoadError as error:
             raise AdapterLoadError(str(error)) from None
-        native = self._runner.load_adapter(file)
-        if not _is_still(file, before):
-            self._runner.discard_adapter(native)
-            raise AdapterLoadError(f"{file} was changed while it was loaded; load it again when it is complete")
-        return Adapter(self._runner.adapters.attach(native, file, digest, checked), self._runner)
+        loaded = self._runner.load_adapter(file, digest, checked, lambda: _is_still(file, before))
+        return Adapter(loaded, self._runner)
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:

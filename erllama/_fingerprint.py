@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from erllama.cache import Cache
+from erllama.engine.backends.file_identity import file_identity, identity
 from erllama.engine.backends.gguf_parts import parts
 from erllama.errors import LoadCancelled, ModelLoadError, OptionError, choice
 
@@ -70,29 +71,6 @@ class Fingerprint:
         if not cache.persistent:
             return f"file:{identity(path)}"
         return "sha256:" + " ".join(_digests(parts(path), cache, on_progress))
-
-
-def identity(path: Path) -> str:
-    """What stays the same as long as a model's files do: device, inode, size and times of each part.
-
-    Raises:
-        ModelLoadError: a part is missing.
-    """
-    return " ".join(file_identity(part) for part in parts(path))
-
-
-def file_identity(path: Path) -> str:
-    """As `identity`, of one file, whatever its name.
-
-    Raises:
-        ModelLoadError: it cannot be read.
-    """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ModelLoadError(f"{path} cannot be read: {error}") from None
-    # ctime, too: mtime can be kept through a change of content, ctime cannot.
-    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
 def content_digest(path: Path, cache: Cache) -> str:

@@ -83,6 +83,8 @@ class ModelInfo(ModelFacts):
         n_vocab: size of its vocabulary.
         n_seq_max: most requests that run at once.
         phase, pending, queue_depth: as of the model.
+        cache_problem: why its KV is neither saved nor taken from the cache: a file that it maps was changed. Empty
+            where the cache is used.
 
     The rest, from `architecture` on, as of `ModelFacts`: empty and 0 for a backend that does not tell.
     """
@@ -97,3 +99,4 @@ class ModelInfo(ModelFacts):
     phase: Phase
     pending: int
     queue_depth: int
+    cache_problem: str = ""

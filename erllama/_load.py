@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Never
 
 from erllama import _registry
-from erllama._fingerprint import Fingerprint, identity
+from erllama._fingerprint import Fingerprint
 from erllama._info import Shape
 from erllama._model import Model
 from erllama._vocabulary_model import VocabularyModel
 from erllama.cache import Cache, Policy
 from erllama.engine import Backend, RequestOptions
+from erllama.engine.backends.file_identity import identity
 from erllama.errors import ModelLoadError, OptionError, boolean, integer, reject_unknown, shown
 
 _SHAPE_OPTIONS = ("n_seq_max", "prefill_chunk_size", "parked_cells", "max_pending")
@@ -25,8 +27,17 @@ _PARKED_SEQUENCES = 12
 
 _BACKEND_PARTS = sorted(name for name in vars(Backend) if not name.startswith("_"))
 
-_shared_cache_lock = threading.Lock()
+_shared_cache_lock = threading.RLock()
 _shared_cache: Cache | None = None
+
+
+def _after_fork_in_child() -> None:
+    # A thread that was not forked may have held it.
+    global _shared_cache_lock
+    _shared_cache_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def load_model(
@@ -76,7 +87,8 @@ def load_model(
 
     Args:
         path: the file; the first part of a split model.
-        id: a name for it in this process; one is made up if None.
+        id: a name for it in this process; one is made up if None. A model that was given one stays loaded until
+            it is unloaded; another is unloaded, with a ResourceWarning, when its last reference is dropped.
         cache: where its prompts are kept; None for one in RAM, shared by every
             model loaded without a cache of its own.
         policy: what of its contexts is saved, and when; None for all of it.
@@ -93,7 +105,8 @@ def load_model(
             model's training context, at most 4096.
         n_batch: most tokens of one decode.
         n_ubatch: tokens computed at once.
-        n_threads: threads for decoding; None for the processors this process may use.
+        n_threads: threads for decoding; None for the processors this process may use, by its affinity and its
+            cgroups' CPU quotas.
         n_threads_batch: threads for prefill; None for the same.
         n_gpu_layers: layers on GPUs; -1, or more than the model has, for all.
         devices: names of the devices that compute beside the CPU, as `erllama.devices()` tells them; None for all
@@ -173,7 +186,8 @@ def load_model(
         check_file(file)
         progress = _Progress(on_progress)
         before = identity(file)
-        backend = LlamaBackend(file, options, naming.of(file, cache, progress.reading), progress.loading)
+        fingerprint = naming.of(file, cache, progress.reading)
+        backend = LlamaBackend(file, options, fingerprint, progress.loading, before)
         if identity(file) != before:
             backend.close()
             raise ModelLoadError(f"{file} was changed while it was loaded; load it again when it is complete")
@@ -260,20 +274,18 @@ def _model_of(
 
 def _load(make: Callable[[str], Model], id: str | None, cache_salt: str | None, *, warmup: bool = False) -> Model:
     RequestOptions(cache_salt=cache_salt)  # checks it before anything is loaded
-    model_id = _registry.reserve(id)
+    reservation, model = _registry.Reservation(), None
     try:
-        model = make(model_id)
+        model = make(_registry.reserve(id, reservation))
         if warmup and model._backend.limits.can_generate:
-            try:
-                model._runner.warm_up()
-            except BaseException:
-                model._runner.stop()
-                raise
+            model._runner.warm_up()
+        _registry.add(model, reservation)
+        return model
     except BaseException:
-        _registry.give_up(model_id)
+        if model is not None:
+            model.unload()
+        _registry.give_up(reservation)
         raise
-    _registry.add(model)
-    return model
 
 
 def _checked_cache(cache: object) -> Cache:

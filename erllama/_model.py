@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
+from _thread import start_new_thread
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Never, Unpack
 
@@ -21,6 +24,8 @@ from erllama._options import (
     PrefillOptions,
     request_options,
 )
+from erllama._reentry import reentered
+from erllama._requests import checked_ids
 from erllama._scoring import Score, around_gap, with_continuation
 from erllama._speculation import Verification, fixed
 from erllama._stream import AsyncStream, Stream
@@ -35,6 +40,7 @@ from erllama.engine import (
     Phase,
     Request,
     RequestOptions,
+    Runner,
     SamplingOptions,
     Ticket,
 )
@@ -65,11 +71,24 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
         self, backend: Backend, id: str, cache: Cache, policy: Policy, cache_salt: str | None, shape: Shape
     ) -> None:
         super().__init__(backend, id, cache, policy, cache_salt, shape)
-        self._embeddings = Embeddings(backend, id, self._check_loaded, self._checked_ids)
+        self._embeddings = Embeddings(backend, id, self._runner.check, partial(checked_ids, backend.vocabulary))
 
     def __repr__(self) -> str:
         state = "unloaded" if self._runner.stopped else self.phase
         return f"<erllama.Model {self.id!r}, {state}>"
+
+    def __del__(self) -> None:
+        runner: Runner | None = getattr(self, "_runner", None)
+        if runner is None or runner.stopped or not runner.is_ours:
+            return
+        _registry.drop(self, runner)
+        runner.begin_to_stop()  # waits for nothing: the garbage collector calls this in any thread
+        warnings.warn(
+            f"model {self.id!r} was dropped and is unloaded; call its unload(), or load it in a `with`",
+            ResourceWarning,
+            stacklevel=2,
+            source=self,
+        )
 
     def __enter__(self) -> Model:
         return self
@@ -389,6 +408,7 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
             phase=self.phase,
             pending=self.pending,
             queue_depth=self.queue_depth,
+            cache_problem=self._runner.cache_problem,
         )
 
     @property
@@ -404,10 +424,13 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
         """
         reject_unknown(unknown, ("cache_salt",), "cached_prefix")
         ids = self._prompt_ids(prompt)
+        if self._runner.cache_problem:
+            return 0
         with self.cache.lookup(
             self._namespace(cache_salt),
             ids[:-1],
             whole=not self._backend.limits.can_trim,
+            loadable=True,
             count=False,
         ) as match:
             return match.n_tokens
@@ -415,8 +438,19 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
     def unload(self) -> None:
         """End the model: requests in flight and waiting fail with ModelUnloaded. Idempotent.
 
-        What they had computed is saved, within the policy's `evict_save_timeout_ms`.
+        What they had computed is saved, within the policy's `evict_save_timeout_ms`. In a signal handler that
+        interrupts a call of this library, it returns at once, and a thread does the rest.
         """
-        self._embeddings.close()
-        self._runner.stop()
-        _registry.remove(self)
+        if reentered():
+            # No threading.Thread: its start takes locks that may be held here, too.
+            self._runner.begin_to_stop()
+            start_new_thread(self._unload, ())
+        else:
+            self._unload()
+
+    def _unload(self) -> None:
+        try:
+            self._embeddings.close()
+        finally:
+            self._runner.stop()
+            _registry.remove(self)

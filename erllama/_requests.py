@@ -13,7 +13,7 @@ from erllama._options import CompletionOptions, request_options
 from erllama._stream import News, wait_async
 from erllama.cache import Cache, Policy
 from erllama.chat.chats import Chats
-from erllama.engine import Backend, Completion, Request, RequestOptions, Runner, Ticket
+from erllama.engine import Backend, Completion, Request, RequestOptions, Runner, Ticket, Vocabulary
 from erllama.errors import PromptError, PromptTooLong, Unsupported, shown
 
 Prompt = str | Sequence[int] | NDArray[np.integer]
@@ -73,7 +73,9 @@ class Requests:
 
     def _ticket(self, prompt: Prompt, options: RequestOptions, *, streaming: bool = False) -> Ticket:
         self._check_generates()
-        return Ticket(Request(self._prompt_ids(prompt, options), options), streaming)
+        ticket = Ticket(Request(self._prompt_ids(prompt, options), options), streaming)
+        ticket.model = self
+        return ticket
 
     def _wait(self, ticket: Ticket) -> Completion:
         try:
@@ -126,18 +128,7 @@ class Requests:
         return None if context is None else self._chats.history.going_on(context.astype(np.int32), text)
 
     def _checked_ids(self, ids: object) -> NDArray[np.int32]:
-        found = None
-        if isinstance(ids, np.ndarray | list | tuple | range):
-            with suppress(ValueError, OverflowError, TypeError):  # ragged lists and the like
-                found = np.asarray(ids)
-        if found is None or found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
-            raise PromptError(f"{shown(ids)} is neither text nor a sequence of token ids")
-        n_vocab = self._backend.vocabulary.n_tokens
-        outside = (found < 0) | (found >= n_vocab)
-        if outside.any():
-            at = int(np.argmax(outside))
-            raise PromptError(f"token id {found[at]} at {at} is outside the vocabulary; ids are 0 to {n_vocab - 1}")
-        return np.ascontiguousarray(found, np.int32)
+        return checked_ids(self._backend.vocabulary, ids)
 
     def _check_loaded(self) -> None:
         self._runner.check()
@@ -148,3 +139,19 @@ class Requests:
             raise Unsupported(
                 f"model {self.id!r} only encodes: it writes no text, and has no next tokens; use embed, or rerank"
             )
+
+
+def checked_ids(vocabulary: Vocabulary, ids: object) -> NDArray[np.int32]:
+    """Token ids, int32, shape (n,), each in the vocabulary; or PromptError."""
+    found = None
+    if isinstance(ids, np.ndarray | list | tuple | range):
+        with suppress(ValueError, OverflowError, TypeError):  # ragged lists and the like
+            found = np.asarray(ids)
+    if found is None or found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise PromptError(f"{shown(ids)} is neither text nor a sequence of token ids")
+    n_vocab = vocabulary.n_tokens
+    outside = (found < 0) | (found >= n_vocab)
+    if outside.any():
+        at = int(np.argmax(outside))
+        raise PromptError(f"token id {found[at]} at {at} is outside the vocabulary; ids are 0 to {n_vocab - 1}")
+    return np.ascontiguousarray(found, np.int32)

@@ -80,11 +80,18 @@ class _NoRunner(Runner):
         return None
 
     @property
+    def cache_problem(self) -> str:
+        return ""
+
+    @property
     def metrics(self) -> EngineMetrics:
         return self._nothing
 
     def namespace(self, cache_salt: str | None) -> bytes:
         return namespace_key({**self._backend.namespace, "cache_salt": cache_salt})
+
+    def begin_to_stop(self) -> None:
+        self.stop()
 
     def stop(self) -> None:
         self._stopping = True

@@ -9,6 +9,7 @@ this module without it raises OptionError.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -104,7 +105,7 @@ class _CacheNames:
     """Names for caches, which a cache keeps as long as it lives."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._names: weakref.WeakKeyDictionary[Cache, str] = weakref.WeakKeyDictionary()
 
     def name(self, cache: Cache, tiers: Sequence[TierStatus]) -> str:
@@ -210,7 +211,16 @@ def _add(family: Family, value: float, *labels: str) -> None:
 
 # --- registries -----------------------------------------------------------------------------------
 
-_lock = threading.Lock()
+_lock = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    # A thread that was not forked may have held it.
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 _registered: weakref.WeakKeyDictionary[CollectorRegistry, MetricsCollector] = weakref.WeakKeyDictionary()
 
 

@@ -15,6 +15,8 @@ import json
 import logging
 import os
 import threading
+import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +52,9 @@ class AbortedError(LlamaError):
 
 
 def _after_fork_in_child() -> None:
-    global _generation
+    global _generation, _start_lock
     _generation += 1
+    _start_lock = threading.Lock()  # a thread that was not forked may have held it
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -119,10 +122,29 @@ def drain_log() -> list[str]:
         line = bytes(ffi.buffer(buffer, n)).decode("utf-8", "replace").rstrip()
         if not line:
             continue
-        log.log(_LEVELS.get(level[0], logging.DEBUG), "%s", line)
+        _log(_LEVELS.get(level[0], logging.DEBUG), line)
         if level[0] >= 3:
             problems.append(line)
     return problems
+
+
+def _log(level: int, line: str) -> None:
+    """Log a line of libllama's. A handler that fails disturbs no call of libllama, and is printed to stderr."""
+    try:
+        log.log(level, "%s", line)
+    except Exception:
+        _print_failure()
+    except BaseException:
+        # In the main thread it may be Ctrl-C. No other thread is interrupted, or may end, by a handler.
+        if threading.current_thread() is threading.main_thread():
+            raise
+        _print_failure()
+
+
+def _print_failure() -> None:
+    if logging.raiseExceptions:
+        with suppress(Exception):
+            traceback.print_exc()
 
 
 _DEVICE_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}

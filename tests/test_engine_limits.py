@@ -149,6 +149,59 @@ def test_blocks_that_are_only_in_cells_are_not_taken_for_stored() -> None:
         )
 
 
+def test_another_model_is_not_told_of_blocks_that_are_only_in_cells() -> None:
+    with loaded(StubBackend(eog_bias=-100)) as model:
+        with erllama.load_backend(StubBackend(eog_bias=-100), cache=model.cache) as other:
+            prompt = random_prompt(1, 200)
+            model.complete(prompt, max_tokens=1)
+            assert other.cached_prefix(prompt) == 199
+            model.cache.evict_bytes("1GiB", ("ram",))
+            assert [row.tier for row in model.cache.rows()] == ["live"] * len(model.cache.rows()) != []
+            assert model.cached_prefix(prompt) == other.cached_prefix(prompt) == 0
+            assert other.complete(prompt, max_tokens=1).cache.kind == "cold"
+
+
+def test_a_parked_context_is_not_given_up_for_blocks_that_are_only_in_cells() -> None:
+    with erllama.Cache(block_size=64) as cache:
+        with erllama.load_backend(StubBackend(eog_bias=-100, can_trim=False), cache=cache) as model:
+            prompt = random_prompt(1, 140)
+            model.complete(prompt, max_tokens=1, session_id="another")
+            model.complete(prompt[:102], max_tokens=1)
+            cache.evict_bytes("1GiB", ("ram",))
+            reply = model.complete([*prompt[:135], 5], max_tokens=1)
+            assert reply.cache == erllama.CacheHit("partial", "live", 102)
+
+
+def test_a_lookup_of_loadable_blocks_finds_the_longest_of_those() -> None:
+    """Among the neighbours of the tokens in the tree are some that are only in cells."""
+    from erllama.cache import Block, SaveReason, child_key, namespace_key, token_bytes
+
+    root = namespace_key({"backend": "a test"})
+
+    def block(*tokens: int) -> Block:
+        raw = token_bytes(list(tokens))
+        return Block(child_key(root, raw), root, root, 0, raw, SaveReason.FINISH, bytes(16), 0)
+
+    with loaded(StubBackend(eog_bias=-100)) as model:
+        cache, tier = model.cache, model._runner._tier
+        assert tier is not None
+        for tokens in ((1, 2), (1, 2, 3, 4, 5), (1, 2, 3, 9)):
+            cache.save(block(*tokens), b"kv", trimmable=False)
+        for tokens in ((1, 2, 3, 4), (1, 2, 3, 4, 6), (1, 2, 3, 4, 7)):
+            assert cache.hold(tier, block(*tokens), 8)
+        for wanted, whole, n in (
+            ([1, 2, 3, 4, 7, 8], False, 4),
+            ([1, 2, 3, 4, 7, 8], True, 2),
+            ([1, 2, 3, 4, 5, 8], True, 5),
+            ([1, 2, 3, 10], False, 3),
+        ):
+            with cache.lookup(root, wanted, whole=whole, loadable=True) as match:
+                assert match.n_tokens == n
+                assert all(cache.load(found) is not None for found in match.blocks)
+        with cache.lookup(root, [1, 2, 3, 4, 7, 8]) as match:
+            assert match.n_tokens == 5
+
+
 # --- loading ---------------------------------------------------------------------------------------------
 
 

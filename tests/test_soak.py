@@ -577,7 +577,7 @@ def assert_idle(model: erllama.Model, crowd: Crowd, faults: Faults) -> None:
     assert (model.pending, model.queue_depth, model.phase) == (0, 0, "idle")
     assert all(ticket.done for ticket in crowd.tickets)
     assert disagreements(model) == []
-    assert model._runner._sessions == set()
+    assert not model._runner._sessions
     metrics = model._runner.metrics
     assert sum(metrics.finished.values()) + sum(metrics.failed.values()) == crowd.n_accepted
     assert metrics.refused == crowd.seen["QueueFull"]

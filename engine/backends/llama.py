@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backend import Batch, Limits, NamespaceValue
+from erllama.engine.backends.file_identity import MappedFiles
 from erllama.engine.backends.llama_adapters import check_adapter_file
 from erllama.engine.backends.llama_file import LlamaVocabulary, buffers_in, chat_templates, facts_of, load_file
 from erllama.engine.backends.llama_library import llama_ffi, translated
 from erllama.engine.backends.llama_options import LlamaOptions
 from erllama.engine.embedding import Embedder
+from erllama.engine.processors import default_threads
 from erllama.errors import AdapterLoadError, BackendError, CellsExhausted, ModelLoadError, StateError
 
 _DEFAULT_N_CTX = 4096
@@ -46,6 +47,7 @@ class LlamaBackend:
         options: how to load it.
         fingerprint: names the file's content, for the cache.
         on_progress: called with the fraction loaded; returning False cancels.
+        identity: the `identity` of the files, taken before `fingerprint` was; None for files that nobody changes.
 
     Raises:
         ModelLoadError: the file cannot be loaded, or its context not made.
@@ -58,8 +60,11 @@ class LlamaBackend:
         options: LlamaOptions,
         fingerprint: str,
         on_progress: Callable[[float], object] | None = None,
+        identity: str | None = None,
     ) -> None:
         self.path = path
+        # A file that is read and not mapped may be changed once it is loaded.
+        self._mapped = MappedFiles(path, identity) if identity is not None and options.mmap else None
         file = load_file(path, options, on_progress)
         model, self.metadata = file
         try:
@@ -72,7 +77,7 @@ class LlamaBackend:
             can_trim = not (shape.recurrent or shape.hybrid or shape.n_swa > 0)
             whole_state = shape.recurrent and not shape.hybrid
             n_sequences = options.n_sequences + (options.n_spare_sequences if can_trim else 0)
-            threads = options.n_threads or _processors()
+            threads = options.n_threads or default_threads()
             threads_batch = options.n_threads_batch or threads
             self._scratch = n_sequences
             self._options, self._n_threads_batch = options, threads_batch
@@ -125,6 +130,8 @@ class LlamaBackend:
         buffers = buffers_in(context.said)
         self.facts = replace(
             facts,
+            n_threads=threads,
+            n_threads_batch=threads_batch,
             kv_type_k=options.kv_type_k,
             kv_type_v=options.kv_type_v,
             devices=(*(gpu.name for gpu in gpus), "CPU"),
@@ -176,6 +183,10 @@ class LlamaBackend:
     def model(self) -> llama_ffi.LlamaModel:
         """The loaded model, for its metadata."""
         return self._model
+
+    def weights_problem(self) -> str:
+        """Return why the weights may have changed since they were loaded; empty as long as they have not."""
+        return self._mapped.problem() if self._mapped is not None else ""
 
     def embedder(self) -> Embedder:
         """For embeddings: contexts of its own on the same weights, which it holds."""
@@ -359,7 +370,3 @@ def _check_state(payload: memoryview, start: int, end: int) -> None:
     # In the order of the cells, which need not be that of the positions.
     if not np.array_equal(np.sort(cells[:, 0]), np.arange(start, end)) or not np.all(cells[:, 1] == 1):
         raise StateError(f"the state is not of positions {start} to {end - 1}")
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -40,7 +40,8 @@ class LlamaOptions:
         n_ubatch: tokens computed at once, and the length of a prefill slice.
         n_sequences: sequences that the context can hold.
         n_spare_sequences: as many more, where a sequence takes no memory of its own.
-        n_threads: threads for decoding; None for the processors this process may use.
+        n_threads: threads for decoding; None for the processors this process may use, by its affinity and its
+            cgroups' CPU quotas.
         n_threads_batch: threads for prefill; None for the same as n_threads.
         n_gpu_layers: layers on GPUs; -1, or more than there are, for all.
         devices: names of those that compute beside the CPU; None for all GPUs.

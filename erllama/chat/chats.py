@@ -8,13 +8,13 @@ caller gets. Nothing here knows how requests are run.
 from __future__ import annotations
 
 import json
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from erllama._log import logger
 from erllama.cache import Cache
 from erllama.chat.conversation import Conversation
 from erllama.chat.families import CallGrammar, Family
@@ -28,7 +28,7 @@ from erllama.engine import Backend, Grammar, Markers, PhaseOptions, RequestOptio
 from erllama.engine.phases import Script
 from erllama.errors import ChatError, OptionError, boolean
 
-log = logging.getLogger("erllama")
+log = logger("erllama")
 
 # What a template gets under names that are not the caller's to give.
 _OF_CONVERSATION = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from erllama._log import logger
 from erllama.chat.call_formats import ToolFormat
 from erllama.chat.call_grammars import quoted
 from erllama.chat.enforcing import problem_of, relaxations, violation_of
@@ -19,7 +19,7 @@ from erllama.engine import Grammar, Markers, ToolCall
 from erllama.engine.phases import Script
 from erllama.errors import GrammarError, OptionError, ToolCallError
 
-log = logging.getLogger("erllama")
+log = logger("erllama")
 
 Message = dict[str, object]
 

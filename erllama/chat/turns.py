@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._log import logger
 from erllama.chat.conversation import Conversation, Message
 from erllama.chat.families import Family
 from erllama.chat.history import History
@@ -28,7 +28,7 @@ from erllama.engine import (
 )
 from erllama.errors import ChatError, ToolCallError
 
-log = logging.getLogger("erllama")
+log = logger("erllama")
 
 _PROMPT_END = 64  # characters of a prompt's end in which a thought may begin
 

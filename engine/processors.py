@@ -1,0 +1,40 @@
+"""How many processors this process may use: by its affinity, and by the CPU quotas of its cgroups.
+
+More threads than that wait for each other: libllama's threads spin at barriers,
+so a thread that the kernel stops for its quota holds up all others.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+from erllama.cache.cgroups import MEMBERSHIP, MOUNT, Level, levels, read_number, read_text
+
+
+def default_threads(membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> int:
+    """Return how many threads compute where no number is given, at least 1.
+
+    Args:
+        membership, mount: as of `cgroups.levels`.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota(membership, mount)
+    return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
+
+
+def cpu_quota(membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> float | None:
+    """Return the smallest CPU quota that this process is under, in processors; None for no quota."""
+    return min((quota for level in levels("cpu", membership, mount) if (quota := _quota(level))), default=None)
+
+
+def _quota(level: Level) -> float | None:
+    """The quota of one cgroup. A level that cannot be read has none."""
+    if level.version == 1:
+        # No quota is -1, which is no number here.
+        quota, period = read_number(level.path / "cpu.cfs_quota_us"), read_number(level.path / "cpu.cfs_period_us")
+    else:
+        first, _, second = (read_text(level.path / "cpu.max") or "").strip().partition(" ")
+        quota, period = (int(text) if text.isdecimal() else None for text in (first, second))
+    return quota / period if quota and period else None

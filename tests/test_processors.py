@@ -1,0 +1,156 @@
+"""The default number of threads respects the processors that this process may use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import erllama
+from erllama.engine.processors import cpu_quota, default_threads
+
+
+class Cgroups:
+    """A tree of cgroups in files, and the membership of a process."""
+
+    def __init__(self, root: Path) -> None:
+        self.membership, self.mount = root / "cgroup", root / "mount"
+        self.mount.mkdir()
+
+    def belong(self, *lines: str) -> None:
+        self.membership.write_text("".join(f"{line}\n" for line in lines))
+
+    def v2(self, path: str, text: str) -> None:
+        self._write(self.mount / path.lstrip("/") / "cpu.max", text)
+
+    def v1(self, path: str, quota: int, period: int, controller: str = "cpu") -> None:
+        place = self.mount / controller / path.lstrip("/")
+        self._write(place / "cpu.cfs_quota_us", str(quota))
+        self._write(place / "cpu.cfs_period_us", str(period))
+
+    def _write(self, path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+    @property
+    def quota(self) -> float | None:
+        return cpu_quota(self.membership, self.mount)
+
+
+@pytest.fixture
+def cgroups(tmp_path: Path) -> Cgroups:
+    return Cgroups(tmp_path)
+
+
+def test_the_smallest_quota_from_the_own_group_to_the_root_counts(cgroups: Cgroups) -> None:
+    cgroups.belong("0::/pod/container")
+    cgroups.v2("/pod/container", "max 100000")
+    assert cgroups.quota is None
+    cgroups.v2("/pod/container", "300000 100000")
+    assert cgroups.quota == 3
+    cgroups.v2("/pod", "50000 100000")
+    assert cgroups.quota == 0.5
+    cgroups.v2("/another", "1000 100000")
+    assert cgroups.quota == 0.5
+
+
+def test_quotas_of_the_first_version_count(cgroups: Cgroups) -> None:
+    cgroups.belong("4:memory:/elsewhere", "1:cpu,cpuacct:/pod/container", "0::/")
+    cgroups.v1("/pod/container", -1, 100_000)
+    assert cgroups.quota is None
+    cgroups.v1("/pod", 150_000, 100_000)
+    assert cgroups.quota == 1.5
+
+
+def test_controllers_that_are_mounted_together_are_found(cgroups: Cgroups) -> None:
+    cgroups.belong("1:cpu,cpuacct:/")
+    cgroups.v1("/", 20_000, 10_000, controller="cpu,cpuacct")
+    assert cgroups.quota == 2
+
+
+def test_in_a_container_the_root_of_the_mount_counts(cgroups: Cgroups) -> None:
+    cgroups.belong("0::/../../host/path/of/it")
+    cgroups.v2("/", "25000 100000")
+    assert cgroups.quota == 0.25
+
+
+@pytest.mark.parametrize("text", ["", "max", "50000", "x y", "0 100000", "50000 0", "-1 100000"])
+def test_what_is_no_quota_is_none(cgroups: Cgroups, text: str) -> None:
+    cgroups.belong("0::/", "nonsense", "")
+    cgroups.v2("/", text)
+    assert cgroups.quota is None
+
+
+def test_no_cgroups_are_no_quota(tmp_path: Path) -> None:
+    assert cpu_quota(tmp_path / "none", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("processors", "quota", "threads"),
+    [
+        (2, "50000 100000", 1),
+        (2, "150000 100000", 2),
+        (8, "250000 100000", 3),
+        (2, "900000 100000", 2),
+        (4, "max 1", 4),
+    ],
+)
+def test_threads_are_the_processors_up_to_the_quota(
+    cgroups: Cgroups, monkeypatch: pytest.MonkeyPatch, processors: int, quota: str, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)), raising=False)
+    cgroups.belong("0::/own")
+    cgroups.v2("/own", quota)
+    assert default_threads(cgroups.membership, cgroups.mount) == threads
+
+
+def test_a_model_says_how_many_threads_it_has(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("erllama.engine.backends.llama.default_threads", lambda: 1)
+    for options, threads in (({}, (1, 1)), ({"n_threads": 2}, (2, 2)), ({"n_threads_batch": 2}, (1, 2))):
+        with erllama.load_model(tiny_gguf, n_ctx=256, warmup=False, **options) as model:  # type: ignore[arg-type]
+            assert (model.info.n_threads, model.info.n_threads_batch) == threads
+
+
+@pytest.fixture
+def half_a_processor() -> Iterator[Path]:
+    """A real cgroup with a quota of half a processor; skipped where it cannot be made."""
+    root = Path("/sys/fs/cgroup")
+    version_1 = (root / "cpu").is_dir()
+    group = (root / "cpu" if version_1 else root) / f"erllama-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        try:
+            if version_1:
+                (group / "cpu.cfs_period_us").write_text("100000")
+                (group / "cpu.cfs_quota_us").write_text("50000")
+            else:
+                (group / "cpu.max").write_text("50000 100000")
+        except OSError:
+            group.rmdir()
+            raise
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made: {error}")
+    yield group
+    group.rmdir()
+
+
+def test_a_process_under_a_real_quota_has_one_thread(half_a_processor: Path) -> None:
+    code = (
+        "import os, sys; open(sys.argv[1] + '/cgroup.procs', 'w').write(str(os.getpid()))\n"
+        "from erllama.engine.processors import cpu_quota, default_threads\n"
+        "print(cpu_quota(), default_threads())"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", code, str(half_a_processor)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if "Permission" in finished.stderr or "Device or resource busy" in finished.stderr:
+        pytest.skip("no process can be put into a cgroup")
+    assert finished.stdout == "0.5 1\n", finished.stderr
