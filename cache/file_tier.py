@@ -22,11 +22,12 @@ from pathlib import Path
 from erllama.cache import kvc
 from erllama.cache.blocks import Block
 from erllama.cache.directory import CacheDirectory, warn_of_file_system
-from erllama.cache.index import FileStamp, Index, set_aside, tells_damage
+from erllama.cache.index import FileStamp, Index, is_damaged, may_tell_damage, set_aside, tells_damage
 from erllama.cache.keys import KEY_BYTES
 from erllama.cache.texts import KnownText, TextDigests
 from erllama.cache.tier import Changes, Problem, Tier, TierRow
 from erllama.cache.watch import DirectoryWatch
+from erllama.cache.writer import Abandoned
 from erllama.errors import CacheError, CacheFormatError
 
 log = logging.getLogger("erllama.cache")
@@ -88,13 +89,13 @@ class FileTier(Tier):
         self.close()
         directory = CacheDirectory(self.root)
         try:
-            if damage is not None:
+            if damage is not None and (tells_damage(damage) or is_damaged(directory.index)):
                 set_aside(directory.index, damage)
             try:
                 self._open_in(directory)
             except sqlite3.Error as error:
                 self.close()
-                if not tells_damage(error):
+                if not tells_damage(error) and not (may_tell_damage(error) and is_damaged(directory.index)):
                     raise
                 set_aside(directory.index, error)
                 directory = CacheDirectory(self.root)
@@ -165,7 +166,7 @@ class FileTier(Tier):
             self._broken, self._damage = True, error
             raise CacheError(f"the index of {self.root} is damaged: {error}") from error
         except sqlite3.Error as error:
-            if tells_damage(error):
+            if may_tell_damage(error):
                 self._broken, self._damage = True, error
             raise
 
@@ -210,7 +211,9 @@ class FileTier(Tier):
                 self._step("published")
                 index.put(block, _stamp(final), time.time_ns())
                 index.release(block.key, directory.owner)
-        except Exception:
+        except Abandoned:
+            raise  # nothing is tidied up after a process that was killed
+        except BaseException:
             self._take_back(final if published else partial, before, final)
             with contextlib.suppress(CacheError, OSError, sqlite3.Error), self._using() as index:
                 index.release(block.key, directory.owner)
@@ -260,16 +263,19 @@ class FileTier(Tier):
         """Rows and files go in one transaction, so that the index never counts less than there is."""
         if not keys:
             return
-        removed: list[bytes] = []
-        failure: OSError | None = None
+        failure: BaseException | None = None
         with self._using() as index, index.transaction():
             for key in keys:
                 try:
                     self.path_of(key).unlink(missing_ok=True)
-                    removed.append(key)
                 except OSError as error:
-                    failure = error  # it stays in the index, and in the budget
-            index.remove(removed)
+                    failure = error
+                except BaseException as error:  # the index must tell of what was removed so far
+                    failure = error
+                    break
+            if failure is not None:  # what is still there stays in the index, and in the budget
+                keys = [key for key in keys if not os.path.lexists(self.path_of(key))]
+            index.remove(keys)
         if failure is not None:
             raise failure
 
@@ -293,7 +299,7 @@ class FileTier(Tier):
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        with self._using() as index, index.transaction():
+        with self._using() as index, index.exclusive():
             yield
 
     def reserve(self, block: Block, n_bytes: int) -> bool:
@@ -336,7 +342,7 @@ class FileTier(Tier):
         try:
             return index.changes()
         except sqlite3.Error as error:
-            if tells_damage(error):
+            if may_tell_damage(error):
                 self._broken, self._damage = True, error
             raise
 
@@ -445,6 +451,26 @@ class FileTier(Tier):
         for path in directory.partial.iterdir():
             if not directory.alive(directory.owner_of(path)):
                 yield Problem(self.name, str(path), "a dead process left it")
+
+    def check(self) -> Iterator[Problem]:
+        directory = self._open_directory
+        with self._using() as index:
+            known = index.stamps()
+        for entry in list(directory.block_files()):
+            key = _key_of(entry.name)
+            if key is None:
+                continue  # `verify` tells of it
+            with contextlib.suppress(FileNotFoundError):
+                if key not in known:
+                    yield Problem(self.name, entry.path, "the index does not know it")
+                elif _stamp(Path(entry.path)) != known[key]:
+                    yield Problem(self.name, entry.path, "it is not the file that the index knows")
+                known.pop(key, None)
+        for key in known:
+            yield Problem(self.name, str(self.path_of(key)), "the index knows it, and it is missing")
+        for path in directory.partial.iterdir():
+            if directory.owner_of(path) == directory.owner:
+                yield Problem(self.name, str(path), "a write left it")
 
     def _reap(self) -> None:
         """Drop the reservations of the dead, then their files, then their locks, which tell that they are dead."""

@@ -23,21 +23,19 @@ class Match:
     __slots__ = ("_unpin", "blocks", "n_tokens")
 
     def __init__(
-        self, blocks: tuple[Block, ...], n_tokens: int, unpin: Callable[[tuple[Block, ...]], None]
+        self, blocks: tuple[Block, ...], n_tokens: int, unpin: Callable[[], None]
     ) -> None:
         self.blocks = blocks
         self.n_tokens = n_tokens
-        self._unpin: Callable[[tuple[Block, ...]], None] | None = unpin
+        self._unpin = unpin
 
     def release(self) -> None:
         """Unpin the blocks. Idempotent."""
-        unpin, self._unpin = self._unpin, None
-        if unpin is not None:
-            unpin(self.blocks)
+        self._unpin()
 
     def __del__(self) -> None:
         # A forgotten match must not pin for ever.
-        if getattr(self, "_unpin", None) is not None:
+        if hasattr(self, "_unpin"):
             self.release()
 
     def __enter__(self) -> Match:

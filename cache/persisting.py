@@ -109,12 +109,14 @@ class Persister:
 
     def persist(self, pending: Pending) -> None:
         """Write one save to its tiers; the writer's thread calls it."""
-        for name in pending.to:
-            with self._upkeep.tending:
-                self._persist_in(self._residents.shelves[name], pending)
-        with self._lock:
-            if not self._upkeep.writer.waits(pending.block.key):  # a newer version
-                self._residents.drop(PENDING, pending.block.key)
+        try:
+            for name in pending.to:
+                with self._upkeep.tending:
+                    self._persist_in(self._residents.shelves[name], pending)
+        finally:
+            with self._lock:
+                if not self._upkeep.writer.waits(pending.block.key):  # a newer version
+                    self._residents.drop(PENDING, pending.block.key)
 
     def _persist_in(self, shelf: Shelf, pending: Pending) -> None:
         block, n_payload = pending.block, pending.payload.nbytes

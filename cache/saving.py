@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from erllama.cache.blocks import Block
 from erllama.cache.counters import Counters
 from erllama.cache.residents import PENDING, Residents
+from erllama.cache.uninterrupted import uninterrupted
 from erllama.cache.upkeep import Upkeep
 from erllama.errors import OptionError
 
@@ -85,16 +86,19 @@ class Saver:
 
     @contextmanager
     def expecting(self, key: bytes) -> Iterator[None]:
-        with self._lock:
-            self._expected[key] = self._expected.get(key, 0) + 1
+        self._expect(key, 1)
         try:
             yield
         finally:
-            with self._lock:
-                self._expected[key] -= 1
-                if not self._expected[key]:
-                    del self._expected[key]
-                self._saved.notify_all()
+            self._expect(key, -1)
+
+    @uninterrupted
+    def _expect(self, key: bytes, more: int) -> None:
+        with self._lock:
+            self._expected[key] = self._expected.get(key, 0) + more
+            if not self._expected[key]:
+                del self._expected[key]
+            self._saved.notify_all()
 
     def awaits(self, key: bytes) -> bool:
         with self._lock:
