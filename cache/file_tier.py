@@ -463,9 +463,10 @@ class FileTier(Tier):
             with contextlib.suppress(FileNotFoundError):
                 if key not in known:
                     yield Problem(self.name, entry.path, "the index does not know it")
-                elif _stamp(Path(entry.path)) != known[key]:
-                    yield Problem(self.name, entry.path, "it is not the file that the index knows")
-                known.pop(key, None)
+                    continue
+                n_bytes, known_bytes = _stamp(Path(entry.path)).n_bytes, known.pop(key).n_bytes
+                if n_bytes != known_bytes:
+                    yield Problem(self.name, entry.path, f"{n_bytes} bytes, and {known_bytes} in the index")
         for key in known:
             yield Problem(self.name, str(self.path_of(key)), "the index knows it, and it is missing")
         for path in directory.partial.iterdir():

@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Never
 
 import numpy as np
@@ -115,14 +115,30 @@ class Cache:
         self._lock = threading.RLock()
         self._counters = Counters()
         self._closing = False
-        self._open(found, queue_bytes)
+        self._opening = threading.Lock()
+        try:
+            self._open(found, queue_bytes)
+        except BaseException:
+            # The caller was interrupted and never gets this cache: it must not keep the directories.
+            with suppress(RuntimeError):
+                threading.Thread(target=self._give_up, name="erllama-cache-call", daemon=True).start()
+            raise
 
     @uninterrupted
     def _open(self, tiers: Sequence[Tier], queue_bytes: int) -> None:
-        self._assemble(tiers, queue_bytes)
-        if self._pressure is not None:
-            self._pressure.start()
-        _open_caches.add(self)
+        with self._opening:
+            if self._closing:
+                return
+            self._assemble(tiers, queue_bytes)
+            if self._pressure is not None:
+                self._pressure.start()
+            _open_caches.add(self)
+
+    def _give_up(self) -> None:
+        with self._opening:
+            self._closing = True
+            if hasattr(self, "_upkeep"):
+                self.close()
 
     def _assemble(self, tiers: Sequence[Tier], queue_bytes: int) -> None:
         self._residents = Residents(self.block_size, self._counters, tiers)
