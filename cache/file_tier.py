@@ -36,6 +36,8 @@ _TEXT_BYTES = 64 << 20  # of texts and their tokens: about a thousandth of the K
 _MOST_SUSPECTS = 1000  # names; beyond that, all files are looked at
 # A file that makes no sense and is younger than that may be one that somebody is copying in.
 _SETTLED_SECONDS = 2.0
+# A link, a socket or a device without a driver, a directory; a sector that cannot be read.
+_OF_THE_FILE = {errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.EIO, errno.EBADMSG}
 _AGAIN_SECONDS = 1.0  # before what failed for a reason of the moment is tried again
 
 
@@ -290,9 +292,11 @@ class FileTier(Tier):
             index.touch(used)
 
     def uses(self) -> list[tuple[bytes, int]]:
+        now = time.time_ns()
         with self._using() as index:
-            found = index.uses_since(self._uses_seen)
-        self._uses_seen = max((at for _, at in found), default=self._uses_seen)
+            # All of them where our own clock was ahead when we last looked.
+            found = index.uses_since(self._uses_seen if self._uses_seen <= now else 0)
+        self._uses_seen = min(max((at for _, at in found), default=self._uses_seen), now)
         return found
 
     # --- sharing ---------------------------------------------------------------------------
@@ -566,8 +570,7 @@ def _tells_of_the_file(error: Exception) -> bool:
     """Whether an error is the file's own fault, and not one of the moment."""
     if isinstance(error, CacheFormatError):
         return True
-    # A link, a socket or a device without a driver, a directory.
-    return isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR)
+    return isinstance(error, OSError) and error.errno in _OF_THE_FILE
 
 
 def _stamp(path: Path) -> FileStamp:

@@ -127,7 +127,7 @@ class Index:
         """Whether the database that is open is no longer the one in the directory."""
         try:
             return self.path.stat().st_ino != self.inode
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):  # another error is no evidence
             return True
 
     def close(self) -> None:
@@ -295,6 +295,7 @@ class Index:
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         """Note when blocks were last used: pairs of key and ns since 1970."""
         with self.transaction():
+            self._clamp_uses()
             self.db.conn.executemany(
                 "UPDATE blocks SET last_used = ?1 WHERE key = ?2 AND last_used < ?1",
                 [(at, key) for key, at in used],
@@ -302,8 +303,14 @@ class Index:
 
     def uses_since(self, ns: int) -> list[tuple[bytes, int]]:
         """Blocks used at or after a time, in ns since 1970, and when."""
-        with self._lock:
+        with self.transaction():
+            self._clamp_uses()
             return self.db.execute("SELECT key, last_used FROM blocks WHERE last_used >= ?", [ns]).fetchall()
+
+    def _clamp_uses(self) -> None:
+        """A use in the future was noted by a clock that was ahead: nothing would be newer until then."""
+        now = time.time_ns()
+        self.db.execute("UPDATE blocks SET last_used = ?1 WHERE last_used > ?1", [now])
 
     def trim_changes(self) -> None:
         """Drop old entries of the list of changes."""
@@ -532,4 +539,4 @@ def _checked_row(
         sound = False
     if not sound:
         raise _DamagedError("a row of the index contradicts itself")
-    return TierRow(block, file_bytes, last_used)
+    return TierRow(block, file_bytes, min(last_used, time.time_ns()))  # a clock may have been ahead

@@ -94,9 +94,14 @@ class Loader:
         except Exception as error:
             log.warning("%s cannot be read: %s", tier.where(block), error)
             self._counters.add("disk_errors")
+            with self._lock:
+                # It may be readable again. If not, the block is written anew where it is saved again.
+                if shelf.root_of(block.key) is tier:
+                    shelf.unreadable.add(block.key)
         else:
             with self._lock:
                 # Unless a newer version was saved while this one was read.
+                shelf.unreadable.discard(block.key)
                 if shelf.root_of(block.key) is tier and self._at_hand(block) is None:
                     self._residents.learn(shelf.name, found)
                     if self._residents.keep_in_ram(found, payload):

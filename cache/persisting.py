@@ -194,8 +194,9 @@ class Persister:
 
     def _learn_uses(self, shelf: Shelf, tier: Tier) -> None:
         """What another process needs is no older than it is to that one."""
+        now = time.time_ns()
         for key, at in tier.uses():
-            shelf.lru.touch(key, at)
+            shelf.lru.touch(key, min(at, now))
 
     def _drop_overtaken(self, shelf: Shelf, keys: Iterable[bytes]) -> None:
         """Drop tails whose successor this tier has now."""

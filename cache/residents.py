@@ -31,6 +31,7 @@ class Shelf:
         self.in_cells = fed == "by its owner"
         self.roots: list[Tier] = []
         self.lru = LeafLRU()
+        self.unreadable: set[bytes] = set()  # what is listed, and could not be read when that was last tried
         self._root_of: dict[bytes, Tier] = {}
         self._n_bytes: dict[Tier, int] = {}
 
@@ -71,6 +72,7 @@ class Shelf:
 
     def remove(self, key: bytes) -> None:
         root = self._root_of.pop(key, None)
+        self.unreadable.discard(key)
         if root is not None:
             self._n_bytes[root] -= self.lru.remove(key)
 
@@ -203,6 +205,7 @@ class Residents:
         if shelf.n_bytes(root) <= target:
             return victims
         passed_over = {*self.pins, *keep}
+        shelf.lru.clamp(time.time_ns())
         while (
             shelf.n_bytes(root) > max(target, 0) and (key := shelf.lru.oldest_leaf(passed_over, root)) is not None
         ):
@@ -264,6 +267,7 @@ class Residents:
 
     def touch(self, key: bytes, now: int) -> None:
         for shelf in self.shelves.values():
+            shelf.lru.clamp(now - 1)  # what a clock noted that was ahead is no newer than this
             shelf.lru.touch(key, now)
 
     def pin(self, blocks: Sequence[Block]) -> Callable[[], None]:

@@ -44,6 +44,7 @@ class Saver:
         if not replace and not self.wants(block.key):
             self._counters.add("duplicates_dropped")
             return False
+        replace = replace or any(block.key in residents.shelves[name].unreadable for name in to)
         if block.parent != block.namespace and residents.tree.get(block.parent) is None:
             self._counters.add("saves_dropped")  # what it follows was evicted: nobody could find it
             return False
@@ -70,11 +71,15 @@ class Saver:
         return "ram" in self._residents.shelves and key not in self._residents.shelves["ram"]
 
     def _lacking(self, key: bytes) -> tuple[str, ...]:
-        """The slower tiers that neither have a block nor are about to get it."""
+        """The slower tiers that neither have a block, as far as that can be read, nor are about to get it."""
         pending = self._upkeep.writer.get(key)
         coming = pending.to if pending is not None else ()
-        shelves = self._residents.shelves
-        return tuple(name for name in self._upkeep.tiers_behind if name not in coming and key not in shelves[name])
+        return tuple(
+            name
+            for name in self._upkeep.tiers_behind
+            if name not in coming
+            and (key not in (shelf := self._residents.shelves[name]) or key in shelf.unreadable)
+        )
 
     def _overtake(self, key: bytes) -> None:
         """Drop a tail whose successor is stored; from slower tiers only once that is there, too."""

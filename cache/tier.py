@@ -110,7 +110,7 @@ class Tier(ABC):
         Raises:
             CacheFormatError: what is stored is not what was written.
             FileNotFoundError: it is not there.
-            OSError: it cannot be read now.
+            OSError: it cannot be read now. The next save of the block writes it anew.
         """
 
     @abstractmethod

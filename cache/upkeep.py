@@ -295,15 +295,15 @@ class Upkeep:
 
     def _take_in_row(self, shelf: Shelf, tier: Tier, row: TierRow) -> None:
         holder, key = shelf.root_of(row.block.key), row.block.key
+        used = min(row.last_used, time.time_ns())  # a clock that was ahead must not keep a block for ever
         if holder is None:
-            # A clock that was ahead must not keep a block for ever.
-            self.residents.put(tier, row.block, row.n_bytes, min(row.last_used, time.time_ns()))
+            self.residents.put(tier, row.block, row.n_bytes, used)
         elif holder is not tier:
             self.writer.defer(lambda: self._remove_double(shelf, tier, row.block))
         else:
             if shelf.lru.size_of(key) != row.n_bytes:
-                self.residents.put(tier, row.block, row.n_bytes, row.last_used)
-            shelf.lru.touch(key, min(row.last_used, time.time_ns()))
+                self.residents.put(tier, row.block, row.n_bytes, used)
+            shelf.lru.touch(key, used)
             self.residents.learn(tier.name, row.block)
 
     def _remove_double(self, shelf: Shelf, tier: Tier, block: Block) -> None:

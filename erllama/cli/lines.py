@@ -10,6 +10,7 @@ from pathlib import Path
 
 import platformdirs
 
+from erllama.cache.directory import make_private
 from erllama.cli.console import note
 
 
@@ -80,7 +81,7 @@ def _history_file() -> Path | None:
     """A file that only its owner can read: what is typed is private. None where it cannot be had."""
     path = Path(platformdirs.user_state_dir("erllama")) / "history"
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(path.parent)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             os.fchmod(descriptor, 0o600)
