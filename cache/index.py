@@ -94,7 +94,7 @@ class Index:
             undo.callback(connection.close)
             if not existed:
                 self.path.chmod(0o600)
-            version = _check_version(self.path, connection)
+            version = check_version(self.path, connection)
             mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             if mode != "wal":
                 raise CacheError(
@@ -111,7 +111,7 @@ class Index:
             self._seen_version = self._data_version()
             # A database whose pages are damaged often still opens: read all that will be needed.
             self._first_rows: list[TierRow] | None
-            self._seen, self._first_rows = _read_all(self._reader)
+            self._seen, self._first_rows = read_all(self._reader)
             undo.pop_all()
 
     def _create(self, version: int) -> None:
@@ -146,13 +146,13 @@ class Index:
         with self._read_lock:
             first, self._first_rows = self._first_rows, None
             if first is None:
-                self._seen, first = _read_all(self._reader)
+                self._seen, first = read_all(self._reader)
             return first
 
     def rows_now(self) -> list[TierRow]:
         """Every stored block; `changes` goes on from where it was."""
         with contextlib.closing(_connect(self.path, _BUSY_SECONDS)) as reader:
-            return _read_all(reader)[1]
+            return read_all(reader)[1]
 
     def stamps(self) -> dict[bytes, FileStamp]:
         """What the index knows of every block's file, by key."""
@@ -460,7 +460,7 @@ def set_aside(path: Path, error: Exception) -> None:
         CacheError: it is of a newer release.
     """
     with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path, 0.0)) as connection:
-        _check_version(path, connection)
+        check_version(path, connection)
     aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
     log.warning("%s is damaged (%s); set aside as %s and rebuilt from the files", path, error, aside.name)
     # One is enough to see what happened; it is outside every budget.
@@ -473,7 +473,7 @@ def set_aside(path: Path, error: Exception) -> None:
             damaged.rename(aside.with_name(aside.name + suffix))
 
 
-def _check_version(path: Path, connection: sqlite3.Connection) -> int:
+def check_version(path: Path, connection: sqlite3.Connection) -> int:
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if version > SCHEMA_VERSION:
         raise CacheError(
@@ -505,7 +505,7 @@ def _reading(reader: sqlite3.Connection) -> Iterator[None]:
         _roll_back(reader)
 
 
-def _read_all(reader: sqlite3.Connection) -> tuple[int, list[TierRow]]:
+def read_all(reader: sqlite3.Connection) -> tuple[int, list[TierRow]]:
     """The number of the last change, and every block as of then."""
     with _reading(reader):
         return _rows_now(reader)

@@ -69,7 +69,10 @@ class Row(NamedTuple):
 
 
 class TierStatus(NamedTuple):
-    """One root of a tier: where it is, what it may hold and holds, and why it cannot be used, if so."""
+    """One root of a tier: where it is, what it may hold and holds, and why it cannot be used, if so.
+
+    A root that is `read_only` is read and never written; its budget is not enforced.
+    """
 
     tier: str
     place: str
@@ -77,3 +80,4 @@ class TierStatus(NamedTuple):
     n_bytes: int
     n_blocks: int
     error: CacheError | None
+    read_only: bool = False

@@ -102,7 +102,7 @@ class Persister:
             follows = (
                 block.parent == block.namespace or block.parent in shelf or block.parent in self._upkeep.writer
             )
-            if shelf.behind and block.key not in shelf and follows:
+            if name in self._upkeep.tiers_behind and block.key not in shelf and follows:
                 to.append(name)
         if to and self._queue(block, payload, tuple(to), False, (), 0.0):
             self._counters.add("promotions")
@@ -204,7 +204,7 @@ class Persister:
         with self._lock:
             for key in keys:
                 root = shelf.root_of(key)
-                if root is not None and not self._residents.pinned(key):
+                if root is not None and not root.read_only and not self._residents.pinned(key):
                     superfluous.setdefault(root, []).append(key)
                     self._residents.drop(shelf.name, key)
                     if self._residents.tree.get(key) is None:

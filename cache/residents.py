@@ -218,9 +218,9 @@ class Residents:
     def roots_by_room(self, shelf: Shelf, block: Block, n_bytes: int) -> list[Tier]:
         """The roots to try for a block: the one that has it; else by free room, or by the age of what would go."""
         holder = shelf.root_of(block.key)
-        if holder is not None:
+        if holder is not None and not holder.read_only:
             return [holder]
-        roots = sorted(shelf.roots, key=shelf.free, reverse=True)
+        roots = sorted((root for root in shelf.roots if not root.read_only), key=shelf.free, reverse=True)
         if len(roots) < 2 or shelf.free(roots[0]) >= n_bytes:
             return roots
         oldest = {root: shelf.lru.oldest_leaf({*self.pins, block.parent}, root) for root in roots}
@@ -314,7 +314,7 @@ class Residents:
                 held = sum(shelf.lru.size_of(key) for key in shelf.keys(root))
                 if held != shelf.n_bytes(root):
                     yield f"{root.place} counts {shelf.n_bytes(root)} bytes and holds {held}"
-                if held > root.budget:
+                if held > root.budget and not root.read_only:
                     yield f"{root.place} holds {held} bytes; its budget is {root.budget}"
             for key in shelf.lru:
                 if self.tree.get(key) is None:

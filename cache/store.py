@@ -34,7 +34,7 @@ from erllama.cache.pressure import Pressure, PressureWatch
 from erllama.cache.residents import Residents
 from erllama.cache.saving import Saver
 from erllama.cache.sizes import parse_bytes
-from erllama.cache.text_memory import TextMemory, lasting_tiers
+from erllama.cache.text_memory import TextMemory, lasting_tiers, writable_tiers
 from erllama.cache.tier import Problem, RamTier, Tier
 from erllama.cache.uninterrupted import uninterrupted
 from erllama.cache.upkeep import Upkeep
@@ -71,6 +71,8 @@ class Cache:
             True for the user's cache directory; None for no disk. Several
             directories are one tier: a sequence of them, or a mapping to their quotas.
         disk_quota: budget of each such directory.
+        read_only: read the directories and never write to them. A directory that holds a cache and cannot
+            be written, as one on a read-only mount, is read in any case.
         tiers: tiers of your own, slower than all these, from fast to slow.
         block_size: tokens of one block; a power of two from 16 to 4096.
         write_queue: most bytes that may wait for the slower tiers; saves beyond are dropped and counted.
@@ -92,6 +94,7 @@ class Cache:
         ram_file_quota: str | int = "4GiB",
         disk: Directories = None,
         disk_quota: str | int = "50GiB",
+        read_only: bool = False,
         tiers: Sequence[Tier] = (),
         block_size: int = 256,
         write_queue: str | int = "512MiB",
@@ -107,7 +110,7 @@ class Cache:
         queue_bytes = parse_bytes("write_queue", write_queue)
         roots = directories("ram_file", ram_file, ram_file_quota) + directories("disk", disk, disk_quota)
         found: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
-        found += file_tiers(roots, boolean("watch", watch))
+        found += file_tiers(roots, boolean("watch", watch), boolean("read_only", read_only))
         found += known_tiers(tiers)
         # Made before anything is opened, since it may find that it cannot be had.
         self._pressure = self._pressure_watch(Pressure.of(pressure))
@@ -363,8 +366,10 @@ class Cache:
 
     @property
     def persistent(self) -> bool:
-        """Whether blocks survive this process."""
-        return any(tier.persistent and self._upkeep.ready(tier) for tier in self._upkeep.tiers)
+        """Whether blocks that are saved survive this process."""
+        return any(
+            tier.persistent and not tier.read_only and self._upkeep.ready(tier) for tier in self._upkeep.tiers
+        )
 
     @property
     def disk_error(self) -> CacheError | None:
@@ -384,7 +389,7 @@ class Cache:
     @uninterrupted
     def remember_fingerprint(self, identity: str, sha256: str) -> None:
         """Remember a file's digest where blocks survive the process."""
-        for tier in lasting_tiers(self._upkeep):
+        for tier in writable_tiers(self._upkeep):
             with self._upkeep.guarding("noting a fingerprint", tier):
                 tier.remember_fingerprint(identity, sha256)
 
@@ -428,6 +433,7 @@ class Cache:
                     shelf.n_bytes(root),
                     len(shelf.keys(root)),
                     self._upkeep.errors.get(root),
+                    root.read_only,
                 )
                 for shelf in self._residents.shelves.values()
                 for root in shelf.roots
@@ -445,6 +451,7 @@ class Cache:
                 shelf = shelves.get(name)
                 found[f"bytes_{name}"] = shelf.n_bytes() if shelf else 0
                 found[f"blocks_{name}"] = len(shelf) if shelf else 0
+            found["read_only_directories"] = sum(tier.read_only for tier in self._upkeep.tiers)
             found["bytes_pending"] = self._upkeep.writer.n_bytes
         return found
 

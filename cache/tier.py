@@ -60,6 +60,9 @@ class Tier(ABC):
         budget: most bytes, as `size` counts them.
     """
 
+    # Nothing is written to it: it is read, its blocks are not evicted, and its budget is not enforced.
+    read_only = False
+
     # How blocks get here: with the save itself, behind its back, or as the tier's owner says (`Cache.hold`).
     fed: Literal["at once", "behind", "by its owner"] = "behind"
 

@@ -72,8 +72,8 @@ class Upkeep:
 
     @property
     def tiers_behind(self) -> tuple[str, ...]:
-        """The names of the tiers slower than RAM."""
-        return tuple(dict.fromkeys(tier.name for tier in self.behind))
+        """The names of the tiers slower than RAM that take saves."""
+        return tuple(dict.fromkeys(tier.name for tier in self.behind if not tier.read_only))
 
     # --- tiers that open, fail, and open again ----------------------------------------------------
 
@@ -154,6 +154,8 @@ class Upkeep:
 
     def _fit(self, tier: Tier) -> None:
         """Bring a tier down to its budget, which may be smaller than the last time."""
+        if tier.read_only:
+            return
         with self.tending, self.guarding("evicting", tier), tier.exclusive():
             with self._lock:
                 victims = self.residents.choose_victims(tier, tier.budget)
@@ -161,7 +163,7 @@ class Upkeep:
 
     def evict(self, tier: Tier, n_bytes: int) -> int:
         """Free at least `n_bytes` of a tier, if it has them; returns the bytes freed."""
-        if tier.fed == "behind" and not self.ready(tier):
+        if tier.read_only or (tier.fed == "behind" and not self.ready(tier)):
             return 0
         victims: list[tuple[bytes, int]] = []
         if tier.fed != "behind":  # written under the lock, so removed under it
@@ -298,6 +300,8 @@ class Upkeep:
         used = min(row.last_used, time.time_ns())  # a clock that was ahead must not keep a block for ever
         if holder is None:
             self.residents.put(tier, row.block, row.n_bytes, used)
+        elif holder is not tier and holder.read_only and not tier.read_only:
+            self.residents.put(tier, row.block, row.n_bytes, used)  # saved after it was read there
         elif holder is not tier:
             self.writer.defer(lambda: self._remove_double(shelf, tier, row.block))
         else:
@@ -308,6 +312,8 @@ class Upkeep:
 
     def _remove_double(self, shelf: Shelf, tier: Tier, block: Block) -> None:
         """One of a tier's roots is enough for a block."""
+        if tier.read_only:
+            return
         with self._lock:
             double = shelf.root_of(block.key) not in (None, tier)
         if double:
@@ -373,7 +379,7 @@ class Upkeep:
                     with self.guarding("mending", tier):
                         tier.mend()
                         self.catch_up(tier)
-                        freed += self._drop_unreachable(tier)
+                        freed += 0 if tier.read_only else self._drop_unreachable(tier)
                     self._fit(tier)
         return freed
 
