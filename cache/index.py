@@ -386,14 +386,10 @@ def _create_tables(db: sqlite_utils.Database) -> None:
         not_null={"owner", "n_bytes"},
         if_not_exists=True,
     )
-    db.table("fingerprints").create(
-        {"identity": str, "sha256": str}, pk="identity", if_not_exists=True
-    )
+    db.table("fingerprints").create({"identity": str, "sha256": str}, pk="identity", if_not_exists=True)
     create_text_tables(db.conn)
     # AUTOINCREMENT: numbers go on where old entries were removed.
-    db.execute(
-        "CREATE TABLE IF NOT EXISTS changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL)"
-    )
+    db.execute("CREATE TABLE IF NOT EXISTS changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL)")
     # Uses are no changes: they are many, and of interest only to who evicts.
     for event, side in (("INSERT", "new"), ("DELETE", "old")):
         db.execute(
@@ -416,7 +412,7 @@ def tells_damage(error: BaseException) -> bool:
 
 
 def may_tell_damage(error: sqlite3.Error) -> bool:
-    """Whether an error may come of a damaged schema, which `is_damaged` finds: it lacks tables, or has constraints."""
+    """Whether an error may come of a damaged schema, one without a table, say; `is_damaged` finds out."""
     return tells_damage(error) or _code(error) in _DOUBTFUL
 
 

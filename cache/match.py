@@ -22,9 +22,7 @@ class Match:
 
     __slots__ = ("_unpin", "blocks", "n_tokens")
 
-    def __init__(
-        self, blocks: tuple[Block, ...], n_tokens: int, unpin: Callable[[], None]
-    ) -> None:
+    def __init__(self, blocks: tuple[Block, ...], n_tokens: int, unpin: Callable[[], None]) -> None:
         self.blocks = blocks
         self.n_tokens = n_tokens
         self._unpin = unpin

@@ -78,9 +78,7 @@ def file_tiers(roots: Sequence[Root], watch: bool, read_only: bool) -> list[File
                 raise OptionError(
                     f"{root.path} and {other.path}: one is or lies in the other; give separate directories"
                 )
-    return [
-        file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=read_only) for root in roots
-    ]
+    return [file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=read_only) for root in roots]
 
 
 def known_tiers(given: object) -> list[Tier]:

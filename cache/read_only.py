@@ -24,7 +24,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from urllib.parse import quote
 
@@ -51,7 +50,9 @@ def is_read_only(root: Path) -> bool:
     return any(path.exists() and not os.access(path, os.W_OK) for path in parts)
 
 
-def file_tier(root: Path, budget: int, *, name: str = "disk", watch: bool = True, read_only: bool = False) -> FileTier:
+def file_tier(
+    root: Path, budget: int, *, name: str = "disk", watch: bool = True, read_only: bool = False
+) -> FileTier:
     """The tier for a directory: one that is only read where `read_only` is set or nothing else is possible."""
     if read_only or is_read_only(root):
         return ReadOnlyFileTier(root, budget, name=name)
@@ -102,9 +103,7 @@ class ReadOnlyIndex(Index):
         self._copy = tempfile.TemporaryDirectory(prefix="erllama-index-")
         for suffix in ("", "-wal"):
             shutil.copyfile(f"{self.path}{suffix}", f"{self._copy.name}/{INDEX_NAME}{suffix}")
-        return sqlite3.connect(
-            f"{self._copy.name}/{INDEX_NAME}", check_same_thread=False, isolation_level=None
-        )
+        return sqlite3.connect(f"{self._copy.name}/{INDEX_NAME}", check_same_thread=False, isolation_level=None)
 
     @property
     def outdated(self) -> bool:
@@ -257,8 +256,9 @@ class ReadOnlyFileTier(FileTier):
     def uses(self) -> list[tuple[bytes, int]]:
         return []
 
-    def exclusive(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        yield
 
     def reserve(self, block: Block, n_bytes: int) -> bool:
         return False

@@ -265,9 +265,7 @@ class WriteBehind:
                 hurried = max((flush.serial for flush in self._flushes), default=0)
                 key, chore = self._due_save(now, hurried), self._due_chore(now, hurried)
                 # In the order in which they were queued, so that neither keeps the other waiting for ever.
-                if key is not None and (
-                    chore is None or self._pending[key].serial <= self._chores[chore].serial
-                ):
+                if key is not None and (chore is None or self._pending[key].serial <= self._chores[chore].serial):
                     self._writing = pending = self._pending.pop(key)
                     self._doing = pending.serial
                     return pending
@@ -275,7 +273,7 @@ class WriteBehind:
                     found = self._chores.pop(chore)
                     self._doing = 0 if found.patient else found.serial
                     return chore
-                dues = [waiting.due for waiting in (*self._pending.values(), *self._chores.values())]
+                dues = [save.due for save in self._pending.values()] + [c.due for c in self._chores.values()]
                 self._condition.wait(min(dues) - now)
             self._thread = None
             return None

@@ -10,8 +10,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -192,13 +190,14 @@ def test_a_directory_to_read_and_one_to_write_are_one_tier(tmp_path: Path, warm:
     own = tmp_path / "own"
 
     def opened() -> Cache:
-        cache = Cache(block_size=SIZE, ram=0, disk=[own, warm][::order], watch=False)
-        return cache
+        return Cache(block_size=SIZE, ram=0, disk=[own, warm][::order], watch=False)
 
     with pytest.MonkeyPatch.context() as patch:
         access = os.access
         patch.setattr(
-            os, "access", lambda path, mode: access(path, mode) and not (mode & os.W_OK and str(path).startswith(str(warm)))
+            os,
+            "access",
+            lambda path, mode: access(path, mode) and not (mode & os.W_OK and str(path).startswith(str(warm))),
         )
         for _ in range(2):
             with opened() as cache:
@@ -273,7 +272,7 @@ def reading(*prefix: str) -> list[str]:
 
 
 @pytest.fixture
-def read_only_mount(warm: Path) -> Iterator[list[str]]:
+def read_only_mount(warm: Path) -> list[str]:
     """What runs a command where the directory is mounted read-only, for that command alone."""
     mounting = f"mount --bind {warm} {warm} && mount -o remount,bind,ro {warm}"
     prefix = ["unshare", "--mount", "sh", "-c", f'{mounting} && exec "$@"', "sh"]
@@ -283,13 +282,15 @@ def read_only_mount(warm: Path) -> Iterator[list[str]]:
         possible = False
     if not possible:
         pytest.skip("needs the right to mount; the next test does not")
-    yield prefix
+    return prefix
 
 
 def test_a_read_only_mount_is_read_by_several_processes(warm: Path, read_only_mount: list[str]) -> None:
     before = state(warm)
     children = [
-        subprocess.Popen([*reading(*read_only_mount), str(warm)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*reading(*read_only_mount), str(warm)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for _ in range(3)
     ]
     for child in children:
@@ -314,7 +315,9 @@ def test_a_directory_without_the_right_to_write_is_read(warm: Path) -> None:
             path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
     try:
         before = state(root)
-        done = subprocess.run([*reading(), str(root), *user], capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(
+            [*reading(), str(root), *user], capture_output=True, text=True, check=False, timeout=120
+        )
         assert done.stdout == "read\n", done.stderr
         assert state(root) == before
     finally:

@@ -1,7 +1,7 @@
 """Faults of storage, signals and clocks, each by its kind: what must hold whatever the example.
 
 Each test states what a user relies on: others can write after an exception, counted bytes are bytes on disk,
-flush() returns under load, a clock that was wrong has no lasting effect, and a lack of descriptors harms nobody else.
+flush() returns under load, a clock that was wrong has no lasting effect, a lack of descriptors harms nobody else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -152,13 +152,11 @@ def test_an_eviction_that_fails_halfway_counts_what_is_there(
         fill(cache, 10)
         before = bytes_in(tmp_path)
         monkeypatch.setattr(Path, "unlink", failing)
-        freed = 0
-        try:
+        freed = None
+        with suppress(KeyboardInterrupt):
             freed = cache.evict_bytes(before // 2, ("disk",))
-        except BaseException as raised:
-            assert type(raised) is (error if isinstance(error, type) else type(error))
-        else:
-            assert freed == before - bytes_in(tmp_path)
+        assert freed in (None, before - bytes_in(tmp_path))
+        assert (freed is None) == (error is KeyboardInterrupt)
         monkeypatch.undo()
         assert n >= 5
         cache.check_integrity()
@@ -192,10 +190,8 @@ def test_whatever_a_tier_raises_memory_agrees_with_it_afterwards(
             lambda: hit(cache, texts(0)),
         ):
             Raising.raising = True
-            try:
+            with suppress(error):
                 call()
-            except (KeyboardInterrupt, SystemExit) as raised:
-                assert type(raised) is error
             Raising.raising = False
             assert cache.flush(30)
             cache.gc()
