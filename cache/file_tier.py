@@ -457,6 +457,7 @@ class FileTier(Tier):
                 yield Problem(self.name, str(path), "a dead process left it")
 
     def check(self) -> Iterator[Problem]:
+        # Files that others removed or cut are found when they are used; bytes that are not counted are not.
         directory = self._open_directory
         with self._using() as index:
             known = index.stamps()
@@ -465,14 +466,12 @@ class FileTier(Tier):
             if key is None:
                 continue  # `verify` tells of it
             with contextlib.suppress(FileNotFoundError):
-                if key not in known:
-                    yield Problem(self.name, entry.path, "the index does not know it")
-                    continue
-                n_bytes, known_bytes = _stamp(Path(entry.path)).n_bytes, known.pop(key).n_bytes
-                if n_bytes != known_bytes:
-                    yield Problem(self.name, entry.path, f"{n_bytes} bytes, and {known_bytes} in the index")
-        for key in known:
-            yield Problem(self.name, str(self.path_of(key)), "the index knows it, and it is missing")
+                n_bytes = _stamp(Path(entry.path)).n_bytes
+                counted = known[key].n_bytes if key in known else None
+                if counted is None:
+                    yield Problem(self.name, entry.path, f"{n_bytes} bytes that the index does not know")
+                elif n_bytes > counted:
+                    yield Problem(self.name, entry.path, f"{n_bytes} bytes, and {counted} in the index")
         for path in directory.partial.iterdir():
             if directory.owner_of(path) == directory.owner:
                 yield Problem(self.name, str(path), "a write left it")

@@ -511,7 +511,9 @@ class Cache:
 
     @uninterrupted
     def check_integrity(self) -> None:
-        """Check that memory, the index of each directory and its files agree, without reading payloads.
+        """Check that memory, the index of each directory and its files agree: every byte on disk is counted.
+
+        Reads no payloads. A file that others removed or damaged is `verify`'s to find.
 
         Raises:
             IntegrityError: they do not; the message says where.

@@ -208,9 +208,6 @@ def test_check_integrity_compares_with_the_files(tmp_path: Path) -> None:
         cache.check_integrity()
         one, two, *_ = sorted((tmp_path / "blocks").iterdir())
         content = one.read_bytes()
-        one.unlink()
-        with pytest.raises(erllama.IntegrityError, match="missing"):
-            cache.check_integrity()
         one.write_bytes(content + b"x")
         with pytest.raises(erllama.IntegrityError, match=f"{len(content) + 1} bytes"):
             cache.check_integrity()
@@ -218,7 +215,7 @@ def test_check_integrity_compares_with_the_files(tmp_path: Path) -> None:
         cache.gc()
         cache.check_integrity()
         two.rename(tmp_path / "blocks" / ("00" * 32 + ".kvc"))
-        with pytest.raises(erllama.IntegrityError, match="does not know"):
+        with pytest.raises(erllama.IntegrityError, match="the index does not know"):
             cache.check_integrity()
         cache.gc()
         cache.check_integrity()
