@@ -55,8 +55,11 @@ class Counters:
         try:
             yield
         finally:
-            with self._lock:
-                self._seconds[name] += perf_counter() - began
+            self.add_seconds(name, perf_counter() - began)
+
+    def add_seconds(self, name: str, seconds: float) -> None:
+        with self._lock:
+            self._seconds[name] += seconds
 
     def snapshot(self) -> dict[str, int | float]:
         with self._lock:

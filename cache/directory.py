@@ -85,11 +85,15 @@ class CacheDirectory:
 
     @property
     def whole(self) -> bool:
-        """Whether nobody has taken parts of it away."""
+        """Whether nobody has taken parts of it away.
+
+        Raises:
+            OSError: that cannot be found out now.
+        """
         try:
             mine = (self.owners / f"{self.owner}{_LOCK}").stat().st_ino == os.fstat(self._lock).st_ino
-            return mine and self.blocks.is_dir() and self.partial.is_dir()
-        except OSError:
+            return mine and all(stat.S_ISDIR(path.stat().st_mode) for path in (self.blocks, self.partial))
+        except (FileNotFoundError, NotADirectoryError):  # another error is no evidence
             return False
 
     def new_partial(self) -> Path:
@@ -114,13 +118,19 @@ class CacheDirectory:
         return any(owner != self.owner and self.alive(owner) for owner in self._owners())
 
     def alive(self, owner: str) -> bool:
-        """Whether the process that calls itself `owner` still has the directory open."""
+        """Whether the process that calls itself `owner` still has the directory open.
+
+        Only a lock file that is gone, or a lock that can be had, is evidence that it has not. Where this
+        process cannot look, for want of descriptors or for another reason, the owner is taken to live.
+        """
         if owner == self.owner:
             return True
         try:
             lock = os.open(self.owners / f"{owner}{_LOCK}", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError:
+            return True
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -236,12 +246,20 @@ def _is_cache(path: Path) -> bool:
     return (path / INDEX_NAME).is_file() and (path / "blocks").is_dir()
 
 
+def make_private(path: Path) -> None:
+    """Make a directory, and those above it that are missing, for its owner alone, whatever the umask.
+
+    `Path.mkdir(parents=True)` makes parents with the umask's mode: open to everybody under umask 0.
+    """
+    for directory in (*reversed(path.parents), path):
+        with contextlib.suppress(FileExistsError):
+            if not os.path.lexists(directory):
+                directory.mkdir(mode=0o700)
+
+
 def _private_directory(path: Path) -> None:
     """Make `path` a directory that nobody else may look into, or refuse one that is not."""
-    try:
-        path.mkdir(mode=0o700, parents=True)
-    except FileExistsError:
-        pass
+    make_private(path)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise CacheError(f"{path} is a link or a special file; give the directory itself")

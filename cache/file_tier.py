@@ -23,11 +23,12 @@ from erllama._log import logger
 from erllama.cache import kvc
 from erllama.cache.blocks import Block
 from erllama.cache.directory import CacheDirectory, warn_of_file_system
-from erllama.cache.index import FileStamp, Index, set_aside, tells_damage
+from erllama.cache.index import FileStamp, Index, is_damaged, may_tell_damage, set_aside, tells_damage
 from erllama.cache.keys import KEY_BYTES
 from erllama.cache.texts import KnownText, TextDigests
 from erllama.cache.tier import Changes, Problem, Tier, TierRow
 from erllama.cache.watch import DirectoryWatch
+from erllama.cache.writer import Abandoned
 from erllama.errors import CacheError, CacheFormatError
 
 log = logger("erllama.cache")
@@ -36,6 +37,8 @@ _TEXT_BYTES = 64 << 20  # of texts and their tokens: about a thousandth of the K
 _MOST_SUSPECTS = 1000  # names; beyond that, all files are looked at
 # A file that makes no sense and is younger than that may be one that somebody is copying in.
 _SETTLED_SECONDS = 2.0
+# A link, a socket or a device without a driver, a directory; a sector that cannot be read.
+_OF_THE_FILE = {errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR, errno.EIO, errno.EBADMSG}
 _AGAIN_SECONDS = 1.0  # before what failed for a reason of the moment is tried again
 
 
@@ -89,13 +92,13 @@ class FileTier(Tier):
         self.close()
         directory = CacheDirectory(self.root)
         try:
-            if damage is not None:
+            if damage is not None and (tells_damage(damage) or is_damaged(directory.index)):
                 set_aside(directory.index, damage)
             try:
                 self._open_in(directory)
             except sqlite3.Error as error:
                 self.close()
-                if not tells_damage(error):
+                if not tells_damage(error) and not (may_tell_damage(error) and is_damaged(directory.index)):
                     raise
                 set_aside(directory.index, error)
                 directory = CacheDirectory(self.root)
@@ -166,7 +169,7 @@ class FileTier(Tier):
             self._broken, self._damage = True, error
             raise CacheError(f"the index of {self.root} is damaged: {error}") from error
         except sqlite3.Error as error:
-            if tells_damage(error):
+            if may_tell_damage(error):
                 self._broken, self._damage = True, error
             raise
 
@@ -211,7 +214,9 @@ class FileTier(Tier):
                 self._step("published")
                 index.put(block, _stamp(final), time.time_ns())
                 index.release(block.key, directory.owner)
-        except Exception:
+        except Abandoned:
+            raise  # nothing is tidied up after a process that was killed
+        except BaseException:
             self._take_back(final if published else partial, before, final)
             with contextlib.suppress(CacheError, OSError, sqlite3.Error), self._using() as index:
                 index.release(block.key, directory.owner)
@@ -261,16 +266,19 @@ class FileTier(Tier):
         """Rows and files go in one transaction, so that the index never counts less than there is."""
         if not keys:
             return
-        removed: list[bytes] = []
-        failure: OSError | None = None
+        failure: BaseException | None = None
         with self._using() as index, index.transaction():
             for key in keys:
                 try:
                     self.path_of(key).unlink(missing_ok=True)
-                    removed.append(key)
                 except OSError as error:
-                    failure = error  # it stays in the index, and in the budget
-            index.remove(removed)
+                    failure = error
+                except BaseException as error:  # the index must tell of what was removed so far
+                    failure = error
+                    break
+            if failure is not None:  # what is still there stays in the index, and in the budget
+                keys = [key for key in keys if not os.path.lexists(self.path_of(key))]
+            index.remove(keys)
         if failure is not None:
             raise failure
 
@@ -285,16 +293,18 @@ class FileTier(Tier):
             index.touch(used)
 
     def uses(self) -> list[tuple[bytes, int]]:
+        now = time.time_ns()
         with self._using() as index:
-            found = index.uses_since(self._uses_seen)
-        self._uses_seen = max((at for _, at in found), default=self._uses_seen)
+            # All of them where our own clock was ahead when we last looked.
+            found = index.uses_since(self._uses_seen if self._uses_seen <= now else 0)
+        self._uses_seen = min(max((at for _, at in found), default=self._uses_seen), now)
         return found
 
     # --- sharing ---------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        with self._using() as index, index.transaction():
+        with self._using() as index, index.exclusive():
             yield
 
     def reserve(self, block: Block, n_bytes: int) -> bool:
@@ -337,7 +347,7 @@ class FileTier(Tier):
         try:
             return index.changes()
         except sqlite3.Error as error:
-            if tells_damage(error):
+            if may_tell_damage(error):
                 self._broken, self._damage = True, error
             raise
 
@@ -447,6 +457,26 @@ class FileTier(Tier):
             if not directory.alive(directory.owner_of(path)):
                 yield Problem(self.name, str(path), "a dead process left it")
 
+    def check(self) -> Iterator[Problem]:
+        # Files that others removed or cut are found when they are used; bytes that are not counted are not.
+        directory = self._open_directory
+        with self._using() as index:
+            known = index.stamps()
+        for entry in list(directory.block_files()):
+            key = _key_of(entry.name)
+            if key is None:
+                continue  # `verify` tells of it
+            with contextlib.suppress(FileNotFoundError):
+                n_bytes = _stamp(Path(entry.path)).n_bytes
+                counted = known[key].n_bytes if key in known else None
+                if counted is None:
+                    yield Problem(self.name, entry.path, f"{n_bytes} bytes that the index does not know")
+                elif n_bytes > counted:
+                    yield Problem(self.name, entry.path, f"{n_bytes} bytes, and {counted} in the index")
+        for path in directory.partial.iterdir():
+            if directory.owner_of(path) == directory.owner:
+                yield Problem(self.name, str(path), "a write left it")
+
     def _reap(self) -> None:
         """Drop the reservations of the dead, then their files, then their locks, which tell that they are dead."""
         directory = self._open_directory
@@ -540,8 +570,7 @@ def _tells_of_the_file(error: Exception) -> bool:
     """Whether an error is the file's own fault, and not one of the moment."""
     if isinstance(error, CacheFormatError):
         return True
-    # A link, a socket or a device without a driver, a directory.
-    return isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR)
+    return isinstance(error, OSError) and error.errno in _OF_THE_FILE
 
 
 def _stamp(path: Path) -> FileStamp:

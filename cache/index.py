@@ -10,6 +10,7 @@ filled again from the files.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sqlite3
 import threading
 import time
@@ -33,17 +34,8 @@ _BUSY_SECONDS = 10.0
 _CHANGES_KEPT = 20_000  # a process that is further behind reads everything
 _TRIM_EVERY = 1_000  # blocks written between two removals of older entries
 _COLUMNS = "b.key, parent, namespace, start, tokens, reason, recipe, slice_end, file_bytes, last_used"
-# Primary result codes that tell of the database's surroundings, not of its content.
-_SURROUNDINGS = {
-    sqlite3.SQLITE_PERM,
-    sqlite3.SQLITE_BUSY,
-    sqlite3.SQLITE_LOCKED,
-    sqlite3.SQLITE_NOMEM,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_CANTOPEN,
-}
+# Primary result codes that a damaged schema gives, and other faults, too.
+_DOUBTFUL = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH)
 
 
 class FileStamp(NamedTuple):
@@ -64,16 +56,19 @@ class Index:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
-        self._depth = 0  # of transactions in one another
+        self._in_transaction = False
         self._puts = 0
         self._read_lock = threading.Lock()
         try:
             self._open_waiting()
         except (OSError, CacheError):
             raise
-        except Exception as error:  # a damaged database shows itself in many ways, UnicodeDecodeError among them
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _SURROUNDINGS or not path.exists():
+        except sqlite3.Error as error:
+            if not path.exists() or not (tells_damage(error) or (_code(error) in _DOUBTFUL and is_damaged(path))):
                 raise
+            set_aside(path, error)
+            self._open_waiting()
+        except Exception as error:  # a damaged database shows itself in many ways, UnicodeDecodeError among them
             set_aside(path, error)
             self._open_waiting()
         self.inode = path.stat().st_ino
@@ -99,7 +94,7 @@ class Index:
             undo.callback(connection.close)
             if not existed:
                 self.path.chmod(0o600)
-            version = _check_version(self.path, connection)
+            version = check_version(self.path, connection)
             mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             if mode != "wal":
                 raise CacheError(
@@ -116,7 +111,7 @@ class Index:
             self._seen_version = self._data_version()
             # A database whose pages are damaged often still opens: read all that will be needed.
             self._first_rows: list[TierRow] | None
-            self._seen, self._first_rows = _read_all(self._reader)
+            self._seen, self._first_rows = read_all(self._reader)
             undo.pop_all()
 
     def _create(self, version: int) -> None:
@@ -124,45 +119,7 @@ class Index:
             if version < 3:
                 # The files have everything: it is read again from them.
                 self.db.execute("DROP TABLE IF EXISTS blocks")
-            self.db.table("blocks").create(
-                {
-                    "key": bytes,
-                    "parent": bytes,
-                    "namespace": bytes,
-                    "start": int,
-                    "tokens": bytes,
-                    "reason": int,
-                    "recipe": bytes,
-                    "slice_end": int,
-                    "file_bytes": int,
-                    "mtime_ns": int,
-                    "last_used": int,
-                },
-                pk="key",
-                not_null={"parent", "namespace", "start", "tokens", "file_bytes", "mtime_ns", "last_used"},
-                if_not_exists=True,
-            )
-            self.db.table("reservations").create(
-                {"key": bytes, "owner": str, "n_bytes": int},
-                pk="key",
-                not_null={"owner", "n_bytes"},
-                if_not_exists=True,
-            )
-            self.db.table("fingerprints").create(
-                {"identity": str, "sha256": str}, pk="identity", if_not_exists=True
-            )
-            create_text_tables(self.db.conn)
-            # AUTOINCREMENT: numbers go on where old entries were removed.
-            self.db.execute(
-                "CREATE TABLE IF NOT EXISTS changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL)"
-            )
-            # Uses are no changes: they are many, and of interest only to who evicts.
-            for event, side in (("INSERT", "new"), ("DELETE", "old")):
-                self.db.execute(
-                    f"CREATE TRIGGER IF NOT EXISTS noted_{event.lower()} AFTER {event} ON blocks "
-                    f"BEGIN INSERT INTO changes (key) VALUES ({side}.key); END"
-                )
-            self.db.execute("CREATE INDEX IF NOT EXISTS by_use ON blocks (last_used)")
+            _create_tables(self.db)
             self.db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     @property
@@ -170,7 +127,7 @@ class Index:
         """Whether the database that is open is no longer the one in the directory."""
         try:
             return self.path.stat().st_ino != self.inode
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):  # another error is no evidence
             return True
 
     def close(self) -> None:
@@ -189,13 +146,13 @@ class Index:
         with self._read_lock:
             first, self._first_rows = self._first_rows, None
             if first is None:
-                self._seen, first = _read_all(self._reader)
+                self._seen, first = read_all(self._reader)
             return first
 
     def rows_now(self) -> list[TierRow]:
         """Every stored block; `changes` goes on from where it was."""
         with contextlib.closing(_connect(self.path, _BUSY_SECONDS)) as reader:
-            return _read_all(reader)[1]
+            return read_all(reader)[1]
 
     def stamps(self) -> dict[bytes, FileStamp]:
         """What the index knows of every block's file, by key."""
@@ -212,18 +169,15 @@ class Index:
                     return None
                 found = self._read_changes()
             except sqlite3.OperationalError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                if _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                     return None  # somebody has the database for himself: another time
                 raise
             self._seen_version = version
             return found
 
     def _read_changes(self) -> Changes:
-        self._reader.execute("BEGIN")  # both from one moment
-        try:
+        with _reading(self._reader):  # both from one moment
             return self._changes_now()
-        finally:
-            self._reader.execute("ROLLBACK")
 
     def _changes_now(self) -> Changes:
         oldest = self._reader.execute("SELECT min(seq) FROM changes").fetchone()[0]
@@ -259,7 +213,7 @@ class Index:
             try:
                 return self._reader.execute(query, values).fetchall()
             except sqlite3.OperationalError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                if _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                     return []
                 raise
 
@@ -270,29 +224,44 @@ class Index:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """BEGIN IMMEDIATE to COMMIT, or ROLLBACK; part of the transaction around it, where there is one."""
+        """All that is written within, or nothing of it; within another transaction, too."""
         with self._lock:
             connection = self.db.conn
-            if self._depth == 0:
-                connection.execute("BEGIN IMMEDIATE")
-            self._depth += 1
+            if not self._in_transaction:
+                with self.exclusive(), self.transaction():
+                    yield
+                return
+            connection.execute("SAVEPOINT part")
             try:
                 yield
             except BaseException:
-                self._depth -= 1
-                if self._depth == 0:
-                    # A transaction that SQLite itself has ended needs no rollback.
-                    with contextlib.suppress(sqlite3.Error):
-                        connection.execute("ROLLBACK")
+                if connection.in_transaction:  # SQLite itself has ended it otherwise
+                    connection.execute("ROLLBACK TO part")
                 raise
-            self._depth -= 1
-            if self._depth == 0:
+            finally:
+                if connection.in_transaction:
+                    connection.execute("RELEASE part")
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """No other process writes meanwhile. What was written within stays, whatever is raised: files are gone."""
+        with self._lock:
+            if self._in_transaction:
+                yield
+                return
+            connection = self.db.conn
+            _roll_back(connection)  # what an exception at the worst moment left open
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                self._in_transaction = True
                 try:
-                    connection.execute("COMMIT")
-                except BaseException:
-                    with contextlib.suppress(sqlite3.Error):
-                        connection.execute("ROLLBACK")
-                    raise
+                    yield
+                finally:
+                    if connection.in_transaction:
+                        connection.execute("COMMIT")
+            finally:
+                self._in_transaction = False
+                _roll_back(connection)
 
     def put(self, block: Block, stamp: FileStamp, last_used: int, *, replace: bool = True) -> None:
         """Add a block, or replace the one of the same key, or leave that as it is."""
@@ -326,6 +295,7 @@ class Index:
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         """Note when blocks were last used: pairs of key and ns since 1970."""
         with self.transaction():
+            self._clamp_uses()
             self.db.conn.executemany(
                 "UPDATE blocks SET last_used = ?1 WHERE key = ?2 AND last_used < ?1",
                 [(at, key) for key, at in used],
@@ -333,8 +303,14 @@ class Index:
 
     def uses_since(self, ns: int) -> list[tuple[bytes, int]]:
         """Blocks used at or after a time, in ns since 1970, and when."""
-        with self._lock:
+        with self.transaction():
+            self._clamp_uses()
             return self.db.execute("SELECT key, last_used FROM blocks WHERE last_used >= ?", [ns]).fetchall()
+
+    def _clamp_uses(self) -> None:
+        """A use in the future was noted by a clock that was ahead: nothing would be newer until then."""
+        now = time.time_ns()
+        self.db.execute("UPDATE blocks SET last_used = ?1 WHERE last_used > ?1", [now])
 
     def trim_changes(self) -> None:
         """Drop old entries of the list of changes."""
@@ -384,16 +360,93 @@ class Index:
             )
 
 
+def _create_tables(db: sqlite_utils.Database) -> None:
+    """Make what is not there yet; the tables of texts are made anew."""
+    db.table("blocks").create(
+        {
+            "key": bytes,
+            "parent": bytes,
+            "namespace": bytes,
+            "start": int,
+            "tokens": bytes,
+            "reason": int,
+            "recipe": bytes,
+            "slice_end": int,
+            "file_bytes": int,
+            "mtime_ns": int,
+            "last_used": int,
+        },
+        pk="key",
+        not_null={"parent", "namespace", "start", "tokens", "file_bytes", "mtime_ns", "last_used"},
+        if_not_exists=True,
+    )
+    db.table("reservations").create(
+        {"key": bytes, "owner": str, "n_bytes": int},
+        pk="key",
+        not_null={"owner", "n_bytes"},
+        if_not_exists=True,
+    )
+    db.table("fingerprints").create({"identity": str, "sha256": str}, pk="identity", if_not_exists=True)
+    create_text_tables(db.conn)
+    # AUTOINCREMENT: numbers go on where old entries were removed.
+    db.execute("CREATE TABLE IF NOT EXISTS changes (seq INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL)")
+    # Uses are no changes: they are many, and of interest only to who evicts.
+    for event, side in (("INSERT", "new"), ("DELETE", "old")):
+        db.execute(
+            f"CREATE TRIGGER IF NOT EXISTS noted_{event.lower()} AFTER {event} ON blocks "
+            f"BEGIN INSERT INTO changes (key) VALUES ({side}.key); END"
+        )
+    db.execute("CREATE INDEX IF NOT EXISTS by_use ON blocks (last_used)")
+
+
 class _DamagedError(sqlite3.DatabaseError):
     """The database can be read, but what it says cannot be."""
 
 
-def tells_damage(error: sqlite3.Error) -> bool:
+def tells_damage(error: BaseException) -> bool:
     """Whether an error says that the database's content is not what was written."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    # A damaged schema lacks tables and columns, or has constraints that it never had.
-    telling = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT)
-    return isinstance(error, _DamagedError) or code in telling
+    if isinstance(error, _DamagedError | UnicodeDecodeError):
+        return True
+    # Other codes have other reasons, too: our own statements in the wrong order are SQLITE_ERROR.
+    return isinstance(error, sqlite3.Error) and _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def may_tell_damage(error: sqlite3.Error) -> bool:
+    """Whether an error may come of a damaged schema, one without a table, say; `is_damaged` finds out."""
+    return tells_damage(error) or _code(error) in _DOUBTFUL
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a database is not as this release makes it, or does not check out. Changes nothing.
+
+    Raises:
+        sqlite3.Error: it cannot be read now.
+    """
+    try:
+        with contextlib.closing(_connect(path, _BUSY_SECONDS)) as connection:
+            if int(connection.execute("PRAGMA user_version").fetchone()[0]) != SCHEMA_VERSION:
+                return False  # opening brings it up to date, or refuses it
+            found = set(connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall())
+            sound = connection.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        if not tells_damage(error):
+            raise
+        return True
+    return not sound or not _schema() <= found
+
+
+@functools.cache
+def _schema() -> set[tuple[str, str, str]]:
+    """What `sqlite_master` of a database lists that this release made."""
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        _create_tables(sqlite_utils.Database(connection, execute_plugins=False))
+        rows = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+    return {row for row in rows if not row[1].startswith("sqlite_")}
+
+
+def _code(error: sqlite3.Error) -> int:
+    """The primary result code."""
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
 def set_aside(path: Path, error: Exception) -> None:
@@ -403,7 +456,7 @@ def set_aside(path: Path, error: Exception) -> None:
         CacheError: it is of a newer release.
     """
     with contextlib.suppress(sqlite3.Error), contextlib.closing(_connect(path, 0.0)) as connection:
-        _check_version(path, connection)
+        check_version(path, connection)
     aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
     log.warning("%s is damaged (%s); set aside as %s and rebuilt from the files", path, error, aside.name)
     # One is enough to see what happened; it is outside every budget.
@@ -416,7 +469,7 @@ def set_aside(path: Path, error: Exception) -> None:
             damaged.rename(aside.with_name(aside.name + suffix))
 
 
-def _check_version(path: Path, connection: sqlite3.Connection) -> int:
+def check_version(path: Path, connection: sqlite3.Connection) -> int:
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if version > SCHEMA_VERSION:
         raise CacheError(
@@ -430,13 +483,28 @@ def _connect(path: Path, timeout: float) -> sqlite3.Connection:
     return sqlite3.connect(path, timeout=timeout, check_same_thread=False, isolation_level=None)
 
 
-def _read_all(reader: sqlite3.Connection) -> tuple[int, list[TierRow]]:
-    """The number of the last change, and every block as of then."""
-    reader.execute("BEGIN")
+def _roll_back(connection: sqlite3.Connection) -> None:
+    """End a transaction that is open, if any: others wait for it."""
+    if connection.in_transaction:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
+def _reading(reader: sqlite3.Connection) -> Iterator[None]:
+    """What is read within is of one moment."""
+    _roll_back(reader)
     try:
-        return _rows_now(reader)
+        reader.execute("BEGIN")
+        yield
     finally:
-        reader.execute("ROLLBACK")
+        _roll_back(reader)
+
+
+def read_all(reader: sqlite3.Connection) -> tuple[int, list[TierRow]]:
+    """The number of the last change, and every block as of then."""
+    with _reading(reader):
+        return _rows_now(reader)
 
 
 def _rows_now(reader: sqlite3.Connection) -> tuple[int, list[TierRow]]:
@@ -467,4 +535,4 @@ def _checked_row(
         sound = False
     if not sound:
         raise _DamagedError("a row of the index contradicts itself")
-    return TierRow(block, file_bytes, last_used)
+    return TierRow(block, file_bytes, min(last_used, time.time_ns()))  # a clock may have been ahead

@@ -12,6 +12,7 @@ from erllama.cache.counters import Counters
 from erllama.cache.match import Loaded
 from erllama.cache.residents import PENDING, Residents, Shelf
 from erllama.cache.tier import Tier
+from erllama.cache.uninterrupted import uninterrupted
 from erllama.cache.upkeep import Upkeep
 from erllama.errors import CacheFormatError
 
@@ -24,6 +25,7 @@ class Loader:
     def __init__(self, lock: threading.RLock, residents: Residents, upkeep: Upkeep, counters: Counters) -> None:
         self._lock, self._residents, self._upkeep, self._counters = lock, residents, upkeep, counters
 
+    @uninterrupted
     def load(self, block: Block) -> Loaded | None:
         with self._counters.timing("load"):
             with self._lock:
@@ -38,9 +40,7 @@ class Loader:
         return None
 
     def load_each(self, blocks: Sequence[Block]) -> Iterator[Loaded | None]:
-        with self._lock:
-            to_read = sum(self._at_hand(block) is None for block in blocks)
-        if to_read < 2:
+        if self._n_to_read(blocks) < 2:
             yield from map(self.load, blocks)
             return
         with ThreadPoolExecutor(1, "erllama-cache-reader") as reader:
@@ -48,6 +48,11 @@ class Loader:
             for block, following in zip(blocks, [*blocks[1:], None], strict=True):
                 present, ahead = ahead, self._submit(reader, following) if following is not None else None
                 yield present.result() if present is not None else self.load(block)
+
+    @uninterrupted
+    def _n_to_read(self, blocks: Sequence[Block]) -> int:
+        with self._lock:
+            return sum(self._at_hand(block) is None for block in blocks)
 
     def _submit(self, reader: ThreadPoolExecutor, block: Block) -> Future[Loaded | None] | None:
         try:
@@ -89,9 +94,14 @@ class Loader:
         except Exception as error:
             log.warning("%s cannot be read: %s", tier.where(block), error)
             self._counters.add("disk_errors")
+            with self._lock:
+                # It may be readable again. If not, the block is written anew where it is saved again.
+                if shelf.root_of(block.key) is tier:
+                    shelf.unreadable.add(block.key)
         else:
             with self._lock:
                 # Unless a newer version was saved while this one was read.
+                shelf.unreadable.discard(block.key)
                 if shelf.root_of(block.key) is tier and self._at_hand(block) is None:
                     self._residents.learn(shelf.name, found)
                     if self._residents.keep_in_ram(found, payload):

@@ -31,6 +31,7 @@ class LeafLRU:
         self._residents: dict[bytes, _Resident] = {}
         self._orphans: dict[bytes, int] = {}  # children that came before their parent
         self._heaps: dict[object, list[tuple[int, bytes]]] = {}  # by group
+        self._newest = 0  # the latest use there is
         self.n_bytes = 0
 
     def __contains__(self, key: object) -> bool:
@@ -47,6 +48,7 @@ class LeafLRU:
 
     def add(self, key: bytes, parent: bytes, n_bytes: int, last_used: int, group: object = None) -> None:
         """Add a key that is not there yet; `group` is what it can be looked for in."""
+        self._newest = max(self._newest, last_used)
         self._residents[key] = _Resident(parent, n_bytes, last_used, self._orphans.pop(key, 0), group)
         self.n_bytes += n_bytes
         above = self._residents.get(parent)
@@ -80,7 +82,18 @@ class LeafLRU:
         resident = self._residents.get(key)
         if resident is not None:
             resident.last_used = max(now, resident.last_used)
+            self._newest = max(self._newest, now)
             self._offer(key)
+
+    def clamp(self, now: int) -> None:
+        """Make uses later than `now` uses of now: a clock that was ahead and is right again noted them."""
+        if self._newest <= now:
+            return
+        self._newest = now
+        for key, resident in self._residents.items():
+            if resident.last_used > now:
+                resident.last_used = now
+                self._offer(key)
 
     def oldest_leaf(self, pinned: Container[bytes], group: object = None) -> bytes | None:
         """The key of a group to give up next, or None when every leaf of it is pinned."""

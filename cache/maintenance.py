@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from erllama.cache.blocks import Block
 from erllama.cache.directory import INDEX_NAME
-from erllama.cache.file_tier import FileTier
 from erllama.cache.lru import LeafLRU
+from erllama.cache.read_only import file_tier, is_read_only
 from erllama.cache.tier import Problem, TierRow
 from erllama.errors import CacheError
 
@@ -85,9 +85,10 @@ class CacheFiles:
         if not is_cache(root):
             raise CacheError(f"{root} holds no cache; give the directory of one")
         self.root = root
-        self._tier = FileTier(root, _NO_BUDGET, name="ram_file" if in_memory else "disk", watch=False)
+        self._tier = file_tier(root, _NO_BUDGET, name="ram_file" if in_memory else "disk", watch=False)
         try:
-            self._partials = set(os.listdir(root / "partial"))  # before opening removes what the dead left
+            # Before opening removes what the dead left.
+            self._partials = set() if self._tier.read_only else set(os.listdir(root / "partial"))
             self._tier.open()
         except (OSError, sqlite3.Error) as error:
             raise CacheError(f"{root} cannot be used: {error}") from error
@@ -110,6 +111,15 @@ class CacheFiles:
     def tier(self) -> str:
         """The name of the tier that such a directory is."""
         return self._tier.name
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the directory can only be read; what would change it raises CacheError."""
+        return self._tier.read_only
+
+    def _must_be_writable(self) -> None:
+        if self.read_only:
+            raise CacheError(f"{self.root} is read-only and cannot be changed; use a process that may write to it")
 
     @property
     def in_use(self) -> bool:
@@ -173,6 +183,8 @@ class CacheFiles:
             repair: put it right: damaged files are set aside, others adopted, what the dead left is removed.
             on_read: called with the fraction read.
         """
+        if repair:
+            self._must_be_writable()
         n_bytes = max(sum(row.n_bytes for row in self.rows()), 1)
         done = 0
 
@@ -192,6 +204,7 @@ class CacheFiles:
 
     def gc(self, budget: int | None = None) -> Tidied:
         """Bring index and files in line, remove what nobody can reach, and keep to a budget where one is given."""
+        self._must_be_writable()
         before = {row.block.key for row in self.rows()}
         self._tier.mend()
         rows = self.rows()
@@ -236,11 +249,13 @@ class CacheFiles:
 
     def forget_rest(self) -> None:
         """Remove what else is kept of prompts: the tokens of texts, and files that were set aside."""
+        self._must_be_writable()
         self._tier.forget_texts()
         for path in [*(self.root / "damaged").iterdir(), *self.root.glob(f"{INDEX_NAME}.damaged-*")]:
             path.unlink(missing_ok=True)
 
     def _remove(self, rows: Sequence[TierRow]) -> Removed:
+        self._must_be_writable()
         # Those that go on from others first: what is stored can be reached all the while.
         keys = [row.block.key for row in sorted(rows, key=lambda row: row.block.start, reverse=True)]
         for at in range(0, len(keys), _BATCH):
@@ -263,6 +278,7 @@ class CacheFiles:
         Raises:
             CacheError, OSError: it cannot be written.
         """
+        self._must_be_writable()
         self._tier.tidy()
         with self._tier.exclusive():
             n_bytes = self._tier.size(block, payload.nbytes)
@@ -274,7 +290,7 @@ class CacheFiles:
 
 def is_cache(root: Path) -> bool:
     """Whether a directory has a cache in it."""
-    return (root / "blocks").is_dir() and (root / "partial").is_dir()
+    return (root / "blocks").is_dir() and ((root / "partial").is_dir() or is_read_only(root))
 
 
 def _unreachable(rows: Sequence[TierRow]) -> list[TierRow]:

@@ -22,22 +22,18 @@ class Match:
 
     __slots__ = ("_unpin", "blocks", "n_tokens")
 
-    def __init__(
-        self, blocks: tuple[Block, ...], n_tokens: int, unpin: Callable[[tuple[Block, ...]], None]
-    ) -> None:
+    def __init__(self, blocks: tuple[Block, ...], n_tokens: int, unpin: Callable[[], None]) -> None:
         self.blocks = blocks
         self.n_tokens = n_tokens
-        self._unpin: Callable[[tuple[Block, ...]], None] | None = unpin
+        self._unpin = unpin
 
     def release(self) -> None:
         """Unpin the blocks. Idempotent."""
-        unpin, self._unpin = self._unpin, None
-        if unpin is not None:
-            unpin(self.blocks)
+        self._unpin()
 
     def __del__(self) -> None:
         # A forgotten match must not pin for ever.
-        if getattr(self, "_unpin", None) is not None:
+        if hasattr(self, "_unpin"):
             self.release()
 
     def __enter__(self) -> Match:
@@ -71,7 +67,10 @@ class Row(NamedTuple):
 
 
 class TierStatus(NamedTuple):
-    """One root of a tier: where it is, what it may hold and holds, and why it cannot be used, if so."""
+    """One root of a tier: where it is, what it may hold and holds, and why it cannot be used, if so.
+
+    A root that is `read_only` is read and never written; its budget is not enforced.
+    """
 
     tier: str
     place: str
@@ -79,3 +78,4 @@ class TierStatus(NamedTuple):
     n_bytes: int
     n_blocks: int
     error: CacheError | None
+    read_only: bool = False

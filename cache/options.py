@@ -11,6 +11,7 @@ from typing import NamedTuple
 import platformdirs
 
 from erllama.cache.file_tier import FileTier
+from erllama.cache.read_only import file_tier
 from erllama.cache.sizes import parse_bytes
 from erllama.cache.tier import Tier
 from erllama.errors import OptionError
@@ -21,6 +22,7 @@ OPTIONS = (
     "ram_file_quota",
     "disk",
     "disk_quota",
+    "read_only",
     "tiers",
     "block_size",
     "write_queue",
@@ -61,12 +63,14 @@ def directories(name: str, given: object, quota: object) -> list[Root]:
     return roots
 
 
-def file_tiers(roots: Sequence[Root], watch: bool) -> list[FileTier]:
+def file_tiers(roots: Sequence[Root], watch: bool, read_only: bool) -> list[FileTier]:
     """The tiers of files of all options together.
 
     Raises:
-        OptionError: one directory is, or lies in, another.
+        OptionError: one directory is, or lies in, another; or there is none to be read only.
     """
+    if read_only and not roots:
+        raise OptionError("read_only=True without a directory; give disk or ram_file, too")
     for i, root in enumerate(roots):
         for other in roots[:i]:
             a, b = Path(os.path.realpath(root.path)), Path(os.path.realpath(other.path))
@@ -74,7 +78,7 @@ def file_tiers(roots: Sequence[Root], watch: bool) -> list[FileTier]:
                 raise OptionError(
                     f"{root.path} and {other.path}: one is or lies in the other; give separate directories"
                 )
-    return [FileTier(root.path, root.budget, name=root.tier, watch=watch) for root in roots]
+    return [file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=read_only) for root in roots]
 
 
 def known_tiers(given: object) -> list[Tier]:

@@ -102,19 +102,21 @@ class Persister:
             follows = (
                 block.parent == block.namespace or block.parent in shelf or block.parent in self._upkeep.writer
             )
-            if shelf.behind and block.key not in shelf and follows:
+            if name in self._upkeep.tiers_behind and block.key not in shelf and follows:
                 to.append(name)
         if to and self._queue(block, payload, tuple(to), False, (), 0.0):
             self._counters.add("promotions")
 
     def persist(self, pending: Pending) -> None:
         """Write one save to its tiers; the writer's thread calls it."""
-        for name in pending.to:
-            with self._upkeep.tending:
-                self._persist_in(self._residents.shelves[name], pending)
-        with self._lock:
-            if not self._upkeep.writer.waits(pending.block.key):  # a newer version
-                self._residents.drop(PENDING, pending.block.key)
+        try:
+            for name in pending.to:
+                with self._upkeep.tending:
+                    self._persist_in(self._residents.shelves[name], pending)
+        finally:
+            with self._lock:
+                if not self._upkeep.writer.waits(pending.block.key):  # a newer version
+                    self._residents.drop(PENDING, pending.block.key)
 
     def _persist_in(self, shelf: Shelf, pending: Pending) -> None:
         block, n_payload = pending.block, pending.payload.nbytes
@@ -192,8 +194,9 @@ class Persister:
 
     def _learn_uses(self, shelf: Shelf, tier: Tier) -> None:
         """What another process needs is no older than it is to that one."""
+        now = time.time_ns()
         for key, at in tier.uses():
-            shelf.lru.touch(key, at)
+            shelf.lru.touch(key, min(at, now))
 
     def _drop_overtaken(self, shelf: Shelf, keys: Iterable[bytes]) -> None:
         """Drop tails whose successor this tier has now."""
@@ -201,7 +204,7 @@ class Persister:
         with self._lock:
             for key in keys:
                 root = shelf.root_of(key)
-                if root is not None and not self._residents.pinned(key):
+                if root is not None and not root.read_only and not self._residents.pinned(key):
                     superfluous.setdefault(root, []).append(key)
                     self._residents.drop(shelf.name, key)
                     if self._residents.tree.get(key) is None:

@@ -6,8 +6,10 @@ Owned by one `Cache` and used under its lock; does no input or output.
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count
 
 from erllama.cache.blocks import Block
 from erllama.cache.counters import Counters
@@ -29,6 +31,7 @@ class Shelf:
         self.in_cells = fed == "by its owner"
         self.roots: list[Tier] = []
         self.lru = LeafLRU()
+        self.unreadable: set[bytes] = set()  # what is listed, and could not be read when that was last tried
         self._root_of: dict[bytes, Tier] = {}
         self._n_bytes: dict[Tier, int] = {}
 
@@ -73,6 +76,7 @@ class Shelf:
 
     def remove(self, key: bytes) -> None:
         root = self._root_of.pop(key, None)
+        self.unreadable.discard(key)
         if root is not None:
             self._n_bytes[root] -= self.lru.remove(key)
 
@@ -85,6 +89,9 @@ class Residents:
         self._counters = counters
         self.shelves: dict[str, Shelf] = {}  # from fast to slow
         self._pins: Counter[bytes] = Counter()
+        self._matches: dict[int, list[bytes]] = {}  # what each call of `pin` pinned, by its number
+        self._released: deque[int] = deque()  # numbers of those that ended
+        self._numbers = count()
         self._block_size = block_size
         self._cells: frozenset[str] = frozenset()  # names of the tiers that are cells
         for tier in tiers:
@@ -155,6 +162,7 @@ class Residents:
                 yield shelf, root
 
     def rows(self) -> list[Row]:
+        pins = self.pins
         return [
             Row(
                 e.block.key,
@@ -162,7 +170,7 @@ class Residents:
                 e.block.start,
                 e.block.n_tokens,
                 shelf.lru.size_of(e.block.key),
-                self._pins[e.block.key],
+                pins.get(e.block.key, 0),
             )
             for e in self.tree
             for name, shelf in self.shelves.items()
@@ -211,7 +219,8 @@ class Residents:
         victims: list[tuple[bytes, int]] = []
         if shelf.n_bytes(root) <= target:
             return victims
-        passed_over = {*self._pins, *keep}
+        passed_over = {*self.pins, *keep}
+        shelf.lru.clamp(time.time_ns())
         while (
             shelf.n_bytes(root) > max(target, 0) and (key := shelf.lru.oldest_leaf(passed_over, root)) is not None
         ):
@@ -224,12 +233,12 @@ class Residents:
     def roots_by_room(self, shelf: Shelf, block: Block, n_bytes: int) -> list[Tier]:
         """The roots to try for a block: the one that has it; else by free room, or by the age of what would go."""
         holder = shelf.root_of(block.key)
-        if holder is not None:
+        if holder is not None and not holder.read_only:
             return [holder]
-        roots = sorted(shelf.roots, key=shelf.free, reverse=True)
+        roots = sorted((root for root in shelf.roots if not root.read_only), key=shelf.free, reverse=True)
         if len(roots) < 2 or shelf.free(roots[0]) >= n_bytes:
             return roots
-        oldest = {root: shelf.lru.oldest_leaf({*self._pins, block.parent}, root) for root in roots}
+        oldest = {root: shelf.lru.oldest_leaf({*self.pins, block.parent}, root) for root in roots}
         return sorted(roots, key=lambda root: shelf.lru.last_used(key) if (key := oldest[root]) else 2**63)
 
     def make_room(self, root: Tier, block: Block, n_bytes: int) -> bool:
@@ -273,20 +282,36 @@ class Residents:
 
     def touch(self, key: bytes, now: int) -> None:
         for shelf in self.shelves.values():
+            shelf.lru.clamp(now - 1)  # what a clock noted that was ahead is no newer than this
             shelf.lru.touch(key, now)
 
-    def pin(self, blocks: Iterable[Block]) -> None:
-        for block in blocks:
-            self._pins[block.key] += 1
+    def pin(self, blocks: Sequence[Block]) -> Callable[[], None]:
+        """Keep blocks from being evicted; the function returned ends that.
 
-    def unpin(self, blocks: Iterable[Block]) -> None:
-        for block in blocks:
-            self._pins[block.key] -= 1
-            if self._pins[block.key] <= 0:
-                del self._pins[block.key]
+        That function may be called again, in any thread, and without the lock:
+        the garbage collector and signal handlers call it at any moment.
+        """
+        self._unpin_released()
+        number = next(self._numbers)
+        self._matches[number] = [block.key for block in blocks]
+        self._pins.update(self._matches[number])
+        return partial(self._released.append, number)
+
+    def _unpin_released(self) -> None:
+        while self._released:
+            for key in self._matches.pop(self._released.popleft(), ()):
+                self._pins[key] -= 1
+                if self._pins[key] <= 0:
+                    del self._pins[key]
+
+    @property
+    def pins(self) -> Mapping[bytes, int]:
+        """How often each pinned block is pinned."""
+        self._unpin_released()
+        return self._pins
 
     def pinned(self, key: bytes) -> bool:
-        return key in self._pins
+        return key in self.pins
 
     # --- checking ------------------------------------------------------------------------------
 
@@ -304,7 +329,7 @@ class Residents:
                 held = sum(shelf.lru.size_of(key) for key in shelf.keys(root))
                 if held != shelf.n_bytes(root):
                     yield f"{root.place} counts {shelf.n_bytes(root)} bytes and holds {held}"
-                if held > root.budget:
+                if held > root.budget and not root.read_only:
                     yield f"{root.place} holds {held} bytes; its budget is {root.budget}"
             for key in shelf.lru:
                 if self.tree.get(key) is None:

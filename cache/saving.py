@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from erllama.cache.blocks import Block
 from erllama.cache.counters import Counters
 from erllama.cache.residents import PENDING, Residents
+from erllama.cache.uninterrupted import uninterrupted
 from erllama.cache.upkeep import Upkeep
 from erllama.errors import OptionError
 
@@ -43,6 +44,7 @@ class Saver:
         if not replace and not self.wants(block.key):
             self._counters.add("duplicates_dropped")
             return False
+        replace = replace or any(block.key in residents.shelves[name].unreadable for name in to)
         parent = residents.tree.get(block.parent)
         if block.parent != block.namespace and (parent is None or not residents.kept(parent)):
             self._counters.add("saves_dropped")  # what it follows was evicted: nobody could find it
@@ -70,11 +72,15 @@ class Saver:
         return "ram" in self._residents.shelves and key not in self._residents.shelves["ram"]
 
     def _lacking(self, key: bytes) -> tuple[str, ...]:
-        """The slower tiers that neither have a block nor are about to get it."""
+        """The slower tiers that neither have a block, as far as that can be read, nor are about to get it."""
         pending = self._upkeep.writer.get(key)
         coming = pending.to if pending is not None else ()
-        shelves = self._residents.shelves
-        return tuple(name for name in self._upkeep.tiers_behind if name not in coming and key not in shelves[name])
+        return tuple(
+            name
+            for name in self._upkeep.tiers_behind
+            if name not in coming
+            and (key not in (shelf := self._residents.shelves[name]) or key in shelf.unreadable)
+        )
 
     def _overtake(self, key: bytes) -> None:
         """Drop a tail whose successor is stored; from slower tiers only once that is there, too."""
@@ -86,16 +92,19 @@ class Saver:
 
     @contextmanager
     def expecting(self, key: bytes) -> Iterator[None]:
-        with self._lock:
-            self._expected[key] = self._expected.get(key, 0) + 1
+        self._expect(key, 1)
         try:
             yield
         finally:
-            with self._lock:
-                self._expected[key] -= 1
-                if not self._expected[key]:
-                    del self._expected[key]
-                self._saved.notify_all()
+            self._expect(key, -1)
+
+    @uninterrupted
+    def _expect(self, key: bytes, more: int) -> None:
+        with self._lock:
+            self._expected[key] = self._expected.get(key, 0) + more
+            if not self._expected[key]:
+                del self._expected[key]
+            self._saved.notify_all()
 
     def awaits(self, key: bytes) -> bool:
         with self._lock:

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Never
 
 import numpy as np
@@ -35,8 +35,9 @@ from erllama.cache.pressure import Pressure, PressureWatch
 from erllama.cache.residents import Residents
 from erllama.cache.saving import Saver
 from erllama.cache.sizes import parse_bytes
-from erllama.cache.text_memory import TextMemory, lasting_tiers
+from erllama.cache.text_memory import TextMemory, lasting_tiers, writable_tiers
 from erllama.cache.tier import Problem, RamTier, Tier
+from erllama.cache.uninterrupted import uninterrupted
 from erllama.cache.upkeep import Upkeep
 from erllama.errors import (
     CacheError,
@@ -57,7 +58,9 @@ _open_upkeeps: weakref.WeakSet[Upkeep] = weakref.WeakSet()
 class Cache:
     """A store of KV blocks: in memory and, where directories are given, in files.
 
-    Safe to share between models and threads. Close it, use it in a `with`, or
+    Safe to share between models and threads, and to call from a signal handler. A
+    handler's exception, such as KeyboardInterrupt, ends a call without leaving it
+    half done: the call completes behind the caller. Close it, use it in a `with`, or
     leave it to the interpreter's exit: what waits to be written is written.
 
     Args:
@@ -69,6 +72,8 @@ class Cache:
             True for the user's cache directory; None for no disk. Several
             directories are one tier: a sequence of them, or a mapping to their quotas.
         disk_quota: budget of each such directory.
+        read_only: read the directories and never write to them. A directory that holds a cache and cannot
+            be written, as one on a read-only mount, is read in any case.
         tiers: tiers of your own, slower than all these, from fast to slow.
         block_size: tokens of one block; a power of two from 16 to 4096.
         write_queue: most bytes that may wait for the slower tiers; saves beyond are dropped and counted.
@@ -90,6 +95,7 @@ class Cache:
         ram_file_quota: str | int = "4GiB",
         disk: Directories = None,
         disk_quota: str | int = "50GiB",
+        read_only: bool = False,
         tiers: Sequence[Tier] = (),
         block_size: int = 256,
         write_queue: str | int = "512MiB",
@@ -105,7 +111,7 @@ class Cache:
         queue_bytes = parse_bytes("write_queue", write_queue)
         roots = directories("ram_file", ram_file, ram_file_quota) + directories("disk", disk, disk_quota)
         found: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
-        found += file_tiers(roots, boolean("watch", watch))
+        found += file_tiers(roots, boolean("watch", watch), boolean("read_only", read_only))
         found += known_tiers(tiers)
         # Made before anything is opened, since it may find that it cannot be had.
         self._pressure = self._pressure_watch(Pressure.of(pressure))
@@ -113,10 +119,30 @@ class Cache:
         self._lock = threading.RLock()
         self._counters = Counters()
         self._closing = False
-        self._assemble(found, queue_bytes)
-        if self._pressure is not None:
-            self._pressure.start()
-        _open_caches.add(self)
+        self._opening = threading.Lock()
+        try:
+            self._open(found, queue_bytes)
+        except BaseException:
+            # The caller was interrupted and never gets this cache: it must not keep the directories.
+            with suppress(RuntimeError):
+                threading.Thread(target=self._give_up, name="erllama-cache-call", daemon=True).start()
+            raise
+
+    @uninterrupted
+    def _open(self, tiers: Sequence[Tier], queue_bytes: int) -> None:
+        with self._opening:
+            if self._closing:
+                return
+            self._assemble(tiers, queue_bytes)
+            if self._pressure is not None:
+                self._pressure.start()
+            _open_caches.add(self)
+
+    def _give_up(self) -> None:
+        with self._opening:
+            self._closing = True
+            if hasattr(self, "_upkeep"):
+                self.close()
 
     def _assemble(self, tiers: Sequence[Tier], queue_bytes: int) -> None:
         self._residents = Residents(self.block_size, self._counters, tiers)
@@ -148,6 +174,7 @@ class Cache:
 
     # --- what the engine calls ----------------------------------------------------------
 
+    @uninterrupted
     def lookup(
         self,
         namespace: bytes,
@@ -180,7 +207,7 @@ class Cache:
         with self._counters.timing("lookup"), self._lock:
             self._upkeep.look_around()
             blocks, n_tokens = self._residents.walk(namespace, raw, whole, loadable)
-            self._residents.pin(blocks)
+            unpin = self._residents.pin(blocks)
             now = time.time_ns()
             for block in blocks:
                 self._upkeep.used(block, now)
@@ -188,7 +215,7 @@ class Cache:
         if count:
             kind = "cold" if not n_tokens else "exact" if n_tokens * TOKEN_BYTES == len(raw) else "partial"
             self.count_request(kind, n_tokens, resumed=resumed)
-        return Match(tuple(blocks), n_tokens, self._unpin)
+        return Match(tuple(blocks), n_tokens, unpin)
 
     def load(self, block: Block) -> Loaded | None:
         """The payload of a block, from the fastest place that has it.
@@ -203,6 +230,7 @@ class Cache:
         """As `load`, for each of several blocks in turn; while one is used, the next is read."""
         return self._loader.load_each(blocks)
 
+    @uninterrupted
     def save(
         self, block: Block, payload: NDArray[np.uint8] | bytes, *, replace: bool = False, trimmable: bool = True
     ) -> bool:
@@ -223,6 +251,7 @@ class Cache:
         """
         return not self._closing and self._saver.save(block, payload, replace, trimmable)
 
+    @uninterrupted
     def wants(self, key: bytes) -> bool:
         """Whether saving the block of this key would store it anywhere where it is not yet."""
         with self._lock:
@@ -232,32 +261,46 @@ class Cache:
         """Whether a block is stored anywhere."""
         return self.stored(key) is not None
 
+    @uninterrupted
     def stored(self, key: bytes) -> Block | None:
         """The stored block of this key, if any; one that is only in a context is not stored."""
         with self._lock:
             entry = self._residents.tree.get(key)
             return entry.block if entry and self._residents.kept(entry) else None
 
+    @uninterrupted
     def context(self, key: bytes) -> NDArray[np.uint32] | None:
         """The tokens of the stored context that ends with this block, shape (n,); None when it is not stored."""
         with self._lock:
             blocks = self._residents.path(key)
         return np.frombuffer(b"".join(block.tokens for block in blocks), "<u4") if blocks else None
 
-    def packing(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def packing(self) -> Iterator[None]:
         """Time spent in a `with` counts as spent packing."""
-        return self._counters.timing("pack")
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent("pack", time.perf_counter() - began)
 
+    @uninterrupted
+    def _spent(self, name: str, seconds: float) -> None:
+        self._counters.add_seconds(name, seconds)
+
+    @uninterrupted
     def count_request(self, kind: str, tokens_reused: int, *, resumed: bool = False) -> None:
         """Count how a request was served: "exact", "partial" or "cold"; `resumed`: from its parent's key."""
         name = "misses" if kind == "cold" else "hits_resume" if resumed else _HIT_COUNTS[kind]
         self._counters.add(name)
         self._counters.add("tokens_reused", tokens_reused)
 
+    @uninterrupted
     def count_fault(self) -> None:
         """Count that the cache could not serve a request for a reason that nobody foresaw."""
         self._counters.add("faults")
 
+    @uninterrupted
     def reject(self, block: Block, error: Exception) -> None:
         """Forget a block whose payload the backend refused."""
         self._loader.reject(block, error)
@@ -266,12 +309,14 @@ class Cache:
         """Announce the save of a block within a `with`: lookups that go on from it wait for that."""
         return self._saver.expecting(key)
 
+    @uninterrupted
     def awaits(self, key: bytes) -> bool:
         """Whether a block is not stored yet, but being saved."""
         return self._saver.awaits(key)
 
     # --- live tiers -------------------------------------------------------------------------
 
+    @uninterrupted
     def attach(self, tier: Tier) -> None:
         """Add a tier that its owner feeds, as the fastest: KV that is still in a context.
 
@@ -286,6 +331,7 @@ class Cache:
             self._residents.add_root(tier, fastest=True)
             self._upkeep.tiers.insert(0, tier)
 
+    @uninterrupted
     def detach(self, tier: Tier) -> None:
         """Forget an attached tier and what it holds."""
         with self._lock:
@@ -297,6 +343,7 @@ class Cache:
             self._upkeep.tiers.remove(tier)
             shelf.remove_root(tier)
 
+    @uninterrupted
     def hold(self, tier: Tier, block: Block, n_bytes: int) -> bool:
         """Note that an attached tier has a block; False when its budget has no room, after evicting others."""
         with self._lock:
@@ -305,6 +352,7 @@ class Cache:
                 self._residents.put(tier, block, n_bytes, time.time_ns())
             return fits
 
+    @uninterrupted
     def let_go(self, tier: Tier, keys: Sequence[bytes]) -> None:
         """Note that an attached tier no longer has these blocks."""
         with self._lock:
@@ -321,14 +369,17 @@ class Cache:
 
     @property
     def persistent(self) -> bool:
-        """Whether blocks survive this process."""
-        return any(tier.persistent and self._upkeep.ready(tier) for tier in self._upkeep.tiers)
+        """Whether blocks that are saved survive this process."""
+        return any(
+            tier.persistent and not tier.read_only and self._upkeep.ready(tier) for tier in self._upkeep.tiers
+        )
 
     @property
     def disk_error(self) -> CacheError | None:
         """Why a directory, or a tier of your own, cannot be used; None when all can."""
         return next(iter(self._upkeep.errors.values()), None)
 
+    @uninterrupted
     def fingerprint(self, identity: str) -> str | None:
         """The digest remembered for a file's identity."""
         for tier in lasting_tiers(self._upkeep):
@@ -338,14 +389,16 @@ class Cache:
                     return digest
         return None
 
+    @uninterrupted
     def remember_fingerprint(self, identity: str, sha256: str) -> None:
         """Remember a file's digest where blocks survive the process."""
-        for tier in lasting_tiers(self._upkeep):
+        for tier in writable_tiers(self._upkeep):
             with self._upkeep.guarding("noting a fingerprint", tier):
                 tier.remember_fingerprint(identity, sha256)
 
     # --- texts -------------------------------------------------------------------------------
 
+    @uninterrupted
     def remember_text(self, namespace: bytes, text: bytes, tokens: NDArray[np.int32]) -> None:
         """Remember which tokens, shape (n,), a text was computed as, where blocks survive the process, too.
 
@@ -354,6 +407,7 @@ class Cache:
         if not self._closing:
             self._texts.remember(namespace, text, tokens)
 
+    @uninterrupted
     def longest_text(self, namespace: bytes, text: bytes) -> tuple[int, NDArray[np.int32]] | None:
         """The longest remembered text that this one begins with.
 
@@ -374,6 +428,7 @@ class Cache:
         """Every root of every tier, from fast to slow, and how it is. Safe in signal handlers."""
         return self._statuses() if reentered() else self._statuses_now()
 
+    @uninterrupted
     def _statuses_now(self) -> list[TierStatus]:
         with self._lock:
             return self._statuses()
@@ -387,6 +442,7 @@ class Cache:
                 shelf.n_bytes(root),
                 shelf.n_blocks(root),
                 self._upkeep.errors.get(root),
+                root.read_only,
             )
             for shelf in self._residents.shelves.values()
             for root in list(shelf.roots)
@@ -400,6 +456,7 @@ class Cache:
         """
         return self._counts() if reentered() else self._counts_now()
 
+    @uninterrupted
     def _counts_now(self) -> dict[str, int | float]:
         with self._lock:
             self._upkeep.look_around(at_once=True)
@@ -413,15 +470,18 @@ class Cache:
             shelf = shelves.get(name)
             found[f"bytes_{name}"] = shelf.n_bytes() if shelf else 0
             found[f"blocks_{name}"] = len(shelf) if shelf else 0
+        found["read_only_directories"] = sum(tier.read_only for tier in list(self._upkeep.tiers))
         found["bytes_pending"] = self._upkeep.writer.n_bytes
         return found
 
+    @uninterrupted
     def rows(self) -> list[Row]:
         """Every block that is stored: key, tier, position, tokens, bytes and pins."""
         with self._lock:
             self._upkeep.look_around(at_once=True)
             return self._residents.rows()
 
+    @uninterrupted
     def evict_bytes(self, n_bytes: int | str, tiers: Sequence[str] | None = None) -> int:
         """Free at least `n_bytes`, least recently used first, of the tiers in memory, or of those given.
 
@@ -450,6 +510,7 @@ class Cache:
         if not isinstance(tiers, tuple | list) or not known.issuperset(tiers):
             raise OptionError(f"{option}={tiers!r}; give a tuple of {', '.join(map(repr, sorted(known)))}")
 
+    @uninterrupted
     def gc(self) -> int:
         """Bring everything in line: write what waits, mend the directories, keep to the budgets.
 
@@ -462,25 +523,32 @@ class Cache:
         self.flush()
         return self._upkeep.mend()
 
+    @uninterrupted
     def verify(self) -> list[Problem]:
         """Read every stored file and tell what is wrong, without changing anything; empty when all is well."""
         return self._upkeep.verify()
 
+    @uninterrupted
     def check_integrity(self) -> None:
-        """Check that the picture in memory adds up.
+        """Check that memory, the index of each directory and its files agree: every byte on disk is counted.
+
+        Reads no payloads. A file that others removed or damaged is `verify`'s to find.
 
         Raises:
-            IntegrityError: it does not; the message says where.
+            IntegrityError: they do not; the message says where.
         """
-        with self._lock:
-            wrong = list(self._residents.contradictions())
+        wrong = list(self._upkeep.contradictions())
         if wrong:
             raise IntegrityError(f"{len(wrong)} contradictions: {'; '.join(wrong[:5])}")
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Write everything that waits; False when `timeout` seconds were not enough."""
+        """Write everything that waits when this is called; False when `timeout` seconds were not enough.
+
+        What others save meanwhile is not waited for.
+        """
         return self._upkeep.writer.flush(timeout)
 
+    @uninterrupted
     def close(self) -> None:
         """Write what waits and let go of the directories. Idempotent; lookups then miss."""
         with self._lock:
@@ -493,6 +561,7 @@ class Cache:
             self._forget_everything()
         _open_caches.discard(self)
 
+    @uninterrupted
     def abandon(self) -> None:
         """End as if the process had been killed: nothing more is written, nothing is tidied up. For tests."""
         with self._lock:
@@ -525,10 +594,6 @@ class Cache:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _unpin(self, blocks: tuple[Block, ...]) -> None:
-        with self._lock:
-            self._residents.unpin(blocks)
 
 
 _HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}

@@ -25,6 +25,11 @@ def lasting_tiers(upkeep: Upkeep) -> list[FileTier]:
     return [tier for tier in upkeep.tiers if isinstance(tier, FileTier) and upkeep.ready(tier)]
 
 
+def writable_tiers(upkeep: Upkeep) -> list[FileTier]:
+    """Those of them that are written, too."""
+    return [tier for tier in lasting_tiers(upkeep) if not tier.read_only]
+
+
 class TextMemory:
     """The texts of one cache. Thread-safe; storage faults are counted and logged."""
 
@@ -38,7 +43,7 @@ class TextMemory:
         """Remember which tokens, shape (n,), a text was computed as."""
         known = TextDigests(namespace, text).known_as(tokens)
         self._known.remember(known)
-        for tier in lasting_tiers(self._upkeep):
+        for tier in writable_tiers(self._upkeep):
             self._upkeep.writer.defer(partial(self._note, tier, known.digest))
 
     def longest(self, namespace: bytes, text: bytes) -> KnownText | None:
@@ -68,6 +73,6 @@ class TextMemory:
     def _tell_uses(self) -> None:
         with self._lock:
             uses, self._uses = self._uses, {}
-        for tier in lasting_tiers(self._upkeep):
+        for tier in writable_tiers(self._upkeep):
             with self._upkeep.tending, self._upkeep.guarding("noting uses of texts", tier, changes=False):
                 tier.touch_texts(uses.items())

@@ -89,11 +89,14 @@ class TextTable:
         )
         if before is not None:
             self._release(before[0])
+        if self._total() > limit_bytes:
+            self._clamp_uses()
         while self._total() > limit_bytes:
             self._forget_oldest()
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         """Note when texts were last used: pairs of digest and ns since 1970."""
+        self._clamp_uses()
         self._connection.executemany(
             "UPDATE texts SET last_used = ?2 WHERE digest = ?1 AND last_used < ?2", list(used)
         )
@@ -177,6 +180,10 @@ class TextTable:
                 return
             self._connection.execute("DELETE FROM text_pieces WHERE key = ?", [head])
             head = row[0]
+
+    def _clamp_uses(self) -> None:
+        """A use in the future was noted by a clock that was ahead."""
+        self._connection.execute("UPDATE texts SET last_used = ?1 WHERE last_used > ?1", [time.time_ns()])
 
     def _forget_oldest(self) -> None:
         row = self._connection.execute("SELECT digest, head FROM texts ORDER BY last_used LIMIT 1").fetchone()

@@ -60,6 +60,9 @@ class Tier(ABC):
         budget: most bytes, as `size` counts them.
     """
 
+    # Nothing is written to it: it is read, its blocks are not evicted, and its budget is not enforced.
+    read_only = False
+
     # How blocks get here: with the save itself, behind its back, or as the tier's owner says (`Cache.hold`).
     fed: Literal["at once", "behind", "by its owner"] = "behind"
 
@@ -110,7 +113,7 @@ class Tier(ABC):
         Raises:
             CacheFormatError: what is stored is not what was written.
             FileNotFoundError: it is not there.
-            OSError: it cannot be read now.
+            OSError: it cannot be read now. The next save of the block writes it anew.
         """
 
     @abstractmethod
@@ -137,6 +140,10 @@ class Tier(ABC):
                     yield Problem(self.name, row.block.key.hex(), "another block is in its place")
             except Exception as error:
                 yield Problem(self.name, row.block.key.hex(), str(error))
+
+    def check(self) -> Iterable[Problem]:
+        """Where `rows` and what is really there differ, found without reading payloads; within `exclusive`."""
+        return ()
 
     def mend(self) -> None:  # noqa: B027
         """Put right what can be: `gc` calls it."""

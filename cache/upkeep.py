@@ -55,6 +55,7 @@ class Upkeep:
         self.persister = Persister(self, lock, residents, counters)
         self.writer = WriteBehind(self.persister.persist, queue_bytes)
         self.tending = threading.RLock()  # one thread at a time calls a tier, to read apart
+        self._closing = threading.RLock()  # one thread at a time closes
         self._closed = False
         self._touched: dict[bytes, int] = {}
         self._look_again = 0.0  # by time.monotonic()
@@ -71,8 +72,8 @@ class Upkeep:
 
     @property
     def tiers_behind(self) -> tuple[str, ...]:
-        """The names of the tiers slower than RAM."""
-        return tuple(dict.fromkeys(tier.name for tier in self.behind))
+        """The names of the tiers slower than RAM that take saves."""
+        return tuple(dict.fromkeys(tier.name for tier in self.behind if not tier.read_only))
 
     # --- tiers that open, fail, and open again ----------------------------------------------------
 
@@ -81,6 +82,7 @@ class Upkeep:
         if self._closed:
             return False
         self._reopen_after[tier] = time.monotonic() + _REOPEN_SECONDS
+        self._out_of_step.add(tier)  # until all of it is taken in
         try:
             tier.open()
             rows = tier.rows()
@@ -97,9 +99,9 @@ class Upkeep:
             self._counters.add("disk_errors")
             return False
         self.errors.pop(tier, None)
-        self._out_of_step.discard(tier)
         with self._lock:
             self._take_in(tier, Changes(list(rows), [], complete=True))
+        self._out_of_step.discard(tier)
         self._fit(tier)
         return True
 
@@ -123,6 +125,8 @@ class Upkeep:
     def guarding(self, action: str, tier: Tier, *, changes: bool = True) -> Iterator[None]:
         """Count and log a storage fault instead of letting it reach a request.
 
+        Whatever else is raised, as KeyboardInterrupt, leaves the tier marked as out of step, too.
+
         Args:
             changes: the fault may leave memory and tier apart.
         """
@@ -137,6 +141,9 @@ class Upkeep:
             self._out_of_step.add(tier)
             self._counters.add("faults")
             log.exception("%s in tier %s failed unexpectedly", action, tier.place)
+        except BaseException:  # nobody knows how far the change went
+            self._out_of_step.add(tier)
+            raise
 
     # --- evicting and removing ---------------------------------------------------------------------
 
@@ -147,6 +154,8 @@ class Upkeep:
 
     def _fit(self, tier: Tier) -> None:
         """Bring a tier down to its budget, which may be smaller than the last time."""
+        if tier.read_only:
+            return
         with self.tending, self.guarding("evicting", tier), tier.exclusive():
             with self._lock:
                 victims = self.residents.choose_victims(tier, tier.budget)
@@ -154,20 +163,37 @@ class Upkeep:
 
     def evict(self, tier: Tier, n_bytes: int) -> int:
         """Free at least `n_bytes` of a tier, if it has them; returns the bytes freed."""
-        if tier.fed == "behind" and not self.ready(tier):
+        if tier.read_only or (tier.fed == "behind" and not self.ready(tier)):
             return 0
         victims: list[tuple[bytes, int]] = []
         if tier.fed != "behind":  # written under the lock, so removed under it
             with self._lock:
                 victims = self.residents.choose_victims(tier, self._shelf(tier).n_bytes(tier) - n_bytes)
-                self.forget(tier, victims)
-        else:
-            with self.tending, self.guarding("evicting", tier), tier.exclusive():
+                try:
+                    self.forget(tier, victims)
+                except BaseException:
+                    if tier.fed == "at once":
+                        self._take_in(tier, Changes(list(tier.rows()), [], complete=True))
+                    raise
+            return sum(size for _, size in victims)
+        with self.tending:
+            with self.guarding("evicting", tier), tier.exclusive():
                 self.catch_up(tier)
                 with self._lock:
                     victims = self.residents.choose_victims(tier, self._shelf(tier).n_bytes(tier) - n_bytes)
                 self.forget(tier, victims)
-        return sum(size for _, size in victims)
+            return self._freed(tier, victims)
+
+    def _freed(self, tier: Tier, victims: Sequence[tuple[bytes, int]]) -> int:
+        """The bytes of blocks that were to be removed and are gone; those that a tier failed to remove are not."""
+        if tier in self._out_of_step:
+            with self.guarding("reading what is left", tier):
+                self.catch_up(tier)
+            if tier in self._out_of_step:
+                return 0
+        with self._lock:
+            shelf = self._shelf(tier)
+            return sum(size for key, size in victims if shelf.root_of(key) is not tier)
 
     def remove(self, tier: Tier, block: Block, *, damaged: bool = False) -> None:
         """Have a block taken out of a tier, later: a request waits for nothing."""
@@ -194,11 +220,15 @@ class Upkeep:
         """Remove what is to be removed, before its room is given to others; within `exclusive`."""
         with self._lock:
             doomed = self._doomed.pop(tier, {})
-        for block, damaged, _ in doomed.values():
-            if damaged:
-                tier.set_aside(block)
-            else:
-                tier.remove([block.key])
+        try:
+            for block, damaged, _ in doomed.values():
+                if damaged:
+                    tier.set_aside(block)
+                else:
+                    tier.remove([block.key])
+        except BaseException:
+            self._out_of_step.add(tier)  # what was not removed is listed, and counts, again
+            raise
 
     # --- seeing what others did ------------------------------------------------------------------
 
@@ -267,19 +297,23 @@ class Upkeep:
 
     def _take_in_row(self, shelf: Shelf, tier: Tier, row: TierRow) -> None:
         holder, key = shelf.root_of(row.block.key), row.block.key
+        used = min(row.last_used, time.time_ns())  # a clock that was ahead must not keep a block for ever
         if holder is None:
-            # A clock that was ahead must not keep a block for ever.
-            self.residents.put(tier, row.block, row.n_bytes, min(row.last_used, time.time_ns()))
+            self.residents.put(tier, row.block, row.n_bytes, used)
+        elif holder is not tier and holder.read_only and not tier.read_only:
+            self.residents.put(tier, row.block, row.n_bytes, used)  # saved after it was read there
         elif holder is not tier:
             self.writer.defer(lambda: self._remove_double(shelf, tier, row.block))
         else:
             if shelf.lru.size_of(key) != row.n_bytes:
-                self.residents.put(tier, row.block, row.n_bytes, row.last_used)
-            shelf.lru.touch(key, min(row.last_used, time.time_ns()))
+                self.residents.put(tier, row.block, row.n_bytes, used)
+            shelf.lru.touch(key, used)
             self.residents.learn(tier.name, row.block)
 
     def _remove_double(self, shelf: Shelf, tier: Tier, block: Block) -> None:
         """One of a tier's roots is enough for a block."""
+        if tier.read_only:
+            return
         with self._lock:
             double = shelf.root_of(block.key) not in (None, tier)
         if double:
@@ -345,7 +379,7 @@ class Upkeep:
                     with self.guarding("mending", tier):
                         tier.mend()
                         self.catch_up(tier)
-                        freed += self._drop_unreachable(tier)
+                        freed += 0 if tier.read_only else self._drop_unreachable(tier)
                     self._fit(tier)
         return freed
 
@@ -388,10 +422,52 @@ class Upkeep:
                 problems.append(Problem(tier.name, tier.place, str(self.errors.get(tier, "it is not open"))))
         return problems
 
+    def contradictions(self) -> Iterator[str]:
+        """Where memory, the tiers' own lists and what is really there do not agree."""
+        with self._lock:
+            yield from list(self.residents.contradictions())
+        for tier in self.tiers:
+            try:
+                if tier.fed == "at once":
+                    with self._lock:
+                        yield from list(self._differences(tier))
+                elif tier.fed == "behind" and self.ready(tier):
+                    with self.tending, tier.exclusive():
+                        self.catch_up(tier)
+                        with self._lock:
+                            found = list(self._differences(tier))
+                        found += [f"{problem.place}: {problem.what}" for problem in tier.check()]
+                    yield from found
+            except (OSError, sqlite3.Error, CacheError) as error:
+                yield f"{tier.place} cannot be compared: {error}"
+
+    def _differences(self, tier: Tier) -> Iterator[str]:
+        """Between what memory says of a tier and what it lists; under the lock."""
+        shelf, going = self._shelf(tier), self._doomed.get(tier, {})
+        held = {key: shelf.lru.size_of(key) for key in shelf.keys(tier)}
+        for row in tier.rows():
+            key = row.block.key
+            n_bytes = held.pop(key, None)
+            if n_bytes is None:
+                if key not in going and key not in shelf:  # another root may have it, too
+                    yield f"{tier.where(row.block)} takes {row.n_bytes} bytes that are not counted"
+            elif n_bytes != row.n_bytes:
+                yield f"{tier.where(row.block)} takes {row.n_bytes} bytes and counts for {n_bytes}"
+        for key in held:
+            yield f"{tier.place} does not have block {key.hex()}, which counts for it"
+
     def close(self) -> None:
         """Write what waits, unless that takes too long, and let go of the tiers. Idempotent."""
-        if self._closed:
+        # A caller that was interrupted left this to a thread of its own: who calls again waits for that.
+        if not self._closing.acquire(timeout=2 * _CLOSE_SECONDS):
             return
+        try:
+            if not self._closed:
+                self._close()
+        finally:
+            self._closing.release()
+
+    def _close(self) -> None:
         if not self.writer.flush(_CLOSE_SECONDS):
             log.warning("%d bytes could not be written in time; lost", self.writer.n_bytes)
         self.tell_uses()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from erllama._log import logger
 from erllama.cache.blocks import Block
+from erllama.cache.uninterrupted import uninterrupted
 
 log = logger("erllama.cache")
 
@@ -33,6 +34,22 @@ class Pending(NamedTuple):
     replace: bool
     overtaken: tuple[bytes, ...]
     due: float
+    serial: int = 0  # its place in the queue
+
+
+class _Chore(NamedTuple):
+    """A call that waits; a flush neither hurries it nor waits for it where it is `patient`."""
+
+    due: float
+    serial: int
+    patient: bool
+
+
+class _Flush(NamedTuple):
+    """A caller who waits for all that was queued up to a serial; `done` is released when it is done."""
+
+    serial: int
+    done: threading.Lock
 
 
 def _merged(old: Pending, new: Pending) -> Pending:
@@ -43,6 +60,7 @@ def _merged(old: Pending, new: Pending) -> Pending:
         replace=old.replace or new.replace,
         overtaken=tuple(dict.fromkeys(old.overtaken + new.overtaken)),
         due=min(old.due, new.due),
+        serial=old.serial,
     )
 
 
@@ -58,13 +76,13 @@ class WriteBehind:
         self._limit = limit_bytes
         self._condition = threading.Condition()
         self._pending: dict[bytes, Pending] = {}
-        self._chores: dict[Callable[[], None], float] = {}  # and when they are due
-        self._patient: set[Callable[[], None]] = set()  # chores that a flush neither hurries nor waits for
+        self._chores: dict[Callable[[], None], _Chore] = {}
+        self._serial = 0  # of what was queued last
         self._n_bytes = 0
         self._writing: Pending | None = None
-        self._busy = False
+        self._doing = 0  # the serial of what the thread does now; 0 for nothing that a flush waits for
         self._thread: threading.Thread | None = None
-        self._flushing = 0  # callers of flush(); while there are any, nothing is delayed
+        self._flushes: list[_Flush] = []
         self._abandoned = False
 
     @property
@@ -82,6 +100,8 @@ class WriteBehind:
             if replaced is not None:
                 save = _merged(replaced, save)
                 n_bytes = self._n_bytes + save.payload.nbytes - replaced.payload.nbytes
+            else:
+                save = save._replace(serial=self._next_serial())
             self._pending[save.block.key] = save
             self._n_bytes = n_bytes
             self._condition.notify_all()
@@ -95,11 +115,23 @@ class WriteBehind:
         """
         with self._condition:
             due = time.monotonic() + delay
-            self._chores[chore] = min(due, self._chores.get(chore, due))
-            if patient:
-                self._patient.add(chore)
+            waiting = self._chores.get(chore)
+            if waiting is not None:
+                self._chores[chore] = waiting._replace(due=min(due, waiting.due))
+            else:
+                # What the thread defers belongs to what it does: who waits for that waits for this, too.
+                mine = self._doing if threading.get_ident() == self._thread_ident else 0
+                self._chores[chore] = _Chore(due, mine or self._next_serial(), patient)
             self._started()
             self._condition.notify_all()
+
+    def _next_serial(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    @property
+    def _thread_ident(self) -> int | None:
+        return self._thread.ident if self._thread is not None else None
 
     def _started(self) -> bool:
         """Start the thread, which waits for the condition we hold; False where threads cannot be had any more."""
@@ -143,20 +175,57 @@ class WriteBehind:
             if pending is None:
                 return False
             self._n_bytes -= pending.payload.nbytes
+            self._end_flushes()
             self._condition.notify_all()
             return True
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Do everything now, what is delayed too; False when `timeout` seconds were not enough."""
+        """Do now what waits at this moment, what is delayed too; False when `timeout` seconds were not enough."""
+        flush = self._begin_flush()
+        if flush is None:
+            return False
+        # Not in `uninterrupted`: an interrupted caller must not leave a thread that waits for a disk that hangs.
+        if flush.done.acquire(timeout=-1 if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX)):
+            return True
+        self._give_up(flush)
+        return False
+
+    @uninterrupted
+    def _begin_flush(self) -> _Flush | None:
         with self._condition:
-            if threading.current_thread() is self._thread:
-                return False
-            self._flushing += 1
+            if threading.get_ident() == self._thread_ident:
+                return None
+            flush = _Flush(self._serial, threading.Lock())
+            flush.done.acquire()
+            self._flushes.append(flush)
+            # Chores that found no thread are not waited for.
+            if self._waits_for(flush) and not self._doing and not self._pending and not self._started():
+                self._flushes.remove(flush)
+                flush.done.release()
+            self._end_flushes()
             self._condition.notify_all()
-            try:
-                return self._condition.wait_for(lambda: not self._waiting and not self._busy, timeout)
-            finally:
-                self._flushing -= 1
+            return flush
+
+    @uninterrupted
+    def _give_up(self, flush: _Flush) -> None:
+        with self._condition:
+            self._flushes = [other for other in self._flushes if other is not flush]
+
+    def _waits_for(self, flush: _Flush) -> bool:
+        """Whether something that was queued before a flush is still to be done."""
+        # Saves are in the order of their serials: one that is merged keeps its place.
+        first = next(iter(self._pending.values()), None)
+        return (
+            0 < self._doing <= flush.serial
+            or (first is not None and first.serial <= flush.serial)
+            or any(not chore.patient and chore.serial <= flush.serial for chore in self._chores.values())
+        )
+
+    def _end_flushes(self) -> None:
+        """Wake the callers of flush() whose work is done; under the condition."""
+        for flush in [flush for flush in self._flushes if not self._waits_for(flush)]:
+            self._flushes.remove(flush)
+            flush.done.release()
 
     def abandon(self) -> None:
         """Do nothing any more, as if the process had ended; what waits is lost."""
@@ -164,15 +233,8 @@ class WriteBehind:
             self._abandoned = True
             self._pending.clear()
             self._chores.clear()
-            self._patient.clear()
+            self._end_flushes()
             self._condition.notify_all()
-
-    @property
-    def _waiting(self) -> bool:
-        impatient = self._chores.keys() - self._patient
-        if self._thread is None and impatient and not self._pending:
-            return self._started()  # chores that found no thread
-        return bool(self._pending or impatient)
 
     def _run(self) -> None:
         while (work := self._next()) is not None:
@@ -190,8 +252,9 @@ class WriteBehind:
                 if isinstance(work, Pending):
                     self._n_bytes -= work.payload.nbytes
                 self._writing = None
-                self._busy = False
+                self._doing = 0
                 del work
+                self._end_flushes()
                 self._condition.notify_all()
 
     def _next(self) -> Pending | Callable[[], None] | None:
@@ -199,21 +262,34 @@ class WriteBehind:
         with self._condition:
             while (self._pending or self._chores) and not self._abandoned:
                 now = time.monotonic()
-                # Insertion order puts parents before children; a delayed tail has no children.
-                # What is delayed must not crowd out what is not.
-                hurry = self._flushing or 2 * self._n_bytes > self._limit
-                for key, pending in self._pending.items():
-                    if hurry or pending.due <= now:
-                        del self._pending[key]
-                        self._writing, self._busy = pending, True
-                        return pending
-                for chore, due in self._chores.items():
-                    if due <= now or (self._flushing and chore not in self._patient):
-                        del self._chores[chore]
-                        self._busy = chore not in self._patient
-                        self._patient.discard(chore)
-                        return chore
-                dues = [*(p.due for p in self._pending.values()), *self._chores.values()]
+                hurried = max((flush.serial for flush in self._flushes), default=0)
+                key, chore = self._due_save(now, hurried), self._due_chore(now, hurried)
+                # In the order in which they were queued, so that neither keeps the other waiting for ever.
+                if key is not None and (chore is None or self._pending[key].serial <= self._chores[chore].serial):
+                    self._writing = pending = self._pending.pop(key)
+                    self._doing = pending.serial
+                    return pending
+                if chore is not None:
+                    found = self._chores.pop(chore)
+                    self._doing = 0 if found.patient else found.serial
+                    return chore
+                dues = [save.due for save in self._pending.values()] + [c.due for c in self._chores.values()]
                 self._condition.wait(min(dues) - now)
             self._thread = None
             return None
+
+    def _due_save(self, now: float, hurried: int) -> bytes | None:
+        """The key of the first save that is due; those up to the serial `hurried` are."""
+        # Insertion order puts parents before children; a delayed tail has no children.
+        # What is delayed must not crowd out what is not.
+        hurry = 2 * self._n_bytes > self._limit
+        for key, pending in self._pending.items():
+            if hurry or pending.serial <= hurried or pending.due <= now:
+                return key
+        return None
+
+    def _due_chore(self, now: float, hurried: int) -> Callable[[], None] | None:
+        for chore, waiting in self._chores.items():
+            if waiting.due <= now or (waiting.serial <= hurried and not waiting.patient):
+                return chore
+        return None

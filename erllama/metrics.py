@@ -157,6 +157,7 @@ def _families() -> dict[str, Family]:
     gauge("cache_bytes", "Bytes held.", "cache", "tier")
     gauge("cache_blocks", "Blocks held.", "cache", "tier")
     gauge("cache_budget_bytes", "Most bytes that may be held.", "cache", "tier")
+    gauge("cache_read_only_directories", "Directories that are read and never written.", "cache")
     gauge("cache_unusable_roots", "Directories, or tiers of your own, that cannot be used now.", "cache", "tier")
     return families
 

@@ -503,18 +503,21 @@ def test_a_file_that_cannot_be_removed_counts_towards_the_quota(
 # --- file systems that do not let us ------------------------------------------------------------------
 
 
-def test_a_file_system_that_is_read_only_is_refused(small_disk: Path) -> None:
+def test_a_file_system_that_is_read_only_is_read(small_disk: Path) -> None:
     root = small_disk / "kv"
     with Cache(block_size=SIZE, ram=0, disk=root, watch=False) as cache:
         use(cache, texts(0))
     assert mount("-o", "remount,ro", small_disk)
-    for directory in (root, small_disk / "new"):
-        with Cache(block_size=SIZE, disk=directory, watch=False) as cache:
-            assert isinstance(cache.disk_error, erllama.CacheError)
-            assert "Read-only file system" in str(cache.disk_error)
-            assert str(directory) in str(cache.disk_error)
-            use(cache, texts(0))
-            assert hit(cache, texts(0)) == 48
+    with Cache(block_size=SIZE, ram=0, disk=root, watch=False) as cache:
+        assert cache.disk_error is None
+        assert cache.tiers()[0].read_only
+        assert hit(cache, texts(0)) == 48
+    with Cache(block_size=SIZE, disk=small_disk / "new", watch=False) as cache:
+        assert isinstance(cache.disk_error, erllama.CacheError)
+        assert "Read-only file system" in str(cache.disk_error)
+        assert str(small_disk / "new") in str(cache.disk_error)
+        use(cache, texts(0))
+        assert hit(cache, texts(0)) == 48
     assert mount("-o", "remount,rw", small_disk)
     with Cache(block_size=SIZE, ram=0, disk=root, watch=False) as cache:
         assert hit(cache, texts(0)) == 48

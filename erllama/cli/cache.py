@@ -39,7 +39,7 @@ def stats(directories: tuple[Path, ...], as_json: bool) -> None:
             print_facts(
                 [
                     ("directory", str(files.root)),
-                    ("tier", files.tier + (", in use by others" if files.in_use else "")),
+                    ("tier", files.tier + _state(files)),
                     ("stored", _stored(namespaces)),
                     ("index", size(int(str(usage["index_bytes"])))),
                     ("free space", size(int(str(usage["free_bytes"])))),
@@ -57,6 +57,7 @@ def _usage(files: CacheFiles, namespaces: list[Namespace]) -> dict[str, object]:
         "directory": str(files.root),
         "tier": files.tier,
         "in_use": files.in_use,
+        "read_only": files.read_only,
         "contexts": sum(each.n_contexts for each in namespaces),
         "blocks": sum(each.n_blocks for each in namespaces),
         "tokens": sum(each.n_tokens for each in namespaces),
@@ -64,6 +65,10 @@ def _usage(files: CacheFiles, namespaces: list[Namespace]) -> dict[str, object]:
         "index_bytes": sum(path.stat().st_size for path in files.root.glob("index.db*")),
         "free_bytes": shutil.disk_usage(files.root).free,
     }
+
+
+def _state(files: CacheFiles) -> str:
+    return (", read-only" if files.read_only else "") + (", in use by others" if files.in_use else "")
 
 
 def _stored(namespaces: list[Namespace]) -> str:

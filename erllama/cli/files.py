@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from erllama.cache.directory import make_private
+
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
@@ -50,9 +52,7 @@ def private_directory(path: Path) -> None:
         OSError: it cannot be made, or others can write to it.
     """
     with _about(path):
-        for each in reversed([path, *path.parents]):
-            with suppress(FileExistsError):
-                each.mkdir(mode=0o700)
+        make_private(path)
         status = path.stat()
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
             raise PermissionError(errno.EPERM, "other users can write to this directory")

@@ -1,0 +1,80 @@
+"""Runs a call to its end, whatever a signal handler raises meanwhile.
+
+Python runs signal handlers in the main thread, and raises there what they
+raise: KeyboardInterrupt, SystemExit or an operator's own exception, between any
+two steps of the code that runs. A change that is ended in this way leaves locks
+held, transactions open, and memory and files apart. So a call from the main
+thread runs in a thread of its own, and the main thread only waits for it. An
+exception of a handler then ends the waiting, and the call completes by itself.
+A handler may call the cache, too: the main thread holds none of its locks.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from typing import Generic, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def uninterrupted(call: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function so that no signal handler's exception ends it halfway.
+
+    In the main thread the handler's exception is raised at once, and the call
+    completes behind the caller. In other threads the function runs as it is.
+    So it does where no thread can be started, as at the interpreter's end.
+    """
+
+    @functools.wraps(call)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if threading.get_ident() != threading.main_thread().ident or sys.is_finalizing():
+            return call(*args, **kwargs)
+        return _Job(functools.partial(call, *args, **kwargs)).run()
+
+    return run
+
+
+class _Job(Generic[T]):
+    """One call, and the thread that makes it."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self._calls = [call]  # taken by whoever makes the call: pop() is one step
+        self._values: list[T] = []
+        self._errors: list[BaseException] = []
+        self._done = threading.Lock()
+
+    def run(self) -> T:
+        self._done.acquire()
+        try:
+            threading.Thread(target=self._work, name="erllama-cache-call", daemon=True).start()
+        except BaseException as error:
+            try:
+                call = self._calls.pop()
+            except IndexError:
+                raise error from None  # a handler raised it, and the thread makes the call
+            if isinstance(error, RuntimeError) and "new thread" in str(error):
+                return call()
+            raise
+        self._done.acquire()
+        if not self._errors:
+            return self._values.pop()
+        try:
+            raise self._errors[0]
+        finally:
+            self._errors.clear()  # its traceback refers to this object
+
+    def _work(self) -> None:
+        try:
+            call = self._calls.pop()
+        except IndexError:
+            return  # taken back
+        try:
+            self._values.append(call())
+        except BaseException as error:
+            self._errors.append(error)
+        finally:
+            self._done.release()
