@@ -21,6 +21,7 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 #include "gguf.h"
+#include "graph_check.h"
 #include "llama.h"
 
 static_assert(sizeof(llama_token) == 4 && sizeof(llama_pos) == 4 && sizeof(llama_seq_id) == 4,
@@ -623,7 +624,12 @@ erl_context *erl_context_new(struct llama_model *model, const erl_context_option
         try {
             listening to(&context->said);
             context->llama = llama_init_from_model(model, params);
+            const std::string reason = context->llama ? why_not_computable(context->llama) : "";
+            if (!reason.empty()) {
+                throw std::runtime_error(reason);
+            }
         } catch (...) {
+            llama_free(context->llama);
             delete context;
             throw;
         }
