@@ -54,10 +54,11 @@ format: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-# The long form of the suite's fuzzing of the headers of models and adapters.
+# The long form of the suite's fuzzing of models and adapters: of headers, then of types, shapes and hyperparameters.
 fuzz: setup
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/test_bad_files.py -k flipped_bytes_in_a_header
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/test_adapters_refused.py -k flipped_bytes
+	ERLLAMA_FUZZ_N=$(or $(N),10000) $(BIN)/python -m pytest --timeout 14400 tests/test_mutated_models.py -k no_mutant
 
 # The long forms of what the suite does briefly: kills, faults, mutations, processes, state machines.
 stress: setup

@@ -53,7 +53,12 @@ _TYPES = (
         "ggml multiplies f32 activations by norms that are f32",
     ),
     TypeRule(re.compile(r"\.bias$"), ("f32",), (), "ggml adds biases that are f32 to f32 activations"),
-    TypeRule(re.compile(r"\.(scale|input_scale)$"), ("f32",), (), "ggml multiplies f32 activations by scales that are f32"),
+    TypeRule(
+        re.compile(r"\.(scale|input_scale)$"),
+        ("f32",),
+        (),
+        "ggml multiplies f32 activations by scales that are f32",
+    ),
     TypeRule(
         re.compile(r"(^|\.)(rope_freqs|rope_factors_long|rope_factors_short|attn_sinks)(\.weight)?$"),
         ("f32",),
@@ -112,6 +117,16 @@ _RANGES: Mapping[str, Range] = {
 _HEADS = Range(1, 2**16, _DIVIDES)
 _NO_HEADS = Range(0, 2**16, _DIVIDES)  # layers without attention
 
+# Those that a file of an architecture must have, in range.
+_REQUIRED: Mapping[str, Mapping[str, Range]] = {
+    "afmoe": {"attention.sliding_window": Range(1, 2**31 - 1, "its graph reads the cells of a window")},
+}
+# Where a file of these does not state how wide an expert is, libllama divides by the number of experts in use.
+_WIDTH_BY_EXPERTS = (
+    "glm4moe", "grovemoe", "llada-moe", "mellum", "nemotron_h_moe", "qwen2moe", "qwen35moe", "qwen3moe",
+    "qwen3next", "qwen3vlmoe", "rnd1",
+)  # fmt: skip
+
 
 class Needed(NamedTuple):
     """A layer of `architectures`, all where empty, that has a tensor `where` needs one of `any_of` too."""
@@ -167,6 +182,15 @@ def check_hyperparameters(metadata: Mapping[str, object]) -> None:
         for number in value.tolist() if isinstance(value, np.ndarray) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool) and not low <= number <= high:
                 raise LlamaError(f"{key} is {number}; it must be {_shown(low)} to {_shown(high)}: {reason}")
+    for name, (low, high, reason) in _REQUIRED.get(architecture, {}).items():
+        value = metadata.get(f"{architecture}.{name}")
+        if not isinstance(value, int) or not low <= value <= high:
+            raise LlamaError(
+                f"{architecture}.{name} is {value}; it must be {_shown(low)} to {_shown(high)}: {reason}"
+            )
+    used, width = f"{architecture}.expert_used_count", f"{architecture}.expert_feed_forward_length"
+    if architecture in _WIDTH_BY_EXPERTS and not metadata.get(used) and not np.any(metadata.get(width, 0)):
+        raise LlamaError(f"the metadata has neither {used} nor {width}: libllama divides by the former")
 
 
 def check_tensors(metadata: Mapping[str, object], tensors: Iterable[Tensor]) -> None:
@@ -188,11 +212,15 @@ def check_tensors(metadata: Mapping[str, object], tensors: Iterable[Tensor]) -> 
     architecture = metadata.get("general.architecture")
     for name in sorted(names):
         for needed in _NEEDED:
-            if (not needed.architectures or architecture in needed.architectures) and name.endswith(f".{needed.where}"):
+            if (not needed.architectures or architecture in needed.architectures) and name.endswith(
+                f".{needed.where}"
+            ):
                 layer = name.removesuffix(needed.where)
                 if not any(f"{layer}{other}" in names for other in needed.any_of):
                     wanted = " or ".join(repr(f"{layer}{other}") for other in needed.any_of)
-                    raise LlamaError(f"tensor {wanted} is missing; a model of architecture {architecture!r} needs it")
+                    raise LlamaError(
+                        f"tensor {wanted} is missing; a model of architecture {architecture!r} needs it"
+                    )
 
 
 @cache

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf_edit
+from gguf import Keys
 from gguf_edit import ARRAY, BOOL, F32, I32, U32, EditableGGUF
 
 import erllama
@@ -139,12 +141,14 @@ def _retype_key(file: EditableGGUF, dice: random.Random, _: Sequence[str]) -> st
 
 def _add_key(file: EditableGGUF, dice: random.Random, hyperparameters: Sequence[str]) -> str:
     name = dice.choice(hyperparameters)
-    real = any(part in name for part in ("eps", "scal", "softcap", "factor", "freq", "bias", "clamp", "beta", "alpha"))
+    real = any(
+        part in name for part in ("eps", "scal", "softcap", "factor", "freq", "bias", "clamp", "beta", "alpha")
+    )
     kind = dice.choice((F32,) * 4 + (U32,) if real else (U32,) * 6 + (I32, BOOL))
     if name.endswith(("hidden_activation", "scaling.type")):
         value: tuple[int, object] = (8, dice.choice(("none", "linear", "yarn", "longrope", "silu", "x")))
     elif name.endswith(("sections", "pattern", "layers", "ratios", "types", "mapping")) and dice.random() < 0.7:
-        item = BOOL if "recurrent" in name or "pattern" in name and dice.random() < 0.5 else dice.choice((U32, I32))
+        item = BOOL if re.search("recurrent|pattern", name) and dice.random() < 0.5 else dice.choice((U32, I32))
         value = (ARRAY, (item, [_drawn(dice, item, 4) for _ in range(dice.choice((1, 2, 3, 4)))]))
     else:
         value = (kind, _drawn(dice, kind, 4))
@@ -185,8 +189,20 @@ _CHANGES: tuple[_Change, ...] = (
     _retype, _retype_alike, _reshape, _drop, _revalue, _retype_key, _add_key, _drop_key, _rename, _tokenizer,
 )  # fmt: skip
 _WEIGHTS = (25, 6, 12, 3, 30, 3, 15, 2, 3, 2)
-ARCHITECTURES = ("llama", "gemma2", "gemma3", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3next", "mamba", "lfm2",
-                 "bert", "deepseek2", "stablelm", "granitehybrid", "rwkv7", "falcon-h1", "gpt-oss", "command-r")  # fmt: skip
+ARCHITECTURES = (
+    "llama", "gemma2", "gemma3", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3next", "mamba", "lfm2", "bert",
+    "deepseek2", "stablelm", "granitehybrid", "rwkv7", "falcon-h1", "gpt-oss", "command-r",
+)  # fmt: skip
+# Without the architecture, as gguf names them.
+HYPERPARAMETERS = tuple(
+    sorted(
+        value.removeprefix("{arch}.")
+        for group in vars(Keys).values()
+        if isinstance(group, type)
+        for value in vars(group).values()
+        if isinstance(value, str) and value.startswith("{arch}.")
+    )
+)
 
 
 def compute(path: Path, n_threads: int) -> None:
@@ -207,7 +223,11 @@ def compute(path: Path, n_threads: int) -> None:
     backend = LlamaBackend(path, LlamaOptions(n_ctx=256, n_threads=n_threads, n_sequences=2), "mutant")
     try:
         if not backend.limits.can_generate:
-            backend.embedder()
+            embedder = backend.embedder()
+            try:
+                embedder.embed([np.arange(3, 12, dtype=np.int32)], embedder.limits.pooling)
+            finally:
+                embedder.close()
             return
         backend.decode(batch(0, 9))
         backend.decode(batch(9, 1))
