@@ -72,12 +72,16 @@ _OPTIONAL_BUT_USED = {
 
 
 def complete(architecture: str, place: Path) -> EditableGGUF | None:
-    """A tiny model of an architecture, its weights to be drawn; None where the messages lead to none."""
+    """A tiny model of an architecture, its weights to be drawn; None where the messages lead to none.
+
+    Of hybrid ones, each second layer attends: libllama's default is each fourth, and there are two.
+    """
     base = read(write_llama(place / "base.gguf", _SHAPE))
     file = EditableGGUF({key: value for key, value in base.metadata.items() if not key.startswith("llama.")})
     file.metadata["general.architecture"] = (STRING, architecture)
     del file.metadata["general.file_type"]
-    for name, value in _COMMON.items():
+    common = {**_COMMON, "full_attention_interval": 2} if architecture.startswith("qwen3") else _COMMON
+    for name, value in common.items():
         _put(file, name, value)
     path, before = place / "incomplete.gguf", ""
     for _ in range(_MOST_STEPS):

@@ -7,6 +7,7 @@ would end the process. `make fuzz` tries 10,000 mutants.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from model_completion import complete, with_optional_tensors
 
 from erllama.testing.bert import write_bert
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
-from support import must_run
+from support import must_run, run_python
 
 _HERE = Path(__file__).parent
 _KINDS = {name: kind for kind, name in gguf_edit.TYPE_NAMES.items()}
@@ -223,3 +224,49 @@ def test_no_mutant_ends_the_process(tmp_path: Path) -> None:
     assert computed + refused == n
     assert computed > n // 10
     assert refused > n // 4
+
+
+# --- an assertion in the midst of a computation -----------------------------------------------------
+
+_UNCHECKED = """
+#include <string>
+struct llama_context;
+std::string why_not_computable(llama_context *) { return ""; }
+"""
+_ASSERT = """
+import sys
+import numpy as np
+from erllama import llama_ffi
+
+def decode(context, n):
+    row = np.arange(n, dtype=np.int32)
+    context.decode(row % 50 + 3, row, np.zeros(n, np.int32), np.ones(n, np.int8))
+
+for _ in range(3):
+    for path in sys.argv[1:]:
+        model = llama_ffi.LlamaModel(path)
+        context = llama_ffi.LlamaContext(model, n_ctx=256, n_threads=2, n_threads_batch=2)
+        for _ in range(2):
+            try:
+                decode(context, 30)
+                print("computed")
+            except llama_ffi.DecodeError as error:
+                print("unsupported types" in str(error), "earlier computation" in str(error))
+            context.cut(0, 0)
+        context.close()
+        model.close()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library made here")
+def test_an_assertion_on_all_threads_of_a_computation(llama: EditableGGUF, tmp_path: Path) -> None:
+    """The check of the graph is taken out, so that one fails: an error, and other models compute on."""
+    (tmp_path / "unchecked.cpp").write_text(_UNCHECKED)
+    library = tmp_path / "unchecked.so"
+    subprocess.run(["c++", "-shared", "-fPIC", tmp_path / "unchecked.cpp", "-o", library], check=True)
+    retyped(llama, "blk.0.ffn_norm.weight", "F16").write(tmp_path / "bad.gguf")
+    llama.write(tmp_path / "good.gguf")
+    paths = (tmp_path / "bad.gguf", tmp_path / "good.gguf")
+    finished = run_python(_ASSERT, *paths, environment={"LD_PRELOAD": str(library)})
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines() == ["True False", "False True", "computed", "computed"] * 3
