@@ -189,7 +189,8 @@ def check_hyperparameters(metadata: Mapping[str, object]) -> None:
                 f"{architecture}.{name} is {value}; it must be {_shown(low)} to {_shown(high)}: {reason}"
             )
     used, width = f"{architecture}.expert_used_count", f"{architecture}.expert_feed_forward_length"
-    if architecture in _WIDTH_BY_EXPERTS and not metadata.get(used) and not np.any(metadata.get(width, 0)):
+    stated = any(np.any(np.asarray(metadata.get(key, 0))) for key in (used, width))
+    if architecture in _WIDTH_BY_EXPERTS and not stated:
         raise LlamaError(f"the metadata has neither {used} nor {width}: libllama divides by the former")
 
 
