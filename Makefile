@@ -8,7 +8,7 @@ BACKEND ?= $(or $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)
 BIN := $(VENV)/bin
 TREE := build/tree
 # What, when changed, makes an installation stale. Python sources are used in place.
-INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/unmasked_cells.h llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp
+INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/unmasked_cells.h llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp llama_ffi/graph_check.h llama_ffi/graph_check.cpp
 
 # What it is, for the reader; the extra.
 define install
@@ -54,11 +54,12 @@ format: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-# The long form of the suite's fuzzing of the headers of models and adapters, and of archives.
+# The long form of the suite's fuzzing of models, adapters and archives: headers, then of types, shapes and hyperparameters.
 fuzz: setup
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/test_bad_files.py -k flipped_bytes_in_a_header
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/test_adapters_refused.py -k flipped_bytes
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/test_archives.py -k flipped_bytes
+	ERLLAMA_FUZZ_N=$(or $(N),10000) $(BIN)/python -m pytest --timeout 14400 tests/test_mutated_models.py -k no_mutant
 
 # The long forms of what the suite does briefly: kills, signals, faults, mutations, processes, state machines.
 stress: setup

@@ -26,6 +26,7 @@ from erllama.llama_ffi.library import (
     system_info,
 )
 from erllama.llama_ffi.model import LlamaModel, LoadCancelledError, ModelShape, UnusedOverrideError
+from erllama.llama_ffi.model_check import check_hyperparameters, check_tensors
 from erllama.llama_ffi.vocabulary import Vocabulary
 
 __all__ = [
@@ -50,6 +51,8 @@ __all__ = [
     "cell_bytes",
     "check_adapter",
     "check_header",
+    "check_hyperparameters",
+    "check_tensors",
     "devices",
     "ggml_block_size",
     "ggml_type",

@@ -26,7 +26,7 @@ ffibuilder.set_source(
     "erllama.llama_ffi._binding",
     '#include "shim.h"',
     # Relative to the project's root, where setuptools runs.
-    sources=["llama_ffi/shim.cpp"],
-    depends=["llama_ffi/shim.h"],
+    sources=["llama_ffi/shim.cpp", "llama_ffi/graph_check.cpp"],
+    depends=["llama_ffi/shim.h", "llama_ffi/graph_check.h"],
     py_limited_api=True,
 )

@@ -1,8 +1,8 @@
 """The header of a GGUF file, read without loading the model.
 
 libllama's own reader does the parsing, so what passes here is what it will
-see. What it does not check, and later trusts, is checked by `inspect`: tensors
-beyond the end of the file, and sizes it would divide by.
+see. What it does not check, and later trusts, is checked here, where it is a
+tensor beyond the end of the file, or by `model_check`.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def _tensor(gguf: object, i: int) -> Tensor:
 
 
 def check_header(path: str | Path, overrides: Mapping[str, int | float | bool | str] | None = None) -> GGUFHeader:
-    """Read a file's header, and refuse one that would lead libllama beyond the file or to a division by zero.
+    """Read a file's header, and refuse one that would lead libllama beyond the file.
 
-    Reads the header alone. What libllama itself refuses with an error is left to it.
+    Reads the header alone. What libllama itself refuses with an error is left to it; see `model_check`, too.
 
     Args:
         overrides: metadata that takes the place of the file's.
@@ -137,21 +137,11 @@ def check_header(path: str | Path, overrides: Mapping[str, int | float | bool | 
         the header, with the overrides in it.
 
     Raises:
-        LlamaError: the file is no GGUF file, is cut short, or has sizes that cannot be.
+        LlamaError: the file is no GGUF file, or is cut short.
     """
     header = read_header(path)
     metadata = MappingProxyType({**header.metadata, **(overrides or {})})
     check_length(path, header)
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str):
-        raise LlamaError("the metadata names no architecture")
-    recurrent = any(key.startswith((f"{architecture}.ssm.", f"{architecture}.wkv.")) for key in metadata)
-    for name, (low, high) in _SANE.items():
-        if recurrent and name.startswith("attention."):
-            low = 0  # no attention, no heads
-        value = metadata.get(f"{architecture}.{name}")
-        if isinstance(value, int | float) and not isinstance(value, bool) and not low <= value <= high:
-            raise LlamaError(f"{architecture}.{name} is {value}; it must be {low} to {high}")
     return GGUFHeader(metadata, header.tensors, header.data_offset)
 
 
@@ -168,18 +158,3 @@ def check_length(path: str | Path, header: GGUFHeader) -> None:
             raise LlamaError(
                 f"tensor {tensor.name!r} ends at byte {end} of a file of {size}: the file is cut short"
             )
-
-
-# Sizes that libllama divides by, allocates by or loops over before it checks them.
-_SANE: dict[str, tuple[float, float]] = {
-    "block_count": (1, 4096),
-    "context_length": (1, 2**31 - 1),
-    "embedding_length": (1, 2**24),
-    "attention.head_count": (1, 2**16),
-    "attention.head_count_kv": (1, 2**16),
-    "attention.key_length": (1, 2**16),
-    "attention.value_length": (1, 2**16),
-    "rope.dimension_count": (1, 2**16),
-    "rope.freq_base": (1e-9, 1e30),
-    "rope.scaling.factor": (1e-9, 1e9),
-}

@@ -21,6 +21,7 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 #include "gguf.h"
+#include "graph_check.h"
 #include "llama.h"
 
 static_assert(sizeof(llama_token) == 4 && sizeof(llama_pos) == 4 && sizeof(llama_seq_id) == 4,
@@ -59,11 +60,37 @@ struct assertion_failed : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// Whether this thread is inside a computation, which other threads may share.
+thread_local bool computing = false;
+// When an assertion last ended a computation on its calling thread, in milliseconds of the steady clock.
+std::atomic<int64_t> computation_failed_ms{INT64_MIN / 2};
+
+int64_t now_ms() {
+    using namespace std::chrono;
+    return duration_cast<milliseconds>(steady_clock::now().time_since_epoch()).count();
+}
+
+// How long a thread of a computation waits for the calling thread to fail as well, and the other way round.
+constexpr int64_t others_fail_ms = 2000, others_start_ms = 50;
+
 void on_assertion(const char *message) {
+    const auto wait = [](int64_t ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); };
     if (guard_depth > 0) {
+        if (computing) {
+            computation_failed_ms.store(now_ms());
+            wait(others_start_ms);  // those that are late read what is on this thread's stack
+        }
         throw assertion_failed(message);
     }
-    // A worker thread of a backend: nothing can be unwound from here.
+    // A worker thread of a backend: nothing can be unwound from here. Where the calling thread fails as well, and
+    // reports it, this one stays here for good; what it may still use is never freed (see `failed_models`).
+    for (const int64_t began = now_ms(); now_ms() - began < others_fail_ms; wait(10)) {
+        if (began - computation_failed_ms.load() < others_fail_ms) {
+            for (;;) {
+                wait(1000000);
+            }
+        }
+    }
     std::fprintf(stderr, "libllama: %s\n", message);
 }
 
@@ -192,9 +219,27 @@ struct erl_context {
     std::vector<llama_seq_id *> seq_id;
     int32_t n_vocab = 0;
     std::string said;
+    bool failed = false;  // an assertion left a computation on this thread; others may still be inside of it
 };
 
 namespace {
+
+// The models of contexts that failed so. They, the contexts and all adapters are not freed any more: a thread that
+// waits in a computation for the one that left it still uses them. Nothing tells when it will have ended.
+std::mutex failed_mutex;
+std::vector<const llama_model *> failed_models;
+
+void computation_failed(erl_context &context) {
+    std::lock_guard<std::mutex> lock(failed_mutex);
+    context.failed = true;
+    failed_models.push_back(llama_get_model(context.llama));
+}
+
+bool any_failed(const llama_model *model = nullptr) {
+    std::lock_guard<std::mutex> lock(failed_mutex);
+    return model ? std::find(failed_models.begin(), failed_models.end(), model) != failed_models.end()
+                 : !failed_models.empty();
+}
 
 // What libllama would answer with an abort, or with wrong numbers, in row `i` of a batch of `n`; null for nothing.
 const char *refused(const erl_context &context, int32_t n, int32_t i, const int32_t *tokens, const int32_t *positions,
@@ -255,8 +300,24 @@ int32_t compute(erl_context &context, int32_t n, const int32_t *tokens, const in
     batch.n_seq_id = context.n_seq_id.data();
     batch.seq_id = context.seq_id.data();
     batch.logits = const_cast<int8_t *>(output);
+    if (context.failed) {
+        last_error = "an assertion ended an earlier computation of this context: make another";
+        return ERL_ASSERTION;
+    }
     decoding count;
-    return ending ? 2 : llama_decode(context.llama, batch);
+    try {
+        computing = true;
+        const int32_t code = ending ? 2 : llama_decode(context.llama, batch);
+        computing = false;
+        return code;
+    } catch (const assertion_failed &) {
+        computing = false;
+        computation_failed(context);
+        throw;
+    } catch (...) {
+        computing = false;
+        throw;
+    }
 }
 
 struct sampler_arguments {
@@ -449,7 +510,11 @@ struct llama_model *erl_model_load(const char *path, const erl_model_options *op
 }
 
 void erl_model_free(struct llama_model *model) {
-    guarded_void([=] { llama_model_free(model); });
+    guarded_void([=] {
+        if (!any_failed(model)) {
+            llama_model_free(model);
+        }
+    });
 }
 
 int32_t erl_model_shape_of(struct llama_model *model, erl_model_shape *out) {
@@ -623,7 +688,12 @@ erl_context *erl_context_new(struct llama_model *model, const erl_context_option
         try {
             listening to(&context->said);
             context->llama = llama_init_from_model(model, params);
+            const std::string reason = context->llama ? why_not_computable(context->llama) : "";
+            if (!reason.empty()) {
+                throw std::runtime_error(reason);
+            }
         } catch (...) {
+            llama_free(context->llama);
             delete context;
             throw;
         }
@@ -645,8 +715,10 @@ erl_context *erl_context_new(struct llama_model *model, const erl_context_option
 
 void erl_context_free(erl_context *context) {
     guarded_void([=] {
-        llama_free(context->llama);
-        delete context;
+        if (!context->failed) {
+            llama_free(context->llama);
+            delete context;
+        }
     });
 }
 
@@ -703,7 +775,11 @@ struct llama_adapter_lora *erl_adapter_load(struct llama_model *model, const cha
 }
 
 void erl_adapter_free(struct llama_adapter_lora *adapter) {
-    guarded_void([=] { llama_adapter_lora_free(adapter); });
+    guarded_void([=] {
+        if (!any_failed()) {
+            llama_adapter_lora_free(adapter);
+        }
+    });
 }
 
 int32_t erl_context_adapters(erl_context *context, struct llama_adapter_lora **adapters, float *scales, int32_t n) {

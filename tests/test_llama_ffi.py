@@ -161,11 +161,12 @@ def test_models_without_attention_may_have_no_heads(tmp_path: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        metadata = llama_ffi.check_header(tmp_path / f"{name}.gguf").metadata
         if accepted:
-            llama_ffi.check_header(tmp_path / f"{name}.gguf")
+            llama_ffi.check_hyperparameters(metadata)
         else:
             with pytest.raises(LlamaError, match="head_count is 0"):
-                llama_ffi.check_header(tmp_path / f"{name}.gguf")
+                llama_ffi.check_hyperparameters(metadata)
 
 
 # --- decoding and memory ---------------------------------------------------------------------------

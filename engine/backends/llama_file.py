@@ -93,9 +93,12 @@ def load_file(
     check_file(path)
     metadata: Mapping[str, object] = {}
     try:
-        metadata = llama_ffi.check_header(path, options.overrides).metadata
+        header = llama_ffi.check_header(path, options.overrides)
+        metadata = header.metadata
+        llama_ffi.check_hyperparameters(metadata)
         if not vocab_only:
             options.check_against_file(metadata)
+            llama_ffi.check_tensors(metadata, _all_tensors(path, header))
         model = llama_ffi.LlamaModel(
             path,
             n_gpu_layers=options.n_gpu_layers,
@@ -118,6 +121,12 @@ def load_file(
             f"{path} cannot be loaded: {error}. Is the file complete and of a known kind?"
         ) from error
     return LoadedFile(model, metadata)
+
+
+def _all_tensors(path: Path, header: llama_ffi.GGUFHeader) -> list[llama_ffi.Tensor]:
+    """Those of the first part, whose header is known, and of the others that are there; libllama names the rest."""
+    others = [part for part in parts(path) if part != path and part.exists()]
+    return [*header.tensors, *(tensor for part in others for tensor in llama_ffi.read_tensor_table(part)[1])]
 
 
 def _unused(error: llama_ffi.UnusedOverrideError, metadata: Mapping[str, object], vocab_only: bool) -> str:

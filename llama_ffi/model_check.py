@@ -1,0 +1,238 @@
+"""What a model's file must be for libllama to load it and compute with it: types of tensors, and hyperparameters.
+
+libllama checks shapes. It trusts the rest, and a wrong type or a zero that it
+divides by ends the process, not the load. The tables here state what is
+refused, and why. They refuse what no model has; a type that a whole family of
+tensors may have is not listed. What only the graph of a model shows is checked
+when a context is made, by `graph_check.cpp`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from erllama.llama_ffi.gguf import Tensor
+from erllama.llama_ffi.library import LlamaError, ggml_type
+
+
+class TypeRule(NamedTuple):
+    """Tensors whose name matches `name` must be `only` or must not be `never`, for `reason`."""
+
+    name: re.Pattern[str]
+    only: tuple[str, ...]
+    never: tuple[str, ...]
+    reason: str
+
+
+class Range(NamedTuple):
+    """The least and the greatest value of a hyperparameter, and why."""
+
+    low: float
+    high: float
+    reason: str
+
+
+# In this order: the first rule that matches a name is the one that counts.
+_TYPES = (
+    TypeRule(
+        re.compile(r"(^|\.)(ffn_gate_tid2eid|d2t|masked_embd_ordering|masked_embd_centroids)(\.weight)?$"),
+        (),
+        (),
+        "tables of ids, of integers",
+    ),
+    TypeRule(
+        re.compile(r"(norm|norm\d|norm_\d|norm_exps|_ln|\.enorm|\.hnorm)(\.weight|\.bias)?$"),
+        ("f32",),
+        (),
+        "ggml multiplies f32 activations by norms that are f32",
+    ),
+    TypeRule(re.compile(r"\.bias$"), ("f32",), (), "ggml adds biases that are f32 to f32 activations"),
+    TypeRule(
+        re.compile(r"\.(scale|input_scale)$"),
+        ("f32",),
+        (),
+        "ggml multiplies f32 activations by scales that are f32",
+    ),
+    TypeRule(
+        re.compile(r"(^|\.)(rope_freqs|rope_factors_long|rope_factors_short|attn_sinks)(\.weight)?$"),
+        ("f32",),
+        (),
+        "ggml reads RoPE factors and attention sinks as f32",
+    ),
+    TypeRule(
+        re.compile(r"\.(ssm_conv1d(_[qkv])?|shortconv\.conv|ssm_a|ssm_d)(\.weight)?$"),
+        ("f32",),
+        (),
+        "ggml computes convolutions and scans of states in f32",
+    ),
+    TypeRule(
+        re.compile(""),
+        (),
+        ("i8", "i16", "i32", "i64", "f64", "q8_1", "q8_K"),
+        "ggml multiplies no weights of this type",
+    ),
+)
+
+_DIVIDES = "libllama divides by it"
+_ALLOCATES = "libllama allocates or loops by it"
+_NORMALIZES = "norms divide by a root of it and of a variance"
+
+# By the name without the architecture. For a value of each layer, each is checked.
+_RANGES: Mapping[str, Range] = {
+    "block_count": Range(1, 512, _ALLOCATES),
+    "context_length": Range(1, 2**31 - 1, _ALLOCATES),
+    "embedding_length": Range(1, 2**24, _ALLOCATES),
+    "attention.key_length": Range(1, 2**16, _ALLOCATES),
+    "attention.value_length": Range(1, 2**16, _ALLOCATES),
+    "attention.key_length_swa": Range(1, 2**16, _ALLOCATES),
+    "attention.value_length_swa": Range(1, 2**16, _ALLOCATES),
+    "rope.dimension_count": Range(1, 2**16, _DIVIDES),
+    "rope.freq_base": Range(1e-9, 1e30, _DIVIDES),
+    "rope.freq_base_swa": Range(1e-9, 1e30, _DIVIDES),
+    "rope.scaling.factor": Range(1e-9, 1e9, _DIVIDES),
+    "attention.layer_norm_rms_epsilon": Range(0.0, 1.0, _NORMALIZES),
+    "attention.layer_norm_epsilon": Range(0.0, 1.0, _NORMALIZES),
+    "attention.group_norm_epsilon": Range(0.0, 1.0, _NORMALIZES),
+    "attention.group_norm_groups": Range(1, 2**16, _DIVIDES),
+    "full_attention_interval": Range(1, 2**16, _DIVIDES),
+    "interleave_moe_layer_step": Range(0, 2**16, _DIVIDES),
+    "experts_per_group": Range(1, 2**16, _DIVIDES),
+    "expert_count": Range(0, 1024, _ALLOCATES),
+    "expert_used_count": Range(0, 1024, _ALLOCATES),
+    "wkv.head_size": Range(1, 2**16, _DIVIDES),
+    "ssm.time_step_rank": Range(0, 2**24, _DIVIDES),
+    "ssm.conv_kernel": Range(0, 2**16, _ALLOCATES),
+    "ssm.state_size": Range(0, 2**24, _ALLOCATES),
+    "ssm.inner_size": Range(0, 2**24, _ALLOCATES),
+    "kda.head_dim": Range(1, 2**16, _DIVIDES),
+    "attention.output_group_count": Range(1, 2**16, _DIVIDES),
+    "shortconv.l_cache": Range(1, 2**16, _ALLOCATES),
+}
+_HEADS = Range(1, 2**16, _DIVIDES)
+_NO_HEADS = Range(0, 2**16, _DIVIDES)  # layers without attention
+
+# Those that a file of an architecture must have, in range.
+_REQUIRED: Mapping[str, Mapping[str, Range]] = {
+    "afmoe": {"attention.sliding_window": Range(1, 2**31 - 1, "its graph reads the cells of a window")},
+}
+# Where a file of these does not state how wide an expert is, libllama divides by the number of experts in use.
+_WIDTH_BY_EXPERTS = (
+    "glm4moe", "grovemoe", "llada-moe", "mellum", "nemotron_h_moe", "qwen2moe", "qwen35moe", "qwen3moe",
+    "qwen3next", "qwen3vlmoe", "rnd1",
+)  # fmt: skip
+
+
+class Needed(NamedTuple):
+    """A layer of `architectures`, all where empty, that has a tensor `where` needs one of `any_of` too."""
+
+    architectures: tuple[str, ...]
+    where: str
+    any_of: tuple[str, ...]
+
+
+# libllama loads these as optional, and its graph uses them all the same.
+_NEEDED = (
+    Needed((), "ffn_up.weight", ("ffn_down.weight",)),
+    Needed((), "ffn_down.weight", ("ffn_up.weight",)),
+    Needed((), "ffn_up_shexp.weight", ("ffn_down_shexp.weight",)),
+    Needed((), "ffn_down_shexp.weight", ("ffn_up_shexp.weight",)),
+    Needed((), "ffn_gate_inp.weight", ("ffn_down_exps.weight",)),
+    Needed((), "ffn_down_exps.weight", ("ffn_up_exps.weight", "ffn_gate_up_exps.weight")),
+    Needed(
+        ("falcon-h1", "granitehybrid", "nemotron_h", "nemotron_h_moe"), "ssm_conv1d.weight", ("ssm_conv1d.bias",)
+    ),
+    *(
+        Needed(("phi3", "pockettts"), "attn_output.weight", ("attn_qkv.weight", f"attn_{part}.weight"))
+        for part in "qkv"
+    ),
+    Needed(("qwen35", "qwen35moe"), "ssm_out.weight", ("attn_qkv.weight",)),
+    Needed(("qwen35", "qwen35moe"), "ssm_out.weight", ("attn_gate.weight",)),
+    Needed(("qwen3next",), "ssm_out.weight", ("ssm_in.weight", "attn_qkv.weight")),
+    Needed(("qwen3next",), "ssm_out.weight", ("ssm_in.weight", "attn_gate.weight")),
+    Needed(("step35", "hy_v3", "mimo2"), "attn_output.weight", ("ffn_down.weight", "ffn_down_exps.weight")),
+)
+
+
+def check_hyperparameters(metadata: Mapping[str, object]) -> None:
+    """Refuse hyperparameters that libllama would divide by, allocate by or loop over.
+
+    Raises:
+        LlamaError: one is out of its range; the message names it, the value and the range.
+    """
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise LlamaError("the metadata names no architecture")
+    recurrent = any(key.startswith((f"{architecture}.ssm.", f"{architecture}.wkv.")) for key in metadata)
+    heads = _NO_HEADS if recurrent else _HEADS
+    ranges = {"attention.head_count": heads, "attention.head_count_kv": heads, **_RANGES}
+    for name, (low, high, reason) in ranges.items():
+        key = f"{architecture}.{name}"
+        value = metadata.get(key)
+        per_layer = isinstance(value, np.ndarray)
+        if per_layer and name.startswith("attention.head_count"):
+            low = 0  # of layers without attention
+        if recurrent and name.startswith("attention.") and name.endswith("_length"):
+            low = 0
+        for number in value.tolist() if isinstance(value, np.ndarray) else [value]:
+            if isinstance(number, int | float) and not isinstance(number, bool) and not low <= number <= high:
+                raise LlamaError(f"{key} is {number}; it must be {_shown(low)} to {_shown(high)}: {reason}")
+    for name, (low, high, reason) in _REQUIRED.get(architecture, {}).items():
+        value = metadata.get(f"{architecture}.{name}")
+        if not isinstance(value, int) or not low <= value <= high:
+            raise LlamaError(
+                f"{architecture}.{name} is {value}; it must be {_shown(low)} to {_shown(high)}: {reason}"
+            )
+    used, width = f"{architecture}.expert_used_count", f"{architecture}.expert_feed_forward_length"
+    stated = any(np.any(np.asarray(metadata.get(key, 0))) for key in (used, width))
+    if architecture in _WIDTH_BY_EXPERTS and not stated:
+        raise LlamaError(f"the metadata has neither {used} nor {width}: libllama divides by the former")
+
+
+def check_tensors(metadata: Mapping[str, object], tensors: Iterable[Tensor]) -> None:
+    """Refuse tensors of types that ggml cannot compute with in their role, and layers that lack one that is used.
+
+    Raises:
+        LlamaError: the message names the tensor, its type and what it must be.
+    """
+    names: set[str] = set()
+    for tensor in tensors:
+        names.add(tensor.name)
+        kind = _type_name(tensor.ggml_type)
+        rule = next(rule for rule in _TYPES if rule.name.search(tensor.name))
+        if (rule.only and kind not in rule.only) or kind in rule.never:
+            must = f"must be {' or '.join(rule.only)}" if rule.only else "must be of another type"
+            raise LlamaError(
+                f"tensor {tensor.name!r} is of type {kind}; it {must}: {rule.reason}. Convert the model anew"
+            )
+    architecture = metadata.get("general.architecture")
+    for name in sorted(names):
+        for needed in _NEEDED:
+            if (not needed.architectures or architecture in needed.architectures) and name.endswith(
+                f".{needed.where}"
+            ):
+                layer = name.removesuffix(needed.where)
+                if not any(f"{layer}{other}" in names for other in needed.any_of):
+                    wanted = " or ".join(repr(f"{layer}{other}") for other in needed.any_of)
+                    raise LlamaError(
+                        f"tensor {wanted} is missing; a model of architecture {architecture!r} needs it"
+                    )
+
+
+@cache
+def _type_names() -> dict[int, str]:
+    listed = {kind for rule in _TYPES for kind in (*rule.only, *rule.never)} | {"f16", "bf16"}
+    return {ggml_type(kind): kind for kind in listed}
+
+
+def _type_name(kind: int) -> str:
+    return _type_names().get(kind, f"number {kind} of ggml")
+
+
+def _shown(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) or math.isinf(bound) else f"{bound:g}"

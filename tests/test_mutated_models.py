@@ -1,0 +1,272 @@
+"""Models whose tensors or hyperparameters are wrong: refused by name, and the process lives.
+
+What is computed runs in children, on two threads where an assertion on either
+would end the process. `make fuzz` tries 10,000 mutants.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import gguf_edit
+import pytest
+from gguf import MODEL_ARCH_NAMES
+from gguf_edit import F32, U32, EditableGGUF
+from model_completion import complete, with_optional_tensors
+
+from erllama.testing.bert import write_bert
+from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
+from support import must_run, run_python
+
+_HERE = Path(__file__).parent
+_KINDS = {name: kind for kind, name in gguf_edit.TYPE_NAMES.items()}
+_TRY = """
+import sys
+from pathlib import Path
+sys.path.append(sys.argv[1])
+import erllama
+from model_mutations import compute
+for path in sorted(Path(sys.argv[2]).glob("*.gguf")):
+    print(path.stem, flush=True, end=": ")
+    try:
+        compute(path, 2)
+        print("computed")
+    except erllama.Error as error:
+        print(str(error).replace("\\n", " "))
+"""
+
+
+def outcomes(place: Path) -> dict[str, str]:
+    """What came of each file in `place`, tried in one child: its name, and "computed" or the error."""
+    lines = must_run(_TRY, _HERE, place, timeout=300).splitlines()
+    return dict(line.split(": ", 1) for line in lines)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> EditableGGUF:
+    return gguf_edit.read(write_llama(tmp_path_factory.mktemp("llama") / "llama.gguf"))
+
+
+def retyped(file: EditableGGUF, name: str, kind: str) -> EditableGGUF:
+    changed = file.copy()
+    changed.tensors[name].kind = _KINDS[kind]
+    return changed
+
+
+def with_value(file: EditableGGUF, name: str, kind: int, value: object) -> EditableGGUF:
+    changed = file.copy()
+    changed.metadata[f"{file.architecture}.{name}"] = (kind, value)
+    return changed
+
+
+def test_weights_of_types_that_ggml_does_not_multiply(llama: EditableGGUF, tmp_path: Path) -> None:
+    roles = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight", "output.weight", "token_embd.weight")
+    for role in roles:
+        for kind in ("I8", "I16", "I32", "I64", "F64"):
+            retyped(llama, role, kind).write(tmp_path / f"{role}={kind}.gguf")
+    found = outcomes(tmp_path)
+    assert len(found) == len(roles) * 5
+    for stem, outcome in found.items():
+        role, _, kind = stem.partition("=")
+        assert f"tensor {role!r} is of type {kind.lower()}; it must be of another type" in outcome
+
+
+def test_norms_that_a_conversion_wrote_in_half_precision(llama: EditableGGUF, tmp_path: Path) -> None:
+    for role in ("blk.0.attn_norm.weight", "blk.1.ffn_norm.weight", "output_norm.weight"):
+        for kind in ("F16", "BF16", "Q8_0"):
+            retyped(llama, role, kind).write(tmp_path / f"{role}={kind}.gguf")
+    for stem, outcome in outcomes(tmp_path).items():
+        role, _, kind = stem.partition("=")
+        assert f"tensor {role!r} is of type" in outcome, kind
+        assert "it must be f32" in outcome
+
+
+def test_weights_of_every_type_that_ggml_multiplies_are_taken(llama: EditableGGUF, tmp_path: Path) -> None:
+    wide = llama.copy()
+    kinds = [
+        name
+        for name, kind in _KINDS.items()
+        if name not in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K") and 64 % gguf_edit.BLOCKS[kind][0] == 0
+    ]
+    assert len(kinds) >= 10
+    for kind in kinds:
+        changed = wide.copy()
+        for name, tensor in changed.tensors.items():
+            if len(tensor.shape) == 2 and not name.startswith("token_embd"):
+                tensor.kind = _KINDS[kind]
+        changed.write(tmp_path / f"{kind}.gguf")
+    assert outcomes(tmp_path) == dict.fromkeys(sorted(kinds), "computed")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "value"),
+    [
+        ("attention.layer_norm_rms_epsilon", F32, -1.0),
+        ("attention.layer_norm_rms_epsilon", F32, float("nan")),
+        ("attention.layer_norm_rms_epsilon", F32, float("inf")),
+        ("rope.freq_base", F32, float("nan")),
+        ("block_count", U32, 513),
+        ("expert_count", U32, 2**31),
+    ],
+)
+def test_hyperparameters_out_of_range(
+    llama: EditableGGUF, tmp_path: Path, name: str, kind: int, value: float
+) -> None:
+    with_value(llama, name, kind, value).write(tmp_path / "wrong.gguf")
+    outcome = outcomes(tmp_path)["wrong"]
+    assert f"llama.{name} is {value}; it must be" in outcome
+
+
+def test_a_number_that_libllama_divides_by_is_not_zero(tmp_path: Path) -> None:
+    made = complete("qwen3next", tmp_path)
+    assert made is not None
+    base = with_optional_tensors(made)
+    place = tmp_path / "files"
+    place.mkdir()
+    base.write(place / "whole.gguf")
+    with_value(base, "full_attention_interval", U32, 0).write(place / "interval.gguf")
+    experts = base.copy()
+    for name in ("expert_count", "expert_used_count", "expert_feed_forward_length"):
+        experts.metadata.pop(f"qwen3next.{name}", None)
+    experts.write(place / "experts.gguf")
+    found = outcomes(place)
+    assert found["whole"] == "computed"
+    assert "qwen3next.full_attention_interval is 0; it must be 1 to" in found["interval"]
+    assert "expert_used_count" in found["experts"]
+
+
+def test_weights_that_a_graph_needs_and_a_file_lacks(tmp_path: Path) -> None:
+    made = complete("phi3", tmp_path)
+    assert made is not None
+    place = tmp_path / "files"
+    place.mkdir()
+    made.write(place / "lacking.gguf")
+    with_optional_tensors(made).write(place / "whole.gguf")
+    found = outcomes(place)
+    assert found["whole"] == "computed"
+    assert "'blk.0.attn_qkv.weight' or 'blk.0.attn_q.weight' is missing" in found["lacking"]
+
+
+def test_what_only_the_graph_shows_is_found_before_anything_is_computed(tmp_path: Path) -> None:
+    """Of each kind a file that loads: an operation that ggml cannot compute, on as many threads as it likes."""
+    base = gguf_edit.read(write_gemma3(tmp_path / "gemma3.gguf"))
+    place = tmp_path / "files"
+    place.mkdir()
+    with_value(base, "rope.dimension_count", U32, 32).write(place / "wider than a head.gguf")
+    with_value(base, "rope.dimension_count", U32, 7).write(place / "odd.gguf")
+    for stem, outcome in outcomes(place).items():
+        assert "no context can be made: ggml cannot compute" in outcome, stem
+        assert "it needs an even number of dimensions within a head" in outcome
+
+
+# --- the fuzz ---------------------------------------------------------------------------------------
+
+_FUZZ = """
+import sys
+from pathlib import Path
+sys.path.append(sys.argv[1])
+import gguf_edit
+from model_mutations import HYPERPARAMETERS, try_files
+first, last, place = int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+bases = [gguf_edit.read(path) for path in sorted(place.glob("*.base"))]
+with open(place / "journal", "a") as journal:
+    def say(line):
+        journal.write(line + "\\n")
+        journal.flush()
+    try_files(bases, range(first, last), HYPERPARAMETERS, place / f"mutant-{first}.gguf", say)
+"""
+_BATCH = 250
+_FEW = ("gemma2", "phi3", "qwen2moe")
+# Threads that wait must not take the processor from those that work: batches run side by side.
+_PATIENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+
+
+def _bases(place: Path, architectures: Sequence[str]) -> None:
+    written: list[Callable[[Path], Path]] = [write_llama, write_gemma3, write_mamba, write_lfm2, write_bert]
+    for number, write in enumerate(written):
+        write(place / f"{number}.base")
+    for architecture in architectures:
+        made = complete(architecture, place)
+        if made is not None:
+            with_optional_tensors(made).write(place / f"{architecture}.base")
+
+
+def _batch(first: int, last: int, place: Path) -> str:
+    """Try mutants in a child of their own; what killed it, and at which mutant, or an empty text."""
+    command = [sys.executable, "-c", _FUZZ, str(_HERE), str(first), str(last), str(place)]
+    finished = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False, env={**os.environ, **_PATIENT}
+    )
+    if finished.returncode == 0:
+        return ""
+    mutants = [line for line in (place / "journal").read_text().splitlines() if line.startswith("seed ")]
+    return f"exit {finished.returncode} at {mutants[-1] if mutants else 'none'}\n{finished.stderr[-2000:]}"
+
+
+def test_no_mutant_ends_the_process(tmp_path: Path) -> None:
+    """Types, shapes, hyperparameters and architectures: each mutant is refused, or computes."""
+    n = int(os.environ.get("ERLLAMA_FUZZ_N", "60"))
+    first = int(os.environ.get("ERLLAMA_FUZZ_FIRST", "0"))
+    _bases(tmp_path, _FEW if n < 1000 else list(MODEL_ARCH_NAMES.values()))
+    deaths = [
+        death
+        for begin in range(first, first + n, _BATCH)
+        if (death := _batch(begin, min(begin + _BATCH, first + n), tmp_path))
+    ]
+    assert not deaths, "\n".join(deaths)
+    lines = (tmp_path / "journal").read_text().splitlines()
+    computed, refused = lines.count("computed"), sum(line.startswith("refused") for line in lines)
+    assert computed + refused == n
+    assert computed > n // 10
+    assert refused > n // 4
+
+
+# --- an assertion in the midst of a computation -----------------------------------------------------
+
+_UNCHECKED = """
+#include <string>
+struct llama_context;
+std::string why_not_computable(llama_context *) { return ""; }
+"""
+_ASSERT = """
+import sys
+import numpy as np
+from erllama import llama_ffi
+
+def decode(context, n):
+    row = np.arange(n, dtype=np.int32)
+    context.decode(row % 50 + 3, row, np.zeros(n, np.int32), np.ones(n, np.int8))
+
+for _ in range(3):
+    for path in sys.argv[1:]:
+        model = llama_ffi.LlamaModel(path)
+        context = llama_ffi.LlamaContext(model, n_ctx=256, n_threads=2, n_threads_batch=2)
+        for _ in range(2):
+            try:
+                decode(context, 30)
+                print("computed")
+            except llama_ffi.DecodeError as error:
+                print("unsupported types" in str(error), "earlier computation" in str(error))
+            context.cut(0, 0)
+        context.close()
+        model.close()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library made here")
+def test_an_assertion_on_all_threads_of_a_computation(llama: EditableGGUF, tmp_path: Path) -> None:
+    """The check of the graph is taken out, so that one fails: an error, and other models compute on."""
+    (tmp_path / "unchecked.cpp").write_text(_UNCHECKED)
+    library = tmp_path / "unchecked.so"
+    subprocess.run(["c++", "-shared", "-fPIC", tmp_path / "unchecked.cpp", "-o", library], check=True)
+    retyped(llama, "blk.0.ffn_norm.weight", "F16").write(tmp_path / "bad.gguf")
+    llama.write(tmp_path / "good.gguf")
+    paths = (tmp_path / "bad.gguf", tmp_path / "good.gguf")
+    finished = run_python(_ASSERT, *paths, environment={"LD_PRELOAD": str(library)})
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines() == ["True False", "False True", "computed", "computed"] * 3
