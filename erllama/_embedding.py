@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Literal, Never, overload
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from erllama.engine import Backend, Embedder, EmbeddingBackend
 from erllama.engine.embedding import POOLINGS
+from erllama.engine.prompts import PromptTokenizer
 from erllama.errors import (
     BackendError,
     ModelUnloaded,
@@ -185,12 +187,12 @@ class Embeddings:
         """The tokens of a text, and those among them that the model wants at its end."""
         if not text:
             return np.empty(0, np.int32), []
-        tokenize = self._backend.vocabulary.tokenize
-        ids = tokenize(text, add_special=True, parse_special=True)
-        last = ids[-1:].tolist()
-        # Found by a text that cannot end in such a token itself.
-        ends = tokenize("a")[-1:].tolist() == last != tokenize("a", add_special=False)[-1:].tolist()
-        return ids, last if ends else []
+        tokenizer = self._tokenizer
+        return tokenizer.tokenize(text), tokenizer.last
+
+    @cached_property
+    def _tokenizer(self) -> PromptTokenizer:
+        return PromptTokenizer(self._backend.vocabulary)
 
 
 class EmbeddingMethods:

@@ -83,8 +83,8 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
         """Complete a prompt and wait for the whole reply.
 
         Args:
-            prompt: text, or token ids. Text is tokenized with the model's BOS and
-                with special tokens read as such.
+            prompt: text, or token ids. Text is tokenized with special tokens read as such, and with the model's
+                BOS, unless it begins with it. Token ids are taken as they are.
             max_tokens: most tokens of the reply; None, the default, for as many as the context holds.
                 Where the context is full before, the reply ends with "context_full".
             temperature: 0 takes the most likely token; higher is more random; 0.8 by default.
@@ -310,17 +310,17 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
         Args:
             text: text, or its bytes.
             add_special: add the BOS and EOS that the model asks for.
-            parse_special: read the text of special tokens as those tokens.
+            parse_special: read the text of special tokens as those tokens. A BOS or EOS that the text has is then
+                not added again.
         """
         reject_unknown(unknown, ("add_special", "parse_special"), "tokenize")
         self._check_loaded()
         if not isinstance(text, str | bytes):
             raise PromptError(f"{shown(text)} is no text")
-        return self._backend.vocabulary.tokenize(
-            text,
-            add_special=boolean("add_special", add_special),
-            parse_special=boolean("parse_special", parse_special),
-        )
+        add_special, parse_special = boolean("add_special", add_special), boolean("parse_special", parse_special)
+        if add_special and parse_special:
+            return self._tokenizer.tokenize(text)
+        return self._backend.vocabulary.tokenize(text, add_special=add_special, parse_special=parse_special)
 
     def detokenize(
         self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False, **unknown: Never

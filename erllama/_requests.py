@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from erllama._stream import News, wait_async
 from erllama.cache import Cache, Policy
 from erllama.chat.chats import Chats
 from erllama.engine import Backend, Completion, Request, RequestOptions, Runner, Ticket
+from erllama.engine.prompts import PromptTokenizer
 from erllama.errors import PromptError, PromptTooLong, Unsupported, shown
 
 Prompt = str | Sequence[int] | NDArray[np.integer]
@@ -112,7 +114,11 @@ class Requests:
         return ids
 
     def _tokenized(self, text: str) -> NDArray[np.int32]:
-        return self._backend.vocabulary.tokenize(text, add_special=True, parse_special=True)
+        return self._tokenizer.tokenize(text)
+
+    @cached_property
+    def _tokenizer(self) -> PromptTokenizer:
+        return PromptTokenizer(self._backend.vocabulary)
 
     def _going_on(self, text: str, options: RequestOptions) -> NDArray[np.int32] | None:
         """The tokens of a text that goes on from its parent: those that the parent was computed as come first."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from erllama.cache import Cache
 from erllama.engine import Vocabulary
 from erllama.engine.phases import Script
+from erllama.engine.prompts import PromptTokenizer
 
 # A character that no token joins with others, put before a text whose first word would get a space.
 _FENCE = b"\x02"
@@ -33,10 +34,7 @@ class History:
         self._vocabulary, self._cache = vocabulary, cache
         self._script = Script(vocabulary)
         self._word = self._tokenize("a")
-        whole = vocabulary.tokenize("a", add_special=True).tolist()
-        n = len(self._word)
-        at = next((at for at in range(len(whole)) if whole[at : at + n] == self._word), 0)
-        self._first: list[int] = whole[:at]  # BOS, where the model wants one
+        self._first = PromptTokenizer(vocabulary).first  # BOS, where the model wants one
         # Some tokenizers put a space before a text, and before what follows a special token.
         self._spaces = bool(self._word) and vocabulary.piece(self._word[0]).startswith(b" ")
         self._fence = self._tokenize(_FENCE) if self._spaces else []
