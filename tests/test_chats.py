@@ -15,10 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import erllama
+from erllama.chat.conversation import Conversation
+from erllama.chat.templates import ChatTemplate
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import BOS, write_llama
 from erllama.testing.scripted import END, write_scripted
 from spelled import SpelledBackend, SpelledVocabulary
+from support import SHARED
 
 Message = dict[str, object]
 SAVE_ALL = {"min_tokens": 1, "cold_min_tokens": 1}
@@ -434,6 +437,40 @@ def test_the_last_message_can_be_gone_on_with() -> None:
         assert reply.message == {"role": "assistant", "content": "hello there"}, "it takes the last one's place"
         again = model.chat([user("Q"), reply.message, user("and?")])
         assert again.context_tokens[: len(reply.context_tokens)] == reply.context_tokens
+
+
+TRIMMING = TEMPLATE.replace("{{- m.content }}", "{{- m.content | trim }}")
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, TRIMMING], ids=["keeping", "trimming"])
+@pytest.mark.parametrize("content", ["hello ", "hello\n\n", " hello", "hello", " hello \n", " ", "\n", ""])
+def test_a_message_that_was_gone_on_with_is_what_was_computed(content: str, template: str) -> None:
+    computed = content.strip() if template is TRIMMING else content
+    with model_that_says(computed + "there", template=template) as model:
+        begun: Message = {"role": "assistant", "content": content}
+        reply = model.chat([user("Q"), begun], continue_final_message=True)
+        prompt = model.detokenize(reply.context_tokens[: reply.usage.prompt], special=True)
+        assert prompt == f"<|user|>Q<|end|><|assistant|>\t{computed}"
+        assert reply.message == {"role": "assistant", "content": computed + "there"}
+        again = model.chat([user("Q"), reply.message, user("and?")])
+        assert again.context_tokens[: len(reply.context_tokens)] == reply.context_tokens
+        assert again.usage.cached >= len(reply.context_tokens) - 1
+
+
+@pytest.mark.parametrize("path", sorted((SHARED / "templates").glob("*.jinja")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("content", ["Once upon a time ", "Once\n\n", "\n Once \n"])
+def test_real_templates_continue_the_message_that_is_told(path: Path, content: str) -> None:
+    messages: list[Message] = [user("Tell a story."), {"role": "assistant", "content": content}]
+    template = ChatTemplate(path.read_text("utf-8"), bos_token="<s>", eos_token="</s>")
+    conversation = Conversation(template, messages, [], None, {}, True)
+    try:
+        text = conversation.text()
+    except erllama.TemplateError as refusal:
+        assert "cannot be continued" in str(refusal)  # noqa: PT017
+        return
+    message = conversation.as_written(text).message("there", "", [])
+    assert content.strip() in str(message["content"])
+    assert (text + "there").endswith(str(message["content"]))
 
 
 def test_usage_and_what_the_cache_got() -> None:

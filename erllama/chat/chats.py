@@ -183,6 +183,7 @@ class Chats:
         conversation = self._conversation(request)
         choice = tool_choice_of(request.tool_choice, conversation.tools)
         text = conversation.text()
+        conversation = conversation.as_written(text)
         family = _family(request, conversation, choice)
         options = replace(options, phases=self._phases(request, family, choice, conversation, text, options))
         if request.thinking is False and family.thinking is not None:

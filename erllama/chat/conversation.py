@@ -57,6 +57,22 @@ class Conversation:
             ) from None
         return text
 
+    def as_written(self, text: str) -> Conversation:
+        """The conversation with the message to be continued as the template writes it: some strip its text.
+
+        Args:
+            text: the conversation, as `text` gives it.
+        """
+        found = self
+        for strip in (str.rstrip, str.lstrip) if self.continued else ():
+            last = found.messages[-1]
+            content = str(last["content"])
+            shorter = replace(found, messages=[*found.messages[:-1], {**last, "content": strip(content)}])
+            with suppress(ChatError):
+                if strip(content) != content and shorter.text() == text:
+                    found = shorter
+        return found
+
     def _written(self, add_generation_prompt: bool) -> str:
         messages = as_template_takes(self.messages, self.template.source)
         try:
