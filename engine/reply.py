@@ -23,6 +23,7 @@ class Reply:
 
     Args:
         tracker: tells the phases apart; None for a reply that is all text.
+        begun: the bytes of a character that the prompt ends within. The reply's text has all of it.
 
     Attributes:
         calls: the tool calls that are complete, as they were written.
@@ -37,10 +38,11 @@ class Reply:
         vocabulary: Vocabulary,
         script: Script,
         tracker: PhaseTracker | None,
+        begun: bytes = b"",
     ) -> None:
         self._ticket, self._vocabulary, self._script, self._tracker = ticket, vocabulary, script, tracker
         self._phases = options.phases
-        self._decoder = TextDecoder()
+        self._decoder, self._begun = TextDecoder(), begun
         self._stops = StopScanner(options.stop)
         self._said: dict[Kind, list[str]] = {"text": [], "thinking": [], "call": []}
         self._unsent: list[int] = []  # drawn, and no piece told of them
@@ -78,6 +80,8 @@ class Reply:
 
     def take(self, token: int) -> None:
         """One token more."""
+        if self._begun:  # a reply without tokens completes nothing
+            self._decoder, self._begun = TextDecoder(self._begun), b""
         self._unsent.append(token)
         if self._tracker is None:
             self._say(self._decoder.feed(self._vocabulary.piece(token)))

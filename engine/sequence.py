@@ -20,6 +20,7 @@ from erllama.engine.request import CacheDelta, CacheHit, Completion, FinishReaso
 from erllama.engine.sampling import Sampler, SamplingOptions, log_probabilities
 from erllama.engine.shared import Shared
 from erllama.engine.speculation import DecodeCosts, Drafts, Speculator
+from erllama.engine.text import unfinished
 from erllama.engine.ticket import Ticket
 from erllama.engine.warmth import NOTHING_STORED, Warmth
 
@@ -84,7 +85,8 @@ class Sequence:
         self._tracker = shared.tracker(options, prompt)
         self._grammar = shared.grammar(options, self._tracker)
         self._budget = self._thinking_budget()
-        self._reply = Reply(ticket, options, self._vocabulary, shared.script, self._tracker)
+        begun = unfinished(map(self._vocabulary.piece, prompt[-4:].tolist()[::-1]))
+        self._reply = Reply(ticket, options, self._vocabulary, shared.script, self._tracker, begun)
         self._coming: deque[int] = deque()  # tokens that come next, whatever the model says
         self._speculator = self._speculating(prompt)
         self._n_scored = ticket.request.n_scored

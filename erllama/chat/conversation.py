@@ -96,11 +96,19 @@ class Conversation:
             **self.args,
         )
 
-    def message(self, content: str, thinking: str, calls: Sequence[Mapping[str, object]]) -> Message:
-        """A reply as a message, to be added; or to take the last one's place, where that was gone on with."""
+    def message(
+        self, content: str, thinking: str, calls: Sequence[Mapping[str, object]], *, within_character: bool = False
+    ) -> Message:
+        """A reply as a message, to be added; or to take the last one's place, where that was gone on with.
+
+        Args:
+            within_character: the message that was gone on with ended within a character, which the reply has all of.
+        """
         message: Message = {"role": "assistant", "content": content}
         if self.continued:
-            message = {**self.messages[-1], "content": f"{self.messages[-1]['content']}{content}"}
+            begun = str(self.messages[-1]["content"])
+            begun = begun.removesuffix("\ufffd") if within_character else begun
+            message = {**self.messages[-1], "content": f"{begun}{content}"}
         if thinking:
             message["reasoning_content"] = f"{message.get('reasoning_content') or ''}{thinking}"
         if calls:

@@ -19,12 +19,16 @@ from erllama.cache import Cache
 from erllama.engine import Vocabulary
 from erllama.engine.phases import Script
 from erllama.engine.prompts import PromptTokenizer
+from erllama.engine.text import unfinished
 
 # A character that no token joins with others, put before a text whose first word would get a space.
 _FENCE = b"\x02"
 # Tokens at the end of a context that a text which goes on from it need not have: a stop string's, at most.
 _MOST_MISSING = 16
 _WHITE = b" \t\r\n"
+# What the text of a reply has where its bytes are no character, and how many bytes one has at most.
+_REPLACEMENT = "\ufffd".encode()
+_LONGEST_CHARACTER = 4
 
 
 class History:
@@ -125,17 +129,38 @@ class History:
         Returns:
             whether all of the reply is remembered: its text may not tell what it was.
         """
+        begun, before = self.begun(text, prompt), text.encode()
         pieces = [self._written(token) for token in reply]
+        if begun and pieces:
+            before = before.removesuffix(_REPLACEMENT)
+            pieces[0] = begun + pieces[0]
         if stop is not None:
             pieces = _before(stop.encode(), pieces)
+        elif cut:
+            self._remember_within_character(namespace, before, b"".join(pieces), prompt, reply)
         pieces = _whole(pieces)
         while cut and pieces and not pieces[-1].strip(_WHITE):
             pieces.pop()
         n, said = len(pieces), b"".join(pieces)
         if not said or not self._is_told_by(said, reply[:n]):
             return False
-        self.remember(namespace, text.encode() + said, [*prompt, *reply[:n]])
+        self.remember(namespace, before + said, [*prompt, *reply[:n]])
         return n == len(reply)
+
+    def begun(self, text: str, tokens: Sequence[int]) -> bytes:
+        """The bytes of a character that tokens end within, where their text ends with U+FFFD for it."""
+        if not text.endswith("\ufffd"):
+            return b""
+        return unfinished(map(self._vocabulary.piece, tokens[: -_LONGEST_CHARACTER - 1 : -1]))
+
+    def _remember_within_character(
+        self, namespace: bytes, before: bytes, said: bytes, prompt: Sequence[int], reply: Sequence[int]
+    ) -> None:
+        """Remember a reply that was cut within a character: it comes back with U+FFFD in its place."""
+        end = unfinished([said])
+        whole = said.removesuffix(end)
+        if end and _is_text(whole) and self._is_told_by(whole, reply):
+            self.remember(namespace, before + whole + _REPLACEMENT, [*prompt, *reply])
 
     def written(self, tokens: Sequence[int]) -> bytes:
         """What tokens say, special tokens written out."""
@@ -186,6 +211,14 @@ def _before(stop: bytes, pieces: list[bytes]) -> list[bytes]:
     said = b"".join(pieces)
     found = said.find(stop, max(len(said) - len(pieces[-1]) - len(stop) + 1, 0)) if pieces else 0
     return _up_to(found if found >= 0 else said.rfind(stop), pieces)  # seen late, where it might become another
+
+
+def _is_text(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _whole(pieces: list[bytes]) -> list[bytes]:

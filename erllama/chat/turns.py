@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -115,7 +116,12 @@ class Turn:
             if error is not None:
                 text += full.decode("utf-8", "replace")
         calls = [call for found, _ in read for call in found]
-        message = self._conversation.message(text, completion.thinking, list(map(_as_message, calls)))
+        message = self._conversation.message(
+            text,
+            completion.thinking,
+            list(map(_as_message, calls)),
+            within_character=bool(completion.tokens) and self._within_character,
+        )
         ended = completion.finish_reason == "stop" and completion.stop_sequence is None
         given = {field.name: getattr(completion, field.name) for field in fields(completion)}
         given |= {"text": text, "finish_reason": "tool_calls" if ended and calls else completion.finish_reason}
@@ -163,13 +169,19 @@ class Turn:
         try:
             if self._family.is_thinking_at_end(self._begun() + said):
                 return
-            written = self._conversation.as_it_comes_back(message, self._text)
+            before = self._text.removesuffix("\ufffd") if self._within_character else self._text
+            written = self._conversation.as_it_comes_back(message, before)
             if written is not None and not self._leaves_thought_out(said, written, completion.thinking):
                 self._history.remember(self._namespace, written.encode(), completion.context_tokens)
         except ChatError:
             pass  # a template need not take a conversation that ends so
         except Exception:
             log.exception("remembering a reply failed; the next turn may compute it anew")
+
+    @cached_property
+    def _within_character(self) -> bool:
+        """Whether the prompt ends within a character, which the reply completes."""
+        return bool(self._history.begun(self._text, self.prompt[-8:].tolist()))
 
     def _begun(self) -> str:
         """What the prompt may have begun a thought with."""
