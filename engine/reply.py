@@ -50,6 +50,7 @@ class Reply:
         self._trimming = self._kind == "thinking"  # white space at the beginning of a phase
         self._white = ""  # at its end, perhaps
         self._call = b""
+        self._stopped_at: str | None = None
         self.calls: list[bytes] = []
         self.logprobs: list[TokenLogprobs] = []
         self.signature: bytes | None = None
@@ -64,8 +65,17 @@ class Reply:
 
     @property
     def stop_sequence(self) -> str | None:
-        """The stop string that ended it."""
-        return self._stops.matched
+        """The stop string that ended it, or the text of the stop token that did."""
+        return self._stopped_at if self._stops.matched is None else self._stops.matched
+
+    @property
+    def at_stop_token(self) -> bool:
+        """Whether a stop token ended it, and no stop string before that."""
+        return self._stopped_at is not None and self._stops.matched is None
+
+    def stop_at(self, text: str) -> None:
+        """It ends at a stop token, told as this text."""
+        self._stopped_at = text
 
     @property
     def within_character(self) -> bool:

@@ -108,7 +108,9 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
             grammar_triggers: texts, or ids of tokens, at the first of which the grammar begins, itself a part
                 of it.
             stop: a text, or several, at which the reply ends; the first by position wins, and is
-                neither part of the reply nor streamed, but told as `stop_sequence`.
+                neither part of the reply nor streamed, but told as `stop_sequence`. The text of a special token
+                stops at that token, too.
+            stop_token_ids: ids of tokens at which the reply ends, wherever they come; told as `stop_token`.
             logprobs: tell how likely each token was, and the most likely ones, this many of them, 0 to 100.
             reproducible: reuse only KV that gives, bit for bit, the reply of a cold run, and
                 have the context to itself.

@@ -77,6 +77,7 @@ class CompletionOptions(PrefillOptions, total=False):
     regex: str | None
     grammar_triggers: Sequence[str | int]
     stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
     logprobs: int | None
     thinking: str | bool | None
     thinking_markers: MarkerPair | None

@@ -122,7 +122,7 @@ class Turn:
             list(map(_as_message, calls)),
             within_character=bool(completion.tokens) and self._within_character,
         )
-        ended = completion.finish_reason == "stop" and completion.stop_sequence is None
+        ended = completion.finish_reason == "stop" and not _was_stopped(completion)
         given = {field.name: getattr(completion, field.name) for field in fields(completion)}
         given |= {"text": text, "finish_reason": "tool_calls" if ended and calls else completion.finish_reason}
         n_prompt = len(completion.context_tokens) - len(completion.tokens)
@@ -158,7 +158,10 @@ class Turn:
         """
         n_prompt = len(completion.context_tokens) - len(completion.tokens)
         prompt = completion.context_tokens[:n_prompt]
-        told = self._remember_said(prompt, completion.tokens, cut=not ended, stop=completion.stop_sequence)
+        reply, stop = completion.tokens, completion.stop_sequence
+        if completion.stop_token is not None:
+            reply, stop = reply[:-1] if _was_stopped(completion) else reply, None
+        told = self._remember_said(prompt, reply, cut=not ended, stop=stop)
         if not told or not ended:
             return
         if not as_said and (
@@ -206,6 +209,13 @@ class Turn:
         except Exception:
             log.exception("remembering a reply failed; the next turn computes it anew")
             return False
+
+
+def _was_stopped(completion: Completion) -> bool:
+    """Whether it ended at a stop string or a stop token, and not by itself: an end token is none of its tokens."""
+    if completion.stop_token is not None:
+        return completion.tokens[-1:] == (completion.stop_token,)
+    return completion.stop_sequence is not None
 
 
 def _as_message(call: ToolCall) -> Message:
