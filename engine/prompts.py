@@ -12,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backend import Vocabulary
+from erllama.errors import PromptTooLong
+
+_MOST_UTF8 = 4  # bytes of a character
 
 
 class PromptTokenizer:
@@ -39,6 +42,22 @@ class PromptTokenizer:
         if not first and not last:
             return ids
         return np.concatenate([np.array(first, np.int32), ids, np.array(last, np.int32)])
+
+    def check_length(self, *texts: str, n_ctx: int) -> None:
+        """Refuse texts that cannot fit the context together, without tokenizing them.
+
+        Raises:
+            PromptTooLong: they have more bytes than so many of the longest tokens.
+        """
+        longest: int = getattr(self._vocabulary, "longest_piece", 0)
+        if not longest or longest * n_ctx >= _MOST_UTF8 * sum(map(len, texts)):
+            return
+        n_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        if n_bytes > longest * n_ctx:
+            raise PromptTooLong(
+                f"the prompt has {n_bytes} bytes, which are {-(-n_bytes // longest)} tokens at least, and {n_ctx} fit; "
+                "shorten it, or load the model with a larger n_ctx"
+            )
 
     def _begins(self, ids: NDArray[np.int32]) -> bool:
         return bool(ids[: len(self.first)].tolist() == self.first)

@@ -36,8 +36,8 @@ class RequestOptions:
         cache_salt: shares cached KV only with requests of the same salt; None with those of none.
         parent_key: the `finish_key` of the context that the prompt goes on from: where its save is
             still in flight, that is waited for.
-        stop: texts at which the reply ends; the first by position wins, and is not part of it. The text of a special
-            token stops at that token, too.
+        stop: texts at which the reply ends; the first by position wins, and is not part of it. The text of a
+            special token stops at that token, too.
         stop_token_ids: ids of tokens at which the reply ends, wherever they come; not part of its text.
         logprobs: how many of the most likely tokens to tell the probabilities of, beside those of the
             tokens drawn; None for none at all.
@@ -228,8 +228,8 @@ class Completion:
         sampling_state: where the draws stand; a request for more that is given it draws what this one would have.
         timings: where the time went.
         stop_sequence: the stop string that ended it, or the text of the stop token; None where none did.
-        stop_token: the token that ended it, of `stop_token_ids`, or of a stop string that is a special token's text;
-            None where none did. It is the last of `tokens`, unless it ends generation by itself.
+        stop_token: the token that ended it, of `stop_token_ids`, or of a stop string that is a special token's
+            text; None where none did. It is the last of `tokens`, unless it ends generation by itself.
         logprobs: one for each of `tokens`, where asked for; else None.
         thinking: what it thought, where that is told apart.
         thinking_signature: HMAC-SHA256 of `thinking` where a key was given, else b""; None where it did not

@@ -103,6 +103,7 @@ class Embeddings:
         pairs = []
         for at, document in enumerate(documents):
             _check_text(f"document {at}", document)
+            self._tokenizer.check_length(str(query), str(document), n_ctx=limits.n_tokens)
             pairs.append(embedder.pair(str(query), document))
             if len(pairs[-1]) > limits.n_tokens:
                 raise PromptTooLong(
@@ -164,6 +165,8 @@ class Embeddings:
         """The token ids of each text, checked."""
         found = []
         for at, text in enumerate(_listed(texts)):
+            if isinstance(text, str) and not truncate:
+                self._tokenizer.check_length(text, n_ctx=most)
             try:
                 ids, end = self._tokenized(text) if isinstance(text, str) else (self._checked_ids(text), [])
             except PromptError as error:

@@ -250,6 +250,7 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
     def _score_ticket(self, prompt: object, continuation: object, options: PrefillOptions, where: str) -> Ticket:
         checked = request_options(options, where, self._cache_salt, prefill=True)
         self._check_generates()
+        self._check_length(*(text for text in (prompt, continuation) if isinstance(text, str)))
         ids, n_scored = with_continuation(prompt, continuation, self._backend.vocabulary, self._prompt_ids)
         return Ticket(Request(ids, replace(checked, logprobs=1), n_scored), streaming=False)
 
@@ -279,6 +280,7 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
 
     def _gap(self, prefix: object, suffix: object) -> NDArray[np.int32]:
         self._check_generates()
+        self._check_length(*(text for text in (prefix, suffix) if isinstance(text, str)))
         return around_gap(prefix, suffix, self._backend.vocabulary, self.id)
 
     # --- sessions and saving ------------------------------------------------------------

@@ -99,6 +99,7 @@ class Requests:
         # An empty text is refused even where the tokenizer would put a BOS before it: it is a mistake more
         # often than a wish, and who wishes it can give the id.
         if isinstance(prompt, str) and prompt:
+            self._check_length(prompt)
             going_on = self._going_on(prompt, options) if options is not None else None
             ids = going_on if going_on is not None else self._tokenized(prompt)
         else:
@@ -112,6 +113,10 @@ class Requests:
                 "shorten it, or load the model with a larger n_ctx"
             )
         return ids
+
+    def _check_length(self, *texts: str) -> None:
+        """Raise PromptTooLong where texts cannot fit the context, before they are tokenized."""
+        self._tokenizer.check_length(*texts, n_ctx=self._backend.limits.n_ctx)
 
     def _tokenized(self, text: str) -> NDArray[np.int32]:
         return self._tokenizer.tokenize(text)

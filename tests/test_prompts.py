@@ -110,3 +110,48 @@ def test_a_text_without_a_bos_has_the_tokens_that_the_tokenizer_gives(name: str,
         if "bos" in model.info.special_tokens and whole[0] == model.info.special_tokens["bos"].id:
             bos = model.info.special_tokens["bos"].text
             assert model.tokenize(bos + text, parse_special=True).tolist() == whole
+
+
+@pytest.mark.parametrize("method", ["complete", "stream", "prefill", "score", "scored", "infill", "chat", "embed"])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(
+    method: str, model: erllama.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = model._backend.vocabulary.longest_piece  # type: ignore[attr-defined]
+    assert longest == max(len(model._backend.vocabulary.piece(id)) for id in range(model.n_vocab))
+    text = "7" * (longest * model.n_ctx + 1)
+    call = {
+        "score": lambda: model.score(text, "a"),
+        "scored": lambda: model.score([5], text),
+        "infill": lambda: model.infill(text, "a"),
+        "chat": lambda: model.chat([{"role": "user", "content": text}]),
+    }.get(method, lambda: getattr(model, method)(text))
+    model.tokenize("a")
+    tokenized: list[int] = []
+    vocabulary = model._backend.vocabulary
+    tokenize = type(vocabulary).tokenize
+
+    def recorded(self: object, source: str | bytes, **options: bool) -> NDArray[np.int32]:
+        tokenized.append(len(source))
+        return tokenize(vocabulary, source, **options)
+
+    monkeypatch.setattr(type(vocabulary), "tokenize", recorded)
+    with pytest.raises(erllama.PromptTooLong, match=r"bytes, which are \d+ tokens at least"):
+        call()
+    assert max(tokenized, default=0) < 100
+
+
+def test_many_tools_are_refused_before_a_grammar_is_made_of_them(
+    model: erllama.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a grammar was made")
+
+    monkeypatch.setattr("erllama.chat.families.Family.grammar", refused)
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": {}}} for i in range(1000)]
+    with pytest.raises(erllama.PromptTooLong):
+        model.chat(MESSAGES, tools=tools, chat_template="{{ tools | tojson }}<tool_call>{{ messages[0].content }}")
+
+
+@pytest.mark.parametrize("text", ["a" * 255, "é" * 100, "🙂" * 60])
+def test_a_text_that_may_fit_is_tokenized(text: str, model: erllama.Model) -> None:
+    assert len(model.prefill(text).context_tokens) == 1 + len(text.encode())

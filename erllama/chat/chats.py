@@ -26,7 +26,8 @@ from erllama.chat.tools import ToolChoice, normalized_tools, tool_choice_of
 from erllama.chat.turns import Turn
 from erllama.engine import Backend, Grammar, Markers, PhaseOptions, RequestOptions, Vocabulary
 from erllama.engine.phases import Script
-from erllama.errors import ChatError, OptionError, boolean
+from erllama.engine.prompts import PromptTokenizer
+from erllama.errors import ChatError, OptionError, PromptTooLong, boolean
 
 log = logging.getLogger("erllama")
 
@@ -87,11 +88,16 @@ class Chats:
         self._compiled = lru_cache(maxsize=16)(self._compile)
         self._call_grammar = lru_cache(maxsize=64)(self._make_call_grammar)
         self.vocabulary = vocabulary
+        self._backend = backend
         self.script = Script(vocabulary)
 
     @cached_property
     def history(self) -> History:
         return History(self.vocabulary, self._cache)
+
+    @property
+    def _n_ctx(self) -> int:
+        return self._backend.limits.n_ctx
 
     # --- templates
 
@@ -184,12 +190,18 @@ class Chats:
         choice = tool_choice_of(request.tool_choice, conversation.tools)
         text = conversation.text()
         conversation = conversation.as_written(text)
+        PromptTokenizer(self.vocabulary).check_length(text, n_ctx=self._n_ctx)
+        namespace = self._namespace(options.cache_salt)
+        prompt = self.history.tokens(namespace, text, as_text=options.reproducible)
+        if len(prompt) > self._n_ctx:  # before grammars are made of all tools
+            raise PromptTooLong(
+                f"the conversation has {len(prompt)} tokens and the context holds {self._n_ctx}; "
+                "shorten it, or load the model with a larger n_ctx"
+            )
         family = _family(request, conversation, choice)
         options = replace(options, phases=self._phases(request, family, choice, conversation, text, options))
         if request.thinking is False and family.thinking is not None:
             options = self._without_thinking(options, family.thinking)
-        namespace = self._namespace(options.cache_salt)
-        prompt = self.history.tokens(namespace, text, as_text=options.reproducible)
         return Turn(conversation, family, self.history, namespace, text, prompt, options)
 
     def _phases(

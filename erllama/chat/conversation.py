@@ -102,7 +102,7 @@ class Conversation:
         """A reply as a message, to be added; or to take the last one's place, where that was gone on with.
 
         Args:
-            within_character: the message that was gone on with ended within a character, which the reply has all of.
+            within_character: the message that was gone on with ended within a character, which the reply has whole.
         """
         message: Message = {"role": "assistant", "content": content}
         if self.continued:
