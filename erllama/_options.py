@@ -98,6 +98,7 @@ class TemplateOptions(TypedDict, total=False):
     template_args: Mapping[str, object] | None
     documents: Sequence[Mapping[str, object]] | None
     continue_final_message: bool
+    special_tokens_in_content: bool
     thinking: str | bool | None
 
 
@@ -112,6 +113,7 @@ class ChatOptions(CompletionOptions, total=False):
     template_args: Mapping[str, object] | None
     documents: Sequence[Mapping[str, object]] | None
     continue_final_message: bool
+    special_tokens_in_content: bool
 
 
 _PHASES = (

@@ -38,8 +38,8 @@ class Vocabulary:
         add_bos, add_eos: whether `tokenize(add_special=True)` adds them.
         add_sep: whether the model puts `sep` between two texts.
         is_eog: bool array, shape (n_tokens,): tokens that end generation.
-        longest_piece: most bytes of a text that one token stands for; 0 for kinds of tokenizers that leave bytes out,
-            or take any number of unknown ones for one token.
+        longest_piece: most bytes of a text that one token stands for; 0 for kinds of tokenizers that leave bytes
+            out, or take any number of unknown ones for one token.
         is_control: bool array, shape (n_tokens,): tokens that are no text.
     """
 

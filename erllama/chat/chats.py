@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from erllama.cache import Cache
+from erllama.chat.content import SpecialTexts, without_marks
 from erllama.chat.conversation import Conversation
 from erllama.chat.families import Family
 from erllama.chat.history import History
@@ -48,6 +49,7 @@ class ChatRequest:
         template_args: what the template gets beside the conversation.
         documents: what the template gets as documents.
         continue_final_message: go on with the last message, which is the assistant's.
+        special_tokens_in_content: whether the content of messages that are not the assistant's may spell them out.
         thinking: True, False, or None for what the template does of itself.
         thinking_markers, tool_markers, tool_payload_markers: what to go by instead of the template's own.
         thinking_budget, budget_message, signing_key: as of PhaseOptions.
@@ -62,6 +64,7 @@ class ChatRequest:
     template_args: Mapping[str, object] | None = None
     documents: Sequence[Mapping[str, object]] | None = None
     continue_final_message: bool = False
+    special_tokens_in_content: bool = True
     thinking: bool | None = None
     thinking_markers: Markers | None = None
     tool_markers: Markers | None = None
@@ -86,6 +89,7 @@ class Chats:
         self._lock = threading.Lock()
         self._warned = False
         self._compiled = lru_cache(maxsize=16)(self._compile)
+        self._special_texts = lru_cache(maxsize=16)(self._texts_of_special)
         self._call_grammar = lru_cache(maxsize=64)(self._make_call_grammar)
         self.vocabulary = vocabulary
         self._backend = backend
@@ -152,6 +156,10 @@ class Chats:
 
     def render(self, request: ChatRequest, *, add_generation_prompt: bool = True) -> str:
         """A conversation as the template writes it."""
+        return without_marks(self.render_marked(request, add_generation_prompt=add_generation_prompt))
+
+    def render_marked(self, request: ChatRequest, *, add_generation_prompt: bool) -> str:
+        """A conversation as the template writes it, as `history` takes it."""
         return self._conversation(request).text(add_generation_prompt=add_generation_prompt)
 
     def _conversation(self, request: ChatRequest) -> Conversation:
@@ -172,7 +180,15 @@ class Chats:
             if request.thinking is not None and template.uses(name):
                 args[name] = request.thinking
         args |= request.template_args or {}
-        return Conversation(template, messages, tools, request.documents, args, request.continue_final_message)
+        special = None
+        if not boolean("special_tokens_in_content", request.special_tokens_in_content):
+            special = self._special_texts(template.source)
+        return Conversation(
+            template, messages, tools, request.documents, args, request.continue_final_message, special
+        )
+
+    def _texts_of_special(self, source: str) -> SpecialTexts:
+        return self.history.special.in_template(source, self.vocabulary)
 
     # --- turns
 

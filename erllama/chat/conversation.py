@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
+from erllama.chat.content import ContentMask, SpecialTexts, without_marks
 from erllama.chat.messages import normalized_messages
 from erllama.chat.quirks import as_template_takes, with_arguments_as_text
 from erllama.chat.templates import ChatTemplate
@@ -29,6 +31,7 @@ class Conversation:
         messages, tools: normalized.
         documents, args: what the template gets beside them.
         continued: the last message, the assistant's, is to be gone on with.
+        special: the texts of tokens that content is not read as; None where it is. What is written is marked, then.
     """
 
     template: ChatTemplate
@@ -37,6 +40,7 @@ class Conversation:
     documents: Sequence[Mapping[str, object]] | None
     args: Mapping[str, object]
     continued: bool
+    special: SpecialTexts | None = None
 
     def text(self, *, add_generation_prompt: bool = True) -> str:
         """The conversation as the template writes it.
@@ -49,7 +53,7 @@ class Conversation:
             raise ChatError("the chat template has no place for tools; give chat_template= with one that has")
         text = self._written(add_generation_prompt)
         try:
-            text.encode()
+            (text if self.special is None else without_marks(text)).encode()
         except UnicodeEncodeError as error:
             raise ChatError(
                 f"the chat template writes half a surrogate pair, at character {error.start}, which is no text; "
@@ -87,14 +91,20 @@ class Conversation:
             raise
 
     def _rendered(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        return self.template.render(
-            messages,
-            tools=self.tools or None,
-            documents=self.documents,
+        given: tuple[Any, Any, Any] = (messages, self.tools or None, self.documents)
+        mask = None
+        if self.special is not None:
+            mask = ContentMask(self.special, *given, self.args, self.template.source)
+            given = (mask.messages(messages), mask.value(given[1]), mask.value(given[2]))
+        written = self.template.render(
+            given[0],
+            tools=given[1],
+            documents=given[2],
             add_generation_prompt=add_generation_prompt,
             continue_final_message=self.continued,
             **self.args,
         )
+        return written if mask is None else mask.marked(written)
 
     def message(
         self, content: str, thinking: str, calls: Sequence[Mapping[str, object]], *, within_character: bool = False

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from queue import Empty, SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import Cache
+from erllama.chat.content import SpecialTexts, tokenized
+from erllama.chat.content import raw as marked_bytes
 from erllama.engine import Vocabulary
 from erllama.engine.phases import Script
 from erllama.engine.prompts import PromptTokenizer
@@ -54,10 +56,10 @@ class History:
         with suppress(Empty):
             while True:
                 self._deferred.get_nowait()()
-        raw = text.encode()
+        raw = marked_bytes(text)
         known = None if as_text else self._cache.longest_text(namespace, raw)
         if known is None or not self._is_sound(known[1]) or _within_character(raw, known[0]):
-            return self._of_whole(text)
+            return self._of_whole(raw)
         n_bytes, tokens = known
         following = self._following(raw[n_bytes:], int(tokens[-1]))
         return np.concatenate([tokens, np.array(following, np.int32)])
@@ -129,7 +131,7 @@ class History:
         Returns:
             whether all of the reply is remembered: its text may not tell what it was.
         """
-        begun, before = self.begun(text, prompt), text.encode()
+        begun, before = self.begun(text, prompt), marked_bytes(text)
         pieces = [self._written(token) for token in reply]
         if begun and pieces:
             before = before.removesuffix(_REPLACEMENT)
@@ -178,8 +180,13 @@ class History:
         """Whether tokens are this model's: they may come from a file."""
         return bool(len(tokens)) and int(tokens.min()) >= 0 and int(tokens.max()) < self._vocabulary.n_tokens
 
-    def _of_whole(self, text: str) -> NDArray[np.int32]:
-        ids = self._tokenize(text)
+    @cached_property
+    def special(self) -> SpecialTexts:
+        """The texts of the tokens that are no text."""
+        return SpecialTexts.of(self._vocabulary)
+
+    def _of_whole(self, raw: bytes) -> NDArray[np.int32]:
+        ids = tokenized(raw, lambda: self.special, self._ids, None)
         first = self._first if ids[: len(self._first)] != self._first else []
         return np.array(first + ids, np.int32)
 
@@ -187,12 +194,16 @@ class History:
         """The tokens of a text that follows a token."""
         if not text:
             return []
+        return tokenized(text, lambda: self.special, self._ids, before)
+
+    def _ids(self, text: bytes, before: int | None, parse_special: bool) -> list[int]:
+        """The tokens of a text that has no marks."""
         n = len(self._fence)
-        if n and not self._spaced_after(before):
-            ids = self._tokenize(_FENCE + text)
+        if before is not None and n and not self._spaced_after(before):
+            ids = self._tokenize(_FENCE + text, parse_special=parse_special)
             if ids[:n] == self._fence:
                 return ids[n:]
-        return self._tokenize(text)
+        return self._tokenize(text, parse_special=parse_special)
 
     def _puts_space_after(self, token: int) -> bool:
         """Whether the tokenizer puts a space before what follows a token."""
@@ -201,8 +212,9 @@ class History:
     def _written(self, token: int) -> bytes:
         return self._script.written(self._script.of_token(token))
 
-    def _tokenize(self, text: str | bytes) -> list[int]:
-        ids: list[int] = self._vocabulary.tokenize(text, add_special=False, parse_special=True).tolist()
+    def _tokenize(self, text: str | bytes, *, parse_special: bool = True) -> list[int]:
+        found = self._vocabulary.tokenize(text, add_special=False, parse_special=parse_special)
+        ids: list[int] = found.tolist()
         return ids
 
 

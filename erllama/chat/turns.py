@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama.chat.content import raw
 from erllama.chat.conversation import Conversation, Message
 from erllama.chat.families import Family
 from erllama.chat.history import History
@@ -175,7 +176,7 @@ class Turn:
             before = self._text.removesuffix("\ufffd") if self._within_character else self._text
             written = self._conversation.as_it_comes_back(message, before)
             if written is not None and not self._leaves_thought_out(said, written, completion.thinking):
-                self._history.remember(self._namespace, written.encode(), completion.context_tokens)
+                self._history.remember(self._namespace, raw(written), completion.context_tokens)
         except ChatError:
             pass  # a template need not take a conversation that ends so
         except Exception:
