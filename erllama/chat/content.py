@@ -81,10 +81,10 @@ class ContentMask:
         self._special = special
         texts = [text.decode("utf-8", "replace") for text in special.texts]
         ends = {text[0] for text in texts} | {text[-1] for text in texts}
-        # Letters and white space mean something to templates. Of texts that begin or end so, whole ones are replaced.
+        # Letters and white space mean something to templates. Texts that begin and end so are found whole.
         self._ends = sorted(end for end in ends if not end.isalnum() and not end.isspace())
         self._words = sorted((t for t in texts if t[0] not in self._ends and t[-1] not in self._ends), key=len)
-        known = json.dumps(given, ensure_ascii=False, default=str)
+        known = json.dumps(given, ensure_ascii=False, default=str).replace("\\\\", "\\")
         free = (chr(code) for code in _STAND_INS if chr(code) not in known and _escaped(chr(code)) not in known)
         self._stand_ins = {own: next(free) for own in dict.fromkeys([*self._ends, *(t[0] for t in self._words)])}
 
