@@ -151,7 +151,8 @@ def tokenized(
     mark = raw(MARK)
     if mark not in text:
         return tokenize(text, before, True)
-    found, ids, pending, end = special(), [], b"", 0
+    found, pending, end = special(), b"", 0
+    ids: list[int] = []
 
     def add(part: bytes, *, parse_special: bool) -> None:
         if part:
