@@ -141,6 +141,8 @@ class Vocabulary(Protocol):
     """Text to tokens and back; thread-safe.
 
     One that can mark gaps has `infill_tokens`, too, an InfillTokens; None, or no such attribute, for none.
+    One whose tokens each stand for a limited number of a text's bytes has `longest_piece`, the most of them; texts
+    that are too long are then refused before they are tokenized. 0, or no such attribute, where there is no limit.
     """
 
     @property

@@ -131,8 +131,19 @@ class Script:
         Raises:
             OptionError: it gives no tokens.
         """
+        return self._scripted(text, self.tokens_of(text))
+
+    def of_text(self, text: str) -> str:
+        """A text in which special tokens are written out; one that gives no tokens is text."""
+        ids = self._vocabulary.tokenize(text, add_special=False, parse_special=True)
+        return self._scripted(text, ids.tolist())
+
+    def token_of(self, character: str) -> int:
+        """The special token that a character of a script is."""
+        return ord(character) - _SPECIAL
+
+    def _scripted(self, text: str, ids: Iterable[int]) -> str:
         rest, script = text.encode(), ""
-        ids = self.tokens_of(text)
         for token in ids:
             if not self._vocabulary.piece(token):
                 name = self._vocabulary.detokenize([token], special=True)

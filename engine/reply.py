@@ -23,6 +23,7 @@ class Reply:
 
     Args:
         tracker: tells the phases apart; None for a reply that is all text.
+        begun: the bytes of a character that the prompt ends within. The reply's text has all of it.
 
     Attributes:
         calls: the tool calls that are complete, as they were written.
@@ -38,10 +39,11 @@ class Reply:
         vocabulary: Vocabulary,
         script: Script,
         tracker: PhaseTracker | None,
+        begun: bytes = b"",
     ) -> None:
         self._ticket, self._vocabulary, self._script, self._tracker = ticket, vocabulary, script, tracker
         self._phases = options.phases
-        self._decoder = TextDecoder()
+        self._decoder, self._begun = TextDecoder(), begun
         self._stops = StopScanner(options.stop)
         self._said: dict[Kind, list[str]] = {"text": [], "thinking": [], "call": []}
         self._unsent: list[int] = []  # drawn, and no piece told of them
@@ -49,6 +51,7 @@ class Reply:
         self._trimming = self._kind == "thinking"  # white space at the beginning of a phase
         self._white = ""  # at its end, perhaps
         self._call = b""
+        self._stopped_at: str | None = None
         self.calls: list[bytes] = []
         self.places: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
@@ -64,8 +67,17 @@ class Reply:
 
     @property
     def stop_sequence(self) -> str | None:
-        """The stop string that ended it."""
-        return self._stops.matched
+        """The stop string that ended it, or the text of the stop token that did."""
+        return self._stopped_at if self._stops.matched is None else self._stops.matched
+
+    @property
+    def at_stop_token(self) -> bool:
+        """Whether a stop token ended it, and no stop string before that."""
+        return self._stopped_at is not None and self._stops.matched is None
+
+    def stop_at(self, text: str) -> None:
+        """It ends at a stop token, told as this text."""
+        self._stopped_at = text
 
     @property
     def within_character(self) -> bool:
@@ -80,6 +92,8 @@ class Reply:
 
     def take(self, token: int) -> None:
         """One token more."""
+        if self._begun:  # a reply without tokens completes nothing
+            self._decoder, self._begun = TextDecoder(self._begun), b""
         self._unsent.append(token)
         if self._tracker is None:
             self._say(self._decoder.feed(self._vocabulary.piece(token)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -36,7 +36,9 @@ class RequestOptions:
         cache_salt: shares cached KV only with requests of the same salt; None with those of none.
         parent_key: the `finish_key` of the context that the prompt goes on from: where its save is
             still in flight, that is waited for.
-        stop: texts at which the reply ends; the first by position wins, and is not part of it.
+        stop: texts at which the reply ends; the first by position wins, and is not part of it. The text of a
+            special token stops at that token, too.
+        stop_token_ids: ids of tokens at which the reply ends, wherever they come; not part of its text.
         logprobs: how many of the most likely tokens to tell the probabilities of, beside those of the
             tokens drawn; None for none at all.
         session_id: keeps the context in its cells for the session's next request; a name.
@@ -57,6 +59,7 @@ class RequestOptions:
     cache_salt: str | None = None
     parent_key: bytes | None = None
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     logprobs: int | None = None
     session_id: str | None = None
     timeout: float | None = None
@@ -80,6 +83,7 @@ class RequestOptions:
             put(self, "max_tokens", integer("max_tokens", self.max_tokens, 0))
         boolean("reproducible", self.reproducible)
         put(self, "stop", _stop_strings(self.stop))
+        put(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
         if self.logprobs is not None:
             put(self, "logprobs", integer("logprobs", self.logprobs, 0, MOST_LOGPROBS))
         if self.session_id is not None and (not isinstance(self.session_id, str) or not self.session_id):
@@ -114,6 +118,12 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     if not isinstance(found, list | tuple) or not all(isinstance(text, str) and text for text in found):
         raise OptionError(f"stop={shown(stop)}; give a text, or a list of them, none of them empty")
     return tuple(encodable("stop", text) for text in found)
+
+
+def _stop_token_ids(given: object) -> tuple[int, ...]:
+    if given is None or isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise OptionError(f"stop_token_ids={given!r:.80}; give a list of token ids, or leave it out")
+    return tuple(integer("each of stop_token_ids", token, 0) for token in given)
 
 
 def _triggers(given: object, grammar: Grammar | None) -> tuple[str | int, ...]:
@@ -206,7 +216,7 @@ class Completion:
 
     Attributes:
         text: the reply as text, without thinking and tool calls; bytes that are no UTF-8 appear as U+FFFD.
-        tokens: ids of the reply, an end token not among them, those of a stop string among them.
+        tokens: ids of the reply, an end token not among them, those of a stop string and a stop token among them.
         context_tokens: ids of prompt and reply.
         finish_reason: "stop" at an end-of-generation token or a stop string, "length" at
             max_tokens, "context_full" when no cell was left, "cancelled"; in chats "tool_calls", for a call.
@@ -217,7 +227,9 @@ class Completion:
         seed: the seed the draws used.
         sampling_state: where the draws stand; a request for more that is given it draws what this one would have.
         timings: where the time went.
-        stop_sequence: the stop string that ended it; None where none did.
+        stop_sequence: the stop string that ended it, or the text of the stop token; None where none did.
+        stop_token: the token that ended it, of `stop_token_ids`, or of a stop string that is a special token's
+            text; None where none did. It is the last of `tokens`, unless it ends generation by itself.
         logprobs: one for each of `tokens`, where asked for; else None.
         thinking: what it thought, where that is told apart.
         thinking_signature: HMAC-SHA256 of `thinking` where a key was given, else b""; None where it did not
@@ -238,6 +250,7 @@ class Completion:
     sampling_state: SamplingState
     timings: Timings
     stop_sequence: str | None = None
+    stop_token: int | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
     thinking: str = ""
     thinking_signature: bytes | None = None

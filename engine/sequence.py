@@ -20,6 +20,7 @@ from erllama.engine.request import CacheDelta, CacheHit, Completion, FinishReaso
 from erllama.engine.sampling import Sampler, SamplingOptions, log_probabilities
 from erllama.engine.shared import Shared
 from erllama.engine.speculation import DecodeCosts, Drafts, Speculator
+from erllama.engine.text import unfinished
 from erllama.engine.ticket import Ticket
 from erllama.engine.warmth import NOTHING_STORED, Warmth
 
@@ -86,7 +87,10 @@ class Sequence:
         self._tracker = shared.tracker(options, prompt)
         self._grammar = shared.grammar(options, self._tracker)
         self._budget = self._thinking_budget()
-        self._reply = Reply(ticket, options, self._vocabulary, shared.script, self._tracker)
+        begun = unfinished(map(self._vocabulary.piece, prompt[-4:].tolist()[::-1]))
+        self._reply = Reply(ticket, options, self._vocabulary, shared.script, self._tracker, begun)
+        self._stop_tokens = shared.stop_tokens(options)
+        self._stop_token: int | None = None
         self._coming: deque[int] = deque()  # tokens that come next, whatever the model says
         self._speculator = self._speculating(prompt)
         self._n_scored = ticket.request.n_scored
@@ -277,12 +281,13 @@ class Sequence:
             metrics.first_token.observe(now - self.ticket.submitted)
         self._last_token_at = now
         if self._vocabulary.is_eog[token]:
-            self.finish_reason = "stop"
+            self._stop_at(token)
             return
         if self.options.logprobs is not None:
             self._reply.logprobs.append(log_probabilities(logits, token, self.options.logprobs))
         self._take(token)
-        self._take_certain()
+        if self.finish_reason is None:
+            self._take_certain()
         if self._grammar is not None and self.finish_reason is None and self._grammar.stopped:
             self.finish_reason = "stop"
 
@@ -310,6 +315,9 @@ class Sequence:
         """One token more of the reply."""
         self.tokens[self.n_known] = token
         self.n_known += 1
+        if token in self._stop_tokens:
+            self._stop_at(token)
+            return
         was_thinking = self._tracker is not None and self._tracker.phase == "thinking"
         self._reply.take(token)
         if self._budget is not None and self._tracker is not None:
@@ -323,6 +331,13 @@ class Sequence:
             self.finish_reason = "context_full"
         if self._grammar is not None:
             self._grammar.accept(token)
+
+    def _stop_at(self, token: int) -> None:
+        """The reply ends at a token: one that ends generation, or one of the caller's."""
+        self.finish_reason = "stop"
+        if token in self._stop_tokens:
+            self._stop_token = token
+            self._reply.stop_at(self._stop_tokens[token])
 
     def _take_certain(self) -> None:
         """What is certain to come is the reply's at once, and is computed in one slice."""
@@ -382,6 +397,7 @@ class Sequence:
                 decode_tokens=max(self.n_known - self.n_prompt - 1, 0),
             ),
             stop_sequence=reply.stop_sequence,
+            stop_token=self._stop_token if reply.at_stop_token else None,
             logprobs=tuple(reply.logprobs) if self.options.logprobs is not None else None,
             thinking=reply.thinking,
             thinking_signature=reply.signature,

@@ -19,7 +19,7 @@ from erllama.engine.request import RequestOptions
 from erllama.engine.sampling import SamplerFactory
 from erllama.engine.slices import Slicing
 from erllama.engine.weights import Weights
-from erllama.errors import OptionError
+from erllama.errors import OptionError, PromptError
 
 log = logger("erllama.engine")
 
@@ -55,6 +55,29 @@ class Shared:
         samplers = SamplerFactory(vocabulary, limits.n_ctx)
         grammars, script = GrammarCompiler(vocabulary), Script(vocabulary)
         return cls(cache, backend, slicing, policy, samplers, grammars, script, Adapters(backend), Weights(backend))
+
+    def stop_tokens(self, options: RequestOptions) -> dict[int, str]:
+        """The tokens at which a reply ends, and the texts that are told of them.
+
+        Raises:
+            OptionError: an id is outside the vocabulary.
+        """
+        vocabulary = self.backend.vocabulary
+        found: dict[int, str] = {}
+        for token in options.stop_token_ids:
+            if token >= vocabulary.n_tokens:
+                raise OptionError(
+                    f"stop_token_ids has {token}; ids of this model are 0 to {vocabulary.n_tokens - 1}"
+                )
+            found[token] = self.script.written(self.script.of_token(token)).decode("utf-8", "replace")
+        for text in options.stop:
+            try:
+                script = self.script.of_text(text)
+            except PromptError:  # a model without a tokenizer has no special tokens either
+                continue
+            if len(script) == 1 and not self.script.plain(script):
+                found[self.script.token_of(script)] = text
+        return found
 
     def tracker(self, options: RequestOptions, prompt: NDArray[np.int32]) -> PhaseTracker | None:
         """What tells the phases of a reply apart; None where they are not to be told."""

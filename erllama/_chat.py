@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from erllama._options import ChatOptions, TemplateOptions, chat_request, template_request
 from erllama._requests import Requests
 from erllama._stream import AsyncStream, Stream
+from erllama.chat.content import without_marks
 from erllama.chat.results import ChatCompletion
 from erllama.chat.turns import Turn
 from erllama.engine import Done, Event, Ticket
@@ -128,6 +129,8 @@ class ChatMethods(Requests):
             documents: what it gets as documents.
             continue_final_message: go on with the last message, the assistant's, instead of answering. The reply's
                 `message` is then the whole of it, to take that one's place.
+            special_tokens_in_content: whether content may spell special tokens out, True. With False, the content
+                of messages that are not the assistant's, tools and documents are plain text.
             thinking: "enabled" or True, "disabled" or False; None for what the template does of itself. What was
                 thought is always told from the answer.
 
@@ -180,21 +183,19 @@ class ChatMethods(Requests):
 
         Other options, and errors, as for `chat`.
         """
-        text = self._rendered(messages, add_generation_prompt, options, "apply_chat_template")
+        text = self._marked(messages, add_generation_prompt, options, "apply_chat_template")
         return self._chats.history.tokens(self._namespace(cache_salt), text, as_text=False)
 
     def render_chat(
         self, messages: Messages, *, add_generation_prompt: bool = True, **options: Unpack[TemplateOptions]
     ) -> str:
         """The text of a conversation as the template writes it; options and errors as for `apply_chat_template`."""
-        return self._rendered(messages, add_generation_prompt, options, "render_chat")
+        return without_marks(self._marked(messages, add_generation_prompt, options, "render_chat"))
 
-    def _rendered(
-        self, messages: Messages, add_generation_prompt: bool, options: TemplateOptions, where: str
-    ) -> str:
+    def _marked(self, messages: Messages, add_generation_prompt: bool, options: TemplateOptions, where: str) -> str:
         self._check_loaded()
         request = template_request(messages, options, where)
-        return self._chats.render(
+        return self._chats.render_marked(
             request, add_generation_prompt=boolean("add_generation_prompt", add_generation_prompt)
         )
 

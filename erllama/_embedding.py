@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Literal, Never, overload
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from erllama.engine import Backend, Embedder, EmbeddingBackend
 from erllama.engine.embedding import POOLINGS
+from erllama.engine.prompts import PromptTokenizer
 from erllama.errors import (
     BackendError,
     ModelUnloaded,
@@ -101,6 +103,7 @@ class Embeddings:
         pairs = []
         for at, document in enumerate(documents):
             _check_text(f"document {at}", document)
+            self._tokenizer.check_length(str(query), str(document), n_ctx=limits.n_tokens)
             pairs.append(embedder.pair(str(query), document))
             if len(pairs[-1]) > limits.n_tokens:
                 raise PromptTooLong(
@@ -162,6 +165,8 @@ class Embeddings:
         """The token ids of each text, checked."""
         found = []
         for at, text in enumerate(_listed(texts)):
+            if isinstance(text, str) and not truncate:
+                self._tokenizer.check_length(text, n_ctx=most)
             try:
                 ids, end = self._tokenized(text) if isinstance(text, str) else (self._checked_ids(text), [])
             except PromptError as error:
@@ -185,12 +190,12 @@ class Embeddings:
         """The tokens of a text, and those among them that the model wants at its end."""
         if not text:
             return np.empty(0, np.int32), []
-        tokenize = self._backend.vocabulary.tokenize
-        ids = tokenize(text, add_special=True, parse_special=True)
-        last = ids[-1:].tolist()
-        # Found by a text that cannot end in such a token itself.
-        ends = tokenize("a")[-1:].tolist() == last != tokenize("a", add_special=False)[-1:].tolist()
-        return ids, last if ends else []
+        tokenizer = self._tokenizer
+        return tokenizer.tokenize(text), tokenizer.last
+
+    @cached_property
+    def _tokenizer(self) -> PromptTokenizer:
+        return PromptTokenizer(self._backend.vocabulary)
 
 
 class EmbeddingMethods:

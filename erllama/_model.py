@@ -102,8 +102,8 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
         """Complete a prompt and wait for the whole reply.
 
         Args:
-            prompt: text, or token ids. Text is tokenized with the model's BOS and
-                with special tokens read as such.
+            prompt: text, or token ids. Text is tokenized with special tokens read as such, and with the model's
+                BOS, unless it begins with it. Token ids are taken as they are.
             max_tokens: most tokens of the reply; None, the default, for as many as the context holds.
                 Where the context is full before, the reply ends with "context_full".
             temperature: 0 takes the most likely token; higher is more random; 0.8 by default.
@@ -127,7 +127,9 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
             grammar_triggers: texts, or ids of tokens, at the first of which the grammar begins, itself a part
                 of it.
             stop: a text, or several, at which the reply ends; the first by position wins, and is
-                neither part of the reply nor streamed, but told as `stop_sequence`.
+                neither part of the reply nor streamed, but told as `stop_sequence`. The text of a special token
+                stops at that token, too.
+            stop_token_ids: ids of tokens at which the reply ends, wherever they come; told as `stop_token`.
             logprobs: tell how likely each token was, and the most likely ones, this many of them, 0 to 100.
             reproducible: reuse only KV that gives, bit for bit, the reply of a cold run, and
                 have the context to itself.
@@ -267,6 +269,7 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
     def _score_ticket(self, prompt: object, continuation: object, options: PrefillOptions, where: str) -> Ticket:
         checked = request_options(options, where, self._cache_salt, prefill=True)
         self._check_generates()
+        self._check_length(*(text for text in (prompt, continuation) if isinstance(text, str)))
         ids, n_scored = with_continuation(prompt, continuation, self._backend.vocabulary, self._prompt_ids)
         return Ticket(Request(ids, replace(checked, logprobs=1), n_scored), streaming=False)
 
@@ -296,6 +299,7 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
 
     def _gap(self, prefix: object, suffix: object) -> NDArray[np.int32]:
         self._check_generates()
+        self._check_length(*(text for text in (prefix, suffix) if isinstance(text, str)))
         return around_gap(prefix, suffix, self._backend.vocabulary, self.id)
 
     # --- sessions and saving ------------------------------------------------------------
@@ -329,17 +333,17 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
         Args:
             text: text, or its bytes.
             add_special: add the BOS and EOS that the model asks for.
-            parse_special: read the text of special tokens as those tokens.
+            parse_special: read the text of special tokens as those tokens. A BOS or EOS that the text has is then
+                not added again.
         """
         reject_unknown(unknown, ("add_special", "parse_special"), "tokenize")
         self._check_loaded()
         if not isinstance(text, str | bytes):
             raise PromptError(f"{shown(text)} is no text")
-        return self._backend.vocabulary.tokenize(
-            text,
-            add_special=boolean("add_special", add_special),
-            parse_special=boolean("parse_special", parse_special),
-        )
+        add_special, parse_special = boolean("add_special", add_special), boolean("parse_special", parse_special)
+        if add_special and parse_special:
+            return self._tokenizer.tokenize(text)
+        return self._backend.vocabulary.tokenize(text, add_special=add_special, parse_special=parse_special)
 
     def detokenize(
         self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False, **unknown: Never

@@ -77,6 +77,7 @@ class CompletionOptions(PrefillOptions, total=False):
     regex: str | None
     grammar_triggers: Sequence[str | int]
     stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
     logprobs: int | None
     thinking: str | bool | None
     thinking_markers: MarkerPair | None
@@ -97,6 +98,7 @@ class TemplateOptions(TypedDict, total=False):
     template_args: Mapping[str, object] | None
     documents: Sequence[Mapping[str, object]] | None
     continue_final_message: bool
+    special_tokens_in_content: bool
     thinking: str | bool | None
 
 
@@ -111,6 +113,7 @@ class ChatOptions(CompletionOptions, total=False):
     template_args: Mapping[str, object] | None
     documents: Sequence[Mapping[str, object]] | None
     continue_final_message: bool
+    special_tokens_in_content: bool
 
 
 _PHASES = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from erllama._stream import News, wait_async
 from erllama.cache import Cache, Policy
 from erllama.chat.chats import Chats
 from erllama.engine import Backend, Completion, Request, RequestOptions, Runner, Ticket, Vocabulary
+from erllama.engine.prompts import PromptTokenizer
 from erllama.errors import PromptError, PromptTooLong, Unsupported, shown
 
 Prompt = str | Sequence[int] | NDArray[np.integer]
@@ -99,6 +101,7 @@ class Requests:
         # An empty text is refused even where the tokenizer would put a BOS before it: it is a mistake more
         # often than a wish, and who wishes it can give the id.
         if isinstance(prompt, str) and prompt:
+            self._check_length(prompt)
             going_on = self._going_on(prompt, options) if options is not None else None
             ids = going_on if going_on is not None else self._tokenized(prompt)
         else:
@@ -113,8 +116,16 @@ class Requests:
             )
         return ids
 
+    def _check_length(self, *texts: str) -> None:
+        """Raise PromptTooLong where texts cannot fit the context, before they are tokenized."""
+        self._tokenizer.check_length(*texts, n_ctx=self._backend.limits.n_ctx)
+
     def _tokenized(self, text: str) -> NDArray[np.int32]:
-        return self._backend.vocabulary.tokenize(text, add_special=True, parse_special=True)
+        return self._tokenizer.tokenize(text)
+
+    @cached_property
+    def _tokenizer(self) -> PromptTokenizer:
+        return PromptTokenizer(self._backend.vocabulary)
 
     def _going_on(self, text: str, options: RequestOptions) -> NDArray[np.int32] | None:
         """The tokens of a text that goes on from its parent: those that the parent was computed as come first."""

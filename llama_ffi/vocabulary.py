@@ -38,6 +38,8 @@ class Vocabulary:
         add_bos, add_eos: whether `tokenize(add_special=True)` adds them.
         add_sep: whether the model puts `sep` between two texts.
         is_eog: bool array, shape (n_tokens,): tokens that end generation.
+        longest_piece: most bytes of a text that one token stands for; 0 for kinds of tokenizers that leave bytes
+            out, or take any number of unknown ones for one token.
         is_control: bool array, shape (n_tokens,): tokens that are no text.
     """
 
@@ -69,6 +71,7 @@ class Vocabulary:
         self.is_eog: NDArray[np.bool_] = eog.astype(bool)
         self.is_control: NDArray[np.bool_] = (attributes & _ATTR_CONTROL) != 0
         self._pieces, self._ends = self._read_pieces()
+        self.longest_piece = self._longest_piece()
         self._space_first = False
         if self.type != "none":
             first = self.tokenize("a", add_special=False)[:1]
@@ -138,6 +141,13 @@ class Vocabulary:
                     break
                 size = n
         return bytes(ffi.buffer(buffer, int(ends[-1]))), array("I", ends.tobytes())
+
+    def _longest_piece(self) -> int:
+        if self.type not in ("spm", "bpe"):
+            return 0
+        lengths = np.diff(np.frombuffer(self._ends, np.uint32).astype(np.int64))
+        named = max((len(self.text(int(id)).encode()) for id in np.flatnonzero(lengths == 0)), default=0)
+        return max(int(lengths.max(initial=0)), named)
 
     def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
         """The bytes that token ids stand for: their pieces, without the space some tokenizers put first.

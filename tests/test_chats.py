@@ -15,10 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import erllama
+from erllama.chat.conversation import Conversation
+from erllama.chat.templates import ChatTemplate
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import BOS, write_llama
 from erllama.testing.scripted import END, write_scripted
 from spelled import SpelledBackend, SpelledVocabulary
+from support import SHARED
 
 Message = dict[str, object]
 SAVE_ALL = {"min_tokens": 1, "cold_min_tokens": 1}
@@ -434,6 +437,94 @@ def test_the_last_message_can_be_gone_on_with() -> None:
         assert reply.message == {"role": "assistant", "content": "hello there"}, "it takes the last one's place"
         again = model.chat([user("Q"), reply.message, user("and?")])
         assert again.context_tokens[: len(reply.context_tokens)] == reply.context_tokens
+
+
+TRIMMING = TEMPLATE.replace("{{- m.content }}", "{{- m.content | trim }}")
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, TRIMMING], ids=["keeping", "trimming"])
+@pytest.mark.parametrize("content", ["hello ", "hello\n\n", " hello", "hello", " hello \n", " ", "\n", ""])
+def test_a_message_that_was_gone_on_with_is_what_was_computed(content: str, template: str) -> None:
+    computed = content.strip() if template is TRIMMING else content
+    with model_that_says(computed + "there", template=template) as model:
+        begun: Message = {"role": "assistant", "content": content}
+        reply = model.chat([user("Q"), begun], continue_final_message=True)
+        prompt = model.detokenize(reply.context_tokens[: reply.usage.prompt], special=True)
+        assert prompt == f"<|user|>Q<|end|><|assistant|>\t{computed}"
+        assert reply.message == {"role": "assistant", "content": computed + "there"}
+        again = model.chat([user("Q"), reply.message, user("and?")])
+        assert again.context_tokens[: len(reply.context_tokens)] == reply.context_tokens
+        assert again.usage.cached >= len(reply.context_tokens) - 1
+
+
+@pytest.mark.parametrize("path", sorted((SHARED / "templates").glob("*.jinja")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("content", ["Once upon a time ", "Once\n\n", "\n Once \n"])
+def test_real_templates_continue_the_message_that_is_told(path: Path, content: str) -> None:
+    messages: list[Message] = [user("Tell a story."), {"role": "assistant", "content": content}]
+    template = ChatTemplate(path.read_text("utf-8"), bos_token="<s>", eos_token="</s>")
+    tools: list[Message] = list(TOOLS) if "tool_use" in path.stem else []  # which some of these cannot do without
+    conversation = Conversation(template, messages, tools, None, {}, True)
+    try:
+        text = conversation.text()
+    except erllama.TemplateError as refusal:
+        assert "cannot be continued" in str(refusal)  # noqa: PT017
+        return
+    message = conversation.as_written(text).message("there", "", [])
+    assert content.strip() in str(message["content"])
+    assert (text + "there").endswith(str(message["content"]))
+
+
+@pytest.mark.parametrize("n", range(1, 14))
+def test_a_reply_that_is_cut_within_a_character_is_gone_on_with_in_its_tokens(n: int) -> None:
+    said = "hé 🙂! é"
+    with model_that_says(said) as model:
+        first = model.chat([user("Q")], max_tokens=n)
+        assert first.tokens == tuple(said.encode()[:n])
+        assert first.text == said.encode()[:n].decode("utf-8", "replace")
+        messages = [user("Q"), first.message]
+        again = model.chat(messages, continue_final_message=True)
+        assert again.context_tokens[: len(first.context_tokens)] == first.context_tokens
+        assert again.usage.prompt == len(first.context_tokens)
+        assert again.message == {"role": "assistant", "content": said}
+        assert first.text.removesuffix("\ufffd") + again.text == said
+        third = model.chat([user("Q"), again.message, user("and?")])
+        assert third.context_tokens[: len(again.context_tokens)] == again.context_tokens
+
+
+def test_a_reply_is_gone_on_with_byte_by_byte() -> None:
+    with model_that_says("🙂é") as model:
+        message: Message = model.chat([user("Q")], max_tokens=1).message
+        while True:
+            reply = model.chat([user("Q"), message], continue_final_message=True, max_tokens=1)
+            message = reply.message
+            if reply.finish_reason == "stop":
+                break
+        assert message["content"] == "🙂é"
+
+
+def test_what_was_read_of_a_stream_that_ends_within_a_character_is_gone_on_with() -> None:
+    with model_that_says("a🙂b") as model:
+        stream = model.stream_chat([user("Q")], max_tokens=3)
+        text = "".join(event.text for event in stream if isinstance(event, erllama.TextDelta))
+        assert text == "a\ufffd"
+        again = model.stream_chat([user("Q"), {"role": "assistant", "content": text}], continue_final_message=True)
+        assert "".join(event.text for event in again if isinstance(event, erllama.TextDelta)) == "🙂b"
+        assert again.result().message["content"] == "a🙂b"
+
+
+def test_a_character_that_is_never_completed_stays_what_it_was() -> None:
+    with erllama.load_backend(StubBackend(), cache=erllama.Cache()) as model:
+        prompt = [*b"a", *"é".encode()[:1]]
+        assert model.complete(prompt, max_tokens=2, logit_bias={ord("b"): 1000.0}).text == "\ufffdbb"
+        assert model.prefill(prompt).text == ""
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_a_completion_goes_on_within_a_character(n: int) -> None:
+    said = "hé🙂"
+    with model_that_says(said) as model:
+        first = model.complete("<|assistant|>\t", max_tokens=n)
+        assert first.text.removesuffix("\ufffd") + model.complete(first.context_tokens).text == said
 
 
 def test_usage_and_what_the_cache_got() -> None:

@@ -37,6 +37,7 @@ class LlamaVocabulary:
         noted: tokens with a purpose, as "bos".
         special_texts: what a chat template gets: the texts of special tokens, as "bos_token".
         infill_tokens: what marks a gap in a text; None where the model has no such tokens.
+        longest_piece: most bytes of a text that one token stands for; 0 where there is no limit.
     """
 
     def __init__(self, vocabulary: llama_ffi.Vocabulary) -> None:
@@ -46,6 +47,7 @@ class LlamaVocabulary:
         self.noted = {name: NotedToken(id, vocabulary.text(id)) for name, id in vocabulary.noted.items()}
         in_templates = [name for name in ("bos", "eos", "pad") if name in self.noted]
         self.special_texts = {f"{name}_token": self.noted[name].text for name in in_templates}
+        self.longest_piece = vocabulary.longest_piece
         self.infill_tokens: InfillTokens | None = None
         pre, suf, mid = vocabulary.fim_pre, vocabulary.fim_suf, vocabulary.fim_mid
         if pre is not None and suf is not None and mid is not None:

@@ -27,6 +27,7 @@ class StubVocabulary:
     """Ids 0 to 255 are bytes; 256 ends generation."""
 
     n_tokens = EOG + 1
+    longest_piece = 1
 
     def __init__(self) -> None:
         self.is_eog: NDArray[np.bool_] = np.arange(self.n_tokens) == EOG

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from erllama._log import logger
 from erllama.cache import Cache
+from erllama.chat.content import SpecialTexts, without_marks
 from erllama.chat.conversation import Conversation
 from erllama.chat.families import CallGrammar, Family
 from erllama.chat.history import History
@@ -26,7 +27,8 @@ from erllama.chat.tools import ToolChoice, normalized_tools, strict_names, tool_
 from erllama.chat.turns import Turn
 from erllama.engine import Backend, Grammar, Markers, PhaseOptions, RequestOptions, Vocabulary
 from erllama.engine.phases import Script
-from erllama.errors import ChatError, OptionError, boolean
+from erllama.engine.prompts import PromptTokenizer
+from erllama.errors import ChatError, OptionError, PromptTooLong, boolean
 
 log = logger("erllama")
 
@@ -47,6 +49,7 @@ class ChatRequest:
         template_args: what the template gets beside the conversation.
         documents: what the template gets as documents.
         continue_final_message: go on with the last message, which is the assistant's.
+        special_tokens_in_content: whether the content of messages that are not the assistant's may spell them out.
         thinking: True, False, or None for what the template does of itself.
         thinking_markers, tool_markers, tool_payload_markers: what to go by instead of the template's own.
         thinking_budget, budget_message, signing_key: as of PhaseOptions.
@@ -61,6 +64,7 @@ class ChatRequest:
     template_args: Mapping[str, object] | None = None
     documents: Sequence[Mapping[str, object]] | None = None
     continue_final_message: bool = False
+    special_tokens_in_content: bool = True
     thinking: bool | None = None
     thinking_markers: Markers | None = None
     tool_markers: Markers | None = None
@@ -85,13 +89,19 @@ class Chats:
         self._lock = threading.Lock()
         self._warned = False
         self._compiled = lru_cache(maxsize=16)(self._compile)
+        self._special_texts = lru_cache(maxsize=16)(self._texts_of_special)
         self._call_grammar = lru_cache(maxsize=64)(self._make_call_grammar)
         self.vocabulary = vocabulary
+        self._backend = backend
         self.script = Script(vocabulary)
 
     @cached_property
     def history(self) -> History:
         return History(self.vocabulary, self._cache)
+
+    @property
+    def _n_ctx(self) -> int:
+        return self._backend.limits.n_ctx
 
     # --- templates
 
@@ -146,6 +156,10 @@ class Chats:
 
     def render(self, request: ChatRequest, *, add_generation_prompt: bool = True) -> str:
         """A conversation as the template writes it."""
+        return without_marks(self.render_marked(request, add_generation_prompt=add_generation_prompt))
+
+    def render_marked(self, request: ChatRequest, *, add_generation_prompt: bool) -> str:
+        """A conversation as the template writes it, as `history` takes it."""
         return self._conversation(request).text(add_generation_prompt=add_generation_prompt)
 
     def _conversation(self, request: ChatRequest) -> Conversation:
@@ -166,7 +180,15 @@ class Chats:
             if request.thinking is not None and template.uses(name):
                 args[name] = request.thinking
         args |= request.template_args or {}
-        return Conversation(template, messages, tools, request.documents, args, request.continue_final_message)
+        special = None
+        if not boolean("special_tokens_in_content", request.special_tokens_in_content):
+            special = self._special_texts(template.source)
+        return Conversation(
+            template, messages, tools, request.documents, args, request.continue_final_message, special
+        )
+
+    def _texts_of_special(self, source: str) -> SpecialTexts:
+        return self.history.special.in_template(source, self.vocabulary)
 
     # --- turns
 
@@ -183,14 +205,21 @@ class Chats:
         conversation = self._conversation(request)
         choice = tool_choice_of(request.tool_choice, conversation.tools)
         text = conversation.text()
+        conversation = conversation.as_written(text)
+        PromptTokenizer(self.vocabulary).check_length(text, n_ctx=self._n_ctx)
+        namespace = self._namespace(options.cache_salt)
+        prompt = self.history.tokens(namespace, text, as_text=options.reproducible)
+        if len(prompt) > self._n_ctx:  # before grammars are made of all tools
+            raise PromptTooLong(
+                f"the conversation has {len(prompt)} tokens and the context holds {self._n_ctx}; "
+                "shorten it, or load the model with a larger n_ctx"
+            )
         family = _family(request, conversation, choice)
         calls = self._calls(request, family, choice, conversation)
         phases = self._phases(request, family, choice, calls.grammar, conversation, text, options)
         options = replace(options, phases=phases)
         if request.thinking is False and family.thinking is not None:
             options = self._without_thinking(options, family.thinking)
-        namespace = self._namespace(options.cache_salt)
-        prompt = self.history.tokens(namespace, text, as_text=options.reproducible)
         return Turn(conversation, family, calls.checked, self.history, namespace, text, prompt, options)
 
     def _calls(

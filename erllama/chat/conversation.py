@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
+from erllama.chat.content import ContentMask, SpecialTexts, without_marks
 from erllama.chat.messages import normalized_messages
 from erllama.chat.quirks import as_template_takes, with_arguments_as_text
 from erllama.chat.templates import ChatTemplate
@@ -29,6 +31,7 @@ class Conversation:
         messages, tools: normalized.
         documents, args: what the template gets beside them.
         continued: the last message, the assistant's, is to be gone on with.
+        special: the texts of tokens that content is not read as; None where it is. What is written is marked, then.
     """
 
     template: ChatTemplate
@@ -37,6 +40,7 @@ class Conversation:
     documents: Sequence[Mapping[str, object]] | None
     args: Mapping[str, object]
     continued: bool
+    special: SpecialTexts | None = None
 
     def text(self, *, add_generation_prompt: bool = True) -> str:
         """The conversation as the template writes it.
@@ -49,13 +53,29 @@ class Conversation:
             raise ChatError("the chat template has no place for tools; give chat_template= with one that has")
         text = self._written(add_generation_prompt)
         try:
-            text.encode()
+            (text if self.special is None else without_marks(text)).encode()
         except UnicodeEncodeError as error:
             raise ChatError(
                 f"the chat template writes half a surrogate pair, at character {error.start}, which is no text; "
                 "give whole characters in the template, template_args and documents"
             ) from None
         return text
+
+    def as_written(self, text: str) -> Conversation:
+        """The conversation with the message to be continued as the template writes it: some strip its text.
+
+        Args:
+            text: the conversation, as `text` gives it.
+        """
+        found = self
+        for strip in (str.rstrip, str.lstrip) if self.continued else ():
+            last = found.messages[-1]
+            content = str(last["content"])
+            shorter = replace(found, messages=[*found.messages[:-1], {**last, "content": strip(content)}])
+            with suppress(ChatError):
+                if strip(content) != content and shorter.text() == text:
+                    found = shorter
+        return found
 
     def _written(self, add_generation_prompt: bool) -> str:
         messages = as_template_takes(self.messages, self.template.source)
@@ -71,20 +91,34 @@ class Conversation:
             raise
 
     def _rendered(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        return self.template.render(
-            messages,
-            tools=self.tools or None,
-            documents=self.documents,
+        given: tuple[Any, Any, Any] = (messages, self.tools or None, self.documents)
+        mask = None
+        if self.special is not None:
+            mask = ContentMask(self.special, *given, self.args, self.template.source)
+            given = (mask.messages(messages), mask.value(given[1]), mask.value(given[2]))
+        written = self.template.render(
+            given[0],
+            tools=given[1],
+            documents=given[2],
             add_generation_prompt=add_generation_prompt,
             continue_final_message=self.continued,
             **self.args,
         )
+        return written if mask is None else mask.marked(written)
 
-    def message(self, content: str, thinking: str, calls: Sequence[Mapping[str, object]]) -> Message:
-        """A reply as a message, to be added; or to take the last one's place, where that was gone on with."""
+    def message(
+        self, content: str, thinking: str, calls: Sequence[Mapping[str, object]], *, within_character: bool = False
+    ) -> Message:
+        """A reply as a message, to be added; or to take the last one's place, where that was gone on with.
+
+        Args:
+            within_character: the message that was gone on with ended within a character, which the reply has whole.
+        """
         message: Message = {"role": "assistant", "content": content}
         if self.continued:
-            message = {**self.messages[-1], "content": f"{self.messages[-1]['content']}{content}"}
+            begun = str(self.messages[-1]["content"])
+            begun = begun.removesuffix("\ufffd") if within_character else begun
+            message = {**self.messages[-1], "content": f"{begun}{content}"}
         if thinking:
             message["reasoning_content"] = f"{message.get('reasoning_content') or ''}{thinking}"
         if calls:

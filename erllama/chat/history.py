@@ -9,21 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from queue import Empty, SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import Cache
+from erllama.chat.content import SpecialTexts, tokenized
+from erllama.chat.content import raw as marked_bytes
 from erllama.engine import Vocabulary
 from erllama.engine.phases import Script
+from erllama.engine.prompts import PromptTokenizer
+from erllama.engine.text import unfinished
 
 # A character that no token joins with others, put before a text whose first word would get a space.
 _FENCE = b"\x02"
 # Tokens at the end of a context that a text which goes on from it need not have: a stop string's, at most.
 _MOST_MISSING = 16
 _WHITE = b" \t\r\n"
+# What the text of a reply has where its bytes are no character, and how many bytes one has at most.
+_REPLACEMENT = "\ufffd".encode()
+_LONGEST_CHARACTER = 4
 
 
 class History:
@@ -33,10 +40,7 @@ class History:
         self._vocabulary, self._cache = vocabulary, cache
         self._script = Script(vocabulary)
         self._word = self._tokenize("a")
-        whole = vocabulary.tokenize("a", add_special=True).tolist()
-        n = len(self._word)
-        at = next((at for at in range(len(whole)) if whole[at : at + n] == self._word), 0)
-        self._first: list[int] = whole[:at]  # BOS, where the model wants one
+        self._first = PromptTokenizer(vocabulary).first  # BOS, where the model wants one
         # Some tokenizers put a space before a text, and before what follows a special token.
         self._spaces = bool(self._word) and vocabulary.piece(self._word[0]).startswith(b" ")
         self._fence = self._tokenize(_FENCE) if self._spaces else []
@@ -52,10 +56,10 @@ class History:
         with suppress(Empty):
             while True:
                 self._deferred.get_nowait()()
-        raw = text.encode()
+        raw = marked_bytes(text)
         known = None if as_text else self._cache.longest_text(namespace, raw)
         if known is None or not self._is_sound(known[1]) or _within_character(raw, known[0]):
-            return self._of_whole(text)
+            return self._of_whole(raw)
         n_bytes, tokens = known
         following = self._following(raw[n_bytes:], int(tokens[-1]))
         return np.concatenate([tokens, np.array(following, np.int32)])
@@ -127,17 +131,38 @@ class History:
         Returns:
             whether all of the reply is remembered: its text may not tell what it was.
         """
+        begun, before = self.begun(text, prompt), marked_bytes(text)
         pieces = [self._written(token) for token in reply]
+        if begun and pieces:
+            before = before.removesuffix(_REPLACEMENT)
+            pieces[0] = begun + pieces[0]
         if stop is not None:
             pieces = _before(stop.encode(), pieces)
+        elif cut:
+            self._remember_within_character(namespace, before, b"".join(pieces), prompt, reply)
         pieces = _whole(pieces)
         while cut and pieces and not pieces[-1].strip(_WHITE):
             pieces.pop()
         n, said = len(pieces), b"".join(pieces)
         if not said or not self._is_told_by(said, reply[:n]):
             return False
-        self.remember(namespace, text.encode() + said, [*prompt, *reply[:n]])
+        self.remember(namespace, before + said, [*prompt, *reply[:n]])
         return n == len(reply)
+
+    def begun(self, text: str, tokens: Sequence[int]) -> bytes:
+        """The bytes of a character that tokens end within, where their text ends with U+FFFD for it."""
+        if not text.endswith("\ufffd"):
+            return b""
+        return unfinished(map(self._vocabulary.piece, tokens[: -_LONGEST_CHARACTER - 1 : -1]))
+
+    def _remember_within_character(
+        self, namespace: bytes, before: bytes, said: bytes, prompt: Sequence[int], reply: Sequence[int]
+    ) -> None:
+        """Remember a reply that was cut within a character: it comes back with U+FFFD in its place."""
+        end = unfinished([said])
+        whole = said.removesuffix(end)
+        if end and _is_text(whole) and self._is_told_by(whole, reply):
+            self.remember(namespace, before + whole + _REPLACEMENT, [*prompt, *reply])
 
     def written(self, tokens: Sequence[int]) -> bytes:
         """What tokens say, special tokens written out."""
@@ -155,8 +180,13 @@ class History:
         """Whether tokens are this model's: they may come from a file."""
         return bool(len(tokens)) and int(tokens.min()) >= 0 and int(tokens.max()) < self._vocabulary.n_tokens
 
-    def _of_whole(self, text: str) -> NDArray[np.int32]:
-        ids = self._tokenize(text)
+    @cached_property
+    def special(self) -> SpecialTexts:
+        """The texts of the tokens that are no text."""
+        return SpecialTexts.of(self._vocabulary)
+
+    def _of_whole(self, raw: bytes) -> NDArray[np.int32]:
+        ids = tokenized(raw, lambda: self.special, self._ids, None)
         first = self._first if ids[: len(self._first)] != self._first else []
         return np.array(first + ids, np.int32)
 
@@ -164,12 +194,16 @@ class History:
         """The tokens of a text that follows a token."""
         if not text:
             return []
+        return tokenized(text, lambda: self.special, self._ids, before)
+
+    def _ids(self, text: bytes, before: int | None, parse_special: bool) -> list[int]:
+        """The tokens of a text that has no marks."""
         n = len(self._fence)
-        if n and not self._spaced_after(before):
-            ids = self._tokenize(_FENCE + text)
+        if before is not None and n and not self._spaced_after(before):
+            ids = self._tokenize(_FENCE + text, parse_special=parse_special)
             if ids[:n] == self._fence:
                 return ids[n:]
-        return self._tokenize(text)
+        return self._tokenize(text, parse_special=parse_special)
 
     def _puts_space_after(self, token: int) -> bool:
         """Whether the tokenizer puts a space before what follows a token."""
@@ -178,8 +212,9 @@ class History:
     def _written(self, token: int) -> bytes:
         return self._script.written(self._script.of_token(token))
 
-    def _tokenize(self, text: str | bytes) -> list[int]:
-        ids: list[int] = self._vocabulary.tokenize(text, add_special=False, parse_special=True).tolist()
+    def _tokenize(self, text: str | bytes, *, parse_special: bool = True) -> list[int]:
+        found = self._vocabulary.tokenize(text, add_special=False, parse_special=parse_special)
+        ids: list[int] = found.tolist()
         return ids
 
 
@@ -188,6 +223,14 @@ def _before(stop: bytes, pieces: list[bytes]) -> list[bytes]:
     said = b"".join(pieces)
     found = said.find(stop, max(len(said) - len(pieces[-1]) - len(stop) + 1, 0)) if pieces else 0
     return _up_to(found if found >= 0 else said.rfind(stop), pieces)  # seen late, where it might become another
+
+
+def _is_text(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _whole(pieces: list[bytes]) -> list[bytes]:

@@ -139,8 +139,14 @@ class ChatTemplate:
         if not continue_final_message:
             return self._run(variables, copier.characters)
         field = continue_final_message if isinstance(continue_final_message, str) else "content"
-        final = _mark_final(chat, field, self.source)
-        return _cut_at_mark(self._run(variables, copier.characters), final, len(chat) - 1)
+        final = _FinalText(chat, field, self.source)
+        final.mark(final.text)
+        rendered = self._run(variables, copier.characters)
+        if final.is_stripped(rendered) and final.text != final.text.rstrip():
+            # The white space before the mark is not what the template would write.
+            final.mark(final.text.rstrip())
+            rendered = self._run(variables, copier.characters)
+        return final.cut(rendered)
 
     def _check_arguments(self, given: Mapping[str, object]) -> None:
         for name in given:
@@ -333,34 +339,59 @@ def _with_thoughts(message: dict[object, object]) -> dict[object, object]:
     return {"thinking": thoughts, **message, "reasoning_content": thoughts}
 
 
-def _mark_final(chat: list[dict[object, object]], field: str, source: str) -> str:
-    """Mark the end of the last message's text; give the text."""
-    if not chat:
-        raise ChatError("there is no message to continue")
-    at, message = len(chat) - 1, chat[-1]
-    text = message.get(field)
-    fields = [name for name in _THOUGHTS if message.get(name) == text] if field in _THOUGHTS else [field]
-    if text is None:
-        raise ChatError(f"the last message has no {field!r} to continue", index=at)
-    if not any(name in source for name in fields):
-        raise TemplateError(f"the template does not read {field!r}, which is to be continued", index=at)
-    if isinstance(text, list | tuple):
-        for part in reversed(text):
-            if isinstance(part, dict) and isinstance(part.get("text"), str):
-                text = cast(str, part["text"])
-                part["text"] = text + _END
-                return text
-    elif isinstance(text, str):
-        message.update(dict.fromkeys(fields, text + _END))
-        return text
-    raise ChatError(f"the last message's {field!r} has no text to continue", index=at)
+class _FinalText:
+    """The last message's text, whose end is to be found in what a template writes.
 
+    Args:
+        chat: the conversation; its last message is changed by `mark`.
+        field: the name of the text.
+        source: of the template.
 
-def _cut_at_mark(rendered: str, text: str, index: int) -> str:
-    at = rendered.rfind(_END.strip())
-    if at < 0 or text.strip() not in rendered:
-        raise TemplateError(
-            "the template does not write the last message whole, so it cannot be continued", index=index
-        )
-    kept = rendered[:at]
-    return kept if rendered.startswith(_END, at) else kept.rstrip()
+    Raises:
+        ChatError: there is no such text.
+        TemplateError: the template does not read it.
+    """
+
+    def __init__(self, chat: list[dict[object, object]], field: str, source: str) -> None:
+        if not chat:
+            raise ChatError("there is no message to continue")
+        self._index, self._message = len(chat) - 1, chat[-1]
+        text = self._message.get(field)
+        self._fields = [field]
+        if field in _THOUGHTS:
+            self._fields = [name for name in _THOUGHTS if self._message.get(name) == text]
+        self._part: dict[object, object] | None = None
+        if text is None:
+            raise ChatError(f"the last message has no {field!r} to continue", index=self._index)
+        if not any(name in source for name in self._fields):
+            raise TemplateError(
+                f"the template does not read {field!r}, which is to be continued", index=self._index
+            )
+        if isinstance(text, list | tuple):
+            parts = [part for part in text if isinstance(part, dict) and isinstance(part.get("text"), str)]
+            self._part = parts[-1] if parts else None
+            text = self._part["text"] if self._part is not None else None
+        if not isinstance(text, str):
+            raise ChatError(f"the last message's {field!r} has no text to continue", index=self._index)
+        self.text = text
+
+    def mark(self, text: str) -> None:
+        """Put a text with a mark behind it in the place of the message's."""
+        if self._part is not None:
+            self._part["text"] = text + _END
+        else:
+            self._message.update(dict.fromkeys(self._fields, text + _END))
+
+    def is_stripped(self, rendered: str) -> bool:
+        """Whether the template wrote the mark without the white space at its end."""
+        at = rendered.rfind(_END.strip())
+        return at >= 0 and not rendered.startswith(_END, at)
+
+    def cut(self, rendered: str) -> str:
+        """What the template wrote before the mark."""
+        at = rendered.rfind(_END.strip())
+        if at < 0 or self.text.strip() not in rendered:
+            raise TemplateError(
+                "the template does not write the last message whole, so it cannot be continued", index=self._index
+            )
+        return rendered[:at]

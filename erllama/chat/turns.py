@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from erllama._log import logger
+from erllama.chat.content import raw
 from erllama.chat.conversation import Conversation, Message
 from erllama.chat.families import Family
 from erllama.chat.history import History
@@ -114,8 +116,13 @@ class Turn:
         read = [self._call(i, full) for i, full in enumerate(completion.raw_tool_calls)]
         text, places = _text_in_order(completion, read)
         calls = [call for found, _ in read for call in found]
-        message = self._conversation.message(text, completion.thinking, list(map(_as_message, calls)))
-        ended = completion.finish_reason == "stop" and completion.stop_sequence is None
+        message = self._conversation.message(
+            text,
+            completion.thinking,
+            list(map(_as_message, calls)),
+            within_character=bool(completion.tokens) and self._within_character,
+        )
+        ended = completion.finish_reason == "stop" and not _was_stopped(completion)
         given = {field.name: getattr(completion, field.name) for field in fields(completion)}
         given |= {"text": text, "tool_call_places": places}
         given |= {"finish_reason": "tool_calls" if ended and calls else completion.finish_reason}
@@ -153,7 +160,10 @@ class Turn:
         """
         n_prompt = len(completion.context_tokens) - len(completion.tokens)
         prompt = completion.context_tokens[:n_prompt]
-        told = self._remember_said(prompt, completion.tokens, cut=not ended, stop=completion.stop_sequence)
+        reply, stop = completion.tokens, completion.stop_sequence
+        if completion.stop_token is not None:
+            reply, stop = reply[:-1] if _was_stopped(completion) else reply, None
+        told = self._remember_said(prompt, reply, cut=not ended, stop=stop)
         if not told or not ended:
             return
         if text != completion.text and (
@@ -164,13 +174,19 @@ class Turn:
         try:
             if self._family.is_thinking_at_end(self._begun() + said):
                 return
-            written = self._conversation.as_it_comes_back(message, self._text)
+            before = self._text.removesuffix("\ufffd") if self._within_character else self._text
+            written = self._conversation.as_it_comes_back(message, before)
             if written is not None and not self._leaves_thought_out(said, written, completion.thinking):
-                self._history.remember(self._namespace, written.encode(), completion.context_tokens)
+                self._history.remember(self._namespace, raw(written), completion.context_tokens)
         except ChatError:
             pass  # a template need not take a conversation that ends so
         except Exception:
             log.exception("remembering a reply failed; the next turn may compute it anew")
+
+    @cached_property
+    def _within_character(self) -> bool:
+        """Whether the prompt ends within a character, which the reply completes."""
+        return bool(self._history.begun(self._text, self.prompt[-8:].tolist()))
 
     def _begun(self) -> str:
         """What the prompt may have begun a thought with."""
@@ -205,6 +221,13 @@ def _text_in_order(completion: Completion, read: Sequence[_Read]) -> tuple[str, 
         if error is not None:
             text += full.decode("utf-8", "replace")
     return text + completion.text[at:], tuple(places)
+
+
+def _was_stopped(completion: Completion) -> bool:
+    """Whether it ended at a stop string or a stop token, and not by itself: an end token is none of its tokens."""
+    if completion.stop_token is not None:
+        return completion.tokens[-1:] == (completion.stop_token,)
+    return completion.stop_sequence is not None
 
 
 def _as_message(call: ToolCall) -> Message:
