@@ -755,8 +755,149 @@ class CountsDamage(SmallTier):
         self.damaged += len(self.shelf)
 
 
-# By the rule that finds it.
+class RemembersRemovals(SmallTier):
+    """A block that was removed cannot be written again."""
+
+    def __init__(self, where: str, budget: int = 10**6) -> None:
+        super().__init__(where, budget)
+        self.gone: set[bytes] = set()
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        self.gone |= {key for key in keys if key in self.shelf}
+        super().remove(keys)
+
+    def write(self, block: Block, payload: memoryview) -> None:
+        if block.key not in self.gone:
+            super().write(block, payload)
+
+
+class KeyedByText(SmallTier):
+    """Blocks of equal tokens at several positions are one."""
+
+    def write(self, block: Block, payload: memoryview) -> None:
+        self.remove([key for key, (other, _, _) in self.shelf.items() if other.tokens == block.tokens])
+        super().write(block, payload)
+
+
+class LeaksReservations(SmallTier):
+    """What was reserved and not written stays reserved after `tidy()`."""
+
+    claimed = 0
+
+    def reserve(self, block: Block, n_bytes: int) -> bool:
+        self.claimed = n_bytes
+        return True
+
+    def write(self, block: Block, payload: memoryview) -> None:
+        super().write(block, payload)
+        self.claimed = 0
+
+    def reserved(self) -> int:
+        return self.claimed
+
+
+class RewritesAll(SmallTier):
+    """While one block is written, the others cannot be read."""
+
+    def write(self, block: Block, payload: memoryview) -> None:
+        others = dict(self.shelf)
+        self.shelf.clear()
+        time.sleep(0.001)
+        self.shelf.update(others)
+        super().write(block, payload)
+
+
+class LosesRarely(SmallTier):
+    """After five removals, every write of a version with an even number keeps the old payload."""
+
+    def remove(self, keys: Sequence[bytes]) -> None:
+        self.nth("remove", 1)
+        super().remove(keys)
+
+    def write(self, block: Block, payload: memoryview) -> None:
+        old = self.shelf.get(block.key)
+        if old and self.calls["remove"] > 5 and block.recipe[0] % 2 == 0:
+            payload = memoryview(old[1])
+        super().write(block, payload)
+
+
 FAULTS: list[tuple[type[SmallTier], str]] = [
-    (KeepsAll, ""),
+    (KeepsAll, "test_what_is_removed_is_gone"),
+    (RemovesFirst, "test_what_is_removed_is_gone"),
+    (StopsAtStranger, "test_what_is_removed_is_gone"),
+    (RaisesForStranger, "test_what_is_removed_is_gone"),
+    (RemovesSiblings, "test_removing_a_parent_leaves_its_children"),
+    (RemovesSeventhNot, "test_what_is_removed_is_gone"),
+    (Unhides, "test_a_replaced_block_does_not_come_back"),
+    (EmptiesOnNone, "test_what_is_removed_is_gone"),
+    (SharesPayloads, "test_equal_payloads_are_apart"),
+    (RemovesAtClose, "test_a_tier_may_be_opened_again"),
+    (RemembersRemovals, "test_what_was_removed_can_be_written_again"),
+    (ReadsShort, "test_what_is_written_is_read"),
+    (ReadsOneKeyWrong, "test_a_key_may_be_any_bytes"),
+    (ReadsOther, "test_what_is_written_is_read"),
+    (Strips, "test_what_is_written_is_read"),
+    (Translates, "test_what_is_written_is_read"),
+    (Truncates, "test_what_is_written_is_read"),
+    (WrapsLong, "test_what_is_written_is_read"),
+    (RaisesKeyError, "test_reading_what_is_not_there_says_so"),
+    (CallsItDamage, "test_reading_what_is_not_there_says_so"),
+    (ReadsEmpty, "test_reading_what_is_not_there_says_so"),
+    (EchoesBlock, "test_a_newer_version_takes_the_place_of_the_old_one"),
+    (GivesBytes, "test_what_is_written_is_read"),
+    (ReusesBuffer, "test_what_was_read_stays"),
+    (WritesInPlace, "test_what_was_read_stays"),
+    (ReleasesAtClose, "test_what_was_read_stays"),
+    (TakesWhatItGives, "test_what_is_written_is_read"),
+    (ReadsForOneThread, "test_read_is_for_any_thread"),
+    (ReadsInOwnThread, "test_read_is_for_any_thread"),
+    (KeepsOld, "test_a_newer_version_takes_the_place_of_the_old_one"),
+    (KeepsOldBlock, "test_a_newer_version_takes_the_place_of_the_old_one"),
+    (KeepsLonger, "test_a_newer_version_takes_the_place_of_the_old_one"),
+    (WritesLate, "test_what_is_written_is_read"),
+    (LosesSome, "test_what_is_written_is_read"),
+    (LosesRarely, "test_many_calls_in_any_order_agree_with_a_model"),
+    (RewritesAll, "test_reads_go_on_during_writes"),
+    (WipesPayload, "test_a_payload_is_lent"),
+    (WantsWritable, "test_what_is_written_is_read"),
+    (WritesWholeBuffer, "test_a_payload_is_lent"),
+    (ShortKeys, "test_a_key_may_be_any_bytes"),
+    (KeyedByTokens, "test_namespaces_are_apart"),
+    (KeyedByText, "test_a_long_chain_is_held"),
+    (ForgetsReason, "test_blocks_come_back_as_they_were_written"),
+    (ShortSlices, "test_blocks_come_back_as_they_were_written"),
+    (EvictsByItself, "test_many_blocks_are_held_at_once"),
+    (ListsTwice, "test_many_blocks_are_held_at_once"),
+    (ListsFewer, "test_many_blocks_are_held_at_once"),
+    (ListsWrongSizes, "test_sizes_add_up"),
+    (ListsOldSizes, "test_a_newer_version_takes_the_place_of_the_old_one"),
+    (ListsOnce, "test_what_is_written_is_read"),
+    (ListsStale, "test_what_is_removed_is_gone"),
+    (CountsNothing, "test_sizes_add_up"),
+    (CountsChanging, "test_sizes_add_up"),
+    (NotesNothing, "test_uses_are_noted"),
+    (NotesSeconds, "test_uses_are_noted"),
+    (NotesFirst, "test_uses_are_noted"),
+    (NotesForAll, "test_uses_are_noted"),
+    (NotesStrangers, "test_uses_are_noted"),
+    (SetsNothingAside, "test_what_is_set_aside_is_gone"),
+    (SetsAllAside, "test_what_is_set_aside_is_gone"),
+    (FindsProblems, "test_a_sound_tier_has_no_problems"),
+    (VerifyRemoves, "test_a_sound_tier_has_no_problems"),
+    (MendsTooMuch, "test_a_sound_tier_has_no_problems"),
+    (CountsDamage, "test_a_sound_tier_has_no_problems"),
+    (ForgetsAtClose, "test_what_persists_is_there_after_a_restart"),
+    (ForgetsVersions, "test_what_persists_is_there_after_a_restart"),
+    (OpensEmpty, "test_a_tier_may_be_opened_again"),
+    (ClosesOnce, "test_a_tier_may_be_opened_again"),
+    (StaysClosed, "test_a_tier_may_be_opened_again"),
+    (WearsOut, "test_what_is_written_is_read"),
+    (SaysInFlight, "test_nobody_else_is_at_work"),
+    (RefusesRoom, "test_what_is_written_is_read"),
+    (KeepsReservation, "test_what_is_written_is_read"),
+    (LeaksReservations, "test_a_reservation_may_be_given_up"),
+    (Swallows, "test_exclusive_lets_go"),
+    (TellsOfRemovals, "test_nobody_else_is_at_work"),
+    (TellsHalf, "test_nobody_else_is_at_work"),
+    (SaysShared, "test_a_tier_says_what_it_is"),
 ]
-FAULTS = [(t, "") for t in list(globals().values()) if isinstance(t, type) and issubclass(t, SmallTier) and t is not SmallTier]

@@ -43,7 +43,9 @@ class BackendModel:
         self.tokens: list[list[int]] = [[] for _ in range(self.limits.n_sequences)]
         # A number for the cell of each position: sequences that share a cell have the same.
         self._cells: list[list[int]] = [[] for _ in range(self.limits.n_sequences)]
-        self._payloads: dict[int, tuple[tuple[int, ...], bytes]] = {}  # of whole sequences, as they were last packed
+        self._payloads: dict[
+            int, tuple[tuple[int, ...], bytes]
+        ] = {}  # of whole sequences, as they were last packed
 
     @property
     def free(self) -> int:
@@ -128,8 +130,8 @@ class BackendModel:
         apart, largest = np.abs(found - expected).max(), np.abs(expected).max()
         must(
             bool(apart <= self._tolerance * largest),
-            f"decode() of position {len(tokens) - 1} of sequence {sequence}, in a batch of {n_rows} rows: logits are "
-            f"{apart:.3g} from those of the same tokens computed from nothing, where the largest is {largest:.3g}; "
+            f"decode() of position {len(tokens) - 1} of sequence {sequence}, in a batch of {n_rows} rows: "
+            f"logits are {apart:.3g} from those of the same tokens computed from nothing, where the largest is {largest:.3g}; "
             f"tolerance={self._tolerance}",
         )
 
@@ -141,7 +143,9 @@ class BackendModel:
     def pack(self, sequence: int, start: int, end: int) -> Packed:
         with promised(f"pack() must give positions {start} to {end} of a sequence of {len(self.tokens[sequence])}"):
             payload = self.backend.pack(sequence, start, end)
-        must(payload.dtype == np.uint8 and payload.ndim == 1, f"pack() gives {payload.dtype}, shape {payload.shape}")
+        must(
+            payload.dtype == np.uint8 and payload.ndim == 1, f"pack() gives {payload.dtype}, shape {payload.shape}"
+        )
         self.compare(())
         return Packed(start, end, tuple(self.tokens[sequence][:end]), payload.tobytes())
 
@@ -196,7 +200,7 @@ class BackendModel:
             self.cut(sequence, held)
 
     def compare(self, changed: Sequence[int] | set[int]) -> None:
-        """Check that the sequences that a call did not name hold what they held: packed, they are the same bytes."""
+        """Check that the sequences that a call did not name hold what they held: they pack to the same bytes."""
         for sequence, tokens in enumerate(self.tokens):
             if not tokens:
                 self._payloads.pop(sequence, None)

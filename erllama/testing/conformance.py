@@ -23,11 +23,12 @@ import numpy as np
 from erllama.engine.backend import Batch
 from erllama.errors import BackendError, CellsExhausted, StateError
 from erllama.testing.backend_rules import Part, decode, feed, in_thread, refused, restore, same_bits
+from erllama.testing.embedder_rules import EmbedderRules
 from erllama.testing.long_rules import LongRules
-from erllama.testing.promises import must
+from erllama.testing.promises import must, quick_switches
 
 
-class BackendConformance(LongRules):
+class BackendConformance(LongRules, EmbedderRules):
     """Derive from it, name the class Test…, give `make_backend`, and let pytest run it.
 
     Give the backend some hundred cells, which are filled to the last, and three
@@ -49,9 +50,7 @@ class BackendConformance(LongRules):
             must(limits.n_ubatch <= limits.n_batch, f"n_ubatch is more than n_batch: {limits}")
             must(limits.attention_window >= 0, f"a negative window: {limits}")
             plain = not limits.whole_state and limits.attention_window == 0
-            must(
-                plain or not limits.can_trim, f"memory that can be cut has no window and no whole state: {limits}"
-            )
+            must(plain or not limits.can_trim, f"memory that can be cut has no window and no whole state: {limits}")
 
     def test_the_namespace_is_of_plain_values_and_stays(self) -> None:
         """`namespace` maps names to str, int, float, bool or None, and is the same for each instance."""
@@ -69,10 +68,16 @@ class BackendConformance(LongRules):
             must(before == dict(one.namespace), "the namespace changed with use")
 
     def test_the_recipe_is_sixteen_bytes_and_stays(self) -> None:
-        """`recipe` is 16 bytes, the same for every instance that computes alike."""
+        """`recipe` is 16 bytes, the same for every instance that computes alike; it and `limits` never change."""
         with self._backend() as one, self._backend() as other:
             must(isinstance(one.recipe, bytes) and len(one.recipe) == 16, f"the recipe is {one.recipe!r}")
             must(one.recipe == other.recipe, "two instances have different recipes")
+            before, limits = one.recipe, one.limits
+            feed(one, 0, 0, self._ids(4))
+            feed(one, 0, 4, self._ids(1))
+            must(one.recipe == before, "the recipe changed with use")
+            must(one.limits == limits, f"limits changed with use: {limits}, then {one.limits}")
+            must(one.limits == other.limits, "two instances have different limits")
 
     # --- the vocabulary -----------------------------------------------------------------------------
 
@@ -114,14 +119,19 @@ class BackendConformance(LongRules):
 
     def test_the_vocabulary_is_for_any_thread(self) -> None:
         """Threads that tokenize at the same time, also during a decode, get what one alone gets."""
+        texts = [*self.texts, *(f"thread {i} " * i for i in range(1, 9))]
 
-        def text_to_text(text: str) -> bytes:
-            return backend.vocabulary.detokenize(backend.vocabulary.tokenize(text, add_special=False))
+        def text_to_text(first: int) -> None:
+            for turn in range(20 * len(texts)):
+                text = texts[(first + turn) % len(texts)]
+                found = backend.vocabulary.detokenize(backend.vocabulary.tokenize(text, add_special=False))
+                must(found == text.encode(), f"with several threads, {text!r} came back as {found!r}")
 
-        with self._backend() as backend, ThreadPoolExecutor(4) as pool:
-            found = pool.map(text_to_text, list(self.texts) * 20)
+        with self._backend() as backend, quick_switches(), ThreadPoolExecutor(4) as pool:
+            found = [pool.submit(text_to_text, 3 * i) for i in range(4)]
             feed(backend, 0, 0, self._ids(8))
-            must([text.encode() for text in self.texts] * 20 == list(found), "a text came back as another")
+            for each in found:
+                each.result()
 
     # --- decode -------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from unittest import SkipTest
 import numpy as np
 
 from erllama.testing.backend_model import BackendModel, Packed
-from erllama.testing.backend_rules import BackendRules
+from erllama.testing.backend_rules import BackendRules, feed
 from erllama.testing.promises import must
 
 _LONGEST = 600  # tokens: more than two blocks of the cache
@@ -39,12 +39,25 @@ class LongRules(BackendRules):
         """Where memory can be cut, logits depend on each token before them, however far back."""
         with self._model(trim=True) as model:
             ids = self._long(model)
-            plain = model.expected(ids).copy()
-            for at in [0, *(end for end in _edges(len(ids) - 1) if end in (1, 16, 32, 41, 64, 128, 256, 512))]:
-                other = list(ids)
-                other[at] = next(token for token in self.token_ids if token != ids[at])
+            backend, token_ids = model.backend, self.token_ids
+            for at in range(len(ids) - 1):
+                found = []
+                for token in token_ids[:2]:
+                    found.append(feed(backend, 0, at, np.array([token, ids[at + 1]], np.int32), output=(0, 1)))
+                    backend.cut(0, at)
+                one, other = found
+                must(not np.array_equal(one[0], other[0]), f"decode(): the token at position {at} has no effect")
                 must(
-                    not np.array_equal(plain, model.expected(other)),
+                    not np.array_equal(one[1], other[1]),
+                    f"decode(): the token at position {at} has no effect on the next row",
+                )
+                feed(backend, 0, at, np.array([ids[at]], np.int32))
+            plain = model.expected(ids).copy()
+            for at in [0, *(end for end in _edges(len(ids) - 1) if end in (1, 16, 41, 128, 256, 512))]:
+                changed = list(ids)
+                changed[at] = self._other(ids[at])
+                must(
+                    not np.array_equal(plain, model.expected(changed)),
                     f"decode(): token {at} of {len(ids)} has no effect on the last row",
                 )
 
@@ -151,7 +164,11 @@ class LongRules(BackendRules):
         """After `cut`, `drop` or `clear`, packing and sharing the same positions gives the new tokens' state."""
         with self._model(trim=True, sequences=2) as model, self._model(trim=True) as elsewhere:
             n = min(len(self._long(model)) // 3, 96)
-            old, new, last = self._ids(n, seed=20).tolist(), self._ids(n, seed=21).tolist(), model.limits.n_sequences - 1
+            old, new, last = (
+                self._ids(n, seed=20).tolist(),
+                self._ids(n, seed=21).tolist(),
+                model.limits.n_sequences - 1,
+            )
             model.prefill(0, new)
             payload_of_new = model.pack(0, 0, n)
             model.clear()
@@ -160,7 +177,12 @@ class LongRules(BackendRules):
                 "cut in part": lambda: (model.cut(0, n // 2), model.prefill(0, new[n // 2 :])),
                 "drop": lambda: (model.drop(0), model.prefill(0, new)),
                 "clear": lambda: (model.clear(), model.prefill(0, new)),
-                "share": lambda: (model.prefill(last, new), model.drop(0), model.share(last, 0, n), model.drop(last)),
+                "share": lambda: (
+                    model.prefill(last, new),
+                    model.drop(0),
+                    model.share(last, 0, n),
+                    model.drop(last),
+                ),
                 "restore": lambda: (model.drop(0), model.restore(0, payload_of_new)),
             }
             for change in changes.values():
@@ -188,7 +210,7 @@ class LongRules(BackendRules):
     # --- many sequences, many calls -----------------------------------------------------------------
 
     def test_all_sequences_generate_together(self) -> None:
-        """Every sequence that there may be, each with a prompt of its own, in shared batches, whoever comes and goes."""
+        """Sequences from the first to the last number, each with its own prompt, in shared batches."""
         with self._model(sequences=2) as model:
             limits = model.limits
             n = min(limits.n_sequences, limits.n_batch // 2, limits.n_ctx // 20, 16)
@@ -203,7 +225,9 @@ class LongRules(BackendRules):
                 order = numbers if turn % 2 else numbers[::-1]
                 model.decode([(s, [int(self._ids(1, seed=100 * turn + s)[0])]) for s in order])
             model.decode([(s, self._ids(2, seed=s).tolist()) for s in numbers], every=True)
-            model.decode([(s, self._ids(1 + (s == numbers[1]), seed=s).tolist()) for s in numbers], mixed=False, every=True)
+            model.decode(
+                [(s, self._ids(1 + (s == numbers[1]), seed=s).tolist()) for s in numbers], mixed=False, every=True
+            )
             for i, sequence in enumerate(numbers[::2]):
                 model.drop(sequence)
                 model.prefill(sequence, self._ids(4 + i, seed=60 + i).tolist())
@@ -268,9 +292,7 @@ def random_call(
         del packed[:-12]
     elif kind == 5:
         fits = [
-            p
-            for p in packed
-            if tuple(tokens[sequence]) == p.tokens[: p.start] or (limits.whole_state and not held)
+            p for p in packed if tuple(tokens[sequence]) == p.tokens[: p.start] or (limits.whole_state and not held)
         ]
         if fits:
             model.restore(sequence, fits[random.integers(len(fits))])

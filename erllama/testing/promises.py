@@ -6,6 +6,7 @@ promise is kept, raises `unittest.SkipTest` where it does not apply, and raises 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import SkipTest
@@ -30,9 +31,9 @@ def promised(promise: str) -> Iterator[None]:
 
 
 def rules_of(rules: object) -> list[str]:
-    """The names of all rules, in the order in which their classes define them."""
+    """The names of all rules: those of the class itself first, then those of its bases."""
     names: dict[str, None] = {}
-    for kind in reversed(type(rules).__mro__):
+    for kind in type(rules).__mro__:
         names |= dict.fromkeys(name for name in vars(kind) if name.startswith("test_"))
     return list(names)
 
@@ -53,3 +54,14 @@ def check_rules(rules: object) -> None:
         except Exception as error:
             found = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
             raise AssertionError(f"{found}\nThe broken promise ({name}): {stated}") from error
+
+
+@contextmanager
+def quick_switches() -> Iterator[None]:
+    """Threads take turns often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)

@@ -13,7 +13,6 @@ To run it on a tier of your own, under pytest:
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -27,7 +26,8 @@ from unittest import SkipTest
 import numpy as np
 
 from erllama.cache import Block, Changes, FileTier, SaveReason, Tier, namespace_key, token_bytes
-from erllama.testing.promises import must, promised
+from erllama.errors import CacheFormatError
+from erllama.testing.promises import must, promised, quick_switches
 from erllama.testing.tier_model import TierModel, name_of
 
 _NAMESPACES = [namespace_key({"model": f"conformance {i}"}) for i in range(3)]
@@ -165,9 +165,7 @@ class TierConformance:
     def test_blocks_come_back_as_they_were_written(self) -> None:
         """`read` and `rows` give every field of the block: of each length, at each place, of each kind."""
         with self._tier() as driven:
-            for i, (length, reason) in enumerate(
-                zip(_LENGTHS, list(SaveReason) * 3, strict=False)
-            ):
+            for i, (length, reason) in enumerate(zip(_LENGTHS, list(SaveReason) * 3, strict=False)):
                 random = np.random.Generator(np.random.PCG64(i))
                 tokens = random.integers(0, 2**32, length, np.uint64)
                 tokens[-1] = (0, 2**32 - 1)[i % 2]
@@ -236,7 +234,7 @@ class TierConformance:
             driven.compare()
 
     def test_a_payload_is_lent(self) -> None:
-        """`write` does not change the payload, and takes writable as well as read-only memory, also a part of some."""
+        """`write` leaves the payload as it is, and takes writable, read-only and partial memory."""
         with self._tier() as driven:
             for i, block in enumerate(self._flat(30)):
                 payload = _payload(block.key, 50 + i)
@@ -253,7 +251,7 @@ class TierConformance:
             driven.compare()
 
     def test_what_was_read_stays(self) -> None:
-        """A payload that `read` gave does not change when blocks are read, replaced, removed, or the tier is closed."""
+        """A payload that `read` gave stays when blocks are read, replaced or removed, and after `close`."""
         with self._tier() as driven:
             blocks = self._flat(8)
             for block in blocks:
@@ -282,7 +280,7 @@ class TierConformance:
     # --- replacing ------------------------------------------------------------------------------------
 
     def test_a_newer_version_takes_the_place_of_the_old_one(self) -> None:
-        """`write` of a key that is stored puts the new block and payload in place of the old: shorter, equal, longer."""
+        """`write` of a key that is stored puts the new block and payload in place of the old, of any length."""
         with self._tier() as driven:
             blocks = self._flat(24)
             for block in blocks:
@@ -400,7 +398,7 @@ class TierConformance:
             must(total <= tier.budget, f"rows() count {total} bytes; the budget is {tier.budget}")
 
     def test_uses_are_noted(self) -> None:
-        """`touch` notes when blocks were last used, in ns since 1970, of the blocks that it names and of no others."""
+        """`touch` notes when blocks were last used, in ns since 1970: of those that it names, and no others."""
         with self._tier() as driven:
             tier, blocks = driven.tier, self._flat(8)
             for block in blocks:
@@ -439,7 +437,7 @@ class TierConformance:
             must(driven.tier.damaged == 0, f"damaged is {driven.tier.damaged}; nothing was damaged")
 
     def test_a_problem_is_found(self) -> None:
-        """Where `read` finds damage, `verify` tells of that block and of no other, and goes on."""
+        """`read` raises CacheFormatError for what is damaged; `verify` tells of that block and of no other."""
         with self._tier() as driven:
             tier, blocks = driven.tier, self._flat(5)
             for block in blocks:
@@ -451,6 +449,11 @@ class TierConformance:
                 content = bytearray(path.read_bytes())
                 content[-1] ^= 1
                 path.write_bytes(content)
+                try:
+                    tier.read(block)
+                except CacheFormatError:
+                    continue
+                raise AssertionError("read() of a damaged file must raise CacheFormatError; it returned")
             found = sorted(problem.place for problem in tier.verify())
             expected = sorted(str(tier.path_of(block.key)) for block in blocks[1:3])
             must(found == expected, f"verify() tells of {found}; the damage is in {expected}")
@@ -458,7 +461,7 @@ class TierConformance:
     # --- the life of a tier ---------------------------------------------------------------------------
 
     def test_a_tier_may_be_opened_again(self) -> None:
-        """`open` may come again, also without a `close`; `close` may come twice. What persists is there after it."""
+        """`open` may come again, also without a `close`; `close` may come twice. What persists is there then."""
         with self._tier() as driven:
             self._write_some(driven)
             with promised("open() must not fail when it comes again"):
@@ -504,7 +507,7 @@ class TierConformance:
         self._at_rest(driven, list(driven.model.held)[:3])
 
     def test_nobody_else_is_at_work(self) -> None:
-        """Alone, a tier reports no other process: none shares it, none writes, and nothing changes but by its calls."""
+        """Alone, a tier reports no other process: none shares it, and none writes or changes anything."""
         with self._tier() as driven:
             blocks = self._flat(20)
             for i, block in enumerate(blocks):
@@ -542,7 +545,7 @@ class TierConformance:
             driven.compare()
 
     def test_instances_see_each_other(self) -> None:
-        """Where several processes share it: `changes` tells each what others stored and removed, once and rightly."""
+        """Where several processes share a tier, `changes` tells each what others stored and removed."""
         if not self.shared:
             raise SkipTest("a rule for tiers that several processes share")
         with self._directory() as directory:
@@ -598,7 +601,7 @@ class TierConformance:
                     driven.model.compare_read(driven.tier, blocks[(first + turn) % len(blocks)])
                 must(list(driven.tier.verify()) == [], "verify() finds something wrong during reads")
 
-            with _quick_switches(), ThreadPoolExecutor(_THREADS) as pool:
+            with quick_switches(), ThreadPoolExecutor(_THREADS) as pool:
                 for found in [pool.submit(read, 5 * i) for i in range(_THREADS)]:
                     found.result()
 
@@ -619,7 +622,7 @@ class TierConformance:
                     for block in kept:
                         model.compare_read(driven.tier, block)
 
-            with _quick_switches(), ThreadPoolExecutor(1) as pool:
+            with quick_switches(), ThreadPoolExecutor(1) as pool:
                 reading = pool.submit(read)
                 try:
                     for block in others:
@@ -732,7 +735,9 @@ class TierConformance:
         chain: list[Block] = []
         for i in range(n):
             parent = chain[-1].key if chain else _NAMESPACES[0]
-            chain.append(_block(parent, _NAMESPACES[0], 16 * i, [7] * 16 if repeated else range(16 * i, 16 * i + 16)))
+            chain.append(
+                _block(parent, _NAMESPACES[0], 16 * i, [7] * 16 if repeated else range(16 * i, 16 * i + 16))
+            )
         return chain
 
 
@@ -777,14 +782,3 @@ def _payload(text: bytes, n_bytes: int) -> bytes:
 def _text(n_bytes: int) -> bytes:
     """What a tier that takes payloads for text would change."""
     return (b" \r\n\0\x1a\xff\xfe'\"\\%s{}\n" * (n_bytes // 16 + 1))[:n_bytes]
-
-
-@contextmanager
-def _quick_switches() -> Iterator[None]:
-    """Threads take turns often."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)

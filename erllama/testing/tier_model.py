@@ -75,7 +75,9 @@ class TierModel:
             set_aside(block)
             self.note_removal([block.key])
 
-        tier.write, tier.remove, tier.set_aside = spied_write, spied_remove, spied_set_aside  # type: ignore[method-assign]
+        tier.write = spied_write  # type: ignore[method-assign]
+        tier.remove = spied_remove  # type: ignore[method-assign]
+        tier.set_aside = spied_set_aside  # type: ignore[method-assign]
 
     def compare(self, tier: Tier, *, read: bool = True) -> None:
         """Check that a tier holds exactly this.
@@ -117,10 +119,13 @@ class TierModel:
                 )
             if block != stored.block:
                 older = any(block == version.block for version in self._older.get(block.key, ()))
+                if older:
+                    raise AssertionError(
+                        f"rows() lists an older version of {name_of(block)}: "
+                        "write() did not put the new one in its place"
+                    )
                 raise AssertionError(
-                    f"rows() lists an older version of {name_of(block)}: write() did not put the new one in its place"
-                    if older
-                    else f"rows() lists {name_of(block)} otherwise than it was written: {_difference(block, stored.block)}"
+                    f"rows() lists another block than was written: {_difference(block, stored.block)}"
                 )
             counted = tier.size(stored.block, len(stored.payload))
             must(
