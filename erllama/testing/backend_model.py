@@ -103,8 +103,8 @@ class BackendModel:
         with promised(f"decode() must compute {len(rows)} rows of sequences {sorted({s for s, _ in parts})}"):
             logits = self.backend.decode(batch)
             found = logits.copy()
-        for name, before, after in zip(Batch._fields, kept, batch, strict=True):
-            must(np.array_equal(before, after), f"decode() changed the batch's {name}")
+        for name in Batch._fields:
+            must(np.array_equal(getattr(batch, name), getattr(kept, name)), f"decode() changed the batch's {name}")
         n_rows = sum(output)
         must(found.dtype == np.float32, f"decode() gives {found.dtype}; logits are float32")
         must(
@@ -131,8 +131,8 @@ class BackendModel:
         must(
             bool(apart <= self._tolerance * largest),
             f"decode() of position {len(tokens) - 1} of sequence {sequence}, in a batch of {n_rows} rows: "
-            f"logits are {apart:.3g} from those of the same tokens computed from nothing, where the largest is {largest:.3g}; "
-            f"tolerance={self._tolerance}",
+            f"logits are {apart:.3g} from those of the same tokens computed from nothing, "
+            f"where the largest is {largest:.3g}; tolerance={self._tolerance}",
         )
 
     def prefill(self, sequence: int, ids: Sequence[int]) -> None:

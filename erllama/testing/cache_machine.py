@@ -330,7 +330,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.flush()
         listed = {(row.tier, row.key): row.n_bytes for row in self.cache.rows()}
         assert self.cache.flush()
-        held = {}
+        held: dict[tuple[str, bytes], int] = {}
         for model, tier in self._modelled(self.cache):
             model.compare(tier)
             rows = list(tier.rows())

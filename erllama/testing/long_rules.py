@@ -172,20 +172,32 @@ class LongRules(BackendRules):
             model.prefill(0, new)
             payload_of_new = model.pack(0, 0, n)
             model.clear()
-            changes: dict[str, Callable[[], object]] = {
-                "cut": lambda: (model.cut(0, 0), model.prefill(0, new)),
-                "cut in part": lambda: (model.cut(0, n // 2), model.prefill(0, new[n // 2 :])),
-                "drop": lambda: (model.drop(0), model.prefill(0, new)),
-                "clear": lambda: (model.clear(), model.prefill(0, new)),
-                "share": lambda: (
-                    model.prefill(last, new),
-                    model.drop(0),
-                    model.share(last, 0, n),
-                    model.drop(last),
-                ),
-                "restore": lambda: (model.drop(0), model.restore(0, payload_of_new)),
-            }
-            for change in changes.values():
+
+            def shared_from_another() -> None:
+                model.prefill(last, new)
+                model.drop(0)
+                model.share(last, 0, n)
+                model.drop(last)
+
+            def restored() -> None:
+                model.drop(0)
+                model.restore(0, payload_of_new)
+
+            def computed_after(change: Callable[[], None]) -> Callable[[], None]:
+                def computed() -> None:
+                    change()
+                    model.prefill(0, new)
+
+                return computed
+
+            changes = [
+                computed_after(lambda: model.cut(0, 0)),
+                computed_after(lambda: model.drop(0)),
+                computed_after(model.clear),
+                shared_from_another,
+                restored,
+            ]
+            for change in changes:
                 model.clear()
                 model.prefill(0, old)
                 for start, end in ((0, n), (n // 4, n // 2), (n - 8, n)):
