@@ -79,6 +79,7 @@ class TestNumpy(BackendConformance):
 
     tolerance = 0.0
     n_calls = 60
+    n_tokens = 70
 
     @pytest.fixture(autouse=True)
     def model(self, tiny_gguf: Path) -> None:
@@ -105,6 +106,7 @@ class Native(BackendConformance):
             self.write(self.path, seed=1)
 
     n_calls = 60
+    n_tokens = 140
 
     def make_backend(self) -> Backend:
         return llama_backend(self.path, n_ctx=256, n_ubatch=32, n_sequences=8, n_threads=1)

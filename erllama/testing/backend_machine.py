@@ -55,7 +55,7 @@ class BackendMachine(RuleBasedStateMachine):
     Attributes:
         token_ids: ids to decode; none that ends or controls generation.
         longest: most tokens of one slice.
-        tolerance, texts, checks_positions, n_calls: as of `BackendConformance`.
+        tolerance, texts, checks_positions, n_calls, n_tokens: as of `BackendConformance`.
         checks_rules: False where `BackendConformance` runs beside it, so that its rules are not checked twice.
     """
 
@@ -65,6 +65,7 @@ class BackendMachine(RuleBasedStateMachine):
     texts = BackendConformance.texts
     checks_positions = BackendConformance.checks_positions
     n_calls = BackendConformance.n_calls
+    n_tokens = BackendConformance.n_tokens
     checks_rules = True
 
     def make_backend(self) -> Backend:
@@ -276,7 +277,7 @@ class _RulesOfBackend(BackendConformance):
         self._machine = machine()
         self.tolerance, self.texts = machine.tolerance, machine.texts
         self.token_ids, self.checks_positions = machine.token_ids, machine.checks_positions
-        self.n_calls = machine.n_calls
+        self.n_calls, self.n_tokens = machine.n_calls, machine.n_tokens
 
     def make_backend(self) -> Backend:
         return self._machine.make_backend()

@@ -39,6 +39,7 @@ class BackendRules:
         texts: what the vocabulary must give back as it was.
         checks_positions: whether positions that do not follow are refused.
         n_calls: of the rule that makes many calls in any order; fewer find less, and cost less.
+        n_tokens: most tokens of the rules about long prompts, as far as `n_ctx` has room.
     """
 
     tolerance: float = 0.01
@@ -46,6 +47,7 @@ class BackendRules:
     texts: Sequence[str] = ("", "a", "Hello, world!", "two  spaces\n\tand a tab", "naïve – 漢字 🙂")
     checks_positions: bool = True
     n_calls: int = 300
+    n_tokens: int = 600  # more than two blocks of the cache
 
     def make_backend(self) -> Backend:
         """A backend that holds nothing; each one from the same model, with the same sizes."""

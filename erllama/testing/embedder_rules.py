@@ -84,7 +84,10 @@ class EmbedderRules(BackendRules):
         with self._backend() as backend:
             if not isinstance(backend, EmbeddingBackend):
                 raise SkipTest("a rule for backends that embed")
-            embedder = backend.embedder()
+            try:
+                embedder = backend.embedder()
+            except BackendError as error:
+                raise SkipTest(f"the backend makes no embedder: {error}") from error
             try:
                 yield embedder
             finally:

@@ -13,7 +13,6 @@ from erllama.testing.backend_model import BackendModel, Packed
 from erllama.testing.backend_rules import BackendRules, feed
 from erllama.testing.promises import must
 
-_LONGEST = 600  # tokens: more than two blocks of the cache
 _EDGES = (1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 41, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300, 511, 512, 513)
 
 
@@ -179,6 +178,10 @@ class LongRules(BackendRules):
                 model.share(last, 0, n)
                 model.drop(last)
 
+            def computed_after_a_part() -> None:
+                model.cut(0, n // 2)
+                model.prefill(0, new[n // 2 :])
+
             def restored() -> None:
                 model.drop(0)
                 model.restore(0, payload_of_new)
@@ -194,6 +197,7 @@ class LongRules(BackendRules):
                 computed_after(lambda: model.cut(0, 0)),
                 computed_after(lambda: model.drop(0)),
                 computed_after(model.clear),
+                computed_after_a_part,
                 shared_from_another,
                 restored,
             ]
@@ -278,7 +282,7 @@ class LongRules(BackendRules):
 
     def _long(self, model: BackendModel) -> list[int]:
         """A long prompt that leaves room for some tokens."""
-        found: list[int] = self._ids(min(_LONGEST, model.limits.n_ctx - 8), seed=5).tolist()
+        found: list[int] = self._ids(min(self.n_tokens, model.limits.n_ctx - 8), seed=5).tolist()
         return found
 
     def _other(self, token: int) -> int:
