@@ -30,7 +30,7 @@ from faulty_tiers import (
     ListsWrongSizes,
     LosesSome,
     ReadsForOneThread,
-    ReadsInOwnThread,
+    ReadsOther,
     ReadsShort,
     SmallTier,
 )
@@ -220,7 +220,7 @@ def test_the_machine_names_the_promise_that_a_tier_breaks(liar: type[SmallTier])
 
 @pytest.mark.parametrize(
     "liar",
-    [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, LosesSome, ForgetsAtClose, ReadsInOwnThread],
+    [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, LosesSome, ForgetsAtClose, ReadsOther],
 )
 def test_the_machine_finds_faults_of_tiers_without_the_rules(
     liar: type[SmallTier], monkeypatch: pytest.MonkeyPatch

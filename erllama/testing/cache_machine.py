@@ -104,6 +104,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.held: list[Match] = []
         self.tampered = False  # files were changed since the last gc
         self.version = 0
+        self.contexts: list[tuple[list[int], bytes]] = []  # that were saved
         self.step = 0
         self.models: dict[tuple[int, str, str], TierModel] = {}  # by index, name and place of a tier
         self.own_models: WeakKeyDictionary[Tier, TierModel] = WeakKeyDictionary()  # of those that do not persist
@@ -210,6 +211,12 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(ids=contexts, namespace=namespaces, replace=st.booleans())
     def save(self, ids: list[int], namespace: bytes, replace: bool) -> None:
         self._save(self.cache, ids, namespace, replace)
+
+    @precondition(lambda self: self.contexts)
+    @rule(pick=picks)
+    def replace(self, pick: int) -> None:
+        """Save a context again that was saved before: the newer version takes the old one's place."""
+        self._save(self.cache, *self.contexts[pick % len(self.contexts)], replace=True)
 
     @rule(ids=contexts, namespace=namespaces)
     def look_up(self, ids: list[int], namespace: bytes) -> None:
@@ -366,6 +373,7 @@ class CacheMachine(RuleBasedStateMachine):
     # --- how -------------------------------------------------------------------------------------
 
     def _save(self, cache: Cache, ids: list[int], namespace: bytes, replace: bool = False) -> None:
+        self.contexts.append((ids, namespace))
         for block in self._blocks(ids, namespace, cache.block_size):
             self.saved.setdefault(block.key, {})[block.recipe] = block
             cache.save(block, self._payload(block), replace=replace, trimmable=self.can_trim)
