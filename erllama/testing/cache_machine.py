@@ -264,6 +264,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     # --- what others do to the files ---------------------------------------------------------------
 
+    @precondition(lambda self: self._file_tiers())
     @rule(pick=picks, byte=st.integers(0, 2**16), bit=st.integers(0, 7))
     def flip(self, pick: int, byte: int, bit: int) -> None:
         for path in self._tamper(pick):
@@ -273,22 +274,26 @@ class CacheMachine(RuleBasedStateMachine):
                 path.write_bytes(content)
                 _settle(path)
 
+    @precondition(lambda self: self._file_tiers())
     @rule(pick=picks, keep=st.integers(0, 400))
     def truncate(self, pick: int, keep: int) -> None:
         for path in self._tamper(pick):
             path.write_bytes(path.read_bytes()[:keep])
             _settle(path)
 
+    @precondition(lambda self: self._file_tiers())
     @rule(pick=picks)
     def remove(self, pick: int) -> None:
         for path in self._tamper(pick):
             path.unlink()
 
+    @precondition(lambda self: self._file_tiers())
     @rule(pick=picks)
     def keep_a_copy(self, pick: int) -> None:
         for path in self._picked(self.files(), pick):
             shutil.copy(path, self.elsewhere / path.name)
 
+    @precondition(lambda self: self._file_tiers())
     @rule(pick=picks, which=picks, rightly_named=st.booleans())
     def copy_in(self, pick: int, which: int, rightly_named: bool) -> None:
         """Files from another machine: taken in by the next gc, within the budget."""
