@@ -1026,7 +1026,7 @@ RARE: list[tuple[type[StubBackend], str]] = [
     (RestoresSeventhNot, "test_long_sequences_come_back_at_each_length"),
     (RestoresAfterClear, "test_long_sequences_come_back_at_each_length"),
     (WipesPayload, "test_long_sequences_come_back_at_each_length"),
-    (CopiesOnRestore, "test_restoring_takes_cells"),
+    (CopiesOnRestore, "test_long_sequences_come_back_at_each_length"),
     (WipesBatch, "test_long_prompts_may_come_in_any_slices"),
     (DecodesSeventhNot, "test_long_prompts_may_come_in_any_slices"),
     (DecodesOdd, "test_long_prompts_may_come_in_any_slices"),
