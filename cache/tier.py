@@ -97,18 +97,22 @@ class Tier(ABC):
 
     @abstractmethod
     def rows(self) -> Iterable[TierRow]:
-        """Everything it holds."""
+        """Everything it holds, each block once: the newest version as it was written, and its bytes by `size`."""
 
     @abstractmethod
     def write(self, block: Block, payload: memoryview) -> None:
         """Store a block, in place of one of the same key. When this returns, `read` gives it.
 
-        The payload is bytes (format "B"), contiguous, and is not changed any more.
+        The payload is bytes (format "B"), contiguous, and is not changed any more: not by the tier either.
+        The reason, recipe and `slice_end` of a newer version may differ, and replace the old ones.
         """
 
     @abstractmethod
     def read(self, block: Block) -> tuple[Block, memoryview]:
-        """A stored block as it was written, and its payload.
+        """A stored block as it was written, and its payload: bytes (format "B"), contiguous.
+
+        The payload stays as it is: other reads, a newer version, `remove` and `close` do not change it.
+        `block` has the key; its other fields may be those of another version.
 
         Raises:
             CacheFormatError: what is stored is not what was written.
@@ -118,10 +122,10 @@ class Tier(ABC):
 
     @abstractmethod
     def remove(self, keys: Sequence[bytes]) -> None:
-        """Forget blocks; those that are not there are none."""
+        """Forget these blocks and no others. Keys that are not there are passed over."""
 
     def size(self, block: Block, payload_bytes: int) -> int:
-        """The bytes that a block counts for."""
+        """The bytes that a block counts for: at least `payload_bytes`, and the same each time."""
         return payload_bytes
 
     def set_aside(self, block: Block) -> None:
@@ -129,7 +133,7 @@ class Tier(ABC):
         self.remove([block.key])
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:  # noqa: B027
-        """Note when blocks were last used: pairs of key and ns since 1970."""
+        """Note when blocks were last used: pairs of key and ns since 1970. Some may be gone."""
 
     def verify(self) -> Iterator[Problem]:
         """Read everything and tell what is wrong; change nothing."""
@@ -149,7 +153,7 @@ class Tier(ABC):
         """Put right what can be: `gc` calls it."""
 
     def close(self) -> None:  # noqa: B027
-        """Let go of everything. May be opened again."""
+        """Let go of everything; a second call has no effect. May be opened again."""
 
     # --- where what is stored may change behind the cache's back
 

@@ -1,4 +1,4 @@
-"""The harness, run on every kind of tier that there is; and shown to notice a cache that lies."""
+"""The harness, run on every kind of tier that there is; and shown to find each of many seeded faults."""
 
 from __future__ import annotations
 
@@ -6,48 +6,48 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
+from faulty_backends import (
+    LIES,
+    RARE,
+    CutsFirst,
+    DecodesSecond,
+    DropsNext,
+    EmbedsBackwards,
+    PacksStale,
+    RestoresFrom32,
+    RestoresInFirst,
+    SharesForty,
+    Trusts,
+    WipesBatch,
+)
+from faulty_tiers import (
+    FAULTS,
+    ForgetsAtClose,
+    KeepsAll,
+    KeepsOld,
+    ListsTwice,
+    ListsWrongSizes,
+    ReadsForOneThread,
+    ReadsOther,
+    ReadsShort,
+    SmallTier,
+)
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from erllama.cache import Block, Cache, FileTier, Tier, TierRow
+from erllama.cache import Block, Cache, Changes, FileTier, RamTier, Tier
 from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.backends.stub import StubBackend
 from erllama.errors import CacheFormatError
-from erllama.testing import BackendMachine, CacheMachine
+from erllama.testing import BackendMachine, CacheMachine, TierConformance
 from erllama.testing.models import TINY, write_gemma3, write_lfm2, write_llama, write_mamba
 from support import llama_backend
 
-EXAMPLES = int(os.environ.get("ERLLAMA_HARNESS_EXAMPLES", "40"))
+GUIDE = Path(__file__).resolve().parents[1] / "docs" / "test-harness.md"
+EXAMPLES = int(os.environ.get("ERLLAMA_HARNESS_EXAMPLES", "25"))
 # Nothing is shrunk: what a run finds depends on files and threads, and would take long to repeat.
 MACHINE = settings(max_examples=EXAMPLES, stateful_step_count=30, phases=[Phase.generate])
-
-SHELVES: dict[str, dict[bytes, tuple[Block, bytes]]] = {}
-
-
-class DictTier(Tier):
-    """A tier as a user writes one: what a remote store would be."""
-
-    def __init__(self, place: str, budget: int = 10**6) -> None:
-        super().__init__("remote", budget)
-        self.shelf = SHELVES.setdefault(place, {})
-
-    def rows(self) -> list[TierRow]:
-        return [TierRow(block, len(payload), 0) for block, payload in self.shelf.values()]
-
-    def write(self, block: Block, payload: memoryview) -> None:
-        self.shelf[block.key] = (block, bytes(payload))
-
-    def read(self, block: Block) -> tuple[Block, memoryview]:
-        if block.key not in self.shelf:
-            raise FileNotFoundError(block.key.hex())
-        found, payload = self.shelf[block.key]
-        return found, memoryview(payload)
-
-    def remove(self, keys: Sequence[bytes]) -> None:
-        for key in keys:
-            self.shelf.pop(key, None)
 
 
 def machine(name: str, make: object, **attributes: object) -> type[CacheMachine]:
@@ -88,9 +88,36 @@ def test_no_tier_lies(kind: type[CacheMachine]) -> None:
     run_state_machine_as_test(kind, settings=MACHINE)
 
 
+class TestRamTier(TierConformance):
+    def make_tier(self, directory: Path) -> Tier:
+        return RamTier(10**6)
+
+
+class TestFileTier(TierConformance):
+    """On a tmpfs as far as it can tell: nothing is made durable, which would take most of the time."""
+
+    n_blocks = 40
+    shared = True
+
+    def make_tier(self, directory: Path) -> Tier:
+        return FileTier(directory / "cache", 10**6, name="ram_file", watch=False)
+
+
+class TestSmallTier(TierConformance):
+    def make_tier(self, directory: Path) -> Tier:
+        return SmallTier(str(directory))
+
+
+class TestTinyTier(TierConformance):
+    """Hardly anything has room."""
+
+    def make_tier(self, directory: Path) -> Tier:
+        return SmallTier(str(directory), 600)
+
+
 def custom(self: CacheMachine, directory: Path) -> Cache:
     return Cache(
-        ram=600, disk=directory, disk_quota=6000, tiers=[DictTier(str(directory))], block_size=16, watch=False
+        ram=600, disk=directory, disk_quota=6000, tiers=[SmallTier(str(directory))], block_size=16, watch=False
     )
 
 
@@ -135,15 +162,71 @@ class LaxTier(FileTier):
             return block, memoryview(self.path_of(block.key).read_bytes()[-96:] or b"x")
 
 
-@pytest.mark.parametrize("liar", [SwappingTier, ForgetfulTier, GreedyTier, LaxTier])
-def test_the_harness_notices_a_tier_that_lies(liar: type[FileTier]) -> None:
-    def make(self: CacheMachine, directory: Path) -> Cache:
-        return Cache(ram=0, tiers=[liar(directory, 9000, watch=False)], block_size=16)
+class UnawareTier(FileTier):
+    """Does not tell what others did."""
+
+    def changes(self) -> Changes | None:
+        return None
+
+
+FILE_FAULTS: list[tuple[type[FileTier], str]] = [
+    (SwappingTier, "test_what_is_written_is_read"),
+    (ForgetfulTier, "test_what_is_written_is_read"),
+    (GreedyTier, "test_a_sound_tier_has_no_problems"),
+    (LaxTier, "test_a_problem_is_found"),
+    (UnawareTier, "test_instances_see_each_other"),
+]
+
+
+@pytest.mark.parametrize(("liar", "rule"), FILE_FAULTS)
+def test_a_rule_finds_a_fault_of_a_tier_of_files(liar: type[FileTier], rule: str) -> None:
+    class Rules(TestFileTier):
+        def make_tier(self, directory: Path) -> Tier:
+            return liar(directory / "cache", 10**6, name="ram_file", watch=False)
 
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(
-            machine(liar.__name__, make), settings=settings(MACHINE, phases=[Phase.generate], max_examples=200)
-        )
+        getattr(Rules(), rule)()
+
+
+@pytest.mark.parametrize(("liar", "rule"), FAULTS)
+def test_a_rule_finds_a_fault_of_a_tier(liar: type[SmallTier], rule: str) -> None:
+    class Rules(TierConformance):
+        def make_tier(self, directory: Path) -> Tier:
+            return liar(str(directory))
+
+    with pytest.raises(AssertionError):
+        getattr(Rules(), rule)()
+
+
+def test_every_rule_for_tiers_has_a_fault() -> None:
+    rules = {name for name in dir(TierConformance) if name.startswith("test_")}
+    assert rules == {rule for _, rule in [*FAULTS, *FILE_FAULTS]}
+
+
+def faulty_machine(liar: type[SmallTier], budget: int) -> type[CacheMachine]:
+    def make(self: CacheMachine, directory: Path) -> Cache:
+        return Cache(ram=300, tiers=[liar(str(directory), budget)], block_size=16, watch=False)
+
+    return machine(liar.__name__, make, shared=False)
+
+
+# The machine checks all rules before it begins: what one of them finds, it finds. These are some of each kind.
+@pytest.mark.parametrize("liar", [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ReadsForOneThread])
+def test_the_machine_names_the_promise_that_a_tier_breaks(liar: type[SmallTier]) -> None:
+    with pytest.raises(AssertionError, match="The broken promise"):
+        run_state_machine_as_test(faulty_machine(liar, 10**6), settings=settings(MACHINE, max_examples=1))
+
+
+@pytest.mark.parametrize(
+    "liar",
+    [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ForgetsAtClose, ReadsOther],
+)
+def test_the_machine_finds_faults_of_tiers_without_the_rules(
+    liar: type[SmallTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CacheMachine, "_check_tiers", lambda self: None)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(faulty_machine(liar, 2000), settings=settings(MACHINE, max_examples=40))
 
 
 # --- backends ---------------------------------------------------------------------------------------
@@ -157,7 +240,7 @@ def test_the_stub_computes_alike_whatever_it_is_put_through(can_trim: bool) -> N
         def make_backend(self) -> StubBackend:
             return StubBackend(n_ctx=64, can_trim=can_trim)
 
-    run_state_machine_as_test(Stub, settings=MACHINE)
+    run_state_machine_as_test(Stub, settings=settings(MACHINE, max_examples=max(EXAMPLES // 2, 5)))
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -167,33 +250,46 @@ def test_libllama_computes_alike_whatever_it_is_put_through(kind: str, tmp_path:
     write(path, *shape, seed=1)
 
     class Llama(BackendMachine):
+        checks_rules = False  # tests/test_backends.py does
+
         def make_backend(self) -> LlamaBackend:
-            return llama_backend(path, n_ctx=256, n_ubatch=32)
+            return llama_backend(path, n_ctx=256, n_ubatch=32, n_threads=1)
 
-    run_state_machine_as_test(Llama, settings=settings(MACHINE, max_examples=max(EXAMPLES // 4, 10)))
-
-
-class Forgetting(StubBackend):
-    """Restores all but the last position's KV rightly."""
-
-    def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
-        super().restore(sequence, start, end, payload)
-        self._kv[self._table[sequence, end - 1]] ^= np.uint64(1)
+    run_state_machine_as_test(Llama, settings=settings(MACHINE, max_examples=max(EXAMPLES // 5, 5)))
 
 
-class Trusting(StubBackend):
-    """Takes any payload."""
-
-    def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
-        raw = bytes(payload).ljust(16 + 8 * (end - start), b"\0")
-        super().restore(sequence, start, end, memoryview(raw))
-
-
-@pytest.mark.parametrize("liar", [Forgetting, Trusting])
-def test_the_harness_notices_a_backend_that_lies(liar: type[StubBackend]) -> None:
+@pytest.mark.parametrize("liar", [SharesForty, PacksStale, RestoresFrom32, WipesBatch, EmbedsBackwards])
+def test_the_machine_names_the_promise_that_a_backend_breaks(liar: type[StubBackend]) -> None:
     class Machine(BackendMachine):
         def make_backend(self) -> StubBackend:
-            return liar(n_ctx=64)
+            return liar(n_ctx=300)
+
+    with pytest.raises(AssertionError, match="The broken promise"):
+        run_state_machine_as_test(Machine, settings=settings(MACHINE, max_examples=1))
+
+
+@pytest.mark.parametrize("liar", [RestoresInFirst, DecodesSecond, CutsFirst, DropsNext, Trusts])
+def test_the_machine_finds_faults_of_backends_without_the_rules(liar: type[StubBackend]) -> None:
+    class Machine(BackendMachine):
+        checks_rules = False
+
+        def make_backend(self) -> StubBackend:
+            return liar(n_ctx=300)
 
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(Machine, settings=settings(MACHINE, max_examples=200))
+        run_state_machine_as_test(Machine, settings=settings(MACHINE, max_examples=40))
+
+
+# --- the guide ------------------------------------------------------------------------------------------
+
+
+def table(faults: Sequence[tuple[type, str]]) -> str:
+    """The faults and the rules that find them, as the guide has them."""
+    rows = [f"| {' '.join((fault.__doc__ or '').split())} | `{rule}` |" for fault, rule in faults]
+    return "\n".join(["| Fault | Rule that finds it |", "|---|---|", *rows])
+
+
+@pytest.mark.parametrize("faults", [[*FAULTS, *FILE_FAULTS], [*LIES, *RARE]], ids=["tiers", "backends"])
+def test_the_guide_has_the_table_of_faults(faults: Sequence[tuple[type, str]]) -> None:
+    assert len({fault for fault, _ in faults}) >= 40
+    assert table(faults) in GUIDE.read_text(), f"docs/test-harness.md must have this table:\n{table(faults)}"

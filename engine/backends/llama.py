@@ -207,15 +207,17 @@ class LlamaBackend:
                 **_rope(options),
             )
 
-        # Windows and recurrent states take memory for each sequence.
-        n_sequences = _EMBEDDED_TOGETHER if limits.can_trim or not limits.can_generate else 1
+        # Windows and recurrent states take memory for each sequence. A text has a token at least, and a context
+        # of more sequences than tokens cannot be made.
+        most = _EMBEDDED_TOGETHER if limits.can_trim or not limits.can_generate else 1
+        n_sequences = min(most, limits.n_ubatch, llama_ffi.max_sequences())
         with translated(BackendError):
             return LlamaEmbedder(
                 self._model,
                 make_context,
                 n_tokens=limits.n_ctx,
                 n_batch=limits.n_ubatch,
-                n_sequences=min(n_sequences, llama_ffi.max_sequences()),
+                n_sequences=n_sequences,
             )
 
     def check_adapter(self, path: Path) -> None:

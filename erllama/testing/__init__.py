@@ -1,6 +1,6 @@
 """What tests of this library, of caches and of backends of your own are made with.
 
-`BackendConformance` states what a backend must do and tests each rule.
+`BackendConformance` and `TierConformance` state what a backend and a tier must do, and test each rule.
 `CacheMachine` and `BackendMachine` are Hypothesis state machines: derive from
 one, say how to make the thing under test, and run its `TestCase`. They need
 `pip install erllama[testing]`. `erllama.testing.models` writes tiny GGUF
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from erllama.testing.backend_machine import BackendMachine
     from erllama.testing.cache_machine import CacheMachine
     from erllama.testing.conformance import BackendConformance
+    from erllama.testing.tier_conformance import TierConformance
 
-__all__ = ["BackendConformance", "BackendMachine", "CacheMachine"]
+__all__ = ["BackendConformance", "BackendMachine", "CacheMachine", "TierConformance"]
 
 _HOMES = {
     "BackendConformance": "conformance",
     "BackendMachine": "backend_machine",
     "CacheMachine": "cache_machine",
+    "TierConformance": "tier_conformance",
 }
 
 

@@ -8,11 +8,16 @@ what a cache promises:
 * a payload that is loaded is one that was saved for that very key, and the
   block that comes with it says how it was computed;
 * a hit is as long as the stored blocks allow, and no longer than the tokens agree;
-* no budget is exceeded, by the cache's count and by the size of the files;
-* a tier has a block once; a pinned block stays;
+* each tier holds exactly what it was given and not told to remove: the newest version
+  of each block, once, with its size; and the cache lists the same;
+* no budget is exceeded: by the cache's count, by what the tier lists, by the size of the files;
+* a pinned block stays;
 * what was on disk before a crash is on disk after it, nothing half-done is left,
   and `verify()` finds nothing but the damage that the machine did itself;
+* no call of a tier fails;
 * `check_integrity()` holds.
+
+Before that it checks, once, that each tier of one's own keeps the rules of `TierConformance`.
 
 To run it on a cache of your own:
 
@@ -31,14 +36,29 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
-from erllama.cache import Block, Cache, FileTier, Match, SaveReason, namespace_key, token_bytes
+from erllama.cache import (
+    Block,
+    Cache,
+    FileTier,
+    Match,
+    RamTier,
+    SaveReason,
+    Tier,
+    namespace_key,
+    token_bytes,
+)
 from erllama.cache.keys import TOKEN_BYTES, common_prefix
 from erllama.cache.writer import Abandoned
+from erllama.testing.promises import check_rules
+from erllama.testing.tier_conformance import TierConformance
+from erllama.testing.tier_model import TierModel
 
 # Few distinct tokens and short texts, so that prefixes are shared often.
 contexts = st.lists(st.integers(0, 2), min_size=1, max_size=70)
@@ -56,11 +76,13 @@ class CacheMachine(RuleBasedStateMachine):
         payload_bytes: size of a block's payload.
         shared: whether several caches may use one directory at once: not where a tier
             does not tell what others did to it (`Tier.changes`).
+        n_blocks: blocks of the longer rules of `TierConformance`.
     """
 
     can_trim = True
     payload_bytes = 96
     shared = True
+    n_blocks = TierConformance.n_blocks
 
     matches = Bundle("matches")
 
@@ -70,8 +92,10 @@ class CacheMachine(RuleBasedStateMachine):
 
     # --- life ------------------------------------------------------------------------------------
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(data=st.data())
+    def start(self, data: st.DataObject) -> None:
+        # Within a draw: Hypothesis does not count its time against the deadline of the example.
+        data.draw(st.builds(self._check_tiers))
         self.directory = Path(tempfile.mkdtemp(prefix="erllama-test-"))
         self.elsewhere = Path(tempfile.mkdtemp(prefix="erllama-test-"))
         self.saved: dict[
@@ -80,11 +104,51 @@ class CacheMachine(RuleBasedStateMachine):
         self.held: list[Match] = []
         self.tampered = False  # files were changed since the last gc
         self.version = 0
-        self.cache = self.make_cache(self.directory / "cache")
+        self.contexts: list[tuple[list[int], bytes]] = []  # that were saved
+        self.step = 0
+        self.models: dict[tuple[int, str, str], TierModel] = {}  # by index, name and place of a tier
+        self.own_models: WeakKeyDictionary[Tier, TierModel] = WeakKeyDictionary()  # of those that do not persist
+        self.cache = self._started()
+
+    def _check_tiers(self) -> None:
+        """Check each tier that is not this library's, at the first example."""
+        with TemporaryDirectory(prefix="erllama-test-") as directory, self.make_cache(Path(directory)) as cache:
+            tiers = list(cache._upkeep.tiers)
+        for index, tier in enumerate(tiers):
+            kind = type(tier)
+            if kind in (FileTier, RamTier) or kind in _kept.setdefault(type(self), set()):
+                continue
+            check_rules(_RulesOfTier(type(self), index))
+            _kept[type(self)].add(kind)
+
+    def _started(self) -> Cache:
+        cache = self.make_cache(self.directory / "cache")
+        self._spy_on(cache)
+        self.failed: dict[str, float] = {}  # calls of tiers that failed because of what the machine did to files
+        return cache
+
+    def _spy_on(self, cache: Cache) -> None:
+        for model, tier in self._modelled(cache):
+            model.spy_on(tier)
+
+    def _modelled(self, cache: Cache) -> list[tuple[TierModel, Tier]]:
+        """The tiers of a cache and what they must hold: caches on one directory share what persists."""
+        return [
+            (
+                self.models.setdefault((index, tier.name, tier.place), TierModel())
+                if tier.persistent
+                else self.own_models.setdefault(tier, TierModel()),
+                tier,
+            )
+            for index, tier in enumerate(cache._upkeep.tiers)
+        ]
 
     def teardown(self) -> None:
         if hasattr(self, "cache"):
-            self.cache.close()
+            try:
+                self.compare_tiers()
+            finally:
+                self.cache.close()
             shutil.rmtree(self.directory)
             shutil.rmtree(self.elsewhere)
 
@@ -122,8 +186,12 @@ class CacheMachine(RuleBasedStateMachine):
         self._started_after(before - overtaken)
 
     def _started_after(self, before: set[bytes]) -> None:
-        self.cache = self.make_cache(self.directory / "cache")
+        self.cache = self._started()
+        for model, tier in self._modelled(self.cache):
+            if not tier.persistent:
+                model.take_from(tier)
         if not self.tampered:
+            self.compare_tiers()
             lost = before - self._persistent()
             assert not lost, f"what was stored is lost: {[self.saved[key] for key in lost]}"
             assert self.cache.verify() == [], "something is wrong after a start"
@@ -134,6 +202,7 @@ class CacheMachine(RuleBasedStateMachine):
     def another_process(self, ids: list[int], namespace: bytes, wanted: list[int]) -> None:
         """A second cache on the same directory, as another process would have it."""
         with self.make_cache(self.directory / "cache") as other:
+            self._spy_on(other)
             self._save(other, ids, namespace)
             self._look_up(other, wanted, namespace)
 
@@ -142,6 +211,12 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(ids=contexts, namespace=namespaces, replace=st.booleans())
     def save(self, ids: list[int], namespace: bytes, replace: bool) -> None:
         self._save(self.cache, ids, namespace, replace)
+
+    @precondition(lambda self: self.contexts)
+    @rule(pick=picks)
+    def replace(self, pick: int) -> None:
+        """Save a context again that was saved before: the newer version takes the old one's place."""
+        self._save(self.cache, *self.contexts[pick % len(self.contexts)], replace=True)
 
     @rule(ids=contexts, namespace=namespaces)
     def look_up(self, ids: list[int], namespace: bytes) -> None:
@@ -180,10 +255,16 @@ class CacheMachine(RuleBasedStateMachine):
         if self.tampered:
             self._release_all()  # what others did may cost pinned blocks
         self.cache.gc()
+        if self.tampered:
+            self.cache.flush()
+            for model, tier in self._modelled(self.cache):
+                model.take_from(tier)
+            self.failed = self._failures()
         self.tampered = False
 
     # --- what others do to the files ---------------------------------------------------------------
 
+    @precondition(lambda self: self._file_tiers())
     @rule(pick=picks, byte=st.integers(0, 2**16), bit=st.integers(0, 7))
     def flip(self, pick: int, byte: int, bit: int) -> None:
         for path in self._tamper(pick):
@@ -193,22 +274,26 @@ class CacheMachine(RuleBasedStateMachine):
                 path.write_bytes(content)
                 _settle(path)
 
+    @precondition(lambda self: self._file_tiers())
     @rule(pick=picks, keep=st.integers(0, 400))
     def truncate(self, pick: int, keep: int) -> None:
         for path in self._tamper(pick):
             path.write_bytes(path.read_bytes()[:keep])
             _settle(path)
 
+    @precondition(lambda self: self._file_tiers())
     @rule(pick=picks)
     def remove(self, pick: int) -> None:
         for path in self._tamper(pick):
             path.unlink()
 
+    @precondition(lambda self: self._file_tiers())
     @rule(pick=picks)
     def keep_a_copy(self, pick: int) -> None:
         for path in self._picked(self.files(), pick):
             shutil.copy(path, self.elsewhere / path.name)
 
+    @precondition(lambda self: self._file_tiers())
     @rule(pick=picks, which=picks, rightly_named=st.booleans())
     def copy_in(self, pick: int, which: int, rightly_named: bool) -> None:
         """Files from another machine: taken in by the next gc, within the budget."""
@@ -243,6 +328,36 @@ class CacheMachine(RuleBasedStateMachine):
             assert len({(row.tier, row.key) for row in rows}) == len(rows), "a tier has a block twice"
 
     @invariant()
+    def tiers_hold_what_they_were_given(self) -> None:
+        """Every third step, so that writes are under way in the others."""
+        if hasattr(self, "cache"):
+            self.step += 1
+            if self.step % 3 == 0:
+                self.compare_tiers()
+
+    @rule()
+    def compare_tiers(self) -> None:
+        if self.tampered:
+            return
+        assert self.cache.flush()
+        listed = {(row.tier, row.key): row.n_bytes for row in self.cache.rows()}
+        assert self.cache.flush()
+        held: dict[tuple[str, bytes], int] = {}
+        for model, tier in self._modelled(self.cache):
+            model.compare(tier)
+            rows = list(tier.rows())
+            total = sum(row.n_bytes for row in rows)
+            assert total <= tier.budget, f"rows() of {tier.place} count {total} bytes; its budget is {tier.budget}"
+            held |= {(tier.name, row.block.key): row.n_bytes for row in rows}
+        assert listed == held, "the cache lists other blocks than rows() of its tiers, or counts them otherwise"
+
+    @invariant()
+    def no_call_fails(self) -> None:
+        if hasattr(self, "cache") and not self.tampered:
+            failed = {name: n - self.failed.get(name, 0) for name, n in self._failures().items()}
+            assert not any(failed.values()), f"calls of a tier failed; see the log of 'erllama.cache': {failed}"
+
+    @invariant()
     def keeps_to_budgets(self) -> None:
         if not hasattr(self, "cache"):
             return
@@ -263,6 +378,7 @@ class CacheMachine(RuleBasedStateMachine):
     # --- how -------------------------------------------------------------------------------------
 
     def _save(self, cache: Cache, ids: list[int], namespace: bytes, replace: bool = False) -> None:
+        self.contexts.append((ids, namespace))
         for block in self._blocks(ids, namespace, cache.block_size):
             self.saved.setdefault(block.key, {})[block.recipe] = block
             cache.save(block, self._payload(block), replace=replace, trimmable=self.can_trim)
@@ -325,6 +441,10 @@ class CacheMachine(RuleBasedStateMachine):
         lasting = {tier.name for tier in self.cache._upkeep.tiers if tier.persistent}
         return {row.key for row in self.cache.rows() if row.tier in lasting}
 
+    def _failures(self) -> dict[str, float]:
+        counted = self.cache.counters()
+        return {name: counted.get(name, 0) for name in ("disk_errors", "faults", "corrupt_files")}
+
     def _evictions(self) -> float:
         return sum(n for name, n in self.cache.counters().items() if name.startswith("evictions_"))
 
@@ -335,6 +455,22 @@ class CacheMachine(RuleBasedStateMachine):
         for match in self.held:
             match.release()
         self.held = []
+
+
+class _RulesOfTier(TierConformance):
+    """The rules, for one of the tiers of a machine's cache."""
+
+    def __init__(self, machine: type[CacheMachine], index: int) -> None:
+        self._machine, self._index = machine(), index
+        self.n_blocks, self.shared = machine.n_blocks, machine.shared
+
+    def make_tier(self, directory: Path) -> Tier:
+        with self._machine.make_cache(directory) as cache:
+            return cache._upkeep.tiers[self._index]
+
+
+# Types of tiers that have kept the rules, by machine.
+_kept: WeakKeyDictionary[type[CacheMachine], set[type[Tier]]] = WeakKeyDictionary()
 
 
 def _settle(path: Path) -> None:
