@@ -94,7 +94,7 @@ def cold_stub(prompt: tuple[int, ...], adapters: Used, n: int) -> tuple[int, ...
 
 @contextmanager
 def llama(path: Path, **options: object) -> Iterator[erllama.Model]:
-    given: dict[str, object] = {"n_ctx": 1024, "n_threads": 2, "n_ubatch": 64, "warmup": False, **options}
+    given: dict[str, object] = {"n_ctx": 1024, "n_threads": 1, "n_ubatch": 64, "warmup": False, **options}
     with erllama.Cache(block_size=32) as cache:
         with erllama.load_model(path, **{"cache": cache, **given}) as model:  # type: ignore[arg-type]
             yield model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from hypothesis import HealthCheck, settings
 
 import erllama
 from erllama.testing.models import TINY, write_llama, write_lora
+
+# Models with several threads, here and in child processes, wait for each other asleep: a thread that spins while
+# the other one waits for a core makes a decode hundreds of times slower beside busy processes. libgomp reads this
+# when it is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 settings.register_profile(
     "suite", deadline=None, derandomize=True, print_blob=True, suppress_health_check=list(HealthCheck)
@@ -24,7 +30,7 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(tiny_gguf: Path) -> Iterator[erllama.Model]:
-    with erllama.Cache() as cache, erllama.load_model(tiny_gguf, cache=cache, n_ctx=1024, n_threads=2) as model:
+    with erllama.Cache() as cache, erllama.load_model(tiny_gguf, cache=cache, n_ctx=1024, n_threads=1) as model:
         yield model
 
 

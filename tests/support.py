@@ -25,7 +25,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def llama_backend(path: Path, **options: object) -> LlamaBackend:
-    defaults: dict[str, object] = {"n_ctx": 1024, "n_threads": 2}
+    defaults: dict[str, object] = {"n_ctx": 1024, "n_threads": 1}
     return LlamaBackend(path, LlamaOptions(**{**defaults, **options}), f"test {path.name}")  # type: ignore[arg-type]
 
 

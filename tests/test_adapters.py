@@ -43,7 +43,7 @@ def test_logits_are_libllamas_own(tiny_gguf: Path, loras: list[Path], scales: di
 
     with llama_ffi.LlamaModel(tiny_gguf) as native:
         context = llama_ffi.LlamaContext(
-            native, n_ctx=1024, n_ubatch=64, n_seq_max=17, n_threads=2, n_threads_batch=2
+            native, n_ctx=1024, n_ubatch=64, n_seq_max=17, n_threads=1, n_threads_batch=1
         )
         order = sorted(scales, key=lambda i: hashlib.sha256(loras[i].read_bytes()).digest())
         context.set_adapters([(llama_ffi.LlamaAdapter(native, loras[i]), scales[i]) for i in order])

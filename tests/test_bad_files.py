@@ -264,7 +264,7 @@ def test_a_flipped_byte_in_any_cache_file_costs_only_warmth(
     dice = random.Random(1)
 
     def answer(cache: erllama.Cache) -> erllama.Completion:
-        with erllama.load_model(tiny_gguf, cache=cache, n_ctx=512, n_ubatch=32, n_threads=2) as model:
+        with erllama.load_model(tiny_gguf, cache=cache, n_ctx=512, n_ubatch=32, n_threads=1) as model:
             return model.complete(prompt, **ask)  # type: ignore[arg-type]
 
     with erllama.Cache(block_size=32, disk=tmp_path) as cache:

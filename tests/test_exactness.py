@@ -201,8 +201,8 @@ def llama_context(bench: Bench) -> LlamaContext:
         n_ctx=1024,
         n_ubatch=UBATCH,
         n_seq_max=2,
-        n_threads=2,
-        n_threads_batch=2,
+        n_threads=1,
+        n_threads_batch=1,
     )
 
 
@@ -225,7 +225,7 @@ PROGRAM = """
 import json, sys, erllama
 path, directory, reproducible, cases = sys.argv[1], sys.argv[2], sys.argv[3] == "True", json.loads(sys.argv[4])
 with erllama.Cache(disk=directory) as cache:
-    with erllama.load_model(path, cache=cache, n_ctx=2048, n_threads=2) as model:
+    with erllama.load_model(path, cache=cache, n_ctx=2048, n_threads=1) as model:
         for prompt in cases:
             reply = model.complete(prompt, max_tokens=64, temperature=1.0, seed=3, reproducible=reproducible)
             print(json.dumps([reply.cache.kind, reply.cache.tier, reply.cache.tokens, reply.tokens]))
@@ -245,7 +245,7 @@ def in_new_process(path: Path, directory: Path, reproducible: bool, *prompts: li
         {"n_ubatch": 48},  # blocks do not fit it
         {"n_ubatch": 16},  # smaller than a block
         {"n_batch": 40, "n_ubatch": 512},
-        {"n_threads": 1},
+        {"n_threads": 2},
         {"rope_freq_base": 5000.0},
     ],
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
@@ -283,7 +283,7 @@ def test_every_kind_of_context_is_exact(tiny_gguf: Path, options: dict[str, obje
 def test_contexts_that_differ_in_what_kv_means_share_nothing(tiny_gguf: Path) -> None:
     with erllama.Cache() as cache:
         for options in ({}, {"kv_type_k": "q8_0"}, {"flash_attn": False}, {"rope_freq_base": 5000.0}):
-            with erllama.load_model(tiny_gguf, cache=cache, n_ctx=512, n_threads=2, **options) as model:  # type: ignore[arg-type]
+            with erllama.load_model(tiny_gguf, cache=cache, n_ctx=512, n_threads=1, **options) as model:  # type: ignore[arg-type]
                 for kind in ("cold", "exact"):
                     assert model.complete(prompt_of(1, 100), max_tokens=2).cache.kind == kind
         with erllama.load_model(tiny_gguf, cache=cache, n_ctx=1024, n_batch=64, n_threads=1) as model:

@@ -21,7 +21,7 @@ from erllama.llama_ffi.samplers import LlamaSampler
 from erllama.testing.models import FIRST_BYTE, TINY, write_llama
 from support import SHARED, in_threads, must_run
 
-CONTEXT = {"n_ctx": 512, "n_batch": 256, "n_ubatch": 64, "n_seq_max": 3, "n_threads": 2, "n_threads_batch": 2}
+CONTEXT = {"n_ctx": 512, "n_batch": 256, "n_ubatch": 64, "n_seq_max": 3, "n_threads": 1, "n_threads_batch": 1}
 
 
 @pytest.fixture(scope="module")

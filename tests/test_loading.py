@@ -160,7 +160,7 @@ def test_kv_under_options_comes_back_bit_for_bit(tmp_path: Path, tiny_gguf: Path
         for _ in range(2):
             with (
                 erllama.Cache(ram=0, disk=tmp_path / "kv", block_size=32) as cache,
-                erllama.load_model(path, cache=cache, n_ctx=512, n_ubatch=32, n_threads=2, **options) as model,
+                erllama.load_model(path, cache=cache, n_ctx=512, n_ubatch=32, n_threads=1, **options) as model,
             ):
                 replies.append(
                     model.complete(prompt, max_tokens=20, temperature=0.0, logprobs=1, reproducible=True)

@@ -290,7 +290,7 @@ def test_a_real_model_that_is_unloaded_in_the_middle_resumes_there(tiny_gguf: Pa
         import sys, threading, time, erllama
         prompt = [5 + i % 200 for i in range(900)]
         with erllama.Cache(disk=sys.argv[2]) as cache:
-            model = erllama.load_model(sys.argv[1], cache=cache, n_ctx=2048, n_ubatch=32, n_threads=2)
+            model = erllama.load_model(sys.argv[1], cache=cache, n_ctx=2048, n_ubatch=32, n_threads=1)
             stream = model.stream(prompt, max_tokens=1000, temperature=0)
             next(stream)
             model.unload()
@@ -299,7 +299,7 @@ def test_a_real_model_that_is_unloaded_in_the_middle_resumes_there(tiny_gguf: Pa
     must_run(program, tiny_gguf, tmp_path)
     with (
         Cache(disk=tmp_path) as cache,
-        erllama.load_model(tiny_gguf, cache=cache, n_ctx=2048, n_ubatch=32, n_threads=2) as model,
+        erllama.load_model(tiny_gguf, cache=cache, n_ctx=2048, n_ubatch=32, n_threads=1) as model,
     ):
         assert model.complete(prompt, max_tokens=1).cache.kind == "exact"
 

@@ -161,7 +161,7 @@ def test_memory_that_cannot_be_cut_is_scored_too(write: type[write_gemma3], tmp_
 
 def test_texts_are_tokenized_as_one(tmp_path: Path) -> None:
     path = write_scripted(tmp_path / "words.gguf", {}, words=["hello", "world"])
-    with erllama.load_model(path, n_ctx=256, n_threads=2) as model:
+    with erllama.load_model(path, n_ctx=256, n_threads=1) as model:
         whole = model.tokenize("say hello").tolist()
         for cut, n in {"say ": 1, "say hel": 1, "say": 2}.items():
             score = model.score(cut, "say hello".removeprefix(cut))
@@ -204,7 +204,7 @@ MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 def coder(tmp_path: Path) -> Iterator[erllama.Model]:
     follows = {"<|fim_middle|>": "return", "return": " ", " ": "1", "1": "</s>"}
     path = write_scripted(tmp_path / "coder.gguf", follows, words=["return"], special=MARKS)
-    with erllama.load_model(path, n_ctx=256, n_threads=2) as model:
+    with erllama.load_model(path, n_ctx=256, n_threads=1) as model:
         yield model
 
 
