@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faulty_tiers import SmallTier
 from test_cache import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
-from test_harness import DictTier
 
 import erllama
 from erllama.cache import Block, Cache, FileTier, MemoryUsage, SaveReason, Tier, TierRow, token_bytes
@@ -27,7 +27,7 @@ def held(cache: Cache) -> dict[str, int]:
 
 
 def test_a_save_reaches_every_tier(tmp_path: Path) -> None:
-    shelf = DictTier(str(tmp_path))
+    shelf = SmallTier(str(tmp_path))
     with Cache(block_size=SIZE, ram_file=tmp_path / "f", disk=tmp_path / "d", tiers=[shelf]) as cache:
         assert cache.tier_names == ("ram", "ram_file", "disk", "remote")
         save(cache, MANY)
@@ -43,7 +43,7 @@ def test_a_save_reaches_every_tier(tmp_path: Path) -> None:
 
 
 def test_a_hit_in_a_slow_tier_is_promoted(tmp_path: Path) -> None:
-    shelf = DictTier(str(tmp_path))
+    shelf = SmallTier(str(tmp_path))
     with Cache(block_size=SIZE, ram=0, tiers=[shelf]) as cache:
         save(cache, MANY)
     with Cache(block_size=SIZE, ram_file=tmp_path / "f", disk=tmp_path / "d", tiers=[shelf]) as cache:
@@ -133,7 +133,7 @@ def test_the_default_directory_in_memory_is_this_users() -> None:
         assert Path(status.place).stat().st_mode & 0o077 == 0
 
 
-class Failing(DictTier):
+class Failing(SmallTier):
     """A remote store that is not there, until it is."""
 
     broken = True
@@ -168,7 +168,7 @@ def test_a_tier_of_ones_own_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyP
         cache.check_integrity()
 
 
-class Buggy(DictTier):
+class Buggy(SmallTier):
     def read(self, block: Block) -> tuple[Block, memoryview]:
         raise ZeroDivisionError
 
@@ -181,7 +181,7 @@ def test_a_mistake_in_a_tier_of_ones_own_is_a_miss(tmp_path: Path) -> None:
             assert [cache.load(block) for block in match.blocks] == [None] * 10
 
 
-class Slow(DictTier):
+class Slow(SmallTier):
     """Reads when it is let."""
 
     def __init__(self, place: str) -> None:
@@ -230,7 +230,7 @@ def test_a_match_that_is_forgotten_pins_nothing() -> None:
         assert {row.pins for row in cache.rows()} == {0}
 
 
-class Exiting(DictTier):
+class Exiting(SmallTier):
     def write(self, block: Block, payload: memoryview) -> None:
         raise SystemExit
 
@@ -387,7 +387,7 @@ def test_live_blocks_keep_to_their_budget_and_pins() -> None:
 
 def test_a_tier_that_is_written_to_is_not_attached(tmp_path: Path) -> None:
     with Cache() as cache, pytest.raises(erllama.OptionError, match="owner"):
-        cache.attach(DictTier(str(tmp_path)))
+        cache.attach(SmallTier(str(tmp_path)))
 
 
 # --- sharing, waiting, cleaning up --------------------------------------------------------------------
