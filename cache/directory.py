@@ -145,12 +145,16 @@ class CacheDirectory:
 
     def reap(self) -> None:
         """Remove what dead processes left: their files first, then the lock that tells of them."""
+        self.reap_files()
+        for owner in self._owners():
+            self._bury(owner)
+
+    def reap_files(self) -> None:
+        """Remove the files that dead processes left."""
         for path in self.partial.iterdir():
             if not self.alive(self.owner_of(path)):
                 with contextlib.suppress(OSError):
                     path.unlink()
-        for owner in self._owners():
-            self._bury(owner)
 
     def _bury(self, owner: str) -> None:
         """Remove a dead one's lock file, while holding its lock: nobody who takes it meanwhile is robbed."""

@@ -194,7 +194,7 @@ class FileTier(Tier):
     def write(self, block: Block, payload: memoryview) -> None:
         directory, final = self._open_directory, self.path_of(block.key)
         partial, before = directory.new_partial(), directory.new_partial()
-        published = False
+        published = replaced = False
         try:
             self._step("reserved")
             kvc.write(partial, block, payload, durable=self._durable)
@@ -205,6 +205,7 @@ class FileTier(Tier):
                 if index.stamp(block.key) is not None:
                     with contextlib.suppress(OSError):
                         os.link(final, before)
+                        replaced = True
                     partial.rename(final)
                 elif self._in_the_way(final, block):
                     partial.unlink()
@@ -213,7 +214,8 @@ class FileTier(Tier):
                 published = True
                 self._step("published")
                 index.put(block, _stamp(final), time.time_ns())
-                index.release(block.key, directory.owner)
+                if not replaced:
+                    index.release(block.key, directory.owner)
         except Abandoned:
             raise  # nothing is tidied up after a process that was killed
         except BaseException:
@@ -221,8 +223,10 @@ class FileTier(Tier):
             with contextlib.suppress(CacheError, OSError, sqlite3.Error), self._using() as index:
                 index.release(block.key, directory.owner)
             raise
-        with contextlib.suppress(FileNotFoundError):
-            before.unlink()
+        if replaced:  # the reservation counts the older version's bytes until its last link is gone
+            before.unlink(missing_ok=True)
+            with self._using() as index:
+                index.release(block.key, directory.owner)
 
     def _take_back(self, written: Path, before: Path, final: Path) -> None:
         """Undo a write: a file that is not in the index would be outside every budget."""
@@ -478,7 +482,7 @@ class FileTier(Tier):
                 yield Problem(self.name, str(path), "a write left it")
 
     def _reap(self) -> None:
-        """Drop the reservations of the dead, then their files, then their locks, which tell that they are dead."""
+        """Remove what dead processes left: files, then reservations, which count them, then locks, which say so."""
         directory = self._open_directory
         with self._using() as index:
             left = {key: o for key, (o, _) in index.reservations().items() if not directory.alive(o)}
@@ -487,6 +491,7 @@ class FileTier(Tier):
                     for key in left:
                         # It may have been renamed into place, and the index not told.
                         self._look_at(self.path_of(key), whole=True)
+                    directory.reap_files()
                     index.release_all(set(left.values()))
         directory.reap()
 

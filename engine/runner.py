@@ -9,7 +9,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 from erllama._log import logger
 from erllama.cache import Cache, Policy
@@ -91,10 +93,11 @@ class Runner:
         )
         self._name = name
         self._n_seq_max, self._max_pending = n_seq_max, max_pending
-        # Taken by itself and not as the condition: Ctrl-C cannot come between its acquisition and the `with` then.
-        # Reentrant, for calls from signal handlers.
+        # Ctrl-C cannot come between the acquisition of such a lock and the `with`. Reentrant, for signal handlers.
         self._lock = threading.RLock()
-        self._condition = threading.Condition(self._lock)
+        # Not a Condition, which is written in Python: a signal handler's exception within `notify()` can leave
+        # it so that the model thread is never woken again. `put` is one step, and safe in signal handlers.
+        self._wakeups: SimpleQueue[None] = SimpleQueue()
         self._arrived: deque[Sequence] = deque()
         self._sessions: dict[tuple[bytes, str], Sequence] = {}  # whose they are; a tenant's are its own
         self._calls: deque[_Call] = deque()
@@ -185,7 +188,7 @@ class Runner:
             # Ctrl-C may come before and after it is queued. Once it is, its end is the model thread's.
             with self._lock:
                 queued = sequence is not None and (sequence in self._arrived or sequence.arrived)
-                self._condition.notify()
+                self._notify()
             if not queued:
                 self.adapters.leave(ticket)
                 if sequence is not None:
@@ -207,7 +210,7 @@ class Runner:
                 self._check_session(session)
                 self._sessions[session] = sequence
             self._arrived.append(sequence)
-            self._condition.notify()
+            self._notify()
 
     def _leave_session(self, sequence: Sequence) -> None:
         session = _session_of(sequence)
@@ -266,7 +269,7 @@ class Runner:
 
             with self._lock:
                 self._calls.append(_Call(undo))
-                self._condition.notify()
+                self._notify()
             raise
 
     def unload_adapter(self, adapter: LoadedAdapter) -> None:
@@ -279,7 +282,7 @@ class Runner:
         """There may be adapters to be freed."""
         if self.adapters.unused:
             with self._lock:
-                self._condition.notify()
+                self._notify()
 
     def warm_up(self) -> None:
         """Decode once for nothing; before any request."""
@@ -306,7 +309,7 @@ class Runner:
         with self._lock:
             first = not self._stopping
             self._stopping = True
-            self._condition.notify_all()
+            self._notify()
         if first:
             self._last(lambda: self._backend.abort(True))
 
@@ -339,7 +342,7 @@ class Runner:
         with self._lock:
             self.check()
             self._calls.append(call)
-            self._condition.notify()
+            self._notify()
         call.wait()
 
     # --- the model thread
@@ -359,7 +362,7 @@ class Runner:
                     scheduler.waiting.append(self._arrived.popleft())
                 progress = self._tick() if not self._stopping and scheduler.busy else True
         finally:
-            with self._condition:
+            with self._lock:
                 self._stopping = True
                 for sequence in self._arrived:
                     sequence.arrived = True
@@ -394,10 +397,16 @@ class Runner:
     def _wait_for_work(self, progress: bool) -> None:
         if self._scheduler.busy and progress:
             return
-        with self._condition:
-            # Where all who are admitted wait for saves of others, that is looked at again soon.
-            timeout = _LOOK_AGAIN_SECONDS if self._scheduler.busy else None
-            self._condition.wait_for(self._has_work, timeout)
+        # Where all admitted requests wait for saves of others, look at those again soon.
+        timeout = _LOOK_AGAIN_SECONDS if self._scheduler.busy else None
+        with suppress(Empty):
+            while not self._has_work():
+                self._wakeups.get(timeout=timeout)
+
+    def _notify(self) -> None:
+        """Wake the model thread; after whatever it is to see."""
+        if self._wakeups.empty():  # else the thread looks again anyway, when it takes what is there
+            self._wakeups.put(None)
 
     def _has_work(self) -> bool:
         return self._stopping or bool(self._arrived or self._calls) or self.adapters.unused

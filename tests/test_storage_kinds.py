@@ -469,3 +469,29 @@ def test_every_directory_that_is_made_is_private_whatever_the_umask(tmp_path: Pa
         os.umask(before)
     made = [tmp_path / "a", tmp_path / "a" / "b", root, *(path for path in root.iterdir() if path.is_dir())]
     assert {path: path.stat().st_mode & 0o777 for path in made} == dict.fromkeys(made, 0o700)
+
+
+# --- quotas -----------------------------------------------------------------------------------------
+
+
+def test_an_older_version_is_counted_until_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved: list[int] = []
+    unlink = Path.unlink
+
+    def watching(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.name == "partial" and path.exists():
+            with closing(sqlite3.connect(tmp_path / "index.db")) as other:
+                reserved.append(other.execute("SELECT count(*) FROM reservations").fetchone()[0])
+        unlink(path, missing_ok)
+
+    with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
+        save(cache, texts(0, SIZE))
+        assert cache.flush(60)
+        monkeypatch.setattr(Path, "unlink", watching)
+        (block,) = blocks_of(texts(0, SIZE))
+        assert cache.save(block, payload_of(block), replace=True)
+        assert cache.flush(60)
+        cache.check_integrity()
+        with closing(sqlite3.connect(tmp_path / "index.db")) as other:
+            assert other.execute("SELECT count(*) FROM reservations").fetchone() == (0,)
+    assert reserved == [1]
