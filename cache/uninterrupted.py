@@ -52,13 +52,16 @@ class _Job(Generic[T]):
         try:
             threading.Thread(target=self._work, name="erllama-cache-call", daemon=True).start()
         except BaseException as error:
+            if isinstance(error, RuntimeError) and error.__context__ is not None:
+                # A handler raised within a lock of `threading`, whose release then failed.
+                error = error.__context__
             try:
                 call = self._calls.pop()
             except IndexError:
                 raise error from None  # a handler raised it, and the thread makes the call
             if isinstance(error, RuntimeError) and "new thread" in str(error):
                 return call()
-            raise
+            raise error from None
         self._done.acquire()
         if not self._errors:
             return self._values.pop()

@@ -289,6 +289,20 @@ def test_a_call_runs_in_the_callers_thread_where_no_other_can_be_started(monkeyp
     assert uninterrupted(threading.get_ident)() == threading.get_ident()
 
 
+def test_a_handlers_exception_within_the_start_of_a_thread_is_what_the_caller_gets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            threading.Lock().release()  # as `threading` does where the exception came before it took its lock
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        uninterrupted(threading.get_ident)()
+
+
 def test_a_signal_handler_may_call_the_cache_in_the_middle_of_a_call(tmp_path: Path) -> None:
     found = []
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
