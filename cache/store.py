@@ -37,7 +37,7 @@ from erllama.cache.saving import Saver
 from erllama.cache.sizes import parse_bytes
 from erllama.cache.text_memory import TextMemory, lasting_tiers, writable_tiers
 from erllama.cache.tier import Problem, RamTier, Tier
-from erllama.cache.uninterrupted import uninterrupted
+from erllama.cache.uninterrupted import run_behind, uninterrupted
 from erllama.cache.upkeep import Upkeep
 from erllama.errors import (
     CacheError,
@@ -125,7 +125,7 @@ class Cache:
         except BaseException:
             # The caller was interrupted and never gets this cache: it must not keep the directories.
             with suppress(RuntimeError):
-                threading.Thread(target=self._give_up, name="erllama-cache-call", daemon=True).start()
+                run_behind(self._give_up)
             raise
 
     @uninterrupted

@@ -11,6 +11,7 @@ A handler may call the cache, too: the main thread holds none of its locks.
 
 from __future__ import annotations
 
+import _thread
 import functools
 import sys
 import threading
@@ -19,6 +20,9 @@ from typing import Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+# Calls that run now, some of them behind callers that no longer wait. Tests wait until none is left.
+running: set[object] = set()
 
 
 def uninterrupted(call: Callable[P, T]) -> Callable[P, T]:
@@ -38,6 +42,11 @@ def uninterrupted(call: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
+def run_behind(call: Callable[[], object]) -> None:
+    """Start a call in a thread of its own, and wait for nothing."""
+    _Job(call).start()
+
+
 class _Job(Generic[T]):
     """One call, and the thread that makes it."""
 
@@ -46,22 +55,19 @@ class _Job(Generic[T]):
         self._values: list[T] = []
         self._errors: list[BaseException] = []
         self._done = threading.Lock()
+        self._done.acquire()
 
     def run(self) -> T:
-        self._done.acquire()
         try:
-            threading.Thread(target=self._work, name="erllama-cache-call", daemon=True).start()
+            self.start()
         except BaseException as error:
-            if isinstance(error, RuntimeError) and error.__context__ is not None:
-                # A handler raised within a lock of `threading`, whose release then failed.
-                error = error.__context__
             try:
                 call = self._calls.pop()
             except IndexError:
                 raise error from None  # a handler raised it, and the thread makes the call
             if isinstance(error, RuntimeError) and "new thread" in str(error):
                 return call()
-            raise error from None
+            raise
         self._done.acquire()
         if not self._errors:
             return self._values.pop()
@@ -70,14 +76,21 @@ class _Job(Generic[T]):
         finally:
             self._errors.clear()  # its traceback refers to this object
 
+    def start(self) -> None:
+        # Not `threading.Thread`, whose `start` is Python code with locks of its own: a handler's exception in the
+        # middle of it leaves those in disorder.
+        _thread.start_new_thread(self._work, ())
+
     def _work(self) -> None:
         try:
             call = self._calls.pop()
         except IndexError:
             return  # taken back
+        running.add(self)
         try:
             self._values.append(call())
         except BaseException as error:
             self._errors.append(error)
         finally:
+            running.discard(self)
             self._done.release()

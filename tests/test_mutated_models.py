@@ -19,6 +19,7 @@ from gguf import MODEL_ARCH_NAMES
 from gguf_edit import F32, U32, EditableGGUF
 from model_completion import complete, with_optional_tensors
 
+import erllama
 from erllama.testing.bert import write_bert
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
 from support import must_run, run_python
@@ -270,3 +271,16 @@ def test_an_assertion_on_all_threads_of_a_computation(llama: EditableGGUF, tmp_p
     finished = run_python(_ASSERT, *paths, environment={"LD_PRELOAD": str(library)})
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.splitlines() == ["True False", "False True", "computed", "computed"] * 3
+
+
+def test_a_model_with_learned_positions_ends_at_the_last_one(tmp_path: Path) -> None:
+    file = complete("gpt2", tmp_path)
+    assert file is not None
+    path = tmp_path / "model.gguf"
+    file.write(path)
+    with erllama.load_model(path, n_ctx=1024, n_threads=1) as model:
+        assert model.n_ctx == 512
+        with pytest.raises(erllama.PromptTooLong):
+            model.complete([5] * 600, max_tokens=1)
+        reply = model.complete([5] * 500, max_tokens=50)
+        assert (reply.finish_reason, len(reply.context_tokens)) == ("context_full", 513)

@@ -66,7 +66,7 @@ class LlamaBackend:
         # A file that is read and not mapped may be changed once it is loaded.
         self._mapped = MappedFiles(path, identity) if identity is not None and options.mmap else None
         file = load_file(path, options, on_progress)
-        model, self.metadata = file
+        model, self.metadata, n_positions = file
         try:
             self._model = model
             self.vocabulary = LlamaVocabulary(model.vocabulary)
@@ -108,8 +108,8 @@ class LlamaBackend:
         if encodes:
             context.close()  # no decode will come: an embedder makes one of its own
         self.limits = Limits(
-            # Who only encodes has learned its positions, and has no more of them.
-            min(context.n_ctx, shape.n_ctx_train) if encodes else context.n_ctx,
+            # No text is longer than the table of learned positions, where there is one.
+            min(context.n_ctx, shape.n_ctx_train if encodes else n_positions or context.n_ctx),
             context.n_batch,
             context.n_ubatch,
             context.n_vocab,

@@ -72,10 +72,15 @@ class LlamaVocabulary:
 
 
 class LoadedFile(NamedTuple):
-    """A file that libllama has loaded, and its metadata with the overrides in it."""
+    """A file that libllama has loaded, and its metadata with the overrides in it.
+
+    `n_positions`: the rows of its table of learned positions; libllama fails an assertion beyond them. None where
+    positions are computed.
+    """
 
     model: llama_ffi.LlamaModel
     metadata: Mapping[str, object]
+    n_positions: int | None = None
 
 
 def load_file(
@@ -94,13 +99,16 @@ def load_file(
     """
     check_file(path)
     metadata: Mapping[str, object] = {}
+    n_positions = None
     try:
         header = llama_ffi.check_header(path, options.overrides)
         metadata = header.metadata
         llama_ffi.check_hyperparameters(metadata)
         if not vocab_only:
             options.check_against_file(metadata)
-            llama_ffi.check_tensors(metadata, _all_tensors(path, header))
+            tensors = _all_tensors(path, header)
+            llama_ffi.check_tensors(metadata, tensors)
+            n_positions = next((each.shape[1] for each in tensors if each.name == "position_embd.weight"), None)
         model = llama_ffi.LlamaModel(
             path,
             n_gpu_layers=options.n_gpu_layers,
@@ -122,7 +130,7 @@ def load_file(
         raise ModelLoadError(
             f"{path} cannot be loaded: {error}. Is the file complete and of a known kind?"
         ) from error
-    return LoadedFile(model, metadata)
+    return LoadedFile(model, metadata, n_positions)
 
 
 def _all_tensors(path: Path, header: llama_ffi.GGUFHeader) -> list[llama_ffi.Tensor]:
@@ -194,7 +202,7 @@ def chat_templates(metadata: Mapping[str, object]) -> dict[str, str]:
 
 def facts_of(path: Path, file: LoadedFile, noted: Mapping[str, NotedToken]) -> ModelFacts:
     """What is known of a loaded file; nothing of a context, nor of devices."""
-    model, metadata = file
+    model, metadata, _ = file
     architecture = str(metadata.get("general.architecture", ""))
 
     def size(name: str) -> int:
