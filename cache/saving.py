@@ -45,8 +45,7 @@ class Saver:
             self._counters.add("duplicates_dropped")
             return False
         replace = replace or any(block.key in residents.shelves[name].unreadable for name in to)
-        parent = residents.tree.get(block.parent)
-        if block.parent != block.namespace and (parent is None or not residents.kept(parent)):
+        if block.parent != block.namespace and not self._is_stored(block.parent):
             self._counters.add("saves_dropped")  # what it follows was evicted: nobody could find it
             return False
         full = block.n_tokens >= self._block_size
@@ -89,6 +88,16 @@ class Saver:
             self._residents.drop(PENDING, key)
         if self._residents.tree.get(key) is None:
             self._counters.add("tails_overtaken")
+
+    def _is_stored(self, key: bytes) -> bool:
+        """Whether a block is stored or waits, or another process writes it now or has just written it."""
+        residents = self._residents
+        if residents.tree.get(key) is None:
+            if self._upkeep.in_flight(key):
+                return True
+            self._upkeep.look_around(at_once=True)
+        entry = residents.tree.get(key)
+        return entry is not None and residents.kept(entry)
 
     @contextmanager
     def expecting(self, key: bytes) -> Iterator[None]:

@@ -101,7 +101,9 @@ class WriteBehind:
                 save = _merged(replaced, save)
                 n_bytes = self._n_bytes + save.payload.nbytes - replaced.payload.nbytes
             else:
-                save = save._replace(serial=self._next_serial())
+                # A flush that waits for a tail waits for the block that overtakes it: that one has its tokens.
+                overtaken = (self._pending[key].serial for key in save.overtaken if key in self._pending)
+                save = save._replace(serial=min(overtaken, default=0) or self._next_serial())
             self._pending[save.block.key] = save
             self._n_bytes = n_bytes
             self._condition.notify_all()
@@ -213,11 +215,9 @@ class WriteBehind:
 
     def _waits_for(self, flush: _Flush) -> bool:
         """Whether something that was queued before a flush is still to be done."""
-        # Saves are in the order of their serials: one that is merged keeps its place.
-        first = next(iter(self._pending.values()), None)
         return (
             0 < self._doing <= flush.serial
-            or (first is not None and first.serial <= flush.serial)
+            or any(pending.serial <= flush.serial for pending in self._pending.values())
             or any(not chore.patient and chore.serial <= flush.serial for chore in self._chores.values())
         )
 

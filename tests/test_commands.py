@@ -101,6 +101,8 @@ def ask(text: str) -> None:
             assert all((ROOT / path).exists() for path in what), text
         case ["python", example] if example.endswith(".py"):
             assert example == "examples/NAME.py" or (ROOT / example).exists(), text
+        case ["python" | ".venv/bin/python", "-P", "-m", module, *_]:
+            run(f"python -P -m {module} --help", ROOT)
         case ["python" | ".venv/bin/python", "-m", module, *_]:
             run(f"python -m {module} --help", ROOT)
         case _:

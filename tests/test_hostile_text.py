@@ -50,7 +50,7 @@ def download(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / f"{EVIL}.json").write_text('{"type": "' + EVIL + '"')
     (directory / f"{EVIL}.gbnf").write_text("root ::= " + EVIL)
     (directory / "talk.json").write_text(json.dumps([{"role": EVIL, "content": EVIL}]))
-    with tarfile.open(directory / f"{EVIL}.tar", "w") as tar:
+    with tarfile.open(directory / f"{EVIL}.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         member = tarfile.TarInfo(EVIL)
         member.size = 4
         tar.addfile(member, io.BytesIO(b"text"))

@@ -72,9 +72,17 @@ INTERRUPTED = f"""
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
 
+    def come_to_rest():
+        \"\"\"Wait for calls that go on behind interrupted callers, and for what they and others queued.\"\"\"
+        end = time.monotonic() + 60
+        while uninterrupted.running:
+            assert time.monotonic() < end, "a call never ends"
+            time.sleep(0.01)
+        assert cache.flush(60)
+
     def conclude():
         \"\"\"After the last signal, and when no other process works any more.\"\"\"
-        assert cache.flush(60)
+        come_to_rest()
         cache.gc()
         found = cache.verify()
         assert found == [], found
@@ -91,10 +99,7 @@ INTERRUPTED = f"""
             other.execute("BEGIN IMMEDIATE")
             other.execute("ROLLBACK")
         other.close()
-        end = time.monotonic() + 20
-        while uninterrupted.running:
-            assert time.monotonic() < end, "a call never ends"
-            time.sleep(0.01)
+        come_to_rest()
 """
 
 CACHE = """
@@ -141,6 +146,7 @@ CACHE = """
         attempt(one_call())
     while cache is None or cache.closed:
         cache = made()
+    come_to_rest()
     print("done", flush=True)
     sys.stdin.readline()
     conclude()
@@ -192,6 +198,7 @@ MODEL = """
         model.unload()
         cache = made()
         model = loaded()
+    come_to_rest()
     print("done", flush=True)
     sys.stdin.readline()
     reply = model.complete([5] * 40, max_tokens=10, temperature=0).tokens

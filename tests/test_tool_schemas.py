@@ -225,7 +225,7 @@ def test_the_loosest_form_is_of_the_family_and_is_read(format: str) -> None:
     [
         (
             {"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 3}}, "required": ["a"]},
-            "required property 'a'",
+            "property 'a' is required",
         ),
         ({"properties": {"a": {"type": "objekt"}}}, "objekt"),
         ({"properties": {"a": {"$ref": "#/$defs/none"}}}, "none"),

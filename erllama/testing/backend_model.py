@@ -95,10 +95,12 @@ class BackendModel:
         last = {queue[-1][:2] for queue in queues}
         output = [row[:2] in last or (every and at % 2 == 0) for at, row in enumerate(rows)]
         batch, kept = _batch(rows, output)
-        if self.limits.can_trim and len(rows) > self.free:
-            with refused(CellsExhausted, f"{len(rows)} tokens for {self.free} cells"):
-                self.backend.decode(batch)
-            self.compare(())
+        if len(rows) > self.free:
+            # Memory that cannot be cut may need fewer cells than positions: whether it has room is not known here.
+            if self.limits.can_trim:
+                with refused(CellsExhausted, f"{len(rows)} tokens for {self.free} cells"):
+                    self.backend.decode(batch)
+                self.compare(())
             return []
         with promised(f"decode() must compute {len(rows)} rows of sequences {sorted({s for s, _ in parts})}"):
             logits = self.backend.decode(batch)
@@ -154,10 +156,11 @@ class BackendModel:
         n = packed.end - packed.start
         what = f"positions {packed.start} to {packed.end} into sequence {sequence}"
         lent = bytearray(packed.payload)
-        if self.limits.can_trim and n > self.free:
-            with refused(StateError, f"{n} positions for {self.free} cells"):
-                self.backend.restore(sequence, packed.start, packed.end, memoryview(lent))
-            self.compare(())
+        if n > self.free:
+            if self.limits.can_trim:
+                with refused(StateError, f"{n} positions for {self.free} cells"):
+                    self.backend.restore(sequence, packed.start, packed.end, memoryview(lent))
+                self.compare(())
             return False
         with promised(f"restore() must take {what}"):
             self.backend.restore(sequence, packed.start, packed.end, memoryview(lent))
