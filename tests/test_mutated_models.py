@@ -246,7 +246,7 @@ def decode(context, n):
 for _ in range(3):
     for path in sys.argv[1:]:
         model = llama_ffi.LlamaModel(path)
-        context = llama_ffi.LlamaContext(model, n_ctx=256, n_threads=1, n_threads_batch=1)
+        context = llama_ffi.LlamaContext(model, n_ctx=256, n_threads=2, n_threads_batch=2)
         for _ in range(2):
             try:
                 decode(context, 30)
