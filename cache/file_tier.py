@@ -280,8 +280,8 @@ class FileTier(Tier):
                 except BaseException as error:  # the index must tell of what was removed so far
                     failure = error
                     break
-            if failure is not None:  # what is still there stays in the index, and in the budget
-                keys = [key for key in keys if not os.path.lexists(self.path_of(key))]
+            if failure is not None:  # what may still be there stays in the index, and in the budget
+                keys = [key for key in keys if _is_gone(self.path_of(key))]
             index.remove(keys)
         if failure is not None:
             raise failure
@@ -505,7 +505,7 @@ class FileTier(Tier):
             with contextlib.suppress(FileNotFoundError):
                 if key is None or key not in known or not (by_name or _stamp(Path(entry.path)) == known[key]):
                     self._look_at(Path(entry.path), whole=not by_name)
-        missing = [key for key in known.keys() - seen if not os.path.lexists(self.path_of(key))]
+        missing = [key for key in known.keys() - seen if _is_gone(self.path_of(key))]
         if missing:
             log.warning("%d blocks of the index in %s have no file; dropped", len(missing), self.root)
             with self._using() as index:
@@ -520,7 +520,7 @@ class FileTier(Tier):
             except FileNotFoundError:
                 if key is not None and index.stamp(key) is not None:
                     with index.transaction():
-                        if not os.path.lexists(path):
+                        if _is_gone(path):
                             index.remove([key])
                 return
             if key is not None and index.stamp(key) == stamp:
@@ -592,3 +592,14 @@ def _key_of(name: str) -> bytes | None:
     except ValueError:
         return None
     return key if key.hex() == stem else None
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether there is no such file. A directory that cannot be looked into is no evidence of that."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False

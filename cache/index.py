@@ -68,7 +68,11 @@ class Index:
                 raise
             set_aside(path, error)
             self._open_waiting()
-        except Exception as error:  # a damaged database shows itself in many ways, UnicodeDecodeError among them
+        except (
+            ValueError,
+            TypeError,
+            OverflowError,
+        ) as error:  # content that cannot be read, as text that is no UTF-8
             set_aside(path, error)
             self._open_waiting()
         self.inode = path.stat().st_ino

@@ -86,13 +86,16 @@ class LeafLRU:
             self._offer(key)
 
     def clamp(self, now: int) -> None:
-        """Make uses later than `now` uses of now: a clock that was ahead and is right again noted them."""
+        """Make uses later than `now` older than one of now: a clock that was ahead and is right again noted them.
+
+        Costs one comparison where there are none, as after the first of several uses at one moment.
+        """
         if self._newest <= now:
             return
-        self._newest = now
+        self._newest = now - 1
         for key, resident in self._residents.items():
             if resident.last_used > now:
-                resident.last_used = now
+                resident.last_used = now - 1
                 self._offer(key)
 
     def oldest_leaf(self, pinned: Container[bytes], group: object = None) -> bytes | None:

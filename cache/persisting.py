@@ -140,7 +140,7 @@ class Persister:
         with self._lock:
             entry = self._residents.tree.get(block.key)
             if entry is not None and block.key in shelf:
-                before = (entry.block, shelf.lru.size_of(block.key))
+                before = (shelf.root_of(block.key) or tier, entry.block, shelf.lru.size_of(block.key))
             # Before it is written: as soon as it is, others may remove it, and `look` then tells us.
             self._residents.put(tier, block, n_bytes, time.time_ns())
         with self._upkeep.guarding(f"writing a block of {block.n_tokens} tokens", tier, changes=False):
@@ -151,7 +151,7 @@ class Persister:
             if not written and before is None:
                 self._residents.drop(tier.name, block.key)
             elif not written and before is not None:
-                self._residents.put(tier, *before, time.time_ns())
+                self._residents.put(*before, time.time_ns())
         return written
 
     def _make_room(

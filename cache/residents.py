@@ -282,7 +282,9 @@ class Residents:
 
     def touch(self, key: bytes, now: int) -> None:
         for shelf in self.shelves.values():
-            shelf.lru.clamp(now - 1)  # what a clock noted that was ahead is no newer than this
+            shelf.lru.clamp(
+                now
+            )  # a clock that was ahead has noted uses that are later; else this is one comparison
             shelf.lru.touch(key, now)
 
     def pin(self, blocks: Sequence[Block]) -> Callable[[], None]:

@@ -17,6 +17,12 @@ from erllama.errors import OptionError
 _WAIT_STEP_SECONDS = 0.05  # between two looks for a save of another process
 
 
+class _Expectation:
+    """An announcement of a save, until it has ended."""
+
+    ended = False
+
+
 class Saver:
     """Saves for one cache. Runs in the threads of those who ask; `lock` guards `residents`."""
 
@@ -26,7 +32,7 @@ class Saver:
         self._lock, self._residents, self._upkeep, self._counters = lock, residents, upkeep, counters
         self._block_size = block_size
         self._saved = threading.Condition(lock)  # told of every save
-        self._expected: dict[bytes, int] = {}  # saves that were announced, and how often
+        self._expected: dict[bytes, list[_Expectation]] = {}  # saves that were announced
 
     def save(self, block: Block, payload: object, replace: bool, trimmable: bool) -> bool:
         content = _bytes_of(payload)
@@ -101,18 +107,27 @@ class Saver:
 
     @contextmanager
     def expecting(self, key: bytes) -> Iterator[None]:
-        self._expect(key, 1)
+        expectation = _Expectation()
         try:
+            self._announce(key, expectation)
             yield
         finally:
-            self._expect(key, -1)
+            # At once: an interrupted announcement completes behind its caller, perhaps after this.
+            expectation.ended = True
+            self._withdraw(key, expectation)
 
     @uninterrupted
-    def _expect(self, key: bytes, more: int) -> None:
+    def _announce(self, key: bytes, expectation: _Expectation) -> None:
         with self._lock:
-            self._expected[key] = self._expected.get(key, 0) + more
-            if not self._expected[key]:
-                del self._expected[key]
+            if not expectation.ended:
+                self._expected.setdefault(key, []).append(expectation)
+
+    @uninterrupted
+    def _withdraw(self, key: bytes, expectation: _Expectation) -> None:
+        with self._lock:
+            left = [other for other in self._expected.pop(key, ()) if other is not expectation]
+            if left:
+                self._expected[key] = left
             self._saved.notify_all()
 
     def awaits(self, key: bytes) -> bool:

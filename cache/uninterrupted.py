@@ -35,11 +35,24 @@ def uninterrupted(call: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(call)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if threading.get_ident() != threading.main_thread().ident or sys.is_finalizing():
+        if threading.get_ident() != threading.main_thread().ident or sys.is_finalizing() or _cannot_wait():
             return call(*args, **kwargs)
         return _Job(functools.partial(call, *args, **kwargs)).run()
 
     return run
+
+
+def _cannot_wait() -> bool:
+    """Whether the main thread makes such a call itself already, or imports a module.
+
+    A thread that imports the same module, as a tier of the user's may, would wait for the main thread's lock on it.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _Job.run_here.__code__ or frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def run_behind(call: Callable[[], object]) -> None:
@@ -66,7 +79,7 @@ class _Job(Generic[T]):
             except IndexError:
                 raise error from None  # a handler raised it, and the thread makes the call
             if isinstance(error, RuntimeError) and "new thread" in str(error):
-                return call()
+                return self.run_here(call)
             raise
         self._done.acquire()
         if not self._errors:
@@ -75,6 +88,10 @@ class _Job(Generic[T]):
             raise self._errors[0]
         finally:
             self._errors.clear()  # its traceback refers to this object
+
+    def run_here(self, call: Callable[[], T]) -> T:
+        """Make the call in the main thread: no other can be had. Calls within it are made there, too."""
+        return call()
 
     def start(self) -> None:
         # Not `threading.Thread`, whose `start` is Python code with locks of its own: a handler's exception in the

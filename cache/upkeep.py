@@ -449,7 +449,8 @@ class Upkeep:
             key = row.block.key
             n_bytes = held.pop(key, None)
             if n_bytes is None:
-                if key not in going and key not in shelf:  # another root may have it, too
+                # Another root may have it, too; what cannot be written to has no budget.
+                if key not in going and key not in shelf and not tier.read_only:
                     yield f"{tier.where(row.block)} takes {row.n_bytes} bytes that are not counted"
             elif n_bytes != row.n_bytes:
                 yield f"{tier.where(row.block)} takes {row.n_bytes} bytes and counts for {n_bytes}"

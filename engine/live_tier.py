@@ -5,6 +5,7 @@ The cache only counts them: what a request takes from cells, the engine finds by
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,8 +13,11 @@ from contextlib import contextmanager, suppress
 from erllama._log import logger
 from erllama.cache import Block, Cache
 from erllama.cache.tier import Tier, TierRow
+from erllama.cache.uninterrupted import run_behind, uninterrupted
 
 log = logger("erllama.engine")
+
+_ATTACH_SECONDS = 60.0
 
 
 class LiveTier(Tier):
@@ -36,7 +40,20 @@ class LiveTier(Tier):
         self._cell_bytes = cell_bytes
         self._holders: Counter[bytes] = Counter()  # parked sequences that hold a block
         self._given_up: deque[bytes] = deque()
-        cache.attach(self)
+        attached = threading.Event()
+
+        def attach() -> None:
+            try:
+                cache.attach(self)
+            finally:
+                attached.set()
+
+        try:
+            uninterrupted(attach)()
+        except BaseException:
+            # Ctrl-C ends the waiting and not the attaching: it is undone behind it.
+            run_behind(lambda: self.detach() if attached.wait(_ATTACH_SECONDS) else None)
+            raise
 
     # --- for the engine
 

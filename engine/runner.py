@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +16,8 @@ from queue import Empty, SimpleQueue
 
 from erllama._log import logger
 from erllama.cache import Cache, Policy
+from erllama.cache.uninterrupted import running as running_calls
+from erllama.cache.uninterrupted import uninterrupted
 from erllama.engine.adapters import AdapterBackend, LoadedAdapter
 from erllama.engine.backend import Backend
 from erllama.engine.grammar import Grammar
@@ -39,6 +42,7 @@ from erllama.errors import (
 log = logger("erllama.engine")
 
 _LOOK_AGAIN_SECONDS = 0.01
+_START_SECONDS = 5.0
 
 
 class Runner:
@@ -77,20 +81,6 @@ class Runner:
         self._shared = Shared.of(cache, backend, policy)
         self.adapters = self._shared.adapters
         limits = backend.limits
-        self._tier = (
-            LiveTier(cache, LIVE, f"the context of model {name!r}", limits.cell_bytes, limits.n_ctx)
-            if limits.cell_bytes and not cache.closed
-            else None
-        )
-        self._scheduler = Scheduler(
-            self._shared,
-            n_seq_max=n_seq_max,
-            prefill_chunk_size=prefill_chunk_size,
-            parked_cells=parked_cells,
-            tier=self._tier,
-            on_end=self._on_end,
-            stopping=lambda: self._stopping,
-        )
         self._name = name
         self._n_seq_max, self._max_pending = n_seq_max, max_pending
         # Ctrl-C cannot come between the acquisition of such a lock and the `with`. Reentrant, for signal handlers.
@@ -105,11 +95,36 @@ class Runner:
         self._saved_at_stop = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name=f"erllama-model-{name}", daemon=True)
+        self._tier: LiveTier | None = None
         try:
-            self._thread.start()
-        except BaseException:  # interrupted: it may run all the same
-            self._stopping = True
+            if limits.cell_bytes and not cache.closed:
+                place = f"the context of model {name!r}"
+                self._tier = LiveTier(cache, LIVE, place, limits.cell_bytes, limits.n_ctx)
+            self._scheduler = Scheduler(
+                self._shared,
+                n_seq_max=n_seq_max,
+                prefill_chunk_size=prefill_chunk_size,
+                parked_cells=parked_cells,
+                tier=self._tier,
+                on_end=self._on_end,
+                stopping=lambda: self._stopping,
+            )
+            uninterrupted(self._thread.start)()
+        except BaseException:
+            self._undo_start()
             raise
+
+    def _undo_start(self) -> None:
+        """Leave nothing behind where `__init__` was interrupted: the thread may run all the same."""
+        self._stopping = True
+        self._notify()
+        deadline = time.monotonic() + _START_SECONDS
+        while self._thread.ident is None and running_calls and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if self._thread.ident is not None:
+            self._thread.join()  # it detaches the tier, and closes the backend
+        elif self._tier is not None:
+            self._tier.detach()
 
     # --- read without a lock, by anyone, at any time
 

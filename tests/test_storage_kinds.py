@@ -11,9 +11,10 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, ItemsView
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,9 @@ import erllama
 from erllama.cache import Block, Cache, FileTier
 from erllama.cache.directory import CacheDirectory
 from erllama.cache.index import FileStamp, Index
+from erllama.cache.lru import LeafLRU
+from erllama.cache.read_only import ReadOnlyFileTier
+from support import must_run
 
 TEN_YEARS = 10 * 365 * 86400 * 10**9
 
@@ -495,3 +499,122 @@ def test_an_older_version_is_counted_until_it_is_gone(tmp_path: Path, monkeypatc
         with closing(sqlite3.connect(tmp_path / "index.db")) as other:
             assert other.execute("SELECT count(*) FROM reservations").fetchone() == (0,)
     assert reserved == [1]
+
+
+# --- found by review ----------------------------------------------------------------------------------
+
+
+def test_a_lookup_costs_the_blocks_that_it_finds_and_not_those_that_are_stored() -> None:
+    lru = LeafLRU()
+    for i in range(1000):
+        lru.add(i.to_bytes(4, "little"), b"", 10, last_used=i)
+    walked = 0
+
+    class Counting(dict[bytes, Any]):
+        def items(self) -> ItemsView[bytes, Any]:
+            nonlocal walked
+            walked += 1
+            return super().items()
+
+    lru._residents = Counting(lru._residents)
+    for now in (2_000, 2_000, 2_000, 3_000):
+        lru.clamp(now)
+        lru.touch((now % 7).to_bytes(4, "little"), now)
+    assert walked == 0
+    lru.clamp(2_500)  # the clock was set back
+    lru.touch(b"\1\0\0\0", 2_500)
+    lru.clamp(2_500)
+    assert walked == 1
+
+
+def test_files_that_cannot_be_looked_at_are_not_taken_for_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
+        fill(cache, 3)
+        before = counted(cache)
+
+        def refuse(path: Path, *_: object, **__: object) -> None:
+            raise PermissionError(errno.EACCES, "the directory cannot be searched", str(path))
+
+        monkeypatch.setattr(Path, "unlink", refuse)
+        monkeypatch.setattr(Path, "lstat", refuse)
+        monkeypatch.setattr(os.path, "lexists", lambda path: False)
+        assert cache.evict_bytes("1GiB", tiers=("disk",)) == 0
+        monkeypatch.undo()
+        cache.check_integrity()
+        assert counted(cache) == before == bytes_in(tmp_path)
+
+
+def test_what_is_no_damage_sets_no_index_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
+        fill(cache, 1)
+
+    def no_memory(self: Index) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Index, "_open", no_memory)
+    with pytest.raises(MemoryError):
+        Index(tmp_path / "index.db")
+    assert list(tmp_path.glob("index.db.damaged-*")) == []
+
+
+def test_an_announcement_that_is_interrupted_leaves_nothing_to_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
+        announce = type(cache._saver)._announce
+
+        def interrupted(*given: object) -> None:
+            announce(*given)  # type: ignore[arg-type]
+            raise KeyboardInterrupt  # as a handler does where the call completes behind its caller
+
+        monkeypatch.setattr(type(cache._saver), "_announce", interrupted)
+        with pytest.raises(KeyboardInterrupt), cache.expecting(b"k" * 32):
+            pass
+        assert not cache.awaits(b"k" * 32)
+
+
+def test_a_block_of_a_read_only_directory_that_cannot_be_replaced_stays_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Cache(block_size=SIZE, ram=0, disk=tmp_path / "a", watch=False) as cache:
+        save(cache, texts(0, SIZE))
+        assert cache.flush(60)
+    (block,) = blocks_of(texts(0, SIZE))
+    read_only = ReadOnlyFileTier(tmp_path / "a", 2**30)
+    with Cache(block_size=SIZE, ram=0, tiers=[read_only, FileTier(tmp_path / "b", 2**30, watch=False)]) as cache:
+
+        def full(self: FileTier, *_: object) -> None:
+            raise OSError(errno.ENOSPC, "no space")
+
+        monkeypatch.setattr(FileTier, "write", full)
+        cache.save(block, payload_of(block), replace=True)
+        assert cache.flush(60)
+        assert hit(cache, texts(0, SIZE)) == SIZE
+        assert cache.load(block) is not None
+        cache.check_integrity()
+
+
+def test_a_cache_can_be_made_while_its_module_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        """
+from erllama.cache import Cache, Tier
+
+class Mine(Tier):
+    def __init__(self):
+        super().__init__("mine", 1000)
+    def rows(self):
+        import mine  # as a tier that loads something at first use
+        return []
+    def read(self, block):
+        raise FileNotFoundError
+    def write(self, block, payload):
+        pass
+    def remove(self, keys):
+        pass
+
+CACHE = Cache(ram=0, tiers=[Mine()])
+"""
+    )
+    must_run("import sys; sys.path.insert(0, sys.argv[1]); import mine; mine.CACHE.close()", tmp_path)

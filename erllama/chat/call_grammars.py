@@ -207,7 +207,7 @@ class _Writer:
             )
         if kind == "python":
             entries = {
-                name: f"{_key(name, PYTHON_KEY, json.dumps(name), '=')} {self._python(part, schema)}"
+                name: f"{_key(name, PYTHON_KEY, quoted(name), '=')} {self._python(part, schema)}"
                 for name, part in _listed(listing).items()
             }
             return self._separated(entries, _required(listing), self.piece(",~"))
