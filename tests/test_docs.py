@@ -262,7 +262,8 @@ def test_the_page_of_tiers_does_what_it_says(tmp_path: Path, monkeypatch: pytest
 
 def test_the_page_of_the_harness_does_what_it_says(tmp_path: Path) -> None:
     """Its machines run, each a little."""
-    for source, tier_or_backend in zip(snippets("docs/test-harness.md"), ("MyTier", "MyBackend"), strict=True):
+    tested = ("MyTier", "MyTier", "MyBackend")
+    for source, tier_or_backend in zip(snippets("docs/test-harness.md"), tested, strict=True):
         names: Names = {
             "MyTier": lambda directory, budget: FileTier(directory / "mine", budget, name="mine"),
             "MyBackend": lambda path: StubBackend(),

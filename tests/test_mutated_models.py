@@ -282,5 +282,5 @@ def test_a_model_with_learned_positions_ends_at_the_last_one(tmp_path: Path) -> 
         assert model.n_ctx == 512
         with pytest.raises(erllama.PromptTooLong):
             model.complete([5] * 600, max_tokens=1)
-        reply = model.complete([5] * 500, max_tokens=50)
+        reply = model.complete([5] * 500, max_tokens=50, banned_tokens=range(5))  # no token that ends it
         assert (reply.finish_reason, len(reply.context_tokens)) == ("context_full", 513)
