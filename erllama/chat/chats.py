@@ -16,7 +16,7 @@ from pathlib import Path
 
 from erllama._log import logger
 from erllama.cache import Cache
-from erllama.chat.content import SpecialTexts, without_marks
+from erllama.chat.content import without_marks
 from erllama.chat.conversation import Conversation
 from erllama.chat.families import CallGrammar, Family
 from erllama.chat.history import History
@@ -89,7 +89,6 @@ class Chats:
         self._lock = threading.Lock()
         self._warned = False
         self._compiled = lru_cache(maxsize=16)(self._compile)
-        self._special_texts = lru_cache(maxsize=16)(self._texts_of_special)
         self._call_grammar = lru_cache(maxsize=64)(self._make_call_grammar)
         self.vocabulary = vocabulary
         self._backend = backend
@@ -182,13 +181,10 @@ class Chats:
         args |= request.template_args or {}
         special = None
         if not boolean("special_tokens_in_content", request.special_tokens_in_content):
-            special = self._special_texts(template.source)
+            special = self.history.special
         return Conversation(
             template, messages, tools, request.documents, args, request.continue_final_message, special
         )
-
-    def _texts_of_special(self, source: str) -> SpecialTexts:
-        return self.history.special.in_template(source, self.vocabulary)
 
     # --- turns
 
