@@ -23,7 +23,7 @@ from erllama.chat.history import History
 from erllama.chat.messages import normalized_messages
 from erllama.chat.templates import CHATML, ChatTemplate
 from erllama.chat.thinking import find_thinking
-from erllama.chat.tools import ToolChoice, normalized_tools, strict_names, tool_choice_of
+from erllama.chat.tools import ToolChoice, check_schemas, normalized_tools, strict_names, tool_choice_of
 from erllama.chat.turns import Turn
 from erllama.engine import Backend, Grammar, Markers, PhaseOptions, RequestOptions, Vocabulary
 from erllama.engine.phases import Script
@@ -205,11 +205,12 @@ class Chats:
         PromptTokenizer(self.vocabulary).check_length(text, n_ctx=self._n_ctx)
         namespace = self._namespace(options.cache_salt)
         prompt = self.history.tokens(namespace, text, as_text=options.reproducible)
-        if len(prompt) > self._n_ctx:  # before grammars are made of all tools
+        if len(prompt) > self._n_ctx:  # before the schemas of all tools are compiled
             raise PromptTooLong(
                 f"the conversation has {len(prompt)} tokens and the context holds {self._n_ctx}; "
                 "shorten it, or load the model with a larger n_ctx"
             )
+        check_schemas(conversation.tools, strict_names(request.tools))
         family = _family(request, conversation, choice)
         calls = self._calls(request, family, choice, conversation)
         phases = self._phases(request, family, choice, calls.grammar, conversation, text, options)
