@@ -692,11 +692,7 @@ def test_tools_are_compiled_after_the_conversation_is_known_to_fit(monkeypatch: 
 
 
 def test_a_chat_refuses_tools_whose_schemas_do_not_compile() -> None:
-    loose = {
-        "name": "f",
-        "strict": True,
-        "parameters": {"properties": {"a": {"type": "array", "uniqueItems": True}}},
-    }
+    unique = {"properties": {"a": {"type": "array", "uniqueItems": True}}}
     with model_that_says("hello") as model:
         with pytest.raises(erllama.ChatError, match="tool 'f': its parameters do not compile"):
             model.chat([user("Q")], tools=[{"name": "f", "parameters": {"properties": {"a": {"type": "strin"}}}}])
