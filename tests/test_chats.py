@@ -671,3 +671,30 @@ def test_bad_conversations_are_typed_errors(
         with pytest.raises(error, match=match):
             model.chat(messages, **options)  # type: ignore[arg-type]
         assert model.chat([user("Q")]).text == "x", "and the model goes on"
+
+
+def test_tools_are_compiled_after_the_conversation_is_known_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr("erllama.chat.tools.fault_of", lambda schema: str(compiled.append(schema) or ""))
+
+    def tools(n: int) -> list[Message]:
+        return [
+            {"name": f"f{i}", "parameters": {"properties": {f"fits{i}of{n}": {"type": "string"}}}} for i in range(n)
+        ]
+
+    with model_that_says("hello") as model:
+        with pytest.raises(erllama.PromptTooLong):
+            model.chat([user("Q")], tools=tools(2000))
+        assert compiled == []
+        model.chat([user("Q")], tools=tools(2))
+        model.chat([user("Q")], tools=tools(2))
+        assert len(compiled) == 2
+
+
+def test_a_chat_refuses_tools_whose_schemas_do_not_compile() -> None:
+    unique = {"properties": {"a": {"type": "array", "uniqueItems": True}}}
+    with model_that_says("hello") as model:
+        with pytest.raises(erllama.ChatError, match="tool 'f': its parameters do not compile"):
+            model.chat([user("Q")], tools=[{"name": "f", "parameters": {"properties": {"a": {"type": "strin"}}}}])
+        with pytest.raises(erllama.ChatError, match="tool 'f': it is strict"):
+            model.chat([user("Q")], tools=[{"name": "f", "strict": True, "parameters": unique}])

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from erllama import Grammar
 from erllama.chat.messages import ROLES, normalized_messages
-from erllama.chat.tools import ToolChoice, normalized_tools, parameters_of, tool_choice_of, tool_names
+from erllama.chat.tools import (
+    ToolChoice,
+    check_schemas,
+    normalized_tools,
+    parameters_of,
+    tool_choice_of,
+    tool_names,
+)
 from erllama.errors import ChatError, OptionError
 
 Message = dict[str, object]
@@ -480,7 +487,7 @@ BAD_TOOLS: list[tuple[object, str]] = [
 @pytest.mark.parametrize(("tools", "problem"), BAD_TOOLS)
 def test_what_is_wrong_with_a_tool_is_told(tools: object, problem: str) -> None:
     with pytest.raises(ChatError) as error:
-        normalized_tools(tools)
+        check_schemas(normalized_tools(tools))
     assert problem in str(error.value)
     assert len(str(error.value)) < 400
 
@@ -489,6 +496,7 @@ def test_what_is_wrong_with_a_tool_is_told(tools: object, problem: str) -> None:
 def test_any_junk_is_refused_or_becomes_tools(tools: object) -> None:
     try:
         found = normalized_tools(tools)
+        check_schemas(found)
     except ChatError:
         return
     assert normalized_tools(found) == found

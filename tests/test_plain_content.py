@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from test_chats import SPECIAL, TOOLS, VOCABULARY, Message, model_that_says, user
 
 import erllama
-from erllama.chat.content import MARK, SpecialTexts
+from erllama.chat.content import BORDER, MARK, ContentMask, SpecialTexts, raw, tokenized, without_marks
 from erllama.chat.history import History
 from spelled import SpelledBackend, SpelledVocabulary
 from support import SHARED
@@ -186,3 +187,142 @@ def test_the_option_is_checked_and_marks_are_not_shown() -> None:
         assert MARK not in model.render_chat([user("<|end|>")], **PLAIN)
         with pytest.raises(erllama.OptionError, match="special_tokens_in_content"):
             model.chat([user("Q")], special_tokens_in_content="no")  # type: ignore[arg-type]
+
+
+def ids_of_marked(vocabulary: SpelledVocabulary, special: SpecialTexts, marked: str) -> list[int]:
+    def tokenize(text: bytes, before: int | None, parse_special: bool) -> list[int]:
+        ids: list[int] = vocabulary.tokenize(text, add_special=False, parse_special=parse_special).tolist()
+        return ids
+
+    return tokenized(raw(marked), lambda: special, tokenize, None)
+
+
+OVERLAPPING = st.lists(
+    st.text("]~![b｜", min_size=1, max_size=5).filter(
+        lambda text: not text[0].isalpha() and not text[-1].isalpha()
+    ),
+    min_size=1,
+    max_size=5,
+    unique=True,
+)
+AROUND = st.lists(st.text("]~![b｜<>e ", max_size=6), min_size=2, max_size=4)
+
+
+@settings(max_examples=400)
+@given(OVERLAPPING, AROUND, st.text("]~![b｜<>e", max_size=8), st.data())
+def test_content_beside_overlapping_special_tokens_writes_none(
+    names: list[str], around: list[str], content: str, data: st.DataObject
+) -> None:
+    vocabulary = SpelledVocabulary(["<b>", "<be>"], sorted(names, key=lambda name: -len(name.encode())), "<|end|>")
+    special = SpecialTexts.of(vocabulary)
+    pieces = st.sampled_from(["", *names, "<b>", "<be>"])
+    around = [data.draw(pieces) + text + data.draw(pieces) for text in around]
+
+    def ids_of(content: str) -> list[int]:
+        mask = ContentMask(special, content, around)
+        marked = mask.marked(str(mask.value(content)).join(around))
+        assert without_marks(marked) == content.join(around)
+        ids = ids_of_marked(vocabulary, special, marked)
+        assert vocabulary.detokenize(ids, special=True) == content.join(around).encode()
+        return [token for token in ids if token >= 256]
+
+    assert ids_of(content) == ids_of(re.sub(r"[^be]", ".", content))
+
+
+def test_content_joins_no_special_token_with_the_start_of_the_templates_own() -> None:
+    ended = "{% for m in messages %}]~b]{{ m.role }}\n{{ m.content }}[e~[\n{% endfor %}"
+    for names, template, content in [
+        (["]~!b[", "]~b]", "[e~["], ended, "]~!b"),
+        (["[e~[", "[e~[!]"], "{% for m in messages %}[e~[{{ m.content }}{% endfor %}", "!]"),
+        (["[e<", "<x>"], "{% for m in messages %}[e<{{ m.content }}{% endfor %}", "x>"),
+        (["<a[b]c>", "[b]"], "{% for m in messages %}{{ m.content }}[b]{{ m.content[::-1] }}{% endfor %}", "c<a"),
+    ]:
+        vocabulary = SpelledVocabulary([], names)
+        backend = SpelledBackend(vocabulary, b"x", chat_templates={"default": template})
+        with erllama.load_backend(backend, cache=erllama.Cache()) as model:
+            ids = [model.apply_chat_template([user(text)], **PLAIN).tolist() for text in (content, ".")]
+            with_content, without = ([token for token in each if token > 256] for each in ids)
+            assert with_content == without, (names, content)
+            text = model.render_chat([user(content)], **PLAIN)
+            assert model.detokenize(ids[0], special=True) == text
+            assert BORDER not in text
+
+
+def test_half_a_surrogate_pair_is_refused_with_the_option_as_without() -> None:
+    template = "{% for m in messages %}{{ x }}<|user|>{{ documents[0].text }}<|end|>{{ m.content }}{% endfor %}"
+    with model_that_says("x", template=template) as model:
+        for half, options in product(["\udcff", "\udcfe", "\ud800"], [{}, PLAIN]):
+            for given in [
+                {"documents": [{"text": "a"}], "template_args": {"x": half}},
+                {"documents": [{"text": half}], "template_args": {"x": ""}},
+            ]:
+                with pytest.raises(erllama.ChatError, match="half a surrogate pair"):
+                    model.apply_chat_template([user("Q")], **given, **options)
+
+
+def test_values_that_no_template_takes_are_refused_with_the_option_as_without() -> None:
+    circular: dict[str, object] = {}
+    circular["itself"] = circular
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    template = "{{ messages[0].content }}{{ documents }}{{ x }}"
+    with model_that_says("x", template=template) as model:
+        for options in [{}, PLAIN]:
+            for value in [{(1, 2): "a"}, circular, deep, {"a": object()}]:
+                with pytest.raises(erllama.ChatError, match="templates take JSON values"):
+                    model.apply_chat_template([user("Q")], documents=[{"a": value}], **options)
+                with pytest.raises(erllama.OptionError, match="templates take JSON values"):
+                    model.apply_chat_template([user("Q")], template_args={"x": value}, **options)
+
+
+def test_content_may_have_the_characters_that_stand_for_others() -> None:
+    letters = "".join(map(chr, range(0x12000, 0x12300)))
+    with model_that_says("x") as model:
+        for text in [letters, "".join(f"\\ud808\\u{code:04x}" for code in range(0xDC00, 0xE000))]:
+            content = f"{text}<|user|>"
+            ids = model.apply_chat_template([user(content)], **PLAIN).tolist()
+            assert special_of(ids) == special_of(model.apply_chat_template([user("Q")], **PLAIN).tolist())
+            assert model.detokenize(ids, special=True) == model.render_chat([user(content)])
+        every = letters + "".join(map(chr, [*range(0x20000, 0x2A6D0), *range(0x30000, 0x31340)]))
+        with pytest.raises(erllama.ChatError, match="special_tokens_in_content=False needs"):
+            model.apply_chat_template([user(every)], **PLAIN)
+
+
+def test_ids_of_tool_calls_write_no_special_token() -> None:
+    template = (
+        "{% for m in messages %}<|user|>{% for c in m.tool_calls or [] %}{{ c.id }}:{% endfor %}"
+        "{% if m.tool_call_id %}{{ m.tool_call_id }}{{ m.tool_call_id == messages[0].tool_calls[0].id }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+
+    def openai(id: str) -> list[Message]:
+        call = {"id": id, "type": "function", "function": {"name": "get_time", "arguments": {}}}
+        return [
+            {"role": "assistant", "content": "A", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": id, "content": "noon"},
+        ]
+
+    def anthropic(id: str) -> list[Message]:
+        return [
+            {"role": "assistant", "content": [{"type": "tool_use", "id": id, "name": "get_time", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": id, "content": "noon"}]},
+        ]
+
+    with model_that_says("x", template=template) as model:
+        for conversation in (openai, anthropic):
+            ids = model.apply_chat_template(conversation("a<|system|>"), **PLAIN).tolist()
+            assert special_of(ids) == [VOCABULARY.special["<|user|>"]] * 2
+            text = model.detokenize(ids, special=True)
+            assert text == model.render_chat(conversation("a<|system|>"))
+            assert "a<|system|>True" in text
+
+
+def test_markers_that_a_template_composes_are_text_in_content() -> None:
+    vocabulary = SpelledVocabulary(["<|user|>", "<|tool|>"], ["<|a|>"])
+    template = "{% for m in messages %}{{ '<|' ~ m.role ~ '|>' }}{{ m.content }}{% endfor %}"
+    backend = SpelledBackend(vocabulary, b"x", chat_templates={"default": template})
+    with erllama.load_backend(backend, cache=erllama.Cache()) as model:
+        ids = model.apply_chat_template([user("a<|user|>b<|tool|>")], **PLAIN).tolist()
+        assert [token for token in ids if token > 256] == model.tokenize("<|user|>").tolist()
+        assert model.detokenize(ids, special=True) == "<|user|>a<|user|>b<|tool|>"

@@ -21,7 +21,7 @@ from erllama import Grammar
 from erllama.chat.enforcing import relaxations, violation_of
 from erllama.chat.families import Family
 from erllama.chat.formats import TOOL_FORMATS, tool_format
-from erllama.chat.tools import ToolChoice, normalized_tools
+from erllama.chat.tools import ToolChoice, check_schemas, normalized_tools, strict_names
 from erllama.engine.grammar import GrammarCompiler
 from erllama.engine.phases import Script
 from erllama.errors import ChatError, GrammarError, OptionError
@@ -129,8 +129,8 @@ def test_what_cannot_be_enforced_is_relaxed_and_checked(format: str, what: str) 
     assert grammar.accepts(spelled_call(format, "get_weather", {"city": "Rome", "days": 3}, city))
     assert not grammar.accepts(spelled_call(format, "get_weather", {"city": "Rome", "days": "five"}, city))
     with pytest.raises(ChatError, match=r"tool 'loose'.*it is strict"):
-        normalized_tools([{**loose, "strict": True}])
-    assert normalized_tools([{**loose, "strict": False}])
+        check_schemas(normalized_tools([{**loose, "strict": True}]), strict_names([{**loose, "strict": True}]))
+    check_schemas(normalized_tools([{**loose, "strict": False}]), strict_names([{**loose, "strict": False}]))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_the_loosest_form_is_of_the_family_and_is_read(format: str) -> None:
 )
 def test_what_no_arguments_can_have_is_refused(parameters: Schema, problem: str) -> None:
     with pytest.raises(ChatError, match=f"tool 'f': its parameters do not compile: .*{problem}"):
-        normalized_tools([tool("f", parameters)])
+        check_schemas(normalized_tools([tool("f", parameters)]))
 
 
 def test_strict_is_true_or_false() -> None:
@@ -255,8 +255,8 @@ def test_a_violation_is_told_in_short_with_its_place() -> None:
 
 def test_jsonschema_is_loaded_for_what_no_grammar_enforces_alone() -> None:
     code = (
-        "import sys; from erllama.chat.tools import normalized_tools as n; "
-        "n([{'name': 'f', 'parameters': {'properties': {'a': {'type': 'integer'}}}}]); "
+        "import sys; from erllama.chat.tools import check_schemas, normalized_tools as n; "
+        "check_schemas(n([{'name': 'f', 'parameters': {'properties': {'a': {'type': 'integer'}}}}])); "
         "assert 'jsonschema' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from erllama._log import logger
 from erllama.cache import Cache
-from erllama.chat.content import SpecialTexts, without_marks
+from erllama.chat.content import without_marks
 from erllama.chat.conversation import Conversation
 from erllama.chat.families import CallGrammar, Family
 from erllama.chat.history import History
 from erllama.chat.messages import normalized_messages
 from erllama.chat.templates import CHATML, ChatTemplate
 from erllama.chat.thinking import find_thinking
-from erllama.chat.tools import ToolChoice, normalized_tools, strict_names, tool_choice_of
+from erllama.chat.tools import ToolChoice, check_schemas, normalized_tools, strict_names, tool_choice_of
 from erllama.chat.turns import Turn
 from erllama.engine import Backend, Grammar, Markers, PhaseOptions, RequestOptions, Vocabulary
 from erllama.engine.phases import Script
@@ -89,7 +89,6 @@ class Chats:
         self._lock = threading.Lock()
         self._warned = False
         self._compiled = lru_cache(maxsize=16)(self._compile)
-        self._special_texts = lru_cache(maxsize=16)(self._texts_of_special)
         self._call_grammar = lru_cache(maxsize=64)(self._make_call_grammar)
         self.vocabulary = vocabulary
         self._backend = backend
@@ -182,13 +181,10 @@ class Chats:
         args |= request.template_args or {}
         special = None
         if not boolean("special_tokens_in_content", request.special_tokens_in_content):
-            special = self._special_texts(template.source)
+            special = self.history.special
         return Conversation(
             template, messages, tools, request.documents, args, request.continue_final_message, special
         )
-
-    def _texts_of_special(self, source: str) -> SpecialTexts:
-        return self.history.special.in_template(source, self.vocabulary)
 
     # --- turns
 
@@ -209,11 +205,12 @@ class Chats:
         PromptTokenizer(self.vocabulary).check_length(text, n_ctx=self._n_ctx)
         namespace = self._namespace(options.cache_salt)
         prompt = self.history.tokens(namespace, text, as_text=options.reproducible)
-        if len(prompt) > self._n_ctx:  # before grammars are made of all tools
+        if len(prompt) > self._n_ctx:  # before the schemas of all tools are compiled
             raise PromptTooLong(
                 f"the conversation has {len(prompt)} tokens and the context holds {self._n_ctx}; "
                 "shorten it, or load the model with a larger n_ctx"
             )
+        check_schemas(conversation.tools, strict_names(request.tools))
         family = _family(request, conversation, choice)
         calls = self._calls(request, family, choice, conversation)
         phases = self._phases(request, family, choice, calls.grammar, conversation, text, options)

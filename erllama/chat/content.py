@@ -2,29 +2,39 @@
 
 A template is given content in which the characters that special tokens begin or end with are replaced by others,
 one for one. So no special token that is found in what it writes has such a character of the content, however the
-template cuts and joins its texts. The characters are put back then, and a mark is put before each special token's
-text that they complete. A marked text is tokenized by `History`, which reads no special token behind a mark.
+template cuts and joins its texts. Those that are found are the template's own. Then the characters are put back.
+Where they complete the text of a special token, a mark is put before it. Where such a text overlaps one of the
+template's own, a border is put between the template's own and the rest. A marked text is tokenized by `History`:
+it reads no special token behind a mark, and none across a border.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 from erllama.engine import Vocabulary
+from erllama.errors import ChatError
 
 # Before the text of a special token that is none. As bytes it is 0xff, which no text in UTF-8 has.
 MARK = "\udcff"
-# Characters that stand for others: letters that no template looks for, and that are printed as they are.
-_STAND_INS = range(0x12000, 0x12300)
+# Where one of the template's special tokens begins or ends, and a longer or another one seems to. As bytes, 0xfe.
+BORDER = "\udcfe"
+# Characters that stand for others: letters that no template looks for, and that are printed as they are. Cuneiform
+# comes first, then rare ideographs.
+_STAND_INS = (range(0x12000, 0x12300), range(0x20000, 0x2A6D0), range(0x30000, 0x31340))
+# One of them as JSON in ASCII has it.
+_ESCAPED = re.compile(r"\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})", re.IGNORECASE)
 # What a template's own markers look like, besides the control tokens.
 _MARKUP = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,30}\]")
 
 
 def without_marks(text: str) -> str:
     """A text as its reader sees it."""
-    return text.replace(MARK, "")
+    return text.replace(MARK, "").replace(BORDER, "")
 
 
 def raw(text: str) -> bytes:
@@ -33,25 +43,32 @@ def raw(text: str) -> bytes:
 
 
 class SpecialTexts:
-    """The texts of special tokens, to be found in a text: from left to right, the longest of those at one place."""
+    """The texts of special tokens, to be found in a text: from left to right, the longest of those at one place.
 
-    def __init__(self, texts: Iterable[bytes]) -> None:
-        self.texts = frozenset(filter(None, texts))
+    Args:
+        texts: of the tokens that are read where special tokens are.
+        always: of those that a tokenizer reads in any text, as some read `<tool_call>`.
+    """
+
+    def __init__(self, texts: Iterable[bytes], always: Iterable[bytes] = ()) -> None:
+        self._always = frozenset(filter(None, always))
+        self.texts = frozenset(filter(None, texts)) | self._always
         self._lengths = sorted({len(text) for text in self.texts}, reverse=True)
         first = b"".join(re.escape(text[:1]) for text in sorted({text[:1] for text in self.texts}))
         self._first = re.compile(b"[" + first + b"]") if first else None
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> SpecialTexts:
-        """Of the tokens that are no text."""
-        special = (token for token in range(vocabulary.n_tokens) if not vocabulary.piece(token))
-        return cls(vocabulary.detokenize([token], special=True) for token in special)
-
-    def in_template(self, source: str, vocabulary: Vocabulary) -> SpecialTexts:
-        """These, and the markers of a template that are one token of the vocabulary."""
-        found = {text.encode() for text in _MARKUP.findall(source)} - self.texts
-        single = (text for text in found if len(vocabulary.tokenize(text, add_special=False)) == 1)
-        return SpecialTexts([*self.texts, *single])
+        """Of the tokens that are no text, and of those of text that look like a template's markers."""
+        special: list[bytes] = []
+        markers: list[bytes] = []
+        for token in range(vocabulary.n_tokens):
+            piece = vocabulary.piece(token)
+            if not piece:
+                special.append(vocabulary.detokenize([token], special=True))
+            elif _is_marker(piece) and vocabulary.tokenize(piece, add_special=False).tolist() == [token]:
+                markers.append(piece)
+        return cls(special, markers)
 
     def find(self, text: bytes) -> Iterator[tuple[int, int]]:
         """Where each begins and ends."""
@@ -64,9 +81,17 @@ class SpecialTexts:
             else:
                 at = start + 1
 
-    def at(self, text: bytes, start: int) -> bool:
-        """Whether there is one at this place."""
-        return any(text[start : start + n] in self.texts for n in self._lengths)
+    def everywhere(self, text: bytes) -> Iterator[tuple[int, int]]:
+        """Where any begins and ends, whether or not it overlaps others."""
+        for begun in self._first.finditer(text) if self._first is not None else ():
+            start = begun.start()
+            for n in self._lengths:
+                if text[start : start + n] in self.texts:
+                    yield start, start + n
+
+    def is_always_read(self, text: bytes, start: int) -> bool:
+        """Whether there is one at this place that a tokenizer reads in any text."""
+        return any(text[start : start + n] in self._always for n in self._lengths)
 
 
 class ContentMask:
@@ -74,7 +99,11 @@ class ContentMask:
 
     Args:
         special: what content must not spell out.
-        given: all that the template is given, and itself: what has none of the characters that stand for others.
+        given: all that the template is given, in plain data, and itself: what has none of the characters that
+            stand for others.
+
+    Raises:
+        ChatError: too few characters are left to stand for others.
     """
 
     def __init__(self, special: SpecialTexts, *given: object) -> None:
@@ -84,20 +113,32 @@ class ContentMask:
         # Letters and white space mean something to templates. Texts that begin and end so are found whole.
         self._ends = sorted(end for end in ends if not end.isalnum() and not end.isspace())
         self._words = sorted((t for t in texts if t[0] not in self._ends and t[-1] not in self._ends), key=len)
-        known = json.dumps(given, ensure_ascii=False, default=str).replace("\\\\", "\\")
-        free = (chr(code) for code in _STAND_INS if chr(code) not in known and _escaped(chr(code)) not in known)
-        self._stand_ins = {own: next(free) for own in dict.fromkeys([*self._ends, *(t[0] for t in self._words)])}
+        owns = list(dict.fromkeys([*self._ends, *(t[0] for t in self._words)]))
+        used = _characters(chain(_texts(given), texts))
+        free = (chr(code) for code in chain(*_STAND_INS) if chr(code) not in used)
+        self._stand_ins = dict(zip(owns, free, strict=False))
+        if len(self._stand_ins) < len(owns):
+            raise ChatError(
+                f"special_tokens_in_content=False needs {len(owns)} characters of those from U+12000 that the "
+                f"conversation does not have, and it leaves {len(self._stand_ins)}; "
+                "shorten it, or leave the option out"
+            )
+        self._own = {other.encode(): own.encode() for own, other in self._stand_ins.items()}
+        self._written = re.compile(b"|".join(map(re.escape, self._own))) if self._own else None
 
     def messages(self, messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-        """Messages with the content of all but the assistant's replaced."""
+        """Messages with the content of all but the assistant's replaced, and the ids of calls in all."""
         return [self._message(message) for message in messages]
 
     def _message(self, message: Mapping[str, object]) -> dict[str, object]:
-        if message["role"] == "assistant":
+        if message["role"] != "assistant":
+            masked = ("content", "name", "tool_call_id")
+            return {name: self.value(value) if name in masked else value for name, value in message.items()}
+        calls = message.get("tool_calls")
+        if not isinstance(calls, list):
             return dict(message)
-        return {
-            name: self.value(value) if name in ("content", "name") else value for name, value in message.items()
-        }
+        # The caller chooses ids, and a result has that of its call: templates may compare them.
+        return {**message, "tool_calls": [{**call, "id": self.value(call["id"])} for call in calls]}
 
     def value(self, value: object) -> object:
         """A JSON value with its texts replaced."""
@@ -114,25 +155,59 @@ class ContentMask:
         return value
 
     def marked(self, rendered: str) -> str:
-        """What was written of replaced content, with the characters put back, and marks."""
-        written = rendered.encode("utf-8", "surrogatepass")
-        parts, end = [], 0
-        for start, after in self._special.find(written):
-            parts += [self._between(written[end:start]), written[start:after]]
-            end = after
-        return b"".join([*parts, self._between(written[end:])]).decode("utf-8", "surrogatepass")
+        """What was written of replaced content, with the characters put back, and marks.
 
-    def _between(self, part: bytes) -> bytes:
-        """A part without special tokens of the template's."""
-        text = part.decode("utf-8", "surrogatepass")
+        Each text of a special token that has a character put back gets a mark before it where it overlaps none of
+        the template's own. Otherwise, borders cut it off where those begin and end. So no tokenizer finds it,
+        whichever of the texts that overlap it reads first.
+        """
         for own, other in self._stand_ins.items():
-            text = text.replace(other, own).replace(_escaped(other), own)
-        raw_text, parts, end = text.encode("utf-8", "surrogatepass"), [], 0
-        mark = MARK.encode("utf-8", "surrogatepass")
-        for start, _ in self._special.find(raw_text):
-            parts += [raw_text[end:start], mark]
-            end = start
-        return b"".join([*parts, raw_text[end:]])
+            rendered = rendered.replace(_escaped(other), other if own.isascii() else _escaped(own))
+        text, put_back, template = self._put_back(rendered.encode())
+        ends = [end for _, end in template]
+        marks: set[int] = set()
+        borders: set[int] = set()
+        for start, end in self._special.everywhere(text) if put_back else ():
+            at = bisect_left(put_back, start)
+            if at == len(put_back) or put_back[at] >= end:
+                continue
+            first = bisect_right(ends, start)
+            overlapped = [span for span in template[first : first + end - start] if span[0] < end]
+            if not overlapped:
+                marks.add(start)
+            borders.update(begin if start < begin else after for begin, after in overlapped)
+        parts: list[str] = []
+        done = 0
+        for at in sorted(marks | borders):
+            parts += [text[done:at].decode(), BORDER if at in borders else "", MARK if at in marks else ""]
+            done = at
+        return "".join([*parts, text[done:].decode()])
+
+    def _put_back(self, masked: bytes) -> tuple[bytes, list[int], list[tuple[int, int]]]:
+        """A text with the characters put back, where those are, and where the template's own special tokens are."""
+        parts: list[bytes] = []
+        put_back: list[int] = []
+        template: list[tuple[int, int]] = []
+        length = 0
+
+        def add(part: bytes) -> None:
+            nonlocal length
+            parts.append(part)
+            length += len(part)
+
+        done = 0
+        for start, end in [*self._special.find(masked), (len(masked), len(masked))]:
+            for written in self._written.finditer(masked, done, start) if self._written is not None else ():
+                add(masked[done : written.start()])
+                put_back.append(length)
+                add(self._own[written.group()])
+                done = written.end()
+            add(masked[done:start])
+            if start < end:
+                template.append((length, length + end - start))
+            add(masked[start:end])
+            done = end
+        return b"".join(parts), put_back, template
 
 
 def tokenized(
@@ -148,8 +223,8 @@ def tokenized(
         tokenize: ids of a text that follows a token, or begins; with special tokens read or not.
         before: the token that it follows.
     """
-    mark = raw(MARK)
-    if mark not in text:
+    mark, border = raw(MARK), raw(BORDER)
+    if mark not in text and border not in text:
         return tokenize(text, before, True)
     found, pending, end = special(), b"", 0
     ids: list[int] = []
@@ -160,14 +235,15 @@ def tokenized(
 
     spans = [(start, after) for start, after in found.find(text) if text[start - 1 : start] != mark]
     for start, after in [*spans, (len(text), len(text))]:
-        part = text[end:start]
-        if mark in part:
-            add(pending, parse_special=True)
-            pending = b""
-            for piece in _plain_pieces(part, mark, found):
-                add(piece, parse_special=False)
-        else:
-            pending += part
+        for number, part in enumerate(text[end:start].split(border)):
+            if number or mark in part:
+                add(pending, parse_special=True)
+                pending = b""
+            if mark in part:
+                for piece in _plain_pieces(part, mark, found):
+                    add(piece, parse_special=False)
+            else:
+                pending += part
         pending += text[start:after]
         end = after
     add(pending, parse_special=True)
@@ -176,16 +252,50 @@ def tokenized(
 
 def _plain_pieces(part: bytes, mark: bytes, special: SpecialTexts) -> list[bytes]:
     """A part without its marks, cut within the tokens that are read even where special ones are not."""
-    pieces = [b""]
-    first, *others = part.split(mark)
-    pieces[0] += first
-    for other in others:
-        if special.at(other, 0):
-            pieces[-1] += other
-        else:
-            pieces[-1] += other[:1]
-            pieces.append(other[1:])
-    return pieces
+    plain = part.replace(mark, b"")
+    pieces: list[bytes] = []
+    at = done = 0
+    for marked in part.split(mark)[:-1]:
+        at += len(marked)
+        if special.is_always_read(plain, at):
+            cut = at + 1
+            while plain[cut] & 0xC0 == 0x80:  # a character stays whole
+                cut += 1
+            pieces.append(plain[done:cut])
+            done = cut
+    return [*pieces, plain[done:]]
+
+
+def _is_marker(piece: bytes) -> bool:
+    if piece[:1] not in (b"<", b"["):
+        return False
+    try:
+        return _MARKUP.fullmatch(piece.decode()) is not None
+    except UnicodeDecodeError:
+        return False
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts of plain data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _texts(name)
+            yield from _texts(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(part)
+
+
+def _characters(texts: Iterable[str]) -> set[str]:
+    """The characters of texts, and those that they have as escapes of JSON."""
+    found: set[str] = set()
+    for text in texts:
+        found.update(text)
+        for high, low in _ESCAPED.findall(text):
+            found.add(chr(0x10000 + ((int(high, 16) - 0xD800) << 10) + int(low, 16) - 0xDC00))
+    return found
 
 
 def _escaped(character: str) -> str:

@@ -8,10 +8,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from erllama.chat.content import ContentMask, SpecialTexts, without_marks
+from erllama.chat.content import ContentMask, SpecialTexts
 from erllama.chat.messages import normalized_messages
 from erllama.chat.quirks import as_template_takes, with_arguments_as_text
-from erllama.chat.templates import ChatTemplate
+from erllama.chat.templates import ChatTemplate, plain_arguments, plain_documents
 from erllama.errors import ChatError, TemplateError
 
 Message = dict[str, object]
@@ -51,15 +51,7 @@ class Conversation:
         """
         if self.tools and not self.template.uses("tools"):
             raise ChatError("the chat template has no place for tools; give chat_template= with one that has")
-        text = self._written(add_generation_prompt)
-        try:
-            (text if self.special is None else without_marks(text)).encode()
-        except UnicodeEncodeError as error:
-            raise ChatError(
-                f"the chat template writes half a surrogate pair, at character {error.start}, which is no text; "
-                "give whole characters in the template, template_args and documents"
-            ) from None
-        return text
+        return self._written(add_generation_prompt)
 
     def as_written(self, text: str) -> Conversation:
         """The conversation with the message to be continued as the template writes it: some strip its text.
@@ -92,18 +84,28 @@ class Conversation:
 
     def _rendered(self, messages: list[Message], add_generation_prompt: bool) -> str:
         given: tuple[Any, Any, Any] = (messages, self.tools or None, self.documents)
-        mask = None
+        mask, args = None, self.args
         if self.special is not None:
-            mask = ContentMask(self.special, *given, self.args, self.template.source)
-            given = (mask.messages(messages), mask.value(given[1]), mask.value(given[2]))
+            # Rebuilt of plain data, which ends: documents and args are the caller's own.
+            documents = None if self.documents is None else plain_documents(self.documents)
+            args = plain_arguments(self.args)
+            mask = ContentMask(self.special, messages, self.tools, documents, args, self.template.source)
+            given = (mask.messages(messages), mask.value(given[1]), mask.value(documents))
         written = self.template.render(
             given[0],
             tools=given[1],
             documents=given[2],
             add_generation_prompt=add_generation_prompt,
             continue_final_message=self.continued,
-            **self.args,
+            **args,
         )
+        try:
+            written.encode()
+        except UnicodeEncodeError as error:
+            raise ChatError(
+                f"the chat template writes half a surrogate pair, at character {error.start}, which is no text; "
+                "give whole characters in the template, template_args and documents"
+            ) from None
         return written if mask is None else mask.marked(written)
 
     def message(

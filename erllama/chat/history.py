@@ -182,7 +182,7 @@ class History:
 
     @cached_property
     def special(self) -> SpecialTexts:
-        """The texts of the tokens that are no text."""
+        """The texts of the tokens that are no text, or a template's markers."""
         return SpecialTexts.of(self._vocabulary)
 
     def _of_whole(self, raw: bytes) -> NDArray[np.int32]:

@@ -204,6 +204,17 @@ def render_chat_template(
     return render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **template_args)
 
 
+def plain_documents(given: object) -> list[dict[object, object]]:
+    """A copy of documents in plain data, as `ChatTemplate.render` makes it, or ChatError."""
+    return _Copier().mappings("document", given)
+
+
+def plain_arguments(given: Mapping[str, object]) -> dict[str, object]:
+    """A copy of a template's variables in plain data, as `ChatTemplate.render` makes it, or OptionError."""
+    copier = _Copier()
+    return {name: copier.argument(name, value) for name, value in given.items()}
+
+
 def _read(path: Path) -> str:
     with path.open("rb") as file:
         content = file.read(4 * MAX_SOURCE + 1)

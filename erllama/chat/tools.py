@@ -1,15 +1,17 @@
 """Tools as callers give them, brought into OpenAI's form, and which of them a reply must call.
 
-A tool is checked here, once, before any model runs: its name, and that its
-parameters are a schema of objects. A reply is kept to the schema as far as a
-grammar can enforce it (see `erllama.chat.enforcing`). `Chat` calls this; `erllama.chat.formats` reads the result.
+A tool is checked here, before any model runs: first its form, which takes little
+time, then, once the conversation is known to fit, its schema, which is compiled.
+A reply is kept to the schema as far as a grammar can enforce it (see
+`erllama.chat.enforcing`). `Chat` calls this; `erllama.chat.formats` reads the result.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from erllama.chat.enforcing import fault_of, problem_of
@@ -39,9 +41,8 @@ def normalized_tools(tools: object) -> list[dict[str, object]]:
         has a schema of objects without properties, one without a description an empty one.
 
     Raises:
-        ChatError: naming the tool: its name is none that models can write, or given twice; its parameters are no
-            JSON schema, one that no arguments have, or none of objects; or it is strict, and no grammar can enforce
-            its parameters.
+        ChatError: naming the tool: its name is none that models can write, or given twice; or its parameters are
+            no mapping, or none of objects. `check_schemas` checks the rest.
     """
     if tools is None:
         return []
@@ -58,6 +59,34 @@ def normalized_tools(tools: object) -> list[dict[str, object]]:
             raise ChatError(f"tool {_called(tool, number)}: {error}") from None
         found[name] = {"type": "function", "function": function}
     return list(found.values())
+
+
+def check_schemas(tools: Sequence[Mapping[str, object]], strict: Collection[str] = ()) -> None:
+    """Compile the parameters of each tool. Takes time in proportion to all of them.
+
+    Args:
+        tools: as `normalized_tools` gives them.
+        strict: the names of those whose parameters a grammar must enforce.
+
+    Raises:
+        ChatError: naming the tool: its parameters are no JSON schema, or one that no arguments have; or it is
+            strict, and no grammar can enforce its parameters.
+    """
+    for name, parameters in parameters_of(tools).items():
+        fault = _fault(json.dumps(parameters), name in strict)
+        if fault:
+            raise ChatError(f"tool {name!r}: {fault}")
+
+
+# Tools come with each turn. More of them than this seldom fit a context.
+@lru_cache(maxsize=4096)
+def _fault(schema: str, strict: bool) -> str:
+    """What is wrong with the parameters of a tool, as JSON text; empty where they are sound."""
+    fault = fault_of(schema)
+    if fault:
+        return f"its parameters do not compile: {fault}"
+    problem = problem_of(schema) if strict else ""
+    return f"it is strict, and its parameters cannot be enforced: {problem}; leave 'strict' out" if problem else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +207,6 @@ def _parameters(function: Mapping[object, object]) -> dict[str, object]:
     # What leaves the type out, as $ref and anyOf do, is told by the grammar of objects: nothing else is asked for.
     if schema.setdefault("type", "object") != "object":
         raise ChatError(f"its parameters are of type {json.dumps(schema['type'])[:60]}; arguments are an object")
-    fault = fault_of(json.dumps(schema))
-    if fault:
-        raise ChatError(f"its parameters do not compile: {fault}")
-    problem = problem_of(json.dumps(schema)) if function.get("strict") else ""
-    if problem:
-        raise ChatError(f"it is strict, and its parameters cannot be enforced: {problem}; leave 'strict' out")
     return schema
 
 
