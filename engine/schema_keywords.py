@@ -13,7 +13,7 @@ from fractions import Fraction
 from erllama.engine.number_patterns import Bound
 from erllama.errors import GrammarError
 
-# Doubles hold every integer up to here.
+# Doubles hold every integer up to here. This one is itself not safe: an exclusive bound leads to the integer next to it.
 _EXACT = 1 << 53
 # The largest count of repetitions that is written.
 _MAX_ITEMS = 100_000
@@ -67,7 +67,8 @@ def _has_large_integer(value: object) -> bool:
 
 
 def is_beyond_doubles(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) > _EXACT
+    """Whether a number is one that llguidance may change: the integer next to it has no double."""
+    return isinstance(value, int | float) and abs(value) >= _EXACT
 
 
 def unsupported(key: str) -> GrammarError:

@@ -59,6 +59,17 @@ def test_one_bound_alone_is_exact(bound: int) -> None:
         assert not grammar.accepts(str(-sign * 10**40))
 
 
+@pytest.mark.parametrize("bound", EDGES)
+@pytest.mark.parametrize("form", ["number", "boolean"])
+def test_an_exclusive_bound_alone_is_exact(form: str, bound: int) -> None:
+    for inclusive, exclusive, sign in (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1)):
+        bounds = {exclusive: bound} if form == "number" else {inclusive: bound, exclusive: True}
+        grammar = Grammar.json_schema({"type": "integer", **bounds})
+        assert grammar.accepts(str(bound + sign))
+        assert not grammar.accepts(str(bound))
+        assert not grammar.accepts(str(bound - sign))
+
+
 @st.composite
 def ranges(draw: st.DrawFn) -> dict[str, object]:
     low, high = sorted((draw(integers), draw(integers)))
