@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 
 import jsonschema
@@ -18,6 +19,7 @@ from tool_texts import plainly
 from erllama import Grammar, GrammarError
 from erllama.chat.formats import TOOL_FORMATS, tool_format
 from erllama.chat.tools import normalized_tools
+from erllama.engine import schema_keywords
 from erllama.engine.grammar import GrammarCompiler
 
 # The suite's share of examples, and that of a long run.
@@ -171,6 +173,82 @@ def test_multiples_within_large_bounds(step: float) -> None:
 def test_what_cannot_be_combined_with_large_numbers_is_refused_by_name(schema: object, problem: str) -> None:
     with pytest.raises(GrammarError, match=problem):
         Grammar.json_schema(json.dumps(schema))
+
+
+def kind(name: str, **more: object) -> dict[str, object]:
+    """An object of one kind, with a large number beside it."""
+    properties = {"kind": {"const": name}, "n": {"type": "integer", "maximum": LARGE}}
+    return {"properties": properties, "required": ["kind"], **more}
+
+
+@pytest.mark.parametrize(
+    ("options", "good", "bad"),
+    [
+        ([{"const": LARGE}, {"type": "string"}, {"const": 7.5}], [str(LARGE), '"a"', "7.5"], ["7", "true"]),
+        ([{"const": LARGE, "type": "string"}, {"const": LARGE}], [str(LARGE)], [f'"{LARGE}"']),
+        ([{"type": "integer", "maximum": -LARGE}, {"type": "integer", "minimum": LARGE}], [str(LARGE)], ["0"]),
+        (
+            [kind("a", type="object"), kind("b", type=["object", "null"]), {"type": "string"}],
+            ['{"kind":"a"}', '{"kind":"b","n":1}', "null", '"x"'],
+            ['{"kind":"c"}', "1"],
+        ),
+        ([{"enum": [LARGE, "a"]}, {"enum": [LARGE + 1, "b"]}, {"enum": [None]}], ['"b"', "null"], ['"c"']),
+    ],
+)
+def test_options_of_one_of_that_are_apart_are_kept(options: list[object], good: list[str], bad: list[str]) -> None:
+    grammar = Grammar.json_schema({"oneOf": options})
+    assert all(map(grammar.accepts, good))
+    assert not any(map(grammar.accepts, bad))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [{"const": LARGE}, {"const": LARGE}],
+        [{"const": LARGE}, {"enum": ["a", float(2**60), LARGE]}],
+        [{"enum": [2**60, "a"]}, {"const": float(2**60)}],
+        [{"type": "integer", "minimum": LARGE}, {"type": "integer", "minimum": 0, "maximum": LARGE}],
+        # A text has both: only objects have properties.
+        [kind("a"), kind("b")],
+        [kind("a", type="object"), kind("a", type="object")],
+    ],
+)
+def test_options_of_one_of_that_may_hold_together_are_refused(options: list[object]) -> None:
+    with pytest.raises(GrammarError, match="may hold together is not supported; use anyOf"):
+        Grammar.json_schema({"oneOf": options})
+
+
+@pytest.mark.parametrize("option", [lambda n: {"const": LARGE + n}, lambda n: kind(f"k{n}", type="object")])
+def test_every_option_of_one_of_is_read_once(
+    option: Callable[[int], dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_read = 0
+
+    def counted(parts: Iterable[dict[str, object]]) -> frozenset[str]:
+        nonlocal n_read
+        n_read += 1
+        return types_of(parts)
+
+    types_of = schema_keywords.types_of
+    for module in ("schema_rules", "schema_options"):
+        monkeypatch.setattr(f"erllama.engine.{module}.types_of", counted, raising=False)
+    Grammar.json_schema({"oneOf": [option(n) for n in range(100)]})
+    assert n_read < 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ([{"const": LARGE + n} for n in range(5000)], "oneOf has 5000 options, .* at most 4000 .*: use fewer"),
+        (
+            [{"type": "integer", "minimum": LARGE + n, "maximum": LARGE + n} for n in range(1000)],
+            "oneOf has 1000 options, of which more than 50000 pairs .*; use fewer options, anyOf",
+        ),
+    ],
+)
+def test_too_many_options_are_refused_by_their_number(options: list[object], problem: str) -> None:
+    with pytest.raises(GrammarError, match=problem):
+        Grammar.json_schema({"oneOf": options})
 
 
 def test_a_number_past_every_double_is_refused_by_its_text() -> None:
