@@ -20,7 +20,7 @@ from erllama.engine.schema_keywords import (
     required_by,
     types_of,
 )
-from erllama.errors import GrammarError
+from erllama.engine.unsupported import NotSupported
 
 # Pairs of options that are compared; about half a second's.
 _MAX_PAIRS = 50_000
@@ -59,7 +59,7 @@ def check_apart(options: Sequence[object], flat: Flat) -> None:
         flat: the parts of schemas that a value must all have.
 
     Raises:
-        GrammarError: two options may hold together, or there are too many to compare.
+        NotSupported: two options may hold together, or there are too many to compare.
     """
     known = [parts for option in options if (parts := flat([option])) is not None]
     # Only a property that an option requires can keep it apart from another.
@@ -70,12 +70,12 @@ def check_apart(options: Sequence[object], flat: Flat) -> None:
         for one, other in _candidates([option for option in read if type_ in option.types], type_):
             n_compared += 1
             if n_compared > _MAX_PAIRS:
-                raise GrammarError(
+                raise NotSupported(
                     f"oneOf has {len(options)} options, of which more than {_MAX_PAIRS} pairs must be compared; "
                     "use fewer options, anyOf, or options with constants that differ"
                 )
             if not _apart(one, other):
-                raise GrammarError(
+                raise NotSupported(
                     "oneOf whose options may hold together is not supported; use anyOf, "
                     "or give the options types or constants that differ"
                 )

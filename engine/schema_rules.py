@@ -41,6 +41,7 @@ from erllama.engine.schema_keywords import (
     without,
 )
 from erllama.engine.schema_options import check_apart
+from erllama.engine.unsupported import NotSupported
 from erllama.errors import GrammarError
 
 _MAX_RULES = 4000
@@ -85,14 +86,15 @@ class SchemaWriter:
         """The rules.
 
         Raises:
-            GrammarError: a keyword is not supported here, or no JSON has the schema.
+            NotSupported: a keyword is not supported here, or takes too many rules.
+            GrammarError: no JSON has the schema.
         """
         start = self._rule([self._root])
         while self._open:
             name, conjunction = self._open.pop()
             self._bodies[name] = self._body(conjunction)
             if len(self._names) + len(self._bodies) > 2 * _MAX_RULES:
-                raise GrammarError(
+                raise NotSupported(
                     f"the schema has integers beyond 2**53 and takes more than {_MAX_RULES} rules; "
                     "use fewer combinations of anyOf, oneOf and allOf"
                 )
@@ -224,7 +226,7 @@ class SchemaWriter:
             if at is not None:
                 options = schemas_of(parts[at], key)
                 if len(options) > _MAX_RULES:
-                    raise GrammarError(
+                    raise NotSupported(
                         f"{key} has {len(options)} options, in or beside them integers beyond 2**53; "
                         f"at most {_MAX_RULES} are supported: use fewer options, or a list of constants as enum"
                     )
