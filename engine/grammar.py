@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from erllama.engine import gbnf, guidance, lexemes, schemas
 from erllama.engine.backend import Vocabulary
 from erllama.engine.expressions import Token
+from erllama.engine.unsupported import NotSupported
 from erllama.errors import GrammarError
 
 # A grammar's text: past it something generated went wrong, and recursion in the compiler has room for no more.
@@ -452,5 +453,5 @@ def _refusal(grammar: Grammar, raw: str) -> GrammarError:
     text, line, column = guidance.message(raw)
     # Only of Lark is what llguidance read what the user wrote.
     if line is None or grammar.kind != "lark":
-        return GrammarError(text)
+        return (NotSupported if guidance.is_unsupported(raw) else GrammarError)(text)
     return GrammarError(f"line {line}, column {column}: {text}", line=line, column=column)

@@ -25,6 +25,11 @@ _STACK = 256 << 20
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)", re.DOTALL)
 _REGEX_ERROR = re.compile(r"regex parse error:\n(.*?)\nerror: (.*?)(?:\n|$)", re.DOTALL)
 _LIMIT = re.compile(r"lexer error|too (?:many|big|complex|large)|max is|at most|limit|panic", re.IGNORECASE)
+# How its messages about what it does not have, or about sizes, begin.
+_NOT_SUPPORTED = (
+    *("oneOf constraints are not supported", "Unimplemented keys", "Unable to determine if regex is empty"),
+    *("initial lexer configuration", "Schema intersection stack level exceeded"),
+)
 
 # llguidance's messages about schemas in the words of schemas: what it says of itself means nothing to a reader.
 _WORDS = tuple(
@@ -142,6 +147,12 @@ def problem_of(written: str) -> str:
 def is_limit(raw: str) -> bool:
     """Whether an error is of a grammar that takes too much, and not of a text that is none of it."""
     return _LIMIT.search(raw.partition("\n")[0]) is not None
+
+
+def is_unsupported(raw: str) -> bool:
+    """Whether an error is of what llguidance does not have, or of a grammar that takes too much."""
+    first = raw.partition("\n")[0]
+    return first.startswith(_NOT_SUPPORTED) or is_limit(raw)
 
 
 def message(raw: str) -> Message:

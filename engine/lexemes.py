@@ -318,6 +318,9 @@ class _Neighbours:
         follow = self._follow(first)
         self.follow = [follow[leaf] for leaf in leaves]
         self.together = [0] * len(leaves)
+        if sum(map(int.bit_count, self.follow)) > _MAX_PAIRS:
+            # A part of `n_pairs`, which `join` refuses: the rest of it takes as many steps.
+            raise TooLarge
         for group in {first[rules[root]], *self.follow}:
             for at in members(group):
                 self.together[at] |= group

@@ -11,7 +11,7 @@ from fractions import Fraction
 from math import ceil, floor, lcm
 from typing import NamedTuple
 
-from erllama.errors import GrammarError
+from erllama.engine.unsupported import NotSupported
 
 # The pattern of a bound grows with the square of its digits: at 400 it has 80,000 characters.
 _MAX_DIGITS = 400
@@ -51,18 +51,20 @@ def number_patterns(wanted: Range) -> list[list[str]]:
         alternatives; a text must match all expressions of one of them. Empty where no number is in the range.
 
     Raises:
-        GrammarError: a bound has too many digits, or a step cannot be combined with the bounds.
+        NotSupported: a bound has too many digits, or a step cannot be combined with the bounds.
     """
     if wanted.integer:
         return _integers(wanted)
     if wanted.steps:
-        raise GrammarError(
+        raise NotSupported(
             "multipleOf together with a bound beyond 2**53 is supported for integers only; "
             'write "type": "integer", or leave out one of the two'
         )
     zero = Decimal(0)
     found = []
     low, high = wanted.low, wanted.high
+    if low and high and low.value == high.value and not (low.exclusive or high.exclusive):
+        return [[_equal(low.value)]]
     if high is None or high.value >= zero:
         found += _fractions("", low if low and low.value >= zero else Bound(zero), high)
     if low is None or low.value < zero:
@@ -147,6 +149,13 @@ def _fractions(sign: str, low: Bound, high: Bound | None) -> list[list[str]]:
     return [[sign + _fraction_at_least(low), sign + _fraction_at_most(high)]]
 
 
+def _equal(value: Decimal) -> str:
+    """One number, with any zeros at its end."""
+    whole, fraction = _split(abs(value))
+    end = f"\\.{fraction}0*" if fraction else "(?:\\.0+)?"
+    return f"{'-' if value < 0 else ''}{whole}{end}"
+
+
 def _fraction_at_least(low: Bound) -> str:
     whole, fraction = _split(low.value)
     options = [f"{_at_least(whole + 1)}(?:\\.[0-9]+)?"]
@@ -176,13 +185,13 @@ def _fraction_at_most(high: Bound) -> str:
 def _split(value: Decimal) -> tuple[int, str]:
     """The integer part of a number that is not negative, and the digits after the point."""
     if value and (value.adjusted() > _MAX_DIGITS or value.adjusted() < -_MAX_DIGITS):
-        raise GrammarError(f"the bound {value:.3e} is out of range: at most {_MAX_DIGITS} digits are supported")
+        raise NotSupported(f"the bound {value:.3e} is out of range: at most {_MAX_DIGITS} digits are supported")
     text = format(value, "f")
     whole, _, fraction = text.partition(".")
     fraction = fraction.rstrip("0")
     _digits_of(int(whole))
     if len(fraction) > _MAX_DIGITS:
-        raise GrammarError(
+        raise NotSupported(
             f"a bound with {len(fraction)} digits after the point; at most {_MAX_DIGITS} are supported"
         )
     return int(whole), fraction
@@ -191,7 +200,7 @@ def _split(value: Decimal) -> tuple[int, str]:
 def _digits_of(value: int) -> str:
     digits = str(value)
     if len(digits) > _MAX_DIGITS:
-        raise GrammarError(f"a bound of {len(digits)} digits; at most {_MAX_DIGITS} are supported")
+        raise NotSupported(f"a bound of {len(digits)} digits; at most {_MAX_DIGITS} are supported")
     return digits
 
 
@@ -201,7 +210,7 @@ def _multiples(step: int) -> str:
     while 10**n % step and n < 6:
         n += 1
     if 10**n % step or 10**n // step > _MAX_ENDINGS:
-        raise GrammarError(
+        raise NotSupported(
             f"multipleOf {step} together with a bound beyond 2**53 is not supported; "
             "only small products of 2 and 5 are; leave out one of the two"
         )

@@ -11,12 +11,17 @@ from decimal import Decimal
 from fractions import Fraction
 
 from erllama.engine.number_patterns import Bound
+from erllama.engine.unsupported import NotSupported
 from erllama.errors import GrammarError
 
-# Doubles hold every integer up to here.
+# Doubles hold every integer up to here. An exclusive bound of this one leads to the next, which they do not hold.
 _EXACT = 1 << 53
 # The largest count of repetitions that is written.
 _MAX_ITEMS = 100_000
+# The largest count that llguidance reads in every keyword.
+_MAX_COUNT = (1 << 31) - 1
+LOWER_COUNTS = ("minLength", "minItems", "minProperties")
+UPPER_COUNTS = ("maxLength", "maxItems", "maxProperties")
 LOWER = ("minimum", "exclusiveMinimum")
 UPPER = ("maximum", "exclusiveMaximum")
 NUMBERS = (*LOWER, *UPPER, "multipleOf")
@@ -67,11 +72,12 @@ def _has_large_integer(value: object) -> bool:
 
 
 def is_beyond_doubles(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) > _EXACT
+    """Whether a number is one that llguidance may change: the integer next to it has no double."""
+    return isinstance(value, int | float) and abs(value) >= _EXACT
 
 
-def unsupported(key: str) -> GrammarError:
-    return GrammarError(
+def unsupported(key: str) -> NotSupported:
+    return NotSupported(
         f"{key} is not supported in a schema that also has, in or beside it, numbers beyond 2**53; "
         "leave it out, or use smaller bounds"
     )
@@ -209,9 +215,31 @@ def count_of(part: dict[str, object], key: str, default: int | None) -> int | No
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise GrammarError(f"{key} must be an integer of 0 or more, not {json.dumps(value)[:80]}")
+    if value > _MAX_ITEMS and key in UPPER_COUNTS:
+        # No text in a context has as many.
+        return default
     if value > _MAX_ITEMS:
-        raise GrammarError(f"{key} is {value}; at most {_MAX_ITEMS} are supported")
+        raise NotSupported(f"{key} is {value}; at most {_MAX_ITEMS} are supported: use a smaller one")
     return value
+
+
+def with_plain_counts(schema: dict[str, object]) -> dict[str, object]:
+    """A schema with its own counts as integers, and without upper counts that no text in a context reaches.
+
+    Raises:
+        NotSupported: a lower count is too large.
+    """
+    found = dict(schema)
+    for key in (*LOWER_COUNTS, *UPPER_COUNTS):
+        value = found.get(key)
+        if isinstance(value, float) and value.is_integer():
+            value = found[key] = int(value)
+        if not isinstance(value, int) or value <= _MAX_COUNT:
+            continue
+        if key in LOWER_COUNTS:
+            raise NotSupported(f"{key} is {value}; at most {_MAX_COUNT} is supported: use a smaller one")
+        del found[key]
+    return found
 
 
 def items_of(part: dict[str, object]) -> tuple[list[object], object]:

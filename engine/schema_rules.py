@@ -25,7 +25,6 @@ from erllama.engine.schema_keywords import (
     UNSUPPORTED,
     UPPER,
     bounds_of,
-    constants_of,
     count_of,
     has_large_numbers,
     is_beyond_doubles,
@@ -41,6 +40,8 @@ from erllama.engine.schema_keywords import (
     unsupported,
     without,
 )
+from erllama.engine.schema_options import check_apart
+from erllama.engine.unsupported import NotSupported
 from erllama.errors import GrammarError
 
 _MAX_RULES = 4000
@@ -85,14 +86,15 @@ class SchemaWriter:
         """The rules.
 
         Raises:
-            GrammarError: a keyword is not supported here, or no JSON has the schema.
+            NotSupported: a keyword is not supported here, or takes too many rules.
+            GrammarError: no JSON has the schema.
         """
         start = self._rule([self._root])
         while self._open:
             name, conjunction = self._open.pop()
             self._bodies[name] = self._body(conjunction)
             if len(self._names) + len(self._bodies) > 2 * _MAX_RULES:
-                raise GrammarError(
+                raise NotSupported(
                     f"the schema has integers beyond 2**53 and takes more than {_MAX_RULES} rules; "
                     "use fewer combinations of anyOf, oneOf and allOf"
                 )
@@ -223,8 +225,13 @@ class SchemaWriter:
             at = next((at for at, part in enumerate(parts) if key in part), None)
             if at is not None:
                 options = schemas_of(parts[at], key)
+                if len(options) > _MAX_RULES:
+                    raise NotSupported(
+                        f"{key} has {len(options)} options, in or beside them integers beyond 2**53; "
+                        f"at most {_MAX_RULES} are supported: use fewer options, or a list of constants as enum"
+                    )
                 if key == "oneOf":
-                    self._check_apart(options)
+                    check_apart(options, self._flat)
                 others = [*parts[:at], self._lacking(parts[at], [key]), *parts[at + 1 :]]
                 return [[self._rule([*others, option])] for option in options]
         at = next((at for at, part in enumerate(parts) if lists_more_than_texts(part)), None)
@@ -389,47 +396,6 @@ class SchemaWriter:
             return self._terminal(ANY_TEXT)
         names = "|".join(map(quoted, taken))
         return self._terminal(f"{ANY_TEXT} & ~/(?:{names})/")
-
-    def _check_apart(self, options: Sequence[object]) -> None:
-        """Raise where two options of oneOf may both hold: the rules can only say that one of them does."""
-        known = [parts for option in options if (parts := self._flat([option])) is not None]
-        for at, one in enumerate(known):
-            for other in known[at + 1 :]:
-                if not self._apart(one, other):
-                    raise GrammarError(
-                        "oneOf whose options may hold together is not supported; use anyOf, "
-                        "or give the options types or constants that differ"
-                    )
-
-    def _apart(self, one: list[dict[str, object]], other: list[dict[str, object]]) -> bool:
-        """Whether no value has both, as far as types, constants and bounds tell."""
-        both = types_of([*one, *other])
-        if not both:
-            return True
-        constants = [constants_of(parts) for parts in (one, other)]
-        if None not in constants:
-            return not {*(constants[0] or ())} & {*(constants[1] or ())}
-        if both <= {"integer", "number"}:
-            lows = [bound for part in (*one, *other) for bound in bounds_of(part, *LOWER)]
-            highs = [bound for part in (*one, *other) for bound in bounds_of(part, *UPPER)]
-            return any(
-                low.value > high.value or (low.value == high.value and (low.exclusive or high.exclusive))
-                for low in lows
-                for high in highs
-            )
-        if both != {"object"}:
-            return False
-        names = {name for part in (*one, *other) for name in required_by(part)}
-        for name in names:
-            found = [
-                [properties[name] for part in parts if name in (properties := properties_of(part))]
-                for parts in (one, other)
-            ]
-            flat = [self._flat(schemas) for schemas in found]
-            kinds = [constants_of(parts) if parts is not None else frozenset[str]() for parts in flat]
-            if None not in kinds and not {*(kinds[0] or ())} & {*(kinds[1] or ())}:
-                return True
-        return False
 
     # --- symbols
 

@@ -6,14 +6,16 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from hashlib import sha256
 from urllib.parse import unquote
 
 from erllama.engine import guidance
 from erllama.engine.lark_rules import Written
-from erllama.engine.schema_keywords import has_large_numbers
+from erllama.engine.schema_keywords import has_large_numbers, is_beyond_doubles, with_plain_counts
 from erllama.engine.schema_rules import SchemaWriter
-from erllama.engine.subschemas import without_unknown_formats
+from erllama.engine.subschemas import rewritten, without_unknown_formats
+from erllama.engine.unsupported import NotSupported
 from erllama.errors import GrammarError
 
 # One space, or a new line and its indentation: every common layout, and no white space without end.
@@ -51,7 +53,7 @@ def check_classes(pattern: str) -> None:
     """Raise GrammarError if a text with regular expressions has a character class that is too long."""
     longest = max((found.end() - found.start() for found in _CLASS.finditer(pattern)), default=0)
     if longest > _MAX_CLASS:
-        raise GrammarError(
+        raise NotSupported(
             f"a character class of {longest} characters; at most {_MAX_CLASS} are supported: "
             "use ranges, such as [a-z], or classes, such as \\p{Han}"
         )
@@ -63,7 +65,7 @@ def _check_sizes(schema: dict[str, object]) -> None:
             continue
         properties, pattern = node.get("properties"), node.get("pattern")
         if isinstance(properties, dict) and len(properties) > _MAX_PROPERTIES:
-            raise GrammarError(
+            raise NotSupported(
                 f"an object of {len(properties)} properties; at most {_MAX_PROPERTIES} are supported: "
                 "use additionalProperties, or objects within the object"
             )
@@ -95,7 +97,8 @@ def written(source: str) -> Written:
 def _is_unsatisfiable(schema: dict[str, object]) -> bool:
     problem = guidance.problem_of(f"start: %json {json.dumps(schema)}")
     if problem and "Unsatisfiable schema" not in problem:
-        raise GrammarError(guidance.message(problem).text)
+        kind = NotSupported if guidance.is_unsupported(problem) else GrammarError
+        raise kind(guidance.message(problem).text)
     return bool(problem)
 
 
@@ -113,8 +116,11 @@ def compiled_from(source: str) -> dict[str, object]:
     if not isinstance(schema, dict):
         raise GrammarError(f"a schema is an object or a boolean, not {json.dumps(schema)[:40]}")
     _check_sizes(schema)
+    counted = rewritten(schema, with_plain_counts)
+    assert isinstance(counted, dict)
+    schema = counted
     if _levels(schema) > _MAX_LEVELS:
-        raise GrammarError("the schema's references lead too deep")
+        raise NotSupported("the schema's references lead too deep")
     fault = _Endings(schema).fault()
     if fault is not None:
         raise GrammarError(f"no JSON has the schema: {fault}")
@@ -125,12 +131,14 @@ def _read(source: str) -> object:
     def refused(constant: str) -> object:
         raise GrammarError(f"the schema is no JSON: {constant}")
 
-    def finite(digits: str) -> float:
+    def finite(digits: str) -> float | int:
         number = float(digits)
         if math.isinf(number):
             raise GrammarError(
                 f"the schema has the number {digits[:40]}; the largest that is supported is 1.79e308"
             )
+        if number.is_integer() and is_beyond_doubles(number) and (exact := Decimal(digits)) == int(exact):
+            return int(exact)
         return number
 
     try:

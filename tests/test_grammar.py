@@ -342,6 +342,25 @@ def test_walks_of_automata_stop_at_their_limit(monkeypatch: pytest.MonkeyPatch) 
     assert seen < 200_000
 
 
+def test_neighbours_of_lexemes_are_counted_before_they_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = 0
+
+    def counted(bits: int, start: int = 0) -> Iterator[int]:
+        nonlocal seen
+        for member in automata.members(bits, start):
+            seen += 1
+            yield member
+
+    monkeypatch.setattr(lexemes, "members", counted)
+    n = 1800
+    source = "root ::= " + " ".join(f"a{i}?" for i in range(n)) + "\n"
+    source += "".join(f'a{i} ::= "{i}"\n' for i in range(n))
+    rules = gbnf.parse(source)
+    assert lexemes.lark(rules.pool, rules.rules, rules.root, str)
+    # Of n lexemes, each of which may be followed by all after it, there are n * n / 2 pairs.
+    assert seen < lexemes._MAX_PAIRS
+
+
 def test_a_grammar_of_too_many_steps_is_refused_with_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erllama.engine.expressions.MAX_WORK", 1000)
     assert Grammar.gbnf(list_of_words(10)).accepts("w0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 
 import jsonschema
@@ -18,6 +19,7 @@ from tool_texts import plainly
 from erllama import Grammar, GrammarError
 from erllama.chat.formats import TOOL_FORMATS, tool_format
 from erllama.chat.tools import normalized_tools
+from erllama.engine import schema_keywords
 from erllama.engine.grammar import GrammarCompiler
 
 # The suite's share of examples, and that of a long run.
@@ -57,6 +59,17 @@ def test_one_bound_alone_is_exact(bound: int) -> None:
         assert grammar.accepts(str(sign * 10**40))
         assert not grammar.accepts(str(bound - sign))
         assert not grammar.accepts(str(-sign * 10**40))
+
+
+@pytest.mark.parametrize("bound", EDGES)
+@pytest.mark.parametrize("form", ["number", "boolean"])
+def test_an_exclusive_bound_alone_is_exact(form: str, bound: int) -> None:
+    for inclusive, exclusive, sign in (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1)):
+        bounds = {exclusive: bound} if form == "number" else {inclusive: bound, exclusive: True}
+        grammar = Grammar.json_schema({"type": "integer", **bounds})
+        assert grammar.accepts(str(bound + sign))
+        assert not grammar.accepts(str(bound))
+        assert not grammar.accepts(str(bound - sign))
 
 
 @st.composite
@@ -153,13 +166,139 @@ def test_multiples_within_large_bounds(step: float) -> None:
         ({"properties": {"a": {"const": LARGE}, "b": {}}, "type": "object", "maxProperties": 1}, "maxProperties"),
         ({"oneOf": [{"const": LARGE}, {"type": "integer"}]}, "oneOf"),
         ({"not": {"const": LARGE}}, "not"),
-        ({"type": "array", "items": {"const": LARGE}, "maxItems": 10**9}, "maxItems"),
+        ({"type": "array", "items": {"const": LARGE}, "minItems": 10**9}, "minItems is 1000000000; at most 100000"),
+        ({"type": "string", "minLength": 2**63 - 1}, f"minLength is {2**63 - 1}; at most {2**31 - 1} .*: use"),
         ({"allOf": [{"minimum": LARGE}, {"$ref": "#/nowhere"}]}, "#/nowhere"),
     ],
 )
 def test_what_cannot_be_combined_with_large_numbers_is_refused_by_name(schema: object, problem: str) -> None:
     with pytest.raises(GrammarError, match=problem):
         Grammar.json_schema(json.dumps(schema))
+
+
+def kind(name: str, **more: object) -> dict[str, object]:
+    """An object of one kind, with a large number beside it."""
+    properties = {"kind": {"const": name}, "n": {"type": "integer", "maximum": LARGE}}
+    return {"properties": properties, "required": ["kind"], **more}
+
+
+@pytest.mark.parametrize(
+    ("options", "good", "bad"),
+    [
+        ([{"const": LARGE}, {"type": "string"}, {"const": 7.5}], [str(LARGE), '"a"', "7.5"], ["7", "true"]),
+        ([{"const": LARGE, "type": "string"}, {"const": LARGE}], [str(LARGE)], [f'"{LARGE}"']),
+        ([{"type": "integer", "maximum": -LARGE}, {"type": "integer", "minimum": LARGE}], [str(LARGE)], ["0"]),
+        (
+            [kind("a", type="object"), kind("b", type=["object", "null"]), {"type": "string"}],
+            ['{"kind":"a"}', '{"kind":"b","n":1}', "null", '"x"'],
+            ['{"kind":"c"}', "1"],
+        ),
+        ([{"enum": [LARGE, "a"]}, {"enum": [LARGE + 1, "b"]}, {"enum": [None]}], ['"b"', "null"], ['"c"']),
+    ],
+)
+def test_options_of_one_of_that_are_apart_are_kept(options: list[object], good: list[str], bad: list[str]) -> None:
+    grammar = Grammar.json_schema({"oneOf": options})
+    assert all(map(grammar.accepts, good))
+    assert not any(map(grammar.accepts, bad))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [{"const": LARGE}, {"const": LARGE}],
+        [{"const": LARGE}, {"enum": ["a", 1e18, LARGE]}],
+        [{"enum": [10**18, "a"]}, {"const": 1e18}],
+        [{"type": "integer", "minimum": LARGE}, {"type": "integer", "minimum": 0, "maximum": LARGE}],
+        # A text has both: only objects have properties.
+        [kind("a"), kind("b")],
+        [kind("a", type="object"), kind("a", type="object")],
+    ],
+)
+def test_options_of_one_of_that_may_hold_together_are_refused(options: list[object]) -> None:
+    with pytest.raises(GrammarError, match="may hold together is not supported; use anyOf"):
+        Grammar.json_schema({"oneOf": options})
+
+
+@pytest.mark.parametrize("option", [lambda n: {"const": LARGE + n}, lambda n: kind(f"k{n}", type="object")])
+def test_every_option_of_one_of_is_read_once(
+    option: Callable[[int], dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_read = 0
+
+    def counted(parts: Iterable[dict[str, object]]) -> frozenset[str]:
+        nonlocal n_read
+        n_read += 1
+        return types_of(parts)
+
+    types_of = schema_keywords.types_of
+    for module in ("schema_rules", "schema_options"):
+        monkeypatch.setattr(f"erllama.engine.{module}.types_of", counted, raising=False)
+    Grammar.json_schema({"oneOf": [option(n) for n in range(100)]})
+    assert n_read < 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ([{"const": LARGE + n} for n in range(5000)], "oneOf has 5000 options, .* at most 4000 .*: use fewer"),
+        (
+            [{"type": "integer", "minimum": LARGE + n, "maximum": LARGE + n} for n in range(1000)],
+            "oneOf has 1000 options, of which more than 50000 pairs .*; use fewer options, anyOf",
+        ),
+    ],
+)
+def test_too_many_options_are_refused_by_their_number(options: list[object], problem: str) -> None:
+    with pytest.raises(GrammarError, match=problem):
+        Grammar.json_schema({"oneOf": options})
+
+
+@pytest.mark.parametrize("most", [10**5 + 1, 2**31 - 1, 2**31, 2**63 - 1, 1e9, 1e20])
+@pytest.mark.parametrize("item", [{"type": "integer", "minimum": LARGE}, {"type": "string", "maxLength": 3}])
+def test_upper_counts_that_no_text_reaches_are_no_limit(item: object, most: float) -> None:
+    items = Grammar.json_schema({"type": "array", "items": item, "maxItems": most})
+    others = Grammar.json_schema({"type": "object", "additionalProperties": item, "maxProperties": most})
+    for value in (str(LARGE), '"abc"'):
+        accepted = (value == str(LARGE)) == (item != {"type": "string", "maxLength": 3})
+        assert items.accepts(f"[{value},{value}]") == accepted
+        assert others.accepts(f'{{"a":{value},"b":{value}}}') == accepted
+    texts = Grammar.json_schema({"type": "string", "pattern": "^a+$", "maxLength": most})
+    assert texts.accepts('"aaaa"')
+    assert not texts.accepts('"b"')
+
+
+def test_counts_are_integers_however_they_are_written() -> None:
+    schema = (
+        '{"items":{"type":"string","minLength":1.0,"maxLength":2.0},"type":"array","minItems":1.0,"maxItems":2e0}'
+    )
+    grammar = Grammar.json_schema(schema)
+    assert all(map(grammar.accepts, ('["a"]', '["ab","c"]')))
+    assert not any(map(grammar.accepts, ("[]", '[""]', '["abc"]', '["a","b","c"]')))
+    grammar = Grammar.json_schema('{"type":"object","minProperties":1.0,"maxProperties":1.0}')
+    assert grammar.accepts('{"a":1}')
+    assert not grammar.accepts("{}")
+    # A property and a constant may look like a count.
+    grammar = Grammar.json_schema({"properties": {"maxItems": {"const": {"maxItems": 1.5}}}, "type": "object"})
+    assert grammar.accepts('{"maxItems":{"maxItems":1.5}}')
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ('{"const":1e300}', "1" + "0" * 300, "1" + "0" * 299 + "1"),
+        ('{"const":-1e300}', "-1" + "0" * 300, "1" + "0" * 300),
+        ('{"const":1234567890123456789.0}', "1234567890123456789", "1234567890123456768"),
+        ('{"enum":[[12345678901234567890e-1]]}', "[1234567890123456789]", "[1234567890123456768]"),
+        ('{"type":"integer","minimum":9007199254740993.0}', "9007199254740993", "9007199254740992"),
+        ('{"type":"number","exclusiveMaximum":9007199254740993e0}', "9007199254740992.5", "9007199254740993"),
+        ('{"type":"number","minimum":1e300,"maximum":1e300}', "1" + "0" * 300 + ".0", "9" * 300),
+        # No double beyond 2**53 has a fraction: this one is read as the even one next to it.
+        ('{"type":"number","minimum":9007199254740993.5,"maximum":9007199254740993.5}', f"{2**53 + 2}.0", "1.0"),
+    ],
+)
+def test_numbers_of_schema_texts_are_exact_however_they_are_written(schema: str, good: str, bad: str) -> None:
+    grammar = Grammar.json_schema(schema)
+    assert grammar.accepts(good)
+    assert not grammar.accepts(bad)
 
 
 def test_a_number_past_every_double_is_refused_by_its_text() -> None:

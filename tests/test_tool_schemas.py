@@ -238,6 +238,41 @@ def test_what_no_arguments_can_have_is_refused(parameters: Schema, problem: str)
         check_schemas(normalized_tools([tool("f", parameters)]))
 
 
+@pytest.mark.parametrize(
+    ("part", "good", "bad"),
+    [
+        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1, "multipleOf": 7}, 14, 15),
+        (
+            {"type": "object", "patternProperties": {"^x": {"type": "integer", "maximum": 2**64 - 1}}},
+            {"x": 2**64 - 1},
+            {"x": 2**64},
+        ),
+        (
+            {"type": "object", "properties": {"a": {"const": 2**60}, "b": {}}, "maxProperties": 1},
+            {"a": 2**60},
+            {"a": 2**60, "b": 1},
+        ),
+        ({"type": "number", "minimum": -(2**60), "multipleOf": 0.5}, 1.5, 1.25),
+        ({"type": "integer", "minimum": -(10**500)}, 1, "a"),
+        ({"type": "string", "minLength": 2**63 - 1}, None, "a"),
+        # What compiles is not only checked.
+        ({"type": "string", "pattern": "^a+$", "maxLength": 2**63 - 1}, "aa", "b"),
+        ({"type": "string", "minLength": 1.0}, "a", ""),
+    ],
+)
+def test_what_is_not_supported_with_large_numbers_is_relaxed_and_checked(
+    part: Schema, good: object, bad: object
+) -> None:
+    parameters = {"type": "object", "properties": {"a": part}, "required": ["a"]}
+    for format in ("hermes", "qwen3-coder"):
+        grammar, checked = rules(format, [tool("f", parameters)])
+        if good is not None:
+            assert grammar.accepts(spelled_call(format, "f", {"a": good}, parameters))
+            assert not violation_of(parameters, {"a": good})
+        assert checked or not grammar.accepts(spelled_call(format, "f", {"a": bad}, parameters))
+    assert violation_of(parameters, {"a": bad})
+
+
 def test_strict_is_true_or_false() -> None:
     with pytest.raises(ChatError, match="tool 'f': strict='yes'; it takes true, false or null"):
         normalized_tools([tool("f", {}, strict="yes")])

@@ -16,6 +16,7 @@ from typing import Literal
 
 from erllama.chat.payloads import GEMMA_KEY, GEMMA_QUOTE, PYTHON_KEY
 from erllama.engine import schemas
+from erllama.engine.schema_keywords import with_plain_counts
 from erllama.errors import GrammarError
 
 ID = "\0"
@@ -498,7 +499,8 @@ def _text(schema: object, root: Mapping[str, object], without: str, depth: int) 
 
 def _lengths(schema: Mapping[str, object]) -> str:
     """The texts that a schema's limits and its pattern allow."""
-    least, most = schema.get("minLength"), schema.get("maxLength")
+    counts = with_plain_counts(dict(schema))
+    least, most = counts.get("minLength"), counts.get("maxLength")
     limits = f"{{{least if isinstance(least, int) else 0},{most if isinstance(most, int) else ''}}}"
     found = f"/(?s:.{limits})/" if limits != "{0,}" else "/(?s:.*)/"
     pattern = schema.get("pattern")

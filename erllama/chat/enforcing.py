@@ -14,9 +14,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from erllama.chat.call_grammars import Arguments, listing_of, properties_of, types_of
-from erllama.engine import guidance
 from erllama.engine.grammar import Grammar
 from erllama.engine.subschemas import Schema, rewritten
+from erllama.engine.unsupported import NotSupported
 from erllama.errors import GrammarError
 
 if TYPE_CHECKING:
@@ -53,8 +53,14 @@ def fault_of(schema: str) -> str:
         _validator(schema)
     except ValueError as error:
         return str(error)
-    fault = problem_of(json.dumps(_loosened(json.loads(schema))))
-    return "" if guidance.is_limit(fault) else fault
+    try:
+        Grammar.json_schema(_loosened(json.loads(schema)))
+    except NotSupported:
+        # Less of it is enforced, and the arguments are validated.
+        return ""
+    except GrammarError as error:
+        return str(error)
+    return ""
 
 
 def relaxations(schema: Schema, kind: Arguments) -> Iterator[Schema | None]:
