@@ -114,6 +114,15 @@ _RANGES: Mapping[str, Range] = {
     "attention.output_group_count": Range(1, 2**16, _DIVIDES),
     "shortconv.l_cache": Range(1, 2**16, _ALLOCATES),
 }
+# Of these architectures, where a layer has one of the tensors `_STATE_SPACE`. A model without such layers may state 0.
+_GROUPED = (
+    "mamba2", "granitehybrid", "nemotron_h", "nemotron_h_moe", "falcon-h1", "qwen3next", "qwen35", "qwen35moe",
+)  # fmt: skip
+_STATE_SPACE = (".ssm_in.weight", ".ssm_out.weight")
+_RANGES_OF_STATE_SPACE: tuple[tuple[tuple[str, ...], Mapping[str, Range]], ...] = (
+    (_GROUPED, {"ssm.group_count": Range(1, 2**16, _DIVIDES)}),
+    ((*_GROUPED, "plamo2"), {"ssm.time_step_rank": Range(1, 2**24, _DIVIDES)}),
+)
 _HEADS = Range(1, 2**16, _DIVIDES)
 _NO_HEADS = Range(0, 2**16, _DIVIDES)  # layers without attention
 
@@ -179,9 +188,7 @@ def check_hyperparameters(metadata: Mapping[str, object]) -> None:
             low = 0  # of layers without attention
         if recurrent and name.startswith("attention.") and name.endswith("_length"):
             low = 0
-        for number in value.tolist() if isinstance(value, np.ndarray) else [value]:
-            if isinstance(number, int | float) and not isinstance(number, bool) and not low <= number <= high:
-                raise LlamaError(f"{key} is {number}; it must be {_shown(low)} to {_shown(high)}: {reason}")
+        _check_range(key, value, Range(low, high, reason))
     for name, (low, high, reason) in _REQUIRED.get(architecture, {}).items():
         value = metadata.get(f"{architecture}.{name}")
         if not isinstance(value, int) or not low <= value <= high:
@@ -197,8 +204,10 @@ def check_hyperparameters(metadata: Mapping[str, object]) -> None:
 def check_tensors(metadata: Mapping[str, object], tensors: Iterable[Tensor]) -> None:
     """Refuse tensors of types that ggml cannot compute with in their role, and layers that lack one that is used.
 
+    Hyperparameters that libllama divides by for layers with some tensors are checked here too.
+
     Raises:
-        LlamaError: the message names the tensor, its type and what it must be.
+        LlamaError: the message names the tensor or the hyperparameter, and what it must be.
     """
     names: set[str] = set()
     for tensor in tensors:
@@ -211,6 +220,9 @@ def check_tensors(metadata: Mapping[str, object], tensors: Iterable[Tensor]) -> 
                 f"tensor {tensor.name!r} is of type {kind}; it {must}: {rule.reason}. Convert the model anew"
             )
     architecture = metadata.get("general.architecture")
+    if any(name.endswith(_STATE_SPACE) for name in names):
+        for name, limits in _of_architecture(_RANGES_OF_STATE_SPACE, architecture).items():
+            _check_range(f"{architecture}.{name}", metadata.get(f"{architecture}.{name}"), limits)
     for name in sorted(names):
         for needed in _NEEDED:
             if (not needed.architectures or architecture in needed.architectures) and name.endswith(
@@ -222,6 +234,19 @@ def check_tensors(metadata: Mapping[str, object], tensors: Iterable[Tensor]) -> 
                     raise LlamaError(
                         f"tensor {wanted} is missing; a model of architecture {architecture!r} needs it"
                     )
+
+
+def _of_architecture(
+    table: tuple[tuple[tuple[str, ...], Mapping[str, Range]], ...], architecture: object
+) -> dict[str, Range]:
+    return {name: limits for which, ranges in table if architecture in which for name, limits in ranges.items()}
+
+
+def _check_range(key: str, value: object, limits: Range) -> None:
+    low, high, reason = limits
+    for number in value.tolist() if isinstance(value, np.ndarray) else [value]:
+        if isinstance(number, int | float) and not isinstance(number, bool) and not low <= number <= high:
+            raise LlamaError(f"{key} is {number}; it must be {_shown(low)} to {_shown(high)}: {reason}")
 
 
 @cache

@@ -20,6 +20,7 @@ from gguf_edit import F32, U32, EditableGGUF
 from model_completion import complete, with_optional_tensors
 
 import erllama
+from erllama import llama_ffi
 from erllama.testing.bert import write_bert
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
 from support import must_run, run_python
@@ -139,6 +140,52 @@ def test_a_number_that_libllama_divides_by_is_not_zero(tmp_path: Path) -> None:
     assert found["whole"] == "computed"
     assert "qwen3next.full_attention_interval is 0; it must be 1 to" in found["interval"]
     assert "expert_used_count" in found["experts"]
+
+
+def test_state_spaces_without_groups_or_heads(tmp_path: Path) -> None:
+    """libllama divides by both, when it loads or when it makes the graph: the process must not end."""
+    base = complete("mamba2", tmp_path)
+    assert base is not None
+    place = tmp_path / "files"
+    place.mkdir()
+    base.write(place / "whole.gguf")
+    inner, state, heads, groups = (
+        int(str(base.metadata[f"mamba2.ssm.{name}"][1]))
+        for name in ("inner_size", "state_size", "time_step_rank", "group_count")
+    )
+    for name, n_heads, n_groups in (("time_step_rank", 0, groups), ("group_count", heads, 0)):
+        changed = with_value(base, f"ssm.{name}", U32, 0)
+        convolved = inner + 2 * n_groups * state
+        for tensor_name, tensor in changed.tensors.items():  # the shapes that libllama expects then
+            role = tensor_name.split(".", 2)[-1]
+            if role == "ssm_in.weight":
+                tensor.shape = [64, inner + convolved + n_heads]
+            elif role.startswith("ssm_conv1d"):
+                tensor.shape[-1] = convolved
+            elif role in ("ssm_dt.bias", "ssm_a", "ssm_d"):
+                tensor.shape[-1] = n_heads
+        changed.write(place / f"{name}.gguf")
+    found = outcomes(place)
+    assert found.pop("whole") == "computed"
+    for name, outcome in found.items():
+        assert f"mamba2.ssm.{name} is 0; it must be 1 to" in outcome
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        *((each, "group_count") for each in ("granitehybrid", "nemotron_h_moe", "falcon-h1", "qwen3next", "qwen35")),
+        *((each, "time_step_rank") for each in ("granitehybrid", "nemotron_h", "plamo2", "qwen35moe")),
+    ],
+)
+def test_state_space_values_are_checked_where_layers_use_them(architecture: str, name: str) -> None:
+    """A dense granite, as converters write it, states 0 groups and 0 heads and has no such layer."""
+    metadata = {"general.architecture": architecture, f"{architecture}.ssm.{name}": 0}
+    gate, out = (llama_ffi.Tensor(f"blk.0.{role}.weight", 0, 4, 0, (1,)) for role in ("attn_gate", "ssm_out"))
+    llama_ffi.check_tensors(metadata, [gate])
+    with pytest.raises(llama_ffi.LlamaError, match=rf"{architecture}\.ssm\.{name} is 0; it must be 1 to"):
+        llama_ffi.check_tensors(metadata, [out])
 
 
 def test_weights_that_a_graph_needs_and_a_file_lacks(tmp_path: Path) -> None:
