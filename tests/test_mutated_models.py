@@ -175,7 +175,10 @@ def test_state_spaces_without_groups_or_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "name"),
     [
-        *((each, "group_count") for each in ("granitehybrid", "nemotron_h_moe", "falcon-h1", "qwen3next", "qwen35")),
+        *(
+            (each, "group_count")
+            for each in ("granitehybrid", "nemotron_h_moe", "falcon-h1", "qwen3next", "qwen35")
+        ),
         *((each, "time_step_rank") for each in ("granitehybrid", "nemotron_h", "plamo2", "qwen35moe")),
     ],
 )
@@ -186,6 +189,73 @@ def test_state_space_values_are_checked_where_layers_use_them(architecture: str,
     llama_ffi.check_tensors(metadata, [gate])
     with pytest.raises(llama_ffi.LlamaError, match=rf"{architecture}\.ssm\.{name} is 0; it must be 1 to"):
         llama_ffi.check_tensors(metadata, [out])
+
+
+_SAVE = """
+import ctypes, sys
+from pathlib import Path
+from erllama import llama_ffi
+from erllama.llama_ffi.library import ffi
+model = llama_ffi.LlamaModel(sys.argv[1])
+library = ctypes.CDLL(str(next(Path(llama_ffi.__file__).parent.glob("libllama.*"))))
+library.llama_model_save_to_file.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+library.llama_model_save_to_file(int(ffi.cast("uintptr_t", model._handle.pointer)), sys.argv[2].encode())
+"""
+
+
+def test_models_that_libllama_saved(llama: EditableGGUF, tmp_path: Path) -> None:
+    """Its files state every hyperparameter that it knows, with 0 for what the model has not."""
+    place = tmp_path / "saved"
+    place.mkdir()
+    llama.write(tmp_path / "llama.gguf")
+    bases = {"llama": tmp_path / "llama.gguf", "mamba": write_mamba(tmp_path / "mamba.gguf")}
+    bases["lfm2"] = write_lfm2(tmp_path / "lfm2.gguf")
+    for name, path in bases.items():
+        must_run(_SAVE, path, place / f"{name}.gguf")
+    saved = llama_ffi.check_header(place / "llama.gguf").metadata
+    assert saved["llama.rope.scaling.factor"] == saved["llama.wkv.head_size"] == 0
+    assert llama_ffi.check_header(place / "mamba.gguf").metadata["mamba.rope.dimension_count"] == 0
+    assert outcomes(place) == dict.fromkeys(sorted(bases), "computed")
+
+
+def test_a_model_that_libllama_saved_with_attention_has_heads() -> None:
+    """What it states of states, each 0, does not make it a model without attention."""
+    metadata = {"general.architecture": "phimoe", "phimoe.ssm.state_size": 0, "phimoe.attention.head_count": 0}
+    with pytest.raises(llama_ffi.LlamaError, match="head_count is 0; it must be 1 to"):
+        llama_ffi.check_hyperparameters(metadata)
+
+
+@pytest.mark.parametrize("value", [1e-40, -1.0, float("nan")])
+def test_a_rope_scale_is_none_or_in_range(value: float) -> None:
+    metadata = {"general.architecture": "llama", "llama.rope.scaling.factor": value}
+    with pytest.raises(llama_ffi.LlamaError, match="it must be 0 or 1e-09 to 1e"):
+        llama_ffi.check_hyperparameters(metadata)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("grovemoe", "experts_per_group"),
+        ("rwkv7", "wkv.head_size"),
+        ("kimi-linear", "kda.head_dim"),
+        ("deepseek4", "attention.output_group_count"),
+        ("lfm2moe", "shortconv.l_cache"),
+        ("wavtokenizer-dec", "attention.group_norm_groups"),
+    ],
+)
+def test_values_of_some_architectures_are_checked_for_those(architecture: str, name: str) -> None:
+    llama_ffi.check_hyperparameters({"general.architecture": "llama", f"llama.{name}": 0})
+    stated = {"expert_used_count": 2, name: 0}
+    metadata = {f"{architecture}.{key}": value for key, value in stated.items()}
+    with pytest.raises(llama_ffi.LlamaError, match=rf"{architecture}\.{name} is 0; it must be 1 to"):
+        llama_ffi.check_hyperparameters({"general.architecture": architecture, **metadata})
+
+
+@pytest.mark.parametrize("value", ["two", ["two"]])
+def test_texts_in_place_of_numbers_are_not_numbers(value: object) -> None:
+    metadata = {"general.architecture": "qwen3moe", "qwen3moe.expert_used_count": value, "qwen3moe.ssm.x": value}
+    with pytest.raises(llama_ffi.LlamaError, match="libllama divides by the former"):
+        llama_ffi.check_hyperparameters(metadata)
 
 
 def test_weights_that_a_graph_needs_and_a_file_lacks(tmp_path: Path) -> None:
