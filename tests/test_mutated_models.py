@@ -390,6 +390,47 @@ def test_an_assertion_on_all_threads_of_a_computation(llama: EditableGGUF, tmp_p
     assert finished.stdout.splitlines() == ["True False", "False True", "computed", "computed"] * 3
 
 
+_FREES = (
+    _UNCHECKED
+    + """
+#include <cstdio>
+struct llama_adapter_lora;
+extern "C" void llama_adapter_lora_free(llama_adapter_lora *) { puts("freed"); fflush(stdout); }
+"""
+)
+_ADAPTERS = """
+import sys
+import numpy as np
+from erllama import llama_ffi
+
+bad, good, lora = sys.argv[1:]
+broken, whole = llama_ffi.LlamaModel(bad), llama_ffi.LlamaModel(good)
+adapters = [llama_ffi.LlamaAdapter(model, lora) for model in (broken, whole)]
+context = llama_ffi.LlamaContext(broken, n_ctx=256, n_threads=1, n_threads_batch=1)
+row = np.arange(30, dtype=np.int32)
+try:
+    context.decode(row + 3, row, np.zeros(30, np.int32), np.ones(30, np.int8))
+except llama_ffi.DecodeError:
+    print("failed", flush=True)
+for name, adapter in zip(("broken", "whole"), adapters):
+    print(name, flush=True)
+    adapter.close()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library made here")
+def test_a_failed_model_keeps_its_own_adapters_alone(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
+    """What may still compute uses the adapters of its model: those of others are freed."""
+    (tmp_path / "frees.cpp").write_text(_FREES)
+    library = tmp_path / "frees.so"
+    subprocess.run(["c++", "-shared", "-fPIC", tmp_path / "frees.cpp", "-o", library], check=True)
+    retyped(gguf_edit.read(tiny_gguf), "blk.0.ffn_norm.weight", "F16").write(tmp_path / "bad.gguf")
+    paths = (tmp_path / "bad.gguf", tiny_gguf, loras[0])
+    finished = run_python(_ADAPTERS, *paths, environment={"LD_PRELOAD": str(library)})
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines() == ["failed", "broken", "whole", "freed"]
+
+
 def test_a_model_with_learned_positions_ends_at_the_last_one(tmp_path: Path) -> None:
     file = complete("gpt2", tmp_path)
     assert file is not None
