@@ -78,7 +78,7 @@ class LlamaAdapter:
 def _freeing(model: Handle, lock: threading.RLock) -> Callable[[object], None]:
     def free(pointer: object) -> None:
         with lock:
-            lib.erl_adapter_free(pointer)
+            lib.erl_adapter_free(model.pointer, pointer)
         model.release()
 
     return free

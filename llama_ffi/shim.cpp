@@ -224,7 +224,7 @@ struct erl_context {
 
 namespace {
 
-// The models of contexts that failed so. They, the contexts and all adapters are not freed any more: a thread that
+// The models of contexts that failed so. They, the contexts and their adapters are not freed any more: a thread that
 // waits in a computation for the one that left it still uses them. Nothing tells when it will have ended.
 std::mutex failed_mutex;
 std::vector<const llama_model *> failed_models;
@@ -235,10 +235,9 @@ void computation_failed(erl_context &context) {
     failed_models.push_back(llama_get_model(context.llama));
 }
 
-bool any_failed(const llama_model *model = nullptr) {
+bool has_failed(const llama_model *model) {
     std::lock_guard<std::mutex> lock(failed_mutex);
-    return model ? std::find(failed_models.begin(), failed_models.end(), model) != failed_models.end()
-                 : !failed_models.empty();
+    return std::find(failed_models.begin(), failed_models.end(), model) != failed_models.end();
 }
 
 // What libllama would answer with an abort, or with wrong numbers, in row `i` of a batch of `n`; null for nothing.
@@ -511,7 +510,7 @@ struct llama_model *erl_model_load(const char *path, const erl_model_options *op
 
 void erl_model_free(struct llama_model *model) {
     guarded_void([=] {
-        if (!any_failed(model)) {
+        if (!has_failed(model)) {
             llama_model_free(model);
         }
     });
@@ -774,9 +773,9 @@ struct llama_adapter_lora *erl_adapter_load(struct llama_model *model, const cha
     return guarded_pointer<llama_adapter_lora>([=] { return llama_adapter_lora_init(model, path); });
 }
 
-void erl_adapter_free(struct llama_adapter_lora *adapter) {
+void erl_adapter_free(struct llama_model *model, struct llama_adapter_lora *adapter) {
     guarded_void([=] {
-        if (!any_failed()) {
+        if (!has_failed(model)) {
             llama_adapter_lora_free(adapter);
         }
     });

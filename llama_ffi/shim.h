@@ -188,9 +188,10 @@ int32_t erl_embed(erl_context *context, int32_t n, const int32_t *tokens, const 
                   const int32_t *sequences, int32_t n_sequences, float *rows, int32_t width);
 
 /* Adapters (LoRA) belong to their model: made and freed while no context of it is made or computes in another thread.
- * erl_adapter_load: NULL when it failed. erl_adapter_free: no context may hold it any more. */
+ * erl_adapter_load: NULL when it failed. erl_adapter_free: `model` is that of its load, and no context may
+ * hold it any more. */
 struct llama_adapter_lora *erl_adapter_load(struct llama_model *model, const char *path);
-void erl_adapter_free(struct llama_adapter_lora *adapter);
+void erl_adapter_free(struct llama_model *model, struct llama_adapter_lora *adapter);
 /* From the next decode on, these n and no others; summed in their order, as far as libllama keeps it: of two. */
 int32_t erl_context_adapters(erl_context *context, struct llama_adapter_lora **adapters, float *scales, int32_t n);
 

@@ -20,6 +20,7 @@ from gguf_edit import F32, U32, EditableGGUF
 from model_completion import complete, with_optional_tensors
 
 import erllama
+from erllama import llama_ffi
 from erllama.testing.bert import write_bert
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
 from support import must_run, run_python
@@ -139,6 +140,122 @@ def test_a_number_that_libllama_divides_by_is_not_zero(tmp_path: Path) -> None:
     assert found["whole"] == "computed"
     assert "qwen3next.full_attention_interval is 0; it must be 1 to" in found["interval"]
     assert "expert_used_count" in found["experts"]
+
+
+def test_state_spaces_without_groups_or_heads(tmp_path: Path) -> None:
+    """libllama divides by both, when it loads or when it makes the graph: the process must not end."""
+    base = complete("mamba2", tmp_path)
+    assert base is not None
+    place = tmp_path / "files"
+    place.mkdir()
+    base.write(place / "whole.gguf")
+    inner, state, heads, groups = (
+        int(str(base.metadata[f"mamba2.ssm.{name}"][1]))
+        for name in ("inner_size", "state_size", "time_step_rank", "group_count")
+    )
+    for name, n_heads, n_groups in (("time_step_rank", 0, groups), ("group_count", heads, 0)):
+        changed = with_value(base, f"ssm.{name}", U32, 0)
+        convolved = inner + 2 * n_groups * state
+        for tensor_name, tensor in changed.tensors.items():  # the shapes that libllama expects then
+            role = tensor_name.split(".", 2)[-1]
+            if role == "ssm_in.weight":
+                tensor.shape = [64, inner + convolved + n_heads]
+            elif role.startswith("ssm_conv1d"):
+                tensor.shape[-1] = convolved
+            elif role in ("ssm_dt.bias", "ssm_a", "ssm_d"):
+                tensor.shape[-1] = n_heads
+        changed.write(place / f"{name}.gguf")
+    found = outcomes(place)
+    assert found.pop("whole") == "computed"
+    for name, outcome in found.items():
+        assert f"mamba2.ssm.{name} is 0; it must be 1 to" in outcome
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        *(
+            (each, "group_count")
+            for each in ("granitehybrid", "nemotron_h_moe", "falcon-h1", "qwen3next", "qwen35")
+        ),
+        *((each, "time_step_rank") for each in ("granitehybrid", "nemotron_h", "plamo2", "qwen35moe")),
+    ],
+)
+def test_state_space_values_are_checked_where_layers_use_them(architecture: str, name: str) -> None:
+    """A dense granite, as converters write it, states 0 groups and 0 heads and has no such layer."""
+    metadata = {"general.architecture": architecture, f"{architecture}.ssm.{name}": 0}
+    gate, out = (llama_ffi.Tensor(f"blk.0.{role}.weight", 0, 4, 0, (1,)) for role in ("attn_gate", "ssm_out"))
+    llama_ffi.check_tensors(metadata, [gate])
+    with pytest.raises(llama_ffi.LlamaError, match=rf"{architecture}\.ssm\.{name} is 0; it must be 1 to"):
+        llama_ffi.check_tensors(metadata, [out])
+
+
+_SAVE = """
+import ctypes, sys
+from pathlib import Path
+from erllama import llama_ffi
+from erllama.llama_ffi.library import ffi
+model = llama_ffi.LlamaModel(sys.argv[1])
+library = ctypes.CDLL(str(next(Path(llama_ffi.__file__).parent.glob("libllama.*"))))
+library.llama_model_save_to_file.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+library.llama_model_save_to_file(int(ffi.cast("uintptr_t", model._handle.pointer)), sys.argv[2].encode())
+"""
+
+
+def test_models_that_libllama_saved(llama: EditableGGUF, tmp_path: Path) -> None:
+    """Its files state every hyperparameter that it knows, with 0 for what the model has not."""
+    place = tmp_path / "saved"
+    place.mkdir()
+    llama.write(tmp_path / "llama.gguf")
+    bases = {"llama": tmp_path / "llama.gguf", "mamba": write_mamba(tmp_path / "mamba.gguf")}
+    bases["lfm2"] = write_lfm2(tmp_path / "lfm2.gguf")
+    for name, path in bases.items():
+        must_run(_SAVE, path, place / f"{name}.gguf")
+    saved = llama_ffi.check_header(place / "llama.gguf").metadata
+    assert saved["llama.rope.scaling.factor"] == saved["llama.wkv.head_size"] == 0
+    assert llama_ffi.check_header(place / "mamba.gguf").metadata["mamba.rope.dimension_count"] == 0
+    assert outcomes(place) == dict.fromkeys(sorted(bases), "computed")
+
+
+def test_a_model_that_libllama_saved_with_attention_has_heads() -> None:
+    """What it states of states, each 0, does not make it a model without attention."""
+    metadata = {"general.architecture": "phimoe", "phimoe.ssm.state_size": 0, "phimoe.attention.head_count": 0}
+    with pytest.raises(llama_ffi.LlamaError, match="head_count is 0; it must be 1 to"):
+        llama_ffi.check_hyperparameters(metadata)
+
+
+@pytest.mark.parametrize("value", [1e-40, -1.0, float("nan")])
+def test_a_rope_scale_is_none_or_in_range(value: float) -> None:
+    metadata = {"general.architecture": "llama", "llama.rope.scaling.factor": value}
+    with pytest.raises(llama_ffi.LlamaError, match="it must be 0 or 1e-09 to 1e"):
+        llama_ffi.check_hyperparameters(metadata)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("grovemoe", "experts_per_group"),
+        ("rwkv7", "wkv.head_size"),
+        ("kimi-linear", "kda.head_dim"),
+        ("deepseek4", "attention.output_group_count"),
+        ("lfm2moe", "shortconv.l_cache"),
+        ("wavtokenizer-dec", "attention.group_norm_groups"),
+    ],
+)
+def test_values_of_some_architectures_are_checked_for_those(architecture: str, name: str) -> None:
+    llama_ffi.check_hyperparameters({"general.architecture": "llama", f"llama.{name}": 0})
+    stated = {"expert_used_count": 2, name: 0}
+    metadata = {f"{architecture}.{key}": value for key, value in stated.items()}
+    with pytest.raises(llama_ffi.LlamaError, match=rf"{architecture}\.{name} is 0; it must be 1 to"):
+        llama_ffi.check_hyperparameters({"general.architecture": architecture, **metadata})
+
+
+@pytest.mark.parametrize("value", ["two", ["two"]])
+def test_texts_in_place_of_numbers_are_not_numbers(value: object) -> None:
+    metadata = {"general.architecture": "qwen3moe", "qwen3moe.expert_used_count": value, "qwen3moe.ssm.x": value}
+    with pytest.raises(llama_ffi.LlamaError, match="libllama divides by the former"):
+        llama_ffi.check_hyperparameters(metadata)
 
 
 def test_weights_that_a_graph_needs_and_a_file_lacks(tmp_path: Path) -> None:
@@ -271,6 +388,47 @@ def test_an_assertion_on_all_threads_of_a_computation(llama: EditableGGUF, tmp_p
     finished = run_python(_ASSERT, *paths, environment={"LD_PRELOAD": str(library)})
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.splitlines() == ["True False", "False True", "computed", "computed"] * 3
+
+
+_FREES = (
+    _UNCHECKED
+    + """
+#include <cstdio>
+struct llama_adapter_lora;
+extern "C" void llama_adapter_lora_free(llama_adapter_lora *) { puts("freed"); fflush(stdout); }
+"""
+)
+_ADAPTERS = """
+import sys
+import numpy as np
+from erllama import llama_ffi
+
+bad, good, lora = sys.argv[1:]
+broken, whole = llama_ffi.LlamaModel(bad), llama_ffi.LlamaModel(good)
+adapters = [llama_ffi.LlamaAdapter(model, lora) for model in (broken, whole)]
+context = llama_ffi.LlamaContext(broken, n_ctx=256, n_threads=1, n_threads_batch=1)
+row = np.arange(30, dtype=np.int32)
+try:
+    context.decode(row + 3, row, np.zeros(30, np.int32), np.ones(30, np.int8))
+except llama_ffi.DecodeError:
+    print("failed", flush=True)
+for name, adapter in zip(("broken", "whole"), adapters):
+    print(name, flush=True)
+    adapter.close()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library made here")
+def test_a_failed_model_keeps_its_own_adapters_alone(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
+    """What may still compute uses the adapters of its model: those of others are freed."""
+    (tmp_path / "frees.cpp").write_text(_FREES)
+    library = tmp_path / "frees.so"
+    subprocess.run(["c++", "-shared", "-fPIC", tmp_path / "frees.cpp", "-o", library], check=True)
+    retyped(gguf_edit.read(tiny_gguf), "blk.0.ffn_norm.weight", "F16").write(tmp_path / "bad.gguf")
+    paths = (tmp_path / "bad.gguf", tiny_gguf, loras[0])
+    finished = run_python(_ADAPTERS, *paths, environment={"LD_PRELOAD": str(library)})
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines() == ["failed", "broken", "whole", "freed"]
 
 
 def test_a_model_with_learned_positions_ends_at_the_last_one(tmp_path: Path) -> None:
