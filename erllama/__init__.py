@@ -15,6 +15,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
+import erllama._at_exit  # noqa: F401 - here, so that functions that a program registers with atexit run before it
 from erllama._imports import import_safely
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ SOURCE = ast.parse(Path(erllama.__file__).read_text())
 SLOW = {"asyncio", "sqlite3", "ssl", "importlib.metadata", "multiprocessing", "http.client", "email.message"}
 
 # What `import erllama` itself consists of.
-FIRST = {"erllama", "erllama._imports", "erllama._jobs"}
+FIRST = {"erllama", "erllama._at_exit", "erllama._imports", "erllama._jobs"}
 
 # Prints the modules that some code imports.
 _IMPORTED = """
@@ -297,6 +297,40 @@ def test_names_are_there_where_no_thread_can_be_started() -> None:
         print(erllama.OptionError.__name__, erllama.list_models())
         """
     assert must_run(code) == "OptionError []\n"
+
+
+# --- the exit -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["", "erllama.list_models()"])
+def test_functions_that_a_program_registers_for_the_exit_can_use_its_models(first: str, tmp_path: Path) -> None:
+    code = f"""
+        import atexit, sys
+        import erllama
+        {first}
+
+        def at_exit():
+            print(len(model.complete([7] * 40, max_tokens=2).tokens))
+            assert not cache.disk_error
+
+        atexit.register(at_exit)
+        from erllama.engine.backends.stub import StubBackend
+
+        class Telling(StubBackend):
+            def close(self):
+                print("model closed")
+
+        class Told(erllama.Cache):
+            def close(self):
+                super().close()
+                print("cache closed")
+
+        cache = Told(disk=sys.argv[1], block_size=16)
+        model = erllama.load_backend(Telling(eog_bias=-100), id="kept", cache=cache)
+        """
+    assert must_run(code, tmp_path / "kv").split("\n") == ["2", "model closed", "cache closed", ""]
+    with erllama.Cache(disk=tmp_path / "kv", block_size=16) as cache:
+        assert cache.rows()
 
 
 # --- the command ----------------------------------------------------------------------------------------
