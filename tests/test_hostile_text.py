@@ -255,7 +255,10 @@ def test_a_log_record_cannot_pose_as_a_line_of_the_command(
 def test_texts_are_as_they_were_but_for_what_a_terminal_obeys() -> None:
     kept = "lines\n\ttabs \u00a0é 日本 हिन्दी עברית 👩\u200d👩\u200d👧 می\u200cخواهم ❤\ufe0f"
     assert printable(kept) == kept
-    for character in [*map(chr, range(0xA0)), *"\u061c\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069\ud800\ufeff"]:
+    for character in [
+        *map(chr, range(0xA0)),
+        *"\u061c\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069\ud800\ufeff",
+    ]:
         shown = printable(f"a{character}b")
         if character in "\n\t" or " " <= character <= "~":
             assert shown == f"a{character}b"
