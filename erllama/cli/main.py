@@ -78,7 +78,7 @@ class _Commands(click.Group):
 class _Lines(logging.Formatter):
     """Log records may quote what came from outside: a message is one line, and only a traceback has several."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is that of `logging`
         record.message = one_line(record.message)
         return super().formatMessage(record)
 
