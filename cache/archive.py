@@ -212,7 +212,7 @@ def _header(record: bytes) -> tarfile.TarInfo:
 
 
 def _content(member: _Member) -> tuple[Block, memoryview]:
-    """The block and the payload of a member, checked; memory is allocated only after the header has been checked."""
+    """The checked block and payload of a member; memory is allocated only after the header has been checked."""
     block, payload_bytes, checksum = kvc.read_header_from(member.read, member.size)
     if block.key != member.key:
         raise CacheFormatError("the file holds another block than its name says")
