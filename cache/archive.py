@@ -163,7 +163,7 @@ class _Member:
         return found
 
     def skip(self, *, seeking: bool) -> None:
-        """Pass over what is left, and what fills its last record."""
+        """Skip the rest of the member and its padding."""
         n = self._left + -self.size % tarfile.BLOCKSIZE
         self._left = 0
         if seeking:
@@ -212,7 +212,7 @@ def _header(record: bytes) -> tarfile.TarInfo:
 
 
 def _content(member: _Member) -> tuple[Block, memoryview]:
-    """The block and the payload of a member, checked; memory is taken when its header was found valid."""
+    """The checked block and payload of a member; memory is allocated only after the header has been checked."""
     block, payload_bytes, checksum = kvc.read_header_from(member.read, member.size)
     if block.key != member.key:
         raise CacheFormatError("the file holds another block than its name says")

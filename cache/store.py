@@ -9,7 +9,6 @@ it is a miss or an unsaved block, counted and logged.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import os
 import threading
@@ -599,8 +598,8 @@ class Cache:
 _HIT_COUNTS = {"exact": "hits_exact", "partial": "hits_longest_prefix"}
 
 
-@atexit.register
-def _close_all() -> None:
+def close_all() -> None:
+    """Close every cache, at exit. One that fails is logged, and the rest are closed."""
     for close in [*(cache.close for cache in _open_caches), *(upkeep.close for upkeep in _open_upkeeps)]:
         try:
             close()

@@ -11,10 +11,12 @@ Every token's KV is computed once, stored once, found again exactly, and
 survives a restart. Everything a user needs is in this namespace.
 """
 
-import importlib
 import logging
 import sys
 from typing import TYPE_CHECKING
+
+import erllama._at_exit  # noqa: F401 - here, so that functions that a program registers with atexit run before it
+from erllama._imports import import_safely
 
 if TYPE_CHECKING:
     from erllama._adapters import Adapter
@@ -252,12 +254,12 @@ if not TYPE_CHECKING:  # otherwise type checkers would take any name for one of 
         """Import a public name, or a subpackage, at its first use."""
         # No lock of ours: the import system has its own, and threads may import the same module at once.
         if name in _SUBMODULES:
-            return importlib.import_module(f"{__name__}.{name}")
+            return import_safely(f"{__name__}.{name}")
         if name not in _HOME_OF:
             raise AttributeError(
                 f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__]
             )
-        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        value = getattr(import_safely(_HOME_OF[name]), name)
         globals()[name] = value
         return value
 

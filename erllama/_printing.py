@@ -15,10 +15,11 @@ _REPLACEMENT = "\ufffd"
 
 
 def printable(text: str) -> str:
-    """Return a text with U+FFFD for each character that a terminal would obey rather than show.
+    """Return a text with each control or invisible character replaced by U+FFFD.
 
     Replaced are the C0 and C1 controls but newline and tab, DEL, surrogates, the marks that change the direction of
-    writing, and other invisible characters; the joiners that emoji and some scripts need stay.
+    writing, the separators of lines and paragraphs, and other invisible characters. The joiners that emoji and some
+    scripts need stay.
     """
     if text.isprintable():
         return text
@@ -44,5 +45,7 @@ def say(text: str = "", *, end: str = "\n", stderr: bool = False) -> None:
 
 
 def _is_shown(character: str) -> bool:
-    # White space beyond ASCII and C1 is harmless, and so are the two joiners.
+    # Spaces beyond ASCII and C1 are harmless, and so are the two joiners. U+2028 and U+2029 begin a line.
+    if character in "\u2028\u2029":
+        return False
     return character.isprintable() or (character.isspace() and character >= "\u00a0") or character in "\u200c\u200d"

@@ -8,14 +8,12 @@ made up is not kept: it is unloaded when its last user drops it.
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import os
 import threading
 from typing import TYPE_CHECKING
 from weakref import ReferenceType, WeakSet, ref
 
-import erllama.cache  # noqa: F401 - at exit its caches close after, as they registered before, the models here
 from erllama._log import logger
 from erllama.errors import AlreadyLoaded, ModelNotFound, OptionError
 
@@ -77,7 +75,7 @@ def remove(model: Model) -> None:
 
 
 def drop(model: Model, runner: Runner) -> None:
-    """Forget a model that nobody unloaded, and that ends behind its last user."""
+    """Forget a model that was dropped without unload(); it stops in the background."""
     _dropped.add(runner)
     remove(model)
 
@@ -122,8 +120,8 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-@atexit.register
-def _unload_all() -> None:
+def unload_all() -> None:
+    """Unload every model, at exit. One that fails is logged, and the rest are unloaded."""
     # Before the interpreter takes the machinery away that model threads need.
     for name, unload in [
         *((repr(model.id), model.unload) for model in list_models()),

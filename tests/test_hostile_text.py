@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import logging
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from gguf import GGUFWriter
 import erllama
 from command import TEMPLATE, Command, says
 from erllama._printing import json_text, one_line, printable
+from erllama.cli.main import _logging
 from erllama.testing import scripted
 from erllama.testing._file import new_gguf
 from pseudo_terminal import PseudoTerminal
@@ -228,13 +230,35 @@ def test_libllama_s_log_is_printable_for_every_handler(download: Path) -> None:
     assert [each for each in FORBIDDEN if each in finished.stderr] == []
 
 
+@pytest.mark.parametrize("line_break", ["\n", "\r\n", "\x0b", "\x1e", "\x85", "\u2028"])
+def test_a_log_record_cannot_pose_as_a_line_of_the_command(
+    line_break: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with _logging(debug=False):
+        try:
+            raise ValueError(f"quoted{line_break}\x1b")
+        except ValueError:
+            log = logging.getLogger("erllama.cache")
+            log.warning("%s is broken", f"a{line_break}erllama: all is well")
+            log.warning("not written", exc_info=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("erllama: ")] == [lines[0], "erllama: not written"]
+    assert lines[0].endswith("all is well is broken")
+    assert lines[2] == "Traceback (most recent call last):"
+    assert any(line.startswith("ValueError: quoted") for line in lines)
+    assert not any("\x1b" in line for line in lines)
+
+
 # --- the one function -----------------------------------------------------------------------------------
 
 
 def test_texts_are_as_they_were_but_for_what_a_terminal_obeys() -> None:
     kept = "lines\n\ttabs \u00a0é 日本 हिन्दी עברית 👩\u200d👩\u200d👧 می\u200cخواهم ❤\ufe0f"
     assert printable(kept) == kept
-    for character in [*map(chr, range(0xA0)), *"\u061c\u200e\u200f\u202a\u202e\u2066\u2069\ud800\ufeff"]:
+    for character in [
+        *map(chr, range(0xA0)),
+        *"\u061c\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069\ud800\ufeff",
+    ]:
         shown = printable(f"a{character}b")
         if character in "\n\t" or " " <= character <= "~":
             assert shown == f"a{character}b"
@@ -243,6 +267,10 @@ def test_texts_are_as_they_were_but_for_what_a_terminal_obeys() -> None:
         assert json.loads(json_text({character: [character]}, indent=2)) == {character: [character]}
         assert printable(json_text(character)) == json_text(character)
     assert one_line("a\nb\x1b") == "a b\ufffd"
+    for character in map(chr, range(sys.maxunicode + 1)):
+        if len(f"a{character}b".splitlines()) > 1:
+            assert len(one_line(f"a{character}b").splitlines()) == 1, repr(character)
+            assert character == "\n" or len(printable(f"a{character}b").splitlines()) == 1, repr(character)
     assert json.loads(json_text("\U000e0041\udcff")) == "\U000e0041\udcff"
 
 

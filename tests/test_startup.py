@@ -6,6 +6,7 @@ import ast
 import json
 import pickle
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from support import must_run, run_python
 SOURCE = ast.parse(Path(erllama.__file__).read_text())
 # Of the standard library, what takes long to import and is not needed.
 SLOW = {"asyncio", "sqlite3", "ssl", "importlib.metadata", "multiprocessing", "http.client", "email.message"}
+
+# What `import erllama` itself consists of.
+FIRST = {"erllama", "erllama._at_exit", "erllama._imports", "erllama._jobs"}
 
 # Prints the modules that some code imports.
 _IMPORTED = """
@@ -43,7 +47,7 @@ def foreign(modules: set[str]) -> set[str]:
 def test_an_import_of_the_package_imports_nothing_else() -> None:
     found = imported_by("import erllama")
     assert foreign(found) == set()
-    assert {name for name in found if name.startswith("erllama")} == {"erllama"}
+    assert {name for name in found if name.startswith("erllama")} == FIRST
     assert found & SLOW == set()
 
 
@@ -52,8 +56,7 @@ def test_version_and_help_import_no_command_and_no_model(option: str) -> None:
     found = imported_by(f"from erllama.__main__ import main; main([{option!r}])")
     assert foreign(found) <= {"click"}
     ours = {name for name in found if name.startswith("erllama")}
-    assert ours <= {
-        "erllama",
+    assert ours <= FIRST | {
         "erllama.__main__",
         "erllama._printing",
         "erllama.cli",
@@ -182,6 +185,152 @@ def test_a_module_that_cannot_be_imported_says_so_each_time_and_can_come_later()
         assert erllama.Model.__name__ == "Model"
         """
     must_run(code)
+
+
+# --- signal handlers during the first use --------------------------------------------------------------
+
+# Sends a signal while a module is imported, and waits until its handler runs.
+_SIGNAL_DURING = """
+    import os, signal, sys, threading, time
+    import erllama
+
+    began = threading.Event()
+
+    class Sender:
+        name = {!r}
+        def find_spec(self, name, path=None, target=None):
+            if name == self.name:
+                self.name = None
+                os.kill(os.getpid(), signal.SIGUSR1)
+                assert began.wait(30)
+                time.sleep(0.1)
+
+    sys.meta_path.insert(0, Sender())
+    """
+
+
+def run_with_signal(module: str, code: str) -> list[str]:
+    return must_run(textwrap.dedent(_SIGNAL_DURING.format(module)) + textwrap.dedent(code)).splitlines()
+
+
+@pytest.mark.parametrize("module", ["erllama._registry", "erllama.errors", "erllama.cache.store", "numpy"])
+@pytest.mark.parametrize("use", ["erllama.load_model", "from erllama import load_model"])
+def test_a_handler_uses_a_name_while_the_main_thread_uses_the_first_one(module: str, use: str) -> None:
+    code = f"""
+        found = []
+        def handle(*_):
+            began.set()
+            found.append(erllama.list_models())
+        signal.signal(signal.SIGUSR1, handle)
+        {use}
+        print(found)
+        """
+    assert run_with_signal(module, code) == ["[[]]"]
+
+
+@pytest.mark.parametrize("module", ["numpy._core.multiarray", "numpy.linalg", "erllama.cache.store"])
+def test_an_interrupted_first_use_leaves_every_name_usable(module: str) -> None:
+    code = """
+        def handle(*_):
+            began.set()
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGUSR1, handle)
+        try:
+            erllama.load_model
+        except KeyboardInterrupt:
+            print("interrupted")
+        for name in erllama.__all__:
+            getattr(erllama, name)
+        from erllama.engine.backends.stub import StubBackend
+        with erllama.load_backend(StubBackend(eog_bias=-100)) as model:
+            print(len(model.complete([5, 6], max_tokens=2).tokens))
+        """
+    assert run_with_signal(module, code) == ["interrupted", "2"]
+
+
+def test_a_process_forked_after_an_interrupted_first_use_can_use_the_names() -> None:
+    code = """
+        def handle(*_):
+            began.set()
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGUSR1, handle)
+        try:
+            erllama.load_model
+        except KeyboardInterrupt:
+            pass
+        child = os.fork()
+        if not child:
+            signal.alarm(30)
+            os._exit(len(erllama.list_models()))
+        print(os.waitpid(child, 0)[1])
+        """
+    assert run_with_signal("erllama.cache.store", code) == ["0"]
+
+
+def test_a_module_that_uses_a_name_while_it_is_imported_is_not_waited_for(tmp_path: Path) -> None:
+    """The import of our modules may need a module whose lock the main thread holds."""
+    (tmp_path / "user.py").write_text("import erllama\nerllama.load_model\n")
+    code = """
+        import sys
+
+        class Needing:
+            def find_spec(self, name, path=None, target=None):
+                if name == "erllama._load":
+                    import user
+
+        sys.meta_path.insert(0, Needing())
+        sys.path.insert(0, sys.argv[1])
+        import user
+        print(user.erllama.load_model.__name__)
+        """
+    assert must_run(code, tmp_path) == "load_model\n"
+
+
+def test_names_are_there_where_no_thread_can_be_started() -> None:
+    code = """
+        import _thread
+        import erllama
+
+        def refuse(*_):
+            raise RuntimeError("can't start new thread")
+        _thread.start_new_thread = refuse
+        print(erllama.OptionError.__name__, erllama.list_models())
+        """
+    assert must_run(code) == "OptionError []\n"
+
+
+# --- the exit -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["", "erllama.list_models()"])
+def test_functions_that_a_program_registers_for_the_exit_can_use_its_models(first: str, tmp_path: Path) -> None:
+    code = f"""
+        import atexit, sys
+        import erllama
+        {first}
+
+        def at_exit():
+            print(len(model.complete([7] * 40, max_tokens=2).tokens))
+            assert not cache.disk_error
+
+        atexit.register(at_exit)
+        from erllama.engine.backends.stub import StubBackend
+
+        class Telling(StubBackend):
+            def close(self):
+                print("model closed")
+
+        class Told(erllama.Cache):
+            def close(self):
+                super().close()
+                print("cache closed")
+
+        cache = Told(disk=sys.argv[1], block_size=16)
+        model = erllama.load_backend(Telling(eog_bias=-100), id="kept", cache=cache)
+        """
+    assert must_run(code, tmp_path / "kv").split("\n") == ["2", "model closed", "cache closed", ""]
+    with erllama.Cache(disk=tmp_path / "kv", block_size=16) as cache:
+        assert cache.rows()
 
 
 # --- the command ----------------------------------------------------------------------------------------

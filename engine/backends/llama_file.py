@@ -74,8 +74,8 @@ class LlamaVocabulary:
 class LoadedFile(NamedTuple):
     """A file that libllama has loaded, and its metadata with the overrides in it.
 
-    `n_positions`: the rows of its table of learned positions; libllama fails an assertion beyond them. None where
-    positions are computed.
+    `n_positions`: the number of learned positions. A longer sequence would fail an assertion in libllama.
+    None where positions are computed.
     """
 
     model: llama_ffi.LlamaModel

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 import erllama
-from erllama._printing import printable, say
+from erllama._printing import one_line, printable, say
 from erllama.cli.console import INTERRUPTED, NO_READER, note, told
 
 
@@ -76,7 +76,11 @@ class _Commands(click.Group):
 
 
 class _Lines(logging.Formatter):
-    """Log records may quote what came from outside."""
+    """Log records may quote what came from outside: a message is one line, and only a traceback has several."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is that of `logging`
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
