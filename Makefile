@@ -35,8 +35,9 @@ demo-model: setup
 	$(call install,what training needs,train)
 	$(BIN)/python -m scripts.demo_model $(DEMO_MODEL)
 
+# WORKERS=2 runs two tests at a time.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(WORKERS),-n $(WORKERS) --dist worksteal)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -161,7 +161,8 @@ def test_no_command_lets_an_escape_sequence_through_to_a_terminal(
     asked = [[list(map(str, arguments)), typed if arguments[0] == "chat" else ""] for arguments, _ in commands]
     (tmp_path / "commands.json").write_text(json.dumps(asked))
     with PseudoTerminal(
-        [sys.executable, "-c", _RUN_ALL, str(tmp_path / "commands.json")], run.environment
+        [sys.executable, "-c", _RUN_ALL, str(tmp_path / "commands.json")],
+        {**run.environment, "COLUMNS": "300"},  # wide enough for the names of any temporary directory
     ) as screen:
         assert screen.wait_for_end(300) == 0
     parts = screen.raw.split("--- status ")
