@@ -39,8 +39,8 @@ def tokenizer() -> Tokenizer:
 
 # --- What it can do -----------------------------------------------------------------------------
 #
-# Each skill is asserted as a share. Another processor adds the same products in another order, which moves logits
-# by about 0.01 and turns near-ties: a story has several (down to 0.002), so no single story is the same everywhere.
+# Each skill is asserted as a share. Another processor adds the same products in another order, which changes the
+# last bits of logits. A story has near-ties (log-probabilities 0.002 apart were measured): its text may differ there.
 
 
 def test_sums_are_thought_about_and_mostly_right(demo: erllama.Model) -> None:
