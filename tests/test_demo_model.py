@@ -40,7 +40,7 @@ def tokenizer() -> Tokenizer:
 # --- What it can do -----------------------------------------------------------------------------
 #
 # Each skill is asserted as a share. Another processor adds the same products in another order, which changes the
-# last bits of logits. A story has near-ties (log-probabilities 0.002 apart were measured): its text may differ there.
+# last bits of logits. A story has near-ties: log-probabilities 0.002 apart were measured. So its text may differ.
 
 
 def test_sums_are_thought_about_and_mostly_right(demo: erllama.Model) -> None:
