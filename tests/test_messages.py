@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from erllama import Grammar
 from erllama.chat.messages import ROLES, normalized_messages
+from erllama.chat.payloads import Unreadable, json_of
 from erllama.chat.tools import (
     ToolChoice,
     check_schemas,
@@ -309,7 +310,7 @@ BAD: list[tuple[object, int | None, str]] = [
     ([calling(call(arguments={"a": float("nan")}))], 0, "nan"),
     ([calling(call(arguments={"a": [float("inf")]}))], 0, "inf"),
     ([calling(call(arguments='{"a": NaN}'))], 0, "NaN"),
-    ([calling(call(arguments='{"a": 1e999}'))], 0, "past what a float holds"),
+    ([calling(call(arguments='{"a": 1e9999}'))], 0, "too many digits"),
     ([calling(call(arguments="[1]"))], 0, "of type list; they are a JSON object"),
     ([calling(call(arguments=[1]))], 0, "of type list; they are a JSON object"),
     ([calling(call(arguments=5))], 0, "of type int; they are a JSON object"),
@@ -557,3 +558,26 @@ def test_nothing_can_be_required_of_no_tools(choice: object) -> None:
         tool_choice_of(choice, [])
     assert tool_choice_of("auto", []) == ToolChoice("auto")
     assert tool_choice_of("none", []) == ToolChoice("none")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1.5", 1.5),
+        ("1e3", 1000.0),
+        ("7.205759403792274e+16", 7.205759403792274e16),
+        ("1234567890123456789", 1234567890123456789),
+        ("5e735", 5 * 10**735),
+        ("-1.25e400", -125 * 10**398),
+        ("1e-400", 0.0),
+    ],
+)
+def test_numbers_are_read_exactly_where_a_type_holds_them(text: str, value: float) -> None:
+    found = json_of(text)
+    assert (type(found), found) == (type(value), value)
+
+
+@pytest.mark.parametrize("text", ["1e4001", "-1e99999999999999999999", "1" * 400 + ".5", "9" * 5000])
+def test_numbers_that_no_type_holds_are_refused(text: str) -> None:
+    with pytest.raises(Unreadable, match=r"digits|larger than any float"):
+        json_of(text)

@@ -12,10 +12,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
 from difflib import get_close_matches
 
 # Far more than arguments have, and few enough for every reader of JSON.
 MAX_NESTING = 100
+# Python writes integers of up to 4,300 digits.
+_MAX_DIGITS = 4000
 _SHOWN = 12
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 _TOO_DEEP = f"nested deeper than {MAX_NESTING} levels"
@@ -37,8 +40,8 @@ def read_json(text: str, at: int = 0) -> tuple[object, int]:
     """The JSON value that begins at `at`, and where it ends.
 
     Raises:
-        Unreadable: there is none; or it has a number past what floats hold, or text that is no Unicode. Where a key
-            comes twice, the last one counts.
+        Unreadable: there is none; or it has a number of more than 4,000 digits, or text that is not Unicode. Of
+            a key that comes twice, the last one counts.
     """
     try:
         found, end = _JSON.raw_decode(text, at)
@@ -132,18 +135,28 @@ def _key(key: object) -> str:
     return plain_text(key)
 
 
-def _finite(digits: str) -> float:
+def _number(digits: str) -> float | int:
+    """A number with a point or an exponent: a float, or an int for integers larger than any float."""
     number = float(digits)
-    if math.isinf(number):
-        raise Unreadable(f"{digits[:40]} is past what a float holds")
-    return number
+    if math.isfinite(number):
+        return number
+    try:
+        exact = Decimal(digits)
+        too_long = exact.adjusted() >= _MAX_DIGITS
+    except ArithmeticError:  # the exponent has 19 digits or more
+        too_long = True
+    if too_long:
+        raise Unreadable(f"{digits[:40]} is a number with too many digits: at most {_MAX_DIGITS} are supported")
+    if exact != int(exact):
+        raise Unreadable(f"{digits[:40]} is larger than any float, and not an integer")
+    return int(exact)
 
 
 def _refused(constant: str) -> object:
     raise Unreadable(f"{constant} is not JSON")
 
 
-_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_refused)
+_JSON = json.JSONDecoder(parse_float=_number, parse_constant=_refused)
 
 
 # --- Literals: what some families write instead of JSON ----------------------------------------
