@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -69,7 +69,18 @@ class BuildBinding(build_ext):
                     shutil.copy2(prefix / extra, destination / extra)
 
 
+# Where each package lies in the repository.
+PLACES = {"erllama": "erllama", **{f"erllama.{name}": name for name in ("cache", "engine", "llama_ffi")}}
+
+
+def packages() -> list[str]:
+    """All packages: those of `PLACES`, and what lies in them."""
+    return [name for top, place in PLACES.items() for name in (top, *(f"{top}.{p}" for p in find_packages(place)))]
+
+
 setup(
+    packages=packages(),
+    package_dir=PLACES,
     cffi_modules=["llama_ffi/build.py:ffibuilder"],
     cmdclass={"build_ext": BuildBinding},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -17,8 +17,8 @@ from benchmarks.engines import AbsentError
 from benchmarks.measure import Figure, Findings, Setup, Target, in_turn
 from benchmarks.peer import compiled, ran
 from erllama.engine.backends.llama import LlamaVocabulary
-from erllama.engine.candidates import masked
-from erllama.engine.grammar import Grammar, GrammarCompiler
+from erllama.engine.grammar.grammar import Grammar, GrammarCompiler
+from erllama.engine.sampling.candidates import masked
 from erllama.llama_ffi import LlamaModel
 
 SCHEMA = {

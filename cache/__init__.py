@@ -5,15 +5,15 @@ it; `kvc` reads and writes the files; `namespace_key`, `child_key` and `Block`
 say what a block is; `Tier` is what a tier of one's own derives from.
 """
 
-from erllama.cache.blocks import Block, SaveReason
-from erllama.cache.file_tier import FileTier
-from erllama.cache.keys import KEY_BYTES, TOKEN_BYTES, child_key, namespace_key, token_bytes
-from erllama.cache.match import Loaded, Match, Row, TierStatus
-from erllama.cache.memory import MemoryUsage
+from erllama.cache.blocks.block import Block, SaveReason
+from erllama.cache.blocks.keys import KEY_BYTES, TOKEN_BYTES, child_key, namespace_key, token_bytes
+from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
 from erllama.cache.policy import Policy
-from erllama.cache.pressure import Pressure
+from erllama.cache.pressure.memory import MemoryUsage
+from erllama.cache.pressure.pressure import Pressure
 from erllama.cache.store import Cache
-from erllama.cache.tier import Changes, Problem, RamTier, Tier, TierRow
+from erllama.cache.tiers.file_tier import FileTier
+from erllama.cache.tiers.tier import Changes, Problem, RamTier, Tier, TierRow
 
 __all__ = [
     "KEY_BYTES",

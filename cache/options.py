@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import platformdirs
 
-from erllama.cache.file_tier import FileTier
-from erllama.cache.read_only import file_tier
 from erllama.cache.sizes import parse_bytes
-from erllama.cache.tier import Tier
+from erllama.cache.tiers.file_tier import FileTier
+from erllama.cache.tiers.read_only import file_tier
+from erllama.cache.tiers.tier import Tier
 from erllama.errors import OptionError
 
 OPTIONS = (

@@ -21,23 +21,23 @@ from typing import Never
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama._log import logger
-from erllama._reentry import reentered
-from erllama.cache.blocks import Block
-from erllama.cache.counters import TIERS, Counters
-from erllama.cache.file_tier import FileTier
-from erllama.cache.keys import TOKEN_BYTES, token_bytes
-from erllama.cache.loading import Loader
-from erllama.cache.match import Loaded, Match, Row, TierStatus
+from erllama._runtime.log import logger
+from erllama._runtime.reentry import reentered
+from erllama.cache.blocks.block import Block
+from erllama.cache.blocks.keys import TOKEN_BYTES, token_bytes
+from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
+from erllama.cache.catalog.catalog import Residents
+from erllama.cache.catalog.counters import TIERS, Counters
 from erllama.cache.options import OPTIONS, Directories, directories, file_tiers, known_tiers
-from erllama.cache.pressure import Pressure, PressureWatch
-from erllama.cache.residents import Residents
-from erllama.cache.saving import Saver
+from erllama.cache.pipeline.loading import Loader
+from erllama.cache.pipeline.saving import Saver
+from erllama.cache.pipeline.text_memory import TextMemory, lasting_tiers, writable_tiers
+from erllama.cache.pipeline.upkeep import Upkeep
+from erllama.cache.pressure.pressure import Pressure, PressureWatch
 from erllama.cache.sizes import parse_bytes
-from erllama.cache.text_memory import TextMemory, lasting_tiers, writable_tiers
-from erllama.cache.tier import Problem, RamTier, Tier
+from erllama.cache.tiers.file_tier import FileTier
+from erllama.cache.tiers.tier import Problem, RamTier, Tier
 from erllama.cache.uninterrupted import run_behind, uninterrupted
-from erllama.cache.upkeep import Upkeep
 from erllama.errors import (
     CacheError,
     IntegrityError,

@@ -17,8 +17,8 @@ import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from erllama._imports import is_importing
-from erllama._jobs import Job, runs_here
+from erllama._runtime.imports import is_importing
+from erllama._runtime.jobs import Job, runs_here
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -2,12 +2,11 @@
 
 from erllama.engine.adapters import AdapterBackend
 from erllama.engine.backend import Backend, Batch, Buffer, InfillTokens, Limits, ModelFacts, NotedToken, Vocabulary
-from erllama.engine.candidates import Candidates
 from erllama.engine.embedding import Embedder, EmbeddingBackend, EmbeddingLimits
-from erllama.engine.grammar import Grammar
+from erllama.engine.grammar.grammar import Grammar
 from erllama.engine.metrics import EngineMetrics
-from erllama.engine.phases import Markers, PhaseOptions
-from erllama.engine.request import (
+from erllama.engine.output.phases import Markers, PhaseOptions
+from erllama.engine.requests.request import (
     CacheDelta,
     CacheHit,
     Completion,
@@ -24,12 +23,13 @@ from erllama.engine.request import (
     ToolCallDelta,
     ToolCallEnd,
 )
-from erllama.engine.runner import Runner
-from erllama.engine.sampling import Sampler, SamplerFactory, SamplingOptions, SamplingState, TokenLogprobs
-from erllama.engine.scheduler import Phase
+from erllama.engine.requests.ticket import Ticket
+from erllama.engine.sampling.candidates import Candidates
+from erllama.engine.sampling.sampler import Sampler, SamplerFactory, SamplingOptions, SamplingState, TokenLogprobs
+from erllama.engine.sampling.steps import Step
+from erllama.engine.scheduling.model_thread import Runner
+from erllama.engine.scheduling.scheduler import Phase
 from erllama.engine.speculation import Drafter, Drafts
-from erllama.engine.steps import Step
-from erllama.engine.ticket import Ticket
 
 __all__ = [
     "AdapterBackend",

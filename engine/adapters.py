@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from erllama._log import logger
+from erllama._runtime.log import logger
 from erllama.engine.backend import Backend
 from erllama.errors import AdapterUnloaded, real
 

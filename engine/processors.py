@@ -10,7 +10,7 @@ import math
 import os
 from pathlib import Path
 
-from erllama.cache.cgroups import MEMBERSHIP, MOUNT, Level, levels, read_number, read_text
+from erllama.cache.pressure.cgroups import MEMBERSHIP, MOUNT, Level, levels, read_number, read_text
 
 
 def default_threads(membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> int:

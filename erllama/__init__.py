@@ -15,23 +15,23 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-import erllama._at_exit  # noqa: F401 - here, so that functions that a program registers with atexit run before it
-from erllama._imports import import_safely
+import erllama._runtime.at_exit  # noqa: F401 - here, so that functions that a program registers with atexit run before it
+from erllama._runtime.imports import import_safely
 
 if TYPE_CHECKING:
-    from erllama._adapters import Adapter
-    from erllama._chat import AsyncChatStream, ChatStream
-    from erllama._demo_model import demo_model
-    from erllama._info import Device, ModelInfo, devices
-    from erllama._load import load_backend, load_model
-    from erllama._model import Model
-    from erllama._registry import get_model, list_models, queue_depth
-    from erllama._scoring import Score
-    from erllama._speculation import Verification
-    from erllama._stream import AsyncStream, Stream
+    from erllama._demo.model import demo_model
+    from erllama._model.adapters import Adapter
+    from erllama._model.chat import AsyncChatStream, ChatStream
+    from erllama._model.info import Device, ModelInfo, devices
+    from erllama._model.load import load_backend, load_model
+    from erllama._model.model import Model
+    from erllama._model.registry import get_model, list_models, queue_depth
+    from erllama._model.scoring import Score
+    from erllama._model.speculation import Verification
+    from erllama._model.streams import AsyncStream, Stream
     from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
     from erllama.chat.results import ChatCompletion, Usage
-    from erllama.chat.templates import render_chat_template
+    from erllama.chat.templates.template import render_chat_template
     from erllama.engine import (
         Buffer,
         CacheDelta,
@@ -96,19 +96,19 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 # Where the public names are, as above. Each module is imported when one of its names is first used: all of them
 # together take half a second, and import numpy, jinja2, llguidance, sqlite_utils and watchdog.
 _HOMES: dict[str, tuple[str, ...]] = {
-    "erllama._adapters": ("Adapter",),
-    "erllama._chat": ("AsyncChatStream", "ChatStream"),
-    "erllama._demo_model": ("demo_model",),
-    "erllama._info": ("Device", "ModelInfo", "devices"),
-    "erllama._load": ("load_backend", "load_model"),
-    "erllama._model": ("Model",),
-    "erllama._registry": ("get_model", "list_models", "queue_depth"),
-    "erllama._scoring": ("Score",),
-    "erllama._speculation": ("Verification",),
-    "erllama._stream": ("AsyncStream", "Stream"),
+    "erllama._model.adapters": ("Adapter",),
+    "erllama._model.chat": ("AsyncChatStream", "ChatStream"),
+    "erllama._demo.model": ("demo_model",),
+    "erllama._model.info": ("Device", "ModelInfo", "devices"),
+    "erllama._model.load": ("load_backend", "load_model"),
+    "erllama._model.model": ("Model",),
+    "erllama._model.registry": ("get_model", "list_models", "queue_depth"),
+    "erllama._model.scoring": ("Score",),
+    "erllama._model.speculation": ("Verification",),
+    "erllama._model.streams": ("AsyncStream", "Stream"),
     "erllama.cache": ("Cache", "MemoryUsage", "Policy", "Pressure", "SaveReason"),
     "erllama.chat.results": ("ChatCompletion", "Usage"),
-    "erllama.chat.templates": ("render_chat_template",),
+    "erllama.chat.templates.template": ("render_chat_template",),
     "erllama.engine": (
         "Buffer",
         "CacheDelta",

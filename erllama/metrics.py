@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, count
 from typing import NamedTuple
 
-from erllama._model import Model
-from erllama._registry import list_models
+from erllama._model.model import Model
+from erllama._model.registry import list_models
 from erllama.cache import Cache, TierStatus
 from erllama.engine.metrics import BUCKETS, Histogram
 from erllama.errors import OptionError

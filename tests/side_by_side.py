@@ -17,9 +17,9 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from erllama.engine.candidates import Candidates
-from erllama.engine.dry import DRY, Breakers
-from erllama.engine.steps import (
+from erllama.engine.sampling.candidates import Candidates
+from erllama.engine.sampling.dry import DRY, Breakers
+from erllama.engine.sampling.steps import (
     XTC,
     DynamicTemperature,
     MinP,

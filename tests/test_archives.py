@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from blocks import blocks_of
-from erllama.cache import Cache, kvc
-from erllama.cache.archive import Imported, export_blocks, import_blocks
-from erllama.cache.blocks import Block
-from erllama.cache.maintenance import CacheFiles
+from erllama.cache import Cache
+from erllama.cache.admin.archive import Imported, export_blocks, import_blocks
+from erllama.cache.admin.maintenance import CacheFiles
+from erllama.cache.blocks import kvc
+from erllama.cache.blocks.block import Block
 from erllama.errors import CacheFormatError
 
 BLOCKS = blocks_of(np.arange(64, dtype=np.int32))

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 import erllama
 from blocks import NAMESPACE, SIZE, blocks_of
 from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, token_bytes
-from erllama.cache.lru import LeafLRU
-from erllama.cache.tree import BlockTree
+from erllama.cache.catalog.lru import LeafLRU
+from erllama.cache.catalog.prefix_tree import BlockTree
 from support import must_run, run_python, wait_until
 
 OTHER = namespace_key({"model": "b"})

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import erllama
 from erllama.chat.conversation import Conversation
-from erllama.chat.templates import ChatTemplate
+from erllama.chat.templates.template import ChatTemplate
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import BOS, write_llama
 from erllama.testing.scripted import END, write_scripted
@@ -675,7 +675,7 @@ def test_bad_conversations_are_typed_errors(
 
 def test_tools_are_compiled_after_the_conversation_is_known_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
-    monkeypatch.setattr("erllama.chat.tools.fault_of", lambda schema: str(compiled.append(schema) or ""))
+    monkeypatch.setattr("erllama.chat.tool_calls.tools.fault_of", lambda schema: str(compiled.append(schema) or ""))
 
     def tools(n: int) -> list[Message]:
         return [

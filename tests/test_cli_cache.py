@@ -16,8 +16,8 @@ import pytest
 from blocks import SIZE, blocks_of
 from command import Command, Finished, says
 from erllama.cache import Cache, namespace_key
-from erllama.cache import kvc as kvc_format
-from erllama.cache.maintenance import CacheFiles
+from erllama.cache.admin.maintenance import CacheFiles
+from erllama.cache.blocks import kvc as kvc_format
 
 ONE = ("--threads", "1")
 OTHER = namespace_key({"model": "b"})
@@ -80,7 +80,7 @@ def test_where_nothing_is_stored_that_is_told_and_nothing_is_made(
     assert "holds no cache" in found.err
     assert not run.directory.exists()
     monkeypatch.delenv("ERLLAMA_CACHE_DIR")
-    monkeypatch.setattr("erllama.cli.directories.usual_directories", lambda: [run.directory])
+    monkeypatch.setattr("erllama.cli.cache.directories.usual_directories", lambda: [run.directory])
     found = run("cache", "ls", "--json")
     assert (found.status, found.json) == (0, [])
     assert "nothing is stored yet" in found.err

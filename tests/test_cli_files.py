@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from command import Command, Finished, says
-from erllama.cli import lines
+from erllama.cli.chat import line_input as lines
 from erllama.cli.files import new_file, private_directory
 
 ONE = ("--threads", "1")

@@ -15,8 +15,8 @@ import pytest
 
 import erllama
 from erllama.cache import Cache
-from erllama.engine import guidance
 from erllama.engine.backends.stub import StubBackend
+from erllama.engine.grammar import llguidance_adapter as guidance
 from erllama.testing.models import write_llama
 from support import RecordingBackend
 

@@ -26,9 +26,9 @@ from test_chats import CALL, TEMPLATE, TOOLS, model_that_says, user
 from test_examples import SCRIPTS
 
 import erllama
-from erllama._options import ChatOptions, CompletionOptions
+from erllama._model.request_options import ChatOptions, CompletionOptions
 from erllama.cache import Block, FileTier
-from erllama.chat.formats import TOOL_FORMATS
+from erllama.chat.tool_calls.families import TOOL_FORMATS
 from erllama.engine import SamplingOptions
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing import TierConformance

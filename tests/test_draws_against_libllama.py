@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from erllama.engine.candidates import Candidates
-from erllama.engine.steps import Chance, Greedy, Mirostat
+from erllama.engine.sampling.candidates import Candidates
+from erllama.engine.sampling.steps import Chance, Greedy, Mirostat
 from erllama.llama_ffi.samplers import LlamaSampler
 from side_by_side import (
     CLOSE,

@@ -23,7 +23,7 @@ from requests_of import (
 import erllama
 from erllama.cache import Cache
 from erllama.engine.backends.stub import StubBackend
-from erllama.engine.cells import Cells
+from erllama.engine.scheduling.cells import Cells
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
 from support import RecordingBackend, llama_backend
 

@@ -9,7 +9,7 @@ import pytest
 from tool_texts import EXAMPLES, TOOLS, VARIANTS, WANTED
 
 import erllama
-from erllama.chat.formats import TOOL_FORMATS
+from erllama.chat.tool_calls.families import TOOL_FORMATS
 from spelled import START, SpelledBackend, SpelledVocabulary
 
 TEMPLATE = "{{ messages[-1].content }}{% if tools %}{% endif %}{{ '\t' }}"

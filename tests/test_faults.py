@@ -19,7 +19,7 @@ from test_cache import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
 
 import erllama
 from erllama.cache import Block, Cache
-from erllama.cache.index import Index
+from erllama.cache.tiers.index import Index
 from erllama.engine import Batch
 from erllama.engine.backends.stub import StubBackend
 from erllama.llama_ffi import LlamaContext, LlamaError, LlamaModel

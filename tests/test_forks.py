@@ -11,7 +11,7 @@ def test_a_child_that_is_forked_while_grammars_compile_compiles_its_own() -> Non
         import itertools, os, signal, threading, warnings
         warnings.simplefilter("ignore")
         from erllama import Grammar
-        from erllama.engine import guidance
+        from erllama.engine.grammar import llguidance_adapter as guidance
 
         Grammar.regex("a")
         usual = threading.stack_size()
@@ -48,7 +48,8 @@ def test_a_child_that_is_forked_while_models_are_loaded_loads_its_own() -> None:
         warnings.simplefilter("ignore")
         import erllama
         import erllama.metrics
-        from erllama import _load, _registry
+        from erllama._model import load as _load
+        from erllama._model import registry as _registry
         from erllama.engine.backends.stub import StubBackend
 
         held, forked = threading.Event(), threading.Event()

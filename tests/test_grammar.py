@@ -15,9 +15,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from erllama import Error, Grammar, GrammarError
-from erllama.engine import automata, gbnf, lexemes
 from erllama.engine.backends.stub import StubVocabulary
-from erllama.engine.grammar import GrammarCompiler
+from erllama.engine.grammar import automata, gbnf
+from erllama.engine.grammar import lark_writer as lexemes
+from erllama.engine.grammar.grammar import GrammarCompiler
 
 # --- GBNF is its language, no more and no less ------------------------------------------------
 
@@ -362,7 +363,7 @@ def test_neighbours_of_lexemes_are_counted_before_they_are_gathered(monkeypatch:
 
 
 def test_a_grammar_of_too_many_steps_is_refused_with_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erllama.engine.expressions.MAX_WORK", 1000)
+    monkeypatch.setattr("erllama.engine.grammar.expressions.MAX_WORK", 1000)
     assert Grammar.gbnf(list_of_words(10)).accepts("w0")
     with pytest.raises(GrammarError, match="more than 1,000 steps"):
         Grammar.gbnf(list_of_words(1000))

@@ -19,7 +19,7 @@ from test_grammar import PERSON
 from erllama import Grammar, GrammarError
 from erllama.engine.backend import Vocabulary
 from erllama.engine.backends.stub import StubVocabulary
-from erllama.engine.grammar import GrammarCompiler, Matcher
+from erllama.engine.grammar.grammar import GrammarCompiler, Matcher
 from erllama.llama_ffi import LlamaModel
 from support import SHARED, in_threads
 

@@ -17,7 +17,7 @@ from gguf import GGUFWriter
 
 import erllama
 from command import TEMPLATE, Command, says
-from erllama._printing import json_text, one_line, printable
+from erllama._runtime.printing import json_text, one_line, printable
 from erllama.cli.main import _logging
 from erllama.testing import scripted
 from erllama.testing._file import new_gguf

@@ -19,7 +19,7 @@ from adapting import AdaptedStub
 import erllama
 from erllama.engine import Batch, Candidates
 from erllama.engine.backends.stub import StubBackend
-from erllama.engine.grammar import GrammarCompiler
+from erllama.engine.grammar.grammar import GrammarCompiler
 from support import wait_until
 
 ENDINGS = (ValueError, SystemExit, KeyboardInterrupt, GeneratorExit)
@@ -91,7 +91,7 @@ def test_a_logging_handler_that_raises_disturbs_no_loading(tiny_gguf: Path) -> N
 
 
 def test_what_a_handler_raises_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    from erllama._log import logger
+    from erllama._runtime.log import logger
 
     with failing_handler(ValueError):
         logger("erllama.engine").warning("something")
@@ -229,7 +229,12 @@ def interrupted_at(step: int, modules: tuple[str, ...], call: Callable[[], objec
 
 
 def test_ctrl_c_at_any_step_of_a_submission_leaves_nothing_behind(stub_adapters: list[Path]) -> None:
-    modules = ("erllama.engine.runner", "erllama.engine.adapters", "erllama.engine.sequence", "threading")
+    modules = (
+        "erllama.engine.scheduling.model_thread",
+        "erllama.engine.adapters",
+        "erllama.engine.scheduling.sequence",
+        "threading",
+    )
     with erllama.load_backend(AdaptedStub(eog_bias=-100), max_pending=2) as model:
         model.load_adapter(stub_adapters[0])
         runner = model._runner
@@ -246,7 +251,7 @@ def test_ctrl_c_at_any_step_of_a_submission_leaves_nothing_behind(stub_adapters:
 
 
 def test_ctrl_c_at_any_step_of_loading_an_adapter_leaves_it_whole_or_not_at_all(stub_adapters: list[Path]) -> None:
-    modules = ("erllama.engine.runner",)
+    modules = ("erllama.engine.scheduling.model_thread",)
     backend = AdaptedStub(eog_bias=-100)
     with erllama.load_backend(backend) as model:
         step, whole = 1, True

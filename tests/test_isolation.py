@@ -22,7 +22,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path) -> Path:
     code = """
         import sys
         from erllama.__main__ import main
-        import erllama.cli.demo, erllama.cli.doctor, erllama.cli.bench, erllama.cli.chat, rich.progress, rich.table
+        import erllama.cli.bench, erllama.cli.chat.command, erllama.cli.demo, erllama.cli.doctor.command
+        import rich.progress, rich.table
 
         main(["doctor-worker", sys.argv[1]])
         main(["demo-worker", "cold", sys.argv[2], sys.argv[1] + "/demo", "64", "1"])

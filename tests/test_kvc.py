@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from erllama.cache import Block, SaveReason, child_key, kvc, namespace_key, token_bytes
+from erllama.cache import Block, SaveReason, child_key, namespace_key, token_bytes
+from erllama.cache.blocks import kvc
 from erllama.errors import CacheFormatError
 
 NAMESPACE = namespace_key({"model": "m"})

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from erllama import Grammar
 from erllama.chat.messages import ROLES, normalized_messages
-from erllama.chat.payloads import Unreadable, json_of
-from erllama.chat.tools import (
+from erllama.chat.tool_calls.payloads import Unreadable, json_of
+from erllama.chat.tool_calls.tools import (
     ToolChoice,
     check_schemas,
     normalized_tools,

@@ -19,7 +19,8 @@ import xxhash
 from numpy.typing import NDArray
 from test_cache import NAMESPACE, SIZE, blocks_of
 
-from erllama.cache import Block, Cache, kvc
+from erllama.cache import Block, Cache
+from erllama.cache.blocks import kvc
 from erllama.errors import CacheFormatError
 
 MUTATIONS = int(os.environ.get("ERLLAMA_MUTATIONS", "1000"))

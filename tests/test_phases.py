@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_stops import first_by_position
 
 import erllama
-from erllama.engine.phases import Markers, PhaseOptions, PhaseTracker, Script
+from erllama.engine.output.phases import Markers, PhaseOptions, PhaseTracker, Script
 from erllama.testing.scripted import END, write_scripted
 from spelled import SpelledBackend, SpelledVocabulary
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from erllama.cache.memory import MemoryUsage, Source, cgroup_memory
-from erllama.cache.pressure import Pressure, PressureWatch
+from erllama.cache.pressure.memory import MemoryUsage, Source, cgroup_memory
+from erllama.cache.pressure.pressure import Pressure, PressureWatch
 from erllama.errors import OptionError
 
 PATIENCE = 60.0  # seconds until a wait for another thread counts as failed; none is waited out
@@ -380,7 +380,7 @@ def test_stop_waits_for_the_look_under_way_which_then_evicts_nothing() -> None:
 def test_a_source_that_hangs_does_not_hang_stop(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("erllama.cache.pressure.STOP_SECONDS", SOON)
+    monkeypatch.setattr("erllama.cache.pressure.pressure.STOP_SECONDS", SOON)
     turnstile, machine = Turnstile(), Machine(90, 100)
     watch = machine.watch(turnstile)
     watch.start()
@@ -613,7 +613,7 @@ def fake_psutil(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_system_watches_what_the_machine_has_available(
     fake_psutil: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("erllama.cache.memory.cgroup_memory", list)
+    monkeypatch.setattr("erllama.cache.pressure.memory.cgroup_memory", list)
     machine = Machine(0, 1, cached=10**12)
     watch = machine.watch("system")
     assert watch.look() == 0
@@ -625,7 +625,7 @@ def test_system_watches_the_limit_of_the_cgroup_too(
     fake_psutil: SimpleNamespace, cgroups: Cgroups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "erllama.cache.memory.cgroup_memory", lambda: cgroup_memory(cgroups.membership, cgroups.mount)
+        "erllama.cache.pressure.memory.cgroup_memory", lambda: cgroup_memory(cgroups.membership, cgroups.mount)
     )
     cgroups.join("0::/job")
     cgroups.v2("job", 100 * MEBIBYTE, 95 * MEBIBYTE)

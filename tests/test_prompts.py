@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 import erllama
-from erllama.engine.prompts import PromptTokenizer
+from erllama.engine.requests.prompts import PromptTokenizer
 from erllama.testing.models import BOS, write_llama
 from spelled import SpelledVocabulary
 from support import SHARED

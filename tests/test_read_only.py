@@ -20,7 +20,7 @@ from test_crashes import PRELUDE
 
 import erllama
 from erllama.cache import Cache
-from erllama.cache.maintenance import CacheFiles
+from erllama.cache.admin.maintenance import CacheFiles
 
 
 def texts(first: int, n: int = 48) -> NDArray[np.int32]:

@@ -17,7 +17,7 @@ import erllama
 import erllama.cache
 import erllama.engine
 import erllama.testing
-from erllama._options import ChatOptions, CompletionOptions, PrefillOptions
+from erllama._model.request_options import ChatOptions, CompletionOptions, PrefillOptions
 from erllama.chat.chats import ChatRequest
 from erllama.engine import PhaseOptions, RequestOptions, SamplingOptions
 from pages import DOCS, ROOT, tables

@@ -16,7 +16,7 @@ import erllama
 from erllama.cache import Cache
 from erllama.engine import Batch
 from erllama.engine.backends.stub import EOG, StubBackend, StubVocabulary
-from erllama.engine.text import TextDecoder
+from erllama.engine.output.text import TextDecoder
 
 
 @pytest.fixture

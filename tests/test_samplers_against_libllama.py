@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from erllama.engine.steps import (
+from erllama.engine.sampling.steps import (
     XTC,
     DynamicTemperature,
     LogitBias,

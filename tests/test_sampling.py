@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 import erllama
 from erllama.cache import Cache
 from erllama.engine.backends.stub import StubBackend
-from erllama.engine.candidates import order, top_k
-from erllama.engine.sampling import Sampler, SamplerFactory, SamplingOptions
+from erllama.engine.sampling.candidates import order, top_k
+from erllama.engine.sampling.sampler import Sampler, SamplerFactory, SamplingOptions
 from support import Letters
 
 rows = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=300).map(lambda r: np.array(r, np.float32))

@@ -17,10 +17,10 @@ from test_tool_grammars import CLOSING, Vocabulary
 from tool_texts import plainly
 
 from erllama import Grammar, GrammarError
-from erllama.chat.formats import TOOL_FORMATS, tool_format
-from erllama.chat.tools import normalized_tools
-from erllama.engine import schema_keywords
-from erllama.engine.grammar import GrammarCompiler
+from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
+from erllama.chat.tool_calls.tools import normalized_tools
+from erllama.engine.grammar.grammar import GrammarCompiler
+from erllama.engine.grammar.schemas import keywords as schema_keywords
 
 # The suite's share of examples, and that of a long run.
 EXAMPLES = int(os.environ.get("ERLLAMA_GRAMMARS", "25"))

@@ -14,7 +14,7 @@ from types import FrameType
 import pytest
 
 import erllama
-from erllama._reentry import reentered
+from erllama._runtime.reentry import reentered
 from erllama.engine.backends.stub import StubBackend
 from erllama.metrics import MetricsCollector
 from support import in_threads, must_run, wait_until
@@ -68,9 +68,9 @@ CALLS: dict[str, Callable[[erllama.Model, erllama.Cache], object]] = {
     "metrics": lambda model, cache: list(MetricsCollector().collect()),
 }
 _MODULES = (
-    "erllama._registry",
-    "erllama.engine.runner",
-    "erllama.engine.ticket",
+    "erllama._model.registry",
+    "erllama.engine.scheduling.model_thread",
+    "erllama.engine.requests.ticket",
     "erllama.cache",
     "erllama.metrics",
 )

@@ -34,9 +34,9 @@ from erllama.cache import KEY_BYTES
 from erllama.engine import Backend, Batch, Completion, Done, Event, Ticket
 from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.backends.stub import StubBackend
-from erllama.engine.sampling import Sampler
-from erllama.engine.sequence import Sequence
-from erllama.engine.warmth import Warmth
+from erllama.engine.kv.sequence_kv import Warmth
+from erllama.engine.sampling.sampler import Sampler
+from erllama.engine.scheduling.sequence import Sequence
 
 REQUESTS = int(os.environ.get("ERLLAMA_SOAK", "400"))
 LIMIT = 30.0 + REQUESTS / 10  # seconds, after which something hangs; nothing here should come near it

@@ -20,7 +20,7 @@ SOURCE = ast.parse(Path(erllama.__file__).read_text())
 SLOW = {"asyncio", "sqlite3", "ssl", "importlib.metadata", "multiprocessing", "http.client", "email.message"}
 
 # What `import erllama` itself consists of.
-FIRST = {"erllama", "erllama._at_exit", "erllama._imports", "erllama._jobs"}
+FIRST = {"erllama", "erllama._runtime.at_exit", "erllama._runtime.imports", "erllama._runtime.jobs"}
 
 # Prints the modules that some code imports.
 _IMPORTED = """
@@ -58,7 +58,7 @@ def test_version_and_help_import_no_command_and_no_model(option: str) -> None:
     ours = {name for name in found if name.startswith("erllama")}
     assert ours <= FIRST | {
         "erllama.__main__",
-        "erllama._printing",
+        "erllama._runtime.printing",
         "erllama.cli",
         "erllama.cli.console",
         "erllama.cli.main",
@@ -213,7 +213,7 @@ def run_with_signal(module: str, code: str) -> list[str]:
     return must_run(textwrap.dedent(_SIGNAL_DURING.format(module)) + textwrap.dedent(code)).splitlines()
 
 
-@pytest.mark.parametrize("module", ["erllama._registry", "erllama.errors", "erllama.cache.store", "numpy"])
+@pytest.mark.parametrize("module", ["erllama._model.registry", "erllama.errors", "erllama.cache.store", "numpy"])
 @pytest.mark.parametrize("use", ["erllama.load_model", "from erllama import load_model"])
 def test_a_handler_uses_a_name_while_the_main_thread_uses_the_first_one(module: str, use: str) -> None:
     code = f"""
@@ -275,7 +275,7 @@ def test_a_module_that_uses_a_name_while_it_is_imported_is_not_waited_for(tmp_pa
 
         class Needing:
             def find_spec(self, name, path=None, target=None):
-                if name == "erllama._load":
+                if name == "erllama._model.load":
                     import user
 
         sys.meta_path.insert(0, Needing())

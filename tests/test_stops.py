@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erllama.engine.stops import StopScanner
+from erllama.engine.output.stops import StopScanner
 
 letters = st.text("abc", max_size=12)
 stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)

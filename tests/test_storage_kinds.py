@@ -24,10 +24,10 @@ from test_crashes import bytes_in, finished, running, start_python
 
 import erllama
 from erllama.cache import Block, Cache, FileTier
-from erllama.cache.directory import CacheDirectory
-from erllama.cache.index import FileStamp, Index
-from erllama.cache.lru import LeafLRU
-from erllama.cache.read_only import ReadOnlyFileTier
+from erllama.cache.catalog.lru import LeafLRU
+from erllama.cache.tiers.directory import CacheDirectory
+from erllama.cache.tiers.index import FileStamp, Index
+from erllama.cache.tiers.read_only import ReadOnlyFileTier
 from support import must_run
 
 TEN_YEARS = 10 * 365 * 86400 * 10**9

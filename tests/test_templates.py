@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat_templates import ALL, BOMBS, BRACKETS, ESCAPES, LARGE, SHORT, SOURCES, TAGGED, grown
-from erllama.chat import sandbox
-from erllama.chat.template_code import MAX_NESTING, MAX_NODES, MAX_SOURCE
-from erllama.chat.template_values import MAX_CALLS, MAX_TEXT
-from erllama.chat.templates import CHATML, MAX_GIVEN_DEPTH, MAX_MESSAGE, ChatTemplate, render_chat_template
+from erllama.chat.templates import machine as sandbox
+from erllama.chat.templates.compiler import MAX_NESTING, MAX_NODES, MAX_SOURCE
+from erllama.chat.templates.limits import MAX_CALLS, MAX_TEXT
+from erllama.chat.templates.template import CHATML, MAX_GIVEN_DEPTH, MAX_MESSAGE, ChatTemplate, render_chat_template
 from erllama.errors import ChatError, OptionError, TemplateError
 from support import SHARED, must_run
 
@@ -439,8 +439,8 @@ def test_nothing_else_happens_and_memory_is_bounded() -> None:
     run = """
         import json, resource, sys
 
-        from erllama.chat.template_code import FILENAME
-        from erllama.chat.templates import ChatTemplate
+        from erllama.chat.templates.compiler import FILENAME
+        from erllama.chat.templates.template import ChatTemplate
         from erllama.errors import TemplateError
 
         messages = [{"role": "user", "content": "hello"}]

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from test_cache import SIZE, save
 
 from erllama.cache import Cache
-from erllama.cache import index as index_module
-from erllama.cache import texts as texts_module
-from erllama.cache.texts import KnownTexts, TextDigests
+from erllama.cache.texts import text_tokens as texts_module
+from erllama.cache.texts.text_tokens import KnownTexts, TextDigests
+from erllama.cache.tiers import index as index_module
 
 NAMESPACE, OTHER = b"n" * 32, b"o" * 32
 
@@ -151,7 +151,7 @@ def test_a_text_whose_first_tokens_are_gone_is_not_found(tmp_path: Path) -> None
 
 
 def test_stored_texts_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erllama.cache.file_tier._TEXT_BYTES", 1500)
+    monkeypatch.setattr("erllama.cache.tiers.file_tier._TEXT_BYTES", 1500)
     with Cache(disk=tmp_path) as cache:
         for i in range(50):
             cache.remember_text(NAMESPACE, b"%d" % i, np.arange(i, i + 10, dtype=np.int32))
@@ -164,7 +164,7 @@ def test_stored_texts_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_texts_in_use_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erllama.cache.file_tier._TEXT_BYTES", 3000)
+    monkeypatch.setattr("erllama.cache.tiers.file_tier._TEXT_BYTES", 3000)
     with Cache(disk=tmp_path) as cache:
         cache.remember_text(NAMESPACE, b"in use", ids(1))
         for i in range(50):
@@ -303,7 +303,7 @@ WRONG_TOTALS = ("9e999", "-9e999", "'x'", "x'00'", "-1e11", "1e300", "1 << 60")
 def test_a_damaged_total_neither_ends_the_bound_nor_the_remembering(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    monkeypatch.setattr("erllama.cache.file_tier._TEXT_BYTES", 1500)
+    monkeypatch.setattr("erllama.cache.tiers.file_tier._TEXT_BYTES", 1500)
     with Cache(disk=tmp_path) as cache:
         cache.remember_text(NAMESPACE, b"first", ids(1))
     with database(tmp_path) as db:
@@ -329,7 +329,7 @@ def test_the_total_on_disk_is_that_of_the_rows_whoever_wrote_them(
 ) -> None:
     root = tmp_path_factory.mktemp("texts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("erllama.cache.file_tier._TEXT_BYTES", 5000)
+        patch.setattr("erllama.cache.tiers.file_tier._TEXT_BYTES", 5000)
         with Cache(disk=root, watch=False) as one, Cache(disk=root, watch=False) as two:
             for at, (name, n_tokens, first) in enumerate(steps):
                 cache = (one, two)[at % 2]

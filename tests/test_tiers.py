@@ -15,7 +15,7 @@ from test_cache import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
 
 import erllama
 from erllama.cache import Block, Cache, FileTier, MemoryUsage, SaveReason, Tier, TierRow, token_bytes
-from erllama.cache.writer import Pending, WriteBehind
+from erllama.cache.pipeline.write_queue import Pending, WriteBehind
 from support import must_run, wait_until
 
 MANY = np.arange(10 * SIZE, dtype=np.int32)
@@ -148,7 +148,7 @@ class Failing(SmallTier):
 
 
 def test_a_tier_of_ones_own_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erllama.cache.upkeep._REOPEN_SECONDS", 0.0)
+    monkeypatch.setattr("erllama.cache.pipeline.upkeep._REOPEN_SECONDS", 0.0)
     tier = Failing(str(tmp_path))
     with Cache(block_size=SIZE, tiers=[tier]) as cache:
         assert "no route" in str(cache.disk_error)

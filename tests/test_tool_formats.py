@@ -33,9 +33,9 @@ from tool_texts import (
 )
 
 from erllama import Grammar
-from erllama.chat.formats import TOOL_FORMATS, find_tool_format, tool_format
 from erllama.chat.thinking import find_thinking
-from erllama.chat.tools import normalized_tools
+from erllama.chat.tool_calls.families import TOOL_FORMATS, find_tool_format, tool_format
+from erllama.chat.tool_calls.tools import normalized_tools
 from erllama.errors import GrammarError, OptionError, ToolCallError
 
 # --- What a model writes is read, and is of the grammar ---------------------------------------

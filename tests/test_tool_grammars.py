@@ -29,11 +29,11 @@ from tool_texts import (
 )
 
 from erllama import Grammar
-from erllama.chat.formats import TOOL_FORMATS, find_tool_format, tool_format
 from erllama.chat.messages import normalized_messages
-from erllama.chat.tools import normalized_tools, parameters_of
+from erllama.chat.tool_calls.families import TOOL_FORMATS, find_tool_format, tool_format
+from erllama.chat.tool_calls.tools import normalized_tools, parameters_of
 from erllama.engine import ToolCall
-from erllama.engine.grammar import GrammarCompiler, Matcher
+from erllama.engine.grammar.grammar import GrammarCompiler, Matcher
 from erllama.errors import ToolCallError
 
 # --- Whatever a grammar lets a model write is read, and valid ---------------------------------

@@ -18,12 +18,12 @@ from tool_texts import NOW, WEATHER, plainly
 
 import erllama
 from erllama import Grammar
-from erllama.chat.enforcing import relaxations, violation_of
 from erllama.chat.families import Family
-from erllama.chat.formats import TOOL_FORMATS, tool_format
-from erllama.chat.tools import ToolChoice, check_schemas, normalized_tools, strict_names
-from erllama.engine.grammar import GrammarCompiler
-from erllama.engine.phases import Script
+from erllama.chat.tool_calls.enforcing import relaxations, violation_of
+from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
+from erllama.chat.tool_calls.tools import ToolChoice, check_schemas, normalized_tools, strict_names
+from erllama.engine.grammar.grammar import GrammarCompiler
+from erllama.engine.output.phases import Script
 from erllama.errors import ChatError, GrammarError, OptionError
 from spelled import SpelledBackend, SpelledVocabulary
 
@@ -290,7 +290,7 @@ def test_a_violation_is_told_in_short_with_its_place() -> None:
 
 def test_jsonschema_is_loaded_for_what_no_grammar_enforces_alone() -> None:
     code = (
-        "import sys; from erllama.chat.tools import check_schemas, normalized_tools as n; "
+        "import sys; from erllama.chat.tool_calls.tools import check_schemas, normalized_tools as n; "
         "check_schemas(n([{'name': 'f', 'parameters': {'properties': {'a': {'type': 'integer'}}}}])); "
         "assert 'jsonschema' not in sys.modules"
     )

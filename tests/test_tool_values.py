@@ -18,11 +18,11 @@ from tool_texts import HARD, MARKERS, plainly
 
 import erllama
 from erllama import Grammar
-from erllama.chat.call_grammars import Parameters, is_raw, types_of
-from erllama.chat.formats import TOOL_FORMATS, tool_format
-from erllama.chat.payloads import GEMMA_KEY, PYTHON_KEY
-from erllama.chat.tools import normalized_tools
-from erllama.engine.grammar import GrammarCompiler
+from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
+from erllama.chat.tool_calls.grammars import Parameters, is_raw, types_of
+from erllama.chat.tool_calls.payloads import GEMMA_KEY, PYTHON_KEY
+from erllama.chat.tool_calls.tools import normalized_tools
+from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.errors import GrammarError
 from spelled import SpelledBackend, SpelledVocabulary
 

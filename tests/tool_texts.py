@@ -9,8 +9,8 @@ from functools import cache
 import pytest
 
 from erllama import Grammar
-from erllama.chat.formats import TOOL_FORMATS, tool_format
-from erllama.chat.tools import normalized_tools
+from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
+from erllama.chat.tool_calls.tools import normalized_tools
 from support import SHARED
 
 TEMPLATES = SHARED / "templates"

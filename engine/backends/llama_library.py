@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from erllama._printing import printable
+from erllama._runtime.printing import printable
 from erllama.errors import AdapterLoadError, BackendError, LibraryNotBuilt, ModelLoadError, PromptError
 
 try:

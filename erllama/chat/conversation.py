@@ -11,7 +11,7 @@ from typing import Any
 from erllama.chat.content import ContentMask, SpecialTexts
 from erllama.chat.messages import normalized_messages
 from erllama.chat.quirks import as_template_takes, with_arguments_as_text
-from erllama.chat.templates import ChatTemplate, plain_arguments, plain_documents
+from erllama.chat.templates.template import ChatTemplate, plain_arguments, plain_documents
 from erllama.errors import ChatError, TemplateError
 
 Message = dict[str, object]

@@ -8,15 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from erllama._log import logger
-from erllama.chat.call_formats import ToolFormat
-from erllama.chat.call_grammars import quoted
-from erllama.chat.enforcing import problem_of, relaxations, violation_of
-from erllama.chat.formats import find_tool_format, tool_format
+from erllama._runtime.log import logger
 from erllama.chat.thinking import find_thinking
-from erllama.chat.tools import ToolChoice, parameters_of, tool_names
+from erllama.chat.tool_calls.enforcing import problem_of, relaxations, violation_of
+from erllama.chat.tool_calls.families import find_tool_format, tool_format
+from erllama.chat.tool_calls.grammars import quoted
+from erllama.chat.tool_calls.reader import ToolFormat
+from erllama.chat.tool_calls.tools import ToolChoice, parameters_of, tool_names
 from erllama.engine import Grammar, Markers, ToolCall
-from erllama.engine.phases import Script
+from erllama.engine.output.phases import Script
 from erllama.errors import GrammarError, OptionError, ToolCallError
 
 log = logger("erllama")

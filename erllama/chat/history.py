@@ -19,9 +19,9 @@ from erllama.cache import Cache
 from erllama.chat.content import SpecialTexts, tokenized
 from erllama.chat.content import raw as marked_bytes
 from erllama.engine import Vocabulary
-from erllama.engine.phases import Script
-from erllama.engine.prompts import PromptTokenizer
-from erllama.engine.text import unfinished
+from erllama.engine.output.phases import Script
+from erllama.engine.output.text import unfinished
+from erllama.engine.requests.prompts import PromptTokenizer
 
 # A character that no token joins with others, put before a text whose first word would get a space.
 _FENCE = b"\x02"

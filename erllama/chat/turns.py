@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama._log import logger
+from erllama._runtime.log import logger
 from erllama.chat.content import raw
 from erllama.chat.conversation import Conversation, Message
 from erllama.chat.families import Family

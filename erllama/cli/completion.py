@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from erllama._printing import say
+from erllama._runtime.printing import say
 
 SHELLS = ("bash", "zsh", "fish")
 

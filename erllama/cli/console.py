@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from erllama._printing import json_text, one_line, printable, say
+from erllama._runtime.printing import json_text, one_line, printable, say
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from erllama import _demo
+from erllama._demo import demo as _demo
 from erllama.cli.loading import plain_file
 from erllama.cli.options import chosen_model
 

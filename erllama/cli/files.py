@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from erllama.cache.directory import make_private
+from erllama.cache.tiers.directory import make_private
 
 
 @contextmanager

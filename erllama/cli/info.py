@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 import erllama
-from erllama._fingerprint import Fingerprint
-from erllama._printing import say
+from erllama._model.fingerprint import Fingerprint
+from erllama._runtime.printing import say
 from erllama.cli.console import print_facts, print_json, progress, size
 from erllama.cli.loading import plain_file
 from erllama.cli.options import DIRECTORY, chosen_model, model_argument

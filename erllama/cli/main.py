@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 import erllama
-from erllama._printing import one_line, printable, say
+from erllama._runtime.printing import one_line, printable, say
 from erllama.cli.console import INTERRUPTED, NO_READER, note, told
 
 
@@ -120,13 +120,17 @@ def root(debug: bool) -> None:
 
 for command in (
     Later("run", "erllama.cli.run", "Write one reply."),
-    Later("chat", "erllama.cli.chat", "Talk with a model."),
+    Later("chat", "erllama.cli.chat.command", "Talk with a model."),
     Later("demo", "erllama.cli.demo", "Read a long prompt in one process, find it read in the next."),
     Later("demo-worker", "erllama.cli.demo"),
     Later("info", "erllama.cli.info", "What a model is, from its file's header alone."),
-    Later("doctor", "erllama.cli.doctor", "What is built, and what is wrong; exit status 1 where something is."),
-    Later("doctor-worker", "erllama.cli.doctor"),
-    Later("cache", "erllama.cli.cache", "Look after what is stored of prompts."),
+    Later(
+        "doctor",
+        "erllama.cli.doctor.command",
+        "What is built, and what is wrong; exit status 1 where something is.",
+    ),
+    Later("doctor-worker", "erllama.cli.doctor.command"),
+    Later("cache", "erllama.cli.cache.command", "Look after what is stored of prompts."),
     Later(
         "bench",
         "erllama.cli.bench",

@@ -10,8 +10,8 @@ from typing import cast
 import click
 
 import erllama
-from erllama._options import ChatOptions, CompletionOptions
-from erllama._printing import say
+from erllama._model.request_options import ChatOptions, CompletionOptions
+from erllama._runtime.printing import say
 from erllama.cli import reply as replies
 from erllama.cli.console import INTERRUPTED, print_json
 from erllama.cli.loading import Setup, plain_file

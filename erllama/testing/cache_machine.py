@@ -54,8 +54,8 @@ from erllama.cache import (
     namespace_key,
     token_bytes,
 )
-from erllama.cache.keys import TOKEN_BYTES, common_prefix
-from erllama.cache.writer import Abandoned
+from erllama.cache.blocks.keys import TOKEN_BYTES, common_prefix
+from erllama.cache.pipeline.write_queue import Abandoned
 from erllama.testing.promises import check_rules
 from erllama.testing.tier_conformance import TierConformance
 from erllama.testing.tier_model import TierModel

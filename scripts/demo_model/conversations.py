@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from erllama.chat.templates import ChatTemplate
+from erllama.chat.templates.template import ChatTemplate
 from scripts.demo_model import stories, sums, systems, talk, weather
 from scripts.demo_model.grammar import one
 from scripts.demo_model.tokenizer import END, Tokenizer

@@ -1,0 +1,66 @@
+"""Counts of what a cache did, readable at any time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+from erllama.cache.blocks.block import SaveReason
+
+COUNTS = (
+    "hits_exact",
+    "hits_resume",
+    "hits_longest_prefix",
+    "misses",
+    "tokens_reused",
+    *(f"saves_{reason.name.lower()}" for reason in SaveReason),
+    "saves_dropped",
+    "duplicates_dropped",
+    "tails_overtaken",
+    "promotions",
+    "corrupt_files",
+    "disk_errors",
+    "restore_errors",
+    "faults",
+    "bytes_written",
+    "pressure_evictions",
+)
+TIERS = ("live", "ram", "ram_file", "disk")  # have counts even where they are not in use
+TIMED = ("lookup", "load", "pack", "write")
+
+
+class Counters:
+    """Named counts and seconds; every name is there from the start. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # reentrant, for calls from signal handlers
+        self._counts = dict.fromkeys((*COUNTS, *(f"evictions_{tier}" for tier in TIERS)), 0)
+        self._seconds = dict.fromkeys(TIMED, 0.0)
+
+    def know_tier(self, name: str) -> None:
+        """Have a count of evictions for a tier."""
+        with self._lock:
+            self._counts.setdefault(f"evictions_{name}", 0)
+
+    def add(self, name: str, n: int = 1) -> None:
+        with self._lock:
+            self._counts[name] += n
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Add the seconds a `with` takes."""
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            self.add_seconds(name, perf_counter() - began)
+
+    def add_seconds(self, name: str, seconds: float) -> None:
+        with self._lock:
+            self._seconds[name] += seconds
+
+    def snapshot(self) -> dict[str, int | float]:
+        with self._lock:
+            return {**self._counts, **{f"{name}_seconds": spent for name, spent in self._seconds.items()}}

@@ -1,0 +1,132 @@
+"""The blocks that are stored, as a forest over their keys, for lookups in memory.
+
+Full blocks are found by walking the chain of keys. Where the chain ends, the
+block that shares the most tokens with what follows is found by bisection: in
+an ordered list, the longest common prefix is with a neighbour.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from erllama.cache.blocks.block import Block
+from erllama.cache.blocks.keys import KEY_BYTES, TOKEN_BYTES, common_prefix
+
+_AFTER_ANY_KEY = b"\xff" * (KEY_BYTES + 1)
+
+
+@dataclass(slots=True)
+class Entry:
+    """A stored block and the names of the places that hold its payload."""
+
+    block: Block
+    places: set[str] = field(default_factory=set)
+
+
+def any_entry(_: Entry) -> bool:
+    return True
+
+
+class Sibling(NamedTuple):
+    tokens: bytes
+    key: bytes
+
+
+class BlockTree:
+    """Entries by key, and the ordered children of every parent; not thread-safe."""
+
+    def __init__(self) -> None:
+        self._entries: dict[bytes, Entry] = {}
+        self._children: dict[bytes, list[Sibling]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def get(self, key: bytes) -> Entry | None:
+        return self._entries.get(key)
+
+    def add(self, block: Block, place: str) -> Entry:
+        """Note that `place` holds the block."""
+        entry = self._entries.get(block.key)
+        if entry is None:
+            entry = self._entries[block.key] = Entry(block)
+            insort(self._children.setdefault(block.parent, []), Sibling(block.tokens, block.key))
+        entry.places.add(place)
+        return entry
+
+    def discard(self, key: bytes, place: str) -> None:
+        """Note that `place` no longer holds the block; forget it when nothing does."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return
+        entry.places.discard(place)
+        if entry.places:
+            return
+        del self._entries[key]
+        siblings = self._children[entry.block.parent]
+        del siblings[bisect_left(siblings, Sibling(entry.block.tokens, key))]
+        if not siblings:
+            del self._children[entry.block.parent]
+
+    def longest_shared(
+        self, parent: bytes, tokens: bytes, usable: Callable[[Entry], bool] = any_entry
+    ) -> tuple[Entry, int] | None:
+        """The usable child of `parent` that shares the most tokens with `tokens`, and how many (at least one)."""
+        siblings = self._children.get(parent)
+        if not siblings:
+            return None
+        at = bisect_left(siblings, Sibling(tokens, b""))
+        best: tuple[Entry, int] | None = None
+        for beside in (range(at - 1, -1, -1), range(at, len(siblings))):
+            for i in beside:  # away from the place of `tokens`, less and less is shared
+                shared = common_prefix(siblings[i].tokens, tokens)
+                if not shared or (best is not None and shared <= best[1]):
+                    break
+                entry = self._entries[siblings[i].key]
+                if usable(entry):
+                    best = (entry, shared)
+                    break
+        return best
+
+    def longest_whole(
+        self, parent: bytes, tokens: bytes, usable: Callable[[Entry], bool] = any_entry
+    ) -> Entry | None:
+        """The longest usable child of `parent` that `tokens` begins with."""
+        return next(filter(usable, self._prefixes(parent, tokens, Sibling(tokens, _AFTER_ANY_KEY))), None)
+
+    def overtaken_by(self, block: Block) -> list[Block]:
+        """The blocks beside `block` whose tokens are a true prefix of its tokens."""
+        return [e.block for e in self._prefixes(block.parent, block.tokens, Sibling(block.tokens, b""))]
+
+    def _prefixes(self, parent: bytes, tokens: bytes, bound: Sibling) -> Iterator[Entry]:
+        """Children of `parent` that `tokens` begins with, longest first, among those before `bound`."""
+        siblings = self._children.get(parent, [])
+        while (at := bisect_left(siblings, bound) - 1) >= 0:
+            sibling = siblings[at]
+            shared = tokens[: common_prefix(sibling.tokens, tokens) * TOKEN_BYTES]
+            if shared == sibling.tokens:
+                yield self._entries[sibling.key]
+                bound = sibling
+            else:
+                # Every prefix of ours that sorts before this neighbour is a prefix of what they share.
+                bound = Sibling(shared, _AFTER_ANY_KEY)
+            if not shared:
+                return
+
+    def contradictions(self) -> Iterator[str]:
+        """What does not add up between the entries and the lists of children."""
+        listed = {sibling.key for siblings in self._children.values() for sibling in siblings}
+        if listed != self._entries.keys():
+            yield f"{len(listed ^ self._entries.keys())} blocks are listed as children and unknown, or the reverse"
+        for parent, siblings in self._children.items():
+            if siblings != sorted(siblings) or len(set(siblings)) != len(siblings):
+                yield f"the children of {parent.hex()} are out of order"
+        for entry in self._entries.values():
+            if not entry.places:
+                yield f"block {entry.block.key.hex()} is nowhere"

@@ -1,0 +1,278 @@
+"""JSON schemas as llguidance's compiler takes them: read, made safe to compile, and given their white space."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from hashlib import sha256
+from urllib.parse import unquote
+
+from erllama.engine.grammar import llguidance_adapter as guidance
+from erllama.engine.grammar.lark_rules import Written
+from erllama.engine.grammar.schemas.keywords import has_large_numbers, is_beyond_doubles, with_plain_counts
+from erllama.engine.grammar.schemas.rules import SchemaWriter
+from erllama.engine.grammar.schemas.subschemas import rewritten, without_unknown_formats
+from erllama.engine.grammar.unsupported import NotSupported
+from erllama.errors import GrammarError
+
+# One space, or a new line and its indentation: every common layout, and no white space without end.
+_WHITE_SPACE = r"\x20|\r?\n[\x20\t]{0,40}"
+# The JSON parser of the compiler stops there.
+_MAX_NESTING = 120
+# Levels of nesting that references lead through: each takes up to about 10 kB of the compiler's stack.
+_MAX_LEVELS = 10_000
+# Properties of one object: the time that they take grows with their square, to some seconds here.
+_MAX_PROPERTIES = 4000
+# Characters of a class of a regular expression: as with properties.
+_MAX_CLASS = 20_000
+_CLASS = re.compile(r"\[(?:[^\]\\]|\\.)*+", re.DOTALL)
+
+
+def source_of(schema: Mapping[str, object] | bool | str) -> str:
+    """A schema as text; a text is taken as it is.
+
+    Raises:
+        GrammarError: it is no JSON, or nested too deeply.
+    """
+    if isinstance(schema, str):
+        return schema
+    if not isinstance(schema, Mapping | bool):
+        raise GrammarError(f"a schema is a mapping, True, False or JSON text, not {type(schema).__name__}")
+    try:
+        return json.dumps(schema if isinstance(schema, bool) else dict(schema), allow_nan=False)
+    except RecursionError:
+        raise GrammarError("the schema is nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise GrammarError(f"the schema is no JSON: {error}") from None
+
+
+def check_classes(pattern: str) -> None:
+    """Raise GrammarError if a text with regular expressions has a character class that is too long."""
+    longest = max((found.end() - found.start() for found in _CLASS.finditer(pattern)), default=0)
+    if longest > _MAX_CLASS:
+        raise NotSupported(
+            f"a character class of {longest} characters; at most {_MAX_CLASS} are supported: "
+            "use ranges, such as [a-z], or classes, such as \\p{Han}"
+        )
+
+
+def _check_sizes(schema: dict[str, object]) -> None:
+    for node, _ in _walk(schema):
+        if not isinstance(node, dict):
+            continue
+        properties, pattern = node.get("properties"), node.get("pattern")
+        if isinstance(properties, dict) and len(properties) > _MAX_PROPERTIES:
+            raise NotSupported(
+                f"an object of {len(properties)} properties; at most {_MAX_PROPERTIES} are supported: "
+                "use additionalProperties, or objects within the object"
+            )
+        patterns = node.get("patternProperties")
+        for text in (pattern, *(patterns if isinstance(patterns, dict) else ())):
+            if isinstance(text, str):
+                check_classes(text)
+
+
+def written(source: str) -> Written:
+    """A schema in llguidance's Lark.
+
+    Raises:
+        GrammarError: the text is no JSON, with line and column, or no schema, or one that cannot be kept to.
+    """
+    schema = compiled_from(source)
+    if not has_large_numbers(schema):
+        return Written(f"%json {json.dumps(schema)}", [])
+    del schema["x-guidance"]
+    return SchemaWriter(
+        schema,
+        f"j{sha256(source.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}_",
+        whitespace=_WHITE_SPACE,
+        unsatisfiable=_is_unsatisfiable,
+        target=lambda reference: _target(schema, reference),
+    ).written()
+
+
+def _is_unsatisfiable(schema: dict[str, object]) -> bool:
+    problem = guidance.problem_of(f"start: %json {json.dumps(schema)}")
+    if problem and "Unsatisfiable schema" not in problem:
+        kind = NotSupported if guidance.is_unsupported(problem) else GrammarError
+        raise kind(guidance.message(problem).text)
+    return bool(problem)
+
+
+def compiled_from(source: str) -> dict[str, object]:
+    """The schema that is compiled.
+
+    Raises:
+        GrammarError: the text is no JSON, with line and column, or no schema, or nested too deeply.
+    """
+    schema = _read(source)
+    if schema is True:
+        schema = {}
+    if schema is False:
+        raise GrammarError("the schema is false: no JSON has it")
+    if not isinstance(schema, dict):
+        raise GrammarError(f"a schema is an object or a boolean, not {json.dumps(schema)[:40]}")
+    _check_sizes(schema)
+    counted = rewritten(schema, with_plain_counts)
+    assert isinstance(counted, dict)
+    schema = counted
+    if _levels(schema) > _MAX_LEVELS:
+        raise NotSupported("the schema's references lead too deep")
+    fault = _Endings(schema).fault()
+    if fault is not None:
+        raise GrammarError(f"no JSON has the schema: {fault}")
+    return {**without_unknown_formats(schema), "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
+
+
+def _read(source: str) -> object:
+    def refused(constant: str) -> object:
+        raise GrammarError(f"the schema is no JSON: {constant}")
+
+    def finite(digits: str) -> float | int:
+        number = float(digits)
+        if math.isinf(number):
+            raise GrammarError(
+                f"the schema has the number {digits[:40]}; the largest that is supported is 1.79e308"
+            )
+        if number.is_integer() and is_beyond_doubles(number) and (exact := Decimal(digits)) == int(exact):
+            return int(exact)
+        return number
+
+    try:
+        found: object = json.loads(source, parse_constant=refused, parse_float=finite)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise GrammarError(f"{place}: {error.msg}", line=error.lineno, column=error.colno) from None
+    except RecursionError:
+        raise GrammarError("the schema is nested too deeply") from None
+    except ValueError as error:
+        raise GrammarError(f"the schema is no JSON: {error}") from None
+    return found
+
+
+def _levels(schema: dict[str, object]) -> int:
+    """At most how deep the compiler goes: every target of a reference once, and all levels below it.
+
+    Raises:
+        GrammarError: nested too deeply.
+    """
+    if _height(schema) > _MAX_NESTING:
+        raise GrammarError(f"the schema is nested too deeply: more than {_MAX_NESTING} levels")
+    targets = [_target(schema, reference) for reference in _references(schema)]
+    return sum(_height(schema if target is None else target) for target in [*targets, schema])
+
+
+def _references(schema: object) -> set[str]:
+    """The targets of all references in a schema."""
+    nodes = (node for node, _ in _walk(schema) if isinstance(node, dict))
+    return {reference for node in nodes if isinstance(reference := node.get("$ref"), str)}
+
+
+def _walk(node: object) -> Iterator[tuple[object, int]]:
+    """Everything in a schema, with its depth."""
+    open_ = [(node, 1)]
+    while open_:
+        node, depth = open_.pop()
+        yield node, depth
+        parts = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        open_ += ((part, depth + 1) for part in parts if isinstance(part, dict | list))
+
+
+def _height(node: object) -> int:
+    return max(depth for _, depth in _walk(node))
+
+
+def _target(schema: dict[str, object], reference: str) -> object:
+    """What a reference points to; None where that is not plain."""
+    if reference != "#" and not reference.startswith("#/"):
+        return None
+    node: object = schema
+    for part in unquote(reference).split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(node, dict) and key in node:
+            node = node[key]
+        elif isinstance(node, list) and key.isdecimal() and int(key[:9]) < len(node):
+            node = node[int(key[:9])]
+        else:
+            return None
+    return node
+
+
+class _Endings:
+    """Which schemas have JSON that ends: not those that require themselves. What is not understood bars nothing."""
+
+    def __init__(self, schema: dict[str, object]) -> None:
+        self._schema = schema
+        self._ending: set[str] = set()
+
+    def fault(self) -> str | None:
+        """Why no JSON has the schema; None where nothing speaks against it."""
+        needed_by: dict[str, list[str]] = {reference: [] for reference in _references(self._schema)}
+        # As if every reference led to something that ends: what is wrong then is not that a schema requires itself.
+        self._ending = set(needed_by)
+        contradiction = self._fault(self._schema)
+        if contradiction is not None:
+            return contradiction
+        # The least fixed point: a reference is looked at again when one that it needs is found to end.
+        self._ending = set()
+        for reference in needed_by:
+            for other in _references(_target(self._schema, reference)):
+                needed_by[other].append(reference)
+        open_ = list(needed_by)
+        while open_:
+            reference = open_.pop()
+            if reference not in self._ending and self._fault(_target(self._schema, reference)) is None:
+                self._ending.add(reference)
+                open_ += needed_by[reference]
+        return self._fault(self._schema)
+
+    def _fault(self, schema: object) -> str | None:
+        if not isinstance(schema, dict):
+            return "a schema that is false allows nothing" if schema is False else None
+        if "const" in schema or "enum" in schema:
+            return None
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and reference not in self._ending:
+            return f"{reference!r:.80} requires itself within itself, or a schema that has no JSON"
+        faults = (self._fault(part) for part in _list(schema.get("allOf")))
+        found = next((fault for fault in faults if fault is not None), None)
+        for key in ("anyOf", "oneOf"):
+            options = [self._fault(part) for part in _list(schema.get(key))]
+            if found is None and options and None not in options:
+                found = f"no option of {key} is possible: {options[0]}"
+        if found is not None:
+            return found
+        types = schema.get("type", "string")
+        kinds = [self._fault_of(type_, schema) for type_ in (_list(types) or [types])]
+        return None if None in kinds else kinds[0]
+
+    def _fault_of(self, type_: object, schema: dict[str, object]) -> str | None:
+        if type_ == "object":
+            properties = schema.get("properties")
+            others = schema.get("additionalProperties", True)
+            known = properties if isinstance(properties, dict) else {}
+            for name in _list(schema.get("required")):
+                if name not in known and schema.get("patternProperties"):
+                    # Its schema is perhaps that of a pattern.
+                    continue
+                if name not in known and others is False:
+                    return f"the property {name!r:.80} is required, and neither listed nor an additional one"
+                fault = self._fault(known.get(name, others)) if isinstance(name, str) else None
+                if fault is not None:
+                    return f"the property {name!r:.80} is required: {fault}"
+        if type_ == "array":
+            least = schema.get("minItems", 0)
+            first = _list(schema.get("prefixItems"))
+            n = int(least) if isinstance(least, int | float) else 0
+            needed = [*first[:n], *([schema.get("items", True)] if n > len(first) else [])]
+            faults = (self._fault(item) for item in needed)
+            fault = next((fault for fault in faults if fault is not None), None)
+            return None if fault is None else f"minItems is {n}, and an item is not possible: {fault}"
+        return None
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []

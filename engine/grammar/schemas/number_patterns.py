@@ -1,0 +1,219 @@
+"""The numbers of JSON between two bounds of any size, as regular expressions that are exact to the last digit.
+
+Bounds are decimal numbers, never doubles. `engine.grammar.schemas.rules` calls this for the numbers that
+llguidance, which computes with doubles, would round.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from fractions import Fraction
+from math import ceil, floor, lcm
+from typing import NamedTuple
+
+from erllama.engine.grammar.unsupported import NotSupported
+
+# The pattern of a bound grows with the square of its digits: at 400 it has 80,000 characters.
+_MAX_DIGITS = 400
+# Endings of the multiples of a number, each a part of a pattern.
+_MAX_ENDINGS = 2000
+
+
+class Bound(NamedTuple):
+    """One end of a range."""
+
+    value: Decimal
+    exclusive: bool = False
+
+
+class Range(NamedTuple):
+    """What a number must be.
+
+    Attributes:
+        low: the lower bound; None for none.
+        high: the upper bound; None for none.
+        integer: whether it must be an integer.
+        steps: positive numbers of which it must be a multiple.
+    """
+
+    low: Bound | None
+    high: Bound | None
+    integer: bool
+    steps: tuple[Fraction, ...] = ()
+
+
+def number_patterns(wanted: Range) -> list[list[str]]:
+    """The numbers of a range with at least one bound, as JSON writes them.
+
+    Integers are written without a point. No number has an exponent.
+
+    Returns:
+        alternatives; a text must match all expressions of one of them. Empty where no number is in the range.
+
+    Raises:
+        NotSupported: a bound has too many digits, or a step cannot be combined with the bounds.
+    """
+    if wanted.integer:
+        return _integers(wanted)
+    if wanted.steps:
+        raise NotSupported(
+            "multipleOf together with a bound beyond 2**53 is supported for integers only; "
+            'write "type": "integer", or leave out one of the two'
+        )
+    zero = Decimal(0)
+    found = []
+    low, high = wanted.low, wanted.high
+    if low and high and low.value == high.value and not (low.exclusive or high.exclusive):
+        return [[_equal(low.value)]]
+    if high is None or high.value >= zero:
+        found += _fractions("", low if low and low.value >= zero else Bound(zero), high)
+    if low is None or low.value < zero:
+        least = _mirrored(high) if high and high.value <= zero else Bound(zero, True)
+        found += _fractions("-", least, low and _mirrored(low))
+    return found
+
+
+def _integers(wanted: Range) -> list[list[str]]:
+    low = None if wanted.low is None else _least_integer(wanted.low)
+    high = None if wanted.high is None else -_least_integer(_mirrored(wanted.high))
+    step = lcm(*(step.numerator for step in wanted.steps))
+    if low is not None and low == high:
+        return [[str(low)]] if low % step == 0 else []
+    steps = [] if step == 1 else [_multiples(step)]
+    found = []
+    if high is None or high >= 0:
+        found.append(_between("", max(low or 0, 0), high))
+    if low is None or low < 0:
+        found.append(_between("-", 1 if high is None else max(1, -high), None if low is None else -low))
+    return [[*patterns, *steps] for patterns in found if patterns]
+
+
+def _least_integer(bound: Bound) -> int:
+    """The least integer that is not below a lower bound."""
+    value = Fraction(bound.value)
+    return floor(value) + 1 if bound.exclusive else ceil(value)
+
+
+def _mirrored(bound: Bound) -> Bound:
+    return Bound(bound.value.copy_negate(), bound.exclusive)
+
+
+def _between(sign: str, low: int, high: int | None) -> list[str]:
+    """Integers of one sign between two magnitudes; empty for none."""
+    if high is not None and high < low:
+        return []
+    upper = [] if high is None else [f"{sign}{_at_most(high)}"]
+    return [f"{sign}{_at_least(low)}", *upper]
+
+
+def _at_least(low: int) -> str:
+    """Integers without sign that are not below `low`."""
+    digits = _digits_of(low)
+    larger = "".join(f"|{option}" for option in _larger(digits, r"[0-9]{%d}"))
+    return f"(?:{digits}{larger}|[1-9][0-9]{{{len(digits)},}})"
+
+
+def _at_most(high: int) -> str:
+    """Integers without sign that are not above `high`."""
+    digits = _digits_of(high)
+    options = [digits, *_smaller(digits, r"[0-9]{%d}", first=1 if len(digits) > 1 else 0)]
+    if len(digits) > 1:
+        options += ["0", f"[1-9][0-9]{{0,{len(digits) - 2}}}"]
+    return f"(?:{'|'.join(options)})"
+
+
+def _larger(digits: str, rest: str) -> list[str]:
+    """Texts that are greater than `digits` at the first place where they differ; `rest` stands for what follows."""
+    return [
+        f"{digits[:at]}[{int(digit) + 1}-9]{rest.replace('%d', str(len(digits) - at - 1))}"
+        for at, digit in enumerate(digits)
+        if digit != "9"
+    ]
+
+
+def _smaller(digits: str, rest: str, first: int = 0) -> list[str]:
+    """Texts that are less than `digits` at the first place where they differ, and begin with `first` or more."""
+    return [
+        f"{digits[:at]}[{least}-{int(digit) - 1}]{rest.replace('%d', str(len(digits) - at - 1))}"
+        for at, digit in enumerate(digits)
+        if int(digit) > (least := 0 if at else first)
+    ]
+
+
+def _fractions(sign: str, low: Bound, high: Bound | None) -> list[list[str]]:
+    """Numbers of one sign between two magnitudes, as alternatives; empty for none."""
+    if high is None:
+        return [[sign + _fraction_at_least(low)]]
+    if high.value < low.value or (high.value == low.value and (low.exclusive or high.exclusive)):
+        return []
+    return [[sign + _fraction_at_least(low), sign + _fraction_at_most(high)]]
+
+
+def _equal(value: Decimal) -> str:
+    """One number, with any zeros at its end."""
+    whole, fraction = _split(abs(value))
+    end = f"\\.{fraction}0*" if fraction else "(?:\\.0+)?"
+    return f"{'-' if value < 0 else ''}{whole}{end}"
+
+
+def _fraction_at_least(low: Bound) -> str:
+    whole, fraction = _split(low.value)
+    options = [f"{_at_least(whole + 1)}(?:\\.[0-9]+)?"]
+    above = "[0-9]*[1-9][0-9]*" if low.exclusive else "[0-9]*"
+    larger = [f"{fraction}{above}" if fraction or low.exclusive else "[0-9]+", *_larger(fraction, "[0-9]*")]
+    options.append(f"{whole}\\.(?:{'|'.join(larger)})")
+    if not fraction and not low.exclusive:
+        options.append(str(whole))
+    return f"(?:{'|'.join(options)})"
+
+
+def _fraction_at_most(high: Bound) -> str:
+    whole, fraction = _split(high.value)
+    options = [f"{_at_most(whole - 1)}(?:\\.[0-9]+)?"] if whole else []
+    smaller = _smaller(fraction, "[0-9]*")
+    # A fraction that ends earlier is less: there are no zeros at the end of `fraction`.
+    smaller += (fraction[:end] for end in range(1, len(fraction)))
+    if not high.exclusive:
+        smaller.append(f"{fraction}0*" if fraction else "0+")
+    if smaller:
+        options.append(f"{whole}\\.(?:{'|'.join(smaller)})")
+    if fraction or not high.exclusive:
+        options.append(str(whole))
+    return f"(?:{'|'.join(options)})" if options else "[a&&b]"
+
+
+def _split(value: Decimal) -> tuple[int, str]:
+    """The integer part of a number that is not negative, and the digits after the point."""
+    if value and (value.adjusted() > _MAX_DIGITS or value.adjusted() < -_MAX_DIGITS):
+        raise NotSupported(f"the bound {value:.3e} is out of range: at most {_MAX_DIGITS} digits are supported")
+    text = format(value, "f")
+    whole, _, fraction = text.partition(".")
+    fraction = fraction.rstrip("0")
+    _digits_of(int(whole))
+    if len(fraction) > _MAX_DIGITS:
+        raise NotSupported(
+            f"a bound with {len(fraction)} digits after the point; at most {_MAX_DIGITS} are supported"
+        )
+    return int(whole), fraction
+
+
+def _digits_of(value: int) -> str:
+    digits = str(value)
+    if len(digits) > _MAX_DIGITS:
+        raise NotSupported(f"a bound of {len(digits)} digits; at most {_MAX_DIGITS} are supported")
+    return digits
+
+
+def _multiples(step: int) -> str:
+    """The integers that a step divides, where their last digits decide it."""
+    n = 1
+    while 10**n % step and n < 6:
+        n += 1
+    if 10**n % step or 10**n // step > _MAX_ENDINGS:
+        raise NotSupported(
+            f"multipleOf {step} together with a bound beyond 2**53 is not supported; "
+            "only small products of 2 and 5 are; leave out one of the two"
+        )
+    short = "|".join(str(number) for number in range(0, 10**n, step))
+    endings = "|".join(f"{number:0{n}}" for number in range(0, 10**n, step))
+    return f"-?(?:{short}|[1-9][0-9]*(?:{endings}))"

@@ -1,0 +1,71 @@
+"""A grammar that begins where a trigger comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erllama.engine.backend import Vocabulary
+from erllama.engine.grammar.grammar import Matcher
+from erllama.errors import GrammarError
+
+
+class LazyMatcher:
+    """Leaves everything possible until a trigger comes; from its first byte on, its matcher rules.
+
+    Args:
+        triggers: texts, looked for in the reply across the borders of tokens; the first by position begins the
+            grammar. And ids of tokens, which begin it themselves.
+    """
+
+    def __init__(self, matcher: Matcher, vocabulary: Vocabulary, triggers: Sequence[str | int]) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
+        self._texts = [trigger.encode() for trigger in triggers if isinstance(trigger, str)]
+        self._tokens = frozenset(trigger for trigger in triggers if not isinstance(trigger, str))
+        self._longest = max(map(len, self._texts), default=0)
+        self._recent = b""
+        self._begun = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether a trigger has come."""
+        return self._begun
+
+    def allowed(self) -> NDArray[np.bool_] | None:
+        return self._matcher.allowed() if self._begun else None
+
+    def forced(self) -> list[int]:
+        return self._matcher.forced() if self._begun else []
+
+    @property
+    def stopped(self) -> bool:
+        return self._begun and self._matcher.stopped
+
+    def accept(self, token: int) -> None:
+        if self._begun:
+            self._matcher.accept(token)
+        elif token in self._tokens:
+            self._begun = True
+            self._matcher.accept(token)
+        else:
+            self.read(self._vocabulary.piece(token))
+
+    def read(self, text: bytes) -> None:
+        """Go on by a text that came in a token with something else.
+
+        Raises:
+            GrammarError: what follows the trigger in it is not of the grammar.
+        """
+        self._recent += text
+        found = [at for text in self._texts if (at := self._recent.find(text)) >= 0]
+        if found:
+            self._begun = True
+            begun = self._recent[min(found) :]
+            if not self._matcher.accept_text(begun):
+                shown = begun.decode("utf-8", "replace")
+                raise GrammarError(f"the grammar does not go on from {shown!r}, where its trigger came")
+        elif self._texts:
+            # What is left may be the beginning of a trigger.
+            self._recent = self._recent[len(self._recent) - min(len(self._recent), self._longest - 1) :]

@@ -1,0 +1,107 @@
+"""The tests of chat templates, as in `x is defined`: jinja2's, over what a `Machine` lets a template have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, cast
+
+from jinja2.runtime import LoopContext, Macro, Undefined
+from jinja2.tests import TESTS as JINJA_TESTS
+
+from erllama.chat.templates.limits import Function, Method
+from erllama.chat.templates.machine import Machine
+
+
+def _divisibleby(machine: Machine, value: object, num: object) -> bool:
+    return _remainder(machine, value, num) == 0
+
+
+def _even(machine: Machine, value: object) -> bool:
+    return _remainder(machine, value, 2) == 0
+
+
+def _odd(machine: Machine, value: object) -> bool:
+    return _remainder(machine, value, 2) == 1
+
+
+def _remainder(machine: Machine, value: object, divisor: object) -> object:
+    if isinstance(value, str):
+        raise TypeError("not all arguments converted during string formatting")
+    return machine.call_binop(None, "%", value, divisor)
+
+
+def _in(machine: Machine, value: object, seq: object) -> bool:
+    return machine.operand(value) in cast("list[object]", machine.container(seq))
+
+
+def _callable(machine: Machine, value: object) -> bool:
+    return isinstance(value, Method | Function | Macro | LoopContext | Undefined)
+
+
+def _is_lower(machine: Machine, value: object) -> bool:
+    return machine.text(value).islower()
+
+
+def _is_upper(machine: Machine, value: object) -> bool:
+    return machine.text(value).isupper()
+
+
+def _pure(name: str) -> Callable[..., object]:
+    """A test of jinja2's that only looks at what kind of value there is."""
+    test = cast(Callable[..., object], JINJA_TESTS[name])
+    return lambda machine, value, *args, **kwargs: test(value, *args, **kwargs)
+
+
+def _comparison(name: str) -> Callable[..., object]:
+    compare = cast(Callable[..., object], JINJA_TESTS[name])
+    return lambda machine, value, other: compare(machine.operand(value), machine.operand(other))
+
+
+TESTS: Final[dict[str, Callable[..., object]]] = {
+    **{
+        name: _pure(name)
+        for name in [
+            "boolean",
+            "defined",
+            "false",
+            "float",
+            "integer",
+            "iterable",
+            "mapping",
+            "none",
+            "number",
+            "sameas",
+            "sequence",
+            "string",
+            "true",
+            "undefined",
+        ]
+    },
+    **{
+        name: _comparison(name)
+        for name in [
+            "==",
+            "eq",
+            "equalto",
+            "!=",
+            "ne",
+            ">",
+            "gt",
+            "greaterthan",
+            ">=",
+            "ge",
+            "<",
+            "lt",
+            "lessthan",
+            "<=",
+            "le",
+        ]
+    },
+    "callable": _callable,
+    "divisibleby": _divisibleby,
+    "even": _even,
+    "in": _in,
+    "lower": _is_lower,
+    "odd": _odd,
+    "upper": _is_upper,
+}

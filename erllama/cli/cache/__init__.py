@@ -1,0 +1,1 @@
+"""`erllama cache`: lists, checks, prunes, exports and imports what is stored."""

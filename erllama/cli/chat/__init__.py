@@ -1,0 +1,1 @@
+"""`erllama chat`: the command, its input line, its slash commands and its conversation."""
