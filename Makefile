@@ -57,17 +57,17 @@ docs: setup
 
 # The long form of the suite's fuzzing of models, adapters and archives: headers, then of types, shapes and hyperparameters.
 fuzz: setup
-	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/test_bad_files.py -k flipped_bytes_in_a_header
-	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/test_adapters_refused.py -k flipped_bytes
-	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/test_archives.py -k flipped_bytes
-	ERLLAMA_FUZZ_N=$(or $(N),10000) $(BIN)/python -m pytest --timeout 14400 tests/test_mutated_models.py -k no_mutant
+	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/models/test_bad_files.py -k flipped_bytes_in_a_header
+	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/models/test_adapters_refused.py -k flipped_bytes
+	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/storage/test_archives.py -k flipped_bytes
+	ERLLAMA_FUZZ_N=$(or $(N),10000) $(BIN)/python -m pytest --timeout 14400 tests/models/test_mutated_models.py -k no_mutant
 
 # The long forms of what the suite does briefly: kills, signals, faults, mutations, processes, state machines.
 stress: setup
 	ERLLAMA_KILLS=200 ERLLAMA_MUTATIONS=10000 ERLLAMA_SHARING_SECONDS=60 ERLLAMA_LOCK_SECONDS=10 \
 	ERLLAMA_SOAK=10000 ERLLAMA_SIGNALS=10000 ERLLAMA_GRAMMARS=500 ERLLAMA_TOOL_VALUES=2000 ERLLAMA_SPECULATION=200 ERLLAMA_ADAPTERS=3000 ERLLAMA_HARNESS_EXAMPLES=$(or $(N),500) $(BIN)/python -m pytest --timeout 3600 --durations=25 \
-	tests/test_crashes.py tests/test_storage_faults.py tests/test_mutations.py tests/test_sharing.py tests/test_harness.py tests/test_soak.py \
-	tests/test_constrained.py tests/test_schema_numbers.py tests/test_speculation.py tests/test_adapters_cached.py tests/test_tool_values.py tests/test_signals.py
+	tests/storage/test_crashes.py tests/storage/test_storage_faults.py tests/storage/test_mutations.py tests/storage/test_sharing.py tests/harness/test_harness.py tests/serving/test_soak.py \
+	tests/structured/test_constrained.py tests/structured/test_schema_numbers.py tests/exactness/test_speculation.py tests/exactness/test_adapters_cached.py tests/structured/test_tool_values.py tests/process/test_signals.py
 
 # Side by side with llama.cpp's own tools, which are built first: half an hour, on a machine that does nothing else.
 # BENCH holds more, as BENCH="--shape 1.1b --runs 3 one agents".

@@ -1,6 +1,6 @@
 """Measures what the demo model can do, on questions that no training text has, greedily.
 
-The figures of docs/demo-model.md are what this prints; tests/test_demo_model.py
+The figures of docs/demo-model.md are what this prints; tests/models/test_demo_model.py
 asks for less of the same.
 """
 

@@ -1,0 +1,70 @@
+"""Replies of every family, through the engine: thinking, an answer, calls; by markers of text or special tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import pytest
+
+import erllama
+from erllama.chat.tool_calls.families import TOOL_FORMATS
+from support.spelled import SpelledBackend, SpelledVocabulary, follow
+from support.tool_texts import EXAMPLES, TOOLS, VARIANTS, WANTED
+
+TEMPLATE = "{{ messages[-1].content }}{% if tools %}{% endif %}{{ '\t' }}"
+# How a family's template tells how it thinks, and how it does; the rest think in <think>.
+HARMONY = "{# <|channel|>analysis<|message|> #}"
+THINKING = {"gpt-oss": (HARMONY, "<|channel|>analysis<|message|>hm<|end|>")}
+# Of several that begin alike, a longer one is one token: most are as their models have them.
+MARKER = re.compile(r"<[|｜/]?[^<>\s=\"]+>|\[[A-Z_]+\]|<\|\"\|>")
+
+
+def vocabulary_of(text: str, *, special: bool) -> SpelledVocabulary:
+    markers = sorted(set(MARKER.findall(text))) if special else []
+    return SpelledVocabulary(["get_", "weather", "Paris"], markers, end="<|eog|>")
+
+
+def reply_to(said: str, format: str, template: str, *, special: bool, **options: object) -> erllama.ChatCompletion:
+    vocabulary = vocabulary_of(said, special=special)
+    tokens: Sequence[int] = vocabulary.tokenize(said, parse_special=True).tolist()
+    backend = SpelledBackend(vocabulary, follow(vocabulary, tokens), chat_templates={"default": template})
+    with erllama.load_backend(backend, cache=erllama.Cache()) as model:
+        return model.chat([{"role": "user", "content": "Q"}], tools=TOOLS, tool_format=format, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(("format", "kind", "text"), EXAMPLES + VARIANTS)
+def test_a_familys_calls_are_told_from_its_thinking_and_read(
+    format: str, kind: str, text: str, special: bool
+) -> None:
+    marks, thought = THINKING.get(format, ("{# <think></think> #}", "<think>hm</think>\n"))
+    reply = reply_to(thought + text, format, TEMPLATE + marks, special=special)
+    assert [(call.name, call.arguments) for call in reply.tool_calls] == WANTED[kind], reply
+    assert (reply.thinking, reply.text, reply.tool_call_errors) == ("hm", "", ())
+    assert reply.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(("format", "kind", "text"), [(f, k, t) for f, k, t in EXAMPLES if k == "one"])
+def test_a_family_can_be_made_to_call(format: str, kind: str, text: str, special: bool) -> None:
+    marks, thought = THINKING.get(format, ("{# <think></think> #}", "<think>hm</think>"))
+    for choice in ("required", "get_weather"):
+        reply = reply_to(thought + text, format, TEMPLATE + marks, special=special, tool_choice=choice)
+        assert [(call.name, call.arguments) for call in reply.tool_calls] == WANTED[kind]
+        assert reply.thinking == "hm"
+
+
+def test_gpt_oss_writes_its_answer_in_channels() -> None:
+    said = (
+        "<|channel|>analysis<|message|>hm<|end|>"
+        "<|start|>assistant<|channel|>commentary<|message|>Let me see. <|end|>"
+        "<|start|>assistant<|channel|>final<|message|>It rains."
+    )
+    for special in (False, True):
+        reply = reply_to(said, "gpt-oss", TEMPLATE + HARMONY + "{# to=functions. #}", special=special)
+        assert (reply.thinking, reply.text, reply.tool_calls) == ("hm", "Let me see. It rains.", ())
+
+
+def test_all_formats_are_tried_here() -> None:
+    assert {format for format, _, _ in EXAMPLES} == set(TOOL_FORMATS)

@@ -1,0 +1,201 @@
+"""The tokens of a conversation that goes on: what was computed, then exactly the rest of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import erllama
+from erllama.chat.history import History
+from erllama.engine import Vocabulary
+from support.places import SHARED
+from support.spelled import EOG, SpelledVocabulary
+
+NAMESPACE = b"n" * 32
+VOCABULARIES = SHARED / "vocab"
+WORDS = [
+    "hello", " there", "  ", "\n", "\n\n", "é", "日本", "<s>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end|>",
+    "<|im_start|>", "user", "'s", "123", "🙂", " \t", "\x02", "<0x41>", " ", "a",
+]  # fmt: skip
+TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map("".join)
+
+
+class SpacedVocabulary(SpelledVocabulary):
+    """Puts a space before a text and before what follows a special token, as SentencePiece's does."""
+
+    def tokenize(
+        self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
+    ) -> NDArray[np.int32]:
+        rest = source.encode() if isinstance(source, str) else bytes(source)
+        names = {name.encode(): id for name, id in self.special.items()} | {b"<|end|>": EOG}
+        ids: list[int] = []
+        while rest:
+            ends = [at for name in names if parse_special and (at := rest.find(name)) >= 0]
+            text, rest = rest[: min(ends, default=len(rest))], rest[min(ends, default=len(rest)) :]
+            if text:
+                ids += super().tokenize(b" " + text, parse_special=False).tolist()
+            if rest:
+                name = next(name for name in names if rest.startswith(name))
+                ids.append(names[name])
+                rest = rest[len(name) :]
+        return np.array(ids, np.int32)
+
+
+SPACED = SpacedVocabulary(["he", "llo", " hello", " there", "  "], ["<s>"])
+
+
+@pytest.fixture(scope="module", params=["spelled", "spaced", "qwen2", "llama-bpe", "llama-spm"])
+def vocabulary(request: pytest.FixtureRequest) -> Iterator[Vocabulary]:
+    own: dict[str, Vocabulary] = {"spelled": SpelledVocabulary(["he", "llo", "hello"], ["<s>"]), "spaced": SPACED}
+    if request.param in own:
+        yield own[request.param]
+        return
+    path = VOCABULARIES / f"ggml-vocab-{request.param}.gguf"
+    if not path.exists():
+        pytest.skip(f"{path.name} is not there")
+    with erllama.load_model(path, vocab_only=True) as model:
+        yield model._backend.vocabulary
+
+
+@pytest.fixture
+def history(vocabulary: Vocabulary) -> Iterator[History]:
+    with erllama.Cache() as cache:
+        yield History(vocabulary, cache)
+
+
+def ids(*tokens: int) -> NDArray[np.int32]:
+    return np.array(tokens, np.int32)
+
+
+def test_what_is_new_is_tokenized_as_it_is_where_it_stands(vocabulary: Vocabulary) -> None:
+    n = 0
+
+    @settings(max_examples=400, deadline=None)
+    @given(TEXTS, TEXTS)
+    @example("hello</s>", "hello")
+    @example("hello<s>", "hello")
+    @example("hello<|end|>", " hello")
+    @example("hello ", "there")
+    def check(before: str, after: str) -> None:
+        nonlocal n
+        n += 1
+        namespace = n.to_bytes(32, "big")
+        known = history.tokens(namespace, before, as_text=True)
+        history.remember(namespace, before.encode(), known.tolist())
+        got = history.tokens(namespace, before + after, as_text=False).tolist()
+        whole = history.tokens(namespace, before + after, as_text=True).tolist()
+        assert got[: len(known)] == known.tolist()
+        assert history.written(got) == history.written(whole)
+        if not vocabulary.piece(
+            int(known[-1])
+        ):  # a special token, at which texts are cut before they are tokenized
+            assert got == whole
+
+    with erllama.Cache() as cache:
+        history = History(vocabulary, cache)
+        check()
+
+
+def test_a_text_goes_on_from_a_context_in_its_tokens(vocabulary: Vocabulary) -> None:
+    @settings(max_examples=400, deadline=None)
+    @given(TEXTS, TEXTS)
+    @example("hello</s>hello", "!")
+    @example("hello<|end|>hello", "!")
+    def check(before: str, after: str) -> None:
+        context = history.tokens(NAMESPACE, before, as_text=True)
+        whole = history.tokens(NAMESPACE, before + after, as_text=True)
+        got = history.going_on(context, before + after)
+        if got is None:
+            assert len(context) == 1, "BOS alone tells nothing"
+            return
+        assert got[: len(context)].tolist() == context.tolist()
+        assert history.written(got.tolist()) == history.written(whole.tolist())
+
+    with erllama.Cache() as cache:
+        history = History(vocabulary, cache)
+        check()
+
+
+def test_a_text_that_does_not_go_on_from_a_context_is_tokenized_by_itself(history: History) -> None:
+    context = history.tokens(NAMESPACE, "Once upon", as_text=True)
+    assert history.going_on(context, "Another text") is None
+    assert history.going_on(context, "") is None
+    assert history.going_on(ids(), "Another text") is None
+    long = history.tokens(NAMESPACE, "hello there " * 20, as_text=True)
+    assert history.going_on(long, "hello there " * 10) is None
+
+
+def test_a_space_that_is_the_texts_own_is_not_the_tokenizers() -> None:
+    with erllama.Cache() as cache:
+        history = History(SPACED, cache)
+        plain, spaced = (history.tokens(NAMESPACE, text, as_text=True) for text in ("hello there", " hello there"))
+        assert history.going_on(plain, " hello there!") is None
+        assert history.going_on(spaced, "hello there!") is None
+
+
+@pytest.mark.parametrize("text", ["café!", "日本語", "🙂 ok"])
+def test_a_context_that_ends_within_a_character_is_gone_on_with_from_before_it(
+    vocabulary: Vocabulary, history: History, text: str
+) -> None:
+    """Tokens of single bytes are cut where the text cannot be."""
+    first = history.tokens(NAMESPACE, "", as_text=True).tolist()
+    by_byte = {history.written([id]): id for id in range(min(515, vocabulary.n_tokens))}
+    raw = ("Q: aaa " + text).encode()
+    if not all(raw[i : i + 1] in by_byte for i in range(len(raw))):
+        pytest.skip("the vocabulary has no tokens of single bytes among its first")
+    for n in range(8, len(raw)):
+        context = ids(*first, *(by_byte[raw[i : i + 1]] for i in range(n)))
+        got = history.going_on(context, raw.decode())
+        assert got is not None
+        assert history.written(got.tolist()).lstrip().endswith(raw)
+
+
+def test_tokens_of_a_file_that_are_not_the_models_are_not_used() -> None:
+    vocabulary = SpelledVocabulary()
+    with erllama.Cache() as cache:
+        history = History(vocabulary, cache)
+        for tokens in ([vocabulary.n_tokens], [-1], []):
+            history.remember(NAMESPACE, b"hel", tokens)
+            assert history.tokens(NAMESPACE, "hello", as_text=False).tolist() == list(b"hello")
+        history.remember(NAMESPACE, "é".encode()[:1], [7])
+        assert history.tokens(NAMESPACE, "é", as_text=False).tolist() == list("é".encode())
+        history.remember(NAMESPACE, b"hel", [1, 2])
+        assert history.tokens(NAMESPACE, "hello", as_text=False).tolist() == [1, 2, *b"lo"]
+
+
+def remembered(reply: list[int], text: str, *, cut: bool = False, stop: str | None = None) -> list[int]:
+    """The tokens of a later text, after a reply to the prompt "Q" of which the tokens are their bytes and 1000."""
+    with erllama.Cache() as cache:
+        history = History(SpelledVocabulary(["abc", "END", "DEND!"], ["<s>"]), cache)
+        history.remember_reply(NAMESPACE, "Q", [0x51], reply, cut=cut, stop=stop)
+        return history.tokens(NAMESPACE, "Q" + text, as_text=False).tolist()[1:]
+
+
+def test_a_reply_comes_back_as_its_tokens() -> None:
+    assert remembered([*b"abc"], "abc!") == [*b"abc!"]
+    assert remembered([], "abc!") == [257, 0x21]
+
+
+@pytest.mark.parametrize(("cut", "found"), [(True, True), (False, False)])
+def test_white_space_at_the_end_of_what_was_cut_short_need_not_come_back(cut: bool, found: bool) -> None:
+    assert remembered([*b"abc \n"], "abc!", cut=cut) == ([*b"abc!"] if found else [257, 0x21])
+
+
+@pytest.mark.parametrize("reply", [[*b"abcEND"], [*b"abc", 258], [*b"abcEN", 259]])
+def test_a_stop_string_is_not_remembered(reply: list[int]) -> None:
+    assert remembered(reply, "abc!", stop="END", cut=True) == [*b"abc!"]
+
+
+def test_a_character_that_is_not_whole_is_not_remembered() -> None:
+    assert remembered([*b"abc", 0xC3], "abcé") == [*b"abc", *"é".encode()]
+    assert remembered([0xC3], "é") == [*"é".encode()]
+
+
+def test_a_reply_that_spells_a_special_token_out_is_not_taken_for_one_that_has_it() -> None:
+    assert remembered([*b"abc<s>abc"], "abc<s>abc") == [257, 260, 257], "the text is that of the token"
+    assert remembered([*b"abc", 260, *b"abc"], "abc<s>abc") == [*b"abc", 260, *b"abc"]

@@ -1,0 +1,516 @@
+"""Phases of a reply: told apart by their markers, however the text is cut into tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import erllama
+from erllama.engine.output.phases import Markers, PhaseOptions, PhaseTracker, Script
+from erllama.testing.scripted import END, write_scripted
+from support.backends import first_by_position
+from support.spelled import SpelledBackend, SpelledVocabulary
+
+# Marks that share beginnings, one of them a token of its own that is no text; \u0001 stands for it below.
+SPECIAL = "<|think|>"
+VOCABULARY = SpelledVocabulary(["he", "llo", "<", "</", "think", ">", "</think>", "<call>", "é", " {"], [SPECIAL])
+SCRIPT = Script(VOCABULARY)
+OPTIONS = PhaseOptions(
+    thinking=Markers(("<think>", SPECIAL), ("</think>",)),
+    calls=Markers(("<call>",), ("</call>", "</c>")),
+    payload=Markers(("{",), ("}",)),
+    skip=("<skip>",),
+)
+PARTS = ["a", "é", "<", "</", *"{}", "<think>", "</think>", SPECIAL, "<call>", "</call>", "</c>", "<skip>", " x"]
+BARE = ['{ "name" : 1}', ' [ {"name":2}]', '{"nam', '{"nope":1}', "no", '<think>x</think>{"name":3}']
+
+
+def told(tokens: Sequence[int], options: PhaseOptions = OPTIONS, prompt: str = "") -> list[tuple[str, str]]:
+    """The phases of a reply, and what each says; those that say nothing and do not end left out."""
+    tracker = PhaseTracker(options, SCRIPT, VOCABULARY.tokenize(prompt))
+    phases: list[tuple[str, bytes]] = []
+    over = True
+    segments = [segment for token in tokens for segment in tracker.feed(token)] + tracker.finish()
+    for kind, script, ended in segments:
+        if over or phases[-1][0] != kind:
+            phases.append((kind, b""))
+        phases[-1] = (kind, phases[-1][1] + SCRIPT.written(script))
+        over = ended
+    return [(kind, said.decode()) for kind, said in phases]
+
+
+def expected(text: str) -> list[tuple[str, str]]:
+    """The same, of a whole text, by looking for the next marker again and again."""
+    phases: list[tuple[str, str]] = []
+
+    def say(kind: str, said: str, over: bool) -> None:
+        if phases and phases[-1][0] == kind and not ended[0]:
+            phases[-1] = (kind, phases[-1][1] + said)
+        elif said or over:
+            phases.append((kind, said))
+        ended[0] = over
+
+    ended = [True]
+    kind, rest = "text", text
+    while rest or kind == "call":
+        marks = {"text": r"<think>|\x01|<call>|<skip>", "thinking": r"</think>", "call": r"</call>|</c>"}[kind]
+        found = re.search(marks, rest)
+        if found is None:
+            say(kind, rest, kind == "call")
+            break
+        mark = found.group()
+        if found.start():
+            say(kind, rest[: found.start()], False)
+        rest = rest[found.end() :]
+        if kind == "thinking":
+            say(kind, "", True)
+            kind = "text"
+        elif kind == "call":
+            say(kind, mark, True)
+            kind = "text"
+        elif mark in ("<think>", "\x01"):
+            kind = "thinking"
+        elif mark == "<call>":
+            kind = "call"
+            say(kind, mark, False)
+    return [(kind, said.replace("\x01", SPECIAL)) for kind, said in phases]
+
+
+@st.composite
+def cut_texts(draw: st.DrawFn, parts: Sequence[str] = PARTS) -> tuple[str, list[int]]:
+    """A text, and tokens that spell it, any of those that could."""
+    text = "".join(draw(st.lists(st.sampled_from(parts), max_size=12))).replace(SPECIAL, "\x01")
+    tokens: list[int] = []
+    raw = text.encode()
+    while raw:
+        ids = VOCABULARY.that_begin(raw) if not raw.startswith(b"\x01") else [VOCABULARY.special[SPECIAL]]
+        token = draw(st.sampled_from(ids))
+        tokens.append(token)
+        raw = raw[len(VOCABULARY.piece(token)) or 1 :]
+    return text, tokens
+
+
+@settings(max_examples=1500, deadline=None)
+@given(cut_texts())
+def test_phases_are_told_whatever_the_tokens(cut: tuple[str, list[int]]) -> None:
+    text, tokens = cut
+    assert told(tokens) == expected(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(cut_texts())
+def test_no_more_is_held_back_than_may_become_a_marker(cut: tuple[str, list[int]]) -> None:
+    tracker = PhaseTracker(OPTIONS, SCRIPT, np.zeros(0, np.int32))
+    markers = ["<think>", "</think>", "<call>", "</call>", "</c>", "<skip>", "{", "}"]
+    for token in cut[1]:
+        tracker.feed(token)
+        assert not tracker.held or any(marker.startswith(tracker.held) for marker in markers)
+
+
+def test_a_special_token_is_not_its_name() -> None:
+    assert told([*VOCABULARY.spelled(SPECIAL), ord("x")]) == [("text", f"{SPECIAL}x")]
+    assert told([VOCABULARY.special[SPECIAL], ord("x")]) == [("thinking", "x")]
+
+
+def test_a_phase_that_the_prompt_opens_is_understood() -> None:
+    assert told(VOCABULARY.spelled("so</think>yes"), prompt="Question?<think>\n") == [
+        ("thinking", "so"),
+        ("text", "yes"),
+    ]
+    assert told(VOCABULARY.spelled("so"), prompt="Question?<think>\n</think>\n") == [("text", "so")]
+    closed = PhaseOptions(thinking=OPTIONS.thinking, begins=False)
+    assert told(VOCABULARY.spelled("so"), closed, prompt="<think>") == [("text", "so")]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(BARE), st.data())
+def test_a_bare_call_is_known_by_how_it_begins(text: str, data: st.DataObject) -> None:
+    options = PhaseOptions(thinking=OPTIONS.thinking, calls=Markers(("<call>",)), leading=('{"name":', '[{"name":'))
+    tokens: list[int] = []
+    raw = text.encode()
+    while raw:
+        tokens.append(data.draw(st.sampled_from(VOCABULARY.that_begin(raw))))
+        raw = raw[len(VOCABULARY.piece(tokens[-1])) :]
+    kinds = [kind for kind, _ in told(tokens, options)]
+    assert kinds[-1] == ("call" if '"name"' in text else "text")
+    assert told(tokens, options)[-1][1].strip() == text.split("</think>")[-1].strip()
+
+
+SCRIPTED = "<think>hmé.\n</think> Let go: <call>{7}</call>!"
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sets(st.integers(1, len(SCRIPTED) - 1)))
+def test_phases_are_told_on_libllama_whatever_the_tokens(cuts: set[int]) -> None:
+    edges = [0, *sorted(cuts), len(SCRIPTED)]
+    pieces = [SCRIPTED[start:end] for start, end in pairwise(edges)]
+    # Each token has one that follows it: those that come twice are joined with the next.
+    while len(set(pieces)) < len(pieces) or any(not piece.isascii() and len(piece) == 1 for piece in pieces):
+        at = next(i for i, p in enumerate(pieces) if pieces.count(p) > 1 or (not p.isascii() and len(p) == 1))
+        at = min(at, len(pieces) - 2)
+        pieces[at : at + 2] = ["".join(pieces[at : at + 2])]
+    with tempfile.TemporaryDirectory() as place:
+        chain = ["<|go|>", *pieces, END]
+        words = [piece for piece in pieces if len(piece) > 1]
+        path = write_scripted(Path(place) / "model.gguf", dict(pairwise(chain)), words=words, special=["<|go|>"])
+        with erllama.load_model(path, n_ctx=256, cache=erllama.Cache(), warmup=False) as model:
+            stream = model.stream("<|go|>", temperature=0.0, thinking="enabled", **MARKERS)
+            deltas = [event for event in stream if isinstance(event, erllama.ThinkingDelta | erllama.ToolCallDelta)]
+            reply = stream.result()
+    assert (reply.thinking, reply.text, reply.raw_tool_calls) == ("hmé.", "Let go:!", (b"<call>{7}</call>",))
+    assert len(reply.tokens) == len(pieces)
+    assert "".join(event.text for event in deltas) == "hmé.<call>{7}</call>"
+
+
+# --- through the engine ----------------------------------------------------------------------------
+
+
+def model_that_says(*tokens: int, **sizes: int) -> erllama.Model:
+    return erllama.load_backend(SpelledBackend(VOCABULARY, tokens, **sizes), cache=erllama.Cache())
+
+
+MARKERS = {"thinking_markers": ("<think>", "</think>"), "tool_markers": ("<call>", "</call>")}
+
+
+def test_a_stream_tells_thinking_and_calls_from_text() -> None:
+    said = "<think> hm\n</think>\n\nYes. <call>{1}</call> Done"
+    with model_that_says(*VOCABULARY.spelled(said)) as model:
+        events = list(model.stream("Q\t", thinking="enabled", thinking_signing_key=b"k", **MARKERS))
+        kinds = [type(event).__name__ for event in events]
+        order = [kind for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+        assert order == [
+            "ThinkingDelta", "ThinkingEnd", "TextDelta", "ToolCallDelta", "ToolCallEnd", "TextDelta", "Done"
+        ]  # fmt: skip
+        joined = {
+            kind: "".join(e.text for e in events if type(e).__name__ == kind)
+            for kind in set(order)
+            if "Delta" in kind
+        }
+        assert joined == {"ThinkingDelta": "hm", "TextDelta": "Yes.Done", "ToolCallDelta": "<call>{1}</call>"}
+        signature = hmac.digest(b"k", b"hm", hashlib.sha256)
+        assert [e.signature for e in events if isinstance(e, erllama.ThinkingEnd)] == [signature]
+        assert [e.full for e in events if isinstance(e, erllama.ToolCallEnd)] == [b"<call>{1}</call>"]
+        done = events[-1].completion
+        assert (done.text, done.thinking, done.raw_tool_calls) == ("Yes.Done", "hm", (b"<call>{1}</call>",))
+        assert done.thinking_signature == signature
+        assert VOCABULARY.detokenize(done.tokens).decode() == said
+        without_key = model.complete("Q\t", thinking="enabled", **MARKERS)
+        assert without_key.thinking_signature == b""
+
+
+def test_without_thinking_a_stream_is_plain_text() -> None:
+    said = "<think>hm</think>yes"
+    with model_that_says(*VOCABULARY.spelled(said)) as model:
+        for options in ({}, {"thinking": "disabled"}, {"thinking": False}):
+            events = list(model.stream("Q\t", **options))
+            assert {type(e) for e in events} == {erllama.TextDelta, erllama.Done}
+            assert events[-1].completion.text == said
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("a <\n", max_size=20))
+def test_a_reply_without_markers_is_as_it_is(text: str) -> None:
+    with model_that_says(*VOCABULARY.spelled(text)) as model:
+        stream = model.stream("Q\t", thinking="enabled", **MARKERS)
+        joined = "".join(event.text for event in stream if isinstance(event, erllama.TextDelta))
+        assert joined == stream.result().text == text
+
+
+def test_a_stop_string_stops_the_answer_and_nothing_else() -> None:
+    said = "<think>END</think>a<call>END</call>bENDc"
+    with model_that_says(*VOCABULARY.spelled(said)) as model:
+        reply = model.complete("Q\t", thinking="enabled", stop="END", **MARKERS)
+        assert (reply.thinking, reply.text, reply.stop_sequence) == ("END", "ab", "END")
+        assert reply.raw_tool_calls == (b"<call>END</call>",)
+
+
+WHITE_STOPS = ["\n", "\n\n", " ", "END", "\n\nEND", " x", "\u00e9\n"]
+
+
+def replied(text: str, stops: Sequence[str]) -> tuple[str, str, list[bytes], str | None, int]:
+    """A whole reply's answer, thinking, calls and stop string, and how many thoughts of it end."""
+    answer = thinking = ""
+    calls: list[bytes] = []
+    n_ends = 0
+    kind, rest, begun = "text", text, False
+    while True:
+        found = re.search({"text": "<think>|<call>", "thinking": "</think>", "call": "</call>"}[kind], rest)
+        said, mark, rest = rest.partition(found.group()) if found else (rest, "", "")
+        shown = said.replace("\x01", "")
+        if kind == "text":
+            kept, stop = first_by_position(shown, list(stops), behind=begun)
+            kept = kept.lstrip() if begun else kept
+            answer += kept.rstrip() if mark and stop is None else kept
+            if stop is not None:
+                return answer, thinking, calls, stop, n_ends
+        elif kind == "thinking":
+            thinking += shown.strip()
+            n_ends += bool(mark)
+        else:
+            calls.append(f"<call>{said}{mark}".replace("\x01", SPECIAL).encode())
+        if not mark:
+            return answer, thinking, calls, None, n_ends
+        kind = {"<think>": "thinking", "<call>": "call"}.get(mark, "text")
+        begun = True
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    cut_texts([*PARTS, "END", "E", "\n", "\n\n", " ", "<think> ", "</think>\n\n"]),
+    st.lists(st.sampled_from(WHITE_STOPS), max_size=2),
+    st.sampled_from([None, 0]),
+)
+def test_a_stream_tells_a_whole_reply(cut: tuple[str, list[int]], stops: list[str], logprobs: int | None) -> None:
+    text, tokens = cut
+    with model_that_says(*tokens) as model:
+        *events, done = model.stream("Q\t", thinking="enabled", stop=stops, logprobs=logprobs, **MARKERS)
+    reply = done.completion
+    ends = [event for event in events if isinstance(event, erllama.ThinkingEnd)]
+    expected = replied(text, stops)
+    assert (reply.text, reply.thinking, list(reply.raw_tool_calls), reply.stop_sequence, len(ends)) == expected
+    deltas = [event for event in events if hasattr(event, "tokens")]
+    for kind, said in ((erllama.TextDelta, reply.text), (erllama.ThinkingDelta, reply.thinking)):
+        assert "".join(event.text for event in deltas if isinstance(event, kind)) == said
+    assert all(event.text or event.tokens for event in deltas)
+    told = tuple(token for event in deltas for token in event.tokens)
+    assert told == reply.tokens if reply.stop_sequence is None else told == reply.tokens[: len(told)]
+    if logprobs is not None:
+        assert all(event.tokens == tuple(entry.token for entry in event.logprobs) for event in deltas)
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "text", "n_left"),
+    [
+        ("answer\n\n\nmore", "\n", "answer", 6),
+        ("<think>hm</think>\n\nanswer\n\nmore", "\n\n", "answer", 4),
+        ("<think>hm</think>\n\nEND", ["\n", "\n\nEND"], "", 0),
+        ("one two", " ", "one", 3),
+        ("one \n<call>1</call>", "\n", "one ", 14),
+    ],
+)
+def test_a_stop_string_of_white_space_stops_at_once(
+    said: str, stop: str | list[str], text: str, n_left: int
+) -> None:
+    with model_that_says(*VOCABULARY.spelled(said)) as model:
+        reply = model.complete("Q\t", thinking="enabled", stop=stop, **MARKERS)
+        assert (reply.text, reply.finish_reason, reply.raw_tool_calls) == (text, "stop", ())
+        assert len(reply.tokens) == len(said) - n_left
+
+
+@pytest.mark.parametrize(
+    "said", ["<think></think>x", "<think>\n\n</think>x", "<think></think>", "<think>\n</think>\n"]
+)
+@pytest.mark.parametrize("key", [None, b"k"])
+def test_an_empty_thought_ends_like_any_other(said: str, key: bytes | None) -> None:
+    with model_that_says(*VOCABULARY.spelled(said)) as model:
+        events = list(model.stream("Q\t", thinking="enabled", thinking_signing_key=key, **MARKERS))
+    signature = hmac.digest(key, b"", hashlib.sha256) if key is not None else b""
+    assert [event for event in events if isinstance(event, erllama.ThinkingEnd)] == [erllama.ThinkingEnd(signature)]
+    assert all(event.tokens for event in events if isinstance(event, erllama.ThinkingDelta))
+    assert events[-1].completion.thinking_signature == signature
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+@pytest.mark.parametrize("budget", [0, 1, 3, 100])
+@pytest.mark.parametrize("opened", [False, True])
+def test_at_its_budget_thinking_ends_and_the_model_goes_on_from_there(
+    budget: int, opened: bool, logprobs: int | None
+) -> None:
+    thought = "abcdefgh"
+    said = [*VOCABULARY.spelled("" if opened else "<think>"), *VOCABULARY.spelled(thought)]
+    # What the model says next depends on how many tokens there are: after 40 it ends.
+    with model_that_says(*said, *VOCABULARY.spelled("</think>" + "y" * 40)) as model:
+        reply = model.complete(
+            "Q<think>\t" if opened else "Q\t",
+            thinking="enabled",
+            thinking_budget_tokens=budget,
+            thinking_budget_message="; so",
+            max_tokens=30,
+            logprobs=logprobs,
+            **MARKERS,
+        )
+        put = budget < len(thought)
+        assert reply.thinking == (thought[:budget] + "; so" if put else thought)
+        written = VOCABULARY.detokenize(reply.tokens).decode()
+        assert (reply.thinking + "</think>") in written
+        assert reply.text
+        assert len(reply.tokens) == 30
+        assert reply.logprobs is None or len(reply.logprobs) == 30
+        # It is in the context: going on from there is warm.
+        again = model.complete(list(reply.context_tokens), max_tokens=1)
+        assert again.cache.tokens >= len(reply.context_tokens) - 1
+
+
+def test_a_budget_does_not_end_thinking_within_a_character() -> None:
+    said = [*VOCABULARY.spelled("<think>"), *"éé".encode(), *VOCABULARY.spelled("</think>")]
+    with model_that_says(*said) as model:
+        reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=1, **MARKERS)
+        assert reply.thinking == "é"
+
+
+@pytest.mark.parametrize("budget", range(8))
+def test_a_budget_ends_no_character_that_may_become_a_marker(budget: int) -> None:
+    markers = ("\u25c1think\u25b7", "\u25c1/think\u25b7")  # whose first byte others have, too
+    with model_that_says(*VOCABULARY.spelled(markers[0]), *"a\u2014\u2014b".encode(), *b"c" * 9) as model:
+        reply = model.complete(
+            "Q\t", thinking="enabled", thinking_budget_tokens=budget, max_tokens=60, thinking_markers=markers
+        )
+    assert "a\u2014\u2014bccc".startswith(reply.thinking)
+    assert budget <= len(reply.thinking.encode()) <= budget + 2
+
+
+def test_a_budget_puts_no_end_behind_one_that_may_become_longer() -> None:
+    markers = ("<think>", ("</think>", "</think>!!"))
+    with model_that_says(*VOCABULARY.spelled("<think>abc</think>!x")) as model:
+        reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=11, thinking_markers=markers)
+    assert (reply.thinking, reply.text) == ("abc", "!x")
+
+
+def test_bytes_that_are_no_character_do_not_outlast_a_budget() -> None:
+    with model_that_says(*VOCABULARY.spelled("<think>"), *b"\xe2" * 50) as model:
+        reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=2, max_tokens=40, **MARKERS)
+    assert 2 <= len(reply.thinking) <= 5
+
+
+def test_a_grammar_is_the_answers_and_leaves_thinking_free() -> None:
+    said = "<think>free: 1</think>xyz"
+    with model_that_says(*VOCABULARY.tokenize(said).tolist()) as model:
+        reply = model.complete("Q\t", thinking="enabled", regex="[0-9]{3}", **MARKERS)
+        assert reply.thinking == "free: 1"
+        assert re.fullmatch("[0-9]{3}", reply.text)
+        opened = model.complete("Q<think>\t", thinking="enabled", regex="[0-9]{3}", **MARKERS)
+        assert re.fullmatch("[0-9]{3}", opened.text)
+    with model_that_says(ord("a")) as model:
+        # What looks like a marker within the answer is the answer's.
+        told = model.complete("Q\t", thinking="enabled", regex="a<think>b</think>c", **MARKERS)
+        assert (told.text, told.thinking) == ("a<think>b</think>c", "")
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["hm", "</think>Hello"],
+        ["hm", "</", "think", ">\n\nX"],
+        ["hm", "</", "think", ">\n\nX", "<"],
+        ["hm", "</think><think>"],
+        ["hm", "</think>1<think>"],
+        ["hm", "</", "think"],
+        ["hm", "</think>123", "4"],
+        ["hm", "</", "think", ">\n12 ", "3"],
+        ["hm", "</think>"],
+    ],
+)
+@pytest.mark.parametrize("close", [("</think>",), ("</think>", "</think>\n\n", "</think>\n\nX!")])
+def test_tokens_that_do_not_part_where_thinking_ends_fail_no_grammar(
+    said: list[str], close: tuple[str, ...], logprobs: int | None
+) -> None:
+    vocabulary = SpelledVocabulary([*said, "</think>1"])
+    tokens = [int(vocabulary.tokenize(part)[0]) for part in said]
+    with erllama.load_backend(SpelledBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
+        reply = model.complete(
+            "Q<think>\t",
+            thinking="enabled",
+            thinking_markers=("<think>", close),
+            regex="[0-9]{3}",
+            logprobs=logprobs,
+            max_tokens=50,
+        )
+        assert re.fullmatch("[0-9]{3}", reply.text)
+        assert reply.thinking == "hm"
+        assert reply.logprobs is None or [entry.token for entry in reply.logprobs] == list(reply.tokens)
+
+
+@pytest.mark.parametrize("said", [["</think>ab", "x"], ["</think>a", "b", "x"], ["</think>", "ab", "x"]])
+def test_a_trigger_may_come_in_the_token_that_ends_thinking(said: list[str]) -> None:
+    vocabulary = SpelledVocabulary(["<think>", *said])
+    tokens = [int(vocabulary.tokenize(part)[0]) for part in ["<think>", "a", *said]]
+    with erllama.load_backend(SpelledBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
+        reply = model.complete(
+            "Q\t",
+            thinking=True,
+            thinking_markers=("<think>", "</think>"),
+            regex="ab[0-9]{3}",
+            grammar_triggers=["ab"],
+            max_tokens=50,
+        )
+    assert reply.thinking == "a"
+    assert re.fullmatch("ab[0-9]{3}", reply.text)
+
+
+@pytest.mark.parametrize(
+    "cut", [["</think><tool_call>"], ["</think>no<tool_call>"], ["</", "think>\n<tool_call>{"]]
+)
+def test_a_call_that_is_required_may_begin_in_the_token_that_ends_thinking(cut: list[str]) -> None:
+    vocabulary = SpelledVocabulary(["<think>", *cut])
+    tokens = [int(vocabulary.tokenize(part)[0]) for part in ["<think>", "a", *cut]]
+    template = "{% if tools %}<tool_call></tool_call><think></think>{% endif %}{{ messages[0].content }}"
+    backend = SpelledBackend(vocabulary, tokens, chat_templates={"default": template}, n_ctx=1024)
+    tool = {"name": "now", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}}
+    with erllama.load_backend(backend, cache=erllama.Cache()) as model:
+        reply = model.chat(
+            [{"role": "user", "content": "Q\t"}], tools=[tool], tool_choice="required", tool_format="hermes"
+        )
+    assert (reply.thinking, reply.text, reply.tool_call_errors) == ("a", "", ())
+    assert [call.name for call in reply.tool_calls] == ["now"]
+
+
+def test_a_reader_who_stops_and_goes_on_gets_all_in_order() -> None:
+    said = "".join(f"{i}," for i in range(300))
+    with model_that_says(*VOCABULARY.spelled(said), *VOCABULARY.spelled("<think>hm</think>!")) as model:
+        stream = model.stream("Q\t", thinking="enabled", **MARKERS)
+        first = next(stream)
+        stream.result()
+        rest = list(stream)
+        texts = [event.text for event in [first, *rest] if isinstance(event, erllama.TextDelta)]
+        assert "".join(texts) == said + "!"
+        kinds = [type(event) for event in rest if not isinstance(event, erllama.TextDelta)]
+        assert kinds == [erllama.ThinkingDelta, erllama.ThinkingEnd, erllama.Done]
+
+
+def test_cancelling_within_a_phase_ends_it() -> None:
+    with model_that_says(*VOCABULARY.spelled("<call>" + "x" * 1000)) as model:
+        stream = model.stream("Q\t", thinking="enabled", **MARKERS)
+        for event in stream:
+            if isinstance(event, erllama.ToolCallDelta):
+                stream.cancel()
+        reply = stream.result()
+        assert reply.finish_reason == "cancelled"
+        assert len(reply.raw_tool_calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"thinking": "on"}, "thinking="),
+        ({"thinking": "enabled", "thinking_budget_tokens": -1}, "thinking_budget_tokens=-1"),
+        ({"thinking_budget_tokens": 5}, 'thinking="enabled"'),
+        ({"thinking": "enabled", "thinking_budget_tokens": 5}, "thinking_markers"),
+        ({"thinking": "enabled", "thinking_markers": ("", "x")}, "empty"),
+        ({"thinking": "enabled", "thinking_markers": "<think>"}, "thinking_markers"),
+        ({"thinking": "enabled", "thinking_markers": ("<think>",)}, "thinking_markers"),
+        ({"thinking": "enabled", "thinking_signing_key": "text", **MARKERS}, "thinking_signing_key"),
+        ({"thinking": "enabled", "thinking_budget_message": "so", **MARKERS}, "without thinking_budget_tokens"),
+        ({"thinking": True, "thinking_budget_tokens": 1, "thinking_budget_message": 3, **MARKERS}, "message=3"),
+        ({"tool_markers": 7}, "tool_markers"),
+        ({"tool_markers": ("\ud800", "x")}, "surrogate"),
+        (
+            {"thinking": True, "thinking_budget_tokens": 1, "thinking_budget_message": "\udfff", **MARKERS},
+            "surrogate",
+        ),
+        ({"thinking_marker": ("a", "b")}, "did you mean 'thinking_markers'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: dict[str, object], match: str) -> None:
+    with model_that_says(1) as model, pytest.raises(erllama.OptionError, match=match):
+        model.complete("Q\t", **options)  # type: ignore[arg-type]

@@ -1,0 +1,224 @@
+"""`erllama chat`: talked with in a terminal and through a pipe, its commands, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.command import Command, says
+from support.pseudo_terminal import PseudoTerminal
+
+ONE = ("--threads", "1")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return says(tmp_path_factory.mktemp("models") / "says.gguf", "Yes.", thinking="hm")
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return says(tmp_path_factory.mktemp("models") / "endless.gguf", "abcdefg ", for_ever=True)
+
+
+def terminal(run: Command, *arguments: object) -> PseudoTerminal:
+    command = [sys.executable, "-m", "erllama", "chat", *map(str, arguments), *ONE]
+    return PseudoTerminal(command, run.environment)
+
+
+# --- in a terminal ------------------------------------------------------------------------------------
+
+
+def test_a_conversation_in_a_terminal(run: Command, endless: Path) -> None:
+    """Streams, Ctrl-C that keeps what came, commands, mistakes, Ctrl-D."""
+    with terminal(run, endless, "--n-ctx", 65536) as screen:
+        screen.wait_for("/help lists the commands")
+        screen.wait_for(">")
+        screen.send("hello\r")
+        screen.wait_for("abcdefg abcdefg")
+        screen.send("\x03")
+        cost = screen.wait_for("cancelled")
+        assert "tok/s" in cost
+        assert "prompt" in cost
+        screen.wait_for(">")
+        screen.send("/save said.json\r".replace("said.json", str(run.directory.parent / "said.json")))
+        screen.wait_for("2 messages saved")
+        screen.wait_for(">")
+        screen.send("/sett temperature 1\r")
+        screen.wait_for("did you mean /set?")
+        screen.wait_for(">")
+        screen.send("half a line\x03")
+        screen.wait_for("/quit, leaves")
+        screen.wait_for(">")
+        screen.send("\x04")
+        assert screen.wait_for_end() == 0
+        assert "Traceback" not in screen.text
+        assert "Warning" not in screen.text
+    question, answer = json.loads((run.directory.parent / "said.json").read_text())
+    assert question == {"role": "user", "content": "hello"}
+    assert ("abcdefg " * len(answer["content"])).startswith(answer["content"].strip())
+    history = run.directory.parent / "state" / "erllama" / "history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert "+hello" in history.read_text().splitlines()
+
+
+def test_thinking_is_dimmed_and_the_second_turn_starts_where_the_first_ended(run: Command, model: Path) -> None:
+    with terminal(run, model, "--no-history", "--max-tokens", 20) as screen:
+        for cached in ("none cached", "cached, "):
+            screen.wait_for(">")
+            screen.send("Is it?\r")
+            screen.wait_for("hm\n\nYes.")
+            assert cached in screen.wait_for("to first token")
+        assert "\x1b[2mhm\x1b[0m" in screen.raw
+        screen.wait_for(">")
+        screen.send("/quit\r")
+        assert screen.wait_for_end() == 0
+    assert not (run.directory.parent / "state").exists()
+
+
+def test_tab_completes_commands_and_up_brings_lines_back(run: Command, model: Path) -> None:
+    with terminal(run, model) as screen:
+        screen.wait_for("/help lists the commands")
+        screen.wait_for(">")
+        screen.send("/sys\t")
+        screen.wait_for("tem")
+        screen.send("Be brief.\r")
+        screen.wait_for("the system message is set")
+        screen.wait_for(">")
+        screen.send("\x1b[A")
+        screen.wait_for("Be brief.")
+        screen.send("\r")
+        screen.wait_for("the system message is set")
+        screen.wait_for(">")
+        screen.send("\x04")
+        assert screen.wait_for_end() == 0
+
+
+# --- through a pipe -----------------------------------------------------------------------------------
+
+
+def test_each_line_of_a_pipe_is_a_message(run: Command, model: Path) -> None:
+    finished = run.apart("chat", model, "--stats", *ONE, stdin=b"Is it?\n\nSure?\n/tokens\n")
+    assert finished.returncode == 0
+    assert finished.stdout == b"Yes.\nYes.\n"
+    assert b"\x1b" not in finished.stdout + finished.stderr
+    first, second, tokens = finished.stderr.decode().splitlines()
+    assert "none cached" in first
+    assert "cached, live)" in second
+    assert "left" in tokens
+
+
+def test_replies_as_lines_of_json(run: Command, model: Path) -> None:
+    found = run("chat", model, "--json", *ONE, stdin="Is it?\nSure?\n/regenerate\n")
+    first, second, _ = map(json.loads, found.out.splitlines())
+    assert first["text"] == second["text"] == "Yes."
+    assert second["cache"]["tokens"] >= first["usage"]["prompt_tokens"]
+
+
+def test_what_a_line_gets_wrong_is_told_and_the_next_is_answered(run: Command, model: Path) -> None:
+    lines = [
+        "/xyz",
+        "/set top_q 1",
+        "/set top_p 7",
+        "/think perhaps",
+        "/load nowhere.json",
+        "/save",
+        "x" * 600,
+        "Q",
+    ]
+    found = run("chat", model, "--n-ctx", "256", *ONE, stdin="\n".join(lines))
+    assert (found.status, found.out) == (1, "Yes.\n")
+    told = found.err.splitlines()
+    words = [
+        "/help",
+        "did you mean 'top_p'?",
+        "at most 1",
+        "on or off",
+        "nowhere.json",
+        "one file",
+        "context holds 256",
+    ]
+    assert len(told) == len(words)
+    assert [(word, line) for word, line in zip(words, told, strict=True) if word not in line] == []
+
+
+# --- commands -----------------------------------------------------------------------------------------
+
+
+def told(run: Command, model: Path, *lines: str) -> list[str]:
+    found = run("chat", model, *ONE, stdin="\n".join(lines))
+    assert found.status == 0, found.err
+    return found.err.splitlines()
+
+
+def test_help_names_every_command(run: Command, model: Path) -> None:
+    lines = told(run, model, "/help")
+    names = {line.split()[0] for line in lines if line.startswith("/")}
+    known = "help system set think regenerate reset save load tokens stats quit"
+    assert names == {f"/{name}" for name in known.split()}
+
+
+def test_a_conversation_is_saved_loaded_and_begun_anew(run: Command, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a talk.json"
+    first = told(run, model, "/system Be brief.", "Is it?", f"/save '{file}'", "/tokens", "/reset", "/tokens")
+    assert first[0] == "the system message is set"
+    assert "3 messages saved" in first[1]
+    assert first[3] == "a new conversation; the system message stays"
+    assert first[2] != first[4]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [message["role"] for message in json.loads(file.read_text())] == ["system", "user", "assistant"]
+    again = told(run, model, f"/load '{file}'", "/tokens")
+    assert "3 messages loaded" in again[0]
+    assert again[1] == first[2]
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"role": "user"}', '[{"role": "nobody", "content": 1}]', '[{"role": "system"}]']
+)
+def test_a_file_that_is_no_conversation_is_refused(run: Command, model: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "bad.json").write_text(content)
+    found = run("chat", model, *ONE, stdin=f"/load {tmp_path / 'bad.json'}\nQ")
+    assert (found.status, found.out) == (1, "Yes.\n")
+    assert "Traceback" not in found.err
+    assert "defect" not in found.err
+
+
+def test_options_are_set_listed_and_taken_back(run: Command, model: Path) -> None:
+    lines = told(run, model, "/set", "/set top_k 5", "/set stop=.", "/set", "/set top_k", "/set", "/think off")
+    assert "at its default" in lines[0]
+    assert lines[1:4] == ["top_k = 5", "stop = '.'", "top_k = 5"]
+    assert lines[-4:] == [
+        "stop = '.'",
+        "top_k is at its default",
+        "stop = '.'",
+        "thinking is off, where the model can think",
+    ]
+
+
+def test_a_conversation_that_fills_the_context_can_be_begun_anew(run: Command, model: Path) -> None:
+    found = run("chat", model, "--n-ctx", 256, *ONE, stdin=f"{'x' * 400}\n/reset\nIs it?\n")
+    assert (found.status, found.out) == (1, "Yes.\n")
+    assert "the context holds 256; " in found.err
+    assert "/reset begins a new conversation" in found.err
+
+
+def test_another_reply_takes_the_last_ones_place(run: Command, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    found = run(
+        "chat", model, *ONE, stdin=f"/regenerate\nIs it?\n/regenerate\n/stats\n/save {file}\n/quit\nunsaid\n"
+    )
+    assert found.out == "Yes.\nYes.\n"
+    assert "nothing was said yet" in found.err
+    assert "2 replies, " in found.err
+    assert len(json.loads(file.read_text())) == 2
+    file.write_text('[{"role": "assistant", "content": "Hello."}]')
+    assert "nothing was said yet" in run("chat", model, *ONE, stdin=f"/load {file}\n/regenerate\n").err

@@ -1,0 +1,311 @@
+"""The snippets of the pages run, one after another as a reader would try them, and do what the pages say.
+
+Those that take a model of the reader's, and nothing else, run with the examples; those of backends and metrics
+where these are tested; programs that a page has saved, with its commands.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import json
+import re
+import unittest
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import settings
+from numpy.typing import NDArray
+
+import erllama
+from erllama._model.request_options import ChatOptions, CompletionOptions
+from erllama.cache import Block, FileTier
+from erllama.chat.tool_calls.families import TOOL_FORMATS
+from erllama.engine import SamplingOptions
+from erllama.engine.backends.stub import StubBackend
+from erllama.testing import TierConformance
+from erllama.testing.scripted import write_scripted
+from support.pages import DOCS, NAMES, SCRIPTS, blocks
+from support.places import ROOT
+from support.talking import CALL, TEMPLATE, TOOLS, model_that_says, user
+
+Names = dict[str, Any]
+
+
+class Terse(StubBackend):
+    """A stub that ends what JSON and calls are made of as soon as it may, and makes a call where a prompt is empty
+    but for one byte.
+    """
+
+    def _logits(self, sequence: int) -> NDArray[np.float32]:
+        logits = super()._logits(sequence)
+        logits[list(b'",]}()')] += 100
+        said = self._held[sequence] - 1
+        logits[list(b"<call>"[said : said + 1])] += 200
+        return logits
+
+
+class Model:
+    """The `model` of a page: one that passes prompts on, and keeps the replies."""
+
+    def __init__(self, inner: erllama.Model) -> None:
+        self._inner = inner
+        self.replies: list[erllama.Completion] = []
+
+    def complete(self, prompt: Any, **options: Any) -> erllama.Completion:  # noqa: ANN401
+        self.replies.append(self._inner.complete(prompt, **options))
+        return self.replies[-1]
+
+
+def snippets(page: str) -> list[str]:
+    """The page's Python, each block after as many empty lines as lines come before it in the page."""
+    return ["\n" * (block.line - 1) + block.text for block in blocks(page, "python")]
+
+
+def promised(source: str, statement: ast.stmt) -> tuple[object] | None:
+    """The value that a comment behind an expression tells, as in `f(x)  # True`."""
+    line = source.splitlines()[(statement.end_lineno or 1) - 1]
+    comment = line.encode()[statement.end_col_offset :].decode().strip()
+    if not isinstance(statement, ast.Expr) or not comment.startswith("#"):
+        return None
+    try:
+        return (ast.literal_eval(comment.lstrip("# ")),)
+    except (SyntaxError, ValueError):
+        return None  # only words
+
+
+def run(page: str, names: Names) -> int:
+    """Run the page's snippets with some names given, and tell how many promises they kept."""
+    n_kept = 0
+    for source in snippets(page):
+        for statement in ast.parse(source, page).body:
+            value = promised(source, statement)
+            if value is not None and isinstance(statement, ast.Expr):
+                found = eval(compile(ast.Expression(statement.value), page, "eval"), names)
+                assert found == value[0], f"{page}, line {statement.lineno}: {found!r}"
+                n_kept += 1
+            else:
+                exec(compile(ast.Module([statement], []), page, "exec", dont_inherit=True), names)
+    return n_kept
+
+
+class Page(NamedTuple):
+    """What a page is run with.
+
+    Attributes:
+        names: that its snippets take for granted, beside `model` and `erllama`.
+        check: looks at the names after them, among which those of the page are.
+        n_promises: comments with values.
+    """
+
+    backend: Callable[[], StubBackend]
+    names: Names
+    check: Callable[[Names], None]
+    n_promises: int = 0
+
+
+def sampling_page(names: Names) -> None:
+    whole = names["model"].complete(names["prompt"], max_tokens=200, seed=1)
+    assert names["first"].tokens + names["more"].tokens == whole.tokens
+    first, without_digits, *_ = names["model"].replies
+    assert (first.seed, len(first.tokens)) == (1, 200)
+    assert len(without_digits.tokens) > 100
+    assert not set(without_digits.tokens) & set(b"0123456789")
+
+
+def grammar_page(names: Names) -> None:
+    weather, date, answer, call = names["model"].replies
+    jsonschema.validate(json.loads(weather.text), names["schema"])
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", date.text)
+    assert answer.text in ("yes", "no")
+    assert re.fullmatch(r"<call>[a-z]+\([0-9]*\)</call>", call.text)
+
+
+IS_DIGIT = np.isin(np.arange(257), list(b"0123456789"))
+PAGES = {
+    "docs/sampling.md": Page(
+        lambda: StubBackend(n_ctx=512, eog_bias=-100),
+        {"prompt": "Count: ", "is_digit": IS_DIGIT},
+        sampling_page,
+    ),
+    "docs/grammar.md": Page(lambda: Terse(n_ctx=512), {"json": json, "prompt": "x"}, grammar_page, 4),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_does_what_it_says(page: str) -> None:
+    of_page = PAGES[page]
+    assert len(snippets(page)) >= 3
+    with erllama.Cache() as cache, erllama.load_backend(of_page.backend(), cache=cache) as model:
+        names = {"model": Model(model), "erllama": erllama, **of_page.names}
+        assert run(page, names) == of_page.n_promises
+        of_page.check(names)
+
+
+def test_the_page_of_chats_does_what_it_says() -> None:
+    with model_that_says(f"<think>hm</think>Well. {CALL}") as model:
+        names: Names = {
+            "model": model,
+            "erllama": erllama,
+            "tools": TOOLS,
+            "key": b"k",
+            "run": lambda name, given: "noon",
+        }
+        run("docs/chat.md", names)
+        assert names["reply"].tool_calls[0].arguments == {"city": "Oslo"}
+        assert [message["role"] for message in names["messages"]].count("tool") == 1
+
+
+def test_the_page_of_chats_names_every_option_and_format() -> None:
+    page = (DOCS / "chat.md").read_text()
+    assert set(TOOL_FORMATS) <= set(re.findall(r"`([\w.-]+)`", page))
+    own = set(ChatOptions.__annotations__) - set(CompletionOptions.__annotations__) | {
+        name for name in CompletionOptions.__annotations__ if name.startswith(("thinking", "tool_"))
+    }
+    assert own <= set(re.findall(r"\b(\w+)\b", page))
+
+
+def test_the_page_of_templates_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    names: Names = {"messages": [user("Q")], "tools": TOOLS}
+    run("docs/templates.md", names)
+    assert "<|user|>Q" in names["text"]
+
+
+def test_the_page_of_speculation_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    follows = {"\n": "a", "a": "b", "b": "c", "c": "a"}
+    with erllama.load_model(write_scripted(tmp_path / "small.gguf", follows), n_ctx=256) as model:
+        names: Names = {"model": model, "erllama": erllama, "text": "abc" * 20, "prompt": "abc" * 20}
+        run("docs/speculation.md", names)
+        names["draft"].unload()
+        assert names["reply"].drafts.accepted > 0
+        assert names["found"].accepted == 5
+
+
+def test_the_page_of_sampling_names_every_option_and_its_default() -> None:
+    page = (DOCS / "sampling.md").read_text()
+    defaults = {field.name: field.default for field in fields(SamplingOptions)}
+    assert set(defaults) <= set(re.findall(r"`(\w+)[`=]", page))
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    told = {name: ast.literal_eval(value) for row in rows for name, value in re.findall(r"`(\w+)=([^`]*)`", row)}
+    assert told.pop("logit_bias") == (defaults.pop("logit_bias") or {})
+    elsewhere = {"seed", "samplers", "min_keep", "mirostat", "mirostat_tau", "mirostat_eta"}
+    assert told == {name: default for name, default in defaults.items() if name not in elsewhere}
+
+
+def test_the_readme_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    calling = TEMPLATE + "{# <tool_call> #}"
+    write_scripted(tmp_path / "model.gguf", {"\n": "a", "a": "b", "b": "c", "c": "a"}, chat_template=calling)
+    names: Names = {"tools": TOOLS, "SYSTEM_PROMPT": "abc" * 20, "asyncio": asyncio}
+    run("README.md", names)
+    replies = asyncio.run(names["ask_all"](["a", "b", "c"]))
+    assert len(replies) == 3
+    assert all(replies)
+    assert [message["role"] for message in names["messages"]] == ["user", "assistant"]
+    names["cache"].close()
+    assert list((tmp_path / ".cache" / "erllama").rglob("*.kvc"))
+
+
+def test_the_page_of_memory_pressure_does_what_it_says() -> None:
+    names: Names = {"erllama": erllama, "batch_bytes": lambda: 2**30}
+    run("docs/memory-pressure.md", names)
+    assert names["budget"]().total == 64 * 2**30
+    names["cache"].close()
+
+
+class Bucket:
+    """An object store, in memory."""
+
+    def __init__(self) -> None:
+        self.held: dict[bytes, tuple[Block, bytes]] = {}
+
+    def listing(self) -> list[tuple[Block, int, int]]:
+        return [(block, len(payload), 0) for block, payload in self.held.values()]
+
+    def put(self, block: Block, payload: bytes) -> None:
+        self.held[block.key] = (block, payload)
+
+    def get(self, key: bytes) -> tuple[Block, bytes]:
+        if key not in self.held:
+            raise FileNotFoundError(key.hex())
+        return self.held[key]
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            self.held.pop(key, None)
+
+
+def test_the_page_of_tiers_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names: Names = {"bucket": Bucket()}
+    run("docs/tiers.md", names)
+    prompt = "a prompt " * 100
+    with names["cache"] as cache, erllama.load_backend(StubBackend(), cache=cache) as model:
+        model.complete(prompt, max_tokens=4)
+        cache.flush()
+    assert names["bucket"].held
+    with erllama.Cache(ram=0, tiers=[names["ObjectStore"](names["bucket"], budget=10**9)]) as cache:
+        with erllama.load_backend(StubBackend(), cache=cache) as model:
+            hit = model.complete(prompt, max_tokens=4).cache
+    assert (hit.kind, hit.tier) == ("exact", "remote")
+
+
+def test_the_page_of_the_harness_does_what_it_says(tmp_path: Path) -> None:
+    """Its machines run, each a little."""
+    tested = ("MyTier", "MyTier", "MyBackend")
+    for source, tier_or_backend in zip(snippets("docs/test-harness.md"), tested, strict=True):
+        names: Names = {
+            "MyTier": lambda directory, budget: FileTier(directory / "mine", budget, name="mine"),
+            "MyBackend": lambda path: StubBackend(),
+            "__name__": "page",
+        }
+        assert tier_or_backend in source
+        exec(compile(source, "docs/test-harness.md", "exec", dont_inherit=True), names)
+        case = names["TestMine"]
+        if issubclass(case, TierConformance):
+            for name in (name for name in dir(case) if name.startswith("test_")):
+                with suppress(unittest.SkipTest):
+                    getattr(case(), name)()
+            continue
+        case.settings = settings(max_examples=3, stateful_step_count=10, deadline=None)
+        result = unittest.TestResult()
+        case("runTest").run(result)
+        assert result.wasSuccessful(), result.failures + result.errors
+
+
+# Where the snippets of a page are run that is not run here.
+ELSEWHERE = {
+    "docs/backends.md": "tests/harness/test_backends.py",
+    "docs/metrics.md": "tests/serving/test_metrics.py",
+    "docs/demo-model.md": "tests/models/test_demo_model.py",
+    "docs/index.md": "tests/docs/test_commands.py",
+    **{f"docs/{page}.md": "tests/docs/test_examples.py" for page in SCRIPTS},
+}
+
+
+def test_every_page_with_snippets_is_run_somewhere() -> None:
+    here = set(re.findall(r"\"((?:docs/)?[\w-]+\.md)\"", Path(__file__).read_text()))
+    for page in NAMES:
+        if blocks(page, "python"):
+            assert page in here or page in ELSEWHERE, f"no test runs the snippets of {page}"
+    for page, test in ELSEWHERE.items():
+        assert page not in NAMES or (blocks(page, "python") and (ROOT / test).exists()), page
+
+
+def test_what_a_snippet_gets_wrong_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pages.ROOT", tmp_path)
+    (tmp_path / "page.md").write_text("# A page\n\n```python\nx = 1  # True\nx + 1  # words\nx + 2  # 3\n```\n")
+    assert run("page.md", {}) == 1
+    (tmp_path / "page.md").write_text("# A page\n\n```python\nx = 1\nx + 2  # 4\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md, line 5: 3"):
+        run("page.md", {})

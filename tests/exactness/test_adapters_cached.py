@@ -1,0 +1,380 @@
+"""What is computed with one set of adapters is never taken for that of another, whatever happens in any order."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import erllama
+from erllama.engine.adapters import LoadedAdapter, recipe
+from erllama.testing.models import write_gemma3, write_lora, write_mamba
+from support.adapting import LIVES, NO_TEXT, PROMPT, AdaptedStub, apart, cold_stub, greedy, llama, used
+
+# --- what the cache keeps apart
+
+
+def test_each_set_has_a_cache_of_its_own(tiny_gguf: Path, loras: list[Path]) -> None:
+    """In the context's cells and in RAM, whatever the order in which adapters were loaded."""
+    sets: list[dict[int, float]] = [{}, {0: 1.0}, {0: 0.5}, {1: 1.0}, {0: 1.0, 1: 0.5}, {0: 0.5, 1: 1.0}]
+    replies = {}
+    for evict in (False, True):
+        with llama(tiny_gguf, n_ctx=4096) as model:
+            for kind in ("cold", "exact"):
+                for i, scales in enumerate(sets):
+                    order = sorted(scales, reverse=kind == "exact")
+                    adapters = [model.load_adapter(loras[a], scale=scales[a]) for a in order]
+                    assert model.cached_prefix(PROMPT) == (0 if kind == "cold" else len(PROMPT) - 1)
+                    reply = greedy(model)
+                    assert (i, reply.cache.kind) == (i, kind)
+                    assert replies.setdefault(i, reply.tokens) == reply.tokens
+                    for adapter in adapters:
+                        adapter.unload()
+                if evict:
+                    model.evict()
+    assert len(set(replies.values())) == len(sets)
+
+
+def test_an_adapter_is_known_by_its_content_after_a_restart(
+    tiny_gguf: Path, loras: list[Path], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.gguf"
+    hits = []
+    for source, scale in ((loras[0], 1.0), (loras[0], 1.0), (loras[1], 1.0), (loras[0], 0.5), (None, 0.0)):
+        if source is not None:
+            shutil.copy(source, copy)
+        with (
+            erllama.Cache(disk=tmp_path / "kv", ram=0, block_size=32) as cache,
+            llama(tiny_gguf, cache=cache) as model,
+        ):
+            if source is not None:
+                model.load_adapter(copy, scale=scale)
+            reply = greedy(model)
+            hits.append((reply.cache.kind, reply.cache.tier))
+    assert hits == [("cold", None), ("exact", "disk"), ("cold", None), ("cold", None), ("cold", None)]
+
+
+def test_who_runs_shares_with_nobody_of_another_set(stub_adapters: list[Path]) -> None:
+    """Not running cells, nor what another is about to compute; of one set, both."""
+    backend = AdaptedStub(n_ctx=2048)
+    with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
+        adapter = model.load_adapter(stub_adapters[0], scale=0)
+        backend.gate.clear()
+        streams = []
+        for scale in (0, 1):
+            adapter.scale = scale
+            streams += [model.stream(PROMPT, max_tokens=5, temperature=0.0) for _ in range(2)]
+        backend.gate.set()
+        replies = [stream.result() for stream in streams]
+    assert [reply.cache.kind for reply in replies] == ["cold", "exact", "cold", "exact"]
+    wanted = [cold_stub(tuple(PROMPT), adapters, 5) for adapters in ((), used({stub_adapters[0]: 1.0}))]
+    assert [reply.tokens for reply in replies] == [wanted[0]] * 2 + [wanted[1]] * 2
+    assert wanted[0] != wanted[1]
+
+
+def test_a_session_does_not_go_on_in_cells_of_another_set(stub_adapters: list[Path]) -> None:
+    """It keeps one context: of the set that it was last in."""
+    with erllama.Cache(ram=0) as cache, erllama.load_backend(AdaptedStub(), cache=cache) as model:
+        live = model._runner._scheduler.live
+        first = greedy(model, session_id="s")
+        adapter = model.load_adapter(stub_adapters[0])
+        second = greedy(model, first.context_tokens, session_id="s")
+        assert second.cache.kind == "cold"
+        assert second.tokens == cold_stub(first.context_tokens, used({stub_adapters[0]: 1.0}), 6)
+        assert [parked.session_id for parked in live.parked].count("s") == 1
+        third = greedy(model, second.context_tokens, session_id="s")
+        assert third.cache.tokens == len(second.context_tokens) - 1
+        adapter.scale = 0.5
+        assert model.end_session("s"), "whatever the set now is"
+        assert not model.end_session("s")
+
+
+def test_a_session_has_one_request_at_a_time_whatever_the_set(stub_adapters: list[Path]) -> None:
+    backend = AdaptedStub()
+    with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
+        adapter = model.load_adapter(stub_adapters[0], scale=0)
+        backend.gate.clear()
+        stream = model.stream(PROMPT, max_tokens=3, session_id="s")
+        adapter.scale = 1
+        with pytest.raises(erllama.SessionBusy):
+            model.complete(PROMPT, session_id="s")
+        backend.gate.set()
+        stream.result()
+
+
+def test_a_parent_of_another_set_is_none(tiny_gguf: Path, loras: list[Path]) -> None:
+    with llama(tiny_gguf) as model:
+        parent = model.complete("a text to go on from", max_tokens=8, temperature=0.0, banned_tokens=NO_TEXT)
+        going_on = "a text to go on from" + parent.text + " and on"
+        ids = model.complete(going_on, max_tokens=1, parent_key=parent.finish_key).context_tokens
+        assert ids[: len(parent.context_tokens) - 1] == parent.context_tokens[:-1]
+        model.load_adapter(loras[0])
+        reply = model.complete(going_on, max_tokens=1, parent_key=parent.finish_key)
+        assert reply.cache.kind == "cold"
+        assert reply.context_tokens[:-1] == tuple(model.tokenize(going_on, parse_special=True).tolist())
+
+
+def test_a_chat_is_remembered_under_its_set(tiny_gguf: Path, loras: list[Path]) -> None:
+    """The tokens that a reply was sampled as are those of the next turn with the same adapters, and of no other."""
+    with llama(tiny_gguf) as model:
+        adapter = model.load_adapter(loras[0])
+        question: list[dict[str, object]] = [{"role": "user", "content": "hello"}]
+        reply = model.chat(question, max_tokens=12, temperature=0.0, banned_tokens=NO_TEXT)
+        messages = [*question, reply.message, {"role": "user", "content": "go on"}]
+        n = len(reply.context_tokens)
+        text = model.tokenize(model.render_chat(messages), parse_special=True).tolist()
+        assert tuple(text[:n]) != reply.context_tokens, "a reply that is spelled as it would be read shows nothing"
+        adapter.scale = 0.5
+        assert model.apply_chat_template(messages).tolist() == text
+        adapter.scale = 1.0
+        assert tuple(model.apply_chat_template(messages)[:n].tolist()) == reply.context_tokens
+        second = model.chat(messages, max_tokens=4, temperature=0.0)
+        assert second.cache.tokens >= n - 1
+
+
+def test_a_chat_under_way_is_remembered_under_the_set_it_began_with(tiny_gguf: Path, loras: list[Path]) -> None:
+    with llama(tiny_gguf) as model:
+        adapter = model.load_adapter(loras[0])
+        question: list[dict[str, object]] = [{"role": "user", "content": "hello"}]
+        stream = model.stream_chat(question, max_tokens=12, temperature=0.0, banned_tokens=NO_TEXT)
+        adapter.scale = 0.5
+        reply = stream.result()
+        messages = [*question, reply.message]
+        n = len(reply.context_tokens)
+        assert tuple(model.apply_chat_template(messages)[:n].tolist()) != reply.context_tokens
+        adapter.scale = 1.0
+        assert tuple(model.apply_chat_template(messages)[:n].tolist()) == reply.context_tokens
+
+
+def test_what_is_prefilled_is_prefilled_for_a_set(tiny_gguf: Path, loras: list[Path]) -> None:
+    with llama(tiny_gguf) as model:
+        adapter = model.load_adapter(loras[0])
+        model.prefill(PROMPT)
+        assert model.cached_prefix(PROMPT) == len(PROMPT) - 1
+        adapter.scale = 0.9
+        assert model.cached_prefix(PROMPT) == 0
+        adapter.scale = 1.0
+        assert greedy(model).cache.kind == "exact"
+
+
+@pytest.mark.parametrize("n_adapters", [1, 2])
+def test_a_warm_reply_has_the_bits_of_a_cold_one(tiny_gguf: Path, loras: list[Path], n_adapters: int) -> None:
+    """After the adapters were loaded anew, too: then they lie elsewhere in memory."""
+    with llama(tiny_gguf) as model:
+        replies = []
+        for _ in range(2):
+            adapters = [model.load_adapter(lora, scale=0.8) for lora in loras[:n_adapters]]
+            replies += [greedy(model, reproducible=True, logprobs=10) for _ in range(2)]
+            for adapter in adapters:
+                adapter.unload()
+    assert [reply.cache.kind for reply in replies] == ["cold", "exact", "exact", "exact"]
+    assert all(reply.logprobs == replies[0].logprobs for reply in replies)
+
+
+def test_of_three_adapters_bits_are_promised_as_long_as_they_are_loaded(tiny_gguf: Path, loras: list[Path]) -> None:
+    """libllama adds what three or more contribute in an order that depends on where they lie."""
+    with llama(tiny_gguf) as model:
+        for kinds in (("exact",), ("partial",)):  # blocks that were there before and end no slice are not replaced
+            adapters = [model.load_adapter(lora) for lora in loras[:3]]
+            cold = greedy(model, reproducible=True, logprobs=10)
+            assert cold.cache.kind == "cold"
+            warm = greedy(model, reproducible=True, logprobs=10)
+            assert warm.cache.kind in kinds
+            assert warm.logprobs == cold.logprobs
+            assert greedy(model).cache.kind == "exact", "the KV is good for whoever asks for no bits"
+            for adapter in adapters:
+                adapter.unload()
+    loaded = [(LoadedAdapter(None, Path(), "", 1.0), 1.0) for _ in range(4)]
+    one, other = (recipe(b"0" * 16, tuple(picked)) for picked in (loaded[:3], loaded[1:]))  # type: ignore[arg-type]
+    assert one != other
+    assert recipe(b"0" * 16, tuple(loaded[:2])) == b"0" * 16  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("make", "architecture"), [(write_gemma3, "gemma3"), (write_mamba, "mamba")])
+def test_models_whose_memory_cannot_be_cut(make: Callable[[Path], Path], architecture: str, tmp_path: Path) -> None:
+    path = make(tmp_path / "model.gguf")
+    lora = write_lora(tmp_path / "lora.gguf", weights=("output",), seed=5, architecture=architecture)
+    with llama(path) as model:
+        plain = greedy(model)
+        adapter = model.load_adapter(lora)
+        changed = greedy(model)
+        assert changed.cache.kind == "cold"
+        assert changed.tokens != plain.tokens
+        again = greedy(model)
+        assert (again.tokens, again.cache.kind) == (changed.tokens, "exact")
+        adapter.unload()
+        again = greedy(model)
+        assert (again.tokens, again.cache.kind) == (plain.tokens, "exact")
+
+
+# --- anything, in any order
+
+
+class Asked(NamedTuple):
+    stream: erllama.Stream
+    prompt: tuple[int, ...]
+    adapters: tuple[tuple[Path, float], ...]
+    reproducible: bool
+
+
+class Life:
+    """A model's life among adapters: whatever may happen, in an order that dice decide.
+
+    Args:
+        make: loads the model, over a cache.
+        paths: adapters that there are.
+        check: whether a reply is that of a model which never knew other adapters.
+        banned: tokens that no reply has.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        make: Callable[[erllama.Cache], erllama.Model],
+        paths: Sequence[Path],
+        check: Callable[[Asked, erllama.Completion], None],
+        banned: Sequence[int] = (),
+    ) -> None:
+        self.dice, self.banned = random.Random(seed), banned
+        self.make, self.paths, self.check = make, paths, check
+        self.adapters: list[erllama.Adapter] = []
+        self.asked: list[Asked] = []
+
+    def live(self, cache: erllama.Cache, steps: int) -> int:
+        """How many replies were checked."""
+        n_checked = 0
+        self.model = self.make(cache)
+        try:
+            for _ in range(steps):
+                n_checked += self.step(cache)
+            return n_checked + self.collect()
+        finally:
+            self.model.unload()
+
+    def step(self, cache: erllama.Cache) -> int:
+        dice = self.dice
+        what = dice.choices(
+            ["ask", "load", "scale", "unload", "collect", "evict", "again"], [8, 3, 3, 2, 2, 1, 0.5]
+        )[0]
+        if what == "ask":
+            self.ask()
+        elif what == "load" and len(self.adapters) < 3:
+            scale = dice.choice([0.0, 0.5, 1.0])
+            self.adapters.append(self.model.load_adapter(dice.choice(self.paths), scale=scale))
+        elif what == "scale" and self.adapters:
+            dice.choice(self.adapters).scale = dice.choice([0.0, 0.5, 1.0])
+        elif what == "unload" and self.adapters:
+            self.adapters.pop(dice.randrange(len(self.adapters))).unload()
+        elif what == "evict":
+            dice.choice([self.model.evict, lambda: cache.evict_bytes(1 << 16)])()
+        elif what in ("collect", "again"):
+            n = self.collect()
+            if what == "again":
+                self.model.unload()
+                self.adapters.clear()
+                self.model = self.make(cache)
+            return n
+        return 0
+
+    def ask(self) -> None:
+        dice = self.dice
+        start = dice.choice([0, 0, 0, 50])
+        prompt = tuple(PROMPT[start : start + dice.choice([20, 64, 65, 100])])
+        reproducible = dice.random() < 0.4
+        session = dice.choice([None, None, f"s{len(self.asked)}"])
+        in_effect = tuple((adapter.path, adapter.scale) for adapter in self.model.adapters if adapter.scale)
+        stream = self.model.stream(
+            prompt,
+            max_tokens=3,
+            temperature=0.0,
+            reproducible=reproducible,
+            session_id=session,
+            logprobs=20,
+            banned_tokens=self.banned,
+        )
+        self.asked.append(Asked(stream, prompt, in_effect, reproducible))
+
+    def collect(self) -> int:
+        asked, self.asked = self.asked, []
+        for one in asked:
+            self.check(one, one.stream.result())
+        return len(asked)
+
+
+def test_no_reply_is_of_another_set_whatever_happens(stub_adapters: list[Path], tmp_path: Path) -> None:
+    """Stubs: any wrong token's KV in any place changes a reply."""
+    backends: list[AdaptedStub] = []
+
+    def make(cache: erllama.Cache) -> erllama.Model:
+        backends.append(AdaptedStub(n_ctx=400, n_ubatch=32))
+        return erllama.load_backend(backends[-1], cache=cache, n_seq_max=3)
+
+    def check(asked: Asked, reply: erllama.Completion) -> None:
+        adapters = tuple(sorted((hashlib.sha256(p.read_bytes()).hexdigest(), s) for p, s in asked.adapters))
+        assert reply.tokens == cold_stub(asked.prompt, adapters, 3)
+
+    warm = 0
+    for seed in range(LIVES):
+        with erllama.Cache(ram="64KiB", disk=tmp_path / "kv" if seed % 4 == 0 else None, block_size=16) as cache:
+            Life(seed, make, stub_adapters, check).live(cache, steps=25)
+            counters = cache.counters()
+            warm += counters["hits_exact"] + counters["hits_longest_prefix"]
+    assert not any(backend.wrongs for backend in backends)
+    assert warm > LIVES, "nothing was warm, so nothing was shown"
+
+
+def test_no_reply_is_of_another_set_whatever_happens_in_libllama(
+    tiny_gguf: Path, loras: list[Path], tmp_path: Path
+) -> None:
+    """Where bits are promised, a cold run's; else its numbers, but for rounding."""
+    known: dict[tuple[tuple[int, ...], tuple[tuple[Path, float], ...]], erllama.Completion] = {}
+    nearest = np.inf
+
+    def make(cache: erllama.Cache) -> erllama.Model:
+        return erllama.load_model(
+            tiny_gguf, cache=cache, n_ctx=512, n_threads=1, n_ubatch=32, n_seq_max=3, warmup=False
+        )
+
+    def cold(prompt: tuple[int, ...], adapters: tuple[tuple[Path, float], ...]) -> erllama.Completion:
+        adapters = tuple(sorted(adapters))
+        if (prompt, adapters) not in known:
+            for path, scale in adapters:
+                reference.load_adapter(path, scale=scale)
+            known[prompt, adapters] = greedy(
+                reference, prompt, 3, reproducible=True, logprobs=20, banned_tokens=[2]
+            )
+            assert known[prompt, adapters].cache.tokens == 0
+            reference.evict()
+            forgetful.evict_bytes(1 << 40)
+            for adapter in reference.adapters:
+                adapter.unload()
+        return known[prompt, adapters]
+
+    def check(asked: Asked, reply: erllama.Completion) -> None:
+        nonlocal nearest
+        expected = cold(asked.prompt, asked.adapters)
+        if asked.reproducible and len(asked.adapters) < 3:
+            assert reply.logprobs == expected.logprobs
+        assert apart(reply.logprobs, expected.logprobs) < 0.03
+        for (prompt, adapters), other in known.items():
+            if prompt == asked.prompt and summed(adapters) != summed(asked.adapters):
+                nearest = min(nearest, apart(reply.logprobs, other.logprobs))
+
+    n_checked = 0
+    with erllama.Cache(ram=0) as forgetful, make(forgetful) as reference:
+        for seed in range(LIVES):
+            with erllama.Cache(disk=tmp_path / "kv" if seed % 4 == 0 else None, block_size=16) as cache:
+                n_checked += Life(seed, make, loras, check, banned=[2]).live(cache, steps=12)
+    assert n_checked > LIVES
+    assert nearest > 0.03, "sets whose replies are alike show nothing"
+
+
+def summed(adapters: tuple[tuple[Path, float], ...]) -> dict[Path, float]:
+    """What a set comes to: one file may be in it twice."""
+    return {path: sum(scale for other, scale in adapters if other == path) for path, _ in adapters}

@@ -1,0 +1,296 @@
+"""The harness, run on every kind of tier that there is; and shown to find each of many seeded faults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from erllama.cache import Block, Cache, Changes, FileTier, RamTier, Tier
+from erllama.engine.backends.llama import LlamaBackend
+from erllama.engine.backends.stub import StubBackend
+from erllama.errors import CacheFormatError
+from erllama.testing import BackendMachine, CacheMachine, TierConformance
+from erllama.testing.models import TINY, write_gemma3, write_lfm2, write_llama, write_mamba
+from support.backends import llama_backend
+from support.faulty_backends import (
+    LIES,
+    RARE,
+    CutsFirst,
+    DecodesSecond,
+    DropsNext,
+    EmbedsBackwards,
+    PacksStale,
+    RestoresFrom32,
+    RestoresInFirst,
+    SharesForty,
+    Trusts,
+    WipesBatch,
+)
+from support.faulty_tiers import (
+    FAULTS,
+    ForgetsAtClose,
+    KeepsAll,
+    KeepsOld,
+    ListsTwice,
+    ListsWrongSizes,
+    ReadsForOneThread,
+    ReadsOther,
+    ReadsShort,
+    SmallTier,
+)
+from support.places import ROOT
+
+GUIDE = ROOT / "docs" / "test-harness.md"
+EXAMPLES = int(os.environ.get("ERLLAMA_HARNESS_EXAMPLES", "25"))
+# Nothing is shrunk: what a run finds depends on files and threads, and would take long to repeat.
+MACHINE = settings(max_examples=EXAMPLES, stateful_step_count=30, phases=[Phase.generate])
+
+
+def machine(name: str, make: object, **attributes: object) -> type[CacheMachine]:
+    return type(name, (CacheMachine,), {"make_cache": make, **attributes})
+
+
+MACHINES = [
+    machine("Ram", lambda self, d: Cache(ram=2000, block_size=16)),
+    machine("Disk", lambda self, d: Cache(ram=0, disk=d, disk_quota=9000, block_size=16, watch=False)),
+    machine("RamFile", lambda self, d: Cache(ram=0, ram_file=d, ram_file_quota=6000, block_size=16, watch=False)),
+    machine("RamAndDisk", lambda self, d: Cache(ram=1000, disk=d, disk_quota=9000, block_size=16, watch=False)),
+    machine(
+        "Everything",
+        lambda self, d: Cache(
+            ram=1000,
+            ram_file=d / "f",
+            ram_file_quota=4000,
+            disk=d / "d",
+            disk_quota=9000,
+            block_size=16,
+            watch=False,
+        ),
+    ),
+    machine(
+        "TwoRoots",
+        lambda self, d: Cache(ram=500, disk={d / "a": 4000, d / "b": 6000}, block_size=16, watch=False),
+    ),
+    machine(
+        "Uncut",
+        lambda self, d: Cache(ram=1000, disk=d, disk_quota=9000, block_size=16, watch=False),
+        can_trim=False,
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", MACHINES, ids=lambda kind: kind.__name__)
+def test_no_tier_lies(kind: type[CacheMachine]) -> None:
+    run_state_machine_as_test(kind, settings=MACHINE)
+
+
+class TestRamTier(TierConformance):
+    def make_tier(self, directory: Path) -> Tier:
+        return RamTier(10**6)
+
+
+class TestFileTier(TierConformance):
+    """On a tmpfs as far as it can tell: nothing is made durable, which would take most of the time."""
+
+    n_blocks = 40
+    shared = True
+
+    def make_tier(self, directory: Path) -> Tier:
+        return FileTier(directory / "cache", 10**6, name="ram_file", watch=False)
+
+
+class TestSmallTier(TierConformance):
+    def make_tier(self, directory: Path) -> Tier:
+        return SmallTier(str(directory))
+
+
+class TestTinyTier(TierConformance):
+    """Hardly anything has room."""
+
+    def make_tier(self, directory: Path) -> Tier:
+        return SmallTier(str(directory), 600)
+
+
+def custom(self: CacheMachine, directory: Path) -> Cache:
+    return Cache(
+        ram=600, disk=directory, disk_quota=6000, tiers=[SmallTier(str(directory))], block_size=16, watch=False
+    )
+
+
+def test_a_tier_of_ones_own_does_not_lie() -> None:
+    run_state_machine_as_test(machine("Remote", custom, shared=False), settings=MACHINE)
+
+
+class SwappingTier(FileTier):
+    """Gives the payload of another block once it has two."""
+
+    last: bytes = b""
+
+    def read(self, block: Block) -> tuple[Block, memoryview]:
+        found, payload = super().read(block)
+        given, type(self).last = type(self).last or bytes(payload), bytes(payload)
+        return found, memoryview(given)
+
+
+class ForgetfulTier(FileTier):
+    """Loses what it wrote."""
+
+    def write(self, block: Block, payload: memoryview) -> None:
+        super().write(block, payload)
+        self.path_of(block.key).unlink()
+
+
+class GreedyTier(FileTier):
+    """Writes what it was not given room for."""
+
+    def write(self, block: Block, payload: memoryview) -> None:
+        super().write(block, payload)
+        (self.root / "blocks" / "more.kvc").write_bytes(bytes(9000))
+
+
+class LaxTier(FileTier):
+    """Believes every file."""
+
+    def read(self, block: Block) -> tuple[Block, memoryview]:
+        try:
+            return super().read(block)
+        except CacheFormatError:
+            return block, memoryview(self.path_of(block.key).read_bytes()[-96:] or b"x")
+
+
+class UnawareTier(FileTier):
+    """Does not tell what others did."""
+
+    def changes(self) -> Changes | None:
+        return None
+
+
+FILE_FAULTS: list[tuple[type[FileTier], str]] = [
+    (SwappingTier, "test_what_is_written_is_read"),
+    (ForgetfulTier, "test_what_is_written_is_read"),
+    (GreedyTier, "test_a_sound_tier_has_no_problems"),
+    (LaxTier, "test_a_problem_is_found"),
+    (UnawareTier, "test_instances_see_each_other"),
+]
+
+
+@pytest.mark.parametrize(("liar", "rule"), FILE_FAULTS)
+def test_a_rule_finds_a_fault_of_a_tier_of_files(liar: type[FileTier], rule: str) -> None:
+    class Rules(TestFileTier):
+        def make_tier(self, directory: Path) -> Tier:
+            return liar(directory / "cache", 10**6, name="ram_file", watch=False)
+
+    with pytest.raises(AssertionError):
+        getattr(Rules(), rule)()
+
+
+@pytest.mark.parametrize(("liar", "rule"), FAULTS)
+def test_a_rule_finds_a_fault_of_a_tier(liar: type[SmallTier], rule: str) -> None:
+    class Rules(TierConformance):
+        def make_tier(self, directory: Path) -> Tier:
+            return liar(str(directory))
+
+    with pytest.raises(AssertionError):
+        getattr(Rules(), rule)()
+
+
+def test_every_rule_for_tiers_has_a_fault() -> None:
+    rules = {name for name in dir(TierConformance) if name.startswith("test_")}
+    assert rules == {rule for _, rule in [*FAULTS, *FILE_FAULTS]}
+
+
+def faulty_machine(liar: type[SmallTier], budget: int) -> type[CacheMachine]:
+    def make(self: CacheMachine, directory: Path) -> Cache:
+        return Cache(ram=300, tiers=[liar(str(directory), budget)], block_size=16, watch=False)
+
+    return machine(liar.__name__, make, shared=False)
+
+
+# The machine checks all rules before it begins: what one of them finds, it finds. These are some of each kind.
+@pytest.mark.parametrize("liar", [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ReadsForOneThread])
+def test_the_machine_names_the_promise_that_a_tier_breaks(liar: type[SmallTier]) -> None:
+    with pytest.raises(AssertionError, match="The broken promise"):
+        run_state_machine_as_test(faulty_machine(liar, 10**6), settings=settings(MACHINE, max_examples=1))
+
+
+@pytest.mark.parametrize(
+    "liar",
+    [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ForgetsAtClose, ReadsOther],
+)
+def test_the_machine_finds_faults_of_tiers_without_the_rules(
+    liar: type[SmallTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CacheMachine, "_check_tiers", lambda self: None)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(faulty_machine(liar, 2000), settings=settings(MACHINE, max_examples=40))
+
+
+# --- backends ---------------------------------------------------------------------------------------
+
+WRITERS = {"llama": (write_llama, TINY), "gemma3": (write_gemma3,), "mamba": (write_mamba,), "lfm2": (write_lfm2,)}
+
+
+@pytest.mark.parametrize("can_trim", [True, False])
+def test_the_stub_computes_alike_whatever_it_is_put_through(can_trim: bool) -> None:
+    class Stub(BackendMachine):
+        def make_backend(self) -> StubBackend:
+            return StubBackend(n_ctx=64, can_trim=can_trim)
+
+    run_state_machine_as_test(Stub, settings=settings(MACHINE, max_examples=max(EXAMPLES // 2, 5)))
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_libllama_computes_alike_whatever_it_is_put_through(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{kind}.gguf"
+    write, *shape = WRITERS[kind]
+    write(path, *shape, seed=1)
+
+    class Llama(BackendMachine):
+        checks_rules = False  # tests/harness/test_backends.py does
+
+        def make_backend(self) -> LlamaBackend:
+            return llama_backend(path, n_ctx=256, n_ubatch=32, n_threads=1)
+
+    run_state_machine_as_test(Llama, settings=settings(MACHINE, max_examples=max(EXAMPLES // 5, 5)))
+
+
+@pytest.mark.parametrize("liar", [SharesForty, PacksStale, RestoresFrom32, WipesBatch, EmbedsBackwards])
+def test_the_machine_names_the_promise_that_a_backend_breaks(liar: type[StubBackend]) -> None:
+    class Machine(BackendMachine):
+        def make_backend(self) -> StubBackend:
+            return liar(n_ctx=300)
+
+    with pytest.raises(AssertionError, match="The broken promise"):
+        run_state_machine_as_test(Machine, settings=settings(MACHINE, max_examples=1))
+
+
+@pytest.mark.parametrize("liar", [RestoresInFirst, DecodesSecond, CutsFirst, DropsNext, Trusts])
+def test_the_machine_finds_faults_of_backends_without_the_rules(liar: type[StubBackend]) -> None:
+    class Machine(BackendMachine):
+        checks_rules = False
+
+        def make_backend(self) -> StubBackend:
+            return liar(n_ctx=300)
+
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(Machine, settings=settings(MACHINE, max_examples=40))
+
+
+# --- the guide ------------------------------------------------------------------------------------------
+
+
+def table(faults: Sequence[tuple[type, str]]) -> str:
+    """The faults and the rules that find them, as the guide has them."""
+    rows = [f"| {' '.join((fault.__doc__ or '').split())} | `{rule}` |" for fault, rule in faults]
+    return "\n".join(["| Fault | Rule that finds it |", "|---|---|", *rows])
+
+
+@pytest.mark.parametrize("faults", [[*FAULTS, *FILE_FAULTS], [*LIES, *RARE]], ids=["tiers", "backends"])
+def test_the_guide_has_the_table_of_faults(faults: Sequence[tuple[type, str]]) -> None:
+    assert len({fault for fault, _ in faults}) >= 40
+    assert table(faults) in GUIDE.read_text(), f"docs/test-harness.md must have this table:\n{table(faults)}"

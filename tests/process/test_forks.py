@@ -1,0 +1,77 @@
+"""A forked child works, whatever other threads of its parent did at the fork."""
+
+from __future__ import annotations
+
+from support.children import must_run
+
+
+def test_a_child_that_is_forked_while_grammars_compile_compiles_its_own() -> None:
+    told = must_run(
+        """
+        import itertools, os, signal, threading, warnings
+        warnings.simplefilter("ignore")
+        from erllama import Grammar
+        from erllama.engine.grammar import llguidance_adapter as guidance
+
+        Grammar.regex("a")
+        usual = threading.stack_size()
+        def compile_for_ever():
+            for n in itertools.count():
+                Grammar.json_schema({"enum": [f"word {n} {i}" for i in range(300)]})
+
+        for _ in range(2):
+            threading.Thread(target=compile_for_ever, daemon=True).start()
+        for _ in range(12):
+            while not guidance._stack_size.locked():  # in the midst of it
+                pass
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(20)
+                assert Grammar.regex("b+").accepts("bb")
+                assert not Grammar.gbnf('root ::= "x" | "y"').accepts("z")
+                assert Grammar.json_schema({"type": "integer"}).accepts("12")
+                assert threading.stack_size() == usual
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        print("whole", flush=True)
+        os._exit(0)
+        """,
+        timeout=300,
+    )
+    assert told == "whole\n"
+
+
+def test_a_child_that_is_forked_while_models_are_loaded_loads_its_own() -> None:
+    told = must_run(
+        """
+        import os, signal, threading, warnings
+        warnings.simplefilter("ignore")
+        import erllama
+        import erllama.metrics
+        from erllama._model import load as _load
+        from erllama._model import registry as _registry
+        from erllama.engine.backends.stub import StubBackend
+
+        held, forked = threading.Event(), threading.Event()
+        def hold():
+            with _registry._lock, _load._shared_cache_lock, erllama.metrics._lock:
+                held.set()
+                forked.wait()
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait()
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            with erllama.load_backend(StubBackend()) as model:
+                model.complete("x", max_tokens=2)
+            erllama.metrics.register()
+            os._exit(0)
+        forked.set()
+        holder.join()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        print("whole")
+        """
+    )
+    assert told == "whole\n"

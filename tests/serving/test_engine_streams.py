@@ -1,0 +1,232 @@
+"""Streams, asyncio and stop strings: who reads along, who stops reading, and what ends a reply."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import erllama
+from erllama.engine import Batch
+from erllama.engine.backends.stub import EOG, StubBackend
+from support.requests_of import (
+    Watched,
+    eventually,
+    loaded,
+    metrics,
+)
+
+# --- streams -----------------------------------------------------------------------------------------
+
+
+def test_a_stream_is_cancelled_from_another_thread_and_still_ends_with_done() -> None:
+    with loaded(StubBackend(eog_bias=-100)) as model:
+        stream = model.stream([1], max_tokens=None)
+        next(stream)
+        threading.Thread(target=stream.cancel).start()
+        *_, last = stream
+        assert isinstance(last, erllama.Done)
+        assert last.completion.finish_reason == "cancelled"
+
+
+def test_a_request_is_cancelled_while_it_waits() -> None:
+    backend = Watched()
+    with loaded(backend, n_seq_max=1) as model:
+        backend.hold()
+        first, second = model.stream([1], max_tokens=3), model.stream([2], max_tokens=3)
+        second.cancel()
+        backend.let_go()
+        assert len(first.result().tokens) == 3
+        reply = second.result()
+        assert (reply.finish_reason, reply.tokens, reply.cache.kind) == ("cancelled", (), "cold")
+
+
+def test_a_reader_that_stops_costs_its_reply_and_loses_nothing() -> None:
+    with loaded(StubBackend(n_ctx=8192, eog_bias=-100)) as model:
+        stream = model.stream([1], max_tokens=3000, seed=1)
+        whole = stream.result()
+        assert len(stream._ticket._unread) <= 256
+        pieces = [event for event in stream if isinstance(event, erllama.TextDelta)]
+        assert len(pieces) == 257, "the rest as one piece"
+        assert "".join(piece.text for piece in pieces) == whole.text
+        assert tuple(token for piece in pieces for token in piece.tokens) == whole.tokens
+
+
+def test_completions_that_nobody_streams_keep_no_events() -> None:
+    with loaded(StubBackend(eog_bias=-100)) as model:
+        ticket = model._ticket([1], erllama.engine.RequestOptions(max_tokens=50))
+        model._runner.submit(ticket)
+        ticket.result()
+        assert not ticket._unread
+
+
+def test_a_tenth_of_replies_streams_while_the_rest_is_waited_for() -> None:
+    with loaded(StubBackend(eog_bias=-100), n_seq_max=4) as model:
+        streams = [model.stream([i], max_tokens=10, seed=i) for i in range(10)]
+        replies = [model.complete([i], max_tokens=10, seed=i) for i in range(10)]
+        assert [stream.result().tokens for stream in streams] == [reply.tokens for reply in replies]
+
+
+# --- asyncio ------------------------------------------------------------------------------------------
+
+
+def test_async_requests_take_no_threads() -> None:
+    async def run(model: erllama.Model) -> list[erllama.Completion]:
+        before = threading.active_count()
+        tasks = [asyncio.ensure_future(model.acomplete([i], max_tokens=30, seed=i)) for i in range(50)]
+        await asyncio.sleep(0)
+        assert threading.active_count() <= before
+        return list(await asyncio.gather(*tasks))
+
+    with loaded(StubBackend(eog_bias=-100)) as model:
+        replies = asyncio.run(run(model))
+        assert [reply.tokens for reply in replies] == [
+            model.complete([i], max_tokens=30, seed=i).tokens for i in range(50)
+        ]
+
+
+def test_async_streams_give_what_streams_give() -> None:
+    async def run(model: erllama.Model) -> list[erllama.Event]:
+        return [event async for event in model.astream("hello", max_tokens=30, seed=1)]
+
+    with loaded(StubBackend(eog_bias=-100)) as model:
+        *pieces, done = asyncio.run(run(model))
+        assert isinstance(done, erllama.Done)
+        expected = model.complete("hello", max_tokens=30, seed=1)
+        assert done.completion.tokens == expected.tokens
+        assert "".join(p.text for p in pieces if isinstance(p, erllama.TextDelta)) == expected.text
+
+
+def test_the_loop_runs_on_while_a_model_computes() -> None:
+    backend = Watched()
+
+    async def run(model: erllama.Model) -> int:
+        backend.hold()
+        task = asyncio.ensure_future(model.acomplete([1], max_tokens=2))
+        while not backend.at_decode.is_set():
+            await asyncio.sleep(0.001)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not task.done()
+        backend.let_go()
+        return len((await task).tokens)
+
+    with loaded(backend) as model:
+        assert asyncio.run(run(model)) == 2
+
+
+@pytest.mark.parametrize("way", ["complete", "stream"])
+def test_a_cancelled_task_cancels_its_request(way: str) -> None:
+    async def consume(model: erllama.Model) -> None:
+        if way == "complete":
+            await model.acomplete([1])
+        else:
+            async for _ in model.astream([1]):
+                pass
+
+    async def run(model: erllama.Model) -> None:
+        task = asyncio.ensure_future(consume(model))
+        while not metrics(model).ticks:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while model.queue_depth:
+            await asyncio.sleep(0.001)
+
+    with loaded(StubBackend(n_ctx=65536, eog_bias=-100)) as model:
+        asyncio.run(run(model))
+        assert metrics(model).finished == {"cancelled": 1}
+
+
+def test_leaving_an_async_stream_cancels_it() -> None:
+    async def run(model: erllama.Model) -> erllama.Completion:
+        async with model.astream([1]) as stream:
+            async for _ in stream:
+                break
+        return await stream.result()
+
+    with loaded(StubBackend(n_ctx=65536, eog_bias=-100)) as model:
+        assert asyncio.run(run(model)).finish_reason == "cancelled"
+
+
+def test_async_errors_are_the_same_errors() -> None:
+    async def run(model: erllama.Model) -> None:
+        with pytest.raises(erllama.OptionError):
+            await model.acomplete([1], max_tokens=-1)
+        with pytest.raises(erllama.DeadlineExceeded):
+            await model.acomplete([1], timeout=0.0)
+        with pytest.raises(erllama.DeadlineExceeded):
+            async for _ in model.astream([1], timeout=0.0):
+                pass
+        assert (await model.aprefill([1, 2, 3])).tokens == ()
+
+    with loaded(StubBackend(eog_bias=-100)) as model:
+        asyncio.run(run(model))
+
+
+def test_a_loop_that_ended_does_not_harm_the_model() -> None:
+    async def run(model: erllama.Model) -> erllama.AsyncStream:
+        return model.astream([1], max_tokens=200)
+
+    with loaded(StubBackend(eog_bias=-100)) as model:
+        stream = asyncio.run(run(model))
+        eventually(lambda: stream._ticket.done)
+        assert model.complete([2], max_tokens=1).finish_reason == "length"
+
+
+# --- stop strings --------------------------------------------------------------------------------------
+
+
+class Says(StubBackend):
+    """Says a text, a byte a token, then ends."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(n_sequences=4)
+        self.says = text.encode()
+
+    def decode(self, batch: Batch) -> NDArray[np.float32]:
+        logits = super().decode(batch)
+        for row, position in enumerate(batch.positions[batch.output == 1]):
+            at = int(position)  # of a prompt of one token
+            logits[row] = -10.0
+            logits[row, self.says[at] if at < len(self.says) else EOG] = 10.0
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "matched"),
+    [
+        ("END", "One, two, ", "END"),
+        (["two", "END"], "One, ", "two"),
+        (["three", "hree"], "One, two, END, ", "three"),
+        (["nothing"], "One, two, END, three, ü", None),
+        ("ü", "One, two, END, three, ", "ü"),
+        (["O"], "", "O"),
+        ([", ü", "ü!"], "One, two, END, three", ", ü"),
+    ],
+)
+def test_a_stop_string_ends_the_reply_and_is_never_streamed(
+    stop: str | list[str], text: str, matched: str | None
+) -> None:
+    with loaded(Says("One, two, END, three, ü")) as model:
+        stream = model.stream([1], stop=stop, temperature=0)
+        pieces = [event.text for event in stream if isinstance(event, erllama.TextDelta)]
+        reply = stream.result()
+    assert "".join(pieces) == reply.text == text
+    assert reply.stop_sequence == matched
+    assert reply.finish_reason == "stop"
+
+
+def test_what_was_held_back_comes_at_the_end() -> None:
+    with loaded(Says("almost STO")) as model:
+        stream = model.stream([1], stop="STOP", temperature=0)
+        pieces = [event for event in stream if isinstance(event, erllama.TextDelta)]
+        assert pieces[-1].text == "STO"
+        assert "".join(bytes(piece.tokens).decode() for piece in pieces) == "almost STO", (
+            "tokens come with their text"
+        )
+        assert stream.result().stop_sequence is None

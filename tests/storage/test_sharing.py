@@ -1,0 +1,482 @@
+"""Processes that use one directory together: nobody gets a wrong payload, the quota holds, each sees others' work.
+
+ERLLAMA_SHARING_SECONDS says for how long they work; `make stress` lets them work longer.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from erllama.cache import Block, Cache, FileTier
+from support.blocks import NAMESPACE, SIZE, blocks_of, hit, save
+from support.cache_children import (
+    DEADLINE,
+    Occupied,
+    assert_nothing_is_wrong,
+    bytes_in,
+    finished,
+    running,
+    start_python,
+)
+
+SHARING_SECONDS = float(os.environ.get("ERLLAMA_SHARING_SECONDS", "4"))
+SOON_SECONDS = 5.0  # a deadline for what takes a second or so
+
+
+def until(condition: Callable[[], bool], seconds: float = SOON_SECONDS) -> bool:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+# --- under load ------------------------------------------------------------------------------------
+
+
+WORKING = """
+    root, quota, seed, seconds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+    dice = random.Random(seed)
+    n_loads = n_evictions = 0
+    cache = Cache(block_size=SIZE, ram=(0, 60_000)[seed % 2], disk=root, disk_quota=quota)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        tokens, step = context(dice, 4), dice.random()
+        if step < 0.4:
+            save(cache, tokens)
+        elif step < 0.9:
+            n_loads += check(cache, tokens)[1]
+        elif step < 0.95:
+            cache.flush()
+            n_evictions += cache.evict_bytes(dice.randrange(30_000), tiers=("disk",)) > 0
+        elif step < 0.98:
+            block = cache.stored(dice.choice(blocks_of(tokens)).key)
+            loaded = block and cache.load(block)
+            if loaded:  # whether or not anybody pins it
+                assert loaded.payload == payload_of(block).data
+                cache.save(block, loaded.payload, replace=True)
+        else:
+            cache.rows(), cache.contains(dice.randbytes(32)), cache.context(blocks_of(tokens)[-1].key)
+    cache.flush()
+    print(n_loads, n_evictions, flush=True)
+    sys.stdin.readline()  # now nobody writes any more
+
+    deadline = time.monotonic() + 20
+    there = {path.stem for path in (root / "blocks").iterdir()}
+    while {row.key.hex() for row in cache.rows() if row.tier == "disk"} != there:
+        assert time.monotonic() < deadline, "its picture is not what is there"
+        time.sleep(0.05)
+    assert cache.verify() == []
+    cache.check_integrity()
+    counters = cache.counters()
+    assert counters["faults"] == counters["disk_errors"] == counters["corrupt_files"] == 0, counters
+    cache.close()
+"""
+
+
+def indexed_bytes(root: Path) -> int:
+    """What the index says is stored and reserved, at one moment."""
+    query = "SELECT (SELECT total(file_bytes) FROM blocks) + (SELECT total(n_bytes) FROM reservations)"
+    with closing(sqlite3.connect(root / "index.db")) as index:
+        return int(index.execute(query).fetchone()[0])
+
+
+def test_four_processes_work_on_one_directory_within_one_quota(tmp_path: Path) -> None:
+    quota = 400_000  # about sixty blocks of the four hundred and more that they save
+    children = [start_python(WORKING, tmp_path, quota, seed, SHARING_SECONDS) for seed in range(4)]
+    with running(*children):
+        for child in children:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+        for child in children:
+            tell(child)
+        occupied, most_indexed = Occupied(tmp_path), 0
+        end = time.monotonic() + SHARING_SECONDS
+        while time.monotonic() < end:
+            occupied.look_until(time.monotonic() + 0.02)
+            most_indexed = max(most_indexed, indexed_bytes(tmp_path))
+        counts = []
+        for child in children:
+            assert child.stdout is not None
+            line = child.stdout.readline()
+            assert line, finished(child)
+            counts.append([int(count) for count in line.split()])
+        for child in children:
+            tell(child)
+        for child in children:
+            finished(child)
+        assert 0.5 * quota < occupied.most <= quota
+        assert most_indexed <= quota
+        assert all(n_loads > 0 for n_loads, _ in counts)
+        assert sum(n_evictions for _, n_evictions in counts) > 0
+    with Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota) as cache:
+        assert_nothing_is_wrong(tmp_path, quota, cache)
+        assert cache.rows()
+
+
+def tell(child: object) -> None:
+    stdin = child.stdin  # type: ignore[attr-defined]
+    stdin.write("go\n")
+    stdin.flush()
+
+
+def test_evicting_in_one_process_gives_another_the_payload_or_nothing(tmp_path: Path) -> None:
+    evicting = """
+        cache = Cache(block_size=SIZE, ram=0, disk=sys.argv[1])
+        contexts = [np.arange(first, first + 64, dtype=np.int32) for first in range(0, 1000, 100)]
+        end = time.monotonic() + float(sys.argv[2])
+        while time.monotonic() < end:
+            for tokens in contexts:
+                save(cache, tokens)
+            cache.flush()
+            print("saved", flush=True)
+            cache.evict_bytes("1GiB", tiers=("disk",))
+        counters = cache.counters()
+        assert counters["faults"] == counters["disk_errors"] == counters["corrupt_files"] == 0, counters
+        cache.close()
+    """
+    seconds = SHARING_SECONDS / 2
+    child = start_python(evicting, tmp_path, seconds)
+    with running(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "saved\n"
+        n_loads = 0
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for first in range(0, 1000, 100):
+                with cache.lookup(NAMESPACE, np.arange(first, first + 64, dtype=np.int32)) as match:
+                    for block in match.blocks:
+                        loaded = cache.load(block)
+                        if loaded is not None:
+                            assert bytes(loaded.payload) == block.key * (64 + block.key[0])
+                            n_loads += 1
+        finished(child)
+        assert n_loads > 0
+        counters = cache.counters()
+        assert counters["faults"] == counters["disk_errors"] == counters["corrupt_files"] == 0
+        cache.check_integrity()
+
+
+def test_evicting_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
+    """In one process: what is chosen to go still takes its room until it is gone."""
+
+    class SlowToRemove(FileTier):
+        may_go_on = threading.Event()
+        removing = threading.Event()
+
+        def remove(self, keys: Sequence[bytes]) -> None:
+            if threading.current_thread() is evicting:
+                self.removing.set()
+                self.may_go_on.wait(3.0)
+            super().remove(keys)
+
+    n_blocks, n_bytes = 6, 6400
+    quota = n_blocks * (n_bytes + 300)
+    tier = SlowToRemove(tmp_path, quota)
+    with Cache(block_size=SIZE, ram=0, tiers=[tier]) as cache:
+        save(cache, np.arange(n_blocks * SIZE, dtype=np.int32), n_bytes=n_bytes)
+        cache.flush()
+        evicting = threading.Thread(target=cache.evict_bytes, args=(3 * n_bytes, ("disk",)))
+        evicting.start()
+        assert tier.removing.wait(SOON_SECONDS)
+        save(cache, np.arange(1000, 1000 + 3 * SIZE, dtype=np.int32), n_bytes=n_bytes)
+        cache.flush(1.0)
+        occupied = bytes_in(tmp_path)
+        tier.may_go_on.set()
+        evicting.join(SOON_SECONDS)
+        assert occupied <= quota
+        assert cache.flush(SOON_SECONDS)
+        assert cache.verify() == []
+
+
+def test_dropping_what_is_damaged_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
+    class Watched(FileTier):
+        reserving, may_go_on = threading.Event(), threading.Event()
+        most = 0
+
+        def reserved(self) -> int:
+            self.reserving.set()
+            self.may_go_on.wait(SOON_SECONDS)
+            return super().reserved()
+
+        def _step(self, name: str) -> None:
+            self.most = max(self.most, bytes_in(tmp_path))
+
+    n_blocks, n_bytes = 3, 6400
+    tier = Watched(tmp_path, n_blocks * (n_bytes + 300), watch=False)
+    with Cache(block_size=SIZE, ram=0, tiers=[tier]) as cache:
+        tier.may_go_on.set()
+        tokens = np.arange(n_blocks * SIZE, dtype=np.int32)
+        save(cache, tokens, n_bytes=n_bytes)
+        cache.flush()
+        tier.reserving.clear()
+        tier.may_go_on.clear()
+        last = blocks_of(tokens)[-1]
+        content = tier.path_of(last.key).read_bytes()
+        tier.path_of(last.key).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        save(cache, np.arange(1000, 1000 + SIZE, dtype=np.int32), n_bytes=n_bytes)
+        assert tier.reserving.wait(SOON_SECONDS)  # it makes room now
+        assert cache.load(last) is None
+        tier.may_go_on.set()
+        assert cache.flush(SOON_SECONDS)
+        assert tier.most <= tier.budget
+
+
+def test_a_block_that_another_evicts_as_soon_as_it_is_written_is_not_offered(tmp_path: Path) -> None:
+    tokens = np.arange(SIZE, dtype=np.int32)
+
+    class Overtaken(FileTier):
+        def write(self, block: Block, payload: memoryview) -> None:
+            super().write(block, payload)
+            assert until(lambda: hit(other, tokens) == SIZE)
+            assert other.evict_bytes("1GiB", tiers=("disk",)) > 0
+            time.sleep(0.3)  # as a slow machine would
+            cache.rows()  # a request of ours looks, and takes in that it is gone
+
+    other = Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False)
+    cache = Cache(block_size=SIZE, ram=0, tiers=[Overtaken(tmp_path, 2**30, watch=False)])
+    with other, cache:
+        save(cache, tokens)
+        cache.flush()
+        assert list((tmp_path / "blocks").iterdir()) == []
+        cache.gc()
+        assert cache.rows() == []
+
+
+# --- seeing one another ------------------------------------------------------------------------------
+
+
+SAVING_ON_DEMAND = """
+    with Cache(block_size=SIZE, disk=sys.argv[1]) as cache:
+        print("ready", flush=True)
+        for line in sys.stdin:
+            first, n = map(int, line.split())
+            save(cache, np.arange(first, first + n, dtype=np.int32))
+            print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize("n", [64, 40], ids=["full blocks", "with a tail"])
+def test_what_one_process_saves_another_sees_within_a_second_or_so(
+    tmp_path: Path, n: int, record_property: Callable[[str, object], None]
+) -> None:
+    child = start_python(SAVING_ON_DEMAND, tmp_path)
+    with running(child), Cache(block_size=SIZE, disk=tmp_path) as cache:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout.readline() == "ready\n"
+        took = []
+        for first in range(0, 5000, 1000):
+            tokens = np.arange(first, first + n, dtype=np.int32)
+            child.stdin.write(f"{first} {n}\n")
+            child.stdin.flush()
+            assert child.stdout.readline() == "saved\n"
+            began = time.monotonic()
+
+            def seen(tokens: np.ndarray = tokens) -> bool:
+                with cache.lookup(NAMESPACE, tokens) as match:
+                    return match.n_tokens == len(tokens)
+
+            assert until(seen)
+            took.append(time.monotonic() - began)
+            with cache.lookup(NAMESPACE, tokens) as match:
+                for block in match.blocks:
+                    loaded = cache.load(block)
+                    assert loaded is not None
+                    assert bytes(loaded.payload) == block.key * (64 + block.key[0])
+        record_property("seconds", [round(seconds, 3) for seconds in took])
+
+
+def test_what_one_process_evicts_another_does_not_offer(tmp_path: Path) -> None:
+    tokens = np.arange(64, dtype=np.int32)
+    evicting = """
+        with Cache(block_size=SIZE, disk=sys.argv[1]) as cache:
+            assert cache.evict_bytes("1GiB", tiers=("disk",)) > 0
+    """
+    with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
+        save(cache, tokens)
+        cache.flush()
+        child = start_python(evicting, tmp_path)
+        with running(child):
+            finished(child)
+        assert until(lambda: cache.rows() == [])
+        assert hit(cache, tokens) == 0
+        assert cache.counters()["disk_errors"] == cache.counters()["corrupt_files"] == 0
+
+
+# --- waiting for one another -------------------------------------------------------------------------
+
+
+LONG_MS = int(DEADLINE * 1000)
+
+
+def test_a_lookup_waits_for_the_save_that_it_goes_on_from(tmp_path: Path) -> None:
+    tokens = np.arange(40, dtype=np.int32)
+    parent = blocks_of(tokens)[-1].key
+    with Cache(block_size=SIZE, disk=tmp_path) as cache:
+        announced, asked = threading.Event(), threading.Event()
+
+        def save_later() -> None:
+            with cache.expecting(parent):
+                announced.set()
+                asked.wait(SOON_SECONDS)
+                time.sleep(0.2)
+                save(cache, tokens)
+
+        saving = threading.Thread(target=save_later)
+        saving.start()
+        assert announced.wait(SOON_SECONDS)
+        asked.set()
+        began = time.monotonic()
+        with cache.lookup(NAMESPACE, tokens, parent_key=parent, wait_ms=LONG_MS) as match:
+            assert match.n_tokens == 40
+        assert 0.1 < time.monotonic() - began < DEADLINE / 2
+        saving.join()
+
+
+def test_a_lookup_does_not_wait_for_a_save_that_is_given_up(tmp_path: Path) -> None:
+    tokens = np.arange(40, dtype=np.int32)
+    parent = blocks_of(tokens)[-1].key
+    with Cache(block_size=SIZE, disk=tmp_path) as cache:
+        announced = threading.Event()
+
+        def give_up() -> None:
+            with cache.expecting(parent):
+                announced.set()
+                time.sleep(0.2)
+
+        saving = threading.Thread(target=give_up)
+        saving.start()
+        assert announced.wait(SOON_SECONDS)
+        began = time.monotonic()
+        with cache.lookup(NAMESPACE, tokens, parent_key=parent, wait_ms=LONG_MS) as match:
+            assert match.n_tokens == 0
+        assert time.monotonic() - began < DEADLINE / 2
+        saving.join()
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "stored"])
+def test_a_lookup_waits_for_nothing_when_nothing_is_in_flight(tmp_path: Path, known: bool) -> None:
+    tokens = np.arange(40, dtype=np.int32)
+    with Cache(block_size=SIZE, disk=tmp_path) as cache, cache.expecting(bytes(32)):
+        if known:
+            save(cache, tokens)
+        began = time.monotonic()
+        with cache.lookup(NAMESPACE, tokens, parent_key=blocks_of(tokens)[-1].key, wait_ms=LONG_MS) as match:
+            assert match.n_tokens == (40 if known else 0)
+        assert time.monotonic() - began < 1.0
+
+
+def test_a_lookup_waits_no_longer_than_it_was_told(tmp_path: Path) -> None:
+    tokens = np.arange(40, dtype=np.int32)
+    parent = blocks_of(tokens)[-1].key
+    with Cache(block_size=SIZE, disk=tmp_path) as cache, cache.expecting(parent):
+        began = time.monotonic()
+        with cache.lookup(NAMESPACE, tokens, parent_key=parent, wait_ms=100) as match:
+            assert match.n_tokens == 0
+        assert 0.1 <= time.monotonic() - began < SOON_SECONDS
+
+
+WRITING = """
+    class Stopping(FileTier):
+        def _step(self, name):
+            if name == "written":
+                os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(0.2)  # it reaches this thread a moment later
+
+    with Cache(block_size=SIZE, ram=0, tiers=[Stopping(Path(sys.argv[1]), 2**30)]) as cache:
+        save(cache, np.arange(16, dtype=np.int32))
+"""
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        signal.SIGCONT,
+        signal.SIGKILL,
+    ],
+)
+def test_a_lookup_waits_for_what_another_process_is_writing(tmp_path: Path, ends: signal.Signals) -> None:
+    """And not for one that died in the middle of it."""
+    child = start_python(WRITING, tmp_path)
+    tokens = np.arange(16, dtype=np.int32)
+    parent = blocks_of(tokens)[0].key
+    with running(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
+        assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
+        began = time.monotonic()
+        with cache.lookup(NAMESPACE, tokens, parent_key=parent, wait_ms=100) as match:
+            assert match.n_tokens == 0
+        assert time.monotonic() - began >= 0.1
+        threading.Timer(0.2, child.send_signal, [ends]).start()
+        began = time.monotonic()
+        with cache.lookup(NAMESPACE, tokens, parent_key=parent, wait_ms=3000) as match:
+            assert match.n_tokens == (16 if ends == signal.SIGCONT else 0)
+        assert time.monotonic() - began < 2.5
+
+
+def test_processes_that_save_the_same_chain_keep_what_each_adds(tmp_path: Path) -> None:
+    """A block whose parent another process is writing just now is written, too."""
+    child = start_python(WRITING, tmp_path)
+    tokens = np.arange(64, dtype=np.int32)
+    with running(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
+        assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
+        save(cache, tokens)
+        threading.Timer(0.3, child.send_signal, [signal.SIGCONT]).start()
+        cache.flush()
+        finished(child)
+        assert until(lambda: hit(cache, tokens) >= 16)
+        assert hit(cache, tokens) == 64
+
+
+def test_what_another_process_uses_is_not_evicted_first(tmp_path: Path) -> None:
+    quota = 6 * (64 + 264)
+    old = [np.array([i] * SIZE, dtype=np.int32) for i in range(6)]
+    with (
+        Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota) as mine,
+        Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota) as theirs,
+    ):
+        for tokens in old:
+            save(mine, tokens)
+        mine.flush()
+        assert theirs.rows()
+        assert hit(theirs, old[0]) == SIZE
+        theirs.flush()  # and tells the index of it
+        save(mine, np.array([99] * SIZE, dtype=np.int32))
+        mine.flush()
+        assert [hit(mine, tokens) for tokens in old] == [SIZE, 0, SIZE, SIZE, SIZE, SIZE]
+
+
+def test_more_names_than_are_remembered_are_all_looked_at(tmp_path: Path) -> None:
+    """A flood of changes behind our back costs bounded memory, and loses none of them."""
+    tokens = np.arange(SIZE, dtype=np.int32)
+    with Cache(block_size=SIZE, disk=tmp_path / "other") as other:
+        save(other, tokens)
+    (source,) = (tmp_path / "other" / "blocks").iterdir()
+    tier = FileTier(tmp_path / "own", 2**30, watch=False)
+    with Cache(block_size=SIZE, ram=0, tiers=[tier]) as cache:
+        target = tmp_path / "own" / "blocks" / source.name
+        shutil.copy(source, target)
+        cache.flush()
+        tier._suspect(source.name)
+        for i in range(5000):
+            tier._suspect(f"{i:064x}.kvc")
+        assert len(tier._suspects) <= 1001
+        deadline = time.monotonic() + 30
+        while hit(cache, tokens) != SIZE:
+            assert time.monotonic() < deadline, "it is not taken in"
+            time.sleep(0.01)

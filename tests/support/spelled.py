@@ -1,0 +1,134 @@
+"""A vocabulary made of texts, and a model that says what a test wants it to, in the tokens that the test wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erllama.engine.backend import Batch, NamespaceValue
+from erllama.engine.backends.stub import StubBackend
+
+EOG = 256
+START = ord("\t")  # what comes after the last of these is the reply
+
+_token_of: dict[int, int] = {}  # by what a token left in its cell, which all tokens before it determine, too
+
+
+class SpelledVocabulary:
+    """Bytes, an end token, some longer texts, and special tokens that are no text.
+
+    Texts are tokenized by the longest piece that fits, so a reply of single bytes is seldom what its text gives.
+    """
+
+    def __init__(self, pieces: Sequence[str] = (), special: Sequence[str] = (), end: str = "<|end|>") -> None:
+        self._pieces = [bytes([byte]) for byte in range(256)] + [b""] + [piece.encode() for piece in pieces]
+        self.special = {name: len(self._pieces) + i for i, name in enumerate(special)}
+        self._names = {id: name.encode() for name, id in self.special.items()} | {EOG: end.encode()}
+        self._pieces += [b""] * len(special)
+        self._by_length = sorted(
+            (id for id, piece in enumerate(self._pieces) if piece), key=lambda id: -len(self._pieces[id])
+        )
+        self.n_tokens = len(self._pieces)
+        self.is_eog: NDArray[np.bool_] = np.arange(self.n_tokens) == EOG
+
+    def that_begin(self, raw: bytes) -> list[int]:
+        """Tokens of text by which some bytes may begin."""
+        return [id for id in self._by_length if raw.startswith(self._pieces[id])]
+
+    def spelled(self, text: str) -> list[int]:
+        """Byte by byte."""
+        return list(text.encode())
+
+    def tokenize(
+        self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
+    ) -> NDArray[np.int32]:
+        raw = source.encode() if isinstance(source, str) else bytes(source)
+        ids = []
+        while raw:
+            named = [id for id, name in self._names.items() if parse_special and raw.startswith(name)]
+            id = named[0] if named else self.that_begin(raw)[0]
+            ids.append(id)
+            raw = raw[len(self._names.get(id) or self._pieces[id]) :]
+        return np.array(ids, np.int32)
+
+    def piece(self, token: int) -> bytes:
+        return self._pieces[token]
+
+    def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
+        return b"".join(
+            self._names[int(token)] if special and int(token) in self._names else self._pieces[int(token)]
+            for token in tokens
+        )
+
+
+class SpelledBackend(StubBackend):
+    """A stub that says a reply, if it may, then ends.
+
+    Args:
+        reply: token ids, said after the last START of a prompt; or a function of all tokens to the next.
+        chat_templates: what its model file would hold.
+    """
+
+    def __init__(
+        self,
+        vocabulary: SpelledVocabulary,
+        reply: Sequence[int] | Callable[[list[int]], int],
+        *,
+        chat_templates: Mapping[str, str] | None = None,
+        **sizes: int,
+    ) -> None:
+        super().__init__(**sizes)  # type: ignore[arg-type]
+        self.limits = self.limits.__class__(
+            **{
+                **{name: getattr(self.limits, name) for name in self.limits.__slots__},
+                "n_vocab": vocabulary.n_tokens,
+            }
+        )
+        self.vocabulary = vocabulary  # type: ignore[assignment]
+        self.namespace: Mapping[str, NamespaceValue] = {"backend": "spelled", "tokens": vocabulary.n_tokens}
+        self.chat_templates = dict(chat_templates or {})
+        self._reply = reply
+        self._batch: Batch | None = None
+
+    def decode(self, batch: Batch) -> NDArray[np.float32]:
+        self._batch = batch
+        try:
+            return super().decode(batch)
+        finally:
+            self._batch = None
+
+    def _hold(self, sequence: int, start: int, cells: NDArray[np.int32]) -> None:
+        super()._hold(sequence, start, cells)
+        if self._batch is not None:
+            row = np.flatnonzero((self._batch.sequences == sequence) & (self._batch.positions == start))[0]
+            _token_of[int(self._kv[cells[0]])] = int(self._batch.tokens[row])
+
+    def _logits(self, sequence: int) -> NDArray[np.float32]:
+        held = self._values(sequence, 0, self._held[sequence]).tolist()
+        tokens = [_token_of[value] for value in held]
+        logits = np.zeros(self.limits.n_vocab, np.float32)
+        logits[self._next(tokens)] = 50.0
+        return logits
+
+    def _next(self, tokens: list[int]) -> int:
+        if not isinstance(self._reply, Sequence):
+            return self._reply(tokens)
+        n = tokens[::-1].index(START) if START in tokens else 0
+        return self._reply[n] if n < len(self._reply) else EOG
+
+
+def follow(vocabulary: SpelledVocabulary, tokens: Sequence[int]) -> object:
+    """A model that says these tokens, whatever of them was put there for it in other ones."""
+    said = [vocabulary.detokenize(tokens[:n], special=True) for n in range(len(tokens) + 1)]
+
+    def next_token(held: list[int]) -> int:
+        n = held[::-1].index(START)
+        so_far = vocabulary.detokenize(held[len(held) - n :], special=True)
+        if so_far in said[:-1]:
+            return tokens[said.index(so_far)]
+        rest = said[-1].removeprefix(so_far)
+        return rest[0] if said[-1].startswith(so_far) and rest else 256
+
+    return next_token
