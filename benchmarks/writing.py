@@ -127,7 +127,7 @@ def _chat(n_turns: int, n_said: int, n_reply: int) -> Chat:
         cache.flush()
         counters = cache.counters()
     written[-1] = counters["bytes_written"]
-    return Chat(counters["bytes_written"], written, lengths, int(counters["tails_overtaken"]))
+    return Chat(counters["bytes_written"], written, lengths, int(counters["tails_superseded"]))
 
 
 def _wait_for_blocks(cache: erllama.Cache, n_blocks: int) -> None:

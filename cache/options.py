@@ -88,9 +88,10 @@ def known_tiers(given: object) -> list[Tier]:
     for tier in given:
         if not isinstance(tier, Tier):
             raise OptionError(f"{tier!r} in tiers; give objects of a class derived from erllama.cache.Tier")
-        if tier.fed != "behind" or tier.name in ("ram", "live"):
+        if tier.write_mode != "behind" or tier.name in ("ram", "live"):
             raise OptionError(
-                f"tier {tier.name!r}, fed {tier.fed}, in tiers; those are written behind, and have other names"
+                f"tiers has {tier.name!r} with write_mode={tier.write_mode!r}; give tiers with write_mode='behind' "
+                "and a name other than 'ram' and 'live'"
             )
     if len({id(tier) for tier in given}) != len(given):
         raise OptionError("tiers has one tier twice")

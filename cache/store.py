@@ -26,7 +26,7 @@ from erllama._runtime.reentry import reentered
 from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.keys import TOKEN_BYTES, token_bytes
 from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
-from erllama.cache.catalog.catalog import Residents
+from erllama.cache.catalog.catalog import BlockCatalog
 from erllama.cache.catalog.counters import TIERS, Counters
 from erllama.cache.options import OPTIONS, Directories, directories, file_tiers, known_tiers
 from erllama.cache.pipeline.loading import Loader
@@ -144,7 +144,7 @@ class Cache:
                 self.close()
 
     def _assemble(self, tiers: Sequence[Tier], queue_bytes: int) -> None:
-        self._residents = Residents(self.block_size, self._counters, tiers)
+        self._residents = BlockCatalog(self.block_size, self._counters, tiers)
         self._upkeep = Upkeep(self._lock, self._residents, self._counters, tiers, queue_bytes)
         if tiers:
             _open_upkeeps.add(self._upkeep)
@@ -322,9 +322,10 @@ class Cache:
         Its owner tells with `hold` and `let_go` what it has. Lookups find those
         blocks; `load` does not read from it; `evict_bytes` calls its `remove`.
         """
-        if tier.fed != "by its owner":
+        if tier.write_mode != "external":
             raise OptionError(
-                f"tier {tier.name!r} is fed {tier.fed}; only tiers fed by their owner can be attached"
+                f"tier {tier.name!r} has write_mode={tier.write_mode!r}; "
+                "attach takes tiers with write_mode='external'"
             )
         with self._lock:
             self._residents.add_root(tier, fastest=True)

@@ -1,7 +1,16 @@
 """Runs requests: the model thread, its scheduler, sampling, and the backends' protocol."""
 
 from erllama.engine.adapters import AdapterBackend
-from erllama.engine.backend import Backend, Batch, Buffer, InfillTokens, Limits, ModelFacts, NotedToken, Vocabulary
+from erllama.engine.backend import (
+    Backend,
+    Batch,
+    Buffer,
+    InfillTokens,
+    Limits,
+    ModelFacts,
+    SpecialToken,
+    Vocabulary,
+)
 from erllama.engine.embedding import Embedder, EmbeddingBackend, EmbeddingLimits
 from erllama.engine.grammar.grammar import Grammar
 from erllama.engine.metrics import EngineMetrics
@@ -27,7 +36,7 @@ from erllama.engine.requests.ticket import Ticket
 from erllama.engine.sampling.candidates import Candidates
 from erllama.engine.sampling.sampler import Sampler, SamplerFactory, SamplingOptions, SamplingState, TokenLogprobs
 from erllama.engine.sampling.steps import Step
-from erllama.engine.scheduling.model_thread import Runner
+from erllama.engine.scheduling.model_thread import ModelThread
 from erllama.engine.scheduling.scheduler import Phase
 from erllama.engine.speculation import Drafter, Drafts
 
@@ -54,16 +63,16 @@ __all__ = [
     "Limits",
     "Markers",
     "ModelFacts",
-    "NotedToken",
+    "ModelThread",
     "Phase",
     "PhaseOptions",
     "Request",
     "RequestOptions",
-    "Runner",
     "Sampler",
     "SamplerFactory",
     "SamplingOptions",
     "SamplingState",
+    "SpecialToken",
     "Step",
     "TextDelta",
     "ThinkingDelta",

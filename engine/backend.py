@@ -49,7 +49,7 @@ class Limits:
     can_generate: bool = True
 
 
-class NotedToken(NamedTuple):
+class SpecialToken(NamedTuple):
     """A token with a purpose, as the vocabulary spells it."""
 
     id: int
@@ -105,7 +105,7 @@ class ModelFacts:
     kv_type_k: str = ""
     kv_type_v: str = ""
     has_chat_template: bool = False
-    special_tokens: Mapping[str, NotedToken] = field(default_factory=dict)
+    special_tokens: Mapping[str, SpecialToken] = field(default_factory=dict)
     n_threads: int = 0
     n_threads_batch: int = 0
     devices: tuple[str, ...] = ()

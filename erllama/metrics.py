@@ -60,7 +60,7 @@ _CACHE_COUNTS = {
     "tokens_reused": "Prompt tokens that need not be computed.",
     "saves_dropped": "Blocks that were not stored: too much waited to be written, or there was no room.",
     "duplicates_dropped": "Saves of blocks that were stored already.",
-    "tails_overtaken": "Short blocks given up for a longer one that holds their tokens.",
+    "tails_superseded": "Short blocks given up for a longer one that holds their tokens.",
     "promotions": "Blocks copied into another tier because they were used.",
     "corrupt_files": "Stored files that failed their check and were set aside.",
     "disk_errors": "Reads, writes and openings of storage that failed.",

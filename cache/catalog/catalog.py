@@ -16,19 +16,19 @@ from erllama.cache.blocks.keys import TOKEN_BYTES, child_key
 from erllama.cache.blocks.match import Row
 from erllama.cache.catalog.counters import Counters
 from erllama.cache.catalog.lru import LeafLRU
-from erllama.cache.catalog.prefix_tree import BlockTree, Entry, any_entry
+from erllama.cache.catalog.prefix_tree import Entry, PrefixTree, any_entry
 from erllama.cache.tiers.tier import Tier
 
 PENDING = "pending"  # a place, too: a save on its way
 
 
-class Shelf:
+class TierLedger:
     """The account of one tier: which of its roots holds which block, what that comes to, which goes next."""
 
-    def __init__(self, name: str, fed: str) -> None:
+    def __init__(self, name: str, write_mode: str) -> None:
         self.name = name
-        self.behind = fed == "behind"  # written behind requests
-        self.in_cells = fed == "by its owner"
+        self.behind = write_mode == "behind"  # written behind requests
+        self.in_cells = write_mode == "external"
         self.roots: list[Tier] = []
         self.lru = LeafLRU()
         self.unreadable: set[bytes] = set()  # what is listed, and could not be read when that was last tried
@@ -81,13 +81,13 @@ class Shelf:
             self._n_bytes[root] -= self.lru.remove(key)
 
 
-class Residents:
+class BlockCatalog:
     """The places of every block: its tiers' names, and `pending`."""
 
     def __init__(self, block_size: int, counters: Counters, tiers: Sequence[Tier]) -> None:
-        self.tree = BlockTree()
+        self.tree = PrefixTree()
         self._counters = counters
-        self.shelves: dict[str, Shelf] = {}  # from fast to slow
+        self.shelves: dict[str, TierLedger] = {}  # from fast to slow
         self._pins: Counter[bytes] = Counter()
         self._matches: dict[int, list[bytes]] = {}  # what each call of `pin` pinned, by its number
         self._released: deque[int] = deque()  # numbers of those that ended
@@ -101,7 +101,7 @@ class Residents:
         shelf = self.shelves.get(tier.name)
         if shelf is None:
             self._counters.know_tier(tier.name)
-            shelf = Shelf(tier.name, tier.fed)
+            shelf = TierLedger(tier.name, tier.write_mode)
             if shelf.in_cells:
                 self._cells |= {tier.name}
             self.shelves = {tier.name: shelf, **self.shelves} if fastest else {**self.shelves, tier.name: shelf}
@@ -154,7 +154,7 @@ class Residents:
         """Whether a block is anywhere but in cells, which keep nothing."""
         return not entry.places <= self._cells
 
-    def holders(self, key: bytes) -> Iterator[tuple[Shelf, Tier]]:
+    def holders(self, key: bytes) -> Iterator[tuple[TierLedger, Tier]]:
         """Who holds a block, fastest first."""
         for shelf in self.shelves.values():
             root = shelf.root_of(key)
@@ -230,7 +230,7 @@ class Residents:
             self._counters.add(f"evictions_{root.name}", len(victims))
         return victims
 
-    def roots_by_room(self, shelf: Shelf, block: Block, n_bytes: int) -> list[Tier]:
+    def roots_by_room(self, shelf: TierLedger, block: Block, n_bytes: int) -> list[Tier]:
         """The roots to try for a block: the one that has it; else by free room, or by the age of what would go."""
         holder = shelf.root_of(block.key)
         if holder is not None and not holder.read_only:

@@ -18,7 +18,7 @@ COUNTS = (
     *(f"saves_{reason.name.lower()}" for reason in SaveReason),
     "saves_dropped",
     "duplicates_dropped",
-    "tails_overtaken",
+    "tails_superseded",
     "promotions",
     "corrupt_files",
     "disk_errors",

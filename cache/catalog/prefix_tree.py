@@ -35,7 +35,7 @@ class Sibling(NamedTuple):
     key: bytes
 
 
-class BlockTree:
+class PrefixTree:
     """Entries by key, and the ordered children of every parent; not thread-safe."""
 
     def __init__(self) -> None:

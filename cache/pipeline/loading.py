@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from erllama._runtime.log import logger
 from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.match import Loaded
-from erllama.cache.catalog.catalog import PENDING, Residents, Shelf
+from erllama.cache.catalog.catalog import PENDING, BlockCatalog, TierLedger
 from erllama.cache.catalog.counters import Counters
 from erllama.cache.pipeline.upkeep import Upkeep
 from erllama.cache.tiers.tier import Tier
@@ -22,7 +22,7 @@ log = logger("erllama.cache")
 class Loader:
     """Loads for one cache. Runs in the threads of those who ask; `lock` guards `residents`."""
 
-    def __init__(self, lock: threading.RLock, residents: Residents, upkeep: Upkeep, counters: Counters) -> None:
+    def __init__(self, lock: threading.RLock, residents: BlockCatalog, upkeep: Upkeep, counters: Counters) -> None:
         self._lock, self._residents, self._upkeep, self._counters = lock, residents, upkeep, counters
 
     @uninterrupted
@@ -79,7 +79,7 @@ class Loader:
         pending = self._upkeep.writer.get(block.key)
         return Loaded("ram", pending.payload.toreadonly(), pending.block) if pending is not None else None
 
-    def _load_from(self, shelf: Shelf, tier: Tier, block: Block) -> Loaded | None:
+    def _load_from(self, shelf: TierLedger, tier: Tier, block: Block) -> Loaded | None:
         try:
             found, payload = tier.read(block)
             if found.key != block.key:

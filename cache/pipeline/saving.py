@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from erllama.cache.blocks.block import Block
-from erllama.cache.catalog.catalog import PENDING, Residents
+from erllama.cache.catalog.catalog import PENDING, BlockCatalog
 from erllama.cache.catalog.counters import Counters
 from erllama.cache.pipeline.upkeep import Upkeep
 from erllama.cache.uninterrupted import uninterrupted
@@ -27,7 +27,7 @@ class Saver:
     """Saves for one cache. Runs in the threads of those who ask; `lock` guards `residents`."""
 
     def __init__(
-        self, lock: threading.RLock, residents: Residents, upkeep: Upkeep, counters: Counters, block_size: int
+        self, lock: threading.RLock, residents: BlockCatalog, upkeep: Upkeep, counters: Counters, block_size: int
     ) -> None:
         self._lock, self._residents, self._upkeep, self._counters = lock, residents, upkeep, counters
         self._block_size = block_size
@@ -93,7 +93,7 @@ class Saver:
         if self._upkeep.writer.cancel(key):
             self._residents.drop(PENDING, key)
         if self._residents.tree.get(key) is None:
-            self._counters.add("tails_overtaken")
+            self._counters.add("tails_superseded")
 
     def _is_stored(self, key: bytes) -> bool:
         """Whether a block is stored or waits, or another process writes it now or has just written it."""

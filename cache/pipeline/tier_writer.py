@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 from erllama.cache.blocks.block import Block
-from erllama.cache.catalog.catalog import PENDING, Residents, Shelf
+from erllama.cache.catalog.catalog import PENDING, BlockCatalog, TierLedger
 from erllama.cache.catalog.counters import Counters
 from erllama.cache.pipeline.write_queue import SHARED_TAIL_DELAY_SECONDS, TAIL_DELAY_SECONDS, Pending
 from erllama.cache.tiers.tier import Tier
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from erllama.cache.pipeline.upkeep import Upkeep
 
 
-class Persister:
+class TierWriter:
     """Queues and writes the saves of one cache; `persist` runs in the writer, the rest under the lock."""
 
-    def __init__(self, upkeep: Upkeep, lock: threading.RLock, residents: Residents, counters: Counters) -> None:
+    def __init__(self, upkeep: Upkeep, lock: threading.RLock, residents: BlockCatalog, counters: Counters) -> None:
         self._upkeep, self._lock, self._residents, self._counters = upkeep, lock, residents, counters
         self._shared = False  # other processes use a tier, too, as of the last look
         self._looked_who_shares = -math.inf  # when, by time.monotonic()
@@ -93,7 +93,7 @@ class Persister:
             # Who comes while a tail waits is to see it, too.
             self._upkeep.writer.defer(self._look_who_shares, _SHARED_LOOK_SECONDS, patient=True)
 
-    def promote(self, block: Block, payload: memoryview, slower: Shelf) -> None:
+    def promote(self, block: Block, payload: memoryview, slower: TierLedger) -> None:
         """Queue a block for those tiers written behind that are faster than where it was found; under the lock."""
         to: list[str] = []
         for name, shelf in self._residents.shelves.items():
@@ -118,7 +118,7 @@ class Persister:
                 if not self._upkeep.writer.waits(pending.block.key):  # a newer version
                     self._residents.drop(PENDING, pending.block.key)
 
-    def _persist_in(self, shelf: Shelf, pending: Pending) -> None:
+    def _persist_in(self, shelf: TierLedger, pending: Pending) -> None:
         block, n_payload = pending.block, pending.payload.nbytes
         with self._lock:
             roots = self._residents.roots_by_room(shelf, block, shelf.roots[0].size(block, n_payload))
@@ -135,7 +135,7 @@ class Persister:
                     return
         self._counters.add("saves_dropped")
 
-    def _write(self, shelf: Shelf, tier: Tier, pending: Pending, n_bytes: int) -> bool:
+    def _write(self, shelf: TierLedger, tier: Tier, pending: Pending, n_bytes: int) -> bool:
         block, before, written = pending.block, None, False
         with self._lock:
             entry = self._residents.tree.get(block.key)
@@ -155,7 +155,7 @@ class Persister:
         return written
 
     def _make_room(
-        self, shelf: Shelf, tier: Tier, pending: Pending, n_bytes: int
+        self, shelf: TierLedger, tier: Tier, pending: Pending, n_bytes: int
     ) -> Literal["made", "none", "there", "elsewhere"]:
         """Reserve room for a block, evicting others.
 
@@ -192,13 +192,13 @@ class Persister:
                 return "none"
             return "made" if tier.reserve(block, n_bytes) else "elsewhere"
 
-    def _learn_uses(self, shelf: Shelf, tier: Tier) -> None:
+    def _learn_uses(self, shelf: TierLedger, tier: Tier) -> None:
         """What another process needs is no older than it is to that one."""
         now = time.time_ns()
         for key, at in tier.uses():
             shelf.lru.touch(key, min(at, now))
 
-    def _drop_overtaken(self, shelf: Shelf, keys: Iterable[bytes]) -> None:
+    def _drop_overtaken(self, shelf: TierLedger, keys: Iterable[bytes]) -> None:
         """Drop tails whose successor this tier has now."""
         superfluous: dict[Tier, list[bytes]] = {}
         with self._lock:
@@ -208,6 +208,6 @@ class Persister:
                     superfluous.setdefault(root, []).append(key)
                     self._residents.drop(shelf.name, key)
                     if self._residents.tree.get(key) is None:
-                        self._counters.add("tails_overtaken")
+                        self._counters.add("tails_superseded")
         for root, gone in superfluous.items():
             root.remove(gone)

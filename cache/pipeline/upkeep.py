@@ -16,10 +16,10 @@ from contextlib import contextmanager, suppress
 
 from erllama._runtime.log import logger
 from erllama.cache.blocks.block import Block
-from erllama.cache.catalog.catalog import Residents, Shelf
+from erllama.cache.catalog.catalog import BlockCatalog, TierLedger
 from erllama.cache.catalog.counters import Counters
-from erllama.cache.pipeline.tier_writer import Persister
-from erllama.cache.pipeline.write_queue import WriteBehind
+from erllama.cache.pipeline.tier_writer import TierWriter
+from erllama.cache.pipeline.write_queue import WriteQueue
 from erllama.cache.tiers.tier import Changes, Problem, Tier, TierRow
 from erllama.errors import CacheError
 
@@ -44,7 +44,7 @@ class Upkeep:
     def __init__(
         self,
         lock: threading.RLock,
-        residents: Residents,
+        residents: BlockCatalog,
         counters: Counters,
         tiers: Sequence[Tier],
         queue_bytes: int,
@@ -52,8 +52,8 @@ class Upkeep:
         self._lock, self.residents, self._counters = lock, residents, counters
         self.tiers = list(tiers)
         self.errors: dict[Tier, CacheError] = {}  # why a tier cannot be used
-        self.persister = Persister(self, lock, residents, counters)
-        self.writer = WriteBehind(self.persister.persist, queue_bytes)
+        self.persister = TierWriter(self, lock, residents, counters)
+        self.writer = WriteQueue(self.persister.persist, queue_bytes)
         self.tending = threading.RLock()  # one thread at a time calls a tier, to read apart
         self._closing = threading.RLock()  # one thread at a time closes
         self._closed = False
@@ -68,7 +68,7 @@ class Upkeep:
     @property
     def behind(self) -> list[Tier]:
         """The tiers slower than RAM."""
-        return [tier for tier in self.tiers if tier.fed == "behind"]
+        return [tier for tier in self.tiers if tier.write_mode == "behind"]
 
     @property
     def tiers_behind(self) -> tuple[str, ...]:
@@ -163,16 +163,16 @@ class Upkeep:
 
     def evict(self, tier: Tier, n_bytes: int) -> int:
         """Free at least `n_bytes` of a tier, if it has them; returns the bytes freed."""
-        if tier.read_only or (tier.fed == "behind" and not self.ready(tier)):
+        if tier.read_only or (tier.write_mode == "behind" and not self.ready(tier)):
             return 0
         victims: list[tuple[bytes, int]] = []
-        if tier.fed != "behind":  # written under the lock, so removed under it
+        if tier.write_mode != "behind":  # written under the lock, so removed under it
             with self._lock:
                 victims = self.residents.choose_victims(tier, self._shelf(tier).n_bytes(tier) - n_bytes)
                 try:
                     self.forget(tier, victims)
                 except BaseException:
-                    if tier.fed == "at once":
+                    if tier.write_mode == "through":
                         self._take_in(tier, Changes(list(tier.rows()), [], complete=True))
                     raise
             return sum(size for _, size in victims)
@@ -295,7 +295,7 @@ class Upkeep:
         for row in changes.stored:
             self._take_in_row(shelf, tier, row)
 
-    def _take_in_row(self, shelf: Shelf, tier: Tier, row: TierRow) -> None:
+    def _take_in_row(self, shelf: TierLedger, tier: Tier, row: TierRow) -> None:
         holder, key = shelf.root_of(row.block.key), row.block.key
         used = min(row.last_used, time.time_ns())  # a clock that was ahead must not keep a block for ever
         if holder is None:
@@ -310,7 +310,7 @@ class Upkeep:
             shelf.lru.touch(key, used)
             self.residents.learn(tier.name, row.block)
 
-    def _remove_double(self, shelf: Shelf, tier: Tier, block: Block) -> None:
+    def _remove_double(self, shelf: TierLedger, tier: Tier, block: Block) -> None:
         """One of a tier's roots is enough for a block."""
         if tier.read_only:
             return
@@ -364,7 +364,7 @@ class Upkeep:
                 with self.tending, self.guarding("noting uses", tier):
                     tier.touch(uses)
 
-    def _shelf(self, tier: Tier) -> Shelf:
+    def _shelf(self, tier: Tier) -> TierLedger:
         return self.residents.shelves[tier.name]
 
     # --- an operator's ---------------------------------------------------------------------------
@@ -428,10 +428,10 @@ class Upkeep:
             yield from list(self.residents.contradictions())
         for tier in self.tiers:
             try:
-                if tier.fed == "at once":
+                if tier.write_mode == "through":
                     with self._lock:
                         yield from list(self._differences(tier))
-                elif tier.fed == "behind" and self.ready(tier):
+                elif tier.write_mode == "behind" and self.ready(tier):
                     with self.tending, tier.exclusive():
                         self.catch_up(tier)
                         with self._lock:

@@ -68,7 +68,7 @@ class Abandoned(BaseException):
     """Raised within a piece of work, ends the thread on the spot, as if the process had been killed. For tests."""
 
 
-class WriteBehind:
+class WriteQueue:
     """A bounded queue of saves, chores, and the thread that does them: saves go to `write`, parents first."""
 
     def __init__(self, write: Callable[[Pending], None], limit_bytes: int) -> None:

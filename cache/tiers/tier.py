@@ -63,8 +63,9 @@ class Tier(ABC):
     # Nothing is written to it: it is read, its blocks are not evicted, and its budget is not enforced.
     read_only = False
 
-    # How blocks get here: with the save itself, behind its back, or as the tier's owner says (`Cache.hold`).
-    fed: Literal["at once", "behind", "by its owner"] = "behind"
+    # How blocks get here: during the save ("through"), after it in the cache's own thread ("behind"), or by the
+    # tier's owner, who calls `Cache.hold` ("external").
+    write_mode: Literal["through", "behind", "external"] = "behind"
 
     def __init__(self, name: str, budget: int) -> None:
         if not name.isidentifier() or name == "pending":
@@ -202,7 +203,7 @@ class Tier(ABC):
 class RamTier(Tier):
     """Buffers of this process. The cache writes to it at once and under its lock."""
 
-    fed = "at once"
+    write_mode = "through"
 
     def __init__(self, budget: int) -> None:
         super().__init__("ram", budget)

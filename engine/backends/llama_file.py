@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.backend import Buffer, InfillTokens, Limits, ModelFacts, NamespaceValue, NotedToken
+from erllama.engine.backend import Buffer, InfillTokens, Limits, ModelFacts, NamespaceValue, SpecialToken
 from erllama.engine.backends.gguf_parts import parts
 from erllama.engine.backends.llama_library import llama_ffi, translated
 from erllama.engine.backends.llama_options import LlamaOptions
@@ -44,7 +44,7 @@ class LlamaVocabulary:
         self._vocabulary = vocabulary
         self.n_tokens = vocabulary.n_tokens
         self.is_eog = vocabulary.is_eog
-        self.noted = {name: NotedToken(id, vocabulary.text(id)) for name, id in vocabulary.noted.items()}
+        self.noted = {name: SpecialToken(id, vocabulary.text(id)) for name, id in vocabulary.noted.items()}
         in_templates = [name for name in ("bos", "eos", "pad") if name in self.noted]
         self.special_texts = {f"{name}_token": self.noted[name].text for name in in_templates}
         self.longest_piece = vocabulary.longest_piece
@@ -200,7 +200,7 @@ def chat_templates(metadata: Mapping[str, object]) -> dict[str, str]:
     }
 
 
-def facts_of(path: Path, file: LoadedFile, noted: Mapping[str, NotedToken]) -> ModelFacts:
+def facts_of(path: Path, file: LoadedFile, noted: Mapping[str, SpecialToken]) -> ModelFacts:
     """What is known of a loaded file; nothing of a context, nor of devices."""
     model, metadata, _ = file
     architecture = str(metadata.get("general.architecture", ""))

@@ -28,7 +28,7 @@ from erllama.cache import (
 )
 from erllama.engine.kv.slices import Provenance, canonical_prefix
 from erllama.engine.requests.request import CacheHit, HitKind
-from erllama.engine.scheduling.model_context import Shared
+from erllama.engine.scheduling.model_context import ModelContext
 from erllama.errors import StateError
 
 log = logger("erllama.engine")
@@ -49,7 +49,7 @@ class Restored(NamedTuple):
     n_shared: int
 
 
-class Warmth:
+class SequenceKV:
     """The cache's view of one sequence.
 
     Args:
@@ -60,7 +60,7 @@ class Warmth:
         recipe: how it is computed.
     """
 
-    def __init__(self, shared: Shared, sequence: int, namespace: bytes, n_prompt: int, recipe: bytes) -> None:
+    def __init__(self, shared: ModelContext, sequence: int, namespace: bytes, n_prompt: int, recipe: bytes) -> None:
         self._shared = shared
         self._cache, self._backend = shared.cache, shared.backend
         self._namespace, self._slicing, self._n_prompt = namespace, shared.slicing, n_prompt

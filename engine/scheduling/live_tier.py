@@ -31,7 +31,7 @@ class LiveTier(Tier):
         n_cells: cells of the context.
     """
 
-    fed = "by its owner"
+    write_mode = "external"
 
     def __init__(self, cache: Cache, name: str, place: str, cell_bytes: int, n_cells: int) -> None:
         super().__init__(name, cell_bytes * n_cells)

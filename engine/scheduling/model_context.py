@@ -27,7 +27,7 @@ Constraint = Matcher | LazyMatcher | PhasedMatcher
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class ModelContext:
     """What all sequences of a model share: the cache, how the model computes, what is saved, and who draws."""
 
     cache: Cache
@@ -41,7 +41,7 @@ class Shared:
     weights: Weights
 
     @classmethod
-    def of(cls, cache: Cache, backend: Backend, policy: Policy) -> Shared:
+    def of(cls, cache: Cache, backend: Backend, policy: Policy) -> ModelContext:
         """Of one model."""
         limits, vocabulary = backend.limits, backend.vocabulary
         slicing = Slicing(

@@ -26,7 +26,7 @@ from erllama.engine.metrics import EngineMetrics
 from erllama.engine.requests.request import CacheHit
 from erllama.engine.requests.ticket import Ticket, awaken
 from erllama.engine.scheduling.live_tier import LiveTier
-from erllama.engine.scheduling.model_context import Shared
+from erllama.engine.scheduling.model_context import ModelContext
 from erllama.engine.scheduling.scheduler import Phase, Scheduler, typed
 from erllama.engine.scheduling.sequence import Sequence
 from erllama.errors import (
@@ -45,7 +45,7 @@ _LOOK_AGAIN_SECONDS = 0.01
 _START_SECONDS = 5.0
 
 
-class Runner:
+class ModelThread:
     """Runs requests on a backend in a thread of its own.
 
     Args:
@@ -78,7 +78,7 @@ class Runner:
         self._cache = cache
         self._policy = policy
         self._stopping = False
-        self._shared = Shared.of(cache, backend, policy)
+        self._shared = ModelContext.of(cache, backend, policy)
         self.adapters = self._shared.adapters
         limits = backend.limits
         self._name = name

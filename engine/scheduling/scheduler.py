@@ -20,14 +20,14 @@ from erllama._runtime.log import logger
 from erllama.cache import Match, SaveReason
 from erllama.engine.adapters import recipe
 from erllama.engine.backend import Batch
-from erllama.engine.kv.sequence_kv import Warmth
+from erllama.engine.kv.sequence_kv import SequenceKV
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.requests.request import CacheHit
 from erllama.engine.scheduling.batches import BatchBuilder, Part
 from erllama.engine.scheduling.live_tier import LiveTier
-from erllama.engine.scheduling.model_context import Shared
+from erllama.engine.scheduling.model_context import ModelContext
 from erllama.engine.scheduling.sequence import HEADROOM, Sequence
-from erllama.engine.scheduling.slots import LiveContext, Parked, common_prefix
+from erllama.engine.scheduling.slots import Parked, Slots, common_prefix
 from erllama.engine.speculation import DecodeCosts
 from erllama.errors import BackendError, CellsExhausted, DeadlineExceeded, Error
 
@@ -58,7 +58,7 @@ class Scheduler:
 
     def __init__(
         self,
-        shared: Shared,
+        shared: ModelContext,
         *,
         n_seq_max: int,
         prefill_chunk_size: int,
@@ -72,7 +72,7 @@ class Scheduler:
         self._limits = shared.backend.limits
         self._n_seq_max = n_seq_max
         self._chunk = prefill_chunk_size
-        self._live = LiveContext(shared.backend, parked_cells, tier)
+        self._live = Slots(shared.backend, parked_cells, tier)
         self._batches = BatchBuilder(self._limits.n_batch)
         self._on_end = on_end
         self._stopping = stopping
@@ -95,7 +95,7 @@ class Scheduler:
         return "prefilling" if any(s.waiting or s.prefilling for s in self.running) else "generating"
 
     @property
-    def live(self) -> LiveContext:
+    def live(self) -> Slots:
         return self._live
 
     def tick(self) -> bool:
@@ -226,7 +226,7 @@ class Scheduler:
         if n_stored > n_live:  # whole blocks are restored, and then cut
             live.make_room(n_stored - n_live + self._shared.slicing.block_size)
         how = recipe(self._backend.recipe, sequence.adapters)
-        warmth = Warmth(self._shared, number, sequence.namespace, sequence.n_prompt, how)
+        warmth = SequenceKV(self._shared, number, sequence.namespace, sequence.n_prompt, how)
         restored = warmth.restore(
             sequence.tokens[: len(sequence.reusable) + 1],
             match,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from erllama._runtime.log import logger
 from erllama.cache import SaveReason
 from erllama.engine.adapters import AdapterSet
-from erllama.engine.kv.sequence_kv import NOTHING_STORED, Warmth
+from erllama.engine.kv.sequence_kv import NOTHING_STORED, SequenceKV
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.output.constraint import PhasedMatcher
 from erllama.engine.output.phases import ThinkingBudget
@@ -21,7 +21,7 @@ from erllama.engine.requests.reply import Reply
 from erllama.engine.requests.request import CacheDelta, CacheHit, Completion, FinishReason, Timings
 from erllama.engine.requests.ticket import Ticket
 from erllama.engine.sampling.sampler import Sampler, SamplingOptions, log_probabilities
-from erllama.engine.scheduling.model_context import Shared
+from erllama.engine.scheduling.model_context import ModelContext
 from erllama.engine.speculation import DecodeCosts, Drafts, Speculator
 
 log = logger("erllama.engine")
@@ -54,7 +54,7 @@ class Sequence:
         finish_reason: None as long as it goes on.
     """
 
-    def __init__(self, ticket: Ticket, shared: Shared, adapters: AdapterSet = ()) -> None:
+    def __init__(self, ticket: Ticket, shared: ModelContext, adapters: AdapterSet = ()) -> None:
         self.ticket = ticket
         self._shared = shared
         self._vocabulary = shared.backend.vocabulary
@@ -80,7 +80,7 @@ class Sequence:
         self.ran_out_at = 0
         self.arrived = False
         self.finish_reason: FinishReason | None = None
-        self._warmth: Warmth | None = None
+        self._warmth: SequenceKV | None = None
         self._due = 0.0  # how many tokens are held when something is to be saved
         self._finish_key: bytes | None = None  # of what it held when it last left
         self._sampler = shared.samplers.make(options.sampling, options.sampling_state)
@@ -140,13 +140,13 @@ class Sequence:
         return len(self.tokens) - self.n_known
 
     @property
-    def warmth(self) -> Warmth:
+    def warmth(self) -> SequenceKV:
         assert self._warmth is not None
         return self._warmth
 
     # --- in and out of the context
 
-    def enter(self, number: int, warmth: Warmth, n_held: int, hit: CacheHit, began: float) -> None:
+    def enter(self, number: int, warmth: SequenceKV, n_held: int, hit: CacheHit, began: float) -> None:
         """It is in the context now, and holds its first `n_held` tokens."""
         self.number, self._warmth, self.n_held = number, warmth, n_held
         self._due = warmth.due

@@ -47,7 +47,7 @@ class Parked:
     keys: tuple[bytes, ...]
 
 
-class LiveContext:
+class Slots:
     """The context's cells and sequence numbers, and who has them.
 
     Args:

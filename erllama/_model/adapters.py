@@ -7,7 +7,7 @@ from typing import Never
 
 from erllama._model.fingerprint import content_digest
 from erllama._model.requests import Requests
-from erllama.engine import Runner
+from erllama.engine import ModelThread
 from erllama.engine.adapters import AdapterBackend, LoadedAdapter, checked_scale
 from erllama.engine.backends.file_identity import file_identity
 from erllama.errors import AdapterLoadError, ModelLoadError, OptionError, Unsupported, reject_unknown
@@ -16,7 +16,7 @@ from erllama.errors import AdapterLoadError, ModelLoadError, OptionError, Unsupp
 class Adapter:
     """A LoRA adapter of a model. Made by `Model.load_adapter`; safe to use from any thread."""
 
-    def __init__(self, loaded: LoadedAdapter, runner: Runner) -> None:
+    def __init__(self, loaded: LoadedAdapter, runner: ModelThread) -> None:
         self._loaded, self._runner = loaded, runner
 
     def __eq__(self, other: object) -> bool:

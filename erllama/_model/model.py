@@ -37,10 +37,10 @@ from erllama.engine import (
     EngineMetrics,
     Grammar,
     ModelFacts,
+    ModelThread,
     Phase,
     Request,
     RequestOptions,
-    Runner,
     SamplingOptions,
     Ticket,
 )
@@ -78,7 +78,7 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
         return f"<erllama.Model {self.id!r}, {state}>"
 
     def __del__(self) -> None:
-        runner: Runner | None = getattr(self, "_runner", None)
+        runner: ModelThread | None = getattr(self, "_runner", None)
         if runner is None or runner.stopped or not runner.is_ours:
             return
         _registry.drop(self, runner)

@@ -19,7 +19,7 @@ from erllama.errors import AlreadyLoaded, ModelNotFound, OptionError
 
 if TYPE_CHECKING:
     from erllama._model.model import Model
-    from erllama.engine import Runner
+    from erllama.engine import ModelThread
 
 log = logger("erllama")
 
@@ -36,7 +36,7 @@ class Reservation:
 
 _lock = threading.RLock()
 _models: dict[str, Model | ReferenceType[Model] | Reservation] = {}
-_dropped: WeakSet[Runner] = WeakSet()  # of models that nobody unloaded; they end by themselves
+_dropped: WeakSet[ModelThread] = WeakSet()  # of models that nobody unloaded; they end by themselves
 _serial = itertools.count(1)
 
 
@@ -74,7 +74,7 @@ def remove(model: Model) -> None:
             del _models[model.id]
 
 
-def drop(model: Model, runner: Runner) -> None:
+def drop(model: Model, runner: ModelThread) -> None:
     """Forget a model that was dropped without unload(); it stops in the background."""
     _dropped.add(runner)
     remove(model)

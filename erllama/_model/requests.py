@@ -14,7 +14,7 @@ from erllama._model.request_options import CompletionOptions, request_options
 from erllama._model.streams import News, wait_async
 from erllama.cache import Cache, Policy
 from erllama.chat.chats import Chats
-from erllama.engine import Backend, Completion, Request, RequestOptions, Runner, Ticket, Vocabulary
+from erllama.engine import Backend, Completion, ModelThread, Request, RequestOptions, Ticket, Vocabulary
 from erllama.engine.requests.prompts import PromptTokenizer
 from erllama.errors import PromptError, PromptTooLong, Unsupported, shown
 
@@ -42,8 +42,8 @@ class Requests:
         self._runner = self._make_runner(shape)
         self._chats = Chats(backend, cache, self._runner.namespace)
 
-    def _make_runner(self, shape: Shape) -> Runner:
-        return Runner(
+    def _make_runner(self, shape: Shape) -> ModelThread:
+        return ModelThread(
             self._backend,
             self.cache,
             self.policy,

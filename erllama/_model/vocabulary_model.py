@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Never, cast
 from erllama._model.info import Shape
 from erllama._model.model import Model
 from erllama.cache import Cache, Policy, namespace_key
-from erllama.engine import Backend, CacheHit, EngineMetrics, Phase, Runner
+from erllama.engine import Backend, CacheHit, EngineMetrics, ModelThread, Phase
 from erllama.errors import VocabularyOnly
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class VocabularyModel(Model):
         super().__init__(cast("Backend", file), id, cache, Policy(), cache_salt, Shape(0, None, None, 0))
         self._n_seq_max = 0
 
-    def _make_runner(self, shape: Shape) -> Runner:
+    def _make_runner(self, shape: Shape) -> ModelThread:
         return _NoRunner(self.id, self._backend)
 
     # Before anything is said of the prompt or the conversation.
@@ -46,7 +46,7 @@ class VocabularyModel(Model):
         raise _refusal(self.id)
 
 
-class _NoRunner(Runner):
+class _NoRunner(ModelThread):
     """In a runner's place: tells that nothing runs, and refuses everything that would."""
 
     def __init__(self, name: str, backend: Backend) -> None:

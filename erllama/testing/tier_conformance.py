@@ -134,7 +134,7 @@ class TierConformance:
             tier, block = driven.tier, self._flat(1)[0]
             must(isinstance(tier.name, str) and tier.name.isidentifier(), f"name is {tier.name!r}")
             must(isinstance(tier.budget, int) and tier.budget >= 0, f"budget is {tier.budget!r}")
-            must(tier.fed in ("at once", "behind"), f"fed is {tier.fed!r}")
+            must(tier.write_mode in ("through", "behind"), f"write_mode is {tier.write_mode!r}")
             must(isinstance(tier.place, str) and tier.place, f"place is {tier.place!r}")
             must(isinstance(tier.where(block), str) and tier.where(block), "where() gives no text")
             must(isinstance(tier.persistent, bool), f"persistent is {tier.persistent!r}")
@@ -562,7 +562,7 @@ class TierConformance:
         with self._directory() as directory:
             one, other = self._opened(directory), self._opened(directory)
             try:
-                if not one.tier.persistent or one.tier.fed == "at once":
+                if not one.tier.persistent or one.tier.write_mode == "through":
                     raise SkipTest("a rule for tiers that several processes share")
                 blocks = self._flat(9)
                 list(other.tier.rows())

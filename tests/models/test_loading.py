@@ -548,7 +548,7 @@ def test_a_model_tells_what_it_is_and_takes(tiny_gguf: Path) -> None:
         assert (info.n_layer, info.n_embd, info.n_head, info.n_head_kv) == (2, 64, 2, 1)
         assert (info.n_params, info.file_bytes) == (115008, tiny_gguf.stat().st_size)
         assert (info.n_ctx_train, info.n_ctx, info.kv_type_k, info.kv_type_v) == (32768, 4096, "q8_0", "f16")
-        assert info.special_tokens["eos"] == erllama.NotedToken(2, "</s>")
+        assert info.special_tokens["eos"] == erllama.SpecialToken(2, "</s>")
         assert (info.has_chat_template, info.vocab_only) == (False, False)
         assert info.weights_bytes == 115008 * 4
         # A row of K is 32 elements in 34 bytes, one of V 64: in two layers. libllama tells hundredths of a MiB.

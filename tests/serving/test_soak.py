@@ -34,7 +34,7 @@ from erllama.cache import KEY_BYTES
 from erllama.engine import Backend, Batch, Completion, Done, Event, Ticket
 from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.backends.stub import StubBackend
-from erllama.engine.kv.sequence_kv import Warmth
+from erllama.engine.kv.sequence_kv import SequenceKV
 from erllama.engine.sampling.sampler import Sampler
 from erllama.engine.scheduling.sequence import Sequence
 
@@ -556,7 +556,7 @@ def positions_of(backend: Backend, number: int) -> int:
 def alive() -> Counter[str]:
     """What exists of what each request has, by kind."""
     gc.collect()
-    kinds = (Sequence, Ticket, Sampler, Warmth, erllama.Stream, erllama.AsyncStream)
+    kinds = (Sequence, Ticket, Sampler, SequenceKV, erllama.Stream, erllama.AsyncStream)
     return Counter(type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, kinds))
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import erllama
 from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, token_bytes
 from erllama.cache.catalog.lru import LeafLRU
-from erllama.cache.catalog.prefix_tree import BlockTree
+from erllama.cache.catalog.prefix_tree import PrefixTree
 from support.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, save
 from support.children import must_run, run_python
 from support.places import TESTS
@@ -65,7 +65,7 @@ def test_a_whole_hit_ends_where_a_stored_block_ends(
 
 @given(st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=6), max_size=12), st.data())
 def test_overtaken_blocks_are_the_true_prefixes(siblings: list[list[int]], data: st.DataObject) -> None:
-    tree = BlockTree()
+    tree = PrefixTree()
     raws = {token_bytes(np.array(ids, np.uint32)) for ids in siblings}
     for raw in raws:
         tree.add(Block.following(NAMESPACE, NAMESPACE, 0, raw, SaveReason.COLD), "ram")
@@ -96,7 +96,7 @@ def test_a_longer_tail_takes_the_place_of_a_shorter_one(tmp_path: Path) -> None:
             ("ram", 16, 16),
             ("ram", 32, 8),
         ]
-        assert cache.counters()["tails_overtaken"] == 2
+        assert cache.counters()["tails_superseded"] == 2
     assert len(list(tmp_path.rglob("*.kvc"))) == 3
 
 

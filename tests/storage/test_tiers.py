@@ -13,7 +13,7 @@ import pytest
 
 import erllama
 from erllama.cache import Block, Cache, FileTier, MemoryUsage, SaveReason, Tier, TierRow, token_bytes
-from erllama.cache.pipeline.write_queue import Pending, WriteBehind
+from erllama.cache.pipeline.write_queue import Pending, WriteQueue
 from support.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
 from support.children import must_run
 from support.faulty_tiers import SmallTier
@@ -33,7 +33,7 @@ def test_a_save_reaches_every_tier(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram_file=tmp_path / "f", disk=tmp_path / "d", tiers=[shelf]) as cache:
         assert cache.tier_names == ("ram", "ram_file", "disk", "remote")
         save(cache, MANY)
-        assert held(cache)["ram"] == 10, "at once"
+        assert held(cache)["ram"] == 10, "through"
         cache.flush()
         assert set(held(cache).values()) == {10}
         assert [(status.tier, status.error) for status in cache.tiers()] == [
@@ -314,7 +314,7 @@ def hit_or_none(cache: Cache) -> list[object]:
 class Live(Tier):
     """As the engine has one: it says what it holds, and is told what to give up."""
 
-    fed = "by its owner"
+    write_mode = "external"
 
     def __init__(self, budget: int) -> None:
         super().__init__("live", budget)
@@ -429,13 +429,13 @@ def test_each_tail_is_looked_after_however_soon_it_follows_another(tmp_path: Pat
 def test_a_look_for_others_does_not_miss_the_tail_that_asked_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offer = WriteBehind.offer
+    offer = WriteQueue.offer
 
-    def offer_late(self: WriteBehind, save: Pending) -> bool:
+    def offer_late(self: WriteQueue, save: Pending) -> bool:
         time.sleep(0.2)  # the writer's thread has time to do all that it was given before
         return offer(self, save)
 
-    monkeypatch.setattr(WriteBehind, "offer", offer_late)
+    monkeypatch.setattr(WriteQueue, "offer", offer_late)
     with Cache(block_size=SIZE, disk=tmp_path) as cache, Cache(block_size=SIZE, disk=tmp_path) as other:
         save(cache, MANY[:5])
         wait_until(lambda: hit(other, MANY[:5]) == 5, SOON)
@@ -566,7 +566,7 @@ def test_verify_tells_and_changes_nothing(tmp_path: Path) -> None:
         ({"ram_file": 5}, "ram_file=5"),
         ({"tiers": [5]}, "erllama.cache.Tier"),
         ({"tiers": 5}, "list"),
-        ({"tiers": [Live(5)]}, "by its owner"),
+        ({"tiers": [Live(5)]}, "external"),
         ({"pressure": {"high_watermak": 1}}, "high_watermark"),
         ({"pressure": {"tiers": ("rma",)}}, "rma"),
         ({"ramfile": "/x"}, "did you mean 'ram_file'"),
