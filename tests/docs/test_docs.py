@@ -303,7 +303,7 @@ def test_every_page_with_snippets_is_run_somewhere() -> None:
 
 
 def test_what_a_snippet_gets_wrong_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pages.ROOT", tmp_path)
+    monkeypatch.setattr("support.pages.ROOT", tmp_path)
     (tmp_path / "page.md").write_text("# A page\n\n```python\nx = 1  # True\nx + 1  # words\nx + 2  # 3\n```\n")
     assert run("page.md", {}) == 1
     (tmp_path / "page.md").write_text("# A page\n\n```python\nx = 1\nx + 2  # 4\n```\n")

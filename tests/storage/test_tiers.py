@@ -390,7 +390,7 @@ def test_live_blocks_keep_to_their_budget_and_pins() -> None:
 
 
 def test_a_tier_that_is_written_to_is_not_attached(tmp_path: Path) -> None:
-    with Cache() as cache, pytest.raises(erllama.OptionError, match="owner"):
+    with Cache() as cache, pytest.raises(erllama.OptionError, match="write_mode"):
         cache.attach(SmallTier(str(tmp_path)))
 
 
