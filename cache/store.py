@@ -38,14 +38,8 @@ from erllama.cache.sizes import parse_bytes
 from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.tier import Problem, RamTier, Tier
 from erllama.cache.uninterrupted import run_behind, uninterrupted
-from erllama.errors import (
-    CacheError,
-    IntegrityError,
-    OptionError,
-    boolean,
-    integer,
-    reject_unknown,
-)
+from erllama.checks import boolean, integer, reject_unknown
+from erllama.errors import CacheError, IntegrityError, OptionError
 
 log = logger("erllama.cache")
 

@@ -20,7 +20,8 @@ from typing import NamedTuple
 from erllama._runtime.log import logger
 from erllama.cache.pressure.memory import SOURCES, MemoryUsage, Source, open_sources, readings
 from erllama.cache.sizes import parse_bytes
-from erllama.errors import OptionError, choice, real, reject_unknown
+from erllama.checks import choice, real, reject_unknown
+from erllama.errors import OptionError
 
 log = logger("erllama.cache")
 
@@ -129,6 +130,7 @@ class PressureWatch:
             failed and for an eviction that did; the owner counts.
 
     Raises:
+        MissingPackage: the package that reads the source is not installed.
         OptionError: the source cannot be had on this machine.
     """
 

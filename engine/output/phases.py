@@ -15,11 +15,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama.checks import boolean, encodable, integer
 from erllama.engine.backend import Vocabulary
 from erllama.engine.grammar.grammar import Grammar, Matcher
 from erllama.engine.output.stops import WHITE, TextFinder
 from erllama.engine.output.tool_calls import CallEnds
-from erllama.errors import OptionError, boolean, encodable, integer
+from erllama.errors import OptionError
 
 Kind = Literal["text", "thinking", "call"]
 ReplyPhase = Literal["text", "thinking", "syntax", "payload"]

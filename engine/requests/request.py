@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import KEY_BYTES
+from erllama.checks import boolean, encodable, integer, real, shown
 from erllama.engine.grammar.grammar import Grammar
 from erllama.engine.output.phases import PhaseOptions
 from erllama.engine.sampling.sampler import SamplingOptions, SamplingState, TokenLogprobs
 from erllama.engine.speculation import Drafter, Drafts
-from erllama.errors import OptionError, boolean, encodable, integer, real, shown
+from erllama.errors import OptionError
 
 FinishReason = Literal["stop", "length", "context_full", "cancelled", "tool_calls"]
 HitKind = Literal["cold", "partial", "exact"]

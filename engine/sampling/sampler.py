@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama.checks import choice, encodable, integer, real
 from erllama.engine.backend import Vocabulary
 from erllama.engine.sampling.candidates import Candidates, masked, top_k
 from erllama.engine.sampling.dry import DRY, Breakers
@@ -35,7 +36,7 @@ from erllama.engine.sampling.steps import (
     TopP,
     TypicalP,
 )
-from erllama.errors import OptionError, SamplingError, choice, encodable, integer, real
+from erllama.errors import OptionError, SamplingError
 
 _MOST_BIAS = 1e30  # float32 has room for more, but not for sums of it
 _MAX_SEED = 2**64 - 1

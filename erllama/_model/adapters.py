@@ -7,10 +7,11 @@ from typing import Never
 
 from erllama._model.fingerprint import content_digest
 from erllama._model.requests import Requests
+from erllama.checks import reject_unknown
 from erllama.engine import ModelThread
 from erllama.engine.adapters import AdapterBackend, LoadedAdapter, checked_scale
 from erllama.engine.backends.file_identity import file_identity
-from erllama.errors import AdapterLoadError, ModelLoadError, OptionError, Unsupported, reject_unknown
+from erllama.errors import AdapterLoadError, ModelLoadError, OptionError, Unsupported
 
 
 class Adapter:

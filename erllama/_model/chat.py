@@ -15,8 +15,8 @@ from erllama._model.streams import AsyncStream, Stream
 from erllama.chat.content import without_marks
 from erllama.chat.results import ChatCompletion
 from erllama.chat.turns import Turn
+from erllama.checks import boolean
 from erllama.engine import Done, Event, Ticket
-from erllama.errors import boolean
 
 Messages = Sequence[Mapping[str, object]]
 

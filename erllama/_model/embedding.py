@@ -19,20 +19,11 @@ from typing import Literal, Never, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama.checks import boolean, choice, reject_unknown, shown
 from erllama.engine import Backend, Embedder, EmbeddingBackend
 from erllama.engine.embedding import POOLINGS
 from erllama.engine.requests.prompts import PromptTokenizer
-from erllama.errors import (
-    BackendError,
-    ModelUnloaded,
-    PromptError,
-    PromptTooLong,
-    Unsupported,
-    boolean,
-    choice,
-    reject_unknown,
-    shown,
-)
+from erllama.errors import BackendError, ModelUnloaded, PromptError, PromptTooLong, Unsupported
 
 Text = str | Sequence[int] | NDArray[np.integer]
 Texts = Text | Sequence[Text]

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from erllama.cache import Cache
+from erllama.checks import choice
 from erllama.engine.backends.file_identity import file_identity, identity
 from erllama.engine.backends.gguf_parts import parts
-from erllama.errors import LoadCancelled, ModelLoadError, OptionError, choice
+from erllama.errors import LoadCancelled, ModelLoadError, OptionError
 
 KINDS = ("safe", "gguf_chunked", "fast_unsafe")
 _CHUNK = 1 << 22

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from erllama.checks import integer
 from erllama.engine import Limits, ModelFacts, Phase
-from erllama.errors import integer
 
 
 @dataclass(frozen=True, slots=True)

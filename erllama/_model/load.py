@@ -16,9 +16,10 @@ from erllama._model.info import Shape
 from erllama._model.model import Model
 from erllama._model.vocabulary_model import VocabularyModel
 from erllama.cache import Cache, Policy
+from erllama.checks import boolean, integer, reject_unknown, shown
 from erllama.engine import Backend, RequestOptions
 from erllama.engine.backends.file_identity import identity
-from erllama.errors import ModelLoadError, OptionError, boolean, integer, reject_unknown, shown
+from erllama.errors import ModelLoadError, OptionError
 
 _SHAPE_OPTIONS = ("n_seq_max", "prefill_chunk_size", "parked_cells", "max_pending")
 _BACKEND_OPTIONS = ("id", "cache", "policy", "cache_salt", *_SHAPE_OPTIONS)

@@ -30,6 +30,7 @@ from erllama._model.speculation import Verification, fixed
 from erllama._model.streams import AsyncStream, Stream
 from erllama._runtime.reentry import reentered
 from erllama.cache import Cache, Policy
+from erllama.checks import boolean, integer, reject_unknown, shown
 from erllama.engine import (
     Backend,
     CacheHit,
@@ -45,14 +46,7 @@ from erllama.engine import (
     Ticket,
 )
 from erllama.engine.requests.request import MOST_SPECULATIVE
-from erllama.errors import (
-    OptionError,
-    PromptError,
-    boolean,
-    integer,
-    reject_unknown,
-    shown,
-)
+from erllama.errors import OptionError, PromptError
 
 Prompt = str | Sequence[int] | NDArray[np.integer]
 Messages = Sequence[Mapping[str, object]]

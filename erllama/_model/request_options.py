@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from erllama._model.speculation import drafters
 from erllama.chat.chats import ChatRequest
+from erllama.checks import choice, reject_unknown, shown
 from erllama.engine import (
     Drafter,
     Grammar,
@@ -21,7 +22,7 @@ from erllama.engine import (
     Vocabulary,
 )
 from erllama.engine.grammar.schemas.json_schema import source_of as schema_source
-from erllama.errors import OptionError, choice, reject_unknown, shown
+from erllama.errors import OptionError
 
 if TYPE_CHECKING:
     from erllama._model.model import Model

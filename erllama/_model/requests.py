@@ -14,9 +14,10 @@ from erllama._model.request_options import CompletionOptions, request_options
 from erllama._model.streams import News, wait_async
 from erllama.cache import Cache, Policy
 from erllama.chat.chats import Chats
+from erllama.checks import shown
 from erllama.engine import Backend, Completion, ModelThread, Request, RequestOptions, Ticket, Vocabulary
 from erllama.engine.requests.prompts import PromptTokenizer
-from erllama.errors import PromptError, PromptTooLong, Unsupported, shown
+from erllama.errors import PromptError, PromptTooLong, Unsupported
 
 Prompt = str | Sequence[int] | NDArray[np.integer]
 

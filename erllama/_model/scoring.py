@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama.checks import shown
 from erllama.engine import CacheHit, Completion, InfillTokens, Vocabulary
-from erllama.errors import PromptError, Unsupported, shown
+from erllama.errors import PromptError, Unsupported
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,10 +25,11 @@ from erllama.chat.templates.template import CHATML, ChatTemplate
 from erllama.chat.thinking import find_thinking
 from erllama.chat.tool_calls.tools import ToolChoice, check_schemas, normalized_tools, strict_names, tool_choice_of
 from erllama.chat.turns import Turn
+from erllama.checks import boolean
 from erllama.engine import Backend, Grammar, Markers, PhaseOptions, RequestOptions, Vocabulary
 from erllama.engine.output.phases import Script
 from erllama.engine.requests.prompts import PromptTokenizer
-from erllama.errors import ChatError, OptionError, PromptTooLong, boolean
+from erllama.errors import ChatError, OptionError, PromptTooLong
 
 log = logger("erllama")
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from erllama.checks import import_optional
+
 if TYPE_CHECKING:
     from erllama.testing.backend_machine import BackendMachine
     from erllama.testing.cache_machine import CacheMachine
@@ -27,9 +29,15 @@ _HOMES = {
     "TierConformance": "tier_conformance",
 }
 
+_NEED_HYPOTHESIS = ("BackendMachine", "CacheMachine")
+
 
 def __getattr__(name: str) -> object:
     # Late, so that the generator of models works without Hypothesis.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _NEED_HYPOTHESIS:
+        import_optional(
+            "hypothesis", needed_by=f"{__name__}.{name}", package="hypothesis", install="'erllama[testing]'"
+        )
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -10,9 +10,10 @@ from typing import cast
 
 import erllama
 from erllama._model.request_options import ChatOptions, chat_request
+from erllama.checks import shown
 from erllama.cli import reply as replies
 from erllama.cli.files import new_file
-from erllama.errors import ChatError, shown
+from erllama.errors import ChatError
 
 Message = dict[str, object]
 
