@@ -21,7 +21,7 @@ from erllama._runtime.imports import import_safely
 if TYPE_CHECKING:
     from erllama._demo.model import demo_model
     from erllama._model.adapters import Adapter
-    from erllama._model.chat import AsyncChatStream, ChatStream
+    from erllama._model.chat_streams import AsyncChatStream, ChatStream
     from erllama._model.info import Device, ModelInfo, devices
     from erllama._model.load import load_backend, load_model
     from erllama._model.model import Model
@@ -98,7 +98,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 # together take half a second, and import numpy, jinja2, llguidance, sqlite_utils and watchdog.
 _HOMES: dict[str, tuple[str, ...]] = {
     "erllama._model.adapters": ("Adapter",),
-    "erllama._model.chat": ("AsyncChatStream", "ChatStream"),
+    "erllama._model.chat_streams": ("AsyncChatStream", "ChatStream"),
     "erllama._demo.model": ("demo_model",),
     "erllama._model.info": ("Device", "ModelInfo", "devices"),
     "erllama._model.load": ("load_backend", "load_model"),

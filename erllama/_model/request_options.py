@@ -1,13 +1,16 @@
-"""The options of a request, as the methods of a model take them."""
+"""Options of requests as the methods of `Model` take them, checked and turned into the engine's options.
+
+The TypedDicts name the options for type checkers; the functions below them make `RequestOptions` and `ChatRequest`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
-from erllama._model.speculation import drafters
+from erllama._model.speculation import DraftModel, drafter_factory
 from erllama.chat.chats import ChatRequest
 from erllama.checks import choice, reject_unknown, shown
 from erllama.engine import (
@@ -24,10 +27,7 @@ from erllama.engine import (
 from erllama.engine.grammar.schemas.json_schema import source_of as schema_source
 from erllama.errors import OptionError
 
-if TYPE_CHECKING:
-    from erllama._model.model import Model
-
-# Texts that open and that close a phase: one each, or several.
+# Texts that open a phase and texts that close it: one of each, or several.
 MarkerPair = tuple[str | Sequence[str], str | Sequence[str]]
 
 
@@ -42,7 +42,7 @@ class PrefillOptions(TypedDict, total=False):
 
 
 class CompletionOptions(PrefillOptions, total=False):
-    """Options of `Model.complete`, and of all that streams and waits."""
+    """Options of `Model.complete` and of its streaming and asyncio forms."""
 
     max_tokens: int | None
     temperature: float
@@ -87,12 +87,12 @@ class CompletionOptions(PrefillOptions, total=False):
     thinking_signing_key: bytes | None
     tool_markers: MarkerPair | None
     tool_payload_markers: MarkerPair | None
-    speculative: str | Drafter | Model | None
+    speculative: str | Drafter | DraftModel | None
     speculative_tokens: int
 
 
 class TemplateOptions(TypedDict, total=False):
-    """Options of `Model.apply_chat_template`, and of all chats; see `Model.chat`."""
+    """Options of `Model.apply_chat_template` and `Model.render_chat`; see `Model.chat`."""
 
     tools: Sequence[Mapping[str, object]] | None
     chat_template: str | Path | None
@@ -104,7 +104,7 @@ class TemplateOptions(TypedDict, total=False):
 
 
 class ChatOptions(CompletionOptions, total=False):
-    """Options of `Model.chat`, and of all chats that stream and wait."""
+    """Options of `Model.chat` and of its streaming and asyncio forms."""
 
     tools: Sequence[Mapping[str, object]] | None
     tool_choice: str | Mapping[str, object] | None
@@ -117,7 +117,7 @@ class ChatOptions(CompletionOptions, total=False):
     special_tokens_in_content: bool
 
 
-_PHASES = (
+_PHASE_OPTIONS = (
     "thinking",
     "thinking_markers",
     "thinking_budget_tokens",
@@ -127,31 +127,32 @@ _PHASES = (
     "tool_payload_markers",
 )
 _SAMPLING = frozenset(SamplingOptions.__dataclass_fields__)
-_COMPLETION = frozenset(CompletionOptions.__annotations__) | frozenset(PrefillOptions.__annotations__)
 _PREFILL = frozenset(PrefillOptions.__annotations__)
-
-
+_COMPLETION = frozenset(CompletionOptions.__annotations__) | _PREFILL
 _TEMPLATE = frozenset(TemplateOptions.__annotations__)
 _CHAT = frozenset(ChatOptions.__annotations__) - _COMPLETION
 
 
-def template_request(messages: object, given: TemplateOptions, where: str) -> ChatRequest:
-    """A conversation to be rendered; checked where it is."""
-    options: dict[str, object] = dict(given)
-    reject_unknown({name: value for name, value in options.items() if name not in _TEMPLATE}, _TEMPLATE, where)
-    options["thinking"] = thinking_choice(options.get("thinking"))
-    return ChatRequest(messages, **options)  # type: ignore[arg-type]
+def template_request(messages: object, options: TemplateOptions, where: str) -> ChatRequest:
+    """Return the request to render a conversation. `Chats` checks the values when it renders."""
+    checked = _known(options, _TEMPLATE, where)
+    checked["thinking"] = thinking_choice(checked.get("thinking"))
+    return ChatRequest(messages, **checked)  # type: ignore[arg-type]
 
 
 def chat_request(
-    messages: object, given: ChatOptions, where: str, cache_salt: str | None, vocabulary: Vocabulary
+    messages: object, options: ChatOptions, where: str, cache_salt: str | None, vocabulary: Vocabulary
 ) -> tuple[ChatRequest, RequestOptions]:
-    """A chat as it was asked for, and the checked options of its request, without phases."""
-    options: dict[str, object] = dict(given)
-    known = _COMPLETION | _CHAT
-    reject_unknown({name: value for name, value in options.items() if name not in known}, known, where)
-    chat: dict[str, object] = {name: options.pop(name) for name in _CHAT & options.keys()}
-    phases = _of_phases(options)
+    """Return a chat request and the checked options of its completion, without phases.
+
+    Args:
+        where: the method's name, for error messages.
+        cache_salt: the model's own.
+        vocabulary: the model's.
+    """
+    completion = _known(options, _COMPLETION | _CHAT, where)
+    chat: dict[str, object] = {name: completion.pop(name) for name in _CHAT & completion.keys()}
+    phases = _pop_phase_options(completion)
     request = ChatRequest(
         messages,
         thinking=thinking_choice(phases["thinking"]),
@@ -163,116 +164,124 @@ def chat_request(
         signing_key=phases["thinking_signing_key"],  # type: ignore[arg-type]
         **chat,  # type: ignore[arg-type]
     )
-    checked = request_options(options, where, cache_salt, vocabulary=vocabulary)  # type: ignore[arg-type]
+    checked = request_options(completion, where, cache_salt, vocabulary=vocabulary)  # type: ignore[arg-type]
     return request, checked
 
 
+def prefill_options(options: PrefillOptions, where: str, cache_salt: str | None) -> RequestOptions:
+    """Return the checked options of a request that samples no token; arguments as of `request_options`."""
+    return _checked({**_known(options, _PREFILL, where), "max_tokens": 0}, cache_salt)
+
+
 def request_options(
-    given: CompletionOptions | PrefillOptions,
+    options: CompletionOptions,
     where: str,
     cache_salt: str | None,
     *,
-    prefill: bool = False,
     find_thinking: Callable[[], Markers | None] = lambda: None,
     vocabulary: Vocabulary | None = None,
 ) -> RequestOptions:
-    """The checked options of one call.
+    """Return the checked options of a completion.
 
     Args:
-        given: as the caller wrote them.
-        where: the name of the method, for errors.
+        options: as the caller passed them.
+        where: the method's name, for error messages.
         cache_salt: the model's own.
-        prefill: only those that make sense where nothing is sampled.
-        find_thinking: the model's own markers of thinking, where it has some.
-        vocabulary: the model's.
+        find_thinking: returns the markers of thinking of the model's template; None if it has none.
+        vocabulary: the model's; None to leave `speculative` unchecked.
     """
-    options: dict[str, object] = dict(given)
-    known = _PREFILL if prefill else _COMPLETION
+    found = _known(options, _COMPLETION, where)
+    schema, pattern = found.pop("json_schema", None), found.pop("regex", None)
+    found["grammar"] = _grammar(found.get("grammar"), schema, pattern)
+    found["phases"] = _phases(found, find_thinking)
+    if vocabulary is not None:
+        found["speculative"] = drafter_factory(found.get("speculative"), vocabulary)
+    return _checked(found, cache_salt)
+
+
+def _known(options: Mapping[str, object], known: frozenset[str], where: str) -> dict[str, object]:
+    """Return a copy of the options; raise OptionError for an unknown one."""
     reject_unknown({name: value for name, value in options.items() if name not in known}, known, where)
-    if prefill:
-        options["max_tokens"] = 0
+    return dict(options)
+
+
+def _checked(options: dict[str, object], cache_salt: str | None) -> RequestOptions:
+    """Return the engine's options, which check each value."""
     if options.get("cache_salt") is None:
         options["cache_salt"] = cache_salt
-    if not prefill:
-        schema, pattern = options.pop("json_schema", None), options.pop("regex", None)
-        options["grammar"] = _grammar(options.get("grammar"), schema, pattern)
-        options["phases"] = _phases(options, find_thinking)
-        if vocabulary is not None:
-            options["speculative"] = drafters(options.get("speculative"), vocabulary)
     sampling: dict[str, object] = {name: options.pop(name) for name in _SAMPLING & options.keys()}
-    # Checked there, value by value.
     options["sampling"] = SamplingOptions(**sampling)  # type: ignore[arg-type]
     return RequestOptions(**options)  # type: ignore[arg-type]
 
 
-def _of_phases(options: dict[str, object]) -> dict[str, object]:
-    """Takes the options of phases out of the others."""
-    given = {name: options.pop(name, None) for name in _PHASES}
-    if given["thinking_budget_message"] and given["thinking_budget_tokens"] is None:
-        raise OptionError("thinking_budget_message without thinking_budget_tokens; give both")
-    if given["tool_payload_markers"] is not None and given["tool_markers"] is None:
-        raise OptionError("tool_payload_markers without tool_markers; give both")
-    return given
+def _pop_phase_options(options: dict[str, object]) -> dict[str, object]:
+    """Remove the options of phases from `options` and return them; absent ones are None."""
+    found = {name: options.pop(name, None) for name in _PHASE_OPTIONS}
+    if found["thinking_budget_message"] and found["thinking_budget_tokens"] is None:
+        raise OptionError("thinking_budget_message without thinking_budget_tokens; pass both")
+    if found["tool_payload_markers"] is not None and found["tool_markers"] is None:
+        raise OptionError("tool_payload_markers without tool_markers; pass both")
+    return found
 
 
 def _phases(options: dict[str, object], find_thinking: Callable[[], Markers | None]) -> PhaseOptions | None:
-    """How phases are told apart; takes its options out of the others. None where they are not to be told."""
-    given = _of_phases(options)
-    enabled = thinking_choice(given["thinking"])
-    idle = [name for name in _PHASES if name.startswith("thinking_") and given[name] is not None]
-    if idle and not enabled:
-        raise OptionError(f'{idle[0]} where thinking is not told apart; give thinking="enabled", too')
-    thinking = markers("thinking_markers", given["thinking_markers"])
+    """Remove the options of phases from `options` and return them checked; None if the reply has no phases."""
+    found = _pop_phase_options(options)
+    enabled = thinking_choice(found["thinking"])
+    unused = [name for name in _PHASE_OPTIONS if name.startswith("thinking_") and found[name] is not None]
+    if unused and not enabled:
+        raise OptionError(f'{unused[0]} has no effect unless thinking is enabled; pass thinking="enabled", too')
+    thinking = markers("thinking_markers", found["thinking_markers"])
     if enabled and thinking is None:
         thinking = find_thinking()
-    calls = markers("tool_markers", given["tool_markers"])
-    payload = markers("tool_payload_markers", given["tool_payload_markers"])
+    calls = markers("tool_markers", found["tool_markers"])
+    payload = markers("tool_payload_markers", found["tool_payload_markers"])
     phases = PhaseOptions(
         thinking=thinking if enabled else None,
         calls=calls,
         payload=payload,
-        thinking_budget=given["thinking_budget_tokens"],  # type: ignore[arg-type]
-        budget_message=given["thinking_budget_message"] or "",  # type: ignore[arg-type]
-        signing_key=given["thinking_signing_key"],  # type: ignore[arg-type]
+        thinking_budget=found["thinking_budget_tokens"],  # type: ignore[arg-type]
+        budget_message=found["thinking_budget_message"] or "",  # type: ignore[arg-type]
+        signing_key=found["thinking_signing_key"],  # type: ignore[arg-type]
     )
     return phases if phases.thinking is not None or calls is not None else None
 
 
-def thinking_choice(given: object) -> bool | None:
-    """Whether thinking is wanted; None where that is left open."""
-    if given is None or isinstance(given, bool):
-        return given
-    return choice("thinking", given, ("enabled", "disabled")) == "enabled"
+def thinking_choice(thinking: object) -> bool | None:
+    """Return whether thinking is enabled; None if the caller left it open."""
+    if thinking is None or isinstance(thinking, bool):
+        return thinking
+    return choice("thinking", thinking, ("enabled", "disabled")) == "enabled"
 
 
-def markers(name: str, given: object) -> Markers | None:
-    """A pair of markers, or of several, as the engine takes them."""
-    if given is None:
+def markers(name: str, pair: object) -> Markers | None:
+    """Return a pair of markers as the engine takes them; None for None."""
+    if pair is None:
         return None
-    if not isinstance(given, list | tuple) or len(given) != 2:
-        raise OptionError(f"{name}={shown(given)}; give a pair: what opens, and what closes")
-    open, close = ((texts,) if isinstance(texts, str) else texts for texts in given)
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise OptionError(f"{name}={shown(pair)}; pass a pair: the opening and the closing marker")
+    open, close = ((texts,) if isinstance(texts, str) else texts for texts in pair)
     return Markers(open, close)
 
 
 def _grammar(grammar: object, json_schema: object, regex: object) -> object:
-    """The one grammar that was asked for; None where none was."""
-    given = {"grammar": grammar, "json_schema": json_schema, "regex": regex}
-    named = [name for name, value in given.items() if value is not None]
+    """Return the grammar of a reply; None if the caller passed none."""
+    options = {"grammar": grammar, "json_schema": json_schema, "regex": regex}
+    named = [name for name, value in options.items() if value is not None]
     if len(named) > 1:
-        raise OptionError(f"{' and '.join(named)} together; a reply is kept to one grammar: give one of them")
+        raise OptionError(f"{' and '.join(named)} together; a reply follows one grammar: pass one of them")
     if json_schema is not None:
         if not isinstance(json_schema, Mapping | str | bool):
-            raise OptionError(f"json_schema={shown(json_schema)}; give a schema as a mapping, or as JSON in a text")
-        return _made(Grammar.json_schema, schema_source(json_schema))
+            raise OptionError(f"json_schema={shown(json_schema)}; pass a schema as a mapping, or as JSON text")
+        return _compiled(Grammar.json_schema, schema_source(json_schema))
     if regex is not None:
         if not isinstance(regex, str):
-            raise OptionError(f"regex={shown(regex)}; give a pattern as text")
-        return _made(Grammar.regex, regex)
-    return _made(Grammar.gbnf, grammar) if isinstance(grammar, str) else grammar
+            raise OptionError(f"regex={shown(regex)}; pass a pattern as text")
+        return _compiled(Grammar.regex, regex)
+    return _compiled(Grammar.gbnf, grammar) if isinstance(grammar, str) else grammar
 
 
 @lru_cache(maxsize=128)
-def _made(make: Callable[[str], Grammar], source: str) -> Grammar:
-    """Grammars are checked when they are made, which takes a while; callers send the same again and again."""
+def _compiled(make: Callable[[str], Grammar], source: str) -> Grammar:
+    """Return a grammar. Cached, because checking one is slow and callers pass the same source many times."""
     return make(source)

@@ -1,86 +1,108 @@
-"""What the methods of a model are made of: prompts are checked, and requests made and awaited."""
+"""Requests of one model: built from a caller's arguments, submitted and awaited.
+
+`Model` delegates completions, scores and gaps to `CompletionRequests`; `ChatRequests` runs its requests through it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import cached_property
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama._model.info import Shape
-from erllama._model.request_options import CompletionOptions, request_options
-from erllama._model.streams import News, wait_async
-from erllama.cache import Cache, Policy
+from erllama._model.prompts import PromptReader
+from erllama._model.request_options import CompletionOptions, PrefillOptions, prefill_options, request_options
+from erllama._model.runner import ModelRunner
+from erllama._model.scoring import infill_prompt, with_continuation
+from erllama._model.speculation import Verification, fixed_drafter
+from erllama._model.streams import TicketWaiter, wait_async
+from erllama._types import Prompt
 from erllama.chat.chats import Chats
-from erllama.checks import shown
-from erllama.engine import Backend, Completion, ModelThread, Request, RequestOptions, Ticket, Vocabulary
-from erllama.engine.requests.prompts import PromptTokenizer
-from erllama.errors import PromptError, PromptTooLong, Unsupported
-
-Prompt = str | Sequence[int] | NDArray[np.integer]
+from erllama.engine import Backend, Completion, Request, RequestOptions, SamplingOptions, Ticket
+from erllama.engine.requests.request import MOST_SPECULATIVE
 
 
-class Requests:
-    """The part of `Model` that all its methods rest on.
+class CompletionRequests:
+    """Builds and runs the requests of one model. Thread-safe.
 
-    Attributes:
-        id: its name in this process.
-        cache: where its prompts are kept.
-        policy: what of its contexts is saved, and when.
+    A ticket is created before its request is submitted. An interrupt at any moment can then cancel the request:
+    `run` and `run_async` do so, and so does a stream that is dropped.
+
+    Args:
+        id: the model's id, for error messages.
+        chats: the model's; it knows the markers of thinking.
+        cache_salt: of requests without a salt of their own.
     """
 
     def __init__(
-        self, backend: Backend, id: str, cache: Cache, policy: Policy, cache_salt: str | None, shape: Shape
+        self,
+        backend: Backend,
+        id: str,
+        runner: ModelRunner,
+        prompts: PromptReader,
+        chats: Chats,
+        cache_salt: str | None,
     ) -> None:
-        self.id = id
-        self.cache = cache
-        self.policy = policy
-        self._cache_salt = cache_salt
-        self._backend = backend
-        self._n_seq_max = shape.n_seq_max or 1
-        self._runner = self._make_runner(shape)
-        self._chats = Chats(backend, cache, self._runner.namespace)
+        self._backend, self._id = backend, id
+        self._runner, self._prompts, self._chats = runner, prompts, chats
+        self.cache_salt = cache_salt
 
-    def _make_runner(self, shape: Shape) -> ModelThread:
-        return ModelThread(
-            self._backend,
-            self.cache,
-            self.policy,
-            self.id,
-            n_seq_max=self._n_seq_max,
-            prefill_chunk_size=shape.prefill_chunk_size or 1,
-            parked_cells=shape.parked_cells or 0,
-            max_pending=shape.max_pending,
-        )
+    # --- options
 
-    def _options(self, options: CompletionOptions, where: str) -> RequestOptions:
+    def options(self, options: CompletionOptions, where: str) -> RequestOptions:
+        """Return the checked options of the method named `where`."""
         return request_options(
             options,
             where,
-            self._cache_salt,
+            self.cache_salt,
             find_thinking=lambda: self._chats.thinking_markers,
             vocabulary=self._backend.vocabulary,
         )
 
-    def _salt(self, given: str | None) -> str | None:
-        return self._cache_salt if given is None else given
+    def prefill_options(self, options: PrefillOptions, where: str) -> RequestOptions:
+        """Return the checked options of a request that samples no token."""
+        return prefill_options(options, where, self.cache_salt)
 
-    def _namespace(self, cache_salt: str | None) -> bytes:
-        """The root key of what requests of a salt may share; None for the model's own."""
-        return self._runner.namespace(RequestOptions(cache_salt=self._salt(cache_salt)).cache_salt)
+    def salt(self, cache_salt: str | None) -> str | None:
+        """Return a checked salt; the model's own for None."""
+        return RequestOptions(cache_salt=self.cache_salt if cache_salt is None else cache_salt).cache_salt
 
-    # A ticket is made before its request is submitted, so that whatever interrupts the caller, at whatever moment,
-    # cancels the request: a stream that is dropped does it, and so do these.
+    def namespace(self, cache_salt: str | None) -> bytes:
+        """Return the root key of the cache entries that requests with a salt share; None for the model's salt."""
+        return self._runner.namespace(self.salt(cache_salt))
 
-    def _ticket(self, prompt: Prompt, options: RequestOptions, *, streaming: bool = False) -> Ticket:
-        self._check_generates()
-        ticket = Ticket(Request(self._prompt_ids(prompt, options), options), streaming)
-        ticket.model = self
+    # --- tickets
+
+    def ticket(self, prompt: Prompt, options: RequestOptions, owner: object, *, streaming: bool = False) -> Ticket:
+        """Return the ticket of a completion that is yet to be submitted.
+
+        Args:
+            owner: the model. It stays loaded until the request ends, even if the caller drops it.
+            streaming: whether the caller reads events.
+        """
+        self._prompts.check_generates()
+        ticket = Ticket(Request(self._prompts.ids(prompt, options), options), streaming)
+        ticket.model = owner
         return ticket
 
-    def _wait(self, ticket: Ticket) -> Completion:
+    def score_ticket(self, prompt: Prompt, continuation: Prompt, options: RequestOptions) -> Ticket:
+        """Return the ticket of a request that scores a continuation of a prompt."""
+        self._prompts.check_generates()
+        self._prompts.check_length(prompt, continuation)
+        ids, n_scored = with_continuation(prompt, continuation, self._backend.vocabulary, self._prompts.ids)
+        return Ticket(Request(ids, replace(options, logprobs=1), n_scored), streaming=False)
+
+    def infill_prompt(self, prefix: object, suffix: object) -> NDArray[np.int32]:
+        """Return the prompt, int32, shape (n,), whose completion is the text between two texts."""
+        self._prompts.check_generates()
+        self._prompts.check_length(prefix, suffix)
+        return infill_prompt(prefix, suffix, self._backend.vocabulary, self._id)
+
+    # --- running
+
+    def run(self, ticket: Ticket) -> Completion:
+        """Submit a request and wait for its completion. An interrupt cancels it."""
         try:
             self._runner.submit(ticket)
             return ticket.result()
@@ -88,82 +110,26 @@ class Requests:
             ticket.cancel()
             raise
 
-    async def _wait_async(self, ticket: Ticket) -> Completion:
-        news = News(ticket)
+    async def run_async(self, ticket: Ticket) -> Completion:
+        """Submit a request and await its completion. Cancelling the task cancels it."""
+        waiter = TicketWaiter(ticket)
         try:
             self._runner.submit(ticket)
-            return await wait_async(ticket, news)
+            return await wait_async(ticket, waiter)
         except BaseException:
             ticket.cancel()
             raise
 
-    def _prompt_ids(self, prompt: object, options: RequestOptions | None = None) -> NDArray[np.int32]:
-        self._check_loaded()
-        # An empty text is refused even where the tokenizer would put a BOS before it: it is a mistake more
-        # often than a wish, and who wishes it can give the id.
-        if isinstance(prompt, str) and prompt:
-            self._check_length(prompt)
-            going_on = self._going_on(prompt, options) if options is not None else None
-            ids = going_on if going_on is not None else self._tokenized(prompt)
-        else:
-            ids = self._checked_ids([] if isinstance(prompt, str) else prompt)
-        if not len(ids):
-            raise PromptError("the prompt is empty; give at least one token")
-        n_ctx = self._backend.limits.n_ctx
-        if len(ids) > n_ctx:
-            raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens and the context holds {n_ctx}; "
-                "shorten it, or load the model with a larger n_ctx"
-            )
-        return ids
-
-    def _check_length(self, *texts: str) -> None:
-        """Raise PromptTooLong where texts cannot fit the context, before they are tokenized."""
-        self._tokenizer.check_length(*texts, n_ctx=self._backend.limits.n_ctx)
-
-    def _tokenized(self, text: str) -> NDArray[np.int32]:
-        return self._tokenizer.tokenize(text)
-
-    @cached_property
-    def _tokenizer(self) -> PromptTokenizer:
-        return PromptTokenizer(self._backend.vocabulary)
-
-    def _going_on(self, text: str, options: RequestOptions) -> NDArray[np.int32] | None:
-        """The tokens of a text that goes on from its parent: those that the parent was computed as come first."""
-        key = options.parent_key
-        if key is None or options.reproducible:
-            return None
-        block = self.cache.stored(key)
-        if block is None or block.namespace != self._runner.namespace(options.cache_salt):
-            return None
-        context = self.cache.context(key)
-        return None if context is None else self._chats.history.going_on(context.astype(np.int32), text)
-
-    def _checked_ids(self, ids: object) -> NDArray[np.int32]:
-        return checked_ids(self._backend.vocabulary, ids)
-
-    def _check_loaded(self) -> None:
-        self._runner.check()
-
-    def _check_generates(self) -> None:
-        self._check_loaded()
-        if not self._backend.limits.can_generate:
-            raise Unsupported(
-                f"model {self.id!r} only encodes: it writes no text, and has no next tokens; use embed, or rerank"
-            )
-
-
-def checked_ids(vocabulary: Vocabulary, ids: object) -> NDArray[np.int32]:
-    """Token ids, int32, shape (n,), each in the vocabulary; or PromptError."""
-    found = None
-    if isinstance(ids, np.ndarray | list | tuple | range):
-        with suppress(ValueError, OverflowError, TypeError):  # ragged lists and the like
-            found = np.asarray(ids)
-    if found is None or found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
-        raise PromptError(f"{shown(ids)} is neither text nor a sequence of token ids")
-    n_vocab = vocabulary.n_tokens
-    outside = (found < 0) | (found >= n_vocab)
-    if outside.any():
-        at = int(np.argmax(outside))
-        raise PromptError(f"token id {found[at]} at {at} is outside the vocabulary; ids are 0 to {n_vocab - 1}")
-    return np.ascontiguousarray(found, np.int32)
+    def verify(self, prefix: Prompt, candidates: Sequence[int]) -> Verification:
+        """Compute proposed tokens together and return how many the model would have sampled."""
+        ids = self._prompts.ids(prefix)
+        proposed = self._prompts.checked_ids(candidates).tolist()
+        options = RequestOptions(
+            max_tokens=len(proposed) + 1,
+            sampling=SamplingOptions(temperature=0.0),
+            cache_salt=self.cache_salt,
+            speculative=lambda prompt: fixed_drafter(proposed, len(prompt)),
+            speculative_tokens=min(max(len(proposed), 1), MOST_SPECULATIVE),
+        )
+        reply = self.run(Ticket(Request(ids, options), streaming=False))
+        return Verification.of(reply, proposed)

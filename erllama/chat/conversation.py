@@ -8,13 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from erllama._types import Message
 from erllama.chat.content import ContentMask, SpecialTexts
 from erllama.chat.messages import normalized_messages
 from erllama.chat.quirks import as_template_takes, with_arguments_as_text
 from erllama.chat.templates.template import ChatTemplate, plain_arguments, plain_documents
 from erllama.errors import ChatError, TemplateError
-
-Message = dict[str, object]
 
 # They stand for what is said, thought and given to a tool, where it is asked what a template makes of it.
 _ANY_REPLY = "0b5f9d0e reply 7c41"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from erllama._runtime.log import logger
+from erllama._types import Message
 from erllama.chat.thinking import find_thinking
 from erllama.chat.tool_calls.enforcing import problem_of, relaxations, violation_of
 from erllama.chat.tool_calls.families import find_tool_format, tool_format
@@ -20,8 +21,6 @@ from erllama.engine.output.phases import Script
 from erllama.errors import GrammarError, OptionError, ToolCallError
 
 log = logger("erllama")
-
-Message = dict[str, object]
 
 
 class CallGrammar(NamedTuple):

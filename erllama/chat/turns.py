@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama._runtime.log import logger
+from erllama._types import Message
 from erllama.chat.content import raw
-from erllama.chat.conversation import Conversation, Message
+from erllama.chat.conversation import Conversation
 from erllama.chat.families import Family
 from erllama.chat.history import History
 from erllama.chat.results import ChatCompletion, Usage

@@ -57,7 +57,7 @@ def test_a_reader_that_stops_costs_its_reply_and_loses_nothing() -> None:
 
 def test_completions_that_nobody_streams_keep_no_events() -> None:
     with loaded(StubBackend(eog_bias=-100)) as model:
-        ticket = model._ticket([1], erllama.engine.RequestOptions(max_tokens=50))
+        ticket = model._requests.ticket([1], erllama.engine.RequestOptions(max_tokens=50), model)
         model._runner.submit(ticket)
         ticket.result()
         assert not ticket._unread

@@ -10,12 +10,11 @@ from typing import cast
 
 import erllama
 from erllama._model.request_options import ChatOptions, chat_request
+from erllama._types import Message
 from erllama.checks import shown
 from erllama.cli import reply as replies
 from erllama.cli.files import new_file
 from erllama.errors import ChatError
-
-Message = dict[str, object]
 
 
 @dataclass(slots=True)
