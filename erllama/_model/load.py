@@ -170,8 +170,7 @@ def load_model(
         LibraryNotBuilt: the package was not built.
     """
     reject_unknown(unknown, _LOAD_DEFAULTS, "load_model")
-    if not isinstance(path, str | Path) or not str(path):
-        raise OptionError(f"path={path!r}; pass the path of a GGUF file")
+    file = _checked_path(path)
     llama_options: dict[str, Any] = {
         "n_ctx": n_ctx,
         "n_batch": n_batch,
@@ -202,8 +201,7 @@ def load_model(
     options, n_running = _checked_options(llama_options, n_seq_max)
     naming = Fingerprint(fingerprint, own_fingerprint)
     boolean("warmup", warmup)
-    if on_progress is not None and not callable(on_progress):
-        raise OptionError(f"on_progress={on_progress!r}; pass a function of one number, or None")
+    _check_callback(on_progress)
     if boolean("vocab_only", vocab_only):
         _refuse_weight_options(
             {
@@ -219,10 +217,6 @@ def load_model(
             }
         )
     cache = _checked_cache(cache)
-    try:
-        file = Path(path).expanduser()
-    except RuntimeError as error:
-        raise OptionError(f"path={path!r}: {error}") from None
     if vocab_only:
         return _load(partial(_vocabulary_model, file, options, on_progress, cache, cache_salt), id, cache_salt)
     make = partial(_open_file, file, options, naming, cache, on_progress)
@@ -241,6 +235,20 @@ _LOAD_DEFAULTS = {
     if parameter.kind is parameter.KEYWORD_ONLY
 }
 _VOCABULARY_OPTIONS = ("id", "cache", "cache_salt", "overrides", "vocab_only", "on_progress")
+
+
+def _checked_path(path: object) -> Path:
+    if not isinstance(path, str | Path) or not str(path):
+        raise OptionError(f"path={path!r}; pass the path of a GGUF file")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"path={path!r}: {error}") from None
+
+
+def _check_callback(on_progress: object) -> None:
+    if on_progress is not None and not callable(on_progress):
+        raise OptionError(f"on_progress={on_progress!r}; pass a function of one number, or None")
 
 
 def _checked_options(llama_options: Mapping[str, Any], n_seq_max: int) -> tuple[LlamaOptions, int]:
