@@ -140,7 +140,7 @@ class SamplingError(Error):
 
 
 class CacheError(Error):
-    """The cache cannot do what was asked. Requests never fail with this error."""
+    """The cache cannot perform an operation. Requests never fail with this error."""
 
 
 class IntegrityError(CacheError):

@@ -1,1 +1,1 @@
-"""The demonstration that `erllama demo` runs, and the small model in the package. `erllama.cli` calls both."""
+"""The demonstration that `erllama demo` runs, and the small model in the package."""

@@ -1,4 +1,4 @@
-"""The demonstration: one process computes a long system prompt, and the next process takes it from the cache.
+"""The demonstration: a process computes a long system prompt, the next takes it from the cache.
 
 `erllama demo` calls `run`. Each step runs in a process of its own, so the processes share the cache directory
 alone.

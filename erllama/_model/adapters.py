@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from erllama._model.fingerprint import content_digest
-from erllama._model.prompts import PromptReader
+from erllama._model.requests.prompts import PromptReader
 from erllama._model.runner import ModelRunner
 from erllama.cache import Cache
 from erllama.engine import Backend

@@ -40,7 +40,7 @@ _BACKEND_OPTIONS = (
     "max_pending",
 )
 _BACKEND_MEMBERS = sorted(name for name in vars(Backend) if not name.startswith("_"))
-# Sequences beyond those that run, in which finished ones are parked where an empty sequence takes no memory.
+# Additional sequences for parked requests, if an empty sequence takes no memory.
 _PARKED_SEQUENCES = 12
 
 ProgressCallback = Callable[[float], object]
@@ -370,7 +370,7 @@ def _vocabulary_model(
     """Return a model of the file's vocabulary."""
     from erllama.engine.backends.llama_file import VocabularyFile
 
-    # The file describes itself as a backend does, and a VocabularyRunner asks it for nothing else.
+    # VocabularyFile has the attributes of a backend that describe it, and a VocabularyRunner uses no others.
     backend = cast("Backend", VocabularyFile(file, options, on_progress))
     return Model(backend, id, cache, Policy(), cache_salt, VocabularyRunner(backend, id), 0, _registry)
 

@@ -20,17 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama._model.adapters import Adapter, AdapterLoader
-from erllama._model.chat_requests import ChatRequests
-from erllama._model.chat_streams import AsyncChatStream, ChatStream
-from erllama._model.embedding import EMBED_OPTIONS, EmbeddingRequests, Pooling, Rows, Texts, set_on_error
 from erllama._model.info import ModelInfo
-from erllama._model.prompts import PromptReader
-from erllama._model.request_options import ChatOptions, CompletionOptions, PrefillOptions, TemplateOptions
-from erllama._model.requests import CompletionRequests
+from erllama._model.requests.chat_streams import AsyncChatStream, ChatStream
+from erllama._model.requests.chats import ChatRequests
+from erllama._model.requests.completions import CompletionRequests
+from erllama._model.requests.embeddings import EMBED_OPTIONS, EmbeddingRequests, Pooling, Rows, Texts, set_on_error
+from erllama._model.requests.options import ChatOptions, CompletionOptions, PrefillOptions, TemplateOptions
+from erllama._model.requests.prompts import PromptReader
+from erllama._model.requests.scoring import Score
+from erllama._model.requests.speculation import Verification
+from erllama._model.requests.streams import AsyncStream, Stream
 from erllama._model.runner import ModelRunner
-from erllama._model.scoring import Score
-from erllama._model.speculation import Verification
-from erllama._model.streams import AsyncStream, Stream
 from erllama._runtime.reentry import reentered
 from erllama._types import Messages, Prompt
 from erllama.cache import Cache, Policy

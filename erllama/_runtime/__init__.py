@@ -1,4 +1,4 @@
-"""Interpreter services: lazy imports, exit handlers, re-entry, locks, logging, printing, child processes.
+"""Interpreter services: lazy imports, exit handlers, locks, logging, printing, child processes.
 
 Every layer but `llama_ffi` may import this package. It imports no other module of the library.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 import erllama
-from erllama._model.request_options import ChatOptions, chat_request
+from erllama._model.requests.options import ChatOptions, chat_request
 from erllama._types import Message
 from erllama.checks import shown
 from erllama.cli import reply as replies

@@ -1,4 +1,4 @@
-"""Speculative decoding as callers ask for it: the `speculative` option, and the result of `Model.verify`.
+"""Speculative decoding: the `speculative` option and the result of `Model.verify`.
 
 The option takes the name of a drafter, a smaller model, or a function.
 """

@@ -1,4 +1,4 @@
-"""Chat requests of one model: conversations turned into completions, and completions into chat replies.
+"""Chat requests of one model: conversations turned into completions and back.
 
 `Model` delegates its chat methods to `ChatRequests`. Templates, tool calls and the memory of earlier replies are in
 `erllama.chat`; `CompletionRequests` runs the requests.
@@ -11,9 +11,9 @@ import asyncio
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama._model.prompts import PromptReader
-from erllama._model.request_options import ChatOptions, TemplateOptions, chat_request, template_request
-from erllama._model.requests import CompletionRequests
+from erllama._model.requests.completions import CompletionRequests
+from erllama._model.requests.options import ChatOptions, TemplateOptions, chat_request, template_request
+from erllama._model.requests.prompts import PromptReader
 from erllama._model.runner import ModelRunner
 from erllama._types import Messages
 from erllama.chat.chats import Chats

@@ -1,4 +1,4 @@
-"""Requests of one model: built from a caller's arguments, submitted and awaited.
+"""Completion requests of one model: built from a caller's arguments, submitted and awaited.
 
 `Model` delegates completions, scores and gaps to `CompletionRequests`; `ChatRequests` runs its requests through it.
 """
@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama._model.prompts import PromptReader
-from erllama._model.request_options import CompletionOptions, PrefillOptions, prefill_options, request_options
+from erllama._model.requests.options import CompletionOptions, PrefillOptions, prefill_options, request_options
+from erllama._model.requests.prompts import PromptReader
+from erllama._model.requests.scoring import infill_prompt, with_continuation
+from erllama._model.requests.speculation import Verification, fixed_drafter
+from erllama._model.requests.streams import TicketWaiter, wait_async
 from erllama._model.runner import ModelRunner
-from erllama._model.scoring import infill_prompt, with_continuation
-from erllama._model.speculation import Verification, fixed_drafter
-from erllama._model.streams import TicketWaiter, wait_async
 from erllama._types import Prompt
 from erllama.chat.chats import Chats
 from erllama.engine import Backend, Completion, Request, RequestOptions, SamplingOptions, Ticket

@@ -1,4 +1,4 @@
-"""Options of requests as the methods of `Model` take them, checked and turned into the engine's options.
+"""Options of requests, as the methods of `Model` take them, checked for the engine.
 
 The TypedDicts name the options for type checkers; the functions below them make `RequestOptions` and `ChatRequest`.
 """
@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypedDict
 
-from erllama._model.speculation import DraftModel, drafter_factory
+from erllama._model.requests.speculation import DraftModel, drafter_factory
 from erllama.chat.chats import ChatRequest
 from erllama.checks import choice, reject_unknown, shown
 from erllama.engine import (

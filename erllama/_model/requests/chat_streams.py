@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from erllama._model.streams import AsyncStream, Stream
+from erllama._model.requests.streams import AsyncStream, Stream
 from erllama.chat.results import ChatCompletion
 from erllama.chat.turns import Turn
 from erllama.engine import Done, Event, Ticket

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama._model.prompts import PromptReader
+from erllama._model.requests.prompts import PromptReader
 from erllama._model.runner import ModelRunner
 from erllama._runtime.fair_lock import FairLock
 from erllama._types import Prompt
