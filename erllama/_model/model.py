@@ -83,12 +83,12 @@ class Model:
         n_seq_max: int,
         registry: ModelRegistry,
     ) -> None:
-        self._runner = runner
+        self.id, self.cache, self.policy = id, cache, policy
         self._registry = registry
         self._backend = backend
         self._n_seq_max = n_seq_max
-        self.id, self.cache, self.policy = id, cache, policy
-        # None of these refers to the model: a reference cycle would delay `__del__` until the garbage collector
+        self._runner = runner  # after all that `__del__` uses
+        # No collaborator refers to the model: a reference cycle would delay `__del__` until the garbage collector
         # runs.
         chats = Chats(backend, cache, runner.namespace)
         self._prompts = PromptReader(backend, id, cache, runner, chats)
@@ -260,7 +260,7 @@ class Model:
     # --- chats -------------------------------------------------------------------------
 
     def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatCompletion:
-        """Return the next message of a conversation, whole.
+        """Return the whole reply to a conversation.
 
         Takes the options of `complete`, with another meaning of `thinking`, and these:
 
@@ -294,7 +294,7 @@ class Model:
         return self._chat_requests.run(messages, options, "chat", self)
 
     def stream_chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatStream:
-        """Return the next message of a conversation as a stream; options and errors as for `chat`.
+        """Return the reply to a conversation as a stream; options and errors as for `chat`.
 
         If you leave a stream before its end, the model remembers the part that you read.
         """
