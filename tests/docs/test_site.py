@@ -148,4 +148,4 @@ def test_the_reference_has_what_a_reader_looks_up(site: Path) -> None:
     models = (site / "api" / "models.html").read_text()
     for name in ("load_model", "Model.complete", "Model.chat", "Model.load_adapter", "Model.embed", "Model.unload"):
         assert f'id="erllama.{name}"' in models, name
-    assert "most requests that run at once" in models
+    assert "maximum number of requests that run at once" in models
