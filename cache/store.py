@@ -29,10 +29,10 @@ from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
 from erllama.cache.catalog.catalog import BlockCatalog
 from erllama.cache.catalog.counters import TIERS, Counters
 from erllama.cache.options import OPTIONS, Directories, directories, file_tiers, known_tiers
-from erllama.cache.pipeline.loading import Loader
-from erllama.cache.pipeline.saving import Saver
+from erllama.cache.pipeline.loader import Loader
+from erllama.cache.pipeline.saver import Saver
 from erllama.cache.pipeline.text_memory import TextMemory, lasting_tiers, writable_tiers
-from erllama.cache.pipeline.upkeep import Upkeep
+from erllama.cache.pipeline.tier_set import Upkeep
 from erllama.cache.pressure.pressure import Pressure, PressureWatch
 from erllama.cache.sizes import parse_bytes
 from erllama.cache.tiers.file_tier import FileTier

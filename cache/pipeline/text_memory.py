@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.cache.pipeline.upkeep import Upkeep
+from erllama.cache.pipeline.tier_set import Upkeep
 from erllama.cache.texts.text_tokens import KnownText, KnownTexts, TextDigests
 from erllama.cache.tiers.file_tier import FileTier
 

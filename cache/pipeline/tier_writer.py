@@ -17,7 +17,7 @@ from erllama.cache.tiers.tier import Tier
 _SHARED_LOOK_SECONDS = 0.5  # between two looks for other processes while tails wait to be written
 
 if TYPE_CHECKING:
-    from erllama.cache.pipeline.upkeep import Upkeep
+    from erllama.cache.pipeline.tier_set import Upkeep
 
 
 class TierWriter:

@@ -150,7 +150,7 @@ class Failing(SmallTier):
 
 
 def test_a_tier_of_ones_own_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erllama.cache.pipeline.upkeep._REOPEN_SECONDS", 0.0)
+    monkeypatch.setattr("erllama.cache.pipeline.tier_set._REOPEN_SECONDS", 0.0)
     tier = Failing(str(tmp_path))
     with Cache(block_size=SIZE, tiers=[tier]) as cache:
         assert "no route" in str(cache.disk_error)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from erllama.cache.blocks.block import Block
 from erllama.cache.catalog.catalog import PENDING, BlockCatalog
 from erllama.cache.catalog.counters import Counters
-from erllama.cache.pipeline.upkeep import Upkeep
+from erllama.cache.pipeline.tier_set import Upkeep
 from erllama.cache.uninterrupted import uninterrupted
 from erllama.errors import OptionError
 

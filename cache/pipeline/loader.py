@@ -11,7 +11,7 @@ from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.match import Loaded
 from erllama.cache.catalog.catalog import PENDING, BlockCatalog, TierLedger
 from erllama.cache.catalog.counters import Counters
-from erllama.cache.pipeline.upkeep import Upkeep
+from erllama.cache.pipeline.tier_set import Upkeep
 from erllama.cache.tiers.tier import Tier
 from erllama.cache.uninterrupted import uninterrupted
 from erllama.errors import CacheFormatError
