@@ -23,11 +23,10 @@ from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.keys import KEY_BYTES
-from erllama.cache.pipeline.write_queue import Abandoned
 from erllama.cache.texts.text_tokens import KnownText, TextDigests
 from erllama.cache.tiers.directory import CacheDirectory, warn_of_file_system
 from erllama.cache.tiers.index import FileStamp, Index, is_damaged, may_tell_damage, set_aside, tells_damage
-from erllama.cache.tiers.tier import Changes, Problem, Tier, TierRow
+from erllama.cache.tiers.tier import Changes, Problem, SimulatedCrash, Tier, TierRow
 from erllama.cache.tiers.watch import DirectoryWatch
 from erllama.errors import CacheError, CacheFormatError
 
@@ -67,7 +66,7 @@ class FileTier(Tier):
         self._index: Index | None = None
         self._broken = False  # the index is open and no good: `open` replaces it
         self._damage: Exception | None = None  # what says that its content is not what was written
-        self._alarm: Callable[[], None] = lambda: None
+        self._on_change: Callable[[], None] = lambda: None
         self._suspects_lock = threading.Lock()
         self._suspects: dict[str, float] = {}  # names to look at, and not before when, by time.monotonic()
         self._suspects_all = False  # there were too many to remember
@@ -216,7 +215,7 @@ class FileTier(Tier):
                 index.put(block, _stamp(final), time.time_ns())
                 if not replaced:
                     index.release(block.key, directory.owner)
-        except Abandoned:
+        except SimulatedCrash:
             raise  # nothing is tidied up after a process that was killed
         except BaseException:
             self._take_back(final if published else partial, before, final)
@@ -387,15 +386,15 @@ class FileTier(Tier):
 
     # --- files that come and go behind our back ---------------------------------------------
 
-    def watch(self, alarm: Callable[[], None]) -> None:
-        self._alarm = alarm
+    def watch(self, on_change: Callable[[], None]) -> None:
+        self._on_change = on_change
 
     def _suspect(self, name: str, delay: float = 0.0) -> None:
         with self._suspects_lock:
             self._suspects.setdefault(name, time.monotonic() + delay)
             if len(self._suspects) > _MOST_SUSPECTS:
                 self._suspects, self._suspects_all = {}, True
-        self._alarm()
+        self._on_change()
 
     def examine(self) -> bool:
         now = time.monotonic()

@@ -55,7 +55,7 @@ from erllama.cache import (
     token_bytes,
 )
 from erllama.cache.blocks.keys import TOKEN_BYTES, common_prefix
-from erllama.cache.pipeline.write_queue import Abandoned
+from erllama.cache.tiers.tier import SimulatedCrash
 from erllama.testing.promises import check_rules
 from erllama.testing.tier_conformance import TierConformance
 from erllama.testing.tier_model import TierModel
@@ -113,7 +113,7 @@ class CacheMachine(RuleBasedStateMachine):
     def _check_tiers(self) -> None:
         """Check each tier that is not this library's, at the first example."""
         with TemporaryDirectory(prefix="erllama-test-") as directory, self.make_cache(Path(directory)) as cache:
-            tiers = list(cache._upkeep.tiers)
+            tiers = list(cache._tier_set)
         for index, tier in enumerate(tiers):
             kind = type(tier)
             if kind in (FileTier, RamTier) or kind in _kept.setdefault(type(self), set()):
@@ -140,7 +140,7 @@ class CacheMachine(RuleBasedStateMachine):
                 else self.own_models.setdefault(tier, TierModel()),
                 tier,
             )
-            for index, tier in enumerate(cache._upkeep.tiers)
+            for index, tier in enumerate(cache._tier_set)
         ]
 
     def teardown(self) -> None:
@@ -173,7 +173,7 @@ class CacheMachine(RuleBasedStateMachine):
         def die(name: str) -> None:
             if name == step:
                 died.set()
-                raise Abandoned
+                raise SimulatedCrash
 
         for tier in self._file_tiers():
             tier._step = die  # type: ignore[method-assign]
@@ -438,7 +438,7 @@ class CacheMachine(RuleBasedStateMachine):
         )
 
     def _persistent(self) -> set[bytes]:
-        lasting = {tier.name for tier in self.cache._upkeep.tiers if tier.persistent}
+        lasting = {tier.name for tier in self.cache._tier_set if tier.persistent}
         return {row.key for row in self.cache.rows() if row.tier in lasting}
 
     def _failures(self) -> dict[str, float]:
@@ -449,7 +449,7 @@ class CacheMachine(RuleBasedStateMachine):
         return sum(n for name, n in self.cache.counters().items() if name.startswith("evictions_"))
 
     def _file_tiers(self) -> list[FileTier]:
-        return [tier for tier in self.cache._upkeep.tiers if isinstance(tier, FileTier)]
+        return [tier for tier in self.cache._tier_set if isinstance(tier, FileTier)]
 
     def _release_all(self) -> None:
         for match in self.held:
@@ -466,7 +466,7 @@ class _RulesOfTier(TierConformance):
 
     def make_tier(self, directory: Path) -> Tier:
         with self._machine.make_cache(directory) as cache:
-            return cache._upkeep.tiers[self._index]
+            return list(cache._tier_set)[self._index]
 
 
 # Types of tiers that have kept the rules, by machine.

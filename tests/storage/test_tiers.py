@@ -13,7 +13,7 @@ import pytest
 
 import erllama
 from erllama.cache import Block, Cache, FileTier, MemoryUsage, SaveReason, Tier, TierRow, token_bytes
-from erllama.cache.pipeline.write_queue import Pending, WriteQueue
+from erllama.cache.pipeline.write_queue import PendingSave, WriteQueue
 from support.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
 from support.children import must_run
 from support.faulty_tiers import SmallTier
@@ -431,7 +431,7 @@ def test_a_look_for_others_does_not_miss_the_tail_that_asked_for_it(
 ) -> None:
     offer = WriteQueue.offer
 
-    def offer_late(self: WriteQueue, save: Pending) -> bool:
+    def offer_late(self: WriteQueue, save: PendingSave) -> bool:
         time.sleep(0.2)  # the writer's thread has time to do all that it was given before
         return offer(self, save)
 
