@@ -368,7 +368,7 @@ class Cache:
         """Record that an attached tier no longer has these blocks."""
         self._attached.let_go(tier, keys)
 
-    # --- fingerprints ---------------------------------------------------------------------
+    # --- state and fingerprints ------------------------------------------------------------
 
     @property
     def closed(self) -> bool:
