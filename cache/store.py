@@ -234,9 +234,7 @@ class Cache:
             self._feed.poll()
             blocks, n_tokens = self._catalog.find_prefix(namespace, raw, whole, loadable)
             unpin = self._catalog.pin(blocks)
-            now = time.time_ns()
-            for block in blocks:
-                self._tier_set.record_use(block, now)
+            self._tier_set.record_uses(blocks, time.time_ns())
             resumed = parent_key is not None and any(block.key == parent_key for block in blocks)
         if count:
             kind = "cold" if not n_tokens else "exact" if n_tokens * TOKEN_BYTES == len(raw) else "partial"

@@ -183,7 +183,7 @@ class BlockCatalog:
 
     def _fastest(self, entry: Entry) -> str | None:
         for name, ledger in self._ledgers.items():
-            if ledger.behind and _PENDING in entry.places:
+            if ledger.write_behind and _PENDING in entry.places:
                 return _PENDING
             # Cells are not restored from, so the version that they hold says little about the stored payload.
             if name in entry.places and not ledger.external:
@@ -222,7 +222,7 @@ class BlockCatalog:
     def _apply_row(self, ledger: TierLedger, tier: Tier, row: TierRow) -> bool:
         """Record one stored block; False if another root has it and keeps it."""
         holder, key = ledger.root_of(row.block.key), row.block.key
-        used = min(row.last_used, time.time_ns())  # a clock that was ahead must not protect a block for ever
+        used = min(row.last_used, time.time_ns())  # a clock that was ahead must not protect a block forever
         if holder is not None and holder is not tier:
             if not holder.read_only or tier.read_only:
                 return False
@@ -232,7 +232,7 @@ class BlockCatalog:
         else:
             if ledger.size_of(key) != row.n_bytes:
                 self.put(tier, row.block, row.n_bytes, used)
-            ledger.touch(key, used)
+            ledger.record_use(key, used)
             self.update_version(tier.name, row.block)
         return True
 
@@ -349,11 +349,11 @@ class BlockCatalog:
 
     # --- using ---------------------------------------------------------------------------------
 
-    def touch(self, key: bytes, now: int) -> None:
-        """Record a use of a block in every tier that holds it."""
+    def touch(self, blocks: Iterable[Block], now: int) -> None:
+        """Record a use of blocks, in every tier that holds them."""
+        keys = [block.key for block in blocks]
         for ledger in self._ledgers.values():
-            ledger.clamp_uses(now)
-            ledger.touch(key, now)
+            ledger.touch(keys, now)
 
     def pin(self, blocks: Sequence[Block]) -> Callable[[], None]:
         """Pin blocks: they are not evicted. Returns the function that unpins them.

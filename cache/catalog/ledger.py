@@ -6,7 +6,7 @@ otherwise. Does no input or output.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from erllama.cache.blocks.block import Block
 from erllama.cache.catalog.lru import LeafLRU
@@ -18,7 +18,7 @@ class TierLedger:
 
     def __init__(self, name: str, write_mode: str) -> None:
         self.name = name
-        self.behind = write_mode == "behind"  # written after the save, by the queue's thread
+        self.write_behind = write_mode == "behind"  # written after the save, by the queue's thread
         self.external = write_mode == "external"  # cells of a context: the owner of the tier writes them
         self.roots: list[Tier] = []
         self.unreadable: set[bytes] = set()  # blocks that are listed and whose last read failed
@@ -87,8 +87,14 @@ class TierLedger:
         if root is not None:
             self._n_bytes[root] -= self._lru.remove(key)
 
-    def touch(self, key: bytes, used: int) -> None:
-        """Record a use of a block, in ns since 1970. Keeps a later one."""
+    def touch(self, keys: Iterable[bytes], now: int) -> None:
+        """Record a use of blocks now, in ns since 1970. Ignores keys of blocks that the tier lacks."""
+        self._lru.clamp(now)
+        for key in keys:
+            self._lru.touch(key, now)
+
+    def record_use(self, key: bytes, used: int) -> None:
+        """Record a use of a block at some time, in ns since 1970. Keeps a later one."""
         self._lru.touch(key, used)
 
     def clamp_uses(self, now: int) -> None:

@@ -44,7 +44,7 @@ class ChangeFeed:
 
     def open_all(self) -> None:
         """Open the tiers slower than RAM. A tier that fails keeps its error and is tried again later."""
-        for tier in self._tiers.behind():
+        for tier in self._tiers.write_behind_tiers():
             if self._tiers.open(tier, self._callback_for(tier)):
                 self._evictor.fit_to_budget(tier)
 
@@ -59,7 +59,7 @@ class ChangeFeed:
 
     def _reopen_all(self) -> None:
         with self._tiers.locked():
-            for tier in self._tiers.behind():
+            for tier in self._tiers.write_behind_tiers():
                 self.ensure_open(tier)
 
     # --- other processes -------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class ChangeFeed:
         if now < self._next_poll and not at_once:
             return
         self._next_poll = now + _POLL_SECONDS
-        for tier in self._tiers.behind():
+        for tier in self._tiers.write_behind_tiers():
             if not self._tiers.readable(tier):
                 if self._tiers.reopen_due(tier):
                     self._queue.defer(self._reopen_all)
@@ -87,14 +87,14 @@ class ChangeFeed:
                     self._tiers.apply_new_changes(tier)
 
     def _sync_all(self) -> None:
-        for tier in self._tiers.behind():
+        for tier in self._tiers.write_behind_tiers():
             if not self._tiers.in_sync(tier) and self._tiers.readable(tier):
                 with self._tiers.locked(), self._tiers.guard("reading the index", tier):
                     self._tiers.sync(tier)
 
     def in_flight(self, key: bytes) -> bool:
         """Whether another process is writing a block now. Never waits for storage."""
-        for tier in self._tiers.behind():
+        for tier in self._tiers.write_behind_tiers():
             if self._tiers.readable(tier):
                 with self._tiers.guard("reading the index", tier):
                     if tier.in_flight(key):

@@ -57,7 +57,7 @@ class Evictor:
         for name in names:
             ledger = self._catalog.ledgers().get(name)
             gained = 1
-            # Repeat while that frees more: the blocks of one root may have kept those of another from going.
+            # Repeat while that frees more: evicting from one root can turn blocks of another into leaves.
             while ledger is not None and gained and freed < n_bytes:
                 gained = 0
                 for root in list(ledger.roots):

@@ -42,7 +42,7 @@ class GarbageCollector:
         """
         freed = 0
         self._tiers.write_uses()
-        for tier in self._tiers.behind():
+        for tier in self._tiers.write_behind_tiers():
             with self._tiers.locked():
                 if self._feed.ensure_open(tier):
                     with self._tiers.guard("repairing", tier):

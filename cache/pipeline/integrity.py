@@ -29,7 +29,7 @@ class IntegrityChecker:
     def verify(self) -> list[Problem]:
         """Read the whole content of the tiers slower than RAM and list each defect."""
         problems: list[Problem] = []
-        for tier in self._tiers.behind():
+        for tier in self._tiers.write_behind_tiers():
             if self._tiers.readable(tier):
                 try:
                     problems.extend(tier.verify())

@@ -50,7 +50,7 @@ class Loader:
         with self._counters.timing("load"):
             with self._lock:
                 in_memory = self._in_memory(block)
-                holders = [held for held in self._catalog.holders(block.key) if held[0].behind]
+                holders = [held for held in self._catalog.holders(block.key) if held[0].write_behind]
             if in_memory is not None:
                 return in_memory
             for ledger, tier in holders:
@@ -91,7 +91,7 @@ class Loader:
             if self._queue.cancel(block.key):
                 self._catalog.drop_pending(block.key)
             for ledger, tier in self._catalog.holders(block.key):
-                if ledger.behind:
+                if ledger.write_behind:
                     self._evictor.remove_later(tier, block)
 
     def _in_memory(self, block: Block) -> Loaded | None:

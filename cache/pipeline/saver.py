@@ -68,7 +68,7 @@ class Saver:
                 self._saved.notify_all()
 
     def _save(self, block: Block, payload: memoryview, replace: bool, trimmable: bool) -> bool:
-        tiers = self._tiers.written_behind() if replace else self._lacking(block.key)
+        tiers = self._tiers.save_targets() if replace else self._lacking(block.key)
         if not replace and not self.wants(block.key):
             self._counters.add("duplicates_dropped")
             return False
@@ -96,7 +96,7 @@ class Saver:
 
     def wants(self, key: bytes) -> bool:
         """Whether saving a block would store it in a place that lacks it. The caller holds the cache's lock."""
-        if self._tiers.written_behind():
+        if self._tiers.save_targets():
             return bool(self._lacking(key))
         ram = self._catalog.ledgers().get("ram")
         return ram is not None and key not in ram
@@ -104,11 +104,11 @@ class Saver:
     def _lacking(self, key: bytes) -> tuple[str, ...]:
         """The slower tiers that neither have a readable copy of a block nor are about to get one."""
         pending = self._queue.get(key)
-        coming = pending.tiers if pending is not None else ()
+        queued_for = pending.tiers if pending is not None else ()
         return tuple(
             name
-            for name in self._tiers.written_behind()
-            if name not in coming
+            for name in self._tiers.save_targets()
+            if name not in queued_for
             and (key not in (ledger := self._catalog.ledger(name)) or key in ledger.unreadable)
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 
@@ -60,13 +60,13 @@ class TierSet:
     def __iter__(self) -> Iterator[Tier]:
         return iter(list(self._tiers))
 
-    def behind(self) -> list[Tier]:
+    def write_behind_tiers(self) -> list[Tier]:
         """The tiers slower than RAM, which the queue's thread writes."""
         return [tier for tier in self._tiers if tier.write_mode == "behind"]
 
-    def written_behind(self) -> tuple[str, ...]:
-        """The names of the tiers slower than RAM that accept saves."""
-        return tuple(dict.fromkeys(tier.name for tier in self.behind() if not tier.read_only))
+    def save_targets(self) -> tuple[str, ...]:
+        """The names of the tiers slower than RAM to which blocks are saved."""
+        return tuple(dict.fromkeys(tier.name for tier in self.write_behind_tiers() if not tier.read_only))
 
     def file_tiers(self, *, writable: bool = False) -> list[FileTier]:
         """The directories that can be read now; only those that are also written if `writable`."""
@@ -227,20 +227,22 @@ class TierSet:
 
     # --- uses ------------------------------------------------------------------------------------
 
-    def record_use(self, block: Block, now: int) -> None:
-        """Record a use of a block, and pass it to the tiers later. The caller holds the cache's lock."""
-        self._catalog.touch(block.key, now)
-        if not self.behind():
+    def record_uses(self, blocks: Sequence[Block], now: int) -> None:
+        """Record a use of blocks, and pass it to the tiers later. The caller holds the cache's lock."""
+        if not blocks:
+            return
+        self._catalog.touch(blocks, now)
+        if not self.write_behind_tiers():
             return
         if not self._uses:
             self._queue.defer(self.write_uses, _USES_SECONDS)
-        self._uses[block.key] = now
+        self._uses.update((block.key, now) for block in blocks)
 
     def write_uses(self) -> None:
         """Pass the recorded uses to the tiers."""
         with self._lock:
             uses, self._uses = self._uses, {}
-            by_tier = [(tier, self._uses_of(tier, uses)) for tier in self.behind()]
+            by_tier = [(tier, self._uses_of(tier, uses)) for tier in self.write_behind_tiers()]
         for tier, used in by_tier:
             if used and self.readable(tier):
                 with self.locked(), self.guard("recording uses", tier):

@@ -109,7 +109,7 @@ class TierWriter:
             if ledger is slower:
                 break
             reachable = block.parent == block.namespace or block.parent in ledger or block.parent in self._queue
-            if name in self._tiers.written_behind() and block.key not in ledger and reachable:
+            if name in self._tiers.save_targets() and block.key not in ledger and reachable:
                 targets.append(name)
         if targets and self._queue_save(block, payload, tuple(targets), False, (), 0.0):
             self._counters.add("promotions")
@@ -152,7 +152,9 @@ class TierWriter:
         """Write waiting tails now if another process uses a tier, because it must see them within a second."""
         self._last_check = time.monotonic()
         with self._tiers.locked():
-            self._shared = any(tier.shared for tier in self._tiers.behind() if self._tiers.readable(tier))
+            self._shared = any(
+                tier.shared for tier in self._tiers.write_behind_tiers() if self._tiers.readable(tier)
+            )
         if self._shared:
             self._queue.skip_delays()
         elif self._queue.n_bytes:
@@ -228,7 +230,7 @@ class TierWriter:
         """Adopt the uses of other processes, so that the blocks that they need are not evicted first."""
         now = time.time_ns()
         for key, at in tier.uses():
-            ledger.touch(key, min(at, now))
+            ledger.record_use(key, min(at, now))
 
     def _write_block(self, ledger: TierLedger, tier: Tier, save: PendingSave, n_bytes: int) -> bool:
         block, before, written = save.block, None, False

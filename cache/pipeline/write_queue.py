@@ -247,7 +247,7 @@ class WriteQueue:
             flush.done.release()
 
     def abandon(self) -> None:
-        """Stop for ever, as if the process had ended. Waiting work is lost."""
+        """Stop forever, as if the process had ended. Waiting work is lost."""
         with self._condition:
             self._abandoned = True
             self._pending.clear()
@@ -283,7 +283,7 @@ class WriteQueue:
                 now = time.monotonic()
                 flushed = max((flush.serial for flush in self._flushes), default=0)
                 key, task = self._due_save(now, flushed), self._due_task(now, flushed)
-                # In the order of the queue, so that neither saves nor tasks delay the others for ever.
+                # In the order of the queue, so that neither saves nor tasks delay the others forever.
                 if key is not None and (task is None or self._pending[key].serial <= self._tasks[task].serial):
                     self._current_save = pending = self._pending.pop(key)
                     self._current_serial = pending.serial

@@ -182,8 +182,8 @@ class CacheMachine(RuleBasedStateMachine):
             pass
         evicted = self._evictions() > evictions
         self.cache.abandon()
-        overtaken = {key for key in before if evicted or self._overtaken(key)}
-        self._started_after(before - overtaken)
+        superseded = {key for key in before if evicted or self._superseded(key)}
+        self._started_after(before - superseded)
 
     def _started_after(self, before: set[bytes]) -> None:
         self.cache = self._started()
@@ -373,7 +373,7 @@ class CacheMachine(RuleBasedStateMachine):
         if not self.tampered:
             for match in getattr(self, "held", []):
                 for block in match.blocks:
-                    assert self.cache.contains(block.key) or self._overtaken(block.key), "a pinned block is gone"
+                    assert self.cache.contains(block.key) or self._superseded(block.key), "a pinned block is gone"
 
     # --- how -------------------------------------------------------------------------------------
 
@@ -428,7 +428,7 @@ class CacheMachine(RuleBasedStateMachine):
                 best = max(best, at + shared)
         return best
 
-    def _overtaken(self, key: bytes) -> bool:
+    def _superseded(self, key: bytes) -> bool:
         """Whether a longer block has been saved beside this one, at whatever time."""
         block = next(iter(self.saved[key].values()))
         return any(

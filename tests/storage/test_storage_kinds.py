@@ -289,7 +289,7 @@ def test_a_flush_waits_for_what_was_queued_when_it_was_called(
             saving.join()
 
 
-def test_chores_have_their_turn_under_load(tmp_path: Path) -> None:
+def test_tasks_have_their_turn_under_load(tmp_path: Path) -> None:
     done = threading.Event()
     with Cache(block_size=SIZE, ram=0, tiers=[SlowTier(tmp_path, 2**30)]) as cache:
         for first in range(0, 8_000, 1000):

@@ -404,7 +404,7 @@ def test_a_tail_is_written_soon_where_others_look_on(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, np.arange(700, 705, dtype=np.int32))
         time.sleep(0.6)
-        assert cache.counters()["bytes_pending"] > 0, "alone, it waits to be overtaken"
+        assert cache.counters()["bytes_pending"] > 0, "alone, it waits to be superseded"
 
 
 def test_who_comes_later_sees_a_tail_that_waits(tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_who_comes_later_sees_a_tail_that_waits(tmp_path: Path) -> None:
 def test_each_tail_is_looked_after_however_soon_it_follows_another(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, MANY[:5])
-        save(cache, MANY[:SIZE])  # overtakes it
+        save(cache, MANY[:SIZE])  # supersedes it
         cache.flush()
         time.sleep(0.7)  # nothing waits any more
         save(cache, MANY[: SIZE + 5])
