@@ -1,4 +1,4 @@
-"""The cache: finds, loads and saves blocks across its tiers, within their budgets.
+"""`Cache`: finds, loads and saves blocks across its tiers, within their budgets.
 
 The model threads of the engine and operators call it. Any number of models and threads may share one cache.
 A lookup reads memory, and the index if another process has written to it. A load may read a file. A save is
@@ -116,9 +116,9 @@ class Cache:
             raise OptionError(f"block_size={block_size}; it must be a power of two from 16 to 4096")
         queue_bytes = parse_bytes("write_queue", write_queue)
         roots = directories("ram_file", ram_file, ram_file_quota) + directories("disk", disk, disk_quota)
-        found: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
-        found += file_tiers(roots, boolean("watch", watch), boolean("read_only", read_only))
-        found += known_tiers(tiers)
+        all_tiers: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
+        all_tiers += file_tiers(roots, boolean("watch", watch), boolean("read_only", read_only))
+        all_tiers += known_tiers(tiers)
         # Created before any directory is opened, because it raises if its source is not available.
         self._pressure = self._pressure_watch(Pressure.of(pressure))
 
@@ -127,7 +127,7 @@ class Cache:
         self._closing = False
         self._opening = threading.Lock()
         try:
-            self._open(found, queue_bytes)
+            self._open(all_tiers, queue_bytes)
         except BaseException:
             # The caller was interrupted and never receives this cache, which must release its directories.
             with suppress(RuntimeError):

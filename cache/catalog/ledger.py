@@ -1,4 +1,4 @@
-"""The account of one tier: which of its roots holds which block, the bytes, and the order of eviction.
+"""The account of one tier: its blocks, the roots that hold them, their bytes, the eviction order.
 
 `BlockCatalog` owns one ledger per tier name. All calls run under the cache's lock, unless a method says
 otherwise. Does no input or output.

@@ -1,4 +1,4 @@
-"""The change feed: notices what changed outside this cache, and tiers that were lost and are back.
+"""Changes from outside this cache: of other processes, of files, and of tiers that were lost.
 
 The fourth link of the pipeline, after the evictor. Other processes write to shared directories, people copy
 files into them, and disks go away. Requests call `poll`, which never waits; the rest runs in the queue's

@@ -1,4 +1,4 @@
-"""The evictor: keeps tiers within their budgets, frees bytes on request, and removes blocks that loads refused.
+"""Eviction: tiers kept within their budgets, bytes freed on request, refused blocks removed.
 
 The third link of the pipeline, after the tier set. The catalog chooses the victims; the evictor drops them
 there and removes them from the tier, in the transaction of a tier that several processes share.

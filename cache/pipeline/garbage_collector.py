@@ -1,4 +1,4 @@
-"""Garbage collection: repairs tiers, brings the catalog in line, and removes blocks that lookups cannot reach.
+"""Garbage collection: repaired tiers, a synced catalog, and no unreachable blocks.
 
 `Cache.gc` calls it, in the thread of its caller.
 """

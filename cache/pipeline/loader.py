@@ -1,4 +1,4 @@
-"""The loader: reads payloads from the fastest tier that has them, checks them, and promotes them.
+"""Loading: payloads from the fastest tier that has them, checked and promoted.
 
 The end of the pipeline that `Cache.load` calls, in the threads of its callers. Reads a tier without a lock.
 """

@@ -1,4 +1,4 @@
-"""The saver: stores blocks in RAM at once, queues them for slower tiers, and lets lookups wait for a save.
+"""Saving: blocks stored in RAM at once and queued for slower tiers; lookups that wait for a save.
 
 The end of the pipeline that `Cache.save` calls, in the threads of its callers.
 """

@@ -87,7 +87,7 @@ class TierSet:
     # --- calling tiers -------------------------------------------------------------------------
 
     def locked(self) -> AbstractContextManager[object]:
-        """Let one thread at a time call tiers. Only `Tier.read` and the methods that must not wait do without.
+        """Let one thread at a time call tiers. `Tier.read` and the methods that must not wait need no lock.
 
         Taken before the transaction of `Tier.exclusive` and before the cache's lock. A thread may take it again.
         """
@@ -97,7 +97,8 @@ class TierSet:
     def guard(self, action: str, tier: Tier, *, changes: bool = True) -> Iterator[None]:
         """Count and log a storage fault in the `with` block instead of raising it.
 
-        Other exceptions, such as KeyboardInterrupt, are raised. They also mark the tier as out of sync.
+        Counts any other exception, SystemExit included, as a fault. Raises KeyboardInterrupt and other exceptions
+        that are no `Exception`. Both mark the tier as out of sync.
 
         Args:
             action: what the block does, for the log.

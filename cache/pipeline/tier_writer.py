@@ -1,4 +1,4 @@
-"""The tier writer: queues saves for the tiers slower than RAM, and writes them with room reserved first.
+"""Writing to the tiers slower than RAM: saves queued, room reserved, blocks written.
 
 The fifth link of the pipeline, after the change feed. `Saver` and `Loader` queue saves under the cache's
 lock; the queue's thread calls `write`. A save that no tier has room for is dropped and counted.

@@ -1,8 +1,8 @@
-"""The write queue: saves and tasks that wait for storage, bounded in bytes, and the thread that runs them.
+"""The write queue: saves and tasks that wait for storage, bounded, and the thread that runs them.
 
-The first link of the pipeline. Requests add to it and never wait for it. The thread lives only while there is
-work, so that an unused cache holds no thread and can be collected. A waiting save or task keeps the pipeline
-of its cache alive.
+The first link of the pipeline. A limit in bytes of payload bounds it. Requests add to it and never wait for
+it. The thread lives only while there is work, so that an unused cache holds no thread and can be collected. A
+waiting save or task keeps the pipeline of its cache alive.
 """
 
 from __future__ import annotations
