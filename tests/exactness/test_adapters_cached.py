@@ -81,13 +81,13 @@ def test_who_runs_shares_with_nobody_of_another_set(stub_adapters: list[Path]) -
 def test_a_session_does_not_go_on_in_cells_of_another_set(stub_adapters: list[Path]) -> None:
     """It keeps one context: of the set that it was last in."""
     with erllama.Cache(ram=0) as cache, erllama.load_backend(AdaptedStub(), cache=cache) as model:
-        live = model._runner._scheduler.live
+        slots = model._runner._scheduler.slots
         first = greedy(model, session_id="s")
         adapter = model.load_adapter(stub_adapters[0])
         second = greedy(model, first.context_tokens, session_id="s")
         assert second.cache.kind == "cold"
         assert second.tokens == cold_stub(first.context_tokens, used({stub_adapters[0]: 1.0}), 6)
-        assert [parked.session_id for parked in live.parked].count("s") == 1
+        assert [parked.session_id for parked in slots.parked].count("s") == 1
         third = greedy(model, second.context_tokens, session_id="s")
         assert third.cache.tokens == len(second.context_tokens) - 1
         adapter.scale = 0.5
