@@ -1,7 +1,9 @@
 """The caller's end of a request in flight: its events, its result, and its cancellation.
 
 The model thread fills a `Ticket`, and callers read it, from any thread. Events arrive in order and end with `Done`
-or an error. The model thread never waits for a reader.
+or an error. The model thread never waits for a reader. Both sides meet in `queue.SimpleQueue`, which is written in
+C: `put` and `get` are one step each, so an exception of a signal handler cannot leave them halfway.
+`python -m benchmarks.waiting` compares it with other ways of waiting.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Literal, NamedTuple
 
 from erllama.engine.requests.request import (
@@ -31,7 +34,8 @@ from erllama.errors import ModelUnloaded
 # Beyond this many unread pieces, further ones of one kind are joined: a stalled reader costs no more memory than
 # the reply.
 _MOST_UNREAD = 256
-_SLEEP_SECONDS = 1.0
+# Longest wait at a time. A Ctrl-C in the moment before a thread sleeps is noticed when it wakes.
+SLEEP_SECONDS = 1.0
 
 
 class DeltaPiece(NamedTuple):
@@ -91,13 +95,13 @@ class Ticket:
         timeout = request.options.timeout
         self.deadline = None if timeout is None else self.submitted + timeout
         self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._waiters: list[threading.Lock] = []  # one for each waiting reader: acquired, and released to wake it
-        self._notify_due = False
-        self._unread: deque[Piece] = deque()
-        self._backlog = _Backlog()  # unread, after those
+        self._emitted: list[Piece] = []  # not sent to the readers yet; used by the model thread alone
+        self._backlog = _Backlog()  # pieces before those, if the reader is slow; used by the model thread alone
+        self._unread: SimpleQueue[Piece | None] = SimpleQueue()  # None, the last item, wakes the readers at the end
+        self._ended: SimpleQueue[None] = SimpleQueue()  # has an item once the request has ended
         self._completion: Completion | None = None
         self._error: BaseException | None = None
+        self._end_lock = threading.Lock()
         self._end_read = False
         self.cancelled = False
         self.model: object = None
@@ -106,39 +110,52 @@ class Ticket:
     # --- the model thread's side
 
     def emit(self, piece: Piece) -> None:
-        """Add a piece, if the caller reads events. `notify` wakes the readers."""
+        """Add a piece, if the caller reads events. `notify` sends it to the readers."""
         if self.streaming:
-            with self._lock:
-                self._notify_due = self._notify_due or not self._unread
-                if len(self._unread) < _MOST_UNREAD and not self._backlog:
-                    self._unread.append(piece)
-                else:
-                    self._backlog.add(piece)
+            self._emitted.append(piece)
 
     def notify(self) -> None:
-        """Wake the readers, if there is a new piece or the end."""
-        if self._notify_due:
-            with self._lock:
-                self._notify_due = False
-                waiters, self._waiters = self._waiters, []
-            for waiter in waiters:
-                waiter.release()
-            if self._listener is not None:
-                self._listener()
+        """Send the new pieces, and wake the readers. If too many are unread, wait with the new ones."""
+        if self._emitted:
+            if self._unread.qsize() < _MOST_UNREAD:
+                self._send()
+            else:
+                self._backlog.add(self._emitted)
+                self._emitted = []
+
+    def _send(self) -> None:
+        pieces, self._emitted = self._emitted, []
+        if self._backlog:
+            pieces = self._backlog.take() + pieces
+        for piece in pieces:
+            self._unread.put(piece)
+        # If older pieces are unread, the listener was called for them, and its reader finds these after them.
+        if pieces and self._listener is not None and self._unread.qsize() <= len(pieces):
+            self._listener()
 
     def finish(self, completion: Completion) -> None:
         """End the request with a result."""
-        with self._lock:
-            self._completion = completion
-            self._notify_due = True
-        self.notify()
+        self._send_all()
+        self._completion = completion
+        self._announce_end()
 
     def fail(self, error: BaseException) -> None:
         """End the request with an error."""
-        with self._lock:
-            self._error = error
-            self._notify_due = True
-        self.notify()
+        self._send_all()
+        self._error = error
+        self._announce_end()
+
+    def _send_all(self) -> None:
+        if self._backlog:
+            self._backlog.add(self._emitted)
+            self._emitted = []
+        self._send()
+
+    def _announce_end(self) -> None:
+        self._unread.put(None)
+        self._ended.put(None)
+        if self._listener is not None:
+            self._listener()
 
     # --- the caller's side
 
@@ -161,29 +178,23 @@ class Ticket:
     def poll(self) -> Event | None:
         """Return the next event, or None if there is none yet. Raises the request's error if it failed."""
         self._check_process()
-        with self._lock:
-            return self._next()
+        return self._next(wait=False)
 
     def events(self) -> Iterator[Event]:
         """Yield events as they arrive. Raises the request's error if it failed."""
         while not self._end_read:
             self._check_process()
-            with self._lock:
-                event = self._next()
-                waiter = self._add_waiter() if event is None else None
+            event = self._next(wait=True)
             if event is not None:
                 yield event
-            elif waiter is not None:
-                wait_for_release(waiter)
 
     def result(self) -> Completion:
         """Wait for the end and return the result. Raises the request's error if it failed."""
         self._check_process()
         while not self.done:
-            with self._lock:
-                waiter = self._add_waiter() if not self.done else None
-            if waiter is not None:
-                wait_for_release(waiter)
+            with suppress(Empty):
+                self._ended.get(timeout=SLEEP_SECONDS)
+                self._ended.put(None)  # for the next thread that waits
         return self.outcome()
 
     def outcome(self) -> Completion:
@@ -193,41 +204,31 @@ class Ticket:
         assert self._completion is not None
         return self._completion
 
-    def _next(self) -> Event | None:
-        if self._unread:
-            piece = self._unread.popleft()
-            if not self._unread:
-                self._unread.extend(self._backlog.take())
-            return _event(piece)
-        if self._error is not None:
-            self._end_read = True
-            raise self._error
-        if self._completion is not None and not self._end_read:
-            self._end_read = True
-            return Done(self._completion)
-        return None
+    def _next(self, *, wait: bool) -> Event | None:
+        """Return the next event; None after waiting in vain, or after the end."""
+        done = self.done  # read first: all pieces are sent before the request is done
+        try:
+            piece = self._unread.get(wait and not done, SLEEP_SECONDS)
+        except Empty:
+            piece = None
+        else:
+            if piece is not None:
+                return _event(piece)
+            self._unread.put(None)  # for the other readers
+            done = True
+        return self._end() if done else None
 
-    def _add_waiter(self) -> threading.Lock | None:
-        """Return a lock that is released when there is something to read; None if the end was read."""
-        if self._end_read:
-            return None
-        waiter = threading.Lock()
-        waiter.acquire()
-        self._waiters.append(waiter)
-        return waiter
+    def _end(self) -> Event | None:
+        """Return the last event, or raise the request's error; once."""
+        with self._end_lock:
+            if self._end_read:
+                return None
+            self._end_read = True
+        return Done(self.outcome())
 
     def _check_process(self) -> None:
         if self._process != os.getpid():
             raise ModelUnloaded("the request was made before this process was forked; its model runs in the parent")
-
-
-def wait_for_release(lock: threading.Lock) -> None:
-    """Wait until another thread releases a lock, and acquire it.
-
-    The wait is cut into seconds: a Ctrl-C in the moment before the thread sleeps is noticed when it wakes.
-    """
-    while not lock.acquire(timeout=_SLEEP_SECONDS):
-        pass
 
 
 def _event(piece: Piece) -> Event:
@@ -249,16 +250,16 @@ class _Backlog:
     def __bool__(self) -> bool:
         return bool(self._runs)
 
-    def add(self, piece: Piece) -> None:
-        """Add a piece."""
-        if isinstance(piece, EndPiece):
-            self._runs.append(piece)
-            return
-        last = self._runs[-1] if self._runs else None
-        if isinstance(last, list) and last[0].kind == piece.kind:
-            last.append(piece)
-        else:
-            self._runs.append([piece])
+    def add(self, pieces: list[Piece]) -> None:
+        """Add pieces."""
+        for piece in pieces:
+            last = self._runs[-1] if self._runs else None
+            if isinstance(piece, EndPiece):
+                self._runs.append(piece)
+            elif isinstance(last, list) and last[0].kind == piece.kind:
+                last.append(piece)
+            else:
+                self._runs.append([piece])
 
     def take(self) -> list[Piece]:
         """Remove and return all pieces, joined."""

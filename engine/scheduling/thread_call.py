@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 
-from erllama.engine.requests.ticket import wait_for_release
+from erllama.engine.requests.ticket import SLEEP_SECONDS
 from erllama.engine.scheduling.scheduler import wrap_error
 from erllama.errors import Error
 
@@ -22,9 +22,8 @@ class ThreadCall:
 
     def __init__(self, function: Callable[[], object]) -> None:
         self._function = function
-        self._done = threading.Lock()  # a lock and no Event, whose own lock Ctrl-C could leave taken
-        self._done.acquire()
-        self._error: Error | None = None
+        # Not an Event, which is written in Python: Ctrl-C could leave its lock taken.
+        self._ended: SimpleQueue[Error | None] = SimpleQueue()
 
     def run(self) -> None:
         """Call the function; in the model thread."""
@@ -36,12 +35,16 @@ class ThreadCall:
             self.end(None)
 
     def end(self, error: Error | None) -> None:
-        """Release the waiting thread; once."""
-        self._error = error
-        self._done.release()
+        """Wake the waiting thread; once."""
+        self._ended.put(error)
 
     def wait(self) -> None:
         """Wait until the call has ended. Raises the error that it ended with."""
-        wait_for_release(self._done)
-        if self._error is not None:
-            raise self._error
+        while True:
+            try:
+                error = self._ended.get(timeout=SLEEP_SECONDS)
+            except Empty:
+                continue
+            if error is not None:
+                raise error
+            return
