@@ -106,7 +106,7 @@ def describe(adapters: AdapterSet) -> str:
     return " ".join(f"{adapter.digest}:{scale!r}" for adapter, scale in adapters)
 
 
-def recipe(base: bytes, adapters: AdapterSet) -> bytes:
+def derive_recipe(base: bytes, adapters: AdapterSet) -> bytes:
     """Return the recipe, 16 bytes, of KV computed with a set, from the backend's own recipe."""
     if len(adapters) <= _MOST_IN_ORDER:
         return base

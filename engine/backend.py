@@ -1,7 +1,7 @@
 """The protocol of a backend: tokens in, logits out, and KV that can be packed and restored.
 
-A backend has no policy: the engine decides which tokens to run, what to sample and what to keep. Vocabularies may be
-used from any thread. One thread, the model's, calls everything else.
+A backend has no policy: the engine decides which tokens to run, what to sample and what to keep. Vocabularies may
+be used from any thread. One thread, the model's, calls everything else.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Limits:
         attention_window: tokens that a sliding window keeps; 0 without one.
         n_sequences: sequences that can be in the context at once, numbered from 0.
         cell_bytes: about how many bytes a token's KV takes; 0 if unknown.
-        can_generate: False for a model that only encodes: it embeds (see `erllama.engine.embedding`), and the engine
-            calls no decode.
+        can_generate: False for a model that only encodes: it embeds (see `erllama.engine.embedding`), and its
+            `decode` is not called.
     """
 
     n_ctx: int
@@ -129,7 +129,7 @@ class InfillTokens(NamedTuple):
 
     Attributes:
         begin: the tokens before all others, such as a BOS; often empty.
-        prefix, suffix, middle: the tokens before the text on either side of the gap, and before the text that fills it.
+        prefix, suffix, middle: the tokens before the text on either side of the gap, and before the text in it.
     """
 
     begin: tuple[int, ...]

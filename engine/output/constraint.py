@@ -1,4 +1,4 @@
-"""Grammars within the phases of a reply: the answer follows one grammar, tool calls another, thinking none.
+"""Grammars within the phases of a reply: one for the answer, one for tool calls, none for thinking.
 
 `PhasedMatcher` is a matcher over the whole reply, for `Sequence`. It follows the reply's `PhaseTracker`.
 """

@@ -1,7 +1,7 @@
-"""How the phases of a reply are told apart: the markers of thinking and tool calls, as immutable values.
+"""The markers that separate the phases of a reply: thinking, tool calls and the answer.
 
-Chats make a `PhaseOptions` of the model's family and the caller's options; `RequestOptions.phases` carries it to
-the `PhaseTracker`.
+Immutable values. Chats make a `PhaseOptions` from the model's family and the caller's options;
+`RequestOptions.phases` passes it to the `PhaseTracker`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Markers:
 
 @dataclass(frozen=True, slots=True)
 class PhaseOptions:
-    """How the phases of a reply are told apart.
+    """How the phases of a reply are separated.
 
     Attributes:
         thinking: markers around thinking; None for a model that does not think.

@@ -1,4 +1,7 @@
-"""Decodes the bytes of tokens as text, without ever splitting a character."""
+"""Decodes the bytes of tokens as text, without ever splitting a character.
+
+Used by `Reply` and the chats' history. Also defines the white space between the parts of a reply.
+"""
 
 from __future__ import annotations
 

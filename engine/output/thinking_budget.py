@@ -1,6 +1,7 @@
-"""The limit on the tokens of thinking: counts them, and decides when the engine inserts the closing marker.
+"""The limit on the tokens of thinking.
 
-Used by `Sequence`, in the model thread.
+`ThinkingBudget` counts them, and decides when the engine inserts the closing marker. Used by `Sequence`, in the
+model thread.
 """
 
 from __future__ import annotations

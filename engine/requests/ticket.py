@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 
 from erllama.engine.requests.request import (
     Completion,
-    Delta,
     Done,
     Event,
     Request,
@@ -213,7 +212,7 @@ class Ticket:
             piece = None
         else:
             if piece is not None:
-                return _event(piece)
+                return make_event(piece)
             self._unread.put(None)  # for the other readers
             done = True
         return self._end() if done else None
@@ -231,14 +230,11 @@ class Ticket:
             raise ModelUnloaded("the request was made before this process was forked; its model runs in the parent")
 
 
-def _event(piece: Piece) -> Event:
+def make_event(piece: Piece) -> Event:
+    """Return the event of a piece."""
     if isinstance(piece, DeltaPiece):
-        return _delta(*piece)
+        return _DELTAS[piece.kind](piece.text, piece.tokens, piece.logprobs)
     return ThinkingEnd(piece.raw) if piece.kind == "thinking" else ToolCallEnd(piece.raw)
-
-
-def _delta(kind: str, text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> Delta:
-    return _DELTAS[kind](text, tokens, logprobs)
 
 
 class _Backlog:
@@ -264,10 +260,10 @@ class _Backlog:
     def take(self) -> list[Piece]:
         """Remove and return all pieces, joined."""
         runs, self._runs = self._runs, []
-        return [run if isinstance(run, EndPiece) else _joined(run) for run in runs]
+        return [run if isinstance(run, EndPiece) else _join(run) for run in runs]
 
 
-def _joined(pieces: list[DeltaPiece]) -> DeltaPiece:
+def _join(pieces: list[DeltaPiece]) -> DeltaPiece:
     if len(pieces) == 1:
         return pieces[0]
     return DeltaPiece(

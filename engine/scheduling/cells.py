@@ -1,4 +1,4 @@
-"""Counts the cells of a context: how many are free while sequences share some of them.
+"""Counts the cells of a context: how many are in use, while sequences share some of them.
 
 The backend does not report its cells, so the engine counts: a cell is used by a token that is computed or restored,
 shared when a prefix is, and free again when the last sequence drops it. Used by `Slots`.

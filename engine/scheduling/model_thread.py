@@ -85,7 +85,8 @@ class ModelThread:
         limits = backend.limits
         self._name = name
         self._n_seq_max, self._max_pending = n_seq_max, max_pending
-        # Ctrl-C cannot come between the acquisition of such a lock and the `with`. Reentrant, for signal handlers.
+        # Ctrl-C cannot interrupt between the acquisition of such a lock and the `with`. Reentrant, for signal
+        # handlers.
         self._lock = threading.RLock()
         # Not a Condition, which is written in Python: after a signal handler's exception within `notify()` the
         # model thread may never wake again. `put` is one step, and safe in signal handlers.
@@ -206,7 +207,7 @@ class ModelThread:
             sequence = Sequence(ticket, self._context, self.adapters.acquire(ticket))
             self._enqueue(sequence)
         except BaseException:
-            # Ctrl-C may come before or after it is queued. Once it is queued, the model thread ends it.
+            # Ctrl-C may interrupt before or after it is queued. Once it is queued, the model thread ends it.
             with self._lock:
                 queued = sequence is not None and (sequence in self._queue or sequence.dequeued)
                 self._notify()
@@ -386,7 +387,7 @@ class ModelThread:
                 if self.adapters.unused:
                     self.adapters.free_unused()
                 while self._queue:
-                    self._queue[0].dequeued = True  # before it is removed: `submit` checks in the other order
+                    self._queue[0].dequeued = True  # before it is removed: `submit` checks the queue first
                     scheduler.waiting.append(self._queue.popleft())
                 progress = self._tick() if not self._stopping and scheduler.busy else True
         finally:

@@ -7,7 +7,6 @@ now, whether its wait is over, and whether the cells have room for it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Several
 from typing import NamedTuple
 
 from erllama.cache.blocks.keys import common_prefix
@@ -38,7 +37,7 @@ class PrefixSharing:
         running: the admitted sequences, in the order of admission; the scheduler's own list.
     """
 
-    def __init__(self, context: ModelContext, slots: Slots, running: Several[Sequence]) -> None:
+    def __init__(self, context: ModelContext, slots: Slots, running: list[Sequence]) -> None:
         self._prefix_cache = context.prefix_cache
         self._limits = context.backend.limits
         self._slots = slots

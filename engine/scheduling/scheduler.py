@@ -1,4 +1,4 @@
-"""Decides, tick by tick, which requests compute: admission, batches, and preemption when cells run out.
+"""Decides, tick by tick, which requests compute: admission, batches, and preemption.
 
 Used by the model thread alone. A tick is one decode: the token sampled last of every sequence that generates, and
 slices of the prompts of the others. Requests are admitted first come, first served. Requests that run at the same
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from erllama._runtime.log import logger
 from erllama.cache import Match, SaveReason
-from erllama.engine.adapters import recipe
+from erllama.engine.adapters import derive_recipe
 from erllama.engine.backend import Batch
 from erllama.engine.kv.sequence_kv import SequenceKV
 from erllama.engine.metrics import EngineMetrics
@@ -186,7 +186,7 @@ class Scheduler:
         slot, provenance = slots.allocate(sequence, source)
         if n_stored > source.n:  # whole blocks are restored, and then cut
             slots.make_room(n_stored - source.n + self._context.prefix_cache.slicing.block_size)
-        how = recipe(self._backend.recipe, sequence.adapters)
+        how = derive_recipe(self._backend.recipe, sequence.adapters)
         kv = SequenceKV(self._context.prefix_cache, slot, sequence.namespace, sequence.n_prompt, how)
         restored = kv.restore(
             sequence.buffer[: len(sequence.reusable) + 1],

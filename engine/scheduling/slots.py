@@ -7,7 +7,7 @@ keeping was saved before, so a parked sequence may be evicted at any time. Used 
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,7 +99,7 @@ class Slots:
 
     # --- finding a prefix
 
-    def find_longest_prefix(self, sequence: Sequence, running: Several[Sequence]) -> PrefixSource:
+    def find_longest_prefix(self, sequence: Sequence, running: Iterable[Sequence]) -> PrefixSource:
         """Return the sequence in the context that has the longest prefix of the reusable tokens of another.
 
         Of several equally long ones, its own session's. Memory that cannot be trimmed is reused only from parked

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import erllama
-from erllama.engine.adapters import LoadedAdapter, recipe
+from erllama.engine.adapters import LoadedAdapter, derive_recipe
 from erllama.testing.models import write_gemma3, write_lora, write_mamba
 from support.adapting import LIVES, NO_TEXT, PROMPT, AdaptedStub, apart, cold_stub, greedy, llama, used
 
@@ -191,9 +191,9 @@ def test_of_three_adapters_bits_are_promised_as_long_as_they_are_loaded(tiny_ggu
             for adapter in adapters:
                 adapter.unload()
     loaded = [(LoadedAdapter(None, Path(), "", 1.0), 1.0) for _ in range(4)]
-    one, other = (recipe(b"0" * 16, tuple(picked)) for picked in (loaded[:3], loaded[1:]))  # type: ignore[arg-type]
+    one, other = (derive_recipe(b"0" * 16, tuple(picked)) for picked in (loaded[:3], loaded[1:]))  # type: ignore[arg-type]
     assert one != other
-    assert recipe(b"0" * 16, tuple(loaded[:2])) == b"0" * 16  # type: ignore[arg-type]
+    assert derive_recipe(b"0" * 16, tuple(loaded[:2])) == b"0" * 16  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("make", "architecture"), [(write_gemma3, "gemma3"), (write_mamba, "mamba")])
