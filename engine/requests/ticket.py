@@ -122,6 +122,13 @@ class Ticket:
                 self._backlog.add(self._emitted)
                 self._emitted = []
 
+    def flush(self) -> None:
+        """Send all pieces, however many are unread. For a request that pauses or ends."""
+        if self._backlog:
+            self._backlog.add(self._emitted)
+            self._emitted = []
+        self._send()
+
     def _send(self) -> None:
         pieces, self._emitted = self._emitted, []
         if self._backlog:
@@ -134,21 +141,15 @@ class Ticket:
 
     def finish(self, completion: Completion) -> None:
         """End the request with a result."""
-        self._send_all()
+        self.flush()
         self._completion = completion
         self._announce_end()
 
     def fail(self, error: BaseException) -> None:
         """End the request with an error."""
-        self._send_all()
+        self.flush()
         self._error = error
         self._announce_end()
-
-    def _send_all(self) -> None:
-        if self._backlog:
-            self._backlog.add(self._emitted)
-            self._emitted = []
-        self._send()
 
     def _announce_end(self) -> None:
         self._unread.put(None)

@@ -395,6 +395,7 @@ class Scheduler:
             sequence.headroom = 2 * sequence.headroom
             self.metrics.preempted += 1
         self._leave_context(sequence)
+        sequence.ticket.flush()
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
 
@@ -426,6 +427,8 @@ class Scheduler:
         self.slots.clear()
         for sequence in sequences:
             self.fail(sequence, error)
+        for sequence in self.running:
+            sequence.ticket.flush()
         self.waiting.extendleft(self.running[::-1])
         self.running.clear()
 
