@@ -43,10 +43,10 @@ def told(tokens: Sequence[int], options: PhaseOptions = OPTIONS, prompt: str = "
     phases: list[tuple[str, bytes]] = []
     over = True
     segments = [segment for token in tokens for segment in tracker.feed(token)] + tracker.finish()
-    for kind, script, ended in segments:
+    for kind, encoded, ended in segments:
         if over or phases[-1][0] != kind:
             phases.append((kind, b""))
-        phases[-1] = (kind, phases[-1][1] + CODEC.decode(script))
+        phases[-1] = (kind, phases[-1][1] + CODEC.decode(encoded))
         over = ended
     return [(kind, said.decode()) for kind, said in phases]
 

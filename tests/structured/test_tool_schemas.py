@@ -77,8 +77,8 @@ def rules(
     """What keeps calls to the tools' schemas, and which arguments are validated afterwards."""
     family = Family.of("", calling=True, format=format)
     choice = ToolChoice(kind)  # type: ignore[arg-type]
-    script = TokenCodec(SpelledVocabulary())
-    grammar, checked = family.grammar(normalized_tools(tools), choice, script, parallel=False, **options)  # type: ignore[arg-type]
+    codec = TokenCodec(SpelledVocabulary())
+    grammar, checked = family.grammar(normalized_tools(tools), choice, codec, parallel=False, **options)  # type: ignore[arg-type]
     assert grammar is not None
     return grammar, checked
 
