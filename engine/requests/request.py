@@ -102,22 +102,25 @@ class RequestOptions:
             raise OptionError(
                 f"speculative={self.speculative!r:.80}; give a function that makes a drafter, or None"
             )
+        if self.sampling_state is not None and not isinstance(self.sampling_state, SamplingState):
+            raise OptionError(
+                f"sampling_state={shown(self.sampling_state)}; give the sampling_state of a Completion, or None"
+            )
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Raise OptionError for options that exclude each other."""
         if self.speculative is not None and self.reproducible:
             raise OptionError(
                 "speculative computes tokens together, and reproducible one by one; leave one of them out"
             )
         if self.phases is not None and self.phases.calls_only and self.grammar is not None:
             raise OptionError("grammar beside a tool choice that requires a call; leave one of them out")
-        if self.sampling_state is not None:
-            if not isinstance(self.sampling_state, SamplingState):
-                raise OptionError(
-                    f"sampling_state={shown(self.sampling_state)}; give the sampling_state of a Completion, or None"
-                )
-            if self.sampling.seed not in (None, self.sampling_state.seed):
-                raise OptionError(
-                    f"seed={self.sampling.seed} beside a sampling_state, which continues with seed "
-                    f"{self.sampling_state.seed}; leave one of them out"
-                )
+        state, seed = self.sampling_state, self.sampling.seed
+        if state is not None and seed not in (None, state.seed):
+            raise OptionError(
+                f"seed={seed} beside a sampling_state, which continues with seed {state.seed}; leave one out"
+            )
 
 
 def _stop_strings(stop: object) -> tuple[str, ...]:
