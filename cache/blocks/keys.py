@@ -56,10 +56,20 @@ def child_key(parent: bytes, tokens: bytes) -> bytes:
     return hashlib.sha256(parent + tokens).digest()
 
 
-def common_prefix(a: bytes, b: bytes) -> int:
-    """How many tokens two token strings share at their start."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n // TOKEN_BYTES
-    left, right = np.frombuffer(a[:n], "<u4"), np.frombuffer(b[:n], "<u4")
-    return int(np.argmax(left != right))
+def common_prefix(a: bytes | NDArray[np.integer], b: bytes | NDArray[np.integer]) -> int:
+    """Return how many tokens two token strings share at their start.
+
+    Args:
+        a, b: each as bytes from `token_bytes`, or as ids, shape (n,).
+    """
+    left, right = _ids(a), _ids(b)
+    n = min(len(left), len(right))
+    if not n or left[0] != right[0]:
+        return 0
+    differ = left[:n] != right[:n]
+    first = int(differ.argmax())
+    return first if differ[first] else n
+
+
+def _ids(tokens: bytes | NDArray[np.integer]) -> NDArray[np.integer]:
+    return np.frombuffer(tokens, "<u4", len(tokens) // TOKEN_BYTES) if isinstance(tokens, bytes) else tokens

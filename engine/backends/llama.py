@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.backend import Batch, Limits, NamespaceValue
+from erllama.cache.blocks.keys import NamespaceValue
+from erllama.engine.backend import Batch, Limits
 from erllama.engine.backends.file_identity import MappedFiles
 from erllama.engine.backends.llama_adapters import check_adapter_file
 from erllama.engine.backends.llama_file import LlamaVocabulary, buffers_in, chat_templates, facts_of, load_file

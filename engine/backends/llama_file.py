@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.backend import Buffer, InfillTokens, Limits, ModelFacts, NamespaceValue, SpecialToken
+from erllama.cache.blocks.keys import NamespaceValue
+from erllama.engine.backend import Buffer, InfillTokens, Limits, ModelFacts, SpecialToken
 from erllama.engine.backends.gguf_parts import parts
 from erllama.engine.backends.llama_library import llama_ffi, translated
 from erllama.engine.backends.llama_options import LlamaOptions

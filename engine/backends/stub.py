@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.backend import Batch, Limits, NamespaceValue
+from erllama.cache.blocks.keys import NamespaceValue
+from erllama.engine.backend import Batch, Limits
 from erllama.errors import BackendError, CellsExhausted, OptionError, StateError
 
 EOG = 256

@@ -26,7 +26,7 @@ from erllama.chat.thinking import find_thinking
 from erllama.chat.tool_calls.tools import ToolChoice, check_schemas, normalized_tools, strict_names, tool_choice_of
 from erllama.chat.turns import Turn
 from erllama.engine import Backend, Grammar, Markers, PhaseOptions, RequestOptions, Vocabulary
-from erllama.engine.output.phases import Script
+from erllama.engine.output.token_codec import TokenCodec
 from erllama.engine.requests.prompts import PromptTokenizer
 from erllama.errors import ChatError, OptionError, PromptTooLong, boolean
 
@@ -92,7 +92,7 @@ class Chats:
         self._call_grammar = lru_cache(maxsize=64)(self._make_call_grammar)
         self.vocabulary = vocabulary
         self._backend = backend
-        self.script = Script(vocabulary)
+        self.script = TokenCodec(vocabulary)
 
     @cached_property
     def history(self) -> History:
@@ -277,7 +277,7 @@ class Chats:
 
     def _without_thinking(self, options: RequestOptions, thinking: Markers) -> RequestOptions:
         """Tokens that open thinking are ruled out."""
-        banned = [ids[0] for text in thinking.open if len(ids := self.script.tokens_of(text)) == 1]
+        banned = [ids[0] for text in thinking.open if len(ids := self.script.tokenize(text)) == 1]
         sampling = options.sampling
         return replace(options, sampling=replace(sampling, banned_tokens=(*sampling.banned_tokens, *banned)))
 

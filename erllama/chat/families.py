@@ -16,7 +16,7 @@ from erllama.chat.tool_calls.grammars import quoted
 from erllama.chat.tool_calls.reader import ToolFormat
 from erllama.chat.tool_calls.tools import ToolChoice, parameters_of, tool_names
 from erllama.engine import Grammar, Markers, ToolCall
-from erllama.engine.output.phases import Script
+from erllama.engine.output.token_codec import TokenCodec
 from erllama.errors import GrammarError, OptionError, ToolCallError
 
 log = logger("erllama")
@@ -133,7 +133,7 @@ class Family:
         self,
         tools: Sequence[Message],
         choice: ToolChoice,
-        script: Script,
+        script: TokenCodec,
         *,
         parallel: bool,
         strict: frozenset[str] = frozenset(),
@@ -237,9 +237,9 @@ class _CallWriter:
         return Grammar.lark(text)
 
 
-def _literal(script: Script, text: str) -> str:
+def _literal(script: TokenCodec, text: str) -> str:
     """A text, special tokens written out, in Lark."""
-    parts = script.runs(script.of_marker(text))
+    parts = script.split(script.encode_marker(text))
     return " ".join(
         f"<[{part}]>" if isinstance(part, int) else quoted(part.decode("utf-8", "replace")) for part in parts
     )

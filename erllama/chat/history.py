@@ -19,8 +19,8 @@ from erllama.cache import Cache
 from erllama.chat.content import SpecialTexts, tokenized
 from erllama.chat.content import raw as marked_bytes
 from erllama.engine import Vocabulary
-from erllama.engine.output.phases import Script
 from erllama.engine.output.text import unfinished
+from erllama.engine.output.token_codec import TokenCodec
 from erllama.engine.requests.prompts import PromptTokenizer
 
 # A character that no token joins with others, put before a text whose first word would get a space.
@@ -38,7 +38,7 @@ class History:
 
     def __init__(self, vocabulary: Vocabulary, cache: Cache) -> None:
         self._vocabulary, self._cache = vocabulary, cache
-        self._script = Script(vocabulary)
+        self._script = TokenCodec(vocabulary)
         self._word = self._tokenize("a")
         self._first = PromptTokenizer(vocabulary).first  # BOS, where the model wants one
         # Some tokenizers put a space before a text, and before what follows a special token.
@@ -210,7 +210,7 @@ class History:
         return self._tokenize(_FENCE + self._written(token) + b"a") == [*self._fence, token, *self._word]
 
     def _written(self, token: int) -> bytes:
-        return self._script.written(self._script.of_token(token))
+        return self._script.decode(self._script.encode_token(token))
 
     def _tokenize(self, text: str | bytes, *, parse_special: bool = True) -> list[int]:
         found = self._vocabulary.tokenize(text, add_special=False, parse_special=parse_special)

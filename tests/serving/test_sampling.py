@@ -329,7 +329,7 @@ def test_mirostat_keeps_the_surprise_at_its_aim(version: int, tau: float) -> Non
 def test_a_seed_beside_a_state_must_be_its_own(stub: erllama.Model) -> None:
     first = stub.complete("x", max_tokens=3, seed=5)
     stub.complete("x", max_tokens=3, seed=5, sampling_state=first.sampling_state)
-    with pytest.raises(erllama.OptionError, match="goes on with seed 5"):
+    with pytest.raises(erllama.OptionError, match="continues with seed 5"):
         stub.complete("x", max_tokens=3, seed=6, sampling_state=first.sampling_state)
 
 

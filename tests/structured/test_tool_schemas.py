@@ -19,7 +19,7 @@ from erllama.chat.tool_calls.enforcing import relaxations, violation_of
 from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
 from erllama.chat.tool_calls.tools import ToolChoice, check_schemas, normalized_tools, strict_names
 from erllama.engine.grammar.grammar import GrammarCompiler
-from erllama.engine.output.phases import Script
+from erllama.engine.output.token_codec import TokenCodec
 from erllama.errors import ChatError, GrammarError, OptionError
 from support.grammar_walks import VOCABULARIES, walk
 from support.spelled import SpelledBackend, SpelledVocabulary, follow
@@ -77,8 +77,8 @@ def rules(
     """What keeps calls to the tools' schemas, and which arguments are validated afterwards."""
     family = Family.of("", calling=True, format=format)
     choice = ToolChoice(kind)  # type: ignore[arg-type]
-    script = Script(SpelledVocabulary())
-    grammar, checked = family.grammar(normalized_tools(tools), choice, script, parallel=False, **options)  # type: ignore[arg-type]
+    codec = TokenCodec(SpelledVocabulary())
+    grammar, checked = family.grammar(normalized_tools(tools), choice, codec, parallel=False, **options)  # type: ignore[arg-type]
     assert grammar is not None
     return grammar, checked
 
