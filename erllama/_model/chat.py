@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from erllama._model.request_options import ChatOptions, TemplateOptions, chat_request, template_request
 from erllama._model.requests import Requests
 from erllama._model.streams import AsyncStream, Stream
-from erllama.chat.content import without_marks
+from erllama.chat.content_masking import without_marks
 from erllama.chat.results import ChatCompletion
-from erllama.chat.turns import Turn
+from erllama.chat.turn import Turn
 from erllama.engine import Done, Event, Ticket
 from erllama.errors import boolean
 

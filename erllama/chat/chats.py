@@ -16,15 +16,15 @@ from pathlib import Path
 
 from erllama._runtime.log import logger
 from erllama.cache import Cache
-from erllama.chat.content import without_marks
+from erllama.chat.content_masking import without_marks
 from erllama.chat.conversation import Conversation
-from erllama.chat.families import CallGrammar, Family
+from erllama.chat.family import CallGrammar, Family
 from erllama.chat.history import History
 from erllama.chat.messages import normalized_messages
 from erllama.chat.templates.template import CHATML, ChatTemplate
 from erllama.chat.thinking import find_thinking
 from erllama.chat.tool_calls.tools import ToolChoice, check_schemas, normalized_tools, strict_names, tool_choice_of
-from erllama.chat.turns import Turn
+from erllama.chat.turn import Turn
 from erllama.engine import Backend, Grammar, Markers, PhaseOptions, RequestOptions, Vocabulary
 from erllama.engine.output.phases import Script
 from erllama.engine.requests.prompts import PromptTokenizer

@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from erllama.chat.content import ContentMask, SpecialTexts
+from erllama.chat.content_masking import ContentMask, SpecialTexts
+from erllama.chat.message_adapters import as_template_takes, with_arguments_as_text
 from erllama.chat.messages import normalized_messages
-from erllama.chat.quirks import as_template_takes, with_arguments_as_text
 from erllama.chat.templates.template import ChatTemplate, plain_arguments, plain_documents
 from erllama.errors import ChatError, TemplateError
 

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import Cache
-from erllama.chat.content import SpecialTexts, tokenized
-from erllama.chat.content import raw as marked_bytes
+from erllama.chat.content_masking import SpecialTexts, tokenized
+from erllama.chat.content_masking import raw as marked_bytes
 from erllama.engine import Vocabulary
 from erllama.engine.output.phases import Script
 from erllama.engine.output.text import unfinished

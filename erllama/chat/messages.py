@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from erllama.chat.tool_calls.payloads import Unreadable, json_of, plain, plain_text, suggestion
+from erllama.chat.json_values import Unreadable, json_of, plain, plain_text, suggestion
 from erllama.errors import ChatError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erllama import Grammar
+from erllama.chat.json_values import Unreadable, json_of
 from erllama.chat.messages import ROLES, normalized_messages
-from erllama.chat.tool_calls.payloads import Unreadable, json_of
 from erllama.chat.tool_calls.tools import (
     ToolChoice,
     check_schemas,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import erllama
-from erllama.chat.content import BORDER, MARK, ContentMask, SpecialTexts, raw, tokenized, without_marks
+from erllama.chat.content_masking import BORDER, MARK, ContentMask, SpecialTexts, raw, tokenized, without_marks
 from erllama.chat.history import History
 from support.places import SHARED
 from support.spelled import SpelledBackend, SpelledVocabulary

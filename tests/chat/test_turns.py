@@ -15,7 +15,7 @@ import pytest
 import erllama
 from erllama.chat.chats import Chats
 from erllama.chat.history import History
-from erllama.chat.turns import Turn
+from erllama.chat.turn import Turn
 from erllama.engine import Grammar
 from support.spelled import SpelledBackend, SpelledVocabulary
 from support.talking import CALL, SPECIAL, TEMPLATE, TOOLS, VOCABULARY, Message, model_that_says, user

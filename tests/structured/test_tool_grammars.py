@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from erllama import Grammar
 from erllama.chat.messages import normalized_messages
-from erllama.chat.tool_calls.families import TOOL_FORMATS, find_tool_format, tool_format
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, find_tool_format, tool_format
 from erllama.chat.tool_calls.tools import normalized_tools, parameters_of
 from erllama.engine import ToolCall
 from erllama.engine.grammar.grammar import GrammarCompiler

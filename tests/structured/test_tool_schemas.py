@@ -14,9 +14,9 @@ import pytest
 
 import erllama
 from erllama import Grammar
-from erllama.chat.families import Family
-from erllama.chat.tool_calls.enforcing import relaxations, violation_of
-from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
+from erllama.chat.family import Family
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, tool_format
+from erllama.chat.tool_calls.schema_enforcement import relaxations, violation_of
 from erllama.chat.tool_calls.tools import ToolChoice, check_schemas, normalized_tools, strict_names
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.engine.output.phases import Script

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import erllama
 from erllama import Grammar
-from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, tool_format
 from erllama.chat.tool_calls.tools import normalized_tools
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.errors import GrammarError

@@ -10,9 +10,9 @@ from functools import cache
 import pytest
 
 from erllama import Grammar
-from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
-from erllama.chat.tool_calls.grammars import Parameters, is_raw, types_of
-from erllama.chat.tool_calls.payloads import GEMMA_KEY, PYTHON_KEY
+from erllama.chat.json_values import GEMMA_KEY, PYTHON_KEY
+from erllama.chat.tool_calls.call_grammar import Parameters, is_raw, types_of
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, tool_format
 from erllama.chat.tool_calls.tools import normalized_tools
 from support.places import SHARED
 

@@ -1,10 +1,10 @@
 """What a family's way of writing tool calls is, and how a call that a model wrote is read.
 
 A `ToolFormat` is a value: the texts around calls, and their syntax as pieces
-(see `erllama.chat.tool_calls.grammars`, which writes grammars of the same pieces).
+(see `erllama.chat.tool_calls.call_grammar`, which writes grammars of the same pieces).
 JSON is read by a JSON reader and everything else by position, from the first
 character to the last, so that no argument can be taken for syntax, and in time
-in proportion to the text. The families are a table in `erllama.chat.tool_calls.families`.
+in proportion to the text. The families are a table in `erllama.chat.tool_calls.formats`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,19 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from erllama.chat.json_values import (
+    GEMMA,
+    GEMMA_QUOTE,
+    PYTHON,
+    PYTHON_ARGUMENTS,
+    Unreadable,
+    after_space,
+    json_of,
+    read_json,
+    suggestion,
+)
 from erllama.chat.messages import TOOL_NAME
-from erllama.chat.tool_calls.grammars import (
+from erllama.chat.tool_calls.call_grammar import (
     ID,
     JSON_TYPES,
     Arguments,
@@ -28,17 +39,6 @@ from erllama.chat.tool_calls.grammars import (
     listing_of,
     properties_of,
     types_of,
-)
-from erllama.chat.tool_calls.payloads import (
-    GEMMA,
-    GEMMA_QUOTE,
-    PYTHON,
-    PYTHON_ARGUMENTS,
-    Unreadable,
-    after_space,
-    json_of,
-    read_json,
-    suggestion,
 )
 from erllama.chat.tool_calls.tools import parameters_of
 from erllama.engine import ToolCall

@@ -3,7 +3,7 @@
 A tool is checked here, before any model runs: first its form, which takes little
 time, then, once the conversation is known to fit, its schema, which is compiled.
 A reply is kept to the schema as far as a grammar can enforce it (see
-`erllama.chat.tool_calls.enforcing`). `Chat` calls this; `erllama.chat.tool_calls.families` reads the result.
+`erllama.chat.tool_calls.schema_enforcement`). `Chat` calls this; `erllama.chat.tool_calls.formats` reads the result.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from erllama.chat.json_values import Unreadable, plain, plain_text, suggestion
 from erllama.chat.messages import TOOL_NAME
-from erllama.chat.tool_calls.enforcing import fault_of, problem_of
-from erllama.chat.tool_calls.payloads import Unreadable, plain, plain_text, suggestion
+from erllama.chat.tool_calls.schema_enforcement import fault_of, problem_of
 from erllama.errors import ChatError, OptionError
 
 _NO_PARAMETERS: Mapping[str, object] = {"type": "object", "properties": {}}

@@ -1,6 +1,6 @@
 """Grammars of tool calls: a family's syntax, as pieces of text, and tools' schemas, written as llguidance's Lark.
 
-`erllama.chat.tool_calls.families` describes the families and calls `lark`. A piece is a
+`erllama.chat.tool_calls.formats` describes the families and calls `lark`. A piece is a
 text as the model writes it, in which `~` stands for white space or none. What
 a grammar made here accepts, the format's `parse` reads, into arguments that
 the schema allows.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from erllama.chat.tool_calls.payloads import GEMMA_KEY, GEMMA_QUOTE, PYTHON_KEY
+from erllama.chat.json_values import GEMMA_KEY, GEMMA_QUOTE, PYTHON_KEY
 from erllama.engine.grammar.schemas import json_schema as schemas
 from erllama.engine.grammar.schemas.keywords import with_plain_counts
 from erllama.errors import GrammarError

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama._runtime.log import logger
-from erllama.chat.content import raw
+from erllama.chat.content_masking import raw
 from erllama.chat.conversation import Conversation, Message
-from erllama.chat.families import Family
+from erllama.chat.family import Family
 from erllama.chat.history import History
 from erllama.chat.results import ChatCompletion, Usage
 from erllama.engine import (

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import erllama
+from erllama.chat.message_adapters import as_template_takes, with_arguments_as_text
 from erllama.chat.messages import normalized_messages
-from erllama.chat.quirks import as_template_takes, with_arguments_as_text
 from support.places import SHARED
 from support.spelled import SpelledBackend, SpelledVocabulary, follow
 from support.tool_texts import TOOLS

@@ -3,7 +3,7 @@
 A schema that llguidance cannot express, or a family cannot write, is relaxed:
 the grammar allows more than the schema, and the arguments are validated with
 `jsonschema` after the call is read. `erllama.chat.tool_calls.tools` and
-`erllama.chat.families` call this.
+`erllama.chat.family` call this.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from erllama.chat.tool_calls.grammars import Arguments, listing_of, properties_of, types_of
+from erllama.chat.tool_calls.call_grammar import Arguments, listing_of, properties_of, types_of
 from erllama.engine.grammar.grammar import Grammar
 from erllama.engine.grammar.schemas.subschemas import Schema, rewritten
 from erllama.engine.grammar.unsupported import NotSupported

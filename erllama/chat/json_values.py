@@ -3,7 +3,7 @@
 Everything here is bounded: reading takes time in proportion to the text, and
 what is nested deeper than `MAX_NESTING` is refused, so that no later reader or
 writer of it runs out of stack. What is refused raises `Unreadable`, with the
-place; `erllama.chat.messages` and `erllama.chat.tool_calls.families` make their errors of it.
+place; `erllama.chat.messages` and `erllama.chat.tool_calls.formats` make their errors of it.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from erllama.chat.tool_calls.grammars import ID, Frame, Parameters, Shape
-from erllama.chat.tool_calls.payloads import suggestion
+from erllama.chat.json_values import suggestion
+from erllama.chat.tool_calls.call_grammar import ID, Frame, Parameters, Shape
 from erllama.chat.tool_calls.reader import ARGUMENT_KEYS, ToolFormat
 from erllama.errors import OptionError
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from erllama._runtime.log import logger
 from erllama.chat.thinking import find_thinking
-from erllama.chat.tool_calls.enforcing import problem_of, relaxations, violation_of
-from erllama.chat.tool_calls.families import find_tool_format, tool_format
-from erllama.chat.tool_calls.grammars import quoted
+from erllama.chat.tool_calls.call_grammar import quoted
+from erllama.chat.tool_calls.formats import find_tool_format, tool_format
 from erllama.chat.tool_calls.reader import ToolFormat
+from erllama.chat.tool_calls.schema_enforcement import problem_of, relaxations, violation_of
 from erllama.chat.tool_calls.tools import ToolChoice, parameters_of, tool_names
 from erllama.engine import Grammar, Markers, ToolCall
 from erllama.engine.output.phases import Script
