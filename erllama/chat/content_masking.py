@@ -1,11 +1,14 @@
-"""Content as plain text: which special tokens of a rendered conversation come from what users and tools wrote.
+"""Masking of content: keeps special tokens that users and tools spell out from being read as tokens.
 
-A template is given content in which the characters that special tokens begin or end with are replaced by others,
-one for one. So no special token that is found in what it writes has such a character of the content, however the
-template cuts and joins its texts. Those that are found are the template's own. Then the characters are put back.
-Where they complete the text of a special token, a mark is put before it. Where such a text overlaps one of the
-template's own, a border is put between the template's own and the rest. A marked text is tokenized by `History`:
-it reads no special token behind a mark, and none across a border.
+`Conversation.render` uses it with `special_tokens_in_content=False`:
+
+1. `ContentMask` replaces, in content, the characters that special tokens begin or end with by stand-ins, one for
+   one. A special token in the rendered text that has no stand-in is then the template's own, however the template
+   cuts and joins its texts.
+2. `ContentMask.unmask` restores the characters in the rendered text. It puts a mark before each special token that
+   content spells out. Where such a text overlaps one of the template's special tokens, it puts a border between the
+   template's token and the rest.
+3. `tokenize_marked` tokenizes the marked text. It reads no special token behind a mark, and none across a border.
 """
 
 from __future__ import annotations
@@ -19,35 +22,36 @@ from itertools import chain
 from erllama.engine import Vocabulary
 from erllama.errors import ChatError
 
-# Before the text of a special token that is none. As bytes it is 0xff, which no text in UTF-8 has.
+# Put before a text that looks like a special token and is content. Encoded as the byte 0xff, which UTF-8 never has.
 MARK = "\udcff"
-# Where one of the template's special tokens begins or ends, and a longer or another one seems to. As bytes, 0xfe.
+# Put where one of the template's special tokens begins or ends within a text that looks like another one. Encoded
+# as the byte 0xfe.
 BORDER = "\udcfe"
-# Characters that stand for others: letters that no template looks for, and that are printed as they are. Cuneiform
-# comes first, then rare ideographs.
-_STAND_INS = (range(0x12000, 0x12300), range(0x20000, 0x2A6D0), range(0x30000, 0x31340))
-# One of them as JSON in ASCII has it.
-_ESCAPED = re.compile(r"\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})", re.IGNORECASE)
-# What a template's own markers look like, besides the control tokens.
+# Stand-ins for other characters: letters that no template looks for and that are printed unchanged. Cuneiform
+# first, then rare ideographs.
+_STAND_IN_RANGES = (range(0x12000, 0x12300), range(0x20000, 0x2A6D0), range(0x30000, 0x31340))
+# A stand-in in ASCII-only JSON.
+_SURROGATE_ESCAPES = re.compile(r"\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})", re.IGNORECASE)
+# Form of a template's markers that are not control tokens.
 _MARKUP = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,30}\]")
 
 
-def without_marks(text: str) -> str:
-    """A text as its reader sees it."""
+def remove_marks(text: str) -> str:
+    """Return a marked text without its marks and borders."""
     return text.replace(MARK, "").replace(BORDER, "")
 
 
-def raw(text: str) -> bytes:
-    """A text, which may be marked, as bytes."""
+def encode_marked(text: str) -> bytes:
+    """Return a text, which may have marks, as bytes."""
     return text.encode("utf-8", "surrogateescape")
 
 
-class SpecialTexts:
-    """The texts of special tokens, to be found in a text: from left to right, the longest of those at one place.
+class SpecialTokenTexts:
+    """Finds the texts of special tokens in a text, from left to right, the longest at each place.
 
     Args:
-        texts: of the tokens that are read where special tokens are.
-        always: of those that a tokenizer reads in any text, as some read `<tool_call>`.
+        texts: texts of the tokens that a tokenizer reads only where it parses special tokens.
+        always: texts of the tokens that a tokenizer reads in any text, such as `<tool_call>` for some.
     """
 
     def __init__(self, texts: Iterable[bytes], always: Iterable[bytes] = ()) -> None:
@@ -58,8 +62,8 @@ class SpecialTexts:
         self._first = re.compile(b"[" + first + b"]") if first else None
 
     @classmethod
-    def of(cls, vocabulary: Vocabulary) -> SpecialTexts:
-        """Of the tokens that are no text, and of those of text that look like a template's markers."""
+    def of(cls, vocabulary: Vocabulary) -> SpecialTokenTexts:
+        """Return the texts of control tokens, and of text tokens that look like a template's markers."""
         special: list[bytes] = []
         markers: list[bytes] = []
         for token in range(vocabulary.n_tokens):
@@ -71,77 +75,78 @@ class SpecialTexts:
         return cls(special, markers)
 
     def find(self, text: bytes) -> Iterator[tuple[int, int]]:
-        """Where each begins and ends."""
+        """Yield the begin and end of each text, without overlaps."""
         at = 0
-        while self._first is not None and (begun := self._first.search(text, at)):
-            start = begun.start()
+        while self._first is not None and (match := self._first.search(text, at)):
+            start = match.start()
             at = next((start + n for n in self._lengths if text[start : start + n] in self.texts), start)
             if at > start:
                 yield start, at
             else:
                 at = start + 1
 
-    def everywhere(self, text: bytes) -> Iterator[tuple[int, int]]:
-        """Where any begins and ends, whether or not it overlaps others."""
-        for begun in self._first.finditer(text) if self._first is not None else ():
-            start = begun.start()
+    def find_overlapping(self, text: bytes) -> Iterator[tuple[int, int]]:
+        """Yield the begin and end of each text, overlapping ones included."""
+        for match in self._first.finditer(text) if self._first is not None else ():
+            start = match.start()
             for n in self._lengths:
                 if text[start : start + n] in self.texts:
                     yield start, start + n
 
-    def is_always_read(self, text: bytes, start: int) -> bool:
-        """Whether there is one at this place that a tokenizer reads in any text."""
+    def is_always_special(self, text: bytes, start: int) -> bool:
+        """Return whether the text of a token that is read in any text begins at `start`."""
         return any(text[start : start + n] in self._always for n in self._lengths)
 
 
 class ContentMask:
-    """Replaces characters of content by others, and back.
+    """Replaces characters of content by stand-ins, and restores them.
 
     Args:
-        special: what content must not spell out.
-        given: all that the template is given, in plain data, and itself: what has none of the characters that
-            stand for others.
+        special: texts that content must not spell out as tokens.
+        inputs: all input of the template as plain data, and the template itself. Characters that occur in them are
+            not used as stand-ins.
 
     Raises:
-        ChatError: too few characters are left to stand for others.
+        ChatError: the inputs leave too few characters for stand-ins.
     """
 
-    def __init__(self, special: SpecialTexts, *given: object) -> None:
+    def __init__(self, special: SpecialTokenTexts, *inputs: object) -> None:
         self._special = special
         texts = [text.decode("utf-8", "replace") for text in special.texts]
         ends = {text[0] for text in texts} | {text[-1] for text in texts}
-        # Letters and white space mean something to templates. Texts that begin and end so are found whole.
+        # Templates may depend on letters and white space, so these are not replaced at the ends of texts. A text
+        # that begins and ends with them is found as a whole.
         self._ends = sorted(end for end in ends if not end.isalnum() and not end.isspace())
         self._words = sorted((t for t in texts if t[0] not in self._ends and t[-1] not in self._ends), key=len)
-        owns = list(dict.fromkeys([*self._ends, *(t[0] for t in self._words)]))
-        used = _characters(chain(_texts(given), texts))
-        free = (chr(code) for code in chain(*_STAND_INS) if chr(code) not in used)
-        self._stand_ins = dict(zip(owns, free, strict=False))
-        if len(self._stand_ins) < len(owns):
+        replaced = list(dict.fromkeys([*self._ends, *(t[0] for t in self._words)]))
+        used = _find_characters(chain(_strings(inputs), texts))
+        free = (chr(code) for code in chain(*_STAND_IN_RANGES) if chr(code) not in used)
+        self._stand_ins = dict(zip(replaced, free, strict=False))
+        if len(self._stand_ins) < len(replaced):
             raise ChatError(
-                f"special_tokens_in_content=False needs {len(owns)} characters of those from U+12000 that the "
-                f"conversation does not have, and it leaves {len(self._stand_ins)}; "
-                "shorten it, or leave the option out"
+                f"special_tokens_in_content=False needs {len(replaced)} characters from U+12000 that the "
+                f"conversation does not use, and {len(self._stand_ins)} are left; "
+                "shorten the conversation, or remove the option"
             )
-        self._own = {other.encode(): own.encode() for own, other in self._stand_ins.items()}
-        self._written = re.compile(b"|".join(map(re.escape, self._own))) if self._own else None
+        self._originals = {other.encode(): own.encode() for own, other in self._stand_ins.items()}
+        self._stand_in_bytes = re.compile(b"|".join(map(re.escape, self._originals))) if self._originals else None
 
-    def messages(self, messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-        """Messages with the content of all but the assistant's replaced, and the ids of calls in all."""
+    def mask_messages(self, messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+        """Return messages with masked content, except the assistant's, and with masked call ids."""
         return [self._message(message) for message in messages]
 
     def _message(self, message: Mapping[str, object]) -> dict[str, object]:
         if message["role"] != "assistant":
             masked = ("content", "name", "tool_call_id")
-            return {name: self.value(value) if name in masked else value for name, value in message.items()}
+            return {name: self.mask_value(value) if name in masked else value for name, value in message.items()}
         calls = message.get("tool_calls")
         if not isinstance(calls, list):
             return dict(message)
-        # The caller chooses ids, and a result has that of its call: templates may compare them.
-        return {**message, "tool_calls": [{**call, "id": self.value(call["id"])} for call in calls]}
+        # Ids are the caller's. Templates may compare a result's id with its call's, so both are masked.
+        return {**message, "tool_calls": [{**call, "id": self.mask_value(call["id"])} for call in calls]}
 
-    def value(self, value: object) -> object:
-        """A JSON value with its texts replaced."""
+    def mask_value(self, value: object) -> object:
+        """Return a JSON value with its strings masked."""
         if isinstance(value, str):
             for end in self._ends:
                 value = value.replace(end, self._stand_ins[end])
@@ -149,27 +154,27 @@ class ContentMask:
                 value = value.replace(word, self._stand_ins[word[0]] + word[1:])
             return value
         if isinstance(value, Mapping):
-            return {self.value(name): self.value(item) for name, item in value.items()}
+            return {self.mask_value(name): self.mask_value(item) for name, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.value(item) for item in value]
+            return [self.mask_value(item) for item in value]
         return value
 
-    def marked(self, rendered: str) -> str:
-        """What was written of replaced content, with the characters put back, and marks.
+    def unmask(self, rendered: str) -> str:
+        """Return a rendered text with the characters restored and with marks and borders.
 
-        Each text of a special token that has a character put back gets a mark before it where it overlaps none of
-        the template's own. Otherwise, borders cut it off where those begin and end. So no tokenizer finds it,
-        whichever of the texts that overlap it reads first.
+        The text of a special token that has a restored character gets a mark before it where it overlaps none of
+        the template's tokens. Otherwise it gets borders where those begin and end. So `tokenize_marked` does not
+        find it, whichever of the overlapping texts it reads first.
         """
         for own, other in self._stand_ins.items():
-            rendered = rendered.replace(_escaped(other), other if own.isascii() else _escaped(own))
-        text, put_back, template = self._put_back(rendered.encode())
+            rendered = rendered.replace(_json_escape(other), other if own.isascii() else _json_escape(own))
+        text, restored, template = self._restore(rendered.encode())
         ends = [end for _, end in template]
         marks: set[int] = set()
         borders: set[int] = set()
-        for start, end in self._special.everywhere(text) if put_back else ():
-            at = bisect_left(put_back, start)
-            if at == len(put_back) or put_back[at] >= end:
+        for start, end in self._special.find_overlapping(text) if restored else ():
+            at = bisect_left(restored, start)
+            if at == len(restored) or restored[at] >= end:
                 continue
             first = bisect_right(ends, start)
             overlapped = [span for span in template[first : first + end - start] if span[0] < end]
@@ -183,10 +188,10 @@ class ContentMask:
             done = at
         return "".join([*parts, text[done:].decode()])
 
-    def _put_back(self, masked: bytes) -> tuple[bytes, list[int], list[tuple[int, int]]]:
-        """A text with the characters put back, where those are, and where the template's own special tokens are."""
+    def _restore(self, masked: bytes) -> tuple[bytes, list[int], list[tuple[int, int]]]:
+        """Return the restored text, the positions of restored characters, and the spans of template tokens."""
         parts: list[bytes] = []
-        put_back: list[int] = []
+        restored: list[int] = []
         template: list[tuple[int, int]] = []
         length = 0
 
@@ -196,34 +201,36 @@ class ContentMask:
             length += len(part)
 
         done = 0
+        stand_ins = self._stand_in_bytes
         for start, end in [*self._special.find(masked), (len(masked), len(masked))]:
-            for written in self._written.finditer(masked, done, start) if self._written is not None else ():
-                add(masked[done : written.start()])
-                put_back.append(length)
-                add(self._own[written.group()])
-                done = written.end()
+            for match in stand_ins.finditer(masked, done, start) if stand_ins is not None else ():
+                add(masked[done : match.start()])
+                restored.append(length)
+                add(self._originals[match.group()])
+                done = match.end()
             add(masked[done:start])
             if start < end:
                 template.append((length, length + end - start))
             add(masked[start:end])
             done = end
-        return b"".join(parts), put_back, template
+        return b"".join(parts), restored, template
 
 
-def tokenized(
+def tokenize_marked(
     text: bytes,
-    special: Callable[[], SpecialTexts],
+    special: Callable[[], SpecialTokenTexts],
     tokenize: Callable[[bytes, int | None, bool], list[int]],
     before: int | None,
 ) -> list[int]:
-    """The ids of a marked text; without marks, of the text as it is.
+    """Return the token ids of a marked text; of a text without marks, those of the text itself.
 
     Args:
-        special: the tokens that are no text.
-        tokenize: ids of a text that follows a token, or begins; with special tokens read or not.
-        before: the token that it follows.
+        special: returns the texts of special tokens.
+        tokenize: returns the ids of a text, given the token before it (None at the beginning) and whether to parse
+            special tokens.
+        before: the token before the text; None at the beginning.
     """
-    mark, border = raw(MARK), raw(BORDER)
+    mark, border = encode_marked(MARK), encode_marked(BORDER)
     if mark not in text and border not in text:
         return tokenize(text, before, True)
     found, pending, end = special(), b"", 0
@@ -240,7 +247,7 @@ def tokenized(
                 add(pending, parse_special=True)
                 pending = b""
             if mark in part:
-                for piece in _plain_pieces(part, mark, found):
+                for piece in _split_plain(part, mark, found):
                     add(piece, parse_special=False)
             else:
                 pending += part
@@ -250,16 +257,16 @@ def tokenized(
     return ids
 
 
-def _plain_pieces(part: bytes, mark: bytes, special: SpecialTexts) -> list[bytes]:
-    """A part without its marks, cut within the tokens that are read even where special ones are not."""
+def _split_plain(part: bytes, mark: bytes, special: SpecialTokenTexts) -> list[bytes]:
+    """Return a part without its marks, split within the tokens that are read in any text."""
     plain = part.replace(mark, b"")
     pieces: list[bytes] = []
     at = done = 0
     for marked in part.split(mark)[:-1]:
         at += len(marked)
-        if special.is_always_read(plain, at):
+        if special.is_always_special(plain, at):
             cut = at + 1
-            while plain[cut] & 0xC0 == 0x80:  # a character stays whole
+            while plain[cut] & 0xC0 == 0x80:  # do not split a character
                 cut += 1
             pieces.append(plain[done:cut])
             done = cut
@@ -275,29 +282,29 @@ def _is_marker(piece: bytes) -> bool:
         return False
 
 
-def _texts(value: object) -> Iterator[str]:
-    """All texts of plain data."""
+def _strings(value: object) -> Iterator[str]:
+    """Yield all strings in plain data."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for name, part in value.items():
-            yield from _texts(name)
-            yield from _texts(part)
+            yield from _strings(name)
+            yield from _strings(part)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _texts(part)
+            yield from _strings(part)
 
 
-def _characters(texts: Iterable[str]) -> set[str]:
-    """The characters of texts, and those that they have as escapes of JSON."""
+def _find_characters(texts: Iterable[str]) -> set[str]:
+    """Return the characters of texts, and those that JSON escapes in them stand for."""
     found: set[str] = set()
     for text in texts:
         found.update(text)
-        for high, low in _ESCAPED.findall(text):
+        for high, low in _SURROGATE_ESCAPES.findall(text):
             found.add(chr(0x10000 + ((int(high, 16) - 0xD800) << 10) + int(low, 16) - 0xDC00))
     return found
 
 
-def _escaped(character: str) -> str:
-    """As JSON in ASCII has it."""
+def _json_escape(character: str) -> str:
+    """Return a character as ASCII-only JSON writes it."""
     return json.dumps(character)[1:-1]

@@ -1,40 +1,26 @@
-"""How a model's family writes what is no text: thinking, and calls of tools."""
+"""Model families: how a family marks thinking and writes tool calls, recognized by its chat template.
+
+`Family.from_template` finds the markers and the tool-call format for one turn. `erllama.chat.chats` tells the
+engine where to look for them; `erllama.chat.turn` reads the calls of the reply with it.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from erllama._runtime.log import logger
-from erllama.chat.thinking import find_thinking
-from erllama.chat.tool_calls.call_grammar import quoted
+from erllama.chat.thinking import find_thinking_markers
+from erllama.chat.tool_calls.constrained_calls import CallConstraint, constrain_calls
 from erllama.chat.tool_calls.formats import find_tool_format, tool_format
-from erllama.chat.tool_calls.reader import ToolFormat
-from erllama.chat.tool_calls.schema_enforcement import problem_of, relaxations, violation_of
+from erllama.chat.tool_calls.reader import read_calls
+from erllama.chat.tool_calls.rule_writer import quoted
+from erllama.chat.tool_calls.schema_enforcement import find_violation
+from erllama.chat.tool_calls.syntax import ToolFormat
 from erllama.chat.tool_calls.tools import ToolChoice, parameters_of, tool_names
-from erllama.engine import Grammar, Markers, ToolCall
+from erllama.chat.types import Message
+from erllama.engine import Markers, ToolCall
 from erllama.engine.output.phases import Script
-from erllama.errors import GrammarError, OptionError, ToolCallError
-
-log = logger("erllama")
-
-Message = dict[str, object]
-
-
-class CallGrammar(NamedTuple):
-    """What keeps calls to the tools' schemas.
-
-    Attributes:
-        grammar: what a call must be of; None where no grammar constrains calls.
-        checked: the names of tools whose arguments are validated after the call is read, since no grammar enforces
-            all of their schema.
-    """
-
-    grammar: Grammar | None
-    checked: frozenset[str]
+from erllama.errors import OptionError, ToolCallError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +28,13 @@ class Family:
     """How a model's replies are written.
 
     Attributes:
-        format: how calls are read; None where no tools may be called.
-        calls, payload, leading: how they are found.
-        own_markers: calls are found by the caller's markers, which are no part of what `format` reads.
-        thinking: between which it thinks.
-        skip: what belongs to nothing.
-        opens: what a prompt may end with that is the beginning of a reply's markers.
-        quotes: what begins and ends strings in the arguments of calls.
+        format: the format of tool calls; None where no tool may be called.
+        calls, payload, leading: texts that mark calls in a reply, and arguments within them.
+        own_markers: the caller supplied the markers of calls, which `format` does not read.
+        thinking: texts that begin and end thinking; None where the family has none.
+        skip: texts around the phases of a reply that belong to no phase.
+        opens: texts that begin a span of calls and that a prompt may end with.
+        quotes: texts that begin and end strings in the arguments of calls.
     """
 
     format: ToolFormat | None
@@ -62,38 +48,42 @@ class Family:
     quotes: tuple[str, ...] = ('"',)
 
     @property
-    def calling(self) -> bool:
-        """Whether tools may be called."""
+    def may_call(self) -> bool:
+        """Whether the reply may call tools."""
         return self.format is not None
 
     @classmethod
-    def of(
+    def from_template(
         cls,
         template: str,
         *,
-        calling: bool,
+        may_call: bool,
         format: str | None = None,
         thinking: Markers | None = None,
         calls: Markers | None = None,
         payload: Markers | None = None,
     ) -> Family:
-        """That of a template's source.
+        """Return the family of a template.
 
         Args:
-            calling: tools may be called.
-            format: the name of how they are, in place of what the template tells.
-            thinking, calls, payload: markers in place of those that it tells.
+            template: the template's source.
+            may_call: whether the reply may call tools.
+            format: name of the tool-call format. Overrides the template's.
+            thinking, calls, payload: markers. Override the template's.
+
+        Raises:
+            OptionError: no format has this name.
         """
-        thinking = thinking or find_thinking(template)
+        thinking = thinking or find_thinking_markers(template)
         known = find_tool_format(template)
-        asked = None if format is None else tool_format(format)
+        requested = None if format is None else tool_format(format)
         skip, opens = (known.skip, known.open) if known is not None else ((), ())
-        if not calling:
+        if not may_call:
             return cls(None, None, None, (), False, thinking, skip, opens)
         if calls is not None:
-            found = asked or tool_format("json")
+            found = requested or tool_format("json")
             return cls(found, calls, payload, (), True, thinking, skip, opens, found.quotes)
-        found = asked or known or tool_format("json")
+        found = requested or known or tool_format("json")
         return cls(
             found,
             Markers(found.open, found.close) if found.open else None,
@@ -106,30 +96,31 @@ class Family:
             found.quotes,
         )
 
-    def read(
-        self, full: str, tools: Sequence[Message], checked: frozenset[str] = frozenset()
+    def read_calls(
+        self, full: str, tools: Sequence[Message], validated: frozenset[str] = frozenset()
     ) -> Sequence[ToolCall]:
-        """The calls of what was written as one.
+        """Return the calls of a span.
 
         Args:
-            checked: the names of tools whose arguments are to be validated.
+            full: the span as the model wrote it, markers included.
+            validated: names of the tools whose arguments are validated.
 
         Raises:
-            ToolCallError: it is none, or the arguments violate the schema of one of these tools.
+            ToolCallError: the text is not a call, or the arguments violate the schema of a validated tool.
         """
         assert self.format is not None
         if self.own_markers and self.calls is not None:
             full = full.removeprefix(next(filter(full.startswith, self.calls.open), ""))
             full = full.removesuffix(next(filter(full.endswith, self.calls.close), ""))
-        calls = self.format.parse(full, tools)
+        calls = read_calls(self.format, full, tools)
         parameters = parameters_of(tools)
         for call in calls:
-            problem = violation_of(parameters[call.name], call.arguments) if call.name in checked else ""
+            problem = find_violation(parameters[call.name], call.arguments) if call.name in validated else ""
             if problem:
                 raise ToolCallError(f"the arguments of {call.name!r} violate its parameters: {problem}")
         return calls
 
-    def grammar(
+    def constrain_calls(
         self,
         tools: Sequence[Message],
         choice: ToolChoice,
@@ -137,16 +128,17 @@ class Family:
         *,
         parallel: bool,
         strict: frozenset[str] = frozenset(),
-    ) -> CallGrammar:
-        """What a call must be of.
+    ) -> CallConstraint:
+        """Return the constraint that keeps calls to the tools' schemas.
 
         Args:
-            strict: the names of tools whose parameters are enforced, or refused.
+            parallel: whether a span may have several calls.
+            strict: names of the tools whose parameters must be enforced by a grammar.
 
         Raises:
-            GrammarError: a tool is strict, and its parameters cannot be enforced in the family's way; or a call is
-                required, and the tools take too much for one grammar.
-            OptionError: a tool is strict, and no grammar enforces calls by the caller's own markers.
+            GrammarError: a tool is strict, and its parameters cannot be enforced in the family's format; or a call
+                is required, and the tools are too large for one grammar.
+            OptionError: a tool is strict, and the caller's own markers leave no grammar to enforce it.
         """
         names = frozenset(tool_names(tools) if choice.name is None else [choice.name])
         strict &= names
@@ -154,91 +146,33 @@ class Family:
             if strict and self.format is not None:
                 raise OptionError(
                     f"tool {min(strict)!r} is strict, and no grammar enforces calls by tool_markers; "
-                    "leave 'strict' or tool_markers out"
+                    "remove 'strict' or tool_markers"
                 )
-            return CallGrammar(None, names)
-        writer = _CallWriter(self.format, tools, choice.name, parallel, lambda text: _literal(script, text))
-        return writer.grammar(strict, required=choice.kind == "required")
+            return CallConstraint(None, names)
+        return constrain_calls(
+            self.format,
+            tools,
+            name=choice.name,
+            parallel=parallel,
+            literal=lambda text: _lark_literal(script, text),
+            strict=strict,
+            required=choice.kind == "required",
+        )
 
-    def mentions_thinking(self, text: str) -> bool:
-        """Whether a thought begins or ends in a text, were it an empty one."""
+    def has_thinking_marker(self, text: str) -> bool:
+        """Return whether a text contains a marker of thinking."""
         return self.thinking is not None and any(m in text for m in (*self.thinking.open, *self.thinking.close))
 
     def is_thinking_at_end(self, text: str) -> bool:
-        """Whether a thought has begun in a text, and not ended."""
+        """Return whether thinking has begun in a text and not ended."""
         if self.thinking is None:
             return False
         opened = max(text.rfind(marker) for marker in self.thinking.open)
         return opened > max((text.rfind(marker) for marker in self.thinking.close), default=-1)
 
 
-class _CallWriter:
-    """Writes the grammar of calls, with as much of each tool's schema as can be enforced."""
-
-    def __init__(
-        self,
-        format: ToolFormat,
-        tools: Sequence[Message],
-        name: str | None,
-        parallel: bool,
-        literal: Callable[[str], str],
-    ) -> None:
-        self._format, self._tools, self._name, self._parallel = format, tools, name, parallel
-        self._literal = literal
-
-    def grammar(self, strict: frozenset[str], *, required: bool) -> CallGrammar:
-        parameters = {
-            tool: schema for tool, schema in parameters_of(self._tools).items() if self._name in (None, tool)
-        }
-        if not any(problem_of(json.dumps(schema)) for schema in parameters.values()):
-            with suppress(GrammarError):
-                return CallGrammar(self._written({}), frozenset())
-        relaxed: dict[str, dict[str, object] | None] = {}
-        for tool, schema in parameters.items():
-            problem = self._problem(tool, schema)
-            if problem and tool in strict:
-                raise GrammarError(f"tool {tool!r} is strict, and its parameters cannot be enforced: {problem}")
-            if problem:
-                log.info("tool %r is validated after its calls are read: %s", tool, problem)
-                relaxed[tool] = next(
-                    (part for part in relaxations(schema, self._format.arguments) if self._can_write(tool, part)),
-                    None,
-                )
-        try:
-            return CallGrammar(self._written(relaxed), frozenset(relaxed))
-        except GrammarError as error:
-            if required or strict:
-                raise
-            log.info("no grammar constrains the calls, which are validated after they are read: %s", error)
-            return CallGrammar(None, frozenset(parameters))
-
-    def _problem(self, tool: str, schema: dict[str, object]) -> str:
-        """Why a tool's schema cannot be enforced; empty where it can."""
-        problem = problem_of(json.dumps(schema))
-        if not problem:
-            try:
-                self._written({}, only=tool)
-            except GrammarError as error:
-                problem = str(error)
-        return problem
-
-    def _can_write(self, tool: str, schema: dict[str, object] | None) -> bool:
-        try:
-            self._written({tool: schema}, only=tool)
-        except GrammarError:
-            return False
-        return True
-
-    def _written(self, relaxed: Mapping[str, dict[str, object] | None], *, only: str | None = None) -> Grammar:
-        name = only or self._name
-        text = self._format.grammar(
-            self._tools, name=name, parallel=self._parallel, literal=self._literal, relaxed=relaxed
-        )
-        return Grammar.lark(text)
-
-
-def _literal(script: Script, text: str) -> str:
-    """A text, special tokens written out, in Lark."""
+def _lark_literal(script: Script, text: str) -> str:
+    """Return the Lark expression of a text in which special tokens are spelled out."""
     parts = script.runs(script.of_marker(text))
     return " ".join(
         f"<[{part}]>" if isinstance(part, int) else quoted(part.decode("utf-8", "replace")) for part in parts

@@ -1,7 +1,7 @@
-"""What some families' templates want messages to be, beside what all take. Found in a template's source.
+"""Changes to messages that the templates of some families require, recognized by the template's source.
 
-Called before a conversation is rendered, by whoever renders for a model. A
-template given to `render_chat_template` gets messages as they are.
+`erllama.chat.conversation` calls these functions before it renders for a model. `render_chat_template` renders
+messages unchanged.
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-Message = dict[str, object]
+from erllama.chat.types import Message
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NINE = re.compile(r"[a-zA-Z0-9]{9}")
 
 
-def as_template_takes(messages: Sequence[Message], template: str) -> list[Message]:
-    """Messages in one form, as a template of this source has them."""
+def adapt_messages(messages: Sequence[Message], template: str) -> list[Message]:
+    """Return normalized messages as a template with this source requires them."""
     found = list(messages)
     if "length != 9" in template or "alphanumeric" in template:
-        found = [_with_ids_of_nine(message) for message in found]
+        found = [_with_nine_character_ids(message) for message in found]
     if "thinking" in template and "reasoning_content" not in template:
         found = [_without_thinking_beside_text(message) for message in found]
     return found
 
 
-def with_arguments_as_text(messages: Sequence[Message]) -> list[Message]:
-    """The arguments of calls as JSON text."""
+def encode_arguments(messages: Sequence[Message]) -> list[Message]:
+    """Return messages with the arguments of calls as JSON text."""
 
-    def as_text(call: Mapping[str, object]) -> Message:
+    def encode(call: Mapping[str, object]) -> Message:
         function = call["function"]
         assert isinstance(function, dict)
         return {
@@ -38,25 +38,25 @@ def with_arguments_as_text(messages: Sequence[Message]) -> list[Message]:
             "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)},
         }
 
-    return [_with_calls(message, as_text) for message in messages]
+    return [_change_calls(message, encode) for message in messages]
 
 
-def _with_calls(message: Message, changed: object) -> Message:
+def _change_calls(message: Message, change: Callable[[Mapping[str, object]], Message]) -> Message:
     calls = message.get("tool_calls")
-    if not isinstance(calls, list) or not callable(changed):
+    if not isinstance(calls, list):
         return message
-    return {**message, "tool_calls": [changed(call) for call in calls]}
+    return {**message, "tool_calls": [change(call) for call in calls]}
 
 
-def _with_ids_of_nine(message: Message) -> Message:
-    """Mistral's templates take ids of nine letters and digits, and no others."""
-    message = _with_calls(message, lambda call: {**call, "id": _nine(str(call["id"]))})
+def _with_nine_character_ids(message: Message) -> Message:
+    """Replace ids of tool calls. Mistral's templates accept only ids of nine letters and digits."""
+    message = _change_calls(message, lambda call: {**call, "id": _nine_character_id(str(call["id"]))})
     if isinstance(id := message.get("tool_call_id"), str):
-        message = {**message, "tool_call_id": _nine(id)}
+        message = {**message, "tool_call_id": _nine_character_id(id)}
     return message
 
 
-def _nine(id: str) -> str:
+def _nine_character_id(id: str) -> str:
     if _NINE.fullmatch(id):
         return id
     number, digits = int.from_bytes(hashlib.sha256(id.encode()).digest(), "big"), ""
@@ -67,7 +67,10 @@ def _nine(id: str) -> str:
 
 
 def _without_thinking_beside_text(message: Message) -> Message:
-    """Harmony's template takes no text beside thinking in a message that calls; it gets thinking by two names."""
+    """Remove thinking from a message with calls and text.
+
+    Harmony's template refuses the combination. It reads thinking under two names.
+    """
     if message.get("tool_calls") and message.get("content"):
         return {name: value for name, value in message.items() if name != "reasoning_content"}
     return message

@@ -13,16 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erllama import Grammar
-from erllama.chat.json_values import Unreadable, json_of
-from erllama.chat.messages import ROLES, normalized_messages
+from erllama.chat.json_values import InvalidValueError, parse_json
+from erllama.chat.messages import normalize_messages
 from erllama.chat.tool_calls.tools import (
     ToolChoice,
     check_schemas,
-    normalized_tools,
+    normalize_tools,
     parameters_of,
-    tool_choice_of,
+    parse_tool_choice,
     tool_names,
 )
+from erllama.chat.types import ROLES
 from erllama.errors import ChatError, OptionError
 
 Message = dict[str, object]
@@ -54,8 +55,8 @@ def test_plain_messages_stay_as_they_are() -> None:
         {"role": "user", "content": "Hi", "name": "ann"},
         {"role": "assistant", "content": "Hello"},
     ]
-    assert normalized_messages(messages) == messages
-    assert normalized_messages(tuple(map(MappingProxyType, messages))) == messages
+    assert normalize_messages(messages) == messages
+    assert normalize_messages(tuple(map(MappingProxyType, messages))) == messages
 
 
 def test_text_parts_are_joined_in_order() -> None:
@@ -66,14 +67,14 @@ def test_text_parts_are_joined_in_order() -> None:
         {"type": "output_text", "text": "d"},
     ]
     for role in ("system", "developer", "user", "assistant"):
-        assert normalized_messages([{"role": role, "content": parts}]) == [{"role": role, "content": "ab\ncd"}]
+        assert normalize_messages([{"role": role, "content": parts}]) == [{"role": role, "content": "ab\ncd"}]
     cached = [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]
-    assert normalized_messages([{"role": "user", "content": cached}]) == [{"role": "user", "content": "a"}]
+    assert normalize_messages([{"role": "user", "content": cached}]) == [{"role": "user", "content": "a"}]
 
 
 @pytest.mark.parametrize("arguments", ['{"a": [1, null]}', ' {"a":[1,null]}\n', {"a": [1, None]}, {"a": (1, None)}])
 def test_arguments_become_a_mapping(arguments: object) -> None:
-    (_, asked) = normalized_messages([hi(), calling(call(arguments=arguments))])
+    (_, asked) = normalize_messages([hi(), calling(call(arguments=arguments))])
     assert asked == {
         "role": "assistant",
         "content": "",
@@ -83,30 +84,30 @@ def test_arguments_become_a_mapping(arguments: object) -> None:
 
 @pytest.mark.parametrize("arguments", [None, "", {}, "{}"])
 def test_no_arguments_are_none(arguments: object) -> None:
-    assert normalized_messages([calling(call(arguments=arguments))])[0]["tool_calls"] == [call(arguments={})]
+    assert normalize_messages([calling(call(arguments=arguments))])[0]["tool_calls"] == [call(arguments={})]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_has_one_name(key: str) -> None:
     expected = [{"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}]
-    assert normalized_messages([{"role": "assistant", "content": "4", key: "2 + 2"}]) == expected
+    assert normalize_messages([{"role": "assistant", "content": "4", key: "2 + 2"}]) == expected
     both = [{"role": "assistant", "content": "4", key: "2 + 2", "reasoning_content": "2 + 2"}]
-    assert normalized_messages(both) == expected
-    assert normalized_messages([{"role": "assistant", "content": "4", key: ""}]) == [
+    assert normalize_messages(both) == expected
+    assert normalize_messages([{"role": "assistant", "content": "4", key: ""}]) == [
         {"role": "assistant", "content": "4"}
     ]
 
 
 def test_a_refusal_is_what_was_said() -> None:
     said = [{"role": "assistant", "content": "No."}]
-    assert normalized_messages([{"role": "assistant", "content": None, "refusal": "No."}]) == said
+    assert normalize_messages([{"role": "assistant", "content": None, "refusal": "No."}]) == said
     part = {"type": "refusal", "refusal": "No."}
-    assert normalized_messages([{"role": "assistant", "content": [part]}]) == said
+    assert normalize_messages([{"role": "assistant", "content": [part]}]) == said
 
 
 def test_results_get_the_name_of_their_call() -> None:
     messages = [calling(call("x", "f"), call("y", "g")), result("y", "1"), result("x", "2", name="f")]
-    assert normalized_messages(messages)[1:] == [
+    assert normalize_messages(messages)[1:] == [
         {"role": "tool", "content": "1", "tool_call_id": "y", "name": "g"},
         {"role": "tool", "content": "2", "tool_call_id": "x", "name": "f"},
     ]
@@ -123,8 +124,8 @@ def test_what_clients_send_back_of_replies_is_read() -> None:
         "tool_calls": None,
         "parsed": None,
     }
-    assert normalized_messages([reply]) == [{"role": "assistant", "content": "Hello"}]
-    assert normalized_messages([{**reply, "tool_calls": []}]) == [{"role": "assistant", "content": "Hello"}]
+    assert normalize_messages([reply]) == [{"role": "assistant", "content": "Hello"}]
+    assert normalize_messages([{**reply, "tool_calls": []}]) == [{"role": "assistant", "content": "Hello"}]
 
 
 def test_the_older_form_of_calls_is_read() -> None:
@@ -133,7 +134,7 @@ def test_the_older_form_of_calls_is_read() -> None:
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
         {"role": "function", "name": "f", "content": "42"},
     ]
-    _, asked, answer = normalized_messages(messages)
+    _, asked, answer = normalize_messages(messages)
     assert isinstance(asked["tool_calls"], list)
     (made,) = asked["tool_calls"]
     assert made["function"] == {"name": "f", "arguments": {"a": 1}}
@@ -145,7 +146,7 @@ def test_calls_without_ids_are_answered_by_name_and_in_order() -> None:
     answers = [
         {"role": "tool", "name": name, "content": text} for name, text in (("g", "1"), ("f", "2"), ("f", "3"))
     ]
-    asked, *found = normalized_messages([{"role": "assistant", "tool_calls": bare}, *answers])
+    asked, *found = normalize_messages([{"role": "assistant", "tool_calls": bare}, *answers])
     assert isinstance(asked["tool_calls"], list)
     ids = [made["id"] for made in asked["tool_calls"]]
     assert len(set(ids)) == 3
@@ -158,14 +159,14 @@ def test_calls_without_ids_are_answered_by_name_and_in_order() -> None:
 
 def test_an_id_made_up_is_none_that_is_there() -> None:
     bare: Message = {"function": {"name": "g"}}
-    asked = normalized_messages([calling(call("call_0_1"), bare)])[0]
+    asked = normalize_messages([calling(call("call_0_1"), bare)])[0]
     assert isinstance(asked["tool_calls"], list)
     assert asked["tool_calls"][1]["id"] not in ("call_0_1", None, "")
 
 
 def test_an_id_may_come_again_once_it_is_answered() -> None:
     messages = [calling(call(name="f")), result(), calling(call(name="g")), result()]
-    assert [message.get("name") for message in normalized_messages(messages)] == [None, "f", None, "g"]
+    assert [message.get("name") for message in normalize_messages(messages)] == [None, "f", None, "g"]
 
 
 def test_results_come_before_what_else_a_user_says() -> None:
@@ -180,12 +181,12 @@ def test_results_come_before_what_else_a_user_says() -> None:
         {"type": "tool_result", "tool_use_id": "x", "is_error": True},
     ]
     messages = [calling(call("x", "f"), call("y", "g")), {"role": "user", "content": blocks}]
-    assert normalized_messages(messages)[1:] == [
+    assert normalize_messages(messages)[1:] == [
         {"role": "tool", "content": "12", "tool_call_id": "y", "name": "g"},
         {"role": "tool", "content": "", "tool_call_id": "x", "name": "f"},
         {"role": "user", "content": "So what?"},
     ]
-    alone = normalized_messages([messages[0], {"role": "user", "content": blocks[1:2]}])
+    alone = normalize_messages([messages[0], {"role": "user", "content": blocks[1:2]}])
     assert [message["role"] for message in alone] == ["assistant", "tool"]
 
 
@@ -199,7 +200,7 @@ def test_nothing_given_is_changed_or_shared() -> None:
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "x"}]},
     ]
     before = copy.deepcopy(given)
-    found = normalized_messages(given)
+    found = normalize_messages(given)
     assert given == before
     assert type(found[0]["role"]) is str
     found[1]["tool_calls"][0]["function"]["arguments"]["a"]["b"].append(2)  # type: ignore[index]
@@ -254,9 +255,9 @@ def test_both_spellings_of_a_conversation_are_one(
         pending = [{"type": "tool_result", "tool_use_id": id, "content": text} for id, _, _, text in asked]
     if pending:
         anthropic.append({"role": "user", "content": pending})
-    expected = normalized_messages(openai)
-    assert normalized_messages(anthropic) == expected
-    assert normalized_messages(expected) == expected
+    expected = normalize_messages(openai)
+    assert normalize_messages(anthropic) == expected
+    assert normalize_messages(expected) == expected
     assert [message["content"] for message in expected if message["role"] == "user"] == [turn[0] for turn in said]
 
 
@@ -359,7 +360,7 @@ BAD: list[tuple[object, int | None, str]] = [
 @pytest.mark.parametrize(("messages", "index", "problem"), BAD)
 def test_what_is_wrong_is_told_with_the_message(messages: object, index: int | None, problem: str) -> None:
     with pytest.raises(ChatError) as error:
-        normalized_messages(messages)
+        normalize_messages(messages)
     assert problem in str(error.value)
     assert error.value.index == index
     assert index is None or str(error.value).startswith(f"message {index}: ")
@@ -399,11 +400,11 @@ nearly = st.lists(
 @given(st.one_of(junk, nearly))
 def test_any_junk_is_refused_or_becomes_valid(messages: object) -> None:
     try:
-        found = normalized_messages(messages)
+        found = normalize_messages(messages)
     except ChatError:
         return
     json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
-    assert normalized_messages(found) == found
+    assert normalize_messages(found) == found
     for message in found:
         assert message["role"] in ROLES
         assert type(message["content"]) is str
@@ -430,28 +431,28 @@ NORMAL = {"type": "function", "function": TOOL}
 )
 def test_a_tool_has_one_form(tool: Mapping[str, object]) -> None:
     before = copy.deepcopy(dict(tool))
-    found = normalized_tools([tool])
+    found = normalize_tools([tool])
     assert found == [NORMAL]
-    assert normalized_tools(found) == found
+    assert normalize_tools(found) == found
     found[0]["function"]["parameters"]["properties"].clear()  # type: ignore[index]
     assert tool == before
 
 
 def test_a_tool_without_parameters_takes_none() -> None:
     for tool in ({"name": "now"}, {"name": "now", "parameters": None}, {"name": "now", "parameters": {}}):
-        (found,) = normalized_tools([tool])
+        (found,) = normalize_tools([tool])
         assert found["function"] == {
             "name": "now",
             "description": "",
             "parameters": {"type": "object", "properties": {}},
         }
-    assert normalized_tools(None) == []
-    assert normalized_tools([]) == []
+    assert normalize_tools(None) == []
+    assert normalize_tools([]) == []
 
 
 def test_a_schema_without_a_type_is_one_of_objects() -> None:
     schema = {"$ref": "#/$defs/p", "$defs": {"p": SCHEMA}}
-    (found,) = normalized_tools([{"name": "f", "parameters": schema}])
+    (found,) = normalize_tools([{"name": "f", "parameters": schema}])
     compiled = Grammar.json_schema(parameters_of([found])["f"])
     assert compiled.accepts('{"a": 1}')
     assert not compiled.accepts('{"a": "1"}')
@@ -488,7 +489,7 @@ BAD_TOOLS: list[tuple[object, str]] = [
 @pytest.mark.parametrize(("tools", "problem"), BAD_TOOLS)
 def test_what_is_wrong_with_a_tool_is_told(tools: object, problem: str) -> None:
     with pytest.raises(ChatError) as error:
-        check_schemas(normalized_tools(tools))
+        check_schemas(normalize_tools(tools))
     assert problem in str(error.value)
     assert len(str(error.value)) < 400
 
@@ -496,15 +497,15 @@ def test_what_is_wrong_with_a_tool_is_told(tools: object, problem: str) -> None:
 @given(junk)
 def test_any_junk_is_refused_or_becomes_tools(tools: object) -> None:
     try:
-        found = normalized_tools(tools)
+        found = normalize_tools(tools)
         check_schemas(found)
     except ChatError:
         return
-    assert normalized_tools(found) == found
+    assert normalize_tools(found) == found
     assert len(set(tool_names(found))) == len(found)
 
 
-TOOLS = normalized_tools([TOOL, {"name": "auto.f"}, {"name": "get_weather"}])
+TOOLS = normalize_tools([TOOL, {"name": "auto.f"}, {"name": "get_weather"}])
 
 
 @pytest.mark.parametrize(
@@ -527,7 +528,7 @@ TOOLS = normalized_tools([TOOL, {"name": "auto.f"}, {"name": "get_weather"}])
     ],
 )
 def test_a_choice_has_one_form(choice: object, expected: ToolChoice) -> None:
-    assert tool_choice_of(choice, TOOLS) == expected
+    assert parse_tool_choice(choice, TOOLS) == expected
 
 
 @pytest.mark.parametrize(
@@ -548,16 +549,16 @@ def test_a_choice_has_one_form(choice: object, expected: ToolChoice) -> None:
 )
 def test_a_choice_that_is_none_is_told(choice: object, problem: str) -> None:
     with pytest.raises(OptionError) as error:
-        tool_choice_of(choice, TOOLS)
+        parse_tool_choice(choice, TOOLS)
     assert problem in str(error.value)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "any"}, ToolChoice("required")])
 def test_nothing_can_be_required_of_no_tools(choice: object) -> None:
     with pytest.raises(OptionError, match="there are no tools"):
-        tool_choice_of(choice, [])
-    assert tool_choice_of("auto", []) == ToolChoice("auto")
-    assert tool_choice_of("none", []) == ToolChoice("none")
+        parse_tool_choice(choice, [])
+    assert parse_tool_choice("auto", []) == ToolChoice("auto")
+    assert parse_tool_choice("none", []) == ToolChoice("none")
 
 
 @pytest.mark.parametrize(
@@ -573,11 +574,11 @@ def test_nothing_can_be_required_of_no_tools(choice: object) -> None:
     ],
 )
 def test_numbers_are_read_exactly_where_a_type_holds_them(text: str, value: float) -> None:
-    found = json_of(text)
+    found = parse_json(text)
     assert (type(found), found) == (type(value), value)
 
 
 @pytest.mark.parametrize("text", ["1e4001", "-1e99999999999999999999", "1" * 400 + ".5", "9" * 5000])
 def test_numbers_that_no_type_holds_are_refused(text: str) -> None:
-    with pytest.raises(Unreadable, match=r"digits|larger than any float"):
-        json_of(text)
+    with pytest.raises(InvalidValueError, match=r"digits|larger than any float"):
+        parse_json(text)

@@ -11,9 +11,11 @@ import jsonschema
 import pytest
 
 from erllama import Grammar
-from erllama.chat.thinking import find_thinking
+from erllama.chat.thinking import find_thinking_markers
+from erllama.chat.tool_calls.call_grammar import write_call_grammar
 from erllama.chat.tool_calls.formats import TOOL_FORMATS, find_tool_format, tool_format
-from erllama.chat.tool_calls.tools import normalized_tools
+from erllama.chat.tool_calls.reader import read_calls
+from erllama.chat.tool_calls.tools import normalize_tools
 from erllama.errors import GrammarError, OptionError, ToolCallError
 from support.tool_texts import (
     ALL,
@@ -82,7 +84,7 @@ def test_a_call_that_is_cut_short_is_none(format: str, text: str) -> None:
     assert not grammar(format, parallel=True).accepts(text[: whole - 1])
     for end in range(whole):
         with pytest.raises(ToolCallError):
-            found.parse(text[:end], TOOLS)
+            read_calls(found, text[:end], TOOLS)
 
 
 NESTED = 5000
@@ -217,7 +219,7 @@ def test_every_format_has_malformed_texts() -> None:
 
 def test_an_id_is_the_models_own_or_made_up() -> None:
     def ids(format: str, text: str) -> list[str]:
-        return [call.id for call in tool_format(format).parse(text, TOOLS)]
+        return [call.id for call in read_calls(tool_format(format), text, TOOLS)]
 
     assert ids("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}, "id": "a1B2c3D4e"}]') == ["a1B2c3D4e"]
     assert ids("mistral-v11", WRITTEN["mistral-v11"][0]) == ["a1B2c3D4e"]
@@ -233,9 +235,12 @@ def test_an_id_is_the_models_own_or_made_up() -> None:
 
 
 def test_arguments_are_json_text_again() -> None:
-    (call,) = tool_format("hermes").parse(WRITTEN["hermes"][1], TOOLS)
+    (call,) = read_calls(tool_format("hermes"), WRITTEN["hermes"][1], TOOLS)
     assert json.loads(call.arguments_json) == FULL
-    assert "é" in tool_format("hermes").parse(WRITTEN["hermes"][0].replace("Paris", "é"), TOOLS)[0].arguments_json
+    assert (
+        "é"
+        in read_calls(tool_format("hermes"), WRITTEN["hermes"][0].replace("Paris", "é"), TOOLS)[0].arguments_json
+    )
 
 
 @pytest.mark.parametrize(
@@ -278,7 +283,7 @@ def test_a_value_without_quotes_is_what_the_schema_says(schema: object, raw: str
         "properties": {"a": schema},
         "$defs": {"n": {"type": "integer"}, "loop": loop},
     }
-    tools = normalized_tools([{"name": "f", "parameters": parameters}])
+    tools = normalize_tools([{"name": "f", "parameters": parameters}])
     for format, written in (("glm", glm), ("seed", seed), ("qwen3-coder", qwen)):
         ((_, found),) = calls(format, written("f", [("a", raw)]), tools)
         assert found == {"a": expected}
@@ -300,18 +305,20 @@ def test_an_argument_that_is_not_in_the_schema_is_read_as_it_looks() -> None:
 def test_parameters_that_list_no_arguments_have_no_grammar_in_families_that_list_them(
     format: str, parameters: dict[str, object], problem: str
 ) -> None:
-    tools = normalized_tools([{"name": "f", "parameters": parameters}])
+    tools = normalize_tools([{"name": "f", "parameters": parameters}])
     with pytest.raises(GrammarError, match=re.escape(problem)):
-        tool_format(format).grammar(tools, name=None, parallel=False, literal=plainly)
-    assert Grammar.lark(tool_format("hermes").grammar(tools, name=None, parallel=False, literal=plainly))
+        write_call_grammar(tool_format(format), tools, name=None, parallel=False, literal=plainly)
+    assert Grammar.lark(
+        write_call_grammar(tool_format("hermes"), tools, name=None, parallel=False, literal=plainly)
+    )
 
 
 @pytest.mark.parametrize(("format", "text"), [(format, texts[1]) for format, texts in WRITTEN.items()])
 def test_parameters_may_be_elsewhere_in_their_schema(format: str, text: str) -> None:
     weather = WEATHER["parameters"]
-    tools = normalized_tools([{**WEATHER, "parameters": {"$ref": "#/$defs/p", "$defs": {"p": weather}}}])
+    tools = normalize_tools([{**WEATHER, "parameters": {"$ref": "#/$defs/p", "$defs": {"p": weather}}}])
     assert calls(format, text, tools) == WANTED[ALL]
-    written = tool_format(format).grammar(tools, name=None, parallel=False, literal=plainly)
+    written = write_call_grammar(tool_format(format), tools, name=None, parallel=False, literal=plainly)
     assert Grammar.lark(written).accepts(text)
 
 
@@ -349,9 +356,11 @@ def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list
         "required": ["a"],
         "$defs": {"word": {"type": "string", "pattern": "^[a-z]+$"}},
     }
-    tools = normalized_tools([{"name": "f", "parameters": parameters}])
+    tools = normalize_tools([{"name": "f", "parameters": parameters}])
     for format, written in (("glm", glm), ("seed", seed), ("qwen3-coder", qwen)):
-        kept = Grammar.lark(tool_format(format).grammar(tools, name=None, parallel=False, literal=plainly))
+        kept = Grammar.lark(
+            write_call_grammar(tool_format(format), tools, name=None, parallel=False, literal=plainly)
+        )
         for raw in good:
             text = written("f", [("a", raw)])
             assert kept.accepts(text), (format, raw)
@@ -368,9 +377,9 @@ def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list
 def test_a_grammar_is_of_tools_that_are_there() -> None:
     hermes = tool_format("hermes")
     with pytest.raises(OptionError, match="no tool is called 'x'"):
-        hermes.grammar(TOOLS, name="x", parallel=False, literal=plainly)
+        write_call_grammar(hermes, TOOLS, name="x", parallel=False, literal=plainly)
     with pytest.raises(OptionError, match="needs a tool"):
-        hermes.grammar([], name=None, parallel=False, literal=plainly)
+        write_call_grammar(hermes, [], name=None, parallel=False, literal=plainly)
 
 
 def test_a_format_is_found_by_its_name() -> None:
@@ -405,7 +414,7 @@ def test_hostile_texts_are_refused_in_time(format: str) -> None:
             "now",
         ):
             with pytest.raises(ToolCallError) as error:
-                found.parse(head + part * (100_000 // len(part)), TOOLS)
+                read_calls(found, head + part * (100_000 // len(part)), TOOLS)
             assert len(str(error.value)) < 300
     assert time.monotonic() - begun < 10
 
@@ -429,14 +438,14 @@ def test_many_spans_are_read_in_time(format: str) -> None:
     ],
 )
 def test_a_template_tells_how_thinking_is_marked(template: str, open: str, close: str) -> None:
-    found = find_thinking(template)
+    found = find_thinking_markers(template)
     assert found is not None
     assert open in found.open
     assert close in found.close
 
 
 def test_a_template_without_marks_tells_nothing() -> None:
-    assert find_thinking("{{ messages[0].content }} thinks") is None
+    assert find_thinking_markers("{{ messages[0].content }} thinks") is None
     assert find_tool_format("{{ messages[0].content }}") is None
 
 
@@ -460,5 +469,5 @@ THINKING = {
 @needs_templates
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
 def test_a_known_template_tells_its_marks(path: Path) -> None:
-    found = find_thinking(path.read_text())
+    found = find_thinking_markers(path.read_text())
     assert (found and (found.open[0], found.close[0])) == THINKING.get(path.stem)

@@ -1,8 +1,7 @@
-"""Which schemas of tools a grammar can enforce, what is enforced of the others, and the check of what is not.
+"""Schema enforcement: what a grammar can enforce of a tool's schema, and the validation of the rest.
 
-A schema that llguidance cannot express, or a family cannot write, is relaxed:
-the grammar allows more than the schema, and the arguments are validated with
-`jsonschema` after the call is read. `erllama.chat.tool_calls.tools` and
+A schema that llguidance cannot express, or that a family cannot write, is relaxed: the grammar allows more than the
+schema, and the arguments are validated with `jsonschema` after the call is read. `constrained_calls`, `tools` and
 `erllama.chat.family` call this.
 """
 
@@ -13,7 +12,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from erllama.chat.tool_calls.call_grammar import Arguments, listing_of, properties_of, types_of
+from erllama.chat.tool_calls.parameter_schemas import allowed_types, list_arguments, properties_of
+from erllama.chat.tool_calls.syntax import ArgumentSyntax
 from erllama.engine.grammar.grammar import Grammar
 from erllama.engine.grammar.schemas.subschemas import Schema, rewritten
 from erllama.engine.grammar.unsupported import NotSupported
@@ -22,7 +22,7 @@ from erllama.errors import GrammarError
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
 
-# Keywords that llguidance does not have.
+# Keywords that llguidance does not support.
 _NOT_ENFORCED = frozenset(
     {
         *("propertyNames", "uniqueItems", "contains", "minContains", "maxContains", "not", "if", "then", "else"),
@@ -30,12 +30,12 @@ _NOT_ENFORCED = frozenset(
         *("$dynamicRef", "$recursiveRef"),
     }
 )
-_SHOWN = 200  # characters of a violation
+_SHOWN = 200  # characters of a violation in an error message
 
 
 @lru_cache(maxsize=1024)
-def problem_of(schema: str) -> str:
-    """Why a schema, as JSON text, cannot be enforced by a grammar; empty where it can."""
+def enforcement_problem(schema: str) -> str:
+    """Return why a grammar cannot enforce a schema, given as JSON text; "" where it can."""
     try:
         Grammar.json_schema(schema)
     except GrammarError as error:
@@ -44,9 +44,9 @@ def problem_of(schema: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def fault_of(schema: str) -> str:
-    """Why no arguments can have a schema, as JSON text; empty where some can, though it may not be enforced."""
-    problem = problem_of(schema)
+def schema_error(schema: str) -> str:
+    """Return why no arguments can match a schema, given as JSON text; "" where some can, enforced or not."""
+    problem = enforcement_problem(schema)
     if not problem:
         return ""
     try:
@@ -54,40 +54,41 @@ def fault_of(schema: str) -> str:
     except ValueError as error:
         return str(error)
     try:
-        Grammar.json_schema(_loosened(json.loads(schema)))
+        Grammar.json_schema(_loosen(json.loads(schema)))
     except NotSupported:
-        # Less of it is enforced, and the arguments are validated.
+        # A relaxed schema is enforced, and the arguments are validated.
         return ""
     except GrammarError as error:
         return str(error)
     return ""
 
 
-def relaxations(schema: Schema, kind: Arguments) -> Iterator[Schema | None]:
-    """What can be enforced of a schema instead of all of it, the most first; None for any arguments.
+def relaxations(schema: Schema, syntax: ArgumentSyntax) -> Iterator[Schema | None]:
+    """Yield schemas that allow more than a schema, the strictest first; None for any arguments.
 
     Args:
-        kind: how the family writes arguments.
+        syntax: how the family writes arguments.
     """
-    loosened = _loosened(schema)
+    loosened = _loosen(schema)
     yield loosened
-    listing = listing_of(loosened)
-    if kind != "json":
+    listing = list_arguments(loosened)
+    if syntax != "json":
         yield listing
-    # The types stay: they tell how a family writes a value.
-    types = {name: types_of(part, loosened) for name, part in properties_of(listing).items()}
+    # The types are kept: a family writes values of different types differently.
+    types = {name: allowed_types(part, loosened) for name, part in properties_of(listing).items()}
     yield {**listing, "properties": {name: {"type": sorted(found)} for name, found in types.items()}}
     yield None
 
 
-def violation_of(schema: Schema, arguments: object) -> str:
-    """How arguments violate a schema: the place and the problem. Empty where they do not."""
-    found = next(iter(_violations(json.dumps(schema), arguments)), "")
+def find_violation(schema: Schema, arguments: object) -> str:
+    """Return the place and the problem where arguments violate a schema; "" where they match it."""
+    found = next(iter(_find_violations(json.dumps(schema), arguments)), "")
     return found if len(found) <= _SHOWN else f"{found[:_SHOWN]}…"
 
 
-def _violations(schema: str, arguments: object) -> Iterator[str]:
-    # A pattern may be none of Python's, a reference may lead to nothing: what cannot be checked is not accepted.
+def _find_violations(schema: str, arguments: object) -> Iterator[str]:
+    # Arguments that cannot be checked are violations: Python may not support a pattern, or a reference may be
+    # broken.
     try:
         for error in _validator(schema).iter_errors(arguments):
             yield f"{error.json_path}: {error.message}"
@@ -97,12 +98,12 @@ def _violations(schema: str, arguments: object) -> Iterator[str]:
 
 @lru_cache(maxsize=256)
 def _validator(schema: str) -> Validator:
-    """What validates by a schema, as JSON text.
+    """Return the validator of a schema, given as JSON text.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a JSON schema.
     """
-    # Loaded for tools that no grammar enforces, and for them alone.
+    # Imported here: only tools whose schema no grammar enforces need it.
     from jsonschema import Draft202012Validator, SchemaError
     from jsonschema.validators import validator_for
     from referencing import Registry
@@ -113,18 +114,18 @@ def _validator(schema: str) -> Validator:
         kind.check_schema(found)
     except SchemaError as error:
         raise ValueError(f"{error.message} (at {error.json_path})") from None
-    # An empty registry: a reference to another place is never fetched.
+    # The empty registry makes sure that a reference to another document is never fetched.
     validator: Validator = kind(found, registry=Registry())
     return validator
 
 
-def _loosened(schema: Schema) -> Schema:
-    """A schema without what llguidance does not have, in all its parts: it allows all that the schema does."""
+def _loosen(schema: Schema) -> Schema:
+    """Return a schema without the keywords that llguidance does not support. It allows what the original allows."""
 
     def change(node: Schema) -> Schema:
         found = {key: part for key, part in node.items() if key not in _NOT_ENFORCED}
         pattern = found.get("pattern")
-        if isinstance(pattern, str) and problem_of(json.dumps({"type": "string", "pattern": pattern})):
+        if isinstance(pattern, str) and enforcement_problem(json.dumps({"type": "string", "pattern": pattern})):
             del found["pattern"]
         if isinstance(found.get("oneOf"), list):
             either = {"anyOf": found.pop("oneOf")}
