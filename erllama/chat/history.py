@@ -156,7 +156,7 @@ class History:
         return n == len(reply)
 
     def partial_character(self, text: str, tokens: Sequence[int]) -> bytes:
-        """Return the bytes of an incomplete character at the end of tokens; b"" if `text` does not end with U+FFFD."""
+        """Return the incomplete character that tokens end with; b"" if `text` does not end with U+FFFD."""
         if not text.endswith("\ufffd"):
             return b""
         return unfinished(map(self._vocabulary.piece, tokens[: -_LONGEST_CHARACTER - 1 : -1]))

@@ -209,7 +209,7 @@ def _read_content(
     *,
     may_be_empty: bool = False,
 ) -> None:
-    """Append texts of content to `texts`. Pass other parts to `read_block`, which returns whether it accepts one."""
+    """Append the texts in content to `texts`. Pass other parts to `read_block`, which returns if it accepts one."""
     if isinstance(content, str):
         texts.append(check_text(content))
         return

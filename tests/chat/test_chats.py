@@ -570,7 +570,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         ([user("Q")], {"continue_final_message": 1}, erllama.OptionError, "continue_final_message"),
         ([user("Q")], {"parallel_tool_calls": "no", "tools": TOOLS}, erllama.OptionError, "parallel_tool_calls"),
         ([user("Q")], {"template_args": 3}, erllama.OptionError, "template_args"),
-        ([user("Q")], {"template_args": {3: 1}}, erllama.OptionError, "template_args has 3"),
+        ([user("Q")], {"template_args": {3: 1}}, erllama.OptionError, "template_args has the key 3"),
         ([user("Q")], {"template_args": {"messages": []}}, erllama.OptionError, "template_args has 'messages'"),
         (
             [user("Q")],

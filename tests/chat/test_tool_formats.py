@@ -94,9 +94,9 @@ BAD_JSON = {
     "near": ('{"name": "get_wether", "arguments": {}}', "did you mean 'get_weather'"),
     "no name": ('{"arguments": {}}', "'name'"),
     "no arguments": ('{"name": "now"}', "'arguments'"),
-    "a list": ('{"name": "now", "arguments": []}', "no JSON object"),
-    "null": ('{"name": "now", "arguments": null}', "no JSON object"),
-    "text that is no JSON": ('{"name": "now", "arguments": "x"}', "no JSON"),
+    "a list": ('{"name": "now", "arguments": []}', "not a JSON object"),
+    "null": ('{"name": "now", "arguments": null}', "not a JSON object"),
+    "text that is no JSON": ('{"name": "now", "arguments": "x"}', "not JSON"),
     "more keys": ('{"name": "now", "arguments": {}, "then": 1}', "'then'"),
     "single quotes": ("{'name': 'now', 'arguments': {}}", "Expecting property name"),
     "half": ('{"name": "now", "arguments": {', "Expecting property name"),
@@ -376,9 +376,9 @@ def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list
 
 def test_a_grammar_is_of_tools_that_are_there() -> None:
     hermes = tool_format("hermes")
-    with pytest.raises(OptionError, match="no tool is called 'x'"):
+    with pytest.raises(OptionError, match="no tool has the name 'x'"):
         write_call_grammar(hermes, TOOLS, name="x", parallel=False, literal=plainly)
-    with pytest.raises(OptionError, match="needs a tool"):
+    with pytest.raises(OptionError, match="needs at least one tool"):
         write_call_grammar(hermes, [], name=None, parallel=False, literal=plainly)
 
 

@@ -218,7 +218,7 @@ def test_the_loosest_form_is_of_the_family_and_is_read(format: str) -> None:
             problems.append(str(error))
     assert n_read
     # Any text for an integer, any name twice: such a call is reported as malformed.
-    expected = re.compile("is none of|comes twice|too many digits|larger than any float")
+    expected = re.compile("has none of the types|is repeated|too many digits|larger than any float")
     assert [problem for problem in problems if not expected.search(problem)] == []
 
 
@@ -276,7 +276,7 @@ def test_what_is_not_supported_with_large_numbers_is_relaxed_and_checked(
 
 
 def test_strict_is_true_or_false() -> None:
-    with pytest.raises(ChatError, match="tool 'f': strict='yes'; it takes true, false or null"):
+    with pytest.raises(ChatError, match="tool 'f': strict='yes'; expected true, false or null"):
         normalize_tools([tool("f", {}, strict="yes")])
 
 
