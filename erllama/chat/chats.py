@@ -25,9 +25,9 @@ from erllama.chat.tool_calls.constrained_calls import CallConstraint
 from erllama.chat.tool_calls.tools import (
     ToolChoice,
     check_schemas,
+    find_strict_tools,
     normalize_tools,
     parse_tool_choice,
-    strict_names,
 )
 from erllama.chat.turn import Turn
 from erllama.engine import Backend, Grammar, Markers, PhaseOptions, RequestOptions, Vocabulary
@@ -133,7 +133,7 @@ class Chats:
                 f"the conversation has {len(prompt)} tokens and the context holds {n_ctx}; "
                 "shorten it, or load the model with a larger n_ctx"
             )
-        check_schemas(conversation.tools, strict_names(request.tools))
+        check_schemas(conversation.tools, find_strict_tools(request.tools))
         family = _find_family(request, conversation, choice)
         constraint = self._constrain_calls(request, family, choice, conversation)
         phases = self._phase_options(request, family, choice, constraint.grammar, conversation, text, options)
@@ -148,7 +148,7 @@ class Chats:
         boolean("parallel_tool_calls", request.parallel_tool_calls)
         if not family.may_call:
             return CallConstraint(None, frozenset())
-        tools, strict = json.dumps(conversation.tools), strict_names(request.tools)
+        tools, strict = json.dumps(conversation.tools), find_strict_tools(request.tools)
         return self._cached_constraint(family, tools, choice, request.parallel_tool_calls, strict)
 
     def _make_constraint(

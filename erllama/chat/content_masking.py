@@ -62,7 +62,7 @@ class SpecialTokenTexts:
         self._first = re.compile(b"[" + first + b"]") if first else None
 
     @classmethod
-    def of(cls, vocabulary: Vocabulary) -> SpecialTokenTexts:
+    def from_vocabulary(cls, vocabulary: Vocabulary) -> SpecialTokenTexts:
         """Return the texts of control tokens, and of text tokens that look like a template's markers."""
         special: list[bytes] = []
         markers: list[bytes] = []
@@ -233,21 +233,21 @@ def tokenize_marked(
     mark, border = encode_marked(MARK), encode_marked(BORDER)
     if mark not in text and border not in text:
         return tokenize(text, before, True)
-    found, pending, end = special(), b"", 0
+    special_texts, pending, end = special(), b"", 0
     ids: list[int] = []
 
     def add(part: bytes, *, parse_special: bool) -> None:
         if part:
             ids.extend(tokenize(part, ids[-1] if ids else before, parse_special))
 
-    spans = [(start, after) for start, after in found.find(text) if text[start - 1 : start] != mark]
+    spans = [(start, after) for start, after in special_texts.find(text) if text[start - 1 : start] != mark]
     for start, after in [*spans, (len(text), len(text))]:
         for number, part in enumerate(text[end:start].split(border)):
             if number or mark in part:
                 add(pending, parse_special=True)
                 pending = b""
             if mark in part:
-                for piece in _split_plain(part, mark, found):
+                for piece in _split_plain(part, mark, special_texts):
                     add(piece, parse_special=False)
             else:
                 pending += part
@@ -297,12 +297,12 @@ def _strings(value: object) -> Iterator[str]:
 
 def _find_characters(texts: Iterable[str]) -> set[str]:
     """Return the characters of texts, and those that JSON escapes in them stand for."""
-    found: set[str] = set()
+    characters: set[str] = set()
     for text in texts:
-        found.update(text)
+        characters.update(text)
         for high, low in _SURROGATE_ESCAPES.findall(text):
-            found.add(chr(0x10000 + ((int(high, 16) - 0xD800) << 10) + int(low, 16) - 0xDC00))
-    return found
+            characters.add(chr(0x10000 + ((int(high, 16) - 0xD800) << 10) + int(low, 16) - 0xDC00))
+    return characters
 
 
 def _json_escape(character: str) -> str:

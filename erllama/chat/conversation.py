@@ -15,7 +15,7 @@ from typing import Any
 from erllama.chat.content_masking import ContentMask, SpecialTokenTexts
 from erllama.chat.message_adapters import adapt_messages, encode_arguments
 from erllama.chat.messages import normalize_messages
-from erllama.chat.templates.plain_data import plain_arguments, plain_documents
+from erllama.chat.templates.plain_data import copy_arguments, copy_documents
 from erllama.chat.templates.template import ChatTemplate
 from erllama.chat.types import Message
 from erllama.errors import ChatError, TemplateError
@@ -66,15 +66,15 @@ class Conversation:
         Args:
             rendered: the conversation as `render` returns it.
         """
-        found = self
+        result = self
         for strip in (str.rstrip, str.lstrip) if self.continue_final else ():
-            last = found.messages[-1]
+            last = result.messages[-1]
             content = str(last["content"])
-            shorter = replace(found, messages=[*found.messages[:-1], {**last, "content": strip(content)}])
+            shorter = replace(result, messages=[*result.messages[:-1], {**last, "content": strip(content)}])
             with suppress(ChatError):
                 if strip(content) != content and shorter.render() == rendered:
-                    found = shorter
-        return found
+                    result = shorter
+        return result
 
     def _render_adapted(self, add_generation_prompt: bool) -> str:
         messages = adapt_messages(self.messages, self.template.source)
@@ -94,8 +94,8 @@ class Conversation:
         mask, args = None, self.args
         if self.special is not None:
             # Documents and args are the caller's objects. Copies in plain data are finite.
-            documents = None if self.documents is None else plain_documents(self.documents)
-            args = plain_arguments(self.args)
+            documents = None if self.documents is None else copy_documents(self.documents)
+            args = copy_arguments(self.args)
             mask = ContentMask(self.special, messages, self.tools, documents, args, self.template.source)
             inputs = (mask.mask_messages(messages), mask.mask_value(inputs[1]), mask.mask_value(documents))
         rendered = self.template.render(
@@ -125,9 +125,9 @@ class Conversation:
         """
         message: Message = {"role": "assistant", "content": content}
         if self.continue_final:
-            begun = str(self.messages[-1]["content"])
-            begun = begun.removesuffix("\ufffd") if within_character else begun
-            message = {**self.messages[-1], "content": f"{begun}{content}"}
+            beginning = str(self.messages[-1]["content"])
+            beginning = beginning.removesuffix("\ufffd") if within_character else beginning
+            message = {**self.messages[-1], "content": f"{beginning}{content}"}
         if thinking:
             message["reasoning_content"] = f"{message.get('reasoning_content') or ''}{thinking}"
         if calls:
@@ -150,8 +150,8 @@ class Conversation:
         """
         whole = self._with_reply(message).render(add_generation_prompt=False)
         sample = self._with_reply({"role": "assistant", "content": _SAMPLE_REPLY})
-        _, found, end = sample.render(add_generation_prompt=False).rpartition(_SAMPLE_REPLY)
-        if not found or not whole.startswith(rendered) or not whole.endswith(end):
+        _, separator, end = sample.render(add_generation_prompt=False).rpartition(_SAMPLE_REPLY)
+        if not separator or not whole.startswith(rendered) or not whole.endswith(end):
             return None
         text = whole[: len(whole) - len(end)]
         return text if len(text) > len(rendered) and self._renders_whole_reply(message, text, rendered) else None
@@ -175,8 +175,8 @@ class Conversation:
             expected.append(_SAMPLE_THINKING)
         if not expected:
             return True
-        found = self._with_reply(sample).render(add_generation_prompt=False)
-        return found.startswith(rendered) and all(found.count(part) == 1 for part in expected)
+        sample_text = self._with_reply(sample).render(add_generation_prompt=False)
+        return sample_text.startswith(rendered) and all(sample_text.count(part) == 1 for part in expected)
 
     def _with_reply(self, message: Message) -> Conversation:
         before = self.messages[:-1] if self.continue_final else self.messages

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from erllama.chat.thinking import find_thinking_markers
 from erllama.chat.tool_calls.constrained_calls import CallConstraint, constrain_calls
-from erllama.chat.tool_calls.formats import find_tool_format, tool_format
+from erllama.chat.tool_calls.formats import find_tool_format, get_tool_format
 from erllama.chat.tool_calls.reader import read_calls
 from erllama.chat.tool_calls.rule_writer import quoted
 from erllama.chat.tool_calls.schema_enforcement import find_violation
 from erllama.chat.tool_calls.syntax import ToolFormat
-from erllama.chat.tool_calls.tools import ToolChoice, parameters_of, tool_names
+from erllama.chat.tool_calls.tools import ToolChoice, get_parameters, get_tool_names
 from erllama.chat.types import Message
 from erllama.engine import Markers, ToolCall
 from erllama.engine.output.phases import Script
@@ -76,24 +76,24 @@ class Family:
         """
         thinking = thinking or find_thinking_markers(template)
         known = find_tool_format(template)
-        requested = None if format is None else tool_format(format)
+        requested = None if format is None else get_tool_format(format)
         skip, opens = (known.skip, known.open) if known is not None else ((), ())
         if not may_call:
             return cls(None, None, None, (), False, thinking, skip, opens)
         if calls is not None:
-            found = requested or tool_format("json")
-            return cls(found, calls, payload, (), True, thinking, skip, opens, found.quotes)
-        found = requested or known or tool_format("json")
+            format_used = requested or get_tool_format("json")
+            return cls(format_used, calls, payload, (), True, thinking, skip, opens, format_used.quotes)
+        format_used = requested or known or get_tool_format("json")
         return cls(
-            found,
-            Markers(found.open, found.close) if found.open else None,
-            Markers(found.payload_open, found.payload_close) if found.payload_open else None,
-            found.leading,
+            format_used,
+            Markers(format_used.open, format_used.close) if format_used.open else None,
+            Markers(format_used.payload_open, format_used.payload_close) if format_used.payload_open else None,
+            format_used.leading,
             False,
             thinking,
-            found.skip,
-            found.open,
-            found.quotes,
+            format_used.skip,
+            format_used.open,
+            format_used.quotes,
         )
 
     def read_calls(
@@ -113,7 +113,7 @@ class Family:
             full = full.removeprefix(next(filter(full.startswith, self.calls.open), ""))
             full = full.removesuffix(next(filter(full.endswith, self.calls.close), ""))
         calls = read_calls(self.format, full, tools)
-        parameters = parameters_of(tools)
+        parameters = get_parameters(tools)
         for call in calls:
             problem = find_violation(parameters[call.name], call.arguments) if call.name in validated else ""
             if problem:
@@ -140,7 +140,7 @@ class Family:
                 is required, and the tools are too large for one grammar.
             OptionError: a tool is strict, and the caller's own markers leave no grammar to enforce it.
         """
-        names = frozenset(tool_names(tools) if choice.name is None else [choice.name])
+        names = frozenset(get_tool_names(tools) if choice.name is None else [choice.name])
         strict &= names
         if self.format is None or self.own_markers:
             if strict and self.format is not None:
@@ -167,8 +167,8 @@ class Family:
         """Return whether thinking has begun in a text and not ended."""
         if self.thinking is None:
             return False
-        opened = max(text.rfind(marker) for marker in self.thinking.open)
-        return opened > max((text.rfind(marker) for marker in self.thinking.close), default=-1)
+        begin = max(text.rfind(marker) for marker in self.thinking.open)
+        return begin > max((text.rfind(marker) for marker in self.thinking.close), default=-1)
 
 
 def _lark_literal(script: Script, text: str) -> str:

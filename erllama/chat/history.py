@@ -98,12 +98,12 @@ class History:
             first: the token is the first one of the text.
             spaced: the tokenizer puts a space here, which is not in the text.
         """
-        spelled = self._spell_token(token)
-        spaced = spaced and spelled.startswith(b" ")
-        if spaced and raw.startswith(spelled[1:], at):
-            return at + len(spelled) - 1
-        if raw.startswith(spelled, at) and not (first and spaced):
-            return at + len(spelled)
+        spelling = self._spell_token(token)
+        spaced = spaced and spelling.startswith(b" ")
+        if spaced and raw.startswith(spelling[1:], at):
+            return at + len(spelling) - 1
+        if raw.startswith(spelling, at) and not (first and spaced):
+            return at + len(spelling)
         return None
 
     def defer(self, remember: Callable[[], None]) -> None:
@@ -176,8 +176,8 @@ class History:
 
     def _is_unambiguous(self, reply_bytes: bytes, tokens: Sequence[int]) -> bool:
         """Return whether a text identifies its tokens: it has the same special tokens and spells out no other."""
-        read = self._tokenize(reply_bytes)
-        return [token for token in tokens if self._is_special(token)] == list(filter(self._is_special, read))
+        retokenized = self._tokenize(reply_bytes)
+        return [token for token in tokens if self._is_special(token)] == list(filter(self._is_special, retokenized))
 
     def _is_special(self, token: int) -> bool:
         return not self._vocabulary.piece(token)
@@ -189,7 +189,7 @@ class History:
     @cached_property
     def special(self) -> SpecialTokenTexts:
         """Texts of the control tokens and of the tokens that look like a template's markers."""
-        return SpecialTokenTexts.of(self._vocabulary)
+        return SpecialTokenTexts.from_vocabulary(self._vocabulary)
 
     def _tokenize_conversation(self, raw: bytes) -> NDArray[np.int32]:
         ids = tokenize_marked(raw, lambda: self.special, self._tokenize_text, None)
@@ -219,17 +219,17 @@ class History:
         return self._script.written(self._script.of_token(token))
 
     def _tokenize(self, text: str | bytes, *, parse_special: bool = True) -> list[int]:
-        found = self._vocabulary.tokenize(text, add_special=False, parse_special=parse_special)
-        ids: list[int] = found.tolist()
+        array = self._vocabulary.tokenize(text, add_special=False, parse_special=parse_special)
+        ids: list[int] = array.tolist()
         return ids
 
 
 def _pieces_before_stop(stop: bytes, pieces: list[bytes]) -> list[bytes]:
     """Return the pieces before a stop string that ended a reply in its last piece."""
-    written = b"".join(pieces)
-    found = written.find(stop, max(len(written) - len(pieces[-1]) - len(stop) + 1, 0)) if pieces else 0
+    text = b"".join(pieces)
+    position = text.find(stop, max(len(text) - len(pieces[-1]) - len(stop) + 1, 0)) if pieces else 0
     # A stop string that may become a longer one is found late, so it may end before the last piece.
-    return _pieces_within(found if found >= 0 else written.rfind(stop), pieces)
+    return _pieces_within(position if position >= 0 else text.rfind(stop), pieces)
 
 
 def _is_utf8(raw: bytes) -> bool:

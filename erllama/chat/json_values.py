@@ -42,8 +42,8 @@ def read_json(text: str, at: int = 0) -> tuple[object, int]:
             is not Unicode.
     """
     try:
-        found, end = _DECODER.raw_decode(text, at)
-        return copy_json_value(found), end
+        value, end = _DECODER.raw_decode(text, at)
+        return copy_json_value(value), end
     except json.JSONDecodeError as error:
         raise InvalidValueError(error.msg, error.pos) from None
     except RecursionError:
@@ -60,11 +60,11 @@ def parse_json(text: str) -> object:
     Raises:
         InvalidValueError: the text is not a JSON value, or has more text after it.
     """
-    found, end = read_json(text, skip_white_space(text, 0))
+    value, end = read_json(text, skip_white_space(text, 0))
     end = skip_white_space(text, end)
     if end < len(text):
         raise InvalidValueError("more text after the JSON", end)
-    return found
+    return value
 
 
 def copy_json_value(value: object) -> object:

@@ -19,12 +19,12 @@ _NINE = re.compile(r"[a-zA-Z0-9]{9}")
 
 def adapt_messages(messages: Sequence[Message], template: str) -> list[Message]:
     """Return normalized messages as a template with this source requires them."""
-    found = list(messages)
+    adapted = list(messages)
     if "length != 9" in template or "alphanumeric" in template:
-        found = [_with_nine_character_ids(message) for message in found]
+        adapted = [_with_nine_character_ids(message) for message in adapted]
     if "thinking" in template and "reasoning_content" not in template:
-        found = [_without_thinking_beside_text(message) for message in found]
-    return found
+        adapted = [_without_thinking_beside_text(message) for message in adapted]
+    return adapted
 
 
 def encode_arguments(messages: Sequence[Message]) -> list[Message]:

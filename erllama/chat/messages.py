@@ -250,16 +250,16 @@ def _parse_calls(message: Mapping[object, object]) -> list[tuple[object, object,
     calls = message.get("tool_calls")
     if calls is not None and not isinstance(calls, list | tuple):
         raise _MessageError(f"tool_calls has the type {type(calls).__name__}; expected a list")
-    found: list[tuple[object, object, object]] = []
+    parsed: list[tuple[object, object, object]] = []
     for value in calls or ():
         call = _require_mapping(value, "a tool call")
         if call.get("type", "function") != "function":
             raise _MessageError(f"a tool call has the type {call.get('type')!r:.60}; expected 'function'")
         _check_keys(call, _CALL_KEYS, "a tool call")
-        found.append((call.get("id"), *_parse_function(call.get("function"), "the 'function' of a tool call")))
+        parsed.append((call.get("id"), *_parse_function(call.get("function"), "the 'function' of a tool call")))
     if message.get("function_call") is not None:
-        found.append((None, *_parse_function(message["function_call"], "function_call")))
-    return found
+        parsed.append((None, *_parse_function(message["function_call"], "function_call")))
+    return parsed
 
 
 def _parse_function(value: object, where: str) -> tuple[object, object]:
@@ -274,21 +274,21 @@ def _parse_arguments(name: str, value: object) -> object:
     where = f"the arguments of {name!r}"
     if isinstance(value, str):
         try:
-            found = parse_json(check_text(value))
+            arguments = parse_json(check_text(value))
         except InvalidValueError as error:
             raise _MessageError(f"{where} are not JSON: {error}, at character {error.at}") from None
     else:
-        found = copy_json_value(value)
-    if not isinstance(found, dict):
-        raise _MessageError(f"{where} have the type {type(found).__name__}; expected a JSON object")
-    return found
+        arguments = copy_json_value(value)
+    if not isinstance(arguments, dict):
+        raise _MessageError(f"{where} have the type {type(arguments).__name__}; expected a JSON object")
+    return arguments
 
 
 def _find_reasoning(message: Mapping[object, object]) -> list[str]:
-    found = {key: _require_text(message[key], key) for key in _REASONING if message.get(key) is not None}
-    if len(set(found.values())) > 1:
-        raise _MessageError(f"{' and '.join(map(repr, found))} differ; use one of them")
-    return list(found.values())[:1]
+    texts = {key: _require_text(message[key], key) for key in _REASONING if message.get(key) is not None}
+    if len(set(texts.values())) > 1:
+        raise _MessageError(f"{' and '.join(map(repr, texts))} differ; use one of them")
+    return list(texts.values())[:1]
 
 
 def _name_entry(message: Mapping[object, object]) -> dict[str, str]:

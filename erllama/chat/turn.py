@@ -128,12 +128,12 @@ class Turn:
             list(map(_call_message, calls)),
             within_character=bool(completion.tokens) and self._within_character,
         )
-        ended = completion.finish_reason == "stop" and not _was_stopped(completion)
+        ended_by_itself = completion.finish_reason == "stop" and not _was_stopped(completion)
         values = {field.name: getattr(completion, field.name) for field in fields(completion)}
         values |= {"text": text, "tool_call_places": places}
-        values |= {"finish_reason": "tool_calls" if ended and calls else completion.finish_reason}
+        values |= {"finish_reason": "tool_calls" if ended_by_itself and calls else completion.finish_reason}
         n_prompt = len(completion.context_tokens) - len(completion.tokens)
-        self._remember(completion, message, ended=ended, text=text)
+        self._remember(completion, message, ended=ended_by_itself, text=text)
         return ChatCompletion(
             **values,
             tool_calls=tuple(calls),
@@ -146,10 +146,10 @@ class Turn:
         """Read the reply's span `i`, unless it was read before. The earlier spans were."""
         if i == len(self._spans):
             try:
-                written, tools = full.decode("utf-8", "replace"), self._conversation.tools
-                found = self._family.read_calls(written, tools, self._validated)
+                text, tools = full.decode("utf-8", "replace"), self._conversation.tools
+                calls = self._family.read_calls(text, tools, self._validated)
                 used = {call.id for span in self._spans for call in span.calls}
-                self._spans.append(_Span(tuple(_with_unique_ids(found, used)), None))
+                self._spans.append(_Span(tuple(_with_unique_ids(calls, used)), None))
             except ToolCallError as error:
                 self._spans.append(_Span((), str(error)))
         return self._spans[i]
@@ -177,13 +177,13 @@ class Turn:
             completion.thinking or message.get("tool_calls") or not self._is_whole_reply(completion, text)
         ):
             return
-        written = self._history.spell_out(completion.tokens).decode("utf-8", "replace")
+        reply_text = self._history.spell_out(completion.tokens).decode("utf-8", "replace")
         try:
-            if self._family.is_thinking_at_end(self._thinking_context() + written):
+            if self._family.is_thinking_at_end(self._thinking_context() + reply_text):
                 return
             before = self._text.removesuffix("\ufffd") if self._within_character else self._text
             rendered = self._conversation.render_with_reply(message, before)
-            if rendered is not None and not self._omits_empty_thinking(written, rendered, completion.thinking):
+            if rendered is not None and not self._omits_empty_thinking(reply_text, rendered, completion.thinking):
                 self._history.remember(self._namespace, encode_marked(rendered), completion.context_tokens)
         except ChatError:
             pass  # a template may refuse a conversation that ends in this way
@@ -200,16 +200,16 @@ class Turn:
         final = self._conversation.messages[-1]["content"] if self._conversation.continue_final else ""
         return f"{final}" or self._text[-_PROMPT_END:]
 
-    def _omits_empty_thinking(self, written: str, rendered: str, thinking: str) -> bool:
+    def _omits_empty_thinking(self, reply_text: str, rendered: str, thinking: str) -> bool:
         """Return whether a reply began with empty thinking that the template does not render."""
         new = rendered[len(self._text) :]
         has_marker = self._family.has_thinking_marker
-        return not thinking and has_marker(written) and not has_marker(new)
+        return not thinking and has_marker(reply_text) and not has_marker(new)
 
     def _is_whole_reply(self, completion: Completion, text: str) -> bool:
         """Return whether a text is everything that the model wrote, apart from white space."""
-        written = self._history.spell_out(completion.tokens).decode("utf-8", "replace")
-        return "".join(written.split()) == "".join(text.split())
+        reply_text = self._history.spell_out(completion.tokens).decode("utf-8", "replace")
+        return "".join(reply_text.split()) == "".join(text.split())
 
     def _remember_tokens(self, prompt: Sequence[int], reply: Sequence[int], *, cut: bool, stop: str | None) -> bool:
         """Remember the reply as written. Return whether all of it is remembered. Errors are logged, not raised."""

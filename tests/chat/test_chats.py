@@ -621,7 +621,7 @@ def test_bad_conversations_are_typed_errors(
 def test_tools_are_compiled_after_the_conversation_is_known_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     monkeypatch.setattr(
-        "erllama.chat.tool_calls.tools.schema_error", lambda schema: str(compiled.append(schema) or "")
+        "erllama.chat.tool_calls.tools.find_schema_error", lambda schema: str(compiled.append(schema) or "")
     )
 
     def tools(n: int) -> list[Message]:

@@ -18,10 +18,10 @@ from erllama.chat.messages import normalize_messages
 from erllama.chat.tool_calls.tools import (
     ToolChoice,
     check_schemas,
+    get_parameters,
+    get_tool_names,
     normalize_tools,
-    parameters_of,
     parse_tool_choice,
-    tool_names,
 )
 from erllama.chat.types import ROLES
 from erllama.errors import ChatError, OptionError
@@ -302,7 +302,11 @@ BAD: list[tuple[object, int | None, str]] = [
     ([{"role": "user", "content": [{"type": "file", "file": {}}]}], 0, "only text is supported"),
     ([{"role": "user", "content": "Hi", "name": 5}], 0, "name must be a string"),
     ([{"role": "user", "content": "Hi", "tool_calls": [call()]}], 0, "role 'user' must not have 'tool_calls'"),
-    ([{"role": "assistant", "content": "Hi", "tool_call_id": "x"}], 0, "role 'assistant' must not have 'tool_call_id'"),
+    (
+        [{"role": "assistant", "content": "Hi", "tool_call_id": "x"}],
+        0,
+        "role 'assistant' must not have 'tool_call_id'",
+    ),
     ([{"role": "user", "content": "half \ud800"}], 0, "surrogate"),
     ([{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}], 0, "surrogate"),
     ([calling(call(arguments={"a": "\ud800"}))], 0, "surrogate"),
@@ -336,7 +340,11 @@ BAD: list[tuple[object, int | None, str]] = [
     ([calling(), result(name="g")], 1, "the call has 'f'"),
     ([calling(call("x"), call("y")), {"role": "tool", "content": "1"}], 1, "no tool_call_id"),
     ([hi(), {"role": "function", "name": "f", "content": "1"}], 1, "no unanswered tool call"),
-    ([calling(), {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "z"}]}], 1, "unknown tool call 'z'"),
+    (
+        [calling(), {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "z"}]}],
+        1,
+        "unknown tool call 'z'",
+    ),
     (
         [calling(), {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "is_error": 1}]}],
         1,
@@ -453,7 +461,7 @@ def test_a_tool_without_parameters_takes_none() -> None:
 def test_a_schema_without_a_type_is_one_of_objects() -> None:
     schema = {"$ref": "#/$defs/p", "$defs": {"p": SCHEMA}}
     (found,) = normalize_tools([{"name": "f", "parameters": schema}])
-    compiled = Grammar.json_schema(parameters_of([found])["f"])
+    compiled = Grammar.json_schema(get_parameters([found])["f"])
     assert compiled.accepts('{"a": 1}')
     assert not compiled.accepts('{"a": "1"}')
 
@@ -502,7 +510,7 @@ def test_any_junk_is_refused_or_becomes_tools(tools: object) -> None:
     except ChatError:
         return
     assert normalize_tools(found) == found
-    assert len(set(tool_names(found))) == len(found)
+    assert len(set(get_tool_names(found))) == len(found)
 
 
 TOOLS = normalize_tools([TOOL, {"name": "auto.f"}, {"name": "get_weather"}])

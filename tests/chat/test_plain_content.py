@@ -162,7 +162,7 @@ def real(request: pytest.FixtureRequest) -> Iterator[erllama.Model]:
 
 def test_real_tokenizers_read_content_as_text(real: erllama.Model) -> None:
     vocabulary = real._backend.vocabulary
-    special = SpecialTokenTexts.of(vocabulary)
+    special = SpecialTokenTexts.from_vocabulary(vocabulary)
     template = "{% for m in messages %}{{ bos_token }}{{ m.content }}{{ eos_token }}{% endfor %}"
     for name in [text.decode() for text in sorted(special.texts)][:40]:
         for content in (f"hello {name} there", name, f"{name}{name}\n", f" {name}"):
@@ -222,7 +222,7 @@ def test_content_beside_overlapping_special_tokens_writes_none(
     names: list[str], around: list[str], content: str, data: st.DataObject
 ) -> None:
     vocabulary = SpelledVocabulary(["<b>", "<be>"], sorted(names, key=lambda name: -len(name.encode())), "<|end|>")
-    special = SpecialTokenTexts.of(vocabulary)
+    special = SpecialTokenTexts.from_vocabulary(vocabulary)
     pieces = st.sampled_from(["", *names, "<b>", "<be>"])
     around = [data.draw(pieces) + text + data.draw(pieces) for text in around]
 

@@ -13,7 +13,7 @@ import pytest
 from erllama import Grammar
 from erllama.chat.thinking import find_thinking_markers
 from erllama.chat.tool_calls.call_grammar import write_call_grammar
-from erllama.chat.tool_calls.formats import TOOL_FORMATS, find_tool_format, tool_format
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, find_tool_format, get_tool_format
 from erllama.chat.tool_calls.reader import read_calls
 from erllama.chat.tool_calls.tools import normalize_tools
 from erllama.errors import GrammarError, OptionError, ToolCallError
@@ -56,14 +56,14 @@ def test_what_a_model_writes_is_read_and_is_of_the_grammar(format: str, kind: st
 def test_every_format_has_examples() -> None:
     assert set(WRITTEN) == set(TOOL_FORMATS)
     for format, texts in WRITTEN.items():
-        opening = (*tool_format(format).open, *tool_format(format).leading)
+        opening = (*get_tool_format(format).open, *get_tool_format(format).leading)
         for text in texts:
             assert text.replace(" ", "").startswith(tuple(mark.replace(" ", "") for mark in opening)), format
 
 
 @pytest.mark.parametrize(("format", "text"), [(format, text) for format, kind, text in EXAMPLES if kind == ALL])
 def test_spans_end_and_payloads_lie_where_the_format_says(format: str, text: str) -> None:
-    found = tool_format(format)
+    found = get_tool_format(format)
     if found.close:
         assert text.endswith(found.close)
     # The token that ends the turn may come instead, but in a list of arguments that only its end tells to be whole.
@@ -77,7 +77,7 @@ def test_spans_end_and_payloads_lie_where_the_format_says(format: str, text: str
 
 @pytest.mark.parametrize(("format", "text"), [(format, text) for format, kind, text in EXAMPLES if kind != SEVERAL])
 def test_a_call_that_is_cut_short_is_none(format: str, text: str) -> None:
-    found = tool_format(format)
+    found = get_tool_format(format)
     # What may be missing: the close marker, and white space before it.
     closing = found.close[0] if found.close and format != "glm" else ""
     whole = len(text.removesuffix(closing).rstrip())
@@ -219,7 +219,7 @@ def test_every_format_has_malformed_texts() -> None:
 
 def test_an_id_is_the_models_own_or_made_up() -> None:
     def ids(format: str, text: str) -> list[str]:
-        return [call.id for call in read_calls(tool_format(format), text, TOOLS)]
+        return [call.id for call in read_calls(get_tool_format(format), text, TOOLS)]
 
     assert ids("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}, "id": "a1B2c3D4e"}]') == ["a1B2c3D4e"]
     assert ids("mistral-v11", WRITTEN["mistral-v11"][0]) == ["a1B2c3D4e"]
@@ -235,11 +235,13 @@ def test_an_id_is_the_models_own_or_made_up() -> None:
 
 
 def test_arguments_are_json_text_again() -> None:
-    (call,) = read_calls(tool_format("hermes"), WRITTEN["hermes"][1], TOOLS)
+    (call,) = read_calls(get_tool_format("hermes"), WRITTEN["hermes"][1], TOOLS)
     assert json.loads(call.arguments_json) == FULL
     assert (
         "é"
-        in read_calls(tool_format("hermes"), WRITTEN["hermes"][0].replace("Paris", "é"), TOOLS)[0].arguments_json
+        in read_calls(get_tool_format("hermes"), WRITTEN["hermes"][0].replace("Paris", "é"), TOOLS)[
+            0
+        ].arguments_json
     )
 
 
@@ -307,9 +309,9 @@ def test_parameters_that_list_no_arguments_have_no_grammar_in_families_that_list
 ) -> None:
     tools = normalize_tools([{"name": "f", "parameters": parameters}])
     with pytest.raises(GrammarError, match=re.escape(problem)):
-        write_call_grammar(tool_format(format), tools, name=None, parallel=False, literal=plainly)
+        write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=plainly)
     assert Grammar.lark(
-        write_call_grammar(tool_format("hermes"), tools, name=None, parallel=False, literal=plainly)
+        write_call_grammar(get_tool_format("hermes"), tools, name=None, parallel=False, literal=plainly)
     )
 
 
@@ -318,7 +320,7 @@ def test_parameters_may_be_elsewhere_in_their_schema(format: str, text: str) -> 
     weather = WEATHER["parameters"]
     tools = normalize_tools([{**WEATHER, "parameters": {"$ref": "#/$defs/p", "$defs": {"p": weather}}}])
     assert calls(format, text, tools) == WANTED[ALL]
-    written = write_call_grammar(tool_format(format), tools, name=None, parallel=False, literal=plainly)
+    written = write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=plainly)
     assert Grammar.lark(written).accepts(text)
 
 
@@ -359,7 +361,7 @@ def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list
     tools = normalize_tools([{"name": "f", "parameters": parameters}])
     for format, written in (("glm", glm), ("seed", seed), ("qwen3-coder", qwen)):
         kept = Grammar.lark(
-            write_call_grammar(tool_format(format), tools, name=None, parallel=False, literal=plainly)
+            write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=plainly)
         )
         for raw in good:
             text = written("f", [("a", raw)])
@@ -375,7 +377,7 @@ def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list
 
 
 def test_a_grammar_is_of_tools_that_are_there() -> None:
-    hermes = tool_format("hermes")
+    hermes = get_tool_format("hermes")
     with pytest.raises(OptionError, match="no tool has the name 'x'"):
         write_call_grammar(hermes, TOOLS, name="x", parallel=False, literal=plainly)
     with pytest.raises(OptionError, match="needs at least one tool"):
@@ -384,17 +386,17 @@ def test_a_grammar_is_of_tools_that_are_there() -> None:
 
 def test_a_format_is_found_by_its_name() -> None:
     for name, format in TOOL_FORMATS.items():
-        assert tool_format(name) is format
+        assert get_tool_format(name) is format
         assert format.name == name
     with pytest.raises(OptionError, match="did you mean 'hermes'"):
-        tool_format("hermess")
+        get_tool_format("hermess")
     with pytest.raises(OptionError, match="there is no tool format"):
-        tool_format(5)  # type: ignore[arg-type]
+        get_tool_format(5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("format", TOOL_FORMATS)
 def test_hostile_texts_are_refused_in_time(format: str) -> None:
-    found = tool_format(format)
+    found = get_tool_format(format)
     heads = {text[: text.index(end)] for text in WRITTEN[format] for end in ("get_weather", "Paris")}
     begun = time.monotonic()
     for head in heads:

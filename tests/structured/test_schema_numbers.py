@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from erllama import Grammar, GrammarError
 from erllama.chat.tool_calls.call_grammar import write_call_grammar
-from erllama.chat.tool_calls.formats import TOOL_FORMATS, tool_format
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, get_tool_format
 from erllama.chat.tool_calls.reader import read_calls
 from erllama.chat.tool_calls.tools import normalize_tools
 from erllama.engine.grammar.grammar import GrammarCompiler
@@ -507,7 +507,7 @@ TOOLS = normalize_tools(
 def test_arguments_of_tools_lose_no_digit(format: str) -> None:
     words = Vocabulary([])
     grammar = Grammar.lark(
-        write_call_grammar(tool_format(format), TOOLS, name=None, parallel=False, literal=plainly)
+        write_call_grammar(get_tool_format(format), TOOLS, name=None, parallel=False, literal=plainly)
     )
     compiler = GrammarCompiler(words)
     for seed in range(5):
@@ -520,7 +520,7 @@ def test_arguments_of_tools_lose_no_digit(format: str) -> None:
             token = chance.choice([token for token in allowed if words.names[token] in CLOSING] or allowed)
             matcher.accept(token)
             text += words.names[token]
-        (call,) = read_calls(tool_format(format), text, TOOLS)
+        (call,) = read_calls(get_tool_format(format), text, TOOLS)
         jsonschema.validate(call.arguments, TOOLS[0]["function"]["parameters"])  # type: ignore[index]
         assert call.arguments["exact"] == LARGE
         assert call.arguments["one"] in (2**64 - 1, LARGE + 2)

@@ -16,10 +16,10 @@ import erllama
 from erllama import Grammar
 from erllama.chat.family import Family
 from erllama.chat.tool_calls.call_grammar import write_call_grammar
-from erllama.chat.tool_calls.formats import TOOL_FORMATS, tool_format
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, get_tool_format
 from erllama.chat.tool_calls.reader import read_calls
-from erllama.chat.tool_calls.schema_enforcement import find_violation, relaxations
-from erllama.chat.tool_calls.tools import ToolChoice, check_schemas, normalize_tools, strict_names
+from erllama.chat.tool_calls.schema_enforcement import find_violation, relax_schema
+from erllama.chat.tool_calls.tools import ToolChoice, check_schemas, find_strict_tools, normalize_tools
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.engine.output.phases import Script
 from erllama.errors import ChatError, GrammarError, OptionError
@@ -121,7 +121,7 @@ def test_what_cannot_be_enforced_is_relaxed_and_checked(format: str, what: str) 
     for arguments in violating:
         text = spelled_call(format, "loose", arguments, schema)
         assert grammar.accepts(text), text
-        (call,) = read_calls(tool_format(format), text, normalize_tools([loose]))
+        (call,) = read_calls(get_tool_format(format), text, normalize_tools([loose]))
         assert call.arguments == arguments
         assert find_violation(schema, call.arguments)
     # The others stay constrained.
@@ -129,8 +129,8 @@ def test_what_cannot_be_enforced_is_relaxed_and_checked(format: str, what: str) 
     assert grammar.accepts(spelled_call(format, "get_weather", {"city": "Rome", "days": 3}, city))
     assert not grammar.accepts(spelled_call(format, "get_weather", {"city": "Rome", "days": "five"}, city))
     with pytest.raises(ChatError, match=r"tool 'loose'.*it is strict"):
-        check_schemas(normalize_tools([{**loose, "strict": True}]), strict_names([{**loose, "strict": True}]))
-    check_schemas(normalize_tools([{**loose, "strict": False}]), strict_names([{**loose, "strict": False}]))
+        check_schemas(normalize_tools([{**loose, "strict": True}]), find_strict_tools([{**loose, "strict": True}]))
+    check_schemas(normalize_tools([{**loose, "strict": False}]), find_strict_tools([{**loose, "strict": False}]))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_what_a_family_cannot_write_is_relaxed_and_checked(format: str) -> None:
         for arguments, valid in (({"a": "5", "n": 5}, True), ({"n": 5, "b": "5"}, True), ({"a": "x"}, False)):
             text = spelled_call(format, "either", arguments, known)
             assert grammar.accepts(text)
-            (call,) = read_calls(tool_format(format), text, normalize_tools([either]))
+            (call,) = read_calls(get_tool_format(format), text, normalize_tools([either]))
             assert call.arguments == arguments
             assert bool(find_violation(either["parameters"], call.arguments)) != valid  # type: ignore[arg-type]
         # The types of what is listed are kept.
@@ -199,10 +199,10 @@ def test_a_strict_tool_that_a_family_cannot_write_is_refused_by_name() -> None:
 def test_the_loosest_form_is_of_the_family_and_is_read(format: str) -> None:
     parameters: Schema = {"type": "object", "properties": {"a": {"type": "string"}, "n": {"type": "integer"}}}
     tools = normalize_tools([{"name": "f", "parameters": parameters}])
-    last = [*relaxations(parameters, tool_format(format).arguments)][-1]
+    last = [*relax_schema(parameters, get_tool_format(format).arguments)][-1]
     assert last is None
     written = write_call_grammar(
-        tool_format(format), tools, name=None, parallel=False, literal=plainly, relaxed={"f": None}
+        get_tool_format(format), tools, name=None, parallel=False, literal=plainly, relaxed={"f": None}
     )
     grammar = Grammar.lark(written)
     assert grammar.accepts(spelled_call(format, "f", {"a": "x", "n": 5}, parameters))
@@ -213,7 +213,7 @@ def test_the_loosest_form_is_of_the_family_and_is_read(format: str) -> None:
     for seed in range(8):
         text = walk(words, GrammarCompiler(words).matcher(grammar), random.Random(seed))
         try:
-            n_read += text is not None and len(read_calls(tool_format(format), text, tools)) == 1
+            n_read += text is not None and len(read_calls(get_tool_format(format), text, tools)) == 1
         except erllama.ToolCallError as error:
             problems.append(str(error))
     assert n_read

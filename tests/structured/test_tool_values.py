@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import erllama
 from erllama import Grammar
 from erllama.chat.tool_calls.call_grammar import write_call_grammar
-from erllama.chat.tool_calls.formats import TOOL_FORMATS, tool_format
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, get_tool_format
 from erllama.chat.tool_calls.reader import read_calls
 from erllama.chat.tool_calls.tools import normalize_tools
 from erllama.engine.grammar.grammar import GrammarCompiler
@@ -137,7 +137,7 @@ schemas = st.recursive(
 
 
 def grammar_of(format: str, tools: Sequence[Mapping[str, object]]) -> str:
-    return write_call_grammar(tool_format(format), tools, name=None, parallel=False, literal=plainly)
+    return write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=plainly)
 
 
 @settings(
@@ -169,7 +169,7 @@ def test_what_the_grammar_can_write_is_read_back_equal(data: st.DataObject) -> N
     if set(json.dumps(parameters, ensure_ascii=False)) <= set(words.texts):
         text = walk(words, compiler.matcher(grammar), random.Random(repr(arguments)))
     if text is not None:
-        (call,) = read_calls(tool_format(format), text, tools)
+        (call,) = read_calls(get_tool_format(format), text, tools)
         jsonschema.validate(call.arguments, parameters)
     # A value, as the family spells it.
     try:
@@ -177,7 +177,7 @@ def test_what_the_grammar_can_write_is_read_back_equal(data: st.DataObject) -> N
     except Unwritable:
         return
     assert grammar.accepts(text), text
-    (call,) = read_calls(tool_format(format), text, tools)
+    (call,) = read_calls(get_tool_format(format), text, tools)
     assert json.dumps(call.arguments, sort_keys=True) == json.dumps(arguments, sort_keys=True), text
 
 

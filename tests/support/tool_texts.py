@@ -11,9 +11,9 @@ import pytest
 
 from erllama import Grammar
 from erllama.chat.tool_calls.call_grammar import write_call_grammar
-from erllama.chat.tool_calls.formats import TOOL_FORMATS, tool_format
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, get_tool_format
 from erllama.chat.tool_calls.literals import GEMMA_KEY, PYTHON_KEY
-from erllama.chat.tool_calls.parameter_schemas import allowed_types, is_unquoted
+from erllama.chat.tool_calls.parameter_schemas import find_allowed_types, is_unquoted
 from erllama.chat.tool_calls.reader import read_calls
 from erllama.chat.tool_calls.syntax import ListedArguments
 from erllama.chat.tool_calls.tools import normalize_tools
@@ -57,14 +57,14 @@ def plainly(text: str) -> str:
 @cache
 def grammar(format: str, *, name: str | None = None, parallel: bool = False) -> Grammar:
     return Grammar.lark(
-        write_call_grammar(tool_format(format), TOOLS, name=name, parallel=parallel, literal=plainly)
+        write_call_grammar(get_tool_format(format), TOOLS, name=name, parallel=parallel, literal=plainly)
     )
 
 
 def calls(
     format: str, text: str, tools: Sequence[Mapping[str, object]] = TOOLS
 ) -> list[tuple[str, dict[str, object]]]:
-    return [(call.name, call.arguments) for call in read_calls(tool_format(format), text, tools)]
+    return [(call.name, call.arguments) for call in read_calls(get_tool_format(format), text, tools)]
 
 
 ONE = "one"
@@ -301,7 +301,7 @@ def _gemma(value: object) -> str:
 def _listed(kind: ListedArguments, name: str, value: object, parameters: Schema) -> str:
     properties = parameters["properties"]
     assert isinstance(properties, dict)
-    types = allowed_types(properties[name], parameters)
+    types = find_allowed_types(properties[name], parameters)
     text = _json(value)
     if is_unquoted(types) and isinstance(value, str):
         text = value

@@ -75,7 +75,7 @@ def _mapped(
     if not items:
         return
     if not args and "attribute" in kwargs:
-        function = sequence_filters.attribute_getter(machine, kwargs.pop("attribute"), kwargs.pop("default", None))
+        function = sequence_filters.make_getter(machine, kwargs.pop("attribute"), kwargs.pop("default", None))
         if kwargs:
             raise FilterArgumentError(f"Unexpected keyword argument {next(iter(kwargs))!r}")
     elif not args:

@@ -53,7 +53,7 @@ def replace_text(machine: Machine, text: str, old: str, new: str, count: object 
     return text.replace(old, new, cast(int, count))
 
 
-def _transforming(name: str) -> Callable[..., object]:
+def _transform_method(name: str) -> Callable[..., object]:
     """Return a method of texts whose results are about as long as the text."""
 
     def run(machine: Machine, text: str, *args: object, **kwargs: object) -> object:
@@ -66,7 +66,7 @@ def _transforming(name: str) -> Callable[..., object]:
     return run
 
 
-def _inspecting(name: str) -> Callable[..., object]:
+def _inspect_method(name: str) -> Callable[..., object]:
     """Return a method of texts that makes no text."""
 
     def run(machine: Machine, text: str, *args: object) -> object:
@@ -78,7 +78,7 @@ def _inspecting(name: str) -> Callable[..., object]:
     return run
 
 
-def _stripping(name: str) -> Callable[..., object]:
+def _strip_method(name: str) -> Callable[..., object]:
     def run(machine: Machine, text: str, chars: object = None, /) -> object:
         machine.charge_text(len(text), not text.isascii())
         return getattr(text, name)(check_small(chars, "a strip", MAX_CHARACTERS))
@@ -86,7 +86,7 @@ def _stripping(name: str) -> Callable[..., object]:
     return run
 
 
-def _splitting(name: str) -> Callable[..., object]:
+def _split_method(name: str) -> Callable[..., object]:
     def run(machine: Machine, text: str, sep: object = None, maxsplit: object = -1) -> object:
         parts = count_any(text, _SPACES) if sep is None else text.count(cast(str, sep)) if sep else 0
         if isinstance(maxsplit, int) and maxsplit >= 0:
@@ -119,7 +119,7 @@ def _str_replace(machine: Machine, text: str, old: object, new: object, count: o
     return replace_text(machine, text, cast(str, old), cast(str, new), count)
 
 
-def _padding(name: str) -> Callable[..., object]:
+def _pad_method(name: str) -> Callable[..., object]:
     """Return a method of texts that makes a text of a given width."""
 
     def run(machine: Machine, text: str, width: object, *fill: object) -> object:
@@ -132,10 +132,10 @@ def _padding(name: str) -> Callable[..., object]:
 
 def _str_format(machine: Machine, text: str, *args: object, **kwargs: object) -> object:
     """`str.format`, with fields that name a value. A field cannot reach attributes or items of a value."""
-    written, number = [], 0
+    parts, number = [], 0
     for before, field, specification, conversion in Formatter().parse(text):
         machine.charge_steps()
-        written.append(before)
+        parts.append(before)
         if field is None:
             continue
         if not field:
@@ -149,11 +149,11 @@ def _str_format(machine: Machine, text: str, *args: object, **kwargs: object) ->
             raise LimitExceeded(f"a format in a template does not support the conversion {conversion!r:.10}")
         if conversion == "s" or type(value) not in (str, int, float):
             value = machine.to_text(value)
-        written.append(machine.charge_result(format(value, specification or "")))
-    return machine.join("", written)
+        parts.append(machine.charge_result(format(value, specification or "")))
+    return machine.join("", parts)
 
 
-def _searching(name: str) -> Callable[..., object]:
+def _search_method(name: str) -> Callable[..., object]:
     def run(machine: Machine, items: list[object], value: object, *bounds: object) -> object:
         # The error for a missing value contains the value.
         machine.require_room(10 * machine.measure(value).characters)
@@ -167,7 +167,7 @@ def _get(machine: Machine, mapping: dict[object, object], key: object, default: 
     return mapping.get(machine.charge_key(key), default)
 
 
-def _view(name: str) -> Callable[..., object]:
+def _view_method(name: str) -> Callable[..., object]:
     return lambda machine, mapping: getattr(mapping, name)()
 
 
@@ -265,10 +265,10 @@ GENERATION: Final = Function(_generation, "generation")
 
 
 _TEXT_METHODS: Final[dict[str, Callable[..., object]]] = {
-    **{name: _transforming(name) for name in ["capitalize", "casefold", "lower", "swapcase", "title", "upper"]},
-    **{name: _transforming(name) for name in ["partition", "removeprefix", "removesuffix", "rpartition"]},
+    **{name: _transform_method(name) for name in ["capitalize", "casefold", "lower", "swapcase", "title", "upper"]},
+    **{name: _transform_method(name) for name in ["partition", "removeprefix", "removesuffix", "rpartition"]},
     **{
-        name: _inspecting(name)
+        name: _inspect_method(name)
         for name in [
             "count",
             "endswith",
@@ -289,9 +289,9 @@ _TEXT_METHODS: Final[dict[str, Callable[..., object]]] = {
             "startswith",
         ]
     },
-    **{name: _stripping(name) for name in ("lstrip", "rstrip", "strip")},
-    **{name: _splitting(name) for name in ("rsplit", "split")},
-    **{name: _padding(name) for name in ("center", "ljust", "rjust", "zfill")},
+    **{name: _strip_method(name) for name in ("lstrip", "rstrip", "strip")},
+    **{name: _split_method(name) for name in ("rsplit", "split")},
+    **{name: _pad_method(name) for name in ("center", "ljust", "rjust", "zfill")},
     "format": _str_format,
     "join": _str_join,
     "replace": _str_replace,
@@ -300,8 +300,13 @@ _TEXT_METHODS: Final[dict[str, Callable[..., object]]] = {
 METHODS: Final[dict[type, dict[str, Callable[..., object]]]] = {
     str: _TEXT_METHODS,
     Markup: _TEXT_METHODS,
-    list: {"count": _searching("count"), "index": _searching("index")},
-    tuple: {"count": _searching("count"), "index": _searching("index")},
-    dict: {"get": _get, "items": _view("items"), "keys": _view("keys"), "values": _view("values")},
+    list: {"count": _search_method("count"), "index": _search_method("index")},
+    tuple: {"count": _search_method("count"), "index": _search_method("index")},
+    dict: {
+        "get": _get,
+        "items": _view_method("items"),
+        "keys": _view_method("keys"),
+        "values": _view_method("values"),
+    },
     LoopContext: {"changed": _changed, "cycle": _cycle},
 }

@@ -100,12 +100,12 @@ class _NotPlainError(Exception):
     """A value that is not a JSON value; the message says what it is."""
 
 
-def plain_documents(values: object) -> list[dict[object, object]]:
+def copy_documents(values: object) -> list[dict[object, object]]:
     """Return a copy of documents as `ChatTemplate.render` makes it, or raise ChatError."""
     return PlainDataCopier().copy_mappings("document", values)
 
 
-def plain_arguments(values: Mapping[str, object]) -> dict[str, object]:
+def copy_arguments(values: Mapping[str, object]) -> dict[str, object]:
     """Return a copy of a template's variables as `ChatTemplate.render` makes it, or raise OptionError."""
     copier = PlainDataCopier()
     return {name: copier.copy_argument(name, value) for name, value in values.items()}

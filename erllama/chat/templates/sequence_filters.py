@@ -16,7 +16,7 @@ from erllama.chat.templates.machine import Machine
 from erllama.chat.templates.tests import TESTS
 
 
-def attribute_getter(machine: Machine, attribute: object, default: object = None) -> Callable[[object], object]:
+def make_getter(machine: Machine, attribute: object, default: object = None) -> Callable[[object], object]:
     """Return a function that reads `attribute`, such as "a.0.b", of an item."""
     parts: list[object]
     if attribute is None:
@@ -38,9 +38,11 @@ def attribute_getter(machine: Machine, attribute: object, default: object = None
     return get
 
 
-def _sorting_key(machine: Machine, attributes: list[object], case_sensitive: object) -> Callable[[object], object]:
+def _make_sort_key(
+    machine: Machine, attributes: list[object], case_sensitive: object
+) -> Callable[[object], object]:
     """Return the function for the sort key of an item: one attribute or several, with texts in lower case."""
-    getters = [attribute_getter(machine, name) for name in attributes]
+    getters = [make_getter(machine, name) for name in attributes]
 
     def part(item: object, get: Callable[[object], object]) -> object:
         value = machine.charge_operand(get(item))
@@ -61,7 +63,7 @@ def _sort_items(
     return [items[index] for index in order]
 
 
-def _predicate(
+def _make_predicate(
     machine: Machine, arguments: tuple[object, ...], kwargs: dict[str, object]
 ) -> Callable[[object], bool]:
     """Return the test that the arguments of a filter such as select() name; `bool` where they name none."""
@@ -85,7 +87,7 @@ def dictsort_filter(
     if not isinstance(value, dict):
         raise TypeError("Can only get item pairs from a mapping.")
     items = machine.to_list(value.items())
-    return _sort_items(machine, items, _sorting_key(machine, [0 if by == "key" else 1], case_sensitive), reverse)
+    return _sort_items(machine, items, _make_sort_key(machine, [0 if by == "key" else 1], case_sensitive), reverse)
 
 
 def first_filter(machine: Machine, value: object) -> object:
@@ -116,7 +118,7 @@ def _as_iterator(items: list[object]) -> Iterator[object]:
 def join_filter(machine: Machine, value: object, d: object = "", attribute: object = None) -> object:
     items = machine.to_list(value)
     if attribute is not None:
-        get = attribute_getter(machine, attribute)
+        get = make_getter(machine, attribute)
         items = [get(item) for item in items]
     return machine.join(machine.to_text(d), [machine.to_text(item) for item in items])
 
@@ -139,7 +141,7 @@ def _find_extreme(
     items = machine.to_list(value)
     if not items:
         return Undefined("No aggregated item, sequence was empty.")
-    return which(items, key=_sorting_key(machine, [attribute], case_sensitive))
+    return which(items, key=_make_sort_key(machine, [attribute], case_sensitive))
 
 
 def reject_filter(machine: Machine, value: object, *args: object, **kwargs: object) -> object:
@@ -175,8 +177,8 @@ def _select_items(
             return
         if by_attribute and not args:
             raise FilterArgumentError("Missing parameter for attribute name")
-        get = attribute_getter(machine, args[0] if by_attribute else None)
-        predicate = _predicate(machine, args[1:] if by_attribute else args, kwargs)
+        get = make_getter(machine, args[0] if by_attribute else None)
+        predicate = _make_predicate(machine, args[1:] if by_attribute else args, kwargs)
         for item in items:
             machine.charge_steps()
             if predicate(get(item)) is wanted:
@@ -199,11 +201,13 @@ def sort_filter(
     attribute: object = None,
 ) -> object:
     names = attribute.split(",", MAX_CHARACTERS) if isinstance(attribute, str) else [attribute]
-    return _sort_items(machine, machine.to_list(value), _sorting_key(machine, list(names), case_sensitive), reverse)
+    return _sort_items(
+        machine, machine.to_list(value), _make_sort_key(machine, list(names), case_sensitive), reverse
+    )
 
 
 def sum_filter(machine: Machine, value: object, attribute: object = None, start: object = 0) -> object:
-    get, total = attribute_getter(machine, attribute), start
+    get, total = make_getter(machine, attribute), start
     if isinstance(start, str):
         raise TypeError("sum() can't sum strings [use ''.join(seq) instead]")
     for item in machine.to_list(value):
@@ -214,15 +218,15 @@ def sum_filter(machine: Machine, value: object, attribute: object = None, start:
 def unique_filter(
     machine: Machine, value: object, case_sensitive: object = False, attribute: object = None
 ) -> object:
-    key, items = _sorting_key(machine, [attribute], case_sensitive), machine.to_list(value)
+    key, items = _make_sort_key(machine, [attribute], case_sensitive), machine.to_list(value)
 
     def unique() -> Iterator[object]:
         seen = set()
         for item in items:
             machine.charge_steps()
-            found = machine.charge_key(key(item))
-            if found not in seen:
-                seen.add(found)
+            item_key = machine.charge_key(key(item))
+            if item_key not in seen:
+                seen.add(item_key)
                 yield item
 
     return unique()

@@ -219,14 +219,14 @@ def _compile(source: str) -> TemplateCode:
 
 
 def _join_output(machine: Machine, parts: Iterator[str]) -> str:
-    written, length = [], 0
+    output, length = [], 0
     for part in parts:
         machine.charge_bytes(8)
         length += len(part)
         if length > MAX_TEXT:
             raise LimitExceeded(f"the template writes more than {MAX_TEXT:,} characters")
-        written.append(part)
-    return "".join(written)
+        output.append(part)
+    return "".join(output)
 
 
 def _error_text(error: Exception) -> str:
@@ -240,14 +240,14 @@ def _error_text(error: Exception) -> str:
 
 def _template_line(trace: TracebackType | None, code: TemplateCode) -> int | None:
     """Return the template's line that raised an error: that of the innermost frame of its code."""
-    found = None
+    code_line = None
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == FILENAME:
-            found = trace.tb_lineno
+            code_line = trace.tb_lineno
         trace = trace.tb_next
-    if found is None:
+    if code_line is None:
         return None
-    return next((line for at, line in code.lines if at <= found), 1)
+    return next((line for at, line in code.lines if at <= code_line), 1)
 
 
 def _with_thinking_keys(message: dict[object, object]) -> dict[object, object]:

@@ -50,20 +50,20 @@ def _is_upper(machine: Machine, value: object) -> bool:
     return machine.to_text(value).isupper()
 
 
-def _pure(name: str) -> Callable[..., object]:
+def _make_pure_test(name: str) -> Callable[..., object]:
     """Return a test of jinja2 that only inspects the type of a value."""
     test = cast(Callable[..., object], JINJA_TESTS[name])
     return lambda machine, value, *args, **kwargs: test(value, *args, **kwargs)
 
 
-def _comparison(name: str) -> Callable[..., object]:
+def _make_comparison_test(name: str) -> Callable[..., object]:
     compare = cast(Callable[..., object], JINJA_TESTS[name])
     return lambda machine, value, other: compare(machine.charge_operand(value), machine.charge_operand(other))
 
 
 TESTS: Final[dict[str, Callable[..., object]]] = {
     **{
-        name: _pure(name)
+        name: _make_pure_test(name)
         for name in [
             "boolean",
             "defined",
@@ -82,7 +82,7 @@ TESTS: Final[dict[str, Callable[..., object]]] = {
         ]
     },
     **{
-        name: _comparison(name)
+        name: _make_comparison_test(name)
         for name in [
             "==",
             "eq",

@@ -124,11 +124,11 @@ def tojson_filter(
     size = machine.measure(value)
     # An escaped character takes six characters, and a surrogate pair takes two escapes.
     machine.require_room(12 * size.characters + size.parts * (size.depth * unit + between))
-    written = json.dumps(
+    json_text = json.dumps(
         value,
         ensure_ascii=bool(ensure_ascii),
         indent=indent,
         separators=cast("tuple[str, str]", separators),
         sort_keys=bool(sort_keys),
     )
-    return machine.charge_result(written)
+    return machine.charge_result(json_text)

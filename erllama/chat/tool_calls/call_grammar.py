@@ -12,17 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from erllama.chat.tool_calls.gemma_grammar import GemmaWriter
 from erllama.chat.tool_calls.literals import PYTHON_KEY
 from erllama.chat.tool_calls.parameter_schemas import (
-    allowed_types,
+    add_definitions,
+    find_allowed_types,
+    get_choices,
+    get_listed_properties,
+    get_required_names,
     is_unquoted,
-    listed_choices,
-    plainly_listed,
-    required_names,
     resolve_root,
-    with_definitions,
 )
-from erllama.chat.tool_calls.rule_writer import RuleWriter, escaped, is_quoted, quoted
+from erllama.chat.tool_calls.rule_writer import RuleWriter, escape_regex, is_quoted, quote
 from erllama.chat.tool_calls.syntax import ArgumentSyntax, ListedArguments, ToolFormat
-from erllama.chat.tool_calls.tools import parameters_of
+from erllama.chat.tool_calls.tools import get_parameters
 from erllama.errors import GrammarError, OptionError
 
 
@@ -48,7 +48,7 @@ def write_call_grammar(
         GrammarError: this family cannot write a tool's parameters.
         OptionError: there are no tools, or none has this name.
     """
-    enforced: dict[str, dict[str, object] | None] = {**parameters_of(tools), **(relaxed or {})}
+    enforced: dict[str, dict[str, object] | None] = {**get_parameters(tools), **(relaxed or {})}
     parameters = {tool: schema for tool, schema in enforced.items() if name in (None, tool)}
     if not parameters:
         raise OptionError(
@@ -58,9 +58,9 @@ def write_call_grammar(
     arguments = _ArgumentsWriter(rules, format.arguments)
     calls: list[str] = []
     for tool, schema in parameters.items():
-        written = rules.add_rule(arguments.write(schema))
+        payload = rules.add_rule(arguments.write(schema))
         calls += (
-            f"{rules.write_piece(call.before)} {literal(tool)} {rules.write_piece(call.middle)} {written} "
+            f"{rules.write_piece(call.before)} {literal(tool)} {rules.write_piece(call.middle)} {payload} "
             f"{rules.write_piece(call.after)}"
             for call in format.calls
         )
@@ -93,9 +93,9 @@ class _ArgumentsWriter:
         if syntax == "python":
             entries = {
                 name: f"{_python_key(name)} {self._python_value(part, schema)}"
-                for name, part in plainly_listed(listing).items()
+                for name, part in get_listed_properties(listing).items()
             }
-            return self._rules.write_separated(entries, required_names(listing), self._rules.write_piece(",~"))
+            return self._rules.write_separated(entries, get_required_names(listing), self._rules.write_piece(",~"))
         return self._gemma.write_entries(listing, schema)
 
     def _any_arguments(self) -> str:
@@ -104,9 +104,11 @@ class _ArgumentsWriter:
             return rules.write_json({"type": "object"})
         if isinstance(syntax, ListedArguments):
             mark = syntax.middle.partition("~")[0]
-            name = rules.add_terminal(f"/(?s:.+)/ & ~/(?s:.*){escaped(mark)}(?s:.*)/")
+            name = rules.add_terminal(f"/(?s:.+)/ & ~/(?s:.*){escape_regex(mark)}(?s:.*)/")
             if is_quoted(rules.literal(mark)):
-                name = rules.add_terminal(f"(/(?s:.+)/ & ~/(?s:.*){escaped(mark)}(?s:.*)/) {rules.literal(mark)}")
+                name = rules.add_terminal(
+                    f"(/(?s:.+)/ & ~/(?s:.*){escape_regex(mark)}(?s:.*)/) {rules.literal(mark)}"
+                )
                 middle = rules.write_piece(syntax.middle.removeprefix(mark))
             else:
                 middle = rules.write_piece(syntax.middle)
@@ -120,7 +122,7 @@ class _ArgumentsWriter:
     def _listed_arguments(
         self, syntax: ListedArguments, listing: Mapping[str, object], root: dict[str, object]
     ) -> str:
-        properties, required = plainly_listed(listing), required_names(listing)
+        properties, required = get_listed_properties(listing), get_required_names(listing)
         _check_distinguishable(list(properties), syntax.middle.partition("~")[0])
         arguments = (
             self._listed_argument(syntax, name, part, root) + ("" if name in required else "?")
@@ -129,7 +131,7 @@ class _ArgumentsWriter:
         return " ".join(arguments) or '""'
 
     def _listed_argument(self, syntax: ListedArguments, name: str, schema: object, root: dict[str, object]) -> str:
-        head = f"{self._rules.write_piece(syntax.open)} {quoted(name)} {self._rules.write_piece(syntax.middle)}"
+        head = f"{self._rules.write_piece(syntax.open)} {quote(name)} {self._rules.write_piece(syntax.middle)}"
         return self._rules.add_rule(self._with_value(head, syntax, schema, root))
 
     def _with_value(self, head: str, syntax: ListedArguments, schema: object, root: dict[str, object]) -> str:
@@ -140,24 +142,24 @@ class _ArgumentsWriter:
         """
         close, *rest = re.split("(~)", syntax.close, maxsplit=1)
         line = "\n" if syntax.on_own_lines else ""
-        if is_unquoted(allowed_types(schema, root)):
+        if is_unquoted(find_allowed_types(schema, root)):
             value = self._rules.write_unquoted(schema, root, line, close)
         else:
-            json_value = self._rules.write_json(with_definitions(schema, root))
+            json_value = self._rules.write_json(add_definitions(schema, root))
             value = f"{json_value} {self._rules.literal(line + close)}"
         if line:
             value = f"{self._rules.literal(line)} {value}"
         return f"{head} {value} {self._rules.write_piece(''.join(rest))}"
 
     def _python_value(self, schema: object, root: dict[str, object]) -> str:
-        if allowed_types(schema, root) == {"boolean"} and listed_choices(schema) is None:
+        if find_allowed_types(schema, root) == {"boolean"} and get_choices(schema) is None:
             return '("True" | "False")'
-        return self._rules.write_json(with_definitions(schema, root))
+        return self._rules.write_json(add_definitions(schema, root))
 
 
 def _python_key(name: str) -> str:
     """Return the expression of a keyword: bare where Python allows it, and quoted otherwise."""
-    return quoted(f"{name if PYTHON_KEY.fullmatch(name) else quoted(name)}=")
+    return quote(f"{name if PYTHON_KEY.fullmatch(name) else quote(name)}=")
 
 
 def _check_distinguishable(names: Sequence[str], mark: str) -> None:

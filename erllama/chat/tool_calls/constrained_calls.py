@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from erllama._runtime.log import logger
 from erllama.chat.tool_calls.call_grammar import write_call_grammar
-from erllama.chat.tool_calls.schema_enforcement import enforcement_problem, relaxations
+from erllama.chat.tool_calls.schema_enforcement import find_enforcement_problem, relax_schema
 from erllama.chat.tool_calls.syntax import ToolFormat
-from erllama.chat.tool_calls.tools import parameters_of
+from erllama.chat.tool_calls.tools import get_parameters
 from erllama.chat.types import Message
 from erllama.engine import Grammar
 from erllama.errors import GrammarError
@@ -79,9 +79,9 @@ class _Constraining:
 
     def constrain(self, strict: frozenset[str], *, required: bool) -> CallConstraint:
         parameters = {
-            tool: schema for tool, schema in parameters_of(self._tools).items() if self._name in (None, tool)
+            tool: schema for tool, schema in get_parameters(self._tools).items() if self._name in (None, tool)
         }
-        if not any(enforcement_problem(json.dumps(schema)) for schema in parameters.values()):
+        if not any(find_enforcement_problem(json.dumps(schema)) for schema in parameters.values()):
             with suppress(GrammarError):
                 return CallConstraint(self._write({}), frozenset())
         relaxed: dict[str, dict[str, object] | None] = {}
@@ -92,7 +92,7 @@ class _Constraining:
             if problem:
                 log.info("tool %r: arguments are validated after a call is read: %s", tool, problem)
                 relaxed[tool] = next(
-                    (part for part in relaxations(schema, self._format.arguments) if self._can_write(tool, part)),
+                    (part for part in relax_schema(schema, self._format.arguments) if self._can_write(tool, part)),
                     None,
                 )
         try:
@@ -105,7 +105,7 @@ class _Constraining:
 
     def _find_problem(self, tool: str, schema: dict[str, object]) -> str:
         """Return why a tool's schema cannot be enforced; "" where it can."""
-        problem = enforcement_problem(json.dumps(schema))
+        problem = find_enforcement_problem(json.dumps(schema))
         if not problem:
             try:
                 self._write({}, only=tool)

@@ -16,16 +16,16 @@ from erllama.chat.tool_calls.syntax import ID, CallSyntax, ListedArguments, Span
 from erllama.errors import OptionError
 
 
-def tool_format(name: str) -> ToolFormat:
+def get_tool_format(name: str) -> ToolFormat:
     """Return the format with a name.
 
     Raises:
         OptionError: no format has this name.
     """
-    found = TOOL_FORMATS.get(name) if isinstance(name, str) else None
-    if found is None:
+    format = TOOL_FORMATS.get(name) if isinstance(name, str) else None
+    if format is None:
         raise OptionError(f"there is no tool format {name!r:.60}{suggest_name(str(name), TOOL_FORMATS)}")
-    return found
+    return format
 
 
 def find_tool_format(template: str) -> ToolFormat | None:

@@ -11,16 +11,16 @@ from collections.abc import Iterable, Mapping
 from erllama.chat.tool_calls.literals import GEMMA_KEY, GEMMA_QUOTE
 from erllama.chat.tool_calls.parameter_schemas import (
     JSON_TYPES,
-    allowed_types,
     as_list,
+    find_allowed_types,
+    get_choices,
+    get_listed_properties,
+    get_properties,
+    get_required_names,
     is_unquoted,
-    listed_choices,
-    plainly_listed,
-    properties_of,
-    required_names,
     resolve_reference,
 )
-from erllama.chat.tool_calls.rule_writer import RuleWriter, is_quoted, quoted
+from erllama.chat.tool_calls.rule_writer import RuleWriter, is_quoted, quote
 from erllama.errors import GrammarError
 
 # Keywords that the grammar of Gemma's values does not enforce.
@@ -47,9 +47,9 @@ class GemmaWriter:
         entries = {
             name: f"{self._key(name)} {self._value(part, root)}"
             # The family's templates order keys in this way, so its models have seen this order.
-            for name, part in sorted(plainly_listed(schema).items(), key=lambda entry: entry[0].lower())
+            for name, part in sorted(get_listed_properties(schema).items(), key=lambda entry: entry[0].lower())
         }
-        return self._rules.write_separated(entries, required_names(schema), self._rules.literal(","))
+        return self._rules.write_separated(entries, get_required_names(schema), self._rules.literal(","))
 
     def write_any_entries(self) -> str:
         """Return the expression of any keys and values, without braces."""
@@ -59,7 +59,7 @@ class GemmaWriter:
     def _value(self, schema: object, root: dict[str, object]) -> str:
         if not isinstance(schema, Mapping):
             return self._any_value()
-        _check_enforceable(schema, allowed_types(schema, root))
+        _check_enforceable(schema, find_allowed_types(schema, root))
         reference = schema.get("$ref")
         if isinstance(reference, str):
             # One rule for each target, since a schema may refer to itself.
@@ -70,10 +70,10 @@ class GemmaWriter:
         for key in ("anyOf", "oneOf"):
             if key in schema:
                 return self._rules.add_rule(*(self._value(part, root) for part in as_list(schema[key])))
-        choices = listed_choices(schema)
+        choices = get_choices(schema)
         if choices is not None:
             return self._rules.add_rule(*map(self._constant, choices))
-        types = allowed_types(schema, root)
+        types = find_allowed_types(schema, root)
         if types == JSON_TYPES:
             return self._any_value()
         return self._rules.add_rule(*(self._value_of_type(type_, schema, root) for type_ in sorted(types)))
@@ -94,7 +94,7 @@ class GemmaWriter:
             return self._array(item, schema.get("minItems", 0), schema.get("maxItems"))
         if type_ == "object":
             others = schema.get("additionalProperties")
-            if properties_of(schema) or others is False:
+            if get_properties(schema) or others is False:
                 return f'"{{" {self.write_entries(schema, root)} "}}"'
             return self._object(self._value(others, root))
         limits = {key: value for key, value in schema.items() if key in _NUMBER_LIMITS}
@@ -123,18 +123,18 @@ class GemmaWriter:
         if isinstance(value, Mapping):
             keys = sorted(map(str, value), key=str.lower)
             return _joined("{", (f"{self._key(key)} {self._constant(value[key])}" for key in keys), "}")
-        return quoted(json.dumps(value))
+        return quote(json.dumps(value))
 
     def _string(self, text: str) -> str:
         if GEMMA_QUOTE in text:
             raise GrammarError(f"this model cannot write {text!r:.60}, which contains its quote {GEMMA_QUOTE!r}")
-        quote = self._rules.literal(GEMMA_QUOTE)
-        if is_quoted(quote):
-            return quoted(f"{GEMMA_QUOTE}{text}{GEMMA_QUOTE}")
-        return f"{quote} {quoted(text)} {quote}" if text else f"{quote} {quote}"
+        mark = self._rules.literal(GEMMA_QUOTE)
+        if is_quoted(mark):
+            return quote(f"{GEMMA_QUOTE}{text}{GEMMA_QUOTE}")
+        return f"{mark} {quote(text)} {mark}" if text else f"{mark} {mark}"
 
     def _key(self, name: str) -> str:
-        return quoted(f"{name}:") if GEMMA_KEY.fullmatch(name) else f'{self._string(name)} ":"'
+        return quote(f"{name}:") if GEMMA_KEY.fullmatch(name) else f'{self._string(name)} ":"'
 
 
 def _check_enforceable(schema: Mapping[str, object], types: frozenset[str]) -> None:
@@ -153,4 +153,4 @@ def _check_enforceable(schema: Mapping[str, object], types: frozenset[str]) -> N
 
 def _joined(begin: str, entries: Iterable[str], end: str) -> str:
     """Return expressions separated by commas, in brackets."""
-    return " ".join([quoted(begin), ' "," '.join(entries), quoted(end)])
+    return " ".join([quote(begin), ' "," '.join(entries), quote(end)])

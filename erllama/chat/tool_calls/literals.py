@@ -51,8 +51,8 @@ class Literals:
         Raises:
             InvalidValueError: the text there is something else.
         """
-        found, after = self._read_mapping(text, at, equals, end, MAX_NESTING)
-        return found, after - len(end)
+        mapping, after = self._read_mapping(text, at, equals, end, MAX_NESTING)
+        return mapping, after - len(end)
 
     def _read_value(self, text: str, at: int, levels: int) -> tuple[object, int]:
         if not levels:
@@ -75,34 +75,34 @@ class Literals:
         return read_json(text, at)[0], match.end()
 
     def _read_list(self, text: str, at: int, levels: int) -> tuple[list[object], int]:
-        found: list[object] = []
+        items: list[object] = []
         at = skip_white_space(text, at)
         while not text.startswith("]", at):
             value, at = self._read_value(text, at, levels)
-            found.append(value)
+            items.append(value)
             at = _skip_comma(text, at, "]")
-        return found, at + 1
+        return items, at + 1
 
     def _read_mapping(
         self, text: str, at: int, equals: str, end: str, levels: int
     ) -> tuple[dict[str, object], int]:
-        found: dict[str, object] = {}
+        mapping: dict[str, object] = {}
         at = skip_white_space(text, at)
         while not text.startswith(end, at):
             key, after = self._read_key(text, at)
             at = skip_white_space(text, after)
             if not text.startswith(equals, at):
                 raise InvalidValueError(f"{equals!r} is missing", at)
-            found[key], at = self._read_value(text, skip_white_space(text, at + len(equals)), levels)
+            mapping[key], at = self._read_value(text, skip_white_space(text, at + len(equals)), levels)
             at = _skip_comma(text, at, end)
-        return found, at + len(end)
+        return mapping, at + len(end)
 
     def _read_key(self, text: str, at: int) -> tuple[str, int]:
         match = self._key.match(text, at) if self._key else None
-        found = (match.group(), match.end()) if match else self._read_string(text, at)
-        if not found:
+        key_and_end = (match.group(), match.end()) if match else self._read_string(text, at)
+        if not key_and_end:
             raise InvalidValueError("a key is missing", at)
-        return found
+        return key_and_end
 
 
 _WORD = re.compile(r"[\w.+-]+")

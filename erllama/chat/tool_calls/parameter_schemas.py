@@ -18,7 +18,7 @@ _COMBINED = (
 )
 
 
-def allowed_types(schema: object, root: Mapping[str, object]) -> frozenset[str]:
+def find_allowed_types(schema: object, root: Mapping[str, object]) -> frozenset[str]:
     """Return the JSON types that a schema allows; all types where it allows none or is not plain.
 
     Args:
@@ -27,19 +27,19 @@ def allowed_types(schema: object, root: Mapping[str, object]) -> frozenset[str]:
     return _types(schema, root, {}, 0) or JSON_TYPES
 
 
-def properties_of(schema: Mapping[str, object]) -> dict[str, object]:
+def get_properties(schema: Mapping[str, object]) -> dict[str, object]:
     """Return a schema's `properties`; {} where it has none."""
-    found = schema.get("properties")
-    return found if isinstance(found, dict) else {}
+    properties = schema.get("properties")
+    return properties if isinstance(properties, dict) else {}
 
 
-def required_names(schema: object) -> set[str]:
+def get_required_names(schema: object) -> set[str]:
     """Return the names in a schema's `required`."""
-    found = schema.get("required") if isinstance(schema, dict) else None
-    return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
+    required = schema.get("required") if isinstance(schema, dict) else None
+    return {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
 
 
-def listed_choices(schema: object) -> list[object] | None:
+def get_choices(schema: object) -> list[object] | None:
     """Return the values that `const` or `enum` allow; None where a schema has neither."""
     if isinstance(schema, Mapping):
         if "const" in schema:
@@ -70,28 +70,28 @@ def list_arguments(parameters: Mapping[str, object]) -> dict[str, object]:
         if isinstance(reference, str) and (reference, always) not in known:
             known.add((reference, always))
             collect(resolve_reference(parameters, reference), depth + 1, always=always)
-        for name, part in properties_of(node).items():
+        for name, part in get_properties(node).items():
             same = name not in properties or properties[name] == part
             properties[name] = part if same else {"anyOf": [properties[name], part]}
-        required.update(required_names(node) if always else ())
+        required.update(get_required_names(node) if always else ())
         for key in ("allOf", "anyOf", "oneOf"):
             for part in as_list(node.get(key)):
                 collect(part, depth + 1, always=always and key == "allOf")
 
     collect(parameters, 0, always=True)
     shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
-    lacking: dict[str, object] = {name: {} for name in sorted(required) if name not in properties}
-    return {**shared, "type": "object", "properties": {**properties, **lacking}, "required": sorted(required)}
+    missing: dict[str, object] = {name: {} for name in sorted(required) if name not in properties}
+    return {**shared, "type": "object", "properties": {**properties, **missing}, "required": sorted(required)}
 
 
 def resolve_root(parameters: Mapping[str, object]) -> Mapping[str, object]:
     """Return the schema itself, or the schema that it refers to as a whole."""
-    found: object = parameters
+    schema: object = parameters
     for _ in range(MAX_DEPTH):
-        if not isinstance(found, Mapping) or not isinstance(found.get("$ref"), str):
+        if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
             break
-        found = resolve_reference(parameters, str(found["$ref"]))
-    return found if isinstance(found, Mapping) else {}
+        schema = resolve_reference(parameters, str(schema["$ref"]))
+    return schema if isinstance(schema, Mapping) else {}
 
 
 def resolve_reference(root: Mapping[str, object], reference: str) -> object:
@@ -105,7 +105,7 @@ def resolve_reference(root: Mapping[str, object], reference: str) -> object:
     return node if reference.startswith("#") else {}
 
 
-def with_definitions(schema: object, root: Mapping[str, object]) -> dict[str, object]:
+def add_definitions(schema: object, root: Mapping[str, object]) -> dict[str, object]:
     """Return a part of a schema as a schema of its own, with the definitions of `root`."""
     if schema is True or schema == {}:
         return {}
@@ -115,7 +115,7 @@ def with_definitions(schema: object, root: Mapping[str, object]) -> dict[str, ob
     return {**shared, **schema}
 
 
-def plainly_listed(schema: object) -> dict[str, object]:
+def get_listed_properties(schema: object) -> dict[str, object]:
     """Return the properties of a schema that lists its arguments plainly.
 
     Raises:
@@ -124,12 +124,12 @@ def plainly_listed(schema: object) -> dict[str, object]:
     if not isinstance(schema, dict):
         return {}
     combined = [key for key in _COMBINED if key in schema]
-    lacking = required_names(schema) - set(properties_of(schema))
-    if combined or lacking:
-        what = f"{combined[0]!r} in them" if combined else f"{min(lacking)!r} is required and not listed"
+    missing = get_required_names(schema) - set(get_properties(schema))
+    if combined or missing:
+        what = f"{combined[0]!r} in them" if combined else f"{min(missing)!r} is required and not listed"
         raise GrammarError(f"this model writes arguments one by one, and the parameters do not list them: {what}")
     # A property whose schema is false must be absent.
-    return {name: part for name, part in properties_of(schema).items() if part is not False}
+    return {name: part for name, part in get_properties(schema).items() if part is not False}
 
 
 def as_list(value: object) -> list[object]:
@@ -146,26 +146,26 @@ def _types(
     def parts(key: str) -> list[frozenset[str]]:
         return [_types(part, root, known, depth + 1) for part in as_list(schema.get(key))]
 
-    found = JSON_TYPES
+    types = JSON_TYPES
     if "type" in schema:
-        listed = schema["type"]
-        found &= {type_ for type_ in as_list(listed) or [listed] if isinstance(type_, str)}
-    choices = listed_choices(schema)
+        declared = schema["type"]
+        types &= {type_ for type_ in as_list(declared) or [declared] if isinstance(type_, str)}
+    choices = get_choices(schema)
     if choices is not None:
-        found &= frozenset(map(_type_of, choices))
+        types &= frozenset(map(_type_of, choices))
     for key in ("anyOf", "oneOf"):
         if key in schema:
-            found &= frozenset().union(*parts(key))
-    for types in parts("allOf"):
-        found &= types
+            types &= frozenset().union(*parts(key))
+    for part_types in parts("allOf"):
+        types &= part_types
     reference = schema.get("$ref")
     if isinstance(reference, str):
         if reference not in known:
             # A reference to itself adds no type, so it counts as none while it is resolved.
             known[reference] = frozenset()
             known[reference] = _types(resolve_reference(root, reference), root, known, depth + 1)
-        found &= known[reference]
-    return found
+        types &= known[reference]
+    return types
 
 
 def _type_of(value: object) -> str:

@@ -17,13 +17,13 @@ from erllama.chat.suggestions import suggest_name
 from erllama.chat.tool_calls.literals import GEMMA, PYTHON, PYTHON_ARGUMENTS
 from erllama.chat.tool_calls.parameter_schemas import (
     JSON_TYPES,
-    allowed_types,
+    find_allowed_types,
+    get_properties,
     is_unquoted,
     list_arguments,
-    properties_of,
 )
 from erllama.chat.tool_calls.syntax import ID, CallSyntax, ListedArguments, ToolFormat
-from erllama.chat.tool_calls.tools import parameters_of
+from erllama.chat.tool_calls.tools import get_parameters
 from erllama.chat.types import TOOL_NAME
 from erllama.engine import ToolCall
 from erllama.errors import ToolCallError
@@ -43,7 +43,7 @@ def read_calls(format: ToolFormat, full: str, tools: Sequence[Mapping[str, objec
     Raises:
         ToolCallError: the text is not a call, or calls a tool that is not in `tools`. The message has the position.
     """
-    return _CallReader(format, full, parameters_of(tools)).read()
+    return _CallReader(format, full, get_parameters(tools)).read()
 
 
 class _CallReader:
@@ -71,10 +71,10 @@ class _CallReader:
             raise self._error(f"{' or '.join(map(repr, format.open))} is missing")
         self._skip_space()
         at = self._at
-        found = self._read_value(read_json)
-        for call in found if isinstance(found, list) else [found]:
+        value = self._read_value(read_json)
+        for call in value if isinstance(value, list) else [value]:
             self._add_json_call(call, at)
-        if not found:
+        if not value:
             raise self._error("an empty list of calls", at)
         self._skip_space()
         if not self._skip_any(format.close) and format.close and self._at < len(self._text):
@@ -108,9 +108,9 @@ class _CallReader:
     def _name_and_arguments(self, call: dict[str, object], at: int) -> tuple[object, object]:
         names = [key for key in NAME_KEYS if key in call]
         payloads = [key for key in ARGUMENT_KEYS if key in call]
-        for found, keys in ((names, NAME_KEYS), (payloads, ARGUMENT_KEYS)):
-            if len(found) != 1:
-                raise self._error(f"a call must have one of {', '.join(map(repr, keys))}, not {len(found)}", at)
+        for present, keys in ((names, NAME_KEYS), (payloads, ARGUMENT_KEYS)):
+            if len(present) != 1:
+                raise self._error(f"a call must have one of {', '.join(map(repr, keys))}, not {len(present)}", at)
         self._check_keys(call, ("type", "id", "tool_call_id", *names, *payloads), at)
         return call[names[0]], call[payloads[0]]
 
@@ -136,11 +136,11 @@ class _CallReader:
 
     def _is_at_call(self) -> bool:
         at = self._at
-        found = any(call.before and self._skip_piece(call.before) for call in self._format.calls)
+        is_call = any(call.before and self._skip_piece(call.before) for call in self._format.calls)
         # Where a call begins with its name, the separator before it shows that a call follows.
-        found = found or not self._format.calls[0].before
+        is_call = is_call or not self._format.calls[0].before
         self._at = at
-        return found
+        return is_call
 
     def _read_call(self) -> None:
         begin = self._at
@@ -150,8 +150,8 @@ class _CallReader:
         arguments = self._read_arguments(self._parameters[name])
         # Only the text after the last listed argument shows that the list is complete, so it is required, unless it
         # is the text that closes the span.
-        listed = isinstance(self._format.arguments, ListedArguments)
-        self._skip_required(call.after, () if listed and call.after.strip("~") in self._format.close else None)
+        is_listed = isinstance(self._format.arguments, ListedArguments)
+        self._skip_required(call.after, () if is_listed and call.after.strip("~") in self._format.close else None)
         self._add_call(name, arguments, self._format.id_template.format(name=name, id=id) if id else None, begin)
 
     def _read_header(self) -> tuple[CallSyntax, str, str]:
@@ -196,17 +196,17 @@ class _CallReader:
     # --- Arguments that are listed one by one --------------------------------------------------
 
     def _read_listed_arguments(self, syntax: ListedArguments, schema: dict[str, object]) -> dict[str, object]:
-        found: dict[str, object] = {}
-        properties = properties_of(list_arguments(schema))
+        arguments: dict[str, object] = {}
+        properties = get_properties(list_arguments(schema))
         names = sorted(properties, key=len, reverse=True)
         while self._skip_piece(syntax.open):
             at = self._at
             name = self._read_argument_name(syntax, names)
-            if name in found:
+            if name in arguments:
                 raise self._error(f"the argument {name!r:.60} is repeated", at)
-            types = allowed_types(properties[name], schema) if name in properties else JSON_TYPES
-            found[name] = self._read_argument(syntax, name, types, at)
-        return found
+            types = find_allowed_types(properties[name], schema) if name in properties else JSON_TYPES
+            arguments[name] = self._read_argument(syntax, name, types, at)
+        return arguments
 
     def _read_argument_name(self, syntax: ListedArguments, known: Sequence[str]) -> str:
         at = self._at
@@ -245,13 +245,13 @@ class _CallReader:
         """Return the value of an unquoted text, according to the types that the schema allows."""
         # Where only strings and null are allowed, quotes are part of the string.
         wanted = types - {"string"} if types <= {"string", "null"} else types
-        for read in (parse_json, _parse_python) if wanted else ():
+        for parse in (parse_json, _parse_python) if wanted else ():
             try:
-                found = read(raw)
+                value = parse(raw)
             except InvalidValueError:
                 continue
-            if _has_type(found, wanted):
-                return found
+            if _has_type(value, wanted):
+                return value
         if "string" in types:
             return raw
         raise self._error(f"the argument {name!r:.60} has none of the types {', '.join(sorted(types))}", at)
@@ -272,17 +272,17 @@ class _CallReader:
 
     def _read_value(self, read: Callable[[str, int], tuple[object, int]]) -> object:
         try:
-            found, self._at = read(self._text, self._at)
+            value, self._at = read(self._text, self._at)
         except InvalidValueError as error:
             raise self._error(str(error), error.at) from None
-        return found
+        return value
 
     def _read_until(self, mark: str) -> str:
         end = self._text.find(mark, self._at)
         if end < 0:
             raise self._error(f"{mark!r} is missing")
-        found, self._at = self._text[self._at : end], end
-        return found
+        text, self._at = self._text[self._at : end], end
+        return text
 
     def _skip_space(self) -> None:
         self._at = skip_white_space(self._text, self._at)
@@ -317,8 +317,8 @@ class _CallReader:
             if n:
                 self._skip_space()
             if not self._skip_any((part,)):
-                ended = skip_white_space(self._text, self._at) == len(self._text)
-                if not ended or part not in may_lack:
+                at_end = skip_white_space(self._text, self._at) == len(self._text)
+                if not at_end or part not in may_lack:
                     raise self._error(f"{part!r} is missing")
 
     def _error(self, problem: str, at: int | None = None) -> ToolCallError:
@@ -329,10 +329,10 @@ class _CallReader:
 
 
 def _parse_python(raw: str) -> object:
-    found, end = PYTHON.read(raw, 0)
-    if isinstance(found, str) or skip_white_space(raw, end) < len(raw):
+    value, end = PYTHON.read(raw, 0)
+    if isinstance(value, str) or skip_white_space(raw, end) < len(raw):
         raise InvalidValueError("not a single value, or a string, which must be written without quotes", end)
-    return found
+    return value
 
 
 def _has_type(value: object, types: frozenset[str]) -> bool:

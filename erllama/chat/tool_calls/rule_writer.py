@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from erllama.chat.tool_calls.parameter_schemas import (
     MAX_DEPTH,
-    allowed_types,
     as_list,
-    listed_choices,
+    find_allowed_types,
+    get_choices,
     resolve_reference,
 )
 from erllama.chat.tool_calls.syntax import ID
@@ -27,7 +27,7 @@ _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _NULLS = r"[\x20\t\r\n]*(?:null|None)[\x20\t\r\n]*"
 
 
-def quoted(text: str) -> str:
+def quote(text: str) -> str:
     """Return a text as a Lark string: a JSON string without DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
@@ -37,7 +37,7 @@ def is_quoted(expression: str) -> bool:
     return _QUOTED.fullmatch(expression) is not None
 
 
-def escaped(text: str) -> str:
+def escape_regex(text: str) -> str:
     """Return a text escaped for a regular expression in Lark."""
     return "".join(f"\\x{{{ord(letter):x}}}" if not letter.isalnum() else letter for letter in text)
 
@@ -117,20 +117,20 @@ class RuleWriter:
         Raises:
             GrammarError: the schema allows no text without `close`.
         """
-        found = _text_pattern(schema, root, close, 0)
-        if found is None:
+        pattern = _text_pattern(schema, root, close, 0)
+        if pattern is None:
             raise GrammarError(
                 f"the schema of a text allows only texts that contain {close!r}, which ends the text"
             )
-        if "null" in allowed_types(schema, root):
+        if "null" in find_allowed_types(schema, root):
             # The text null stands for the value null.
-            found = f'(({found}) & ~/{_NULLS}/) | "null"'
-        text = f"({found}) & ~/(?s:.*){escaped(close)}(?s:.*)/"
+            pattern = f'(({pattern}) & ~/{_NULLS}/) | "null"'
+        text = f"({pattern}) & ~/(?s:.*){escape_regex(close)}(?s:.*)/"
         ending = self.literal(close)
         if is_quoted(ending):
             # The lexer takes the longest lexeme, so the text and its end are one lexeme.
-            return self.add_terminal(f"({text}) {quoted(line + close)}")
-        return f"{self.add_terminal(f'({text}) {quoted(line)}' if line else text)} {ending}"
+            return self.add_terminal(f"({text}) {quote(line + close)}")
+        return f"{self.add_terminal(f'({text}) {quote(line)}' if line else text)} {ending}"
 
     def _add(self, prefix: str, expression: str) -> str:
         known = f"{prefix}: {expression}"
@@ -144,13 +144,13 @@ def _text_pattern(schema: object, root: Mapping[str, object], without: str, dept
     """Return the terminal of the texts that a schema of strings and null allows; None where it allows none."""
     if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
         return None if schema is False else "/(?s:.*)/"
-    choices = listed_choices(schema)
-    listed = schema.get("type", "string")
-    types = as_list(listed) or [listed]
+    choices = get_choices(schema)
+    declared = schema.get("type", "string")
+    types = as_list(declared) or [declared]
     if choices is not None:
         texts = [choice for choice in choices if isinstance(choice, str) and without not in choice]
         texts += ["null"] if None in choices else []
-        needed = [" | ".join(map(quoted, texts))]
+        needed = [" | ".join(map(quote, texts))]
     else:
         kinds = [_string_pattern(schema)] if "string" in types else []
         needed = [" | ".join([*kinds, *(['"null"'] if "null" in types else [])])]
@@ -170,12 +170,12 @@ def _string_pattern(schema: Mapping[str, object]) -> str:
     counts = with_plain_counts(dict(schema))
     least, most = counts.get("minLength"), counts.get("maxLength")
     limits = f"{{{least if isinstance(least, int) else 0},{most if isinstance(most, int) else ''}}}"
-    found = f"/(?s:.{limits})/" if limits != "{0,}" else "/(?s:.*)/"
+    terminal = f"/(?s:.{limits})/" if limits != "{0,}" else "/(?s:.*)/"
     pattern = schema.get("pattern")
     if isinstance(pattern, str):
         # A JSON Schema pattern is not anchored.
-        begun, closed = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
-        inner = pattern[begun : len(pattern) - closed].replace("\\/", "/").replace("/", "\\/")
+        at_start, at_end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
+        inner = pattern[at_start : len(pattern) - at_end].replace("\\/", "/").replace("/", "\\/")
         inner = inner.replace("\n", "\\n")
-        found += f" & /{'' if begun else '(?s:.*)'}(?:{inner}){'' if closed else '(?s:.*)'}/"
-    return found
+        terminal += f" & /{'' if at_start else '(?s:.*)'}(?:{inner}){'' if at_end else '(?s:.*)'}/"
+    return terminal

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from erllama.chat.tool_calls.parameter_schemas import allowed_types, list_arguments, properties_of
+from erllama.chat.tool_calls.parameter_schemas import find_allowed_types, get_properties, list_arguments
 from erllama.chat.tool_calls.syntax import ArgumentSyntax
 from erllama.engine.grammar.grammar import Grammar
 from erllama.engine.grammar.schemas.subschemas import Schema, rewritten
@@ -34,7 +34,7 @@ _SHOWN = 200  # characters of a violation in an error message
 
 
 @lru_cache(maxsize=1024)
-def enforcement_problem(schema: str) -> str:
+def find_enforcement_problem(schema: str) -> str:
     """Return why a grammar cannot enforce a schema, given as JSON text; "" where it can."""
     try:
         Grammar.json_schema(schema)
@@ -44,9 +44,9 @@ def enforcement_problem(schema: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def schema_error(schema: str) -> str:
+def find_schema_error(schema: str) -> str:
     """Return why no arguments can match a schema, given as JSON text; "" where some can, enforced or not."""
-    problem = enforcement_problem(schema)
+    problem = find_enforcement_problem(schema)
     if not problem:
         return ""
     try:
@@ -63,7 +63,7 @@ def schema_error(schema: str) -> str:
     return ""
 
 
-def relaxations(schema: Schema, syntax: ArgumentSyntax) -> Iterator[Schema | None]:
+def relax_schema(schema: Schema, syntax: ArgumentSyntax) -> Iterator[Schema | None]:
     """Yield schemas that allow more than a schema, the strictest first; None for any arguments.
 
     Args:
@@ -75,15 +75,15 @@ def relaxations(schema: Schema, syntax: ArgumentSyntax) -> Iterator[Schema | Non
     if syntax != "json":
         yield listing
     # The types are kept: a family writes values of different types differently.
-    types = {name: allowed_types(part, loosened) for name, part in properties_of(listing).items()}
-    yield {**listing, "properties": {name: {"type": sorted(found)} for name, found in types.items()}}
+    types = {name: find_allowed_types(part, loosened) for name, part in get_properties(listing).items()}
+    yield {**listing, "properties": {name: {"type": sorted(allowed)} for name, allowed in types.items()}}
     yield None
 
 
 def find_violation(schema: Schema, arguments: object) -> str:
     """Return the place and the problem where arguments violate a schema; "" where they match it."""
-    found = next(iter(_find_violations(json.dumps(schema), arguments)), "")
-    return found if len(found) <= _SHOWN else f"{found[:_SHOWN]}…"
+    violation = next(iter(_find_violations(json.dumps(schema), arguments)), "")
+    return violation if len(violation) <= _SHOWN else f"{violation[:_SHOWN]}…"
 
 
 def _find_violations(schema: str, arguments: object) -> Iterator[str]:
@@ -108,14 +108,14 @@ def _validator(schema: str) -> Validator:
     from jsonschema.validators import validator_for
     from referencing import Registry
 
-    found = json.loads(schema)
-    kind = validator_for(found, default=Draft202012Validator)
+    parsed = json.loads(schema)
+    kind = validator_for(parsed, default=Draft202012Validator)
     try:
-        kind.check_schema(found)
+        kind.check_schema(parsed)
     except SchemaError as error:
         raise ValueError(f"{error.message} (at {error.json_path})") from None
     # The empty registry makes sure that a reference to another document is never fetched.
-    validator: Validator = kind(found, registry=Registry())
+    validator: Validator = kind(parsed, registry=Registry())
     return validator
 
 
@@ -123,18 +123,20 @@ def _loosen(schema: Schema) -> Schema:
     """Return a schema without the keywords that llguidance does not support. It allows what the original allows."""
 
     def change(node: Schema) -> Schema:
-        found = {key: part for key, part in node.items() if key not in _NOT_ENFORCED}
-        pattern = found.get("pattern")
-        if isinstance(pattern, str) and enforcement_problem(json.dumps({"type": "string", "pattern": pattern})):
-            del found["pattern"]
-        if isinstance(found.get("oneOf"), list):
-            either = {"anyOf": found.pop("oneOf")}
-            if "anyOf" not in found:
-                return {**found, **either}
-            all_of = found.get("allOf")
-            return {**found, "allOf": [*(all_of if isinstance(all_of, list) else []), either]}
-        return found
+        loosened = {key: part for key, part in node.items() if key not in _NOT_ENFORCED}
+        pattern = loosened.get("pattern")
+        if isinstance(pattern, str) and find_enforcement_problem(
+            json.dumps({"type": "string", "pattern": pattern})
+        ):
+            del loosened["pattern"]
+        if isinstance(loosened.get("oneOf"), list):
+            either = {"anyOf": loosened.pop("oneOf")}
+            if "anyOf" not in loosened:
+                return {**loosened, **either}
+            all_of = loosened.get("allOf")
+            return {**loosened, "allOf": [*(all_of if isinstance(all_of, list) else []), either]}
+        return loosened
 
-    found = rewritten(schema, change)
-    assert isinstance(found, dict)
-    return found
+    loosened = rewritten(schema, change)
+    assert isinstance(loosened, dict)
+    return loosened

@@ -14,7 +14,7 @@ from typing import Literal
 
 from erllama.chat.json_values import InvalidValueError, check_text, copy_json_value
 from erllama.chat.suggestions import suggest_name
-from erllama.chat.tool_calls.schema_enforcement import enforcement_problem, schema_error
+from erllama.chat.tool_calls.schema_enforcement import find_enforcement_problem, find_schema_error
 from erllama.chat.types import TOOL_NAME
 from erllama.errors import ChatError, OptionError
 
@@ -47,17 +47,17 @@ def normalize_tools(tools: object) -> list[dict[str, object]]:
         return []
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
         raise ChatError(f"tools must be a sequence of mappings, not {type(tools).__name__}")
-    found: dict[str, dict[str, object]] = {}
+    by_name: dict[str, dict[str, object]] = {}
     for number, tool in enumerate(tools):
         try:
             function = _normalize_function(tool)
             name = str(function["name"])
-            if name in found:
+            if name in by_name:
                 raise ChatError("the name is repeated")
         except (ChatError, InvalidValueError) as error:
             raise ChatError(f"tool {_label(tool, number)}: {error}") from None
-        found[name] = {"type": "function", "function": function}
-    return list(found.values())
+        by_name[name] = {"type": "function", "function": function}
+    return list(by_name.values())
 
 
 def check_schemas(tools: Sequence[Mapping[str, object]], strict: Collection[str] = ()) -> None:
@@ -71,7 +71,7 @@ def check_schemas(tools: Sequence[Mapping[str, object]], strict: Collection[str]
         ChatError: a tool's parameters are not a JSON schema, or one that no arguments can match; or the tool is
             strict and no grammar can enforce its parameters. The message names the tool.
     """
-    for name, parameters in parameters_of(tools).items():
+    for name, parameters in get_parameters(tools).items():
         error = _check_schema(json.dumps(parameters), name in strict)
         if error:
             raise ChatError(f"tool {name!r}: {error}")
@@ -81,10 +81,10 @@ def check_schemas(tools: Sequence[Mapping[str, object]], strict: Collection[str]
 @lru_cache(maxsize=4096)
 def _check_schema(schema: str, strict: bool) -> str:
     """Return the error in a tool's parameters, given as JSON text; "" where there is none."""
-    error = schema_error(schema)
+    error = find_schema_error(schema)
     if error:
         return f"its parameters do not compile: {error}"
-    problem = enforcement_problem(schema) if strict else ""
+    problem = find_enforcement_problem(schema) if strict else ""
     return f"it is strict, and its parameters cannot be enforced: {problem}; leave 'strict' out" if problem else ""
 
 
@@ -118,38 +118,40 @@ def parse_tool_choice(choice: object, tools: Sequence[Mapping[str, object]]) -> 
     if isinstance(choice, ToolChoice):
         kind, name = choice.kind, choice.name
     else:
-        kind, name = _parse_choice(choice, tool_names(tools))
-    if name is not None and name not in tool_names(tools):
-        raise OptionError(f"tool_choice names an unknown tool: {name!r:.80}{suggest_name(name, tool_names(tools))}")
+        kind, name = _parse_choice(choice, get_tool_names(tools))
+    if name is not None and name not in get_tool_names(tools):
+        raise OptionError(
+            f"tool_choice names an unknown tool: {name!r:.80}{suggest_name(name, get_tool_names(tools))}"
+        )
     if kind == "required" and not tools:
         raise OptionError("tool_choice requires a tool call, but there are no tools")
     return ToolChoice(kind, name)
 
 
-def strict_names(tools: object) -> frozenset[str]:
+def find_strict_tools(tools: object) -> frozenset[str]:
     """Return the names of the tools that are strict.
 
     Args:
         tools: as callers write them.
     """
-    given = tools if isinstance(tools, Sequence) else ()
-    functions = (tool.get("function", tool) for tool in given if isinstance(tool, Mapping))
+    entries = tools if isinstance(tools, Sequence) else ()
+    functions = (tool.get("function", tool) for tool in entries if isinstance(tool, Mapping))
     return frozenset(str(function["name"]) for function in functions if function.get("strict"))
 
 
-def tool_names(tools: Sequence[Mapping[str, object]]) -> list[str]:
+def get_tool_names(tools: Sequence[Mapping[str, object]]) -> list[str]:
     """Return the names of normalized tools, in order."""
     return [str(function["name"]) for function in map(_function_of, tools)]
 
 
-def parameters_of(tools: Sequence[Mapping[str, object]]) -> dict[str, dict[str, object]]:
+def get_parameters(tools: Sequence[Mapping[str, object]]) -> dict[str, dict[str, object]]:
     """Return the schemas of normalized tools' parameters, by tool name."""
-    found: dict[str, dict[str, object]] = {}
+    by_name: dict[str, dict[str, object]] = {}
     for function in map(_function_of, tools):
         parameters = function["parameters"]
         assert isinstance(parameters, dict)
-        found[str(function["name"])] = parameters
-    return found
+        by_name[str(function["name"])] = parameters
+    return by_name
 
 
 def _parse_choice(choice: object, names: Sequence[str]) -> tuple[Literal["auto", "none", "required"], str | None]:
@@ -216,8 +218,8 @@ def _normalize_parameters(function: Mapping[object, object]) -> dict[str, object
     return schema
 
 
-def _check_keys(given: Mapping[object, object], known: Sequence[str]) -> None:
-    for key in given:
+def _check_keys(mapping: Mapping[object, object], known: Sequence[str]) -> None:
+    for key in mapping:
         if key not in known:
             raise ChatError(f"unknown key {key!r:.60}{suggest_name(str(key), known)}")
 
