@@ -13,7 +13,7 @@ from erllama.chat.thinking import find_thinking_markers
 from erllama.chat.tool_calls.constrained_calls import CallConstraint, constrain_calls
 from erllama.chat.tool_calls.formats import find_tool_format, get_tool_format
 from erllama.chat.tool_calls.reader import read_calls
-from erllama.chat.tool_calls.rule_writer import quoted
+from erllama.chat.tool_calls.rule_writer import quote
 from erllama.chat.tool_calls.schema_enforcement import find_violation
 from erllama.chat.tool_calls.syntax import ToolFormat
 from erllama.chat.tool_calls.tools import ToolChoice, get_parameters, get_tool_names
@@ -175,5 +175,5 @@ def _lark_literal(script: Script, text: str) -> str:
     """Return the Lark expression of a text in which special tokens are spelled out."""
     parts = script.runs(script.of_marker(text))
     return " ".join(
-        f"<[{part}]>" if isinstance(part, int) else quoted(part.decode("utf-8", "replace")) for part in parts
+        f"<[{part}]>" if isinstance(part, int) else quote(part.decode("utf-8", "replace")) for part in parts
     )

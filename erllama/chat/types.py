@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-# One message in normalized form: see `normalized_messages`.
+# One message in normalized form: see `normalize_messages`.
 Message = dict[str, object]
 # A conversation as callers write it.
 Messages = Sequence[Mapping[str, object]]

@@ -264,7 +264,7 @@ def test_half_a_surrogate_pair_is_refused_with_the_option_as_without() -> None:
                 {"documents": [{"text": "a"}], "template_args": {"x": half}},
                 {"documents": [{"text": half}], "template_args": {"x": ""}},
             ]:
-                with pytest.raises(erllama.ChatError, match="half a surrogate pair"):
+                with pytest.raises(erllama.ChatError, match="half of a surrogate pair"):
                     model.apply_chat_template([user("Q")], **given, **options)
 
 

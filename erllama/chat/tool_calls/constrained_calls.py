@@ -49,7 +49,7 @@ def constrain_calls(
     """Return the constraint of calls to tools.
 
     Args:
-        tools: as `normalized_tools` returns them.
+        tools: as `normalize_tools` returns them.
         name: the one tool that may be called; None for any.
         parallel: whether a span may have several calls.
         literal: returns the Lark expression for a text in which special tokens may be spelled out.
