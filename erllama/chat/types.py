@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 
 # One message in normalized form: see `normalize_messages`.
 Message = dict[str, object]
-# A conversation as callers write it.
-Messages = Sequence[Mapping[str, object]]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # OpenAI's rule for tool names, and dots, which the built-in tools of some families have.

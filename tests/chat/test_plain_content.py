@@ -278,9 +278,9 @@ def test_values_that_no_template_takes_are_refused_with_the_option_as_without() 
     with model_that_says("x", template=template) as model:
         for options in [{}, PLAIN]:
             for value in [{(1, 2): "a"}, circular, deep, {"a": object()}]:
-                with pytest.raises(erllama.ChatError, match="templates take JSON values"):
+                with pytest.raises(erllama.ChatError, match="expected JSON values"):
                     model.apply_chat_template([user("Q")], documents=[{"a": value}], **options)
-                with pytest.raises(erllama.OptionError, match="templates take JSON values"):
+                with pytest.raises(erllama.OptionError, match="expected JSON values"):
                     model.apply_chat_template([user("Q")], template_args={"x": value}, **options)
 
 

@@ -43,7 +43,7 @@ _LONG_NUMBER = re.compile(r"[0-9][0-9_]{1000}")
 # File name of the generated code, by which tracebacks identify its frames.
 FILENAME: Final = "<chat template>"
 
-_ADMITTED: Final = frozenset(
+_ALLOWED_NODES: Final = frozenset(
     {
         nodes.Add, nodes.And, nodes.Assign, nodes.AssignBlock, nodes.Break, nodes.Call, nodes.CallBlock,
         nodes.Compare, nodes.Concat, nodes.CondExpr, nodes.Const, nodes.Continue, nodes.Dict, nodes.Div,
@@ -244,7 +244,7 @@ def _check(tree: nodes.Template) -> None:
         count += len(level)
         below: list[nodes.Node] = []
         for node in level:
-            if type(node) not in _ADMITTED:
+            if type(node) not in _ALLOWED_NODES:
                 raise TemplateSyntaxError(
                     f"chat templates do not support {type(node).__name__.lower()}", node.lineno
                 )

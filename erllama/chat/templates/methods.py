@@ -81,7 +81,7 @@ def _inspect_method(name: str) -> Callable[..., object]:
 def _strip_method(name: str) -> Callable[..., object]:
     def run(machine: Machine, text: str, chars: object = None, /) -> object:
         machine.charge_text(len(text), not text.isascii())
-        return getattr(text, name)(check_small(chars, "a strip", MAX_CHARACTERS))
+        return getattr(text, name)(check_small(chars, "an argument of strip", MAX_CHARACTERS))
 
     return run
 

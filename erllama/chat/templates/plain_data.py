@@ -40,8 +40,8 @@ class PlainDataCopier:
                 raise ChatError(f"a {what} must be a mapping, not {type(item).__name__} ({what} {index})", index=at)
             try:
                 copies.append(cast("dict[object, object]", self._copy(item, 0)))
-            except _NotPlainError as refused:
-                raise ChatError(f"{what} {index}: templates take JSON values, not {refused}", index=at) from None
+            except _NotPlainError as error:
+                raise ChatError(f"{what} {index}: expected JSON values, not {error}", index=at) from None
         return copies
 
     def copy_argument(self, name: str, value: object) -> object:
@@ -52,8 +52,8 @@ class PlainDataCopier:
         """
         try:
             return self._copy(value, 0)
-        except _NotPlainError as refused:
-            raise OptionError(f"{name}: templates take JSON values, not {refused}") from None
+        except _NotPlainError as error:
+            raise OptionError(f"{name}: expected JSON values, not {error}") from None
 
     def _copy(self, value: object, depth: int) -> object:
         kind = type(value)

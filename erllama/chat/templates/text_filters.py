@@ -72,7 +72,7 @@ def title_filter(machine: Machine, value: object) -> object:
 def trim_filter(machine: Machine, value: object, chars: object = None) -> object:
     text = machine.to_soft_text(value)
     machine.charge_text(len(text), not text.isascii())
-    check_small(chars, "a strip", MAX_CHARACTERS)
+    check_small(chars, "an argument of strip", MAX_CHARACTERS)
     return text.strip(cast(str, chars))
 
 
