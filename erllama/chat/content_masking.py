@@ -1,4 +1,4 @@
-"""Masking of content: keeps special tokens that users and tools spell out from being read as tokens.
+"""Masking of content: special tokens that users and tools spell out are not read as tokens.
 
 `Conversation.render` uses it with `special_tokens_in_content=False`:
 

@@ -1,4 +1,4 @@
-"""Model families: how a family marks thinking and writes tool calls, recognized by its chat template.
+"""Model families: how a family marks thinking and writes tool calls, found by its chat template.
 
 `Family.from_template` finds the markers and the tool-call format for one turn. `erllama.chat.chats` tells the
 engine where to look for them; `erllama.chat.turn` reads the calls of the reply with it.

@@ -1,6 +1,7 @@
-"""Changes to messages that the templates of some families require, recognized by the template's source.
+"""Changes to messages that the templates of some families require.
 
-`erllama.chat.conversation` calls these functions before it renders for a model. `render_chat_template` renders
+A template's source shows which changes it needs. `erllama.chat.conversation` applies them before it renders for a model.
+`render_chat_template` renders
 messages unchanged.
 """
 

@@ -1,4 +1,4 @@
-"""Markers of thinking: the texts around a model's thoughts, recognized by its chat template's source.
+"""Markers of thinking: the texts around a model's thoughts, found in its chat template.
 
 `find_thinking_markers` tries each family's markers, the most specific first. `erllama.chat.chats` calls it for each
 template. The engine then separates the text between the markers from the answer.

@@ -1,4 +1,4 @@
-"""The end of the last message in a rendered conversation, for a reply that continues the message.
+"""The end of the last message in a rendered conversation, for a reply that continues it.
 
 `ChatTemplate.render` uses `FinalText` with `continue_final_message`.
 """

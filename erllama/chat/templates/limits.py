@@ -1,4 +1,4 @@
-"""Limits of chat templates: constants with their reasons, and the error for a template that exceeds one.
+"""Limits of chat templates: constants with their reasons, and the error for exceeding one.
 
 `Budget` and `Machine` enforce the limits of a rendering, and `compiler` those of a template. Nothing is imported
 here.

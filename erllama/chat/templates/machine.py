@@ -1,4 +1,4 @@
-"""The machine that runs a chat template: attributes, calls, operators and loops, checked and charged.
+"""The machine that runs a chat template: attributes, calls, operators and loops, all charged.
 
 A chat template is a program from a downloaded file. Its compiled code (see `compiler`) only calls a `Machine`, one
 for each rendering. The machine compares every attribute, call, operator, loop and text with lists of what is

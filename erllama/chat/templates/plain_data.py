@@ -1,4 +1,4 @@
-"""Plain copies of what callers pass to a template: JSON values without any reference to the caller's objects.
+"""Plain copies of a template's input: JSON values without references to the caller's objects.
 
 `ChatTemplate.render` copies its arguments with `PlainDataCopier`, so a template cannot reach or change them.
 """

@@ -1,4 +1,4 @@
-"""The kinds of values in templates besides plain data: methods, functions and namespaces, and tables of them.
+"""Values in templates besides plain data: methods, functions, namespaces, and tables of them.
 
 Imports nothing else of this package. `Machine` makes these values; `filters`, `methods` and `tests` fill the
 tables.

@@ -1,4 +1,4 @@
-"""Grammar of tool calls in llguidance's Lark, written from a family's syntax and the tools' schemas.
+"""Grammar of tool calls in Lark, written from a family's syntax and the tools' schemas.
 
 `write_call_grammar` writes it. Every text that the grammar accepts, `reader.read_calls` reads as calls whose
 arguments the schemas allow. `constrained_calls` decides how much of each schema the grammar enforces.

@@ -1,4 +1,4 @@
-"""The grammar that constrains a reply's tool calls, with as much of each tool's schema as can be enforced.
+"""The grammar of a reply's tool calls, with as much of each tool's schema as can be enforced.
 
 `constrain_calls` makes it. A schema that cannot be enforced is relaxed, for that tool alone, and the names of such
 tools are returned: their arguments are validated after a call is read. `erllama.chat.family` calls it.

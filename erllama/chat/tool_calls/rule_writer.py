@@ -1,4 +1,4 @@
-"""Rules and terminals of a grammar in llguidance's Lark: pieces of syntax, JSON by a schema, and unquoted text.
+"""Rules and terminals of a Lark grammar: pieces of syntax, JSON by a schema, and unquoted text.
 
 `RuleWriter` collects the rules of one grammar. Equal rules are written once. `call_grammar` and `gemma_grammar`
 write with it.
