@@ -1,8 +1,7 @@
 """Changes to messages that the templates of some families require.
 
-A template's source shows which changes it needs. `erllama.chat.conversation` applies them before it renders for a model.
-`render_chat_template` renders
-messages unchanged.
+A template's source shows which changes it needs. `erllama.chat.conversation` applies them before it renders for a
+model. `render_chat_template` renders messages unchanged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Markers of thinking: the texts around a model's thoughts, found in its chat template.
 
-`find_thinking_markers` tries each family's markers, the most specific first. `erllama.chat.chats` calls it for each
-template. The engine then separates the text between the markers from the answer.
+`find_thinking_markers` tries each family's markers, the most specific first. `model_templates` and `family`
+call it. The engine then separates the text between the markers from the answer.
 """
 
 from __future__ import annotations
