@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from erllama._model.request_options import ChatOptions, TemplateOptions, chat_request, template_request
 from erllama._model.requests import Requests
 from erllama._model.streams import AsyncStream, Stream
-from erllama.chat.content import without_marks
+from erllama.chat.content_masking import remove_marks
 from erllama.chat.results import ChatCompletion
-from erllama.chat.turns import Turn
+from erllama.chat.turn import Turn
 from erllama.engine import Done, Event, Ticket
 from erllama.errors import boolean
 
@@ -29,7 +29,7 @@ class ChatStream(Stream):
         self._turn = turn
 
     def __next__(self) -> Event:
-        return self._turn.event(super().__next__())
+        return self._turn.convert_event(super().__next__())
 
     def result(self) -> ChatCompletion:
         """Wait for the end and return the whole reply; raises the error of a failed one."""
@@ -80,7 +80,11 @@ class AsyncChatStream(AsyncStream):
             self._ended = True
             raise
         event = await super().__anext__()
-        return await asyncio.to_thread(turn.event, event) if isinstance(event, Done) else turn.event(event)
+        return (
+            await asyncio.to_thread(turn.convert_event, event)
+            if isinstance(event, Done)
+            else turn.convert_event(event)
+        )
 
     def cancel(self) -> None:
         """End the reply at the next token; `Done` still comes, with finish_reason "cancelled". Idempotent."""
@@ -190,7 +194,7 @@ class ChatMethods(Requests):
         self, messages: Messages, *, add_generation_prompt: bool = True, **options: Unpack[TemplateOptions]
     ) -> str:
         """The text of a conversation as the template writes it; options and errors as for `apply_chat_template`."""
-        return without_marks(self._marked(messages, add_generation_prompt, options, "render_chat"))
+        return remove_marks(self._marked(messages, add_generation_prompt, options, "render_chat"))
 
     def _marked(self, messages: Messages, add_generation_prompt: bool, options: TemplateOptions, where: str) -> str:
         self._check_loaded()
@@ -206,4 +210,4 @@ class ChatMethods(Requests):
     def _turn(self, messages: Messages, options: ChatOptions, where: str) -> Turn:
         self._check_generates()
         request = chat_request(messages, options, where, self._cache_salt, self._backend.vocabulary)
-        return self._chats.turn(*request)
+        return self._chats.prepare_turn(*request)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from erllama._model.speculation import drafters
-from erllama.chat.chats import ChatRequest
+from erllama.chat.request import ChatRequest
 from erllama.engine import (
     Drafter,
     Grammar,

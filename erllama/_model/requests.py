@@ -136,7 +136,7 @@ class Requests:
         if block is None or block.namespace != self._runner.namespace(options.cache_salt):
             return None
         context = self.cache.context(key)
-        return None if context is None else self._chats.history.going_on(context.astype(np.int32), text)
+        return None if context is None else self._chats.history.continue_context(context.astype(np.int32), text)
 
     def _checked_ids(self, ids: object) -> NDArray[np.int32]:
         return checked_ids(self._backend.vocabulary, ids)

@@ -15,8 +15,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from erllama import Grammar, GrammarError
-from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
-from erllama.chat.tool_calls.tools import normalized_tools
+from erllama.chat.tool_calls.call_grammar import write_call_grammar
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, get_tool_format
+from erllama.chat.tool_calls.reader import read_calls
+from erllama.chat.tool_calls.tools import normalize_tools
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.engine.grammar.schemas import keywords as schema_keywords
 from support.grammar_walks import CLOSING, Vocabulary
@@ -482,7 +484,7 @@ def _has_objects(value: object) -> bool:
 
 # --- arguments of tools -----------------------------------------------------------------------
 
-TOOLS = normalized_tools(
+TOOLS = normalize_tools(
     [
         {
             "name": "find",
@@ -504,7 +506,9 @@ TOOLS = normalized_tools(
 @pytest.mark.parametrize("format", TOOL_FORMATS)
 def test_arguments_of_tools_lose_no_digit(format: str) -> None:
     words = Vocabulary([])
-    grammar = Grammar.lark(tool_format(format).grammar(TOOLS, name=None, parallel=False, literal=plainly))
+    grammar = Grammar.lark(
+        write_call_grammar(get_tool_format(format), TOOLS, name=None, parallel=False, literal=plainly)
+    )
     compiler = GrammarCompiler(words)
     for seed in range(5):
         chance, matcher, text = random.Random(seed), compiler.matcher(grammar), ""
@@ -516,7 +520,7 @@ def test_arguments_of_tools_lose_no_digit(format: str) -> None:
             token = chance.choice([token for token in allowed if words.names[token] in CLOSING] or allowed)
             matcher.accept(token)
             text += words.names[token]
-        (call,) = tool_format(format).parse(text, TOOLS)
+        (call,) = read_calls(get_tool_format(format), text, TOOLS)
         jsonschema.validate(call.arguments, TOOLS[0]["function"]["parameters"])  # type: ignore[index]
         assert call.arguments["exact"] == LARGE
         assert call.arguments["one"] in (2**64 - 1, LARGE + 2)

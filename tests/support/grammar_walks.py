@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from erllama.chat.tool_calls.families import TOOL_FORMATS
+from erllama.chat.tool_calls.formats import TOOL_FORMATS
 from erllama.engine.grammar.grammar import Matcher
 from support.tool_texts import (
     plainly,

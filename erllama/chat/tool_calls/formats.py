@@ -1,10 +1,8 @@
-"""The families of models, by how they write tool calls: a table, and which row a chat template is of.
+"""The tool-call formats of model families: a table, and which format a chat template uses.
 
-`find_tool_format` tells a template's family from its source, which is all there
-is to tell by. A row has the texts that whoever streams a reply looks for, and
-the syntax as pieces of text, in which `~` stands for white space or none.
-`Chat` calls this; how calls are read and constrained is in
-`erllama.chat.tool_calls.reader`, and what models think in `erllama.chat.thinking`.
+`find_tool_format` recognizes a format by texts in a template's source, the only evidence there is.
+`erllama.chat.family` calls it. `syntax` describes what a row means, and `erllama.chat.thinking` has the markers of
+thinking.
 """
 
 from __future__ import annotations
@@ -12,41 +10,41 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from erllama.chat.tool_calls.grammars import ID, Frame, Parameters, Shape
-from erllama.chat.tool_calls.payloads import suggestion
-from erllama.chat.tool_calls.reader import ARGUMENT_KEYS, ToolFormat
+from erllama.chat.suggestions import suggest_name
+from erllama.chat.tool_calls.reader import ARGUMENT_KEYS
+from erllama.chat.tool_calls.syntax import ID, CallSyntax, ListedArguments, SpanSyntax, ToolFormat
 from erllama.errors import OptionError
 
 
-def tool_format(name: str) -> ToolFormat:
-    """A family's format by its name.
+def get_tool_format(name: str) -> ToolFormat:
+    """Return the format with a name.
 
     Raises:
-        OptionError: there is none.
+        OptionError: no format has this name.
     """
-    found = TOOL_FORMATS.get(name) if isinstance(name, str) else None
-    if found is None:
-        raise OptionError(f"there is no tool format {name!r:.60}{suggestion(str(name), TOOL_FORMATS)}")
-    return found
+    format = TOOL_FORMATS.get(name) if isinstance(name, str) else None
+    if format is None:
+        raise OptionError(f"there is no tool format {name!r:.60}{suggest_name(str(name), TOOL_FORMATS)}")
+    return format
 
 
 def find_tool_format(template: str) -> ToolFormat | None:
-    """The format that a chat template writes tool calls in; None where it knows of no tools."""
-    for marks, name in _SIGNS:
-        if all(mark in template for mark in marks):
+    """Return the format in which a chat template writes tool calls; None where it does not write any."""
+    for texts, name in _SIGNATURES:
+        if all(text in template for text in texts):
             return TOOL_FORMATS[name]
     return None
 
 
-# --- The families ------------------------------------------------------------------------------
+# --- The formats -------------------------------------------------------------------------------
 
-_LIST = "~,~"
-_ARGUMENTS = Shape('{~"name":~"', '",~"arguments":~', "~}")
+_COMMA = "~,~"
+_ARGUMENTS = CallSyntax('{~"name":~"', '",~"arguments":~', "~}")
 _JSON_PAYLOAD = ('"arguments":', '"parameters":')
 
 
-def _bare(before: str, keys: Sequence[str], after: str) -> tuple[Shape, ...]:
-    return tuple(Shape(before, f'"~,~"{key}":~', after) for key in keys)
+def _json_objects(before: str, keys: Sequence[str], after: str) -> tuple[CallSyntax, ...]:
+    return tuple(CallSyntax(before, f'"~,~"{key}":~', after) for key in keys)
 
 
 _HARMONY_TYPES = (
@@ -57,7 +55,7 @@ _HARMONY_TYPES = (
 )
 _HARMONY_CHANNELS = ("<|channel|>commentary", "<|channel|>analysis", "<|start|>assistant<|channel|>commentary")
 _HARMONY_OPEN = (*(f"{channel} to=functions." for channel in _HARMONY_CHANNELS), "<|start|>assistant to=functions.")
-# The family's templates take no other ids.
+# The family's templates accept only such ids.
 _MISTRAL_ID = "[a-zA-Z0-9]{9}"
 _DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 
@@ -67,8 +65,8 @@ _ALL = (
         open=("<tool_call>",),
         close=("</tool_call>",),
         payload_open=_JSON_PAYLOAD,
-        shapes=(Shape('<tool_call>~{~"name":~"', '",~"arguments":~', "~}~</tool_call>"),),
-        envelope=True,
+        calls=(CallSyntax('<tool_call>~{~"name":~"', '",~"arguments":~', "~}~</tool_call>"),),
+        json_calls=True,
     ),
     ToolFormat(
         "llama3",
@@ -76,22 +74,22 @@ _ALL = (
         close=(),
         payload_open=_JSON_PAYLOAD,
         leading=('{"name":', '{"type":"function","name":'),
-        frames=(Frame("~", "~;~"), Frame("<|python_tag|>~", "~;~")),
-        shapes=(
-            *_bare('{~"name"~:~"', ("parameters", "arguments"), "~}"),
-            *_bare('{~"type"~:~"function"~,~"name"~:~"', ("parameters", "arguments"), "~}"),
+        spans=(SpanSyntax("~", "~;~"), SpanSyntax("<|python_tag|>~", "~;~")),
+        calls=(
+            *_json_objects('{~"name"~:~"', ("parameters", "arguments"), "~}"),
+            *_json_objects('{~"type"~:~"function"~,~"name"~:~"', ("parameters", "arguments"), "~}"),
         ),
-        envelope=True,
+        json_calls=True,
     ),
     ToolFormat(
         "mistral",
         open=("[TOOL_CALLS]",),
         close=(),
         payload_open=_JSON_PAYLOAD,
-        frames=(Frame("[TOOL_CALLS]~[~", _LIST, "~]"),),
-        shapes=(_ARGUMENTS, Shape('{~"name":~"', '",~"arguments":~', f',~"id":~"{ID}"~}}')),
-        envelope=True,
-        id=_MISTRAL_ID,
+        spans=(SpanSyntax("[TOOL_CALLS]~[~", _COMMA, "~]"),),
+        calls=(_ARGUMENTS, CallSyntax('{~"name":~"', '",~"arguments":~', f',~"id":~"{ID}"~}}')),
+        json_calls=True,
+        id_pattern=_MISTRAL_ID,
         id_length=9,
     ),
     ToolFormat(
@@ -100,10 +98,10 @@ _ALL = (
         close=(),
         payload_open=("[ARGS]",),
         payload_close=("[TOOL_CALLS]",),
-        shapes=(Shape("[TOOL_CALLS]", f"[CALL_ID]{ID}[ARGS]"),),
-        id=_MISTRAL_ID,
+        calls=(CallSyntax("[TOOL_CALLS]", f"[CALL_ID]{ID}[ARGS]"),),
+        id_pattern=_MISTRAL_ID,
         id_length=9,
-        id_form="{id}",
+        id_template="{id}",
     ),
     ToolFormat(
         "mistral-v13",
@@ -111,7 +109,7 @@ _ALL = (
         close=(),
         payload_open=("[ARGS]",),
         payload_close=("[TOOL_CALLS]",),
-        shapes=(Shape("[TOOL_CALLS]", "[ARGS]"),),
+        calls=(CallSyntax("[TOOL_CALLS]", "[ARGS]"),),
         id_length=9,
     ),
     ToolFormat(
@@ -120,8 +118,10 @@ _ALL = (
         close=_DEEPSEEK[1:],
         payload_open=("```json\n",),
         payload_close=("<｜tool▁call▁end｜>",),
-        frames=(Frame(_DEEPSEEK[0], "~", _DEEPSEEK[1]),),
-        shapes=(Shape("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "\n```<｜tool▁call▁end｜>"),),
+        spans=(SpanSyntax(_DEEPSEEK[0], "~", _DEEPSEEK[1]),),
+        calls=(
+            CallSyntax("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "\n```<｜tool▁call▁end｜>"),
+        ),
     ),
     ToolFormat(
         "deepseek-v3.1",
@@ -129,8 +129,8 @@ _ALL = (
         close=_DEEPSEEK[1:],
         payload_open=("<｜tool▁sep｜>",),
         payload_close=("<｜tool▁call▁end｜>",),
-        frames=(Frame(_DEEPSEEK[0], "", _DEEPSEEK[1]),),
-        shapes=(Shape("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),),
+        spans=(SpanSyntax(_DEEPSEEK[0], "", _DEEPSEEK[1]),),
+        calls=(CallSyntax("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),),
     ),
     ToolFormat(
         "gpt-oss",
@@ -148,16 +148,16 @@ _ALL = (
             "<|end|>",
             "<|return|>",
         ),
-        # The token of <|call|> ends the turn, so that often it is not there.
-        frames=(Frame(between=None, end="<|call|>"), Frame(between=None)),
-        shapes=(
+        # The token of <|call|> ends the turn, so it is often missing.
+        spans=(SpanSyntax(between=None, end="<|call|>"), SpanSyntax(between=None)),
+        calls=(
             *(
-                Shape(f"{channel} to=functions.", type_)
+                CallSyntax(f"{channel} to=functions.", type_)
                 for channel in _HARMONY_CHANNELS
                 for type_ in _HARMONY_TYPES
             ),
             *(
-                Shape(
+                CallSyntax(
                     f"{start} to=functions." if start != "~" else "~to=functions.", f"<|channel|>commentary{type_}"
                 )
                 for start in ("<|start|>assistant", "~")
@@ -177,15 +177,15 @@ _ALL = (
                 for object_ in ('{"name":', '{"type":"function",', '{"function":')
             ),
         ),
-        frames=(Frame("~", None), Frame("~[~", _LIST, "~]")),
-        shapes=(
-            *_bare('{~"name"~:~"', ARGUMENT_KEYS, "~}"),
-            *_bare('{~"type"~:~"function"~,~"name"~:~"', ARGUMENT_KEYS, "~}"),
-            *_bare('{~"type"~:~"function"~,~"function"~:~{~"name"~:~"', ARGUMENT_KEYS, "~}~}"),
-            *_bare('{~"function"~:~{~"name"~:~"', ARGUMENT_KEYS, "~}~}"),
-            *_bare('{~"function"~:~"', ARGUMENT_KEYS, "~}"),
+        spans=(SpanSyntax("~", None), SpanSyntax("~[~", _COMMA, "~]")),
+        calls=(
+            *_json_objects('{~"name"~:~"', ARGUMENT_KEYS, "~}"),
+            *_json_objects('{~"type"~:~"function"~,~"name"~:~"', ARGUMENT_KEYS, "~}"),
+            *_json_objects('{~"type"~:~"function"~,~"function"~:~{~"name"~:~"', ARGUMENT_KEYS, "~}~}"),
+            *_json_objects('{~"function"~:~{~"name"~:~"', ARGUMENT_KEYS, "~}~}"),
+            *_json_objects('{~"function"~:~"', ARGUMENT_KEYS, "~}"),
         ),
-        envelope=True,
+        json_calls=True,
     ),
     ToolFormat(
         "qwen3-coder",
@@ -193,8 +193,8 @@ _ALL = (
         close=("</tool_call>",),
         payload_open=("<parameter=",),
         payload_close=("</parameter>",),
-        shapes=(Shape("<tool_call>~<function=", ">~", "~</function>~</tool_call>"),),
-        arguments=Parameters("<parameter=", ">", "</parameter>~", framed=True),
+        calls=(CallSyntax("<tool_call>~<function=", ">~", "~</function>~</tool_call>"),),
+        arguments=ListedArguments("<parameter=", ">", "</parameter>~", on_own_lines=True),
     ),
     ToolFormat(
         "glm",
@@ -202,8 +202,8 @@ _ALL = (
         close=("</tool_call>",),
         payload_open=("<arg_value>",),
         payload_close=("</arg_value>",),
-        shapes=(Shape("<tool_call>~", "~", "~</tool_call>"),),
-        arguments=Parameters("<arg_key>", "</arg_key>~<arg_value>", "</arg_value>~"),
+        calls=(CallSyntax("<tool_call>~", "~", "~</tool_call>"),),
+        arguments=ListedArguments("<arg_key>", "</arg_key>~<arg_value>", "</arg_value>~"),
     ),
     ToolFormat(
         "kimi",
@@ -211,12 +211,14 @@ _ALL = (
         close=("<|tool_calls_section_end|>",),
         payload_open=("<|tool_call_argument_begin|>",),
         payload_close=("<|tool_call_end|>",),
-        frames=(Frame("<|tool_calls_section_begin|>~", "~", "~<|tool_calls_section_end|>"),),
-        shapes=(
-            Shape("<|tool_call_begin|>~functions.", f":{ID}~<|tool_call_argument_begin|>~", "~<|tool_call_end|>"),
+        spans=(SpanSyntax("<|tool_calls_section_begin|>~", "~", "~<|tool_calls_section_end|>"),),
+        calls=(
+            CallSyntax(
+                "<|tool_call_begin|>~functions.", f":{ID}~<|tool_call_argument_begin|>~", "~<|tool_call_end|>"
+            ),
         ),
-        id="[0-9]{1,6}",
-        id_form="functions.{name}:{id}",
+        id_pattern="[0-9]{1,6}",
+        id_template="functions.{name}:{id}",
     ),
     ToolFormat(
         "minimax",
@@ -224,9 +226,9 @@ _ALL = (
         close=("</minimax:tool_call>",),
         payload_open=("<parameter name=",),
         payload_close=("</parameter>",),
-        frames=(Frame("<minimax:tool_call>~", "~", "~</minimax:tool_call>"),),
-        shapes=(Shape('<invoke name="', '">~', "</invoke>"),),
-        arguments=Parameters('<parameter name="', '">', "</parameter>~"),
+        spans=(SpanSyntax("<minimax:tool_call>~", "~", "~</minimax:tool_call>"),),
+        calls=(CallSyntax('<invoke name="', '">~', "</invoke>"),),
+        arguments=ListedArguments('<parameter name="', '">', "</parameter>~"),
     ),
     ToolFormat(
         "seed",
@@ -234,17 +236,17 @@ _ALL = (
         close=("</seed:tool_call>",),
         payload_open=("<parameter=",),
         payload_close=("</parameter>",),
-        shapes=(Shape("<seed:tool_call>~<function=", ">~", "</function>~</seed:tool_call>"),),
-        arguments=Parameters("<parameter=", ">", "</parameter>~"),
+        calls=(CallSyntax("<seed:tool_call>~<function=", ">~", "</function>~</seed:tool_call>"),),
+        arguments=ListedArguments("<parameter=", ">", "</parameter>~"),
     ),
     ToolFormat(
         "nemotron",
         open=("<TOOLCALL>",),
         close=("</TOOLCALL>",),
         payload_open=_JSON_PAYLOAD,
-        frames=(Frame("<TOOLCALL>~[~", _LIST, "~]~</TOOLCALL>"),),
-        shapes=(_ARGUMENTS,),
-        envelope=True,
+        spans=(SpanSyntax("<TOOLCALL>~[~", _COMMA, "~]~</TOOLCALL>"),),
+        calls=(_ARGUMENTS,),
+        json_calls=True,
     ),
     ToolFormat(
         "command-r",
@@ -252,18 +254,18 @@ _ALL = (
         close=("<|END_ACTION|>",),
         payload_open=_JSON_PAYLOAD,
         skip=("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
-        frames=(Frame("<|START_ACTION|>~[~", _LIST, "~]~<|END_ACTION|>"),),
-        shapes=(Shape('{~"tool_call_id":~"' + ID + '",~"tool_name":~"', '",~"parameters":~', "~}"),),
-        envelope=True,
-        id="[0-9]{1,6}",
+        spans=(SpanSyntax("<|START_ACTION|>~[~", _COMMA, "~]~<|END_ACTION|>"),),
+        calls=(CallSyntax('{~"tool_call_id":~"' + ID + '",~"tool_name":~"', '",~"parameters":~', "~}"),),
+        json_calls=True,
+        id_pattern="[0-9]{1,6}",
     ),
     ToolFormat(
         "lfm2",
         open=("<|tool_call_start|>",),
         close=("<|tool_call_end|>",),
         payload_open=("(",),
-        frames=(Frame("<|tool_call_start|>~[~", ",~", "~]~<|tool_call_end|>"),),
-        shapes=(Shape("", "(~", "~)"),),
+        spans=(SpanSyntax("<|tool_call_start|>~[~", ",~", "~]~<|tool_call_end|>"),),
+        calls=(CallSyntax("", "(~", "~)"),),
         arguments="python",
     ),
     ToolFormat(
@@ -271,9 +273,9 @@ _ALL = (
         open=("<|tools_prefix|>",),
         close=("<|tools_suffix|>",),
         payload_open=('":',),
-        frames=(Frame("<|tools_prefix|>~[~", _LIST, "~]~<|tools_suffix|>"),),
-        shapes=(Shape('{"', '":~', "~}"),),
-        envelope=True,
+        spans=(SpanSyntax("<|tools_prefix|>~[~", _COMMA, "~]~<|tools_suffix|>"),),
+        calls=(CallSyntax('{"', '":~', "~}"),),
+        json_calls=True,
     ),
     ToolFormat(
         "granite",
@@ -281,9 +283,9 @@ _ALL = (
         close=(),
         payload_open=_JSON_PAYLOAD,
         skip=("<response>", "</response>"),
-        frames=(Frame("<|tool_call|>~[~", _LIST, "~]"),),
-        shapes=(_ARGUMENTS,),
-        envelope=True,
+        spans=(SpanSyntax("<|tool_call|>~[~", _COMMA, "~]"),),
+        calls=(_ARGUMENTS,),
+        json_calls=True,
     ),
     ToolFormat(
         "functionary",
@@ -292,21 +294,21 @@ _ALL = (
         payload_open=("\n",),
         payload_close=(">>>",),
         skip=(">>>all\n",),
-        shapes=(Shape(">>>", "\n"),),
+        calls=(CallSyntax(">>>", "\n"),),
     ),
     ToolFormat(
         "gemma4",
         open=("<|tool_call>",),
         close=("<tool_call|>",),
         payload_open=("{",),
-        shapes=(Shape("<|tool_call>call:", "{", "}~<tool_call|>"),),
+        calls=(CallSyntax("<|tool_call>call:", "{", "}~<tool_call|>"),),
         arguments="gemma",
     ),
 )
 TOOL_FORMATS: Mapping[str, ToolFormat] = MappingProxyType({format.name: format for format in _ALL})
 
-# Texts that a template's source has, all of them, and the format they tell; the most particular first.
-_SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
+# Texts that must all be in a template's source, and the format that they identify; the most specific first.
+_SIGNATURES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("<|channel|>", "to=", "functions."), "gpt-oss"),
     (("<|tool_call>call:",), "gemma4"),
     (("<|tools_prefix|>",), "apertus"),

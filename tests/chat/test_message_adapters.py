@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import erllama
-from erllama.chat.messages import normalized_messages
-from erllama.chat.quirks import as_template_takes, with_arguments_as_text
+from erllama.chat.message_adapters import adapt_messages, encode_arguments
+from erllama.chat.messages import normalize_messages
 from support.places import SHARED
 from support.spelled import SpelledBackend, SpelledVocabulary, follow
 from support.tool_texts import TOOLS
@@ -39,22 +39,22 @@ def model_with(template: str, said: str = "x") -> erllama.Model:
 
 
 def test_ids_of_nine_letters_are_made_where_a_template_takes_no_others() -> None:
-    messages = normalized_messages(CONVERSATION)
-    changed = as_template_takes(messages, "{% if call.id|length != 9 %}")
+    messages = normalize_messages(CONVERSATION)
+    changed = adapt_messages(messages, "{% if call.id|length != 9 %}")
     call, result = changed[1]["tool_calls"][0]["id"], changed[2]["tool_call_id"]  # type: ignore[index]
     assert call == result
     assert len(str(call)) == 9
     assert str(call).isalnum()
-    assert as_template_takes(changed, "{% if call.id|length != 9 %}") == changed, "the same ids are kept"
-    assert as_template_takes(messages, "{{ call.id }}") == messages == normalized_messages(CONVERSATION)
+    assert adapt_messages(changed, "{% if call.id|length != 9 %}") == changed, "the same ids are kept"
+    assert adapt_messages(messages, "{{ call.id }}") == messages == normalize_messages(CONVERSATION)
 
 
 def test_thinking_is_left_out_where_a_template_takes_no_text_beside_it() -> None:
-    messages = normalized_messages(CONVERSATION)
+    messages = normalize_messages(CONVERSATION)
     spoken = [messages[0], {**messages[1], "content": "Let me see."}, messages[2]]
-    assert "reasoning_content" not in as_template_takes(spoken, "{{ message.thinking }}")[1]
-    assert as_template_takes(messages, "{{ message.thinking }}") == messages
-    assert as_template_takes(spoken, "{{ message.reasoning_content }} <thinking>") == spoken
+    assert "reasoning_content" not in adapt_messages(spoken, "{{ message.thinking }}")[1]
+    assert adapt_messages(messages, "{{ message.thinking }}") == messages
+    assert adapt_messages(spoken, "{{ message.reasoning_content }} <thinking>") == spoken
 
 
 def test_arguments_are_text_where_a_template_joins_them_with_text() -> None:
@@ -68,7 +68,7 @@ def test_arguments_are_text_where_a_template_joins_them_with_text() -> None:
     with model_with(template.replace("'call: ' + c.function.arguments", "raise_exception('no')")) as model:
         with pytest.raises(erllama.TemplateError, match="no"):
             model.render_chat(CONVERSATION)
-    assert with_arguments_as_text(normalized_messages(CONVERSATION))[0] == CONVERSATION[0]
+    assert encode_arguments(normalize_messages(CONVERSATION))[0] == CONVERSATION[0]
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
@@ -97,6 +97,6 @@ def test_a_familys_template_takes_a_call_and_its_result(path: Path) -> None:
             with pytest.raises(erllama.TemplateError, match=refused[path.stem]):
                 model.render_chat(CONVERSATION)
             return
-        tools = TOOLS if model._chats.template().uses("tools") else None
+        tools = TOOLS if model._chats.templates.choose().uses("tools") else None
         text = model.render_chat([*CONVERSATION, {"role": "assistant", "content": "It rains."}], tools=tools)
         assert "It rains." in text
