@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-NamespaceValue = str | int | float | bool | None
+from erllama.cache.blocks.keys import NamespaceValue as NamespaceValue
 
 
 @dataclass(frozen=True, slots=True)

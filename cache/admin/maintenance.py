@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from erllama.cache.blocks.block import Block
 from erllama.cache.catalog.lru import LeafLRU
-from erllama.cache.tiers.directory import INDEX_NAME
-from erllama.cache.tiers.read_only import file_tier, is_read_only
+from erllama.cache.tiers.directory import INDEX_NAME, is_cache
+from erllama.cache.tiers.read_only import file_tier
 from erllama.cache.tiers.tier import Problem, TierRow
 from erllama.errors import CacheError
 
@@ -88,7 +88,7 @@ class CacheFiles:
         self._tier = file_tier(root, _NO_BUDGET, name="ram_file" if in_memory else "disk", watch=False)
         try:
             # Before opening removes what the dead left.
-            self._partials = set() if self._tier.read_only else set(os.listdir(root / "partial"))
+            self._partials = set() if self._tier.read_only else _names_in(root / "partial")
             self._tier.open()
         except (OSError, sqlite3.Error) as error:
             raise CacheError(f"{root} cannot be used: {error}") from error
@@ -212,7 +212,7 @@ class CacheFiles:
         removed = self._remove(_unreachable(rows))
         if budget is not None:
             removed = _sum(removed, self.shrink(budget))
-        left = self._partials - set(os.listdir(self.root / "partial"))
+        left = self._partials - _names_in(self.root / "partial")
         return Tidied(len(after - before), len(before - after), len(left), removed)
 
     # --- removing -------------------------------------------------------------------------
@@ -288,9 +288,12 @@ class CacheFiles:
         return True
 
 
-def is_cache(root: Path) -> bool:
-    """Whether a directory has a cache in it."""
-    return (root / "blocks").is_dir() and ((root / "partial").is_dir() or is_read_only(root))
+def _names_in(directory: Path) -> set[str]:
+    """Return the names in a directory; the empty set where the directory does not exist."""
+    try:
+        return set(os.listdir(directory))
+    except FileNotFoundError:
+        return set()
 
 
 def _unreachable(rows: Sequence[TierRow]) -> list[TierRow]:

@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import re
 import secrets
 import stat
 import time
@@ -27,11 +28,13 @@ import psutil
 
 from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
+from erllama.cache.blocks.keys import KEY_BYTES
 from erllama.errors import CacheError
 
 log = logger("erllama.cache")
 
 INDEX_NAME = "index.db"
+BLOCK_FILE = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}{re.escape(kvc.SUFFIX)}")  # the key in hex
 # What a directory may hold and still be ours to close: a cache, or what else the user's cache directory has.
 _OURS = {"blocks", "partial", "owners", "damaged", "llama", "models"}
 _DAMAGED_KEPT = 8  # enough to see what happened; they are outside every budget
@@ -238,16 +241,30 @@ def file_system(path: Path) -> str:
 
 def _refuse_nested(root: Path) -> None:
     for above in root.parents:
-        if _is_cache(above):
+        if is_cache(above):
             raise CacheError(f"{root} lies in the cache directory {above}; give a directory of its own, or {above}")
-    if root.is_dir() and not _is_cache(root):
+    if root.is_dir() and not is_cache(root):
         for below in root.iterdir():
-            if below.is_dir() and _is_cache(below):
+            if below.is_dir() and is_cache(below):
                 raise CacheError(f"{root} holds the cache directory {below}; give another directory, or {below}")
 
 
-def _is_cache(path: Path) -> bool:
-    return (path / INDEX_NAME).is_file() and (path / "blocks").is_dir()
+def is_cache(root: Path) -> bool:
+    """Return whether a directory holds a cache, empty or not. Does not open or change it.
+
+    A cache has `blocks/` and at least one of the index, `partial/` and a block file. One of the three
+    is enough, because each may be missing: the index is rebuilt from the files when it was deleted, a copy made
+    by a tool that skips empty directories has no `partial/`, and a new cache has no block. `blocks/` alone is not
+    enough: many programs have a directory of that name.
+    """
+    blocks = root / "blocks"
+    if not blocks.is_dir():
+        return False
+    if (root / INDEX_NAME).is_file() or (root / "partial").is_dir():
+        return True
+    with contextlib.suppress(OSError), os.scandir(blocks) as entries:
+        return any(BLOCK_FILE.fullmatch(entry.name) for entry in entries)
+    return False
 
 
 def make_private(path: Path) -> None:
