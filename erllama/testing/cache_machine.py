@@ -56,9 +56,9 @@ from erllama.cache import (
 )
 from erllama.cache.blocks.keys import TOKEN_BYTES, common_prefix
 from erllama.cache.pipeline.write_queue import Abandoned
-from erllama.testing.promises import check_rules
-from erllama.testing.tier_conformance import TierConformance
-from erllama.testing.tier_model import TierModel
+from erllama.testing.rules import check_rules
+from erllama.testing.tiers.conformance import TierConformance
+from erllama.testing.tiers.model import TierModel
 
 # Few distinct tokens and short texts, so that prefixes are shared often.
 contexts = st.lists(st.integers(0, 2), min_size=1, max_size=70)

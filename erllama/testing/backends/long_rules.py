@@ -9,9 +9,9 @@ from unittest import SkipTest
 
 import numpy as np
 
-from erllama.testing.backend_model import BackendModel, Packed
-from erllama.testing.backend_rules import BackendRules, feed
-from erllama.testing.promises import must
+from erllama.testing.backends.model import BackendModel, Packed
+from erllama.testing.backends.rules import BackendRules, feed
+from erllama.testing.rules import must
 
 _EDGES = (1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 41, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300, 511, 512, 513)
 

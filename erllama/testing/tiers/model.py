@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from erllama.cache import Block, Tier
-from erllama.testing.promises import must, promised
+from erllama.testing.rules import must, promised
 
 
 class _Stored(NamedTuple):

@@ -33,11 +33,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from erllama.engine.backend import Backend
 from erllama.errors import BackendError, StateError
-from erllama.testing.backend_model import BackendModel, Packed
-from erllama.testing.backend_rules import feed, refused
-from erllama.testing.conformance import BackendConformance
-from erllama.testing.long_rules import random_call
-from erllama.testing.promises import check_rules
+from erllama.testing.backends.conformance import BackendConformance
+from erllama.testing.backends.long_rules import random_call
+from erllama.testing.backends.model import BackendModel, Packed
+from erllama.testing.backends.rules import feed, refused
+from erllama.testing.rules import check_rules
 
 _SEQUENCE = 0
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from erllama.engine.backend import Backend, Batch
 from erllama.errors import BackendError
-from erllama.testing.promises import must
+from erllama.testing.rules import must
 
 Logits = NDArray[np.float32]
 Ids = NDArray[np.int32]

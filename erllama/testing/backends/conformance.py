@@ -22,10 +22,10 @@ import numpy as np
 
 from erllama.engine.backend import Batch
 from erllama.errors import BackendError, CellsExhausted, StateError
-from erllama.testing.backend_rules import Part, decode, feed, in_thread, refused, restore, same_bits
-from erllama.testing.embedder_rules import EmbedderRules
-from erllama.testing.long_rules import LongRules
-from erllama.testing.promises import must, quick_switches
+from erllama.testing.backends.embedder_rules import EmbedderRules
+from erllama.testing.backends.long_rules import LongRules
+from erllama.testing.backends.rules import Part, decode, feed, in_thread, refused, restore, same_bits
+from erllama.testing.rules import must, quick_switches
 
 
 class BackendConformance(LongRules, EmbedderRules):

@@ -10,8 +10,8 @@ import numpy as np
 
 from erllama.engine.backend import Backend, Batch
 from erllama.errors import CellsExhausted, StateError
-from erllama.testing.backend_rules import Logits, refused
-from erllama.testing.promises import must, promised
+from erllama.testing.backends.rules import Logits, refused
+from erllama.testing.rules import must, promised
 
 _PROBES = 400  # most results of cold computations that are kept
 

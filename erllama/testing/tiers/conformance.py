@@ -27,8 +27,8 @@ import numpy as np
 
 from erllama.cache import Block, Changes, FileTier, SaveReason, Tier, namespace_key, token_bytes
 from erllama.errors import CacheFormatError
-from erllama.testing.promises import must, promised, quick_switches
-from erllama.testing.tier_model import TierModel, name_of
+from erllama.testing.rules import must, promised, quick_switches
+from erllama.testing.tiers.model import TierModel, name_of
 
 _NAMESPACES = [namespace_key({"model": f"conformance {i}"}) for i in range(3)]
 # Around powers of two, and around pages: where buffers end.

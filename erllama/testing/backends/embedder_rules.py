@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from erllama.engine.embedding import POOLINGS, Embedder, EmbeddingBackend
 from erllama.errors import BackendError
-from erllama.testing.backend_rules import BackendRules, Ids, in_thread, refused
-from erllama.testing.promises import must
+from erllama.testing.backends.rules import BackendRules, Ids, in_thread, refused
+from erllama.testing.rules import must
 
 
 class EmbedderRules(BackendRules):
