@@ -434,14 +434,14 @@ def test_remembering_is_as_cheap_however_many_are_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = itertools.count()
-    connect = index_module._connect
+    connect = index_module.connect
 
-    def counted(path: Path, timeout: float) -> sqlite3.Connection:
-        connection = connect(path, timeout)
+    def counted(path: Path, *, wait: bool) -> sqlite3.Connection:
+        connection = connect(path, wait=wait)
         connection.set_progress_handler(lambda: next(steps) < 0, 10)  # each ten instructions of SQLite
         return connection
 
-    monkeypatch.setattr(index_module, "_connect", counted)
+    monkeypatch.setattr(index_module, "connect", counted)
     took = []
     with Cache(disk=tmp_path, watch=False) as cache:
         for i in range(1000):

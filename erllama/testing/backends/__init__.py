@@ -1,6 +1,6 @@
 """Rules for backends, and the model that a backend is compared with.
 
-`conformance` holds `BackendConformance`, the public class. It collects the rules of `memory_rules`, `long_rules` and
-`embedder_rules` and adds those about vocabularies and decoding. `machine` holds `BackendMachine`, which needs
+`conformance` holds `BackendConformance`, the public class. It collects the rules of `memory_rules`, `long_rules`
+and `embedder_rules` and adds those about vocabularies and decoding. `machine` holds `BackendMachine`, which needs
 Hypothesis. `rules` is what all of them are written with, `model` what a backend must compute.
 """
