@@ -1,10 +1,10 @@
-"""What tests of this library, of caches and of backends of your own are made with.
+"""Test harness for caches, tiers and backends, of this library and of your own.
 
 `BackendConformance` and `TierConformance` state what a backend and a tier must do, and test each rule.
-`CacheMachine` and `BackendMachine` are Hypothesis state machines: derive from
-one, say how to make the thing under test, and run its `TestCase`. They need
-`pip install erllama[testing]`. `erllama.testing.models` writes tiny GGUF
-models of several kinds.
+`CacheMachine` and `BackendMachine` are Hypothesis state machines: derive from one, define how to create the object
+under test, and run its `TestCase`. They need `pip install erllama[testing]`. `erllama.testing.models` writes tiny
+GGUF models of several architectures. Imports the cache and the engine; only tests, benchmarks and examples import
+it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    # Late, so that the generator of models works without Hypothesis.
+    # Imported on first use, so that the model generators work without Hypothesis.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,7 +1,7 @@
-"""What the rules of tiers and of backends share: how a broken promise is reported, and how all rules are run.
+"""How rules are stated, run and reported, for tiers and for backends.
 
-A rule is a method whose name begins with `test_`. Its docstring states the promise. It returns where the
-promise is kept, raises `unittest.SkipTest` where it does not apply, and raises AssertionError where it is broken.
+A rule is a method whose name begins with `test_`. Its docstring states the rule. The method returns if the rule
+holds, raises `unittest.SkipTest` if it does not apply, and raises AssertionError if it is broken.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from contextlib import contextmanager
 from unittest import SkipTest
 
 
-def must(holds: object, otherwise: str) -> None:
-    """Raise AssertionError with a message where `holds` is false."""
-    # No bare assert: they are gone under -O, and pytest does not rewrite those of a library.
-    if not holds:
-        raise AssertionError(otherwise)
+def require(condition: object, message: str) -> None:
+    """Raise AssertionError with `message` if the condition is false."""
+    # Not an assert statement: -O removes those, and pytest does not rewrite those of a library.
+    if not condition:
+        raise AssertionError(message)
 
 
 @contextmanager
-def promised(promise: str) -> Iterator[None]:
-    """Turn any exception into an AssertionError that names the promise."""
+def expect_success(rule: str) -> Iterator[None]:
+    """Turn any exception into an AssertionError that states the rule."""
     try:
         yield
     except (AssertionError, SkipTest):
         raise
     except Exception as error:
-        raise AssertionError(f"{promise}; it raised {type(error).__name__}: {error}") from error
+        raise AssertionError(f"{rule}; it raised {type(error).__name__}: {error}") from error
 
 
-def rules_of(rules: object) -> list[str]:
-    """The names of all rules: those of the class itself first, then those of its bases."""
+def rule_names(rules: object) -> list[str]:
+    """Return the names of all rules: first those of the class itself, then those of its bases."""
     names: dict[str, None] = {}
     for kind in type(rules).__mro__:
         names |= dict.fromkeys(name for name in vars(kind) if name.startswith("test_"))
@@ -39,12 +39,12 @@ def rules_of(rules: object) -> list[str]:
 
 
 def check_rules(rules: object) -> None:
-    """Run all rules.
+    """Run all rules until one is broken.
 
     Raises:
-        AssertionError: the first one that is broken; the message has its name, its promise, and what was found.
+        AssertionError: a rule is broken. The message contains its name, its text, and what was found.
     """
-    for name in rules_of(rules):
+    for name in rule_names(rules):
         rule = getattr(rules, name)
         stated = " ".join((rule.__doc__ or name).split())
         try:
@@ -53,12 +53,12 @@ def check_rules(rules: object) -> None:
             continue
         except Exception as error:
             found = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-            raise AssertionError(f"{found}\nThe broken promise ({name}): {stated}") from error
+            raise AssertionError(f"{found}\nBroken rule ({name}): {stated}") from error
 
 
 @contextmanager
-def quick_switches() -> Iterator[None]:
-    """Threads take turns often."""
+def frequent_thread_switches() -> Iterator[None]:
+    """Have Python switch threads as often as possible, within."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:

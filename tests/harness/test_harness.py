@@ -1,4 +1,4 @@
-"""The harness, run on every kind of tier that there is; and shown to find each of many seeded faults."""
+"""The harness passes on every kind of tier, and finds each of many seeded faults."""
 
 from __future__ import annotations
 
@@ -171,11 +171,11 @@ class UnawareTier(FileTier):
 
 
 FILE_FAULTS: list[tuple[type[FileTier], str]] = [
-    (SwappingTier, "test_what_is_written_is_read"),
-    (ForgetfulTier, "test_what_is_written_is_read"),
+    (SwappingTier, "test_read_returns_what_was_written"),
+    (ForgetfulTier, "test_read_returns_what_was_written"),
     (GreedyTier, "test_a_sound_tier_has_no_problems"),
-    (LaxTier, "test_a_problem_is_found"),
-    (UnawareTier, "test_instances_see_each_other"),
+    (LaxTier, "test_damage_is_detected"),
+    (UnawareTier, "test_instances_see_each_others_changes"),
 ]
 
 
@@ -213,8 +213,8 @@ def faulty_machine(liar: type[SmallTier], budget: int) -> type[CacheMachine]:
 
 # The machine checks all rules before it begins: what one of them finds, it finds. These are some of each kind.
 @pytest.mark.parametrize("liar", [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ReadsForOneThread])
-def test_the_machine_names_the_promise_that_a_tier_breaks(liar: type[SmallTier]) -> None:
-    with pytest.raises(AssertionError, match="The broken promise"):
+def test_the_machine_names_the_rule_that_a_tier_breaks(liar: type[SmallTier]) -> None:
+    with pytest.raises(AssertionError, match="Broken rule"):
         run_state_machine_as_test(faulty_machine(liar, 10**6), settings=settings(MACHINE, max_examples=1))
 
 
@@ -260,12 +260,12 @@ def test_libllama_computes_alike_whatever_it_is_put_through(kind: str, tmp_path:
 
 
 @pytest.mark.parametrize("liar", [SharesForty, PacksStale, RestoresFrom32, WipesBatch, EmbedsBackwards])
-def test_the_machine_names_the_promise_that_a_backend_breaks(liar: type[StubBackend]) -> None:
+def test_the_machine_names_the_rule_that_a_backend_breaks(liar: type[StubBackend]) -> None:
     class Machine(BackendMachine):
         def make_backend(self) -> StubBackend:
             return liar(n_ctx=300)
 
-    with pytest.raises(AssertionError, match="The broken promise"):
+    with pytest.raises(AssertionError, match="Broken rule"):
         run_state_machine_as_test(Machine, settings=settings(MACHINE, max_examples=1))
 
 

@@ -2,5 +2,5 @@
 
 `conformance` holds `BackendConformance`, the public class. It collects the rules of `memory_rules`, `long_rules`
 and `embedder_rules` and adds those about vocabularies and decoding. `machine` holds `BackendMachine`, which needs
-Hypothesis. `rules` is what all of them are written with, `model` what a backend must compute.
+Hypothesis. `rules` is their common base, and `model` records what a backend must compute.
 """
