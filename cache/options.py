@@ -1,4 +1,7 @@
-"""What a caller gives a cache for directories and tiers, checked and made into tiers."""
+"""Options of a cache for directories and tiers: checks them, and creates the tiers.
+
+`Cache` calls these functions when it is created, and the command `erllama` for the default directories.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ Directories = str | Path | bool | Sequence[str | Path] | Mapping[str | Path, str
 
 
 class Root(NamedTuple):
-    """One directory of a tier of files, and its budget."""
+    """One directory of a file tier, and its budget."""
 
     tier: str
     path: Path
@@ -42,10 +45,10 @@ class Root(NamedTuple):
 
 
 def directories(name: str, given: object, quota: object) -> list[Root]:
-    """The directories of an option: none, one, several, or a mapping to their quotas.
+    """Return the directories of an option: None, one, several, or a mapping from directories to quotas.
 
     Raises:
-        OptionError: no directory, the same one twice, or one without room.
+        OptionError: a value is not a directory, or a directory has a quota of 0.
     """
     budget = parse_bytes(f"{name}_quota", quota)
     if given is None or given is False:
@@ -59,15 +62,15 @@ def directories(name: str, given: object, quota: object) -> list[Root]:
     roots = [Root(name, _directory(name, path), size) for path, size in wanted]
     for root in roots:
         if root.budget == 0:
-            raise OptionError(f"{name}_quota=0 leaves {root.path} no room; give a size, or leave {name!r} out")
+            raise OptionError(f"{name}_quota=0 leaves no room in {root.path}; give a size, or omit {name!r}")
     return roots
 
 
 def file_tiers(roots: Sequence[Root], watch: bool, read_only: bool) -> list[FileTier]:
-    """The tiers of files of all options together.
+    """Return the file tiers of all options together.
 
     Raises:
-        OptionError: one directory is, or lies in, another; or there is none to be read only.
+        OptionError: two directories are equal, or one lies in another; or `read_only` is set without a directory.
     """
     if read_only and not roots:
         raise OptionError("read_only=True without a directory; give disk or ram_file, too")
@@ -76,13 +79,17 @@ def file_tiers(roots: Sequence[Root], watch: bool, read_only: bool) -> list[File
             a, b = Path(os.path.realpath(root.path)), Path(os.path.realpath(other.path))
             if a == b or a in b.parents or b in a.parents:
                 raise OptionError(
-                    f"{root.path} and {other.path}: one is or lies in the other; give separate directories"
+                    f"{root.path} and {other.path} are equal, or one lies in the other; give separate directories"
                 )
     return [file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=read_only) for root in roots]
 
 
 def known_tiers(given: object) -> list[Tier]:
-    """The caller's own tiers."""
+    """Return the user's own tiers after checking them.
+
+    Raises:
+        OptionError: one is not a tier, is listed twice, or has a reserved name or another write mode than "behind".
+    """
     if not isinstance(given, list | tuple):
         raise OptionError(f"tiers={given!r}; give a list of objects derived from erllama.cache.Tier")
     for tier in given:
@@ -94,7 +101,7 @@ def known_tiers(given: object) -> list[Tier]:
                 "and a name other than 'ram' and 'live'"
             )
     if len({id(tier) for tier in given}) != len(given):
-        raise OptionError("tiers has one tier twice")
+        raise OptionError("tiers contains one tier twice")
     return list(given)
 
 
@@ -102,7 +109,7 @@ def _directory(name: str, given: object) -> Path:
     if given is True:
         return default_directory(name)
     if not isinstance(given, str | Path) or not str(given) or "\0" in str(given):
-        raise OptionError(f"{name}={given!r}; give a directory, several, True for the usual one, or None")
+        raise OptionError(f"{name}={given!r}; give a directory, several, True for the default one, or None")
     try:
         return Path(given).expanduser().absolute()
     except RuntimeError as error:
@@ -110,10 +117,10 @@ def _directory(name: str, given: object) -> Path:
 
 
 def default_directory(name: str) -> Path:
-    """What True means for an option.
+    """Return the directory that True stands for.
 
     Raises:
-        OptionError: this system has no such place.
+        OptionError: this system has no such directory.
     """
     if name == "disk":
         return Path(platformdirs.user_cache_dir("erllama"))

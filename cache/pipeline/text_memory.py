@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache.pipeline.upkeep import Upkeep
-from erllama.cache.texts.text_tokens import KnownText, KnownTexts, TextDigests
+from erllama.cache.texts.text_tokens import TextCache, TextDigests, TextRecord
 from erllama.cache.tiers.file_tier import FileTier
 
 _USES_SECONDS = 10.0  # uses are told to the tiers that often at most: each telling is a write
@@ -35,18 +35,18 @@ class TextMemory:
 
     def __init__(self, upkeep: Upkeep) -> None:
         self._upkeep = upkeep
-        self._known = KnownTexts()
+        self._known = TextCache()
         self._lock = threading.Lock()
         self._uses: dict[bytes, int] = {}  # by digest: when, in ns since 1970; not yet told to the tiers
 
     def remember(self, namespace: bytes, text: bytes, tokens: NDArray[np.int32]) -> None:
         """Remember which tokens, shape (n,), a text was computed as."""
-        known = TextDigests(namespace, text).known_as(tokens)
+        known = TextDigests(namespace, text).record(tokens)
         self._known.remember(known)
         for tier in writable_tiers(self._upkeep):
             self._upkeep.writer.defer(partial(self._note, tier, known.digest))
 
-    def longest(self, namespace: bytes, text: bytes) -> KnownText | None:
+    def longest(self, namespace: bytes, text: bytes) -> TextRecord | None:
         """The longest remembered text that this one begins with."""
         digests = TextDigests(namespace, text)
         best = self._known.longest(digests)

@@ -20,7 +20,7 @@ from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
 from erllama.cache.pipeline.write_queue import Abandoned
-from erllama.cache.texts.text_tokens import KnownText, TextDigests
+from erllama.cache.texts.text_tokens import TextDigests, TextRecord
 from erllama.cache.tiers.changed_files import ChangedFiles
 from erllama.cache.tiers.directory import block_key, block_path, is_gone, warn_about_file_system
 from erllama.cache.tiers.index import FileStamp, Index
@@ -320,7 +320,7 @@ class FileTier(Tier):
 
     # --- texts, and the tokens that they were computed as -------------------------------------
 
-    def longest_text(self, digests: TextDigests, longer_than: int) -> KnownText | None:
+    def longest_text(self, digests: TextDigests, longer_than: int) -> TextRecord | None:
         # Requests call this: other calls check whether the directory was replaced.
         index = self._opened.unchecked_index
         return None if index is None else index.texts.longest(digests, longer_than)
@@ -330,7 +330,7 @@ class FileTier(Tier):
         with self._using() as index, index.transaction():
             index.texts.clear()
 
-    def remember_text(self, known: KnownText) -> None:
+    def remember_text(self, known: TextRecord) -> None:
         with self._using() as index, index.transaction():
             index.texts.remember(known, _TEXT_BYTES)
 

@@ -27,7 +27,7 @@ from urllib.parse import quote
 from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
-from erllama.cache.texts.text_tokens import KnownText, TextDigests
+from erllama.cache.texts.text_tokens import TextDigests, TextRecord
 from erllama.cache.tiers.directory import INDEX_NAME
 from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.index import FileStamp, Index, read_blocks
@@ -117,7 +117,7 @@ class ReadOnlyIndex(Index):
         rows = self._read("SELECT sha256 FROM fingerprints WHERE identity = ?", [identity])
         return str(rows[0][0]) if rows else None
 
-    def longest_text(self, digests: TextDigests, longer_than: int) -> KnownText | None:
+    def longest_text(self, digests: TextDigests, longer_than: int) -> TextRecord | None:
         return self.texts.longest(digests, longer_than) if self._has_texts else None
 
     def close(self) -> None:
@@ -224,7 +224,7 @@ class ReadOnlyFileTier(FileTier):
     def fingerprint(self, identity: str) -> str | None:
         return self._index.fingerprint(identity) if self._index is not None else None
 
-    def longest_text(self, digests: TextDigests, longer_than: int) -> KnownText | None:
+    def longest_text(self, digests: TextDigests, longer_than: int) -> TextRecord | None:
         return self._index.longest_text(digests, longer_than) if self._index is not None else None
 
     def verify(self, on_read: Callable[[int], object] = lambda n_bytes: None) -> Iterator[Problem]:
