@@ -36,7 +36,7 @@ from erllama.testing.models import (
     write_mamba,
 )
 from support.backends import llama_backend
-from support.faulty_backends import LIES, RARE
+from support.faulty_backends import BACKEND_FAULTS, RARE_BACKEND_FAULTS
 from support.places import ROOT
 
 EXAMPLE = ROOT / "examples" / "numpy_backend.py"
@@ -143,21 +143,23 @@ def test_numpy_computes_alike_whatever_it_is_put_through(tiny_gguf: Path) -> Non
 # --- who does not, each in one way ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("liar", "rule"), LIES)
-def test_a_rule_notices_who_breaks_it(liar: type[StubBackend], rule: str) -> None:
+@pytest.mark.parametrize(("faulty", "rule"), BACKEND_FAULTS)
+def test_a_rule_notices_who_breaks_it(faulty: type[StubBackend], rule: str) -> None:
     class Rules(BackendConformance):
         def make_backend(self) -> Backend:
-            return liar(n_ctx=64, n_batch=48, n_ubatch=32) if liar.__init__ is StubBackend.__init__ else liar()
+            return (
+                faulty(n_ctx=64, n_batch=48, n_ubatch=32) if faulty.__init__ is StubBackend.__init__ else faulty()
+            )
 
     with pytest.raises((AssertionError, BackendError)):
         getattr(Rules(), rule)()
 
 
-@pytest.mark.parametrize(("liar", "rule"), RARE)
-def test_a_rule_notices_who_breaks_it_seldom(liar: type[StubBackend], rule: str) -> None:
+@pytest.mark.parametrize(("faulty", "rule"), RARE_BACKEND_FAULTS)
+def test_a_rule_notices_who_breaks_it_seldom(faulty: type[StubBackend], rule: str) -> None:
     class Rules(BackendConformance):
         def make_backend(self) -> Backend:
-            return liar(n_ctx=600)
+            return faulty(n_ctx=600)
 
     with pytest.raises((AssertionError, BackendError)):
         getattr(Rules(), rule)()
@@ -165,7 +167,9 @@ def test_a_rule_notices_who_breaks_it_seldom(liar: type[StubBackend], rule: str)
 
 def test_every_rule_has_someone_who_breaks_it() -> None:
     rules = {name for name in dir(BackendConformance) if name.startswith("test_")}
-    assert rules - {rule for _, rule in LIES + RARE} == {"test_equal_prompts_stay_separate"}
+    assert rules - {rule for _, rule in BACKEND_FAULTS + RARE_BACKEND_FAULTS} == {
+        "test_equal_prompts_stay_separate"
+    }
 
 
 # --- the example computes what libllama does ---------------------------------------------------------------

@@ -18,8 +18,8 @@ from erllama.testing import BackendMachine, CacheMachine, TierConformance
 from erllama.testing.models import TINY, write_gemma3, write_lfm2, write_llama, write_mamba
 from support.backends import llama_backend
 from support.faulty_backends import (
-    LIES,
-    RARE,
+    BACKEND_FAULTS,
+    RARE_BACKEND_FAULTS,
     CutsFirst,
     DecodesSecond,
     DropsNext,
@@ -85,7 +85,7 @@ MACHINES = [
 
 
 @pytest.mark.parametrize("kind", MACHINES, ids=lambda kind: kind.__name__)
-def test_no_tier_lies(kind: type[CacheMachine]) -> None:
+def test_every_kind_of_cache_passes(kind: type[CacheMachine]) -> None:
     run_state_machine_as_test(kind, settings=MACHINE)
 
 
@@ -95,7 +95,7 @@ class TestRamTier(TierConformance):
 
 
 class TestFileTier(TierConformance):
-    """On a tmpfs as far as it can tell: nothing is made durable, which would take most of the time."""
+    """With the name of a tier in memory: durable writes would take most of the time."""
 
     n_blocks = 40
     shared = True
@@ -110,7 +110,7 @@ class TestSmallTier(TierConformance):
 
 
 class TestTinyTier(TierConformance):
-    """Hardly anything has room."""
+    """Few blocks fit."""
 
     def make_tier(self, directory: Path) -> Tier:
         return SmallTier(str(directory), 600)
@@ -122,12 +122,12 @@ def custom(self: CacheMachine, directory: Path) -> Cache:
     )
 
 
-def test_a_tier_of_ones_own_does_not_lie() -> None:
+def test_a_user_defined_tier_passes() -> None:
     run_state_machine_as_test(machine("Remote", custom, shared=False), settings=MACHINE)
 
 
 class SwappingTier(FileTier):
-    """Gives the payload of another block once it has two."""
+    """From the second payload on, `read()` returns that of the first block."""
 
     last: bytes = b""
 
@@ -138,7 +138,7 @@ class SwappingTier(FileTier):
 
 
 class ForgetfulTier(FileTier):
-    """Loses what it wrote."""
+    """`write()` removes the file that it wrote."""
 
     def write(self, block: Block, payload: memoryview) -> None:
         super().write(block, payload)
@@ -146,7 +146,7 @@ class ForgetfulTier(FileTier):
 
 
 class GreedyTier(FileTier):
-    """Writes what it was not given room for."""
+    """`write()` writes a second file without a reservation."""
 
     def write(self, block: Block, payload: memoryview) -> None:
         super().write(block, payload)
@@ -154,7 +154,7 @@ class GreedyTier(FileTier):
 
 
 class LaxTier(FileTier):
-    """Believes every file."""
+    """`read()` accepts every file."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
         try:
@@ -164,7 +164,7 @@ class LaxTier(FileTier):
 
 
 class UnawareTier(FileTier):
-    """Does not tell what others did."""
+    """`changes()` reports nothing."""
 
     def changes(self) -> Changes | None:
         return None
@@ -179,21 +179,21 @@ FILE_FAULTS: list[tuple[type[FileTier], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("liar", "rule"), FILE_FAULTS)
-def test_a_rule_finds_a_fault_of_a_tier_of_files(liar: type[FileTier], rule: str) -> None:
+@pytest.mark.parametrize(("faulty", "rule"), FILE_FAULTS)
+def test_a_rule_finds_a_fault_of_a_tier_of_files(faulty: type[FileTier], rule: str) -> None:
     class Rules(TestFileTier):
         def make_tier(self, directory: Path) -> Tier:
-            return liar(directory / "cache", 10**6, name="ram_file", watch=False)
+            return faulty(directory / "cache", 10**6, name="ram_file", watch=False)
 
     with pytest.raises(AssertionError):
         getattr(Rules(), rule)()
 
 
-@pytest.mark.parametrize(("liar", "rule"), FAULTS)
-def test_a_rule_finds_a_fault_of_a_tier(liar: type[SmallTier], rule: str) -> None:
+@pytest.mark.parametrize(("faulty", "rule"), FAULTS)
+def test_a_rule_finds_a_fault_of_a_tier(faulty: type[SmallTier], rule: str) -> None:
     class Rules(TierConformance):
         def make_tier(self, directory: Path) -> Tier:
-            return liar(str(directory))
+            return faulty(str(directory))
 
     with pytest.raises(AssertionError):
         getattr(Rules(), rule)()
@@ -204,30 +204,30 @@ def test_every_rule_for_tiers_has_a_fault() -> None:
     assert rules == {rule for _, rule in [*FAULTS, *FILE_FAULTS]}
 
 
-def faulty_machine(liar: type[SmallTier], budget: int) -> type[CacheMachine]:
+def faulty_machine(faulty: type[SmallTier], budget: int) -> type[CacheMachine]:
     def make(self: CacheMachine, directory: Path) -> Cache:
-        return Cache(ram=300, tiers=[liar(str(directory), budget)], block_size=16, watch=False)
+        return Cache(ram=300, tiers=[faulty(str(directory), budget)], block_size=16, watch=False)
 
-    return machine(liar.__name__, make, shared=False)
+    return machine(faulty.__name__, make, shared=False)
 
 
 # The machine checks all rules before it begins: what one of them finds, it finds. These are some of each kind.
-@pytest.mark.parametrize("liar", [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ReadsForOneThread])
-def test_the_machine_names_the_rule_that_a_tier_breaks(liar: type[SmallTier]) -> None:
+@pytest.mark.parametrize("faulty", [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ReadsForOneThread])
+def test_the_machine_names_the_rule_that_a_tier_breaks(faulty: type[SmallTier]) -> None:
     with pytest.raises(AssertionError, match="Broken rule"):
-        run_state_machine_as_test(faulty_machine(liar, 10**6), settings=settings(MACHINE, max_examples=1))
+        run_state_machine_as_test(faulty_machine(faulty, 10**6), settings=settings(MACHINE, max_examples=1))
 
 
 @pytest.mark.parametrize(
-    "liar",
+    "faulty",
     [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ForgetsAtClose, ReadsOther],
 )
 def test_the_machine_finds_faults_of_tiers_without_the_rules(
-    liar: type[SmallTier], monkeypatch: pytest.MonkeyPatch
+    faulty: type[SmallTier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CacheMachine, "_check_tiers", lambda self: None)
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(faulty_machine(liar, 2000), settings=settings(MACHINE, max_examples=40))
+        run_state_machine_as_test(faulty_machine(faulty, 2000), settings=settings(MACHINE, max_examples=40))
 
 
 # --- backends ---------------------------------------------------------------------------------------
@@ -259,23 +259,23 @@ def test_libllama_computes_alike_whatever_it_is_put_through(kind: str, tmp_path:
     run_state_machine_as_test(Llama, settings=settings(MACHINE, max_examples=max(EXAMPLES // 5, 5)))
 
 
-@pytest.mark.parametrize("liar", [SharesForty, PacksStale, RestoresFrom32, WipesBatch, EmbedsBackwards])
-def test_the_machine_names_the_rule_that_a_backend_breaks(liar: type[StubBackend]) -> None:
+@pytest.mark.parametrize("faulty", [SharesForty, PacksStale, RestoresFrom32, WipesBatch, EmbedsBackwards])
+def test_the_machine_names_the_rule_that_a_backend_breaks(faulty: type[StubBackend]) -> None:
     class Machine(BackendMachine):
         def make_backend(self) -> StubBackend:
-            return liar(n_ctx=300)
+            return faulty(n_ctx=300)
 
     with pytest.raises(AssertionError, match="Broken rule"):
         run_state_machine_as_test(Machine, settings=settings(MACHINE, max_examples=1))
 
 
-@pytest.mark.parametrize("liar", [RestoresInFirst, DecodesSecond, CutsFirst, DropsNext, Trusts])
-def test_the_machine_finds_faults_of_backends_without_the_rules(liar: type[StubBackend]) -> None:
+@pytest.mark.parametrize("faulty", [RestoresInFirst, DecodesSecond, CutsFirst, DropsNext, Trusts])
+def test_the_machine_finds_faults_of_backends_without_the_rules(faulty: type[StubBackend]) -> None:
     class Machine(BackendMachine):
         checks_rules = False
 
         def make_backend(self) -> StubBackend:
-            return liar(n_ctx=300)
+            return faulty(n_ctx=300)
 
     with pytest.raises(AssertionError):
         run_state_machine_as_test(Machine, settings=settings(MACHINE, max_examples=40))
@@ -290,7 +290,9 @@ def table(faults: Sequence[tuple[type, str]]) -> str:
     return "\n".join(["| Fault | Rule that finds it |", "|---|---|", *rows])
 
 
-@pytest.mark.parametrize("faults", [[*FAULTS, *FILE_FAULTS], [*LIES, *RARE]], ids=["tiers", "backends"])
+@pytest.mark.parametrize(
+    "faults", [[*FAULTS, *FILE_FAULTS], [*BACKEND_FAULTS, *RARE_BACKEND_FAULTS]], ids=["tiers", "backends"]
+)
 def test_the_guide_has_the_table_of_faults(faults: Sequence[tuple[type, str]]) -> None:
     assert len({fault for fault, _ in faults}) >= 40
     assert table(faults) in GUIDE.read_text(), f"docs/test-harness.md must have this table:\n{table(faults)}"
