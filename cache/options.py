@@ -44,21 +44,21 @@ class Root(NamedTuple):
     budget: int
 
 
-def directories(name: str, given: object, quota: object) -> list[Root]:
+def directories(name: str, value: object, quota: object) -> list[Root]:
     """Return the directories of an option: None, one, several, or a mapping from directories to quotas.
 
     Raises:
         OptionError: a value is not a directory, or a directory has a quota of 0.
     """
     budget = parse_bytes(f"{name}_quota", quota)
-    if given is None or given is False:
+    if value is None or value is False:
         return []
-    if isinstance(given, Mapping):
-        wanted = [(path, parse_bytes(f"{name}[{str(path)!r}]", size)) for path, size in given.items()]
-    elif isinstance(given, list | tuple):
-        wanted = [(path, budget) for path in given]
+    if isinstance(value, Mapping):
+        wanted = [(path, parse_bytes(f"{name}[{str(path)!r}]", size)) for path, size in value.items()]
+    elif isinstance(value, list | tuple):
+        wanted = [(path, budget) for path in value]
     else:
-        wanted = [(given, budget)]
+        wanted = [(value, budget)]
     roots = [Root(name, _directory(name, path), size) for path, size in wanted]
     for root in roots:
         if root.budget == 0:
@@ -84,15 +84,15 @@ def file_tiers(roots: Sequence[Root], watch: bool, read_only: bool) -> list[File
     return [file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=read_only) for root in roots]
 
 
-def known_tiers(given: object) -> list[Tier]:
+def known_tiers(value: object) -> list[Tier]:
     """Return the user's own tiers after checking them.
 
     Raises:
         OptionError: one is not a tier, is listed twice, or has a reserved name or another write mode than "behind".
     """
-    if not isinstance(given, list | tuple):
-        raise OptionError(f"tiers={given!r}; give a list of objects derived from erllama.cache.Tier")
-    for tier in given:
+    if not isinstance(value, list | tuple):
+        raise OptionError(f"tiers={value!r}; give a list of objects derived from erllama.cache.Tier")
+    for tier in value:
         if not isinstance(tier, Tier):
             raise OptionError(f"{tier!r} in tiers; give objects of a class derived from erllama.cache.Tier")
         if tier.write_mode != "behind" or tier.name in ("ram", "live"):
@@ -100,20 +100,20 @@ def known_tiers(given: object) -> list[Tier]:
                 f"tiers has {tier.name!r} with write_mode={tier.write_mode!r}; give tiers with write_mode='behind' "
                 "and a name other than 'ram' and 'live'"
             )
-    if len({id(tier) for tier in given}) != len(given):
+    if len({id(tier) for tier in value}) != len(value):
         raise OptionError("tiers contains one tier twice")
-    return list(given)
+    return list(value)
 
 
-def _directory(name: str, given: object) -> Path:
-    if given is True:
+def _directory(name: str, value: object) -> Path:
+    if value is True:
         return default_directory(name)
-    if not isinstance(given, str | Path) or not str(given) or "\0" in str(given):
-        raise OptionError(f"{name}={given!r}; give a directory, several, True for the default one, or None")
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise OptionError(f"{name}={value!r}; give a directory, several, True for the default one, or None")
     try:
-        return Path(given).expanduser().absolute()
+        return Path(value).expanduser().absolute()
     except RuntimeError as error:
-        raise OptionError(f"{name}={given!r}: {error}") from None
+        raise OptionError(f"{name}={value!r}: {error}") from None
 
 
 def default_directory(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The cgroups of this process, version 1, 2 or both: where the kernel shows limits of memory and processors.
+"""The cgroups of this process, version 1, 2 or both, with their limits of memory and processors.
 
 `memory` reads memory limits from them, and the engine reads processor limits.
 """

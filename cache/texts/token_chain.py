@@ -69,19 +69,19 @@ def join_tokens(parts: Sequence[bytes]) -> NDArray[np.int32]:
 
 
 class ChunkStore:
-    """Pieces, and how often each is needed. Not thread-safe.
+    """Chunks in memory, with reference counts. Not thread-safe.
 
     Attributes:
-        n_bytes: what they take.
+        n_bytes: bytes of all chunks.
     """
 
     def __init__(self) -> None:
         self._chunks: dict[bytes, TokenChunk] = {}
-        self._references: dict[bytes, int] = {}  # by heads, and by chunks that follow
+        self._references: dict[bytes, int] = {}  # from acquired sequences, and from chunks that follow
         self.n_bytes = 0
 
     def acquire(self, tokens: NDArray[np.int32]) -> bytes:
-        """Keep tokens until they are released; returns their key."""
+        """Store tokens, add a reference to them, and return their key."""
         chunks = split_tokens(tokens)
         for chunk in chunks:
             if chunk.key not in self._chunks:
@@ -94,7 +94,7 @@ class ChunkStore:
         return head
 
     def release(self, head: bytes) -> None:
-        """Undo one `hold`; what nobody else needs goes."""
+        """Drop one reference, and remove the chunks that have none left."""
         while head != ROOT:
             self._references[head] -= 1
             if self._references[head]:
@@ -105,7 +105,7 @@ class ChunkStore:
             head = chunk.parent
 
     def tokens(self, head: bytes) -> NDArray[np.int32]:
-        """What is held under a key."""
+        """Return the tokens of a key."""
         parts = []
         while head != ROOT:
             chunk = self._chunks[head]

@@ -1,7 +1,8 @@
-"""Makes the index of a cache directory fit its files: adopts files, drops rows, quarantines damaged files.
+"""Reconciliation of a cache directory's index with its files.
 
-`FileTier` calls it when it opens a directory, when the directory watch reports changes, and for `gc`. One thread at
-a time may call a `Reconciler`.
+Adopts files that the index lacks, drops rows without files, and quarantines damaged files. `FileTier` calls it when
+it opens a directory, when the directory watch reports changes, and for `gc`. One thread at a time may call a
+`Reconciler`.
 """
 
 from __future__ import annotations

@@ -342,8 +342,8 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--quantization", choices=get_args(Quantization), default="Q8_0")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    write_llama(given.path, SHAPES[given.shape], seed=given.seed, quantization=given.quantization)
+    arguments = parser.parse_args()
+    write_llama(arguments.path, SHAPES[arguments.shape], seed=arguments.seed, quantization=arguments.quantization)
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ class BackendConformance(MemoryRules, LongRules, EmbedderRules):
                     require(
                         bool(np.all((ids >= 0) & (ids < vocabulary.n_tokens))), f"ids outside the vocabulary: {ids}"
                     )
-                    for given in (ids, ids.tolist()):
-                        found = vocabulary.detokenize(given)
+                    for source_ids in (ids, ids.tolist()):
+                        found = vocabulary.detokenize(source_ids)
                         require(found == text.encode(), f"{text!r} is detokenized to {found!r}")
 
     def test_pieces_join_to_the_text(self) -> None:
@@ -160,8 +160,10 @@ class BackendConformance(MemoryRules, LongRules, EmbedderRules):
         """A batch without output rows returns shape (0, n_vocab). Its tokens still affect later logits."""
         ids = self._ids(7)
         with self._backend() as backend:
-            nothing = decode_slice(backend, 0, 0, ids[:4], output=())
-            require(nothing.shape == (0, backend.limits.n_vocab), f"logits of no row have shape {nothing.shape}")
+            no_logits = decode_slice(backend, 0, 0, ids[:4], output=())
+            require(
+                no_logits.shape == (0, backend.limits.n_vocab), f"logits of no row have shape {no_logits.shape}"
+            )
             silent = decode_slice(backend, 0, 4, ids[4:])
             backend.clear()
             decode_slice(backend, 0, 0, ids[:4])

@@ -1,4 +1,7 @@
-"""Rules for backends that embed. Part of `BackendConformance`; skipped for other backends."""
+"""Rules for backends that embed.
+
+Part of `BackendConformance`; skipped for other backends.
+"""
 
 from __future__ import annotations
 

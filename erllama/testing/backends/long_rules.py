@@ -1,4 +1,7 @@
-"""Rules for backends about long sequences, many sequences and many calls. Part of `BackendConformance`."""
+"""Rules for backends about long sequences, many sequences and many calls.
+
+Part of `BackendConformance`.
+"""
 
 from __future__ import annotations
 

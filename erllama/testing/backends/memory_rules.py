@@ -1,4 +1,7 @@
-"""Rules for backends about pack, restore, cut, drop, clear and share. Part of `BackendConformance`."""
+"""Rules for backends about pack, restore, cut, drop, clear and share.
+
+Part of `BackendConformance`.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Simple model of a backend: the tokens of each sequence, and the logits that a second instance computes from them.
+"""Simple model of a backend: the tokens of each sequence, and the logits expected for them.
 
-Used by the rules for backends and by `BackendMachine`.
+A second instance computes the expected logits from an empty context. Used by the rules for backends and by
+`BackendMachine`.
 """
 
 from __future__ import annotations
@@ -124,11 +125,11 @@ class BackendModel:
         require(bool(np.isfinite(found).all()), "decode() returns logits that are not finite")
         results: dict[int, Logits] = {}
         wanted = iter(found)
-        for (sequence, position, token), gives in zip(rows, output, strict=True):
+        for (sequence, position, token), has_output in zip(rows, output, strict=True):
             require(position == len(self.tokens[sequence]), "positions of the model are wrong")
             self.tokens[sequence].append(token)
             self._cells[sequence].append(next(self._cell_ids))
-            if gives:
+            if has_output:
                 results[sequence] = next(wanted)
                 self._compare_row(results[sequence], sequence, len(rows))
         self.compare({sequence for sequence, _ in parts})

@@ -1,4 +1,7 @@
-"""Rules for tiers about opening, closing, sharing, threads, and many calls. Part of `TierConformance`."""
+"""Rules for tiers about opening, closing, sharing, threads and many calls.
+
+Part of `TierConformance`.
+"""
 
 from __future__ import annotations
 
@@ -145,8 +148,8 @@ class LifecycleRules(TierRules):
         found = other.tier.changes()
         require(found is not None, "changes() is None after another instance has changed something")
         assert found is not None
-        told = {row.block.key for row in found.stored}
-        require((stored or set()) <= told, "changes() does not report a block that another instance stored")
+        reported = {row.block.key for row in found.stored}
+        require((stored or set()) <= reported, "changes() does not report a block that another instance stored")
         gone = set(found.removed)
         if not found.complete:
             require((removed or set()) <= gone, "changes() does not report a block that another instance removed")

@@ -1,4 +1,4 @@
-"""Simple model of a tier: records the calls that a tier receives, and checks that the tier holds their result.
+"""Simple model of a tier: records the calls that a tier receives, and checks their result.
 
 Used by the rules for tiers and by `CacheMachine`.
 """

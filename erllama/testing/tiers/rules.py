@@ -173,8 +173,8 @@ class TierRules:
         for key in changes.removed:
             require(key not in held, f"changes() reports block {key.hex()[:8]} as removed, which is stored")
         if changes.complete:
-            told = {row.block.key for row in changes.stored}
-            require(told == set(held), "changes() is complete and does not list all blocks")
+            reported = {row.block.key for row in changes.stored}
+            require(reported == set(held), "changes() is complete and does not list all blocks")
 
     def _first_blocks(self, n: int, *, namespace: int = 0) -> list[Block]:
         """Return blocks at position 0. The blocks of each namespace have the same tokens."""
