@@ -47,7 +47,7 @@ from support.places import ROOT
 
 GUIDE = ROOT / "docs" / "test-harness.md"
 EXAMPLES = int(os.environ.get("ERLLAMA_HARNESS_EXAMPLES", "25"))
-# Nothing is shrunk: what a run finds depends on files and threads, and would take long to repeat.
+# Without shrinking: a failure depends on files and threads, and repeating it takes long.
 MACHINE = settings(max_examples=EXAMPLES, stateful_step_count=30, phases=[Phase.generate])
 
 
@@ -180,7 +180,7 @@ FILE_FAULTS: list[tuple[type[FileTier], str]] = [
 
 
 @pytest.mark.parametrize(("faulty", "rule"), FILE_FAULTS)
-def test_a_rule_finds_a_fault_of_a_tier_of_files(faulty: type[FileTier], rule: str) -> None:
+def test_a_rule_finds_a_fault_of_a_file_tier(faulty: type[FileTier], rule: str) -> None:
     class Rules(TestFileTier):
         def make_tier(self, directory: Path) -> Tier:
             return faulty(directory / "cache", 10**6, name="ram_file", watch=False)
@@ -211,7 +211,7 @@ def faulty_machine(faulty: type[SmallTier], budget: int) -> type[CacheMachine]:
     return machine(faulty.__name__, make, shared=False)
 
 
-# The machine checks all rules before it begins: what one of them finds, it finds. These are some of each kind.
+# The machine checks all rules first, so it finds every fault that a rule finds. These are a few of each kind.
 @pytest.mark.parametrize("faulty", [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ReadsForOneThread])
 def test_the_machine_names_the_rule_that_a_tier_breaks(faulty: type[SmallTier]) -> None:
     with pytest.raises(AssertionError, match="Broken rule"):
@@ -236,7 +236,7 @@ WRITERS = {"llama": (write_llama, TINY), "gemma3": (write_gemma3,), "mamba": (wr
 
 
 @pytest.mark.parametrize("can_trim", [True, False])
-def test_the_stub_computes_alike_whatever_it_is_put_through(can_trim: bool) -> None:
+def test_the_stub_computes_the_same_after_any_calls(can_trim: bool) -> None:
     class Stub(BackendMachine):
         def make_backend(self) -> StubBackend:
             return StubBackend(n_ctx=64, can_trim=can_trim)
@@ -245,13 +245,13 @@ def test_the_stub_computes_alike_whatever_it_is_put_through(can_trim: bool) -> N
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_libllama_computes_alike_whatever_it_is_put_through(kind: str, tmp_path: Path) -> None:
+def test_libllama_computes_the_same_after_any_calls(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"{kind}.gguf"
     write, *shape = WRITERS[kind]
     write(path, *shape, seed=1)
 
     class Llama(BackendMachine):
-        checks_rules = False  # tests/harness/test_backends.py does
+        checks_rules = False  # tests/harness/test_backends.py checks them
 
         def make_backend(self) -> LlamaBackend:
             return llama_backend(path, n_ctx=256, n_ubatch=32, n_threads=1)
@@ -285,7 +285,7 @@ def test_the_machine_finds_faults_of_backends_without_the_rules(faulty: type[Stu
 
 
 def table(faults: Sequence[tuple[type, str]]) -> str:
-    """The faults and the rules that find them, as the guide has them."""
+    """Return the table of faults and rules as in the guide."""
     rows = [f"| {' '.join((fault.__doc__ or '').split())} | `{rule}` |" for fault, rule in faults]
     return "\n".join(["| Fault | Rule that finds it |", "|---|---|", *rows])
 

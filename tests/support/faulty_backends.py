@@ -1,4 +1,4 @@
-"""Backends that are the stub with one fault each, and the rule of `BackendConformance` that finds it."""
+"""Backends with one fault each, derived from the stub, and the rule that finds each fault."""
 
 from __future__ import annotations
 
@@ -453,7 +453,7 @@ class CutsSlices(StubBackend):
         super().cut(sequence, end // 4 * 4)
 
 
-# --- faults that show in some calls, sequences, positions and payloads only ----------------------------
+# --- rare faults: in some calls, sequences, positions or payloads only ----------------------------
 
 
 class Sometimes(StubBackend):
@@ -952,7 +952,7 @@ class EmbedderClosesOnce(EmbeddingStub):
             super().close()
 
 
-# Those that show in almost any call.
+# Faults that show in almost any call.
 BACKEND_FAULTS: list[tuple[type[StubBackend], str]] = [
     (NoRoom, "test_limits_are_consistent"),
     (OwnNamespace, "test_the_namespace_is_constant"),
@@ -1009,7 +1009,7 @@ BACKEND_FAULTS: list[tuple[type[StubBackend], str]] = [
     (LowerCase, "test_pieces_join_to_the_text"),
 ]
 
-# Those that show in some calls, sequences, positions and payloads only.
+# Faults that show only in some calls, sequences, positions or payloads.
 RARE_BACKEND_FAULTS: list[tuple[type[StubBackend], str]] = [
     (SharesForty, "test_any_length_can_be_shared"),
     (SharesOneMore, "test_any_length_can_be_shared"),

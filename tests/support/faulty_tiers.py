@@ -1,4 +1,4 @@
-"""Tiers that are a small correct one with one fault each, and the rule of `TierConformance` that finds it."""
+"""Tiers with one fault each, derived from a small correct tier, and the rule that finds each fault."""
 
 from __future__ import annotations
 
@@ -618,7 +618,8 @@ class MendsTooMuch(SmallTier):
         self.remove([key for key in self.store if key not in parents])
 
 
-# --- life -------------------------------------------------------------------------------------------
+# --- opening and closing
+# -------------------------------------------------------------------------------------------
 
 
 class ForgetsAtClose(SmallTier):
@@ -688,7 +689,8 @@ class WearsOut(SmallTier):
         super().write(block, payload)
 
 
-# --- others ------------------------------------------------------------------------------------------
+# --- other processes, threads, and rare faults
+# ------------------------------------------------------------------------------------------
 
 
 class SaysInFlight(SmallTier):
