@@ -13,7 +13,8 @@ from erllama.cache.pressure.memory import MemoryUsage
 from erllama.cache.pressure.pressure import Pressure
 from erllama.cache.store import Cache
 from erllama.cache.tiers.file_tier import FileTier
-from erllama.cache.tiers.tier import Changes, Problem, RamTier, Tier, TierRow
+from erllama.cache.tiers.ram_tier import RamTier
+from erllama.cache.tiers.tier import Changes, Problem, Tier, TierRow
 
 __all__ = [
     "KEY_BYTES",

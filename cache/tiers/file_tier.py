@@ -19,7 +19,6 @@ from pathlib import Path
 from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
-from erllama.cache.pipeline.write_queue import Abandoned
 from erllama.cache.texts.text_tokens import TextDigests, TextRecord
 from erllama.cache.tiers.changed_files import ChangedFiles
 from erllama.cache.tiers.directory import block_key, block_path, is_gone, warn_about_file_system
@@ -27,7 +26,7 @@ from erllama.cache.tiers.index import FileStamp, Index
 from erllama.cache.tiers.index_schema import may_show_damage
 from erllama.cache.tiers.open_directory import OpenDirectory
 from erllama.cache.tiers.reconciler import Reconciler, is_fault_of_file
-from erllama.cache.tiers.tier import Changes, Problem, Tier, TierRow
+from erllama.cache.tiers.tier import Changes, Problem, SimulatedCrash, Tier, TierRow
 from erllama.cache.tiers.watch import DirectoryWatch
 from erllama.errors import CacheError, CacheFormatError
 
@@ -166,7 +165,7 @@ class FileTier(Tier):
                 index.put(block, FileStamp.of(final), time.time_ns())
                 if not replaced:
                     index.release(block.key, locked.owner)
-        except Abandoned:
+        except SimulatedCrash:
             raise  # tests end a write as if the process had been killed: no cleanup
         except BaseException:
             self._undo_write(final if published else partial, older, final)
@@ -340,8 +339,8 @@ class FileTier(Tier):
 
     # --- files that change behind the cache's back ------------------------------------------
 
-    def watch(self, alarm: Callable[[], None]) -> None:
-        self._changed_files.on_add = alarm
+    def watch(self, on_change: Callable[[], None]) -> None:
+        self._changed_files.on_add = on_change
 
     def examine(self) -> bool:
         with self._reconciling() as reconciler:

@@ -53,7 +53,7 @@ from erllama.cache import (
     token_bytes,
 )
 from erllama.cache.blocks.keys import TOKEN_BYTES, common_prefix
-from erllama.cache.pipeline.write_queue import Abandoned
+from erllama.cache.tiers.tier import SimulatedCrash
 from erllama.testing.rules import check_rules
 from erllama.testing.tiers.conformance import TierConformance
 from erllama.testing.tiers.model import TierModel
@@ -111,7 +111,7 @@ class CacheMachine(RuleBasedStateMachine):
     def _check_tiers(self) -> None:
         """Check the rules for each tier of the user's own, once for each type."""
         with TemporaryDirectory(prefix="erllama-test-") as directory, self.make_cache(Path(directory)) as cache:
-            tiers = list(cache._upkeep.tiers)
+            tiers = list(cache._tier_set)
         for index, tier in enumerate(tiers):
             kind = type(tier)
             if kind in (FileTier, RamTier) or kind in _checked_types.setdefault(type(self), set()):
@@ -138,7 +138,7 @@ class CacheMachine(RuleBasedStateMachine):
                 else self.process_models.setdefault(tier, TierModel()),
                 tier,
             )
-            for index, tier in enumerate(cache._upkeep.tiers)
+            for index, tier in enumerate(cache._tier_set)
         ]
 
     def teardown(self) -> None:
@@ -171,7 +171,7 @@ class CacheMachine(RuleBasedStateMachine):
         def die(name: str) -> None:
             if name == step:
                 died.set()
-                raise Abandoned
+                raise SimulatedCrash
 
         for tier in self._file_tiers():
             tier._step = die  # type: ignore[method-assign]
@@ -438,7 +438,7 @@ class CacheMachine(RuleBasedStateMachine):
         )
 
     def _persistent_keys(self) -> set[bytes]:
-        lasting = {tier.name for tier in self.cache._upkeep.tiers if tier.persistent}
+        lasting = {tier.name for tier in self.cache._tier_set if tier.persistent}
         return {row.key for row in self.cache.rows() if row.tier in lasting}
 
     def _failures(self) -> dict[str, float]:
@@ -449,7 +449,7 @@ class CacheMachine(RuleBasedStateMachine):
         return sum(n for name, n in self.cache.counters().items() if name.startswith("evictions_"))
 
     def _file_tiers(self) -> list[FileTier]:
-        return [tier for tier in self.cache._upkeep.tiers if isinstance(tier, FileTier)]
+        return [tier for tier in self.cache._tier_set if isinstance(tier, FileTier)]
 
     def _release_all(self) -> None:
         for match in self.pinned:
@@ -466,7 +466,7 @@ class _MachineRules(TierConformance):
 
     def make_tier(self, directory: Path) -> Tier:
         with self._machine.make_cache(directory) as cache:
-            return cache._upkeep.tiers[self._index]
+            return list(cache._tier_set)[self._index]
 
 
 # Types of tiers that follow the rules, by machine.

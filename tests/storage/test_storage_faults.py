@@ -203,7 +203,7 @@ def test_a_directory_that_is_removed_is_made_anew(tmp_path: Path, ram: str | int
 def test_a_part_of_the_directory_that_is_removed_is_made_anew(
     tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("erllama.cache.pipeline.upkeep._REOPEN_SECONDS", 0.1)
+    monkeypatch.setattr("erllama.cache.pipeline.tier_set._REOPEN_SECONDS", 0.1)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         use(cache, texts(0))
         cache.flush()
@@ -318,7 +318,7 @@ def test_a_database_that_is_kept_for_longer_than_a_start_waits_is_used_when_it_i
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("erllama.cache.tiers.index_schema._BUSY_SECONDS", 0.1)
-    monkeypatch.setattr("erllama.cache.pipeline.upkeep._REOPEN_SECONDS", 0.1)
+    monkeypatch.setattr("erllama.cache.pipeline.tier_set._REOPEN_SECONDS", 0.1)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         save(cache, texts(0))
     with held_by_another(tmp_path, ALONE):
