@@ -15,7 +15,7 @@ import platformdirs
 
 from erllama.cache.sizes import parse_bytes
 from erllama.cache.tiers.file_tier import FileTier
-from erllama.cache.tiers.read_only import file_tier
+from erllama.cache.tiers.read_only import create_file_tier
 from erllama.cache.tiers.tier import Tier
 from erllama.errors import OptionError
 
@@ -81,10 +81,12 @@ def file_tiers(roots: Sequence[Root], watch: bool, read_only: bool) -> list[File
                 raise OptionError(
                     f"{root.path} and {other.path} are equal, or one lies in the other; give separate directories"
                 )
-    return [file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=read_only) for root in roots]
+    return [
+        create_file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=read_only) for root in roots
+    ]
 
 
-def known_tiers(value: object) -> list[Tier]:
+def custom_tiers(value: object) -> list[Tier]:
     """Return the user's own tiers after checking them.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from erllama.cache.blocks.block import Block
 from erllama.cache.catalog.lru import LeafLRU
 from erllama.cache.tiers.directory import INDEX_NAME, is_cache
-from erllama.cache.tiers.read_only import file_tier
+from erllama.cache.tiers.read_only import create_file_tier
 from erllama.cache.tiers.tier import Problem, TierRow
 from erllama.errors import CacheError
 
@@ -92,7 +92,7 @@ class CacheFiles:
         if not is_cache(root):
             raise CacheError(f"{root} holds no cache; give the directory of one")
         self.root = root
-        self._tier = file_tier(root, _NO_BUDGET, name="ram_file" if in_memory else "disk", watch=False)
+        self._tier = create_file_tier(root, _NO_BUDGET, name="ram_file" if in_memory else "disk", watch=False)
         try:
             # Before `open`, which removes the files of ended processes.
             self._partials = set() if self._tier.read_only else _names_in(root / "partial")

@@ -1,8 +1,8 @@
 """Read-only cache directories: a cache in a container image, or on a file system mounted read-only.
 
 `ReadOnlyFileTier` serves the blocks of such a directory to any number of processes. It takes no lock, creates no
-file and changes no row. It hides damaged blocks from its own process only. `file_tier` chooses between it and
-`FileTier`.
+file and changes no row. It hides damaged blocks from its own process only. `create_file_tier` chooses between it
+and `FileTier`.
 
 SQLite needs care there. A database in WAL mode without a log beside it is opened as immutable, because SQLite would
 otherwise create a log. If there is a log, a process that can write may be running, or may have crashed. The
@@ -49,7 +49,7 @@ def is_read_only(root: Path) -> bool:
     return any(path.exists() and not os.access(path, os.W_OK) for path in parts)
 
 
-def file_tier(
+def create_file_tier(
     root: Path, budget: int, *, name: str = "disk", watch: bool = True, read_only: bool = False
 ) -> FileTier:
     """Return the tier for a directory: a read-only one if `read_only` is set or the directory is not writable."""
