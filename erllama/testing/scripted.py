@@ -1,6 +1,6 @@
 """Writes tiny GGUF models with scripted replies: each token determines the next one.
 
-A test can so use a real model file, on libllama, that thinks, calls a tool and answers, or that writes a word in
+So a test can use a real model file, on libllama, that thinks, calls a tool and answers, or that writes a word in
 other tokens than its tokenizer would.
 
 Needs the `gguf` package: `pip install 'erllama[models]'`.
