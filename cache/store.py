@@ -27,7 +27,7 @@ from erllama.cache.blocks.keys import TOKEN_BYTES, token_bytes
 from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
 from erllama.cache.catalog.catalog import BlockCatalog
 from erllama.cache.catalog.counters import Counters
-from erllama.cache.options import OPTIONS, Directories, directories, file_tiers, known_tiers
+from erllama.cache.options import OPTIONS, Directories, custom_tiers, directories, file_tiers
 from erllama.cache.pipeline.attached_tiers import AttachedTiers
 from erllama.cache.pipeline.change_feed import ChangeFeed
 from erllama.cache.pipeline.evictor import Evictor
@@ -118,7 +118,7 @@ class Cache:
         roots = directories("ram_file", ram_file, ram_file_quota) + directories("disk", disk, disk_quota)
         all_tiers: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
         all_tiers += file_tiers(roots, boolean("watch", watch), boolean("read_only", read_only))
-        all_tiers += known_tiers(tiers)
+        all_tiers += custom_tiers(tiers)
         # Created before any directory is opened, because it raises if its source is not available.
         self._pressure = self._pressure_watch(Pressure.of(pressure))
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.cache.blocks.keys import NamespaceValue
+from erllama.cache.blocks.keys import NamespaceValue as NamespaceValue
 
 
 @dataclass(frozen=True, slots=True)

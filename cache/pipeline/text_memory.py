@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from erllama.cache.pipeline.tier_set import TierSet
 from erllama.cache.pipeline.write_queue import WriteQueue
-from erllama.cache.texts.text_tokens import KnownText, KnownTexts, TextDigests
+from erllama.cache.texts.text_tokens import TextCache, TextDigests, TextRecord
 from erllama.cache.tiers.file_tier import FileTier
 
 _USES_SECONDS = 10.0  # uses are collected in memory; each transfer to a directory is a write
@@ -26,18 +26,18 @@ class TextMemory:
 
     def __init__(self, queue: WriteQueue, tiers: TierSet) -> None:
         self._queue, self._tiers = queue, tiers
-        self._known = KnownTexts()
+        self._known = TextCache()
         self._lock = threading.Lock()  # guards `_uses`
         self._uses: dict[bytes, int] = {}  # uses not written yet: ns since 1970, by digest
 
     def remember(self, namespace: bytes, text: bytes, tokens: NDArray[np.int32]) -> None:
         """Remember the tokens, shape (n,), that a text was computed as."""
-        known = TextDigests(namespace, text).known_as(tokens)
+        known = TextDigests(namespace, text).record(tokens)
         self._known.remember(known)
         for tier in self._tiers.file_tiers(writable=True):
             self._queue.defer(partial(self._write, tier, known.digest))
 
-    def longest(self, namespace: bytes, text: bytes) -> KnownText | None:
+    def longest(self, namespace: bytes, text: bytes) -> TextRecord | None:
         """The longest remembered text that `text` begins with."""
         digests = TextDigests(namespace, text)
         best = self._known.longest(digests)

@@ -12,7 +12,7 @@ import numpy as np
 
 import erllama
 from erllama._runtime.printing import say
-from erllama.cache.admin.maintenance import is_cache
+from erllama.cache.tiers.directory import is_cache
 from erllama.cli.console import print_facts, print_json, progress
 from erllama.cli.loading import Setup, plain_file
 from erllama.cli.options import DIRECTORY, chosen_model, loading_options, model_argument

@@ -1,4 +1,4 @@
-"""Writes a GGUF that appears whole or not at all. For the generators of test models."""
+"""Writes a GGUF file that appears only when it is complete. For the generators of test models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def new_gguf(path: Path, architecture: str) -> Iterator[GGUFWriter]:
-    """A writer to be given metadata and tensors; the file is in its place when the `with` ends well."""
+    """Yield a writer for metadata and tensors. The file appears when the block ends without an exception."""
     from gguf import GGUFWriter
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -213,7 +213,7 @@ def test_a_newer_version_is_not_undone_by_a_load_of_the_old(tmp_path: Path) -> N
         assert bytes(cache.load(block).payload) == b"new"  # type: ignore[union-attr]
         cache.evict_bytes(1000, ("ram",))
         assert bytes(cache.load(block).payload) == b"new"  # type: ignore[union-attr]
-        assert bytes(tier.shelf[block.key][1]) == b"new"
+        assert bytes(tier.store[block.key][1]) == b"new"
 
 
 def test_a_version_that_does_not_fit_leaves_the_old_one() -> None:

@@ -61,8 +61,8 @@ def import_command(file: IO[bytes], directories: tuple[Path, ...], as_json: bool
         note(f"{problem.place} refused: {problem.what}")
     if as_json:
         refused = [{"name": problem.place, "what": problem.what} for problem in done.refused]
-        counted = {"blocks": done.n_blocks, "bytes": done.n_bytes, "there": done.n_there}
+        counted = {"blocks": done.n_blocks, "bytes": done.n_bytes, "there": done.n_existing}
         print_json({"directory": str(root), **counted, "refused": refused})
     else:
-        say(f"{count(done.n_blocks, 'block')} stored, {size(done.n_bytes)}; {done.n_there:,} were there")
+        say(f"{count(done.n_blocks, 'block')} stored, {size(done.n_bytes)}; {done.n_existing:,} were there")
     return 1 if done.refused else 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from erllama._runtime.printing import say
-from erllama.cache.admin.maintenance import CacheFiles, Context, Namespace
+from erllama.cache.admin.maintenance import CacheFiles, ContextSummary, NamespaceSummary
 from erllama.cli.cache.archives import export_command, import_command
 from erllama.cli.cache.directories import directories_option, json_option, opened
 from erllama.cli.cache.maintenance import evict, gc, verify
@@ -52,7 +52,7 @@ def stats(directories: tuple[Path, ...], as_json: bool) -> None:
         print_json(found)
 
 
-def _usage(files: CacheFiles, namespaces: list[Namespace]) -> dict[str, object]:
+def _usage(files: CacheFiles, namespaces: list[NamespaceSummary]) -> dict[str, object]:
     return {
         "directory": str(files.root),
         "tier": files.tier,
@@ -71,12 +71,12 @@ def _state(files: CacheFiles) -> str:
     return (", read-only" if files.read_only else "") + (", in use by others" if files.in_use else "")
 
 
-def _stored(namespaces: list[Namespace]) -> str:
+def _stored(namespaces: list[NamespaceSummary]) -> str:
     blocks, tokens = sum(each.n_blocks for each in namespaces), sum(each.n_tokens for each in namespaces)
     return f"{count(blocks, 'block')}, {count(tokens, 'token')}, {size(sum(each.n_bytes for each in namespaces))}"
 
 
-def _print_namespaces(namespaces: list[Namespace]) -> None:
+def _print_namespaces(namespaces: list[NamespaceSummary]) -> None:
     numbers = [(title, "right") for title in ("contexts", "blocks", "tokens", "size", "last used")]
     print_table(
         [("namespace", "left"), *numbers],
@@ -125,7 +125,7 @@ def list_contexts(directories: tuple[Path, ...], limit: int | None, as_json: boo
     )
 
 
-def _namespace_json(namespace: Namespace) -> dict[str, object]:
+def _namespace_json(namespace: NamespaceSummary) -> dict[str, object]:
     return {
         "namespace": namespace.key.hex(),
         "contexts": namespace.n_contexts,
@@ -136,7 +136,7 @@ def _namespace_json(namespace: Namespace) -> dict[str, object]:
     }
 
 
-def _context_json(files: CacheFiles, context: Context) -> dict[str, object]:
+def _context_json(files: CacheFiles, context: ContextSummary) -> dict[str, object]:
     return {
         "context": context.key.hex(),
         "namespace": context.namespace.hex(),

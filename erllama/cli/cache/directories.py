@@ -10,9 +10,9 @@ from typing import NamedTuple
 import click
 
 import erllama
-from erllama.cache.admin.maintenance import CacheFiles, is_cache
+from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cache.options import default_directory
-from erllama.cache.tiers.directory import CacheDirectory, file_system
+from erllama.cache.tiers.directory import CacheDirectory, file_system, is_cache
 from erllama.cli.console import note
 from erllama.cli.options import DIRECTORY
 

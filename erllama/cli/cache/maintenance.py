@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from erllama._runtime.printing import one_line, say
-from erllama.cache.admin.maintenance import Removed
+from erllama.cache.admin.maintenance import RemovalResult
 from erllama.cli.cache.directories import directories_option, json_option, named_namespaces, opened
 from erllama.cli.console import count, print_json, progress, size
 from erllama.cli.options import age, byte_size
@@ -21,7 +21,7 @@ from erllama.cli.options import age, byte_size
 def verify(directories: tuple[Path, ...], repair: bool, as_json: bool) -> int:
     """Read every file and check it; exit status 1 where something is wrong and was not repaired."""
     with opened(directories) as found_in:
-        n_set_aside = sum(files.set_aside for files in found_in)
+        n_quarantined = sum(files.n_quarantined for files in found_in)
         n_blocks = sum(len(files.rows()) for files in found_in)
         problems = []
         for files in found_in:
@@ -29,12 +29,12 @@ def verify(directories: tuple[Path, ...], repair: bool, as_json: bool) -> int:
                 problems += files.verify(repair=repair, on_read=tell)
     if as_json:
         wrong = [{"tier": p.tier, "place": p.place, "what": p.what} for p in problems]
-        print_json({"blocks": n_blocks, "problems": wrong, "set_aside": n_set_aside, "repaired": repair})
+        print_json({"blocks": n_blocks, "problems": wrong, "set_aside": n_quarantined, "repaired": repair})
     else:
         for problem in problems:
             say(one_line(f"{problem.place}: {problem.what}"))
-        if n_set_aside:
-            say(f"{count(n_set_aside, 'file')} that no index knew, and no block, set aside in damaged/")
+        if n_quarantined:
+            say(f"{count(n_quarantined, 'file')} that no index knew, and no block, set aside in damaged/")
         wrong_text = count(len(problems), "problem") + (", repaired" if repair and problems else "")
         say(f"{count(n_blocks, 'block')} checked, {wrong_text}")
     return 1 if problems and not repair else 0
@@ -64,7 +64,7 @@ def gc(directories: tuple[Path, ...], quota: int | None, as_json: bool) -> None:
         print_json(found)
 
 
-def _gone(removed: Removed) -> str:
+def _gone(removed: RemovalResult) -> str:
     return f"{count(removed.n_blocks, 'block')} removed, {size(removed.n_bytes)}"
 
 
@@ -90,14 +90,14 @@ def evict(
     if chosen + everything + (to_size is not None) != 1:
         raise click.UsageError("give --all, or --to-size, or --namespace and --older-than")
     before = None if older_than is None else time.time_ns() - int(older_than * 1e9)
-    total = Removed(0, 0)
+    total = RemovalResult(0, 0)
     with opened(directories) as found_in:
         among = named_namespaces(found_in, prefixes)
         for files in found_in:
             gone = files.shrink(to_size) if to_size is not None else files.evict(among, used_before=before)
             if everything:
-                files.forget_rest()
-            total = Removed(total.n_blocks + gone.n_blocks, total.n_bytes + gone.n_bytes)
+                files.remove_texts_and_damaged()
+            total = RemovalResult(total.n_blocks + gone.n_blocks, total.n_bytes + gone.n_bytes)
     if as_json:
         print_json({"removed_blocks": total.n_blocks, "removed_bytes": total.n_bytes})
     else:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import erllama
-from erllama.cache.admin.maintenance import CacheFiles, is_cache
-from erllama.cache.tiers.directory import INDEX_NAME, file_system
-from erllama.cache.tiers.index import SCHEMA_VERSION
+from erllama.cache.admin.maintenance import CacheFiles
+from erllama.cache.tiers.directory import INDEX_NAME, file_system, is_cache
+from erllama.cache.tiers.index_schema import SCHEMA_VERSION
 from erllama.cli.cache.directories import IN_MEMORY, usual_directories
 from erllama.cli.console import count, size
 from erllama.cli.doctor.findings import Finding

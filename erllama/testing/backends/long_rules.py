@@ -1,4 +1,7 @@
-"""Rules for backends that show in long sequences, in many of them, and after many calls."""
+"""Rules for backends about long sequences, many sequences and many calls.
+
+Part of `BackendConformance`.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,32 @@ from unittest import SkipTest
 
 import numpy as np
 
-from erllama.testing.backend_model import BackendModel, Packed
-from erllama.testing.backend_rules import BackendRules, feed
-from erllama.testing.promises import must
+from erllama.testing.backends.model import BackendModel, PackedRange
+from erllama.testing.backends.rules import BackendRules, decode_slice
+from erllama.testing.rules import require
 
 _EDGES = (1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 41, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300, 511, 512, 513)
 
 
 class LongRules(BackendRules):
-    """Part of `BackendConformance`."""
+    """Rules about long sequences, many sequences and many calls."""
 
     # --- positions ----------------------------------------------------------------------------------
 
-    def test_long_prompts_may_come_in_any_slices(self) -> None:
-        """However a long prompt is cut, each row that is asked for has the logits of the tokens up to it."""
+    def test_a_long_prompt_may_be_split_anywhere(self) -> None:
+        """However a long prompt is split, each output row has the logits of the tokens up to it."""
         with self._model() as model:
             ids = self._long(model)
-            for step in (model.step, 7, max(model.step - 1, 1)):
+            for step in (model.max_slice, 7, max(model.max_slice - 1, 1)):
                 model.clear()
                 for start in range(0, len(ids), step):
-                    model.decode([(0, ids[start : start + step])], every=start % 3 == 0)
+                    model.decode([(0, ids[start : start + step])], extra_output=start % 3 == 0)
             model.clear()
             for start, end in pairwise([0, *_edges(len(ids))]):
-                for at in range(start, end, model.step):
-                    model.decode([(0, ids[at : min(at + model.step, end)])])
+                for at in range(start, end, model.max_slice):
+                    model.decode([(0, ids[at : min(at + model.max_slice, end)])])
 
-    def test_every_token_of_a_long_prompt_counts(self) -> None:
+    def test_every_token_of_a_long_prompt_matters(self) -> None:
         """Where memory can be cut, logits depend on each token before them, however far back."""
         with self._model(trim=True) as model:
             ids = self._long(model)
@@ -42,20 +45,22 @@ class LongRules(BackendRules):
             for at in range(len(ids) - 1):
                 found = []
                 for token in token_ids[:2]:
-                    found.append(feed(backend, 0, at, np.array([token, ids[at + 1]], np.int32), output=(0, 1)))
+                    found.append(
+                        decode_slice(backend, 0, at, np.array([token, ids[at + 1]], np.int32), output=(0, 1))
+                    )
                     backend.cut(0, at)
                 one, other = found
-                must(not np.array_equal(one[0], other[0]), f"decode(): the token at position {at} has no effect")
-                must(
+                require(not np.array_equal(one[0], other[0]), f"decode(): the token at position {at} has no effect")
+                require(
                     not np.array_equal(one[1], other[1]),
                     f"decode(): the token at position {at} has no effect on the next row",
                 )
-                feed(backend, 0, at, np.array([ids[at]], np.int32))
+                decode_slice(backend, 0, at, np.array([ids[at]], np.int32))
             plain = model.expected(ids).copy()
             for at in [0, *(end for end in _edges(len(ids) - 1) if end in (1, 16, 41, 128, 256, 512))]:
                 changed = list(ids)
                 changed[at] = self._other(ids[at])
-                must(
+                require(
                     not np.array_equal(plain, model.expected(changed)),
                     f"decode(): token {at} of {len(ids)} has no effect on the last row",
                 )
@@ -63,7 +68,7 @@ class LongRules(BackendRules):
     # --- sharing ------------------------------------------------------------------------------------
 
     def test_any_length_can_be_shared(self) -> None:
-        """A target holds just the first `end` positions of its source, for each `end`, source and target."""
+        """A target holds exactly the first `end` positions of its source, for each `end`, source and target."""
         with self._model(trim=True, sequences=2) as model:
             ids, n = self._long(model), model.limits.n_sequences
             model.prefill(0, ids)
@@ -73,7 +78,7 @@ class LongRules(BackendRules):
                 model.probe(target, ids[end % len(ids)])
                 model.probe(target, self._other(ids[end % len(ids)]))
                 again = 1 + (i + 1) % (n - 1)
-                if again != target:  # a share of what is shared
+                if again != target:  # share a sequence that is shared itself
                     model.share(target, again, max(end - 1, 0))
                     model.probe(again, ids[end - 1])
                     model.drop(again)
@@ -81,7 +86,7 @@ class LongRules(BackendRules):
             model.share(0, n - 1, 0)
             model.decode([(n - 1, ids[:2])])
             model.drop(n - 1)
-            # The other way round: from the last sequence into the first.
+            # In the other direction: from the last sequence into the first.
             model.share(0, n - 1, len(ids))
             model.drop(0)
             for end in _edges(len(ids))[-4:]:
@@ -90,8 +95,8 @@ class LongRules(BackendRules):
                 model.drop(0)
             model.probe(n - 1, ids[0])
 
-    def test_sharers_go_their_own_ways(self) -> None:
-        """After `share`, what one sequence computes, cuts or drops leaves all others as they were."""
+    def test_sharers_are_independent(self) -> None:
+        """After `share`, what one sequence computes, cuts or drops does not change the others."""
         with self._model(trim=True, sequences=3) as model:
             ids = self._long(model)[: model.limits.n_ctx // 3]
             n = min(model.limits.n_sequences, 6)
@@ -99,7 +104,7 @@ class LongRules(BackendRules):
             for target in range(1, n):
                 model.share(0, target, len(ids) - target)
             for turn in range(4):
-                model.decode([(s, [self._other(ids[s + turn])]) for s in range(n)], mixed=turn % 2 == 0)
+                model.decode([(s, [self._other(ids[s + turn])]) for s in range(n)], interleaved=turn % 2 == 0)
             for sequence in (1, 0, 2):
                 model.cut(sequence, len(ids) // 2)
                 model.decode([(sequence, self._ids(5, seed=9 + sequence).tolist())])
@@ -112,8 +117,8 @@ class LongRules(BackendRules):
 
     # --- pack, restore and cut ----------------------------------------------------------------------
 
-    def test_long_sequences_come_back_at_each_length(self) -> None:
-        """Packed whole or in pieces, and restored, each position is as it was: into any sequence, any instance."""
+    def test_long_sequences_restore_at_each_length(self) -> None:
+        """Packed whole or in ranges, each position restores unchanged, into any sequence and any instance."""
         with self._model() as model, self._model() as elsewhere:
             ids, last = self._long(model), model.limits.n_sequences - 1
             ends = [*_edges(len(ids) - 1), len(ids) - 1]
@@ -133,17 +138,17 @@ class LongRules(BackendRules):
                         other.cut(sequence, end)
                         other.decode([(sequence, [ids[end]])])
 
-    def _packed_in_pieces(self, model: BackendModel, ids: list[int], ends: list[int]) -> list[Packed]:
-        """Each piece packed when its end is reached."""
+    def _packed_in_pieces(self, model: BackendModel, ids: list[int], ends: list[int]) -> list[PackedRange]:
+        """Decode `ids`, and pack each range when its end is reached."""
         pieces = []
         for start, end in pairwise([0, *ends]):
-            for at in range(start, end, model.step):
-                model.decode([(0, ids[at : min(at + model.step, end)])])
+            for at in range(start, end, model.max_slice):
+                model.decode([(0, ids[at : min(at + model.max_slice, end)])])
             pieces.append(model.pack(0, start, end))
         return pieces
 
     def test_a_long_sequence_can_be_cut_anywhere(self) -> None:
-        """Cut at any position, a sequence holds what came before it, and goes on with other tokens."""
+        """After a cut at any position, a sequence holds the tokens before it and continues with other tokens."""
         with self._model(trim=True) as model:
             ids = self._long(model)
             for i, end in enumerate(reversed(_edges(len(ids) - 4))):
@@ -159,8 +164,8 @@ class LongRules(BackendRules):
                     model.decode([(0, self._ids(3, seed=50 + i).tolist())])
                     model.cut(0, end)
 
-    def test_nothing_is_remembered_of_what_was_dropped(self) -> None:
-        """After `cut`, `drop` or `clear`, packing and sharing the same positions gives the new tokens' state."""
+    def test_dropped_tokens_leave_no_trace(self) -> None:
+        """After `cut`, `drop` or `clear`, `pack` and `share` of the same positions use the new tokens."""
         with self._model(trim=True, sequences=2) as model, self._model(trim=True) as elsewhere:
             n = min(len(self._long(model)) // 3, 96)
             old, new, last = (
@@ -226,13 +231,13 @@ class LongRules(BackendRules):
     # --- many sequences, many calls -----------------------------------------------------------------
 
     def test_all_sequences_generate_together(self) -> None:
-        """Sequences from the first to the last number, each with its own prompt, in shared batches."""
+        """Sequences from the first to the last number, each with its own prompt, decode in shared batches."""
         with self._model(sequences=2) as model:
             limits = model.limits
             n = min(limits.n_sequences, limits.n_batch // 2, limits.n_ctx // 20, 16)
             if n < 2:
                 raise SkipTest("a rule for two sequences and more")
-            # The last number, too.
+            # Include the last sequence number.
             numbers = [*range(n - 1), limits.n_sequences - 1]
             room = limits.n_ctx // n - 12
             for i, sequence in enumerate(numbers):
@@ -240,17 +245,19 @@ class LongRules(BackendRules):
             for turn in range(8):
                 order = numbers if turn % 2 else numbers[::-1]
                 model.decode([(s, [int(self._ids(1, seed=100 * turn + s)[0])]) for s in order])
-            model.decode([(s, self._ids(2, seed=s).tolist()) for s in numbers], every=True)
+            model.decode([(s, self._ids(2, seed=s).tolist()) for s in numbers], extra_output=True)
             model.decode(
-                [(s, self._ids(1 + (s == numbers[1]), seed=s).tolist()) for s in numbers], mixed=False, every=True
+                [(s, self._ids(1 + (s == numbers[1]), seed=s).tolist()) for s in numbers],
+                interleaved=False,
+                extra_output=True,
             )
             for i, sequence in enumerate(numbers[::2]):
                 model.drop(sequence)
                 model.prefill(sequence, self._ids(4 + i, seed=60 + i).tolist())
                 model.decode([(s, self._ids(1, seed=70 + i).tolist()) for s in numbers])
 
-    def test_equal_prompts_do_not_mix(self) -> None:
-        """Sequences that hold the same tokens are several: one may go on, be cut or dropped without the others."""
+    def test_equal_prompts_stay_separate(self) -> None:
+        """Sequences with equal tokens are separate: one may continue, be cut or be dropped without the others."""
         with self._model(sequences=2) as model:
             ids = self._ids(min(40, model.limits.n_ctx // 4 - 4)).tolist()
             for sequence in (0, 1):
@@ -263,17 +270,17 @@ class LongRules(BackendRules):
             model.drop(1)
             model.decode([(0, self._ids(1, seed=4).tolist())])
 
-    def test_many_calls_in_any_order_agree_with_a_model(self) -> None:
-        """Whatever was computed, shared, cut, packed and restored before: each call does what it must."""
+    def test_random_calls_agree_with_a_model(self) -> None:
+        """Each of many random calls does what the model of the backend predicts."""
         random = np.random.Generator(np.random.PCG64(7))
         with self._model() as model:
-            packed: list[Packed] = []
+            packed: list[PackedRange] = []
             for turn in range(self.n_calls):
                 random_call(model, random, packed, list(self.token_ids))
                 if turn % 60 == 59:
                     model.clear()
 
-    # --- how ----------------------------------------------------------------------------------------
+    # --- helpers ----------------------------------------------------------------------------------------
 
     @contextmanager
     def _model(self, *, sequences: int = 1, trim: bool = False) -> Iterator[BackendModel]:
@@ -281,7 +288,7 @@ class LongRules(BackendRules):
             yield BackendModel(backend, cold, self.tolerance)
 
     def _long(self, model: BackendModel) -> list[int]:
-        """A long prompt that leaves room for some tokens."""
+        """Return a long prompt that leaves room for a few tokens."""
         found: list[int] = self._ids(min(self.n_tokens, model.limits.n_ctx - 8), seed=5).tolist()
         return found
 
@@ -290,12 +297,12 @@ class LongRules(BackendRules):
 
 
 def random_call(
-    model: BackendModel, random: np.random.Generator, packed: list[Packed], token_ids: list[int]
+    model: BackendModel, random: np.random.Generator, packed: list[PackedRange], token_ids: list[int]
 ) -> None:
-    """One call that is allowed now, drawn by `random`; what is packed is added to `packed`."""
+    """Make one call that is allowed now, chosen by `random`. Add packed ranges to `packed`."""
     limits, tokens = model.limits, model.tokens
     n = min(limits.n_sequences, 4)
-    numbers = [0, *range(limits.n_sequences - n + 1, limits.n_sequences)]  # the first, and the last ones
+    numbers = [0, *range(limits.n_sequences - n + 1, limits.n_sequences)]  # the first number and the last ones
     sequence = numbers[random.integers(len(numbers))]
     held = len(tokens[sequence])
     kind = random.integers(10)
@@ -330,7 +337,7 @@ def _random_decode(
     model: BackendModel, random: np.random.Generator, numbers: list[int], token_ids: list[int]
 ) -> None:
     chosen = [number for number in numbers if random.integers(2)] or numbers[:1]
-    most = max(model.step // len(chosen), 1)
+    most = max(model.max_slice // len(chosen), 1)
     parts = []
     for sequence in chosen[: model.limits.n_batch]:
         length = int(random.integers(1, min(most, (1, 4, 40)[random.integers(3)]) + 1))
@@ -339,10 +346,10 @@ def _random_decode(
     if not model.limits.can_trim and sum(map(len, model.tokens)) + total > model.limits.n_ctx:
         model.clear()
         return
-    if not model.decode(parts, mixed=bool(random.integers(2)), every=bool(random.integers(2))):
+    if not model.decode(parts, interleaved=bool(random.integers(2)), extra_output=bool(random.integers(2))):
         model.drop(max(numbers, key=lambda number: len(model.tokens[number])))
 
 
 def _edges(n: int) -> list[int]:
-    """Lengths up to n at which something may go wrong."""
+    """Return the lengths up to `n` around which faults are likely: multiples of block and buffer sizes."""
     return [edge for edge in _EDGES if edge <= n]
