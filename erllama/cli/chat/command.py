@@ -10,7 +10,7 @@ import click
 import erllama
 from erllama._runtime.printing import json_text, say
 from erllama.cli import reply as replies
-from erllama.cli.chat.conversation import Conversation
+from erllama.cli.chat.session import Conversation
 from erllama.cli.chat.line_input import typed_lines
 from erllama.cli.chat.slash_commands import COMMANDS, Leave, run_command
 from erllama.cli.console import is_terminal, note, print_dimmed, told, write_reply

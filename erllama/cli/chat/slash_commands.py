@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Never
 
 from erllama.cli import reply as replies
-from erllama.cli.chat.conversation import Conversation
+from erllama.cli.chat.session import Conversation
 from erllama.cli.console import count
 from erllama.cli.options import value_of
 from erllama.engine import Completion
