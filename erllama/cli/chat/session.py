@@ -1,4 +1,4 @@
-"""A conversation at the prompt: its messages, and the options of its replies."""
+"""The state of `erllama chat`: the messages, and the options of the replies."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import cast
 
 import erllama
 from erllama._model.request_options import ChatOptions, chat_request
-from erllama.cli import reply as replies
 from erllama.cli.files import new_file
+from erllama.cli.reply import stream_reply
 from erllama.errors import ChatError, shown
 
 Message = dict[str, object]
 
 
 @dataclass(slots=True)
-class Conversation:
-    """What is said, and how replies are drawn. Of one thread.
+class ChatSession:
+    """A chat in the terminal. One thread uses it.
 
     Attributes:
-        model: what replies.
-        system: what the conversation begins with; None for nothing.
-        options: of `Model.chat`, by name.
-        silent: replies are not shown as they come.
-        messages: those of the user and the replies, in turn.
-        replies: what each reply of this process cost, the latest last.
+        model: the model that replies.
+        system: the system message; None for no system message.
+        options: options of `Model.chat`, by name.
+        silent: do not stream replies to stdout.
+        messages: the user's messages and the replies, without the system message.
+        replies: the replies of this process, the latest last, for statistics.
     """
 
     model: erllama.Model
@@ -39,96 +39,96 @@ class Conversation:
 
     @property
     def all_messages(self) -> list[Message]:
-        """With the system message, as the model gets them."""
-        first: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        return [*first, *self.messages]
+        """All messages, with the system message first."""
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *self.messages]
 
     def ask(self, text: str) -> erllama.ChatCompletion:
-        """Say something; the reply is shown as it comes.
+        """Send a user message and return the reply, which is streamed to stdout.
 
-        A message that gets no reply is taken back; a reply that Ctrl-C ends stays as far as it came.
+        A message without a reply is removed again. A reply that Ctrl-C ends stays, up to where it ended.
 
         Raises:
-            erllama.Error: as of `Model.chat`.
+            erllama.Error: as `Model.chat` does.
         """
         self.messages.append({"role": "user", "content": text})
-        return self._answer()
+        return self._reply()
 
     def regenerate(self) -> erllama.ChatCompletion:
-        """Another reply in place of the last one.
+        """Replace the last reply with another one, and return it.
 
         Raises:
-            ChatError: there is none.
-            erllama.Error: as of `Model.chat`; the last one is then gone, and its message, too.
+            ChatError: there is no user message yet.
+            erllama.Error: as `Model.chat` does. The last user message and its reply are then removed.
         """
-        asked = [at for at, message in enumerate(self.messages) if message["role"] == "user"]
-        if not asked:
-            raise ChatError("nothing was said yet; say something first")
-        del self.messages[asked[-1] + 1 :]
-        return self._answer()
+        user_positions = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not user_positions:
+            raise ChatError("there is no message to reply to; send a message first")
+        del self.messages[user_positions[-1] + 1 :]
+        return self._reply()
 
-    def _answer(self) -> erllama.ChatCompletion:
+    def _reply(self) -> erllama.ChatCompletion:
         options, messages = cast(ChatOptions, self.options), self.all_messages
-        came = False
+        has_reply = False
         try:
             if self.silent:
                 reply = self.model.chat(messages, **options)
             else:
-                stream = lambda: self.model.stream_chat(messages, **options)  # noqa: E731
-                reply = cast("erllama.ChatCompletion", replies.show(self.model, stream, self.n_tokens))
-            came = bool(reply.tokens)
+                start = lambda: self.model.stream_chat(messages, **options)  # noqa: E731
+                reply = cast("erllama.ChatCompletion", stream_reply(self.model, start, self.n_tokens))
+            has_reply = bool(reply.tokens)
         finally:
-            if not came:
+            if not has_reply:
                 self.messages.pop()
-        if came:
+        if has_reply:
             self.messages.append(reply.message)
             self.replies.append(reply)
         return reply
 
     def n_tokens(self) -> int:
-        """Tokens of all that was said."""
+        """Return the length of all messages in tokens."""
         return len(self.model.apply_chat_template(self.all_messages)) if self.all_messages else 0
 
-    def set(self, changed: Mapping[str, object]) -> None:
+    def set_options(self, changed: Mapping[str, object]) -> None:
         """Change options of the replies.
 
         Raises:
-            OptionError: there is none of a name, or it cannot be that; all stay as they were.
+            OptionError: an option does not exist or has an invalid value. No option is changed then.
         """
         options = {**self.options, **changed}
-        # As a request would be checked.
+        # The checks of a request.
         chat_request([], cast(ChatOptions, options), "/set", None, self.model._backend.vocabulary)
         self.options = options
 
     def save(self, path: Path) -> None:
-        """Write the messages to a new file of the user's alone, as JSON; it replaces a file or a link of that name.
+        """Write the messages as JSON to a file that only its owner can read. Replaces a file or a link at `path`.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         text = json.dumps(self.all_messages, indent=2, ensure_ascii=False) + "\n"
         with new_file(path) as file:
             file.write(text.encode("utf-8", "backslashreplace"))
 
     def load(self, path: Path) -> None:
-        """Go on with the messages of a file.
+        """Replace the messages with those of a file.
 
         Raises:
-            ChatError: they are none, or the template refuses them.
-            OSError: it cannot be read.
+            ChatError: the file holds no messages, or the template refuses them.
+            OSError: the file cannot be read.
         """
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            messages = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ChatError(f"{path} is no JSON: {error}") from None
-        if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
-            raise ChatError(f"{path} holds {shown(found)}; give a list of messages, as /save writes it")
-        if found:
-            self.model.render_chat(found)
+            raise ChatError(f"{path} is not JSON: {error}") from None
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise ChatError(f"{path} holds {shown(messages)}; give a list of messages, as /save writes it")
+        if messages:
+            self.model.render_chat(messages)
         system = None
-        if found and found[0].get("role") == "system":
-            system = found[0].get("content")
+        if messages and messages[0].get("role") == "system":
+            system = messages[0].get("content")
             if not isinstance(system, str):
-                raise ChatError(f"{path}: the content of its system message is {shown(system)}; give a text")
-            found = found[1:]
-        self.system, self.messages = system, found
+                raise ChatError(f"{path}: the content of the system message is {shown(system)}; give a text")
+            messages = messages[1:]
+        self.system, self.messages = system, messages
