@@ -70,10 +70,11 @@ def bench(
     directory: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure prefill and decode speed, and the time to the first token with and without the cache.
+    """Measure the speed of a model, with and without the cache.
 
-    Measures the first token without a cache, from RAM, and from disk after a restart. The prompts of the runs share
-    no prefix, and one request runs at a time. The files that the benchmark writes are removed at its end.
+    Measures prefill and decode, and the time to the first token without a cache, from RAM, and from disk after a
+    restart. The prompts of the runs share no prefix, and one request runs at a time. The files that the benchmark
+    writes are removed at its end.
     """
     path = existing_path(model_or_demo(model))
     with progress_bar("measuring") as report:

@@ -19,7 +19,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--tokens", type=_TOKENS, default=600, metavar="N", help="Length of the system prompt, in tokens.")
 @click.option("--max-tokens", "-n", type=_TOKENS, default=200, metavar="N", help="Maximum length of a reply.")
 def demo(model: Path | None, tokens: int, max_tokens: int) -> int:
-    """Compute a long prompt in one process and restore it from the cache in the next."""
+    """Compute a long prompt, and restore it in a new process."""
     return demonstration.run(existing_path(model_or_demo(model)), tokens, max_tokens)
 
 

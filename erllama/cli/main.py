@@ -121,11 +121,7 @@ def root(debug: bool) -> None:
 for command in (
     LazyCommand("run", "erllama.cli.run", "Write one reply to a prompt."),
     LazyCommand("chat", "erllama.cli.chat.command", "Chat with a model."),
-    LazyCommand(
-        "demo",
-        "erllama.cli.demo",
-        "Compute a long prompt in one process and restore it from the cache in the next.",
-    ),
+    LazyCommand("demo", "erllama.cli.demo", "Compute a long prompt, and restore it in a new process."),
     LazyCommand("demo-worker", "erllama.cli.demo"),
     LazyCommand("info", "erllama.cli.info", "Describe a model file. Reads its header only."),
     LazyCommand(
@@ -135,11 +131,7 @@ for command in (
     ),
     LazyCommand("doctor-worker", "erllama.cli.doctor.command"),
     LazyCommand("cache", "erllama.cli.cache.command", "Inspect and manage the prompt cache."),
-    LazyCommand(
-        "bench",
-        "erllama.cli.bench",
-        "Measure prefill and decode speed, and the time to the first token with and without the cache.",
-    ),
+    LazyCommand("bench", "erllama.cli.bench", "Measure the speed of a model, with and without the cache."),
     LazyCommand("completion", "erllama.cli.completion", "Print a completion script for a shell."),
 ):
     root.add_command(command)

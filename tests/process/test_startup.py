@@ -20,13 +20,7 @@ SOURCE = ast.parse(Path(erllama.__file__).read_text())
 SLOW = {"asyncio", "sqlite3", "ssl", "importlib.metadata", "multiprocessing", "http.client", "email.message"}
 
 # What `import erllama` itself consists of.
-FIRST = {
-    "erllama",
-    "erllama._runtime",
-    "erllama._runtime.at_exit",
-    "erllama._runtime.imports",
-    "erllama._runtime.jobs",
-}
+FIRST = {"erllama"} | {f"erllama._runtime{name}" for name in ("", ".at_exit", ".imports", ".jobs")}
 
 # Prints the modules that some code imports.
 _IMPORTED = """
