@@ -1,4 +1,4 @@
-"""The programs of this directory that time libllama: compiled against the library's own, and run."""
+"""Compiles and runs the programs in this directory that time libllama."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def ran(command: list[str], place: Path) -> str:
-    """What a command prints, which runs in `place`."""
+    """Run a command in `place` and return its output."""
     finished = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise SystemExit(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:]}")
@@ -20,7 +20,7 @@ def ran(command: list[str], place: Path) -> str:
 
 
 def compiled(name: str, place: Path, backend: str) -> None:
-    """Compile a program of this directory into `place`, against the libllama of this backend.
+    """Compile a program of this directory into `place`, with the libllama of this backend.
 
     Raises:
         AbsentError: libllama or the compiler is missing.
