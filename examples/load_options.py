@@ -18,9 +18,7 @@ def main() -> None:
         with erllama.load_model(path, vocab_only=True) as vocabulary:
             info = vocabulary.info
             print(f"{info.name}: {info.architecture}, {info.n_layer} layers, {info.file_bytes / 2**20:.1f} MiB")
-            print(
-                f"eos is {info.special_tokens['eos'].text!r}; {len(vocabulary.tokenize(PROMPT))} prompt tokens"
-            )
+            print(f"eos is {info.special_tokens['eos'].text!r}; {len(vocabulary.tokenize(PROMPT))} prompt tokens")
             try:
                 vocabulary.complete(PROMPT)
             except erllama.VocabularyOnly as error:

@@ -18,11 +18,7 @@ def main() -> None:
         before = model.metrics.ticks
         reply = model.complete(prompt, max_tokens=200, temperature=0.0, speculative="ngram")
         print(f"n-grams: {len(reply.tokens)} tokens in {model.metrics.ticks - before} decodes; {reply.drafts}")
-        print(
-            "the same reply"
-            if reply.tokens == plain.tokens
-            else "another reply: two tokens were equally likely"
-        )
+        print("the same reply" if reply.tokens == plain.tokens else "another reply: two tokens were equally likely")
 
         with counting_model_file(2) as smaller, erllama.load_model(smaller, cache=erllama.Cache()) as draft:
             reply = model.complete(prompt, max_tokens=200, temperature=0.0, speculative=draft)
