@@ -39,7 +39,7 @@ def json_text(value: object, *, indent: int | None = None) -> str:
     return "".join(c if _is_shown(c) or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
-def echo(text: str = "", *, end: str = "\n", stderr: bool = False) -> None:
+def say(text: str = "", *, end: str = "\n", stderr: bool = False) -> None:
     """Print a text, on stdout or stderr, as `printable` makes it."""
     print(printable(text), end=end, file=sys.stderr if stderr else sys.stdout, flush=stderr)
 

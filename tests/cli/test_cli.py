@@ -1,4 +1,4 @@
-"""The command `erllama`: replies in a terminal and in scripts, statistics, and error messages."""
+"""The command `erllama`: replies in a terminal and in scripts, what it tells, and what becomes of mistakes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- run ----------------------------------------------------------------------------------------
 
 
-def test_a_reply_goes_to_stdout_and_its_statistics_to_stderr(run: Command, model: Path) -> None:
+def test_a_reply_is_written_and_what_it_cost_told_apart_from_it(run: Command, model: Path) -> None:
     first = run("run", model, "Is it?", "--stats", *ONE)
     assert (first.status, first.out) == (0, "Yes.\n")
     assert "none cached" in first.err
@@ -43,7 +43,7 @@ def test_a_reply_goes_to_stdout_and_its_statistics_to_stderr(run: Command, model
     assert "s to first token" in again.err
 
 
-def test_json_has_the_reply_and_its_statistics(run: Command, model: Path) -> None:
+def test_a_reply_as_json_has_all_that_a_script_wants(run: Command, model: Path) -> None:
     run("run", model, "Is it?", *ONE)
     reply = run("run", model, "Is it?", "--json", "--seed", "7", *ONE).json
     assert (reply["text"], reply["thinking"], reply["finish_reason"]) == ("Yes.", "hm", "stop")
@@ -54,7 +54,7 @@ def test_json_has_the_reply_and_its_statistics(run: Command, model: Path) -> Non
     assert reply["message"]["content"] == "Yes."
 
 
-def test_a_prompt_comes_from_arguments_or_stdin_or_both(run: Command, model: Path) -> None:
+def test_a_prompt_comes_from_words_or_stdin_or_both(run: Command, model: Path) -> None:
     lengths = [
         run("run", model, *words, "--json", *ONE, stdin=stdin).json["usage"]["prompt_tokens"]
         for words, stdin in [
@@ -68,20 +68,20 @@ def test_a_prompt_comes_from_arguments_or_stdin_or_both(run: Command, model: Pat
     assert len(set(lengths)) == 1
 
 
-def test_stdin_that_is_not_utf8_is_read_with_replacements(run: Command, model: Path) -> None:
+def test_what_is_piped_in_and_is_no_text_is_read_as_far_as_it_is(run: Command, model: Path) -> None:
     finished = run.apart("run", model, *ONE, stdin=b"Is\xff it?")
     assert (finished.returncode, finished.stdout) == (0, b"Yes.\n"), finished.stderr
 
 
-def test_raw_continues_the_prompt_without_a_template(run: Command, model: Path, tiny_gguf: Path) -> None:
+def test_raw_goes_on_with_a_text_and_no_template(run: Command, model: Path, tiny_gguf: Path) -> None:
     reply = run("run", "-m", model, "e", "--raw", "--json", *ONE).json
     assert (reply["text"], reply["usage"]["prompt_tokens"]) == ("s.", 1)
     assert "message" not in reply
-    # The same for a model without a template.
+    # As does a model that has none.
     assert "message" not in run("run", tiny_gguf, "hello", "-n", 4, "--json", *ONE).json
 
 
-def test_a_reply_is_constrained_by_a_schema_a_grammar_or_a_regex(
+def test_a_reply_is_kept_to_a_schema_a_grammar_or_an_expression(
     run: Command, tiny_gguf: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "schema.json").write_text('{"enum": ["red", "green"]}')
@@ -98,7 +98,7 @@ def test_a_reply_is_constrained_by_a_schema_a_grammar_or_a_regex(
     assert len(texts[2]) == 3
 
 
-def test_options_of_the_library_can_be_given_by_name(run: Command, model: Path) -> None:
+def test_any_option_of_the_library_can_be_given(run: Command, model: Path) -> None:
     given = run(
         "run", model, "Q", "-o", "stop=.", "-o", 'logit_bias={"5": 1.5}', "--load", "n_ctx=512", "--json", *ONE
     )
@@ -106,14 +106,14 @@ def test_options_of_the_library_can_be_given_by_name(run: Command, model: Path) 
     assert given.json["text"] == "Yes"
 
 
-def test_no_cache_writes_no_files(run: Command, model: Path) -> None:
+def test_no_cache_keeps_nothing(run: Command, model: Path) -> None:
     assert run("run", model, "Q", "--no-cache", "--cache-dir", run.directory).status == 2
     os.environ.pop("ERLLAMA_CACHE_DIR")
     assert run("run", model, "Q", "--no-cache", *ONE).status == 0
     assert not run.directory.exists()
 
 
-# --- errors -----------------------------------------------------------------------------------
+# --- mistakes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_no_cache_writes_no_files(run: Command, model: Path) -> None:
         (["completion", "tcsh"], 2, "'tcsh' is not one of"),
     ],
 )
-def test_an_error_is_one_line_and_an_exit_status(
+def test_a_mistake_is_told_in_a_line_and_a_status(
     run: Command, model: Path, tmp_path: Path, arguments: list[str], status: int, words: str
 ) -> None:
     (tmp_path / "no.gguf").write_text("a text")
@@ -158,7 +158,7 @@ def test_an_error_is_one_line_and_an_exit_status(
     assert status == 2 or len(found.err.splitlines()) == 1
 
 
-def test_a_bug_is_one_line_and_a_traceback_with_debug(
+def test_a_defect_of_ours_is_told_in_a_line_and_with_debug_in_full(
     run: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -172,16 +172,18 @@ def test_a_bug_is_one_line_and_a_traceback_with_debug(
     assert "Traceback" in long.err
 
 
-def test_the_default_model_is_the_demo_model(run: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_that_comes_with_it_is_what_no_model_means(
+    run: Command, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(erllama, "demo_model", lambda: model)
     assert run("run", "Is it?", *ONE).out == "Yes.\n"
     assert run("info", "--json").json["file"] == str(model)
 
 
-# --- in separate processes ----------------------------------------------------------------------
+# --- in processes of its own ----------------------------------------------------------------------
 
 
-def test_a_missing_prompt_is_an_error(run: Command, model: Path) -> None:
+def test_a_prompt_that_is_missing_is_told(run: Command, model: Path) -> None:
     for stdin in ("", " \n"):
         found = run("run", model, *ONE, stdin=stdin)
         assert (found.status, found.out) == (2, "")
@@ -191,7 +193,7 @@ def test_a_missing_prompt_is_an_error(run: Command, model: Path) -> None:
     assert "is a directory" in found.err
 
 
-def test_piped_output_has_no_escapes_and_ctrl_c_keeps_the_text(run: Command, tmp_path: Path) -> None:
+def test_what_is_piped_has_no_escapes_and_ctrl_c_keeps_what_came(run: Command, tmp_path: Path) -> None:
     endless = says(tmp_path / "endless.gguf", "abc ", for_ever=True)
     command = [sys.executable, "-m", "erllama", "run", str(endless), "Q", "--n-ctx", "65536", *ONE]
     environment = {**os.environ, **run.environment, "FORCE_COLOR": "", "TERM": "xterm"}
@@ -210,7 +212,7 @@ def test_piped_output_has_no_escapes_and_ctrl_c_keeps_the_text(run: Command, tmp
     assert b"Traceback" not in err
 
 
-def test_a_closed_pipe_ends_the_command_without_a_message(run: Command, tmp_path: Path) -> None:
+def test_a_reader_that_goes_away_ends_it_quietly(run: Command, tmp_path: Path) -> None:
     endless = says(tmp_path / "endless.gguf", "abc ", for_ever=True)
     command = [sys.executable, "-m", "erllama", "run", str(endless), "Q", "--n-ctx", "65536", *ONE]
     environment = {**os.environ, **run.environment}
@@ -226,7 +228,7 @@ def test_a_closed_pipe_ends_the_command_without_a_message(run: Command, tmp_path
     assert err == b""
 
 
-def test_the_script_and_the_module_are_the_same_command(run: Command, model: Path) -> None:
+def test_the_two_ways_to_call_it_are_one(run: Command, model: Path) -> None:
     script = shutil.which("erllama", path=Path(sys.executable).parent)
     assert script is not None
     finished = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
@@ -243,7 +245,7 @@ def test_completion_prints_a_script(run: Command, shell: str) -> None:
     assert "_ERLLAMA_COMPLETE" in found.out
 
 
-def test_completion_completes_commands_and_options(run: Command) -> None:
+def test_the_completion_completes_commands_and_options(run: Command) -> None:
     def completed(words: str, at: int) -> str:
         asked = {"_ERLLAMA_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(at)}
         return run.apart(**asked).stdout.decode()
@@ -255,7 +257,7 @@ def test_completion_completes_commands_and_options(run: Command) -> None:
 # --- info, doctor, bench, demo -----------------------------------------------------------------------
 
 
-def test_info_describes_a_file_from_its_header(run: Command, model: Path, tiny_gguf: Path) -> None:
+def test_info_tells_a_file_by_its_header(run: Command, model: Path, tiny_gguf: Path) -> None:
     plain = run("info", tiny_gguf).out
     assert "architecture:    llama" in plain
     assert "weights:         f32" in plain
@@ -268,7 +270,7 @@ def test_info_describes_a_file_from_its_header(run: Command, model: Path, tiny_g
     assert "llama.block_count" in run("info", model, "--metadata").out
 
 
-def test_doctor_reports_a_working_installation(run: Command) -> None:
+def test_doctor_finds_what_is_there_and_that_it_works(run: Command) -> None:
     found = run("doctor")
     assert found.status == 0, found.out
     assert "self-check: demo.gguf: the same reply" in found.out
@@ -277,7 +279,7 @@ def test_doctor_reports_a_working_installation(run: Command) -> None:
     assert {finding["state"] for finding in run("doctor", "--json").json} <= {"ok", "warning"}
 
 
-def test_doctor_reports_an_error_and_a_fix(run: Command, model: Path) -> None:
+def test_doctor_says_what_is_wrong_and_how_to_mend_it(run: Command, model: Path) -> None:
     run("run", model, "Q", *ONE)
     (run.directory / "notes.txt").write_text("somebody else's")
     run.directory.chmod(0o755)
@@ -288,7 +290,7 @@ def test_doctor_reports_an_error_and_a_fix(run: Command, model: Path) -> None:
     assert "1 error" in found.out
 
 
-def test_bench_measures_and_removes_its_files(run: Command, tiny_gguf: Path, tmp_path: Path) -> None:
+def test_bench_measures_and_removes_what_it_wrote(run: Command, tiny_gguf: Path, tmp_path: Path) -> None:
     asked = ["bench", tiny_gguf, "-p", 64, "-n", 4, "-r", 2, "--dir", tmp_path / "disk", *ONE]
     (tmp_path / "disk").mkdir()
     plain = run(*asked)
@@ -300,14 +302,14 @@ def test_bench_measures_and_removes_its_files(run: Command, tiny_gguf: Path, tmp
     assert not run.directory.exists()
 
 
-def test_the_demo_restores_its_prompt_in_the_next_process(run: Command, tiny_gguf: Path) -> None:
+def test_the_demonstration_finds_its_prompt_in_the_next_process(run: Command, tiny_gguf: Path) -> None:
     found = run("demo", "--model", tiny_gguf, "--tokens", 100, "--max-tokens", 4)
     assert found.status == 0
     assert "exact hit from disk" in found.out
     assert "the same reply" in found.out
 
 
-def test_a_terminal_shows_the_progress_of_a_long_prompt(run: Command, tiny_gguf: Path) -> None:
+def test_a_terminal_shows_how_far_a_long_prompt_is(run: Command, tiny_gguf: Path) -> None:
     command = [sys.executable, "-m", "erllama", "run", str(tiny_gguf), "x" * 2000, "-n", "2", *ONE]
     with PseudoTerminal(command, run.environment) as screen:
         screen.wait_for("loading tiny.gguf")
@@ -315,10 +317,10 @@ def test_a_terminal_shows_the_progress_of_a_long_prompt(run: Command, tiny_gguf:
         assert screen.wait_for_end() == 0
 
 
-# --- formats ---------------------------------------------------------------------------------
+# --- what is written ---------------------------------------------------------------------------------
 
 
-def test_sizes_have_binary_units() -> None:
+def test_sizes_are_told_as_people_read_them() -> None:
     assert [format_size(n) for n in (0, 1023, 1536, 5 << 30, 3 << 40)] == [
         "0 B",
         "1023 B",

@@ -65,14 +65,14 @@ def test_commands_with_children_run_no_file_of_the_current_directory(
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-def test_a_child_that_is_not_isolated_imports_the_hostile_module(hostile: Path) -> None:
+def test_the_directory_of_the_test_is_hostile_to_a_child_that_is_not_isolated(hostile: Path) -> None:
     run_python("import runpy; runpy.run_module('erllama', run_name='__main__')", cwd=hostile)
     assert (hostile / "ran").read_text()
     (hostile / "ran").unlink()
 
 
 @pytest.mark.parametrize(("flags", "kept"), [((), True), (("-E",), False)])
-def test_a_child_keeps_pythonpath_unless_the_parent_ignores_it(
+def test_a_child_keeps_the_users_python_path_unless_the_parent_runs_without_it(
     tmp_path: Path, flags: tuple[str, ...], kept: bool
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(

@@ -20,7 +20,13 @@ SOURCE = ast.parse(Path(erllama.__file__).read_text())
 SLOW = {"asyncio", "sqlite3", "ssl", "importlib.metadata", "multiprocessing", "http.client", "email.message"}
 
 # What `import erllama` itself consists of.
-FIRST = {"erllama"} | {f"erllama._runtime{name}" for name in ("", ".at_exit", ".imports", ".jobs")}
+FIRST = {
+    "erllama",
+    "erllama._runtime",
+    "erllama._runtime.at_exit",
+    "erllama._runtime.imports",
+    "erllama._runtime.jobs",
+}
 
 # Prints the modules that some code imports.
 _IMPORTED = """
