@@ -21,7 +21,7 @@ from benchmarks.engines import (
     whole_cells,
 )
 from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn
-from benchmarks.processes import answer, measured_apart
+from benchmarks.processes import answer, measure_in_process
 
 REPEAT = 3  # repetitions within one run, in one process, after a warm-up
 
@@ -38,7 +38,7 @@ def one(setup: Setup) -> Findings:
         shown: dict[str, str] = {}
 
         def ours(sizes: tuple[int, int] = sizes, shown: dict[str, str] = shown) -> float:
-            command, speeds = measured_apart("decoding", setup, *sizes)
+            command, speeds = measure_in_process("decoding", setup, *sizes)
             shown["ours"] = command
             return float(statistics.median(speeds))
 

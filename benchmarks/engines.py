@@ -69,7 +69,7 @@ def _options(setup: Setup, n_ctx: int, more: dict[str, object]) -> dict[str, obj
 
 
 @contextmanager
-def loaded(setup: Setup, cache: erllama.Cache, n_ctx: int, **more: object) -> Iterator[erllama.Model]:
+def open_model(setup: Setup, cache: erllama.Cache, n_ctx: int, **more: object) -> Iterator[erllama.Model]:
     """Load the model again, with `more` options."""
     options = _options(setup, n_ctx, more)
     with erllama.load_model(setup.model, cache=cache, **options) as model:  # type: ignore[arg-type]
@@ -79,8 +79,8 @@ def loaded(setup: Setup, cache: erllama.Cache, n_ctx: int, **more: object) -> It
         yield model
 
 
-def load_command(setup: Setup, cache: str, n_ctx: int, **more: object) -> str:
-    """Return the code of `loaded` as text."""
+def load_code(setup: Setup, cache: str, n_ctx: int, **more: object) -> str:
+    """Return the code of `open_model` as text."""
     options = ", ".join(f"{name}={value!r}" for name, value in _options(setup, n_ctx, more).items())
     return f"erllama.load_model({setup.model.name!r}, cache={cache}, {options})"
 
@@ -101,10 +101,10 @@ class Ours:
     name = "ours"
 
     def __init__(self, setup: Setup, n_ctx: int, **more: object) -> None:
-        self.command = load_command(setup, "erllama.Cache()", n_ctx, **more)
+        self.command = load_code(setup, "erllama.Cache()", n_ctx, **more)
         with ExitStack() as opened:
             cache = opened.enter_context(erllama.Cache())
-            self.model = opened.enter_context(loaded(setup, cache, n_ctx, **more))
+            self.model = opened.enter_context(open_model(setup, cache, n_ctx, **more))
             self._opened = opened.pop_all()
 
     def reply(self, prompt: Prompt, n_tokens: int, pieces: list[Piece], enough: threading.Event) -> Reply | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.engines import AbsentError
 from benchmarks.measure import Figure, Findings, Setup, Target, in_turn
-from benchmarks.peer import compiled, ran
+from benchmarks.peer import compile_program, run_program
 from erllama.engine.backends.llama import LlamaVocabulary
 from erllama.engine.grammar.grammar import Grammar, GrammarCompiler
 from erllama.engine.sampling.candidates import masked
@@ -72,7 +72,7 @@ def mask(setup: Setup) -> Findings:
         tokens.tofile(Path(place) / "tokens.i32")
         logits.tofile(Path(place) / "logits.f32")
         (Path(place) / "grammar.gbnf").write_text(GBNF)
-        compiled("peer_grammar", Path(place), setup.backend)
+        compile_program("peer_grammar", Path(place), setup.backend)
         began = time.perf_counter()
         compiler = GrammarCompiler(vocabulary)
         compiler.matcher(Grammar.regex("a"))
@@ -95,7 +95,7 @@ def mask(setup: Setup) -> Findings:
                     lambda grammar=grammar, times=times: _ours(  # type: ignore[misc]
                         compiler, grammar, tokens, logits, n_rounds, times
                     ),
-                    lambda: float(statistics.mean(json.loads(ran(command, Path(place)))["nanoseconds"])) / 1e3,
+                    lambda: _mean_microseconds(run_program(command, Path(place))),
                     setup.runs,
                 ),
                 Target("<=", 0.02) if name == "mask" and vocabulary.n_tokens >= N_VOCAB else None,
@@ -108,6 +108,11 @@ def mask(setup: Setup) -> Findings:
             )
             findings.figures.append(figure)
     return findings
+
+
+def _mean_microseconds(output: str) -> float:
+    """Return the mean of the nanoseconds in the JSON output of a program, in microseconds."""
+    return float(statistics.mean(json.loads(output)["nanoseconds"])) / 1e3
 
 
 def _ours(

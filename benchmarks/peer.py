@@ -11,7 +11,7 @@ from benchmarks.engines import AbsentError
 HERE = Path(__file__).resolve().parent
 
 
-def ran(command: list[str], place: Path) -> str:
+def run_program(command: list[str], place: Path) -> str:
     """Run a command in `place` and return its output."""
     finished = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     if finished.returncode:
@@ -19,7 +19,7 @@ def ran(command: list[str], place: Path) -> str:
     return finished.stdout
 
 
-def compiled(name: str, place: Path, backend: str) -> None:
+def compile_program(name: str, place: Path, backend: str) -> None:
     """Compile a program of this directory into `place`, with the libllama of this backend.
 
     Raises:
@@ -28,7 +28,7 @@ def compiled(name: str, place: Path, backend: str) -> None:
     script = [str(HERE.parent / "scripts" / "build_llama.sh"), "--backend", backend]
     built = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=False)
     if built.returncode:
-        raise AbsentError("libllama's samplers: scripts/build_llama.sh failed; what it printed says why")
+        raise AbsentError("libllama's samplers: scripts/build_llama.sh failed and printed the reason")
     prefix = Path(built.stdout.splitlines()[-1])
     (library,) = (prefix / "lib").glob("libllama.*")
     # fmt: off
@@ -40,4 +40,6 @@ def compiled(name: str, place: Path, backend: str) -> None:
     try:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise AbsentError(f"libllama's samplers: `{shlex.join(command)}` failed; is c++ there?") from error
+        raise AbsentError(
+            f"libllama's samplers: `{shlex.join(command)}` failed; check that c++ is installed"
+        ) from error

@@ -15,7 +15,7 @@ from benchmarks.measure import Setup
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def measured_apart(module: str, setup: Setup, *given: object) -> Any:  # noqa: ANN401 - whatever JSON holds
+def measure_in_process(module: str, setup: Setup, *given: object) -> Any:  # noqa: ANN401 - whatever JSON holds
     """Run the measurement that a module of this directory passes to `answer`; return its result, read from JSON.
 
     The process gets a setup without peers.

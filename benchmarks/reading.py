@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import erllama
-from benchmarks.engines import Prompt, Prompts, load_command, loaded, whole_cells
+from benchmarks.engines import Prompt, Prompts, load_code, open_model, whole_cells
 from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn, spread
 from erllama.cache import Block, SaveReason, namespace_key, token_bytes
 from erllama.cache.tiers.index import FileStamp, Index
@@ -144,7 +144,7 @@ def restart(setup: Setup) -> Findings:
     colds: list[float] = []
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "kv"
-        with erllama.Cache(disk=root) as cache, loaded(setup, cache, n_ctx) as model:
+        with erllama.Cache(disk=root) as cache, open_model(setup, cache, n_ctx) as model:
             model.prefill(prompt)
         files = sorted((root / "blocks").iterdir())
         n_bytes = sum(path.stat().st_size for path in files)
@@ -155,15 +155,15 @@ def restart(setup: Setup) -> Findings:
             return 60 / warms[-1].first_token
 
         def cold() -> float:
-            with erllama.Cache() as cache, loaded(setup, cache, n_ctx) as model:
+            with erllama.Cache() as cache, open_model(setup, cache, n_ctx) as model:
                 colds.append(_first_token(model, prompt, None))
             return 60 / colds[-1]
 
         pair = in_turn(warm, cold, setup.runs)
-    shown = load_command(setup, "erllama.Cache(disk=root, ram=0)", n_ctx, policy=READS_ONLY)
+    shown = load_code(setup, "erllama.Cache(disk=root, ram=0)", n_ctx, policy=READS_ONLY)
     commands = [
         f"{shown}.complete(ids, max_tokens={1 + AFTER}, temperature=0)",
-        f"{load_command(setup, 'erllama.Cache()', n_ctx)}.complete(ids, max_tokens=1, temperature=0)",
+        f"{load_code(setup, 'erllama.Cache()', n_ctx)}.complete(ids, max_tokens=1, temperature=0)",
     ]
     firsts = [1e3 * warm.first_token for warm in warms]
     against_cold = Figure(
@@ -207,7 +207,7 @@ def _against_floor(n_tokens: int, warms: Sequence[Restart], moved: str, command:
 
 def _restarted(setup: Setup, root: Path, n_ctx: int, prompt: Prompt, files: Sequence[Path]) -> Restart:
     began = time.perf_counter()
-    with erllama.Cache(disk=root, ram=0) as cache, loaded(setup, cache, n_ctx, policy=READS_ONLY) as model:
+    with erllama.Cache(disk=root, ram=0) as cache, open_model(setup, cache, n_ctx, policy=READS_ONLY) as model:
         opening = time.perf_counter() - began
         done = _ask(model, prompt, "disk", 1 + AFTER)
     timings = done.timings
@@ -244,7 +244,7 @@ def _cold_and_warm(setup: Setup) -> Plot:
 
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "kv"
-        with erllama.Cache(disk=root) as cache, loaded(setup, cache, n_ctx) as model:
+        with erllama.Cache(disk=root) as cache, open_model(setup, cache, n_ctx) as model:
             _ask(model, [4, *prompts.of(63)], None)  # warm-up
             for at, length in enumerate(lengths):
                 asked.append([5 + at, *prompts.of(length - 1)])  # no common prefixes
@@ -252,7 +252,7 @@ def _cold_and_warm(setup: Setup) -> Plot:
                 from_ram.append(warm(model, asked[-1], "ram"))
                 if cold[-1][1] > LONGEST_COLD_SECONDS:
                     break
-        with erllama.Cache(disk=root, ram=0) as cache, loaded(setup, cache, n_ctx) as model:
+        with erllama.Cache(disk=root, ram=0) as cache, open_model(setup, cache, n_ctx) as model:
             _ask(model, [3, *prompts.of(63)], None)
             from_disk = [warm(model, prompt, "disk") for prompt in asked]
     lines = [Line("cold", cold), Line("warm, from disk", from_disk), Line("warm, from RAM", from_ram)]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.measure import Figure, Findings, Setup, Target, in_turn
-from benchmarks.peer import compiled, ran
+from benchmarks.peer import compile_program, run_program
 from erllama.engine import SamplerFactory, SamplingOptions
 
 VOCABULARIES = (32_000, 128_256, 262_144)  # the sizes of Llama 2, Llama 3 and Gemma 3
@@ -79,7 +79,7 @@ def sampling(setup: Setup) -> Findings:
     """Compare the sampler chain, with warm and cold caches, and greedy sampling, for three vocabularies."""
     findings = Findings()
     with tempfile.TemporaryDirectory() as place:
-        compiled("peer_sampling", Path(place), setup.backend)
+        compile_program("peer_sampling", Path(place), setup.backend)
         for n_vocab in VOCABULARIES[:1] if setup.quick else VOCABULARIES:
             rows = make_rows(n_vocab, N_ROWS)
             rows.tofile(Path(place) / "logits.f32")
@@ -175,7 +175,7 @@ class _Theirs(NamedTuple):
 
 
 def _theirs(command: list[str], place: Path) -> _Theirs:
-    found = json.loads(ran(command, place))
+    found = json.loads(run_program(command, place))
     return _Theirs(statistics.median(found["nanoseconds"]) / 1e3, found["tokens"])
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import erllama
-from benchmarks.engines import Prompt, Prompts, load_command, loaded, whole_cells
+from benchmarks.engines import Prompt, Prompts, load_code, open_model, whole_cells
 from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn, spread
-from benchmarks.processes import answer, measured_apart
+from benchmarks.processes import answer, measure_in_process
 from erllama.engine.backends.stub import StubBackend
 
 BLOCK = 256  # tokens; the cache's default
@@ -201,7 +201,7 @@ def behind(setup: Setup) -> Findings:
                 *pair,
                 Target(">=", 0.97),
                 [
-                    f"{load_command(setup, cache, n_ctx)}.complete(ids, max_tokens={n_tokens}, temperature=0)"
+                    f"{load_code(setup, cache, n_ctx)}.complete(ids, max_tokens={n_tokens}, temperature=0)"
                     for cache in ("erllama.Cache(disk=root)", "erllama.Cache(ram=0)")
                 ],
                 [
@@ -220,7 +220,7 @@ def _decoding(setup: Setup, cache: erllama.Cache, n_ctx: int, asked: Sequence[Pr
 
     speeds: list[float] = []
     during = 0.0
-    with loaded(setup, cache, n_ctx) as model:
+    with open_model(setup, cache, n_ctx) as model:
         model.complete(asked[0][:64], max_tokens=8, temperature=0)  # warm-up
         cache.flush()
         before = written()
@@ -264,7 +264,7 @@ def memory(setup: Setup) -> Findings:
     processes: dict[str, list[Memory]] = {"cache": [], "none": [], "one": []}
 
     def peak(what: str) -> float:
-        processes[what].append(Memory(*measured_apart("writing", setup, what)))
+        processes[what].append(Memory(*measure_in_process("writing", setup, what)))
         return processes[what][-1].peak
 
     pair = in_turn(lambda: peak("cache"), lambda: peak("one"), setup.runs)
@@ -275,7 +275,7 @@ def memory(setup: Setup) -> Findings:
     talk = f".complete(history, max_tokens={n_reply}), in {TALKS} threads"
 
     def loading(cache: str) -> str:
-        return load_command(setup, cache, n_ctx, n_seq_max=PLACES)
+        return load_code(setup, cache, n_ctx, n_seq_max=PLACES)
 
     return Findings(
         [
@@ -316,7 +316,7 @@ def _measure_memory(setup: Setup, what: str) -> Memory:
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         kept = {"ram": RAM, "disk": Path(place) / "kv"} if what == "cache" else {"ram": 0}
         cache = stack.enter_context(erllama.Cache(**kept))
-        model = stack.enter_context(loaded(setup, cache, n_ctx, n_seq_max=PLACES))
+        model = stack.enter_context(open_model(setup, cache, n_ctx, n_seq_max=PLACES))
 
         def talk(said: list[Prompt]) -> None:
             history: Prompt = []

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from scripts.demo_model import conversations, gguf_file, rows, training
-from scripts.demo_model.network import Shape, Weights, first_weights
+from scripts.demo_model.network import Shape, Weights, initial_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 1
@@ -37,8 +37,8 @@ def main() -> None:
         gguf_file.write(arguments.out, arrays, shape, words, conversations.TEMPLATE, rows.WIDTHS[-1])
 
     evaluate = training.evaluation(shape, list(islice(rows.batches(words, HELD_OUT_SEED), 4)))
-    start = _restored(arguments.checkpoint, arguments.steps)
-    start = start or training.Progress.begin(first_weights(shape, SEED))
+    start = _load_checkpoint(arguments.checkpoint, arguments.steps)
+    start = start or training.Progress.begin(initial_weights(shape, SEED))
     # The second part has more drills. After a restart, batches that were used before are generated and skipped.
     n_first = int(training.STEADY * arguments.steps)
     parts = islice(rows.batches(words, SEED), n_first), rows.batches(words, DRILL_SEED, drills=DRILLS)
@@ -53,12 +53,12 @@ def main() -> None:
             )
         if progress.step % _EVERY == 0 or progress.step == arguments.steps:
             print(f"step {progress.step}: loss on held-out text {evaluate(progress.weights):.4f}", flush=True)
-            _keep(arguments.checkpoint, arguments.steps, progress)
+            _save_checkpoint(arguments.checkpoint, arguments.steps, progress)
             write(progress.weights)
     print(f"{arguments.out}: {arguments.out.stat().st_size:,} bytes")
 
 
-def _keep(path: Path, n_steps: int, progress: training.Progress) -> None:
+def _save_checkpoint(path: Path, n_steps: int, progress: training.Progress) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = {"weights": progress.weights, "first": progress.first, "second": progress.second}
     arrays: dict[str, Any] = {"step": progress.step, "n_steps": n_steps}
@@ -69,7 +69,7 @@ def _keep(path: Path, n_steps: int, progress: training.Progress) -> None:
     partial.replace(path)
 
 
-def _restored(path: Path, n_steps: int) -> training.Progress | None:
+def _load_checkpoint(path: Path, n_steps: int) -> training.Progress | None:
     """Return the checkpoint of an interrupted training, if `n_steps` steps would have reached the same state."""
     if not path.exists():
         return None

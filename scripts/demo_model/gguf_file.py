@@ -68,12 +68,12 @@ def _tensors(weights: Arrays, shape: Shape) -> Arrays:
         if f"{name}.weight" in named:
             continue
         for layer, array in enumerate(stacked):
-            turned = _interleaved(array, shape.n_dim) if name in ("attn_q", "attn_k") else array
+            turned = _interleave(array, shape.n_dim) if name in ("attn_q", "attn_k") else array
             named[f"blk.{layer}.{name}.weight"] = np.ascontiguousarray(turned)
     return named
 
 
-def _interleaved(matrix: NDArray[np.float32], n_dim: int) -> NDArray[np.float32]:
+def _interleave(matrix: NDArray[np.float32], n_dim: int) -> NDArray[np.float32]:
     """Interleave the two halves of each head, so that the rows that RoPE rotates together are adjacent."""
     n_out, n_in = matrix.shape
     return matrix.reshape(-1, 2, n_dim // 2, n_in).swapaxes(1, 2).reshape(n_out, n_in)

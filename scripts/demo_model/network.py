@@ -34,7 +34,7 @@ class Shape:
         return self.n_embd // self.n_head
 
 
-def first_weights(shape: Shape, seed: int) -> Weights:
+def initial_weights(shape: Shape, seed: int) -> Weights:
     """Return random initial weights. Those that add to the residual stream are small, as in GPT-2."""
     n_kv = shape.n_head_kv * shape.n_dim
     small = (2 * shape.n_layer) ** -0.5

@@ -43,7 +43,7 @@ def texts(tokenizer: Tokenizer, random: Random, drills: float) -> Iterator[Text]
     """Yield texts without end: conversations, some long ones, single stories, and a share `drills` of drills."""
     while True:
         if drills and random.random() < drills:
-            yield _worth(tokenizer, conversations.drill(random))
+            yield _token_weights(tokenizer, conversations.drill(random))
             continue
         kind = random.random()
         if kind < 0.03:
@@ -51,10 +51,10 @@ def texts(tokenizer: Tokenizer, random: Random, drills: float) -> Iterator[Text]
             yield Text(tokens, [1.0] * len(tokens))
             continue
         made = conversations.conversation(random, long=kind > 0.965)
-        yield _worth(tokenizer, made)
+        yield _token_weights(tokenizer, made)
 
 
-def _worth(tokenizer: Tokenizer, made: conversations.Conversation) -> Text:
+def _token_weights(tokenizer: Tokenizer, made: conversations.Conversation) -> Text:
     """Weight the replies of a conversation; only the last one if earlier ones lack their thinking."""
     tokens: list[int] = []
     worth: list[float] = []
@@ -84,7 +84,7 @@ def batches(tokenizer: Tokenizer, seed: int, *, drills: float = 0.0) -> Iterator
     left: list[Text] = []
     while True:
         shard = left + [text for text in islice(source, _SHARD) if len(text.tokens) <= WIDTHS[-1]]
-        rows = _packed(shard)
+        rows = _pack(shard)
         full: list[Batch] = []
         left = []
         for width in WIDTHS:
@@ -98,7 +98,7 @@ def batches(tokenizer: Tokenizer, seed: int, *, drills: float = 0.0) -> Iterator
         yield from full
 
 
-def _packed(shard: list[Text]) -> list[tuple[int, list[Text]]]:
+def _pack(shard: list[Text]) -> list[tuple[int, list[Text]]]:
     """Return rows with their widths: first fit, the longest texts first."""
     rows: list[tuple[int, list[Text]]] = []
     room: list[int] = []

@@ -79,7 +79,7 @@ def arithmetic(random: Random, first: int | None = None, *, equal: bool = False)
     if first is not None:
         patterns = _AND_PLUS if plus else _AND_MINUS
     elif a > 1 and b > 1 and random.random() < 0.15:
-        return _told(random, a, plus, b)
+        return _word_problem(random, a, plus, b)
     else:
         patterns = _PLUS if plus else _MINUS
     question = one(patterns, random, {"a": str(a), "b": str(b)})
@@ -110,7 +110,7 @@ def thought(a: int, plus: bool, b: int) -> str:
     return f"{a} - {b}: {steps} {tens} So {a - b}."
 
 
-def _told(random: Random, a: int, plus: bool, b: int) -> Sum:
+def _word_problem(random: Random, a: int, plus: bool, b: int) -> Sum:
     """Return a sum as a word problem."""
     who, other = random.sample(words.GIRLS + words.BOYS, 2)
     what = random.choice(_COUNTED)

@@ -68,7 +68,7 @@ class Tokenizer:
                 word, count = words[i]
                 for pair in pairwise(word):
                     pairs[pair] -= count
-                word[:] = _joined(word, best)
+                word[:] = _join(word, best)
                 for pair in pairwise(word):
                     pairs[pair] += count
                     where[pair].add(i)
@@ -92,7 +92,7 @@ class Tokenizer:
             best = min(pairwise(pieces), key=lambda pair: self._ranks.get(pair, len(self.tokens)))
             if best not in self._ranks:
                 break
-            pieces = _joined(pieces, best)
+            pieces = _join(pieces, best)
         return tuple(self.ids[piece] for piece in pieces)
 
 
@@ -104,7 +104,7 @@ def _spelled(word: str) -> list[str]:
     return [_ALPHABET[byte] for byte in word.encode()]
 
 
-def _joined(pieces: list[str], pair: Pair) -> list[str]:
+def _join(pieces: list[str], pair: Pair) -> list[str]:
     """Return the pieces with each occurrence of a pair joined, from the left."""
     joined: list[str] = []
     i = 0
