@@ -1,4 +1,4 @@
-"""The engines under test: this library in this process, llama-server and llama-bench, with equal settings.
+"""The engines under test, with equal settings: this library, llama-server and llama-bench.
 
 llama.cpp's tools come from `scripts/build_llama.sh --peers`: the unchanged release, with the library's flags and
 backend. Both sides get the same threads, context, batch sizes, flash attention and layers on a GPU. Prompts are

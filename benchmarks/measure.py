@@ -1,4 +1,4 @@
-"""Results of benchmarks: figures, which are ratios of two things measured in turn, and series for plots."""
+"""Results of benchmarks: figures, ratios of two things measured in turn, and series for plots."""
 
 from __future__ import annotations
 

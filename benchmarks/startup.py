@@ -30,7 +30,7 @@ def startup(setup: Setup) -> Findings:
         found.figures.append(
             Figure(
                 "startup",
-                f"{what}, in a process of its own",
+                f"{what}, in a separate process",
                 f"{allowed * 1e3:.0f} ms",
                 "ms",
                 [value * 1e3 for value in ours],

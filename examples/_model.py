@@ -1,4 +1,4 @@
-"""The model of an example: the GGUF file on its command line, or else the demo model or a generated one."""
+"""The model of an example: the GGUF file on its command line, the demo model, or a generated one."""
 
 from __future__ import annotations
 

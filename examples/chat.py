@@ -1,4 +1,4 @@
-"""Chat with a model. Each turn continues from the last one, and its tokens are available before it runs.
+"""Chat with a model: each turn continues the last one. Shows the tokens of a turn before it runs.
 
 python examples/chat.py [model.gguf]
 """

@@ -38,7 +38,7 @@ def by_session(model: erllama.Model) -> None:
 
 def other_requests(model: erllama.Model) -> None:
     for n in range(3):
-        model.complete(f"Request {n} of somebody else takes cells, too. " * 3, max_tokens=20, seed=n)
+        model.complete(f"Request {n} of another user takes cells, too. " * 3, max_tokens=20, seed=n)
 
 
 def show(how: str, reply: erllama.Completion) -> None:

@@ -1,4 +1,4 @@
-"""Test your model end to end: cold, restored after a restart, resumed, branched, evicted, two models at once.
+"""Test your model end to end: cold, restored, resumed, branched, evicted, two models at once.
 
 ERLLAMA_MODEL=model.gguf python -m pytest examples/test_end_to_end.py
 

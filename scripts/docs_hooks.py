@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages for files outside `docs/`, and links that work in the repository and in the site.
+"""Hooks of mkdocs: pages for files outside `docs/`, and links that also work in the site.
 
 Links in the pages are relative to their file, so that they work in the repository. The site also has pages for the
 examples and for the documents in the root; the hooks translate links to them. The sources of the API reference have

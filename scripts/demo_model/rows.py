@@ -1,4 +1,4 @@
-"""Packs training texts into rows of tokens: whole conversations side by side, which do not attend to each other."""
+"""Packs whole training texts into rows of tokens. Texts of a row do not attend to each other."""
 
 from __future__ import annotations
 

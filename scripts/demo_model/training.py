@@ -1,4 +1,6 @@
-"""Training: Muon for the matrices of the layers, Adam for embeddings and norms, with a final decay of the rate.
+"""Training: Muon for the matrices of the layers, Adam for embeddings and norms.
+
+The rate decays to zero at the end.
 
 Muon (Keller Jordan, 2024; scaled as in "Muon is Scalable for LLM Training",
 arXiv:2502.16982) steps along the orthogonal matrix nearest to the momentum. It

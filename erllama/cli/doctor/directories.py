@@ -1,4 +1,4 @@
-"""Checks of `erllama doctor`: whether the cache directories work, what they hold, and their free space."""
+"""Checks of `erllama doctor`: state, contents and free space of the cache directories."""
 
 from __future__ import annotations
 
