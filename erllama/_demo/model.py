@@ -14,4 +14,4 @@ def demo_model() -> Path:
         with erllama.load_model(erllama.demo_model()) as model:
             print(model.chat([{"role": "user", "content": "What is 17 + 25?"}]).text)
     """
-    return Path(__file__).parent / "_data" / "demo.gguf"
+    return Path(__file__).parent.parent / "_data" / "demo.gguf"
