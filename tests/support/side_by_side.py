@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from erllama.engine.sampling.candidates import Candidates
-from erllama.engine.sampling.dry import DRY, Breakers
+from erllama.engine.sampling.declaration import Step
+from erllama.engine.sampling.dry import DRY, SequenceBreakers
 from erllama.engine.sampling.steps import (
     XTC,
     DynamicTemperature,
     MinP,
     Penalties,
-    Step,
     Temperature,
     TopK,
     TopNSigma,
@@ -368,7 +368,7 @@ def compare_typical(pair: Pair, row: Row, ours: Candidates, theirs: Left) -> Non
 # --- breakers of repetitions --------------------------------------------------------------------------------
 
 # A vocabulary in it stays, so that none other is taken for it.
-_BREAKERS: dict[tuple[Vocabulary, tuple[str, ...]], Breakers] = {}
+_BREAKERS: dict[tuple[Vocabulary, tuple[str, ...]], SequenceBreakers] = {}
 
 
 def dry(
@@ -376,7 +376,7 @@ def dry(
 ) -> Pair:
     key = (vocabulary, tuple(texts))
     if key not in _BREAKERS:
-        _BREAKERS[key] = Breakers(vocabulary, texts)
+        _BREAKERS[key] = SequenceBreakers(vocabulary, texts)
     return Pair(
         "dry",
         DRY(multiplier, base, allowed, last_n, _BREAKERS[key]),
