@@ -19,12 +19,11 @@ from erllama.cache import Cache
 from erllama.chat.content import SpecialTexts, tokenized
 from erllama.chat.content import raw as marked_bytes
 from erllama.engine import Vocabulary
+from erllama.engine.continuation_tokenizer import ContinuationTokenizer
 from erllama.engine.output.phases import Script
 from erllama.engine.output.text import unfinished
 from erllama.engine.requests.prompts import PromptTokenizer
 
-# A character that no token joins with others, put before a text whose first word would get a space.
-_FENCE = b"\x02"
 # Tokens at the end of a context that a text which goes on from it need not have: a stop string's, at most.
 _MOST_MISSING = 16
 _WHITE = b" \t\r\n"
@@ -39,11 +38,9 @@ class History:
     def __init__(self, vocabulary: Vocabulary, cache: Cache) -> None:
         self._vocabulary, self._cache = vocabulary, cache
         self._script = Script(vocabulary)
-        self._word = self._tokenize("a")
         self._first = PromptTokenizer(vocabulary).first  # BOS, where the model wants one
         # Some tokenizers put a space before a text, and before what follows a special token.
-        self._spaces = bool(self._word) and vocabulary.piece(self._word[0]).startswith(b" ")
-        self._fence = self._tokenize(_FENCE) if self._spaces else []
+        self._continuation = ContinuationTokenizer(vocabulary)
         self._spaced_after = lru_cache(maxsize=4096)(self._puts_space_after)
         self._deferred: SimpleQueue[Callable[[], None]] = SimpleQueue()
 
@@ -77,7 +74,7 @@ class History:
         ends = [0]  # in the text, of the tokens that it has
         for at, token in enumerate(tokens[begin:], begin):
             own = at == begin or self._spaced_after(tokens[at - 1])
-            end = self._end_of(token, raw, ends[-1], first=at == begin, spaced=self._spaces and own)
+            end = self._end_of(token, raw, ends[-1], first=at == begin, spaced=self._continuation.adds_space and own)
             if end is None:
                 break
             ends.append(end)
@@ -198,16 +195,15 @@ class History:
 
     def _ids(self, text: bytes, before: int | None, parse_special: bool) -> list[int]:
         """The tokens of a text that has no marks."""
-        n = len(self._fence)
-        if before is not None and n and not self._spaced_after(before):
-            ids = self._tokenize(_FENCE + text, parse_special=parse_special)
-            if ids[:n] == self._fence:
-                return ids[n:]
+        if before is not None and self._continuation.adds_space and not self._spaced_after(before):
+            ids = self._continuation.tokenize(text, parse_special=parse_special)
+            if ids is not None:
+                return ids
         return self._tokenize(text, parse_special=parse_special)
 
     def _puts_space_after(self, token: int) -> bool:
         """Whether the tokenizer puts a space before what follows a token."""
-        return self._tokenize(_FENCE + self._written(token) + b"a") == [*self._fence, token, *self._word]
+        return self._continuation.adds_space_after(token, self._written(token))
 
     def _written(self, token: int) -> bytes:
         return self._script.written(self._script.of_token(token))

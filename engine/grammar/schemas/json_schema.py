@@ -11,7 +11,7 @@ from hashlib import sha256
 from urllib.parse import unquote
 
 from erllama.engine.grammar import llguidance_adapter as guidance
-from erllama.engine.grammar.lark_rules import Written
+from erllama.engine.grammar.schemas.lark_rules import Written
 from erllama.engine.grammar.schemas.keywords import has_large_numbers, is_beyond_doubles, with_plain_counts
 from erllama.engine.grammar.schemas.rules import SchemaWriter
 from erllama.engine.grammar.schemas.subschemas import rewritten, without_unknown_formats

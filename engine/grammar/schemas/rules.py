@@ -14,7 +14,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-from erllama.engine.grammar.lark_rules import ANY_TEXT, Body, Times, Written, productive, quoted, reached, sequence
+from erllama.engine.grammar.schemas.lark_rules import ANY_TEXT, Body, Times, Written, productive, quoted, reached, sequence
 from erllama.engine.grammar.schemas.keywords import (
     LOWER,
     NOTES,
