@@ -1,8 +1,8 @@
 """The tokens of a text that continues another text, without the space that some tokenizers put before a text.
 
-SentencePiece-like tokenizers put a space before a text. A text that continues another one must not get that space. So
-it is tokenized behind a fence, a character that no token joins with others, and the fence's tokens are removed. The
-chat's history and the forced tokens of grammars use it.
+SentencePiece-like tokenizers put a space before a text. A text that continues another one must not get that space.
+So it is tokenized behind a fence, a character that no token joins with others, and the fence's tokens are removed.
+The chat's history and the forced tokens of grammars use it.
 """
 
 from __future__ import annotations

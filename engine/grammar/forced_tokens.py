@@ -1,9 +1,9 @@
 """The tokens in which the model's own tokenizer writes bytes that a grammar forces.
 
-The last tokens of a text may change when more text follows: `"na` has other tokens than the beginning of `"name"`. So
-only those tokens are forced that the tokenizer writes whatever follows. They are the common prefix of the whole text's
-tokens and of the tokens of each part that ends where a longer token could begin. `engine.grammar.matcher` calls this
-with the forced bytes.
+The last tokens of a text may change when more text follows: `"na` has other tokens than the beginning of `"name"`.
+So only those tokens are forced that the tokenizer writes whatever follows. They are the common prefix of the whole
+text's tokens and of the tokens of each part that ends where a longer token could begin. `engine.grammar.matcher`
+calls this with the forced bytes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class ForcedTokenizer:
         for end in range(len(text) - 1, max(start, len(text) - self._longest) - 1, -1):
             if len(ids) <= n:
                 return []
-            # A text cannot be tokenized up to the middle of a character. The tokens before the character are enough.
+            # A text cannot be tokenized up to the middle of a character. The tokens before the character are
+            # enough.
             if text[end] & 0xC0 != 0x80 and self._begins_longer(text[end:]):
                 ids = _shared_start(ids, tokenizer.tokenize(text[:end]) or [])
         forced = ids[n:]

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backend import Vocabulary
-from erllama.engine.grammar.grammar import Grammar, Matcher
+from erllama.engine.grammar.grammar import Grammar
+from erllama.engine.grammar.matcher import Matcher
 from erllama.engine.output.stops import WHITE, TextFinder
 from erllama.engine.output.tool_calls import CallEnds
 from erllama.errors import OptionError, boolean, encodable, integer

@@ -11,7 +11,8 @@ from erllama._runtime.log import logger
 from erllama.cache import Cache, Match, Policy, namespace_key
 from erllama.engine.adapters import Adapters, AdapterSet, named
 from erllama.engine.backend import Backend
-from erllama.engine.grammar.grammar import GrammarCompiler, Matcher
+from erllama.engine.grammar.grammar import GrammarCompiler
+from erllama.engine.grammar.matcher import Matcher
 from erllama.engine.grammar.triggers import LazyMatcher
 from erllama.engine.kv.slices import Slicing
 from erllama.engine.kv.weights import Weights

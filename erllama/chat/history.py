@@ -73,8 +73,8 @@ class History:
         begin = len(self._first) if tokens[: len(self._first)] == self._first and not given else 0
         ends = [0]  # in the text, of the tokens that it has
         for at, token in enumerate(tokens[begin:], begin):
-            own = at == begin or self._spaced_after(tokens[at - 1])
-            end = self._end_of(token, raw, ends[-1], first=at == begin, spaced=self._continuation.adds_space and own)
+            spaced = self._continuation.adds_space and (at == begin or self._spaced_after(tokens[at - 1]))
+            end = self._end_of(token, raw, ends[-1], first=at == begin, spaced=spaced)
             if end is None:
                 break
             ends.append(end)

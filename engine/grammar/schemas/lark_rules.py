@@ -1,4 +1,7 @@
-"""Lark rules as data: built, simplified and written. `engine.grammar.schemas.rules` builds them."""
+"""Lark rules as data: their types, their simplification and their text.
+
+`engine.grammar.schemas.rules` builds the rules.
+"""
 
 from __future__ import annotations
 
@@ -7,64 +10,65 @@ from typing import NamedTuple
 
 from erllama.errors import GrammarError
 
-# A text as JSON has it here: escapes are for control characters, the quote and the backslash only.
+# A JSON string. Escapes are for control characters, the quote and the backslash only.
 ANY_TEXT = r'/"(?:[^"\\\x00-\x1F\x7F]|\\["\\bfnrt]|\\u00(?:[01][0-9A-Fa-f]|7[Ff]))*"/'
 _SHORT = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\\\"}
 
 
-class Times(NamedTuple):
-    """A symbol repeated; `most` None is without limit."""
+class Repetition(NamedTuple):
+    """A repeated symbol; a `most` of None is without limit."""
 
     symbol: str
     least: int
     most: int | None
 
 
-# The alternatives of a rule, each a sequence of names of rules, terminals, and Lark that stands for itself.
-Body = list[list["str | Times"]]
+# The alternatives of a rule. Each is a sequence of names of rules and terminals, and of literal Lark.
+Body = list[list["str | Repetition"]]
 
 
-class Written(NamedTuple):
-    """A schema as Lark: what stands for it in a rule, and the rules and terminals that it needs."""
+class LarkFragment(NamedTuple):
+    """A schema in Lark: the expression for it in a rule, and the lines of the rules and terminals that it needs."""
 
     expression: str
     lines: list[str]
 
 
-def quoted(name: str) -> str:
-    """A regular expression of a name as JSON writes it, in every way that `ANY_TEXT` has for it."""
-    return "\\x{22}" + "".join(map(_spelled, name)) + "\\x{22}"
+def quoted_name(name: str) -> str:
+    """A regular expression of a name in JSON, with every spelling that `ANY_TEXT` allows."""
+    return "\\x{22}" + "".join(map(_character_pattern, name)) + "\\x{22}"
 
 
-def _spelled(character: str) -> str:
+def _character_pattern(character: str) -> str:
     point = ord(character)
     if 0xD800 <= point <= 0xDFFF:
-        raise GrammarError(f"a name in the schema has U+{point:04X}, a character that no text has")
+        raise GrammarError(f"a name in the schema has U+{point:04X}, a surrogate, which no text contains")
     if point >= 0x20 and point != 0x7F and point not in _SHORT:
         return character if point < 128 and character.isalnum() else f"\\x{{{point:X}}}"
-    ways = [f"\\\\{_SHORT[point]}"] if point in _SHORT else []
+    spellings = [f"\\\\{_SHORT[point]}"] if point in _SHORT else []
     if point < 0x20 or point == 0x7F:
         digits = "".join(f"[{digit.lower()}{digit.upper()}]" for digit in f"{point:02X}")
-        ways.append(f"\\\\u00{digits}")
-    return f"(?:{'|'.join(ways)})"
+        spellings.append(f"\\\\u00{digits}")
+    return f"(?:{'|'.join(spellings)})"
 
 
-def sequence(symbols: Sequence[str | Times]) -> str:
-    return " ".join(symbol if isinstance(symbol, str) else _times(symbol) for symbol in symbols) or '""'
+def format_sequence(symbols: Sequence[str | Repetition]) -> str:
+    """A sequence of symbols in Lark."""
+    return " ".join(symbol if isinstance(symbol, str) else _format_repetition(symbol) for symbol in symbols) or '""'
 
 
-def _times(times: Times) -> str:
-    if (times.least, times.most) == (0, None):
-        return f"{times.symbol}*"
-    return f"{times.symbol}{{{times.least},{'' if times.most is None else times.most}}}"
+def _format_repetition(repetition: Repetition) -> str:
+    if (repetition.least, repetition.most) == (0, None):
+        return f"{repetition.symbol}*"
+    return f"{repetition.symbol}{{{repetition.least},{'' if repetition.most is None else repetition.most}}}"
 
 
-def productive(bodies: dict[str, Body]) -> dict[str, Body]:
-    """The rules that have a text, of the alternatives that have one."""
+def productive_rules(bodies: dict[str, Body]) -> dict[str, Body]:
+    """The rules that have a text, with the alternatives that have one."""
     users: dict[str, list[tuple[str, int]]] = {}
     missing: dict[tuple[str, int], int] = {}
     found: set[str] = set()
-    open_: list[str] = []
+    pending: list[str] = []
     for name, body in bodies.items():
         for at, symbols in enumerate(body):
             needed = {rule for symbol in symbols if (rule := _needed(symbol)) in bodies}
@@ -72,19 +76,19 @@ def productive(bodies: dict[str, Body]) -> dict[str, Body]:
             for rule in needed:
                 users.setdefault(rule, []).append((name, at))
             if not needed:
-                open_.append(name)
-    while open_:
-        name = open_.pop()
+                pending.append(name)
+    while pending:
+        name = pending.pop()
         if name in found:
             continue
         found.add(name)
         for user, at in users.get(name, ()):
             missing[user, at] -= 1
             if not missing[user, at]:
-                open_.append(user)
+                pending.append(user)
     return {
         name: [
-            [symbol for symbol in symbols if not isinstance(symbol, Times) or symbol.symbol in found]
+            [symbol for symbol in symbols if not isinstance(symbol, Repetition) or symbol.symbol in found]
             for at, symbols in enumerate(bodies[name])
             if not missing[name, at]
         ]
@@ -93,21 +97,22 @@ def productive(bodies: dict[str, Body]) -> dict[str, Body]:
     }
 
 
-def _needed(symbol: str | Times) -> str:
-    """The symbol that must have a text; what may be repeated zero times need not."""
+def _needed(symbol: str | Repetition) -> str:
+    """The symbol that must have a text; empty for a symbol that may occur zero times."""
     if isinstance(symbol, str):
         return symbol
     return symbol.symbol if symbol.least else ""
 
 
-def reached(bodies: dict[str, Body], start: str) -> dict[str, None]:
+def reachable(bodies: dict[str, Body], start: str) -> dict[str, None]:
+    """The symbols that `start` leads to, in order of discovery."""
     found = {start: None}
-    open_ = [start]
-    while open_:
-        for symbols in bodies.get(open_.pop(), []):
+    pending = [start]
+    while pending:
+        for symbols in bodies.get(pending.pop(), []):
             for symbol in symbols:
                 name = symbol if isinstance(symbol, str) else symbol.symbol
                 if name not in found:
                     found[name] = None
-                    open_.append(name)
+                    pending.append(name)
     return found

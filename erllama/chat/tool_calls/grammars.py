@@ -187,7 +187,7 @@ class _Writer:
 
     def _json(self, schema: Mapping[str, object]) -> str:
         """JSON of a schema. Equal schemas share their rules."""
-        expression, lines = schemas.written(schemas.source_of(schema))
+        expression, lines = schemas.to_lark(schemas.to_source(schema))
         self._rules += (line for line in lines if line not in self._rules)
         return expression
 
