@@ -119,7 +119,7 @@ class LlamaContext(NativeContext):
         self.has_memory = check(lib.erl_context_has_memory(pointer), "making a context") == 1
         self.type_k, self.type_v = type_k, type_v
         self.n_vocab = model.vocabulary.n_tokens
-        self.log = text(lib.erl_context_said(pointer))
+        self.log = text(lib.erl_context_log(pointer))
         self.n_logits = 0
         self._reserved_rows = n_seq_max
         self._logits_at = ffi.new("float **")  # libllama's buffer; it moves only when more rows are needed

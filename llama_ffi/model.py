@@ -273,7 +273,7 @@ def _load(path: bytes, options: object, on_progress: Callable[[float], object] |
             lib.erl_model_free(outcome["model"])
         raise
     problems += drain_log()
-    model, log = outcome["model"], text(lib.erl_load_said(job))
+    model, log = outcome["model"], text(lib.erl_load_log(job))
     unused = text(lib.erl_load_unused(job))
     if model and (cancelled or unused):
         lib.erl_model_free(model)
