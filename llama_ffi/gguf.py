@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from erllama.llama_ffi.library import LlamaError, check, drain_log, ffi, last_error, lib, start, text
 
-Value = int | float | bool | str | list[str] | NDArray[np.generic]
+GGUFValue = int | float | bool | str | list[str] | NDArray[np.generic]
 
 _NUMPY_TYPES: dict[int, type[np.generic]] = {
     0: np.uint8,
@@ -55,7 +55,7 @@ class GGUFHeader:
         data_offset: the start of the tensor data, in bytes from the start of the file.
     """
 
-    metadata: Mapping[str, Value]
+    metadata: Mapping[str, GGUFValue]
     tensors: tuple[Tensor, ...]
     data_offset: int
 
@@ -95,7 +95,7 @@ def _tensors(gguf: object) -> tuple[Tensor, ...]:
     return tuple(_tensor(gguf, i) for i in range(lib.erl_gguf_n_tensors(gguf)))
 
 
-def _value(gguf: object, i: int) -> Value:
+def _value(gguf: object, i: int) -> GGUFValue:
     kind = check(lib.erl_gguf_type(gguf, i), "reading metadata")
     if kind == _STRING:
         return text(lib.erl_gguf_string(gguf, i))

@@ -30,7 +30,7 @@ class TypeRule(NamedTuple):
     reason: str
 
 
-class Range(NamedTuple):
+class ValueRange(NamedTuple):
     """The range of a hyperparameter, and its reason. With `or_zero`, 0 is also allowed and means unset."""
 
     low: float
@@ -92,54 +92,54 @@ _NORMALIZES = "norms divide by the root of it plus a variance"
 
 # Ranges for all architectures, by the name without the architecture. If a key has a value per layer, each is
 # checked.
-_RANGES: Mapping[str, Range] = {
-    "block_count": Range(1, 512, _ALLOCATES),
-    "context_length": Range(1, 2**31 - 1, _ALLOCATES),
-    "embedding_length": Range(1, 2**24, _ALLOCATES),
-    "attention.key_length": Range(1, 2**16, _ALLOCATES),
-    "attention.value_length": Range(1, 2**16, _ALLOCATES),
-    "attention.key_length_swa": Range(1, 2**16, _ALLOCATES),
-    "attention.value_length_swa": Range(1, 2**16, _ALLOCATES),
-    "rope.dimension_count": Range(0, 2**16, _ALLOCATES),  # `graph_check.cpp` refuses to rotate 0 dimensions
-    "rope.freq_base": Range(1e-9, 1e30, _DIVIDES),
-    "rope.freq_base_swa": Range(1e-9, 1e30, _DIVIDES),
-    "rope.scaling.factor": Range(1e-9, 1e9, _DIVIDES, or_zero=True),
-    "attention.layer_norm_rms_epsilon": Range(0.0, 1.0, _NORMALIZES),
-    "attention.layer_norm_epsilon": Range(0.0, 1.0, _NORMALIZES),
-    "attention.group_norm_epsilon": Range(0.0, 1.0, _NORMALIZES),
-    "full_attention_interval": Range(1, 2**16, _DIVIDES),
-    "interleave_moe_layer_step": Range(0, 2**16, _ALLOCATES),  # libllama itself refuses 0 where it divides by this
-    "expert_count": Range(0, 1024, _ALLOCATES),
-    "expert_used_count": Range(0, 1024, _ALLOCATES),
-    "ssm.time_step_rank": Range(0, 2**24, _ALLOCATES),
-    "ssm.conv_kernel": Range(0, 2**16, _ALLOCATES),
-    "ssm.state_size": Range(0, 2**24, _ALLOCATES),
-    "ssm.inner_size": Range(0, 2**24, _ALLOCATES),
+_RANGES: Mapping[str, ValueRange] = {
+    "block_count": ValueRange(1, 512, _ALLOCATES),
+    "context_length": ValueRange(1, 2**31 - 1, _ALLOCATES),
+    "embedding_length": ValueRange(1, 2**24, _ALLOCATES),
+    "attention.key_length": ValueRange(1, 2**16, _ALLOCATES),
+    "attention.value_length": ValueRange(1, 2**16, _ALLOCATES),
+    "attention.key_length_swa": ValueRange(1, 2**16, _ALLOCATES),
+    "attention.value_length_swa": ValueRange(1, 2**16, _ALLOCATES),
+    "rope.dimension_count": ValueRange(0, 2**16, _ALLOCATES),  # `graph_check.cpp` refuses to rotate 0 dimensions
+    "rope.freq_base": ValueRange(1e-9, 1e30, _DIVIDES),
+    "rope.freq_base_swa": ValueRange(1e-9, 1e30, _DIVIDES),
+    "rope.scaling.factor": ValueRange(1e-9, 1e9, _DIVIDES, or_zero=True),
+    "attention.layer_norm_rms_epsilon": ValueRange(0.0, 1.0, _NORMALIZES),
+    "attention.layer_norm_epsilon": ValueRange(0.0, 1.0, _NORMALIZES),
+    "attention.group_norm_epsilon": ValueRange(0.0, 1.0, _NORMALIZES),
+    "full_attention_interval": ValueRange(1, 2**16, _DIVIDES),
+    "interleave_moe_layer_step": ValueRange(0, 2**16, _ALLOCATES),  # libllama refuses 0 where it divides by it
+    "expert_count": ValueRange(0, 1024, _ALLOCATES),
+    "expert_used_count": ValueRange(0, 1024, _ALLOCATES),
+    "ssm.time_step_rank": ValueRange(0, 2**24, _ALLOCATES),
+    "ssm.conv_kernel": ValueRange(0, 2**16, _ALLOCATES),
+    "ssm.state_size": ValueRange(0, 2**24, _ALLOCATES),
+    "ssm.inner_size": ValueRange(0, 2**24, _ALLOCATES),
 }
 # Ranges for these architectures only. Files of others may have any value.
-_RANGES_OF: tuple[tuple[tuple[str, ...], Mapping[str, Range]], ...] = (
-    (("wavtokenizer-dec",), {"attention.group_norm_groups": Range(1, 2**16, _DIVIDES)}),
-    (("grovemoe",), {"experts_per_group": Range(1, 2**16, _DIVIDES)}),
-    (("rwkv6", "rwkv7", "rwkv6qwen2", "arwkv7"), {"wkv.head_size": Range(1, 2**16, _DIVIDES)}),
-    (("kimi-linear", "kimi-k3", "bailingmoe3"), {"kda.head_dim": Range(1, 2**16, _ALLOCATES)}),
-    (("deepseek4",), {"attention.output_group_count": Range(1, 2**16, _DIVIDES)}),
-    (("lfm2", "lfm2moe"), {"shortconv.l_cache": Range(1, 2**16, _ALLOCATES)}),
+_RANGES_OF: tuple[tuple[tuple[str, ...], Mapping[str, ValueRange]], ...] = (
+    (("wavtokenizer-dec",), {"attention.group_norm_groups": ValueRange(1, 2**16, _DIVIDES)}),
+    (("grovemoe",), {"experts_per_group": ValueRange(1, 2**16, _DIVIDES)}),
+    (("rwkv6", "rwkv7", "rwkv6qwen2", "arwkv7"), {"wkv.head_size": ValueRange(1, 2**16, _DIVIDES)}),
+    (("kimi-linear", "kimi-k3", "bailingmoe3"), {"kda.head_dim": ValueRange(1, 2**16, _ALLOCATES)}),
+    (("deepseek4",), {"attention.output_group_count": ValueRange(1, 2**16, _DIVIDES)}),
+    (("lfm2", "lfm2moe"), {"shortconv.l_cache": ValueRange(1, 2**16, _ALLOCATES)}),
 )
 # Ranges for these architectures if a layer has one of the tensors `_STATE_SPACE`. Models without them may have 0.
 _GROUPED = (
     "mamba2", "granitehybrid", "nemotron_h", "nemotron_h_moe", "falcon-h1", "qwen3next", "qwen35", "qwen35moe",
 )  # fmt: skip
 _STATE_SPACE = (".ssm_in.weight", ".ssm_out.weight")
-_RANGES_OF_STATE_SPACE: tuple[tuple[tuple[str, ...], Mapping[str, Range]], ...] = (
-    (_GROUPED, {"ssm.group_count": Range(1, 2**16, _DIVIDES)}),
-    ((*_GROUPED, "plamo2"), {"ssm.time_step_rank": Range(1, 2**24, _DIVIDES)}),
+_RANGES_OF_STATE_SPACE: tuple[tuple[tuple[str, ...], Mapping[str, ValueRange]], ...] = (
+    (_GROUPED, {"ssm.group_count": ValueRange(1, 2**16, _DIVIDES)}),
+    ((*_GROUPED, "plamo2"), {"ssm.time_step_rank": ValueRange(1, 2**24, _DIVIDES)}),
 )
-_HEADS = Range(1, 2**16, _DIVIDES)
-_NO_HEADS = Range(0, 2**16, _DIVIDES)  # layers without attention
+_HEADS = ValueRange(1, 2**16, _DIVIDES)
+_NO_HEADS = ValueRange(0, 2**16, _DIVIDES)  # layers without attention
 
 # Hyperparameters that a file of an architecture must have, in range.
-_REQUIRED: Mapping[str, Mapping[str, Range]] = {
-    "afmoe": {"attention.sliding_window": Range(1, 2**31 - 1, "its graph uses a sliding window")},
+_REQUIRED: Mapping[str, Mapping[str, ValueRange]] = {
+    "afmoe": {"attention.sliding_window": ValueRange(1, 2**31 - 1, "its graph uses a sliding window")},
 }
 # If a file of these has no width of an expert, libllama divides by the number of used experts.
 _WIDTH_BY_EXPERTS = (
@@ -251,8 +251,8 @@ def check_tensors(metadata: Mapping[str, object], tensors: Iterable[Tensor]) -> 
 
 
 def _of_architecture(
-    table: tuple[tuple[tuple[str, ...], Mapping[str, Range]], ...], architecture: object
-) -> dict[str, Range]:
+    table: tuple[tuple[tuple[str, ...], Mapping[str, ValueRange]], ...], architecture: object
+) -> dict[str, ValueRange]:
     return {name: limits for which, ranges in table if architecture in which for name, limits in ranges.items()}
 
 
@@ -260,7 +260,7 @@ def _not_zero(value: object) -> bool:
     return bool(value.any()) if isinstance(value, np.ndarray) else isinstance(value, int | float) and value != 0
 
 
-def _check_range(key: str, value: object, limits: Range) -> None:
+def _check_range(key: str, value: object, limits: ValueRange) -> None:
     for number in value.tolist() if isinstance(value, np.ndarray) else [value]:
         if isinstance(number, int | float) and not isinstance(number, bool) and not limits.contains(number):
             raise LlamaError(f"{key} is {number}; it must be {limits}")

@@ -22,7 +22,7 @@ from erllama.engine.backend import Batch, Limits, ModelFacts, NamespaceValue
 from erllama.engine.backends.file_identity import MappedFiles
 from erllama.engine.backends.llama_adapters import check_adapter_file
 from erllama.engine.backends.llama_file import LlamaVocabulary, buffers_in, chat_templates, facts_of, load_file
-from erllama.engine.backends.llama_library import llama_ffi, translated
+from erllama.engine.backends.llama_library import llama_ffi, translate_errors
 from erllama.engine.backends.llama_options import LlamaOptions
 from erllama.engine.embedding import Embedder
 from erllama.engine.processors import default_threads
@@ -80,7 +80,7 @@ class LlamaBackend:
             self._n_threads = options.n_threads or default_threads()
             self._n_threads_batch = options.n_threads_batch or self._n_threads
             self._make_context = self._context_factory(n_sequences)
-            with translated(ModelLoadError, f"{path}: the context cannot be created"):
+            with translate_errors(ModelLoadError, f"{path}: the context cannot be created"):
                 self._context = self._make_context()
             self.chat_templates = chat_templates(self.metadata)
             facts = facts_of(path, file, self.vocabulary.special_tokens)
@@ -223,7 +223,7 @@ class LlamaBackend:
         # cannot have more sequences than tokens.
         most = _MAX_EMBEDDED_TEXTS if limits.can_trim or not limits.can_generate else 1
         n_sequences = min(most, limits.n_ubatch, llama_ffi.max_sequences())
-        with translated(BackendError):
+        with translate_errors(BackendError):
             return LlamaEmbedder(
                 self._model,
                 make_context,
@@ -236,7 +236,7 @@ class LlamaBackend:
         check_adapter_file(path, self.path, self.facts.architecture)
 
     def load_adapter(self, path: Path) -> llama_ffi.LlamaAdapter:
-        with translated(AdapterLoadError, f"{path} cannot be loaded"):
+        with translate_errors(AdapterLoadError, f"{path} cannot be loaded"):
             adapter = llama_ffi.LlamaAdapter(self._model, path)
         self._loaded_adapters.add(adapter)
         return adapter
@@ -245,7 +245,7 @@ class LlamaBackend:
         used = [(adapter, scale) for adapter, scale in adapters if isinstance(adapter, llama_ffi.LlamaAdapter)]
         if len(used) < len(adapters):
             raise BackendError("an adapter that libllama did not load")
-        with translated(BackendError, "setting adapters"):
+        with translate_errors(BackendError, "setting adapters"):
             self._context.set_adapters(used)
         self._used_adapters = used
 
@@ -275,7 +275,7 @@ class LlamaBackend:
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
         if not self._state_known:
             raise BackendError("a decode failed, so the state of this memory is unknown; drop the sequence")
-        with translated(BackendError):
+        with translate_errors(BackendError):
             held = self._held(sequence)
             if not 0 <= start < end <= held:
                 raise BackendError(f"positions {start} to {end} of a sequence that holds {held}")
@@ -288,7 +288,7 @@ class LlamaBackend:
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
         if self._checks_positions:
             _check_state(payload, start, end)
-        with translated(StateError):
+        with translate_errors(StateError):
             held = self._held(sequence)
             if held != start and not (self.limits.whole_state and held == 0):
                 raise StateError(f"positions from {start} on, in a sequence that holds {held}")
@@ -303,7 +303,7 @@ class LlamaBackend:
     def share(self, source: int, target: int, end: int) -> None:
         if not self.limits.can_trim:
             raise BackendError("sequences can share this model's memory only as a whole")
-        with translated(BackendError):
+        with translate_errors(BackendError):
             if not 0 <= end <= self._held(source) or self._held(target):
                 raise BackendError(
                     f"positions 0 to {end} of a sequence that holds {self._held(source)}, "
@@ -312,16 +312,16 @@ class LlamaBackend:
             self._context.copy(source, target, 0, end)
 
     def cut(self, sequence: int, end: int) -> None:
-        with translated(BackendError):
+        with translate_errors(BackendError):
             if not self.limits.can_trim or not self._context.cut(sequence, end):
                 raise BackendError("this model's memory cannot be cut")
 
     def drop(self, sequence: int) -> None:
-        with translated(BackendError):
+        with translate_errors(BackendError):
             self._context.cut(sequence, 0)
 
     def clear(self) -> None:
-        with translated(BackendError):
+        with translate_errors(BackendError):
             if self._broken:
                 self._context.close()
                 self._context = self._make_context()

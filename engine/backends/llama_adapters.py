@@ -6,7 +6,7 @@ from pathlib import Path
 
 from erllama.engine.backends.gguf_parts import parts
 from erllama.engine.backends.llama_file import check_file
-from erllama.engine.backends.llama_library import llama_ffi, translated
+from erllama.engine.backends.llama_library import llama_ffi, translate_errors
 from erllama.errors import AdapterLoadError, ModelLoadError
 
 
@@ -23,12 +23,12 @@ def check_adapter_file(path: Path, model: Path, architecture: str) -> None:
     """
     try:
         check_file(path)
-        with translated(
+        with translate_errors(
             AdapterLoadError, f"the model's file {model} cannot be read any more, which the check needs"
         ):
             tables = [llama_ffi.read_tensor_table(part) for part in parts(model)]
         weights = {tensor.name: tensor for _, tensors in tables for tensor in tensors}
-        with translated(AdapterLoadError, f"{path} cannot be loaded"):
+        with translate_errors(AdapterLoadError, f"{path} cannot be loaded"):
             llama_ffi.check_adapter(path, architecture, weights)
     except ModelLoadError as error:
         raise AdapterLoadError(str(error)) from None

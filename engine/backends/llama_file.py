@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from erllama.engine.backend import Buffer, InfillTokens, Limits, ModelFacts, NamespaceValue, SpecialToken
 from erllama.engine.backends.gguf_parts import parts
-from erllama.engine.backends.llama_library import llama_ffi, translated
+from erllama.engine.backends.llama_library import llama_ffi, translate_errors
 from erllama.engine.backends.llama_options import LlamaOptions
 from erllama.errors import LoadCancelled, ModelLoadError, OptionError, PromptError
 
@@ -59,7 +59,7 @@ class LlamaVocabulary:
     def tokenize(
         self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
     ) -> NDArray[np.int32]:
-        with translated(PromptError):
+        with translate_errors(PromptError):
             return self._vocabulary.tokenize(source, add_special=add_special, parse_special=parse_special)
 
     def piece(self, token: int) -> bytes:
@@ -69,7 +69,7 @@ class LlamaVocabulary:
             raise PromptError(str(error)) from error
 
     def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
-        with translated(PromptError):
+        with translate_errors(PromptError):
             return self._vocabulary.detokenize(tokens, special=special)
 
 
@@ -181,7 +181,7 @@ def sampled_digest(path: Path) -> str:
         ModelLoadError: the file cannot be read, or is not GGUF.
     """
     try:
-        with translated(ModelLoadError, f"{path} cannot be loaded"):
+        with translate_errors(ModelLoadError, f"{path} cannot be loaded"):
             data_offset, tensors = llama_ffi.read_tensor_table(path)
         digest = hashlib.sha256(path.stat().st_size.to_bytes(8, "little"))
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
 """The binding of libllama for the modules of the llama backend.
 
 The only module that imports `llama_ffi`. Without the binding, the import raises an error that says how to build it.
-`translated` converts the binding's errors.
+`translate_errors` converts the binding's errors.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def devices() -> list[llama_ffi.Device]:
     Raises:
         BackendError: libllama cannot start, for example in a process forked from one that had started it.
     """
-    with translated(BackendError):
+    with translate_errors(BackendError):
         return llama_ffi.devices()
 
 
 @contextmanager
-def translated(
+def translate_errors(
     kind: type[AdapterLoadError | BackendError | ModelLoadError | PromptError], context: str = ""
 ) -> Iterator[None]:
     """Raise `kind` for the binding's errors."""

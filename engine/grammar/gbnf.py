@@ -50,7 +50,7 @@ _PLAIN_CLASS = re.compile(r"[^\]\\-]+(?!-)")
 _NEWLINE = re.compile(r"\r\n|\r|\n")
 
 
-class Rules(NamedTuple):
+class ParsedGrammar(NamedTuple):
     """A parsed grammar: it has every rule that `root` needs, and each rule has a text."""
 
     pool: ExpressionPool
@@ -64,7 +64,7 @@ class Rules(NamedTuple):
         return [value for id in found if isinstance(value := self.pool[id].value, TokenReference)]
 
 
-def parse(source: str, root: str = "root") -> Rules:
+def parse(source: str, root: str = "root") -> ParsedGrammar:
     """Read a grammar.
 
     Args:
@@ -89,7 +89,7 @@ def parse(source: str, root: str = "root") -> Rules:
     for name, id in rules.items():
         if id not in have_texts:
             parser.fail(f"the rule {name!r} has no finite text", parser.defined[name])
-    return Rules(parser.pool, rules, root)
+    return ParsedGrammar(parser.pool, rules, root)
 
 
 def _place(source: str, at: int) -> tuple[int, int]:

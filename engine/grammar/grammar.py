@@ -273,7 +273,7 @@ def _byte_compiler() -> GrammarCompiler:
 os.register_at_fork(after_in_child=_byte_compiler.cache_clear)
 
 
-def _gbnf_to_lark(rules: gbnf.Rules, format_token: Callable[[TokenReference], str]) -> str:
+def _gbnf_to_lark(rules: gbnf.ParsedGrammar, format_token: Callable[[TokenReference], str]) -> str:
     return lark_writer.write_lark(rules.pool, rules.rules, rules.root, format_token)
 
 

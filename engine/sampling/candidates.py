@@ -100,7 +100,7 @@ class Candidates:
         return probabilities
 
 
-def masked(logits: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float32]:
+def mask_logits(logits: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float32]:
     """A new array of logits with -inf where a token is not allowed, shape (n,).
 
     It works on bits, without a branch for each token. Where allowed and excluded tokens alternate, `np.where` takes

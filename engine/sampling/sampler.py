@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backend import Vocabulary
-from erllama.engine.sampling.candidates import Candidates, masked, top_k
+from erllama.engine.sampling.candidates import Candidates, mask_logits, top_k
 from erllama.engine.sampling.declaration import Step, StepContext
 from erllama.engine.sampling.draws import Categorical, Draw, Greedy, Mirostat
 from erllama.engine.sampling.options import SamplingOptions
@@ -194,7 +194,7 @@ class Sampler:
             return best
         _check_finite(logits, "the model")
         if allowed is not None:
-            logits = masked(logits, allowed)
+            logits = mask_logits(logits, allowed)
             _check_finite(logits, "the grammar")
         candidates = Candidates(self._ids, logits, context, self._random)
         for step in self._steps:

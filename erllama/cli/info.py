@@ -79,12 +79,12 @@ def _weight_types(path: Path) -> dict[str, int]:
     """Bytes of the weights by type, most first; of all parts of a split file."""
     # Imported here: what needs no model works where libllama was never built.
     from erllama.engine.backends.gguf_parts import parts
-    from erllama.engine.backends.llama_library import llama_ffi, translated
+    from erllama.engine.backends.llama_library import llama_ffi, translate_errors
 
     names = {llama_ffi.ggml_type(name): name for name in _TYPES}
     found: Counter[str] = Counter()
     for part in parts(path):
-        with translated(erllama.ModelLoadError, f"{part} cannot be read"):
+        with translate_errors(erllama.ModelLoadError, f"{part} cannot be read"):
             for tensor in llama_ffi.read_tensor_table(part)[1]:
                 found[names.get(tensor.ggml_type, f"type {tensor.ggml_type}")] += tensor.n_bytes
     return dict(found.most_common())

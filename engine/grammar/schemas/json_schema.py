@@ -18,7 +18,7 @@ from erllama.engine.grammar import llguidance_adapter
 from erllama.engine.grammar.schemas.keywords import has_large_numbers, is_beyond_doubles, with_plain_counts
 from erllama.engine.grammar.schemas.lark_rules import LarkFragment
 from erllama.engine.grammar.schemas.rules import SchemaWriter
-from erllama.engine.grammar.schemas.subschemas import rewritten, without_unknown_formats
+from erllama.engine.grammar.schemas.subschemas import rewrite_schema, without_unknown_formats
 from erllama.engine.grammar.unsupported import NotSupported
 from erllama.errors import GrammarError
 
@@ -120,7 +120,7 @@ def prepare(source: str) -> dict[str, object]:
     if not isinstance(schema, dict):
         raise GrammarError(f"a schema is an object or a boolean, not {json.dumps(schema)[:40]}")
     _check_sizes(schema)
-    counted = rewritten(schema, with_plain_counts)
+    counted = rewrite_schema(schema, with_plain_counts)
     assert isinstance(counted, dict)
     schema = counted
     if _levels(schema) > _MAX_LEVELS:

@@ -26,7 +26,7 @@ class Bound(NamedTuple):
     exclusive: bool = False
 
 
-class Range(NamedTuple):
+class NumberRange(NamedTuple):
     """The condition on a number.
 
     Attributes:
@@ -42,7 +42,7 @@ class Range(NamedTuple):
     steps: tuple[Fraction, ...] = ()
 
 
-def number_patterns(wanted: Range) -> list[list[str]]:
+def number_patterns(wanted: NumberRange) -> list[list[str]]:
     """Patterns of the JSON numbers in a range with at least one bound.
 
     Integers have no decimal point. No number has an exponent.
@@ -73,7 +73,7 @@ def number_patterns(wanted: Range) -> list[list[str]]:
     return found
 
 
-def _integers(wanted: Range) -> list[list[str]]:
+def _integers(wanted: NumberRange) -> list[list[str]]:
     low = None if wanted.low is None else _least_integer(wanted.low)
     high = None if wanted.high is None else -_least_integer(_mirrored(wanted.high))
     step = lcm(*(step.numerator for step in wanted.steps))

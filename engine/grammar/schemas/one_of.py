@@ -31,7 +31,7 @@ Parts = list[dict[str, object]]
 Flatten = Callable[[Iterable[object]], Parts | None]
 
 
-class _Option(NamedTuple):
+class _OneOfOption(NamedTuple):
     """The known properties of one option.
 
     Attributes:
@@ -64,7 +64,7 @@ def check_exclusive(options: Sequence[object], flatten: Flatten) -> None:
     expanded = [parts for option in options if (parts := flatten([option])) is not None]
     # Only a required property can distinguish an option from another one.
     required = {name for parts in expanded for part in parts for name in required_by(part)}
-    options_read = [_option(parts, required, flatten) for parts in expanded]
+    options_read = [_read_option(parts, required, flatten) for parts in expanded]
     n_compared = 0
     for type_ in sorted({type_ for option in options_read for type_ in option.types}):
         for one, other in _candidates([option for option in options_read if type_ in option.types], type_):
@@ -81,7 +81,7 @@ def check_exclusive(options: Sequence[object], flatten: Flatten) -> None:
                 )
 
 
-def _option(parts: Parts, names: set[str], flatten: Flatten) -> _Option:
+def _read_option(parts: Parts, names: set[str], flatten: Flatten) -> _OneOfOption:
     types, constants = types_of(parts), constants_of(parts)
     listed: dict[str, frozenset[str]] = {}
     schemas: dict[str, list[object]] = {}
@@ -94,7 +94,7 @@ def _option(parts: Parts, names: set[str], flatten: Flatten) -> _Option:
         values = frozenset[str]() if inner is None else constants_of(inner)
         if values is not None:
             listed[name] = values
-    return _Option(
+    return _OneOfOption(
         types if constants is None else types & frozenset(map(_type_of, constants)),
         constants,
         [bound for part in parts for bound in bounds_of(part, *LOWER)],
@@ -110,16 +110,16 @@ def _type_of(text: str) -> str:
     return first.get(text[0]) or ("integer" if text.lstrip("-").isdecimal() else "number")
 
 
-def _candidates(options: Sequence[_Option], type_: str) -> Iterator[tuple[_Option, _Option]]:
+def _candidates(options: Sequence[_OneOfOption], type_: str) -> Iterator[tuple[_OneOfOption, _OneOfOption]]:
     """The pairs of options of one type that constants do not distinguish."""
     # Only objects have properties.
     names = Counter[str]() if type_ != "object" else _discriminators(options)
     name = max(names, key=lambda name: names[name], default="")
     n_constant = sum(option.constants is not None for option in options)
     by_property = names[name] > n_constant
-    seen: dict[str, list[_Option]] = {}
-    others: list[_Option] = []
-    before: list[_Option] = []
+    seen: dict[str, list[_OneOfOption]] = {}
+    others: list[_OneOfOption] = []
+    before: list[_OneOfOption] = []
     for option in options:
         found = option.constants
         if by_property:
@@ -136,12 +136,12 @@ def _candidates(options: Sequence[_Option], type_: str) -> Iterator[tuple[_Optio
         before.append(option)
 
 
-def _discriminators(options: Iterable[_Option]) -> Counter[str]:
+def _discriminators(options: Iterable[_OneOfOption]) -> Counter[str]:
     """The required properties with listed values, counted over the options."""
     return Counter(name for option in options for name in option.listed if name in option.required)
 
 
-def _exclusive(one: _Option, other: _Option) -> bool:
+def _exclusive(one: _OneOfOption, other: _OneOfOption) -> bool:
     """Whether no value matches both options."""
     both = one.types & other.types
     if not both:

@@ -49,7 +49,7 @@ from erllama.engine.grammar.schemas.lark_rules import (
     quoted_name,
     reachable,
 )
-from erllama.engine.grammar.schemas.number_patterns import Range, number_patterns
+from erllama.engine.grammar.schemas.number_patterns import NumberRange, number_patterns
 from erllama.engine.grammar.schemas.one_of import check_exclusive
 from erllama.engine.grammar.unsupported import NotSupported
 from erllama.errors import GrammarError
@@ -314,7 +314,7 @@ class SchemaWriter:
         low = max(lows, key=lambda bound: (bound.value, bound.exclusive), default=None)
         high = min(highs, key=lambda bound: (bound.value, not bound.exclusive), default=None)
         steps = tuple(step_of(part["multipleOf"]) for part in parts if "multipleOf" in part)
-        found = number_patterns(Range(low, high, integer, steps))
+        found = number_patterns(NumberRange(low, high, integer, steps))
         return [[self._terminal(" & ".join(f"/{pattern}/" for pattern in patterns))] for patterns in found]
 
     def _array(self, parts: list[dict[str, object]]) -> Body:

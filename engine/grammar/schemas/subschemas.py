@@ -24,7 +24,7 @@ KNOWN_FORMATS = frozenset(
 Schema = dict[str, object]
 
 
-def rewritten(schema: object, change: Callable[[Schema], Schema]) -> object:
+def rewrite_schema(schema: object, change: Callable[[Schema], Schema]) -> object:
     """A copy of a schema with a change applied to it and to all schemas within it, the outermost first.
 
     Args:
@@ -35,11 +35,11 @@ def rewritten(schema: object, change: Callable[[Schema], Schema]) -> object:
     found = dict(change(schema))
     for key, part in found.items():
         if key in _NAMED and isinstance(part, dict):
-            found[key] = {name: rewritten(inner, change) for name, inner in part.items()}
+            found[key] = {name: rewrite_schema(inner, change) for name, inner in part.items()}
         elif key in _LISTED and isinstance(part, list):
-            found[key] = [rewritten(inner, change) for inner in part]
+            found[key] = [rewrite_schema(inner, change) for inner in part]
         elif key in _ONE:
-            found[key] = rewritten(part, change)
+            found[key] = rewrite_schema(part, change)
     return found
 
 
@@ -52,6 +52,6 @@ def without_unknown_formats(schema: Schema) -> Schema:
             return {key: part for key, part in node.items() if key != "format"}
         return node
 
-    found = rewritten(schema, change)
+    found = rewrite_schema(schema, change)
     assert isinstance(found, dict)
     return found

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from erllama.chat.tool_calls.grammars import Arguments, listing_of, properties_of, types_of
 from erllama.engine.grammar.grammar import Grammar
-from erllama.engine.grammar.schemas.subschemas import Schema, rewritten
+from erllama.engine.grammar.schemas.subschemas import Schema, rewrite_schema
 from erllama.engine.grammar.unsupported import NotSupported
 from erllama.errors import GrammarError
 
@@ -134,6 +134,6 @@ def _loosened(schema: Schema) -> Schema:
             return {**found, "allOf": [*(all_of if isinstance(all_of, list) else []), either]}
         return found
 
-    found = rewritten(schema, change)
+    found = rewrite_schema(schema, change)
     assert isinstance(found, dict)
     return found
