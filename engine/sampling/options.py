@@ -64,7 +64,7 @@ class SamplingOptions(_DeclaredOptions):
         samplers: the steps in their order: names, and functions from `Candidates` to `Candidates`.
 
     Raises:
-        OptionError: an option is unknown, has a wrong type or value, or has no effect beside the others.
+        OptionError: an option has a wrong type or value, or has no effect beside the others.
     """
 
     seed: int | None = None

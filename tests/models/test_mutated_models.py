@@ -85,7 +85,7 @@ def test_norms_that_a_conversion_wrote_in_half_precision(llama: EditableGGUF, tm
             retyped(llama, role, kind).write(tmp_path / f"{role}={kind}.gguf")
     for stem, outcome in outcomes(tmp_path).items():
         role, _, kind = stem.partition("=")
-        assert f"tensor {role!r} is of type" in outcome, kind
+        assert f"tensor {role!r} has type" in outcome, kind
         assert "it must be f32" in outcome
 
 
@@ -350,7 +350,7 @@ def test_no_mutant_ends_the_process(tmp_path: Path) -> None:
 _UNCHECKED = """
 #include <string>
 struct llama_context;
-std::string why_not_computable(llama_context *) { return ""; }
+std::string graph_problem(llama_context *) { return ""; }
 """
 _ASSERT = """
 import sys
