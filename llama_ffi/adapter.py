@@ -39,19 +39,19 @@ class LlamaAdapter:
     def __init__(self, model: LlamaModel, path: str | Path) -> None:
         if model.vocab_only:
             raise LlamaError("this model was loaded with vocab_only=True: it has no weights to adapt")
-        held = model.hold()
+        model_handle = model.hold()
         try:
             with model.adapters_lock:
-                pointer = lib.erl_adapter_load(held.pointer, os.fsencode(path))
+                pointer = lib.erl_adapter_load(model_handle.pointer, os.fsencode(path))
                 reason = last_error()
                 problems = drain_log()
             if not pointer:
                 raise LlamaError(reason or "; ".join(problems[-2:]) or "libllama gave no reason")
         except BaseException:
-            held.release()
+            model_handle.release()
             raise
-        self._model = held
-        self._handle = Handle(pointer, _make_free(held, model.adapters_lock), "adapter")
+        self._model = model_handle
+        self._handle = Handle(pointer, _make_free(model_handle, model.adapters_lock), "adapter")
         finalizer = weakref.finalize(self, self._handle.release)
         finalizer.atexit = False  # as for contexts
         self._finalizer: Callable[[], object] = finalizer

@@ -94,7 +94,7 @@ class LlamaContext(NativeContext):
         if n_seq_max > limit:
             raise LlamaError(f"n_seq_max={n_seq_max}; this libllama allows at most {limit} sequences")
         _check_memory(model, n_ctx, type_k, type_v)
-        held = model.hold()
+        model_handle = model.hold()
         try:
             options = ffi.new("erl_context_options *")
             options.n_ctx, options.n_batch, options.n_ubatch = n_ctx, n_batch, n_ubatch
@@ -105,13 +105,13 @@ class LlamaContext(NativeContext):
             set_rope_options(options, **rope)
             options.offload_kqv, options.swa_full, options.kv_unified = offload_kqv, swa_full, kv_unified
             options.pooling = -1
-            pointer = create_context(held, options)
+            pointer = create_context(model_handle, options)
         except BaseException:
-            held.release()
+            model_handle.release()
             raise
-        self._model = held
+        self._model = model_handle
         self._adapters: list[Handle] = []  # each is held
-        super().__init__(pointer, held, self._adapters)
+        super().__init__(pointer, model_handle, self._adapters)
         self.n_ctx = int(lib.erl_context_n_ctx(pointer))
         self.n_batch = int(lib.erl_context_n_batch(pointer))
         self.n_ubatch = int(lib.erl_context_n_ubatch(pointer))
@@ -156,26 +156,19 @@ class LlamaContext(NativeContext):
             the logits, as `logits()` returns them; shape (0, n_vocab) if no row is marked.
 
         Raises:
-            NoCellsError: not enough free cells; nothing was computed.
+            NoCellsError: not enough free cells; no row was computed.
             AbortedError: `abort()` was called; part of the batch may be in the cells.
             DecodeError: libllama failed; the context may be in any state.
-            LlamaError: an argument is out of range; nothing was computed.
+            LlamaError: an argument is out of range; no row was computed.
         """
         n = len(tokens)
         if not 1 <= n <= self.n_batch:
             raise LlamaError(f"a batch of {n} tokens; it must hold 1 to n_batch={self.n_batch}")
-        # erl_decode refuses numbers out of range.
         arrays = (tokens, positions, sequences, output)
-        if all(map(is_, arrays, self._arrays)):  # usual while replies are generated token by token
-            pointers = self._pointers
-        else:
-            self._pointers = pointers = (
-                _pointer("tokens", tokens, n, _INT32, "int32_t[]"),
-                _pointer("positions", positions, n, _INT32, "int32_t[]"),
-                _pointer("sequences", sequences, n, _INT32, "int32_t[]"),
-                _pointer("output", output, n, _INT8, "int8_t[]"),
-            )
-            self._arrays = arrays
+        # The arrays are usually the same objects while replies are generated token by token.
+        if not all(map(is_, arrays, self._arrays)):
+            self._set_arrays(tokens, positions, sequences, output)
+        pointers = self._pointers
         rows = int(np.count_nonzero(output))
         with self._lock:
             native = self._native()
@@ -202,6 +195,23 @@ class LlamaContext(NativeContext):
         if code == 3:
             raise LlamaError(reason)
         raise DecodeError(f"decode failed with code {code}: {reason or problems or 'libllama gave no reason'}")
+
+    def _set_arrays(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        output: NDArray[np.int8],
+    ) -> None:
+        """Check the shapes and types of a batch, and keep pointers to it. `erl_decode` checks the values."""
+        n = len(tokens)
+        self._pointers = (
+            _pointer("tokens", tokens, n, _INT32, "int32_t[]"),
+            _pointer("positions", positions, n, _INT32, "int32_t[]"),
+            _pointer("sequences", sequences, n, _INT32, "int32_t[]"),
+            _pointer("output", output, n, _INT8, "int8_t[]"),
+        )
+        self._arrays = (tokens, positions, sequences, output)
 
     def logits(self) -> NDArray[np.float32]:
         """The logits of the last decode, in place.
@@ -243,24 +253,24 @@ class LlamaContext(NativeContext):
             LlamaError: an adapter is closed, listed twice or of another model, or a scale is not finite. The
                 adapters stay unchanged.
         """
-        held: list[Handle] = []
+        handles: list[Handle] = []
         with self._lock:
             native = self._native()
             try:
                 for adapter, scale in adapters:
                     if not abs(scale) <= _MAX_FLOAT32:
                         raise LlamaError(f"a scale of {scale}; it must be a finite float32")
-                    held.append(adapter.hold(self._model))
-                if len({id(handle) for handle in held}) < len(held):
+                    handles.append(adapter.hold(self._model))
+                if len({id(handle) for handle in handles}) < len(handles):
                     raise LlamaError("an adapter is listed twice; list each once, with one scale")
-                natives = ffi.new("struct llama_adapter_lora *[]", [handle.pointer for handle in held] or 1)
+                natives = ffi.new("struct llama_adapter_lora *[]", [handle.pointer for handle in handles] or 1)
                 scales = ffi.new("float[]", [scale for _, scale in adapters] or 1)
-                check(lib.erl_context_adapters(native, natives, scales, len(held)), "setting adapters")
+                check(lib.erl_context_adapters(native, natives, scales, len(handles)), "setting adapters")
             except BaseException:
-                for handle in held:
+                for handle in handles:
                     handle.release()
                 raise
-            replaced, self._adapters[:] = self._adapters[:], held
+            replaced, self._adapters[:] = self._adapters[:], handles
         for handle in replaced:
             handle.release()
 

@@ -83,7 +83,7 @@ class EmbeddingContext(NativeContext):
                 f"and n_sequences at most {max_sequences()}"
             )
         _check_memory(model, n_tokens)
-        held = model.hold()
+        model_handle = model.hold()
         try:
             options = ffi.new("erl_context_options *")
             options.n_ctx = options.n_batch = options.n_ubatch = n_tokens
@@ -96,12 +96,12 @@ class EmbeddingContext(NativeContext):
             options.offload_kqv = options.kv_unified = options.embeddings = True
             options.pooling = POOLINGS[pooling]
             with model.adapters_lock:
-                pointer = create_context(held, options)
+                pointer = create_context(model_handle, options)
         except BaseException:
-            held.release()
+            model_handle.release()
             raise
         self._adapters_lock = model.adapters_lock
-        super().__init__(pointer, held)
+        super().__init__(pointer, model_handle)
         self.pooling = pooling
         self.n_tokens, self.n_sequences = n_tokens, n_sequences
         self.width = model.shape.n_cls_out if pooling == "rank" else model.shape.n_embd_out
@@ -121,7 +121,7 @@ class EmbeddingContext(NativeContext):
         Raises:
             AbortedError: `abort()` was called.
             DecodeError: libllama failed.
-            LlamaError: an argument is out of range; nothing was computed.
+            LlamaError: an argument is out of range; no row was computed.
         """
         lengths = [len(sequence) for sequence in sequences]
         n = sum(lengths)

@@ -49,7 +49,7 @@ class Handle:
         return self
 
     @contextmanager
-    def held(self) -> Iterator[object]:
+    def use(self) -> Iterator[object]:
         """The pointer, kept alive within a `with` block even if every other holder releases it."""
         self.hold()
         try:

@@ -177,20 +177,20 @@ class LlamaModel:
     def description(self) -> str:
         """libllama's one-line description, e.g. "llama 1B Q4_0"."""
         buffer = ffi.new("char[]", 256)
-        with self._held() as model:
+        with self._use() as model:
             check(lib.erl_model_desc(model, buffer, 256), "reading the model")
         return text(buffer)
 
     @property
     def file_type(self) -> str:
         """The quantisation of most weights, such as "Q4_K - Medium" or "all F32"."""
-        with self._held() as model:
+        with self._use() as model:
             return _GUESSED_PREFIX.sub("", text(lib.erl_model_file_type(model)))
 
     @property
     def metadata(self) -> dict[str, str]:
         """The scalar entries of the GGUF metadata, as text. `gguf.read_header` also reads arrays."""
-        with self._held() as model:
+        with self._use() as model:
             count = check(lib.erl_model_meta_count(model), "reading metadata")
             return {
                 _string(lib.erl_model_meta_key, model, i): _string(lib.erl_model_meta_value, model, i)
@@ -199,14 +199,14 @@ class LlamaModel:
 
     def chat_template(self, name: str | None = None) -> str | None:
         """The model's default chat template, or the named one; None if there is none."""
-        with self._held() as model:
+        with self._use() as model:
             found = lib.erl_model_chat_template(model, name.encode() if name else ffi.NULL)
             return text(found) if found else None
 
-    def _held(self) -> AbstractContextManager[object]:
+    def _use(self) -> AbstractContextManager[object]:
         if self.closed:
             raise LlamaError("this model is closed")
-        return self._handle.held()
+        return self._handle.use()
 
 
 def _string(read: Callable[..., int], model: object, i: int) -> str:
@@ -220,11 +220,11 @@ def _string(read: Callable[..., int], model: object, i: int) -> str:
         size = n + 1
 
 
-def _overrides(given: Mapping[str, int | float | bool | str]) -> list[object]:
+def _overrides(overrides: Mapping[str, int | float | bool | str]) -> list[object]:
     """The native array of overrides, followed by the texts that it points to."""
-    found = ffi.new("erl_override[]", max(len(given), 1))
+    native = ffi.new("erl_override[]", max(len(overrides), 1))
     texts: list[object] = []
-    for override, (key, value) in zip(found, given.items(), strict=False):
+    for override, (key, value) in zip(native, overrides.items(), strict=False):
         texts.append(ffi.new("char[]", key.encode()))
         override.key = texts[-1]
         if isinstance(value, bool):
@@ -236,7 +236,7 @@ def _overrides(given: Mapping[str, int | float | bool | str]) -> list[object]:
         else:
             texts.append(ffi.new("char[]", value.encode()))
             override.type, override.text = 3, texts[-1]
-    return [found, *texts]
+    return [native, *texts]
 
 
 def _load(path: bytes, options: object, on_progress: Callable[[float], object] | None) -> tuple[object, str]:

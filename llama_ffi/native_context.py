@@ -53,7 +53,7 @@ class NativeContext:
         Thread-safe. libllama checks for it between operations on the CPU.
         """
         # Without the lock, which a running decode has. The hold protects against a close in another thread.
-        with suppress(LlamaError), self._handle.held() as native:
+        with suppress(LlamaError), self._handle.use() as native:
             lib.erl_context_abort(native, on)
 
     def _native(self) -> object:

@@ -152,7 +152,7 @@ class LlamaSampler:
         """
         ids = self._checked_ids(tokens)
         if len(ids):
-            with self._lock, self._handle.held() as native:
+            with self._lock, self._handle.use() as native:
                 pointer = ffi.from_buffer("int32_t[]", ids)
                 check(
                     lib.erl_sampler_accept(native, pointer, len(ids)),
@@ -188,7 +188,7 @@ class LlamaSampler:
             raise LlamaError("in_order=True, but the logits do not fall")
         probabilities = np.zeros(len(ids_at), np.float32)
         in_order_at, selected_at = ffi.new("int8_t *", in_order), ffi.new("int32_t *")
-        with self._lock, self._handle.held() as native:
+        with self._lock, self._handle.use() as native:
             n = check(
                 lib.erl_sampler_apply(
                     native,

@@ -44,7 +44,7 @@ class Vocabulary:
 
     def __init__(self, model: Handle) -> None:
         self._model = model
-        with model.held() as pointer:
+        with model.use() as pointer:
             # Lives as long as the model, so it is used only while the model is held.
             self._vocab = lib.erl_vocab(pointer)
             shape = ffi.new("erl_vocab_shape *")
@@ -98,7 +98,7 @@ class Vocabulary:
         if len(raw) > _INT32_MAX // 4:
             raise LlamaError(f"a text of {len(raw)} bytes; the tokenizer takes at most {_INT32_MAX // 4}")
         tokens = np.empty(len(raw) + 8, np.int32)
-        with self._model.held():
+        with self._model.use():
             for _ in range(2):
                 out = ffi.from_buffer("int32_t[]", tokens, require_writable=True)
                 n = check(
@@ -117,7 +117,7 @@ class Vocabulary:
         if not special:
             return self._pieces[self._ends[token] : self._ends[token + 1]]
         size = 64
-        with self._model.held():
+        with self._model.use():
             buffer = ffi.new("char[]", size)
             n = check(lib.erl_token_piece(self._vocab, token, buffer, size, special), "reading a token")
             if n < 0:
@@ -131,11 +131,11 @@ class Vocabulary:
         ends = np.zeros(self.n_tokens + 1, np.uint32)
         size = 16 * self.n_tokens
         buffer = ffi.new("char[]", 0)
-        with self._model.held():
+        with self._model.use():
             while self.type != "none":
                 buffer = ffi.new("char[]", size)
-                given = ffi.from_buffer("uint32_t[]", ends[1:])
-                n = check(lib.erl_vocab_pieces(self._vocab, buffer, size, given, self.n_tokens), "reading tokens")
+                ends_at = ffi.from_buffer("uint32_t[]", ends[1:])
+                n = check(lib.erl_vocab_pieces(self._vocab, buffer, size, ends_at, self.n_tokens), "reading tokens")
                 if n <= size:
                     break
                 size = n
@@ -162,12 +162,12 @@ class Vocabulary:
         if not len(ids):
             return b""
         size = 8 * len(ids) + 64
-        given = ffi.from_buffer("int32_t[]", ids)
-        with self._model.held():
+        ids_at = ffi.from_buffer("int32_t[]", ids)
+        with self._model.use():
             for _ in range(2):
                 buffer = ffi.new("char[]", size)
                 n = check(
-                    lib.erl_detokenize(self._vocab, given, len(ids), buffer, size, self._space_first, special),
+                    lib.erl_detokenize(self._vocab, ids_at, len(ids), buffer, size, self._space_first, special),
                     "detokenizing",
                 )
                 if n >= 0:
@@ -178,7 +178,7 @@ class Vocabulary:
     def text(self, token: int) -> str:
         """The token's text in the vocabulary file, e.g. "<|im_end|>" or "▁the"."""
         self._check_ids([token])
-        with self._model.held():
+        with self._model.use():
             return text(lib.erl_vocab_text(self._vocab, token))
 
     def _check_ids(self, tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int32]:

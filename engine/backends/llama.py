@@ -269,16 +269,16 @@ class LlamaBackend:
         self._state_known = known
         return logits
 
-    def _held(self, sequence: int) -> int:
+    def _length(self, sequence: int) -> int:
         return self._context.last_position(sequence) + 1
 
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
         if not self._state_known:
             raise BackendError("a decode failed, so the state of this memory is unknown; drop the sequence")
         with translate_errors(BackendError):
-            held = self._held(sequence)
-            if not 0 <= start < end <= held:
-                raise BackendError(f"positions {start} to {end} of a sequence that holds {held}")
+            length = self._length(sequence)
+            if not 0 <= start < end <= length:
+                raise BackendError(f"positions {start} to {end} of a sequence that holds {length}")
             try:
                 self._context.copy(sequence, self._scratch, start, end)
                 return self._context.state(self._scratch)
@@ -289,9 +289,9 @@ class LlamaBackend:
         if self._checks_positions:
             _check_state(payload, start, end)
         with translate_errors(StateError):
-            held = self._held(sequence)
-            if held != start and not (self.limits.whole_state and held == 0):
-                raise StateError(f"positions from {start} on, in a sequence that holds {held}")
+            length = self._length(sequence)
+            if length != start and not (self.limits.whole_state and length == 0):
+                raise StateError(f"positions from {start} on, in a sequence that holds {length}")
             try:
                 self._context.set_state(self._scratch, payload)
                 if self._context.last_position(self._scratch) != end - 1:
@@ -304,10 +304,10 @@ class LlamaBackend:
         if not self.limits.can_trim:
             raise BackendError("sequences can share this model's memory only as a whole")
         with translate_errors(BackendError):
-            if not 0 <= end <= self._held(source) or self._held(target):
+            if not 0 <= end <= self._length(source) or self._length(target):
                 raise BackendError(
-                    f"positions 0 to {end} of a sequence that holds {self._held(source)}, "
-                    f"for one that holds {self._held(target)}"
+                    f"positions 0 to {end} of a sequence that holds {self._length(source)}, "
+                    f"for one that holds {self._length(target)}"
                 )
             self._context.copy(source, target, 0, end)
 

@@ -233,7 +233,7 @@ class ExpressionPool:
             )
 
     def _join(self, left: int, right: int) -> int | None:
-        """Join x{a,b} x{c,d} to x{a+c,b+d}, so that `ws* ws*` has one reading. None where they are not joined."""
+        """Join x{a,b} x{c,d} to x{a+c,b+d}, so that `ws* ws*` has one reading. None if they are not joined."""
         other = self._expressions[right]
         if other.kind is not ExpressionKind.REPEAT:
             return None

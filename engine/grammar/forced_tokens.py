@@ -43,7 +43,7 @@ class ForcedTokenizer:
             preceding: the preceding tokens, at least the last one.
 
         Returns:
-            ids whose bytes are the beginning of `data`; [] where no token is forced.
+            ids whose bytes are the beginning of `data`; [] if no token is forced.
         """
         if self._tokenizer is None:
             return []
@@ -88,7 +88,7 @@ def _shared_start(ids: list[int], others: list[int]) -> list[int]:
 
 
 def _whole_characters(text: bytes) -> bytes:
-    """The text without an incomplete character at its end; empty where the rest is not UTF-8."""
+    """The text without an incomplete character at its end; empty if the rest is not UTF-8."""
     for cut in range(min(4, len(text) + 1)):
         part = text[: len(text) - cut]
         try:

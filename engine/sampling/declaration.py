@@ -27,7 +27,7 @@ class Option(Generic[T]):
     Args:
         default: the value where the caller gives none.
         minimum, maximum: the range of a number, both ends included; None is without limit.
-        neutral: a value other than the default that also asks for no step; None where the default is the only one.
+        neutral: a value other than the default that also asks for no step; None if the default is the only one.
         check: returns the checked value of an option that is not a number, or raises OptionError.
         shared: several steps have the option, so that it is valid without any one of them.
     """
@@ -124,5 +124,5 @@ class ChainStep(HasOptions):
 
     @classmethod
     def from_options(cls, options: object, context: StepContext) -> Step | None:
-        """The step that `SamplingOptions` ask for; None where the step would change nothing."""
+        """The step that `SamplingOptions` ask for; None if the step would change nothing."""
         raise NotImplementedError

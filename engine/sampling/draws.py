@@ -62,7 +62,7 @@ class Mirostat(HasOptions):
 
     @classmethod
     def from_options(cls, options: object, n_vocab: int) -> Mirostat | None:
-        """The draw that `SamplingOptions` ask for; None where `mirostat` is 0."""
+        """The draw that `SamplingOptions` ask for; None if `mirostat` is 0."""
         version = cls.mirostat.of(options)
         if not version:
             return None

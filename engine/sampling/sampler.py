@@ -90,7 +90,7 @@ class SamplerFactory:
         return Sampler(options.seed, steps, draw, self._ids, state)
 
     def _step(self, step: str | Step, options: SamplingOptions, *, mirostat: bool) -> Step | None:
-        """One step of the chain; None where it would change nothing."""
+        """One step of the chain; None if it would change nothing."""
         if not isinstance(step, str):
             return CustomStep(step, self._n_vocab)
         declared = _STEPS[step]
