@@ -1,4 +1,4 @@
-"""The tokens of a text that continues another text, without the space that some tokenizers put before a text.
+"""The tokenizer for text that continues other text, without the space before a first word.
 
 SentencePiece-like tokenizers put a space before a text. A text that continues another one must not get that space.
 So it is tokenized behind a fence, a character that no token joins with others, and the fence's tokens are removed.

@@ -1,4 +1,4 @@
-"""The native options that decoding and embedding contexts share, and the creation of a native context."""
+"""The options that decoding and embedding contexts share, and the creation of a native context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adjacency of a grammar's terminals: which may follow each other, and which are possible at the same place.
+"""The adjacency of terminals: which may follow each other, and which are possible together.
 
 `engine.grammar.terminals` uses it to find the terminals that the lexer could read too far.
 """

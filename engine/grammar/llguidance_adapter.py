@@ -1,4 +1,4 @@
-"""The interface to llguidance: the vocabulary, compilation on a large stack, and errors in one line.
+"""The interface to llguidance: vocabularies, compilation on a large stack, and error messages.
 
 Only `engine.grammar.grammar`, `engine.grammar.matcher` and `engine.grammar.schemas` call this.
 """

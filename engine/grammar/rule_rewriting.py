@@ -1,4 +1,4 @@
-"""Rewriting of grammar rules: loops in place of tail recursion, and definitions in place of references.
+"""The rewriting of grammar rules: loops for tail recursion, and definitions for references.
 
 Both keep the language and leave fewer recursive rules, so that more of a grammar fits into terminals. Called by
 `engine.grammar.lark_writer`.

@@ -1,4 +1,4 @@
-r"""The terminals of a grammar: as few and as large as the lexer of llguidance reads exactly.
+"""The terminals of a grammar: as few and as large as the lexer of llguidance reads exactly.
 
 llguidance reads text in two steps. A lexer takes the longest match of all terminals that are possible at a place,
 and an Earley parser combines the terminals. With one terminal per character the two steps are exact for every

@@ -1,4 +1,4 @@
-"""The candidates of a draw: the tokens that the steps of a sampler chain have left, with their logits.
+"""The candidates of a draw: the tokens that sampler steps have left, with their logits.
 
 The arrays are never written in place: each step makes new candidates. Called by the steps and by the draws.
 """
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _EXCLUDED = np.float32(-np.inf).view(np.int32)
-_MANY = 1024  # from this many logits on, numpy sorts integers faster than positions
+_MIN_INTEGER_SORT = 1024  # from this many logits on, numpy sorts integers faster than positions
 _GROUP = 64  # logits of a group; top-k first compares the maxima of groups. 16 and 32 are no faster
 
 
@@ -137,7 +137,7 @@ def top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:
 def order(logits: NDArray[np.float32]) -> NDArray[np.intp]:
     """Positions by falling logit, ties by rising position; shape (n,)."""
     n = len(logits)
-    if n < _MANY:
+    if n < _MIN_INTEGER_SORT:
         return (-logits).argsort(kind="stable")
     # Sorting numbers is far faster than sorting positions by numbers. So each key holds a logit in its high bits
     # and the position in its low bits.
