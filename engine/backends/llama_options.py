@@ -1,6 +1,5 @@
 """The options for loading a model file and creating its context, and their checks.
 
-
 `LlamaOptions` raises `OptionError` for values that have a wrong type, are out of range or contradict each other,
 before the load. `check_against_file` does so for values that contradict the file's metadata. Options that libllama
 would silently ignore are errors, too.
