@@ -18,7 +18,7 @@ from benchmarks.measure import Figure, Findings, Setup, Target, in_turn
 from benchmarks.peer import compile_program, run_program
 from erllama.engine.backends.llama import LlamaVocabulary
 from erllama.engine.grammar.grammar import Grammar, GrammarCompiler
-from erllama.engine.sampling.candidates import masked
+from erllama.engine.sampling.candidates import mask_logits
 from erllama.llama_ffi import LlamaModel
 
 SCHEMA = {
@@ -99,7 +99,7 @@ def mask(setup: Setup) -> Findings:
                     setup.runs,
                 ),
                 Target("<=", 0.02) if name == "mask" and vocabulary.n_tokens >= N_VOCAB else None,
-                ("masked(logits, matcher.allowed())", shlex.join(shown)),
+                ("mask_logits(logits, matcher.allowed())", shlex.join(shown)),
                 [
                     f"the mean over the {len(tokens)} tokens of a JSON object, accepted one by one",
                     f"the slowest of ours took {max(times):.0f} us; the trie of the vocabulary, once, {trie:.2f} s",
@@ -129,7 +129,7 @@ def _ours(
         matcher = compiler.matcher(grammar)
         for token in tokens.tolist():
             began = time.perf_counter_ns()
-            left = masked(logits, matcher.allowed())
+            left = mask_logits(logits, matcher.allowed())
             found.append((time.perf_counter_ns() - began) / 1e3)
             if not np.isfinite(left[token]):
                 raise SystemExit(f"the grammar does not allow token {token} of its own example")

@@ -39,8 +39,9 @@ from erllama.engine.requests.request import (
 )
 from erllama.engine.requests.ticket import Ticket
 from erllama.engine.sampling.candidates import Candidates
-from erllama.engine.sampling.sampler import Sampler, SamplerFactory, SamplingOptions, SamplingState, TokenLogprobs
-from erllama.engine.sampling.steps import Step
+from erllama.engine.sampling.declaration import Step
+from erllama.engine.sampling.options import SamplingOptions
+from erllama.engine.sampling.sampler import Sampler, SamplerFactory, SamplingState, TokenLogprobs
 from erllama.engine.scheduling.model_thread import ModelThread
 from erllama.engine.scheduling.scheduler import Phase
 from erllama.engine.speculation import Drafter, Drafts

@@ -11,7 +11,7 @@ from copy import copy
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.grammar.grammar import Matcher
+from erllama.engine.grammar.matcher import Matcher
 from erllama.engine.grammar.triggers import LazyMatcher
 from erllama.engine.output.phases import PhaseTracker
 from erllama.engine.output.text import WHITE

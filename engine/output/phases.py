@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.grammar.grammar import Matcher
+from erllama.engine.grammar.matcher import Matcher
 from erllama.engine.output.phase_options import Markers, PhaseOptions
 from erllama.engine.output.stops import TextFinder
 from erllama.engine.output.text import WHITE

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from erllama.engine.grammar.grammar import Matcher
+from erllama.engine.grammar.matcher import Matcher
 from erllama.engine.output.text import WHITE
 from erllama.errors import GrammarError
 

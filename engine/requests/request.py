@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from erllama.cache import KEY_BYTES
 from erllama.engine.grammar.grammar import Grammar
 from erllama.engine.output.phase_options import PhaseOptions
-from erllama.engine.sampling.sampler import SamplingOptions, SamplingState, TokenLogprobs
+from erllama.engine.sampling.options import SamplingOptions
+from erllama.engine.sampling.sampler import SamplingState, TokenLogprobs
 from erllama.engine.speculation import Drafter, Drafts
 from erllama.errors import OptionError, boolean, encodable, integer, real, shown
 

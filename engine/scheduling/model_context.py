@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from erllama.cache import Cache, Policy
 from erllama.engine.adapters import Adapters
 from erllama.engine.backend import Backend
-from erllama.engine.grammar.grammar import GrammarCompiler, Matcher
+from erllama.engine.grammar.grammar import GrammarCompiler
+from erllama.engine.grammar.matcher import Matcher
 from erllama.engine.grammar.triggers import LazyMatcher
 from erllama.engine.kv.prefix_cache import PrefixCache
 from erllama.engine.output.constraint import PhasedMatcher

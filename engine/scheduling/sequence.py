@@ -25,7 +25,8 @@ from erllama.engine.output.thinking_budget import ThinkingBudget
 from erllama.engine.requests.reply import Reply
 from erllama.engine.requests.request import CacheDelta, CacheHit, Completion, FinishReason, Timings
 from erllama.engine.requests.ticket import Ticket
-from erllama.engine.sampling.sampler import Sampler, SamplingOptions, log_probabilities
+from erllama.engine.sampling.options import SamplingOptions
+from erllama.engine.sampling.sampler import Sampler, log_probabilities
 from erllama.engine.scheduling.model_context import ModelContext
 from erllama.engine.speculation import DecodeCosts, Drafts, Speculator
 

@@ -20,7 +20,7 @@ from erllama.engine import (
     Step,
     Vocabulary,
 )
-from erllama.engine.grammar.schemas.json_schema import source_of as schema_source
+from erllama.engine.grammar.schemas.json_schema import to_source as schema_source
 from erllama.errors import OptionError, choice, reject_unknown, shown
 
 if TYPE_CHECKING:

@@ -18,17 +18,15 @@ from numpy.typing import NDArray
 
 from erllama.cache import Cache
 from erllama.chat.content_masking import SpecialTokenTexts, encode_marked, tokenize_marked
-from erllama.chat.json_values import WHITE_SPACE
 from erllama.engine import Vocabulary
-from erllama.engine.output.text import unfinished
+from erllama.engine.continuation_tokenizer import ContinuationTokenizer
+from erllama.engine.output.text import WHITE, unfinished
 from erllama.engine.output.token_codec import TokenCodec
 from erllama.engine.requests.prompts import PromptTokenizer
 
-# A character that no token joins with others. Put before a text whose first word would otherwise get a space.
-_FENCE = b"\x02"
 # Tokens at the end of a context that a continuation may lack: at most those of a stop string.
 _MAX_MISSING = 16
-_WHITE_SPACE = WHITE_SPACE.encode()
+_WHITE_SPACE = WHITE.encode()
 # Stands in a reply's text for bytes that are not a character.
 _REPLACEMENT = "\ufffd".encode()
 _LONGEST_CHARACTER = 4  # bytes
@@ -40,11 +38,9 @@ class History:
     def __init__(self, vocabulary: Vocabulary, cache: Cache) -> None:
         self._vocabulary, self._cache = vocabulary, cache
         self._codec = TokenCodec(vocabulary)
-        self._word = self._tokenize("a")
         self._first = PromptTokenizer(vocabulary).first  # BOS, where the model wants one
         # Some tokenizers put a space before a text, and before what follows a special token.
-        self._spaces = bool(self._word) and vocabulary.piece(self._word[0]).startswith(b" ")
-        self._fence = self._tokenize(_FENCE) if self._spaces else []
+        self._continuation = ContinuationTokenizer(vocabulary)
         self._spaced_after = lru_cache(maxsize=4096)(self._puts_space_after)
         self._deferred: SimpleQueue[Callable[[], None]] = SimpleQueue()
 
@@ -79,8 +75,8 @@ class History:
         begin = len(self._first) if tokens[: len(self._first)] == self._first and not has_bos else 0
         ends = [0]  # positions in the text at which the matched tokens end
         for at, token in enumerate(tokens[begin:], begin):
-            gets_space = at == begin or self._spaced_after(tokens[at - 1])
-            end = self._match_token(token, raw, ends[-1], first=at == begin, spaced=self._spaces and gets_space)
+            spaced = self._continuation.adds_space and (at == begin or self._spaced_after(tokens[at - 1]))
+            end = self._match_token(token, raw, ends[-1], first=at == begin, spaced=spaced)
             if end is None:
                 break
             ends.append(end)
@@ -204,16 +200,15 @@ class History:
 
     def _tokenize_text(self, text: bytes, before: int | None, parse_special: bool) -> list[int]:
         """Return the tokens of a text without marks."""
-        n = len(self._fence)
-        if before is not None and n and not self._spaced_after(before):
-            ids = self._tokenize(_FENCE + text, parse_special=parse_special)
-            if ids[:n] == self._fence:
-                return ids[n:]
+        if before is not None and self._continuation.adds_space and not self._spaced_after(before):
+            ids = self._continuation.tokenize(text, parse_special=parse_special)
+            if ids is not None:
+                return ids
         return self._tokenize(text, parse_special=parse_special)
 
     def _puts_space_after(self, token: int) -> bool:
         """Return whether the tokenizer puts a space before a text that follows a token."""
-        return self._tokenize(_FENCE + self._spell_token(token) + b"a") == [*self._fence, token, *self._word]
+        return self._continuation.adds_space_after(token, self._spell_token(token))
 
     def _spell_token(self, token: int) -> bytes:
         return self._codec.decode(self._codec.encode_token(token))

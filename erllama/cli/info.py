@@ -84,12 +84,12 @@ def _weight_types(path: Path) -> dict[str, int]:
     """Return the bytes of the weights by type, the largest first; of all parts of a split file."""
     # Imported here: commands that need no model work without a build of libllama.
     from erllama.engine.backends.gguf_parts import parts
-    from erllama.engine.backends.llama_library import llama_ffi, translated
+    from erllama.engine.backends.llama_library import llama_ffi, translate_errors
 
     names = {llama_ffi.ggml_type(name): name for name in _TYPES}
     n_bytes: Counter[str] = Counter()
     for part in parts(path):
-        with translated(erllama.ModelLoadError, f"{part} cannot be read"):
+        with translate_errors(erllama.ModelLoadError, f"{part} cannot be read"):
             for tensor in llama_ffi.read_tensor_table(part)[1]:
                 n_bytes[names.get(tensor.ggml_type, f"type {tensor.ggml_type}")] += tensor.n_bytes
     return dict(n_bytes.most_common())

@@ -307,7 +307,7 @@ def test_adapters_are_kept_apart(tmp_path: Path) -> None:
     assert len({(how, text) for how, _, text in found}) == len({text for _, _, text in found}) == 3
     assert "loaded: [('lora.gguf', 0.5)]" in said
     assert "started before the change: exact" in said
-    assert "the file is no adapter" in said
+    assert "the file is not an adapter" in said
 
 
 def test_a_model_at_work_can_be_looked_at(tmp_path: Path) -> None:

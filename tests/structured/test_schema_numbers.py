@@ -98,13 +98,13 @@ def within(number: Decimal | int, bounds: dict[str, object]) -> bool:
 
 
 def grammar_or_none(schema: object) -> Grammar | None:
-    """None where no JSON has the schema."""
+    """None where no JSON matches the schema."""
     refused = ""
     try:
         return Grammar.json_schema(json.dumps(schema))
     except GrammarError as error:
         refused = str(error)
-    assert "no JSON has the schema" in refused or "Unsatisfiable" in refused, refused
+    assert "no JSON matches the schema" in refused or "Unsatisfiable" in refused, refused
     return None
 
 
@@ -163,7 +163,7 @@ def test_multiples_within_large_bounds(step: float) -> None:
         ({"type": "integer", "minimum": LARGE, "multipleOf": 3}, "multipleOf 3"),
         ({"type": "number", "minimum": LARGE, "multipleOf": 0.5}, "multipleOf"),
         ({"type": "integer", "minimum": 10**500}, "501 digits"),
-        ({"type": "integer", "minimum": LARGE, "maximum": LARGE - 1}, "no JSON has the schema"),
+        ({"type": "integer", "minimum": LARGE, "maximum": LARGE - 1}, "no JSON matches the schema"),
         ({"type": "object", "patternProperties": {"^x": {"const": LARGE}}}, "patternProperties"),
         ({"properties": {"a": {"const": LARGE}, "b": {}}, "type": "object", "maxProperties": 1}, "maxProperties"),
         ({"oneOf": [{"const": LARGE}, {"type": "integer"}]}, "oneOf"),
@@ -217,7 +217,7 @@ def test_options_of_one_of_that_are_apart_are_kept(options: list[object], good: 
     ],
 )
 def test_options_of_one_of_that_may_hold_together_are_refused(options: list[object]) -> None:
-    with pytest.raises(GrammarError, match="may hold together is not supported; use anyOf"):
+    with pytest.raises(GrammarError, match="may match together is not supported; use anyOf"):
         Grammar.json_schema({"oneOf": options})
 
 
@@ -233,8 +233,8 @@ def test_every_option_of_one_of_is_read_once(
         return types_of(parts)
 
     types_of = schema_keywords.types_of
-    for module in ("schema_rules", "schema_options"):
-        monkeypatch.setattr(f"erllama.engine.{module}.types_of", counted, raising=False)
+    for module in ("rules", "one_of"):
+        monkeypatch.setattr(f"erllama.engine.grammar.schemas.{module}.types_of", counted, raising=False)
     Grammar.json_schema({"oneOf": [option(n) for n in range(100)]})
     assert n_read < 1000
 

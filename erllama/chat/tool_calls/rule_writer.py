@@ -87,7 +87,7 @@ class RuleWriter:
 
     def write_json(self, schema: Mapping[str, object]) -> str:
         """Return the expression of JSON by a schema. Equal schemas share their rules."""
-        expression, lines = schemas.written(schemas.source_of(schema))
+        expression, lines = schemas.to_lark(schemas.to_source(schema))
         self._rules += (line for line in lines if line not in self._rules)
         return expression
 

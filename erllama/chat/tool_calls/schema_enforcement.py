@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from erllama.chat.tool_calls.parameter_schemas import find_allowed_types, get_properties, list_arguments
 from erllama.chat.tool_calls.syntax import ArgumentSyntax
 from erllama.engine.grammar.grammar import Grammar
-from erllama.engine.grammar.schemas.subschemas import Schema, rewritten
+from erllama.engine.grammar.schemas.subschemas import Schema, rewrite_schema
 from erllama.engine.grammar.unsupported import NotSupported
 from erllama.errors import GrammarError
 
@@ -137,6 +137,6 @@ def _loosen(schema: Schema) -> Schema:
             return {**loosened, "allOf": [*(all_of if isinstance(all_of, list) else []), either]}
         return loosened
 
-    loosened = rewritten(schema, change)
+    loosened = rewrite_schema(schema, change)
     assert isinstance(loosened, dict)
     return loosened
