@@ -163,9 +163,9 @@ def _build_model_options(values: dict[str, object]) -> ModelOptions:
 def sampling_options(command: Command) -> Command:
     """Add the options for sampling. The command gets `sampling`, options of `Model.complete` by name."""
     # Imported here: the commands that need no model need no engine.
-    from erllama.engine import SamplingOptions
+    from erllama.engine.sampling.options import DECLARED
 
-    default = SamplingOptions()
+    defaults = {name: option.default for name, option in DECLARED.items()}
     options = [
         click.option("--max-tokens", "-n", type=int, metavar="N", help="Maximum number of tokens of a reply."),
         click.option(
@@ -173,26 +173,26 @@ def sampling_options(command: Command) -> Command:
             "-t",
             type=float,
             metavar="X",
-            help=f"Randomness; 0 always takes the most likely token. Default: {default.temperature}.",
+            help=f"Randomness; 0 always takes the most likely token. Default: {defaults['temperature']}.",
         ),
         click.option(
             "--top-k",
             type=int,
             metavar="N",
-            help=f"Sample from the N most likely tokens. Default: {default.top_k}.",
+            help=f"Sample from the N most likely tokens. Default: {defaults['top_k']}.",
         ),
         click.option(
             "--top-p",
             type=float,
             metavar="X",
             help="Sample from the smallest set of most likely tokens with this total probability. "
-            f"Default: {default.top_p}.",
+            f"Default: {defaults['top_p']}.",
         ),
         click.option(
             "--min-p",
             type=float,
             metavar="X",
-            help=f"Minimum probability of a token, relative to the most likely one. Default: {default.min_p}.",
+            help=f"Minimum probability of a token, relative to the most likely one. Default: {defaults['min_p']}.",
         ),
         click.option("--seed", type=int, metavar="N", help="Seed of the random draws. Default: a random seed."),
         click.option(
