@@ -1,45 +1,75 @@
-# Two commands do everything from nothing: `make demo` and `make test`.
-# BACKEND chooses what libllama computes on: auto, cpu, cuda, metal, vulkan, hip.
+# `make demo` and `make test` work from a clean clone. Each installs what it needs first, and nothing more.
+# BACKEND chooses the devices that libllama is built for: auto, cpu, cuda, metal, vulkan or hip.
 
 PYTHON ?= python3
 VENV := .venv
-# What was chosen before stays chosen.
+# The default is the backend of the existing installation.
 BACKEND ?= $(or $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*))),auto)
 BIN := $(VENV)/bin
 TREE := build/tree
-# What, when changed, makes an installation stale. Python sources are used in place.
+# A change to one of these files makes an installation stale. Python sources are used in place.
 INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/unmasked_cells.h llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp llama_ffi/graph_check.h llama_ffi/graph_check.cpp
+# Stamp files: erllama itself, and the packages of the `dev` extra.
+INSTALLED := $(VENV)/.installed-$(BACKEND)
+INSTALLED_DEV := $(VENV)/.dev
+# The tests of `make check`: fast files that protect what often breaks. All of them take less than a minute of CPU time.
+FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_quirks.py chat/test_tool_formats.py chat/test_turns.py \
+	cli/test_cli_chat.py docs/test_cli_docs.py cli/test_cli_files.py docs/test_plots.py models/test_loading.py \
+	process/test_startup.py serving/test_prompts.py serving/test_replies.py serving/test_stop_tokens.py serving/test_stops.py \
+	storage/test_kvc.py storage/test_policy.py storage/test_read_only.py storage/test_texts.py storage/test_tiers.py \
+	structured/test_tool_schemas.py)
+# Errors only: pip's warnings about its configuration would hide the messages of the set-up.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
 
-# What it is, for the reader; the extra.
-define install
-@prefix=$$(PYTHON="$(PYTHON)" scripts/build_llama.sh --backend $(BACKEND)) && \
-echo "setup: installing $(1)" && \
-ERLLAMA_LLAMA_PREFIX="$$prefix" $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(2)]'
+# Install the packages of an extra, without building erllama again. Arguments: the extra, and its description.
+define install_extra
+echo "setup: installing $(2)" && \
+$(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
+$(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: setup demo demo-model test lint format docs fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup setup-dev demo demo-model test check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
-setup: $(VENV)/.installed-$(BACKEND)
+# What running needs.
+setup: $(INSTALLED)
 
-$(VENV)/.installed-$(BACKEND): $(INSTALL_INPUTS)
+# What tests, linters and the documentation need as well.
+setup-dev: $(INSTALLED_DEV)
+
+$(INSTALLED): $(INSTALL_INPUTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "erllama needs Python 3.11 or newer; set PYTHON" >&2; exit 1; }
-	@test -x $(BIN)/python || { echo "setup: virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	$(call install,erllama and its development tools,dev)
+	@test -x $(BIN)/python || { echo "setup: creating a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "setup: looking for libllama in the user's cache directory, building it if it is missing"
+	@prefix=$$(PYTHON="$(PYTHON)" scripts/build_llama.sh --backend $(BACKEND)) && \
+	echo "setup: installing erllama and its dependencies, compiling the binding (about a minute)" && \
+	ERLLAMA_LLAMA_PREFIX="$$prefix" $(PIP) install --editable .
 	@rm -f $(VENV)/.installed-* && touch $@
+
+$(INSTALLED_DEV): $(INSTALLED) scripts/extra_requirements.py
+	@$(call install_extra,dev,the development tools (tests and linters and documentation))
+	@touch $@
 
 demo: setup
 	@$(BIN)/python -m erllama demo
 
-# Trains anew the model that `demo` uses: half an hour or so on two cores; interrupted, it goes on where it was.
+# Train the demo model again: about half an hour on two cores. An interrupted run resumes at its last checkpoint.
 demo-model: setup
-	$(call install,what training needs,train)
+	@$(call install_extra,train,the packages that training needs)
 	$(BIN)/python -m scripts.demo_model $(DEMO_MODEL)
 
-# WORKERS=2 runs two tests at a time.
-test: setup
+# The whole suite. WORKERS=2 runs two tests at a time.
+test: setup-dev
 	$(BIN)/python -m pytest $(if $(WORKERS),-n $(WORKERS) --dist worksteal)
 
-lint: setup
+# The linters and the fast tests: under two minutes on two idle cores. Run it before each commit.
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(FAST_TESTS)
+
+# The coverage of the fast tests, as a table and in build/coverage. TESTS chooses others, as TESTS=tests/storage.
+coverage: setup-dev
+	$(BIN)/python -m pytest --cov --cov-report term:skip-covered --cov-report html:build/coverage $(or $(TESTS),$(FAST_TESTS))
+
+lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf $(TREE) && mkdir -p $(TREE)/erllama && ln -s $(addprefix $(CURDIR)/,$(wildcard erllama/*) engine cache llama_ffi) $(TREE)/erllama/
@@ -47,41 +77,41 @@ lint: setup
 	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model
 	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
-format: setup
+format: setup-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The site, in build/site; what mkdocs says of its own future is no warning about the pages.
-docs: setup
+# The site, in build/site. The variable silences mkdocs's announcement of its next version, which --strict would refuse.
+docs: setup-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-# The long form of the suite's fuzzing of models, adapters and archives: headers, then of types, shapes and hyperparameters.
-fuzz: setup
+# The long form of the fuzz tests: headers of models, adapters and archives, then types, shapes and hyperparameters.
+fuzz: setup-dev
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/models/test_bad_files.py -k flipped_bytes_in_a_header
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/models/test_adapters_refused.py -k flipped_bytes
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/storage/test_archives.py -k flipped_bytes
 	ERLLAMA_FUZZ_N=$(or $(N),10000) $(BIN)/python -m pytest --timeout 14400 tests/models/test_mutated_models.py -k no_mutant
 
-# The long forms of what the suite does briefly: kills, signals, faults, mutations, processes, state machines.
-stress: setup
+# The long form of the tests of kills, signals, faults, mutations, processes and state machines.
+stress: setup-dev
 	ERLLAMA_KILLS=200 ERLLAMA_MUTATIONS=10000 ERLLAMA_SHARING_SECONDS=60 ERLLAMA_LOCK_SECONDS=10 \
 	ERLLAMA_SOAK=10000 ERLLAMA_SIGNALS=10000 ERLLAMA_GRAMMARS=500 ERLLAMA_TOOL_VALUES=2000 ERLLAMA_SPECULATION=200 ERLLAMA_ADAPTERS=3000 ERLLAMA_HARNESS_EXAMPLES=$(or $(N),500) $(BIN)/python -m pytest --timeout 3600 --durations=25 \
 	tests/storage/test_crashes.py tests/storage/test_storage_faults.py tests/storage/test_mutations.py tests/storage/test_sharing.py tests/harness/test_harness.py tests/serving/test_soak.py \
 	tests/structured/test_constrained.py tests/structured/test_schema_numbers.py tests/exactness/test_speculation.py tests/exactness/test_adapters_cached.py tests/structured/test_tool_values.py tests/process/test_signals.py
 
-# Side by side with llama.cpp's own tools, which are built first: half an hour, on a machine that does nothing else.
-# BENCH holds more, as BENCH="--shape 1.1b --runs 3 one agents".
-bench: setup
+# Compare with llama.cpp's own tools, which are built first. Takes half an hour on an otherwise idle machine.
+# BENCH holds further arguments, as BENCH="--shape 1.1b --runs 3 one agents".
+bench: setup-dev
 	$(BIN)/python -m benchmarks $(BENCH)
 
-bench-quick: setup
+bench-quick: setup-dev
 	$(BIN)/python -m benchmarks --quick $(BENCH)
 
-profile: setup
+profile: setup-dev
 	@mkdir -p build
 	$(BIN)/python -m benchmarks.ticks $(PROFILE)
 
-wheel: setup
+wheel: setup-dev
 	rm -rf build/lib.* build/bdist.* && $(BIN)/python -m build --wheel --outdir dist .
 
 clean:

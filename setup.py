@@ -1,7 +1,7 @@
-"""Builds the cffi binding against a libllama that scripts/build_llama.sh provides.
+"""Builds the cffi binding with the libllama of scripts/build_llama.sh.
 
-Everything static is in pyproject.toml. Here: find (or build) libllama, compile
-the binding against its headers, and put its libraries beside the binding.
+pyproject.toml has everything static. This script finds or builds libllama, compiles
+the binding with its headers, and copies its libraries beside the binding.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ LIBRARY_PATTERNS = ("*.so.*", "*.so", "*.dylib")
 
 
 def libllama_prefix() -> Path:
-    """The directory of a built libllama: $ERLLAMA_LLAMA_PREFIX, or what the script gives."""
-    given = os.environ.get("ERLLAMA_LLAMA_PREFIX")
-    if given:
-        return Path(given)
+    """Return the directory of a built libllama: $ERLLAMA_LLAMA_PREFIX, or the output of the script."""
+    prefix = os.environ.get("ERLLAMA_LLAMA_PREFIX")
+    if prefix:
+        return Path(prefix)
     command = [str(ROOT / "scripts" / "build_llama.sh"), "--backend", os.environ.get("ERLLAMA_BACKEND", "auto")]
     if os.environ.get("ERLLAMA_PORTABLE") == "1":
         command.append("--portable")
-    # The interpreter below any virtual environment: an isolated build's own has no pip.
+    # The interpreter outside any virtual environment: the one of an isolated build has no pip.
     environment = {
         **os.environ,
         "PYTHON": os.environ.get("PYTHON", getattr(sys, "_base_executable", sys.executable)),
     }
     finished = subprocess.run(command, check=False, env=environment, stdout=subprocess.PIPE, text=True)
     if finished.returncode != 0:
-        raise SystemExit("erllama: libllama was not built; scripts/build_llama.sh says above what is missing")
+        raise SystemExit("erllama: libllama was not built; scripts/build_llama.sh printed the reason above")
     return Path(finished.stdout.strip().splitlines()[-1])
 
 
@@ -47,7 +47,7 @@ class BuildBinding(build_ext):
         prefix = libllama_prefix()
         mac = sys.platform == "darwin"
         ext.include_dirs += [str(prefix / "include"), str(ROOT / "llama_ffi")]
-        # Linked by path: only the names that the loader asks for are kept, no lib*.so links.
+        # Link by path: the directory has only the names that the loader looks up, without lib*.so links.
         ext.extra_objects += [
             str(p) for p in libraries(prefix / "lib") if p.name.startswith(("libllama", "libggml"))
         ]
@@ -69,18 +69,20 @@ class BuildBinding(build_ext):
                     shutil.copy2(prefix / extra, destination / extra)
 
 
-# Where each package lies in the repository.
-PLACES = {"erllama": "erllama", **{f"erllama.{name}": name for name in ("cache", "engine", "llama_ffi")}}
+# The directory of each top-level package in the repository.
+PACKAGE_DIRS = {"erllama": "erllama", **{f"erllama.{name}": name for name in ("cache", "engine", "llama_ffi")}}
 
 
 def packages() -> list[str]:
-    """All packages: those of `PLACES`, and what lies in them."""
-    return [name for top, place in PLACES.items() for name in (top, *(f"{top}.{p}" for p in find_packages(place)))]
+    """Return all packages: those of `PACKAGE_DIRS`, and their subpackages."""
+    return [
+        name for top, place in PACKAGE_DIRS.items() for name in (top, *(f"{top}.{p}" for p in find_packages(place)))
+    ]
 
 
 setup(
     packages=packages(),
-    package_dir=PLACES,
+    package_dir=PACKAGE_DIRS,
     cffi_modules=["llama_ffi/build.py:ffibuilder"],
     cmdclass={"build_ext": BuildBinding},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -1,1 +1,1 @@
-"""Side by side with what people would use instead: `python -m benchmarks --help`, or `make bench`."""
+"""Benchmarks against other tools: `python -m benchmarks --help`, or `make bench`."""

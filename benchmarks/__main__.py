@@ -1,4 +1,4 @@
-"""python -m benchmarks: what this library does, side by side with what people would use instead."""
+"""python -m benchmarks: compare this library with other tools."""
 
 from __future__ import annotations
 
@@ -31,25 +31,29 @@ QUANTIZATION: dict[str, Quantization] = {"1.1b": "Q4_0"}
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("scenario", nargs="*", help=f"all if left out: {', '.join(SCENARIOS)}")
-    parser.add_argument("--model", type=Path, help="a GGUF file; a generated one of --shape if left out")
-    parser.add_argument("--shape", choices=SHAPES, default="135m", help="of the generated model")
-    parser.add_argument("--runs", type=int, default=5, help="pairs of runs")
-    parser.add_argument("--threads", type=int, default=n_cores(), help="of both sides")
-    parser.add_argument("--backend", help="refuse to run unless libllama was built for this one, as cuda")
-    parser.add_argument("--peers", type=Path, help="what `scripts/build_llama.sh --peers` printed")
-    parser.add_argument("--llama-cpp-python", type=Path, help="the Python of an environment that has it")
-    parser.add_argument("--vocabulary", type=Path, help="a GGUF with 128,256 tokens, for grammars")
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="for JSON, Markdown and plots")
-    parser.add_argument("--docs", type=Path, help="also renew the page and the plots in this directory")
-    parser.add_argument("--quick", action="store_true", help="only try that every scenario runs, on a tiny model")
+    parser.add_argument("scenario", nargs="*", help=f"scenarios to run, all by default: {', '.join(SCENARIOS)}")
+    parser.add_argument("--model", type=Path, help="a GGUF file; by default a generated one of --shape")
+    parser.add_argument("--shape", choices=SHAPES, default="135m", help="shape of the generated model")
+    parser.add_argument("--runs", type=int, default=5, help="number of pairs of runs")
+    parser.add_argument("--threads", type=int, default=n_cores(), help="threads of both sides")
+    parser.add_argument("--backend", help="fail unless libllama was built for this backend, as cuda")
+    parser.add_argument("--peers", type=Path, help="the directory that `scripts/build_llama.sh --peers` printed")
+    parser.add_argument("--llama-cpp-python", type=Path, help="the Python of an environment with llama-cpp-python")
+    parser.add_argument("--vocabulary", type=Path, help="a GGUF file with 128,256 tokens, for grammars")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/benchmarks"), help="directory for JSON, Markdown and plots"
+    )
+    parser.add_argument("--docs", type=Path, help="also update the page and the plots in this directory")
+    parser.add_argument(
+        "--quick", action="store_true", help="only check that every scenario runs, with a tiny model"
+    )
     given = parser.parse_args()
     unknown = [name for name in given.scenario if name not in SCENARIOS]
     if unknown:
-        parser.error(f"unknown scenario {unknown[0]!r}; there are {', '.join(SCENARIOS)}")
+        parser.error(f"unknown scenario {unknown[0]!r}; choose from {', '.join(SCENARIOS)}")
     backend = build_info()["backend"]
     if given.backend is not None and given.backend != backend:
-        parser.error(f"libllama was built for {backend}; `make setup BACKEND={given.backend}` builds it anew")
+        parser.error(f"libllama was built for {backend}; `make setup BACKEND={given.backend}` builds it again")
     with tempfile.TemporaryDirectory() as place:
         setup = Setup(
             model=(given.model or _generated(Path(place), "tiny" if given.quick else given.shape)).resolve(),
@@ -75,7 +79,7 @@ def _run(name: str, setup: Setup) -> Findings:
     try:
         found = SCENARIOS[name](setup)
     except AbsentError as error:
-        print(f"  absent: {error}")
+        print(f"  missing: {error}")
         return Findings(absent=[f"{name}: {error}"])
     for figure in found.figures:
         met = {True: "met", False: "NOT met", None: "no target"}[figure.met]
@@ -87,13 +91,13 @@ def _run(name: str, setup: Setup) -> Findings:
         for command in figure.commands:
             print(f"    $ {command}")
     for each in found.absent:
-        print(f"  absent: {each}")
+        print(f"  missing: {each}")
     return found
 
 
 def _generated(place: Path, shape: str) -> Path:
     path = place / f"{shape}.gguf"
-    print(f"writing a {shape}-shaped model of random weights")
+    print(f"generating a {shape}-shaped model with random weights")
     return write_llama(path, SHAPES[shape], quantization=QUANTIZATION.get(shape, "Q8_0"))
 
 

@@ -1,4 +1,4 @@
-"""One stream against llama-bench; several streams, and agents that begin alike, against llama-server."""
+"""Scenarios of decoding: one stream against llama-bench, streams and agents against llama-server."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from benchmarks.engines import (
     whole_cells,
 )
 from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn
-from benchmarks.processes import answer, measured_apart
+from benchmarks.processes import answer, measure_in_process
 
-REPEAT = 3  # repetitions within one run, in one process, after one that does not count
+REPEAT = 3  # repetitions within one run, in one process, after a warm-up
 
 
 def one(setup: Setup) -> Findings:
-    """One stream, decode and prefill. Each run of either side is a process of its own, which loads the model anew:
-    speed differs by some percent with where memory happens to lie."""
+    """Compare decode and prefill of one stream. Each run of both sides is a separate process that loads the model,
+    since the speed varies by a few percent with the memory layout."""
     n_decode, n_prefill = setup.of(128, 16), setup.of(512, 64)
     findings = Findings()
     for what, sizes, bench, target in (
@@ -38,7 +38,7 @@ def one(setup: Setup) -> Findings:
         shown: dict[str, str] = {}
 
         def ours(sizes: tuple[int, int] = sizes, shown: dict[str, str] = shown) -> float:
-            command, speeds = measured_apart("decoding", setup, *sizes)
+            command, speeds = measure_in_process("decoding", setup, *sizes)
             shown["ours"] = command
             return float(statistics.median(speeds))
 
@@ -64,12 +64,12 @@ def one(setup: Setup) -> Findings:
 
 
 def _measure_alone(setup: Setup, n_prompt: int, n_reply: int) -> tuple[str, list[float]]:
-    """One stream of ours: its command, and the tokens a second of each repetition."""
+    """Run one stream of this library; return its command and the tokens per second of each repetition."""
     prompts = Prompts()
     with Ours(setup, n_prompt + n_reply + 256) as engine:
         speeds = []
         for _ in range(REPEAT + 1):
-            engine.model.evict()  # the context is empty, as llama-bench's is
+            engine.model.evict()  # empties the context, as llama-bench does
             done = engine.model.complete(prompts.of(n_prompt), max_tokens=n_reply or 1, temperature=0)
             if n_reply:
                 speeds.append(done.timings.decode_tokens / done.timings.decode)
@@ -79,12 +79,12 @@ def _measure_alone(setup: Setup, n_prompt: int, n_reply: int) -> tuple[str, list
 
 
 class Rates(NamedTuple):
-    """Tokens a second of several streams together.
+    """Tokens per second of several streams together.
 
     Attributes:
-        while_all: counted while every stream decodes: from the moment the last of them has its first token
-            to the moment the first of them has its last.
-        whole: all tokens, over the time from the requests to the last token of all.
+        while_all: counted while all streams decode: from the first token of the last stream that starts to the last
+            token of the first stream that ends.
+        whole: all tokens, divided by the time from the requests to the last token of all.
     """
 
     while_all: float
@@ -106,7 +106,7 @@ def rates(replies: Sequence[Reply]) -> Rates:
 
 
 def streams(n: int, more: tuple[str, ...], target: Target | None, setup: Setup) -> Findings:
-    """Decode of `n` streams at once that share nothing, all tokens together."""
+    """Compare the decoding of `n` concurrent streams without common prefixes, all tokens together."""
     n_tokens = setup.of(128, 200)
     n_ctx = n * whole_cells(SHORT_PROMPT + n_tokens)
     prompts = Prompts()
@@ -122,13 +122,13 @@ def streams(n: int, more: tuple[str, ...], target: Target | None, setup: Setup) 
     with Ours(setup, n_ctx, n_seq_max=n) as ours, Server(setup, ours, n_ctx, n, more) as server:
         same = [prompts.many(n, SHORT_PROMPT) for _ in range(setup.runs + 1)]
         ours_ask, theirs_ask = same.copy(), same.copy()
-        measure(ours, ours_ask)  # the first run of each warms it up
+        measure(ours, ours_ask)  # warm-up
         measure(server, theirs_ask)
         found.clear()
         pair = in_turn(lambda: measure(ours, ours_ask), lambda: measure(server, theirs_ask), setup.runs)
         whole = [statistics.median(rate.whole for rate in found[engine.name]) for engine in (ours, server)]
         notes = [
-            f"whole requests, from asking to the last token of all: {whole[0]:.1f} to {whole[1]:.1f} tokens/s",
+            f"whole requests, from the start to the last token of all: {whole[0]:.1f} to {whole[1]:.1f} tokens/s",
             f"tokens of each reply: {sorted(lengths[ours.name])} and {sorted(lengths[server.name])}",
         ]
         peer = " ".join(["llama-server", "-np", str(n), *more])
@@ -150,7 +150,7 @@ def streams(n: int, more: tuple[str, ...], target: Target | None, setup: Setup) 
 
 
 def agents(setup: Setup) -> Findings:
-    """Eight requests that come at once with one long prefix and tails of their own."""
+    """Compare eight concurrent requests with a long common prefix and different tails."""
     n, n_prefix, n_tail, n_tokens = 8, setup.of(1024, 96), 32, setup.of(16, 4)
     n_ctx = n * whole_cells(n_prefix + n_tail + n_tokens)
     prompts = Prompts()
@@ -169,7 +169,7 @@ def agents(setup: Setup) -> Findings:
 
     with Ours(setup, n_ctx, n_seq_max=n) as ours, Server(setup, ours, n_ctx, n) as server:
         for engine in (ours, server):
-            ask(engine, prompts.of(SHORT_PROMPT), 4)  # warms it up
+            ask(engine, prompts.of(SHORT_PROMPT), 4)  # warm-up
         same = [round_of() for _ in range(setup.runs)]
         ours_ask, theirs_ask = same.copy(), same.copy()
         pair = in_turn(lambda: measure(ours, ours_ask), lambda: measure(server, theirs_ask), setup.runs)

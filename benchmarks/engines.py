@@ -1,8 +1,8 @@
-"""Who runs requests: this library in this process, llama-server, and llama-bench, with the same model and settings.
+"""The engines under test, with equal settings: this library, llama-server and llama-bench.
 
-llama.cpp's tools come from `scripts/build_llama.sh --peers`: the release as it is, the same flags and backend as
-the library. Both sides get the same threads, context, batch sizes, flash attention and layers on a GPU; prompts are
-token ids, no two alike.
+llama.cpp's tools come from `scripts/build_llama.sh --peers`: the unchanged release, with the library's flags and
+backend. Both sides get the same threads, context, batch sizes, flash attention and layers on a GPU. Prompts are
+token ids, and all of them differ.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import erllama
 from benchmarks.measure import Setup
 from erllama.llama_ffi import build_info
 
-N_BATCH, N_UBATCH = 2048, 512  # the defaults of both sides, said to both all the same
+N_BATCH, N_UBATCH = 2048, 512  # the defaults of both sides, given explicitly
 SHORT_PROMPT = 16
 PEERS = "scripts/build_llama.sh --peers"
 SERVER_START_SECONDS = 300
@@ -36,17 +36,17 @@ Prompt = list[int]
 
 
 class Piece(NamedTuple):
-    """When a piece of a reply came, on the clock of time.perf_counter, and the tokens that had come with it."""
+    """The time of a piece of a reply, by time.perf_counter, and the number of tokens up to it."""
 
     at: float
     n_tokens: int
 
 
 class Reply(NamedTuple):
-    """One reply as its caller saw it.
+    """One reply, as its caller saw it.
 
-    `n_computed` is the prompt tokens that were computed for it, and `decode_seconds` the time from its
-    first token to its last, both as the engine itself tells them.
+    The engine reports `n_computed`, the number of computed prompt tokens, and `decode_seconds`, the time from the
+    first token to the last.
     """
 
     asked: float
@@ -69,30 +69,30 @@ def _options(setup: Setup, n_ctx: int, more: dict[str, object]) -> dict[str, obj
 
 
 @contextmanager
-def loaded(setup: Setup, cache: erllama.Cache, n_ctx: int, **more: object) -> Iterator[erllama.Model]:
-    """The model, loaded anew, with `more` options."""
+def open_model(setup: Setup, cache: erllama.Cache, n_ctx: int, **more: object) -> Iterator[erllama.Model]:
+    """Load the model again, with `more` options."""
     options = _options(setup, n_ctx, more)
     with erllama.load_model(setup.model, cache=cache, **options) as model:  # type: ignore[arg-type]
-        # As llama-server's `ignore_eos`: replies are as long as they are asked to be.
+        # The same as `ignore_eos` of llama-server: replies have the requested length.
         vocabulary = model._backend.vocabulary
         vocabulary.is_eog = np.zeros_like(vocabulary.is_eog)  # type: ignore[misc]
         yield model
 
 
-def load_command(setup: Setup, cache: str, n_ctx: int, **more: object) -> str:
-    """How `loaded` would be written."""
+def load_code(setup: Setup, cache: str, n_ctx: int, **more: object) -> str:
+    """Return the code of `open_model` as text."""
     options = ", ".join(f"{name}={value!r}" for name, value in _options(setup, n_ctx, more).items())
     return f"erllama.load_model({setup.model.name!r}, cache={cache}, {options})"
 
 
 class Engine(Protocol):
-    """What runs requests: this library in this process, or a server."""
+    """An engine that runs requests: this library in this process, or a server."""
 
     name: str
     command: str
 
     def reply(self, prompt: Prompt, n_tokens: int, pieces: list[Piece], enough: threading.Event) -> Reply | None:
-        """A greedy reply of `n_tokens`, its pieces appended as they come; None if `enough` ended it early."""
+        """Return a greedy reply of `n_tokens`; append its pieces on arrival. None if `enough` ended it."""
 
 
 class Ours:
@@ -101,10 +101,10 @@ class Ours:
     name = "ours"
 
     def __init__(self, setup: Setup, n_ctx: int, **more: object) -> None:
-        self.command = load_command(setup, "erllama.Cache()", n_ctx, **more)
+        self.command = load_code(setup, "erllama.Cache()", n_ctx, **more)
         with ExitStack() as opened:
             cache = opened.enter_context(erllama.Cache())
-            self.model = opened.enter_context(loaded(setup, cache, n_ctx, **more))
+            self.model = opened.enter_context(open_model(setup, cache, n_ctx, **more))
             self._opened = opened.pop_all()
 
     def reply(self, prompt: Prompt, n_tokens: int, pieces: list[Piece], enough: threading.Event) -> Reply | None:
@@ -128,14 +128,14 @@ class Ours:
 
 
 class Server:
-    """llama-server in a process of its own, ended when left.
+    """llama-server in a separate process, which ends with the `with`.
 
-    It fails replies that are no UTF-8, which a model of random weights soon makes: tokens that are no text by
-    themselves are forbidden it. `ignore_eos` has it look through a list of forbidden tokens anyway.
+    The server fails replies that are not UTF-8, which a model of random weights soon writes. So tokens that are not
+    text by themselves are banned. With `ignore_eos` the server checks a list of banned tokens anyway.
 
     Args:
-        ours: whose vocabulary tells which those are.
-        n_ctx: cells of all its slots together.
+        ours: the engine whose vocabulary determines the banned tokens.
+        n_ctx: total number of cells of all slots.
         more: further arguments.
     """
 
@@ -197,7 +197,7 @@ class Server:
             if response.status != 200:
                 raise RuntimeError(f"llama-server answered {response.status}: {response.read().decode()}")
             came: list[tuple[float, bytes]] = []
-            # Only stamped here, and understood below: reading JSON would take time from the server's threads.
+            # Only record the time here: parsing JSON now would take time from the threads of the server.
             while chunk := response.read1(1 << 16):
                 if enough.is_set():
                     return None
@@ -230,7 +230,7 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """End it."""
+        """Stop the server."""
         self._process.terminate()
         try:
             self._process.wait(10)
@@ -241,7 +241,7 @@ class Server:
 
 
 class Prompts:
-    """Prompts of random ids, no two alike, so that nothing is found in a cache but what is meant to be."""
+    """Prompts of random ids. All of them differ, so that caches find only the intended prefixes."""
 
     def __init__(self) -> None:
         self._dice = np.random.default_rng(1)
@@ -255,7 +255,7 @@ class Prompts:
 
 
 def whole_cells(n_tokens: int) -> int:
-    """Cells for a sequence, as many as llama-server gives a slot, which must hold it with one to spare."""
+    """Return the cells of a slot of llama-server for a sequence of this length, with one to spare."""
     return (n_tokens // 256 + 1) * 256
 
 
@@ -266,7 +266,7 @@ def ask(engine: Engine, prompt: Prompt, n_tokens: int) -> Reply:
 
 
 def ask_together(engine: Engine, prompts: Sequence[Prompt], n_tokens: int) -> list[Reply]:
-    """Replies to prompts that are all asked at one moment."""
+    """Return the replies to prompts that are sent at the same time."""
     replies: list[Reply | None] = [None] * len(prompts)
     gate = threading.Barrier(len(prompts))
 
@@ -287,10 +287,10 @@ def ask_together(engine: Engine, prompts: Sequence[Prompt], n_tokens: int) -> li
 
 @functools.cache
 def peers(setup: Setup) -> Path:
-    """The directory of llama.cpp's tools; built, if they are not yet, for the backend of the library.
+    """Return the directory of llama.cpp's tools. Builds them for the backend of the library if they are missing.
 
     Raises:
-        AbsentError: they are not there and cannot be built.
+        AbsentError: the tools are missing and cannot be built.
     """
     if setup.peers is not None:
         if not (setup.peers / "bin" / "llama-server").exists():
@@ -308,11 +308,11 @@ def peers(setup: Setup) -> Path:
 
 
 class AbsentError(Exception):
-    """A peer that is not there, and what would bring it."""
+    """A peer is missing. The message says how to install it."""
 
 
 def llama_bench(setup: Setup, *what: str, repeat: int) -> tuple[str, list[float]]:
-    """Run llama-bench in a process of its own: its command, and the tokens a second of each repetition.
+    """Run llama-bench in a separate process; return its command and the tokens per second of each repetition.
 
     Args:
         what: as ("-p", "0", "-n", "128").

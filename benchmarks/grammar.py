@@ -1,4 +1,4 @@
-"""What a grammar leaves of a row of logits: this library's mask against libllama's grammar sampler."""
+"""Grammar masks of logits: this library against libllama's grammar sampler."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from benchmarks.engines import AbsentError
 from benchmarks.measure import Figure, Findings, Setup, Target, in_turn
-from benchmarks.peer import compiled, ran
+from benchmarks.peer import compile_program, run_program
 from erllama.engine.backends.llama import LlamaVocabulary
 from erllama.engine.grammar.grammar import Grammar, GrammarCompiler
-from erllama.engine.sampling.candidates import masked
+from erllama.engine.sampling.candidates import mask_logits
 from erllama.llama_ffi import LlamaModel
 
 SCHEMA = {
@@ -37,7 +37,7 @@ SCHEMA = {
     "required": ["name", "age", "tags", "address"],
     "additionalProperties": False,
 }
-# The same, as llama.cpp's own translation of schemas would have it.
+# The same schema, as llama.cpp translates schemas to GBNF.
 GBNF = r"""root ::= "{" ws name "," ws age "," ws "\"tags\"" ws ":" ws tags "," ws place "}" ws
 name ::= "\"name\"" ws ":" ws string
 age ::= "\"age\"" ws ":" ws integer
@@ -55,12 +55,12 @@ VALUE = {
     "tags": ["mathematics", "computing", "naïve \u201cquotes\u201d"],
     "address": {"street": "12 St James's Square", "city": "London"},
 }
-N_VOCAB = 128_256  # what the target speaks of
+N_VOCAB = 128_256  # the size that the target refers to
 SEED = 1
 
 
 def mask(setup: Setup) -> Findings:
-    """A JSON schema's mask, made and applied at each token of an object."""
+    """Compare computing and applying the mask of a JSON schema at each token of an object."""
     path = setup.vocabulary
     if path is None:
         raise AbsentError("grammars: give --vocabulary, a GGUF with 128,256 tokens, such as Llama 3's")
@@ -72,7 +72,7 @@ def mask(setup: Setup) -> Findings:
         tokens.tofile(Path(place) / "tokens.i32")
         logits.tofile(Path(place) / "logits.f32")
         (Path(place) / "grammar.gbnf").write_text(GBNF)
-        compiled("peer_grammar", Path(place), setup.backend)
+        compile_program("peer_grammar", Path(place), setup.backend)
         began = time.perf_counter()
         compiler = GrammarCompiler(vocabulary)
         compiler.matcher(Grammar.regex("a"))
@@ -95,19 +95,24 @@ def mask(setup: Setup) -> Findings:
                     lambda grammar=grammar, times=times: _ours(  # type: ignore[misc]
                         compiler, grammar, tokens, logits, n_rounds, times
                     ),
-                    lambda: float(statistics.mean(json.loads(ran(command, Path(place)))["nanoseconds"])) / 1e3,
+                    lambda: _mean_microseconds(run_program(command, Path(place))),
                     setup.runs,
                 ),
                 Target("<=", 0.02) if name == "mask" and vocabulary.n_tokens >= N_VOCAB else None,
-                ("masked(logits, matcher.allowed())", shlex.join(shown)),
+                ("mask_logits(logits, matcher.allowed())", shlex.join(shown)),
                 [
-                    f"the mean over the {len(tokens)} tokens of a JSON object, accepted one after the other",
+                    f"the mean over the {len(tokens)} tokens of a JSON object, accepted one by one",
                     f"the slowest of ours took {max(times):.0f} us; the trie of the vocabulary, once, {trie:.2f} s",
-                    f"with 8 rows: {8 * statistics.mean(times):.0f} us a tick",
+                    f"with 8 rows: {8 * statistics.mean(times):.0f} us per tick",
                 ],
             )
             findings.figures.append(figure)
     return findings
+
+
+def _mean_microseconds(output: str) -> float:
+    """Return the mean of the nanoseconds in the JSON output of a program, in microseconds."""
+    return float(statistics.mean(json.loads(output)["nanoseconds"])) / 1e3
 
 
 def _ours(
@@ -118,13 +123,13 @@ def _ours(
     n_rounds: int,
     times: list[float],
 ) -> float:
-    """Microseconds of a mask; all of them go into `times`."""
+    """Return the microseconds of a mask; append all of them to `times`."""
     found = []
     for _ in range(n_rounds):
         matcher = compiler.matcher(grammar)
         for token in tokens.tolist():
             began = time.perf_counter_ns()
-            left = masked(logits, matcher.allowed())
+            left = mask_logits(logits, matcher.allowed())
             found.append((time.perf_counter_ns() - began) / 1e3)
             if not np.isfinite(left[token]):
                 raise SystemExit(f"the grammar does not allow token {token} of its own example")

@@ -1,7 +1,7 @@
-"""llama-cpp-python, in an environment of its own: `--llama-cpp-python` gives the Python of one that has it.
+"""Comparison with llama-cpp-python in a separate environment, whose Python `--llama-cpp-python` names.
 
-It brings a libllama of its own, of another release and other flags: what is compared is what people would install.
-This file is run by that Python, too, and then imports nothing of this project.
+llama-cpp-python has its own libllama, of another release and with other flags: the benchmark compares what people
+install. That Python also runs this file, which then imports no module of this project.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def serve(options: dict[str, object], cache_bytes: int) -> None:
-    """Answer requests, a line of JSON each: {"prompt": ids, "n": tokens} with {"seconds", "tokens"}."""
+    """Answer requests, one line of JSON each: {"prompt": ids, "n": tokens} with {"seconds", "tokens"}."""
     from llama_cpp import Llama, LlamaRAMCache, __version__
 
     model = Llama(**options, verbose=False)  # type: ignore[arg-type]
@@ -34,7 +34,7 @@ def serve(options: dict[str, object], cache_bytes: int) -> None:
 
 
 class Peer:
-    """llama-cpp-python in a process of its own, with its cache in RAM."""
+    """llama-cpp-python in a separate process, with its cache in RAM."""
 
     def __init__(self, setup: Setup, n_ctx: int) -> None:
         from benchmarks.engines import N_BATCH, N_UBATCH, AbsentError
@@ -72,7 +72,7 @@ class Peer:
         self.command = f"llama_cpp.Llama({shown}), {version}, with LlamaRAMCache(2 << 30)"
 
     def seconds(self, prompt: list[int], n_tokens: int) -> float:
-        """How long a greedy reply took."""
+        """Return the seconds of a greedy reply."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"prompt": prompt, "n": n_tokens}) + "\n")
         self._process.stdin.flush()
@@ -90,13 +90,13 @@ class Peer:
         self.close()
 
     def close(self) -> None:
-        """End it."""
+        """Stop the process."""
         self._process.kill()
         self._process.communicate()
 
 
 def conversations(setup: Setup) -> Findings:
-    """Conversations in turn, one request at a time: each turn sends its whole history again."""
+    """Compare conversations that take turns, one request at a time. Each turn sends the whole history."""
     from benchmarks.engines import Ours, Prompts, ask, whole_cells
     from benchmarks.measure import Figure, Findings, in_turn
 
@@ -148,7 +148,7 @@ def conversations(setup: Setup) -> Findings:
                     *pair,
                     None,
                     (f"{ours.command}.stream(history, max_tokens={n_tokens}, temperature=0)", peer.command),
-                    ["first turns are cold on both sides, and not counted"],
+                    ["first turns are cold on both sides and do not count"],
                 )
             ]
         )

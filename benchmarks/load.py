@@ -1,4 +1,4 @@
-"""Conversations in turn, long prompts beside replies, and the cells of those who are gone."""
+"""Scenarios of load: conversations that take turns, long prompts beside replies, and parked cells."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from benchmarks.measure import Figure, Findings, Line, Plot, Setup, in_turn
 
 
 def pingpong(setup: Setup) -> Findings:
-    """Ten conversations that take turns on an engine with four places: each turn goes on from the one before.
+    """Compare ten conversations that take turns on four slots. Each turn continues the last one.
 
-    A turn sends the whole history again. Time is that from asking to the last token, of all turns but the first
-    of each conversation, which is cold for both.
+    A turn sends the whole history. The time is that from the request to its last token, over all turns except the
+    first of each conversation, which is cold on both sides.
     """
     n_talks, n_slots, n_turns = 10, 4, setup.of(4, 2)
     n_first, n_more, n_tokens = setup.of(400, 40), setup.of(40, 8), setup.of(16, 4)
@@ -76,7 +76,7 @@ def pingpong(setup: Setup) -> Findings:
                     [
                         f"prompt tokens computed in those turns: {each[ours.name]:.0f} by ours, "
                         f"{each[server.name]:.0f} by llama-server; {n_talks * n_turns * n_more} of them are new",
-                        "histories hold what was asked, not what was replied, so a turn differs from the "
+                        "histories contain the questions but not the replies, so a turn differs from the "
                         "context before where the reply began",
                     ],
                 )
@@ -85,12 +85,12 @@ def pingpong(setup: Setup) -> Findings:
 
 
 class Waits(NamedTuple):
-    """What streams went through while a prompt was read; seconds.
+    """Waits of streams while a prompt is prefilled, in seconds.
 
     Attributes:
-        between: every wait of any stream for its next token.
-        steady: the median of those before the prompt came.
-        first: from asking with the prompt to its first token.
+        between: all waits of all streams for their next tokens.
+        steady: the median of the waits before the prompt arrived.
+        first: from the request with the prompt to its first token.
     """
 
     between: list[float]
@@ -99,7 +99,7 @@ class Waits(NamedTuple):
 
 
 def waits(pieces: Iterable[Piece], after: float, before: float) -> list[float]:
-    """Waits for a token that fell, in part, between two moments; a piece of several tokens took several waits."""
+    """Return the waits that overlap the time between two moments. A piece of n tokens counts as n waits."""
     each = list(pieces)
     return [
         (here.at - last.at) / max(1, here.n_tokens - last.n_tokens)
@@ -109,7 +109,7 @@ def waits(pieces: Iterable[Piece], after: float, before: float) -> list[float]:
 
 
 def beside_a_prompt(engine: Engine, prompts: Prompts, n_streams: int, n_prompt: int) -> Waits:
-    """Have streams running, and ask with a long prompt."""
+    """Send a long prompt while streams run."""
     enough = threading.Event()
     every: list[list[Piece]] = [[] for _ in range(n_streams)]
     callers = [
@@ -128,7 +128,7 @@ def beside_a_prompt(engine: Engine, prompts: Prompts, n_streams: int, n_prompt: 
         read = ask(engine, prompts.of(n_prompt), 1).pieces[0].at
         time.sleep(0.1)
         if any(pieces[-1].at < asked for pieces in every):
-            time.sleep(2)  # whoever was held up the whole time gets its next token now
+            time.sleep(2)  # a stream that waited the whole time gets its next token here
     finally:
         enough.set()
         for caller in callers:
@@ -139,9 +139,9 @@ def beside_a_prompt(engine: Engine, prompts: Prompts, n_streams: int, n_prompt: 
 
 
 def mixed(setup: Setup) -> Findings:
-    """Three streams, and a long prompt that comes meanwhile: how long who waits for a token.
+    """Compare the waits for a token of three streams and of a long prompt that arrives while they run.
 
-    Ours with several sizes of chunk; llama-server fills a batch with the prompt, and its streams wait for it.
+    The library runs with several chunk sizes. llama-server fills a batch with the prompt, and its streams wait.
     """
     n_streams, n_prompt = 3, setup.of(2048, 256)
     n_ctx = (n_streams + 1) * whole_cells(max(n_prompt, 1024 + SHORT_PROMPT))
@@ -161,7 +161,7 @@ def mixed(setup: Setup) -> Findings:
             found: list[tuple[Waits, Waits]] = []
             for _ in range(setup.runs):
                 theirs = of_server()
-                # One model at a time: the threads of several in one process slow one another down.
+                # One model at a time: the threads of several models in one process slow each other down.
                 with Ours(setup, n_ctx, n_seq_max=n_streams + 1, prefill_chunk_size=chunk) as ours:
                     ask(ours, prompts.of(SHORT_PROMPT), 4)
                     found.append((beside_a_prompt(ours, prompts, n_streams, n_prompt), theirs))
@@ -171,14 +171,14 @@ def mixed(setup: Setup) -> Findings:
             figures += [
                 Figure(
                     f"mixed-wait-{chunk}",
-                    f"longest wait for a token while {n_prompt} tokens are read, chunks of {chunk}",
+                    f"longest wait for a token while {n_prompt} tokens are prefilled, chunks of {chunk}",
                     peer,
                     "s",
                     [max(mine.between) for mine, _ in found],
                     [max(theirs.between) for _, theirs in found],
                     None,
                     shown,
-                    [f"before the prompt came, a token took {1e3 * steady:.1f} ms"],
+                    [f"before the prompt arrived, a token took {1e3 * steady:.1f} ms"],
                 ),
                 Figure(
                     f"mixed-first-{chunk}",
@@ -193,29 +193,29 @@ def mixed(setup: Setup) -> Findings:
             ]
             lines.append(Line(f"ours, chunks of {chunk}", _distribution([mine.between for mine, _ in found])))
         lines.append(Line("llama-server", _distribution([theirs.between for _, theirs in found])))
-    title = f"Waits for a token while {n_prompt} tokens are read"
+    title = f"Waits for a token while {n_prompt} tokens are prefilled"
     return Findings(figures, [Plot("mixed", title, "percent of tokens", "seconds", lines, log_y=True)])
 
 
 def _distribution(runs: list[list[float]]) -> list[tuple[float, float]]:
-    """The waits by rank, as 50 points of (percent, seconds)."""
+    """Return the waits by rank, as 50 points of (percent, seconds)."""
     ordered = sorted(wait for run in runs for wait in run)
     return [(2.0 * i, ordered[min(len(ordered) * i // 50, len(ordered) - 1)]) for i in range(51)]
 
 
 def parked(setup: Setup) -> Findings:
-    """What cells of finished requests, kept for those to come, cost four streams that decode beside them."""
+    """Measure the cost of parked cells, which finished requests leave for later ones, for four streams."""
     n_streams, n_parked, n_tokens = 4, 4, setup.of(64, 200)
     sizes = [setup.of(size, size // 20) for size in (1000, 2500)]
     prompts = Prompts()
     n_ctx = max(sizes) + n_streams * (SHORT_PROMPT + n_tokens) + 512
 
     def speed(size: int, flash_attn: bool) -> float:
-        # One model at a time: the threads of several in one process slow one another down.
+        # One model at a time: the threads of several models in one process slow each other down.
         options = {"flash_attn": flash_attn, "parked_cells": size, "n_seq_max": n_streams + n_parked}
         with Ours(setup, n_ctx, **options) as engine:
             shown[size, flash_attn] = engine.command
-            ask_together(engine, prompts.many(n_streams, SHORT_PROMPT), n_tokens)  # the first run warms it up
+            ask_together(engine, prompts.many(n_streams, SHORT_PROMPT), n_tokens)  # warm-up
             engine.model.evict()
             for _ in range(n_parked if size else 0):
                 ask(engine, prompts.of(size // n_parked - 2), 1)

@@ -1,4 +1,4 @@
-"""What a benchmark finds: figures, each a ratio of two things measured in turn, and series to draw."""
+"""Results of benchmarks: figures, ratios of two things measured in turn, and series for plots."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a ratio must reach.
+    """A target of a ratio.
 
     Attributes:
-        sense: whether it must be at least, or at most, `bound`.
+        sense: whether the ratio must be at least or at most `bound`.
     """
 
     sense: Literal[">=", "<="]
@@ -30,17 +30,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One line of the table: ours against a peer, run by run.
+    """One row of the table: this library against a peer, run by run.
 
     Attributes:
-        scenario: the name it is asked for by, as "streams-8".
-        what: for people, as "8 streams, decode, all together".
-        peer: whom it is compared with, as "llama-server -np 8".
+        scenario: the name of the scenario, as "streams-8".
+        what: a description, as "8 streams, decode, all together".
+        peer: the other side, as "llama-server -np 8".
         unit: of both sides, as "tokens/s".
-        ours, theirs: one value for each run; the n-th of both were measured one after the other.
-        target: of the ratio ours / theirs; None where none is set.
-        commands: what was run, ours first.
-        notes: facts that the reader needs to trust it, as how many tokens were computed.
+        ours, theirs: one value per run. The n-th values of both were measured one after the other.
+        target: target of the ratio ours / theirs; None for no target.
+        commands: the commands of both sides, ours first.
+        notes: facts that a reader needs to trust the figure, as the number of computed tokens.
     """
 
     scenario: str
@@ -59,18 +59,18 @@ class Figure:
 
     @property
     def ratio(self) -> float:
-        """The median of the runs' ratios."""
+        """The median of the ratios of the runs."""
         return statistics.median(self.ratios)
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is; None where none is set."""
+        """Whether the target is met; None without a target."""
         return None if self.target is None else self.target.met(self.ratio)
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A named row of points (x, y), in the order of x."""
+    """A named series of points (x, y), ordered by x."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -78,13 +78,13 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """Something to draw.
+    """A plot.
 
     Attributes:
-        name: of the file, without its ending.
-        title, x, y: what is shown, and along the axes, with units.
+        name: file name without extension.
+        title, x, y: title, and labels of the axes with units.
         lines: at least one.
-        log_x, log_y: whether an axis is logarithmic; its values are all positive then.
+        log_x, log_y: whether an axis is logarithmic. Its values are then positive.
     """
 
     name: str
@@ -98,10 +98,10 @@ class Plot:
 
 @dataclass(slots=True)
 class Findings:
-    """What scenarios give back.
+    """The results of scenarios.
 
     Attributes:
-        absent: peers that are not there, and what would bring them.
+        absent: missing peers, and how to install them.
     """
 
     figures: list[Figure] = field(default_factory=list)
@@ -116,17 +116,17 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What all scenarios are told.
+    """The settings of all scenarios.
 
     Attributes:
-        model: the GGUF that the engine is measured with.
-        threads: of both sides.
-        runs: how many pairs of runs.
-        quick: as little as shows that a scenario works; its figures mean nothing.
-        backend: of libllama, as "cpu" or "cuda".
-        peers: the directory that `scripts/build_llama.sh --peers` printed; None to run that.
-        llama_cpp_python: the Python of an environment that has llama-cpp-python; None for none.
-        vocabulary: a GGUF with a large vocabulary, for grammars; None for none.
+        model: the GGUF file to measure.
+        threads: threads of both sides.
+        runs: number of pairs of runs.
+        quick: run only to check that a scenario works; its figures are meaningless.
+        backend: backend of libllama, as "cpu" or "cuda".
+        peers: the directory that `scripts/build_llama.sh --peers` printed; None to run the script.
+        llama_cpp_python: the Python of an environment with llama-cpp-python; None to skip it.
+        vocabulary: a GGUF file with a large vocabulary, for grammars; None to skip it.
     """
 
     model: Path
@@ -140,21 +140,21 @@ class Setup:
 
     @property
     def gpu_layers(self) -> int:
-        """Layers on a GPU, for both sides: all that there are, or none."""
+        """The number of layers on a GPU, for both sides: all or none."""
         return 0 if self.backend == "cpu" else 999
 
     def of(self, full: int, quick: int) -> int:
-        """A size, as long as it is not only tried."""
+        """Return the full size, or the small one for a quick run."""
         return quick if self.quick else full
 
 
 def n_cores() -> int:
-    """Cores that this process may use, as far as the system tells."""
+    """Return the number of cores that this process may use, if the system reports it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_turn(first: Callable[[], float], second: Callable[[], float], runs: int) -> tuple[list[float], list[float]]:
-    """What both give, run by run, who goes first changing each time."""
+    """Return the values of both sides, run by run. The order changes with each run."""
     ours: list[float] = []
     theirs: list[float] = []
     for run in range(runs):
@@ -165,5 +165,5 @@ def in_turn(first: Callable[[], float], second: Callable[[], float], runs: int) 
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """The median, and from where to where."""
+    """Return the median and the range as text."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

@@ -1,4 +1,4 @@
-// What the programs that time libllama share.
+// Functions shared by the programs that time libllama.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 
 using Clock = std::chrono::steady_clock;
 
-// The numbers that a file holds; the program ends where it cannot be read.
+// Read the numbers in a file. Ends the program if the file cannot be read.
 template <class Number> inline std::vector<Number> read_numbers(const char * path) {
     FILE * file = std::fopen(path, "rb");
     if (!file) {
@@ -28,7 +28,7 @@ template <class Number> inline std::vector<Number> read_numbers(const char * pat
     return found;
 }
 
-// The array is kept between samples, as llama-server keeps it, and filled anew for each.
+// The array is reused between samples, as in llama-server, and filled again for each.
 inline llama_token_data_array filled(std::vector<llama_token_data> & candidates, const float * logits) {
     for (size_t id = 0; id < candidates.size(); id++) {
         candidates[id] = llama_token_data{(llama_token) id, logits[id], 0.0f};
@@ -36,7 +36,7 @@ inline llama_token_data_array filled(std::vector<llama_token_data> & candidates,
     return {candidates.data(), candidates.size(), -1, false};
 }
 
-// The mean of some, in nanoseconds.
+// The mean of durations, in nanoseconds.
 inline double mean(Clock::duration spent, size_t n) {
     return std::chrono::duration<double, std::nano>(spent).count() / n;
 }

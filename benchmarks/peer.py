@@ -1,4 +1,4 @@
-"""The programs of this directory that time libllama: compiled against the library's own, and run."""
+"""Compiles and runs the programs in this directory that time libllama."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from benchmarks.engines import AbsentError
 HERE = Path(__file__).resolve().parent
 
 
-def ran(command: list[str], place: Path) -> str:
-    """What a command prints, which runs in `place`."""
+def run_program(command: list[str], place: Path) -> str:
+    """Run a command in `place` and return its output."""
     finished = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     if finished.returncode:
         raise SystemExit(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:]}")
     return finished.stdout
 
 
-def compiled(name: str, place: Path, backend: str) -> None:
-    """Compile a program of this directory into `place`, against the libllama of this backend.
+def compile_program(name: str, place: Path, backend: str) -> None:
+    """Compile a program of this directory into `place`, with the libllama of this backend.
 
     Raises:
         AbsentError: libllama or the compiler is missing.
@@ -28,7 +28,7 @@ def compiled(name: str, place: Path, backend: str) -> None:
     script = [str(HERE.parent / "scripts" / "build_llama.sh"), "--backend", backend]
     built = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=False)
     if built.returncode:
-        raise AbsentError("libllama's samplers: scripts/build_llama.sh failed; what it printed says why")
+        raise AbsentError("libllama's samplers: scripts/build_llama.sh failed and printed the reason")
     prefix = Path(built.stdout.splitlines()[-1])
     (library,) = (prefix / "lib").glob("libllama.*")
     # fmt: off
@@ -40,4 +40,6 @@ def compiled(name: str, place: Path, backend: str) -> None:
     try:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise AbsentError(f"libllama's samplers: `{shlex.join(command)}` failed; is c++ there?") from error
+        raise AbsentError(
+            f"libllama's samplers: `{shlex.join(command)}` failed; check that c++ is installed"
+        ) from error

@@ -1,10 +1,10 @@
-// Time libllama's grammar sampler on given logits. benchmarks/grammar.py compiles and runs this.
+// Times libllama's grammar sampler on given logits. benchmarks/grammar.py compiles and runs this program.
 //
 //   peer_grammar MODEL GRAMMAR TOKENS LOGITS N_ROUNDS
 //
-// MODEL is a GGUF, of which the vocabulary is read; GRAMMAR a file of GBNF; TOKENS one of int32 tokens that the grammar
-// accepts; LOGITS one of float32, one for each token of the vocabulary. A round applies the grammar to all candidates
-// and accepts a token, for each of TOKENS. Printed is JSON: "nanoseconds", the mean of an application for each round.
+// MODEL is a GGUF file, for its vocabulary. GRAMMAR is a GBNF file. TOKENS is a file of int32 tokens that the grammar
+// accepts. LOGITS is a file of float32, one per token of the vocabulary. For each of TOKENS, a round applies the grammar
+// to all candidates and accepts the token. Prints JSON: "nanoseconds", the mean of an application for each round.
 
 #include <cmath>
 #include <string>

@@ -1,13 +1,12 @@
-// Time libllama's own samplers on given logits. benchmarks/sampling.py compiles and runs this.
+// Times libllama's samplers on given logits. benchmarks/sampling.py compiles and runs this program.
 //
 //   peer_sampling LOGITS CONTEXT N_VOCAB TEMPERATURE PENALTY SEED N_ROUNDS N_EVICT
 //
-// LOGITS is a file of float32 rows, each of N_VOCAB; CONTEXT one of int32 tokens that came before, the same for all.
-// A round samples once from each row. Temperature 0 is the greedy sampler; any other is top-k 40, top-p 0.95,
-// min-p 0.05, temperature, and the draw: the order of llama.cpp's tools. A PENALTY other than 1 for repetition among
-// the last 64 tokens comes before.
-// Between two samples N_EVICT bytes are written, outside the measured time; 0 for none. Printed is JSON:
-// "nanoseconds", the mean of a sample for each round, and "tokens", what the last round chose.
+// LOGITS is a file of float32 rows, each of N_VOCAB. CONTEXT is a file of int32 tokens that precede every row. A round
+// samples once from each row. Temperature 0 is the greedy sampler; any other is top-k 40, top-p 0.95, min-p 0.05,
+// temperature, and the draw, in the order of llama.cpp's tools. A PENALTY other than 1 adds a repetition penalty for
+// the last 64 tokens before them. Between two samples, the program writes N_EVICT bytes outside the measured time.
+// Prints JSON: "nanoseconds", the mean of a sample for each round, and "tokens", the choices of the last round.
 
 #include "peer.h"
 
@@ -61,7 +60,7 @@ int main(int n_arguments, char ** arguments) {
     std::vector<llama_token_data> candidates(n_vocab);
     std::vector<llama_token> tokens(n_rows);
     std::printf("{\"nanoseconds\": [");
-    for (size_t round = 0; round <= n_rounds; round++) {  // the first does not count
+    for (size_t round = 0; round <= n_rounds; round++) {  // the first round is a warm-up
         Clock::duration spent{};
         for (size_t row = 0; row < n_rows; row++) {
             for (size_t at = 0; at < evict.size(); at += 64) {

@@ -1,7 +1,7 @@
-"""Draws a plot as an SVG that is whole in itself: for scenarios' series, on light and on dark paper.
+"""Draws a plot as a self-contained SVG, for light and dark backgrounds.
 
-The same plot gives the same text. Sums along the axes are decimal, so that no finite value is too large for them
-or too small.
+The same plot always has the same text. Positions on the axes are computed with decimals, so that no finite value is
+too large or too small.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from xml.sax.saxutils import escape
 from benchmarks.measure import Line, Plot
 
 WIDTH = 720
-LEFT, RIGHT, TOP, BOTTOM = 70, 690, 64, 330  # where the axes lie
+LEFT, RIGHT, TOP, BOTTOM = 70, 690, 64, 330  # position of the axes
 LEGEND_ROW = 22
-# Room for a character of the font, generously: the reader's font is not known.
+# A generous width of a character: the font of the reader is unknown.
 CHARACTER = 7.5
-# More markers than this along a line would hide it.
+# More markers would hide the line.
 MOST_MARKERS = 20
 
-# For light and for dark paper, after Okabe and Ito, whose colours differ for all eyes; dashes; markers.
+# Colours for light and dark backgrounds, after Okabe and Ito, safe for colour blindness; dashes; markers.
 STYLES = (
     ("#0072b2", "#56b4e9", "", "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z"),
     ("#c04f00", "#ff8c42", "8 4", "M-3.5,-3.5h7v7h-7z"),
@@ -53,13 +53,13 @@ CSS = "\n".join(
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Maps values to a length on paper.
+    """Maps values to positions along an axis.
 
     Attributes:
-        ticks: in rising order, two or more; the axis goes from the first to the last.
-        begin, end: where on paper it begins and ends.
-        log: whether equal lengths are equal ratios.
-        binary: whether ticks are named by powers of 1024.
+        ticks: two or more values in rising order; the axis goes from the first to the last.
+        begin, end: position of its ends.
+        log: whether the axis is logarithmic.
+        binary: whether labels use powers of 1024.
     """
 
     ticks: Sequence[Decimal]
@@ -70,7 +70,7 @@ class Axis:
 
     @property
     def upright(self) -> bool:
-        return self.end < self.begin  # on paper, up is less
+        return self.end < self.begin  # y grows downwards
 
     def at(self, value: float | Decimal) -> float:
         low, here, high = (
@@ -79,7 +79,7 @@ class Axis:
         return self.begin + float((here - low) / (high - low)) * (self.end - self.begin)
 
     def named(self) -> list[tuple[float, str]]:
-        """Where each tick is, and its name; names that would touch are left empty."""
+        """Return the position and the label of each tick. Labels that would touch are empty."""
         names = [shown(tick, binary=self.binary) for tick in self.ticks]
         room = abs(self.end - self.begin) / (len(names) - 1)
         taken = 16.0 if self.upright else (max(map(len, names)) + 1) * CHARACTER
@@ -88,7 +88,7 @@ class Axis:
 
 
 def svg(plot: Plot) -> str:
-    """The drawing, `WIDTH` wide and higher the more rows the legend takes.
+    """Return the SVG, `WIDTH` wide; its height grows with the rows of the legend.
 
     Raises:
         ValueError: a value is not finite, or not positive on a logarithmic axis.
@@ -118,7 +118,7 @@ def svg(plot: Plot) -> str:
 
 
 def shown(value: Decimal, *, binary: bool = False) -> str:
-    """A number as it stands along an axis: 0.5, 20k, 1M; 16Ki where `binary`; 2e-9 beyond those."""
+    """Return the label of a number: 0.5, 20k, 1M, 16Ki if `binary`, or 2e-9."""
     if binary:
         power = 0
         while value >= 4096:
@@ -140,7 +140,7 @@ def _check(plot: Plot, line: Line) -> None:
 
 
 def _zero(plot: Plot) -> list[float]:
-    """Lines are seen from zero, so that a small difference looks small."""
+    """Extend a linear axis to zero, so that a small difference looks small."""
     return [] if plot.log_y else [0.0]
 
 
@@ -155,12 +155,12 @@ def _axis(values: Sequence[float], begin: float, end: float, *, log: bool) -> Ax
 
 
 def _are_powers_of_two(values: Sequence[float]) -> bool:
-    """Whether all are, and of a size that reads well so."""
+    """Return whether all values are powers of two that are labelled well with binary prefixes."""
     return bool(values) and all(math.frexp(value)[0] == 0.5 and 2**-4 <= value <= 2**50 for value in values)
 
 
 def _even_ticks(values: Sequence[float]) -> list[Decimal]:
-    """At multiples of 1, 2 or 5 times a power of ten, around the values; from zero where that is near."""
+    """Return ticks at multiples of 1, 2 or 5 times a power of ten around the values; from zero if it is near."""
     low, high = Decimal(min(values, default=0.0)), Decimal(max(values, default=1.0))
     if low == high:
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (low, Decimal(1))
@@ -175,7 +175,7 @@ def _even_ticks(values: Sequence[float]) -> list[Decimal]:
 
 
 def _ticks_of_ten(low: Decimal, high: Decimal) -> list[Decimal]:
-    """At powers of ten, and between them where they are few."""
+    """Return ticks at powers of ten, and between them if there are few."""
     first, last = low.adjusted(), high.adjusted() + 1
     if last - first > 2:
         step = -(-(last - first) // 8)
@@ -212,7 +212,7 @@ def _drawn(line: Line, x: Axis, y: Axis, number: int) -> list[str]:
 
 
 def _legend(lines: Sequence[Line]) -> tuple[list[str], int]:
-    """Its parts, and how many rows they take."""
+    """Return the parts of the legend, and its number of rows."""
     parts: list[str] = []
     left, row = float(LEFT), 0
     for number, line in enumerate(lines):
@@ -244,12 +244,12 @@ def _rule(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str, room: float = math.inf, kind: str = "label") -> str:
-    """Text that is squeezed where it may not fit into `room`."""
+    """Return a text element, compressed if it might not fit into `room`."""
     squeezed = f' textLength="{room:.0f}" lengthAdjust="spacingAndGlyphs"' if len(text) * CHARACTER > room else ""
     where = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
     return f'<text {where} class="{kind}"{squeezed}>{_escaped(text)}</text>'
 
 
 def _escaped(text: str) -> str:
-    """As XML takes it; characters that it has no way to hold become U+FFFD."""
+    """Escape a text for XML. Characters that XML does not allow become U+FFFD."""
     return escape(re.sub("[^\t\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text))

@@ -1,4 +1,4 @@
-"""Measurements that are made in a process of their own, which loads the model anew and ends."""
+"""Measurements in a separate process, which loads the model and ends."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from benchmarks.measure import Setup
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def measured_apart(module: str, setup: Setup, *given: object) -> Any:  # noqa: ANN401 - whatever JSON holds
-    """What the measurement that a module of this directory hands to `answer` returns, as JSON gives it back.
+def measure_in_process(module: str, setup: Setup, *given: object) -> Any:  # noqa: ANN401 - whatever JSON holds
+    """Run the measurement that a module of this directory passes to `answer`; return its result, read from JSON.
 
-    The process is told nothing of peers.
+    The process gets a setup without peers.
 
     Args:
-        given: what the measurement takes beside the setup.
+        given: further arguments of the measurement.
     """
     nowhere = dict.fromkeys(("peers", "llama_cpp_python", "vocabulary"))
     plain = {**asdict(setup), "model": str(setup.model.resolve()), **nowhere}
@@ -31,6 +31,6 @@ def measured_apart(module: str, setup: Setup, *given: object) -> Any:  # noqa: A
 
 
 def answer(measure: Callable[..., object]) -> None:
-    """The end of the process: measure what its argument asks for."""
+    """Run a measurement in the process, with the arguments on its command line, and print the result."""
     options, *given = json.loads(sys.argv[1])
     print(json.dumps(measure(Setup(**{**options, "model": Path(options["model"])}), *given)))

@@ -1,6 +1,6 @@
-"""What the cache gives: stored blocks are found among many, and a prompt is warm after a restart.
+"""The benefit of the cache: fast lookups among many blocks, and warm prompts after a restart.
 
-Directories of caches are temporary ones: TMPDIR chooses the file system that is measured.
+Cache directories are temporary. TMPDIR chooses the file system to measure.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 import erllama
-from benchmarks.engines import Prompt, Prompts, load_command, loaded, whole_cells
+from benchmarks.engines import Prompt, Prompts, load_code, open_model, whole_cells
 from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn, spread
 from erllama.cache import Block, SaveReason, namespace_key, token_bytes
 from erllama.cache.tiers.index import FileStamp, Index
 
 BLOCK = 256  # tokens; the cache's default
-REPEAT = 3  # repetitions within one run, of what takes little time
-LOOKUPS = 20  # in one run
-READS_ONLY = {"min_tokens": 2**30}  # a policy: nothing is saved, so that every start finds the same files
-AFTER = 32  # tokens whose decode is timed after a restart
+REPEAT = 3  # repetitions of short measurements within one run
+LOOKUPS = 20  # lookups in one run
+READS_ONLY = {"min_tokens": 2**30}  # a policy that saves no blocks, so that every start finds the same files
+AFTER = 32  # tokens to decode after a restart, for the time of one decode
 LOOKUP_BOUND_MS = 2.0
-LONGEST_COLD_SECONDS = 60.0  # after a prefill that took longer, no longer prompt is drawn
+LONGEST_COLD_SECONDS = 60.0  # after a prefill that took longer, the plot ends
 NAMESPACE = namespace_key({"benchmark": 1})
 
 
@@ -36,10 +36,10 @@ NAMESPACE = namespace_key({"benchmark": 1})
 
 
 def lookup(setup: Setup) -> Findings:
-    """A long prompt, all of it stored, among few and among ten times as many blocks; no model.
+    """Look up a long stored prompt among few blocks and among ten times as many. Needs no model.
 
-    The directories hold true indexes of chains of up to 100 blocks beside the prompt's own, and empty files: a
-    lookup reads none. Both caches are open all the time.
+    The directories have real indexes, with chains of up to 100 blocks beside those of the prompt, and empty files,
+    since a lookup reads none. Both caches stay open.
     """
     n_few, n_many, n_tokens = setup.of(10_000, 1_000), setup.of(100_000, 3_000), setup.of(32_768, 2_048)
     dice = np.random.default_rng(1)
@@ -51,7 +51,7 @@ def lookup(setup: Setup) -> Findings:
             root = Path(place) / str(n_blocks)
             _fill(root, prompt, n_blocks, dice)
             starts = [_seconds(lambda: erllama.Cache(disk=root, watch=False).close()) for _ in range(REPEAT)]
-            notes.append(f"starting a cache with {n_blocks:,} blocks, and closing it: {spread(starts)} s")
+            notes.append(f"opening a cache with {n_blocks:,} blocks, and closing it: {spread(starts)} s")
             cache = opened.enter_context(erllama.Cache(disk=root, watch=False))
 
             def look() -> None:
@@ -59,7 +59,7 @@ def lookup(setup: Setup) -> Findings:
                     if match.n_tokens != n_tokens:
                         raise SystemExit(f"a lookup found {match.n_tokens} of {n_tokens} tokens")
 
-            look()  # the first one warms it up
+            look()  # warm-up
             return lambda: 1e3 * statistics.median(_seconds(look) for _ in range(LOOKUPS))
 
         few, many = among(n_few), among(n_many)
@@ -96,7 +96,7 @@ def lookup(setup: Setup) -> Findings:
 
 
 def _fill(root: Path, prompt: NDArray[np.int64], n_blocks: int, dice: np.random.Generator) -> None:
-    """Make a directory that holds the prompt's blocks and, up to `n_blocks`, others."""
+    """Fill a directory with the blocks of the prompt, and with others up to `n_blocks`."""
     erllama.Cache(disk=root, watch=False).close()
     blocks = _chain(prompt)
     while len(blocks) < n_blocks:
@@ -117,13 +117,13 @@ def _chain(tokens: NDArray[np.int64]) -> list[Block]:
 
 
 class Restart(NamedTuple):
-    """One start with a prompt's blocks on disk; seconds.
+    """One start with the blocks of a prompt on disk; times in seconds.
 
     Attributes:
-        first_token: from placing the request to the first token: looking up, reading, restoring, one decode.
-        moving: reading the same block files, and copying them into one buffer.
-        decode: of one token at the prompt's end, in the same context a moment later.
-        opening: opening the cache and loading the model, which `first_token` does not have in it.
+        first_token: from the request to the first token: lookup, reads, restore, one decode.
+        moving: reading the same block files and copying them into one buffer.
+        decode: decoding one token at the end of the prompt, in the same context afterwards.
+        opening: opening the cache and loading the model, which `first_token` does not include.
     """
 
     first_token: float
@@ -133,10 +133,10 @@ class Restart(NamedTuple):
 
 
 def restart(setup: Setup) -> Findings:
-    """The same prompt after a restart: against its cold prefill, and against what cannot be done without.
+    """Compare a prompt after a restart with its cold prefill, and with the minimum of necessary work.
 
-    Each measurement opens a cache and loads the model anew. Times are from placing the request to its first
-    token; opening and loading, which cold and warm need alike, are not in them. Files are in the page cache.
+    Each measurement opens a cache and loads the model again. Times are from the request to its first token, without
+    opening and loading, which are the same when cold and warm. The files are in the page cache.
     """
     n_tokens = setup.of(2048, 300)
     n_ctx, prompt = whole_cells(n_tokens + 64), Prompts().of(n_tokens)
@@ -144,7 +144,7 @@ def restart(setup: Setup) -> Findings:
     colds: list[float] = []
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "kv"
-        with erllama.Cache(disk=root) as cache, loaded(setup, cache, n_ctx) as model:
+        with erllama.Cache(disk=root) as cache, open_model(setup, cache, n_ctx) as model:
             model.prefill(prompt)
         files = sorted((root / "blocks").iterdir())
         n_bytes = sum(path.stat().st_size for path in files)
@@ -155,15 +155,15 @@ def restart(setup: Setup) -> Findings:
             return 60 / warms[-1].first_token
 
         def cold() -> float:
-            with erllama.Cache() as cache, loaded(setup, cache, n_ctx) as model:
+            with erllama.Cache() as cache, open_model(setup, cache, n_ctx) as model:
                 colds.append(_first_token(model, prompt, None))
             return 60 / colds[-1]
 
         pair = in_turn(warm, cold, setup.runs)
-    shown = load_command(setup, "erllama.Cache(disk=root, ram=0)", n_ctx, policy=READS_ONLY)
+    shown = load_code(setup, "erllama.Cache(disk=root, ram=0)", n_ctx, policy=READS_ONLY)
     commands = [
         f"{shown}.complete(ids, max_tokens={1 + AFTER}, temperature=0)",
-        f"{load_command(setup, 'erllama.Cache()', n_ctx)}.complete(ids, max_tokens=1, temperature=0)",
+        f"{load_code(setup, 'erllama.Cache()', n_ctx)}.complete(ids, max_tokens=1, temperature=0)",
     ]
     firsts = [1e3 * warm.first_token for warm in warms]
     against_cold = Figure(
@@ -176,9 +176,9 @@ def restart(setup: Setup) -> Findings:
         commands,
         [
             f"{setup.model.name}; to the first token {spread(colds)} s cold, {spread(firsts)} ms warm",
-            "each measurement in a cache opened anew and a model loaded anew, which is not timed: "
-            f"{spread([warm.opening for warm in warms])} s where warm; a warm value is the median of {REPEAT}",
-            "cold has an empty cache in RAM, into which blocks are saved as the prompt is read",
+            "each measurement opens a cache and loads a model again, which is not timed: "
+            f"{spread([warm.opening for warm in warms])} s when warm; a warm value is the median of {REPEAT}",
+            "the cold run has an empty cache in RAM and saves blocks to it while it computes the prompt",
         ],
     )
     moved = f"{n_bytes / 1e6:.1f} MB in {len(files)} files"
@@ -207,11 +207,13 @@ def _against_floor(n_tokens: int, warms: Sequence[Restart], moved: str, command:
 
 def _restarted(setup: Setup, root: Path, n_ctx: int, prompt: Prompt, files: Sequence[Path]) -> Restart:
     began = time.perf_counter()
-    with erllama.Cache(disk=root, ram=0) as cache, loaded(setup, cache, n_ctx, policy=READS_ONLY) as model:
+    with erllama.Cache(disk=root, ram=0) as cache, open_model(setup, cache, n_ctx, policy=READS_ONLY) as model:
         opening = time.perf_counter() - began
         done = _ask(model, prompt, "disk", 1 + AFTER)
     timings = done.timings
-    buffer = np.ones(sum(path.stat().st_size for path in files), np.uint8)  # written to: its pages are there
+    buffer = np.ones(
+        sum(path.stat().st_size for path in files), np.uint8
+    )  # written once, so that its pages are allocated
 
     def move() -> None:
         at = 0
@@ -226,7 +228,7 @@ def _restarted(setup: Setup, root: Path, n_ctx: int, prompt: Prompt, files: Sequ
 
 
 def _cold_and_warm(setup: Setup) -> Plot:
-    """Time to the first token by the prompt's length: one cold prefill, and the median of some warm ones."""
+    """Plot the time to the first token by prompt length: one cold prefill, the median of warm requests."""
     lengths = [64 * 2**at for at in range(setup.of(7, 2))]
     n_ctx, prompts = whole_cells(lengths[-1] + 64), Prompts()
     asked: list[Prompt] = []
@@ -236,21 +238,21 @@ def _cold_and_warm(setup: Setup) -> Plot:
     def warm(model: erllama.Model, prompt: Prompt, tier: str) -> tuple[float, float]:
         times = []
         for _ in range(REPEAT):
-            model.evict()  # nothing is left in its context
+            model.evict()  # empties the context
             times.append(_first_token(model, prompt, tier))
         return len(prompt), statistics.median(times)
 
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "kv"
-        with erllama.Cache(disk=root) as cache, loaded(setup, cache, n_ctx) as model:
-            _ask(model, [4, *prompts.of(63)], None)  # warms it up
+        with erllama.Cache(disk=root) as cache, open_model(setup, cache, n_ctx) as model:
+            _ask(model, [4, *prompts.of(63)], None)  # warm-up
             for at, length in enumerate(lengths):
-                asked.append([5 + at, *prompts.of(length - 1)])  # no two begin alike
+                asked.append([5 + at, *prompts.of(length - 1)])  # no common prefixes
                 cold.append((length, _first_token(model, asked[-1], None)))
                 from_ram.append(warm(model, asked[-1], "ram"))
                 if cold[-1][1] > LONGEST_COLD_SECONDS:
                     break
-        with erllama.Cache(disk=root, ram=0) as cache, loaded(setup, cache, n_ctx) as model:
+        with erllama.Cache(disk=root, ram=0) as cache, open_model(setup, cache, n_ctx) as model:
             _ask(model, [3, *prompts.of(63)], None)
             from_disk = [warm(model, prompt, "disk") for prompt in asked]
     lines = [Line("cold", cold), Line("warm, from disk", from_disk), Line("warm, from RAM", from_ram)]
@@ -258,11 +260,11 @@ def _cold_and_warm(setup: Setup) -> Plot:
     return Plot("cold-and-warm", title, "tokens of the prompt", "seconds", lines, log_x=True, log_y=True)
 
 
-# --- asking ----------------------------------------------------------------------------------------------
+# --- requests ----------------------------------------------------------------------------------------------
 
 
 def _ask(model: erllama.Model, prompt: Prompt, tier: str | None, n_tokens: int = 1) -> erllama.Completion:
-    """A greedy reply to a prompt that is warm in just this tier as a whole, or cold for None."""
+    """Return a greedy reply to a prompt that is completely in this tier, or cold for None."""
     done = model.complete(prompt, max_tokens=n_tokens, temperature=0)
     if (done.cache.kind, done.cache.tier) != ("exact" if tier else "cold", tier):
         raise SystemExit(f"a prompt of {len(prompt)} tokens was to come from {tier}, and was: {done.cache}")
@@ -270,7 +272,7 @@ def _ask(model: erllama.Model, prompt: Prompt, tier: str | None, n_tokens: int =
 
 
 def _first_token(model: erllama.Model, prompt: Prompt, tier: str | None) -> float:
-    """Seconds from placing the request to its first token."""
+    """Return the seconds from a request to its first token."""
     timings = _ask(model, prompt, tier).timings
     return timings.restore + timings.prefill
 

@@ -1,4 +1,4 @@
-"""What was found, as JSON, as a table, and as a page with its plots."""
+"""Reports of benchmarks: JSON, a table, and a page with plots."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from erllama.llama_ffi import build_info, devices
 
 PAGE = """# Benchmarks
 
-`make bench` measures this library beside what people would use instead, and writes this page; half an hour, on a
-machine that does nothing else. `make bench-quick` only tries that all of it runs. `BENCH` passes more on, as
-`make bench BENCH="--shape 1.1b --runs 3 one agents"`, or `--model your.gguf`; `python -m benchmarks --help` tells
-the rest. With a GPU, `make setup BACKEND=cuda` and `make bench BENCH="--backend cuda"` fill the same table there.
+`make bench` compares this library with other tools and writes this page. It takes half an hour on an otherwise idle
+machine. `make bench-quick` only checks that every scenario runs. `BENCH` passes further arguments, as
+`make bench BENCH="--shape 1.1b --runs 3 one agents"` or `--model your.gguf`; `python -m benchmarks --help` lists
+them. With a GPU, `make setup BACKEND=cuda` and `make bench BENCH="--backend cuda"` fill the same table.
 
-A ratio is of two things that were measured one after the other, in alternating order, in one run. Shown is the
-median of the runs' ratios, and from where to where they went: the machine is shared, so the spread matters.
-llama.cpp's tools are built from the release as it is, with the library's flags; both sides get the same model,
-threads, context, batch sizes and flash attention.
+Each ratio compares two things that were measured one after the other, in alternating order, in one run. The table
+shows the median of the runs' ratios and their range: the machine is shared, so the spread matters. llama.cpp's
+tools are built from the unchanged release with the library's flags. Both sides get the same model, threads,
+context, batch sizes and flash attention.
 """
 
 
 def about() -> dict[str, str]:
-    """The machine and the versions; nothing that names its owner."""
+    """Return the machine and the versions, without names of users or hosts."""
     found = {
         "processor": _processor(),
         "cores": str(n_cores()),
@@ -57,12 +57,12 @@ def _processor() -> str:
 
 
 def anonymous(text: str) -> str:
-    """Without the directories of this machine: of an absolute path only the last name is left."""
+    """Return a text without directories of this machine: of an absolute path only the last name stays."""
     return re.sub(r"(?<![\w.~/])/(?:[^\s/'\"]+/)+", "", text)
 
 
 def to_json(findings: Findings, setup: Setup, machine: Mapping[str, str]) -> str:
-    """All that was found, with every run's values."""
+    """Return all findings as JSON, with the values of every run."""
     figures = [
         asdict(figure)
         | {"ratios": figure.ratios, "ratio": figure.ratio, "met": figure.met}
@@ -90,7 +90,7 @@ def to_json(findings: Findings, setup: Setup, machine: Mapping[str, str]) -> str
 
 
 def from_json(text: str) -> tuple[Findings, dict[str, str]]:
-    """What `to_json` wrote: the findings and the machine."""
+    """Return the findings and the machine from the output of `to_json`."""
     content = json.loads(text)
     figures = [
         Figure(
@@ -104,7 +104,7 @@ def from_json(text: str) -> tuple[Findings, dict[str, str]]:
 
 
 def table(findings: Findings) -> str:
-    """A line for each figure, in Markdown."""
+    """Return a Markdown table with one row per figure."""
     rows = ["| What | Against | Ratio | Ours | Theirs | Target | Met |", "|---|---|---|---|---|---|---|"]
     for figure in findings.figures:
         ratio = f"**{_number(figure.ratio)}** ({_number(min(figure.ratios))} to {_number(max(figure.ratios))})"
@@ -116,7 +116,7 @@ def table(findings: Findings) -> str:
 
 
 def page(found: Sequence[tuple[str, Findings]], machine: Mapping[str, str], plots: str) -> str:
-    """The page: of each model its table and its plots, which lie in the directory `plots`."""
+    """Return the page: for each model its table and its plots from the directory `plots`."""
     parts = [PAGE, "".join(f"- {name}: {value}\n" for name, value in machine.items())]
     for model, findings in found:
         parts.append(f"## {model}\n\n{table(findings)}\n")
@@ -133,7 +133,7 @@ def page(found: Sequence[tuple[str, Findings]], machine: Mapping[str, str], plot
 
 
 def write(findings: Findings, setup: Setup, out: Path, docs: Path | None) -> None:
-    """Leave all of it in `out`; and, where given, the page and its plots in `docs`."""
+    """Write all reports to `out`, and the page and its plots also to `docs`, if given."""
     machine = about()
     out.mkdir(parents=True, exist_ok=True)
     found = to_json(findings, setup, machine)
@@ -159,7 +159,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, and never an exponent."""
+    """Return a number with three significant digits and without an exponent."""
     if value == 0:
         return "0"
     digits = max(0, 2 - int(np.floor(np.log10(abs(value)))))

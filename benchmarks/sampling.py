@@ -1,4 +1,4 @@
-"""From logits to a token: this library's sampler against libllama's, on the same rows, one thread each."""
+"""Sampling a token from logits: this library against libllama, on the same rows, with one thread each."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.measure import Figure, Findings, Setup, Target, in_turn
-from benchmarks.peer import compiled, ran
+from benchmarks.peer import compile_program, run_program
 from erllama.engine import SamplerFactory, SamplingOptions
 
-VOCABULARIES = (32_000, 128_256, 262_144)  # of Llama 2, Llama 3 and Gemma 3
+VOCABULARIES = (32_000, 128_256, 262_144)  # the sizes of Llama 2, Llama 3 and Gemma 3
 TARGETED = 128_256
-N_ROWS = 16  # 8 MB at 128,256: more than a core's own cache holds
+N_ROWS = 16  # 8 MB with 128,256 tokens: more than the cache of a core
 N_PEAKS = 48  # more than top-k keeps
 EVICT = 64 << 20  # bytes
 SEED = 1
 
 
 class Case(NamedTuple):
-    """What is measured, with each vocabulary.
+    """A case to measure with each vocabulary.
 
-    `temperature` 0 is the greedy sampler of both sides. `n_evict` is bytes written between two samples, and
-    `n_rounds` how often a run goes over all rows.
+    `temperature` 0 is the greedy sampler of both sides. `n_evict` is the bytes written between two samples.
+    `n_rounds` is the number of passes over all rows in a run.
     """
 
     name: str
@@ -57,7 +57,7 @@ CASES = (
 
 
 class _Ids:
-    """A vocabulary of numbers: sampling asks for no more."""
+    """A vocabulary without texts: sampling needs only ids."""
 
     def __init__(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
@@ -76,10 +76,10 @@ class _Ids:
 
 
 def sampling(setup: Setup) -> Findings:
-    """The chain of steps, with warm and with cold caches, and the greedy choice, for three sizes of vocabulary."""
+    """Compare the sampler chain, with warm and cold caches, and greedy sampling, for three vocabularies."""
     findings = Findings()
     with tempfile.TemporaryDirectory() as place:
-        compiled("peer_sampling", Path(place), setup.backend)
+        compile_program("peer_sampling", Path(place), setup.backend)
         for n_vocab in VOCABULARIES[:1] if setup.quick else VOCABULARIES:
             rows = make_rows(n_vocab, N_ROWS)
             rows.tofile(Path(place) / "logits.f32")
@@ -89,7 +89,7 @@ def sampling(setup: Setup) -> Findings:
 
 
 def make_rows(n_vocab: int, n_rows: int) -> NDArray[np.float32]:
-    """Rows such as a model gives: noise, above which stand a few dozen peaks that fall as Zipf's law has it.
+    """Return rows of logits like those of a model: noise, and a few dozen peaks that follow Zipf's law.
 
     Returns:
         shape (n_rows, n_vocab). The noise's largest of 128,256 is at about 11, the peaks go from 16 to 11.4.
@@ -103,7 +103,7 @@ def make_rows(n_vocab: int, n_rows: int) -> NDArray[np.float32]:
 
 
 def context(rows: NDArray[np.float32]) -> NDArray[np.int32]:
-    """What came before, int32, shape (64,): some that are likely in the first row, and others."""
+    """Return previous tokens, int32, shape (64,): some likely ones of the first row, and others."""
     dice = np.random.default_rng(SEED + 1)
     likely = rows[0].argsort()[-N_PEAKS:]
     return np.concatenate([dice.choice(likely, 32), dice.integers(0, rows.shape[1], 32)]).astype(np.int32)
@@ -125,16 +125,19 @@ def _compare(setup: Setup, case: Case, rows: NDArray[np.float32], place: Path) -
         shown += f", repeat_penalty={case.repeat_penalty}, repeat_last_n=64"
     notes = [
         f"a run: median of {n_rounds} rounds over {len(rows)} rows of noise with {N_PEAKS} peaks; one thread",
-        "libllama's samples begin, as llama-server's do, by filling an array of candidates from the logits, timed",
+        "libllama's samples start, as in llama-server, by filling an array of candidates from the logits; "
+        "this is timed",
     ]
     if case.n_evict:
-        notes.append(f"{case.n_evict >> 20} MiB are written before each sample, untimed, as a decode would")
+        notes.append(
+            f"{case.n_evict >> 20} MiB are written before each sample, as a decode would do; this is not timed"
+        )
     ours, theirs = in_turn(
         partial(_ours, options, rows, n_rounds, case.n_evict),
         lambda: _theirs(command, place).microseconds,
         setup.runs,
     )
-    notes.append(f"with 8 rows: {8 * statistics.median(ours):.0f} us a tick")
+    notes.append(f"with 8 rows: {8 * statistics.median(ours):.0f} us per tick")
     return Figure(
         f"{case.name}-{n_vocab}",
         f"sampling, {n_vocab:,} tokens: {case.what}",
@@ -149,7 +152,7 @@ def _compare(setup: Setup, case: Case, rows: NDArray[np.float32], place: Path) -
 
 
 def _ours(options: SamplingOptions, rows: NDArray[np.float32], n_rounds: int, n_evict: int) -> float:
-    """Microseconds of a sample."""
+    """Return the microseconds of a sample."""
     sample, before = SamplerFactory(_Ids(rows.shape[1]), 4096).make(options).sample, context(rows)
     evict = np.zeros(n_evict, np.uint8)[::64]
     rounds: list[float] = []
@@ -161,18 +164,18 @@ def _ours(options: SamplingOptions, rows: NDArray[np.float32], n_rounds: int, n_
             sample(row, before)
             spent += time.perf_counter_ns() - began
         rounds.append(spent / len(rows))
-    return statistics.median(rounds[1:]) / 1e3  # the first does not count
+    return statistics.median(rounds[1:]) / 1e3  # the first round is a warm-up
 
 
 class _Theirs(NamedTuple):
-    """`tokens` is what was chosen for each row, the last time."""
+    """The result of libllama's sampler. `tokens` are those of the last round, one per row."""
 
     microseconds: float
     tokens: list[int]
 
 
 def _theirs(command: list[str], place: Path) -> _Theirs:
-    found = json.loads(ran(command, place))
+    found = json.loads(run_program(command, place))
     return _Theirs(statistics.median(found["nanoseconds"]) / 1e3, found["tokens"])
 
 

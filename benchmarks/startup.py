@@ -1,4 +1,4 @@
-"""How long a process takes that imports erllama, or asks the command for its version or its help."""
+"""The time of a process that imports erllama, or prints the version or the help of the command."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.measure import Figure, Findings, Setup, Target
 
-# Seconds that a user waits without noticing; of whole processes, the interpreter's own start included.
+# Seconds that a user does not notice, of whole processes, including the start of the interpreter.
 IMPORT_SECONDS, COMMAND_SECONDS = 0.25, 0.15
 STARTS = 10
 
 
 def startup(setup: Setup) -> Findings:
-    """Whole processes, from start to end, against what they may take."""
+    """Compare the times of whole processes with their limits."""
     shown = {
         "import erllama": (("-c", "import erllama"), IMPORT_SECONDS),
         "erllama --version": (("-P", "-m", "erllama", "--version"), COMMAND_SECONDS),
@@ -30,7 +30,7 @@ def startup(setup: Setup) -> Findings:
         found.figures.append(
             Figure(
                 "startup",
-                f"{what}, in a process of its own",
+                f"{what}, in a separate process",
                 f"{allowed * 1e3:.0f} ms",
                 "ms",
                 [value * 1e3 for value in ours],
@@ -47,7 +47,7 @@ def startup(setup: Setup) -> Findings:
 
 
 def _seconds(arguments: Sequence[str], n: int) -> float:
-    """Seconds of a Python process with these arguments: the median of `n` after one that fills the page cache."""
+    """Return the seconds of a Python process: the median of `n`, after one that fills the page cache."""
     taken = []
     for _ in range(n + 1):
         began = time.perf_counter()

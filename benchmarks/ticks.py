@@ -1,4 +1,4 @@
-"""Where a tick's time goes: libllama's, and ours around it. `make profile` prints it, function by function."""
+"""The time of a tick, inside libllama and outside it. `make profile` prints it by function."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from erllama.llama_ffi import build_info
 from erllama.testing.models import SHAPE_135M, write_llama
 
 ATTEMPTS = 5
-ALLOWED_US = 150.0  # outside libllama, for one stream
+ALLOWED_US = 150.0  # target of the time outside libllama, for one stream
 
 
 class Call(NamedTuple):
-    """One call of libllama's decode, on the clock of time.perf_counter; `n` is its tokens."""
+    """One call of libllama's decode: its times by time.perf_counter, and its number of tokens."""
 
     began: float
     ended: float
@@ -35,7 +35,7 @@ class Call(NamedTuple):
 
 @contextmanager
 def decodes() -> Iterator[list[Call]]:
-    """The calls of libllama's decode while the `with` lasts."""
+    """Record the calls of libllama's decode during the `with`."""
     calls: list[Call] = []
     lib = binding.lib
     now, decode = time.perf_counter, lib.erl_decode
@@ -47,7 +47,7 @@ def decodes() -> Iterator[list[Call]]:
         return code
 
     names = [name for name in dir(lib) if name.startswith(("erl_", "ERL_"))]
-    # As plain attributes: what stands in for the functions should not cost more than they do.
+    # Plain attributes: a wrapper must not cost more than the function that it replaces.
     binding.lib = SimpleNamespace(**{name: getattr(lib, name) for name in names} | {"erl_decode": timed})
     try:
         yield calls
@@ -56,7 +56,7 @@ def decodes() -> Iterator[list[Call]]:
 
 
 def run(ours: Ours, prompts: Prompts, n_streams: int, n_tokens: int) -> None:
-    """Streams that are read as they come, each by a thread of its own."""
+    """Run streams, each read by its own thread."""
 
     def read(prompt: list[int]) -> None:
         with ours.model.stream(prompt, max_tokens=n_tokens, temperature=0) as stream:
@@ -71,7 +71,7 @@ def run(ours: Ours, prompts: Prompts, n_streams: int, n_tokens: int) -> None:
 
 
 def times(setup: Setup, n_streams: int) -> tuple[list[float], list[float]]:
-    """Microseconds of each tick in which all streams decode: outside libllama, and inside."""
+    """Return the microseconds outside and inside libllama of each tick in which all streams decode."""
     n_tokens, prompts = 128, Prompts()
     with Ours(setup, n_streams * whole_cells(SHORT_PROMPT + n_tokens), n_seq_max=n_streams) as ours:
         run(ours, prompts, n_streams, n_tokens)
@@ -81,13 +81,13 @@ def times(setup: Setup, n_streams: int) -> tuple[list[float], list[float]]:
             pairs = [(a, b) for a, b in pairwise(calls) if a.n == b.n == n_streams]
             if pairs:
                 break
-        else:  # a model so small that a stream ends before the last has begun
+        else:  # the model is so small that one stream ends before the last one starts
             raise AbsentError(f"in {ATTEMPTS} attempts no tick carried all {n_streams} streams; try a larger model")
     return [1e6 * (b.began - a.ended) for a, b in pairs], [1e6 * (b.ended - b.began) for _, b in pairs]
 
 
 def outside(setup: Setup) -> Findings:
-    """Time outside libllama, a tick."""
+    """Measure the time outside libllama per tick."""
     findings = Findings()
     for n_streams in (1, 8):
         try:
@@ -101,7 +101,7 @@ def outside(setup: Setup) -> Findings:
         findings.figures.append(
             Figure(
                 f"outside-{n_streams}",
-                f"time outside libllama a tick, {n_streams} stream{'s' if n_streams > 1 else ''} read as they come",
+                f"time outside libllama per tick, {n_streams} stream{'s' if n_streams > 1 else ''}",
                 f"{ALLOWED_US:g} us",
                 "us",
                 medians,
@@ -115,7 +115,7 @@ def outside(setup: Setup) -> Findings:
 
 
 def profile(setup: Setup, n_streams: int) -> None:
-    """Print the functions of the model thread by the time spent in them; the profiler makes all of them slower."""
+    """Print the functions of the model thread by their time. The profiler makes all of them slower."""
     profiler = cProfile.Profile()
     prompts = Prompts()
     n_tokens = setup.of(256, 32)
@@ -152,7 +152,7 @@ def main() -> None:
     for name, values in (("outside libllama", beyond), ("in libllama's decode", inside)):
         ordered = sorted(values)
         print(
-            f"{name}, a tick: median {statistics.median(ordered):.0f} us, "
+            f"{name}, per tick: median {statistics.median(ordered):.0f} us, "
             f"a tenth under {ordered[len(ordered) // 10]:.0f}, a tenth over {ordered[-len(ordered) // 10]:.0f}"
         )
     print(f"share outside: {sum(beyond) / (sum(beyond) + sum(inside)):.1%}\n")

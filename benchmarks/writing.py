@@ -1,6 +1,6 @@
-"""What the cache costs: bytes written, decoding beside writes, memory.
+"""The cost of the cache: bytes written, decoding beside writes, memory.
 
-Directories of caches are temporary ones: TMPDIR chooses the file system that is measured.
+Cache directories are temporary. TMPDIR chooses the file system to measure.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import erllama
-from benchmarks.engines import Prompt, Prompts, load_command, loaded, whole_cells
+from benchmarks.engines import Prompt, Prompts, load_code, open_model, whole_cells
 from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn, spread
-from benchmarks.processes import answer, measured_apart
+from benchmarks.processes import answer, measure_in_process
 from erllama.engine.backends.stub import StubBackend
 
 BLOCK = 256  # tokens; the cache's default
 REPEAT = 3  # replies within one run
-SYSTEM = 700  # tokens that a chat begins with
+SYSTEM = 700  # tokens at the start of a chat
 
 
 # --- bytes written ----------------------------------------------------------------------------------------
 
 
 def turns(setup: Setup) -> Findings:
-    """Bytes written in a chat, each turn of which sends the whole history, against those of its distinct tokens.
+    """Compare the bytes that a chat writes with those of its distinct tokens. Each turn sends the whole history.
 
-    The model is a stub: what is written depends on lengths alone. A token of it has 8 bytes of KV, so that the
-    headers of files and their token ids count for more than they would with a real model.
+    The model is a stub, since the number of bytes depends only on lengths. Its tokens have 8 bytes of KV, so file
+    headers and token ids weigh more than with a real model.
     """
     n_turns, n_said, n_reply = setup.of(20, 6), 90, 120
     chats: list[Chat] = []
@@ -68,10 +68,11 @@ def turns(setup: Setup) -> Findings:
                     "model.prefill(history), once; erllama.Cache(disk=another)",
                 ),
                 [
-                    f"{SYSTEM} tokens before the first turn, {n_said} said and {n_reply} replied in each: "
+                    f"{SYSTEM} tokens before the first turn, {n_said} of input and {n_reply} of reply in each: "
                     f"{last.lengths[-1]} in the end",
-                    "a stub instead of a model, with 8 bytes of KV a token; a model has thousands of times that",
-                    f"{last.n_overtaken} tails were overtaken by the next turn before they were written",
+                    "a stub instead of a model, with 8 bytes of KV per token; "
+                    "a model has thousands of times as much",
+                    f"{last.n_superseded} tails were superseded by the next turn before they were written",
                 ],
             )
         ],
@@ -92,19 +93,19 @@ def turns(setup: Setup) -> Findings:
 
 
 class Chat(NamedTuple):
-    """What a chat wrote.
+    """The writes of a chat.
 
     Attributes:
-        n_bytes: in all, after its end.
-        written: bytes, up to the end of each turn.
+        n_bytes: bytes in total, after its end.
+        written: bytes up to the end of each turn.
         lengths: tokens of the history after each turn.
-        n_overtaken: tails that needed not be written.
+        n_superseded: tails that a later turn replaced before they were written.
     """
 
     n_bytes: float
     written: list[float]
     lengths: list[int]
-    n_overtaken: int
+    n_superseded: int
 
 
 def _chat(n_turns: int, n_said: int, n_reply: int) -> Chat:
@@ -120,7 +121,7 @@ def _chat(n_turns: int, n_said: int, n_reply: int) -> Chat:
         for _ in range(n_turns):
             history += [ord("q")] * n_said
             history = list(model.complete(history, max_tokens=n_reply).context_tokens)
-            # Full blocks are written at once, but behind; the tail waits for the next turn.
+            # Full blocks are queued at once; the tail waits for the next turn.
             _wait_for_blocks(cache, (len(history) - 1) // BLOCK)
             written.append(cache.counters()["bytes_written"])
             lengths.append(len(history))
@@ -139,7 +140,7 @@ def _wait_for_blocks(cache: erllama.Cache, n_blocks: int) -> None:
 
 
 def _written_once(n_tokens: int) -> float:
-    """Bytes that a history of so many tokens takes on disk."""
+    """Return the bytes that a history of this many tokens takes on disk."""
     with (
         tempfile.TemporaryDirectory() as place,
         erllama.Cache(disk=Path(place) / "once") as cache,
@@ -154,12 +155,12 @@ def _written_once(n_tokens: int) -> float:
 
 
 class Decoding(NamedTuple):
-    """Some replies in one process.
+    """Replies of one process.
 
     Attributes:
-        speed: tokens a second, the median of the replies'.
-        n_bytes: written to disk in all.
-        share: of those bytes, what was written between a reply's first token and its last.
+        speed: tokens per second, the median over the replies.
+        n_bytes: bytes written to disk in total.
+        share: the part of these bytes that was written between the first and the last token of a reply.
     """
 
     speed: float
@@ -168,10 +169,10 @@ class Decoding(NamedTuple):
 
 
 def behind(setup: Setup) -> Findings:
-    """Decode of replies while the blocks of their prompts, and their own, go to disk; against decode alone.
+    """Compare decoding while blocks of prompts and replies are written to disk with decoding alone.
 
-    One model at a time, loaded anew for each value. A block fills in the middle of each reply, and is packed and
-    written while that goes on.
+    One model at a time, loaded again for each value. A block becomes full in the middle of each reply. It is packed
+    and written while the reply continues.
     """
     n_tokens = setup.of(128, 32)
     n_prompt = setup.of(1024, 512) - n_tokens // 2
@@ -194,19 +195,19 @@ def behind(setup: Setup) -> Findings:
         [
             Figure(
                 "behind",
-                "decode while saves are written behind",
+                "decode while blocks are written in the background",
                 "decode with a cache that stores nothing",
                 "tokens/s",
                 *pair,
                 Target(">=", 0.97),
                 [
-                    f"{load_command(setup, cache, n_ctx)}.complete(ids, max_tokens={n_tokens}, temperature=0)"
+                    f"{load_code(setup, cache, n_ctx)}.complete(ids, max_tokens={n_tokens}, temperature=0)"
                     for cache in ("erllama.Cache(disk=root)", "erllama.Cache(ram=0)")
                 ],
                 [
                     f"prompts of {n_prompt} tokens, replies of {n_tokens}; each value is the median of {REPEAT}",
                     f"{statistics.median(each.n_bytes for each in saving) / 1e6:.1f} MB written for them, "
-                    f"{spread(shares, 0)}% of it while a reply was decoded, the rest before or after",
+                    f"{spread(shares, 0)}% of it during the decoding of a reply, the rest before or after",
                 ],
             )
         ]
@@ -219,8 +220,8 @@ def _decoding(setup: Setup, cache: erllama.Cache, n_ctx: int, asked: Sequence[Pr
 
     speeds: list[float] = []
     during = 0.0
-    with loaded(setup, cache, n_ctx) as model:
-        model.complete(asked[0][:64], max_tokens=8, temperature=0)  # warms it up
+    with open_model(setup, cache, n_ctx) as model:
+        model.complete(asked[0][:64], max_tokens=8, temperature=0)  # warm-up
         cache.flush()
         before = written()
         for prompt in asked[1:]:
@@ -237,17 +238,17 @@ def _decoding(setup: Setup, cache: erllama.Cache, n_ctx: int, asked: Sequence[Pr
 
 # --- memory -----------------------------------------------------------------------------------------------
 
-RAM = "64MiB"  # less than the conversations' KV is with a model of 135M: the tier is full in the end
+RAM = "64MiB"  # less than the KV of the conversations with a 135M model, so that the tier is full at the end
 TALKS, PLACES = 10, 4
 
 
 class Memory(NamedTuple):
-    """What one process took; MiB.
+    """The memory of one process, in MiB.
 
     Attributes:
-        peak: most resident memory at any time, the mapped pages of the model's file among it.
-        ram: held by the RAM tier in the end.
-        disk: written.
+        peak: peak resident memory, including the mapped pages of the model file.
+        ram: size of the RAM tier at the end.
+        disk: bytes written.
     """
 
     peak: float
@@ -256,14 +257,14 @@ class Memory(NamedTuple):
 
 
 def memory(setup: Setup) -> Findings:
-    """Peak resident memory of ten conversations at once with a cache in RAM and on disk, over that of one token.
+    """Compare the peak memory of ten conversations with a cache in RAM and on disk with that of one token.
 
-    Each value is of a process of its own.
+    Each value is from a separate process.
     """
     processes: dict[str, list[Memory]] = {"cache": [], "none": [], "one": []}
 
     def peak(what: str) -> float:
-        processes[what].append(Memory(*measured_apart("writing", setup, what)))
+        processes[what].append(Memory(*measure_in_process("writing", setup, what)))
         return processes[what][-1].peak
 
     pair = in_turn(lambda: peak("cache"), lambda: peak("one"), setup.runs)
@@ -274,7 +275,7 @@ def memory(setup: Setup) -> Findings:
     talk = f".complete(history, max_tokens={n_reply}), in {TALKS} threads"
 
     def loading(cache: str) -> str:
-        return load_command(setup, cache, n_ctx, n_seq_max=PLACES)
+        return load_code(setup, cache, n_ctx, n_seq_max=PLACES)
 
     return Findings(
         [
@@ -291,9 +292,10 @@ def memory(setup: Setup) -> Findings:
                 ),
                 [
                     f"{n_turns} turns and {n_turns * (n_said + n_reply)} tokens each in the end; "
-                    f"{PLACES} run at once, the others wait; each value is of a process of its own",
+                    f"{PLACES} run at a time, the others wait; each value is from a separate process",
                     f"{spread(over, 1)} MiB more than one token; the same conversations with Cache(ram=0) took "
-                    f"{processes['none'][0].peak - statistics.median(pair[1]):.1f} MiB more: that is computing",
+                    f"{processes['none'][0].peak - statistics.median(pair[1]):.1f} MiB more: "
+                    "the memory of the computation",
                     f"the RAM tier's budget is {RAM}, of which it held {held.ram:.1f} MiB in the end; "
                     f"{held.disk:.1f} MiB were written to disk",
                 ],
@@ -303,18 +305,18 @@ def memory(setup: Setup) -> Findings:
 
 
 def _talk_sizes(setup: Setup) -> tuple[int, int, int]:
-    """Tokens said in a turn, tokens replied, and turns."""
+    """Return the tokens of input per turn, the tokens of each reply, and the number of turns."""
     return setup.of(100, 40), setup.of(32, 8), setup.of(3, 2)
 
 
 def _measure_memory(setup: Setup, what: str) -> Memory:
-    """What the processes of `memory` do: "cache" and "none" talk, with a cache and without; "one" is one token."""
+    """Run one process of `memory`: conversations with "cache" or "none", or one token for "one"."""
     n_said, n_reply, n_turns = _talk_sizes(setup)
     n_ctx, prompts = PLACES * whole_cells(n_turns * (n_said + n_reply)), Prompts()
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         kept = {"ram": RAM, "disk": Path(place) / "kv"} if what == "cache" else {"ram": 0}
         cache = stack.enter_context(erllama.Cache(**kept))
-        model = stack.enter_context(loaded(setup, cache, n_ctx, n_seq_max=PLACES))
+        model = stack.enter_context(open_model(setup, cache, n_ctx, n_seq_max=PLACES))
 
         def talk(said: list[Prompt]) -> None:
             history: Prompt = []
@@ -332,9 +334,9 @@ def _measure_memory(setup: Setup, what: str) -> Memory:
 
 
 def _peak_mib() -> float:
-    """Most resident memory that this process had, in MiB."""
+    """Return the peak resident memory of this process, in MiB."""
     try:
-        # getrusage also counts what the parent had when it started this process.
+        # getrusage would also count the memory of the parent at the start of this process.
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
     except (FileNotFoundError, IndexError):

@@ -1,8 +1,8 @@
-"""A token-exact, tiered store of KV blocks. Needs no model and no libllama.
+"""A token-exact, tiered store of KV blocks, which needs no model and no libllama.
 
-`Cache` is what users make. The engine looks up, loads and saves blocks with
-it; `kvc` reads and writes the files; `namespace_key`, `child_key` and `Block`
-say what a block is; `Tier` is what a tier of one's own derives from.
+Users create a `Cache`, and the engine looks up, loads and saves blocks with it. `namespace_key`, `child_key` and
+`Block` define blocks, `kvc` reads and writes their files, and user-defined tiers derive from `Tier`. Imports run
+from `store` to `pipeline` and `admin`, `catalog`, `tiers`, `texts` and `blocks`. Imports nothing of the engine.
 """
 
 from erllama.cache.blocks.block import Block, SaveReason
@@ -13,7 +13,8 @@ from erllama.cache.pressure.memory import MemoryUsage
 from erllama.cache.pressure.pressure import Pressure
 from erllama.cache.store import Cache
 from erllama.cache.tiers.file_tier import FileTier
-from erllama.cache.tiers.tier import Changes, Problem, RamTier, Tier, TierRow
+from erllama.cache.tiers.ram_tier import RamTier
+from erllama.cache.tiers.tier import Changes, Problem, Tier, TierRow
 
 __all__ = [
     "KEY_BYTES",

@@ -1,4 +1,4 @@
-"""Reads and writes `.kvc` files. The public name of `erllama.cache.blocks.kvc`."""
+"""Reads and writes `.kvc` files: the public name of `erllama.cache.blocks.kvc`."""
 
 from erllama.cache.blocks.kvc import (
     MAGIC,

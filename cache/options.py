@@ -1,4 +1,7 @@
-"""What a caller gives a cache for directories and tiers, checked and made into tiers."""
+"""Options of a cache for directories and tiers: checks them, and creates the tiers.
+
+`Cache` calls these functions when it is created, and the command `erllama` for the default directories.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import platformdirs
 
 from erllama.cache.sizes import parse_bytes
 from erllama.cache.tiers.file_tier import FileTier
-from erllama.cache.tiers.read_only import file_tier
+from erllama.cache.tiers.read_only import create_file_tier
 from erllama.cache.tiers.tier import Tier
 from erllama.errors import OptionError
 
@@ -34,40 +37,40 @@ Directories = str | Path | bool | Sequence[str | Path] | Mapping[str | Path, str
 
 
 class Root(NamedTuple):
-    """One directory of a tier of files, and its budget."""
+    """One directory of a file tier, and its budget."""
 
     tier: str
     path: Path
     budget: int
 
 
-def directories(name: str, given: object, quota: object) -> list[Root]:
-    """The directories of an option: none, one, several, or a mapping to their quotas.
+def directories(name: str, value: object, quota: object) -> list[Root]:
+    """Return the directories of an option: None, one, several, or a mapping from directories to quotas.
 
     Raises:
-        OptionError: no directory, the same one twice, or one without room.
+        OptionError: a value is not a directory, or a directory has a quota of 0.
     """
     budget = parse_bytes(f"{name}_quota", quota)
-    if given is None or given is False:
+    if value is None or value is False:
         return []
-    if isinstance(given, Mapping):
-        wanted = [(path, parse_bytes(f"{name}[{str(path)!r}]", size)) for path, size in given.items()]
-    elif isinstance(given, list | tuple):
-        wanted = [(path, budget) for path in given]
+    if isinstance(value, Mapping):
+        wanted = [(path, parse_bytes(f"{name}[{str(path)!r}]", size)) for path, size in value.items()]
+    elif isinstance(value, list | tuple):
+        wanted = [(path, budget) for path in value]
     else:
-        wanted = [(given, budget)]
+        wanted = [(value, budget)]
     roots = [Root(name, _directory(name, path), size) for path, size in wanted]
     for root in roots:
         if root.budget == 0:
-            raise OptionError(f"{name}_quota=0 leaves {root.path} no room; give a size, or leave {name!r} out")
+            raise OptionError(f"{name}_quota=0 leaves no room in {root.path}; give a size, or omit {name!r}")
     return roots
 
 
 def file_tiers(roots: Sequence[Root], watch: bool, read_only: bool) -> list[FileTier]:
-    """The tiers of files of all options together.
+    """Return the file tiers of all options together.
 
     Raises:
-        OptionError: one directory is, or lies in, another; or there is none to be read only.
+        OptionError: two directories are equal, or one lies in another; or `read_only` is set without a directory.
     """
     if read_only and not roots:
         raise OptionError("read_only=True without a directory; give disk or ram_file, too")
@@ -76,16 +79,22 @@ def file_tiers(roots: Sequence[Root], watch: bool, read_only: bool) -> list[File
             a, b = Path(os.path.realpath(root.path)), Path(os.path.realpath(other.path))
             if a == b or a in b.parents or b in a.parents:
                 raise OptionError(
-                    f"{root.path} and {other.path}: one is or lies in the other; give separate directories"
+                    f"{root.path} and {other.path} are equal, or one lies in the other; give separate directories"
                 )
-    return [file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=read_only) for root in roots]
+    return [
+        create_file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=read_only) for root in roots
+    ]
 
 
-def known_tiers(given: object) -> list[Tier]:
-    """The caller's own tiers."""
-    if not isinstance(given, list | tuple):
-        raise OptionError(f"tiers={given!r}; give a list of objects derived from erllama.cache.Tier")
-    for tier in given:
+def custom_tiers(value: object) -> list[Tier]:
+    """Return the user's own tiers after checking them.
+
+    Raises:
+        OptionError: one is not a tier, is listed twice, or has a reserved name or another write mode than "behind".
+    """
+    if not isinstance(value, list | tuple):
+        raise OptionError(f"tiers={value!r}; give a list of objects derived from erllama.cache.Tier")
+    for tier in value:
         if not isinstance(tier, Tier):
             raise OptionError(f"{tier!r} in tiers; give objects of a class derived from erllama.cache.Tier")
         if tier.write_mode != "behind" or tier.name in ("ram", "live"):
@@ -93,27 +102,27 @@ def known_tiers(given: object) -> list[Tier]:
                 f"tiers has {tier.name!r} with write_mode={tier.write_mode!r}; give tiers with write_mode='behind' "
                 "and a name other than 'ram' and 'live'"
             )
-    if len({id(tier) for tier in given}) != len(given):
-        raise OptionError("tiers has one tier twice")
-    return list(given)
+    if len({id(tier) for tier in value}) != len(value):
+        raise OptionError("tiers contains one tier twice")
+    return list(value)
 
 
-def _directory(name: str, given: object) -> Path:
-    if given is True:
+def _directory(name: str, value: object) -> Path:
+    if value is True:
         return default_directory(name)
-    if not isinstance(given, str | Path) or not str(given) or "\0" in str(given):
-        raise OptionError(f"{name}={given!r}; give a directory, several, True for the usual one, or None")
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise OptionError(f"{name}={value!r}; give a directory, several, True for the default one, or None")
     try:
-        return Path(given).expanduser().absolute()
+        return Path(value).expanduser().absolute()
     except RuntimeError as error:
-        raise OptionError(f"{name}={given!r}: {error}") from None
+        raise OptionError(f"{name}={value!r}: {error}") from None
 
 
 def default_directory(name: str) -> Path:
-    """What True means for an option.
+    """Return the directory that True stands for.
 
     Raises:
-        OptionError: this system has no such place.
+        OptionError: this system has no such directory.
     """
     if name == "disk":
         return Path(platformdirs.user_cache_dir("erllama"))

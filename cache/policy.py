@@ -1,12 +1,12 @@
-"""What of a context is saved, and when: one `Policy` a model.
+"""Which parts of a context are saved, and when: one `Policy` per model.
 
-Memory that cannot be cut can be packed only the moment a block is complete, and
-what follows a block needs it. There, full blocks are saved as they complete,
-whatever the policy says, and it decides of the tails alone.
+The KV of every token is stored once, whatever the policy. A policy excludes blocks that are not worth their bytes.
+The defaults save everything: a block that is never requested again costs a write in the background, and is evicted
+first.
 
-Every token's KV is stored once, whatever the policy; a policy keeps out what
-is not worth its bytes. The defaults keep everything: a block that nobody asks
-for again costs a write behind the request, and is the first to be evicted.
+Memory that cannot be cut can be packed only at the moment when a block is complete, and later blocks need earlier
+ones. For such memory, full blocks are saved when they are complete, whatever the policy says, and the policy
+applies only to the shorter blocks at the end. The engine asks the policy; the cache does not.
 """
 
 from __future__ import annotations
@@ -20,33 +20,32 @@ from erllama.errors import OptionError
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """When a model saves. All counts are tokens, but the last two.
+    """When a model saves. All values are numbers of tokens, except for the last two.
 
     Attributes:
-        min_tokens: contexts shorter than this are not saved, for whatever reason; their
-            `finish_key` is None.
-        cold_min_tokens: prompts shorter than this are not saved as they are read.
-        cold_max_tokens: prompts longer than this are not saved as they are read, but when the
-            request ends; None for no limit.
-        continued_interval: while a reply is written, save its full blocks whenever that many tokens,
-            and a block, are unsaved; 0 for only at its end.
-        boundary_trim_tokens: leave that many tokens at a prompt's end out of what is saved as it is
-            read. A text that is sent again with more after it often tokenizes otherwise at
-            the seam; memory that cannot be cut then still resumes before it.
-        boundary_align_tokens: after the trim, save as it is read only up to a multiple of this.
-        session_resume_wait_ms: the longest that a request waits for the save of its parent, in milliseconds.
-        evict_save_timeout_ms: the longest that `evict()` and `unload()` wait for the disk, in milliseconds.
+        min_tokens: contexts shorter than this are never saved; their `finish_key` is None.
+        cold_min_tokens: prompts shorter than this are not saved during prefill.
+        cold_max_tokens: prompts longer than this are not saved during prefill, but when the request ends; None for
+            no limit.
+        continued_interval: during generation, save full blocks whenever that many tokens, and at least a block, are
+            unsaved; 0 to save only at the end.
+        boundary_trim_tokens: number of tokens at the end of a prompt that are not saved during prefill. A text that
+            is sent again with more text after it often has other tokens where the two join. Memory that cannot be
+            cut can then still resume before that place.
+        boundary_align_tokens: after the trim, save during prefill only up to a multiple of this.
+        session_resume_wait_ms: the longest time that a request waits for the save of its parent, in milliseconds.
+        evict_save_timeout_ms: the longest time that `evict()` and `unload()` wait for the disk, in milliseconds.
     """
 
     min_tokens: int = 0
     cold_min_tokens: int = 0
     cold_max_tokens: int | None = None
-    # A block of the default size: each is saved as it completes, and a crash loses less than one.
+    # The default block size: each block is saved when it is complete, and a crash loses less than one block.
     continued_interval: int = 256
     boundary_trim_tokens: int = 0
     boundary_align_tokens: int = 1
     session_resume_wait_ms: int = 500
-    # A hung disk must not hang them.
+    # They must not hang with the disk.
     evict_save_timeout_ms: int = 30_000
 
     def __post_init__(self) -> None:
@@ -59,15 +58,15 @@ class Policy:
         if self.cold_max_tokens is not None and self.cold_max_tokens < self.cold_min_tokens:
             raise OptionError(
                 f"policy: cold_max_tokens={self.cold_max_tokens} is below "
-                f"cold_min_tokens={self.cold_min_tokens}; no prompt would be saved as it is read"
+                f"cold_min_tokens={self.cold_min_tokens}; no prompt would be saved during prefill"
             )
 
     @classmethod
     def of(cls, value: object) -> Policy:
-        """The policy that `value` stands for: a Policy, a mapping of its options, or None for the defaults.
+        """Return the policy that `value` stands for: a Policy, a mapping of its options, or None for the defaults.
 
         Raises:
-            OptionError: none of these, or an option that is unknown or wrong.
+            OptionError: `value` is of another type, or an option is unknown or invalid.
         """
         if value is None:
             return cls()
@@ -81,7 +80,7 @@ class Policy:
         return cls(**options)
 
     def cold_end(self, n_prompt: int) -> int:
-        """How many of a prompt's tokens may be saved as they are read."""
+        """Return how many tokens of a prompt may be saved during prefill."""
         if n_prompt < max(self.cold_min_tokens, self.min_tokens):
             return 0
         if self.cold_max_tokens is not None and n_prompt > self.cold_max_tokens:

@@ -1,4 +1,4 @@
-"""Byte budgets as people write them."""
+"""Parses sizes such as "2GiB" into bytes. For options of the cache and of commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from erllama.errors import OptionError
 
-_MOST = 2**62
+_MAX_BYTES = 2**62
 
 _UNITS = {
     "": 1,
@@ -23,21 +23,21 @@ _UNITS = {
 
 
 def parse_bytes(name: str, value: object) -> int:
-    """Bytes of `value`: an integer, or a text such as "2GiB", "512 MB" or "1.5GiB".
+    """Return the bytes of `value`: an integer, or a text such as "2GiB", "512 MB" or "1.5GiB".
 
     Raises:
-        OptionError: not a size, or negative.
+        OptionError: `value` is not a size, or is negative.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise OptionError(f"{name}={value!r}; give a size such as '2GiB', or a number of bytes")
     if isinstance(value, int):
         if value < 0:
             raise OptionError(f"{name}={value}; a size cannot be negative")
-        return min(value, _MOST)
+        return min(value, _MAX_BYTES)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
     if not found or found[2].lower() not in _UNITS:
         raise OptionError(f"{name}={value!r}; give a size such as '2GiB' or '500MB' (units: KB to TB, KiB to TiB)")
     n_bytes = float(found[1]) * _UNITS[found[2].lower()]
-    if n_bytes > _MOST:
-        raise OptionError(f"{name}={value!r} is more than any storage holds")
+    if n_bytes > _MAX_BYTES:
+        raise OptionError(f"{name}={value!r} is more than any storage has")
     return int(n_bytes)

@@ -1,12 +1,11 @@
-"""Runs a call to its end, whatever a signal handler raises meanwhile.
+"""Completes a call even if a signal handler raises an exception meanwhile.
 
-Python runs signal handlers in the main thread, and raises there what they
-raise: KeyboardInterrupt, SystemExit or an operator's own exception, between any
-two steps of the code that runs. A change that is ended in this way leaves locks
-held, transactions open, and memory and files apart. So a call from the main
-thread runs in a thread of its own, and the main thread only waits for it. An
-exception of a handler then ends the waiting, and the call completes by itself.
-A handler may call the cache, too: the main thread holds none of its locks.
+Python runs signal handlers in the main thread, and raises their exceptions there, between any two steps of the
+running code: KeyboardInterrupt, SystemExit, or a program's own. A change that ends halfway leaves locks held,
+transactions open, and memory inconsistent with files. So a call from the main thread runs in another thread, and
+the main thread only waits for it. An exception of a handler then ends the wait, and the call still completes. A
+handler may call the cache, too, because the main thread holds none of its locks. `Cache`, the pipeline and the
+engine decorate their calls with it.
 """
 
 from __future__ import annotations
@@ -23,16 +22,15 @@ from erllama._runtime.jobs import Job, runs_here
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Calls that run now, some of them behind callers that no longer wait. Tests wait until none is left.
+# Running calls. The callers of some may no longer wait. Tests wait until the set is empty.
 running: set[object] = set()
 
 
 def uninterrupted(call: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function so that no signal handler's exception ends it halfway.
+    """Decorate a function so that an exception of a signal handler does not end it halfway.
 
-    In the main thread the handler's exception is raised at once, and the call
-    completes behind the caller. In other threads the function runs as it is.
-    So it does where no thread can be started, as at the interpreter's end.
+    In the main thread the exception is raised at once, and the call completes in the background. In other threads
+    the function runs directly. It also does where no thread can be started, as at the interpreter's exit.
     """
 
     @functools.wraps(call)
@@ -45,13 +43,13 @@ def uninterrupted(call: Callable[P, T]) -> Callable[P, T]:
 
 
 def _cannot_wait() -> bool:
-    """Return whether the main thread makes such a call itself already, or imports a module.
+    """Return whether this is such a call already, or the main thread is importing a module.
 
-    A thread that imports the same module, as a tier of the user's may, would wait for the main thread's lock on it.
+    Another thread that imports the same module, as a user's tier may, would wait for the main thread's import lock.
     """
     return is_importing() or runs_here()
 
 
 def run_behind(call: Callable[[], object]) -> None:
-    """Start a call in a thread of its own, and wait for nothing."""
+    """Start a call in another thread, and return at once."""
     Job(call, running).start()

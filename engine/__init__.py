@@ -1,4 +1,9 @@
-"""Runs requests: the model thread, its scheduler, sampling, and the backends' protocol."""
+"""The engine: runs requests on a model, from prompt tokens to replies.
+
+The façade and the chats import its public names from here. `scheduling` runs requests in the model thread, `kv`
+restores and saves KV, `requests` holds what callers submit and receive, `output` parses replies, `grammar` and
+`sampling` choose tokens, and `backends` compute.
+"""
 
 from erllama.engine.adapters import AdapterBackend
 from erllama.engine.backend import (
@@ -14,7 +19,7 @@ from erllama.engine.backend import (
 from erllama.engine.embedding import Embedder, EmbeddingBackend, EmbeddingLimits
 from erllama.engine.grammar.grammar import Grammar
 from erllama.engine.metrics import EngineMetrics
-from erllama.engine.output.phases import Markers, PhaseOptions
+from erllama.engine.output.phase_options import Markers, PhaseOptions
 from erllama.engine.requests.request import (
     CacheDelta,
     CacheHit,
@@ -34,8 +39,9 @@ from erllama.engine.requests.request import (
 )
 from erllama.engine.requests.ticket import Ticket
 from erllama.engine.sampling.candidates import Candidates
-from erllama.engine.sampling.sampler import Sampler, SamplerFactory, SamplingOptions, SamplingState, TokenLogprobs
-from erllama.engine.sampling.steps import Step
+from erllama.engine.sampling.declaration import Step
+from erllama.engine.sampling.options import SamplingOptions
+from erllama.engine.sampling.sampler import Sampler, SamplerFactory, SamplingState, TokenLogprobs
 from erllama.engine.scheduling.model_thread import ModelThread
 from erllama.engine.scheduling.scheduler import Phase
 from erllama.engine.speculation import Drafter, Drafts

@@ -1,10 +1,9 @@
-"""The adapters of one model: which of them are in effect, which requests use which, and when one may be freed.
+"""The adapters of one model: the set in effect, the requests that use each, and when one is freed.
 
-Also what is asked of a backend that has adapters: an optional part of one. A
-request takes the set that is in effect when it is submitted, and keeps it to
-its end. `Adapters` may be used from any thread, `use` and `free_unused` apart,
-which are the model thread's, as all is that the backend does with adapters but
-to check them.
+Also the protocol of a backend that has adapters, an optional part of a backend. A request gets the set in effect
+when it is submitted, and keeps it to its end. `Adapters` may be used from any thread, except `use` and
+`free_unused`, which only the model thread calls. The backend also loads, uses and frees adapters in the model
+thread alone; it checks files in any thread.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from erllama.errors import AdapterUnloaded
 
 log = logger("erllama.engine")
 
-# libllama sums the parts of two adapters in the order given, and those of more in one that depends on where in
-# memory they lie: there, the same bits come only of the same loaded ones.
+# libllama sums the parts of two adapters in the order given. It sums those of more adapters in an order that
+# depends on where in memory they lie: then only the same loaded adapters produce the same bits.
 _MOST_IN_ORDER = 2
 _PROCESS = secrets.token_bytes(16)
 _MOST_SCALE = float(np.finfo(np.float32).max)  # scales are 32-bit numbers
@@ -36,10 +35,10 @@ _numbers = count()
 
 @runtime_checkable
 class AdapterBackend(Protocol):
-    """A backend that has adapters, too. What it loads is its own affair: an object that it gets back."""
+    """A backend that also has adapters. It chooses the type of its loaded adapters; the engine only passes them."""
 
     def check_adapter(self, path: Path) -> None:
-        """Whether a file is an adapter for this model, by its header; from any thread.
+        """Check by its header that a file is an adapter for this model. Called from any thread.
 
         Raises:
             AdapterLoadError: it is not, or cannot be read.
@@ -47,25 +46,25 @@ class AdapterBackend(Protocol):
         ...
 
     def load_adapter(self, path: Path) -> object:
-        """Load a file that was found good; without effect until it is used.
+        """Load a file that passed `check_adapter`. It has no effect until it is used.
 
         Raises:
-            AdapterLoadError: it cannot be loaded after all.
+            AdapterLoadError: it cannot be loaded.
         """
         ...
 
     def use_adapters(self, adapters: Sequence[tuple[object, float]]) -> None:
-        """Decode with these, each by its scale, and no others; `clear` does not change that.
+        """Decode with these adapters, each with its scale, and no others. `clear` does not change the set.
 
-        What sequences hold stays as it is.
+        The KV of sequences stays as it is.
 
         Raises:
-            BackendError: it cannot be done; which are used is unknown then.
+            BackendError: the set could not be changed; which set is used is then unknown.
         """
         ...
 
     def free_adapter(self, adapter: object) -> None:
-        """Free one that is not used; those that are left are freed by `close`."""
+        """Free an adapter that is not used. `close` frees the others."""
         ...
 
 
@@ -74,10 +73,10 @@ class LoadedAdapter:
 
     Attributes:
         native: the backend's object.
-        path: of its file.
-        digest: SHA-256 of that, in hex.
-        scale: of requests that are submitted now, as its owner gave it; changed by `Adapters` alone.
-        number: no other in this process has it.
+        path: its file.
+        digest: SHA-256 of the file, in hex.
+        scale: the scale for requests submitted from now on, as its owner gave it; changed by `Adapters` alone.
+        number: unique in this process.
     """
 
     __slots__ = ("digest", "native", "number", "path", "scale")
@@ -88,28 +87,28 @@ class LoadedAdapter:
 
 
 class Attached(NamedTuple):
-    """An adapter in effect; its scale, as a 32-bit number, is not 0."""
+    """An adapter in effect. Its scale, as a 32-bit number, is not 0."""
 
     adapter: LoadedAdapter
     scale: float
 
 
-# In one order, whatever that of loading: by content, then by scale. Empty for the model as it is.
+# Sorted by content, then by scale, whatever the order of loading. Empty for the plain model.
 AdapterSet = tuple[Attached, ...]
 
 
 def checked_scale(scale: object) -> float:
-    """A scale as a number that libllama can take, or OptionError."""
+    """Return a scale as a number that libllama accepts. Raises OptionError for any other value."""
     return real("scale", scale, -_MOST_SCALE, _MOST_SCALE)
 
 
-def named(adapters: AdapterSet) -> str:
-    """What a namespace says of a set: contents and scales."""
+def describe(adapters: AdapterSet) -> str:
+    """Return a set's contents and scales, as a part of the namespace of its KV."""
     return " ".join(f"{adapter.digest}:{scale!r}" for adapter, scale in adapters)
 
 
-def recipe(base: bytes, adapters: AdapterSet) -> bytes:
-    """A backend's recipe, 16 bytes, for what is computed with a set."""
+def derive_recipe(base: bytes, adapters: AdapterSet) -> bytes:
+    """Return the recipe, 16 bytes, of KV computed with a set, from the backend's own recipe."""
     if len(adapters) <= _MOST_IN_ORDER:
         return base
     numbers = ",".join(str(adapter.number) for adapter, _ in adapters)
@@ -120,29 +119,29 @@ class Adapters:
     """The adapters of one model.
 
     Attributes:
-        loaded: those that are not unloaded, in the order of loading.
-        current: the set that requests get which are submitted now.
+        loaded: the adapters that are not unloaded, in the order of loading.
+        current: the set that a request gets if it is submitted now.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._lock = threading.RLock()
-        self._users: dict[object, AdapterSet] = {}  # of requests that run or wait
+        self._users: dict[object, AdapterSet] = {}  # the sets of requests that run or wait
         self._unused: list[LoadedAdapter] = []
-        self._in_use: AdapterSet | None = ()  # None where nobody knows
+        self._in_use: AdapterSet | None = ()  # None if unknown
         self._closed = False
         self.loaded: tuple[LoadedAdapter, ...] = ()
         self.current: AdapterSet = ()
 
     @property
     def unused(self) -> bool:
-        """Whether there are some to be freed."""
+        """Whether there are adapters to free."""
         return bool(self._unused)
 
-    # --- what callers do
+    # --- called by any thread
 
     def attach(self, native: object, path: Path, digest: str, scale: float) -> LoadedAdapter:
-        """Put one into effect that the backend has just loaded; where the model has ended, it is as unloaded."""
+        """Use a newly loaded adapter for new requests. If the model has ended, the adapter counts as unloaded."""
         adapter = LoadedAdapter(native, path, digest, scale)
         with self._lock:
             if not self._closed:
@@ -150,17 +149,17 @@ class Adapters:
         return adapter
 
     def detach(self, adapter: LoadedAdapter) -> None:
-        """Let requests to come do without it. It is freed once none uses it. Idempotent."""
+        """Stop using an adapter for new requests. It is freed when no request uses it any more. Idempotent."""
         with self._lock:
             if adapter in self.loaded:
                 self._change(tuple(other for other in self.loaded if other is not adapter))
                 self._free_if_unused(adapter)
 
     def set_scale(self, adapter: LoadedAdapter, scale: float) -> None:
-        """For requests to come.
+        """Change the scale for new requests.
 
         Raises:
-            AdapterUnloaded: it is.
+            AdapterUnloaded: the adapter is unloaded.
         """
         with self._lock:
             if adapter not in self.loaded:
@@ -174,19 +173,19 @@ class Adapters:
         self.loaded = loaded
         self.current = tuple(sorted(in_effect, key=lambda a: (a.adapter.digest, a.scale, a.adapter.number)))
 
-    # --- what requests do
+    # --- called for each request
 
-    def enter(self, user: object) -> AdapterSet:
-        """Return the set of a request that is submitted now, which `user` stands for until its `leave`."""
+    def acquire(self, user: object) -> AdapterSet:
+        """Return the set of a request that is submitted now. `user` identifies the request until its `release`."""
         if not self.current:
             return ()
         with self._lock:
-            # In one step, so that whatever interrupts the caller, `leave` undoes it.
+            # In one step, so that `release` undoes it whenever the caller is interrupted.
             adapters = self._users[user] = self.current
             return adapters
 
-    def leave(self, user: object) -> None:
-        """A request has ended, or was not submitted after all. Idempotent."""
+    def release(self, user: object) -> None:
+        """Release the set of a request that has ended, or was not submitted after all. Idempotent."""
         if user in self._users:
             with self._lock:
                 for adapter, _ in self._users.pop(user, ()):
@@ -197,34 +196,34 @@ class Adapters:
         if not used and adapter not in self.loaded and adapter not in self._unused and not self._closed:
             self._unused.append(adapter)
 
-    # --- what the model thread does
+    # --- called by the model thread
 
     def use(self, adapters: AdapterSet) -> None:
-        """See to it that the next decode computes with a set."""
+        """Make the next decode use a set."""
         if adapters != self._in_use:
             self._in_use = None
-            self._with_adapters().use_adapters([(adapter.native, scale) for adapter, scale in adapters])
+            self._adapter_backend().use_adapters([(adapter.native, scale) for adapter, scale in adapters])
             self._in_use = adapters
 
     def free_unused(self) -> None:
-        """Free those that are unloaded, and that no request uses any more."""
+        """Free the adapters that are unloaded and that no request uses any more."""
         with self._lock:
             unused, self._unused = self._unused, []
         for adapter in unused:
             try:
                 if self._in_use is None or any(used is adapter for used, _ in self._in_use):
                     self.use(())
-                self._with_adapters().free_adapter(adapter.native)
+                self._adapter_backend().free_adapter(adapter.native)
             except BaseException:
                 log.exception("an unloaded adapter could not be freed; it stays until the model is unloaded")
 
     def close(self) -> None:
-        """The model ends: all are unloaded, and freed by the backend's own end."""
+        """Unload all adapters when the model ends. The backend's `close` frees them."""
         with self._lock:
             self._closed = True
             self._unused = []
             self._change(())
 
-    def _with_adapters(self) -> AdapterBackend:
+    def _adapter_backend(self) -> AdapterBackend:
         assert isinstance(self._backend, AdapterBackend)
         return self._backend

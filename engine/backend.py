@@ -1,8 +1,7 @@
-"""What the engine asks of a backend: tokens in, logits out, and KV that can be moved.
+"""The protocol of a backend: tokens in, logits out, and KV that can be packed and restored.
 
-A backend has no policy: which tokens to run, what to sample and what to keep
-is the engine's. Vocabularies may be used from any thread; everything else is
-called by one thread, the model's.
+A backend has no policy: the engine decides which tokens to run, what to sample and what to keep. Vocabularies may
+be used from any thread. One thread, the model's, calls everything else.
 """
 
 from __future__ import annotations
@@ -14,27 +13,27 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-NamespaceValue = str | int | float | bool | None
+from erllama.cache.blocks.keys import NamespaceValue as NamespaceValue
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a backend can hold and compute.
+    """The sizes and capabilities of a backend.
 
     Attributes:
-        n_ctx: cells, which all sequences have together; so most tokens that one can hold.
+        n_ctx: the number of cells, shared by all sequences; one sequence has at most as many tokens.
         n_batch: most tokens of one decode.
-        n_ubatch: tokens the backend computes at once; prefill is cut at its multiples.
+        n_ubatch: tokens that the backend computes at once; prefill is cut at its multiples.
         n_vocab: width of a row of logits.
-        can_trim: whether the memory can be cut at any position. False for
-            sliding-window and recurrent memory: it resumes only where state was packed.
-        whole_state: whether a payload has all that resuming at its end takes, those
-            before it not needed: purely recurrent memory.
-        attention_window: tokens that a sliding window keeps; 0 where there is none.
-        n_sequences: sequences that can be held at once, numbered from 0.
-        cell_bytes: about how many bytes a token's KV takes; 0 where that cannot be said.
-        can_generate: False for a model that only encodes: it embeds (see `erllama.engine.embedding`), and is
-            asked for no decode.
+        can_trim: whether the memory can be cut at any position. False for sliding-window and recurrent memory: it
+            resumes only where state was packed.
+        whole_state: whether one payload is enough to resume at its end, without the payloads before it: purely
+            recurrent memory.
+        attention_window: tokens that a sliding window keeps; 0 without one.
+        n_sequences: sequences that can be in the context at once, numbered from 0.
+        cell_bytes: about how many bytes a token's KV takes; 0 if unknown.
+        can_generate: False for a model that only encodes: it embeds (see `erllama.engine.embedding`), and its
+            `decode` is not called.
     """
 
     n_ctx: int
@@ -50,19 +49,19 @@ class Limits:
 
 
 class SpecialToken(NamedTuple):
-    """A token with a purpose, as the vocabulary spells it."""
+    """A token with a purpose, and its text in the vocabulary."""
 
     id: int
     text: str
 
 
 class Buffer(NamedTuple):
-    """A piece of memory that a model takes.
+    """A memory buffer of a model.
 
     Attributes:
-        place: where it lies, as "CPU", "CPU_Mapped" (a mapped file) or "CUDA0".
+        place: where it lies, such as "CPU", "CPU_Mapped" (a mapped file) or "CUDA0".
         holds: "weights", "kv", "state" (of recurrent layers), "compute" or "output".
-        n_bytes: its size, as far as the backend tells.
+        n_bytes: its size, as the backend reports it.
     """
 
     place: str
@@ -72,24 +71,26 @@ class Buffer(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What a model is, for people to read; a backend that has it offers it as `facts`.
+    """The properties of a model, for people to read. A backend that knows them has an attribute `facts`.
+
+    Texts are empty, and numbers 0, if they are unknown.
 
     Attributes:
-        architecture: as "llama"; empty where it is not known, as are the other texts.
-        name: as its makers named it.
-        quantization: how most of its weights are stored, as "Q4_K - Medium".
-        n_params: weights; 0 where that is not known, as are the other numbers.
-        file_bytes: size of its file, all parts of a split one together.
+        architecture: such as "llama".
+        name: the name that its makers gave it.
+        quantization: how most of its weights are stored, such as "Q4_K - Medium".
+        n_params: the number of weights.
+        file_bytes: size of its file; of a split one, of all parts together.
         n_ctx_train: tokens of the longest context that it was trained on.
         n_layer, n_embd, n_head, n_head_kv: layers, width of a token's embedding, heads, heads of K and V.
-        kv_type_k, kv_type_v: types of the K and V cells; empty where there are none.
-        has_chat_template: whether it brings one of its own.
+        kv_type_k, kv_type_v: types of the K and V cells; empty without cells.
+        has_chat_template: whether its file has a chat template.
         special_tokens: by purpose: "bos", "eos", "eot", "nl", "pad", "sep", "mask", "fim_pre", "fim_suf" and
-            "fim_mid", as far as there are such.
-        n_threads, n_threads_batch: threads that decode, and that read prompts.
+            "fim_mid"; only those that it has.
+        n_threads, n_threads_batch: threads that decode, and threads that read prompts.
         devices: names of the devices that compute.
-        buffers: the memory it takes.
-        weights_bytes, kv_bytes: of weights, and of cells and recurrent state, over all devices.
+        buffers: its memory buffers.
+        weights_bytes, kv_bytes: bytes of weights, and of cells and recurrent state, on all devices.
     """
 
     architecture: str = ""
@@ -127,8 +128,8 @@ class InfillTokens(NamedTuple):
     """The tokens that mark a gap in a text, for models that can fill one.
 
     Attributes:
-        begin: what comes first of all, as a BOS; often nothing.
-        prefix, suffix, middle: what comes before the text on either side of the gap, and before what fills it.
+        begin: the tokens before all others, such as a BOS; often empty.
+        prefix, suffix, middle: the tokens before the text on either side of the gap, and before the text in it.
     """
 
     begin: tuple[int, ...]
@@ -138,16 +139,16 @@ class InfillTokens(NamedTuple):
 
 
 class Vocabulary(Protocol):
-    """Text to tokens and back; thread-safe.
+    """Converts text to tokens and back. Thread-safe.
 
-    One that can mark gaps has `infill_tokens`, too, an InfillTokens; None, or no such attribute, for none.
-    One whose tokens each stand for a limited number of a text's bytes has `longest_piece`, the most of them; texts
-    that are too long are then refused before they are tokenized. 0, or no such attribute, where there is no limit.
+    Optional attributes: `infill_tokens`, an InfillTokens, of a vocabulary that can mark gaps; None otherwise.
+    `longest_piece`, the most bytes of a text that one token stands for: texts that are too long are then refused
+    before they are tokenized. 0 if there is no limit.
     """
 
     @property
     def n_tokens(self) -> int:
-        """Ids are below this."""
+        """The number of tokens; ids are below it."""
 
     @property
     def is_eog(self) -> NDArray[np.bool_]:
@@ -157,28 +158,28 @@ class Vocabulary(Protocol):
     def tokenize(
         self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
     ) -> NDArray[np.int32]:
-        """Ids of a text, int32, shape (n,)."""
+        """Return the ids of a text, int32, shape (n,)."""
         ...
 
     def piece(self, token: int) -> bytes:
-        """The bytes that one token adds to a text; empty for control tokens."""
+        """Return the bytes that one token adds to a text; empty for control tokens."""
         ...
 
     def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
-        """The bytes of a text."""
+        """Return the bytes of a text."""
         ...
 
 
 class Backend(Protocol):
-    """A model that decodes. One that embeds, too, is an `EmbeddingBackend` besides."""
+    """A model that decodes. One that also embeds is an `EmbeddingBackend`, too."""
 
     @property
     def limits(self) -> Limits:
-        """Its sizes, and what its memory can do. They never change."""
+        """Its sizes and capabilities. They never change."""
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Turns text into tokens and back. Any thread may call it, several at once."""
+        """Its vocabulary. Any thread may call it, several at once."""
 
     @property
     def namespace(self) -> Mapping[str, NamespaceValue]:
@@ -193,45 +194,44 @@ class Backend(Protocol):
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         """Compute a batch, extending its sequences.
 
-        Rows of several sequences may be mixed; those of one are in order, and
-        go on from what it holds.
+        Rows of several sequences may be mixed. The rows of one sequence are in order, and continue its tokens.
 
         Returns:
-            shape (rows with output, n_vocab), in the batch's order, valid until the next call.
+            the logits, shape (rows with output, n_vocab), in the batch's order, valid until the next call.
 
         Raises:
-            CellsExhausted: not enough free cells; nothing was computed.
+            CellsExhausted: there are not enough free cells; the sequences are unchanged.
             BackendError: the state of the batch's sequences is then unknown.
         """
         ...
 
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
-        """The state of positions [start, end) as bytes, shape (n,), the caller's to keep.
+        """Return the state of positions [start, end) as bytes, shape (n,), which the caller may keep.
 
-        Where the memory cannot be trimmed, `end` is the sequence's end, and after a
-        decode that failed it raises BackendError until `clear`.
+        If the memory cannot be trimmed, `end` is the sequence's end, and after a failed decode `pack` raises
+        BackendError until `clear`.
         """
         ...
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
         """Append positions [start, end), packed earlier, to a sequence that ends at `start`.
 
-        Where `limits.whole_state`, the sequence may be empty instead.
+        With `limits.whole_state`, the sequence may be empty instead.
 
         Raises:
-            StateError: the payload does not fit; the sequence is as it was.
+            StateError: the payload does not fit; the sequence is unchanged.
         """
         ...
 
     def share(self, source: int, target: int, end: int) -> None:
-        """Let `target`, which is empty, hold positions [0, end) of `source`, too; only where `limits.can_trim`.
+        """Add positions [0, end) of `source` to `target`, which is empty; only if `limits.can_trim`.
 
-        No data moves, and no cell is taken: one is free again when no sequence holds it any more.
+        No data is copied, and no cell is taken. A cell is free again when no sequence has it any more.
         """
         ...
 
     def cut(self, sequence: int, end: int) -> None:
-        """Drop positions from `end` on; only where `limits.can_trim`."""
+        """Drop positions from `end` on; only if `limits.can_trim`."""
         ...
 
     def drop(self, sequence: int) -> None:
@@ -239,11 +239,11 @@ class Backend(Protocol):
         ...
 
     def clear(self) -> None:
-        """Empty every sequence, and make good what a failed decode may have broken."""
+        """Empty every sequence, and repair the state after a failed decode."""
         ...
 
     def abort(self, on: bool) -> None:
-        """Make a running decode end early with BackendError; from any thread."""
+        """Make a running decode end early with BackendError. Called from any thread."""
         ...
 
     def close(self) -> None:

@@ -1,8 +1,7 @@
-"""What the library asks of a backend that embeds: an optional part of one.
+"""The protocols of a backend that embeds, an optional part of a backend.
 
-A backend that has a method `embedder` gives an `Embedder`: made at its first
-use, used by one thread of its own beside the model's, so that replies go on
-meanwhile, and closed before or after the backend, whichever comes first.
+The library calls the method `embedder` at the first use, to make an `Embedder`. It runs in a thread of its own
+beside the model's, so that replies continue meanwhile. It is closed before or after the backend.
 """
 
 from __future__ import annotations
@@ -19,14 +18,13 @@ POOLINGS = ("mean", "cls", "last", "none")
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingLimits:
-    """What an embedder can take.
+    """The limits of an embedder.
 
     Attributes:
         n_tokens: most tokens of one text.
-        n_batch: tokens of several texts that are best computed together; a longer text comes alone.
+        n_batch: most tokens of several texts that are computed together; a longer text is computed alone.
         n_sequences: most texts that can be computed together.
-        pooling: what is used where nothing is asked for, one of POOLINGS; "rank" for a model that scores pairs
-            of texts.
+        pooling: the default, one of POOLINGS; "rank" for a model that scores pairs of texts.
     """
 
     n_tokens: int
@@ -36,22 +34,23 @@ class EmbeddingLimits:
 
 
 class Embedder(Protocol):
-    """Turns texts into numbers. Called by one thread at a time, `abort` and `pair` apart."""
+    """Computes embeddings. Called by one thread at a time, except `abort` and `pair`."""
 
     @property
     def limits(self) -> EmbeddingLimits:
-        """Its sizes, and the pooling that the model asks for. They never change."""
+        """Its limits, and the pooling of the model. They never change."""
 
     def embed(self, texts: Sequence[NDArray[np.int32]], pooling: str) -> list[NDArray[np.float32]]:
-        """Compute some texts together.
+        """Compute the embeddings of several texts together.
 
         Args:
             texts: ids, int32, each of shape (n,) and in the vocabulary, 1 <= n <= limits.n_tokens; as many as
-                limits allow.
-            pooling: one of POOLINGS, or "rank" where that is limits.pooling.
+                the limits allow.
+            pooling: one of POOLINGS, or "rank" if that is limits.pooling.
 
         Returns:
-            one array a text, in their order: shape (d,); (n, d) for "none"; the scores, shape (k,), for "rank".
+            one float32 array for each text, in their order: shape (d,); (n, d) for "none"; the scores, shape (k,),
+            for "rank".
 
         Raises:
             BackendError: they could not be computed.
@@ -59,14 +58,14 @@ class Embedder(Protocol):
         ...
 
     def pair(self, query: str, document: str) -> NDArray[np.int32]:
-        """The tokens, shape (n,), by which the model ranks a document for a query; from any thread.
+        """Return the tokens, shape (n,), with which the model ranks a document for a query. Called from any thread.
 
-        Asked only where limits.pooling is "rank".
+        Called only if limits.pooling is "rank".
         """
         ...
 
     def abort(self) -> None:
-        """Make `embed`, running or to come, end early with BackendError; from any thread."""
+        """Make a running or later `embed` end early with BackendError. Called from any thread."""
         ...
 
     def close(self) -> None:
@@ -76,12 +75,12 @@ class Embedder(Protocol):
 
 @runtime_checkable
 class EmbeddingBackend(Protocol):
-    """A backend that embeds, too."""
+    """A backend that also embeds."""
 
     def embedder(self) -> Embedder:
-        """A new embedder; from any thread.
+        """Return a new embedder. Called from any thread.
 
         Raises:
-            BackendError: none can be made.
+            BackendError: it cannot be made.
         """
         ...

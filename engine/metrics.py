@@ -1,11 +1,14 @@
-"""What an engine counts. Written by the model thread, `refused` by callers under a lock; read without waiting."""
+"""Counters and histograms of one engine.
+
+The model thread writes them, callers write `refused` under a lock, and anyone reads them without a lock.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
-# Seconds. From a tick on a GPU to a long prompt on a small machine; doubling, so that ratios show alike everywhere.
+# Seconds. From a tick on a GPU to a long prompt on a small machine; doubling, so that ratios look alike everywhere.
 BUCKETS = tuple(0.001 * 2**i for i in range(18))
 
 
@@ -13,8 +16,9 @@ class Histogram:
     """Counts of observations by size.
 
     Attributes:
-        counts: of those at most as large as each of BUCKETS, not cumulated; the last of all larger ones.
-        total: their sum, in seconds.
+        counts: for each of BUCKETS, the observations at most as large and larger than the bucket before; the last
+            counts all larger ones. Not cumulative.
+        total: the sum of all observations, in seconds.
     """
 
     def __init__(self) -> None:
@@ -22,6 +26,7 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, seconds: float) -> None:
+        """Add one observation."""
         self.counts[bisect_left(BUCKETS, seconds)] += 1
         self.total += seconds
 
@@ -33,15 +38,15 @@ class EngineMetrics:
     Attributes:
         finished: requests that ended with a reply, by finish reason.
         failed: requests that ended with an error, by the error's name.
-        refused: requests that the full queue turned away.
-        prompt_tokens: of requests that entered the context.
+        refused: requests that were refused because the queue was full.
+        prompt_tokens: tokens of the prompts of requests that entered the context.
         shared_tokens: prompt tokens that came from cells of other sequences.
         cached_tokens: prompt tokens that came from the cache.
-        prefilled_tokens: tokens computed in slices of prefill, those of resumed requests among them.
-        decoded_tokens: rows of replies that were computed, one a tick for each reply that is being written.
-        drafted_tokens, accepted_tokens: rows computed ahead, and those of them that came.
+        prefilled_tokens: tokens computed in slices of prefill, including those of resumed requests.
+        decoded_tokens: rows of replies that were computed, one a tick for each reply that is generated.
+        drafted_tokens, accepted_tokens: rows computed ahead, and those of them that were accepted.
         ticks: decodes.
-        preempted: times that a request gave its cells to others, and waited.
+        preempted: how often a request lost its cells to others, and waited.
         first_token, between_tokens: seconds from submission to the first token, and from token to token.
     """
 
@@ -60,11 +65,11 @@ class EngineMetrics:
     first_token: Histogram = field(default_factory=Histogram)
     between_tokens: Histogram = field(default_factory=Histogram)
 
-    def ended(self, reason: str) -> None:
+    def count_finished(self, reason: str) -> None:
         """Count a request that ended with a reply."""
         self.finished[reason] = self.finished.get(reason, 0) + 1
 
-    def went_wrong(self, error: BaseException) -> None:
+    def count_failed(self, error: BaseException) -> None:
         """Count a request that ended with an error."""
         name = type(error).__name__
         self.failed[name] = self.failed.get(name, 0) + 1

@@ -1,7 +1,7 @@
-"""How many processors this process may use: by its affinity, and by the CPU quotas of its cgroups.
+"""The number of processors this process may use, by its affinity and the CPU quotas of its cgroups.
 
-More threads than that wait for each other: libllama's threads spin at barriers,
-so a thread that the kernel stops for its quota holds up all others.
+More threads than that wait for each other: libllama's threads spin at barriers, so a thread that the kernel stops
+for its quota delays all others. Used for the default number of a model's threads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from erllama.cache.pressure.cgroups import MEMBERSHIP, MOUNT, Level, levels, rea
 
 
 def default_threads(membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> int:
-    """Return how many threads compute where no number is given, at least 1.
+    """Return the default number of threads, at least 1.
 
     Args:
         membership, mount: as of `cgroups.levels`.

@@ -1,9 +1,9 @@
-"""Speculation: tokens that are likely to come are computed together, and kept as far as they are what is drawn.
+"""Speculation: likely next tokens are computed in one decode, and kept while they equal the samples.
 
-Every token is still drawn from the model's own logits, in order and with the
-request's own generator: so the reply is what it would have been, and a draft
-only decides how many tokens one decode gives. Whether that pays is measured:
-how long decodes take by their rows, and how many drafts come true.
+Every token is still sampled from the model's own logits, in order and with the request's own generator. So the
+reply is what it would have been, and a draft only decides how many tokens one decode yields. The engine measures
+whether that pays: how long decodes take by their rows, and how many drafts are accepted. `Sequence` owns a
+`Speculator`; the scheduler owns `DecodeCosts`.
 """
 
 from __future__ import annotations
@@ -15,60 +15,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 Drafter = Callable[[NDArray[np.int32], int], Sequence[int]]
-"""Of all tokens so far, int32, shape (n,), and a number: at most so many that may come next; none for no idea."""
+"""Called with all tokens so far, int32, shape (n,), and a number. Returns at most that many likely next tokens."""
 
-# Lengths of what is looked for in what came before, the longest first.
+# The lengths of the n-grams, the longest first.
 _SIZES = (4, 2)
-# Of older measurements of decodes, what counts beside a new one.
-_MEMORY = 0.95
-# Tokens after which drafts that did not pay are tried again, at first; then twice as many, and so on.
+# The weight of older measurements of decodes beside a new one.
+_DECAY = 0.95
+# Tokens after which drafts that did not pay are tried again, at first. Each failed try doubles them.
 _PAUSE = 32
 _LONGEST_PAUSE = 1024
 
 
 class NgramDrafter:
-    """Drafts what followed the last few tokens when they last came: for replies that quote or repeat."""
+    """Drafts the tokens that followed the last occurrence of the last few tokens: for replies that repeat text."""
 
     def __init__(self, prompt: NDArray[np.int32]) -> None:
-        self._ends: dict[bytes, int] = {}  # where what is named by its bytes last ended
-        self._n_known = 0
-        self._learn(prompt.tobytes(), len(prompt))
+        self._ends: dict[bytes, int] = {}  # the end of the last occurrence of each n-gram, by its bytes
+        self._n_indexed = 0
+        self._index(prompt.tobytes(), len(prompt))
 
     def __call__(self, tokens: NDArray[np.int32], most: int) -> Sequence[int]:
         raw, n = tokens.tobytes(), len(tokens)
-        self._learn(raw, n)
+        self._index(raw, n)
         for size in _SIZES:
             end = self._ends.get(raw[-4 * size :])
             if n > size and end is not None:
-                found: list[int] = tokens[end : end + most].tolist()
-                return found
+                following: list[int] = tokens[end : end + most].tolist()
+                return following
         return ()
 
-    def _learn(self, raw: bytes, n: int) -> None:
-        """All but what the tokens end with, which nothing follows yet."""
-        for end in range(max(self._n_known, 1), n):
+    def _index(self, raw: bytes, n: int) -> None:
+        """Index all n-grams except those at the end, which no token follows yet."""
+        for end in range(max(self._n_indexed, 1), n):
             for size in _SIZES:
                 if end >= size:
                     self._ends[raw[4 * (end - size) : 4 * end]] = end
-        self._n_known = n
+        self._n_indexed = n
 
 
 class DecodeCosts:
-    """How long decodes take, by the number of their rows: a line through those of late."""
+    """How long decodes take by the number of their rows: a line fitted to recent decodes."""
 
     def __init__(self) -> None:
-        # Sums over decodes of 1, rows, seconds, rows squared, rows times seconds; the latest count most.
+        # Sums over decodes of 1, rows, seconds, rows squared, rows times seconds; the latest have most weight.
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
-    def measured(self, n_rows: int, seconds: float) -> None:
-        self._n = _MEMORY * self._n + 1.0
-        self._x = _MEMORY * self._x + n_rows
-        self._y = _MEMORY * self._y + seconds
-        self._xx = _MEMORY * self._xx + n_rows * n_rows
-        self._xy = _MEMORY * self._xy + n_rows * seconds
+    def record(self, n_rows: int, seconds: float) -> None:
+        """Add the measurement of one decode."""
+        self._n = _DECAY * self._n + 1.0
+        self._x = _DECAY * self._x + n_rows
+        self._y = _DECAY * self._y + seconds
+        self._xx = _DECAY * self._xx + n_rows * n_rows
+        self._xy = _DECAY * self._xy + n_rows * seconds
 
     def ratio(self, n_rows: int, more: int) -> float | None:
-        """How many times longer a decode takes with `more` rows beside `n_rows`; None where that is not known."""
+        """Return how many times longer a decode takes with `more` rows beside `n_rows`; None if that is unknown."""
         n, x, y, xx, xy = self._n, self._x, self._y, self._xx, self._xy
         spread = n * xx - x * x
         if n < 2 or spread <= 1e-6 * n * n:
@@ -80,11 +81,11 @@ class DecodeCosts:
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """What speculation did for a reply.
+    """The results of speculation for one reply.
 
     Attributes:
-        drafted: tokens computed before it was known that they come.
-        accepted: those of them that came.
+        drafted: tokens computed ahead.
+        accepted: those of them that equalled the samples.
     """
 
     drafted: int
@@ -92,35 +93,44 @@ class Drafts:
 
 
 class Speculator:
-    """Chooses what of one request is computed ahead.
+    """Chooses the tokens of one request that are computed ahead.
 
     Args:
-        drafter: proposes; whatever it raises ends speculation for this request, not the request.
-        most: tokens ahead, at most.
-        costs: of the model's decodes.
+        drafter: proposes tokens; whatever it raises ends speculation for this request, not the request.
+        most: most tokens ahead.
+        n_vocab: width of the vocabulary, for checking the drafter's tokens.
+
+    Attributes:
+        drafted, accepted: as in `Drafts`, so far.
     """
 
     def __init__(self, drafter: Drafter, most: int, n_vocab: int) -> None:
         self._drafter, self._most, self._n_vocab = drafter, most, n_vocab
         self._length = min(2, most)
-        self._rate = 0.5  # of drafts that come true, of late
+        self._rate = 0.5  # of recent drafts that were accepted
         self._resume_at = 0
         self._pause = _PAUSE
         self.drafted = self.accepted = 0
 
     def draft(self, tokens: NDArray[np.int32], most: int, n_rows: int, costs: DecodeCosts) -> list[int]:
-        """What to compute beside the next token, of a tick of `n_rows` without it; [] for nothing.
+        """Return the tokens to compute ahead; [] for none.
+
+        Args:
+            tokens: all tokens so far, int32, shape (n,).
+            most: most tokens to return.
+            n_rows: rows of the decode without drafts.
+            costs: how long decodes take.
 
         Raises:
-            Exception: whatever the drafter raises, or a ValueError where it proposes no tokens.
+            Exception: whatever the drafter raises, or a ValueError if it returns ids outside the vocabulary.
         """
         n = min(most, self._length)
         if n < 1 or len(tokens) < self._resume_at or not self._pays(n, n_rows, costs, len(tokens)):
             return []
-        found = [int(token) for token in self._drafter(tokens, n)][:n]
-        if any(not 0 <= token < self._n_vocab for token in found):
+        drafts = [int(token) for token in self._drafter(tokens, n)][:n]
+        if any(not 0 <= token < self._n_vocab for token in drafts):
             raise ValueError(f"a draft of tokens outside the vocabulary of {self._n_vocab}")
-        return found
+        return drafts
 
     def _pays(self, n: int, n_rows: int, costs: DecodeCosts, n_tokens: int) -> bool:
         ratio = costs.ratio(n_rows, n)
@@ -129,16 +139,16 @@ class Speculator:
             return True
         self._resume_at = n_tokens + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-        # When it is tried again, it gets a fair chance.
+        # The next try starts with a neutral rate and a short draft.
         self._rate, self._length = max(self._rate, 0.5), min(2, self._most)
         return False
 
-    def judged(self, drafted: int, accepted: int) -> None:
-        """So many of a draft came true."""
+    def record(self, drafted: int, accepted: int) -> None:
+        """Record how many tokens of a draft were accepted."""
         self.drafted += drafted
         self.accepted += accepted
-        for came in [True] * accepted + [False] * (accepted < drafted):
-            self._rate += 0.1 * (came - self._rate)
+        for success in [True] * accepted + [False] * (accepted < drafted):
+            self._rate += 0.1 * (success - self._rate)
         if accepted == drafted:
             self._length, self._pause = min(2 * drafted, self._most), _PAUSE
         else:

@@ -17,5 +17,5 @@ Prompt = str | Sequence[int] | NDArray[np.integer]
 # A conversation as callers pass it, in the form of OpenAI's or Anthropic's clients.
 Messages = Sequence[Mapping[str, object]]
 
-# One message in the library's own form.
+# One message in the library's own form: see `erllama.chat.messages.normalize_messages`.
 Message = dict[str, object]

@@ -1,4 +1,4 @@
-"""The model of an example: the GGUF file named on its command line; else the demo model, or a tiny one."""
+"""The model of an example: the GGUF file on its command line, the demo model, or a generated one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import erllama
 from erllama.testing.models import LlamaShape, write_llama
 from erllama.testing.scripted import write_scripted
 
-# Small enough to be written in a moment; so many words that hardly any reply meets the end token early.
+# Small, so that it is generated quickly. The large vocabulary makes an early end token unlikely.
 _SHAPE = LlamaShape(n_layer=4, n_embd=256, n_ff=512, n_head=4, n_head_kv=2, n_vocab=4096)
 
 
 def model_or_demo() -> Path:
-    """The path of a model: the first argument, or the demo model, which knows stories, sums and a tool."""
+    """Return the first argument as a path, or the path of the demo model."""
     return Path(sys.argv[1]) if len(sys.argv) > 1 else erllama.demo_model()
 
 
 @contextmanager
 def model_file(argument: int = 1) -> Iterator[Path]:
-    """The path of a model: the argument of that number, or, without one, a file of random weights."""
+    """Yield the path in an argument, or a generated model with random weights."""
     if len(sys.argv) > argument:
         yield Path(sys.argv[argument])
         return
@@ -33,7 +33,7 @@ def model_file(argument: int = 1) -> Iterator[Path]:
 
 @contextmanager
 def counting_model_file(argument: int = 1) -> Iterator[Path]:
-    """The path of a model: the argument of that number, or a file that says the alphabet for ever."""
+    """Yield the path in an argument, or a generated model that repeats the alphabet without end."""
     if len(sys.argv) > argument:
         yield Path(sys.argv[argument])
         return

@@ -1,4 +1,4 @@
-"""LoRA adapters: loaded, scaled and unloaded while requests run, and kept apart in the cache.
+"""Load, scale and unload LoRA adapters while requests run. The cache separates their KV.
 
 python examples/adapters.py [model.gguf lora.gguf]
 """
@@ -19,7 +19,7 @@ PROMPT = "The same words, read with other weights, are other numbers. " * 4
 
 @contextmanager
 def files() -> Iterator[tuple[Path, Path]]:
-    """A model and an adapter for it: those of the command line, or tiny ones of random weights."""
+    """Yield a model and an adapter: those of the command line, or generated ones with random weights."""
     if len(sys.argv) > 2:
         yield Path(sys.argv[1]), Path(sys.argv[2])
         return
@@ -41,12 +41,12 @@ def main() -> None:
         ask(model, "whole")
 
         stream = model.stream(PROMPT, max_tokens=40, temperature=0.0)
-        adapter.scale = 0.5  # the stream goes on as it began
+        adapter.scale = 0.5  # a running stream keeps the scale it started with
         ask(model, "half")
         print(f"loaded: {[(adapter.path.name, adapter.scale) for adapter in model.adapters]}")
         adapter.unload()
         ask(model, "without")
-        print(f"begun before: {stream.result().cache.kind}")
+        print(f"started before the change: {stream.result().cache.kind}")
 
         try:
             model.load_adapter(path)

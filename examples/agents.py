@@ -1,4 +1,4 @@
-"""Eight agents at once on one system prompt, which is read once: by threads, and by asyncio.
+"""Run eight agents on one system prompt, which is computed once: with threads, and with asyncio.
 
 python examples/agents.py [model.gguf]
 """
@@ -29,14 +29,14 @@ def by_asyncio(model: erllama.Model) -> list[erllama.Completion]:
 
 
 def show(name: str, path: Path, ask: Callable[[erllama.Model], list[erllama.Completion]]) -> None:
-    # A cache of its own, so that each way begins cold.
+    # A new cache, so that both ways start cold.
     with erllama.Cache() as cache, erllama.load_model(path, cache=cache, n_seq_max=8) as model:
         replies = ask(model)
         counts = model.metrics
         print(
             f"{name}: {len(replies)} prompts, {counts.prompt_tokens} tokens; "
             f"{counts.prefilled_tokens} computed, {counts.shared_tokens} shared; "
-            f"{len(model.tokenize(SYSTEM))} are the system prompt"
+            f"{len(model.tokenize(SYSTEM))} in the system prompt"
         )
 
 

@@ -1,4 +1,4 @@
-"""A conversation: each turn starts where the last one ended, and its tokens can be had before it runs.
+"""Chat with a model: each turn continues the last one. Shows the tokens of a turn before it runs.
 
 python examples/chat.py [model.gguf]
 """
@@ -11,7 +11,7 @@ import erllama
 
 
 def main() -> None:
-    # Conversations this short are kept only because the policy says so.
+    # By default, the cache does not store conversations this short.
     policy = {"min_tokens": 1, "cold_min_tokens": 1}
     with erllama.load_model(model_or_demo(), cache=erllama.Cache(), policy=policy) as model:
         messages: list[dict[str, object]] = [

@@ -1,8 +1,8 @@
-"""A small benchmark: prompts cold, warm in memory and warm from disk; and four agents on one prompt.
+"""A small benchmark: prompts without a cache, from RAM and from disk; and four agents on one prompt.
 
 python examples/cold_and_warm.py [model.gguf]
 
-Times are to the first token. `make bench` compares with other tools, and takes half an hour.
+The times are times to the first token. `make bench` compares with other tools and takes half an hour.
 """
 
 import tempfile
@@ -33,7 +33,7 @@ def matrix(path: Path) -> None:
                 with erllama.Cache(disk=place) as cache, erllama.load_model(path, cache=cache) as model:
                     prompt = model.tokenize(STORY * 100)[:n_tokens]
                     times["cold"].append(ask(model, prompt, "cold"))
-                    model.evict()  # else the cells that it was computed in would be taken over
+                    model.evict()  # otherwise the request would reuse the cells of the first one
                     times["ram"].append(ask(model, prompt, "exact"))
                 with erllama.Cache(disk=place) as cache, erllama.load_model(path, cache=cache) as model:
                     times["disk"].append(ask(model, prompt, "exact"))
@@ -59,7 +59,7 @@ def agents(path: Path) -> None:
         counts = model.metrics
         print(
             f"{N_AGENTS} agents: {counts.prompt_tokens} prompt tokens, {counts.prefilled_tokens} computed; "
-            f"the last one's first token after {slowest:.1f} ms"
+            f"the last agent has its first token after {slowest:.1f} ms"
         )
 
 

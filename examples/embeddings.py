@@ -1,9 +1,9 @@
-"""Search by meaning: documents as vectors, the nearest to a question first.
+"""Search documents by meaning: the nearest embedding comes first.
 
     python embeddings.py [model.gguf]
 
-Any GGUF model embeds; one that was trained for it finds what means the like. The
-random one that is made here finds the text itself.
+Every GGUF model can embed. A model trained for it finds texts with a similar meaning.
+The generated model with random weights only finds the same text.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ DOCUMENTS = [
 
 def search(path: Path, question: str) -> None:
     with erllama.load_model(path) as model:
-        vectors = model.embed(DOCUMENTS)  # float32, a row a document, each of length 1
-        print(f"{len(vectors)} documents, {vectors.shape[1]} numbers each")
-        near = vectors @ model.embed(question)[0]  # so this is the cosine
+        vectors = model.embed(DOCUMENTS)  # float32, one row per document, each of length 1
+        print(f"{len(vectors)} documents, {vectors.shape[1]} dimensions")
+        near = vectors @ model.embed(question)[0]  # the cosine, since all vectors have length 1
         for at in near.argsort()[::-1]:
             print(f"{near[at]:.2f}  {DOCUMENTS[at]!r}")
 

@@ -1,9 +1,9 @@
-"""A server without state: clients send the whole conversation each time, and only its end is computed.
+"""A stateless server: clients send the whole conversation, and the model computes only its new part.
 
 python examples/http_server.py [model.gguf [port]]
 curl --data-binary $'User: hello\\nAssistant:' http://127.0.0.1:PORT/
 
-Without a port it takes a free one, and prints it. Ctrl-C ends it.
+Without a port, the server chooses a free one and prints it. Ctrl-C stops the server.
 """
 
 import sys
@@ -13,7 +13,7 @@ from _model import model_file
 
 import erllama
 
-_MOST_BYTES = 1 << 20  # of a conversation: whoever sends more is refused before it is read
+_MAX_BYTES = 1 << 20  # limit of a conversation; longer ones are refused before they are read
 _STATUS: dict[type, int] = {
     erllama.PromptError: 400,
     erllama.PromptTooLong: 413,
@@ -27,7 +27,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
-        if not 0 <= length <= _MOST_BYTES:
+        if not 0 <= length <= _MAX_BYTES:
             self.send_error(413)
             return
         prompt = self.rfile.read(length).decode("utf-8", "replace")
@@ -37,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(_STATUS.get(type(error), 500), explain=str(error))
             return
         hits = self.model.cache.counters()["hits_longest_prefix"]
-        print(f"{reply.cache.tokens} prompt tokens were warm; hits_longest_prefix: {hits}", flush=True)
+        print(f"{reply.cache.tokens} prompt tokens from the cache; hits_longest_prefix: {hits}", flush=True)
         body = reply.text.encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; charset=utf-8")
@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """What is printed above says more."""
+        """Print nothing: `do_POST` prints more details."""
 
 
 def main() -> None:

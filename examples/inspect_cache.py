@@ -1,4 +1,4 @@
-"""What a cache holds and what it has done, and how to make it smaller.
+"""Inspect the contents and counters of a cache, and shrink it.
 
 python examples/inspect_cache.py
 """
@@ -24,5 +24,5 @@ with (
     for row in cache.rows():
         print(f"{row.key.hex()[:12]} tier={row.tier} {row.n_tokens} tokens size={row.n_bytes} pins={row.pins}")
 
-    freed = cache.evict_bytes("256MiB", ("ram", "ram_file"))  # at least, if there is so much
-    print(f"evicted {freed} bytes; gc freed {cache.gc()}; verify: {cache.verify() or 'all is well'}")
+    freed = cache.evict_bytes("256MiB", ("ram", "ram_file"))  # frees at least this much, if the tiers hold it
+    print(f"evicted {freed} bytes; gc freed {cache.gc()}; verify: {cache.verify() or 'no problems'}")

@@ -1,4 +1,4 @@
-"""Looks at devices and at a model without its weights, then loads it with options, and sees what they cost.
+"""List devices, inspect a model without its weights, and load it with options that change its KV.
 
 python examples/load_options.py [model.gguf]
 """
@@ -15,24 +15,22 @@ def main() -> None:
         print(f"{device.name}: {device.kind}, {device.description}, {device.total_bytes / 2**30:.1f} GiB")
 
     with model_file() as path:
-        with erllama.load_model(path, vocab_only=True) as words:
-            info = words.info
+        with erllama.load_model(path, vocab_only=True) as vocabulary:
+            info = vocabulary.info
             print(f"{info.name}: {info.architecture}, {info.n_layer} layers, {info.file_bytes / 2**20:.1f} MiB")
-            print(
-                f"eos is {info.special_tokens['eos'].text!r}; the prompt has {len(words.tokenize(PROMPT))} tokens"
-            )
+            print(f"eos is {info.special_tokens['eos'].text!r}; {len(vocabulary.tokenize(PROMPT))} prompt tokens")
             try:
-                words.complete(PROMPT)
+                vocabulary.complete(PROMPT)
             except erllama.VocabularyOnly as error:
                 print(f"refused: {error}")
 
-        own_base = float(str(info.n_ctx_train))  # any number, to show an override
+        own_base = float(str(info.n_ctx_train))  # any number would do to show an override
         choices: dict[str, dict[str, object]] = {
-            "as it is": {},
-            "as it is, again": {},
-            "small cells": {"kv_type_k": "q8_0", "kv_type_v": "q8_0"},
-            "another base": {"overrides": {f"{info.architecture}.rope.freq_base": own_base}},
-            "stretched": {"rope_scaling": "yarn", "rope_freq_scale": 0.5, "yarn_orig_ctx": 4096},
+            "default": {},
+            "default, again": {},
+            "quantized KV": {"kv_type_k": "q8_0", "kv_type_v": "q8_0"},
+            "another RoPE base": {"overrides": {f"{info.architecture}.rope.freq_base": own_base}},
+            "YaRN": {"rope_scaling": "yarn", "rope_freq_scale": 0.5, "yarn_orig_ctx": 4096},
         }
         with erllama.Cache() as cache:
             for name, options in choices.items():

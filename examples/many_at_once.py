@@ -1,4 +1,4 @@
-"""Requests that run together, each with a temperature and a seed of its own; what is too many, waits.
+"""Run requests together, each with its own temperature and seed. Further requests wait in a queue.
 
 python examples/many_at_once.py [model.gguf]
 """
@@ -18,15 +18,15 @@ def main() -> None:
             model.stream(f"Worker {n} begins:", max_tokens=100, temperature=0.2 * n, seed=n) for n in range(6)
         ]
         for stream in streams[:4]:
-            next(stream)  # its first piece: it runs
-        print(f"{model.queue_depth} run, {model.pending} wait, in the order in which they came")
+            next(stream)  # the first piece shows that the request runs
+        print(f"{model.queue_depth} running, {model.pending} waiting, first come, first served")
 
         for n, stream in enumerate(streams):
             reply = stream.result()
             print(f"worker {n}, seed {reply.seed}: {len(reply.tokens)} tokens, {reply.text[:40]!r}…")
 
         counts = model.metrics
-        print(f"{counts.decoded_tokens} tokens in {counts.ticks} decodes; {model.pending} wait")
+        print(f"{counts.decoded_tokens} tokens in {counts.ticks} decodes; {model.pending} waiting")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A cache that gives memory back when others need it.
+"""Release memory of the cache when other processes need it.
 
 python examples/memory_pressure.py
 """
@@ -8,20 +8,20 @@ import erllama
 with erllama.Cache(
     ram="8GiB",
     pressure={
-        "source": "system",  # the machine's memory, or the cgroup's limit where that is lower
+        "source": "system",  # the machine's memory, or the cgroup's limit if it is lower
         "interval": 5.0,
         "high_watermark": 0.85,
         "low_watermark": 0.75,
-        "tiers": ("ram", "ram_file"),  # the disk fills to its own quota
+        "tiers": ("ram", "ram_file"),  # the disk has its own quota
     },
 ) as cache:
     print("watching:", cache.tier_names)
 
 
-# A source of one's own: anything that says how much of how much is used.
+# A custom source: a function that returns the used and the total memory.
 def batch_jobs() -> erllama.MemoryUsage:
     return erllama.MemoryUsage(used=10 * 2**30, total=64 * 2**30, name="batch jobs")
 
 
 with erllama.Cache(ram="8GiB", pressure=erllama.Pressure(source=batch_jobs, interval=1.0)) as cache:
-    print("evicted for others so far:", cache.counters()["pressure_evictions"])
+    print("blocks evicted so far:", cache.counters()["pressure_evictions"])

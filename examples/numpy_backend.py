@@ -1,8 +1,8 @@
-"""A backend of one's own: a llama-architecture transformer in numpy, from the same GGUF files.
+"""A custom backend: a transformer of the llama architecture in numpy, for the same GGUF files.
 
-It is the example of docs/backends.md. All sequences take their cells from one
-pool and may share them, rows of several sequences may be mixed in one batch,
-and a row has the same bits whatever else is computed beside it.
+This is the example of docs/backends.md. All sequences take their cells from one
+pool and can share them. A batch can mix rows of several sequences. The bits of a
+row do not depend on the other rows of its batch.
 
 python examples/numpy_backend.py
 """
@@ -31,22 +31,22 @@ from erllama.errors import BackendError, CellsExhausted, ModelLoadError, StateEr
 from erllama.testing.models import TINY, write_llama
 
 Floats = NDArray[np.float32]
-_HEADER = struct.Struct("<II")  # a payload begins with its positions: start, end
-# A character as llama.cpp splits text: its first byte says how many follow, whatever they are.
+_HEADER = struct.Struct("<II")  # a payload starts with its positions: start, end
+# A character as llama.cpp splits text: the first byte determines the number of bytes, whatever they are.
 _CHARACTER = re.compile(rb"[\xc0-\xdf].{0,1}|[\xe0-\xef].{0,2}|[\xf0-\xff].{0,3}|.", re.DOTALL)
 _LAYER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 
 
 class Pieces:
-    """A SentencePiece vocabulary: pieces of text with scores, and a token for each byte that no piece spells.
+    """A SentencePiece vocabulary: pieces of text with scores, and a token for each byte without a piece.
 
-    Nothing changes after it is made, so any thread may use it.
+    Immutable, so every thread can use it.
     """
 
     def __init__(self, reader: GGUFReader) -> None:
         found = _metadata(reader, "tokenizer.ggml.")
         if found.get("model") != "llama":
-            raise ModelLoadError(f"a tokenizer of kind {found.get('model')!r}; this backend knows 'llama'")
+            raise ModelLoadError(f"the tokenizer model is {found.get('model')!r}; this backend supports 'llama'")
         self._texts: list[str] = found["tokens"]
         self._types: list[int] = found["token_type"]
         written = [text.encode() for text in self._texts]
@@ -74,7 +74,7 @@ class Pieces:
     ) -> NDArray[np.int32]:
         raw = source.encode("utf-8", "surrogatepass") if isinstance(source, str) else source
         ids = list(self._first) if add_special else []
-        # Splitting by a group gives text and special tokens in turn.
+        # Splitting by a group returns text and special tokens alternately.
         for at, part in enumerate(self._special[parse_special].split(raw)):
             if at % 2:
                 ids.append(self._ids[part])
@@ -83,7 +83,7 @@ class Pieces:
         return np.array(ids + (self._last if add_special else []), np.int32)
 
     def _spell(self, text: bytes) -> list[int]:
-        """Join neighbours that make a piece, best score first, of equals the leftmost, while there are any."""
+        """Join neighbouring parts into pieces: the best score first, and of equal scores the leftmost."""
         parts: list[bytes] = _CHARACTER.findall(text.replace(b" ", "▁".encode()))
         while joined := [
             (self._scores[pair], -at) for at, pair in enumerate(map(add, parts, parts[1:])) if pair in self._scores
@@ -108,17 +108,17 @@ class Pieces:
 
 
 class NumpyBackend:
-    """Computes with numpy, in float32.
+    """A backend that computes with numpy in float32.
 
     Args:
-        path: a GGUF file of the llama architecture; its quantised tensors are unpacked.
-        n_ctx: cells, which all sequences have together.
-        n_batch: most tokens of one decode.
-        n_ubatch: the length of a prefill slice.
-        n_sequences: sequences that can be held at once.
+        path: a GGUF file of the llama architecture. Quantized tensors are unpacked.
+        n_ctx: number of cells, shared by all sequences.
+        n_batch: maximum number of tokens of one decode.
+        n_ubatch: length of a prefill slice.
+        n_sequences: maximum number of sequences.
 
     Raises:
-        ModelLoadError: the file is no such model, or needs what this backend does not do.
+        ModelLoadError: the file is not such a model, or needs a feature that this backend lacks.
     """
 
     def __init__(
@@ -141,18 +141,18 @@ class NumpyBackend:
             raise ModelLoadError(f"{path} has no {error}") from None
         turned = shape.get("rope.dimension_count", self._dim)
         if tensors or turned != self._dim or any(name.startswith("rope.scaling") for name in shape):
-            raise ModelLoadError(f"{path} needs what this backend does not do: {sorted(tensors) or 'its RoPE'}")
+            raise ModelLoadError(f"{path} needs features that this backend lacks: {sorted(tensors) or 'its RoPE'}")
 
         self.limits = Limits(n_ctx, n_batch, n_ubatch, len(self._output), can_trim=True, n_sequences=n_sequences)
-        # Whatever changes what a payload holds, or how it is laid out; the last is a version of our own.
+        # Everything that changes the content or the layout of a payload. The last entry is a version number.
         self.namespace: Mapping[str, str | int] = {"backend": "numpy", "model": digest, "layout": 1}
-        # Whatever changes the bits: the BLAS, the processor and the threads. Batch sizes do not, here.
+        # Everything that changes the bits: the BLAS, the processor and the threads. Batch sizes do not, here.
         threads = sorted(item for item in os.environ.items() if item[0].endswith("_NUM_THREADS"))
         recipe = [np.__version__, np.show_config(mode="dicts"), os.cpu_count(), threads]
         self.recipe = hashlib.sha256(json.dumps(recipe).encode()).digest()[:16]
 
-        # RoPE turns each pair of adjacent dimensions by an angle that grows with the position. Elsewhere
-        # dimension i goes with i + dim / 2; the converter to GGUF reorders Q and K so that pairs are adjacent.
+        # RoPE rotates each pair of adjacent dimensions by an angle that grows with the position. Other formats
+        # pair dimension i with i + dim / 2; the converter to GGUF reorders Q and K so that pairs are adjacent.
         frequencies = float(shape.get("rope.freq_base", 10000.0)) ** (-np.arange(0, self._dim, 2) / self._dim)
         angles = np.outer(np.arange(n_ctx), frequencies)
         self._cos, self._sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
@@ -171,7 +171,7 @@ class NumpyBackend:
         cells = self._free(len(batch.tokens), CellsExhausted)
         self._table[batch.sequences, batch.positions] = cells
         logits = self._forward(batch, cells)
-        # Only now do the sequences hold the rows: a decode that was aborted has changed nothing.
+        # The sequences get the rows only here, so an aborted decode changes no sequence.
         self._holders[cells] = 1
         np.add.at(self._held, batch.sequences, 1)
         return logits
@@ -213,7 +213,7 @@ class NumpyBackend:
         self._keys[layer, cells] = keys
         self._values[layer, cells] = _product(weights["attn_v"], rows).reshape(keys.shape)
         mixed = np.empty_like(queries)
-        # Row by row: each sees another number of positions, its own included and none after it.
+        # Row by row: each row sees its own position and all earlier ones.
         for row, (sequence, position) in enumerate(zip(batch.sequences, batch.positions, strict=True)):
             seen = self._table[sequence, : position + 1]
             scores = queries[row] @ self._keys[layer, seen].transpose(1, 2, 0)  # (heads_kv, group, seen)
@@ -223,21 +223,21 @@ class NumpyBackend:
         return _product(weights["attn_output"], mixed.reshape(n, -1))
 
     def _turned(self, rows: Floats, positions: NDArray[np.int32]) -> Floats:
-        """RoPE: shape (n, heads, dim)."""
+        """Apply RoPE; shape (n, heads, dim)."""
         pairs = rows.reshape(len(rows), -1, self._dim // 2, 2)
         a, b = pairs[..., 0], pairs[..., 1]
         cos, sin = self._cos[positions, None], self._sin[positions, None]
         return np.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(len(rows), -1, self._dim)
 
     def _normed(self, rows: Floats, weight: Floats) -> Floats:
-        """RMS norm."""
+        """Apply the RMS norm."""
         normed: Floats = rows / np.sqrt(np.mean(rows * rows, -1, keepdims=True) + self._epsilon)
         return normed * weight
 
     # --- memory ----------------------------------------------------------------------------
 
     def _free(self, n: int, refusal: type[BackendError]) -> NDArray[np.integer]:
-        """The first `n` cells that no sequence holds."""
+        """Return the first `n` free cells."""
         free = np.flatnonzero(self._holders == 0)
         if len(free) < n:
             raise refusal(f"{len(free)} free cells of {self.limits.n_ctx} for {n} tokens")
@@ -293,18 +293,18 @@ class NumpyBackend:
 
 
 def _product(weights: Floats, rows: Floats) -> Floats:
-    """(n_out, n_in) times each of (n, n_in): (n, n_out).
+    """Multiply (n_out, n_in) with each row of (n, n_in); returns (n, n_out).
 
-    One product of a matrix and a vector for each row, not one of two matrices:
-    a BLAS sums in an order that it chooses by the shapes, and these do not
-    depend on how many rows there are. So a row has the same bits in any batch.
+    Each row is one product of a matrix and a vector, instead of one product of two
+    matrices. A BLAS chooses the order of its sums by the shapes, and these shapes do
+    not depend on the number of rows. So a row has the same bits in every batch.
     """
     products: Floats = weights @ rows[:, :, None]
     return products[:, :, 0]
 
 
 def _read(path: Path) -> tuple[GGUFReader, dict[str, Floats], str]:
-    """A GGUF file of the llama architecture, its tensors by name (without ".weight"), and its digest."""
+    """Return a GGUF file of the llama architecture, its tensors by name without ".weight", and its digest."""
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -317,7 +317,7 @@ def _read(path: Path) -> tuple[GGUFReader, dict[str, Floats], str]:
         raise ModelLoadError(f"{path} cannot be read as GGUF: {error}") from error
     architecture = _metadata(reader, "general.").get("architecture")
     if architecture != "llama":
-        raise ModelLoadError(f"{path} is of architecture {architecture!r}; this backend knows 'llama'")
+        raise ModelLoadError(f"{path} has the architecture {architecture!r}; this backend supports 'llama'")
     return reader, tensors, digest
 
 
@@ -336,7 +336,7 @@ def main() -> None:
         with erllama.load_backend(NumpyBackend(path), cache=cache) as model:
             cold = model.complete(prompt, max_tokens=16, temperature=0)
             warm = model.complete(prompt, max_tokens=16, temperature=0)
-        # In full precision, too.
+        # libllama, also in float32.
         with erllama.load_model(path, cache=cache, kv_type_k="f32", kv_type_v="f32", flash_attn=False) as model:
             theirs = model.complete(prompt, max_tokens=16, temperature=0)
     print(f"numpy, cold:          {cold.text!r}")

@@ -1,4 +1,4 @@
-"""One prompt, one reply; and the same again after a restart, which finds the prompt read.
+"""Complete one prompt, and complete it again after a restart with the prompt from the cache.
 
 python examples/one_shot.py [model.gguf]
 """
@@ -17,7 +17,7 @@ BEGINNING = (
 
 
 def complete(path: Path, place: str) -> erllama.Completion:
-    """Load a model, ask it once, and unload it: all that stays is the cache's directory."""
+    """Load a model, complete the prompt, and unload the model. Only the cache directory stays."""
     with erllama.Cache(disk=place) as cache, erllama.load_model(path, cache=cache, n_ctx=2048) as model:
         return model.complete(BEGINNING, max_tokens=200, seed=1)
 
@@ -30,8 +30,8 @@ def main() -> None:
     for reply in (first, again):
         n_prompt = len(reply.context_tokens) - len(reply.tokens)
         hit = reply.cache
-        print(f"{hit.kind}: {hit.tokens} of {n_prompt} prompt tokens were warm; tier {hit.tier}")
-    print("the same reply" if again.tokens == first.tokens else "another reply")
+        print(f"{hit.kind}: {hit.tokens} of {n_prompt} prompt tokens from the cache; tier {hit.tier}")
+    print("the same reply" if again.tokens == first.tokens else "a different reply")
 
 
 if __name__ == "__main__":

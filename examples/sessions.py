@@ -1,4 +1,4 @@
-"""A conversation, turn by turn: by the key of the reply before, and by a session that keeps its cells.
+"""Continue a conversation turn by turn: with the key of the last reply, and with a session.
 
 python examples/sessions.py [model.gguf]
 """
@@ -11,39 +11,39 @@ QUESTIONS = ("\nUser: hello\nAssistant:", "\nUser: tell me a joke\nAssistant:", 
 
 
 def by_key(model: erllama.Model) -> None:
-    """Each turn names the reply that it goes on from; where that is still being saved, it waits for it."""
+    """Name the last reply in each turn. If its save is still running, the request waits for it."""
     context: list[int] = []
     key: bytes | None = None
     for question in QUESTIONS:
-        # Ids, not text: what the model wrote need not be spelled as it would be read.
+        # Token ids, not text: the same text can have other tokens than those that the model sampled.
         context += model.tokenize(question, add_special=not context).tolist()
         reply = model.complete(context, max_tokens=20, seed=1, parent_key=key)
         show("by key", reply)
         context, key = list(reply.context_tokens), reply.finish_key
-        somebody_else(model)
+        other_requests(model)
     print(f"hits_resume: {model.cache.counters()['hits_resume']}")
 
 
 def by_session(model: erllama.Model) -> None:
-    """The context stays in its cells between the turns, whoever else comes meanwhile."""
+    """Keep the context in its cells between the turns, whatever other requests run."""
     context: list[int] = []
     for question in QUESTIONS:
         context += model.tokenize(question, add_special=not context).tolist()
         reply = model.complete(context, max_tokens=20, seed=2, session_id="guide")
         show("session", reply)
         context = list(reply.context_tokens)
-        somebody_else(model)
-    print(f"was kept: {model.end_session('guide')}; is kept: {model.end_session('guide')}")
+        other_requests(model)
+    print(f"session ended: {model.end_session('guide')}; ended again: {model.end_session('guide')}")
 
 
-def somebody_else(model: erllama.Model) -> None:
+def other_requests(model: erllama.Model) -> None:
     for n in range(3):
-        model.complete(f"Who asks {n} other things takes cells, too. " * 3, max_tokens=20, seed=n)
+        model.complete(f"Request {n} of another user takes cells, too. " * 3, max_tokens=20, seed=n)
 
 
 def show(how: str, reply: erllama.Completion) -> None:
     n_prompt = len(reply.context_tokens) - len(reply.tokens)
-    print(f"{how}: {reply.cache.tokens} of {n_prompt} prompt tokens were warm; tier {reply.cache.tier}")
+    print(f"{how}: {reply.cache.tokens} of {n_prompt} prompt tokens from the cache; tier {reply.cache.tier}")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Several models by name, and one cache for all: what one has read is no other's, but a file loaded twice is one.
+"""Use several models by name with one cache. They share no KV, unless they are the same file.
 
 python examples/several_models.py [tiny.gguf [big.gguf]]
 """
@@ -20,10 +20,10 @@ def main() -> None:
             reply = erllama.get_model(name).complete(prompt, max_tokens=16, temperature=0)
             print(f"{name}: {reply.cache.kind}; {reply.text!r}")
 
-        # The same file under another name finds what "tiny" has read.
-        with erllama.load_model(tiny, id="tiny too", cache=cache, n_ctx=1024) as too:
-            reply = too.complete(prompt, max_tokens=16, temperature=0)
-            print(f"{too.id}: {reply.cache.kind} hit from {reply.cache.tier}; {reply.text!r}")
+        # The same file under another name finds the prompt that "tiny" computed.
+        with erllama.load_model(tiny, id="tiny too", cache=cache, n_ctx=1024) as same:
+            reply = same.complete(prompt, max_tokens=16, temperature=0)
+            print(f"{same.id}: {reply.cache.kind} hit from {reply.cache.tier}; {reply.text!r}")
 
         for model in erllama.list_models():
             model.unload()

@@ -1,4 +1,4 @@
-"""Ten seconds with the cache alone: no model, no libllama.
+"""Use the cache alone: no model, no libllama. Takes some seconds.
 
 python examples/smoke_test.py
 """

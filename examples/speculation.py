@@ -1,4 +1,4 @@
-"""A reply in fewer decodes: what is likely to come is computed together with what comes next.
+"""Complete a prompt in fewer decodes: likely tokens are computed together with the next one.
 
 python examples/speculation.py [model.gguf [smaller.gguf]]
 """
@@ -25,7 +25,7 @@ def main() -> None:
             print(f"a model: {reply.drafts}")
             proposed = draft.draft(prompt, 5)
             found = model.verify(prompt, proposed)
-            print(f"of {len(proposed)} tokens proposed {found.accepted} are taken, then {found.next_token}")
+            print(f"{found.accepted} of {len(proposed)} proposed tokens accepted, then {found.next_token}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A reply that ends at a text: which is neither in the reply nor streamed, and is told.
+"""End a reply at a stop string. The string is reported, but it is not in the reply or the stream.
 
 python examples/stop_sequences.py [model.gguf]
 """
@@ -15,11 +15,11 @@ def main() -> None:
         free = model.complete(PROMPT, max_tokens=24, temperature=0)
         print(f"without: {free.text!r}, ended by {free.finish_reason!r}")
 
-        # Something that this model does say, wherever its tokens begin and end; and something that it may.
+        # A text that this model writes, regardless of token boundaries; and one that it might write.
         stops = [free.text[10:14], "\n\nUser:"]
         reply = model.complete(PROMPT, max_tokens=24, temperature=0, stop=stops)
         print(f"with {stops}: {reply.text!r}, ended by {reply.finish_reason!r} at {reply.stop_sequence!r}")
-        print(f"tokens drawn: {len(reply.tokens)}, the last of them {model.detokenize(reply.tokens[-1:])!r}")
+        print(f"sampled tokens: {len(reply.tokens)}, the last of them {model.detokenize(reply.tokens[-1:])!r}")
 
         pieces = []
         for event in model.stream(PROMPT, max_tokens=24, temperature=0, stop=stops):

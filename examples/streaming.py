@@ -1,4 +1,4 @@
-"""A reply as it comes, ended before its time from elsewhere: by a thread, and in asyncio.
+"""Stream a reply and cancel it from outside: with a thread, and with asyncio.
 
 python examples/streaming.py [model.gguf]
 """
@@ -11,7 +11,7 @@ from _model import model_file
 import erllama
 
 PROMPT = "Once upon a time"
-SECONDS = 0.1  # that the reply may take
+SECONDS = 0.1  # until the reply is cancelled
 
 
 def in_a_thread(model: erllama.Model) -> None:
@@ -33,7 +33,7 @@ def show(name: str, event: erllama.Event) -> None:
     if isinstance(event, erllama.TextDelta):
         print(event.text, end="", flush=True)
     else:
-        # The last event, whatever ended the reply; it has all that came.
+        # The last event. It has the complete reply, whatever ended it.
         reply = event.completion
         print(f"\n{name}: {reply.finish_reason} after {len(reply.tokens)} tokens")
 

@@ -1,4 +1,4 @@
-"""Replies kept to a grammar: GBNF, a JSON schema, a regular expression.
+"""Constrain replies: with GBNF, a JSON schema, and a regular expression.
 
 python examples/structured_output.py [model.gguf]
 """

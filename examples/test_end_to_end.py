@@ -1,8 +1,8 @@
-"""The whole way on a model of yours: cold, warm after a restart, resumed, branching, evicted, two at once.
+"""Test your model end to end: cold, restored, resumed, branched, evicted, two models at once.
 
 ERLLAMA_MODEL=model.gguf python -m pytest examples/test_end_to_end.py
 
-Without the variable all of it is skipped. Each check reads a prompt of about 700 tokens.
+Without the variable, all tests are skipped. Each test computes a prompt of about 700 tokens.
 """
 
 import os
@@ -18,7 +18,7 @@ PATH = os.environ.get("ERLLAMA_MODEL")
 pytestmark = pytest.mark.skipif(PATH is None, reason="set ERLLAMA_MODEL to the path of a GGUF file")
 
 STORY = "The keeper climbs the stairs, lights the lamp, and writes down every ship, its course and hour. "
-BLOCK = 256  # tokens: what a model with a sliding window, or a recurrent state, resumes at
+BLOCK = 256  # tokens; a model with a sliding window or a recurrent state resumes at block boundaries
 
 
 def load(cache: erllama.Cache, **options: object) -> erllama.Model:
@@ -43,19 +43,19 @@ def model(cache: erllama.Cache) -> Iterator[erllama.Model]:
 
 @pytest.fixture
 def prompt(model: erllama.Model) -> list[int]:
-    """About 700 tokens of this model."""
+    """Return about 700 tokens of this model."""
     ids: list[int] = model.tokenize(STORY * 100).tolist()
     return ids[:700]
 
 
-def test_a_prompt_that_nobody_has_read_is_cold(model: erllama.Model, prompt: list[int]) -> None:
+def test_a_new_prompt_is_cold(model: erllama.Model, prompt: list[int]) -> None:
     reply = ask(model, prompt)
     assert (reply.cache.kind, reply.cache.tokens) == ("cold", 0)
     assert reply.timings.prefill_tokens == len(prompt)
     assert list(reply.context_tokens[: len(prompt)]) == prompt
 
 
-def test_after_a_restart_it_is_found_and_the_reply_is_the_same(tmp_path: Path) -> None:
+def test_after_a_restart_the_prompt_is_restored_with_the_same_reply(tmp_path: Path) -> None:
     replies = []
     for _ in range(2):
         with erllama.Cache(disk=tmp_path / "prompts") as cache, load(cache) as model:
@@ -66,17 +66,17 @@ def test_after_a_restart_it_is_found_and_the_reply_is_the_same(tmp_path: Path) -
     assert again.tokens == first.tokens
 
 
-def test_a_turn_goes_on_from_the_reply_before(model: erllama.Model, prompt: list[int]) -> None:
+def test_a_turn_continues_from_the_last_reply(model: erllama.Model, prompt: list[int]) -> None:
     first = ask(model, prompt)
     assert first.finish_key is not None
     question = model.tokenize("\nWho passed?", add_special=False).tolist()
     second = ask(model, [*first.context_tokens, *question], parent_key=first.finish_key)
-    # All but the reply's last token, which no cell holds.
+    # All but the last token of the reply, which is in no cell.
     assert second.cache.tokens >= len(first.context_tokens) - 1
     assert model.cache.counters()["hits_resume"] == 1
 
 
-def test_a_branch_finds_the_prefix_that_it_shares(model: erllama.Model, prompt: list[int]) -> None:
+def test_a_branch_reuses_the_common_prefix(model: erllama.Model, prompt: list[int]) -> None:
     ask(model, prompt)
     other = model.tokenize("And then the light went out.", add_special=False).tolist()
     reply = ask(model, prompt[:600] + other)
@@ -84,7 +84,7 @@ def test_a_branch_finds_the_prefix_that_it_shares(model: erllama.Model, prompt: 
     assert 2 * BLOCK <= reply.cache.tokens <= 600 + len(other) - 1
 
 
-def test_what_is_evicted_from_memory_is_still_on_disk(
+def test_blocks_evicted_from_memory_are_still_on_disk(
     cache: erllama.Cache, model: erllama.Model, prompt: list[int]
 ) -> None:
     first = ask(model, prompt)
@@ -98,7 +98,7 @@ def test_what_is_evicted_from_memory_is_still_on_disk(
 
 
 def test_two_models_at_once_on_one_cache(cache: erllama.Cache, model: erllama.Model, prompt: list[int]) -> None:
-    """Of one file and of two salts: neither finds what the other has read."""
+    """Two salts of one file: neither model reuses KV of the other."""
     with load(cache, cache_salt="another") as other, ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda loaded: ask(loaded, prompt), (model, other))
         assert (first.cache.kind, second.cache.kind) == ("cold", "cold")

@@ -1,4 +1,4 @@
-"""Tests of a cache without a model: libllama is never loaded.
+"""Test a cache without a model and without libllama.
 
 pytest examples/test_my_cache.py
 """
@@ -30,7 +30,7 @@ def test_round_trip(cache: Cache) -> None:
 
 
 class Everything(CacheMachine):
-    """Whatever may happen to this cache, it does not lie."""
+    """Random sequences of operations: the cache never returns wrong data."""
 
     def make_cache(self, directory: Path) -> Cache:
         return Cache(ram=1000, disk=directory, disk_quota=9000, block_size=16)

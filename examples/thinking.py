@@ -1,4 +1,4 @@
-"""What a model thinks, told from what it answers; signed; and cut short by a budget.
+"""Separate thinking from the answer, sign it, and limit it with a budget.
 
 python examples/thinking.py [model.gguf]
 """
@@ -25,9 +25,9 @@ def main() -> None:
                         signature = event.signature
                     case erllama.TextDelta():
                         answer += event.text
-        print(f"thought:   {thinking!r}\nanswered:  {answer!r}\nsignature: {signature.hex()}")
+        print(f"thinking:  {thinking!r}\nanswer:    {answer!r}\nsignature: {signature.hex()}")
 
-        # The same from a prompt of one's own, without messages.
+        # The same with a prompt instead of messages.
         prompt = model.render_chat(messages)
         reply = model.complete(prompt, max_tokens=256, thinking="enabled")
         print(f"complete:  {reply.thinking!r}, {reply.text!r}")
@@ -39,7 +39,7 @@ def main() -> None:
             thinking_budget_tokens=8,
             thinking_budget_message=" That will do.",
         )
-        print(f"in a hurry: {reply.thinking!r}, {reply.text!r}")
+        print(f"with a budget: {reply.thinking!r}, {reply.text!r}")
 
 
 if __name__ == "__main__":

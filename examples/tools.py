@@ -1,4 +1,4 @@
-"""A model calls a tool, and uses what it says.
+"""Let a model call a tool and use its result.
 
 python examples/tools.py [model.gguf]
 """
@@ -34,7 +34,7 @@ def main() -> None:
     policy = {"min_tokens": 1, "cold_min_tokens": 1}
     with erllama.load_model(model_or_demo(), cache=erllama.Cache(), policy=policy) as model:
         messages: list[dict[str, object]] = [{"role": "user", "content": "What time is it in Oslo?"}]
-        # tool_choice="required" makes a model call one that would rather not; its arguments always fit the schema.
+        # tool_choice="required" forces a tool call. Its arguments always match the schema.
         reply = model.chat(messages, tools=TOOLS, tool_choice="required", max_tokens=200)
         messages.append(reply.message)
         for call in reply.tool_calls:
@@ -42,7 +42,7 @@ def main() -> None:
             print(f"{call.name}({call.arguments}) -> {result}")
             messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
         reply = model.chat(messages, tools=TOOLS, max_tokens=200)
-        print(f"answer: {reply.text!r}; {reply.usage.cached} of {reply.usage.prompt} prompt tokens were cached")
+        print(f"answer: {reply.text!r}; {reply.usage.cached} of {reply.usage.prompt} prompt tokens from the cache")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""libllama for Python: models, vocabularies, contexts and GGUF headers. No policy.
+"""libllama for Python: models, vocabularies, contexts and GGUF headers, without policy.
 
-A thin, typed layer over a libllama that was built with this package. It
-checks what libllama would answer with an abort, turns failures into
-`LlamaError`, sends libllama's log to the logger `erllama.llama`, and keeps
-native lifetimes right in any order of closing. Importing it does not start
-libllama's backends; the first use does.
+A thin, typed layer over a libllama that was built with this package. It raises `LlamaError` for failures, and for
+arguments that would make libllama abort. It passes libllama's log to the logger `erllama.llama`, and frees native
+objects correctly for any order of closing. The first use starts libllama's backends; the import does not. Imports
+run from contexts and adapters to `model`, `vocabulary` and `gguf`, then to `handle` and `library`.
 """
 
 from erllama.llama_ffi.adapter import LlamaAdapter, check_adapter
-from erllama.llama_ffi.context import LlamaContext, RopeOptions, cell_bytes
+from erllama.llama_ffi.context import LlamaContext, cell_bytes
+from erllama.llama_ffi.context_options import RopeOptions
 from erllama.llama_ffi.embedding import POOLINGS, EmbeddingContext, own_pooling
 from erllama.llama_ffi.gguf import GGUFHeader, Tensor, check_header, read_header, read_tensor_table
 from erllama.llama_ffi.library import (

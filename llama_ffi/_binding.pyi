@@ -1,4 +1,4 @@
-# The compiled module has no types of its own; the modules beside it give them.
+# The compiled module has no types. The modules beside it add them.
 from typing import Any
 
 ffi: Any

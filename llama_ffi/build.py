@@ -1,7 +1,7 @@
-"""Describes the extension module `erllama.llama_ffi._binding` to cffi.
+"""The definition of the extension module `erllama.llama_ffi._binding` for cffi.
 
-Run by setuptools (see setup.py), which adds the directories of the libllama it
-links. The declarations come from shim.h itself, so there is one copy of them.
+setuptools runs it (see setup.py) and adds the directories of the libllama that it links. The declarations come from
+shim.h, so there is only one copy of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def declarations(header: str) -> str:
-    """The part of shim.h between its markers, without comments, as cffi's cdef wants it."""
+    """The part of shim.h between its markers, without comments, for cffi's cdef."""
     inside = header.split("/* cffi: begin */", 1)[1].split("/* cffi: end */", 1)[0]
     return re.sub(r"/\*.*?\*/", "", inside, flags=re.DOTALL)
 
@@ -25,7 +25,7 @@ ffibuilder.cdef(declarations((HERE / "shim.h").read_text()))
 ffibuilder.set_source(
     "erllama.llama_ffi._binding",
     '#include "shim.h"',
-    # Relative to the project's root, where setuptools runs.
+    # Relative to the root of the project, where setuptools runs.
     sources=["llama_ffi/shim.cpp", "llama_ffi/graph_check.cpp"],
     depends=["llama_ffi/shim.h", "llama_ffi/graph_check.h"],
     py_limited_api=True,

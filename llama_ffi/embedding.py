@@ -1,8 +1,8 @@
-"""A context that embeds: token sequences in, rows of numbers out, and nothing kept between two calls.
+"""An embedding context: token sequences in, rows of numbers out, without state between calls.
 
-Made beside other contexts on the same model, whose weights it shares. Belongs to
-one thread at a time; a lock makes a second one wait. What libllama would answer
-with an abort (sequences that are too long, ids out of range) is checked here first.
+It shares the weights of a model with other contexts. One thread at a time may use it, and a lock makes a second
+thread wait. Arguments that would make libllama abort (sequences that are too long, ids out of range) raise
+`LlamaError`. `erllama.engine.backends.llama_embedding` calls this.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.llama_ffi.context import RopeOptions, new_context, put_rope
+from erllama.llama_ffi.context_options import RopeOptions, create_context, set_rope_options
 from erllama.llama_ffi.library import (
     AbortedError,
     DecodeError,
@@ -29,32 +29,32 @@ from erllama.llama_ffi.library import (
 from erllama.llama_ffi.model import LlamaModel
 from erllama.llama_ffi.native_context import NativeContext
 
-# llama.h's numbers.
+# The numbers of llama.h.
 POOLINGS = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
 _NAMES = {number: name for name, number in POOLINGS.items()}
 
 
 def own_pooling(model: LlamaModel) -> str | None:
-    """The pooling that a model's file asks for; None where it asks for none."""
+    """The pooling that a model's file names; None if it names none."""
     metadata = model.metadata
     found = metadata.get(f"{metadata.get('general.architecture')}.pooling_type", "")
     return _NAMES.get(int(found)) if found.isdecimal() and int(found) else None
 
 
 class EmbeddingContext(NativeContext):
-    """A llama_context whose rows give embeddings.
+    """A llama_context whose rows are embeddings.
 
     Args:
         model: an open model with weights.
-        pooling: how the rows of a sequence become one: "mean", "cls" (its first), "last", or "rank" (scores, of a
-            model that ranks); "none" for a row a token.
-        n_tokens: most tokens of one `embed`, so of one sequence. All are computed at once: libllama keeps
-            a row of logits for each, as wide as the vocabulary.
-        n_sequences: most sequences of one `embed`.
-        Others as of LlamaContext.
+        pooling: how the rows of a sequence become one row: "mean", "cls" (the first row), "last", or "rank"
+            (scores, for a model that ranks); "none" for a row per token.
+        n_tokens: the maximum of tokens in one `embed`, and so in one sequence. All are computed at once, and
+            libllama keeps a row of logits for each token, as wide as the vocabulary.
+        n_sequences: the maximum of sequences in one `embed`.
+        The other arguments are those of LlamaContext.
 
     Attributes:
-        width: of a row: the model's embedding, or the number of its scores.
+        width: the length of a row: the size of an embedding, or the number of scores.
 
     Raises:
         LlamaError: libllama refused; the message says why.
@@ -76,14 +76,14 @@ class EmbeddingContext(NativeContext):
         if model.vocab_only:
             raise LlamaError("this model was loaded with vocab_only=True: it has no weights to embed with")
         if pooling not in POOLINGS:
-            raise LlamaError(f"pooling={pooling!r}; it is one of {', '.join(POOLINGS)}")
+            raise LlamaError(f"pooling={pooling!r}; use one of {', '.join(POOLINGS)}")
         if not 1 <= n_sequences <= max_sequences() or min(n_tokens, n_threads) < 1:
             raise LlamaError(
                 f"n_tokens={n_tokens}, n_threads={n_threads}, n_sequences={n_sequences}; they must be at least 1, "
-                f"and sequences at most {max_sequences()}"
+                f"and n_sequences at most {max_sequences()}"
             )
-        _check_room(model, n_tokens)
-        held = model.hold()
+        _check_memory(model, n_tokens)
+        model_handle = model.hold()
         try:
             options = ffi.new("erl_context_options *")
             options.n_ctx = options.n_batch = options.n_ubatch = n_tokens
@@ -91,47 +91,49 @@ class EmbeddingContext(NativeContext):
             options.n_threads = options.n_threads_batch = n_threads
             options.flash_attn = -1 if flash_attn is None else int(flash_attn)
             options.type_k, options.type_v = type_k, type_v
-            put_rope(options, **rope)
-            # Unified: elsewhere libllama would cut sequences of unlike lengths apart, and pool each part.
+            set_rope_options(options, **rope)
+            # Unified, because otherwise libllama splits sequences of different lengths, and pools each part.
             options.offload_kqv = options.kv_unified = options.embeddings = True
             options.pooling = POOLINGS[pooling]
             with model.adapters_lock:
-                pointer = new_context(held, options)
+                pointer = create_context(model_handle, options)
         except BaseException:
-            held.release()
+            model_handle.release()
             raise
         self._adapters_lock = model.adapters_lock
-        super().__init__(pointer, held)
+        super().__init__(pointer, model_handle)
         self.pooling = pooling
         self.n_tokens, self.n_sequences = n_tokens, n_sequences
         self.width = model.shape.n_cls_out if pooling == "rank" else model.shape.n_embd_out
-        # A model that only encodes has learned its positions, and has no more of them.
+        # A model that only encodes has learned positions, and cannot exceed their number.
         encodes = check(lib.erl_context_has_memory(pointer), "making a context") == 0
         self._longest = min(n_tokens, model.shape.n_ctx_train) if encodes else n_tokens
 
     def embed(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
-        """Compute some sequences together, each on its own.
+        """Compute several independent sequences together.
 
         Args:
             sequences: token ids, int32, each of shape (n,), n >= 1; together at most n_tokens.
 
         Returns:
-            one float32 array a sequence, in their order: shape (width,), or (n, width) without pooling.
+            one float32 array per sequence, in order: shape (width,), or (n, width) without pooling.
 
         Raises:
             AbortedError: `abort()` was called.
             DecodeError: libllama failed.
-            LlamaError: an argument is out of range; nothing was computed.
+            LlamaError: an argument is out of range; no row was computed.
         """
         lengths = [len(sequence) for sequence in sequences]
         n = sum(lengths)
         if not 1 <= len(sequences) <= self.n_sequences or n > self.n_tokens:
             raise LlamaError(
                 f"{len(sequences)} sequences of {n} tokens together; "
-                f"it takes 1 to {self.n_sequences} of them, and {self.n_tokens} tokens"
+                f"pass 1 to {self.n_sequences} sequences, and at most {self.n_tokens} tokens"
             )
         if not 1 <= min(lengths) <= max(lengths) <= self._longest:
-            raise LlamaError(f"a sequence of {min(lengths)} to {max(lengths)} tokens; 1 to {self._longest} will do")
+            raise LlamaError(
+                f"a sequence of {min(lengths)} to {max(lengths)} tokens; each must have 1 to {self._longest}"
+            )
         tokens = np.concatenate(sequences).astype(np.int32, casting="same_kind")
         positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
         numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
@@ -155,12 +157,14 @@ class EmbeddingContext(NativeContext):
         if code == 3:
             raise LlamaError(reason)
         if code != 0:
-            raise DecodeError(f"embedding failed with code {code}: {reason or problems or 'no reason was given'}")
+            raise DecodeError(
+                f"embedding failed with code {code}: {reason or problems or 'libllama gave no reason'}"
+            )
         return list(rows) if pooled else np.split(rows, np.cumsum(lengths)[:-1])
 
 
-def _check_room(model: LlamaModel, n_tokens: int) -> None:
-    """Refuse rows that this machine's memory cannot hold: an allocation that large is not refused by the system."""
+def _check_memory(model: LlamaModel, n_tokens: int) -> None:
+    """Raise LlamaError for more rows than fit into this machine's memory. The system does not refuse them."""
     n_bytes = 4 * n_tokens * (model.vocabulary.n_tokens + model.shape.n_embd)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if n_bytes > memory:

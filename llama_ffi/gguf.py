@@ -1,8 +1,7 @@
 """The header of a GGUF file, read without loading the model.
 
-libllama's own reader does the parsing, so what passes here is what it will
-see. What it does not check, and later trusts, is checked here, where it is a
-tensor beyond the end of the file, or by `model_check`.
+libllama's reader parses the header, so a load sees the same values. libllama trusts some values without a check.
+This module checks that no tensor lies beyond the end of the file; `model_check` checks the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from erllama.llama_ffi.library import LlamaError, check, drain_log, ffi, last_error, lib, start, text
 
-Value = int | float | bool | str | list[str] | NDArray[np.generic]
+GGUFValue = int | float | bool | str | list[str] | NDArray[np.generic]
 
 _NUMPY_TYPES: dict[int, type[np.generic]] = {
     0: np.uint8,
@@ -37,7 +36,7 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where one tensor lies in the file; offset in bytes from the start of the data."""
+    """A tensor's place in the file. `offset` is in bytes from the start of the data."""
 
     name: str
     offset: int
@@ -51,12 +50,12 @@ class GGUFHeader:
     """A GGUF file's metadata and the table of its tensors.
 
     Attributes:
-        metadata: every key; arrays of numbers as numpy arrays, arrays of strings as lists.
+        metadata: all keys; arrays of numbers as numpy arrays, arrays of strings as lists.
         tensors: in the order of the file.
-        data_offset: where tensor data begins, in bytes from the start of the file.
+        data_offset: the start of the tensor data, in bytes from the start of the file.
     """
 
-    metadata: Mapping[str, Value]
+    metadata: Mapping[str, GGUFValue]
     tensors: tuple[Tensor, ...]
     data_offset: int
 
@@ -67,36 +66,36 @@ def read_header(path: str | Path) -> GGUFHeader:
     Raises:
         LlamaError: the file is not a GGUF file that libllama can read.
     """
-    gguf = _opened(path)
+    gguf = _open(path)
     metadata = {text(lib.erl_gguf_key(gguf, i)): _value(gguf, i) for i in range(lib.erl_gguf_n_keys(gguf))}
     return GGUFHeader(MappingProxyType(metadata), _tensors(gguf), int(lib.erl_gguf_data_offset(gguf)))
 
 
 def read_tensor_table(path: str | Path) -> tuple[int, tuple[Tensor, ...]]:
-    """`data_offset` and `tensors` of a file's header, without its metadata, which takes longer to read.
+    """`data_offset` and `tensors` of a file's header. Skips the metadata, which takes longer to read.
 
     Raises:
-        LlamaError: as of `read_header`.
+        LlamaError: the file is not a GGUF file that libllama can read.
     """
-    gguf = _opened(path)
+    gguf = _open(path)
     return int(lib.erl_gguf_data_offset(gguf)), _tensors(gguf)
 
 
-def _opened(path: str | Path) -> object:
+def _open(path: str | Path) -> object:
     start()
-    opened = lib.erl_gguf_open(str(path).encode("utf-8", "surrogateescape"))
+    gguf = lib.erl_gguf_open(str(path).encode("utf-8", "surrogateescape"))
     reason = last_error()
     problems = drain_log()
-    if not opened:
+    if not gguf:
         raise LlamaError(reason or "; ".join(problems[-2:]) or "not a GGUF file")
-    return ffi.gc(opened, lib.erl_gguf_free)
+    return ffi.gc(gguf, lib.erl_gguf_free)
 
 
 def _tensors(gguf: object) -> tuple[Tensor, ...]:
     return tuple(_tensor(gguf, i) for i in range(lib.erl_gguf_n_tensors(gguf)))
 
 
-def _value(gguf: object, i: int) -> Value:
+def _value(gguf: object, i: int) -> GGUFValue:
     kind = check(lib.erl_gguf_type(gguf, i), "reading metadata")
     if kind == _STRING:
         return text(lib.erl_gguf_string(gguf, i))
@@ -126,18 +125,18 @@ def _tensor(gguf: object, i: int) -> Tensor:
 
 
 def check_header(path: str | Path, overrides: Mapping[str, int | float | bool | str] | None = None) -> GGUFHeader:
-    """Read a file's header, and refuse one that would lead libllama beyond the file.
+    """Read a file's header, and check that libllama will not read beyond the end of the file.
 
-    Reads the header alone. What libllama itself refuses with an error is left to it; see `model_check`, too.
+    Reads only the header. libllama itself raises errors for other faults; see also `model_check`.
 
     Args:
-        overrides: metadata that takes the place of the file's.
+        overrides: metadata that replaces the file's.
 
     Returns:
-        the header, with the overrides in it.
+        the header with the overrides.
 
     Raises:
-        LlamaError: the file is no GGUF file, or is cut short.
+        LlamaError: the file is not a GGUF file, or is truncated.
     """
     header = read_header(path)
     metadata = MappingProxyType({**header.metadata, **(overrides or {})})
@@ -146,15 +145,15 @@ def check_header(path: str | Path, overrides: Mapping[str, int | float | bool | 
 
 
 def check_length(path: str | Path, header: GGUFHeader) -> None:
-    """Refuse a file that ends before its tensors do.
+    """Check that a file does not end before its tensors.
 
     Raises:
-        LlamaError: it does.
+        LlamaError: the file is truncated.
     """
     size = Path(path).stat().st_size
     for tensor in header.tensors:
         end = header.data_offset + tensor.offset + tensor.n_bytes
         if end > size:
             raise LlamaError(
-                f"tensor {tensor.name!r} ends at byte {end} of a file of {size}: the file is cut short"
+                f"tensor {tensor.name!r} ends at byte {end} of a file of {size}: the file is truncated"
             )

@@ -1,9 +1,9 @@
-// Checks a model's graph before anything is computed. An operation whose types or parameters ggml does not
-// support fails an assertion, or calls a function that is not there, on all threads of a computation at once:
-// that cannot be survived. The same is found out here, on one thread, when a context is made.
+// Checks a model's graph before the first computation. If ggml does not support the types or parameters of an
+// operation, a computation fails an assertion, or calls a missing function, on all of its threads at once. The process
+// cannot survive that. This check finds such operations on one thread, when a context is created.
 //
-// The rules are those of ggml's CPU backend, which computes what no other backend takes. Shapes are not
-// checked: ggml does so as the graph is built, on the calling thread, where a failed assertion is an exception.
+// The rules are those of ggml's CPU backend, which computes every operation that no other backend takes. ggml itself
+// checks shapes while it builds the graph, on the calling thread, where a failed assertion becomes an exception.
 #include "graph_check.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 #include "ggml.h"
 #include "llama.h"
 
-// libllama exports it; its header, llama-ext.h, is not installed.
+// libllama exports this function, but its header, llama-ext.h, is not installed.
 LLAMA_API struct ggml_cgraph *llama_graph_reserve(struct llama_context *ctx, uint32_t n_tokens, uint32_t n_seqs,
                                                   uint32_t n_outputs);
 
@@ -26,7 +26,7 @@ bool is(node t, std::initializer_list<ggml_type> types) {
     return t && std::find(types.begin(), types.end(), t->type) != types.end();
 }
 
-// Q8_1 and Q8_K hold intermediate results: nothing is multiplied by weights of these types.
+// Q8_1 and Q8_K hold intermediate results. ggml cannot multiply weights of these types.
 bool is_weight_type(node t) {
     return is(t, {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16}) ||
            (ggml_is_quantized(t->type) && !is(t, {GGML_TYPE_Q8_1, GGML_TYPE_Q8_K}));
@@ -58,7 +58,7 @@ bool multiplies(node t) {
 
 bool picks_rows(node t) { return is_weight_type(t->src[0]) || is(t->src[0], {GGML_TYPE_I32}); }
 
-// f32 with f32; f16 or bf16 with f32 or with its own.
+// f32 with f32; f16 or bf16 with f32 or with the same type.
 bool combines(node t) {
     node a = t->src[0], b = t->src[1];
     const bool same_as_result = t->type == a->type || (t->type == GGML_TYPE_F32 && b->type == GGML_TYPE_F32);
@@ -85,7 +85,7 @@ bool rotates(node t) {
         sum += whole(t, i);
         least = std::min<int64_t>(least, whole(t, i));
     }
-    // Sections: of positions with several parts.
+    // Sections exist for positions with several parts.
     const bool sections = (mode & GGML_ROPE_TYPE_MROPE) == 0 || (least >= 0 && sum > 0 && sum <= size);
     node factors = t->src[2];
     return is(t->src[0], {GGML_TYPE_F32, GGML_TYPE_F16}) && is(t->src[1], {GGML_TYPE_I32}) &&
@@ -119,7 +119,7 @@ bool scales(node t) { return all_f32(t) && ggml_is_contiguous(t->src[0]); }
 const struct {
     ggml_op op;
     bool (*computable)(node);
-    const char *wants;
+    const char *requirement;
 } rules[] = {
     {GGML_OP_MUL_MAT, multiplies, "weights of real numbers"},
     {GGML_OP_MUL_MAT_ID, multiplies, "weights of real numbers"},
@@ -129,16 +129,16 @@ const struct {
     {GGML_OP_MUL, combines, "two f32 operands"},
     {GGML_OP_DIV, combines, "two f32 operands"},
     {GGML_OP_ADD_ID, all_f32, "f32 operands"},
-    {GGML_OP_NORM, normalizes, "f32, and an epsilon that is finite and not negative"},
-    {GGML_OP_RMS_NORM, normalizes, "f32, and an epsilon that is finite and not negative"},
-    {GGML_OP_L2_NORM, normalizes, "f32, and an epsilon that is finite and not negative"},
-    {GGML_OP_GROUP_NORM, normalizes, "f32, groups, and an epsilon that is finite and not negative"},
+    {GGML_OP_NORM, normalizes, "f32, and a finite epsilon that is not negative"},
+    {GGML_OP_RMS_NORM, normalizes, "f32, and a finite epsilon that is not negative"},
+    {GGML_OP_L2_NORM, normalizes, "f32, and a finite epsilon that is not negative"},
+    {GGML_OP_GROUP_NORM, normalizes, "f32, groups, and a finite epsilon that is not negative"},
     {GGML_OP_ROPE, rotates, "an even number of dimensions within a head, sections within them, and f32 factors"},
     {GGML_OP_SOFT_MAX, [](node t) { return is(t->src[0], {GGML_TYPE_F32}) && (!t->src[2] || is(t->src[2], {GGML_TYPE_F32})); },
      "f32 operands"},
     {GGML_OP_SCALE, scales, "f32 operands"},
     {GGML_OP_SSM_CONV, all_f32, "f32 operands"},
-    {GGML_OP_SSM_SCAN, scans, "f32 operands, and heads that groups divide"},
+    {GGML_OP_SSM_SCAN, scans, "f32 operands, and a number of heads that is a multiple of the groups"},
     {GGML_OP_RWKV_WKV6, all_f32, "f32 operands"},
     {GGML_OP_RWKV_WKV7, all_f32, "f32 operands"},
     {GGML_OP_GATED_LINEAR_ATTN, all_f32, "f32 operands"},
@@ -154,7 +154,7 @@ const struct {
     {GGML_OP_COS, all_f32, "f32 operands"},
     {GGML_OP_CLAMP, real_numbers, "f32 or f16"},
     {GGML_OP_UNARY, real_numbers, "f32 or f16"},
-    {GGML_OP_GLU, gates, "f32 or f16, both alike"},
+    {GGML_OP_GLU, gates, "f32 or f16, the same for both"},
     {GGML_OP_ARGSORT, all_f32, "f32 operands"},
     {GGML_OP_TOP_K, all_f32, "f32 operands"},
     {GGML_OP_PAD, all_f32, "f32 operands"},
@@ -163,30 +163,30 @@ const struct {
      "f32, f16, bf16, i32 or i16"},
     {GGML_OP_FLASH_ATTN_EXT, attends, "an f32 query, K and V of real numbers, f32 sinks"},
     {GGML_OP_SET_ROWS, real_numbers, "f32 or f16"},
-    {GGML_OP_CPY, converts, "types that convert"},
-    {GGML_OP_DUP, converts, "types that convert"},
-    {GGML_OP_CONT, converts, "types that convert"},
+    {GGML_OP_CPY, converts, "convertible types"},
+    {GGML_OP_DUP, converts, "convertible types"},
+    {GGML_OP_CONT, converts, "convertible types"},
 };
 
-std::string described(node t) {
-    std::string found = std::string("ggml cannot compute ") + ggml_op_desc(t) + " '" + t->name + "' of";
+std::string describe(node t) {
+    std::string text = std::string("ggml cannot compute ") + ggml_op_desc(t) + " '" + t->name + "' of";
     for (node source : t->src) {
         if (source) {
-            found += std::string(" '") + source->name + "' (" + ggml_type_name(source->type) + ")";
+            text += std::string(" '") + source->name + "' (" + ggml_type_name(source->type) + ")";
         }
     }
-    return found;
+    return text;
 }
 
-std::string why_not(ggml_cgraph *graph) {
+std::string first_problem(ggml_cgraph *graph) {
     for (int i = 0; graph && i < ggml_graph_n_nodes(graph); i++) {
         node t = ggml_graph_node(graph, i);
         if (ggml_is_empty(t)) {
-            continue;  // nothing is computed
+            continue;  // no element to compute
         }
         for (const auto &rule : rules) {
             if (rule.op == t->op && !rule.computable(t)) {
-                return described(t) + ": it needs " + rule.wants;
+                return describe(t) + ": it needs " + rule.requirement;
             }
         }
     }
@@ -195,11 +195,11 @@ std::string why_not(ggml_cgraph *graph) {
 
 }  // namespace
 
-std::string why_not_computable(llama_context *context) {
+std::string graph_problem(llama_context *context) {
     const uint32_t n_seqs = llama_n_seq_max(context);
     const uint32_t n_tokens = std::min(llama_n_ctx(context), llama_n_ubatch(context));
-    // As libllama itself does when it makes a context, and in its order: the larger graph last, so that its
-    // memory stays reserved.
-    std::string reason = why_not(llama_graph_reserve(context, n_seqs, n_seqs, n_seqs));
-    return reason.empty() ? why_not(llama_graph_reserve(context, n_tokens, n_seqs, n_tokens)) : reason;
+    // libllama reserves the same graphs in the same order when it creates a context. The larger graph comes last, so
+    // that its memory stays reserved.
+    std::string reason = first_problem(llama_graph_reserve(context, n_seqs, n_seqs, n_seqs));
+    return reason.empty() ? first_problem(llama_graph_reserve(context, n_tokens, n_seqs, n_tokens)) : reason;
 }

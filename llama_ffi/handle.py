@@ -1,9 +1,8 @@
-"""Native objects with counted holders.
+"""Reference-counted native objects.
 
-A `Handle` owns one native object and frees it when its last holder lets go,
-whatever the order: a model closed while a context still uses it lives until
-that context is closed, and a context whose logits are still looked at lives
-until the last view of them is gone. After a fork the child frees nothing.
+A `Handle` owns one native object and frees it when its last holder releases it, in any order: a model that is
+closed while a context uses it lives until the context is closed, and a context lives until the last view of its
+logits is deleted. After a fork, the child frees no native object.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from erllama.llama_ffi.library import LlamaError, generation
 
 
 class Handle:
-    """One native pointer, the number of its holders, and how to free it."""
+    """A native pointer with the number of its holders and the function that frees it."""
 
     __slots__ = ("_free", "_generation", "_holders", "_lock", "_pointer", "what")
 
@@ -24,14 +23,14 @@ class Handle:
         self._pointer: object | None = pointer
         self._free = free
         self._holders = 1
-        # Reentrant: a garbage collection inside may release another hold of this very handle.
+        # Reentrant: a garbage collection inside may release another hold on this handle.
         self._lock = threading.RLock()
         self._generation = generation()
         self.what = what
 
     @property
     def pointer(self) -> object:
-        """The native pointer, for a call made now by a holder."""
+        """The native pointer, for an immediate call by a holder."""
         if self._generation != generation():
             raise LlamaError(
                 f"this {self.what} belongs to the process that forked this one; "
@@ -50,8 +49,8 @@ class Handle:
         return self
 
     @contextmanager
-    def held(self) -> Iterator[object]:
-        """The pointer, kept alive for the length of a `with` even if every other holder lets go."""
+    def use(self) -> Iterator[object]:
+        """The pointer, kept alive within a `with` block even if every other holder releases it."""
         self.hold()
         try:
             yield self.pointer
@@ -59,7 +58,7 @@ class Handle:
             self.release()
 
     def release(self) -> None:
-        """Let go. The last holder frees the native object."""
+        """Remove a holder. The last one frees the native object."""
         with self._lock:
             self._holders -= 1
             if self._holders > 0 or self._pointer is None:

@@ -1,12 +1,10 @@
-"""The loaded libllama as a whole: starting it, its errors, its log, its devices.
+"""The process-wide state of libllama: its start, errors, log and devices.
 
-Owns the process-wide state of libllama. Every other module of this package
-goes through `lib` and `ffi` here, so that libllama is started before its first
-use and never started by an import alone.
+All other modules of this package use `lib` and `ffi` from here. libllama starts at its first use, never at an
+import.
 
-A process forked from one that used libllama cannot use it: the threads that
-did the work are not in the child. `generation()` counts forks, and every
-native object refuses to work in a generation other than its own.
+A process that was forked from one that used libllama cannot use it, because the child lacks the worker threads.
+`generation()` counts forks, and every native object raises an error in a generation other than its own.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from erllama.llama_ffi._binding import ffi as ffi
 from erllama.llama_ffi._binding import lib as lib
 
 log = logging.getLogger("erllama.llama")
-# What libllama says of a failure is in the error we raise: unasked, it need not be on the terminal, too.
+# Errors quote libllama's log, so by default the log does not also go to the terminal.
 log.addHandler(logging.NullHandler())
 
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
@@ -36,11 +34,11 @@ _generation = 0
 
 
 class LlamaError(RuntimeError):
-    """libllama refused or failed; the message carries what it said."""
+    """libllama refused or failed. The message has its reason."""
 
 
 class NoCellsError(LlamaError):
-    """No free KV cells for the batch; nothing was decoded."""
+    """Too few free KV cells for the batch, which was not decoded."""
 
 
 class DecodeError(LlamaError):
@@ -54,28 +52,27 @@ class AbortedError(LlamaError):
 def _after_fork_in_child() -> None:
     global _generation, _start_lock
     _generation += 1
-    _start_lock = threading.Lock()  # a thread that was not forked may have held it
+    _start_lock = threading.Lock()  # another thread may have held it at the fork
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def generation() -> int:
-    """How many forks lie between this process and the one that imported the library."""
+    """The number of forks between this process and the process that imported the library."""
     return _generation
 
 
 def start() -> None:
-    """Start libllama's backends, once per process; cheap afterwards.
+    """Start libllama's backends. Only the first call in a process has an effect.
 
     Raises:
-        LlamaError: the backends could not start, or the process is a fork of
-            one that had started them.
+        LlamaError: the backends could not start, or the process is a fork of a process that had started them.
     """
     global _started
     if _generation:
         raise LlamaError(
-            "this process was forked from one that had loaded libllama, which does not survive a fork; "
+            "this process was forked from one that had loaded libllama, which cannot be used after a fork; "
             "start workers with multiprocessing's 'spawn' method, or load models after forking"
         )
     if _started:
@@ -88,12 +85,12 @@ def start() -> None:
 
 
 def last_error() -> str:
-    """Why the calling thread's last native call failed, as text; empty when libllama gave no reason."""
+    """The reason that the calling thread's last native call failed; empty if libllama gave none."""
     return text(lib.erl_last_error())
 
 
 def check(code: int, action: str) -> int:
-    """Return `code` unless it reports a failure, which is raised as LlamaError."""
+    """Return `code`, or raise LlamaError if it reports a failure."""
     if code <= lib.ERL_ASSERTION:
         raise LlamaError(f"{action} failed: {last_error()}")
     return code
@@ -105,13 +102,12 @@ def text(pointer: object) -> str:
 
 
 def drain_log() -> list[str]:
-    """Hand the lines that libllama has logged to the logger `erllama.llama`.
+    """Pass libllama's log lines to the logger `erllama.llama`.
 
-    libllama's information lines are passed on at DEBUG: they are many, and a
-    library's user did not ask for them.
+    Lines of libllama's level INFO are logged at DEBUG, because there are many of them.
 
     Returns:
-        The error and warning lines among them, for use in an error message.
+        The error and warning lines, for an error message.
     """
     if lib.erl_log_pending() == 0:
         return []
@@ -129,13 +125,13 @@ def drain_log() -> list[str]:
 
 
 def _log(level: int, line: str) -> None:
-    """Log a line of libllama's. A handler that fails disturbs no call of libllama, and is printed to stderr."""
+    """Log a line of libllama. A failing handler does not disturb the call; its traceback goes to stderr."""
     try:
         log.log(level, "%s", line)
     except Exception:
         _print_failure()
     except BaseException:
-        # In the main thread it may be Ctrl-C. No other thread is interrupted, or may end, by a handler.
+        # In the main thread it may be Ctrl-C. A handler must not end any other thread.
         if threading.current_thread() is threading.main_thread():
             raise
         _print_failure()
@@ -152,14 +148,14 @@ _DEVICE_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One device that libllama can compute on.
+    """A device that libllama can compute on.
 
     Attributes:
-        name: as "CPU" or "CUDA0"; no two have the same.
-        description: of the hardware, as its driver words it.
+        name: unique, such as "CPU" or "CUDA0".
+        description: the driver's description of the hardware.
         kind: "cpu", "gpu" (memory of its own), "igpu" (the machine's memory) or "accel" (helps the CPU).
-        free_bytes, total_bytes: its memory now; 0 where the driver does not tell.
-        id: the hardware's own, such as a PCI address; empty where it has none.
+        free_bytes, total_bytes: its memory now; 0 if the driver does not report it.
+        id: the hardware's id, such as a PCI address; empty if it has none.
     """
 
     name: str
@@ -171,7 +167,7 @@ class Device:
 
 
 def devices() -> list[Device]:
-    """The devices that this build of libllama sees, the CPU among them; numbered as they stand here."""
+    """The devices that this build of libllama finds, including the CPU. The index of a device is its number."""
     start()
     found = []
     for i in range(check(lib.erl_n_devices(), "counting devices")):
@@ -184,33 +180,33 @@ def devices() -> list[Device]:
 
 
 def system_info() -> str:
-    """The features that libllama was built with and found, as it prints them."""
+    """The features that libllama was built with and detected, in its own format."""
     start()
     return text(lib.erl_system_info()).strip()
 
 
 def build_info() -> dict[str, str]:
-    """What was built: `source` (release tag or digest of a checkout), `backend` and `key`."""
+    """The build of libllama: `source` (release tag or digest of a checkout), `backend` and `key`."""
     path = Path(__file__).with_name("build.json")
     found = json.loads(path.read_text()) if path.exists() else {}
     return {name: str(found.get(name, "unknown")) for name in ("source", "backend", "key")}
 
 
 def state_version() -> int:
-    """The version libllama gives its per-sequence state format."""
+    """The version of libllama's per-sequence state format."""
     return int(lib.erl_state_seq_version())
 
 
 def max_sequences() -> int:
-    """Most sequences that one context can hold."""
+    """The maximum of sequences in one context."""
     return int(lib.erl_max_sequences())
 
 
 def ggml_type(name: str) -> int:
-    """ggml's number for a type name such as "f16" or "q8_0"; -1 when it has none."""
+    """ggml's number of a type name such as "f16" or "q8_0"; -1 for an unknown name."""
     return int(lib.erl_ggml_type(name.encode()))
 
 
 def ggml_block_size(type_number: int) -> int:
-    """How many elements one quantisation block of a ggml type holds."""
+    """The number of elements in a quantisation block of a ggml type."""
     return int(check(lib.erl_ggml_block_size(type_number), "reading a block size"))

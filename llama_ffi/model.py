@@ -1,4 +1,7 @@
-"""A model loaded by libllama: weights, vocabulary and metadata; no context yet."""
+"""A model loaded by libllama: weights, vocabulary and metadata, without a context.
+
+`erllama.engine.backends.llama_file` loads models, and contexts hold them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from erllama.llama_ffi.vocabulary import Vocabulary
 
 _POLL_SECONDS = 0.02
 _SPLIT_MODES = {"none": 0, "layer": 1, "row": 2}
-_GUESSED = re.compile(r"^\(guessed\) ")
+_GUESSED_PREFIX = re.compile(r"^\(guessed\) ")
 _BAD_OVERRIDE = "Bad metadata override type for key '{}', "
 
 
@@ -25,21 +28,23 @@ class LoadCancelledError(LlamaError):
 
 
 class UnusedOverrideError(LlamaError):
-    """libllama has no use for a metadata override: it reads no such key, or reads it as another type.
+    """A metadata override has no effect: libllama does not read the key, or reads it as another type.
 
     Attributes:
-        key: of the override.
-        reason: what libllama said of its type; empty where it read no such key.
+        key: the key of the override.
+        reason: libllama's message about the type; empty if it does not read the key.
     """
 
     def __init__(self, key: str, reason: str) -> None:
-        super().__init__(f"the metadata override {key!r} is of no use: {reason or 'libllama reads no such key'}")
+        super().__init__(
+            f"the metadata override {key!r} has no effect: {reason or 'libllama does not read this key'}"
+        )
         self.key, self.reason = key, reason
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What libllama read of a model's architecture; sizes in elements unless named otherwise."""
+    """The shape of a model's architecture as libllama read it. Sizes are in elements unless named otherwise."""
 
     n_ctx_train: int
     n_embd: int
@@ -62,32 +67,32 @@ class ModelShape:
 class LlamaModel:
     """A GGUF file loaded by libllama.
 
-    Close it with `close()` or leave it to garbage collection; contexts made
-    from it keep the weights alive until they are closed themselves.
+    Close it with `close()` or leave it to garbage collection. Contexts of the model keep the weights alive until
+    the contexts are closed.
 
     Args:
         path: the GGUF file (the first part of a split one).
-        n_gpu_layers: layers to put on devices; -1, or more than it has, for all.
-        devices: numbers of the devices to put layers on, as `devices()` counts them; None for libllama's choice.
-        split_mode: how several share: "none" (one of them has all), "layer" or "row".
-        main_gpu: with "none", which of them, by its place in `devices`.
-        tensor_split: the share of each of `devices`, in any unit; None to go by their free memory.
-        overrides: metadata in place of the file's, typed by value; keys and texts of at most 127 bytes.
+        n_gpu_layers: layers to put on devices; -1, or more than the model has, for all.
+        devices: numbers of the devices for layers, which index `devices()`; None for libllama's choice.
+        split_mode: how devices share the model: "none" (one device has all layers), "layer" or "row".
+        main_gpu: with "none", the index in `devices` of the device that has all layers.
+        tensor_split: the share of each of `devices`, in any unit; None to split by free memory.
+        overrides: metadata that replaces the file's, typed by value. Keys and texts have at most 127 bytes.
         mmap: map the file instead of reading it.
-        mlock: keep the weights from being swapped out.
+        mlock: lock the weights in memory.
         vocab_only: read the vocabulary and metadata, no weights.
-        on_progress: called in the calling thread with the fraction loaded, first
-            0.0 and last 1.0, some times a second; returning False cancels the load.
+        on_progress: called in the calling thread with the loaded fraction, from 0.0 to 1.0, several times a second.
+            Returning False cancels the load.
 
     Raises:
         LlamaError: libllama cannot load the file; the message says why.
         LoadCancelledError: `on_progress` returned False.
-        UnusedOverrideError: an override has no effect; found out before any weight is read.
+        UnusedOverrideError: an override has no effect. Raised before any weight is read.
 
     Attributes:
-        said: what libllama logged while it loaded.
-        adapters_lock: held where an adapter is loaded or freed, and by contexts that compute in other threads:
-            libllama reads the list of a model's adapters in the midst of that.
+        log: the lines that libllama logged during the load.
+        adapters_lock: taken to load or free an adapter, and by contexts that compute in other threads, because a
+            computation reads the model's list of adapters.
     """
 
     def __init__(
@@ -111,14 +116,14 @@ class LlamaModel:
         options.n_gpu_layers = n_gpu_layers
         options.split_mode, options.main_gpu = _SPLIT_MODES[split_mode], main_gpu
         options.mmap, options.mlock, options.vocab_only = mmap, mlock, vocab_only
-        # cffi frees what it made with its last name, so these keep what the options point to.
+        # cffi frees an object with its last reference. These variables keep the objects that the options point to.
         numbers = ffi.new("int32_t[]", list(devices or ()))
         shares = ffi.new("float[]", list(tensor_split or ()))
-        given, *_texts = _overrides(overrides or {})
+        native_overrides, *_texts = _overrides(overrides or {})
         options.devices, options.n_devices = numbers, -1 if devices is None else len(devices)
         options.tensor_split = shares if tensor_split is not None else ffi.NULL
-        options.overrides, options.n_overrides = given, len(overrides or {})
-        pointer, self.said = _load(str(path).encode("utf-8", "surrogateescape"), options, on_progress)
+        options.overrides, options.n_overrides = native_overrides, len(overrides or {})
+        pointer, self.log = _load(str(path).encode("utf-8", "surrogateescape"), options, on_progress)
         self._handle = Handle(pointer, lib.erl_model_free, "model")
         finalizer = weakref.finalize(self, self._handle.release)
         finalizer.atexit = False  # as for contexts
@@ -153,7 +158,7 @@ class LlamaModel:
         return not self._finalizer.alive  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """Let go of the model; its memory is freed once no context uses it. Idempotent."""
+        """Release the model. Its memory is freed when no context uses it. Idempotent."""
         self._finalizer()
 
     def __enter__(self) -> LlamaModel:
@@ -163,7 +168,7 @@ class LlamaModel:
         self.close()
 
     def hold(self) -> Handle:
-        """For contexts: a hold on the native model, to be released by them."""
+        """Add a hold on the native model, for a context, which must release it."""
         if self.closed:
             raise LlamaError("this model is closed")
         return self._handle.hold()
@@ -172,20 +177,20 @@ class LlamaModel:
     def description(self) -> str:
         """libllama's one-line description, e.g. "llama 1B Q4_0"."""
         buffer = ffi.new("char[]", 256)
-        with self._held() as model:
+        with self._use() as model:
             check(lib.erl_model_desc(model, buffer, 256), "reading the model")
         return text(buffer)
 
     @property
     def file_type(self) -> str:
-        """How most of the weights are quantised, as "Q4_K - Medium" or "all F32"."""
-        with self._held() as model:
-            return _GUESSED.sub("", text(lib.erl_model_file_type(model)))
+        """The quantisation of most weights, such as "Q4_K - Medium" or "all F32"."""
+        with self._use() as model:
+            return _GUESSED_PREFIX.sub("", text(lib.erl_model_file_type(model)))
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The scalar entries of the GGUF metadata, as text. Arrays: see `gguf.read_metadata`."""
-        with self._held() as model:
+        """The scalar entries of the GGUF metadata, as text. `gguf.read_header` also reads arrays."""
+        with self._use() as model:
             count = check(lib.erl_model_meta_count(model), "reading metadata")
             return {
                 _string(lib.erl_model_meta_key, model, i): _string(lib.erl_model_meta_value, model, i)
@@ -193,19 +198,19 @@ class LlamaModel:
             }
 
     def chat_template(self, name: str | None = None) -> str | None:
-        """The model's own chat template, or the named one; None where it has none."""
-        with self._held() as model:
+        """The model's default chat template, or the named one; None if there is none."""
+        with self._use() as model:
             found = lib.erl_model_chat_template(model, name.encode() if name else ffi.NULL)
             return text(found) if found else None
 
-    def _held(self) -> AbstractContextManager[object]:
+    def _use(self) -> AbstractContextManager[object]:
         if self.closed:
             raise LlamaError("this model is closed")
-        return self._handle.held()
+        return self._handle.use()
 
 
 def _string(read: Callable[..., int], model: object, i: int) -> str:
-    """What a libllama call writes that answers with the length it would need."""
+    """The text that a libllama call writes. The call returns the length that it needs."""
     size = 512
     while True:
         buffer = ffi.new("char[]", size)
@@ -215,11 +220,11 @@ def _string(read: Callable[..., int], model: object, i: int) -> str:
         size = n + 1
 
 
-def _overrides(given: Mapping[str, int | float | bool | str]) -> list[object]:
-    """libllama's form of them, followed by the texts that it points to."""
-    found = ffi.new("erl_override[]", max(len(given), 1))
+def _overrides(overrides: Mapping[str, int | float | bool | str]) -> list[object]:
+    """The native array of overrides, followed by the texts that it points to."""
+    native = ffi.new("erl_override[]", max(len(overrides), 1))
     texts: list[object] = []
-    for override, (key, value) in zip(found, given.items(), strict=False):
+    for override, (key, value) in zip(native, overrides.items(), strict=False):
         texts.append(ffi.new("char[]", key.encode()))
         override.key = texts[-1]
         if isinstance(value, bool):
@@ -231,11 +236,11 @@ def _overrides(given: Mapping[str, int | float | bool | str]) -> list[object]:
         else:
             texts.append(ffi.new("char[]", value.encode()))
             override.type, override.text = 3, texts[-1]
-    return [found, *texts]
+    return [native, *texts]
 
 
 def _load(path: bytes, options: object, on_progress: Callable[[float], object] | None) -> tuple[object, str]:
-    """Load in a thread of its own, so that this one can report progress and be interrupted."""
+    """Load in a separate thread, so that the calling thread can report progress and be interrupted."""
     job = ffi.gc(lib.erl_load_new(), lib.erl_load_free)
     outcome: dict[str, object] = {}
 
@@ -243,12 +248,12 @@ def _load(path: bytes, options: object, on_progress: Callable[[float], object] |
         outcome["model"] = lib.erl_model_load(path, options, job)
         outcome["error"] = last_error()
 
-    def wanted() -> bool:
+    def should_continue() -> bool:
         return on_progress is None or on_progress(float(lib.erl_load_progress(job))) is not False
 
     thread = threading.Thread(target=run, name="erllama-load", daemon=True)
     problems: list[str] = []
-    cancelled = not wanted()
+    cancelled = not should_continue()
     if cancelled:
         raise LoadCancelledError("the load was cancelled")
     thread.start()
@@ -258,7 +263,7 @@ def _load(path: bytes, options: object, on_progress: Callable[[float], object] |
             thread.join(_POLL_SECONDS)
             loading = thread.is_alive()
             problems += drain_log()
-            if not cancelled and not wanted():
+            if not cancelled and not should_continue():
                 cancelled = True
                 lib.erl_load_cancel(job)
     except BaseException:
@@ -268,15 +273,15 @@ def _load(path: bytes, options: object, on_progress: Callable[[float], object] |
             lib.erl_model_free(outcome["model"])
         raise
     problems += drain_log()
-    model, said = outcome["model"], text(lib.erl_load_said(job))
+    model, log = outcome["model"], text(lib.erl_load_log(job))
     unused = text(lib.erl_load_unused(job))
     if model and (cancelled or unused):
         lib.erl_model_free(model)
     if cancelled:
         raise LoadCancelledError("the load was cancelled")
     if unused:
-        reason = said.partition(_BAD_OVERRIDE.format(unused))[2].partition("\n")[0]
+        reason = log.partition(_BAD_OVERRIDE.format(unused))[2].partition("\n")[0]
         raise UnusedOverrideError(unused, reason)
     if not model:
         raise LlamaError(str(outcome["error"]) or "; ".join(problems[-3:]) or "libllama gave no reason")
-    return model, said
+    return model, log

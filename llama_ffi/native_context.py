@@ -1,4 +1,4 @@
-"""What all native contexts have in common: how long they live, and how a computation is stopped."""
+"""The base of all native contexts: their lifetime, and how to stop a computation."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from erllama.llama_ffi.library import LlamaError, lib
 
 
 class NativeContext:
-    """A context of libllama's, whose calls are made under one lock.
+    """A context of libllama. One lock guards its calls.
 
     Args:
         pointer: the native context.
-        model: held for as long as it lives.
-        adapters: likewise, those that are in it when it is freed.
+        model: a hold on the model, released when the context is freed.
+        adapters: holds on the adapters in use, released when the context is freed.
     """
 
     def __init__(self, pointer: object, model: Handle, adapters: Sequence[Handle] = ()) -> None:
         self._lock = threading.RLock()
-        self._handle = Handle(pointer, _freeing(model, adapters), "context")
-        # Not at interpreter exit: a thread may be inside a decode then, and the system frees everything anyway.
-        finalizer = weakref.finalize(self, _let_go, self._handle, self._lock)
+        self._handle = Handle(pointer, _make_free(model, adapters), "context")
+        # Not at interpreter exit: a thread may be inside a decode then, and the system frees the memory anyway.
+        finalizer = weakref.finalize(self, _release, self._handle, self._lock)
         finalizer.atexit = False
         self._finalizer: Callable[[], object] = finalizer
         self._open = True
@@ -35,7 +35,7 @@ class NativeContext:
         return not self._open
 
     def close(self) -> None:
-        """Stop a computation that is running and let go. Idempotent."""
+        """Stop a running computation and release the context. Idempotent."""
         if self._open:
             self.abort()
         self._open = False
@@ -50,10 +50,10 @@ class NativeContext:
     def abort(self, on: bool = True) -> None:
         """Make the running computation, and later ones, stop early; `abort(False)` allows them again.
 
-        Safe from any thread. libllama honours it between operations on the CPU.
+        Thread-safe. libllama checks for it between operations on the CPU.
         """
-        # Without the lock, which a decode holds, so the context is held against a close in another thread.
-        with suppress(LlamaError), self._handle.held() as native:
+        # Without the lock, which a running decode has. The hold protects against a close in another thread.
+        with suppress(LlamaError), self._handle.use() as native:
             lib.erl_context_abort(native, on)
 
     def _native(self) -> object:
@@ -62,8 +62,8 @@ class NativeContext:
         return self._handle.pointer
 
 
-def _freeing(model: Handle, adapters: Sequence[Handle]) -> Callable[[object], None]:
-    """What frees a native context, and then lets go of the adapters that it has by then, and of its model."""
+def _make_free(model: Handle, adapters: Sequence[Handle]) -> Callable[[object], None]:
+    """A function that frees a native context, then releases its current adapters and its model."""
 
     def free(pointer: object) -> None:
         lib.erl_context_free(pointer)
@@ -74,6 +74,6 @@ def _freeing(model: Handle, adapters: Sequence[Handle]) -> Callable[[object], No
     return free
 
 
-def _let_go(handle: Handle, lock: threading.RLock) -> None:
+def _release(handle: Handle, lock: threading.RLock) -> None:
     with lock:  # a computation in another thread ends first
         handle.release()

@@ -1,7 +1,8 @@
-"""libllama's own samplers, one at a time, so that other implementations can be compared with them.
+"""libllama's own samplers, one at a time, for comparisons with other implementations.
 
-The engine draws without them. What would trip an assertion in libllama, or make it read out of range, is checked
-here first. A sampler has a state and may be used from any thread: a lock makes a second one wait.
+The engine does not use them; tests and benchmarks do. Arguments that would fail an assertion in libllama, or make
+it read out of range, raise `LlamaError`. A sampler has state. Any thread may use it, and a lock makes a second
+thread wait.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _INT32_MAX = 2**31 - 1
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 
-# The numbers of each, in their order; those of _INTEGERS are whole and within these bounds, the others reals.
+# The numeric arguments of each sampler, in order. Those in _INTEGERS are integers within bounds, the others reals.
 _NUMBERS = {
     "penalties": ("n_vocab", "last_n", "repeat", "frequency", "presence"),
     "dry": ("multiplier", "base", "allowed_length", "last_n"),
@@ -45,27 +46,27 @@ _NUMBERS = {
 _INTEGERS = {
     "n_vocab": (1, _INT32_MAX),
     "token": (0, _INT32_MAX),
-    "last_n": (0, 2**24),  # libllama makes room for so many at once
+    "last_n": (0, 2**24),  # libllama allocates memory for this many at once
     "allowed_length": (0, _INT32_MAX),
     "k": (0, _INT32_MAX),
     "m": (1, _INT32_MAX),
     "min_keep": (0, _INT32_MAX),
-    "seed": (0, 2**32 - 2),  # the next one asks for a random seed
+    "seed": (0, 2**32 - 2),  # 2**32 - 1 asks for a random seed
 }
-# How many texts they take; the others none.
+# The minimum and maximum of texts of a sampler; the others take no text.
 _TEXTS = {"dry": (0, 1024), "grammar": (2, 2)}
 
 
-class Left(NamedTuple):
-    """What a sampler left of its candidates.
+class SamplerOutput(NamedTuple):
+    """The candidates that a sampler left.
 
     Attributes:
         ids: int32, shape (n,).
-        logits: float32, shape (n,); those of some samplers rule out with -inf.
-        probabilities: float32, shape (n,); 0 where the sampler computes none, and some compute theirs before they
-            drop or change anything.
+        logits: float32, shape (n,). Some samplers exclude a token with -inf.
+        probabilities: float32, shape (n,); 0 if the sampler computes none. Some samplers compute them before they
+            drop or change candidates.
         in_order: whether libllama knows that the logits fall from first to last.
-        selected: the position of the one that was drawn; -1 where none was.
+        selected: the position of the drawn candidate; -1 without a draw.
     """
 
     ids: NDArray[np.int32]
@@ -79,39 +80,39 @@ class LlamaSampler:
     """A llama_sampler.
 
     Args:
-        name: that of its function in llama.h, llama_sampler_init_<name>: "top_k", "typical", "dry" and so on.
-        numbers: its numbers, in their order there; those of "logit_bias" are the size of the vocabulary, then a
-            token and its bias for each token.
-        texts: sequence breakers for "dry"; the rules and the name of the first for "grammar".
-        vocabulary: for these two.
+        name: the suffix of its function llama_sampler_init_<name> in llama.h: "top_k", "typical", "dry" and so on.
+        numbers: its numeric arguments, in order. "logit_bias" takes the size of the vocabulary, then a token and a
+            bias for each biased token.
+        texts: sequence breakers for "dry"; the rules and the name of the root rule for "grammar".
+        vocabulary: required for "dry" and "grammar".
 
     Raises:
-        LlamaError: there is no such sampler, a number is out of range, or libllama refused.
+        LlamaError: the name is unknown, a number is out of range, or libllama refused.
     """
 
     def __init__(
         self, name: str, *numbers: float, texts: Sequence[str] = (), vocabulary: Vocabulary | None = None
     ) -> None:
         names = _names(name, len(numbers))
-        given = [_number(name, label, number) for label, number in zip(names, numbers, strict=True)]
-        self._n_vocab = int(given[names.index("n_vocab")]) if "n_vocab" in names else None
+        values = [_number(name, label, number) for label, number in zip(names, numbers, strict=True)]
+        self._n_vocab = int(values[names.index("n_vocab")]) if "n_vocab" in names else None
         encoded = _encoded(name, texts)
         if (name in _TEXTS) != (vocabulary is not None):
             raise LlamaError(f"the sampler {name} takes {'a' if name in _TEXTS else 'no'} vocabulary")
         if vocabulary is not None:
             self._n_vocab = vocabulary.n_tokens
             if vocabulary.type == "none":
-                raise LlamaError(f"this model has no vocabulary that the sampler {name} could read")
-        if name == "logit_bias" and any(token >= given[0] for token in given[1::2]):
-            raise LlamaError(f"token {max(given[1::2]):.0f} is outside the vocabulary of {given[0]:.0f} tokens")
+                raise LlamaError(f"the sampler {name} needs a vocabulary, and this model has none")
+        if name == "logit_bias" and any(token >= values[0] for token in values[1::2]):
+            raise LlamaError(f"token {max(values[1::2]):.0f} is outside the vocabulary of {values[0]:.0f} tokens")
         start()
         texts_at = [ffi.new("char[]", text) for text in encoded]
         model = None if vocabulary is None else vocabulary._model.hold()
         try:
             pointer = lib.erl_sampler_new(
                 name.encode(),
-                ffi.new("double[]", given),
-                len(given),
+                ffi.new("double[]", values),
+                len(values),
                 ffi.NULL if vocabulary is None else vocabulary._vocab,
                 ffi.new("const char *[]", texts_at),
                 len(texts_at),
@@ -134,7 +135,7 @@ class LlamaSampler:
         self._finalizer: Callable[[], object] = finalizer
 
     def close(self) -> None:
-        """Free it. Idempotent."""
+        """Free the sampler. Idempotent."""
         self._finalizer()
 
     def __enter__(self) -> LlamaSampler:
@@ -144,16 +145,19 @@ class LlamaSampler:
         self.close()
 
     def accept(self, tokens: Sequence[int] | NDArray[np.integer]) -> None:
-        """Tell it what was chosen, or stood in the prompt: ids, shape (n,).
+        """Add chosen tokens, or tokens of the prompt, to the sampler's history: ids, shape (n,).
 
         Raises:
             LlamaError: an id is outside the vocabulary, or a grammar does not allow it.
         """
         ids = self._checked_ids(tokens)
         if len(ids):
-            with self._lock, self._handle.held() as native:
+            with self._lock, self._handle.use() as native:
                 pointer = ffi.from_buffer("int32_t[]", ids)
-                check(lib.erl_sampler_accept(native, pointer, len(ids)), f"telling the sampler {self.name}")
+                check(
+                    lib.erl_sampler_accept(native, pointer, len(ids)),
+                    f"accepting tokens in the sampler {self.name}",
+                )
 
     def apply(
         self,
@@ -161,30 +165,30 @@ class LlamaSampler:
         logits: Sequence[float] | NDArray[np.floating],
         *,
         in_order: bool = False,
-    ) -> Left:
-        """Let it narrow candidates down, or change their logits, or draw one.
+    ) -> SamplerOutput:
+        """Apply the sampler: drop candidates, change their logits, or draw one.
 
         Args:
             ids: shape (n,), n >= 1.
-            logits: shape (n,): none NaN or +inf, at least one finite.
-            in_order: whether they fall from first to last, as where a sampler before left them so.
+            logits: shape (n,), without NaN and +inf, at least one of them finite.
+            in_order: whether the logits fall from first to last, for example after another sampler.
 
         Raises:
-            LlamaError: the arguments are not so, or libllama failed.
+            LlamaError: the arguments do not fit this description, or libllama failed.
         """
         ids_at = self._checked_ids(ids)
         logits_at = np.array(logits, np.float32)
         if not len(ids_at) or logits_at.shape != ids_at.shape:
             raise LlamaError(
-                f"ids of shape {ids_at.shape} and logits of {logits_at.shape}; give one of each or more"
+                f"ids of shape {ids_at.shape} and logits of {logits_at.shape}; pass as many of each, at least one"
             )
         if not math.isfinite(top := float(logits_at.max())):
-            raise LlamaError(f"the largest logit is {top}; it must be finite, and none NaN")
+            raise LlamaError(f"the largest logit is {top}; it must be finite, without NaN")
         if in_order and (logits_at[:-1] < logits_at[1:]).any():
-            raise LlamaError("in_order=True, and the logits do not fall")
+            raise LlamaError("in_order=True, but the logits do not fall")
         probabilities = np.zeros(len(ids_at), np.float32)
         in_order_at, selected_at = ffi.new("int8_t *", in_order), ffi.new("int32_t *")
-        with self._lock, self._handle.held() as native:
+        with self._lock, self._handle.use() as native:
             n = check(
                 lib.erl_sampler_apply(
                     native,
@@ -197,13 +201,15 @@ class LlamaSampler:
                 ),
                 f"applying the sampler {self.name}",
             )
-        return Left(ids_at[:n], logits_at[:n], probabilities[:n], bool(in_order_at[0]), int(selected_at[0]))
+        return SamplerOutput(
+            ids_at[:n], logits_at[:n], probabilities[:n], bool(in_order_at[0]), int(selected_at[0])
+        )
 
     def _checked_ids(self, tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int32]:
         ids = np.array(tokens, np.int64)
         n_vocab = _INT32_MAX if self._n_vocab is None else self._n_vocab
         if ids.ndim != 1:
-            raise LlamaError(f"ids of shape {ids.shape}; give one dimension")
+            raise LlamaError(f"ids of shape {ids.shape}; pass one dimension")
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= n_vocab):
             bad = int(ids[(ids < 0) | (ids >= n_vocab)][0])
             raise LlamaError(f"token id {bad} is outside the vocabulary of {n_vocab} tokens")
@@ -211,12 +217,12 @@ class LlamaSampler:
 
 
 def _names(name: str, n_numbers: int) -> tuple[str, ...]:
-    """What the numbers of a sampler are."""
+    """The names of the numeric arguments of a sampler."""
     names = ("n_vocab", *("token", "bias") * (n_numbers // 2)) if name == "logit_bias" else _NUMBERS.get(name)
     if names is None:
-        raise LlamaError(f"no sampler {name!r}; there are logit_bias, {', '.join(_NUMBERS)}")
+        raise LlamaError(f"unknown sampler {name!r}; use logit_bias, {', '.join(_NUMBERS)}")
     if len(names) != n_numbers:
-        raise LlamaError(f"{n_numbers} numbers for the sampler {name}; it takes {', '.join(names) or 'none'}")
+        raise LlamaError(f"{n_numbers} numbers for the sampler {name}; it takes {', '.join(names) or 'no numbers'}")
     return names
 
 
@@ -224,9 +230,9 @@ def _number(name: str, label: str, number: float) -> float:
     if label in _INTEGERS:
         least, most = _INTEGERS[label]
         if not (least <= number <= most and number == int(number)):
-            raise LlamaError(f"{label}={number!r} of the sampler {name}; give a whole number, {least} to {most}")
+            raise LlamaError(f"{label}={number!r} of the sampler {name}; pass an integer, {least} to {most}")
     elif not (abs(number) <= _FLOAT_MAX or (label == "bias" and number == -math.inf)):
-        raise LlamaError(f"{label}={number!r} of the sampler {name}; give a number that float32 holds")
+        raise LlamaError(f"{label}={number!r} of the sampler {name}; pass a number that float32 holds")
     return float(number)
 
 
@@ -235,7 +241,9 @@ def _encoded(name: str, texts: Sequence[str]) -> list[bytes]:
     if isinstance(texts, str) or not least <= len(texts) <= most:
         raise LlamaError(f"{len(texts)} texts for the sampler {name}; it takes a list of {least} to {most}")
     if any("\0" in text for text in texts):
-        raise LlamaError(f"a text of the sampler {name} has a character U+0000, where libllama's would end")
+        raise LlamaError(
+            f"a text of the sampler {name} has a character U+0000, which would end the text in libllama"
+        )
     return [text.encode("utf-8", "surrogatepass") for text in texts]
 
 

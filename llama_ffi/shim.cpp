@@ -1,6 +1,6 @@
-// Implements shim.h over libllama. Three jobs: nothing thrown leaves, nothing
-// of libllama's calls into Python (the log waits in a queue, progress and
-// cancellation are atomics), and one call does one tick's work.
+// Implements shim.h over libllama. It catches all exceptions, keeps libllama
+// from calling into Python (the log waits in a queue, progress and
+// cancellation are atomics), and does the work of one tick in one call.
 #include "shim.h"
 
 #include <unistd.h>
@@ -27,23 +27,23 @@
 static_assert(sizeof(llama_token) == 4 && sizeof(llama_pos) == 4 && sizeof(llama_seq_id) == 4,
               "the binding passes tokens, positions and sequences as 32-bit integers");
 
-extern "C" int Py_AtExit(void (*function)(void));  // of Python's stable ABI; nothing else of it is needed here
+extern "C" int Py_AtExit(void (*function)(void));  // the only function of Python's stable ABI that is used here
 
 namespace {
 
 thread_local std::string last_error;
-// How many guarded calls this thread is inside of: only then may an assertion be thrown.
+// The number of guarded calls on this thread's stack. An assertion may be thrown only within one.
 thread_local int guard_depth = 0;
 
-// The process may end while a thread is inside a decode. Libraries' static objects go then, and the decode must
-// not use them any more: it is ended first.
+// The process may end while a thread is inside a decode. The exit destroys the libraries' static objects, which a
+// decode uses. So running decodes are ended first.
 std::atomic<bool> ending{false};
 std::atomic<int> decodes{0};
 pid_t process = 0;
 
 void end_decodes() {
     if (getpid() != process) {
-        return;  // a forked child: the decode's thread stayed with the parent
+        return;  // a forked child: the thread of the decode exists only in the parent
     }
     ending = true;
     for (int i = 0; i < 5000 && decodes > 0; i++) {
@@ -60,7 +60,7 @@ struct assertion_failed : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// Whether this thread is inside a computation, which other threads may share.
+// Whether this thread is inside a computation. Other threads may take part in it.
 thread_local bool computing = false;
 // When an assertion last ended a computation on its calling thread, in milliseconds of the steady clock.
 std::atomic<int64_t> computation_failed_ms{INT64_MIN / 2};
@@ -70,7 +70,7 @@ int64_t now_ms() {
     return duration_cast<milliseconds>(steady_clock::now().time_since_epoch()).count();
 }
 
-// How long a thread of a computation waits for the calling thread to fail as well, and the other way round.
+// How long a worker thread waits for the calling thread to fail as well, and how long the calling thread waits.
 constexpr int64_t others_fail_ms = 2000, others_start_ms = 50;
 
 void on_assertion(const char *message) {
@@ -78,12 +78,12 @@ void on_assertion(const char *message) {
     if (guard_depth > 0) {
         if (computing) {
             computation_failed_ms.store(now_ms());
-            wait(others_start_ms);  // those that are late read what is on this thread's stack
+            wait(others_start_ms);  // late workers still read this thread's stack
         }
         throw assertion_failed(message);
     }
-    // A worker thread of a backend: nothing can be unwound from here. Where the calling thread fails as well, and
-    // reports it, this one stays here for good; what it may still use is never freed (see `failed_models`).
+    // A worker thread of a backend, which cannot be unwound from here. If the calling thread fails as well and reports
+    // it, this thread waits here forever, and the objects that it may use are never freed (see `failed_models`).
     for (const int64_t began = now_ms(); now_ms() - began < others_fail_ms; wait(10)) {
         if (began - computation_failed_ms.load() < others_fail_ms) {
             for (;;) {
@@ -137,8 +137,8 @@ void guarded_void(F &&body) noexcept {
     });
 }
 
-// libllama's log, kept until Python asks. Bounded: a model that logs a line per
-// tensor must not grow it without end while nobody reads.
+// libllama's log, kept until Python reads it. It is bounded, because a model may log
+// a line per tensor while no one reads.
 constexpr size_t max_log_lines = 4096;
 
 struct log_line {
@@ -151,18 +151,18 @@ std::deque<log_line> log_lines;
 log_line log_partial{GGML_LOG_LEVEL_INFO, ""};
 std::atomic<int32_t> log_count{0};
 
-// Where this thread's lines go as well, while it loads a model or makes a context.
-thread_local std::string *said = nullptr;
+// A second destination for this thread's log lines, during the load of a model or the creation of a context.
+thread_local std::string *captured_log = nullptr;
 
-struct listening {
-    explicit listening(std::string *to) { said = to; }
-    ~listening() { said = nullptr; }
+struct log_capture {
+    explicit log_capture(std::string *to) { captured_log = to; }
+    ~log_capture() { captured_log = nullptr; }
 };
 
 void on_log(enum ggml_log_level level, const char *text, void *) {
     try {
-        if (said) {
-            said->append(text);
+        if (captured_log) {
+            captured_log->append(text);
         }
         std::lock_guard<std::mutex> lock(log_mutex);
         if (level != GGML_LOG_LEVEL_CONT) {
@@ -184,7 +184,7 @@ void on_log(enum ggml_log_level level, const char *text, void *) {
             log_count.store((int32_t) log_lines.size());
         }
     } catch (...) {
-        // A log line lost for want of memory must not end the process.
+        // A log line that is lost because memory is full must not end the process.
     }
 }
 
@@ -193,16 +193,16 @@ void on_log(enum ggml_log_level level, const char *text, void *) {
 struct erl_load {
     std::atomic<float> progress{0.0f};
     std::atomic<bool> cancel{false};
-    std::string said;
-    std::vector<llama_model_kv_override> overrides;  // the last one's key is empty
-    const char *unused = nullptr;                    // the key of one of them
+    std::string log;
+    std::vector<llama_model_kv_override> overrides;  // the last entry has an empty key
+    const char *unused = nullptr;                    // the key of an override without effect
     bool checked = false;
 
-    // libllama passes over an override whose key it does not read, or reads as another type. It logs those it uses,
-    // all of them before it reads weights.
+    // libllama silently ignores an override whose key it does not read, or reads as another type. It logs the
+    // overrides that it uses, all of them before it reads weights.
     void check_overrides() {
         for (size_t i = 0; !checked && !unused && i + 1 < overrides.size(); i++) {
-            if (said.find(std::string(") '") + overrides[i].key + "' = ") == std::string::npos) {
+            if (log.find(std::string(") '") + overrides[i].key + "' = ") == std::string::npos) {
                 unused = overrides[i].key;
             }
         }
@@ -218,14 +218,14 @@ struct erl_context {
     std::vector<llama_seq_id> sequences;
     std::vector<llama_seq_id *> seq_id;
     int32_t n_vocab = 0;
-    std::string said;
-    bool failed = false;  // an assertion left a computation on this thread; others may still be inside of it
+    std::string log;
+    bool failed = false;  // an assertion ended a computation on the calling thread; workers may still be inside it
 };
 
 namespace {
 
-// The models of contexts that failed so. They, the contexts and their adapters are not freed any more: a thread that
-// waits in a computation for the one that left it still uses them. Nothing tells when it will have ended.
+// The models of contexts that failed in this way. These models, their contexts and adapters are never freed, because a
+// worker thread that waits in the failed computation still uses them. It is unknown when such a thread ends.
 std::mutex failed_mutex;
 std::vector<const llama_model *> failed_models;
 
@@ -240,8 +240,8 @@ bool has_failed(const llama_model *model) {
     return std::find(failed_models.begin(), failed_models.end(), model) != failed_models.end();
 }
 
-// What libllama would answer with an abort, or with wrong numbers, in row `i` of a batch of `n`; null for nothing.
-const char *refused(const erl_context &context, int32_t n, int32_t i, const int32_t *tokens, const int32_t *positions,
+// Why row `i` of a batch of `n` would make libllama abort or compute wrong numbers; null if it would not.
+const char *row_problem(const erl_context &context, int32_t n, int32_t i, const int32_t *tokens, const int32_t *positions,
                     const int32_t *sequences) {
     thread_local std::string reason;
     const int64_t n_ctx = llama_n_ctx(context.llama), n_seq_max = llama_n_seq_max(context.llama);
@@ -258,7 +258,7 @@ const char *refused(const erl_context &context, int32_t n, int32_t i, const int3
                  std::to_string(n_ctx - 1);
     } else if (i > 0 && sequences[i] == sequences[i - 1] && positions[i] != positions[i - 1] + 1) {
         reason = "position " + std::to_string(positions[i]) + " after " + std::to_string(positions[i - 1]) +
-                 " of sequence " + std::to_string(sequences[i]) + ": positions must follow one another";
+                 " of sequence " + std::to_string(sequences[i]) + ": positions must be consecutive";
     } else {
         return nullptr;
     }
@@ -269,7 +269,7 @@ llama_model_kv_override override_of(const erl_override &from) {
     llama_model_kv_override to = {};
     to.tag = (llama_model_kv_override_type) from.type;
     if (std::strlen(from.key) >= sizeof(to.key) || (from.text && std::strlen(from.text) >= sizeof(to.val_str))) {
-        throw std::length_error("a metadata override with a key or a text of more than 127 bytes");
+        throw std::length_error("a metadata override has a key or a text of more than 127 bytes");
     }
     std::strcpy(to.key, from.key);
     switch (to.tag) {
@@ -281,11 +281,11 @@ llama_model_kv_override override_of(const erl_override &from) {
     return to;
 }
 
-// One batch, checked; the results of erl_decode. Without `output`, every row that the context wants gives one.
+// Checks and computes one batch. Returns the results of erl_decode. Without `output`, the context chooses the rows.
 int32_t compute(erl_context &context, int32_t n, const int32_t *tokens, const int32_t *positions,
                 const int32_t *sequences, const int8_t *output) {
     for (int32_t i = 0; i < n; i++) {
-        if (const char *reason = refused(context, n, i, tokens, positions, sequences)) {
+        if (const char *reason = row_problem(context, n, i, tokens, positions, sequences)) {
             last_error = reason;
             return 3;
         }
@@ -293,14 +293,14 @@ int32_t compute(erl_context &context, int32_t n, const int32_t *tokens, const in
     std::memcpy(context.sequences.data(), sequences, n * sizeof(int32_t));
     llama_batch batch = {};
     batch.n_tokens = n;
-    // llama_batch is not const-correct; llama_decode reads these arrays only.
+    // llama_batch is not const-correct; llama_decode only reads these arrays.
     batch.token = const_cast<llama_token *>(tokens);
     batch.pos = const_cast<llama_pos *>(positions);
     batch.n_seq_id = context.n_seq_id.data();
     batch.seq_id = context.seq_id.data();
     batch.logits = const_cast<int8_t *>(output);
     if (context.failed) {
-        last_error = "an assertion ended an earlier computation of this context: make another";
+        last_error = "an assertion ended an earlier computation of this context; create another context";
         return ERL_ASSERTION;
     }
     decoding count;
@@ -345,7 +345,7 @@ llama_sampler *new_dry(args a) {
     return llama_sampler_init_dry(a.vocab, a.real(0), a.real(1), a.whole(2), a.whole(3), a.texts, a.n_texts);
 }
 
-// The least numbers and texts that each reads, whether it reads the vocabulary, and how it is made.
+// For each sampler: the minimum of numbers and texts, whether it reads the vocabulary, and its constructor.
 const struct {
     const char *name;
     int32_t n_numbers, n_texts;
@@ -383,7 +383,7 @@ int32_t erl_init(void) {
     return guarded_code([] {
         llama_log_set(on_log, nullptr);
         if (process == 0) {
-            // After the interpreter is done, and before any library's static object goes.
+            // Runs after the interpreter has ended, and before the static objects of libraries are destroyed.
             Py_AtExit(end_decodes);
         }
         process = getpid();
@@ -462,7 +462,7 @@ erl_load *erl_load_new(void) {
 }
 float erl_load_progress(const erl_load *load) { return load->progress.load(); }
 void erl_load_cancel(erl_load *load) { load->cancel.store(true); }
-const char *erl_load_said(const erl_load *load) { return load->said.c_str(); }
+const char *erl_load_log(const erl_load *load) { return load->log.c_str(); }
 const char *erl_load_unused(const erl_load *load) { return load->unused; }
 void erl_load_free(erl_load *load) { delete load; }
 
@@ -498,10 +498,10 @@ struct llama_model *erl_model_load(const char *path, const erl_model_options *op
             load->progress.store(progress);
             return !load->cancel.load() && !load->unused;
         };
-        listening to(&load->said);
+        log_capture capture(&load->log);
         llama_model *model = llama_model_load_from_file(path, params);
         if (model) {
-            load->check_overrides();  // a vocabulary alone is loaded without progress
+            load->check_overrides();  // a load of only the vocabulary reports no progress
         }
         load->progress.store(model && !load->unused ? 1.0f : load->progress.load());
         return model;
@@ -523,7 +523,7 @@ int32_t erl_model_shape_of(struct llama_model *model, erl_model_shape *out) {
         out->n_embd_out = llama_model_n_embd_out(model);
         out->n_cls_out = (int32_t) llama_model_n_cls_out(model);
         out->n_layer = llama_model_n_layer(model);
-        // A model loaded for its vocabulary has no layers to ask for their heads.
+        // A model that was loaded for its vocabulary has no layers.
         out->n_head = out->n_layer > 0 ? llama_model_n_head(model) : 0;
         out->n_head_kv = out->n_layer > 0 ? llama_model_n_head_kv(model) : 0;
         out->n_swa = llama_model_n_swa(model);
@@ -633,7 +633,7 @@ int32_t erl_token_piece(const struct llama_vocab *vocab, int32_t token, char *bu
 int32_t erl_detokenize(const struct llama_vocab *vocab, const int32_t *tokens, int32_t n_tokens, char *buffer,
                        int32_t size, int32_t strip_space, int32_t special) {
     return guarded_code([=]() -> int32_t {
-        // Not llama_detokenize: for some vocabularies that tidies spaces up, and the text would not be what was said.
+        // Not llama_detokenize, because for some vocabularies it changes spaces, and the text would not be exact.
         int64_t written = 0;
         bool fits = true, strip = strip_space != 0;
         for (int32_t i = 0; i < n_tokens; i++) {
@@ -641,11 +641,11 @@ int32_t erl_detokenize(const struct llama_vocab *vocab, const int32_t *tokens, i
             int32_t n = llama_token_to_piece(vocab, tokens[i], buffer + (fits ? written : 0), room, strip, special != 0);
             fits = fits && n >= 0;
             written += n < 0 ? -(int64_t) n : n;
-            // Until the first token that says anything: one that is a space alone has said it.
+            // Up to the first token with text. A token that is only a space counts as text.
             strip = strip && n == 0 && llama_token_to_piece(vocab, tokens[i], buffer, 0, 0, special != 0) == 0;
         }
         if (written > INT32_MAX) {
-            throw std::length_error("a text of more than 2 GiB");
+            throw std::length_error("the text has more than 2 GiB");
         }
         return fits ? (int32_t) written : (int32_t) -written;
     });
@@ -685,9 +685,9 @@ erl_context *erl_context_new(struct llama_model *model, const erl_context_option
             return ending.load() || static_cast<std::atomic<bool> *>(flag)->load();
         };
         try {
-            listening to(&context->said);
+            log_capture capture(&context->log);
             context->llama = llama_init_from_model(model, params);
-            const std::string reason = context->llama ? why_not_computable(context->llama) : "";
+            const std::string reason = context->llama ? graph_problem(context->llama) : "";
             if (!reason.empty()) {
                 throw std::runtime_error(reason);
             }
@@ -726,7 +726,7 @@ void erl_context_abort(erl_context *context, int32_t abort) { context->abort.sto
 uint32_t erl_context_n_ctx(const erl_context *context) { return llama_n_ctx(context->llama); }
 uint32_t erl_context_n_batch(const erl_context *context) { return llama_n_batch(context->llama); }
 uint32_t erl_context_n_ubatch(const erl_context *context) { return llama_n_ubatch(context->llama); }
-const char *erl_context_said(const erl_context *context) { return context->said.c_str(); }
+const char *erl_context_log(const erl_context *context) { return context->log.c_str(); }
 
 int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
                    const int32_t *sequences, const int8_t *output, const float **logits) {
@@ -761,7 +761,7 @@ int32_t erl_embed(erl_context *context, int32_t n, const int32_t *tokens, const 
             const float *row = pooled ? llama_get_embeddings_seq(context->llama, i)
                                       : llama_get_embeddings_ith(context->llama, i);
             if (!row) {
-                throw std::runtime_error("the model gave no embeddings");
+                throw std::runtime_error("the model computed no embeddings");
             }
             std::copy_n(row, width, rows + (size_t) i * width);
         }
@@ -840,7 +840,7 @@ struct llama_sampler *erl_sampler_new(const char *name, const double *numbers, i
                 return kind.make({numbers, n_numbers, vocab, texts, n_texts});
             }
         }
-        throw std::invalid_argument(std::string("no sampler ") + name + " is made of so little");
+        throw std::invalid_argument(std::string("too few arguments for the sampler ") + name + ", or an unknown sampler");
     });
 }
 
@@ -866,7 +866,7 @@ int32_t erl_sampler_apply(struct llama_sampler *sampler, int32_t n, int32_t *ids
         }
         llama_token_data_array array = {candidates.data(), candidates.size(), -1, *sorted != 0};
         llama_sampler_apply(sampler, &array);
-        // Not from `candidates`: what is left may begin further on in it.
+        // Not from `candidates`: the remaining ones may start at a later position in it.
         for (size_t i = 0; i < array.size; i++) {
             ids[i] = array.data[i].id;
             logits[i] = array.data[i].logit;

@@ -1,10 +1,10 @@
-/* The C surface that Python sees. cffi reads everything between the two
- * markers; shim.cpp implements it over llama.h and ggml.h, so a libllama whose
- * headers differ fails to compile instead of failing at run time.
+/* The C interface for Python. cffi reads everything between the two markers.
+ * shim.cpp implements it over llama.h and ggml.h, so a libllama with other
+ * headers fails to compile instead of failing at run time.
  *
- * No C++ exception crosses this surface, and an assertion inside libllama on
- * the calling thread is turned into a failed call: a failed call returns the
- * documented value and leaves its reason in erl_last_error(). */
+ * No C++ exception crosses this interface. An assertion in libllama on the
+ * calling thread becomes a failed call. A failed call returns the documented
+ * value, and erl_last_error() returns its reason. */
 #ifndef ERLLAMA_SHIM_H
 #define ERLLAMA_SHIM_H
 #include <stddef.h>
@@ -22,27 +22,27 @@ struct gguf_context;
 typedef struct erl_load erl_load;       /* progress and cancellation of one model load */
 typedef struct erl_context erl_context; /* a llama_context with its batch and abort flag */
 
-/* Results of failed calls; what libllama returns lies above, INT32_MIN (an overflow) apart. */
+/* Results of failed calls. Results of libllama are greater, except INT32_MIN (an overflow). */
 #define ERL_ASSERTION -2147483646
 #define ERL_EXCEPTION -2147483647
 
-/* One entry of the metadata in place of the file's. */
+/* A metadata entry that replaces the file's. */
 typedef struct {
     const char *key;
-    int32_t type; /* as llama.h's: 0 int, 1 float, 2 bool, 3 text */
-    int64_t integer; /* of an int, and 0 or 1 of a bool */
+    int32_t type; /* numbers of llama.h: 0 int, 1 float, 2 bool, 3 text */
+    int64_t integer; /* an int; 0 or 1 for a bool */
     double real;
     const char *text; /* at most 127 bytes */
 } erl_override;
 
 typedef struct {
     int32_t n_gpu_layers; /* < 0: all */
-    int32_t split_mode;   /* as llama.h's: 0 none, 1 layer, 2 row */
-    int32_t main_gpu;     /* with split_mode 0: its place in `devices` */
+    int32_t split_mode;   /* numbers of llama.h: 0 none, 1 layer, 2 row */
+    int32_t main_gpu;     /* with split_mode 0: index in `devices` */
     int8_t mmap;
     int8_t mlock;
     int8_t vocab_only;
-    const int32_t *devices; /* numbers of those that layers are put on */
+    const int32_t *devices; /* numbers of the devices for layers */
     int32_t n_devices;      /* < 0: libllama's choice */
     const float *tensor_split; /* n_devices shares, or NULL */
     const erl_override *overrides;
@@ -61,8 +61,8 @@ typedef struct {
     int32_t type_v;
     float rope_freq_base;  /* 0: the model's */
     float rope_freq_scale; /* 0: the model's */
-    int32_t rope_scaling;  /* as llama.h's: -1 the model's, 0 none, 1 linear, 2 yarn */
-    float yarn_ext_factor; /* these four < 0: the model's */
+    int32_t rope_scaling;  /* numbers of llama.h: -1 the model's, 0 none, 1 linear, 2 yarn */
+    float yarn_ext_factor; /* each of these four < 0: the model's */
     float yarn_attn_factor;
     float yarn_beta_fast;
     float yarn_beta_slow;
@@ -70,15 +70,15 @@ typedef struct {
     int8_t offload_kqv;
     int8_t swa_full;
     int8_t kv_unified;
-    int8_t embeddings; /* rows give embeddings */
-    int32_t pooling;   /* llama.h's number; -1: the model's */
+    int8_t embeddings; /* rows are embeddings */
+    int32_t pooling;   /* number of llama.h; -1: the model's */
 } erl_context_options;
 
 typedef struct {
     const char *name;
     const char *description;
-    const char *id; /* the hardware's own, such as a PCI address, or NULL */
-    int32_t kind;   /* as ggml-backend.h's: 0 cpu, 1 gpu, 2 igpu, 3 accel */
+    const char *id; /* id of the hardware, such as a PCI address, or NULL */
+    int32_t kind;   /* numbers of ggml-backend.h: 0 cpu, 1 gpu, 2 igpu, 3 accel */
     uint64_t free_bytes;
     uint64_t total_bytes;
 } erl_device;
@@ -86,8 +86,8 @@ typedef struct {
 typedef struct {
     int32_t n_ctx_train;
     int32_t n_embd;
-    int32_t n_embd_out; /* of an embedding */
-    int32_t n_cls_out;  /* scores of a ranking */
+    int32_t n_embd_out; /* size of an embedding */
+    int32_t n_cls_out;  /* number of scores of a ranking */
     int32_t n_layer;
     int32_t n_head;
     int32_t n_head_kv;
@@ -112,10 +112,10 @@ typedef struct {
     int8_t add_sep;
 } erl_vocab_shape;
 
-/* The reason of the calling thread's last failed call; valid until its next call. */
+/* Reason of the calling thread's last failed call. Valid until the thread's next call. */
 const char *erl_last_error(void);
 
-/* Once per process: backends, log and assertion handlers. 0, or < 0. */
+/* Start backends, log and assertion handlers, once per process. Returns 0, or < 0. */
 int32_t erl_init(void);
 const char *erl_system_info(void);
 int32_t erl_state_seq_version(void);
@@ -123,22 +123,22 @@ int32_t erl_max_sequences(void);
 int32_t erl_n_devices(void);
 int32_t erl_device_of(int32_t i, erl_device *out);
 
-/* One line of libllama's log: its length, or -1 when there is none.
- * `level` is ggml's: 1 debug, 2 info, 3 warning, 4 error. */
+/* Take one line of libllama's log. Returns its length, or -1 if there is none.
+ * `level` is a number of ggml: 1 debug, 2 info, 3 warning, 4 error. */
 int32_t erl_log_pending(void);
 int32_t erl_log_next(int32_t *level, char *buffer, int32_t size);
 
-/* ggml's number of a type name such as "f16" or "q8_0", or -1. */
+/* Number of a ggml type name such as "f16" or "q8_0", or -1. */
 int32_t erl_ggml_type(const char *name);
-int64_t erl_ggml_block_size(int32_t type); /* elements of one quantisation block */
-int64_t erl_ggml_type_bytes(int32_t type); /* bytes of one */
+int64_t erl_ggml_block_size(int32_t type); /* elements per quantisation block */
+int64_t erl_ggml_type_bytes(int32_t type); /* bytes per quantisation block */
 
-/* Models. erl_model_load: NULL when it failed or was cancelled. */
+/* Models. erl_model_load returns NULL if it failed or was cancelled. */
 erl_load *erl_load_new(void);
 float erl_load_progress(const erl_load *load);
 void erl_load_cancel(erl_load *load);
-/* After the load: all that libllama logged in it, and the first override that it had no use for, or NULL. */
-const char *erl_load_said(const erl_load *load);
+/* After the load: libllama's log of it, and the key of the first override without effect, or NULL. */
+const char *erl_load_log(const erl_load *load);
 const char *erl_load_unused(const erl_load *load);
 void erl_load_free(erl_load *load);
 struct llama_model *erl_model_load(const char *path, const erl_model_options *options, erl_load *load);
@@ -151,19 +151,19 @@ int32_t erl_model_meta_key(struct llama_model *model, int32_t i, char *buffer, s
 int32_t erl_model_meta_value(struct llama_model *model, int32_t i, char *buffer, size_t size);
 const char *erl_model_chat_template(struct llama_model *model, const char *name);
 
-/* Vocabularies belong to their model. */
+/* A vocabulary belongs to its model. */
 const struct llama_vocab *erl_vocab(struct llama_model *model);
 int32_t erl_vocab_shape_of(const struct llama_vocab *vocab, erl_vocab_shape *out);
 const char *erl_vocab_text(const struct llama_vocab *vocab, int32_t token);
 int32_t erl_vocab_attributes(const struct llama_vocab *vocab, int32_t *attributes, int8_t *is_eog, int32_t n);
-/* Token calls answer with a length; a negative one is the length they need. */
+/* Token calls return a length. A negative one is the length that they need. */
 int32_t erl_tokenize(const struct llama_vocab *vocab, const char *text, int32_t n_text,
                      int32_t *tokens, int32_t n_max, int32_t add_special, int32_t parse_special);
 int32_t erl_token_piece(const struct llama_vocab *vocab, int32_t token, char *buffer, int32_t size, int32_t special);
-/* What each of the first n tokens stands for (control tokens: nothing), one after the other: token i ends at
- * ends[i]. Returns the bytes of all; where that is more than `size`, nothing of use was written. */
+/* Concatenated pieces of the first n tokens; empty for control tokens. Token i ends at ends[i]. Returns the number of
+ * bytes of all. If that exceeds `size`, the buffer is not valid. */
 int64_t erl_vocab_pieces(const struct llama_vocab *vocab, char *buffer, int64_t size, uint32_t *ends, int32_t n);
-/* The pieces one after the other, exactly; strip_space: less one space at the start of the text. */
+/* Concatenated pieces. strip_space removes one space at the start of the text. */
 int32_t erl_detokenize(const struct llama_vocab *vocab, const int32_t *tokens, int32_t n_tokens,
                        char *buffer, int32_t size, int32_t strip_space, int32_t special);
 
@@ -174,28 +174,28 @@ void erl_context_abort(erl_context *context, int32_t abort);
 uint32_t erl_context_n_ctx(const erl_context *context);
 uint32_t erl_context_n_batch(const erl_context *context);
 uint32_t erl_context_n_ubatch(const erl_context *context);
-const char *erl_context_said(const erl_context *context); /* all that libllama logged in making it */
-/* 0 done; 1 no cells free; 2 aborted; 3 refused, for a reason that erl_last_error tells; < 0 failed.
- * Rows whose `output` is not 0 leave logits, in the order of the batch; without any, *logits is NULL. */
+const char *erl_context_log(const erl_context *context); /* libllama's log of the creation */
+/* Returns 0 done; 1 too few free cells; 2 aborted; 3 refused, with a reason in erl_last_error; < 0 failed.
+ * Rows whose `output` is not 0 have logits, in the order of the batch. Without such rows, *logits is NULL. */
 int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
                    const int32_t *sequences, const int8_t *output, const float **logits);
-/* Whether sequences are held from one decode to the next: not by models that only encode. */
+/* Whether sequences persist between decodes. Models that only encode have no memory. */
 int32_t erl_context_has_memory(const erl_context *context);
-/* Of a context with `embeddings`: forgets every sequence, computes the batch, which holds sequences 0 to
- * n_sequences - 1 whole, and writes rows of `width` numbers: one a sequence, or without pooling one a token.
- * Results as of erl_decode. */
+/* For a context with `embeddings`: drops all sequences, computes the batch, which has the complete sequences 0 to
+ * n_sequences - 1, and writes rows of `width` numbers: one per sequence, or without pooling one per token.
+ * Returns the results of erl_decode. */
 int32_t erl_embed(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
                   const int32_t *sequences, int32_t n_sequences, float *rows, int32_t width);
 
-/* Adapters (LoRA) belong to their model: made and freed while no context of it is made or computes in another thread.
- * erl_adapter_load: NULL when it failed. erl_adapter_free: `model` is that of its load, and no context may
- * hold it any more. */
+/* An adapter (LoRA) belongs to its model. Load and free it while no other thread creates a context of the model or
+ * computes in one. erl_adapter_load returns NULL if it failed. erl_adapter_free: `model` is the model of the load, and no
+ * context may hold the adapter any more. */
 struct llama_adapter_lora *erl_adapter_load(struct llama_model *model, const char *path);
 void erl_adapter_free(struct llama_model *model, struct llama_adapter_lora *adapter);
-/* From the next decode on, these n and no others; summed in their order, as far as libllama keeps it: of two. */
+/* Set the n adapters of the next decodes. They are summed in this order, as far as libllama keeps it: for two. */
 int32_t erl_context_adapters(erl_context *context, struct llama_adapter_lora **adapters, float *scales, int32_t n);
 
-/* Memory: positions [p0, p1); p1 < 0 means to the end. */
+/* Memory: positions [p0, p1). p1 < 0 means to the end. */
 int32_t erl_memory_clear(erl_context *context, int32_t zero);
 int32_t erl_memory_cut(erl_context *context, int32_t sequence, int32_t p0, int32_t p1); /* 1 done, 0 refused */
 int32_t erl_memory_copy(erl_context *context, int32_t source, int32_t target, int32_t p0, int32_t p1);
@@ -205,20 +205,20 @@ int64_t erl_state_size(erl_context *context, int32_t sequence);
 int64_t erl_state_get(erl_context *context, int32_t sequence, uint8_t *buffer, size_t size);
 int64_t erl_state_set(erl_context *context, int32_t sequence, const uint8_t *buffer, size_t size);
 
-/* libllama's own samplers, for comparisons: the engine draws without them. erl_sampler_new makes one by the name of
- * its function in llama.h, llama_sampler_init_<name>, with its numbers in their order there; logit_bias takes the size
- * of the vocabulary, then a token and its bias, and so on; dry and grammar take texts, and the vocabulary. NULL when
- * it failed, or when libllama refused a grammar. */
+/* libllama's own samplers, for comparisons. The engine does not use them. `name` is the suffix of the function
+ * llama_sampler_init_<name> in llama.h, and `numbers` are its arguments in order. logit_bias takes the size of the
+ * vocabulary, then a token and its bias, and so on. dry and grammar take texts and the vocabulary. Returns NULL if it
+ * failed, or if libllama refused a grammar. */
 struct llama_sampler *erl_sampler_new(const char *name, const double *numbers, int32_t n_numbers,
                                       const struct llama_vocab *vocab, const char **texts, int32_t n_texts);
 void erl_sampler_free(struct llama_sampler *sampler);
 int32_t erl_sampler_accept(struct llama_sampler *sampler, const int32_t *tokens, int32_t n);
-/* Replaces n candidates by those that are left: how many, or a failed call. `sorted` goes in and comes out: whether
- * the logits are known to fall. `selected` is the position of the one chosen, or -1. */
+/* Replaces n candidates by the remaining ones and returns their number. `sorted`, in and out: whether the logits are
+ * known to fall. `selected` is the position of the chosen candidate, or -1. */
 int32_t erl_sampler_apply(struct llama_sampler *sampler, int32_t n, int32_t *ids, float *logits, float *p,
                           int8_t *sorted, int32_t *selected);
 
-/* GGUF files, their metadata alone. */
+/* GGUF files: only their metadata. */
 struct gguf_context *erl_gguf_open(const char *path);
 void erl_gguf_free(struct gguf_context *gguf);
 int64_t erl_gguf_n_keys(const struct gguf_context *gguf);

@@ -1,7 +1,6 @@
-"""A model's vocabulary: text to tokens and back, and what each token is.
+"""A model's vocabulary: the tokenizer, and the kind and text of each token.
 
-Thread-safe: libllama's tokenizer may be called from any thread, and
-everything else here is read once when the vocabulary is made.
+Thread-safe: any thread may call libllama's tokenizer, and all other values are read once, when the object is made.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from erllama.llama_ffi.handle import Handle
 
 _TYPE_NAMES = {0: "none", 1: "spm", 2: "bpe", 3: "wpm", 4: "ugm", 5: "rwkv", 6: "plamo2"}
-_NOTED = ("bos", "eos", "eot", "nl", "pad", "sep", "mask", "fim_pre", "fim_suf", "fim_mid")
+_SPECIAL = ("bos", "eos", "eot", "nl", "pad", "sep", "mask", "fim_pre", "fim_suf", "fim_mid")
 _ATTR_CONTROL = 1 << 3
 _INT32_MAX = 2**31 - 1
 
@@ -32,21 +31,21 @@ class Vocabulary:
     Attributes:
         n_tokens: size; token ids are 0 to n_tokens - 1.
         type: the kind of tokenizer: "spm", "bpe", "wpm", "ugm", "rwkv", "plamo2" or "none".
-        bos, eos, eot, nl, pad, sep: ids of the tokens of note, None where the model has none.
-        fim_pre, fim_suf, fim_mid: those that mark what is before and after a gap, and the gap; None likewise.
-        noted: ids of all tokens of note that the model has, by name: those above, and "mask".
+        bos, eos, eot, nl, pad, sep: ids of special tokens; None if the model lacks one.
+        fim_pre, fim_suf, fim_mid: ids of the infill tokens for the text before a gap, after it, and in it; or None.
+        special_token_ids: the ids of the model's special tokens by name: the above, and "mask".
         add_bos, add_eos: whether `tokenize(add_special=True)` adds them.
         add_sep: whether the model puts `sep` between two texts.
-        is_eog: bool array, shape (n_tokens,): tokens that end generation.
-        longest_piece: most bytes of a text that one token stands for; 0 for kinds of tokenizers that leave bytes
-            out, or take any number of unknown ones for one token.
-        is_control: bool array, shape (n_tokens,): tokens that are no text.
+        is_eog: bool array, shape (n_tokens,): the tokens that end a generation.
+        longest_piece: the maximum of bytes in a text that one token represents; 0 for tokenizers that drop bytes,
+            or that represent any number of unknown bytes by one token.
+        is_control: bool array, shape (n_tokens,): control tokens, which have no text.
     """
 
     def __init__(self, model: Handle) -> None:
         self._model = model
-        with model.held() as pointer:
-            # Lives as long as the model does: looked at only while that is held.
+        with model.use() as pointer:
+            # Lives as long as the model, so it is used only while the model is held.
             self._vocab = lib.erl_vocab(pointer)
             shape = ffi.new("erl_vocab_shape *")
             check(lib.erl_vocab_shape_of(self._vocab, shape), "reading the vocabulary")
@@ -66,7 +65,7 @@ class Vocabulary:
         self.bos, self.eos, self.eot = _id(shape.bos), _id(shape.eos), _id(shape.eot)
         self.nl, self.pad, self.sep = _id(shape.nl), _id(shape.pad), _id(shape.sep)
         self.fim_pre, self.fim_suf, self.fim_mid = _id(shape.fim_pre), _id(shape.fim_suf), _id(shape.fim_mid)
-        self.noted = {name: int(id) for name in _NOTED if (id := getattr(shape, name)) >= 0}
+        self.special_token_ids = {name: int(id) for name in _SPECIAL if (id := getattr(shape, name)) >= 0}
         self.add_bos, self.add_eos, self.add_sep = bool(shape.add_bos), bool(shape.add_eos), bool(shape.add_sep)
         self.is_eog: NDArray[np.bool_] = eog.astype(bool)
         self.is_control: NDArray[np.bool_] = (attributes & _ATTR_CONTROL) != 0
@@ -83,23 +82,23 @@ class Vocabulary:
         """Turn text into token ids.
 
         Args:
-            source: text; bytes are taken as they are.
-            add_special: add BOS and EOS where the model asks for them.
+            source: text, or its bytes.
+            add_special: add BOS and EOS if the model asks for them.
             parse_special: read the text of special tokens as those tokens.
 
         Returns:
             int32 array, shape (n,).
 
         Raises:
-            LlamaError: the model has no tokenizer, or the text is too long for it.
+            LlamaError: the model has no tokenizer, or the text is too long.
         """
         if self.type == "none":
-            raise LlamaError("this model has no vocabulary to tokenize with; pass token ids")
+            raise LlamaError("this model has no tokenizer; pass token ids")
         raw = source.encode("utf-8", "surrogatepass") if isinstance(source, str) else bytes(source)
         if len(raw) > _INT32_MAX // 4:
             raise LlamaError(f"a text of {len(raw)} bytes; the tokenizer takes at most {_INT32_MAX // 4}")
         tokens = np.empty(len(raw) + 8, np.int32)
-        with self._model.held():
+        with self._model.use():
             for _ in range(2):
                 out = ffi.from_buffer("int32_t[]", tokens, require_writable=True)
                 n = check(
@@ -112,13 +111,13 @@ class Vocabulary:
         raise LlamaError(f"tokenizing a text of {len(raw)} bytes failed")
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes that one token stands for; empty for control tokens unless `special`."""
+        """The bytes of one token; empty for a control token unless `special`."""
         if not 0 <= token < self.n_tokens:
             self._check_ids([token])
         if not special:
             return self._pieces[self._ends[token] : self._ends[token + 1]]
         size = 64
-        with self._model.held():
+        with self._model.use():
             buffer = ffi.new("char[]", size)
             n = check(lib.erl_token_piece(self._vocab, token, buffer, size, special), "reading a token")
             if n < 0:
@@ -128,15 +127,15 @@ class Vocabulary:
         return bytes(ffi.buffer(buffer, n))
 
     def _read_pieces(self) -> tuple[bytes, array[int]]:
-        """The bytes of all tokens, one after the other, and where each begins and the last ends."""
+        """The concatenated bytes of all tokens, and the offsets of their starts and of the end."""
         ends = np.zeros(self.n_tokens + 1, np.uint32)
         size = 16 * self.n_tokens
         buffer = ffi.new("char[]", 0)
-        with self._model.held():
+        with self._model.use():
             while self.type != "none":
                 buffer = ffi.new("char[]", size)
-                given = ffi.from_buffer("uint32_t[]", ends[1:])
-                n = check(lib.erl_vocab_pieces(self._vocab, buffer, size, given, self.n_tokens), "reading tokens")
+                ends_at = ffi.from_buffer("uint32_t[]", ends[1:])
+                n = check(lib.erl_vocab_pieces(self._vocab, buffer, size, ends_at, self.n_tokens), "reading tokens")
                 if n <= size:
                     break
                 size = n
@@ -150,11 +149,11 @@ class Vocabulary:
         return max(int(lengths.max(initial=0)), named)
 
     def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
-        """The bytes that token ids stand for: their pieces, without the space some tokenizers put first.
+        """The text of token ids: their pieces, without the space that some tokenizers put first.
 
         Args:
             tokens: ids, each 0 to n_tokens - 1.
-            special: write special tokens out as their text instead of leaving them out.
+            special: include the texts of special tokens.
 
         Raises:
             LlamaError: an id is outside the vocabulary.
@@ -163,12 +162,12 @@ class Vocabulary:
         if not len(ids):
             return b""
         size = 8 * len(ids) + 64
-        given = ffi.from_buffer("int32_t[]", ids)
-        with self._model.held():
+        ids_at = ffi.from_buffer("int32_t[]", ids)
+        with self._model.use():
             for _ in range(2):
                 buffer = ffi.new("char[]", size)
                 n = check(
-                    lib.erl_detokenize(self._vocab, given, len(ids), buffer, size, self._space_first, special),
+                    lib.erl_detokenize(self._vocab, ids_at, len(ids), buffer, size, self._space_first, special),
                     "detokenizing",
                 )
                 if n >= 0:
@@ -177,9 +176,9 @@ class Vocabulary:
         raise LlamaError(f"detokenizing {len(ids)} tokens failed")
 
     def text(self, token: int) -> str:
-        """The token as the vocabulary file spells it, e.g. "<|im_end|>" or "▁the"."""
+        """The token's text in the vocabulary file, e.g. "<|im_end|>" or "▁the"."""
         self._check_ids([token])
-        with self._model.held():
+        with self._model.use():
             return text(lib.erl_vocab_text(self._vocab, token))
 
     def _check_ids(self, tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int32]:

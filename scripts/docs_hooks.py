@@ -1,8 +1,8 @@
-"""What mkdocs does beside rendering `docs/`: pages of files that lie elsewhere, and links that hold on both sides.
+"""Hooks of mkdocs: pages for files outside `docs/`, and links that also work in the site.
 
-Links in the pages are relative to the file that they stand in, so that they work where the repository is browsed.
-The site has the examples and the documents of the root as pages, too; here links to those are led there. The API
-reference is read from the sources, laid out as they are installed.
+Links in the pages are relative to their file, so that they work in the repository. The site also has pages for the
+examples and for the documents in the root; the hooks translate links to them. The sources of the API reference have
+the layout of an installation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-# Documents of the root, and where they are in the site.
+# Documents in the root, and their pages in the site.
 DOCUMENTS = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
 SUBPACKAGES = ("cache", "engine", "llama_ffi")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
@@ -26,9 +26,9 @@ LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _tree = tempfile.TemporaryDirectory(prefix="erllama-docs-")
 
 
-@event_priority(100)  # before the reader of docstrings looks at it
+@event_priority(100)  # before mkdocstrings uses the configuration
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Give the reader of docstrings the packages under the names that they are installed under."""
+    """Let mkdocstrings find the packages under their installed names."""
     package = Path(_tree.name) / "erllama"
     if not package.exists():
         package.mkdir()
@@ -53,17 +53,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if here.startswith("docs/examples/"):
         return markdown
 
-    def led(link: re.Match[str]) -> str:
+    def translated(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(here), link[1]))
         place = posixpath.relpath(_page_of(target), posixpath.dirname(page.file.src_uri))
         return place + (link[2] or "")
 
-    # Where a page folds something away, what is in it is Markdown.
-    return LINK.sub(led, markdown).replace("<details>", '<details markdown="1">')
+    # Folded parts of a page contain Markdown.
+    return LINK.sub(translated, markdown).replace("<details>", '<details markdown="1">')
 
 
 def _page_of(path: str) -> str:
-    """Where a file of the repository is in the site; a path that is in no page stays, and mkdocs tells of it."""
+    """Return the page of a file of the repository. Other paths stay, and mkdocs reports them."""
     if path == "README.md":
         return "index.md"
     if path in DOCUMENTS:

@@ -1,9 +1,9 @@
 // Added to llama.cpp's attention on the CPU by build_llama.sh.
 //
-// Cells of all sequences lie in one pool, so that they can be shared. To each row of a batch, those of other
-// sequences are masked; the kernel looks at the mask of every cell, for every head of every layer, and those that
-// count lie far apart, where no processor foresees them. This finds the cells that count, many masks at a time, and
-// has their K and V fetched ahead. The same cells are computed with, in the same order: no bit of the result differs.
+// All sequences share one pool of cells. For each row of a batch, the cells of other sequences are masked. The
+// original kernel reads the mask of every cell, for every head of every layer, and the unmasked cells are far apart,
+// so the processor does not prefetch them. This class finds the unmasked cells, many masks at a time, and prefetches
+// their K and V. The kernel uses the same cells in the same order: all bits of the result are the same.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,8 @@
 
 class erl_unmasked_cells {
 public:
-    // `mask`: half-precision numbers, one for each cell; minus infinity where it is masked. `k`, `v`: the rows of
-    // cell 0; each next one `k_step`, `v_step` bytes on, and `k_size`, `v_size` of them are read.
+    // `mask`: half-precision numbers, one per cell; minus infinity if the cell is masked. `k`, `v`: the rows of cell 0.
+    // Rows are `k_step` and `v_step` bytes apart and have `k_size` and `v_size` bytes.
     erl_unmasked_cells(const uint16_t *mask, int64_t begin, int64_t end, const void *k, size_t k_step, size_t k_size,
                        const void *v, size_t v_step, size_t v_size)
         : mask_(mask), at_(begin), end_(mask ? end : begin), k_(static_cast<const char *>(k)),
@@ -25,7 +25,7 @@ public:
         }
     }
 
-    // The first cell that counts, of those from `cell` on that were not given before; `end` after the last.
+    // Return the first unmasked cell from `cell` on that was not returned before; `end` after the last one.
     int64_t next(int64_t cell) {
         if (cell < dense_end_) {
             return cell;
@@ -52,13 +52,13 @@ private:
     static constexpr uint32_t all = 0xFFFF;
     static constexpr unsigned n_ahead = 4;
 
-    // Cells that follow one another; a bit is set for each that counts.
+    // Consecutive cells, with a bit set for each unmasked cell.
     struct group {
         int64_t begin = 0;
         uint32_t counts = 0;
     };
 
-    // The next group in which any counts; an empty one after the last.
+    // Return the next group with an unmasked cell; an empty group after the last one.
     group scan() {
         group found;
         while (found.counts == 0 && at_ < end_) {
@@ -66,7 +66,7 @@ private:
             found.counts = at_ + width <= end_ ? whole(mask_ + at_) : part(mask_ + at_, end_ - at_);
             at_ += width;
         }
-        if (found.counts != all) {  // what lies side by side, the processor foresees
+        if (found.counts != all) {  // the processor prefetches adjacent cells itself
             for (uint32_t left = found.counts; left != 0; left &= left - 1) {
                 const int64_t cell = found.begin + __builtin_ctz(left);
                 prefetch(k_ + cell * k_step_, k_size_);
@@ -102,11 +102,11 @@ private:
     }
 
     const uint16_t *mask_;
-    int64_t at_, end_;  // the first cell that was not looked at, and the first after all
+    int64_t at_, end_;  // the first cell that was not checked, and the end of all cells
     const char *k_, *v_;
     size_t k_step_, k_size_, v_step_, v_size_;
     group ahead_[n_ahead];
     unsigned first_ = 0;
     group now_;
-    int64_t dense_end_ = INT64_MIN;  // all cells before it count, from the last given on
+    int64_t dense_end_ = INT64_MIN;  // all cells before it are unmasked, from the last returned one on
 };

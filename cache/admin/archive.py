@@ -1,16 +1,15 @@
-"""Blocks in a tar file: taken out of one cache directory, and put into another.
+"""Exports blocks of a cache directory to a tar file, and imports them into another directory.
 
-    blocks/<key>.kvc      one .kvc file a block, the blocks that it follows before it; and nothing else
+    blocks/<key>.kvc      one .kvc file per block, after the blocks that it follows; no other members
 
-The members are plain files, with headers of the kind ustar or GNU; extended
-headers are refused before they are read.
+The members are plain files with headers of the type ustar or GNU. Extended headers are refused before they are
+read.
 
-An archive may come from anywhere, so nothing in it is believed. No name of it
-becomes a path; a member is a plain file with a block's name, no longer than the
-archive has bytes for; its content is a .kvc file that checks out, of the block
-that the name says. What passes is stored by `CacheFiles.put`, as any process
-stores a block. As with every cache directory, checksums find accidents, not
-forgers: import what comes from somebody who may write there.
+An archive may come from an untrusted place, so everything in it is checked. No name in it is used as a path. A
+member must be a plain file with the name of a block, no longer than the archive has bytes for, and its content must
+be a valid .kvc file of the block in the name. `CacheFiles.put` then stores the block, as any process stores one.
+Checksums detect accidental damage, but not forgery: import only from people who may write to the directory. The
+commands `erllama cache export` and `import` call this module.
 """
 
 from __future__ import annotations
@@ -34,40 +33,43 @@ from erllama.cache.tiers.tier import Problem
 from erllama.errors import CacheFormatError
 
 _NAME = re.compile(r"blocks/([0-9a-f]{64})\.kvc")
-_MOST_BYTES = 1 << 36  # of one member: far above any block; where a stream cannot tell its own length
+_MOST_BYTES = 1 << 36  # of one member, if the length of the archive is unknown: far above any block
 _CHUNK = 1 << 20
 
-Told = Callable[[float], object]
+OnProgress = Callable[[float], object]
 
 
-class Exported(NamedTuple):
-    """What went into an archive, and what could not: damaged blocks, and those that go on from them."""
+class ExportResult(NamedTuple):
+    """Result of an export. `left_out` lists damaged blocks and their successors."""
 
     n_blocks: int
     n_bytes: int
     left_out: list[Problem]
 
 
-class Imported(NamedTuple):
-    """What was stored, how many blocks were there already, and what was refused."""
+class ImportResult(NamedTuple):
+    """Result of an import: stored blocks and bytes, blocks that existed already, and refused blocks."""
 
     n_blocks: int
     n_bytes: int
-    n_there: int
+    n_existing: int
     refused: list[Problem]
 
 
 def export_blocks(
-    files: CacheFiles, to: IO[bytes], namespaces: Collection[bytes] | None = None, on_done: Told = lambda done: None
-) -> Exported:
+    files: CacheFiles,
+    to: IO[bytes],
+    namespaces: Collection[bytes] | None = None,
+    on_done: OnProgress = lambda done: None,
+) -> ExportResult:
     """Write stored blocks to a tar stream.
 
     Args:
-        namespaces: of these alone; None for all.
+        namespaces: keys of the namespaces to export; None for all.
         on_done: called with the fraction written.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the stream cannot be written.
     """
     rows = [row for row in files.rows() if namespaces is None or row.block.namespace in namespaces]
     n_all = max(sum(row.n_bytes for row in rows), 1)
@@ -79,7 +81,7 @@ def export_blocks(
             seen += row.n_bytes
             name = f"blocks/{row.block.key.hex()}{kvc.SUFFIX}"
             if row.block.parent != row.block.namespace and row.block.parent not in written:
-                left_out.append(Problem(files.tier, name, "what it goes on from is not there"))
+                left_out.append(Problem(files.tier, name, "the block before it is missing"))
                 continue
             try:
                 block, payload = files.read(row.block)
@@ -95,22 +97,22 @@ def export_blocks(
             written.add(block.key)
             n_bytes += len(content)
             on_done(seen / n_all)
-    return Exported(len(written), n_bytes, left_out)
+    return ExportResult(len(written), n_bytes, left_out)
 
 
-def import_blocks(files: CacheFiles, source: IO[bytes], on_done: Told = lambda done: None) -> Imported:
+def import_blocks(files: CacheFiles, source: IO[bytes], on_done: OnProgress = lambda done: None) -> ImportResult:
     """Store the blocks of a tar stream.
 
-    A member that is not what an archive of blocks has ends it. From a file, that is found before
-    anything is stored; from a stream, what came before is sound, and stays. A block that is damaged is
-    refused alone.
+    A member that does not belong into an archive of blocks ends the import with an error. For a file, this is
+    checked before any block is stored. For a stream, the blocks before that member are valid and stay stored. A
+    damaged block is refused without effect on the others.
 
     Args:
         source: a file or a stream, opened for reading bytes.
-        on_done: called with the fraction read, of a file.
+        on_done: called with the fraction read; not called for a stream.
 
     Raises:
-        CacheFormatError: it is no archive of blocks.
+        CacheFormatError: it is not an archive of blocks.
         CacheError, OSError: a block cannot be stored.
     """
     n_all = _length(source)
@@ -118,7 +120,7 @@ def import_blocks(files: CacheFiles, source: IO[bytes], on_done: Told = lambda d
         for _ in _members(source, n_all):
             pass
         source.seek(0)
-    n_blocks = n_bytes = n_there = 0
+    n_blocks = n_bytes = n_existing = 0
     refused: list[Problem] = []
     for member in _members(source, n_all):
         try:
@@ -131,24 +133,24 @@ def import_blocks(files: CacheFiles, source: IO[bytes], on_done: Told = lambda d
         if files.put(block, payload):
             n_blocks, n_bytes = n_blocks + 1, n_bytes + member.size
         else:
-            n_there += 1
+            n_existing += 1
         if n_all:
             on_done(min(member.end / n_all, 1.0))
-    return Imported(n_blocks, n_bytes, n_there, refused)
+    return ImportResult(n_blocks, n_bytes, n_existing, refused)
 
 
 class _ArchiveError(CacheFormatError):
-    """The archive as a whole is refused, not one block of it."""
+    """The whole archive is invalid, not one block of it."""
 
 
 class _Member:
     """One block of an archive that is being read.
 
     Attributes:
-        name: as the archive has it; a block's.
-        key: that the name says.
-        size: bytes.
-        end: where it ends in the archive.
+        name: name in the archive.
+        key: key of the block, from the name.
+        size: size in bytes.
+        end: offset in the archive at which the member ends.
     """
 
     def __init__(self, source: IO[bytes], header: tarfile.TarInfo, start: int) -> None:
@@ -157,7 +159,7 @@ class _Member:
         self._source, self._left = source, header.size
 
     def read(self, n: int) -> bytes:
-        """The next `n` bytes, or as many as are left of the member."""
+        """Read the next `n` bytes, or as many as the member has left."""
         found = _read(self._source, min(n, self._left), f"within {self.name!r}")
         self._left -= len(found)
         return found
@@ -173,10 +175,10 @@ class _Member:
 
 
 def _members(source: IO[bytes], n_all: int | None) -> Iterator[_Member]:
-    """The members in turn, each checked as far as its header tells.
+    """Yield the members in order, after checking the header of each.
 
-    Reads header by header, and refuses every kind but plain files. `tarfile` would first read the whole content of
-    an extended header, of any length, and parse it in quadratic time.
+    Reads the headers itself, and refuses every type but plain files. `tarfile` would first read the whole content
+    of an extended header, of any length, and parse it in quadratic time.
     """
     at = 0
     while True:
@@ -195,29 +197,31 @@ def _members(source: IO[bytes], n_all: int | None) -> Iterator[_Member]:
     if at == tarfile.BLOCKSIZE:
         raise _ArchiveError("the archive is empty")
     if n_all is None:
-        source.read(-at % tarfile.RECORDSIZE)  # whoever writes the stream writes whole records
+        source.read(-at % tarfile.RECORDSIZE)  # writers of tar files write whole records
 
 
 def _header(record: bytes) -> tarfile.TarInfo:
-    """What a header says, if it is one of a plain file with a block's name."""
+    """Parse a header, and check that it is one of a plain file with the name of a block."""
     try:
         header = tarfile.TarInfo.frombuf(record, "utf-8", "surrogateescape")
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise _ArchiveError(f"it is no tar file that can be read: {error}") from None
+        raise _ArchiveError(f"it is not a readable tar file: {error}") from None
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise _ArchiveError(f"{header.name!r} is no plain file; an archive of blocks has nothing else")
+        raise _ArchiveError(f"{header.name!r} is not a plain file; an archive of blocks contains only plain files")
     if _NAME.fullmatch(header.name) is None:
-        raise _ArchiveError(f"{header.name!r} is no block; an archive of blocks has nothing else")
+        raise _ArchiveError(
+            f"{header.name!r} is not the name of a block; an archive of blocks contains only blocks"
+        )
     return header
 
 
 def _content(member: _Member) -> tuple[Block, memoryview]:
-    """The checked block and payload of a member; memory is allocated only after the header has been checked."""
+    """Read and verify the block and payload of a member. Allocates memory only after the header is verified."""
     block, payload_bytes, checksum = kvc.read_header_from(member.read, member.size)
     if block.key != member.key:
-        raise CacheFormatError("the file holds another block than its name says")
+        raise CacheFormatError("the file contains another block than its name says")
     try:
-        payload = np.empty(payload_bytes, np.uint8).data  # not touched before it is filled
+        payload = np.empty(payload_bytes, np.uint8).data  # uninitialized until it is filled
     except MemoryError:
         raise _ArchiveError(f"{member.name!r} of {member.size} bytes is more than memory holds") from None
     done = 0
@@ -231,7 +235,7 @@ def _content(member: _Member) -> tuple[Block, memoryview]:
 
 
 def _read(source: IO[bytes], n: int, where: str) -> bytes:
-    """Exactly `n` bytes; a pipe may give fewer at a time."""
+    """Read exactly `n` bytes. One read of a pipe may return fewer."""
     found = source.read(n)
     while len(found) < n:
         piece = source.read(n - len(found))
@@ -242,7 +246,7 @@ def _read(source: IO[bytes], n: int, where: str) -> bytes:
 
 
 def _length(source: IO[bytes]) -> int | None:
-    """The bytes of a regular file; None for a stream."""
+    """Return the size of a regular file; None for a stream."""
     with suppress(OSError, ValueError):
         status = os.fstat(source.fileno())
         return status.st_size if stat.S_ISREG(status.st_mode) else None

@@ -1,8 +1,8 @@
-"""One cache directory in the hands of who looks after it: what it holds, what is wrong with it, what may go.
+"""Maintenance of one cache directory: lists, verifies, repairs and removes what it holds.
 
-Works on the directory itself, without a `Cache`, a budget or a model, beside
-any processes that use it: by their protocol, and in transactions short enough
-not to hold them up. The command `erllama cache` is made of it.
+Works on the directory itself, without a `Cache`, a budget or a model. Other processes may use the directory
+meanwhile: `CacheFiles` follows their protocol, with transactions short enough not to delay them. The command
+`erllama cache` calls it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import NamedTuple
 
 from erllama.cache.blocks.block import Block
 from erllama.cache.catalog.lru import LeafLRU
-from erllama.cache.tiers.directory import INDEX_NAME
-from erllama.cache.tiers.read_only import file_tier, is_read_only
+from erllama.cache.tiers.directory import INDEX_NAME, is_cache
+from erllama.cache.tiers.read_only import create_file_tier
 from erllama.cache.tiers.tier import Problem, TierRow
 from erllama.errors import CacheError
 
-_NO_BUDGET = 2**62  # what a directory may hold, those who use it say
-_BATCH = 500  # blocks removed in one transaction: some hundredths of a second on a local disk
+_NO_BUDGET = 2**62  # each cache that uses a directory sets its own budget
+_BATCH = 500  # blocks removed in one transaction: a few hundredths of a second on a local disk
 
 
-class Context(NamedTuple):
-    """One stored context, named by its last block; blocks that contexts share count for each.
+class ContextSummary(NamedTuple):
+    """One stored context, identified by its last block. A block that contexts share counts for each of them.
 
     Attributes:
-        key, namespace: of its last block.
-        n_tokens, n_blocks, n_bytes: from its first token on, as far as that is stored.
-        complete: whether all of it is: it can be found.
+        key, namespace: those of its last block.
+        n_tokens, n_blocks, n_bytes: totals from its first token on, as far as stored.
+        complete: whether all of its blocks are stored, so that lookups find it.
         last_used: in ns since 1970.
     """
 
@@ -43,8 +43,8 @@ class Context(NamedTuple):
     last_used: int
 
 
-class Namespace(NamedTuple):
-    """The blocks that one model, with its options and a salt, can use; each counts once."""
+class NamespaceSummary(NamedTuple):
+    """The blocks that one model, with its options and a salt, can use. Each counts once."""
 
     key: bytes
     n_contexts: int
@@ -54,49 +54,57 @@ class Namespace(NamedTuple):
     last_used: int
 
 
-class Removed(NamedTuple):
-    """What was removed."""
+class RemovalResult(NamedTuple):
+    """Blocks and bytes that were removed."""
 
     n_blocks: int
     n_bytes: int
 
 
-class Tidied(NamedTuple):
-    """What was put right: files that the index lacked, rows without files, files of the dead, blocks that went."""
+class GcResult(NamedTuple):
+    """Result of `gc`.
+
+    Attributes:
+        adopted: files that the index lacked.
+        forgotten: rows of the index without a file.
+        leftovers: files of ended processes that were removed.
+        removed: blocks that were removed.
+    """
 
     adopted: int
     forgotten: int
     leftovers: int
-    removed: Removed
+    removed: RemovalResult
 
 
 class CacheFiles:
-    """A hold on one cache directory; close it, or use it in a `with`.
+    """One open cache directory. Close it, or use it in a `with`.
 
     Args:
         root: the directory; it must exist.
-        in_memory: it lies on a tmpfs, where files need not be made durable.
+        in_memory: whether it is on a tmpfs, where files need not be made durable.
 
     Raises:
-        CacheError: there is no cache, or it cannot be used; the message says why.
+        CacheError: there is no cache, or it cannot be used. The message says why.
     """
 
     def __init__(self, root: Path, *, in_memory: bool = False) -> None:
         if not is_cache(root):
             raise CacheError(f"{root} holds no cache; give the directory of one")
         self.root = root
-        self._tier = file_tier(root, _NO_BUDGET, name="ram_file" if in_memory else "disk", watch=False)
+        self._tier = create_file_tier(root, _NO_BUDGET, name="ram_file" if in_memory else "disk", watch=False)
         try:
-            # Before opening removes what the dead left.
-            self._partials = set() if self._tier.read_only else set(os.listdir(root / "partial"))
+            # Before `open`, which removes the files of ended processes.
+            self._partials = set() if self._tier.read_only else _names_in(root / "partial")
             self._tier.open()
         except (OSError, sqlite3.Error) as error:
             raise CacheError(f"{root} cannot be used: {error}") from error
-        self._tier.rows()  # as of before it was opened: what opening took in comes after
-        self.set_aside = self._tier.damaged  # files that opening took out of the way
+        # The first call returns the rows as of before `open`, the next ones those that `open` adopted, too.
+        self._tier.rows()
+        self.n_quarantined = self._tier.damaged  # files that `open` moved to damaged/
 
     def close(self) -> None:
-        """Let go of the directory. Idempotent."""
+        """Close the directory. Idempotent."""
         self._tier.close()
 
     def __enter__(self) -> CacheFiles:
@@ -105,19 +113,19 @@ class CacheFiles:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- looking --------------------------------------------------------------------------
+    # --- listing --------------------------------------------------------------------------
 
     @property
     def tier(self) -> str:
-        """The name of the tier that such a directory is."""
+        """The name of the tier that uses such a directory."""
         return self._tier.name
 
     @property
     def read_only(self) -> bool:
-        """Whether the directory can only be read; what would change it raises CacheError."""
+        """Whether the directory can only be read. Methods that change it then raise CacheError."""
         return self._tier.read_only
 
-    def _must_be_writable(self) -> None:
+    def _require_writable(self) -> None:
         if self.read_only:
             raise CacheError(f"{self.root} is read-only and cannot be changed; use a process that may write to it")
 
@@ -127,11 +135,11 @@ class CacheFiles:
         return self._tier.shared
 
     def rows(self) -> list[TierRow]:
-        """Every stored block, parents first."""
+        """Return every stored block, parents first."""
         return sorted(self._tier.rows(), key=lambda row: row.block.start)
 
-    def contexts(self) -> list[Context]:
-        """What is stored, by contexts that no other one goes on from; the latest used first."""
+    def contexts(self) -> list[ContextSummary]:
+        """Return the stored contexts that no stored context continues, the latest used first."""
         rows = {row.block.key: row for row in self.rows()}
         parents = {row.block.parent for row in rows.values()}
         found = []
@@ -142,7 +150,7 @@ class CacheFiles:
             while (above := rows.get(path[-1].block.parent)) is not None:
                 path.append(above)
             found.append(
-                Context(
+                ContextSummary(
                     key,
                     row.block.namespace,
                     row.block.end,
@@ -154,15 +162,15 @@ class CacheFiles:
             )
         return sorted(found, key=lambda context: context.last_used, reverse=True)
 
-    def namespaces(self) -> list[Namespace]:
-        """What is stored, by namespace; the latest used first."""
+    def namespaces(self) -> list[NamespaceSummary]:
+        """Return the namespaces of stored blocks, the latest used first."""
         rows = self.rows()
         parents = {row.block.parent for row in rows}
-        found: dict[bytes, Namespace] = {}
+        found: dict[bytes, NamespaceSummary] = {}
         for row in rows:
             key, leaf = row.block.namespace, row.block.key not in parents
-            before = found.get(key, Namespace(key, 0, 0, 0, 0, 0))
-            found[key] = Namespace(
+            before = found.get(key, NamespaceSummary(key, 0, 0, 0, 0, 0))
+            found[key] = NamespaceSummary(
                 key,
                 before.n_contexts + leaf,
                 before.n_blocks + 1,
@@ -172,19 +180,19 @@ class CacheFiles:
             )
         return sorted(found.values(), key=lambda namespace: namespace.last_used, reverse=True)
 
-    # --- mending --------------------------------------------------------------------------
+    # --- verifying and repairing ----------------------------------------------------------
 
     def verify(
         self, *, repair: bool = False, on_read: Callable[[float], object] = lambda done: None
     ) -> list[Problem]:
-        """Read every file and tell what is wrong; empty when all is well.
+        """Read every file, and return the problems.
 
         Args:
-            repair: put it right: damaged files are set aside, others adopted, what the dead left is removed.
+            repair: move damaged files to damaged/, adopt others, and remove what ended processes left.
             on_read: called with the fraction read.
         """
         if repair:
-            self._must_be_writable()
+            self._require_writable()
         n_bytes = max(sum(row.n_bytes for row in self.rows()), 1)
         done = 0
 
@@ -202,9 +210,9 @@ class CacheFiles:
             self._tier.mend()
         return problems
 
-    def gc(self, budget: int | None = None) -> Tidied:
-        """Bring index and files in line, remove what nobody can reach, and keep to a budget where one is given."""
-        self._must_be_writable()
+    def gc(self, budget: int | None = None) -> GcResult:
+        """Make the index fit the files, remove unreachable blocks, and evict down to `budget`, if given."""
+        self._require_writable()
         before = {row.block.key for row in self.rows()}
         self._tier.mend()
         rows = self.rows()
@@ -212,60 +220,61 @@ class CacheFiles:
         removed = self._remove(_unreachable(rows))
         if budget is not None:
             removed = _sum(removed, self.shrink(budget))
-        left = self._partials - set(os.listdir(self.root / "partial"))
-        return Tidied(len(after - before), len(before - after), len(left), removed)
+        left = self._partials - _names_in(self.root / "partial")
+        return GcResult(len(after - before), len(before - after), len(left), removed)
 
     # --- removing -------------------------------------------------------------------------
 
-    def evict(self, namespaces: Iterable[bytes] | None = None, *, used_before: int | None = None) -> Removed:
-        """Remove blocks: those of some namespaces, and not used since a time; all without either.
+    def evict(self, namespaces: Iterable[bytes] | None = None, *, used_before: int | None = None) -> RemovalResult:
+        """Remove blocks of some namespaces that were not used since a time. Without arguments, remove all blocks.
 
         Args:
-            used_before: in ns since 1970. A block stays as long as one that goes on from it does.
+            namespaces: keys of namespaces; None for all.
+            used_before: in ns since 1970. A block stays as long as one of its successors does.
         """
         rows = self.rows()
         among = None if namespaces is None else set(namespaces)
-        going = {row.block.key: row for row in rows if among is None or row.block.namespace in among}
+        victims = {row.block.key: row for row in rows if among is None or row.block.namespace in among}
         if used_before is not None:
-            stay: set[bytes] = set()
-            for row in reversed(rows):  # whoever goes on from a block comes before it
-                if row.last_used >= used_before or row.block.key in stay:
-                    stay |= {row.block.key, row.block.parent}
-            going = {key: row for key, row in going.items() if key not in stay}
-        return self._remove(list(going.values()))
+            kept: set[bytes] = set()
+            for row in reversed(rows):  # successors of a block before the block
+                if row.last_used >= used_before or row.block.key in kept:
+                    kept |= {row.block.key, row.block.parent}
+            victims = {key: row for key, row in victims.items() if key not in kept}
+        return self._remove(list(victims.values()))
 
-    def shrink(self, n_bytes: int) -> Removed:
-        """Remove the least recently used blocks until the rest, with what is being written, takes so many bytes."""
+    def shrink(self, n_bytes: int) -> RemovalResult:
+        """Remove the least recently used blocks until at most `n_bytes` remain, with reservations."""
         rows = {row.block.key: row for row in self.rows()}
         order = LeafLRU()
         for row in rows.values():
             order.add(row.block.key, row.block.parent, row.n_bytes, row.last_used)
         reserved = self._tier.reserved()
-        going = []
+        victims = []
         while order.n_bytes + reserved > n_bytes and (key := order.oldest_leaf(())) is not None:
             order.remove(key)
-            going.append(rows[key])
-        return self._remove(going)
+            victims.append(rows[key])
+        return self._remove(victims)
 
-    def forget_rest(self) -> None:
-        """Remove what else is kept of prompts: the tokens of texts, and files that were set aside."""
-        self._must_be_writable()
+    def remove_texts_and_damaged(self) -> None:
+        """Remove what else contains parts of prompts: the tokens of texts, and damaged files."""
+        self._require_writable()
         self._tier.forget_texts()
         for path in [*(self.root / "damaged").iterdir(), *self.root.glob(f"{INDEX_NAME}.damaged-*")]:
             path.unlink(missing_ok=True)
 
-    def _remove(self, rows: Sequence[TierRow]) -> Removed:
-        self._must_be_writable()
-        # Those that go on from others first: what is stored can be reached all the while.
+    def _remove(self, rows: Sequence[TierRow]) -> RemovalResult:
+        self._require_writable()
+        # Successors first, so that every stored block stays reachable meanwhile.
         keys = [row.block.key for row in sorted(rows, key=lambda row: row.block.start, reverse=True)]
         for at in range(0, len(keys), _BATCH):
             self._tier.remove(keys[at : at + _BATCH])
-        return Removed(len(rows), sum(row.n_bytes for row in rows))
+        return RemovalResult(len(rows), sum(row.n_bytes for row in rows))
 
-    # --- blocks in and out ----------------------------------------------------------------
+    # --- single blocks --------------------------------------------------------------------
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
-        """A stored block and its payload, checked.
+        """Read a stored block and its payload, and verify them.
 
         Raises:
             CacheFormatError, OSError: as of `FileTier.read`.
@@ -273,12 +282,12 @@ class CacheFiles:
         return self._tier.read(block)
 
     def put(self, block: Block, payload: memoryview) -> bool:
-        """Store a block as any process does; False where it is stored, or another process is writing it.
+        """Store a block. Return False if it is stored already, or another process is writing it.
 
         Raises:
             CacheError, OSError: it cannot be written.
         """
-        self._must_be_writable()
+        self._require_writable()
         self._tier.tidy()
         with self._tier.exclusive():
             n_bytes = self._tier.size(block, payload.nbytes)
@@ -288,22 +297,25 @@ class CacheFiles:
         return True
 
 
-def is_cache(root: Path) -> bool:
-    """Whether a directory has a cache in it."""
-    return (root / "blocks").is_dir() and ((root / "partial").is_dir() or is_read_only(root))
+def _names_in(directory: Path) -> set[str]:
+    """Return the names in a directory; the empty set where the directory does not exist."""
+    try:
+        return set(os.listdir(directory))
+    except FileNotFoundError:
+        return set()
 
 
 def _unreachable(rows: Sequence[TierRow]) -> list[TierRow]:
-    """Of rows, parents first, those that follow one that is gone."""
+    """Return those rows whose parent is missing or unreachable. `rows` has parents first."""
     reached: set[bytes] = set()
-    lost = []
+    unreachable = []
     for row in rows:
         if row.block.parent == row.block.namespace or row.block.parent in reached:
             reached.add(row.block.key)
         else:
-            lost.append(row)
-    return lost
+            unreachable.append(row)
+    return unreachable
 
 
-def _sum(a: Removed, b: Removed) -> Removed:
-    return Removed(a.n_blocks + b.n_blocks, a.n_bytes + b.n_bytes)
+def _sum(a: RemovalResult, b: RemovalResult) -> RemovalResult:
+    return RemovalResult(a.n_blocks + b.n_blocks, a.n_bytes + b.n_bytes)

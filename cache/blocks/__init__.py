@@ -1,5 +1,5 @@
-"""What a block is: its key, its fields, its file.
+"""Blocks: their keys, fields and files.
 
-`keys` computes keys, `block` is the block without its payload, `kvc` reads and writes `.kvc` files,
-and `match` holds the results of lookups and loads. Imports nothing else of the cache.
+`keys` computes keys, `block` defines a block without its payload, `kvc` reads and writes `.kvc` files, and `match`
+holds the results of lookups and loads. Imports no other part of the cache.
 """

@@ -1,4 +1,7 @@
-"""What the cache knows of a block without its payload, and why it was saved."""
+"""A block without its payload, and the reasons for which blocks are saved.
+
+The engine creates blocks with `Block.following` and `Block.chain`; every part of the cache uses them.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from erllama.cache.blocks.keys import KEY_BYTES, TOKEN_BYTES, child_key
 from erllama.errors import OptionError
 
 RECIPE_BYTES = 16
-MAX_POSITION = 2**63  # what the index can hold
+MAX_POSITION = 2**63  # the largest integer of the index plus one
 
 
 class SaveReason(enum.IntEnum):
-    """Why a block was saved; the numbers stand in .kvc files."""
+    """Why a block was saved. The numbers are part of the .kvc format."""
 
     COLD = 1
     CONTINUED = 2
@@ -24,19 +27,17 @@ class SaveReason(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One block: `n_tokens` tokens from position `start`, and everything before them by `parent`.
+    """One block: `n_tokens` tokens from position `start` on. `parent` identifies everything before them.
 
     Attributes:
         key, parent, namespace: 32 bytes each; `key` is `child_key(parent, tokens)`.
         start: position of the first token.
         tokens: the tokens as little-endian u32, at least one.
         reason: why it was saved.
-        recipe: 16 bytes that name how the engine computes (batch sizes, threads,
-            build); equal recipes and equal slices give equal bits. The cache
-            keeps it and does not read it.
-        slice_end: where the prefill slice ended that computed the first token,
-            if that slice and all before it were canonical; 0 otherwise. Kept
-            for the engine, too.
+        recipe: 16 bytes that identify how the engine computed the block (batch sizes, threads, build). Equal
+            recipes and equal slices give equal bits. The cache stores it for the engine and does not interpret it.
+        slice_end: end of the prefill slice that computed the first token, if that slice and all slices before it
+            were canonical; 0 otherwise. Stored for the engine, too.
     """
 
     key: bytes
@@ -59,28 +60,30 @@ class Block:
         recipe: bytes = bytes(RECIPE_BYTES),
         slice_end: int = 0,
     ) -> Block:
-        """The block of `tokens` after `parent`, its key computed.
+        """Return the block of `tokens` after `parent`, and compute its key.
 
         Raises:
-            OptionError: a part has the wrong length or range.
+            OptionError: an argument has the wrong length or range.
         """
         lengths = (len(parent), len(namespace), len(recipe))
         if lengths != (KEY_BYTES, KEY_BYTES, RECIPE_BYTES):
-            raise OptionError(f"parent, namespace and recipe of {lengths} bytes; they have 32, 32 and 16")
+            raise OptionError(f"parent, namespace and recipe of {lengths} bytes; give 32, 32 and 16 bytes")
         if not tokens or len(tokens) % TOKEN_BYTES:
-            raise OptionError(f"tokens of {len(tokens)} bytes; give at least one, as u32: see token_bytes")
+            raise OptionError(f"tokens of {len(tokens)} bytes; give at least one token as u32, see token_bytes")
         if not (0 <= start < MAX_POSITION and 0 <= slice_end < MAX_POSITION):
-            raise OptionError(f"start={start}, slice_end={slice_end}; both are positions")
+            raise OptionError(f"start={start}, slice_end={slice_end}; give positions from 0 to 2**63 - 1")
         return cls(child_key(parent, tokens), parent, namespace, start, tokens, reason, recipe, slice_end)
 
     @classmethod
     def chain(
         cls, tokens: bytes, namespace: bytes, size: int, reason: SaveReason, recipe: bytes = bytes(RECIPE_BYTES)
     ) -> list[Block]:
-        """The blocks that a context is saved as from its beginning: of `size` tokens each, and a tail.
+        """Return the blocks of a context from its first token on: blocks of `size` tokens, and a shorter last one.
+
+        Without tokens, the list is empty.
 
         Raises:
-            OptionError: as of `following`; no tokens give no blocks.
+            OptionError: as of `following`.
         """
         blocks: list[Block] = []
         for at in range(0, len(tokens), size * TOKEN_BYTES):
@@ -91,7 +94,7 @@ class Block:
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens it has."""
+        """The number of tokens."""
         return len(self.tokens) // TOKEN_BYTES
 
     @property

@@ -1,8 +1,8 @@
-"""Reads and writes .kvc files: one block, its tokens and its payload, checksummed.
+"""Reads and writes .kvc files: one block with its tokens and its payload, with checksums.
 
-The format is specified in docs/kvc-format.md. Nothing is believed before it is
-checked: the header by its checksum, the key against the tokens, the length of
-the file against the header, the payload by its checksum.
+docs/kvc-format.md specifies the format. Everything is verified before use: the header by its checksum, the key by
+the tokens, the length of the file by the header, and the payload by its checksum. File tiers and archives use this
+module.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from erllama.cache.blocks.block import MAX_POSITION, Block, SaveReason
 from erllama.cache.blocks.keys import TOKEN_BYTES, child_key
 from erllama.errors import CacheFormatError, CacheVersionError
 
-MAGIC = b"\x89KVC\r\n\x1a\n"  # as PNG's: shows a text-mode copy, and is no text
+MAGIC = b"\x89KVC\r\n\x1a\n"  # like PNG's: not text, and changed by a copy in text mode
 VERSION = 1
 SUFFIX = ".kvc"
 
@@ -31,16 +31,16 @@ SUFFIX = ".kvc"
 # namespace, parent, key, recipe, payload checksum; then the tokens and the header's checksum.
 _FIXED = struct.Struct("<8sIIIIQQQII32s32s32s16s16s")
 _CHECKSUM_BYTES = 16
-MAX_TOKENS = 1 << 20  # far above any block size; bounds what a header can ask us to read
+MAX_TOKENS = 1 << 20  # far above any block size; limits what an invalid header can make a reader read
 
 
 def header_bytes(n_tokens: int) -> int:
-    """Length of the header of a block of `n_tokens`, its checksum included."""
+    """Return the length of the header of a block of `n_tokens`, with its checksum."""
     return _FIXED.size + n_tokens * TOKEN_BYTES + _CHECKSUM_BYTES
 
 
 def encode_header(block: Block, payload: memoryview) -> bytes:
-    """The header that goes before `payload`."""
+    """Return the header that is written before `payload`."""
     fixed = _FIXED.pack(
         MAGIC,
         VERSION,
@@ -63,10 +63,13 @@ def encode_header(block: Block, payload: memoryview) -> bytes:
 
 
 def decode_header(content: memoryview) -> tuple[Block, int, bytes]:
-    """The block, its payload's length and its payload's checksum, from the start of a file.
+    """Decode the start of a file.
+
+    Returns:
+        the block, and the length and the checksum of its payload.
 
     Raises:
-        CacheFormatError: no valid header of a version that this code reads.
+        CacheFormatError: there is no valid header of a version that this release reads.
     """
     if content.nbytes < _FIXED.size:
         raise CacheFormatError(f"{content.nbytes} bytes are too few for a header")
@@ -90,8 +93,8 @@ def decode_header(content: memoryview) -> tuple[Block, int, bytes]:
     if magic != MAGIC:
         raise CacheFormatError("not a .kvc file")
     if version != VERSION:
-        kind = CacheVersionError if version > VERSION else CacheFormatError
-        raise kind(f"version {version}; this release reads version {VERSION}")
+        error = CacheVersionError if version > VERSION else CacheFormatError
+        raise error(f"version {version}; this release reads version {VERSION}")
     if n_tokens == 0 or n_tokens > MAX_TOKENS or n_header != header_bytes(n_tokens) or content.nbytes < n_header:
         raise CacheFormatError("the header's length is wrong")
     body_end = n_header - _CHECKSUM_BYTES
@@ -106,15 +109,18 @@ def decode_header(content: memoryview) -> tuple[Block, int, bytes]:
 
 
 def read(path: Path) -> tuple[Block, NDArray[np.uint8]]:
-    """Read and check one file: its block, and its payload in a buffer of its own.
+    """Read and verify one file.
+
+    Returns:
+        the block, and its payload in a new buffer.
 
     Raises:
-        CacheFormatError: not a regular file, or not valid.
-        OSError: it cannot be read.
+        CacheFormatError: the file is not a regular file, or not valid.
+        OSError: the file cannot be read.
     """
-    with _opened(path) as (descriptor, size):
+    with _open_regular(path) as (descriptor, size):
         block, payload_bytes, checksum = read_header_from(partial(os.read, descriptor), size)
-        # Not a bytearray, which would be filled with zeros first.
+        # Not a bytearray, which Python fills with zeros first.
         payload = np.empty(payload_bytes, np.uint8)
         done = 0
         while done < payload_bytes:
@@ -128,28 +134,28 @@ def read(path: Path) -> tuple[Block, NDArray[np.uint8]]:
 
 
 def read_header(path: Path) -> tuple[Block, int]:
-    """The block and the payload's length, from the header alone, after checking the file's length.
+    """Read the block and the payload's length from the header, and verify the length of the file.
 
     Raises:
         CacheFormatError, OSError: as `read`.
     """
-    with _opened(path) as (descriptor, size):
+    with _open_regular(path) as (descriptor, size):
         block, payload_bytes, _ = read_header_from(partial(os.read, descriptor), size)
     return block, payload_bytes
 
 
 def read_header_from(read: Callable[[int], bytes], size: int) -> tuple[Block, int, bytes]:
-    """Read a header and stop at the payload, whose length the size of the whole confirms.
+    """Read a header up to the payload, and verify the size of the file.
 
     Args:
-        read: returns the next bytes, at most as many as asked for.
+        read: called with a number of bytes; returns the next bytes, at most that many.
         size: bytes of header and payload together.
 
     Returns:
         as `decode_header`.
 
     Raises:
-        CacheFormatError: the header is not valid, or not of a file of this size.
+        CacheFormatError: the header is not valid, or does not match `size`.
     """
     head = read(_FIXED.size)
     if len(head) == _FIXED.size:
@@ -158,14 +164,16 @@ def read_header_from(read: Callable[[int], bytes], size: int) -> tuple[Block, in
     block, payload_bytes, checksum = decode_header(memoryview(head))
     expected = header_bytes(block.n_tokens) + payload_bytes
     if size != expected:
-        raise CacheFormatError(f"{size} bytes where the header says {expected}")
+        raise CacheFormatError(f"{size} bytes; the header says {expected}")
     return block, payload_bytes, checksum
 
 
 def write(path: Path, block: Block, payload: memoryview, *, durable: bool = True) -> int:
-    """Write one new file, private to its owner, and, if `durable`, on stable storage when this returns.
+    """Write one new file, readable by its owner only.
 
-    `path` is a temporary name: publishing it is the caller's.
+    Args:
+        path: a temporary name that does not exist. The caller renames the file into place.
+        durable: whether the file must be on stable storage when this returns.
 
     Returns:
         bytes written.
@@ -185,9 +193,9 @@ def write(path: Path, block: Block, payload: memoryview, *, durable: bool = True
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, int]]:
-    """The descriptor and size of a regular file; links are not followed."""
-    # O_NONBLOCK: a FIFO put in our way must not hang us before fstat tells.
+def _open_regular(path: Path) -> Iterator[tuple[int, int]]:
+    """Open a regular file, and yield its descriptor and size. Does not follow links."""
+    # O_NONBLOCK: the open of a FIFO must not block before fstat identifies it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         status = os.fstat(descriptor)

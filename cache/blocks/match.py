@@ -1,4 +1,4 @@
-"""What lookups and loads answer with."""
+"""Results of lookups and loads, and rows of reports. `Cache` returns them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Match:
     """The longest stored prefix of some tokens.
 
     Attributes:
-        blocks: from the first token on, each following the one before. The last
-            may reach beyond `n_tokens`, and is then to be cut after restoring.
-        n_tokens: how many tokens agree.
+        blocks: blocks from the first token on, each following the one before. If the last one has tokens beyond
+            `n_tokens`, the caller must cut them off after restoring it.
+        n_tokens: number of tokens that agree.
 
-    The blocks are pinned, so not evicted, until `release()` or the end of a `with`.
+    The blocks are pinned, so that they are not evicted, until `release()` or the end of a `with`.
     """
 
     __slots__ = ("_unpin", "blocks", "n_tokens")
@@ -32,7 +32,7 @@ class Match:
         self._unpin()
 
     def __del__(self) -> None:
-        # A forgotten match must not pin for ever.
+        # A match that was never released must not pin its blocks forever.
         if hasattr(self, "_unpin"):
             self.release()
 
@@ -44,10 +44,10 @@ class Match:
 
 
 class Loaded(NamedTuple):
-    """A block's payload, the tier that gave it, and the block as saved with it.
+    """A block's payload, the tier that it was read from, and the block as saved with it.
 
-    Its key is the one asked for; how it was computed may differ from what the
-    lookup said, where another process saved the block anew.
+    The block has the requested key. Its recipe and slice end may differ from the lookup's, if another process saved
+    the block again in between.
     """
 
     tier: str
@@ -67,9 +67,9 @@ class Row(NamedTuple):
 
 
 class TierStatus(NamedTuple):
-    """One root of a tier: where it is, what it may hold and holds, and why it cannot be used, if so.
+    """One root of a tier: its place, budget and content, and the error if it cannot be used.
 
-    A root that is `read_only` is read and never written; its budget is not enforced.
+    A `read_only` root is never written, and its budget is not enforced.
     """
 
     tier: str

@@ -1,135 +1,110 @@
-"""What is stored where, in memory: the blocks, what each tier holds of them, sizes, uses and pins.
+"""The catalog of a cache: its blocks, the tiers that hold them, and their sizes, uses and pins.
 
-Owned by one `Cache` and used under its lock; does no input or output.
+One `Cache` owns it and calls it under its lock. Lookups read only the catalog. It does no input or output:
+the tiers it calls are those that are written under the cache's lock, in memory.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
+from typing import NamedTuple
 
 from erllama.cache.blocks.block import Block
 from erllama.cache.blocks.keys import TOKEN_BYTES, child_key
 from erllama.cache.blocks.match import Row
 from erllama.cache.catalog.counters import Counters
-from erllama.cache.catalog.lru import LeafLRU
+from erllama.cache.catalog.ledger import TierLedger
 from erllama.cache.catalog.prefix_tree import Entry, PrefixTree, any_entry
-from erllama.cache.tiers.tier import Tier
+from erllama.cache.tiers.tier import Changes, Tier, TierRow
 
-PENDING = "pending"  # a place, too: a save on its way
+_PENDING = "pending"  # the place of a block whose save waits in the write queue
 
 
-class TierLedger:
-    """The account of one tier: which of its roots holds which block, what that comes to, which goes next."""
+class Victim(NamedTuple):
+    """A block that was chosen for removal, and its size in bytes."""
 
-    def __init__(self, name: str, write_mode: str) -> None:
-        self.name = name
-        self.behind = write_mode == "behind"  # written behind requests
-        self.in_cells = write_mode == "external"
-        self.roots: list[Tier] = []
-        self.lru = LeafLRU()
-        self.unreadable: set[bytes] = set()  # what is listed, and could not be read when that was last tried
-        self._root_of: dict[bytes, Tier] = {}
-        self._n_bytes: dict[Tier, int] = {}
+    key: bytes
+    n_bytes: int
 
-    def add_root(self, root: Tier) -> None:
-        self.roots.append(root)
-        self._n_bytes[root] = 0
 
-    def remove_root(self, root: Tier) -> None:
-        for key in self.keys(root):
-            self.remove(key)
-        self.roots.remove(root)
-        del self._n_bytes[root]
+class Prefix(NamedTuple):
+    """The blocks of a stored prefix, and its length in tokens."""
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._root_of
-
-    def __len__(self) -> int:
-        return len(self._root_of)
-
-    def keys(self, root: Tier) -> list[bytes]:
-        return [key for key, holder in self._root_of.items() if holder is root]
-
-    def n_blocks(self, root: Tier) -> int:
-        """How many blocks a root holds; may be called without the cache's lock."""
-        return sum(holder is root for holder in list(self._root_of.values()))
-
-    def root_of(self, key: bytes) -> Tier | None:
-        return self._root_of.get(key)
-
-    def n_bytes(self, root: Tier | None = None) -> int:
-        return self.lru.n_bytes if root is None else self._n_bytes.get(root, 0)  # a root may be detached meanwhile
-
-    def free(self, root: Tier) -> int:
-        return root.budget - self._n_bytes[root]
-
-    def add(self, root: Tier, block: Block, n_bytes: int, now: int) -> None:
-        """Note that `root` holds the block, and no other root does."""
-        self.remove(block.key)
-        self.lru.add(block.key, block.parent, n_bytes, now, root)
-        self._root_of[block.key] = root
-        self._n_bytes[root] += n_bytes
-
-    def remove(self, key: bytes) -> None:
-        root = self._root_of.pop(key, None)
-        self.unreadable.discard(key)
-        if root is not None:
-            self._n_bytes[root] -= self.lru.remove(key)
+    blocks: list[Block]
+    n_tokens: int
 
 
 class BlockCatalog:
-    """The places of every block: its tiers' names, and `pending`."""
+    """The places of every block: the names of its tiers, and `pending` for a save in the write queue."""
 
     def __init__(self, block_size: int, counters: Counters, tiers: Sequence[Tier]) -> None:
-        self.tree = PrefixTree()
+        self._tree = PrefixTree()
         self._counters = counters
-        self.shelves: dict[str, TierLedger] = {}  # from fast to slow
+        # From fast to slow. Replaced and never changed, so that threads without the lock can read it.
+        self._ledgers: dict[str, TierLedger] = {}
         self._pins: Counter[bytes] = Counter()
-        self._matches: dict[int, list[bytes]] = {}  # what each call of `pin` pinned, by its number
-        self._released: deque[int] = deque()  # numbers of those that ended
+        self._matches: dict[int, list[bytes]] = {}  # the keys that each call of `pin` pinned, by its number
+        self._released: deque[int] = deque()  # numbers of the calls whose pins ended
         self._numbers = count()
         self._block_size = block_size
-        self._cells: frozenset[str] = frozenset()  # names of the tiers that are cells
+        self._external: frozenset[str] = frozenset()  # names of the tiers that are cells of a context
         for tier in tiers:
             self.add_root(tier)
 
     def add_root(self, tier: Tier, *, fastest: bool = False) -> None:
-        shelf = self.shelves.get(tier.name)
-        if shelf is None:
-            self._counters.know_tier(tier.name)
-            shelf = TierLedger(tier.name, tier.write_mode)
-            if shelf.in_cells:
-                self._cells |= {tier.name}
-            self.shelves = {tier.name: shelf, **self.shelves} if fastest else {**self.shelves, tier.name: shelf}
-        shelf.add_root(tier)
+        """Add a tier, or a root of a tier that is known by its name."""
+        ledger = self._ledgers.get(tier.name)
+        if ledger is None:
+            self._counters.add_tier(tier.name)
+            ledger = TierLedger(tier.name, tier.write_mode)
+            if ledger.external:
+                self._external |= {tier.name}
+            added = {tier.name: ledger}
+            self._ledgers = {**added, **self._ledgers} if fastest else {**self._ledgers, **added}
+        ledger.add_root(tier)
+
+    def remove_root(self, tier: Tier) -> None:
+        """Remove a root and its blocks."""
+        ledger = self._ledgers[tier.name]
+        for key in ledger.keys(tier):
+            self.drop(tier.name, key)
+        ledger.remove_root(tier)
+
+    def ledger(self, name: str) -> TierLedger:
+        """The account of a tier."""
+        return self._ledgers[name]
+
+    def ledgers(self) -> Mapping[str, TierLedger]:
+        """The accounts of all tiers by name, from fast to slow. May be called without the cache's lock."""
+        return self._ledgers
 
     # --- finding ---------------------------------------------------------------------------
 
-    def walk(self, namespace: bytes, raw: bytes, whole: bool, loadable: bool) -> tuple[list[Block], int]:
-        """The blocks of the longest stored prefix of the tokens `raw`, and its length in tokens.
+    def find_prefix(self, namespace: bytes, raw: bytes, whole: bool, loadable: bool) -> Prefix:
+        """Find the longest stored prefix of the tokens `raw`.
 
         Args:
-            whole: only blocks that match to their last token.
-            loadable: no blocks that are only in cells.
+            whole: match only blocks whose last token agrees, too.
+            loadable: skip blocks that only the cells of a context hold.
         """
-        usable = self.kept if loadable else any_entry
+        usable = self._has_payload if loadable else any_entry
         blocks: list[Block] = []
         parent, at, step = namespace, 0, self._block_size * TOKEN_BYTES
         while at < len(raw):
             full = raw[at : at + step]
-            entry = self.tree.get(child_key(parent, full)) if len(full) == step else None
+            entry = self._tree.get(child_key(parent, full)) if len(full) == step else None
             shared = self._block_size
             if entry is not None and not usable(entry):
                 entry = None
             if entry is None and whole:
-                entry = self.tree.longest_whole(parent, raw[at:], usable)
+                entry = self._tree.longest_whole(parent, raw[at:], usable)
                 shared = entry.block.n_tokens if entry else 0
             elif entry is None:
-                entry, shared = self.tree.longest_shared(parent, raw[at:], usable) or (None, 0)
+                entry, shared = self._tree.longest_shared(parent, raw[at:], usable) or (None, 0)
             if entry is None or entry.block.namespace != namespace or entry.block.start != at // TOKEN_BYTES:
                 break
             blocks.append(entry.block)
@@ -137,160 +112,253 @@ class BlockCatalog:
             if shared < entry.block.n_tokens:
                 break
             parent = entry.block.key
-        return blocks, at // TOKEN_BYTES
+        return Prefix(blocks, at // TOKEN_BYTES)
 
     def path(self, key: bytes) -> list[Block]:
-        """The blocks of the context that a key names, from its first token; none where one is missing."""
+        """The blocks of a context from its first token to the block of this key; empty if one is missing."""
         blocks: list[Block] = []
-        entry = self.tree.get(key)
+        entry = self._tree.get(key)
         while entry is not None:
             blocks.append(entry.block)
             if entry.block.parent == entry.block.namespace:
                 return blocks[::-1]
-            entry = self.tree.get(entry.block.parent)
+            entry = self._tree.get(entry.block.parent)
         return []
 
-    def kept(self, entry: Entry) -> bool:
-        """Whether a block is anywhere but in cells, which keep nothing."""
-        return not entry.places <= self._cells
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, bytes) and self._tree.get(key) is not None
 
-    def holders(self, key: bytes) -> Iterator[tuple[TierLedger, Tier]]:
-        """Who holds a block, fastest first."""
-        for shelf in self.shelves.values():
-            root = shelf.root_of(key)
-            if root is not None:
-                yield shelf, root
+    def block(self, key: bytes) -> Block | None:
+        """The block of a key in any place, those of a context's cells included."""
+        entry = self._tree.get(key)
+        return entry.block if entry is not None else None
+
+    def stored_block(self, key: bytes) -> Block | None:
+        """The block of a key, if its payload is stored or waits to be written."""
+        entry = self._tree.get(key)
+        return entry.block if entry is not None and self._has_payload(entry) else None
+
+    def _has_payload(self, entry: Entry) -> bool:
+        """Whether a block is in any place but the cells of a context, which keep no payload."""
+        return not entry.places <= self._external
+
+    def superseded_by(self, block: Block) -> list[Block]:
+        """The shorter tails whose tokens a block contains."""
+        return self._tree.superseded_by(block)
+
+    def holders(self, key: bytes) -> list[tuple[TierLedger, Tier]]:
+        """The tiers and roots that hold a block, fastest first."""
+        return [(ledger, root) for ledger in self._ledgers.values() if (root := ledger.root_of(key)) is not None]
 
     def rows(self) -> list[Row]:
-        pins = self.pins
+        """One row per stored block and tier."""
+        pins = self._current_pins()
         return [
             Row(
                 e.block.key,
                 name,
                 e.block.start,
                 e.block.n_tokens,
-                shelf.lru.size_of(e.block.key),
+                ledger.size_of(e.block.key),
                 pins.get(e.block.key, 0),
             )
-            for e in self.tree
-            for name, shelf in self.shelves.items()
-            if e.block.key in shelf
+            for e in self._tree
+            for name, ledger in self._ledgers.items()
+            if e.block.key in ledger
         ]
 
     # --- changing --------------------------------------------------------------------------
 
     def put(self, root: Tier, block: Block, n_bytes: int, now: int) -> None:
-        """Note that a root holds a block of this many bytes, in place of an older one of the same key."""
-        self.shelves[root.name].add(root, block, n_bytes, now)
-        self.tree.add(block, root.name)
-        self.learn(root.name, block)
+        """Record that a root holds a block of this size. Replaces an older version."""
+        self._ledgers[root.name].add(root, block, n_bytes, now)
+        self._tree.add(block, root.name)
+        self.update_version(root.name, block)
 
-    def learn(self, place: str, block: Block) -> None:
-        """Take over how a place's block was computed, unless a faster place has its own."""
-        entry = self.tree.get(block.key)
+    def update_version(self, place: str, block: Block) -> None:
+        """Adopt the version of a block in this place, unless a faster place has a version of its own."""
+        entry = self._tree.get(block.key)
         if entry is not None and place == self._fastest(entry):
             entry.block = block
 
     def _fastest(self, entry: Entry) -> str | None:
-        for name, shelf in self.shelves.items():
-            if shelf.behind and PENDING in entry.places:
-                return PENDING
-            # What is in cells is not restored from, so how that was computed tells nothing.
-            if name in entry.places and not shelf.in_cells:
+        for name, ledger in self._ledgers.items():
+            if ledger.write_behind and _PENDING in entry.places:
+                return _PENDING
+            # Cells are not restored from, so the version that they hold says little about the stored payload.
+            if name in entry.places and not ledger.external:
                 return name
-        return PENDING if PENDING in entry.places else None
+        return _PENDING if _PENDING in entry.places else None
 
     def drop(self, place: str, key: bytes) -> None:
-        """Note that a place no longer holds a block."""
-        if place in self.shelves:
-            self.shelves[place].remove(key)
-        self.tree.discard(key, place)
+        """Record that a place no longer holds a block."""
+        if place in self._ledgers:
+            self._ledgers[place].remove(key)
+        self._tree.discard(key, place)
 
-    def choose_victims(self, root: Tier, target: int, keep: Iterable[bytes] = ()) -> list[tuple[bytes, int]]:
-        """Drop a root's least recently used blocks until it holds `target` bytes, or only pinned ones are left.
+    def add_pending(self, block: Block) -> None:
+        """Record that the save of a block waits in the write queue."""
+        self._tree.add(block, _PENDING)
+        self.update_version(_PENDING, block)
 
-        Args:
-            keep: keys that stay, as if they were pinned.
+    def drop_pending(self, key: bytes) -> None:
+        """Record that the save of a block no longer waits."""
+        self.drop(_PENDING, key)
+
+    def apply_changes(self, tier: Tier, changes: Changes) -> list[Block]:
+        """Record what others stored in a tier and removed from it.
 
         Returns:
-            keys and sizes of what was dropped, for the root to remove.
+            blocks that another root of the same tier holds already: one of the two copies can be removed.
         """
-        shelf = self.shelves[root.name]
-        victims: list[tuple[bytes, int]] = []
-        if shelf.n_bytes(root) <= target:
+        ledger = self._ledgers[tier.name]
+        stored = {row.block.key for row in changes.stored}
+        removed = [key for key in ledger.keys(tier) if key not in stored] if changes.complete else changes.removed
+        for key in removed:
+            if ledger.root_of(key) is tier:
+                self.drop(tier.name, key)
+        return [row.block for row in changes.stored if not self._apply_row(ledger, tier, row)]
+
+    def _apply_row(self, ledger: TierLedger, tier: Tier, row: TierRow) -> bool:
+        """Record one stored block; False if another root has it and keeps it."""
+        holder, key = ledger.root_of(row.block.key), row.block.key
+        used = min(row.last_used, time.time_ns())  # a clock that was ahead must not protect a block forever
+        if holder is not None and holder is not tier:
+            if not holder.read_only or tier.read_only:
+                return False
+            self.put(tier, row.block, row.n_bytes, used)  # saved after the read-only root was read
+        elif holder is None:
+            self.put(tier, row.block, row.n_bytes, used)
+        else:
+            if ledger.size_of(key) != row.n_bytes:
+                self.put(tier, row.block, row.n_bytes, used)
+            ledger.record_use(key, used)
+            self.update_version(tier.name, row.block)
+        return True
+
+    # --- evicting --------------------------------------------------------------------------
+
+    def choose_victims(self, root: Tier, target: int, keep: Iterable[bytes] = ()) -> list[Victim]:
+        """Drop the least recently used blocks of a root until it holds `target` bytes or the rest is pinned.
+
+        Args:
+            keep: keys to treat as pinned.
+
+        Returns:
+            the dropped blocks. The caller removes them from the root.
+        """
+        ledger = self._ledgers[root.name]
+        victims: list[Victim] = []
+        if ledger.n_bytes(root) <= target:
             return victims
-        passed_over = {*self.pins, *keep}
-        shelf.lru.clamp(time.time_ns())
-        while (
-            shelf.n_bytes(root) > max(target, 0) and (key := shelf.lru.oldest_leaf(passed_over, root)) is not None
-        ):
-            victims.append((key, shelf.lru.size_of(key)))
+        pinned = {*self._current_pins(), *keep}
+        ledger.clamp_uses(time.time_ns())
+        while ledger.n_bytes(root) > max(target, 0) and (key := ledger.oldest_leaf(pinned, root)) is not None:
+            victims.append(Victim(key, ledger.size_of(key)))
             self.drop(root.name, key)
         if victims:
             self._counters.add(f"evictions_{root.name}", len(victims))
         return victims
 
-    def roots_by_room(self, shelf: TierLedger, block: Block, n_bytes: int) -> list[Tier]:
-        """The roots to try for a block: the one that has it; else by free room, or by the age of what would go."""
-        holder = shelf.root_of(block.key)
+    def drop_unreachable(self, root: Tier, pending: Container[bytes]) -> list[Victim]:
+        """Drop the blocks of a root whose parent its tier lacks. A process with this tier alone cannot find them.
+
+        Args:
+            pending: keys of saves that wait. A block that follows one of them stays, and so does a pinned block.
+
+        Returns:
+            the dropped blocks. The caller removes them from the root.
+        """
+        ledger = self._ledgers[root.name]
+        victims: list[Victim] = []
+        entries = {key: self._tree.get(key) for key in ledger.keys(root)}
+        while True:
+            unreachable = [
+                key
+                for key, entry in entries.items()
+                if entry is not None
+                and entry.block.parent != entry.block.namespace
+                and entry.block.parent not in ledger
+                and entry.block.parent not in pending
+                and not self.is_pinned(key)
+            ]
+            if not unreachable:
+                return victims
+            for key in unreachable:
+                victims.append(Victim(key, ledger.size_of(key)))
+                self.drop(root.name, key)
+                del entries[key]
+
+    def roots_by_room(self, ledger: TierLedger, block: Block, n_bytes: int) -> list[Tier]:
+        """The roots to try for a block, in order.
+
+        The root that has the block; else the one with the most free room; if none has enough, the one whose
+        next victim was used longest ago.
+        """
+        holder = ledger.root_of(block.key)
         if holder is not None and not holder.read_only:
             return [holder]
-        roots = sorted((root for root in shelf.roots if not root.read_only), key=shelf.free, reverse=True)
-        if len(roots) < 2 or shelf.free(roots[0]) >= n_bytes:
+        roots = sorted((root for root in ledger.roots if not root.read_only), key=ledger.free, reverse=True)
+        if len(roots) < 2 or ledger.free(roots[0]) >= n_bytes:
             return roots
-        oldest = {root: shelf.lru.oldest_leaf({*self.pins, block.parent}, root) for root in roots}
-        return sorted(roots, key=lambda root: shelf.lru.last_used(key) if (key := oldest[root]) else 2**63)
+        pinned = {*self._current_pins(), block.parent}
+        oldest = {root: ledger.oldest_leaf(pinned, root) for root in roots}
+        return sorted(roots, key=lambda root: ledger.last_used(key) if (key := oldest[root]) else 2**63)
 
     def make_room(self, root: Tier, block: Block, n_bytes: int) -> bool:
-        """Evict from a root that is written at once until a block, or its new version, fits; False if it cannot."""
-        shelf = self.shelves[root.name]
-        held = shelf.lru.size_of(block.key) if shelf.root_of(block.key) is root else 0
-        target = root.budget - n_bytes + held
+        """Evict from a root that is written under the lock until a block fits; False if it cannot.
+
+        The block may replace an older version, whose bytes do not count.
+        """
+        ledger = self._ledgers[root.name]
+        replaced = ledger.size_of(block.key) if ledger.root_of(block.key) is root else 0
+        target = root.budget - n_bytes + replaced
         if n_bytes <= root.budget:
             victims = self.choose_victims(root, target, keep=(block.parent, block.key))
-            root.remove([key for key, _ in victims])
-        return n_bytes <= root.budget and shelf.n_bytes(root) <= target
+            root.remove([victim.key for victim in victims])
+        return n_bytes <= root.budget and ledger.n_bytes(root) <= target
 
     # --- the RAM tier ----------------------------------------------------------------------------
 
-    def keep_in_ram(self, block: Block, payload: memoryview) -> bool:
-        """Store a payload in place of an older version, if it fits the budget after evicting others.
+    def store_in_ram(self, block: Block, payload: memoryview) -> bool:
+        """Store a payload in the RAM tier, after evicting others; False if it does not fit the budget.
 
-        Where it does not, an older version stays.
+        Replaces an older version. If the new one does not fit, the older one stays.
         """
-        shelf = self.shelves.get("ram")
-        if shelf is None:
+        ledger = self._ledgers.get("ram")
+        if ledger is None:
             return False
-        tier = shelf.roots[0]
+        tier = ledger.roots[0]
         if not self.make_room(tier, block, payload.nbytes):
             return False
         tier.write(block, payload)
         self.put(tier, block, payload.nbytes, time.time_ns())
         return True
 
-    def in_ram(self, block: Block) -> tuple[Block, memoryview] | None:
-        shelf = self.shelves.get("ram")
-        return shelf.roots[0].read(block) if shelf is not None and block.key in shelf else None
+    def read_from_ram(self, block: Block) -> tuple[Block, memoryview] | None:
+        """The block and its payload in the RAM tier, if it is there."""
+        ledger = self._ledgers.get("ram")
+        return ledger.roots[0].read(block) if ledger is not None and block.key in ledger else None
 
-    def drop_from_ram(self, key: bytes) -> None:
-        shelf = self.shelves.get("ram")
-        if shelf is not None and key in shelf:
+    def remove_from_ram(self, key: bytes) -> None:
+        """Remove a block from the RAM tier, if it is there."""
+        ledger = self._ledgers.get("ram")
+        if ledger is not None and key in ledger:
             self.drop("ram", key)
-            shelf.roots[0].remove([key])
+            ledger.roots[0].remove([key])
 
     # --- using ---------------------------------------------------------------------------------
 
-    def touch(self, key: bytes, now: int) -> None:
-        for shelf in self.shelves.values():
-            shelf.lru.clamp(
-                now
-            )  # a clock that was ahead has noted uses that are later; else this is one comparison
-            shelf.lru.touch(key, now)
+    def touch(self, blocks: Iterable[Block], now: int) -> None:
+        """Record a use of blocks, in every tier that holds them."""
+        keys = [block.key for block in blocks]
+        for ledger in self._ledgers.values():
+            ledger.touch(keys, now)
 
     def pin(self, blocks: Sequence[Block]) -> Callable[[], None]:
-        """Keep blocks from being evicted; the function returned ends that.
+        """Pin blocks: they are not evicted. Returns the function that unpins them.
 
-        That function may be called again, in any thread, and without the lock:
+        That function may be called more than once, in any thread and without the lock:
         the garbage collector and signal handlers call it at any moment.
         """
         self._unpin_released()
@@ -306,34 +374,33 @@ class BlockCatalog:
                 if self._pins[key] <= 0:
                     del self._pins[key]
 
-    @property
-    def pins(self) -> Mapping[bytes, int]:
-        """How often each pinned block is pinned."""
+    def _current_pins(self) -> Mapping[bytes, int]:
+        """The number of pins of each pinned block."""
         self._unpin_released()
         return self._pins
 
-    def pinned(self, key: bytes) -> bool:
-        return key in self.pins
+    def is_pinned(self, key: bytes) -> bool:
+        return key in self._current_pins()
 
     # --- checking ------------------------------------------------------------------------------
 
     def contradictions(self) -> Iterator[str]:
-        """What does not add up."""
-        for entry in self.tree:
+        """Yield each inconsistency within the catalog."""
+        for entry in self._tree:
             key = entry.block.key
-            where = {name for name, shelf in self.shelves.items() if key in shelf}
-            if entry.places - {PENDING} != where:
-                yield f"block {key.hex()} is noted in {sorted(entry.places)} and held by {sorted(where)}"
+            holders = {name for name, ledger in self._ledgers.items() if key in ledger}
+            if entry.places - {_PENDING} != holders:
+                yield f"block {key.hex()} has the places {sorted(entry.places)}; {sorted(holders)} list it"
             if child_key(entry.block.parent, entry.block.tokens) != key:
-                yield f"block {key.hex()} is not what its key says"
-        for name, shelf in self.shelves.items():
-            for root in shelf.roots:
-                held = sum(shelf.lru.size_of(key) for key in shelf.keys(root))
-                if held != shelf.n_bytes(root):
-                    yield f"{root.place} counts {shelf.n_bytes(root)} bytes and holds {held}"
-                if held > root.budget and not root.read_only:
-                    yield f"{root.place} holds {held} bytes; its budget is {root.budget}"
-            for key in shelf.lru:
-                if self.tree.get(key) is None:
-                    yield f"{name} holds {key.hex()}, which nobody can find"
-        yield from self.tree.contradictions()
+                yield f"block {key.hex()} has tokens that do not match its key"
+        for name, ledger in self._ledgers.items():
+            for root in ledger.roots:
+                n_bytes = sum(ledger.sizes(root).values())
+                if n_bytes != ledger.n_bytes(root):
+                    yield f"{root.place} counts {ledger.n_bytes(root)} bytes; its blocks have {n_bytes}"
+                if n_bytes > root.budget and not root.read_only:
+                    yield f"{root.place} has {n_bytes} bytes; its budget is {root.budget}"
+            for key in ledger:
+                if self._tree.get(key) is None:
+                    yield f"{name} lists block {key.hex()}, which lookups cannot find"
+        yield from self._tree.contradictions()

@@ -1,4 +1,4 @@
-"""Counts of what a cache did, readable at any time."""
+"""Counts and seconds of the operations of a cache, readable at any time."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ COUNTS = (
     "bytes_written",
     "pressure_evictions",
 )
-TIERS = ("live", "ram", "ram_file", "disk")  # have counts even where they are not in use
+TIERS = ("live", "ram", "ram_file", "disk")  # always have counts, even if not in use
 TIMED = ("lookup", "load", "pack", "write")
 
 
 class Counters:
-    """Named counts and seconds; every name is there from the start. Thread-safe."""
+    """Named counts and seconds. All names exist from the start. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # reentrant, for calls from signal handlers
         self._counts = dict.fromkeys((*COUNTS, *(f"evictions_{tier}" for tier in TIERS)), 0)
         self._seconds = dict.fromkeys(TIMED, 0.0)
 
-    def know_tier(self, name: str) -> None:
-        """Have a count of evictions for a tier."""
+    def add_tier(self, name: str) -> None:
+        """Add a count of evictions for a tier."""
         with self._lock:
             self._counts.setdefault(f"evictions_{name}", 0)
 
@@ -50,7 +50,7 @@ class Counters:
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Add the seconds a `with` takes."""
+        """Add the seconds that the `with` block takes."""
         began = perf_counter()
         try:
             yield

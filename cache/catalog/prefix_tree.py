@@ -1,8 +1,8 @@
-"""The blocks that are stored, as a forest over their keys, for lookups in memory.
+"""The prefix tree of the stored blocks, for lookups in memory.
 
-Full blocks are found by walking the chain of keys. Where the chain ends, the
-block that shares the most tokens with what follows is found by bisection: in
-an ordered list, the longest common prefix is with a neighbour.
+`BlockCatalog` owns it. A lookup follows the chain of keys from one full block to the next. At the end of the
+chain, bisection finds the block that shares the most tokens with the rest: in an ordered list, a neighbour
+has the longest common prefix.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _AFTER_ANY_KEY = b"\xff" * (KEY_BYTES + 1)
 
 @dataclass(slots=True)
 class Entry:
-    """A stored block and the names of the places that hold its payload."""
+    """A stored block and the names of the places that hold it."""
 
     block: Block
     places: set[str] = field(default_factory=set)
@@ -36,7 +36,7 @@ class Sibling(NamedTuple):
 
 
 class PrefixTree:
-    """Entries by key, and the ordered children of every parent; not thread-safe."""
+    """Entries by key, and the ordered children of each parent. Not thread-safe."""
 
     def __init__(self) -> None:
         self._entries: dict[bytes, Entry] = {}
@@ -52,7 +52,7 @@ class PrefixTree:
         return self._entries.get(key)
 
     def add(self, block: Block, place: str) -> Entry:
-        """Note that `place` holds the block."""
+        """Record that `place` holds the block."""
         entry = self._entries.get(block.key)
         if entry is None:
             entry = self._entries[block.key] = Entry(block)
@@ -61,7 +61,7 @@ class PrefixTree:
         return entry
 
     def discard(self, key: bytes, place: str) -> None:
-        """Note that `place` no longer holds the block; forget it when nothing does."""
+        """Record that `place` no longer holds the block. Removes the entry of a block without a place."""
         entry = self._entries.get(key)
         if entry is None:
             return
@@ -77,14 +77,14 @@ class PrefixTree:
     def longest_shared(
         self, parent: bytes, tokens: bytes, usable: Callable[[Entry], bool] = any_entry
     ) -> tuple[Entry, int] | None:
-        """The usable child of `parent` that shares the most tokens with `tokens`, and how many (at least one)."""
+        """The usable child of `parent` that shares the most tokens with `tokens`, and their number (at least 1)."""
         siblings = self._children.get(parent)
         if not siblings:
             return None
         at = bisect_left(siblings, Sibling(tokens, b""))
         best: tuple[Entry, int] | None = None
         for beside in (range(at - 1, -1, -1), range(at, len(siblings))):
-            for i in beside:  # away from the place of `tokens`, less and less is shared
+            for i in beside:  # the number of shared tokens falls with the distance from `tokens`
                 shared = common_prefix(siblings[i].tokens, tokens)
                 if not shared or (best is not None and shared <= best[1]):
                     break
@@ -97,15 +97,15 @@ class PrefixTree:
     def longest_whole(
         self, parent: bytes, tokens: bytes, usable: Callable[[Entry], bool] = any_entry
     ) -> Entry | None:
-        """The longest usable child of `parent` that `tokens` begins with."""
+        """The longest usable child of `parent` whose tokens are a prefix of `tokens`."""
         return next(filter(usable, self._prefixes(parent, tokens, Sibling(tokens, _AFTER_ANY_KEY))), None)
 
-    def overtaken_by(self, block: Block) -> list[Block]:
-        """The blocks beside `block` whose tokens are a true prefix of its tokens."""
+    def superseded_by(self, block: Block) -> list[Block]:
+        """The siblings of `block` whose tokens are a proper prefix of its tokens."""
         return [e.block for e in self._prefixes(block.parent, block.tokens, Sibling(block.tokens, b""))]
 
     def _prefixes(self, parent: bytes, tokens: bytes, bound: Sibling) -> Iterator[Entry]:
-        """Children of `parent` that `tokens` begins with, longest first, among those before `bound`."""
+        """Yield the children of `parent` before `bound` whose tokens are a prefix of `tokens`, longest first."""
         siblings = self._children.get(parent, [])
         while (at := bisect_left(siblings, bound) - 1) >= 0:
             sibling = siblings[at]
@@ -114,19 +114,19 @@ class PrefixTree:
                 yield self._entries[sibling.key]
                 bound = sibling
             else:
-                # Every prefix of ours that sorts before this neighbour is a prefix of what they share.
+                # Each prefix of `tokens` that sorts before this sibling is a prefix of the tokens that both share.
                 bound = Sibling(shared, _AFTER_ANY_KEY)
             if not shared:
                 return
 
     def contradictions(self) -> Iterator[str]:
-        """What does not add up between the entries and the lists of children."""
+        """Yield each inconsistency between the entries and the lists of children."""
         listed = {sibling.key for siblings in self._children.values() for sibling in siblings}
         if listed != self._entries.keys():
-            yield f"{len(listed ^ self._entries.keys())} blocks are listed as children and unknown, or the reverse"
+            yield f"{len(listed ^ self._entries.keys())} blocks have an entry or are listed as children, not both"
         for parent, siblings in self._children.items():
             if siblings != sorted(siblings) or len(set(siblings)) != len(siblings):
                 yield f"the children of {parent.hex()} are out of order"
         for entry in self._entries.values():
             if not entry.places:
-                yield f"block {entry.block.key.hex()} is nowhere"
+                yield f"block {entry.block.key.hex()} has no place"

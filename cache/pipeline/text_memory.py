@@ -1,7 +1,7 @@
-"""Texts remembered in memory and, where directories are given, on disk: what `Cache` calls.
+"""Texts and the tokens that they were computed as, in memory and in the directories of a cache.
 
-Requests read, and write to memory alone; what goes to disk waits for the
-write-behind thread.
+`Cache.remember_text` and `Cache.longest_text` call it. Requests read directories and write to memory alone;
+the queue's thread writes to the directories.
 """
 
 from __future__ import annotations
@@ -13,46 +13,37 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.cache.pipeline.upkeep import Upkeep
-from erllama.cache.texts.text_tokens import KnownText, KnownTexts, TextDigests
+from erllama.cache.pipeline.tier_set import TierSet
+from erllama.cache.pipeline.write_queue import WriteQueue
+from erllama.cache.texts.text_tokens import TextCache, TextDigests, TextRecord
 from erllama.cache.tiers.file_tier import FileTier
 
-_USES_SECONDS = 10.0  # uses are told to the tiers that often at most: each telling is a write
-
-
-def lasting_tiers(upkeep: Upkeep) -> list[FileTier]:
-    """The tiers that outlive the process and can be read from now."""
-    return [tier for tier in upkeep.tiers if isinstance(tier, FileTier) and upkeep.ready(tier)]
-
-
-def writable_tiers(upkeep: Upkeep) -> list[FileTier]:
-    """Those of them that are written, too."""
-    return [tier for tier in lasting_tiers(upkeep) if not tier.read_only]
+_USES_SECONDS = 10.0  # uses are collected in memory; each transfer to a directory is a write
 
 
 class TextMemory:
-    """The texts of one cache. Thread-safe; storage faults are counted and logged."""
+    """The texts of one cache. Thread-safe. Storage faults are counted and logged."""
 
-    def __init__(self, upkeep: Upkeep) -> None:
-        self._upkeep = upkeep
-        self._known = KnownTexts()
-        self._lock = threading.Lock()
-        self._uses: dict[bytes, int] = {}  # by digest: when, in ns since 1970; not yet told to the tiers
+    def __init__(self, queue: WriteQueue, tiers: TierSet) -> None:
+        self._queue, self._tiers = queue, tiers
+        self._known = TextCache()
+        self._lock = threading.Lock()  # guards `_uses`
+        self._uses: dict[bytes, int] = {}  # uses not written yet: ns since 1970, by digest
 
     def remember(self, namespace: bytes, text: bytes, tokens: NDArray[np.int32]) -> None:
-        """Remember which tokens, shape (n,), a text was computed as."""
-        known = TextDigests(namespace, text).known_as(tokens)
+        """Remember the tokens, shape (n,), that a text was computed as."""
+        known = TextDigests(namespace, text).record(tokens)
         self._known.remember(known)
-        for tier in writable_tiers(self._upkeep):
-            self._upkeep.writer.defer(partial(self._note, tier, known.digest))
+        for tier in self._tiers.file_tiers(writable=True):
+            self._queue.defer(partial(self._write, tier, known.digest))
 
-    def longest(self, namespace: bytes, text: bytes) -> KnownText | None:
-        """The longest remembered text that this one begins with."""
+    def longest(self, namespace: bytes, text: bytes) -> TextRecord | None:
+        """The longest remembered text that `text` begins with."""
         digests = TextDigests(namespace, text)
         best = self._known.longest(digests)
-        tiers = lasting_tiers(self._upkeep)
+        tiers = self._tiers.file_tiers()
         for tier in tiers:
-            with self._upkeep.guarding("looking for a text", tier, changes=False):
+            with self._tiers.guard("looking up a text", tier, changes=False):
                 found = tier.longest_text(digests, best.n_bytes if best is not None else 0)
                 if found is not None:
                     self._known.remember(found)
@@ -60,19 +51,19 @@ class TextMemory:
         if best is not None and tiers:
             with self._lock:
                 self._uses[best.digest] = time.time_ns()
-            self._upkeep.writer.defer(self._tell_uses, _USES_SECONDS)
+            self._queue.defer(self._write_uses, _USES_SECONDS)
         return best
 
-    def _note(self, tier: FileTier, digest: bytes) -> None:
-        # What waits is a digest: the tokens wait where they are bounded.
+    def _write(self, tier: FileTier, digest: bytes) -> None:
+        # The queue holds a digest: the tokens wait in `_known`, which bounds them.
         known = self._known.get(digest)
         if known is not None:
-            with self._upkeep.tending, self._upkeep.guarding("noting a text", tier, changes=False):
+            with self._tiers.locked(), self._tiers.guard("writing a text", tier, changes=False):
                 tier.remember_text(known)
 
-    def _tell_uses(self) -> None:
+    def _write_uses(self) -> None:
         with self._lock:
             uses, self._uses = self._uses, {}
-        for tier in writable_tiers(self._upkeep):
-            with self._upkeep.tending, self._upkeep.guarding("noting uses of texts", tier, changes=False):
+        for tier in self._tiers.file_tiers(writable=True):
+            with self._tiers.locked(), self._tiers.guard("recording uses of texts", tier, changes=False):
                 tier.touch_texts(uses.items())

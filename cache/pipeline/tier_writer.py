@@ -1,4 +1,8 @@
-"""How saves reach the slower tiers: queued with a request, written behind it, with room made and reserved first."""
+"""Writing to the tiers slower than RAM: saves queued, room reserved, blocks written.
+
+The fifth link of the pipeline, after the change feed. `Saver` and `Loader` queue saves under the cache's
+lock; the queue's thread calls `write`. A save that no tier has room for is dropped and counted.
+"""
 
 from __future__ import annotations
 
@@ -6,208 +10,257 @@ import math
 import threading
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from enum import Enum, auto
+from typing import NamedTuple
 
 from erllama.cache.blocks.block import Block
-from erllama.cache.catalog.catalog import PENDING, BlockCatalog, TierLedger
+from erllama.cache.catalog.catalog import BlockCatalog
 from erllama.cache.catalog.counters import Counters
-from erllama.cache.pipeline.write_queue import SHARED_TAIL_DELAY_SECONDS, TAIL_DELAY_SECONDS, Pending
+from erllama.cache.catalog.ledger import TierLedger
+from erllama.cache.pipeline.change_feed import ChangeFeed
+from erllama.cache.pipeline.evictor import Evictor
+from erllama.cache.pipeline.tier_set import TierSet
+from erllama.cache.pipeline.write_queue import (
+    SHARED_TAIL_DELAY_SECONDS,
+    TAIL_DELAY_SECONDS,
+    PendingSave,
+    WriteQueue,
+)
 from erllama.cache.tiers.tier import Tier
 
-_SHARED_LOOK_SECONDS = 0.5  # between two looks for other processes while tails wait to be written
+_SHARED_CHECK_SECONDS = 0.5  # between two checks for other processes while tails wait
 
-if TYPE_CHECKING:
-    from erllama.cache.pipeline.upkeep import Upkeep
+
+class _Room(Enum):
+    """The result of making room for a block."""
+
+    RESERVED = auto()
+    NONE = auto()  # pinned blocks take the rest, or the block would be unreachable
+    ALREADY_STORED = auto()
+    WRITTEN_BY_ANOTHER = auto()  # another process is writing the block
+
+
+class _MissingAncestor(NamedTuple):
+    """A block that some tiers lack, and the names of those tiers."""
+
+    block: Block
+    tiers: tuple[str, ...]
 
 
 class TierWriter:
-    """Queues and writes the saves of one cache; `persist` runs in the writer, the rest under the lock."""
+    """Queues and writes the saves of one cache.
 
-    def __init__(self, upkeep: Upkeep, lock: threading.RLock, residents: BlockCatalog, counters: Counters) -> None:
-        self._upkeep, self._lock, self._residents, self._counters = upkeep, lock, residents, counters
-        self._shared = False  # other processes use a tier, too, as of the last look
-        self._looked_who_shares = -math.inf  # when, by time.monotonic()
+    Args:
+        lock: the cache's lock. It guards `catalog`. The caller of `enqueue` and `promote` holds it.
+    """
 
-    def offer(
+    def __init__(
+        self,
+        lock: threading.RLock,
+        catalog: BlockCatalog,
+        counters: Counters,
+        queue: WriteQueue,
+        tiers: TierSet,
+        evictor: Evictor,
+        feed: ChangeFeed,
+    ) -> None:
+        self._lock, self._catalog, self._counters = lock, catalog, counters
+        self._queue, self._tiers, self._evictor, self._feed = queue, tiers, evictor, feed
+        self._shared = False  # whether other processes used a tier at the last check
+        self._last_check = -math.inf  # by time.monotonic()
+
+    # --- queueing, under the cache's lock ------------------------------------------------------------
+
+    def enqueue(
         self,
         block: Block,
         payload: memoryview,
-        to: tuple[str, ...],
+        tiers: tuple[str, ...],
         replace: bool,
-        overtaken: tuple[bytes, ...],
+        superseded: tuple[bytes, ...],
         full: bool,
     ) -> bool:
-        """Queue a save for slower tiers; under the lock. Ancestors that one lacks go before it, from RAM."""
-        if not to:
+        """Queue a save for slower tiers. Ancestors that a tier lacks are queued before it, from RAM.
+
+        Args:
+            superseded: keys of tails to remove once the block is written.
+            full: the block is no tail, which would be delayed.
+
+        Returns:
+            False if the save, or one of a missing ancestor, was not queued.
+        """
+        if not tiers:
             return False
-        for ancestor, where in self._missing_ancestors(block, to):
-            held = self._residents.in_ram(ancestor)
-            if held is None or not self._queue(*held, where, False, (), 0.0):
+        for ancestor in self._missing_ancestors(block, tiers):
+            in_ram = self._catalog.read_from_ram(ancestor.block)
+            if in_ram is None or not self._queue_save(*in_ram, ancestor.tiers, False, (), 0.0):
                 return False
         if full:
-            return self._queue(block, payload, to, replace, overtaken, 0.0)
+            return self._queue_save(block, payload, tiers, replace, superseded, 0.0)
         delay = SHARED_TAIL_DELAY_SECONDS if self._shared else TAIL_DELAY_SECONDS
-        queued = self._queue(block, payload, to, replace, overtaken, delay)
-        self._look_who_shares_soon()  # now that it is queued: a look that finds somebody hurries what waits
+        queued = self._queue_save(block, payload, tiers, replace, superseded, delay)
+        self._check_shared_soon()  # after queueing: a check that finds another process ends the delays
         return queued
 
-    def _queue(
+    def promote(self, block: Block, payload: memoryview, slower: TierLedger) -> None:
+        """Queue a block for the tiers that are faster than the one it was found in."""
+        targets: list[str] = []
+        for name, ledger in self._catalog.ledgers().items():
+            if ledger is slower:
+                break
+            reachable = block.parent == block.namespace or block.parent in ledger or block.parent in self._queue
+            if name in self._tiers.save_targets() and block.key not in ledger and reachable:
+                targets.append(name)
+        if targets and self._queue_save(block, payload, tuple(targets), False, (), 0.0):
+            self._counters.add("promotions")
+
+    def _queue_save(
         self,
         block: Block,
         payload: memoryview,
-        to: tuple[str, ...],
+        tiers: tuple[str, ...],
         replace: bool,
-        overtaken: tuple[bytes, ...],
+        superseded: tuple[bytes, ...],
         delay: float,
     ) -> bool:
-        if not self._upkeep.writer.offer(Pending(block, payload, to, replace, overtaken, time.monotonic() + delay)):
+        due = time.monotonic() + delay
+        if not self._queue.offer(PendingSave(block, payload, tiers, replace, superseded, due)):
             return False
-        self._residents.tree.add(block, PENDING)
-        self._residents.learn(PENDING, block)
+        self._catalog.add_pending(block)
         return True
 
-    def _missing_ancestors(self, block: Block, to: tuple[str, ...]) -> list[tuple[Block, tuple[str, ...]]]:
-        """Blocks before this one that a tier neither holds nor is about to get, and those tiers; in order."""
-        missing: list[tuple[Block, tuple[str, ...]]] = []
+    def _missing_ancestors(self, block: Block, tiers: tuple[str, ...]) -> list[_MissingAncestor]:
+        """The ancestors that a tier neither has nor is about to get, from the first on."""
+        missing: list[_MissingAncestor] = []
         parent = block.parent
-        while parent != block.namespace and parent not in self._upkeep.writer:
-            where = tuple(name for name in to if parent not in self._residents.shelves[name])
-            entry = self._residents.tree.get(parent)
-            if not where or entry is None:
+        while parent != block.namespace and parent not in self._queue:
+            lacking = tuple(name for name in tiers if parent not in self._catalog.ledger(name))
+            ancestor = self._catalog.block(parent)
+            if not lacking or ancestor is None:
                 break
-            missing.append((entry.block, where))
-            parent = entry.block.parent
+            missing.append(_MissingAncestor(ancestor, lacking))
+            parent = ancestor.parent
         return missing[::-1]
 
-    def _look_who_shares_soon(self) -> None:
-        again = self._looked_who_shares + _SHARED_LOOK_SECONDS - time.monotonic()
-        self._upkeep.writer.defer(self._look_who_shares, max(again, 0.0), patient=True)
+    # --- other processes ---------------------------------------------------------------------------
 
-    def _look_who_shares(self) -> None:
-        self._looked_who_shares = time.monotonic()
-        with self._upkeep.tending:
-            self._shared = any(tier.shared for tier in self._upkeep.behind if self._upkeep.ready(tier))
-        if self._shared:
-            self._upkeep.writer.hurry()
-        elif self._upkeep.writer.n_bytes:
-            # Who comes while a tail waits is to see it, too.
-            self._upkeep.writer.defer(self._look_who_shares, _SHARED_LOOK_SECONDS, patient=True)
+    def _check_shared_soon(self) -> None:
+        delay = self._last_check + _SHARED_CHECK_SECONDS - time.monotonic()
+        self._queue.defer(self._check_shared, max(delay, 0.0), background=True)
 
-    def promote(self, block: Block, payload: memoryview, slower: TierLedger) -> None:
-        """Queue a block for those tiers written behind that are faster than where it was found; under the lock."""
-        to: list[str] = []
-        for name, shelf in self._residents.shelves.items():
-            if shelf is slower:
-                break
-            follows = (
-                block.parent == block.namespace or block.parent in shelf or block.parent in self._upkeep.writer
+    def _check_shared(self) -> None:
+        """Write waiting tails now if another process uses a tier, because it must see them within a second."""
+        self._last_check = time.monotonic()
+        with self._tiers.locked():
+            self._shared = any(
+                tier.shared for tier in self._tiers.write_behind_tiers() if self._tiers.readable(tier)
             )
-            if name in self._upkeep.tiers_behind and block.key not in shelf and follows:
-                to.append(name)
-        if to and self._queue(block, payload, tuple(to), False, (), 0.0):
-            self._counters.add("promotions")
+        if self._shared:
+            self._queue.skip_delays()
+        elif self._queue.n_bytes:
+            # A process that starts while a tail waits must see it, too.
+            self._queue.defer(self._check_shared, _SHARED_CHECK_SECONDS, background=True)
 
-    def persist(self, pending: Pending) -> None:
-        """Write one save to its tiers; the writer's thread calls it."""
+    # --- writing, in the queue's thread --------------------------------------------------------------
+
+    def write(self, save: PendingSave) -> None:
+        """Write one save to its tiers."""
         try:
-            for name in pending.to:
-                with self._upkeep.tending:
-                    self._persist_in(self._residents.shelves[name], pending)
+            for name in save.tiers:
+                with self._tiers.locked():
+                    self._write_to_tier(self._catalog.ledger(name), save)
         finally:
             with self._lock:
-                if not self._upkeep.writer.waits(pending.block.key):  # a newer version
-                    self._residents.drop(PENDING, pending.block.key)
+                if not self._queue.is_waiting(save.block.key):  # a newer version
+                    self._catalog.drop_pending(save.block.key)
 
-    def _persist_in(self, shelf: TierLedger, pending: Pending) -> None:
-        block, n_payload = pending.block, pending.payload.nbytes
+    def _write_to_tier(self, ledger: TierLedger, save: PendingSave) -> None:
+        """Write a save to the first root of a tier that takes it."""
+        block, payload_bytes = save.block, save.payload.nbytes
         with self._lock:
-            roots = self._residents.roots_by_room(shelf, block, shelf.roots[0].size(block, n_payload))
+            roots = self._catalog.roots_by_room(ledger, block, ledger.roots[0].size(block, payload_bytes))
         for tier in roots:
-            if not self._upkeep.usable(tier):
+            if not self._feed.ensure_open(tier):
                 continue
-            with self._counters.timing("write"), self._upkeep.guarding("making room", tier):
-                n_bytes = tier.size(block, n_payload)
-                room = self._make_room(shelf, tier, pending, n_bytes)
-                if room == "elsewhere":
+            with self._counters.timing("write"), self._tiers.guard("making room", tier):
+                n_bytes = tier.size(block, payload_bytes)
+                room = self._make_room(ledger, tier, save, n_bytes)
+                if room is _Room.WRITTEN_BY_ANOTHER:
                     return
-                if room == "there" or (room == "made" and self._write(shelf, tier, pending, n_bytes)):
-                    self._drop_overtaken(shelf, pending.overtaken)
+                if room is _Room.ALREADY_STORED or (
+                    room is _Room.RESERVED and self._write_block(ledger, tier, save, n_bytes)
+                ):
+                    self._remove_superseded(ledger, save.superseded)
                     return
         self._counters.add("saves_dropped")
 
-    def _write(self, shelf: TierLedger, tier: Tier, pending: Pending, n_bytes: int) -> bool:
-        block, before, written = pending.block, None, False
+    def _make_room(self, ledger: TierLedger, tier: Tier, save: PendingSave, n_bytes: int) -> _Room:
+        """Reserve room for a block, evicting others, within one transaction of the tier."""
+        tier.tidy()
+        with tier.exclusive():
+            self._evictor.remove_pending(tier)
+            self._tiers.sync(tier)
+            reserved = tier.reserved()
+            if tier.in_flight(save.block.key):
+                self._counters.add("duplicates_dropped")
+                return _Room.WRITTEN_BY_ANOTHER
+            with self._lock:
+                if save.block.key in ledger and not save.replace:
+                    self._counters.add("duplicates_dropped")
+                    return _Room.ALREADY_STORED
+                reachable = self._is_reachable(ledger, tier, save.block)
+                room = tier.budget - reserved - self._evictor.pending_bytes(tier) - n_bytes
+                if not reachable or room < 0:
+                    return _Room.NONE
+                if ledger.n_bytes(tier) > room:
+                    self._adopt_uses(ledger, tier)
+                # An older version of the block stays until the new one is in its place.
+                victims = self._catalog.choose_victims(tier, room, keep=(save.block.parent, save.block.key))
+                fits = ledger.n_bytes(tier) <= room
+            self._evictor.remove(tier, victims)
+            if not fits:
+                return _Room.NONE
+            return _Room.RESERVED if tier.reserve(save.block, n_bytes) else _Room.WRITTEN_BY_ANOTHER
+
+    def _is_reachable(self, ledger: TierLedger, tier: Tier, block: Block) -> bool:
+        """Whether lookups in this tier alone would find a block: it is the first, or its parent is there."""
+        return block.parent == block.namespace or block.parent in ledger or tier.in_flight(block.parent)
+
+    def _adopt_uses(self, ledger: TierLedger, tier: Tier) -> None:
+        """Adopt the uses of other processes, so that the blocks that they need are not evicted first."""
+        now = time.time_ns()
+        for key, at in tier.uses():
+            ledger.record_use(key, min(at, now))
+
+    def _write_block(self, ledger: TierLedger, tier: Tier, save: PendingSave, n_bytes: int) -> bool:
+        block, before, written = save.block, None, False
         with self._lock:
-            entry = self._residents.tree.get(block.key)
-            if entry is not None and block.key in shelf:
-                before = (shelf.root_of(block.key) or tier, entry.block, shelf.lru.size_of(block.key))
-            # Before it is written: as soon as it is, others may remove it, and `look` then tells us.
-            self._residents.put(tier, block, n_bytes, time.time_ns())
-        with self._upkeep.guarding(f"writing a block of {block.n_tokens} tokens", tier, changes=False):
-            tier.write(block, pending.payload)
+            older = self._catalog.block(block.key)
+            if older is not None and block.key in ledger:
+                before = (ledger.root_of(block.key) or tier, older, ledger.size_of(block.key))
+            # Recorded before the write: others may remove the block at once, and a poll must then find it here.
+            self._catalog.put(tier, block, n_bytes, time.time_ns())
+        with self._tiers.guard(f"writing a block of {block.n_tokens} tokens", tier, changes=False):
+            tier.write(block, save.payload)
             self._counters.add("bytes_written", n_bytes)
             written = True
         with self._lock:
             if not written and before is None:
-                self._residents.drop(tier.name, block.key)
+                self._catalog.drop(tier.name, block.key)
             elif not written and before is not None:
-                self._residents.put(*before, time.time_ns())
+                self._catalog.put(*before, time.time_ns())
         return written
 
-    def _make_room(
-        self, shelf: TierLedger, tier: Tier, pending: Pending, n_bytes: int
-    ) -> Literal["made", "none", "there", "elsewhere"]:
-        """Reserve room for a block, evicting others.
-
-        Returns:
-            "made"; "none", where nothing that may go is left; "there", where the block
-            is stored already; "elsewhere", where another process is writing it.
-        """
-        block = pending.block
-        tier.tidy()
-        with tier.exclusive():
-            self._upkeep.remove_doomed(tier)
-            self._upkeep.catch_up(tier)
-            reserved = tier.reserved()
-            if tier.in_flight(block.key):
-                self._counters.add("duplicates_dropped")
-                return "elsewhere"
-            with self._lock:
-                residents = self._residents
-                if block.key in shelf and not pending.replace:
-                    self._counters.add("duplicates_dropped")
-                    return "there"
-                first = block.parent == block.namespace
-                reachable = first or block.parent in shelf or tier.in_flight(block.parent)
-                room = tier.budget - reserved - self._upkeep.doomed_bytes(tier) - n_bytes
-                if not reachable or room < 0:
-                    return "none"
-                if shelf.n_bytes(tier) > room:
-                    self._learn_uses(shelf, tier)
-                # An older version of the block stays until the new one is in its place.
-                victims = residents.choose_victims(tier, room, keep=(block.parent, block.key))
-                fits = shelf.n_bytes(tier) <= room
-            self._upkeep.forget(tier, victims)
-            if not fits:
-                return "none"
-            return "made" if tier.reserve(block, n_bytes) else "elsewhere"
-
-    def _learn_uses(self, shelf: TierLedger, tier: Tier) -> None:
-        """What another process needs is no older than it is to that one."""
-        now = time.time_ns()
-        for key, at in tier.uses():
-            shelf.lru.touch(key, min(at, now))
-
-    def _drop_overtaken(self, shelf: TierLedger, keys: Iterable[bytes]) -> None:
-        """Drop tails whose successor this tier has now."""
-        superfluous: dict[Tier, list[bytes]] = {}
+    def _remove_superseded(self, ledger: TierLedger, keys: Iterable[bytes]) -> None:
+        """Remove tails from a tier that has their successor now."""
+        removed: dict[Tier, list[bytes]] = {}
         with self._lock:
             for key in keys:
-                root = shelf.root_of(key)
-                if root is not None and not root.read_only and not self._residents.pinned(key):
-                    superfluous.setdefault(root, []).append(key)
-                    self._residents.drop(shelf.name, key)
-                    if self._residents.tree.get(key) is None:
+                root = ledger.root_of(key)
+                if root is not None and not root.read_only and not self._catalog.is_pinned(key):
+                    removed.setdefault(root, []).append(key)
+                    self._catalog.drop(ledger.name, key)
+                    if key not in self._catalog:
                         self._counters.add("tails_superseded")
-        for root, gone in superfluous.items():
-            root.remove(gone)
+        for root, removed_keys in removed.items():
+            root.remove(removed_keys)

@@ -1,7 +1,8 @@
-"""Write-behind: saves and chores wait here for the storage, bounded in bytes, and requests never wait for them.
+"""The write queue: saves and tasks that wait for storage, bounded, and the thread that runs them.
 
-The thread lives only while there is work, so that a cache nobody uses any
-more holds no thread and can be collected.
+The first link of the pipeline. A limit in bytes of payload bounds it. Requests add to it and never wait for
+it. The thread lives only while there is work, so that an unused cache holds no thread and can be collected. A
+waiting save or task keeps the pipeline of its cache alive.
 """
 
 from __future__ import annotations
@@ -13,165 +14,174 @@ from typing import NamedTuple
 
 from erllama._runtime.log import logger
 from erllama.cache.blocks.block import Block
+from erllama.cache.tiers.tier import SimulatedCrash
 from erllama.cache.uninterrupted import uninterrupted
 
 log = logger("erllama.cache")
 
-# A tail is overtaken as soon as its conversation goes on; waiting that long
-# before it is written, about as long as people take to answer, saves most of
-# those writes, and a crash loses less than one block. Where other processes
-# look on, they are to see it within a second.
+# The next turn of a conversation supersedes a tail. A tail therefore waits about as long as people take to
+# answer, which avoids most of those writes. A crash loses less than one block. Other processes that share a
+# directory must see a tail within a second.
 TAIL_DELAY_SECONDS = 30.0
 SHARED_TAIL_DELAY_SECONDS = 0.4
 
 
-class Pending(NamedTuple):
-    """A save on its way to the tiers `to`; `due` by time.monotonic(). Makes the blocks `overtaken` superfluous."""
+class PendingSave(NamedTuple):
+    """A save that waits to be written.
+
+    Attributes:
+        tiers: names of the tiers to write to.
+        replace: write even if a tier has the block.
+        superseded: keys of tails to remove once the block is written.
+        due: when to write it, by time.monotonic().
+        serial: its place in the queue.
+    """
 
     block: Block
     payload: memoryview
-    to: tuple[str, ...]
+    tiers: tuple[str, ...]
     replace: bool
-    overtaken: tuple[bytes, ...]
+    superseded: tuple[bytes, ...]
     due: float
-    serial: int = 0  # its place in the queue
+    serial: int = 0
 
 
-class _Chore(NamedTuple):
-    """A call that waits; a flush neither hurries it nor waits for it where it is `patient`."""
+class _Task(NamedTuple):
+    """When to call a function. A flush neither runs a `background` task early nor waits for it."""
 
     due: float
     serial: int
-    patient: bool
+    background: bool
 
 
 class _Flush(NamedTuple):
-    """A caller who waits for all that was queued up to a serial; `done` is released when it is done."""
+    """A caller that waits for all work up to a serial. Releasing `done` wakes it."""
 
     serial: int
     done: threading.Lock
 
 
-def _merged(old: Pending, new: Pending) -> Pending:
-    """One save for two of a block: of the newer version, for the tiers of both."""
+def _merge(old: PendingSave, new: PendingSave) -> PendingSave:
+    """Return one save for two of a block: the newer version, for the tiers of both."""
     kept = new if new.replace or not old.replace else old
     return kept._replace(
-        to=tuple(dict.fromkeys(old.to + new.to)),
+        tiers=tuple(dict.fromkeys(old.tiers + new.tiers)),
         replace=old.replace or new.replace,
-        overtaken=tuple(dict.fromkeys(old.overtaken + new.overtaken)),
+        superseded=tuple(dict.fromkeys(old.superseded + new.superseded)),
         due=min(old.due, new.due),
         serial=old.serial,
     )
 
 
-class Abandoned(BaseException):
-    """Raised within a piece of work, ends the thread on the spot, as if the process had been killed. For tests."""
-
-
 class WriteQueue:
-    """A bounded queue of saves, chores, and the thread that does them: saves go to `write`, parents first."""
+    """A bounded queue of saves and tasks, with the thread that runs them. Parents are written first.
 
-    def __init__(self, write: Callable[[Pending], None], limit_bytes: int) -> None:
+    Args:
+        write: writes one save.
+        limit_bytes: most bytes of payloads that may wait.
+    """
+
+    def __init__(self, write: Callable[[PendingSave], None], limit_bytes: int) -> None:
         self._write = write
         self._limit = limit_bytes
         self._condition = threading.Condition()
-        self._pending: dict[bytes, Pending] = {}
-        self._chores: dict[Callable[[], None], _Chore] = {}
-        self._serial = 0  # of what was queued last
+        self._pending: dict[bytes, PendingSave] = {}
+        self._tasks: dict[Callable[[], None], _Task] = {}
+        self._last_serial = 0
         self._n_bytes = 0
-        self._writing: Pending | None = None
-        self._doing = 0  # the serial of what the thread does now; 0 for nothing that a flush waits for
+        self._current_save: PendingSave | None = None
+        self._current_serial = 0  # of the running work; 0 if no flush waits for it
         self._thread: threading.Thread | None = None
         self._flushes: list[_Flush] = []
         self._abandoned = False
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that wait, the one being written among them."""
+        """Bytes of the saves that wait or are being written."""
         return self._n_bytes
 
-    def offer(self, save: Pending) -> bool:
-        """Queue a save; False when the queue is full and it was not taken."""
+    def offer(self, save: PendingSave) -> bool:
+        """Queue a save; False if the queue is full or has no thread."""
         with self._condition:
             replaced = self._pending.get(save.block.key)
             n_bytes = self._n_bytes + save.payload.nbytes - (replaced.payload.nbytes if replaced else 0)
-            if n_bytes > self._limit or not self._started():
+            if n_bytes > self._limit or not self._ensure_thread():
                 return False
             if replaced is not None:
-                save = _merged(replaced, save)
+                save = _merge(replaced, save)
                 n_bytes = self._n_bytes + save.payload.nbytes - replaced.payload.nbytes
             else:
-                # A flush that waits for a tail waits for the block that overtakes it: that one has its tokens.
-                overtaken = (self._pending[key].serial for key in save.overtaken if key in self._pending)
-                save = save._replace(serial=min(overtaken, default=0) or self._next_serial())
+                # A flush that waits for a tail also waits for the block that supersedes it and has its tokens.
+                superseded = (self._pending[key].serial for key in save.superseded if key in self._pending)
+                save = save._replace(serial=min(superseded, default=0) or self._next_serial())
             self._pending[save.block.key] = save
             self._n_bytes = n_bytes
             self._condition.notify_all()
         return True
 
-    def defer(self, chore: Callable[[], None], delay: float = 0.0, *, patient: bool = False) -> None:
-        """Have the thread call `chore`, once, in `delay` seconds; equal ones that wait are called together.
+    def defer(self, task: Callable[[], None], delay: float = 0.0, *, background: bool = False) -> None:
+        """Have the thread call `task` once, in `delay` seconds. Equal tasks that wait are merged.
 
         Args:
-            patient: a flush neither hurries it nor waits for it.
+            background: a flush neither runs the task early nor waits for it.
         """
         with self._condition:
             due = time.monotonic() + delay
-            waiting = self._chores.get(chore)
+            waiting = self._tasks.get(task)
             if waiting is not None:
-                self._chores[chore] = waiting._replace(due=min(due, waiting.due))
+                self._tasks[task] = waiting._replace(due=min(due, waiting.due))
             else:
-                # What the thread defers belongs to what it does: who waits for that waits for this, too.
-                mine = self._doing if threading.get_ident() == self._thread_ident else 0
-                self._chores[chore] = _Chore(due, mine or self._next_serial(), patient)
-            self._started()
+                # A task that the thread defers belongs to the running work: a flush waits for both or neither.
+                serial = self._current_serial if threading.get_ident() == self._thread_ident else 0
+                self._tasks[task] = _Task(due, serial or self._next_serial(), background)
+            self._ensure_thread()
             self._condition.notify_all()
 
     def _next_serial(self) -> int:
-        self._serial += 1
-        return self._serial
+        self._last_serial += 1
+        return self._last_serial
 
     @property
     def _thread_ident(self) -> int | None:
         return self._thread.ident if self._thread is not None else None
 
-    def _started(self) -> bool:
-        """Start the thread, which waits for the condition we hold; False where threads cannot be had any more."""
+    def _ensure_thread(self) -> bool:
+        """Start the thread, which waits for the condition that the caller holds; False if it cannot start."""
         if self._thread is None and not self._abandoned:
             thread = threading.Thread(target=self._run, name="erllama-cache-writer", daemon=True)
             try:
                 thread.start()
             except RuntimeError as error:
-                log.warning("no thread to write the cache with: %s", error)
+                log.warning("cannot start the thread that writes the cache: %s", error)
                 return False
             self._thread = thread
         return self._thread is not None
 
-    def get(self, key: bytes) -> Pending | None:
-        """A save that still waits or is being written."""
+    def get(self, key: bytes) -> PendingSave | None:
+        """The save of a block that waits or is being written."""
         with self._condition:
             pending = self._pending.get(key)
-            if pending is None and self._writing is not None and self._writing.block.key == key:
-                pending = self._writing
+            if pending is None and self._current_save is not None and self._current_save.block.key == key:
+                pending = self._current_save
             return pending
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, bytes) and self.get(key) is not None
 
-    def waits(self, key: bytes) -> bool:
-        """Whether a save waits, the one being written apart."""
+    def is_waiting(self, key: bytes) -> bool:
+        """Whether a save of a block waits, apart from the one that is being written."""
         with self._condition:
             return key in self._pending
 
-    def hurry(self) -> None:
-        """Delay nothing that waits now."""
+    def skip_delays(self) -> None:
+        """Make all waiting saves due now."""
         with self._condition:
             for key, pending in self._pending.items():
                 self._pending[key] = pending._replace(due=0.0)
             self._condition.notify_all()
 
     def cancel(self, key: bytes) -> bool:
-        """Take a waiting save back; False when it was not waiting."""
+        """Remove a waiting save; False if none was waiting."""
         with self._condition:
             pending = self._pending.pop(key, None)
             if pending is None:
@@ -182,14 +192,18 @@ class WriteQueue:
             return True
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Do now what waits at this moment, what is delayed too; False when `timeout` seconds were not enough."""
+        """Write all that waits at the time of the call, delayed saves included.
+
+        Returns:
+            False if `timeout` seconds were not enough, or if the queue's own thread calls.
+        """
         flush = self._begin_flush()
         if flush is None:
             return False
         # Not in `uninterrupted`: an interrupted caller must not leave a thread that waits for a disk that hangs.
         if flush.done.acquire(timeout=-1 if timeout is None else min(max(timeout, 0.0), threading.TIMEOUT_MAX)):
             return True
-        self._give_up(flush)
+        self._cancel_flush(flush)
         return False
 
     @uninterrupted
@@ -197,11 +211,16 @@ class WriteQueue:
         with self._condition:
             if threading.get_ident() == self._thread_ident:
                 return None
-            flush = _Flush(self._serial, threading.Lock())
+            flush = _Flush(self._last_serial, threading.Lock())
             flush.done.acquire()
             self._flushes.append(flush)
-            # Chores that found no thread are not waited for.
-            if self._waits_for(flush) and not self._doing and not self._pending and not self._started():
+            # A flush does not wait for tasks if no thread can start.
+            if (
+                self._waits_for(flush)
+                and not self._current_serial
+                and not self._pending
+                and not self._ensure_thread()
+            ):
                 self._flushes.remove(flush)
                 flush.done.release()
             self._end_flushes()
@@ -209,87 +228,87 @@ class WriteQueue:
             return flush
 
     @uninterrupted
-    def _give_up(self, flush: _Flush) -> None:
+    def _cancel_flush(self, flush: _Flush) -> None:
         with self._condition:
             self._flushes = [other for other in self._flushes if other is not flush]
 
     def _waits_for(self, flush: _Flush) -> bool:
-        """Whether something that was queued before a flush is still to be done."""
+        """Whether some of the work that was queued before a flush is not done yet."""
         return (
-            0 < self._doing <= flush.serial
+            0 < self._current_serial <= flush.serial
             or any(pending.serial <= flush.serial for pending in self._pending.values())
-            or any(not chore.patient and chore.serial <= flush.serial for chore in self._chores.values())
+            or any(not task.background and task.serial <= flush.serial for task in self._tasks.values())
         )
 
     def _end_flushes(self) -> None:
-        """Wake the callers of flush() whose work is done; under the condition."""
+        """Wake the callers of flush() whose work is done. The caller holds the condition."""
         for flush in [flush for flush in self._flushes if not self._waits_for(flush)]:
             self._flushes.remove(flush)
             flush.done.release()
 
     def abandon(self) -> None:
-        """Do nothing any more, as if the process had ended; what waits is lost."""
+        """Stop forever, as if the process had ended. Waiting work is lost."""
         with self._condition:
             self._abandoned = True
             self._pending.clear()
-            self._chores.clear()
+            self._tasks.clear()
             self._end_flushes()
             self._condition.notify_all()
 
     def _run(self) -> None:
         while (work := self._next()) is not None:
             try:
-                if isinstance(work, Pending):
+                if isinstance(work, PendingSave):
                     self._write(work)
                 else:
                     work()
-            except Abandoned:
+            except SimulatedCrash:
                 return
-            except BaseException:  # SystemExit, too: the thread is the cache's, and flush() waits for it
-                # The queue must go on, and flush() must end, whatever happened to one piece of work.
-                log.exception("work behind the cache failed unexpectedly")
+            except BaseException:  # SystemExit, too: the thread is the cache's own, and flush() waits for it
+                # The queue continues and flush() returns, whatever one piece of work raised.
+                log.exception("a write or task of the cache failed unexpectedly")
             with self._condition:
-                if isinstance(work, Pending):
+                if isinstance(work, PendingSave):
                     self._n_bytes -= work.payload.nbytes
-                self._writing = None
-                self._doing = 0
+                self._current_save = None
+                self._current_serial = 0
                 del work
                 self._end_flushes()
                 self._condition.notify_all()
 
-    def _next(self) -> Pending | Callable[[], None] | None:
-        """What is due next; None, and the thread ends, when nothing waits."""
+    def _next(self) -> PendingSave | Callable[[], None] | None:
+        """Wait for the next due work and return it. None: the queue is empty, and the thread ends."""
         with self._condition:
-            while (self._pending or self._chores) and not self._abandoned:
+            while (self._pending or self._tasks) and not self._abandoned:
                 now = time.monotonic()
-                hurried = max((flush.serial for flush in self._flushes), default=0)
-                key, chore = self._due_save(now, hurried), self._due_chore(now, hurried)
-                # In the order in which they were queued, so that neither keeps the other waiting for ever.
-                if key is not None and (chore is None or self._pending[key].serial <= self._chores[chore].serial):
-                    self._writing = pending = self._pending.pop(key)
-                    self._doing = pending.serial
+                flushed = max((flush.serial for flush in self._flushes), default=0)
+                key, task = self._due_save(now, flushed), self._due_task(now, flushed)
+                # In the order of the queue, so that neither saves nor tasks delay the others forever.
+                if key is not None and (task is None or self._pending[key].serial <= self._tasks[task].serial):
+                    self._current_save = pending = self._pending.pop(key)
+                    self._current_serial = pending.serial
                     return pending
-                if chore is not None:
-                    found = self._chores.pop(chore)
-                    self._doing = 0 if found.patient else found.serial
-                    return chore
-                dues = [save.due for save in self._pending.values()] + [c.due for c in self._chores.values()]
+                if task is not None:
+                    found = self._tasks.pop(task)
+                    self._current_serial = 0 if found.background else found.serial
+                    return task
+                dues = [save.due for save in self._pending.values()] + [t.due for t in self._tasks.values()]
                 self._condition.wait(min(dues) - now)
             self._thread = None
             return None
 
-    def _due_save(self, now: float, hurried: int) -> bytes | None:
-        """The key of the first save that is due; those up to the serial `hurried` are."""
-        # Insertion order puts parents before children; a delayed tail has no children.
-        # What is delayed must not crowd out what is not.
-        hurry = 2 * self._n_bytes > self._limit
+    def _due_save(self, now: float, flushed: int) -> bytes | None:
+        """The key of the first due save. Saves up to the serial `flushed` are due."""
+        # The order of insertion puts parents before children; a delayed tail has no children.
+        # Delayed saves must leave room for others, so none is delayed while the queue is over half full.
+        over_half = 2 * self._n_bytes > self._limit
         for key, pending in self._pending.items():
-            if hurry or pending.serial <= hurried or pending.due <= now:
+            if over_half or pending.serial <= flushed or pending.due <= now:
                 return key
         return None
 
-    def _due_chore(self, now: float, hurried: int) -> Callable[[], None] | None:
-        for chore, waiting in self._chores.items():
-            if waiting.due <= now or (waiting.serial <= hurried and not waiting.patient):
-                return chore
+    def _due_task(self, now: float, flushed: int) -> Callable[[], None] | None:
+        for task, waiting in self._tasks.items():
+            if waiting.due <= now or (waiting.serial <= flushed and not waiting.background):
+                return task
         return None

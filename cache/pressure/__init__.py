@@ -1,4 +1,5 @@
-"""Memory pressure: measures memory and evicts when it runs short.
+"""Memory pressure: measures memory, and evicts blocks when it runs short.
 
-`memory` measures (with `cgroups` for the limits of containers) and `pressure` runs the watch.
+`memory` reads memory usage, with `cgroups` for the limits of containers. `pressure` checks it at an interval.
+Imports no other part of the cache but `sizes`; `Cache` imports it.
 """

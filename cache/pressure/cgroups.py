@@ -1,4 +1,7 @@
-"""The cgroups that this process is in, v1, v2 or both: where the kernel tells its limits."""
+"""The cgroups of this process, version 1, 2 or both, with their limits of memory and processors.
+
+`memory` reads memory limits from them, and the engine reads processor limits.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ MOUNT = Path("/sys/fs/cgroup")
 
 
 class Level(NamedTuple):
-    """One cgroup: the directory with its files, the version of cgroups, and its name for people."""
+    """One cgroup: the directory with its files, the version of cgroups, and its name for log messages."""
 
     path: Path
     version: int
@@ -24,7 +27,7 @@ def levels(controller: str, membership: Path = MEMBERSHIP, mount: Path = MOUNT) 
     Args:
         controller: "memory" or "cpu".
         membership: the file with the process's cgroups, one "id:controllers:path" a line.
-        mount: where the hierarchies are mounted, those of v1 by the name of the controller.
+        mount: where the hierarchies are mounted, those of version 1 by the name of the controller.
     """
     for line in (read_text(membership) or "").splitlines():
         _, _, controllers_and_path = line.partition(":")
@@ -38,8 +41,8 @@ def levels(controller: str, membership: Path = MEMBERSHIP, mount: Path = MOUNT) 
 
 def _upwards(root: Path, path: str, version: int) -> Iterator[Level]:
     inner = PurePosixPath(path.lstrip("/"))
-    # In a container the path may be the host's, of which only the end is
-    # mounted, as the root: then its other levels are not ours, or not there.
+    # In a container the path may be the host's, while only its last level is mounted, as the root. The other levels
+    # are then missing, or belong to other processes.
     if ".." in inner.parts or not (root / inner).is_dir():
         inner = PurePosixPath()
     for level in (inner, *inner.parents) if inner.parts else (inner,):
@@ -47,7 +50,7 @@ def _upwards(root: Path, path: str, version: int) -> Iterator[Level]:
 
 
 def read_text(path: Path) -> str | None:
-    """Return a file's text; None where it cannot be read."""
+    """Return the text of a file; None if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -55,6 +58,6 @@ def read_text(path: Path) -> str | None:
 
 
 def read_number(path: Path) -> int | None:
-    """Return a file's number; None where there is none, as for "max"."""
+    """Return the number in a file; None if there is none, as for "max"."""
     text = (read_text(path) or "").strip()
     return int(text) if text.isdecimal() else None

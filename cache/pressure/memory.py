@@ -1,7 +1,7 @@
-"""How much memory is used: of the machine, of the limits this process is under, of each GPU, or as a caller says.
+"""Reads memory usage: of the machine, of the cgroups of this process, of each GPU, or from a callable.
 
-A source gives readings when it is called. Each reading is checked before it is
-believed, and a source that fails hides no other.
+A source is a callable that returns readings. `readings` validates each reading, and one invalid reading does not
+hide the others. `PressureWatch` calls it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from erllama.errors import OptionError
 
 SOURCES = ("noop", "system", "nvidia")
 
-# v1 has no word for "no limit": it is the largest multiple of a page in 63 bits.
+# Version 1 of cgroups shows "no limit" as the largest multiple of a page below 2**63.
 _NO_LIMIT = 2**60
 
 
@@ -31,7 +31,7 @@ class MemoryUsage(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """Used bytes over total bytes; above 1 where more is used than there should be."""
+        """Used bytes divided by total bytes. May be above 1."""
         return self.used / self.total
 
 
@@ -39,36 +39,36 @@ Source = Callable[[], MemoryUsage | Iterable[MemoryUsage]]
 
 
 def readings(source: Source) -> Iterator[MemoryUsage | str]:
-    """What `source` gives, checked; what is no reading as a text that says why, so that the others count."""
+    """Call a source, and yield each valid reading, or the error message of an invalid one."""
     found = source()
     for reading in [found] if isinstance(found, MemoryUsage) else found:
         try:
-            yield _checked(reading)
+            yield _validated(reading)
         except OptionError as error:
             yield str(error)
 
 
-def _checked(reading: object) -> MemoryUsage:
+def _validated(reading: object) -> MemoryUsage:
     if not isinstance(reading, MemoryUsage):
-        raise OptionError(f"a source gave {reading!r}, not MemoryUsage(used, total) in bytes")
+        raise OptionError(f"a source returned {reading!r}; it must return MemoryUsage(used, total) in bytes")
     of = f" of {reading.name}" if reading.name else ""
     used, total = int(real(f"used{of}", reading.used, 0)), int(real(f"total{of}", reading.total, 1))
     return MemoryUsage(used, total, reading.name)
 
 
 def open_sources(source: str | Source) -> tuple[Source, ...]:
-    """The sources of that name, each read and failing on its own."""
+    """Return the sources of a name. Each is read separately, so that one that fails does not hide the others."""
     if callable(source):
         return (source,)
     if source == "system":
-        return (_machine(), cgroup_memory)
+        return (_machine_source(), cgroup_memory)
     if source == "nvidia":
-        return _gpus()
+        return _gpu_sources()
     return ()
 
 
-def _machine() -> Source:
-    """The machine's memory: what is not available without swapping is used."""
+def _machine_source() -> Source:
+    """Return the source of the machine's memory. Memory that is not available without swapping counts as used."""
     psutil = import_optional("psutil", needed_by="source='system'", package="psutil", install="psutil")
 
     def read() -> MemoryUsage:
@@ -78,8 +78,8 @@ def _machine() -> Source:
     return read
 
 
-def _gpus() -> tuple[Source, ...]:
-    """The memory of every GPU that the driver shows, each a source: one may be lost while others work."""
+def _gpu_sources() -> tuple[Source, ...]:
+    """Return one source for every GPU that the driver shows, because one GPU may fail while others work."""
     nvml = import_optional(
         "pynvml", needed_by="source='nvidia'", package="nvidia-ml-py", install="'erllama[nvidia]'"
     )
@@ -88,38 +88,37 @@ def _gpus() -> tuple[Source, ...]:
         count = nvml.nvmlDeviceGetCount()
     except nvml.NVMLError as error:
         raise OptionError(
-            f"source='nvidia' finds no NVIDIA driver ({error}); install the driver, or take source='system'"
+            f"source='nvidia' finds no NVIDIA driver ({error}); install the driver, or use source='system'"
         ) from error
     if not count:
-        raise OptionError("source='nvidia' finds no GPU; take source='system'")
+        raise OptionError("source='nvidia' finds no GPU; use source='system'")
     return tuple(partial(_read_gpu, nvml, index) for index in range(count))
 
 
 def _read_gpu(nvml: ModuleType, index: int) -> MemoryUsage:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    # By what is free: drivers differ in whether `used` has what they keep for themselves.
+    # From free memory: drivers differ in whether `used` includes the memory that they reserve.
     return MemoryUsage(memory.total - memory.free, memory.total, f"GPU {index} {nvml.nvmlDeviceGetName(handle)}")
 
 
-class _Files(NamedTuple):
-    """What a version of cgroups calls its files, and in `memory.stat` the droppable page cache, children's too."""
+class _CgroupFiles(NamedTuple):
+    """File names of a version of cgroups, and the key of droppable page cache in `memory.stat`."""
 
     limit: str
     usage: str
     reclaimable: str
 
 
-_V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _Files("memory.max", "memory.current", "inactive_file")
+_V1 = _CgroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _CgroupFiles("memory.max", "memory.current", "inactive_file")
 
 
 def cgroup_memory(membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> list[MemoryUsage]:
-    """Usage of every memory limit this process is under, from its own cgroup up to the root: v1, v2 or both.
+    """Return the usage of every cgroup memory limit of this process, from its own cgroup up to the root.
 
-    Empty where there is no limit, or there are no cgroups. Page cache that the
-    kernel drops first (inactive_file) is not counted as used. A level that
-    cannot be read is left out.
+    Empty if there is no limit, or there are no cgroups. Page cache that the kernel drops first (inactive_file) does
+    not count as used. A level that cannot be read is skipped.
 
     Args:
         membership, mount: as of `cgroups.levels`.

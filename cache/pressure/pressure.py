@@ -1,10 +1,9 @@
-"""Memory pressure: when memory runs short, tiers of the cache give some back.
+"""Evicts blocks when memory runs short: the options, and the thread that checks memory.
 
-`Pressure` says what is watched and when to act; `PressureWatch` reads memory at
-an interval and asks its owner to evict. It owns one daemon thread, which ends
-when it is stopped or when its owner is gone, and keeps neither alive. A source
-that fails is told of, and the watch goes on: requests never see it. `Cache`
-makes the watch and evicts.
+`Pressure` holds the options. `PressureWatch` reads memory at an interval and asks its owner to evict. It owns one
+daemon thread, which ends when the watch is stopped or its owner is deleted, and keeps neither of them alive. A
+source that fails is reported, and the watch continues; requests are not affected. `Cache` creates the watch and
+evicts.
 """
 
 from __future__ import annotations
@@ -27,26 +26,24 @@ log = logger("erllama.cache")
 
 EVICTABLE = ("live", "ram", "ram_file", "disk")
 
-# A driver or a user's source can hang, and must not take close() with it: the
-# thread is left to find, when it wakes, that it was stopped.
+# A driver or a user's source may hang. close() must not hang with it, so it leaves the thread behind, which ends
+# when it wakes and finds that it was stopped.
 STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Pressure:
-    """What memory to watch, and when and what to evict.
+    """Options of memory pressure: what memory to watch, and when and what to evict.
 
     Attributes:
-        source: "system", "nvidia", "noop" (watch nothing), or a callable that
-            gives one `MemoryUsage` or several. It is called by the watch's
-            thread and must return.
-        interval: seconds between looks, above 0.
-        high_watermark: the used fraction of memory at which tiers are evicted.
-        low_watermark: the used fraction that eviction aims for;
-            0 < low_watermark <= high_watermark <= 1.
-        min_evict_bytes: least bytes to ask for, a number or text as "64MiB".
-        tiers: evicted tiers, in this order. The disk, which fills to its own
-            quota and holds no memory, is not among them by default.
+        source: "system", "nvidia", "noop" (watch nothing), or a callable that returns one `MemoryUsage` or several.
+            The thread of the watch calls it. It must not block.
+        interval: seconds between checks, above 0.
+        high_watermark: used fraction of memory at which eviction starts.
+        low_watermark: used fraction that eviction aims for; 0 < low_watermark <= high_watermark <= 1.
+        min_evict_bytes: fewest bytes to evict at once, a number or a text such as "64MiB".
+        tiers: tiers to evict from, in this order. The default excludes the disk, which holds no memory and has its
+            own quota.
 
     Raises:
         OptionError: an option is of the wrong type or out of range.
@@ -56,7 +53,7 @@ class Pressure:
     interval: float = 5.0
     high_watermark: float = 0.85
     low_watermark: float = 0.75
-    # With equal watermarks the want would be a few bytes, look after look.
+    # Without a minimum, equal watermarks would evict a few bytes at every check.
     min_evict_bytes: int | str = "64MiB"
     tiers: tuple[str, ...] = ("ram", "ram_file")
 
@@ -78,14 +75,13 @@ class Pressure:
 
     @classmethod
     def of(cls, value: object) -> Pressure | None:
-        """The options that `value` stands for; None for None or False.
+        """Return the options that `value` stands for; None for None or False.
 
         Args:
-            value: True for the defaults, a `Pressure`, a mapping of its
-                options, or a source.
+            value: True for the defaults, a `Pressure`, a mapping of its options, or a source.
 
         Raises:
-            OptionError: none of these, or an option that is unknown or wrong.
+            OptionError: `value` is of another type, or an option is unknown or invalid.
         """
         if value is None or value is False:
             return None
@@ -109,29 +105,27 @@ def _tiers(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(choice("tiers", tier, EVICTABLE) for tier in value))
 
 
-class _Want(NamedTuple):
+class _Excess(NamedTuple):
     n_bytes: int
-    because: str
+    reason: str
 
 
 class PressureWatch:
-    """Reads memory at an interval, and has tiers evicted where too much of it is used.
+    """Checks memory at an interval, and has tiers evicted when too much of it is used.
 
-    A reading at or above the high watermark wants what is used above the low
-    one, and `min_evict_bytes` at least. A look evicts once: the largest want of
-    all readings, since the same bytes may count for several. Thread-safe.
+    For a reading at or above the high watermark, the excess is what is used above the low watermark, and at least
+    `min_evict_bytes`. A check evicts once, the largest excess of all readings, because the same bytes may count in
+    several readings. Thread-safe.
 
     Args:
-        evict: `evict(n_bytes, tiers)` frees about that many bytes and returns
-            how many it did. When its owner is gone it returns a negative number
-            or raises ReferenceError, and the thread ends. It must not hold the
-            owner alive: the watch belongs to the owner and ends with it.
-        on_fault: called with a message, once a look for each source that
-            failed and for an eviction that did; the owner counts.
+        evict: `evict(n_bytes, tiers)` frees about that many bytes and returns how many it freed. When its owner was
+            deleted, it returns a negative number or raises ReferenceError, and the thread ends. It must not keep
+            the owner alive: the watch belongs to the owner and ends with it.
+        on_fault: called with a message, once per check for each source that failed and for a failed eviction.
 
     Raises:
         MissingPackage: the package that reads the source is not installed.
-        OptionError: the source cannot be had on this machine.
+        OptionError: the source is not available on this machine.
     """
 
     def __init__(
@@ -146,8 +140,8 @@ class PressureWatch:
         self._evict = evict
         self._on_fault = on_fault
         self._last_faults: dict[str, str] = {}
-        # Reentrant, so that a source or an eviction that looks fails visibly instead of hanging.
-        self._looking = threading.RLock()
+        # Reentrant, so that a source or an eviction that calls check() fails visibly instead of hanging.
+        self._checking = threading.RLock()
         self._lifecycle = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -155,18 +149,17 @@ class PressureWatch:
 
     @property
     def running(self) -> bool:
-        """Whether the thread looks at memory."""
+        """Whether the thread is running."""
         thread = self._thread
         return thread is not None and thread.is_alive() and not self._stopping
 
     def start(self) -> None:
-        """Start the thread, which looks an interval from now; nothing when it runs or there is nothing to read."""
+        """Start the thread, unless it runs or there is no source. Its first check is an interval from now."""
         with self._lifecycle:
             if self.running or not self._sources:
                 return
-            # A queue and no Event: the garbage collector may run the callback
-            # below in the very thread that waits, and only put() may be entered
-            # there again.
+            # A queue and not an Event: the garbage collector may run the callback below in the thread that waits,
+            # and only put() may be called there again.
             stop: queue.SimpleQueue[None] = queue.SimpleQueue()
             watch = weakref.ref(self, lambda _: stop.put(None))
             thread = threading.Thread(
@@ -175,16 +168,15 @@ class PressureWatch:
             try:
                 thread.start()
             except RuntimeError as error:
-                log.warning("no thread to watch memory with: %s", error)
+                log.warning("memory is not watched: no thread could be started: %s", error)
                 return
             self._thread, self._stop, self._stopping = thread, stop, False
 
     def stop(self) -> None:
-        """End the thread: once this returns, it evicts nothing more. May be called again, and from a look.
+        """Stop the thread. It evicts nothing after this returns. May be called again, and during a check.
 
-        Waits for a look under way, so hold no lock that `evict` takes. After
-        five seconds it logs and returns; the look will then end without evicting,
-        unless it was evicting already.
+        Waits for a check in progress, so the caller must not hold a lock that `evict` takes. After five seconds,
+        logs a warning and returns. The check then ends without evicting, unless it was evicting already.
         """
         with self._lifecycle:
             self._stopping = True
@@ -194,46 +186,48 @@ class PressureWatch:
             return
         thread.join(STOP_SECONDS)
         if thread.is_alive():
-            log.warning("the memory source or an eviction has hung for %g seconds; left behind", STOP_SECONDS)
+            log.warning(
+                "the memory source or an eviction did not return within %g seconds; not waiting", STOP_SECONDS
+            )
 
-    def look(self) -> int:
-        """Look once, now, in this thread; returns the bytes freed. Works without `start`, too."""
-        with self._looking:
-            return max(0, self._relieve(self._want()))
+    def check(self) -> int:
+        """Check once, now, in this thread, and return the bytes freed. Does not require `start`."""
+        with self._checking:
+            return max(0, self._evict_excess(self._largest_excess()))
 
-    def _look_unless(self, stop: queue.SimpleQueue[None]) -> bool:
-        """One look of the thread's; False when it was the last."""
-        # Another thread's look is as good, and may itself be waiting for this thread in stop().
-        if not self._looking.acquire(blocking=False):
+    def _check_unless_stopped(self, stop: queue.SimpleQueue[None]) -> bool:
+        """Check once in the watch's thread; return False if the thread must end."""
+        # A check by another thread is as good, and that thread may be waiting for this one in stop().
+        if not self._checking.acquire(blocking=False):
             return True
         try:
-            want = self._want()
-            return stop.empty() and self._relieve(want) >= 0
+            excess = self._largest_excess()
+            return stop.empty() and self._evict_excess(excess) >= 0
         finally:
-            self._looking.release()
+            self._checking.release()
 
-    def _relieve(self, want: _Want) -> int:
-        """Evict; returns the bytes freed, or a negative number when the owner is gone."""
-        if not want.n_bytes:
+    def _evict_excess(self, excess: _Excess) -> int:
+        """Evict, and return the bytes freed, or a negative number if the owner was deleted."""
+        if not excess.n_bytes:
             return 0
         try:
-            freed = self._evict(want.n_bytes, self.options.tiers)
+            freed = self._evict(excess.n_bytes, self.options.tiers)
             if freed < 0:
                 return freed
         except ReferenceError:
             return -1
         except Exception as error:
-            self._tell("eviction", f"eviction under memory pressure failed: {_named(error)}")
+            self._report("eviction", f"eviction under memory pressure failed: {_describe(error)}")
             return 0
-        self._tell("eviction", "")
-        # An empty cache has nothing to give, look after look.
+        self._report("eviction", "")
+        # Not at INFO: an empty cache would log at every check.
         level = logging.INFO if freed else logging.DEBUG
-        log.log(level, "%s: %d bytes freed of %d asked for", want.because, freed, want.n_bytes)
+        log.log(level, "%s: %d bytes freed of %d asked for", excess.reason, freed, excess.n_bytes)
         return freed
 
-    def _want(self) -> _Want:
-        """What to free by what the sources say now."""
-        most = _Want(0, "")
+    def _largest_excess(self) -> _Excess:
+        """Read all sources, and return the largest excess."""
+        most = _Excess(0, "")
         for number, source in enumerate(self._sources):
             faults = []
             try:
@@ -241,20 +235,20 @@ class PressureWatch:
                     if isinstance(reading, str):
                         faults.append(reading)
                     else:
-                        most = max(most, self._excess(reading))
+                        most = max(most, self._excess_of(reading))
             except Exception as error:
-                faults.append(_named(error))
-            self._tell(str(number), f"memory cannot be read: {'; '.join(faults)}" if faults else "")
+                faults.append(_describe(error))
+            self._report(str(number), f"memory cannot be read: {'; '.join(faults)}" if faults else "")
         return most
 
-    def _excess(self, reading: MemoryUsage) -> _Want:
+    def _excess_of(self, reading: MemoryUsage) -> _Excess:
         if reading.fraction < self.options.high_watermark:
-            return _Want(0, "")
+            return _Excess(0, "")
         above = reading.used - int(self.options.low_watermark * reading.total)
-        return _Want(max(above, self._min_evict), f"{reading.name or 'memory'} is {reading.fraction:.0%} used")
+        return _Excess(max(above, self._min_evict), f"{reading.name or 'memory'} is {reading.fraction:.0%} used")
 
-    def _tell(self, origin: str, fault: str) -> None:
-        """Count a fault; log it unless it is what `origin` said last. None, "", is a look that went well."""
+    def _report(self, origin: str, fault: str) -> None:
+        """Count and log a fault of `origin`. Do not log the same fault twice in a row. "" means success."""
         if fault and fault != self._last_faults.get(origin):
             log.warning("%s", fault)
         self._last_faults[origin] = fault
@@ -263,7 +257,7 @@ class PressureWatch:
 
 
 def _run(watch: weakref.ref[PressureWatch], stop: queue.SimpleQueue[None], interval: float) -> None:
-    """The thread. It holds the watch only during a look."""
+    """Run the thread. It refers to the watch only during a check."""
     while True:
         try:
             stop.get(timeout=interval)
@@ -272,14 +266,14 @@ def _run(watch: weakref.ref[PressureWatch], stop: queue.SimpleQueue[None], inter
         else:
             return
         try:
-            if held is None or not held._look_unless(stop):
+            if held is None or not held._check_unless_stopped(stop):
                 return
         except ReferenceError:
-            return  # from `on_fault`: the owner is gone
+            return  # from `on_fault`: the owner was deleted
         except Exception:
-            log.exception("a look at memory failed unexpectedly")
+            log.exception("a check of memory failed unexpectedly")
         del held
 
 
-def _named(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

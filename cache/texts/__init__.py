@@ -1,5 +1,5 @@
-"""Which tokens a text was computed as.
+"""The tokens that texts were computed as.
 
-`text_tokens` finds the tokens of the longest known beginning of a text, and `token_chain` stores
-shared beginnings once. Imports nothing else of the cache but keys.
+`text_tokens` finds the longest stored text that a text begins with, and its tokens. `token_chain` stores prefixes
+that texts share once. Imports only `blocks`.
 """

@@ -1,12 +1,14 @@
-"""Which tokens texts were computed as, so that a conversation that comes back as text goes on where it was.
+"""Maps texts to the tokens that they were computed as, so that a conversation sent as text reuses its KV.
 
-What a model wrote may be other tokens than its text gives. A text that was
-computed is remembered by digests alone, with its tokens; a longer one then finds
-the longest remembered that it begins with. Texts are found through anchors, the
-digests of their whole chunks, and the lengths known at each: the work goes with
-the text's bytes and those lengths, at most `CHUNK_BYTES` an anchor, and not with
-how many texts are remembered. Nothing here is KV, and whatever is lost costs
-warmth only. Thread-safe.
+A model may write other tokens than its tokenizer gives for the same text. A computed text is therefore recorded by
+its digest, with its tokens. For a longer text, `longest` finds the longest recorded text that it begins with. The
+texts themselves are not stored.
+
+Texts are found through anchors: digests of their prefixes at multiples of `ANCHOR_BYTES`, each with the lengths of
+the texts that end before the next anchor. So a lookup takes time in proportion to the bytes of the text and to
+those lengths, at most `ANCHOR_BYTES` per anchor, and not to the number of recorded texts. If records are lost,
+prompts are computed again, and results stay the same. `TextMemory` of the pipeline and `TextTable` use this module.
+Thread-safe.
 """
 
 from __future__ import annotations
@@ -21,23 +23,23 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.cache.texts.token_chain import PiecesInMemory
+from erllama.cache.texts.token_chain import ChunkStore
 
-# Bytes between two places at which a text can be found: remembered texts share these digests, and end between them.
-CHUNK_BYTES = 512
-# Of all texts kept in memory: about two million distinct tokens.
+# Bytes between two anchors of a text.
+ANCHOR_BYTES = 512
+# Most bytes of all texts in memory: about two million distinct tokens.
 _MEMORY_BYTES = 16 << 20
-# Of a text in memory, beside its tokens: three entries of dicts, two digests, the objects that hold them.
+# Bytes of a text in memory, without its tokens: three dict entries, two digests, and the objects around them.
 _TEXT_OVERHEAD = 600
 
 
-class KnownText(NamedTuple):
-    """A text, and the tokens it was computed as.
+class TextRecord(NamedTuple):
+    """The digests of a text, and the tokens that it was computed as.
 
     Attributes:
-        digest: of namespace and text.
-        anchor: the same, of its whole chunks.
-        n_bytes: its length.
+        digest: digest of namespace and text.
+        anchor: digest of namespace and text up to the last multiple of `ANCHOR_BYTES`.
+        n_bytes: length of the text.
         tokens: int32, shape (n,).
     """
 
@@ -48,7 +50,7 @@ class KnownText(NamedTuple):
 
 
 class TextDigests:
-    """The digests of a text's beginnings, within a namespace; none is computed before it is asked for."""
+    """Digests of the prefixes of a text within a namespace, computed on first use."""
 
     def __init__(self, namespace: bytes, text: bytes) -> None:
         self._namespace = namespace
@@ -57,98 +59,99 @@ class TextDigests:
     @cached_property
     def _states(self) -> list[hashlib._Hash]:
         states = [hashlib.sha256(self._namespace)]
-        for at in range(0, len(self._text) - CHUNK_BYTES + 1, CHUNK_BYTES):
+        for at in range(0, len(self._text) - ANCHOR_BYTES + 1, ANCHOR_BYTES):
             state = states[-1].copy()
-            state.update(self._text[at : at + CHUNK_BYTES])
+            state.update(self._text[at : at + ANCHOR_BYTES])
             states.append(state)
         return states
 
     @cached_property
     def anchors(self) -> list[bytes]:
-        """Of the beginnings of whole chunks, the empty one first."""
+        """Digests of the prefixes at multiples of `ANCHOR_BYTES`, the empty one first."""
         return [state.digest() for state in self._states]
 
-    def of(self, lengths: Iterable[int]) -> list[tuple[int, bytes]]:
-        """Lengths in bytes and the digests of the beginnings, the longest first; no beginning, no digest.
+    def prefixes(self, lengths: Iterable[int]) -> list[tuple[int, bytes]]:
+        """Return lengths in bytes and the digests of these prefixes, the longest first. Skips lengths out of range.
 
-        Each byte is read once, however many lengths end in its chunk.
+        Reads each byte once, however many lengths there are between two anchors.
         """
         found: list[tuple[int, bytes]] = []
         at, whole, state = 0, -1, self._states[0]
         for n_bytes in sorted(lengths):
             if not 0 <= n_bytes <= len(self._text):
                 continue
-            if n_bytes // CHUNK_BYTES != whole:
-                whole = n_bytes // CHUNK_BYTES
-                at, state = whole * CHUNK_BYTES, self._states[whole].copy()
+            if n_bytes // ANCHOR_BYTES != whole:
+                whole = n_bytes // ANCHOR_BYTES
+                at, state = whole * ANCHOR_BYTES, self._states[whole].copy()
             state.update(self._text[at:n_bytes])
             at = n_bytes
             found.append((n_bytes, state.digest()))
         return found[::-1]
 
-    def known_as(self, tokens: NDArray[np.int32]) -> KnownText:
-        """The whole text, as these tokens."""
-        [(n_bytes, digest)] = self.of([len(self._text)])
-        return KnownText(digest, self.anchors[-1], n_bytes, np.asarray(tokens, np.int32))
+    def record(self, tokens: NDArray[np.int32]) -> TextRecord:
+        """Return the record of the whole text with these tokens."""
+        [(n_bytes, digest)] = self.prefixes([len(self._text)])
+        return TextRecord(digest, self.anchors[-1], n_bytes, np.asarray(tokens, np.int32))
 
 
-class _Entry(NamedTuple):
+class _TextEntry(NamedTuple):
     anchor: bytes
     n_bytes: int
     head: bytes
 
 
-class KnownTexts:
-    """The texts used last, as many as fit."""
+class TextCache:
+    """LRU cache of text records in memory. Thread-safe."""
 
     def __init__(self, limit_bytes: int = _MEMORY_BYTES) -> None:
         self._limit = limit_bytes
         self._lock = threading.Lock()
-        self._texts: OrderedDict[bytes, _Entry] = OrderedDict()  # by digest, the least recently used first
-        self._lengths: dict[bytes, dict[int, int]] = {}  # by anchor: how many texts have which length
-        self._pieces = PiecesInMemory()
+        self._texts: OrderedDict[bytes, _TextEntry] = OrderedDict()  # by digest, least recently used first
+        self._lengths: dict[bytes, dict[int, int]] = {}  # by anchor: the number of texts of each length
+        self._chunks = ChunkStore()
 
     @property
     def n_bytes(self) -> int:
-        """What all of it takes."""
-        return self._pieces.n_bytes + len(self._texts) * _TEXT_OVERHEAD
+        """Bytes of all texts and their tokens."""
+        return self._chunks.n_bytes + len(self._texts) * _TEXT_OVERHEAD
 
-    def remember(self, known: KnownText) -> None:
+    def remember(self, record: TextRecord) -> None:
+        """Add a record in place of one with the same digest, and evict the least recently used to make room."""
         with self._lock:
-            head = self._pieces.hold(known.tokens)  # first, so that what stays is not made anew
-            self._forget(known.digest)
-            self._texts[known.digest] = _Entry(known.anchor, known.n_bytes, head)
-            lengths = self._lengths.setdefault(known.anchor, {})
-            lengths[known.n_bytes] = lengths.get(known.n_bytes, 0) + 1
+            head = self._chunks.acquire(record.tokens)  # first, so that chunks which stay are not created again
+            self._remove(record.digest)
+            self._texts[record.digest] = _TextEntry(record.anchor, record.n_bytes, head)
+            lengths = self._lengths.setdefault(record.anchor, {})
+            lengths[record.n_bytes] = lengths.get(record.n_bytes, 0) + 1
             while self.n_bytes > self._limit:
-                self._forget(next(iter(self._texts)))
+                self._remove(next(iter(self._texts)))
 
-    def get(self, digest: bytes) -> KnownText | None:
-        """A text by its digest, if it is still remembered."""
+    def get(self, digest: bytes) -> TextRecord | None:
+        """Return the record of a digest; None if it was evicted."""
         with self._lock:
-            return self._known(digest) if digest in self._texts else None
+            return self._record(digest) if digest in self._texts else None
 
-    def longest(self, digests: TextDigests) -> KnownText | None:
-        """The longest that a text begins with."""
+    def longest(self, digests: TextDigests) -> TextRecord | None:
+        """Return the longest recorded text that a text begins with; None if there is none."""
         with self._lock:
             if not self._texts:
                 return None
             for anchor in reversed(digests.anchors):
-                for _, digest in digests.of(self._lengths.get(anchor, ())):
+                for _, digest in digests.prefixes(self._lengths.get(anchor, ())):
                     if digest in self._texts:
                         self._texts.move_to_end(digest)
-                        return self._known(digest)
+                        return self._record(digest)
         return None
 
-    def _known(self, digest: bytes) -> KnownText:
+    def _record(self, digest: bytes) -> TextRecord:
         entry = self._texts[digest]
-        return KnownText(digest, entry.anchor, entry.n_bytes, self._pieces.tokens(entry.head))
+        return TextRecord(digest, entry.anchor, entry.n_bytes, self._chunks.tokens(entry.head))
 
-    def _forget(self, digest: bytes) -> None:
+    def _remove(self, digest: bytes) -> None:
         entry = self._texts.pop(digest, None)
         if entry is None:
             return
-        self._pieces.release(entry.head)
+        self._chunks.release(entry.head)
         lengths = self._lengths[entry.anchor]
         lengths[entry.n_bytes] -= 1
         if not lengths[entry.n_bytes]:

@@ -1,11 +1,10 @@
-"""Tokens in pieces that follow one another, each kept once, whatever number of texts has it.
+"""Token sequences in chunks, so that a prefix which several texts share is stored once.
 
-A conversation's turns begin with the same tokens. So tokens are cut every
-`PIECE_TOKENS`, and a piece has the key of the chain that it ends, as blocks of KV
-have (`erllama.cache.blocks.keys`): equal keys mean equal tokens up to there, and whoever
-reads a piece can tell whether it is the one that was written. The texts of one
-conversation, whether they begin with one another or not, then take about the
-bytes of its distinct tokens.
+The turns of a conversation begin with the same tokens. So tokens are split every `CHUNK_TOKENS`, and the key of a
+chunk covers the chunk and all chunks before it, as for blocks of KV (`erllama.cache.blocks.keys`). Equal keys mean
+equal tokens up to there, and a reader can verify that a chunk is the one that was written. The texts of one
+conversation then take about the bytes of its distinct tokens. `TextCache` stores chunks in memory, `TextTable` in
+the index.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from numpy.typing import NDArray
 
 from erllama.cache.blocks.keys import KEY_BYTES, TOKEN_BYTES, child_key
 
-# A turn wastes half a piece, where its tokens end; a piece costs its keys: few of the one, few of the other.
-PIECE_TOKENS = 128
-# The parent of a first piece, and the key of no tokens.
+# A compromise: a turn wastes half a chunk on average at its end, and every chunk costs 64 bytes of keys.
+CHUNK_TOKENS = 128
+# The parent of a first chunk, and the key of an empty sequence.
 ROOT = bytes(KEY_BYTES)
-# Of a piece in memory, beside its tokens: entries of two dicts, its key, two headers of objects.
-_PIECE_OVERHEAD = 250
+# Bytes of a chunk in memory, without its tokens: two dict entries, its key, two object headers.
+_CHUNK_OVERHEAD = 250
 
 
-class Piece(NamedTuple):
-    """Up to `PIECE_TOKENS` tokens, as little-endian i32.
+class TokenChunk(NamedTuple):
+    """Up to `CHUNK_TOKENS` tokens, as little-endian i32.
 
     Attributes:
-        key: of this and everything before it.
-        parent: the key of what is before it.
+        key: key of this chunk and everything before it.
+        parent: key of everything before it.
     """
 
     key: bytes
@@ -40,80 +39,80 @@ class Piece(NamedTuple):
 
     @property
     def is_sound(self) -> bool:
-        """Whether this is what was stored under its key."""
+        """Whether parent and tokens match the key."""
         parts = (self.parent, self.tokens)
         whole = all(isinstance(part, bytes) for part in parts) and len(self.tokens) % TOKEN_BYTES == 0
         return whole and child_key(*parts) == self.key
 
 
-def pieces_of(tokens: NDArray[np.int32]) -> list[Piece]:
-    """Tokens, int32, shape (n,), cut in pieces."""
-    raw, pieces, parent = tokens.astype("<i4").tobytes(), [], ROOT
-    step = PIECE_TOKENS * TOKEN_BYTES
+def split_tokens(tokens: NDArray[np.int32]) -> list[TokenChunk]:
+    """Split tokens, int32, shape (n,), into chunks."""
+    raw, chunks, parent = tokens.astype("<i4").tobytes(), [], ROOT
+    step = CHUNK_TOKENS * TOKEN_BYTES
     for at in range(0, len(raw), step):
         part = raw[at : at + step]
-        pieces.append(Piece(child_key(parent, part), parent, part))
-        parent = pieces[-1].key
-    return pieces
+        chunks.append(TokenChunk(child_key(parent, part), parent, part))
+        parent = chunks[-1].key
+    return chunks
 
 
-def head_of(pieces: Sequence[Piece]) -> bytes:
-    """The key of all of them."""
-    return pieces[-1].key if pieces else ROOT
+def chain_key(chunks: Sequence[TokenChunk]) -> bytes:
+    """Return the key of a sequence of chunks."""
+    return chunks[-1].key if chunks else ROOT
 
 
-def tokens_of(parts: Sequence[bytes]) -> NDArray[np.int32]:
-    """Tokens, int32, shape (n,), read-only, from those of their pieces."""
+def join_tokens(parts: Sequence[bytes]) -> NDArray[np.int32]:
+    """Join the tokens of chunks to a read-only array, int32, shape (n,)."""
     tokens = np.frombuffer(b"".join(parts), "<i4").astype(np.int32, copy=False)
     tokens.flags.writeable = False
     return tokens
 
 
-class PiecesInMemory:
-    """Pieces, and how often each is needed. Not thread-safe.
+class ChunkStore:
+    """Chunks in memory, with reference counts. Not thread-safe.
 
     Attributes:
-        n_bytes: what they take.
+        n_bytes: bytes of all chunks.
     """
 
     def __init__(self) -> None:
-        self._pieces: dict[bytes, Piece] = {}
-        self._needs: dict[bytes, int] = {}  # by heads, and by pieces that follow
+        self._chunks: dict[bytes, TokenChunk] = {}
+        self._references: dict[bytes, int] = {}  # from acquired sequences, and from chunks that follow
         self.n_bytes = 0
 
-    def hold(self, tokens: NDArray[np.int32]) -> bytes:
-        """Keep tokens until they are released; returns their key."""
-        pieces = pieces_of(tokens)
-        for piece in pieces:
-            if piece.key not in self._pieces:
-                self._pieces[piece.key] = piece
-                self._needs[piece.key] = 0
-                self._need(piece.parent)
-                self.n_bytes += len(piece.tokens) + _PIECE_OVERHEAD
-        head = head_of(pieces)
-        self._need(head)
+    def acquire(self, tokens: NDArray[np.int32]) -> bytes:
+        """Store tokens, add a reference to them, and return their key."""
+        chunks = split_tokens(tokens)
+        for chunk in chunks:
+            if chunk.key not in self._chunks:
+                self._chunks[chunk.key] = chunk
+                self._references[chunk.key] = 0
+                self._add_reference(chunk.parent)
+                self.n_bytes += len(chunk.tokens) + _CHUNK_OVERHEAD
+        head = chain_key(chunks)
+        self._add_reference(head)
         return head
 
     def release(self, head: bytes) -> None:
-        """Undo one `hold`; what nobody else needs goes."""
+        """Drop one reference, and remove the chunks that have none left."""
         while head != ROOT:
-            self._needs[head] -= 1
-            if self._needs[head]:
+            self._references[head] -= 1
+            if self._references[head]:
                 return
-            piece = self._pieces.pop(head)
-            del self._needs[head]
-            self.n_bytes -= len(piece.tokens) + _PIECE_OVERHEAD
-            head = piece.parent
+            chunk = self._chunks.pop(head)
+            del self._references[head]
+            self.n_bytes -= len(chunk.tokens) + _CHUNK_OVERHEAD
+            head = chunk.parent
 
     def tokens(self, head: bytes) -> NDArray[np.int32]:
-        """What is held under a key."""
+        """Return the tokens of a key."""
         parts = []
         while head != ROOT:
-            piece = self._pieces[head]
-            parts.append(piece.tokens)
-            head = piece.parent
-        return tokens_of(parts[::-1])
+            chunk = self._chunks[head]
+            parts.append(chunk.tokens)
+            head = chunk.parent
+        return join_tokens(parts[::-1])
 
-    def _need(self, key: bytes) -> None:
+    def _add_reference(self, key: bytes) -> None:
         if key != ROOT:
-            self._needs[key] += 1
+            self._references[key] += 1

@@ -1,6 +1,8 @@
-"""Where payloads are stored.
+"""Tiers: places that store payloads.
 
-`tier` is the interface. `file_tier` stores blocks as files in a directory, with `index` (SQLite) as
-the source of truth; `read_only` reads such a directory without writing. `directory`, `watch` and
-`text_table` serve the file tiers. Does not import the pipeline.
+`tier` is the interface. `ram_tier` keeps payloads in the memory of this process. `file_tier` stores blocks as files
+in a directory, with `index` (SQLite) as the source of truth, and `read_only` reads such a directory without
+writing. A file tier opens its directory through `open_directory` (`directory` and `index`, with the tables of
+`index_schema` and `text_table`), and `reconciler` makes the index fit the files, for the names that `watch` reports
+to `changed_files`. Imports `texts` and `blocks`.
 """

@@ -1,15 +1,13 @@
-"""Directories that are read and never written: a cache baked into a container image, or mounted read-only.
+"""Read-only cache directories: a cache in a container image, or on a file system mounted read-only.
 
-`ReadOnlyFileTier` serves what such a directory holds to any number of
-processes. It takes no lock, makes no file and changes no row: blocks that turn
-out to be damaged are hidden from this process alone. `is_read_only` says
-whether a directory can only be used in this way.
+`ReadOnlyFileTier` serves the blocks of such a directory to any number of processes. It takes no lock, creates no
+file and changes no row. It hides damaged blocks from its own process only. `create_file_tier` chooses between it
+and `FileTier`.
 
-SQLite needs care there. A database in WAL mode that has no log beside it is
-opened as immutable, since SQLite would otherwise make one. Where there is a
-log, a process that can write may be at work, or have died: the database is
-opened read-only with its log and the shared memory as they are, or, where that
-fails, as a private copy. Without a usable index the files themselves are read.
+SQLite needs care there. A database in WAL mode without a log beside it is opened as immutable, because SQLite would
+otherwise create a log. If there is a log, a process that can write may be running, or may have crashed. The
+database is then opened read-only with its log and the shared memory as they are, or, if that fails, as a private
+copy. Without a usable index, the tier reads the files themselves.
 """
 
 from __future__ import annotations
@@ -29,68 +27,69 @@ from urllib.parse import quote
 from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
-from erllama.cache.texts.text_tokens import KnownText, TextDigests
+from erllama.cache.texts.text_tokens import TextDigests, TextRecord
 from erllama.cache.tiers.directory import INDEX_NAME
 from erllama.cache.tiers.file_tier import FileTier
-from erllama.cache.tiers.index import SCHEMA_VERSION, FileStamp, Index, check_version, read_all
+from erllama.cache.tiers.index import FileStamp, Index, read_blocks
+from erllama.cache.tiers.index_schema import SCHEMA_VERSION, check_version
 from erllama.cache.tiers.text_table import TextTable
 from erllama.cache.tiers.tier import Changes, Problem, TierRow
 from erllama.errors import CacheError, CacheFormatError
 
 log = logger("erllama.cache")
 
-_FIRST_READABLE = 3  # the schema since which rows are as they are now
+_FIRST_READABLE = 3  # the oldest schema version whose rows have today's columns
 
 
 def is_read_only(root: Path) -> bool:
-    """Whether a directory holds a cache that this process can read and cannot write."""
+    """Return whether this process can read the cache in a directory but cannot write to it."""
     parts = [root, root / "blocks", *(root / name for name in (INDEX_NAME, "partial", "owners"))]
     if not parts[1].is_dir() or not os.access(parts[1], os.R_OK | os.X_OK):
         return False
     return any(path.exists() and not os.access(path, os.W_OK) for path in parts)
 
 
-def file_tier(
+def create_file_tier(
     root: Path, budget: int, *, name: str = "disk", watch: bool = True, read_only: bool = False
 ) -> FileTier:
-    """The tier for a directory: one that is only read where `read_only` is set or nothing else is possible."""
+    """Return the tier for a directory: a read-only one if `read_only` is set or the directory is not writable."""
     if read_only or is_read_only(root):
         return ReadOnlyFileTier(root, budget, name=name)
     return FileTier(root, budget, name=name, watch=watch)
 
 
 class ReadOnlyIndex(Index):
-    """An index that is only read.
+    """An index that is never written.
 
     Raises:
         CacheError: the database is of a newer release.
-        sqlite3.Error: it cannot be read, or is of an early release.
+        sqlite3.Error: the database cannot be read, or is of a release before version 3.
     """
 
-    def __init__(self, path: Path) -> None:  # does not call the other constructor, which writes
+    def __init__(self, path: Path) -> None:  # does not call super().__init__(), which writes
         self.path = path
         self._lock = threading.RLock()
         self._read_lock = threading.Lock()
         self._copy: tempfile.TemporaryDirectory[str] | None = None
-        self._signature = _signature(path)
+        self._state = _state_of(path)
         self._immutable = False
         try:
-            self._reader = self._connected()
+            self._reader = self._connect()
             version = check_version(path, self._reader)
             if version < _FIRST_READABLE:
                 raise sqlite3.DatabaseError(f"{path} has version {version}")
             self._has_texts = version == SCHEMA_VERSION
-            self._seen_version = self._data_version()
-            self._first_rows: list[TierRow] | None
-            self._seen, self._first_rows = read_all(self._reader)
+            self._last_data_version = self._data_version()
+            self._initial_rows: list[TierRow] | None
+            self._last_change, self._initial_rows = read_blocks(self._reader)
         except BaseException:
             self.close()
             raise
         self.texts = TextTable(self._reader, self._read)
         self.inode = path.stat().st_ino
 
-    def _connected(self) -> sqlite3.Connection:
-        with_log = self._signature[1] is not None and self._signature[1].n_bytes > 0
+    def _connect(self) -> sqlite3.Connection:
+        with_log = self._state[1] is not None and self._state[1].n_bytes > 0
         if not with_log:
             self._immutable = True
             return _connect_uri(self.path, "immutable=1")
@@ -107,18 +106,18 @@ class ReadOnlyIndex(Index):
 
     @property
     def outdated(self) -> bool:
-        """Whether somebody wrote, and this object cannot see it."""
-        return (self._immutable or self._copy is not None) and _signature(self.path) != self._signature
+        """Whether another process wrote to the database, and this object cannot read that."""
+        return (self._immutable or self._copy is not None) and _state_of(self.path) != self._state
 
-    def rows_now(self) -> list[TierRow]:
+    def peek_rows(self) -> list[TierRow]:
         with self._read_lock:
-            return read_all(self._reader)[1]
+            return read_blocks(self._reader)[1]
 
     def fingerprint(self, identity: str) -> str | None:
         rows = self._read("SELECT sha256 FROM fingerprints WHERE identity = ?", [identity])
         return str(rows[0][0]) if rows else None
 
-    def longest_text(self, digests: TextDigests, longer_than: int) -> KnownText | None:
+    def longest_text(self, digests: TextDigests, longer_than: int) -> TextRecord | None:
         return self.texts.longest(digests, longer_than) if self._has_texts else None
 
     def close(self) -> None:
@@ -134,11 +133,11 @@ class ReadOnlyFileTier(FileTier):
 
     Args:
         root: a directory with a cache.
-        budget: kept for reports; a directory that is only read holds what it holds.
+        budget: shown in reports only. The tier does not evict.
         name: as of `FileTier`.
 
     Raises (from `open`):
-        CacheError: there is no cache, others may change it, or its index is of a newer release.
+        CacheError: there is no cache, other users may change it, or its index is of a newer release.
         OSError: it cannot be read.
     """
 
@@ -146,31 +145,32 @@ class ReadOnlyFileTier(FileTier):
 
     def __init__(self, root: Path, budget: int, *, name: str = "disk") -> None:
         super().__init__(root, budget, name=name, watch=False)
-        self._frozen: ReadOnlyIndex | None = None
-        self._opened = False
-        self._rows_of_files: list[TierRow] = []
-        self._hidden: set[bytes] = set()  # damaged: they stay where they are, and are not used again
+        self._index: ReadOnlyIndex | None = None
+        self._is_open = False
+        self._is_outdated = False  # another process changed the index, and `open` must read it again
+        self._header_rows: list[TierRow] = []  # read from the files, where no index is usable
+        self._hidden: set[bytes] = set()  # keys of damaged blocks, which stay where they are
 
     # --- opening and closing ---------------------------------------------------------------
 
     @property
     def usable(self) -> bool:
-        return self._opened and not self._broken
+        return self._is_open and not self._is_outdated
 
     def open(self) -> None:
         self.close()
         _check_trustworthy(self.root)
-        self._broken = False
-        index = self.root / INDEX_NAME
+        self._is_outdated = False
+        path = self.root / INDEX_NAME
         try:
-            self._frozen = ReadOnlyIndex(index) if index.exists() else None
+            self._index = ReadOnlyIndex(path) if path.exists() else None
         except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
-            log.warning("%s cannot be read (%s); the files are read instead", index, error)
-            self._frozen = None
-        if self._frozen is None:
-            self._rows_of_files = self._read_headers()
-        self._opened = True
-        log.info("%s is read-only: blocks are read from it, and none are saved there", self.root)
+            log.warning("%s cannot be read (%s); reading the files instead", path, error)
+            self._index = None
+        if self._index is None:
+            self._header_rows = self._read_headers()
+        self._is_open = True
+        log.info("%s is read-only: blocks are read from it but not saved to it", self.root)
 
     def _read_headers(self) -> list[TierRow]:
         found = []
@@ -183,49 +183,49 @@ class ReadOnlyFileTier(FileTier):
         return found
 
     def close(self) -> None:
-        index, self._frozen = self._frozen, None
-        self._opened = False
-        self._rows_of_files = []
+        index, self._index = self._index, None
+        self._is_open = False
+        self._header_rows = []
         if index is not None:
             index.close()
 
     abandon = close
 
     def forked(self) -> None:
-        """Nothing is held that the parent's death should show."""
+        """Do nothing: the tier holds no lock."""
 
     # --- reading ---------------------------------------------------------------------------
 
     def rows(self) -> list[TierRow]:
         if not self.usable:
             raise CacheError(f"{self.root} is not open")
-        rows = self._frozen.rows() if self._frozen is not None else self._rows_of_files
+        rows = self._index.rows() if self._index is not None else self._header_rows
         return [row for row in rows if row.block.key not in self._hidden]
 
     def holds(self, key: bytes) -> bool:
         return any(row.block.key == key for row in self.rows())
 
     def changes(self) -> Changes | None:
-        index = self._frozen
-        if index is None or self._broken:
+        index = self._index
+        if index is None or self._is_outdated:
             return None
-        if index.outdated or index.lost:
-            self._broken = True  # it is opened anew, behind requests
+        if index.outdated or index.is_replaced:
+            self._is_outdated = True  # the cache opens it again in the background
             return None
         try:
             found = index.changes()
         except sqlite3.Error:
-            self._broken = True
+            self._is_outdated = True
             raise
         if found is None:
             return None
         return found._replace(stored=[row for row in found.stored if row.block.key not in self._hidden])
 
     def fingerprint(self, identity: str) -> str | None:
-        return self._frozen.fingerprint(identity) if self._frozen is not None else None
+        return self._index.fingerprint(identity) if self._index is not None else None
 
-    def longest_text(self, digests: TextDigests, longer_than: int) -> KnownText | None:
-        return self._frozen.longest_text(digests, longer_than) if self._frozen is not None else None
+    def longest_text(self, digests: TextDigests, longer_than: int) -> TextRecord | None:
+        return self._index.longest_text(digests, longer_than) if self._index is not None else None
 
     def verify(self, on_read: Callable[[int], object] = lambda n_bytes: None) -> Iterator[Problem]:
         for row in self.rows():
@@ -236,12 +236,12 @@ class ReadOnlyFileTier(FileTier):
             on_read(row.n_bytes)
 
     def check(self) -> Iterator[Problem]:
-        return iter(())  # files and index are as others left them, and nothing here counts them
+        return iter(())  # no budget of this process counts these files
 
-    # --- what is not done ------------------------------------------------------------------
+    # --- calls without effect, or refused --------------------------------------------------
 
     def write(self, block: Block, payload: memoryview) -> None:
-        raise CacheError(f"{self.root} is read-only; give a directory that can be written")
+        raise CacheError(f"{self.root} is read-only; give a writable directory")
 
     def remove(self, keys: Sequence[bytes]) -> None:
         """Hide blocks from this process."""
@@ -251,7 +251,7 @@ class ReadOnlyFileTier(FileTier):
         self.remove([block.key])
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
-        """Uses are not noted."""
+        """Do nothing: uses are not recorded."""
 
     def uses(self) -> list[tuple[bytes, int]]:
         return []
@@ -267,10 +267,10 @@ class ReadOnlyFileTier(FileTier):
         return 0
 
     def tidy(self) -> None:
-        """Nothing is reserved."""
+        """Do nothing: the tier has no reservations."""
 
     def mend(self) -> None:
-        """Nothing is put right."""
+        """Do nothing: the directory is not changed."""
 
     def in_flight(self, key: bytes) -> bool:
         return False
@@ -281,31 +281,31 @@ class ReadOnlyFileTier(FileTier):
 
 
 def _check_trustworthy(root: Path) -> None:
-    """Refuse what is no cache, and what others may have put there: KV is believed as it is."""
+    """Raise CacheError if `root` is not a cache, or other users can write to it: forged KV would not be noticed."""
     blocks = root / "blocks"
     if not blocks.is_dir():
         raise CacheError(f"{root} holds no cache to read; give the directory of one, or leave read_only out")
-    frozen = bool(os.statvfs(root).f_flag & os.ST_RDONLY)
+    mounted_read_only = bool(os.statvfs(root).f_flag & os.ST_RDONLY)
     for path in (root, blocks):
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode):
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode):
             raise CacheError(f"{path} is a link or a special file; give the directory itself")
-        if found.st_uid not in (os.geteuid(), 0):
+        if status.st_uid not in (os.geteuid(), 0):
             raise CacheError(f"{path} belongs to another user; give a directory of your own, or of root")
-        if not frozen and stat.S_IMODE(found.st_mode) & 0o022:
+        if not mounted_read_only and stat.S_IMODE(status.st_mode) & 0o022:
             raise CacheError(f"{path} can be written by other users; run: chmod go-w {path}")
 
 
-_Stamp = tuple[FileStamp | None, FileStamp | None]
+_State = tuple[FileStamp | None, FileStamp | None]
 
 
-def _signature(path: Path) -> _Stamp:
-    """What tells one state of a database and its log from another."""
+def _state_of(path: Path) -> _State:
+    """Return the stamps of a database and of its log. Both are equal if neither was changed."""
 
     def stamp(of: str) -> FileStamp | None:
         with contextlib.suppress(FileNotFoundError):
-            found = os.stat(of)
-            return FileStamp(found.st_size, found.st_mtime_ns)
+            status = os.stat(of)
+            return FileStamp(status.st_size, status.st_mtime_ns)
         return None
 
     return stamp(str(path)), stamp(f"{path}-wal")

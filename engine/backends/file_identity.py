@@ -1,9 +1,8 @@
-"""The identity of model files: what changes whenever a file's content may have changed.
+"""The identity of model files, which changes whenever a file's content may have changed.
 
-The fingerprint of a model is remembered by this identity, a load compares it
-before and after, and `MappedFiles` compares it again as long as the files are
-mapped: a process that writes to a mapped file changes the weights of a model
-that is loaded.
+Fingerprints of models are stored under this identity, and a load compares it before and after. `MappedFiles`
+compares it while files are mapped, because a process that writes to a mapped file changes the weights of a loaded
+model.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from pathlib import Path
 from erllama.engine.backends.gguf_parts import parts
 from erllama.errors import ModelLoadError
 
-# File systems note the time of a change by the kernel's tick, which is at most 10 ms. A second change within that
-# time would keep the ctime.
+# File systems record the time of a change with the resolution of the kernel's tick, at most 10 ms. A second change
+# within a tick would leave the ctime unchanged.
 _TICK_NS = 20_000_000
 
 
@@ -29,10 +28,10 @@ def identity(path: Path) -> str:
 
 
 def file_identity(path: Path) -> str:
-    """The identity of one file, whatever its name. Waits up to 20 ms where the file was changed just now.
+    """The identity of one file, independent of its name. Waits up to 20 ms if the file has just changed.
 
     Raises:
-        ModelLoadError: it cannot be read.
+        ModelLoadError: the file cannot be read.
     """
     try:
         age = time.time_ns() - path.stat().st_ctime_ns
@@ -45,16 +44,16 @@ def file_identity(path: Path) -> str:
 
 def _identity(path: Path) -> str:
     status = path.stat()
-    # ctime, too: mtime can be kept through a change of content, ctime cannot.
+    # With ctime, because a program can restore the mtime after a change, but not the ctime.
     return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
 class MappedFiles:
-    """The mapped files of a loaded model. Safe to use from any thread.
+    """The mapped files of a loaded model. Thread-safe.
 
     Args:
-        path: the model's file, the first part of a split one.
-        loaded: the `identity` of the files when they were fingerprinted and loaded.
+        path: the model's file, or the first part of a split model.
+        loaded: the `identity` of the files at the time of the fingerprint and the load.
     """
 
     def __init__(self, path: Path, loaded: str) -> None:
@@ -62,10 +61,10 @@ class MappedFiles:
         self._changed = ""
 
     def problem(self) -> str:
-        """Return why the weights may have changed since they were loaded; empty as long as they have not.
+        """The reason why the weights may have changed since the load; empty if they have not.
 
-        Takes some microseconds for each file. A file that was changed, replaced or removed stays a problem. A file
-        that cannot be looked at is one until it can be.
+        Takes some microseconds per file. A changed, replaced or removed file stays a problem. A file that cannot be
+        examined is a problem until it can be.
         """
         if not self._changed:
             for part, loaded in self._loaded.items():
@@ -74,7 +73,7 @@ class MappedFiles:
                 except FileNotFoundError:
                     found = ""
                 except OSError as error:
-                    return f"{part} cannot be looked at: {error}"
+                    return f"{part} cannot be examined: {error}"
                 if found != loaded:
                     self._changed = f"{part} was changed, replaced or removed since it was loaded"
                     break

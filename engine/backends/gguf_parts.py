@@ -1,4 +1,4 @@
-"""The files of a model that was split into several."""
+"""The files of a model that is split into parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SPLIT = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def parts(path: Path) -> list[Path]:
-    """The files of a model: `path`, or every part where its name is that of a split file's first."""
+    """The files of a model: `path`, or all parts if its name is that of a part."""
     found = _SPLIT.fullmatch(path.name)
     if not found:
         return [path]

@@ -1,9 +1,8 @@
-"""Embeddings by libllama: a context of its own on the weights that the model's backend has loaded.
+"""Embeddings by libllama, in separate contexts on the weights of the model's backend.
 
-A context, one for each pooling that is asked for, is made for the length of the
-texts that come, and made anew for longer ones: it holds a row as wide as the
-vocabulary for each token that it can compute at once. Used by one thread at a
-time; errors of the binding become this library's.
+There is one context for each requested pooling. It is created for the length of the texts, and replaced for longer
+texts, because it holds a row as wide as the vocabulary for each token that it can compute at once. One thread at a
+time may use it. Errors of the binding become `BackendError`.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ from erllama.engine.backends.llama_library import llama_ffi
 from erllama.engine.embedding import EmbeddingLimits
 from erllama.errors import BackendError
 
-# What libllama pools by where a file does not say: what most models were trained for.
+# The pooling if a file names none. Most models were trained for it.
 _DEFAULT_POOLING = "mean"
 _RANK_TEMPLATE = "rerank"
-_PLACES = re.compile(r"\{(query|document)\}")
+_PLACEHOLDERS = re.compile(r"\{(query|document)\}")
 
 
 class LlamaEmbedder:
     """Embeds with a loaded model.
 
     Args:
-        model: with weights; held as long as a context is.
-        make_context: makes a context for a pooling and a number of tokens.
-        n_tokens: most tokens of one text.
+        model: a model with weights. It is held while a context exists.
+        make_context: creates a context for a pooling and a number of tokens.
+        n_tokens: the maximum of tokens in one text.
         n_batch: tokens of several texts that are computed together.
         n_sequences: texts that are computed together.
     """
@@ -62,11 +61,11 @@ class LlamaEmbedder:
         if context is None or context.n_tokens < n_tokens:
             if context is not None:
                 context.close()
-            # By powers of two, so that texts a little longer each time do not make one each time.
+            # A power of two, so that slowly growing texts do not create a context each time.
             size = min(1 << (n_tokens - 1).bit_length(), self.limits.n_tokens)
             context = self._make_context(pooling, max(self.limits.n_batch, size))
-            self._contexts = {**self._contexts, pooling: context}  # another thread may look
-        if self._ended:  # meanwhile, by another thread
+            self._contexts = {**self._contexts, pooling: context}  # another thread may read it
+        if self._ended:  # set by another thread meanwhile
             context.abort()
         return context
 
@@ -76,16 +75,16 @@ class LlamaEmbedder:
         try:
             template = self._model.chat_template(_RANK_TEMPLATE)
             if template is not None:
-                written = _PLACES.sub(lambda place: texts[place[1]], template)
+                written = _PLACEHOLDERS.sub(lambda place: texts[place[1]], template)
                 return vocabulary.tokenize(written, add_special=False, parse_special=True)
-            asked, told = (vocabulary.tokenize(text, add_special=False) for text in (query, document))
+            query_ids, document_ids = (vocabulary.tokenize(text, add_special=False) for text in (query, document))
         except llama_ffi.LlamaError as error:
             raise BackendError(str(error)) from error
-        # [BOS] query [EOS] [SEP] document [EOS], each where the model asks for it.
+        # [BOS] query [EOS] [SEP] document [EOS], each special token only if the model asks for it.
         end = vocabulary.eos if vocabulary.eos is not None else vocabulary.sep
-        first = _mark(vocabulary.bos, vocabulary.add_bos)
-        last, between = _mark(end, vocabulary.add_eos), _mark(vocabulary.sep, vocabulary.add_sep)
-        return np.concatenate([first, asked, last, between, told, last]).astype(np.int32)
+        first = _special(vocabulary.bos, vocabulary.add_bos)
+        last, between = _special(end, vocabulary.add_eos), _special(vocabulary.sep, vocabulary.add_sep)
+        return np.concatenate([first, query_ids, last, between, document_ids, last]).astype(np.int32)
 
     def abort(self) -> None:
         self._ended = True
@@ -98,5 +97,5 @@ class LlamaEmbedder:
             context.close()
 
 
-def _mark(token: int | None, wanted: bool) -> list[int]:
+def _special(token: int | None, wanted: bool) -> list[int]:
     return [token] if wanted and token is not None else []

@@ -1,7 +1,7 @@
-"""A model file: checked, loaded, and what is known of it: its vocabulary, templates, metadata and facts.
+"""A model file: its check, its load, and its vocabulary, templates, metadata and facts.
 
-Used by the backend, which makes a context of the loaded file, and by what needs
-no context: a model that is loaded for its vocabulary alone.
+The backend uses it and creates a context. `VocabularyFile` uses it without a context, for a model that is loaded
+only for its vocabulary.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.backend import Buffer, InfillTokens, Limits, ModelFacts, NamespaceValue, SpecialToken
+from erllama.cache.blocks.keys import NamespaceValue
+from erllama.engine.backend import Buffer, InfillTokens, Limits, ModelFacts, SpecialToken
 from erllama.engine.backends.gguf_parts import parts
-from erllama.engine.backends.llama_library import llama_ffi, translated
+from erllama.engine.backends.llama_library import llama_ffi, translate_errors
 from erllama.engine.backends.llama_options import LlamaOptions
 from erllama.errors import LoadCancelled, ModelLoadError, OptionError, PromptError
 
 _TEMPLATE = "tokenizer.chat_template"
-_CHUNK_BYTES = 4096  # of each tensor: a page, which is what reading any of it costs
-# As libllama logs them: "load_tensors:   CPU_Mapped model buffer size =     0.44 MiB".
+_CHUNK_BYTES = 4096  # bytes of each tensor: one page, the smallest unit that a read costs
+# libllama's log line, for example "load_tensors:   CPU_Mapped model buffer size =     0.44 MiB".
 _BUFFER = re.compile(r"(\S+) +(model|KV|RS|compute|output) buffer size = +([\d.]+) MiB")
 _HOLDS = {"model": "weights", "KV": "kv", "RS": "state", "compute": "compute", "output": "output"}
 
@@ -34,19 +35,21 @@ class LlamaVocabulary:
     """A model's vocabulary.
 
     Attributes:
-        noted: tokens with a purpose, as "bos".
-        special_texts: what a chat template gets: the texts of special tokens, as "bos_token".
-        infill_tokens: what marks a gap in a text; None where the model has no such tokens.
-        longest_piece: most bytes of a text that one token stands for; 0 where there is no limit.
+        special_tokens: special tokens by name, such as "bos".
+        special_texts: the texts of special tokens for chat templates, by name, such as "bos_token".
+        infill_tokens: the tokens that mark a gap in a text; None if the model has none.
+        longest_piece: the maximum of bytes in a text that one token represents; 0 without a limit.
     """
 
     def __init__(self, vocabulary: llama_ffi.Vocabulary) -> None:
         self._vocabulary = vocabulary
         self.n_tokens = vocabulary.n_tokens
         self.is_eog = vocabulary.is_eog
-        self.noted = {name: SpecialToken(id, vocabulary.text(id)) for name, id in vocabulary.noted.items()}
-        in_templates = [name for name in ("bos", "eos", "pad") if name in self.noted]
-        self.special_texts = {f"{name}_token": self.noted[name].text for name in in_templates}
+        self.special_tokens = {
+            name: SpecialToken(id, vocabulary.text(id)) for name, id in vocabulary.special_token_ids.items()
+        }
+        in_templates = [name for name in ("bos", "eos", "pad") if name in self.special_tokens]
+        self.special_texts = {f"{name}_token": self.special_tokens[name].text for name in in_templates}
         self.longest_piece = vocabulary.longest_piece
         self.infill_tokens: InfillTokens | None = None
         pre, suf, mid = vocabulary.fim_pre, vocabulary.fim_suf, vocabulary.fim_mid
@@ -57,7 +60,7 @@ class LlamaVocabulary:
     def tokenize(
         self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
     ) -> NDArray[np.int32]:
-        with translated(PromptError):
+        with translate_errors(PromptError):
             return self._vocabulary.tokenize(source, add_special=add_special, parse_special=parse_special)
 
     def piece(self, token: int) -> bytes:
@@ -67,15 +70,15 @@ class LlamaVocabulary:
             raise PromptError(str(error)) from error
 
     def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
-        with translated(PromptError):
+        with translate_errors(PromptError):
             return self._vocabulary.detokenize(tokens, special=special)
 
 
 class LoadedFile(NamedTuple):
-    """A file that libllama has loaded, and its metadata with the overrides in it.
+    """A file that libllama has loaded, and its metadata with the overrides.
 
-    `n_positions`: the number of learned positions. A longer sequence would fail an assertion in libllama.
-    None where positions are computed.
+    `n_positions` is the number of learned positions, or None if positions are computed. A longer sequence would
+    fail an assertion in libllama.
     """
 
     model: llama_ffi.LlamaModel
@@ -93,7 +96,8 @@ def load_file(
     """Check a GGUF file's header and load it.
 
     Raises:
-        ModelLoadError: it is missing, not a file, not GGUF, damaged, or unknown to libllama.
+        ModelLoadError: the file is missing, not a regular file, not GGUF, damaged, or of a kind unknown to
+            libllama.
         OptionError: an option contradicts the file, or an override has no effect.
         LoadCancelled: `on_progress` returned False.
     """
@@ -128,57 +132,57 @@ def load_file(
         raise OptionError(_unused(error, metadata, vocab_only)) from None
     except llama_ffi.LlamaError as error:
         raise ModelLoadError(
-            f"{path} cannot be loaded: {error}. Is the file complete and of a known kind?"
+            f"{path} cannot be loaded: {error}. Check that the file is complete and of a supported kind"
         ) from error
     return LoadedFile(model, metadata, n_positions)
 
 
 def _all_tensors(path: Path, header: llama_ffi.GGUFHeader) -> list[llama_ffi.Tensor]:
-    """Those of the first part, whose header is known, and of the others that are there; libllama names the rest."""
+    """The tensors of all parts that exist. libllama reports missing parts."""
     others = [part for part in parts(path) if part != path and part.exists()]
     return [*header.tensors, *(tensor for part in others for tensor in llama_ffi.read_tensor_table(part)[1])]
 
 
 def _unused(error: llama_ffi.UnusedOverrideError, metadata: Mapping[str, object], vocab_only: bool) -> str:
     if error.reason:
-        return f"overrides[{error.key!r}] is of the wrong type: libllama {error.reason}"
+        return f"overrides[{error.key!r}] has the wrong type: libllama {error.reason}"
     near = get_close_matches(error.key, [key for key in metadata if key != error.key], n=1, cutoff=0.8)
     hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-    return f"overrides[{error.key!r}] has no effect: libllama reads no such key of this file" + (
-        f" for a vocabulary alone; {hint}" if vocab_only else f"; {hint}"
+    return f"overrides[{error.key!r}] has no effect: libllama does not read this key from this file" + (
+        f" for a vocabulary only; {hint}" if vocab_only else f"; {hint}"
     )
 
 
 def check_file(path: Path) -> None:
-    """Raise ModelLoadError unless `path` is a readable file that begins as GGUF does."""
+    """Raise ModelLoadError unless `path` is a readable file with the GGUF magic."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            raise ModelLoadError(f"{path} is no regular file; give a GGUF file")
+            raise ModelLoadError(f"{path} is not a regular file; pass a GGUF file")
         with path.open("rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
-        raise ModelLoadError(f"{path} does not exist; give the path of a GGUF file") from None
+        raise ModelLoadError(f"{path} does not exist; pass the path of a GGUF file") from None
     except IsADirectoryError:
-        raise ModelLoadError(f"{path} is a directory; give the GGUF file in it") from None
+        raise ModelLoadError(f"{path} is a directory; pass the GGUF file in it") from None
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} cannot be read: {error}") from None
     if not magic:
-        raise ModelLoadError(f"{path} is empty; give a complete GGUF file")
+        raise ModelLoadError(f"{path} is empty; pass a complete GGUF file")
     if magic != b"GGUF":
         raise ModelLoadError(
             f"{path} is not a GGUF file: it begins with {magic!r}. Convert the model to GGUF first"
         )
 
 
-def beginnings_digest(path: Path) -> str:
-    """SHA-256, in hex, of a GGUF file's size, its header, and the first 4 KiB of each of its tensors.
+def sampled_digest(path: Path) -> str:
+    """SHA-256, in hex, of a GGUF file's size, its header, and the first 4 KiB of each tensor.
 
     Raises:
-        ModelLoadError: it cannot be read, or is no GGUF file.
+        ModelLoadError: the file cannot be read, or is not GGUF.
     """
     try:
-        with translated(ModelLoadError, f"{path} cannot be loaded"):
+        with translate_errors(ModelLoadError, f"{path} cannot be loaded"):
             data_offset, tensors = llama_ffi.read_tensor_table(path)
         digest = hashlib.sha256(path.stat().st_size.to_bytes(8, "little"))
         with path.open("rb") as file:
@@ -192,7 +196,7 @@ def beginnings_digest(path: Path) -> str:
 
 
 def chat_templates(metadata: Mapping[str, object]) -> dict[str, str]:
-    """A file's templates, by name: "default", and others such as "tool_use"."""
+    """A file's chat templates by name: "default", and others such as "tool_use"."""
     return {
         key.removeprefix(_TEMPLATE).removeprefix(".") or "default": source
         for key, source in metadata.items()
@@ -200,14 +204,14 @@ def chat_templates(metadata: Mapping[str, object]) -> dict[str, str]:
     }
 
 
-def facts_of(path: Path, file: LoadedFile, noted: Mapping[str, SpecialToken]) -> ModelFacts:
-    """What is known of a loaded file; nothing of a context, nor of devices."""
+def facts_of(path: Path, file: LoadedFile, special_tokens: Mapping[str, SpecialToken]) -> ModelFacts:
+    """The facts of a loaded file, without those of a context and devices."""
     model, metadata, _ = file
     architecture = str(metadata.get("general.architecture", ""))
 
     def size(name: str) -> int:
         value = metadata.get(f"{architecture}.{name}")
-        if isinstance(value, np.ndarray) and value.size:  # one for each layer
+        if isinstance(value, np.ndarray) and value.size:  # a value per layer
             value = value.max().item()
         return int(value) if isinstance(value, int | float) else 0
 
@@ -224,28 +228,28 @@ def facts_of(path: Path, file: LoadedFile, noted: Mapping[str, SpecialToken]) ->
         n_head=n_head,
         n_head_kv=size("attention.head_count_kv") or n_head,
         has_chat_template="default" in chat_templates(metadata),
-        special_tokens=noted,
-        buffers=buffers_in(model.said),
+        special_tokens=special_tokens,
+        buffers=buffers_in(model.log),
         weights_bytes=0 if model.vocab_only else model.shape.n_bytes,
     )
 
 
-def buffers_in(said: str) -> tuple[Buffer, ...]:
-    """The memory that libllama tells of in its log, to a hundredth of a MiB."""
+def buffers_in(log: str) -> tuple[Buffer, ...]:
+    """The memory that libllama reports in its log, to a hundredth of a MiB."""
     return tuple(
-        Buffer(place, _HOLDS[what], round(float(mebibytes) * 2**20))
-        for place, what, mebibytes in _BUFFER.findall(said)
+        Buffer(place, _HOLDS[purpose], round(float(mebibytes) * 2**20))
+        for place, purpose, mebibytes in _BUFFER.findall(log)
     )
 
 
 class VocabularyFile:
-    """A GGUF file loaded for its vocabulary, templates and metadata; no weights, and nothing to decode with.
+    """A GGUF file loaded for its vocabulary, templates and metadata, without weights and context.
 
-    What a backend tells of itself, it tells, too.
+    Has the descriptive attributes of a backend.
 
     Args:
-        path: the GGUF file; it need not have any weights.
-        options: of which `overrides` counts.
+        path: the GGUF file. It need not have weights.
+        options: only `overrides` has an effect.
         on_progress: called with 0.0 and 1.0; returning False cancels.
 
     Raises:
@@ -264,13 +268,13 @@ class VocabularyFile:
             self.metadata = file.metadata
             self.vocabulary = LlamaVocabulary(file.model.vocabulary)
             self.chat_templates = chat_templates(file.metadata)
-            self.facts = facts_of(path, file, self.vocabulary.noted)
+            self.facts = facts_of(path, file, self.vocabulary.special_tokens)
         except BaseException:
             file.model.close()
             raise
         n_vocab = self.vocabulary.n_tokens
         self.limits = Limits(n_ctx=0, n_batch=0, n_ubatch=0, n_vocab=n_vocab, can_trim=False, n_sequences=0)
-        # No KV is ever kept under it.
+        # No KV is ever stored under this namespace.
         self.namespace: Mapping[str, NamespaceValue] = {"backend": "llama", "vocabulary": str(path)}
         self.description = f"{self.facts.architecture}, vocabulary only"
 

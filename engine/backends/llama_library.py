@@ -1,7 +1,7 @@
-"""The binding of libllama, for the modules of the llama backend: there, or an error that says how to get it.
+"""The binding of libllama for the modules of the llama backend.
 
-The only module that imports `llama_ffi`. Its errors become this library's in
-`translated`.
+The only module that imports `llama_ffi`. Without the binding, the import raises an error that says how to build it.
+`translate_errors` converts the binding's errors.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ try:
     from erllama import llama_ffi as llama_ffi
 except ImportError as error:
     raise LibraryNotBuilt(
-        f"the binding of libllama is not there ({error}); build it with `make setup` in a checkout, "
+        f"the binding of libllama is missing ({error}); build it with `make setup` in a checkout, "
         "or install erllama with pip, which builds it"
     ) from error
 
 
 def _printable_lines(record: logging.LogRecord) -> bool:
-    """Make a line of libllama's log printable: it may quote a model's metadata."""
+    """Make a line of libllama's log printable, since it may quote a model's metadata."""
     record.msg, record.args = printable(record.getMessage()), None
     return True
 
@@ -34,20 +34,20 @@ MAX_SEQUENCES = llama_ffi.max_sequences() - 1  # one is the scratch sequence
 
 
 def devices() -> list[llama_ffi.Device]:
-    """What libllama can compute on, the CPU among them.
+    """The devices that libllama can compute on, including the CPU.
 
     Raises:
-        BackendError: libllama cannot be started, as in a process forked from one that had.
+        BackendError: libllama cannot start, for example in a process forked from one that had started it.
     """
-    with translated(BackendError):
+    with translate_errors(BackendError):
         return llama_ffi.devices()
 
 
 @contextmanager
-def translated(
+def translate_errors(
     kind: type[AdapterLoadError | BackendError | ModelLoadError | PromptError], context: str = ""
 ) -> Iterator[None]:
-    """Turn the binding's errors into `kind`."""
+    """Raise `kind` for the binding's errors."""
     try:
         yield
     except llama_ffi.LlamaError as error:

@@ -1,8 +1,8 @@
-"""How a model file is loaded and its context made: the options, and all that can be told of them without the file.
+"""The options for loading a model file and creating its context, and their checks.
 
-`LlamaOptions` refuses what is ill-typed, out of range or contradictory, before
-anything is loaded; `check_against_file` what the file's metadata contradicts.
-Options that libllama would pass over in silence are refused, too.
+`LlamaOptions` raises `OptionError` for values that have a wrong type, are out of range or contradict each other,
+before the load. `check_against_file` does so for values that contradict the file's metadata. Options that libllama
+would silently ignore are errors, too.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ _UNQUANTISED = ("f16", "f32", "bf16")
 _YARN_FACTORS = ("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow")
 _YARN = (*_YARN_FACTORS, "yarn_orig_ctx")
 _FLOAT32_MAX = 3.4e38
-_OVERRIDE_BYTES = 127  # libllama holds keys and texts in 128 bytes, the last of them 0
+_OVERRIDE_BYTES = 127  # libllama stores keys and texts in 128 bytes, including a final 0
 _OVERRIDE_KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
 
 
 @dataclass(frozen=True, slots=True)
 class LlamaOptions:
-    """How a model file is loaded and its context made. None is libllama's or the model's own choice.
+    """The options of a load and of its context. None selects libllama's or the model's default.
 
     Attributes:
-        n_ctx: cells, in tokens, rounded up to a multiple of 256; None for the model's
-            training context, at most 4096.
-        n_batch: most tokens of one decode.
+        n_ctx: cells, in tokens, rounded up to a multiple of 256; None for the model's training context, at most
+            4096.
+        n_batch: the maximum of tokens in one decode.
         n_ubatch: tokens computed at once, and the length of a prefill slice.
         n_sequences: sequences that the context can hold.
-        n_spare_sequences: as many more, where a sequence takes no memory of its own.
-        n_threads: threads for decoding; None for the processors this process may use, by its affinity and its
-            cgroups' CPU quotas.
+        n_spare_sequences: additional sequences, for models whose sequences take no memory of their own.
+        n_threads: threads for decoding; None for the processors that this process may use, by its affinity and the
+            CPU quotas of its cgroups.
         n_threads_batch: threads for prefill; None for the same as n_threads.
-        n_gpu_layers: layers on GPUs; -1, or more than there are, for all.
-        devices: names of those that compute beside the CPU; None for all GPUs.
-        split_mode: how several share a model, one of SPLIT_MODES.
-        main_gpu: with "none", which of the devices has all of it, counted from 0; None for the first.
-        tensor_split: the share of each device, in any unit; None to go by their free memory.
+        n_gpu_layers: layers on GPUs; -1, or more than the model has, for all.
+        devices: names of the devices that compute beside the CPU; None for all GPUs.
+        split_mode: how devices share a model, one of SPLIT_MODES.
+        main_gpu: with "none", the device that has the whole model, counted from 0; None for the first.
+        tensor_split: the share of each device, in any unit; None to split by free memory.
         flash_attn: True, False, or "auto" for libllama's choice.
         kv_type_k, kv_type_v: type of the K and V cells, one of KV_TYPES.
         rope_scaling: one of ROPE_SCALINGS.
-        rope_freq_base, rope_freq_scale: of RoPE.
-        yarn_ext_factor, yarn_attn_factor, yarn_beta_fast, yarn_beta_slow, yarn_orig_ctx: of YaRN.
-        swa_full: give layers with a sliding window cells for the whole context.
-        overrides: metadata in place of the file's, by key.
+        rope_freq_base, rope_freq_scale: parameters of RoPE.
+        yarn_ext_factor, yarn_attn_factor, yarn_beta_fast, yarn_beta_slow, yarn_orig_ctx: parameters of YaRN.
+        swa_full: allocate cells for the whole context in layers with a sliding window.
+        overrides: metadata that replaces the file's, by key.
         mmap: map the file instead of reading it.
-        mlock: keep the weights from being swapped out.
+        mlock: lock the weights in memory.
     """
 
     n_ctx: int | None = None
@@ -118,7 +118,7 @@ class LlamaOptions:
 
     def _check_cells(self) -> None:
         if not isinstance(self.flash_attn, bool) and self.flash_attn != "auto":
-            raise OptionError(f"flash_attn={self.flash_attn!r}; it takes True, False or 'auto'")
+            raise OptionError(f"flash_attn={self.flash_attn!r}; use True, False or 'auto'")
         for name in ("kv_type_k", "kv_type_v"):
             choice(name, getattr(self, name), KV_TYPES)
         boolean("swa_full", self.swa_full)
@@ -137,33 +137,33 @@ class LlamaOptions:
         self._check_integer("yarn_orig_ctx", 1, 2**31 - 1)
         if self.rope_scaling == "none" and self.rope_freq_scale is not None:
             raise OptionError(
-                f"rope_freq_scale={self.rope_freq_scale} with rope_scaling='none', which scales nothing; "
-                "leave one of them out"
+                f"rope_freq_scale={self.rope_freq_scale} with rope_scaling='none', which disables scaling; "
+                "leave out one of them"
             )
         if self.rope_scaling in ("none", "linear"):
             self._refuse_yarn(f"rope_scaling={self.rope_scaling!r}")
         if self.yarn_attn_factor is not None and self.yarn_ext_factor != 0:
             raise OptionError(
                 f"yarn_attn_factor={self.yarn_attn_factor} without yarn_ext_factor=0: libllama computes the factor "
-                "itself where it extrapolates; give yarn_ext_factor=0, too, or leave it out"
+                "itself when it extrapolates; add yarn_ext_factor=0, or leave it out"
             )
         fast, slow = self.yarn_beta_fast, self.yarn_beta_slow
         if fast is not None and slow is not None and fast <= slow:
             raise OptionError(f"yarn_beta_fast={fast} must be more than yarn_beta_slow={slow}")
 
-    def _refuse_yarn(self, why: str) -> None:
+    def _refuse_yarn(self, reason: str) -> None:
         for name in _YARN:
             if getattr(self, name) is not None:
                 raise OptionError(
-                    f"{name}={getattr(self, name)} has no effect with {why}; "
-                    "give rope_scaling='yarn', or leave it out"
+                    f"{name}={getattr(self, name)} has no effect with {reason}; "
+                    "use rope_scaling='yarn', or leave it out"
                 )
 
     def check_against_file(self, metadata: Mapping[str, object]) -> None:
-        """Refuse what a file's metadata, overrides in it, contradicts.
+        """Check the options against a file's metadata, with overrides applied.
 
         Raises:
-            OptionError: options of YaRN for a model that is not scaled so.
+            OptionError: YaRN options for a model with another scaling.
         """
         if self.rope_scaling is None:
             own = metadata.get(f"{metadata.get('general.architecture')}.rope.scaling.type", "linear")
@@ -180,97 +180,101 @@ class LlamaOptions:
             if self.split_mode != "none":
                 raise OptionError(
                     f"main_gpu={self.main_gpu} with split_mode={self.split_mode!r}, which uses every device; "
-                    "give split_mode='none', or name the device in devices"
+                    "use split_mode='none', or name the device in devices"
                 )
         if self.tensor_split is not None:
             self._put("tensor_split", _checked_shares(self.tensor_split))
             if self.split_mode == "none":
                 raise OptionError(
-                    "tensor_split with split_mode='none', where one device has everything; leave one of them out"
+                    "tensor_split with split_mode='none', which puts all on one device; leave out one of them"
                 )
         if self.devices is not None:
-            given = self.devices
-            if isinstance(given, str | bytes) or not isinstance(given, Sequence):
-                raise OptionError(f"devices={given!r}; give a list of names, as erllama.devices() tells them")
-            self._put("devices", tuple(given))
+            names = self.devices
+            if isinstance(names, str | bytes) or not isinstance(names, Sequence):
+                raise OptionError(f"devices={names!r}; pass a list of names from erllama.devices()")
+            self._put("devices", tuple(names))
         if self.devices is not None or self.main_gpu is not None or self.tensor_split is not None:
             self.offload_devices()
 
     def offload_devices(self) -> list[tuple[int, llama_ffi.Device]]:
-        """The devices that layers are put on, with their numbers.
+        """The devices that receive layers, with their numbers.
 
         Raises:
-            OptionError: `devices`, `main_gpu` or `tensor_split` do not fit those there are.
+            OptionError: `devices`, `main_gpu` or `tensor_split` do not fit the existing devices.
         """
-        found = _chosen(self.devices) if self.devices is not None else _gpus()
+        found = _named_devices(self.devices) if self.devices is not None else _gpus()
         named = ", ".join(device.name for _, device in found) or "none"
         if self.devices is not None and not found and self.n_gpu_layers > 0:
             raise OptionError(
-                f"n_gpu_layers={self.n_gpu_layers} with devices={list(self.devices)!r}, none of which is a GPU; "
-                "leave one of them out"
+                f"n_gpu_layers={self.n_gpu_layers} with devices={list(self.devices)!r}, which has no GPU; "
+                "leave out one of them"
             )
         if self.main_gpu is not None and self.main_gpu >= len(found):
-            raise OptionError(f"main_gpu={self.main_gpu}, and there are {len(found)} devices to choose of: {named}")
+            raise OptionError(f"main_gpu={self.main_gpu}, but there are {len(found)} devices: {named}")
         if self.tensor_split is not None and len(self.tensor_split) != len(found):
             raise OptionError(
-                f"tensor_split has {len(self.tensor_split)} shares, and there are {len(found)} devices to share: "
-                f"{named}; give one for each"
+                f"tensor_split has {len(self.tensor_split)} shares, but there are {len(found)} devices: "
+                f"{named}; pass one share per device"
             )
         return found
 
     def computing_devices(self) -> list[llama_ffi.Device]:
-        """Those of `offload_devices` that compute; none where all layers stay with the CPU."""
+        """The devices of `offload_devices` that compute; [] if all layers stay on the CPU."""
         found = [device for _, device in self.offload_devices()] if self.n_gpu_layers else []
         at = self.main_gpu or 0
         return found[at : at + 1] if self.split_mode == "none" else found
 
 
 def _gpus() -> list[tuple[int, llama_ffi.Device]]:
-    """What libllama takes of itself: every GPU once, or else the integrated ones."""
+    """libllama's default: every GPU once, or the integrated GPUs if there are no others."""
     seen: set[str] = set()
     gpus = []
     for number, device in enumerate(devices()):
-        if device.kind == "gpu" and not (device.id and device.id in seen):  # one that two drivers offer has one id
+        if device.kind == "gpu" and not (
+            device.id and device.id in seen
+        ):  # two drivers may offer the same device, with the same id
             seen.add(device.id)
             gpus.append((number, device))
     return gpus or [(number, device) for number, device in enumerate(devices()) if device.kind == "igpu"]
 
 
-def _chosen(names: Sequence[str]) -> list[tuple[int, llama_ffi.Device]]:
+def _named_devices(names: Sequence[str]) -> list[tuple[int, llama_ffi.Device]]:
     known = {device.name: (number, device) for number, device in enumerate(devices())}
     found = []
     for name in names:
         number, device = known[choice("devices", name, known)]
         if device.kind == "accel":
-            raise OptionError(f"devices: {name!r} helps the CPU of itself and takes no layers; leave it out")
+            raise OptionError(
+                f"devices: {name!r} accelerates the CPU automatically and takes no layers; leave it out"
+            )
         if (number, device) in found:
-            raise OptionError(f"devices: {name!r} is there twice")
+            raise OptionError(f"devices: {name!r} is listed twice")
         if device.kind != "cpu":
             found.append((number, device))
     return found
 
 
-def _checked_shares(given: object) -> tuple[float, ...]:
-    if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
-        raise OptionError(f"tensor_split={given!r}; give a list of numbers, one for each device")
-    shares = tuple(real(f"tensor_split[{i}]", share, 0.0, _FLOAT32_MAX) for i, share in enumerate(given))
+def _checked_shares(value: object) -> tuple[float, ...]:
+    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+        raise OptionError(f"tensor_split={value!r}; pass a list of numbers, one per device")
+    shares = tuple(real(f"tensor_split[{i}]", share, 0.0, _FLOAT32_MAX) for i, share in enumerate(value))
     if not any(shares):
-        raise OptionError(f"tensor_split={list(shares)} gives no device anything; give at least one share above 0")
+        raise OptionError(f"tensor_split={list(shares)} has no share above 0; pass at least one")
     return shares
 
 
-def _checked_overrides(given: object) -> Mapping[str, MetadataValue] | None:
-    if given is None:
+def _checked_overrides(value: object) -> Mapping[str, MetadataValue] | None:
+    if value is None:
         return None
-    if not isinstance(given, Mapping):
-        raise OptionError(f"overrides={given!r}; give a mapping of metadata keys to values")
-    return MappingProxyType({_checked_key(key): _checked_value(key, given[key]) for key in sorted(given, key=str)})
+    if not isinstance(value, Mapping):
+        raise OptionError(f"overrides={value!r}; pass a mapping of metadata keys to values")
+    return MappingProxyType({_checked_key(key): _checked_value(key, value[key]) for key in sorted(value, key=str)})
 
 
 def _checked_key(key: object) -> str:
     if not isinstance(key, str) or not _OVERRIDE_KEY.fullmatch(key):
         raise OptionError(
-            f"overrides: {key!r} is no metadata key; give its full name, such as 'llama.rope.freq_base'"
+            f"overrides: {key!r} is not a metadata key; use its full name, such as 'llama.rope.freq_base'"
         )
     if len(key) > _OVERRIDE_BYTES:
         raise OptionError(f"overrides: a key of {len(key)} bytes; libllama takes at most {_OVERRIDE_BYTES}")
@@ -285,11 +289,11 @@ def _checked_value(key: str, value: object) -> MetadataValue:
         n_bytes = len(value.encode("utf-8", "surrogatepass"))
         if n_bytes > _OVERRIDE_BYTES or "\0" in value or n_bytes != len(value.encode("utf-8", "ignore")):
             raise OptionError(
-                f"{name} is no text that libllama takes: at most {_OVERRIDE_BYTES} bytes, none of them 0"
+                f"{name} is not a text for libllama; use at most {_OVERRIDE_BYTES} bytes of UTF-8 without 0"
             )
         return value
     if hasattr(value, "__index__"):
         return integer(name, value, 0, 2**32 - 1)
     if hasattr(value, "__float__"):
         return real(name, value, -_FLOAT32_MAX, _FLOAT32_MAX)
-    raise OptionError(f"{name}={value!r}; metadata is an int, a float, a bool or a text")
+    raise OptionError(f"{name}={value!r}; use an int, a float, a bool or a string")

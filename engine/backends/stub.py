@@ -1,9 +1,8 @@
-"""A backend without a model: deterministic, instant, and as strict as a real one.
+"""A backend without a model: deterministic, fast, and as strict as a real backend.
 
-Every position's "KV" is a number that depends on all tokens up to it, and the
-logits depend on the KV of every position held, so a single wrong position
-changes the reply. Its vocabulary is the bytes and an end token. All sequences
-take their cells from one pool, and may share them.
+The "KV" of a position is a number that depends on all tokens up to it, and the logits depend on the KV of all
+positions of a sequence. So a single wrong position changes the reply. The vocabulary has the bytes and an end
+token. All sequences take cells from one pool and may share them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.backend import Batch, Limits, NamespaceValue
+from erllama.cache.blocks.keys import NamespaceValue
+from erllama.engine.backend import Batch, Limits
 from erllama.errors import BackendError, CellsExhausted, OptionError, StateError
 
 EOG = 256
@@ -24,7 +24,7 @@ _HEADER = struct.Struct("<QII")
 
 
 class StubVocabulary:
-    """Ids 0 to 255 are bytes; 256 ends generation."""
+    """Ids 0 to 255 are bytes; 256 ends a generation."""
 
     n_tokens = EOG + 1
     longest_piece = 1
@@ -49,11 +49,11 @@ class StubBackend:
     """Computes replies from hashes.
 
     Args:
-        seed: two stubs with one seed are the same model.
-        n_ctx, n_batch, n_ubatch, n_sequences: sizes, as a real backend's; n_ctx is the pool's.
-        can_trim: False behaves as memory that cannot be cut: `cut` refuses,
-            and state can be packed only at a sequence's end.
-        eog_bias: added to the end token's logit.
+        seed: stubs with equal seeds are the same model.
+        n_ctx, n_batch, n_ubatch, n_sequences: sizes, as of a real backend. n_ctx is the size of the pool.
+        can_trim: False behaves like memory that cannot be cut: `cut` raises, and only the state at the end of a
+            sequence can be packed.
+        eog_bias: added to the logit of the end token.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class StubBackend:
         self._seed = np.uint64(seed)
         self._eog_bias = eog_bias
         self._kv = np.zeros(n_ctx, np.uint64)  # by cell
-        self._holders = np.zeros(n_ctx, np.int32)  # sequences that hold a cell
+        self._holders = np.zeros(n_ctx, np.int32)  # the number of sequences that hold a cell
         self._table = np.zeros((n_sequences, n_ctx), np.int32)  # the cell of each position of a sequence
         self._held = [0] * n_sequences
         self._places = (2 * np.arange(n_ctx, dtype=np.uint64) + 1) * _MIX
@@ -133,14 +133,14 @@ class StubBackend:
         if not 0 <= start < end <= held:
             raise BackendError(f"positions {start} to {end} of a sequence that holds {held}")
         if not self.limits.can_trim and end != held:
-            raise BackendError(f"this memory can be packed at its end, {held}, not at {end}")
+            raise BackendError(f"this memory can only be packed at its end, {held}, not at {end}")
         header = _HEADER.pack(int(self._seed), start, end)
         return np.frombuffer(header + self._values(sequence, start, end).tobytes(), np.uint8).copy()
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
         raw = bytes(payload)
         if len(raw) != _HEADER.size + 8 * (end - start) or _HEADER.unpack_from(raw) != (self._seed, start, end):
-            raise StateError("the payload is not of these positions")
+            raise StateError("the payload has other positions")
         if self._held[sequence] != start:
             raise StateError(f"positions from {start} on, in a sequence that holds {self._held[sequence]}")
         free = np.flatnonzero(self._holders == 0)[: end - start]
@@ -151,7 +151,7 @@ class StubBackend:
 
     def share(self, source: int, target: int, end: int) -> None:
         if not self.limits.can_trim:
-            raise BackendError("this memory is shared by sequences whole or not at all")
+            raise BackendError("sequences can share this memory only as a whole")
         if not 0 <= end <= self._held[source] or self._held[target]:
             raise BackendError(
                 f"positions 0 to {end} of a sequence that holds {self._held[source]}, "
@@ -177,7 +177,7 @@ class StubBackend:
 
     @property
     def cells_used(self) -> int:
-        """Cells that a sequence holds."""
+        """The number of cells in use."""
         return int(np.count_nonzero(self._holders))
 
     def abort(self, on: bool) -> None:

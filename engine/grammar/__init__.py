@@ -1,7 +1,7 @@
 """Grammars: what a reply may contain, and which tokens may come next.
 
-`grammar` is the entry point. It uses `llguidance_adapter` to compile, `triggers` for grammars that
-start later, and `forced_tokens` for text that is certain. `gbnf`, `lark_writer`, `expressions` and
-`automata` translate GBNF; `schemas` translates JSON schemas. Nothing here imports sampling, output
-or scheduling.
+`grammar` is the entry point: it compiles grammars with `llguidance_adapter` and makes matchers. `matcher` holds the
+state of a reply, `triggers` delays a grammar, and `forced_tokens` tokenizes forced text. `gbnf` parses GBNF into
+`expressions`; `lark_writer`, `rule_rewriting`, `terminals`, `adjacency` and `automata` translate them to Lark.
+`schemas` translates JSON schemas. Nothing here imports sampling, output or scheduling.
 """

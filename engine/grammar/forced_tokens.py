@@ -1,10 +1,9 @@
-"""How a model's own tokenizer writes bytes that are certain to come.
+"""The tokens in which the model's own tokenizer writes bytes that a grammar forces.
 
-A tokenizer's last tokens may change when text follows: `"na` is other tokens
-than the beginning of `"name"`. So only those are certain that it writes
-whatever comes next: what the whole has in common with every part of it that
-ends where a longer token could begin. Called by `engine.grammar.grammar`, which
-knows the bytes.
+The last tokens of a text may change when more text follows: `"na` has other tokens than the beginning of `"name"`.
+So only those tokens are forced that the tokenizer writes whatever follows. They are the common prefix of the whole
+text's tokens and of the tokens of each part that ends where a longer token could begin. `engine.grammar.matcher`
+calls this with the forced bytes.
 """
 
 from __future__ import annotations
@@ -13,94 +12,83 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from erllama.engine.backend import Vocabulary
+from erllama.engine.continuation_tokenizer import ContinuationTokenizer
 
-# Bytes looked at together: what comes later is spelled later.
+# Bytes that one call looks at. A later call handles the rest.
 _MAX_BYTES = 512
-# Tokens before that may join with what follows.
+# Preceding tokens that may join with the text that follows.
 _CONTEXT = 4
-# A character that no token joins with others, put before a text whose first word would get a space.
-_FENCE = b"\x02"
 
 
-class Spelling:
-    """Spells bytes in the tokens of one vocabulary. Thread-safe.
+class ForcedTokenizer:
+    """Finds the forced tokens of one vocabulary. Thread-safe.
 
     Args:
-        vocabulary: tokenizes; all in it are tokens of text but for those whose bytes are empty.
-        pieces: the bytes of all tokens, by id.
+        vocabulary: the model's vocabulary.
+        pieces: the bytes of all tokens, by id; empty for tokens without text.
     """
 
     def __init__(self, vocabulary: Vocabulary, pieces: Sequence[bytes]) -> None:
-        self._vocabulary, self._pieces = vocabulary, pieces
+        self._pieces = pieces
         self._sorted = sorted({piece for piece in pieces if piece})
         self._longest = max(map(len, self._sorted), default=0)
-        # A vocabulary without texts has no tokenizer either.
-        first = self._tokenized(b"a")[:1] if self._sorted else []
-        spaced = bool(first) and pieces[first[0]].startswith(b" ")
-        self._fence = self._tokenized(_FENCE) if spaced else []
+        # A vocabulary without texts has no tokenizer.
+        self._tokenizer = ContinuationTokenizer(vocabulary) if self._sorted else None
 
-    def certain(self, data: bytes, before: Sequence[int]) -> list[int]:
-        """The tokens that bytes begin with, whatever comes after them.
+    def tokenize(self, data: bytes, preceding: Sequence[int]) -> list[int]:
+        """The tokens that bytes begin with, whatever follows the bytes.
 
         Args:
             data: bytes of a text; they may end within a character.
-            before: the tokens that come before, the last of them at least.
+            preceding: the preceding tokens, at least the last one.
 
         Returns:
-            ids whose bytes are the beginning of `data`; [] where none is certain.
+            ids whose bytes are the beginning of `data`; [] if no token is forced.
         """
-        if not self._sorted:
+        if self._tokenizer is None:
             return []
         data = data[:_MAX_BYTES]
-        for n in range(min(_CONTEXT, len(before)), -1, -1):
-            context = list(before[len(before) - n :])
+        for n in range(min(_CONTEXT, len(preceding)), -1, -1):
+            context = list(preceding[len(preceding) - n :])
             start = b"".join(self._pieces[token] for token in context)
             text = _whole_characters(start + data)
             if len(text) <= len(start):
                 continue
-            ids = self._spelled(text)
+            ids = self._tokenizer.tokenize(text)
             if ids is not None and ids[:n] == context:
-                return self._kept(text, ids, len(start), n)
+                return self._common_tokens(self._tokenizer, text, ids, len(start), n)
         return []
 
-    def _kept(self, text: bytes, ids: list[int], start: int, n: int) -> list[int]:
-        """Of the tokens of a text those that all its possible goings on have in common, without the first n."""
+    def _common_tokens(
+        self, tokenizer: ContinuationTokenizer, text: bytes, ids: list[int], start: int, n: int
+    ) -> list[int]:
+        """The tokens of a text that all its possible continuations share, without the first n."""
         for end in range(len(text) - 1, max(start, len(text) - self._longest) - 1, -1):
             if len(ids) <= n:
                 return []
-            # Within a character nothing can be tokenized: what is certain before it is.
+            # A text cannot be tokenized up to the middle of a character. The tokens before the character are
+            # enough.
             if text[end] & 0xC0 != 0x80 and self._begins_longer(text[end:]):
-                ids = _in_common(ids, self._spelled(text[:end]) or [])
-        kept = ids[n:]
-        # A tokenizer that changes the text, as some do with spaces, cannot be followed.
-        spelled = b"".join(self._pieces[token] for token in kept)
-        return kept if text.startswith(spelled, start) and all(self._pieces[token] for token in kept) else []
+                ids = _shared_start(ids, tokenizer.tokenize(text[:end]) or [])
+        forced = ids[n:]
+        # Some tokenizers change the text, for example its spaces. Their tokens cannot be forced.
+        written = b"".join(self._pieces[token] for token in forced)
+        unchanged = text.startswith(written, start) and all(self._pieces[token] for token in forced)
+        return forced if unchanged else []
 
     def _begins_longer(self, part: bytes) -> bool:
-        """Whether a token begins with `part`, and has more. A character cut in two counts as begun."""
+        """Whether a token begins with `part` and is longer. A character cut in two counts as begun."""
         at = bisect_right(self._sorted, part)
         return at < len(self._sorted) and self._sorted[at].startswith(part)
 
-    def _spelled(self, text: bytes) -> list[int] | None:
-        """A text's tokens where it does not begin a text; None where that cannot be told."""
-        if not self._fence:
-            return self._tokenized(text)
-        ids = self._tokenized(_FENCE + text)
-        n = len(self._fence)
-        return ids[n:] if ids[:n] == self._fence else None
 
-    def _tokenized(self, text: bytes) -> list[int]:
-        ids: list[int] = self._vocabulary.tokenize(text, add_special=False, parse_special=False).tolist()
-        return ids
-
-
-def _in_common(ids: list[int], others: list[int]) -> list[int]:
+def _shared_start(ids: list[int], others: list[int]) -> list[int]:
     n = next((at for at, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other), None)
     return ids[: min(len(ids), len(others)) if n is None else n]
 
 
 def _whole_characters(text: bytes) -> bytes:
-    """Without the beginning of a character at the end; empty where the rest is no text."""
+    """The text without an incomplete character at its end; empty if the rest is not UTF-8."""
     for cut in range(min(4, len(text) + 1)):
         part = text[: len(text) - cut]
         try:

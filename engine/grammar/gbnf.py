@@ -1,16 +1,15 @@
-"""GBNF, the grammar language of llama.cpp, read as llama.cpp reads it.
+"""The parser of GBNF, the grammar language of llama.cpp.
 
-What `parse` takes and what it means is what `src/llama-grammar.cpp` of
-llama.cpp makes of it, oddities included: `[]` and `[^]` are the empty text,
-a range written backwards matches nothing, of two rules of one name the last
-counts, a repetition applies to a whole string. Stricter is one thing: a
-bound of more than 2000 repetitions is refused where llama.cpp takes some for
-no bound. Wider is another: left recursion, which llama.cpp refuses, is fine.
+`parse` accepts and interprets GBNF as `src/llama-grammar.cpp` of llama.cpp does, oddities included: `[]` and `[^]`
+are the empty text, a range with its ends swapped has no character, the last of two rules of one name counts, and a
+repetition applies to a whole string. The parser is stricter in one point: it refuses a bound of more than 2000
+repetitions, some of which llama.cpp treats as no bound. It accepts more in one point: left recursion, which
+llama.cpp refuses.
 
-Two differences follow from texts here being UTF-8: surrogates and numbers
-past U+10FFFF are no characters, and U+0000 is one like any other.
+Two differences follow from texts being UTF-8 here: surrogates and numbers above U+10FFFF are not characters, and
+U+0000 is an ordinary character.
 
-Called by `engine.grammar.grammar`; what becomes of the rules is `engine.grammar.lark_writer`'.
+Called by `engine.grammar.grammar`. `engine.grammar.lark_writer` translates the rules.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ from typing import NamedTuple, NoReturn
 from erllama.engine.grammar.expressions import (
     MAX_CODE_POINT,
     SURROGATES,
-    Kind,
-    Pool,
-    Token,
-    holds,
-    inverted,
-    normalized,
-    reached,
+    ExpressionKind,
+    ExpressionPool,
+    TokenReference,
+    complement,
+    normalize,
+    reachable_rules,
+    satisfying,
 )
 from erllama.errors import GrammarError
 
 # llama.cpp's MAX_REPETITION_THRESHOLD.
 _MAX_REPETITIONS = 2000
-# Parentheses within parentheses; every level takes a few frames of Python's stack later on.
+# Nested parentheses. Each level takes a few frames of Python's stack later.
 _MAX_NESTING = 100
 _MAX_RULES = 20_000
-# Separate ranges of a character class. All letters of Unicode are about 700.
+# Separate ranges of a character class. All letters of Unicode have about 700.
 _MAX_RANGES = 10_000
 _NAME = re.compile(r"[A-Za-z0-9-]+")
 _DIGITS = re.compile(r"[0-9]+")
@@ -45,27 +44,27 @@ _ESCAPES = {"t": "\t", "r": "\r", "n": "\n", "\\": "\\", '"': '"', "[": "[", "]"
 _SPACE = re.compile(r"(?:[ \t]|#[^\r\n]*)*")
 _SPACE_AND_NEWLINES = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
 _TOKEN = re.compile(r"<(?:\[([0-9]+)\]|(?!\[)[^>]*)>")
-# What stands for itself: in a string, and in a class, where it is not the start of a range.
+# Literal characters: in a string, and in a class, where they do not start a range.
 _PLAIN_TEXT = re.compile(r'[^"\\]+')
 _PLAIN_CLASS = re.compile(r"[^\]\\-]+(?!-)")
 _NEWLINE = re.compile(r"\r\n|\r|\n")
 
 
-class Rules(NamedTuple):
-    """A grammar that was read and found sound: every rule that `root` needs is there and has a text."""
+class ParsedGrammar(NamedTuple):
+    """A parsed grammar: it has every rule that `root` needs, and each rule has a text."""
 
-    pool: Pool
+    pool: ExpressionPool
     rules: dict[str, int]
     root: str
 
     @property
-    def tokens(self) -> list[Token]:
+    def tokens(self) -> list[TokenReference]:
         """The references to tokens, in no particular order."""
-        found = {id for rule in self.rules.values() for id in self.pool.below(rule)}
-        return [value for id in found if isinstance(value := self.pool[id].value, Token)]
+        found = {id for rule in self.rules.values() for id in self.pool.descendants(rule)}
+        return [value for id in found if isinstance(value := self.pool[id].value, TokenReference)]
 
 
-def parse(source: str, root: str = "root") -> Rules:
+def parse(source: str, root: str = "root") -> ParsedGrammar:
     """Read a grammar.
 
     Args:
@@ -76,7 +75,7 @@ def parse(source: str, root: str = "root") -> Rules:
         the rules that `root` leads to.
 
     Raises:
-        GrammarError: it is no GBNF, a rule is missing, or one matches no text that ends; with line and column.
+        GrammarError: the source is not GBNF, a rule is missing, or a rule has no finite text; with line and column.
     """
     parser = _Parser(source)
     parser.read()
@@ -85,12 +84,12 @@ def parse(source: str, root: str = "root") -> Rules:
     if root not in parser.rules:
         raise GrammarError(f"the grammar has no rule {root!r}; it has {_some(parser.rules)}")
     parser.check_references()
-    rules = reached(parser.pool, parser.rules, root)
-    have_texts = holds(parser.pool, rules, lambda id: id != parser.pool.nothing)
+    rules = reachable_rules(parser.pool, parser.rules, root)
+    have_texts = satisfying(parser.pool, rules, lambda id: id != parser.pool.empty_set)
     for name, id in rules.items():
         if id not in have_texts:
-            parser.fail(f"no text ever ends rule {name!r}", parser.defined[name])
-    return Rules(parser.pool, rules, root)
+            parser.fail(f"the rule {name!r} has no finite text", parser.defined[name])
+    return ParsedGrammar(parser.pool, rules, root)
 
 
 def _place(source: str, at: int) -> tuple[int, int]:
@@ -100,7 +99,7 @@ def _place(source: str, at: int) -> tuple[int, int]:
 
 
 def error_at(source: str, at: int, problem: str) -> GrammarError:
-    """An error that tells where, and shows what is there."""
+    """An error with line and column, which quotes the source there."""
     line, column = _place(source, at)
     shown = _NEWLINE.split(source[at : at + 40])[0]
     problem = f"{problem}: {shown!r}" if shown else problem
@@ -108,7 +107,7 @@ def error_at(source: str, at: int, problem: str) -> GrammarError:
 
 
 class _Group(NamedTuple):
-    """What is open between parentheses, or in a rule outside of any."""
+    """The options and items of an open parenthesis, or of a rule."""
 
     options: list[int]
     items: list[int]
@@ -119,7 +118,7 @@ class _Parser:
     def __init__(self, source: str) -> None:
         self.source = source
         self.at = 0
-        self.pool = Pool()
+        self.pool = ExpressionPool()
         self.rules: dict[str, int] = {}
         self.defined: dict[str, int] = {}
         self.references: dict[str, int] = {}
@@ -130,44 +129,44 @@ class _Parser:
     def read(self) -> None:
         bad = re.search("[\0\ud800-\udfff]", self.source)
         if bad is not None:
-            self.fail("a character that no text has", bad.start())
+            self.fail("a character that no text contains", bad.start())
         self._space(newlines=True)
         while self.at < len(self.source):
             self._rule()
 
     def check_references(self) -> None:
-        for id in sorted({id for rule in self.rules.values() for id in self.pool.below(rule)}):
+        for id in sorted({id for rule in self.rules.values() for id in self.pool.descendants(rule)}):
             name = self.pool[id].value
-            if self.pool[id].kind is Kind.REFERENCE and isinstance(name, str) and name not in self.rules:
+            if self.pool[id].kind is ExpressionKind.REFERENCE and isinstance(name, str) and name not in self.rules:
                 self.fail(f"there is no rule {name!r}", self.references[name])
 
     def _rule(self) -> None:
         start = self.at
-        name = self._take(_NAME, "the name of a rule was expected")
+        name = self._take(_NAME, "expected the name of a rule")
         self._space()
         if not self.source.startswith("::=", self.at):
-            self.fail("::= was expected")
+            self.fail("expected ::=")
         self.at += 3
         self._space(newlines=True)
-        # Of two definitions the last counts.
+        # The last of two definitions counts.
         self.rules[name] = self._alternatives()
         self.defined[name] = start
         if len(self.rules) > _MAX_RULES:
             self.fail(f"more than {_MAX_RULES} rules", start)
         if self.at < len(self.source) and not _NEWLINE.match(self.source, self.at):
-            self.fail("a new line was expected, or something that can stand in a rule")
+            self.fail("expected a new line or an element of a rule")
         self._space(newlines=True)
 
     def _alternatives(self) -> int:
-        """Everything after ::=, up to what cannot be part of it."""
-        open_ = [_Group([], [], self.at)]
+        """Parse the alternatives after ::=, up to the first character that cannot belong to them."""
+        pending = [_Group([], [], self.at)]
         while True:
-            nested, next_ = len(open_) > 1, self.source[self.at : self.at + 1]
-            group = open_[-1]
+            nested, next_ = len(pending) > 1, self.source[self.at : self.at + 1]
+            group = pending[-1]
             if next_ == "(":
-                if len(open_) > _MAX_NESTING:
+                if len(pending) > _MAX_NESTING:
                     self.fail(f"nested too deeply: more than {_MAX_NESTING} parentheses are open")
-                open_.append(_Group([], [], self.at))
+                pending.append(_Group([], [], self.at))
                 self.at += 1
                 self._space(newlines=True)
             elif next_ == "|":
@@ -176,17 +175,17 @@ class _Parser:
                 self.at += 1
                 self._space(newlines=True)
             elif next_ == ")" and nested:
-                open_.pop()
+                pending.pop()
                 self.at += 1
-                open_[-1].items.append(self._closed(group))
-                self._space(newlines=len(open_) > 1)
+                pending[-1].items.append(self._closed(group))
+                self._space(newlines=len(pending) > 1)
             elif next_ and next_ in "*+?{":
                 self._repetition(group.items, nested)
             elif (item := self._item(next_)) is not None:
                 group.items.append(item)
                 self._space(newlines=nested)
             elif nested:
-                self.fail("')' was expected" if next_ else "it is never closed", None if next_ else group.at)
+                self.fail("expected ')'" if next_ else "never closed", None if next_ else group.at)
             else:
                 return self._closed(group)
 
@@ -213,34 +212,34 @@ class _Parser:
     def _repetition(self, items: list[int], nested: bool) -> None:
         at, sign = self.at, self.source[self.at]
         if not items:
-            self.fail("there is nothing before it to repeat")
+            self.fail("the repetition has no element before it")
         self.at += 1
         self._space(newlines=nested)
-        least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(sign) or self._bounds(nested)
-        for bound in (least, most or 0):
+        minimum, maximum = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(sign) or self._bounds(nested)
+        for bound in (minimum, maximum or 0):
             if bound > _MAX_REPETITIONS:
                 self.fail(f"at most {_MAX_REPETITIONS} repetitions can be counted", at)
-        if most is not None and most < least:
-            self.fail(f"at least {least} repetitions, and at most {most}", at)
-        items[-1] = self.pool.repeat(items[-1], least, most)
+        if maximum is not None and maximum < minimum:
+            self.fail(f"at least {minimum} repetitions, and at most {maximum}", at)
+        items[-1] = self.pool.repeat(items[-1], minimum, maximum)
 
     def _bounds(self, nested: bool) -> tuple[int, int | None]:
-        least = self._number(nested)
-        most: int | None = least
+        minimum = self._number(nested)
+        maximum: int | None = minimum
         if self.source.startswith(",", self.at):
             self.at += 1
             self._space(newlines=nested)
-            most = self._number(nested) if _DIGITS.match(self.source, self.at) else None
+            maximum = self._number(nested) if _DIGITS.match(self.source, self.at) else None
         if not self.source.startswith("}", self.at):
-            self.fail("'}' was expected")
+            self.fail("expected '}'")
         self.at += 1
         self._space(newlines=nested)
-        return least, most
+        return minimum, maximum
 
     def _number(self, nested: bool) -> int:
-        digits = self._take(_DIGITS, "a number was expected").lstrip("0")
+        digits = self._take(_DIGITS, "expected a number").lstrip("0")
         self._space(newlines=nested)
-        # Nine digits are past every limit, and Python refuses thousands of them.
+        # Nine digits exceed every limit, and Python refuses thousands of digits.
         return int(digits[:9] or "0")
 
     def _string(self) -> int:
@@ -255,7 +254,7 @@ class _Parser:
             at = self.at
             point = self._char(start)
             if point > MAX_CODE_POINT or SURROGATES[0] <= point <= SURROGATES[1]:
-                self.fail(f"U+{point:04X} is no character; one past U+FFFF is written as \\U0001F600", at)
+                self.fail(f"U+{point:04X} is not a character; write one above U+FFFF as \\U0001F600", at)
             points.append(point)
         self.at += 1
         return self.pool.literal(points)
@@ -277,18 +276,18 @@ class _Parser:
             ranges.append((low, high))
         self.at += 1
         if not ranges:
-            return self.pool.empty
-        ranges = list(normalized(ranges))
+            return self.pool.empty_text
+        ranges = list(normalize(ranges))
         if len(ranges) > _MAX_RANGES:
             self.fail(
                 f"a character class of {len(ranges)} separate ranges; at most {_MAX_RANGES} are supported", start
             )
-        return self.pool.chars(inverted(ranges) if negated else ranges)
+        return self.pool.chars(complement(ranges) if negated else ranges)
 
     def _char(self, start: int) -> int:
-        """One character of a string or class that begins at `start`."""
+        """Parse one character of the string or class that begins at `start`."""
         if self.at >= len(self.source):
-            self.fail("it is never closed", start)
+            self.fail("never closed", start)
         char = self.source[self.at]
         if char != "\\":
             self.at += 1
@@ -298,7 +297,7 @@ class _Parser:
             self.at += 2
             return ord(_ESCAPES[escape])
         if escape not in _HEX:
-            self.fail("an escape that there is not")
+            self.fail("unknown escape")
         digits = self.source[self.at + 2 : self.at + 2 + _HEX[escape]]
         if not re.fullmatch(f"[0-9a-fA-F]{{{_HEX[escape]}}}", digits):
             self.fail(f"\\{escape} takes {_HEX[escape]} hexadecimal digits")
@@ -310,10 +309,12 @@ class _Parser:
         negated = self.source.startswith("!", at)
         found = _TOKEN.match(self.source, at + int(negated))
         if found is None:
-            self.fail("a token was expected, as <[1234]> or <|name|>")
+            self.fail("expected a token, such as <[1234]> or <|name|>")
         self.at = found.end()
         number = found.group(1)
-        return self.pool.token(Token(None if number is None else int(number[:18]), found.group(), negated, at))
+        return self.pool.token(
+            TokenReference(None if number is None else int(number[:18]), found.group(), negated, at)
+        )
 
     def _take(self, pattern: re.Pattern[str], problem: str) -> str:
         found = pattern.match(self.source, self.at)

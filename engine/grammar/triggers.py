@@ -1,4 +1,7 @@
-"""A grammar that begins where a trigger comes."""
+"""Lazy grammars: the grammar applies from the first trigger in the reply on.
+
+`engine.scheduling.model_context` makes the matchers, and the sequence of a reply owns one.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backend import Vocabulary
-from erllama.engine.grammar.grammar import Matcher
+from erllama.engine.grammar.matcher import Matcher
 from erllama.errors import GrammarError
 
 
 class LazyMatcher:
-    """Leaves everything possible until a trigger comes; from its first byte on, its matcher rules.
+    """Allows every token until a trigger appears, then applies its matcher from the trigger's first byte on.
 
     Args:
-        triggers: texts, looked for in the reply across the borders of tokens; the first by position begins the
-            grammar. And ids of tokens, which begin it themselves.
+        matcher: the matcher of the grammar, in its initial state.
+        triggers: texts and token ids. A text may cross the borders of tokens; the first by position starts the
+            grammar. A token id starts the grammar with that token.
     """
 
     def __init__(self, matcher: Matcher, vocabulary: Vocabulary, triggers: Sequence[str | int]) -> None:
@@ -30,7 +34,7 @@ class LazyMatcher:
 
     @property
     def begun(self) -> bool:
-        """Whether a trigger has come."""
+        """Whether a trigger has appeared."""
         return self._begun
 
     def allowed(self) -> NDArray[np.bool_] | None:
@@ -53,10 +57,10 @@ class LazyMatcher:
             self.read(self._vocabulary.piece(token))
 
     def read(self, text: bytes) -> None:
-        """Go on by a text that came in a token with something else.
+        """Advance by a text.
 
         Raises:
-            GrammarError: what follows the trigger in it is not of the grammar.
+            GrammarError: the text has a trigger, and the grammar does not allow the text after it.
         """
         self._recent += text
         found = [at for text in self._texts if (at := self._recent.find(text)) >= 0]
@@ -65,7 +69,7 @@ class LazyMatcher:
             begun = self._recent[min(found) :]
             if not self._matcher.accept_text(begun):
                 shown = begun.decode("utf-8", "replace")
-                raise GrammarError(f"the grammar does not go on from {shown!r}, where its trigger came")
+                raise GrammarError(f"the grammar does not allow {shown!r}, the text from its trigger on")
         elif self._texts:
-            # What is left may be the beginning of a trigger.
+            # The end of the text may be the beginning of a trigger.
             self._recent = self._recent[len(self._recent) - min(len(self._recent), self._longest - 1) :]

@@ -1,6 +1,6 @@
-"""The error for grammars that take more than is supported, while texts of them may exist.
+"""The error for grammars that are valid but exceed what is supported.
 
-The modules of grammars raise it; the chats relax the schemas of tools by it.
+The modules of grammars raise it. The chats catch it to relax the schemas of tools.
 """
 
 from __future__ import annotations
@@ -9,4 +9,4 @@ from erllama.errors import GrammarError
 
 
 class NotSupported(GrammarError):  # noqa: N818 - reads as what happened
-    """A grammar with a keyword, a combination or a size that is not supported."""
+    """A grammar has a keyword, a combination or a size that is not supported."""

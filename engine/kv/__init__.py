@@ -1,6 +1,6 @@
-"""The KV of one model: what is computed, restored and saved.
+"""The KV of one model: restored from the cache, computed, and saved to the cache.
 
-`sequence_kv` restores and saves the blocks of one sequence, `slices` decides where prefill is cut
-and which bits are reproducible, and `weights` checks that the model file is unchanged. Imports the
-cache; does not import scheduling.
+`prefix_cache` is the cache as the engine uses it, `sequence_kv` restores and saves the blocks of one
+sequence, `slices` decides where prefill is cut and which bits are reproducible, and `weights` checks
+that the model file is unchanged. Imports the cache; does not import scheduling.
 """

@@ -1,9 +1,8 @@
 """Whether a model's weights are still those that its KV is stored under.
 
-A backend may offer `weights_problem`, a function that returns why its weights
-may have changed since they were loaded, or an empty text. As long as there is
-a problem, KV is neither saved nor taken from the cache: every prompt is
-computed, and its KV is for that request alone.
+A backend may offer `weights_problem`, a function that returns why its weights may have changed since they were
+loaded, or an empty text. As long as there is a problem, KV is neither saved nor taken from the cache: every
+prompt is computed, and its KV is for that request alone.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ log = logger("erllama.engine")
 
 
 class Weights:
-    """The weights of one model, as far as the cache is concerned. Safe to use from any thread."""
+    """Checks the weights of one model. Safe to use from any thread."""
 
     def __init__(self, backend: Backend) -> None:
         self._find_problem: Callable[[], str] | None = getattr(backend, "weights_problem", None)
@@ -25,21 +24,21 @@ class Weights:
 
     @property
     def problem(self) -> str:
-        """Why KV of this model is neither saved nor taken from the cache; empty where it is."""
+        """Why the model's KV is neither saved nor reused; empty if it is saved and reused."""
         if self._find_problem is None:
             return ""
         try:
             return self._find_problem()
         except Exception as error:
-            return f"whether the weights have changed cannot be found out: {type(error).__name__}: {error}"
+            return f"whether the weights have changed cannot be determined: {type(error).__name__}: {error}"
 
     def intact(self) -> bool:
-        """Whether KV may be saved and taken from the cache. Logs a warning the first time that it may not."""
+        """Return whether KV may be saved and reused. Logs a warning the first time that it may not."""
         problem = self.problem
         if problem and not self._warned:
             self._warned = True
             log.warning(
-                "%s. The model goes on without the cache: its KV is neither saved nor reused. Load it again",
+                "%s. The model continues without the cache: its KV is neither saved nor reused. Load it again",
                 problem,
             )
         return not problem

@@ -1,4 +1,7 @@
-"""Grammars within the phases of a reply: thinking is free, the answer is kept to one grammar, calls to another."""
+"""Grammars within the phases of a reply: one for the answer, one for tool calls, none for thinking.
+
+`PhasedMatcher` is a matcher over the whole reply, for `Sequence`. It follows the reply's `PhaseTracker`.
+"""
 
 from __future__ import annotations
 
@@ -8,185 +11,195 @@ from copy import copy
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.grammar.grammar import Matcher
+from erllama.engine.grammar.matcher import Matcher
 from erllama.engine.grammar.triggers import LazyMatcher
-from erllama.engine.output.phases import PhaseTracker, Script
-from erllama.engine.output.stops import WHITE
+from erllama.engine.output.phases import PhaseTracker
+from erllama.engine.output.text import WHITE
+from erllama.engine.output.token_codec import TokenCodec
 from erllama.errors import GrammarError
 
 
 class PhasedMatcher:
-    """Chooses, token by token, which grammar rules.
+    """Chooses, token by token, which grammar is active.
 
     Args:
-        tracker: the reply's; it takes each token before this does.
-        answer: what the answer must be of, or None.
-        calls: what calls must be of, from their opening marker on, and all that follows; or None.
-        openings: tokens of what may come before an answer, though its grammar has it not.
-        closing: tokens that end thinking; none where nothing does.
+        tracker: the reply's tracker; it reads each token before this matcher does.
+        codec: encodes the model's tokens.
+        answer: the matcher of the answer, or None.
+        calls: the matcher of calls, from their opening marker on, and of all that follows; or None.
+        openings: the tokens of texts that may precede an answer, though its grammar does not contain them.
+        closing: tokens that end thinking; empty if none do.
         n_vocab: width of a mask.
-        answer_is_text: what looks like a marker within the answer is none. Otherwise the answer is a call.
+        answer_is_text: whether a marker within the answer is content. Otherwise the answer is a call.
     """
 
     def __init__(
         self,
         tracker: PhaseTracker,
-        script: Script,
+        codec: TokenCodec,
         answer: Matcher | LazyMatcher | None,
         calls: Matcher | None,
+        *,
         openings: Sequence[Sequence[int]],
         closing: Sequence[int],
         n_vocab: int,
-        *,
         answer_is_text: bool,
     ) -> None:
-        self._tracker, self._script = tracker, script
+        self._tracker, self._codec = tracker, codec
         self._answer, self._calls = answer, calls
         self._openings, self._closing, self._n_vocab = openings, closing, n_vocab
         self._answer_is_text = answer_is_text
-        self._ruling: Matcher | LazyMatcher | None = None
-        # Tokens of an opening that is not complete, and where the answer stands if they are the answer's.
-        self._opened: list[int] = []
-        self._instead: Matcher | None = None
+        self._active: Matcher | LazyMatcher | None = None
+        # The tokens of an incomplete opening, and the answer's matcher in case they belong to the answer.
+        self._opening: list[int] = []
+        self._alternative: Matcher | None = None
         self._was_thinking = tracker.phase == "thinking"
         if isinstance(answer, Matcher):
-            tracker.end_at_once()
-        if isinstance(of_calls := calls if answer_is_text else answer, Matcher):
-            tracker.follow(of_calls.fork())
-        if tracker.held and answer is not None and not answer_is_text:
-            self._begin_answer(answer, tracker.held)  # with what the prompt opened
+            tracker.end_at_first_marker()
+        if isinstance(call_matcher := calls if answer_is_text else answer, Matcher):
+            tracker.use_call_grammar(call_matcher.fork())
+        if tracker.buffer and answer is not None and not answer_is_text:
+            self._begin_answer(answer, tracker.buffer)  # with the marker that the prompt opened
+
+    # --- what may be sampled
 
     def allowed(self) -> NDArray[np.bool_] | None:
-        if self._ruling is not None:
-            return self._ruling.allowed()
-        if self._answer is None or not self._answering:
+        """Return the tokens that may be sampled, shape (n_vocab,); None for all."""
+        if self._active is not None:
+            return self._active.allowed()
+        if self._answer is None or not self._in_answer:
             return None
-        if self._opened and self._instead is None:
+        if self._opening and self._alternative is None:
             allowed = np.zeros(self._n_vocab, np.bool_)
-        elif (mask := (self._instead or self._answer).allowed()) is not None:
+        elif (mask := (self._alternative or self._answer).allowed()) is not None:
             allowed = mask.copy()
         else:
-            return None  # it waits for its trigger
-        allowed[self._following()] = True
+            return None  # the grammar waits for its trigger
+        allowed[self._next_of_openings()] = True
         return allowed
 
+    def forced(self) -> list[int]:
+        """Return the tokens that the active grammar leaves no choice about."""
+        return self._active.forced() if self._active is not None else []
+
     @property
-    def _answering(self) -> bool:
-        """Whether what comes is the answer's; a call is, where the answer must be one."""
+    def stopped(self) -> bool:
+        """Whether the active grammar is complete and allows no more text."""
+        return self._active is not None and self._active.stopped
+
+    @property
+    def _in_answer(self) -> bool:
+        """Whether the next token belongs to the answer. A call does, if the answer must be a call."""
         return self._tracker.phase != "thinking" and (not self._answer_is_text or self._tracker.phase == "text")
 
-    def _following(self) -> list[int]:
-        """Tokens by which an opening goes on."""
-        n = len(self._opened)
-        return [tokens[n] for tokens in self._openings if len(tokens) > n and list(tokens[:n]) == self._opened]
+    def _next_of_openings(self) -> list[int]:
+        """Return the tokens that continue an opening."""
+        n = len(self._opening)
+        return [tokens[n] for tokens in self._openings if len(tokens) > n and list(tokens[:n]) == self._opening]
 
-    def end_of_thought(self, token: int, *, ends_reply: bool) -> Sequence[int]:
-        """What ends thinking in place of a token drawn there, which may not come.
+    def thinking_end(self, token: int, *, ends_reply: bool) -> Sequence[int]:
+        """Return the tokens that end thinking in place of a sampled token that is not allowed there.
 
-        An answer is still to be begun: a token cannot end the reply, nor end thinking and go on as no answer
-        begins. The model meant the end, so its thinking ends as it would have, in other tokens.
+        An answer must still follow. So a token may not end the reply, and may not end thinking and continue with
+        text that begins no answer. The model meant to end thinking, so its thinking ends, with other tokens.
 
         Args:
-            ends_reply: the token does.
+            token: the sampled token.
+            ends_reply: whether it ends the reply.
 
         Returns:
-            ids; none where the token may come.
+            ids; empty if the token is allowed.
         """
         tracker, answer = self._tracker, self._answer
-        if self._ruling is not None or tracker.phase != "thinking" or not isinstance(answer, Matcher):
+        if self._active is not None or tracker.phase != "thinking" or not isinstance(answer, Matcher):
             return ()
         end = tracker.closing
         if not ends_reply:
             ahead = copy(tracker)
             ahead.feed(token)
-            begun = ahead.behind.lstrip(WHITE)
-            # What looks like a marker in an answer that is text is none, but only once its grammar rules.
+            begun = ahead.after_thinking.lstrip(WHITE)
+            # In an answer that is text, a marker is content, but only once its grammar is active.
             fits = ahead.phase == "text" or not self._answer_is_text
-            if not begun or (fits and self._taken(answer.fork(), begun)):
+            if not begun or (fits and self._accepts(answer.fork(), begun)):
                 return ()
-            end = self._script.of_token(token).removesuffix(ahead.behind)
-        return self._script.spelled(end) or self._closing
+            end = self._codec.encode_token(token).removesuffix(ahead.after_thinking)
+        return self._codec.exact_tokens(end) or self._closing
 
-    def forced(self) -> list[int]:
-        return self._ruling.forced() if self._ruling is not None else []
-
-    @property
-    def stopped(self) -> bool:
-        return self._ruling is not None and self._ruling.stopped
+    # --- following the reply
 
     def accept(self, token: int) -> None:
-        """Go on by a token that the tracker has taken.
+        """Advance by a token that the tracker has read.
 
         Raises:
             GrammarError: it was not allowed.
         """
         tracker = self._tracker
         was_thinking, self._was_thinking = self._was_thinking, tracker.phase == "thinking"
-        if self._ruling is not None:
-            self._ruling.accept(token)
+        if self._active is not None:
+            self._active.accept(token)
         elif tracker.kind == "call" and self._calls is not None:
-            self._opened, self._instead = [], None
+            self._opening, self._alternative = [], None
             self._begin_call(self._calls)
-        elif self._answer is None or not self._answering:
-            self._opened, self._instead = [], None
+        elif self._answer is None or not self._in_answer:
+            self._opening, self._alternative = [], None
         elif was_thinking:
-            self._begin_answer(self._answer, tracker.behind.lstrip(WHITE))
+            self._begin_answer(self._answer, tracker.after_thinking.lstrip(WHITE))
         else:
-            self._take(self._answer, token)
+            self._accept_before_answer(self._answer, token)
 
-    def _take(self, answer: Matcher | LazyMatcher, token: int) -> None:
-        """A token of an opening, of the answer, or, until it is known, of either."""
+    def _accept_before_answer(self, answer: Matcher | LazyMatcher, token: int) -> None:
+        """Accept a token of an opening, of the answer, or, until that is known, of either."""
         if isinstance(answer, LazyMatcher):
             answer.accept(token)
             if answer.begun:
-                self._rule(answer)
-        elif token in self._following():
-            self._instead = _gone_on(self._instead if self._opened else answer.fork(), token)
-            self._opened.append(token)
-            if any(list(tokens) == self._opened for tokens in self._openings):
-                self._opened, self._instead = [], None
+                self._activate(answer)
+        elif token in self._next_of_openings():
+            self._alternative = _advanced(self._alternative if self._opening else answer.fork(), token)
+            self._opening.append(token)
+            if any(list(tokens) == self._opening for tokens in self._openings):
+                self._opening, self._alternative = [], None
         else:
-            ruling = self._instead if self._opened and self._instead is not None else answer
-            ruling.accept(token)
-            self._rule(ruling)
+            matcher = self._alternative if self._opening and self._alternative is not None else answer
+            matcher.accept(token)
+            self._activate(matcher)
 
-    def _rule(self, answer: Matcher | LazyMatcher) -> None:
-        self._ruling = answer
+    def _activate(self, answer: Matcher | LazyMatcher) -> None:
+        self._active = answer
         if self._answer_is_text:
-            self._tracker.settle()
+            self._tracker.treat_rest_as_text()
 
     def _begin_answer(self, answer: Matcher | LazyMatcher, begun: str) -> None:
-        """What came with the end of thinking, or of the prompt, is the beginning of what follows; as script."""
+        """Begin the answer with encoded text that arrived with the end of thinking, or of the prompt."""
         if isinstance(answer, LazyMatcher):
-            for part in self._script.runs(begun):
+            for part in self._codec.split(begun):
                 answer.read(part) if isinstance(part, bytes) else answer.accept(part)
             if answer.begun:
-                self._rule(answer)
+                self._activate(answer)
         elif begun:
-            if not self._taken(answer, begun):
-                said = self._script.written(begun)
-                raise GrammarError(f"the grammar does not begin with {said!r}, which came before the answer")
-            self._rule(answer)
+            if not self._accepts(answer, begun):
+                text = self._codec.decode(begun)
+                raise GrammarError(f"the grammar does not begin with {text!r}, which came before the answer")
+            self._activate(answer)
 
     def _begin_call(self, calls: Matcher) -> None:
-        """The grammar of calls takes what there is of one; where it does not, the call is left to the model."""
+        """Activate the grammar of calls if it accepts the call so far. Otherwise the call is unconstrained."""
         self._calls = None
-        if self._taken(calls, self._tracker.call + self._tracker.held):
-            self._ruling = calls
+        if self._accepts(calls, self._tracker.call + self._tracker.buffer):
+            self._active = calls
 
-    def _taken(self, matcher: Matcher, script: str) -> bool:
-        """Whether a matcher goes on by all of a script; where not, it is of no more use."""
-        for part in self._script.runs(script):
+    def _accepts(self, matcher: Matcher, encoded: str) -> bool:
+        """Advance a matcher by a text. Returns False if it does not accept all of it; it is then unusable."""
+        for part in self._codec.split(encoded):
             if isinstance(part, bytes):
                 if not matcher.accept_text(part):
                     return False
-            elif _gone_on(matcher, part) is None:
+            elif _advanced(matcher, part) is None:
                 return False
         return True
 
 
-def _gone_on(matcher: Matcher | None, token: int) -> Matcher | None:
-    """A matcher after a token; None where it does not take it."""
+def _advanced(matcher: Matcher | None, token: int) -> Matcher | None:
+    """Advance a matcher by a token. Returns it, or None if it does not accept the token."""
     if matcher is not None:
         try:
             matcher.accept(token)

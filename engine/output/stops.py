@@ -1,20 +1,22 @@
-"""Finds texts in a text that comes in pieces, wherever the pieces are cut: stop strings, and markers of phases."""
+"""Finds stop strings and markers in text that arrives in pieces, however it is cut.
+
+`TextFinder` searches for several texts at once. `StopScanner` releases text up to the first stop string. Used by
+`Reply` and `PhaseTracker`, in the model thread.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# What belongs to nobody between the phases of a reply.
-WHITE = " \t\r\n"
+from erllama.engine.output.text import WHITE
 
 
 class TextFinder:
     """Finds the first of several texts.
 
-    The first by position wins; of several that begin at one place, the shortest,
-    or the `longest`. So where one is complete while another that wins over it may
-    still become so, that is to be awaited. The outcome depends on the text alone,
-    never on how it was cut into pieces.
+    The first by position wins. Of several that begin at one position, the shortest wins, or the `longest`. So while
+    a text that would win may still be completed by the next piece, the finder waits for that piece. The outcome
+    depends on the text alone, never on how it was cut into pieces.
     """
 
     def __init__(self, texts: Sequence[str], *, longest: bool = False) -> None:
@@ -26,83 +28,84 @@ class TextFinder:
     def __bool__(self) -> bool:
         return bool(self._texts)
 
-    def find(self, held: str, *, ended: bool = False) -> tuple[int, str | None]:
-        """Where the first text is, and which; or, and None, up to where there is none, whatever comes next.
+    def find(self, buffer: str, *, ended: bool = False) -> tuple[int, str | None]:
+        """Return the position of the first text, and the text.
+
+        If there is none, return the position up to which none can begin, whatever follows, and None.
 
         Args:
-            ended: nothing comes next.
+            ended: whether no more text follows.
         """
-        found = [(at, self._sign * len(text), text) for text in self._texts if (at := held.find(text)) >= 0]
-        begun = len(held) if ended else self._begun(held)
+        found = [(at, self._sign * len(text), text) for text in self._texts if (at := buffer.find(text)) >= 0]
+        partial = len(buffer) if ended else self._find_partial(buffer)
         if found:
             at, _, text = min(found)
-            if at < begun or (at == begun and self._sign > 0):
+            if at < partial or (at == partial and self._sign > 0):
                 return at, text
-        return begun, None
+        return partial, None
 
-    def _begun(self, held: str) -> int:
-        """Where the first text begins that `held` ends within; the length of `held` if none does."""
-        n = len(held)
+    def _find_partial(self, buffer: str) -> int:
+        """Return where the first text begins that `buffer` ends within; the buffer's length if there is none."""
+        n = len(buffer)
         for at in range(max(n - self._longest + 1, 0), n):
-            if held[at] in self._first:
-                rest = held[at:]
+            if buffer[at] in self._first:
+                rest = buffer[at:]
                 if any(len(text) > n - at and text.startswith(rest) for text in self._texts):
                     return at
         return n
 
 
 class StopScanner:
-    """Lets text through up to the first stop string.
+    """Releases text up to the first stop string.
 
-    White space that is nobody's, before a text that follows another phase, is no
-    place for a stop string of white space alone: what every thought ends with
-    would else end the answer before it began.
+    A stop string of white space alone is not searched for in the white space between another phase and a text.
+    Otherwise the white space that ends every thought would end the answer before it began.
 
     Attributes:
-        matched: the stop string that was found; nothing comes after it.
+        matched: the stop string that was found; all text after it is dropped.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = TextFinder(stops)
-        self._written = TextFinder([text for text in stops if text.strip(WHITE)])
-        self._leading = False
-        self._held = ""
+        self._visible_stops = TextFinder([text for text in stops if text.strip(WHITE)])
+        self._in_leading_white = False
+        self._buffer = ""
         self.matched: str | None = None
 
     @property
     def holding(self) -> bool:
-        """Whether text is held back."""
-        return bool(self._held)
+        """Whether some text is not released yet."""
+        return bool(self._buffer)
 
     def begin(self) -> None:
-        """Another text begins, and white space before it is nobody's."""
-        self._leading = True
+        """Begin a text that follows another phase."""
+        self._in_leading_white = True
 
     def feed(self, text: str) -> str:
-        """Take the next piece; the text that can be let go."""
+        """Add the next piece. Returns the text that is released."""
         if not self._stops:
             return text
-        return self._let_go(text, ended=False)
+        return self._release(text, ended=False)
 
     def flush(self) -> str:
-        """The end of a text: what was held back and is no stop string. Another text may follow."""
-        return self._let_go("", ended=True)
+        """End a text. Returns the rest of it, which is not a stop string. Another text may follow."""
+        return self._release("", ended=True)
 
-    def _let_go(self, text: str, *, ended: bool) -> str:
+    def _release(self, text: str, *, ended: bool) -> str:
         if self.matched is not None:
             return ""
-        held = self._held + text
-        at, self.matched = self._find(held, ended)
-        self._held = "" if self.matched is not None else held[at:]
-        return held[:at]
+        buffer = self._buffer + text
+        at, self.matched = self._find(buffer, ended)
+        self._buffer = "" if self.matched is not None else buffer[at:]
+        return buffer[:at]
 
-    def _find(self, held: str, ended: bool) -> tuple[int, str | None]:
-        if not self._leading:
-            return self._stops.find(held, ended=ended)
-        begin = len(held) - len(held.lstrip(WHITE))
-        at, found = self._written.find(held, ended=ended)
-        if at < begin or begin == len(held):
+    def _find(self, buffer: str, ended: bool) -> tuple[int, str | None]:
+        if not self._in_leading_white:
+            return self._stops.find(buffer, ended=ended)
+        begin = len(buffer) - len(buffer.lstrip(WHITE))
+        at, found = self._visible_stops.find(buffer, ended=ended)
+        if at < begin or begin == len(buffer):
             return at, found
-        self._leading = False
-        at, found = self._stops.find(held[begin:], ended=ended)
+        self._in_leading_white = False
+        at, found = self._stops.find(buffer[begin:], ended=ended)
         return begin + at, found

@@ -1,16 +1,21 @@
-"""Bytes of tokens to text that never splits a character."""
+"""Decodes the bytes of tokens as text, without ever splitting a character.
+
+Used by `Reply` and the chats' history. Also defines the white space between the parts of a reply.
+"""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
 
+# The white space that belongs to no phase of a reply, and to no tool call.
+WHITE = " \t\r\n"
 # Bytes of the longest character, without its last.
 _MOST_BEGUN = 3
 
 
 def unfinished(pieces: Iterable[bytes]) -> bytes:
-    """The bytes of a character that some text ends within; empty where it ends with a whole one, or with none.
+    """Return the bytes of the character that a text ends within; empty if it ends with a complete one.
 
     Args:
         pieces: of the text, the last one first.
@@ -29,13 +34,13 @@ def unfinished(pieces: Iterable[bytes]) -> bytes:
 
 
 class TextDecoder:
-    """Decodes UTF-8 as it arrives; holds the start of a character back until its end is there.
+    """Decodes UTF-8 as it arrives, and buffers the start of a character until its end arrives.
 
     Args:
-        begun: the bytes of a character that what comes may complete; they are no text of their own.
+        begun: the bytes of a character that the next bytes may complete; they are no text of their own.
 
     Attributes:
-        within: a character has begun and is not complete.
+        within: whether a character has begun and is not complete.
     """
 
     def __init__(self, begun: bytes = b"") -> None:
@@ -44,7 +49,7 @@ class TextDecoder:
         self.within = bool(begun)
 
     def feed(self, piece: bytes) -> str:
-        """The text that is complete now; bytes that can be no UTF-8 become U+FFFD."""
+        """Return the text that is complete now. Bytes that cannot be UTF-8 become U+FFFD."""
         if not self.within and piece.isascii():
             return piece.decode()
         text = self._decoder.decode(piece)
@@ -52,6 +57,6 @@ class TextDecoder:
         return text
 
     def finish(self) -> str:
-        """What is left: U+FFFD for a character that never ended."""
+        """Return the rest: U+FFFD for a character that never ended."""
         self.within = False
         return self._decoder.decode(b"", final=True)

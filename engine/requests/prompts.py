@@ -1,8 +1,7 @@
-"""Text to the tokens of a prompt, with the tokens that the model wants around it: BOS before it, EOS behind it.
+"""Text to the tokens of a prompt, with the BOS and EOS tokens that the model wants, each once.
 
-Texts that come from chat templates often have their BOS written out. It is then
-the one that the model wants, and no second one is added. Callers that need the
-BOS or EOS of a vocabulary ask here, so that every method of a model has the
+Texts from chat templates often contain their BOS spelled out. That is then the BOS of the prompt, and no second
+one is added. Callers that need the BOS or EOS of a vocabulary ask here, so that every method of a model has the
 same answer.
 """
 
@@ -26,7 +25,7 @@ class PromptTokenizer:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        # Found by a text that has no special token itself.
+        # Found by means of a text that has no special token itself.
         text = vocabulary.tokenize("a", add_special=False).tolist()
         whole = vocabulary.tokenize("a", add_special=True).tolist()
         n = len(text)
@@ -35,10 +34,10 @@ class PromptTokenizer:
         self.last: list[int] = [] if at is None else whole[at + n :]
 
     def tokenize(self, text: str | bytes) -> NDArray[np.int32]:
-        """Ids of a prompt, int32, shape (n,): special tokens are read, and those around it are there once."""
+        """Return the ids of a prompt, int32, shape (n,). Special tokens in the text are parsed."""
         ids = self._vocabulary.tokenize(text, add_special=False, parse_special=True)
-        first = [] if self._begins(ids) else self.first
-        last = [] if self._ends(ids) else self.last
+        first = [] if self._has_first(ids) else self.first
+        last = [] if self._has_last(ids) else self.last
         if not first and not last:
             return ids
         return np.concatenate([np.array(first, np.int32), ids, np.array(last, np.int32)])
@@ -47,7 +46,7 @@ class PromptTokenizer:
         """Refuse texts that cannot fit the context together, without tokenizing them.
 
         Raises:
-            PromptTooLong: they have more bytes than so many of the longest tokens.
+            PromptTooLong: they have more bytes than `n_ctx` of the longest tokens.
         """
         longest: int = getattr(self._vocabulary, "longest_piece", 0)
         if not longest or longest * n_ctx >= _MOST_UTF8 * sum(map(len, texts)):
@@ -59,9 +58,9 @@ class PromptTokenizer:
                 "fit; shorten it, or load the model with a larger n_ctx"
             )
 
-    def _begins(self, ids: NDArray[np.int32]) -> bool:
+    def _has_first(self, ids: NDArray[np.int32]) -> bool:
         return bool(ids[: len(self.first)].tolist() == self.first)
 
-    def _ends(self, ids: NDArray[np.int32]) -> bool:
+    def _has_last(self, ids: NDArray[np.int32]) -> bool:
         n = len(self.last)
         return bool(ids[len(ids) - n :].tolist() == self.last) if n <= len(ids) else False

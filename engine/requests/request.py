@@ -1,4 +1,7 @@
-"""A request and what comes of it: options, events, the result. Plain immutable values."""
+"""A request, its options, its events and its result, as immutable values.
+
+Callers make a `Request`; the engine returns events and a `Completion`. Options are checked when they are made.
+"""
 
 from __future__ import annotations
 
@@ -13,45 +16,46 @@ from numpy.typing import NDArray
 from erllama.cache import KEY_BYTES
 from erllama.checks import boolean, encodable, integer, real, shown
 from erllama.engine.grammar.grammar import Grammar
-from erllama.engine.output.phases import PhaseOptions
-from erllama.engine.sampling.sampler import SamplingOptions, SamplingState, TokenLogprobs
+from erllama.engine.output.phase_options import PhaseOptions
+from erllama.engine.sampling.options import SamplingOptions
+from erllama.engine.sampling.sampler import SamplingState, TokenLogprobs
 from erllama.engine.speculation import Drafter, Drafts
 from erllama.errors import OptionError
 
 FinishReason = Literal["stop", "length", "context_full", "cancelled", "tool_calls"]
 HitKind = Literal["cold", "partial", "exact"]
 
-MOST_SPECULATIVE = 64  # beyond that, hardly a draft comes true
+MOST_SPECULATIVE = 64  # beyond that, hardly any draft is accepted
 MOST_LOGPROBS = 100  # as many as a person, or an evaluation, ever looks at; a row of them is built per token
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """What a caller may ask of one completion.
+    """The options of one completion.
 
     Attributes:
-        max_tokens: most tokens of the reply; None for as many as the context holds.
-        sampling: how tokens are drawn.
-        reproducible: resume only where the reply is, bit for bit, that of a
-            cold run. Costs some warmth: up to one micro-batch is computed again.
-        cache_salt: shares cached KV only with requests of the same salt; None with those of none.
-        parent_key: the `finish_key` of the context that the prompt goes on from: where its save is
-            still in flight, that is waited for.
-        stop: texts at which the reply ends; the first by position wins, and is not part of it. The text of a
+        max_tokens: most tokens of the reply; None for as many as fit the context.
+        sampling: how tokens are sampled.
+        reproducible: reuse KV only where the reply is, bit for bit, that of a cold run. Reuses less of the cache:
+            up to one micro-batch is computed again.
+        cache_salt: shares cached KV only with requests of the same salt; None with requests without a salt.
+        parent_key: the `finish_key` of the context that the prompt continues. If its save is in flight, the
+            request waits for it.
+        stop: texts at which the reply ends; the first by position wins, and is not part of the reply. The text of a
             special token stops at that token, too.
-        stop_token_ids: ids of tokens at which the reply ends, wherever they come; not part of its text.
-        logprobs: how many of the most likely tokens to tell the probabilities of, beside those of the
-            tokens drawn; None for none at all.
-        session_id: keeps the context in its cells for the session's next request; a name.
-        timeout: seconds from the call in which the reply must be done; None for any time.
-        sampling_state: where the draws of another reply ended, to go on from there; None to begin anew.
-        grammar: the language that the reply must be of; None for any text.
-        grammar_triggers: texts, and ids of tokens, at the first of which the grammar begins, itself a part of it;
-            none of them for a grammar that the whole reply must be of.
-        speculative: makes, of a prompt, what drafts tokens to be computed ahead; None for nothing ahead. Without
-            effect where memory cannot be cut.
+        stop_token_ids: ids of tokens at which the reply ends, in any phase; not part of its text.
+        logprobs: how many of the most likely tokens to report the log-probabilities of, beside that of each sampled
+            token; None to report none.
+        session_id: a name. The context stays in its cells for the next request with the same name.
+        timeout: seconds from the call in which the reply must be done; None for no limit.
+        sampling_state: continues the random draws of another reply; None to start new ones.
+        grammar: the language that the reply must match; None for any text.
+        grammar_triggers: texts and token ids. The grammar begins at the first of them in the reply, which is a part
+            of it. Empty for a grammar that the whole reply must match.
+        speculative: called with a prompt, returns the drafter of tokens to compute ahead; None to compute none.
+            Without effect where memory cannot be trimmed.
         speculative_tokens: most tokens computed ahead at once.
-        phases: how thinking and tool calls are told from the answer; None for a reply that is all text.
+        phases: how thinking and tool calls are separated from the answer; None for a reply that is all text.
     """
 
     max_tokens: int | None = None
@@ -97,28 +101,35 @@ class RequestOptions:
         most = integer("speculative_tokens", self.speculative_tokens, 1, MOST_SPECULATIVE)
         put(self, "speculative_tokens", most)
         if self.speculative is not None and not callable(self.speculative):
-            raise OptionError(f"speculative={self.speculative!r:.80}; give a maker of drafters, or None")
+            raise OptionError(
+                f"speculative={self.speculative!r:.80}; give a function that makes a drafter, or None"
+            )
+        if self.sampling_state is not None and not isinstance(self.sampling_state, SamplingState):
+            raise OptionError(
+                f"sampling_state={shown(self.sampling_state)}; give the sampling_state of a Completion, or None"
+            )
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Raise OptionError for options that exclude each other."""
         if self.speculative is not None and self.reproducible:
-            raise OptionError("speculative computes tokens together, and reproducible one by one; leave one out")
+            raise OptionError(
+                "speculative computes tokens together, and reproducible one by one; leave one of them out"
+            )
         if self.phases is not None and self.phases.calls_only and self.grammar is not None:
-            raise OptionError("a grammar for a reply that must be a tool call; leave one of them out")
-        if self.sampling_state is not None:
-            if not isinstance(self.sampling_state, SamplingState):
-                raise OptionError(
-                    f"sampling_state={shown(self.sampling_state)}; give the sampling_state of a Completion, or None"
-                )
-            if self.sampling.seed not in (None, self.sampling_state.seed):
-                raise OptionError(
-                    f"seed={self.sampling.seed} beside a sampling_state, which goes on with seed "
-                    f"{self.sampling_state.seed}; leave one out"
-                )
+            raise OptionError("grammar beside a tool choice that requires a call; leave one of them out")
+        state, seed = self.sampling_state, self.sampling.seed
+        if state is not None and seed not in (None, state.seed):
+            raise OptionError(
+                f"seed={seed} beside a sampling_state, which continues with seed {state.seed}; leave one out"
+            )
 
 
 def _stop_strings(stop: object) -> tuple[str, ...]:
-    found = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(found, list | tuple) or not all(isinstance(text, str) and text for text in found):
+    texts = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
         raise OptionError(f"stop={shown(stop)}; give a text, or a list of them, none of them empty")
-    return tuple(encodable("stop", text) for text in found)
+    return tuple(encodable("stop", text) for text in texts)
 
 
 def _stop_token_ids(given: object) -> tuple[int, ...]:
@@ -128,16 +139,16 @@ def _stop_token_ids(given: object) -> tuple[int, ...]:
 
 
 def _triggers(given: object, grammar: Grammar | None) -> tuple[str | int, ...]:
-    found = (given,) if isinstance(given, str | int) else given
-    if not isinstance(found, list | tuple) or not all(
+    triggers = (given,) if isinstance(given, str | int) else given
+    if not isinstance(triggers, list | tuple) or not all(
         trigger if isinstance(trigger, str) else integer("each of grammar_triggers", trigger, 0) >= 0
-        for trigger in found
+        for trigger in triggers
     ):
         raise OptionError(f"grammar_triggers={shown(given)}; give texts, none of them empty, or ids of tokens")
-    if found and grammar is None:
+    if triggers and grammar is None:
         raise OptionError("grammar_triggers without a grammar; give one, as grammar=, json_schema= or regex=")
     return tuple(
-        encodable("grammar_triggers", trigger) if isinstance(trigger, str) else trigger for trigger in found
+        encodable("grammar_triggers", trigger) if isinstance(trigger, str) else trigger for trigger in triggers
     )
 
 
@@ -147,9 +158,9 @@ class Request:
 
     Attributes:
         prompt: ids, int32, shape (n,).
-        options: what is asked.
-        n_scored: of how many of the prompt's last tokens the log-probabilities are told; less than n. With
-            max_tokens=0 and logprobs: the completion's are those tokens'.
+        options: its options.
+        n_scored: how many of the prompt's last tokens to score; less than n. With max_tokens=0 and logprobs: the
+            completion's log-probabilities are those of these tokens.
     """
 
     prompt: NDArray[np.int32]
@@ -159,12 +170,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class CacheHit:
-    """How much of a prompt was warm.
+    """How much of a prompt was reused.
 
     Attributes:
-        kind: "exact" when all of it was (the last token is always computed,
-            for its logits), "partial" when some was, "cold" when none was.
-        tier: the slowest tier that gave some of it; None for a cold one.
+        kind: "exact" if all of it was (the last token is always computed, for its logits), "partial" if a part
+            was, "cold" if none was.
+        tier: the slowest tier that a part came from; None for a cold one.
         tokens: prompt tokens that were not computed again.
     """
 
@@ -174,11 +185,11 @@ class CacheHit:
 
 
 class CacheDelta(NamedTuple):
-    """What a request took from the cache, and what it left there, in tokens.
+    """The tokens that a request read from the cache, and those that it added.
 
     Attributes:
-        read: of the prompt, that were not computed.
-        created: of prompt and reply, that are stored now and were not when it began.
+        read: prompt tokens that were not computed.
+        created: tokens of prompt and reply that are stored now and were not when the request began.
     """
 
     read: int
@@ -187,12 +198,12 @@ class CacheDelta(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds a request spent, and the tokens it spent them on.
+    """Where a request's time went, in seconds, and the tokens computed in it.
 
     Attributes:
         queued: waiting for the model.
         restore: looking up and restoring from the cache.
-        prefill: computing the rest of the prompt, to the first token.
+        prefill: computing the rest of the prompt, up to the first token.
         decode: from the first token of the reply to its last.
         prefill_tokens: prompt tokens computed.
         decode_tokens: reply tokens after the first.
@@ -207,7 +218,7 @@ class Timings:
 
     @property
     def total(self) -> float:
-        """From the start of the work to its end, without the wait."""
+        """Seconds from the start of the work to its end, without `queued`."""
         return self.restore + self.prefill + self.decode
 
 
@@ -216,28 +227,29 @@ class Completion:
     """A reply.
 
     Attributes:
-        text: the reply as text, without thinking and tool calls; bytes that are no UTF-8 appear as U+FFFD.
-        tokens: ids of the reply, an end token not among them, those of a stop string and a stop token among them.
+        text: the reply as text, without thinking and tool calls; bytes that are not UTF-8 appear as U+FFFD.
+        tokens: ids of the reply, without an end-of-generation token, with the tokens of a stop string and a stop
+            token.
         context_tokens: ids of prompt and reply.
-        finish_reason: "stop" at an end-of-generation token or a stop string, "length" at
-            max_tokens, "context_full" when no cell was left, "cancelled"; in chats "tool_calls", for a call.
-        finish_key: names the stored context of this reply; None when nothing was stored.
-        cache: how much of the prompt was warm.
-        drafts: what speculation did, where it was asked for.
-        cache_delta: tokens of the context that the cache gave, and those that it got.
-        seed: the seed the draws used.
-        sampling_state: where the draws stand; a request for more that is given it draws what this one would have.
+        finish_reason: "stop" at an end-of-generation token or a stop string, "length" at max_tokens,
+            "context_full" if no cell was left, "cancelled"; in chats "tool_calls", for a call.
+        finish_key: names the stored context of this reply; None if it is not stored.
+        cache: how much of the prompt was reused.
+        drafts: the results of speculation, if it was requested.
+        cache_delta: tokens read from the cache, and tokens added to it.
+        seed: the seed of the random draws.
+        sampling_state: the state of the random draws. A request that continues this one with it samples what this
+            one would have sampled.
         timings: where the time went.
-        stop_sequence: the stop string that ended it, or the text of the stop token; None where none did.
-        stop_token: the token that ended it, of `stop_token_ids`, or of a stop string that is a special token's
-            text; None where none did. It is the last of `tokens`, unless it ends generation by itself.
-        logprobs: one for each of `tokens`, where asked for; else None.
-        thinking: what it thought, where that is told apart.
-        thinking_signature: HMAC-SHA256 of `thinking` where a key was given, else b""; None where it did not
-            come to the end of a thought.
-        raw_tool_calls: each call as it was written, from its opening marker to its closing one, special tokens
-            written out; where they are told apart.
-        tool_call_places: for each of these, how many characters of `text` the model wrote before it.
+        stop_sequence: the stop string that ended the reply, or the text of the stop token; None if neither did.
+        stop_token: the token that ended the reply, of `stop_token_ids`, or of a stop string that is a special
+            token's text; None if none did. It is the last of `tokens`, unless it ends generation by itself.
+        logprobs: one for each of `tokens`, if requested; else None.
+        thinking: the thinking, if the phases are separated.
+        thinking_signature: HMAC-SHA256 of `thinking` if a key was given, else b""; None if no thought ended.
+        raw_tool_calls: each call as the model wrote it, from its opening marker to its closing one, special tokens
+            spelled out; if the phases are separated.
+        tool_call_places: for each of these, the number of characters of `text` before it.
     """
 
     text: str
@@ -265,9 +277,9 @@ class TextDelta:
     """A piece of the reply's text.
 
     Attributes:
-        text: what is complete, and is no part of a stop string.
+        text: text that is complete and is not part of a stop string.
         tokens: the ids since the last piece.
-        logprobs: one for each of them, where asked for; else empty.
+        logprobs: one for each of them, if requested; else empty.
     """
 
     text: str
@@ -277,7 +289,7 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class ThinkingDelta:
-    """A piece of what the model thinks; attributes as of TextDelta."""
+    """A piece of the thinking. Attributes as in TextDelta."""
 
     text: str
     tokens: tuple[int, ...]
@@ -286,10 +298,10 @@ class ThinkingDelta:
 
 @dataclass(frozen=True, slots=True)
 class ThinkingEnd:
-    """A thought is over.
+    """The end of a thought.
 
     Attributes:
-        signature: HMAC-SHA256 of all thinking of the reply, in UTF-8, with `thinking_signing_key`; b"" without.
+        signature: HMAC-SHA256 of all thinking of the reply, in UTF-8, with `thinking_signing_key`; b"" without one.
     """
 
     signature: bytes
@@ -297,7 +309,7 @@ class ThinkingEnd:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of a tool call as it is written, markers and all; attributes as of TextDelta."""
+    """A piece of a tool call as the model writes it, with its markers. Attributes as in TextDelta."""
 
     text: str
     tokens: tuple[int, ...]
@@ -309,9 +321,9 @@ class ToolCall:
     """A call of a tool.
 
     Attributes:
-        id: names it; the tool's result is sent back with it.
-        name: of the tool.
-        arguments: by name, as in JSON.
+        id: identifies the call; the tool's result refers to it.
+        name: the tool's name.
+        arguments: the arguments by name, as in JSON.
     """
 
     id: str
@@ -320,18 +332,18 @@ class ToolCall:
 
     @property
     def arguments_json(self) -> str:
-        """The arguments as JSON, as OpenAI's clients have them."""
+        """The arguments as JSON, as in OpenAI's API."""
         return json.dumps(self.arguments, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallEnd:
-    """What was written as a tool call, or as several, is over.
+    """The end of a tool call, or of several that the model wrote as one.
 
     Attributes:
-        full: the bytes that were sampled, from the opening marker to the closing one, special tokens written out.
-        calls: what they call; in chats.
-        error: why they call nothing; in chats.
+        full: the bytes that were sampled, from the opening marker to the closing one, special tokens spelled out.
+        calls: the calls; in chats.
+        error: why the text is not a tool call; in chats.
     """
 
     full: bytes

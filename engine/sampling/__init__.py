@@ -1,5 +1,7 @@
-"""From a row of logits to a token.
+"""Sampling: from a row of logits to a token.
 
-`sampler` builds a chain of `steps` over `candidates` for each request, and draws. Nothing here
-imports grammars or scheduling: a grammar reaches the sampler as a mask.
+`sampler` builds a chain for each request from `options`, runs the `steps` over `candidates`, and draws with
+`draws`. `declaration` says how a step declares its options; `dry` is the longest step. Imports run from `sampler`
+and `options` towards `candidates`. Nothing here imports grammars or scheduling: a grammar reaches the sampler as a
+mask.
 """

@@ -1,25 +1,28 @@
-"""The tokens that may be drawn, as the steps of a sampling chain narrow them."""
+"""The candidates of a draw: the tokens that sampler steps have left, with their logits.
+
+The arrays are never written in place: each step makes new candidates. Called by the steps and by the draws.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-_RULED_OUT = np.float32(-np.inf).view(np.int32)
-_MANY = 1024  # from here on numpy's sort of integers wins
-_GROUP = 64  # top-k looks at maxima of groups of this many logits first; 16 and 32 are no faster
+_EXCLUDED = np.float32(-np.inf).view(np.int32)
+_MIN_INTEGER_SORT = 1024  # from this many logits on, numpy sorts integers faster than positions
+_GROUP = 64  # logits of a group; top-k first compares the maxima of groups. 16 and 32 are no faster
 
 
 class Candidates:
-    """Tokens that may be drawn next, and their logits. A step makes new ones; it writes into none of the arrays.
+    """Tokens that may be drawn next, and their logits. A step makes new candidates and writes into no array.
 
     Attributes:
         ids: intp, shape (n,), n >= 1.
-        logits: float32, shape (n,); -inf rules a token out.
-        in_order: whether logits fall from first to last, ties by rising id; otherwise ids rise, unless a step
-            left them in an order of its own.
+        logits: float32, shape (n,); -inf excludes a token.
+        in_order: whether logits fall from first to last, ties by rising id. Otherwise ids rise, unless a step
+            chose another order.
         context: prompt and reply so far, int32, shape (m,).
-        random: the request's own generator.
+        random: the request's generator.
     """
 
     __slots__ = ("context", "ids", "in_order", "logits", "random")
@@ -40,7 +43,7 @@ class Candidates:
         return len(self.ids)
 
     def keep(self, which: NDArray[np.intp] | NDArray[np.bool_] | slice) -> Candidates:
-        """Some of them, by position or mask, in the order they have."""
+        """The candidates at some positions, or under a mask, in their present order."""
         return Candidates(self.ids[which], self.logits[which], self.context, self.random, in_order=self.in_order)
 
     def with_logits(self, logits: NDArray[np.float32], *, in_order: bool = False) -> Candidates:
@@ -48,18 +51,18 @@ class Candidates:
         return Candidates(self.ids, logits, self.context, self.random, in_order=in_order)
 
     def at(self, tokens: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Where some tokens are among them.
+        """Find tokens among the candidates.
 
         Args:
-            tokens: ids that rise, shape (k,).
+            tokens: rising ids, shape (k,).
 
         Returns:
-            positions here, and which of `tokens` each is; tokens that are not here are left out.
+            the positions of the candidates found, and for each its index in `tokens`.
         """
         if not len(tokens):
             return np.empty(0, np.intp), np.empty(0, np.intp)
         if self.ids[-1] == len(self.ids) - 1 and not self.in_order and self.ids[0] == 0:
-            # Perhaps the whole vocabulary, where an id is its own position.
+            # These are perhaps the whole vocabulary, where each id is its own position.
             inside = tokens < len(self.ids)
             if inside.all() and np.array_equal(self.ids[tokens], tokens):
                 return tokens.astype(np.intp), np.arange(len(tokens))
@@ -69,49 +72,50 @@ class Candidates:
         return positions, which[positions]
 
     def ordered(self) -> Candidates:
-        """The same, most likely first."""
+        """The same candidates, most likely first."""
         return self if self.in_order else self.top(len(self))
 
     def top(self, k: int) -> Candidates:
-        """The `k` most likely, most likely first."""
+        """The `k` most likely candidates, most likely first."""
         if self.in_order:
             return self if k >= len(self) else self.keep(slice(0, k))
-        found = self.keep(top_k(self.logits, k))
-        found.in_order = True
-        return found
+        kept = self.keep(top_k(self.logits, k))
+        kept.in_order = True
+        return kept
 
     def best(self) -> float:
         """The largest logit."""
         return float(self.logits[0]) if self.in_order else float(self.logits.max())
 
     def weights(self) -> NDArray[np.float32]:
-        """exp(logit - largest), float32, shape (n,): what probabilities are proportional to."""
-        with np.errstate(over="ignore"):  # of logits at both ends of float32: minus infinity, so no weight
-            found: NDArray[np.float32] = np.exp(self.logits - np.float32(self.best()))
-        return found
+        """exp(logit - largest logit), float32, shape (n,). Probabilities are proportional to it."""
+        with np.errstate(over="ignore"):  # logits at both ends of float32 differ by infinity: no weight
+            weights: NDArray[np.float32] = np.exp(self.logits - np.float32(self.best()))
+        return weights
 
     def probabilities(self) -> NDArray[np.float64]:
-        """Their softmax, float64, shape (n,)."""
+        """The softmax of the logits, float64, shape (n,)."""
         weights = self.weights()
-        found: NDArray[np.float64] = weights / weights.sum(dtype=np.float64)
-        return found
+        probabilities: NDArray[np.float64] = weights / weights.sum(dtype=np.float64)
+        return probabilities
 
 
-def masked(logits: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Logits with -inf where they are not allowed; new, shape (n,).
+def mask_logits(logits: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """A new array of logits with -inf where a token is not allowed, shape (n,).
 
-    Without a branch for each: where allowed and ruled out alternate, `np.where` takes ten times as long.
+    It works on bits, without a branch for each token. Where allowed and excluded tokens alternate, `np.where` takes
+    ten times as long.
     """
     keep = allowed.view(np.int8).astype(np.int32)
     np.negative(keep, out=keep)  # all bits set where allowed
-    bits = np.ascontiguousarray(logits).view(np.int32) ^ _RULED_OUT
+    bits = np.ascontiguousarray(logits).view(np.int32) ^ _EXCLUDED
     bits &= keep
-    bits ^= _RULED_OUT
+    bits ^= _EXCLUDED
     return bits.view(np.float32)
 
 
 def top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:
-    """Positions of the k largest logits, largest first, ties by rising position; all of them for k = 0.
+    """Positions of the k largest logits, largest first, ties by rising position. k = 0 returns all positions.
 
     Returns:
         shape (min(k, n),) or, for k = 0, (n,).
@@ -120,8 +124,8 @@ def top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:
     k = min(k, n) if k else n
     groups = n // _GROUP
     if k < groups:
-        # The k-th largest of the groups' maxima bounds the k-th largest logit from below, whatever the groups are.
-        # Down columns numpy takes maxima ten times as fast as along rows: a group is every groups-th logit.
+        # The k-th largest maximum of any groups is at most the k-th largest logit.
+        # numpy takes maxima down columns ten times as fast as along rows, so a group is every groups-th logit.
         maxima = logits[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
         bound = np.partition(maxima, groups - k)[groups - k]
         positions = np.flatnonzero(logits >= bound)
@@ -133,9 +137,10 @@ def top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:
 def order(logits: NDArray[np.float32]) -> NDArray[np.intp]:
     """Positions by falling logit, ties by rising position; shape (n,)."""
     n = len(logits)
-    if n < _MANY:
+    if n < _MIN_INTEGER_SORT:
         return (-logits).argsort(kind="stable")
-    # Sorting numbers is far faster than sorting positions by them: so each position goes into its logit's low bits.
+    # Sorting numbers is far faster than sorting positions by numbers. So each key holds a logit in its high bits
+    # and the position in its low bits.
     bits = (logits + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
     rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     keys = (~rising).astype(np.int64) << 32 | np.arange(n)

@@ -1,7 +1,8 @@
 """One model's thread: which request computes what, tick by tick.
 
-`model_thread` receives requests and runs `scheduler`, which fills batches (`batches`) from sequences
-(`sequence`) within the cells that are free (`cells`). `slots` tracks which sequence holds which
-cells, and `live_tier` shows them to the cache. Every other package of the engine may be imported
-here; none imports this one.
+`model_thread` receives requests, and function calls of other threads (`thread_call`). It runs `scheduler`, which
+admits sequences (`sequence`), fills batches (`batches`) within the free cells, and preempts. `prefix_sharing`
+decides where a sequence's prefix comes from, `slots` owns the context's sequence numbers and cells (`cells`),
+`live_tier` shows parked cells to the cache, and `model_context` holds what all sequences of a model share. Every
+other package of the engine may be imported here; none imports this one.
 """

@@ -1,4 +1,7 @@
-"""The rows of one decode, put together in arrays that are made once."""
+"""Builds the batch of one decode, in arrays that are allocated once.
+
+`Scheduler` chooses the parts; `BatchBuilder` turns them into a `Batch`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from erllama.engine.scheduling.sequence import Sequence
 
 
 class Part(NamedTuple):
-    """Rows of one sequence: its tokens from `start` to `end`; beyond those known, drafts."""
+    """Rows of one sequence: its tokens from `start` to `end`; beyond its `n_tokens`, drafts."""
 
     sequence: Sequence
     start: int
@@ -20,7 +23,7 @@ class Part(NamedTuple):
 
 
 class BatchBuilder:
-    """Turns parts into a `Batch` of views of its own arrays: valid until the next is built."""
+    """Turns parts into a `Batch` of views of its own arrays, which is valid until the next one is built."""
 
     def __init__(self, n_batch: int) -> None:
         self._tokens = np.empty(n_batch, np.int32)
@@ -31,29 +34,29 @@ class BatchBuilder:
         self._batch = Batch(self._tokens, self._positions, self._sequences, self._output)
 
     def build(self, parts: list[Part]) -> tuple[Batch, int]:
-        """The batch, and how many of its rows give logits."""
-        n = n_wanted = 0
+        """Return the batch, and how many of its rows output logits."""
+        n = n_output = 0
         for sequence, start, end in parts:
             to = n + end - start
-            wanted = sequence.wanted(end)
-            assert sequence.number is not None
+            output = sequence.output_positions(end)
+            assert sequence.slot is not None
             if to == n + 1:
-                self._tokens[n] = sequence.tokens[start]
+                self._tokens[n] = sequence.buffer[start]
                 self._positions[n] = start
-                self._sequences[n] = sequence.number
-                self._output[n] = len(wanted)
+                self._sequences[n] = sequence.slot
+                self._output[n] = len(output)
             else:
-                self._tokens[n:to] = sequence.tokens[start:end]
+                self._tokens[n:to] = sequence.buffer[start:end]
                 self._positions[n:to] = self._positions_from(start, end)
-                self._sequences[n:to] = sequence.number
+                self._sequences[n:to] = sequence.slot
                 self._output[n:to] = 0
-                if wanted:
-                    self._output[n + wanted.start - start : n + wanted.stop - start] = 1
-            n_wanted += len(wanted)
+                if output:
+                    self._output[n + output.start - start : n + output.stop - start] = 1
+            n_output += len(output)
             n = to
         if len(self._batch.tokens) != n:
             self._batch = Batch(self._tokens[:n], self._positions[:n], self._sequences[:n], self._output[:n])
-        return self._batch, n_wanted
+        return self._batch, n_output
 
     def _positions_from(self, start: int, end: int) -> NDArray[np.int32]:
         if end > len(self._counting):

@@ -1,6 +1,7 @@
-"""Shows a context's parked cells to the cache as its fastest tier, so that operators see and evict them.
+"""The parked cells of a context as a tier of the cache, so that operators see and evict them.
 
-The cache only counts them: what a request takes from cells, the engine finds by itself.
+The cache only counts these blocks. Requests reuse parked cells through `Slots`, without the cache. An error of the
+cache costs the accuracy of its counts; it never reaches a request.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ class LiveTier(Tier):
     """The parked cells of one context.
 
     Args:
-        cache: the cache to show them to.
+        cache: the cache that shows them.
         name: of the tier.
-        place: whose context it is, for people.
+        place: describes the context, for people.
         cell_bytes: bytes of one token's KV.
         n_cells: cells of the context.
     """
@@ -38,8 +39,8 @@ class LiveTier(Tier):
         self._cache = cache
         self._place = place
         self._cell_bytes = cell_bytes
-        self._holders: Counter[bytes] = Counter()  # parked sequences that hold a block
-        self._given_up: deque[bytes] = deque()
+        self._n_parked: Counter[bytes] = Counter()  # parked sequences that contain a block
+        self._evicted: deque[bytes] = deque()
         attached = threading.Event()
 
         def attach() -> None:
@@ -51,56 +52,57 @@ class LiveTier(Tier):
         try:
             uninterrupted(attach)()
         except BaseException:
-            # Ctrl-C ends the waiting and not the attaching: it is undone behind it.
+            # Ctrl-C ends the wait and not the attach call: undo it when it is complete.
             run_behind(lambda: self.detach() if attached.wait(_ATTACH_SECONDS) else None)
             raise
 
-    # --- for the engine
+    # --- called by the engine
 
-    def hold(self, keys: Sequence[bytes]) -> None:
-        """A sequence that holds these blocks was parked."""
-        new = [key for key in keys if not self._holders[key]]
-        self._holders.update(keys)
+    def add_parked(self, keys: Sequence[bytes]) -> None:
+        """Add the blocks of a sequence that was parked."""
+        new = [key for key in keys if not self._n_parked[key]]
+        self._n_parked.update(keys)
         with self._guarded():
             for key in new:
                 block = self._cache.stored(key)
                 if block is not None:
                     self._cache.hold(self, block, block.n_tokens * self._cell_bytes)
 
-    def let_go(self, keys: Sequence[bytes]) -> None:
-        """It is parked no longer."""
-        self._holders.subtract(keys)
-        gone = [key for key in keys if self._holders[key] <= 0]
+    def remove_parked(self, keys: Sequence[bytes]) -> None:
+        """Remove the blocks of a sequence that is no longer parked."""
+        self._n_parked.subtract(keys)
+        gone = [key for key in keys if self._n_parked[key] <= 0]
         for key in gone:
-            del self._holders[key]
+            del self._n_parked[key]
         with self._guarded():
             self._cache.let_go(self, gone)
 
     @property
-    def gave_up(self) -> bool:
-        """Whether the cache has evicted any since `take_given_up`."""
-        return bool(self._given_up)
+    def has_evicted(self) -> bool:
+        """Whether the cache has evicted blocks since the last `take_evicted`."""
+        return bool(self._evicted)
 
-    def take_given_up(self) -> set[bytes]:
-        """Blocks that the cache has evicted since the last call."""
-        return {self._given_up.popleft() for _ in range(len(self._given_up))}
+    def take_evicted(self) -> set[bytes]:
+        """Return the keys of the blocks that the cache has evicted since the last call."""
+        return {self._evicted.popleft() for _ in range(len(self._evicted))}
 
     def detach(self) -> None:
+        """Detach the tier from the cache."""
         with self._guarded():
             self._cache.detach(self)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """What goes wrong in the cache costs its picture of the cells, and nothing else."""
+        """Log and count whatever the cache raises."""
         try:
             yield
         except BaseException:
             if not self._cache.closed:
-                log.exception("showing the cache what is in cells failed")
+                log.exception("updating the cache's view of the parked cells failed")
                 with suppress(BaseException):
                     self._cache.count_fault()
 
-    # --- for the cache
+    # --- called by the cache
 
     @property
     def place(self) -> str:
@@ -114,10 +116,10 @@ class LiveTier(Tier):
         return ()
 
     def write(self, block: Block, payload: memoryview) -> None:
-        raise OSError("cells are filled by their model")
+        raise OSError("the model fills its cells itself; the cache cannot write them")
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
-        raise FileNotFoundError("what is in cells is not read from them")
+        raise FileNotFoundError("the cache cannot read blocks from a model's cells")
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        self._given_up.extend(keys)
+        self._evicted.extend(keys)

@@ -1,6 +1,8 @@
-"""The model thread: takes requests from callers, and runs the scheduler's ticks.
+"""The model thread: receives requests from callers' threads, and runs the scheduler's ticks.
 
-Only this thread touches the backend (its vocabulary and `abort` apart).
+Owns the queue, the sessions and the lifecycle of one model. Only this thread touches the backend, except its
+vocabulary and `abort`. Models make one `ModelThread` each. A request never waits longer than the model lives: on
+any failure, waiting requests end with an error.
 """
 
 from __future__ import annotations
@@ -24,16 +26,16 @@ from erllama.engine.grammar.grammar import Grammar
 from erllama.engine.kv.sequence_kv import LIVE
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.requests.request import CacheHit
-from erllama.engine.requests.ticket import Ticket, awaken
+from erllama.engine.requests.ticket import Ticket
 from erllama.engine.scheduling.live_tier import LiveTier
 from erllama.engine.scheduling.model_context import ModelContext
-from erllama.engine.scheduling.scheduler import Phase, Scheduler, typed
+from erllama.engine.scheduling.scheduler import Phase, Scheduler
 from erllama.engine.scheduling.sequence import Sequence
+from erllama.engine.scheduling.thread_call import ThreadCall
 from erllama.errors import (
     AdapterLoadError,
     BackendError,
     CalledFromModelThread,
-    Error,
     ModelUnloaded,
     QueueFull,
     SessionBusy,
@@ -41,7 +43,7 @@ from erllama.errors import (
 
 log = logger("erllama.engine")
 
-_LOOK_AGAIN_SECONDS = 0.01
+_RETRY_SECONDS = 0.01  # between ticks while all running requests wait for saves of others
 _START_SECONDS = 5.0
 
 
@@ -49,17 +51,17 @@ class ModelThread:
     """Runs requests on a backend in a thread of its own.
 
     Args:
-        backend: closed when the runner is.
-        cache: shared with other runners; not closed.
+        backend: the model; closed when the thread ends.
+        cache: shared with other models; not closed.
         policy: what is saved, and when.
-        name: for the thread and the log.
+        name: names the model in the thread's name and the log.
         n_seq_max: most requests that run at once.
-        prefill_chunk_size: most tokens of prompts in one tick beside replies that are being written.
+        prefill_chunk_size: most tokens of prompts in one tick while replies are generated.
         parked_cells: cells that finished sequences may keep while others compute.
         max_pending: most requests that may wait.
 
     Attributes:
-        adapters: of the model.
+        adapters: the model's adapters.
     """
 
     def __init__(
@@ -78,20 +80,21 @@ class ModelThread:
         self._cache = cache
         self._policy = policy
         self._stopping = False
-        self._shared = ModelContext.of(cache, backend, policy)
-        self.adapters = self._shared.adapters
+        self._context = ModelContext.of(cache, backend, policy)
+        self.adapters = self._context.adapters
         limits = backend.limits
         self._name = name
         self._n_seq_max, self._max_pending = n_seq_max, max_pending
-        # Ctrl-C cannot come between the acquisition of such a lock and the `with`. Reentrant, for signal handlers.
+        # Ctrl-C cannot interrupt between the acquisition of such a lock and the `with`. Reentrant, for signal
+        # handlers.
         self._lock = threading.RLock()
-        # Not a Condition, which is written in Python: a signal handler's exception within `notify()` can leave
-        # it so that the model thread is never woken again. `put` is one step, and safe in signal handlers.
+        # Not a Condition, which is written in Python: after a signal handler's exception within `notify()` the
+        # model thread may never wake again. `put` is one step, and safe in signal handlers.
         self._wakeups: SimpleQueue[None] = SimpleQueue()
-        self._arrived: deque[Sequence] = deque()
-        self._sessions: dict[tuple[bytes, str], Sequence] = {}  # whose they are; a tenant's are its own
-        self._calls: deque[_Call] = deque()
-        self._failure: BackendError | None = None  # why the model cannot go on
+        self._queue: deque[Sequence] = deque()
+        self._sessions: dict[tuple[bytes, str], Sequence] = {}  # by tenant and session_id
+        self._calls: deque[ThreadCall] = deque()
+        self._failure: BackendError | None = None  # why the model cannot continue
         self._saved_at_stop = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name=f"erllama-model-{name}", daemon=True)
@@ -101,7 +104,7 @@ class ModelThread:
                 place = f"the context of model {name!r}"
                 self._tier = LiveTier(cache, LIVE, place, limits.cell_bytes, limits.n_ctx)
             self._scheduler = Scheduler(
-                self._shared,
+                self._context,
                 n_seq_max=n_seq_max,
                 prefill_chunk_size=prefill_chunk_size,
                 parked_cells=parked_cells,
@@ -115,68 +118,72 @@ class ModelThread:
             raise
 
     def _undo_start(self) -> None:
-        """Leave nothing behind where `__init__` was interrupted: the thread may run all the same."""
+        """Clean up after `__init__` was interrupted. The thread may have started."""
         self._stopping = True
         self._notify()
         deadline = time.monotonic() + _START_SECONDS
         while self._thread.ident is None and running_calls and time.monotonic() < deadline:
             time.sleep(0.001)
         if self._thread.ident is not None:
-            self._thread.join()  # it detaches the tier, and closes the backend
+            self._thread.join()  # the thread detaches the tier, and closes the backend
         elif self._tier is not None:
             self._tier.detach()
 
-    # --- read without a lock, by anyone, at any time
+    # --- state; read by any thread, without a lock
 
     @property
     def phase(self) -> Phase:
+        """What the running requests do."""
         return self._scheduler.phase
 
     @property
     def pending(self) -> int:
-        """Requests that wait."""
-        return len(self._arrived) + len(self._scheduler.waiting)
+        """The number of requests that wait."""
+        return len(self._queue) + len(self._scheduler.waiting)
 
     @property
     def running(self) -> int:
-        """Requests that are admitted."""
+        """The number of requests that are admitted."""
         return len(self._scheduler.running)
 
     @property
     def last_hit(self) -> CacheHit | None:
+        """How much of the last prompt was reused."""
         return self._scheduler.last_hit
 
     @property
     def metrics(self) -> EngineMetrics:
+        """Counts since the model was loaded."""
         return self._scheduler.metrics
 
     @property
     def cache_problem(self) -> str:
-        """Why KV is neither saved nor taken from the cache; empty where it is."""
-        return self._shared.weights.problem
+        """Why the model's KV is neither saved nor reused; empty if it is saved and reused."""
+        return self._context.prefix_cache.weights.problem
 
     @property
     def is_ours(self) -> bool:
-        """Whether it runs in this process: not in one that was forked from it."""
+        """Whether the thread runs in this process. It does not in a process forked from it."""
         return self._process == os.getpid()
 
     @property
     def stopped(self) -> bool:
+        """Whether the model is unloaded, or being unloaded."""
         return self._stopping
 
     def namespace(self, cache_salt: str | None) -> bytes:
-        """The root key of what a request of this salt may share that is submitted now."""
-        return self._shared.namespace(cache_salt, self.adapters.current)
+        """Return the root key of the KV that a request with this salt may share, if it is submitted now."""
+        return self._context.prefix_cache.namespace(cache_salt, self.adapters.current)
 
-    # --- asking
+    # --- requests
 
     def compile(self, grammar: Grammar) -> None:
-        """Compile a grammar, in the caller's thread, so that requests find it ready."""
+        """Compile a grammar in the caller's thread. Later requests use the compiled form."""
         self.check_caller()
-        self._shared.grammars.matcher(grammar)
+        self._context.grammars.matcher(grammar)
 
     def check(self) -> None:
-        """Raise ModelUnloaded if no request can run here any more."""
+        """Raise ModelUnloaded if the model accepts no more requests."""
         if self._process != os.getpid():
             raise ModelUnloaded(
                 f"model {self._name!r} was loaded before this process was forked and does not run in it; "
@@ -193,29 +200,29 @@ class ModelThread:
         """Queue a request.
 
         Raises:
-            ModelUnloaded: the runner was stopped.
-            QueueFull: as many wait as may.
+            ModelUnloaded: the model was unloaded.
+            QueueFull: `max_pending` requests wait.
             SessionBusy: a request of its session runs or waits.
-            CalledFromModelThread: by this runner's own thread.
+            CalledFromModelThread: this is the model thread.
         """
         self.check_caller()
         sequence = None
         try:
-            sequence = Sequence(ticket, self._shared, self.adapters.enter(ticket))
-            self._queue(sequence)
+            sequence = Sequence(ticket, self._context, self.adapters.acquire(ticket))
+            self._enqueue(sequence)
         except BaseException:
-            # Ctrl-C may come before and after it is queued. Once it is, its end is the model thread's.
+            # Ctrl-C may interrupt before or after it is queued. Once it is queued, the model thread ends it.
             with self._lock:
-                queued = sequence is not None and (sequence in self._arrived or sequence.arrived)
+                queued = sequence is not None and (sequence in self._queue or sequence.dequeued)
                 self._notify()
             if not queued:
-                self.adapters.leave(ticket)
+                self.adapters.release(ticket)
                 if sequence is not None:
                     self._leave_session(sequence)
-                self._wake()
+                self._notify_of_unused_adapters()
             raise
 
-    def _queue(self, sequence: Sequence) -> None:
+    def _enqueue(self, sequence: Sequence) -> None:
         session = _session_of(sequence)
         with self._lock:
             self.check()
@@ -228,7 +235,7 @@ class ModelThread:
             if session is not None:
                 self._check_session(session)
                 self._sessions[session] = sequence
-            self._arrived.append(sequence)
+            self._queue.append(sequence)
             self._notify()
 
     def _leave_session(self, sequence: Sequence) -> None:
@@ -239,27 +246,31 @@ class ModelThread:
                     del self._sessions[session]
 
     def end_session(self, session_id: str, cache_salt: str | None) -> bool:
-        """Stop keeping the context of a session; False where none is kept.
+        """Stop keeping the context of a session. Returns False if there is none.
 
         Raises:
             SessionBusy: a request of it runs or waits.
         """
-        tenant = self._shared.namespace(cache_salt, ())
+        tenant = self._context.prefix_cache.namespace(cache_salt, ())
         self.check_caller()
         with self._lock:
             self._check_session((tenant, session_id))
-        found: list[bool] = []
-        self._call(lambda: found.append(self._scheduler.live.end_session(tenant, session_id)))
-        return any(found)
+        ended: list[bool] = []
+        self._call(lambda: ended.append(self._scheduler.slots.end_session(tenant, session_id)))
+        return any(ended)
+
+    # --- adapters
 
     def load_adapter(self, path: Path, digest: str, scale: float, is_complete: Callable[[], bool]) -> LoadedAdapter:
-        """Have the backend load a file that it has found good, and put it into effect.
+        """Load an adapter file that the backend has checked, and use it for requests submitted from now on.
 
         Args:
-            is_complete: called once the file is loaded; the adapter is freed where it returns False.
+            path, digest: the file, and the SHA-256 of its content in hex.
+            scale: of the adapter.
+            is_complete: called once the file is loaded; if it returns False, the adapter is freed.
 
         Raises:
-            AdapterLoadError: it cannot be loaded, or is not complete.
+            AdapterLoadError: it cannot be loaded, or was changed meanwhile.
         """
         loaded: list[LoadedAdapter] = []
         backend = self._backend
@@ -281,41 +292,43 @@ class ModelThread:
             self._call(load)
             return loaded[0]
         except BaseException:
-            # Ctrl-C ends the waiting and not the loading: what comes of it is undone behind it.
+            # Ctrl-C ends the wait and not the load: undo it when it is complete.
             def undo() -> None:
                 for adapter in loaded:
                     self.adapters.detach(adapter)
 
             with self._lock:
-                self._calls.append(_Call(undo))
+                self._calls.append(ThreadCall(undo))
                 self._notify()
             raise
 
     def unload_adapter(self, adapter: LoadedAdapter) -> None:
-        """Let requests to come do without an adapter; it is freed behind those that use it. Idempotent."""
-        if self._process == os.getpid():  # in a fork, neither is there
+        """Stop using an adapter for new requests. It is freed when no request uses it any more. Idempotent."""
+        if self._process == os.getpid():  # a forked process has neither the model nor the adapter
             self.adapters.detach(adapter)
-            self._wake()
+            self._notify_of_unused_adapters()
 
-    def _wake(self) -> None:
-        """There may be adapters to be freed."""
+    def _notify_of_unused_adapters(self) -> None:
+        """Wake the model thread if there are adapters to free."""
         if self.adapters.unused:
             with self._lock:
                 self._notify()
 
+    # --- maintenance and the end
+
     def warm_up(self) -> None:
-        """Decode once for nothing; before any request."""
+        """Decode one token and drop it; before any request."""
         self._call(self._scheduler.warm_up)
 
     def evict(self) -> None:
-        """Save what the context holds and wait until that is stored; let go of what no request uses."""
+        """Save the KV of the context and wait until it is stored, and evict what no request uses."""
         self._call(self._scheduler.evict)
         self._flush()
 
     def stop(self) -> None:
-        """End all requests with ModelUnloaded, save what they had computed, and close the backend. Idempotent."""
+        """End all requests with ModelUnloaded, save what they computed, and close the backend. Idempotent."""
         if self._process != os.getpid():
-            return  # the thread stayed with the parent, and so, perhaps, did the lock
+            return  # the thread is in the parent process, and the lock may be taken there
         self.begin_to_stop()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -324,13 +337,13 @@ class ModelThread:
             self._flush()
 
     def begin_to_stop(self) -> None:
-        """Refuse new requests, and have the model thread end; waits for nothing. Idempotent."""
+        """Refuse new requests, and make the model thread end. Does not wait for it. Idempotent."""
         with self._lock:
             first = not self._stopping
             self._stopping = True
             self._notify()
         if first:
-            self._last(lambda: self._backend.abort(True))
+            self._run_final_step(lambda: self._backend.abort(True))
 
     def _flush(self) -> None:
         timeout_ms = self._policy.evict_save_timeout_ms
@@ -340,6 +353,7 @@ class ModelThread:
             )
 
     def check_caller(self) -> None:
+        """Raise ModelUnloaded, or CalledFromModelThread, if this thread may not wait for the model thread."""
         self.check()  # before the lock, which a fork may have left taken
         if threading.current_thread() is self._thread:
             raise CalledFromModelThread(
@@ -355,9 +369,9 @@ class ModelThread:
             )
 
     def _call(self, function: Callable[[], object]) -> None:
-        """Have the model thread call something between two ticks, and wait for that; raises what it raised."""
+        """Call a function in the model thread, between two ticks, and wait for it. Raises what it raised."""
         self.check_caller()
-        call = _Call(function)
+        call = ThreadCall(function)
         with self._lock:
             self.check()
             self._calls.append(call)
@@ -376,62 +390,62 @@ class ModelThread:
                     self._calls.popleft().run()
                 if self.adapters.unused:
                     self.adapters.free_unused()
-                while self._arrived:
-                    self._arrived[0].arrived = True  # before it is taken out: `submit` looks for it in this order
-                    scheduler.waiting.append(self._arrived.popleft())
+                while self._queue:
+                    self._queue[0].dequeued = True  # before it is removed: `submit` checks the queue first
+                    scheduler.waiting.append(self._queue.popleft())
                 progress = self._tick() if not self._stopping and scheduler.busy else True
         finally:
             with self._lock:
                 self._stopping = True
-                for sequence in self._arrived:
-                    sequence.arrived = True
-                scheduler.waiting.extend(self._arrived)
-                self._arrived.clear()
+                for sequence in self._queue:
+                    sequence.dequeued = True
+                scheduler.waiting.extend(self._queue)
+                self._queue.clear()
                 calls, self._calls = self._calls, deque()
-            self._last(lambda: self._end_requests(scheduler))
+            self._run_final_step(lambda: self._end_requests(scheduler))
             for call in calls:
                 call.end(self._unloaded("was unloaded meanwhile"))
-            self._last(self.adapters.close)
+            self._run_final_step(self.adapters.close)
             if self._tier is not None:
-                self._last(self._tier.detach)
-            self._last(self._backend.close)
+                self._run_final_step(self._tier.detach)
+            self._run_final_step(self._backend.close)
 
     def _end_requests(self, scheduler: Scheduler) -> None:
         self._saved_at_stop = scheduler.shut_down(self._unloaded("was unloaded while the request ran or waited"))
 
-    def _last(self, step: Callable[[], object]) -> None:
-        """Do one step of the model's end; whatever it raises, the others follow."""
+    def _run_final_step(self, step: Callable[[], object]) -> None:
+        """Run one step of the model's end. Logs whatever it raises, so that the other steps follow."""
         try:
             step()
         except BaseException:
-            log.exception("model %r did not end well", self._name)
+            log.exception("model %r: a step of its unloading failed", self._name)
 
-    def _unloaded(self, how: str) -> ModelUnloaded:
+    def _unloaded(self, state: str) -> ModelUnloaded:
         if self._failure is None:
-            return ModelUnloaded(f"model {self._name!r} {how}")
-        error = ModelUnloaded(f"model {self._name!r} cannot go on, and is unloaded: {self._failure}")
+            return ModelUnloaded(f"model {self._name!r} {state}")
+        error = ModelUnloaded(f"model {self._name!r} cannot continue, and is unloaded: {self._failure}")
         error.__cause__ = self._failure
         return error
 
     def _wait_for_work(self, progress: bool) -> None:
         if self._scheduler.busy and progress:
             return
-        # Where all admitted requests wait for saves of others, look at those again soon.
-        timeout = _LOOK_AGAIN_SECONDS if self._scheduler.busy else None
+        # While all running requests wait for saves of others, tick again soon.
+        timeout = _RETRY_SECONDS if self._scheduler.busy else None
         with suppress(Empty):
             while not self._has_work():
                 self._wakeups.get(timeout=timeout)
 
     def _notify(self) -> None:
-        """Wake the model thread; after whatever it is to see."""
-        if self._wakeups.empty():  # else the thread looks again anyway, when it takes what is there
+        """Wake the model thread. Called after the change that it must see."""
+        if self._wakeups.empty():  # otherwise the thread checks again anyway, when it gets that item
             self._wakeups.put(None)
 
     def _has_work(self) -> bool:
-        return self._stopping or bool(self._arrived or self._calls) or self.adapters.unused
+        return self._stopping or bool(self._queue or self._calls) or self.adapters.unused
 
     def _tick(self) -> bool:
-        """Whatever goes wrong, those who wait are told, and the thread goes on."""
+        """Run one tick. On any failure, fail the running requests and keep the thread running."""
         try:
             return self._scheduler.tick()
         except BaseException as error:
@@ -442,46 +456,16 @@ class ModelThread:
             try:
                 self._scheduler.fail_all(failure)
             except BaseException:
-                log.exception("model %r cannot go on; it is unloaded", self._name)
+                log.exception("model %r cannot continue; it is unloaded", self._name)
                 self._failure = failure
                 self._stopping = True
             return True
 
     def _on_end(self, sequence: Sequence) -> None:
-        self.adapters.leave(sequence.ticket)
+        self.adapters.release(sequence.ticket)
         self._leave_session(sequence)
 
 
 def _session_of(sequence: Sequence) -> tuple[bytes, str] | None:
     session_id = sequence.options.session_id
     return None if session_id is None else (sequence.tenant, session_id)
-
-
-class _Call:
-    """Something that the model thread does for another, which waits for it."""
-
-    def __init__(self, function: Callable[[], object]) -> None:
-        self._function = function
-        self._done = threading.Lock()  # a lock and no Event, whose own lock Ctrl-C could leave taken
-        self._done.acquire()
-        self._error: Error | None = None
-
-    def run(self) -> None:
-        """Call it; in the model thread."""
-        try:
-            self._function()
-        except BaseException as error:
-            self.end(typed(error))
-        else:
-            self.end(None)
-
-    def end(self, error: Error | None) -> None:
-        """Let go whom waits for it; once."""
-        self._error = error
-        self._done.release()
-
-    def wait(self) -> None:
-        """Wait for its end; raises the error it ended with."""
-        awaken(self._done)
-        if self._error is not None:
-            raise self._error

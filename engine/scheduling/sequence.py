@@ -1,4 +1,9 @@
-"""One request, from its submission to its end: its tokens, what of them is held, its reply so far."""
+"""One request from its submission to its end: its tokens, their KV, and its reply so far.
+
+The caller's thread makes a `Sequence`; after that the model thread alone uses it. It may enter the context several
+times: when it is preempted, its KV is saved, and it waits and is restored. Its sampler, its text and its stop
+strings stay with it, so the reply is the same.
+"""
 
 from __future__ import annotations
 
@@ -12,268 +17,325 @@ from numpy.typing import NDArray
 from erllama._runtime.log import logger
 from erllama.cache import SaveReason
 from erllama.engine.adapters import AdapterSet
-from erllama.engine.kv.sequence_kv import NOTHING_STORED, SequenceKV
+from erllama.engine.kv.sequence_kv import NO_TOKENS, SequenceKV
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.output.constraint import PhasedMatcher
-from erllama.engine.output.phases import ThinkingBudget
 from erllama.engine.output.text import unfinished
+from erllama.engine.output.thinking_budget import ThinkingBudget
 from erllama.engine.requests.reply import Reply
 from erllama.engine.requests.request import CacheDelta, CacheHit, Completion, FinishReason, Timings
 from erllama.engine.requests.ticket import Ticket
-from erllama.engine.sampling.sampler import Sampler, SamplingOptions, log_probabilities
+from erllama.engine.sampling.options import SamplingOptions
+from erllama.engine.sampling.sampler import Sampler, log_probabilities
 from erllama.engine.scheduling.model_context import ModelContext
 from erllama.engine.speculation import DecodeCosts, Drafts, Speculator
 
 log = logger("erllama.engine")
 
-# Cells kept for each reply that grows, when another request is admitted: else it would be sent back at once.
+# Cells reserved for each reply that grows when another request is admitted. Without them, that request would be
+# preempted at once.
 HEADROOM = 64
-# Rows of logits that one request has in a decode, where its prompt is scored: each is as wide as the vocabulary.
+# Rows of logits of one request in a decode, while its prompt is scored: each is as wide as the vocabulary.
 _MOST_ROWS = 64
 
 
 class Sequence:
-    """The state of one request. Made by the caller's thread, then used by the model's alone.
+    """The state of one request.
 
-    It may enter the context several times: where it had to give its cells to
-    others, what it holds is saved, and it waits and is restored. What it draws
-    from, its text and its stop strings stay with it, so the reply is the same.
+    Args:
+        ticket: the caller's end.
+        context: what all sequences of the model share.
+        adapters: the set in effect at submission, which the sequence keeps to its end.
 
     Attributes:
-        ticket: the caller's end.
-        adapters: what it is computed with, from submission to end.
-        namespace: the root key of what it may share.
-        tenant: that of what it may share without adapters: sessions are of one tenant.
-        tokens: prompt and reply, int32; the first `n_known` are known, the first `n_held` in the context.
-        number: the backend's for it, while it is in the context.
-        leader, fork: another sequence that computes its first `fork` tokens just now, which it waits for.
-        waits_until: until when it waits for the save of its parent; 0 where it does not.
-        headroom: cells that it wants for its reply before it is admitted.
-        ran_out_at: how many of its tokens were known when the backend last had no cells for it alone.
-        arrived: the model thread has taken it out of the queue.
-        finish_reason: None as long as it goes on.
+        ticket, adapters: as given.
+        options: of the request.
+        namespace: the root key of the KV that it may share.
+        tenant: the same without adapters; a session belongs to one tenant.
+        buffer: prompt and reply, int32. The first `n_tokens` are known; the KV of the first `n_computed` is in the
+            context.
+        n_prompt: tokens of the prompt.
+        slot: its slot in the context; None while it waits.
+        leader, n_from_leader: another sequence that is computing the first `n_from_leader` tokens of this one. This
+            one waits for it.
+        parent_deadline: when to stop waiting for the save of the parent context; 0 if it has not begun to wait.
+        headroom: cells for its reply that must be free when it is admitted.
+        n_at_exhaustion: its `n_tokens` when the backend last ran out of cells for it alone.
+        dequeued: whether the model thread has removed it from the queue.
+        finish_reason: None until the reply ends.
     """
 
-    def __init__(self, ticket: Ticket, shared: ModelContext, adapters: AdapterSet = ()) -> None:
+    def __init__(self, ticket: Ticket, context: ModelContext, adapters: AdapterSet = ()) -> None:
         self.ticket = ticket
-        self._shared = shared
-        self._vocabulary = shared.backend.vocabulary
-        self._n_ctx = shared.backend.limits.n_ctx
+        self._context = context
+        self._vocabulary = context.backend.vocabulary
+        self._n_ctx = context.backend.limits.n_ctx
         self.options = options = ticket.request.options
         self.adapters = adapters
-        self.tenant = shared.namespace(options.cache_salt, ())
-        self.namespace = shared.namespace(options.cache_salt, adapters) if adapters else self.tenant
+        namespace = context.prefix_cache.namespace
+        self.tenant = namespace(options.cache_salt, ())
+        self.namespace = namespace(options.cache_salt, adapters) if adapters else self.tenant
         prompt = ticket.request.prompt
         self.n_prompt = len(prompt)
         room = self._n_ctx - len(prompt) + 1  # the last token sampled needs no cell
         n_reply = room if options.max_tokens is None else min(options.max_tokens, room)
-        # Grows to what this request can need, no further.
-        self.tokens = np.empty(len(prompt) + n_reply, np.int32)
-        self.tokens[: len(prompt)] = prompt
-        self.n_known = len(prompt)
-        self.n_held = 0
-        self.number: int | None = None
+        # As long as this request can need, and no longer.
+        self.buffer = np.empty(len(prompt) + n_reply, np.int32)
+        self.buffer[: len(prompt)] = prompt
+        self.n_tokens = len(prompt)
+        self.n_computed = 0
+        self.slot: int | None = None
         self.leader: Sequence | None = None
-        self.fork = 0
-        self.waits_until = 0.0
+        self.n_from_leader = 0
+        self.parent_deadline = 0.0
         self.headroom = HEADROOM
-        self.ran_out_at = 0
-        self.arrived = False
+        self.n_at_exhaustion = 0
+        self.dequeued = False
         self.finish_reason: FinishReason | None = None
-        self._warmth: SequenceKV | None = None
-        self._due = 0.0  # how many tokens are held when something is to be saved
-        self._finish_key: bytes | None = None  # of what it held when it last left
-        self._sampler = shared.samplers.make(options.sampling, options.sampling_state)
-        self._tracker = shared.tracker(options, prompt)
-        self._grammar = shared.grammar(options, self._tracker)
-        self._budget = self._thinking_budget()
+        self._kv: SequenceKV | None = None
+        self._next_save_at = 0.0  # tokens computed when the next block is due
+        self._finish_key: bytes | None = None  # of its context when it last left
+        self._sampler = context.samplers.make(options.sampling, options.sampling_state)
+        self._tracker = context.tracker(options, prompt)
+        self._grammar = context.grammar(options, self._tracker)
+        self._budget = self._make_thinking_budget()
         begun = unfinished(map(self._vocabulary.piece, prompt[-4:].tolist()[::-1]))
-        self._reply = Reply(ticket, options, self._vocabulary, shared.script, self._tracker, begun)
-        self._stop_tokens = shared.stop_tokens(options)
+        self._reply = Reply(ticket, options, self._vocabulary, context.codec, self._tracker, begun)
+        self._stop_tokens = context.stop_tokens(options)
         self._stop_token: int | None = None
-        self._coming: deque[int] = deque()  # tokens that come next, whatever the model says
-        self._speculator = self._speculating(prompt)
+        self._queued_tokens: deque[int] = deque()  # appended next, whatever the model samples
+        self._speculator = self._make_speculator(prompt)
         self._n_scored = ticket.request.n_scored
         self._n_prefilled = 0
-        self._stored = NOTHING_STORED  # from where to where the cache got what it did not have
+        self._stored = NO_TOKENS  # the positions that were saved for it and were not in the cache before
         self._hit: CacheHit | None = None
         self._placed_at = self._restored_at = self._first_token_at = self._last_token_at = 0.0
 
-    # --- where it stands
+    def _make_thinking_budget(self) -> ThinkingBudget | None:
+        phases = self.options.phases
+        if phases is None or phases.thinking_budget is None or phases.thinking is None:
+            return None
+        return ThinkingBudget(phases, phases.thinking.close[0], self._context.codec)
+
+    def _make_speculator(self, prompt: NDArray[np.int32]) -> Speculator | None:
+        make, limits = self.options.speculative, self._context.backend.limits
+        if make is None or not limits.can_trim:
+            return None
+        return Speculator(make(prompt), self.options.speculative_tokens, limits.n_vocab)
+
+    # --- state
 
     @property
     def hit(self) -> CacheHit | None:
-        """How warm it was when it first entered the context; None before."""
+        """How much of its prompt was reused when it first entered the context; None before."""
         return self._hit
 
     @property
-    def known(self) -> NDArray[np.int32]:
-        return self.tokens[: self.n_known]
+    def tokens(self) -> NDArray[np.int32]:
+        """Prompt and reply so far, int32, shape (n_tokens,)."""
+        return self.buffer[: self.n_tokens]
+
+    @property
+    def computed_tokens(self) -> NDArray[np.int32]:
+        """The tokens whose KV is in the context, int32, shape (n_computed,)."""
+        return self.buffer[: self.n_computed]
 
     @property
     def reusable(self) -> NDArray[np.int32]:
-        """Its first tokens, that it need not compute where others have; the rest it computes for their logits."""
-        return self.tokens[: self._next_scored - 1 if self._n_scored else self.n_known - 1]
+        """The leading tokens whose KV may be reused. The others are computed for their logits."""
+        return self.buffer[: self._next_scored - 1 if self._n_scored else self.n_tokens - 1]
 
     @property
     def _next_scored(self) -> int:
-        """The place of the next token of the prompt whose log-probability is to be told."""
+        """The position of the next prompt token whose log-probability is reported."""
         return self.n_prompt - self._n_scored + len(self._reply.logprobs)
 
     @property
-    def held(self) -> NDArray[np.int32]:
-        return self.tokens[: self.n_held]
-
-    @property
     def prefilling(self) -> bool:
-        """Whether the next row is not just the token drawn last."""
-        return self.n_held < max(self.n_prompt, self.n_known - 1)
+        """Whether the next row is anything but the token sampled last."""
+        return self.n_computed < max(self.n_prompt, self.n_tokens - 1)
 
     @property
     def waiting(self) -> bool:
-        """Whether it waits for others before it computes."""
-        return self.number is None
+        """Whether it is outside the context."""
+        return self.slot is None
 
     @property
-    def growth(self) -> int:
-        """How many tokens more it may come to hold, beyond those known."""
-        return len(self.tokens) - self.n_known
+    def n_remaining(self) -> int:
+        """Most tokens that the reply may still grow by."""
+        return len(self.buffer) - self.n_tokens
 
     @property
-    def warmth(self) -> SequenceKV:
-        assert self._warmth is not None
-        return self._warmth
+    def kv(self) -> SequenceKV:
+        """Its KV; only in the context."""
+        assert self._kv is not None
+        return self._kv
 
     # --- in and out of the context
 
-    def enter(self, number: int, warmth: SequenceKV, n_held: int, hit: CacheHit, began: float) -> None:
-        """It is in the context now, and holds its first `n_held` tokens."""
-        self.number, self._warmth, self.n_held = number, warmth, n_held
-        self._due = warmth.due
+    def enter_context(self, slot: int, kv: SequenceKV, hit: CacheHit, began: float) -> None:
+        """Enter the context, with the first `hit.tokens` tokens restored or shared.
+
+        Args:
+            began: when restoring began, on the clock of time.perf_counter.
+        """
+        self.slot, self._kv, self.n_computed = slot, kv, hit.tokens
+        self._next_save_at = kv.next_save_at
         self.leader = None
         if self._hit is None:
             self._hit = hit
             self._placed_at = began
             self._restored_at = self._first_token_at = time.perf_counter()
 
-    def leave(self) -> None:
-        """It is no longer in the context."""
-        if self._warmth is not None:
-            self._finish_key = self._warmth.finish_key
-        self._note_stored()
-        self.number = self._warmth = self.leader = None
-        self.n_held = 0
+    def leave_context(self) -> None:
+        """Leave the context. The caller releases the slot."""
+        if self._kv is not None:
+            self._finish_key = self._kv.finish_key
+        self._record_stored()
+        self.slot = self._kv = self.leader = None
+        self.n_computed = 0
 
-    def next_end(self, most: int, alone: bool) -> int:
-        """Where the next slice ends, if it may have `most` tokens; `alone`: in a batch, and context, of its own."""
-        start = self.n_held
+    def _record_stored(self) -> None:
+        """Record which of its tokens were stored since it last entered the context."""
+        if self._kv is not None:
+            self._stored = self._stored.union(self._kv.stored)
+
+    def recover(self) -> bool:
+        """Restore the state before a decode that was aborted. Returns False if the state of its KV is unknown."""
+        assert self.slot is not None
+        if self._context.backend.limits.can_trim:
+            self._context.backend.cut(self.slot, self.n_computed)
+            return True
+        return False
+
+    # --- what the next decode computes
+
+    def next_slice_end(self, most: int, alone: bool) -> int:
+        """Return the end of the next slice.
+
+        Args:
+            most: most tokens of the slice.
+            alone: whether it is the only sequence in the context and the batch.
+        """
+        start = self.n_computed
         if not self.prefilling:
             return start + 1
-        slicing = self._shared.slicing
+        slicing = self._context.prefix_cache.slicing
         if self._n_scored:
             most = min(most, self._next_scored - 1 - start + _MOST_ROWS)
         if self.options.reproducible:
-            # Where it starts anew, the reply so far is computed as it was: token by token.
-            cut = slicing.next_cut(start, self.n_prompt, self.warmth.cold_tail_end)
+            # After a restart, the reply so far is computed as it was: token by token.
+            cut = slicing.next_cut(start, self.n_prompt, self.kv.cold_tail_end)
             end = cut if start < self.n_prompt else start + 1
         elif alone:
-            end = slicing.next_cut(start, self.n_known, self.warmth.cold_tail_end)
+            end = slicing.next_cut(start, self.n_tokens, self.kv.cold_tail_end)
         else:
-            end = slicing.next_mark(start, self.n_known, self.warmth.cold_tail_end)
+            end = slicing.next_mark(start, self.n_tokens, self.kv.cold_tail_end)
         return min(end, start + most)
 
-    def wanted(self, end: int) -> range:
-        """Its positions whose logits are wanted of the rows up to `end`; of drafts, all."""
+    def output_positions(self, end: int) -> range:
+        """Return the positions of the rows up to `end` that output logits; of drafts, all."""
         if self._n_scored:
             return range(self._next_scored - 1, min(end, self.n_prompt - 1))
-        if end < self.n_known or self.options.max_tokens == 0:
+        if end < self.n_tokens or self.options.max_tokens == 0:
             return range(0)
-        return range(self.n_known - 1, end)
+        return range(self.n_tokens - 1, end)
 
     @property
     def speculates(self) -> bool:
         """Whether more than its next token may be computed at once."""
-        return self._speculator is not None and not self._coming
+        return self._speculator is not None and not self._queued_tokens
 
     def draft(self, most: int, n_rows: int, costs: DecodeCosts) -> int:
-        """Put tokens that are likely to come behind those known; how many."""
+        """Write drafts behind its tokens. Returns how many.
+
+        Args:
+            most: most drafts.
+            n_rows, costs: rows of the decode without drafts; how long decodes take.
+        """
         assert self._speculator is not None
         try:
-            drafts = self._speculator.draft(self.known, min(most, self.growth - 1), n_rows, costs)
+            drafts = self._speculator.draft(self.tokens, min(most, self.n_remaining - 1), n_rows, costs)
         except BaseException:
-            log.exception("a drafter failed; its request goes on without")
+            log.exception("a drafter failed; its request continues without speculation")
             self._speculator = None
             return 0
-        self.tokens[self.n_known : self.n_known + len(drafts)] = drafts
+        self.buffer[self.n_tokens : self.n_tokens + len(drafts)] = drafts
         return len(drafts)
 
-    def verify(self, end: int, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
-        """Draw from the rows of drafts up to `end`, as far as they come true; what it holds is that far, then.
+    # --- what a decode computed
+
+    def finish_slice(self, end: int, alone: bool) -> None:
+        """Record that the rows up to `end` were computed.
+
+        Args:
+            alone: whether it was the only sequence in the context, and the batch was its slice.
+        """
+        start, self.n_computed = self.n_computed, end
+        if alone:
+            self.kv.add_ordered(start, end)
+        if start < self.n_prompt:
+            self._n_prefilled += min(end, self.n_prompt) - start
+            if alone:
+                self.kv.add_slice(start, end)
+        if end == self.n_tokens and self.options.max_tokens == 0:
+            self.finish_reason = "length"
+
+    def process_logits(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
+        """Sample the next token, or score tokens of the prompt.
+
+        Args:
+            logits: shape (rows, n_vocab), of the rows of `output_positions`.
+            now: when they were computed.
+        """
+        if not self._n_scored:
+            self._sample_next(logits[0], now, metrics)
+            return
+        for row in logits:
+            token = int(self.buffer[self._next_scored])
+            self._reply.logprobs.append(log_probabilities(row, token, self.options.logprobs or 0))
+
+    def verify_drafts(self, end: int, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
+        """Sample from the rows up to `end`, as long as the drafts equal the samples. Sets `n_computed` accordingly.
 
         Args:
             logits: shape (n, n_vocab), of the last known token and of all drafts.
         """
         assert self._speculator is not None
-        drafts = self.tokens[self.n_known : end].tolist()
-        first = self.n_known
-        self.n_held = first
+        drafts = self.buffer[self.n_tokens : end].tolist()
+        first = self.n_tokens
+        self.n_computed = first
         for i in range(len(drafts) + 1):
-            if self.n_held == self.n_known:
-                self._draw(logits[i], now, metrics)
-            if self.finish_reason is not None or i == len(drafts) or self.tokens[first + i] != drafts[i]:
+            if self.n_computed == self.n_tokens:
+                self._sample_next(logits[i], now, metrics)
+            if self.finish_reason is not None or i == len(drafts) or self.buffer[first + i] != drafts[i]:
                 break
-            self.n_held += 1
-        self._speculator.judged(len(drafts), self.n_held - first)
+            self.n_computed += 1
+        self._speculator.record(len(drafts), self.n_computed - first)
 
-    def decoded(self, end: int, alone: bool) -> None:
-        """The rows up to `end` were computed; `alone`: as they were cut, with nobody else in the context."""
-        start, self.n_held = self.n_held, end
-        if alone:
-            self.warmth.placed(start, end)
-        if start < self.n_prompt:
-            self._n_prefilled += min(end, self.n_prompt) - start
-            if alone:
-                self.warmth.computed(start, end)
-        if end == self.n_known and self.options.max_tokens == 0:
-            self.finish_reason = "length"
-
-    def keep(self) -> None:
-        """Save what is to be saved as it is computed."""
-        if self.n_held <= self.n_prompt:
-            self.warmth.prefilled(self.held)
-        elif self.n_held >= self._due:
-            self.warmth.generated(self.held)
+    def save_due(self) -> None:
+        """Save the blocks that are due."""
+        if self.n_computed <= self.n_prompt:
+            self.kv.save_prefill(self.computed_tokens)
+        elif self.n_computed >= self._next_save_at:
+            self.kv.save_reply(self.computed_tokens)
         else:
             return
-        self._due = self.warmth.due
+        self._next_save_at = self.kv.next_save_at
 
     def save(self, reason: SaveReason) -> None:
-        """Save what the cache does not have yet of the tokens that are held."""
-        self.warmth.save_all(self.held, reason)
+        """Save all computed tokens that the cache does not have yet."""
+        self.kv.save_all(self.computed_tokens, reason)
 
-    def recover(self) -> bool:
-        """Go back to what was held before a decode that was ended; False where nobody knows what is held now."""
-        assert self.number is not None
-        if self._shared.backend.limits.can_trim:
-            self._shared.backend.cut(self.number, self.n_held)
-            return True
-        return False
+    # --- sampling
 
-    # --- the reply
-
-    def answer(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
-        """Take the logits that were wanted, shape (rows, n_vocab), and were there at `now`."""
-        if not self._n_scored:
-            self._draw(logits[0], now, metrics)
-            return
-        for row in logits:
-            token = int(self.tokens[self._next_scored])
-            self._reply.logprobs.append(log_probabilities(row, token, self.options.logprobs or 0))
-
-    def _draw(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
-        """Sample the next token from logits, shape (n_vocab,), that were there at `now`."""
-        self._close_thinking()
-        token = self._coming.popleft() if self._coming else self._ending_thought(self._sampled(logits))
+    def _sample_next(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
+        """Append the next token, sampled from logits of shape (n_vocab,), or queued."""
+        self._end_thinking_if_due()
+        if self._queued_tokens:
+            token = self._queued_tokens.popleft()
+        else:
+            token = self._replace_thinking_end(self._sample(logits))
         if self._last_token_at:
             metrics.between_tokens.observe(now - self._last_token_at)
         else:
@@ -285,117 +347,103 @@ class Sequence:
             return
         if self.options.logprobs is not None:
             self._reply.logprobs.append(log_probabilities(logits, token, self.options.logprobs))
-        self._take(token)
+        self._append(token)
         if self.finish_reason is None:
-            self._take_certain()
+            self._append_certain()
         if self._grammar is not None and self.finish_reason is None and self._grammar.stopped:
             self.finish_reason = "stop"
 
-    def _sampled(self, logits: NDArray[np.float32]) -> int:
+    def _sample(self, logits: NDArray[np.float32]) -> int:
         sampler = self._sampler
         if self._tracker is not None and self._tracker.phase == "syntax":
             sampler = self._syntax_sampler
-        return sampler.sample(logits, self.known, self._grammar.allowed() if self._grammar is not None else None)
-
-    def _ending_thought(self, token: int) -> int:
-        """What comes for a token drawn: what ends thinking, where it is for an answer to begin behind that."""
-        if isinstance(self._grammar, PhasedMatcher):
-            ends_reply = bool(self._vocabulary.is_eog[token])
-            self._coming.extend(self._grammar.end_of_thought(token, ends_reply=ends_reply))
-        return self._coming.popleft() if self._coming else token
+        return sampler.sample(logits, self.tokens, self._grammar.allowed() if self._grammar is not None else None)
 
     @cached_property
     def _syntax_sampler(self) -> Sampler:
-        """Takes the most likely token of those that may be had at all."""
-        asked = self.options.sampling
-        options = SamplingOptions(temperature=0.0, logit_bias=asked.logit_bias, banned_tokens=asked.banned_tokens)
-        return self._shared.samplers.make(options)
+        """Samples the syntax of calls: the most likely token of those allowed."""
+        sampling = self.options.sampling
+        options = SamplingOptions(
+            temperature=0.0, logit_bias=sampling.logit_bias, banned_tokens=sampling.banned_tokens
+        )
+        return self._context.samplers.make(options)
 
-    def _take(self, token: int) -> None:
-        """One token more of the reply."""
-        self.tokens[self.n_known] = token
-        self.n_known += 1
+    def _append(self, token: int) -> None:
+        """Append a token to the reply."""
+        self.buffer[self.n_tokens] = token
+        self.n_tokens += 1
         if token in self._stop_tokens:
             self._stop_at(token)
             return
         was_thinking = self._tracker is not None and self._tracker.phase == "thinking"
-        self._reply.take(token)
+        self._reply.add(token)
         if self._budget is not None and self._tracker is not None:
-            thinking = self._tracker.phase == "thinking"
-            self._budget.count(before=was_thinking, after=thinking, within=self._reply.within_character)
+            self._budget.count(
+                was_thinking=was_thinking,
+                is_thinking=self._tracker.phase == "thinking",
+                within_character=self._reply.within_character,
+            )
         if self._reply.stop_sequence is not None:
             self.finish_reason = "stop"
-        elif self.options.max_tokens is not None and self.n_known - self.n_prompt >= self.options.max_tokens:
+        elif self.options.max_tokens is not None and self.n_tokens - self.n_prompt >= self.options.max_tokens:
             self.finish_reason = "length"
-        elif self.n_known > self._n_ctx:
+        elif self.n_tokens > self._n_ctx:
             self.finish_reason = "context_full"
         if self._grammar is not None:
             self._grammar.accept(token)
 
+    def _append_certain(self) -> None:
+        """Append the tokens that are certain to follow. They are computed in one slice."""
+        if self.options.logprobs is not None:
+            return  # each log-probability needs its token's own row
+        self._end_thinking_if_due()
+        while self._queued_tokens and self.finish_reason is None:
+            self._append(self._queued_tokens.popleft())
+        for token in self._grammar.forced() if self._grammar is not None and self.finish_reason is None else ():
+            if self.finish_reason is None:
+                self._append(token)
+
     def _stop_at(self, token: int) -> None:
-        """The reply ends at a token: one that ends generation, or one of the caller's."""
+        """End the reply at a token that ends generation, or at one of the caller's stop tokens."""
         self.finish_reason = "stop"
         if token in self._stop_tokens:
             self._stop_token = token
             self._reply.stop_at(self._stop_tokens[token])
 
-    def _take_certain(self) -> None:
-        """What is certain to come is the reply's at once, and is computed in one slice."""
-        if self.options.logprobs is not None:
-            return  # which are of each token's own row
-        self._close_thinking()
-        while self._coming and self.finish_reason is None:
-            self._take(self._coming.popleft())
-        for token in self._grammar.forced() if self._grammar is not None and self.finish_reason is None else ():
-            if self.finish_reason is None:
-                self._take(token)
-
-    def _close_thinking(self) -> None:
-        """Where thinking has used its budget, its end comes next."""
-        if self._budget is None or self._tracker is None or self._coming:
+    def _end_thinking_if_due(self) -> None:
+        """Queue the tokens that end thinking, if it has used up its budget."""
+        if self._budget is None or self._tracker is None or self._queued_tokens:
             return
-        if self._budget.due(self._tracker):
-            self._coming.extend(self._budget.closing)
+        if self._budget.is_used_up(self._tracker):
+            self._queued_tokens.extend(self._budget.closing)
 
-    def _speculating(self, prompt: NDArray[np.int32]) -> Speculator | None:
-        make = self.options.speculative
-        if make is None or not self._shared.backend.limits.can_trim:
-            return None
-        return Speculator(make(prompt), self.options.speculative_tokens, self._shared.backend.limits.n_vocab)
+    def _replace_thinking_end(self, token: int) -> int:
+        """Return the token, or, if it may not end thinking, the first of the tokens that do; queue the others."""
+        if isinstance(self._grammar, PhasedMatcher):
+            ends_reply = bool(self._vocabulary.is_eog[token])
+            self._queued_tokens.extend(self._grammar.thinking_end(token, ends_reply=ends_reply))
+        return self._queued_tokens.popleft() if self._queued_tokens else token
 
-    def _thinking_budget(self) -> ThinkingBudget | None:
-        phases = self.options.phases
-        if phases is None or phases.thinking_budget is None or phases.thinking is None:
-            return None
-        return ThinkingBudget(phases, phases.thinking.close[0], self._shared.script)
+    # --- the result
 
     def completion(self) -> Completion:
-        """The result; what was held back of the reply is sent first."""
+        """Return the result. The buffered rest of the reply is sent first."""
         reply = self._reply
         reply.finish()
         if reply.stop_sequence is not None:
             self.finish_reason = "stop"
         assert self.finish_reason is not None
-        tokens = tuple(self.known.tolist())
-        now = time.perf_counter()
-        began = self._placed_at or now
+        tokens = tuple(self.tokens.tolist())
         return Completion(
             text=reply.text,
             tokens=tokens[self.n_prompt :],
             context_tokens=tokens,
             finish_reason=self.finish_reason,
-            finish_key=self._warmth.finish_key if self._warmth is not None else self._finish_key,
+            finish_key=self._kv.finish_key if self._kv is not None else self._finish_key,
             cache=self._hit or CacheHit("cold", None, 0),
             seed=self._sampler.seed,
             sampling_state=self._sampler.state,
-            timings=Timings(
-                queued=began - self.ticket.submitted,
-                restore=(self._restored_at or now) - began,
-                prefill=(self._first_token_at or now) - (self._restored_at or now),
-                decode=max(self._last_token_at - self._first_token_at, 0.0),
-                prefill_tokens=self._n_prefilled,
-                decode_tokens=max(self.n_known - self.n_prompt - 1, 0),
-            ),
+            timings=self._timings(),
             stop_sequence=reply.stop_sequence,
             stop_token=self._stop_token if reply.at_stop_token else None,
             logprobs=tuple(reply.logprobs) if self.options.logprobs is not None else None,
@@ -407,18 +455,24 @@ class Sequence:
             drafts=None if self.options.speculative is None else self._drafts(),
         )
 
+    def _timings(self) -> Timings:
+        now = time.perf_counter()
+        began = self._placed_at or now
+        return Timings(
+            queued=began - self.ticket.submitted,
+            restore=(self._restored_at or now) - began,
+            prefill=(self._first_token_at or now) - (self._restored_at or now),
+            decode=max(self._last_token_at - self._first_token_at, 0.0),
+            prefill_tokens=self._n_prefilled,
+            decode_tokens=max(self.n_tokens - self.n_prompt - 1, 0),
+        )
+
     def _drafts(self) -> Drafts:
-        found = self._speculator
-        return Drafts(found.drafted, found.accepted) if found is not None else Drafts(0, 0)
+        speculator = self._speculator
+        return Drafts(speculator.drafted, speculator.accepted) if speculator is not None else Drafts(0, 0)
 
     def _cache_delta(self) -> CacheDelta:
-        self._note_stored()
+        self._record_stored()
         read = self._hit.tokens if self._hit is not None else 0
         start, end = self._stored
         return CacheDelta(read, max(end - max(start, read), 0))
-
-    def _note_stored(self) -> None:
-        """Which of its tokens were stored for it, since it last entered the context."""
-        if self._warmth is not None:
-            start, end = self._warmth.stored
-            self._stored = min(start, self._stored[0]), max(end, self._stored[1])

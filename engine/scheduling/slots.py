@@ -1,27 +1,25 @@
-"""What the context holds: the cells of running sequences, and of finished ones that stay for those who go on.
+"""The context's slots and cells: which running or parked sequence uses them.
 
-A finished sequence is *parked*: it keeps its cells until they are needed. A
-request that begins as it did shares its cells, or takes it over. What was worth
-keeping of it was saved before, so it may go at any time. Used by the model
-thread alone.
+A slot is one of the backend's sequence numbers. A sequence that ends is *parked*: it keeps its slot and cells until
+they are needed. A request that begins with the same tokens shares its cells, or takes them over. Everything worth
+keeping was saved before, so a parked sequence may be evicted at any time. Used by the model thread alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama._runtime.log import logger
+from erllama.cache.blocks.keys import common_prefix
 from erllama.engine.backend import Backend
 from erllama.engine.kv.slices import Provenance
 from erllama.engine.scheduling.cells import Cells
 from erllama.engine.scheduling.live_tier import LiveTier
 from erllama.engine.scheduling.sequence import Sequence
-
-log = logger("erllama.engine")
 
 
 @dataclass(slots=True, eq=False)
@@ -29,36 +27,60 @@ class Parked:
     """A finished sequence that is still in the context.
 
     Attributes:
-        number: the backend's for it.
-        namespace: the root key of who may share it.
-        tenant: whose session it is, if it is one's.
-        tokens: what it holds, int32, shape (n,).
-        as_computed: how, where nothing else was in the context; else None.
-        session_id: the session that it is kept for; None for anybody.
-        keys: the cache's names of the blocks among them.
+        slot: its slot.
+        namespace: the root key of the requests that may share it.
+        tenant: the tenant whose session it belongs to, if it belongs to one.
+        tokens: its tokens, int32, shape (n,).
+        provenance: how they were computed; None if another sequence was in the context.
+        session_id: the session that it is kept for; None if it is kept for none.
+        keys: the cache's keys of its blocks.
     """
 
-    number: int
+    slot: int
     namespace: bytes
     tenant: bytes
     tokens: NDArray[np.int32]
-    as_computed: Provenance | None
+    provenance: Provenance | None
     session_id: str | None
     keys: tuple[bytes, ...]
 
 
-class Slots:
-    """The context's cells and sequence numbers, and who has them.
+class PrefixSource(NamedTuple):
+    """A sequence in the context that has the first `n` tokens of another; None if no sequence has any."""
 
-    Args:
-        backend: whose context it is.
-        parked_cells: cells that parked sequences may keep while others compute: they cost
-            every decode a little, since attention passes over them.
-        tier: shows the cache what is parked; None where it cannot be shown.
+    sequence: Sequence | Parked | None
+    n: int
+
+
+NO_SOURCE = PrefixSource(None, 0)
+
+
+class Allocation(NamedTuple):
+    """A slot for a sequence.
 
     Attributes:
-        pristine: whether what was computed since the context was last empty is all one
-            sequence's, so that its cells lie as those of any run from an empty context.
+        slot: the slot.
+        provenance: how the tokens that are in it already were computed; None if that is unknown.
+    """
+
+    slot: int
+    provenance: Provenance | None
+
+
+class Slots:
+    """The slots and cells of one context.
+
+    Args:
+        backend: owns the context.
+        parked_cells: cells that parked sequences may keep while others compute. They slow every decode a little,
+            since attention passes over them.
+        tier: shows parked cells to the cache; None if they cannot be shown.
+
+    Attributes:
+        cells: counts the cells.
+        parked: the parked sequences, the least recently used first.
+        pristine: whether everything computed since the context was last empty belongs to one sequence, so that its
+            cells lie as those of any run from an empty context.
     """
 
     def __init__(self, backend: Backend, parked_cells: int, tier: LiveTier | None) -> None:
@@ -70,176 +92,163 @@ class Slots:
         # Recurrent state takes no cells: there, each sequence has room of its own.
         self._capacity = limits.n_ctx * (limits.n_sequences if limits.whole_state else 1)
         self.cells = Cells(self._capacity)
-        self._numbers = list(range(limits.n_sequences))[::-1]
-        self._n_sequences = limits.n_sequences
-        self.parked: list[Parked] = []  # the least recently used first
+        self._free_slots = list(range(limits.n_sequences))[::-1]
+        self._n_slots = limits.n_sequences
+        self.parked: list[Parked] = []
         self.pristine = True
 
-    # --- finding
+    # --- finding a prefix
 
-    def longest(self, sequence: Sequence, running: Several[Sequence]) -> tuple[Sequence | Parked | None, int]:
-        """Who holds the longest prefix of what a sequence need not compute, and how long it is.
+    def find_longest_prefix(self, sequence: Sequence, running: Iterable[Sequence]) -> PrefixSource:
+        """Return the sequence in the context that has the longest prefix of the reusable tokens of another.
 
-        Of several, its own session's. Where memory cannot be cut, only what is parked, and only whole.
+        Of several equally long ones, its own session's. Memory that cannot be trimmed is reused only from parked
+        sequences, and only whole.
         """
         wanted = sequence.reusable
-        best: Sequence | Parked | None = None
-        most = 0
+        best, longest = NO_SOURCE
         for parked in self.parked:
             if parked.namespace == sequence.namespace:
                 n = common_prefix(parked.tokens, wanted)
                 if not self._can_trim and n < len(parked.tokens):
                     continue
                 own = parked.session_id is not None and parked.session_id == sequence.options.session_id
-                if (n > most or (own and n == most > 0)) and (own or self._can_trim or parked.session_id is None):
-                    best, most = parked, n
+                if (n > longest or (own and n == longest > 0)) and (
+                    own or self._can_trim or parked.session_id is None
+                ):
+                    best, longest = parked, n
         if self._can_trim:
             for other in running:
-                if other.number is not None and other.namespace == sequence.namespace:
-                    n = common_prefix(other.held, wanted)
-                    if n > most:
-                        best, most = other, n
-        return best, most
+                if other.slot is not None and other.namespace == sequence.namespace:
+                    n = common_prefix(other.computed_tokens, wanted)
+                    if n > longest:
+                        best, longest = other, n
+        return PrefixSource(best, longest)
 
-    # --- sequence numbers and cells
+    # --- slots
 
-    def take_in(
-        self, sequence: Sequence, source: Sequence | Parked | None, n: int
-    ) -> tuple[int, Provenance | None]:
-        """A number for a sequence, which holds its first `n` tokens already: those of `source`.
+    def allocate(self, sequence: Sequence, source: PrefixSource) -> Allocation:
+        """Allocate a slot for a sequence, with the tokens of `source` in it."""
+        other, n = source
+        if isinstance(other, Parked):
+            own = other.session_id is not None and other.session_id == sequence.options.session_id
+            mostly = other.session_id is None and 2 * n >= len(other.tokens)
+            if own or mostly or not self._can_trim or not self._has_slot_besides(other):
+                self._unpark(other)
+                if n < len(other.tokens):
+                    self._backend.cut(other.slot, n)
+                    self.cells.cut(other.slot, n)
+                return Allocation(other.slot, other.provenance)
+        slot = self._take_slot(other)
+        if other is not None:
+            assert other.slot is not None
+            if isinstance(other, Parked):  # it was used just now
+                self.parked.remove(other)
+                self.parked.append(other)
+            self._backend.share(other.slot, slot, n)
+            self.cells.share(other.slot, slot, n)
+        return Allocation(slot, None)
 
-        Returns:
-            the number, and how those tokens were computed, where that is known.
-        """
-        if isinstance(source, Parked):
-            own = source.session_id is not None and source.session_id == sequence.options.session_id
-            mostly = source.session_id is None and 2 * n >= len(source.tokens)
-            if own or mostly or not self._can_trim or not self._spare_number(source):
-                self._unpark(source)
-                self._cut(source.number, n, len(source.tokens))
-                return source.number, source.as_computed
-        number = self._new_number(source)
-        if source is not None:
-            assert source.number is not None
-            if isinstance(source, Parked):  # it was used just now
-                self.parked.remove(source)
-                self.parked.append(source)
-            self._backend.share(source.number, number, n)
-            self.cells.share(source.number, number, n)
-        return number, None
+    def _has_slot_besides(self, source: Parked) -> bool:
+        return bool(self._free_slots) or any(parked is not source for parked in self.parked)
 
-    def _cut(self, number: int, n: int, held: int) -> None:
-        if n < held:
-            self._backend.cut(number, n)
-            self.cells.cut(number, n)
-
-    def _spare_number(self, source: Parked) -> bool:
-        return bool(self._numbers) or any(parked is not source for parked in self.parked)
-
-    def _new_number(self, source: Sequence | Parked | None) -> int:
-        if not self._numbers:
-            self._drop_parked(next(parked for parked in self._dispensable() if parked is not source))
-        if len(self._numbers) == self._n_sequences:
-            # Nobody is in the context: it is cleared, so that cells are taken in the same order every time.
+    def _take_slot(self, source: Sequence | Parked | None) -> int:
+        if not self._free_slots:
+            self._evict(next(parked for parked in self._eviction_order() if parked is not source))
+        if len(self._free_slots) == self._n_slots:
+            # The context has no sequence: it is cleared, so that cells are taken in the same order every time.
             self.clear()
         else:
             self.pristine = False
-        return self._numbers.pop()
+        return self._free_slots.pop()
 
-    def release(self, number: int) -> None:
-        """A sequence leaves the context."""
-        self._backend.drop(number)
-        self.cells.drop(number)
-        self._numbers.append(number)
+    def release(self, slot: int) -> None:
+        """Free a slot and its cells."""
+        self._backend.drop(slot)
+        self.cells.drop(slot)
+        self._free_slots.append(slot)
+
+    def clear(self) -> None:
+        """Empty the context. No sequence may be running in it."""
+        for parked in list(self.parked):
+            self._unpark(parked)
+        self.cells = Cells(self._capacity)
+        self._free_slots = list(range(self._n_slots))[::-1]
+        self.pristine = True
+        self._backend.clear()
+
+    # --- cells
 
     def make_room(self, n: int) -> bool:
-        """See to `n` free cells; parked sequences go where they must. False if that is not enough."""
+        """Evict parked sequences until `n` cells are free. Returns False if evicting all is not enough."""
         while self.cells.free < n and self.parked:
-            self._drop_parked(next(iter(self._dispensable())))
+            self._evict(next(iter(self._eviction_order())))
         return self.cells.free >= n
 
     @property
     def room(self) -> int:
-        """Cells that can be had: free ones, and those of parked sequences alone."""
-        return self.cells.free + self.cells.only_of(parked.number for parked in self.parked)
+        """Cells that are free, or would be without parked sequences."""
+        return self.cells.free + self.cells.exclusive(parked.slot for parked in self.parked)
 
     # --- parking
 
     def park(self, sequence: Sequence) -> None:
-        """Keep what a sequence that ended holds."""
-        number, session_id = sequence.number, sequence.options.session_id
-        assert number is not None
+        """Keep the cells of a sequence that ended."""
+        slot, session_id = sequence.slot, sequence.options.session_id
+        assert slot is not None
         for older in self.parked:
             if session_id is not None and (older.tenant, older.session_id) == (sequence.tenant, session_id):
-                self._drop_parked(older)
+                self._evict(older)
                 break
-        if not sequence.n_held:
-            self.release(number)
+        if not sequence.n_computed:
+            self.release(slot)
             return
-        as_computed = sequence.warmth.as_computed if self.pristine else None
-        warmth = sequence.warmth
-        keys = (*warmth.keys, warmth.finish_key) if warmth.finish_key is not None else tuple(warmth.keys)
+        kv = sequence.kv
+        provenance = kv.provenance if self.pristine else None
+        keys = (*kv.keys, kv.finish_key) if kv.finish_key is not None else tuple(kv.keys)
         keys = tuple(dict.fromkeys(keys))  # a context of whole blocks is named by its last
-        held = sequence.held.copy()
-        self.parked.append(Parked(number, sequence.namespace, sequence.tenant, held, as_computed, session_id, keys))
+        tokens = sequence.computed_tokens.copy()
+        self.parked.append(Parked(slot, sequence.namespace, sequence.tenant, tokens, provenance, session_id, keys))
         if self._tier is not None:
-            self._tier.hold(keys)
+            self._tier.add_parked(keys)
 
-    def thin_out(self) -> None:
-        """Drop what is parked beyond the cells that it may keep while others compute."""
+    def trim_parked(self) -> None:
+        """Evict parked sequences until they use at most `parked_cells`; those of sessions do not count."""
         while True:
-            free = [parked for parked in self.parked if parked.session_id is None]
-            if not free or self.cells.only_of(parked.number for parked in free) <= self._parked_cells:
+            evictable = [parked for parked in self.parked if parked.session_id is None]
+            if not evictable or self.cells.exclusive(parked.slot for parked in evictable) <= self._parked_cells:
                 return
-            self._drop_parked(free[0])
+            self._evict(evictable[0])
+
+    def evict_parked(self) -> None:
+        """Evict all parked sequences."""
+        while self.parked:
+            self._evict(self.parked[0])
+
+    def evict_requested(self) -> None:
+        """Evict the parked sequences whose blocks the cache has evicted."""
+        if self._tier is not None and self._tier.has_evicted:
+            evicted = self._tier.take_evicted()
+            for parked in [parked for parked in self.parked if evicted.intersection(parked.keys)]:
+                self._evict(parked)
 
     def end_session(self, tenant: bytes, session_id: str) -> bool:
-        """What is kept for a session is anybody's; False where nothing is."""
+        """Stop keeping the sequence of a session. Returns False if there is none."""
         for parked in self.parked:
             if (parked.tenant, parked.session_id) == (tenant, session_id):
                 parked.session_id = None
                 return True
         return False
 
-    def drop_all_parked(self) -> None:
-        while self.parked:
-            self._drop_parked(self.parked[0])
-
-    def give_up(self) -> None:
-        """Drop what the cache was asked to evict of what is parked."""
-        if self._tier is not None and self._tier.gave_up:
-            evicted = self._tier.take_given_up()
-            for parked in [parked for parked in self.parked if evicted.intersection(parked.keys)]:
-                self._drop_parked(parked)
-
-    def clear(self) -> None:
-        """Empty the context; nobody may be running in it."""
-        for parked in list(self.parked):
-            self._unpark(parked)
-        self.cells = Cells(self._capacity)
-        self._numbers = list(range(self._n_sequences))[::-1]
-        self.pristine = True
-        self._backend.clear()
-
-    def _dispensable(self) -> list[Parked]:
-        """What is parked, in the order in which it goes: what no session keeps first, then the longest unused."""
+    def _eviction_order(self) -> list[Parked]:
+        """Return the parked sequences in eviction order: those of no session first, least recently used first."""
         return sorted(self.parked, key=lambda parked: parked.session_id is not None)
 
-    def _drop_parked(self, parked: Parked) -> None:
+    def _evict(self, parked: Parked) -> None:
         self._unpark(parked)
-        self.release(parked.number)
+        self.release(parked.slot)
 
     def _unpark(self, parked: Parked) -> None:
         self.parked.remove(parked)
         if self._tier is not None:
-            self._tier.let_go(parked.keys)
-
-
-def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """How many tokens agree from the first on."""
-    n = min(len(a), len(b))
-    if not n or a[0] != b[0]:
-        return 0
-    differ = a[:n] != b[:n]
-    first = int(differ.argmax())
-    return first if differ[first] else n
+            self._tier.remove_parked(parked.keys)

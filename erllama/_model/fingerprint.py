@@ -65,9 +65,9 @@ class Fingerprint:
             return f"own:{hashlib.sha256(own).hexdigest()}"
         if self.kind == "gguf_chunked":
             # Imported here, because this module works without a built libllama.
-            from erllama.engine.backends.llama_file import beginnings_digest
+            from erllama.engine.backends.llama_file import sampled_digest
 
-            return "chunked:" + " ".join(beginnings_digest(part) for part in parts(path))
+            return "chunked:" + " ".join(sampled_digest(part) for part in parts(path))
         if not cache.persistent:
             return f"file:{identity(path)}"
         return "sha256:" + " ".join(_digests(parts(path), cache, on_progress))

@@ -1,4 +1,8 @@
-"""A conversation in one form, and the template that writes it."""
+"""One conversation in normalized form, with the template that renders it.
+
+`Conversation.render` turns messages and tools into text. `render_with_reply` shows how the template will render a
+reply in later turns, so that a `Turn` can remember its tokens. `erllama.chat.chats` makes one for each request.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +13,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from erllama._types import Message
-from erllama.chat.content import ContentMask, SpecialTexts
-from erllama.chat.messages import normalized_messages
-from erllama.chat.quirks import as_template_takes, with_arguments_as_text
-from erllama.chat.templates.template import ChatTemplate, plain_arguments, plain_documents
+from erllama.chat.content_masking import ContentMask, SpecialTokenTexts
+from erllama.chat.message_adapters import adapt_messages, encode_arguments
+from erllama.chat.messages import normalize_messages
+from erllama.chat.templates.plain_data import copy_arguments, copy_documents
+from erllama.chat.templates.template import ChatTemplate
 from erllama.errors import ChatError, TemplateError
 
-# They stand for what is said, thought and given to a tool, where it is asked what a template makes of it.
-_ANY_REPLY = "0b5f9d0e reply 7c41"
-_ANY_THOUGHT = "5c1e77a2 thought 90d3"
-_ANY_ARGUMENT = "e2a80c14 argument 3f6b"
+# Unique texts in place of a reply, its thinking and an argument, to find out what a template does with them.
+_SAMPLE_REPLY = "0b5f9d0e reply 7c41"
+_SAMPLE_THINKING = "5c1e77a2 thought 90d3"
+_SAMPLE_ARGUMENT = "e2a80c14 argument 3f6b"
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a template is given.
+    """The input of a template.
 
     Attributes:
-        template: that of the model, or the caller's.
-        messages, tools: normalized.
-        documents, args: what the template gets beside them.
-        continued: the last message, the assistant's, is to be gone on with.
-        special: the texts of tokens that content is not read as; None where it is. What is written is marked, then.
+        template: the model's template, or the caller's.
+        messages, tools: in normalized form.
+        documents, args: further variables of the template.
+        continue_final: the reply continues the last message, which is the assistant's.
+        special: texts that content must not spell out as special tokens; the rendered text then has marks (see
+            `content_masking`). None where content may spell them out.
     """
 
     template: ChatTemplate
@@ -38,141 +44,143 @@ class Conversation:
     tools: list[Message]
     documents: Sequence[Mapping[str, object]] | None
     args: Mapping[str, object]
-    continued: bool
-    special: SpecialTexts | None = None
+    continue_final: bool
+    special: SpecialTokenTexts | None = None
 
-    def text(self, *, add_generation_prompt: bool = True) -> str:
-        """The conversation as the template writes it.
+    def render(self, *, add_generation_prompt: bool = True) -> str:
+        """Return the conversation as the template renders it.
 
         Raises:
-            ChatError: there are tools, and the template has no place for them; or what it writes is no text.
-            TemplateError: as of `ChatTemplate.render`.
+            ChatError: there are tools, and the template does not use tools; or the text cannot be encoded as UTF-8.
+            TemplateError: as for `ChatTemplate.render`.
         """
         if self.tools and not self.template.uses("tools"):
-            raise ChatError("the chat template has no place for tools; give chat_template= with one that has")
-        return self._written(add_generation_prompt)
+            raise ChatError("the chat template does not use tools; set chat_template to one that does")
+        return self._render_adapted(add_generation_prompt)
 
-    def as_written(self, text: str) -> Conversation:
-        """The conversation with the message to be continued as the template writes it: some strip its text.
+    def with_stripped_content(self, rendered: str) -> Conversation:
+        """Return the conversation with the message to be continued as the template renders it.
+
+        Some templates strip white space of a message's text.
 
         Args:
-            text: the conversation, as `text` gives it.
+            rendered: the conversation as `render` returns it.
         """
-        found = self
-        for strip in (str.rstrip, str.lstrip) if self.continued else ():
-            last = found.messages[-1]
+        result = self
+        for strip in (str.rstrip, str.lstrip) if self.continue_final else ():
+            last = result.messages[-1]
             content = str(last["content"])
-            shorter = replace(found, messages=[*found.messages[:-1], {**last, "content": strip(content)}])
+            shorter = replace(result, messages=[*result.messages[:-1], {**last, "content": strip(content)}])
             with suppress(ChatError):
-                if strip(content) != content and shorter.text() == text:
-                    found = shorter
-        return found
+                if strip(content) != content and shorter.render() == rendered:
+                    result = shorter
+        return result
 
-    def _written(self, add_generation_prompt: bool) -> str:
-        messages = as_template_takes(self.messages, self.template.source)
+    def _render_adapted(self, add_generation_prompt: bool) -> str:
+        messages = adapt_messages(self.messages, self.template.source)
         try:
-            return self._rendered(messages, add_generation_prompt)
+            return self._render_messages(messages, add_generation_prompt)
         except TemplateError:
-            # Some templates take the arguments of calls as JSON text.
-            as_text = with_arguments_as_text(messages)
-            if as_text == messages:
+            # Some templates require the arguments of calls as JSON text.
+            encoded = encode_arguments(messages)
+            if encoded == messages:
                 raise
             with suppress(TemplateError):
-                return self._rendered(as_text, add_generation_prompt)
+                return self._render_messages(encoded, add_generation_prompt)
             raise
 
-    def _rendered(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        given: tuple[Any, Any, Any] = (messages, self.tools or None, self.documents)
+    def _render_messages(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        inputs: tuple[Any, Any, Any] = (messages, self.tools or None, self.documents)
         mask, args = None, self.args
         if self.special is not None:
-            # Rebuilt of plain data, which ends: documents and args are the caller's own.
-            documents = None if self.documents is None else plain_documents(self.documents)
-            args = plain_arguments(self.args)
+            # Documents and args are the caller's objects. Copies in plain data are finite.
+            documents = None if self.documents is None else copy_documents(self.documents)
+            args = copy_arguments(self.args)
             mask = ContentMask(self.special, messages, self.tools, documents, args, self.template.source)
-            given = (mask.messages(messages), mask.value(given[1]), mask.value(documents))
-        written = self.template.render(
-            given[0],
-            tools=given[1],
-            documents=given[2],
+            inputs = (mask.mask_messages(messages), mask.mask_value(inputs[1]), mask.mask_value(documents))
+        rendered = self.template.render(
+            inputs[0],
+            tools=inputs[1],
+            documents=inputs[2],
             add_generation_prompt=add_generation_prompt,
-            continue_final_message=self.continued,
+            continue_final_message=self.continue_final,
             **args,
         )
         try:
-            written.encode()
+            rendered.encode()
         except UnicodeEncodeError as error:
             raise ChatError(
-                f"the chat template writes half a surrogate pair, at character {error.start}, which is no text; "
-                "give whole characters in the template, template_args and documents"
+                f"the chat template writes half of a surrogate pair, at character {error.start}; "
+                "use whole characters in the template, template_args and documents"
             ) from None
-        return written if mask is None else mask.marked(written)
+        return rendered if mask is None else mask.unmask(rendered)
 
-    def message(
+    def reply_message(
         self, content: str, thinking: str, calls: Sequence[Mapping[str, object]], *, within_character: bool = False
     ) -> Message:
-        """A reply as a message, to be added; or to take the last one's place, where that was gone on with.
+        """Return a reply as a message to append, or to replace the last message where the reply continues it.
 
         Args:
-            within_character: the message that was gone on with ended within a character, which the reply has whole.
+            within_character: the continued message ends within a character, which the reply contains as a whole.
         """
         message: Message = {"role": "assistant", "content": content}
-        if self.continued:
-            begun = str(self.messages[-1]["content"])
-            begun = begun.removesuffix("\ufffd") if within_character else begun
-            message = {**self.messages[-1], "content": f"{begun}{content}"}
+        if self.continue_final:
+            beginning = str(self.messages[-1]["content"])
+            beginning = beginning.removesuffix("\ufffd") if within_character else beginning
+            message = {**self.messages[-1], "content": f"{beginning}{content}"}
         if thinking:
             message["reasoning_content"] = f"{message.get('reasoning_content') or ''}{thinking}"
         if calls:
             message["tool_calls"] = list(calls)
         return message
 
-    def as_it_comes_back(self, message: Message, written: str) -> str | None:
-        """The conversation and a reply, up to the end of its text, as the template writes them in later turns.
+    def render_with_reply(self, message: Message, rendered: str) -> str | None:
+        """Return the conversation and a reply as later turns render them, up to the end of the reply's text.
 
         Args:
-            message: the reply, as `message` gives it.
-            written: what the template wrote before the reply.
+            message: the reply, as `reply_message` returns it.
+            rendered: the conversation before the reply, as rendered for this turn.
 
         Returns:
-            None where that is not what was computed: where the template writes what was before otherwise, or leaves
-            out some of the reply, and so writes others as it does this one.
+            None where this text would not identify what was computed: the template renders the earlier messages
+            differently now, or leaves out a part of the reply, so that other replies render to the same text.
 
         Raises:
-            ChatError: the template takes no conversation that ends so.
+            ChatError: the template refuses a conversation that ends in this way.
         """
-        whole = self._with(message).text(add_generation_prompt=False)
-        sample = self._with({"role": "assistant", "content": _ANY_REPLY})
-        _, found, end = sample.text(add_generation_prompt=False).rpartition(_ANY_REPLY)
-        if not found or not whole.startswith(written) or not whole.endswith(end):
+        whole = self._with_reply(message).render(add_generation_prompt=False)
+        sample = self._with_reply({"role": "assistant", "content": _SAMPLE_REPLY})
+        _, separator, end = sample.render(add_generation_prompt=False).rpartition(_SAMPLE_REPLY)
+        if not separator or not whole.startswith(rendered) or not whole.endswith(end):
             return None
         text = whole[: len(whole) - len(end)]
-        return text if len(text) > len(written) and self._writes_all(message, text, written) else None
+        return text if len(text) > len(rendered) and self._renders_whole_reply(message, text, rendered) else None
 
-    def _writes_all(self, message: Message, text: str, written: str) -> bool:
-        """Whether a template leaves nothing out of a reply, which it wrote as `text`."""
-        said = str(message["content"]).strip()
-        if text.find(said, max(len(written) - len(said) + 1, 0)) < 0:
+    def _renders_whole_reply(self, message: Message, text: str, rendered: str) -> bool:
+        """Return whether the template leaves nothing out of a reply, which it renders as the end of `text`."""
+        content = str(message["content"]).strip()
+        if text.find(content, max(len(rendered) - len(content) + 1, 0)) < 0:
             return False
         sample, expected = dict(message), []
         calls = message.get("tool_calls")
         if isinstance(calls, list):
-            arguments = [f"{_ANY_ARGUMENT} {i}" for i in range(len(calls))]
+            arguments = [f"{_SAMPLE_ARGUMENT} {i}" for i in range(len(calls))]
             sample["tool_calls"] = list(map(_with_argument, calls, arguments))
             expected += arguments
-            if said:
-                sample["content"] = _ANY_REPLY
-                expected.append(_ANY_REPLY)
+            if content:
+                sample["content"] = _SAMPLE_REPLY
+                expected.append(_SAMPLE_REPLY)
         if message.get("reasoning_content"):
-            sample["reasoning_content"] = _ANY_THOUGHT
-            expected.append(_ANY_THOUGHT)
+            sample["reasoning_content"] = _SAMPLE_THINKING
+            expected.append(_SAMPLE_THINKING)
         if not expected:
             return True
-        found = self._with(sample).text(add_generation_prompt=False)
-        return found.startswith(written) and all(found.count(mark) == 1 for mark in expected)
+        sample_text = self._with_reply(sample).render(add_generation_prompt=False)
+        return sample_text.startswith(rendered) and all(sample_text.count(part) == 1 for part in expected)
 
-    def _with(self, message: Message) -> Conversation:
-        before = self.messages[:-1] if self.continued else self.messages
-        return replace(self, messages=[*before, *normalized_messages([message])], continued=False)
+    def _with_reply(self, message: Message) -> Conversation:
+        before = self.messages[:-1] if self.continue_final else self.messages
+        return replace(self, messages=[*before, *normalize_messages([message])], continue_final=False)
 
 
 def _with_argument(call: Mapping[str, object], argument: str) -> Message:

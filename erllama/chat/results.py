@@ -1,4 +1,7 @@
-"""What a chat gives: a reply told apart into text, thinking and tool calls, and what it cost."""
+"""Results of a chat: the reply with its text, thinking, tool calls and token counts.
+
+`Turn.finish` makes a `ChatCompletion` of the engine's `Completion`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from erllama.engine import Completion, ToolCall
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of a chat.
+    """Number of tokens of a chat request.
 
     Attributes:
-        prompt: of the whole conversation, as the template writes it.
-        cached: those of them that were not computed again.
-        completion: of the reply.
+        prompt: tokens of the conversation, as the template renders it.
+        cached: prompt tokens that came from the cache.
+        completion: tokens of the reply.
     """
 
     prompt: int
@@ -23,22 +26,22 @@ class Usage:
 
     @property
     def total(self) -> int:
-        """Of prompt and reply."""
+        """Tokens of prompt and reply."""
         return self.prompt + self.completion
 
 
 @dataclass(frozen=True, slots=True)
 class ChatCompletion(Completion):
-    """A reply in a conversation: a `Completion`, and what it says to the other side.
+    """A reply in a conversation: a `Completion` with tool calls and the message for the next turn.
 
-    `finish_reason` is "tool_calls" where the reply ended by itself, and calls tools.
+    `finish_reason` is "tool_calls" where the reply ended by itself and calls tools.
 
     Attributes:
         tool_calls: the calls, in order.
-        tool_call_errors: what is wrong with what looked like a call and is none; its text is part of
-            `text`, at the place where the model wrote it.
-        usage: tokens of prompt and reply.
-        message: the reply as a message, to be added to the conversation for the next turn.
+        tool_call_errors: an error for each span that looks like a call and is not one. Its text is part of `text`,
+            at the place where the model wrote it.
+        usage: number of tokens of prompt and reply.
+        message: the reply as a message. Append it to the conversation for the next turn.
     """
 
     tool_calls: tuple[ToolCall, ...] = field(kw_only=True)

@@ -1,8 +1,7 @@
-"""How families mark what a model thinks before it answers: the texts around it, found in a template's source.
+"""Markers of thinking: the texts around a model's thoughts, found in its chat template.
 
-`find_thinking` looks for the markers of each family, most particular first,
-since the source of a template is all that tells. `Chat` calls it once for a
-model; what stands between the markers is then kept apart from the answer.
+`find_thinking_markers` tries each family's markers, the most specific first. `model_templates` and `family`
+call it. The engine then separates the text between the markers from the answer.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from __future__ import annotations
 from erllama.engine import Markers
 
 
-def find_thinking(template: str) -> Markers | None:
-    """The markers that a template knows of; None where it knows of none."""
-    for marks, thinking in _FAMILIES:
-        if all(mark in template for mark in marks):
-            return thinking
+def find_thinking_markers(template: str) -> Markers | None:
+    """Return the markers in a template's source; None where it has none."""
+    for texts, markers in _MARKERS:
+        if all(text in template for text in texts):
+            return markers
     return None
 
 
@@ -22,8 +21,8 @@ def _pair(open: str, close: str) -> tuple[tuple[str, ...], Markers]:
     return (open, close), Markers((open,), (close,))
 
 
-# Texts that a template's source has, all of them, and what they tell.
-_FAMILIES: tuple[tuple[tuple[str, ...], Markers], ...] = (
+# Texts that must all be in a template's source, and the markers that they identify.
+_MARKERS: tuple[tuple[tuple[str, ...], Markers], ...] = (
     (
         ("<|channel|>analysis<|message|>",),
         Markers(
@@ -34,7 +33,7 @@ _FAMILIES: tuple[tuple[tuple[str, ...], Markers], ...] = (
         ("<|channel>thought", "<channel|>"),
         Markers(("<|channel>thought\n", "<|channel>thought"), ("<channel|>",)),
     ),
-    # Tools may be called in the middle of it, and an answer is a tool's call, too.
+    # This family may call tools while it thinks, and its answer is a tool call, too.
     (("<|inner_prefix|>",), Markers(("<|inner_prefix|>",), ("<|inner_suffix|>",))),
     _pair("<|START_THINKING|>", "<|END_THINKING|>"),
     _pair("<seed:think>", "</seed:think>"),
@@ -42,7 +41,7 @@ _FAMILIES: tuple[tuple[tuple[str, ...], Markers], ...] = (
     _pair("<|think_start|>", "<|think_end|>"),
     _pair("<|begin_of_thought|>", "<|end_of_thought|>"),
     _pair("<think>", "</think>"),
-    # Some templates cut the thinking off at its end, and write its beginning nowhere.
+    # Some templates remove thinking up to its end marker and contain no begin marker.
     (("</think>",), Markers(("<think>",), ("</think>",))),
     _pair("<thinking>", "</thinking>"),
     _pair("<thought>", "</thought>"),

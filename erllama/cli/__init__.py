@@ -1,5 +1,5 @@
-"""The command `erllama`: everything that a terminal or a script does with models and caches.
+"""The command `erllama`: models and caches from a terminal or a script.
 
-Stands on the public library, and nothing stands on it. `main` is the entry
-point; each command is a module of its own.
+The command uses the public library, and no other module imports it. `main` is the
+entry point. Each subcommand has a module or a folder: `cache`, `chat` and `doctor`.
 """

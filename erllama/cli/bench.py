@@ -1,4 +1,4 @@
-"""`erllama bench`: what a model does on this machine, and what the cache saves it."""
+"""`erllama bench`: measures a model's speed and the time that the cache saves on this machine."""
 
 from __future__ import annotations
 
@@ -12,151 +12,176 @@ import numpy as np
 
 import erllama
 from erllama._runtime.printing import say
-from erllama.cache.admin.maintenance import is_cache
-from erllama.cli.console import print_facts, print_json, progress
-from erllama.cli.loading import Setup, plain_file
-from erllama.cli.options import DIRECTORY, chosen_model, loading_options, model_argument
-from erllama.cli.reply import n_prompt_tokens, tokens_per_second
+from erllama.cache.tiers.directory import is_cache
+from erllama.cli.console import print_fields, print_json, progress_bar
+from erllama.cli.loading import ModelOptions, existing_path
+from erllama.cli.options import DIRECTORY, model_argument, model_options, model_or_demo
+from erllama.cli.reply import prompt_tokens as count_prompt_tokens
+from erllama.cli.reply import tokens_per_second
 
 _TEXT = (
     "Visitors climb the stairs to ask about the sea, the weather and the ships that pass. The lamp is lit at dusk "
     "and put out at dawn; between those hours the keeper writes down every vessel, its course and the hour. "
 )
-_AT_LEAST = 64
+_MIN_PROMPT_TOKENS = 64
 
 
 @click.command()
 @model_argument
-@loading_options
+@model_options
 @click.option(
-    "--prompt-tokens", "-p", type=click.IntRange(min=_AT_LEAST), default=512, metavar="N", help="Of a prompt."
+    "--prompt-tokens",
+    "-p",
+    type=click.IntRange(min=_MIN_PROMPT_TOKENS),
+    default=512,
+    metavar="N",
+    help="Length of each prompt, in tokens.",
 )
-@click.option("--reply-tokens", "-n", type=click.IntRange(min=2), default=64, metavar="N", help="Of a reply.")
 @click.option(
-    "--runs", "-r", type=click.IntRange(min=1), default=3, metavar="N", help="Of which the median is told."
+    "--reply-tokens",
+    "-n",
+    type=click.IntRange(min=2),
+    default=64,
+    metavar="N",
+    help="Length of each reply, in tokens.",
+)
+@click.option(
+    "--runs",
+    "-r",
+    type=click.IntRange(min=1),
+    default=3,
+    metavar="N",
+    help="Number of runs. The report shows their medians.",
 )
 @click.option(
     "--dir",
     "-d",
     "directory",
     type=DIRECTORY,
-    help="Where the disk is that is measured; the system's for temporary files.",
+    help="Directory on the disk to measure. Default: the system's temporary directory.",
 )
-@click.option("--json", "as_json", is_flag=True, help="As JSON, with every run.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON with the figures of every run.")
 def bench(
     model: Path | None,
-    setup: Setup,
+    loading: ModelOptions,
     prompt_tokens: int,
     reply_tokens: int,
     runs: int,
     directory: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure a model: prefill, decode, and the first token cold, from RAM, and from disk after a restart.
+    """Measure the speed of a model, with and without the cache.
 
-    Prompts differ from their first word on, and are read alone. What is written to disk is removed.
+    Measures prefill and decode, and the time to the first token without a cache, from RAM, and from disk after a
+    restart. The prompts of the runs share no prefix, and one request runs at a time. The files that the benchmark
+    writes are removed at its end.
     """
-    path = plain_file(chosen_model(model))
-    with progress("measuring") as tell:
-        measured = _Bench(path, setup, directory, prompt_tokens, reply_tokens, runs, tell).measure()
-    found = {name: statistics.median(values) for name, values in measured.items()}
+    path = existing_path(model_or_demo(model))
+    with progress_bar("measuring") as report:
+        measured = _Benchmark(path, loading, directory, prompt_tokens, reply_tokens, runs, report).measure()
+    medians = {name: statistics.median(values) for name, values in measured.items()}
     if as_json:
         print_json(
             {
                 "model": str(path),
                 "prompt_tokens": prompt_tokens,
                 "reply_tokens": reply_tokens,
-                "median": found,
+                "median": medians,
                 "runs": measured,
             }
         )
         return
-    cold = found["first_token_cold_seconds"]
-    print_facts(
+    cold = medians["first_token_cold_seconds"]
+    print_fields(
         [
             ("model", str(path)),
-            ("prefill", f"{found['prefill_tokens_per_second']:.1f} tok/s, {prompt_tokens} tokens"),
-            ("decode", f"{found['decode_tokens_per_second']:.1f} tok/s, {reply_tokens} tokens"),
+            ("prefill", f"{medians['prefill_tokens_per_second']:.1f} tok/s, {prompt_tokens} tokens"),
+            ("decode", f"{medians['decode_tokens_per_second']:.1f} tok/s, {reply_tokens} tokens"),
             ("first token, cold", f"{cold * 1e3:.1f} ms"),
-            ("first token, from RAM", _against(cold, found["first_token_ram_seconds"])),
-            ("first token, from disk", _against(cold, found["first_token_disk_seconds"])),
+            ("first token, from RAM", _compared(cold, medians["first_token_ram_seconds"])),
+            ("first token, from disk", _compared(cold, medians["first_token_disk_seconds"])),
         ]
     )
-    say(f"medians of {runs}; files just written may be read from the system's memory")
+    say(f"Medians of {runs} runs. Recently written files may be read from the system's memory, not the disk.")
 
 
-def _against(cold: float, warm: float) -> str:
+def _compared(cold: float, warm: float) -> str:
     return f"{warm * 1e3:.1f} ms, {cold / warm:.1f} times as fast"
 
 
-class _Bench:
-    """One measurement."""
+class _Benchmark:
+    """One measurement of a model: `n_runs` prompts, each cold, from RAM and from disk."""
 
     def __init__(
         self,
         path: Path,
-        setup: Setup,
-        above: Path | None,
+        loading: ModelOptions,
+        parent: Path | None,
         n_prompt: int,
         n_reply: int,
         n_runs: int,
-        tell: Callable[[float], None],
+        report: Callable[[float], None],
     ) -> None:
-        self._path, self._setup, self._above = path, setup, above
+        self._path, self._loading, self._parent = path, loading, parent
         self._n_prompt, self._n_reply, self._n_runs = n_prompt, n_reply, n_runs
-        self._tell = tell
-        self._found: dict[str, list[float]] = {}
+        self._report = report
+        self._figures: dict[str, list[float]] = {}
 
     def measure(self) -> dict[str, list[float]]:
-        """Every run's figures, by name."""
-        if self._above is not None and is_cache(self._above):
-            raise erllama.CacheError(f"{self._above} is a cache; give another directory on that disk")
-        with tempfile.TemporaryDirectory(prefix="erllama-bench-", dir=self._above) as directory:
+        """Return the figures of every run, by name."""
+        if self._parent is not None and is_cache(self._parent):
+            raise erllama.CacheError(f"{self._parent} is a cache directory; give another directory on that disk")
+        with tempfile.TemporaryDirectory(prefix="erllama-bench-", dir=self._parent) as directory:
             root = Path(directory) / "cache"
-            with erllama.Cache(disk=root) as cache, self._setup.loaded(self._path, cache, bar=False) as model:
-                self._check_room(model)
+            with (
+                erllama.Cache(disk=root) as cache,
+                self._loading.load(self._path, cache, show_progress=False) as model,
+            ):
+                self._check_context(model)
                 for run in range(self._n_runs):
-                    self._first(model, self._prompt(model, run))
-                    self._tell((run + 1) / self._n_runs * 0.7)
-            # As in the next process: nothing in RAM, nothing in the context.
+                    self._measure_cold(model, self._prompt(model, run))
+                    self._report((run + 1) / self._n_runs * 0.7)
+            # The same state as in a new process: RAM tier and context are empty.
             with (
                 erllama.Cache(ram=0, disk=root) as cache,
-                self._setup.loaded(self._path, cache, bar=False) as model,
+                self._loading.load(self._path, cache, show_progress=False) as model,
             ):
                 for run in range(self._n_runs):
-                    self._warm(model, self._prompt(model, run), "disk")
-                    self._tell(0.7 + (run + 1) / self._n_runs * 0.3)
-        return self._found
+                    self._measure_warm(model, self._prompt(model, run), "disk")
+                    self._report(0.7 + (run + 1) / self._n_runs * 0.3)
+        return self._figures
 
-    def _check_room(self, model: erllama.Model) -> None:
+    def _check_context(self, model: erllama.Model) -> None:
         needed = self._n_prompt + self._n_reply
         if needed > model.n_ctx:
             raise erllama.OptionError(
-                f"{self._n_prompt} tokens of prompt and {self._n_reply} of reply, and a context of {model.n_ctx}; "
-                f"give --n-ctx {needed}, or fewer tokens"
+                f"a prompt of {self._n_prompt} tokens and a reply of {self._n_reply} do not fit a context of "
+                f"{model.n_ctx}; give --n-ctx {needed}, or fewer tokens"
             )
 
     def _prompt(self, model: erllama.Model, run: int) -> list[int]:
-        """Tokens that are text, and others from the first word on in each run."""
+        """Return tokens of a text that starts with the number of the run, so that runs share no prefix."""
         tokens = model.tokenize(f"{run} {_TEXT}", add_special=False)
         return np.resize(tokens, self._n_prompt).tolist()
 
-    def _first(self, model: erllama.Model, prompt: list[int]) -> None:
+    def _measure_cold(self, model: erllama.Model, prompt: list[int]) -> None:
         eog = np.flatnonzero(model._backend.vocabulary.is_eog).tolist()
         reply = model.complete(prompt, max_tokens=self._n_reply, temperature=0.0, banned_tokens=eog)
         timings = reply.timings
-        self._note("prefill_tokens_per_second", tokens_per_second(timings.prefill_tokens, timings.prefill))
-        self._note("decode_tokens_per_second", tokens_per_second(timings.decode_tokens, timings.decode))
-        self._note("first_token_cold_seconds", timings.restore + timings.prefill)
-        model.evict()  # what is in the context is not in RAM
-        self._warm(model, prompt, "ram")
+        self._record("prefill_tokens_per_second", tokens_per_second(timings.prefill_tokens, timings.prefill))
+        self._record("decode_tokens_per_second", tokens_per_second(timings.decode_tokens, timings.decode))
+        self._record("first_token_cold_seconds", timings.restore + timings.prefill)
+        model.evict()  # moves the prompt from the context to RAM
+        self._measure_warm(model, prompt, "ram")
 
-    def _warm(self, model: erllama.Model, prompt: list[int], tier: str) -> None:
+    def _measure_warm(self, model: erllama.Model, prompt: list[int], tier: str) -> None:
         reply = model.complete(prompt, max_tokens=1, temperature=0.0)
         if reply.cache.tier != tier:
-            came = f"{reply.cache.tokens} of {n_prompt_tokens(reply)} tokens came from {reply.cache.tier}"
-            raise erllama.CacheError(f"{came}, not from {tier}; is there room for them?")
-        self._note(f"first_token_{tier}_seconds", reply.timings.restore + reply.timings.prefill)
+            raise erllama.CacheError(
+                f"{reply.cache.tokens} of {count_prompt_tokens(reply)} tokens came from {reply.cache.tier} "
+                f"instead of {tier}; check that the tier has room for them"
+            )
+        self._record(f"first_token_{tier}_seconds", reply.timings.restore + reply.timings.prefill)
 
-    def _note(self, name: str, value: float) -> None:
-        self._found.setdefault(name, []).append(value)
+    def _record(self, name: str, value: float) -> None:
+        self._figures.setdefault(name, []).append(value)

@@ -1,4 +1,4 @@
-"""`erllama completion`: the script that makes a shell complete the command's words."""
+"""`erllama completion`: prints the script that lets a shell complete the command's words."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ SHELLS = ("bash", "zsh", "fish")
 @click.argument("shell", type=click.Choice(SHELLS))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print a completion script.
+    """Print a completion script for a shell.
 
     \b
       bash:  eval "$(erllama completion bash)"              in ~/.bashrc
       zsh:   eval "$(erllama completion zsh)"               in ~/.zshrc
       fish:  erllama completion fish > ~/.config/fish/completions/erllama.fish
     """
-    kind = get_completion_class(shell)
-    assert kind is not None
-    say(kind(ctx.find_root().command, {}, "erllama", "_ERLLAMA_COMPLETE").source())
+    completer = get_completion_class(shell)
+    assert completer is not None
+    say(completer(ctx.find_root().command, {}, "erllama", "_ERLLAMA_COMPLETE").source())

@@ -1,4 +1,4 @@
-"""`erllama demo`, and the worker processes that it runs."""
+"""`erllama demo`, and the worker processes that it starts."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from pathlib import Path
 
 import click
 
-from erllama._demo import demo as _demo
-from erllama.cli.loading import plain_file
-from erllama.cli.options import chosen_model
+from erllama._demo import demo as demonstration
+from erllama.cli.loading import existing_path
+from erllama.cli.options import model_or_demo
 
 _TOKENS = click.IntRange(min=1)
 _PATH = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option("--model", "-m", type=_PATH, help="A GGUF file of your own.")
-@click.option("--tokens", type=_TOKENS, default=600, metavar="N", help="Length of the system prompt.")
-@click.option("--max-tokens", "-n", type=_TOKENS, default=200, metavar="N", help="Longest reply.")
+@click.option("--model", "-m", type=_PATH, help="GGUF file. Default: the model that comes with erllama.")
+@click.option("--tokens", type=_TOKENS, default=600, metavar="N", help="Length of the system prompt, in tokens.")
+@click.option("--max-tokens", "-n", type=_TOKENS, default=200, metavar="N", help="Maximum length of a reply.")
 def demo(model: Path | None, tokens: int, max_tokens: int) -> int:
-    """Read a long prompt in one process, find it read in the next."""
-    return _demo.run(plain_file(chosen_model(model)), tokens, max_tokens)
+    """Compute a long prompt, and restore it in a new process."""
+    return demonstration.run(existing_path(model_or_demo(model)), tokens, max_tokens)
 
 
 @click.command("demo-worker", hidden=True)
@@ -30,5 +30,5 @@ def demo(model: Path | None, tokens: int, max_tokens: int) -> int:
 @click.argument("tokens", type=_TOKENS)
 @click.argument("max_tokens", type=_TOKENS)
 def demo_worker(step: str, model: Path, directory: Path, tokens: int, max_tokens: int) -> None:
-    """Run by `demo`."""
-    _demo.work(step, model, directory, tokens, max_tokens)
+    """Run one step of `demo`, which starts this command."""
+    demonstration.work(step, model, directory, tokens, max_tokens)

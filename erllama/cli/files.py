@@ -1,7 +1,7 @@
-"""Files that the command writes for its user: private, and whole or not there at all.
+"""Files that the command writes: readable by their owner only, and complete or absent.
 
-`/save` and `cache export` write through `new_file`; the history of `chat` is
-kept in a directory that `private_directory` makes. Prompts are in all of them.
+`/save` and `cache export` write through `new_file`. The history of `chat` is in
+a directory that `private_directory` creates. All of these files contain prompts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from erllama.cache.tiers.directory import make_private
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a new file that only its owner can read; rename it to `path` when the `with` ends well.
+    """Yield a new file that only its owner can read; rename it to `path` when the `with` ends without an error.
 
-    A file or a link at `path` is replaced: its mode is not kept, and what the link points to stays as it is.
+    Replaces a file or a link at `path`: the mode of the old file is not kept, and the target of the link is not
+    changed.
 
     Raises:
-        OSError: it cannot be written, or `path` is a directory, a device or a pipe.
+        OSError: the file cannot be written, or `path` is a directory, a device or a pipe.
     """
-    with _about(path):
+    with _errors_name(path):
         with suppress(FileNotFoundError):
             mode = path.lstat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
@@ -37,7 +38,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
-        with _about(path):
+        with _errors_name(path):
             temporary.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -46,12 +47,12 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def private_directory(path: Path) -> None:
-    """Make a directory of the user's alone, with its parents, whatever the umask is.
+    """Create a directory that only the user can read, and its parents, whatever the umask is.
 
     Raises:
-        OSError: it cannot be made, or others can write to it.
+        OSError: the directory cannot be created, or other users can write to it.
     """
-    with _about(path):
+    with _errors_name(path):
         make_private(path)
         status = path.stat()
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
@@ -59,8 +60,8 @@ def private_directory(path: Path) -> None:
 
 
 @contextmanager
-def _about(path: Path) -> Iterator[None]:
-    """Name the user's file in an error, rather than a temporary one."""
+def _errors_name(path: Path) -> Iterator[None]:
+    """Replace the file name in an OSError by `path`: the user did not name the temporary file."""
     try:
         yield
     except OSError as error:

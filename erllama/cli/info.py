@@ -1,4 +1,4 @@
-"""`erllama info`: what a model file is, from its header alone."""
+"""`erllama info`: describes a model file from its header."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import click
 import erllama
 from erllama._model.fingerprint import Fingerprint
 from erllama._runtime.printing import say
-from erllama.cli.console import print_facts, print_json, progress, size
-from erllama.cli.loading import plain_file
-from erllama.cli.options import DIRECTORY, chosen_model, model_argument
+from erllama.cli.console import format_size, print_fields, print_json, progress_bar
+from erllama.cli.loading import existing_path
+from erllama.cli.options import DIRECTORY, model_argument, model_or_demo
 
-# ggml's names for types of weights; libllama gives the numbers that files have.
+# ggml's names of tensor types. Files have their numbers, which libllama maps to the names.
 # fmt: off
 _TYPES = (
     "f64", "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q8_1", "q2_K", "q3_K", "q4_K",
@@ -26,94 +26,99 @@ _TYPES = (
 
 @click.command()
 @model_argument
-@click.option("--fingerprint", is_flag=True, help="Read all of it, and tell what the cache calls its content.")
-@click.option("--metadata", is_flag=True, help="All of the file's metadata, too; of arrays, how long they are.")
 @click.option(
-    "--cache-dir", type=DIRECTORY, envvar="ERLLAMA_CACHE_DIR", help="Where that is remembered; the user's."
+    "--fingerprint", is_flag=True, help="Read the whole file and print its fingerprint, its name in the cache."
 )
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--metadata", is_flag=True, help="Print all metadata of the file; of an array, only its length.")
+@click.option(
+    "--cache-dir",
+    type=DIRECTORY,
+    envvar="ERLLAMA_CACHE_DIR",
+    help="Cache directory that stores the fingerprint. Default: the user's cache directory.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(model: Path | None, fingerprint: bool, metadata: bool, cache_dir: Path | None, as_json: bool) -> None:
-    """What a model is, from its file's header alone."""
-    path = plain_file(chosen_model(model))
-    with erllama.Cache(ram=0) as cache, erllama.load_model(path, vocab_only=True, cache=cache) as words:
-        found = _facts(path, words)
+    """Describe a model file. Reads its header only."""
+    path = existing_path(model_or_demo(model))
+    with erllama.Cache(ram=0) as cache, erllama.load_model(path, vocab_only=True, cache=cache) as vocabulary:
+        fields = _fields(path, vocabulary)
         if metadata:
-            found["metadata"] = {name: _value(value) for name, value in words.metadata.items()}
+            fields["metadata"] = {name: _metadata_value(value) for name, value in vocabulary.metadata.items()}
     if fingerprint:
-        found["fingerprint"] = _fingerprint(path, cache_dir)
+        fields["fingerprint"] = _fingerprint(path, cache_dir)
     if as_json:
-        print_json(found)
+        print_json(fields)
         return
-    print_facts(
-        [(name.replace("_", " "), _text(name, value)) for name, value in found.items() if name != "metadata"]
+    print_fields(
+        [(name.replace("_", " "), _field_text(name, value)) for name, value in fields.items() if name != "metadata"]
     )
     if metadata:
         say()
-        print_facts([(name, str(value)) for name, value in found["metadata"].items()])  # type: ignore[attr-defined]
+        print_fields([(name, str(value)) for name, value in fields["metadata"].items()])  # type: ignore[attr-defined]
 
 
-def _facts(path: Path, words: erllama.Model) -> dict[str, object]:
-    known = words.info
+def _fields(path: Path, vocabulary: erllama.Model) -> dict[str, object]:
+    info = vocabulary.info
     types = _weight_types(path)
     return {
         "file": str(path),
-        "bytes": known.file_bytes,
-        "name": known.name,
-        "architecture": known.architecture,
-        "parameters": known.n_params,
+        "bytes": info.file_bytes,
+        "name": info.name,
+        "architecture": info.architecture,
+        "parameters": info.n_params,
         "weights": types,
-        "bits_per_weight": round(8 * sum(types.values()) / known.n_params, 2) if known.n_params else 0.0,
-        "context": known.n_ctx_train,
-        "layers": known.n_layer,
-        "embedding": known.n_embd,
-        "heads": known.n_head,
-        "kv_heads": known.n_head_kv,
-        "vocabulary": known.n_vocab,
-        "tokenizer": str(words.metadata.get("tokenizer.ggml.model", "")),
-        "chat_template": known.has_chat_template,
-        "special_tokens": {name: [token.id, token.text] for name, token in known.special_tokens.items()},
+        "bits_per_weight": round(8 * sum(types.values()) / info.n_params, 2) if info.n_params else 0.0,
+        "context": info.n_ctx_train,
+        "layers": info.n_layer,
+        "embedding": info.n_embd,
+        "heads": info.n_head,
+        "kv_heads": info.n_head_kv,
+        "vocabulary": info.n_vocab,
+        "tokenizer": str(vocabulary.metadata.get("tokenizer.ggml.model", "")),
+        "chat_template": info.has_chat_template,
+        "special_tokens": {name: [token.id, token.text] for name, token in info.special_tokens.items()},
     }
 
 
 def _weight_types(path: Path) -> dict[str, int]:
-    """Bytes of the weights by type, most first; of all parts of a split file."""
-    # Imported here: what needs no model works where libllama was never built.
+    """Return the bytes of the weights by type, the largest first; of all parts of a split file."""
+    # Imported here: commands that need no model work without a build of libllama.
     from erllama.engine.backends.gguf_parts import parts
-    from erllama.engine.backends.llama_library import llama_ffi, translated
+    from erllama.engine.backends.llama_library import llama_ffi, translate_errors
 
     names = {llama_ffi.ggml_type(name): name for name in _TYPES}
-    found: Counter[str] = Counter()
+    n_bytes: Counter[str] = Counter()
     for part in parts(path):
-        with translated(erllama.ModelLoadError, f"{part} cannot be read"):
+        with translate_errors(erllama.ModelLoadError, f"{part} cannot be read"):
             for tensor in llama_ffi.read_tensor_table(part)[1]:
-                found[names.get(tensor.ggml_type, f"type {tensor.ggml_type}")] += tensor.n_bytes
-    return dict(found.most_common())
+                n_bytes[names.get(tensor.ggml_type, f"type {tensor.ggml_type}")] += tensor.n_bytes
+    return dict(n_bytes.most_common())
 
 
 def _fingerprint(path: Path, cache_dir: Path | None) -> str:
-    # Remembered, so that the next load need not read the file; with no limit, so that nothing goes for it.
+    # Stored in the cache, so that the next load need not read the file. Without a quota, so that it evicts nothing.
     with erllama.Cache(ram=0, disk=cache_dir or True, disk_quota=2**62) as cache:
         if not cache.persistent:
             raise erllama.CacheError(str(cache.disk_error))
-        with progress(f"reading {path.name}") as tell:
-            return Fingerprint().of(path, cache, tell)
+        with progress_bar(f"reading {path.name}") as report:
+            return Fingerprint().of(path, cache, report)
 
 
-def _value(value: object) -> object:
-    """A metadata value for people and JSON."""
+def _metadata_value(value: object) -> object:
+    """Return a metadata value as it is printed; of an array, its length."""
     if isinstance(value, bool | int | float | str):
         return value
     return f"[{len(value)} values]" if hasattr(value, "__len__") else str(value)
 
 
-def _text(name: str, value: object) -> str:
+def _field_text(name: str, value: object) -> str:
     match value:
         case bool():
             return "yes" if value else "no"
         case int():
-            return f"{size(value)} ({value:,} bytes)" if name == "bytes" else f"{value:,}"
+            return f"{format_size(value)} ({value:,} bytes)" if name == "bytes" else f"{value:,}"
         case dict() if name == "weights":
-            return ", ".join(f"{kind} {size(n_bytes)}" for kind, n_bytes in value.items())
+            return ", ".join(f"{kind} {format_size(n_bytes)}" for kind, n_bytes in value.items())
         case dict():
             return ", ".join(f"{purpose} {token[1]!r} ({token[0]})" for purpose, token in value.items())
     return str(value)

@@ -1,4 +1,4 @@
-"""Loads a command's model, with a bar while it takes, and opens the cache that its prompts are kept in."""
+"""Loads the model of a command, with a progress bar in a terminal, and opens its cache."""
 
 from __future__ import annotations
 
@@ -8,46 +8,48 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import erllama
-from erllama.cli.console import is_terminal, progress
+from erllama.cli.console import is_terminal, progress_bar
 from erllama.errors import ModelLoadError
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
-    """How a command loads its model.
+class ModelOptions:
+    """How a command loads its model and opens its cache.
 
     Attributes:
-        n_ctx, threads, n_gpu_layers: as of `load_model`; None for its defaults.
-        devices: names; none for all GPUs.
-        others: further options of `load_model`, by name.
-        cache_dir: where prompts are kept; None for the user's cache directory.
-        no_cache: keep them in RAM alone.
-        quota: most bytes of the directory.
+        n_ctx, threads, n_gpu_layers: as in `load_model`; None for its defaults.
+        devices: names of devices; empty for all GPUs.
+        extra: further options of `load_model`, by name.
+        cache_dir: the cache directory; None for the user's.
+        no_cache: keep prompts in RAM only.
+        quota: size limit of the cache directory in bytes; None for the default of `Cache`.
     """
 
     n_ctx: int | None = None
     threads: int | None = None
     n_gpu_layers: int | None = None
     devices: tuple[str, ...] = ()
-    others: Mapping[str, object] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
     cache_dir: Path | None = None
     no_cache: bool = False
-    quota: int = 50 << 30
+    quota: int | None = None
 
-    def cache(self) -> erllama.Cache:
-        """The cache, to be closed; one that keeps nothing where that was asked for."""
+    def open_cache(self) -> erllama.Cache:
+        """Open the cache. The caller closes it."""
         if self.no_cache:
             return erllama.Cache()
+        if self.quota is None:
+            return erllama.Cache(disk=self.cache_dir or True)
         return erllama.Cache(disk=self.cache_dir or True, disk_quota=self.quota)
 
     @contextmanager
-    def model(self, path: Path) -> Iterator[erllama.Model]:
-        """The model, loaded; unloaded, and what it computed stored, at the end of a `with`."""
-        with self.cache() as cache, self.loaded(path, cache) as model:
+    def open_model(self, path: Path) -> Iterator[erllama.Model]:
+        """Yield the loaded model; save its prompts and unload it at the end of the `with`."""
+        with self.open_cache() as cache, self.load(path, cache) as model:
             yield model
 
-    def loaded(self, path: Path, cache: erllama.Cache, *, bar: bool = True) -> erllama.Model:
-        """The model, loaded with a cache of the caller's; with a bar where somebody watches."""
+    def load(self, path: Path, cache: erllama.Cache, *, show_progress: bool = True) -> erllama.Model:
+        """Load the model with a cache of the caller, and show a bar if stderr is a terminal."""
         options: dict[str, object] = {
             name: value
             for name, value in (
@@ -58,18 +60,18 @@ class Setup:
             )
             if value is not None
         }
-        options |= self.others
-        if not (bar and is_terminal(stderr=True)):
+        options |= self.extra
+        if not (show_progress and is_terminal(stderr=True)):
             return erllama.load_model(path, cache=cache, **options)  # type: ignore[arg-type]
-        with progress(f"loading {path.name}") as tell:
-            return erllama.load_model(path, cache=cache, on_progress=tell, **options)  # type: ignore[arg-type]
+        with progress_bar(f"loading {path.name}") as report:
+            return erllama.load_model(path, cache=cache, on_progress=report, **options)  # type: ignore[arg-type]
 
 
-def plain_file(path: Path) -> Path:
-    """The path, if there is such a file; what else is wrong with it, loading tells.
+def existing_path(path: Path) -> Path:
+    """Return the path if it exists. `load_model` checks everything else.
 
     Raises:
-        ModelLoadError: there is none.
+        ModelLoadError: the path does not exist.
     """
     if not path.exists():
         raise ModelLoadError(f"{path} does not exist; give the path of a GGUF file")

@@ -1,7 +1,7 @@
-"""The command as a whole: its subcommands, and what becomes of errors.
+"""The command `erllama`: its subcommands, logging, error messages and exit statuses.
 
-Exit statuses: 0; 1 for an error of ours, told in one line; 2 for wrong usage;
-130 for Ctrl-C; 141 where the reader of our output went away.
+Exit statuses: 0 for success, 1 for an error, 2 for wrong usage, 130 for Ctrl-C, 141
+if the reader of the output closed it. An error is one line on stderr.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import click
 
 import erllama
 from erllama._runtime.printing import one_line, printable, say
-from erllama.cli.console import INTERRUPTED, NO_READER, note, told
+from erllama.cli.console import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, error_message, print_note
 
 
-class Later(click.Command):
-    """A subcommand that is imported when it is run, so that `--help` and `--version` are quick.
+class LazyCommand(click.Command):
+    """A subcommand that is imported when it runs, so that `--help` and `--version` are fast.
 
-    Its name and the first line of its help are here as they are there.
+    Its name and the first line of its help are repeated here; a test compares them.
     """
 
     def __init__(self, name: str, module: str, text: str = "") -> None:
@@ -33,50 +33,50 @@ class Later(click.Command):
         self._module = module
 
     def load(self) -> click.Command:
-        """Import the subcommand."""
-        found = getattr(importlib.import_module(self._module), (self.name or "").replace("-", "_"))
-        assert isinstance(found, click.Command)
-        return found
+        """Import the subcommand and return it."""
+        command = getattr(importlib.import_module(self._module), (self.name or "").replace("-", "_"))
+        assert isinstance(command, click.Command)
+        return command
 
 
-class _Commands(click.Group):
-    """Imports the subcommand that is run; turns errors into lines and statuses."""
+class _LazyGroup(click.Group):
+    """Imports the subcommand that runs; turns errors into messages and exit statuses."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
-        return name, command.load() if isinstance(command, Later) else command, rest
+        return name, command.load() if isinstance(command, LazyCommand) else command, rest
 
     def invoke(self, ctx: click.Context) -> int:
         debug = bool(ctx.params["debug"])
         try:
-            with _logging(debug):
+            with _log_to_stderr(debug):
                 status = super().invoke(ctx)
                 sys.stdout.flush()
             return status if isinstance(status, int) else 0
         except (click.ClickException, click.exceptions.Exit):
             raise
         except (KeyboardInterrupt, click.Abort):
-            return INTERRUPTED
+            return EXIT_INTERRUPTED
         except BrokenPipeError:
-            # Keeps the interpreter from complaining of it at its exit.
+            # Otherwise the interpreter would report the same error when it flushes stdout at exit.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return NO_READER
+            return EXIT_BROKEN_PIPE
         except Exception as error:
             if debug:
                 say(traceback.format_exc(), end="", stderr=True)
             import sqlite3
 
-            foreseen = isinstance(error, erllama.Error | OSError | sqlite3.Error)
-            defect = f"{type(error).__name__}: {error}. This is a defect; `erllama --debug …` tells where"
-            note(told(error) if foreseen else defect)
+            expected = isinstance(error, erllama.Error | OSError | sqlite3.Error)
+            bug = f"{type(error).__name__}: {error}. This is a bug of erllama; `erllama --debug …` shows where"
+            print_note(error_message(error) if expected else bug)
             return 1
 
 
-class _Lines(logging.Formatter):
-    """Log records may quote what came from outside: a message is one line, and only a traceback has several."""
+class _OneLineFormatter(logging.Formatter):
+    """Formats a message as one line, since it may quote text from outside. Only a traceback has several lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is that of `logging`
         record.message = one_line(record.message)
@@ -87,13 +87,13 @@ class _Lines(logging.Formatter):
 
 
 @contextlib.contextmanager
-def _logging(debug: bool) -> Iterator[None]:
-    """What the library logs becomes lines on stderr, as the command's own are.
+def _log_to_stderr(debug: bool) -> Iterator[None]:
+    """Print the log messages of the library on stderr, in the form of the command's own messages.
 
-    What libllama says is for debugging: what matters of it is in errors.
+    Messages of libllama appear only with `debug`. Errors contain the relevant ones.
     """
     log, handler, before = logging.getLogger("erllama"), logging.StreamHandler(), logging.getLogger("erllama").level
-    handler.setFormatter(_Lines("erllama: %(message)s"))
+    handler.setFormatter(_OneLineFormatter("erllama: %(message)s"))
     if not debug:
         handler.addFilter(lambda record: not record.name.startswith("erllama.llama"))
     log.addHandler(handler)
@@ -106,55 +106,52 @@ def _logging(debug: bool) -> Iterator[None]:
 
 
 @click.group(
-    cls=_Commands,
+    cls=_LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
-    epilog="Models are GGUF files. Prompts are kept in the user's cache directory: see `erllama cache`.",
+    epilog="Models are GGUF files. Prompts are cached in the user's cache directory; `erllama cache` manages it.",
 )
 @click.version_option(erllama.__version__, message="erllama %(version)s")
 @click.option(
-    "--debug", is_flag=True, envvar="ERLLAMA_DEBUG", help="Tell all that is logged, and where errors are."
+    "--debug", is_flag=True, envvar="ERLLAMA_DEBUG", help="Print all log messages, and tracebacks of errors."
 )
 def root(debug: bool) -> None:
-    """Run GGUF models and keep prompts warm: nobody's prompt is read twice."""
+    """Run GGUF models with a persistent prompt cache: the same prompt is computed once."""
 
 
 for command in (
-    Later("run", "erllama.cli.run", "Write one reply."),
-    Later("chat", "erllama.cli.chat.command", "Talk with a model."),
-    Later("demo", "erllama.cli.demo", "Read a long prompt in one process, find it read in the next."),
-    Later("demo-worker", "erllama.cli.demo"),
-    Later("info", "erllama.cli.info", "What a model is, from its file's header alone."),
-    Later(
+    LazyCommand("run", "erllama.cli.run", "Write one reply to a prompt."),
+    LazyCommand("chat", "erllama.cli.chat.command", "Chat with a model."),
+    LazyCommand("demo", "erllama.cli.demo", "Compute a long prompt, and restore it in a new process."),
+    LazyCommand("demo-worker", "erllama.cli.demo"),
+    LazyCommand("info", "erllama.cli.info", "Describe a model file. Reads its header only."),
+    LazyCommand(
         "doctor",
         "erllama.cli.doctor.command",
-        "What is built, and what is wrong; exit status 1 where something is.",
+        "Check the installation and the cache directories. Exit status 1 if there is an error.",
     ),
-    Later("doctor-worker", "erllama.cli.doctor.command"),
-    Later("cache", "erllama.cli.cache.command", "Look after what is stored of prompts."),
-    Later(
-        "bench",
-        "erllama.cli.bench",
-        "Measure a model: prefill, decode, and the first token cold, from RAM, and from disk after a restart.",
-    ),
-    Later("completion", "erllama.cli.completion", "Print a completion script."),
+    LazyCommand("doctor-worker", "erllama.cli.doctor.command"),
+    LazyCommand("cache", "erllama.cli.cache.command", "Inspect and manage the prompt cache."),
+    LazyCommand("bench", "erllama.cli.bench", "Measure the speed of a model, with and without the cache."),
+    LazyCommand("completion", "erllama.cli.completion", "Print a completion script for a shell."),
 ):
     root.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status. A user's mistake gives one line, not a traceback."""
+    """Run the command and return its exit status. An error prints one line, not a traceback."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        # A reply may hold what the terminal's encoding lacks, and a pipe what is no text.
+        # A reply may have characters that the terminal's encoding lacks, and a pipe bytes that are not text.
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    given = None if arguments is None else list(arguments)
     try:
-        status = root.main(given, prog_name="erllama", standalone_mode=False)
+        status = root.main(
+            None if arguments is None else list(arguments), prog_name="erllama", standalone_mode=False
+        )
     except click.ClickException as error:
-        shown = io.StringIO()
-        error.show(shown)
-        say(shown.getvalue(), end="", stderr=True)
+        message = io.StringIO()
+        error.show(message)
+        say(message.getvalue(), end="", stderr=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     return status if isinstance(status, int) else 0

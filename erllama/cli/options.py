@@ -1,7 +1,8 @@
-"""What several commands take: the model, how it is loaded, how replies are drawn, sizes and ages."""
+"""Options that several commands share: the model, its loading, the cache, sampling, sizes and ages."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -13,170 +14,222 @@ import click
 
 import erllama
 from erllama.cache.sizes import parse_bytes
-from erllama.cli.loading import Setup
+from erllama.cli.loading import ModelOptions
 
 Command = TypeVar("Command", bound=Callable[..., object])
+Option = Callable[[Callable[..., object]], Callable[..., object]]
 
-_AGES = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
-# Options of load_model that say what a command does rather than how.
-_NOT_TO_LOAD = {"path", "cache", "vocab_only", "on_progress"}
+# Options of load_model that the command sets itself.
+_RESERVED = {"path", "cache", "vocab_only", "on_progress"}
 
 
-def byte_size(text: str) -> int:
-    """Bytes of "2GiB"; as the `type` of an option."""
+def parse_size(text: str) -> int:
+    """Return the bytes of "2GiB". The `type` of a click option."""
     try:
         return parse_bytes("size", text)
     except erllama.OptionError as error:
         raise click.BadParameter(str(error)) from None
 
 
-def age(text: str) -> float:
-    """Seconds of "7d", "12h", "30min" or "90s"; as the `type` of an option."""
+def parse_age(text: str) -> float:
+    """Return the seconds of "7d", "12h", "30min" or "90s". The `type` of a click option."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text)
-    if not found or found[2] not in _AGES:
-        raise click.BadParameter(f"{text!r} is no age; give one such as 7d, 12h, 30min or 90s")
-    return float(found[1]) * _AGES[found[2]]
+    if not found or found[2] not in _SECONDS:
+        raise click.BadParameter(f"{text!r} is not an age; give one such as 7d, 12h, 30min or 90s")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
 
 
-def text_of(path: Path) -> str:
-    """The text of a file.
+def read_text(path: Path) -> str:
+    """Return the text of a file.
 
     Raises:
-        erllama.OptionError: it is none.
-        OSError: it cannot be read.
+        erllama.OptionError: the file is not UTF-8 text.
+        OSError: the file cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise erllama.OptionError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from None
+        raise erllama.OptionError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def model_argument(command: Command) -> Command:
-    """MODEL, which defaults to the model that comes with the package."""
+    """Add the optional argument MODEL."""
     return click.argument("model", required=False, type=click.Path(path_type=Path))(command)
 
 
-def chosen_model(given: Path | None) -> Path:
-    """The model that was named, or the one that comes with the package."""
-    return erllama.demo_model() if given is None else given
+def model_or_demo(path: Path | None) -> Path:
+    """Return the path of the user's model, or of the model that comes with the package if it is None."""
+    return erllama.demo_model() if path is None else path
 
 
-def named_values(given: Iterable[str], option: str) -> dict[str, object]:
-    """Options written as NAME=VALUE, their values as `value_of` reads them.
+def parse_assignments(texts: Iterable[str], option: str) -> dict[str, object]:
+    """Return options written as NAME=VALUE. `parse_value` reads the values.
 
     Raises:
-        click.UsageError: one has no "=".
+        click.UsageError: a text has no "=" or no name.
     """
-    found: dict[str, object] = {}
-    for text in given:
+    values: dict[str, object] = {}
+    for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise click.UsageError(f"{option} {text!r}: give NAME=VALUE, as {option} top_k=20")
+            raise click.UsageError(f"{option} {text!r}: give NAME=VALUE, for example {option} top_k=20")
         name = name.strip().replace("-", "_")
-        found[name] = value_of(name, value)
-    return found
+        values[name] = parse_value(name, value)
+    return values
 
 
-def value_of(name: str, text: str) -> object:
-    """An option's value: JSON where it is some, as 0.7, true, null or ["a", "b"]; else the text itself."""
+def parse_value(name: str, text: str) -> object:
+    """Return the value of an option: JSON such as 0.7, true, null or ["a", "b"]; any other text as it is."""
     try:
         value = json.loads(text)
     except ValueError:
         return text
-    if name == "logit_bias" and isinstance(value, dict):  # JSON has no other keys than texts
+    if name == "logit_bias" and isinstance(value, dict):  # keys of JSON objects are always strings
         return {int(key) if key.lstrip("-").isdecimal() else key: bias for key, bias in value.items()}
     return value
 
 
-def loading_options(command: Command) -> Command:
-    """How a model is loaded; the command gets `setup`, a `Setup`."""
-    return _gathered(command, _LOADING, "setup", _setup)
+# --- loading and caching ----------------------------------------------------------------------
 
 
-def loading_and_caching_options(command: Command) -> Command:
-    """How a model is loaded, and where its prompts are kept; the command gets `setup`, a `Setup`."""
-    return _gathered(command, [*_LOADING, *_CACHING], "setup", _setup)
+def model_options(command: Command) -> Command:
+    """Add the options for loading a model. The command gets `loading`, a `ModelOptions`."""
+    return _add_options(command, _LOADING, "loading", _build_model_options)
+
+
+def model_and_cache_options(command: Command) -> Command:
+    """Add the options for loading a model and for its cache. The command gets `loading`, a `ModelOptions`."""
+    return _add_options(command, [*_LOADING, *_CACHE], "loading", _build_model_options)
 
 
 _LOADING = (
-    click.option("--n-ctx", type=int, metavar="N", help="Tokens of the context; the model's, at most 4096."),
-    click.option("--threads", type=int, metavar="N", help="Threads that compute; as many as processors."),
-    click.option("--n-gpu-layers", type=int, metavar="N", help="Layers on GPUs; all of them."),
-    click.option("--device", "devices", multiple=True, metavar="NAME", help="As `erllama doctor` names it."),
     click.option(
-        "--load", multiple=True, metavar="NAME=VALUE", help="Any other option of load_model, as kv_type_k=q8_0."
+        "--n-ctx", type=int, metavar="N", help="Context size in tokens. Default: the model's, up to 4096."
+    ),
+    click.option("--threads", type=int, metavar="N", help="Number of threads. Default: the number of processors."),
+    click.option("--n-gpu-layers", type=int, metavar="N", help="Layers to place on GPUs. Default: all."),
+    click.option(
+        "--device",
+        "devices",
+        multiple=True,
+        metavar="NAME",
+        help="Device to use, by its name in `erllama doctor`. Can be repeated.",
+    ),
+    click.option(
+        "--load",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Any other option of load_model, for example kv_type_k=q8_0. Can be repeated.",
     ),
 )
-_CACHING = (
+_CACHE = (
     click.option(
-        "--cache-dir", type=DIRECTORY, envvar="ERLLAMA_CACHE_DIR", help="Where prompts are kept; the user's."
+        "--cache-dir",
+        type=DIRECTORY,
+        envvar="ERLLAMA_CACHE_DIR",
+        help="Directory for cached prompts. Default: the user's cache directory.",
     ),
-    click.option("--no-cache", is_flag=True, help="Keep nothing beyond this process."),
-    click.option("--quota", type=byte_size, metavar="SIZE", default="50GiB", help="Most bytes of that directory."),
+    click.option("--no-cache", is_flag=True, help="In-memory cache only."),
+    click.option(
+        "--quota",
+        type=parse_size,
+        metavar="SIZE",
+        help="Size limit of the cache directory. "
+        f"Default: {inspect.signature(erllama.Cache).parameters['disk_quota'].default}.",
+    ),
 )
 
 
-def _setup(given: dict[str, object]) -> Setup:
-    load = given.pop("load")
+def _build_model_options(values: dict[str, object]) -> ModelOptions:
+    load = values.pop("load")
     assert isinstance(load, tuple)
-    if given.get("no_cache") and given["cache_dir"] is not None:
-        raise click.UsageError("--cache-dir and --no-cache contradict each other; give one of them")
-    named = named_values(load, "--load")
-    for name in _NOT_TO_LOAD & named.keys():
-        raise click.UsageError(f"--load {name}: the command sees to that itself")
-    return Setup(**given, others=named)  # type: ignore[arg-type]
+    if values.get("no_cache") and values["cache_dir"] is not None:
+        raise click.UsageError("--cache-dir and --no-cache exclude each other; give one of them")
+    extra = parse_assignments(load, "--load")
+    for name in _RESERVED & extra.keys():
+        raise click.UsageError(f"--load {name}: the command sets this option itself")
+    return ModelOptions(**values, extra=extra)  # type: ignore[arg-type]
+
+
+# --- sampling ---------------------------------------------------------------------------------
 
 
 def sampling_options(command: Command) -> Command:
-    """How a reply is drawn; the command gets `drawing`, options of `Model.complete` by name."""
-    added = [
-        click.option("--max-tokens", "-n", type=int, metavar="N", help="Most tokens of a reply."),
-        click.option("--temperature", "-t", type=float, metavar="X", help="0 for the most likely token; 0.8."),
-        click.option("--top-k", type=int, metavar="N", help="Draw from the N most likely tokens; 40."),
-        click.option("--top-p", type=float, metavar="X", help="Draw from the fewest that sum to this; 0.95."),
-        click.option("--min-p", type=float, metavar="X", help="Draw from those this likely beside the best; 0.05."),
-        click.option("--seed", type=int, metavar="N", help="Fixes the draws."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="A text at which the reply ends."),
+    """Add the options for sampling. The command gets `sampling`, options of `Model.complete` by name."""
+    # Imported here: the commands that need no model need no engine.
+    from erllama.engine.sampling.options import DECLARED
+
+    defaults = {name: option.default for name, option in DECLARED.items()}
+    options = [
+        click.option("--max-tokens", "-n", type=int, metavar="N", help="Maximum number of tokens of a reply."),
+        click.option(
+            "--temperature",
+            "-t",
+            type=float,
+            metavar="X",
+            help=f"Randomness; 0 always takes the most likely token. Default: {defaults['temperature']}.",
+        ),
+        click.option(
+            "--top-k",
+            type=int,
+            metavar="N",
+            help=f"Sample from the N most likely tokens. Default: {defaults['top_k']}.",
+        ),
+        click.option(
+            "--top-p",
+            type=float,
+            metavar="X",
+            help="Sample from the smallest set of most likely tokens with this total probability. "
+            f"Default: {defaults['top_p']}.",
+        ),
+        click.option(
+            "--min-p",
+            type=float,
+            metavar="X",
+            help=f"Minimum probability of a token, relative to the most likely one. Default: {defaults['min_p']}.",
+        ),
+        click.option("--seed", type=int, metavar="N", help="Seed of the random draws. Default: a random seed."),
+        click.option(
+            "--stop", multiple=True, metavar="TEXT", help="End the reply before this text. Can be repeated."
+        ),
         click.option(
             "--option",
             "-o",
             multiple=True,
             metavar="NAME=VALUE",
-            help="Any other option of a request, as repeat_penalty=1.1.",
+            help="Any other option of a request, for example repeat_penalty=1.1. Can be repeated.",
         ),
     ]
-    return _gathered(command, added, "drawing", _drawing)
+    return _add_options(command, options, "sampling", _build_sampling)
 
 
-def _drawing(given: dict[str, object]) -> dict[str, object]:
-    others = given.pop("option")
-    assert isinstance(others, tuple)
-    named = {name: value for name, value in given.items() if value is not None and value != ()}
-    return named | named_values(others, "--option")
+def _build_sampling(values: dict[str, object]) -> dict[str, object]:
+    option = values.pop("option")
+    assert isinstance(option, tuple)
+    given = {name: value for name, value in values.items() if value is not None and value != ()}
+    return given | parse_assignments(option, "--option")
 
 
-def _gathered(
-    command: Command,
-    added: Sequence[Callable[[Callable[..., object]], Callable[..., object]]],
-    name: str,
-    gather: Callable[[dict[str, object]], object],
+def _add_options(
+    command: Command, options: Sequence[Option], parameter: str, build: Callable[[dict[str, object]], object]
 ) -> Command:
-    """Add options to a command, which gets what `gather` makes of them, as one."""
+    """Add options to a command, which gets the object that `build` makes of their values as one parameter."""
     names: list[str] = []
 
     @wraps(command)
-    def called(*arguments: object, **given: object) -> object:
-        gathered = gather({own: given.pop(own) for own in names})
-        return command(*arguments, **given, **{name: gathered})
+    def wrapper(*arguments: object, **values: object) -> object:
+        built = build({name: values.pop(name) for name in names})
+        return command(*arguments, **values, **{parameter: built})
 
-    kept = len(getattr(called, "__click_params__", []))
-    for option in reversed(added):
-        option(called)
-    parameters: list[click.Parameter] = called.__click_params__  # type: ignore[attr-defined]
-    names += [parameter.name or "" for parameter in parameters[kept:]]
-    return called  # type: ignore[return-value]
+    n_before = len(getattr(wrapper, "__click_params__", []))
+    for option in reversed(options):
+        option(wrapper)
+    parameters: list[click.Parameter] = wrapper.__click_params__  # type: ignore[attr-defined]
+    names += [each.name or "" for each in parameters[n_before:]]
+    return wrapper  # type: ignore[return-value]

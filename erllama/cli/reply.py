@@ -1,4 +1,4 @@
-"""One reply in the terminal: its text as it comes, Ctrl-C that ends it and keeps what came, what it cost."""
+"""One reply in the terminal: streams its text, ends it on Ctrl-C, and formats its statistics."""
 
 from __future__ import annotations
 
@@ -8,70 +8,77 @@ from contextlib import contextmanager
 from types import FrameType
 
 import erllama
-from erllama.cli.console import dim, is_terminal, terminal, watching, write_reply
+from erllama.cli.console import (
+    format_count,
+    is_terminal,
+    polled_progress_bar,
+    rich_console,
+    write_dim_escape,
+    write_reply,
+)
 
-# Prompts shorter than this are read before a bar would be seen.
-_LONG_PROMPT = 512
+# Shorter prompts are computed before a progress bar would be seen.
+_MIN_TOKENS_FOR_BAR = 512
 
 
-def show(
-    model: erllama.Model, begin: Callable[[], erllama.Stream], count_prompt: Callable[[], int]
+def stream_reply(
+    model: erllama.Model, start: Callable[[], erllama.Stream], count_prompt: Callable[[], int]
 ) -> erllama.Completion:
-    """Write a reply to stdout as it comes; thoughts, dimmed, only to a terminal.
+    """Stream a reply to stdout; show thinking, dimmed, in a terminal only.
 
     Args:
-        begin: makes the stream.
-        count_prompt: tells the tokens of the prompt, for a bar while a long one is read.
+        start: returns the stream.
+        count_prompt: returns the length of the prompt in tokens, for a progress bar of a long prompt.
 
     Returns:
-        the whole reply; one that Ctrl-C ended has the finish_reason "cancelled".
+        the complete reply. Its finish_reason is "cancelled" if Ctrl-C ended it.
     """
-    screen = _Screen()
-    with _prompt_bar(model, count_prompt) as stop:
-        stream = begin()
-        with stream, _interruptible(stream):
+    writer = _ReplyWriter()
+    with _prompt_progress(model, count_prompt) as remove_bar:
+        stream = start()
+        with stream, _cancel_on_interrupt(stream):
             for event in stream:
                 match event:
                     case erllama.TextDelta() | erllama.ToolCallDelta():
-                        stop()
-                        screen.say(event.text)
+                        remove_bar()
+                        writer.write_text(event.text)
                     case erllama.ThinkingDelta():
-                        stop()
-                        screen.think(event.text)
+                        remove_bar()
+                        writer.write_thinking(event.text)
                     case erllama.ThinkingEnd():
-                        screen.end_thought()
-            stop()
-            screen.finish()
+                        writer.end_thinking()
+            remove_bar()
+            writer.finish()
             return stream.result()
 
 
-class _Screen:
-    """What of a reply is on the screen."""
+class _ReplyWriter:
+    """Writes the parts of one reply, and keeps track of dimmed text and line ends."""
 
     def __init__(self) -> None:
-        self._watched = is_terminal() and not terminal().is_dumb_terminal
-        self._thinking = False
+        self._shows_thinking = is_terminal() and not rich_console().is_dumb_terminal
+        self._is_thinking = False
         self._last = "\n"
 
-    def say(self, text: str) -> None:
-        self.end_thought()
+    def write_text(self, text: str) -> None:
+        self.end_thinking()
         self._write(text)
 
-    def think(self, text: str) -> None:
-        if self._watched and text:
-            if not self._thinking:
-                self._thinking = True
-                dim(True)
+    def write_thinking(self, text: str) -> None:
+        if self._shows_thinking and text:
+            if not self._is_thinking:
+                self._is_thinking = True
+                write_dim_escape(True)
             self._write(text)
 
-    def end_thought(self) -> None:
-        if self._thinking:
-            self._thinking = False
-            dim(False)
+    def end_thinking(self) -> None:
+        if self._is_thinking:
+            self._is_thinking = False
+            write_dim_escape(False)
             self._write("\n\n")
 
     def finish(self) -> None:
-        self.end_thought()
+        self.end_thinking()
         if self._last != "\n":
             self._write("\n")
 
@@ -82,24 +89,24 @@ class _Screen:
 
 
 @contextmanager
-def _prompt_bar(model: erllama.Model, count_prompt: Callable[[], int]) -> Iterator[Callable[[], None]]:
+def _prompt_progress(model: erllama.Model, count_prompt: Callable[[], int]) -> Iterator[Callable[[], None]]:
     n_prompt = count_prompt() if is_terminal(stderr=True) else 0
-    if n_prompt < _LONG_PROMPT:
+    if n_prompt < _MIN_TOKENS_FOR_BAR:
         yield lambda: None
         return
 
-    def read() -> int:
-        counts = model.metrics
-        return counts.prefilled_tokens + counts.cached_tokens + counts.shared_tokens
+    def tokens_done() -> int:
+        metrics = model.metrics
+        return metrics.prefilled_tokens + metrics.cached_tokens + metrics.shared_tokens
 
-    before = read()
-    with watching("reading the prompt", lambda: min((read() - before) / n_prompt, 1.0)) as stop:
-        yield stop
+    before = tokens_done()
+    with polled_progress_bar("reading the prompt", lambda: min((tokens_done() - before) / n_prompt, 1.0)) as remove:
+        yield remove
 
 
 @contextmanager
-def _interruptible(stream: erllama.Stream) -> Iterator[None]:
-    """Ctrl-C ends the reply, which then still has its end; a second one, what we do."""
+def _cancel_on_interrupt(stream: erllama.Stream) -> Iterator[None]:
+    """Cancel the stream on the first Ctrl-C; a second one ends the command."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, before)
@@ -112,25 +119,25 @@ def _interruptible(stream: erllama.Stream) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def n_prompt_tokens(reply: erllama.Completion) -> int:
-    """Tokens of a reply's prompt."""
+def prompt_tokens(reply: erllama.Completion) -> int:
+    """Return the length of a reply's prompt in tokens."""
     return len(reply.context_tokens) - len(reply.tokens)
 
 
 def tokens_per_second(n_tokens: int, seconds: float) -> float:
-    """A rate; 0 where there is nothing to tell it by."""
+    """Return a rate; 0 if there are no tokens or no time."""
     return n_tokens / seconds if n_tokens and seconds > 0 else 0.0
 
 
-def cost(reply: erllama.Completion) -> str:
-    """A line such as "42 tokens, 31.0 tok/s, prompt 512 (498 cached, disk), 0.12 s to first token"."""
+def statistics_line(reply: erllama.Completion) -> str:
+    """Return a line such as "42 tokens, 31.0 tok/s, prompt 512 (498 cached, disk), 0.12 s to first token"."""
     timings, cache = reply.timings, reply.cache
     speed = tokens_per_second(timings.decode_tokens, timings.decode)
-    warm = f" ({cache.tokens} cached, {cache.tier})" if cache.tokens else " (none cached)"
+    cached = f" ({cache.tokens} cached, {cache.tier})" if cache.tokens else " (none cached)"
     parts = [
-        f"{len(reply.tokens)} token{'' if len(reply.tokens) == 1 else 's'}",
+        format_count(len(reply.tokens), "token"),
         *([f"{speed:.1f} tok/s"] if speed else []),
-        f"prompt {n_prompt_tokens(reply)}{warm}",
+        f"prompt {prompt_tokens(reply)}{cached}",
         f"{timings.queued + timings.restore + timings.prefill:.2f} s to first token",
     ]
     if reply.finish_reason not in ("stop", "tool_calls"):
@@ -138,10 +145,10 @@ def cost(reply: erllama.Completion) -> str:
     return ", ".join(parts)
 
 
-def as_json(model: erllama.Model, reply: erllama.Completion) -> dict[str, object]:
-    """A reply for programs."""
+def reply_json(model: erllama.Model, reply: erllama.Completion) -> dict[str, object]:
+    """Return a reply and its statistics as a JSON object."""
     timings = reply.timings
-    found: dict[str, object] = {
+    fields: dict[str, object] = {
         "model": model.id,
         "text": reply.text,
         "thinking": reply.thinking,
@@ -149,7 +156,7 @@ def as_json(model: erllama.Model, reply: erllama.Completion) -> dict[str, object
         "stop_sequence": reply.stop_sequence,
         "seed": reply.seed,
         "usage": {
-            "prompt_tokens": n_prompt_tokens(reply),
+            "prompt_tokens": prompt_tokens(reply),
             "cached_tokens": reply.cache.tokens,
             "completion_tokens": len(reply.tokens),
         },
@@ -164,5 +171,5 @@ def as_json(model: erllama.Model, reply: erllama.Completion) -> dict[str, object
         },
     }
     if isinstance(reply, erllama.ChatCompletion):
-        found["message"] = reply.message
-    return found
+        fields["message"] = reply.message
+    return fields

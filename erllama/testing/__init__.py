@@ -1,10 +1,10 @@
-"""What tests of this library, of caches and of backends of your own are made with.
+"""Test harness for caches, tiers and backends, of this library and of your own.
 
 `BackendConformance` and `TierConformance` state what a backend and a tier must do, and test each rule.
-`CacheMachine` and `BackendMachine` are Hypothesis state machines: derive from
-one, say how to make the thing under test, and run its `TestCase`. They need
-`pip install erllama[testing]`. `erllama.testing.models` writes tiny GGUF
-models of several kinds.
+`CacheMachine` and `BackendMachine` are Hypothesis state machines: derive from one, define how to create the object
+under test, and run its `TestCase`. They need `pip install erllama[testing]`. `erllama.testing.models` writes tiny
+GGUF models of several architectures. Imports the cache and the engine; only tests, benchmarks and examples import
+it.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from typing import TYPE_CHECKING
 from erllama.checks import import_optional
 
 if TYPE_CHECKING:
-    from erllama.testing.backend_machine import BackendMachine
+    from erllama.testing.backends.conformance import BackendConformance
+    from erllama.testing.backends.machine import BackendMachine
     from erllama.testing.cache_machine import CacheMachine
-    from erllama.testing.conformance import BackendConformance
-    from erllama.testing.tier_conformance import TierConformance
+    from erllama.testing.tiers.conformance import TierConformance
 
 __all__ = ["BackendConformance", "BackendMachine", "CacheMachine", "TierConformance"]
 
-_HOMES = {
-    "BackendConformance": "conformance",
-    "BackendMachine": "backend_machine",
+_MODULES = {
+    "BackendConformance": "backends.conformance",
+    "BackendMachine": "backends.machine",
     "CacheMachine": "cache_machine",
-    "TierConformance": "tier_conformance",
+    "TierConformance": "tiers.conformance",
 }
 
 _NEED_HYPOTHESIS = ("BackendMachine", "CacheMachine")
 
 
 def __getattr__(name: str) -> object:
-    # Late, so that the generator of models works without Hypothesis.
-    if name not in _HOMES:
+    # Imported on first use, so that the model generators work without Hypothesis.
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _NEED_HYPOTHESIS:
         import_optional(
             "hypothesis", needed_by=f"{__name__}.{name}", package="hypothesis", install="'erllama[testing]'"
         )
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

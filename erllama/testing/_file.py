@@ -1,4 +1,4 @@
-"""Writes a GGUF that appears whole or not at all. For the generators of test models."""
+"""Writes a GGUF file that appears only when it is complete. For the generators of test models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def require_gguf() -> None:
 
 @contextmanager
 def new_gguf(path: Path, architecture: str) -> Iterator[GGUFWriter]:
-    """A writer to be given metadata and tensors; the file is in its place when the `with` ends well."""
+    """Yield a writer for metadata and tensors. The file appears when the block ends without an exception."""
     require_gguf()
     from gguf import GGUFWriter
 

@@ -1,7 +1,7 @@
-"""Writes BERT models as GGUF: tiny ones with random weights, the same from the same seed, or given weights.
+"""Writes BERT models as GGUF, with random weights or with given ones. Equal seeds give equal files.
 
-They read a text and write none: tests of embeddings and rankings use them. Used
-by tests, and by whoever has weights and a WordPiece vocabulary to convert.
+BERT models encode texts and do not generate. Tests of embeddings and rankings use them. `write_encoder` converts
+existing weights with a WordPiece vocabulary.
 
 Needs the `gguf` package: `pip install 'erllama[models]'`.
 """
@@ -40,10 +40,10 @@ def write_bert(path: str | Path, shape: BertShape | None = None, *, pooling: str
     """Write a BERT GGUF with random weights and a vocabulary of characters, in lower case.
 
     Args:
-        path: where to write; appears whole or not at all.
+        path: where to write. The file appears only when it is complete.
         shape: sizes.
-        pooling: what the file asks for: "none", "mean", "cls", "last"; or "rank", which gives the model a head
-            that scores a pair of texts.
+        pooling: the pooling in the file's metadata: "none", "mean", "cls", "last", or "rank". With "rank" the model
+            has a head that scores a pair of texts.
         seed: two files from the same arguments are equal byte for byte.
 
     Returns:
@@ -67,12 +67,13 @@ def write_encoder(
     """Write a BERT GGUF of given weights.
 
     Args:
-        path: where to write; appears whole or not at all.
-        weights: float32, by their names in GGUF, as "blk.0.attn_q.weight"; matrices of shape (out, in).
-        words: the vocabulary as WordPiece has it, "##" before what goes on with a word, in the order of ids.
-        n_head: of each layer.
-        pooling: what the file asks for.
-        epsilon: of the layers' norms.
+        path: where to write. The file appears only when it is complete.
+        weights: float32 arrays by their names in GGUF, such as "blk.0.attn_q.weight". Matrices have shape (out,
+            in).
+        words: the WordPiece vocabulary in the order of ids, with "##" before pieces that continue a word.
+        n_head: attention heads of each layer.
+        pooling: the pooling in the file's metadata.
+        epsilon: the epsilon of the layers' norms.
     """
     require_gguf()
     from gguf import LlamaFileType, PoolingType, TokenType
@@ -93,7 +94,7 @@ def write_encoder(
         writer.add_vocab_size(len(words))
         writer.add_token_type_count(weights["token_types.weight"].shape[0])
         writer.add_tokenizer_model("bert")
-        # As libllama has them: a mark where a word begins, not where it goes on.
+        # As libllama expects: a mark before pieces that begin a word, not before those that continue one.
         writer.add_token_list([w if w in _SPECIAL else w[2:] if w.startswith("##") else f"▁{w}" for w in words])
         writer.add_token_types([TokenType.CONTROL if word in _SPECIAL else TokenType.NORMAL for word in words])
         for word, add in zip(

@@ -1,25 +1,23 @@
-"""A Hypothesis state machine that tries to make a cache lie.
+"""Hypothesis state machine that searches for calls after which a cache returns wrong results.
 
-It saves, looks up, pins, evicts, restarts, dies in the middle of a write, flips
-bytes, removes and copies files, works as a second process, and changes
-namespaces, in whatever order Hypothesis finds; and after every step it checks
-what a cache promises:
+In any order that Hypothesis finds, it saves, looks up, pins, evicts, restarts, crashes in the middle of a write,
+flips bytes, removes and copies files, works as a second process, and changes namespaces. After every step it checks
+that:
 
-* a payload that is loaded is one that was saved for that very key, and the
-  block that comes with it says how it was computed;
+* a loaded payload is one that was saved for that key, together with the block that was saved with it;
 * a hit is as long as the stored blocks allow, and no longer than the tokens agree;
-* each tier holds exactly what it was given and not told to remove: the newest version
-  of each block, once, with its size; and the cache lists the same;
-* no budget is exceeded: by the cache's count, by what the tier lists, by the size of the files;
-* a pinned block stays;
-* what was on disk before a crash is on disk after it, nothing half-done is left,
-  and `verify()` finds nothing but the damage that the machine did itself;
+* each tier holds exactly the blocks that were written and not removed: the newest version of each, once, with its
+  size; and the cache lists the same blocks;
+* no budget is exceeded, by the cache's count, by the rows of the tier, and by the size of the files;
+* pinned blocks are not evicted;
+* everything that was on disk before a crash is on disk after it, no half-written file remains, and `verify()` finds
+  only the damage that the machine did itself;
 * no call of a tier fails;
-* `check_integrity()` holds.
+* `check_integrity()` succeeds.
 
-Before that it checks, once, that each tier of one's own keeps the rules of `TierConformance`.
+Before that it checks, once, that each tier of your own follows the rules of `TierConformance`.
 
-To run it on a cache of your own:
+To run it on your own cache:
 
     class Mine(CacheMachine):
         def make_cache(self, directory):
@@ -55,12 +53,12 @@ from erllama.cache import (
     token_bytes,
 )
 from erllama.cache.blocks.keys import TOKEN_BYTES, common_prefix
-from erllama.cache.pipeline.write_queue import Abandoned
-from erllama.testing.promises import check_rules
-from erllama.testing.tier_conformance import TierConformance
-from erllama.testing.tier_model import TierModel
+from erllama.cache.tiers.tier import SimulatedCrash
+from erllama.testing.rules import check_rules
+from erllama.testing.tiers.conformance import TierConformance
+from erllama.testing.tiers.model import TierModel
 
-# Few distinct tokens and short texts, so that prefixes are shared often.
+# Few distinct tokens and short texts, so that many prefixes are shared.
 contexts = st.lists(st.integers(0, 2), min_size=1, max_size=70)
 namespaces = st.sampled_from([namespace_key({"model": name}) for name in "ab"])
 picks = st.integers(0, 99)
@@ -68,14 +66,14 @@ steps = st.sampled_from(["reserved", "written", "published"])
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Derive from it, give `make_cache`, and run `YourMachine.TestCase`.
+    """State machine for caches. Derive from it, define `make_cache`, and run `YourMachine.TestCase`.
 
     Attributes:
-        can_trim: whether payloads are of memory that can be cut, so that a longer
-            tail takes a shorter one's place, and blocks match in part.
+        can_trim: whether payloads are of memory that can be cut. A longer tail then replaces a shorter one, and
+            blocks match in part.
         payload_bytes: size of a block's payload.
-        shared: whether several caches may use one directory at once: not where a tier
-            does not tell what others did to it (`Tier.changes`).
+        shared: whether several caches may use one directory at once. False for a tier that does not report the
+            changes of other processes (`Tier.changes`).
         n_blocks: blocks of the longer rules of `TierConformance`.
     """
 
@@ -87,60 +85,60 @@ class CacheMachine(RuleBasedStateMachine):
     matches = Bundle("matches")
 
     def make_cache(self, directory: Path) -> Cache:
-        """A cache that keeps all its files under `directory`. Called for every start, and for second ones."""
+        """Return a cache that stores all its files under `directory`. Called for every start."""
         raise NotImplementedError("derive from CacheMachine and define make_cache(directory)")
 
-    # --- life ------------------------------------------------------------------------------------
+    # --- starting and stopping ------------------------------------------------------------------------------------
 
     @initialize(data=st.data())
     def start(self, data: st.DataObject) -> None:
-        # Within a draw: Hypothesis does not count its time against the deadline of the example.
+        # Within a draw, because Hypothesis does not count that time against the deadline of the example.
         data.draw(st.builds(self._check_tiers))
         self.directory = Path(tempfile.mkdtemp(prefix="erllama-test-"))
-        self.elsewhere = Path(tempfile.mkdtemp(prefix="erllama-test-"))
-        self.saved: dict[
-            bytes, dict[bytes, Block]
-        ] = {}  # every version of every block ever saved, by key and recipe
-        self.held: list[Match] = []
+        self.copies = Path(tempfile.mkdtemp(prefix="erllama-test-"))
+        self.versions: dict[bytes, dict[bytes, Block]] = {}  # of every saved block, by key and recipe
+        self.pinned: list[Match] = []
         self.tampered = False  # files were changed since the last gc
-        self.version = 0
-        self.contexts: list[tuple[list[int], bytes]] = []  # that were saved
+        self.n_saves = 0
+        self.contexts: list[tuple[list[int], bytes]] = []  # saved so far
         self.step = 0
-        self.models: dict[tuple[int, str, str], TierModel] = {}  # by index, name and place of a tier
-        self.own_models: WeakKeyDictionary[Tier, TierModel] = WeakKeyDictionary()  # of those that do not persist
-        self.cache = self._started()
+        self.tier_models: dict[tuple[int, str, str], TierModel] = {}  # by index, name and place of a tier
+        self.process_models: WeakKeyDictionary[Tier, TierModel] = (
+            WeakKeyDictionary()
+        )  # of tiers that do not persist
+        self.cache = self._new_cache()
 
     def _check_tiers(self) -> None:
-        """Check each tier that is not this library's, at the first example."""
+        """Check the rules for each tier of the user's own, once for each type."""
         with TemporaryDirectory(prefix="erllama-test-") as directory, self.make_cache(Path(directory)) as cache:
-            tiers = list(cache._upkeep.tiers)
+            tiers = list(cache._tier_set)
         for index, tier in enumerate(tiers):
             kind = type(tier)
-            if kind in (FileTier, RamTier) or kind in _kept.setdefault(type(self), set()):
+            if kind in (FileTier, RamTier) or kind in _checked_types.setdefault(type(self), set()):
                 continue
-            check_rules(_RulesOfTier(type(self), index))
-            _kept[type(self)].add(kind)
+            check_rules(_MachineRules(type(self), index))
+            _checked_types[type(self)].add(kind)
 
-    def _started(self) -> Cache:
+    def _new_cache(self) -> Cache:
         cache = self.make_cache(self.directory / "cache")
-        self._spy_on(cache)
-        self.failed: dict[str, float] = {}  # calls of tiers that failed because of what the machine did to files
+        self._observe(cache)
+        self.failures_before: dict[str, float] = {}  # failures that changed files caused
         return cache
 
-    def _spy_on(self, cache: Cache) -> None:
-        for model, tier in self._modelled(cache):
-            model.spy_on(tier)
+    def _observe(self, cache: Cache) -> None:
+        for model, tier in self._models_and_tiers(cache):
+            model.observe(tier)
 
-    def _modelled(self, cache: Cache) -> list[tuple[TierModel, Tier]]:
-        """The tiers of a cache and what they must hold: caches on one directory share what persists."""
+    def _models_and_tiers(self, cache: Cache) -> list[tuple[TierModel, Tier]]:
+        """Return the tiers of a cache with their models. Persistent tiers share theirs across caches."""
         return [
             (
-                self.models.setdefault((index, tier.name, tier.place), TierModel())
+                self.tier_models.setdefault((index, tier.name, tier.place), TierModel())
                 if tier.persistent
-                else self.own_models.setdefault(tier, TierModel()),
+                else self.process_models.setdefault(tier, TierModel()),
                 tier,
             )
-            for index, tier in enumerate(cache._upkeep.tiers)
+            for index, tier in enumerate(cache._tier_set)
         ]
 
     def teardown(self) -> None:
@@ -150,30 +148,30 @@ class CacheMachine(RuleBasedStateMachine):
             finally:
                 self.cache.close()
             shutil.rmtree(self.directory)
-            shutil.rmtree(self.elsewhere)
+            shutil.rmtree(self.copies)
 
     @rule()
     def restart(self) -> None:
-        """Close and start again: what was stored persistently is still there."""
+        """Close and start again. Persistent blocks must still be there."""
         self._release_all()
         self.cache.flush()
-        before = self._persistent()
+        before = self._persistent_keys()
         self.cache.close()
-        self._started_after(before)
+        self._start_and_compare(before)
 
     @rule(ids=contexts, namespace=namespaces, step=steps)
     def crash(self, ids: list[int], namespace: bytes, step: str) -> None:
-        """Die in the middle of a write: what was stored before is still there, and nothing half-done is."""
+        """Crash in the middle of a write. Earlier blocks must still be there, and no half-written file."""
         self._release_all()
         self.cache.flush()
-        before = self._persistent()
+        before = self._persistent_keys()
         evictions = self._evictions()
         died = threading.Event()
 
         def die(name: str) -> None:
             if name == step:
                 died.set()
-                raise Abandoned
+                raise SimulatedCrash
 
         for tier in self._file_tiers():
             tier._step = die  # type: ignore[method-assign]
@@ -182,27 +180,27 @@ class CacheMachine(RuleBasedStateMachine):
             pass
         evicted = self._evictions() > evictions
         self.cache.abandon()
-        overtaken = {key for key in before if evicted or self._overtaken(key)}
-        self._started_after(before - overtaken)
+        superseded = {key for key in before if evicted or self._superseded(key)}
+        self._start_and_compare(before - superseded)
 
-    def _started_after(self, before: set[bytes]) -> None:
-        self.cache = self._started()
-        for model, tier in self._modelled(self.cache):
+    def _start_and_compare(self, before: set[bytes]) -> None:
+        self.cache = self._new_cache()
+        for model, tier in self._models_and_tiers(self.cache):
             if not tier.persistent:
-                model.take_from(tier)
+                model.reset_from(tier)
         if not self.tampered:
             self.compare_tiers()
-            lost = before - self._persistent()
-            assert not lost, f"what was stored is lost: {[self.saved[key] for key in lost]}"
-            assert self.cache.verify() == [], "something is wrong after a start"
+            lost = before - self._persistent_keys()
+            assert not lost, f"stored blocks are lost: {[self.versions[key] for key in lost]}"
+            assert self.cache.verify() == [], "verify() reports a problem after a start"
         assert not list(self.directory.rglob("partial/*")), "a start leaves half-written files"
 
     @precondition(lambda self: self.shared)
     @rule(ids=contexts, namespace=namespaces, wanted=contexts)
     def another_process(self, ids: list[int], namespace: bytes, wanted: list[int]) -> None:
-        """A second cache on the same directory, as another process would have it."""
+        """Use a second cache on the same directory, as another process would."""
         with self.make_cache(self.directory / "cache") as other:
-            self._spy_on(other)
+            self._observe(other)
             self._save(other, ids, namespace)
             self._look_up(other, wanted, namespace)
 
@@ -215,7 +213,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.contexts)
     @rule(pick=picks)
     def replace(self, pick: int) -> None:
-        """Save a context again that was saved before: the newer version takes the old one's place."""
+        """Save a context again. The newer version must replace the old one."""
         self._save(self.cache, *self.contexts[pick % len(self.contexts)], replace=True)
 
     @rule(ids=contexts, namespace=namespaces)
@@ -225,24 +223,24 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(target=matches, ids=contexts, namespace=namespaces)
     def pin(self, ids: list[int], namespace: bytes) -> Match:
         match = self.cache.lookup(namespace, np.array(ids), whole=not self.can_trim)
-        self.held.append(match)
+        self.pinned.append(match)
         return match
 
     @rule(match=consumes(matches))
     def unpin(self, match: Match) -> None:
         match.release()
-        if match in self.held:
-            self.held.remove(match)
+        if match in self.pinned:
+            self.pinned.remove(match)
 
     @rule(n_bytes=st.integers(0, 3000), data=st.data())
     def evict(self, n_bytes: int, data: st.DataObject) -> None:
         tier = data.draw(st.sampled_from(self.cache.tier_names))
         self.cache.flush()
-        self.cache.rows()  # takes in what others did
+        self.cache.rows()  # reads the changes of other caches
         held = self.cache.counters().get(f"bytes_{tier}", 0)
         freed = self.cache.evict_bytes(n_bytes, (tier,))
         assert freed == held - self.cache.counters().get(f"bytes_{tier}", 0)
-        assert freed >= min(n_bytes, held) or self.held, "less was freed than could be"
+        assert freed >= min(n_bytes, held) or self.pinned, "fewer bytes were freed than possible"
 
     @rule()
     def flush(self) -> None:
@@ -253,16 +251,16 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def gc(self) -> None:
         if self.tampered:
-            self._release_all()  # what others did may cost pinned blocks
+            self._release_all()  # pinned blocks may be lost to changed files
         self.cache.gc()
         if self.tampered:
             self.cache.flush()
-            for model, tier in self._modelled(self.cache):
-                model.take_from(tier)
-            self.failed = self._failures()
+            for model, tier in self._models_and_tiers(self.cache):
+                model.reset_from(tier)
+            self.failures_before = self._failures()
         self.tampered = False
 
-    # --- what others do to the files ---------------------------------------------------------------
+    # --- changes to the files ---------------------------------------------------------------
 
     @precondition(lambda self: self._file_tiers())
     @rule(pick=picks, byte=st.integers(0, 2**16), bit=st.integers(0, 7))
@@ -272,14 +270,14 @@ class CacheMachine(RuleBasedStateMachine):
             if content:
                 content[byte % len(content)] ^= 1 << bit
                 path.write_bytes(content)
-                _settle(path)
+                _backdate(path)
 
     @precondition(lambda self: self._file_tiers())
     @rule(pick=picks, keep=st.integers(0, 400))
     def truncate(self, pick: int, keep: int) -> None:
         for path in self._tamper(pick):
             path.write_bytes(path.read_bytes()[:keep])
-            _settle(path)
+            _backdate(path)
 
     @precondition(lambda self: self._file_tiers())
     @rule(pick=picks)
@@ -289,28 +287,28 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self._file_tiers())
     @rule(pick=picks)
-    def keep_a_copy(self, pick: int) -> None:
+    def copy_out(self, pick: int) -> None:
         for path in self._picked(self.files(), pick):
-            shutil.copy(path, self.elsewhere / path.name)
+            shutil.copy(path, self.copies / path.name)
 
     @precondition(lambda self: self._file_tiers())
     @rule(pick=picks, which=picks, rightly_named=st.booleans())
     def copy_in(self, pick: int, which: int, rightly_named: bool) -> None:
-        """Files from another machine: taken in by the next gc, within the budget."""
+        """Copy a file in, as from another machine. The next gc must adopt it within the budget."""
         for beside in self._tamper(pick):
-            for kept in self._picked(sorted(self.elsewhere.iterdir()), which):
+            for kept in self._picked(sorted(self.copies.iterdir()), which):
                 path = beside.parent / (kept.name if rightly_named else beside.name)
                 shutil.copy(kept, path)
-                _settle(path)
+                _backdate(path)
         self.gc()
 
     def files(self) -> list[Path]:
-        """The files of stored blocks."""
-        self.cache.flush()  # so that one run of an example finds the same files as the next
+        """Return the files of stored blocks."""
+        self.cache.flush()  # so that each run of an example finds the same files
         return sorted(self.directory.rglob("blocks/*.kvc"))
 
     def _tamper(self, pick: int) -> list[Path]:
-        """One of the files, if there are any."""
+        """Return one of the files, if there are any, and note that it is about to be changed."""
         found = self._picked(self.files(), pick)
         self.tampered |= bool(found)
         return found
@@ -318,18 +316,18 @@ class CacheMachine(RuleBasedStateMachine):
     def _picked(self, paths: list[Path], pick: int) -> list[Path]:
         return [paths[pick % len(paths)]] if paths else []
 
-    # --- what must hold -----------------------------------------------------------------------------
+    # --- invariants -----------------------------------------------------------------------------
 
     @invariant()
-    def adds_up(self) -> None:
+    def integrity_holds(self) -> None:
         if hasattr(self, "cache"):
             self.cache.check_integrity()
             rows = self.cache.rows()
             assert len({(row.tier, row.key) for row in rows}) == len(rows), "a tier has a block twice"
 
     @invariant()
-    def tiers_hold_what_they_were_given(self) -> None:
-        """Every third step, so that writes are under way in the others."""
+    def tiers_match_models(self) -> None:
+        """Compare at every third step, so that writes are in progress during the others."""
         if hasattr(self, "cache"):
             self.step += 1
             if self.step % 3 == 0:
@@ -343,22 +341,22 @@ class CacheMachine(RuleBasedStateMachine):
         listed = {(row.tier, row.key): row.n_bytes for row in self.cache.rows()}
         assert self.cache.flush()
         held: dict[tuple[str, bytes], int] = {}
-        for model, tier in self._modelled(self.cache):
+        for model, tier in self._models_and_tiers(self.cache):
             model.compare(tier)
             rows = list(tier.rows())
             total = sum(row.n_bytes for row in rows)
             assert total <= tier.budget, f"rows() of {tier.place} count {total} bytes; its budget is {tier.budget}"
             held |= {(tier.name, row.block.key): row.n_bytes for row in rows}
-        assert listed == held, "the cache lists other blocks than rows() of its tiers, or counts them otherwise"
+        assert listed == held, "the cache lists other blocks or sizes than rows() of its tiers"
 
     @invariant()
     def no_call_fails(self) -> None:
         if hasattr(self, "cache") and not self.tampered:
-            failed = {name: n - self.failed.get(name, 0) for name, n in self._failures().items()}
+            failed = {name: n - self.failures_before.get(name, 0) for name, n in self._failures().items()}
             assert not any(failed.values()), f"calls of a tier failed; see the log of 'erllama.cache': {failed}"
 
     @invariant()
-    def keeps_to_budgets(self) -> None:
+    def budgets_hold(self) -> None:
         if not hasattr(self, "cache"):
             return
         for tier in self.cache.tiers():
@@ -371,22 +369,22 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def pinned_blocks_stay(self) -> None:
         if not self.tampered:
-            for match in getattr(self, "held", []):
+            for match in getattr(self, "pinned", []):
                 for block in match.blocks:
-                    assert self.cache.contains(block.key) or self._overtaken(block.key), "a pinned block is gone"
+                    assert self.cache.contains(block.key) or self._superseded(block.key), "a pinned block is gone"
 
-    # --- how -------------------------------------------------------------------------------------
+    # --- helpers -------------------------------------------------------------------------------------
 
     def _save(self, cache: Cache, ids: list[int], namespace: bytes, replace: bool = False) -> None:
         self.contexts.append((ids, namespace))
         for block in self._blocks(ids, namespace, cache.block_size):
-            self.saved.setdefault(block.key, {})[block.recipe] = block
+            self.versions.setdefault(block.key, {})[block.recipe] = block
             cache.save(block, self._payload(block), replace=replace, trimmable=self.can_trim)
 
     def _blocks(self, ids: list[int], namespace: bytes, size: int) -> list[Block]:
-        """The chain that a context is saved as; its recipe tells one time of saving from another."""
-        self.version += 1
-        recipe = self.version.to_bytes(16, "little")
+        """Return the chain of blocks of a context, with a recipe that is different for every save."""
+        self.n_saves += 1
+        recipe = self.n_saves.to_bytes(16, "little")
         return Block.chain(token_bytes(np.array(ids)), namespace, size, SaveReason.COLD, recipe)
 
     def _payload(self, block: Block) -> bytes:
@@ -394,27 +392,29 @@ class CacheMachine(RuleBasedStateMachine):
         return (text * (self.payload_bytes // len(text) + 1))[: self.payload_bytes]
 
     def _look_up(self, cache: Cache, ids: list[int], namespace: bytes) -> None:
-        cache.rows()  # takes in what others did, so that a lookup right after it need not
-        before = self._present(cache)
+        cache.rows()  # reads the changes of other caches, so that the lookup does not
+        before = self._stored_keys(cache)
         with cache.lookup(namespace, np.array(ids), whole=not self.can_trim) as match:
-            if before == self._present(cache):
-                assert match.n_tokens == self._longest(before, namespace, token_bytes(np.array(ids)))
+            if before == self._stored_keys(cache):
+                assert match.n_tokens == self._longest_prefix(before, namespace, token_bytes(np.array(ids)))
             found = b"".join(block.tokens for block in match.blocks)
-            assert common_prefix(found, token_bytes(np.array(ids))) >= match.n_tokens, "other tokens than asked for"
+            assert common_prefix(found, token_bytes(np.array(ids))) >= match.n_tokens, (
+                "the blocks have other tokens than the lookup"
+            )
             for block in match.blocks:
                 loaded = cache.load(block)
                 if loaded is not None:
                     assert loaded.block.key == block.key
-                    assert loaded.block.recipe in self.saved[block.key], "a block that nobody saved"
+                    assert loaded.block.recipe in self.versions[block.key], "a version that was never saved"
                     assert bytes(loaded.payload) == self._payload(loaded.block), "the payload of another block"
 
-    def _present(self, cache: Cache) -> set[bytes]:
-        return {key for key in self.saved if cache.contains(key)}
+    def _stored_keys(self, cache: Cache) -> set[bytes]:
+        return {key for key in self.versions if cache.contains(key)}
 
-    def _longest(self, present: set[bytes], namespace: bytes, raw: bytes) -> int:
-        """The longest prefix that stored blocks give, found by trying all of them."""
+    def _longest_prefix(self, present: set[bytes], namespace: bytes, raw: bytes) -> int:
+        """Return the length of the longest prefix in stored blocks, found by trying all of them."""
         best, parents = 0, {namespace: 0}
-        known = [next(iter(self.saved[key].values())) for key in present]
+        known = [next(iter(self.versions[key].values())) for key in present]
         while parents:
             parent, at = parents.popitem()
             for block in known:
@@ -428,17 +428,17 @@ class CacheMachine(RuleBasedStateMachine):
                 best = max(best, at + shared)
         return best
 
-    def _overtaken(self, key: bytes) -> bool:
-        """Whether a longer block has been saved beside this one, at whatever time."""
-        block = next(iter(self.saved[key].values()))
+    def _superseded(self, key: bytes) -> bool:
+        """Return whether a longer block with the same parent and these tokens was ever saved."""
+        block = next(iter(self.versions[key].values()))
         return any(
             other.parent == block.parent and other.tokens.startswith(block.tokens) and other.key != key
-            for versions in self.saved.values()
+            for versions in self.versions.values()
             for other in versions.values()
         )
 
-    def _persistent(self) -> set[bytes]:
-        lasting = {tier.name for tier in self.cache._upkeep.tiers if tier.persistent}
+    def _persistent_keys(self) -> set[bytes]:
+        lasting = {tier.name for tier in self.cache._tier_set if tier.persistent}
         return {row.key for row in self.cache.rows() if row.tier in lasting}
 
     def _failures(self) -> dict[str, float]:
@@ -449,16 +449,16 @@ class CacheMachine(RuleBasedStateMachine):
         return sum(n for name, n in self.cache.counters().items() if name.startswith("evictions_"))
 
     def _file_tiers(self) -> list[FileTier]:
-        return [tier for tier in self.cache._upkeep.tiers if isinstance(tier, FileTier)]
+        return [tier for tier in self.cache._tier_set if isinstance(tier, FileTier)]
 
     def _release_all(self) -> None:
-        for match in self.held:
+        for match in self.pinned:
             match.release()
-        self.held = []
+        self.pinned = []
 
 
-class _RulesOfTier(TierConformance):
-    """The rules, for one of the tiers of a machine's cache."""
+class _MachineRules(TierConformance):
+    """The rules for one tier of a machine's cache."""
 
     def __init__(self, machine: type[CacheMachine], index: int) -> None:
         self._machine, self._index = machine(), index
@@ -466,15 +466,15 @@ class _RulesOfTier(TierConformance):
 
     def make_tier(self, directory: Path) -> Tier:
         with self._machine.make_cache(directory) as cache:
-            return cache._upkeep.tiers[self._index]
+            return list(cache._tier_set)[self._index]
 
 
-# Types of tiers that have kept the rules, by machine.
-_kept: WeakKeyDictionary[type[CacheMachine], set[type[Tier]]] = WeakKeyDictionary()
+# Types of tiers that follow the rules, by machine.
+_checked_types: WeakKeyDictionary[type[CacheMachine], set[type[Tier]]] = WeakKeyDictionary()
 
 
-def _settle(path: Path) -> None:
-    """Make a file look as if it had not been changed just now: it might still be on its way, then."""
+def _backdate(path: Path) -> None:
+    """Set the mtime a minute back: a cache waits with files that changed just now, which may still be copied."""
     then = time.time() - 60
     os.utime(path, (then, then))
 

@@ -1,8 +1,7 @@
-"""Makes small GGUF models with random weights, the same from the same seed.
+"""Writes small GGUF models with random weights. Equal seeds give equal files.
 
-They say nothing sensible, but they are real: libllama loads them, every token
-depends on every token before it, and any prompt has a reply. Tests, benchmarks
-and the demonstration use them where no trained model is at hand.
+Their replies make no sense, but libllama loads them like any model: every token depends on every token before it,
+and any prompt has a reply. Tests and benchmarks use them instead of trained models.
 
 Needs the `gguf` package: `pip install 'erllama[models]'`. From the shell:
 
@@ -30,7 +29,7 @@ Quantization = Literal["F32", "F16", "Q8_0", "Q4_0"]
 
 BOS, EOS = 1, 2
 FIRST_BYTE = 3  # the token of byte b is FIRST_BYTE + b
-SPACE = FIRST_BYTE + 256  # what the tokenizer makes of a space, which it writes as "▁"
+SPACE = FIRST_BYTE + 256  # the token of a space, which the tokenizer writes as "▁"
 _BLOCK = 32  # elements of one Q8_0 or Q4_0 block
 
 
@@ -59,14 +58,13 @@ def write_llama(
 ) -> Path:
     """Write a llama-architecture GGUF with random weights and a vocabulary of bytes.
 
-    Every byte is a token, so any text has tokens and any tokens have bytes; a
-    space has a second one, and ids beyond stand for words of the form "⟨n⟩".
-    The query and key weights are drawn wide enough for attention to pick single
-    positions, so that a reply changes when any one token of its prompt does.
+    Every byte is a token, so that any text has tokens and any tokens have bytes. A space has a second token, and
+    the ids after it are words of the form "⟨n⟩". The query and key weights are large enough for attention to select
+    single positions, so that a reply changes when any one token of its prompt changes.
 
     Args:
-        path: where to write; appears whole or not at all.
-        shape: sizes; see SHAPES for some.
+        path: where to write. The file appears only when it is complete.
+        shape: sizes, such as those in SHAPES.
         seed: two files from the same arguments are equal byte for byte.
         quantization: type of the weight matrices.
 
@@ -114,7 +112,7 @@ def write_gemma3(path: str | Path, *, window: int = 64, seed: int = 0) -> Path:
 
 
 def write_mamba(path: str | Path, *, seed: int = 0) -> Path:
-    """Write a tiny mamba: no attention at all, a recurrent state."""
+    """Write a tiny mamba: a recurrent state without attention."""
     n_layer, n_embd, n_inner, n_state, n_rank, n_conv = 3, 64, 128, 16, 8, 4
     with _ModelFile(path, "mamba", 320, n_embd, n_layer, seed, "F32") as file:
         file.writer.add_context_length(32768)
@@ -141,7 +139,7 @@ def write_mamba(path: str | Path, *, seed: int = 0) -> Path:
 
 
 def write_lfm2(path: str | Path, *, seed: int = 0) -> Path:
-    """Write a tiny lfm2: layers of attention and layers of short convolutions with a state, in turn."""
+    """Write a tiny lfm2: layers of attention alternate with layers of short convolutions, which have a state."""
     n_layer, n_embd, n_ff, n_head, n_head_kv, n_conv = 4, 64, 128, 4, 2, 3
     n_dim = n_embd // n_head
     with _ModelFile(path, "lfm2", 320, n_embd, n_layer, seed, "F32", output_norm="token_embd_norm") as file:
@@ -184,18 +182,19 @@ def write_lora(
 ) -> Path:
     """Write a LoRA adapter with random weights for a llama of `write_llama`.
 
-    With scale 1 it changes each weight by alpha / rank times B A, about as large as `gain` times the weight itself:
-    replies differ from the model's from the first token on.
+    With scale 1 it changes each weight by alpha / rank times B A, about as much as `gain` times the weight itself.
+    Replies then differ from those of the model from the first token on.
 
     Args:
-        path: where to write; appears whole or not at all.
-        shape: of the model.
+        path: where to write. The file appears only when it is complete.
+        shape: sizes of the model.
         rank: columns of B and rows of A.
-        alpha: of the file's metadata.
+        alpha: the alpha in the file's metadata.
         seed: two files from the same arguments are equal byte for byte.
-        weights: what is changed: names of each layer's weights, or "token_embd" and "output".
-        gain: how much.
-        architecture: whose weights they are; those of others than llamas have their own names and sizes.
+        weights: the weights to change: names within a layer, or "token_embd" and "output".
+        gain: size of the change, relative to the weight.
+        architecture: the architecture in the file's metadata. Other architectures have other weight names and
+            sizes.
 
     Returns:
         `path`.
@@ -210,7 +209,7 @@ def write_lora(
             # A row of A times an input of length 1 is about 1 / sqrt(n_in); the scale undoes alpha / rank.
             a = random.standard_normal((rank, n_in), np.float32) / np.float32(np.sqrt(n_in))
             b = random.standard_normal((n_out, rank), np.float32) * np.float32(gain * np.sqrt(rank) / alpha)
-            if name == "token_embd":  # of which rows are picked: there, the two are stored the other way round
+            if name == "token_embd":  # its rows are looked up, so the two matrices are stored in exchanged order
                 a, b = np.ascontiguousarray(b), np.ascontiguousarray(a.T)
             writer.add_tensor(f"{name}.weight.lora_a", a)
             writer.add_tensor(f"{name}.weight.lora_b", b)
@@ -218,7 +217,7 @@ def write_lora(
 
 
 def _lora_weights(shape: LlamaShape, weights: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Names of what is adapted, with their rows and columns."""
+    """Return the names of the weights to adapt, with their rows and columns."""
     n_embd, n_kv = shape.n_embd, shape.n_embd // shape.n_head * shape.n_head_kv
     sizes = {
         "attn_q": (n_embd, n_embd),
@@ -236,7 +235,7 @@ def _lora_weights(shape: LlamaShape, weights: Sequence[str]) -> list[tuple[str, 
 
 
 class _ModelFile(AbstractContextManager["_ModelFile"]):
-    """A GGUF being written: vocabulary, embeddings and output on entry, everything in place at the end."""
+    """A GGUF that is being written. The constructor writes vocabulary, embeddings and output; exit finishes it."""
 
     def __init__(
         self,
@@ -264,7 +263,7 @@ class _ModelFile(AbstractContextManager["_ModelFile"]):
         self.writer.add_layer_norm_rms_eps(1e-5)
         self.writer.add_vocab_size(n_vocab)
         _add_byte_vocabulary(self.writer, n_vocab)
-        # Small embeddings and a separate output: what the layers gather outweighs the last token itself.
+        # Small embeddings and a separate output, so that the layers have more effect than the last token itself.
         self.matrix("token_embd", n_vocab, n_embd, gain=0.3 * np.sqrt(n_embd))
         self.norm(output_norm, n_embd)
         self.matrix("output", n_vocab, n_embd, gain=2.5)
@@ -321,13 +320,13 @@ def _add_byte_vocabulary(writer: object, n_vocab: int) -> None:
 def _random_matrix(
     rng: np.random.Generator, n_out: int, n_in: int, std: float, quantization: Quantization
 ) -> NDArray[np.generic]:
-    """Shape (n_out, n_in), or (n_out, bytes of a row) where the type packs blocks."""
+    """Return random weights, shape (n_out, n_in), or (n_out, bytes of a row) for a type that packs blocks."""
     if quantization in ("F32", "F16"):
         weights = rng.standard_normal((n_out, n_in), np.float32) * np.float32(std)
         return weights if quantization == "F32" else weights.astype(np.float16)
     if n_in % _BLOCK:
         raise ValueError(f"{quantization} packs blocks of {_BLOCK}; a row of {n_in} is not a multiple")
-    # Drawn in packed form: uniform integers times a scale that gives them the wanted deviation.
+    # Drawn in packed form: uniform integers, times a scale that gives the requested deviation.
     n_blocks = n_out * n_in // _BLOCK
     if quantization == "Q8_0":
         quants = rng.integers(-127, 128, (n_blocks, _BLOCK), np.int8).view(np.uint8)
@@ -345,8 +344,8 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--quantization", choices=get_args(Quantization), default="Q8_0")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    write_llama(given.path, SHAPES[given.shape], seed=given.seed, quantization=given.quantization)
+    arguments = parser.parse_args()
+    write_llama(arguments.path, SHAPES[arguments.shape], seed=arguments.seed, quantization=arguments.quantization)
 
 
 if __name__ == "__main__":

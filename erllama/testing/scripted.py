@@ -1,8 +1,7 @@
-"""Makes tiny GGUF models that say what was written for them, in the tokens that were chosen for it.
+"""Writes tiny GGUF models with scripted replies: each token determines the next one.
 
-Each token fixes the next, whatever came before. So a test can have a real model
-file, on libllama, that thinks, calls a tool and answers; or that writes a word
-in other tokens than its tokenizer would.
+So a test can use a real model file, on libllama, that thinks, calls a tool and answers, or that writes a word in
+other tokens than its tokenizer would.
 
 Needs the `gguf` package: `pip install 'erllama[models]'`.
 """
@@ -30,42 +29,42 @@ def write_scripted(
     chat_template: str | None = None,
     n_ctx_train: int = 8192,
 ) -> Path:
-    """Write a llama-architecture GGUF in which each token has one that follows it.
+    """Write a llama-architecture GGUF in which each token has exactly one successor.
 
-    Tokens are named by their texts: each byte, as "a", is one; so are `words`,
-    `special` tokens, which are no text, and END, which ends a reply and follows
-    where nothing else is said to. Text is tokenized to the longest words there
-    are, and else to bytes; BOS is never added.
+    Tokens are named by their texts. Every byte, such as "a", is a token, and so are `words`, `special` tokens, and
+    END, which ends a reply. END follows every token without an entry in `follows`. Text is tokenized to the longest
+    matching words, and otherwise to bytes. BOS is never added.
 
     Args:
         path: where to write.
-        follows: for a token, the next one.
-        words: texts of two characters and more that are tokens; so are their beginnings.
-        special: tokens that only `parse_special` reads, written out.
-        chat_template: what chats are written by.
-        n_ctx_train: positions that the model says it can take.
+        follows: the successor of each token.
+        words: texts of at least two characters that are tokens. Their prefixes become tokens, too.
+        special: texts of tokens that tokenization matches only with `parse_special`.
+        chat_template: the chat template in the file's metadata.
+        n_ctx_train: the context length in the file's metadata.
 
     Raises:
-        ValueError: `follows` names something that is no token.
+        ValueError: `follows` contains a text that is not a token.
     """
     require_gguf()
     from gguf import TokenType
 
     begun = sorted({word[:n] for word in words for n in range(2, len(word) + 1)})
-    # The tokenizer writes a space as another character, which has no byte of its own.
+    # The tokenizer writes a space as another character, which has no byte token.
     tokens = [*_SPECIAL, *_BYTES, "▁", *(word.replace(" ", "▁") for word in begun), *special]
     ids = {END: 2} | {chr(byte): len(_SPECIAL) + byte for byte in range(128)}
     first = len(_SPECIAL) + len(_BYTES)
     ids |= {text: first + i for i, text in enumerate([" ", *begun, *special])}
     unknown = sorted((set(follows) | set(follows.values())) - set(ids))
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is no token of this model")
+        raise ValueError(f"{unknown[0]!r} is not a token of this model")
     n_vocab = len(tokens)
     n_embd = -(-n_vocab // 32) * 32
     following = np.full(n_vocab, ids[END])
     for token, text in follows.items():
         following[ids[token]] = ids[text]
-    # One direction for each token; no layer adds to it; and the output turns it to that of the next.
+    # Each token has its own direction. The layers do not change it, and the output maps it to that of the next
+    # token.
     embeddings, output = np.zeros((n_vocab, n_embd), np.float32), np.zeros((n_vocab, n_embd), np.float32)
     embeddings[np.arange(n_vocab), np.arange(n_vocab)] = 1.0
     output[following, np.arange(n_vocab)] = 1.0

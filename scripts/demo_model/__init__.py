@@ -1,8 +1,8 @@
-"""Makes the demo model: its text, its tokenizer, its training and its file.
+"""Creates the demo model: its training text, its tokenizer, its weights and its file.
 
     python -m scripts.demo_model
 
-Nothing is downloaded and no text is copied: everything the model has read is
-written by the generators here, from a seed. docs/demo-model.md tells what it
+The generators in this package write all of the training text from a seed. They
+download no data and copy no text. docs/demo-model.md describes what the model
 learns and how well.
 """

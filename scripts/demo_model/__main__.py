@@ -1,4 +1,4 @@
-"""Trains the demo model and writes its file; goes on where it was stopped."""
+"""Trains the demo model and writes its file. An interrupted run resumes at its last checkpoint."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import jax
 import numpy as np
 
 from scripts.demo_model import conversations, gguf_file, rows, training
-from scripts.demo_model.network import Shape, Weights, first_weights
+from scripts.demo_model.network import Shape, Weights, initial_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 1
 HELD_OUT_SEED = 2
 DRILL_SEED = 3
-DRILLS = 0.5  # of the texts of the second part
+DRILLS = 0.5  # share of the texts in the second part
 N_STEPS = 2600
-_EVERY = 50  # steps from one checkpoint to the next
+_EVERY = 50  # steps between checkpoints
 
 
 def main() -> None:
@@ -37,9 +37,9 @@ def main() -> None:
         gguf_file.write(arguments.out, arrays, shape, words, conversations.TEMPLATE, rows.WIDTHS[-1])
 
     evaluate = training.evaluation(shape, list(islice(rows.batches(words, HELD_OUT_SEED), 4)))
-    start = _restored(arguments.checkpoint, arguments.steps)
-    start = start or training.Progress.begin(first_weights(shape, SEED))
-    # The second part has more of what takes practice. What was trained on before is made again, and passed over.
+    start = _load_checkpoint(arguments.checkpoint, arguments.steps)
+    start = start or training.Progress.begin(initial_weights(shape, SEED))
+    # The second part has more drills. After a restart, batches that were used before are generated and skipped.
     n_first = int(training.STEADY * arguments.steps)
     parts = islice(rows.batches(words, SEED), n_first), rows.batches(words, DRILL_SEED, drills=DRILLS)
     batches = islice(chain(*parts), start.step, None)
@@ -49,16 +49,16 @@ def main() -> None:
             pace = (time.monotonic() - began) / (progress.step - start.step)
             left = pace * (arguments.steps - progress.step) / 60
             print(
-                f"step {progress.step}: loss {cost:.3f}, {pace:.2f} s a step, {left:.0f} minutes left", flush=True
+                f"step {progress.step}: loss {cost:.3f}, {pace:.2f} s per step, {left:.0f} minutes left", flush=True
             )
         if progress.step % _EVERY == 0 or progress.step == arguments.steps:
-            print(f"step {progress.step}: loss on held out text {evaluate(progress.weights):.4f}", flush=True)
-            _keep(arguments.checkpoint, arguments.steps, progress)
+            print(f"step {progress.step}: loss on held-out text {evaluate(progress.weights):.4f}", flush=True)
+            _save_checkpoint(arguments.checkpoint, arguments.steps, progress)
             write(progress.weights)
     print(f"{arguments.out}: {arguments.out.stat().st_size:,} bytes")
 
 
-def _keep(path: Path, n_steps: int, progress: training.Progress) -> None:
+def _save_checkpoint(path: Path, n_steps: int, progress: training.Progress) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = {"weights": progress.weights, "first": progress.first, "second": progress.second}
     arrays: dict[str, Any] = {"step": progress.step, "n_steps": n_steps}
@@ -69,8 +69,8 @@ def _keep(path: Path, n_steps: int, progress: training.Progress) -> None:
     partial.replace(path)
 
 
-def _restored(path: Path, n_steps: int) -> training.Progress | None:
-    """What an interrupted training left, if one of `n_steps` steps would have come to the same."""
+def _load_checkpoint(path: Path, n_steps: int) -> training.Progress | None:
+    """Return the checkpoint of an interrupted training, if `n_steps` steps would have reached the same state."""
     if not path.exists():
         return None
     with np.load(path) as kept:

@@ -1,4 +1,4 @@
-"""Conversations of several turns, as messages; and, now and then, plain text."""
+"""Conversations of several turns, as messages; and sometimes plain text."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Message = dict[str, object]
 
 TEMPLATE = (Path(__file__).parent / "template.jinja").read_text()
 N_VOCAB = 768
-_N_TEXTS = 4000  # that the tokenizer learns from
+_N_TEXTS = 4000  # training texts of the tokenizer
 _TEMPLATE = ChatTemplate(TEMPLATE)
 
 
 @dataclass(slots=True)
 class Conversation:
-    """Messages, the tools they may call, whether they think, and whether earlier thoughts were left out."""
+    """Messages, their tools, whether replies think, and whether earlier thinking is left out."""
 
     messages: list[Message] = field(default_factory=list)
     tools: list[weather.Tool] = field(default_factory=list)
@@ -29,7 +29,7 @@ class Conversation:
     forgetful: bool = False
 
     def text(self) -> str:
-        """As the chat template writes it."""
+        """Return the text that the chat template renders."""
         tools = [tool.schema for tool in self.tools] or None
         messages = self.messages
         if self.forgetful:
@@ -45,7 +45,7 @@ class Conversation:
 
 
 def conversation(random: Random, *, long: bool = False) -> Conversation:
-    """One of a few turns; or a long one, of many and with a long system prompt."""
+    """Return a conversation of a few turns; or a long one, with many turns and a long system prompt."""
     made = Conversation(thinking=random.random() > 0.2, forgetful=random.random() < 0.1)
     questions: list[systems.Turn] = []
     kind = random.random()
@@ -62,7 +62,7 @@ def conversation(random: Random, *, long: bool = False) -> Conversation:
 
 
 def drill(random: Random) -> Conversation:
-    """What takes the most practice, several times over: sums; and names, facts and subjects, to be copied."""
+    """Return a drill of the hardest skills: sums, and copying names, facts and subjects."""
     made = Conversation(thinking=random.random() > 0.2)
     kind = random.random()
     if kind < 0.42:
@@ -92,7 +92,7 @@ def drill(random: Random) -> Conversation:
 
 
 def _turn(made: Conversation, random: Random, questions: list[systems.Turn]) -> None:
-    """One more question and its answer, sometimes with one that follows from them."""
+    """Return a question and its answer, sometimes with a follow-up question."""
     if questions and random.random() < 0.5:
         made.say(*questions.pop())
         return
@@ -139,11 +139,11 @@ def _about_story(random: Random, told: stories.Story) -> talk.Turn:
 
 
 def learned_tokenizer() -> Tokenizer:
-    """The demo model's: learned anew from conversations in some seconds, and the same each time."""
+    """Learn the tokenizer of the demo model from conversations. Deterministic; takes some seconds."""
     random = Random(1)
     return Tokenizer.learn((conversation(random).text() for _ in range(_N_TEXTS)), N_VOCAB)
 
 
 def plain(random: Random) -> str:
-    """A story with no chat around it, for completions."""
+    """Return a story without a chat around it, for completions."""
     return stories.story(random).text + END

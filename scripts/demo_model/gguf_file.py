@@ -1,4 +1,4 @@
-"""Writes the trained model as a GGUF: its matrices as Q8_0, its tokenizer, its chat template."""
+"""Writes the trained model as a GGUF file: Q8_0 matrices, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Arrays = dict[str, NDArray[np.float32]]
 def write(
     path: Path, weights: Arrays, shape: Shape, words: tokenizer.Tokenizer, template: str, n_ctx_train: int
 ) -> None:
-    """Write the file, which appears whole or not at all; the same arguments give the same bytes."""
+    """Write the file atomically. The same arguments produce the same bytes."""
     with new_gguf(path, "llama") as writer:
         writer.add_name("erllama demo")
         writer.add_description(
@@ -49,7 +49,7 @@ def write(
             + [TokenType.USER_DEFINED] * len(tokenizer.MARKERS)
         )
         writer.add_token_merges([f"{left} {right}" for left, right in words.merges])
-        writer.add_bos_token_id(words.ids[tokenizer.END])  # never added; libllama would name another
+        writer.add_bos_token_id(words.ids[tokenizer.END])  # never added; libllama would choose another one
         writer.add_eos_token_id(words.ids[tokenizer.END])
         writer.add_add_bos_token(False)
         writer.add_chat_template(template)
@@ -62,18 +62,18 @@ def write(
 
 
 def _tensors(weights: Arrays, shape: Shape) -> Arrays:
-    """The weights by their names in a GGUF; there is no output matrix, which is that of the embeddings."""
+    """Return the weights by their GGUF names. The embeddings are also the output matrix."""
     named = {f"{name}.weight": weights[name] for name in ("token_embd", "output_norm")}
     for name, stacked in weights.items():
         if f"{name}.weight" in named:
             continue
         for layer, array in enumerate(stacked):
-            turned = _interleaved(array, shape.n_dim) if name in ("attn_q", "attn_k") else array
+            turned = _interleave(array, shape.n_dim) if name in ("attn_q", "attn_k") else array
             named[f"blk.{layer}.{name}.weight"] = np.ascontiguousarray(turned)
     return named
 
 
-def _interleaved(matrix: NDArray[np.float32], n_dim: int) -> NDArray[np.float32]:
-    """Rows of each head so that what RoPE turns together, its two halves here, is side by side."""
+def _interleave(matrix: NDArray[np.float32], n_dim: int) -> NDArray[np.float32]:
+    """Interleave the two halves of each head, so that the rows that RoPE rotates together are adjacent."""
     n_out, n_in = matrix.shape
     return matrix.reshape(-1, 2, n_dim // 2, n_in).swapaxes(1, 2).reshape(n_out, n_in)

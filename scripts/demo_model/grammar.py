@@ -1,4 +1,4 @@
-"""Sentences from patterns: `[a|b]` is one of several texts, nested as one likes, and `{name}` a value."""
+"""Sentences from patterns: `[a|b]` is one of several texts, can be nested, and `{name}` is a value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
 
 def expand(pattern: str, random: Random, values: Mapping[str, str] | None = None) -> str:
-    """One of the texts that a pattern stands for.
+    """Return one of the texts of a pattern.
 
     >>> expand("[Good morning|Hello], {name}.", Random(1), {"name": "Mia"})
     'Good morning, Mia.'
@@ -21,15 +21,15 @@ def expand(pattern: str, random: Random, values: Mapping[str, str] | None = None
 
 
 def one(patterns: Sequence[str], random: Random, values: Mapping[str, str] | None = None) -> str:
-    """One of the texts of one of several patterns."""
+    """Return one of the texts of one of several patterns."""
     return expand(random.choice(patterns), random, values)
 
 
 def an(noun: str) -> str:
-    """A noun with its article."""
+    """Return a noun with its article."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def capital(text: str) -> str:
-    """A text that begins a sentence."""
+    """Return a text with a capital first letter."""
     return text[:1].upper() + text[1:]

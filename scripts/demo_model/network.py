@@ -1,8 +1,7 @@
 """The demo model's network: llama's architecture as libllama computes it, in jax.
 
-Weights of one kind are stacked over layers, so that a tree of ten arrays is the
-whole model; `gguf_file` takes them apart again. Matrices are (outputs, inputs),
-as GGUF keeps them.
+Weights of one kind are stacked over layers, so the model is a tree of ten arrays;
+`gguf_file` separates them again. Matrices are (outputs, inputs), as in GGUF.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ CHUNK = 128
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes; rows of every matrix are whole blocks of Q8_0, which are 32 elements."""
+    """Sizes. The rows of every matrix are multiples of a Q8_0 block, 32 elements."""
 
     n_vocab: int
     n_layer: int = 6
@@ -35,8 +34,8 @@ class Shape:
         return self.n_embd // self.n_head
 
 
-def first_weights(shape: Shape, seed: int) -> Weights:
-    """Random ones to start from; what adds to the residual stream starts small, as in GPT-2."""
+def initial_weights(shape: Shape, seed: int) -> Weights:
+    """Return random initial weights. Those that add to the residual stream are small, as in GPT-2."""
     n_kv = shape.n_head_kv * shape.n_dim
     small = (2 * shape.n_layer) ** -0.5
     matrices = {
@@ -60,11 +59,11 @@ def first_weights(shape: Shape, seed: int) -> Weights:
 
 
 def logits(weights: Weights, shape: Shape, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    """Of each token's successor.
+    """Return the logits of the next tokens.
 
     Args:
         tokens: (rows, positions).
-        segments: (rows, positions), the number of the text that each token is of; a token sees its own text alone.
+        segments: (rows, positions), the number of each token's text. A token attends only to its own text.
 
     Returns:
         (rows, positions, n_vocab).
@@ -91,7 +90,7 @@ def logits(weights: Weights, shape: Shape, tokens: jax.Array, segments: jax.Arra
 
 
 def loss(weights: Weights, shape: Shape, tokens: jax.Array, segments: jax.Array, worth: jax.Array) -> jax.Array:
-    """Mean of what each token costs by the ones before it, weighted by `worth`, (rows, positions)."""
+    """Return the mean loss of the tokens, weighted by `worth`, (rows, positions)."""
     predicted = jax.nn.log_softmax(logits(weights, shape, tokens, segments)[:, :-1])
     costs = -jnp.take_along_axis(predicted, tokens[:, 1:, None], axis=-1)[..., 0]
     counted = worth[:, 1:] * (segments[:, 1:] == segments[:, :-1])
@@ -99,7 +98,7 @@ def loss(weights: Weights, shape: Shape, tokens: jax.Array, segments: jax.Array,
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-    """Causal attention within segments, a chunk of positions at a time: what comes later is never computed."""
+    """Compute causal attention within segments, one chunk of positions at a time, without later positions."""
     chunks = []
     for start in range(0, q.shape[2], CHUNK):
         end = min(start + CHUNK, q.shape[2])
@@ -120,7 +119,7 @@ def _angles(n_tokens: int, n_dim: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """RoPE of (rows, heads, positions, n_dim), whose halves turn together; `gguf_file` interleaves them."""
+    """Apply RoPE to (rows, heads, positions, n_dim), rotating halves together; `gguf_file` interleaves them."""
     cosine, sine = angles
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, first * sine + second * cosine], axis=-1)

@@ -1,8 +1,7 @@
-"""What happens in stories: plots for somebody, and for something that is no one.
+"""The plots of stories: for persons and animals, and for things.
 
-Values in braces are filled in by `stories`: {name} is the subject, as it is
-called behind its first mention, {he} and {his} its pronouns, {helper} who it
-meets.
+`stories` fills in the values in braces: {name} is the subject after its first
+mention, {he} and {his} are its pronouns, {helper} is the helper it meets.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ Steps = Sequence[Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """What happens, step by step; and how a request may ask for it, behind its subject."""
+    """The steps of a plot, and the ways a request can ask for it after its subject."""
 
     steps: Steps
     asked: Sequence[str] = ()

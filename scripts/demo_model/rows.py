@@ -1,4 +1,4 @@
-"""Training text as rows of tokens: whole conversations side by side, none cut, none seeing another."""
+"""Packs whole training texts into rows of tokens. Texts of a row do not attend to each other."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from scripts.demo_model import conversations
 from scripts.demo_model.tokenizer import END, Tokenizer
 
 BATCH_TOKENS = 4096
-_SHARD = 1500  # texts that are packed together
+_SHARD = 1500  # texts packed together
 WIDTHS = (256, 512, 1024)
-# What a token of a prompt is worth to the loss, where one of a reply is worth 1.
+# Weight of a prompt token in the loss; a token of a reply has the weight 1.
 PROMPT_WORTH = 0.1
 _OPENING = "<|im_start|>assistant\n"
 _NO_THOUGHT = "<think>\n\n</think>\n\n"
@@ -24,7 +24,7 @@ _NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows, each array (BATCH_TOKENS / width, width); what belongs to no text is worth nothing."""
+    """Rows; each array is (BATCH_TOKENS / width, width). Padding has the weight 0."""
 
     tokens: NDArray[np.int32]
     segments: NDArray[np.int32]
@@ -33,17 +33,17 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Tokens, and what each is worth."""
+    """Tokens, and the weight of each in the loss."""
 
     tokens: list[int]
     worth: list[float]
 
 
 def texts(tokenizer: Tokenizer, random: Random, drills: float) -> Iterator[Text]:
-    """Without end: conversations, some long ones, stories on their own, and `drills` of all, drills."""
+    """Yield texts without end: conversations, some long ones, single stories, and a share `drills` of drills."""
     while True:
         if drills and random.random() < drills:
-            yield _worth(tokenizer, conversations.drill(random))
+            yield _token_weights(tokenizer, conversations.drill(random))
             continue
         kind = random.random()
         if kind < 0.03:
@@ -51,11 +51,11 @@ def texts(tokenizer: Tokenizer, random: Random, drills: float) -> Iterator[Text]
             yield Text(tokens, [1.0] * len(tokens))
             continue
         made = conversations.conversation(random, long=kind > 0.965)
-        yield _worth(tokenizer, made)
+        yield _token_weights(tokenizer, made)
 
 
-def _worth(tokenizer: Tokenizer, made: conversations.Conversation) -> Text:
-    """A conversation whose replies are to be learned; the last one alone where earlier ones lost their thoughts."""
+def _token_weights(tokenizer: Tokenizer, made: conversations.Conversation) -> Text:
+    """Weight the replies of a conversation; only the last one if earlier ones lack their thinking."""
     tokens: list[int] = []
     worth: list[float] = []
 
@@ -67,7 +67,7 @@ def _worth(tokenizer: Tokenizer, made: conversations.Conversation) -> Text:
     prompt, *replies = made.text().split(_OPENING)
     add(prompt, PROMPT_WORTH)
     for i, reply in enumerate(replies):
-        # What the template gives a reply to begin with is not the reply's own.
+        # The template writes the start of a reply, so it is not part of the reply.
         given = _NO_THOUGHT if reply.startswith(_NO_THOUGHT) else ""
         written, end, following = reply.removeprefix(given).partition(END)
         forgotten = made.forgetful and i < len(replies) - 1
@@ -78,13 +78,13 @@ def _worth(tokenizer: Tokenizer, made: conversations.Conversation) -> Text:
 
 
 def batches(tokenizer: Tokenizer, seed: int, *, drills: float = 0.0) -> Iterator[Batch]:
-    """Without end; a shard at a time, its texts packed into as few rows as they go, its batches in any order."""
+    """Yield batches without end. Packs the texts of one shard at a time into few rows, and shuffles its batches."""
     random = Random(seed)
     source = texts(tokenizer, random, drills)
     left: list[Text] = []
     while True:
         shard = left + [text for text in islice(source, _SHARD) if len(text.tokens) <= WIDTHS[-1]]
-        rows = _packed(shard)
+        rows = _pack(shard)
         full: list[Batch] = []
         left = []
         for width in WIDTHS:
@@ -98,8 +98,8 @@ def batches(tokenizer: Tokenizer, seed: int, *, drills: float = 0.0) -> Iterator
         yield from full
 
 
-def _packed(shard: list[Text]) -> list[tuple[int, list[Text]]]:
-    """Rows with their widths: the longest texts first, each into the first row with room, or into a new one."""
+def _pack(shard: list[Text]) -> list[tuple[int, list[Text]]]:
+    """Return rows with their widths: first fit, the longest texts first."""
     rows: list[tuple[int, list[Text]]] = []
     room: list[int] = []
     for text in sorted(shard, key=lambda text: -len(text.tokens)):

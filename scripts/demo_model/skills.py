@@ -1,7 +1,7 @@
-"""Measures what the demo model can do, on questions that no training text has, greedily.
+"""Measures the skills of the demo model with greedy replies to questions that are in no training text.
 
-The figures of docs/demo-model.md are what this prints; tests/models/test_demo_model.py
-asks for less of the same.
+docs/demo-model.md has the printed figures. tests/models/test_demo_model.py asserts
+lower shares of smaller samples.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WEATHER: Message = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-# Long enough that its cache is worth something; what it tells can be asked for.
+# Long enough that caching pays. Questions can ask for its facts.
 SYSTEM = (
     "You are the keeper of a small lighthouse, and a patient teller of stories. Answer in plain words, keep to "
     "what you have seen, and when you do not know a thing, say so. The library opens at 9 and closes at 17. Use "
@@ -39,7 +39,7 @@ _CONDITIONS = ("rain", "sunny", "snow", "cloudy")
 
 
 class Skill(NamedTuple):
-    """How often something was done right; and what went wrong."""
+    """The number of correct results, and the failures."""
 
     right: int
     asked: int
@@ -47,7 +47,7 @@ class Skill(NamedTuple):
 
 
 class ToolSkill(NamedTuple):
-    """How often a tool was called as it should be, and how often its result was told; and what went wrong."""
+    """The numbers of correct tool calls and of correctly reported results, and the failures."""
 
     called: int
     told: int
@@ -56,7 +56,7 @@ class ToolSkill(NamedTuple):
 
 
 class StorySkill(NamedTuple):
-    """How many stories end by themselves, and how many speak of what was asked for; and what went wrong."""
+    """The numbers of stories that end, and of stories that name their subject, and the failures."""
 
     ended: int
     kept: int
@@ -65,7 +65,7 @@ class StorySkill(NamedTuple):
 
 
 def reply(model: erllama.Model, turns: Sequence[str], *, system: str | None = None) -> erllama.ChatCompletion:
-    """To the last of several turns of a user's, after those to the others."""
+    """Return the reply to the last of several user messages, after replies to the earlier ones."""
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     for turn in turns:
         messages.append({"role": "user", "content": turn})
@@ -75,7 +75,7 @@ def reply(model: erllama.Model, turns: Sequence[str], *, system: str | None = No
 
 
 def unlearned_sums(n: int, seed: int = 7) -> list[tuple[int, bool, int]]:
-    """Sums, and differences where the middle is False, of numbers below 50 that no training text has."""
+    """Return sums, or differences if the middle is False, of numbers below 50 that are in no training text."""
     random = Random(seed)
     found: list[tuple[int, bool, int]] = []
     while len(found) < n:
@@ -86,7 +86,7 @@ def unlearned_sums(n: int, seed: int = 7) -> list[tuple[int, bool, int]]:
 
 
 def calculates(model: erllama.Model, n: int) -> Skill:
-    """How many of `n` sums are thought about and answered rightly."""
+    """Measure how many of `n` sums have correct thinking and a correct answer."""
     wrong = []
     for a, plus, b in unlearned_sums(n):
         given = reply(model, [f"What is {a} {'+' if plus else '-'} {b}?"])
@@ -96,7 +96,7 @@ def calculates(model: erllama.Model, n: int) -> Skill:
 
 
 def uses_tools(model: erllama.Model, cities: Sequence[str]) -> ToolSkill:
-    """For how many cities the weather is asked of the tool, and for how many told as the tool has it."""
+    """Measure for how many cities the model calls the weather tool, and reports its result correctly."""
     called = told = 0
     wrong = []
     for i, city in enumerate(cities):
@@ -118,7 +118,7 @@ def uses_tools(model: erllama.Model, cities: Sequence[str]) -> ToolSkill:
 
 
 def tells_stories(model: erllama.Model, subjects: Sequence[str]) -> StorySkill:
-    """How many stories end, and keep their subject: name it, whether they have given it a name or not."""
+    """Measure how many stories end, and how many keep their subject: mention it or its name."""
     ended = kept = 0
     wrong = []
     for subject in subjects:
@@ -138,11 +138,11 @@ def main() -> None:
         calculated = calculates(model, 200)
         used = uses_tools(model, [*words.CITIES[:88], *words.UNSEEN_CITIES])
         told = tells_stories(model, [an(kind) for kind in (*words.ANIMALS, *words.THINGS, *words.UNSEEN)])
-        print(f"sums right: {calculated.right} of {calculated.asked}")
-        print(f"tools called with the city: {used.called} of {used.asked}, results told: {used.told}")
+        print(f"correct sums: {calculated.right} of {calculated.asked}")
+        print(f"tools called with the city: {used.called} of {used.asked}, results reported: {used.told}")
         print(f"stories that end: {told.ended} of {told.asked}, that keep their subject: {told.kept}")
         for each in (*calculated.wrong, *used.wrong, *told.wrong):
-            print(f"  not right: {each}")
+            print(f"  failure: {each}")
 
 
 if __name__ == "__main__":

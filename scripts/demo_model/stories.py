@@ -1,8 +1,7 @@
-"""Stories: somebody, something that happens to them, and an end.
+"""Generates stories with a subject, a plot and an end.
 
-A story is one of a dozen plots, told in five to nine sentences. Each step of a
-plot has several wordings, and all of them speak of the subject that was asked
-for, by the name it was given.
+A story has one of a dozen plots, in five to nine sentences. Each step of a plot
+has several wordings. All of them mention the requested subject by its name.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ _REQUESTS = (
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """A story, and what one may ask about it.
+    """A story, and the facts that questions can ask for.
 
     Attributes:
-        request: how somebody asks for it.
+        request: a request for the story.
         text: the story.
-        about: what it is of, as in "a small fox named Pip".
-        called: its subject's name, if it has one.
-        kind: what its subject is.
-        he, his: its subject's pronouns.
-        helper: who came to help, if anyone did.
+        about: the subject, as in "a small fox named Pip".
+        called: the name of the subject, if it has one.
+        kind: the kind of the subject.
+        he, his: the pronouns of the subject.
+        helper: the helper, if there is one.
     """
 
     request: str
@@ -77,7 +76,7 @@ _BEGINNINGS_OF_THINGS = (
 
 
 def story(random: Random, *, strange: bool = False) -> Story:
-    """One that somebody asks for, and gets; if `strange`, about what nobody knows, with something of the plot."""
+    """Return a story; if `strange`, about an invented subject, with a part of the plot in the request."""
     thing = random.random() < 0.2
     plot = random.choice(SOMETHING if thing else SOMEBODY)
     kind, called, he = _subject(random, thing, strange)
@@ -107,7 +106,7 @@ def story(random: Random, *, strange: bool = False) -> Story:
         "dream": random.choice(_DREAMS),
     }
     values["A_helper"] = capital(values["a_helper"])
-    # A request tells more or less of the subject, and sometimes of the plot.
+    # A request has more or fewer details of the subject, and sometimes a part of the plot.
     traits = f"{an(trait)} {kind}"
     asked = f"{random.choice((an(kind), an(kind), traits))}{random.choice((naming, naming, ''))}"
     if called and random.random() < 0.1:
@@ -138,7 +137,7 @@ def _adjective(random: Random) -> str:
 
 
 def _subject(random: Random, thing: bool, strange: bool) -> tuple[str, str | None, str]:
-    """What a story is about: its kind, its name or None, and its pronoun."""
+    """Return the subject of a story: its kind, its name or None, and its pronoun."""
     invented = made_up_name(random)
     if thing:
         kind = words.made_up(random) if strange or random.random() < 0.1 else random.choice(words.THINGS)

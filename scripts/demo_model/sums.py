@@ -1,4 +1,4 @@
-"""Sums and differences, with the thoughts that lead to them: digit by digit, as one learns it at school."""
+"""Generates sums and differences with thinking that computes them digit by digit, as taught at school."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _COUNTED = words.listed("apples,nuts,coins,books,balls,eggs,cards,stones,shells,
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A question, what to think about it, and the answer; `value` is the number asked for."""
+    """A question, its thinking and its answer; `value` is the result."""
 
     question: str
     thought: str
@@ -57,14 +57,15 @@ class Sum:
 
 
 def held_out(a: int, plus: bool, b: int) -> bool:
-    """Whether no training text has this sum, so that a test can ask what was not learned by heart: one in eight."""
+    """Return whether no training text has this sum, for tests. One sum in eight is held out."""
     return (a * 31 + b * 17 + plus) % 8 == 0 and (plus or a != b)
 
 
 def arithmetic(random: Random, first: int | None = None, *, equal: bool = False) -> Sum:
-    """A sum or difference of numbers below 100, mostly below 50; none that is held out, and none below zero.
+    """Return a sum or difference of numbers below 100, mostly below 50, that is not held out and not negative.
 
-    With `first`, it goes on from that number; with `equal`, it is a number less itself, and else never.
+    With `first`, it continues from that number. With `equal`, it subtracts a number from itself; otherwise it never
+    does.
     """
     while True:
         below = 50 if random.random() < 0.75 else 100
@@ -78,7 +79,7 @@ def arithmetic(random: Random, first: int | None = None, *, equal: bool = False)
     if first is not None:
         patterns = _AND_PLUS if plus else _AND_MINUS
     elif a > 1 and b > 1 and random.random() < 0.15:
-        return _told(random, a, plus, b)
+        return _word_problem(random, a, plus, b)
     else:
         patterns = _PLUS if plus else _MINUS
     question = one(patterns, random, {"a": str(a), "b": str(b)})
@@ -90,7 +91,7 @@ def answer(a: int, plus: bool, b: int) -> str:
 
 
 def thought(a: int, plus: bool, b: int) -> str:
-    """The steps, from the ones on; each carries what the next one needs.
+    """Return the steps of the computation, from the ones to the tens.
 
     >>> thought(17, True, 25)
     '17 + 25: 7 + 5 = 12, write 2, carry 1. 1 + 2 + 1 = 4. So 42.'
@@ -109,8 +110,8 @@ def thought(a: int, plus: bool, b: int) -> str:
     return f"{a} - {b}: {steps} {tens} So {a - b}."
 
 
-def _told(random: Random, a: int, plus: bool, b: int) -> Sum:
-    """A sum as something that happens to somebody."""
+def _word_problem(random: Random, a: int, plus: bool, b: int) -> Sum:
+    """Return a sum as a word problem."""
     who, other = random.sample(words.GIRLS + words.BOYS, 2)
     what = random.choice(_COUNTED)
     values = {"who": who, "other": other, "what": what, "a": str(a), "b": str(b)}

@@ -1,4 +1,4 @@
-"""System prompts: none, a sentence or two, or a page with facts that questions can be asked about."""
+"""Generates system prompts: none, a sentence or two, or a page with facts for questions."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def short(random: Random) -> str:
 
 
 def long(random: Random, n_sentences: int) -> tuple[str, list[Turn]]:
-    """A prompt of about so many sentences, facts among them; and questions, one of which they do not answer."""
+    """Return a prompt of about this many sentences with facts, and questions; the prompt answers all but one."""
     facts, turns = _facts(random, max(2, n_sentences // 3))
     sentences = [expand(pattern, random) for pattern in random.sample(_LONG[3:], min(n_sentences, len(_LONG) - 3))]
     while len(sentences) + len(facts) < n_sentences:
@@ -80,7 +80,7 @@ def long(random: Random, n_sentences: int) -> tuple[str, list[Turn]]:
 
 
 def _facts(random: Random, n: int) -> tuple[list[str], list[Turn]]:
-    """Facts, each of another thing; and what may be asked about them, and about one thing that they do not tell."""
+    """Return facts about different things, questions about them, and one question that they do not answer."""
     facts: list[str] = []
     turns: list[Turn] = []
     places, bought, kept = (random.sample(each, len(each)) for each in (_PLACES, _BOUGHT, _KEPT))

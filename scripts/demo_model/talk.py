@@ -1,4 +1,4 @@
-"""Short talk: greetings, who one is talking to, what it can do, and what it does not know."""
+"""Generates short talk: greetings, what the model is, what it can do, and what it does not know."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from random import Random
 from scripts.demo_model import words
 from scripts.demo_model.grammar import expand, one
 
-# What people say, and what is answered: each with several wordings.
+# User messages and answers, each with several wordings.
 _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         ("[Hello|Hi|Hey|hello|hi][|!|.]", "[Hello|Hi] there[|!|.]", "Good [morning|day|afternoon|evening][!|.|]"),
@@ -117,7 +117,7 @@ _TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("I am glad to hear that!",),
     ),
 )
-# What a model this small cannot know; it says so.
+# Questions that a model this small cannot answer; it says so.
 _UNKNOWN = (
     "What is the capital of {place}?",
     "Who [wrote|painted|invented|built|discovered] the {thing}?",
@@ -164,7 +164,7 @@ def unknown(random: Random) -> Turn:
 
 
 def introduction(random: Random) -> tuple[Turn, Turn]:
-    """Somebody tells a name, and later asks for it."""
+    """Return turns in which the user gives a name and later asks for it."""
     name = random.choice((random.choice(words.GIRLS + words.BOYS), words.made_up(random).capitalize()))
     told = expand(_NAMED, random, {"name": name})
     asked = expand(_NAME_ASKED, random)

@@ -1,8 +1,8 @@
 """A byte-level BPE as libllama reads it from a GGUF: model "gpt2", pre-tokenizer "qwen2".
 
-Text is cut into words, words into bytes, and bytes are joined again by the
-merges that were learned, the earliest first. Digits are words of their own, so
-that each is one token. Special tokens are read wherever they are written out.
+The tokenizer splits text into words and words into bytes, and joins bytes with the
+learned merges, the earliest first. Each digit is a separate word, and so one token.
+Special tokens are recognized wherever they are written out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import pairwise
 
 END = "<|im_end|>"
 CONTROL = ("<|im_start|>", END)
-# Special as well, but text that a reply may have.
+# Also special, but part of the text of a reply.
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 SPECIAL = CONTROL + MARKERS
 PRE_TOKENIZER = "qwen2"
@@ -30,7 +30,7 @@ Pair = tuple[str, str]
 
 
 def _alphabet() -> list[str]:
-    """The character that stands for each byte: itself where it is printable, as GPT-2 has it."""
+    """Return the character for each byte, as in GPT-2: the byte itself if it is printable."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -40,7 +40,7 @@ _ALPHABET = _alphabet()
 
 
 class Tokenizer:
-    """Tokens in the order of their ids: 256 bytes, what `merges` make, and the special ones."""
+    """Tokens in the order of their ids: 256 bytes, the results of `merges`, and the special ones."""
 
     def __init__(self, merges: Sequence[Pair]) -> None:
         self.merges = list(merges)
@@ -51,7 +51,7 @@ class Tokenizer:
 
     @classmethod
     def learn(cls, texts: Iterable[str], n_vocab: int) -> Tokenizer:
-        """The one whose merges join what is side by side most often in `texts`; ties go by the alphabet."""
+        """Learn the merges of the most frequent pairs in `texts`; ties are broken alphabetically."""
         counts = Counter(word for text in texts for part in _parts(text) for word in _WORD.findall(part))
         words = [(_spelled(word), count) for word, count in sorted(counts.items()) if count > 2]
         pairs: Counter[Pair] = Counter()
@@ -68,7 +68,7 @@ class Tokenizer:
                 word, count = words[i]
                 for pair in pairwise(word):
                     pairs[pair] -= count
-                word[:] = _joined(word, best)
+                word[:] = _join(word, best)
                 for pair in pairwise(word):
                     pairs[pair] += count
                     where[pair].add(i)
@@ -76,7 +76,7 @@ class Tokenizer:
         return cls(merges)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, special ones included."""
+        """Return the tokens of a text, including special ones."""
         ids: list[int] = []
         for part in _SPECIAL.split(text):
             if part in SPECIAL:
@@ -92,7 +92,7 @@ class Tokenizer:
             best = min(pairwise(pieces), key=lambda pair: self._ranks.get(pair, len(self.tokens)))
             if best not in self._ranks:
                 break
-            pieces = _joined(pieces, best)
+            pieces = _join(pieces, best)
         return tuple(self.ids[piece] for piece in pieces)
 
 
@@ -104,8 +104,8 @@ def _spelled(word: str) -> list[str]:
     return [_ALPHABET[byte] for byte in word.encode()]
 
 
-def _joined(pieces: list[str], pair: Pair) -> list[str]:
-    """The pieces with each occurrence of a pair made one, from the left."""
+def _join(pieces: list[str], pair: Pair) -> list[str]:
+    """Return the pieces with each occurrence of a pair joined, from the left."""
     joined: list[str] = []
     i = 0
     while i < len(pieces):

@@ -1,4 +1,6 @@
-"""Training: Muon for the matrices of the layers, Adam for embeddings and norms, at a rate that falls in the end.
+"""Training: Muon for the matrices of the layers, Adam for embeddings and norms.
+
+The rate decays to zero at the end.
 
 Muon (Keller Jordan, 2024; scaled as in "Muon is Scalable for LLM Training",
 arXiv:2502.16982) steps along the orthogonal matrix nearest to the momentum. It
@@ -21,14 +23,14 @@ MUON_RATE = 5e-3
 ADAM_RATE = 3e-3
 WEIGHT_DECAY = 0.05
 WARM_UP = 20  # steps
-STEADY = 0.57  # of all steps: before it, nothing depends on how many there will be
-# Of the quintic iteration whose fixed point is an orthogonal matrix, near enough in five rounds.
+STEADY = 0.57  # share of all steps with a constant rate; until then, the steps do not depend on their total number
+# Coefficients of the quintic iteration whose fixed point is an orthogonal matrix; five rounds are close enough.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where training is: the steps done, the weights, and the moments of their gradients."""
+    """The state of training: the number of steps, the weights, and the moments of their gradients."""
 
     step: int
     weights: Weights
@@ -44,7 +46,7 @@ class Progress:
 def train(
     progress: Progress, shape: Shape, batches: Iterator[Batch], n_steps: int
 ) -> Iterator[tuple[Progress, float]]:
-    """Each step's progress and loss, up to `n_steps`; the rate falls to zero there."""
+    """Yield the state and the loss of each step up to `n_steps`, where the rate reaches zero."""
     for batch in batches:
         if progress.step >= n_steps:
             return
@@ -59,7 +61,7 @@ def train(
 
 
 def evaluation(shape: Shape, batches: list[Batch]) -> Callable[[Weights], float]:
-    """What weights cost on batches that are not trained on, their mean."""
+    """Return a function that computes the mean loss of weights on held-out batches."""
     cost = jax.jit(partial(_cost, shape))
     return lambda weights: sum(float(cost(weights, b.tokens, b.segments, b.worth)) for b in batches) / len(batches)
 
@@ -98,7 +100,7 @@ def _step(
 
 
 def _orthogonal(matrices: jax.Array) -> jax.Array:
-    """About the nearest orthogonal matrix to each of (layers, outputs, inputs)."""
+    """Return approximately the nearest orthogonal matrix to each of (layers, outputs, inputs)."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.swapaxes(1, 2) if tall else matrices
     x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)

@@ -1,4 +1,4 @@
-"""The weather, and the time, in some city: a tool's schema, its call, its result, and the answer."""
+"""Generates tool use for the weather and the time in a city: schema, call, result and answer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _TIME_QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Sky:
-    """Weather as tools write it and as one says it, between which degrees, and what to do about it."""
+    """A kind of weather: in tool results, in answers, its range of degrees, and advice."""
 
     condition: str
     said: str
@@ -70,7 +70,7 @@ _SKIES = (
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A tool that takes one name of a city."""
+    """A tool that takes the name of a city."""
 
     kind: str  # "weather" or "time"
     name: str
@@ -82,7 +82,7 @@ class Tool:
 
 
 def tools(random: Random) -> list[Tool]:
-    """Those of one conversation: the weather's, often the time's, in either order."""
+    """Return the tools of a conversation: for the weather, often also for the time, in either order."""
     parameter = random.choice(_PARAMETERS)
     made = [_tool(random, "weather", random.choice(_WEATHER_NAMES), parameter)]
     if random.random() < 0.4:
@@ -114,7 +114,7 @@ def _tool(random: Random, kind: str, name: str, parameter: str) -> Tool:
 
 
 def turn(random: Random, given: list[Tool], *, strange: bool = False) -> list[Message]:
-    """A question that one of the tools answers, the call of it, the result and the answer."""
+    """Return a question for one of the tools, its call, the result and the answer."""
     tool = random.choice(given)
     cities = [words.city(random, strange=strange)]
     if random.random() < 0.12:
@@ -128,7 +128,7 @@ def turn(random: Random, given: list[Tool], *, strange: bool = False) -> list[Me
 
 
 def without_tools(random: Random) -> tuple[str, str]:
-    """A question about the weather that nothing there can answer."""
+    """Return a question about the weather without a tool for it, and the answer."""
     question = one((*_WEATHER_QUESTIONS, *_TIME_QUESTIONS), random, {"city": words.city(random)})
     return question, "I cannot look that up here. Give me a tool for it, and I will call it."
 
@@ -137,7 +137,7 @@ _NOT_FOUND = '[{{"error": "unknown [city|place]"}}|unknown [city|place]|not foun
 
 
 def _weather(random: Random, city: str) -> tuple[str, str]:
-    """What the tool says, and what to make of it."""
+    """Return the result of the tool, and the answer."""
     sky = random.choice(_SKIES)
     degrees = random.randint(sky.coldest, sky.warmest)
     if random.random() < 0.07:

@@ -1,4 +1,4 @@
-"""The words that stories, questions and tools are filled with, and names that nobody has seen before."""
+"""Words for stories, questions and tools, and invented names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from random import Random
 
 
 def listed(words: str) -> tuple[str, ...]:
-    """Words, or groups of them, that are written with commas between."""
+    """Split a text of words, or groups of words, at its commas."""
     return tuple(words.split(","))
 
 
@@ -24,13 +24,13 @@ ANIMALS = listed(
     "baker,sailor,teacher,painter"
 )
 HELPERS = listed("owl,crow,mouse,hedgehog,squirrel,turtle,robin,frog,bee,deer,badger,goose,cat,dog,duck,mole")
-# What stories are about that is no one.
+# Subjects of stories that are things.
 THINGS = listed(
     "boat,kite,balloon,train,lantern,clock,teapot,umbrella,bicycle,candle,drum,bell,key,hat,boot,chair,lamp,cup,"
     "spoon,pencil,book,toy,snowman,star,cloud,leaf,stone,tree,flower,apple,pumpkin,shell,feather,button,letter,map,"
     "tractor,bus,car,rocket"
 )
-# What no story of the training text is about, so that tests can ask for it.
+# Subjects that are in no training text, for tests.
 UNSEEN = ("otter", "panda", "walrus", "goldfish", "tram", "violin")
 BELONGINGS = listed(
     "ball,red ball,blue hat,kite,key,golden key,map,drum,bell,scarf,green scarf,book,lantern,basket,whistle,"
@@ -56,7 +56,7 @@ ACCENTED = listed(
     "Zürich,São Paulo,Malmö,Tromsø,Łódź,Córdoba,Málaga,Kraków,Genève,Düsseldorf,Köln,München,Göteborg,Århus,"
     "Bogotá,Medellín,Brasília,Orléans,Besançon,Münster,Nürnberg,Linköping,Jönköping,Poznań,Gdańsk,Cádiz,León"
 )
-# Cities that no training text names, so that tests can ask for them.
+# Cities that are in no training text, for tests.
 UNSEEN_CITIES = listed(
     "Reykjavik,Ljubljana,Bratislava,Edinburgh,Barcelona,Istanbul,Nuuk,Philadelphia,Casablanca,Bordeaux,"
     "Gothenburg,Salzburg"
@@ -79,7 +79,7 @@ _ACCENTS = (
 
 
 def made_up(random: Random) -> str:
-    """A word of two or three syllables, such as "tralou": what has to be copied, since it cannot be known."""
+    """Return an invented word of two or three syllables, such as "tralou". The model has to copy it."""
     while True:
         syllables = (
             random.choice(_BEGINNINGS) + random.choice(_MIDDLES) + random.choice(_ENDINGS)
@@ -91,7 +91,7 @@ def made_up(random: Random) -> str:
 
 
 def city(random: Random, *, strange: bool = False) -> str:
-    """One there is, or as often one that there is not; if `strange`, perhaps with letters that English has not."""
+    """Return a real or an invented city; if `strange`, possibly with letters that English lacks."""
     if strange and random.random() < 0.35:
         name = random.choice((random.choice(ACCENTED), made_up(random).capitalize()))
         return name.replace(*random.choice(_ACCENTS)) if name.isascii() else name

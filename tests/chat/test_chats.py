@@ -410,11 +410,11 @@ def test_real_templates_continue_the_message_that_is_told(path: Path, content: s
     tools: list[Message] = list(TOOLS) if "tool_use" in path.stem else []  # which some of these cannot do without
     conversation = Conversation(template, messages, tools, None, {}, True)
     try:
-        text = conversation.text()
+        text = conversation.render()
     except erllama.TemplateError as refusal:
         assert "cannot be continued" in str(refusal)  # noqa: PT017
         return
-    message = conversation.as_written(text).message("there", "", [])
+    message = conversation.with_stripped_content(text).reply_message("there", "", [])
     assert content.strip() in str(message["content"])
     assert (text + "there").endswith(str(message["content"]))
 
@@ -570,7 +570,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         ([user("Q")], {"continue_final_message": 1}, erllama.OptionError, "continue_final_message"),
         ([user("Q")], {"parallel_tool_calls": "no", "tools": TOOLS}, erllama.OptionError, "parallel_tool_calls"),
         ([user("Q")], {"template_args": 3}, erllama.OptionError, "template_args"),
-        ([user("Q")], {"template_args": {3: 1}}, erllama.OptionError, "template_args has 3"),
+        ([user("Q")], {"template_args": {3: 1}}, erllama.OptionError, "template_args has the key 3"),
         ([user("Q")], {"template_args": {"messages": []}}, erllama.OptionError, "template_args has 'messages'"),
         (
             [user("Q")],
@@ -620,7 +620,9 @@ def test_bad_conversations_are_typed_errors(
 
 def test_tools_are_compiled_after_the_conversation_is_known_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
-    monkeypatch.setattr("erllama.chat.tool_calls.tools.fault_of", lambda schema: str(compiled.append(schema) or ""))
+    monkeypatch.setattr(
+        "erllama.chat.tool_calls.tools.find_schema_error", lambda schema: str(compiled.append(schema) or "")
+    )
 
     def tools(n: int) -> list[Message]:
         return [

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 import erllama
-from erllama.chat.tool_calls.families import TOOL_FORMATS
+from erllama.chat.tool_calls.formats import TOOL_FORMATS
 from support.spelled import SpelledBackend, SpelledVocabulary, follow
 from support.tool_texts import EXAMPLES, TOOLS, VARIANTS, WANTED
 

@@ -90,7 +90,7 @@ def test_what_is_new_is_tokenized_as_it_is_where_it_stands(vocabulary: Vocabular
         got = history.tokens(namespace, before + after, as_text=False).tolist()
         whole = history.tokens(namespace, before + after, as_text=True).tolist()
         assert got[: len(known)] == known.tolist()
-        assert history.written(got) == history.written(whole)
+        assert history.spell_out(got) == history.spell_out(whole)
         if not vocabulary.piece(
             int(known[-1])
         ):  # a special token, at which texts are cut before they are tokenized
@@ -109,12 +109,12 @@ def test_a_text_goes_on_from_a_context_in_its_tokens(vocabulary: Vocabulary) -> 
     def check(before: str, after: str) -> None:
         context = history.tokens(NAMESPACE, before, as_text=True)
         whole = history.tokens(NAMESPACE, before + after, as_text=True)
-        got = history.going_on(context, before + after)
+        got = history.continue_context(context, before + after)
         if got is None:
             assert len(context) == 1, "BOS alone tells nothing"
             return
         assert got[: len(context)].tolist() == context.tolist()
-        assert history.written(got.tolist()) == history.written(whole.tolist())
+        assert history.spell_out(got.tolist()) == history.spell_out(whole.tolist())
 
     with erllama.Cache() as cache:
         history = History(vocabulary, cache)
@@ -123,19 +123,19 @@ def test_a_text_goes_on_from_a_context_in_its_tokens(vocabulary: Vocabulary) -> 
 
 def test_a_text_that_does_not_go_on_from_a_context_is_tokenized_by_itself(history: History) -> None:
     context = history.tokens(NAMESPACE, "Once upon", as_text=True)
-    assert history.going_on(context, "Another text") is None
-    assert history.going_on(context, "") is None
-    assert history.going_on(ids(), "Another text") is None
+    assert history.continue_context(context, "Another text") is None
+    assert history.continue_context(context, "") is None
+    assert history.continue_context(ids(), "Another text") is None
     long = history.tokens(NAMESPACE, "hello there " * 20, as_text=True)
-    assert history.going_on(long, "hello there " * 10) is None
+    assert history.continue_context(long, "hello there " * 10) is None
 
 
 def test_a_space_that_is_the_texts_own_is_not_the_tokenizers() -> None:
     with erllama.Cache() as cache:
         history = History(SPACED, cache)
         plain, spaced = (history.tokens(NAMESPACE, text, as_text=True) for text in ("hello there", " hello there"))
-        assert history.going_on(plain, " hello there!") is None
-        assert history.going_on(spaced, "hello there!") is None
+        assert history.continue_context(plain, " hello there!") is None
+        assert history.continue_context(spaced, "hello there!") is None
 
 
 @pytest.mark.parametrize("text", ["café!", "日本語", "🙂 ok"])
@@ -144,15 +144,15 @@ def test_a_context_that_ends_within_a_character_is_gone_on_with_from_before_it(
 ) -> None:
     """Tokens of single bytes are cut where the text cannot be."""
     first = history.tokens(NAMESPACE, "", as_text=True).tolist()
-    by_byte = {history.written([id]): id for id in range(min(515, vocabulary.n_tokens))}
+    by_byte = {history.spell_out([id]): id for id in range(min(515, vocabulary.n_tokens))}
     raw = ("Q: aaa " + text).encode()
     if not all(raw[i : i + 1] in by_byte for i in range(len(raw))):
         pytest.skip("the vocabulary has no tokens of single bytes among its first")
     for n in range(8, len(raw)):
         context = ids(*first, *(by_byte[raw[i : i + 1]] for i in range(n)))
-        got = history.going_on(context, raw.decode())
+        got = history.continue_context(context, raw.decode())
         assert got is not None
-        assert history.written(got.tolist()).lstrip().endswith(raw)
+        assert history.spell_out(got.tolist()).lstrip().endswith(raw)
 
 
 def test_tokens_of_a_file_that_are_not_the_models_are_not_used() -> None:

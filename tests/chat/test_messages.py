@@ -13,16 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erllama import Grammar
-from erllama.chat.messages import ROLES, normalized_messages
-from erllama.chat.tool_calls.payloads import Unreadable, json_of
+from erllama.chat.json_values import InvalidValueError, parse_json
+from erllama.chat.messages import normalize_messages
 from erllama.chat.tool_calls.tools import (
     ToolChoice,
     check_schemas,
-    normalized_tools,
-    parameters_of,
-    tool_choice_of,
-    tool_names,
+    get_parameters,
+    get_tool_names,
+    normalize_tools,
+    parse_tool_choice,
 )
+from erllama.chat.types import ROLES
 from erllama.errors import ChatError, OptionError
 
 Message = dict[str, object]
@@ -54,8 +55,8 @@ def test_plain_messages_stay_as_they_are() -> None:
         {"role": "user", "content": "Hi", "name": "ann"},
         {"role": "assistant", "content": "Hello"},
     ]
-    assert normalized_messages(messages) == messages
-    assert normalized_messages(tuple(map(MappingProxyType, messages))) == messages
+    assert normalize_messages(messages) == messages
+    assert normalize_messages(tuple(map(MappingProxyType, messages))) == messages
 
 
 def test_text_parts_are_joined_in_order() -> None:
@@ -66,14 +67,14 @@ def test_text_parts_are_joined_in_order() -> None:
         {"type": "output_text", "text": "d"},
     ]
     for role in ("system", "developer", "user", "assistant"):
-        assert normalized_messages([{"role": role, "content": parts}]) == [{"role": role, "content": "ab\ncd"}]
+        assert normalize_messages([{"role": role, "content": parts}]) == [{"role": role, "content": "ab\ncd"}]
     cached = [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]
-    assert normalized_messages([{"role": "user", "content": cached}]) == [{"role": "user", "content": "a"}]
+    assert normalize_messages([{"role": "user", "content": cached}]) == [{"role": "user", "content": "a"}]
 
 
 @pytest.mark.parametrize("arguments", ['{"a": [1, null]}', ' {"a":[1,null]}\n', {"a": [1, None]}, {"a": (1, None)}])
 def test_arguments_become_a_mapping(arguments: object) -> None:
-    (_, asked) = normalized_messages([hi(), calling(call(arguments=arguments))])
+    (_, asked) = normalize_messages([hi(), calling(call(arguments=arguments))])
     assert asked == {
         "role": "assistant",
         "content": "",
@@ -83,30 +84,30 @@ def test_arguments_become_a_mapping(arguments: object) -> None:
 
 @pytest.mark.parametrize("arguments", [None, "", {}, "{}"])
 def test_no_arguments_are_none(arguments: object) -> None:
-    assert normalized_messages([calling(call(arguments=arguments))])[0]["tool_calls"] == [call(arguments={})]
+    assert normalize_messages([calling(call(arguments=arguments))])[0]["tool_calls"] == [call(arguments={})]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_has_one_name(key: str) -> None:
     expected = [{"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}]
-    assert normalized_messages([{"role": "assistant", "content": "4", key: "2 + 2"}]) == expected
+    assert normalize_messages([{"role": "assistant", "content": "4", key: "2 + 2"}]) == expected
     both = [{"role": "assistant", "content": "4", key: "2 + 2", "reasoning_content": "2 + 2"}]
-    assert normalized_messages(both) == expected
-    assert normalized_messages([{"role": "assistant", "content": "4", key: ""}]) == [
+    assert normalize_messages(both) == expected
+    assert normalize_messages([{"role": "assistant", "content": "4", key: ""}]) == [
         {"role": "assistant", "content": "4"}
     ]
 
 
 def test_a_refusal_is_what_was_said() -> None:
     said = [{"role": "assistant", "content": "No."}]
-    assert normalized_messages([{"role": "assistant", "content": None, "refusal": "No."}]) == said
+    assert normalize_messages([{"role": "assistant", "content": None, "refusal": "No."}]) == said
     part = {"type": "refusal", "refusal": "No."}
-    assert normalized_messages([{"role": "assistant", "content": [part]}]) == said
+    assert normalize_messages([{"role": "assistant", "content": [part]}]) == said
 
 
 def test_results_get_the_name_of_their_call() -> None:
     messages = [calling(call("x", "f"), call("y", "g")), result("y", "1"), result("x", "2", name="f")]
-    assert normalized_messages(messages)[1:] == [
+    assert normalize_messages(messages)[1:] == [
         {"role": "tool", "content": "1", "tool_call_id": "y", "name": "g"},
         {"role": "tool", "content": "2", "tool_call_id": "x", "name": "f"},
     ]
@@ -123,8 +124,8 @@ def test_what_clients_send_back_of_replies_is_read() -> None:
         "tool_calls": None,
         "parsed": None,
     }
-    assert normalized_messages([reply]) == [{"role": "assistant", "content": "Hello"}]
-    assert normalized_messages([{**reply, "tool_calls": []}]) == [{"role": "assistant", "content": "Hello"}]
+    assert normalize_messages([reply]) == [{"role": "assistant", "content": "Hello"}]
+    assert normalize_messages([{**reply, "tool_calls": []}]) == [{"role": "assistant", "content": "Hello"}]
 
 
 def test_the_older_form_of_calls_is_read() -> None:
@@ -133,7 +134,7 @@ def test_the_older_form_of_calls_is_read() -> None:
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
         {"role": "function", "name": "f", "content": "42"},
     ]
-    _, asked, answer = normalized_messages(messages)
+    _, asked, answer = normalize_messages(messages)
     assert isinstance(asked["tool_calls"], list)
     (made,) = asked["tool_calls"]
     assert made["function"] == {"name": "f", "arguments": {"a": 1}}
@@ -145,7 +146,7 @@ def test_calls_without_ids_are_answered_by_name_and_in_order() -> None:
     answers = [
         {"role": "tool", "name": name, "content": text} for name, text in (("g", "1"), ("f", "2"), ("f", "3"))
     ]
-    asked, *found = normalized_messages([{"role": "assistant", "tool_calls": bare}, *answers])
+    asked, *found = normalize_messages([{"role": "assistant", "tool_calls": bare}, *answers])
     assert isinstance(asked["tool_calls"], list)
     ids = [made["id"] for made in asked["tool_calls"]]
     assert len(set(ids)) == 3
@@ -158,14 +159,14 @@ def test_calls_without_ids_are_answered_by_name_and_in_order() -> None:
 
 def test_an_id_made_up_is_none_that_is_there() -> None:
     bare: Message = {"function": {"name": "g"}}
-    asked = normalized_messages([calling(call("call_0_1"), bare)])[0]
+    asked = normalize_messages([calling(call("call_0_1"), bare)])[0]
     assert isinstance(asked["tool_calls"], list)
     assert asked["tool_calls"][1]["id"] not in ("call_0_1", None, "")
 
 
 def test_an_id_may_come_again_once_it_is_answered() -> None:
     messages = [calling(call(name="f")), result(), calling(call(name="g")), result()]
-    assert [message.get("name") for message in normalized_messages(messages)] == [None, "f", None, "g"]
+    assert [message.get("name") for message in normalize_messages(messages)] == [None, "f", None, "g"]
 
 
 def test_results_come_before_what_else_a_user_says() -> None:
@@ -180,12 +181,12 @@ def test_results_come_before_what_else_a_user_says() -> None:
         {"type": "tool_result", "tool_use_id": "x", "is_error": True},
     ]
     messages = [calling(call("x", "f"), call("y", "g")), {"role": "user", "content": blocks}]
-    assert normalized_messages(messages)[1:] == [
+    assert normalize_messages(messages)[1:] == [
         {"role": "tool", "content": "12", "tool_call_id": "y", "name": "g"},
         {"role": "tool", "content": "", "tool_call_id": "x", "name": "f"},
         {"role": "user", "content": "So what?"},
     ]
-    alone = normalized_messages([messages[0], {"role": "user", "content": blocks[1:2]}])
+    alone = normalize_messages([messages[0], {"role": "user", "content": blocks[1:2]}])
     assert [message["role"] for message in alone] == ["assistant", "tool"]
 
 
@@ -199,7 +200,7 @@ def test_nothing_given_is_changed_or_shared() -> None:
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "x"}]},
     ]
     before = copy.deepcopy(given)
-    found = normalized_messages(given)
+    found = normalize_messages(given)
     assert given == before
     assert type(found[0]["role"]) is str
     found[1]["tool_calls"][0]["function"]["arguments"]["a"]["b"].append(2)  # type: ignore[index]
@@ -254,9 +255,9 @@ def test_both_spellings_of_a_conversation_are_one(
         pending = [{"type": "tool_result", "tool_use_id": id, "content": text} for id, _, _, text in asked]
     if pending:
         anthropic.append({"role": "user", "content": pending})
-    expected = normalized_messages(openai)
-    assert normalized_messages(anthropic) == expected
-    assert normalized_messages(expected) == expected
+    expected = normalize_messages(openai)
+    assert normalize_messages(anthropic) == expected
+    assert normalize_messages(expected) == expected
     assert [message["content"] for message in expected if message["role"] == "user"] == [turn[0] for turn in said]
 
 
@@ -267,41 +268,45 @@ USE = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 # Messages, the index that is at fault, and what the error says.
 BAD: list[tuple[object, int | None, str]] = [
-    ([], None, "no messages"),
+    ([], None, "messages is empty"),
     ("Hi", None, "not str"),
     (hi(), None, "not dict"),
     (None, None, "not NoneType"),
     (5, None, "not int"),
     ([hi(), "Hi"], 1, "must be a mapping, not str"),
     ([hi(), None], 1, "must be a mapping"),
-    ([{"content": "Hi"}], 0, "its role is None"),
+    ([{"content": "Hi"}], 0, "unknown role None"),
     ([{"role": "users", "content": "Hi"}], 0, "did you mean 'user'?"),
     ([hi(), {"role": "asistant", "content": "Hi"}], 1, "did you mean 'assistant'?"),
-    ([{"role": "", "content": "Hi"}], 0, "there is 'system'"),
-    ([{"role": ["user"], "content": "Hi"}], 0, "its role is ['user']"),
-    ([hi(), {"role": "user"}], 1, "no content"),
-    ([{"role": "user", "content": None}], 0, "no content"),
+    ([{"role": "", "content": "Hi"}], 0, "known names: 'system'"),
+    ([{"role": ["user"], "content": "Hi"}], 0, "unknown role ['user']"),
+    ([hi(), {"role": "user"}], 1, "must have content"),
+    ([{"role": "user", "content": None}], 0, "must have content"),
     ([{"role": "user", "content": []}], 0, "empty list"),
-    ([hi(), {"role": "assistant"}], 1, "neither content nor tool_calls"),
-    ([hi(), {"role": "assistant", "content": None, "tool_calls": []}], 1, "neither content nor tool_calls"),
-    ([hi(), {"role": "assistant", "content": None, "thinking": "Hm"}], 1, "neither content nor tool_calls"),
+    ([hi(), {"role": "assistant"}], 1, "must have content or tool_calls"),
+    ([hi(), {"role": "assistant", "content": None, "tool_calls": []}], 1, "must have content or tool_calls"),
+    ([hi(), {"role": "assistant", "content": None, "thinking": "Hm"}], 1, "must have content or tool_calls"),
     ([{"role": "user", "contents": "Hi"}], 0, "did you mean 'content'?"),
-    ([{"role": "user", "content": "Hi", "mood": 1}], 0, "a message has no key 'mood'"),
-    ([{"role": "user", "content": "Hi", 5: 1}], 0, "a message has no key 5"),
-    ([{"role": "user", "content": 5}], 0, "content is of type int"),
-    ([{"role": "user", "content": {"type": "text", "text": "Hi"}}], 0, "content is of type dict"),
+    ([{"role": "user", "content": "Hi", "mood": 1}], 0, "a message has the unknown key 'mood'"),
+    ([{"role": "user", "content": "Hi", 5: 1}], 0, "a message has the unknown key 5"),
+    ([{"role": "user", "content": 5}], 0, "content has the type int"),
+    ([{"role": "user", "content": {"type": "text", "text": "Hi"}}], 0, "content has the type dict"),
     ([{"role": "user", "content": [5]}], 0, "a part of content must be a mapping"),
     ([{"role": "user", "content": [{"text": "Hi"}]}], 0, "the type of a part of content is None"),
     ([{"role": "user", "content": [{"type": "txt", "text": "Hi"}]}], 0, "did you mean 'text'?"),
-    ([{"role": "user", "content": [{"type": "text", "text": 5}]}], 0, "must be a text, not int"),
-    ([{"role": "user", "content": [{"type": "text"}]}], 0, "must be a text, not NoneType"),
-    ([hi(), {"role": "user", "content": [IMAGE]}], 1, "reads text only"),
-    ([{"role": "user", "content": [{"type": "image", "source": {}}]}], 0, "reads text only"),
-    ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], 0, "reads text only"),
-    ([{"role": "user", "content": [{"type": "file", "file": {}}]}], 0, "reads text only"),
-    ([{"role": "user", "content": "Hi", "name": 5}], 0, "name must be a text"),
-    ([{"role": "user", "content": "Hi", "tool_calls": [call()]}], 0, "role 'user' has no 'tool_calls'"),
-    ([{"role": "assistant", "content": "Hi", "tool_call_id": "x"}], 0, "role 'assistant' has no 'tool_call_id'"),
+    ([{"role": "user", "content": [{"type": "text", "text": 5}]}], 0, "must be a string, not int"),
+    ([{"role": "user", "content": [{"type": "text"}]}], 0, "must be a string, not NoneType"),
+    ([hi(), {"role": "user", "content": [IMAGE]}], 1, "only text is supported"),
+    ([{"role": "user", "content": [{"type": "image", "source": {}}]}], 0, "only text is supported"),
+    ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}], 0, "only text is supported"),
+    ([{"role": "user", "content": [{"type": "file", "file": {}}]}], 0, "only text is supported"),
+    ([{"role": "user", "content": "Hi", "name": 5}], 0, "name must be a string"),
+    ([{"role": "user", "content": "Hi", "tool_calls": [call()]}], 0, "role 'user' must not have 'tool_calls'"),
+    (
+        [{"role": "assistant", "content": "Hi", "tool_call_id": "x"}],
+        0,
+        "role 'assistant' must not have 'tool_call_id'",
+    ),
     ([{"role": "user", "content": "half \ud800"}], 0, "surrogate"),
     ([{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}], 0, "surrogate"),
     ([calling(call(arguments={"a": "\ud800"}))], 0, "surrogate"),
@@ -311,31 +316,35 @@ BAD: list[tuple[object, int | None, str]] = [
     ([calling(call(arguments={"a": [float("inf")]}))], 0, "inf"),
     ([calling(call(arguments='{"a": NaN}'))], 0, "NaN"),
     ([calling(call(arguments='{"a": 1e9999}'))], 0, "too many digits"),
-    ([calling(call(arguments="[1]"))], 0, "of type list; they are a JSON object"),
-    ([calling(call(arguments=[1]))], 0, "of type list; they are a JSON object"),
-    ([calling(call(arguments=5))], 0, "of type int; they are a JSON object"),
-    ([calling(call(arguments="{'a': 1}"))], 0, "no JSON: Expecting property name"),
+    ([calling(call(arguments="[1]"))], 0, "the type list; expected a JSON object"),
+    ([calling(call(arguments=[1]))], 0, "the type list; expected a JSON object"),
+    ([calling(call(arguments=5))], 0, "the type int; expected a JSON object"),
+    ([calling(call(arguments="{'a': 1}"))], 0, "not JSON: Expecting property name"),
     ([calling(call(arguments='{"a": 1} x'))], 0, "more text after the JSON, at character 9"),
     ([calling(call(arguments={1: 2}))], 0, "1 is a key"),
-    ([calling(call(arguments={"a": {1}}))], 0, "set is no type that JSON has"),
+    ([calling(call(arguments={"a": {1}}))], 0, "set is not a JSON type"),
     ([calling(call(arguments='{"a":' * 5000))], 0, "nested deeper"),
     ([calling(call(name=""))], 0, "a tool call's name is ''"),
     ([calling(call(name="f g"))], 0, "a tool call's name is 'f g'"),
     ([calling({"id": "x", "type": "function"})], 0, "'function' of a tool call must be a mapping"),
-    ([calling({"id": "x", "type": "custom", "custom": {}})], 0, "of type 'custom'"),
-    ([{"role": "assistant", "content": None, "tool_calls": call()}], 0, "tool_calls is of type dict"),
+    ([calling({"id": "x", "type": "custom", "custom": {}})], 0, "the type 'custom'"),
+    ([{"role": "assistant", "content": None, "tool_calls": call()}], 0, "tool_calls has the type dict"),
     ([hi(), calling(call(), call())], 1, "two tool calls have the id 'c1'"),
     ([calling(call()), calling(call())], 1, "two tool calls have the id 'c1'"),
     ([calling(call(id=""))], 0, "id is empty"),
-    ([hi(), result()], 1, "'c1' that nobody made"),
+    ([hi(), result()], 1, "unknown tool call 'c1'"),
     ([calling(call("abc")), result("abd")], 1, "did you mean 'abc'?"),
-    ([calling(), result(), result()], 2, "a second result"),
-    ([calling(), result(content=None)], 1, "no content"),
-    ([calling(), result(content=[IMAGE])], 1, "reads text only"),
-    ([calling(), result(name="g")], 1, "'f' was called"),
+    ([calling(), result(), result()], 2, "has two results"),
+    ([calling(), result(content=None)], 1, "must have content"),
+    ([calling(), result(content=[IMAGE])], 1, "only text is supported"),
+    ([calling(), result(name="g")], 1, "the call has 'f'"),
     ([calling(call("x"), call("y")), {"role": "tool", "content": "1"}], 1, "no tool_call_id"),
-    ([hi(), {"role": "function", "name": "f", "content": "1"}], 1, "no call that waits"),
-    ([calling(), {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "z"}]}], 1, "nobody made"),
+    ([hi(), {"role": "function", "name": "f", "content": "1"}], 1, "no unanswered tool call"),
+    (
+        [calling(), {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "z"}]}],
+        1,
+        "unknown tool call 'z'",
+    ),
     (
         [calling(), {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "is_error": 1}]}],
         1,
@@ -344,22 +353,22 @@ BAD: list[tuple[object, int | None, str]] = [
     (
         [{"role": "user", "content": [{"type": "tool_use", "id": "x", "name": "f", "input": {}}]}],
         0,
-        "no place here",
+        "not allowed here",
     ),
-    ([{"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "x"}]}], 0, "no place here"),
+    ([{"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "x"}]}], 0, "not allowed here"),
     (
         [{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "f", "input": "{"}]}],
         0,
-        "no JSON",
+        "not JSON",
     ),
-    ([{"role": "assistant", "content": "4", "thinking": "a", "reasoning": "b"}], 0, "say different things"),
+    ([{"role": "assistant", "content": "4", "thinking": "a", "reasoning": "b"}], 0, "differ; use one"),
 ]
 
 
 @pytest.mark.parametrize(("messages", "index", "problem"), BAD)
 def test_what_is_wrong_is_told_with_the_message(messages: object, index: int | None, problem: str) -> None:
     with pytest.raises(ChatError) as error:
-        normalized_messages(messages)
+        normalize_messages(messages)
     assert problem in str(error.value)
     assert error.value.index == index
     assert index is None or str(error.value).startswith(f"message {index}: ")
@@ -399,11 +408,11 @@ nearly = st.lists(
 @given(st.one_of(junk, nearly))
 def test_any_junk_is_refused_or_becomes_valid(messages: object) -> None:
     try:
-        found = normalized_messages(messages)
+        found = normalize_messages(messages)
     except ChatError:
         return
     json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
-    assert normalized_messages(found) == found
+    assert normalize_messages(found) == found
     for message in found:
         assert message["role"] in ROLES
         assert type(message["content"]) is str
@@ -430,29 +439,29 @@ NORMAL = {"type": "function", "function": TOOL}
 )
 def test_a_tool_has_one_form(tool: Mapping[str, object]) -> None:
     before = copy.deepcopy(dict(tool))
-    found = normalized_tools([tool])
+    found = normalize_tools([tool])
     assert found == [NORMAL]
-    assert normalized_tools(found) == found
+    assert normalize_tools(found) == found
     found[0]["function"]["parameters"]["properties"].clear()  # type: ignore[index]
     assert tool == before
 
 
 def test_a_tool_without_parameters_takes_none() -> None:
     for tool in ({"name": "now"}, {"name": "now", "parameters": None}, {"name": "now", "parameters": {}}):
-        (found,) = normalized_tools([tool])
+        (found,) = normalize_tools([tool])
         assert found["function"] == {
             "name": "now",
             "description": "",
             "parameters": {"type": "object", "properties": {}},
         }
-    assert normalized_tools(None) == []
-    assert normalized_tools([]) == []
+    assert normalize_tools(None) == []
+    assert normalize_tools([]) == []
 
 
 def test_a_schema_without_a_type_is_one_of_objects() -> None:
     schema = {"$ref": "#/$defs/p", "$defs": {"p": SCHEMA}}
-    (found,) = normalized_tools([{"name": "f", "parameters": schema}])
-    compiled = Grammar.json_schema(parameters_of([found])["f"])
+    (found,) = normalize_tools([{"name": "f", "parameters": schema}])
+    compiled = Grammar.json_schema(get_parameters([found])["f"])
     assert compiled.accepts('{"a": 1}')
     assert not compiled.accepts('{"a": "1"}')
 
@@ -460,35 +469,35 @@ def test_a_schema_without_a_type_is_one_of_objects() -> None:
 BAD_TOOLS: list[tuple[object, str]] = [
     ("f", "not str"),
     (TOOL, "not dict"),
-    ([5], "tool 0: it must be a mapping"),
+    ([5], "tool 0: a tool must be a mapping"),
     ([{}], "tool 0: its name is None"),
-    ([NORMAL, {"name": "f"}], "tool 'f': the name comes twice"),
+    ([NORMAL, {"name": "f"}], "tool 'f': the name is repeated"),
     ([{"name": "f g"}], "its name is 'f g'"),
     ([{"name": "é"}], "its name is"),
     ([{"name": "a" * 65}], "its name is"),
     ([{"name": "f\n"}], "its name is"),
     ([{"name": "f", "paramters": {}}], "did you mean 'parameters'?"),
-    ([{"name": "f", "description": 5}], "tool 'f': its description must be a text"),
+    ([{"name": "f", "description": 5}], "tool 'f': its description must be a string"),
     ([{"name": "f", "description": "\ud800"}], "tool 'f': character 0 is half of a surrogate pair"),
     ([{"name": "f", "parameters": 5}], "must be a schema, not int"),
-    ([{"name": "f", "parameters": {"type": "string"}}], 'of type "string"; arguments are an object'),
-    ([{"name": "f", "parameters": {"type": ["object", "null"]}}], "arguments are an object"),
+    ([{"name": "f", "parameters": {"type": "string"}}], 'the type "string"; the type of arguments is'),
+    ([{"name": "f", "parameters": {"type": ["object", "null"]}}], "the type of arguments is"),
     (
         [{"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "strin"}}}}],
         "tool 'f': its parameters do not compile",
     ),
     ([{"name": "f", "parameters": {"type": "object", "properties": {"a": {"$ref": "#/x"}}}}], "do not compile"),
     ([{"name": "f", "parameters": {"type": "object", "minProperties": float("nan")}}], "nan"),
-    ([{"name": "f", "parameters": SCHEMA, "input_schema": SCHEMA}], "one is enough"),
+    ([{"name": "f", "parameters": SCHEMA, "input_schema": SCHEMA}], "remove one"),
     ([{"type": "function", "function": "f"}], "its function must be a mapping"),
-    ([{"type": "web_search", "name": "f"}], "of type 'web_search'"),
+    ([{"type": "web_search", "name": "f"}], "type is 'web_search'"),
 ]
 
 
 @pytest.mark.parametrize(("tools", "problem"), BAD_TOOLS)
 def test_what_is_wrong_with_a_tool_is_told(tools: object, problem: str) -> None:
     with pytest.raises(ChatError) as error:
-        check_schemas(normalized_tools(tools))
+        check_schemas(normalize_tools(tools))
     assert problem in str(error.value)
     assert len(str(error.value)) < 400
 
@@ -496,15 +505,15 @@ def test_what_is_wrong_with_a_tool_is_told(tools: object, problem: str) -> None:
 @given(junk)
 def test_any_junk_is_refused_or_becomes_tools(tools: object) -> None:
     try:
-        found = normalized_tools(tools)
+        found = normalize_tools(tools)
         check_schemas(found)
     except ChatError:
         return
-    assert normalized_tools(found) == found
-    assert len(set(tool_names(found))) == len(found)
+    assert normalize_tools(found) == found
+    assert len(set(get_tool_names(found))) == len(found)
 
 
-TOOLS = normalized_tools([TOOL, {"name": "auto.f"}, {"name": "get_weather"}])
+TOOLS = normalize_tools([TOOL, {"name": "auto.f"}, {"name": "get_weather"}])
 
 
 @pytest.mark.parametrize(
@@ -527,37 +536,37 @@ TOOLS = normalized_tools([TOOL, {"name": "auto.f"}, {"name": "get_weather"}])
     ],
 )
 def test_a_choice_has_one_form(choice: object, expected: ToolChoice) -> None:
-    assert tool_choice_of(choice, TOOLS) == expected
+    assert parse_tool_choice(choice, TOOLS) == expected
 
 
 @pytest.mark.parametrize(
     ("choice", "problem"),
     [
         ("get_wether", "did you mean 'get_weather'?"),
-        ("xyz", "there is 'f', 'auto.f', 'get_weather'"),
-        ({"type": "tool", "name": "g"}, "tool_choice names no tool: 'g'"),
-        ({"type": "function", "function": {"name": "F1"}}, "tool_choice names no tool: 'F1'"),
-        ({"type": "tool"}, "it takes 'auto'"),
-        ({"type": "function"}, "it takes 'auto'"),
-        ({"type": ["auto"]}, "it takes 'auto'"),
-        ({}, "it takes 'auto'"),
-        (True, "it takes 'auto'"),
-        (5, "it takes 'auto'"),
-        (ToolChoice("required", "g"), "names no tool"),
+        ("xyz", "known names: 'f', 'auto.f', 'get_weather'"),
+        ({"type": "tool", "name": "g"}, "tool_choice names an unknown tool: 'g'"),
+        ({"type": "function", "function": {"name": "F1"}}, "tool_choice names an unknown tool: 'F1'"),
+        ({"type": "tool"}, "expected 'auto'"),
+        ({"type": "function"}, "expected 'auto'"),
+        ({"type": ["auto"]}, "expected 'auto'"),
+        ({}, "expected 'auto'"),
+        (True, "expected 'auto'"),
+        (5, "expected 'auto'"),
+        (ToolChoice("required", "g"), "names an unknown tool"),
     ],
 )
 def test_a_choice_that_is_none_is_told(choice: object, problem: str) -> None:
     with pytest.raises(OptionError) as error:
-        tool_choice_of(choice, TOOLS)
+        parse_tool_choice(choice, TOOLS)
     assert problem in str(error.value)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "any"}, ToolChoice("required")])
 def test_nothing_can_be_required_of_no_tools(choice: object) -> None:
     with pytest.raises(OptionError, match="there are no tools"):
-        tool_choice_of(choice, [])
-    assert tool_choice_of("auto", []) == ToolChoice("auto")
-    assert tool_choice_of("none", []) == ToolChoice("none")
+        parse_tool_choice(choice, [])
+    assert parse_tool_choice("auto", []) == ToolChoice("auto")
+    assert parse_tool_choice("none", []) == ToolChoice("none")
 
 
 @pytest.mark.parametrize(
@@ -573,11 +582,11 @@ def test_nothing_can_be_required_of_no_tools(choice: object) -> None:
     ],
 )
 def test_numbers_are_read_exactly_where_a_type_holds_them(text: str, value: float) -> None:
-    found = json_of(text)
+    found = parse_json(text)
     assert (type(found), found) == (type(value), value)
 
 
 @pytest.mark.parametrize("text", ["1e4001", "-1e99999999999999999999", "1" * 400 + ".5", "9" * 5000])
 def test_numbers_that_no_type_holds_are_refused(text: str) -> None:
-    with pytest.raises(Unreadable, match=r"digits|larger than any float"):
-        json_of(text)
+    with pytest.raises(InvalidValueError, match=r"digits|larger than any float"):
+        parse_json(text)

@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import erllama
-from erllama.engine.output.phases import Markers, PhaseOptions, PhaseTracker, Script
+from erllama.engine.output.phase_options import Markers, PhaseOptions
+from erllama.engine.output.phases import PhaseTracker
+from erllama.engine.output.token_codec import TokenCodec
 from erllama.testing.scripted import END, write_scripted
 from support.backends import first_by_position
 from support.spelled import SpelledBackend, SpelledVocabulary
@@ -24,7 +26,7 @@ from support.spelled import SpelledBackend, SpelledVocabulary
 # Marks that share beginnings, one of them a token of its own that is no text; \u0001 stands for it below.
 SPECIAL = "<|think|>"
 VOCABULARY = SpelledVocabulary(["he", "llo", "<", "</", "think", ">", "</think>", "<call>", "é", " {"], [SPECIAL])
-SCRIPT = Script(VOCABULARY)
+CODEC = TokenCodec(VOCABULARY)
 OPTIONS = PhaseOptions(
     thinking=Markers(("<think>", SPECIAL), ("</think>",)),
     calls=Markers(("<call>",), ("</call>", "</c>")),
@@ -37,14 +39,14 @@ BARE = ['{ "name" : 1}', ' [ {"name":2}]', '{"nam', '{"nope":1}', "no", '<think>
 
 def told(tokens: Sequence[int], options: PhaseOptions = OPTIONS, prompt: str = "") -> list[tuple[str, str]]:
     """The phases of a reply, and what each says; those that say nothing and do not end left out."""
-    tracker = PhaseTracker(options, SCRIPT, VOCABULARY.tokenize(prompt))
+    tracker = PhaseTracker(options, CODEC, VOCABULARY.tokenize(prompt))
     phases: list[tuple[str, bytes]] = []
     over = True
     segments = [segment for token in tokens for segment in tracker.feed(token)] + tracker.finish()
-    for kind, script, ended in segments:
+    for kind, encoded, ended in segments:
         if over or phases[-1][0] != kind:
             phases.append((kind, b""))
-        phases[-1] = (kind, phases[-1][1] + SCRIPT.written(script))
+        phases[-1] = (kind, phases[-1][1] + CODEC.decode(encoded))
         over = ended
     return [(kind, said.decode()) for kind, said in phases]
 
@@ -110,11 +112,11 @@ def test_phases_are_told_whatever_the_tokens(cut: tuple[str, list[int]]) -> None
 @settings(max_examples=300, deadline=None)
 @given(cut_texts())
 def test_no_more_is_held_back_than_may_become_a_marker(cut: tuple[str, list[int]]) -> None:
-    tracker = PhaseTracker(OPTIONS, SCRIPT, np.zeros(0, np.int32))
+    tracker = PhaseTracker(OPTIONS, CODEC, np.zeros(0, np.int32))
     markers = ["<think>", "</think>", "<call>", "</call>", "</c>", "<skip>", "{", "}"]
     for token in cut[1]:
         tracker.feed(token)
-        assert not tracker.held or any(marker.startswith(tracker.held) for marker in markers)
+        assert not tracker.buffer or any(marker.startswith(tracker.buffer) for marker in markers)
 
 
 def test_a_special_token_is_not_its_name() -> None:

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import erllama
-from erllama.chat.content import BORDER, MARK, ContentMask, SpecialTexts, raw, tokenized, without_marks
+from erllama.chat.content_masking import (
+    BORDER,
+    MARK,
+    ContentMask,
+    SpecialTokenTexts,
+    encode_marked,
+    remove_marks,
+    tokenize_marked,
+)
 from erllama.chat.history import History
 from support.places import SHARED
 from support.spelled import SpelledBackend, SpelledVocabulary
@@ -154,7 +162,7 @@ def real(request: pytest.FixtureRequest) -> Iterator[erllama.Model]:
 
 def test_real_tokenizers_read_content_as_text(real: erllama.Model) -> None:
     vocabulary = real._backend.vocabulary
-    special = SpecialTexts.of(vocabulary)
+    special = SpecialTokenTexts.from_vocabulary(vocabulary)
     template = "{% for m in messages %}{{ bos_token }}{{ m.content }}{{ eos_token }}{% endfor %}"
     for name in [text.decode() for text in sorted(special.texts)][:40]:
         for content in (f"hello {name} there", name, f"{name}{name}\n", f" {name}"):
@@ -163,7 +171,7 @@ def test_real_tokenizers_read_content_as_text(real: erllama.Model) -> None:
             assert [i for i in ids if not vocabulary.piece(i)] == [i for i in plain if not vocabulary.piece(i)]
             expected = real.render_chat([user(content), user("B")], chat_template=template)
             history: History = real._chat_requests.chats.history
-            assert history.written(ids).decode().replace(" ", "").removeprefix("<s>") == expected.replace(
+            assert history.spell_out(ids).decode().replace(" ", "").removeprefix("<s>") == expected.replace(
                 " ", ""
             ).removeprefix("<s>")
 
@@ -189,12 +197,12 @@ def test_the_option_is_checked_and_marks_are_not_shown() -> None:
             model.chat([user("Q")], special_tokens_in_content="no")  # type: ignore[arg-type]
 
 
-def ids_of_marked(vocabulary: SpelledVocabulary, special: SpecialTexts, marked: str) -> list[int]:
+def ids_of_marked(vocabulary: SpelledVocabulary, special: SpecialTokenTexts, marked: str) -> list[int]:
     def tokenize(text: bytes, before: int | None, parse_special: bool) -> list[int]:
         ids: list[int] = vocabulary.tokenize(text, add_special=False, parse_special=parse_special).tolist()
         return ids
 
-    return tokenized(raw(marked), lambda: special, tokenize, None)
+    return tokenize_marked(encode_marked(marked), lambda: special, tokenize, None)
 
 
 OVERLAPPING = st.lists(
@@ -214,14 +222,14 @@ def test_content_beside_overlapping_special_tokens_writes_none(
     names: list[str], around: list[str], content: str, data: st.DataObject
 ) -> None:
     vocabulary = SpelledVocabulary(["<b>", "<be>"], sorted(names, key=lambda name: -len(name.encode())), "<|end|>")
-    special = SpecialTexts.of(vocabulary)
+    special = SpecialTokenTexts.from_vocabulary(vocabulary)
     pieces = st.sampled_from(["", *names, "<b>", "<be>"])
     around = [data.draw(pieces) + text + data.draw(pieces) for text in around]
 
     def ids_of(content: str) -> list[int]:
         mask = ContentMask(special, content, around)
-        marked = mask.marked(str(mask.value(content)).join(around))
-        assert without_marks(marked) == content.join(around)
+        marked = mask.unmask(str(mask.mask_value(content)).join(around))
+        assert remove_marks(marked) == content.join(around)
         ids = ids_of_marked(vocabulary, special, marked)
         assert vocabulary.detokenize(ids, special=True) == content.join(around).encode()
         return [token for token in ids if token >= 256]
@@ -256,7 +264,7 @@ def test_half_a_surrogate_pair_is_refused_with_the_option_as_without() -> None:
                 {"documents": [{"text": "a"}], "template_args": {"x": half}},
                 {"documents": [{"text": half}], "template_args": {"x": ""}},
             ]:
-                with pytest.raises(erllama.ChatError, match="half a surrogate pair"):
+                with pytest.raises(erllama.ChatError, match="half of a surrogate pair"):
                     model.apply_chat_template([user("Q")], **given, **options)
 
 
@@ -270,9 +278,9 @@ def test_values_that_no_template_takes_are_refused_with_the_option_as_without() 
     with model_that_says("x", template=template) as model:
         for options in [{}, PLAIN]:
             for value in [{(1, 2): "a"}, circular, deep, {"a": object()}]:
-                with pytest.raises(erllama.ChatError, match="templates take JSON values"):
+                with pytest.raises(erllama.ChatError, match="expected JSON values"):
                     model.apply_chat_template([user("Q")], documents=[{"a": value}], **options)
-                with pytest.raises(erllama.OptionError, match="templates take JSON values"):
+                with pytest.raises(erllama.OptionError, match="expected JSON values"):
                     model.apply_chat_template([user("Q")], template_args={"x": value}, **options)
 
 

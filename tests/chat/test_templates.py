@@ -20,10 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erllama.chat.templates import machine as sandbox
+from erllama.chat.templates import budget
 from erllama.chat.templates.compiler import MAX_NESTING, MAX_NODES, MAX_SOURCE
 from erllama.chat.templates.limits import MAX_CALLS, MAX_TEXT
-from erllama.chat.templates.template import CHATML, MAX_GIVEN_DEPTH, MAX_MESSAGE, ChatTemplate, render_chat_template
+from erllama.chat.templates.plain_data import MAX_INPUT_DEPTH
+from erllama.chat.templates.template import CHATML, MAX_MESSAGE, ChatTemplate, render_chat_template
 from erllama.errors import ChatError, OptionError, TemplateError
 from support.chat_templates import ALL, BOMBS, BRACKETS, ESCAPES, LARGE, SHORT, SOURCES, TAGGED, grown
 from support.children import must_run
@@ -426,7 +427,7 @@ def test_nothing_but_data_is_reached(source: str) -> None:
 
 @pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS)
 def test_what_takes_too_much_is_refused(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(budget, "MAX_SECONDS", 1.0)
     assert hostile(source) is None
 
 
@@ -546,7 +547,7 @@ def deep(levels: int) -> object:
     return value
 
 
-NOT_PLAIN = [b"x", object(), {1, 2}, print, Path("x"), 1j, cyclic(), deep(MAX_GIVEN_DEPTH + 1), {(1,): 2}, 10**5000]
+NOT_PLAIN = [b"x", object(), {1, 2}, print, Path("x"), 1j, cyclic(), deep(MAX_INPUT_DEPTH + 1), {(1,): 2}, 10**5000]
 
 
 @pytest.mark.parametrize("value", NOT_PLAIN, ids=lambda value: type(value).__name__)

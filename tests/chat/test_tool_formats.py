@@ -11,9 +11,11 @@ import jsonschema
 import pytest
 
 from erllama import Grammar
-from erllama.chat.thinking import find_thinking
-from erllama.chat.tool_calls.families import TOOL_FORMATS, find_tool_format, tool_format
-from erllama.chat.tool_calls.tools import normalized_tools
+from erllama.chat.thinking import find_thinking_markers
+from erllama.chat.tool_calls.call_grammar import write_call_grammar
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, find_tool_format, get_tool_format
+from erllama.chat.tool_calls.reader import read_calls
+from erllama.chat.tool_calls.tools import normalize_tools
 from erllama.errors import GrammarError, OptionError, ToolCallError
 from support.tool_texts import (
     ALL,
@@ -54,14 +56,14 @@ def test_what_a_model_writes_is_read_and_is_of_the_grammar(format: str, kind: st
 def test_every_format_has_examples() -> None:
     assert set(WRITTEN) == set(TOOL_FORMATS)
     for format, texts in WRITTEN.items():
-        opening = (*tool_format(format).open, *tool_format(format).leading)
+        opening = (*get_tool_format(format).open, *get_tool_format(format).leading)
         for text in texts:
             assert text.replace(" ", "").startswith(tuple(mark.replace(" ", "") for mark in opening)), format
 
 
 @pytest.mark.parametrize(("format", "text"), [(format, text) for format, kind, text in EXAMPLES if kind == ALL])
 def test_spans_end_and_payloads_lie_where_the_format_says(format: str, text: str) -> None:
-    found = tool_format(format)
+    found = get_tool_format(format)
     if found.close:
         assert text.endswith(found.close)
     # The token that ends the turn may come instead, but in a list of arguments that only its end tells to be whole.
@@ -75,14 +77,14 @@ def test_spans_end_and_payloads_lie_where_the_format_says(format: str, text: str
 
 @pytest.mark.parametrize(("format", "text"), [(format, text) for format, kind, text in EXAMPLES if kind != SEVERAL])
 def test_a_call_that_is_cut_short_is_none(format: str, text: str) -> None:
-    found = tool_format(format)
+    found = get_tool_format(format)
     # What may be missing: the close marker, and white space before it.
     closing = found.close[0] if found.close and format != "glm" else ""
     whole = len(text.removesuffix(closing).rstrip())
     assert not grammar(format, parallel=True).accepts(text[: whole - 1])
     for end in range(whole):
         with pytest.raises(ToolCallError):
-            found.parse(text[:end], TOOLS)
+            read_calls(found, text[:end], TOOLS)
 
 
 NESTED = 5000
@@ -92,9 +94,9 @@ BAD_JSON = {
     "near": ('{"name": "get_wether", "arguments": {}}', "did you mean 'get_weather'"),
     "no name": ('{"arguments": {}}', "'name'"),
     "no arguments": ('{"name": "now"}', "'arguments'"),
-    "a list": ('{"name": "now", "arguments": []}', "no JSON object"),
-    "null": ('{"name": "now", "arguments": null}', "no JSON object"),
-    "text that is no JSON": ('{"name": "now", "arguments": "x"}', "no JSON"),
+    "a list": ('{"name": "now", "arguments": []}', "not a JSON object"),
+    "null": ('{"name": "now", "arguments": null}', "not a JSON object"),
+    "text that is no JSON": ('{"name": "now", "arguments": "x"}', "not JSON"),
     "more keys": ('{"name": "now", "arguments": {}, "then": 1}', "'then'"),
     "single quotes": ("{'name': 'now', 'arguments': {}}", "Expecting property name"),
     "half": ('{"name": "now", "arguments": {', "Expecting property name"),
@@ -217,7 +219,7 @@ def test_every_format_has_malformed_texts() -> None:
 
 def test_an_id_is_the_models_own_or_made_up() -> None:
     def ids(format: str, text: str) -> list[str]:
-        return [call.id for call in tool_format(format).parse(text, TOOLS)]
+        return [call.id for call in read_calls(get_tool_format(format), text, TOOLS)]
 
     assert ids("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}, "id": "a1B2c3D4e"}]') == ["a1B2c3D4e"]
     assert ids("mistral-v11", WRITTEN["mistral-v11"][0]) == ["a1B2c3D4e"]
@@ -233,9 +235,14 @@ def test_an_id_is_the_models_own_or_made_up() -> None:
 
 
 def test_arguments_are_json_text_again() -> None:
-    (call,) = tool_format("hermes").parse(WRITTEN["hermes"][1], TOOLS)
+    (call,) = read_calls(get_tool_format("hermes"), WRITTEN["hermes"][1], TOOLS)
     assert json.loads(call.arguments_json) == FULL
-    assert "é" in tool_format("hermes").parse(WRITTEN["hermes"][0].replace("Paris", "é"), TOOLS)[0].arguments_json
+    assert (
+        "é"
+        in read_calls(get_tool_format("hermes"), WRITTEN["hermes"][0].replace("Paris", "é"), TOOLS)[
+            0
+        ].arguments_json
+    )
 
 
 @pytest.mark.parametrize(
@@ -278,7 +285,7 @@ def test_a_value_without_quotes_is_what_the_schema_says(schema: object, raw: str
         "properties": {"a": schema},
         "$defs": {"n": {"type": "integer"}, "loop": loop},
     }
-    tools = normalized_tools([{"name": "f", "parameters": parameters}])
+    tools = normalize_tools([{"name": "f", "parameters": parameters}])
     for format, written in (("glm", glm), ("seed", seed), ("qwen3-coder", qwen)):
         ((_, found),) = calls(format, written("f", [("a", raw)]), tools)
         assert found == {"a": expected}
@@ -300,18 +307,20 @@ def test_an_argument_that_is_not_in_the_schema_is_read_as_it_looks() -> None:
 def test_parameters_that_list_no_arguments_have_no_grammar_in_families_that_list_them(
     format: str, parameters: dict[str, object], problem: str
 ) -> None:
-    tools = normalized_tools([{"name": "f", "parameters": parameters}])
+    tools = normalize_tools([{"name": "f", "parameters": parameters}])
     with pytest.raises(GrammarError, match=re.escape(problem)):
-        tool_format(format).grammar(tools, name=None, parallel=False, literal=plainly)
-    assert Grammar.lark(tool_format("hermes").grammar(tools, name=None, parallel=False, literal=plainly))
+        write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=plainly)
+    assert Grammar.lark(
+        write_call_grammar(get_tool_format("hermes"), tools, name=None, parallel=False, literal=plainly)
+    )
 
 
 @pytest.mark.parametrize(("format", "text"), [(format, texts[1]) for format, texts in WRITTEN.items()])
 def test_parameters_may_be_elsewhere_in_their_schema(format: str, text: str) -> None:
     weather = WEATHER["parameters"]
-    tools = normalized_tools([{**WEATHER, "parameters": {"$ref": "#/$defs/p", "$defs": {"p": weather}}}])
+    tools = normalize_tools([{**WEATHER, "parameters": {"$ref": "#/$defs/p", "$defs": {"p": weather}}}])
     assert calls(format, text, tools) == WANTED[ALL]
-    written = tool_format(format).grammar(tools, name=None, parallel=False, literal=plainly)
+    written = write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=plainly)
     assert Grammar.lark(written).accepts(text)
 
 
@@ -349,9 +358,11 @@ def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list
         "required": ["a"],
         "$defs": {"word": {"type": "string", "pattern": "^[a-z]+$"}},
     }
-    tools = normalized_tools([{"name": "f", "parameters": parameters}])
+    tools = normalize_tools([{"name": "f", "parameters": parameters}])
     for format, written in (("glm", glm), ("seed", seed), ("qwen3-coder", qwen)):
-        kept = Grammar.lark(tool_format(format).grammar(tools, name=None, parallel=False, literal=plainly))
+        kept = Grammar.lark(
+            write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=plainly)
+        )
         for raw in good:
             text = written("f", [("a", raw)])
             assert kept.accepts(text), (format, raw)
@@ -366,26 +377,26 @@ def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list
 
 
 def test_a_grammar_is_of_tools_that_are_there() -> None:
-    hermes = tool_format("hermes")
-    with pytest.raises(OptionError, match="no tool is called 'x'"):
-        hermes.grammar(TOOLS, name="x", parallel=False, literal=plainly)
-    with pytest.raises(OptionError, match="needs a tool"):
-        hermes.grammar([], name=None, parallel=False, literal=plainly)
+    hermes = get_tool_format("hermes")
+    with pytest.raises(OptionError, match="no tool has the name 'x'"):
+        write_call_grammar(hermes, TOOLS, name="x", parallel=False, literal=plainly)
+    with pytest.raises(OptionError, match="needs at least one tool"):
+        write_call_grammar(hermes, [], name=None, parallel=False, literal=plainly)
 
 
 def test_a_format_is_found_by_its_name() -> None:
     for name, format in TOOL_FORMATS.items():
-        assert tool_format(name) is format
+        assert get_tool_format(name) is format
         assert format.name == name
     with pytest.raises(OptionError, match="did you mean 'hermes'"):
-        tool_format("hermess")
+        get_tool_format("hermess")
     with pytest.raises(OptionError, match="there is no tool format"):
-        tool_format(5)  # type: ignore[arg-type]
+        get_tool_format(5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("format", TOOL_FORMATS)
 def test_hostile_texts_are_refused_in_time(format: str) -> None:
-    found = tool_format(format)
+    found = get_tool_format(format)
     heads = {text[: text.index(end)] for text in WRITTEN[format] for end in ("get_weather", "Paris")}
     begun = time.monotonic()
     for head in heads:
@@ -405,7 +416,7 @@ def test_hostile_texts_are_refused_in_time(format: str) -> None:
             "now",
         ):
             with pytest.raises(ToolCallError) as error:
-                found.parse(head + part * (100_000 // len(part)), TOOLS)
+                read_calls(found, head + part * (100_000 // len(part)), TOOLS)
             assert len(str(error.value)) < 300
     assert time.monotonic() - begun < 10
 
@@ -429,14 +440,14 @@ def test_many_spans_are_read_in_time(format: str) -> None:
     ],
 )
 def test_a_template_tells_how_thinking_is_marked(template: str, open: str, close: str) -> None:
-    found = find_thinking(template)
+    found = find_thinking_markers(template)
     assert found is not None
     assert open in found.open
     assert close in found.close
 
 
 def test_a_template_without_marks_tells_nothing() -> None:
-    assert find_thinking("{{ messages[0].content }} thinks") is None
+    assert find_thinking_markers("{{ messages[0].content }} thinks") is None
     assert find_tool_format("{{ messages[0].content }}") is None
 
 
@@ -460,5 +471,5 @@ THINKING = {
 @needs_templates
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
 def test_a_known_template_tells_its_marks(path: Path) -> None:
-    found = find_thinking(path.read_text())
+    found = find_thinking_markers(path.read_text())
     assert (found and (found.open[0], found.close[0])) == THINKING.get(path.stem)

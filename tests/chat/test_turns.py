@@ -15,7 +15,7 @@ import pytest
 import erllama
 from erllama.chat.chats import Chats
 from erllama.chat.history import History
-from erllama.chat.turns import Turn
+from erllama.chat.turn import Turn
 from erllama.engine import Grammar
 from support.spelled import SpelledBackend, SpelledVocabulary
 from support.talking import CALL, SPECIAL, TEMPLATE, TOOLS, VOCABULARY, Message, model_that_says, user
@@ -324,7 +324,7 @@ def test_the_loop_goes_on_while_a_chat_is_prepared_and_finished(monkeypatch: pyt
         assert len(threads) >= 4
         assert threading.get_ident() not in threads
 
-    noting(Chats, "turn")
+    noting(Chats, "prepare_turn")
     noting(Turn, "finish")
     with model_that_says("hello there") as model:
         asyncio.run(chatted(model))

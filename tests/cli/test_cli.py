@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import erllama
-from erllama.cli.console import size
+from erllama.cli.console import format_size
 from support.command import Command, says
 from support.pseudo_terminal import PseudoTerminal
 
@@ -123,7 +123,7 @@ def test_no_cache_keeps_nothing(run: Command, model: Path) -> None:
         (["run", "MODEL", "Q", "-o", "temprature=1"], 1, "did you mean 'temperature'?"),
         (["run", "MODEL", "Q", "--top-p", "7"], 1, "top_p=7.0; it must be at most 1"),
         (["run", "MODEL", "Q", "--load", "n_ctxx=7"], 1, "did you mean 'n_ctx'?"),
-        (["run", "MODEL", "Q", "--load", "cache=7"], 2, "the command sees to that itself"),
+        (["run", "MODEL", "Q", "--load", "cache=7"], 2, "the command sets this option itself"),
         (["run", "MODEL", "Q", "--temprature", "1"], 2, "--temperature"),
         (["run", "MODEL", "Q", "-o", "stop"], 2, "give NAME=VALUE"),
         (["run", "MODEL", "Q", "--max-tokens", "many"], 2, "'many' is not a valid integer"),
@@ -133,7 +133,7 @@ def test_no_cache_keeps_nothing(run: Command, model: Path) -> None:
         (["run", "MODEL", "Q", "--n-ctx", "256", "--regex", "("], 1, "--regex: "),
         (["run", "MODEL", "x" * 600, "--n-ctx", "256"], 1, "the context holds 256"),
         (["run", "NOTGGUF", "Q"], 1, "is not a GGUF file"),
-        (["run", "MODEL", "Q", "--grammar", "BYTES"], 1, "no text in UTF-8"),
+        (["run", "MODEL", "Q", "--grammar", "BYTES"], 1, "is not UTF-8 text"),
         (["run", "MODEL", "Q", "--json-schema", "NOTGGUF"], 1, "no.gguf: line 1, column 1: "),
         (["chat", "MODEL", "-o", "thinking_budget_message=Enough."], 1, "thinking_budget_message without"),
         (["chat", "nowhere.gguf"], 1, "does not exist"),
@@ -167,7 +167,7 @@ def test_a_defect_of_ours_is_told_in_a_line_and_with_debug_in_full(
     monkeypatch.setattr(erllama, "load_model", fail)
     short, long = run("run", model, "Q"), run("--debug", "run", model, "Q")
     assert short.status == long.status == 1
-    assert "ZeroDivisionError: by us. This is a defect" in short.err
+    assert "ZeroDivisionError: by us. This is a bug" in short.err
     assert "Traceback" not in short.err
     assert "Traceback" in long.err
 
@@ -274,9 +274,9 @@ def test_doctor_finds_what_is_there_and_that_it_works(run: Command) -> None:
     found = run("doctor")
     assert found.status == 0, found.out
     assert "self-check: demo.gguf: the same reply" in found.out
-    assert "not made yet" in found.out
-    assert found.out.splitlines()[-1] == "all is well"
-    assert {finding["state"] for finding in run("doctor", "--json").json} <= {"ok", "note"}
+    assert "does not exist yet" in found.out
+    assert found.out.splitlines()[-1] == "no errors"
+    assert {finding["state"] for finding in run("doctor", "--json").json} <= {"ok", "warning"}
 
 
 def test_doctor_says_what_is_wrong_and_how_to_mend_it(run: Command, model: Path) -> None:
@@ -285,9 +285,9 @@ def test_doctor_says_what_is_wrong_and_how_to_mend_it(run: Command, model: Path)
     run.directory.chmod(0o755)
     found = run("doctor")
     assert found.status == 1
-    assert "wrong  directory" in found.out
+    assert "error    directory" in found.out
     assert f"chmod 700 {run.directory}" in found.out
-    assert "1 thing wrong" in found.out
+    assert "1 error" in found.out
 
 
 def test_bench_measures_and_removes_what_it_wrote(run: Command, tiny_gguf: Path, tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_a_terminal_shows_how_far_a_long_prompt_is(run: Command, tiny_gguf: Path
 
 
 def test_sizes_are_told_as_people_read_them() -> None:
-    assert [size(n) for n in (0, 1023, 1536, 5 << 30, 3 << 40)] == [
+    assert [format_size(n) for n in (0, 1023, 1536, 5 << 30, 3 << 40)] == [
         "0 B",
         "1023 B",
         "1.5 KiB",

@@ -81,10 +81,10 @@ def test_where_nothing_is_stored_that_is_told_and_nothing_is_made(
     assert "holds no cache" in found.err
     assert not run.directory.exists()
     monkeypatch.delenv("ERLLAMA_CACHE_DIR")
-    monkeypatch.setattr("erllama.cli.cache.directories.usual_directories", lambda: [run.directory])
+    monkeypatch.setattr("erllama.cli.cache.directories.default_directories", lambda: [run.directory])
     found = run("cache", "ls", "--json")
     assert (found.status, found.json) == (0, [])
-    assert "nothing is stored yet" in found.err
+    assert "does not exist yet" in found.err
 
 
 def test_a_directory_that_cannot_be_used_is_told_in_a_line(run: Command) -> None:
@@ -141,7 +141,7 @@ def test_a_namespace_is_evicted_by_the_beginning_of_its_name(run: Command) -> No
     fill(run.directory, A)
     fill(run.directory, C, namespace=OTHER)
     assert run("cache", "evict", "--namespace", "").status == 1
-    assert "no namespace begins with 'zz'" in run("cache", "evict", "-n", "zz").err
+    assert "no namespace starts with 'zz'" in run("cache", "evict", "-n", "zz").err
     assert run("cache", "evict", "-n", OTHER.hex()[:8], "--json").json["removed_blocks"] == 2
     assert left(run) == [40]
 
@@ -198,7 +198,7 @@ def test_an_archive_makes_prompts_warm_in_another_directory(run: Command, tmp_pa
     assert done["blocks"] == len(files_of(run)) > 1
     brought = run("cache", "import", archive, "--dir", there)
     assert brought.out.startswith(f"{done['blocks']} blocks stored")
-    assert f"{done['blocks']} were there" in run("cache", "import", archive, "--dir", there).out
+    assert f"{done['blocks']} already present" in run("cache", "import", archive, "--dir", there).out
     reply = run("run", model, "Is it? " * 40, "--json", "--cache-dir", there, *ONE).json
     assert (reply["cache"]["kind"], reply["cache"]["tier"]) == ("exact", "disk")
     assert run("cache", "verify", "--dir", there).status == 0
@@ -305,11 +305,11 @@ def test_an_archive_that_is_cut_short_or_is_none_is_refused(run: Command, tmp_pa
         (tmp_path / "b.tar").write_bytes(content)
         found = run("cache", "import", tmp_path / "b.tar", "--dir", tmp_path / "there")
         assert (found.status, found.err.startswith("erllama: ")) == (1, True), content[:20]
-        assert "defect" not in found.err
+        assert "bug of erllama" not in found.err
     for content in (whole[:4000], lying):
         piped = run.apart("cache", "import", "-", "--dir", tmp_path / "there", stdin=content)
         assert (piped.returncode, piped.stderr.startswith(b"erllama: ")) == (1, True)
-        assert b"defect" not in piped.stderr
+        assert b"bug of erllama" not in piped.stderr
     assert run("cache", "verify", "--dir", tmp_path / "there").status == 0
 
 

@@ -57,7 +57,7 @@ def test_a_conversation_in_a_terminal(run: Command, endless: Path) -> None:
         screen.wait_for("did you mean /set?")
         screen.wait_for(">")
         screen.send("half a line\x03")
-        screen.wait_for("/quit, leaves")
+        screen.wait_for("/quit to leave")
         screen.wait_for(">")
         screen.send("\x04")
         assert screen.wait_for_end() == 0
@@ -172,7 +172,7 @@ def test_a_conversation_is_saved_loaded_and_begun_anew(run: Command, model: Path
     first = told(run, model, "/system Be brief.", "Is it?", f"/save '{file}'", "/tokens", "/reset", "/tokens")
     assert first[0] == "the system message is set"
     assert "3 messages saved" in first[1]
-    assert first[3] == "a new conversation; the system message stays"
+    assert first[3] == "new conversation; the system message is kept"
     assert first[2] != first[4]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert [message["role"] for message in json.loads(file.read_text())] == ["system", "user", "assistant"]
@@ -189,18 +189,18 @@ def test_a_file_that_is_no_conversation_is_refused(run: Command, model: Path, tm
     found = run("chat", model, *ONE, stdin=f"/load {tmp_path / 'bad.json'}\nQ")
     assert (found.status, found.out) == (1, "Yes.\n")
     assert "Traceback" not in found.err
-    assert "defect" not in found.err
+    assert "bug of erllama" not in found.err
 
 
 def test_options_are_set_listed_and_taken_back(run: Command, model: Path) -> None:
     lines = told(run, model, "/set", "/set top_k 5", "/set stop=.", "/set", "/set top_k", "/set", "/think off")
-    assert "at its default" in lines[0]
+    assert "all options have their defaults" in lines[0]
     assert lines[1:4] == ["top_k = 5", "stop = '.'", "top_k = 5"]
     assert lines[-4:] == [
         "stop = '.'",
-        "top_k is at its default",
+        "top_k is reset to its default",
         "stop = '.'",
-        "thinking is off, where the model can think",
+        "thinking is off, if the model supports it",
     ]
 
 
@@ -208,7 +208,7 @@ def test_a_conversation_that_fills_the_context_can_be_begun_anew(run: Command, m
     found = run("chat", model, "--n-ctx", 256, *ONE, stdin=f"{'x' * 400}\n/reset\nIs it?\n")
     assert (found.status, found.out) == (1, "Yes.\n")
     assert "the context holds 256; " in found.err
-    assert "/reset begins a new conversation" in found.err
+    assert "/reset starts a new conversation" in found.err
 
 
 def test_another_reply_takes_the_last_ones_place(run: Command, model: Path, tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_another_reply_takes_the_last_ones_place(run: Command, model: Path, tmp_
         "chat", model, *ONE, stdin=f"/regenerate\nIs it?\n/regenerate\n/stats\n/save {file}\n/quit\nunsaid\n"
     )
     assert found.out == "Yes.\nYes.\n"
-    assert "nothing was said yet" in found.err
+    assert "there is no message to reply to" in found.err
     assert "2 replies, " in found.err
     assert len(json.loads(file.read_text())) == 2
     file.write_text('[{"role": "assistant", "content": "Hello."}]')
-    assert "nothing was said yet" in run("chat", model, *ONE, stdin=f"/load {file}\n/regenerate\n").err
+    assert "there is no message to reply to" in run("chat", model, *ONE, stdin=f"/load {file}\n/regenerate\n").err

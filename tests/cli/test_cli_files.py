@@ -88,7 +88,7 @@ def test_what_is_no_file_is_refused_and_stays(write: Write, tmp_path: Path) -> N
         assert found.status == 1
         assert str(tmp_path) in found.err
         assert ".erllama-" not in found.err
-        assert "defect" not in found.err
+        assert "bug of erllama" not in found.err
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert list(tmp_path.rglob(".erllama-*")) == []
 
@@ -135,7 +135,7 @@ def test_the_history_is_kept_in_a_private_directory_or_not_at_all(
     file.parent.chmod(0o777)
     assert lines._history_file() is None
     assert not file.exists()
-    assert capsys.readouterr().err.count("no history is kept: ") == 2
+    assert capsys.readouterr().err.count("the history is not saved: ") == 2
 
 
 def test_a_private_directory_takes_one_that_is_there(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-from erllama.cli.main import Later, main, root
+from erllama.cli.main import LazyCommand, main, root
 from erllama.testing.scripted import write_scripted
 from support.places import ROOT
 
@@ -112,7 +112,7 @@ def test_the_page_shows_what_its_commands_print(tmp_path: Path) -> None:
 def test_the_page_names_every_command_and_option() -> None:
     text = PAGE.read_text()
     for name, later in root.commands.items():
-        assert isinstance(later, Later)
+        assert isinstance(later, LazyCommand)
         command = later.load()
         if command.hidden:
             continue

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 import erllama
 from erllama._model.requests.options import ChatOptions, CompletionOptions
 from erllama.cache import Block, FileTier
-from erllama.chat.tool_calls.families import TOOL_FORMATS
+from erllama.chat.tool_calls.formats import TOOL_FORMATS
 from erllama.engine import SamplingOptions
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing import TierConformance

@@ -18,7 +18,7 @@ import erllama.cache
 import erllama.engine
 import erllama.testing
 from erllama._model.requests.options import ChatOptions, CompletionOptions, PrefillOptions
-from erllama.chat.chats import ChatRequest
+from erllama.chat.request import ChatRequest
 from erllama.engine import PhaseOptions, RequestOptions, SamplingOptions
 from support.pages import DOCS, tables
 from support.places import ROOT

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import erllama
-from erllama.engine.adapters import LoadedAdapter, recipe
+from erllama.engine.adapters import LoadedAdapter, derive_recipe
 from erllama.testing.models import write_gemma3, write_lora, write_mamba
 from support.adapting import LIVES, NO_TEXT, PROMPT, AdaptedStub, apart, cold_stub, greedy, llama, used
 
@@ -81,13 +81,13 @@ def test_who_runs_shares_with_nobody_of_another_set(stub_adapters: list[Path]) -
 def test_a_session_does_not_go_on_in_cells_of_another_set(stub_adapters: list[Path]) -> None:
     """It keeps one context: of the set that it was last in."""
     with erllama.Cache(ram=0) as cache, erllama.load_backend(AdaptedStub(), cache=cache) as model:
-        live = model._runner._scheduler.live
+        slots = model._runner._scheduler.slots
         first = greedy(model, session_id="s")
         adapter = model.load_adapter(stub_adapters[0])
         second = greedy(model, first.context_tokens, session_id="s")
         assert second.cache.kind == "cold"
         assert second.tokens == cold_stub(first.context_tokens, used({stub_adapters[0]: 1.0}), 6)
-        assert [parked.session_id for parked in live.parked].count("s") == 1
+        assert [parked.session_id for parked in slots.parked].count("s") == 1
         third = greedy(model, second.context_tokens, session_id="s")
         assert third.cache.tokens == len(second.context_tokens) - 1
         adapter.scale = 0.5
@@ -191,9 +191,9 @@ def test_of_three_adapters_bits_are_promised_as_long_as_they_are_loaded(tiny_ggu
             for adapter in adapters:
                 adapter.unload()
     loaded = [(LoadedAdapter(None, Path(), "", 1.0), 1.0) for _ in range(4)]
-    one, other = (recipe(b"0" * 16, tuple(picked)) for picked in (loaded[:3], loaded[1:]))  # type: ignore[arg-type]
+    one, other = (derive_recipe(b"0" * 16, tuple(picked)) for picked in (loaded[:3], loaded[1:]))  # type: ignore[arg-type]
     assert one != other
-    assert recipe(b"0" * 16, tuple(loaded[:2])) == b"0" * 16  # type: ignore[arg-type]
+    assert derive_recipe(b"0" * 16, tuple(loaded[:2])) == b"0" * 16  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("make", "architecture"), [(write_gemma3, "gemma3"), (write_mamba, "mamba")])

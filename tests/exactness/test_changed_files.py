@@ -165,7 +165,7 @@ def test_a_file_that_cannot_be_looked_at_is_a_problem_until_it_can(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "stat", failing)
-        assert "cannot be looked at" in files.problem()
+        assert "cannot be examined" in files.problem()
     assert files.problem() == ""
 
 

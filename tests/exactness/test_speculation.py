@@ -279,10 +279,10 @@ def test_costs_are_a_line_through_what_was_measured(monkeypatch: pytest.MonkeyPa
     costs = DecodeCosts()
     assert costs.ratio(1, 3) is None
     for _ in range(20):
-        costs.measured(1, 0.010)
+        costs.record(1, 0.010)
     assert costs.ratio(1, 3) is None, "one size tells nothing of others"
     for n in (1, 3, 5, 1, 3, 5):
-        costs.measured(n, 0.008 + 0.002 * n)
+        costs.record(n, 0.008 + 0.002 * n)
     assert costs.ratio(1, 3) == pytest.approx(0.016 / 0.010)
 
 
@@ -290,25 +290,25 @@ def test_where_drafts_do_not_pay_they_stop_and_are_tried_again(monkeypatch: pyte
     monkeypatch.undo()
     costs = DecodeCosts()
     for n in (1, 2, 3, 4) * 5:
-        costs.measured(n, 0.001 * n)  # each row costs as much as the first
+        costs.record(n, 0.001 * n)  # each row costs as much as the first
     speculator = Speculator(lambda tokens, most: [1] * most, 8, 10)
     tried = [bool(speculator.draft(np.zeros(n, np.int32), 8, 1, costs)) for n in range(1, 2000)]
     assert not any(tried), "it never can"
     cheap = DecodeCosts()
     for n in (1, 2, 3, 4) * 5:
-        cheap.measured(n, 0.010 + 0.004 * n)
+        cheap.record(n, 0.010 + 0.004 * n)
     tried = []
     for n in range(1, 4000):
         drafts = speculator.draft(np.zeros(n, np.int32), 8, 1, cheap)
         if drafts:
-            speculator.judged(len(drafts), 0)  # never right
+            speculator.record(len(drafts), 0)  # never right
         tried.append(bool(drafts))
     assert 3 < sum(tried) < 400
     assert any(tried[2000:]), "it is tried again"
     for n in range(4000, 8000):
         drafts = speculator.draft(np.zeros(n, np.int32), 8, 1, cheap)
         if drafts:
-            speculator.judged(len(drafts), len(drafts))  # always right
+            speculator.record(len(drafts), len(drafts))  # always right
     assert speculator.draft(np.zeros(8000, np.int32), 8, 1, cheap) == [1] * 8
 
 

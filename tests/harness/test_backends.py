@@ -1,6 +1,6 @@
-"""Backends keep the rules: the stub, libllama on every kind of memory, and the example in numpy.
+"""The stub, libllama on every kind of memory, and the numpy example follow the rules for backends.
 
-And the rules notice backends that break them; and the example computes what libllama does.
+The rules find faulty backends, and the example agrees with libllama.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from erllama.testing.models import (
     write_mamba,
 )
 from support.backends import llama_backend
-from support.faulty_backends import LIES, RARE
+from support.faulty_backends import BACKEND_FAULTS, RARE_BACKEND_FAULTS
 from support.places import ROOT
 
 EXAMPLE = ROOT / "examples" / "numpy_backend.py"
@@ -57,7 +57,7 @@ def load_example() -> ModuleType:
 NumpyBackend = load_example().NumpyBackend
 
 
-# --- who keeps the rules ------------------------------------------------------------------------------
+# --- backends that follow the rules -------------------------------------------------------------------------
 
 
 class TestStub(BackendConformance):
@@ -75,7 +75,7 @@ class TestStubThatCannotBeCut(BackendConformance):
 
 
 class TestNumpy(BackendConformance):
-    """Without tolerance: its rows have the same bits in any batch, and in any cells."""
+    """Without tolerance: rows have the same bits in any batch and in any cells."""
 
     tolerance = 0.0
     n_calls = 60
@@ -128,7 +128,7 @@ class TestHybrid(Native):
     write = staticmethod(write_lfm2)
 
 
-def test_numpy_computes_alike_whatever_it_is_put_through(tiny_gguf: Path) -> None:
+def test_the_numpy_backend_computes_the_same_after_any_calls(tiny_gguf: Path) -> None:
     class Numpy(BackendMachine):
         checks_rules = False
 
@@ -140,39 +140,43 @@ def test_numpy_computes_alike_whatever_it_is_put_through(tiny_gguf: Path) -> Non
     )
 
 
-# --- who does not, each in one way ----------------------------------------------------------------------
+# --- backends with one fault each ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("liar", "rule"), LIES)
-def test_a_rule_notices_who_breaks_it(liar: type[StubBackend], rule: str) -> None:
+@pytest.mark.parametrize(("faulty", "rule"), BACKEND_FAULTS)
+def test_a_rule_finds_a_fault_of_a_backend(faulty: type[StubBackend], rule: str) -> None:
     class Rules(BackendConformance):
         def make_backend(self) -> Backend:
-            return liar(n_ctx=64, n_batch=48, n_ubatch=32) if liar.__init__ is StubBackend.__init__ else liar()
+            return (
+                faulty(n_ctx=64, n_batch=48, n_ubatch=32) if faulty.__init__ is StubBackend.__init__ else faulty()
+            )
 
     with pytest.raises((AssertionError, BackendError)):
         getattr(Rules(), rule)()
 
 
-@pytest.mark.parametrize(("liar", "rule"), RARE)
-def test_a_rule_notices_who_breaks_it_seldom(liar: type[StubBackend], rule: str) -> None:
+@pytest.mark.parametrize(("faulty", "rule"), RARE_BACKEND_FAULTS)
+def test_a_rule_finds_a_rare_fault_of_a_backend(faulty: type[StubBackend], rule: str) -> None:
     class Rules(BackendConformance):
         def make_backend(self) -> Backend:
-            return liar(n_ctx=600)
+            return faulty(n_ctx=600)
 
     with pytest.raises((AssertionError, BackendError)):
         getattr(Rules(), rule)()
 
 
-def test_every_rule_has_someone_who_breaks_it() -> None:
+def test_every_rule_for_backends_has_a_fault() -> None:
     rules = {name for name in dir(BackendConformance) if name.startswith("test_")}
-    assert rules - {rule for _, rule in LIES + RARE} == {"test_equal_prompts_do_not_mix"}
+    assert rules - {rule for _, rule in BACKEND_FAULTS + RARE_BACKEND_FAULTS} == {
+        "test_equal_prompts_stay_separate"
+    }
 
 
-# --- the example computes what libllama does ---------------------------------------------------------------
+# --- the example agrees with libllama ---------------------------------------------------------------
 
 
 def batch_of(*parts: tuple[int, int, Sequence[int]], mixed: bool = False) -> Batch:
-    """Parts (sequence, start, ids), one after another or row about row; each row gives logits."""
+    """Decode parts (sequence, start, ids), one after another or interleaved, with logits of each row."""
     rows = [(token, start + at, sequence) for sequence, start, ids in parts for at, token in enumerate(ids)]
     if mixed:
         rows.sort(key=lambda row: row[1])
@@ -186,12 +190,12 @@ def ids_of(seed: int, n: int, n_vocab: int = 300) -> list[int]:
 
 
 def apart(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """Root of the mean square of the difference, as a part of that of the logits."""
+    """Return the root mean square of the difference, divided by that of the logits."""
     return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
 
 
 def both(path: Path) -> tuple[Backend, Backend]:
-    """The example, and libllama where it computes with full precision, too."""
+    """Open the example, and libllama with full precision."""
     full = {"kv_type_k": "f32", "kv_type_v": "f32", "flash_attn": False, "n_sequences": 8, "n_threads": 1}
     return NumpyBackend(path), llama_backend(path, **full)
 
@@ -210,7 +214,7 @@ def assert_agreement(path: Path, tolerance: float) -> None:
     theirs.close()
 
 
-# libllama rounds what it multiplies by weights of 16 and 8 bits to the same type; the example does not.
+# libllama rounds activations to the type of 16-bit and 8-bit weights before it multiplies. The example does not.
 @pytest.mark.parametrize(("quantization", "tolerance"), [("F32", 1e-4), ("F16", 1e-2), ("Q8_0", 0.2)])
 def test_numpy_agrees_with_libllama(quantization: Quantization, tolerance: float, tmp_path: Path) -> None:
     assert_agreement(write_llama(tmp_path / "m.gguf", TINY, seed=3, quantization=quantization), tolerance)
@@ -231,13 +235,13 @@ def test_numpy_agrees_on_tied_embeddings(tmp_path: Path, monkeypatch: pytest.Mon
     assert_agreement(write_llama(tmp_path / "m.gguf", TINY, seed=3), 1e-4)
 
 
-def test_numpy_agrees_on_another_base_of_rope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpy_agrees_on_another_rope_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = gguf.GGUFWriter.add_rope_freq_base
     monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", lambda writer, _: base(writer, 500000.0))
     path = write_llama(tmp_path / "m.gguf", TINY, seed=3)
     monkeypatch.undo()
     assert_agreement(path, 1e-4)
-    # And it is the base that does it.
+    # The base causes the difference.
     ours, plain = NumpyBackend(path), NumpyBackend(write_llama(tmp_path / "plain.gguf", TINY, seed=3))
     batch = batch_of((0, 0, ids_of(1, 50)))
     assert apart(ours.decode(batch), plain.decode(batch)) > 1e-2
@@ -245,7 +249,7 @@ def test_numpy_agrees_on_another_base_of_rope(tmp_path: Path, monkeypatch: pytes
 
 @pytest.fixture(scope="module")
 def merging(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose vocabulary has pieces to merge, and puts a space before a text."""
+    """Write a model whose vocabulary has pieces to merge, and adds a space before a text."""
     words = {"▁": -9.0, **dict.fromkeys("helotné", -8.0), "he": -2.0, "hel": -4.0, "ll": -1.0, "llo": -3.0}
     words |= {"▁he": -5.0, "▁hell": -0.5, "▁t": -1.5, "th": -1.5, "the": -1.7, "▁the": -0.1, "▁▁": -0.2}
 
@@ -274,7 +278,7 @@ def vocabularies(request: pytest.FixtureRequest) -> tuple[Backend, Backend]:
     return both(request.getfixturevalue(names[request.param]))
 
 
-def test_numpy_has_libllamas_tokens(vocabularies: tuple[Backend, Backend]) -> None:
+def test_numpy_has_the_tokens_of_libllama(vocabularies: tuple[Backend, Backend]) -> None:
     ours, theirs = (backend.vocabulary for backend in vocabularies)
     assert ours.n_tokens == theirs.n_tokens
     assert np.array_equal(ours.is_eog, theirs.is_eog)
@@ -288,7 +292,7 @@ FRAGMENTS = st.sampled_from(
 TEXTS = st.lists(FRAGMENTS | st.text(max_size=4), max_size=8).map("".join)
 
 
-# Broken in all ways: first bytes of characters with nothing, a space or a special token after them.
+# Invalid UTF-8: first bytes of characters, followed by the end, a space or a special token.
 HEADS = [b"\xc0", b"\xe2", b"\xe2\x96", b"\xf0\x9f", b"\xff"]
 BROKEN_FRAGMENTS = st.sampled_from([*HEADS, b"\x80", b" ", b"the", b"<s>"])
 BROKEN = st.lists(BROKEN_FRAGMENTS, max_size=6).map(b"".join)
@@ -298,7 +302,7 @@ BROKEN = st.lists(BROKEN_FRAGMENTS, max_size=6).map(b"".join)
 @example(b"\xc0 ", False, False)
 @example(b"\xe2 the\xf0<s>", True, True)
 @given(TEXTS | st.binary(max_size=12) | BROKEN, st.booleans(), st.booleans())
-def test_numpy_reads_text_as_libllama_does(
+def test_numpy_tokenizes_text_like_libllama(
     vocabularies: tuple[Backend, Backend], text: str | bytes, add_special: bool, parse_special: bool
 ) -> None:
     ours, theirs = (backend.vocabulary for backend in vocabularies)
@@ -334,7 +338,7 @@ def test_a_row_has_the_same_bits_in_any_batch(shape: LlamaShape, tmp_path: Path)
             held = ends
 
 
-def test_a_seeded_reply_is_the_same_among_others(tiny_gguf: Path) -> None:
+def test_a_seeded_reply_is_the_same_beside_other_requests(tiny_gguf: Path) -> None:
     prompts = ["once", "upon a time", "there", "was a model", "that", "answered", "eight", "requests at a time"]
 
     def reply(i: int) -> tuple[int, ...]:
@@ -365,10 +369,10 @@ def test_the_code_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         backend.close()
 
 
-# --- what the example refuses ----------------------------------------------------------------------------
+# --- models that the example refuses ----------------------------------------------------------------------------
 
 
-def test_numpy_refuses_what_it_would_get_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpy_refuses_models_that_it_does_not_support(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(erllama.ModelLoadError, match="'gemma3'"):
         NumpyBackend(write_gemma3(tmp_path / "gemma3.gguf"))
     (tmp_path / "text.gguf").write_text("GGUF, or is it?" * 20)
@@ -394,7 +398,7 @@ def test_numpy_refuses_what_it_would_get_wrong(tmp_path: Path, monkeypatch: pyte
         NumpyBackend(write_llama(tmp_path / "scaled.gguf"))
 
 
-def test_the_models_names_differ_where_the_files_do(tmp_path: Path) -> None:
+def test_namespaces_of_models_differ_if_their_files_differ(tmp_path: Path) -> None:
     names = [
         NumpyBackend(write_llama(tmp_path / f"{name}.gguf", seed=seed)).namespace
         for name, seed in (("a", 1), ("b", 1), ("c", 2))

@@ -1,4 +1,4 @@
-"""The harness, run on every kind of tier that there is; and shown to find each of many seeded faults."""
+"""The harness passes on every kind of tier, and finds each of many seeded faults."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from erllama.testing import BackendMachine, CacheMachine, TierConformance
 from erllama.testing.models import TINY, write_gemma3, write_lfm2, write_llama, write_mamba
 from support.backends import llama_backend
 from support.faulty_backends import (
-    LIES,
-    RARE,
+    BACKEND_FAULTS,
+    RARE_BACKEND_FAULTS,
     CutsFirst,
     DecodesSecond,
     DropsNext,
@@ -47,7 +47,7 @@ from support.places import ROOT
 
 GUIDE = ROOT / "docs" / "test-harness.md"
 EXAMPLES = int(os.environ.get("ERLLAMA_HARNESS_EXAMPLES", "25"))
-# Nothing is shrunk: what a run finds depends on files and threads, and would take long to repeat.
+# Without shrinking: a failure depends on files and threads, and repeating it takes long.
 MACHINE = settings(max_examples=EXAMPLES, stateful_step_count=30, phases=[Phase.generate])
 
 
@@ -85,7 +85,7 @@ MACHINES = [
 
 
 @pytest.mark.parametrize("kind", MACHINES, ids=lambda kind: kind.__name__)
-def test_no_tier_lies(kind: type[CacheMachine]) -> None:
+def test_every_kind_of_cache_passes(kind: type[CacheMachine]) -> None:
     run_state_machine_as_test(kind, settings=MACHINE)
 
 
@@ -95,7 +95,7 @@ class TestRamTier(TierConformance):
 
 
 class TestFileTier(TierConformance):
-    """On a tmpfs as far as it can tell: nothing is made durable, which would take most of the time."""
+    """With the name of a tier in memory: durable writes would take most of the time."""
 
     n_blocks = 40
     shared = True
@@ -110,7 +110,7 @@ class TestSmallTier(TierConformance):
 
 
 class TestTinyTier(TierConformance):
-    """Hardly anything has room."""
+    """Few blocks fit."""
 
     def make_tier(self, directory: Path) -> Tier:
         return SmallTier(str(directory), 600)
@@ -122,12 +122,12 @@ def custom(self: CacheMachine, directory: Path) -> Cache:
     )
 
 
-def test_a_tier_of_ones_own_does_not_lie() -> None:
+def test_a_user_defined_tier_passes() -> None:
     run_state_machine_as_test(machine("Remote", custom, shared=False), settings=MACHINE)
 
 
 class SwappingTier(FileTier):
-    """Gives the payload of another block once it has two."""
+    """From the second payload on, `read()` returns that of the first block."""
 
     last: bytes = b""
 
@@ -138,7 +138,7 @@ class SwappingTier(FileTier):
 
 
 class ForgetfulTier(FileTier):
-    """Loses what it wrote."""
+    """`write()` removes the file that it wrote."""
 
     def write(self, block: Block, payload: memoryview) -> None:
         super().write(block, payload)
@@ -146,7 +146,7 @@ class ForgetfulTier(FileTier):
 
 
 class GreedyTier(FileTier):
-    """Writes what it was not given room for."""
+    """`write()` writes a second file without a reservation."""
 
     def write(self, block: Block, payload: memoryview) -> None:
         super().write(block, payload)
@@ -154,7 +154,7 @@ class GreedyTier(FileTier):
 
 
 class LaxTier(FileTier):
-    """Believes every file."""
+    """`read()` accepts every file."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
         try:
@@ -164,36 +164,36 @@ class LaxTier(FileTier):
 
 
 class UnawareTier(FileTier):
-    """Does not tell what others did."""
+    """`changes()` reports nothing."""
 
     def changes(self) -> Changes | None:
         return None
 
 
 FILE_FAULTS: list[tuple[type[FileTier], str]] = [
-    (SwappingTier, "test_what_is_written_is_read"),
-    (ForgetfulTier, "test_what_is_written_is_read"),
+    (SwappingTier, "test_read_returns_what_was_written"),
+    (ForgetfulTier, "test_read_returns_what_was_written"),
     (GreedyTier, "test_a_sound_tier_has_no_problems"),
-    (LaxTier, "test_a_problem_is_found"),
-    (UnawareTier, "test_instances_see_each_other"),
+    (LaxTier, "test_damage_is_detected"),
+    (UnawareTier, "test_instances_see_each_others_changes"),
 ]
 
 
-@pytest.mark.parametrize(("liar", "rule"), FILE_FAULTS)
-def test_a_rule_finds_a_fault_of_a_tier_of_files(liar: type[FileTier], rule: str) -> None:
+@pytest.mark.parametrize(("faulty", "rule"), FILE_FAULTS)
+def test_a_rule_finds_a_fault_of_a_file_tier(faulty: type[FileTier], rule: str) -> None:
     class Rules(TestFileTier):
         def make_tier(self, directory: Path) -> Tier:
-            return liar(directory / "cache", 10**6, name="ram_file", watch=False)
+            return faulty(directory / "cache", 10**6, name="ram_file", watch=False)
 
     with pytest.raises(AssertionError):
         getattr(Rules(), rule)()
 
 
-@pytest.mark.parametrize(("liar", "rule"), FAULTS)
-def test_a_rule_finds_a_fault_of_a_tier(liar: type[SmallTier], rule: str) -> None:
+@pytest.mark.parametrize(("faulty", "rule"), FAULTS)
+def test_a_rule_finds_a_fault_of_a_tier(faulty: type[SmallTier], rule: str) -> None:
     class Rules(TierConformance):
         def make_tier(self, directory: Path) -> Tier:
-            return liar(str(directory))
+            return faulty(str(directory))
 
     with pytest.raises(AssertionError):
         getattr(Rules(), rule)()
@@ -204,30 +204,30 @@ def test_every_rule_for_tiers_has_a_fault() -> None:
     assert rules == {rule for _, rule in [*FAULTS, *FILE_FAULTS]}
 
 
-def faulty_machine(liar: type[SmallTier], budget: int) -> type[CacheMachine]:
+def faulty_machine(faulty: type[SmallTier], budget: int) -> type[CacheMachine]:
     def make(self: CacheMachine, directory: Path) -> Cache:
-        return Cache(ram=300, tiers=[liar(str(directory), budget)], block_size=16, watch=False)
+        return Cache(ram=300, tiers=[faulty(str(directory), budget)], block_size=16, watch=False)
 
-    return machine(liar.__name__, make, shared=False)
+    return machine(faulty.__name__, make, shared=False)
 
 
-# The machine checks all rules before it begins: what one of them finds, it finds. These are some of each kind.
-@pytest.mark.parametrize("liar", [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ReadsForOneThread])
-def test_the_machine_names_the_promise_that_a_tier_breaks(liar: type[SmallTier]) -> None:
-    with pytest.raises(AssertionError, match="The broken promise"):
-        run_state_machine_as_test(faulty_machine(liar, 10**6), settings=settings(MACHINE, max_examples=1))
+# The machine checks all rules first, so it finds every fault that a rule finds. These are a few of each kind.
+@pytest.mark.parametrize("faulty", [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ReadsForOneThread])
+def test_the_machine_names_the_rule_that_a_tier_breaks(faulty: type[SmallTier]) -> None:
+    with pytest.raises(AssertionError, match="Broken rule"):
+        run_state_machine_as_test(faulty_machine(faulty, 10**6), settings=settings(MACHINE, max_examples=1))
 
 
 @pytest.mark.parametrize(
-    "liar",
+    "faulty",
     [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ForgetsAtClose, ReadsOther],
 )
 def test_the_machine_finds_faults_of_tiers_without_the_rules(
-    liar: type[SmallTier], monkeypatch: pytest.MonkeyPatch
+    faulty: type[SmallTier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CacheMachine, "_check_tiers", lambda self: None)
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(faulty_machine(liar, 2000), settings=settings(MACHINE, max_examples=40))
+        run_state_machine_as_test(faulty_machine(faulty, 2000), settings=settings(MACHINE, max_examples=40))
 
 
 # --- backends ---------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ WRITERS = {"llama": (write_llama, TINY), "gemma3": (write_gemma3,), "mamba": (wr
 
 
 @pytest.mark.parametrize("can_trim", [True, False])
-def test_the_stub_computes_alike_whatever_it_is_put_through(can_trim: bool) -> None:
+def test_the_stub_computes_the_same_after_any_calls(can_trim: bool) -> None:
     class Stub(BackendMachine):
         def make_backend(self) -> StubBackend:
             return StubBackend(n_ctx=64, can_trim=can_trim)
@@ -245,13 +245,13 @@ def test_the_stub_computes_alike_whatever_it_is_put_through(can_trim: bool) -> N
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_libllama_computes_alike_whatever_it_is_put_through(kind: str, tmp_path: Path) -> None:
+def test_libllama_computes_the_same_after_any_calls(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"{kind}.gguf"
     write, *shape = WRITERS[kind]
     write(path, *shape, seed=1)
 
     class Llama(BackendMachine):
-        checks_rules = False  # tests/harness/test_backends.py does
+        checks_rules = False  # tests/harness/test_backends.py checks them
 
         def make_backend(self) -> LlamaBackend:
             return llama_backend(path, n_ctx=256, n_ubatch=32, n_threads=1)
@@ -259,23 +259,23 @@ def test_libllama_computes_alike_whatever_it_is_put_through(kind: str, tmp_path:
     run_state_machine_as_test(Llama, settings=settings(MACHINE, max_examples=max(EXAMPLES // 5, 5)))
 
 
-@pytest.mark.parametrize("liar", [SharesForty, PacksStale, RestoresFrom32, WipesBatch, EmbedsBackwards])
-def test_the_machine_names_the_promise_that_a_backend_breaks(liar: type[StubBackend]) -> None:
+@pytest.mark.parametrize("faulty", [SharesForty, PacksStale, RestoresFrom32, WipesBatch, EmbedsBackwards])
+def test_the_machine_names_the_rule_that_a_backend_breaks(faulty: type[StubBackend]) -> None:
     class Machine(BackendMachine):
         def make_backend(self) -> StubBackend:
-            return liar(n_ctx=300)
+            return faulty(n_ctx=300)
 
-    with pytest.raises(AssertionError, match="The broken promise"):
+    with pytest.raises(AssertionError, match="Broken rule"):
         run_state_machine_as_test(Machine, settings=settings(MACHINE, max_examples=1))
 
 
-@pytest.mark.parametrize("liar", [RestoresInFirst, DecodesSecond, CutsFirst, DropsNext, Trusts])
-def test_the_machine_finds_faults_of_backends_without_the_rules(liar: type[StubBackend]) -> None:
+@pytest.mark.parametrize("faulty", [RestoresInFirst, DecodesSecond, CutsFirst, DropsNext, Trusts])
+def test_the_machine_finds_faults_of_backends_without_the_rules(faulty: type[StubBackend]) -> None:
     class Machine(BackendMachine):
         checks_rules = False
 
         def make_backend(self) -> StubBackend:
-            return liar(n_ctx=300)
+            return faulty(n_ctx=300)
 
     with pytest.raises(AssertionError):
         run_state_machine_as_test(Machine, settings=settings(MACHINE, max_examples=40))
@@ -285,12 +285,14 @@ def test_the_machine_finds_faults_of_backends_without_the_rules(liar: type[StubB
 
 
 def table(faults: Sequence[tuple[type, str]]) -> str:
-    """The faults and the rules that find them, as the guide has them."""
+    """Return the table of faults and rules as in the guide."""
     rows = [f"| {' '.join((fault.__doc__ or '').split())} | `{rule}` |" for fault, rule in faults]
     return "\n".join(["| Fault | Rule that finds it |", "|---|---|", *rows])
 
 
-@pytest.mark.parametrize("faults", [[*FAULTS, *FILE_FAULTS], [*LIES, *RARE]], ids=["tiers", "backends"])
+@pytest.mark.parametrize(
+    "faults", [[*FAULTS, *FILE_FAULTS], [*BACKEND_FAULTS, *RARE_BACKEND_FAULTS]], ids=["tiers", "backends"]
+)
 def test_the_guide_has_the_table_of_faults(faults: Sequence[tuple[type, str]]) -> None:
     assert len({fault for fault, _ in faults}) >= 40
     assert table(faults) in GUIDE.read_text(), f"docs/test-harness.md must have this table:\n{table(faults)}"

@@ -42,13 +42,13 @@ def test_files_that_are_no_adapters_for_a_model(
     refused(tiny, path, "empty")
     path.write_bytes(b"PK\x03\x04 safetensors")
     refused(tiny, path, "not a GGUF file")
-    refused(tiny, tiny_gguf, "no adapter")
+    refused(tiny, tiny_gguf, "not an adapter")
     write_lora(path, LlamaShape(2, 128, 256, 2, 1))
     refused(tiny, path, "do not fit")
     write_lora(path, LlamaShape(3, 64, 128, 2, 1))
-    refused(tiny, path, "'blk.2.attn_k.weight', which the model does not have")
+    refused(tiny, path, "'blk.2.attn_k.weight', which the model lacks")
     write_lora(path, architecture="qwen2")
-    refused(tiny, path, "architecture 'qwen2', and this one's is 'llama'")
+    refused(tiny, path, "architecture 'qwen2'; this model's is 'llama'")
     write_lora(path, alpha=float("nan"))
     refused(tiny, path, "alpha is nan")
     write_lora(path, weights=())
@@ -63,7 +63,7 @@ def test_files_that_are_no_adapters_for_a_model(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"general.type": None}, "no adapter"),
+        ({"general.type": None}, "not an adapter"),
         ({"adapter.type": "vera"}, "'vera'"),
         ({"adapter.alora.invocation_tokens": [1, 2]}, "aLoRA"),
         ({"adapter.lora.alpha": "8"}, "alpha is '8'"),
@@ -71,8 +71,8 @@ def test_files_that_are_no_adapters_for_a_model(
         ({"blk.0.attn_q.weight.lora_c": np.zeros((4, 64), np.float32)}, "one of a pair"),
         ({"blk.0.attn_q.weight.lora_a": np.zeros((5, 64), np.float32)}, "shapes 64x5 and 4x64"),
         ({"blk.0.attn_q.weight.lora_a": np.zeros((2, 4, 64), np.float32)}, "64x4x2"),
-        ({"blk.0.attn_q.weight.lora_a": np.zeros((4, 64), np.int8)}, "of a type"),
-        ({"blk.0.attn_q.weight.lora_a": np.zeros((4, 64), np.float64)}, "of a type"),
+        ({"blk.0.attn_q.weight.lora_a": np.zeros((4, 64), np.int8)}, "has a type other"),
+        ({"blk.0.attn_q.weight.lora_a": np.zeros((4, 64), np.float64)}, "has a type other"),
     ],
 )
 def test_what_libllama_would_stumble_over(
@@ -116,7 +116,7 @@ def test_embeddings_that_are_the_output_too(tiny_gguf: Path, tmp_path: Path) -> 
     write_tied(tiny_gguf, tied)
     lora = write_lora(tmp_path / "lora.gguf", weights=("token_embd",))
     with llama(tied) as model:
-        refused(model, lora, "which is the model's output, too")
+        refused(model, lora, "which is also the model's output")
         model.load_adapter(write_lora(tmp_path / "good.gguf", weights=("attn_q",)))
         greedy(model)
 

@@ -474,7 +474,7 @@ def test_the_binding_refuses_what_libllama_would_end_the_process_for(bert_gguf: 
                 ([], "0 sequences"),
                 ([ids] * 3, "3 sequences of 12 tokens"),
                 ([np.empty(0, np.int32), ids], "a sequence of 0 to 4 tokens"),
-                ([np.full(129, 2, np.int32)], "129 tokens; 1 to 128 will do"),
+                ([np.full(129, 2, np.int32)], "129 tokens; each must have 1 to 128"),
                 ([np.full(513, 2, np.int32)], "513 tokens together"),
                 ([np.array([2, 141], np.int32)], "token id 141 is outside"),
                 ([np.array([-1], np.int32)], "token id -1 is outside"),

@@ -349,10 +349,10 @@ def test_what_was_built_is_told() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("top_q",), "no sampler 'top_q'"),
+        (("top_q",), "unknown sampler 'top_q'"),
         (("top_k",), "it takes k"),
-        (("top_k", -1), "whole number, 0 to"),
-        (("top_k", 1.5), "whole number"),
+        (("top_k", -1), "pass an integer, 0 to"),
+        (("top_k", 1.5), "pass an integer"),
         (("temp", math.nan), "float32"),
         (("temp", 1e39), "float32"),
         (("dist", 2**32 - 1), "seed="),
@@ -370,7 +370,7 @@ def test_samplers_that_cannot_be_are_errors(arguments: tuple[str, float], words:
 @pytest.mark.parametrize(
     ("ids", "logits", "words"),
     [
-        ([], [], "one of each or more"),
+        ([], [], "as many of each, at least one"),
         ([1], [0.0, 1.0], "shape"),
         ([[1]], [[0.0]], "one dimension"),
         ([10], [0.0], "token id 10 is outside"),

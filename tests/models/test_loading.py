@@ -212,22 +212,22 @@ def test_overrides_are_typed_by_value_and_told(tiny_gguf: Path) -> None:
         ({"llama.context_length": True}, "expected int but got bool"),
         ({"general.name": 1}, "expected str but got int"),
         ({"llama.rope.freq_bass": 1e4}, "did you mean 'llama.rope.freq_base'"),
-        ({"lama.context": 1}, "reads no such key of this file; leave it out"),
-        ({"tokenizer.ggml.tokens": "a"}, "reads no such key"),
-        ({"freq_base": 1e4}, "is no metadata key"),
-        ({"llama..rope": 1e4}, "is no metadata key"),
-        ({"llama.rope.freq base": 1e4}, "is no metadata key"),
-        ({5: 1}, "5 is no metadata key"),
+        ({"lama.context": 1}, "does not read this key from this file; leave it out"),
+        ({"tokenizer.ggml.tokens": "a"}, "does not read this key"),
+        ({"freq_base": 1e4}, "is not a metadata key"),
+        ({"llama..rope": 1e4}, "is not a metadata key"),
+        ({"llama.rope.freq base": 1e4}, "is not a metadata key"),
+        ({5: 1}, "5 is not a metadata key"),
         ({f"llama.{'x' * 122}": 1}, "a key of 128 bytes; libllama takes at most 127"),
         ({"general.name": "é" * 64}, "at most 127 bytes"),
-        ({"general.name": "a\0b"}, "none of them 0"),
+        ({"general.name": "a\0b"}, "bytes of UTF-8 without 0"),
         ({"llama.context_length": -1}, "must be at least 0"),
         ({"llama.context_length": 2**32}, "must be at most"),
         ({"llama.rope.freq_base": float("nan")}, "finite"),
         ({"llama.rope.freq_base": 1e300}, "must be at most"),
-        ({"llama.rope.freq_base": None}, "an int, a float, a bool or a text"),
-        ({"llama.rope.freq_base": [1.0]}, "an int, a float, a bool or a text"),
-        ([("llama.rope.freq_base", 1.0)], "give a mapping"),
+        ({"llama.rope.freq_base": None}, "an int, a float, a bool or a string"),
+        ({"llama.rope.freq_base": [1.0]}, "an int, a float, a bool or a string"),
+        ([("llama.rope.freq_base", 1.0)], "pass a mapping"),
     ],
 )
 def test_overrides_without_effect_are_refused(tiny_gguf: Path, overrides: object, words: str) -> None:
@@ -250,24 +250,24 @@ def test_overrides_that_cannot_be_are_refused_as_in_a_file(tiny_gguf: Path) -> N
     [
         ({"devices": ["CUDA7"]}, "devices='CUDA7'; it takes"),
         ({"devices": ["CPUs"]}, "did you mean 'CPU'"),
-        ({"devices": "CPU"}, "give a list of names"),
-        ({"devices": 5}, "give a list of names"),
-        ({"devices": ["CPU"], "n_gpu_layers": 3}, "none of which is a GPU"),
+        ({"devices": "CPU"}, "pass a list of names"),
+        ({"devices": 5}, "pass a list of names"),
+        ({"devices": ["CPU"], "n_gpu_layers": 3}, "which has no GPU"),
         ({"split_mode": "layers"}, "did you mean 'layer'"),
         ({"main_gpu": 0}, "split_mode='layer'"),
         ({"main_gpu": -1, "split_mode": "none"}, "at least 0"),
-        ({"main_gpu": 99, "split_mode": "none"}, "main_gpu=99, and there are"),
-        ({"tensor_split": [1, 2], "split_mode": "none"}, "leave one of them out"),
-        ({"tensor_split": [1] * 99}, "99 shares, and there are"),
-        ({"tensor_split": []}, "gives no device anything"),
-        ({"tensor_split": [0.0, 0.0]}, "gives no device anything"),
+        ({"main_gpu": 99, "split_mode": "none"}, "main_gpu=99, but there are"),
+        ({"tensor_split": [1, 2], "split_mode": "none"}, "leave out one of them"),
+        ({"tensor_split": [1] * 99}, "99 shares, but there are"),
+        ({"tensor_split": []}, "has no share above 0"),
+        ({"tensor_split": [0.0, 0.0]}, "has no share above 0"),
         ({"tensor_split": [1, -1]}, "tensor_split[1]=-1.0; it must be at least 0"),
         ({"tensor_split": [1, "2"]}, "must be a number"),
-        ({"tensor_split": 0.5}, "give a list of numbers"),
+        ({"tensor_split": 0.5}, "pass a list of numbers"),
         ({"rope_scaling": "yaarn"}, "did you mean 'yarn'"),
-        ({"rope_scaling": "none", "rope_freq_scale": 0.5}, "scales nothing"),
+        ({"rope_scaling": "none", "rope_freq_scale": 0.5}, "disables scaling"),
         ({"rope_freq_base": 1e300}, "at most"),
-        ({"yarn_ext_factor": 0.5}, "this model's own scaling, 'linear'; give rope_scaling='yarn'"),
+        ({"yarn_ext_factor": 0.5}, "this model's own scaling, 'linear'; use rope_scaling='yarn'"),
         ({"yarn_orig_ctx": 512, "rope_scaling": "linear"}, "no effect with rope_scaling='linear'"),
         ({**YARN, "yarn_attn_factor": 1.0}, "without yarn_ext_factor=0"),
         ({**YARN, "yarn_ext_factor": -1}, "at least 0"),
@@ -353,10 +353,10 @@ def test_devices_are_chosen_by_name_and_counted_once(two_gpus: None) -> None:
     assert chosen.tensor_split == (3.0, 1.0)
     for options, words in (
         ({"devices": ["CUDA2"]}, "did you mean 'CUDA"),
-        ({"devices": ["CUDA1", "CUDA1"]}, "there twice"),
-        ({"devices": ["BLAS"]}, "helps the CPU of itself"),
-        ({"devices": ["CUDA1"], "tensor_split": [1, 1]}, "2 shares, and there are 1 devices to share: CUDA1"),
-        ({"main_gpu": 2, "split_mode": "none"}, "there are 2 devices to choose of: CUDA0, CUDA1"),
+        ({"devices": ["CUDA1", "CUDA1"]}, "listed twice"),
+        ({"devices": ["BLAS"]}, "accelerates the CPU automatically"),
+        ({"devices": ["CUDA1"], "tensor_split": [1, 1]}, "2 shares, but there are 1 devices: CUDA1"),
+        ({"main_gpu": 2, "split_mode": "none"}, "there are 2 devices: CUDA0, CUDA1"),
     ):
         with pytest.raises(erllama.OptionError) as caught:
             LlamaOptions(**options)  # type: ignore[arg-type]
@@ -646,7 +646,7 @@ def test_a_vocabulary_alone_is_a_model_like_others(tiny_gguf: Path) -> None:
     with pytest.raises(erllama.LoadCancelled):
         erllama.load_model(tiny_gguf, vocab_only=True, id="words", on_progress=lambda _: False)
     words = refused(tiny_gguf, vocab_only=True, overrides={"llama.rope.freq_base": 1e4})
-    assert "for a vocabulary alone" in words
+    assert "for a vocabulary only" in words
 
 
 def test_a_vocabulary_alone_refuses_asyncio(tiny_gguf: Path) -> None:

@@ -76,7 +76,7 @@ def test_weights_of_types_that_ggml_does_not_multiply(llama: EditableGGUF, tmp_p
     assert len(found) == len(roles) * 5
     for stem, outcome in found.items():
         role, _, kind = stem.partition("=")
-        assert f"tensor {role!r} is of type {kind.lower()}; it must be of another type" in outcome
+        assert f"tensor {role!r} has type {kind.lower()}; it must have another type" in outcome
 
 
 def test_norms_that_a_conversion_wrote_in_half_precision(llama: EditableGGUF, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_norms_that_a_conversion_wrote_in_half_precision(llama: EditableGGUF, tm
             retyped(llama, role, kind).write(tmp_path / f"{role}={kind}.gguf")
     for stem, outcome in outcomes(tmp_path).items():
         role, _, kind = stem.partition("=")
-        assert f"tensor {role!r} is of type" in outcome, kind
+        assert f"tensor {role!r} has type" in outcome, kind
         assert "it must be f32" in outcome
 
 
@@ -279,7 +279,7 @@ def test_what_only_the_graph_shows_is_found_before_anything_is_computed(tmp_path
     with_value(base, "rope.dimension_count", U32, 32).write(place / "wider than a head.gguf")
     with_value(base, "rope.dimension_count", U32, 7).write(place / "odd.gguf")
     for stem, outcome in outcomes(place).items():
-        assert "no context can be made: ggml cannot compute" in outcome, stem
+        assert "the context cannot be created: ggml cannot compute" in outcome, stem
         assert "it needs an even number of dimensions within a head" in outcome
 
 
@@ -350,7 +350,7 @@ def test_no_mutant_ends_the_process(tmp_path: Path) -> None:
 _UNCHECKED = """
 #include <string>
 struct llama_context;
-std::string why_not_computable(llama_context *) { return ""; }
+std::string graph_problem(llama_context *) { return ""; }
 """
 _ASSERT = """
 import sys

@@ -11,7 +11,7 @@ def test_a_child_that_is_forked_while_grammars_compile_compiles_its_own() -> Non
         import itertools, os, signal, threading, warnings
         warnings.simplefilter("ignore")
         from erllama import Grammar
-        from erllama.engine.grammar import llguidance_adapter as guidance
+        from erllama.engine.grammar import llguidance_adapter
 
         Grammar.regex("a")
         usual = threading.stack_size()
@@ -22,7 +22,7 @@ def test_a_child_that_is_forked_while_grammars_compile_compiles_its_own() -> Non
         for _ in range(2):
             threading.Thread(target=compile_for_ever, daemon=True).start()
         for _ in range(12):
-            while not guidance._stack_size.locked():  # in the midst of it
+            while not llguidance_adapter._stack_size.locked():  # in the midst of it
                 pass
             pid = os.fork()
             if pid == 0:

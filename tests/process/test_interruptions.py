@@ -50,7 +50,7 @@ def test_a_logging_handler_that_raises_does_not_end_the_writer(error: type[BaseE
         raise OSError("injected")
 
     with failing_handler(error) as seen, erllama.Cache(ram=0, disk=tmp_path) as cache:
-        cache._upkeep.writer.defer(fail)
+        cache._queue.defer(fail)
         assert cache.flush(30)
         with erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
             model.complete([7] * 600, max_tokens=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import erllama
-from erllama.cli.main import Later, root
+from erllama.cli.main import LazyCommand, root
 from support.children import must_run, run_python
 
 SOURCE = ast.parse(Path(erllama.__file__).read_text())
@@ -344,7 +344,7 @@ def test_functions_that_a_program_registers_for_the_exit_can_use_its_models(firs
 
 def test_the_table_of_commands_says_what_the_commands_say() -> None:
     for name, later in root.commands.items():
-        assert isinstance(later, Later)
+        assert isinstance(later, LazyCommand)
         command = later.load()
         assert command.name == name
         assert command.hidden == later.hidden

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from erllama.engine.sampling.candidates import Candidates
-from erllama.engine.sampling.steps import Chance, Greedy, Mirostat
+from erllama.engine.sampling.draws import Categorical, Greedy, Mirostat
 from erllama.llama_ffi.samplers import LlamaSampler
 from support.side_by_side import (
     CLOSE,
@@ -55,7 +55,7 @@ def test_a_draw_finds_the_token_that_its_share_falls_on(row: Row, seed: int) -> 
     assume(left.probabilities[left.selected] > 1e-7)
     told.choose(candidates, int(left.ids[left.selected]))
     candidates.random = told  # type: ignore[assignment]
-    assert Chance().draw(candidates) == left.ids[left.selected]
+    assert Categorical().draw(candidates) == left.ids[left.selected]
 
 
 def zipf(falling: Logits, n_vocab: int, mu: float) -> tuple[float, float]:
@@ -150,7 +150,7 @@ def test_draws_are_as_frequent_as_libllamas_probabilities(version: int, seed: in
     assert version == 0 or 1 < len(left.ids) < 40
     counts = np.zeros(40)
     for _ in range(DRAWS):
-        drawing = Mirostat(version, tau, 0.1, 40) if version else Chance()
+        drawing = Mirostat(version, tau, 0.1, 40) if version else Categorical()
         candidates = row.candidates()
         candidates.random = random
         counts[drawing.draw(candidates)] += 1

@@ -331,8 +331,8 @@ def test_cells_are_counted_as_if_each_were_looked_at(steps: list[tuple[str, int,
             cells.drop(a)
             held[a] = []
         assert cells.used == len(set().union(*held.values()))
-        assert [cells.held(number) for number in range(5)] == [len(held[number]) for number in range(5)]
+        assert [cells.n_tokens(number) for number in range(5)] == [len(held[number]) for number in range(5)]
         for group in ({0}, {1, 2}, {0, 3, 4}):
             inside = set().union(*(held[number] for number in group))
             outside = set().union(*(held[number] for number in range(5) if number not in group))
-            assert cells.only_of(group) == len(inside - outside)
+            assert cells.exclusive(group) == len(inside - outside)

@@ -93,9 +93,9 @@ def test_whatever_call_of_the_backend_fails_nobody_waits_for_ever(name: str) -> 
                     tokens = stream.result().tokens
                     assert tokens == alone(prompts[i], max_tokens=10 + 20 * i, seed=i).tokens
         model.evict()
-        live = model._runner._scheduler.live
-        assert backend.cells_used == live.cells.used == 0
-        assert len(live._numbers) == 12, "no number leaks"
+        slots = model._runner._scheduler.slots
+        assert backend.cells_used == slots.cells.used == 0
+        assert len(slots._free_slots) == 12, "no slot leaks"
 
 
 def test_a_backend_that_cannot_drop_what_is_evicted_loses_nothing() -> None:
@@ -109,9 +109,9 @@ def test_a_backend_that_cannot_drop_what_is_evicted_loses_nothing() -> None:
         model.evict()
         assert stream.result().tokens == alone(random_prompt(3, 100), max_tokens=400, seed=3).tokens
         model.evict()
-        live = model._runner._scheduler.live
-        assert backend.cells_used == live.cells.used == 0
-        assert len(live._numbers) == 12, "no number leaks"
+        slots = model._runner._scheduler.slots
+        assert backend.cells_used == slots.cells.used == 0
+        assert len(slots._free_slots) == 12, "no slot leaks"
 
 
 CACHE_CALLS = ["lookup", "load", "load_each", "save", "wants", "contains", "stored", "packing", "expecting", "hold"]
@@ -171,7 +171,7 @@ def test_a_model_whose_context_cannot_be_made_anew_says_why() -> None:
     with loaded(Dying()) as model:
         with pytest.raises(erllama.Error, match="does not come back"):
             model.complete([1])
-        with pytest.raises(erllama.ModelUnloaded, match="cannot go on"):
+        with pytest.raises(erllama.ModelUnloaded, match="cannot continue"):
             eventually(lambda: model.complete([1]))
 
 

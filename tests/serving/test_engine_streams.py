@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 import erllama
-from erllama.engine import Batch
+from erllama.engine import Batch, Request, RequestOptions, Ticket
 from erllama.engine.backends.stub import EOG, StubBackend
+from erllama.engine.requests.ticket import DeltaPiece
 from support.requests_of import (
     Watched,
     eventually,
@@ -48,11 +50,53 @@ def test_a_reader_that_stops_costs_its_reply_and_loses_nothing() -> None:
     with loaded(StubBackend(n_ctx=8192, eog_bias=-100)) as model:
         stream = model.stream([1], max_tokens=3000, seed=1)
         whole = stream.result()
-        assert len(stream._ticket._unread) <= 256
+        assert stream._ticket._unread.qsize() == 258, "256 pieces, the rest as one, and the end"
         pieces = [event for event in stream if isinstance(event, erllama.TextDelta)]
         assert len(pieces) == 257, "the rest as one piece"
         assert "".join(piece.text for piece in pieces) == whole.text
         assert tuple(token for piece in pieces for token in piece.tokens) == whole.tokens
+
+
+def test_a_request_that_pauses_sends_what_a_slow_reader_has_not_read() -> None:
+    ticket = Ticket(Request(np.zeros(1, np.int32), RequestOptions()), streaming=True)
+    for token in range(300):
+        ticket.emit(DeltaPiece("text", chr(token + 256), (token,), ()))
+        ticket.notify()
+    events = [ticket.poll() for _ in range(256)]
+    assert ticket.poll() is None
+    ticket.flush()
+    events.append(ticket.poll())
+    assert [token for event in events if isinstance(event, erllama.TextDelta) for token in event.tokens] == [
+        *range(300)
+    ]
+    assert ticket.poll() is None
+
+
+def test_a_ticket_that_several_threads_read_ends_for_each_of_them() -> None:
+    ticket = Ticket(Request(np.zeros(1, np.int32), RequestOptions()), streaming=True)
+    found: list[erllama.Event] = []
+    ended = []
+
+    def read() -> None:
+        with suppress(erllama.SamplingError):
+            found.extend(ticket.events())
+        with pytest.raises(erllama.SamplingError):
+            ticket.result()
+        ended.append(True)
+
+    readers = [threading.Thread(target=read) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    for token in range(1000):
+        ticket.emit(DeltaPiece("text", "x", (token,), ()))
+        ticket.notify()
+    ticket.fail(erllama.SamplingError("the end"))
+    for reader in readers:
+        reader.join()
+    assert len(ended) == len(readers)
+    assert sorted(token for event in found if isinstance(event, erllama.TextDelta) for token in event.tokens) == [
+        *range(1000)
+    ]
 
 
 def test_completions_that_nobody_streams_keep_no_events() -> None:
@@ -60,7 +104,7 @@ def test_completions_that_nobody_streams_keep_no_events() -> None:
         ticket = model._requests.ticket([1], erllama.engine.RequestOptions(max_tokens=50), model)
         model._runner.submit(ticket)
         ticket.result()
-        assert not ticket._unread
+        assert [type(event) for event in ticket.events()] == [erllama.Done]
 
 
 def test_a_tenth_of_replies_streams_while_the_rest_is_waited_for() -> None:

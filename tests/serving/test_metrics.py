@@ -446,8 +446,8 @@ def test_nobody_needs_prometheus_client_who_does_not_ask_for_it() -> None:
 
 def test_the_documented_metrics_are_those_there_are(registry: CollectorRegistry) -> None:
     with Cache() as cache, erllama.load_backend(StubBackend(), cache=cache) as model:
-        model.metrics.ended("stop")
-        model.metrics.went_wrong(ValueError())
+        model.metrics.count_finished("stop")
+        model.metrics.count_failed(ValueError())
         found = {}
         for family in Page(registry).families:
             shared = {"model", "cache", "le"}

@@ -146,7 +146,7 @@ def test_many_tools_are_refused_before_a_grammar_is_made_of_them(
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("a grammar was made")
 
-    monkeypatch.setattr("erllama.chat.families.Family.grammar", refused)
+    monkeypatch.setattr("erllama.chat.family.Family.constrain_calls", refused)
     tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": {}}} for i in range(1000)]
     with pytest.raises(erllama.PromptTooLong):
         model.chat(MESSAGES, tools=tools, chat_template="{{ tools | tojson }}<tool_call>{{ messages[0].content }}")

@@ -15,7 +15,8 @@ import erllama
 from erllama.cache import Cache
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.sampling.candidates import order, top_k
-from erllama.engine.sampling.sampler import Sampler, SamplerFactory, SamplingOptions
+from erllama.engine.sampling.options import SamplingOptions
+from erllama.engine.sampling.sampler import Sampler, SamplerFactory
 from support.backends import Letters
 
 rows = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=300).map(lambda r: np.array(r, np.float32))
@@ -158,7 +159,7 @@ def test_rows_that_are_no_distribution_are_refused(
         ({"samplers": "top_k"}, "list"),
         ({"samplers": ["top_q"]}, "did you mean 'top_"),
         ({"samplers": ["top_k"], "top_p": 0.5}, "top_p=0.5 has no effect: 'top_p' is not among"),
-        ({"temperature": 0, "dynatemp_range": 0.5}, "has no use"),
+        ({"temperature": 0, "dynatemp_range": 0.5}, "has no effect"),
         ({"logit_bias": [1]}, "mapping"),
         ({"logit_bias": {-1: 0.5}}, "at least 0"),
         ({"logit_bias": {1: float("inf")}}, "finite"),
@@ -260,7 +261,7 @@ def failing(candidates: erllama.Candidates) -> erllama.Candidates:
     ("step", "words"),
     [
         (failing, "the step failing failed: ZeroDivisionError: oh"),
-        (lambda candidates: None, "NoneType"),
+        (lambda candidates: None, "returned NoneType"),
         (lambda candidates: candidates.keep(slice(0, 0)), "shape (0,)"),
         (lambda candidates: candidates.with_logits(candidates.logits * np.nan), "nan"),
         (lambda candidates: candidates.with_logits(candidates.logits[:5]), "logits of (5,)"),
@@ -329,7 +330,7 @@ def test_mirostat_keeps_the_surprise_at_its_aim(version: int, tau: float) -> Non
 def test_a_seed_beside_a_state_must_be_its_own(stub: erllama.Model) -> None:
     first = stub.complete("x", max_tokens=3, seed=5)
     stub.complete("x", max_tokens=3, seed=5, sampling_state=first.sampling_state)
-    with pytest.raises(erllama.OptionError, match="goes on with seed 5"):
+    with pytest.raises(erllama.OptionError, match="continues with seed 5"):
         stub.complete("x", max_tokens=3, seed=6, sampling_state=first.sampling_state)
 
 

@@ -525,23 +525,23 @@ def essence(reply: Completion) -> tuple[object, ...]:
 def disagreements(model: erllama.Model) -> list[str]:
     """Where the scheduler's picture of the context is not the backend's; between two ticks."""
     scheduler = model._runner._scheduler
-    live, backend = scheduler.live, model._backend
+    slots, backend = scheduler.slots, model._backend
     found = []
-    taken = [sequence.number for sequence in scheduler.running if sequence.number is not None]
-    taken += [parked.number for parked in live.parked]
-    if sorted(live._numbers + taken) != list(range(backend.limits.n_sequences)):
-        found.append(f"sequences {live._numbers} are free and {taken} taken")
-    held = {s.number: s.n_held for s in scheduler.running if s.number is not None}
-    held |= {parked.number: len(parked.tokens) for parked in live.parked}
+    taken = [sequence.slot for sequence in scheduler.running if sequence.slot is not None]
+    taken += [parked.slot for parked in slots.parked]
+    if sorted(slots._free_slots + taken) != list(range(backend.limits.n_sequences)):
+        found.append(f"sequences {slots._free_slots} are free and {taken} taken")
+    held = {s.slot: s.n_computed for s in scheduler.running if s.slot is not None}
+    held |= {parked.slot: len(parked.tokens) for parked in slots.parked}
     for number in range(backend.limits.n_sequences):
-        counted = (held.get(number, 0), live.cells.held(number), positions_of(backend, number))
+        counted = (held.get(number, 0), slots.cells.n_tokens(number), positions_of(backend, number))
         if len(set(counted)) > 1:
             found.append(f"sequence {number} holds, by itself, the cells and the backend, {counted}")
-    if isinstance(backend, StubBackend) and live.cells.used != backend.cells_used:
-        found.append(f"{live.cells.used} cells are counted, {backend.cells_used} used")
+    if isinstance(backend, StubBackend) and slots.cells.used != backend.cells_used:
+        found.append(f"{slots.cells.used} cells are counted, {backend.cells_used} used")
     if any(sequence in scheduler.waiting for sequence in scheduler.running):
         found.append("a request waits and runs")
-    if any(sequence.number is not None for sequence in scheduler.waiting):
+    if any(sequence.slot is not None for sequence in scheduler.waiting):
         found.append("a request that waits has a sequence")
     return found
 
@@ -591,8 +591,8 @@ def assert_idle(model: erllama.Model, crowd: Crowd, faults: Faults) -> None:
 
 def assert_nothing_is_held(model: erllama.Model) -> None:
     """By the context, after `evict()`."""
-    backend, live = model._backend, model._runner._scheduler.live
-    assert (live.cells.used, live.parked) == (0, [])
+    backend, slots = model._backend, model._runner._scheduler.slots
+    assert (slots.cells.used, slots.parked) == (0, [])
     if isinstance(backend, LlamaBackend):
         numbers = range(backend.limits.n_sequences + 1)  # one is the scratch sequence
         assert [backend._context.last_position(number) for number in numbers] == [-1] * len(numbers)

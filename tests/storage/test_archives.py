@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from erllama.cache import Cache
-from erllama.cache.admin.archive import Imported, export_blocks, import_blocks
+from erllama.cache.admin.archive import ImportResult, export_blocks, import_blocks
 from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
@@ -60,7 +60,7 @@ def good() -> bytes:
     )
 
 
-def imported(source: io.BytesIO) -> tuple[Imported, Stored]:
+def imported(source: io.BytesIO) -> tuple[ImportResult, Stored]:
     stored = Stored()
     return import_blocks(stored, source), stored  # type: ignore[arg-type]
 
@@ -106,7 +106,7 @@ def test_an_extended_header_is_refused_before_it_is_read(
     with (tmp_path / "a.tar").open("rb", buffering=0) if as_file else io.BytesIO(content) as source:
         tracemalloc.start()
         try:
-            with pytest.raises(CacheFormatError, match="no plain file"):
+            with pytest.raises(CacheFormatError, match="not a plain file"):
                 import_blocks(stored, source)  # type: ignore[arg-type]
             assert tracemalloc.get_traced_memory()[1] < 1 << 20
         finally:

@@ -64,7 +64,7 @@ def test_a_whole_hit_ends_where_a_stored_block_ends(
 
 
 @given(st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=6), max_size=12), st.data())
-def test_overtaken_blocks_are_the_true_prefixes(siblings: list[list[int]], data: st.DataObject) -> None:
+def test_superseded_blocks_are_the_proper_prefixes(siblings: list[list[int]], data: st.DataObject) -> None:
     tree = PrefixTree()
     raws = {token_bytes(np.array(ids, np.uint32)) for ids in siblings}
     for raw in raws:
@@ -74,7 +74,7 @@ def test_overtaken_blocks_are_the_true_prefixes(siblings: list[list[int]], data:
         ids = siblings[0] + ids
     new = Block.following(NAMESPACE, NAMESPACE, 0, token_bytes(np.array(ids, np.uint32)), SaveReason.COLD)
     expected = {raw for raw in raws if new.tokens.startswith(raw) and raw != new.tokens}
-    assert {block.tokens for block in tree.overtaken_by(new)} == expected
+    assert {block.tokens for block in tree.superseded_by(new)} == expected
     whole = tree.longest_whole(NAMESPACE, new.tokens)
     assert (whole.block.tokens if whole else b"") == max(
         (raw for raw in raws if new.tokens.startswith(raw)), key=len, default=b""

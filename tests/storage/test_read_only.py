@@ -232,7 +232,7 @@ def test_the_command_reads_and_refuses_to_change(warm: Path, monkeypatch: pytest
         for change in (
             files.gc,
             files.evict,
-            files.forget_rest,
+            files.remove_texts_and_damaged,
             lambda: files.verify(repair=True),
             lambda: files.shrink(0),
             lambda: files.put(block, memoryview(b"x")),

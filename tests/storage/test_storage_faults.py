@@ -203,7 +203,7 @@ def test_a_directory_that_is_removed_is_made_anew(tmp_path: Path, ram: str | int
 def test_a_part_of_the_directory_that_is_removed_is_made_anew(
     tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("erllama.cache.pipeline.upkeep._REOPEN_SECONDS", 0.1)
+    monkeypatch.setattr("erllama.cache.pipeline.tier_set._REOPEN_SECONDS", 0.1)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         use(cache, texts(0))
         cache.flush()
@@ -298,7 +298,7 @@ def test_a_cache_opens_as_soon_as_the_database_is_free(tmp_path: Path) -> None:
 def test_a_database_that_is_kept_for_longer_than_the_cache_waits_costs_only_those_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("erllama.cache.tiers.index._BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("erllama.cache.tiers.index_schema._BUSY_SECONDS", 0.1)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         use(cache, texts(0))
         cache.flush()
@@ -317,8 +317,8 @@ def test_a_database_that_is_kept_for_longer_than_the_cache_waits_costs_only_thos
 def test_a_database_that_is_kept_for_longer_than_a_start_waits_is_used_when_it_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("erllama.cache.tiers.index._BUSY_SECONDS", 0.1)
-    monkeypatch.setattr("erllama.cache.pipeline.upkeep._REOPEN_SECONDS", 0.1)
+    monkeypatch.setattr("erllama.cache.tiers.index_schema._BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("erllama.cache.pipeline.tier_set._REOPEN_SECONDS", 0.1)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         save(cache, texts(0))
     with held_by_another(tmp_path, ALONE):
@@ -680,7 +680,7 @@ def test_a_file_that_is_removed_is_gone_from_the_rows(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_replaced_by_garbage_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erllama.cache.tiers.file_tier._SETTLED_SECONDS", 0.3)
+    monkeypatch.setattr("erllama.cache.tiers.reconciler._SETTLED_SECONDS", 0.3)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         use(cache, texts(0))
         cache.flush()

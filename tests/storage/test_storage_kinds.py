@@ -107,9 +107,9 @@ def test_an_exception_while_reading_leaves_no_transaction_open(tmp_path: Path, s
 def test_statements_in_the_wrong_order_set_no_index_aside(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         fill(cache, 2)
-        (tier,) = cache._upkeep.tiers
+        (tier,) = cache._tier_set
         assert isinstance(tier, FileTier)
-        assert tier._index is not None
+        assert tier.usable
         with pytest.raises(sqlite3.OperationalError), tier._using() as index:
             index.db.execute("COMMIT")  # SQLITE_ERROR: no transaction is open
         fill(cache, 4)
@@ -219,7 +219,7 @@ def test_check_integrity_compares_with_the_files(tmp_path: Path) -> None:
         cache.gc()
         cache.check_integrity()
         two.rename(tmp_path / "blocks" / ("00" * 32 + ".kvc"))
-        with pytest.raises(erllama.IntegrityError, match="the index does not know"):
+        with pytest.raises(erllama.IntegrityError, match="the index does not list"):
             cache.check_integrity()
         cache.gc()
         cache.check_integrity()
@@ -289,12 +289,12 @@ def test_a_flush_waits_for_what_was_queued_when_it_was_called(
             saving.join()
 
 
-def test_chores_have_their_turn_under_load(tmp_path: Path) -> None:
+def test_tasks_have_their_turn_under_load(tmp_path: Path) -> None:
     done = threading.Event()
     with Cache(block_size=SIZE, ram=0, tiers=[SlowTier(tmp_path, 2**30)]) as cache:
         for first in range(0, 8_000, 1000):
             save(cache, texts(first))
-        cache._upkeep.writer.defer(done.set)
+        cache._queue.defer(done.set)
         for first in range(100_000, 10**9, 1000):
             if done.wait(0.002):
                 break
@@ -410,12 +410,12 @@ def test_an_owner_that_cannot_be_looked_at_lives(
             raise OSError(number, os.strerror(number), str(path))
         return opening(path, *arguments, **options)  # type: ignore[arg-type]
 
-    assert one.alive(two.owner)
+    assert one.is_alive(two.owner)
     monkeypatch.setattr(os, "open", failing)
-    assert one.alive(two.owner)
+    assert one.is_alive(two.owner)
     monkeypatch.undo()
     two.leave()
-    assert not one.alive(two.owner)
+    assert not one.is_alive(two.owner)
     one.leave()
 
 
@@ -437,7 +437,7 @@ def test_a_process_without_descriptors_costs_another_no_save(tmp_path: Path) -> 
                 pass
             print("ready", flush=True)
             sys.stdin.readline()
-            for tier in cache._upkeep.tiers:
+            for tier in cache._tier_set:
                 tier.tidy()
             for descriptor in held:
                 os.close(descriptor)
@@ -448,7 +448,7 @@ def test_a_process_without_descriptors_costs_another_no_save(tmp_path: Path) -> 
             assert child.stdout is not None
             assert child.stdin is not None
             assert child.stdout.readline() == "ready\n"
-            (tier,) = cache._upkeep.tiers
+            (tier,) = cache._tier_set
             (block,) = blocks_of(texts(5000, SIZE))
             with tier.exclusive():
                 assert tier.reserve(block, 500)
@@ -516,7 +516,7 @@ def test_a_lookup_costs_the_blocks_that_it_finds_and_not_those_that_are_stored()
             walked += 1
             return super().items()
 
-    lru._residents = Counting(lru._residents)
+    lru._nodes = Counting(lru._nodes)
     for now in (2_000, 2_000, 2_000, 3_000):
         lru.clamp(now)
         lru.touch((now % 7).to_bytes(4, "little"), now)

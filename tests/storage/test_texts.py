@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from erllama.cache import Cache
 from erllama.cache.texts import text_tokens as texts_module
-from erllama.cache.texts.text_tokens import KnownTexts, TextDigests
+from erllama.cache.texts.text_tokens import TextCache, TextDigests
 from erllama.cache.tiers import index as index_module
 from support.blocks import SIZE, save
 
@@ -41,10 +41,10 @@ def test_the_longest_text_that_another_begins_with_is_found(
     parts: list[tuple[str, int]], data: st.DataObject
 ) -> None:
     texts = ["".join(letter * n for letter, n in parts[:i]).encode() for i in range(len(parts) + 1)]
-    known = KnownTexts()
+    known = TextCache()
     remembered = data.draw(st.lists(st.sampled_from(texts), unique=True))
     for text in remembered:
-        known.remember(TextDigests(NAMESPACE, text).known_as(ids(len(text))))
+        known.remember(TextDigests(NAMESPACE, text).record(ids(len(text))))
     asked = data.draw(st.sampled_from(texts)) + data.draw(st.binary(max_size=600))
     best = max((text for text in remembered if asked.startswith(text)), key=len, default=None)
     got = known.longest(TextDigests(NAMESPACE, asked))
@@ -53,9 +53,9 @@ def test_the_longest_text_that_another_begins_with_is_found(
 
 
 def test_the_least_recently_used_text_goes_first() -> None:
-    known = KnownTexts(limit_bytes=2000)  # two of them
+    known = TextCache(limit_bytes=2000)  # two of them
     for name in (b"a", b"b", b"c"):
-        known.remember(TextDigests(NAMESPACE, name).known_as(ids(1, 2, 3, 4)))
+        known.remember(TextDigests(NAMESPACE, name).record(ids(1, 2, 3, 4)))
         assert known.longest(TextDigests(NAMESPACE, b"a")) is not None
     assert known.longest(TextDigests(NAMESPACE, b"b")) is None
     assert known.longest(TextDigests(NAMESPACE, b"c")) is not None
@@ -236,9 +236,9 @@ def test_a_conversation_of_20_turns_takes_about_its_distinct_tokens_on_disk(
 
 def test_a_conversation_of_20_turns_takes_about_its_distinct_tokens_in_memory() -> None:
     texts = list(turns(20, 32_000))
-    known = KnownTexts(limit_bytes=3 * distinct_bytes(texts))
+    known = TextCache(limit_bytes=3 * distinct_bytes(texts))
     for text, tokens in texts:
-        known.remember(TextDigests(NAMESPACE, text).known_as(tokens))
+        known.remember(TextDigests(NAMESPACE, text).record(tokens))
     for text, tokens in texts:
         got = known.longest(TextDigests(NAMESPACE, text))
         assert got is not None
@@ -249,11 +249,11 @@ def test_a_conversation_of_20_turns_takes_about_its_distinct_tokens_in_memory() 
 def test_what_is_counted_in_memory_is_what_is_taken(n_texts: int, n_tokens: int) -> None:
     tracemalloc.start()
     try:
-        known = KnownTexts()
+        known = TextCache()
         before = tracemalloc.get_traced_memory()[0]
         for i in range(n_texts):
             text = b"%d" % i * 200
-            known.remember(TextDigests(NAMESPACE, text).known_as(np.full(n_tokens, i, np.int32)))
+            known.remember(TextDigests(NAMESPACE, text).record(np.full(n_tokens, i, np.int32)))
         taken = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
@@ -279,17 +279,17 @@ def test_what_is_counted_on_disk_is_what_is_taken(tmp_path: Path, n_texts: int, 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 400), st.integers(0, 1)), max_size=30))
 def test_what_is_forgotten_takes_nothing(steps: list[tuple[int, int, int]]) -> None:
-    known = KnownTexts(limit_bytes=5000)
+    known = TextCache(limit_bytes=5000)
     for name, n_tokens, first in steps:
         tokens = np.full(n_tokens, first, np.int32)
-        known.remember(TextDigests(NAMESPACE, b"%d" % name).known_as(tokens))
+        known.remember(TextDigests(NAMESPACE, b"%d" % name).record(tokens))
         got = known.longest(TextDigests(NAMESPACE, b"%d" % name))
         assert got is not None
         assert got.tokens.tolist() == tokens.tolist()
         assert known.n_bytes <= 5000
     known._limit = 0
-    known.remember(TextDigests(NAMESPACE, b"last").known_as(ids(1)))
-    assert (known.n_bytes, known._pieces._pieces, known._pieces._needs, known._lengths) == (0, {}, {}, {})
+    known.remember(TextDigests(NAMESPACE, b"last").record(ids(1)))
+    assert (known.n_bytes, known._chunks._chunks, known._chunks._references, known._lengths) == (0, {}, {}, {})
 
 
 WRONG_TOTALS = ("9e999", "-9e999", "'x'", "x'00'", "-1e11", "1e300", "1 << 60")
@@ -434,14 +434,14 @@ def test_remembering_is_as_cheap_however_many_are_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = itertools.count()
-    connect = index_module._connect
+    connect = index_module.connect
 
-    def counted(path: Path, timeout: float) -> sqlite3.Connection:
-        connection = connect(path, timeout)
+    def counted(path: Path, *, wait: bool) -> sqlite3.Connection:
+        connection = connect(path, wait=wait)
         connection.set_progress_handler(lambda: next(steps) < 0, 10)  # each ten instructions of SQLite
         return connection
 
-    monkeypatch.setattr(index_module, "_connect", counted)
+    monkeypatch.setattr(index_module, "connect", counted)
     took = []
     with Cache(disk=tmp_path, watch=False) as cache:
         for i in range(1000):

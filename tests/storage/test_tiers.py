@@ -13,7 +13,7 @@ import pytest
 
 import erllama
 from erllama.cache import Block, Cache, FileTier, MemoryUsage, SaveReason, Tier, TierRow, token_bytes
-from erllama.cache.pipeline.write_queue import Pending, WriteQueue
+from erllama.cache.pipeline.write_queue import PendingSave, WriteQueue
 from support.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
 from support.children import must_run
 from support.faulty_tiers import SmallTier
@@ -150,7 +150,7 @@ class Failing(SmallTier):
 
 
 def test_a_tier_of_ones_own_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erllama.cache.pipeline.upkeep._REOPEN_SECONDS", 0.0)
+    monkeypatch.setattr("erllama.cache.pipeline.tier_set._REOPEN_SECONDS", 0.0)
     tier = Failing(str(tmp_path))
     with Cache(block_size=SIZE, tiers=[tier]) as cache:
         assert "no route" in str(cache.disk_error)
@@ -213,7 +213,7 @@ def test_a_newer_version_is_not_undone_by_a_load_of_the_old(tmp_path: Path) -> N
         assert bytes(cache.load(block).payload) == b"new"  # type: ignore[union-attr]
         cache.evict_bytes(1000, ("ram",))
         assert bytes(cache.load(block).payload) == b"new"  # type: ignore[union-attr]
-        assert bytes(tier.shelf[block.key][1]) == b"new"
+        assert bytes(tier.store[block.key][1]) == b"new"
 
 
 def test_a_version_that_does_not_fit_leaves_the_old_one() -> None:
@@ -404,7 +404,7 @@ def test_a_tail_is_written_soon_where_others_look_on(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, np.arange(700, 705, dtype=np.int32))
         time.sleep(0.6)
-        assert cache.counters()["bytes_pending"] > 0, "alone, it waits to be overtaken"
+        assert cache.counters()["bytes_pending"] > 0, "alone, it waits to be superseded"
 
 
 def test_who_comes_later_sees_a_tail_that_waits(tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_who_comes_later_sees_a_tail_that_waits(tmp_path: Path) -> None:
 def test_each_tail_is_looked_after_however_soon_it_follows_another(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, MANY[:5])
-        save(cache, MANY[:SIZE])  # overtakes it
+        save(cache, MANY[:SIZE])  # supersedes it
         cache.flush()
         time.sleep(0.7)  # nothing waits any more
         save(cache, MANY[: SIZE + 5])
@@ -431,7 +431,7 @@ def test_a_look_for_others_does_not_miss_the_tail_that_asked_for_it(
 ) -> None:
     offer = WriteQueue.offer
 
-    def offer_late(self: WriteQueue, save: Pending) -> bool:
+    def offer_late(self: WriteQueue, save: PendingSave) -> bool:
         time.sleep(0.2)  # the writer's thread has time to do all that it was given before
         return offer(self, save)
 

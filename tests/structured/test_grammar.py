@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from erllama import Error, Grammar, GrammarError
 from erllama.engine.backends.stub import StubVocabulary
-from erllama.engine.grammar import automata, gbnf
-from erllama.engine.grammar import lark_writer as lexemes
+from erllama.engine.grammar import adjacency, automata, gbnf, lark_writer
 from erllama.engine.grammar.grammar import GrammarCompiler
 from support.grammar_walks import PERSON
 
@@ -126,7 +125,7 @@ class Reference:
 @given(grammars)
 def test_gbnf_accepts_the_texts_that_its_rules_derive(rules: list[Expression]) -> None:
     source = "root ::= r0\n" + "".join(f"r{at} ::= {written(rule)}\n" for at, rule in enumerate(rules))
-    grammar = made_or_refused(lambda: Grammar.gbnf(source), "no text ever ends")
+    grammar = made_or_refused(lambda: Grammar.gbnf(source), "has no finite text")
     assume(grammar is not None)
     for tried in TEXTS:
         assert grammar is None or grammar.accepts(tried) == Reference(rules, tried).accepts(), (source, tried)
@@ -153,7 +152,7 @@ def repeat(part: Expression, least: int, most: int | None = None) -> Expression:
 
 
 ROOT, ONE, TWO = ("rule", 0), ("rule", 1), ("rule", 2)
-# Each would be wrong if a lexeme were read further than the rules allow.
+# Each would be wrong if a terminal were read further than the rules allow.
 TRAPS: list[list[Expression]] = [
     [sequence(repeat(one_of("abc"), 1), text("a"))],
     [sequence(repeat(text("a"), 0), text("ab"))],
@@ -171,7 +170,7 @@ TRAPS: list[list[Expression]] = [
 
 @pytest.mark.parametrize("letters", ["abc", "aéè"], ids=["bytes", "characters of two bytes"])
 @pytest.mark.parametrize("number", range(len(TRAPS)))
-def test_lexemes_are_not_read_further_than_the_rules_allow(number: int, letters: str) -> None:
+def test_terminals_are_not_read_further_than_the_rules_allow(number: int, letters: str) -> None:
     source = "root ::= r0\n" + "".join(f"r{at} ::= {written(rule)}\n" for at, rule in enumerate(TRAPS[number]))
     grammar = Grammar.gbnf(source.translate(str.maketrans("abc", letters)) if letters != "abc" else source)
     for tried in ("".join(some) for n in range(6) for some in product("abc", repeat=n)):
@@ -213,18 +212,18 @@ def test_gbnf_is_read_as_llama_cpp_reads_it() -> None:
         ("# nothing\n", None, None, "empty"),
         ('a ::= "x"', None, None, "no rule 'root'; it has 'a'"),
         ('root ::= "a" x', 1, 14, "there is no rule 'x'"),
-        ('root = "a"', 1, 6, "::= was expected"),
-        ('root ::= "a"\n\n  x_y ::= "b"', 3, 4, "::= was expected"),
+        ('root = "a"', 1, 6, "expected ::="),
+        ('root ::= "a"\n\n  x_y ::= "b"', 3, 4, "expected ::="),
         ('root ::= "a" "b"\n | "c"', 2, 2, "the name of a rule"),
         ('root ::= "a', 1, 10, "never closed"),
         ("root ::= [a", 1, 10, "never closed"),
         ('root ::= ("a"', 1, 10, "never closed"),
-        ('root ::= "a")', 1, 13, "a new line was expected"),
+        ('root ::= "a")', 1, 13, "expected a new line"),
         ('root ::= "\\q"', 1, 11, "escape"),
         ('root ::= "\\x4"', 1, 11, "2 hexadecimal"),
-        ('root ::= "\\ud83d"', 1, 11, "no character"),
-        ("root ::= *", 1, 10, "nothing before it"),
-        ('root ::= "a" | +', 1, 16, "nothing before it"),
+        ('root ::= "\\ud83d"', 1, 11, "not a character"),
+        ("root ::= *", 1, 10, "no element before it"),
+        ('root ::= "a" | +', 1, 16, "no element before it"),
         ('root ::= "a"{2001}', 1, 13, "at most 2000"),
         ('root ::= "a"{0,2001}', 1, 13, "at most 2000"),
         ('root ::= "a"{9' + "9" * 9000 + "}", 1, 13, "at most 2000"),
@@ -232,11 +231,11 @@ def test_gbnf_is_read_as_llama_cpp_reads_it() -> None:
         ('root ::= "a"{,2}', 1, 14, "a number"),
         ('root ::= "a"{2;}', 1, 15, "'}'"),
         ("root ::= <12>x <a", 1, 16, "a token"),
-        ("root ::= root", 1, 1, "no text ever ends rule 'root'"),
-        ('root ::= "a" root', 1, 1, "no text ever ends rule 'root'"),
-        ('root ::= "a" | x\nx ::= y\ny ::= "(" x ")"', 2, 1, "no text ever ends rule 'x'"),
-        ("root ::= [z-a]", 1, 1, "no text ever ends"),
-        ('root ::= "\0"', 1, 11, "no text has"),
+        ("root ::= root", 1, 1, "rule 'root' has no finite text"),
+        ('root ::= "a" root', 1, 1, "rule 'root' has no finite text"),
+        ('root ::= "a" | x\nx ::= y\ny ::= "(" x ")"', 2, 1, "rule 'x' has no finite text"),
+        ("root ::= [z-a]", 1, 1, "has no finite text"),
+        ('root ::= "\0"', 1, 11, "no text contains"),
         ("root ::= " + "(" * 10_000, 1, 110, "nested too deeply"),
         ("root ::= " + "(" * 10_000 + '"a"' + ")" * 10_000, 1, 110, "nested too deeply"),
     ],
@@ -322,7 +321,7 @@ def list_of_words(n: int) -> str:
 def test_the_steps_that_a_grammar_takes_grow_with_its_size(made: Callable[[int], str], n: int) -> None:
     def steps(source: str) -> int:
         rules = gbnf.parse(source)
-        lexemes.lark(rules.pool, rules.rules, rules.root, str)
+        lark_writer.write_lark(rules.pool, rules.rules, rules.root, str)
         return rules.pool.work
 
     assert steps(made(2 * n)) < 3 * steps(made(n))
@@ -344,7 +343,7 @@ def test_walks_of_automata_stop_at_their_limit(monkeypatch: pytest.MonkeyPatch) 
     assert seen < 200_000
 
 
-def test_neighbours_of_lexemes_are_counted_before_they_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adjacent_terminals_are_counted_before_they_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = 0
 
     def counted(bits: int, start: int = 0) -> Iterator[int]:
@@ -353,14 +352,14 @@ def test_neighbours_of_lexemes_are_counted_before_they_are_gathered(monkeypatch:
             seen += 1
             yield member
 
-    monkeypatch.setattr(lexemes, "members", counted)
+    monkeypatch.setattr(adjacency, "members", counted)
     n = 1800
     source = "root ::= " + " ".join(f"a{i}?" for i in range(n)) + "\n"
     source += "".join(f'a{i} ::= "{i}"\n' for i in range(n))
     rules = gbnf.parse(source)
-    assert lexemes.lark(rules.pool, rules.rules, rules.root, str)
-    # Of n lexemes, each of which may be followed by all after it, there are n * n / 2 pairs.
-    assert seen < lexemes._MAX_PAIRS
+    assert lark_writer.write_lark(rules.pool, rules.rules, rules.root, str)
+    # Of n terminals, each of which may be followed by all after it, there are n * n / 2 pairs.
+    assert seen < adjacency.MAX_PAIRS
 
 
 def test_a_grammar_of_too_many_steps_is_refused_with_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,9 +412,9 @@ def test_a_regular_expression_matches_the_whole_text() -> None:
         ("(?=a)b", "look-around"),
         (r"(a)\1", "backreferences"),
         (r"a\b", "lookarounds"),
-        ("[a&&b]", "no text of the grammar"),
+        ("[a&&b]", "the grammar allows no text"),
         ("a{2", "unclosed counted repetition"),
-        ("\ud800", "no text has"),
+        ("\ud800", "no text contains"),
         ("(" * 100_000, "unclosed"),
     ],
 )
@@ -479,8 +478,8 @@ def test_a_schema_cannot_change_the_compilers_settings() -> None:
         ({"type": "nothing"}, "nothing"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum"),
         ({"type": "string", "pattern": "("}, "unclosed group"),
-        ({"a": {1, 2}}, "no JSON"),
-        ({"const": float("nan")}, "no JSON"),
+        ({"a": {1, 2}}, "not JSON"),
+        ({"const": float("nan")}, "not JSON"),
         (False, "false"),
         ("[1]", "an object or a boolean"),
         ('{"const": NaN}', "NaN"),
@@ -585,7 +584,7 @@ def test_a_message_about_a_schema_is_in_the_words_of_schemas(schema: dict[str, o
 
 
 def test_a_property_that_is_required_and_not_allowed_is_named() -> None:
-    with pytest.raises(GrammarError, match="'b' is required, and neither listed nor an additional one"):
+    with pytest.raises(GrammarError, match="'b' is required, but neither listed nor allowed as additional"):
         Grammar.json_schema({"type": "object", "required": ["b"], "properties": {}, "additionalProperties": False})
 
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from erllama import Grammar, GrammarError
 from erllama.engine.backend import Vocabulary
 from erllama.engine.backends.stub import StubVocabulary
-from erllama.engine.grammar.grammar import GrammarCompiler, Matcher
+from erllama.engine.grammar.grammar import GrammarCompiler
+from erllama.engine.grammar.matcher import Matcher
 from erllama.llama_ffi import LlamaModel
 from support.grammar_walks import PERSON
 from support.places import SHARED
@@ -152,7 +153,7 @@ def test_tokens_without_a_text_come_only_where_a_grammar_names_them() -> None:
     ("source", "problem"),
     [
         ('root ::=\n "a" <nothing>', "line 2, column 6: <nothing> is 9 tokens"),
-        ("root ::= <[400]>", "this model has 257 tokens"),
+        ("root ::= <[400]>", "outside the vocabulary of 257 tokens"),
         ("root ::= <[256]>", "ends a reply"),
     ],
 )

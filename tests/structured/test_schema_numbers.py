@@ -15,8 +15,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from erllama import Grammar, GrammarError
-from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
-from erllama.chat.tool_calls.tools import normalized_tools
+from erllama.chat.tool_calls.call_grammar import write_call_grammar
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, get_tool_format
+from erllama.chat.tool_calls.reader import read_calls
+from erllama.chat.tool_calls.tools import normalize_tools
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.engine.grammar.schemas import keywords as schema_keywords
 from support.grammar_walks import CLOSING, Vocabulary
@@ -96,13 +98,13 @@ def within(number: Decimal | int, bounds: dict[str, object]) -> bool:
 
 
 def grammar_or_none(schema: object) -> Grammar | None:
-    """None where no JSON has the schema."""
+    """None where no JSON matches the schema."""
     refused = ""
     try:
         return Grammar.json_schema(json.dumps(schema))
     except GrammarError as error:
         refused = str(error)
-    assert "no JSON has the schema" in refused or "Unsatisfiable" in refused, refused
+    assert "no JSON matches the schema" in refused or "Unsatisfiable" in refused, refused
     return None
 
 
@@ -161,7 +163,7 @@ def test_multiples_within_large_bounds(step: float) -> None:
         ({"type": "integer", "minimum": LARGE, "multipleOf": 3}, "multipleOf 3"),
         ({"type": "number", "minimum": LARGE, "multipleOf": 0.5}, "multipleOf"),
         ({"type": "integer", "minimum": 10**500}, "501 digits"),
-        ({"type": "integer", "minimum": LARGE, "maximum": LARGE - 1}, "no JSON has the schema"),
+        ({"type": "integer", "minimum": LARGE, "maximum": LARGE - 1}, "no JSON matches the schema"),
         ({"type": "object", "patternProperties": {"^x": {"const": LARGE}}}, "patternProperties"),
         ({"properties": {"a": {"const": LARGE}, "b": {}}, "type": "object", "maxProperties": 1}, "maxProperties"),
         ({"oneOf": [{"const": LARGE}, {"type": "integer"}]}, "oneOf"),
@@ -215,7 +217,7 @@ def test_options_of_one_of_that_are_apart_are_kept(options: list[object], good: 
     ],
 )
 def test_options_of_one_of_that_may_hold_together_are_refused(options: list[object]) -> None:
-    with pytest.raises(GrammarError, match="may hold together is not supported; use anyOf"):
+    with pytest.raises(GrammarError, match="may match together is not supported; use anyOf"):
         Grammar.json_schema({"oneOf": options})
 
 
@@ -231,8 +233,8 @@ def test_every_option_of_one_of_is_read_once(
         return types_of(parts)
 
     types_of = schema_keywords.types_of
-    for module in ("schema_rules", "schema_options"):
-        monkeypatch.setattr(f"erllama.engine.{module}.types_of", counted, raising=False)
+    for module in ("rules", "one_of"):
+        monkeypatch.setattr(f"erllama.engine.grammar.schemas.{module}.types_of", counted, raising=False)
     Grammar.json_schema({"oneOf": [option(n) for n in range(100)]})
     assert n_read < 1000
 
@@ -482,7 +484,7 @@ def _has_objects(value: object) -> bool:
 
 # --- arguments of tools -----------------------------------------------------------------------
 
-TOOLS = normalized_tools(
+TOOLS = normalize_tools(
     [
         {
             "name": "find",
@@ -504,7 +506,9 @@ TOOLS = normalized_tools(
 @pytest.mark.parametrize("format", TOOL_FORMATS)
 def test_arguments_of_tools_lose_no_digit(format: str) -> None:
     words = Vocabulary([])
-    grammar = Grammar.lark(tool_format(format).grammar(TOOLS, name=None, parallel=False, literal=plainly))
+    grammar = Grammar.lark(
+        write_call_grammar(get_tool_format(format), TOOLS, name=None, parallel=False, literal=plainly)
+    )
     compiler = GrammarCompiler(words)
     for seed in range(5):
         chance, matcher, text = random.Random(seed), compiler.matcher(grammar), ""
@@ -516,7 +520,7 @@ def test_arguments_of_tools_lose_no_digit(format: str) -> None:
             token = chance.choice([token for token in allowed if words.names[token] in CLOSING] or allowed)
             matcher.accept(token)
             text += words.names[token]
-        (call,) = tool_format(format).parse(text, TOOLS)
+        (call,) = read_calls(get_tool_format(format), text, TOOLS)
         jsonschema.validate(call.arguments, TOOLS[0]["function"]["parameters"])  # type: ignore[index]
         assert call.arguments["exact"] == LARGE
         assert call.arguments["one"] in (2**64 - 1, LARGE + 2)

@@ -19,9 +19,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from erllama import Grammar
-from erllama.chat.messages import normalized_messages
-from erllama.chat.tool_calls.families import TOOL_FORMATS, find_tool_format, tool_format
-from erllama.chat.tool_calls.tools import normalized_tools, parameters_of
+from erllama.chat.messages import normalize_messages
+from erllama.chat.tool_calls.call_grammar import write_call_grammar
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, find_tool_format, get_tool_format
+from erllama.chat.tool_calls.reader import read_calls
+from erllama.chat.tool_calls.tools import get_parameters, normalize_tools
 from erllama.engine import ToolCall
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.errors import ToolCallError
@@ -68,13 +70,15 @@ RICH = {
         },
     },
 }
-RICH_TOOLS = normalized_tools([RICH, NOW, WEATHER])
+RICH_TOOLS = normalize_tools([RICH, NOW, WEATHER])
 
 
 @cache
 def walked(format: str, vocabulary: str, name: str | None, parallel: bool) -> tuple[GrammarCompiler, Grammar]:
     words = VOCABULARIES[vocabulary]
-    written = tool_format(format).grammar(RICH_TOOLS, name=name, parallel=parallel, literal=words.literal)
+    written = write_call_grammar(
+        get_tool_format(format), RICH_TOOLS, name=name, parallel=parallel, literal=words.literal
+    )
     return GrammarCompiler(words), Grammar.lark(written)
 
 
@@ -88,7 +92,7 @@ def read_or_too_large(format: str, text: str) -> list[ToolCall] | None:
     """The calls; None where a number is JSON's, and no float's."""
     problem = ""
     try:
-        return tool_format(format).parse(text, RICH_TOOLS)
+        return read_calls(get_tool_format(format), text, RICH_TOOLS)
     except ToolCallError as error:
         problem = str(error)
     assert re.search("too many digits|larger than any float", problem), text
@@ -112,7 +116,7 @@ def test_what_a_grammar_allows_is_read_and_valid(format: str, vocabulary: str) -
         assert name is None or {call.name for call in found} == {name}
         assert seed % 3 != 0 or len(found) == 1
         for call in found:
-            jsonschema.validate(call.arguments, parameters_of(RICH_TOOLS)[call.name])
+            jsonschema.validate(call.arguments, get_parameters(RICH_TOOLS)[call.name])
     assert finished > 10
 
 
@@ -139,7 +143,7 @@ TYPED = {
 }
 typed = st.fixed_dictionaries({}, optional=TYPED)
 JSON_TYPE = {"text": "string", "whole": "integer", "flag": "boolean", "list": "array", "more": "object"}
-LOOSE = normalized_tools(
+LOOSE = normalize_tools(
     [
         {
             "name": "loose-tool_1",
@@ -235,7 +239,7 @@ def written_by_template(name: str, made: Sequence[Mapping[str, object]]) -> str:
         {"id": f"call{n:05}", "type": "function", "function": {"name": "loose-tool_1", "arguments": arguments}}
         for n, arguments in enumerate(made)
     ]
-    messages = normalized_messages(
+    messages = normalize_messages(
         [{"role": "user", "content": ASKED}, {"role": "assistant", "content": None, "tool_calls": tool_calls}]
     )
     if name.startswith("meetkai"):
@@ -247,7 +251,7 @@ def written_by_template(name: str, made: Sequence[Mapping[str, object]]) -> str:
     else:
         text = renderer()(source, messages, LOOSE)
     text = text[text.index(ASKED) :]
-    format = tool_format(family.format)
+    format = get_tool_format(family.format)
     begin = min(at for mark in (*format.open, '{"name": "loose-tool_1"') if (at := text.find(mark)) >= 0)
     end = text.rindex(family.end) if family.end else max(text.rfind(mark) + len(mark) for mark in format.close)
     return text[begin:end]
@@ -262,7 +266,7 @@ def test_what_a_template_writes_is_read_back(name: str, chosen: st.DataObject) -
     made = chosen.draw(st.lists(family.arguments, min_size=1, max_size=family.most))
     assume(not any(family.without in text for text in strings_in(made)))
     span = written_by_template(name, made)
-    found = tool_format(family.format).parse(span, LOOSE)
+    found = read_calls(get_tool_format(family.format), span, LOOSE)
     assert [call.name for call in found] == ["loose-tool_1"] * len(made)
     assert [json.dumps(call.arguments, sort_keys=True) for call in found] == [
         json.dumps(arguments, sort_keys=True) for arguments in made
@@ -285,7 +289,9 @@ def test_what_a_template_writes_is_of_the_grammar(name: str) -> None:
     arguments: dict[str, object] = {"text": 'a "b"', "whole": 5, "list": [1, "x"]}
     family = FAMILIES[name]
     text = written_by_template(name, [arguments] * family.most)
-    written = tool_format(family.format).grammar(LOOSE, name=None, parallel=family.most > 1, literal=plainly)
+    written = write_call_grammar(
+        get_tool_format(family.format), LOOSE, name=None, parallel=family.most > 1, literal=plainly
+    )
     if family.format == "seed":
         # It writes lists as Python does, which its models need not.
         text = text.replace("'x'", '"x"')
@@ -300,4 +306,4 @@ def test_a_template_tells_its_format(path: Path) -> None:
         assert found is None
     else:
         family = FAMILIES.get(path.stem)
-        assert found is tool_format(family.format if family else SILENT[path.stem])
+        assert found is get_tool_format(family.format if family else SILENT[path.stem])

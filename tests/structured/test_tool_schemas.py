@@ -14,12 +14,14 @@ import pytest
 
 import erllama
 from erllama import Grammar
-from erllama.chat.families import Family
-from erllama.chat.tool_calls.enforcing import relaxations, violation_of
-from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
-from erllama.chat.tool_calls.tools import ToolChoice, check_schemas, normalized_tools, strict_names
+from erllama.chat.family import Family
+from erllama.chat.tool_calls.call_grammar import write_call_grammar
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, get_tool_format
+from erllama.chat.tool_calls.reader import read_calls
+from erllama.chat.tool_calls.schema_enforcement import find_violation, relax_schema
+from erllama.chat.tool_calls.tools import ToolChoice, check_schemas, find_strict_tools, normalize_tools
 from erllama.engine.grammar.grammar import GrammarCompiler
-from erllama.engine.output.phases import Script
+from erllama.engine.output.token_codec import TokenCodec
 from erllama.errors import ChatError, GrammarError, OptionError
 from support.grammar_walks import VOCABULARIES, walk
 from support.spelled import SpelledBackend, SpelledVocabulary, follow
@@ -75,10 +77,10 @@ def rules(
     format: str, tools: Sequence[dict[str, object]], kind: str = "auto", **options: object
 ) -> tuple[Grammar, frozenset[str]]:
     """What keeps calls to the tools' schemas, and which arguments are validated afterwards."""
-    family = Family.of("", calling=True, format=format)
+    family = Family.from_template("", may_call=True, format=format)
     choice = ToolChoice(kind)  # type: ignore[arg-type]
-    script = Script(SpelledVocabulary())
-    grammar, checked = family.grammar(normalized_tools(tools), choice, script, parallel=False, **options)  # type: ignore[arg-type]
+    codec = TokenCodec(SpelledVocabulary())
+    grammar, checked = family.constrain_calls(normalize_tools(tools), choice, codec, parallel=False, **options)  # type: ignore[arg-type]
     assert grammar is not None
     return grammar, checked
 
@@ -119,16 +121,16 @@ def test_what_cannot_be_enforced_is_relaxed_and_checked(format: str, what: str) 
     for arguments in violating:
         text = spelled_call(format, "loose", arguments, schema)
         assert grammar.accepts(text), text
-        (call,) = tool_format(format).parse(text, normalized_tools([loose]))
+        (call,) = read_calls(get_tool_format(format), text, normalize_tools([loose]))
         assert call.arguments == arguments
-        assert violation_of(schema, call.arguments)
+        assert find_violation(schema, call.arguments)
     # The others stay constrained.
     city: Schema = {"properties": {"city": {"type": "string"}, "days": {}}}
     assert grammar.accepts(spelled_call(format, "get_weather", {"city": "Rome", "days": 3}, city))
     assert not grammar.accepts(spelled_call(format, "get_weather", {"city": "Rome", "days": "five"}, city))
     with pytest.raises(ChatError, match=r"tool 'loose'.*it is strict"):
-        check_schemas(normalized_tools([{**loose, "strict": True}]), strict_names([{**loose, "strict": True}]))
-    check_schemas(normalized_tools([{**loose, "strict": False}]), strict_names([{**loose, "strict": False}]))
+        check_schemas(normalize_tools([{**loose, "strict": True}]), find_strict_tools([{**loose, "strict": True}]))
+    check_schemas(normalize_tools([{**loose, "strict": False}]), find_strict_tools([{**loose, "strict": False}]))
 
 
 @pytest.mark.parametrize(
@@ -148,10 +150,10 @@ def test_gemmas_values_are_kept_to_their_schema_or_checked(part: Schema, good: o
     grammar, checked = rules("gemma4", [tool("f", parameters), NOW])
     text = spelled_call("gemma4", "f", {"v": good}, parameters)
     assert grammar.accepts(text)
-    assert not violation_of(parameters, {"v": good})
+    assert not find_violation(parameters, {"v": good})
     assert not grammar.accepts(text.replace("call:f", "call:now"))
     wrong = spelled_call("gemma4", "f", {"v": bad}, parameters)
-    assert not grammar.accepts(wrong) or ("f" in checked and violation_of(parameters, {"v": bad}))
+    assert not grammar.accepts(wrong) or ("f" in checked and find_violation(parameters, {"v": bad}))
 
 
 @pytest.mark.parametrize("format", [*LISTED, "lfm2", "gemma4"])
@@ -170,9 +172,9 @@ def test_what_a_family_cannot_write_is_relaxed_and_checked(format: str) -> None:
         for arguments, valid in (({"a": "5", "n": 5}, True), ({"n": 5, "b": "5"}, True), ({"a": "x"}, False)):
             text = spelled_call(format, "either", arguments, known)
             assert grammar.accepts(text)
-            (call,) = tool_format(format).parse(text, normalized_tools([either]))
+            (call,) = read_calls(get_tool_format(format), text, normalize_tools([either]))
             assert call.arguments == arguments
-            assert bool(violation_of(either["parameters"], call.arguments)) != valid  # type: ignore[arg-type]
+            assert bool(find_violation(either["parameters"], call.arguments)) != valid  # type: ignore[arg-type]
         # The types of what is listed are kept.
         assert not grammar.accepts(
             spelled_call(
@@ -196,10 +198,12 @@ def test_a_strict_tool_that_a_family_cannot_write_is_refused_by_name() -> None:
 @pytest.mark.parametrize("format", TOOL_FORMATS)
 def test_the_loosest_form_is_of_the_family_and_is_read(format: str) -> None:
     parameters: Schema = {"type": "object", "properties": {"a": {"type": "string"}, "n": {"type": "integer"}}}
-    tools = normalized_tools([{"name": "f", "parameters": parameters}])
-    last = [*relaxations(parameters, tool_format(format).arguments)][-1]
+    tools = normalize_tools([{"name": "f", "parameters": parameters}])
+    last = [*relax_schema(parameters, get_tool_format(format).arguments)][-1]
     assert last is None
-    written = tool_format(format).grammar(tools, name=None, parallel=False, literal=plainly, relaxed={"f": None})
+    written = write_call_grammar(
+        get_tool_format(format), tools, name=None, parallel=False, literal=plainly, relaxed={"f": None}
+    )
     grammar = Grammar.lark(written)
     assert grammar.accepts(spelled_call(format, "f", {"a": "x", "n": 5}, parameters))
     assert grammar.accepts(spelled_call(format, "f", {"z": 5}, {"properties": {"z": {}}}))
@@ -209,12 +213,12 @@ def test_the_loosest_form_is_of_the_family_and_is_read(format: str) -> None:
     for seed in range(8):
         text = walk(words, GrammarCompiler(words).matcher(grammar), random.Random(seed))
         try:
-            n_read += text is not None and len(tool_format(format).parse(text, tools)) == 1
+            n_read += text is not None and len(read_calls(get_tool_format(format), text, tools)) == 1
         except erllama.ToolCallError as error:
             problems.append(str(error))
     assert n_read
     # Any text for an integer, any name twice: such a call is reported as malformed.
-    expected = re.compile("is none of|comes twice|too many digits|larger than any float")
+    expected = re.compile("has none of the types|is repeated|too many digits|larger than any float")
     assert [problem for problem in problems if not expected.search(problem)] == []
 
 
@@ -233,7 +237,7 @@ def test_the_loosest_form_is_of_the_family_and_is_read(format: str) -> None:
 )
 def test_what_no_arguments_can_have_is_refused(parameters: Schema, problem: str) -> None:
     with pytest.raises(ChatError, match=f"tool 'f': its parameters do not compile: .*{problem}"):
-        check_schemas(normalized_tools([tool("f", parameters)]))
+        check_schemas(normalize_tools([tool("f", parameters)]))
 
 
 @pytest.mark.parametrize(
@@ -266,29 +270,29 @@ def test_what_is_not_supported_with_large_numbers_is_relaxed_and_checked(
         grammar, checked = rules(format, [tool("f", parameters)])
         if good is not None:
             assert grammar.accepts(spelled_call(format, "f", {"a": good}, parameters))
-            assert not violation_of(parameters, {"a": good})
+            assert not find_violation(parameters, {"a": good})
         assert checked or not grammar.accepts(spelled_call(format, "f", {"a": bad}, parameters))
-    assert violation_of(parameters, {"a": bad})
+    assert find_violation(parameters, {"a": bad})
 
 
 def test_strict_is_true_or_false() -> None:
-    with pytest.raises(ChatError, match="tool 'f': strict='yes'; it takes true, false or null"):
-        normalized_tools([tool("f", {}, strict="yes")])
+    with pytest.raises(ChatError, match="tool 'f': strict='yes'; expected true, false or null"):
+        normalize_tools([tool("f", {}, strict="yes")])
 
 
 def test_a_violation_is_told_in_short_with_its_place() -> None:
     schema: Schema = {"properties": {"s": {"type": "array", "uniqueItems": True}}}
-    assert violation_of(schema, {"s": [1, 2]}) == ""
-    assert violation_of(schema, {"s": [1, 1]}) == "$.s: [1, 1] has non-unique elements"
-    assert len(violation_of(schema, {"s": ["x" * 5000] * 2})) < 250
+    assert find_violation(schema, {"s": [1, 2]}) == ""
+    assert find_violation(schema, {"s": [1, 1]}) == "$.s: [1, 1] has non-unique elements"
+    assert len(find_violation(schema, {"s": ["x" * 5000] * 2})) < 250
     # Nothing is fetched, and what cannot be checked is not accepted.
-    assert "cannot be checked" in violation_of({"$ref": "http://127.0.0.1:9/x"}, {})
-    assert "cannot be checked" in violation_of({"pattern": r"\p{L}"}, "x")
+    assert "cannot be checked" in find_violation({"$ref": "http://127.0.0.1:9/x"}, {})
+    assert "cannot be checked" in find_violation({"pattern": r"\p{L}"}, "x")
 
 
 def test_jsonschema_is_loaded_for_what_no_grammar_enforces_alone() -> None:
     code = (
-        "import sys; from erllama.chat.tool_calls.tools import check_schemas, normalized_tools as n; "
+        "import sys; from erllama.chat.tool_calls.tools import check_schemas, normalize_tools as n; "
         "check_schemas(n([{'name': 'f', 'parameters': {'properties': {'a': {'type': 'integer'}}}}])); "
         "assert 'jsonschema' not in sys.modules"
     )
@@ -354,4 +358,4 @@ def test_calls_by_the_callers_own_markers_are_validated() -> None:
 
 
 def test_a_strict_tool_is_written_as_any_other() -> None:
-    assert json.dumps(normalized_tools([{**COUNT, "strict": True}])) == json.dumps(normalized_tools([COUNT]))
+    assert json.dumps(normalize_tools([{**COUNT, "strict": True}])) == json.dumps(normalize_tools([COUNT]))

@@ -1,4 +1,4 @@
-"""Tiers that are a small correct one with one fault each, and the rule of `TierConformance` that finds it."""
+"""Tiers with one fault each, derived from a small correct tier, and the rule that finds each fault."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from contextlib import AbstractContextManager, suppress
 from erllama.cache import Block, Changes, Problem, SaveReason, Tier, TierRow
 from erllama.errors import CacheFormatError
 
-SHELVES: dict[str, dict[bytes, tuple[Block, bytes, int]]] = {}
+STORES: dict[str, dict[bytes, tuple[Block, bytes, int]]] = {}
 
 
 class SmallTier(Tier):
-    """A correct tier as a user writes one: a remote store that notes uses."""
+    """A correct tier as a user would write it: a remote store that records uses."""
 
     def __init__(self, where: str, budget: int = 10**6) -> None:
         super().__init__("remote", budget)
-        self.shelf = SHELVES.setdefault(where, {})
+        self.store = STORES.setdefault(where, {})
         self.calls: Counter[str] = Counter()
 
     def rows(self) -> Iterable[TierRow]:
-        return [TierRow(block, self.size(block, len(payload)), at) for block, payload, at in self.shelf.values()]
+        return [TierRow(block, self.size(block, len(payload)), at) for block, payload, at in self.store.values()]
 
     def write(self, block: Block, payload: memoryview) -> None:
-        self.shelf[block.key] = (block, bytes(payload), time.time_ns())
+        self.store[block.key] = (block, bytes(payload), time.time_ns())
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
-        if block.key not in self.shelf:
+        if block.key not in self.store:
             raise FileNotFoundError(block.key.hex())
-        found, payload, _ = self.shelf[block.key]
+        found, payload, _ = self.store[block.key]
         return found, memoryview(payload)
 
     def remove(self, keys: Sequence[bytes]) -> None:
         for key in keys:
-            self.shelf.pop(key, None)
+            self.store.pop(key, None)
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         for key, at in used:
-            if key in self.shelf:
-                self.shelf[key] = (*self.shelf[key][:2], at)
+            if key in self.store:
+                self.store[key] = (*self.store[key][:2], at)
 
     def nth(self, name: str, n: int) -> bool:
         """Whether this is one of every n-th calls."""
@@ -60,34 +60,34 @@ class KeepsAll(SmallTier):
 
 
 class RemovesFirst(SmallTier):
-    """`remove()` forgets the first of several keys only."""
+    """`remove()` removes only the first of several keys."""
 
     def remove(self, keys: Sequence[bytes]) -> None:
         super().remove(keys[:1])
 
 
 class StopsAtStranger(SmallTier):
-    """`remove()` stops at a key that is not there."""
+    """`remove()` stops at a key that is not stored."""
 
     def remove(self, keys: Sequence[bytes]) -> None:
         with suppress(KeyError):
             for key in keys:
-                del self.shelf[key]
+                del self.store[key]
 
 
 class RaisesForStranger(SmallTier):
-    """`remove()` raises for a key that is not there."""
+    """`remove()` raises for a key that is not stored."""
 
     def remove(self, keys: Sequence[bytes]) -> None:
         for key in keys:
-            del self.shelf[key]
+            del self.store[key]
 
 
 class RemovesSiblings(SmallTier):
-    """`remove()` takes the blocks that follow with it."""
+    """`remove()` also removes the blocks that follow."""
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        super().remove([*keys, *(k for k, (block, _, _) in self.shelf.items() if block.parent in keys)])
+        super().remove([*keys, *(k for k, (block, _, _) in self.store.items() if block.parent in keys)])
 
 
 class RemovesSeventhNot(SmallTier):
@@ -99,59 +99,59 @@ class RemovesSeventhNot(SmallTier):
 
 
 class Unhides(SmallTier):
-    """`remove()` of a block that was replaced brings back the old version."""
+    """`remove()` of a replaced block restores the old version."""
 
     def __init__(self, where: str, budget: int = 10**6) -> None:
         super().__init__(where, budget)
         self.old: dict[bytes, tuple[Block, bytes, int]] = {}
 
     def write(self, block: Block, payload: memoryview) -> None:
-        if block.key in self.shelf:
-            self.old[block.key] = self.shelf[block.key]
+        if block.key in self.store:
+            self.old[block.key] = self.store[block.key]
         super().write(block, payload)
 
     def remove(self, keys: Sequence[bytes]) -> None:
         super().remove(keys)
         for key in keys:
             if key in self.old:
-                self.shelf[key] = self.old.pop(key)
+                self.store[key] = self.old.pop(key)
 
 
 class EmptiesOnNone(SmallTier):
-    """`remove([])` forgets everything."""
+    """`remove([])` removes everything."""
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        super().remove(keys or list(self.shelf))
+        super().remove(keys or list(self.store))
 
 
 class SharesPayloads(SmallTier):
     """Blocks with equal payloads are removed together."""
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        payloads = {self.shelf[key][1] for key in keys if key in self.shelf}
-        super().remove([key for key, (_, payload, _) in self.shelf.items() if payload in payloads])
+        payloads = {self.store[key][1] for key in keys if key in self.store}
+        super().remove([key for key, (_, payload, _) in self.store.items() if payload in payloads])
 
 
 class RemovesAtClose(SmallTier):
-    """What was removed is back when the tier is opened again."""
+    """Removed blocks are back when the tier is reopened."""
 
     def __init__(self, where: str, budget: int = 10**6) -> None:
         super().__init__(where, budget)
         self.gone: dict[bytes, tuple[Block, bytes, int]] = {}
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        self.gone |= {key: self.shelf[key] for key in keys if key in self.shelf}
+        self.gone |= {key: self.store[key] for key in keys if key in self.store}
         super().remove(keys)
 
     def open(self) -> None:
-        self.shelf |= self.gone
+        self.store |= self.gone
 
 
 # --- read -------------------------------------------------------------------------------------------
 
 
 class ReadsShort(SmallTier):
-    """`read()` is a byte short for some keys."""
+    """`read()` returns one byte less for some keys."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
         found, payload = super().read(block)
@@ -169,7 +169,7 @@ class ReadsOneKeyWrong(SmallTier):
 
 
 class ReadsOther(SmallTier):
-    """`read()` gives the payload that was read before."""
+    """`read()` returns the payload of the read before."""
 
     last = b""
 
@@ -202,7 +202,7 @@ class Truncates(SmallTier):
 
 
 class WrapsLong(SmallTier):
-    """Of payloads over 64 KiB the length is kept in 16 bits."""
+    """The length of payloads is stored in 16 bits."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
         found, payload = super().read(block)
@@ -210,38 +210,38 @@ class WrapsLong(SmallTier):
 
 
 class RaisesKeyError(SmallTier):
-    """`read()` of what is not there raises KeyError."""
+    """`read()` of a missing block raises KeyError."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
-        found, payload, _ = self.shelf[block.key]
+        found, payload, _ = self.store[block.key]
         return found, memoryview(payload)
 
 
 class CallsItDamage(SmallTier):
-    """`read()` of what is not there raises CacheFormatError."""
+    """`read()` of a missing block raises CacheFormatError."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
-        if block.key not in self.shelf:
+        if block.key not in self.store:
             raise CacheFormatError("nothing there")
         return super().read(block)
 
 
 class ReadsEmpty(SmallTier):
-    """`read()` of what is not there gives an empty payload."""
+    """`read()` of a missing block returns an empty payload."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
-        return super().read(block) if block.key in self.shelf else (block, memoryview(b""))
+        return super().read(block) if block.key in self.store else (block, memoryview(b""))
 
 
 class EchoesBlock(SmallTier):
-    """`read()` gives the block that it was asked with, not the one that was written."""
+    """`read()` returns the block of the call, not the one that was written."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
         return block, super().read(block)[1]
 
 
 class GivesBytes(SmallTier):
-    """`read()` gives bytes, not a memoryview."""
+    """`read()` returns bytes, not a memoryview."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
         found, payload = super().read(block)
@@ -249,7 +249,7 @@ class GivesBytes(SmallTier):
 
 
 class ReusesBuffer(SmallTier):
-    """What `read()` gave is overwritten by the next `read()`."""
+    """A `read()` overwrites the payload that the last one returned."""
 
     def __init__(self, where: str, budget: int = 10**6) -> None:
         super().__init__(where, budget)
@@ -262,7 +262,7 @@ class ReusesBuffer(SmallTier):
 
 
 class WritesInPlace(SmallTier):
-    """A newer version of equal length is written over what `read()` gave of the old one."""
+    """A newer version of equal length overwrites the payload that `read()` returned of the old one."""
 
     def __init__(self, where: str, budget: int = 10**6) -> None:
         super().__init__(where, budget)
@@ -282,7 +282,7 @@ class WritesInPlace(SmallTier):
 
 
 class ReleasesAtClose(SmallTier):
-    """What `read()` gave cannot be used after `close()`."""
+    """A payload that `read()` returned cannot be used after `close()`."""
 
     def __init__(self, where: str, budget: int = 10**6) -> None:
         super().__init__(where, budget)
@@ -299,30 +299,30 @@ class ReleasesAtClose(SmallTier):
 
 
 class TakesWhatItGives(SmallTier):
-    """`read()` gives a block once."""
+    """`read()` returns a block only once."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
         found = super().read(block)
-        del self.shelf[block.key]
+        del self.store[block.key]
         return found
 
 
 class ReadsForOneThread(SmallTier):
-    """`read()` keeps what it looks for in the tier itself."""
+    """`read()` keeps its state in the tier, where threads overwrite it."""
 
     wanted = b""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
         self.wanted = block.key
         time.sleep(0)
-        if self.wanted not in self.shelf:
+        if self.wanted not in self.store:
             raise FileNotFoundError(block.key.hex())
-        found, payload, _ = self.shelf[self.wanted]
+        found, payload, _ = self.store[self.wanted]
         return found, memoryview(payload)
 
 
 class ReadsInOwnThread(SmallTier):
-    """`read()` fails in another thread than the one that opened the tier."""
+    """`read()` fails in any thread but the one that opened the tier."""
 
     def open(self) -> None:
         self.thread = threading.get_ident()
@@ -340,28 +340,28 @@ class KeepsOld(SmallTier):
     """`write()` ignores a newer version."""
 
     def write(self, block: Block, payload: memoryview) -> None:
-        if block.key not in self.shelf:
+        if block.key not in self.store:
             super().write(block, payload)
 
 
 class KeepsOldBlock(SmallTier):
-    """`write()` takes a newer payload, and keeps the old block beside it."""
+    """`write()` stores a newer payload but keeps the old block."""
 
     def write(self, block: Block, payload: memoryview) -> None:
-        old = self.shelf.get(block.key)
+        old = self.store.get(block.key)
         super().write(old[0] if old else block, payload)
 
 
 class KeepsLonger(SmallTier):
-    """A newer version that is shorter leaves the end of the old one."""
+    """A shorter newer version leaves the end of the old one."""
 
     def write(self, block: Block, payload: memoryview) -> None:
-        old = self.shelf[block.key][1] if block.key in self.shelf else b""
+        old = self.store[block.key][1] if block.key in self.store else b""
         super().write(block, memoryview(bytes(payload) + old[len(payload) :]))
 
 
 class WritesLate(SmallTier):
-    """What `write()` took can be read from the next write on."""
+    """A written block can be read only after the next write."""
 
     late: tuple[Block, bytes] | None = None
 
@@ -380,7 +380,7 @@ class LosesSome(SmallTier):
 
 
 class WipesPayload(SmallTier):
-    """`write()` changes the caller's payload, where it can."""
+    """`write()` changes the caller's payload if it is writable."""
 
     def write(self, block: Block, payload: memoryview) -> None:
         super().write(block, payload)
@@ -389,7 +389,7 @@ class WipesPayload(SmallTier):
 
 
 class WantsWritable(SmallTier):
-    """`write()` refuses memory that is read-only."""
+    """`write()` refuses read-only memory."""
 
     def write(self, block: Block, payload: memoryview) -> None:
         if payload.readonly:
@@ -398,27 +398,27 @@ class WantsWritable(SmallTier):
 
 
 class WritesWholeBuffer(SmallTier):
-    """Of a payload that is a part of a buffer, all of the buffer is written."""
+    """`write()` of a part of a buffer stores the whole buffer."""
 
     def write(self, block: Block, payload: memoryview) -> None:
         super().write(block, memoryview(payload.obj))  # type: ignore[arg-type]
 
 
 class ShortKeys(SmallTier):
-    """Keys are told apart by their first byte."""
+    """Only the first byte of a key is used."""
 
     def write(self, block: Block, payload: memoryview) -> None:
-        self.remove([key for key in self.shelf if key[0] == block.key[0] and key != block.key])
+        self.remove([key for key in self.store if key[0] == block.key[0] and key != block.key])
         super().write(block, payload)
 
 
 class KeyedByTokens(SmallTier):
-    """Blocks of equal tokens at equal positions are one, whatever their namespace."""
+    """Blocks with equal tokens and positions are one block in all namespaces."""
 
     def write(self, block: Block, payload: memoryview) -> None:
-        for key, (other, _, _) in list(self.shelf.items()):
+        for key, (other, _, _) in list(self.store.items()):
             if key != block.key and (other.tokens, other.start) == (block.tokens, block.start):
-                del self.shelf[key]
+                del self.store[key]
         super().write(block, payload)
 
 
@@ -449,12 +449,12 @@ class ShortSlices(SmallTier):
 
 
 class EvictsByItself(SmallTier):
-    """It drops its oldest block when it holds more than a hundred."""
+    """The tier removes its oldest block when it holds more than a hundred."""
 
     def write(self, block: Block, payload: memoryview) -> None:
         super().write(block, payload)
-        if len(self.shelf) > 100:
-            del self.shelf[next(iter(self.shelf))]
+        if len(self.store) > 100:
+            del self.store[next(iter(self.store))]
 
 
 # --- rows and sizes -----------------------------------------------------------------------------------
@@ -469,14 +469,14 @@ class ListsTwice(SmallTier):
 
 
 class ListsFewer(SmallTier):
-    """`rows()` leaves out what comes after a hundred blocks."""
+    """`rows()` lists at most a hundred blocks."""
 
     def rows(self) -> Iterable[TierRow]:
         return list(super().rows())[:100]
 
 
 class ListsWrongSizes(SmallTier):
-    """`rows()` counts a byte less than `size()`."""
+    """`rows()` counts one byte less than `size()`."""
 
     def rows(self) -> Iterable[TierRow]:
         return [row._replace(n_bytes=row.n_bytes - 1) for row in super().rows()]
@@ -498,7 +498,7 @@ class ListsOldSizes(SmallTier):
 
 
 class ListsOnce(SmallTier):
-    """`rows()` gives what is new since it was called last."""
+    """`rows()` lists only blocks that are new since the last call."""
 
     def __init__(self, where: str, budget: int = 10**6) -> None:
         super().__init__(where, budget)
@@ -511,7 +511,7 @@ class ListsOnce(SmallTier):
 
 
 class ListsStale(SmallTier):
-    """`rows()` gives a list that only a `write()` renews."""
+    """`rows()` returns a list that only `write()` updates."""
 
     def __init__(self, where: str, budget: int = 10**6) -> None:
         super().__init__(where, budget)
@@ -526,14 +526,14 @@ class ListsStale(SmallTier):
 
 
 class CountsNothing(SmallTier):
-    """`size()` counts 0, so that no budget is kept."""
+    """`size()` returns 0, so that budgets have no effect."""
 
     def size(self, block: Block, payload_bytes: int) -> int:
         return 0
 
 
 class CountsChanging(SmallTier):
-    """`size()` counts more each time."""
+    """`size()` returns a larger number each time."""
 
     def size(self, block: Block, payload_bytes: int) -> int:
         self.nth("size", 2)
@@ -544,40 +544,40 @@ class CountsChanging(SmallTier):
 
 
 class NotesNothing(SmallTier):
-    """`touch()` notes nothing."""
+    """`touch()` records nothing."""
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         pass
 
 
 class NotesSeconds(SmallTier):
-    """`touch()` takes its times for seconds."""
+    """`touch()` reads its times as seconds."""
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         super().touch((key, at // 10**9) for key, at in used)
 
 
 class NotesFirst(SmallTier):
-    """`touch()` notes the first of several uses only."""
+    """`touch()` records only the first of several uses."""
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         super().touch(list(used)[:1])
 
 
 class NotesForAll(SmallTier):
-    """`touch()` of one block notes a use of all."""
+    """`touch()` of one block records a use of all blocks."""
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         for _, at in used:
-            super().touch((key, at) for key in list(self.shelf))
+            super().touch((key, at) for key in list(self.store))
 
 
 class NotesStrangers(SmallTier):
-    """`touch()` raises for a block that is gone."""
+    """`touch()` raises for a block that is not stored."""
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         for key, at in used:
-            self.shelf[key] = (*self.shelf[key][:2], at)
+            self.store[key] = (*self.store[key][:2], at)
 
 
 class SetsNothingAside(SmallTier):
@@ -591,11 +591,11 @@ class SetsAllAside(SmallTier):
     """`set_aside()` removes everything."""
 
     def set_aside(self, block: Block) -> None:
-        self.shelf.clear()
+        self.store.clear()
 
 
 class FindsProblems(SmallTier):
-    """`verify()` tells of blocks that are well."""
+    """`verify()` reports problems of sound blocks."""
 
     def verify(self) -> Iterator[Problem]:
         for row in self.rows():
@@ -603,44 +603,45 @@ class FindsProblems(SmallTier):
 
 
 class VerifyRemoves(SmallTier):
-    """`verify()` removes what it has looked at."""
+    """`verify()` removes the blocks that it has read."""
 
     def verify(self) -> Iterator[Problem]:
         yield from super().verify()
-        self.shelf.clear()
+        self.store.clear()
 
 
 class MendsTooMuch(SmallTier):
-    """`mend()` removes blocks that nothing follows."""
+    """`mend()` removes blocks without successors."""
 
     def mend(self) -> None:
-        parents = {block.parent for block, _, _ in self.shelf.values()}
-        self.remove([key for key in self.shelf if key not in parents])
+        parents = {block.parent for block, _, _ in self.store.values()}
+        self.remove([key for key in self.store if key not in parents])
 
 
-# --- life -------------------------------------------------------------------------------------------
+# --- opening and closing
+# -------------------------------------------------------------------------------------------
 
 
 class ForgetsAtClose(SmallTier):
-    """`close()` forgets everything, though the tier says that it persists."""
+    """`close()` removes everything, though the tier is persistent."""
 
     def close(self) -> None:
-        self.shelf.clear()
+        self.store.clear()
 
 
 class ForgetsVersions(SmallTier):
-    """After a restart the first version of a block is there."""
+    """After a restart the first version of a block is back."""
 
     firsts: dict[int, dict[bytes, tuple[Block, bytes, int]]] = {}  # noqa: RUF012
 
     def write(self, block: Block, payload: memoryview) -> None:
         super().write(block, payload)
-        self.firsts.setdefault(id(self.shelf), {}).setdefault(block.key, self.shelf[block.key])
+        self.firsts.setdefault(id(self.store), {}).setdefault(block.key, self.store[block.key])
 
     def open(self) -> None:
-        first = self.firsts.get(id(self.shelf), {})
-        for key in self.shelf:
-            self.shelf[key] = first.get(key, self.shelf[key])
+        first = self.firsts.get(id(self.store), {})
+        for key in self.store:
+            self.store[key] = first.get(key, self.store[key])
 
 
 class OpensEmpty(SmallTier):
@@ -648,7 +649,7 @@ class OpensEmpty(SmallTier):
 
     def open(self) -> None:
         if self.nth("open", 2):
-            self.shelf.clear()
+            self.store.clear()
 
 
 class ClosesOnce(SmallTier):
@@ -664,7 +665,7 @@ class ClosesOnce(SmallTier):
 
 
 class StaysClosed(SmallTier):
-    """A tier that was closed is not usable when it is opened again."""
+    """A closed tier is not usable after `open()`."""
 
     closed = False
 
@@ -677,7 +678,7 @@ class StaysClosed(SmallTier):
 
 
 class WearsOut(SmallTier):
-    """After twenty writes it is not usable."""
+    """After twenty writes the tier is not usable."""
 
     @property
     def usable(self) -> bool:
@@ -688,7 +689,8 @@ class WearsOut(SmallTier):
         super().write(block, payload)
 
 
-# --- others ------------------------------------------------------------------------------------------
+# --- other processes, threads, and rare faults
+# ------------------------------------------------------------------------------------------
 
 
 class SaysInFlight(SmallTier):
@@ -706,7 +708,7 @@ class RefusesRoom(SmallTier):
 
 
 class KeepsReservation(SmallTier):
-    """What was reserved stays reserved after the write."""
+    """A reservation stays after the write."""
 
     claimed = 0
 
@@ -726,14 +728,14 @@ class Swallows(SmallTier):
 
 
 class TellsOfRemovals(SmallTier):
-    """`changes()` tells that stored blocks were removed."""
+    """`changes()` reports stored blocks as removed."""
 
     def changes(self) -> Changes | None:
-        return Changes([], list(self.shelf)[:1], complete=False)
+        return Changes([], list(self.store)[:1], complete=False)
 
 
 class TellsHalf(SmallTier):
-    """`changes()` says that it is complete, and lists half of what is stored."""
+    """`changes()` is complete but lists half of the stored blocks."""
 
     def changes(self) -> Changes | None:
         rows = list(self.rows())
@@ -749,21 +751,21 @@ class SaysShared(SmallTier):
 
 
 class CountsDamage(SmallTier):
-    """`damaged` counts blocks that are well."""
+    """`damaged` counts sound blocks."""
 
     def mend(self) -> None:
-        self.damaged += len(self.shelf)
+        self.damaged += len(self.store)
 
 
 class RemembersRemovals(SmallTier):
-    """A block that was removed cannot be written again."""
+    """A removed block cannot be written again."""
 
     def __init__(self, where: str, budget: int = 10**6) -> None:
         super().__init__(where, budget)
         self.gone: set[bytes] = set()
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        self.gone |= {key for key in keys if key in self.shelf}
+        self.gone |= {key for key in keys if key in self.store}
         super().remove(keys)
 
     def write(self, block: Block, payload: memoryview) -> None:
@@ -772,15 +774,15 @@ class RemembersRemovals(SmallTier):
 
 
 class KeyedByText(SmallTier):
-    """Blocks of equal tokens at several positions are one."""
+    """Blocks with equal tokens are one block at all positions."""
 
     def write(self, block: Block, payload: memoryview) -> None:
-        self.remove([key for key, (other, _, _) in self.shelf.items() if other.tokens == block.tokens])
+        self.remove([key for key, (other, _, _) in self.store.items() if other.tokens == block.tokens])
         super().write(block, payload)
 
 
 class LeaksReservations(SmallTier):
-    """What was reserved and not written stays reserved after `tidy()`."""
+    """A reservation without a write stays after `tidy()`."""
 
     claimed = 0
 
@@ -797,107 +799,107 @@ class LeaksReservations(SmallTier):
 
 
 class RewritesAll(SmallTier):
-    """While one block is written, the others cannot be read."""
+    """During the write of one block, other blocks cannot be read."""
 
     def write(self, block: Block, payload: memoryview) -> None:
-        others = dict(self.shelf)
-        self.shelf.clear()
+        others = dict(self.store)
+        self.store.clear()
         time.sleep(0.001)
-        self.shelf.update(others)
+        self.store.update(others)
         super().write(block, payload)
 
 
 class LosesRarely(SmallTier):
-    """After five removals, every write of a version with an even number keeps the old payload."""
+    """After five removals, every write of an even version keeps the old payload."""
 
     def remove(self, keys: Sequence[bytes]) -> None:
         self.nth("remove", 1)
         super().remove(keys)
 
     def write(self, block: Block, payload: memoryview) -> None:
-        old = self.shelf.get(block.key)
+        old = self.store.get(block.key)
         if old and self.calls["remove"] > 5 and block.recipe[0] % 2 == 0:
             payload = memoryview(old[1])
         super().write(block, payload)
 
 
 FAULTS: list[tuple[type[SmallTier], str]] = [
-    (KeepsAll, "test_what_is_removed_is_gone"),
-    (RemovesFirst, "test_what_is_removed_is_gone"),
-    (StopsAtStranger, "test_what_is_removed_is_gone"),
-    (RaisesForStranger, "test_what_is_removed_is_gone"),
-    (RemovesSiblings, "test_removing_a_parent_leaves_its_children"),
-    (RemovesSeventhNot, "test_what_is_removed_is_gone"),
-    (Unhides, "test_a_replaced_block_does_not_come_back"),
-    (EmptiesOnNone, "test_what_is_removed_is_gone"),
-    (SharesPayloads, "test_equal_payloads_are_apart"),
-    (RemovesAtClose, "test_a_tier_may_be_opened_again"),
-    (RemembersRemovals, "test_what_was_removed_can_be_written_again"),
-    (ReadsShort, "test_what_is_written_is_read"),
+    (KeepsAll, "test_remove_removes_exactly_the_named_blocks"),
+    (RemovesFirst, "test_remove_removes_exactly_the_named_blocks"),
+    (StopsAtStranger, "test_remove_removes_exactly_the_named_blocks"),
+    (RaisesForStranger, "test_remove_removes_exactly_the_named_blocks"),
+    (RemovesSiblings, "test_removing_a_parent_keeps_its_children"),
+    (RemovesSeventhNot, "test_remove_removes_exactly_the_named_blocks"),
+    (Unhides, "test_a_replaced_version_does_not_reappear"),
+    (EmptiesOnNone, "test_remove_removes_exactly_the_named_blocks"),
+    (SharesPayloads, "test_equal_payloads_are_separate"),
+    (RemovesAtClose, "test_a_tier_can_be_reopened"),
+    (RemembersRemovals, "test_a_removed_block_can_be_written_again"),
+    (ReadsShort, "test_read_returns_what_was_written"),
     (ReadsOneKeyWrong, "test_a_key_may_be_any_bytes"),
-    (ReadsOther, "test_what_is_written_is_read"),
-    (Strips, "test_what_is_written_is_read"),
-    (Translates, "test_what_is_written_is_read"),
-    (Truncates, "test_what_is_written_is_read"),
-    (WrapsLong, "test_what_is_written_is_read"),
-    (RaisesKeyError, "test_reading_what_is_not_there_says_so"),
-    (CallsItDamage, "test_reading_what_is_not_there_says_so"),
-    (ReadsEmpty, "test_reading_what_is_not_there_says_so"),
-    (EchoesBlock, "test_a_newer_version_takes_the_place_of_the_old_one"),
-    (GivesBytes, "test_what_is_written_is_read"),
-    (ReusesBuffer, "test_what_was_read_stays"),
-    (WritesInPlace, "test_what_was_read_stays"),
-    (ReleasesAtClose, "test_what_was_read_stays"),
-    (TakesWhatItGives, "test_what_is_written_is_read"),
-    (ReadsForOneThread, "test_read_is_for_any_thread"),
-    (ReadsInOwnThread, "test_read_is_for_any_thread"),
-    (KeepsOld, "test_a_newer_version_takes_the_place_of_the_old_one"),
-    (KeepsOldBlock, "test_a_newer_version_takes_the_place_of_the_old_one"),
-    (KeepsLonger, "test_a_newer_version_takes_the_place_of_the_old_one"),
-    (WritesLate, "test_what_is_written_is_read"),
-    (LosesSome, "test_what_is_written_is_read"),
-    (LosesRarely, "test_many_calls_in_any_order_agree_with_a_model"),
-    (RewritesAll, "test_reads_go_on_during_writes"),
-    (WipesPayload, "test_a_payload_is_lent"),
-    (WantsWritable, "test_what_is_written_is_read"),
-    (WritesWholeBuffer, "test_a_payload_is_lent"),
+    (ReadsOther, "test_read_returns_what_was_written"),
+    (Strips, "test_read_returns_what_was_written"),
+    (Translates, "test_read_returns_what_was_written"),
+    (Truncates, "test_read_returns_what_was_written"),
+    (WrapsLong, "test_read_returns_what_was_written"),
+    (RaisesKeyError, "test_read_of_a_missing_block_raises"),
+    (CallsItDamage, "test_read_of_a_missing_block_raises"),
+    (ReadsEmpty, "test_read_of_a_missing_block_raises"),
+    (EchoesBlock, "test_a_newer_version_replaces_the_old_one"),
+    (GivesBytes, "test_read_returns_what_was_written"),
+    (ReusesBuffer, "test_a_payload_that_was_read_stays_valid"),
+    (WritesInPlace, "test_a_payload_that_was_read_stays_valid"),
+    (ReleasesAtClose, "test_a_payload_that_was_read_stays_valid"),
+    (TakesWhatItGives, "test_read_returns_what_was_written"),
+    (ReadsForOneThread, "test_any_thread_may_read"),
+    (ReadsInOwnThread, "test_any_thread_may_read"),
+    (KeepsOld, "test_a_newer_version_replaces_the_old_one"),
+    (KeepsOldBlock, "test_a_newer_version_replaces_the_old_one"),
+    (KeepsLonger, "test_a_newer_version_replaces_the_old_one"),
+    (WritesLate, "test_read_returns_what_was_written"),
+    (LosesSome, "test_read_returns_what_was_written"),
+    (LosesRarely, "test_random_calls_agree_with_a_model"),
+    (RewritesAll, "test_reads_are_correct_during_writes"),
+    (WipesPayload, "test_write_does_not_change_the_payload"),
+    (WantsWritable, "test_read_returns_what_was_written"),
+    (WritesWholeBuffer, "test_write_does_not_change_the_payload"),
     (ShortKeys, "test_a_key_may_be_any_bytes"),
-    (KeyedByTokens, "test_namespaces_are_apart"),
-    (KeyedByText, "test_a_long_chain_is_held"),
-    (ForgetsReason, "test_blocks_come_back_as_they_were_written"),
-    (ShortSlices, "test_blocks_come_back_as_they_were_written"),
-    (EvictsByItself, "test_many_blocks_are_held_at_once"),
-    (ListsTwice, "test_many_blocks_are_held_at_once"),
-    (ListsFewer, "test_many_blocks_are_held_at_once"),
-    (ListsWrongSizes, "test_sizes_add_up"),
-    (ListsOldSizes, "test_a_newer_version_takes_the_place_of_the_old_one"),
-    (ListsOnce, "test_what_is_written_is_read"),
-    (ListsStale, "test_what_is_removed_is_gone"),
-    (CountsNothing, "test_sizes_add_up"),
-    (CountsChanging, "test_sizes_add_up"),
-    (NotesNothing, "test_uses_are_noted"),
-    (NotesSeconds, "test_uses_are_noted"),
-    (NotesFirst, "test_uses_are_noted"),
-    (NotesForAll, "test_uses_are_noted"),
-    (NotesStrangers, "test_uses_are_noted"),
-    (SetsNothingAside, "test_what_is_set_aside_is_gone"),
-    (SetsAllAside, "test_what_is_set_aside_is_gone"),
+    (KeyedByTokens, "test_namespaces_are_separate"),
+    (KeyedByText, "test_a_long_chain_is_stored"),
+    (ForgetsReason, "test_every_field_of_a_block_is_stored"),
+    (ShortSlices, "test_every_field_of_a_block_is_stored"),
+    (EvictsByItself, "test_many_blocks_are_stored_at_once"),
+    (ListsTwice, "test_many_blocks_are_stored_at_once"),
+    (ListsFewer, "test_many_blocks_are_stored_at_once"),
+    (ListsWrongSizes, "test_sizes_are_consistent"),
+    (ListsOldSizes, "test_a_newer_version_replaces_the_old_one"),
+    (ListsOnce, "test_read_returns_what_was_written"),
+    (ListsStale, "test_remove_removes_exactly_the_named_blocks"),
+    (CountsNothing, "test_sizes_are_consistent"),
+    (CountsChanging, "test_sizes_are_consistent"),
+    (NotesNothing, "test_touch_records_uses"),
+    (NotesSeconds, "test_touch_records_uses"),
+    (NotesFirst, "test_touch_records_uses"),
+    (NotesForAll, "test_touch_records_uses"),
+    (NotesStrangers, "test_touch_records_uses"),
+    (SetsNothingAside, "test_set_aside_removes_one_block"),
+    (SetsAllAside, "test_set_aside_removes_one_block"),
     (FindsProblems, "test_a_sound_tier_has_no_problems"),
     (VerifyRemoves, "test_a_sound_tier_has_no_problems"),
     (MendsTooMuch, "test_a_sound_tier_has_no_problems"),
     (CountsDamage, "test_a_sound_tier_has_no_problems"),
-    (ForgetsAtClose, "test_what_persists_is_there_after_a_restart"),
-    (ForgetsVersions, "test_what_persists_is_there_after_a_restart"),
-    (OpensEmpty, "test_a_tier_may_be_opened_again"),
-    (ClosesOnce, "test_a_tier_may_be_opened_again"),
-    (StaysClosed, "test_a_tier_may_be_opened_again"),
-    (WearsOut, "test_what_is_written_is_read"),
-    (SaysInFlight, "test_nobody_else_is_at_work"),
-    (RefusesRoom, "test_what_is_written_is_read"),
-    (KeepsReservation, "test_what_is_written_is_read"),
-    (LeaksReservations, "test_a_reservation_may_be_given_up"),
-    (Swallows, "test_exclusive_lets_go"),
-    (TellsOfRemovals, "test_nobody_else_is_at_work"),
-    (TellsHalf, "test_nobody_else_is_at_work"),
-    (SaysShared, "test_a_tier_says_what_it_is"),
+    (ForgetsAtClose, "test_a_persistent_tier_survives_a_restart"),
+    (ForgetsVersions, "test_a_persistent_tier_survives_a_restart"),
+    (OpensEmpty, "test_a_tier_can_be_reopened"),
+    (ClosesOnce, "test_a_tier_can_be_reopened"),
+    (StaysClosed, "test_a_tier_can_be_reopened"),
+    (WearsOut, "test_read_returns_what_was_written"),
+    (SaysInFlight, "test_a_single_process_sees_no_others"),
+    (RefusesRoom, "test_read_returns_what_was_written"),
+    (KeepsReservation, "test_read_returns_what_was_written"),
+    (LeaksReservations, "test_tidy_drops_unused_reservations"),
+    (Swallows, "test_exclusive_ends_after_an_exception"),
+    (TellsOfRemovals, "test_a_single_process_sees_no_others"),
+    (TellsHalf, "test_a_single_process_sees_no_others"),
+    (SaysShared, "test_a_new_tier_is_usable_and_empty"),
 ]

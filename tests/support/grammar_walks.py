@@ -10,8 +10,8 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from erllama.chat.tool_calls.families import TOOL_FORMATS
-from erllama.engine.grammar.grammar import Matcher
+from erllama.chat.tool_calls.formats import TOOL_FORMATS
+from erllama.engine.grammar.matcher import Matcher
 from support.tool_texts import (
     plainly,
 )

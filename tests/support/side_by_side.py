@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from erllama.engine.sampling.candidates import Candidates
-from erllama.engine.sampling.dry import DRY, Breakers
+from erllama.engine.sampling.declaration import Step
+from erllama.engine.sampling.dry import DRY, SequenceBreakers
 from erllama.engine.sampling.steps import (
     XTC,
     DynamicTemperature,
     MinP,
     Penalties,
-    Step,
     Temperature,
     TopK,
     TopNSigma,
@@ -32,7 +32,7 @@ from erllama.engine.sampling.steps import (
     TypicalP,
 )
 from erllama.llama_ffi import Vocabulary
-from erllama.llama_ffi.samplers import Left, LlamaSampler
+from erllama.llama_ffi.samplers import LlamaSampler, SamplerOutput
 
 Logits = NDArray[np.float32]
 CLOSE = 1e-5  # of probabilities
@@ -127,7 +127,7 @@ def entropies(logits: Logits) -> tuple[float, float]:
     return float(-(exact * np.log(exact)).sum()), float(-(rounded * np.log(rounded)).cumsum(dtype=np.float32)[-1])
 
 
-def libllamas_probabilities(left: Row | Left) -> Logits:
+def libllamas_probabilities(left: Row | SamplerOutput) -> Logits:
     """By its own last sampler."""
     with LlamaSampler("dist", 1) as dist:
         return dist.apply(left.ids, left.logits, in_order=left.in_order).probabilities
@@ -162,7 +162,7 @@ class Pair(NamedTuple):
     history: bool = False
 
 
-def compare(pair: Pair, row: Row, ours: Candidates, theirs: Left) -> None:
+def compare(pair: Pair, row: Row, ours: Candidates, theirs: SamplerOutput) -> None:
     """Fails where they differ more than they may."""
     assert len(set(ours.ids.tolist())) == len(ours)
     if ours.in_order:
@@ -191,7 +191,7 @@ def compare(pair: Pair, row: Row, ours: Candidates, theirs: Left) -> None:
     compare_probabilities(ours, theirs, CLOSE + pair.slack(row))
 
 
-def compare_probabilities(ours: Candidates, theirs: Left, close: float) -> None:
+def compare_probabilities(ours: Candidates, theirs: SamplerOutput, close: float) -> None:
     found, expected = ours.probabilities(), libllamas_probabilities(theirs)
     if set(ours.ids.tolist()) == set(theirs.ids.tolist()):
         np.testing.assert_allclose(by_id(ours.ids, found), by_id(theirs.ids, expected), rtol=0, atol=close)
@@ -199,7 +199,7 @@ def compare_probabilities(ours: Candidates, theirs: Left, close: float) -> None:
         np.testing.assert_allclose(np.sort(found), np.sort(expected), rtol=0, atol=close)
 
 
-def without_ruled_out(left: Left) -> Left:
+def without_ruled_out(left: SamplerOutput) -> SamplerOutput:
     """Where ours drops, and libllama's puts the logit at minus infinity."""
     which = left.logits > -np.inf
     return left._replace(ids=left.ids[which], logits=left.logits[which])
@@ -207,7 +207,7 @@ def without_ruled_out(left: Left) -> Left:
 
 def both(
     pair: Pair, row: Row, context: NDArray[np.int32] = NOTHING, candidates: Candidates | None = None
-) -> tuple[Candidates, Left]:
+) -> tuple[Candidates, SamplerOutput]:
     candidates = candidates or row.candidates(context)
     candidates.logits.flags.writeable = False  # a step must not
     ours = pair.ours(candidates)
@@ -341,7 +341,7 @@ def typical(p: float, min_keep: int) -> Pair:
     return Pair("typical", TypicalP(p, min_keep), LlamaSampler("typical", p, min_keep), defined=defined)
 
 
-def compare_typical(pair: Pair, row: Row, ours: Candidates, theirs: Left) -> None:
+def compare_typical(pair: Pair, row: Row, ours: Candidates, theirs: SamplerOutput) -> None:
     before = by_id(row.ids, row.logits)
     if np.array_equal(np.sort(before[ours.ids]), np.sort(before[theirs.ids])):
         compare_probabilities(ours, theirs, CLOSE)
@@ -368,7 +368,7 @@ def compare_typical(pair: Pair, row: Row, ours: Candidates, theirs: Left) -> Non
 # --- breakers of repetitions --------------------------------------------------------------------------------
 
 # A vocabulary in it stays, so that none other is taken for it.
-_BREAKERS: dict[tuple[Vocabulary, tuple[str, ...]], Breakers] = {}
+_BREAKERS: dict[tuple[Vocabulary, tuple[str, ...]], SequenceBreakers] = {}
 
 
 def dry(
@@ -376,7 +376,7 @@ def dry(
 ) -> Pair:
     key = (vocabulary, tuple(texts))
     if key not in _BREAKERS:
-        _BREAKERS[key] = Breakers(vocabulary, texts)
+        _BREAKERS[key] = SequenceBreakers(vocabulary, texts)
     return Pair(
         "dry",
         DRY(multiplier, base, allowed, last_n, _BREAKERS[key]),

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.backend import Batch, NamespaceValue
+from erllama.cache.blocks.keys import NamespaceValue
+from erllama.engine.backend import Batch
 from erllama.engine.backends.stub import StubBackend
 
 EOG = 256

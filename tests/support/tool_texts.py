@@ -10,10 +10,13 @@ from functools import cache
 import pytest
 
 from erllama import Grammar
-from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
-from erllama.chat.tool_calls.grammars import Parameters, is_raw, types_of
-from erllama.chat.tool_calls.payloads import GEMMA_KEY, PYTHON_KEY
-from erllama.chat.tool_calls.tools import normalized_tools
+from erllama.chat.tool_calls.call_grammar import write_call_grammar
+from erllama.chat.tool_calls.formats import TOOL_FORMATS, get_tool_format
+from erllama.chat.tool_calls.literals import GEMMA_KEY, PYTHON_KEY
+from erllama.chat.tool_calls.parameter_schemas import find_allowed_types, is_unquoted
+from erllama.chat.tool_calls.reader import read_calls
+from erllama.chat.tool_calls.syntax import ListedArguments
+from erllama.chat.tool_calls.tools import normalize_tools
 from support.places import SHARED
 
 TEMPLATES = SHARED / "templates"
@@ -40,7 +43,7 @@ NOW = {
     "description": "The time.",
     "parameters": {"type": "object", "properties": {}, "additionalProperties": False},
 }
-TOOLS = normalized_tools([WEATHER, NOW])
+TOOLS = normalize_tools([WEATHER, NOW])
 PARIS: dict[str, object] = {"city": "Paris"}
 FULL: dict[str, object] = {"city": "Paris", "days": 3, "exact": True, "near": [1, -2.5], "unit": "C"}
 FULL_JSON = json.dumps(FULL)
@@ -53,13 +56,15 @@ def plainly(text: str) -> str:
 
 @cache
 def grammar(format: str, *, name: str | None = None, parallel: bool = False) -> Grammar:
-    return Grammar.lark(tool_format(format).grammar(TOOLS, name=name, parallel=parallel, literal=plainly))
+    return Grammar.lark(
+        write_call_grammar(get_tool_format(format), TOOLS, name=name, parallel=parallel, literal=plainly)
+    )
 
 
 def calls(
     format: str, text: str, tools: Sequence[Mapping[str, object]] = TOOLS
 ) -> list[tuple[str, dict[str, object]]]:
-    return [(call.name, call.arguments) for call in tool_format(format).parse(text, tools)]
+    return [(call.name, call.arguments) for call in read_calls(get_tool_format(format), text, tools)]
 
 
 ONE = "one"
@@ -235,7 +240,7 @@ HARD = [*MARKERS, '"', "'", "\\", "\n", "{", "}", "]", "null", "5", " ", "</para
 Schema = dict[str, object]
 
 
-LISTED = [name for name, format in TOOL_FORMATS.items() if isinstance(format.arguments, Parameters)]
+LISTED = [name for name, format in TOOL_FORMATS.items() if isinstance(format.arguments, ListedArguments)]
 
 
 class Unwritable(Exception):  # noqa: N818 - reads as what happened
@@ -246,9 +251,9 @@ def spelled_call(format: str, name: str, arguments: Mapping[str, object], parame
     """One call, exactly as the model of a family writes it."""
     found = TOOL_FORMATS[format]
     written = _arguments(format, arguments, parameters)
-    frame, shape = found.frames[0], found.shapes[0]
+    span, call = found.spans[0], found.calls[0]
     id = {"mistral-v11": "a1B2c3D4e"}.get(format, "0")
-    pieces = [frame.begin, shape.before, name, shape.middle.replace("\0", id), written, shape.after, frame.end]
+    pieces = [span.begin, call.before, name, call.middle.replace("\0", id), written, call.after, span.end]
     return "".join(piece if piece is written else piece.replace("~", "").replace("\0", id) for piece in pieces)
 
 
@@ -260,7 +265,7 @@ def _arguments(format: str, arguments: Mapping[str, object], parameters: Schema)
         return ", ".join(f"{_bare(key, PYTHON_KEY, _json(key))}={_python(v)}" for key, v in arguments.items())
     if kind == "gemma":
         return _gemma_entries(arguments)
-    assert isinstance(kind, Parameters)
+    assert isinstance(kind, ListedArguments)
     return "".join(_listed(kind, key, value, parameters) for key, value in arguments.items())
 
 
@@ -293,14 +298,14 @@ def _gemma(value: object) -> str:
     return json.dumps(value)
 
 
-def _listed(kind: Parameters, name: str, value: object, parameters: Schema) -> str:
+def _listed(kind: ListedArguments, name: str, value: object, parameters: Schema) -> str:
     properties = parameters["properties"]
     assert isinstance(properties, dict)
-    types = types_of(properties[name], parameters)
+    types = find_allowed_types(properties[name], parameters)
     text = _json(value)
-    if is_raw(types) and isinstance(value, str):
+    if is_unquoted(types) and isinstance(value, str):
         text = value
         if kind.close.rstrip("~") in text or (types != {"string"} and text.strip(" \t\r\n") in ("null", "None")):
             raise Unwritable
-    line = "\n" if kind.framed else ""
+    line = "\n" if kind.on_own_lines else ""
     return f"{kind.open}{name}{kind.middle}{line}{text}{line}{kind.close}".replace("~", "")

@@ -1,4 +1,8 @@
-"""JSON schemas as llguidance's compiler takes them: read, made safe to compile, and given their white space."""
+"""JSON schemas for llguidance's compiler: reading, checks of size and form, and white space.
+
+A schema is checked here for everything that would take the compiler too long, exhaust its stack, or give no JSON.
+`engine.grammar.grammar` calls this, and so do the chats for the schemas of tools.
+"""
 
 from __future__ import annotations
 
@@ -10,47 +14,47 @@ from decimal import Decimal
 from hashlib import sha256
 from urllib.parse import unquote
 
-from erllama.engine.grammar import llguidance_adapter as guidance
-from erllama.engine.grammar.lark_rules import Written
+from erllama.engine.grammar import llguidance_adapter
 from erllama.engine.grammar.schemas.keywords import has_large_numbers, is_beyond_doubles, with_plain_counts
+from erllama.engine.grammar.schemas.lark_rules import LarkFragment
 from erllama.engine.grammar.schemas.rules import SchemaWriter
-from erllama.engine.grammar.schemas.subschemas import rewritten, without_unknown_formats
+from erllama.engine.grammar.schemas.subschemas import rewrite_schema, without_unknown_formats
 from erllama.engine.grammar.unsupported import NotSupported
 from erllama.errors import GrammarError
 
-# One space, or a new line and its indentation: every common layout, and no white space without end.
+# One space, or a new line with indentation: every common layout, without endless white space.
 _WHITE_SPACE = r"\x20|\r?\n[\x20\t]{0,40}"
-# The JSON parser of the compiler stops there.
+# Levels at which the JSON parser of the compiler stops.
 _MAX_NESTING = 120
-# Levels of nesting that references lead through: each takes up to about 10 kB of the compiler's stack.
+# Levels of nesting, references included. Each takes up to about 10 kB of the compiler's stack.
 _MAX_LEVELS = 10_000
-# Properties of one object: the time that they take grows with their square, to some seconds here.
+# Properties of one object. Their time grows with their square, to some seconds here.
 _MAX_PROPERTIES = 4000
-# Characters of a class of a regular expression: as with properties.
+# Characters of a character class in a regular expression. Their time grows likewise.
 _MAX_CLASS = 20_000
 _CLASS = re.compile(r"\[(?:[^\]\\]|\\.)*+", re.DOTALL)
 
 
-def source_of(schema: Mapping[str, object] | bool | str) -> str:
-    """A schema as text; a text is taken as it is.
+def to_source(schema: Mapping[str, object] | bool | str) -> str:
+    """A schema as JSON text. Text is returned unchanged.
 
     Raises:
-        GrammarError: it is no JSON, or nested too deeply.
+        GrammarError: the schema is not JSON, or nested too deeply.
     """
     if isinstance(schema, str):
         return schema
     if not isinstance(schema, Mapping | bool):
-        raise GrammarError(f"a schema is a mapping, True, False or JSON text, not {type(schema).__name__}")
+        raise GrammarError(f"a schema must be a mapping, True, False or JSON text, not {type(schema).__name__}")
     try:
         return json.dumps(schema if isinstance(schema, bool) else dict(schema), allow_nan=False)
     except RecursionError:
         raise GrammarError("the schema is nested too deeply") from None
     except (TypeError, ValueError) as error:
-        raise GrammarError(f"the schema is no JSON: {error}") from None
+        raise GrammarError(f"the schema is not JSON: {error}") from None
 
 
 def check_classes(pattern: str) -> None:
-    """Raise GrammarError if a text with regular expressions has a character class that is too long."""
+    """Raise NotSupported if a text with regular expressions has a character class that is too long."""
     longest = max((found.end() - found.start() for found in _CLASS.finditer(pattern)), default=0)
     if longest > _MAX_CLASS:
         raise NotSupported(
@@ -75,15 +79,15 @@ def _check_sizes(schema: dict[str, object]) -> None:
                 check_classes(text)
 
 
-def written(source: str) -> Written:
+def to_lark(source: str) -> LarkFragment:
     """A schema in llguidance's Lark.
 
     Raises:
-        GrammarError: the text is no JSON, with line and column, or no schema, or one that cannot be kept to.
+        GrammarError: the text is not JSON, with line and column; or not a schema, or one that cannot be enforced.
     """
-    schema = compiled_from(source)
+    schema = prepare(source)
     if not has_large_numbers(schema):
-        return Written(f"%json {json.dumps(schema)}", [])
+        return LarkFragment(f"%json {json.dumps(schema)}", [])
     del schema["x-guidance"]
     return SchemaWriter(
         schema,
@@ -91,47 +95,47 @@ def written(source: str) -> Written:
         whitespace=_WHITE_SPACE,
         unsatisfiable=_is_unsatisfiable,
         target=lambda reference: _target(schema, reference),
-    ).written()
+    ).to_lark()
 
 
 def _is_unsatisfiable(schema: dict[str, object]) -> bool:
-    problem = guidance.problem_of(f"start: %json {json.dumps(schema)}")
+    problem = llguidance_adapter.validate(f"start: %json {json.dumps(schema)}")
     if problem and "Unsatisfiable schema" not in problem:
-        kind = NotSupported if guidance.is_unsupported(problem) else GrammarError
-        raise kind(guidance.message(problem).text)
+        kind = NotSupported if llguidance_adapter.is_unsupported(problem) else GrammarError
+        raise kind(llguidance_adapter.describe_error(problem).text)
     return bool(problem)
 
 
-def compiled_from(source: str) -> dict[str, object]:
-    """The schema that is compiled.
+def prepare(source: str) -> dict[str, object]:
+    """Read a schema, check it, and rewrite it for the compiler.
 
     Raises:
-        GrammarError: the text is no JSON, with line and column, or no schema, or nested too deeply.
+        GrammarError: the text is not JSON, with line and column; or not a schema, or nested too deeply.
     """
     schema = _read(source)
     if schema is True:
         schema = {}
     if schema is False:
-        raise GrammarError("the schema is false: no JSON has it")
+        raise GrammarError("the schema is false: no JSON matches it")
     if not isinstance(schema, dict):
         raise GrammarError(f"a schema is an object or a boolean, not {json.dumps(schema)[:40]}")
     _check_sizes(schema)
-    counted = rewritten(schema, with_plain_counts)
+    counted = rewrite_schema(schema, with_plain_counts)
     assert isinstance(counted, dict)
     schema = counted
     if _levels(schema) > _MAX_LEVELS:
-        raise NotSupported("the schema's references lead too deep")
-    fault = _Endings(schema).fault()
+        raise NotSupported("the schema's references are nested too deeply")
+    fault = _FinitenessCheck(schema).fault()
     if fault is not None:
-        raise GrammarError(f"no JSON has the schema: {fault}")
+        raise GrammarError(f"no JSON matches the schema: {fault}")
     return {**without_unknown_formats(schema), "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}
 
 
 def _read(source: str) -> object:
-    def refused(constant: str) -> object:
-        raise GrammarError(f"the schema is no JSON: {constant}")
+    def refuse(constant: str) -> object:
+        raise GrammarError(f"the schema is not JSON: {constant}")
 
-    def finite(digits: str) -> float | int:
+    def parse_float(digits: str) -> float | int:
         number = float(digits)
         if math.isinf(number):
             raise GrammarError(
@@ -142,22 +146,22 @@ def _read(source: str) -> object:
         return number
 
     try:
-        found: object = json.loads(source, parse_constant=refused, parse_float=finite)
+        found: object = json.loads(source, parse_constant=refuse, parse_float=parse_float)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise GrammarError(f"{place}: {error.msg}", line=error.lineno, column=error.colno) from None
     except RecursionError:
         raise GrammarError("the schema is nested too deeply") from None
     except ValueError as error:
-        raise GrammarError(f"the schema is no JSON: {error}") from None
+        raise GrammarError(f"the schema is not JSON: {error}") from None
     return found
 
 
 def _levels(schema: dict[str, object]) -> int:
-    """At most how deep the compiler goes: every target of a reference once, and all levels below it.
+    """An upper bound of the compiler's recursion: every target of a reference once, and all levels below it.
 
     Raises:
-        GrammarError: nested too deeply.
+        GrammarError: the schema is nested too deeply.
     """
     if _height(schema) > _MAX_NESTING:
         raise GrammarError(f"the schema is nested too deeply: more than {_MAX_NESTING} levels")
@@ -172,13 +176,13 @@ def _references(schema: object) -> set[str]:
 
 
 def _walk(node: object) -> Iterator[tuple[object, int]]:
-    """Everything in a schema, with its depth."""
-    open_ = [(node, 1)]
-    while open_:
-        node, depth = open_.pop()
+    """All values in a schema, with their depth."""
+    pending = [(node, 1)]
+    while pending:
+        node, depth = pending.pop()
         yield node, depth
         parts = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-        open_ += ((part, depth + 1) for part in parts if isinstance(part, dict | list))
+        pending += ((part, depth + 1) for part in parts if isinstance(part, dict | list))
 
 
 def _height(node: object) -> int:
@@ -186,7 +190,7 @@ def _height(node: object) -> int:
 
 
 def _target(schema: dict[str, object], reference: str) -> object:
-    """What a reference points to; None where that is not plain."""
+    """The target of a reference; None if it is not a plain pointer into the schema."""
     if reference != "#" and not reference.startswith("#/"):
         return None
     node: object = schema
@@ -201,42 +205,45 @@ def _target(schema: dict[str, object], reference: str) -> object:
     return node
 
 
-class _Endings:
-    """Which schemas have JSON that ends: not those that require themselves. What is not understood bars nothing."""
+class _FinitenessCheck:
+    """Finds the schemas that have finite JSON. A schema that requires itself has none.
+
+    Keywords that are not understood do not count against a schema.
+    """
 
     def __init__(self, schema: dict[str, object]) -> None:
         self._schema = schema
-        self._ending: set[str] = set()
+        self._finite: set[str] = set()
 
     def fault(self) -> str | None:
-        """Why no JSON has the schema; None where nothing speaks against it."""
+        """Why no JSON matches the schema; None if no reason was found."""
         needed_by: dict[str, list[str]] = {reference: [] for reference in _references(self._schema)}
-        # As if every reference led to something that ends: what is wrong then is not that a schema requires itself.
-        self._ending = set(needed_by)
+        # First assume that every reference has finite JSON. A fault is then a contradiction, not a recursion.
+        self._finite = set(needed_by)
         contradiction = self._fault(self._schema)
         if contradiction is not None:
             return contradiction
-        # The least fixed point: a reference is looked at again when one that it needs is found to end.
-        self._ending = set()
+        # The least fixed point: a reference is visited again when one that it needs is found to be finite.
+        self._finite = set()
         for reference in needed_by:
             for other in _references(_target(self._schema, reference)):
                 needed_by[other].append(reference)
-        open_ = list(needed_by)
-        while open_:
-            reference = open_.pop()
-            if reference not in self._ending and self._fault(_target(self._schema, reference)) is None:
-                self._ending.add(reference)
-                open_ += needed_by[reference]
+        pending = list(needed_by)
+        while pending:
+            reference = pending.pop()
+            if reference not in self._finite and self._fault(_target(self._schema, reference)) is None:
+                self._finite.add(reference)
+                pending += needed_by[reference]
         return self._fault(self._schema)
 
     def _fault(self, schema: object) -> str | None:
         if not isinstance(schema, dict):
-            return "a schema that is false allows nothing" if schema is False else None
+            return "a schema that is false matches no value" if schema is False else None
         if "const" in schema or "enum" in schema:
             return None
         reference = schema.get("$ref")
-        if isinstance(reference, str) and reference not in self._ending:
-            return f"{reference!r:.80} requires itself within itself, or a schema that has no JSON"
+        if isinstance(reference, str) and reference not in self._finite:
+            return f"{reference!r:.80} requires itself, or a schema that no JSON matches"
         faults = (self._fault(part) for part in _list(schema.get("allOf")))
         found = next((fault for fault in faults if fault is not None), None)
         for key in ("anyOf", "oneOf"):
@@ -256,10 +263,10 @@ class _Endings:
             known = properties if isinstance(properties, dict) else {}
             for name in _list(schema.get("required")):
                 if name not in known and schema.get("patternProperties"):
-                    # Its schema is perhaps that of a pattern.
+                    # A pattern may have its schema.
                     continue
                 if name not in known and others is False:
-                    return f"the property {name!r:.80} is required, and neither listed nor an additional one"
+                    return f"the property {name!r:.80} is required, but neither listed nor allowed as additional"
                 fault = self._fault(known.get(name, others)) if isinstance(name, str) else None
                 if fault is not None:
                     return f"the property {name!r:.80} is required: {fault}"

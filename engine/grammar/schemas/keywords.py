@@ -1,4 +1,4 @@
-"""What the keywords of a JSON schema say, read with their forms checked. Numbers are exact.
+"""The keywords of a JSON schema: their values, checked for form, with exact numbers.
 
 `engine.grammar.schemas.rules` and `engine.grammar.schemas.json_schema` call this.
 """
@@ -14,9 +14,10 @@ from erllama.engine.grammar.schemas.number_patterns import Bound
 from erllama.engine.grammar.unsupported import NotSupported
 from erllama.errors import GrammarError
 
-# Doubles hold every integer up to here. An exclusive bound of this one leads to the next, which they do not hold.
+# Doubles hold every integer up to here. An exclusive bound of this value leads to the next integer, which has no
+# double.
 _EXACT = 1 << 53
-# The largest count of repetitions that is written.
+# The largest count of repetitions in a rule.
 _MAX_ITEMS = 100_000
 # The largest count that llguidance reads in every keyword.
 _MAX_COUNT = (1 << 31) - 1
@@ -28,9 +29,20 @@ NUMBERS = (*LOWER, *UPPER, "multipleOf")
 TEXTS = ("minLength", "maxLength", "pattern", "format")
 SIMPLE = frozenset({"null", "boolean", "string"})
 _TYPES = frozenset({*SIMPLE, "integer", "number", "array", "object"})
-# What takes no part in the meaning of a schema here.
-NOTES = ("$defs", "definitions", "$schema", "$id", "id", "$comment", "title", "description", "default", "examples")
-# Keywords of drafts 4 to 2020-12 that neither llguidance nor the rules here can keep to.
+# Keywords that do not change the meaning of a schema here.
+ANNOTATIONS = (
+    "$defs",
+    "definitions",
+    "$schema",
+    "$id",
+    "id",
+    "$comment",
+    "title",
+    "description",
+    "default",
+    "examples",
+)
+# Keywords of drafts 4 to 2020-12 that neither llguidance nor the rules here can enforce.
 UNSUPPORTED = (
     *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames"),
     *("dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"),
@@ -39,40 +51,40 @@ UNSUPPORTED = (
 
 
 def has_large_numbers(schema: object) -> bool:
-    """Whether a schema has, anywhere, a number that a double cannot hold and llguidance would change."""
-    open_ = [schema]
-    while open_:
-        node = open_.pop()
+    """Whether a schema has, at any depth, a number that no double holds and llguidance would change."""
+    pending = [schema]
+    while pending:
+        node = pending.pop()
         if isinstance(node, list):
-            open_ += node
+            pending += node
         elif isinstance(node, Mapping):
             if _is_large(node):
                 return True
-            open_ += node.values()
+            pending += node.values()
     return False
 
 
 def _is_large(node: Mapping[str, object]) -> bool:
-    """Whether a schema itself, without those in it, has a large number."""
+    """Whether the schema's own keywords have a large number, without the schemas in it."""
     limits = any(is_beyond_doubles(node.get(key)) for key in (*LOWER, *UPPER))
     return limits or any(_has_large_integer(node[key]) for key in ("const", "enum") if key in node)
 
 
 def _has_large_integer(value: object) -> bool:
-    open_ = [value]
-    while open_:
-        value = open_.pop()
+    pending = [value]
+    while pending:
+        value = pending.pop()
         if isinstance(value, list):
-            open_ += value
+            pending += value
         elif isinstance(value, Mapping):
-            open_ += value.values()
+            pending += value.values()
         elif is_beyond_doubles(value):
             return True
     return False
 
 
 def is_beyond_doubles(value: object) -> bool:
-    """Whether a number is one that llguidance may change: the integer next to it has no double."""
+    """Whether llguidance may change a number, because the next integer has no double."""
     return isinstance(value, int | float) and abs(value) >= _EXACT
 
 
@@ -89,23 +101,23 @@ def without(schema: dict[str, object], keys: Sequence[str]) -> dict[str, object]
 
 def references_in(schema: object) -> set[str]:
     found: set[str] = set()
-    open_ = [schema]
-    while open_:
-        node = open_.pop()
+    pending = [schema]
+    while pending:
+        node = pending.pop()
         if isinstance(node, list):
-            open_ += node
+            pending += node
         elif isinstance(node, Mapping):
             reference = node.get("$ref")
             if isinstance(reference, str):
                 found.add(reference)
-            open_ += (value for key, value in node.items() if key not in ("const", "enum", *NOTES))
+            pending += (value for key, value in node.items() if key not in ("const", "enum", *ANNOTATIONS))
     return found
 
 
 def schemas_of(schema: dict[str, object], key: str) -> list[object]:
     found = schema[key]
     if not isinstance(found, list) or not found:
-        raise GrammarError(f"{key} must be a list of schemas that is not empty")
+        raise GrammarError(f"{key} must be a list of schemas, and not empty")
     return found
 
 
@@ -117,7 +129,7 @@ def types_of(parts: Iterable[dict[str, object]]) -> frozenset[str]:
             names = listed if isinstance(listed, list) else [listed]
             if not all(isinstance(name, str) and name in _TYPES for name in names):
                 raise GrammarError(
-                    f"the type {json.dumps(listed)[:80]} is none; there are {', '.join(sorted(_TYPES))}"
+                    f"the type {json.dumps(listed)[:80]} is unknown; use {', '.join(sorted(_TYPES))}"
                 )
             types &= {*names, *(["integer"] if "number" in names else [])}
     return types
@@ -137,7 +149,7 @@ def _values(part: dict[str, object]) -> list[object]:
 
 
 def listed_values(part: dict[str, object]) -> list[list[object]]:
-    """The values of const and enum, each as schemas: numbers by their bounds, what has parts by those."""
+    """The values of const and enum as schemas: numbers by bounds, arrays and objects by their parts."""
     values = _values(part) if "enum" in part else [part["const"]]
     found: list[list[object]] = []
     texts = [value for value in values if isinstance(value, str | bool | None)]
@@ -150,7 +162,7 @@ def listed_values(part: dict[str, object]) -> list[list[object]]:
 
 
 def _equal(value: object) -> dict[str, object]:
-    """A schema of one value."""
+    """A schema that one value matches."""
     if isinstance(value, list):
         n = len(value)
         return {"type": "array", "prefixItems": [{"const": item} for item in value], "minItems": n, "maxItems": n}
@@ -167,7 +179,7 @@ def _equal(value: object) -> dict[str, object]:
 
 
 def constants_of(parts: Iterable[dict[str, object]]) -> frozenset[str] | None:
-    """The values that const and enum allow, as text; None where neither is there."""
+    """The values that const and enum allow, as JSON text; None without both keywords."""
     found: frozenset[str] | None = None
     for part in parts:
         if "const" in part or "enum" in part:
@@ -186,7 +198,7 @@ def bounds_of(part: dict[str, object], inclusive: str, exclusive: str) -> list[B
     found: list[Bound] = []
     limit, other = part.get(inclusive), part.get(exclusive)
     if limit is not None:
-        # A boolean, as draft 4 has it, says it of the other keyword's number.
+        # In draft 4, a boolean makes the other keyword's bound exclusive.
         found.append(Bound(_decimal(limit, inclusive), other is True))
     if other is not None and not isinstance(other, bool):
         found.append(Bound(_decimal(other, exclusive), True))
@@ -196,7 +208,7 @@ def bounds_of(part: dict[str, object], inclusive: str, exclusive: str) -> list[B
 def _decimal(value: object, key: str) -> Decimal:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise GrammarError(f"{key} must be a number, not {json.dumps(value)[:80]}")
-    # Of a double the shortest text that stands for it, which is what was written.
+    # The shortest text of a double is the text that the schema had.
     return Decimal(value) if isinstance(value, int) else Decimal(repr(value))
 
 
@@ -216,15 +228,15 @@ def count_of(part: dict[str, object], key: str, default: int | None) -> int | No
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise GrammarError(f"{key} must be an integer of 0 or more, not {json.dumps(value)[:80]}")
     if value > _MAX_ITEMS and key in UPPER_COUNTS:
-        # No text in a context has as many.
+        # No text in a context reaches this count.
         return default
     if value > _MAX_ITEMS:
-        raise NotSupported(f"{key} is {value}; at most {_MAX_ITEMS} are supported: use a smaller one")
+        raise NotSupported(f"{key} is {value}; at most {_MAX_ITEMS} is supported: use a smaller one")
     return value
 
 
 def with_plain_counts(schema: dict[str, object]) -> dict[str, object]:
-    """A schema with its own counts as integers, and without upper counts that no text in a context reaches.
+    """A schema with its own counts as integers, without upper counts that no text in a context reaches.
 
     Raises:
         NotSupported: a lower count is too large.
@@ -243,7 +255,7 @@ def with_plain_counts(schema: dict[str, object]) -> dict[str, object]:
 
 
 def items_of(part: dict[str, object]) -> tuple[list[object], object]:
-    """The schemas of the first items, and that of the rest."""
+    """The schemas of the first items, and the schema of the remaining items."""
     items = part.get("items", True)
     if isinstance(items, list):
         return items, part.get("additionalItems", True)

@@ -1,7 +1,7 @@
-"""The numbers of JSON between two bounds of any size, as regular expressions that are exact to the last digit.
+"""Regular expressions of the JSON numbers between two bounds, exact to the last digit.
 
-Bounds are decimal numbers, never doubles. `engine.grammar.schemas.rules` calls this for the numbers that
-llguidance, which computes with doubles, would round.
+Bounds are decimal numbers of any size, never doubles. `engine.grammar.schemas.rules` calls this for the numbers
+that llguidance would round, since it computes with doubles.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from erllama.engine.grammar.unsupported import NotSupported
 
-# The pattern of a bound grows with the square of its digits: at 400 it has 80,000 characters.
+# Digits of a bound. Its pattern grows with their square: 400 digits give 80,000 characters.
 _MAX_DIGITS = 400
-# Endings of the multiples of a number, each a part of a pattern.
+# Endings of the multiples of a number. Each is a part of a pattern.
 _MAX_ENDINGS = 2000
 
 
@@ -26,14 +26,14 @@ class Bound(NamedTuple):
     exclusive: bool = False
 
 
-class Range(NamedTuple):
-    """What a number must be.
+class NumberRange(NamedTuple):
+    """The condition on a number.
 
     Attributes:
-        low: the lower bound; None for none.
-        high: the upper bound; None for none.
+        low: the lower bound, or None.
+        high: the upper bound, or None.
         integer: whether it must be an integer.
-        steps: positive numbers of which it must be a multiple.
+        steps: positive numbers. The number must be a multiple of each.
     """
 
     low: Bound | None
@@ -42,13 +42,13 @@ class Range(NamedTuple):
     steps: tuple[Fraction, ...] = ()
 
 
-def number_patterns(wanted: Range) -> list[list[str]]:
-    """The numbers of a range with at least one bound, as JSON writes them.
+def number_patterns(wanted: NumberRange) -> list[list[str]]:
+    """Patterns of the JSON numbers in a range with at least one bound.
 
-    Integers are written without a point. No number has an exponent.
+    Integers have no decimal point. No number has an exponent.
 
     Returns:
-        alternatives; a text must match all expressions of one of them. Empty where no number is in the range.
+        alternatives; a text must match all expressions of one alternative. Empty if the range has no number.
 
     Raises:
         NotSupported: a bound has too many digits, or a step cannot be combined with the bounds.
@@ -73,7 +73,7 @@ def number_patterns(wanted: Range) -> list[list[str]]:
     return found
 
 
-def _integers(wanted: Range) -> list[list[str]]:
+def _integers(wanted: NumberRange) -> list[list[str]]:
     low = None if wanted.low is None else _least_integer(wanted.low)
     high = None if wanted.high is None else -_least_integer(_mirrored(wanted.high))
     step = lcm(*(step.numerator for step in wanted.steps))
@@ -89,7 +89,7 @@ def _integers(wanted: Range) -> list[list[str]]:
 
 
 def _least_integer(bound: Bound) -> int:
-    """The least integer that is not below a lower bound."""
+    """The smallest integer within a lower bound."""
     value = Fraction(bound.value)
     return floor(value) + 1 if bound.exclusive else ceil(value)
 
@@ -99,7 +99,7 @@ def _mirrored(bound: Bound) -> Bound:
 
 
 def _between(sign: str, low: int, high: int | None) -> list[str]:
-    """Integers of one sign between two magnitudes; empty for none."""
+    """Integers of one sign between two magnitudes; [] if there are none."""
     if high is not None and high < low:
         return []
     upper = [] if high is None else [f"{sign}{_at_most(high)}"]
@@ -107,14 +107,14 @@ def _between(sign: str, low: int, high: int | None) -> list[str]:
 
 
 def _at_least(low: int) -> str:
-    """Integers without sign that are not below `low`."""
+    """Integers without sign, from `low` on."""
     digits = _digits_of(low)
     larger = "".join(f"|{option}" for option in _larger(digits, r"[0-9]{%d}"))
     return f"(?:{digits}{larger}|[1-9][0-9]{{{len(digits)},}})"
 
 
 def _at_most(high: int) -> str:
-    """Integers without sign that are not above `high`."""
+    """Integers without sign, up to `high`."""
     digits = _digits_of(high)
     options = [digits, *_smaller(digits, r"[0-9]{%d}", first=1 if len(digits) > 1 else 0)]
     if len(digits) > 1:
@@ -123,7 +123,7 @@ def _at_most(high: int) -> str:
 
 
 def _larger(digits: str, rest: str) -> list[str]:
-    """Texts that are greater than `digits` at the first place where they differ; `rest` stands for what follows."""
+    """Texts whose first different digit is larger than in `digits`; `rest` matches the digits after it."""
     return [
         f"{digits[:at]}[{int(digit) + 1}-9]{rest.replace('%d', str(len(digits) - at - 1))}"
         for at, digit in enumerate(digits)
@@ -132,7 +132,7 @@ def _larger(digits: str, rest: str) -> list[str]:
 
 
 def _smaller(digits: str, rest: str, first: int = 0) -> list[str]:
-    """Texts that are less than `digits` at the first place where they differ, and begin with `first` or more."""
+    """Texts whose first different digit is smaller than in `digits`, beginning with at least `first`."""
     return [
         f"{digits[:at]}[{least}-{int(digit) - 1}]{rest.replace('%d', str(len(digits) - at - 1))}"
         for at, digit in enumerate(digits)
@@ -141,7 +141,7 @@ def _smaller(digits: str, rest: str, first: int = 0) -> list[str]:
 
 
 def _fractions(sign: str, low: Bound, high: Bound | None) -> list[list[str]]:
-    """Numbers of one sign between two magnitudes, as alternatives; empty for none."""
+    """Alternatives for the numbers of one sign between two magnitudes; [] if there are none."""
     if high is None:
         return [[sign + _fraction_at_least(low)]]
     if high.value < low.value or (high.value == low.value and (low.exclusive or high.exclusive)):
@@ -150,7 +150,7 @@ def _fractions(sign: str, low: Bound, high: Bound | None) -> list[list[str]]:
 
 
 def _equal(value: Decimal) -> str:
-    """One number, with any zeros at its end."""
+    """One number, with any number of trailing zeros."""
     whole, fraction = _split(abs(value))
     end = f"\\.{fraction}0*" if fraction else "(?:\\.0+)?"
     return f"{'-' if value < 0 else ''}{whole}{end}"
@@ -171,7 +171,7 @@ def _fraction_at_most(high: Bound) -> str:
     whole, fraction = _split(high.value)
     options = [f"{_at_most(whole - 1)}(?:\\.[0-9]+)?"] if whole else []
     smaller = _smaller(fraction, "[0-9]*")
-    # A fraction that ends earlier is less: there are no zeros at the end of `fraction`.
+    # A prefix of the fraction is smaller, since `fraction` has no trailing zeros.
     smaller += (fraction[:end] for end in range(1, len(fraction)))
     if not high.exclusive:
         smaller.append(f"{fraction}0*" if fraction else "0+")
@@ -183,7 +183,7 @@ def _fraction_at_most(high: Bound) -> str:
 
 
 def _split(value: Decimal) -> tuple[int, str]:
-    """The integer part of a number that is not negative, and the digits after the point."""
+    """The integer part of a non-negative number, and the digits after the decimal point."""
     if value and (value.adjusted() > _MAX_DIGITS or value.adjusted() < -_MAX_DIGITS):
         raise NotSupported(f"the bound {value:.3e} is out of range: at most {_MAX_DIGITS} digits are supported")
     text = format(value, "f")
@@ -192,7 +192,7 @@ def _split(value: Decimal) -> tuple[int, str]:
     _digits_of(int(whole))
     if len(fraction) > _MAX_DIGITS:
         raise NotSupported(
-            f"a bound with {len(fraction)} digits after the point; at most {_MAX_DIGITS} are supported"
+            f"a bound with {len(fraction)} digits after the decimal point; at most {_MAX_DIGITS} are supported"
         )
     return int(whole), fraction
 
@@ -205,7 +205,7 @@ def _digits_of(value: int) -> str:
 
 
 def _multiples(step: int) -> str:
-    """The integers that a step divides, where their last digits decide it."""
+    """The integers that a step divides. Their last digits must decide it."""
     n = 1
     while 10**n % step and n < 6:
         n += 1

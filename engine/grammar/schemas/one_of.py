@@ -1,8 +1,7 @@
-"""Whether the options of oneOf exclude each other, as far as types, constants and bounds show.
+"""The check that the options of a oneOf exclude each other, by types, constants and bounds.
 
-`engine.grammar.schemas.rules` calls this: its rules can say that one option or another holds, not that only
-one does.
-Each option is read once. Options with constants are found by these, so their number may be large.
+`engine.grammar.schemas.rules` calls this, because its rules can express alternatives but not exclusion. It reads
+each option once. An index by constants finds the options with constants, so there may be many of them.
 """
 
 from __future__ import annotations
@@ -23,25 +22,25 @@ from erllama.engine.grammar.schemas.keywords import (
 from erllama.engine.grammar.schemas.number_patterns import Bound
 from erllama.engine.grammar.unsupported import NotSupported
 
-# Pairs of options that are compared; about half a second's.
+# Pairs of options that are compared: about half a second.
 _MAX_PAIRS = 50_000
 _NUMERIC = frozenset({"integer", "number"})
 
 Parts = list[dict[str, object]]
-# The parts of schemas without references and allOf; None where no value has them.
-Flat = Callable[[Iterable[object]], Parts | None]
+# Expands allOf and references of schemas; None if no value matches them.
+Flatten = Callable[[Iterable[object]], Parts | None]
 
 
-class _Option(NamedTuple):
-    """What is known of one option.
+class _OneOfOption(NamedTuple):
+    """The known properties of one option.
 
     Attributes:
         types: the types of its values.
-        constants: its values as text; None where they are not listed.
+        constants: its values as JSON text; None if they are not listed.
         lows: its lower bounds.
         highs: its upper bounds.
         required: the properties that its objects must have.
-        listed: by property, the values of it as text, where they are listed.
+        listed: by property, its values as JSON text, for properties whose values are listed.
     """
 
     types: frozenset[str]
@@ -52,37 +51,37 @@ class _Option(NamedTuple):
     listed: Mapping[str, frozenset[str]]
 
 
-def check_apart(options: Sequence[object], flat: Flat) -> None:
-    """Check that no value has two options.
+def check_exclusive(options: Sequence[object], flatten: Flatten) -> None:
+    """Check that no value matches two options.
 
     Args:
         options: the schemas of a oneOf.
-        flat: the parts of schemas that a value must all have.
+        flatten: expands allOf and references.
 
     Raises:
-        NotSupported: two options may hold together, or there are too many to compare.
+        NotSupported: a value may match two options, or there are too many options to compare.
     """
-    known = [parts for option in options if (parts := flat([option])) is not None]
-    # Only a property that an option requires can keep it apart from another.
-    required = {name for parts in known for part in parts for name in required_by(part)}
-    read = [_option(parts, required, flat) for parts in known]
+    expanded = [parts for option in options if (parts := flatten([option])) is not None]
+    # Only a required property can distinguish an option from another one.
+    required = {name for parts in expanded for part in parts for name in required_by(part)}
+    options_read = [_read_option(parts, required, flatten) for parts in expanded]
     n_compared = 0
-    for type_ in sorted({type_ for option in read for type_ in option.types}):
-        for one, other in _candidates([option for option in read if type_ in option.types], type_):
+    for type_ in sorted({type_ for option in options_read for type_ in option.types}):
+        for one, other in _candidates([option for option in options_read if type_ in option.types], type_):
             n_compared += 1
             if n_compared > _MAX_PAIRS:
                 raise NotSupported(
                     f"oneOf has {len(options)} options, of which more than {_MAX_PAIRS} pairs must be compared; "
                     "use fewer options, anyOf, or options with constants that differ"
                 )
-            if not _apart(one, other):
+            if not _exclusive(one, other):
                 raise NotSupported(
-                    "oneOf whose options may hold together is not supported; use anyOf, "
+                    "oneOf whose options may match together is not supported; use anyOf, "
                     "or give the options types or constants that differ"
                 )
 
 
-def _option(parts: Parts, names: set[str], flat: Flat) -> _Option:
+def _read_option(parts: Parts, names: set[str], flatten: Flatten) -> _OneOfOption:
     types, constants = types_of(parts), constants_of(parts)
     listed: dict[str, frozenset[str]] = {}
     schemas: dict[str, list[object]] = {}
@@ -91,11 +90,11 @@ def _option(parts: Parts, names: set[str], flat: Flat) -> _Option:
             if name in names:
                 schemas.setdefault(name, []).append(schema)
     for name, found in schemas.items():
-        inner = flat(found)
+        inner = flatten(found)
         values = frozenset[str]() if inner is None else constants_of(inner)
         if values is not None:
             listed[name] = values
-    return _Option(
+    return _OneOfOption(
         types if constants is None else types & frozenset(map(_type_of, constants)),
         constants,
         [bound for part in parts for bound in bounds_of(part, *LOWER)],
@@ -106,21 +105,21 @@ def _option(parts: Parts, names: set[str], flat: Flat) -> _Option:
 
 
 def _type_of(text: str) -> str:
-    """The type of a constant, as `constants_of` writes it: integers have no point and no exponent."""
+    """The type of a constant that `constants_of` wrote. Integers have no decimal point and no exponent."""
     first = {'"': "string", "{": "object", "[": "array", "t": "boolean", "f": "boolean", "n": "null"}
     return first.get(text[0]) or ("integer" if text.lstrip("-").isdecimal() else "number")
 
 
-def _candidates(options: Sequence[_Option], type_: str) -> Iterator[tuple[_Option, _Option]]:
-    """The pairs of options of one type, without those that constants keep apart."""
-    # Values of other types have no properties.
+def _candidates(options: Sequence[_OneOfOption], type_: str) -> Iterator[tuple[_OneOfOption, _OneOfOption]]:
+    """The pairs of options of one type that constants do not distinguish."""
+    # Only objects have properties.
     names = Counter[str]() if type_ != "object" else _discriminators(options)
     name = max(names, key=lambda name: names[name], default="")
     n_constant = sum(option.constants is not None for option in options)
     by_property = names[name] > n_constant
-    seen: dict[str, list[_Option]] = {}
-    others: list[_Option] = []
-    before: list[_Option] = []
+    seen: dict[str, list[_OneOfOption]] = {}
+    others: list[_OneOfOption] = []
+    before: list[_OneOfOption] = []
     for option in options:
         found = option.constants
         if by_property:
@@ -137,13 +136,13 @@ def _candidates(options: Sequence[_Option], type_: str) -> Iterator[tuple[_Optio
         before.append(option)
 
 
-def _discriminators(options: Iterable[_Option]) -> Counter[str]:
-    """The required properties of which the values are listed, and in how many options."""
+def _discriminators(options: Iterable[_OneOfOption]) -> Counter[str]:
+    """The required properties with listed values, counted over the options."""
     return Counter(name for option in options for name in option.listed if name in option.required)
 
 
-def _apart(one: _Option, other: _Option) -> bool:
-    """Whether no value has both."""
+def _exclusive(one: _OneOfOption, other: _OneOfOption) -> bool:
+    """Whether no value matches both options."""
     both = one.types & other.types
     if not both:
         return True
@@ -155,7 +154,7 @@ def _apart(one: _Option, other: _Option) -> bool:
             for low in (*one.lows, *other.lows)
             for high in (*one.highs, *other.highs)
         )
-    # Of other types as well, a value may have both.
+    # For the other types, a value may match both.
     return both == {"object"} and any(
         not one.listed[name] & other.listed[name]
         for name in one.required | other.required

@@ -1,11 +1,12 @@
-"""JSON schemas with numbers that llguidance would round, written as rules of Lark.
+"""JSON schemas with numbers that llguidance would round, as rules of Lark.
 
-llguidance reads the numbers of a schema as doubles: beyond 2**53 it changes integers. The parts of a schema that
-have such numbers, and what leads to them, become rules here, with numbers from `number_patterns`. All other
-parts stay schemas within the rules, which llguidance compiles. The keywords mean what they mean to llguidance; the
-few that are not supported on the way to a large number are refused by name.
+llguidance reads the numbers of a schema as doubles and changes integers beyond 2**53. This module writes rules for
+the parts of a schema that have such numbers and for the parts that lead to them, with patterns from
+`number_patterns`. All other parts stay schemas within the rules, and llguidance compiles them. Keywords have the
+same meaning as in llguidance. The few that are not supported on the way to a large number raise an error that names
+them.
 
-Called by `engine.grammar.schemas.json_schema`, which has checked the schema's form.
+Called by `engine.grammar.schemas.json_schema`, which has checked the form of the schema.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-from erllama.engine.grammar.lark_rules import ANY_TEXT, Body, Times, Written, productive, quoted, reached, sequence
 from erllama.engine.grammar.schemas.keywords import (
+    ANNOTATIONS,
     LOWER,
-    NOTES,
     NUMBERS,
     SIMPLE,
     TEXTS,
@@ -39,27 +39,37 @@ from erllama.engine.grammar.schemas.keywords import (
     unsupported,
     without,
 )
-from erllama.engine.grammar.schemas.number_patterns import Range, number_patterns
-from erllama.engine.grammar.schemas.one_of import check_apart
+from erllama.engine.grammar.schemas.lark_rules import (
+    ANY_TEXT,
+    Body,
+    LarkFragment,
+    Repetition,
+    format_sequence,
+    productive_rules,
+    quoted_name,
+    reachable,
+)
+from erllama.engine.grammar.schemas.number_patterns import NumberRange, number_patterns
+from erllama.engine.grammar.schemas.one_of import check_exclusive
 from erllama.engine.grammar.unsupported import NotSupported
 from erllama.errors import GrammarError
 
 _MAX_RULES = 4000
 _DEFINITIONS = ("#/$defs/", "#/definitions/")
 
-# The schemas that a value must all have, by their numbers in `SchemaWriter._schemas`.
-All = tuple[int, ...]
+# Schemas that a value must match together, by their numbers in `SchemaWriter._schemas`.
+Conjunction = tuple[int, ...]
 
 
 class SchemaWriter:
-    """Writes one schema.
+    """Writes one schema as rules.
 
     Args:
-        root: the schema that references lead into.
-        prefix: what the names of rules begin with, in lower case; it keeps several schemas in one grammar apart.
-        whitespace: a regular expression of what may stand between the parts of the JSON.
-        unsatisfiable: whether no JSON has a schema, of those that llguidance compiles.
-        target: what a reference of `root` leads to; None where that is unknown.
+        root: the schema that references point into.
+        prefix: the prefix of the names of rules, in lower case. It separates several schemas in one grammar.
+        whitespace: a regular expression of the white space between the parts of the JSON.
+        unsatisfiable: whether no JSON matches a schema that llguidance compiles.
+        target: the target of a reference in `root`; None if it is unknown.
     """
 
     def __init__(
@@ -76,18 +86,18 @@ class SchemaWriter:
         self._schemas: list[dict[str, object]] = []
         self._ids: dict[int, int] = {}
         self._derived: dict[tuple[int, str], int] = {}
-        self._names: dict[All, str] = {}
+        self._names: dict[Conjunction, str] = {}
         self._bodies: dict[str, Body] = {}
-        self._open: list[tuple[str, All]] = []
+        self._open: list[tuple[str, Conjunction]] = []
         self._terminals: dict[str, str] = {}
         self._far = self._far_references()
 
-    def written(self) -> Written:
-        """The rules.
+    def to_lark(self) -> LarkFragment:
+        """The schema in Lark.
 
         Raises:
             NotSupported: a keyword is not supported here, or takes too many rules.
-            GrammarError: no JSON has the schema.
+            GrammarError: no JSON matches the schema.
         """
         start = self._rule([self._root])
         while self._open:
@@ -98,53 +108,53 @@ class SchemaWriter:
                     f"the schema has integers beyond 2**53 and takes more than {_MAX_RULES} rules; "
                     "use fewer combinations of anyOf, oneOf and allOf"
                 )
-        bodies = productive(self._bodies)
+        bodies = productive_rules(self._bodies)
         if start not in bodies:
-            raise GrammarError("no JSON has the schema: its keywords contradict each other")
-        used = reached(bodies, start)
-        lines = [f"{name}: {' | '.join(map(sequence, bodies[name]))}" for name in used if name in bodies]
+            raise GrammarError("no JSON matches the schema: its keywords contradict each other")
+        used = reachable(bodies, start)
+        lines = [f"{name}: {' | '.join(map(format_sequence, bodies[name]))}" for name in used if name in bodies]
         lines += [f"{name}: {text}" for text, name in self._terminals.items() if name in used]
-        return Written(start, lines)
+        return LarkFragment(start, lines)
 
-    # --- what is left to llguidance
+    # --- parts that llguidance compiles
 
     def _far_references(self) -> set[str]:
-        """References that lead to large numbers, or to what a schema within a rule cannot take along."""
+        """References that lead to large numbers, or to definitions that a schema within a rule cannot include."""
         needs = {reference: references_in(self._target(reference)) for reference in self._all_references()}
         far = {
             reference
             for reference in needs
             if not reference.startswith(_DEFINITIONS) or has_large_numbers(self._target(reference))
         }
-        # By what needs it, so that every reference is looked at once for each that it needs.
+        # Indexed by the needed reference, so that each dependency is visited once.
         users: dict[str, list[str]] = {}
         for reference, needed in needs.items():
             for other in needed:
                 users.setdefault(other, []).append(reference)
-        open_ = list(far)
-        while open_:
-            for user in users.get(open_.pop(), ()):
+        pending = list(far)
+        while pending:
+            for user in users.get(pending.pop(), ()):
                 if user not in far:
                     far.add(user)
-                    open_.append(user)
+                    pending.append(user)
         return far
 
     def _all_references(self) -> set[str]:
         found: set[str] = set()
-        open_ = list(references_in(self._root))
-        while open_:
-            reference = open_.pop()
+        pending = list(references_in(self._root))
+        while pending:
+            reference = pending.pop()
             if reference not in found:
                 found.add(reference)
-                open_ += references_in(self._target(reference))
+                pending += references_in(self._target(reference))
         return found
 
     def _is_near(self, schema: dict[str, object]) -> bool:
-        return not has_large_numbers(without(schema, NOTES)) and not (references_in(schema) & self._far)
+        return not has_large_numbers(without(schema, ANNOTATIONS)) and not (references_in(schema) & self._far)
 
-    def _left(self, conjunction: Sequence[dict[str, object]]) -> Body:
-        """A part that llguidance compiles; nothing where no JSON has it."""
-        plain = [without(schema, NOTES) for schema in conjunction]
+    def _llguidance_body(self, conjunction: Sequence[dict[str, object]]) -> Body:
+        """A part that llguidance compiles; empty if no JSON matches it."""
+        plain = [without(schema, ANNOTATIONS) for schema in conjunction]
         whole: dict[str, object] = dict(plain[0]) if len(plain) == 1 else {"allOf": plain}
         if "$schema" in self._root:
             whole["$schema"] = self._root["$schema"]
@@ -158,10 +168,10 @@ class SchemaWriter:
     def _definitions(self, schema: dict[str, object], key: str) -> dict[str, object]:
         found: dict[str, object] = {}
         defined = self._root.get(key)
-        open_ = list(references_in(schema))
+        pending = list(references_in(schema))
         done: set[str] = set()
-        while open_ and isinstance(defined, dict):
-            reference = open_.pop()
+        while pending and isinstance(defined, dict):
+            reference = pending.pop()
             if reference in done:
                 continue
             done.add(reference)
@@ -169,15 +179,15 @@ class SchemaWriter:
                 name = reference.split("/")[2].replace("~1", "/").replace("~0", "~")
                 if name in defined:
                     found[name] = defined[name]
-                    open_ += references_in(defined[name])
+                    pending += references_in(defined[name])
             else:
-                open_ += references_in(self._target(reference))
+                pending += references_in(self._target(reference))
         return found
 
     # --- rules
 
     def _rule(self, schemas: Iterable[object]) -> str:
-        """The name of the rule of what has all schemas."""
+        """The name of the rule for the values that match all schemas."""
         found: dict[int, None] = {}
         for schema in schemas:
             if schema is True:
@@ -201,12 +211,12 @@ class SchemaWriter:
     def _id(self, schema: dict[str, object]) -> int:
         if id(schema) not in self._ids:
             self._ids[id(schema)] = len(self._schemas)
-            # Kept here, no other object takes its identity.
+            # Kept here, so that no other object gets the same id().
             self._schemas.append(schema)
         return self._ids[id(schema)]
 
-    def _lacking(self, schema: dict[str, object], keys: Sequence[str]) -> dict[str, object]:
-        """A schema without some keywords: the same object each time, so that conjunctions stay few."""
+    def _without_keywords(self, schema: dict[str, object], keys: Sequence[str]) -> dict[str, object]:
+        """A schema without some keywords. Returns the same object each time, so that there are few conjunctions."""
         if not any(key in schema for key in keys):
             return schema
         key = (self._id(schema), " ".join(keys))
@@ -214,11 +224,11 @@ class SchemaWriter:
             self._derived[key] = self._id(without(schema, keys))
         return self._schemas[self._derived[key]]
 
-    def _body(self, conjunction: All) -> Body:
+    def _body(self, conjunction: Conjunction) -> Body:
         schemas = [self._schemas[id] for id in conjunction]
         if all(map(self._is_near, schemas)):
-            return self._left(schemas or [{}])
-        parts = self._flat(schemas)
+            return self._llguidance_body(schemas or [{}])
+        parts = self._flatten(schemas)
         if parts is None:
             return []
         for key in ("anyOf", "oneOf"):
@@ -231,22 +241,22 @@ class SchemaWriter:
                         f"at most {_MAX_RULES} are supported: use fewer options, or a list of constants as enum"
                     )
                 if key == "oneOf":
-                    check_apart(options, self._flat)
-                others = [*parts[:at], self._lacking(parts[at], [key]), *parts[at + 1 :]]
+                    check_exclusive(options, self._flatten)
+                others = [*parts[:at], self._without_keywords(parts[at], [key]), *parts[at + 1 :]]
                 return [[self._rule([*others, option])] for option in options]
         at = next((at for at, part in enumerate(parts) if lists_more_than_texts(part)), None)
         if at is not None:
-            others = [*parts[:at], self._lacking(parts[at], ["const", "enum"]), *parts[at + 1 :]]
+            others = [*parts[:at], self._without_keywords(parts[at], ["const", "enum"]), *parts[at + 1 :]]
             return [[self._rule([*others, *value])] for value in listed_values(parts[at])]
         return self._typed(parts)
 
-    def _flat(self, schemas: Iterable[object]) -> list[dict[str, object]] | None:
-        """Schemas without allOf and references: what those lead to stands beside them. None where one is false."""
-        open_: deque[object] = deque(schemas)
+    def _flatten(self, schemas: Iterable[object]) -> list[dict[str, object]] | None:
+        """Schemas with allOf and references expanded into the list; None if one of them is false."""
+        pending: deque[object] = deque(schemas)
         found: dict[int, dict[str, object]] = {}
         done: set[int] = set()
-        while open_:
-            schema = open_.popleft()
+        while pending:
+            schema = pending.popleft()
             if schema is False:
                 return None
             if schema is True or id(schema) in done:
@@ -258,18 +268,18 @@ class SchemaWriter:
             for key in schema:
                 if key in UNSUPPORTED:
                     raise unsupported(key)
-            plain = self._lacking(schema, ["$ref", "allOf"])
+            plain = self._without_keywords(schema, ["$ref", "allOf"])
             found[id(plain)] = plain
             inner = schemas_of(schema, "allOf") if "allOf" in schema else []
             if "$ref" in schema:
-                inner = [self._found(schema["$ref"]), *inner]
-            open_.extendleft(reversed(inner))
+                inner = [self._resolve(schema["$ref"]), *inner]
+            pending.extendleft(reversed(inner))
         return list(found.values())
 
-    def _found(self, reference: object) -> object:
+    def _resolve(self, reference: object) -> object:
         found = self._target(reference) if isinstance(reference, str) else None
         if found is None:
-            raise GrammarError(f"the reference {json.dumps(reference)[:80]} leads nowhere in the schema")
+            raise GrammarError(f"the reference {json.dumps(reference)[:80]} has no target in the schema")
         return found
 
     # --- values by their types
@@ -282,7 +292,7 @@ class SchemaWriter:
             simple, numeric = simple | numeric, frozenset()
         body: Body = self._simple(parts, simple) if simple else []
         if any("enum" in part for part in parts):
-            # Only texts are left in it.
+            # Only strings remain in it.
             return body
         if numeric:
             body += self._numbers(parts, integer="number" not in numeric)
@@ -295,16 +305,16 @@ class SchemaWriter:
     def _simple(self, parts: list[dict[str, object]], types: frozenset[str]) -> Body:
         keys = (*TEXTS, "enum", *(NUMBERS if types - SIMPLE else ()))
         kept = [kept for part in parts if (kept := {key: part[key] for key in keys if key in part})]
-        return self._left([{"type": sorted(types)}, *kept])
+        return self._llguidance_body([{"type": sorted(types)}, *kept])
 
     def _numbers(self, parts: list[dict[str, object]], *, integer: bool) -> Body:
         lows = [bound for part in parts for bound in bounds_of(part, *LOWER)]
         highs = [bound for part in parts for bound in bounds_of(part, *UPPER)]
-        # The stricter of two bounds of one value is the exclusive one.
+        # Of two bounds of the same value, the exclusive one is stricter.
         low = max(lows, key=lambda bound: (bound.value, bound.exclusive), default=None)
         high = min(highs, key=lambda bound: (bound.value, not bound.exclusive), default=None)
         steps = tuple(step_of(part["multipleOf"]) for part in parts if "multipleOf" in part)
-        found = number_patterns(Range(low, high, integer, steps))
+        found = number_patterns(NumberRange(low, high, integer, steps))
         return [[self._terminal(" & ".join(f"/{pattern}/" for pattern in patterns))] for patterns in found]
 
     def _array(self, parts: list[dict[str, object]]) -> Body:
@@ -321,26 +331,26 @@ class SchemaWriter:
             self._rule(first[at] if at < len(first) else rest for first, rest in shapes) for at in range(n_first)
         ]
         rest = self._rule(rest for _, rest in shapes)
-        name = self._fresh()
+        name = self._new_rule()
         space = self._space()
         for at in range(n_first):
-            separator: list[str | Times] = [space, '","', space] if at else []
+            separator: list[str | Repetition] = [space, '","', space] if at else []
             end: Body = [[space, '"]"'] if at else ['"]"']] if at >= least else []
             self._bodies[f"{name}_{at}"] = [[*separator, first[at], f"{name}_{at + 1}"], *end]
-        self._bodies[f"{name}_{n_first}"] = self._more(rest, n_first, least, most)
+        self._bodies[f"{name}_{n_first}"] = self._remaining_items(rest, n_first, least, most)
         return [['"["', space, f"{name}_0"]]
 
-    def _more(self, item: str, written: int, least: int, most: int | None) -> Body:
-        """Items of one kind after those that are written, and the end of the array."""
+    def _remaining_items(self, item: str, written: int, least: int, most: int | None) -> Body:
+        """The remaining items, which share a schema, and the end of the array."""
         space = self._space()
         left, right = max(least - written, 0), None if most is None else most - written
-        end: list[str | Times] = [space, '"]"']
-        another = self._fresh()
+        end: list[str | Repetition] = [space, '"]"']
+        another = self._new_rule()
         self._bodies[another] = [[space, '","', space, item]]
         if written:
-            return [[Times(another, left, right), *end]] if right != 0 else [end]
+            return [[Repetition(another, left, right), *end]] if right != 0 else [end]
         empty: Body = [['"]"']] if least == 0 else []
-        some: Body = [[item, Times(another, max(left - 1, 0), None if right is None else right - 1), *end]]
+        some: Body = [[item, Repetition(another, max(left - 1, 0), None if right is None else right - 1), *end]]
         return [*empty, *(some if right != 0 else [])]
 
     def _object(self, parts: list[dict[str, object]]) -> Body:
@@ -358,20 +368,20 @@ class SchemaWriter:
             raise unsupported("minProperties" if least > n else "maxProperties")
         if most is not None and most < max(least, n):
             return []
-        name = self._fresh()
+        name = self._new_rule()
         self._entries(name, parts, names, frozenset(required))
         self._others(name, parts, names, max(least - n, 0), None if most is None else most - n)
         return [['"{"', self._space(), f"{name}_a0"]]
 
     def _entries(self, name: str, parts: list[dict[str, object]], names: list[str], needed: frozenset[str]) -> None:
-        """The listed properties, as rules: `name`_aN where no property is written yet, `name`_bN after one."""
+        """The rules of the listed properties: `name`_aN before the first written property, `name`_bN after one."""
         space = self._space()
-        comma: list[str | Times] = [space, '","', space]
+        comma: list[str | Repetition] = [space, '","', space]
         for at, key in enumerate(names):
             value = self._rule(
                 properties_of(part).get(key, part.get("additionalProperties", True)) for part in parts
             )
-            entry = [self._terminal(f"/{quoted(key)}/"), space, '":"', space, value, f"{name}_b{at + 1}"]
+            entry = [self._terminal(f"/{quoted_name(key)}/"), space, '":"', space, value, f"{name}_b{at + 1}"]
             for written in "ab":
                 skipped: Body = [] if key in needed else [[f"{name}_{written}{at + 1}"]]
                 self._bodies[f"{name}_{written}{at}"] = [[*(comma if written == "b" else []), *entry], *skipped]
@@ -379,14 +389,14 @@ class SchemaWriter:
     def _others(
         self, name: str, parts: list[dict[str, object]], taken: list[str], least: int, most: int | None
     ) -> None:
-        """The additional properties, and the end of the object, as the last of the rules of `_entries`."""
-        space, pair, another = self._space(), self._fresh(), self._fresh()
+        """The additional properties and the end of the object: the last rules after those of `_entries`."""
+        space, pair, another = self._space(), self._new_rule(), self._new_rule()
         value = self._rule(part.get("additionalProperties", True) for part in parts)
         self._bodies[pair] = [[self._key(taken), space, '":"', space, value]]
         self._bodies[another] = [[space, '","', space, pair]]
-        end: list[str | Times] = [space, '"}"']
-        self._bodies[f"{name}_b{len(taken)}"] = [[Times(another, least, most), *end]]
-        tail = Times(another, max(least - 1, 0), None if most is None else most - 1)
+        end: list[str | Repetition] = [space, '"}"']
+        self._bodies[f"{name}_b{len(taken)}"] = [[Repetition(another, least, most), *end]]
+        tail = Repetition(another, max(least - 1, 0), None if most is None else most - 1)
         none: Body = [] if least else [['"}"']]
         some: Body = [] if most == 0 else [[pair, tail, *end]]
         self._bodies[f"{name}_a{len(taken)}"] = [*none, *some]
@@ -394,12 +404,12 @@ class SchemaWriter:
     def _key(self, taken: Sequence[str]) -> str:
         if not taken:
             return self._terminal(ANY_TEXT)
-        names = "|".join(map(quoted, taken))
+        names = "|".join(map(quoted_name, taken))
         return self._terminal(f"{ANY_TEXT} & ~/(?:{names})/")
 
     # --- symbols
 
-    def _fresh(self) -> str:
+    def _new_rule(self) -> str:
         name = f"{self._prefix}{len(self._bodies)}x"
         self._bodies[name] = []
         return name

@@ -1,15 +1,14 @@
-"""The parts of a JSON schema that are schemas themselves, and a schema rewritten in all of them.
+"""The schemas within a JSON schema, and a rewrite of all of them.
 
-A property may be called as a keyword is, and a constant may look like a schema:
-only what stands where a schema stands is rewritten. Used by `engine.grammar.schemas.json_schema`
-and by the chats, which relax the schemas of tools.
+A property may have the name of a keyword, and a constant may look like a schema. So only the places of schemas are
+rewritten. Used by `engine.grammar.schemas.json_schema`, and by the chats, which relax the schemas of tools.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# Keywords with one schema, with a list of schemas, and with schemas by name.
+# Keywords that hold one schema, a list of schemas, and schemas by name.
 _ONE = (
     *("items", "additionalItems", "additionalProperties", "unevaluatedItems", "unevaluatedProperties"),
     *("contains", "propertyNames", "not", "if", "then", "else"),
@@ -17,7 +16,7 @@ _ONE = (
 _LISTED = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
-# Those that llguidance enforces; other formats are annotations, as JSON Schema has it.
+# The formats that llguidance enforces. Other formats are annotations, as JSON Schema defines.
 KNOWN_FORMATS = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"}
 )
@@ -25,22 +24,22 @@ KNOWN_FORMATS = frozenset(
 Schema = dict[str, object]
 
 
-def rewritten(schema: object, change: Callable[[Schema], Schema]) -> object:
-    """A copy of a schema with a change made in it and in all schemas within it, the outermost first.
+def rewrite_schema(schema: object, change: Callable[[Schema], Schema]) -> object:
+    """A copy of a schema with a change applied to it and to all schemas within it, the outermost first.
 
     Args:
-        change: of one schema, in its own keywords; it returns the changed schema and leaves the given one as it is.
+        change: changes the keywords of one schema. It returns the changed schema and leaves its argument unchanged.
     """
     if not isinstance(schema, dict):
         return schema
     found = dict(change(schema))
     for key, part in found.items():
         if key in _NAMED and isinstance(part, dict):
-            found[key] = {name: rewritten(inner, change) for name, inner in part.items()}
+            found[key] = {name: rewrite_schema(inner, change) for name, inner in part.items()}
         elif key in _LISTED and isinstance(part, list):
-            found[key] = [rewritten(inner, change) for inner in part]
+            found[key] = [rewrite_schema(inner, change) for inner in part]
         elif key in _ONE:
-            found[key] = rewritten(part, change)
+            found[key] = rewrite_schema(part, change)
     return found
 
 
@@ -53,6 +52,6 @@ def without_unknown_formats(schema: Schema) -> Schema:
             return {key: part for key, part in node.items() if key != "format"}
         return node
 
-    found = rewritten(schema, change)
+    found = rewrite_schema(schema, change)
     assert isinstance(found, dict)
     return found

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from erllama._model.requests.streams import AsyncStream, Stream
 from erllama.chat.results import ChatCompletion
-from erllama.chat.turns import Turn
+from erllama.chat.turn import Turn
 from erllama.engine import Done, Event, Ticket
 
 
@@ -19,7 +19,7 @@ class ChatStream(Stream):
         self._turn = turn
 
     def __next__(self) -> Event:
-        return self._turn.event(super().__next__())
+        return self._turn.convert_event(super().__next__())
 
     def result(self) -> ChatCompletion:
         """Wait for the end and return the whole reply; raise the error of a request that failed."""
@@ -70,7 +70,9 @@ class AsyncChatStream(AsyncStream):
             self._ended = True
             raise
         event = await super().__anext__()
-        return await asyncio.to_thread(turn.event, event) if isinstance(event, Done) else turn.event(event)
+        if isinstance(event, Done):
+            return await asyncio.to_thread(turn.convert_event, event)
+        return turn.convert_event(event)
 
     def cancel(self) -> None:
         """End the reply at the next token. `Done` follows with finish_reason "cancelled". Idempotent."""

@@ -17,9 +17,9 @@ from erllama._model.requests.prompts import PromptReader
 from erllama._model.runner import ModelRunner
 from erllama._types import Messages
 from erllama.chat.chats import Chats
-from erllama.chat.content import without_marks
+from erllama.chat.content_masking import remove_marks
 from erllama.chat.results import ChatCompletion
-from erllama.chat.turns import Turn
+from erllama.chat.turn import Turn
 from erllama.checks import boolean
 from erllama.engine import Ticket
 
@@ -67,7 +67,7 @@ class ChatRequests:
 
     def text(self, messages: Messages, options: TemplateOptions, add_generation_prompt: object) -> str:
         """Return the text of a rendered conversation."""
-        return without_marks(self._rendered(messages, options, add_generation_prompt, "render_chat"))
+        return remove_marks(self._rendered(messages, options, add_generation_prompt, "render_chat"))
 
     def _rendered(
         self, messages: Messages, options: TemplateOptions, add_generation_prompt: object, where: str
@@ -81,5 +81,5 @@ class ChatRequests:
 
     def _turn(self, messages: Messages, options: ChatOptions, where: str) -> Turn:
         self._prompts.check_generates()
-        request = chat_request(messages, options, where, self._requests.cache_salt, self.chats.vocabulary)
-        return self.chats.turn(*request)
+        request = chat_request(messages, options, where, self._requests.cache_salt, self._requests.vocabulary)
+        return self.chats.prepare_turn(*request)

@@ -44,9 +44,10 @@ class CompletionRequests:
         chats: Chats,
         cache_salt: str | None,
     ) -> None:
-        self._backend, self._id = backend, id
+        self._id = id
         self._runner, self._prompts, self._chats = runner, prompts, chats
         self.cache_salt = cache_salt
+        self.vocabulary = backend.vocabulary
 
     # --- options
 
@@ -57,7 +58,7 @@ class CompletionRequests:
             where,
             self.cache_salt,
             find_thinking=lambda: self._chats.thinking_markers,
-            vocabulary=self._backend.vocabulary,
+            vocabulary=self.vocabulary,
         )
 
     def prefill_options(self, options: PrefillOptions, where: str) -> RequestOptions:
@@ -90,14 +91,14 @@ class CompletionRequests:
         """Return the ticket of a request that scores a continuation of a prompt."""
         self._prompts.check_generates()
         self._prompts.check_length(prompt, continuation)
-        ids, n_scored = with_continuation(prompt, continuation, self._backend.vocabulary, self._prompts.ids)
+        ids, n_scored = with_continuation(prompt, continuation, self.vocabulary, self._prompts.ids)
         return Ticket(Request(ids, replace(options, logprobs=1), n_scored), streaming=False)
 
     def infill_prompt(self, prefix: object, suffix: object) -> NDArray[np.int32]:
         """Return the prompt, int32, shape (n,), whose completion is the text between two texts."""
         self._prompts.check_generates()
         self._prompts.check_length(prefix, suffix)
-        return infill_prompt(prefix, suffix, self._backend.vocabulary, self._id)
+        return infill_prompt(prefix, suffix, self.vocabulary, self._id)
 
     # --- running
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from erllama._model.requests.speculation import DraftModel, drafter_factory
-from erllama.chat.chats import ChatRequest
+from erllama.chat.request import ChatRequest
 from erllama.checks import choice, reject_unknown, shown
 from erllama.engine import (
     Drafter,
@@ -24,7 +24,7 @@ from erllama.engine import (
     Step,
     Vocabulary,
 )
-from erllama.engine.grammar.schemas.json_schema import source_of as schema_source
+from erllama.engine.grammar.schemas.json_schema import to_source as schema_source
 from erllama.errors import OptionError
 
 # Texts that open a phase and texts that close it: one of each, or several.

@@ -115,4 +115,4 @@ class PromptReader:
         if block is None or block.namespace != self._runner.namespace(options.cache_salt):
             return None
         context = self._cache.context(key)
-        return None if context is None else self._chats.history.going_on(context.astype(np.int32), text)
+        return None if context is None else self._chats.history.continue_context(context.astype(np.int32), text)

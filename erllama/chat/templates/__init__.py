@@ -1,5 +1,7 @@
-"""Chat templates, rendered in a sandbox of our own.
+"""Chat templates, and the sandbox in which they render.
 
-`template` is the entry point. `compiler` turns a template's text into Python code, which runs on a
-`machine` with the `filters`, `methods` and `tests` that it may call, within `limits`.
+`template` is the entry point. It imports `compiler`, which turns a template's text into Python code, and `machine`,
+which runs the code with `filters`, `methods` and `tests` on a `budget` within `limits`. `plain_data` copies the
+input, and `continuation` ends the text within the last message. No module here imports other modules of
+`erllama.chat`.
 """

@@ -1,10 +1,9 @@
-"""From the text of a chat template to code that runs on a `Machine`.
+"""The compiler of chat templates: from a template's text to code that runs on a `Machine`.
 
-jinja2 parses and compiles; what is done here is to bound both, by counting what
-is parsed and how deep it nests, to admit the statements and expressions that
-chat templates have and no others, and to write calls of the machine around
-those that the generated code would else do by itself: loops, comparisons,
-slices, and lists that are written out. Nothing of a template is evaluated.
+jinja2 parses and compiles. This module bounds both by counting nodes and nesting, and admits only the statements
+and expressions that chat templates use. It also inserts calls of the machine where generated code would otherwise
+act by itself: in loops, comparisons, slices and written-out lists. Compilation evaluates no part of a template.
+`ChatTemplate` calls `compile_template`.
 """
 
 from __future__ import annotations
@@ -27,23 +26,24 @@ from jinja2.utils import missing
 from jinja2.visitor import NodeTransformer
 
 from erllama.chat.templates.filters import TABLES
-from erllama.chat.templates.limits import MAX_INT_BITS, LimitExceeded, Namespace
+from erllama.chat.templates.limits import MAX_INT_BITS, LimitExceeded
 from erllama.chat.templates.methods import FUNCTIONS
+from erllama.chat.templates.values import Namespace
 
-# Characters of a template: the longest there are have some twenty thousand.
+# Characters of a template. The longest known templates have about twenty thousand.
 MAX_SOURCE: Final = 256 << 10
-# Nodes of its syntax tree: the largest there are have some 1,300. In the worst case jinja2 takes a time that
-# grows with the square of it: a second or two, at this number.
+# Nodes of a template's syntax tree. The largest known trees have about 1,300. In the worst case jinja2 takes time
+# proportional to the square of this number: a second or two at this limit.
 MAX_NODES: Final = 12_000
-# How deep expressions and statements nest. Python nests brackets to 200, jinja2 works by recursion.
+# Nesting depth of expressions and statements. Python nests brackets up to 200, and jinja2 works by recursion.
 MAX_NESTING: Final = 80
-# Digits of a number.
+# A number with too many digits.
 _LONG_NUMBER = re.compile(r"[0-9][0-9_]{1000}")
 
-# The generated code's file, by which its frames are known in a traceback.
+# File name of the generated code, by which tracebacks identify its frames.
 FILENAME: Final = "<chat template>"
 
-_ADMITTED: Final = frozenset(
+_ALLOWED_NODES: Final = frozenset(
     {
         nodes.Add, nodes.And, nodes.Assign, nodes.AssignBlock, nodes.Break, nodes.Call, nodes.CallBlock,
         nodes.Compare, nodes.Concat, nodes.CondExpr, nodes.Const, nodes.Continue, nodes.Dict, nodes.Div,
@@ -59,10 +59,10 @@ class TemplateCode(NamedTuple):
     """A compiled template.
 
     Attributes:
-        root: the code of a generator function of (context, missing, environment).
-        names: what that code finds besides what a machine gives it.
-        lines: (line of the code, line of the template), descending.
-        reads: names of variables that it looks up where the caller's are.
+        root: code of a generator function of (context, missing, environment).
+        names: global names of that code, besides those of a machine.
+        lines: pairs (line of the code, line of the template), descending.
+        reads: names of the caller's variables that the template reads.
     """
 
     root: CodeType
@@ -72,7 +72,7 @@ class TemplateCode(NamedTuple):
 
 
 class _Generation(Extension):
-    """`{% generation %}`: marks what the model writes, for training; here it is its body."""
+    """The statement `{% generation %}`, which marks a model's output for training. Renders as its body."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -84,17 +84,17 @@ class _Generation(Extension):
 
 
 class _Parser(Parser):
-    """jinja2's, which works by recursion, with its depth and its work counted at each way back into itself."""
+    """jinja2's parser, with depth and work counted wherever it recurses."""
 
     _depth = 0
     _count = 0
 
     def _enter(self) -> None:
-        # A bracket passes here three times, an expression twice.
+        # A bracket is counted three times, and an expression twice.
         self._depth += 1
         self._count += 1
         if self._depth > 3 * MAX_NESTING or self._count > 3 * MAX_NODES:
-            self.fail(_too_much(self._depth), self.stream.current.lineno)
+            self.fail(_size_error(self._depth), self.stream.current.lineno)
 
     def parse_statement(self) -> nodes.Node | list[nodes.Node]:
         self._enter()
@@ -122,7 +122,7 @@ class _Parser(Parser):
 
 
 class _Generator(CodeGenerator):
-    """jinja2's, which evaluates nothing and keeps the names of the variables that are looked up."""
+    """jinja2's code generator, without constant folding. Collects the names of variables that are read."""
 
     reads: set[str]
 
@@ -151,8 +151,8 @@ def _environment() -> _Environment:
 _ENVIRONMENT: Final = _environment()
 
 
-class _Hooks(NodeTransformer):
-    """Writes the machine's hooks into a tree, from its leaves up."""
+class _HookInserter(NodeTransformer):
+    """Inserts the machine's hooks into a tree, from its leaves up."""
 
     def visit(self, node: nodes.Node, *args: object, **kwargs: object) -> nodes.Node:
         self.generic_visit(node)
@@ -160,50 +160,50 @@ class _Hooks(NodeTransformer):
         return rewrite(node) if rewrite else node
 
 
-def _count_loop(node: nodes.For) -> nodes.Node:
-    # What the body may do without asking the machine, and the texts that it may lay by.
+def _charge_loop(node: nodes.For) -> nodes.Node:
+    # Steps of the body that do not call the machine, and bytes of the texts that it collects.
     size = sum(1 for part in (*node.body, *node.else_) for _ in part.find_all(nodes.Node))
     texts = sum(len(output.nodes) for output in node.find_all(nodes.Output))
-    node.iter = _hook("(each)", node.iter, nodes.Const(1 + size // 8), nodes.Const(8 * texts))
+    node.iter = _hook("(loop)", node.iter, nodes.Const(1 + size // 8), nodes.Const(8 * texts))
     return node
 
 
-def _pay_comparison(node: nodes.Compare) -> nodes.Node:
-    # What is compared with a word of the template's own is soon found to be another.
+def _charge_comparison(node: nodes.Compare) -> nodes.Node:
+    # A comparison with a constant of the template takes little time.
     sides = [node.expr, *(operand.expr for operand in node.ops)]
     if len(node.ops) == 1 and node.ops[0].op in ("eq", "ne") and any(isinstance(s, nodes.Const) for s in sides):
         return node
-    node.expr = _paid("(operand)", node.expr)
+    node.expr = _charged("(operand)", node.expr)
     for operand in node.ops:
         hook = "(container)" if operand.op in ("in", "notin") else "(operand)"
-        operand.expr = _paid(hook, operand.expr)
+        operand.expr = _charged(hook, operand.expr)
     return node
 
 
-def _pay_slice(node: nodes.Getitem) -> nodes.Node:
+def _charge_slice(node: nodes.Getitem) -> nodes.Node:
     if not isinstance(node.arg, nodes.Slice):
         return node
     bounds = [bound or nodes.Const(None) for bound in (node.arg.start, node.arg.stop, node.arg.step)]
     return _hook("(slice)", node.node, *bounds)
 
 
-def _pay_key(node: nodes.Pair) -> nodes.Node:
-    node.key = _paid("(key)", node.key)
+def _charge_key(node: nodes.Pair) -> nodes.Node:
+    node.key = _charged("(key)", node.key)
     return node
 
 
-def _pay_literal(node: nodes.Expr) -> nodes.Node:
-    return node if getattr(node, "ctx", "load") == "store" else _hook("(built)", node)
+def _charge_literal(node: nodes.Expr) -> nodes.Node:
+    return node if getattr(node, "ctx", "load") == "store" else _hook("(literal)", node)
 
 
 _REWRITES: Final[Mapping[type[nodes.Node], Callable[..., nodes.Node]]] = {
-    nodes.Compare: _pay_comparison,
-    nodes.Dict: _pay_literal,
-    nodes.For: _count_loop,
-    nodes.Getitem: _pay_slice,
-    nodes.List: _pay_literal,
-    nodes.Pair: _pay_key,
-    nodes.Tuple: _pay_literal,
+    nodes.Compare: _charge_comparison,
+    nodes.Dict: _charge_literal,
+    nodes.For: _charge_loop,
+    nodes.Getitem: _charge_slice,
+    nodes.List: _charge_literal,
+    nodes.Pair: _charge_key,
+    nodes.Tuple: _charge_literal,
 }
 
 
@@ -211,17 +211,17 @@ def compile_template(source: str) -> TemplateCode:
     """Compile a template.
 
     Raises:
-        TemplateSyntaxError: it does not parse, or asks for what templates do not have.
-        LimitExceeded: it is too large.
-        Exception: whatever else jinja2 and Python raise for code that they cannot compile.
+        TemplateSyntaxError: the template does not parse, or uses syntax that chat templates do not support.
+        LimitExceeded: the template is too large.
+        Exception: any other error that jinja2 or Python raises for code that it cannot compile.
     """
     if len(source) > MAX_SOURCE:
-        raise LimitExceeded(f"the template has {len(source):,} characters; at most {MAX_SOURCE:,} may be")
+        raise LimitExceeded(f"the template has {len(source):,} characters; the limit is {MAX_SOURCE:,}")
     if _LONG_NUMBER.search(source):
-        raise LimitExceeded("the template has a number of more than 1,000 digits")
+        raise LimitExceeded("the template has a number with more than 1,000 digits")
     tree = _Parser(_ENVIRONMENT, source).parse()
     _check(tree)
-    _Hooks().visit(tree)
+    _HookInserter().visit(tree)
     tree.set_environment(_ENVIRONMENT)
     generator = _Generator(_ENVIRONMENT, None, None, optimized=False)
     generator.reads = set()
@@ -237,33 +237,35 @@ def compile_template(source: str) -> TemplateCode:
 
 
 def _check(tree: nodes.Template) -> None:
-    """Admit a tree, or raise; without recursion, however deep it is."""
+    """Raise unless a tree is admitted. Works without recursion, since the tree may be deep."""
     level: list[nodes.Node] = [tree]
     count = 0
     for depth in range(MAX_NESTING + 1):
         count += len(level)
         below: list[nodes.Node] = []
         for node in level:
-            if type(node) not in _ADMITTED:
-                raise TemplateSyntaxError(f"chat templates have no {type(node).__name__.lower()}", node.lineno)
+            if type(node) not in _ALLOWED_NODES:
+                raise TemplateSyntaxError(
+                    f"chat templates do not support {type(node).__name__.lower()}", node.lineno
+                )
             value = getattr(node, "value", None)
             if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
                 raise TemplateSyntaxError(
-                    f"the template has an integer of more than {MAX_INT_BITS} bits", node.lineno
+                    f"the template has an integer with more than {MAX_INT_BITS} bits", node.lineno
                 )
             below.extend(node.iter_child_nodes())
         if count + len(below) > MAX_NODES or (below and depth == MAX_NESTING):
-            raise TemplateSyntaxError(_too_much(depth), below[0].lineno)
+            raise TemplateSyntaxError(_size_error(depth), below[0].lineno)
         level = below
 
 
-def _too_much(depth: int) -> str:
+def _size_error(depth: int) -> str:
     if depth >= MAX_NESTING:
         return f"the template nests more than {MAX_NESTING} deep"
     return f"the template is too large: more than {MAX_NODES:,} parts"
 
 
-def _paid(hook: str, node: nodes.Expr) -> nodes.Expr:
+def _charged(hook: str, node: nodes.Expr) -> nodes.Expr:
     return node if isinstance(node, nodes.Const) else _hook(hook, node)
 
 
@@ -275,7 +277,7 @@ def _no_self(context: object) -> Undefined:
     return Undefined(name="self")
 
 
-# All that generated code finds by name; `str`, `str_join`, `LoopContext` and `Macro` are the machine's.
+# All global names of generated code, besides `str`, `str_join`, `LoopContext` and `Macro`, which are the machine's.
 _NAMES: Final[Mapping[str, object]] = {
     "__builtins__": {},
     "KeyError": KeyError,
@@ -285,7 +287,7 @@ _NAMES: Final[Mapping[str, object]] = {
     "Undefined": Undefined,
     "dict": dict,
     "identity": identity,
-    "inf": float("inf"),  # a number such as 1e999, as it is written
+    "inf": float("inf"),  # how a number such as 1e999 is written
     "internalcode": identity,
     "isinstance": isinstance,
     "missing": missing,

@@ -1,4 +1,8 @@
-"""The tests of chat templates, as in `x is defined`: jinja2's, over what a `Machine` lets a template have."""
+"""The tests of chat templates, as in `x is defined`.
+
+Each returns what jinja2's test of the same name returns, and charges the machine first. `filters` puts them into
+the tables.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ from typing import Final, cast
 from jinja2.runtime import LoopContext, Macro, Undefined
 from jinja2.tests import TESTS as JINJA_TESTS
 
-from erllama.chat.templates.limits import Function, Method
 from erllama.chat.templates.machine import Machine
+from erllama.chat.templates.values import Function, Method
 
 
 def _divisibleby(machine: Machine, value: object, num: object) -> bool:
@@ -31,7 +35,7 @@ def _remainder(machine: Machine, value: object, divisor: object) -> object:
 
 
 def _in(machine: Machine, value: object, seq: object) -> bool:
-    return machine.operand(value) in cast("list[object]", machine.container(seq))
+    return machine.charge_operand(value) in cast("list[object]", machine.charge_container(seq))
 
 
 def _callable(machine: Machine, value: object) -> bool:
@@ -39,27 +43,27 @@ def _callable(machine: Machine, value: object) -> bool:
 
 
 def _is_lower(machine: Machine, value: object) -> bool:
-    return machine.text(value).islower()
+    return machine.to_text(value).islower()
 
 
 def _is_upper(machine: Machine, value: object) -> bool:
-    return machine.text(value).isupper()
+    return machine.to_text(value).isupper()
 
 
-def _pure(name: str) -> Callable[..., object]:
-    """A test of jinja2's that only looks at what kind of value there is."""
+def _make_pure_test(name: str) -> Callable[..., object]:
+    """Return a test of jinja2 that only inspects the type of a value."""
     test = cast(Callable[..., object], JINJA_TESTS[name])
     return lambda machine, value, *args, **kwargs: test(value, *args, **kwargs)
 
 
-def _comparison(name: str) -> Callable[..., object]:
+def _make_comparison_test(name: str) -> Callable[..., object]:
     compare = cast(Callable[..., object], JINJA_TESTS[name])
-    return lambda machine, value, other: compare(machine.operand(value), machine.operand(other))
+    return lambda machine, value, other: compare(machine.charge_operand(value), machine.charge_operand(other))
 
 
 TESTS: Final[dict[str, Callable[..., object]]] = {
     **{
-        name: _pure(name)
+        name: _make_pure_test(name)
         for name in [
             "boolean",
             "defined",
@@ -78,7 +82,7 @@ TESTS: Final[dict[str, Callable[..., object]]] = {
         ]
     },
     **{
-        name: _comparison(name)
+        name: _make_comparison_test(name)
         for name in [
             "==",
             "eq",

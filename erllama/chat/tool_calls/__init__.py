@@ -1,6 +1,6 @@
-"""Tool calls: tools as callers give them, and calls as models write them.
+"""Tool calls: tools as callers define them, and calls as models write them.
 
-`families` lists how each model family writes calls. `grammars` makes the grammar of a call,
-`reader` reads one, `payloads` parses its arguments, `tools` normalizes tools, and `enforcing`
-validates what a grammar cannot enforce.
+`tools` normalizes tools. `syntax` describes how a family writes calls, and `formats` lists the families. `reader`
+reads calls. `call_grammar` writes their grammar with `rule_writer` and `gemma_grammar`; `constrained_calls` decides
+how much of each schema it enforces, with `schema_enforcement`. `literals` and `parameter_schemas` are leaves.
 """

@@ -1,1 +1,1 @@
-"""`erllama cache`: lists, checks, prunes, exports and imports what is stored."""
+"""`erllama cache`: lists, checks, evicts, exports and imports stored prompts."""

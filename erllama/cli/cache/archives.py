@@ -1,4 +1,4 @@
-"""`erllama cache export` and `import`: what is stored, in a file."""
+"""`erllama cache export` and `erllama cache import`: stored blocks as a tar archive."""
 
 from __future__ import annotations
 
@@ -11,37 +11,45 @@ import click
 from erllama._runtime.printing import one_line, say
 from erllama.cache.admin.archive import export_blocks, import_blocks
 from erllama.cache.admin.maintenance import CacheFiles
-from erllama.cli.cache.directories import directories_option, json_option, named_namespaces, the_disk_directory
-from erllama.cli.console import count, note, print_json, progress, size
+from erllama.cli.cache.directories import directories_option, json_option, matching_namespaces, single_directory
+from erllama.cli.console import format_count, format_size, print_json, print_note, progress_bar
 from erllama.cli.files import new_file
 
 
 @click.command("export")
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True))
 @directories_option
-@click.option("--namespace", "-n", "prefixes", multiple=True, metavar="KEY", help="Of this namespace alone.")
+@click.option(
+    "--namespace",
+    "-n",
+    "prefixes",
+    multiple=True,
+    metavar="KEY",
+    help="Export this namespace only. A prefix of its key is enough. Can be repeated.",
+)
 @json_option
 def export_command(file: Path, directories: tuple[Path, ...], prefixes: tuple[str, ...], as_json: bool) -> None:
-    """Write what is stored to a tar FILE; "-" is stdout. It holds people's prompts."""
+    """Write the stored blocks to a tar FILE; "-" is stdout. The archive contains the cached prompts."""
     to_stdout = str(file) == "-"
     if to_stdout and as_json:
-        raise click.UsageError("--json with FILE -: both would be on stdout")
+        raise click.UsageError("--json cannot be used with FILE -: both write to stdout")
     if to_stdout and sys.stdout.isatty():
-        raise click.UsageError("an archive is nothing for a terminal; give a FILE, or pipe it on")
-    with CacheFiles(the_disk_directory(directories)) as files, progress("exporting") as tell:
-        among = named_namespaces([files], prefixes)
+        raise click.UsageError("cannot write an archive to a terminal; give a FILE, or redirect stdout")
+    with CacheFiles(single_directory(directories)) as files, progress_bar("exporting") as report:
+        namespaces = matching_namespaces([files], prefixes)
         if to_stdout:
-            done = export_blocks(files, sys.stdout.buffer, among, tell)
+            done = export_blocks(files, sys.stdout.buffer, namespaces, report)
         else:
             with new_file(file) as out:
-                done = export_blocks(files, out, among, tell)
+                done = export_blocks(files, out, namespaces, report)
     for problem in done.left_out:
-        note(f"{problem.place} left out: {problem.what}")
+        print_note(f"left out {problem.place}: {problem.what}")
     if as_json:
         left_out = [{"name": problem.place, "what": problem.what} for problem in done.left_out]
         print_json({"file": str(file), "blocks": done.n_blocks, "bytes": done.n_bytes, "left_out": left_out})
     elif not to_stdout:
-        say(f"{count(done.n_blocks, 'block')}, {size(done.n_bytes)}, in {one_line(str(file))}")
+        blocks = format_count(done.n_blocks, "block")
+        say(f"{blocks}, {format_size(done.n_bytes)}, written to {one_line(str(file))}")
 
 
 @click.command("import")
@@ -51,18 +59,19 @@ def export_command(file: Path, directories: tuple[Path, ...], prefixes: tuple[st
 def import_command(file: IO[bytes], directories: tuple[Path, ...], as_json: bool) -> int:
     """Store the blocks of a tar FILE that `export` wrote; "-" is stdin.
 
-    Every block is checked before it is stored, and any file that is none refuses the archive. Checksums find
-    accidents, not forgers: import what comes from somebody who may write to the directory.
+    Checks every block before storing it. Refuses an archive that contains any other file. Checksums detect damage,
+    not forgery: import archives only from people whom you allow to write to the directory.
     """
-    root = the_disk_directory(directories, make=True)
-    with CacheFiles(root) as files, progress("importing") as tell:
-        done = import_blocks(files, file, tell)
+    root = single_directory(directories, create=True)
+    with CacheFiles(root) as files, progress_bar("importing") as report:
+        done = import_blocks(files, file, report)
     for problem in done.refused:
-        note(f"{problem.place} refused: {problem.what}")
+        print_note(f"refused {problem.place}: {problem.what}")
     if as_json:
         refused = [{"name": problem.place, "what": problem.what} for problem in done.refused]
-        counted = {"blocks": done.n_blocks, "bytes": done.n_bytes, "there": done.n_there}
+        counted = {"blocks": done.n_blocks, "bytes": done.n_bytes, "there": done.n_existing}
         print_json({"directory": str(root), **counted, "refused": refused})
     else:
-        say(f"{count(done.n_blocks, 'block')} stored, {size(done.n_bytes)}; {done.n_there:,} were there")
+        blocks = format_count(done.n_blocks, "block")
+        say(f"{blocks} stored, {format_size(done.n_bytes)}; {done.n_existing:,} already present")
     return 1 if done.refused else 0

@@ -1,4 +1,4 @@
-"""`erllama cache`: what is stored. The commands that change it are beside this."""
+"""`erllama cache`: the group of commands, and those that list: `stats` and `ls`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 import click
 
 from erllama._runtime.printing import say
-from erllama.cache.admin.maintenance import CacheFiles, Context, Namespace
+from erllama.cache.admin.maintenance import CacheFiles, ContextSummary, NamespaceSummary
 from erllama.cli.cache.archives import export_command, import_command
-from erllama.cli.cache.directories import directories_option, json_option, opened
+from erllama.cli.cache.directories import directories_option, json_option, open_directories
 from erllama.cli.cache.maintenance import evict, gc, verify
-from erllama.cli.console import ago, count, print_facts, print_json, print_table, size
+from erllama.cli.console import format_age, format_count, format_size, print_fields, print_json, print_table
 
 
 @click.group()
 def cache() -> None:
-    """Look after what is stored of prompts.
+    """Inspect and manage the prompt cache.
 
-    All of it may be done while other processes use the directory.
+    All of these commands are safe while other processes use the directory.
     """
 
 
@@ -27,32 +27,35 @@ def cache() -> None:
 @directories_option
 @json_option
 def stats(directories: tuple[Path, ...], as_json: bool) -> None:
-    """How much is stored, by directory and by namespace: one for each model, with its options."""
-    found: list[dict[str, object]] = []
-    with opened(directories) as found_in:
-        for files in found_in:
+    """Show how much is stored, by directory and by namespace.
+
+    A namespace is one model with one set of the options that change its KV.
+    """
+    reports: list[dict[str, object]] = []
+    with open_directories(directories) as opened:
+        for files in opened:
             namespaces = files.namespaces()
             usage = _usage(files, namespaces)
             if as_json:
-                found.append(usage | {"namespaces": [_namespace_json(each) for each in namespaces]})
+                reports.append(usage | {"namespaces": [_namespace_json(each) for each in namespaces]})
                 continue
-            print_facts(
+            print_fields(
                 [
                     ("directory", str(files.root)),
-                    ("tier", files.tier + _state(files)),
-                    ("stored", _stored(namespaces)),
-                    ("index", size(int(str(usage["index_bytes"])))),
-                    ("free space", size(int(str(usage["free_bytes"])))),
+                    ("tier", files.tier + _status(files)),
+                    ("stored", _totals(namespaces)),
+                    ("index", format_size(int(str(usage["index_bytes"])))),
+                    ("free space", format_size(int(str(usage["free_bytes"])))),
                 ]
             )
             say()
             if namespaces:
                 _print_namespaces(namespaces)
     if as_json:
-        print_json(found)
+        print_json(reports)
 
 
-def _usage(files: CacheFiles, namespaces: list[Namespace]) -> dict[str, object]:
+def _usage(files: CacheFiles, namespaces: list[NamespaceSummary]) -> dict[str, object]:
     return {
         "directory": str(files.root),
         "tier": files.tier,
@@ -67,16 +70,17 @@ def _usage(files: CacheFiles, namespaces: list[Namespace]) -> dict[str, object]:
     }
 
 
-def _state(files: CacheFiles) -> str:
-    return (", read-only" if files.read_only else "") + (", in use by others" if files.in_use else "")
+def _status(files: CacheFiles) -> str:
+    return (", read-only" if files.read_only else "") + (", in use by another process" if files.in_use else "")
 
 
-def _stored(namespaces: list[Namespace]) -> str:
+def _totals(namespaces: list[NamespaceSummary]) -> str:
     blocks, tokens = sum(each.n_blocks for each in namespaces), sum(each.n_tokens for each in namespaces)
-    return f"{count(blocks, 'block')}, {count(tokens, 'token')}, {size(sum(each.n_bytes for each in namespaces))}"
+    n_bytes = sum(each.n_bytes for each in namespaces)
+    return f"{format_count(blocks, 'block')}, {format_count(tokens, 'token')}, {format_size(n_bytes)}"
 
 
-def _print_namespaces(namespaces: list[Namespace]) -> None:
+def _print_namespaces(namespaces: list[NamespaceSummary]) -> None:
     numbers = [(title, "right") for title in ("contexts", "blocks", "tokens", "size", "last used")]
     print_table(
         [("namespace", "left"), *numbers],
@@ -86,8 +90,8 @@ def _print_namespaces(namespaces: list[Namespace]) -> None:
                 f"{n.n_contexts:,}",
                 f"{n.n_blocks:,}",
                 f"{n.n_tokens:,}",
-                size(n.n_bytes),
-                ago(n.last_used),
+                format_size(n.n_bytes),
+                format_age(n.last_used),
             ]
             for n in namespaces
         ],
@@ -96,36 +100,36 @@ def _print_namespaces(namespaces: list[Namespace]) -> None:
 
 @cache.command("ls")
 @directories_option
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The N that were used last.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Show only the N most recently used.")
 @json_option
 def list_contexts(directories: tuple[Path, ...], limit: int | None, as_json: bool) -> None:
-    """The stored contexts, the latest used first; what they share counts for each."""
-    with opened(directories) as found_in:
-        found = [(files, context) for files in found_in for context in files.contexts()]
-    found.sort(key=lambda each: each[1].last_used, reverse=True)
-    found = found[:limit]
+    """List the stored contexts, most recently used first. A block shared by several contexts counts for each."""
+    with open_directories(directories) as opened:
+        contexts = [(files, context) for files in opened for context in files.contexts()]
+    contexts.sort(key=lambda each: each[1].last_used, reverse=True)
+    contexts = contexts[:limit]
     if as_json:
-        print_json([_context_json(files, context) for files, context in found])
+        print_json([_context_json(files, context) for files, context in contexts])
         return
     numbers = [(title, "right") for title in ("tokens", "blocks", "size", "last used")]
     print_table(
         [("context", "left"), ("namespace", "left"), ("tier", "left"), *numbers],
         [
             [
-                context.key.hex()[:16] + ("" if context.complete else " (cut off)"),
+                context.key.hex()[:16] + ("" if context.complete else " (incomplete)"),
                 context.namespace.hex()[:16],
                 files.tier,
                 f"{context.n_tokens:,}",
                 f"{context.n_blocks:,}",
-                size(context.n_bytes),
-                ago(context.last_used),
+                format_size(context.n_bytes),
+                format_age(context.last_used),
             ]
-            for files, context in found
+            for files, context in contexts
         ],
     )
 
 
-def _namespace_json(namespace: Namespace) -> dict[str, object]:
+def _namespace_json(namespace: NamespaceSummary) -> dict[str, object]:
     return {
         "namespace": namespace.key.hex(),
         "contexts": namespace.n_contexts,
@@ -136,7 +140,7 @@ def _namespace_json(namespace: Namespace) -> dict[str, object]:
     }
 
 
-def _context_json(files: CacheFiles, context: Context) -> dict[str, object]:
+def _context_json(files: CacheFiles, context: ContextSummary) -> dict[str, object]:
     return {
         "context": context.key.hex(),
         "namespace": context.namespace.hex(),

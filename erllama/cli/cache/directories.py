@@ -1,4 +1,4 @@
-"""Which cache directories a command means, and which namespaces in them."""
+"""The cache directories and namespaces that a command of `erllama cache` works on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import NamedTuple
 import click
 
 import erllama
-from erllama.cache.admin.maintenance import CacheFiles, is_cache
+from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cache.options import default_directory
-from erllama.cache.tiers.directory import CacheDirectory, file_system
-from erllama.cli.console import note
+from erllama.cache.tiers.directory import CacheDirectory, file_system, is_cache
+from erllama.cli.console import print_note
 from erllama.cli.options import DIRECTORY
 
-IN_MEMORY = {"tmpfs", "ramfs"}
+MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs"}
 
 directories_option = click.option(
     "--dir",
@@ -25,82 +25,82 @@ directories_option = click.option(
     type=DIRECTORY,
     multiple=True,
     envvar="ERLLAMA_CACHE_DIR",
-    help="A cache directory; the user's, on disk and in memory.",
+    help="Cache directory. Can be repeated. Default: the user's, on disk and in memory.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-class Place(NamedTuple):
-    """A cache directory, and whether it lies in memory."""
+class CacheLocation(NamedTuple):
+    """A cache directory, and whether its file system is in memory."""
 
     path: Path
     in_memory: bool
 
 
-def chosen_directories(given: Sequence[Path]) -> list[Place]:
-    """The directories that were named, or those of the user's that there are, perhaps none."""
-    found = [path.expanduser().absolute() for path in given] or [
-        path for path in usual_directories() if is_cache(path)
+def resolve_directories(paths: Sequence[Path]) -> list[CacheLocation]:
+    """Return the directories that the user named, or the user's own that exist."""
+    found = [path.expanduser().absolute() for path in paths] or [
+        path for path in default_directories() if is_cache(path)
     ]
     if not found:
-        note(f"nothing is stored yet in {usual_directories()[0]}; --dir names another directory")
-    return [Place(path, file_system(path) in IN_MEMORY) for path in dict.fromkeys(found)]
+        print_note(f"the cache directory {default_directories()[0]} does not exist yet; --dir chooses another one")
+    return [CacheLocation(path, file_system(path) in MEMORY_FILE_SYSTEMS) for path in dict.fromkeys(found)]
 
 
 @contextmanager
-def opened(given: Sequence[Path]) -> Iterator[list[CacheFiles]]:
-    """The chosen directories, open for a `with`."""
+def open_directories(paths: Sequence[Path]) -> Iterator[list[CacheFiles]]:
+    """Open the directories of `resolve_directories`; close them at the end of the `with`."""
     with ExitStack() as stack:
         yield [
-            stack.enter_context(CacheFiles(place.path, in_memory=place.in_memory))
-            for place in chosen_directories(given)
+            stack.enter_context(CacheFiles(location.path, in_memory=location.in_memory))
+            for location in resolve_directories(paths)
         ]
 
 
-def the_disk_directory(given: Sequence[Path], *, make: bool = False) -> Path:
-    """The one directory that was named, or the user's on disk.
+def single_directory(paths: Sequence[Path], *, create: bool = False) -> Path:
+    """Return the one directory that the user named, or the user's own on disk.
 
     Args:
-        make: one that does not exist.
+        create: create the directory if it does not exist.
 
     Raises:
-        CacheError: several were named, or it cannot be made.
+        CacheError: the user named several directories, or the directory cannot be created.
     """
-    if len(given) > 1:
-        raise erllama.CacheError("several directories; give one --dir")
-    root = given[0].expanduser().absolute() if given else usual_directories()[0]
-    if make and not is_cache(root):
+    if len(paths) > 1:
+        raise erllama.CacheError(f"{len(paths)} directories; give --dir once")
+    root = paths[0].expanduser().absolute() if paths else default_directories()[0]
+    if create and not is_cache(root):
         try:
             CacheDirectory(root).leave()
         except OSError as error:
-            raise erllama.CacheError(f"{root} cannot be made: {error.strerror}") from None
+            raise erllama.CacheError(f"{root} cannot be created: {error.strerror}") from None
     return root
 
 
-def usual_directories() -> list[Path]:
-    """Those that `disk=True` and `ram_file=True` mean here; the first is on disk."""
+def default_directories() -> list[Path]:
+    """Return the directories of `disk=True` and `ram_file=True` on this system; the first is on disk."""
     found = [default_directory("disk")]
     try:
         found.append(default_directory("ram_file"))
     except erllama.OptionError:
-        pass  # a system without
+        pass  # this system has no file system in memory
     return found
 
 
-def named_namespaces(found_in: Sequence[CacheFiles], prefixes: Sequence[str]) -> set[bytes] | None:
-    """The namespaces that were named by their beginnings; None where none was.
+def matching_namespaces(opened: Sequence[CacheFiles], prefixes: Sequence[str]) -> set[bytes] | None:
+    """Return the namespaces whose keys start with the prefixes; None, for all, if there are no prefixes.
 
     Raises:
-        CacheError: a beginning is none's, or several'.
+        CacheError: a prefix matches no namespace, or several.
     """
     if not prefixes:
         return None
-    known = {namespace.key for files in found_in for namespace in files.namespaces()}
+    known = {namespace.key for files in opened for namespace in files.namespaces()}
     found = set()
     for prefix in prefixes:
         matching = [key for key in known if prefix and key.hex().startswith(prefix.lower())]
         if len(matching) != 1:
-            what = "no namespace begins" if not matching else f"{len(matching)} namespaces begin"
-            raise erllama.CacheError(f"{what} with {prefix!r}; `erllama cache stats` lists them")
+            what = "no namespace starts" if not matching else f"{len(matching)} namespaces start"
+            raise erllama.CacheError(f"{what} with {prefix!r}; `erllama cache stats` lists the namespaces")
         found.add(matching[0])
     return found

@@ -1,4 +1,4 @@
-"""`erllama cache verify`, `gc` and `evict`: whether what is stored is sound, and what of it may go."""
+"""`erllama cache verify`, `gc` and `evict`: check stored blocks, clean up, and remove blocks."""
 
 from __future__ import annotations
 
@@ -8,74 +8,88 @@ from pathlib import Path
 import click
 
 from erllama._runtime.printing import one_line, say
-from erllama.cache.admin.maintenance import Removed
-from erllama.cli.cache.directories import directories_option, json_option, named_namespaces, opened
-from erllama.cli.console import count, print_json, progress, size
-from erllama.cli.options import age, byte_size
+from erllama.cache.admin.maintenance import RemovalResult
+from erllama.cli.cache.directories import directories_option, json_option, matching_namespaces, open_directories
+from erllama.cli.console import format_count, format_size, print_json, progress_bar
+from erllama.cli.options import parse_age, parse_size
 
 
 @click.command()
 @directories_option
-@click.option("--repair", is_flag=True, help="Set damaged files aside, and bring index and files in line.")
+@click.option("--repair", is_flag=True, help="Move damaged files to damaged/, and make the index match the files.")
 @json_option
 def verify(directories: tuple[Path, ...], repair: bool, as_json: bool) -> int:
-    """Read every file and check it; exit status 1 where something is wrong and was not repaired."""
-    with opened(directories) as found_in:
-        n_set_aside = sum(files.set_aside for files in found_in)
-        n_blocks = sum(len(files.rows()) for files in found_in)
+    """Read and check every file. Exit status 1 if there is a problem and no --repair."""
+    with open_directories(directories) as opened:
+        n_set_aside = sum(files.n_quarantined for files in opened)
+        n_blocks = sum(len(files.rows()) for files in opened)
         problems = []
-        for files in found_in:
-            with progress(f"checking {files.root}") as tell:
-                problems += files.verify(repair=repair, on_read=tell)
+        for files in opened:
+            with progress_bar(f"checking {files.root}") as report:
+                problems += files.verify(repair=repair, on_read=report)
     if as_json:
-        wrong = [{"tier": p.tier, "place": p.place, "what": p.what} for p in problems]
-        print_json({"blocks": n_blocks, "problems": wrong, "set_aside": n_set_aside, "repaired": repair})
+        listed = [{"tier": p.tier, "place": p.place, "what": p.what} for p in problems]
+        print_json({"blocks": n_blocks, "problems": listed, "set_aside": n_set_aside, "repaired": repair})
     else:
         for problem in problems:
             say(one_line(f"{problem.place}: {problem.what}"))
         if n_set_aside:
-            say(f"{count(n_set_aside, 'file')} that no index knew, and no block, set aside in damaged/")
-        wrong_text = count(len(problems), "problem") + (", repaired" if repair and problems else "")
-        say(f"{count(n_blocks, 'block')} checked, {wrong_text}")
+            say(f"{format_count(n_set_aside, 'unknown file')} moved to damaged/: not in the index, and not a block")
+        found = format_count(len(problems), "problem") + (", repaired" if repair and problems else "")
+        say(f"{format_count(n_blocks, 'block')} checked, {found}")
     return 1 if problems and not repair else 0
 
 
 @click.command()
 @directories_option
 @click.option(
-    "--quota", type=byte_size, metavar="SIZE", help="Also evict what was not used for longest, down to this size."
+    "--quota", type=parse_size, metavar="SIZE", help="Also evict the least recently used blocks, down to this size."
 )
 @json_option
 def gc(directories: tuple[Path, ...], quota: int | None, as_json: bool) -> None:
-    """Remove what dead processes left and what nobody can reach; bring index and files in line."""
-    found = []
-    with opened(directories) as found_in:
-        for files in found_in:
+    """Remove files of dead processes and unreachable blocks, and make the index match the files."""
+    reports = []
+    with open_directories(directories) as opened:
+        for files in opened:
             done = files.gc(quota)
             if as_json:
                 removed = {"removed_blocks": done.removed.n_blocks, "removed_bytes": done.removed.n_bytes}
-                found.append({"directory": str(files.root), **done._asdict()} | removed)
-                del found[-1]["removed"]
+                reports.append({"directory": str(files.root), **done._asdict()} | removed)
+                del reports[-1]["removed"]
             else:
-                others = f"{count(done.leftovers, 'file')} of dead processes removed, {done.adopted:,} adopted"
-                removed_text = f"{one_line(str(files.root))}: {_gone(done.removed)}"
-                say(f"{removed_text}; {others}, {done.forgotten:,} without a file forgotten")
+                leftovers = f"{format_count(done.leftovers, 'file')} of dead processes removed"
+                index = (
+                    f"{format_count(done.adopted, 'file')} added to the index, "
+                    f"{format_count(done.forgotten, 'missing file')} removed from it"
+                )
+                say(f"{one_line(str(files.root))}: {_removed_text(done.removed)}; {leftovers}, {index}")
     if as_json:
-        print_json(found)
+        print_json(reports)
 
 
-def _gone(removed: Removed) -> str:
-    return f"{count(removed.n_blocks, 'block')} removed, {size(removed.n_bytes)}"
+def _removed_text(removed: RemovalResult) -> str:
+    return f"{format_count(removed.n_blocks, 'block')} removed, {format_size(removed.n_bytes)}"
 
 
 @click.command()
 @directories_option
-@click.option("--all", "everything", is_flag=True, help="All of it: texts' tokens and files set aside, too.")
 @click.option(
-    "--namespace", "-n", "prefixes", multiple=True, metavar="KEY", help="Of this namespace; its beginning will do."
+    "--all", "everything", is_flag=True, help="Remove all blocks, the tokens of texts, and the files in damaged/."
 )
-@click.option("--older-than", type=age, metavar="AGE", help="Not used for so long, as 7d or 12h.")
-@click.option("--to-size", type=byte_size, metavar="SIZE", help="What was not used for longest, down to this size.")
+@click.option(
+    "--namespace",
+    "-n",
+    "prefixes",
+    multiple=True,
+    metavar="KEY",
+    help="Remove blocks of this namespace. A prefix of its key is enough. Can be repeated.",
+)
+@click.option(
+    "--older-than", type=parse_age, metavar="AGE", help="Remove blocks not used for this long, such as 7d or 12h."
+)
+@click.option(
+    "--to-size", type=parse_size, metavar="SIZE", help="Remove the least recently used blocks, down to this size."
+)
 @json_option
 def evict(
     directories: tuple[Path, ...],
@@ -85,20 +99,20 @@ def evict(
     to_size: int | None,
     as_json: bool,
 ) -> None:
-    """Remove stored blocks. --namespace and --older-than together remove what is both."""
-    chosen = bool(prefixes) or older_than is not None
-    if chosen + everything + (to_size is not None) != 1:
-        raise click.UsageError("give --all, or --to-size, or --namespace and --older-than")
+    """Remove stored blocks. With --namespace and --older-than, both conditions must hold."""
+    has_condition = bool(prefixes) or older_than is not None
+    if has_condition + everything + (to_size is not None) != 1:
+        raise click.UsageError("give --all, or --to-size, or one or both of --namespace and --older-than")
     before = None if older_than is None else time.time_ns() - int(older_than * 1e9)
-    total = Removed(0, 0)
-    with opened(directories) as found_in:
-        among = named_namespaces(found_in, prefixes)
-        for files in found_in:
-            gone = files.shrink(to_size) if to_size is not None else files.evict(among, used_before=before)
+    total = RemovalResult(0, 0)
+    with open_directories(directories) as opened:
+        namespaces = matching_namespaces(opened, prefixes)
+        for files in opened:
+            removed = files.shrink(to_size) if to_size is not None else files.evict(namespaces, used_before=before)
             if everything:
-                files.forget_rest()
-            total = Removed(total.n_blocks + gone.n_blocks, total.n_bytes + gone.n_bytes)
+                files.remove_texts_and_damaged()
+            total = RemovalResult(total.n_blocks + removed.n_blocks, total.n_bytes + removed.n_bytes)
     if as_json:
         print_json({"removed_blocks": total.n_blocks, "removed_bytes": total.n_bytes})
     else:
-        say(_gone(total))
+        say(_removed_text(total))

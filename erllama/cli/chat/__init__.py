@@ -1,1 +1,1 @@
-"""`erllama chat`: the command, its input line, its slash commands and its conversation."""
+"""`erllama chat`: the command, its input, its slash commands and the session that they change."""

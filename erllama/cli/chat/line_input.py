@@ -1,4 +1,4 @@
-"""What the user types: with a history and editing in a terminal, line by line from a pipe."""
+"""Input of `erllama chat`: an editable line with a history in a terminal, lines of stdin otherwise."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from pathlib import Path
 
 import platformdirs
 
-from erllama.cli.console import note
+from erllama.cli.console import print_note
 from erllama.cli.files import private_directory
 
 
-def typed_lines(commands: Sequence[str], *, history: bool) -> Iterator[str]:
-    """Messages and commands, without the empty ones, until Ctrl-D or the end of the pipe.
+def read_lines(commands: Sequence[str], *, history: bool) -> Iterator[str]:
+    """Yield messages and commands, without empty lines, until Ctrl-D or the end of stdin.
 
     Args:
-        commands: what is completed after "/".
-        history: keep what is typed in a file, for the next time.
+        commands: names of the commands that Tab completes after "/".
+        history: keep the lines in a history file.
     """
     if not sys.stdin.isatty():
         yield from (line for line in map(str.strip, sys.stdin) if line)
         return
-    ask = _asker(commands, history)
+    prompt = _line_editor(commands, history)
     while True:
         try:
-            line = ask().strip()
+            line = prompt().strip()
         except EOFError:
             return
         except KeyboardInterrupt:
-            note("Ctrl-D, or /quit, leaves")
+            print_note("press Ctrl-D or type /quit to leave")
             continue
         if line:
             yield line
 
 
-def _asker(commands: Sequence[str], history: bool) -> Callable[[], str]:
-    # Imported here: it takes a while, and pipes do without.
+def _line_editor(commands: Sequence[str], history: bool) -> Callable[[], str]:
+    """Return a function that reads one line from the terminal."""
+    # Imported here: the import is slow, and piped input does not need it.
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -54,11 +55,11 @@ def _asker(commands: Sequence[str], history: bool) -> Callable[[], str]:
 
     output = create_output()
     if isinstance(output, Vt100_Output):
-        output.enable_cpr = False  # nothing here needs to know where the cursor is, and not every terminal tells
+        output.enable_cpr = False  # the cursor position is not needed, and some terminals do not report it
     file = _history_file() if history else None
-    kept: History = FileHistory(str(file)) if file is not None else InMemoryHistory()
+    lines: History = FileHistory(str(file)) if file is not None else InMemoryHistory()
     session: PromptSession[str] = PromptSession(
-        history=kept,
+        history=lines,
         completer=WordCompleter([f"/{name} " for name in commands], sentence=True),
         complete_while_typing=False,
         key_bindings=keys,
@@ -66,19 +67,19 @@ def _asker(commands: Sequence[str], history: bool) -> Callable[[], str]:
         enable_open_in_editor=True,
     )
 
-    def ask() -> str:
-        # In raw mode Ctrl-C is a key. In the moment before, it would interrupt the making of an event loop.
+    def prompt() -> str:
+        # In raw mode Ctrl-C is a key. Before that, it would interrupt the creation of an event loop.
         before = signal.signal(signal.SIGINT, lambda signum, frame: None)
         try:
             return session.prompt("> ", prompt_continuation="  ")
         finally:
             signal.signal(signal.SIGINT, before)
 
-    return ask
+    return prompt
 
 
 def _history_file() -> Path | None:
-    """A file that only its owner can read: what is typed is private. None where it cannot be had."""
+    """Return the history file, which only its owner can read; None if it cannot be opened."""
     path = Path(platformdirs.user_state_dir("erllama")) / "history"
     try:
         private_directory(path.parent)
@@ -88,6 +89,6 @@ def _history_file() -> Path | None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        note(f"no history is kept: {error}")
+        print_note(f"the history is not saved: {error}")
         return None
     return path

@@ -1,4 +1,4 @@
-"""What can be typed at the prompt beside messages: `/commands`."""
+"""The commands of `erllama chat`, which start with "/"."""
 
 from __future__ import annotations
 
@@ -6,75 +6,78 @@ import shlex
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Never
+from typing import NamedTuple, Never
 
-from erllama.cli import reply as replies
-from erllama.cli.chat.conversation import Conversation
-from erllama.cli.console import count
-from erllama.cli.options import value_of
+from erllama.cli.chat.session import ChatSession
+from erllama.cli.console import format_count
+from erllama.cli.options import parse_value
+from erllama.cli.reply import prompt_tokens, tokens_per_second
 from erllama.engine import Completion
 from erllama.errors import Error, OptionError
 
 
-class Leave(Exception):  # noqa: N818 - what it says, not what went wrong
-    """The conversation is over."""
+class Quit(Exception):  # noqa: N818 - a request of the user, not an error
+    """The user wants to leave."""
 
 
 class CommandError(Error):
-    """A command that is none, or is given what it does not take."""
+    """An unknown command, or a command with invalid arguments."""
 
 
-Run = Callable[[Conversation, str], str | Completion]
+class SlashCommand(NamedTuple):
+    """A command: its function, its argument for the help, and its help text."""
+
+    run: Callable[[ChatSession, str], str | Completion]
+    argument: str
+    help: str
 
 
-def run_command(conversation: Conversation, line: str) -> str | Completion:
-    """Do what a line that begins with "/" says; returns what there is to tell, or the reply that was made.
+def run_command(session: ChatSession, line: str) -> str | Completion:
+    """Run a line that starts with "/"; return a message for the user, or a new reply.
 
     Raises:
-        Leave: the user wants to.
-        CommandError: there is no such command, or not so.
-        erllama.Error, OSError: it cannot be done.
+        Quit: the user wants to leave.
+        CommandError: the command is unknown, or its arguments are invalid.
+        erllama.Error, OSError: the command fails.
     """
     name, _, argument = line.removeprefix("/").partition(" ")
-    found = COMMANDS.get(name)
-    if found is None:
+    command = COMMANDS.get(name)
+    if command is None:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean /{near[0]}?" if near else "see /help"
-        raise CommandError(f"there is no command /{name}; {hint}")
-    run, _, _ = found
-    return run(conversation, argument.strip())
+        raise CommandError(f"unknown command /{name}; {hint}")
+    return command.run(session, argument.strip())
 
 
-def _help(conversation: Conversation, argument: str) -> str:
-    lines = [(f"/{name} {takes}".rstrip(), does) for name, (_, takes, does) in COMMANDS.items()]
-    keys = [("Alt-Enter", "a new line"), ("Ctrl-C", "ends a reply, and keeps what came"), ("Ctrl-D", "leaves")]
-    return "\n".join(f"{what:<20} {does}" for what, does in lines + keys)
+def _help(session: ChatSession, argument: str) -> str:
+    rows = [(f"/{name} {command.argument}".rstrip(), command.help) for name, command in COMMANDS.items()]
+    return "\n".join(f"{name:<20} {text}" for name, text in rows + _KEYS)
 
 
-def _quit(conversation: Conversation, argument: str) -> Never:
-    raise Leave
+def _quit(session: ChatSession, argument: str) -> Never:
+    raise Quit
 
 
-def _reset(conversation: Conversation, argument: str) -> str:
-    conversation.messages.clear()
-    return "a new conversation" + ("; the system message stays" if conversation.system else "")
+def _reset(session: ChatSession, argument: str) -> str:
+    session.messages.clear()
+    return "new conversation" + ("; the system message is kept" if session.system else "")
 
 
-def _system(conversation: Conversation, argument: str) -> str:
-    conversation.system = argument or None
-    return "the system message is set" if argument else "no system message"
+def _system(session: ChatSession, argument: str) -> str:
+    session.system = argument or None
+    return "the system message is set" if argument else "the system message is removed"
 
 
-def _save(conversation: Conversation, argument: str) -> str:
+def _save(session: ChatSession, argument: str) -> str:
     path = _path(argument, "/save FILE")
-    conversation.save(path)
-    return f"{count(len(conversation.all_messages), 'message')} saved in {path}"
+    session.save(path)
+    return f"{format_count(len(session.all_messages), 'message')} saved to {path}"
 
 
-def _load(conversation: Conversation, argument: str) -> str:
+def _load(session: ChatSession, argument: str) -> str:
     path = _path(argument, "/load FILE")
-    conversation.load(path)
-    return f"{count(len(conversation.all_messages), 'message')} loaded from {path}"
+    session.load(path)
+    return f"{format_count(len(session.all_messages), 'message')} loaded from {path}"
 
 
 def _path(argument: str, usage: str) -> Path:
@@ -87,67 +90,75 @@ def _path(argument: str, usage: str) -> Path:
     return Path(words[0]).expanduser()
 
 
-def _regenerate(conversation: Conversation, argument: str) -> Completion:
-    return conversation.regenerate()
+def _regenerate(session: ChatSession, argument: str) -> Completion:
+    return session.regenerate()
 
 
-def _set(conversation: Conversation, argument: str) -> str:
+def _set(session: ChatSession, argument: str) -> str:
     if not argument:
-        set_now = [f"{name} = {value!r}" for name, value in conversation.options.items()]
-        return "\n".join(set_now) or "every option is at its default; /set temperature 0.2"
+        lines = [f"{name} = {value!r}" for name, value in session.options.items()]
+        return "\n".join(lines) or "all options have their defaults; to change one: /set temperature 0.2"
     name, _, text = argument.replace("=", " ", 1).partition(" ")
     name, text = name.replace("-", "_"), text.strip()
     if not text:
-        if name not in conversation.options:
-            raise CommandError(f"/set {name}: give a value, too")
-        del conversation.options[name]
-        return f"{name} is at its default"
-    value = value_of(name, text)
-    conversation.set({name: value})
+        if name not in session.options:
+            raise CommandError(f"/set {name}: the option already has its default; give a value")
+        del session.options[name]
+        return f"{name} is reset to its default"
+    value = parse_value(name, text)
+    session.set_options({name: value})
     return f"{name} = {value!r}"
 
 
-def _think(conversation: Conversation, argument: str) -> str:
+def _think(session: ChatSession, argument: str) -> str:
     if argument not in ("on", "off"):
         raise OptionError(f"/think {argument}: give on or off".replace(" :", ":"))
-    conversation.set({"thinking": argument == "on"})
-    return f"thinking is {argument}, where the model can think"
+    session.set_options({"thinking": argument == "on"})
+    return f"thinking is {argument}, if the model supports it"
 
 
-def _tokens(conversation: Conversation, argument: str) -> str:
-    used, room = conversation.n_tokens(), conversation.model.n_ctx
-    return f"{count(used, 'token')} of {room:,}; {max(room - used, 0):,} left"
+def _tokens(session: ChatSession, argument: str) -> str:
+    used, n_ctx = session.n_tokens(), session.model.n_ctx
+    return f"{used:,} of {format_count(n_ctx, 'token')} used, {max(n_ctx - used, 0):,} left"
 
 
-def _stats(conversation: Conversation, argument: str) -> str:
-    done = conversation.replies
-    written, decoding = sum(r.timings.decode_tokens for r in done), sum(r.timings.decode for r in done)
-    prompts, cached = sum(map(replies.n_prompt_tokens, done)), sum(r.cache.tokens for r in done)
+def _stats(session: ChatSession, argument: str) -> str:
+    replies = session.replies
+    decoded, seconds = sum(r.timings.decode_tokens for r in replies), sum(r.timings.decode for r in replies)
+    prompts, cached = sum(map(prompt_tokens, replies)), sum(r.cache.tokens for r in replies)
     share = f" ({cached / prompts:.0%})" if prompts else ""
-    counted = conversation.model.cache.counters()
-    hits = sum(int(counted[name]) for name in ("hits_exact", "hits_resume", "hits_longest_prefix"))
+    counters = session.model.cache.counters()
+    hits = sum(int(counters[name]) for name in ("hits_exact", "hits_resume", "hits_longest_prefix"))
+    misses, on_disk, in_ram = (int(counters[name]) for name in ("misses", "blocks_disk", "blocks_ram"))
     return "\n".join(
         (
-            f"{count(len(done), 'reply').replace('replys', 'replies')}, "
-            f"{count(sum(len(r.tokens) for r in done), 'token')}, "
-            f"{replies.tokens_per_second(written, decoding):.1f} tok/s",
-            f"prompts: {count(prompts, 'token')}, {cached:,} of them cached{share}",
-            f"cache: {count(hits, 'hit')}, {int(counted['misses']):,} missed, "
-            f"{count(int(counted['blocks_disk']), 'block')} on disk, {int(counted['blocks_ram']):,} in RAM",
+            f"{format_count(len(replies), 'reply', 'replies')}, "
+            f"{format_count(sum(len(r.tokens) for r in replies), 'token')}, "
+            f"{tokens_per_second(decoded, seconds):.1f} tok/s",
+            f"prompts: {format_count(prompts, 'token')}, {cached:,} of them cached{share}",
+            f"cache: {format_count(hits, 'hit')}, {format_count(misses, 'miss', 'misses')}, "
+            f"{format_count(on_disk, 'block')} on disk, {in_ram:,} in RAM",
         )
     )
 
 
-COMMANDS: dict[str, tuple[Run, str, str]] = {
-    "help": (_help, "", "this list"),
-    "system": (_system, "TEXT", "what the conversation begins with; without TEXT, nothing"),
-    "set": (_set, "NAME VALUE", "an option of the replies, as temperature 0.2; without VALUE, its default"),
-    "think": (_think, "on|off", "let the model think before it answers"),
-    "regenerate": (_regenerate, "", "another reply to the last message"),
-    "reset": (_reset, "", "begin anew"),
-    "save": (_save, "FILE", "write the messages to a file, as JSON"),
-    "load": (_load, "FILE", "go on with the messages of a file"),
-    "tokens": (_tokens, "", "how much of the context is used"),
-    "stats": (_stats, "", "what the replies cost"),
-    "quit": (_quit, "", "leave"),
+COMMANDS = {
+    "help": SlashCommand(_help, "", "list the commands"),
+    "system": SlashCommand(_system, "TEXT", "set the system message; without TEXT, remove it"),
+    "set": SlashCommand(
+        _set, "NAME VALUE", "set an option of the replies, such as temperature 0.2; without VALUE, reset it"
+    ),
+    "think": SlashCommand(_think, "on|off", "turn thinking before replies on or off"),
+    "regenerate": SlashCommand(_regenerate, "", "replace the last reply with another one"),
+    "reset": SlashCommand(_reset, "", "start a new conversation"),
+    "save": SlashCommand(_save, "FILE", "save the messages to a file, as JSON"),
+    "load": SlashCommand(_load, "FILE", "load the messages of a file, and continue from there"),
+    "tokens": SlashCommand(_tokens, "", "show how much of the context is used"),
+    "stats": SlashCommand(_stats, "", "show timings and cache statistics"),
+    "quit": SlashCommand(_quit, "", "leave"),
 }
+_KEYS = [
+    ("Alt-Enter", "start a new line"),
+    ("Ctrl-C", "end the reply, and keep its text so far"),
+    ("Ctrl-D", "leave"),
+]

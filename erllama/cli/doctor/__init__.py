@@ -1,1 +1,1 @@
-"""`erllama doctor`: checks the build and the cache directories, and says how to repair them."""
+"""`erllama doctor`: checks the build and the cache directories, and suggests fixes."""

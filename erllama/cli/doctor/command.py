@@ -1,4 +1,4 @@
-"""`erllama doctor`: what is built, what it computes on, where prompts go; what is wrong, and how to mend it."""
+"""`erllama doctor`: checks the build, the devices and the cache directories, and suggests fixes."""
 
 from __future__ import annotations
 
@@ -15,56 +15,61 @@ import psutil
 import erllama
 from erllama._runtime.printing import one_line, say
 from erllama.cli.cache.directories import directories_option, json_option
-from erllama.cli.console import is_terminal, print_json, size, terminal
-from erllama.cli.doctor import build as build_findings
-from erllama.cli.doctor import directories as directory_findings
+from erllama.cli.console import format_count, format_size, is_terminal, print_json, rich_console
+from erllama.cli.doctor import build
+from erllama.cli.doctor.directories import check_directories
 from erllama.cli.doctor.findings import Finding
 
-_STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
+_STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
+_STATE_WIDTH = 7
 
 
 @click.command()
 @directories_option
 @json_option
 def doctor(directories: tuple[Path, ...], as_json: bool) -> int:
-    """What is built, and what is wrong; exit status 1 where something is."""
-    found = []
-    for finding in _look(directories):
-        found.append(finding)
+    """Check the installation and the cache directories. Exit status 1 if there is an error."""
+    findings = []
+    for finding in _checks(directories):
+        findings.append(finding)
         if not as_json:
-            _show(finding)
+            _print_finding(finding)
+    n_errors = sum(finding.state == "error" for finding in findings)
     if as_json:
-        print_json([asdict(finding) for finding in found])
+        print_json([asdict(finding) for finding in findings])
     else:
-        say(build_findings.counted(found))
-    return 1 if any(finding.state == "wrong" for finding in found) else 0
+        say(format_count(n_errors, "error") if n_errors else "no errors")
+    return 1 if n_errors else 0
 
 
-def _look(directories: tuple[Path, ...]) -> Iterator[Finding]:
+def _checks(directories: tuple[Path, ...]) -> Iterator[Finding]:
     yield Finding("erllama", "ok", f"{erllama.__version__}, in {Path(erllama.__file__).parent}")
     yield Finding("Python", "ok", f"{platform.python_version()}, {platform.platform()}")
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = psutil.virtual_memory()
-    text = f"{usable} processors, {size(memory.available)} of {size(memory.total)} of memory available"
+    processors = format_count(n_processors, "processor")
+    text = f"{processors}, {format_size(memory.available)} of {format_size(memory.total)} of memory available"
     yield Finding("machine", "ok", text)
-    yield from build_findings.library()
-    yield from directory_findings.directories(directories)
-    yield from build_findings.packages()
-    yield from build_findings.self_check()
+    yield from build.check_library()
+    yield from check_directories(directories)
+    yield from build.check_packages()
+    yield from build.self_check()
 
 
-def _show(finding: Finding) -> None:
+def _print_finding(finding: Finding) -> None:
+    state = f"{finding.state:<{_STATE_WIDTH}}"
     if is_terminal():
-        terminal().print(f"{finding.state:>5}", style=_STYLES[finding.state], end="  ")
+        rich_console().print(state, style=_STYLES[finding.state], end="  ")
     else:
-        say(f"{finding.state:>5}", end="  ")
-    say(f"{one_line(finding.what)}: {one_line(finding.text)}")
-    if finding.mend:
-        say(f"{'':7}{'to have it' if finding.state == 'ok' else 'mend'}: {one_line(finding.mend)}")
+        say(state, end="  ")
+    say(f"{one_line(finding.name)}: {one_line(finding.text)}")
+    if finding.fix:
+        label = "to install" if finding.state == "ok" else "fix"
+        say(f"{'':{_STATE_WIDTH + 2}}{label}: {one_line(finding.fix)}")
 
 
 @click.command("doctor-worker", hidden=True)
 @click.argument("directory", type=click.Path(path_type=Path))
 def doctor_worker(directory: Path) -> None:
-    """Run by `doctor`."""
-    say(json.dumps(build_findings.run_self_check(directory)))
+    """Run the self-check of `doctor`, which starts this command."""
+    say(json.dumps(build.run_self_check(directory)))

@@ -1,4 +1,4 @@
-"""What `erllama doctor` says of cache directories: whether they work, what they hold, how much room is left."""
+"""Checks of `erllama doctor`: state, contents and free space of the cache directories."""
 
 from __future__ import annotations
 
@@ -10,68 +10,68 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import erllama
-from erllama.cache.admin.maintenance import CacheFiles, is_cache
-from erllama.cache.tiers.directory import INDEX_NAME, file_system
-from erllama.cache.tiers.index import SCHEMA_VERSION
-from erllama.cli.cache.directories import IN_MEMORY, usual_directories
-from erllama.cli.console import count, size
+from erllama.cache.admin.maintenance import CacheFiles
+from erllama.cache.tiers.directory import INDEX_NAME, file_system, is_cache
+from erllama.cache.tiers.index_schema import SCHEMA_VERSION
+from erllama.cli.cache.directories import MEMORY_FILE_SYSTEMS, default_directories
+from erllama.cli.console import format_count, format_size
 from erllama.cli.doctor.findings import Finding
 
-_LITTLE_ROOM = 2 << 30  # some long contexts of a middling model
-_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "9p", "fuse.sshfs", "webdav"}
+_MIN_FREE_BYTES = 2 << 30  # a few long contexts of a medium-sized model
+_NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "9p", "fuse.sshfs", "webdav"}
 
 
-def directories(given: Sequence[Path]) -> Iterator[Finding]:
-    """Of the directories that were named, or of the user's."""
-    for path in [each.expanduser().absolute() for each in given] or usual_directories():
-        yield from _directory(path)
+def check_directories(paths: Sequence[Path]) -> Iterator[Finding]:
+    """Check the directories that the user named, or the user's own."""
+    for path in [each.expanduser().absolute() for each in paths] or default_directories():
+        yield from _check_directory(path)
 
 
-def _directory(path: Path) -> Iterator[Finding]:
-    what = f"directory {path}"
+def _check_directory(path: Path) -> Iterator[Finding]:
+    name = f"directory {path}"
     if not is_cache(path):
-        yield _not_yet(what, path)
+        yield _check_missing(name, path)
         return
     try:
-        with CacheFiles(path, in_memory=file_system(path) in IN_MEMORY) as files:
+        with CacheFiles(path, in_memory=file_system(path) in MEMORY_FILE_SYSTEMS) as files:
             rows = files.rows()
-            stored = f"{count(len(rows), 'block')}, {size(sum(row.n_bytes for row in rows))}"
-            use = ", in use by another process" if files.in_use else ""
+            stored = f"{format_count(len(rows), 'block')}, {format_size(sum(row.n_bytes for row in rows))}"
+            in_use = ", in use by another process" if files.in_use else ""
     except (erllama.CacheError, OSError, sqlite3.Error) as error:
-        # The message says what to do, after the reason.
-        reason, _, mend = str(error).partition("; ")
+        # Messages have the form "reason; fix".
+        reason, _, fix = str(error).partition("; ")
         yield Finding(
-            what, "wrong", reason.removeprefix(f"{path} "), mend or "give another directory, or remove this one"
+            name, "error", reason.removeprefix(f"{path} "), fix or "give another directory, or remove this one"
         )
         return
     yield Finding(
-        what, "ok", f"{stored}, index of version {SCHEMA_VERSION}, on {file_system(path) or 'a disk'}{use}"
+        name, "ok", f"{stored}, index version {SCHEMA_VERSION}, on {file_system(path) or 'a disk'}{in_use}"
     )
     damaged = [*(path / "damaged").iterdir(), *path.glob(f"{INDEX_NAME}.damaged-*")]
     if damaged:
-        mend = f"look at the disk's health; then: rm {path}/damaged/* {path}/{INDEX_NAME}.damaged-*"
-        yield Finding(what, "note", f"{count(len(damaged), 'file')} set aside as damaged", mend)
-    yield from _room(what, path)
+        fix = f"check the disk for errors; then: rm {path}/damaged/* {path}/{INDEX_NAME}.damaged-*"
+        yield Finding(name, "warning", f"contains {format_count(len(damaged), 'damaged file')}", fix)
+    yield from _check_file_system(name, path)
 
 
-def _not_yet(what: str, path: Path) -> Finding:
-    above = path
-    while not above.exists() and above != above.parent:
-        above = above.parent
+def _check_missing(name: str, path: Path) -> Finding:
+    parent = path
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
     if path.exists() and not path.is_dir():
-        return Finding(what, "wrong", "no directory", "give another directory")
-    if not os.access(above, os.W_OK | os.X_OK):
-        return Finding(what, "wrong", f"cannot be made: {above} is not yours to write to", f"chmod u+wx {above}")
-    return Finding(what, "ok", "not made yet")
+        return Finding(name, "error", "not a directory", "give another directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return Finding(name, "error", f"cannot be created: {parent} is not writable", f"chmod u+wx {parent}")
+    return Finding(name, "ok", "does not exist yet")
 
 
-def _room(what: str, path: Path) -> Iterator[Finding]:
+def _check_file_system(name: str, path: Path) -> Iterator[Finding]:
     kind = file_system(path)
-    if kind in _NETWORK:
-        mend = "give a directory on a local disk"
-        yield Finding(what, "note", f"on {kind}: only processes of one machine may share it", mend)
+    if kind in _NETWORK_FILE_SYSTEMS:
+        fix = "give a directory on a local disk"
+        yield Finding(name, "warning", f"on {kind}: only processes of one machine may share it", fix)
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(path).free
-        if free < _LITTLE_ROOM and kind not in IN_MEMORY:
-            mend = f"erllama cache evict --dir {path} --older-than 7d"
-            yield Finding(what, "note", f"only {size(free)} are free there", mend)
+        if free < _MIN_FREE_BYTES and kind not in MEMORY_FILE_SYSTEMS:
+            fix = f"erllama cache evict --dir {path} --older-than 7d"
+            yield Finding(name, "warning", f"only {format_size(free)} of disk space free", fix)

@@ -1,25 +1,25 @@
-"""What `erllama doctor` finds: each thing it looked at, how that is, and how to mend it."""
+"""The result of one check of `erllama doctor`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-State = Literal["ok", "note", "wrong"]
+State = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check. `erllama doctor --json` prints these fields.
 
     Attributes:
-        what: it is.
-        state: "note" for what works, and could be better.
-        text: how it is.
-        mend: what to do about it; empty where nothing is to be done.
+        name: the thing that was checked.
+        state: "warning" if it works and could be better.
+        text: the result.
+        fix: a command or an advice; empty if there is nothing to do.
     """
 
-    what: str
+    name: str
     state: State
     text: str
-    mend: str = ""
+    fix: str = ""

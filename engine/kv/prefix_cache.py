@@ -1,0 +1,103 @@
+"""The prompt cache as one model uses it: namespaces, lookups, and faults that never fail a request.
+
+Every method catches what the cache raises: it logs and counts the error, and the request continues as if
+the cache were empty. Used by the scheduler, by `SequenceKV` and, for `namespace`, by callers' threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erllama._runtime.log import logger
+from erllama.cache import Cache, Match, Policy, namespace_key
+from erllama.engine.adapters import AdapterSet, describe
+from erllama.engine.backend import Backend
+from erllama.engine.kv.slices import Slicing
+from erllama.engine.kv.weights import Weights
+
+log = logger("erllama.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixCache:
+    """The cache of one model, and the rules for what the model saves and reuses.
+
+    Attributes:
+        cache: the cache, which other models may share.
+        backend: computes, packs and restores KV.
+        slicing: where prefill is cut.
+        policy: what is saved, and when.
+        weights: whether the model file is unchanged.
+    """
+
+    cache: Cache
+    backend: Backend
+    slicing: Slicing
+    policy: Policy
+    weights: Weights
+
+    @classmethod
+    def of(cls, cache: Cache, backend: Backend, policy: Policy) -> PrefixCache:
+        """Return the prefix cache of one model."""
+        limits = backend.limits
+        slicing = Slicing(
+            min(limits.n_ubatch, limits.n_batch),
+            cache.block_size,
+            at_blocks=not limits.can_trim,
+            # Of a block longer than the window only its end is packed; restored, it lies in other cells, which
+            # changes the order of sums. Windows of a block's length and more were found to keep every bit.
+            restores_bits=not 0 < limits.attention_window < cache.block_size,
+        )
+        return cls(cache, backend, slicing, policy, Weights(backend))
+
+    def namespace(self, cache_salt: str | None, adapters: AdapterSet) -> bytes:
+        """Return the root key of the KV that a request may share: one per model, cache salt and adapter set."""
+        parts = dict(self.backend.namespace)
+        if cache_salt is not None:
+            parts["cache_salt"] = cache_salt
+        if adapters:
+            parts["adapters"] = describe(adapters)
+        return namespace_key(parts)
+
+    def find(self, namespace: bytes, tokens: NDArray[np.int32], parent_key: bytes | None) -> Match | None:
+        """Return the longest stored prefix of `tokens`, which the caller releases.
+
+        Returns None where the lookup fails, or the weights have changed.
+        """
+        if not self.weights.intact():
+            return None
+        try:
+            return self.cache.lookup(
+                namespace,
+                tokens,
+                whole=not self.backend.limits.can_trim,
+                loadable=True,
+                parent_key=parent_key,
+                count=False,
+            )
+        except BaseException:
+            self.record_fault(f"looking up {len(tokens)} tokens of a prompt, which is read cold,")
+            return None
+
+    def awaits(self, key: bytes) -> bool:
+        """Return whether a save of this block is in flight."""
+        try:
+            return self.cache.awaits(key)
+        except BaseException:
+            self.record_fault("asking for a save in flight")
+            return False
+
+    def record_fault(self, action: str) -> None:
+        """Log and count the exception being handled. No request fails because of the cache, or of a bug in it.
+
+        Args:
+            action: what failed, for the log.
+        """
+        log.exception("%s failed", action)
+        try:
+            self.cache.count_fault()
+        except BaseException:
+            log.exception("counting the fault failed, too")

@@ -1,0 +1,117 @@
+"""The end of a sampler chain: the choice of one token among the candidates that remain.
+
+The choices follow llama.cpp's samplers `greedy`, `dist` and `mirostat`. `erllama.engine.sampling.sampler` calls
+them in the model's thread.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erllama.engine.sampling.candidates import Candidates
+from erllama.engine.sampling.declaration import HasOptions, Option
+
+_GROUP = 512  # candidates whose weights are summed before one of them is drawn
+
+
+class Draw(Protocol):
+    """Chooses one of the candidates."""
+
+    def draw(self, candidates: Candidates) -> int:
+        """A token id."""
+        ...
+
+
+class Greedy:
+    """Takes the most likely candidate; of equal ones, the first."""
+
+    def draw(self, candidates: Candidates) -> int:
+        return int(candidates.ids[0 if candidates.in_order else candidates.logits.argmax()])
+
+
+class Categorical:
+    """Draws by the softmax of the candidates' logits."""
+
+    def draw(self, candidates: Candidates) -> int:
+        return int(candidates.ids[_drawn_position(candidates)])
+
+
+class Mirostat(HasOptions):
+    """Keeps the surprise of the drawn tokens near `tau`. Each draw adjusts the cut-off at the rate `eta`.
+
+    Basu et al., "Mirostat: A Neural Text Decoding Algorithm that Directly Controls Perplexity", 2021. `version` 1
+    is the paper's algorithm 1, over a vocabulary of `n_vocab`; `version` 2 is the simpler one of its authors' code.
+
+    Attributes:
+        mu: the largest surprise that is kept now, in bits.
+    """
+
+    mirostat = Option(0, 0, 2)
+    mirostat_tau = Option(5.0, 0.0)
+    mirostat_eta = Option(0.1, 0.0, 1.0)
+
+    _M = 100  # candidates from which the exponent of Zipf's law is estimated
+
+    def __init__(self, version: int, tau: float, eta: float, n_vocab: int) -> None:
+        self._version, self._tau, self._eta, self._n_vocab = version, tau, eta, n_vocab
+        self.mu = 2 * tau
+
+    @classmethod
+    def from_options(cls, options: object, n_vocab: int) -> Mirostat | None:
+        """The draw that `SamplingOptions` ask for; None if `mirostat` is 0."""
+        version = cls.mirostat.of(options)
+        if not version:
+            return None
+        return cls(version, cls.mirostat_tau.of(options), cls.mirostat_eta.of(options), n_vocab)
+
+    def draw(self, candidates: Candidates) -> int:
+        candidates = candidates.top(self._n_kept(candidates))
+        at = _drawn_position(candidates)
+        surprise = -math.log2(float(candidates.probabilities()[at]))
+        self.mu -= self._eta * (surprise - self._tau)
+        return int(candidates.ids[at])
+
+    def _n_kept(self, candidates: Candidates) -> int:
+        if self._version == 2:
+            bound = 2.0**-self.mu
+            return max(int((candidates.probabilities() >= bound).sum()), 1)
+        # The paper takes probabilities to fall by Zipf's law, and estimates the exponent from the most likely ones.
+        first = candidates.top(self._M).weights().astype(np.float64)
+        first = first[first > 0]
+        ranks = np.arange(1, len(first))
+        if not len(ranks):
+            return 1
+        steps = np.log((ranks + 1) / ranks)
+        exponent = float((steps * np.log(first[:-1] / first[1:])).sum() / (steps**2).sum())
+        epsilon = exponent - 1
+        with np.errstate(all="ignore"):
+            scale = 1 - np.float64(self._n_vocab) ** -epsilon
+            k = np.float64(epsilon * 2**self.mu / scale) ** (1 / np.float64(exponent))
+        return max(int(min(k, len(candidates))), 1) if math.isfinite(k) else len(candidates)
+
+
+def _drawn_position(candidates: Candidates) -> int:
+    """A position drawn by the softmax. Takes one number from the request's generator."""
+    weights: NDArray[np.float32] = candidates.weights()
+    start = 0
+    share = candidates.random.random()
+    if len(weights) <= _GROUP:
+        target = share * float(weights.sum(dtype=np.float64))
+    else:
+        # First the group, then the candidate in it: running sums of all weights take far longer than sums of
+        # groups.
+        whole = len(weights) // _GROUP * _GROUP
+        groups = weights[:whole].reshape(-1, _GROUP).sum(axis=1, dtype=np.float64)
+        sums = np.append(groups, weights[whole:].sum(dtype=np.float64)).cumsum()
+        target = share * float(sums[-1])
+        group = int(sums.searchsorted(target, side="right"))
+        start = group * _GROUP
+        target -= float(sums[group - 1]) if group else 0.0
+        weights = weights[start : start + _GROUP]
+    at = int(weights.cumsum(dtype=np.float64).searchsorted(target, side="right"))
+    # Rounding may lead past the last candidate that has any weight.
+    return start + min(at, int(np.flatnonzero(weights)[-1]))

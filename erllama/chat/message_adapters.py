@@ -1,0 +1,76 @@
+"""Changes to messages that the templates of some families require.
+
+A template's source shows which changes it needs. `erllama.chat.conversation` applies them before it renders for a
+model. `render_chat_template` renders messages unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from erllama._types import Message
+
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_NINE = re.compile(r"[a-zA-Z0-9]{9}")
+
+
+def adapt_messages(messages: Sequence[Message], template: str) -> list[Message]:
+    """Return normalized messages as a template with this source requires them."""
+    adapted = list(messages)
+    if "length != 9" in template or "alphanumeric" in template:
+        adapted = [_with_nine_character_ids(message) for message in adapted]
+    if "thinking" in template and "reasoning_content" not in template:
+        adapted = [_without_thinking_beside_text(message) for message in adapted]
+    return adapted
+
+
+def encode_arguments(messages: Sequence[Message]) -> list[Message]:
+    """Return messages with the arguments of calls as JSON text."""
+
+    def encode(call: Mapping[str, object]) -> Message:
+        function = call["function"]
+        assert isinstance(function, dict)
+        return {
+            **call,
+            "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)},
+        }
+
+    return [_change_calls(message, encode) for message in messages]
+
+
+def _change_calls(message: Message, change: Callable[[Mapping[str, object]], Message]) -> Message:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [change(call) for call in calls]}
+
+
+def _with_nine_character_ids(message: Message) -> Message:
+    """Replace ids of tool calls. Mistral's templates accept only ids of nine letters and digits."""
+    message = _change_calls(message, lambda call: {**call, "id": _nine_character_id(str(call["id"]))})
+    if isinstance(id := message.get("tool_call_id"), str):
+        message = {**message, "tool_call_id": _nine_character_id(id)}
+    return message
+
+
+def _nine_character_id(id: str) -> str:
+    if _NINE.fullmatch(id):
+        return id
+    number, digits = int.from_bytes(hashlib.sha256(id.encode()).digest(), "big"), ""
+    for _ in range(9):
+        number, digit = divmod(number, len(_DIGITS))
+        digits += _DIGITS[digit]
+    return digits
+
+
+def _without_thinking_beside_text(message: Message) -> Message:
+    """Remove thinking from a message with calls and text.
+
+    Harmony's template refuses the combination. It reads thinking under two names.
+    """
+    if message.get("tool_calls") and message.get("content"):
+        return {name: value for name, value in message.items() if name != "reasoning_content"}
+    return message

@@ -1,0 +1,102 @@
+"""What single families' templates ask of messages, and of prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import erllama
+from erllama.chat.message_adapters import adapt_messages, encode_arguments
+from erllama.chat.messages import normalize_messages
+from support.places import SHARED
+from support.spelled import SpelledBackend, SpelledVocabulary, follow
+from support.tool_texts import TOOLS
+
+Message = dict[str, object]
+TEMPLATES = SHARED / "templates"
+CONVERSATION: list[Message] = [
+    {"role": "user", "content": "Weather?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "I should look.",
+        "tool_calls": [
+            {"id": "call_0123456789", "type": "function",
+             "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call_0123456789", "name": "get_weather", "content": "rain"},
+]  # fmt: skip
+
+
+def model_with(template: str, said: str = "x") -> erllama.Model:
+    vocabulary = SpelledVocabulary(end="<|eog|>")
+    backend = SpelledBackend(
+        vocabulary, follow(vocabulary, vocabulary.spelled(said)), chat_templates={"default": template}
+    )
+    return erllama.load_backend(backend, cache=erllama.Cache())
+
+
+def test_ids_of_nine_letters_are_made_where_a_template_takes_no_others() -> None:
+    messages = normalize_messages(CONVERSATION)
+    changed = adapt_messages(messages, "{% if call.id|length != 9 %}")
+    call, result = changed[1]["tool_calls"][0]["id"], changed[2]["tool_call_id"]  # type: ignore[index]
+    assert call == result
+    assert len(str(call)) == 9
+    assert str(call).isalnum()
+    assert adapt_messages(changed, "{% if call.id|length != 9 %}") == changed, "the same ids are kept"
+    assert adapt_messages(messages, "{{ call.id }}") == messages == normalize_messages(CONVERSATION)
+
+
+def test_thinking_is_left_out_where_a_template_takes_no_text_beside_it() -> None:
+    messages = normalize_messages(CONVERSATION)
+    spoken = [messages[0], {**messages[1], "content": "Let me see."}, messages[2]]
+    assert "reasoning_content" not in adapt_messages(spoken, "{{ message.thinking }}")[1]
+    assert adapt_messages(messages, "{{ message.thinking }}") == messages
+    assert adapt_messages(spoken, "{{ message.reasoning_content }} <thinking>") == spoken
+
+
+def test_arguments_are_text_where_a_template_joins_them_with_text() -> None:
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        "{{ 'call: ' + c.function.arguments }}"
+        "{% endfor %}{% endfor %}"
+    )
+    with model_with(template) as model:
+        assert model.render_chat(CONVERSATION) == 'call: {"city": "Paris"}'
+    with model_with(template.replace("'call: ' + c.function.arguments", "raise_exception('no')")) as model:
+        with pytest.raises(erllama.TemplateError, match="no"):
+            model.render_chat(CONVERSATION)
+    assert encode_arguments(normalize_messages(CONVERSATION))[0] == CONVERSATION[0]
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_a_call_that_the_prompt_opens_is_one(choice: str) -> None:
+    template = "{{ messages[-1].content }}{% if tools %}{% endif %}\t>>>{# recipient #}"
+    with model_with(template, ">>>get_weather\n" + '{"city": "Paris"}') as model:
+        reply = model.chat(
+            [{"role": "user", "content": "Q"}], tools=TOOLS, tool_format="functionary", tool_choice=choice
+        )
+        assert [(call.name, call.arguments) for call in reply.tool_calls] == [("get_weather", {"city": "Paris"})]
+        assert reply.raw_tool_calls == (b'>>>get_weather\n{"city": "Paris"}',)
+    with model_with(template, ">>>all\nhello") as model:
+        reply = model.chat([{"role": "user", "content": "Q"}], tools=TOOLS, tool_format="functionary")
+        assert (reply.text, reply.tool_calls) == ("hello", ())
+
+
+@pytest.mark.skipif(not TEMPLATES.is_dir(), reason="no templates beside the checkout")
+@pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
+def test_a_familys_template_takes_a_call_and_its_result(path: Path) -> None:
+    refused = {
+        "Kimi-K2-Instruct": "append",  # it changes a list, which no sandbox of Hugging Face's lets it
+        "google-gemma-2-2b-it": "alternate",  # it knows of no tools
+    }
+    with model_with(path.read_text()) as model:
+        if path.stem in refused:
+            with pytest.raises(erllama.TemplateError, match=refused[path.stem]):
+                model.render_chat(CONVERSATION)
+            return
+        tools = TOOLS if model._chat_requests.chats.templates.choose().uses("tools") else None
+        text = model.render_chat([*CONVERSATION, {"role": "assistant", "content": "It rains."}], tools=tools)
+        assert "It rains." in text
