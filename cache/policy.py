@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from erllama.errors import OptionError, integer, reject_unknown
+from erllama.checks import integer, reject_unknown
+from erllama.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True)

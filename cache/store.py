@@ -46,14 +46,8 @@ from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.ram_tier import RamTier
 from erllama.cache.tiers.tier import Problem, Tier
 from erllama.cache.uninterrupted import run_behind, uninterrupted
-from erllama.errors import (
-    CacheError,
-    IntegrityError,
-    OptionError,
-    boolean,
-    integer,
-    reject_unknown,
-)
+from erllama.checks import boolean, integer, reject_unknown
+from erllama.errors import CacheError, IntegrityError, OptionError
 
 log = logger("erllama.cache")
 

@@ -19,8 +19,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from erllama._runtime.log import logger
+from erllama.checks import real
 from erllama.engine.backend import Backend
-from erllama.errors import AdapterUnloaded, real
+from erllama.errors import AdapterUnloaded
 
 log = logger("erllama.engine")
 

@@ -1,4 +1,4 @@
-"""Run GGUF models through llama.cpp and keep prompts warm.
+"""Run GGUF models through llama.cpp, with an exact and persistent prompt cache.
 
     import erllama
 
@@ -7,28 +7,28 @@
         reply = model.complete("Once upon a time", max_tokens=64)
         print(reply.text, reply.cache.kind)
 
-Every token's KV is computed once, stored once, found again exactly, and
-survives a restart. Everything a user needs is in this namespace.
+The KV of every token is computed once, stored once, reused exactly, and survives a restart. All public names are in
+this namespace.
 """
 
 import logging
 import sys
 from typing import TYPE_CHECKING
 
-import erllama._runtime.at_exit  # noqa: F401 - here, so that functions that a program registers with atexit run before it
+import erllama._runtime.at_exit  # noqa: F401 - registered first, so the program's own exit functions run before it
 from erllama._runtime.imports import import_safely
 
 if TYPE_CHECKING:
     from erllama._demo.model import demo_model
     from erllama._model.adapters import Adapter
-    from erllama._model.chat import AsyncChatStream, ChatStream
     from erllama._model.info import Device, ModelInfo, devices
     from erllama._model.load import load_backend, load_model
     from erllama._model.model import Model
     from erllama._model.registry import get_model, list_models, queue_depth
-    from erllama._model.scoring import Score
-    from erllama._model.speculation import Verification
-    from erllama._model.streams import AsyncStream, Stream
+    from erllama._model.requests.chat_streams import AsyncChatStream, ChatStream
+    from erllama._model.requests.scoring import Score
+    from erllama._model.requests.speculation import Verification
+    from erllama._model.requests.streams import AsyncStream, Stream
     from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
     from erllama.chat.results import ChatCompletion, Usage
     from erllama.chat.templates.template import render_chat_template
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         IntegrityError,
         LibraryNotBuilt,
         LoadCancelled,
+        MissingPackage,
         ModelLoadError,
         ModelNotFound,
         ModelUnloaded,
@@ -90,22 +91,22 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# A library prints nothing: what it logs goes to the handlers that a program sets up, and otherwise nowhere.
+# A library must not print log messages: without handlers of the program, they are discarded.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-# Where the public names are, as above. Each module is imported when one of its names is first used: all of them
-# together take half a second, and import numpy, jinja2, llguidance, sqlite_utils and watchdog.
-_HOMES: dict[str, tuple[str, ...]] = {
+# The public names by module, as above. A module is imported when one of its names is first used: all modules
+# together take half a second to import, and import numpy, jinja2, llguidance, sqlite_utils and watchdog.
+_NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
     "erllama._model.adapters": ("Adapter",),
-    "erllama._model.chat": ("AsyncChatStream", "ChatStream"),
+    "erllama._model.requests.chat_streams": ("AsyncChatStream", "ChatStream"),
     "erllama._demo.model": ("demo_model",),
     "erllama._model.info": ("Device", "ModelInfo", "devices"),
     "erllama._model.load": ("load_backend", "load_model"),
     "erllama._model.model": ("Model",),
     "erllama._model.registry": ("get_model", "list_models", "queue_depth"),
-    "erllama._model.scoring": ("Score",),
-    "erllama._model.speculation": ("Verification",),
-    "erllama._model.streams": ("AsyncStream", "Stream"),
+    "erllama._model.requests.scoring": ("Score",),
+    "erllama._model.requests.speculation": ("Verification",),
+    "erllama._model.requests.streams": ("AsyncStream", "Stream"),
     "erllama.cache": ("Cache", "MemoryUsage", "Policy", "Pressure", "SaveReason"),
     "erllama.chat.results": ("ChatCompletion", "Usage"),
     "erllama.chat.templates.template": ("render_chat_template",),
@@ -149,6 +150,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "IntegrityError",
         "LibraryNotBuilt",
         "LoadCancelled",
+        "MissingPackage",
         "ModelLoadError",
         "ModelNotFound",
         "ModelUnloaded",
@@ -165,7 +167,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "VocabularyOnly",
     ),
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 _SUBMODULES = ("cache", "chat", "engine", "errors")
 
 __all__ = [
@@ -204,6 +206,7 @@ __all__ = [
     "LibraryNotBuilt",
     "LoadCancelled",
     "MemoryUsage",
+    "MissingPackage",
     "Model",
     "ModelInfo",
     "ModelLoadError",
@@ -248,18 +251,18 @@ __all__ = [
     "render_chat_template",
 ]
 
-if not TYPE_CHECKING:  # otherwise type checkers would take any name for one of ours
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
     def __getattr__(name: str) -> object:
-        """Import a public name, or a subpackage, at its first use."""
-        # No lock of ours: the import system has its own, and threads may import the same module at once.
+        """Import the module of a public name, or a subpackage, at its first use."""
+        # Needs no lock: the import system has its own, and several threads may import the same module.
         if name in _SUBMODULES:
             return import_safely(f"{__name__}.{name}")
-        if name not in _HOME_OF:
+        if name not in _MODULE_OF:
             raise AttributeError(
                 f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__]
             )
-        value = getattr(import_safely(_HOME_OF[name]), name)
+        value = getattr(import_safely(_MODULE_OF[name]), name)
         globals()[name] = value
         return value
 

@@ -1,4 +1,4 @@
-"""`python -m erllama`: the command `erllama`."""
+"""Entry point of `python -m erllama` and of the command `erllama`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Metrics for Prometheus: what the loaded models and their caches count, read when somebody scrapes.
+"""Prometheus metrics of the loaded models and their caches.
 
-`register()` adds a collector to a registry of prometheus_client. It keeps no
-counts of its own: a scrape reads the counters that models and caches have
-anyway, and waits for no model. Nothing listens on a network: serving the
-registry is the caller's choice. Needs `pip install erllama[metrics]`; importing
-this module without it raises OptionError.
+`register()` adds a collector to a registry of prometheus_client. The collector keeps no counts of its own: a scrape
+reads the counters of models and caches and never waits for a model. The module opens no network port; the caller
+decides how to serve the registry. Needs `pip install 'erllama[metrics]'`; without it, importing this module raises
+`MissingPackage`.
 """
 
 from __future__ import annotations
@@ -19,15 +18,14 @@ from typing import NamedTuple
 from erllama._model.model import Model
 from erllama._model.registry import list_models
 from erllama.cache import Cache, TierStatus
+from erllama.checks import import_optional
 from erllama.engine.metrics import BUCKETS, Histogram
 from erllama.errors import OptionError
 
-try:
-    from prometheus_client import REGISTRY
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-    from prometheus_client.registry import Collector, CollectorRegistry
-except ImportError as error:
-    raise OptionError(f"erllama.metrics needs prometheus-client: pip install erllama[metrics] ({error})") from error
+import_optional("prometheus_client", needed_by=__name__, package="prometheus-client", install="'erllama[metrics]'")
+from prometheus_client import REGISTRY  # noqa: E402
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily  # noqa: E402
+from prometheus_client.registry import Collector, CollectorRegistry  # noqa: E402
 
 __all__ = ["MetricsCollector", "register", "unregister"]
 
@@ -35,62 +33,62 @@ Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
 class _Count(NamedTuple):
-    """A counter of a model: its metric, the attribute of EngineMetrics, and what it means."""
+    """A counter of a model: its metric's name, the attribute of EngineMetrics, and the help text."""
 
     metric: str
     attribute: str
-    meaning: str
+    help_text: str
 
 
 _MODEL_COUNTS = (
-    _Count("requests_refused", "refused", "Requests that the full queue turned away."),
-    _Count("prompt_tokens", "prompt_tokens", "Tokens of the prompts of requests that entered the context."),
-    _Count("shared_tokens", "shared_tokens", "Prompt tokens that came from cells of other sequences."),
-    _Count("cached_tokens", "cached_tokens", "Prompt tokens that came from the cache."),
+    _Count("requests_refused", "refused", "Requests refused because the queue was full."),
+    _Count("prompt_tokens", "prompt_tokens", "Prompt tokens of admitted requests."),
+    _Count("shared_tokens", "shared_tokens", "Prompt tokens taken from cells of other sequences."),
+    _Count("cached_tokens", "cached_tokens", "Prompt tokens taken from the cache."),
     _Count("prefilled_tokens", "prefilled_tokens", "Tokens computed in slices of prefill."),
     _Count("decoded_tokens", "decoded_tokens", "Tokens computed one at a time."),
-    _Count("drafted_tokens", "drafted_tokens", "Tokens computed ahead, by speculation."),
-    _Count("accepted_tokens", "accepted_tokens", "Of the tokens computed ahead, those that came."),
+    _Count("drafted_tokens", "drafted_tokens", "Tokens computed ahead by speculation."),
+    _Count("accepted_tokens", "accepted_tokens", "Tokens computed ahead that became part of a reply."),
     _Count("ticks", "ticks", "Decodes."),
-    _Count("preemptions", "preempted", "Times that a request gave its cells to others, and waited."),
+    _Count("preemptions", "preempted", "Times that a request released its cells to others and waited."),
 )
 
 _CACHE_COUNTS = {
-    "misses": "Requests of whose prompt nothing was cached.",
-    "tokens_reused": "Prompt tokens that need not be computed.",
-    "saves_dropped": "Blocks that were not stored: too much waited to be written, or there was no room.",
-    "duplicates_dropped": "Saves of blocks that were stored already.",
-    "tails_superseded": "Short blocks given up for a longer one that holds their tokens.",
+    "misses": "Requests with no cached prompt tokens.",
+    "tokens_reused": "Prompt tokens taken from the cache instead of computed.",
+    "saves_dropped": "Blocks not stored because the write queue or the tier was full.",
+    "duplicates_dropped": "Saves of blocks that were already stored.",
+    "tails_superseded": "Short blocks replaced by a longer one that holds their tokens.",
     "promotions": "Blocks copied into another tier because they were used.",
     "corrupt_files": "Stored files that failed their check and were set aside.",
-    "disk_errors": "Reads, writes and openings of storage that failed.",
-    "restore_errors": "Stored blocks that a backend refused.",
-    "faults": "Times that the cache failed for a reason nobody foresaw.",
+    "disk_errors": "Failures to open, read or write storage.",
+    "restore_errors": "Stored blocks that a backend could not restore.",
+    "faults": "Unexpected failures of the cache.",
     "pressure_evictions": "Evictions under memory pressure.",
-    "lookup_seconds": "Time spent looking prompts up.",
-    "load_seconds": "Time spent reading stored blocks.",
-    "pack_seconds": "Time spent taking blocks out of contexts.",
-    "write_seconds": "Time spent writing to slower tiers.",
+    "lookup_seconds": "Seconds spent looking up prompts.",
+    "load_seconds": "Seconds spent reading stored blocks.",
+    "pack_seconds": "Seconds spent copying blocks out of contexts.",
+    "write_seconds": "Seconds spent writing to slower tiers.",
 }
-# What a counter's name begins with, where the rest of it is a label: "hits_exact", "bytes_ram".
+# Counters named "<group>_<label>", such as "hits_exact" and "bytes_ram".
 _CACHE_GROUPS = ("hits", "saves", "evictions", "bytes", "blocks")
 
 
 class MetricsCollector(Collector):
-    """Gives a scrape the metrics of every loaded model, and of every cache that one of them uses.
+    """Collects the metrics of every loaded model, and of every cache that a loaded model uses.
 
-    Thread-safe. Reads plain counters; takes the locks of caches, never one that a decode holds.
+    Thread-safe. Reads plain counters and takes the locks of caches, but no lock that a decode holds.
     """
 
     def __init__(self) -> None:
         self._names = _CacheNames()
 
     def describe(self) -> Iterable[Family]:
-        """Every metric there is, without values."""
+        """Return every metric, without values."""
         return _families().values()
 
     def collect(self) -> Iterable[Family]:
-        """Every metric as of now."""
+        """Return every metric with its current values."""
         families = _families()
         models = list_models()
         for model in models:
@@ -102,14 +100,14 @@ class MetricsCollector(Collector):
 
 
 class _CacheNames:
-    """Names for caches, which a cache keeps as long as it lives."""
+    """Label values for caches. A cache keeps its name for its lifetime."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._names: weakref.WeakKeyDictionary[Cache, str] = weakref.WeakKeyDictionary()
 
     def name(self, cache: Cache, tiers: Sequence[TierStatus]) -> str:
-        """The first directory of the slowest tier, or what it is instead; with a number where another has that."""
+        """Return the first directory of the slowest tier, or its place; with a number if the name is taken."""
         with self._lock:
             name = self._names.get(cache)
             if name is None:
@@ -122,52 +120,52 @@ class _CacheNames:
             return name
 
 
-# --- the metrics there are ----------------------------------------------------------------------
+# --- definitions ----------------------------------------------------------------------
 
 
 def _families() -> dict[str, Family]:
-    """Every metric, without values, by its name short of "erllama_"."""
+    """Return every metric, without values, keyed by its name without "erllama_"."""
     families: dict[str, Family] = {}
 
-    def counter(name: str, meaning: str, *labels: str) -> None:
-        families[name] = CounterMetricFamily(f"erllama_{name}", meaning, labels=labels)
+    def counter(name: str, help_text: str, *labels: str) -> None:
+        families[name] = CounterMetricFamily(f"erllama_{name}", help_text, labels=labels)
 
-    def gauge(name: str, meaning: str, *labels: str) -> None:
-        families[name] = GaugeMetricFamily(f"erllama_{name}", meaning, labels=labels)
+    def gauge(name: str, help_text: str, *labels: str) -> None:
+        families[name] = GaugeMetricFamily(f"erllama_{name}", help_text, labels=labels)
 
-    def histogram(name: str, meaning: str, *labels: str) -> None:
-        families[name] = HistogramMetricFamily(f"erllama_{name}", meaning, labels=labels)
+    def histogram(name: str, help_text: str, *labels: str) -> None:
+        families[name] = HistogramMetricFamily(f"erllama_{name}", help_text, labels=labels)
 
     counter("requests_finished", "Requests that ended with a reply.", "model", "reason")
     counter("requests_failed", "Requests that ended with an error.", "model", "error")
-    for metric, _, meaning in _MODEL_COUNTS:
-        counter(metric, meaning, "model")
-    gauge("queue_depth", "Requests that are admitted.", "model")
-    gauge("pending_requests", "Requests that wait.", "model")
-    histogram("time_to_first_token_seconds", "From submission to the first token.", "model")
-    histogram("time_between_tokens_seconds", "From token to token of a reply.", "model")
+    for metric, _, help_text in _MODEL_COUNTS:
+        counter(metric, help_text, "model")
+    gauge("queue_depth", "Admitted requests.", "model")
+    gauge("pending_requests", "Waiting requests.", "model")
+    histogram("time_to_first_token_seconds", "Seconds from submission to the first token.", "model")
+    histogram("time_between_tokens_seconds", "Seconds between tokens of a reply.", "model")
 
-    counter("cache_hits", "Requests of whose prompt something was cached.", "cache", "kind")
-    counter("cache_saves", "Blocks given to the cache, by why.", "cache", "reason")
+    counter("cache_hits", "Requests with cached prompt tokens.", "cache", "kind")
+    counter("cache_saves", "Blocks saved to the cache, by reason.", "cache", "reason")
     counter("cache_evictions", "Blocks evicted.", "cache", "tier")
-    for name, meaning in _CACHE_COUNTS.items():
-        counter(f"cache_{name}", meaning, "cache")
+    for name, help_text in _CACHE_COUNTS.items():
+        counter(f"cache_{name}", help_text, "cache")
     counter("cache_written_bytes", "Bytes written to slower tiers.", "cache")
-    gauge("cache_pending_bytes", "Bytes that wait to be written.", "cache")
-    gauge("cache_bytes", "Bytes held.", "cache", "tier")
-    gauge("cache_blocks", "Blocks held.", "cache", "tier")
-    gauge("cache_budget_bytes", "Most bytes that may be held.", "cache", "tier")
-    gauge("cache_read_only_directories", "Directories that are read and never written.", "cache")
-    gauge("cache_unusable_roots", "Directories, or tiers of your own, that cannot be used now.", "cache", "tier")
+    gauge("cache_pending_bytes", "Bytes waiting to be written.", "cache")
+    gauge("cache_bytes", "Bytes stored.", "cache", "tier")
+    gauge("cache_blocks", "Blocks stored.", "cache", "tier")
+    gauge("cache_budget_bytes", "Maximum number of stored bytes.", "cache", "tier")
+    gauge("cache_read_only_directories", "Directories that are read but never written.", "cache")
+    gauge("cache_unusable_roots", "Directories and custom tiers that cannot be used now.", "cache", "tier")
     return families
 
 
-# --- their values -------------------------------------------------------------------------------
+# --- values -------------------------------------------------------------------------------
 
 
 def _add_model(families: dict[str, Family], model: Model) -> None:
     metrics, id = model.metrics, model.id
-    # Copied in one step each: the model's thread writes meanwhile.
+    # copy() is one step of the interpreter; the model thread may write at the same time.
     for reason, n in metrics.finished.copy().items():
         _add(families["requests_finished"], n, id, reason)
     for error, n in metrics.failed.copy().items():
@@ -182,7 +180,7 @@ def _add_model(families: dict[str, Family], model: Model) -> None:
 
 def _add_histogram(family: Family, histogram: Histogram, *labels: str) -> None:
     assert isinstance(family, HistogramMetricFamily)
-    # The sum first: then it has nothing that is not counted, as what is observed is counted before it is summed.
+    # Read the sum first: an observation is counted before it is summed, so the sum never includes an uncounted one.
     total, counts = histogram.total, histogram.counts.copy()
     bounds = [*map(str, BUCKETS), "+Inf"]
     family.add_metric(labels, list(zip(bounds, accumulate(counts), strict=True)), total)
@@ -216,7 +214,7 @@ _lock = threading.RLock()
 
 
 def _after_fork_in_child() -> None:
-    # A thread that was not forked may have held it.
+    # Another thread, which does not exist in the child, may have held the lock.
     global _lock
     _lock = threading.RLock()
 
@@ -226,39 +224,41 @@ _registered: weakref.WeakKeyDictionary[CollectorRegistry, MetricsCollector] = we
 
 
 def register(registry: CollectorRegistry | None = None) -> MetricsCollector:
-    """Have a registry tell of the models and caches of this process, now and later. Idempotent.
+    """Add a collector of this process's models and caches, present and future, to a registry. Idempotent.
 
     Args:
-        registry: of prometheus_client; None for its default one.
+        registry: a registry of prometheus_client; None for its default registry.
 
     Returns:
-        the collector; the same where it was registered before.
+        The collector. A second call with the same registry returns the same collector.
 
     Raises:
-        OptionError: `registry` is none, or has metrics of these names from somewhere else.
+        OptionError: `registry` is not a registry, or another collector in it has metrics of these names.
     """
     registry = _checked(registry)
     with _lock:
-        known = _registered.get(registry)
-        collector = known or MetricsCollector()
+        registered = _registered.get(registry)
+        collector = registered or MetricsCollector()
         try:
             registry.register(collector)
         except ValueError as error:
-            if known is None:
-                raise OptionError(f"the registry has metrics of these names; give another ({error})") from error
+            if registered is None:
+                raise OptionError(
+                    f"the registry already has metrics of these names; pass another registry ({error})"
+                ) from error
         _registered[registry] = collector
         return collector
 
 
 def unregister(registry: CollectorRegistry | None = None) -> None:
-    """Undo `register`. Idempotent."""
+    """Remove the collector that `register` added. Idempotent."""
     registry = _checked(registry)
     with _lock:
         collector = _registered.pop(registry, None)
         if collector is not None:
             try:
                 registry.unregister(collector)
-            except KeyError:  # it was taken out by hand
+            except KeyError:  # the caller has already unregistered it
                 pass
 
 
@@ -266,5 +266,5 @@ def _checked(registry: object) -> CollectorRegistry:
     if registry is None:
         return REGISTRY
     if not isinstance(registry, CollectorRegistry):
-        raise OptionError(f"registry={registry!r}; give a prometheus_client.CollectorRegistry, or None")
+        raise OptionError(f"registry={registry!r}; pass a prometheus_client.CollectorRegistry, or None")
     return registry

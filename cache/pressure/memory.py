@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 from erllama.cache.pressure.cgroups import MEMBERSHIP, MOUNT, Level, levels, read_number, read_text
-from erllama.errors import OptionError, real
+from erllama.checks import import_optional, real
+from erllama.errors import OptionError
 
 SOURCES = ("noop", "system", "nvidia")
 
@@ -69,7 +69,7 @@ def open_sources(source: str | Source) -> tuple[Source, ...]:
 
 def _machine_source() -> Source:
     """Return the source of the machine's memory. Memory that is not available without swapping counts as used."""
-    psutil = _import("psutil", "source='system' needs psutil: pip install psutil")
+    psutil = import_optional("psutil", needed_by="source='system'", package="psutil", install="psutil")
 
     def read() -> MemoryUsage:
         memory = psutil.virtual_memory()
@@ -80,7 +80,9 @@ def _machine_source() -> Source:
 
 def _gpu_sources() -> tuple[Source, ...]:
     """Return one source for every GPU that the driver shows, because one GPU may fail while others work."""
-    nvml = _import("pynvml", "source='nvidia' needs nvidia-ml-py: pip install erllama[nvidia]")
+    nvml = import_optional(
+        "pynvml", needed_by="source='nvidia'", package="nvidia-ml-py", install="'erllama[nvidia]'"
+    )
     try:
         nvml.nvmlInit()
         count = nvml.nvmlDeviceGetCount()
@@ -98,13 +100,6 @@ def _read_gpu(nvml: ModuleType, index: int) -> MemoryUsage:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     # From free memory: drivers differ in whether `used` includes the memory that they reserve.
     return MemoryUsage(memory.total - memory.free, memory.total, f"GPU {index} {nvml.nvmlDeviceGetName(handle)}")
-
-
-def _import(name: str, missing: str) -> ModuleType:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise OptionError(missing) from error
 
 
 class _CgroupFiles(NamedTuple):

@@ -19,7 +19,8 @@ from typing import NamedTuple
 from erllama._runtime.log import logger
 from erllama.cache.pressure.memory import SOURCES, MemoryUsage, Source, open_sources, readings
 from erllama.cache.sizes import parse_bytes
-from erllama.errors import OptionError, choice, real, reject_unknown
+from erllama.checks import choice, real, reject_unknown
+from erllama.errors import OptionError
 
 log = logger("erllama.cache")
 
@@ -123,6 +124,7 @@ class PressureWatch:
         on_fault: called with a message, once per check for each source that failed and for a failed eviction.
 
     Raises:
+        MissingPackage: the package that reads the source is not installed.
         OptionError: the source is not available on this machine.
     """
 

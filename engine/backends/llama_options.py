@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from erllama.checks import boolean, choice, integer, real
 from erllama.engine.backends.llama_library import MAX_SEQUENCES, devices, llama_ffi
-from erllama.errors import OptionError, boolean, choice, integer, real
+from erllama.errors import OptionError
 
 MetadataValue = int | float | bool | str
 

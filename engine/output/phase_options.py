@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from erllama.checks import boolean, encodable, integer
 from erllama.engine.grammar.grammar import Grammar
-from erllama.errors import OptionError, boolean, encodable, integer
+from erllama.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True)

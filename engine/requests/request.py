@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import KEY_BYTES
+from erllama.checks import boolean, encodable, integer, real, shown
 from erllama.engine.grammar.grammar import Grammar
 from erllama.engine.output.phase_options import PhaseOptions
 from erllama.engine.sampling.options import SamplingOptions
 from erllama.engine.sampling.sampler import SamplingState, TokenLogprobs
 from erllama.engine.speculation import Drafter, Drafts
-from erllama.errors import OptionError, boolean, encodable, integer, real, shown
+from erllama.errors import OptionError
 
 FinishReason = Literal["stop", "length", "context_full", "cancelled", "tool_calls"]
 HitKind = Literal["cold", "partial", "exact"]

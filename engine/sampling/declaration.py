@@ -11,9 +11,9 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import ClassVar, Generic, TypeVar, cast
 
+from erllama.checks import integer, real
 from erllama.engine.backend import Vocabulary
 from erllama.engine.sampling.candidates import Candidates
-from erllama.errors import integer, real
 
 Step = Callable[[Candidates], Candidates]
 T = TypeVar("T")

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama.checks import encodable
 from erllama.engine.backend import Vocabulary
 from erllama.engine.sampling.candidates import Candidates
 from erllama.engine.sampling.declaration import ChainStep, Option, Step, StepContext
-from erllama.errors import OptionError, encodable
+from erllama.errors import OptionError
 
 _MAX_TEXTS = 64  # texts of dry_sequence_breakers
 _MAX_BREAKER = 40  # bytes of a breaker's text that count

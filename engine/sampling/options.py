@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from erllama.checks import choice, integer, real
 from erllama.engine.sampling.declaration import HasOptions, Option, Step
 from erllama.engine.sampling.draws import Mirostat
 from erllama.engine.sampling.steps import CHAIN, Temperature
-from erllama.errors import OptionError, choice, integer, real
+from erllama.errors import OptionError
 
 _MAX_BIAS = 1e30  # float32 holds larger numbers, but not sums of them
 _MAX_SEED = 2**64 - 1

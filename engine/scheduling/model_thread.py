@@ -192,6 +192,10 @@ class ModelThread:
         if self._stopping:
             raise self._unloaded("is unloaded; load it again to use it")
 
+    def check_computes(self) -> None:
+        """As `check`; a model without weights has another runner, which raises VocabularyOnly here."""
+        self.check()
+
     def submit(self, ticket: Ticket) -> None:
         """Queue a request.
 

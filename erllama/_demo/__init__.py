@@ -1,1 +1,1 @@
-"""The demonstration that `erllama demo` runs, and the small model that comes with erllama."""
+"""The demonstration that `erllama demo` runs, and the small model in the package."""

@@ -1,7 +1,7 @@
-"""The demonstration: one process reads a long system prompt, the next one finds it read.
+"""The demonstration: a process computes a long system prompt, the next takes it from the cache.
 
-Each step runs in a process of its own, so that nothing but the cache
-directory joins them.
+`erllama demo` calls `run`. Each step runs in a process of its own, so the processes share the cache directory
+alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from erllama._runtime.processes import erllama_command
 from erllama.cache import Cache
 from erllama.errors import Error
 
-_PAGE = (
+_SENTENCES = (
     "You are the keeper of a small lighthouse, and a patient teller of stories.",
     "Visitors climb the stairs to ask about the sea, the weather and the ships that pass.",
     "Answer in plain words, keep to what you have seen, and when you do not know a thing, say so.",
@@ -46,29 +46,29 @@ _QUESTION = "Where is the ladder?"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One reply of a worker process, as it reports it."""
+    """One reply, as a worker process reports it."""
 
     question: str
     text: str
     tokens: list[int]
     prompt_tokens: int
-    kind: str
+    hit_kind: str
     tier: str | None
-    reused: int
+    reused_tokens: int
     first_token_seconds: float
     total_seconds: float
 
 
 def run(model: Path, n_tokens: int, max_tokens: int) -> int:
-    """Show a cold start, then a warm one in a new process; returns the exit status."""
+    """Show a cold reply, then the same reply from the cache in a new process. Return the exit status."""
     say(f"model: {one_line(model.name)}")
     with tempfile.TemporaryDirectory(prefix="erllama-demo-") as directory:
         arguments = [str(model), directory, str(n_tokens), str(max_tokens)]
         say(f"\nprocess 1 reads a system prompt of about {n_tokens} tokens, answers, and ends")
-        (cold,) = _worker("cold", arguments)
+        (cold,) = _run_worker("cold", arguments)
         _show(cold)
-        say("\nprocess 2 starts anew, with the same cache directory")
-        again, later = _worker("warm", arguments)
+        say("\nprocess 2 starts with the same cache directory")
+        again, later = _run_worker("warm", arguments)
         _show(again)
         _show(later)
         stored = sum(path.stat().st_size for path in Path(directory).rglob("*.kvc"))
@@ -76,19 +76,19 @@ def run(model: Path, n_tokens: int, max_tokens: int) -> int:
     say()
     _compare("first token", cold.first_token_seconds, again.first_token_seconds)
     _compare("whole reply", cold.total_seconds, again.total_seconds)
-    say(f"{'the same reply' if same else 'ANOTHER REPLY'}; {stored / 2**20:.1f} MiB on disk")
-    return 0 if same and min(again.reused, later.reused) >= cold.prompt_tokens - 1 else 1
+    say(f"{'the same reply' if same else 'DIFFERENT REPLY'}; {stored / 2**20:.1f} MiB on disk")
+    return 0 if same and min(again.reused_tokens, later.reused_tokens) >= cold.prompt_tokens - 1 else 1
 
 
 def work(step: str, path: Path, directory: Path, n_tokens: int, max_tokens: int) -> None:
-    """What a worker process does: reply, and print one JSON object a reply."""
+    """Run one worker process: generate its replies and print each as a JSON object."""
     n_ctx = n_tokens + 2 * max_tokens + 512
-    # No RAM tier: what is shown comes from the disk, the second time in a process, too.
+    # No RAM tier, so that stored blocks are read from the disk every time, also the second time in a process.
     with Cache(ram=0, disk=directory) as cache, load_model(path, cache=cache, n_ctx=n_ctx) as model:
-        messages: list[dict[str, object]] = [{"role": "system", "content": _page(model, n_tokens)}]
+        messages: list[dict[str, object]] = [{"role": "system", "content": _system_prompt(model, n_tokens)}]
         for question in (_STORY,) if step == "cold" else (_STORY, _QUESTION):
             messages.append({"role": "user", "content": question})
-            began = time.perf_counter()
+            start = time.perf_counter()
             reply = model.chat(messages, max_tokens=max_tokens, temperature=0.0)
             messages.append(reply.message)
             say(
@@ -98,22 +98,23 @@ def work(step: str, path: Path, directory: Path, n_tokens: int, max_tokens: int)
                         "text": reply.text or reply.thinking,
                         "tokens": reply.tokens,
                         "prompt_tokens": reply.usage.prompt,
-                        "kind": reply.cache.kind,
+                        "hit_kind": reply.cache.kind,
                         "tier": reply.cache.tier,
-                        "reused": reply.usage.cached,
+                        "reused_tokens": reply.usage.cached,
                         "first_token_seconds": reply.timings.restore + reply.timings.prefill,
-                        "total_seconds": time.perf_counter() - began,
+                        "total_seconds": time.perf_counter() - start,
                     }
                 )
             )
 
 
-def _worker(step: str, arguments: list[str]) -> list[Step]:
+def _run_worker(step: str, arguments: list[str]) -> list[Step]:
     command = erllama_command("demo-worker", step, *arguments)
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
-        reason = finished.stderr.strip().splitlines()
-        raise Error(reason[-1].removeprefix("erllama: ") if reason else f"{step} process ended with no reason")
+        lines = finished.stderr.strip().splitlines()
+        message = lines[-1].removeprefix("erllama: ") if lines else f"the {step} process failed without a message"
+        raise Error(message)
     return [Step(**json.loads(line)) for line in finished.stdout.splitlines()]
 
 
@@ -122,20 +123,20 @@ def _show(step: Step) -> None:
     say(textwrap.fill(one_line(step.text), 100, initial_indent="    ", subsequent_indent="    "))
     times = f"first token {step.first_token_seconds * 1e3:.1f} ms, whole reply {step.total_seconds * 1e3:.1f} ms"
     if step.tier:
-        warmth = f"{step.kind} hit from {step.tier}, {step.reused} of {step.prompt_tokens} prompt tokens reused"
+        reused = f"{step.reused_tokens} of {step.prompt_tokens} prompt tokens reused"
+        say(f"  {step.hit_kind} hit from {step.tier}, {reused}; {times}")
     else:
-        warmth = f"nothing cached, {step.prompt_tokens} prompt tokens read"
-    say(f"  {warmth}; {times}")
+        say(f"  no cache hit, {step.prompt_tokens} prompt tokens computed; {times}")
 
 
 def _compare(what: str, cold: float, warm: float) -> None:
     say(f"{what}: {warm * 1e3:.1f} ms instead of {cold * 1e3:.1f} ms, {cold / warm:.1f} times faster")
 
 
-def _page(model: Model, n_tokens: int) -> str:
-    """A system prompt of about `n_tokens` tokens for this model: sentences, again and again if need be."""
+def _system_prompt(model: Model, n_tokens: int) -> str:
+    """Return a system prompt of about `n_tokens` tokens for this model, with repeated sentences if it is long."""
     text, n_left = "", n_tokens
-    for sentence in cycle(_PAGE):
+    for sentence in cycle(_SENTENCES):
         n_left -= len(model.tokenize(f" {sentence}", add_special=False))
         if text and n_left < 0:
             return text

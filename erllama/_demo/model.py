@@ -1,4 +1,4 @@
-"""The small model that comes with erllama, for demonstrations and first steps."""
+"""Path of the small model in the package, for demonstrations and first steps."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def demo_model() -> Path:
-    """The file of the demo model: a llama of 1.8 million parameters, two megabytes, with a chat template.
+    """Return the path of the demo model: a llama of 1.8 million parameters, two megabytes, with a chat template.
 
-    It tells short stories, adds and subtracts numbers below 100 with its thoughts written
-    out, calls a weather tool, and knows what it is; docs/demo-model.md tells how well.
+    The model tells short stories, adds and subtracts numbers below 100 with written-out thinking, calls a weather
+    tool, and describes itself. docs/demo-model.md has its measured accuracy.
 
         with erllama.load_model(erllama.demo_model()) as model:
             print(model.chat([{"role": "user", "content": "What is 17 + 25?"}]).text)

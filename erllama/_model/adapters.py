@@ -1,22 +1,26 @@
-"""`Model.load_adapter`: files checked, named by their content and loaded, and what a user holds of one."""
+"""LoRA adapters of one model: files checked, identified by their content and loaded.
+
+`AdapterLoader` does the work of `Model.load_adapter`; `Adapter` is what the caller gets.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Never
 
 from erllama._model.fingerprint import content_digest
-from erllama._model.requests import Requests
-from erllama.engine import ModelThread
+from erllama._model.requests.prompts import PromptReader
+from erllama._model.runner import ModelRunner
+from erllama.cache import Cache
+from erllama.engine import Backend
 from erllama.engine.adapters import AdapterBackend, LoadedAdapter, checked_scale
 from erllama.engine.backends.file_identity import file_identity
-from erllama.errors import AdapterLoadError, ModelLoadError, OptionError, Unsupported, reject_unknown
+from erllama.errors import AdapterLoadError, ModelLoadError, OptionError, Unsupported
 
 
 class Adapter:
-    """A LoRA adapter of a model. Made by `Model.load_adapter`; safe to use from any thread."""
+    """A LoRA adapter of a model. `Model.load_adapter` creates it. Safe to use from any thread."""
 
-    def __init__(self, loaded: LoadedAdapter, runner: ModelThread) -> None:
+    def __init__(self, loaded: LoadedAdapter, runner: ModelRunner) -> None:
         self._loaded, self._runner = loaded, runner
 
     def __eq__(self, other: object) -> bool:
@@ -31,29 +35,30 @@ class Adapter:
 
     @property
     def path(self) -> Path:
-        """Its file."""
+        """The adapter's file."""
         return self._loaded.path
 
     @property
     def sha256(self) -> str:
-        """Of its file's content, in hex."""
+        """SHA-256 of the file's content, in hex."""
         return self._loaded.digest
 
     @property
     def loaded(self) -> bool:
-        """Whether requests that are made now are computed with it, unless its scale is 0."""
+        """Whether requests submitted now use the adapter. At scale 0.0 it is loaded and has no effect."""
         return self._loaded in self._runner.adapters.loaded
 
     @property
     def scale(self) -> float:
-        """How much it changes the model: 1.0 as it was trained, 0.0 not at all; of one that is unloaded, the last.
+        """How strongly the adapter changes the model: 1.0 as it was trained, 0.0 without effect.
 
-        Set, it is that of requests made from then on; those that run or wait keep theirs.
+        A new scale applies to requests submitted from then on. Running and waiting requests keep the scale that
+        they were submitted with. An unloaded adapter keeps its last scale.
 
         Raises:
-            OptionError: set to no finite number.
-            AdapterUnloaded: set when it is unloaded.
-            ModelUnloaded: set when its model is unloaded.
+            OptionError: the new scale is not a finite number.
+            AdapterUnloaded: the scale of an unloaded adapter was set.
+            ModelUnloaded: the scale was set after the model was unloaded.
         """
         return self._loaded.scale
 
@@ -64,42 +69,35 @@ class Adapter:
         self._runner.adapters.set_scale(self._loaded, checked)
 
     def unload(self) -> None:
-        """Compute requests made from now on without it. Idempotent; waits for nothing.
+        """Remove the adapter from requests submitted from now on. Idempotent; returns at once.
 
-        Those that run or wait keep it, and its memory is freed when the last of them has ended.
+        Running and waiting requests keep it. Its memory is freed when the last of them ends.
         """
         self._runner.unload_adapter(self._loaded)
 
 
-class AdapterMethods(Requests):
-    """What `Model` has of this."""
+class AdapterLoader:
+    """Loads and lists the adapters of one model. Thread-safe.
 
-    def load_adapter(self, path: str | Path, *, scale: float = 1.0, **unknown: Never) -> Adapter:
-        """Load a LoRA adapter, with which all requests made from then on are computed.
+    Args:
+        id: the model's id, for error messages.
+        cache: remembers the digests of files.
+    """
 
-        At any time, from any thread; those that run or wait go on as they were. The cache keeps what was computed
-        with other adapters, or other scales of them, apart.
+    def __init__(self, backend: Backend, id: str, cache: Cache, runner: ModelRunner, prompts: PromptReader) -> None:
+        self._backend, self._id, self._cache = backend, id, cache
+        self._runner, self._prompts = runner, prompts
 
-        Args:
-            path: a GGUF file.
-            scale: how much it changes the model; 0.0 for not at all, for now.
-
-        Raises:
-            AdapterLoadError: the file is none for this model.
-            OptionError: an option is unknown, ill-typed or out of range.
-            Unsupported: the model's backend has no adapters, or the model only encodes.
-            ModelUnloaded: the model is unloaded.
-            CalledFromModelThread: by a callback that the model's own thread runs.
-        """
-        reject_unknown(unknown, ("scale",), "load_adapter")
+    def load(self, path: object, scale: object) -> Adapter:
+        """Load a file; see `Model.load_adapter`."""
         if not isinstance(path, str | Path) or not str(path):
-            raise OptionError(f"path={path!r}; give the path of a GGUF file")
+            raise OptionError(f"path={path!r}; pass the path of a GGUF file")
         checked = checked_scale(scale)
-        self._check_generates()
+        self._prompts.check_generates()
         self._runner.check_caller()
         if not isinstance(self._backend, AdapterBackend):
             raise Unsupported(
-                f"model {self.id!r} takes no adapters: its backend, {type(self._backend).__name__}, has no "
+                f"model {self._id!r} takes no adapters: its backend, {type(self._backend).__name__}, has no "
                 "`load_adapter`; use load_model, or a backend that has one"
             )
         try:
@@ -109,21 +107,20 @@ class AdapterMethods(Requests):
         self._backend.check_adapter(file)
         try:
             before = file_identity(file)
-            digest = content_digest(file, self.cache)
+            digest = content_digest(file, self._cache)
         except ModelLoadError as error:
             raise AdapterLoadError(str(error)) from None
-        loaded = self._runner.load_adapter(file, digest, checked, lambda: _is_still(file, before))
+        loaded = self._runner.load_adapter(file, digest, checked, lambda: _is_unchanged(file, before))
         return Adapter(loaded, self._runner)
 
-    @property
-    def adapters(self) -> tuple[Adapter, ...]:
-        """Those that are loaded, in the order of loading."""
+    def loaded(self) -> tuple[Adapter, ...]:
+        """Return the loaded adapters in the order of loading."""
         if not isinstance(self._backend, AdapterBackend):
             return ()
         return tuple(Adapter(loaded, self._runner) for loaded in self._runner.adapters.loaded)
 
 
-def _is_still(file: Path, before: str) -> bool:
+def _is_unchanged(file: Path, before: str) -> bool:
     try:
         return file_identity(file) == before
     except ModelLoadError:

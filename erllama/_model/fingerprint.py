@@ -1,10 +1,9 @@
-"""Names the content of a model file for the cache.
+"""Fingerprints: names for the content of a model file, under which the cache stores its KV.
 
-By "safe", where blocks outlive the process, the name is the SHA-256 of the
-file, read once and remembered by the file's identity; where they do not, the
-identity itself serves, and nothing is read. "gguf_chunked" reads a part, and
-"fast_unsafe" believes the caller. Each kind's names begin with a word of its
-own, so no two kinds share any KV.
+With "safe" and a persistent cache, the fingerprint is the SHA-256 of the file. The file is read once, and the cache
+remembers the digest by the file's identity. With an in-memory cache, the identity itself is the fingerprint and the
+file is not read. "gguf_chunked" reads a part of the file, and "fast_unsafe" trusts the caller's name. The
+fingerprints of each kind begin with a prefix of their own, so no two kinds share KV.
 """
 
 from __future__ import annotations
@@ -15,20 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from erllama.cache import Cache
+from erllama.checks import choice
 from erllama.engine.backends.file_identity import file_identity, identity
 from erllama.engine.backends.gguf_parts import parts
-from erllama.errors import LoadCancelled, ModelLoadError, OptionError, choice
+from erllama.errors import LoadCancelled, ModelLoadError, OptionError
 
-KINDS = ("safe", "gguf_chunked", "fast_unsafe")
+FINGERPRINT_KINDS = ("safe", "gguf_chunked", "fast_unsafe")
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """How a model file is named.
+    """How the fingerprint of a model file is made.
 
     Attributes:
-        kind: one of KINDS.
+        kind: one of FINGERPRINT_KINDS.
         own: the caller's name for the content, with "fast_unsafe" only.
     """
 
@@ -36,35 +36,35 @@ class Fingerprint:
     own: str | bytes | None = None
 
     def __post_init__(self) -> None:
-        choice("fingerprint", self.kind, KINDS)
+        choice("fingerprint", self.kind, FINGERPRINT_KINDS)
         if self.kind == "fast_unsafe":
             if not isinstance(self.own, str | bytes) or not self.own:
                 raise OptionError(
-                    f"own_fingerprint={self.own!r}; with fingerprint='fast_unsafe' give the text or bytes that "
+                    f"own_fingerprint={self.own!r}; with fingerprint='fast_unsafe' pass the text or bytes that "
                     "name the file's content"
                 )
         elif self.own is not None:
             raise OptionError(
-                f"own_fingerprint with fingerprint={self.kind!r}, which finds the name itself; "
-                "give fingerprint='fast_unsafe', or leave it out"
+                f"own_fingerprint with fingerprint={self.kind!r}, which computes the name; "
+                "pass fingerprint='fast_unsafe', or leave own_fingerprint out"
             )
 
     def of(self, path: Path, cache: Cache, on_progress: Callable[[float], object]) -> str:
-        """The name of a model's content, all parts of a split one included.
+        """Return the fingerprint of a model's content, including all parts of a split model.
 
         Args:
-            on_progress: called with the fraction read, 0.0 to 1.0, where files must be read whole; returning
-                False cancels.
+            on_progress: called with the fraction read, 0.0 to 1.0, if whole files are read. Returning False
+                cancels.
 
         Raises:
-            ModelLoadError: a file cannot be read, or changes while it is.
+            ModelLoadError: a file cannot be read, or changes while it is read.
             LoadCancelled: `on_progress` returned False.
         """
         if self.own is not None:
             own = self.own.encode("utf-8", "surrogatepass") if isinstance(self.own, str) else self.own
             return f"own:{hashlib.sha256(own).hexdigest()}"
         if self.kind == "gguf_chunked":
-            # Imported here: this module works where libllama was never built.
+            # Imported here, because this module works without a built libllama.
             from erllama.engine.backends.llama_file import sampled_digest
 
             return "chunked:" + " ".join(sampled_digest(part) for part in parts(path))
@@ -74,17 +74,17 @@ class Fingerprint:
 
 
 def content_digest(path: Path, cache: Cache) -> str:
-    """SHA-256 of one file, in hex; read, unless the cache remembers it.
+    """Return the SHA-256 of a file, in hex. Reads the file unless the cache remembers its digest.
 
     Raises:
-        ModelLoadError: it cannot be read, or changes while it is.
+        ModelLoadError: the file cannot be read, or changes while it is read.
     """
     return _digests([path], cache, lambda _: None)[0]
 
 
-def _digests(found: Sequence[Path], cache: Cache, on_progress: Callable[[float], object]) -> list[str]:
-    """SHA-256 of each file, in hex; those that the cache does not remember are read."""
-    files = {part: file_identity(part) for part in found}
+def _digests(paths: Sequence[Path], cache: Cache, on_progress: Callable[[float], object]) -> list[str]:
+    """Return the SHA-256 of each file, in hex. Reads the files whose digests the cache does not remember."""
+    files = {part: file_identity(part) for part in paths}
     digests = {part: cache.fingerprint(identity) for part, identity in files.items()}
     unknown = [part for part, digest in digests.items() if digest is None]
     n_bytes = sum(part.stat().st_size for part in unknown)
@@ -94,7 +94,7 @@ def _digests(found: Sequence[Path], cache: Cache, on_progress: Callable[[float],
         nonlocal n_read
         n_read += n
         if on_progress(min(n_read / max(n_bytes, 1), 1.0)) is False:
-            raise LoadCancelled(f"{found[0]}: the load was cancelled")
+            raise LoadCancelled(f"{paths[0]}: the load was cancelled")
 
     for part in unknown:
         read(0)

@@ -1,4 +1,8 @@
-"""Loads models: from GGUF files onto libllama, and from backends of the caller's own."""
+"""Loads models: from GGUF files into libllama, and on backends of the caller's own.
+
+Checks the options, reserves an id, makes the backend and its runner, and registers the model. `load_model` and
+`load_backend` are the public functions.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +10,47 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Never
+from typing import TYPE_CHECKING, Any, Never, cast
 
 from erllama._model import registry as _registry
 from erllama._model.fingerprint import Fingerprint
-from erllama._model.info import Shape
 from erllama._model.model import Model
-from erllama._model.vocabulary_model import VocabularyModel
+from erllama._model.runner import ModelRunner
+from erllama._model.scheduling_options import SchedulingOptions
+from erllama._model.vocabulary_runner import VocabularyRunner
 from erllama.cache import Cache, Policy
-from erllama.engine import Backend, RequestOptions
+from erllama.checks import boolean, integer, reject_unknown, shown
+from erllama.engine import Backend, ModelThread, RequestOptions
 from erllama.engine.backends.file_identity import identity
-from erllama.errors import ModelLoadError, OptionError, boolean, integer, reject_unknown, shown
+from erllama.errors import ModelLoadError, OptionError
 
-_SHAPE_OPTIONS = ("n_seq_max", "prefill_chunk_size", "parked_cells", "max_pending")
-_BACKEND_OPTIONS = ("id", "cache", "policy", "cache_salt", *_SHAPE_OPTIONS)
-# Sequences beside those that run, to park finished ones in, where they cost nothing.
+if TYPE_CHECKING:
+    from erllama.engine.backends.llama_options import LlamaOptions
+
+_BACKEND_OPTIONS = (
+    "id",
+    "cache",
+    "policy",
+    "cache_salt",
+    "n_seq_max",
+    "prefill_chunk_size",
+    "parked_cells",
+    "max_pending",
+)
+_BACKEND_MEMBERS = sorted(name for name in vars(Backend) if not name.startswith("_"))
+# Additional sequences for parked requests, if an empty sequence takes no memory.
 _PARKED_SEQUENCES = 12
 
-_BACKEND_PARTS = sorted(name for name in vars(Backend) if not name.startswith("_"))
+ProgressCallback = Callable[[float], object]
 
 _shared_cache_lock = threading.RLock()
 _shared_cache: Cache | None = None
 
 
 def _after_fork_in_child() -> None:
-    # A thread that was not forked may have held it.
+    # Another thread, which does not exist in the child, may have held the lock.
     global _shared_cache_lock
     _shared_cache_lock = threading.RLock()
 
@@ -86,118 +104,132 @@ def load_model(
     """Load a GGUF model.
 
     Args:
-        path: the file; the first part of a split model.
-        id: a name for it in this process; one is made up if None. A model that was given one stays loaded until
-            it is unloaded; another is unloaded, with a ResourceWarning, when its last reference is dropped.
-        cache: where its prompts are kept; None for one in RAM, shared by every
-            model loaded without a cache of its own.
-        policy: what of its contexts is saved, and when; None for all of it.
-        cache_salt: keeps its requests' KV apart from that of requests with another salt, or none; a
-            request can give its own.
-        n_seq_max: most requests that run at once; others wait. They share the context's cells.
-        prefill_chunk_size: most tokens of prompts computed in one tick beside replies that are being
-            written, so the bound of how long a prompt holds them up; None for n_batch / 4, at least 64.
-        parked_cells: most cells that finished requests keep while others compute; whoever goes on from
-            one of them copies nothing, but every token of every reply takes a little longer for them.
-            None for an eighth of n_ctx.
-        max_pending: most requests that wait; more are refused with QueueFull.
-        n_ctx: tokens the context holds, all requests together, rounded up to a multiple of 256; None for the
+        path: the model file; the first part of a split model.
+        id: a name for the model in this process; None generates one. A model with an id of yours stays loaded until
+            it is unloaded. A model with a generated id is unloaded, with a ResourceWarning, when its last reference
+            is dropped.
+        cache: the cache of its prompts. None for an in-memory cache that all models loaded without one share.
+        policy: what of the model's contexts is saved, and when. None saves everything.
+        cache_salt: separates the KV of its requests from that of requests with another salt or none. A request can
+            override it.
+        n_seq_max: maximum number of requests that run at once. Further requests wait. Running requests share the
+            cells of the context.
+        prefill_chunk_size: maximum number of prompt tokens computed per tick while other requests generate. It
+            bounds how long a prompt delays their next token. None for n_batch / 4, at least 64.
+        parked_cells: maximum number of cells that finished requests keep while others compute. A request that
+            continues a parked one copies nothing, but parked cells make every token a little slower. None for an
+            eighth of n_ctx.
+        max_pending: maximum number of waiting requests. Further requests raise QueueFull.
+        n_ctx: size of the context in tokens, shared by all requests, rounded up to a multiple of 256. None for the
             model's training context, at most 4096.
-        n_batch: most tokens of one decode.
-        n_ubatch: tokens computed at once.
-        n_threads: threads for decoding; None for the processors this process may use, by its affinity and its
-            cgroups' CPU quotas.
-        n_threads_batch: threads for prefill; None for the same.
-        n_gpu_layers: layers on GPUs; -1, or more than the model has, for all.
-        devices: names of the devices that compute beside the CPU, as `erllama.devices()` tells them; None for all
-            GPUs, ["CPU"] or [] for none.
-        split_mode: how several devices share a model: "layer" by layers, "row" by rows of the weights where
-            their driver can, "none" not at all.
-        main_gpu: with split_mode="none", which of the devices has the model, counted from 0; None for the first.
-        tensor_split: the share of each device, in any unit; None to go by their free memory.
+        n_batch: maximum number of tokens per decode.
+        n_ubatch: number of tokens computed at once.
+        n_threads: threads for decoding. None for the number of processors that this process may use, by its
+            affinity and its cgroups' CPU quotas.
+        n_threads_batch: threads for prefill. None for the same number.
+        n_gpu_layers: layers on GPUs. -1, or more than the model has, for all.
+        devices: names of the devices that compute besides the CPU, as `erllama.devices()` returns them. None for
+            all GPUs; ["CPU"] or [] for none.
+        split_mode: how several devices share a model: "layer" splits by layers, "row" splits the rows of weights if
+            the driver can, "none" uses one device.
+        main_gpu: with split_mode="none", index of the device that holds the model, from 0. None for the first.
+        tensor_split: share of each device, in any unit. None splits by free memory.
         flash_attn: True, False, or "auto" for libllama's choice.
-        kv_type_k, kv_type_v: "f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1" or "iq4_nl"; a quantised
+        kv_type_k, kv_type_v: "f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1" or "iq4_nl". A quantised
             kv_type_v needs flash attention.
-        rope_scaling: "none", "linear" or "yarn"; None for the model's own, as for the options that follow.
+        rope_scaling: "none", "linear" or "yarn". Here and for the RoPE and YaRN options below, None for the model's
+            own value.
         rope_freq_base: base of RoPE's frequencies.
-        rope_freq_scale: what positions are multiplied by: 0.25 for four times the context.
+        rope_freq_scale: factor of the positions: 0.25 for four times the context.
         yarn_ext_factor: how much YaRN extrapolates, 0.0 to 1.0.
-        yarn_attn_factor: what attention is multiplied by; only with yarn_ext_factor=0, else it is computed.
-        yarn_beta_fast, yarn_beta_slow: rotations within yarn_orig_ctx above which a dimension is left as it is,
-            and below which it is scaled like the rest.
-        yarn_orig_ctx: tokens of the context that the model was trained on.
+        yarn_attn_factor: factor of attention. Only with yarn_ext_factor=0; otherwise it is computed.
+        yarn_beta_fast, yarn_beta_slow: rotations within yarn_orig_ctx above which a dimension is not scaled, and
+            below which it is scaled fully.
+        yarn_orig_ctx: size in tokens of the context that the model was trained with.
         swa_full: give layers with a sliding window cells for the whole context, too.
-        overrides: metadata in place of the file's, as {"llama.rope.freq_base": 10000.0}, typed by value.
-        mmap: map the file instead of reading it.
+        overrides: metadata that overrides the file's, such as {"llama.rope.freq_base": 10000.0}. The Python type of
+            a value sets its metadata type.
+        mmap: map the file into memory instead of reading it.
         mlock: keep the weights from being swapped out.
-        vocab_only: read no weights: a model that tokenizes, renders chat templates and tells of itself.
+        vocab_only: load the vocabulary and no weights. The model tokenizes, renders chat templates and has `info`
+            and `metadata`.
         fingerprint: how the cache names the file's content: "safe" by all of it, "gguf_chunked" by its metadata and
             the beginning of each tensor, "fast_unsafe" by own_fingerprint alone.
-        own_fingerprint: with "fast_unsafe", the text or bytes that name the content.
-        warmup: decode one token before returning, so that the first request does not wait for threads to
-            start and for memory to be touched for the first time.
-        on_progress: called with the fraction done, 0.0 to 1.0; returning False cancels. Where the file must be read
-            for its fingerprint, that is the first half.
+        own_fingerprint: with "fast_unsafe", text or bytes that name the content.
+        warmup: decode one token before returning. Otherwise the first request waits for threads to start and for
+            memory to be touched for the first time.
+        on_progress: called with the fraction done, 0.0 to 1.0. Returning False cancels the load. If the file must
+            be read for its fingerprint, that is the first half.
 
     Raises:
         ModelLoadError: the file cannot be loaded.
         LoadCancelled: `on_progress` returned False.
-        OptionError: an option is unknown, ill-typed, out of range, or contradicts another, the devices or the file.
-        AlreadyLoaded: the id is taken.
+        OptionError: an option is unknown, has the wrong type, is out of range, or contradicts another option, the
+            devices or the file.
+        AlreadyLoaded: the id is in use.
         LibraryNotBuilt: the package was not built.
     """
-    given = locals()
-    reject_unknown(unknown, _LOAD_OPTIONS, "load_model")
-    if not isinstance(path, str | Path) or not str(path):
-        raise OptionError(f"path={path!r}; give the path of a GGUF file")
-    # Imported here: the cache and custom backends work where libllama was never built.
-    from erllama.engine.backends.llama import LlamaBackend
-    from erllama.engine.backends.llama_file import VocabularyFile, check_file
-    from erllama.engine.backends.llama_library import MAX_SEQUENCES
-    from erllama.engine.backends.llama_options import LlamaOptions
-
-    n_running = integer("n_seq_max", n_seq_max, 1, MAX_SEQUENCES)
-    names = {field.name for field in fields(LlamaOptions)}
-    options = LlamaOptions(
-        **{name: value for name, value in given.items() if name in names},
-        n_sequences=n_running,
-        n_spare_sequences=min(_PARKED_SEQUENCES, MAX_SEQUENCES - n_running),
-    )
+    reject_unknown(unknown, _LOAD_DEFAULTS, "load_model")
+    file = _checked_path(path)
+    llama_options: dict[str, Any] = {
+        "n_ctx": n_ctx,
+        "n_batch": n_batch,
+        "n_ubatch": n_ubatch,
+        "n_threads": n_threads,
+        "n_threads_batch": n_threads_batch,
+        "n_gpu_layers": n_gpu_layers,
+        "devices": devices,
+        "split_mode": split_mode,
+        "main_gpu": main_gpu,
+        "tensor_split": tensor_split,
+        "flash_attn": flash_attn,
+        "kv_type_k": kv_type_k,
+        "kv_type_v": kv_type_v,
+        "rope_scaling": rope_scaling,
+        "rope_freq_base": rope_freq_base,
+        "rope_freq_scale": rope_freq_scale,
+        "yarn_ext_factor": yarn_ext_factor,
+        "yarn_attn_factor": yarn_attn_factor,
+        "yarn_beta_fast": yarn_beta_fast,
+        "yarn_beta_slow": yarn_beta_slow,
+        "yarn_orig_ctx": yarn_orig_ctx,
+        "swa_full": swa_full,
+        "overrides": overrides,
+        "mmap": mmap,
+        "mlock": mlock,
+    }
+    options, n_running = _checked_options(llama_options, n_seq_max)
     naming = Fingerprint(fingerprint, own_fingerprint)
     boolean("warmup", warmup)
-    if on_progress is not None and not callable(on_progress):
-        raise OptionError(f"on_progress={on_progress!r}; give a function of one number, or None")
+    _check_callback(on_progress)
     if boolean("vocab_only", vocab_only):
-        _refuse_without_weights(given)
+        _refuse_weight_options(
+            {
+                **llama_options,
+                "policy": policy,
+                "n_seq_max": n_seq_max,
+                "prefill_chunk_size": prefill_chunk_size,
+                "parked_cells": parked_cells,
+                "max_pending": max_pending,
+                "fingerprint": fingerprint,
+                "own_fingerprint": own_fingerprint,
+                "warmup": warmup,
+            }
+        )
     cache = _checked_cache(cache)
-    try:
-        file = Path(path).expanduser()
-    except RuntimeError as error:
-        raise OptionError(f"path={path!r}: {error}") from None
-
     if vocab_only:
-
-        def make_vocabulary(model_id: str) -> Model:
-            return VocabularyModel(VocabularyFile(file, options, on_progress), model_id, cache, cache_salt)
-
-        return _load(make_vocabulary, id, cache_salt)
-
-    def make() -> Backend:
-        check_file(file)
-        progress = _Progress(on_progress)
-        before = identity(file)
-        fingerprint = naming.of(file, cache, progress.reading)
-        backend = LlamaBackend(file, options, fingerprint, progress.loading, before)
-        if identity(file) != before:
-            backend.close()
-            raise ModelLoadError(f"{file} was changed while it was loaded; load it again when it is complete")
-        return backend
-
-    shape = Shape(n_running, prefill_chunk_size, parked_cells, max_pending)
-    return _load(_model_of(make, cache, Policy.of(policy), cache_salt, shape), id, cache_salt, warmup=warmup)
+        return _load(partial(_vocabulary_model, file, options, on_progress, cache, cache_salt), id, cache_salt)
+    make = partial(_open_file, file, options, naming, cache, on_progress)
+    scheduling = SchedulingOptions(n_running, prefill_chunk_size, parked_cells, max_pending)
+    return _load(
+        partial(_running_model, make, cache, Policy.of(policy), cache_salt, scheduling),
+        id,
+        cache_salt,
+        warmup=warmup,
+    )
 
 
-_LOAD_OPTIONS = {
+_LOAD_DEFAULTS = {
     parameter.name: parameter.default
     for parameter in inspect.signature(load_model).parameters.values()
     if parameter.kind is parameter.KEYWORD_ONLY
@@ -205,27 +237,71 @@ _LOAD_OPTIONS = {
 _VOCABULARY_OPTIONS = ("id", "cache", "cache_salt", "overrides", "vocab_only", "on_progress")
 
 
-def _refuse_without_weights(given: Mapping[str, object]) -> None:
-    for name, default in _LOAD_OPTIONS.items():
-        if name not in _VOCABULARY_OPTIONS and given[name] is not default and given[name] != default:
+def _checked_path(path: object) -> Path:
+    if not isinstance(path, str | Path) or not str(path):
+        raise OptionError(f"path={path!r}; pass the path of a GGUF file")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"path={path!r}: {error}") from None
+
+
+def _check_callback(on_progress: object) -> None:
+    if on_progress is not None and not callable(on_progress):
+        raise OptionError(f"on_progress={on_progress!r}; pass a function of one number, or None")
+
+
+def _checked_options(llama_options: Mapping[str, Any], n_seq_max: int) -> tuple[LlamaOptions, int]:
+    """Return the options of libllama and the number of requests that run at once."""
+    # Imported here, because the cache and custom backends work without a built libllama.
+    from erllama.engine.backends.llama_library import MAX_SEQUENCES
+    from erllama.engine.backends.llama_options import LlamaOptions
+
+    n_running = integer("n_seq_max", n_seq_max, 1, MAX_SEQUENCES)
+    n_spare = min(_PARKED_SEQUENCES, MAX_SEQUENCES - n_running)
+    return LlamaOptions(**llama_options, n_sequences=n_running, n_spare_sequences=n_spare), n_running
+
+
+def _refuse_weight_options(options: Mapping[str, object]) -> None:
+    """Raise OptionError for an option that differs from its default and has no effect with vocab_only=True."""
+    for name, default in _LOAD_DEFAULTS.items():
+        if name not in _VOCABULARY_OPTIONS and options[name] is not default and options[name] != default:
             raise OptionError(
-                f"{name}={given[name]!r} with vocab_only=True, which reads no weights and computes nothing; "
+                f"{name}={options[name]!r} with vocab_only=True, which reads no weights and computes nothing; "
                 f"leave one of them out. It takes {', '.join(_VOCABULARY_OPTIONS)}"
             )
 
 
-class _Progress:
-    """One fraction for two things: reading files for their fingerprint, where they must be, and loading them."""
+def _open_file(
+    file: Path, options: LlamaOptions, naming: Fingerprint, cache: Cache, on_progress: ProgressCallback | None
+) -> Backend:
+    """Return the backend of a GGUF file; raise ModelLoadError if the file changes while it is loaded."""
+    from erllama.engine.backends.llama import LlamaBackend
+    from erllama.engine.backends.llama_file import check_file
 
-    def __init__(self, report: Callable[[float], object] | None) -> None:
+    check_file(file)
+    progress = _Progress(on_progress)
+    before = identity(file)
+    fingerprint = naming.of(file, cache, progress.report_reading)
+    backend = LlamaBackend(file, options, fingerprint, progress.report_loading, before)
+    if identity(file) != before:
+        backend.close()
+        raise ModelLoadError(f"{file} was changed while it was loaded; load it again when it is complete")
+    return backend
+
+
+class _Progress:
+    """Reports one fraction for two steps: reading files for their fingerprint, if that is needed, and loading."""
+
+    def __init__(self, report: ProgressCallback | None) -> None:
         self._report = report
         self._done = 0.0
 
-    def reading(self, fraction: float) -> object:
+    def report_reading(self, fraction: float) -> object:
         self._done = 0.5
         return self._report(fraction / 2) if self._report else None
 
-    def loading(self, fraction: float) -> object:
+    def report_loading(self, fraction: float) -> object:
         return self._report(self._done + (1 - self._done) * fraction) if self._report else None
 
 
@@ -242,58 +318,87 @@ def load_backend(
     max_pending: int = 1024,
     **unknown: Never,
 ) -> Model:
-    """Make a model of a backend of your own; it is closed when the model is unloaded.
+    """Load a model on a backend of your own. The backend is closed when the model is unloaded.
 
     Args:
         backend: an object with the methods of `erllama.engine.Backend`.
         id, cache, policy, cache_salt, prefill_chunk_size, parked_cells, max_pending: as for `load_model`.
-        n_seq_max: most requests that run at once; None for 4, or as many as the backend has sequences.
+        n_seq_max: maximum number of requests that run at once. None for 4, or the number of the backend's sequences
+            if that is smaller.
     """
     reject_unknown(unknown, _BACKEND_OPTIONS, "load_backend")
-    missing = [name for name in _BACKEND_PARTS if not hasattr(backend, name)]
+    missing = [name for name in _BACKEND_MEMBERS if not hasattr(backend, name)]
     if missing:
-        raise OptionError(f"{shown(backend)} is no backend: it has no {', '.join(missing)}")
-    shape = Shape(n_seq_max, prefill_chunk_size, parked_cells, max_pending)
-    make = _model_of(lambda: backend, _checked_cache(cache), Policy.of(policy), cache_salt, shape)
+        raise OptionError(f"{shown(backend)} is not a backend: it lacks {', '.join(missing)}")
+    scheduling = SchedulingOptions(n_seq_max, prefill_chunk_size, parked_cells, max_pending)
+    make = partial(
+        _running_model, lambda: backend, _checked_cache(cache), Policy.of(policy), cache_salt, scheduling
+    )
     return _load(make, id, cache_salt)
 
 
-def _model_of(
-    make: Callable[[], Backend], cache: Cache, policy: Policy, cache_salt: str | None, shape: Shape
-) -> Callable[[str], Model]:
-    def model(model_id: str) -> Model:
-        backend = make()
-        try:
-            return Model(backend, model_id, cache, policy, cache_salt, shape.for_limits(backend.limits))
-        except BaseException:
-            backend.close()
-            raise
+def _running_model(
+    make: Callable[[], Backend],
+    cache: Cache,
+    policy: Policy,
+    cache_salt: str | None,
+    scheduling: SchedulingOptions,
+    id: str,
+) -> Model:
+    """Return a model with a model thread of its own; close its backend if that fails."""
+    backend = make()
+    runner: ModelRunner | None = None
+    try:
+        sizes = scheduling.for_limits(backend.limits)
+        runner = ModelThread(backend, cache, policy, id, **sizes._asdict())
+        return Model(backend, id, cache, policy, cache_salt, runner, sizes.n_seq_max, _registry)
+    except BaseException:
+        if runner is not None:
+            runner.stop()
+        backend.close()
+        raise
 
-    return model
+
+def _vocabulary_model(
+    file: Path,
+    options: LlamaOptions,
+    on_progress: ProgressCallback | None,
+    cache: Cache,
+    cache_salt: str | None,
+    id: str,
+) -> Model:
+    """Return a model of the file's vocabulary."""
+    from erllama.engine.backends.llama_file import VocabularyFile
+
+    # VocabularyFile has the attributes of a backend that describe it, and a VocabularyRunner uses no others.
+    backend = cast("Backend", VocabularyFile(file, options, on_progress))
+    return Model(backend, id, cache, Policy(), cache_salt, VocabularyRunner(backend, id), 0, _registry)
 
 
 def _load(make: Callable[[str], Model], id: str | None, cache_salt: str | None, *, warmup: bool = False) -> Model:
-    RequestOptions(cache_salt=cache_salt)  # checks it before anything is loaded
-    reservation, model = _registry.Reservation(), None
+    """Reserve an id, make the model, and register it; undo all of it if a step fails."""
+    RequestOptions(cache_salt=cache_salt)  # check the salt before anything is loaded
+    reservation, model = _registry.IdReservation(), None
     try:
         model = make(_registry.reserve(id, reservation))
-        if warmup and model._backend.limits.can_generate:
-            model._runner.warm_up()
+        if warmup:
+            model._warm_up()
         _registry.add(model, reservation)
         return model
     except BaseException:
         if model is not None:
             model.unload()
-        _registry.give_up(reservation)
+        _registry.release(reservation)
         raise
 
 
 def _checked_cache(cache: object) -> Cache:
+    """Return the caller's cache; the shared in-memory cache for None."""
     global _shared_cache
     if isinstance(cache, Cache):
         return cache
     if cache is not None:
-        raise OptionError(f"cache={cache!r}; give an erllama.Cache, or leave it out for one in RAM")
+        raise OptionError(f"cache={cache!r}; pass an erllama.Cache, or leave it out for one in RAM")
     with _shared_cache_lock:
         if _shared_cache is None or _shared_cache.closed:
             _shared_cache = Cache()

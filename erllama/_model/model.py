@@ -1,4 +1,8 @@
-"""What a user holds: a loaded model."""
+"""`Model`: a loaded model as users hold it.
+
+Each public method is documented here and delegates to one collaborator: `CompletionRequests`, `ChatRequests`,
+`EmbeddingRequests`, `AdapterLoader` or the runner. `load_model` and `load_backend` create models.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,33 @@ import asyncio
 import warnings
 from _thread import start_new_thread
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import fields
+from pathlib import Path
+from threading import Event as ThreadEvent
 from types import MappingProxyType
-from typing import Never, Unpack
+from typing import Literal, Never, Protocol, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama._model import registry as _registry
-from erllama._model.adapters import AdapterMethods
-from erllama._model.chat import ChatMethods
-from erllama._model.embedding import EmbeddingMethods, Embeddings
-from erllama._model.info import ModelInfo, Shape
-from erllama._model.request_options import (
-    CompletionOptions,
-    PrefillOptions,
-    request_options,
-)
-from erllama._model.requests import checked_ids
-from erllama._model.scoring import Score, around_gap, with_continuation
-from erllama._model.speculation import Verification, fixed
-from erllama._model.streams import AsyncStream, Stream
+from erllama._model.adapters import Adapter, AdapterLoader
+from erllama._model.info import ModelInfo
+from erllama._model.requests.chat_streams import AsyncChatStream, ChatStream
+from erllama._model.requests.chats import ChatRequests
+from erllama._model.requests.completions import CompletionRequests
+from erllama._model.requests.embeddings import EMBED_OPTIONS, EmbeddingRequests, Pooling, Rows, Texts, set_on_error
+from erllama._model.requests.options import ChatOptions, CompletionOptions, PrefillOptions, TemplateOptions
+from erllama._model.requests.prompts import PromptReader
+from erllama._model.requests.scoring import Score
+from erllama._model.requests.speculation import Verification
+from erllama._model.requests.streams import AsyncStream, Stream
+from erllama._model.runner import ModelRunner
 from erllama._runtime.reentry import reentered
+from erllama._types import Messages, Prompt
 from erllama.cache import Cache, Policy
+from erllama.chat.chats import Chats
+from erllama.chat.results import ChatCompletion
+from erllama.checks import boolean, integer, reject_unknown, shown
 from erllama.engine import (
     Backend,
     CacheHit,
@@ -37,52 +44,69 @@ from erllama.engine import (
     EngineMetrics,
     Grammar,
     ModelFacts,
-    ModelThread,
     Phase,
-    Request,
     RequestOptions,
-    SamplingOptions,
-    Ticket,
+    Vocabulary,
 )
-from erllama.engine.requests.request import MOST_SPECULATIVE
-from erllama.errors import (
-    OptionError,
-    PromptError,
-    boolean,
-    integer,
-    reject_unknown,
-    shown,
-)
-
-Prompt = str | Sequence[int] | NDArray[np.integer]
-Messages = Sequence[Mapping[str, object]]
+from erllama.errors import OptionError, PromptError
 
 
-class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
-    """A loaded model. Made by `load_model` or `load_backend`; safe to use from any thread.
+class ModelRegistry(Protocol):
+    """Lists the loaded models; a model leaves it when it is unloaded. `erllama._model.registry` implements it."""
+
+    def remove(self, model: Model) -> None:
+        """Remove an unloaded model."""
+        ...
+
+    def remove_dropped(self, model: Model, runner: ModelRunner) -> None:
+        """Remove a model that was dropped without unload(), whose runner is about to stop."""
+        ...
+
+
+class Model:
+    """A loaded model. `load_model` and `load_backend` create it. Safe to use from any thread.
 
     Attributes:
-        id: its name in this process.
-        cache: where its prompts are kept.
+        id: the model's name in this process.
+        cache: the cache of its prompts.
         policy: what of its contexts is saved, and when.
     """
 
     def __init__(
-        self, backend: Backend, id: str, cache: Cache, policy: Policy, cache_salt: str | None, shape: Shape
+        self,
+        backend: Backend,
+        id: str,
+        cache: Cache,
+        policy: Policy,
+        cache_salt: str | None,
+        runner: ModelRunner,
+        n_seq_max: int,
+        registry: ModelRegistry,
     ) -> None:
-        super().__init__(backend, id, cache, policy, cache_salt, shape)
-        self._embeddings = Embeddings(backend, id, self._runner.check, partial(checked_ids, backend.vocabulary))
+        self.id, self.cache, self.policy = id, cache, policy
+        self._registry = registry
+        self._backend = backend
+        self._n_seq_max = n_seq_max
+        self._runner = runner  # after all that `__del__` uses
+        # No collaborator refers to the model: a reference cycle would delay `__del__` until the garbage collector
+        # runs.
+        chats = Chats(backend, cache, runner.namespace)
+        self._prompts = PromptReader(backend, id, cache, runner, chats)
+        self._requests = CompletionRequests(backend, id, runner, self._prompts, chats, cache_salt)
+        self._chat_requests = ChatRequests(runner, self._prompts, self._requests, chats)
+        self._embeddings = EmbeddingRequests(backend, id, runner, self._prompts)
+        self._adapters = AdapterLoader(backend, id, cache, runner, self._prompts)
 
     def __repr__(self) -> str:
         state = "unloaded" if self._runner.stopped else self.phase
         return f"<erllama.Model {self.id!r}, {state}>"
 
     def __del__(self) -> None:
-        runner: ModelThread | None = getattr(self, "_runner", None)
+        runner: ModelRunner | None = getattr(self, "_runner", None)
         if runner is None or runner.stopped or not runner.is_ours:
             return
-        _registry.drop(self, runner)
-        runner.begin_to_stop()  # waits for nothing: the garbage collector calls this in any thread
+        self._registry.remove_dropped(self, runner)
+        runner.begin_to_stop()  # returns at once: the garbage collector calls this method in any thread
         warnings.warn(
             f"model {self.id!r} was dropped and is unloaded; call its unload(), or load it in a `with`",
             ResourceWarning,
@@ -96,230 +120,410 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
     def __exit__(self, *_: object) -> None:
         self.unload()
 
-    # --- replies -----------------------------------------------------------------------
+    # --- completions -------------------------------------------------------------------
 
     def complete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Completion:
-        """Complete a prompt and wait for the whole reply.
+        """Complete a prompt and return the whole reply.
 
         Args:
-            prompt: text, or token ids. Text is tokenized with special tokens read as such, and with the model's
-                BOS, unless it begins with it. Token ids are taken as they are.
-            max_tokens: most tokens of the reply; None, the default, for as many as the context holds.
-                Where the context is full before, the reply ends with "context_full".
-            temperature: 0 takes the most likely token; higher is more random; 0.8 by default.
-            top_k: draw from the k most likely tokens, 40; 0 for all.
-            top_p: draw from the fewest tokens whose probabilities sum to this, 0.95; 1 for all.
-            min_p: draw from tokens at least this times as likely as the most likely, 0.05; 0 for all.
-            seed: fixes the draws; None draws a seed, told in the result.
-            logit_bias: by token id, what is added to its logit; -inf rules it out.
-            banned_tokens: ids that are never drawn.
-            repeat_penalty, repeat_last_n, frequency_penalty, presence_penalty: make what came lately less likely.
-            dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, dry_sequence_breakers: make going on
-                with a repetition less likely.
-            top_n_sigma, typical_p, xtc_probability, xtc_threshold: other ways to drop candidates.
-            dynatemp_range, dynatemp_exponent: let the temperature follow how uncertain the model is.
-            mirostat, mirostat_tau, mirostat_eta: aim at one surprise for all tokens, in place of dropping some.
-            min_keep: the fewest candidates that a step leaves.
-            samplers: the steps and their order: names, and functions of one's own from Candidates to Candidates.
-            sampling_state: that of another Completion, to go on with its draws.
-            grammar, json_schema, regex: keep the reply to GBNF or an erllama.Grammar, to a JSON schema, or to a
-                regular expression; at most one of them. The reply ends where nothing can follow.
-            grammar_triggers: texts, or ids of tokens, at the first of which the grammar begins, itself a part
-                of it.
-            stop: a text, or several, at which the reply ends; the first by position wins, and is
-                neither part of the reply nor streamed, but told as `stop_sequence`. The text of a special token
-                stops at that token, too.
-            stop_token_ids: ids of tokens at which the reply ends, wherever they come; told as `stop_token`.
-            logprobs: tell how likely each token was, and the most likely ones, this many of them, 0 to 100.
-            reproducible: reuse only KV that gives, bit for bit, the reply of a cold run, and
-                have the context to itself.
-            cache_salt: share cached KV only with requests of the same salt; None for the model's.
-            parent_key: the `finish_key` of the reply that the prompt goes on from; where that is still
-                being saved, it is waited for. A text that begins as that context does has the tokens that it was
-                computed as, whatever its own would be; not with `reproducible`. One that nobody knows changes
-                nothing.
-            session_id: a name; the context stays in its cells for the next request of that name.
-            thinking: "enabled", or True, tells what the model thinks from what it answers, by the markers of its
-                chat template; a model without leaves all of it text, as does "disabled", the default.
-            thinking_markers: texts that open and close thinking, as a pair of one each, or of several.
-            thinking_budget_tokens: most tokens of thinking; then its closing marker is put into the context.
-            thinking_budget_message: what is put before that marker.
-            thinking_signing_key: bytes; what was thought is signed with them.
-            tool_markers, tool_payload_markers: texts that open and close a tool call, and its arguments; the tokens
-                of a call that are none of its arguments are the most likely ones.
-            speculative: compute tokens that are likely to come together with the next: "ngram" takes what followed
-                the last few tokens before, a smaller model of the same vocabulary drafts, or a function of all
-                tokens and a number does. The reply is the same in fewer decodes; where that does not pay, it stops.
-            speculative_tokens: most tokens computed ahead at once, 8.
-            timeout: seconds in which the reply must be done, waiting included.
+            prompt: text, or token ids. Special tokens in a text are parsed, and the model's BOS is added unless the
+                text begins with it. Token ids are used unchanged.
+            max_tokens: maximum number of tokens of the reply. None, the default, for as many as the context holds.
+                A reply that fills the context ends with finish_reason "context_full".
+            temperature: randomness of the sampling, 0.8. 0 takes the most likely token.
+            top_k: sample from the k most likely tokens, 40. 0 for all.
+            top_p: sample from the fewest tokens whose probabilities sum to this, 0.95. 1 for all.
+            min_p: sample from tokens at least this times as likely as the most likely one, 0.05. 0 for all.
+            seed: seed of the sampling. None draws a seed, which the result has.
+            logit_bias: values added to logits, by token id. -inf excludes a token.
+            banned_tokens: ids of tokens that are never sampled.
+            repeat_penalty, repeat_last_n, frequency_penalty, presence_penalty: make recent tokens less likely.
+            dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, dry_sequence_breakers: make the
+                continuation of a repetition less likely.
+            top_n_sigma, typical_p, xtc_probability, xtc_threshold: other filters of candidates.
+            dynatemp_range, dynatemp_exponent: vary the temperature with the entropy of the candidates.
+            mirostat, mirostat_tau, mirostat_eta: keep the surprise of every token near a target, instead of
+                filters.
+            min_keep: minimum number of candidates that a filter keeps.
+            samplers: the steps and their order: names, and functions from Candidates to Candidates.
+            sampling_state: `sampling_state` of another Completion, whose random sequence the request continues.
+            grammar, json_schema, regex: constrain the reply to GBNF or an erllama.Grammar, to a JSON schema, or to
+                a regular expression. Pass at most one of them. The reply ends when the grammar allows no further
+                token.
+            grammar_triggers: texts or token ids. The grammar starts at the first of them, which is part of it.
+            stop: a text, or several, at which the reply ends. The first one by position ends it. It is neither part
+                of the reply nor streamed; the result has it as `stop_sequence`. The text of a special token also
+                stops at that token.
+            stop_token_ids: ids of tokens at which the reply ends, at any position. The result has `stop_token`.
+            logprobs: return the log probability of each token and this many of the most likely ones, 0 to 100.
+            reproducible: reuse KV only if the reply then has the bits of a cold run, and run alone in the context.
+            cache_salt: share cached KV only with requests of the same salt. None for the model's.
+            parent_key: `finish_key` of the reply that the prompt continues. A pending save of that reply is
+                awaited. A text that begins with the reply's context keeps the context's tokens, even if the
+                tokenizer would split that text otherwise; not with `reproducible`. An unknown key has no effect.
+            session_id: a name. The context keeps its cells for the next request with that name.
+            thinking: "enabled" or True separates thinking from the answer, by the markers of the model's chat
+                template. Without such markers, and with "disabled", the default, the whole reply is text.
+            thinking_markers: a pair of the texts that open and close thinking, one each or several.
+            thinking_budget_tokens: maximum number of tokens of thinking. Then the closing marker is added.
+            thinking_budget_message: text that is added before that marker.
+            thinking_signing_key: bytes; the thinking is signed with this key.
+            tool_markers, tool_payload_markers: pairs of texts that open and close a tool call, and its arguments.
+                The tokens of a call outside its arguments are the most likely ones.
+            speculative: compute likely tokens ahead. "ngram" takes the tokens that followed the last few tokens
+                earlier; a smaller model of the same vocabulary drafts; a function of all tokens and a number
+                drafts. The reply is the same in fewer decodes. Speculation stops if it does not pay.
+            speculative_tokens: maximum number of tokens computed ahead at once, 8.
+            timeout: seconds after which the request fails, including its wait.
 
         Raises:
             PromptError: the prompt is empty, or an id is outside the vocabulary.
-            PromptTooLong: it does not fit the context.
-            OptionError: an option is unknown, ill-typed or out of range.
-            QueueFull: as many requests wait as may.
-            SessionBusy: a request of this session runs or waits.
-            DeadlineExceeded: the reply was not done within `timeout`.
-            ModelUnloaded: the model is, or was during the request, unloaded.
-            CalledFromModelThread: by a callback that the model's own thread runs.
+            PromptTooLong: the prompt does not fit the context.
+            OptionError: an option is unknown, has the wrong type or is out of range.
+            QueueFull: the queue of waiting requests is full.
+            SessionBusy: a request of this session is running or waiting.
+            DeadlineExceeded: the reply was not complete within `timeout`.
+            ModelUnloaded: the model is unloaded, or was unloaded during the request.
+            CalledFromModelThread: a callback in the model's own thread made the call.
             BackendError, SamplingError: the model could not compute a reply.
         """
-        return self._wait(self._ticket(prompt, self._options(options, "complete")))
+        return self._requests.run(self._requests.ticket(prompt, self._requests.options(options, "complete"), self))
 
     def stream(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Stream:
-        """Complete a prompt and get the reply as it comes; options and errors as for `complete`.
+        """Complete a prompt and return the reply as a stream; options and errors as for `complete`.
 
-        The prompt and options are checked at once; errors of the run come with the events.
+        The call checks the prompt and the options. Iterating raises the errors of the run.
         """
-        ticket = self._ticket(prompt, self._options(options, "stream"), streaming=True)
+        checked = self._requests.options(options, "stream")
+        ticket = self._requests.ticket(prompt, checked, self, streaming=True)
         stream = Stream(ticket)
         self._runner.submit(ticket)
         return stream
 
     def compile_grammar(self, grammar: Grammar) -> None:
-        """Compile a grammar before a request needs it: the first of a model takes longest.
+        """Compile a grammar before a request needs it. The first grammar of a model takes longest.
 
-        Requests under other grammars, and none, go on meanwhile.
+        Other requests continue meanwhile.
 
         Raises:
-            GrammarError: it cannot be compiled for this model's vocabulary.
+            GrammarError: the grammar cannot be compiled for this model's vocabulary.
             ModelUnloaded: the model is unloaded.
         """
         if not isinstance(grammar, Grammar):
-            raise OptionError(f"compile_grammar({shown(grammar)}); give an erllama.Grammar")
+            raise OptionError(f"compile_grammar({shown(grammar)}); pass an erllama.Grammar")
         self._runner.compile(grammar)
 
     def prefill(self, prompt: Prompt, **options: Unpack[PrefillOptions]) -> Completion:
-        """Read a prompt into the cache and sample nothing; options and errors as for `complete`."""
-        return self._wait(self._ticket(prompt, request_options(options, "prefill", self._cache_salt, prefill=True)))
+        """Compute a prompt into the cache without sampling; options and errors as for `complete`."""
+        checked = self._requests.prefill_options(options, "prefill")
+        return self._requests.run(self._requests.ticket(prompt, checked, self))
 
     def draft(self, prefix: Prompt, n: int, **unknown: Never) -> list[int]:
-        """The `n` tokens that most likely follow, fewer where the model ends; for another model to `verify`.
+        """Return the `n` tokens that most likely follow, for another model to `verify`; fewer if the reply ends.
 
         Raises:
             OptionError: n is below 1.
-            Error: as of `complete`.
+            Error: as for `complete`.
         """
         reject_unknown(unknown, (), "draft")
         reply = self.complete(prefix, max_tokens=integer("n", n, 1), temperature=0.0)
         return list(reply.tokens)
 
     def verify(self, prefix: Prompt, candidates: Sequence[int], **unknown: Never) -> Verification:
-        """How many of some tokens this model, too, would take after a prefix; errors as of `complete`.
+        """Return how many proposed tokens this model would also generate after a prefix; errors as for `complete`.
 
-        They are computed together. What others have in the context stays as it is.
+        The tokens are computed together. Cells of other requests stay in the context.
         """
         reject_unknown(unknown, (), "verify")
-        ids = self._prompt_ids(prefix)
-        proposed = self._checked_ids(candidates).tolist()
-        options = RequestOptions(
-            max_tokens=len(proposed) + 1,
-            sampling=SamplingOptions(temperature=0.0),
-            cache_salt=self._cache_salt,
-            speculative=lambda prompt: fixed(proposed, len(prompt)),
-            speculative_tokens=min(max(len(proposed), 1), MOST_SPECULATIVE),
-        )
-        reply = self._wait(Ticket(Request(ids, options), streaming=False))
-        pairs = zip(reply.tokens, proposed, strict=False)
-        accepted = next((i for i, (token, other) in enumerate(pairs) if token != other), None)
-        if accepted is None:
-            accepted = min(len(reply.tokens), len(proposed))
-        end = accepted == len(reply.tokens) and reply.finish_reason == "stop"
-        return Verification(accepted, reply.tokens[accepted] if accepted < len(reply.tokens) else None, end)
+        return self._requests.verify(prefix, candidates)
 
     async def acomplete(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> Completion:
-        """`complete` for asyncio: no thread waits. Cancelling the task cancels the request."""
-        request = self._options(options, "acomplete")
-        if request.grammar is not None:
-            await asyncio.to_thread(self._runner.compile, request.grammar)  # the loop goes on
-        return await self._wait_async(self._ticket(prompt, request))
+        """`complete` for asyncio. No thread waits. Cancelling the task cancels the request."""
+        checked = self._requests.options(options, "acomplete")
+        if checked.grammar is not None:
+            await asyncio.to_thread(self._runner.compile, checked.grammar)  # would block the event loop
+        return await self._requests.run_async(self._requests.ticket(prompt, checked, self))
 
     def astream(self, prompt: Prompt, **options: Unpack[CompletionOptions]) -> AsyncStream:
-        """`stream` for asyncio: `async for event in model.astream(...)`. Called where a loop runs."""
-        ticket = self._ticket(prompt, self._options(options, "astream"), streaming=True)
+        """`stream` for asyncio: `async for event in model.astream(...)`. Call it in a running event loop."""
+        checked = self._requests.options(options, "astream")
+        ticket = self._requests.ticket(prompt, checked, self, streaming=True)
         stream = AsyncStream(ticket)
         self._runner.submit(ticket)
         return stream
 
     async def aprefill(self, prompt: Prompt, **options: Unpack[PrefillOptions]) -> Completion:
         """`prefill` for asyncio."""
-        request = request_options(options, "aprefill", self._cache_salt, prefill=True)
-        return await self._wait_async(self._ticket(prompt, request))
+        checked = self._requests.prefill_options(options, "aprefill")
+        return await self._requests.run_async(self._requests.ticket(prompt, checked, self))
+
+    # --- chats -------------------------------------------------------------------------
+
+    def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatCompletion:
+        """Return the whole reply to a conversation.
+
+        Takes the options of `complete`, with another meaning of `thinking`, and these:
+
+        Args:
+            messages: the conversation, in the form of OpenAI's clients or in Anthropic's blocks.
+            tools: tools that the model may call, in the form of either client.
+            tool_choice: "auto", the default; "none"; "required"; or the name of a tool that the reply must call.
+            parallel_tool_calls: whether one reply may call several tools, True.
+            tool_format: name of the format in which the model writes calls (docs/chat.md). None to detect it from
+                the template.
+            chat_template: text of a template, name of one of the model's templates, or pathlib.Path of a file. None
+                for the model's own, or ChatML if it has none.
+            template_args: variables for the template besides the conversation.
+            documents: documents for the template.
+            continue_final_message: continue the last message, which is the assistant's, instead of answering. The
+                reply's `message` is then the whole message and replaces the last one.
+            special_tokens_in_content: whether content may contain the text of special tokens, True. With False, the
+                content of messages that are not the assistant's, tools and documents are plain text.
+            thinking: "enabled" or True; "disabled" or False; None for the template's default. Thinking is always
+                separated from the answer.
+
+        The model remembers a reply as the tokens that it sampled. If the reply returns in `messages`, the next
+        prompt has these tokens, even if the tokenizer would split the text otherwise. With `reproducible`, the text
+        alone counts.
+
+        Raises:
+            ChatError: the messages or tools are invalid. It has the index of the message.
+            TemplateError: the template does not parse, rejects the conversation, or takes too long.
+            Error: as for `complete`.
+        """
+        return self._chat_requests.run(messages, options, "chat", self)
+
+    def stream_chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatStream:
+        """Return the reply to a conversation as a stream; options and errors as for `chat`.
+
+        If you leave a stream before its end, the model remembers the part that you read.
+        """
+        ticket, turn = self._chat_requests.ticket(messages, options, "stream_chat", self, streaming=True)
+        stream = ChatStream(ticket, turn)
+        self._runner.submit(ticket)
+        return stream
+
+    async def achat(self, messages: Messages, **options: Unpack[ChatOptions]) -> ChatCompletion:
+        """`chat` for asyncio. Cancelling the task cancels the request."""
+        return await self._chat_requests.run_async(messages, options, "achat", self)
+
+    def astream_chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> AsyncChatStream:
+        """`stream_chat` for asyncio. The first await raises the errors of the request."""
+        return AsyncChatStream(
+            lambda: self._chat_requests.ticket(messages, options, "astream_chat", self, streaming=True),
+            self._runner.submit,
+        )
+
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = True,
+        cache_salt: str | None = None,
+        **options: Unpack[TemplateOptions],
+    ) -> NDArray[np.int32]:
+        """Return the tokens of a conversation, int32, shape (n,), for `complete`, `prefill` or `stream`.
+
+        Args:
+            add_generation_prompt: end with the text that begins a reply.
+            cache_salt: salt of the requests whose replies keep their tokens. None for the model's.
+
+        Other options, and errors, as for `chat`.
+        """
+        return self._chat_requests.prompt_ids(messages, options, add_generation_prompt, cache_salt)
+
+    def render_chat(
+        self, messages: Messages, *, add_generation_prompt: bool = True, **options: Unpack[TemplateOptions]
+    ) -> str:
+        """Return the text of a conversation; options and errors as for `apply_chat_template`."""
+        return self._chat_requests.text(messages, options, add_generation_prompt)
 
     # --- likelihoods and gaps ----------------------------------------------------------
 
     def score(self, prompt: Prompt, continuation: Prompt, **options: Unpack[PrefillOptions]) -> Score:
-        """How likely a continuation is after a prompt; nothing is sampled.
+        """Return how likely a continuation is after a prompt, without sampling.
 
-        The prompt's KV is taken from the cache, and kept there, as any prompt's.
+        As with any prompt, the prompt's KV is taken from the cache and saved to it.
 
         Args:
-            prompt: text or token ids, as of `complete`.
-            continuation: likewise. Two texts are tokenized as one; where the tokenizer joins characters of both
-                in a token, that one is the continuation's.
+            prompt: text or token ids, as for `complete`.
+            continuation: text or token ids. Two texts are tokenized as one. A token that spans both belongs to the
+                continuation.
 
         Options and errors as for `prefill`.
         """
-        return Score.of(self._wait(self._score_ticket(prompt, continuation, options, "score")))
+        checked = self._requests.prefill_options(options, "score")
+        return Score.of(self._requests.run(self._requests.score_ticket(prompt, continuation, checked)))
 
     async def ascore(self, prompt: Prompt, continuation: Prompt, **options: Unpack[PrefillOptions]) -> Score:
         """`score` for asyncio. Cancelling the task cancels the request."""
-        return Score.of(await self._wait_async(self._score_ticket(prompt, continuation, options, "ascore")))
-
-    def _score_ticket(self, prompt: object, continuation: object, options: PrefillOptions, where: str) -> Ticket:
-        checked = request_options(options, where, self._cache_salt, prefill=True)
-        self._check_generates()
-        self._check_length(*(text for text in (prompt, continuation) if isinstance(text, str)))
-        ids, n_scored = with_continuation(prompt, continuation, self._backend.vocabulary, self._prompt_ids)
-        return Ticket(Request(ids, replace(checked, logprobs=1), n_scored), streaming=False)
+        checked = self._requests.prefill_options(options, "ascore")
+        return Score.of(await self._requests.run_async(self._requests.score_ticket(prompt, continuation, checked)))
 
     def infill(self, prefix: str, suffix: str, **options: Unpack[CompletionOptions]) -> Completion:
-        """What is between two texts, by a model that was trained to fill gaps; options as for `complete`.
+        """Return the text between two texts, from a model that was trained to fill gaps; options as for `complete`.
 
         Args:
-            prefix, suffix: what is before the gap, and after it; one of them may be empty.
+            prefix, suffix: the texts before and after the gap. One of them may be empty.
 
         Raises:
             Unsupported: the model has no tokens that mark gaps.
-            Error: as of `complete`.
+            Error: as for `complete`.
         """
-        return self.complete(self._gap(prefix, suffix), **options)
+        return self.complete(self._requests.infill_prompt(prefix, suffix), **options)
 
     def stream_infill(self, prefix: str, suffix: str, **options: Unpack[CompletionOptions]) -> Stream:
-        """`infill` as it comes."""
-        return self.stream(self._gap(prefix, suffix), **options)
+        """`infill` as a stream."""
+        return self.stream(self._requests.infill_prompt(prefix, suffix), **options)
 
     async def ainfill(self, prefix: str, suffix: str, **options: Unpack[CompletionOptions]) -> Completion:
         """`infill` for asyncio. Cancelling the task cancels the request."""
-        return await self.acomplete(self._gap(prefix, suffix), **options)
+        return await self.acomplete(self._requests.infill_prompt(prefix, suffix), **options)
 
     def astream_infill(self, prefix: str, suffix: str, **options: Unpack[CompletionOptions]) -> AsyncStream:
-        """`stream_infill` for asyncio. Called where a loop runs."""
-        return self.astream(self._gap(prefix, suffix), **options)
+        """`stream_infill` for asyncio. Call it in a running event loop."""
+        return self.astream(self._requests.infill_prompt(prefix, suffix), **options)
 
-    def _gap(self, prefix: object, suffix: object) -> NDArray[np.int32]:
-        self._check_generates()
-        self._check_length(*(text for text in (prefix, suffix) if isinstance(text, str)))
-        return around_gap(prefix, suffix, self._backend.vocabulary, self.id)
+    # --- embeddings and rankings -------------------------------------------------------
+
+    @overload
+    def embed(
+        self, texts: Texts, *, pooling: Pooling | None = None, normalize: bool = True, truncate: bool = False
+    ) -> Rows: ...
+
+    @overload
+    def embed(
+        self, texts: Texts, *, pooling: Literal["none"], normalize: bool = True, truncate: bool = False
+    ) -> list[Rows]: ...
+
+    def embed(
+        self,
+        texts: Texts,
+        *,
+        pooling: str | None = None,
+        normalize: bool = True,
+        truncate: bool = False,
+        **unknown: Never,
+    ) -> Rows | list[Rows]:
+        """Return the vectors of texts. Models trained for it map texts of similar meaning to nearby vectors.
+
+        Many short texts are computed in one decode. Replies of the model continue meanwhile.
+
+        Args:
+            texts: one text or several, or token ids: one sequence or several. Text is tokenized as a prompt is.
+            pooling: how the vectors of a text's tokens become one: "mean", their average; "cls", the first; "last",
+                the last; or "none", all of them. None for the pooling of the model's file, or "mean" if it names
+                none.
+            normalize: scale each vector to length 1.
+            truncate: cut texts that are too long instead of raising PromptTooLong. Tokens that the tokenizer adds
+                at the end of a text are kept.
+
+        Returns:
+            float32, shape (texts, d): one row per text, in their order. With pooling "none", a list with one array
+            per text, of shape (tokens, d).
+
+        Raises:
+            PromptError: there is no text, a text is empty or has the wrong type, or an id is outside the
+                vocabulary.
+            PromptTooLong: a text has more tokens than the model takes at once.
+            OptionError: an option is unknown, has the wrong type or is out of range.
+            Unsupported: the backend does not embed; or the model ranks, and no pooling was passed.
+            ModelUnloaded: the model is unloaded, or was unloaded during the call.
+            BackendError: the model could not compute the vectors.
+        """
+        reject_unknown(unknown, EMBED_OPTIONS, "embed")
+        return self._embeddings.embed(texts, pooling, normalize, truncate, ThreadEvent())
+
+    @overload
+    async def aembed(
+        self, texts: Texts, *, pooling: Pooling | None = None, normalize: bool = True, truncate: bool = False
+    ) -> Rows: ...
+
+    @overload
+    async def aembed(
+        self, texts: Texts, *, pooling: Literal["none"], normalize: bool = True, truncate: bool = False
+    ) -> list[Rows]: ...
+
+    async def aembed(
+        self,
+        texts: Texts,
+        *,
+        pooling: str | None = None,
+        normalize: bool = True,
+        truncate: bool = False,
+        **unknown: Never,
+    ) -> Rows | list[Rows]:
+        """`embed` for asyncio, in a thread. Cancelling the task ends the computation at its next decode."""
+        reject_unknown(unknown, EMBED_OPTIONS, "aembed")
+        with set_on_error() as cancelled:
+            return await asyncio.to_thread(self._embeddings.embed, texts, pooling, normalize, truncate, cancelled)
+
+    def rerank(self, query: str, documents: Sequence[str]) -> Rows:
+        """Return how well documents answer a query, from a model that ranks.
+
+        Query and document are joined as llama.cpp does: by the file's template named "rerank", or with the tokens
+        that the model requires between and around two texts.
+
+        Returns:
+            float32, shape (documents,), in their order. A higher score is a better answer. The scale depends on the
+            model; most return logits.
+
+        Raises:
+            Unsupported: the model does not rank.
+            Error: as for `embed`.
+        """
+        return self._embeddings.rerank(query, documents, ThreadEvent())
+
+    async def arerank(self, query: str, documents: Sequence[str]) -> Rows:
+        """`rerank` for asyncio, in a thread. Cancelling the task ends the computation at its next decode."""
+        with set_on_error() as cancelled:
+            return await asyncio.to_thread(self._embeddings.rerank, query, documents, cancelled)
+
+    # --- adapters ------------------------------------------------------------------------
+
+    def load_adapter(self, path: str | Path, *, scale: float = 1.0, **unknown: Never) -> Adapter:
+        """Load a LoRA adapter and use it for all requests submitted from then on.
+
+        Works at any time and from any thread. Running and waiting requests are not affected. The cache separates KV
+        by the adapters, and their scales, that computed it.
+
+        Args:
+            path: a GGUF file.
+            scale: how strongly the adapter changes the model. 0.0 for no effect yet.
+
+        Raises:
+            AdapterLoadError: the file cannot be loaded, or does not fit this model.
+            OptionError: an option is unknown, has the wrong type or is out of range.
+            Unsupported: the model's backend has no adapters, or the model only encodes.
+            ModelUnloaded: the model is unloaded.
+            CalledFromModelThread: a callback in the model's own thread made the call.
+        """
+        reject_unknown(unknown, ("scale",), "load_adapter")
+        return self._adapters.load(path, scale)
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The loaded adapters, in the order of loading."""
+        return self._adapters.loaded()
 
     # --- sessions and saving ------------------------------------------------------------
 
     def end_session(self, session_id: str, *, cache_salt: str | None = None, **unknown: Never) -> bool:
-        """Stop keeping the context of a session; False where none is kept.
+        """Release the cells of a session; return False if it has none.
 
-        What was computed stays in the cache.
+        Its KV stays in the cache.
 
         Raises:
-            SessionBusy: a request of it runs or waits.
+            SessionBusy: a request of the session is running or waiting.
         """
         reject_unknown(unknown, ("cache_salt",), "end_session")
-        options = RequestOptions(session_id=session_id, cache_salt=self._salt(cache_salt))
-        return self._runner.end_session(session_id, options.cache_salt)
+        RequestOptions(session_id=session_id)  # checks the name
+        return self._runner.end_session(session_id, self._requests.salt(cache_salt))
 
     def evict(self) -> None:
-        """Save what the context holds, wait until it is stored, and let go of KV that no request uses.
+        """Save the context, wait until it is stored, and release the cells that no request uses.
 
-        A request in flight is saved as far as it is, and goes on.
+        Running requests are saved up to their latest token and continue.
         """
         self._runner.evict()
 
@@ -328,48 +532,48 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
     def tokenize(
         self, text: str | bytes, *, add_special: bool = True, parse_special: bool = False, **unknown: Never
     ) -> NDArray[np.int32]:
-        """Token ids of a text, int32, shape (n,).
+        """Return the token ids of a text, int32, shape (n,).
 
         Args:
             text: text, or its bytes.
-            add_special: add the BOS and EOS that the model asks for.
-            parse_special: read the text of special tokens as those tokens. A BOS or EOS that the text has is then
-                not added again.
+            add_special: add the BOS and EOS that the model requires.
+            parse_special: parse the text of special tokens as those tokens. A BOS or EOS that the text contains is
+                then not added again.
         """
         reject_unknown(unknown, ("add_special", "parse_special"), "tokenize")
-        self._check_loaded()
+        self._runner.check()
         if not isinstance(text, str | bytes):
-            raise PromptError(f"{shown(text)} is no text")
+            raise PromptError(f"{shown(text)} is not text")
         add_special, parse_special = boolean("add_special", add_special), boolean("parse_special", parse_special)
         if add_special and parse_special:
-            return self._tokenizer.tokenize(text)
-        return self._backend.vocabulary.tokenize(text, add_special=add_special, parse_special=parse_special)
+            return self._prompts.tokenize(text)
+        return self._vocabulary.tokenize(text, add_special=add_special, parse_special=parse_special)
 
     def detokenize(
         self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False, **unknown: Never
     ) -> str:
-        """The text of token ids; bytes that are no UTF-8 appear as U+FFFD.
+        """Return the text of token ids. Bytes that are not valid UTF-8 become U+FFFD.
 
         Args:
             tokens: ids, shape (n,).
-            special: write special tokens out instead of leaving them out.
+            special: include the text of special tokens, which is otherwise left out.
         """
         reject_unknown(unknown, ("special",), "detokenize")
-        self._check_loaded()
-        raw = self._backend.vocabulary.detokenize(self._checked_ids(tokens), special=boolean("special", special))
+        self._runner.check()
+        raw = self._vocabulary.detokenize(self._prompts.checked_ids(tokens), special=boolean("special", special))
         return raw.decode("utf-8", "replace")
 
     # --- state: reading these never waits -------------------------------------------------
 
     @property
     def n_ctx(self) -> int:
-        """Tokens the context holds."""
+        """Size of the context in tokens."""
         return self._backend.limits.n_ctx
 
     @property
     def n_vocab(self) -> int:
-        """Size of the vocabulary."""
-        return self._backend.vocabulary.n_tokens
+        """Size of the vocabulary in tokens."""
+        return self._vocabulary.n_tokens
 
     @property
     def phase(self) -> Phase:
@@ -378,27 +582,27 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
 
     @property
     def pending(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return self._runner.pending
 
     @property
     def queue_depth(self) -> int:
-        """Requests that are admitted: that compute, or wait for another to compute what they share."""
+        """Number of admitted requests: those that compute, or wait for another to compute a prefix they share."""
         return self._runner.running
 
     @property
     def last_cache_hit(self) -> CacheHit | None:
-        """How warm the latest request's prompt was; None before the first."""
+        """Cache hit of the latest request's prompt; None before the first request."""
         return self._runner.last_hit
 
     @property
     def metrics(self) -> EngineMetrics:
-        """Counts since it was loaded; never waits."""
+        """Counts since the model was loaded."""
         return self._runner.metrics
 
     @property
     def info(self) -> ModelInfo:
-        """What it is, and how it stands."""
+        """Properties and current state of the model."""
         facts = getattr(self._backend, "facts", None) or ModelFacts()
         return ModelInfo(
             **{field.name: getattr(facts, field.name) for field in fields(ModelFacts)},
@@ -417,21 +621,23 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
 
     @property
     def metadata(self) -> Mapping[str, object]:
-        """All of the model file's metadata, with `overrides` in it: numbers, texts, bools, lists of texts, and
-        arrays of numbers; empty for a backend without."""
+        """All metadata of the model file, with `overrides` applied; empty if the backend has none.
+
+        Values are numbers, texts, bools, lists of texts, and arrays of numbers.
+        """
         return getattr(self._backend, "metadata", None) or MappingProxyType({})
 
     def cached_prefix(self, prompt: Prompt, *, cache_salt: str | None = None, **unknown: Never) -> int:
-        """How many tokens of a prompt the cache has, so need not be computed; without waiting for the model.
+        """Return how many tokens of a prompt the cache has. Does not wait for the model.
 
-        For routers: what is only in the context, and not yet saved, is not counted.
+        For routers. KV that is only in the context, and not yet saved, does not count.
         """
         reject_unknown(unknown, ("cache_salt",), "cached_prefix")
-        ids = self._prompt_ids(prompt)
+        ids = self._prompts.ids(prompt)
         if self._runner.cache_problem:
             return 0
         with self.cache.lookup(
-            self._namespace(cache_salt),
+            self._requests.namespace(cache_salt),
             ids[:-1],
             whole=not self._backend.limits.can_trim,
             loadable=True,
@@ -439,14 +645,24 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
         ) as match:
             return match.n_tokens
 
-    def unload(self) -> None:
-        """End the model: requests in flight and waiting fail with ModelUnloaded. Idempotent.
+    @property
+    def _vocabulary(self) -> Vocabulary:
+        return self._backend.vocabulary
 
-        What they had computed is saved, within the policy's `evict_save_timeout_ms`. In a signal handler that
-        interrupts a call of this library, it returns at once, and a thread does the rest.
+    # --- start and end -------------------------------------------------------------------
+
+    def _warm_up(self) -> None:
+        if self._backend.limits.can_generate:
+            self._runner.warm_up()
+
+    def unload(self) -> None:
+        """Unload the model. Running and waiting requests fail with ModelUnloaded. Idempotent.
+
+        The contexts of those requests are saved, within the policy's `evict_save_timeout_ms`. In a signal handler
+        that interrupts a call of this library, the method returns at once and a thread unloads the model.
         """
         if reentered():
-            # No threading.Thread: its start takes locks that may be held here, too.
+            # Not threading.Thread: the interrupted call may hold the locks that its start() takes.
             self._runner.begin_to_stop()
             start_new_thread(self._unload, ())
         else:
@@ -457,4 +673,4 @@ class Model(ChatMethods, AdapterMethods, EmbeddingMethods):
             self._embeddings.close()
         finally:
             self._runner.stop()
-            _registry.remove(self)
+            self._registry.remove(self)

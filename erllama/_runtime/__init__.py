@@ -1,4 +1,4 @@
-"""What the library needs of the interpreter: lazy imports, exit handlers, signals, logging.
+"""Interpreter services: lazy imports, exit handlers, locks, logging, printing, child processes.
 
-Imports nothing else of the library.
+Every layer but `llama_ffi` may import this package. It imports no other module of the library.
 """

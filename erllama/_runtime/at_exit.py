@@ -1,7 +1,7 @@
-"""What is done at the interpreter's exit: models are unloaded, then caches are written and closed.
+"""The exit handler: unloads models, then flushes and closes caches.
 
-Registered when the package is imported, and not when its modules are: functions
-that a program registers with `atexit` later run first, and may use the models.
+`import erllama` registers it, and not the import of the modules it ends. `atexit` runs functions in reverse order,
+so functions that a program registers later run first and can still use the models.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import sys
 
 from erllama._runtime.imports import wait_for_imports
 
-# A model writes to its cache while it is unloaded.
-_ENDINGS = (("erllama._model.registry", "unload_all"), ("erllama.cache.store", "close_all"))
+# In this order: a model writes to its cache while it is unloaded.
+_EXIT_FUNCTIONS = (("erllama._model.registry", "unload_all"), ("erllama.cache.store", "close_all"))
 
 
 @atexit.register
-def _end() -> None:
+def _run_exit_functions() -> None:
     try:
         wait_for_imports()
-    except BaseException:  # a handler's, such as KeyboardInterrupt: what is there is ended all the same
-        logging.getLogger("erllama").exception("an import was not waited for at exit")
-    for module, name in _ENDINGS:
-        # What was not imported has nothing to end.
-        end = getattr(sys.modules.get(module), name, None)
+    except BaseException:  # such as KeyboardInterrupt of a signal handler; the rest must still run
+        logging.getLogger("erllama").exception("the wait for an import at exit was interrupted")
+    for module, name in _EXIT_FUNCTIONS:
+        # A module that was never imported has nothing to unload or close.
+        function = getattr(sys.modules.get(module), name, None)
         try:
-            if end is not None:
-                end()
+            if function is not None:
+                function()
         except BaseException:
-            logging.getLogger("erllama").exception("%s did not end at exit", module)
+            logging.getLogger("erllama").exception("%s.%s failed at exit", module, name)

@@ -1,11 +1,9 @@
-"""Imports modules at the first use of their names, whatever a signal handler does meanwhile.
+"""Lazy imports that a signal handler cannot break.
 
-An exception of a handler, such as KeyboardInterrupt, can leave a module half
-imported, and some modules (numpy is one) cannot be imported again in the same
-process. A handler may also use a name of a module that the main thread is
-still importing. So a helper thread imports, and the main thread only waits.
-The exception then ends the wait, and the import completes. A handler that
-needs the same module waits for it in the same way.
+An exception from a signal handler, such as KeyboardInterrupt, can leave a module half imported, and some modules
+(numpy, for example) cannot be imported again in the same process. A handler may also use a name of a module that
+the main thread is still importing. Therefore a helper thread imports, and the main thread only waits. An exception
+then ends the wait, and the import completes. A handler that needs the same module waits for it in the same way.
 """
 
 from __future__ import annotations
@@ -24,21 +22,21 @@ _running: set[object] = set()
 
 
 def import_safely(name: str) -> ModuleType:
-    """Import a module; in a helper thread if the caller is the main thread and is not importing already."""
+    """Import a module, in a helper thread if the caller is the main thread and is not already importing."""
     if threading.get_ident() != threading.main_thread().ident or sys.is_finalizing() or is_importing():
         return importlib.import_module(name)
     return Job(partial(importlib.import_module, name), _running).run()
 
 
 def wait_for_imports() -> None:
-    """Wait for the imports of helper threads whose callers do not wait any more."""
-    # A helper may need a module that this thread is importing.
+    """Wait for imports in helper threads whose callers no longer wait."""
+    # If this thread is importing, a helper may need that module: waiting would deadlock.
     while _running and not is_importing():
         time.sleep(0.001)
 
 
 def is_importing() -> bool:
-    """Return whether the calling thread is within an import, and so may hold the lock of a module."""
+    """Return whether the calling thread is inside an import and may hold a module's lock."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -49,5 +47,5 @@ def is_importing() -> bool:
     return False
 
 
-# The child has no helper threads: what they were importing would be locked there for ever.
+# The child has no helper threads, so a module that one was importing would stay locked there forever.
 os.register_at_fork(before=wait_for_imports, after_in_child=_running.clear)

@@ -1,8 +1,7 @@
-"""Runs a call in a thread of its own, so that no signal handler's exception ends it halfway.
+"""Calls in a thread of their own, so that a signal handler's exception cannot end them halfway.
 
-A handler's exception is raised in the main thread, which only waits for the
-call here. A leaf module: it imports the standard library alone, and any layer
-may use it.
+Python raises a handler's exception in the main thread, which here only waits for the call. Imports the standard
+library alone.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ T = TypeVar("T")
 
 
 class Job(Generic[T]):
-    """One call, and the thread that makes it.
+    """One call and the thread that makes it.
 
     Args:
-        call: what is called.
-        running: the jobs whose calls run now; this one is in it from the beginning of its call to the end.
+        call: the function to call.
+        running: the set of running jobs. It contains this job while its call runs.
     """
 
     def __init__(self, call: Callable[[], T], running: set[object]) -> None:
-        self._calls = [call]  # taken by whoever makes the call: pop() is one step
+        self._calls = [call]  # the thread that makes the call takes it: pop() is one step of the interpreter
         self._running = running
         self._values: list[T] = []
         self._errors: list[BaseException] = []
@@ -33,14 +32,14 @@ class Job(Generic[T]):
         self._done.acquire()
 
     def run(self) -> T:
-        """Make the call and wait for it. Where no thread can be started, the caller's own thread makes it."""
+        """Make the call, wait for it and return its result; in the caller's thread if no thread can be started."""
         try:
             self.start()
         except BaseException as error:
             try:
                 call = self._calls.pop()
             except IndexError:
-                raise error from None  # a handler raised it, and the thread makes the call
+                raise error from None  # a handler raised the error; the thread has started and makes the call
             if isinstance(error, RuntimeError) and "new thread" in str(error):
                 return self.run_here(call)
             raise
@@ -53,20 +52,20 @@ class Job(Generic[T]):
             self._errors.clear()  # its traceback refers to this object
 
     def run_here(self, call: Callable[[], T]) -> T:
-        """Make the call in the caller's own thread. Calls within it are made there, too: see `runs_here`."""
+        """Make the call in the caller's own thread, as calls inside it do, too: see `runs_here`."""
         return call()
 
     def start(self) -> None:
-        """Start the call and wait for nothing."""
-        # Not `threading.Thread`, whose `start` is Python code with locks of its own: a handler's exception in the
-        # middle of it leaves those in disorder.
+        """Start the call and return at once."""
+        # Not `threading.Thread`: its `start` is Python code with locks of its own, which a handler's exception in
+        # the middle of it would leave locked.
         _thread.start_new_thread(self._work, ())
 
     def _work(self) -> None:
         try:
             call = self._calls.pop()
         except IndexError:
-            return  # taken back
+            return  # `run` has taken the call back
         self._running.add(self)
         try:
             self._values.append(call())
@@ -78,7 +77,7 @@ class Job(Generic[T]):
 
 
 def runs_here() -> bool:
-    """Return whether the calling thread is within a call that no thread could be started for."""
+    """Return whether the calling thread is inside a call for which no thread could be started."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is Job.run_here.__code__:

@@ -1,9 +1,8 @@
-"""What the command prints: every text from outside passes `printable` before it reaches a terminal.
+"""Output to a terminal, with control characters replaced.
 
-Names of files, metadata of models, replies and error messages may hold escape
-sequences, which could move the cursor, change the terminal's title or hide
-what is printed. A leaf module; called by `erllama.cli`, by the demonstration
-and by the handler of libllama's log.
+File names, model metadata, replies and error messages may contain escape sequences, which could move the cursor,
+change the terminal's title or hide output. Therefore `say` passes every text through `printable`. `erllama.cli`,
+the demonstration and the handler of libllama's log print through this module.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ _REPLACEMENT = "\ufffd"
 def printable(text: str) -> str:
     """Return a text with each control or invisible character replaced by U+FFFD.
 
-    Replaced are the C0 and C1 controls but newline and tab, DEL, surrogates, the marks that change the direction of
-    writing, the separators of lines and paragraphs, and other invisible characters. The joiners that emoji and some
-    scripts need stay.
+    Replaces the C0 and C1 controls except newline and tab, DEL, surrogates, the marks that change the direction of
+    writing, the separators of lines and paragraphs, and other invisible characters. Keeps the joiners that emoji
+    and some scripts need.
     """
     if text.isprintable():
         return text
@@ -27,12 +26,12 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a printable text without line breaks, so that it cannot pose as a line of its own."""
+    """Return a printable text without line breaks, so that it cannot imitate another line of output."""
     return printable(text).replace("\n", " ").replace("\t", " ")
 
 
 def json_text(value: object, *, indent: int | None = None) -> str:
-    """Return a value as JSON: characters that `printable` replaces are escaped, all others are themselves."""
+    """Return a value as JSON. Escapes the characters that `printable` replaces, and no others."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     if text.isprintable():
         return text
@@ -40,12 +39,12 @@ def json_text(value: object, *, indent: int | None = None) -> str:
 
 
 def say(text: str = "", *, end: str = "\n", stderr: bool = False) -> None:
-    """Print a text, on stdout or stderr, as `printable` makes it."""
+    """Print a text through `printable`, to stdout or stderr."""
     print(printable(text), end=end, file=sys.stderr if stderr else sys.stdout, flush=stderr)
 
 
 def _is_shown(character: str) -> bool:
-    # Spaces beyond ASCII and C1 are harmless, and so are the two joiners. U+2028 and U+2029 begin a line.
+    # Spaces beyond ASCII and C1 are harmless, and so are the two joiners. U+2028 and U+2029 start a new line.
     if character in "\u2028\u2029":
         return False
     return character.isprintable() or (character.isspace() and character >= "\u00a0") or character in "\u200c\u200d"

@@ -1,9 +1,8 @@
 """Command lines of the child processes that erllama starts.
 
-Owns the one way to run erllama in a child: with the parent's interpreter, and
-without the current directory on the module search path. The current directory
-may hold a downloaded model and files beside it, and none of them may run.
-Called by `erllama demo` and `erllama doctor`.
+A child runs with the parent's interpreter and without the current directory on the module search path: that
+directory may hold a downloaded model with Python files beside it, which must not run. `erllama demo` and `erllama
+doctor` call this module.
 """
 
 from __future__ import annotations

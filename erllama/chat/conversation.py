@@ -12,12 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from erllama._types import Message
 from erllama.chat.content_masking import ContentMask, SpecialTokenTexts
 from erllama.chat.message_adapters import adapt_messages, encode_arguments
 from erllama.chat.messages import normalize_messages
 from erllama.chat.templates.plain_data import copy_arguments, copy_documents
 from erllama.chat.templates.template import ChatTemplate
-from erllama.chat.types import Message
 from erllama.errors import ChatError, TemplateError
 
 # Unique texts in place of a reply, its thinking and an argument, to find out what a template does with them.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from erllama._types import Message
 from erllama.chat.thinking import find_thinking_markers
 from erllama.chat.tool_calls.constrained_calls import CallConstraint, constrain_calls
 from erllama.chat.tool_calls.formats import find_tool_format, get_tool_format
@@ -17,7 +18,6 @@ from erllama.chat.tool_calls.rule_writer import quote
 from erllama.chat.tool_calls.schema_enforcement import find_violation
 from erllama.chat.tool_calls.syntax import ToolFormat
 from erllama.chat.tool_calls.tools import ToolChoice, get_parameters, get_tool_names
-from erllama.chat.types import Message
 from erllama.engine import Markers, ToolCall
 from erllama.engine.output.token_codec import TokenCodec
 from erllama.errors import OptionError, ToolCallError

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from erllama._types import Message
 from erllama.chat.json_values import InvalidValueError, check_text, copy_json_value, parse_json
 from erllama.chat.suggestions import suggest_name
-from erllama.chat.types import ROLES, TOOL_NAME, Message
+from erllama.chat.types import ROLES, TOOL_NAME
 from erllama.errors import ChatError
 
 _KEYS = (

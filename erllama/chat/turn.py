@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama._runtime.log import logger
+from erllama._types import Message
 from erllama.chat.content_masking import encode_marked
 from erllama.chat.conversation import Conversation
 from erllama.chat.family import Family
 from erllama.chat.history import History
 from erllama.chat.results import ChatCompletion, Usage
-from erllama.chat.types import Message
 from erllama.engine import (
     Completion,
     Done,

@@ -1,11 +1,8 @@
-"""The forms that chat modules pass to each other: messages, roles and tool names."""
+"""The forms that chat modules pass to each other: roles and tool names."""
 
 from __future__ import annotations
 
 import re
-
-# One message in normalized form: see `normalize_messages`.
-Message = dict[str, object]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # OpenAI's rule for tool names, and dots, which the built-in tools of some families have.

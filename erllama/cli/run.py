@@ -10,7 +10,7 @@ from typing import cast
 import click
 
 import erllama
-from erllama._model.request_options import ChatOptions, CompletionOptions
+from erllama._model.requests.options import ChatOptions, CompletionOptions
 from erllama._runtime.printing import say
 from erllama.cli.console import EXIT_INTERRUPTED, print_json
 from erllama.cli.loading import ModelOptions, existing_path

@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from erllama.checks import import_optional
+
 if TYPE_CHECKING:
     from erllama.testing.backends.conformance import BackendConformance
     from erllama.testing.backends.machine import BackendMachine
@@ -27,9 +29,15 @@ _MODULES = {
     "TierConformance": "tiers.conformance",
 }
 
+_NEED_HYPOTHESIS = ("BackendMachine", "CacheMachine")
+
 
 def __getattr__(name: str) -> object:
     # Imported on first use, so that the model generators work without Hypothesis.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _NEED_HYPOTHESIS:
+        import_optional(
+            "hypothesis", needed_by=f"{__name__}.{name}", package="hypothesis", install="'erllama[testing]'"
+        )
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

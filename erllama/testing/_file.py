@@ -8,13 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from erllama.checks import import_optional
+
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
+
+def require_gguf() -> None:
+    """Raise MissingPackage if the `gguf` package, which every generator of a model needs, is not installed."""
+    import_optional("gguf", needed_by="writing a GGUF file", package="gguf", install="'erllama[models]'")
 
 
 @contextmanager
 def new_gguf(path: Path, architecture: str) -> Iterator[GGUFWriter]:
     """Yield a writer for metadata and tensors. The file appears when the block ends without an exception."""
+    require_gguf()
     from gguf import GGUFWriter
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-from erllama.testing._file import new_gguf
+from erllama.testing._file import new_gguf, require_gguf
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
@@ -75,6 +75,7 @@ def write_encoder(
         pooling: the pooling in the file's metadata.
         epsilon: the epsilon of the layers' norms.
     """
+    require_gguf()
     from gguf import LlamaFileType, PoolingType, TokenType
 
     n_ctx, n_embd = weights["position_embd.weight"].shape

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from erllama.testing._file import new_gguf
+from erllama.testing._file import new_gguf, require_gguf
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -248,6 +248,7 @@ class _ModelFile(AbstractContextManager["_ModelFile"]):
         quantization: Quantization,
         output_norm: str = "output_norm",
     ) -> None:
+        require_gguf()
         from gguf import GGMLQuantizationType, LlamaFileType
 
         self._file = new_gguf(Path(path), architecture)
@@ -295,6 +296,7 @@ class _ModelFile(AbstractContextManager["_ModelFile"]):
 
 
 def _add_byte_vocabulary(writer: object, n_vocab: int) -> None:
+    require_gguf()
     from gguf import GGUFWriter, TokenType
 
     assert isinstance(writer, GGUFWriter)

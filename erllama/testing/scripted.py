@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from erllama.testing._file import new_gguf
+from erllama.testing._file import new_gguf, require_gguf
 
 END = "</s>"
 _SPECIAL = ["<unk>", "<s>", END]
@@ -46,6 +46,7 @@ def write_scripted(
     Raises:
         ValueError: `follows` contains a text that is not a token.
     """
+    require_gguf()
     from gguf import TokenType
 
     begun = sorted({word[:n] for word in words for n in range(2, len(word) + 1)})

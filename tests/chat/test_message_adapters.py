@@ -97,6 +97,6 @@ def test_a_familys_template_takes_a_call_and_its_result(path: Path) -> None:
             with pytest.raises(erllama.TemplateError, match=refused[path.stem]):
                 model.render_chat(CONVERSATION)
             return
-        tools = TOOLS if model._chats.templates.choose().uses("tools") else None
+        tools = TOOLS if model._chat_requests.chats.templates.choose().uses("tools") else None
         text = model.render_chat([*CONVERSATION, {"role": "assistant", "content": "It rains."}], tools=tools)
         assert "It rains." in text

@@ -170,7 +170,7 @@ def test_real_tokenizers_read_content_as_text(real: erllama.Model) -> None:
             plain = real.apply_chat_template([user("hello"), user("B")], chat_template=template, **PLAIN).tolist()
             assert [i for i in ids if not vocabulary.piece(i)] == [i for i in plain if not vocabulary.piece(i)]
             expected = real.render_chat([user(content), user("B")], chat_template=template)
-            history: History = real._chats.history
+            history: History = real._chat_requests.chats.history
             assert history.spell_out(ids).decode().replace(" ", "").removeprefix("<s>") == expected.replace(
                 " ", ""
             ).removeprefix("<s>")

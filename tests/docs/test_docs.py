@@ -24,7 +24,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 import erllama
-from erllama._model.request_options import ChatOptions, CompletionOptions
+from erllama._model.requests.options import ChatOptions, CompletionOptions
 from erllama.cache import Block, FileTier
 from erllama.chat.tool_calls.formats import TOOL_FORMATS
 from erllama.engine import SamplingOptions

@@ -17,7 +17,7 @@ import erllama
 import erllama.cache
 import erllama.engine
 import erllama.testing
-from erllama._model.request_options import ChatOptions, CompletionOptions, PrefillOptions
+from erllama._model.requests.options import ChatOptions, CompletionOptions, PrefillOptions
 from erllama.chat.request import ChatRequest
 from erllama.engine import PhaseOptions, RequestOptions, SamplingOptions
 from support.pages import DOCS, tables

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from erllama._model.request_options import CompletionOptions
+from erllama._model.requests.options import CompletionOptions
 from erllama.engine import SamplingOptions
 from erllama.engine.sampling.declaration import ChainStep, Option
 from erllama.engine.sampling.options import DECLARED, SAMPLERS

@@ -288,7 +288,7 @@ def test_calls_take_turns_one_decode_at_a_time() -> None:
         assert backend.slow.began.acquire(timeout=30)
         second = threading.Thread(target=model.embed, args=(["xxxx", "yyyy"],))
         second.start()
-        while len(model._embeddings._turns._waiting) < 1:
+        while not model._embeddings._decode_lock.n_waiting:
             time.sleep(0.001)
         backend.slow.go.release(100)
         first.join(30)
@@ -363,7 +363,7 @@ def test_a_model_unloaded_in_the_middle_of_libllamas_work(tiny_gguf: Path) -> No
 @pytest.mark.parametrize(
     ("texts", "error", "says"),
     [
-        ([], erllama.PromptError, "there are no texts; give at least one"),
+        ([], erllama.PromptError, "there are no texts; pass at least one"),
         ("", erllama.PromptError, "text 0 is empty"),
         (["a", ""], erllama.PromptError, "text 1 is empty"),
         (["a", []], erllama.PromptError, "text 1 is empty"),
@@ -430,7 +430,7 @@ def test_rankings_are_checked(ranker: erllama.Model, bert: erllama.Model) -> Non
         ("", ["a"], erllama.PromptError, "the query is empty"),
         (3, ["a"], erllama.PromptError, "the query is 3"),
         ("a", [], erllama.PromptError, "there are no documents"),
-        ("a", "document", erllama.PromptError, "give a list of texts"),
+        ("a", "document", erllama.PromptError, "pass a list of texts"),
         ("a", ["a", ""], erllama.PromptError, "document 1 is empty"),
         ("a", ["a", 3], erllama.PromptError, "document 1 is 3"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -218,6 +219,7 @@ def interrupted_at(step: int, modules: tuple[str, ...], call: Callable[[], objec
             if left == 0:
                 raise KeyboardInterrupt
 
+    gc.disable()  # else the interrupt may come within the `__del__` of some other test's model
     sys.setprofile(profile)
     try:
         call()
@@ -225,6 +227,7 @@ def interrupted_at(step: int, modules: tuple[str, ...], call: Callable[[], objec
         pass
     finally:
         sys.setprofile(None)
+        gc.enable()
     return left <= 0
 
 

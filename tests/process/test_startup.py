@@ -93,7 +93,7 @@ def test_type_checkers_and_python_find_the_same_names_in_the_same_places() -> No
                 assert isinstance(line, ast.ImportFrom)
                 assert line.module is not None
                 checked[line.module] = {each.name for each in line.names}
-    assert checked == {module: set(names) for module, names in erllama._HOMES.items()}
+    assert checked == {module: set(names) for module, names in erllama._NAMES_BY_MODULE.items()}
     assert set().union(*checked.values()) | {"__version__"} == set(erllama.__all__)
     assert erllama.__all__ == sorted(erllama.__all__)
 
@@ -130,7 +130,7 @@ def test_any_name_can_be_the_first() -> None:
         import cffi, jinja2, llguidance, numpy, platformdirs, psutil, sqlite_utils, watchdog.observers, xxhash
         import erllama
 
-        for module, names in erllama._HOMES.items():
+        for module, names in erllama._NAMES_BY_MODULE.items():
             child = os.fork()
             if not child:
                 getattr(erllama, names[0])
@@ -138,7 +138,7 @@ def test_any_name_can_be_the_first() -> None:
             print(module, os.waitpid(child, 0)[1])
         """
     found = must_run(code).splitlines()
-    assert found == [f"{module} 0" for module in erllama._HOMES]
+    assert found == [f"{module} 0" for module in erllama._NAMES_BY_MODULE]
 
 
 def test_threads_that_use_names_for_the_first_time_at_once_get_the_same_ones() -> None:

@@ -101,7 +101,7 @@ def test_a_ticket_that_several_threads_read_ends_for_each_of_them() -> None:
 
 def test_completions_that_nobody_streams_keep_no_events() -> None:
     with loaded(StubBackend(eog_bias=-100)) as model:
-        ticket = model._ticket([1], erllama.engine.RequestOptions(max_tokens=50))
+        ticket = model._requests.ticket([1], erllama.engine.RequestOptions(max_tokens=50), model)
         model._runner.submit(ticket)
         ticket.result()
         assert [type(event) for event in ticket.events()] == [erllama.Done]

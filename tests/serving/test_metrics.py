@@ -405,7 +405,7 @@ def test_the_default_registry_is_the_default() -> None:
 def test_a_registry_that_cannot_be_used_is_a_typed_error() -> None:
     taken = CollectorRegistry()
     prometheus_client.Counter("erllama_ticks", "Somebody else's.", registry=taken)
-    with pytest.raises(erllama.OptionError, match="has metrics of these names"):
+    with pytest.raises(erllama.OptionError, match="already has metrics of these names"):
         erllama.metrics.register(taken)
     with pytest.raises(erllama.OptionError, match="CollectorRegistry, or None"):
         erllama.metrics.register("default")  # type: ignore[arg-type]
@@ -420,8 +420,11 @@ def test_one_metric_can_be_asked_for_alone(registry: CollectorRegistry) -> None:
 def test_without_prometheus_client_the_error_has_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.delitem(sys.modules, "erllama.metrics")
-    with pytest.raises(erllama.OptionError, match=r"pip install erllama\[metrics\]"):
+    with pytest.raises(
+        ImportError, match=r"erllama.metrics needs prometheus-client: pip install 'erllama\[metrics\]'"
+    ) as caught:
         __import__("erllama.metrics")
+    assert isinstance(caught.value, erllama.MissingPackage)
 
 
 def test_nobody_needs_prometheus_client_who_does_not_ask_for_it() -> None:

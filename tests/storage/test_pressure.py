@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from erllama.cache.pressure.memory import MemoryUsage, Source, cgroup_memory
 from erllama.cache.pressure.pressure import Pressure, PressureWatch
-from erllama.errors import OptionError
+from erllama.errors import MissingPackage, OptionError
 
 PATIENCE = 60.0  # seconds until a wait for another thread counts as failed; none is waited out
 SOON = 0.001
@@ -642,7 +642,7 @@ def test_system_reads_this_machine() -> None:
 
 def test_system_without_psutil_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psutil", None)
-    with pytest.raises(OptionError, match="pip install psutil"):
+    with pytest.raises(MissingPackage, match="pip install psutil"):
         Machine(0, 1).watch("system")
 
 
@@ -704,16 +704,22 @@ def test_a_lost_gpu_is_a_fault_and_the_others_count(monkeypatch: pytest.MonkeyPa
     assert machine.faults == ["memory cannot be read: NVMLError: GPU is lost"]
 
 
+def test_a_missing_nvidia_package_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ImportError, match=r"needs nvidia-ml-py: pip install 'erllama\[nvidia\]'") as caught:
+        gpu_watch(monkeypatch, None, Machine(0, 1))
+    assert isinstance(caught.value, MissingPackage)
+    assert caught.value.name == "pynvml"
+
+
 @pytest.mark.parametrize(
     ("nvml", "message"),
     [
-        (None, r"needs nvidia-ml-py: pip install erllama\[nvidia\]"),
         (FakeNvml(driver=False), "no NVIDIA driver .NVML Shared Library Not Found.; .*source='system'"),
         (FakeNvml(), "finds no GPU; use source='system'"),
     ],
 )
 def test_where_gpus_cannot_be_read_the_error_has_the_way_out(
-    monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml | None, message: str
+    monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml, message: str
 ) -> None:
     with pytest.raises(OptionError, match=message):
         gpu_watch(monkeypatch, nvml, Machine(0, 1))

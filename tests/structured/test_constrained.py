@@ -324,7 +324,7 @@ def test_a_grammar_is_refused_ahead_as_by_a_request(stub: erllama.Model) -> None
     with pytest.raises(erllama.GrammarError, match="line 1, column 10: token 99999 is outside") as caught:
         stub.compile_grammar(erllama.Grammar.gbnf("root ::= <[99999]>"))
     assert (caught.value.line, caught.value.column) == (1, 10)
-    with pytest.raises(erllama.OptionError, match=r"give an erllama\.Grammar"):
+    with pytest.raises(erllama.OptionError, match=r"pass an erllama\.Grammar"):
         stub.compile_grammar('root ::= "a"')  # type: ignore[arg-type]
     stub.unload()
     with pytest.raises(erllama.ModelUnloaded):

@@ -12,11 +12,11 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from erllama._runtime.log import logger
+from erllama._types import Message
 from erllama.chat.tool_calls.call_grammar import write_call_grammar
 from erllama.chat.tool_calls.schema_enforcement import find_enforcement_problem, relax_schema
 from erllama.chat.tool_calls.syntax import ToolFormat
 from erllama.chat.tool_calls.tools import get_parameters
-from erllama.chat.types import Message
 from erllama.engine import Grammar
 from erllama.errors import GrammarError
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import cast
 
 import erllama
-from erllama._model.request_options import ChatOptions, chat_request
+from erllama._model.requests.options import ChatOptions, chat_request
+from erllama._types import Message
+from erllama.checks import shown
 from erllama.cli.files import new_file
 from erllama.cli.reply import stream_reply
-from erllama.errors import ChatError, shown
-
-Message = dict[str, object]
+from erllama.errors import ChatError
 
 
 @dataclass(slots=True)

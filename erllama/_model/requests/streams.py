@@ -1,4 +1,7 @@
-"""Replies as they come: for threads, and for asyncio."""
+"""Streams of a reply's events, for threads and for asyncio.
+
+`Model` creates them; `ChatStream` and `AsyncChatStream` add the result of a chat.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from erllama.engine import Completion, Done, Event, Ticket
 
 
 class Stream:
-    """A reply as it comes: iterate it for events, the last of which is `Done`.
+    """A reply that is streamed: iterate over it for its events, of which `Done` is the last.
 
-    Leaving a `with`, or dropping the stream, cancels what is still running. One
-    that is not read costs no more than its reply: the pieces are joined.
+    Leaving a `with` block, or dropping the stream, cancels the request. Unread events are joined, so a stream that
+    is not read takes no more memory than its reply.
     """
 
     def __init__(self, ticket: Ticket) -> None:
@@ -31,14 +34,14 @@ class Stream:
             raise
 
     def cancel(self) -> None:
-        """End the reply at the next token; `Done` still comes, with finish_reason "cancelled". Idempotent.
+        """End the reply at the next token. `Done` follows with finish_reason "cancelled".
 
-        From any thread.
+        Idempotent. Safe to call from any thread.
         """
         self._ticket.cancel()
 
     def result(self) -> Completion:
-        """Wait for the end and return the whole reply; raises the error of a failed one."""
+        """Wait for the end and return the whole reply; raise the error of a request that failed."""
         return wait(self._ticket)
 
     def __enter__(self) -> Stream:
@@ -52,12 +55,11 @@ class Stream:
 
 
 class AsyncStream:
-    """A reply as it comes, in asyncio: `async for` gives its events, the last of which is `Done`.
+    """A reply that is streamed to asyncio: `async for` yields its events, of which `Done` is the last.
 
-    Takes no thread and does not poll: the model's thread wakes the event loop.
-    Leaving an `async with`, dropping the stream, or cancelling the task that
-    reads it cancels what is still running. Read by one task at a time, in the
-    loop that it was made in.
+    Uses no extra thread and does not poll: the model thread wakes the event loop. Leaving an `async with` block,
+    dropping the stream, or cancelling the task that reads it cancels the request. One task at a time may read a
+    stream, in the event loop that created it.
     """
 
     def __init__(self, ticket: Ticket) -> None:
@@ -66,7 +68,7 @@ class AsyncStream:
 
     def _attach(self, ticket: Ticket) -> None:
         self._ticket = ticket
-        self._news = News(ticket)
+        self._waiter = TicketWaiter(ticket)
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -76,7 +78,7 @@ class AsyncStream:
             raise StopAsyncIteration
         try:
             while (event := self._ticket.poll()) is None:
-                await self._news.wait()
+                await self._waiter.wait()
         except BaseException:
             self._ended = True
             self.cancel()
@@ -85,12 +87,12 @@ class AsyncStream:
         return event
 
     def cancel(self) -> None:
-        """End the reply at the next token; `Done` still comes, with finish_reason "cancelled". Idempotent."""
+        """End the reply at the next token. `Done` follows with finish_reason "cancelled". Idempotent."""
         self._ticket.cancel()
 
     async def result(self) -> Completion:
-        """Wait for the end and return the whole reply; raises the error of a failed one."""
-        return await wait_async(self._ticket, self._news)
+        """Wait for the end and return the whole reply; raise the error of a request that failed."""
+        return await wait_async(self._ticket, self._waiter)
 
     async def __aenter__(self) -> AsyncStream:
         return self
@@ -102,27 +104,27 @@ class AsyncStream:
         _cancel_dropped(self)
 
 
-class News:
-    """Wakes a task when a ticket has something new."""
+class TicketWaiter:
+    """Lets an asyncio task wait until a ticket has an event or an outcome."""
 
     def __init__(self, ticket: Ticket) -> None:
         self._loop = asyncio.get_running_loop()
-        self._arrived = asyncio.Event()
-        ticket.listen(self._tell)
+        self._ready = asyncio.Event()
+        ticket.listen(self._notify)
 
-    def _tell(self) -> None:
-        # In the model's thread. A loop that was closed has nobody to tell.
+    def _notify(self) -> None:
+        # Runs in the model thread. RuntimeError: the event loop is closed, and no task waits.
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._arrived.set)
+            self._loop.call_soon_threadsafe(self._ready.set)
 
     async def wait(self) -> None:
-        """Until there may be something. What came since the last wait counts."""
-        await self._arrived.wait()
-        self._arrived.clear()
+        """Wait for an event. Returns at once if one arrived since the previous wait."""
+        await self._ready.wait()
+        self._ready.clear()
 
 
 def wait(ticket: Ticket) -> Completion:
-    """The end of a request; whoever stops waiting, by Ctrl-C, cancels it."""
+    """Return the completion of a request. An interrupt, such as Ctrl-C, cancels the request."""
     try:
         return ticket.result()
     except BaseException:
@@ -130,11 +132,11 @@ def wait(ticket: Ticket) -> Completion:
         raise
 
 
-async def wait_async(ticket: Ticket, news: News) -> Completion:
-    """As `wait`, for a task; cancelling the task cancels the request."""
+async def wait_async(ticket: Ticket, waiter: TicketWaiter) -> Completion:
+    """As `wait`, for a task. Cancelling the task cancels the request."""
     try:
         while not ticket.done:
-            await news.wait()
+            await waiter.wait()
     except BaseException:
         ticket.cancel()
         raise
