@@ -20,8 +20,8 @@ from erllama.chat.templates.template import ChatTemplate
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import BOS, write_llama
 from erllama.testing.scripted import END, write_scripted
-from support.places import SHARED
-from support.talking import CALL, TEMPLATE, TOOLS, Message, model_that_says, user
+from support.chat.scripted_model import CALL, TEMPLATE, TOOLS, Message, model_that_says, user
+from support.paths import SHARED
 
 SAVE_ALL = {"min_tokens": 1, "cold_min_tokens": 1}
 

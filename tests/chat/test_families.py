@@ -9,8 +9,8 @@ import pytest
 
 import erllama
 from erllama.chat.tool_calls.families import TOOL_FORMATS
-from support.spelled import SpelledBackend, SpelledVocabulary, follow
-from support.tool_texts import EXAMPLES, TOOLS, VARIANTS, WANTED
+from support.chat.tool_calls import EXAMPLES, TOOLS, VARIANTS, WANTED
+from support.scripted_backend import SpelledBackend, SpelledVocabulary, follow
 
 TEMPLATE = "{{ messages[-1].content }}{% if tools %}{% endif %}{{ '\t' }}"
 # How a family's template tells how it thinks, and how it does; the rest think in <think>.

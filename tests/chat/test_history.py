@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 import erllama
 from erllama.chat.history import History
 from erllama.engine import Vocabulary
-from support.places import SHARED
-from support.spelled import EOG, SpelledVocabulary
+from support.paths import SHARED
+from support.scripted_backend import EOG, SpelledVocabulary
 
 NAMESPACE = b"n" * 32
 VOCABULARIES = SHARED / "vocab"

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import erllama
 from erllama.engine.output.phases import Markers, PhaseOptions, PhaseTracker, Script
 from erllama.testing.scripted import END, write_scripted
-from support.backends import first_by_position
-from support.spelled import SpelledBackend, SpelledVocabulary
+from support.recording_backend import first_by_position
+from support.scripted_backend import SpelledBackend, SpelledVocabulary
 
 # Marks that share beginnings, one of them a token of its own that is no text; \u0001 stands for it below.
 SPECIAL = "<|think|>"

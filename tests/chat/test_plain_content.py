@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import erllama
 from erllama.chat.content import BORDER, MARK, ContentMask, SpecialTexts, raw, tokenized, without_marks
 from erllama.chat.history import History
-from support.places import SHARED
-from support.spelled import SpelledBackend, SpelledVocabulary
-from support.talking import SPECIAL, TOOLS, VOCABULARY, Message, model_that_says, user
+from support.chat.scripted_model import SPECIAL, TOOLS, VOCABULARY, Message, model_that_says, user
+from support.paths import SHARED
+from support.scripted_backend import SpelledBackend, SpelledVocabulary
 
 PLAIN = {"special_tokens_in_content": False}
 NAMES = [*SPECIAL, "<|end|>"]

@@ -9,9 +9,9 @@ import pytest
 import erllama
 from erllama.chat.messages import normalized_messages
 from erllama.chat.quirks import as_template_takes, with_arguments_as_text
-from support.places import SHARED
-from support.spelled import SpelledBackend, SpelledVocabulary, follow
-from support.tool_texts import TOOLS
+from support.chat.tool_calls import TOOLS
+from support.paths import SHARED
+from support.scripted_backend import SpelledBackend, SpelledVocabulary, follow
 
 Message = dict[str, object]
 TEMPLATES = SHARED / "templates"

@@ -25,9 +25,9 @@ from erllama.chat.templates.compiler import MAX_NESTING, MAX_NODES, MAX_SOURCE
 from erllama.chat.templates.limits import MAX_CALLS, MAX_TEXT
 from erllama.chat.templates.template import CHATML, MAX_GIVEN_DEPTH, MAX_MESSAGE, ChatTemplate, render_chat_template
 from erllama.errors import ChatError, OptionError, TemplateError
-from support.chat_templates import ALL, BOMBS, BRACKETS, ESCAPES, LARGE, SHORT, SOURCES, TAGGED, grown
-from support.children import must_run
-from support.places import SHARED
+from support.chat.templates import ALL, BOMBS, BRACKETS, ESCAPES, LARGE, SHORT, SOURCES, TAGGED, grown
+from support.paths import SHARED
+from support.subprocesses import must_run
 
 Conversation = list[dict[str, Any]]
 

@@ -15,7 +15,7 @@ from erllama.chat.thinking import find_thinking
 from erllama.chat.tool_calls.families import TOOL_FORMATS, find_tool_format, tool_format
 from erllama.chat.tool_calls.tools import normalized_tools
 from erllama.errors import GrammarError, OptionError, ToolCallError
-from support.tool_texts import (
+from support.chat.tool_calls import (
     ALL,
     DEEPSEEK,
     EXAMPLES,

@@ -17,8 +17,8 @@ from erllama.chat.chats import Chats
 from erllama.chat.history import History
 from erllama.chat.turns import Turn
 from erllama.engine import Grammar
-from support.spelled import SpelledBackend, SpelledVocabulary
-from support.talking import CALL, SPECIAL, TEMPLATE, TOOLS, VOCABULARY, Message, model_that_says, user
+from support.chat.scripted_model import CALL, SPECIAL, TEMPLATE, TOOLS, VOCABULARY, Message, model_that_says, user
+from support.scripted_backend import SpelledBackend, SpelledVocabulary
 
 KEEP = {"template_args": {"keep_thinking": True}}
 

@@ -14,7 +14,7 @@ import pytest
 
 import erllama
 from erllama.cli.console import size
-from support.command import Command, says
+from support.cli import Command, says
 from support.pseudo_terminal import PseudoTerminal
 
 ONE = ("--threads", "1")

@@ -16,9 +16,9 @@ import pytest
 from erllama.cache import Cache, namespace_key
 from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cache.blocks import kvc as kvc_format
-from support.blocks import SIZE, blocks_of
-from support.command import Command, Finished, says
-from support.places import TESTS
+from support.cli import Command, Finished, says
+from support.paths import TESTS
+from support.storage.blocks import SIZE, blocks_of
 
 ONE = ("--threads", "1")
 OTHER = namespace_key({"model": "b"})
@@ -329,7 +329,7 @@ WORKING = """
     import random, sys, time
     import numpy as np
     from pathlib import Path
-    from support.blocks import SIZE, blocks_of
+    from support.storage.blocks import SIZE, blocks_of
     from erllama.cache import Cache
 
     dice, end = random.Random(int(sys.argv[2])), time.monotonic() + 3

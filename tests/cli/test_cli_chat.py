@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.command import Command, says
+from support.cli import Command, says
 from support.pseudo_terminal import PseudoTerminal
 
 ONE = ("--threads", "1")

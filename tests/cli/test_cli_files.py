@@ -13,7 +13,7 @@ import pytest
 
 from erllama.cli.chat import line_input as lines
 from erllama.cli.files import new_file, private_directory
-from support.command import Command, Finished, says
+from support.cli import Command, Finished, says
 
 ONE = ("--threads", "1")
 Write = Callable[[Path], Finished]

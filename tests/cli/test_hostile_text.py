@@ -20,9 +20,9 @@ from erllama._runtime.printing import json_text, one_line, printable
 from erllama.cli.main import _logging
 from erllama.testing import scripted
 from erllama.testing._file import new_gguf
-from support.children import run_python
-from support.command import TEMPLATE, Command, says
+from support.cli import TEMPLATE, Command, says
 from support.pseudo_terminal import PseudoTerminal
+from support.subprocesses import run_python
 
 PACKAGE = Path(erllama.__file__).parent
 ONE = ("--threads", "1")

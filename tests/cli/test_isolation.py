@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.children import must_run, run_python
+from support.subprocesses import must_run, run_python
 
 # The parent as the installed command runs it: without the current directory on the path.
 ERLLAMA = [sys.executable, "-P", "-m", "erllama"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.children import run_python
+from support.subprocesses import run_python
 
 
 def test_a_model_and_a_cache_touch_no_network_and_run_no_program(tiny_gguf: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from support.pages import DOCS
-from support.places import ROOT
+from support.doc_pages import DOCS
+from support.paths import ROOT
 
 sys.path.append(str(ROOT))
 
@@ -71,7 +71,7 @@ def unknown_names(text: str) -> list[str]:
 
 def is_known(span: str) -> bool:
     """Whether a path exists, or an identifier is defined; True for spans that are neither, such as commands."""
-    if "/" in span and " " not in span:
+    if re.fullmatch(r"\w[\w.-]*/[\w./-]*", span):
         return (ROOT / span).exists()
     if re.fullmatch(r"\w+\.(py|h|cpp|toml|md)", span):
         return (ROOT / span).exists() or any(list((ROOT / folder).rglob(span)) for folder in FOLDERS)

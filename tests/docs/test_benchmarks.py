@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.places import ROOT
+from support.paths import ROOT
 
 sys.path.append(str(ROOT))
 

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 from erllama.cli.main import Later, main, root
 from erllama.testing.scripted import write_scripted
-from support.places import ROOT
+from support.paths import ROOT
 
 PAGE = ROOT / "docs" / "cli.md"
 HOME = "/home/ada"

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
-from support.pages import NAMES, blocks, prose
-from support.places import ROOT
+from support.doc_pages import NAMES, blocks, prose
+from support.paths import ROOT
 
 BIN = Path(sys.executable).parent
 PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"

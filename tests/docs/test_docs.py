@@ -31,9 +31,9 @@ from erllama.engine import SamplingOptions
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing import TierConformance
 from erllama.testing.scripted import write_scripted
-from support.pages import DOCS, NAMES, SCRIPTS, blocks
-from support.places import ROOT
-from support.talking import CALL, TEMPLATE, TOOLS, model_that_says, user
+from support.chat.scripted_model import CALL, TEMPLATE, TOOLS, model_that_says, user
+from support.doc_pages import DOCS, NAMES, SCRIPTS, blocks
+from support.paths import ROOT
 
 Names = dict[str, Any]
 
@@ -303,7 +303,7 @@ def test_every_page_with_snippets_is_run_somewhere() -> None:
 
 
 def test_what_a_snippet_gets_wrong_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("support.pages.ROOT", tmp_path)
+    monkeypatch.setattr("support.doc_pages.ROOT", tmp_path)
     (tmp_path / "page.md").write_text("# A page\n\n```python\nx = 1  # True\nx + 1  # words\nx + 2  # 3\n```\n")
     assert run("page.md", {}) == 1
     (tmp_path / "page.md").write_text("# A page\n\n```python\nx = 1\nx + 2  # 4\n```\n")

@@ -16,8 +16,8 @@ import pytest
 from erllama.testing.bert import write_bert
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_lora, write_mamba
 from erllama.testing.scripted import write_scripted
-from support.pages import SCRIPTS, blocks
-from support.places import ROOT
+from support.doc_pages import SCRIPTS, blocks
+from support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "error"}

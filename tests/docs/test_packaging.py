@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from support.children import run_python
-from support.places import ROOT
+from support.paths import ROOT
+from support.subprocesses import run_python
 
 SCRIPT = ROOT / "scripts" / "build_llama.sh"
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.places import ROOT
+from support.paths import ROOT
 
 sys.path.append(str(ROOT))
 

@@ -20,8 +20,8 @@ import erllama.testing
 from erllama._model.request_options import ChatOptions, CompletionOptions, PrefillOptions
 from erllama.chat.chats import ChatRequest
 from erllama.engine import PhaseOptions, RequestOptions, SamplingOptions
-from support.pages import DOCS, tables
-from support.places import ROOT
+from support.doc_pages import DOCS, tables
+from support.paths import ROOT
 
 # --- configuration ---------------------------------------------------------------------------------
 

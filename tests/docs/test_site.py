@@ -14,8 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from support.pages import DOCS, NAMES, prose
-from support.places import ROOT
+from support.doc_pages import DOCS, NAMES, prose
+from support.paths import ROOT
 
 LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 

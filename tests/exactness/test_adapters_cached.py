@@ -15,7 +15,7 @@ import pytest
 import erllama
 from erllama.engine.adapters import LoadedAdapter, recipe
 from erllama.testing.models import write_gemma3, write_lora, write_mamba
-from support.adapting import LIVES, NO_TEXT, PROMPT, AdaptedStub, apart, cold_stub, greedy, llama, used
+from support.adapters import LIVES, NO_TEXT, PROMPT, AdaptedStub, apart, cold_stub, greedy, llama, used
 
 # --- what the cache keeps apart
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama.llama_ffi import LlamaContext
-from support.backends import RecordingBackend, llama_backend, prompt_of, same_bits, short_of_cells
-from support.children import must_run
+from support.recording_backend import RecordingBackend, llama_backend, prompt_of, same_bits, short_of_cells
+from support.subprocesses import must_run
 
 BLOCK, UBATCH, REPLY = 32, 64, 64
 GREEDY = {"temperature": 0.0}

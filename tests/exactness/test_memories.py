@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import erllama
 from erllama.testing.models import write_gemma3, write_lfm2, write_mamba
-from support.backends import RecordingBackend, llama_backend, prompt_of, same_bits, short_of_cells
+from support.recording_backend import RecordingBackend, llama_backend, prompt_of, same_bits, short_of_cells
 
 BLOCK, UBATCH = 32, 64
 KINDS = {"sliding window": write_gemma3, "recurrent": write_mamba, "hybrid": write_lfm2}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.places import ROOT
+from support.paths import ROOT
 
 SCRIPTS = ROOT / "scripts"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))

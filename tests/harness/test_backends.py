@@ -35,9 +35,9 @@ from erllama.testing.models import (
     write_llama,
     write_mamba,
 )
-from support.backends import llama_backend
-from support.faulty_backends import LIES, RARE
-from support.places import ROOT
+from support.faulty.backends import LIES, RARE
+from support.paths import ROOT
+from support.recording_backend import llama_backend
 
 EXAMPLE = ROOT / "examples" / "numpy_backend.py"
 GUIDE = ROOT / "docs" / "backends.md"

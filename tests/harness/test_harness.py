@@ -16,8 +16,7 @@ from erllama.engine.backends.stub import StubBackend
 from erllama.errors import CacheFormatError
 from erllama.testing import BackendMachine, CacheMachine, TierConformance
 from erllama.testing.models import TINY, write_gemma3, write_lfm2, write_llama, write_mamba
-from support.backends import llama_backend
-from support.faulty_backends import (
+from support.faulty.backends import (
     LIES,
     RARE,
     CutsFirst,
@@ -31,7 +30,7 @@ from support.faulty_backends import (
     Trusts,
     WipesBatch,
 )
-from support.faulty_tiers import (
+from support.faulty.tiers import (
     FAULTS,
     ForgetsAtClose,
     KeepsAll,
@@ -43,7 +42,8 @@ from support.faulty_tiers import (
     ReadsShort,
     SmallTier,
 )
-from support.places import ROOT
+from support.paths import ROOT
+from support.recording_backend import llama_backend
 
 GUIDE = ROOT / "docs" / "test-harness.md"
 EXAMPLES = int(os.environ.get("ERLLAMA_HARNESS_EXAMPLES", "25"))

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 import erllama
 from erllama import llama_ffi
 from erllama.engine import Batch
-from support.adapting import PROMPT, AdaptedStub, Used, apart, cold_stub, greedy, llama, used
-from support.backends import llama_backend, same_bits
+from support.adapters import PROMPT, AdaptedStub, Used, apart, cold_stub, greedy, llama, used
+from support.recording_backend import llama_backend, same_bits
 from support.threads import in_threads, wait_until
 
 # --- what replies are

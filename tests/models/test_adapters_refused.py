@@ -16,10 +16,10 @@ from erllama import llama_ffi
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.bert import write_bert
 from erllama.testing.models import LlamaShape, write_lora
-from support.adapting import AdaptedStub, greedy, llama
-from support.backends import llama_backend
-from support.children import must_run
-from support.places import TESTS
+from support.adapters import AdaptedStub, greedy, llama
+from support.paths import TESTS
+from support.recording_backend import llama_backend
+from support.subprocesses import must_run
 from support.threads import in_threads, wait_until
 
 # --- what is refused
@@ -258,7 +258,7 @@ import sys
 from pathlib import Path
 import erllama
 sys.path.append(sys.argv[7])
-from support.damage import damaged
+from support.gguf.corruption import damaged
 model_path, source, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 first, last, header = map(int, sys.argv[4:7])
 content = Path(source).read_bytes()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import erllama
-from support.children import must_run, run_python
-from support.places import TESTS
+from support.paths import TESTS
+from support.subprocesses import must_run, run_python
 
 
 def refused(path: Path | str, **options: object) -> str:
@@ -88,7 +88,7 @@ import sys
 from pathlib import Path
 import erllama
 sys.path.append(sys.argv[5])
-from support.damage import damaged
+from support.gguf.corruption import damaged
 source, target, first, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 content = Path(source).read_bytes()
 header = 9500

@@ -13,8 +13,8 @@ from random import Random
 import pytest
 
 import erllama
-from support.pages import blocks
-from support.places import ROOT
+from support.doc_pages import blocks
+from support.paths import ROOT
 
 sys.path.append(str(ROOT))
 

@@ -19,8 +19,8 @@ from erllama import llama_ffi
 from erllama.llama_ffi import LlamaContext, LlamaError, LlamaModel
 from erllama.llama_ffi.samplers import LlamaSampler
 from erllama.testing.models import FIRST_BYTE, TINY, write_llama
-from support.children import must_run
-from support.places import SHARED
+from support.paths import SHARED
+from support.subprocesses import must_run
 from support.threads import in_threads
 
 CONTEXT = {"n_ctx": 512, "n_batch": 256, "n_ubatch": 64, "n_seq_max": 3, "n_threads": 1, "n_threads_batch": 1}

@@ -22,9 +22,9 @@ from erllama.engine.backends.llama import LlamaBackend, _recipe
 from erllama.engine.backends.llama_options import LlamaOptions
 from erllama.llama_ffi import Device
 from erllama.testing.models import TINY, LlamaShape, write_gemma3, write_llama, write_mamba
-from support.backends import llama_backend
-from support.children import must_run
-from support.places import SHARED
+from support.paths import SHARED
+from support.recording_backend import llama_backend
+from support.subprocesses import must_run
 from support.threads import in_threads
 
 PROMPT = [5 + i % 200 for i in range(100)]

@@ -20,20 +20,20 @@ import erllama
 from erllama import llama_ffi
 from erllama.testing.bert import write_bert
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
-from support import gguf_edit
-from support.children import must_run, run_python
-from support.gguf_edit import F32, U32, EditableGGUF
-from support.model_completion import complete, with_optional_tensors
-from support.places import TESTS
+from support.gguf import editable_gguf
+from support.gguf.architectures import complete, with_optional_tensors
+from support.gguf.editable_gguf import F32, U32, EditableGGUF
+from support.paths import TESTS
+from support.subprocesses import must_run, run_python
 
 _HERE = TESTS
-_KINDS = {name: kind for kind, name in gguf_edit.TYPE_NAMES.items()}
+_KINDS = {name: kind for kind, name in editable_gguf.TYPE_NAMES.items()}
 _TRY = """
 import sys
 from pathlib import Path
 sys.path.append(sys.argv[1])
 import erllama
-from support.model_mutations import compute
+from support.gguf.mutations import compute
 for path in sorted(Path(sys.argv[2]).glob("*.gguf")):
     print(path.stem, flush=True, end=": ")
     try:
@@ -52,7 +52,7 @@ def outcomes(place: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> EditableGGUF:
-    return gguf_edit.read(write_llama(tmp_path_factory.mktemp("llama") / "llama.gguf"))
+    return editable_gguf.read(write_llama(tmp_path_factory.mktemp("llama") / "llama.gguf"))
 
 
 def retyped(file: EditableGGUF, name: str, kind: str) -> EditableGGUF:
@@ -94,7 +94,8 @@ def test_weights_of_every_type_that_ggml_multiplies_are_taken(llama: EditableGGU
     kinds = [
         name
         for name, kind in _KINDS.items()
-        if name not in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K") and 64 % gguf_edit.BLOCKS[kind][0] == 0
+        if name not in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
+        and 64 % editable_gguf.BLOCKS[kind][0] == 0
     ]
     assert len(kinds) >= 10
     for kind in kinds:
@@ -273,7 +274,7 @@ def test_weights_that_a_graph_needs_and_a_file_lacks(tmp_path: Path) -> None:
 
 def test_what_only_the_graph_shows_is_found_before_anything_is_computed(tmp_path: Path) -> None:
     """Of each kind a file that loads: an operation that ggml cannot compute, on as many threads as it likes."""
-    base = gguf_edit.read(write_gemma3(tmp_path / "gemma3.gguf"))
+    base = editable_gguf.read(write_gemma3(tmp_path / "gemma3.gguf"))
     place = tmp_path / "files"
     place.mkdir()
     with_value(base, "rope.dimension_count", U32, 32).write(place / "wider than a head.gguf")
@@ -289,10 +290,10 @@ _FUZZ = """
 import sys
 from pathlib import Path
 sys.path.append(sys.argv[1])
-from support import gguf_edit
-from support.model_mutations import HYPERPARAMETERS, try_files
+from support.gguf import editable_gguf
+from support.gguf.mutations import HYPERPARAMETERS, try_files
 first, last, place = int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-bases = [gguf_edit.read(path) for path in sorted(place.glob("*.base"))]
+bases = [editable_gguf.read(path) for path in sorted(place.glob("*.base"))]
 with open(place / "journal", "a") as journal:
     def say(line):
         journal.write(line + "\\n")
@@ -425,7 +426,7 @@ def test_a_failed_model_keeps_its_own_adapters_alone(tiny_gguf: Path, loras: lis
     (tmp_path / "frees.cpp").write_text(_FREES)
     library = tmp_path / "frees.so"
     subprocess.run(["c++", "-shared", "-fPIC", tmp_path / "frees.cpp", "-o", library], check=True)
-    retyped(gguf_edit.read(tiny_gguf), "blk.0.ffn_norm.weight", "F16").write(tmp_path / "bad.gguf")
+    retyped(editable_gguf.read(tiny_gguf), "blk.0.ffn_norm.weight", "F16").write(tmp_path / "bad.gguf")
     paths = (tmp_path / "bad.gguf", tiny_gguf, loras[0])
     finished = run_python(_ADAPTERS, *paths, environment={"LD_PRELOAD": str(library)})
     assert finished.returncode == 0, finished.stderr

@@ -12,7 +12,7 @@ import pytest
 
 import erllama
 from erllama.engine.backends.stub import StubBackend
-from support.children import must_run, run_python
+from support.subprocesses import must_run, run_python
 from support.threads import wait_until
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.children import must_run
+from support.subprocesses import must_run
 
 
 def test_a_child_that_is_forked_while_grammars_compile_compiles_its_own() -> None:

@@ -19,7 +19,7 @@ import erllama
 from erllama.engine import Batch, Candidates
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.grammar.grammar import GrammarCompiler
-from support.adapting import AdaptedStub
+from support.adapters import AdaptedStub
 from support.threads import wait_until
 
 ENDINGS = (ValueError, SystemExit, KeyboardInterrupt, GeneratorExit)

@@ -17,7 +17,7 @@ import erllama
 from erllama._runtime.reentry import reentered
 from erllama.engine.backends.stub import StubBackend
 from erllama.metrics import MetricsCollector
-from support.children import must_run
+from support.subprocesses import must_run
 from support.threads import in_threads, wait_until
 
 

@@ -19,8 +19,8 @@ import pytest
 from erllama.cache import Cache
 from erllama.cache.uninterrupted import running as running_calls
 from erllama.cache.uninterrupted import uninterrupted
-from support.blocks import SIZE, save
-from support.cache_children import bytes_in, running, start_python
+from support.storage.blocks import SIZE, save
+from support.storage.processes import bytes_in, running, start_python
 from support.threads import wait_until
 
 SIGNALS = int(os.environ.get("ERLLAMA_SIGNALS", "300"))

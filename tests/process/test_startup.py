@@ -13,7 +13,7 @@ import pytest
 
 import erllama
 from erllama.cli.main import Later, root
-from support.children import must_run, run_python
+from support.subprocesses import must_run, run_python
 
 SOURCE = ast.parse(Path(erllama.__file__).read_text())
 # Of the standard library, what takes long to import and is not needed.

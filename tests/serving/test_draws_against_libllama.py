@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from erllama.engine.sampling.candidates import Candidates
 from erllama.engine.sampling.steps import Chance, Greedy, Mirostat
 from erllama.llama_ffi.samplers import LlamaSampler
-from support.side_by_side import (
+from support.libllama_samplers import (
     CLOSE,
     N_VOCAB,
     Logits,

@@ -15,8 +15,7 @@ from erllama.cache import Cache
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.scheduling.cells import Cells
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
-from support.backends import RecordingBackend, llama_backend
-from support.requests_of import (
+from support.engine_models import (
     SIZE,
     Endless,
     Watched,
@@ -26,6 +25,7 @@ from support.requests_of import (
     metrics,
     random_prompt,
 )
+from support.recording_backend import RecordingBackend, llama_backend
 
 # --- the same reply, alone or among others --------------------------------------------------------
 

@@ -17,8 +17,7 @@ from erllama.cache import Cache
 from erllama.engine import Batch, Ticket
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import write_llama
-from support.children import must_run
-from support.requests_of import (
+from support.engine_models import (
     SIZE,
     Watched,
     alone,
@@ -27,6 +26,7 @@ from support.requests_of import (
     metrics,
     random_prompt,
 )
+from support.subprocesses import must_run
 
 # --- what fails, fails alone --------------------------------------------------------------------------------
 

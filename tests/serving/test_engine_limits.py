@@ -14,7 +14,7 @@ from erllama.cache import Cache
 from erllama.engine import Batch
 from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.backends.stub import StubBackend
-from support.requests_of import (
+from support.engine_models import (
     Watched,
     eventually,
     loaded,

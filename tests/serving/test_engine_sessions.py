@@ -7,7 +7,7 @@ import pytest
 
 import erllama
 from erllama.engine.backends.stub import StubBackend
-from support.requests_of import (
+from support.engine_models import (
     Watched,
     alone,
     eventually,

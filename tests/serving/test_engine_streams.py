@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import erllama
 from erllama.engine import Batch
 from erllama.engine.backends.stub import EOG, StubBackend
-from support.requests_of import (
+from support.engine_models import (
     Watched,
     eventually,
     loaded,

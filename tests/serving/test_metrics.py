@@ -25,9 +25,9 @@ from erllama.cache import Cache
 from erllama.engine import Batch
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.metrics import BUCKETS
-from support.backends import RecordingBackend
-from support.children import must_run
-from support.places import ROOT
+from support.paths import ROOT
+from support.recording_backend import RecordingBackend
+from support.subprocesses import must_run
 
 DOCS = ROOT / "docs" / "metrics.md"
 HISTOGRAMS = ("erllama_time_to_first_token_seconds", "erllama_time_between_tokens_seconds")

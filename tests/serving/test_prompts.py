@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 import erllama
 from erllama.engine.requests.prompts import PromptTokenizer
 from erllama.testing.models import BOS, write_llama
-from support.places import SHARED
-from support.spelled import SpelledVocabulary
+from support.paths import SHARED
+from support.scripted_backend import SpelledVocabulary
 
 WITH_BOS = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
 MESSAGES = [{"role": "user", "content": "Where is Oslo?"}]

@@ -24,8 +24,7 @@ from erllama.engine.sampling.steps import (
 from erllama.llama_ffi import LlamaModel, Vocabulary
 from erllama.llama_ffi.samplers import LlamaSampler
 from erllama.testing.models import FIRST_BYTE, SPACE, TINY, write_llama
-from support.places import SHARED
-from support.side_by_side import (
+from support.libllama_samplers import (
     N_VOCAB,
     STEPS,
     Pair,
@@ -50,6 +49,7 @@ from support.side_by_side import (
     typical,
     xtc,
 )
+from support.paths import SHARED
 
 NO_HISTORY = [name for name in STEPS if name != "penalties"]
 

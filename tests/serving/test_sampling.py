@@ -16,7 +16,7 @@ from erllama.cache import Cache
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.sampling.candidates import order, top_k
 from erllama.engine.sampling.sampler import Sampler, SamplerFactory, SamplingOptions
-from support.backends import Letters
+from support.recording_backend import Letters
 
 rows = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=300).map(lambda r: np.array(r, np.float32))
 tied_rows = st.lists(st.sampled_from([-1.0, 0.0, 2.0]), min_size=1, max_size=300).map(

@@ -17,7 +17,7 @@ from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import write_gemma3, write_lfm2, write_mamba
 from erllama.testing.scripted import write_scripted
-from support.backends import RecordingBackend, llama_backend, short_of_cells
+from support.recording_backend import RecordingBackend, llama_backend, short_of_cells
 
 PROMPT = "Once upon a time " * 8
 EXACT: dict[str, object] = {"kv_type_k": "f32", "kv_type_v": "f32", "flash_attn": False}

@@ -11,7 +11,7 @@ import pytest
 
 import erllama
 from erllama.testing.models import EOS, write_llama
-from support.spelled import EOG, SpelledBackend, SpelledVocabulary
+from support.scripted_backend import EOG, SpelledBackend, SpelledVocabulary
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ '\t' if m.role == 'assistant' }}{{ m.content }}{% endfor %}"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erllama.engine.output.stops import StopScanner
-from support.backends import first_by_position, stops
+from support.recording_backend import first_by_position, stops
 
 letters = st.text("abc", max_size=12)
 

@@ -18,7 +18,7 @@ from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
 from erllama.errors import CacheFormatError
-from support.blocks import blocks_of
+from support.storage.blocks import blocks_of
 
 BLOCKS = blocks_of(np.arange(64, dtype=np.int32))
 PAYLOAD = memoryview(bytes(range(256)))

@@ -19,9 +19,9 @@ import erllama
 from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, token_bytes
 from erllama.cache.catalog.lru import LeafLRU
 from erllama.cache.catalog.prefix_tree import PrefixTree
-from support.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, save
-from support.children import must_run, run_python
-from support.places import TESTS
+from support.paths import TESTS
+from support.storage.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, save
+from support.subprocesses import must_run, run_python
 from support.threads import wait_until
 
 # Few distinct tokens and short texts, so that prefixes are shared often.
@@ -272,9 +272,9 @@ def test_what_waits_is_written_when_the_interpreter_ends(tmp_path: Path) -> None
         import sys
         sys.path.insert(0, sys.argv[2])
         import numpy as np
-        from support.blocks import save
+        from support.storage.blocks import save
         from erllama.cache import Cache
-        from support.blocks import SIZE
+        from support.storage.blocks import SIZE
         cache = Cache(block_size=SIZE, disk=sys.argv[1])
         save(cache, np.arange(40, dtype=np.int32))
     """
@@ -390,9 +390,9 @@ def test_a_full_disk_costs_only_the_saves_and_ends_by_itself(tmp_path: Path) -> 
         import resource, sys
         sys.path.insert(0, sys.argv[2])
         import numpy as np
-        from support.blocks import hit, save
+        from support.storage.blocks import hit, save
         from erllama.cache import Cache
-        from support.blocks import SIZE
+        from support.storage.blocks import SIZE
         tokens = np.arange(48, dtype=np.int32)
         with Cache(block_size=SIZE, disk=sys.argv[1]) as cache:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
@@ -418,9 +418,9 @@ def test_what_a_killed_process_leaves_is_put_right(tmp_path: Path) -> None:
         import os, signal, sys, threading
         sys.path.insert(0, sys.argv[2])
         import numpy as np
-        from support.blocks import save
+        from support.storage.blocks import save
         from erllama.cache import Cache
-        from support.blocks import SIZE
+        from support.storage.blocks import SIZE
         cache = Cache(block_size=SIZE, disk=sys.argv[1])
         threading.Timer(float(sys.argv[3]), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
         i = 0
@@ -448,9 +448,9 @@ def test_two_processes_share_a_directory(tmp_path: Path) -> None:
         import sys
         sys.path.insert(0, sys.argv[2])
         import numpy as np
-        from support.blocks import hit, save
+        from support.storage.blocks import hit, save
         from erllama.cache import Cache
-        from support.blocks import SIZE
+        from support.storage.blocks import SIZE
         with Cache(block_size=SIZE, disk=sys.argv[1]) as cache:
             print(hit(cache, np.arange(40, dtype=np.int32)))
             save(cache, np.arange(100, 140, dtype=np.int32))

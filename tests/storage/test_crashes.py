@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from erllama.cache import Block, Cache
-from support.blocks import SIZE, blocks_of, hit, payload_of, save
-from support.cache_children import (
+from support.storage.blocks import SIZE, blocks_of, hit, payload_of, save
+from support.storage.processes import (
     DEADLINE,
     Occupied,
     assert_nothing_is_wrong,

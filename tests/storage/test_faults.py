@@ -22,9 +22,9 @@ from erllama.cache.tiers.index import Index
 from erllama.engine import Batch
 from erllama.engine.backends.stub import StubBackend
 from erllama.llama_ffi import LlamaContext, LlamaError, LlamaModel
-from support.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
-from support.children import must_run
-from support.places import TESTS
+from support.paths import TESTS
+from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
+from support.subprocesses import must_run
 
 
 @pytest.fixture
@@ -148,9 +148,9 @@ def test_processes_share_one_quota(tmp_path: Path) -> None:
         import sys
         sys.path.insert(0, sys.argv[2])
         import numpy as np
-        from support.blocks import save
+        from support.storage.blocks import save
         from erllama.cache import Cache
-        from support.blocks import SIZE
+        from support.storage.blocks import SIZE
         with Cache(block_size=SIZE, disk=sys.argv[1], disk_quota=50_000) as cache:
             for i in range(10):
                 save(cache, np.arange(1000 * i, 1000 * i + SIZE, dtype=np.int32) + int(sys.argv[3]), n_bytes=3200)

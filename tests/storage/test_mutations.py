@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from erllama.cache import Block, Cache
 from erllama.cache.blocks import kvc
 from erllama.errors import CacheFormatError
-from support.blocks import NAMESPACE, SIZE, blocks_of
+from support.storage.blocks import NAMESPACE, SIZE, blocks_of
 
 MUTATIONS = int(os.environ.get("ERLLAMA_MUTATIONS", "1000"))
 

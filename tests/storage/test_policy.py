@@ -14,8 +14,8 @@ import erllama
 from erllama import Policy, SaveReason
 from erllama.cache import Cache
 from erllama.engine.backends.stub import StubBackend
-from support.backends import RecordingBackend
-from support.children import must_run
+from support.recording_backend import RecordingBackend
+from support.subprocesses import must_run
 
 SIZE = 32
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 import erllama
 from erllama.cache import Cache
 from erllama.cache.admin.maintenance import CacheFiles
-from support.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
-from support.cache_children import PRELUDE
+from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
+from support.storage.processes import PRELUDE
 
 
 def texts(first: int, n: int = 48) -> NDArray[np.int32]:

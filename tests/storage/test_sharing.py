@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from erllama.cache import Block, Cache, FileTier
-from support.blocks import NAMESPACE, SIZE, blocks_of, hit, save
-from support.cache_children import (
+from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, save
+from support.storage.processes import (
     DEADLINE,
     Occupied,
     assert_nothing_is_wrong,

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 import erllama
 from erllama.cache import Block, Cache, FileTier
 from erllama.cache.tiers.index import Index
-from support.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
-from support.cache_children import finished, running, start_python
+from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
+from support.storage.processes import finished, running, start_python
 
 LOCK_SECONDS = float(os.environ.get("ERLLAMA_LOCK_SECONDS", "1.0"))
 PROMPT_SECONDS = 1.0  # no call of a request takes longer; it takes a thousandth

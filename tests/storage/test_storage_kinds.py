@@ -26,9 +26,9 @@ from erllama.cache.catalog.lru import LeafLRU
 from erllama.cache.tiers.directory import CacheDirectory
 from erllama.cache.tiers.index import FileStamp, Index
 from erllama.cache.tiers.read_only import ReadOnlyFileTier
-from support.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
-from support.cache_children import bytes_in, finished, running, start_python
-from support.children import must_run
+from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
+from support.storage.processes import bytes_in, finished, running, start_python
+from support.subprocesses import must_run
 
 TEN_YEARS = 10 * 365 * 86400 * 10**9
 

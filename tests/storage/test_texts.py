@@ -21,7 +21,7 @@ from erllama.cache import Cache
 from erllama.cache.texts import text_tokens as texts_module
 from erllama.cache.texts.text_tokens import KnownTexts, TextDigests
 from erllama.cache.tiers import index as index_module
-from support.blocks import SIZE, save
+from support.storage.blocks import SIZE, save
 
 NAMESPACE, OTHER = b"n" * 32, b"o" * 32
 

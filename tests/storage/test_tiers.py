@@ -14,10 +14,10 @@ import pytest
 import erllama
 from erllama.cache import Block, Cache, FileTier, MemoryUsage, SaveReason, Tier, TierRow, token_bytes
 from erllama.cache.pipeline.write_queue import Pending, WriteQueue
-from support.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
-from support.children import must_run
-from support.faulty_tiers import SmallTier
-from support.places import TESTS
+from support.faulty.tiers import SmallTier
+from support.paths import TESTS
+from support.storage.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
+from support.subprocesses import must_run
 from support.threads import wait_until
 
 MANY = np.arange(10 * SIZE, dtype=np.int32)
@@ -249,9 +249,9 @@ def test_a_cache_that_was_dropped_still_writes_what_waits(tmp_path: Path) -> Non
         import sys
         sys.path.insert(0, sys.argv[2])
         import gc, numpy as np
-        from support.blocks import save
+        from support.storage.blocks import save
         from erllama.cache import Cache
-        from support.blocks import SIZE
+        from support.storage.blocks import SIZE
         cache = Cache(block_size=SIZE, disk=sys.argv[1])
         save(cache, np.arange(5, dtype=np.int32))
         del cache

@@ -18,7 +18,7 @@ from erllama.cache import Cache
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.grammar import llguidance_adapter as guidance
 from erllama.testing.models import write_llama
-from support.backends import RecordingBackend
+from support.recording_backend import RecordingBackend
 
 N = int(os.environ.get("ERLLAMA_GRAMMARS", "60"))  # `make stress` asks for more
 HOT = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}

@@ -21,7 +21,7 @@ from erllama.engine.backends.stub import StubVocabulary
 from erllama.engine.grammar.grammar import GrammarCompiler, Matcher
 from erllama.llama_ffi import LlamaModel
 from support.grammar_walks import PERSON
-from support.places import SHARED
+from support.paths import SHARED
 from support.threads import in_threads
 
 # --- small vocabularies -----------------------------------------------------------------------

@@ -19,8 +19,8 @@ from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
 from erllama.chat.tool_calls.tools import normalized_tools
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.engine.grammar.schemas import keywords as schema_keywords
+from support.chat.tool_calls import plainly
 from support.grammar_walks import CLOSING, Vocabulary
-from support.tool_texts import plainly
 
 # The suite's share of examples, and that of a long run.
 EXAMPLES = int(os.environ.get("ERLLAMA_GRAMMARS", "25"))

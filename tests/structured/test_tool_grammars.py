@@ -25,8 +25,7 @@ from erllama.chat.tool_calls.tools import normalized_tools, parameters_of
 from erllama.engine import ToolCall
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.errors import ToolCallError
-from support.grammar_walks import VOCABULARIES, walk, words
-from support.tool_texts import (
+from support.chat.tool_calls import (
     HARD,
     NOW,
     TEMPLATES,
@@ -34,6 +33,7 @@ from support.tool_texts import (
     needs_templates,
     plainly,
 )
+from support.grammar_walks import VOCABULARIES, walk, words
 
 # --- Whatever a grammar lets a model write is read, and valid ---------------------------------
 

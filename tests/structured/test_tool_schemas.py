@@ -21,9 +21,9 @@ from erllama.chat.tool_calls.tools import ToolChoice, check_schemas, normalized_
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.engine.output.phases import Script
 from erllama.errors import ChatError, GrammarError, OptionError
+from support.chat.tool_calls import LISTED, NOW, WEATHER, Schema, plainly, spelled_call
 from support.grammar_walks import VOCABULARIES, walk
-from support.spelled import SpelledBackend, SpelledVocabulary, follow
-from support.tool_texts import LISTED, NOW, WEATHER, Schema, plainly, spelled_call
+from support.scripted_backend import SpelledBackend, SpelledVocabulary, follow
 
 # As pydantic writes them: Path, bytes, SecretStr, IPv4Network, Base64Str, FilePath, Json, Decimal.
 ANNOTATED: Schema = {

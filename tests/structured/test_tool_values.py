@@ -19,9 +19,7 @@ from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
 from erllama.chat.tool_calls.tools import normalized_tools
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.errors import GrammarError
-from support.grammar_walks import VOCABULARIES, walk
-from support.spelled import SpelledBackend, SpelledVocabulary, follow
-from support.tool_texts import (
+from support.chat.tool_calls import (
     HARD,
     LISTED,
     MARKERS,
@@ -30,6 +28,8 @@ from support.tool_texts import (
     plainly,
     spelled_call,
 )
+from support.grammar_walks import VOCABULARIES, walk
+from support.scripted_backend import SpelledBackend, SpelledVocabulary, follow
 
 N = int(os.environ.get("ERLLAMA_TOOL_VALUES", "60"))
 

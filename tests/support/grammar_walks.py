@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from erllama.chat.tool_calls.families import TOOL_FORMATS
 from erllama.engine.grammar.grammar import Matcher
-from support.tool_texts import (
+from support.chat.tool_calls import (
     plainly,
 )
 

@@ -15,7 +15,7 @@ from erllama.cache import Cache
 from erllama.engine import Batch
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.metrics import EngineMetrics
-from support.backends import RecordingBackend, llama_backend
+from support.recording_backend import RecordingBackend, llama_backend
 
 SIZE = 32  # tokens of a block
 

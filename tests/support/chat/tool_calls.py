@@ -14,7 +14,7 @@ from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
 from erllama.chat.tool_calls.grammars import Parameters, is_raw, types_of
 from erllama.chat.tool_calls.payloads import GEMMA_KEY, PYTHON_KEY
 from erllama.chat.tool_calls.tools import normalized_tools
-from support.places import SHARED
+from support.paths import SHARED
 
 TEMPLATES = SHARED / "templates"
 needs_templates = pytest.mark.skipif(not TEMPLATES.is_dir(), reason="no templates beside the checkout")

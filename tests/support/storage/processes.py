@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from erllama.cache import Cache
-from support.places import TESTS
+from support.paths import TESTS
 
 DEADLINE = 60.0  # generous: nothing here should come near it
 
@@ -24,7 +24,7 @@ PRELUDE = f"""
     sys.path.append({str(TESTS)!r})
     from pathlib import Path
     import numpy as np
-    from support.blocks import NAMESPACE, SIZE, blocks_of
+    from support.storage.blocks import NAMESPACE, SIZE, blocks_of
     from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, token_bytes
 
     def payload_of(block):

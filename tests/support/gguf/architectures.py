@@ -11,7 +11,7 @@ from pathlib import Path
 
 from erllama import llama_ffi
 from erllama.testing.models import LlamaShape, write_llama
-from support.gguf_edit import ARRAY, BOOL, F32, I32, STRING, U32, EditableGGUF, TensorEntry, read
+from support.gguf.editable_gguf import ARRAY, BOOL, F32, I32, STRING, U32, EditableGGUF, TensorEntry, read
 
 _SHAPE = LlamaShape(n_layer=2, n_embd=64, n_ff=128, n_head=4, n_head_kv=2, n_ctx_train=512)
 _COMMON: dict[str, int | float] = {

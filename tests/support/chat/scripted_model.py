@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import erllama
-from support.spelled import SpelledBackend, SpelledVocabulary
+from support.scripted_backend import SpelledBackend, SpelledVocabulary
 
 Message = dict[str, object]
 

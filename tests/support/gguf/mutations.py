@@ -17,8 +17,8 @@ from pathlib import Path
 from gguf import Keys
 
 import erllama
-from support import gguf_edit
-from support.gguf_edit import ARRAY, BOOL, F32, I32, U32, EditableGGUF
+from support.gguf import editable_gguf
+from support.gguf.editable_gguf import ARRAY, BOOL, F32, I32, U32, EditableGGUF
 
 _INTEGERS = (0, 1, 2, 3, 4, 5, 7, 8, 16, 31, 64, 100, 255, 256, 512, 4096, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
 _REALS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-38, 1e-6, 1e6, 1e30, 3e38, -1e30, math.inf, -math.inf, math.nan)
@@ -49,22 +49,22 @@ def _tensors(file: EditableGGUF, dice: random.Random) -> list[str]:
 
 
 def _retype(file: EditableGGUF, dice: random.Random, _: Sequence[str]) -> str:
-    names, kind = _tensors(file, dice), dice.choice(list(gguf_edit.BLOCKS))
+    names, kind = _tensors(file, dice), dice.choice(list(editable_gguf.BLOCKS))
     if dice.random() < 0.5:  # a type that fits, more often
-        fitting = [k for k, (n, _) in gguf_edit.BLOCKS.items() if file.tensors[names[0]].shape[0] % n == 0]
+        fitting = [k for k, (n, _) in editable_gguf.BLOCKS.items() if file.tensors[names[0]].shape[0] % n == 0]
         kind = dice.choice(fitting)
     for name in names:
         file.tensors[name].kind = kind
-    return f"{names[0]} (of {len(names)}) is {gguf_edit.TYPE_NAMES[kind]};"
+    return f"{names[0]} (of {len(names)}) is {editable_gguf.TYPE_NAMES[kind]};"
 
 
 def _retype_alike(file: EditableGGUF, dice: random.Random, _: Sequence[str]) -> str:
     """All vectors, or all matrices, of another type, as a bad conversion makes them."""
-    vectors, kind = dice.random() < 0.5, dice.choice(list(gguf_edit.BLOCKS))
+    vectors, kind = dice.random() < 0.5, dice.choice(list(editable_gguf.BLOCKS))
     for tensor in file.tensors.values():
-        if (len(tensor.shape) == 1) == vectors and tensor.shape[0] % gguf_edit.BLOCKS[kind][0] == 0:
+        if (len(tensor.shape) == 1) == vectors and tensor.shape[0] % editable_gguf.BLOCKS[kind][0] == 0:
             tensor.kind = kind
-    return f"all {'vectors' if vectors else 'matrices'} are {gguf_edit.TYPE_NAMES[kind]};"
+    return f"all {'vectors' if vectors else 'matrices'} are {editable_gguf.TYPE_NAMES[kind]};"
 
 
 def _reshape(file: EditableGGUF, dice: random.Random, _: Sequence[str]) -> str:
