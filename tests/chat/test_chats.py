@@ -20,7 +20,7 @@ from erllama.chat.templates.template import ChatTemplate
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import BOS, write_llama
 from erllama.testing.scripted import END, write_scripted
-from support.chat.scripted_model import CALL, TEMPLATE, TOOLS, Message, model_that_says, user
+from support.chat.scripted_model import CALL, TEMPLATE, TOOLS, Message, model_replying, user
 from support.paths import SHARED
 
 SAVE_ALL = {"min_tokens": 1, "cold_min_tokens": 1}
@@ -34,7 +34,7 @@ def n_new(model: erllama.Model, text: str) -> int:
 
 
 def test_each_of_twenty_turns_computes_what_is_new_in_it() -> None:
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         messages: list[Message] = []
         before: list[int] = []
         for turn in range(20):
@@ -53,10 +53,10 @@ def test_each_of_twenty_turns_computes_what_is_new_in_it() -> None:
 
 def test_turns_go_on_after_a_restart(tmp_path: Path) -> None:
     messages = [user("hello?")]
-    with erllama.Cache(disk=tmp_path) as cache, model_that_says("hello there", cache=cache) as model:
+    with erllama.Cache(disk=tmp_path) as cache, model_replying("hello there", cache=cache) as model:
         first = model.chat(messages)
     messages += [first.message, user("and?")]
-    with erllama.Cache(disk=tmp_path) as cache, model_that_says("hello there", cache=cache) as model:
+    with erllama.Cache(disk=tmp_path) as cache, model_replying("hello there", cache=cache) as model:
         again = model.chat(messages)
         assert again.context_tokens[: len(first.context_tokens)] == first.context_tokens
         assert again.usage.cached == len(first.context_tokens)
@@ -64,7 +64,7 @@ def test_turns_go_on_after_a_restart(tmp_path: Path) -> None:
 
 
 def test_a_stop_string_is_no_part_of_what_comes_back() -> None:
-    with model_that_says("hello thereEND more") as model:
+    with model_replying("hello thereEND more") as model:
         first = model.chat([user("hello?")], stop="END")
         assert (first.text, first.stop_sequence) == ("hello there", "END")
         again = model.chat([user("hello?"), first.message, user("and?")])
@@ -75,7 +75,7 @@ def test_a_stop_string_is_no_part_of_what_comes_back() -> None:
 
 
 def test_another_tenants_turns_are_not_found() -> None:
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         first = model.chat([user("hello?")], cache_salt="one")
         messages = [user("hello?"), first.message, user("and?")]
         by_text = model.chat(messages, cache_salt="two")
@@ -85,7 +85,7 @@ def test_another_tenants_turns_are_not_found() -> None:
 
 
 def test_with_reproducible_the_text_alone_decides() -> None:
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         first = model.chat([user("hello?")])
         messages = [user("hello?"), first.message, user("and?")]
         text = model.render_chat(messages)
@@ -95,7 +95,7 @@ def test_with_reproducible_the_text_alone_decides() -> None:
 
 
 def test_a_tool_call_is_replayed_as_it_was_sampled() -> None:
-    with model_that_says(f"Let me see. {CALL}", "It is noon.") as model:
+    with model_replying(f"Let me see. {CALL}", "It is noon.") as model:
         messages = [user("Time in Oslo?")]
         first = model.chat(messages, tools=TOOLS)
         assert (first.finish_reason, first.text) == ("tool_calls", "Let me see.")
@@ -110,7 +110,7 @@ def test_a_tool_call_is_replayed_as_it_was_sampled() -> None:
 
 
 def test_thinking_that_the_template_leaves_out_ends_what_is_shared_exactly_there() -> None:
-    with model_that_says("<think>hm</think>hello there") as model:
+    with model_replying("<think>hm</think>hello there") as model:
         first = model.chat([user("hello?")])
         assert (first.thinking, first.text) == ("hm", "hello there")
         assert first.message["reasoning_content"] == "hm"
@@ -124,7 +124,7 @@ def test_thinking_that_the_template_leaves_out_ends_what_is_shared_exactly_there
 
 @pytest.mark.parametrize("stop", [None, "there"])
 def test_a_text_goes_on_from_its_parent_in_the_parents_tokens(stop: str | None) -> None:
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         prompt = "Q<|assistant|>\t"
         first = model.complete(prompt, stop=stop or ())
         assert first.finish_key is not None
@@ -215,7 +215,7 @@ def test_markers_that_are_special_tokens_are_the_grammars_too(scripted: Path, ch
 def test_streams_and_asyncio_give_what_chat_gives() -> None:
     said = f"<think>hm</think>Well. {CALL}"
     options = {"tools": TOOLS, "thinking_signing_key": b"k", "seed": 1}
-    with model_that_says(said) as model:
+    with model_replying(said) as model:
         whole = model.chat([user("Q")], **options)
         stream = model.stream_chat([user("Q")], **options)
         events = list(stream)
@@ -242,7 +242,7 @@ def test_streams_and_asyncio_give_what_chat_gives() -> None:
 
 
 def test_several_calls_in_one_reply() -> None:
-    with model_that_says(f"{CALL}\n{CALL.replace('Oslo', 'Rome')}") as model:
+    with model_replying(f"{CALL}\n{CALL.replace('Oslo', 'Rome')}") as model:
         reply = model.chat([user("Q")], tools=TOOLS)
         assert [call.arguments["city"] for call in reply.tool_calls] == ["Oslo", "Rome"]
         assert len({call.id for call in reply.tool_calls}) == 2
@@ -253,7 +253,7 @@ def test_several_calls_in_one_reply() -> None:
 
 def test_a_malformed_call_is_text_with_its_error() -> None:
     bad = "<tool_call>{nonsense}</tool_call>"
-    with model_that_says(f"Hm. {bad}") as model:
+    with model_replying(f"Hm. {bad}") as model:
         markers = ("<tool_call>", "</tool_call>")
         reply = model.chat([user("Q")], tools=TOOLS, tool_markers=markers)  # by these, no grammar keeps it right
         assert reply.text == f"Hm.{bad}"
@@ -266,7 +266,7 @@ def test_a_malformed_call_is_text_with_its_error() -> None:
 
 
 def test_a_call_is_kept_to_its_schema_from_its_marker_on() -> None:
-    with model_that_says('<tool_call>{"name":"get_tide","arguments":{"town":1}}</tool_call>') as model:
+    with model_replying('<tool_call>{"name":"get_tide","arguments":{"town":1}}</tool_call>') as model:
         reply = model.chat([user("Q")], tools=TOOLS, seed=2, max_tokens=200)
         assert not reply.tool_call_errors
         assert reply.tool_calls[0].name == "get_time"
@@ -318,7 +318,7 @@ def test_a_required_call_is_made_and_valid(
 
 
 def test_with_tool_choice_none_nothing_is_a_call() -> None:
-    with model_that_says(CALL) as model:
+    with model_replying(CALL) as model:
         reply = model.chat([user("Q")], tools=TOOLS, tool_choice="none")
         assert (reply.text, reply.tool_calls, reply.finish_reason) == (CALL, (), "stop")
         assert "get_time" in model.detokenize(reply.context_tokens[: reply.usage.prompt])
@@ -326,7 +326,7 @@ def test_with_tool_choice_none_nothing_is_a_call() -> None:
 
 def test_syntax_is_greedy_and_payload_is_drawn() -> None:
     arguments = set()
-    with model_that_says("<tool_call>") as model:  # then whatever its grammar lets it
+    with model_replying("<tool_call>") as model:  # then whatever its grammar lets it
         for seed in range(8):
             reply = model.chat([user("Q")], tools=TOOLS, seed=seed, temperature=5.0, max_tokens=300)
             arguments.add(reply.raw_tool_calls[0])
@@ -336,14 +336,14 @@ def test_syntax_is_greedy_and_payload_is_drawn() -> None:
 
 
 def test_stop_strings_grammars_logprobs_and_cancels_work_in_chats() -> None:
-    with model_that_says("<think>END</think>one END two") as model:
+    with model_replying("<think>END</think>one END two") as model:
         stopped = model.chat([user("Q")], stop="END")
         assert (stopped.thinking, stopped.text, stopped.stop_sequence) == ("END", "one ", "END")
         listed = model.chat([user("Q")], json_schema={"type": "integer", "maximum": 9, "minimum": 0})
         assert listed.text in "0123456789"
         probabilities = model.chat([user("Q")], logprobs=2)
         assert [entry.token for entry in probabilities.logprobs] == list(probabilities.tokens)
-    with model_that_says("hello there " * 300) as model:
+    with model_replying("hello there " * 300) as model:
         stream = model.stream_chat([user("Q")])
         next(stream)
         stream.cancel()
@@ -352,7 +352,7 @@ def test_stop_strings_grammars_logprobs_and_cancels_work_in_chats() -> None:
 
 def test_thinking_can_be_disabled_and_has_a_budget() -> None:
     template = TEMPLATE.replace("<|assistant|>\t' }}{% endif %}", "<|assistant|><think>\t' }}{% endif %}")
-    with model_that_says("so hm</think>hello there", template=template) as model:
+    with model_replying("so hm</think>hello there", template=template) as model:
         free = model.chat([user("Q")])
         assert (free.thinking, free.text) == ("so hm", "hello there")
         cut = model.chat([user("Q")], thinking=True, thinking_budget_tokens=2, thinking_budget_message=" enough.")
@@ -366,14 +366,14 @@ def test_thinking_can_be_disabled_and_has_a_budget() -> None:
 
 def test_a_template_is_told_whether_to_think() -> None:
     template = TEMPLATE + "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
-    with model_that_says("x", template=template) as model:
+    with model_replying("x", template=template) as model:
         assert model.render_chat([user("Q")], thinking="disabled").endswith("False")
         assert model.render_chat([user("Q")], thinking=True).endswith("True")
         assert model.render_chat([user("Q")]).endswith("\t")
 
 
 def test_the_last_message_can_be_gone_on_with() -> None:
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         messages = [user("Q"), {"role": "assistant", "content": "hello"}]
         reply = model.chat(messages, continue_final_message=True)
         text = model.detokenize(reply.context_tokens[: reply.usage.prompt], special=True)
@@ -391,7 +391,7 @@ TRIMMING = TEMPLATE.replace("{{- m.content }}", "{{- m.content | trim }}")
 @pytest.mark.parametrize("content", ["hello ", "hello\n\n", " hello", "hello", " hello \n", " ", "\n", ""])
 def test_a_message_that_was_gone_on_with_is_what_was_computed(content: str, template: str) -> None:
     computed = content.strip() if template is TRIMMING else content
-    with model_that_says(computed + "there", template=template) as model:
+    with model_replying(computed + "there", template=template) as model:
         begun: Message = {"role": "assistant", "content": content}
         reply = model.chat([user("Q"), begun], continue_final_message=True)
         prompt = model.detokenize(reply.context_tokens[: reply.usage.prompt], special=True)
@@ -422,7 +422,7 @@ def test_real_templates_continue_the_message_that_is_told(path: Path, content: s
 @pytest.mark.parametrize("n", range(1, 14))
 def test_a_reply_that_is_cut_within_a_character_is_gone_on_with_in_its_tokens(n: int) -> None:
     said = "hé 🙂! é"
-    with model_that_says(said) as model:
+    with model_replying(said) as model:
         first = model.chat([user("Q")], max_tokens=n)
         assert first.tokens == tuple(said.encode()[:n])
         assert first.text == said.encode()[:n].decode("utf-8", "replace")
@@ -437,7 +437,7 @@ def test_a_reply_that_is_cut_within_a_character_is_gone_on_with_in_its_tokens(n:
 
 
 def test_a_reply_is_gone_on_with_byte_by_byte() -> None:
-    with model_that_says("🙂é") as model:
+    with model_replying("🙂é") as model:
         message: Message = model.chat([user("Q")], max_tokens=1).message
         while True:
             reply = model.chat([user("Q"), message], continue_final_message=True, max_tokens=1)
@@ -448,7 +448,7 @@ def test_a_reply_is_gone_on_with_byte_by_byte() -> None:
 
 
 def test_what_was_read_of_a_stream_that_ends_within_a_character_is_gone_on_with() -> None:
-    with model_that_says("a🙂b") as model:
+    with model_replying("a🙂b") as model:
         stream = model.stream_chat([user("Q")], max_tokens=3)
         text = "".join(event.text for event in stream if isinstance(event, erllama.TextDelta))
         assert text == "a\ufffd"
@@ -467,13 +467,13 @@ def test_a_character_that_is_never_completed_stays_what_it_was() -> None:
 @pytest.mark.parametrize("n", range(1, 8))
 def test_a_completion_goes_on_within_a_character(n: int) -> None:
     said = "hé🙂"
-    with model_that_says(said) as model:
+    with model_replying(said) as model:
         first = model.complete("<|assistant|>\t", max_tokens=n)
         assert first.text.removesuffix("\ufffd") + model.complete(first.context_tokens).text == said
 
 
 def test_usage_and_what_the_cache_got() -> None:
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         reply = model.chat([user("Q")])
         assert reply.usage.completion == len(reply.tokens)
         assert reply.usage.prompt + reply.usage.completion == len(reply.context_tokens) == reply.usage.total
@@ -493,7 +493,7 @@ def test_a_model_without_a_template_gets_chatml_and_a_warning(caplog: pytest.Log
 def test_templates_are_given_by_text_name_or_file(tmp_path: Path) -> None:
     file = tmp_path / "template.jinja"
     file.write_text("file: {{ messages[0].content }}")
-    with model_that_says("x") as model:
+    with model_replying("x") as model:
         model._backend.chat_templates["short"] = "short: {{ messages[0].content }}"  # type: ignore[attr-defined]
         assert model.render_chat([user("Q")], chat_template="text: {{ messages[0].content }}") == "text: Q"
         assert model.render_chat([user("Q")], chat_template="short") == "short: Q"
@@ -501,7 +501,7 @@ def test_templates_are_given_by_text_name_or_file(tmp_path: Path) -> None:
 
 
 def test_tokens_of_a_conversation_can_be_completed_and_prefilled() -> None:
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         ids = model.apply_chat_template([{"role": "system", "content": "Be brief."}, user("Q")])
         assert model.detokenize(ids, special=True) == model.render_chat(
             [{"role": "system", "content": "Be brief."}, user("Q")]
@@ -532,7 +532,7 @@ def test_both_clients_forms_are_one_conversation() -> None:
             {"type": "tool_use", "id": "c1", "name": "get_time", "input": {"city": "Oslo"}}]},
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "noon"}]},
     ]  # fmt: skip
-    with model_that_says("x") as model:
+    with model_replying("x") as model:
         assert model.render_chat(openai) == model.render_chat(anthropic)
 
 
@@ -612,7 +612,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 def test_bad_conversations_are_typed_errors(
     messages: list[Message], options: dict[str, object], error: type[erllama.Error], match: str
 ) -> None:
-    with model_that_says("x") as model:
+    with model_replying("x") as model:
         with pytest.raises(error, match=match):
             model.chat(messages, **options)  # type: ignore[arg-type]
         assert model.chat([user("Q")]).text == "x", "and the model goes on"
@@ -627,7 +627,7 @@ def test_tools_are_compiled_after_the_conversation_is_known_to_fit(monkeypatch: 
             {"name": f"f{i}", "parameters": {"properties": {f"fits{i}of{n}": {"type": "string"}}}} for i in range(n)
         ]
 
-    with model_that_says("hello") as model:
+    with model_replying("hello") as model:
         with pytest.raises(erllama.PromptTooLong):
             model.chat([user("Q")], tools=tools(2000))
         assert compiled == []
@@ -638,7 +638,7 @@ def test_tools_are_compiled_after_the_conversation_is_known_to_fit(monkeypatch: 
 
 def test_a_chat_refuses_tools_whose_schemas_do_not_compile() -> None:
     unique = {"properties": {"a": {"type": "array", "uniqueItems": True}}}
-    with model_that_says("hello") as model:
+    with model_replying("hello") as model:
         with pytest.raises(erllama.ChatError, match="tool 'f': its parameters do not compile"):
             model.chat([user("Q")], tools=[{"name": "f", "parameters": {"properties": {"a": {"type": "strin"}}}}])
         with pytest.raises(erllama.ChatError, match="tool 'f': it is strict"):

@@ -9,8 +9,8 @@ import pytest
 
 import erllama
 from erllama.chat.tool_calls.families import TOOL_FORMATS
-from support.chat.tool_calls import EXAMPLES, TOOLS, VARIANTS, WANTED
-from support.scripted_backend import SpelledBackend, SpelledVocabulary, follow
+from support.chat.tool_calls import EXAMPLES, EXPECTED_CALLS, TOOLS, VARIANTS
+from support.scripted_backend import PieceVocabulary, ScriptedBackend, scripted_reply
 
 TEMPLATE = "{{ messages[-1].content }}{% if tools %}{% endif %}{{ '\t' }}"
 # How a family's template tells how it thinks, and how it does; the rest think in <think>.
@@ -20,15 +20,15 @@ THINKING = {"gpt-oss": (HARMONY, "<|channel|>analysis<|message|>hm<|end|>")}
 MARKER = re.compile(r"<[|｜/]?[^<>\s=\"]+>|\[[A-Z_]+\]|<\|\"\|>")
 
 
-def vocabulary_of(text: str, *, special: bool) -> SpelledVocabulary:
+def vocabulary_of(text: str, *, special: bool) -> PieceVocabulary:
     markers = sorted(set(MARKER.findall(text))) if special else []
-    return SpelledVocabulary(["get_", "weather", "Paris"], markers, end="<|eog|>")
+    return PieceVocabulary(["get_", "weather", "Paris"], markers, end="<|eog|>")
 
 
 def reply_to(said: str, format: str, template: str, *, special: bool, **options: object) -> erllama.ChatCompletion:
     vocabulary = vocabulary_of(said, special=special)
     tokens: Sequence[int] = vocabulary.tokenize(said, parse_special=True).tolist()
-    backend = SpelledBackend(vocabulary, follow(vocabulary, tokens), chat_templates={"default": template})
+    backend = ScriptedBackend(vocabulary, scripted_reply(vocabulary, tokens), chat_templates={"default": template})
     with erllama.load_backend(backend, cache=erllama.Cache()) as model:
         return model.chat([{"role": "user", "content": "Q"}], tools=TOOLS, tool_format=format, **options)  # type: ignore[arg-type]
 
@@ -40,7 +40,7 @@ def test_a_familys_calls_are_told_from_its_thinking_and_read(
 ) -> None:
     marks, thought = THINKING.get(format, ("{# <think></think> #}", "<think>hm</think>\n"))
     reply = reply_to(thought + text, format, TEMPLATE + marks, special=special)
-    assert [(call.name, call.arguments) for call in reply.tool_calls] == WANTED[kind], reply
+    assert [(call.name, call.arguments) for call in reply.tool_calls] == EXPECTED_CALLS[kind], reply
     assert (reply.thinking, reply.text, reply.tool_call_errors) == ("hm", "", ())
     assert reply.finish_reason == "tool_calls"
 
@@ -51,7 +51,7 @@ def test_a_family_can_be_made_to_call(format: str, kind: str, text: str, special
     marks, thought = THINKING.get(format, ("{# <think></think> #}", "<think>hm</think>"))
     for choice in ("required", "get_weather"):
         reply = reply_to(thought + text, format, TEMPLATE + marks, special=special, tool_choice=choice)
-        assert [(call.name, call.arguments) for call in reply.tool_calls] == WANTED[kind]
+        assert [(call.name, call.arguments) for call in reply.tool_calls] == EXPECTED_CALLS[kind]
         assert reply.thinking == "hm"
 
 

@@ -14,7 +14,7 @@ import erllama
 from erllama.chat.history import History
 from erllama.engine import Vocabulary
 from support.paths import SHARED
-from support.scripted_backend import EOG, SpelledVocabulary
+from support.scripted_backend import EOG, PieceVocabulary
 
 NAMESPACE = b"n" * 32
 VOCABULARIES = SHARED / "vocab"
@@ -25,7 +25,7 @@ WORDS = [
 TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map("".join)
 
 
-class SpacedVocabulary(SpelledVocabulary):
+class SpacedVocabulary(PieceVocabulary):
     """Puts a space before a text and before what follows a special token, as SentencePiece's does."""
 
     def tokenize(
@@ -51,7 +51,7 @@ SPACED = SpacedVocabulary(["he", "llo", " hello", " there", "  "], ["<s>"])
 
 @pytest.fixture(scope="module", params=["spelled", "spaced", "qwen2", "llama-bpe", "llama-spm"])
 def vocabulary(request: pytest.FixtureRequest) -> Iterator[Vocabulary]:
-    own: dict[str, Vocabulary] = {"spelled": SpelledVocabulary(["he", "llo", "hello"], ["<s>"]), "spaced": SPACED}
+    own: dict[str, Vocabulary] = {"spelled": PieceVocabulary(["he", "llo", "hello"], ["<s>"]), "spaced": SPACED}
     if request.param in own:
         yield own[request.param]
         return
@@ -156,7 +156,7 @@ def test_a_context_that_ends_within_a_character_is_gone_on_with_from_before_it(
 
 
 def test_tokens_of_a_file_that_are_not_the_models_are_not_used() -> None:
-    vocabulary = SpelledVocabulary()
+    vocabulary = PieceVocabulary()
     with erllama.Cache() as cache:
         history = History(vocabulary, cache)
         for tokens in ([vocabulary.n_tokens], [-1], []):
@@ -171,7 +171,7 @@ def test_tokens_of_a_file_that_are_not_the_models_are_not_used() -> None:
 def remembered(reply: list[int], text: str, *, cut: bool = False, stop: str | None = None) -> list[int]:
     """The tokens of a later text, after a reply to the prompt "Q" of which the tokens are their bytes and 1000."""
     with erllama.Cache() as cache:
-        history = History(SpelledVocabulary(["abc", "END", "DEND!"], ["<s>"]), cache)
+        history = History(PieceVocabulary(["abc", "END", "DEND!"], ["<s>"]), cache)
         history.remember_reply(NAMESPACE, "Q", [0x51], reply, cut=cut, stop=stop)
         return history.tokens(NAMESPACE, "Q" + text, as_text=False).tolist()[1:]
 

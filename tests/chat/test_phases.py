@@ -19,11 +19,11 @@ import erllama
 from erllama.engine.output.phases import Markers, PhaseOptions, PhaseTracker, Script
 from erllama.testing.scripted import END, write_scripted
 from support.recording_backend import first_by_position
-from support.scripted_backend import SpelledBackend, SpelledVocabulary
+from support.scripted_backend import PieceVocabulary, ScriptedBackend
 
 # Marks that share beginnings, one of them a token of its own that is no text; \u0001 stands for it below.
 SPECIAL = "<|think|>"
-VOCABULARY = SpelledVocabulary(["he", "llo", "<", "</", "think", ">", "</think>", "<call>", "é", " {"], [SPECIAL])
+VOCABULARY = PieceVocabulary(["he", "llo", "<", "</", "think", ">", "</think>", "<call>", "é", " {"], [SPECIAL])
 SCRIPT = Script(VOCABULARY)
 OPTIONS = PhaseOptions(
     thinking=Markers(("<think>", SPECIAL), ("</think>",)),
@@ -93,7 +93,7 @@ def cut_texts(draw: st.DrawFn, parts: Sequence[str] = PARTS) -> tuple[str, list[
     tokens: list[int] = []
     raw = text.encode()
     while raw:
-        ids = VOCABULARY.that_begin(raw) if not raw.startswith(b"\x01") else [VOCABULARY.special[SPECIAL]]
+        ids = VOCABULARY.tokens_that_start(raw) if not raw.startswith(b"\x01") else [VOCABULARY.special[SPECIAL]]
         token = draw(st.sampled_from(ids))
         tokens.append(token)
         raw = raw[len(VOCABULARY.piece(token)) or 1 :]
@@ -118,18 +118,18 @@ def test_no_more_is_held_back_than_may_become_a_marker(cut: tuple[str, list[int]
 
 
 def test_a_special_token_is_not_its_name() -> None:
-    assert told([*VOCABULARY.spelled(SPECIAL), ord("x")]) == [("text", f"{SPECIAL}x")]
+    assert told([*VOCABULARY.byte_tokens(SPECIAL), ord("x")]) == [("text", f"{SPECIAL}x")]
     assert told([VOCABULARY.special[SPECIAL], ord("x")]) == [("thinking", "x")]
 
 
 def test_a_phase_that_the_prompt_opens_is_understood() -> None:
-    assert told(VOCABULARY.spelled("so</think>yes"), prompt="Question?<think>\n") == [
+    assert told(VOCABULARY.byte_tokens("so</think>yes"), prompt="Question?<think>\n") == [
         ("thinking", "so"),
         ("text", "yes"),
     ]
-    assert told(VOCABULARY.spelled("so"), prompt="Question?<think>\n</think>\n") == [("text", "so")]
+    assert told(VOCABULARY.byte_tokens("so"), prompt="Question?<think>\n</think>\n") == [("text", "so")]
     closed = PhaseOptions(thinking=OPTIONS.thinking, begins=False)
-    assert told(VOCABULARY.spelled("so"), closed, prompt="<think>") == [("text", "so")]
+    assert told(VOCABULARY.byte_tokens("so"), closed, prompt="<think>") == [("text", "so")]
 
 
 @settings(max_examples=300, deadline=None)
@@ -139,7 +139,7 @@ def test_a_bare_call_is_known_by_how_it_begins(text: str, data: st.DataObject) -
     tokens: list[int] = []
     raw = text.encode()
     while raw:
-        tokens.append(data.draw(st.sampled_from(VOCABULARY.that_begin(raw))))
+        tokens.append(data.draw(st.sampled_from(VOCABULARY.tokens_that_start(raw))))
         raw = raw[len(VOCABULARY.piece(tokens[-1])) :]
     kinds = [kind for kind, _ in told(tokens, options)]
     assert kinds[-1] == ("call" if '"name"' in text else "text")
@@ -175,8 +175,8 @@ def test_phases_are_told_on_libllama_whatever_the_tokens(cuts: set[int]) -> None
 # --- through the engine ----------------------------------------------------------------------------
 
 
-def model_that_says(*tokens: int, **sizes: int) -> erllama.Model:
-    return erllama.load_backend(SpelledBackend(VOCABULARY, tokens, **sizes), cache=erllama.Cache())
+def model_replying(*tokens: int, **sizes: int) -> erllama.Model:
+    return erllama.load_backend(ScriptedBackend(VOCABULARY, tokens, **sizes), cache=erllama.Cache())
 
 
 MARKERS = {"thinking_markers": ("<think>", "</think>"), "tool_markers": ("<call>", "</call>")}
@@ -184,7 +184,7 @@ MARKERS = {"thinking_markers": ("<think>", "</think>"), "tool_markers": ("<call>
 
 def test_a_stream_tells_thinking_and_calls_from_text() -> None:
     said = "<think> hm\n</think>\n\nYes. <call>{1}</call> Done"
-    with model_that_says(*VOCABULARY.spelled(said)) as model:
+    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
         events = list(model.stream("Q\t", thinking="enabled", thinking_signing_key=b"k", **MARKERS))
         kinds = [type(event).__name__ for event in events]
         order = [kind for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
@@ -210,7 +210,7 @@ def test_a_stream_tells_thinking_and_calls_from_text() -> None:
 
 def test_without_thinking_a_stream_is_plain_text() -> None:
     said = "<think>hm</think>yes"
-    with model_that_says(*VOCABULARY.spelled(said)) as model:
+    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
         for options in ({}, {"thinking": "disabled"}, {"thinking": False}):
             events = list(model.stream("Q\t", **options))
             assert {type(e) for e in events} == {erllama.TextDelta, erllama.Done}
@@ -220,7 +220,7 @@ def test_without_thinking_a_stream_is_plain_text() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.text("a <\n", max_size=20))
 def test_a_reply_without_markers_is_as_it_is(text: str) -> None:
-    with model_that_says(*VOCABULARY.spelled(text)) as model:
+    with model_replying(*VOCABULARY.byte_tokens(text)) as model:
         stream = model.stream("Q\t", thinking="enabled", **MARKERS)
         joined = "".join(event.text for event in stream if isinstance(event, erllama.TextDelta))
         assert joined == stream.result().text == text
@@ -228,7 +228,7 @@ def test_a_reply_without_markers_is_as_it_is(text: str) -> None:
 
 def test_a_stop_string_stops_the_answer_and_nothing_else() -> None:
     said = "<think>END</think>a<call>END</call>bENDc"
-    with model_that_says(*VOCABULARY.spelled(said)) as model:
+    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
         reply = model.complete("Q\t", thinking="enabled", stop="END", **MARKERS)
         assert (reply.thinking, reply.text, reply.stop_sequence) == ("END", "ab", "END")
         assert reply.raw_tool_calls == (b"<call>END</call>",)
@@ -272,7 +272,7 @@ def replied(text: str, stops: Sequence[str]) -> tuple[str, str, list[bytes], str
 )
 def test_a_stream_tells_a_whole_reply(cut: tuple[str, list[int]], stops: list[str], logprobs: int | None) -> None:
     text, tokens = cut
-    with model_that_says(*tokens) as model:
+    with model_replying(*tokens) as model:
         *events, done = model.stream("Q\t", thinking="enabled", stop=stops, logprobs=logprobs, **MARKERS)
     reply = done.completion
     ends = [event for event in events if isinstance(event, erllama.ThinkingEnd)]
@@ -301,7 +301,7 @@ def test_a_stream_tells_a_whole_reply(cut: tuple[str, list[int]], stops: list[st
 def test_a_stop_string_of_white_space_stops_at_once(
     said: str, stop: str | list[str], text: str, n_left: int
 ) -> None:
-    with model_that_says(*VOCABULARY.spelled(said)) as model:
+    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
         reply = model.complete("Q\t", thinking="enabled", stop=stop, **MARKERS)
         assert (reply.text, reply.finish_reason, reply.raw_tool_calls) == (text, "stop", ())
         assert len(reply.tokens) == len(said) - n_left
@@ -312,7 +312,7 @@ def test_a_stop_string_of_white_space_stops_at_once(
 )
 @pytest.mark.parametrize("key", [None, b"k"])
 def test_an_empty_thought_ends_like_any_other(said: str, key: bytes | None) -> None:
-    with model_that_says(*VOCABULARY.spelled(said)) as model:
+    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
         events = list(model.stream("Q\t", thinking="enabled", thinking_signing_key=key, **MARKERS))
     signature = hmac.digest(key, b"", hashlib.sha256) if key is not None else b""
     assert [event for event in events if isinstance(event, erllama.ThinkingEnd)] == [erllama.ThinkingEnd(signature)]
@@ -327,9 +327,9 @@ def test_at_its_budget_thinking_ends_and_the_model_goes_on_from_there(
     budget: int, opened: bool, logprobs: int | None
 ) -> None:
     thought = "abcdefgh"
-    said = [*VOCABULARY.spelled("" if opened else "<think>"), *VOCABULARY.spelled(thought)]
+    said = [*VOCABULARY.byte_tokens("" if opened else "<think>"), *VOCABULARY.byte_tokens(thought)]
     # What the model says next depends on how many tokens there are: after 40 it ends.
-    with model_that_says(*said, *VOCABULARY.spelled("</think>" + "y" * 40)) as model:
+    with model_replying(*said, *VOCABULARY.byte_tokens("</think>" + "y" * 40)) as model:
         reply = model.complete(
             "Q<think>\t" if opened else "Q\t",
             thinking="enabled",
@@ -352,8 +352,8 @@ def test_at_its_budget_thinking_ends_and_the_model_goes_on_from_there(
 
 
 def test_a_budget_does_not_end_thinking_within_a_character() -> None:
-    said = [*VOCABULARY.spelled("<think>"), *"éé".encode(), *VOCABULARY.spelled("</think>")]
-    with model_that_says(*said) as model:
+    said = [*VOCABULARY.byte_tokens("<think>"), *"éé".encode(), *VOCABULARY.byte_tokens("</think>")]
+    with model_replying(*said) as model:
         reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=1, **MARKERS)
         assert reply.thinking == "é"
 
@@ -361,7 +361,7 @@ def test_a_budget_does_not_end_thinking_within_a_character() -> None:
 @pytest.mark.parametrize("budget", range(8))
 def test_a_budget_ends_no_character_that_may_become_a_marker(budget: int) -> None:
     markers = ("\u25c1think\u25b7", "\u25c1/think\u25b7")  # whose first byte others have, too
-    with model_that_says(*VOCABULARY.spelled(markers[0]), *"a\u2014\u2014b".encode(), *b"c" * 9) as model:
+    with model_replying(*VOCABULARY.byte_tokens(markers[0]), *"a\u2014\u2014b".encode(), *b"c" * 9) as model:
         reply = model.complete(
             "Q\t", thinking="enabled", thinking_budget_tokens=budget, max_tokens=60, thinking_markers=markers
         )
@@ -371,26 +371,26 @@ def test_a_budget_ends_no_character_that_may_become_a_marker(budget: int) -> Non
 
 def test_a_budget_puts_no_end_behind_one_that_may_become_longer() -> None:
     markers = ("<think>", ("</think>", "</think>!!"))
-    with model_that_says(*VOCABULARY.spelled("<think>abc</think>!x")) as model:
+    with model_replying(*VOCABULARY.byte_tokens("<think>abc</think>!x")) as model:
         reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=11, thinking_markers=markers)
     assert (reply.thinking, reply.text) == ("abc", "!x")
 
 
 def test_bytes_that_are_no_character_do_not_outlast_a_budget() -> None:
-    with model_that_says(*VOCABULARY.spelled("<think>"), *b"\xe2" * 50) as model:
+    with model_replying(*VOCABULARY.byte_tokens("<think>"), *b"\xe2" * 50) as model:
         reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=2, max_tokens=40, **MARKERS)
     assert 2 <= len(reply.thinking) <= 5
 
 
 def test_a_grammar_is_the_answers_and_leaves_thinking_free() -> None:
     said = "<think>free: 1</think>xyz"
-    with model_that_says(*VOCABULARY.tokenize(said).tolist()) as model:
+    with model_replying(*VOCABULARY.tokenize(said).tolist()) as model:
         reply = model.complete("Q\t", thinking="enabled", regex="[0-9]{3}", **MARKERS)
         assert reply.thinking == "free: 1"
         assert re.fullmatch("[0-9]{3}", reply.text)
         opened = model.complete("Q<think>\t", thinking="enabled", regex="[0-9]{3}", **MARKERS)
         assert re.fullmatch("[0-9]{3}", opened.text)
-    with model_that_says(ord("a")) as model:
+    with model_replying(ord("a")) as model:
         # What looks like a marker within the answer is the answer's.
         told = model.complete("Q\t", thinking="enabled", regex="a<think>b</think>c", **MARKERS)
         assert (told.text, told.thinking) == ("a<think>b</think>c", "")
@@ -415,9 +415,9 @@ def test_a_grammar_is_the_answers_and_leaves_thinking_free() -> None:
 def test_tokens_that_do_not_part_where_thinking_ends_fail_no_grammar(
     said: list[str], close: tuple[str, ...], logprobs: int | None
 ) -> None:
-    vocabulary = SpelledVocabulary([*said, "</think>1"])
+    vocabulary = PieceVocabulary([*said, "</think>1"])
     tokens = [int(vocabulary.tokenize(part)[0]) for part in said]
-    with erllama.load_backend(SpelledBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
+    with erllama.load_backend(ScriptedBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
         reply = model.complete(
             "Q<think>\t",
             thinking="enabled",
@@ -433,9 +433,9 @@ def test_tokens_that_do_not_part_where_thinking_ends_fail_no_grammar(
 
 @pytest.mark.parametrize("said", [["</think>ab", "x"], ["</think>a", "b", "x"], ["</think>", "ab", "x"]])
 def test_a_trigger_may_come_in_the_token_that_ends_thinking(said: list[str]) -> None:
-    vocabulary = SpelledVocabulary(["<think>", *said])
+    vocabulary = PieceVocabulary(["<think>", *said])
     tokens = [int(vocabulary.tokenize(part)[0]) for part in ["<think>", "a", *said]]
-    with erllama.load_backend(SpelledBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
+    with erllama.load_backend(ScriptedBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
         reply = model.complete(
             "Q\t",
             thinking=True,
@@ -452,10 +452,10 @@ def test_a_trigger_may_come_in_the_token_that_ends_thinking(said: list[str]) -> 
     "cut", [["</think><tool_call>"], ["</think>no<tool_call>"], ["</", "think>\n<tool_call>{"]]
 )
 def test_a_call_that_is_required_may_begin_in_the_token_that_ends_thinking(cut: list[str]) -> None:
-    vocabulary = SpelledVocabulary(["<think>", *cut])
+    vocabulary = PieceVocabulary(["<think>", *cut])
     tokens = [int(vocabulary.tokenize(part)[0]) for part in ["<think>", "a", *cut]]
     template = "{% if tools %}<tool_call></tool_call><think></think>{% endif %}{{ messages[0].content }}"
-    backend = SpelledBackend(vocabulary, tokens, chat_templates={"default": template}, n_ctx=1024)
+    backend = ScriptedBackend(vocabulary, tokens, chat_templates={"default": template}, n_ctx=1024)
     tool = {"name": "now", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}}
     with erllama.load_backend(backend, cache=erllama.Cache()) as model:
         reply = model.chat(
@@ -467,7 +467,7 @@ def test_a_call_that_is_required_may_begin_in_the_token_that_ends_thinking(cut: 
 
 def test_a_reader_who_stops_and_goes_on_gets_all_in_order() -> None:
     said = "".join(f"{i}," for i in range(300))
-    with model_that_says(*VOCABULARY.spelled(said), *VOCABULARY.spelled("<think>hm</think>!")) as model:
+    with model_replying(*VOCABULARY.byte_tokens(said), *VOCABULARY.byte_tokens("<think>hm</think>!")) as model:
         stream = model.stream("Q\t", thinking="enabled", **MARKERS)
         first = next(stream)
         stream.result()
@@ -479,7 +479,7 @@ def test_a_reader_who_stops_and_goes_on_gets_all_in_order() -> None:
 
 
 def test_cancelling_within_a_phase_ends_it() -> None:
-    with model_that_says(*VOCABULARY.spelled("<call>" + "x" * 1000)) as model:
+    with model_replying(*VOCABULARY.byte_tokens("<call>" + "x" * 1000)) as model:
         stream = model.stream("Q\t", thinking="enabled", **MARKERS)
         for event in stream:
             if isinstance(event, erllama.ToolCallDelta):
@@ -512,5 +512,5 @@ def test_cancelling_within_a_phase_ends_it() -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, object], match: str) -> None:
-    with model_that_says(1) as model, pytest.raises(erllama.OptionError, match=match):
+    with model_replying(1) as model, pytest.raises(erllama.OptionError, match=match):
         model.complete("Q\t", **options)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from erllama.chat.messages import normalized_messages
 from erllama.chat.quirks import as_template_takes, with_arguments_as_text
 from support.chat.tool_calls import TOOLS
 from support.paths import SHARED
-from support.scripted_backend import SpelledBackend, SpelledVocabulary, follow
+from support.scripted_backend import PieceVocabulary, ScriptedBackend, scripted_reply
 
 Message = dict[str, object]
 TEMPLATES = SHARED / "templates"
@@ -31,9 +31,9 @@ CONVERSATION: list[Message] = [
 
 
 def model_with(template: str, said: str = "x") -> erllama.Model:
-    vocabulary = SpelledVocabulary(end="<|eog|>")
-    backend = SpelledBackend(
-        vocabulary, follow(vocabulary, vocabulary.spelled(said)), chat_templates={"default": template}
+    vocabulary = PieceVocabulary(end="<|eog|>")
+    backend = ScriptedBackend(
+        vocabulary, scripted_reply(vocabulary, vocabulary.byte_tokens(said)), chat_templates={"default": template}
     )
     return erllama.load_backend(backend, cache=erllama.Cache())
 

@@ -17,23 +17,23 @@ from erllama.chat.tool_calls.tools import normalized_tools
 from erllama.errors import GrammarError, OptionError, ToolCallError
 from support.chat.tool_calls import (
     ALL,
+    CALL_TEXTS,
     DEEPSEEK,
     EXAMPLES,
+    EXPECTED_CALLS,
     FULL,
     HARD,
     SEVERAL,
     TEMPLATES,
     TOOLS,
     VARIANTS,
-    WANTED,
     WEATHER,
-    WRITTEN,
-    calls,
     glm,
     grammar,
+    lark_literal,
     minimax,
     needs_templates,
-    plainly,
+    parsed_calls,
     qwen,
     seed,
 )
@@ -43,7 +43,7 @@ from support.chat.tool_calls import (
 
 @pytest.mark.parametrize(("format", "kind", "text"), EXAMPLES + VARIANTS)
 def test_what_a_model_writes_is_read_and_is_of_the_grammar(format: str, kind: str, text: str) -> None:
-    assert calls(format, text) == WANTED[kind]
+    assert parsed_calls(format, text) == EXPECTED_CALLS[kind]
     assert grammar(format, parallel=True).accepts(text)
     # Without parallel calls, the first is all.
     assert grammar(format).accepts(text) == (kind != SEVERAL)
@@ -52,8 +52,8 @@ def test_what_a_model_writes_is_read_and_is_of_the_grammar(format: str, kind: st
 
 
 def test_every_format_has_examples() -> None:
-    assert set(WRITTEN) == set(TOOL_FORMATS)
-    for format, texts in WRITTEN.items():
+    assert set(CALL_TEXTS) == set(TOOL_FORMATS)
+    for format, texts in CALL_TEXTS.items():
         opening = (*tool_format(format).open, *tool_format(format).leading)
         for text in texts:
             assert text.replace(" ", "").startswith(tuple(mark.replace(" ", "") for mark in opening)), format
@@ -66,7 +66,7 @@ def test_spans_end_and_payloads_lie_where_the_format_says(format: str, text: str
         assert text.endswith(found.close)
     # The token that ends the turn may come instead, but in a list of arguments that only its end tells to be whole.
     if found.close and format != "glm":
-        assert calls(format, text.removesuffix(found.close[0])) == WANTED[ALL]
+        assert parsed_calls(format, text.removesuffix(found.close[0])) == EXPECTED_CALLS[ALL]
     starts = [text.find(mark) + len(mark) for mark in found.payload_open if mark in text]
     assert starts
     assert min(starts) <= text.index("Paris")
@@ -116,7 +116,7 @@ BAD_JSON = {
 def test_a_json_object_that_is_no_call_is_told_why(what: str) -> None:
     text, problem = BAD_JSON[what]
     with pytest.raises(ToolCallError) as error:
-        calls("hermes", f"<tool_call>{text}</tool_call>")
+        parsed_calls("hermes", f"<tool_call>{text}</tool_call>")
     assert problem in str(error.value)
     assert "at character" in str(error.value)
     assert len(str(error.value)) < 300
@@ -129,7 +129,7 @@ MALFORMED = {
         "x",
         '{"name": "now", "arguments": {}}',
         "<tool_call></tool_call>",
-        WRITTEN["hermes"][0] + " and",
+        CALL_TEXTS["hermes"][0] + " and",
     ],
     "llama3": ["now()", '{"name": "now", "parameters": {}}; ;', "<|python_tag|>now.call()"],
     "mistral": ['[{"name": "now", "arguments": {}}]', "[TOOL_CALLS]now{}", "[TOOL_CALLS][]"],
@@ -139,8 +139,12 @@ MALFORMED = {
         "[TOOL_CALLS][CALL_ID]a1B2c3D4e[ARGS]{}",
     ],
     "mistral-v13": ["[TOOL_CALLS]now{}", "[TOOL_CALLS]now[ARGS][]", "[TOOL_CALLS]now[ARGS]{}[ARGS]{}"],
-    "deepseek-r1": [WRITTEN["deepseek-v3.1"][0], WRITTEN["deepseek-r1"][0].replace("```<", "<")],
-    "deepseek-v3.1": [WRITTEN["deepseek-r1"][0], DEEPSEEK[0] + DEEPSEEK[1], WRITTEN["deepseek-v3.1"][0] + "x"],
+    "deepseek-r1": [CALL_TEXTS["deepseek-v3.1"][0], CALL_TEXTS["deepseek-r1"][0].replace("```<", "<")],
+    "deepseek-v3.1": [
+        CALL_TEXTS["deepseek-r1"][0],
+        DEEPSEEK[0] + DEEPSEEK[1],
+        CALL_TEXTS["deepseek-v3.1"][0] + "x",
+    ],
     "gpt-oss": [
         "<|channel|>commentary<|message|>{}<|call|>",
         "<|channel|>final to=functions.now<|message|>{}<|call|>",
@@ -164,8 +168,8 @@ MALFORMED = {
     "glm": [glm("nothing", []), "<tool_call>\n</tool_call>", "<tool_call>now<arg_key>a</arg_key></tool_call>"],
     "minimax": [minimax(("nothing", [])), minimax(), minimax(("get_weather", [("days", "1.5"), ("city", "x")]))],
     "kimi": [
-        WRITTEN["kimi"][0].replace("functions.", ""),
-        WRITTEN["kimi"][0].replace(":0", ""),
+        CALL_TEXTS["kimi"][0].replace("functions.", ""),
+        CALL_TEXTS["kimi"][0].replace(":0", ""),
         "<|tool_calls_section_begin|><|tool_calls_section_end|>",
     ],
     "nemotron": ["<TOOLCALL>now()</TOOLCALL>", "<TOOLCALL>[]</TOOLCALL>"],
@@ -203,7 +207,7 @@ MALFORMED = {
 )
 def test_what_is_malformed_is_refused_and_not_of_the_grammar(format: str, text: str) -> None:
     with pytest.raises(ToolCallError) as error:
-        calls(format, text)
+        parsed_calls(format, text)
     assert len(str(error.value)) < 300
     assert not grammar(format, parallel=True).accepts(text)
 
@@ -220,22 +224,24 @@ def test_an_id_is_the_models_own_or_made_up() -> None:
         return [call.id for call in tool_format(format).parse(text, TOOLS)]
 
     assert ids("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}, "id": "a1B2c3D4e"}]') == ["a1B2c3D4e"]
-    assert ids("mistral-v11", WRITTEN["mistral-v11"][0]) == ["a1B2c3D4e"]
-    assert ids("kimi", WRITTEN["kimi"][0]) == ["functions.get_weather:0"]
+    assert ids("mistral-v11", CALL_TEXTS["mistral-v11"][0]) == ["a1B2c3D4e"]
+    assert ids("kimi", CALL_TEXTS["kimi"][0]) == ["functions.get_weather:0"]
     # Said twice, the second one is another call all the same.
-    first, second, third = ids("mistral-v11", WRITTEN["mistral-v11"][2])
+    first, second, third = ids("mistral-v11", CALL_TEXTS["mistral-v11"][2])
     assert first == "a1B2c3D4e"
     assert len({first, second, third}) == 3
     for format in set(TOOL_FORMATS) - {"mistral-v11", "kimi"}:
-        (found,) = ids(format, WRITTEN[format][0])
+        (found,) = ids(format, CALL_TEXTS[format][0])
         # Mistral's templates take ids of nine letters and digits only.
         assert re.fullmatch("[0-9a-f]{9}" if "mistral" in format else "call_[0-9a-f]{24}", found)
 
 
 def test_arguments_are_json_text_again() -> None:
-    (call,) = tool_format("hermes").parse(WRITTEN["hermes"][1], TOOLS)
+    (call,) = tool_format("hermes").parse(CALL_TEXTS["hermes"][1], TOOLS)
     assert json.loads(call.arguments_json) == FULL
-    assert "é" in tool_format("hermes").parse(WRITTEN["hermes"][0].replace("Paris", "é"), TOOLS)[0].arguments_json
+    assert (
+        "é" in tool_format("hermes").parse(CALL_TEXTS["hermes"][0].replace("Paris", "é"), TOOLS)[0].arguments_json
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,13 +286,13 @@ def test_a_value_without_quotes_is_what_the_schema_says(schema: object, raw: str
     }
     tools = normalized_tools([{"name": "f", "parameters": parameters}])
     for format, written in (("glm", glm), ("seed", seed), ("qwen3-coder", qwen)):
-        ((_, found),) = calls(format, written("f", [("a", raw)]), tools)
+        ((_, found),) = parsed_calls(format, written("f", [("a", raw)]), tools)
         assert found == {"a": expected}
         assert type(found["a"]) is type(expected)
 
 
 def test_an_argument_that_is_not_in_the_schema_is_read_as_it_looks() -> None:
-    assert calls("glm", glm("now", [("a", "5"), ("b", "five")])) == [("now", {"a": 5, "b": "five"})]
+    assert parsed_calls("glm", glm("now", [("a", "5"), ("b", "five")])) == [("now", {"a": 5, "b": "five"})]
 
 
 @pytest.mark.parametrize("format", ["glm", "qwen3-coder", "seed", "minimax", "lfm2", "gemma4"])
@@ -302,16 +308,16 @@ def test_parameters_that_list_no_arguments_have_no_grammar_in_families_that_list
 ) -> None:
     tools = normalized_tools([{"name": "f", "parameters": parameters}])
     with pytest.raises(GrammarError, match=re.escape(problem)):
-        tool_format(format).grammar(tools, name=None, parallel=False, literal=plainly)
-    assert Grammar.lark(tool_format("hermes").grammar(tools, name=None, parallel=False, literal=plainly))
+        tool_format(format).grammar(tools, name=None, parallel=False, literal=lark_literal)
+    assert Grammar.lark(tool_format("hermes").grammar(tools, name=None, parallel=False, literal=lark_literal))
 
 
-@pytest.mark.parametrize(("format", "text"), [(format, texts[1]) for format, texts in WRITTEN.items()])
+@pytest.mark.parametrize(("format", "text"), [(format, texts[1]) for format, texts in CALL_TEXTS.items()])
 def test_parameters_may_be_elsewhere_in_their_schema(format: str, text: str) -> None:
     weather = WEATHER["parameters"]
     tools = normalized_tools([{**WEATHER, "parameters": {"$ref": "#/$defs/p", "$defs": {"p": weather}}}])
-    assert calls(format, text, tools) == WANTED[ALL]
-    written = tool_format(format).grammar(tools, name=None, parallel=False, literal=plainly)
+    assert parsed_calls(format, text, tools) == EXPECTED_CALLS[ALL]
+    written = tool_format(format).grammar(tools, name=None, parallel=False, literal=lark_literal)
     assert Grammar.lark(written).accepts(text)
 
 
@@ -351,11 +357,11 @@ def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list
     }
     tools = normalized_tools([{"name": "f", "parameters": parameters}])
     for format, written in (("glm", glm), ("seed", seed), ("qwen3-coder", qwen)):
-        kept = Grammar.lark(tool_format(format).grammar(tools, name=None, parallel=False, literal=plainly))
+        kept = Grammar.lark(tool_format(format).grammar(tools, name=None, parallel=False, literal=lark_literal))
         for raw in good:
             text = written("f", [("a", raw)])
             assert kept.accepts(text), (format, raw)
-            ((_, found),) = calls(format, text, tools)
+            ((_, found),) = parsed_calls(format, text, tools)
             jsonschema.validate(found, parameters)
         for raw in bad:
             if ("</parameter>" in raw and format == "glm") or ("</arg_value>" in raw and format != "glm"):
@@ -368,9 +374,9 @@ def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list
 def test_a_grammar_is_of_tools_that_are_there() -> None:
     hermes = tool_format("hermes")
     with pytest.raises(OptionError, match="no tool is called 'x'"):
-        hermes.grammar(TOOLS, name="x", parallel=False, literal=plainly)
+        hermes.grammar(TOOLS, name="x", parallel=False, literal=lark_literal)
     with pytest.raises(OptionError, match="needs a tool"):
-        hermes.grammar([], name=None, parallel=False, literal=plainly)
+        hermes.grammar([], name=None, parallel=False, literal=lark_literal)
 
 
 def test_a_format_is_found_by_its_name() -> None:
@@ -386,7 +392,7 @@ def test_a_format_is_found_by_its_name() -> None:
 @pytest.mark.parametrize("format", TOOL_FORMATS)
 def test_hostile_texts_are_refused_in_time(format: str) -> None:
     found = tool_format(format)
-    heads = {text[: text.index(end)] for text in WRITTEN[format] for end in ("get_weather", "Paris")}
+    heads = {text[: text.index(end)] for text in CALL_TEXTS[format] for end in ("get_weather", "Paris")}
     begun = time.monotonic()
     for head in heads:
         for part in (
@@ -413,7 +419,7 @@ def test_hostile_texts_are_refused_in_time(format: str) -> None:
 @pytest.mark.parametrize("format", sorted(set(TOOL_FORMATS) - {"json", "llama3"}))
 def test_many_spans_are_read_in_time(format: str) -> None:
     begun = time.monotonic()
-    assert len(calls(format, "\n".join(WRITTEN[format][:1] * 2000))) == 2000
+    assert len(parsed_calls(format, "\n".join(CALL_TEXTS[format][:1] * 2000))) == 2000
     assert time.monotonic() - begun < 10
 
 

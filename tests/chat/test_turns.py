@@ -17,8 +17,8 @@ from erllama.chat.chats import Chats
 from erllama.chat.history import History
 from erllama.chat.turns import Turn
 from erllama.engine import Grammar
-from support.chat.scripted_model import CALL, SPECIAL, TEMPLATE, TOOLS, VOCABULARY, Message, model_that_says, user
-from support.scripted_backend import SpelledBackend, SpelledVocabulary
+from support.chat.scripted_model import CALL, SPECIAL, TEMPLATE, TOOLS, VOCABULARY, Message, model_replying, user
+from support.scripted_backend import PieceVocabulary, ScriptedBackend
 
 KEEP = {"template_args": {"keep_thinking": True}}
 
@@ -39,7 +39,7 @@ def said(model: erllama.Model, messages: list[Message], **options: object) -> st
 
 @pytest.mark.parametrize("n", [*range(1, 33)])
 def test_a_thought_or_answer_that_was_cut_short_comes_back_as_the_template_writes_it(n: int) -> None:
-    with model_that_says("<think>hmm well</think>hello there") as model:
+    with model_replying("<think>hmm well</think>hello there") as model:
         first = model.chat([user("hello?")], max_tokens=n, **KEEP)
         messages = [user("hello?"), first.message, user("and?")]
         assert said(model, messages, **KEEP) == model.render_chat(messages, **KEEP)
@@ -48,7 +48,7 @@ def test_a_thought_or_answer_that_was_cut_short_comes_back_as_the_template_write
 @pytest.mark.parametrize("n", [*range(50, 74)])
 def test_a_call_that_was_cut_short_comes_back_as_the_template_writes_it(n: int) -> None:
     options = {"tools": TOOLS, "tool_markers": ("<tool_call>", "</tool_call>")}  # no grammar completes it
-    with model_that_says(f"A {CALL}") as model:
+    with model_replying(f"A {CALL}") as model:
         first = model.chat([user("hello?")], max_tokens=n, **options)
         messages = [user("hello?"), first.message]
         if first.tool_calls:
@@ -62,7 +62,7 @@ def test_a_call_that_was_cut_short_comes_back_as_the_template_writes_it(n: int) 
 @pytest.mark.parametrize("n", [5, 6, 7])
 def test_text_that_was_cut_short_is_gone_on_with_in_its_tokens(n: int) -> None:
     trimming = TEMPLATE.replace("{{- m.content }}", "{{- m.content | trim }}")
-    with model_that_says("hello there", template=trimming) as model:
+    with model_replying("hello there", template=trimming) as model:
         first = model.chat([user("Q")], max_tokens=n)
         assert (first.text, first.finish_reason) == ("hello there"[:n], "length")
         again = model.chat([user("Q"), first.message, user("and?")])
@@ -72,7 +72,7 @@ def test_text_that_was_cut_short_is_gone_on_with_in_its_tokens(n: int) -> None:
 
 
 def test_a_thought_that_the_answer_contains_is_no_part_of_what_comes_back() -> None:
-    with model_that_says("<think>he</think>hello there") as model:
+    with model_replying("<think>he</think>hello there") as model:
         first = model.chat([user("hello?")])
         messages = [user("hello?"), first.message, user("and?")]
         assert said(model, messages) == model.render_chat(messages)
@@ -81,7 +81,7 @@ def test_a_thought_that_the_answer_contains_is_no_part_of_what_comes_back() -> N
 
 
 def test_a_thought_that_the_template_writes_otherwise_is_replayed_with_its_call() -> None:
-    with model_that_says(f"<think>\nhm\n</think>\n\n{CALL}") as model:
+    with model_replying(f"<think>\nhm\n</think>\n\n{CALL}") as model:
         first = model.chat([user("Q")], tools=TOOLS, **KEEP)
         assert first.thinking == "hm"
         messages = [
@@ -99,7 +99,7 @@ def test_a_thought_that_the_template_writes_otherwise_is_replayed_with_its_call(
 
 def test_special_tokens_that_a_reply_spells_out_are_not_taken_for_the_same() -> None:
     """What a model wrote as letters, and what ends a message, have one text."""
-    with model_that_says("foo<|end|><|user|>bar<|end|><|assistant|>\tbaz") as model:
+    with model_replying("foo<|end|><|user|>bar<|end|><|assistant|>\tbaz") as model:
         model.chat([user("Q")])
         forged: list[Message] = [user("Q")]
         for question, answer in (("bar", "foo"), ("more", "baz")):
@@ -111,7 +111,7 @@ def test_special_tokens_that_a_reply_spells_out_are_not_taken_for_the_same() -> 
 def test_a_malformed_call_comes_back_as_its_tokens() -> None:
     options = {"tools": TOOLS, "tool_markers": ("<tool_call>", "</tool_call>")}
     for reply in ("Hm. <tool_call>{nonsense}</tool_call>", "<tool_call>{nonsense}</tool_call> Hm."):
-        with model_that_says(reply) as model:
+        with model_replying(reply) as model:
             first = model.chat([user("Q")], **options)
             assert first.tool_call_errors
             assert first.text == reply.replace(" ", ""), "in the order in which the model wrote it"
@@ -174,7 +174,7 @@ def _drop_async(model: erllama.Model, n: int) -> str:
 def test_what_was_read_of_a_stream_that_was_left_is_gone_on_with(
     leave: Callable[[erllama.Model, int], str],
 ) -> None:
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         text = leave(model, 4)
         gc.collect()
         messages = [user("Q"), {"role": "assistant", "content": text}, user("and?")]
@@ -185,7 +185,7 @@ def test_what_was_read_of_a_stream_that_was_left_is_gone_on_with(
 
 
 def test_a_stream_that_was_cancelled_and_read_on_is_gone_on_with() -> None:
-    with model_that_says("hello there " * 300) as model:
+    with model_replying("hello there " * 300) as model:
         stream = model.stream_chat([user("Q")])
         next(stream)
         stream.cancel()
@@ -200,7 +200,7 @@ def test_a_stream_that_was_cancelled_and_read_on_is_gone_on_with() -> None:
 
 
 def test_calls_have_one_id_each_in_events_and_results() -> None:
-    with model_that_says(f"{CALL}\n{CALL}") as model:
+    with model_replying(f"{CALL}\n{CALL}") as model:
         stream = model.stream_chat([user("Q")], tools=TOOLS)
         told = [call.id for event in stream if isinstance(event, erllama.ToolCallEnd) for call in event.calls]
         reply = stream.result()
@@ -213,7 +213,7 @@ def test_calls_have_one_id_each_in_events_and_results() -> None:
 def test_families_that_count_calls_anew_in_each_span_give_ids_that_differ_in_events_too() -> None:
     call = '<|tool_call_begin|>functions.get_time:0<|tool_call_argument_begin|>{"city": "Oslo"}<|tool_call_end|>'
     span = f"<|tool_calls_section_begin|>{call}<|tool_calls_section_end|>"
-    with model_that_says(f"<c>{span}</c><c>{span}</c>") as model:
+    with model_replying(f"<c>{span}</c><c>{span}</c>") as model:
         stream = model.stream_chat([user("Q")], tools=TOOLS, tool_format="kimi", tool_markers=("<c>", "</c>"))
         told = [call.id for event in stream if isinstance(event, erllama.ToolCallEnd) for call in event.calls]
         assert len(set(told)) == len(told) >= 2
@@ -229,7 +229,7 @@ def test_a_reply_is_finished_once_however_many_ask(monkeypatch: pytest.MonkeyPat
         return remember(self, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(History, "remember_reply", slow)
-    with model_that_says(CALL) as model:
+    with model_replying(CALL) as model:
         stream = model.stream_chat([user("Q")], tools=TOOLS)
         replies = []
         threads = [threading.Thread(target=lambda: replies.append(stream.result())) for _ in range(4)]
@@ -252,7 +252,7 @@ def test_a_reply_comes_though_remembering_fails(
         raise RuntimeError("no")
 
     monkeypatch.setattr(History, "remember_reply", fails)
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         assert model.chat([user("Q")]).text == "hello there"
         with model.stream_chat([user("Q")]) as stream:
             next(stream)
@@ -261,7 +261,7 @@ def test_a_reply_comes_though_remembering_fails(
 
 def test_a_template_that_refuses_replies_gives_them_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     template = "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
-    with model_that_says("hello there", template=template) as model, caplog.at_level(logging.INFO):
+    with model_replying("hello there", template=template) as model, caplog.at_level(logging.INFO):
         reply = model.chat([user("Q")])
         assert reply.text == "hello there"
         messages = [user("Q"), reply.message, user("and?")]
@@ -272,7 +272,7 @@ def test_a_template_that_refuses_replies_gives_them_all_the_same(caplog: pytest.
 def test_the_file_of_a_template_is_read_once_a_turn(tmp_path: Path) -> None:
     file = tmp_path / "template.jinja"
     file.write_text(TEMPLATE)
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         stream = model.stream_chat([user("Q")], chat_template=file)
         next(stream)
         file.unlink()
@@ -297,7 +297,7 @@ def test_the_schemas_of_tools_are_compiled_once(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Grammar, "json_schema", classmethod(counting))
     tools = [{"name": "f", "input_schema": {"type": "object", "properties": {f"p{i}": {}}}} for i in range(1)]
-    with model_that_says("x") as model:
+    with model_replying("x") as model:
         for _ in range(3):
             model.chat([user("Q")], tools=tools)
     assert len(compiled) <= 1
@@ -326,7 +326,7 @@ def test_the_loop_goes_on_while_a_chat_is_prepared_and_finished(monkeypatch: pyt
 
     noting(Chats, "turn")
     noting(Turn, "finish")
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         asyncio.run(chatted(model))
 
 
@@ -340,7 +340,7 @@ def test_what_is_wrong_with_an_async_stream_is_told_where_it_is_awaited() -> Non
         with pytest.raises(erllama.ChatError):
             await model.astream_chat([]).result()
 
-    with model_that_says("x") as model:
+    with model_replying("x") as model:
         asyncio.run(awaited(model))
 
 
@@ -350,7 +350,7 @@ def test_an_async_stream_that_is_cancelled_before_it_began_ends_so() -> None:
         stream.cancel()
         return await stream.result()
 
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         assert asyncio.run(cancelled(model)).finish_reason == "cancelled"
         assert model.pending == model.queue_depth == 0
 
@@ -365,13 +365,13 @@ def test_an_async_stream_whose_task_is_cancelled_while_it_begins_makes_no_reques
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    with model_that_says("hello there", template=slow + TEMPLATE) as model:
+    with model_replying("hello there", template=slow + TEMPLATE) as model:
         asyncio.run(abandoned(model))
         assert model.metrics.prompt_tokens == model.pending == 0
 
 
 def test_templates_are_applied_for_a_tenant() -> None:
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         first = model.chat([user("Q")], cache_salt="one")
         messages = [user("Q"), first.message, user("and?")]
         n = len(first.context_tokens)
@@ -382,9 +382,9 @@ def test_templates_are_applied_for_a_tenant() -> None:
 
 
 def test_tokens_that_are_no_text_come_back_where_they_were() -> None:
-    vocabulary = SpelledVocabulary(["he"], SPECIAL)
+    vocabulary = PieceVocabulary(["he"], SPECIAL)
     reply = [*b"he", vocabulary.special["<|tool|>"], *b"he"]
-    backend = SpelledBackend(vocabulary, reply, chat_templates={"default": TEMPLATE})
+    backend = ScriptedBackend(vocabulary, reply, chat_templates={"default": TEMPLATE})
     with erllama.load_backend(backend, cache=erllama.Cache()) as model:
         first = model.chat([user("Q")])
         assert first.text == "hehe"
@@ -393,7 +393,7 @@ def test_tokens_that_are_no_text_come_back_where_they_were() -> None:
 
 
 def test_a_thought_that_the_reply_ends_within_comes_back_as_the_template_writes_it() -> None:
-    with model_that_says("<think>hm") as model:
+    with model_replying("<think>hm") as model:
         first = model.chat([user("Q")], **KEEP)
         assert (first.thinking, first.finish_reason) == ("hm", "stop")
         messages = [user("Q"), first.message, user("and?")]
@@ -403,7 +403,7 @@ def test_a_thought_that_the_reply_ends_within_comes_back_as_the_template_writes_
 
 def test_text_beside_a_call_that_the_template_leaves_out_is_no_part_of_what_comes_back() -> None:
     template = TEMPLATE.replace("{{- m.content }}", "{%- if not m.tool_calls %}{{ m.content }}{% endif %}")
-    with model_that_says(f"Let me see. {CALL}", template=template) as model:
+    with model_replying(f"Let me see. {CALL}", template=template) as model:
         first = model.chat([user("Q")], tools=TOOLS)
         assert first.text == "Let me see."
         result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "noon"}
@@ -412,14 +412,14 @@ def test_text_beside_a_call_that_the_template_leaves_out_is_no_part_of_what_come
 
 
 def test_an_empty_thought_that_the_template_leaves_out_is_no_part_of_what_comes_back() -> None:
-    with model_that_says("<think>\n\n</think>hello there") as model:
+    with model_replying("<think>\n\n</think>hello there") as model:
         first = model.chat([user("Q")])
         messages = [user("Q"), first.message, user("and?")]
         assert said(model, messages) == model.render_chat(messages)
 
 
 def test_bytes_that_are_no_text_cost_a_reply_what_follows_them_and_no_time() -> None:
-    backend = SpelledBackend(
+    backend = ScriptedBackend(
         VOCABULARY, [*b"hello", *([0xFF] * 3000)], chat_templates={"default": TEMPLATE}, n_ctx=8192
     )
     with erllama.load_backend(backend, cache=erllama.Cache()) as model:

@@ -14,7 +14,7 @@ import pytest
 
 import erllama
 from erllama.cli.console import size
-from support.cli import Command, says
+from support.cli import Command, write_replying_model
 from support.pseudo_terminal import PseudoTerminal
 
 ONE = ("--threads", "1")
@@ -27,7 +27,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return says(tmp_path_factory.mktemp("models") / "says.gguf", "Yes.", thinking="hm")
+    return write_replying_model(tmp_path_factory.mktemp("models") / "says.gguf", "Yes.", thinking="hm")
 
 
 # --- run ----------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_a_prompt_comes_from_words_or_stdin_or_both(run: Command, model: Path) -
 
 
 def test_what_is_piped_in_and_is_no_text_is_read_as_far_as_it_is(run: Command, model: Path) -> None:
-    finished = run.apart("run", model, *ONE, stdin=b"Is\xff it?")
+    finished = run.in_subprocess("run", model, *ONE, stdin=b"Is\xff it?")
     assert (finished.returncode, finished.stdout) == (0, b"Yes.\n"), finished.stderr
 
 
@@ -194,7 +194,7 @@ def test_a_prompt_that_is_missing_is_told(run: Command, model: Path) -> None:
 
 
 def test_what_is_piped_has_no_escapes_and_ctrl_c_keeps_what_came(run: Command, tmp_path: Path) -> None:
-    endless = says(tmp_path / "endless.gguf", "abc ", for_ever=True)
+    endless = write_replying_model(tmp_path / "endless.gguf", "abc ", for_ever=True)
     command = [sys.executable, "-m", "erllama", "run", str(endless), "Q", "--n-ctx", "65536", *ONE]
     environment = {**os.environ, **run.environment, "FORCE_COLOR": "", "TERM": "xterm"}
     with subprocess.Popen(
@@ -213,7 +213,7 @@ def test_what_is_piped_has_no_escapes_and_ctrl_c_keeps_what_came(run: Command, t
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(run: Command, tmp_path: Path) -> None:
-    endless = says(tmp_path / "endless.gguf", "abc ", for_ever=True)
+    endless = write_replying_model(tmp_path / "endless.gguf", "abc ", for_ever=True)
     command = [sys.executable, "-m", "erllama", "run", str(endless), "Q", "--n-ctx", "65536", *ONE]
     environment = {**os.environ, **run.environment}
     with subprocess.Popen(
@@ -233,7 +233,7 @@ def test_the_two_ways_to_call_it_are_one(run: Command, model: Path) -> None:
     assert script is not None
     finished = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert finished.stdout == f"erllama {erllama.__version__}\n"
-    assert run.apart("--version").stdout.decode() == finished.stdout
+    assert run.in_subprocess("--version").stdout.decode() == finished.stdout
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -248,7 +248,7 @@ def test_completion_prints_a_script(run: Command, shell: str) -> None:
 def test_the_completion_completes_commands_and_options(run: Command) -> None:
     def completed(words: str, at: int) -> str:
         asked = {"_ERLLAMA_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(at)}
-        return run.apart(**asked).stdout.decode()
+        return run.in_subprocess(**asked).stdout.decode()
 
     assert "plain,verify" in completed("erllama cache v", 2)
     assert "plain,--temperature" in completed("erllama run --temp", 2)

@@ -16,7 +16,7 @@ import pytest
 from erllama.cache import Cache, namespace_key
 from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cache.blocks import kvc as kvc_format
-from support.cli import Command, Finished, says
+from support.cli import Command, CommandResult, write_replying_model
 from support.paths import TESTS
 from support.storage.blocks import SIZE, blocks_of
 
@@ -169,7 +169,7 @@ def test_a_directory_is_brought_down_to_a_size_the_latest_used_last(run: Command
 
 
 def test_all_that_is_kept_of_prompts_goes_with_all(run: Command, tmp_path: Path) -> None:
-    model = says(tmp_path / "says.gguf", "Yes.")
+    model = write_replying_model(tmp_path / "says.gguf", "Yes.")
     run("chat", model, *ONE, stdin="Is it?\nSure?\n")
     (run.directory / "damaged" / "1-x.kvc").write_bytes(b"x")
     assert run("cache", "evict", "--all").status == 0
@@ -191,7 +191,11 @@ def test_what_goes_must_be_said(run: Command) -> None:
 
 
 def test_an_archive_makes_prompts_warm_in_another_directory(run: Command, tmp_path: Path) -> None:
-    model, archive, there = says(tmp_path / "says.gguf", "Yes."), tmp_path / "a.tar", tmp_path / "there"
+    model, archive, there = (
+        write_replying_model(tmp_path / "says.gguf", "Yes."),
+        tmp_path / "a.tar",
+        tmp_path / "there",
+    )
     run("run", model, "Is it? " * 40, *ONE)
     done = run("cache", "export", archive, "--json").json
     assert archive.stat().st_mode & 0o777 == 0o600
@@ -207,10 +211,10 @@ def test_an_archive_makes_prompts_warm_in_another_directory(run: Command, tmp_pa
 def test_an_archive_goes_through_pipes(run: Command, tmp_path: Path) -> None:
     fill(run.directory, A)
     fill(run.directory, C, namespace=OTHER)
-    out = run.apart("cache", "export", "-", "--namespace", OTHER.hex())
+    out = run.in_subprocess("cache", "export", "-", "--namespace", OTHER.hex())
     assert out.returncode == 0
     there = tmp_path / "there"
-    brought = run.apart("cache", "import", "-", "--dir", there, stdin=out.stdout)
+    brought = run.in_subprocess("cache", "import", "-", "--dir", there, stdin=out.stdout)
     assert brought.stdout.startswith(b"2 blocks stored")
     assert [
         each["namespace"] for each in run("cache", "stats", "--json", "--dir", there).json[0]["namespaces"]
@@ -227,7 +231,7 @@ def test_damaged_blocks_are_left_out_of_an_archive_with_what_follows_them(run: C
     assert "the payload's checksum does not match" in done.err
 
 
-def imported(run: Command, tmp_path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Finished:
+def imported(run: Command, tmp_path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> CommandResult:
     """What becomes of an archive with a good block first, and then these."""
     block = blocks_of(np.array(C, np.int32))[0]
     payload = memoryview(b"x" * 100)
@@ -307,7 +311,7 @@ def test_an_archive_that_is_cut_short_or_is_none_is_refused(run: Command, tmp_pa
         assert (found.status, found.err.startswith("erllama: ")) == (1, True), content[:20]
         assert "defect" not in found.err
     for content in (whole[:4000], lying):
-        piped = run.apart("cache", "import", "-", "--dir", tmp_path / "there", stdin=content)
+        piped = run.in_subprocess("cache", "import", "-", "--dir", tmp_path / "there", stdin=content)
         assert (piped.returncode, piped.stderr.startswith(b"erllama: ")) == (1, True)
         assert b"defect" not in piped.stderr
     assert run("cache", "verify", "--dir", tmp_path / "there").status == 0

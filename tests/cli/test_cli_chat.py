@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.cli import Command, says
+from support.cli import Command, write_replying_model
 from support.pseudo_terminal import PseudoTerminal
 
 ONE = ("--threads", "1")
@@ -22,12 +22,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return says(tmp_path_factory.mktemp("models") / "says.gguf", "Yes.", thinking="hm")
+    return write_replying_model(tmp_path_factory.mktemp("models") / "says.gguf", "Yes.", thinking="hm")
 
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return says(tmp_path_factory.mktemp("models") / "endless.gguf", "abcdefg ", for_ever=True)
+    return write_replying_model(tmp_path_factory.mktemp("models") / "endless.gguf", "abcdefg ", for_ever=True)
 
 
 def terminal(run: Command, *arguments: object) -> PseudoTerminal:
@@ -107,7 +107,7 @@ def test_tab_completes_commands_and_up_brings_lines_back(run: Command, model: Pa
 
 
 def test_each_line_of_a_pipe_is_a_message(run: Command, model: Path) -> None:
-    finished = run.apart("chat", model, "--stats", *ONE, stdin=b"Is it?\n\nSure?\n/tokens\n")
+    finished = run.in_subprocess("chat", model, "--stats", *ONE, stdin=b"Is it?\n\nSure?\n/tokens\n")
     assert finished.returncode == 0
     assert finished.stdout == b"Yes.\nYes.\n"
     assert b"\x1b" not in finished.stdout + finished.stderr

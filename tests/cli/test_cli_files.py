@@ -13,10 +13,10 @@ import pytest
 
 from erllama.cli.chat import line_input as lines
 from erllama.cli.files import new_file, private_directory
-from support.cli import Command, Finished, says
+from support.cli import Command, CommandResult, write_replying_model
 
 ONE = ("--threads", "1")
-Write = Callable[[Path], Finished]
+Write = Callable[[Path], CommandResult]
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return says(tmp_path_factory.mktemp("models") / "says.gguf", "Yes.")
+    return write_replying_model(tmp_path_factory.mktemp("models") / "says.gguf", "Yes.")
 
 
 @pytest.fixture(params=["save", "export"])

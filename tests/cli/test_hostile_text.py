@@ -20,7 +20,7 @@ from erllama._runtime.printing import json_text, one_line, printable
 from erllama.cli.main import _logging
 from erllama.testing import scripted
 from erllama.testing._file import new_gguf
-from support.cli import TEMPLATE, Command, says
+from support.cli import TEMPLATE, Command, write_replying_model
 from support.pseudo_terminal import PseudoTerminal
 from support.subprocesses import run_python
 
@@ -87,7 +87,7 @@ def hostile_model(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scripted, "new_gguf", changed)
-        says(path, "\x1b]0;EVIL\x07\x7f")
+        write_replying_model(path, "\x1b]0;EVIL\x07\x7f")
 
 
 # --- every command ------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from erllama.engine import SamplingOptions
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing import TierConformance
 from erllama.testing.scripted import write_scripted
-from support.chat.scripted_model import CALL, TEMPLATE, TOOLS, model_that_says, user
+from support.chat.scripted_model import CALL, TEMPLATE, TOOLS, model_replying, user
 from support.doc_pages import DOCS, NAMES, SCRIPTS, blocks
 from support.paths import ROOT
 
@@ -149,7 +149,7 @@ def test_a_page_does_what_it_says(page: str) -> None:
 
 
 def test_the_page_of_chats_does_what_it_says() -> None:
-    with model_that_says(f"<think>hm</think>Well. {CALL}") as model:
+    with model_replying(f"<think>hm</think>Well. {CALL}") as model:
         names: Names = {
             "model": model,
             "erllama": erllama,

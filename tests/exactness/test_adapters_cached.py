@@ -15,7 +15,17 @@ import pytest
 import erllama
 from erllama.engine.adapters import LoadedAdapter, recipe
 from erllama.testing.models import write_gemma3, write_lora, write_mamba
-from support.adapters import LIVES, NO_TEXT, PROMPT, AdaptedStub, apart, cold_stub, greedy, llama, used
+from support.adapters import (
+    N_EXAMPLES,
+    PROMPT,
+    TEXTLESS_TOKENS,
+    AdaptedStub,
+    adapter_set,
+    cold_stub,
+    greedy_reply,
+    load_llama,
+    logprob_distance,
+)
 
 # --- what the cache keeps apart
 
@@ -25,13 +35,13 @@ def test_each_set_has_a_cache_of_its_own(tiny_gguf: Path, loras: list[Path]) -> 
     sets: list[dict[int, float]] = [{}, {0: 1.0}, {0: 0.5}, {1: 1.0}, {0: 1.0, 1: 0.5}, {0: 0.5, 1: 1.0}]
     replies = {}
     for evict in (False, True):
-        with llama(tiny_gguf, n_ctx=4096) as model:
+        with load_llama(tiny_gguf, n_ctx=4096) as model:
             for kind in ("cold", "exact"):
                 for i, scales in enumerate(sets):
                     order = sorted(scales, reverse=kind == "exact")
                     adapters = [model.load_adapter(loras[a], scale=scales[a]) for a in order]
                     assert model.cached_prefix(PROMPT) == (0 if kind == "cold" else len(PROMPT) - 1)
-                    reply = greedy(model)
+                    reply = greedy_reply(model)
                     assert (i, reply.cache.kind) == (i, kind)
                     assert replies.setdefault(i, reply.tokens) == reply.tokens
                     for adapter in adapters:
@@ -51,11 +61,11 @@ def test_an_adapter_is_known_by_its_content_after_a_restart(
             shutil.copy(source, copy)
         with (
             erllama.Cache(disk=tmp_path / "kv", ram=0, block_size=32) as cache,
-            llama(tiny_gguf, cache=cache) as model,
+            load_llama(tiny_gguf, cache=cache) as model,
         ):
             if source is not None:
                 model.load_adapter(copy, scale=scale)
-            reply = greedy(model)
+            reply = greedy_reply(model)
             hits.append((reply.cache.kind, reply.cache.tier))
     assert hits == [("cold", None), ("exact", "disk"), ("cold", None), ("cold", None), ("cold", None)]
 
@@ -73,7 +83,7 @@ def test_who_runs_shares_with_nobody_of_another_set(stub_adapters: list[Path]) -
         backend.gate.set()
         replies = [stream.result() for stream in streams]
     assert [reply.cache.kind for reply in replies] == ["cold", "exact", "cold", "exact"]
-    wanted = [cold_stub(tuple(PROMPT), adapters, 5) for adapters in ((), used({stub_adapters[0]: 1.0}))]
+    wanted = [cold_stub(tuple(PROMPT), adapters, 5) for adapters in ((), adapter_set({stub_adapters[0]: 1.0}))]
     assert [reply.tokens for reply in replies] == [wanted[0]] * 2 + [wanted[1]] * 2
     assert wanted[0] != wanted[1]
 
@@ -82,13 +92,13 @@ def test_a_session_does_not_go_on_in_cells_of_another_set(stub_adapters: list[Pa
     """It keeps one context: of the set that it was last in."""
     with erllama.Cache(ram=0) as cache, erllama.load_backend(AdaptedStub(), cache=cache) as model:
         live = model._runner._scheduler.live
-        first = greedy(model, session_id="s")
+        first = greedy_reply(model, session_id="s")
         adapter = model.load_adapter(stub_adapters[0])
-        second = greedy(model, first.context_tokens, session_id="s")
+        second = greedy_reply(model, first.context_tokens, session_id="s")
         assert second.cache.kind == "cold"
-        assert second.tokens == cold_stub(first.context_tokens, used({stub_adapters[0]: 1.0}), 6)
+        assert second.tokens == cold_stub(first.context_tokens, adapter_set({stub_adapters[0]: 1.0}), 6)
         assert [parked.session_id for parked in live.parked].count("s") == 1
-        third = greedy(model, second.context_tokens, session_id="s")
+        third = greedy_reply(model, second.context_tokens, session_id="s")
         assert third.cache.tokens == len(second.context_tokens) - 1
         adapter.scale = 0.5
         assert model.end_session("s"), "whatever the set now is"
@@ -109,8 +119,10 @@ def test_a_session_has_one_request_at_a_time_whatever_the_set(stub_adapters: lis
 
 
 def test_a_parent_of_another_set_is_none(tiny_gguf: Path, loras: list[Path]) -> None:
-    with llama(tiny_gguf) as model:
-        parent = model.complete("a text to go on from", max_tokens=8, temperature=0.0, banned_tokens=NO_TEXT)
+    with load_llama(tiny_gguf) as model:
+        parent = model.complete(
+            "a text to go on from", max_tokens=8, temperature=0.0, banned_tokens=TEXTLESS_TOKENS
+        )
         going_on = "a text to go on from" + parent.text + " and on"
         ids = model.complete(going_on, max_tokens=1, parent_key=parent.finish_key).context_tokens
         assert ids[: len(parent.context_tokens) - 1] == parent.context_tokens[:-1]
@@ -122,10 +134,10 @@ def test_a_parent_of_another_set_is_none(tiny_gguf: Path, loras: list[Path]) -> 
 
 def test_a_chat_is_remembered_under_its_set(tiny_gguf: Path, loras: list[Path]) -> None:
     """The tokens that a reply was sampled as are those of the next turn with the same adapters, and of no other."""
-    with llama(tiny_gguf) as model:
+    with load_llama(tiny_gguf) as model:
         adapter = model.load_adapter(loras[0])
         question: list[dict[str, object]] = [{"role": "user", "content": "hello"}]
-        reply = model.chat(question, max_tokens=12, temperature=0.0, banned_tokens=NO_TEXT)
+        reply = model.chat(question, max_tokens=12, temperature=0.0, banned_tokens=TEXTLESS_TOKENS)
         messages = [*question, reply.message, {"role": "user", "content": "go on"}]
         n = len(reply.context_tokens)
         text = model.tokenize(model.render_chat(messages), parse_special=True).tolist()
@@ -139,10 +151,10 @@ def test_a_chat_is_remembered_under_its_set(tiny_gguf: Path, loras: list[Path]) 
 
 
 def test_a_chat_under_way_is_remembered_under_the_set_it_began_with(tiny_gguf: Path, loras: list[Path]) -> None:
-    with llama(tiny_gguf) as model:
+    with load_llama(tiny_gguf) as model:
         adapter = model.load_adapter(loras[0])
         question: list[dict[str, object]] = [{"role": "user", "content": "hello"}]
-        stream = model.stream_chat(question, max_tokens=12, temperature=0.0, banned_tokens=NO_TEXT)
+        stream = model.stream_chat(question, max_tokens=12, temperature=0.0, banned_tokens=TEXTLESS_TOKENS)
         adapter.scale = 0.5
         reply = stream.result()
         messages = [*question, reply.message]
@@ -153,24 +165,24 @@ def test_a_chat_under_way_is_remembered_under_the_set_it_began_with(tiny_gguf: P
 
 
 def test_what_is_prefilled_is_prefilled_for_a_set(tiny_gguf: Path, loras: list[Path]) -> None:
-    with llama(tiny_gguf) as model:
+    with load_llama(tiny_gguf) as model:
         adapter = model.load_adapter(loras[0])
         model.prefill(PROMPT)
         assert model.cached_prefix(PROMPT) == len(PROMPT) - 1
         adapter.scale = 0.9
         assert model.cached_prefix(PROMPT) == 0
         adapter.scale = 1.0
-        assert greedy(model).cache.kind == "exact"
+        assert greedy_reply(model).cache.kind == "exact"
 
 
 @pytest.mark.parametrize("n_adapters", [1, 2])
 def test_a_warm_reply_has_the_bits_of_a_cold_one(tiny_gguf: Path, loras: list[Path], n_adapters: int) -> None:
     """After the adapters were loaded anew, too: then they lie elsewhere in memory."""
-    with llama(tiny_gguf) as model:
+    with load_llama(tiny_gguf) as model:
         replies = []
         for _ in range(2):
             adapters = [model.load_adapter(lora, scale=0.8) for lora in loras[:n_adapters]]
-            replies += [greedy(model, reproducible=True, logprobs=10) for _ in range(2)]
+            replies += [greedy_reply(model, reproducible=True, logprobs=10) for _ in range(2)]
             for adapter in adapters:
                 adapter.unload()
     assert [reply.cache.kind for reply in replies] == ["cold", "exact", "exact", "exact"]
@@ -179,15 +191,15 @@ def test_a_warm_reply_has_the_bits_of_a_cold_one(tiny_gguf: Path, loras: list[Pa
 
 def test_of_three_adapters_bits_are_promised_as_long_as_they_are_loaded(tiny_gguf: Path, loras: list[Path]) -> None:
     """libllama adds what three or more contribute in an order that depends on where they lie."""
-    with llama(tiny_gguf) as model:
+    with load_llama(tiny_gguf) as model:
         for kinds in (("exact",), ("partial",)):  # blocks that were there before and end no slice are not replaced
             adapters = [model.load_adapter(lora) for lora in loras[:3]]
-            cold = greedy(model, reproducible=True, logprobs=10)
+            cold = greedy_reply(model, reproducible=True, logprobs=10)
             assert cold.cache.kind == "cold"
-            warm = greedy(model, reproducible=True, logprobs=10)
+            warm = greedy_reply(model, reproducible=True, logprobs=10)
             assert warm.cache.kind in kinds
             assert warm.logprobs == cold.logprobs
-            assert greedy(model).cache.kind == "exact", "the KV is good for whoever asks for no bits"
+            assert greedy_reply(model).cache.kind == "exact", "the KV is good for whoever asks for no bits"
             for adapter in adapters:
                 adapter.unload()
     loaded = [(LoadedAdapter(None, Path(), "", 1.0), 1.0) for _ in range(4)]
@@ -200,16 +212,16 @@ def test_of_three_adapters_bits_are_promised_as_long_as_they_are_loaded(tiny_ggu
 def test_models_whose_memory_cannot_be_cut(make: Callable[[Path], Path], architecture: str, tmp_path: Path) -> None:
     path = make(tmp_path / "model.gguf")
     lora = write_lora(tmp_path / "lora.gguf", weights=("output",), seed=5, architecture=architecture)
-    with llama(path) as model:
-        plain = greedy(model)
+    with load_llama(path) as model:
+        plain = greedy_reply(model)
         adapter = model.load_adapter(lora)
-        changed = greedy(model)
+        changed = greedy_reply(model)
         assert changed.cache.kind == "cold"
         assert changed.tokens != plain.tokens
-        again = greedy(model)
+        again = greedy_reply(model)
         assert (again.tokens, again.cache.kind) == (changed.tokens, "exact")
         adapter.unload()
-        again = greedy(model)
+        again = greedy_reply(model)
         assert (again.tokens, again.cache.kind) == (plain.tokens, "exact")
 
 
@@ -320,13 +332,13 @@ def test_no_reply_is_of_another_set_whatever_happens(stub_adapters: list[Path], 
         assert reply.tokens == cold_stub(asked.prompt, adapters, 3)
 
     warm = 0
-    for seed in range(LIVES):
+    for seed in range(N_EXAMPLES):
         with erllama.Cache(ram="64KiB", disk=tmp_path / "kv" if seed % 4 == 0 else None, block_size=16) as cache:
             Life(seed, make, stub_adapters, check).live(cache, steps=25)
             counters = cache.counters()
             warm += counters["hits_exact"] + counters["hits_longest_prefix"]
     assert not any(backend.wrongs for backend in backends)
-    assert warm > LIVES, "nothing was warm, so nothing was shown"
+    assert warm > N_EXAMPLES, "nothing was warm, so nothing was shown"
 
 
 def test_no_reply_is_of_another_set_whatever_happens_in_libllama(
@@ -346,7 +358,7 @@ def test_no_reply_is_of_another_set_whatever_happens_in_libllama(
         if (prompt, adapters) not in known:
             for path, scale in adapters:
                 reference.load_adapter(path, scale=scale)
-            known[prompt, adapters] = greedy(
+            known[prompt, adapters] = greedy_reply(
                 reference, prompt, 3, reproducible=True, logprobs=20, banned_tokens=[2]
             )
             assert known[prompt, adapters].cache.tokens == 0
@@ -361,17 +373,17 @@ def test_no_reply_is_of_another_set_whatever_happens_in_libllama(
         expected = cold(asked.prompt, asked.adapters)
         if asked.reproducible and len(asked.adapters) < 3:
             assert reply.logprobs == expected.logprobs
-        assert apart(reply.logprobs, expected.logprobs) < 0.03
+        assert logprob_distance(reply.logprobs, expected.logprobs) < 0.03
         for (prompt, adapters), other in known.items():
             if prompt == asked.prompt and summed(adapters) != summed(asked.adapters):
-                nearest = min(nearest, apart(reply.logprobs, other.logprobs))
+                nearest = min(nearest, logprob_distance(reply.logprobs, other.logprobs))
 
     n_checked = 0
     with erllama.Cache(ram=0) as forgetful, make(forgetful) as reference:
-        for seed in range(LIVES):
+        for seed in range(N_EXAMPLES):
             with erllama.Cache(disk=tmp_path / "kv" if seed % 4 == 0 else None, block_size=16) as cache:
                 n_checked += Life(seed, make, loras, check, banned=[2]).live(cache, steps=12)
-    assert n_checked > LIVES
+    assert n_checked > N_EXAMPLES
     assert nearest > 0.03, "sets whose replies are alike show nothing"
 
 

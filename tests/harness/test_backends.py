@@ -35,7 +35,7 @@ from erllama.testing.models import (
     write_llama,
     write_mamba,
 )
-from support.faulty.backends import LIES, RARE
+from support.faulty.backends import FAULTY_BACKENDS, RARELY_FAULTY_BACKENDS
 from support.paths import ROOT
 from support.recording_backend import llama_backend
 
@@ -143,7 +143,7 @@ def test_numpy_computes_alike_whatever_it_is_put_through(tiny_gguf: Path) -> Non
 # --- who does not, each in one way ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("liar", "rule"), LIES)
+@pytest.mark.parametrize(("liar", "rule"), FAULTY_BACKENDS)
 def test_a_rule_notices_who_breaks_it(liar: type[StubBackend], rule: str) -> None:
     class Rules(BackendConformance):
         def make_backend(self) -> Backend:
@@ -153,7 +153,7 @@ def test_a_rule_notices_who_breaks_it(liar: type[StubBackend], rule: str) -> Non
         getattr(Rules(), rule)()
 
 
-@pytest.mark.parametrize(("liar", "rule"), RARE)
+@pytest.mark.parametrize(("liar", "rule"), RARELY_FAULTY_BACKENDS)
 def test_a_rule_notices_who_breaks_it_seldom(liar: type[StubBackend], rule: str) -> None:
     class Rules(BackendConformance):
         def make_backend(self) -> Backend:
@@ -165,7 +165,9 @@ def test_a_rule_notices_who_breaks_it_seldom(liar: type[StubBackend], rule: str)
 
 def test_every_rule_has_someone_who_breaks_it() -> None:
     rules = {name for name in dir(BackendConformance) if name.startswith("test_")}
-    assert rules - {rule for _, rule in LIES + RARE} == {"test_equal_prompts_do_not_mix"}
+    assert rules - {rule for _, rule in FAULTY_BACKENDS + RARELY_FAULTY_BACKENDS} == {
+        "test_equal_prompts_do_not_mix"
+    }
 
 
 # --- the example computes what libllama does ---------------------------------------------------------------

@@ -17,8 +17,8 @@ from erllama.errors import CacheFormatError
 from erllama.testing import BackendMachine, CacheMachine, TierConformance
 from erllama.testing.models import TINY, write_gemma3, write_lfm2, write_llama, write_mamba
 from support.faulty.backends import (
-    LIES,
-    RARE,
+    FAULTY_BACKENDS,
+    RARELY_FAULTY_BACKENDS,
     CutsFirst,
     DecodesSecond,
     DropsNext,
@@ -31,7 +31,7 @@ from support.faulty.backends import (
     WipesBatch,
 )
 from support.faulty.tiers import (
-    FAULTS,
+    FAULTY_TIERS,
     ForgetsAtClose,
     KeepsAll,
     KeepsOld,
@@ -170,7 +170,7 @@ class UnawareTier(FileTier):
         return None
 
 
-FILE_FAULTS: list[tuple[type[FileTier], str]] = [
+FAULTY_FILE_TIERS: list[tuple[type[FileTier], str]] = [
     (SwappingTier, "test_what_is_written_is_read"),
     (ForgetfulTier, "test_what_is_written_is_read"),
     (GreedyTier, "test_a_sound_tier_has_no_problems"),
@@ -179,7 +179,7 @@ FILE_FAULTS: list[tuple[type[FileTier], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("liar", "rule"), FILE_FAULTS)
+@pytest.mark.parametrize(("liar", "rule"), FAULTY_FILE_TIERS)
 def test_a_rule_finds_a_fault_of_a_tier_of_files(liar: type[FileTier], rule: str) -> None:
     class Rules(TestFileTier):
         def make_tier(self, directory: Path) -> Tier:
@@ -189,7 +189,7 @@ def test_a_rule_finds_a_fault_of_a_tier_of_files(liar: type[FileTier], rule: str
         getattr(Rules(), rule)()
 
 
-@pytest.mark.parametrize(("liar", "rule"), FAULTS)
+@pytest.mark.parametrize(("liar", "rule"), FAULTY_TIERS)
 def test_a_rule_finds_a_fault_of_a_tier(liar: type[SmallTier], rule: str) -> None:
     class Rules(TierConformance):
         def make_tier(self, directory: Path) -> Tier:
@@ -201,7 +201,7 @@ def test_a_rule_finds_a_fault_of_a_tier(liar: type[SmallTier], rule: str) -> Non
 
 def test_every_rule_for_tiers_has_a_fault() -> None:
     rules = {name for name in dir(TierConformance) if name.startswith("test_")}
-    assert rules == {rule for _, rule in [*FAULTS, *FILE_FAULTS]}
+    assert rules == {rule for _, rule in [*FAULTY_TIERS, *FAULTY_FILE_TIERS]}
 
 
 def faulty_machine(liar: type[SmallTier], budget: int) -> type[CacheMachine]:
@@ -290,7 +290,11 @@ def table(faults: Sequence[tuple[type, str]]) -> str:
     return "\n".join(["| Fault | Rule that finds it |", "|---|---|", *rows])
 
 
-@pytest.mark.parametrize("faults", [[*FAULTS, *FILE_FAULTS], [*LIES, *RARE]], ids=["tiers", "backends"])
+@pytest.mark.parametrize(
+    "faults",
+    [[*FAULTY_TIERS, *FAULTY_FILE_TIERS], [*FAULTY_BACKENDS, *RARELY_FAULTY_BACKENDS]],
+    ids=["tiers", "backends"],
+)
 def test_the_guide_has_the_table_of_faults(faults: Sequence[tuple[type, str]]) -> None:
     assert len({fault for fault, _ in faults}) >= 40
     assert table(faults) in GUIDE.read_text(), f"docs/test-harness.md must have this table:\n{table(faults)}"

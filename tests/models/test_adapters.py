@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 import erllama
 from erllama import llama_ffi
 from erllama.engine import Batch
-from support.adapters import PROMPT, AdaptedStub, Used, apart, cold_stub, greedy, llama, used
+from support.adapters import (
+    PROMPT,
+    AdaptedStub,
+    UsedAdapters,
+    adapter_set,
+    cold_stub,
+    greedy_reply,
+    load_llama,
+    logprob_distance,
+)
 from support.recording_backend import llama_backend, same_bits
 from support.threads import in_threads, wait_until
 
@@ -39,7 +48,7 @@ def test_logits_are_libllamas_own(tiny_gguf: Path, loras: list[Path], scales: di
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         for i, scale in scales.items():
             model.load_adapter(loras[i], scale=scale)
-        greedy(model, reproducible=True)
+        greedy_reply(model, reproducible=True)
     assert [len(tokens) for tokens in slices] == [64, 64, 21, 1, 1, 1, 1, 1, 1]
 
     with llama_ffi.LlamaModel(tiny_gguf) as native:
@@ -75,44 +84,44 @@ def test_an_adapter_is_as_weights_with_it_merged(tiny_gguf: Path, loras: list[Pa
             flipped = name == "token_embd.weight"
             weights[name] += scale * alpha / a.shape[flipped] * (a @ b.T if flipped else b @ a)
         del weights
-        with llama(merged, kv_type_k="f32", kv_type_v="f32") as model:
-            expected = greedy(model, n=1, logprobs=100).logprobs
-        with llama(tiny_gguf, kv_type_k="f32", kv_type_v="f32") as model:
-            without = greedy(model, n=1, logprobs=100).logprobs
+        with load_llama(merged, kv_type_k="f32", kv_type_v="f32") as model:
+            expected = greedy_reply(model, n=1, logprobs=100).logprobs
+        with load_llama(tiny_gguf, kv_type_k="f32", kv_type_v="f32") as model:
+            without = greedy_reply(model, n=1, logprobs=100).logprobs
             model.load_adapter(lora, scale=scale)
-            found = greedy(model, n=1, logprobs=100).logprobs
-        assert apart(found, expected) < 1e-2
-        assert apart(found, without) > 0.3, "an adapter that changes nothing shows nothing"
+            found = greedy_reply(model, n=1, logprobs=100).logprobs
+        assert logprob_distance(found, expected) < 1e-2
+        assert logprob_distance(found, without) > 0.3, "an adapter that changes nothing shows nothing"
 
 
 def test_scale_0_is_no_adapter_at_all(tiny_gguf: Path, loras: list[Path]) -> None:
-    with llama(tiny_gguf) as model:
-        plain = greedy(model)
+    with load_llama(tiny_gguf) as model:
+        plain = greedy_reply(model)
         adapter = model.load_adapter(loras[0], scale=0)
-        again = greedy(model)
+        again = greedy_reply(model)
         assert (again.tokens, again.cache.kind) == (plain.tokens, "exact")
         adapter.scale = 1
-        assert greedy(model).cache.kind == "cold"
+        assert greedy_reply(model).cache.kind == "cold"
         for nothing in (0.0, -0.0, 1e-50):  # the last is 0 as a 32-bit number
             adapter.scale = nothing
-            assert greedy(model).cache.kind == "exact"
-            assert greedy(model, reproducible=True).tokens == plain.tokens
+            assert greedy_reply(model).cache.kind == "exact"
+            assert greedy_reply(model, reproducible=True).tokens == plain.tokens
             adapter.scale = 1
         adapter.unload()
-        assert greedy(model).cache.kind == "exact"
+        assert greedy_reply(model).cache.kind == "exact"
 
 
 def test_the_model_is_as_before_when_its_adapters_are_gone(tiny_gguf: Path, loras: list[Path]) -> None:
     """Bit for bit: an adapter leaves nothing behind."""
-    with llama(tiny_gguf) as model:
-        before = greedy(model, n=4, reproducible=True, logprobs=20)
+    with load_llama(tiny_gguf) as model:
+        before = greedy_reply(model, n=4, reproducible=True, logprobs=20)
         for lora in loras:
             model.load_adapter(lora)
-        assert greedy(model, n=4, reproducible=True, logprobs=20).logprobs != before.logprobs
+        assert greedy_reply(model, n=4, reproducible=True, logprobs=20).logprobs != before.logprobs
         for adapter in model.adapters:
             adapter.unload()
         model.cache.evict_bytes(1 << 40)
-        after = greedy(model, n=4, reproducible=True, logprobs=20)
+        after = greedy_reply(model, n=4, reproducible=True, logprobs=20)
     assert after.cache.kind == "cold"
     assert after.logprobs == before.logprobs
 
@@ -121,7 +130,7 @@ def test_the_model_is_as_before_when_its_adapters_are_gone(tiny_gguf: Path, lora
 
 
 def test_adapters_are_listed_with_their_scales(tiny_gguf: Path, loras: list[Path]) -> None:
-    with llama(tiny_gguf) as model:
+    with load_llama(tiny_gguf) as model:
         assert model.adapters == ()
         first = model.load_adapter(loras[1], scale=0.1)
         second = model.load_adapter(str(loras[0]))
@@ -155,14 +164,14 @@ def test_any_thread_may_load_scale_and_unload(stub_adapters: list[Path]) -> None
             dice = random.Random(number)
             for _ in range(30):
                 adapter = model.load_adapter(dice.choice(stub_adapters), scale=dice.choice([0, 0.5, 1]))
-                assert len(greedy(model, PROMPT[: dice.randrange(1, 150)], 3).tokens) <= 3
+                assert len(greedy_reply(model, PROMPT[: dice.randrange(1, 150)], 3).tokens) <= 3
                 adapter.scale = dice.choice([0, 0.5, 1])
                 adapter.unload()
 
         in_threads(work, 6)
         wait_until(lambda: not backend.loaded)
         assert model.adapters == ()
-        assert greedy(model).tokens == cold_stub(tuple(PROMPT), (), 6)
+        assert greedy_reply(model).tokens == cold_stub(tuple(PROMPT), (), 6)
     assert backend.wrongs == []
 
 
@@ -174,10 +183,10 @@ def test_requests_in_flight_keep_their_set(stub_adapters: list[Path]) -> None:
     backend = AdaptedStub(n_ctx=2048)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache, n_seq_max=2) as model:
         first = model.load_adapter(stub_adapters[0])
-        streams: list[tuple[erllama.Stream, Used]] = []
+        streams: list[tuple[erllama.Stream, UsedAdapters]] = []
 
         def ask(scales: dict[Path, float]) -> None:
-            streams.append((model.stream(PROMPT, max_tokens=20, temperature=0.0), used(scales)))
+            streams.append((model.stream(PROMPT, max_tokens=20, temperature=0.0), adapter_set(scales)))
 
         ask({stub_adapters[0]: 1.0})
         next(iter(streams[0][0]))
@@ -208,8 +217,8 @@ def test_an_unloaded_adapter_is_freed_when_the_last_request_with_it_has_ended(st
         adapter.unload()
         dropped.cancel()
         backend.gate.set()
-        assert running.result().tokens == cold_stub(tuple(PROMPT), used({stub_adapters[0]: 1.0}), 3)
-        assert waiting.result().tokens == cold_stub(tuple(PROMPT), used({stub_adapters[0]: 1.0}), 3)
+        assert running.result().tokens == cold_stub(tuple(PROMPT), adapter_set({stub_adapters[0]: 1.0}), 3)
+        assert waiting.result().tokens == cold_stub(tuple(PROMPT), adapter_set({stub_adapters[0]: 1.0}), 3)
         wait_until(lambda: not backend.loaded)
     assert backend.wrongs == []
 

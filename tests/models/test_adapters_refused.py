@@ -16,7 +16,7 @@ from erllama import llama_ffi
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.bert import write_bert
 from erllama.testing.models import LlamaShape, write_lora
-from support.adapters import AdaptedStub, greedy, llama
+from support.adapters import AdaptedStub, greedy_reply, load_llama
 from support.paths import TESTS
 from support.recording_backend import llama_backend
 from support.subprocesses import must_run
@@ -115,10 +115,10 @@ def test_embeddings_that_are_the_output_too(tiny_gguf: Path, tmp_path: Path) -> 
     tied = tmp_path / "tied.gguf"
     write_tied(tiny_gguf, tied)
     lora = write_lora(tmp_path / "lora.gguf", weights=("token_embd",))
-    with llama(tied) as model:
+    with load_llama(tied) as model:
         refused(model, lora, "which is the model's output, too")
         model.load_adapter(write_lora(tmp_path / "good.gguf", weights=("attn_q",)))
-        greedy(model)
+        greedy_reply(model)
 
 
 def write_tied(source: Path, target: Path) -> None:
@@ -182,7 +182,7 @@ def test_models_without_adapters(tiny_gguf: Path, loras: list[Path], tmp_path: P
         with pytest.raises(erllama.VocabularyOnly):
             model.load_adapter(loras[0])
         assert model.adapters == ()
-    with llama(write_bert(tmp_path / "bert.gguf")) as model:
+    with load_llama(write_bert(tmp_path / "bert.gguf")) as model:
         with pytest.raises(erllama.Unsupported, match="only encodes"):
             model.load_adapter(loras[0])
 
@@ -226,19 +226,19 @@ def test_a_backend_that_fails_with_adapters_fails_its_requests_alone(stub_adapte
         use(adapters)
 
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
-        plain = greedy(model)
+        plain = greedy_reply(model)
         backend.use_adapters = failing  # type: ignore[method-assign]
         adapter = model.load_adapter(stub_adapters[0])
         with pytest.raises(erllama.BackendError, match="no memory for adapters"):
-            greedy(model)
+            greedy_reply(model)
         adapter.unload()
-        assert greedy(model).tokens == plain.tokens
+        assert greedy_reply(model).tokens == plain.tokens
         wait_until(lambda: not backend.loaded)
 
 
 def test_embeddings_are_computed_beside_adapters(tiny_gguf: Path, loras: list[Path]) -> None:
     """Without them, and while they come and go."""
-    with llama(tiny_gguf) as model:
+    with load_llama(tiny_gguf) as model:
         expected = model.embed("a text")
 
         def work(number: int) -> None:
@@ -247,7 +247,7 @@ def test_embeddings_are_computed_beside_adapters(tiny_gguf: Path, loras: list[Pa
                     np.testing.assert_array_equal(model.embed("a text"), expected)
                 else:
                     model.load_adapter(loras[0])
-                    greedy(model, n=1)
+                    greedy_reply(model, n=1)
                     model.adapters[0].unload()
 
         in_threads(work, 2)
@@ -258,7 +258,7 @@ import sys
 from pathlib import Path
 import erllama
 sys.path.append(sys.argv[7])
-from support.gguf.corruption import damaged
+from support.gguf.corruption import corrupted
 model_path, source, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 first, last, header = map(int, sys.argv[4:7])
 content = Path(source).read_bytes()
@@ -267,7 +267,7 @@ with erllama.Cache() as cache, erllama.load_model(model_path, n_ctx=256, n_threa
     plain = model.complete("hello", max_tokens=3, temperature=0.0).tokens
     for seed in range(first, last):
         print("seed", seed, flush=True)
-        target.write_bytes(damaged(content, seed, header))
+        target.write_bytes(corrupted(content, seed, header))
         try:
             adapter = model.load_adapter(target)
         except erllama.AdapterLoadError:

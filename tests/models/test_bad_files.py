@@ -88,7 +88,7 @@ import sys
 from pathlib import Path
 import erllama
 sys.path.append(sys.argv[5])
-from support.gguf.corruption import damaged
+from support.gguf.corruption import corrupted
 source, target, first, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 content = Path(source).read_bytes()
 header = 9500
@@ -96,7 +96,7 @@ loaded = refused = 0
 for seed in range(first, last):
     print("seed", seed, flush=True)
     # Numbers are in the beginning, texts thereafter.
-    target.write_bytes(damaged(content, seed, 1200 if seed % 3 == 2 else header))
+    target.write_bytes(corrupted(content, seed, 1200 if seed % 3 == 2 else header))
     try:
         with erllama.load_model(target, n_ctx=256, n_threads=1) as model:
             model.complete("hello", max_tokens=3)

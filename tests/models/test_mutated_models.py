@@ -21,7 +21,7 @@ from erllama import llama_ffi
 from erllama.testing.bert import write_bert
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
 from support.gguf import editable_gguf
-from support.gguf.architectures import complete, with_optional_tensors
+from support.gguf.architectures import minimal_model, with_optional_tensors
 from support.gguf.editable_gguf import F32, U32, EditableGGUF
 from support.paths import TESTS
 from support.subprocesses import must_run, run_python
@@ -127,7 +127,7 @@ def test_hyperparameters_out_of_range(
 
 
 def test_a_number_that_libllama_divides_by_is_not_zero(tmp_path: Path) -> None:
-    made = complete("qwen3next", tmp_path)
+    made = minimal_model("qwen3next", tmp_path)
     assert made is not None
     base = with_optional_tensors(made)
     place = tmp_path / "files"
@@ -146,7 +146,7 @@ def test_a_number_that_libllama_divides_by_is_not_zero(tmp_path: Path) -> None:
 
 def test_state_spaces_without_groups_or_heads(tmp_path: Path) -> None:
     """libllama divides by both, when it loads or when it makes the graph: the process must not end."""
-    base = complete("mamba2", tmp_path)
+    base = minimal_model("mamba2", tmp_path)
     assert base is not None
     place = tmp_path / "files"
     place.mkdir()
@@ -261,7 +261,7 @@ def test_texts_in_place_of_numbers_are_not_numbers(value: object) -> None:
 
 
 def test_weights_that_a_graph_needs_and_a_file_lacks(tmp_path: Path) -> None:
-    made = complete("phi3", tmp_path)
+    made = minimal_model("phi3", tmp_path)
     assert made is not None
     place = tmp_path / "files"
     place.mkdir()
@@ -311,7 +311,7 @@ def _bases(place: Path, architectures: Sequence[str]) -> None:
     for number, write in enumerate(written):
         write(place / f"{number}.base")
     for architecture in architectures:
-        made = complete(architecture, place)
+        made = minimal_model(architecture, place)
         if made is not None:
             with_optional_tensors(made).write(place / f"{architecture}.base")
 
@@ -434,7 +434,7 @@ def test_a_failed_model_keeps_its_own_adapters_alone(tiny_gguf: Path, loras: lis
 
 
 def test_a_model_with_learned_positions_ends_at_the_last_one(tmp_path: Path) -> None:
-    file = complete("gpt2", tmp_path)
+    file = minimal_model("gpt2", tmp_path)
     assert file is not None
     path = tmp_path / "model.gguf"
     file.write(path)

@@ -20,7 +20,7 @@ from erllama.cache import Cache
 from erllama.cache.uninterrupted import running as running_calls
 from erllama.cache.uninterrupted import uninterrupted
 from support.storage.blocks import SIZE, save
-from support.storage.processes import bytes_in, running, start_python
+from support.storage.processes import bytes_in, killed_at_end, start_python
 from support.threads import wait_until
 
 SIGNALS = int(os.environ.get("ERLLAMA_SIGNALS", "300"))
@@ -214,7 +214,7 @@ MODEL = """
 def soak(root: Path, work: str, n_processes: int) -> None:
     each = -(-SIGNALS // n_processes)
     children = [start_python(INTERRUPTED + work, root, each, seed) for seed in range(n_processes)]
-    with running(*children):
+    with killed_at_end(*children):
         for child in children:
             assert child.stdout is not None
             line = child.stdout.readline()

@@ -19,14 +19,14 @@ from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import write_llama
 from support.engine_models import (
     SIZE,
-    Watched,
-    alone,
-    eventually,
-    loaded,
-    metrics,
+    GatedBackend,
+    cold_reply,
+    engine_metrics,
+    load_stub,
     random_prompt,
 )
 from support.subprocesses import must_run
+from support.threads import wait_until
 
 # --- what fails, fails alone --------------------------------------------------------------------------------
 
@@ -58,9 +58,9 @@ def prompts_with(token: int) -> list[list[int]]:
 
 def test_a_request_whose_sampling_fails_ends_alone() -> None:
     prompts = prompts_with(99)
-    expected = [alone(np.array(prompt, np.int32), max_tokens=5, temperature=0).tokens for prompt in prompts]
+    expected = [cold_reply(np.array(prompt, np.int32), max_tokens=5, temperature=0).tokens for prompt in prompts]
     assert all(99 not in tokens for tokens in expected)
-    with loaded(Failing(None)) as model:
+    with load_stub(Failing(None)) as model:
         streams = [model.stream(prompt, max_tokens=5, temperature=0) for prompt in prompts]
         with pytest.raises(erllama.SamplingError):
             streams[3].result()
@@ -84,14 +84,14 @@ def once(call: Callable[..., object], when: Callable[[], bool] = lambda: True) -
 def test_whatever_call_of_the_backend_fails_nobody_waits_for_ever(name: str) -> None:
     backend = StubBackend(n_ctx=1024, eog_bias=-100)
     prompts = [np.concatenate([random_prompt(1, 100), random_prompt(i, 40)]) for i in range(6)]
-    with loaded(backend, n_seq_max=3, parked_cells=0) as model:
+    with load_stub(backend, n_seq_max=3, parked_cells=0) as model:
         for _ in range(3):
             setattr(backend, name, once(getattr(StubBackend, name).__get__(backend)))
             streams = [model.stream(prompt, max_tokens=10 + 20 * i, seed=i) for i, prompt in enumerate(prompts)]
             for i, stream in enumerate(streams):
                 with suppress(erllama.BackendError):
                     tokens = stream.result().tokens
-                    assert tokens == alone(prompts[i], max_tokens=10 + 20 * i, seed=i).tokens
+                    assert tokens == cold_reply(prompts[i], max_tokens=10 + 20 * i, seed=i).tokens
         model.evict()
         live = model._runner._scheduler.live
         assert backend.cells_used == live.cells.used == 0
@@ -100,14 +100,14 @@ def test_whatever_call_of_the_backend_fails_nobody_waits_for_ever(name: str) -> 
 
 def test_a_backend_that_cannot_drop_what_is_evicted_loses_nothing() -> None:
     backend = StubBackend(n_ctx=1024, eog_bias=-100)
-    with loaded(backend, n_seq_max=3) as model:
+    with load_stub(backend, n_seq_max=3) as model:
         model.complete(random_prompt(1, 100), max_tokens=10)
         model.complete(random_prompt(2, 100), max_tokens=10)
         stream = model.stream(random_prompt(3, 100), max_tokens=400, seed=3)
         next(stream)
         backend.drop = once(backend.drop)  # type: ignore[method-assign]
         model.evict()
-        assert stream.result().tokens == alone(random_prompt(3, 100), max_tokens=400, seed=3).tokens
+        assert stream.result().tokens == cold_reply(random_prompt(3, 100), max_tokens=400, seed=3).tokens
         model.evict()
         live = model._runner._scheduler.live
         assert backend.cells_used == live.cells.used == 0
@@ -123,7 +123,7 @@ def test_whatever_call_of_the_cache_fails_requests_do_not(name: str, monkeypatch
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a mistake in the cache")
 
-    with loaded(StubBackend(n_ctx=512, eog_bias=-100), n_seq_max=2) as model:
+    with load_stub(StubBackend(n_ctx=512, eog_bias=-100), n_seq_max=2) as model:
         first = model.complete(random_prompt(1, 100), max_tokens=5, seed=1)
         monkeypatch.setattr(Cache, name, property(broken) if name == "tier_names" else broken)
         for i in range(4):
@@ -132,7 +132,7 @@ def test_whatever_call_of_the_cache_fails_requests_do_not(name: str, monkeypatch
                 for j in range(1, 4)
             ]
             for j, stream in enumerate(streams, 1):
-                assert stream.result().tokens == alone(random_prompt(j, 100), max_tokens=150, seed=1).tokens, i
+                assert stream.result().tokens == cold_reply(random_prompt(j, 100), max_tokens=150, seed=1).tokens, i
         monkeypatch.undo()
         assert model.complete(random_prompt(1, 100), max_tokens=5, seed=1).tokens == first.tokens
 
@@ -149,10 +149,10 @@ def test_cells_that_run_out_for_a_moment_cost_a_request_nothing() -> None:
 
     failed: list[int] = []
     backend.decode = tight  # type: ignore[method-assign]
-    with loaded(backend) as model:
+    with load_stub(backend) as model:
         reply = model.complete(random_prompt(1, 77), max_tokens=100, seed=1)
     assert failed
-    assert reply.tokens == alone(random_prompt(1, 77), max_tokens=100, seed=1).tokens
+    assert reply.tokens == cold_reply(random_prompt(1, 77), max_tokens=100, seed=1).tokens
 
 
 def test_a_model_whose_context_cannot_be_made_anew_says_why() -> None:
@@ -168,24 +168,24 @@ def test_a_model_whose_context_cannot_be_made_anew_says_why() -> None:
                 raise erllama.BackendError("and does not come back")
             super().clear()
 
-    with loaded(Dying()) as model:
+    with load_stub(Dying()) as model:
         with pytest.raises(erllama.Error, match="does not come back"):
             model.complete([1])
         with pytest.raises(erllama.ModelUnloaded, match="cannot go on"):
-            eventually(lambda: model.complete([1]))
+            wait_until(lambda: model.complete([1]))
 
 
 @pytest.mark.parametrize("error", [erllama.BackendError("broken"), ValueError("broken"), MemoryError("broken")])
 def test_a_failed_decode_ends_its_batch_and_the_queue_goes_on(error: Exception) -> None:
     backend = Failing(error, n_ctx=2048)
-    with loaded(backend, n_seq_max=2) as model:
+    with load_stub(backend, n_seq_max=2) as model:
         parked = model.complete([7] * 50, max_tokens=1)
         bad = model.stream([99] * 10, max_tokens=5)
         with pytest.raises(erllama.BackendError, match="broken"):
             bad.result()
         streams = [model.stream([8] * 30, max_tokens=10, seed=i) for i in range(6)]
         for i, stream in enumerate(streams):
-            assert stream.result().tokens == alone(np.full(30, 8, np.int32), max_tokens=10, seed=i).tokens
+            assert stream.result().tokens == cold_reply(np.full(30, 8, np.int32), max_tokens=10, seed=i).tokens
         again = model.complete([7] * 50, max_tokens=1)
         assert again.cache.kind == "exact", "what had been saved is still there"
         assert parked.finish_reason == again.finish_reason
@@ -198,17 +198,17 @@ def test_a_backend_that_runs_out_of_cells_before_it_should_is_no_error_of_the_re
                 raise erllama.CellsExhausted("no free cells")
             return super().decode(batch)
 
-    with loaded(Tight(n_ctx=512, eog_bias=-100), n_seq_max=6) as model:
+    with load_stub(Tight(n_ctx=512, eog_bias=-100), n_seq_max=6) as model:
         streams = [model.stream(random_prompt(i, 60), max_tokens=40, seed=i) for i in range(6)]
         for i, stream in enumerate(streams):
-            assert stream.result().tokens == alone(random_prompt(i, 60), max_tokens=40, seed=i).tokens
+            assert stream.result().tokens == cold_reply(random_prompt(i, 60), max_tokens=40, seed=i).tokens
         with pytest.raises(erllama.CellsExhausted):
             model.complete(random_prompt(1, 300), max_tokens=1)
 
 
 def test_the_queue_is_bounded() -> None:
-    backend = Watched()
-    with loaded(backend, n_seq_max=1, max_pending=2) as model:
+    backend = GatedBackend()
+    with load_stub(backend, n_seq_max=1, max_pending=2) as model:
         backend.hold()
         first = model.stream([1], max_tokens=1)
         assert backend.at_decode.wait(30)
@@ -216,31 +216,31 @@ def test_the_queue_is_bounded() -> None:
         with pytest.raises(erllama.QueueFull, match="max_pending=2"):
             model.complete([3])
         assert (model.pending, model.queue_depth, erllama.queue_depth()) == (2, 1, 1)
-        backend.let_go()
+        backend.release()
         for stream in [first, *waiting]:
             stream.result()
         assert (model.pending, model.queue_depth, model.phase) == (0, 0, "idle")
-        assert metrics(model).refused == 1
+        assert engine_metrics(model).refused == 1
 
 
 def test_a_session_that_the_queue_refused_is_not_busy() -> None:
-    backend = Watched()
-    with loaded(backend, n_seq_max=1, max_pending=1) as model:
+    backend = GatedBackend()
+    with load_stub(backend, n_seq_max=1, max_pending=1) as model:
         backend.hold()
         first = model.stream([1], max_tokens=1)
         assert backend.at_decode.wait(30)
         second = model.stream([1], max_tokens=1)
         with pytest.raises(erllama.QueueFull):
             model.stream([3], session_id="ann")
-        backend.let_go()
+        backend.release()
         first.result()
         second.result()
         assert model.complete([3], max_tokens=1, session_id="ann").finish_reason == "length"
 
 
 def test_a_deadline_ends_who_runs_and_who_waits() -> None:
-    backend = Watched(n_ctx=65536)
-    with loaded(backend, n_seq_max=1) as model:
+    backend = GatedBackend(n_ctx=65536)
+    with load_stub(backend, n_seq_max=1) as model:
         running = model.stream([1], timeout=0.2)
         waiting = model.stream([2], timeout=0.2)
         for stream in (running, waiting):
@@ -249,7 +249,7 @@ def test_a_deadline_ends_who_runs_and_who_waits() -> None:
             with pytest.raises(TimeoutError):
                 stream.result()
         assert model.complete([3], max_tokens=1, timeout=60).finish_reason == "length"
-        assert metrics(model).failed == {"DeadlineExceeded": 2}
+        assert engine_metrics(model).failed == {"DeadlineExceeded": 2}
 
 
 def test_a_call_from_the_models_own_thread_is_refused() -> None:
@@ -261,16 +261,16 @@ def test_a_call_from_the_models_own_thread_is_refused() -> None:
             return super().decode(batch)
 
     backend = Calling()
-    with loaded(backend) as model:
+    with load_stub(backend) as model:
         backend.model = model
         with pytest.raises(erllama.CalledFromModelThread, match="its own thread"):
             model.complete([1], max_tokens=1)
 
 
 def test_requests_that_run_at_the_unload_are_saved_and_told() -> None:
-    backend = Watched()
+    backend = GatedBackend()
     cache = Cache(block_size=SIZE)
-    model = loaded(backend, cache=cache, n_seq_max=3)
+    model = load_stub(backend, cache=cache, n_seq_max=3)
     streams = [model.stream(random_prompt(i, 100), max_tokens=None) for i in range(4)]
     for stream in streams[:3]:
         next(stream)
@@ -321,7 +321,7 @@ def test_control_c_during_a_decode_ends_that_request_alone(tmp_path: Path, way: 
 
 @pytest.mark.parametrize("way", ["complete", "stream", "acomplete", "astream"])
 def test_an_interrupt_right_after_submitting_cancels_the_request(way: str) -> None:
-    with loaded(StubBackend(eog_bias=-100, n_ctx=65536)) as model:
+    with load_stub(StubBackend(eog_bias=-100, n_ctx=65536)) as model:
         submit = model._runner.submit
 
         def interrupted(ticket: Ticket) -> None:

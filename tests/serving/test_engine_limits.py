@@ -15,11 +15,11 @@ from erllama.engine import Batch
 from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.backends.stub import StubBackend
 from support.engine_models import (
-    Watched,
-    eventually,
-    loaded,
+    GatedBackend,
+    load_stub,
     random_prompt,
 )
+from support.threads import wait_until
 
 # --- options -----------------------------------------------------------------------------------------------
 
@@ -39,7 +39,7 @@ from support.engine_models import (
 )
 def test_a_models_wrong_options_are_typed_errors(options: dict[str, object], words: str) -> None:
     with pytest.raises(erllama.OptionError, match=words):
-        loaded(StubBackend(), **options)
+        load_stub(StubBackend(), **options)
 
 
 @pytest.mark.parametrize("n", [0, 256, 10**6])
@@ -71,12 +71,15 @@ def test_libllamas_most_sequences_can_be_used(tiny_gguf: Path) -> None:
     ],
 )
 def test_a_requests_wrong_options_are_typed_errors(options: dict[str, object], words: str) -> None:
-    with loaded(StubBackend()) as model, pytest.raises(erllama.OptionError, match=words):
+    with load_stub(StubBackend()) as model, pytest.raises(erllama.OptionError, match=words):
         model.complete("x", **options)  # type: ignore[arg-type]
 
 
 def test_prefill_takes_no_options_of_sampling() -> None:
-    with loaded(StubBackend()) as model, pytest.raises(erllama.OptionError, match="prefill has no option 'seed'"):
+    with (
+        load_stub(StubBackend()) as model,
+        pytest.raises(erllama.OptionError, match="prefill has no option 'seed'"),
+    ):
         model.prefill("x", seed=1)  # type: ignore[call-arg]
 
 
@@ -84,8 +87,8 @@ def test_prefill_takes_no_options_of_sampling() -> None:
 
 
 def test_looking_never_waits_for_a_decode() -> None:
-    backend = Watched()
-    with loaded(backend, n_seq_max=2, id="busy") as model:
+    backend = GatedBackend()
+    with load_stub(backend, n_seq_max=2, id="busy") as model:
         model.complete(random_prompt(1, 100), max_tokens=1)
         backend.hold()
         backend.at_decode.clear()
@@ -99,13 +102,13 @@ def test_looking_never_waits_for_a_decode() -> None:
         assert model.info.queue_depth == 1
         assert (model.info.id, model.info.backend, model.info.n_seq_max) == ("busy", "stub", 2)
         backend.step()
-        eventually(lambda: model.phase == "generating")
-        backend.let_go()
+        wait_until(lambda: model.phase == "generating")
+        backend.release()
         stream.result()
 
 
 def test_logprobs_are_those_of_the_model() -> None:
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         reply = model.complete([1, 2], max_tokens=5, temperature=0, logprobs=3)
         assert reply.logprobs is not None
         assert [entry.token for entry in reply.logprobs] == list(reply.tokens)
@@ -119,7 +122,7 @@ def test_logprobs_are_those_of_the_model() -> None:
 
 
 def test_parked_cells_are_a_tier_that_operators_see_and_evict() -> None:
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         cache = model.cache
         assert cache.tier_names[0] == "live"
         model.complete(random_prompt(1, 100), max_tokens=1)
@@ -138,7 +141,7 @@ def test_parked_cells_are_a_tier_that_operators_see_and_evict() -> None:
 
 def test_blocks_that_are_only_in_cells_are_not_taken_for_stored() -> None:
     """What RAM has lost is saved again by whoever goes on from it."""
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         first = model.complete(random_prompt(1, 100), max_tokens=1)
         model.cache.evict_bytes("1GiB", ("ram",))
         second = model.complete([*first.context_tokens, 5, 6], max_tokens=1)
@@ -150,7 +153,7 @@ def test_blocks_that_are_only_in_cells_are_not_taken_for_stored() -> None:
 
 
 def test_another_model_is_not_told_of_blocks_that_are_only_in_cells() -> None:
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         with erllama.load_backend(StubBackend(eog_bias=-100), cache=model.cache) as other:
             prompt = random_prompt(1, 200)
             model.complete(prompt, max_tokens=1)
@@ -182,7 +185,7 @@ def test_a_lookup_of_loadable_blocks_finds_the_longest_of_those() -> None:
         raw = token_bytes(list(tokens))
         return Block(child_key(root, raw), root, root, 0, raw, SaveReason.FINISH, bytes(16), 0)
 
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         cache, tier = model.cache, model._runner._tier
         assert tier is not None
         for tokens in ((1, 2), (1, 2, 3, 4, 5), (1, 2, 3, 9)):

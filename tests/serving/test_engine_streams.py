@@ -13,17 +13,17 @@ import erllama
 from erllama.engine import Batch
 from erllama.engine.backends.stub import EOG, StubBackend
 from support.engine_models import (
-    Watched,
-    eventually,
-    loaded,
-    metrics,
+    GatedBackend,
+    engine_metrics,
+    load_stub,
 )
+from support.threads import wait_until
 
 # --- streams -----------------------------------------------------------------------------------------
 
 
 def test_a_stream_is_cancelled_from_another_thread_and_still_ends_with_done() -> None:
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         stream = model.stream([1], max_tokens=None)
         next(stream)
         threading.Thread(target=stream.cancel).start()
@@ -33,19 +33,19 @@ def test_a_stream_is_cancelled_from_another_thread_and_still_ends_with_done() ->
 
 
 def test_a_request_is_cancelled_while_it_waits() -> None:
-    backend = Watched()
-    with loaded(backend, n_seq_max=1) as model:
+    backend = GatedBackend()
+    with load_stub(backend, n_seq_max=1) as model:
         backend.hold()
         first, second = model.stream([1], max_tokens=3), model.stream([2], max_tokens=3)
         second.cancel()
-        backend.let_go()
+        backend.release()
         assert len(first.result().tokens) == 3
         reply = second.result()
         assert (reply.finish_reason, reply.tokens, reply.cache.kind) == ("cancelled", (), "cold")
 
 
 def test_a_reader_that_stops_costs_its_reply_and_loses_nothing() -> None:
-    with loaded(StubBackend(n_ctx=8192, eog_bias=-100)) as model:
+    with load_stub(StubBackend(n_ctx=8192, eog_bias=-100)) as model:
         stream = model.stream([1], max_tokens=3000, seed=1)
         whole = stream.result()
         assert len(stream._ticket._unread) <= 256
@@ -56,7 +56,7 @@ def test_a_reader_that_stops_costs_its_reply_and_loses_nothing() -> None:
 
 
 def test_completions_that_nobody_streams_keep_no_events() -> None:
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         ticket = model._ticket([1], erllama.engine.RequestOptions(max_tokens=50))
         model._runner.submit(ticket)
         ticket.result()
@@ -64,7 +64,7 @@ def test_completions_that_nobody_streams_keep_no_events() -> None:
 
 
 def test_a_tenth_of_replies_streams_while_the_rest_is_waited_for() -> None:
-    with loaded(StubBackend(eog_bias=-100), n_seq_max=4) as model:
+    with load_stub(StubBackend(eog_bias=-100), n_seq_max=4) as model:
         streams = [model.stream([i], max_tokens=10, seed=i) for i in range(10)]
         replies = [model.complete([i], max_tokens=10, seed=i) for i in range(10)]
         assert [stream.result().tokens for stream in streams] == [reply.tokens for reply in replies]
@@ -81,7 +81,7 @@ def test_async_requests_take_no_threads() -> None:
         assert threading.active_count() <= before
         return list(await asyncio.gather(*tasks))
 
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         replies = asyncio.run(run(model))
         assert [reply.tokens for reply in replies] == [
             model.complete([i], max_tokens=30, seed=i).tokens for i in range(50)
@@ -92,7 +92,7 @@ def test_async_streams_give_what_streams_give() -> None:
     async def run(model: erllama.Model) -> list[erllama.Event]:
         return [event async for event in model.astream("hello", max_tokens=30, seed=1)]
 
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         *pieces, done = asyncio.run(run(model))
         assert isinstance(done, erllama.Done)
         expected = model.complete("hello", max_tokens=30, seed=1)
@@ -101,7 +101,7 @@ def test_async_streams_give_what_streams_give() -> None:
 
 
 def test_the_loop_runs_on_while_a_model_computes() -> None:
-    backend = Watched()
+    backend = GatedBackend()
 
     async def run(model: erllama.Model) -> int:
         backend.hold()
@@ -111,10 +111,10 @@ def test_the_loop_runs_on_while_a_model_computes() -> None:
         for _ in range(20):
             await asyncio.sleep(0)
         assert not task.done()
-        backend.let_go()
+        backend.release()
         return len((await task).tokens)
 
-    with loaded(backend) as model:
+    with load_stub(backend) as model:
         assert asyncio.run(run(model)) == 2
 
 
@@ -129,7 +129,7 @@ def test_a_cancelled_task_cancels_its_request(way: str) -> None:
 
     async def run(model: erllama.Model) -> None:
         task = asyncio.ensure_future(consume(model))
-        while not metrics(model).ticks:
+        while not engine_metrics(model).ticks:
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -137,9 +137,9 @@ def test_a_cancelled_task_cancels_its_request(way: str) -> None:
         while model.queue_depth:
             await asyncio.sleep(0.001)
 
-    with loaded(StubBackend(n_ctx=65536, eog_bias=-100)) as model:
+    with load_stub(StubBackend(n_ctx=65536, eog_bias=-100)) as model:
         asyncio.run(run(model))
-        assert metrics(model).finished == {"cancelled": 1}
+        assert engine_metrics(model).finished == {"cancelled": 1}
 
 
 def test_leaving_an_async_stream_cancels_it() -> None:
@@ -149,7 +149,7 @@ def test_leaving_an_async_stream_cancels_it() -> None:
                 break
         return await stream.result()
 
-    with loaded(StubBackend(n_ctx=65536, eog_bias=-100)) as model:
+    with load_stub(StubBackend(n_ctx=65536, eog_bias=-100)) as model:
         assert asyncio.run(run(model)).finish_reason == "cancelled"
 
 
@@ -164,7 +164,7 @@ def test_async_errors_are_the_same_errors() -> None:
                 pass
         assert (await model.aprefill([1, 2, 3])).tokens == ()
 
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         asyncio.run(run(model))
 
 
@@ -172,9 +172,9 @@ def test_a_loop_that_ended_does_not_harm_the_model() -> None:
     async def run(model: erllama.Model) -> erllama.AsyncStream:
         return model.astream([1], max_tokens=200)
 
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         stream = asyncio.run(run(model))
-        eventually(lambda: stream._ticket.done)
+        wait_until(lambda: stream._ticket.done)
         assert model.complete([2], max_tokens=1).finish_reason == "length"
 
 
@@ -212,7 +212,7 @@ class Says(StubBackend):
 def test_a_stop_string_ends_the_reply_and_is_never_streamed(
     stop: str | list[str], text: str, matched: str | None
 ) -> None:
-    with loaded(Says("One, two, END, three, ü")) as model:
+    with load_stub(Says("One, two, END, three, ü")) as model:
         stream = model.stream([1], stop=stop, temperature=0)
         pieces = [event.text for event in stream if isinstance(event, erllama.TextDelta)]
         reply = stream.result()
@@ -222,7 +222,7 @@ def test_a_stop_string_ends_the_reply_and_is_never_streamed(
 
 
 def test_what_was_held_back_comes_at_the_end() -> None:
-    with loaded(Says("almost STO")) as model:
+    with load_stub(Says("almost STO")) as model:
         stream = model.stream([1], stop="STOP", temperature=0)
         pieces = [event for event in stream if isinstance(event, erllama.TextDelta)]
         assert pieces[-1].text == "STO"

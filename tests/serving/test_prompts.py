@@ -14,13 +14,13 @@ import erllama
 from erllama.engine.requests.prompts import PromptTokenizer
 from erllama.testing.models import BOS, write_llama
 from support.paths import SHARED
-from support.scripted_backend import SpelledVocabulary
+from support.scripted_backend import PieceVocabulary
 
 WITH_BOS = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
 MESSAGES = [{"role": "user", "content": "Where is Oslo?"}]
 
 
-class Framed(SpelledVocabulary):
+class Framed(PieceVocabulary):
     """Puts a special token before a text, and one behind it."""
 
     def tokenize(

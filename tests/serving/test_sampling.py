@@ -16,7 +16,7 @@ from erllama.cache import Cache
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.sampling.candidates import order, top_k
 from erllama.engine.sampling.sampler import Sampler, SamplerFactory, SamplingOptions
-from support.recording_backend import Letters
+from support.recording_backend import LetterVocabulary
 
 rows = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=300).map(lambda r: np.array(r, np.float32))
 tied_rows = st.lists(st.sampled_from([-1.0, 0.0, 2.0]), min_size=1, max_size=300).map(
@@ -28,7 +28,7 @@ NOTHING = np.empty(0, np.int32)
 
 
 def sampler_of(n_vocab: int, **options: object) -> Sampler:
-    return SamplerFactory(Letters(n_vocab), n_ctx=512).make(SamplingOptions(**options))  # type: ignore[arg-type]
+    return SamplerFactory(LetterVocabulary(n_vocab), n_ctx=512).make(SamplingOptions(**options))  # type: ignore[arg-type]
 
 
 def draw(logits: NDArray[np.float32], n: int = 4000, **options: float) -> NDArray[np.float64]:

@@ -20,11 +20,11 @@ from erllama.cache import Block, Cache
 from support.storage.blocks import SIZE, blocks_of, hit, payload_of, save
 from support.storage.processes import (
     DEADLINE,
-    Occupied,
-    assert_nothing_is_wrong,
-    finished,
+    DiskUsageMonitor,
+    assert_consistent,
+    killed_at_end,
+    output_of,
     reservations,
-    running,
     start_python,
 )
 
@@ -65,8 +65,8 @@ def published_by_children_that_are_killed(
             child.stdin.write("go\n")
             child.stdin.flush()
             first = child.stdout.readline()
-            occupied = Occupied(root)
-            occupied.look_until(time.monotonic() + dice.uniform(0, 0.25))
+            occupied = DiskUsageMonitor(root)
+            occupied.sample_until(time.monotonic() + dice.uniform(0, 0.25))
             child.send_signal(signal.SIGKILL)
             rest, complaints = child.communicate(timeout=DEADLINE)
             assert child.returncode == -signal.SIGKILL, complaints
@@ -77,7 +77,7 @@ def published_by_children_that_are_killed(
             # The last line may be half a line.
             yield [json.loads(line) for line in (first + rest).splitlines(keepends=True) if line.endswith("\n")]
     finally:
-        with running(*started):
+        with killed_at_end(*started):
             pass
 
 
@@ -87,7 +87,7 @@ def test_what_was_published_is_there_after_any_kill(tmp_path: Path) -> None:
     for published in published_by_children_that_are_killed(tmp_path, quota, 7, (KILLS + 1) // 2):
         assert published
         with Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota) as cache:
-            assert_nothing_is_wrong(tmp_path, quota, cache)
+            assert_consistent(tmp_path, quota, cache)
             for tokens in published:
                 assert hit(cache, np.array(tokens, np.int32)) == len(tokens)
         everything += published
@@ -101,7 +101,7 @@ def test_budgets_hold_during_and_after_any_kill(tmp_path: Path) -> None:
     quota = 120_000  # about twenty blocks of the hundreds that are saved
     for _ in published_by_children_that_are_killed(tmp_path, quota, 5, (KILLS + 1) // 2):
         with Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota) as cache:
-            assert_nothing_is_wrong(tmp_path, quota, cache)
+            assert_consistent(tmp_path, quota, cache)
             assert cache.counters()["blocks_disk"] > 0
             for row in cache.rows():
                 block = cache.stored(row.key)
@@ -135,7 +135,7 @@ DYING = """
 
 def die(root: Path, step: str, n: int, *, quota: int = 2**30, replace: bool = False) -> None:
     child = start_python(DYING, root, quota, step, n, *(["replace"] if replace else []))
-    with running(child):
+    with killed_at_end(child):
         _, complaints = child.communicate(timeout=DEADLINE)
         assert child.returncode == -signal.SIGKILL, complaints
 
@@ -146,7 +146,7 @@ def test_a_write_that_was_cut_short_is_undone_or_completed(tmp_path: Path, step:
     die(tmp_path, step, n)
     assert reservations(tmp_path) == 1, "it died before it was done"
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
-        assert_nothing_is_wrong(tmp_path, 2**30, cache)
+        assert_consistent(tmp_path, 2**30, cache)
         assert hit(cache, np.arange(64, dtype=np.int32)) == (n - n_lost) * SIZE
         save(cache, np.arange(64, dtype=np.int32))
         cache.flush()
@@ -169,7 +169,7 @@ def test_a_new_version_that_was_cut_short_leaves_one_or_the_other(tmp_path: Path
     die(tmp_path, step, 2, replace=True)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert hit(cache, tokens) == 64
-        assert_nothing_is_wrong(tmp_path, 2**30, cache)
+        assert_consistent(tmp_path, 2**30, cache)
 
 
 @pytest.mark.parametrize(
@@ -190,15 +190,15 @@ def test_who_lives_on_clears_up_after_who_died(tmp_path: Path, step: str, watch:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota, watch=watch) as cache:
         fill(cache, 1000, n_bytes)
         die(tmp_path, step, 2, quota=quota)
-        occupied = Occupied(tmp_path)
+        occupied = DiskUsageMonitor(tmp_path)
         for block in blocks_of(np.arange(5000, 5000 + 6 * SIZE, dtype=np.int32)):
             cache.save(block, payload_of(block, n_bytes))
             cache.flush()
-            occupied.look()
-            occupied.look()
+            occupied.sample()
+            occupied.sample()
         assert reservations(tmp_path) == 0
         cache.gc()
-        assert_nothing_is_wrong(tmp_path, quota, cache)
+        assert_consistent(tmp_path, quota, cache)
         assert occupied.most <= quota
 
 
@@ -233,7 +233,7 @@ def test_a_process_that_stands_still_in_the_middle_of_a_write_is_not_taken_for_d
             assert cache.counters()["disk_errors"] == 0
     """
     child = start_python(stopping, tmp_path)
-    with running(child):
+    with killed_at_end(child):
         assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
         with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
             assert cache.gc() == 0
@@ -243,6 +243,6 @@ def test_a_process_that_stands_still_in_the_middle_of_a_write_is_not_taken_for_d
             cache.flush()
             assert hit(cache, np.arange(100, 164, dtype=np.int32)) == 64
         child.send_signal(signal.SIGCONT)
-        finished(child)
+        output_of(child)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
-        assert_nothing_is_wrong(tmp_path, 2**30, cache)
+        assert_consistent(tmp_path, 2**30, cache)

@@ -22,11 +22,11 @@ from erllama.cache import Block, Cache, FileTier
 from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, save
 from support.storage.processes import (
     DEADLINE,
-    Occupied,
-    assert_nothing_is_wrong,
+    DiskUsageMonitor,
+    assert_consistent,
     bytes_in,
-    finished,
-    running,
+    killed_at_end,
+    output_of,
     start_python,
 )
 
@@ -99,33 +99,33 @@ def indexed_bytes(root: Path) -> int:
 def test_four_processes_work_on_one_directory_within_one_quota(tmp_path: Path) -> None:
     quota = 400_000  # about sixty blocks of the four hundred and more that they save
     children = [start_python(WORKING, tmp_path, quota, seed, SHARING_SECONDS) for seed in range(4)]
-    with running(*children):
+    with killed_at_end(*children):
         for child in children:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
         for child in children:
             tell(child)
-        occupied, most_indexed = Occupied(tmp_path), 0
+        occupied, most_indexed = DiskUsageMonitor(tmp_path), 0
         end = time.monotonic() + SHARING_SECONDS
         while time.monotonic() < end:
-            occupied.look_until(time.monotonic() + 0.02)
+            occupied.sample_until(time.monotonic() + 0.02)
             most_indexed = max(most_indexed, indexed_bytes(tmp_path))
         counts = []
         for child in children:
             assert child.stdout is not None
             line = child.stdout.readline()
-            assert line, finished(child)
+            assert line, output_of(child)
             counts.append([int(count) for count in line.split()])
         for child in children:
             tell(child)
         for child in children:
-            finished(child)
+            output_of(child)
         assert 0.5 * quota < occupied.most <= quota
         assert most_indexed <= quota
         assert all(n_loads > 0 for n_loads, _ in counts)
         assert sum(n_evictions for _, n_evictions in counts) > 0
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota) as cache:
-        assert_nothing_is_wrong(tmp_path, quota, cache)
+        assert_consistent(tmp_path, quota, cache)
         assert cache.rows()
 
 
@@ -152,7 +152,7 @@ def test_evicting_in_one_process_gives_another_the_payload_or_nothing(tmp_path: 
     """
     seconds = SHARING_SECONDS / 2
     child = start_python(evicting, tmp_path, seconds)
-    with running(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
+    with killed_at_end(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert child.stdout is not None
         assert child.stdout.readline() == "saved\n"
         n_loads = 0
@@ -165,7 +165,7 @@ def test_evicting_in_one_process_gives_another_the_payload_or_nothing(tmp_path: 
                         if loaded is not None:
                             assert bytes(loaded.payload) == block.key * (64 + block.key[0])
                             n_loads += 1
-        finished(child)
+        output_of(child)
         assert n_loads > 0
         counters = cache.counters()
         assert counters["faults"] == counters["disk_errors"] == counters["corrupt_files"] == 0
@@ -276,7 +276,7 @@ def test_what_one_process_saves_another_sees_within_a_second_or_so(
     tmp_path: Path, n: int, record_property: Callable[[str, object], None]
 ) -> None:
     child = start_python(SAVING_ON_DEMAND, tmp_path)
-    with running(child), Cache(block_size=SIZE, disk=tmp_path) as cache:
+    with killed_at_end(child), Cache(block_size=SIZE, disk=tmp_path) as cache:
         assert child.stdout is not None
         assert child.stdin is not None
         assert child.stdout.readline() == "ready\n"
@@ -312,8 +312,8 @@ def test_what_one_process_evicts_another_does_not_offer(tmp_path: Path) -> None:
         save(cache, tokens)
         cache.flush()
         child = start_python(evicting, tmp_path)
-        with running(child):
-            finished(child)
+        with killed_at_end(child):
+            output_of(child)
         assert until(lambda: cache.rows() == [])
         assert hit(cache, tokens) == 0
         assert cache.counters()["disk_errors"] == cache.counters()["corrupt_files"] == 0
@@ -416,7 +416,7 @@ def test_a_lookup_waits_for_what_another_process_is_writing(tmp_path: Path, ends
     child = start_python(WRITING, tmp_path)
     tokens = np.arange(16, dtype=np.int32)
     parent = blocks_of(tokens)[0].key
-    with running(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
+    with killed_at_end(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
         began = time.monotonic()
         with cache.lookup(NAMESPACE, tokens, parent_key=parent, wait_ms=100) as match:
@@ -433,12 +433,12 @@ def test_processes_that_save_the_same_chain_keep_what_each_adds(tmp_path: Path) 
     """A block whose parent another process is writing just now is written, too."""
     child = start_python(WRITING, tmp_path)
     tokens = np.arange(64, dtype=np.int32)
-    with running(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
+    with killed_at_end(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
         save(cache, tokens)
         threading.Timer(0.3, child.send_signal, [signal.SIGCONT]).start()
         cache.flush()
-        finished(child)
+        output_of(child)
         assert until(lambda: hit(cache, tokens) >= 16)
         assert hit(cache, tokens) == 64
 

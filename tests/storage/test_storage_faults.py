@@ -28,7 +28,7 @@ import erllama
 from erllama.cache import Block, Cache, FileTier
 from erllama.cache.tiers.index import Index
 from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
-from support.storage.processes import finished, running, start_python
+from support.storage.processes import killed_at_end, output_of, start_python
 
 LOCK_SECONDS = float(os.environ.get("ERLLAMA_LOCK_SECONDS", "1.0"))
 PROMPT_SECONDS = 1.0  # no call of a request takes longer; it takes a thousandth
@@ -163,8 +163,8 @@ def test_writes_that_end_halfway_cost_only_themselves(tmp_path: Path) -> None:
         """,
         tmp_path,
     )
-    with running(child):
-        finished(child)
+    with killed_at_end(child):
+        output_of(child)
 
 
 # --- a directory that goes -------------------------------------------------------------------------
@@ -240,11 +240,11 @@ def held_by_another(root: Path, statements: str) -> Iterator[None]:
         root / "index.db",
         statements,
     )
-    with running(child):
+    with killed_at_end(child):
         assert child.stdout is not None
         assert child.stdout.readline() == "held\n"
         yield
-        finished(child)
+        output_of(child)
 
 
 @pytest.mark.parametrize(("how", "ram"), [("a transaction", "1MiB"), ("something to write", 0)])

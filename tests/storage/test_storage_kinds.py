@@ -27,7 +27,7 @@ from erllama.cache.tiers.directory import CacheDirectory
 from erllama.cache.tiers.index import FileStamp, Index
 from erllama.cache.tiers.read_only import ReadOnlyFileTier
 from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
-from support.storage.processes import bytes_in, finished, running, start_python
+from support.storage.processes import bytes_in, killed_at_end, output_of, start_python
 from support.subprocesses import must_run
 
 TEN_YEARS = 10 * 365 * 86400 * 10**9
@@ -444,7 +444,7 @@ def test_a_process_without_descriptors_costs_another_no_save(tmp_path: Path) -> 
             """,
             tmp_path,
         )
-        with running(child):
+        with killed_at_end(child):
             assert child.stdout is not None
             assert child.stdin is not None
             assert child.stdout.readline() == "ready\n"
@@ -454,7 +454,7 @@ def test_a_process_without_descriptors_costs_another_no_save(tmp_path: Path) -> 
                 assert tier.reserve(block, 500)
             child.stdin.write("go\n")
             child.stdin.flush()
-            finished(child)
+            output_of(child)
             tier.write(block, memoryview(payload_of(block)))
         cache.gc()
         assert hit(cache, texts(5000, SIZE)) == SIZE

@@ -19,7 +19,7 @@ from erllama.chat.tool_calls.families import TOOL_FORMATS, tool_format
 from erllama.chat.tool_calls.tools import normalized_tools
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.engine.grammar.schemas import keywords as schema_keywords
-from support.chat.tool_calls import plainly
+from support.chat.tool_calls import lark_literal
 from support.grammar_walks import CLOSING, Vocabulary
 
 # The suite's share of examples, and that of a long run.
@@ -504,7 +504,7 @@ TOOLS = normalized_tools(
 @pytest.mark.parametrize("format", TOOL_FORMATS)
 def test_arguments_of_tools_lose_no_digit(format: str) -> None:
     words = Vocabulary([])
-    grammar = Grammar.lark(tool_format(format).grammar(TOOLS, name=None, parallel=False, literal=plainly))
+    grammar = Grammar.lark(tool_format(format).grammar(TOOLS, name=None, parallel=False, literal=lark_literal))
     compiler = GrammarCompiler(words)
     for seed in range(5):
         chance, matcher, text = random.Random(seed), compiler.matcher(grammar), ""

@@ -30,10 +30,10 @@ from support.chat.tool_calls import (
     NOW,
     TEMPLATES,
     WEATHER,
+    lark_literal,
     needs_templates,
-    plainly,
 )
-from support.grammar_walks import VOCABULARIES, walk, words
+from support.grammar_walks import VOCABULARIES, random_walk, words
 
 # --- Whatever a grammar lets a model write is read, and valid ---------------------------------
 
@@ -81,7 +81,7 @@ def walked(format: str, vocabulary: str, name: str | None, parallel: bool) -> tu
 def written_by_chance(format: str, vocabulary: str, name: str | None, parallel: bool, seed: int) -> str | None:
     """A text that tokens drawn at random make under a format's grammar; None where it does not come to its end."""
     compiler, grammar = walked(format, vocabulary, name, parallel)
-    return walk(VOCABULARIES[vocabulary], compiler.matcher(grammar), random.Random(seed))
+    return random_walk(VOCABULARIES[vocabulary], compiler.matcher(grammar), random.Random(seed))
 
 
 def read_or_too_large(format: str, text: str) -> list[ToolCall] | None:
@@ -285,7 +285,7 @@ def test_what_a_template_writes_is_of_the_grammar(name: str) -> None:
     arguments: dict[str, object] = {"text": 'a "b"', "whole": 5, "list": [1, "x"]}
     family = FAMILIES[name]
     text = written_by_template(name, [arguments] * family.most)
-    written = tool_format(family.format).grammar(LOOSE, name=None, parallel=family.most > 1, literal=plainly)
+    written = tool_format(family.format).grammar(LOOSE, name=None, parallel=family.most > 1, literal=lark_literal)
     if family.format == "seed":
         # It writes lists as Python does, which its models need not.
         text = text.replace("'x'", '"x"')

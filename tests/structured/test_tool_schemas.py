@@ -21,9 +21,9 @@ from erllama.chat.tool_calls.tools import ToolChoice, check_schemas, normalized_
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.engine.output.phases import Script
 from erllama.errors import ChatError, GrammarError, OptionError
-from support.chat.tool_calls import LISTED, NOW, WEATHER, Schema, plainly, spelled_call
-from support.grammar_walks import VOCABULARIES, walk
-from support.scripted_backend import SpelledBackend, SpelledVocabulary, follow
+from support.chat.tool_calls import LISTED, NOW, WEATHER, Schema, call_text, lark_literal
+from support.grammar_walks import VOCABULARIES, random_walk
+from support.scripted_backend import PieceVocabulary, ScriptedBackend, scripted_reply
 
 # As pydantic writes them: Path, bytes, SecretStr, IPv4Network, Base64Str, FilePath, Json, Decimal.
 ANNOTATED: Schema = {
@@ -77,7 +77,7 @@ def rules(
     """What keeps calls to the tools' schemas, and which arguments are validated afterwards."""
     family = Family.of("", calling=True, format=format)
     choice = ToolChoice(kind)  # type: ignore[arg-type]
-    script = Script(SpelledVocabulary())
+    script = Script(PieceVocabulary())
     grammar, checked = family.grammar(normalized_tools(tools), choice, script, parallel=False, **options)  # type: ignore[arg-type]
     assert grammar is not None
     return grammar, checked
@@ -104,7 +104,7 @@ def test_annotated_schemas_are_enforced(format: str, kind: str) -> None:
     grammar, checked = rules(format, [annotated], kind, strict=frozenset({"f"}))
     assert not checked
     arguments = {name: 5 if name == "d" else "x" for name in ANNOTATED}
-    assert grammar.accepts(spelled_call(format, "f", arguments, annotated["parameters"]))  # type: ignore[arg-type]
+    assert grammar.accepts(call_text(format, "f", arguments, annotated["parameters"]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("what", UNENFORCED)
@@ -117,15 +117,15 @@ def test_what_cannot_be_enforced_is_relaxed_and_checked(format: str, what: str) 
     grammar, checked = rules(format, [WEATHER, loose, NOW])
     assert checked == {"loose"}
     for arguments in violating:
-        text = spelled_call(format, "loose", arguments, schema)
+        text = call_text(format, "loose", arguments, schema)
         assert grammar.accepts(text), text
         (call,) = tool_format(format).parse(text, normalized_tools([loose]))
         assert call.arguments == arguments
         assert violation_of(schema, call.arguments)
     # The others stay constrained.
     city: Schema = {"properties": {"city": {"type": "string"}, "days": {}}}
-    assert grammar.accepts(spelled_call(format, "get_weather", {"city": "Rome", "days": 3}, city))
-    assert not grammar.accepts(spelled_call(format, "get_weather", {"city": "Rome", "days": "five"}, city))
+    assert grammar.accepts(call_text(format, "get_weather", {"city": "Rome", "days": 3}, city))
+    assert not grammar.accepts(call_text(format, "get_weather", {"city": "Rome", "days": "five"}, city))
     with pytest.raises(ChatError, match=r"tool 'loose'.*it is strict"):
         check_schemas(normalized_tools([{**loose, "strict": True}]), strict_names([{**loose, "strict": True}]))
     check_schemas(normalized_tools([{**loose, "strict": False}]), strict_names([{**loose, "strict": False}]))
@@ -146,11 +146,11 @@ def test_gemmas_values_are_kept_to_their_schema_or_checked(part: Schema, good: o
     point: Schema = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
     parameters: Schema = {"properties": {"v": part}, "$defs": {"p": point, "n": {"type": "integer"}}}
     grammar, checked = rules("gemma4", [tool("f", parameters), NOW])
-    text = spelled_call("gemma4", "f", {"v": good}, parameters)
+    text = call_text("gemma4", "f", {"v": good}, parameters)
     assert grammar.accepts(text)
     assert not violation_of(parameters, {"v": good})
     assert not grammar.accepts(text.replace("call:f", "call:now"))
-    wrong = spelled_call("gemma4", "f", {"v": bad}, parameters)
+    wrong = call_text("gemma4", "f", {"v": bad}, parameters)
     assert not grammar.accepts(wrong) or ("f" in checked and violation_of(parameters, {"v": bad}))
 
 
@@ -168,18 +168,16 @@ def test_what_a_family_cannot_write_is_relaxed_and_checked(format: str) -> None:
         grammar, checked = rules(format, [either, NOW], kind)
         assert checked == {"either"}
         for arguments, valid in (({"a": "5", "n": 5}, True), ({"n": 5, "b": "5"}, True), ({"a": "x"}, False)):
-            text = spelled_call(format, "either", arguments, known)
+            text = call_text(format, "either", arguments, known)
             assert grammar.accepts(text)
             (call,) = tool_format(format).parse(text, normalized_tools([either]))
             assert call.arguments == arguments
             assert bool(violation_of(either["parameters"], call.arguments)) != valid  # type: ignore[arg-type]
         # The types of what is listed are kept.
         assert not grammar.accepts(
-            spelled_call(
-                format, "either", {"a": "x", "n": "five"}, {"properties": {"a": {"type": "string"}, "n": {}}}
-            )
+            call_text(format, "either", {"a": "x", "n": "five"}, {"properties": {"a": {"type": "string"}, "n": {}}})
         )
-        assert not grammar.accepts(spelled_call(format, "now", {"a": "x"}, known))
+        assert not grammar.accepts(call_text(format, "now", {"a": "x"}, known))
     with pytest.raises((GrammarError, ChatError), match=r"'either'.*strict"):
         rules(format, [{**either, "strict": True}], strict=frozenset({"either"}))
 
@@ -199,15 +197,17 @@ def test_the_loosest_form_is_of_the_family_and_is_read(format: str) -> None:
     tools = normalized_tools([{"name": "f", "parameters": parameters}])
     last = [*relaxations(parameters, tool_format(format).arguments)][-1]
     assert last is None
-    written = tool_format(format).grammar(tools, name=None, parallel=False, literal=plainly, relaxed={"f": None})
+    written = tool_format(format).grammar(
+        tools, name=None, parallel=False, literal=lark_literal, relaxed={"f": None}
+    )
     grammar = Grammar.lark(written)
-    assert grammar.accepts(spelled_call(format, "f", {"a": "x", "n": 5}, parameters))
-    assert grammar.accepts(spelled_call(format, "f", {"z": 5}, {"properties": {"z": {}}}))
-    assert grammar.accepts(spelled_call(format, "f", {}, parameters))
+    assert grammar.accepts(call_text(format, "f", {"a": "x", "n": 5}, parameters))
+    assert grammar.accepts(call_text(format, "f", {"z": 5}, {"properties": {"z": {}}}))
+    assert grammar.accepts(call_text(format, "f", {}, parameters))
     words = VOCABULARIES["texts"]
     n_read, problems = 0, []
     for seed in range(8):
-        text = walk(words, GrammarCompiler(words).matcher(grammar), random.Random(seed))
+        text = random_walk(words, GrammarCompiler(words).matcher(grammar), random.Random(seed))
         try:
             n_read += text is not None and len(tool_format(format).parse(text, tools)) == 1
         except erllama.ToolCallError as error:
@@ -265,9 +265,9 @@ def test_what_is_not_supported_with_large_numbers_is_relaxed_and_checked(
     for format in ("hermes", "qwen3-coder"):
         grammar, checked = rules(format, [tool("f", parameters)])
         if good is not None:
-            assert grammar.accepts(spelled_call(format, "f", {"a": good}, parameters))
+            assert grammar.accepts(call_text(format, "f", {"a": good}, parameters))
             assert not violation_of(parameters, {"a": good})
-        assert checked or not grammar.accepts(spelled_call(format, "f", {"a": bad}, parameters))
+        assert checked or not grammar.accepts(call_text(format, "f", {"a": bad}, parameters))
     assert violation_of(parameters, {"a": bad})
 
 
@@ -304,9 +304,9 @@ COUNT = tool("count", {"properties": {"n": N}, "required": ["n"], "additionalPro
 
 
 def replies(said: str, **options: object) -> tuple[erllama.ChatCompletion, list[erllama.Event]]:
-    vocabulary = SpelledVocabulary(end="<|eog|>")
+    vocabulary = PieceVocabulary(end="<|eog|>")
     tokens = vocabulary.tokenize(said).tolist()
-    backend = SpelledBackend(vocabulary, follow(vocabulary, tokens), chat_templates={"default": TEMPLATE})  # type: ignore[arg-type]
+    backend = ScriptedBackend(vocabulary, scripted_reply(vocabulary, tokens), chat_templates={"default": TEMPLATE})  # type: ignore[arg-type]
     with erllama.load_backend(backend, cache=erllama.Cache()) as model:
         stream = model.stream_chat([{"role": "user", "content": "Q"}], **options)  # type: ignore[arg-type]
         events = list(stream)
@@ -334,7 +334,7 @@ def test_a_call_that_violates_its_schema_is_text_with_its_error(choice: str) -> 
 def test_a_tool_that_cannot_be_written_does_not_free_the_others(other: dict[str, object], format: str) -> None:
     schema = COUNT["parameters"]
     assert isinstance(schema, dict)
-    said = spelled_call(format, "count", {"n": "five"}, {"properties": {"n": {}}})
+    said = call_text(format, "count", {"n": "five"}, {"properties": {"n": {}}})
     reply, _ = replies(said, tools=[other, COUNT], tool_format=format, max_tokens=900, seed=1)
     assert not reply.tool_call_errors
     (call,) = reply.tool_calls

@@ -25,11 +25,11 @@ from support.chat.tool_calls import (
     MARKERS,
     Schema,
     Unwritable,
-    plainly,
-    spelled_call,
+    call_text,
+    lark_literal,
 )
-from support.grammar_walks import VOCABULARIES, walk
-from support.scripted_backend import SpelledBackend, SpelledVocabulary, follow
+from support.grammar_walks import VOCABULARIES, random_walk
+from support.scripted_backend import PieceVocabulary, ScriptedBackend, scripted_reply
 
 N = int(os.environ.get("ERLLAMA_TOOL_VALUES", "60"))
 
@@ -135,7 +135,7 @@ schemas = st.recursive(
 
 
 def grammar_of(format: str, tools: Sequence[Mapping[str, object]]) -> str:
-    return tool_format(format).grammar(tools, name=None, parallel=False, literal=plainly)
+    return tool_format(format).grammar(tools, name=None, parallel=False, literal=lark_literal)
 
 
 @settings(
@@ -165,13 +165,13 @@ def test_what_the_grammar_can_write_is_read_back_equal(data: st.DataObject) -> N
     compiler, words = GrammarCompiler(VOCABULARIES["texts"]), VOCABULARIES["texts"]
     text = None
     if set(json.dumps(parameters, ensure_ascii=False)) <= set(words.texts):
-        text = walk(words, compiler.matcher(grammar), random.Random(repr(arguments)))
+        text = random_walk(words, compiler.matcher(grammar), random.Random(repr(arguments)))
     if text is not None:
         (call,) = tool_format(format).parse(text, tools)
         jsonschema.validate(call.arguments, parameters)
     # A value, as the family spells it.
     try:
-        text = spelled_call(format, "f.g-1", arguments, parameters)
+        text = call_text(format, "f.g-1", arguments, parameters)
     except Unwritable:
         return
     assert grammar.accepts(text), text
@@ -188,10 +188,10 @@ CONTENT = [
 ]
 
 
-def model_that_says(said: str, pieces: Sequence[str]) -> erllama.Model:
-    vocabulary = SpelledVocabulary(pieces, end="<|eog|>")
+def model_replying(said: str, pieces: Sequence[str]) -> erllama.Model:
+    vocabulary = PieceVocabulary(pieces, end="<|eog|>")
     tokens: Sequence[int] = vocabulary.tokenize(said).tolist()
-    backend = SpelledBackend(vocabulary, follow(vocabulary, tokens), chat_templates={"default": TEMPLATE})  # type: ignore[arg-type]
+    backend = ScriptedBackend(vocabulary, scripted_reply(vocabulary, tokens), chat_templates={"default": TEMPLATE})  # type: ignore[arg-type]
     return erllama.load_backend(backend, cache=erllama.Cache())
 
 
@@ -221,10 +221,10 @@ def test_a_marker_within_an_argument_is_content(format: str, choice: str) -> Non
     # The marker is text, and a token of its own that is text, as USER_DEFINED ones are.
     for token in (False, True):
         parameters, arguments = with_marks(format, constant=choice == "required")
-        call = spelled_call(format, "write", arguments, parameters)
+        call = call_text(format, "write", arguments, parameters)
         found = TOOL_FORMATS[format]
         pieces = sorted({*found.open, *found.close, *found.payload_close}) if token else []
-        with model_that_says(f"<think>hm</think>{call}", pieces) as model:
+        with model_replying(f"<think>hm</think>{call}", pieces) as model:
             options = {"tools": [{"name": "write", "parameters": parameters}], "tool_format": format}
             messages = [{"role": "user", "content": "Q"}]
             stream = model.stream_chat(messages, tool_choice=choice, **options)  # type: ignore[arg-type]
@@ -241,7 +241,7 @@ def test_a_marker_within_an_argument_is_content(format: str, choice: str) -> Non
 
 def parted(said: str, **options: object) -> tuple[str, list[str]]:
     """The text and the calls of a reply that no grammar constrains."""
-    with model_that_says(said, []) as model:
+    with model_replying(said, []) as model:
         reply = model.complete("Q\t", tool_markers=("<call>", "</call>"), **options)  # type: ignore[arg-type]
     return reply.text, [call.decode() for call in reply.raw_tool_calls]
 
@@ -273,7 +273,7 @@ def test_without_a_grammar_a_marker_within_a_string_is_content(said: str, text: 
 
 def test_a_call_that_is_none_stands_where_it_was_written() -> None:
     said = "One <tool_call>{no}</tool_call> two <tool_call>{nor}</tool_call> three"
-    with model_that_says(said, []) as model:
+    with model_replying(said, []) as model:
         tools = [{"name": "write", "parameters": {"type": "object"}}]
         markers = ("<tool_call>", "</tool_call>")
         reply = model.chat([{"role": "user", "content": "Q"}], tools=tools, tool_markers=markers)

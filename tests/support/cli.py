@@ -24,7 +24,7 @@ TEMPLATE = (
 SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
 
 
-class Finished(NamedTuple):
+class CommandResult(NamedTuple):
     """How a command ended, and what it wrote."""
 
     status: int
@@ -56,13 +56,15 @@ class Command:
         patch.delenv("ERLLAMA_DEBUG", raising=False)
         self._patch, self._captured = patch, captured
 
-    def __call__(self, *arguments: object, stdin: str = "") -> Finished:
+    def __call__(self, *arguments: object, stdin: str = "") -> CommandResult:
         self._patch.setattr(sys, "stdin", io.StringIO(stdin))
         self._captured.readouterr()
         status = main([str(argument) for argument in arguments])
-        return Finished(status, *self._captured.readouterr())
+        return CommandResult(status, *self._captured.readouterr())
 
-    def apart(self, *arguments: object, stdin: bytes = b"", **more: str) -> subprocess.CompletedProcess[bytes]:
+    def in_subprocess(
+        self, *arguments: object, stdin: bytes = b"", **more: str
+    ) -> subprocess.CompletedProcess[bytes]:
         """In a process of its own."""
         return subprocess.run(
             [sys.executable, "-m", "erllama", *map(str, arguments)],
@@ -74,7 +76,7 @@ class Command:
         )
 
 
-def says(path: Path, text: str, *, thinking: str = "", for_ever: bool = False) -> Path:
+def write_replying_model(path: Path, text: str, *, thinking: str = "", for_ever: bool = False) -> Path:
     """A model that thinks one text and says another, whatever it is asked; each has no character twice."""
     begun = ["<|assistant|>", *(["<think>", *thinking, "</think>"] if thinking else []), *text]
     follows = dict(pairwise(begun))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from erllama.chat.tool_calls.families import TOOL_FORMATS
 from erllama.engine.grammar.grammar import Matcher
 from support.chat.tool_calls import (
-    plainly,
+    lark_literal,
 )
 
 SPECIALS = sorted(
@@ -82,10 +82,10 @@ class Vocabulary:
         """Lark for a text, with the special tokens in it by number."""
         specials = self.names[self.end + 1 :]
         if not specials:
-            return plainly(text)
+            return lark_literal(text)
         any_special = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
         return " ".join(
-            f"<[{self.end + 1 + specials.index(part)}]>" if part in specials else plainly(part)
+            f"<[{self.end + 1 + specials.index(part)}]>" if part in specials else lark_literal(part)
             for part in re.split(f"({any_special})", text)
             if part
         )
@@ -98,7 +98,7 @@ VOCABULARIES = {
 }
 
 
-def walk(words: Vocabulary, matcher: Matcher, chance: random.Random) -> str | None:
+def random_walk(words: Vocabulary, matcher: Matcher, chance: random.Random) -> str | None:
     """A text that tokens drawn at random make under a grammar; None where it does not come to its end."""
     text = ""
     for _ in range(1500):

@@ -90,7 +90,7 @@ def same_bits(a: list[NDArray[np.float32]], b: list[NDArray[np.float32]]) -> boo
     return len(a) == len(b) and all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
 
 
-class Letters:
+class LetterVocabulary:
     """A vocabulary of `n_tokens` characters, beginning with those of ASCII; the last ends a reply."""
 
     def __init__(self, n_tokens: int) -> None:

@@ -16,7 +16,7 @@ START = ord("\t")  # what comes after the last of these is the reply
 _token_of: dict[int, int] = {}  # by what a token left in its cell, which all tokens before it determine, too
 
 
-class SpelledVocabulary:
+class PieceVocabulary:
     """Bytes, an end token, some longer texts, and special tokens that are no text.
 
     Texts are tokenized by the longest piece that fits, so a reply of single bytes is seldom what its text gives.
@@ -33,11 +33,11 @@ class SpelledVocabulary:
         self.n_tokens = len(self._pieces)
         self.is_eog: NDArray[np.bool_] = np.arange(self.n_tokens) == EOG
 
-    def that_begin(self, raw: bytes) -> list[int]:
+    def tokens_that_start(self, raw: bytes) -> list[int]:
         """Tokens of text by which some bytes may begin."""
         return [id for id in self._by_length if raw.startswith(self._pieces[id])]
 
-    def spelled(self, text: str) -> list[int]:
+    def byte_tokens(self, text: str) -> list[int]:
         """Byte by byte."""
         return list(text.encode())
 
@@ -48,7 +48,7 @@ class SpelledVocabulary:
         ids = []
         while raw:
             named = [id for id, name in self._names.items() if parse_special and raw.startswith(name)]
-            id = named[0] if named else self.that_begin(raw)[0]
+            id = named[0] if named else self.tokens_that_start(raw)[0]
             ids.append(id)
             raw = raw[len(self._names.get(id) or self._pieces[id]) :]
         return np.array(ids, np.int32)
@@ -63,7 +63,7 @@ class SpelledVocabulary:
         )
 
 
-class SpelledBackend(StubBackend):
+class ScriptedBackend(StubBackend):
     """A stub that says a reply, if it may, then ends.
 
     Args:
@@ -73,7 +73,7 @@ class SpelledBackend(StubBackend):
 
     def __init__(
         self,
-        vocabulary: SpelledVocabulary,
+        vocabulary: PieceVocabulary,
         reply: Sequence[int] | Callable[[list[int]], int],
         *,
         chat_templates: Mapping[str, str] | None = None,
@@ -119,7 +119,7 @@ class SpelledBackend(StubBackend):
         return self._reply[n] if n < len(self._reply) else EOG
 
 
-def follow(vocabulary: SpelledVocabulary, tokens: Sequence[int]) -> object:
+def scripted_reply(vocabulary: PieceVocabulary, tokens: Sequence[int]) -> object:
     """A model that says these tokens, whatever of them was put there for it in other ones."""
     said = [vocabulary.detokenize(tokens[:n], special=True) for n in range(len(tokens) + 1)]
 

@@ -21,9 +21,9 @@ def in_threads(work: Callable[[int], object], n: int) -> None:
             done.result()
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for what other threads bring about; it fails only where they do not."""
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until a condition holds that other threads bring about. Fails after `seconds`."""
     deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.01)
+    while not condition():
+        assert time.monotonic() < deadline, f"the condition did not hold within {seconds} seconds"
+        time.sleep(0.001)

@@ -46,17 +46,17 @@ FULL: dict[str, object] = {"city": "Paris", "days": 3, "exact": True, "near": [1
 FULL_JSON = json.dumps(FULL)
 
 
-def plainly(text: str) -> str:
+def lark_literal(text: str) -> str:
     """Lark for a text, special tokens and all."""
     return json.dumps(text, ensure_ascii=False)
 
 
 @cache
 def grammar(format: str, *, name: str | None = None, parallel: bool = False) -> Grammar:
-    return Grammar.lark(tool_format(format).grammar(TOOLS, name=name, parallel=parallel, literal=plainly))
+    return Grammar.lark(tool_format(format).grammar(TOOLS, name=name, parallel=parallel, literal=lark_literal))
 
 
-def calls(
+def parsed_calls(
     format: str, text: str, tools: Sequence[Mapping[str, object]] = TOOLS
 ) -> list[tuple[str, dict[str, object]]]:
     return [(call.name, call.arguments) for call in tool_format(format).parse(text, tools)]
@@ -65,7 +65,7 @@ def calls(
 ONE = "one"
 ALL = "all"
 SEVERAL = "several"
-WANTED = {
+EXPECTED_CALLS = {
     ONE: [("get_weather", PARIS)],
     ALL: [("get_weather", FULL)],
     SEVERAL: [("get_weather", PARIS), ("now", {}), ("get_weather", FULL)],
@@ -89,9 +89,9 @@ def glm(name: str, arguments: Sequence[tuple[str, str]]) -> str:
     return f"<tool_call>{name}\n{pairs}</tool_call>"
 
 
-def minimax(*calls: tuple[str, Sequence[tuple[str, str]]]) -> str:
+def minimax(*parsed_calls: tuple[str, Sequence[tuple[str, str]]]) -> str:
     written = ""
-    for name, arguments in calls:
+    for name, arguments in parsed_calls:
         parameters = "".join(f'<parameter name="{key}">{value}</parameter>\n' for key, value in arguments)
         written += f'<invoke name="{name}">\n{parameters}</invoke>\n'
     return f"<minimax:tool_call>\n{written}</minimax:tool_call>"
@@ -123,7 +123,7 @@ def framed(open: str, texts: Sequence[str], close: str) -> list[str]:
 GEMMA_FULL = 'city:<|"|>Paris<|"|>,days:3,exact:true,near:[1,-2.5],unit:<|"|>C<|"|>'
 LFM_FULL = 'get_weather(city="Paris", days=3, exact=True, near=[1, -2.5], unit="C")'
 DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
-WRITTEN: dict[str, list[str]] = {
+CALL_TEXTS: dict[str, list[str]] = {
     "hermes": enveloped("<tool_call>\n", "\n</tool_call>", listed=False),
     "llama3": [
         *enveloped("", "", "parameters")[:2],
@@ -190,12 +190,12 @@ WRITTEN: dict[str, list[str]] = {
     "functionary": tagged(">>>", "\n", ""),
     "gemma4": tagged("<|tool_call>call:", "", "<tool_call|>"),
 }
-WRITTEN["gemma4"] = [
-    text.replace(P, '{city:<|"|>Paris<|"|>}').replace(F, f"{{{GEMMA_FULL}}}") for text in WRITTEN["gemma4"]
+CALL_TEXTS["gemma4"] = [
+    text.replace(P, '{city:<|"|>Paris<|"|>}').replace(F, f"{{{GEMMA_FULL}}}") for text in CALL_TEXTS["gemma4"]
 ]
 EXAMPLES = [
     (format, kind, text)
-    for format, texts in WRITTEN.items()
+    for format, texts in CALL_TEXTS.items()
     for kind, text in zip((ONE, ALL, SEVERAL), texts, strict=False)
 ]
 # Other ways that models of the family are known to write the same.
@@ -223,7 +223,7 @@ VARIANTS = [
     ("json", ONE, f'{{"function": {{"name": "get_weather", "parameters": {P}}}}}'),
     ("json", ONE, f'{{"function": "get_weather", "arguments": {P}}}'),
     ("json", ONE, f'[\n  {{"name": "get_weather", "arguments": {P}}}\n]'),
-    ("kimi", ONE, WRITTEN["kimi"][0].replace("><", ">\n<")),
+    ("kimi", ONE, CALL_TEXTS["kimi"][0].replace("><", ">\n<")),
 ]
 
 MARKERS = sorted(
@@ -242,7 +242,7 @@ class Unwritable(Exception):  # noqa: N818 - reads as what happened
     """A family has no way to write a value."""
 
 
-def spelled_call(format: str, name: str, arguments: Mapping[str, object], parameters: Schema) -> str:
+def call_text(format: str, name: str, arguments: Mapping[str, object], parameters: Schema) -> str:
     """One call, exactly as the model of a family writes it."""
     found = TOOL_FORMATS[format]
     written = _arguments(format, arguments, parameters)

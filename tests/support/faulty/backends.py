@@ -953,7 +953,7 @@ class EmbedderClosesOnce(EmbeddingStub):
 
 
 # Those that show in almost any call.
-LIES: list[tuple[type[StubBackend], str]] = [
+FAULTY_BACKENDS: list[tuple[type[StubBackend], str]] = [
     (NoRoom, "test_limits_are_sane"),
     (OwnNamespace, "test_the_namespace_is_of_plain_values_and_stays"),
     (ListedNamespace, "test_the_namespace_is_of_plain_values_and_stays"),
@@ -1010,7 +1010,7 @@ LIES: list[tuple[type[StubBackend], str]] = [
 ]
 
 # Those that show in some calls, sequences, positions and payloads only.
-RARE: list[tuple[type[StubBackend], str]] = [
+RARELY_FAULTY_BACKENDS: list[tuple[type[StubBackend], str]] = [
     (SharesForty, "test_any_length_can_be_shared"),
     (SharesOneMore, "test_any_length_can_be_shared"),
     (SharesSwapped, "test_any_length_can_be_shared"),

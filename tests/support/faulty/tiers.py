@@ -821,7 +821,7 @@ class LosesRarely(SmallTier):
         super().write(block, payload)
 
 
-FAULTS: list[tuple[type[SmallTier], str]] = [
+FAULTY_TIERS: list[tuple[type[SmallTier], str]] = [
     (KeepsAll, "test_what_is_removed_is_gone"),
     (RemovesFirst, "test_what_is_removed_is_gone"),
     (StopsAtStranger, "test_what_is_removed_is_gone"),

@@ -70,7 +70,7 @@ _OPTIONAL_BUT_USED = {
 }
 
 
-def complete(architecture: str, place: Path) -> EditableGGUF | None:
+def minimal_model(architecture: str, place: Path) -> EditableGGUF | None:
     """A tiny model of an architecture, its weights to be drawn; None where the messages lead to none.
 
     Of hybrid ones, each second layer attends: libllama's default is each fourth, and there are two.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 
-def damaged(content: bytes, seed: int, header: int) -> bytes:
+def corrupted(content: bytes, seed: int, header: int) -> bytes:
     """A file with a bit flipped, some bytes drawn anew, or a number made odd, in the first `header` bytes."""
     dice, found = random.Random(seed), bytearray(content)
     if seed % 3 == 0:

@@ -64,7 +64,7 @@ def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def running(*started: subprocess.Popen[str]) -> Iterator[None]:
+def killed_at_end(*started: subprocess.Popen[str]) -> Iterator[None]:
     """Whatever happens, the children end, and their pipes are closed."""
     try:
         yield
@@ -74,14 +74,14 @@ def running(*started: subprocess.Popen[str]) -> Iterator[None]:
             child.communicate()
 
 
-def finished(child: subprocess.Popen[str]) -> str:
+def output_of(child: subprocess.Popen[str]) -> str:
     """What a child printed, which ended by itself and well."""
     printed, complaints = child.communicate(timeout=DEADLINE)
     assert child.returncode == 0, f"exit {child.returncode}\n{printed}\n{complaints}"
     return printed
 
 
-class Occupied:
+class DiskUsageMonitor:
     """The bytes that lay in `blocks/` and `partial/` at one moment, from listings that take longer than a moment.
 
     A file that two listings in a row show, the same and unchanged, lay there from the one to the other: all such
@@ -93,14 +93,14 @@ class Occupied:
         self._last: dict[tuple[int, int], int] = {}
         self.most = 0
 
-    def look(self) -> None:
+    def sample(self) -> None:
         now = self._list()
         self.most = max(self.most, sum(n_bytes for file, n_bytes in now.items() if file in self._last))
         self._last = now
 
-    def look_until(self, moment: float) -> None:
+    def sample_until(self, moment: float) -> None:
         while time.monotonic() < moment:
-            self.look()
+            self.sample()
             time.sleep(0.001)
 
     def _list(self) -> dict[tuple[int, int], int]:
@@ -128,7 +128,7 @@ def reservations(root: Path) -> int:
         return int(index.execute("SELECT count(*) FROM reservations").fetchone()[0])
 
 
-def assert_nothing_is_wrong(root: Path, quota: int, cache: Cache) -> None:
+def assert_consistent(root: Path, quota: int, cache: Cache) -> None:
     """Of a cache that was opened after a crash, and is the only one."""
     assert cache.disk_error is None
     assert cache.verify() == []
