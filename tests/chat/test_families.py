@@ -35,7 +35,7 @@ def reply_to(said: str, format: str, template: str, *, special: bool, **options:
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize(("format", "kind", "text"), EXAMPLES + VARIANTS)
-def test_a_familys_calls_are_told_from_its_thinking_and_read(
+def test_calls_of_each_family_are_separated_from_thinking_and_read(
     format: str, kind: str, text: str, special: bool
 ) -> None:
     marks, thought = THINKING.get(format, ("{# <think></think> #}", "<think>hm</think>\n"))
@@ -47,7 +47,7 @@ def test_a_familys_calls_are_told_from_its_thinking_and_read(
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize(("format", "kind", "text"), [(f, k, t) for f, k, t in EXAMPLES if k == "one"])
-def test_a_family_can_be_made_to_call(format: str, kind: str, text: str, special: bool) -> None:
+def test_each_family_can_be_required_to_call(format: str, kind: str, text: str, special: bool) -> None:
     marks, thought = THINKING.get(format, ("{# <think></think> #}", "<think>hm</think>"))
     for choice in ("required", "get_weather"):
         reply = reply_to(thought + text, format, TEMPLATE + marks, special=special, tool_choice=choice)
@@ -55,7 +55,7 @@ def test_a_family_can_be_made_to_call(format: str, kind: str, text: str, special
         assert reply.thinking == "hm"
 
 
-def test_gpt_oss_writes_its_answer_in_channels() -> None:
+def test_gpt_oss_answers_are_read_from_channels() -> None:
     said = (
         "<|channel|>analysis<|message|>hm<|end|>"
         "<|start|>assistant<|channel|>commentary<|message|>Let me see. <|end|>"
@@ -66,5 +66,5 @@ def test_gpt_oss_writes_its_answer_in_channels() -> None:
         assert (reply.thinking, reply.text, reply.tool_calls) == ("hm", "Let me see. It rains.", ())
 
 
-def test_all_formats_are_tried_here() -> None:
+def test_every_tool_format_is_tested_here() -> None:
     assert {format for format, _, _ in EXAMPLES} == set(TOOL_FORMATS)

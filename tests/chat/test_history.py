@@ -72,7 +72,7 @@ def ids(*tokens: int) -> NDArray[np.int32]:
     return np.array(tokens, np.int32)
 
 
-def test_what_is_new_is_tokenized_as_it_is_where_it_stands(vocabulary: Vocabulary) -> None:
+def test_new_text_is_tokenized_as_within_the_whole_text(vocabulary: Vocabulary) -> None:
     n = 0
 
     @settings(max_examples=400, deadline=None)
@@ -101,7 +101,7 @@ def test_what_is_new_is_tokenized_as_it_is_where_it_stands(vocabulary: Vocabular
         check()
 
 
-def test_a_text_goes_on_from_a_context_in_its_tokens(vocabulary: Vocabulary) -> None:
+def test_a_text_that_continues_a_context_keeps_its_tokens(vocabulary: Vocabulary) -> None:
     @settings(max_examples=400, deadline=None)
     @given(TEXTS, TEXTS)
     @example("hello</s>hello", "!")
@@ -121,7 +121,7 @@ def test_a_text_goes_on_from_a_context_in_its_tokens(vocabulary: Vocabulary) -> 
         check()
 
 
-def test_a_text_that_does_not_go_on_from_a_context_is_tokenized_by_itself(history: History) -> None:
+def test_a_text_that_continues_no_context_is_tokenized_alone(history: History) -> None:
     context = history.tokens(NAMESPACE, "Once upon", as_text=True)
     assert history.going_on(context, "Another text") is None
     assert history.going_on(context, "") is None
@@ -130,7 +130,7 @@ def test_a_text_that_does_not_go_on_from_a_context_is_tokenized_by_itself(histor
     assert history.going_on(long, "hello there " * 10) is None
 
 
-def test_a_space_that_is_the_texts_own_is_not_the_tokenizers() -> None:
+def test_a_leading_space_of_the_text_is_kept() -> None:
     with erllama.Cache() as cache:
         history = History(SPACED, cache)
         plain, spaced = (history.tokens(NAMESPACE, text, as_text=True) for text in ("hello there", " hello there"))
@@ -139,7 +139,7 @@ def test_a_space_that_is_the_texts_own_is_not_the_tokenizers() -> None:
 
 
 @pytest.mark.parametrize("text", ["café!", "日本語", "🙂 ok"])
-def test_a_context_that_ends_within_a_character_is_gone_on_with_from_before_it(
+def test_a_context_cut_within_a_character_continues_from_before_it(
     vocabulary: Vocabulary, history: History, text: str
 ) -> None:
     """Tokens of single bytes are cut where the text cannot be."""
@@ -155,7 +155,7 @@ def test_a_context_that_ends_within_a_character_is_gone_on_with_from_before_it(
         assert history.written(got.tolist()).lstrip().endswith(raw)
 
 
-def test_tokens_of_a_file_that_are_not_the_models_are_not_used() -> None:
+def test_stored_tokens_outside_the_vocabulary_are_not_used() -> None:
     vocabulary = PieceVocabulary()
     with erllama.Cache() as cache:
         history = History(vocabulary, cache)
@@ -176,13 +176,13 @@ def remembered(reply: list[int], text: str, *, cut: bool = False, stop: str | No
         return history.tokens(NAMESPACE, "Q" + text, as_text=False).tolist()[1:]
 
 
-def test_a_reply_comes_back_as_its_tokens() -> None:
+def test_a_reply_is_replayed_with_its_own_tokens() -> None:
     assert remembered([*b"abc"], "abc!") == [*b"abc!"]
     assert remembered([], "abc!") == [257, 0x21]
 
 
 @pytest.mark.parametrize(("cut", "found"), [(True, True), (False, False)])
-def test_white_space_at_the_end_of_what_was_cut_short_need_not_come_back(cut: bool, found: bool) -> None:
+def test_a_cut_reply_is_recognized_without_its_trailing_white_space(cut: bool, found: bool) -> None:
     assert remembered([*b"abc \n"], "abc!", cut=cut) == ([*b"abc!"] if found else [257, 0x21])
 
 
@@ -191,11 +191,11 @@ def test_a_stop_string_is_not_remembered(reply: list[int]) -> None:
     assert remembered(reply, "abc!", stop="END", cut=True) == [*b"abc!"]
 
 
-def test_a_character_that_is_not_whole_is_not_remembered() -> None:
+def test_an_incomplete_character_is_not_remembered() -> None:
     assert remembered([*b"abc", 0xC3], "abcé") == [*b"abc", *"é".encode()]
     assert remembered([0xC3], "é") == [*"é".encode()]
 
 
-def test_a_reply_that_spells_a_special_token_out_is_not_taken_for_one_that_has_it() -> None:
+def test_a_spelled_out_special_token_differs_from_the_token_itself() -> None:
     assert remembered([*b"abc<s>abc"], "abc<s>abc") == [257, 260, 257], "the text is that of the token"
     assert remembered([*b"abc", 260, *b"abc"], "abc<s>abc") == [*b"abc", 260, *b"abc"]

@@ -47,7 +47,7 @@ def result(id: str = "c1", content: object = "42", **more: object) -> Message:
 # --- One form ----------------------------------------------------------------------------------
 
 
-def test_plain_messages_stay_as_they_are() -> None:
+def test_plain_messages_are_unchanged() -> None:
     messages: list[Message] = [
         {"role": "system", "content": "Be brief."},
         {"role": "developer", "content": ""},
@@ -82,12 +82,12 @@ def test_arguments_become_a_mapping(arguments: object) -> None:
 
 
 @pytest.mark.parametrize("arguments", [None, "", {}, "{}"])
-def test_no_arguments_are_none(arguments: object) -> None:
+def test_missing_arguments_are_an_empty_mapping(arguments: object) -> None:
     assert normalized_messages([calling(call(arguments=arguments))])[0]["tool_calls"] == [call(arguments={})]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_has_one_name(key: str) -> None:
+def test_reasoning_is_normalized_to_one_key(key: str) -> None:
     expected = [{"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}]
     assert normalized_messages([{"role": "assistant", "content": "4", key: "2 + 2"}]) == expected
     both = [{"role": "assistant", "content": "4", key: "2 + 2", "reasoning_content": "2 + 2"}]
@@ -97,14 +97,14 @@ def test_reasoning_has_one_name(key: str) -> None:
     ]
 
 
-def test_a_refusal_is_what_was_said() -> None:
+def test_a_refusal_becomes_the_content() -> None:
     said = [{"role": "assistant", "content": "No."}]
     assert normalized_messages([{"role": "assistant", "content": None, "refusal": "No."}]) == said
     part = {"type": "refusal", "refusal": "No."}
     assert normalized_messages([{"role": "assistant", "content": [part]}]) == said
 
 
-def test_results_get_the_name_of_their_call() -> None:
+def test_results_carry_the_name_of_their_call() -> None:
     messages = [calling(call("x", "f"), call("y", "g")), result("y", "1"), result("x", "2", name="f")]
     assert normalized_messages(messages)[1:] == [
         {"role": "tool", "content": "1", "tool_call_id": "y", "name": "g"},
@@ -112,7 +112,7 @@ def test_results_get_the_name_of_their_call() -> None:
     ]
 
 
-def test_what_clients_send_back_of_replies_is_read() -> None:
+def test_replies_that_clients_send_back_are_accepted() -> None:
     reply: Message = {
         "role": "assistant",
         "content": "Hello",
@@ -127,7 +127,7 @@ def test_what_clients_send_back_of_replies_is_read() -> None:
     assert normalized_messages([{**reply, "tool_calls": []}]) == [{"role": "assistant", "content": "Hello"}]
 
 
-def test_the_older_form_of_calls_is_read() -> None:
+def test_the_older_form_of_calls_is_accepted() -> None:
     messages = [
         hi(),
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
@@ -156,19 +156,19 @@ def test_calls_without_ids_are_answered_by_name_and_in_order() -> None:
     ]
 
 
-def test_an_id_made_up_is_none_that_is_there() -> None:
+def test_a_generated_id_differs_from_existing_ids() -> None:
     bare: Message = {"function": {"name": "g"}}
     asked = normalized_messages([calling(call("call_0_1"), bare)])[0]
     assert isinstance(asked["tool_calls"], list)
     assert asked["tool_calls"][1]["id"] not in ("call_0_1", None, "")
 
 
-def test_an_id_may_come_again_once_it_is_answered() -> None:
+def test_an_id_may_be_reused_once_it_is_answered() -> None:
     messages = [calling(call(name="f")), result(), calling(call(name="g")), result()]
     assert [message.get("name") for message in normalized_messages(messages)] == [None, "f", None, "g"]
 
 
-def test_results_come_before_what_else_a_user_says() -> None:
+def test_results_precede_other_content_of_a_user_message() -> None:
     blocks = [
         {"type": "text", "text": "So "},
         {
@@ -189,7 +189,7 @@ def test_results_come_before_what_else_a_user_says() -> None:
     assert [message["role"] for message in alone] == ["assistant", "tool"]
 
 
-def test_nothing_given_is_changed_or_shared() -> None:
+def test_callers_objects_are_neither_changed_nor_shared() -> None:
     class Role(enum.StrEnum):
         USER = "user"
 
@@ -222,7 +222,7 @@ turns = st.tuples(texts, texts, texts, st.lists(st.tuples(names, arguments_, tex
 
 
 @given(st.lists(turns, min_size=1, max_size=3), st.booleans(), st.booleans())
-def test_both_spellings_of_a_conversation_are_one(
+def test_both_client_forms_normalize_to_one_conversation(
     said: list[tuple[str, str, str, list[tuple[str, dict[str, object], str]]]], as_text: bool, in_parts: bool
 ) -> None:
     openai: list[Message] = []
@@ -357,7 +357,7 @@ BAD: list[tuple[object, int | None, str]] = [
 
 
 @pytest.mark.parametrize(("messages", "index", "problem"), BAD)
-def test_what_is_wrong_is_told_with_the_message(messages: object, index: int | None, problem: str) -> None:
+def test_errors_name_the_message_and_the_fault(messages: object, index: int | None, problem: str) -> None:
     with pytest.raises(ChatError) as error:
         normalized_messages(messages)
     assert problem in str(error.value)
@@ -397,7 +397,7 @@ nearly = st.lists(
 
 
 @given(st.one_of(junk, nearly))
-def test_any_junk_is_refused_or_becomes_valid(messages: object) -> None:
+def test_arbitrary_messages_are_refused_or_become_valid(messages: object) -> None:
     try:
         found = normalized_messages(messages)
     except ChatError:
@@ -428,7 +428,7 @@ NORMAL = {"type": "function", "function": TOOL}
         {"type": "custom", "name": "f", "description": "Does f.", "input_schema": SCHEMA, "cache_control": {}},
     ],
 )
-def test_a_tool_has_one_form(tool: Mapping[str, object]) -> None:
+def test_tools_are_normalized_to_one_form(tool: Mapping[str, object]) -> None:
     before = copy.deepcopy(dict(tool))
     found = normalized_tools([tool])
     assert found == [NORMAL]
@@ -486,7 +486,7 @@ BAD_TOOLS: list[tuple[object, str]] = [
 
 
 @pytest.mark.parametrize(("tools", "problem"), BAD_TOOLS)
-def test_what_is_wrong_with_a_tool_is_told(tools: object, problem: str) -> None:
+def test_errors_name_the_tool_and_the_fault(tools: object, problem: str) -> None:
     with pytest.raises(ChatError) as error:
         check_schemas(normalized_tools(tools))
     assert problem in str(error.value)
@@ -494,7 +494,7 @@ def test_what_is_wrong_with_a_tool_is_told(tools: object, problem: str) -> None:
 
 
 @given(junk)
-def test_any_junk_is_refused_or_becomes_tools(tools: object) -> None:
+def test_arbitrary_tools_are_refused_or_become_valid(tools: object) -> None:
     try:
         found = normalized_tools(tools)
         check_schemas(found)
@@ -526,7 +526,7 @@ TOOLS = normalized_tools([TOOL, {"name": "auto.f"}, {"name": "get_weather"}])
         (ToolChoice("required", "f"), ToolChoice("required", "f")),
     ],
 )
-def test_a_choice_has_one_form(choice: object, expected: ToolChoice) -> None:
+def test_tool_choices_are_normalized_to_one_form(choice: object, expected: ToolChoice) -> None:
     assert tool_choice_of(choice, TOOLS) == expected
 
 
@@ -546,14 +546,14 @@ def test_a_choice_has_one_form(choice: object, expected: ToolChoice) -> None:
         (ToolChoice("required", "g"), "names no tool"),
     ],
 )
-def test_a_choice_that_is_none_is_told(choice: object, problem: str) -> None:
+def test_an_invalid_tool_choice_is_refused(choice: object, problem: str) -> None:
     with pytest.raises(OptionError) as error:
         tool_choice_of(choice, TOOLS)
     assert problem in str(error.value)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "any"}, ToolChoice("required")])
-def test_nothing_can_be_required_of_no_tools(choice: object) -> None:
+def test_a_required_call_without_tools_is_refused(choice: object) -> None:
     with pytest.raises(OptionError, match="there are no tools"):
         tool_choice_of(choice, [])
     assert tool_choice_of("auto", []) == ToolChoice("auto")
@@ -572,7 +572,7 @@ def test_nothing_can_be_required_of_no_tools(choice: object) -> None:
         ("1e-400", 0.0),
     ],
 )
-def test_numbers_are_read_exactly_where_a_type_holds_them(text: str, value: float) -> None:
+def test_numbers_that_a_type_holds_are_read_exactly(text: str, value: float) -> None:
     found = json_of(text)
     assert (type(found), found) == (type(value), value)
 

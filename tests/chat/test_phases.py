@@ -102,14 +102,14 @@ def cut_texts(draw: st.DrawFn, parts: Sequence[str] = PARTS) -> tuple[str, list[
 
 @settings(max_examples=1500, deadline=None)
 @given(cut_texts())
-def test_phases_are_told_whatever_the_tokens(cut: tuple[str, list[int]]) -> None:
+def test_phases_do_not_depend_on_token_boundaries(cut: tuple[str, list[int]]) -> None:
     text, tokens = cut
     assert told(tokens) == expected(text)
 
 
 @settings(max_examples=300, deadline=None)
 @given(cut_texts())
-def test_no_more_is_held_back_than_may_become_a_marker(cut: tuple[str, list[int]]) -> None:
+def test_only_text_that_may_become_a_marker_is_held_back(cut: tuple[str, list[int]]) -> None:
     tracker = PhaseTracker(OPTIONS, SCRIPT, np.zeros(0, np.int32))
     markers = ["<think>", "</think>", "<call>", "</call>", "</c>", "<skip>", "{", "}"]
     for token in cut[1]:
@@ -117,12 +117,12 @@ def test_no_more_is_held_back_than_may_become_a_marker(cut: tuple[str, list[int]
         assert not tracker.held or any(marker.startswith(tracker.held) for marker in markers)
 
 
-def test_a_special_token_is_not_its_name() -> None:
+def test_a_special_token_differs_from_its_spelled_name() -> None:
     assert told([*VOCABULARY.byte_tokens(SPECIAL), ord("x")]) == [("text", f"{SPECIAL}x")]
     assert told([VOCABULARY.special[SPECIAL], ord("x")]) == [("thinking", "x")]
 
 
-def test_a_phase_that_the_prompt_opens_is_understood() -> None:
+def test_a_phase_opened_by_the_prompt_is_recognized() -> None:
     assert told(VOCABULARY.byte_tokens("so</think>yes"), prompt="Question?<think>\n") == [
         ("thinking", "so"),
         ("text", "yes"),
@@ -134,7 +134,7 @@ def test_a_phase_that_the_prompt_opens_is_understood() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(BARE), st.data())
-def test_a_bare_call_is_known_by_how_it_begins(text: str, data: st.DataObject) -> None:
+def test_a_call_without_markers_is_recognized_by_its_start(text: str, data: st.DataObject) -> None:
     options = PhaseOptions(thinking=OPTIONS.thinking, calls=Markers(("<call>",)), leading=('{"name":', '[{"name":'))
     tokens: list[int] = []
     raw = text.encode()
@@ -151,7 +151,7 @@ SCRIPTED = "<think>hmé.\n</think> Let go: <call>{7}</call>!"
 
 @settings(max_examples=15, deadline=None)
 @given(st.sets(st.integers(1, len(SCRIPTED) - 1)))
-def test_phases_are_told_on_libllama_whatever_the_tokens(cuts: set[int]) -> None:
+def test_phases_on_libllama_do_not_depend_on_token_boundaries(cuts: set[int]) -> None:
     edges = [0, *sorted(cuts), len(SCRIPTED)]
     pieces = [SCRIPTED[start:end] for start, end in pairwise(edges)]
     # Each token has one that follows it: those that come twice are joined with the next.
@@ -182,7 +182,7 @@ def model_replying(*tokens: int, **sizes: int) -> erllama.Model:
 MARKERS = {"thinking_markers": ("<think>", "</think>"), "tool_markers": ("<call>", "</call>")}
 
 
-def test_a_stream_tells_thinking_and_calls_from_text() -> None:
+def test_a_stream_separates_thinking_and_calls_from_text() -> None:
     said = "<think> hm\n</think>\n\nYes. <call>{1}</call> Done"
     with model_replying(*VOCABULARY.byte_tokens(said)) as model:
         events = list(model.stream("Q\t", thinking="enabled", thinking_signing_key=b"k", **MARKERS))
@@ -219,14 +219,14 @@ def test_without_thinking_a_stream_is_plain_text() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.text("a <\n", max_size=20))
-def test_a_reply_without_markers_is_as_it_is(text: str) -> None:
+def test_a_reply_without_markers_is_unchanged(text: str) -> None:
     with model_replying(*VOCABULARY.byte_tokens(text)) as model:
         stream = model.stream("Q\t", thinking="enabled", **MARKERS)
         joined = "".join(event.text for event in stream if isinstance(event, erllama.TextDelta))
         assert joined == stream.result().text == text
 
 
-def test_a_stop_string_stops_the_answer_and_nothing_else() -> None:
+def test_stop_strings_apply_to_the_answer_only() -> None:
     said = "<think>END</think>a<call>END</call>bENDc"
     with model_replying(*VOCABULARY.byte_tokens(said)) as model:
         reply = model.complete("Q\t", thinking="enabled", stop="END", **MARKERS)
@@ -270,7 +270,9 @@ def replied(text: str, stops: Sequence[str]) -> tuple[str, str, list[bytes], str
     st.lists(st.sampled_from(WHITE_STOPS), max_size=2),
     st.sampled_from([None, 0]),
 )
-def test_a_stream_tells_a_whole_reply(cut: tuple[str, list[int]], stops: list[str], logprobs: int | None) -> None:
+def test_stream_events_add_up_to_the_reply(
+    cut: tuple[str, list[int]], stops: list[str], logprobs: int | None
+) -> None:
     text, tokens = cut
     with model_replying(*tokens) as model:
         *events, done = model.stream("Q\t", thinking="enabled", stop=stops, logprobs=logprobs, **MARKERS)
@@ -311,7 +313,7 @@ def test_a_stop_string_of_white_space_stops_at_once(
     "said", ["<think></think>x", "<think>\n\n</think>x", "<think></think>", "<think>\n</think>\n"]
 )
 @pytest.mark.parametrize("key", [None, b"k"])
-def test_an_empty_thought_ends_like_any_other(said: str, key: bytes | None) -> None:
+def test_empty_thinking_ends_like_any_other(said: str, key: bytes | None) -> None:
     with model_replying(*VOCABULARY.byte_tokens(said)) as model:
         events = list(model.stream("Q\t", thinking="enabled", thinking_signing_key=key, **MARKERS))
     signature = hmac.digest(key, b"", hashlib.sha256) if key is not None else b""
@@ -323,7 +325,7 @@ def test_an_empty_thought_ends_like_any_other(said: str, key: bytes | None) -> N
 @pytest.mark.parametrize("logprobs", [None, 1])
 @pytest.mark.parametrize("budget", [0, 1, 3, 100])
 @pytest.mark.parametrize("opened", [False, True])
-def test_at_its_budget_thinking_ends_and_the_model_goes_on_from_there(
+def test_thinking_ends_at_its_budget_and_the_answer_follows(
     budget: int, opened: bool, logprobs: int | None
 ) -> None:
     thought = "abcdefgh"
@@ -359,7 +361,7 @@ def test_a_budget_does_not_end_thinking_within_a_character() -> None:
 
 
 @pytest.mark.parametrize("budget", range(8))
-def test_a_budget_ends_no_character_that_may_become_a_marker(budget: int) -> None:
+def test_a_budget_waits_for_text_that_may_become_a_marker(budget: int) -> None:
     markers = ("\u25c1think\u25b7", "\u25c1/think\u25b7")  # whose first byte others have, too
     with model_replying(*VOCABULARY.byte_tokens(markers[0]), *"a\u2014\u2014b".encode(), *b"c" * 9) as model:
         reply = model.complete(
@@ -369,20 +371,20 @@ def test_a_budget_ends_no_character_that_may_become_a_marker(budget: int) -> Non
     assert budget <= len(reply.thinking.encode()) <= budget + 2
 
 
-def test_a_budget_puts_no_end_behind_one_that_may_become_longer() -> None:
+def test_a_budget_adds_no_end_marker_after_one_that_may_grow() -> None:
     markers = ("<think>", ("</think>", "</think>!!"))
     with model_replying(*VOCABULARY.byte_tokens("<think>abc</think>!x")) as model:
         reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=11, thinking_markers=markers)
     assert (reply.thinking, reply.text) == ("abc", "!x")
 
 
-def test_bytes_that_are_no_character_do_not_outlast_a_budget() -> None:
+def test_invalid_bytes_do_not_extend_a_budget() -> None:
     with model_replying(*VOCABULARY.byte_tokens("<think>"), *b"\xe2" * 50) as model:
         reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=2, max_tokens=40, **MARKERS)
     assert 2 <= len(reply.thinking) <= 5
 
 
-def test_a_grammar_is_the_answers_and_leaves_thinking_free() -> None:
+def test_a_grammar_constrains_the_answer_but_not_thinking() -> None:
     said = "<think>free: 1</think>xyz"
     with model_replying(*VOCABULARY.tokenize(said).tolist()) as model:
         reply = model.complete("Q\t", thinking="enabled", regex="[0-9]{3}", **MARKERS)
@@ -412,7 +414,7 @@ def test_a_grammar_is_the_answers_and_leaves_thinking_free() -> None:
     ],
 )
 @pytest.mark.parametrize("close", [("</think>",), ("</think>", "</think>\n\n", "</think>\n\nX!")])
-def test_tokens_that_do_not_part_where_thinking_ends_fail_no_grammar(
+def test_a_token_across_the_end_of_thinking_passes_the_grammar(
     said: list[str], close: tuple[str, ...], logprobs: int | None
 ) -> None:
     vocabulary = PieceVocabulary([*said, "</think>1"])
@@ -432,7 +434,7 @@ def test_tokens_that_do_not_part_where_thinking_ends_fail_no_grammar(
 
 
 @pytest.mark.parametrize("said", [["</think>ab", "x"], ["</think>a", "b", "x"], ["</think>", "ab", "x"]])
-def test_a_trigger_may_come_in_the_token_that_ends_thinking(said: list[str]) -> None:
+def test_a_trigger_may_begin_in_the_token_that_ends_thinking(said: list[str]) -> None:
     vocabulary = PieceVocabulary(["<think>", *said])
     tokens = [int(vocabulary.tokenize(part)[0]) for part in ["<think>", "a", *said]]
     with erllama.load_backend(ScriptedBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
@@ -451,7 +453,7 @@ def test_a_trigger_may_come_in_the_token_that_ends_thinking(said: list[str]) -> 
 @pytest.mark.parametrize(
     "cut", [["</think><tool_call>"], ["</think>no<tool_call>"], ["</", "think>\n<tool_call>{"]]
 )
-def test_a_call_that_is_required_may_begin_in_the_token_that_ends_thinking(cut: list[str]) -> None:
+def test_a_required_call_may_begin_in_the_token_that_ends_thinking(cut: list[str]) -> None:
     vocabulary = PieceVocabulary(["<think>", *cut])
     tokens = [int(vocabulary.tokenize(part)[0]) for part in ["<think>", "a", *cut]]
     template = "{% if tools %}<tool_call></tool_call><think></think>{% endif %}{{ messages[0].content }}"
@@ -465,7 +467,7 @@ def test_a_call_that_is_required_may_begin_in_the_token_that_ends_thinking(cut: 
     assert [call.name for call in reply.tool_calls] == ["now"]
 
 
-def test_a_reader_who_stops_and_goes_on_gets_all_in_order() -> None:
+def test_a_reader_that_pauses_receives_all_events_in_order() -> None:
     said = "".join(f"{i}," for i in range(300))
     with model_replying(*VOCABULARY.byte_tokens(said), *VOCABULARY.byte_tokens("<think>hm</think>!")) as model:
         stream = model.stream("Q\t", thinking="enabled", **MARKERS)
@@ -511,6 +513,6 @@ def test_cancelling_within_a_phase_ends_it() -> None:
         ({"thinking_marker": ("a", "b")}, "did you mean 'thinking_markers'"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options: dict[str, object], match: str) -> None:
+def test_invalid_phase_options_are_refused(options: dict[str, object], match: str) -> None:
     with model_replying(1) as model, pytest.raises(erllama.OptionError, match=match):
         model.complete("Q\t", **options)  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ def neutral(content: str) -> str:
 
 @settings(max_examples=20)
 @given(CONTENT, CONTENT)
-def test_content_writes_no_special_token(asked: str, result: str) -> None:
+def test_content_produces_no_special_token(asked: str, result: str) -> None:
     call = {"id": "a", "type": "function", "function": {"name": "get_time", "arguments": {"city": "x"}}}
 
     def messages(asked: str, result: str) -> list[Message]:
@@ -62,7 +62,7 @@ def test_content_writes_no_special_token(asked: str, result: str) -> None:
 
 @settings(max_examples=10)
 @given(CONTENT, CONTENT)
-def test_a_conversation_has_the_same_tokens_cold_and_warm(asked: str, then: str) -> None:
+def test_a_conversation_has_the_same_tokens_cold_and_cached(asked: str, then: str) -> None:
     with model_replying("hello there") as model:
         reply = model.chat([user(asked)], **PLAIN)
         messages = [user(asked), reply.message, user(then)]
@@ -77,7 +77,7 @@ def test_a_conversation_has_the_same_tokens_cold_and_warm(asked: str, then: str)
             assert cold[len(cold) - (n - after) :] == list(warm.context_tokens[after:n])
 
 
-def test_an_injected_conversation_is_not_taken_for_the_real_one() -> None:
+def test_an_injected_conversation_does_not_match_the_real_one() -> None:
     with model_replying("hello there") as model:
         real = model.chat([user("Q")], **PLAIN)
         conversation = [user("Q"), real.message, user("and?")]
@@ -97,7 +97,7 @@ def test_the_assistants_content_keeps_its_special_tokens() -> None:
         assert ids.count(VOCABULARY.special["<|system|>"]) == 1
 
 
-def test_content_is_text_however_a_template_puts_it_together() -> None:
+def test_content_stays_text_however_a_template_combines_it() -> None:
     for body in [
         "{{ '<|user|>' ~ (m.content | trim) ~ '<|end|>' }}",
         "{{ m.content.replace('_', '') }}<|end|>",
@@ -168,7 +168,7 @@ def test_real_tokenizers_read_content_as_text(real: erllama.Model) -> None:
             ).removeprefix("<s>")
 
 
-def test_a_template_markers_own_token_is_text_in_content() -> None:
+def test_template_markers_in_content_are_text() -> None:
     """A token that is read even where special ones are not, as `<tool_call>` of Qwen's."""
     vocabulary = PieceVocabulary(["<tool_call>"], SPECIAL)
     template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<tool_call>"
@@ -182,7 +182,7 @@ def test_a_template_markers_own_token_is_text_in_content() -> None:
         assert model.detokenize(ids, special=True) == "<|user|>a<tool_call>b<tool_call>"
 
 
-def test_the_option_is_checked_and_marks_are_not_shown() -> None:
+def test_the_option_is_checked_and_internal_marks_stay_hidden() -> None:
     with model_replying("x") as model:
         assert MARK not in model.render_chat([user("<|end|>")], **PLAIN)
         with pytest.raises(erllama.OptionError, match="special_tokens_in_content"):
@@ -210,7 +210,7 @@ AROUND = st.lists(st.text("]~![b｜<>e ", max_size=6), min_size=2, max_size=4)
 
 @settings(max_examples=400)
 @given(OVERLAPPING, AROUND, st.text("]~![b｜<>e", max_size=8), st.data())
-def test_content_beside_overlapping_special_tokens_writes_none(
+def test_content_beside_overlapping_special_tokens_produces_none(
     names: list[str], around: list[str], content: str, data: st.DataObject
 ) -> None:
     vocabulary = PieceVocabulary(["<b>", "<be>"], sorted(names, key=lambda name: -len(name.encode())), "<|end|>")
@@ -229,7 +229,7 @@ def test_content_beside_overlapping_special_tokens_writes_none(
     assert ids_of(content) == ids_of(re.sub(r"[^be]", ".", content))
 
 
-def test_content_joins_no_special_token_with_the_start_of_the_templates_own() -> None:
+def test_content_cannot_complete_a_special_token_of_the_template() -> None:
     ended = "{% for m in messages %}]~b]{{ m.role }}\n{{ m.content }}[e~[\n{% endfor %}"
     for names, template, content in [
         (["]~!b[", "]~b]", "[e~["], ended, "]~!b"),
@@ -248,7 +248,7 @@ def test_content_joins_no_special_token_with_the_start_of_the_templates_own() ->
             assert BORDER not in text
 
 
-def test_half_a_surrogate_pair_is_refused_with_the_option_as_without() -> None:
+def test_a_lone_surrogate_is_refused_with_and_without_the_option() -> None:
     template = "{% for m in messages %}{{ x }}<|user|>{{ documents[0].text }}<|end|>{{ m.content }}{% endfor %}"
     with model_replying("x", template=template) as model:
         for half, options in product(["\udcff", "\udcfe", "\ud800"], [{}, PLAIN]):
@@ -260,7 +260,7 @@ def test_half_a_surrogate_pair_is_refused_with_the_option_as_without() -> None:
                     model.apply_chat_template([user("Q")], **given, **options)
 
 
-def test_values_that_no_template_takes_are_refused_with_the_option_as_without() -> None:
+def test_unsupported_values_are_refused_with_and_without_the_option() -> None:
     circular: dict[str, object] = {}
     circular["itself"] = circular
     deep: list[object] = []
@@ -276,7 +276,7 @@ def test_values_that_no_template_takes_are_refused_with_the_option_as_without() 
                     model.apply_chat_template([user("Q")], template_args={"x": value}, **options)
 
 
-def test_content_may_have_the_characters_that_stand_for_others() -> None:
+def test_content_may_contain_the_internal_mark_characters() -> None:
     letters = "".join(map(chr, range(0x12000, 0x12300)))
     with model_replying("x") as model:
         for text in [letters, "".join(f"\\ud808\\u{code:04x}" for code in range(0xDC00, 0xE000))]:
@@ -289,7 +289,7 @@ def test_content_may_have_the_characters_that_stand_for_others() -> None:
             model.apply_chat_template([user(every)], **PLAIN)
 
 
-def test_ids_of_tool_calls_write_no_special_token() -> None:
+def test_tool_call_ids_produce_no_special_token() -> None:
     template = (
         "{% for m in messages %}<|user|>{% for c in m.tool_calls or [] %}{{ c.id }}:{% endfor %}"
         "{% if m.tool_call_id %}{{ m.tool_call_id }}{{ m.tool_call_id == messages[0].tool_calls[0].id }}{% endif %}"
@@ -318,7 +318,7 @@ def test_ids_of_tool_calls_write_no_special_token() -> None:
             assert "a<|system|>True" in text
 
 
-def test_markers_that_a_template_composes_are_text_in_content() -> None:
+def test_markers_composed_by_a_template_are_text_in_content() -> None:
     vocabulary = PieceVocabulary(["<|user|>", "<|tool|>"], ["<|a|>"])
     template = "{% for m in messages %}{{ '<|' ~ m.role ~ '|>' }}{{ m.content }}{% endfor %}"
     backend = ScriptedBackend(vocabulary, b"x", chat_templates={"default": template})

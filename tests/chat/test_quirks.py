@@ -38,7 +38,7 @@ def model_with(template: str, said: str = "x") -> erllama.Model:
     return erllama.load_backend(backend, cache=erllama.Cache())
 
 
-def test_ids_of_nine_letters_are_made_where_a_template_takes_no_others() -> None:
+def test_nine_letter_ids_are_generated_for_templates_that_need_them() -> None:
     messages = normalized_messages(CONVERSATION)
     changed = as_template_takes(messages, "{% if call.id|length != 9 %}")
     call, result = changed[1]["tool_calls"][0]["id"], changed[2]["tool_call_id"]  # type: ignore[index]
@@ -49,7 +49,7 @@ def test_ids_of_nine_letters_are_made_where_a_template_takes_no_others() -> None
     assert as_template_takes(messages, "{{ call.id }}") == messages == normalized_messages(CONVERSATION)
 
 
-def test_thinking_is_left_out_where_a_template_takes_no_text_beside_it() -> None:
+def test_thinking_is_dropped_for_templates_that_allow_no_text_with_it() -> None:
     messages = normalized_messages(CONVERSATION)
     spoken = [messages[0], {**messages[1], "content": "Let me see."}, messages[2]]
     assert "reasoning_content" not in as_template_takes(spoken, "{{ message.thinking }}")[1]
@@ -57,7 +57,7 @@ def test_thinking_is_left_out_where_a_template_takes_no_text_beside_it() -> None
     assert as_template_takes(spoken, "{{ message.reasoning_content }} <thinking>") == spoken
 
 
-def test_arguments_are_text_where_a_template_joins_them_with_text() -> None:
+def test_arguments_are_text_for_templates_that_concatenate_them() -> None:
     template = (
         "{% for m in messages %}{% for c in m.tool_calls or [] %}"
         "{{ 'call: ' + c.function.arguments }}"
@@ -72,7 +72,7 @@ def test_arguments_are_text_where_a_template_joins_them_with_text() -> None:
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
-def test_a_call_that_the_prompt_opens_is_one(choice: str) -> None:
+def test_a_call_opened_by_the_prompt_is_a_call(choice: str) -> None:
     template = "{{ messages[-1].content }}{% if tools %}{% endif %}\t>>>{# recipient #}"
     with model_with(template, ">>>get_weather\n" + '{"city": "Paris"}') as model:
         reply = model.chat(
@@ -87,7 +87,7 @@ def test_a_call_that_the_prompt_opens_is_one(choice: str) -> None:
 
 @pytest.mark.skipif(not TEMPLATES.is_dir(), reason="no templates beside the checkout")
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
-def test_a_familys_template_takes_a_call_and_its_result(path: Path) -> None:
+def test_each_family_template_renders_a_call_and_its_result(path: Path) -> None:
     refused = {
         "Kimi-K2-Instruct": "append",  # it changes a list, which no sandbox of Hugging Face's lets it
         "google-gemma-2-2b-it": "alternate",  # it knows of no tools

@@ -42,7 +42,7 @@ from support.chat.tool_calls import (
 
 
 @pytest.mark.parametrize(("format", "kind", "text"), EXAMPLES + VARIANTS)
-def test_what_a_model_writes_is_read_and_is_of_the_grammar(format: str, kind: str, text: str) -> None:
+def test_example_calls_are_read_and_match_the_grammar(format: str, kind: str, text: str) -> None:
     assert parsed_calls(format, text) == EXPECTED_CALLS[kind]
     assert grammar(format, parallel=True).accepts(text)
     # Without parallel calls, the first is all.
@@ -60,7 +60,7 @@ def test_every_format_has_examples() -> None:
 
 
 @pytest.mark.parametrize(("format", "text"), [(format, text) for format, kind, text in EXAMPLES if kind == ALL])
-def test_spans_end_and_payloads_lie_where_the_format_says(format: str, text: str) -> None:
+def test_spans_and_payloads_are_found_where_the_format_defines_them(format: str, text: str) -> None:
     found = tool_format(format)
     if found.close:
         assert text.endswith(found.close)
@@ -74,7 +74,7 @@ def test_spans_end_and_payloads_lie_where_the_format_says(format: str, text: str
 
 
 @pytest.mark.parametrize(("format", "text"), [(format, text) for format, kind, text in EXAMPLES if kind != SEVERAL])
-def test_a_call_that_is_cut_short_is_none(format: str, text: str) -> None:
+def test_an_incomplete_call_is_not_a_call(format: str, text: str) -> None:
     found = tool_format(format)
     # What may be missing: the close marker, and white space before it.
     closing = found.close[0] if found.close and format != "glm" else ""
@@ -113,7 +113,7 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("what", BAD_JSON)
-def test_a_json_object_that_is_no_call_is_told_why(what: str) -> None:
+def test_errors_say_why_a_json_object_is_not_a_call(what: str) -> None:
     text, problem = BAD_JSON[what]
     with pytest.raises(ToolCallError) as error:
         parsed_calls("hermes", f"<tool_call>{text}</tool_call>")
@@ -205,7 +205,7 @@ MALFORMED = {
 @pytest.mark.parametrize(
     ("format", "text"), [(format, text) for format, texts in MALFORMED.items() for text in texts]
 )
-def test_what_is_malformed_is_refused_and_not_of_the_grammar(format: str, text: str) -> None:
+def test_malformed_calls_are_refused_and_do_not_match_the_grammar(format: str, text: str) -> None:
     with pytest.raises(ToolCallError) as error:
         parsed_calls(format, text)
     assert len(str(error.value)) < 300
@@ -219,7 +219,7 @@ def test_every_format_has_malformed_texts() -> None:
 # --- Ids, values, thinking, and what nobody should write ---------------------------------------
 
 
-def test_an_id_is_the_models_own_or_made_up() -> None:
+def test_an_id_is_the_models_own_or_generated() -> None:
     def ids(format: str, text: str) -> list[str]:
         return [call.id for call in tool_format(format).parse(text, TOOLS)]
 
@@ -236,7 +236,7 @@ def test_an_id_is_the_models_own_or_made_up() -> None:
         assert re.fullmatch("[0-9a-f]{9}" if "mistral" in format else "call_[0-9a-f]{24}", found)
 
 
-def test_arguments_are_json_text_again() -> None:
+def test_arguments_are_available_as_json_text() -> None:
     (call,) = tool_format("hermes").parse(CALL_TEXTS["hermes"][1], TOOLS)
     assert json.loads(call.arguments_json) == FULL
     assert (
@@ -277,7 +277,7 @@ def test_arguments_are_json_text_again() -> None:
         (True, "[1]", [1]),
     ],
 )
-def test_a_value_without_quotes_is_what_the_schema_says(schema: object, raw: str, expected: object) -> None:
+def test_unquoted_values_are_read_by_their_schema(schema: object, raw: str, expected: object) -> None:
     loop = {"anyOf": [{"$ref": "#/$defs/loop"}, {"$ref": "#/$defs/loop"}, {"type": "string"}]}
     parameters = {
         "type": "object",
@@ -291,7 +291,7 @@ def test_a_value_without_quotes_is_what_the_schema_says(schema: object, raw: str
         assert type(found["a"]) is type(expected)
 
 
-def test_an_argument_that_is_not_in_the_schema_is_read_as_it_looks() -> None:
+def test_arguments_outside_the_schema_are_read_by_their_form() -> None:
     assert parsed_calls("glm", glm("now", [("a", "5"), ("b", "five")])) == [("now", {"a": 5, "b": "five"})]
 
 
@@ -303,7 +303,7 @@ def test_an_argument_that_is_not_in_the_schema_is_read_as_it_looks() -> None:
         ({"type": "object", "required": ["a"]}, "'a' is required"),
     ],
 )
-def test_parameters_that_list_no_arguments_have_no_grammar_in_families_that_list_them(
+def test_families_that_list_arguments_need_them_in_the_schema(
     format: str, parameters: dict[str, object], problem: str
 ) -> None:
     tools = normalized_tools([{"name": "f", "parameters": parameters}])
@@ -313,7 +313,7 @@ def test_parameters_that_list_no_arguments_have_no_grammar_in_families_that_list
 
 
 @pytest.mark.parametrize(("format", "text"), [(format, texts[1]) for format, texts in CALL_TEXTS.items()])
-def test_parameters_may_be_elsewhere_in_their_schema(format: str, text: str) -> None:
+def test_parameters_may_be_references_within_their_schema(format: str, text: str) -> None:
     weather = WEATHER["parameters"]
     tools = normalized_tools([{**WEATHER, "parameters": {"$ref": "#/$defs/p", "$defs": {"p": weather}}}])
     assert parsed_calls(format, text, tools) == EXPECTED_CALLS[ALL]
@@ -349,7 +349,7 @@ def test_parameters_may_be_elsewhere_in_their_schema(format: str, text: str) -> 
         ({"type": "array", "items": {"type": "integer"}, "maxItems": 1}, ["[]", "[1]"], ["[1, 2]", '["a"]']),
     ],
 )
-def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list[str], bad: list[str]) -> None:
+def test_unquoted_values_are_constrained_to_their_schema(schema: object, good: list[str], bad: list[str]) -> None:
     parameters = {
         "properties": {"a": schema, "never": False},
         "required": ["a"],
@@ -371,7 +371,7 @@ def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list
         assert not kept.accepts(written("f", [("a", good[0]), ("never", "1")])), format
 
 
-def test_a_grammar_is_of_tools_that_are_there() -> None:
+def test_a_grammar_allows_only_the_given_tools() -> None:
     hermes = tool_format("hermes")
     with pytest.raises(OptionError, match="no tool is called 'x'"):
         hermes.grammar(TOOLS, name="x", parallel=False, literal=lark_literal)
@@ -379,7 +379,7 @@ def test_a_grammar_is_of_tools_that_are_there() -> None:
         hermes.grammar([], name=None, parallel=False, literal=lark_literal)
 
 
-def test_a_format_is_found_by_its_name() -> None:
+def test_formats_are_found_by_name() -> None:
     for name, format in TOOL_FORMATS.items():
         assert tool_format(name) is format
         assert format.name == name
@@ -434,14 +434,14 @@ def test_many_spans_are_read_in_time(format: str) -> None:
         ("<reasoning></reasoning>", "<reasoning>", "</reasoning>"),
     ],
 )
-def test_a_template_tells_how_thinking_is_marked(template: str, open: str, close: str) -> None:
+def test_thinking_markers_are_found_in_a_template(template: str, open: str, close: str) -> None:
     found = find_thinking(template)
     assert found is not None
     assert open in found.open
     assert close in found.close
 
 
-def test_a_template_without_marks_tells_nothing() -> None:
+def test_a_template_without_markers_has_no_thinking() -> None:
     assert find_thinking("{{ messages[0].content }} thinks") is None
     assert find_tool_format("{{ messages[0].content }}") is None
 
@@ -465,6 +465,6 @@ THINKING = {
 
 @needs_templates
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
-def test_a_known_template_tells_its_marks(path: Path) -> None:
+def test_known_templates_have_their_markers(path: Path) -> None:
     found = find_thinking(path.read_text())
     assert (found and (found.open[0], found.close[0])) == THINKING.get(path.stem)

@@ -104,9 +104,7 @@ for number, (arguments, typed) in enumerate(json.load(open(sys.argv[1]))):
 """
 
 
-def test_no_command_lets_an_escape_sequence_through_to_a_terminal(
-    run: Command, download: Path, tmp_path: Path
-) -> None:
+def test_no_command_prints_an_escape_sequence_to_a_terminal(run: Command, download: Path, tmp_path: Path) -> None:
     model, kv = download / f"{EVIL}.gguf", tmp_path / EVIL
     small = [*ONE, "--n-ctx", "256"]
     cache = ["--dir", str(kv)]
@@ -173,7 +171,7 @@ def test_no_command_lets_an_escape_sequence_through_to_a_terminal(
         assert "defect" not in part, (arguments, part)
 
 
-def test_a_conversation_in_a_terminal_shows_no_escape_sequence_of_a_model(run: Command, download: Path) -> None:
+def test_a_chat_in_a_terminal_prints_no_escape_sequence_of_a_model(run: Command, download: Path) -> None:
     command = [sys.executable, "-m", "erllama", "chat", str(download / f"{EVIL}.gguf"), *ONE]
     with PseudoTerminal(command, run.environment) as screen:
         banner = screen.wait_for("/help lists the commands")
@@ -192,14 +190,14 @@ def test_a_conversation_in_a_terminal_shows_no_escape_sequence_of_a_model(run: C
     assert [each for each in FORBIDDEN if each in screen.raw and each != "\x08"] == []
 
 
-def test_what_is_piped_is_printable_but_a_reply_is_exact(run: Command, download: Path) -> None:
+def test_piped_output_is_printable_and_replies_are_exact(run: Command, download: Path) -> None:
     """A pipe may end in a terminal: names are never exact, but a reply is data."""
     found = run("info", download / f"{EVIL}.gguf")
     assert [each for each in FORBIDDEN if each in found.out] == []
     assert run("run", download / f"{EVIL}.gguf", "Q", *ONE).out == "\x1b]0;EVIL\x07\x7f\n"
 
 
-def test_json_escapes_what_a_terminal_would_obey_and_loses_nothing(run: Command, download: Path) -> None:
+def test_json_output_escapes_control_characters_without_loss(run: Command, download: Path) -> None:
     path = download / f"{EVIL}.gguf"
     found = run("info", path, "--json", "--metadata")
     assert [each for each in FORBIDDEN if each in found.out] == []
@@ -208,12 +206,12 @@ def test_json_escapes_what_a_terminal_would_obey_and_loses_nothing(run: Command,
     assert found.json["metadata"][f"general.{EVIL}"] == f"{EVIL}\nname: {EVIL}"
 
 
-def test_a_value_of_several_lines_cannot_pose_as_other_facts(run: Command, download: Path) -> None:
+def test_a_multi_line_value_cannot_imitate_other_rows(run: Command, download: Path) -> None:
     lines = run("info", download / f"{EVIL}.gguf", "--metadata").out.splitlines()
     assert sum(line.startswith("name:") for line in lines) == 1
 
 
-def test_libllama_s_log_is_printable_for_every_handler(download: Path) -> None:
+def test_the_log_of_libllama_is_printable_for_every_handler(download: Path) -> None:
     finished = run_python(
         """
         import logging, sys
@@ -232,7 +230,7 @@ def test_libllama_s_log_is_printable_for_every_handler(download: Path) -> None:
 
 
 @pytest.mark.parametrize("line_break", ["\n", "\r\n", "\x0b", "\x1e", "\x85", "\u2028"])
-def test_a_log_record_cannot_pose_as_a_line_of_the_command(
+def test_a_log_record_cannot_imitate_a_line_of_the_command(
     line_break: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with _logging(debug=False):
@@ -253,7 +251,7 @@ def test_a_log_record_cannot_pose_as_a_line_of_the_command(
 # --- the one function -----------------------------------------------------------------------------------
 
 
-def test_texts_are_as_they_were_but_for_what_a_terminal_obeys() -> None:
+def test_only_terminal_control_characters_are_escaped() -> None:
     kept = "lines\n\ttabs \u00a0é 日本 हिन्दी עברית 👩\u200d👩\u200d👧 می\u200cخواهم ❤\ufe0f"
     assert printable(kept) == kept
     for character in [
@@ -275,7 +273,7 @@ def test_texts_are_as_they_were_but_for_what_a_terminal_obeys() -> None:
     assert json.loads(json_text("\U000e0041\udcff")) == "\U000e0041\udcff"
 
 
-def test_the_command_prints_through_that_function_alone() -> None:
+def test_the_command_prints_through_one_function_only() -> None:
     """`print` and writes to the standard streams are in the modules that own them."""
     found = []
     for path in [*PACKAGE.joinpath("cli").glob("*.py"), PACKAGE / "_demo.py"]:

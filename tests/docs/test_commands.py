@@ -112,13 +112,13 @@ def ask(text: str) -> None:
             )
 
 
-def test_pages_that_are_compared_elsewhere_are() -> None:
+def test_pages_listed_as_compared_elsewhere_are() -> None:
     for page, test in ELSEWHERE.items():
         assert page not in NAMES or page.removeprefix("docs/") in (ROOT / test).read_text()
 
 
 @pytest.mark.parametrize("page", [name for name in NAMES if blocks(name, "console") and name not in ELSEWHERE])
-def test_what_a_page_shows_is_what_its_commands_print(page: str, tmp_path: Path) -> None:
+def test_pages_show_the_real_output_of_their_commands(page: str, tmp_path: Path) -> None:
     for name in BESIDE:
         (tmp_path / name).symlink_to(ROOT / name)
     for block in blocks(page, "python"):
@@ -139,7 +139,7 @@ def test_what_a_page_shows_is_what_its_commands_print(page: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("page", [name for name in NAMES if blocks(name, "sh")])
-def test_commands_that_are_not_run_here_could_be(page: str) -> None:
+def test_commands_that_are_not_run_exist(page: str) -> None:
     for command in told(page):
         if command.printed is None:
             ask(command.text)
@@ -159,7 +159,7 @@ def test_commands_within_sentences_exist(page: str) -> None:
     )
 
 
-def test_commands_that_print_something_else_are_found(tmp_path: Path) -> None:
+def test_a_command_with_different_output_is_found(tmp_path: Path) -> None:
     assert same("token 1.5 ms, 3 times\n    a\n    b\nc") == same("token 900.25 ms, 7.1 times\n    d\nc")
     assert same("    a\nb\n") != same("    a\nc\n")
     assert same("cold: 0 of 5") != same("cold: 1 of 5")

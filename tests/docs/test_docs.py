@@ -139,7 +139,7 @@ PAGES = {
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_does_what_it_says(page: str) -> None:
+def test_the_snippets_of_a_page_do_what_it_says(page: str) -> None:
     of_page = PAGES[page]
     assert len(snippets(page)) >= 3
     with erllama.Cache() as cache, erllama.load_backend(of_page.backend(), cache=cache) as model:
@@ -148,7 +148,7 @@ def test_a_page_does_what_it_says(page: str) -> None:
         of_page.check(names)
 
 
-def test_the_page_of_chats_does_what_it_says() -> None:
+def test_the_chat_page_does_what_it_says() -> None:
     with model_replying(f"<think>hm</think>Well. {CALL}") as model:
         names: Names = {
             "model": model,
@@ -162,7 +162,7 @@ def test_the_page_of_chats_does_what_it_says() -> None:
         assert [message["role"] for message in names["messages"]].count("tool") == 1
 
 
-def test_the_page_of_chats_names_every_option_and_format() -> None:
+def test_the_chat_page_names_every_option_and_format() -> None:
     page = (DOCS / "chat.md").read_text()
     assert set(TOOL_FORMATS) <= set(re.findall(r"`([\w.-]+)`", page))
     own = set(ChatOptions.__annotations__) - set(CompletionOptions.__annotations__) | {
@@ -171,7 +171,7 @@ def test_the_page_of_chats_names_every_option_and_format() -> None:
     assert own <= set(re.findall(r"\b(\w+)\b", page))
 
 
-def test_the_page_of_templates_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_templates_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     names: Names = {"messages": [user("Q")], "tools": TOOLS}
@@ -179,7 +179,7 @@ def test_the_page_of_templates_does_what_it_says(tmp_path: Path, monkeypatch: py
     assert "<|user|>Q" in names["text"]
 
 
-def test_the_page_of_speculation_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_speculation_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     follows = {"\n": "a", "a": "b", "b": "c", "c": "a"}
     with erllama.load_model(write_scripted(tmp_path / "small.gguf", follows), n_ctx=256) as model:
@@ -190,7 +190,7 @@ def test_the_page_of_speculation_does_what_it_says(tmp_path: Path, monkeypatch: 
         assert names["found"].accepted == 5
 
 
-def test_the_page_of_sampling_names_every_option_and_its_default() -> None:
+def test_the_sampling_page_names_every_option_and_its_default() -> None:
     page = (DOCS / "sampling.md").read_text()
     defaults = {field.name: field.default for field in fields(SamplingOptions)}
     assert set(defaults) <= set(re.findall(r"`(\w+)[`=]", page))
@@ -216,7 +216,7 @@ def test_the_readme_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list((tmp_path / ".cache" / "erllama").rglob("*.kvc"))
 
 
-def test_the_page_of_memory_pressure_does_what_it_says() -> None:
+def test_the_memory_pressure_page_does_what_it_says() -> None:
     names: Names = {"erllama": erllama, "batch_bytes": lambda: 2**30}
     run("docs/memory-pressure.md", names)
     assert names["budget"]().total == 64 * 2**30
@@ -245,7 +245,7 @@ class Bucket:
             self.held.pop(key, None)
 
 
-def test_the_page_of_tiers_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tiers_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     names: Names = {"bucket": Bucket()}
     run("docs/tiers.md", names)
@@ -260,7 +260,7 @@ def test_the_page_of_tiers_does_what_it_says(tmp_path: Path, monkeypatch: pytest
     assert (hit.kind, hit.tier) == ("exact", "remote")
 
 
-def test_the_page_of_the_harness_does_what_it_says(tmp_path: Path) -> None:
+def test_the_harness_page_does_what_it_says(tmp_path: Path) -> None:
     """Its machines run, each a little."""
     tested = ("MyTier", "MyTier", "MyBackend")
     for source, tier_or_backend in zip(snippets("docs/test-harness.md"), tested, strict=True):
@@ -302,7 +302,7 @@ def test_every_page_with_snippets_is_run_somewhere() -> None:
         assert page not in NAMES or (blocks(page, "python") and (ROOT / test).exists()), page
 
 
-def test_what_a_snippet_gets_wrong_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_snippet_is_reported_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("support.doc_pages.ROOT", tmp_path)
     (tmp_path / "page.md").write_text("# A page\n\n```python\nx = 1  # True\nx + 1  # words\nx + 2  # 3\n```\n")
     assert run("page.md", {}) == 1

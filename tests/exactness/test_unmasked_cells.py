@@ -49,7 +49,7 @@ int main() {
 
 @pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="no C++ compiler")
 @pytest.mark.parametrize("flags", [[], ["-march=native"], ["-march=native", "-fsanitize=address,undefined"]])
-def test_the_cells_that_count_are_found_and_no_others(tmp_path: Path, flags: list[str]) -> None:
+def test_exactly_the_unmasked_cells_are_found(tmp_path: Path, flags: list[str]) -> None:
     source, program = tmp_path / "cells.cpp", tmp_path / "cells"
     source.write_text(PROGRAM)
     common = ["-std=c++17", "-O2", "-Wall", "-Werror", f"-I{SCRIPTS}"]

@@ -128,7 +128,7 @@ class TestHybrid(Native):
     write = staticmethod(write_lfm2)
 
 
-def test_numpy_computes_alike_whatever_it_is_put_through(tiny_gguf: Path) -> None:
+def test_the_numpy_backend_passes_the_state_machine(tiny_gguf: Path) -> None:
     class Numpy(BackendMachine):
         checks_rules = False
 
@@ -144,7 +144,7 @@ def test_numpy_computes_alike_whatever_it_is_put_through(tiny_gguf: Path) -> Non
 
 
 @pytest.mark.parametrize(("liar", "rule"), FAULTY_BACKENDS)
-def test_a_rule_notices_who_breaks_it(liar: type[StubBackend], rule: str) -> None:
+def test_each_rule_finds_its_faulty_backend(liar: type[StubBackend], rule: str) -> None:
     class Rules(BackendConformance):
         def make_backend(self) -> Backend:
             return liar(n_ctx=64, n_batch=48, n_ubatch=32) if liar.__init__ is StubBackend.__init__ else liar()
@@ -154,7 +154,7 @@ def test_a_rule_notices_who_breaks_it(liar: type[StubBackend], rule: str) -> Non
 
 
 @pytest.mark.parametrize(("liar", "rule"), RARELY_FAULTY_BACKENDS)
-def test_a_rule_notices_who_breaks_it_seldom(liar: type[StubBackend], rule: str) -> None:
+def test_each_rule_finds_its_rarely_faulty_backend(liar: type[StubBackend], rule: str) -> None:
     class Rules(BackendConformance):
         def make_backend(self) -> Backend:
             return liar(n_ctx=600)
@@ -163,7 +163,7 @@ def test_a_rule_notices_who_breaks_it_seldom(liar: type[StubBackend], rule: str)
         getattr(Rules(), rule)()
 
 
-def test_every_rule_has_someone_who_breaks_it() -> None:
+def test_every_rule_has_a_faulty_backend() -> None:
     rules = {name for name in dir(BackendConformance) if name.startswith("test_")}
     assert rules - {rule for _, rule in FAULTY_BACKENDS + RARELY_FAULTY_BACKENDS} == {
         "test_equal_prompts_do_not_mix"
@@ -233,7 +233,7 @@ def test_numpy_agrees_on_tied_embeddings(tmp_path: Path, monkeypatch: pytest.Mon
     assert_agreement(write_llama(tmp_path / "m.gguf", TINY, seed=3), 1e-4)
 
 
-def test_numpy_agrees_on_another_base_of_rope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpy_agrees_on_another_rope_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = gguf.GGUFWriter.add_rope_freq_base
     monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", lambda writer, _: base(writer, 500000.0))
     path = write_llama(tmp_path / "m.gguf", TINY, seed=3)
@@ -336,7 +336,7 @@ def test_a_row_has_the_same_bits_in_any_batch(shape: LlamaShape, tmp_path: Path)
             held = ends
 
 
-def test_a_seeded_reply_is_the_same_among_others(tiny_gguf: Path) -> None:
+def test_a_seeded_reply_does_not_depend_on_other_requests(tiny_gguf: Path) -> None:
     prompts = ["once", "upon a time", "there", "was a model", "that", "answered", "eight", "requests at a time"]
 
     def reply(i: int) -> tuple[int, ...]:
@@ -370,7 +370,7 @@ def test_the_code_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # --- what the example refuses ----------------------------------------------------------------------------
 
 
-def test_numpy_refuses_what_it_would_get_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpy_refuses_models_that_it_cannot_compute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(erllama.ModelLoadError, match="'gemma3'"):
         NumpyBackend(write_gemma3(tmp_path / "gemma3.gguf"))
     (tmp_path / "text.gguf").write_text("GGUF, or is it?" * 20)
@@ -396,7 +396,7 @@ def test_numpy_refuses_what_it_would_get_wrong(tmp_path: Path, monkeypatch: pyte
         NumpyBackend(write_llama(tmp_path / "scaled.gguf"))
 
 
-def test_the_models_names_differ_where_the_files_do(tmp_path: Path) -> None:
+def test_different_files_have_different_model_names(tmp_path: Path) -> None:
     names = [
         NumpyBackend(write_llama(tmp_path / f"{name}.gguf", seed=seed)).namespace
         for name, seed in (("a", 1), ("b", 1), ("c", 2))

@@ -85,7 +85,7 @@ MACHINES = [
 
 
 @pytest.mark.parametrize("kind", MACHINES, ids=lambda kind: kind.__name__)
-def test_no_tier_lies(kind: type[CacheMachine]) -> None:
+def test_built_in_tiers_pass_the_state_machine(kind: type[CacheMachine]) -> None:
     run_state_machine_as_test(kind, settings=MACHINE)
 
 
@@ -122,7 +122,7 @@ def custom(self: CacheMachine, directory: Path) -> Cache:
     )
 
 
-def test_a_tier_of_ones_own_does_not_lie() -> None:
+def test_a_custom_tier_passes_the_state_machine() -> None:
     run_state_machine_as_test(machine("Remote", custom, shared=False), settings=MACHINE)
 
 
@@ -180,7 +180,7 @@ FAULTY_FILE_TIERS: list[tuple[type[FileTier], str]] = [
 
 
 @pytest.mark.parametrize(("liar", "rule"), FAULTY_FILE_TIERS)
-def test_a_rule_finds_a_fault_of_a_tier_of_files(liar: type[FileTier], rule: str) -> None:
+def test_each_rule_finds_its_faulty_file_tier(liar: type[FileTier], rule: str) -> None:
     class Rules(TestFileTier):
         def make_tier(self, directory: Path) -> Tier:
             return liar(directory / "cache", 10**6, name="ram_file", watch=False)
@@ -190,7 +190,7 @@ def test_a_rule_finds_a_fault_of_a_tier_of_files(liar: type[FileTier], rule: str
 
 
 @pytest.mark.parametrize(("liar", "rule"), FAULTY_TIERS)
-def test_a_rule_finds_a_fault_of_a_tier(liar: type[SmallTier], rule: str) -> None:
+def test_each_rule_finds_its_faulty_tier(liar: type[SmallTier], rule: str) -> None:
     class Rules(TierConformance):
         def make_tier(self, directory: Path) -> Tier:
             return liar(str(directory))
@@ -199,7 +199,7 @@ def test_a_rule_finds_a_fault_of_a_tier(liar: type[SmallTier], rule: str) -> Non
         getattr(Rules(), rule)()
 
 
-def test_every_rule_for_tiers_has_a_fault() -> None:
+def test_every_tier_rule_has_a_faulty_tier() -> None:
     rules = {name for name in dir(TierConformance) if name.startswith("test_")}
     assert rules == {rule for _, rule in [*FAULTY_TIERS, *FAULTY_FILE_TIERS]}
 
@@ -213,7 +213,7 @@ def faulty_machine(liar: type[SmallTier], budget: int) -> type[CacheMachine]:
 
 # The machine checks all rules before it begins: what one of them finds, it finds. These are some of each kind.
 @pytest.mark.parametrize("liar", [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ReadsForOneThread])
-def test_the_machine_names_the_promise_that_a_tier_breaks(liar: type[SmallTier]) -> None:
+def test_the_state_machine_names_the_promise_that_a_tier_breaks(liar: type[SmallTier]) -> None:
     with pytest.raises(AssertionError, match="The broken promise"):
         run_state_machine_as_test(faulty_machine(liar, 10**6), settings=settings(MACHINE, max_examples=1))
 
@@ -222,7 +222,7 @@ def test_the_machine_names_the_promise_that_a_tier_breaks(liar: type[SmallTier])
     "liar",
     [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ForgetsAtClose, ReadsOther],
 )
-def test_the_machine_finds_faults_of_tiers_without_the_rules(
+def test_the_state_machine_finds_faulty_tiers_without_the_rules(
     liar: type[SmallTier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CacheMachine, "_check_tiers", lambda self: None)
@@ -236,7 +236,7 @@ WRITERS = {"llama": (write_llama, TINY), "gemma3": (write_gemma3,), "mamba": (wr
 
 
 @pytest.mark.parametrize("can_trim", [True, False])
-def test_the_stub_computes_alike_whatever_it_is_put_through(can_trim: bool) -> None:
+def test_the_stub_passes_the_state_machine(can_trim: bool) -> None:
     class Stub(BackendMachine):
         def make_backend(self) -> StubBackend:
             return StubBackend(n_ctx=64, can_trim=can_trim)
@@ -245,7 +245,7 @@ def test_the_stub_computes_alike_whatever_it_is_put_through(can_trim: bool) -> N
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_libllama_computes_alike_whatever_it_is_put_through(kind: str, tmp_path: Path) -> None:
+def test_libllama_passes_the_state_machine(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"{kind}.gguf"
     write, *shape = WRITERS[kind]
     write(path, *shape, seed=1)
@@ -260,7 +260,7 @@ def test_libllama_computes_alike_whatever_it_is_put_through(kind: str, tmp_path:
 
 
 @pytest.mark.parametrize("liar", [SharesForty, PacksStale, RestoresFrom32, WipesBatch, EmbedsBackwards])
-def test_the_machine_names_the_promise_that_a_backend_breaks(liar: type[StubBackend]) -> None:
+def test_the_state_machine_names_the_promise_that_a_backend_breaks(liar: type[StubBackend]) -> None:
     class Machine(BackendMachine):
         def make_backend(self) -> StubBackend:
             return liar(n_ctx=300)
@@ -270,7 +270,7 @@ def test_the_machine_names_the_promise_that_a_backend_breaks(liar: type[StubBack
 
 
 @pytest.mark.parametrize("liar", [RestoresInFirst, DecodesSecond, CutsFirst, DropsNext, Trusts])
-def test_the_machine_finds_faults_of_backends_without_the_rules(liar: type[StubBackend]) -> None:
+def test_the_state_machine_finds_faulty_backends_without_the_rules(liar: type[StubBackend]) -> None:
     class Machine(BackendMachine):
         checks_rules = False
 
@@ -295,6 +295,6 @@ def table(faults: Sequence[tuple[type, str]]) -> str:
     [[*FAULTY_TIERS, *FAULTY_FILE_TIERS], [*FAULTY_BACKENDS, *RARELY_FAULTY_BACKENDS]],
     ids=["tiers", "backends"],
 )
-def test_the_guide_has_the_table_of_faults(faults: Sequence[tuple[type, str]]) -> None:
+def test_the_guide_lists_the_faults(faults: Sequence[tuple[type, str]]) -> None:
     assert len({fault for fault, _ in faults}) >= 40
     assert table(faults) in GUIDE.read_text(), f"docs/test-harness.md must have this table:\n{table(faults)}"

@@ -33,7 +33,9 @@ from support.threads import in_threads, wait_until
 
 
 @pytest.mark.parametrize("scales", [{0: 1.0}, {1: 0.5}, {3: -0.7}, {0: 0.5, 2: 1.5}, {1: 1.0, 3: 0.3}])
-def test_logits_are_libllamas_own(tiny_gguf: Path, loras: list[Path], scales: dict[int, float]) -> None:
+def test_logits_with_adapters_are_those_of_libllama(
+    tiny_gguf: Path, loras: list[Path], scales: dict[int, float]
+) -> None:
     """Bit for bit, of every decode of a request, against a context that this library's engine never saw."""
     backend = llama_backend(tiny_gguf, n_ubatch=64)
     decode, slices, logits = backend.decode, [], []
@@ -71,7 +73,7 @@ def test_logits_are_libllamas_own(tiny_gguf: Path, loras: list[Path], scales: di
     assert same_bits(logits, expected)
 
 
-def test_an_adapter_is_as_weights_with_it_merged(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
+def test_an_adapter_computes_like_merged_weights(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
     scale = 0.6
     merged = tmp_path / "merged.gguf"
     for lora in loras:
@@ -111,7 +113,7 @@ def test_scale_0_is_no_adapter_at_all(tiny_gguf: Path, loras: list[Path]) -> Non
         assert greedy_reply(model).cache.kind == "exact"
 
 
-def test_the_model_is_as_before_when_its_adapters_are_gone(tiny_gguf: Path, loras: list[Path]) -> None:
+def test_unloading_all_adapters_restores_the_model(tiny_gguf: Path, loras: list[Path]) -> None:
     """Bit for bit: an adapter leaves nothing behind."""
     with load_llama(tiny_gguf) as model:
         before = greedy_reply(model, n=4, reproducible=True, logprobs=20)
@@ -156,7 +158,7 @@ def test_adapters_are_listed_with_their_scales(tiny_gguf: Path, loras: list[Path
         model.load_adapter(loras[0])
 
 
-def test_any_thread_may_load_scale_and_unload(stub_adapters: list[Path]) -> None:
+def test_any_thread_can_load_scale_and_unload(stub_adapters: list[Path]) -> None:
     backend = AdaptedStub(n_ctx=512)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
 
@@ -178,7 +180,7 @@ def test_any_thread_may_load_scale_and_unload(stub_adapters: list[Path]) -> None
 # --- requests in flight
 
 
-def test_requests_in_flight_keep_their_set(stub_adapters: list[Path]) -> None:
+def test_requests_in_flight_keep_their_adapter_set(stub_adapters: list[Path]) -> None:
     """Those that run, and those that wait, whatever happens to adapters meanwhile."""
     backend = AdaptedStub(n_ctx=2048)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache, n_seq_max=2) as model:
@@ -208,7 +210,7 @@ def test_requests_in_flight_keep_their_set(stub_adapters: list[Path]) -> None:
     assert len({adapters for _, adapters in streams}) == 5
 
 
-def test_an_unloaded_adapter_is_freed_when_the_last_request_with_it_has_ended(stub_adapters: list[Path]) -> None:
+def test_an_unloaded_adapter_is_freed_after_its_last_request(stub_adapters: list[Path]) -> None:
     backend = AdaptedStub(n_ctx=2048)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache, n_seq_max=1) as model:
         adapter = model.load_adapter(stub_adapters[0])
@@ -223,7 +225,7 @@ def test_an_unloaded_adapter_is_freed_when_the_last_request_with_it_has_ended(st
     assert backend.wrongs == []
 
 
-def test_an_adapter_outlives_no_request_that_was_refused(stub_adapters: list[Path]) -> None:
+def test_a_refused_request_releases_its_adapters(stub_adapters: list[Path]) -> None:
     backend = AdaptedStub(n_ctx=512)
     with erllama.Cache() as cache:
         with erllama.load_backend(backend, cache=cache, n_seq_max=1, max_pending=1) as model:
@@ -260,7 +262,7 @@ def test_unloading_the_model_frees_its_adapters(tiny_gguf: Path, loras: list[Pat
     assert native._handle._pointer is None
 
 
-def test_nobody_starves(stub_adapters: list[Path]) -> None:
+def test_no_adapter_set_starves(stub_adapters: list[Path]) -> None:
     """First come, first served: who comes later with the set that runs does not go before who waits."""
     backend = AdaptedStub(n_ctx=4096)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache, n_seq_max=4) as model:

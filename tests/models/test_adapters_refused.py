@@ -32,7 +32,7 @@ def refused(model: erllama.Model, path: Path, words: str) -> None:
     assert model.adapters == ()
 
 
-def test_files_that_are_no_adapters_for_a_model(
+def test_files_that_are_not_adapters_for_the_model_are_refused(
     tiny: erllama.Model, tiny_gguf: Path, loras: list[Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "bad.gguf"
@@ -75,7 +75,7 @@ def test_files_that_are_no_adapters_for_a_model(
         ({"blk.0.attn_q.weight.lora_a": np.zeros((4, 64), np.float64)}, "of a type"),
     ],
 )
-def test_what_libllama_would_stumble_over(
+def test_adapters_that_crash_libllama_are_refused(
     tiny: erllama.Model, tmp_path: Path, change: dict[str, object], words: str
 ) -> None:
     path = tmp_path / "odd.gguf"
@@ -110,7 +110,7 @@ def write_entries(path: Path, entries: Mapping[str, object]) -> None:
     writer.close()
 
 
-def test_embeddings_that_are_the_output_too(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_adapters_of_tied_embeddings_are_refused(tiny_gguf: Path, tmp_path: Path) -> None:
     """libllama would use the pair for both, and stop on an assertion."""
     tied = tmp_path / "tied.gguf"
     write_tied(tiny_gguf, tied)
@@ -139,7 +139,9 @@ def write_tied(source: Path, target: Path) -> None:
     writer.close()
 
 
-def test_a_file_that_changes_while_it_is_loaded(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
+def test_an_adapter_file_that_changes_while_loading_is_refused(
+    tiny_gguf: Path, loras: list[Path], tmp_path: Path
+) -> None:
     path = tmp_path / "lora.gguf"
     shutil.copy(loras[0], path)
     backend = llama_backend(tiny_gguf)
@@ -156,7 +158,7 @@ def test_a_file_that_changes_while_it_is_loaded(tiny_gguf: Path, loras: list[Pat
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 1e39, "1", None, True, [1.0]])
-def test_scales_that_are_none(tiny: erllama.Model, loras: list[Path], scale: float) -> None:
+def test_invalid_scales_are_refused(tiny: erllama.Model, loras: list[Path], scale: float) -> None:
     with pytest.raises(erllama.OptionError, match="scale"):
         tiny.load_adapter(loras[0], scale=scale)
     adapter = tiny.load_adapter(loras[0], scale=0.5)
@@ -165,7 +167,7 @@ def test_scales_that_are_none(tiny: erllama.Model, loras: list[Path], scale: flo
     assert adapter.scale == 0.5
 
 
-def test_options_that_are_none(tiny: erllama.Model, loras: list[Path]) -> None:
+def test_invalid_adapter_options_are_refused(tiny: erllama.Model, loras: list[Path]) -> None:
     with pytest.raises(erllama.OptionError, match="did you mean 'scale'"):
         tiny.load_adapter(loras[0], scales=1.0)  # type: ignore[call-arg]
     for path in (None, 5, "", b"x.gguf"):
@@ -173,7 +175,7 @@ def test_options_that_are_none(tiny: erllama.Model, loras: list[Path]) -> None:
             tiny.load_adapter(path)  # type: ignore[arg-type]
 
 
-def test_models_without_adapters(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
+def test_models_without_adapter_support_refuse_adapters(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
     with erllama.Cache() as cache, erllama.load_backend(StubBackend(), cache=cache) as model:
         with pytest.raises(erllama.Unsupported, match="StubBackend, has no `load_adapter`"):
             model.load_adapter(loras[0])
@@ -187,7 +189,7 @@ def test_models_without_adapters(tiny_gguf: Path, loras: list[Path], tmp_path: P
             model.load_adapter(loras[0])
 
 
-def test_adapters_of_other_models_are_refused_below(tiny_gguf: Path, loras: list[Path]) -> None:
+def test_the_binding_refuses_adapters_of_other_models(tiny_gguf: Path, loras: list[Path]) -> None:
     """By the binding: libllama would use freed, or foreign, memory."""
     with llama_ffi.LlamaModel(tiny_gguf) as one, llama_ffi.LlamaModel(tiny_gguf) as other:
         adapter, foreign = llama_ffi.LlamaAdapter(one, loras[0]), llama_ffi.LlamaAdapter(other, loras[0])
@@ -216,7 +218,7 @@ def test_adapters_of_other_models_are_refused_below(tiny_gguf: Path, loras: list
             llama_ffi.LlamaAdapter(words, loras[0])
 
 
-def test_a_backend_that_fails_with_adapters_fails_its_requests_alone(stub_adapters: list[Path]) -> None:
+def test_a_backend_failure_with_adapters_fails_only_its_requests(stub_adapters: list[Path]) -> None:
     backend = AdaptedStub()
     use = backend.use_adapters
 
@@ -284,7 +286,7 @@ print(loaded, refused)
 """
 
 
-def test_flipped_bytes_in_an_adapters_header(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_flipped_bytes_in_an_adapter_header_are_refused(tiny_gguf: Path, tmp_path: Path) -> None:
     """Refused, or loaded where the flip does not matter; never the end of the process."""
     lora = write_lora(
         tmp_path / "lora.gguf", LlamaShape(1, 64, 128, 2, 1), weights=("attn_q", "ffn_down", "token_embd")

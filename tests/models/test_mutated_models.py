@@ -67,7 +67,7 @@ def with_value(file: EditableGGUF, name: str, kind: int, value: object) -> Edita
     return changed
 
 
-def test_weights_of_types_that_ggml_does_not_multiply(llama: EditableGGUF, tmp_path: Path) -> None:
+def test_weight_types_that_ggml_cannot_multiply_are_refused(llama: EditableGGUF, tmp_path: Path) -> None:
     roles = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight", "output.weight", "token_embd.weight")
     for role in roles:
         for kind in ("I8", "I16", "I32", "I64", "F64"):
@@ -79,7 +79,7 @@ def test_weights_of_types_that_ggml_does_not_multiply(llama: EditableGGUF, tmp_p
         assert f"tensor {role!r} is of type {kind.lower()}; it must be of another type" in outcome
 
 
-def test_norms_that_a_conversion_wrote_in_half_precision(llama: EditableGGUF, tmp_path: Path) -> None:
+def test_norms_in_half_precision_are_refused(llama: EditableGGUF, tmp_path: Path) -> None:
     for role in ("blk.0.attn_norm.weight", "blk.1.ffn_norm.weight", "output_norm.weight"):
         for kind in ("F16", "BF16", "Q8_0"):
             retyped(llama, role, kind).write(tmp_path / f"{role}={kind}.gguf")
@@ -89,7 +89,7 @@ def test_norms_that_a_conversion_wrote_in_half_precision(llama: EditableGGUF, tm
         assert "it must be f32" in outcome
 
 
-def test_weights_of_every_type_that_ggml_multiplies_are_taken(llama: EditableGGUF, tmp_path: Path) -> None:
+def test_weight_types_that_ggml_multiplies_are_accepted(llama: EditableGGUF, tmp_path: Path) -> None:
     wide = llama.copy()
     kinds = [
         name
@@ -118,7 +118,7 @@ def test_weights_of_every_type_that_ggml_multiplies_are_taken(llama: EditableGGU
         ("expert_count", U32, 2**31),
     ],
 )
-def test_hyperparameters_out_of_range(
+def test_hyperparameters_out_of_range_are_refused(
     llama: EditableGGUF, tmp_path: Path, name: str, kind: int, value: float
 ) -> None:
     with_value(llama, name, kind, value).write(tmp_path / "wrong.gguf")
@@ -126,7 +126,7 @@ def test_hyperparameters_out_of_range(
     assert f"llama.{name} is {value}; it must be" in outcome
 
 
-def test_a_number_that_libllama_divides_by_is_not_zero(tmp_path: Path) -> None:
+def test_hyperparameters_used_as_divisors_must_not_be_zero(tmp_path: Path) -> None:
     made = minimal_model("qwen3next", tmp_path)
     assert made is not None
     base = with_optional_tensors(made)
@@ -144,7 +144,7 @@ def test_a_number_that_libllama_divides_by_is_not_zero(tmp_path: Path) -> None:
     assert "expert_used_count" in found["experts"]
 
 
-def test_state_spaces_without_groups_or_heads(tmp_path: Path) -> None:
+def test_state_space_models_without_groups_or_heads_are_refused(tmp_path: Path) -> None:
     """libllama divides by both, when it loads or when it makes the graph: the process must not end."""
     base = minimal_model("mamba2", tmp_path)
     assert base is not None
@@ -205,7 +205,7 @@ library.llama_model_save_to_file(int(ffi.cast("uintptr_t", model._handle.pointer
 """
 
 
-def test_models_that_libllama_saved(llama: EditableGGUF, tmp_path: Path) -> None:
+def test_models_saved_by_libllama_load(llama: EditableGGUF, tmp_path: Path) -> None:
     """Its files state every hyperparameter that it knows, with 0 for what the model has not."""
     place = tmp_path / "saved"
     place.mkdir()
@@ -220,7 +220,7 @@ def test_models_that_libllama_saved(llama: EditableGGUF, tmp_path: Path) -> None
     assert outcomes(place) == dict.fromkeys(sorted(bases), "computed")
 
 
-def test_a_model_that_libllama_saved_with_attention_has_heads() -> None:
+def test_a_saved_model_with_attention_needs_heads() -> None:
     """What it states of states, each 0, does not make it a model without attention."""
     metadata = {"general.architecture": "phimoe", "phimoe.ssm.state_size": 0, "phimoe.attention.head_count": 0}
     with pytest.raises(llama_ffi.LlamaError, match="head_count is 0; it must be 1 to"):
@@ -228,7 +228,7 @@ def test_a_model_that_libllama_saved_with_attention_has_heads() -> None:
 
 
 @pytest.mark.parametrize("value", [1e-40, -1.0, float("nan")])
-def test_a_rope_scale_is_none_or_in_range(value: float) -> None:
+def test_a_rope_scale_is_absent_or_in_range(value: float) -> None:
     metadata = {"general.architecture": "llama", "llama.rope.scaling.factor": value}
     with pytest.raises(llama_ffi.LlamaError, match="it must be 0 or 1e-09 to 1e"):
         llama_ffi.check_hyperparameters(metadata)
@@ -245,7 +245,7 @@ def test_a_rope_scale_is_none_or_in_range(value: float) -> None:
         ("wavtokenizer-dec", "attention.group_norm_groups"),
     ],
 )
-def test_values_of_some_architectures_are_checked_for_those(architecture: str, name: str) -> None:
+def test_architecture_specific_values_are_checked_for_them_only(architecture: str, name: str) -> None:
     llama_ffi.check_hyperparameters({"general.architecture": "llama", f"llama.{name}": 0})
     stated = {"expert_used_count": 2, name: 0}
     metadata = {f"{architecture}.{key}": value for key, value in stated.items()}
@@ -254,13 +254,13 @@ def test_values_of_some_architectures_are_checked_for_those(architecture: str, n
 
 
 @pytest.mark.parametrize("value", ["two", ["two"]])
-def test_texts_in_place_of_numbers_are_not_numbers(value: object) -> None:
+def test_text_in_place_of_a_number_is_refused(value: object) -> None:
     metadata = {"general.architecture": "qwen3moe", "qwen3moe.expert_used_count": value, "qwen3moe.ssm.x": value}
     with pytest.raises(llama_ffi.LlamaError, match="libllama divides by the former"):
         llama_ffi.check_hyperparameters(metadata)
 
 
-def test_weights_that_a_graph_needs_and_a_file_lacks(tmp_path: Path) -> None:
+def test_missing_weights_that_a_graph_needs_are_refused(tmp_path: Path) -> None:
     made = minimal_model("phi3", tmp_path)
     assert made is not None
     place = tmp_path / "files"
@@ -272,7 +272,7 @@ def test_weights_that_a_graph_needs_and_a_file_lacks(tmp_path: Path) -> None:
     assert "'blk.0.attn_qkv.weight' or 'blk.0.attn_q.weight' is missing" in found["lacking"]
 
 
-def test_what_only_the_graph_shows_is_found_before_anything_is_computed(tmp_path: Path) -> None:
+def test_graph_faults_are_found_before_computing(tmp_path: Path) -> None:
     """Of each kind a file that loads: an operation that ggml cannot compute, on as many threads as it likes."""
     base = editable_gguf.read(write_gemma3(tmp_path / "gemma3.gguf"))
     place = tmp_path / "files"
@@ -379,7 +379,7 @@ for _ in range(3):
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library made here")
-def test_an_assertion_on_all_threads_of_a_computation(llama: EditableGGUF, tmp_path: Path) -> None:
+def test_an_assertion_failure_on_all_threads_is_survived(llama: EditableGGUF, tmp_path: Path) -> None:
     """The check of the graph is taken out, so that one fails: an error, and other models compute on."""
     (tmp_path / "unchecked.cpp").write_text(_UNCHECKED)
     library = tmp_path / "unchecked.so"
@@ -421,7 +421,7 @@ for name, adapter in zip(("broken", "whole"), adapters):
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library made here")
-def test_a_failed_model_keeps_its_own_adapters_alone(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
+def test_a_failed_model_keeps_only_its_own_adapters(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
     """What may still compute uses the adapters of its model: those of others are freed."""
     (tmp_path / "frees.cpp").write_text(_FREES)
     library = tmp_path / "frees.so"
@@ -433,7 +433,7 @@ def test_a_failed_model_keeps_its_own_adapters_alone(tiny_gguf: Path, loras: lis
     assert finished.stdout.splitlines() == ["failed", "broken", "whole", "freed"]
 
 
-def test_a_model_with_learned_positions_ends_at_the_last_one(tmp_path: Path) -> None:
+def test_learned_positions_limit_the_context(tmp_path: Path) -> None:
     file = minimal_model("gpt2", tmp_path)
     assert file is not None
     path = tmp_path / "model.gguf"

@@ -44,7 +44,7 @@ def failing_handler(error: type[BaseException]) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("error", ENDINGS)
-def test_a_logging_handler_that_raises_does_not_end_the_writer(error: type[BaseException], tmp_path: Path) -> None:
+def test_a_raising_log_handler_does_not_end_the_writer(error: type[BaseException], tmp_path: Path) -> None:
     def fail() -> None:
         raise OSError("injected")
 
@@ -59,7 +59,7 @@ def test_a_logging_handler_that_raises_does_not_end_the_writer(error: type[BaseE
 
 
 @pytest.mark.parametrize("error", ENDINGS)
-def test_a_logging_handler_that_raises_does_not_end_the_model(error: type[BaseException]) -> None:
+def test_a_raising_log_handler_does_not_end_the_model(error: type[BaseException]) -> None:
     class Failing(StubBackend):
         fails = True
 
@@ -77,7 +77,7 @@ def test_a_logging_handler_that_raises_does_not_end_the_model(error: type[BaseEx
     assert seen
 
 
-def test_a_logging_handler_that_raises_disturbs_no_loading(tiny_gguf: Path) -> None:
+def test_a_raising_log_handler_does_not_disturb_loading(tiny_gguf: Path) -> None:
     log = logging.getLogger("erllama")
     before = log.level
     log.setLevel(logging.DEBUG)
@@ -90,7 +90,7 @@ def test_a_logging_handler_that_raises_disturbs_no_loading(tiny_gguf: Path) -> N
         log.setLevel(before)
 
 
-def test_what_a_handler_raises_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exceptions_of_log_handlers_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     from erllama._runtime.log import logger
 
     with failing_handler(ValueError):
@@ -99,7 +99,7 @@ def test_what_a_handler_raises_is_printed(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("error", ENDINGS)
-def test_a_step_that_raises_ends_its_request_alone(error: type[BaseException]) -> None:
+def test_a_raising_sampler_step_ends_only_its_request(error: type[BaseException]) -> None:
     def failing(candidates: Candidates) -> Candidates:
         raise error("not mine to end")
 
@@ -113,9 +113,7 @@ def test_a_step_that_raises_ends_its_request_alone(error: type[BaseException]) -
 
 @pytest.mark.parametrize("error", ENDINGS)
 @pytest.mark.parametrize("method", ["pack", "decode", "share", "restore", "drop"])
-def test_a_backend_that_raises_ends_no_other_request_and_nobody_waits(
-    error: type[BaseException], method: str
-) -> None:
+def test_a_raising_backend_ends_only_its_requests_and_blocks_none(error: type[BaseException], method: str) -> None:
     backend = StubBackend(eog_bias=-100)
     with erllama.Cache(block_size=16) as cache, erllama.load_backend(backend, cache=cache) as model:
         model.complete([1] * 100, max_tokens=5)
@@ -136,7 +134,7 @@ def test_a_backend_that_raises_ends_no_other_request_and_nobody_waits(
 
 
 @pytest.mark.parametrize("error", ENDINGS)
-def test_what_is_asked_of_the_model_thread_fails_with_a_typed_error(
+def test_calls_to_a_failed_model_thread_raise_typed_errors(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing() -> None:
@@ -152,7 +150,7 @@ def test_what_is_asked_of_the_model_thread_fails_with_a_typed_error(
 
 
 @pytest.mark.parametrize("error", ENDINGS)
-def test_a_model_ends_whatever_its_backend_raises_then(error: type[BaseException]) -> None:
+def test_a_model_unloads_whatever_its_backend_raises(error: type[BaseException]) -> None:
     class Failing(StubBackend):
         def close(self) -> None:
             raise error("it does not close")
@@ -168,7 +166,7 @@ def test_a_model_ends_whatever_its_backend_raises_then(error: type[BaseException
 # --- Ctrl-C -----------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_while_a_grammar_compiles_lets_go_of_the_adapters(
+def test_ctrl_c_while_a_grammar_compiles_releases_the_adapters(
     stub_adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = AdaptedStub(eog_bias=-100)
@@ -188,7 +186,7 @@ def test_ctrl_c_while_a_grammar_compiles_lets_go_of_the_adapters(
         wait_until(lambda: backend.loaded == [])
 
 
-def test_ctrl_c_while_an_adapter_loads_leaves_none(stub_adapters: list[Path]) -> None:
+def test_ctrl_c_while_an_adapter_loads_leaves_none_loaded(stub_adapters: list[Path]) -> None:
     class Slow(AdaptedStub):
         def load_adapter(self, path: Path) -> object:
             os.kill(os.getpid(), signal.SIGINT)
@@ -250,7 +248,7 @@ def test_ctrl_c_at_any_step_of_a_submission_leaves_nothing_behind(stub_adapters:
         ask()
 
 
-def test_ctrl_c_at_any_step_of_loading_an_adapter_leaves_it_whole_or_not_at_all(stub_adapters: list[Path]) -> None:
+def test_ctrl_c_loads_an_adapter_completely_or_not_at_all(stub_adapters: list[Path]) -> None:
     modules = ("erllama.engine.scheduling.model_thread",)
     backend = AdaptedStub(eog_bias=-100)
     with erllama.load_backend(backend) as model:

@@ -79,7 +79,7 @@ _MODULES = (
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("called", CALLS)
-def test_an_operators_handler_at_any_step_of_a_call_returns(called: str, tmp_path: Path) -> None:
+def test_a_handler_that_runs_at_any_step_of_a_call_returns(called: str, tmp_path: Path) -> None:
     with erllama.Cache(disk=tmp_path, block_size=16) as cache:
         with erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
             model.complete([5] * 100, max_tokens=2)
@@ -92,7 +92,7 @@ def test_an_operators_handler_at_any_step_of_a_call_returns(called: str, tmp_pat
             cache.check_integrity()
 
 
-def test_a_real_signal_while_a_reply_is_written_is_handled_at_once(tmp_path: Path) -> None:
+def test_a_signal_during_a_reply_is_handled_at_once(tmp_path: Path) -> None:
     seen = []
     with erllama.Cache(disk=tmp_path, block_size=16) as cache:
         with erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
@@ -116,7 +116,7 @@ def test_a_real_signal_while_a_reply_is_written_is_handled_at_once(tmp_path: Pat
     assert seen
 
 
-def test_a_stream_is_cancelled_by_a_handler() -> None:
+def test_a_handler_can_cancel_a_stream() -> None:
     with erllama.load_backend(StubBackend(eog_bias=-100)) as model:
         with model.stream([5] * 10, max_tokens=4000) as stream:
             next(stream)
@@ -127,7 +127,7 @@ def test_a_stream_is_cancelled_by_a_handler() -> None:
 
 
 @pytest.mark.timeout(120)
-def test_a_model_is_unloaded_by_a_handler_at_any_step() -> None:
+def test_a_handler_can_unload_a_model_at_any_step() -> None:
     for step in range(1, 40, 3):
         model = erllama.load_backend(StubBackend(eog_bias=-100))
         ended: list[object] = []
@@ -147,7 +147,7 @@ def test_a_model_is_unloaded_by_a_handler_at_any_step() -> None:
         wait_until(lambda model=model: model not in erllama.list_models())  # type: ignore[misc]
 
 
-def test_an_unload_that_a_handler_began_is_waited_for_at_exit() -> None:
+def test_exit_waits_for_an_unload_that_a_handler_started() -> None:
     told = must_run(
         """
         import os, signal, threading, time
@@ -173,7 +173,7 @@ def test_an_unload_that_a_handler_began_is_waited_for_at_exit() -> None:
     assert told.split() == ["told", "closed"]
 
 
-def test_a_call_knows_whether_it_interrupts_another() -> None:
+def test_a_call_detects_whether_it_interrupts_another() -> None:
     found: list[bool] = []
 
     class Asking(StubBackend):

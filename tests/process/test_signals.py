@@ -235,18 +235,16 @@ def soak(root: Path, work: str, n_processes: int) -> None:
 
 
 @pytest.mark.parametrize("n_processes", [1, 3])
-def test_signals_at_random_moments_leave_a_directory_in_order(tmp_path: Path, n_processes: int) -> None:
+def test_signals_at_random_moments_leave_a_directory_consistent(tmp_path: Path, n_processes: int) -> None:
     soak(tmp_path / "kv", CACHE, n_processes)
 
 
 @pytest.mark.parametrize("n_processes", [1, 3])
-def test_signals_at_random_moments_of_a_models_calls_leave_its_cache_in_order(
-    tmp_path: Path, n_processes: int
-) -> None:
+def test_signals_during_model_calls_leave_the_cache_consistent(tmp_path: Path, n_processes: int) -> None:
     soak(tmp_path / "kv", MODEL, n_processes)
 
 
-def test_a_call_that_a_signal_ends_completes_behind_its_caller() -> None:
+def test_an_interrupted_call_completes_in_the_background() -> None:
     began, go_on, steps = threading.Event(), threading.Event(), []
 
     @uninterrupted
@@ -290,7 +288,7 @@ def test_what_a_call_returns_or_raises_reaches_its_caller() -> None:
         divide(1, 0)
 
 
-def test_a_call_runs_in_the_callers_thread_where_no_other_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_runs_in_the_callers_thread_if_no_other_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -298,7 +296,7 @@ def test_a_call_runs_in_the_callers_thread_where_no_other_can_be_started(monkeyp
     assert uninterrupted(threading.get_ident)() == threading.get_ident()
 
 
-def test_a_signal_handler_may_call_the_cache_in_the_middle_of_a_call(tmp_path: Path) -> None:
+def test_a_signal_handler_can_call_the_cache_during_a_call(tmp_path: Path) -> None:
     found = []
 
     def handler(*_: object) -> None:

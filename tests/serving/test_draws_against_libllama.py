@@ -41,14 +41,14 @@ class Told:
 
 
 @given(rows())
-def test_greedy_takes_the_token_that_libllamas_takes(row: Row) -> None:
+def test_greedy_sampling_takes_the_token_of_libllama(row: Row) -> None:
     with LlamaSampler("greedy") as greedy:
         left = greedy.apply(row.ids, row.logits, in_order=row.in_order)
     assert Greedy().draw(row.candidates()) == left.ids[left.selected]
 
 
 @given(rows(kinds=("bell", "ties", "equal", "a peak")), st.integers(0, 1000))
-def test_a_draw_finds_the_token_that_its_share_falls_on(row: Row, seed: int) -> None:
+def test_a_draw_selects_the_token_at_its_cumulative_share(row: Row, seed: int) -> None:
     with LlamaSampler("dist", seed) as dist:
         left = dist.apply(row.ids, row.logits, in_order=row.in_order)
     candidates, told = row.candidates(), Told()
@@ -88,7 +88,7 @@ def compare_kept(version: int, mu: float, row: Row, n_ours: int, n_theirs: int) 
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_mirostat_leaves_and_learns_what_libllamas_does(version: int) -> None:
+def test_mirostat_matches_libllama(version: int) -> None:
     """Given the same draws: what it learned shows in what it leaves next."""
 
     @given(
@@ -139,7 +139,7 @@ DRAWS = 4000
 
 @pytest.mark.parametrize("version", [0, 1, 2])
 @pytest.mark.parametrize("seed", range(3))
-def test_draws_are_as_frequent_as_libllamas_probabilities(version: int, seed: int) -> None:
+def test_draw_frequencies_match_the_probabilities_of_libllama(version: int, seed: int) -> None:
     """Version 0 is the plain draw; of mirostat the first draw."""
     random = np.random.default_rng(seed)
     row = Row(np.arange(40, dtype=np.int32), (random.standard_normal(40) * 0.8).astype(np.float32))

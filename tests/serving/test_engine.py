@@ -32,7 +32,7 @@ from support.recording_backend import RecordingBackend, llama_backend
 
 @settings(max_examples=25)
 @given(st.integers(0, 1000), st.booleans(), st.sampled_from([600, 1024, 8192]))
-def test_seeded_replies_are_the_same_alone_and_among_seven_others(seed: int, can_trim: bool, n_ctx: int) -> None:
+def test_seeded_replies_are_the_same_alone_and_among_others(seed: int, can_trim: bool, n_ctx: int) -> None:
     dice = np.random.default_rng(seed)
     common = random_prompt(seed, int(dice.integers(1, 200)))
     requests = [
@@ -55,7 +55,7 @@ def test_seeded_replies_are_the_same_alone_and_among_seven_others(seed: int, can
         assert reply.tokens == cold_reply(prompt, can_trim, n_ctx, **options).tokens
 
 
-def test_on_libllama_greedy_replies_are_the_same_alone_and_among_others(tiny_gguf: Path) -> None:
+def test_greedy_replies_on_libllama_are_the_same_among_others(tiny_gguf: Path) -> None:
     """Logits differ in their last bits with the batch; replies only where two tokens are all but equally likely."""
     prompts = [np.concatenate([random_prompt(0, 100), random_prompt(i, 30)]) for i in range(8)]
     options: dict[str, object] = {"n_ctx": 2048, "n_threads": 1, "n_seq_max": 8, "cache": Cache(ram=0)}
@@ -69,7 +69,7 @@ def test_on_libllama_greedy_replies_are_the_same_alone_and_among_others(tiny_ggu
             assert_equal_but_for_near_ties(stream.result().tokens, reply)
 
 
-def test_a_reply_says_which_seed_it_used_and_that_gives_it_again() -> None:
+def test_the_reported_seed_reproduces_the_reply() -> None:
     with load_stub(StubBackend(eog_bias=-100)) as model:
         first = model.complete([1, 2, 3], max_tokens=20, temperature=2.0)
         assert model.complete([1, 2, 3], max_tokens=20, temperature=2.0, seed=first.seed).tokens == first.tokens
@@ -79,7 +79,7 @@ def test_a_reply_says_which_seed_it_used_and_that_gives_it_again() -> None:
 
 
 @pytest.mark.parametrize("can_trim", [True, False])
-def test_eight_requests_at_once_read_their_common_prefix_once(can_trim: bool) -> None:
+def test_concurrent_requests_compute_their_common_prefix_once(can_trim: bool) -> None:
     prefix = random_prompt(1, 1024)
     prompts = [np.concatenate([prefix, random_prompt(10 + i, 32)]) for i in range(8)]
     backend = GatedBackend(n_ctx=16384, can_trim=can_trim)
@@ -94,7 +94,7 @@ def test_eight_requests_at_once_read_their_common_prefix_once(can_trim: bool) ->
     assert {reply.cache.tier for reply in replies[1:]} == {"live" if can_trim else "ram"}
 
 
-def test_on_libllama_too_cells_are_shared_and_replies_right(tiny_gguf: Path) -> None:
+def test_libllama_shares_cells_and_replies_stay_right(tiny_gguf: Path) -> None:
     backend = RecordingBackend(llama_backend(tiny_gguf, n_sequences=9, n_ctx=2048))
     prefix = random_prompt(1, 512)
     prompts = [np.concatenate([prefix, random_prompt(10 + i, 32)]) for i in range(8)]
@@ -104,7 +104,7 @@ def test_on_libllama_too_cells_are_shared_and_replies_right(tiny_gguf: Path) -> 
     assert sum(reply.timings.prefill_tokens for reply in replies) == 512 + 8 * 32
 
 
-def test_followers_of_a_leader_that_ends_go_on_by_themselves() -> None:
+def test_followers_continue_when_their_leader_ends() -> None:
     backend = GatedBackend(n_ubatch=64, n_batch=64)
     prefix = random_prompt(1, 500)
     with load_stub(backend, n_seq_max=4) as model:
@@ -123,7 +123,7 @@ def test_followers_of_a_leader_that_ends_go_on_by_themselves() -> None:
     assert backend.tokens_decoded < 2 * 500, "what the leader had read was not read again"
 
 
-def test_a_conversation_goes_on_in_its_cells() -> None:
+def test_a_conversation_continues_in_its_cells() -> None:
     backend = StubBackend(eog_bias=-100)
     with load_stub(backend) as model:
         first = model.complete(random_prompt(1, 100), max_tokens=10)
@@ -133,7 +133,7 @@ def test_a_conversation_goes_on_in_its_cells() -> None:
         assert backend.tokens_decoded == after + 4, "the token drawn last, and three more"
 
 
-def test_another_tenants_cells_are_not_shared() -> None:
+def test_cells_of_another_tenant_are_not_shared() -> None:
     prompt = random_prompt(1, 100)
     with load_stub(StubBackend(eog_bias=-100)) as model:
         model.complete(prompt, max_tokens=2, cache_salt="a")
@@ -142,7 +142,7 @@ def test_another_tenants_cells_are_not_shared() -> None:
         assert model.complete(prompt, max_tokens=2, cache_salt="a").cache.kind == "exact"
 
 
-def test_parked_cells_keep_to_their_bound_while_others_compute() -> None:
+def test_parked_cells_stay_within_their_limit_while_others_compute() -> None:
     backend = GatedBackend(n_ctx=4096)
     with load_stub(backend, parked_cells=100, n_seq_max=2) as model:
         for i in range(5):
@@ -157,7 +157,7 @@ def test_parked_cells_keep_to_their_bound_while_others_compute() -> None:
         assert model.complete(random_prompt(0, 60), max_tokens=1).cache.tier == "ram", "what went is in the cache"
 
 
-def test_a_parked_prefix_is_shared_where_its_own_rest_is_kept() -> None:
+def test_a_parked_prefix_is_shared_without_losing_its_rest() -> None:
     """A short question on a long parked context leaves that context as it is."""
     backend = StubBackend(eog_bias=-100)
     with load_stub(backend, parked_cells=4096) as model:
@@ -170,7 +170,7 @@ def test_a_parked_prefix_is_shared_where_its_own_rest_is_kept() -> None:
 # --- batches ----------------------------------------------------------------------------------------
 
 
-def test_a_long_prompt_does_not_hold_up_the_others() -> None:
+def test_a_long_prompt_does_not_block_other_requests() -> None:
     backend = GatedBackend(n_ubatch=128, n_batch=512)
     with load_stub(backend, prefill_chunk_size=48, n_seq_max=4) as model:
         backend.hold()
@@ -191,7 +191,7 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     assert all(sum(n for _, n in batch) <= 48 + 3 for batch in beside)
 
 
-def test_an_uninteresting_limit_is_the_backends_batch() -> None:
+def test_the_chunk_size_is_capped_by_the_backend_batch() -> None:
     backend = GatedBackend(n_ubatch=64, n_batch=64)
     with load_stub(backend, n_seq_max=12) as model:
         streams = [model.stream(random_prompt(i, 200), max_tokens=5) for i in range(12)]
@@ -200,7 +200,7 @@ def test_an_uninteresting_limit_is_the_backends_batch() -> None:
     assert max(sum(n for _, n in batch) for batch in backend.batches) <= 64
 
 
-def test_reproducible_requests_have_the_context_to_themselves() -> None:
+def test_reproducible_requests_run_alone_in_the_context() -> None:
     backend = GatedBackend()
     with load_stub(backend, n_seq_max=4) as model:
         streams = [model.stream(random_prompt(i, 50), max_tokens=20, seed=1, reproducible=i == 2) for i in range(5)]
@@ -218,7 +218,7 @@ def test_reproducible_requests_have_the_context_to_themselves() -> None:
 
 @pytest.mark.parametrize("can_trim", [True, False])
 @pytest.mark.parametrize("ram", ["1GiB", 0])
-def test_sixteen_requests_of_three_times_the_cells_all_come_out_right(can_trim: bool, ram: object) -> None:
+def test_requests_for_three_times_the_cells_all_reply_correctly(can_trim: bool, ram: object) -> None:
     backend = StubBackend(n_ctx=1024, eog_bias=-100, can_trim=can_trim, n_sequences=16)
     requests = [(random_prompt(i, 20 + 9 * i), {"max_tokens": 120, "seed": i}) for i in range(16)]
     assert sum(len(prompt) + 120 for prompt, _ in requests) > 3 * 1024
@@ -234,7 +234,7 @@ def test_sixteen_requests_of_three_times_the_cells_all_come_out_right(can_trim: 
 
 
 @pytest.mark.parametrize("write", [write_llama, write_gemma3, write_mamba, write_lfm2])
-def test_sixteen_requests_of_three_times_the_cells_on_libllama(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_requests_for_three_times_the_cells_on_libllama(write: Callable[..., Path], tmp_path: Path) -> None:
     """The same greedy replies as alone, whatever the kind of memory, but for near-ties."""
     path = write(tmp_path / "model.gguf", seed=1)
     prompts = [random_prompt(i, 50) for i in range(16)]
@@ -255,7 +255,7 @@ def test_sixteen_requests_of_three_times_the_cells_on_libllama(write: Callable[.
         assert_equal_but_for_near_ties(reply.tokens, alone_reply)
 
 
-def test_who_comes_back_goes_on_with_the_same_text_stops_and_draws() -> None:
+def test_a_preempted_request_resumes_with_the_same_state() -> None:
     """The youngest gives way in the middle of its reply."""
     expected = {
         i: cold_reply(random_prompt(i, 150), max_tokens=140, seed=i, temperature=2.0, logprobs=1) for i in range(3)
@@ -287,14 +287,14 @@ def test_who_comes_back_goes_on_with_the_same_text_stops_and_draws() -> None:
     assert texts[2] == replies[2].text == expected[2].text[: expected[2].text.index(stop)]
 
 
-def test_only_what_could_never_fit_is_refused() -> None:
+def test_only_requests_that_could_never_fit_are_refused() -> None:
     with load_stub(StubBackend(n_ctx=128, eog_bias=-100)) as model:
         assert model.complete(random_prompt(1, 128)).finish_reason == "context_full"
         with pytest.raises(erllama.PromptTooLong, match="129 tokens and the context holds 128"):
             model.complete(random_prompt(1, 129))
 
 
-def test_a_prompt_that_leaves_no_room_for_its_reply_says_so() -> None:
+def test_a_prompt_without_room_for_a_reply_is_reported() -> None:
     with load_stub(StubBackend(n_ctx=128, eog_bias=-100)) as model:
         reply = model.complete(random_prompt(1, 120), max_tokens=100)
         assert (reply.finish_reason, len(reply.tokens)) == ("context_full", 9)
@@ -312,7 +312,7 @@ def cell_steps(draw: st.DrawFn) -> list[tuple[str, int, int, int]]:
 
 @settings(max_examples=300)
 @given(cell_steps())
-def test_cells_are_counted_as_if_each_were_looked_at(steps: list[tuple[str, int, int, int]]) -> None:
+def test_cell_counts_match_a_cell_by_cell_model(steps: list[tuple[str, int, int, int]]) -> None:
     cells = Cells(10_000)
     serial: Iterator[int] = iter(range(10_000))
     held: dict[int, list[int]] = {number: [] for number in range(5)}

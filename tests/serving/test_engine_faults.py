@@ -56,7 +56,7 @@ def prompts_with(token: int) -> list[list[int]]:
     return [[1, 2, 3 + i] for i in range(3)] + [[4, 5, token]]
 
 
-def test_a_request_whose_sampling_fails_ends_alone() -> None:
+def test_a_failure_in_sampling_ends_only_its_request() -> None:
     prompts = prompts_with(99)
     expected = [cold_reply(np.array(prompt, np.int32), max_tokens=5, temperature=0).tokens for prompt in prompts]
     assert all(99 not in tokens for tokens in expected)
@@ -81,7 +81,7 @@ def once(call: Callable[..., object], when: Callable[[], bool] = lambda: True) -
 
 
 @pytest.mark.parametrize("name", ["share", "drop", "cut", "pack", "restore"])
-def test_whatever_call_of_the_backend_fails_nobody_waits_for_ever(name: str) -> None:
+def test_no_backend_failure_leaves_a_caller_waiting(name: str) -> None:
     backend = StubBackend(n_ctx=1024, eog_bias=-100)
     prompts = [np.concatenate([random_prompt(1, 100), random_prompt(i, 40)]) for i in range(6)]
     with load_stub(backend, n_seq_max=3, parked_cells=0) as model:
@@ -98,7 +98,7 @@ def test_whatever_call_of_the_backend_fails_nobody_waits_for_ever(name: str) -> 
         assert len(live._numbers) == 12, "no number leaks"
 
 
-def test_a_backend_that_cannot_drop_what_is_evicted_loses_nothing() -> None:
+def test_a_failing_drop_during_eviction_loses_no_request() -> None:
     backend = StubBackend(n_ctx=1024, eog_bias=-100)
     with load_stub(backend, n_seq_max=3) as model:
         model.complete(random_prompt(1, 100), max_tokens=10)
@@ -119,7 +119,7 @@ CACHE_CALLS += ["let_go", "count_request", "awaits", "tier_names"]
 
 
 @pytest.mark.parametrize("name", CACHE_CALLS)
-def test_whatever_call_of_the_cache_fails_requests_do_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cache_failure_fails_a_request(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a mistake in the cache")
 
@@ -137,7 +137,7 @@ def test_whatever_call_of_the_cache_fails_requests_do_not(name: str, monkeypatch
         assert model.complete(random_prompt(1, 100), max_tokens=5, seed=1).tokens == first.tokens
 
 
-def test_cells_that_run_out_for_a_moment_cost_a_request_nothing() -> None:
+def test_a_temporary_lack_of_cells_fails_no_request() -> None:
     backend = StubBackend(n_ctx=512, eog_bias=-100)
     decode = backend.decode
 
@@ -155,7 +155,7 @@ def test_cells_that_run_out_for_a_moment_cost_a_request_nothing() -> None:
     assert reply.tokens == cold_reply(random_prompt(1, 77), max_tokens=100, seed=1).tokens
 
 
-def test_a_model_whose_context_cannot_be_made_anew_says_why() -> None:
+def test_a_context_that_cannot_be_recreated_is_reported() -> None:
     class Dying(StubBackend):
         dead = False
 
@@ -176,7 +176,7 @@ def test_a_model_whose_context_cannot_be_made_anew_says_why() -> None:
 
 
 @pytest.mark.parametrize("error", [erllama.BackendError("broken"), ValueError("broken"), MemoryError("broken")])
-def test_a_failed_decode_ends_its_batch_and_the_queue_goes_on(error: Exception) -> None:
+def test_a_failed_decode_ends_its_batch_and_the_queue_continues(error: Exception) -> None:
     backend = Failing(error, n_ctx=2048)
     with load_stub(backend, n_seq_max=2) as model:
         parked = model.complete([7] * 50, max_tokens=1)
@@ -191,7 +191,7 @@ def test_a_failed_decode_ends_its_batch_and_the_queue_goes_on(error: Exception) 
         assert parked.finish_reason == again.finish_reason
 
 
-def test_a_backend_that_runs_out_of_cells_before_it_should_is_no_error_of_the_requests() -> None:
+def test_cells_that_run_out_too_early_fail_no_request() -> None:
     class Tight(StubBackend):
         def decode(self, batch: Batch) -> NDArray[np.float32]:
             if self.cells_used + len(batch.tokens) > 256:  # half of what it says
@@ -223,7 +223,7 @@ def test_the_queue_is_bounded() -> None:
         assert engine_metrics(model).refused == 1
 
 
-def test_a_session_that_the_queue_refused_is_not_busy() -> None:
+def test_a_session_refused_by_the_queue_is_not_busy() -> None:
     backend = GatedBackend()
     with load_stub(backend, n_seq_max=1, max_pending=1) as model:
         backend.hold()
@@ -238,7 +238,7 @@ def test_a_session_that_the_queue_refused_is_not_busy() -> None:
         assert model.complete([3], max_tokens=1, session_id="ann").finish_reason == "length"
 
 
-def test_a_deadline_ends_who_runs_and_who_waits() -> None:
+def test_a_deadline_ends_running_and_waiting_requests() -> None:
     backend = GatedBackend(n_ctx=65536)
     with load_stub(backend, n_seq_max=1) as model:
         running = model.stream([1], timeout=0.2)
@@ -267,7 +267,7 @@ def test_a_call_from_the_models_own_thread_is_refused() -> None:
             model.complete([1], max_tokens=1)
 
 
-def test_requests_that_run_at_the_unload_are_saved_and_told() -> None:
+def test_requests_running_at_unload_are_saved_and_failed() -> None:
     backend = GatedBackend()
     cache = Cache(block_size=SIZE)
     model = load_stub(backend, cache=cache, n_seq_max=3)
@@ -314,13 +314,13 @@ print(model.complete([5, 6, 7], max_tokens=1).finish_reason)
 
 
 @pytest.mark.parametrize("way", ["complete", "stream"])
-def test_control_c_during_a_decode_ends_that_request_alone(tmp_path: Path, way: str) -> None:
+def test_ctrl_c_during_a_decode_ends_only_that_request(tmp_path: Path, way: str) -> None:
     path = write_llama(tmp_path / "model.gguf", seed=1)
     assert must_run(INTERRUPTED, path, way).split("\n") == ["interrupted", "{'cancelled': 1}", "length", ""]
 
 
 @pytest.mark.parametrize("way", ["complete", "stream", "acomplete", "astream"])
-def test_an_interrupt_right_after_submitting_cancels_the_request(way: str) -> None:
+def test_an_interrupt_after_submission_cancels_the_request(way: str) -> None:
     with load_stub(StubBackend(eog_bias=-100, n_ctx=65536)) as model:
         submit = model._runner.submit
 

@@ -19,13 +19,13 @@ from support.threads import wait_until
 # --- continuations and sessions ----------------------------------------------------------------------------
 
 
-def test_an_unknown_parent_is_a_miss() -> None:
+def test_an_unknown_parent_key_is_a_miss() -> None:
     with load_stub(StubBackend(eog_bias=-100)) as model:
         reply = model.complete(random_prompt(1, 50), max_tokens=1, parent_key=bytes(32))
         assert reply.cache.kind == "cold"
 
 
-def test_a_parents_save_is_waited_for_without_holding_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_parent_key_does_not_block_others(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = GatedBackend(n_ctx=65536)
     with load_stub(backend, n_seq_max=2, policy={"session_resume_wait_ms": 60_000}) as model:
         other = model.stream([1], max_tokens=None)
@@ -41,7 +41,7 @@ def test_a_parents_save_is_waited_for_without_holding_up_others(monkeypatch: pyt
         other.cancel()
 
 
-def test_who_waits_for_a_save_is_cancelled_at_once_and_holds_up_nobody() -> None:
+def test_a_request_waiting_for_a_save_can_be_cancelled_at_once() -> None:
     with load_stub(StubBackend(eog_bias=-100), policy={"session_resume_wait_ms": 3_600_000}) as model:
         key = b"k" * 32
         with model.cache.expecting(key):
@@ -54,7 +54,7 @@ def test_who_waits_for_a_save_is_cancelled_at_once_and_holds_up_nobody() -> None
             assert waiting.result().finish_reason == "cancelled"
 
 
-def test_a_session_keeps_its_cells_when_others_are_parked_and_go() -> None:
+def test_a_session_keeps_its_cells_longer_than_parked_ones() -> None:
     backend = StubBackend(n_ctx=1024, eog_bias=-100)
     with erllama.Cache(ram=0) as none, load_stub(backend, cache=none, parked_cells=0) as model:
         first = model.complete(random_prompt(1, 100), max_tokens=10, session_id="ann")
@@ -68,7 +68,7 @@ def test_a_session_keeps_its_cells_when_others_are_parked_and_go() -> None:
         assert model.complete([*second.context_tokens, 1], max_tokens=1).cache.kind == "cold"
 
 
-def test_cells_that_a_session_keeps_go_when_nothing_else_is_left() -> None:
+def test_session_cells_are_evicted_last() -> None:
     with load_stub(StubBackend(n_ctx=256, eog_bias=-100)) as model:
         first = model.complete(random_prompt(1, 100), max_tokens=10, session_id="ann")
         assert model.complete(random_prompt(2, 200), max_tokens=20).finish_reason == "length"
@@ -76,7 +76,7 @@ def test_cells_that_a_session_keeps_go_when_nothing_else_is_left() -> None:
         assert second.cache == erllama.CacheHit("partial", "ram", 109), "saved, and restored"
 
 
-def test_a_session_that_is_in_use_is_busy() -> None:
+def test_a_session_in_use_is_busy() -> None:
     backend = GatedBackend()
     with load_stub(backend) as model:
         backend.hold()
@@ -92,7 +92,7 @@ def test_a_session_that_is_in_use_is_busy() -> None:
         assert model.complete([1, 2, 3], max_tokens=1, session_id="ann").finish_reason == "length"
 
 
-def test_a_tenants_sessions_are_its_own() -> None:
+def test_sessions_are_separate_per_tenant() -> None:
     backend = GatedBackend()
     with load_stub(backend) as model:
         backend.hold()
@@ -106,7 +106,7 @@ def test_a_tenants_sessions_are_its_own() -> None:
         assert model.end_session("chat", cache_salt="b")
 
 
-def test_a_session_that_begins_anew_shares_what_others_have() -> None:
+def test_a_restarted_session_shares_the_prefixes_of_others() -> None:
     with (
         erllama.Cache(ram=0) as none,
         load_stub(StubBackend(eog_bias=-100), cache=none, parked_cells=4096) as model,
@@ -119,7 +119,7 @@ def test_a_session_that_begins_anew_shares_what_others_have() -> None:
         )
 
 
-def test_a_session_may_go_back() -> None:
+def test_a_session_can_return_to_an_earlier_turn() -> None:
     """The next request shares only a part: the rest of its cells is let go."""
     with load_stub(StubBackend(eog_bias=-100)) as model:
         model.complete(random_prompt(1, 100), max_tokens=50, session_id="ann")
@@ -129,7 +129,7 @@ def test_a_session_may_go_back() -> None:
         assert reply.tokens == cold_reply(prompt, max_tokens=10, seed=1).tokens
 
 
-def test_prefill_warms_a_session_and_samples_nothing() -> None:
+def test_prefill_fills_a_session_without_sampling() -> None:
     with load_stub(StubBackend(eog_bias=-100)) as model:
         warm = model.prefill(random_prompt(1, 100), session_id="ann")
         assert (warm.tokens, warm.text, warm.finish_reason) == ((), "", "length")

@@ -22,7 +22,7 @@ from support.threads import wait_until
 # --- streams -----------------------------------------------------------------------------------------
 
 
-def test_a_stream_is_cancelled_from_another_thread_and_still_ends_with_done() -> None:
+def test_a_stream_cancelled_by_another_thread_ends_with_done() -> None:
     with load_stub(StubBackend(eog_bias=-100)) as model:
         stream = model.stream([1], max_tokens=None)
         next(stream)
@@ -32,7 +32,7 @@ def test_a_stream_is_cancelled_from_another_thread_and_still_ends_with_done() ->
         assert last.completion.finish_reason == "cancelled"
 
 
-def test_a_request_is_cancelled_while_it_waits() -> None:
+def test_a_waiting_request_can_be_cancelled() -> None:
     backend = GatedBackend()
     with load_stub(backend, n_seq_max=1) as model:
         backend.hold()
@@ -44,7 +44,7 @@ def test_a_request_is_cancelled_while_it_waits() -> None:
         assert (reply.finish_reason, reply.tokens, reply.cache.kind) == ("cancelled", (), "cold")
 
 
-def test_a_reader_that_stops_costs_its_reply_and_loses_nothing() -> None:
+def test_a_paused_reader_delays_only_its_reply_and_loses_no_event() -> None:
     with load_stub(StubBackend(n_ctx=8192, eog_bias=-100)) as model:
         stream = model.stream([1], max_tokens=3000, seed=1)
         whole = stream.result()
@@ -55,7 +55,7 @@ def test_a_reader_that_stops_costs_its_reply_and_loses_nothing() -> None:
         assert tuple(token for piece in pieces for token in piece.tokens) == whole.tokens
 
 
-def test_completions_that_nobody_streams_keep_no_events() -> None:
+def test_completions_without_a_stream_keep_no_events() -> None:
     with load_stub(StubBackend(eog_bias=-100)) as model:
         ticket = model._ticket([1], erllama.engine.RequestOptions(max_tokens=50))
         model._runner.submit(ticket)
@@ -63,7 +63,7 @@ def test_completions_that_nobody_streams_keep_no_events() -> None:
         assert not ticket._unread
 
 
-def test_a_tenth_of_replies_streams_while_the_rest_is_waited_for() -> None:
+def test_streams_and_blocking_calls_work_side_by_side() -> None:
     with load_stub(StubBackend(eog_bias=-100), n_seq_max=4) as model:
         streams = [model.stream([i], max_tokens=10, seed=i) for i in range(10)]
         replies = [model.complete([i], max_tokens=10, seed=i) for i in range(10)]
@@ -73,7 +73,7 @@ def test_a_tenth_of_replies_streams_while_the_rest_is_waited_for() -> None:
 # --- asyncio ------------------------------------------------------------------------------------------
 
 
-def test_async_requests_take_no_threads() -> None:
+def test_async_requests_start_no_threads() -> None:
     async def run(model: erllama.Model) -> list[erllama.Completion]:
         before = threading.active_count()
         tasks = [asyncio.ensure_future(model.acomplete([i], max_tokens=30, seed=i)) for i in range(50)]
@@ -88,7 +88,7 @@ def test_async_requests_take_no_threads() -> None:
         ]
 
 
-def test_async_streams_give_what_streams_give() -> None:
+def test_async_streams_yield_the_same_events() -> None:
     async def run(model: erllama.Model) -> list[erllama.Event]:
         return [event async for event in model.astream("hello", max_tokens=30, seed=1)]
 
@@ -100,7 +100,7 @@ def test_async_streams_give_what_streams_give() -> None:
         assert "".join(p.text for p in pieces if isinstance(p, erllama.TextDelta)) == expected.text
 
 
-def test_the_loop_runs_on_while_a_model_computes() -> None:
+def test_the_event_loop_runs_while_a_model_computes() -> None:
     backend = GatedBackend()
 
     async def run(model: erllama.Model) -> int:
@@ -153,7 +153,7 @@ def test_leaving_an_async_stream_cancels_it() -> None:
         assert asyncio.run(run(model)).finish_reason == "cancelled"
 
 
-def test_async_errors_are_the_same_errors() -> None:
+def test_async_calls_raise_the_same_errors() -> None:
     async def run(model: erllama.Model) -> None:
         with pytest.raises(erllama.OptionError):
             await model.acomplete([1], max_tokens=-1)
@@ -168,7 +168,7 @@ def test_async_errors_are_the_same_errors() -> None:
         asyncio.run(run(model))
 
 
-def test_a_loop_that_ended_does_not_harm_the_model() -> None:
+def test_a_closed_event_loop_does_not_harm_the_model() -> None:
     async def run(model: erllama.Model) -> erllama.AsyncStream:
         return model.astream([1], max_tokens=200)
 
@@ -221,7 +221,7 @@ def test_a_stop_string_ends_the_reply_and_is_never_streamed(
     assert reply.finish_reason == "stop"
 
 
-def test_what_was_held_back_comes_at_the_end() -> None:
+def test_held_back_text_is_sent_at_the_end() -> None:
     with load_stub(Says("almost STO")) as model:
         stream = model.stream([1], stop="STOP", temperature=0)
         pieces = [event for event in stream if isinstance(event, erllama.TextDelta)]

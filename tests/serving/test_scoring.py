@@ -52,7 +52,7 @@ def model(backend: LlamaBackend) -> Iterator[erllama.Model]:
 
 
 @pytest.mark.parametrize("continuation", [" there was", "x", "a longer one " * 30])
-def test_a_score_is_that_of_a_direct_computation(
+def test_a_score_matches_a_direct_computation(
     continuation: str, backend: LlamaBackend, model: erllama.Model
 ) -> None:
     prompt, after = model.tokenize(PROMPT), model.tokenize(continuation, add_special=False)
@@ -74,7 +74,7 @@ def test_a_score_is_that_of_a_direct_computation(
     assert model.score(PROMPT, continuation, reproducible=True).logprobs == score.logprobs, "to the bit"
 
 
-def test_a_score_is_that_of_the_reply(model: erllama.Model) -> None:
+def test_a_score_matches_the_logprobs_of_the_reply(model: erllama.Model) -> None:
     reply = model.complete(PROMPT, max_tokens=20, temperature=0, logprobs=0)
     assert reply.logprobs is not None
     score = model.score(model.tokenize(PROMPT), reply.tokens)
@@ -85,7 +85,7 @@ def test_a_score_is_that_of_the_reply(model: erllama.Model) -> None:
     assert not model.score(model.tokenize(PROMPT), likely).is_greedy
 
 
-def test_what_the_cache_has_of_a_prompt_is_not_computed_again(tiny_gguf: Path) -> None:
+def test_cached_tokens_of_a_scored_prompt_are_not_computed_again(tiny_gguf: Path) -> None:
     backend = RecordingBackend(llama_backend(tiny_gguf, **EXACT))
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         n = len(model.tokenize(PROMPT))
@@ -106,7 +106,7 @@ def test_what_the_cache_has_of_a_prompt_is_not_computed_again(tiny_gguf: Path) -
         )
 
 
-def test_a_long_continuation_takes_few_rows_at_once(tiny_gguf: Path) -> None:
+def test_a_long_continuation_is_scored_in_small_batches(tiny_gguf: Path) -> None:
     backend = RecordingBackend(llama_backend(tiny_gguf, **EXACT))
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         score = model.score("a", "b" * 500)
@@ -115,7 +115,7 @@ def test_a_long_continuation_takes_few_rows_at_once(tiny_gguf: Path) -> None:
         assert len(backend.slices) <= 10
 
 
-def test_scores_run_beside_replies_and_each_other(model: erllama.Model) -> None:
+def test_scores_and_replies_run_concurrently(model: erllama.Model) -> None:
     endings = [f"{n} ended" * (n + 1) for n in range(12)]
     expected = [model.score(PROMPT, ending).logprobs for ending in endings]
     reply = model.complete("Other", max_tokens=100, seed=3, banned_tokens=[2])
@@ -135,7 +135,7 @@ def test_scores_run_beside_replies_and_each_other(model: erllama.Model) -> None:
 
 
 @pytest.mark.parametrize("at", [2, 4])
-def test_a_score_that_starts_anew_tells_nothing_twice(at: int) -> None:
+def test_a_restarted_score_reports_each_token_once(at: int) -> None:
     inner = StubBackend()
     expected = directly(inner, *(inner.vocabulary.tokenize(text) for text in ("prompt", "y" * 300)))
     backend = RecordingBackend(inner)
@@ -146,7 +146,7 @@ def test_a_score_that_starts_anew_tells_nothing_twice(at: int) -> None:
 
 
 @pytest.mark.parametrize("write", [write_gemma3, write_mamba, write_lfm2])
-def test_memory_that_cannot_be_cut_is_scored_too(write: type[write_gemma3], tmp_path: Path) -> None:
+def test_models_with_memory_that_cannot_be_cut_score(write: type[write_gemma3], tmp_path: Path) -> None:
     backend = llama_backend(write(tmp_path / "model.gguf"), **EXACT)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         prompt, after = model.tokenize(PROMPT * 3), model.tokenize("there was", add_special=False)
@@ -159,7 +159,7 @@ def test_memory_that_cannot_be_cut_is_scored_too(write: type[write_gemma3], tmp_
     np.testing.assert_allclose(again.logprobs, expected, atol=1e-2)
 
 
-def test_texts_are_tokenized_as_one(tmp_path: Path) -> None:
+def test_a_scored_text_is_tokenized_as_a_whole(tmp_path: Path) -> None:
     path = write_scripted(tmp_path / "words.gguf", {}, words=["hello", "world"])
     with erllama.load_model(path, n_ctx=256, n_threads=1) as model:
         whole = model.tokenize("say hello").tolist()
@@ -171,7 +171,7 @@ def test_texts_are_tokenized_as_one(tmp_path: Path) -> None:
         assert len(model.score(model.tokenize("hel"), "lo").tokens) == 2
 
 
-def test_scores_are_checked(model: erllama.Model) -> None:
+def test_score_arguments_are_checked(model: erllama.Model) -> None:
     for prompt, continuation, error, says in [
         ("", "a", erllama.PromptError, "the prompt is empty"),
         ("a", "", erllama.PromptError, "the continuation is empty"),
@@ -208,7 +208,7 @@ def coder(tmp_path: Path) -> Iterator[erllama.Model]:
         yield model
 
 
-def test_a_gap_is_filled_from_both_its_sides(coder: erllama.Model) -> None:
+def test_infill_uses_both_sides_of_a_gap(coder: erllama.Model) -> None:
     marks = [coder.tokenize(mark, add_special=False, parse_special=True).tolist() for mark in MARKS]
     assert [len(mark) for mark in marks] == [1, 1, 1]
     before, after = (coder.tokenize(text, add_special=False).tolist() for text in ("def f(): ", "<|fim_middle|>\n"))
@@ -229,7 +229,7 @@ def test_a_gap_is_filled_from_both_its_sides(coder: erllama.Model) -> None:
     asyncio.run(ask())
 
 
-def test_gaps_are_checked(coder: erllama.Model, model: erllama.Model) -> None:
+def test_infill_arguments_are_checked(coder: erllama.Model, model: erllama.Model) -> None:
     with pytest.raises(erllama.Unsupported, match=r"cannot fill gaps: its vocabulary has no tokens .*\(FIM\)"):
         model.infill("a", "b")
     for prefix, suffix, says in [

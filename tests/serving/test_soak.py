@@ -679,7 +679,7 @@ def leaves_nothing() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("can_trim", [True, False], ids=["memory that is cut", "memory that is not"])
-def test_a_crowd_gets_the_replies_of_each_alone_and_leaves_nothing(tmp_path: Path, can_trim: bool) -> None:
+def test_many_requests_get_the_same_replies_as_alone_and_leave_nothing(tmp_path: Path, can_trim: bool) -> None:
     def make(cache: erllama.Cache) -> erllama.Model:
         backend = StubBackend(n_ctx=288, n_ubatch=32, n_batch=96, n_sequences=9, can_trim=can_trim, eog_bias=-3.0)
         return erllama.load_backend(backend, cache=cache, n_seq_max=6, parked_cells=128, max_pending=8)
@@ -690,7 +690,7 @@ def test_a_crowd_gets_the_replies_of_each_alone_and_leaves_nothing(tmp_path: Pat
             soak(make, cache, pool, exact=True)
 
 
-def test_a_crowd_leaves_nothing_in_libllama(tmp_path: Path, tiny_gguf: Path) -> None:
+def test_many_requests_leave_nothing_in_libllama(tmp_path: Path, tiny_gguf: Path) -> None:
     def make(cache: erllama.Cache) -> erllama.Model:
         return erllama.load_model(tiny_gguf, cache=cache, n_ctx=1024, n_seq_max=6, n_threads=1, max_pending=8)
 

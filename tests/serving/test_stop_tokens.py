@@ -47,7 +47,7 @@ def test_a_reply_ends_at_a_special_token(stop: dict[str, object]) -> None:
             assert reply.tokens == (*b"hi th", USER)
 
 
-def test_streams_side_by_side_end_at_their_own_stop_tokens() -> None:
+def test_concurrent_streams_end_at_their_own_stop_tokens() -> None:
     stops = [{"stop": "<|user|>"}, {"stop_token_ids": [ord("t")]}, {}, {"stop": "<|system|>"}] * 2
     with model_replying() as model, ThreadPoolExecutor(8) as threads:
         texts = list(threads.map(lambda stop: model.stream("\t", **stop).result().text, stops))
@@ -55,7 +55,7 @@ def test_streams_side_by_side_end_at_their_own_stop_tokens() -> None:
 
 
 @pytest.mark.parametrize("token", b"hit")
-def test_a_token_of_text_stops_too(token: int) -> None:
+def test_a_text_token_can_be_a_stop_token(token: int) -> None:
     with model_replying() as model:
         reply = model.complete("\t", stop_token_ids=[token], logprobs=0)
         n = bytes(SAID[:5]).index(token)
@@ -66,7 +66,7 @@ def test_a_token_of_text_stops_too(token: int) -> None:
         assert len(reply.logprobs) == n + 1
 
 
-def test_the_first_by_position_wins() -> None:
+def test_the_first_stop_by_position_wins() -> None:
     with model_replying() as model:
         early = model.complete("\t", stop=["<|user|>", "i t"])
         assert (early.text, early.stop_sequence, early.stop_token) == ("h", "i t", None)
@@ -74,7 +74,7 @@ def test_the_first_by_position_wins() -> None:
         assert (late.text, late.stop_sequence, late.stop_token) == ("hi th", "<|user|>", USER)
 
 
-def test_an_end_token_that_is_asked_for_is_told() -> None:
+def test_an_end_token_given_as_stop_token_is_reported() -> None:
     with model_replying(b"hi") as model:
         reply = model.chat([{"role": "user", "content": "Q"}], stop="<|end|>")
         assert (reply.text, reply.tokens) == ("hi", tuple(b"hi"))
@@ -82,7 +82,7 @@ def test_an_end_token_that_is_asked_for_is_told() -> None:
         assert model.complete("\t").stop_token is None
 
 
-def test_a_conversation_goes_on_without_the_stop_token() -> None:
+def test_a_conversation_continues_without_the_stop_token() -> None:
     with model_replying() as model:
         question = {"role": "user", "content": "Q"}
         first = model.chat([question], stop_token_ids=[USER])

@@ -72,7 +72,7 @@ def extended(kind: bytes, size: int, content: bytes = b"") -> bytes:
     return header.tobuf(tarfile.GNU_FORMAT) + content + b"\0" * (-len(content) % 512)
 
 
-def test_an_archive_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_an_archive_round_trips(tmp_path: Path) -> None:
     with Cache(disk=tmp_path / "kv", watch=False):
         pass
     written = io.BytesIO()
@@ -86,7 +86,7 @@ def test_an_archive_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert set(stored.blocks) == {(block, bytes(PAYLOAD)) for block in BLOCKS}
 
 
-def test_a_stream_is_read_to_the_end_of_its_last_record() -> None:
+def test_an_archive_stream_is_read_to_its_last_record() -> None:
     """Otherwise who writes it would get an error from the pipe."""
     stream = io.BytesIO(good())
     imported(stream)
@@ -115,7 +115,7 @@ def test_an_extended_header_is_refused_before_it_is_read(
     assert stored.blocks == []
 
 
-def test_memory_is_taken_for_a_block_and_not_for_what_a_member_says_it_is() -> None:
+def test_memory_use_is_bounded_by_a_block_not_by_declared_sizes() -> None:
     """A size that the block's own header does not confirm is refused before a payload is read."""
     member = tarfile.TarInfo(f"blocks/{KEY}.kvc")
     member.size = 1 << 32
@@ -129,7 +129,7 @@ def test_memory_is_taken_for_a_block_and_not_for_what_a_member_says_it_is() -> N
         tracemalloc.stop()
 
 
-def test_an_archive_without_its_end_is_refused() -> None:
+def test_a_truncated_archive_is_refused() -> None:
     whole = good()
     for n in (0, 1, 511, 512, 513, 1024, len(BLOCKS) * 1024):
         with pytest.raises(CacheFormatError, match=r"the archive ends|archive is empty"):
@@ -138,7 +138,7 @@ def test_an_archive_without_its_end_is_refused() -> None:
         imported(io.BytesIO(b"\0" * 10240))
 
 
-def test_flipped_bytes_are_refused_and_no_other_block_is_stored(tmp_path: Path) -> None:
+def test_flipped_bytes_are_refused_and_store_no_other_block(tmp_path: Path) -> None:
     """`make fuzz` does the same for longer."""
     whole = good()
     there = {(block, bytes(PAYLOAD)) for block in BLOCKS}

@@ -64,7 +64,7 @@ def test_a_whole_hit_ends_where_a_stored_block_ends(
 
 
 @given(st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=6), max_size=12), st.data())
-def test_overtaken_blocks_are_the_true_prefixes(siblings: list[list[int]], data: st.DataObject) -> None:
+def test_superseded_blocks_are_the_true_prefixes(siblings: list[list[int]], data: st.DataObject) -> None:
     tree = PrefixTree()
     raws = {token_bytes(np.array(ids, np.uint32)) for ids in siblings}
     for raw in raws:
@@ -81,7 +81,7 @@ def test_overtaken_blocks_are_the_true_prefixes(siblings: list[list[int]], data:
     )
 
 
-def test_a_longer_tail_takes_the_place_of_a_shorter_one(tmp_path: Path) -> None:
+def test_a_longer_tail_replaces_a_shorter_one(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, np.arange(20, dtype=np.int32))
         cache.flush()
@@ -100,7 +100,7 @@ def test_a_longer_tail_takes_the_place_of_a_shorter_one(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.kvc"))) == 3
 
 
-def test_what_is_stored_is_stored_once() -> None:
+def test_a_block_is_stored_once() -> None:
     tokens = np.arange(40, dtype=np.int32)
     with Cache(block_size=SIZE) as cache:
         save(cache, tokens)
@@ -156,7 +156,7 @@ def test_no_budget_is_ever_exceeded(
                 assert block.parent == NAMESPACE or block.parent in keys
 
 
-def test_the_least_recently_used_goes_first_and_leaves_before_what_they_follow() -> None:
+def test_the_least_recently_used_leaves_are_evicted_first() -> None:
     a, b = np.arange(32, dtype=np.int32), np.arange(100, 132, dtype=np.int32)
     with Cache(block_size=SIZE, ram=5 * 64) as cache:
         save(cache, a)
@@ -168,7 +168,7 @@ def test_the_least_recently_used_goes_first_and_leaves_before_what_they_follow()
         assert cache.counters()["evictions_ram"] == 1
 
 
-def test_pinned_blocks_stay() -> None:
+def test_pinned_blocks_are_not_evicted() -> None:
     tokens = np.arange(32, dtype=np.int32)
     with Cache(block_size=SIZE, ram=2 * 64) as cache:
         save(cache, tokens)
@@ -195,7 +195,7 @@ def test_bytes_are_evicted_on_request(tmp_path: Path, tier: str) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "remove", "touch", "evict"]), st.integers(0, 9)), max_size=60))
-def test_the_lru_agrees_with_a_plain_one(steps: list[tuple[str, int]]) -> None:
+def test_the_lru_matches_a_simple_model(steps: list[tuple[str, int]]) -> None:
     lru = LeafLRU()
     plain: dict[int, int] = {}
     parent_of = {0: -1, **{i: (i - 1) // 2 for i in range(1, 10)}}
@@ -267,7 +267,7 @@ def test_everything_survives_a_restart(
         assert cache.counters()["corrupt_files"] == cache.counters()["disk_errors"] == 0
 
 
-def test_what_waits_is_written_when_the_interpreter_ends(tmp_path: Path) -> None:
+def test_queued_saves_are_written_at_interpreter_exit(tmp_path: Path) -> None:
     program = """
         import sys
         sys.path.insert(0, sys.argv[2])
@@ -292,7 +292,7 @@ def test_the_directory_and_its_files_are_private(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "another block"])
-def test_a_damaged_file_is_a_miss_a_count_and_a_log_line(
+def test_a_damaged_file_is_a_counted_and_logged_miss(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     tokens = np.arange(48, dtype=np.int32)
@@ -351,7 +351,7 @@ def test_a_lost_or_damaged_index_is_rebuilt_from_the_files(tmp_path: Path) -> No
             assert hit(cache, tokens) == 40
 
 
-def test_a_database_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
+def test_a_database_of_a_newer_release_is_not_changed(tmp_path: Path) -> None:
     Cache(disk=tmp_path).close()
     connection = sqlite3.connect(tmp_path / "index.db")
     connection.execute("PRAGMA user_version=999")
@@ -366,7 +366,7 @@ def test_a_database_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["/proc/erllama", "/dev/null/kv", "/dev/null"])
-def test_a_directory_that_cannot_be_used_costs_only_the_disk(where: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unusable_directory_disables_only_the_disk_tier(where: str, caplog: pytest.LogCaptureFixture) -> None:
     with Cache(block_size=SIZE, disk=where) as cache:
         assert isinstance(cache.disk_error, erllama.CacheError)
         assert where in str(cache.disk_error)
@@ -376,7 +376,7 @@ def test_a_directory_that_cannot_be_used_costs_only_the_disk(where: str, caplog:
         assert hit(cache, np.arange(40, dtype=np.int32)) == 40
 
 
-def test_a_directory_that_is_a_link_is_refused(tmp_path: Path) -> None:
+def test_a_symbolic_link_as_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with Cache(disk=tmp_path / "link") as cache:
@@ -384,7 +384,7 @@ def test_a_directory_that_is_a_link_is_refused(tmp_path: Path) -> None:
     assert list((tmp_path / "real").iterdir()) == []
 
 
-def test_a_full_disk_costs_only_the_saves_and_ends_by_itself(tmp_path: Path) -> None:
+def test_a_full_disk_drops_saves_until_it_has_room(tmp_path: Path) -> None:
     """The limit on a file's size stands in for the full disk: writes fail half-way."""
     program = """
         import resource, sys
@@ -413,7 +413,7 @@ def test_a_full_disk_costs_only_the_saves_and_ends_by_itself(tmp_path: Path) -> 
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-def test_what_a_killed_process_leaves_is_put_right(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_cleaned_up(tmp_path: Path) -> None:
     program = """
         import os, signal, sys, threading
         sys.path.insert(0, sys.argv[2])
@@ -442,7 +442,7 @@ def test_what_a_killed_process_leaves_is_put_right(tmp_path: Path) -> None:
         assert cache.counters()["corrupt_files"] == 0
 
 
-def test_two_processes_share_a_directory(tmp_path: Path) -> None:
+def test_two_processes_can_share_a_directory(tmp_path: Path) -> None:
     mine, theirs = np.arange(40, dtype=np.int32), np.arange(100, 140, dtype=np.int32)
     program = """
         import sys
@@ -465,7 +465,7 @@ def test_two_processes_share_a_directory(tmp_path: Path) -> None:
 # --- lifetimes and options ----------------------------------------------------------------------------
 
 
-def test_a_forgotten_cache_holds_no_thread(tmp_path: Path) -> None:
+def test_a_dropped_cache_holds_no_thread(tmp_path: Path) -> None:
     cache = Cache(block_size=SIZE, disk=tmp_path)
     save(cache, np.arange(32, dtype=np.int32))
     cache.flush()
@@ -494,7 +494,7 @@ def test_a_forgotten_cache_holds_no_thread(tmp_path: Path) -> None:
         ({"write_queue": None}, "write_queue"),
     ],
 )
-def test_wrong_options_are_typed_errors(options: dict[str, object], words: str) -> None:
+def test_wrong_options_raise_typed_errors(options: dict[str, object], words: str) -> None:
     with pytest.raises(erllama.OptionError) as caught:
         Cache(**options)  # type: ignore[arg-type]
     assert words in str(caught.value)
@@ -504,7 +504,7 @@ def test_wrong_options_are_typed_errors(options: dict[str, object], words: str) 
     ("text", "n_bytes"),
     [("0", 0), ("1KiB", 1024), ("2 MB", 2_000_000), ("1.5GiB", 3 * 2**29), ("7b", 7), (4096, 4096)],
 )
-def test_sizes_are_read_as_people_write_them(text: str | int, n_bytes: int) -> None:
+def test_sizes_are_parsed_with_units(text: str | int, n_bytes: int) -> None:
     assert Cache(ram=text).ram_budget == n_bytes
 
 
@@ -527,7 +527,7 @@ def test_the_cache_needs_no_libllama() -> None:
     )
 
 
-def test_namespaces_tell_every_part() -> None:
+def test_namespaces_depend_on_every_part() -> None:
     parts = {"model": "a", "kv_type": "f16", "n": 1}
     keys = {namespace_key(parts), *(namespace_key({**parts, name: "x"}) for name in parts), namespace_key({})}
     assert len(keys) == 5

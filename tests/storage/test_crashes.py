@@ -81,7 +81,7 @@ def published_by_children_that_are_killed(
             pass
 
 
-def test_what_was_published_is_there_after_any_kill(tmp_path: Path) -> None:
+def test_published_blocks_survive_any_kill(tmp_path: Path) -> None:
     quota = 2**40
     everything: list[list[int]] = []
     for published in published_by_children_that_are_killed(tmp_path, quota, 7, (KILLS + 1) // 2):
@@ -141,7 +141,7 @@ def die(root: Path, step: str, n: int, *, quota: int = 2**30, replace: bool = Fa
 
 
 @pytest.mark.parametrize(("step", "n_lost"), [("reserved", 1), ("written", 1), ("published", 0)])
-def test_a_write_that_was_cut_short_is_undone_or_completed(tmp_path: Path, step: str, n_lost: int) -> None:
+def test_an_interrupted_write_is_undone_or_completed(tmp_path: Path, step: str, n_lost: int) -> None:
     n = 3
     die(tmp_path, step, n)
     assert reservations(tmp_path) == 1, "it died before it was done"
@@ -162,7 +162,7 @@ def test_a_write_that_was_cut_short_is_undone_or_completed(tmp_path: Path, step:
         "published",
     ],
 )
-def test_a_new_version_that_was_cut_short_leaves_one_or_the_other(tmp_path: Path, step: str) -> None:
+def test_an_interrupted_replacement_leaves_one_version(tmp_path: Path, step: str) -> None:
     tokens = np.arange(64, dtype=np.int32)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         save(cache, tokens)
@@ -182,7 +182,7 @@ def test_a_new_version_that_was_cut_short_leaves_one_or_the_other(tmp_path: Path
         ("published", True),
     ],
 )
-def test_who_lives_on_clears_up_after_who_died(tmp_path: Path, step: str, watch: bool) -> None:
+def test_living_processes_clean_up_after_dead_ones(tmp_path: Path, step: str, watch: bool) -> None:
     """Without a restart, as soon as room is needed, and without going over the quota meanwhile."""
     # Blocks as large as the largest of the dead one's, so that what it leaves matters.
     n_bytes = max(payload_bytes(block) for block in blocks_of(np.arange(64, dtype=np.int32)))
@@ -213,7 +213,7 @@ def fill(cache: Cache, first: int, n_bytes: int) -> None:
     cache.flush()
 
 
-def test_a_process_that_stands_still_in_the_middle_of_a_write_is_not_taken_for_dead(tmp_path: Path) -> None:
+def test_a_process_paused_during_a_write_is_not_treated_as_dead(tmp_path: Path) -> None:
     stopping = """
         root, n = Path(sys.argv[1]), 2
 

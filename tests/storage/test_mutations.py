@@ -154,7 +154,7 @@ MUTATE: list[Mutation] = [
 
 
 @pytest.mark.parametrize("mutation", MUTATE, ids=lambda mutation: mutation.__name__)
-def test_a_changed_file_is_refused_or_is_what_it_was(tmp_path: Path, mutation: Mutation) -> None:
+def test_a_changed_file_is_refused_or_equal_to_the_original(tmp_path: Path, mutation: Mutation) -> None:
     dice = random.Random(mutation.__name__)
     path = tmp_path / "changed.kvc"
     refused = 0
@@ -236,7 +236,7 @@ def save_all(cache: Cache) -> None:
 
 @pytest.mark.parametrize("index", ["kept", "lost"])
 @pytest.mark.parametrize("ram", [0, "1MiB"])
-def test_nothing_wrong_is_loaded_from_a_directory_of_changed_files(
+def test_a_directory_of_changed_files_serves_no_wrong_payload(
     tmp_path: Path, sound: Path, index: str, ram: str | int
 ) -> None:
     dice = random.Random(index + str(ram))
@@ -266,7 +266,7 @@ def test_nothing_wrong_is_loaded_from_a_directory_of_changed_files(
     assert n_refused > 0.8 * n_mutated
 
 
-def test_nothing_wrong_is_loaded_while_files_are_changed(tmp_path: Path, sound: Path) -> None:
+def test_no_wrong_payload_is_loaded_while_files_change(tmp_path: Path, sound: Path) -> None:
     """Under a cache that is open, and that hears of it."""
     dice = random.Random("open")
     n_mutated = 0

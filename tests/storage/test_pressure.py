@@ -58,9 +58,7 @@ sizes = st.integers(1, 2**50)
 
 
 @given(sizes, st.integers(0, 2**50), fractions, fractions)
-def test_a_look_brings_usage_to_the_low_watermark_and_leaves_less_alone(
-    total: int, used: int, one: float, other: float
-) -> None:
+def test_a_check_evicts_down_to_the_low_watermark(total: int, used: int, one: float, other: float) -> None:
     low, high = sorted((one, other))
     machine = Machine(used, total)
     freed = machine.watch(low_watermark=low, high_watermark=high).look()
@@ -74,7 +72,7 @@ def test_a_look_brings_usage_to_the_low_watermark_and_leaves_less_alone(
 
 
 @given(sizes, st.integers(0, 2**50), st.integers(0, 2**50), st.integers(0, 2**50))
-def test_a_look_asks_once_for_at_least_the_minimum(total: int, used: int, cached: int, minimum: int) -> None:
+def test_a_check_requests_at_least_the_minimum_once(total: int, used: int, cached: int, minimum: int) -> None:
     machine = Machine(used, total, cached)
     freed = machine.watch(min_evict_bytes=minimum).look()
     assert len(machine.asked) <= 1
@@ -83,7 +81,7 @@ def test_a_look_asks_once_for_at_least_the_minimum(total: int, used: int, cached
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(1, 100)), max_size=5))
-def test_of_several_readings_the_largest_want_is_asked_for(pairs: list[tuple[int, int]]) -> None:
+def test_the_largest_need_of_several_readings_is_evicted(pairs: list[tuple[int, int]]) -> None:
     machine = Machine(0, 1, cached=10**6)
     machine.watch(lambda: [MemoryUsage(*pair) for pair in pairs], high_watermark=0.5, low_watermark=0.25).look()
     wants = [used - int(total * 0.25) for used, total in pairs if used >= total * 0.5]
@@ -104,7 +102,7 @@ def test_pressure_begins_at_the_high_watermark() -> None:
     assert at.watch(high_watermark=0.75, low_watermark=0.5).look() == 25
 
 
-def test_relief_is_not_asked_for_twice() -> None:
+def test_the_same_eviction_is_not_requested_twice() -> None:
     machine = Machine(90, 100)
     watch = machine.watch()
     assert watch.look() == 15
@@ -112,7 +110,7 @@ def test_relief_is_not_asked_for_twice() -> None:
     assert machine.asked == [15]
 
 
-def test_an_empty_cache_is_asked_again_as_long_as_memory_is_short() -> None:
+def test_eviction_is_retried_while_memory_is_short() -> None:
     machine = Machine(90, 100, cached=0)
     watch = machine.watch()
     assert [watch.look(), watch.look()] == [0, 0]
@@ -120,7 +118,7 @@ def test_an_empty_cache_is_asked_again_as_long_as_memory_is_short() -> None:
     assert machine.faults == []
 
 
-def test_what_was_freed_and_why_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_freed_bytes_and_the_reason_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "erllama.cache"):
         Machine(90, 100).watch().look()
     assert caplog.messages == ["machine is 90% used: 15 bytes freed of 15 asked for"]
@@ -153,18 +151,18 @@ def test_what_was_freed_and_why_is_logged(caplog: pytest.LogCaptureFixture) -> N
         ({3: 4}, "no option '3'"),
     ],
 )
-def test_wrong_options_are_refused_with_the_way_out(options: dict[object, object], message: str) -> None:
+def test_wrong_options_are_refused_with_a_remedy(options: dict[object, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Pressure.of(options)
 
 
 @pytest.mark.parametrize("value", ["sistem", 0, 1, 0.85, ["system"], b"system"])
-def test_what_stands_for_no_options_is_refused(value: object) -> None:
+def test_values_that_are_not_pressure_options_are_refused(value: object) -> None:
     with pytest.raises(OptionError, match="pressure="):
         Pressure.of(value)
 
 
-def test_ways_to_give_options() -> None:
+def test_options_are_accepted_in_several_forms() -> None:
     def source() -> MemoryUsage:
         return MemoryUsage(0, 1)
 
@@ -177,7 +175,7 @@ def test_ways_to_give_options() -> None:
     assert Pressure.of(source) == Pressure.of({"source": source}) == Pressure(source=source)
 
 
-def test_options_are_kept_in_one_form() -> None:
+def test_options_are_normalized() -> None:
     pressure = Pressure(min_evict_bytes="1MiB", tiers=["disk", "ram", "disk"], interval=2)  # type: ignore[arg-type]
     assert pressure.min_evict_bytes == 2**20
     assert pressure.tiers == ("disk", "ram")
@@ -217,14 +215,14 @@ NONSENSE: list[object] = [
 
 
 @pytest.mark.parametrize("nonsense", NONSENSE, ids=repr)
-def test_nonsense_is_a_fault_and_evicts_nothing(nonsense: object) -> None:
+def test_invalid_readings_are_faults_and_evict_nothing(nonsense: object) -> None:
     machine = Machine(90, 100)
     assert machine.watch(lambda: nonsense).look() == 0  # type: ignore[arg-type,return-value]
     assert machine.asked == []
     assert len(machine.faults) == 1
 
 
-def test_a_source_that_raises_is_a_fault_and_is_read_again() -> None:
+def test_a_raising_source_is_a_fault_and_is_read_again() -> None:
     machine = Machine(90, 100)
     failing = [True]
     watch = machine.watch(lambda: raising() if failing else machine.read())
@@ -235,7 +233,7 @@ def test_a_source_that_raises_is_a_fault_and_is_read_again() -> None:
 
 
 @pytest.mark.parametrize("source", [halfway, lambda: [MemoryUsage(-1, 1), MemoryUsage(90, 100)]])
-def test_good_readings_count_beside_bad_ones(source: Source) -> None:
+def test_valid_readings_count_beside_invalid_ones(source: Source) -> None:
     machine = Machine(90, 100)
     assert machine.watch(source).look() == 15
     assert len(machine.faults) == 1
@@ -258,7 +256,7 @@ def test_every_fault_is_counted_and_a_repeated_one_logged_once(caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("answer", [ValueError("broken"), None])
-def test_an_eviction_that_fails_is_a_fault(answer: Exception | None) -> None:
+def test_a_failing_eviction_is_a_fault(answer: Exception | None) -> None:
     faults: list[str] = []
 
     def evict(n_bytes: int, tiers: tuple[str, ...]) -> int:
@@ -315,7 +313,7 @@ def test_the_thread_evicts_again_and_again() -> None:
     assert not watch.running
 
 
-def test_the_thread_outlives_faults_of_the_source_and_of_the_owner() -> None:
+def test_the_thread_survives_faults_of_source_and_owner() -> None:
     machine, fine = Machine(90, 100), threading.Event()
     errors = iter([OSError("x"), ValueError("y")])
 
@@ -334,7 +332,7 @@ def test_the_thread_outlives_faults_of_the_source_and_of_the_owner() -> None:
     watch.stop()
 
 
-def test_noop_needs_no_thread() -> None:
+def test_the_noop_source_starts_no_thread() -> None:
     watch = Machine(90, 100).watch("noop")
     watch.start()
     assert not watch.running
@@ -343,7 +341,7 @@ def test_noop_needs_no_thread() -> None:
     watch.stop()
 
 
-def test_start_and_stop_may_be_repeated_in_any_order() -> None:
+def test_start_and_stop_can_be_repeated_in_any_order() -> None:
     machine = Machine(0, 100, cached=90)
     watch = machine.watch(interval=3600)
     watch.stop()
@@ -360,7 +358,7 @@ def test_start_and_stop_may_be_repeated_in_any_order() -> None:
     assert watch.look() == 15
 
 
-def test_stop_waits_for_the_look_under_way_which_then_evicts_nothing() -> None:
+def test_stop_waits_for_a_running_check_which_then_evicts_nothing() -> None:
     turnstile, machine = Turnstile(), Machine(90, 100)
     watch = machine.watch(turnstile)
     watch.start()
@@ -377,7 +375,7 @@ def test_stop_waits_for_the_look_under_way_which_then_evicts_nothing() -> None:
     assert machine.asked == []
 
 
-def test_a_source_that_hangs_does_not_hang_stop(
+def test_a_hanging_source_does_not_block_stop(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("erllama.cache.pressure.pressure.STOP_SECONDS", SOON)
@@ -394,7 +392,7 @@ def test_a_source_that_hangs_does_not_hang_stop(
 
 
 @pytest.mark.parametrize("place", ["source", "evict"])
-def test_a_look_may_stop_the_watch(place: str) -> None:
+def test_a_check_can_stop_the_watch(place: str) -> None:
     stopped = threading.Event()
 
     def stop(at: str) -> None:
@@ -418,7 +416,7 @@ def test_a_look_may_stop_the_watch(place: str) -> None:
     assert pressure_threads() == []
 
 
-def test_a_look_of_another_thread_may_stop_the_watch(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_check_in_another_thread_can_stop_the_watch(caplog: pytest.LogCaptureFixture) -> None:
     def evict(n_bytes: int, tiers: tuple[str, ...]) -> int:
         watch.start()
         watch.stop()
@@ -430,7 +428,7 @@ def test_a_look_of_another_thread_may_stop_the_watch(caplog: pytest.LogCaptureFi
     assert caplog.messages == []
 
 
-def test_looks_of_two_threads_do_not_evict_twice() -> None:
+def test_concurrent_checks_do_not_evict_twice() -> None:
     machine = Machine(90, 100)
     watch = machine.watch()
     lookers = [threading.Thread(target=watch.look) for _ in range(4)]
@@ -441,7 +439,7 @@ def test_looks_of_two_threads_do_not_evict_twice() -> None:
     assert machine.asked == [15]
 
 
-def test_where_threads_cannot_be_had_it_is_logged(
+def test_a_thread_that_cannot_start_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def start(thread: threading.Thread) -> None:
@@ -474,7 +472,7 @@ def unreachable() -> int:
     raise AssertionError("evicted for an owner that is gone")
 
 
-def test_the_thread_ends_with_its_owner_without_any_pressure() -> None:
+def test_the_thread_ends_with_its_owner_without_pressure() -> None:
     owner = Owner(lambda: MemoryUsage(0, 1), unreachable, interval=3600)
     (thread,) = pressure_threads()
     known = weakref.ref(owner)
@@ -549,7 +547,7 @@ def cgroups(tmp_path: Path) -> Cgroups:
     return Cgroups(tmp_path)
 
 
-def test_v2_limits_of_the_process_and_of_every_ancestor_count(cgroups: Cgroups) -> None:
+def test_cgroup_v2_limits_of_all_ancestors_count(cgroups: Cgroups) -> None:
     cgroups.join("0::/work.slice/job.service/worker")
     cgroups.v2("work.slice/job.service/worker", "max", 10)
     cgroups.v2("work.slice/job.service", 100, 90)
@@ -561,14 +559,14 @@ def test_v2_limits_of_the_process_and_of_every_ancestor_count(cgroups: Cgroups) 
     assert names == ["cgroup /work.slice/job.service", "cgroup /work.slice", "cgroup /"]
 
 
-def test_page_cache_that_is_dropped_first_is_not_used(cgroups: Cgroups) -> None:
+def test_reclaimable_page_cache_does_not_count_as_used(cgroups: Cgroups) -> None:
     cgroups.join("0::/a")
     cgroups.v2("a", 100, 90, "anon 1\nactive_file 20\ninactive_file 30\nworkingset_refault_file 9\n")
     cgroups.v2("", 100, 20, "inactive_file 30\n")
     assert cgroups.read() == [(60, 100), (0, 100)]
 
 
-def test_v1_limits_count_and_its_huge_numbers_are_no_limit(cgroups: Cgroups) -> None:
+def test_cgroup_v1_limits_count_and_huge_numbers_mean_no_limit(cgroups: Cgroups) -> None:
     cgroups.join("5:cpu,cpuacct:/a/b", "4:hugetlb,memory:/a/b", "1:name=systemd:/x", "0::/")
     cgroups.v1("a/b", 9223372036854771712, 10)
     cgroups.v1("a", 100, 90, "inactive_file 1\ntotal_inactive_file 30\n")
@@ -576,7 +574,7 @@ def test_v1_limits_count_and_its_huge_numbers_are_no_limit(cgroups: Cgroups) -> 
 
 
 @pytest.mark.parametrize("path", ["/docker/0123", "/../other", "/.."])
-def test_a_path_that_is_not_below_the_mount_means_its_root(cgroups: Cgroups, path: str) -> None:
+def test_a_cgroup_path_outside_the_mount_means_its_root(cgroups: Cgroups, path: str) -> None:
     cgroups.join(f"4:memory:{path}", f"0::{path}")
     cgroups.v1("", 100, 90)
     cgroups.v1("docker", 10, 10)
@@ -592,14 +590,14 @@ def test_without_limits_there_are_no_readings(cgroups: Cgroups, lines: list[str]
 
 
 @pytest.mark.parametrize(("limit", "usage"), [("max", 5), (0, 5), ("", 5), ("-1", 5), (100, ""), (100, "many")])
-def test_levels_that_cannot_be_read_are_left_out(cgroups: Cgroups, limit: object, usage: object) -> None:
+def test_unreadable_cgroup_levels_are_skipped(cgroups: Cgroups, limit: object, usage: object) -> None:
     cgroups.join("0::/a")
     cgroups.v2("a", limit, usage)
     cgroups.v2("", 100, 50, "no such line\ninactive_file x\n")
     assert cgroups.read() == [(50, 100)]
 
 
-def test_no_cgroups_at_all(tmp_path: Path) -> None:
+def test_without_cgroups_there_are_no_readings(tmp_path: Path) -> None:
     assert cgroup_memory(tmp_path / "none", tmp_path / "none") == []
 
 
@@ -610,7 +608,7 @@ def fake_psutil(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return memory
 
 
-def test_system_watches_what_the_machine_has_available(
+def test_the_system_source_reads_available_memory(
     fake_psutil: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("erllama.cache.pressure.memory.cgroup_memory", list)
@@ -621,7 +619,7 @@ def test_system_watches_what_the_machine_has_available(
     assert watch.look() == 150 * MEBIBYTE
 
 
-def test_system_watches_the_limit_of_the_cgroup_too(
+def test_the_system_source_reads_cgroup_limits(
     fake_psutil: SimpleNamespace, cgroups: Cgroups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -633,14 +631,14 @@ def test_system_watches_the_limit_of_the_cgroup_too(
     assert machine.watch("system").look() == 20 * MEBIBYTE
 
 
-def test_system_reads_this_machine() -> None:
+def test_the_system_source_works_on_this_machine() -> None:
     pytest.importorskip("psutil")
     machine = Machine(0, 1)
     machine.watch("system", high_watermark=1).look()
     assert machine.faults == []
 
 
-def test_system_without_psutil_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_system_source_without_psutil_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psutil", None)
     with pytest.raises(OptionError, match="pip install psutil"):
         Machine(0, 1).watch("system")
@@ -685,7 +683,7 @@ def gpu_watch(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml | None, machine: M
     return machine.watch("nvidia")
 
 
-def test_each_gpu_counts_on_its_own(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_gpu_counts_separately(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     machine, nvml = Machine(0, 1, cached=10**6), FakeNvml([0, 1000], [90, 100])
     watch = gpu_watch(monkeypatch, nvml, machine)
     with caplog.at_level(logging.INFO, "erllama.cache"):
@@ -712,7 +710,7 @@ def test_a_lost_gpu_is_a_fault_and_the_others_count(monkeypatch: pytest.MonkeyPa
         (FakeNvml(), "finds no GPU; take source='system'"),
     ],
 )
-def test_where_gpus_cannot_be_read_the_error_has_the_way_out(
+def test_unreadable_gpus_raise_an_error_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml | None, message: str
 ) -> None:
     with pytest.raises(OptionError, match=message):

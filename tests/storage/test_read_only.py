@@ -80,7 +80,7 @@ def test_a_directory_is_read_and_never_written(warm: Path) -> None:
     assert state(warm) == before
 
 
-def test_a_quota_that_is_too_small_evicts_nothing(warm: Path) -> None:
+def test_a_quota_below_the_stored_size_evicts_nothing(warm: Path) -> None:
     before = state(warm)
     with Cache(block_size=SIZE, ram=0, disk=warm, disk_quota=100, read_only=True) as cache:
         assert payloads(cache, texts(0)) == 48
@@ -95,7 +95,7 @@ def test_read_only_without_a_directory_is_refused() -> None:
         Cache(read_only=True)
 
 
-def test_a_directory_without_a_cache_is_said_so(tmp_path: Path) -> None:
+def test_a_directory_without_a_cache_is_reported(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path / "kv", read_only=True) as cache:
         assert "holds no cache to read" in str(cache.disk_error)
         save(cache, texts(0))
@@ -104,7 +104,7 @@ def test_a_directory_without_a_cache_is_said_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["root", "blocks"])
-def test_a_directory_that_others_may_write_to_is_not_believed(warm: Path, name: str) -> None:
+def test_a_directory_writable_by_others_is_not_trusted(warm: Path, name: str) -> None:
     path = warm if name == "root" else warm / "blocks"
     path.chmod(0o777)
     with Cache(block_size=SIZE, disk=warm, read_only=True) as cache:
@@ -129,7 +129,7 @@ def test_without_a_usable_index_the_files_are_read(warm: Path, damage: str) -> N
     assert state(warm) == before
 
 
-def test_a_damaged_file_is_a_miss_and_stays(warm: Path) -> None:
+def test_a_damaged_file_is_a_miss_and_is_kept(warm: Path) -> None:
     second = warm / "blocks" / f"{blocks_of(texts(0))[1].key.hex()}.kvc"
     content = bytearray(second.read_bytes())
     content[-1] ^= 1
@@ -147,7 +147,7 @@ def test_a_damaged_file_is_a_miss_and_stays(warm: Path) -> None:
     assert state(warm) == before
 
 
-def test_what_a_process_died_over_is_read_with_its_log(tmp_path: Path, warm: Path) -> None:
+def test_the_write_ahead_log_of_a_dead_process_is_read(tmp_path: Path, warm: Path) -> None:
     """The database's log was not folded in when the directory was copied."""
     copy = tmp_path / "copy"
     with Cache(block_size=SIZE, ram=0, disk=warm, watch=False) as cache:
@@ -165,7 +165,7 @@ def test_what_a_process_died_over_is_read_with_its_log(tmp_path: Path, warm: Pat
         assert state(copy) == before
 
 
-def test_what_another_process_writes_meanwhile_is_seen(warm: Path) -> None:
+def test_blocks_written_by_another_process_are_found(warm: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=warm, read_only=True) as cache:
         assert payloads(cache, texts(0)) == 48
         for first in (6000, 7000):
@@ -184,7 +184,7 @@ def test_what_another_process_writes_meanwhile_is_seen(warm: Path) -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_directory_to_read_and_one_to_write_are_one_tier(tmp_path: Path, warm: Path, order: int) -> None:
+def test_read_only_and_writable_directories_form_one_tier(tmp_path: Path, warm: Path, order: int) -> None:
     warm.chmod(0o700)
     before = state(warm)
     own = tmp_path / "own"
@@ -219,7 +219,9 @@ def test_a_directory_to_read_and_one_to_write_are_one_tier(tmp_path: Path, warm:
     assert state(warm) == before
 
 
-def test_the_command_reads_and_refuses_to_change(warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_reads_but_does_not_change_a_read_only_directory(
+    warm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not mode & os.W_OK)
     before = state(warm)
@@ -285,7 +287,7 @@ def read_only_mount(warm: Path) -> list[str]:
     return prefix
 
 
-def test_a_read_only_mount_is_read_by_several_processes(warm: Path, read_only_mount: list[str]) -> None:
+def test_several_processes_read_a_read_only_mount(warm: Path, read_only_mount: list[str]) -> None:
     before = state(warm)
     children = [
         subprocess.Popen(
@@ -299,7 +301,7 @@ def test_a_read_only_mount_is_read_by_several_processes(warm: Path, read_only_mo
     assert state(warm) == before
 
 
-def test_a_directory_without_the_right_to_write_is_read(warm: Path) -> None:
+def test_a_directory_without_write_permission_is_read(warm: Path) -> None:
     if os.geteuid() == 0:
         # As in a container image: files of root, read by another user.
         open_root = Path(tempfile.mkdtemp(prefix="erllama-test-"))

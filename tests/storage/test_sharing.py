@@ -96,7 +96,7 @@ def indexed_bytes(root: Path) -> int:
         return int(index.execute(query).fetchone()[0])
 
 
-def test_four_processes_work_on_one_directory_within_one_quota(tmp_path: Path) -> None:
+def test_four_processes_share_a_directory_within_one_quota(tmp_path: Path) -> None:
     quota = 400_000  # about sixty blocks of the four hundred and more that they save
     children = [start_python(WORKING, tmp_path, quota, seed, SHARING_SECONDS) for seed in range(4)]
     with killed_at_end(*children):
@@ -135,7 +135,7 @@ def tell(child: object) -> None:
     stdin.flush()
 
 
-def test_evicting_in_one_process_gives_another_the_payload_or_nothing(tmp_path: Path) -> None:
+def test_eviction_by_one_process_gives_another_the_payload_or_a_miss(tmp_path: Path) -> None:
     evicting = """
         cache = Cache(block_size=SIZE, ram=0, disk=sys.argv[1])
         contexts = [np.arange(first, first + 64, dtype=np.int32) for first in range(0, 1000, 100)]
@@ -172,7 +172,7 @@ def test_evicting_in_one_process_gives_another_the_payload_or_nothing(tmp_path: 
         cache.check_integrity()
 
 
-def test_evicting_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
+def test_eviction_during_saves_keeps_the_quota_right(tmp_path: Path) -> None:
     """In one process: what is chosen to go still takes its room until it is gone."""
 
     class SlowToRemove(FileTier):
@@ -204,7 +204,7 @@ def test_evicting_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
         assert cache.verify() == []
 
 
-def test_dropping_what_is_damaged_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
+def test_dropping_damaged_blocks_during_saves_keeps_the_quota_right(tmp_path: Path) -> None:
     class Watched(FileTier):
         reserving, may_go_on = threading.Event(), threading.Event()
         most = 0
@@ -237,7 +237,7 @@ def test_dropping_what_is_damaged_while_saving_leaves_the_quota_alone(tmp_path: 
         assert tier.most <= tier.budget
 
 
-def test_a_block_that_another_evicts_as_soon_as_it_is_written_is_not_offered(tmp_path: Path) -> None:
+def test_a_block_evicted_right_after_its_write_is_not_offered(tmp_path: Path) -> None:
     tokens = np.arange(SIZE, dtype=np.int32)
 
     class Overtaken(FileTier):
@@ -272,7 +272,7 @@ SAVING_ON_DEMAND = """
 
 
 @pytest.mark.parametrize("n", [64, 40], ids=["full blocks", "with a tail"])
-def test_what_one_process_saves_another_sees_within_a_second_or_so(
+def test_a_save_is_visible_to_other_processes_within_a_second_or_so(
     tmp_path: Path, n: int, record_property: Callable[[str, object], None]
 ) -> None:
     child = start_python(SAVING_ON_DEMAND, tmp_path)
@@ -302,7 +302,7 @@ def test_what_one_process_saves_another_sees_within_a_second_or_so(
         record_property("seconds", [round(seconds, 3) for seconds in took])
 
 
-def test_what_one_process_evicts_another_does_not_offer(tmp_path: Path) -> None:
+def test_a_block_evicted_by_one_process_is_not_offered_by_another(tmp_path: Path) -> None:
     tokens = np.arange(64, dtype=np.int32)
     evicting = """
         with Cache(block_size=SIZE, disk=sys.argv[1]) as cache:
@@ -325,7 +325,7 @@ def test_what_one_process_evicts_another_does_not_offer(tmp_path: Path) -> None:
 LONG_MS = int(DEADLINE * 1000)
 
 
-def test_a_lookup_waits_for_the_save_that_it_goes_on_from(tmp_path: Path) -> None:
+def test_a_lookup_waits_for_the_save_of_its_parent(tmp_path: Path) -> None:
     tokens = np.arange(40, dtype=np.int32)
     parent = blocks_of(tokens)[-1].key
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
@@ -349,7 +349,7 @@ def test_a_lookup_waits_for_the_save_that_it_goes_on_from(tmp_path: Path) -> Non
         saving.join()
 
 
-def test_a_lookup_does_not_wait_for_a_save_that_is_given_up(tmp_path: Path) -> None:
+def test_a_lookup_does_not_wait_for_an_abandoned_save(tmp_path: Path) -> None:
     tokens = np.arange(40, dtype=np.int32)
     parent = blocks_of(tokens)[-1].key
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
@@ -371,7 +371,7 @@ def test_a_lookup_does_not_wait_for_a_save_that_is_given_up(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["unknown", "stored"])
-def test_a_lookup_waits_for_nothing_when_nothing_is_in_flight(tmp_path: Path, known: bool) -> None:
+def test_a_lookup_does_not_wait_without_a_save_in_flight(tmp_path: Path, known: bool) -> None:
     tokens = np.arange(40, dtype=np.int32)
     with Cache(block_size=SIZE, disk=tmp_path) as cache, cache.expecting(bytes(32)):
         if known:
@@ -382,7 +382,7 @@ def test_a_lookup_waits_for_nothing_when_nothing_is_in_flight(tmp_path: Path, kn
         assert time.monotonic() - began < 1.0
 
 
-def test_a_lookup_waits_no_longer_than_it_was_told(tmp_path: Path) -> None:
+def test_a_lookup_waits_no_longer_than_its_timeout(tmp_path: Path) -> None:
     tokens = np.arange(40, dtype=np.int32)
     parent = blocks_of(tokens)[-1].key
     with Cache(block_size=SIZE, disk=tmp_path) as cache, cache.expecting(parent):
@@ -411,7 +411,7 @@ WRITING = """
         signal.SIGKILL,
     ],
 )
-def test_a_lookup_waits_for_what_another_process_is_writing(tmp_path: Path, ends: signal.Signals) -> None:
+def test_a_lookup_waits_for_a_save_of_another_process(tmp_path: Path, ends: signal.Signals) -> None:
     """And not for one that died in the middle of it."""
     child = start_python(WRITING, tmp_path)
     tokens = np.arange(16, dtype=np.int32)
@@ -429,7 +429,7 @@ def test_a_lookup_waits_for_what_another_process_is_writing(tmp_path: Path, ends
         assert time.monotonic() - began < 2.5
 
 
-def test_processes_that_save_the_same_chain_keep_what_each_adds(tmp_path: Path) -> None:
+def test_processes_that_save_one_chain_keep_the_blocks_of_each(tmp_path: Path) -> None:
     """A block whose parent another process is writing just now is written, too."""
     child = start_python(WRITING, tmp_path)
     tokens = np.arange(64, dtype=np.int32)
@@ -443,7 +443,7 @@ def test_processes_that_save_the_same_chain_keep_what_each_adds(tmp_path: Path) 
         assert hit(cache, tokens) == 64
 
 
-def test_what_another_process_uses_is_not_evicted_first(tmp_path: Path) -> None:
+def test_uses_by_other_processes_count_for_eviction(tmp_path: Path) -> None:
     quota = 6 * (64 + 264)
     old = [np.array([i] * SIZE, dtype=np.int32) for i in range(6)]
     with (
@@ -461,7 +461,7 @@ def test_what_another_process_uses_is_not_evicted_first(tmp_path: Path) -> None:
         assert [hit(mine, tokens) for tokens in old] == [SIZE, 0, SIZE, SIZE, SIZE, SIZE]
 
 
-def test_more_names_than_are_remembered_are_all_looked_at(tmp_path: Path) -> None:
+def test_more_changed_files_than_are_remembered_are_all_checked(tmp_path: Path) -> None:
     """A flood of changes behind our back costs bounded memory, and loses none of them."""
     tokens = np.arange(SIZE, dtype=np.int32)
     with Cache(block_size=SIZE, disk=tmp_path / "other") as other:

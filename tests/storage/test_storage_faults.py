@@ -114,7 +114,7 @@ def mount(*arguments: object) -> bool:
 
 
 @pytest.mark.parametrize("ram", ["0", "64MiB"])
-def test_a_full_disk_serves_again_when_it_has_room_again(small_disk: Path, ram: str) -> None:
+def test_a_full_disk_is_used_again_when_it_has_room(small_disk: Path, ram: str) -> None:
     root = small_disk / "kv"
     with Cache(block_size=SIZE, ram=ram, disk=root, watch=False) as cache:
         use(cache, texts(0))
@@ -137,7 +137,7 @@ def test_a_full_disk_serves_again_when_it_has_room_again(small_disk: Path, ram: 
         cache.check_integrity()
 
 
-def test_writes_that_end_halfway_cost_only_themselves(tmp_path: Path) -> None:
+def test_incomplete_writes_fail_alone(tmp_path: Path) -> None:
     """The limit on a file's size stands in for the full disk where none can be mounted."""
     child = start_python(
         """
@@ -171,7 +171,7 @@ def test_writes_that_end_halfway_cost_only_themselves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ram", [0, "1MiB"])
-def test_a_directory_that_is_removed_is_made_anew(tmp_path: Path, ram: str | int) -> None:
+def test_a_removed_directory_is_recreated(tmp_path: Path, ram: str | int) -> None:
     root = tmp_path / "kv"
     with Cache(block_size=SIZE, ram=ram, disk=root) as cache:
         use(cache, texts(0))
@@ -200,9 +200,7 @@ def test_a_directory_that_is_removed_is_made_anew(tmp_path: Path, ram: str | int
         "damaged",
     ],
 )
-def test_a_part_of_the_directory_that_is_removed_is_made_anew(
-    tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_removed_subdirectory_is_recreated(tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erllama.cache.pipeline.upkeep._REOPEN_SECONDS", 0.1)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         use(cache, texts(0))
@@ -248,9 +246,7 @@ def held_by_another(root: Path, statements: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("how", "ram"), [("a transaction", "1MiB"), ("something to write", 0)])
-def test_a_database_that_another_process_keeps_holds_up_no_request(
-    tmp_path: Path, how: str, ram: str | int
-) -> None:
+def test_a_database_locked_by_another_process_blocks_no_request(tmp_path: Path, how: str, ram: str | int) -> None:
     with Cache(block_size=SIZE, ram=ram, disk=tmp_path, watch=False) as cache:
         use(cache, texts(0))
         cache.flush()
@@ -278,7 +274,7 @@ def test_a_database_that_another_process_keeps_holds_up_no_request(
         cache.check_integrity()
 
 
-def test_a_cache_opens_as_soon_as_the_database_is_free(tmp_path: Path) -> None:
+def test_a_cache_opens_when_the_database_is_unlocked(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         save(cache, texts(0))
     with held_by_another(tmp_path, ALONE):
@@ -295,9 +291,7 @@ def test_a_cache_opens_as_soon_as_the_database_is_free(tmp_path: Path) -> None:
     assert opened == [48]
 
 
-def test_a_database_that_is_kept_for_longer_than_the_cache_waits_costs_only_those_saves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saves_that_outwait_a_database_lock_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erllama.cache.tiers.index._BUSY_SECONDS", 0.1)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         use(cache, texts(0))
@@ -314,7 +308,7 @@ def test_a_database_that_is_kept_for_longer_than_the_cache_waits_costs_only_thos
         cache.check_integrity()
 
 
-def test_a_database_that_is_kept_for_longer_than_a_start_waits_is_used_when_it_is_free(
+def test_a_database_locked_at_the_start_is_used_once_unlocked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("erllama.cache.tiers.index._BUSY_SECONDS", 0.1)
@@ -335,7 +329,7 @@ def test_a_database_that_is_kept_for_longer_than_a_start_waits_is_used_when_it_i
 
 
 @pytest.mark.parametrize("gone", [("index.db",), ("index.db", "index.db-wal", "index.db-shm")])
-def test_a_database_that_is_deleted_is_made_anew_from_the_files(tmp_path: Path, gone: tuple[str, ...]) -> None:
+def test_a_deleted_database_is_rebuilt_from_the_files(tmp_path: Path, gone: tuple[str, ...]) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         use(cache, texts(0))
         cache.flush()
@@ -367,7 +361,7 @@ KINDS = ["noise", "zeros", "text", "nothing", "half", "noise behind the header"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_database_that_is_overwritten_while_it_is_open_is_made_anew(tmp_path: Path, kind: str) -> None:
+def test_a_database_overwritten_while_open_is_rebuilt(tmp_path: Path, kind: str) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         for first in range(0, 3000, 100):
             use(cache, texts(first))
@@ -389,7 +383,7 @@ def test_a_database_that_is_overwritten_while_it_is_open_is_made_anew(tmp_path: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_database_that_was_overwritten_is_made_anew_at_the_next_start(tmp_path: Path, kind: str) -> None:
+def test_an_overwritten_database_is_rebuilt_at_the_next_start(tmp_path: Path, kind: str) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         for first in range(0, 3000, 100):
             use(cache, texts(first))
@@ -403,7 +397,7 @@ def test_a_database_that_was_overwritten_is_made_anew_at_the_next_start(tmp_path
         assert cache.verify() == []
 
 
-def test_a_database_of_a_newer_release_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+def test_a_database_of_a_newer_release_is_refused_unchanged(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         save(cache, texts(0))
     with sqlite3.connect(tmp_path / "index.db") as connection:
@@ -424,7 +418,7 @@ def test_a_database_of_a_newer_release_is_refused_and_left_as_it_is(tmp_path: Pa
 # --- files that cannot be read ------------------------------------------------------------------------
 
 
-def test_a_directory_in_a_files_place_is_a_miss(tmp_path: Path) -> None:
+def test_a_directory_in_place_of_a_file_is_a_miss(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         use(cache, texts(0))
         cache.flush()
@@ -440,7 +434,7 @@ def test_a_directory_in_a_files_place_is_a_miss(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no"), OSError(errno.EIO, "bad sector")])
-def test_a_file_that_cannot_be_read_now_is_a_miss_and_stays(tmp_path: Path, error: OSError) -> None:
+def test_a_file_that_cannot_be_read_now_is_a_miss_and_is_kept(tmp_path: Path, error: OSError) -> None:
     class Unreadable(FileTier):
         refused: frozenset[bytes] = frozenset()
 
@@ -461,7 +455,7 @@ def test_a_file_that_cannot_be_read_now_is_a_miss_and_stays(tmp_path: Path, erro
         assert hit(cache, texts(0)) == 48
 
 
-def test_a_new_version_that_cannot_be_indexed_leaves_the_old_one(
+def test_a_version_that_cannot_be_indexed_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def locked(*_: object, **__: object) -> None:
@@ -545,7 +539,7 @@ def test_a_file_system_that_becomes_read_only_still_serves(tmp_path: Path, monke
         assert cache.verify() == []
 
 
-def test_a_directory_that_cannot_be_made_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_cannot_be_created_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, *_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
 
@@ -574,13 +568,13 @@ def test_a_file_system_without_locks_is_refused(
     assert not (tmp_path / "index.db").exists()
 
 
-def test_a_refusal_leaves_no_locks_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_directory_holds_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     Cache(block_size=SIZE, disk=tmp_path).close()
     assert list((tmp_path / "owners").iterdir()) == [], "the cache tries again every few seconds"
 
 
-def test_one_cache_does_not_lie_in_another(tmp_path: Path) -> None:
+def test_a_cache_inside_another_cache_is_refused(tmp_path: Path) -> None:
     outer = tmp_path / "outer"
     with Cache(block_size=SIZE, disk=outer, watch=False) as cache:
         use(cache, texts(0))
@@ -627,7 +621,7 @@ def copy(source: Path, target: Path, pieces: int) -> None:
     [("as there", 1), ("otherwise", 1), ("otherwise", 10)],
     ids=["at once", "renamed", "slowly"],
 )
-def test_files_that_are_copied_in_are_used(tmp_path: Path, donor: Path, pieces: int, named: str) -> None:
+def test_copied_files_are_used(tmp_path: Path, donor: Path, pieces: int, named: str) -> None:
     mine = tmp_path / "mine"
     with Cache(block_size=SIZE, ram=0, disk=mine) as cache:
         copiers = []
@@ -652,7 +646,7 @@ def use_only(cache: Cache, tokens: NDArray[np.int32]) -> int:
         return match.n_tokens
 
 
-def test_files_that_are_copied_in_count_towards_the_quota(tmp_path: Path, donor: Path) -> None:
+def test_copied_files_count_towards_the_quota(tmp_path: Path, donor: Path) -> None:
     mine, quota = tmp_path / "mine", 150_000
     with Cache(block_size=SIZE, ram=0, disk=mine, disk_quota=quota) as cache:
         for first in (1000, 2000):
@@ -666,7 +660,7 @@ def test_files_that_are_copied_in_count_towards_the_quota(tmp_path: Path, donor:
         cache.check_integrity()
 
 
-def test_a_file_that_is_removed_is_gone_from_the_rows(tmp_path: Path) -> None:
+def test_a_removed_file_disappears_from_the_rows(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         use(cache, texts(0))
         cache.flush()
@@ -712,7 +706,7 @@ def litter(directory: Path, target: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("when", ["open", "closed"])
-def test_what_is_no_file_is_not_followed_but_set_aside(tmp_path: Path, donor: Path, when: str) -> None:
+def test_paths_that_are_not_files_are_set_aside(tmp_path: Path, donor: Path, when: str) -> None:
     mine = tmp_path / "mine"
     target = sorted((donor / "blocks").iterdir())[0]
     before = target.read_bytes(), target.stat().st_mode
@@ -733,7 +727,7 @@ def test_what_is_no_file_is_not_followed_but_set_aside(tmp_path: Path, donor: Pa
     assert (target.read_bytes(), target.stat().st_mode) == before
 
 
-def test_all_of_one_caches_files_serve_another(tmp_path: Path) -> None:
+def test_the_files_of_one_cache_serve_another(tmp_path: Path) -> None:
     donor, mine = tmp_path / "donor", tmp_path / "mine"
     with Cache(block_size=SIZE, ram=0, disk=donor) as cache:
         for first in range(0, 2000, 100):
@@ -752,7 +746,7 @@ def test_all_of_one_caches_files_serve_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("times", ["kept", "new"])
-def test_a_copy_of_a_directory_is_as_good(tmp_path: Path, donor: Path, times: str) -> None:
+def test_a_copied_directory_works(tmp_path: Path, donor: Path, times: str) -> None:
     """As from a backup, with `cp -a` and with `cp -r`."""
     mine = tmp_path / "mine"
     shutil.copytree(donor, mine, copy_function=shutil.copy2 if times == "kept" else shutil.copy)
@@ -762,7 +756,7 @@ def test_a_copy_of_a_directory_is_as_good(tmp_path: Path, donor: Path, times: st
         assert cache.verify() == []
 
 
-def test_a_file_is_looked_at_though_the_one_before_it_could_not_be(
+def test_an_unreadable_file_does_not_stop_the_scan(
     tmp_path: Path, donor: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One fault of the index in the middle of several arrivals costs none of them."""
@@ -781,7 +775,7 @@ def test_a_file_is_looked_at_though_the_one_before_it_could_not_be(
         assert until(lambda: use_only(cache, texts(0)) == 48, 2.5)
 
 
-def test_a_file_that_cannot_be_opened_just_now_is_not_taken_for_a_damaged_one(
+def test_a_file_that_cannot_be_opened_now_is_not_treated_as_damaged(
     tmp_path: Path, donor: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that has run out of descriptors for a moment."""
@@ -806,7 +800,7 @@ def test_a_file_that_cannot_be_opened_just_now_is_not_taken_for_a_damaged_one(
         assert use_only(cache, texts(0)) == 48
 
 
-def test_a_copy_that_takes_long_holds_up_no_save(tmp_path: Path) -> None:
+def test_a_slow_copy_delays_no_save(tmp_path: Path) -> None:
     """Nor `flush`, which waits for saves and not for other people."""
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         stop = threading.Event()
@@ -829,7 +823,7 @@ def test_a_copy_that_takes_long_holds_up_no_save(tmp_path: Path) -> None:
             copier.join()
 
 
-def test_closing_says_nothing_of_its_own_affairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_closing_logs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         for i in range(2):
             with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:

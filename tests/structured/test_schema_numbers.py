@@ -42,7 +42,7 @@ def accepts_number(schema: object, number: object) -> bool:
 
 
 @pytest.mark.parametrize(("low", "high"), [INT64, UINT64, (0, 2**63 - 1), (-(2**53) - 1, 2**53 + 1)])
-def test_the_bounds_that_code_generators_write_hold_at_both_ends(low: int, high: int) -> None:
+def test_the_bounds_of_code_generators_hold_at_both_ends(low: int, high: int) -> None:
     grammar = Grammar.json_schema({"type": "integer", "minimum": low, "maximum": high})
     for number in (low, low + 1, 0, 1, high - 1, high, high // 2 + 1):
         assert grammar.accepts(str(number)), number
@@ -108,7 +108,7 @@ def grammar_or_none(schema: object) -> Grammar | None:
 
 @settings(max_examples=4 * EXAMPLES, deadline=None)
 @given(ranges(), st.lists(integers, max_size=4))
-def test_an_integer_is_accepted_where_it_is_within_its_bounds(bounds: dict[str, object], others: list[int]) -> None:
+def test_an_integer_is_accepted_within_its_bounds(bounds: dict[str, object], others: list[int]) -> None:
     grammar = grammar_or_none({"type": "integer", **bounds})
     ends = [bound + more for bound in bounds.values() if isinstance(bound, int) for more in (-1, 0, 1)]
     for number in (*ends, *others):
@@ -118,9 +118,7 @@ def test_an_integer_is_accepted_where_it_is_within_its_bounds(bounds: dict[str, 
 
 @settings(max_examples=2 * EXAMPLES, deadline=None)
 @given(ranges(), st.lists(st.tuples(integers, st.sampled_from(["", ".0", ".5", ".001", ".25"])), max_size=4))
-def test_a_number_is_accepted_where_it_is_within_its_bounds(
-    bounds: dict[str, object], others: list[tuple[int, str]]
-) -> None:
+def test_a_number_is_accepted_within_its_bounds(bounds: dict[str, object], others: list[tuple[int, str]]) -> None:
     assume(any(isinstance(bound, int) and abs(bound) > 2**53 for bound in bounds.values()))
     grammar = grammar_or_none({"type": "number", **bounds})
     ends = [
@@ -136,7 +134,7 @@ def test_a_number_is_accepted_where_it_is_within_its_bounds(
         assert accepted == within(Decimal(text), bounds), (bounds, text)
 
 
-def test_bounds_with_fractions_and_exponents_beyond_doubles_are_kept() -> None:
+def test_bounds_beyond_doubles_are_exact() -> None:
     schema = {"type": "number", "minimum": -1e20, "maximum": 9007199254740993.5}
     grammar = Grammar.json_schema(schema)
     # The second is not a double: Python reads it as the even one next to it.
@@ -149,7 +147,7 @@ def test_bounds_with_fractions_and_exponents_beyond_doubles_are_kept() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2, 5, 8, 10, 1000, 0.5])
-def test_multiples_within_large_bounds(step: float) -> None:
+def test_multiple_of_works_within_large_bounds(step: float) -> None:
     grammar = Grammar.json_schema({"type": "integer", "minimum": INT64[0], "maximum": INT64[1], "multipleOf": step})
     for number in (*INT64, *range(-40, 41), 8000, -3000, LARGE, LARGE + 1, LARGE + 3, -LARGE - 1):
         assert grammar.accepts(str(number)) == (number % step == 0), number
@@ -171,7 +169,7 @@ def test_multiples_within_large_bounds(step: float) -> None:
         ({"allOf": [{"minimum": LARGE}, {"$ref": "#/nowhere"}]}, "#/nowhere"),
     ],
 )
-def test_what_cannot_be_combined_with_large_numbers_is_refused_by_name(schema: object, problem: str) -> None:
+def test_keywords_that_exclude_large_numbers_are_named(schema: object, problem: str) -> None:
     with pytest.raises(GrammarError, match=problem):
         Grammar.json_schema(json.dumps(schema))
 
@@ -196,7 +194,7 @@ def kind(name: str, **more: object) -> dict[str, object]:
         ([{"enum": [LARGE, "a"]}, {"enum": [LARGE + 1, "b"]}, {"enum": [None]}], ['"b"', "null"], ['"c"']),
     ],
 )
-def test_options_of_one_of_that_are_apart_are_kept(options: list[object], good: list[str], bad: list[str]) -> None:
+def test_disjoint_options_of_one_of_are_accepted(options: list[object], good: list[str], bad: list[str]) -> None:
     grammar = Grammar.json_schema({"oneOf": options})
     assert all(map(grammar.accepts, good))
     assert not any(map(grammar.accepts, bad))
@@ -214,7 +212,7 @@ def test_options_of_one_of_that_are_apart_are_kept(options: list[object], good: 
         [kind("a", type="object"), kind("a", type="object")],
     ],
 )
-def test_options_of_one_of_that_may_hold_together_are_refused(options: list[object]) -> None:
+def test_overlapping_options_of_one_of_are_refused(options: list[object]) -> None:
     with pytest.raises(GrammarError, match="may hold together is not supported; use anyOf"):
         Grammar.json_schema({"oneOf": options})
 
@@ -247,14 +245,14 @@ def test_every_option_of_one_of_is_read_once(
         ),
     ],
 )
-def test_too_many_options_are_refused_by_their_number(options: list[object], problem: str) -> None:
+def test_too_many_options_are_refused_with_their_count(options: list[object], problem: str) -> None:
     with pytest.raises(GrammarError, match=problem):
         Grammar.json_schema({"oneOf": options})
 
 
 @pytest.mark.parametrize("most", [10**5 + 1, 2**31 - 1, 2**31, 2**63 - 1, 1e9, 1e20])
 @pytest.mark.parametrize("item", [{"type": "integer", "minimum": LARGE}, {"type": "string", "maxLength": 3}])
-def test_upper_counts_that_no_text_reaches_are_no_limit(item: object, most: float) -> None:
+def test_unreachable_maximum_counts_are_no_limit(item: object, most: float) -> None:
     items = Grammar.json_schema({"type": "array", "items": item, "maxItems": most})
     others = Grammar.json_schema({"type": "object", "additionalProperties": item, "maxProperties": most})
     for value in (str(LARGE), '"abc"'):
@@ -266,7 +264,7 @@ def test_upper_counts_that_no_text_reaches_are_no_limit(item: object, most: floa
     assert not texts.accepts('"b"')
 
 
-def test_counts_are_integers_however_they_are_written() -> None:
+def test_counts_are_integers_in_every_notation() -> None:
     schema = (
         '{"items":{"type":"string","minLength":1.0,"maxLength":2.0},"type":"array","minItems":1.0,"maxItems":2e0}'
     )
@@ -295,13 +293,13 @@ def test_counts_are_integers_however_they_are_written() -> None:
         ('{"type":"number","minimum":9007199254740993.5,"maximum":9007199254740993.5}', f"{2**53 + 2}.0", "1.0"),
     ],
 )
-def test_numbers_of_schema_texts_are_exact_however_they_are_written(schema: str, good: str, bad: str) -> None:
+def test_numbers_in_schema_texts_are_exact_in_every_notation(schema: str, good: str, bad: str) -> None:
     grammar = Grammar.json_schema(schema)
     assert grammar.accepts(good)
     assert not grammar.accepts(bad)
 
 
-def test_a_number_past_every_double_is_refused_by_its_text() -> None:
+def test_a_number_beyond_doubles_is_refused_with_its_text() -> None:
     with pytest.raises(GrammarError, match=r"1e400; the largest"):
         Grammar.json_schema('{"const": 1e400}')
 
@@ -310,7 +308,7 @@ def test_a_number_past_every_double_is_refused_by_its_text() -> None:
 
 
 @pytest.mark.parametrize("number", [LARGE, -LARGE, 2**53 + 1, 2**63, 2**64 - 1, 2**64, 10**400 + 1])
-def test_a_constant_is_exactly_itself(number: int) -> None:
+def test_a_constant_accepts_exactly_its_value(number: int) -> None:
     for schema in ({"const": number}, {"enum": ["x", number, None]}, {"type": "integer", "enum": [7, number]}):
         grammar = Grammar.json_schema(schema)
         assert grammar.accepts(str(number))
@@ -319,7 +317,7 @@ def test_a_constant_is_exactly_itself(number: int) -> None:
     assert Grammar.json_schema({"enum": ["x", number, None]}).accepts("null")
 
 
-def test_constants_with_large_numbers_within() -> None:
+def test_constants_may_contain_large_numbers() -> None:
     grammar = Grammar.json_schema({"enum": [{"id": LARGE, "of": [LARGE + 1, "a"]}, [LARGE], 5, True]})
     for accepted in (json.dumps({"id": LARGE, "of": [LARGE + 1, "a"]}), f"[{LARGE}]", "5", "true"):
         assert grammar.accepts(accepted)
@@ -502,7 +500,7 @@ TOOLS = normalized_tools(
 
 
 @pytest.mark.parametrize("format", TOOL_FORMATS)
-def test_arguments_of_tools_lose_no_digit(format: str) -> None:
+def test_tool_arguments_lose_no_digit(format: str) -> None:
     words = Vocabulary([])
     grammar = Grammar.lark(tool_format(format).grammar(TOOLS, name=None, parallel=False, literal=lark_literal))
     compiler = GrammarCompiler(words)

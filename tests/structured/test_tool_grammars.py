@@ -97,7 +97,7 @@ def read_or_too_large(format: str, text: str) -> list[ToolCall] | None:
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("format", TOOL_FORMATS)
-def test_what_a_grammar_allows_is_read_and_valid(format: str, vocabulary: str) -> None:
+def test_calls_that_a_grammar_allows_are_read_and_valid(format: str, vocabulary: str) -> None:
     finished = 0
     for seed in range(int(os.environ.get("ERLLAMA_GRAMMARS", "25"))):
         name = "rich" if seed % 2 else None
@@ -257,7 +257,7 @@ def written_by_template(name: str, made: Sequence[Mapping[str, object]]) -> str:
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(suppress_health_check=[HealthCheck.filter_too_much], max_examples=40, deadline=None)
 @given(chosen=st.data())
-def test_what_a_template_writes_is_read_back(name: str, chosen: st.DataObject) -> None:
+def test_calls_rendered_by_a_template_are_read_back(name: str, chosen: st.DataObject) -> None:
     family = FAMILIES[name]
     made = chosen.draw(st.lists(family.arguments, min_size=1, max_size=family.most))
     assume(not any(family.without in text for text in strings_in(made)))
@@ -281,7 +281,7 @@ def strings_in(value: object) -> list[str]:
 
 @needs_templates
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_a_template_writes_is_of_the_grammar(name: str) -> None:
+def test_calls_rendered_by_a_template_match_the_grammar(name: str) -> None:
     arguments: dict[str, object] = {"text": 'a "b"', "whole": 5, "list": [1, "x"]}
     family = FAMILIES[name]
     text = written_by_template(name, [arguments] * family.most)
@@ -294,7 +294,7 @@ def test_what_a_template_writes_is_of_the_grammar(name: str) -> None:
 
 @needs_templates
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
-def test_a_template_tells_its_format(path: Path) -> None:
+def test_the_format_is_recognized_by_the_template(path: Path) -> None:
     found = find_tool_format(path.read_text())
     if path.stem in TOOLLESS:
         assert found is None

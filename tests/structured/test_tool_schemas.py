@@ -83,7 +83,7 @@ def rules(
     return grammar, checked
 
 
-def test_formats_that_no_grammar_knows_are_annotations() -> None:
+def test_unknown_string_formats_are_annotations() -> None:
     for schema in (*ANNOTATED.values(), {"format": "int32"}, {"type": "array", "items": {"format": "path"}}):
         assert Grammar.json_schema(schema).accepts('["x"]' if "items" in schema else '"x"')  # type: ignore[arg-type, operator]
     dated = Grammar.json_schema({"type": "string", "format": "date"})
@@ -99,7 +99,7 @@ def test_formats_that_no_grammar_knows_are_annotations() -> None:
 
 @pytest.mark.parametrize("kind", ["auto", "required"])
 @pytest.mark.parametrize("format", TOOL_FORMATS)
-def test_annotated_schemas_are_enforced(format: str, kind: str) -> None:
+def test_schemas_with_annotations_are_enforced(format: str, kind: str) -> None:
     annotated = tool("f", {"properties": ANNOTATED, "required": [*ANNOTATED]}, strict=True)
     grammar, checked = rules(format, [annotated], kind, strict=frozenset({"f"}))
     assert not checked
@@ -109,7 +109,7 @@ def test_annotated_schemas_are_enforced(format: str, kind: str) -> None:
 
 @pytest.mark.parametrize("what", UNENFORCED)
 @pytest.mark.parametrize("format", TOOL_FORMATS)
-def test_what_cannot_be_enforced_is_relaxed_and_checked(format: str, what: str) -> None:
+def test_unenforceable_schemas_are_relaxed_and_validated(format: str, what: str) -> None:
     parameters, violating = UNENFORCED[what]
     loose = tool("loose", parameters)
     schema = loose["parameters"]
@@ -142,7 +142,7 @@ def test_what_cannot_be_enforced_is_relaxed_and_checked(format: str, what: str) 
         ({"enum": [1, 9], "maximum": 5}, 1, 9),
     ],
 )
-def test_gemmas_values_are_kept_to_their_schema_or_checked(part: Schema, good: object, bad: object) -> None:
+def test_gemma_values_are_constrained_or_validated(part: Schema, good: object, bad: object) -> None:
     point: Schema = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
     parameters: Schema = {"properties": {"v": part}, "$defs": {"p": point, "n": {"type": "integer"}}}
     grammar, checked = rules("gemma4", [tool("f", parameters), NOW])
@@ -155,7 +155,7 @@ def test_gemmas_values_are_kept_to_their_schema_or_checked(part: Schema, good: o
 
 
 @pytest.mark.parametrize("format", [*LISTED, "lfm2", "gemma4"])
-def test_what_a_family_cannot_write_is_relaxed_and_checked(format: str) -> None:
+def test_schemas_a_family_cannot_express_are_relaxed_and_validated(format: str) -> None:
     parts: Schema = {
         "oneOf": [
             {"properties": {"a": {"type": "string"}, "n": {"type": "integer"}}, "required": ["a", "n"]},
@@ -182,7 +182,7 @@ def test_what_a_family_cannot_write_is_relaxed_and_checked(format: str) -> None:
         rules(format, [{**either, "strict": True}], strict=frozenset({"either"}))
 
 
-def test_a_strict_tool_that_a_family_cannot_write_is_refused_by_name() -> None:
+def test_a_strict_tool_a_family_cannot_express_is_refused_by_name() -> None:
     strict = tool("either", {"anyOf": [{"properties": {"a": {}}}]}, strict=True)
     assert not rules("hermes", [strict], strict=frozenset({"either"}))[1]
     for format in LISTED:
@@ -192,7 +192,7 @@ def test_a_strict_tool_that_a_family_cannot_write_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("format", TOOL_FORMATS)
-def test_the_loosest_form_is_of_the_family_and_is_read(format: str) -> None:
+def test_the_most_relaxed_grammar_still_yields_readable_calls(format: str) -> None:
     parameters: Schema = {"type": "object", "properties": {"a": {"type": "string"}, "n": {"type": "integer"}}}
     tools = normalized_tools([{"name": "f", "parameters": parameters}])
     last = [*relaxations(parameters, tool_format(format).arguments)][-1]
@@ -231,7 +231,7 @@ def test_the_loosest_form_is_of_the_family_and_is_read(format: str) -> None:
         ({"properties": {"a": {"type": "array", "uniqueItems": "yes"}}}, "yes"),
     ],
 )
-def test_what_no_arguments_can_have_is_refused(parameters: Schema, problem: str) -> None:
+def test_unsatisfiable_schemas_are_refused(parameters: Schema, problem: str) -> None:
     with pytest.raises(ChatError, match=f"tool 'f': its parameters do not compile: .*{problem}"):
         check_schemas(normalized_tools([tool("f", parameters)]))
 
@@ -258,9 +258,7 @@ def test_what_no_arguments_can_have_is_refused(parameters: Schema, problem: str)
         ({"type": "string", "minLength": 1.0}, "a", ""),
     ],
 )
-def test_what_is_not_supported_with_large_numbers_is_relaxed_and_checked(
-    part: Schema, good: object, bad: object
-) -> None:
+def test_unsupported_large_numbers_are_relaxed_and_validated(part: Schema, good: object, bad: object) -> None:
     parameters = {"type": "object", "properties": {"a": part}, "required": ["a"]}
     for format in ("hermes", "qwen3-coder"):
         grammar, checked = rules(format, [tool("f", parameters)])
@@ -271,12 +269,12 @@ def test_what_is_not_supported_with_large_numbers_is_relaxed_and_checked(
     assert violation_of(parameters, {"a": bad})
 
 
-def test_strict_is_true_or_false() -> None:
+def test_strict_must_be_a_boolean() -> None:
     with pytest.raises(ChatError, match="tool 'f': strict='yes'; it takes true, false or null"):
         normalized_tools([tool("f", {}, strict="yes")])
 
 
-def test_a_violation_is_told_in_short_with_its_place() -> None:
+def test_a_violation_is_reported_briefly_with_its_position() -> None:
     schema: Schema = {"properties": {"s": {"type": "array", "uniqueItems": True}}}
     assert violation_of(schema, {"s": [1, 2]}) == ""
     assert violation_of(schema, {"s": [1, 1]}) == "$.s: [1, 1] has non-unique elements"
@@ -286,7 +284,7 @@ def test_a_violation_is_told_in_short_with_its_place() -> None:
     assert "cannot be checked" in violation_of({"pattern": r"\p{L}"}, "x")
 
 
-def test_jsonschema_is_loaded_for_what_no_grammar_enforces_alone() -> None:
+def test_jsonschema_is_imported_only_for_unenforceable_schemas() -> None:
     code = (
         "import sys; from erllama.chat.tool_calls.tools import check_schemas, normalized_tools as n; "
         "check_schemas(n([{'name': 'f', 'parameters': {'properties': {'a': {'type': 'integer'}}}}])); "
@@ -314,7 +312,7 @@ def replies(said: str, **options: object) -> tuple[erllama.ChatCompletion, list[
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
-def test_a_call_that_violates_its_schema_is_text_with_its_error(choice: str) -> None:
+def test_a_call_that_violates_its_schema_is_text_with_an_error(choice: str) -> None:
     good = '<tool_call>{"name": "keep", "arguments": {"s": [1, 2]}}</tool_call>'
     bad = good.replace("2", "1")
     options = {"tools": [COUNT, SET], "tool_format": "hermes", "tool_choice": choice}
@@ -331,7 +329,7 @@ def test_a_call_that_violates_its_schema_is_text_with_its_error(choice: str) -> 
 
 @pytest.mark.parametrize("other", [SET, tool("either", {"oneOf": [{"required": ["a"]}, {"required": ["b"]}]})])
 @pytest.mark.parametrize("format", ["hermes", "glm", "gemma4", "lfm2"])
-def test_a_tool_that_cannot_be_written_does_not_free_the_others(other: dict[str, object], format: str) -> None:
+def test_an_inexpressible_tool_does_not_relax_the_others(other: dict[str, object], format: str) -> None:
     schema = COUNT["parameters"]
     assert isinstance(schema, dict)
     said = call_text(format, "count", {"n": "five"}, {"properties": {"n": {}}})
@@ -341,7 +339,7 @@ def test_a_tool_that_cannot_be_written_does_not_free_the_others(other: dict[str,
     jsonschema.validate(call.arguments, schema)
 
 
-def test_calls_by_the_callers_own_markers_are_validated() -> None:
+def test_calls_with_custom_markers_are_validated() -> None:
     said = '<tool_call>{"name": "count", "arguments": {"n": "five"}}</tool_call>'
     options = {"tools": [COUNT], "tool_markers": ("<tool_call>", "</tool_call>")}
     reply, _ = replies(said, **options)
@@ -353,5 +351,5 @@ def test_calls_by_the_callers_own_markers_are_validated() -> None:
         replies(said, **{**options, "tools": [{**COUNT, "strict": True}]})
 
 
-def test_a_strict_tool_is_written_as_any_other() -> None:
+def test_a_strict_tool_is_called_like_any_other() -> None:
     assert json.dumps(normalized_tools([{**COUNT, "strict": True}])) == json.dumps(normalized_tools([COUNT]))

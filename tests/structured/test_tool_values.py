@@ -145,7 +145,7 @@ def grammar_of(format: str, tools: Sequence[Mapping[str, object]]) -> str:
     suppress_health_check=[*HealthCheck],
 )
 @given(st.data())
-def test_what_the_grammar_can_write_is_read_back_equal(data: st.DataObject) -> None:
+def test_calls_of_the_grammar_are_read_back_equal(data: st.DataObject) -> None:
     format = data.draw(st.sampled_from([*TOOL_FORMATS]))
     parameters, values = data.draw(objects(schemas))
     arguments = data.draw(values)
@@ -271,7 +271,7 @@ def test_without_a_grammar_a_marker_within_a_string_is_content(said: str, text: 
     assert parted(said, tool_payload_markers=("{", "}")) == (text, calls)
 
 
-def test_a_call_that_is_none_stands_where_it_was_written() -> None:
+def test_an_invalid_call_stays_in_place_as_text() -> None:
     said = "One <tool_call>{no}</tool_call> two <tool_call>{nor}</tool_call> three"
     with model_replying(said, []) as model:
         tools = [{"name": "write", "parameters": {"type": "object"}}]
