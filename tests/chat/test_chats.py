@@ -1,4 +1,4 @@
-"""Conversations: what a template makes of them, what a reply is told apart into, and how each turn starts warm."""
+"""Chats: rendering a conversation, splitting a reply into its parts, and reusing earlier turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replies of every family, through the engine: thinking, an answer, calls; by markers of text or special tokens."""
+"""Replies of every model family through the engine: thinking, answers and calls, with markers of both kinds."""
 
 from __future__ import annotations
 

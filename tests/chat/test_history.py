@@ -1,4 +1,4 @@
-"""The tokens of a conversation that goes on: what was computed, then exactly the rest of the text."""
+"""Tokens of a continued conversation: those that were computed, followed by those of the new text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages and tools as callers give them: one form however they are said, and errors that name the message."""
+"""Messages and tools of callers: normalized to one form, with errors that name the message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phases of a reply: told apart by their markers, however the text is cut into tokens."""
+"""Phases of a reply: recognized by their markers for any division of the text into tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Content as plain text: users, tools and documents cannot write special tokens; templates and replies can."""
+"""Content as plain text: users, tools and documents cannot produce special tokens; templates and replies can."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What single families' templates ask of messages, and of prompts."""
+"""Requirements of single families' templates on messages and prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates: what transformers renders is rendered, to the byte; what is hostile is refused."""
+"""Chat templates: rendered byte for byte as by transformers; hostile templates are refused."""
 
 from __future__ import annotations
 

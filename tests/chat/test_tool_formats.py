@@ -1,4 +1,4 @@
-"""How models write calls of tools: what is read, what is refused and with which words."""
+"""Tool calls as models write them: which are read, which are refused, and with which errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a reply is remembered for the turns that follow it, however it ended, and what that may never cost."""
+"""Turns: what the next turn reuses of a reply, however the reply ended, and what must work if reuse fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `erllama`: replies in a terminal and in scripts, what it tells, and what becomes of mistakes."""
+"""The command `erllama`: replies in terminals and scripts, its output, and its handling of errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`erllama cache`: what is stored is told, checked, thinned out and carried elsewhere, beside whoever uses it."""
+"""`erllama cache`: lists, checks, prunes, exports and imports stored blocks while other processes use them."""
 
 from __future__ import annotations
 

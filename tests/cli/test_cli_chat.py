@@ -1,4 +1,4 @@
-"""`erllama chat`: talked with in a terminal and through a pipe, its commands, and what it leaves behind."""
+"""`erllama chat`: in a terminal and through a pipe, its slash commands, and the files it writes."""
 
 from __future__ import annotations
 

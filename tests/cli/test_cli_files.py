@@ -1,4 +1,4 @@
-"""Files that the command writes: private, whole, and where the user said."""
+"""Files that the command writes: private, complete, and where the user asked for them."""
 
 from __future__ import annotations
 

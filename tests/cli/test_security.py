@@ -1,4 +1,4 @@
-"""What SECURITY.md promises and no other test looks at: no network, no other program, no file for others."""
+"""Promises of SECURITY.md that no other test checks: no network, no other program, no access for others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What benchmarks found is told as it was: in a table, in JSON that can be read again, in plots."""
+"""Results of benchmarks: the table, the JSON file that can be read again, and the plots."""
 
 from __future__ import annotations
 

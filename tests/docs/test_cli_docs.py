@@ -1,4 +1,4 @@
-"""`docs/cli.md` shows what the commands print: each is run, in the page's order, and compared but for its figures.
+"""`docs/cli.md` shows the real output of its commands: each runs in the order of the page and is compared.
 
 Run as a program, this writes what they print into the page.
 """

@@ -1,4 +1,4 @@
-"""Every command in the pages runs as written, and prints what the page says.
+"""Every command of the pages runs as written and prints what the page shows.
 
 A block of `console` has commands after `$ ` and what they print; they are run, in one empty directory for each
 page. A block of `sh` has commands alone. Those that would take minutes, build, or run this very suite are asked

@@ -1,4 +1,4 @@
-"""The snippets of the pages run, one after another as a reader would try them, and do what the pages say.
+"""The snippets of the pages run, one after another, and do what the pages say.
 
 Those that take a model of the reader's, and nothing else, run with the examples; those of backends and metrics
 where these are tested; programs that a page has saved, with its commands.

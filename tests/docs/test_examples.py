@@ -1,4 +1,4 @@
-"""Every example, and every snippet of some pages, runs in another directory, against what is installed."""
+"""Every example, and every snippet of some pages, runs away from the checkout against the installed package."""
 
 from __future__ import annotations
 

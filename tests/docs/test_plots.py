@@ -1,4 +1,4 @@
-"""Plots can be seen: well-formed, all points inside, all names shown, on light paper and on dark."""
+"""Plots: well-formed, with all points inside and all names shown, for light and dark themes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of the pages that would go stale: options and their defaults, calls, examples, the API reference."""
+"""Tables of the pages that could become outdated: options and defaults, calls, examples, the API reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation builds as a site without a warning, and its links hold there and in the repository."""
+"""The documentation builds as a site without a warning, and its links are valid there and in the repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is computed with one set of adapters is never taken for that of another, whatever happens in any order."""
+"""KV computed with one set of adapters is never used with another, in any order of calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model file that is changed while it is loaded never gives anybody a wrong token's KV."""
+"""A model file that changes while it is loaded never leads to wrong KV."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warm replies are cold replies: on the real libllama, to the last bit.
+"""Replies from cached KV equal cold replies to the last bit, on the real libllama.
 
 Small micro-batches and blocks, so that prompts of some hundred tokens cross
 many of both.

@@ -1,4 +1,4 @@
-"""Every kind of memory resumes only where it can, and then with the bits of a cold run.
+"""Every kind of memory resumes only where it can, with the bits of a cold run.
 
 Full attention has its own, longer tests in test_exactness.py.
 """

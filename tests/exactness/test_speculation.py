@@ -1,4 +1,4 @@
-"""Speculation: fewer decodes, and the very reply that there would have been."""
+"""Speculation: fewer decodes, and exactly the reply that the model gives without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the build adds to libllama's attention: it finds the very cells that are not masked, in their order."""
+"""The build's addition to libllama's attention finds exactly the cells that are not masked, in their order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backends keep the rules: the stub, libllama on every kind of memory, and the example in numpy.
+"""Backends follow the rules: the stub, libllama on every kind of memory, and the example in numpy.
 
 And the rules notice backends that break them; and the example computes what libllama does.
 """

@@ -1,4 +1,4 @@
-"""The harness, run on every kind of tier that there is; and shown to find each of many seeded faults."""
+"""The harness passes every kind of tier and backend, and finds each of many seeded faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters: what replies are with them, what a user holds of one, and requests in flight."""
+"""Adapters: replies with them, the object that a user holds, and requests in flight."""
 
 from __future__ import annotations
 

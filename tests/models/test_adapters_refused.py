@@ -1,4 +1,4 @@
-"""What is no adapter for a model is refused, and what fails fails alone."""
+"""Files that are not adapters for a model are refused, and a failing adapter fails alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model files that are not what they should be: one typed error each, and the process lives."""
+"""Invalid model files: each raises one typed error, and the process survives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo model does what docs/demo-model.md says, on libllama, greedily; and its training text is sound."""
+"""The demo model does what docs/demo-model.md says with greedy sampling, and its training text is sound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings and rankings: what libllama computes, in any batch, beside replies; and what is refused."""
+"""Embeddings and rankings: the results of libllama, in any batch and beside replies; invalid input is refused."""
 
 from __future__ import annotations
 

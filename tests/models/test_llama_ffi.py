@@ -1,4 +1,4 @@
-"""The binding: right results, and a living process whatever is asked of it."""
+"""The binding returns right results, and the process survives any call."""
 
 from __future__ import annotations
 

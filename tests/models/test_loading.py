@@ -1,4 +1,4 @@
-"""What surrounds loading: options passed through and refused, names of content, devices, vocabularies alone."""
+"""Loading: options passed on or refused, fingerprints, devices, and models without weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models whose tensors or hyperparameters are wrong: refused by name, and the process lives.
+"""Models with wrong tensors or hyperparameters are refused by name, and the process survives.
 
 What is computed runs in children, on two threads where an assertion on either
 would end the process. `make fuzz` tries 10,000 mutants.

@@ -1,4 +1,4 @@
-"""Models that nobody unloads are told of, ended and freed when they are dropped; what is unloaded at exit."""
+"""Models that are dropped without unload: reported, stopped and freed; models left at exit are unloaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exceptions that are no `Exception`: they end what raised them, and nothing else; Ctrl-C leaves nothing behind."""
+"""Exceptions that are not an `Exception` end only the call that raised them; Ctrl-C leaves no partial state."""
 
 from __future__ import annotations
 

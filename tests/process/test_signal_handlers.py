@@ -1,4 +1,4 @@
-"""What an operator calls in a signal handler neither waits for ever nor breaks the call that it interrupts."""
+"""Calls from a signal handler neither deadlock nor break the call that they interrupt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals at any moment of any call: a handler's exception ends it, and memory, index and files agree afterwards.
+"""Signals at any moment: a handler's exception ends the call, and memory, index and files stay consistent.
 
 SIGINT raises KeyboardInterrupt. SIGTERM has a handler as operators write it: it reads `counters()` and `tiers()`,
 writes what waits or closes the cache now and then, and raises SystemExit.

@@ -1,4 +1,4 @@
-"""What is imported when: `import erllama`, `--version` and `--help` are quick, and the names are all there."""
+"""Imports on first use: `import erllama`, `--version` and `--help` are quick; every public name is available."""
 
 from __future__ import annotations
 

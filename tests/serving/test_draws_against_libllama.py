@@ -1,4 +1,4 @@
-"""Who draws, draws as libllama's samplers do: the same token of the same share, and as often."""
+"""Draws match those of libllama: the same token for the same random number, at the same frequencies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many requests at once: each gets the reply that it would get alone, and what they share is computed once."""
+"""Concurrent requests: each gets the reply that it gets alone, and shared prefixes are computed once."""
 
 from __future__ import annotations
 

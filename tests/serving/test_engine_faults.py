@@ -1,4 +1,4 @@
-"""What fails, fails alone: of the backend, of the cache, of the caller."""
+"""A failure of the backend, of the cache or of a caller fails alone."""
 
 from __future__ import annotations
 

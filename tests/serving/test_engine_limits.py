@@ -1,4 +1,4 @@
-"""Options of models and requests, what can be looked at, and what happens when a model is loaded."""
+"""Options of models and requests, properties to observe a model, and the checks at loading."""
 
 from __future__ import annotations
 

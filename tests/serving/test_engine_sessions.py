@@ -1,4 +1,4 @@
-"""Contexts that are gone on from: by the key of a reply, or by the name of a session."""
+"""Continued contexts: by the key of a reply, or by the name of a session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams, asyncio and stop strings: who reads along, who stops reading, and what ends a reply."""
+"""Streams, asyncio and stop strings: readers that pause or leave, and where a reply ends."""
 
 from __future__ import annotations
 

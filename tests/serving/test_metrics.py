@@ -1,4 +1,4 @@
-"""What operators rely on of metrics: they are right, say so in Prometheus's words, and wait for no model."""
+"""Metrics are right, follow the conventions of Prometheus, and never wait for a model."""
 
 from __future__ import annotations
 

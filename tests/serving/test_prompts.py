@@ -1,4 +1,4 @@
-"""Texts as prompts: the BOS and EOS that a model wants are there once, whatever method the text came through."""
+"""Text prompts have the BOS and EOS that the model wants exactly once, for every method."""
 
 from __future__ import annotations
 

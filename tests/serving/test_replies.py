@@ -1,4 +1,4 @@
-"""What a caller relies on of complete() and stream(): on the stub, and where it matters on libllama."""
+"""`complete` and `stream`: promises to callers, on the stub and, where it matters, on libllama."""
 
 from __future__ import annotations
 

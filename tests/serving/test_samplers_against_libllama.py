@@ -1,4 +1,4 @@
-"""The steps of a sampling chain leave what libllama's samplers of the same names leave."""
+"""Each step of a sampling chain keeps the candidates that the libllama sampler of the same name keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores and gaps: log-probabilities as directly computed, from the cache, beside replies; prompts with FIM."""
+"""Scores and infill: log-probabilities equal a direct computation, use the cache, and run beside replies."""
 
 from __future__ import annotations
 

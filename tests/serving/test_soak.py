@@ -1,4 +1,4 @@
-"""Many short requests at once, ended in every way there is: replies stay right, counters add up, nothing is left.
+"""Many short requests at once that end in every way: replies stay right, counters add up, no state is left.
 
 Threads and an event loop ask from a pool of requests whose replies alone, on a fresh and cold model, are known.
 They cancel, stop, time out, drop what they read and are turned away, while the backend fails now and then. What is

@@ -1,4 +1,4 @@
-"""Replies end at stop tokens: special tokens named by their text, and tokens of any kind by their ids."""
+"""Replies end at stop tokens: special tokens given as text, and any token given by its id."""
 
 from __future__ import annotations
 

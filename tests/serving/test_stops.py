@@ -1,4 +1,4 @@
-"""Stop strings: where a reply ends does not depend on where its tokens end."""
+"""Stop strings: the end of a reply does not depend on token boundaries."""
 
 from __future__ import annotations
 

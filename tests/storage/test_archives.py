@@ -1,4 +1,4 @@
-"""Archives of blocks: read as far as they are what `export` writes, and never further."""
+"""Archives of blocks: accepted as far as they have the form that `export` writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user relies on of the cache, with no model and no libllama."""
+"""Promises of the cache to its users, without a model or libllama."""
 
 from __future__ import annotations
 

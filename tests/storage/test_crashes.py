@@ -1,4 +1,4 @@
-"""Processes killed at any moment of saving and evicting: what was published stays, budgets hold, nothing is left.
+"""Processes killed at any moment: published blocks stay, budgets hold, and leftovers are removed.
 
 ERLLAMA_KILLS says how many are killed; `make stress` kills more.
 """

@@ -1,4 +1,4 @@
-"""Things that go wrong around the cache and the models, each once, and what must not come of it."""
+"""Single faults around the cache and the models, and what each must not cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A .kvc file is what was written, or it is refused."""
+"""A .kvc file holds exactly what was written, or it is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that were changed behind the cache's back, in every way that fits in a program: refused, or what was saved.
+"""Files changed behind the cache's back in every way: refused, or equal to what was saved.
 
 ERLLAMA_MUTATIONS says how many; `make stress` tries more.
 """

@@ -1,4 +1,4 @@
-"""What of a context is saved, when and why; and who may find it."""
+"""Which parts of a context are saved, when and why, and who may find them."""
 
 from __future__ import annotations
 

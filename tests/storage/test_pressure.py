@@ -1,4 +1,4 @@
-"""When memory runs short the watch has tiers evicted, down to the low watermark; it survives any source."""
+"""Memory pressure: tiers are evicted down to the low watermark, and the watch survives any source."""
 
 from __future__ import annotations
 

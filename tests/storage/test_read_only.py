@@ -1,4 +1,4 @@
-"""Directories that can only be read: what is stored is served, nothing is written, and the cache says so."""
+"""Read-only directories: stored blocks are served, no file is written, and the cache reports the state."""
 
 from __future__ import annotations
 

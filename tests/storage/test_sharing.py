@@ -1,4 +1,4 @@
-"""Processes that use one directory together: nobody gets a wrong payload, the quota holds, each sees others' work.
+"""Processes that share a directory: payloads are right, the quota holds, and each sees the work of others.
 
 ERLLAMA_SHARING_SECONDS says for how long they work; `make stress` lets them work longer.
 """

@@ -1,4 +1,4 @@
-"""Storage that fails under a running cache: requests go on, the fault is counted, and service returns by itself.
+"""Storage that fails under a running cache: requests continue, faults are counted, and service recovers.
 
 ERLLAMA_LOCK_SECONDS says how long another process keeps the database to itself; `make stress`: longer.
 """

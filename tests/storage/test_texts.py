@@ -1,4 +1,4 @@
-"""Texts that were computed are found again by what begins with them, as the tokens that they were computed as."""
+"""Stored texts are found by any text that they begin, with the tokens that they were computed as."""
 
 from __future__ import annotations
 

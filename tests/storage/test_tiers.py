@@ -1,4 +1,4 @@
-"""Tiers together: what goes where, what comes from where, and tiers of a user's own."""
+"""Several tiers: where blocks are written, where they are read from, and custom tiers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replies under a grammar: they are of it, whatever the model would rather say."""
+"""Replies under a grammar always follow it, whatever the model would prefer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grammars: exactly their language, and errors that tell where."""
+"""Grammars accept exactly their language, and errors name the position."""
 
 from __future__ import annotations
 

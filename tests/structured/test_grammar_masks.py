@@ -1,4 +1,4 @@
-"""What a grammar leaves of a vocabulary: every token that stays in its language, and no other; what is certain."""
+"""Masks of a grammar: exactly the tokens that stay in the language, and the tokens that are forced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers in JSON schemas are exact, whatever their size: in constants, in bounds, in arguments of tools."""
+"""Numbers in JSON schemas are exact for every size: in constants, in bounds, in arguments of tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a grammar lets a model write is read and valid, and so is what the families' templates write."""
+"""Calls that a grammar allows are read and valid, and so are calls that templates render."""
 
 from __future__ import annotations
 

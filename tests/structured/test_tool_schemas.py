@@ -1,4 +1,4 @@
-"""Schemas of tools that no grammar can enforce: relaxed and validated after a call is read, or refused."""
+"""Tool schemas that no grammar can enforce: relaxed and validated after a call is read, or refused."""
 
 from __future__ import annotations
 

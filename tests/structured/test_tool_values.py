@@ -1,4 +1,4 @@
-"""What the grammar of calls can write, the reader reads back equal; a marker within an argument is content."""
+"""Calls that the grammar can produce are read back equal; a marker within an argument is content."""
 
 from __future__ import annotations
 

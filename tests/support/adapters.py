@@ -1,4 +1,4 @@
-"""Models for tests of adapters: a stub whose KV depends on them, and what it would reply with a set."""
+"""Models for tests of adapters: a stub whose KV depends on its adapters, and the replies it should give."""
 
 from __future__ import annotations
 

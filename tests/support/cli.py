@@ -1,4 +1,4 @@
-"""The command `erllama` for tests, in this process or one of its own, and models that say what they are to."""
+"""The command `erllama` in this process or in a child process, and models with a fixed reply for it."""
 
 from __future__ import annotations
 

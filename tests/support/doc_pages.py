@@ -1,4 +1,4 @@
-"""The pages of the documentation, and what is written in them: blocks of code, links, tables."""
+"""The pages of the documentation, and the code blocks, links and tables in them."""
 
 from __future__ import annotations
 

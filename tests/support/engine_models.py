@@ -1,4 +1,4 @@
-"""Models for tests of requests: that are watched, that talk for ever, or that are alone."""
+"""Models for the tests of the engine: observed, held at a decode, endless, or without a cache."""
 
 from __future__ import annotations
 

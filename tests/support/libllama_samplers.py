@@ -1,4 +1,4 @@
-"""A step of ours and libllama's, with the same numbers and candidates, and what may differ between them.
+"""Compares a sampler step of the engine with that of libllama on the same candidates.
 
 Where libllama's choice is decided by the rounding of its float32 sums, the same sums are made here in float32 and
 in float64, and the sides may differ as far as these do. Where equal logits are at a cut, logits are compared and

@@ -1,4 +1,4 @@
-"""Where the repository, the shared files beside it and the tests are."""
+"""Paths of the repository, of the tests, and of the shared files beside the repository."""
 
 from pathlib import Path
 

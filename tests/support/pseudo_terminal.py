@@ -1,4 +1,4 @@
-"""A program in a pseudo-terminal, as somebody at a keyboard has it."""
+"""Runs a program in a pseudo-terminal, as a user at a keyboard does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A vocabulary made of texts, and a model that says what a test wants it to, in the tokens that the test wants."""
+"""A vocabulary made of texts, and a backend that replies with the tokens that a test gives."""
 
 from __future__ import annotations
 

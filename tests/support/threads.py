@@ -1,4 +1,4 @@
-"""Threads that start together, and waiting for what other threads do."""
+"""Threads that start together, and waiting for a condition that other threads bring about."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that gives scripted replies to a chat, with its template and a tool."""
+"""A model with scripted replies to a chat, with its template and a tool."""
 
 from __future__ import annotations
 

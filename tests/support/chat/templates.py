@@ -1,4 +1,4 @@
-"""Chat templates for the suite, in the shapes that models come with; none is of any model."""
+"""Chat templates in the forms that models come with; none belongs to a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools, and what models of each family write to call them."""
+"""Tools, and the calls of them in the format of each model family."""
 
 from __future__ import annotations
 

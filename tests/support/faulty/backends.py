@@ -1,4 +1,4 @@
-"""Backends that are the stub with one fault each, and the rule of `BackendConformance` that finds it."""
+"""Stub backends with one fault each, and the rule of `BackendConformance` that finds it."""
 
 from __future__ import annotations
 

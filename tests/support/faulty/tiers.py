@@ -1,4 +1,4 @@
-"""Tiers that are a small correct one with one fault each, and the rule of `TierConformance` that finds it."""
+"""Small tiers with one fault each, and the rule of `TierConformance` that finds it."""
 
 from __future__ import annotations
 

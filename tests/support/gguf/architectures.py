@@ -1,4 +1,4 @@
-"""Tiny models of any architecture that libllama knows: its own messages tell what a file still lacks.
+"""Builds a tiny model of any architecture of libllama, guided by libllama's error messages.
 
 A file with the commonest hyperparameters is loaded; the message of the failure
 names a key, a tensor or a shape; the file gets it, and is loaded again.

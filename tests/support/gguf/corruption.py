@@ -1,4 +1,4 @@
-"""Damage to files, for tests and their children."""
+"""Damages the bytes of files, for tests and their children."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files as values that tests can edit: metadata, tensors' shapes and types. Nothing is checked."""
+"""GGUF files as values that tests edit: metadata, tensor shapes and types. Nothing is checked."""
 
 from __future__ import annotations
 

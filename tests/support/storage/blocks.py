@@ -1,4 +1,4 @@
-"""Chains of blocks, for tests and their children. Imports nothing but the cache, so that children start quickly."""
+"""Chains of blocks, for tests and their children. Imports only the cache, so that children start quickly."""
 
 from __future__ import annotations
 

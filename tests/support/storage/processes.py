@@ -1,4 +1,4 @@
-"""Child processes that share a cache directory, and what tests check of the directory afterwards."""
+"""Child processes that share a cache directory, and checks of the directory afterwards."""
 
 from __future__ import annotations
 
