@@ -141,7 +141,7 @@ def test_a_continued_text_reuses_the_tokens_of_its_parent(stop: str | None) -> N
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It thinks, calls a tool and, where a result comes, answers; in other tokens than its texts would give."""
+    """Think, call a tool, and answer after a result, in tokens that differ from those of the text."""
     call = '{"name": "get_time", "arguments": {"city": "Oslo"}}'
     thought, pieces, answer = "hm", ['{"name": ', '"get_time", "arguments": ', '{"city": "Oslo"}}'], "It's done"
     assert "".join(pieces) == call
@@ -255,7 +255,9 @@ def test_a_malformed_call_is_returned_as_text_with_its_error() -> None:
     bad = "<tool_call>{nonsense}</tool_call>"
     with model_replying(f"Hm. {bad}") as model:
         markers = ("<tool_call>", "</tool_call>")
-        reply = model.chat([user("Q")], tools=TOOLS, tool_markers=markers)  # by these, no grammar keeps it right
+        reply = model.chat(
+            [user("Q")], tools=TOOLS, tool_markers=markers
+        )  # with these, no grammar constrains the call
         assert reply.text == f"Hm.{bad}"
         assert (reply.finish_reason, reply.tool_calls) == ("stop", ())
         assert len(reply.tool_call_errors) == 1
@@ -326,7 +328,7 @@ def test_tool_choice_none_disables_calls() -> None:
 
 def test_call_syntax_is_greedy_and_call_payload_is_sampled() -> None:
     arguments = set()
-    with model_replying("<tool_call>") as model:  # then whatever its grammar lets it
+    with model_replying("<tool_call>") as model:  # then anything that its grammar allows
         for seed in range(8):
             reply = model.chat([user("Q")], tools=TOOLS, seed=seed, temperature=5.0, max_tokens=300)
             arguments.add(reply.raw_tool_calls[0])
@@ -407,7 +409,7 @@ def test_a_continued_message_has_the_tokens_that_were_computed(content: str, tem
 def test_real_templates_continue_the_last_message(path: Path, content: str) -> None:
     messages: list[Message] = [user("Tell a story."), {"role": "assistant", "content": content}]
     template = ChatTemplate(path.read_text("utf-8"), bos_token="<s>", eos_token="</s>")
-    tools: list[Message] = list(TOOLS) if "tool_use" in path.stem else []  # which some of these cannot do without
+    tools: list[Message] = list(TOOLS) if "tool_use" in path.stem else []  # some of these templates need it
     conversation = Conversation(template, messages, tools, None, {}, True)
     try:
         text = conversation.text()

@@ -13,10 +13,10 @@ from support.chat.tool_calls import EXAMPLES, EXPECTED_CALLS, TOOLS, VARIANTS
 from support.scripted_backend import PieceVocabulary, ScriptedBackend, scripted_reply
 
 TEMPLATE = "{{ messages[-1].content }}{% if tools %}{% endif %}{{ '\t' }}"
-# How a family's template tells how it thinks, and how it does; the rest think in <think>.
+# Text by which a template is recognized, and the thinking markers of its family; the others use <think>.
 HARMONY = "{# <|channel|>analysis<|message|> #}"
 THINKING = {"gpt-oss": (HARMONY, "<|channel|>analysis<|message|>hm<|end|>")}
-# Of several that begin alike, a longer one is one token: most are as their models have them.
+# Of several markers with a common beginning, the longer one is one token, as in most of these models.
 MARKER = re.compile(r"<[|｜/]?[^<>\s=\"]+>|\[[A-Z_]+\]|<\|\"\|>")
 
 

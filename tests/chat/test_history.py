@@ -26,7 +26,7 @@ TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map("".join)
 
 
 class SpacedVocabulary(PieceVocabulary):
-    """Puts a space before a text and before what follows a special token, as SentencePiece's does."""
+    """Puts a space before a text and before text that follows a special token, as SentencePiece does."""
 
     def tokenize(
         self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
@@ -142,7 +142,7 @@ def test_a_leading_space_of_the_text_is_kept() -> None:
 def test_a_context_cut_within_a_character_continues_from_before_it(
     vocabulary: Vocabulary, history: History, text: str
 ) -> None:
-    """Tokens of single bytes are cut where the text cannot be."""
+    """Byte tokens can be cut at places where the text cannot."""
     first = history.tokens(NAMESPACE, "", as_text=True).tolist()
     by_byte = {history.written([id]): id for id in range(min(515, vocabulary.n_tokens))}
     raw = ("Q: aaa " + text).encode()
@@ -169,7 +169,7 @@ def test_stored_tokens_outside_the_vocabulary_are_not_used() -> None:
 
 
 def remembered(reply: list[int], text: str, *, cut: bool = False, stop: str | None = None) -> list[int]:
-    """The tokens of a later text, after a reply to the prompt "Q" of which the tokens are their bytes and 1000."""
+    """Return the tokens of a later text, after a reply to the prompt "Q" with the tokens of its bytes plus 1000."""
     with erllama.Cache() as cache:
         history = History(PieceVocabulary(["abc", "END", "DEND!"], ["<s>"]), cache)
         history.remember_reply(NAMESPACE, "Q", [0x51], reply, cut=cut, stop=stop)

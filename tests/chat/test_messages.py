@@ -217,7 +217,7 @@ values = st.recursive(
 )
 arguments_ = st.dictionaries(texts, values, max_size=3)
 names = st.text("abz_-.9", min_size=1, max_size=6)
-# A turn: what the user says, what the assistant thinks and says, and the calls with their results.
+# A turn: the user's text, the assistant's thinking and text, and the calls with their results.
 turns = st.tuples(texts, texts, texts, st.lists(st.tuples(names, arguments_, texts), max_size=3))
 
 
@@ -265,7 +265,7 @@ def test_both_client_forms_normalize_to_one_conversation(
 RESULT = {"type": "tool_result", "tool_use_id": "c1"}
 USE = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
-# Messages, the index that is at fault, and what the error says.
+# Messages, the index of the wrong one, and a part of the error.
 BAD: list[tuple[object, int | None, str]] = [
     ([], None, "no messages"),
     ("Hi", None, "not str"),

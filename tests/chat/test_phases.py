@@ -21,7 +21,7 @@ from erllama.testing.scripted import END, write_scripted
 from support.recording_backend import first_by_position
 from support.scripted_backend import PieceVocabulary, ScriptedBackend
 
-# Marks that share beginnings, one of them a token of its own that is no text; \u0001 stands for it below.
+# Markers with common beginnings. One of them is a special token without text; \u0001 stands for it below.
 SPECIAL = "<|think|>"
 VOCABULARY = PieceVocabulary(["he", "llo", "<", "</", "think", ">", "</think>", "<call>", "é", " {"], [SPECIAL])
 SCRIPT = Script(VOCABULARY)
@@ -36,7 +36,7 @@ BARE = ['{ "name" : 1}', ' [ {"name":2}]', '{"nam', '{"nope":1}', "no", '<think>
 
 
 def told(tokens: Sequence[int], options: PhaseOptions = OPTIONS, prompt: str = "") -> list[tuple[str, str]]:
-    """The phases of a reply, and what each says; those that say nothing and do not end left out."""
+    """Return the phases of a reply and their texts, without empty phases that do not end."""
     tracker = PhaseTracker(options, SCRIPT, VOCABULARY.tokenize(prompt))
     phases: list[tuple[str, bytes]] = []
     over = True
@@ -50,7 +50,7 @@ def told(tokens: Sequence[int], options: PhaseOptions = OPTIONS, prompt: str = "
 
 
 def expected(text: str) -> list[tuple[str, str]]:
-    """The same, of a whole text, by looking for the next marker again and again."""
+    """Return the same for a whole text, by repeated search for the next marker."""
     phases: list[tuple[str, str]] = []
 
     def say(kind: str, said: str, over: bool) -> None:
@@ -88,7 +88,7 @@ def expected(text: str) -> list[tuple[str, str]]:
 
 @st.composite
 def cut_texts(draw: st.DrawFn, parts: Sequence[str] = PARTS) -> tuple[str, list[int]]:
-    """A text, and tokens that spell it, any of those that could."""
+    """Draw a text and one of the token sequences that spell it."""
     text = "".join(draw(st.lists(st.sampled_from(parts), max_size=12))).replace(SPECIAL, "\x01")
     tokens: list[int] = []
     raw = text.encode()
@@ -154,7 +154,7 @@ SCRIPTED = "<think>hmé.\n</think> Let go: <call>{7}</call>!"
 def test_phases_on_libllama_do_not_depend_on_token_boundaries(cuts: set[int]) -> None:
     edges = [0, *sorted(cuts), len(SCRIPTED)]
     pieces = [SCRIPTED[start:end] for start, end in pairwise(edges)]
-    # Each token has one that follows it: those that come twice are joined with the next.
+    # Each token determines the next one. A token that occurs twice is joined with its successor.
     while len(set(pieces)) < len(pieces) or any(not piece.isascii() and len(piece) == 1 for piece in pieces):
         at = next(i for i, p in enumerate(pieces) if pieces.count(p) > 1 or (not p.isascii() and len(p) == 1))
         at = min(at, len(pieces) - 2)
@@ -238,7 +238,7 @@ WHITE_STOPS = ["\n", "\n\n", " ", "END", "\n\nEND", " x", "\u00e9\n"]
 
 
 def replied(text: str, stops: Sequence[str]) -> tuple[str, str, list[bytes], str | None, int]:
-    """A whole reply's answer, thinking, calls and stop string, and how many thoughts of it end."""
+    """Return answer, thinking, calls and stop string of a whole reply, and how many of its thinking phases end."""
     answer = thinking = ""
     calls: list[bytes] = []
     n_ends = 0
@@ -330,7 +330,7 @@ def test_thinking_ends_at_its_budget_and_the_answer_follows(
 ) -> None:
     thought = "abcdefgh"
     said = [*VOCABULARY.byte_tokens("" if opened else "<think>"), *VOCABULARY.byte_tokens(thought)]
-    # What the model says next depends on how many tokens there are: after 40 it ends.
+    # The next token depends on the number of tokens. The reply ends after 40.
     with model_replying(*said, *VOCABULARY.byte_tokens("</think>" + "y" * 40)) as model:
         reply = model.complete(
             "Q<think>\t" if opened else "Q\t",
@@ -348,7 +348,7 @@ def test_thinking_ends_at_its_budget_and_the_answer_follows(
         assert reply.text
         assert len(reply.tokens) == 30
         assert reply.logprobs is None or len(reply.logprobs) == 30
-        # It is in the context: going on from there is warm.
+        # The text is in the context, so a continuation finds it cached.
         again = model.complete(list(reply.context_tokens), max_tokens=1)
         assert again.cache.tokens >= len(reply.context_tokens) - 1
 
@@ -362,7 +362,7 @@ def test_a_budget_does_not_end_thinking_within_a_character() -> None:
 
 @pytest.mark.parametrize("budget", range(8))
 def test_a_budget_waits_for_text_that_may_become_a_marker(budget: int) -> None:
-    markers = ("\u25c1think\u25b7", "\u25c1/think\u25b7")  # whose first byte others have, too
+    markers = ("\u25c1think\u25b7", "\u25c1/think\u25b7")  # its first byte is shared with other characters
     with model_replying(*VOCABULARY.byte_tokens(markers[0]), *"a\u2014\u2014b".encode(), *b"c" * 9) as model:
         reply = model.complete(
             "Q\t", thinking="enabled", thinking_budget_tokens=budget, max_tokens=60, thinking_markers=markers
@@ -393,7 +393,7 @@ def test_a_grammar_constrains_the_answer_but_not_thinking() -> None:
         opened = model.complete("Q<think>\t", thinking="enabled", regex="[0-9]{3}", **MARKERS)
         assert re.fullmatch("[0-9]{3}", opened.text)
     with model_replying(ord("a")) as model:
-        # What looks like a marker within the answer is the answer's.
+        # Text that looks like a marker within the answer belongs to the answer.
         told = model.complete("Q\t", thinking="enabled", regex="a<think>b</think>c", **MARKERS)
         assert (told.text, told.thinking) == ("a<think>b</think>c", "")
 

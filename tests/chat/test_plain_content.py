@@ -169,7 +169,7 @@ def test_real_tokenizers_read_content_as_text(real: erllama.Model) -> None:
 
 
 def test_template_markers_in_content_are_text() -> None:
-    """A token that is read even where special ones are not, as `<tool_call>` of Qwen's."""
+    """A token that is parsed even where special tokens are not, such as Qwen's `<tool_call>`."""
     vocabulary = PieceVocabulary(["<tool_call>"], SPECIAL)
     template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<tool_call>"
     backend = ScriptedBackend(vocabulary, b"x", chat_templates={"default": template})

@@ -89,8 +89,8 @@ def test_a_call_opened_by_the_prompt_is_a_call(choice: str) -> None:
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
 def test_each_family_template_renders_a_call_and_its_result(path: Path) -> None:
     refused = {
-        "Kimi-K2-Instruct": "append",  # it changes a list, which no sandbox of Hugging Face's lets it
-        "google-gemma-2-2b-it": "alternate",  # it knows of no tools
+        "Kimi-K2-Instruct": "append",  # changes a list, which the sandbox of transformers refuses
+        "google-gemma-2-2b-it": "alternate",  # does not support tools
     }
     with model_with(path.read_text()) as model:
         if path.stem in refused:

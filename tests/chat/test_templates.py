@@ -38,7 +38,7 @@ TEMPLATES = [
     *(pytest.param(path.read_text(), id=path.stem) for path in REAL),
 ]
 HELLO: Conversation = [{"role": "user", "content": "hello"}]
-# The machine may be busy; what is bounded takes a fraction of it, what is not would take hours.
+# The machine may be busy. A bounded rendering takes a fraction of this; an unbounded one would take hours.
 PATIENCE = 60.0
 
 PARAMETERS = {
@@ -100,7 +100,7 @@ CONVERSATIONS: dict[str, Conversation] = {
 
 @pytest.fixture(scope="session")
 def reference() -> Callable[..., str]:
-    """What transformers makes of a conversation."""
+    """Render a conversation with transformers."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -400,7 +400,7 @@ def test_statements_run_as_in_transformers(reference: Callable[..., str], source
 
 
 def hostile(source: str) -> str | None:
-    """What a template writes, or None if it is refused, in a time that is bounded; and it changes nothing."""
+    """Render a template, or return None if it is refused. Check that time is bounded and no argument changes."""
     messages = copy.deepcopy(HELLO)
     started = time.process_time()
     refusal = None
@@ -412,7 +412,7 @@ def hostile(source: str) -> str | None:
     assert messages == HELLO
     if refusal is not None:
         assert 0 < len(str(refusal)) < MAX_MESSAGE + 200
-        # Nor does the error keep what the template made.
+        # The error does not keep values of the template either.
         assert refusal.__cause__ is None
         assert refusal.__context__ is None
     return written
@@ -420,7 +420,7 @@ def hostile(source: str) -> str | None:
 
 @pytest.mark.parametrize("source", ESCAPES.values(), ids=ESCAPES)
 def test_templates_can_reach_only_data(source: str) -> None:
-    # Of what is no data, there is nothing: it is refused, or undefined, and writes nothing.
+    # Values that are not data are refused or undefined, and render as an empty text.
     assert not (hostile(source) or "").strip()
 
 
@@ -436,7 +436,7 @@ def test_a_source_beyond_its_limits_is_refused(source: str) -> None:
 
 
 def test_rendering_has_no_side_effects_and_bounded_memory() -> None:
-    """In a process of its own, which may take 2.5 GiB, recurse without limit, and is told of all that it does."""
+    """Run in a process limited to 2.5 GiB, with unlimited recursion and with an audit hook."""
     run = """
         import json, resource, sys
 
@@ -707,7 +707,7 @@ def test_a_conversation_of_megabytes_is_rendered(source: str) -> None:
     long.append({"role": "user", "content": "and now?"})
     rendered = template_of(source).render(long, tools=[WEATHER])
     assert len(rendered) > 50_000
-    if source != ALL["mixed"]:  # which ends its loop early
+    if source != ALL["mixed"]:  # its loop ends early
         assert "question 999" in rendered
 
 

@@ -45,7 +45,7 @@ from support.chat.tool_calls import (
 def test_example_calls_are_read_and_match_the_grammar(format: str, kind: str, text: str) -> None:
     assert parsed_calls(format, text) == EXPECTED_CALLS[kind]
     assert grammar(format, parallel=True).accepts(text)
-    # Without parallel calls, the first is all.
+    # Without parallel calls, only the first counts.
     assert grammar(format).accepts(text) == (kind != SEVERAL)
     assert grammar(format, name="get_weather").accepts(text) == (kind != SEVERAL)
     assert not grammar(format, name="now", parallel=True).accepts(text)
@@ -64,7 +64,7 @@ def test_spans_and_payloads_are_found_where_the_format_defines_them(format: str,
     found = tool_format(format)
     if found.close:
         assert text.endswith(found.close)
-    # The token that ends the turn may come instead, but in a list of arguments that only its end tells to be whole.
+    # The end-of-turn token may replace the close marker, unless only the marker shows that a list is complete.
     if found.close and format != "glm":
         assert parsed_calls(format, text.removesuffix(found.close[0])) == EXPECTED_CALLS[ALL]
     starts = [text.find(mark) + len(mark) for mark in found.payload_open if mark in text]
@@ -76,7 +76,7 @@ def test_spans_and_payloads_are_found_where_the_format_defines_them(format: str,
 @pytest.mark.parametrize(("format", "text"), [(format, text) for format, kind, text in EXAMPLES if kind != SEVERAL])
 def test_an_incomplete_call_is_not_a_call(format: str, text: str) -> None:
     found = tool_format(format)
-    # What may be missing: the close marker, and white space before it.
+    # The close marker may be missing, and the white space before it.
     closing = found.close[0] if found.close and format != "glm" else ""
     whole = len(text.removesuffix(closing).rstrip())
     assert not grammar(format, parallel=True).accepts(text[: whole - 1])
@@ -86,7 +86,7 @@ def test_an_incomplete_call_is_not_a_call(format: str, text: str) -> None:
 
 
 NESTED = 5000
-# What is none of a family's calls, each with a part of what the error says.
+# Texts that are not calls of the family, each with a part of the error.
 BAD_JSON = {
     "no tool": ('{"name": "nothing", "arguments": {}}', "no tool 'nothing'"),
     "near": ('{"name": "get_wether", "arguments": {}}', "did you mean 'get_weather'"),
@@ -226,13 +226,13 @@ def test_an_id_is_the_models_own_or_generated() -> None:
     assert ids("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}, "id": "a1B2c3D4e"}]') == ["a1B2c3D4e"]
     assert ids("mistral-v11", CALL_TEXTS["mistral-v11"][0]) == ["a1B2c3D4e"]
     assert ids("kimi", CALL_TEXTS["kimi"][0]) == ["functions.get_weather:0"]
-    # Said twice, the second one is another call all the same.
+    # The same call twice is two calls.
     first, second, third = ids("mistral-v11", CALL_TEXTS["mistral-v11"][2])
     assert first == "a1B2c3D4e"
     assert len({first, second, third}) == 3
     for format in set(TOOL_FORMATS) - {"mistral-v11", "kimi"}:
         (found,) = ids(format, CALL_TEXTS[format][0])
-        # Mistral's templates take ids of nine letters and digits only.
+        # Mistral's templates accept only ids of nine letters and digits.
         assert re.fullmatch("[0-9a-f]{9}" if "mistral" in format else "call_[0-9a-f]{24}", found)
 
 

@@ -77,7 +77,7 @@ def test_raw_continues_a_text_without_a_template(run: Command, model: Path, tiny
     reply = run("run", "-m", model, "e", "--raw", "--json", *ONE).json
     assert (reply["text"], reply["usage"]["prompt_tokens"]) == ("s.", 1)
     assert "message" not in reply
-    # As does a model that has none.
+    # So does a model without a template.
     assert "message" not in run("run", tiny_gguf, "hello", "-n", 4, "--json", *ONE).json
 
 

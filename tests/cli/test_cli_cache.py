@@ -151,7 +151,7 @@ def test_evicting_by_age_keeps_blocks_that_others_follow(run: Command) -> None:
     fill(run.directory, B)
     assert run("cache", "evict", "--older-than", "3h").out == "0 blocks removed, 0 B\n"
     assert run("cache", "evict", "--older-than", "1h").status == 0
-    assert left(run) == [34]  # its first two blocks are as old as those that went
+    assert left(run) == [34]  # its first two blocks are as old as the evicted ones
 
 
 def test_a_directory_is_reduced_to_a_size_oldest_first(run: Command) -> None:
@@ -230,7 +230,7 @@ def test_damaged_blocks_and_their_successors_are_not_exported(run: Command, tmp_
 
 
 def imported(run: Command, tmp_path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> CommandResult:
-    """What becomes of an archive with a good block first, and then these."""
+    """Import an archive that holds one valid block and then these members."""
     block = blocks_of(np.array(C, np.int32))[0]
     payload = memoryview(b"x" * 100)
     good = bytes(kvc_format.encode_header(block, payload)) + payload
@@ -375,7 +375,7 @@ def test_a_directory_can_be_maintained_while_processes_use_it(run: Command, tmp_
             ["ls"],
         ):
             found = run("cache", *step)
-            # Where nothing is stored just then, there is nothing in the archive.
+            # If no block is stored at that moment, the archive is empty.
             assert found.status == 0 or "the archive is empty" in found.err, (step, found)
     for worker in workers:
         out, err = worker.communicate(timeout=60)

@@ -39,7 +39,7 @@ def terminal(run: Command, *arguments: object) -> PseudoTerminal:
 
 
 def test_a_conversation_works_in_a_terminal(run: Command, endless: Path) -> None:
-    """Streams, Ctrl-C that keeps what came, commands, mistakes, Ctrl-D."""
+    """Check streaming, Ctrl-C, slash commands, mistakes and Ctrl-D."""
     with terminal(run, endless, "--n-ctx", 65536) as screen:
         screen.wait_for("/help lists the commands")
         screen.wait_for(">")

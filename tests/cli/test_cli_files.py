@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["save", "export"])
 def write(request: pytest.FixtureRequest, run: Command, model: Path) -> Write:
-    """What writes a file, by either of the two commands that do."""
+    """Return a function that writes a file through one of the two commands that do."""
     if request.param == "export":
         run("run", model, "Is it?", *ONE)
         return lambda path: run("cache", "export", path)
@@ -55,7 +55,7 @@ def test_a_written_file_is_private(write: Write, tmp_path: Path) -> None:
     file = tmp_path / "out"
     file.write_text("old")
     file.chmod(0o644)
-    reader = file.open()  # somebody who could read the old file, and holds it open
+    reader = file.open()  # a reader of the old file that keeps it open
     with umask(0):
         assert write(file).status == 0
     assert mode_of(file) == 0o600

@@ -27,7 +27,7 @@ from support.subprocesses import run_python
 PACKAGE = Path(erllama.__file__).parent
 ONE = ("--threads", "1")
 
-# A title, colours in two ways, a sequence that only begins, and what moves the cursor and turns text around.
+# A title, colours in two forms, an incomplete sequence, cursor movement, and reversal of text direction.
 EVIL = "\x1b]0;EVIL\x07\x1b[7m\x9b7m\x8d\x7f\u202e\u2066\x08\x1bcEVIL"
 FORBIDDEN = ("\x1b]", "\x07", "\x1b[7m", "\x9b", "\x8d", "\x7f", "\u202e", "\u2066", "\x08", "\x1bc")
 
@@ -39,7 +39,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.fixture(scope="module")
 def download(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of hostile files, with a hostile name."""
+    """Return a directory of hostile files, with a hostile name."""
     directory = tmp_path_factory.mktemp("models") / EVIL
     directory.mkdir()
     hostile_model(directory / f"{EVIL}.gguf", name=EVIL)
@@ -62,7 +62,7 @@ def download(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hostile_model(
     path: Path, *, name: str = "", architecture: str = "", pre: str = "", template: str = TEMPLATE
 ) -> None:
-    """A model that says an escape sequence, with metadata that hold more of them."""
+    """Return a model that replies with an escape sequence and has more of them in its metadata."""
 
     @contextmanager
     def changed(file: Path, kind: str) -> Iterator[GGUFWriter]:
@@ -92,7 +92,7 @@ def hostile_model(
 
 # --- every command ------------------------------------------------------------------------------------
 
-# Runs each command in one process, between lines that say which.
+# Runs all commands in one process, each after a line that names it.
 _RUN_ALL = """
 import io, json, sys
 from erllama.__main__ import main
@@ -108,7 +108,7 @@ def test_no_command_prints_an_escape_sequence_to_a_terminal(run: Command, downlo
     model, kv = download / f"{EVIL}.gguf", tmp_path / EVIL
     small = [*ONE, "--n-ctx", "256"]
     cache = ["--dir", str(kv)]
-    # What is run, and whether the hostile text must be seen, without its controls.
+    # Commands, and whether the hostile text must appear without its control characters.
     commands: list[tuple[list[object], bool]] = [
         (["run", model, "Q", "--stats", "--cache-dir", kv, *small], True),
         (["run", model, "Q", "--json", *small], True),
@@ -186,12 +186,12 @@ def test_a_chat_in_a_terminal_prints_no_escape_sequence_of_a_model(run: Command,
         assert screen.wait_for_end() == 0
     assert "EVIL" in banner
     assert "EVIL" in reply
-    # The line editor moves the cursor with backspaces of its own.
+    # The line editor itself moves the cursor with backspaces.
     assert [each for each in FORBIDDEN if each in screen.raw and each != "\x08"] == []
 
 
 def test_piped_output_is_printable_and_replies_are_exact(run: Command, download: Path) -> None:
-    """A pipe may end in a terminal: names are never exact, but a reply is data."""
+    """Piped output may reach a terminal, so names are escaped. A reply is data and stays exact."""
     found = run("info", download / f"{EVIL}.gguf")
     assert [each for each in FORBIDDEN if each in found.out] == []
     assert run("run", download / f"{EVIL}.gguf", "Q", *ONE).out == "\x1b]0;EVIL\x07\x7f\n"
@@ -274,7 +274,7 @@ def test_only_terminal_control_characters_are_escaped() -> None:
 
 
 def test_the_command_prints_through_one_function_only() -> None:
-    """`print` and writes to the standard streams are in the modules that own them."""
+    """Only the modules that own the standard streams use `print` or write to them."""
     found = []
     for path in [*PACKAGE.joinpath("cli").glob("*.py"), PACKAGE / "_demo.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -284,4 +284,4 @@ def test_the_command_prints_through_one_function_only() -> None:
                     called.startswith("sys.std") and called.endswith((".write", ".writelines"))
                 ):
                     found.append(path.name)
-    assert found == ["console.py", "console.py"]  # a reply, and the colours around its thoughts
+    assert found == ["console.py", "console.py"]  # a reply, and the colours around its thinking

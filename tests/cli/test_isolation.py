@@ -11,7 +11,7 @@ import pytest
 
 from support.subprocesses import must_run, run_python
 
-# The parent as the installed command runs it: without the current directory on the path.
+# Runs the parent as the installed command does, without the current directory on the path.
 ERLLAMA = [sys.executable, "-P", "-m", "erllama"]
 
 
@@ -34,7 +34,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path) -> Path:
     directory = tmp_path_factory.mktemp("download")
     for name in {*names, "sitecustomize", "usercustomize", "hostile_plugin"}:
         (directory / f"{name}.py").write_text(f"open({str(directory / 'ran')!r}, 'a').write('{name} ')\n")
-    # Found by whatever looks for plugins on the path.
+    # Found by libraries that search the path for plugins.
     plugin = directory / "hostile-1.0.dist-info"
     plugin.mkdir()
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: hostile\nVersion: 1.0\n")

@@ -8,7 +8,7 @@ from support.subprocesses import run_python
 
 
 def test_a_model_and_a_cache_touch_no_network_and_run_no_program(tiny_gguf: Path, tmp_path: Path) -> None:
-    """As far as Python is told of it."""
+    """As far as Python's audit hooks report."""
     finished = run_python(
         """
         import sys

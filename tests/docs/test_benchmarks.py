@@ -90,7 +90,7 @@ def test_an_unknown_scenario_is_refused_with_the_list_of_scenarios() -> None:
 
 @pytest.mark.parametrize("scenario", ["lookup", "restart", "turns", "memory", "outside", "startup"])
 def test_scenarios_without_peers_run(tmp_path: Path, scenario: str) -> None:
-    # One thread: several that wait for one another spin, and would do so beside whatever else runs.
+    # One thread: several threads would spin while they wait for one another, and slow down other processes.
     command = [sys.executable, "-m", "benchmarks", "--quick", "--threads", "1", "--out", str(tmp_path), scenario]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert finished.returncode == 0, finished.stderr

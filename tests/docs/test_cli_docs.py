@@ -30,7 +30,7 @@ TEMPLATE = (
 
 
 class Shown(NamedTuple):
-    """A command, and what the page says that it prints."""
+    """A command of the page, and the output that the page shows."""
 
     line: int
     command: str
@@ -48,7 +48,7 @@ def shown() -> list[Shown]:
 
 
 def world(home: Path) -> dict[str, str]:
-    """Makes what the page takes for granted in a home directory; the environment of its commands."""
+    """Create the files that the page assumes in a home directory. Returns the environment of its commands."""
     follows = dict(zip(["<|assistant|>", *SAYS], [*SAYS, "."], strict=True))
     special = ["<|system|>", "<|user|>", "<|assistant|>"]
     write_scripted(home / "model.gguf", follows, words=SAYS, special=special, chat_template=TEMPLATE)
@@ -66,7 +66,7 @@ def world(home: Path) -> dict[str, str]:
 
 
 def output_of(command: str, home: Path, environment: dict[str, str]) -> str:
-    """What a command prints; of one that no shell is needed for, here, which is quicker."""
+    """Return the output of a command. A command that needs no shell runs in this process, which is faster."""
     program, *arguments = shlex.split(command)
     if program == "erllama" and not {"|", "<", ">"} & set(arguments):
         printed = io.StringIO()
@@ -94,7 +94,7 @@ def output_of(command: str, home: Path, environment: dict[str, str]) -> str:
 
 
 def alike(output: str) -> list[str]:
-    """What of an output is the same each time, as a set of lines: what is on stderr may come between."""
+    """Return the constant parts of an output as a set of lines, because lines of stderr may come in between."""
     output = re.sub(r"\b[0-9a-f]{16,}\b", "KEY", output)
     output = re.sub(r"\b(s|min|h|d) ago\b", "ago", output)
     output = re.sub(r"\d[\d,.]*(e-\d+)?( (B|KiB|MiB|GiB|TiB)\b)?", "N", output)

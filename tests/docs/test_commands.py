@@ -22,15 +22,15 @@ from support.paths import ROOT
 
 BIN = Path(sys.executable).parent
 PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-# What a command of a reader's is run beside: the checkout, and nothing of it changed.
+# Files of the checkout that a reader's commands see, unchanged.
 BESIDE = ("examples", "benchmarks", "scripts", "tests", "docs", "pyproject.toml")
 
-# Pages whose commands are compared where these are tested, with models made for them.
+# Pages whose commands are compared by other tests, with models made for them.
 ELSEWHERE = {"docs/cli.md": "tests/docs/test_cli_docs.py"}
 
 
 class Command(NamedTuple):
-    """A command of a page, and what the page says that it prints; None where it says nothing."""
+    """A command of a page, and the output that the page shows, or None."""
 
     line: int
     text: str
@@ -51,17 +51,19 @@ def told(page: str) -> list[Command]:
 
 
 def same(text: str) -> str:
-    """What a page and a run must have in common: not times, nor what depends on them, nor what a model told."""
+    """Return the parts that page and run must share: no times, no values that depend on them, no replies."""
     text = text.replace(str(Path.home()), "~")
     text = re.sub(r"\d+(?:\.\d+)?(?= ?(?:ms|s|MiB|times)\b)", "#", text)
-    text = re.sub(r" \(\d:\d\d:\d\d\)$", "", text, flags=re.MULTILINE)  # pytest's, of what took a minute
-    text = re.sub(r"(?<=partial hit from live, )\d+ of \d+", "# of #", text)  # as many as that was
+    text = re.sub(
+        r" \(\d:\d\d:\d\d\)$", "", text, flags=re.MULTILINE
+    )  # pytest adds this to durations over a minute
+    text = re.sub(r"(?<=partial hit from live, )\d+ of \d+", "# of #", text)  # the same number of characters
     text = re.sub(r"(?:^    .+\n)+", "    …\n", text, flags=re.MULTILINE)
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
 def run(text: str, cwd: Path) -> str:
-    # As in a shell of its own: a make that runs the suite would be told of by what it starts.
+    # As in a separate shell: a `make` that runs the suite sets variables for its children.
     around = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     if cwd != ROOT:
         around["ERLLAMA_CACHE_DIR"] = str(cwd / "prompts-of-the-command")
@@ -85,7 +87,7 @@ def targets() -> set[str]:
 
 
 def ask(text: str) -> None:
-    """See that a command that is not run here could be."""
+    """Check that a command which is not run here exists."""
     words = [word for word in shlex.split(text, comments=True) if "=" not in word.split("/")[0] or "'" in word]
     match words:
         case ["make", *what]:
@@ -97,7 +99,7 @@ def ask(text: str) -> None:
             assert given, text
             assert given[1] is None or given[1] in extras, text
         case [".", ".venv/bin/activate"]:
-            pass  # what runs this has such an environment, wherever it is
+            pass  # this process runs in such an environment
         case ["python" | ".venv/bin/python", "-m", "pytest", *what]:
             assert all((ROOT / path).exists() for path in what), text
         case ["python", example] if example.endswith(".py"):

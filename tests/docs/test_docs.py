@@ -39,7 +39,7 @@ Names = dict[str, Any]
 
 
 class Terse(StubBackend):
-    """A stub that ends what JSON and calls are made of as soon as it may, and makes a call where a prompt is empty
+    """A stub that prefers the characters that close JSON and calls, and makes a call for a prompt that is empty
     but for one byte.
     """
 
@@ -52,7 +52,7 @@ class Terse(StubBackend):
 
 
 class Model:
-    """The `model` of a page: one that passes prompts on, and keeps the replies."""
+    """The `model` of a page. Forwards prompts and records the replies."""
 
     def __init__(self, inner: erllama.Model) -> None:
         self._inner = inner
@@ -64,12 +64,12 @@ class Model:
 
 
 def snippets(page: str) -> list[str]:
-    """The page's Python, each block after as many empty lines as lines come before it in the page."""
+    """Return the Python blocks of the page, each padded with empty lines so that line numbers match the page."""
     return ["\n" * (block.line - 1) + block.text for block in blocks(page, "python")]
 
 
 def promised(source: str, statement: ast.stmt) -> tuple[object] | None:
-    """The value that a comment behind an expression tells, as in `f(x)  # True`."""
+    """Return the value that a comment after an expression states, as in `f(x)  # True`."""
     line = source.splitlines()[(statement.end_lineno or 1) - 1]
     comment = line.encode()[statement.end_col_offset :].decode().strip()
     if not isinstance(statement, ast.Expr) or not comment.startswith("#"):
@@ -77,11 +77,11 @@ def promised(source: str, statement: ast.stmt) -> tuple[object] | None:
     try:
         return (ast.literal_eval(comment.lstrip("# ")),)
     except (SyntaxError, ValueError):
-        return None  # only words
+        return None  # a comment in words
 
 
 def run(page: str, names: Names) -> int:
-    """Run the page's snippets with some names given, and tell how many promises they kept."""
+    """Run the snippets of the page with some names defined. Returns how many stated values were right."""
     n_kept = 0
     for source in snippets(page):
         for statement in ast.parse(source, page).body:
@@ -96,12 +96,12 @@ def run(page: str, names: Names) -> int:
 
 
 class Page(NamedTuple):
-    """What a page is run with.
+    """The set-up and the checks of a page.
 
     Attributes:
-        names: that its snippets take for granted, beside `model` and `erllama`.
-        check: looks at the names after them, among which those of the page are.
-        n_promises: comments with values.
+        names: names that its snippets assume, besides `model` and `erllama`.
+        check: checks the names afterwards, including those that the page defines.
+        n_promises: number of comments that state a value.
     """
 
     backend: Callable[[], StubBackend]
@@ -261,7 +261,7 @@ def test_the_tiers_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_harness_page_does_what_it_says(tmp_path: Path) -> None:
-    """Its machines run, each a little."""
+    """Run its state machines briefly."""
     tested = ("MyTier", "MyTier", "MyBackend")
     for source, tier_or_backend in zip(snippets("docs/test-harness.md"), tested, strict=True):
         names: Names = {
@@ -283,7 +283,7 @@ def test_the_harness_page_does_what_it_says(tmp_path: Path) -> None:
         assert result.wasSuccessful(), result.failures + result.errors
 
 
-# Where the snippets of a page are run that is not run here.
+# Pages whose snippets other tests run.
 ELSEWHERE = {
     "docs/backends.md": "tests/harness/test_backends.py",
     "docs/metrics.md": "tests/serving/test_metrics.py",

@@ -28,7 +28,7 @@ PYTEST = ("-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider")
 
 
 def run(*arguments: object, cwd: Path, environment: Mapping[str, str | None] | None = None) -> str:
-    """What a program prints; `environment` is changed by these, None takes one out."""
+    """Return the output of a program, with changes to its environment; None removes a variable."""
     changed = {**ENVIRONMENT, **(environment or {})}
     finished = subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -44,7 +44,7 @@ def run(*arguments: object, cwd: Path, environment: Mapping[str, str | None] | N
 
 
 def numbers(pattern: str, said: str) -> list[tuple[int, ...]]:
-    """The groups of every match, as numbers."""
+    """Return the groups of every match as numbers."""
     return [tuple(map(int, match.groups())) for match in re.finditer(pattern, said)]
 
 
@@ -138,7 +138,7 @@ def test_one_shot_finds_its_prompt_after_a_restart(tmp_path: Path) -> None:
 
 
 def test_the_server_finds_the_conversation_of_the_turn_before(tmp_path: Path) -> None:
-    # A handler for the moment: tests that run in the background may ignore Ctrl-C, and their children would, too.
+    # A temporary handler: tests that run in the background may ignore Ctrl-C, and children would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         server = subprocess.Popen(
@@ -175,7 +175,7 @@ def test_the_sessions_example_computes_no_turn_twice(tmp_path: Path) -> None:
     said = run(EXAMPLES / "sessions.py", cwd=tmp_path)
     for way, tier in (("by key", "ram"), ("session", "live")):
         turns = numbers(rf"{way}: (\d+) of (\d+) prompt tokens were warm; tier \w+", said)
-        # 20 tokens a reply, the last of which no cell holds.
+        # 20 tokens per reply. The last one takes no cell.
         assert [warm for warm, _ in turns[1:]] == [prompt + 20 - 1 for _, prompt in turns[:-1]]
         assert said.count(f"tier {tier}") >= 2
     assert "hits_resume: 2" in said
@@ -314,13 +314,13 @@ def test_a_running_model_can_be_observed(tmp_path: Path) -> None:
     assert "at work: generating, 2 run, 1 wait" in said
     assert "after: idle, 0 run, 0 wait" in said
     assert numbers(r"; (\d) run in all models", said) == [(0,), (2,), (0,)]
-    # BOS and ten times the 29 bytes of the system prompt, which alone is prefilled before.
+    # BOS and ten times the 29 bytes of the system prompt, which is the only prefilled text.
     assert numbers(r"(\d+) tokens of the next prompt are cached", said)[:2] == [(0,), (291,)]
 
 
 @pytest.mark.parametrize("page", SCRIPTS)
 def test_the_snippets_of_a_page_run(page: str, tmp_path: Path) -> None:
-    """One after another, as a reader would try them, with models of those names in the directory."""
+    """Run them in order, as a reader would, with models of those names in the directory."""
     found = [block.text for block in blocks(f"docs/{page}.md", "python")]
     assert found
     write_llama(tmp_path / "model.gguf", seed=1)

@@ -34,7 +34,7 @@ def texts(root: ElementTree.Element) -> list[str]:
 
 
 def places(root: ElementTree.Element) -> list[tuple[float, float]]:
-    """Where lines go through."""
+    """Return the points of the lines."""
     pairs = [pair for line in root.iter(f"{SVG}polyline") for pair in line.get("points", "").split()]
     return [(float(x), float(y)) for x, y in (pair.split(",") for pair in pairs)]
 

@@ -34,7 +34,7 @@ def keywords(function: object) -> dict[str, object]:
 
 
 def defaults(kind: type) -> dict[str, object]:
-    """Of a dataclass."""
+    """Return the defaults of a dataclass."""
     found = {}
     for field in fields(kind):
         made = field.default_factory
@@ -43,7 +43,7 @@ def defaults(kind: type) -> dict[str, object]:
 
 
 def of_requests() -> dict[str, object]:
-    """The defaults of all options of a request, whichever class of the engine keeps them."""
+    """Return the defaults of all request options, from every class of the engine that holds some."""
     phases = defaults(PhaseOptions)
     return {
         **defaults(RequestOptions),
@@ -61,7 +61,7 @@ def of_requests() -> dict[str, object]:
 
 
 def chosen(options: type, inherited: type | None = None) -> dict[str, object]:
-    """The options of a TypedDict that it does not have from another, with their defaults."""
+    """Return the options that a TypedDict adds to its base, with their defaults."""
     old = set(inherited.__annotations__) if inherited else set()
     known = {**defaults(ChatRequest), **of_requests()}
     return {name: known[name] for name in options.__annotations__ if name not in old}
@@ -109,12 +109,12 @@ def test_options_of_other_methods_have_their_defaults() -> None:
     for method, function in inspect.getmembers(erllama.Model, inspect.isfunction):
         if not method.startswith("_") and not inspect.iscoroutinefunction(function):
             for option in keywords(function):
-                # `apply_chat_template` has one of requests beside its own.
+                # `apply_chat_template` has one request option besides its own.
                 assert (method, option) in found or option == "cache_salt", f"{method}({option}=) has no row"
 
 
 def test_tables_of_other_pages_have_the_same_defaults() -> None:
-    """Where a page explains options, it may repeat them, and must not differ."""
+    """A page that explains options may repeat their defaults, and they must be equal."""
     everything: dict[str, list[object]] = {}
     for options in OPTIONS.values():
         for name, default in options.items():
@@ -141,7 +141,7 @@ def test_the_environment_is_what_the_build_reads() -> None:
 
 # --- from Erlang to Python ------------------------------------------------------------------------
 
-# The exports of the façade, and what else its guide calls.
+# The exports of the Erlang façade, and other calls of its guide.
 FACADE = """
 load_model/1 load_model/2 unload/1 unload_model/1 complete/2 complete/3 infer/4 cancel/1 status/1 evict/1 shutdown/1
 models/0 list_models/0 model_info/1 tokenize/2 detokenize/2 apply_chat_template/2 embed/2 load_adapter/2
@@ -184,7 +184,7 @@ def test_the_python_equivalents_of_calls_exist() -> None:
 
 
 def resolve(name: str) -> object:
-    """What a dotted name of the page is; fields of values count, too."""
+    """Resolve a dotted name of the page. Fields of values count, too."""
     parts = name.split(".")
     found: object = erllama
     for part in parts[1:] if parts[0] == "erllama" else parts:
@@ -210,7 +210,7 @@ def documented() -> set[str]:
 
 @pytest.mark.parametrize("package", [erllama, erllama.cache, erllama.engine, erllama.testing])
 def test_every_public_name_is_in_the_reference(package: ModuleType) -> None:
-    """Under one of its names: what `erllama` has of the cache and the engine is told once."""
+    """A name that several packages export is documented once."""
     for name in package.__all__:
         places = {f"{home}.{name}" for home in ("erllama", "erllama.cache", package.__name__)}
         assert places & documented() or name == "__version__", name
@@ -245,7 +245,7 @@ def test_every_example_is_listed_by_its_number() -> None:
 
 
 def ratio(shape: str, what: str, against: str) -> float:
-    """The ratio of a row of docs/benchmarks.md, of the table under a model's shape."""
+    """Return the ratio of a row of docs/benchmarks.md, from the table of a model shape."""
     ((*_, found),) = (
         row[2:3]
         for heading, rows in tables("docs/benchmarks.md").items()

@@ -25,7 +25,7 @@ def links(page: str) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What headings are called where the repository is browsed."""
+    """Return the anchors of a page's headings, as the repository's web view makes them."""
     found = set()
     for heading in re.findall(r"^#+ (.+)$", prose(str(page.relative_to(ROOT))), re.MULTILINE):
         kept = (c for c in heading.lower() if c in " -_" or unicodedata.category(c)[0] in "LN")
@@ -48,7 +48,7 @@ def test_links_between_files_of_the_repository_are_valid(page: str) -> None:
 
 
 class Linked(HTMLParser):
-    """What a page of the site names: its anchors, what it links to, and what a browser fetches for it."""
+    """The anchors of a page of the site, its links, and the files that a browser fetches for it."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def test_links_within_the_site_are_valid(built: dict[Path, Linked]) -> None:
     n_checked = 0
     for page, linked in built.items():
         if page.name == "404.html":
-            continue  # is served for any address, so its links begin at the root
+            continue  # served for any address, so its links begin at the root
         for link in linked.hrefs + linked.fetched:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:

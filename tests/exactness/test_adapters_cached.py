@@ -31,7 +31,7 @@ from support.adapters import (
 
 
 def test_each_adapter_set_has_its_own_kv(tiny_gguf: Path, loras: list[Path]) -> None:
-    """In the context's cells and in RAM, whatever the order in which adapters were loaded."""
+    """In cells and in RAM, for every order of loading the adapters."""
     sets: list[dict[int, float]] = [{}, {0: 1.0}, {0: 0.5}, {1: 1.0}, {0: 1.0, 1: 0.5}, {0: 0.5, 1: 1.0}]
     replies = {}
     for evict in (False, True):
@@ -71,7 +71,7 @@ def test_an_adapter_is_identified_by_content_after_a_restart(
 
 
 def test_running_requests_share_no_cells_across_adapter_sets(stub_adapters: list[Path]) -> None:
-    """Not running cells, nor what another is about to compute; of one set, both."""
+    """Requests of one set share running cells and upcoming prefixes. Requests of different sets share neither."""
     backend = AdaptedStub(n_ctx=2048)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         adapter = model.load_adapter(stub_adapters[0], scale=0)
@@ -89,7 +89,7 @@ def test_running_requests_share_no_cells_across_adapter_sets(stub_adapters: list
 
 
 def test_a_session_does_not_reuse_cells_of_another_adapter_set(stub_adapters: list[Path]) -> None:
-    """It keeps one context: of the set that it was last in."""
+    """A session keeps one context: that of the set it used last."""
     with erllama.Cache(ram=0) as cache, erllama.load_backend(AdaptedStub(), cache=cache) as model:
         live = model._runner._scheduler.live
         first = greedy_reply(model, session_id="s")
@@ -133,7 +133,7 @@ def test_a_parent_key_of_another_adapter_set_is_a_miss(tiny_gguf: Path, loras: l
 
 
 def test_a_chat_is_remembered_with_its_adapter_set(tiny_gguf: Path, loras: list[Path]) -> None:
-    """The tokens that a reply was sampled as are those of the next turn with the same adapters, and of no other."""
+    """The next turn reuses the sampled tokens of a reply only with the same adapters."""
     with load_llama(tiny_gguf) as model:
         adapter = model.load_adapter(loras[0])
         question: list[dict[str, object]] = [{"role": "user", "content": "hello"}]
@@ -177,7 +177,7 @@ def test_prefilled_tokens_belong_to_one_adapter_set(tiny_gguf: Path, loras: list
 
 @pytest.mark.parametrize("n_adapters", [1, 2])
 def test_a_cached_reply_has_the_bits_of_a_cold_one(tiny_gguf: Path, loras: list[Path], n_adapters: int) -> None:
-    """After the adapters were loaded anew, too: then they lie elsewhere in memory."""
+    """Also after the adapters are loaded again at other addresses in memory."""
     with load_llama(tiny_gguf) as model:
         replies = []
         for _ in range(2):
@@ -190,9 +190,9 @@ def test_a_cached_reply_has_the_bits_of_a_cold_one(tiny_gguf: Path, loras: list[
 
 
 def test_with_three_adapters_bits_are_exact_while_they_stay_loaded(tiny_gguf: Path, loras: list[Path]) -> None:
-    """libllama adds what three or more contribute in an order that depends on where they lie."""
+    """libllama adds the contributions of three or more adapters in an order that depends on their addresses."""
     with load_llama(tiny_gguf) as model:
-        for kinds in (("exact",), ("partial",)):  # blocks that were there before and end no slice are not replaced
+        for kinds in (("exact",), ("partial",)):  # existing blocks that do not end at a slice are not replaced
             adapters = [model.load_adapter(lora) for lora in loras[:3]]
             cold = greedy_reply(model, reproducible=True, logprobs=10)
             assert cold.cache.kind == "cold"
@@ -238,13 +238,13 @@ class Asked(NamedTuple):
 
 
 class Life:
-    """A model's life among adapters: whatever may happen, in an order that dice decide.
+    """Random calls to a model and its adapters.
 
     Args:
         make: loads the model, over a cache.
-        paths: adapters that there are.
-        check: whether a reply is that of a model which never knew other adapters.
-        banned: tokens that no reply has.
+        paths: files of the adapters.
+        check: whether a reply equals that of a model that never had other adapters.
+        banned: tokens excluded from replies.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class Life:
         self.asked: list[Asked] = []
 
     def live(self, cache: erllama.Cache, steps: int) -> int:
-        """How many replies were checked."""
+        """Run, and return how many replies were checked."""
         n_checked = 0
         self.model = self.make(cache)
         try:
@@ -322,7 +322,7 @@ class Life:
 
 
 def test_random_runs_never_use_kv_of_another_adapter_set(stub_adapters: list[Path], tmp_path: Path) -> None:
-    """Stubs: any wrong token's KV in any place changes a reply."""
+    """On stubs, one wrong token anywhere in the KV changes the reply."""
     backends: list[AdaptedStub] = []
 
     def make(cache: erllama.Cache) -> erllama.Model:
@@ -346,7 +346,7 @@ def test_random_runs_never_use_kv_of_another_adapter_set(stub_adapters: list[Pat
 def test_random_runs_on_libllama_never_use_kv_of_another_set(
     tiny_gguf: Path, loras: list[Path], tmp_path: Path
 ) -> None:
-    """Where bits are promised, a cold run's; else its numbers, but for rounding."""
+    """Replies have the bits of a cold run where that is promised, and otherwise its numbers except for rounding."""
     known: dict[tuple[tuple[int, ...], tuple[tuple[Path, float], ...]], erllama.Completion] = {}
     nearest = np.inf
 
@@ -390,5 +390,5 @@ def test_random_runs_on_libllama_never_use_kv_of_another_set(
 
 
 def summed(adapters: tuple[tuple[Path, float], ...]) -> dict[Path, float]:
-    """What a set comes to: one file may be in it twice."""
+    """Return the total scale per file; one file may be in a set twice."""
     return {path: sum(scale for other, scale in adapters if other == path) for path, _ in adapters}

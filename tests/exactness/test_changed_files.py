@@ -30,7 +30,7 @@ def cache(tmp_path: Path) -> Iterator[erllama.Cache]:
 
 
 def overwrite(path: Path, other: Path) -> None:
-    """Write another file's bytes into a file, and keep its inode, size and mtime."""
+    """Overwrite a file with the bytes of another, and keep its inode, size and mtime."""
     before = path.stat()
     with path.open("r+b") as file:
         file.write(other.read_bytes())
@@ -57,7 +57,7 @@ def test_kv_of_an_overwritten_file_is_not_stored_under_the_old_name(
         right = greedy(model).tokens
     with opened(path, cache, fingerprint=naming) as model:
         overwrite(path, other_gguf)
-        assert greedy(model).tokens != right  # the mapped weights changed: this is what must not be kept
+        assert greedy(model).tokens != right  # the mapped weights changed, so this KV must not be kept
         model.evict()
     assert not [row for row in cache.rows() if row.tier != "live"]
     path.write_bytes(tiny_gguf.read_bytes())
@@ -80,7 +80,7 @@ def test_old_kv_is_not_used_with_changed_weights(
         assert model.cached_prefix(PROMPT) > 0
         overwrite(path, other_gguf)
         assert model.cached_prefix(PROMPT) == 0
-        # From the first token on with the new weights, those of cells that are parked and of sessions, too.
+        # Everything is computed with the new weights, including parked cells and sessions.
         for options in ({}, {"session_id": "s"}, {"parent_key": first.finish_key}, {"reproducible": True}):
             reply = greedy(model, **options)
             assert (reply.cache.kind, reply.tokens, reply.finish_key) == ("cold", cold, None)
@@ -151,7 +151,7 @@ def test_every_part_of_a_split_model_is_watched(
     change(paths[part - 1], other_gguf)
     assert paths[part - 1].name in files.problem()
     shutil.copy(tiny_gguf, paths[part - 1])
-    assert files.problem()  # what was computed meanwhile may still be in the context
+    assert files.problem()  # KV computed in the meantime may still be in the context
 
 
 def test_a_file_without_stat_is_a_problem_until_it_is_readable(
@@ -195,7 +195,7 @@ def test_a_custom_backend_can_report_changed_weights() -> None:
 
 
 def test_two_changes_within_one_file_system_tick_are_detected(tmp_path: Path) -> None:
-    """A file system may note both at the same time; the identity is taken only when that is over."""
+    """A file system may record both with one time, so the identity is taken only after that time has passed."""
     path = tmp_path / "model.gguf"
     for i in range(20):
         path.write_bytes(b"a%d" % i)

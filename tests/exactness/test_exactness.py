@@ -30,7 +30,7 @@ sampling = st.sampled_from([GREEDY, SEEDED])
 
 
 class Bench:
-    """A recording model whose cache is emptied at will, and a reference that has no cache."""
+    """A recording model whose cache can be emptied, and a reference without a cache."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,7 +40,7 @@ class Bench:
         self.cold_model = erllama.load_backend(self.cold_backend, cache=self.no_cache)
 
     def model(self, cache: erllama.Cache) -> erllama.Model:
-        # The backend outlives the models made of it.
+        # The backend outlives the models made from it.
         self.backend.forget()
         self.backend.close = lambda: None  # type: ignore[method-assign]
         self.backend.abort(False)
@@ -49,7 +49,7 @@ class Bench:
     def cold(
         self, prompt: NDArray[np.int32], **options: object
     ) -> tuple[erllama.Completion, list[NDArray[np.float32]]]:
-        self.cold_model.evict()  # nothing is left in the context
+        self.cold_model.evict()  # the context is empty
         self.cold_backend.forget()
         reply = self.cold_model.complete(prompt, max_tokens=REPLY, **options)  # type: ignore[arg-type]
         assert reply.cache.kind == "cold"
@@ -84,7 +84,7 @@ class History:
         st.tuples(
             st.floats(0, 1),  # how much of the prompt the earlier request shares
             st.integers(0, 90),  # how many other tokens follow
-            st.booleans(),  # reproducible, too
+            st.booleans(),  # also reproducible
         ),
         max_size=4,
     )
@@ -126,7 +126,7 @@ def test_reproducible_replies_always_have_the_bits_of_a_cold_run(
 def test_a_restarted_reproducible_reply_keeps_its_bits(
     bench: Bench, seed: int, n: int, at: int, options: dict[str, float]
 ) -> None:
-    """The backend has no cells at decode number `at`, so that all is computed again."""
+    """The backend has no cells at decode number `at`, so everything is computed again."""
     prompt = prompt_of(seed, n)
     expected, expected_logits = bench.cold(prompt, **options)
     with erllama.Cache(block_size=BLOCK) as cache:
@@ -185,7 +185,7 @@ def test_partial_hits_have_the_bits_of_a_context_kept_in_memory(
         context.cut(0, agree)
         assert same_bits(replay(context, tokens, second_slices, len(second)), logits)
     if any(end == agree for _, end in first_slices):
-        # Nothing was trimmed away: it is, bit for bit, a cold prefill cut at the same places.
+        # Nothing was trimmed, so it equals, bit for bit, a cold prefill cut at the same places.
         with llama_context(bench) as context:
             cold_slices = [(start, end) for start, end in first_slices if end <= agree] + second_slices
             assert same_bits(replay(context, tokens, cold_slices, len(second)), logits)
@@ -206,7 +206,7 @@ def llama_context(bench: Bench) -> LlamaContext:
 def replay(
     context: LlamaContext, tokens: NDArray[np.int32], slices: list[tuple[int, int]], n_prompt: int
 ) -> list[NDArray[np.float32]]:
-    """Decode slices of `tokens` on sequence 0; the logits from the prompt's last token on."""
+    """Decode slices of `tokens` on sequence 0. Returns the logits from the last token of the prompt on."""
     rows = []
     for start, end in slices:
         n = end - start
@@ -304,7 +304,7 @@ def test_a_new_process_returns_the_cold_reply_from_disk(tiny_gguf: Path, tmp_pat
     assert first[0][3] == cold[0][3]
     again, partial, cut = in_new_process(tiny_gguf, kv, True, prompt, longer, trimmed)
     assert again[:3] == ["exact", "disk", 999]
-    # Resumed where a cold run cuts, too: at a multiple of the micro-batch.
+    # Resumed at a multiple of the micro-batch, where a cold run cuts as well.
     assert partial[:3] == ["partial", "ram", 512]
     assert cut[:3] == ["partial", "ram", 512]
     assert [again[3], partial[3], cut[3]] == [reply[3] for reply in cold]
@@ -338,7 +338,7 @@ def test_by_default_every_common_token_is_reused(tiny_gguf: Path, tmp_path: Path
 def test_reproducible_replies_keep_their_bits_under_preemption(
     crowded: erllama.Model, earlier: list[tuple[int, int, bool]], n: int, step: int
 ) -> None:
-    """Parked contexts make room while others compute, whose next tokens then lie before their first."""
+    """Parked contexts are dropped while others compute, so later tokens lie in cells before earlier ones."""
     tokens = [5 + i * step % 250 for i in range(170)]
 
     def reply(start: int, n: int, reproducible: bool) -> erllama.Completion:

@@ -25,7 +25,7 @@ N_PROMPTS = int(os.environ.get("ERLLAMA_SPECULATION", "30"))
 
 @pytest.fixture(autouse=True)
 def always_paying(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the stub a row more costs as much as a decode: nothing would ever be drafted."""
+    """On the stub, one more row costs as much as a decode, so no token would ever be drafted."""
     monkeypatch.setattr(DecodeCosts, "ratio", lambda self, n_rows, more: 1.0)
 
 
@@ -34,7 +34,7 @@ def stub(**sizes: int) -> erllama.Model:
 
 
 def oracle(reply: Sequence[int], n_prompt: int, lies: Sequence[bool]) -> erllama.Drafter:
-    """Knows a reply, and lies about some of its tokens."""
+    """A drafter that knows the reply and proposes some wrong tokens."""
 
     def draft(tokens: NDArray[np.int32], most: int) -> Sequence[int]:
         at = len(tokens) - n_prompt
@@ -78,7 +78,7 @@ def test_speculation_does_not_change_a_reply(
         assert "".join(delta.text for delta in deltas) == reply.text
         assert reply.logprobs == expected.logprobs
         assert (reply.stop_sequence, reply.sampling_state) == (expected.stop_sequence, expected.sampling_state)
-        # What was computed ahead and did not come is not in the context, nor in what was saved of it.
+        # Rejected drafts are neither in the context nor in the saved blocks.
         more = {"max_tokens": 20, "temperature": 0.0}
         for context in (reply.context_tokens, reply.context_tokens[: len(prompt) + 5]):
             assert model.complete(context, **more).tokens == plain.complete(context, **more).tokens
@@ -124,7 +124,7 @@ def test_full_cells_disable_drafts_without_loss() -> None:
 
 
 def test_repetitive_text_takes_few_decodes(tmp_path: Path) -> None:
-    # A model that counts in letters for ever: each token fixes the next.
+    # A model that counts in letters without end: each token determines the next.
     letters = "abcdefghijklmnop"
     follows = dict(zip(letters, letters[1:] + letters[0], strict=True))
     with erllama.load_model(write_scripted(tmp_path / "model.gguf", follows), cache=erllama.Cache()) as model:
@@ -145,7 +145,7 @@ def random_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("flash_attn", [False, True])
 def test_greedy_replies_on_libllama_are_unchanged(random_gguf: Path, flash_attn: bool) -> None:
-    """To the token; with flash attention, whose sums depend on how many rows there are, but for ties."""
+    """Equal to the token. With flash attention, whose sums depend on the number of rows, except for near-ties."""
     random = np.random.default_rng(1)
     sizes = {"n_ctx": 1024, "flash_attn": flash_attn}
     with (
@@ -166,17 +166,17 @@ def test_greedy_replies_on_libllama_are_unchanged(random_gguf: Path, flash_attn:
 
 
 def tied(reply: erllama.Completion, expected: erllama.Completion) -> bool:
-    """Whether two replies part where two tokens were all but equally likely."""
+    """Return whether two replies diverge where two tokens were almost equally likely."""
     pairs = zip(reply.tokens, expected.tokens, strict=False)
     at = next((i for i, (token, other) in enumerate(pairs) if token != other), None)
     if at is None or expected.logprobs is None:
-        return False  # one ends, which is not told
+        return False  # one reply ends, and its end token has no logprob
     (_, first), (_, second) = expected.logprobs[at].top
     return first - second < 0.05
 
 
 def test_speculative_draws_follow_the_models_distribution() -> None:
-    """Of a token drawn from the row of a draft that came true: by Pearson's chi-squared."""
+    """The distribution of tokens drawn after accepted drafts, by Pearson's chi-squared test."""
     options = {"temperature": 0.4, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     with stub() as model:
         one, two = model.complete("Q", max_tokens=2, temperature=0.0).tokens

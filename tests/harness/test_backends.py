@@ -75,7 +75,7 @@ class TestStubThatCannotBeCut(BackendConformance):
 
 
 class TestNumpy(BackendConformance):
-    """Without tolerance: its rows have the same bits in any batch, and in any cells."""
+    """Without tolerance: rows have the same bits in any batch and in any cells."""
 
     tolerance = 0.0
     n_calls = 60
@@ -95,7 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Native(BackendConformance):
-    """libllama, with the model that `write` writes."""
+    """Load the model that `write` writes on libllama."""
 
     write: Callable[..., Path]
 
@@ -174,7 +174,7 @@ def test_every_rule_has_a_faulty_backend() -> None:
 
 
 def batch_of(*parts: tuple[int, int, Sequence[int]], mixed: bool = False) -> Batch:
-    """Parts (sequence, start, ids), one after another or row about row; each row gives logits."""
+    """Build a batch of parts (sequence, start, ids), in order or interleaved. Each row has logits."""
     rows = [(token, start + at, sequence) for sequence, start, ids in parts for at, token in enumerate(ids)]
     if mixed:
         rows.sort(key=lambda row: row[1])
@@ -188,12 +188,12 @@ def ids_of(seed: int, n: int, n_vocab: int = 300) -> list[int]:
 
 
 def apart(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """Root of the mean square of the difference, as a part of that of the logits."""
+    """Return the root mean square of the difference, relative to that of the logits."""
     return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
 
 
 def both(path: Path) -> tuple[Backend, Backend]:
-    """The example, and libllama where it computes with full precision, too."""
+    """Yield the example, and libllama where it also computes with full precision."""
     full = {"kv_type_k": "f32", "kv_type_v": "f32", "flash_attn": False, "n_sequences": 8, "n_threads": 1}
     return NumpyBackend(path), llama_backend(path, **full)
 
@@ -212,7 +212,7 @@ def assert_agreement(path: Path, tolerance: float) -> None:
     theirs.close()
 
 
-# libllama rounds what it multiplies by weights of 16 and 8 bits to the same type; the example does not.
+# libllama rounds the factors of 16-bit and 8-bit weights to the same type; the example does not.
 @pytest.mark.parametrize(("quantization", "tolerance"), [("F32", 1e-4), ("F16", 1e-2), ("Q8_0", 0.2)])
 def test_numpy_agrees_with_libllama(quantization: Quantization, tolerance: float, tmp_path: Path) -> None:
     assert_agreement(write_llama(tmp_path / "m.gguf", TINY, seed=3, quantization=quantization), tolerance)
@@ -239,7 +239,7 @@ def test_numpy_agrees_on_another_rope_base(tmp_path: Path, monkeypatch: pytest.M
     path = write_llama(tmp_path / "m.gguf", TINY, seed=3)
     monkeypatch.undo()
     assert_agreement(path, 1e-4)
-    # And it is the base that does it.
+    # The base makes the difference.
     ours, plain = NumpyBackend(path), NumpyBackend(write_llama(tmp_path / "plain.gguf", TINY, seed=3))
     batch = batch_of((0, 0, ids_of(1, 50)))
     assert apart(ours.decode(batch), plain.decode(batch)) > 1e-2
@@ -247,7 +247,7 @@ def test_numpy_agrees_on_another_rope_base(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture(scope="module")
 def merging(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose vocabulary has pieces to merge, and puts a space before a text."""
+    """Write a model whose vocabulary merges pieces and puts a space before a text."""
     words = {"▁": -9.0, **dict.fromkeys("helotné", -8.0), "he": -2.0, "hel": -4.0, "ll": -1.0, "llo": -3.0}
     words |= {"▁he": -5.0, "▁hell": -0.5, "▁t": -1.5, "th": -1.5, "the": -1.7, "▁the": -0.1, "▁▁": -0.2}
 
@@ -290,7 +290,7 @@ FRAGMENTS = st.sampled_from(
 TEXTS = st.lists(FRAGMENTS | st.text(max_size=4), max_size=8).map("".join)
 
 
-# Broken in all ways: first bytes of characters with nothing, a space or a special token after them.
+# Incomplete characters: first bytes followed by the end, a space or a special token.
 HEADS = [b"\xc0", b"\xe2", b"\xe2\x96", b"\xf0\x9f", b"\xff"]
 BROKEN_FRAGMENTS = st.sampled_from([*HEADS, b"\x80", b" ", b"the", b"<s>"])
 BROKEN = st.lists(BROKEN_FRAGMENTS, max_size=6).map(b"".join)

@@ -47,7 +47,7 @@ from support.recording_backend import llama_backend
 
 GUIDE = ROOT / "docs" / "test-harness.md"
 EXAMPLES = int(os.environ.get("ERLLAMA_HARNESS_EXAMPLES", "25"))
-# Nothing is shrunk: what a run finds depends on files and threads, and would take long to repeat.
+# No shrinking: findings depend on files and threads, and repeating them would take long.
 MACHINE = settings(max_examples=EXAMPLES, stateful_step_count=30, phases=[Phase.generate])
 
 
@@ -95,7 +95,7 @@ class TestRamTier(TierConformance):
 
 
 class TestFileTier(TierConformance):
-    """On a tmpfs as far as it can tell: nothing is made durable, which would take most of the time."""
+    """A directory treated as a tmpfs, so that no write is made durable. That would take most of the time."""
 
     n_blocks = 40
     shared = True
@@ -110,7 +110,7 @@ class TestSmallTier(TierConformance):
 
 
 class TestTinyTier(TierConformance):
-    """Hardly anything has room."""
+    """A tier with very little room."""
 
     def make_tier(self, directory: Path) -> Tier:
         return SmallTier(str(directory), 600)
@@ -127,7 +127,7 @@ def test_a_custom_tier_passes_the_state_machine() -> None:
 
 
 class SwappingTier(FileTier):
-    """Gives the payload of another block once it has two."""
+    """Returns the payload of another block once it holds two."""
 
     last: bytes = b""
 
@@ -138,7 +138,7 @@ class SwappingTier(FileTier):
 
 
 class ForgetfulTier(FileTier):
-    """Loses what it wrote."""
+    """Loses written blocks."""
 
     def write(self, block: Block, payload: memoryview) -> None:
         super().write(block, payload)
@@ -146,7 +146,7 @@ class ForgetfulTier(FileTier):
 
 
 class GreedyTier(FileTier):
-    """Writes what it was not given room for."""
+    """Writes without reserved room."""
 
     def write(self, block: Block, payload: memoryview) -> None:
         super().write(block, payload)
@@ -154,7 +154,7 @@ class GreedyTier(FileTier):
 
 
 class LaxTier(FileTier):
-    """Believes every file."""
+    """Trusts every file."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
         try:
@@ -164,7 +164,7 @@ class LaxTier(FileTier):
 
 
 class UnawareTier(FileTier):
-    """Does not tell what others did."""
+    """Does not report changes by other processes."""
 
     def changes(self) -> Changes | None:
         return None
@@ -211,7 +211,7 @@ def faulty_machine(liar: type[SmallTier], budget: int) -> type[CacheMachine]:
     return machine(liar.__name__, make, shared=False)
 
 
-# The machine checks all rules before it begins: what one of them finds, it finds. These are some of each kind.
+# The machine checks all rules before it starts, so it finds what any rule finds. These are some of each kind.
 @pytest.mark.parametrize("liar", [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ReadsForOneThread])
 def test_the_state_machine_names_the_promise_that_a_tier_breaks(liar: type[SmallTier]) -> None:
     with pytest.raises(AssertionError, match="The broken promise"):
@@ -285,7 +285,7 @@ def test_the_state_machine_finds_faulty_backends_without_the_rules(liar: type[St
 
 
 def table(faults: Sequence[tuple[type, str]]) -> str:
-    """The faults and the rules that find them, as the guide has them."""
+    """Return the faults and the rules that find them, as the guide lists them."""
     rows = [f"| {' '.join((fault.__doc__ or '').split())} | `{rule}` |" for fault, rule in faults]
     return "\n".join(["| Fault | Rule that finds it |", "|---|---|", *rows])
 

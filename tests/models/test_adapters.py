@@ -36,7 +36,7 @@ from support.threads import in_threads, wait_until
 def test_logits_with_adapters_are_those_of_libllama(
     tiny_gguf: Path, loras: list[Path], scales: dict[int, float]
 ) -> None:
-    """Bit for bit, of every decode of a request, against a context that this library's engine never saw."""
+    """Compare every decode of a request, bit for bit, with a context that the engine never used."""
     backend = llama_backend(tiny_gguf, n_ubatch=64)
     decode, slices, logits = backend.decode, [], []
 
@@ -104,7 +104,7 @@ def test_scale_0_is_no_adapter_at_all(tiny_gguf: Path, loras: list[Path]) -> Non
         assert (again.tokens, again.cache.kind) == (plain.tokens, "exact")
         adapter.scale = 1
         assert greedy_reply(model).cache.kind == "cold"
-        for nothing in (0.0, -0.0, 1e-50):  # the last is 0 as a 32-bit number
+        for nothing in (0.0, -0.0, 1e-50):  # the last one is 0 in 32 bits
             adapter.scale = nothing
             assert greedy_reply(model).cache.kind == "exact"
             assert greedy_reply(model, reproducible=True).tokens == plain.tokens
@@ -114,7 +114,7 @@ def test_scale_0_is_no_adapter_at_all(tiny_gguf: Path, loras: list[Path]) -> Non
 
 
 def test_unloading_all_adapters_restores_the_model(tiny_gguf: Path, loras: list[Path]) -> None:
-    """Bit for bit: an adapter leaves nothing behind."""
+    """Bit for bit: an adapter leaves no trace."""
     with load_llama(tiny_gguf) as model:
         before = greedy_reply(model, n=4, reproducible=True, logprobs=20)
         for lora in loras:
@@ -181,7 +181,7 @@ def test_any_thread_can_load_scale_and_unload(stub_adapters: list[Path]) -> None
 
 
 def test_requests_in_flight_keep_their_adapter_set(stub_adapters: list[Path]) -> None:
-    """Those that run, and those that wait, whatever happens to adapters meanwhile."""
+    """Running and waiting requests, for all changes of adapters in the meantime."""
     backend = AdaptedStub(n_ctx=2048)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache, n_seq_max=2) as model:
         first = model.load_adapter(stub_adapters[0])
@@ -192,7 +192,7 @@ def test_requests_in_flight_keep_their_adapter_set(stub_adapters: list[Path]) ->
 
         ask({stub_adapters[0]: 1.0})
         next(iter(streams[0][0]))
-        backend.gate.clear()  # in the midst of the reply
+        backend.gate.clear()  # in the middle of the reply
         first.scale = 0.5
         ask({stub_adapters[0]: 0.5})
         first.scale = 2.0
@@ -244,7 +244,7 @@ def test_a_refused_request_releases_its_adapters(stub_adapters: list[Path]) -> N
 
 
 def test_unloading_the_model_frees_its_adapters(tiny_gguf: Path, loras: list[Path]) -> None:
-    """With requests in flight, and with logits that somebody still looks at."""
+    """With requests in flight, and with logits that are still in use."""
     backend = llama_backend(tiny_gguf)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         adapter = model.load_adapter(loras[0])
@@ -263,7 +263,7 @@ def test_unloading_the_model_frees_its_adapters(tiny_gguf: Path, loras: list[Pat
 
 
 def test_no_adapter_set_starves(stub_adapters: list[Path]) -> None:
-    """First come, first served: who comes later with the set that runs does not go before who waits."""
+    """In order of arrival: a later request with the running set does not overtake a waiting one."""
     backend = AdaptedStub(n_ctx=4096)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache, n_seq_max=4) as model:
         adapter = model.load_adapter(stub_adapters[0])

@@ -88,7 +88,7 @@ def test_adapters_that_crash_libllama_are_refused(
         "blk.0.attn_q.weight.lora_b": rng.standard_normal((64, 4)).astype(np.float32),
     }
     write_entries(path, entries)
-    tiny.load_adapter(path).unload()  # good as it is
+    tiny.load_adapter(path).unload()  # valid
     write_entries(path, {**entries, **change})
     refused(tiny, path, words)
 
@@ -111,7 +111,7 @@ def write_entries(path: Path, entries: Mapping[str, object]) -> None:
 
 
 def test_adapters_of_tied_embeddings_are_refused(tiny_gguf: Path, tmp_path: Path) -> None:
-    """libllama would use the pair for both, and stop on an assertion."""
+    """libllama would use the pair for both, and fail an assertion."""
     tied = tmp_path / "tied.gguf"
     write_tied(tiny_gguf, tied)
     lora = write_lora(tmp_path / "lora.gguf", weights=("token_embd",))
@@ -122,7 +122,7 @@ def test_adapters_of_tied_embeddings_are_refused(tiny_gguf: Path, tmp_path: Path
 
 
 def write_tied(source: Path, target: Path) -> None:
-    """A model's file without its output, for which libllama takes the embeddings."""
+    """Write a model without an output tensor; libllama uses the embeddings in its place."""
     reader = GGUFReader(source)
     writer = GGUFWriter(target, "llama")
     for name, field in reader.fields.items():
@@ -190,7 +190,7 @@ def test_models_without_adapter_support_refuse_adapters(tiny_gguf: Path, loras: 
 
 
 def test_the_binding_refuses_adapters_of_other_models(tiny_gguf: Path, loras: list[Path]) -> None:
-    """By the binding: libllama would use freed, or foreign, memory."""
+    """The binding refuses them, because libllama would use freed or foreign memory."""
     with llama_ffi.LlamaModel(tiny_gguf) as one, llama_ffi.LlamaModel(tiny_gguf) as other:
         adapter, foreign = llama_ffi.LlamaAdapter(one, loras[0]), llama_ffi.LlamaAdapter(other, loras[0])
         with llama_ffi.LlamaContext(one, n_ctx=256) as context:
@@ -239,7 +239,7 @@ def test_a_backend_failure_with_adapters_fails_only_its_requests(stub_adapters: 
 
 
 def test_embeddings_are_computed_beside_adapters(tiny_gguf: Path, loras: list[Path]) -> None:
-    """Without them, and while they come and go."""
+    """Embeddings do not use adapters, while adapters are loaded and unloaded."""
     with load_llama(tiny_gguf) as model:
         expected = model.embed("a text")
 
@@ -287,7 +287,7 @@ print(loaded, refused)
 
 
 def test_flipped_bytes_in_an_adapter_header_are_refused(tiny_gguf: Path, tmp_path: Path) -> None:
-    """Refused, or loaded where the flip does not matter; never the end of the process."""
+    """The file is refused, or loads where the flip does not matter. The process never ends."""
     lora = write_lora(
         tmp_path / "lora.gguf", LlamaShape(1, 64, 128, 2, 1), weights=("attn_q", "ffn_down", "token_embd")
     )

@@ -62,7 +62,7 @@ def test_a_missing_part_of_a_split_model_is_refused(tiny_gguf: Path, tmp_path: P
 
 
 def test_a_model_truncated_anywhere_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
-    """200 places, most of them in the header, where everything is decided."""
+    """200 places, most of them in the header, which decides everything."""
     content = tiny_gguf.read_bytes()
     header = 10_000
     places = sorted(
@@ -108,7 +108,7 @@ print(loaded, refused)
 
 
 def test_flipped_bytes_in_a_header_do_not_end_the_process(tiny_gguf: Path, tmp_path: Path) -> None:
-    """Refused, or loaded where the flip does not matter; never the end of the process.
+    """The file is refused, or loads where the flip does not matter. The process never ends.
 
     `make fuzz` does the same for longer.
     """
@@ -279,7 +279,7 @@ def test_a_flipped_byte_in_a_cache_file_is_a_cache_miss(
             counters = cache.counters()
         assert reply.tokens == cold.tokens
         assert reply.text == cold.text
-        if counters["corrupt_files"]:  # else it is the tail of the reply, which the prompt does not need
+        if counters["corrupt_files"]:  # otherwise it is the tail of the reply, which the prompt does not need
             assert reply.cache.tokens < 149
             assert path.name in caplog.text
         else:

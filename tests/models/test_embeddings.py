@@ -22,9 +22,9 @@ from erllama.llama_ffi import EmbeddingContext, LlamaError, LlamaModel
 from erllama.testing.bert import BertShape, write_bert, write_encoder
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
 
-# Of many lengths, alike and unlike; more of them than are computed together.
+# Texts of many lengths, similar and different, and more than fit one decode.
 TEXTS = ["a", "hello, world", "hello world", *(f"number {n}: " + "ab cd " * (n % 11) for n in range(90)), "a"]
-# float32 throughout, so that a difference beyond rounding is a mistake.
+# All in float32, so that a difference beyond rounding is a mistake.
 EXACT: dict[str, object] = {"kv_type_k": "f32", "kv_type_v": "f32", "flash_attn": False, "n_threads": 1}
 # Two sums of the same n float32 products, added in other orders, differ by at most 2 * n * 2**-24 of the sum of
 # their magnitudes. These models chain about 20 sums of at most 100 products, of magnitudes of 1 to 3.
@@ -63,7 +63,7 @@ def decoder(tiny_gguf: Path) -> Iterator[erllama.Model]:
 
 
 def directly(path: Path, pooling: str, texts: Sequence[str]) -> list[NDArray[np.float32]]:
-    """Each text alone, through the binding."""
+    """Embed each text alone, through the binding."""
     with LlamaModel(path) as model:
         options = {"n_tokens": 512, "n_threads": 1, "type_k": 0, "type_v": 0, "flash_attn": False}
         with EmbeddingContext(model, pooling=pooling, **options) as context:  # type: ignore[arg-type]
@@ -244,7 +244,7 @@ def test_embedding_and_ranking_work_with_asyncio(bert: erllama.Model, ranker: er
 
 
 class Slow:
-    """An embedder that computes nothing, and waits to be let go on."""
+    """An embedder that computes nothing and waits until it is released."""
 
     limits = EmbeddingLimits(n_tokens=8, n_batch=4, n_sequences=2, pooling="mean")
 
@@ -566,7 +566,7 @@ _PARTS = {
 
 
 def _gguf_name(name: str) -> str:
-    """Of one of BERT's weights; empty for those that GGUF does without."""
+    """Return the GGUF name of a BERT weight; empty for weights that GGUF omits."""
     stem, _, kind = name.rpartition(".")
     if stem.startswith("embeddings."):
         part = _PARTS.get(stem.removeprefix("embeddings."))
@@ -610,7 +610,7 @@ def _bert(weights: dict[str, NDArray[np.float32]], config: dict[str, int], ids: 
 
 
 def test_embeddings_follow_the_models_rope_scaling(tmp_path: Path) -> None:
-    """What a context is not told is the model's own; what it is told changes what positions mean."""
+    """Unset values are the model's own. Values that are set change the meaning of positions."""
     path = write_llama(tmp_path / "model.gguf")
     text = "a few words, so that positions matter"
     rows = {}

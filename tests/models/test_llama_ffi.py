@@ -84,7 +84,7 @@ def test_text_round_trips_through_its_tokens(model: LlamaModel, text: str) -> No
     vocabulary = model.vocabulary
     ids = vocabulary.tokenize(text, add_special=False)
     assert ids.dtype == np.int32
-    # "▁" is how this kind of tokenizer writes a space, so it comes back as one.
+    # This kind of tokenizer writes a space as "▁", so it is read as a space.
     assert vocabulary.detokenize(ids).decode() == text.replace("▁", " ")
     assert b"".join(vocabulary.piece(int(token)) for token in ids).decode() == text.replace("▁", " ")
 
@@ -106,7 +106,7 @@ def test_special_tokens_are_parsed_only_on_request(model: LlamaModel) -> None:
 
 
 def test_texts_longer_than_estimated_are_complete(tmp_path: Path) -> None:
-    """Ten bytes a token: more than the buffer that is tried first holds."""
+    """Ten bytes per token: more than the first buffer holds."""
     shape = replace(TINY, n_vocab=2000)
     with LlamaModel(write_llama(tmp_path / "words.gguf", shape), vocab_only=True) as found:
         words = list(range(1500, 1900))
@@ -152,7 +152,7 @@ def test_a_header_is_read_without_the_model(tiny_gguf: Path) -> None:
 
 
 def test_models_without_attention_may_have_no_heads(tmp_path: Path) -> None:
-    """As converters write recurrent models: zero heads, and sizes of their state."""
+    """Converters write recurrent models with zero heads and with the sizes of their state."""
     for name, key, accepted in (("mamba", "ssm.state_size", True), ("llama", "feed_forward_length", False)):
         writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", name)
         writer.add_block_count(2)
@@ -496,7 +496,7 @@ def test_native_objects_can_be_freed_in_any_order(tiny_gguf: Path, code: tuple[s
 
 
 def test_threads_can_share_a_context(context: LlamaContext) -> None:
-    """They wait for each other; what each decodes is its own affair."""
+    """Threads wait for each other, and each gets its own results."""
 
     def work(sequence: int) -> None:
         for i in range(20):

@@ -49,7 +49,7 @@ def opened(path: Path, **options: object) -> LlamaBackend:
 
 
 def logits(backend: LlamaBackend) -> NDArray[np.float32]:
-    """After PROMPT, read from nothing."""
+    """Return the reply to PROMPT, computed cold."""
     n = len(PROMPT)
     backend.clear()
     output = np.zeros(n, np.int8)
@@ -137,7 +137,7 @@ def test_layer_placement_is_in_the_recipe(two_gpus: None) -> None:
 
 
 def test_kv_types_have_their_own_layouts(tiny_gguf: Path) -> None:
-    """Even where the same numbers come out."""
+    """Even if the results are equal."""
     half, whole = opened(tiny_gguf), opened(tiny_gguf, kv_type_k="f32", kv_type_v="f32")
     assert half.namespace != whole.namespace
     assert whole.facts.kv_bytes == pytest.approx(2 * half.facts.kv_bytes, abs=2**20 / 50)
@@ -180,7 +180,7 @@ def test_yarn_options_match_yarn_of_the_file(tiny_gguf: Path) -> None:
     assert np.array_equal(logits(by_options), logits(by_file))
     by_options.close()
     by_file.close()
-    # And its factors are taken where the file, not the caller, says YaRN.
+    # Its factors apply also if the file, not the caller, chooses YaRN.
     with opened_model(tiny_gguf, overrides={"llama.rope.scaling.type": "yarn"}, yarn_beta_fast=16.0) as model:
         assert model.metadata["llama.rope.scaling.type"] == "yarn"
 
@@ -240,7 +240,7 @@ def test_impossible_overrides_are_refused_as_in_a_file(tiny_gguf: Path) -> None:
     longest = "x" * 127
     with opened_model(tiny_gguf, overrides={"general.name": longest}) as model:
         assert model.info.name == longest
-    # Not a word that libllama knows, which it asserts.
+    # Not a name that libllama knows; it would fail an assertion.
     scaling = {"llama.rope.scaling.type": "stretch"}
     assert "failed" in refused(tiny_gguf, erllama.ModelLoadError, overrides=scaling)
 
@@ -384,7 +384,7 @@ def test_a_fingerprint_reads_the_file_once(
     tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[float] = []
-    for _ in range(2):  # the second time in a cache that was opened anew
+    for _ in range(2):  # the second time with a reopened cache
         with erllama.Cache(ram=0, disk=tmp_path / "kv") as cache, opened_model(tiny_gguf, cache=cache):
             pass
         monkeypatch.setattr(_fingerprint, "_sha256", lambda *_: pytest.fail("read again"))
@@ -425,7 +425,7 @@ def test_different_kinds_of_fingerprint_share_nothing(tiny_gguf: Path, disk: erl
 
 
 def test_a_custom_fingerprint_never_joins_two_layouts(tmp_path: Path, disk: erllama.Cache) -> None:
-    """Believed of the content, not of what is read from the file."""
+    """A custom fingerprint stands for the content, not for the values read from the file."""
     shapes = {
         "a": TINY,
         "deeper": LlamaShape(n_layer=3, n_embd=64, n_ff=128, n_head=2, n_head_kv=1),
@@ -513,7 +513,7 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(tiny_gguf: Path, tmp_
 
 
 def test_models_can_load_concurrently(tiny_gguf: Path, tmp_path: Path) -> None:
-    """Each with options of its own, some of them refused: nobody gets another's errors."""
+    """Each load has its own options, some of which are refused. No load gets the error of another."""
     mamba = write_mamba(tmp_path / "mamba.gguf", seed=1)
     alone = {}
     with erllama.Cache(disk=tmp_path / "kv") as cache:
@@ -551,7 +551,7 @@ def test_a_model_reports_its_facts_and_memory(tiny_gguf: Path) -> None:
         assert info.special_tokens["eos"] == erllama.SpecialToken(2, "</s>")
         assert (info.has_chat_template, info.vocab_only) == (False, False)
         assert info.weights_bytes == 115008 * 4
-        # A row of K is 32 elements in 34 bytes, one of V 64: in two layers. libllama tells hundredths of a MiB.
+        # In each of two layers, a row of K takes 34 bytes, and one of V 64. libllama reports steps of 0.01 MiB.
         assert info.kv_bytes == pytest.approx(4096 * 2 * (34 + 64), abs=2**20 / 100)
         assert {buffer.holds for buffer in info.buffers} == {"weights", "kv", "compute", "output"}
         assert asdict(info)["phase"] == "idle"

@@ -45,7 +45,7 @@ for path in sorted(Path(sys.argv[2]).glob("*.gguf")):
 
 
 def outcomes(place: Path) -> dict[str, str]:
-    """What came of each file in `place`, tried in one child: its name, and "computed" or the error."""
+    """Try each file in `place` in one child. Returns each name with "computed" or the error."""
     lines = must_run(_TRY, _HERE, place, timeout=300).splitlines()
     return dict(line.split(": ", 1) for line in lines)
 
@@ -145,7 +145,7 @@ def test_hyperparameters_used_as_divisors_must_not_be_zero(tmp_path: Path) -> No
 
 
 def test_state_space_models_without_groups_or_heads_are_refused(tmp_path: Path) -> None:
-    """libllama divides by both, when it loads or when it makes the graph: the process must not end."""
+    """libllama divides by both while loading or building the graph. The process must survive."""
     base = minimal_model("mamba2", tmp_path)
     assert base is not None
     place = tmp_path / "files"
@@ -158,7 +158,7 @@ def test_state_space_models_without_groups_or_heads_are_refused(tmp_path: Path) 
     for name, n_heads, n_groups in (("time_step_rank", 0, groups), ("group_count", heads, 0)):
         changed = with_value(base, f"ssm.{name}", U32, 0)
         convolved = inner + 2 * n_groups * state
-        for tensor_name, tensor in changed.tensors.items():  # the shapes that libllama expects then
+        for tensor_name, tensor in changed.tensors.items():  # the shapes that libllama then expects
             role = tensor_name.split(".", 2)[-1]
             if role == "ssm_in.weight":
                 tensor.shape = [64, inner + convolved + n_heads]
@@ -185,7 +185,7 @@ def test_state_space_models_without_groups_or_heads_are_refused(tmp_path: Path) 
     ],
 )
 def test_state_space_values_are_checked_where_layers_use_them(architecture: str, name: str) -> None:
-    """A dense granite, as converters write it, states 0 groups and 0 heads and has no such layer."""
+    """Converters write a dense granite model with 0 groups and 0 heads and without such a layer."""
     metadata = {"general.architecture": architecture, f"{architecture}.ssm.{name}": 0}
     gate, out = (llama_ffi.Tensor(f"blk.0.{role}.weight", 0, 4, 0, (1,)) for role in ("attn_gate", "ssm_out"))
     llama_ffi.check_tensors(metadata, [gate])
@@ -206,7 +206,7 @@ library.llama_model_save_to_file(int(ffi.cast("uintptr_t", model._handle.pointer
 
 
 def test_models_saved_by_libllama_load(llama: EditableGGUF, tmp_path: Path) -> None:
-    """Its files state every hyperparameter that it knows, with 0 for what the model has not."""
+    """libllama writes every hyperparameter that it knows, with 0 for those that the model lacks."""
     place = tmp_path / "saved"
     place.mkdir()
     llama.write(tmp_path / "llama.gguf")
@@ -221,7 +221,7 @@ def test_models_saved_by_libllama_load(llama: EditableGGUF, tmp_path: Path) -> N
 
 
 def test_a_saved_model_with_attention_needs_heads() -> None:
-    """What it states of states, each 0, does not make it a model without attention."""
+    """State sizes of 0 do not make it a model without attention."""
     metadata = {"general.architecture": "phimoe", "phimoe.ssm.state_size": 0, "phimoe.attention.head_count": 0}
     with pytest.raises(llama_ffi.LlamaError, match="head_count is 0; it must be 1 to"):
         llama_ffi.check_hyperparameters(metadata)
@@ -273,7 +273,7 @@ def test_missing_weights_that_a_graph_needs_are_refused(tmp_path: Path) -> None:
 
 
 def test_graph_faults_are_found_before_computing(tmp_path: Path) -> None:
-    """Of each kind a file that loads: an operation that ggml cannot compute, on as many threads as it likes."""
+    """Files that load but hold an operation that ggml cannot compute, tried on several threads."""
     base = editable_gguf.read(write_gemma3(tmp_path / "gemma3.gguf"))
     place = tmp_path / "files"
     place.mkdir()
@@ -302,7 +302,7 @@ with open(place / "journal", "a") as journal:
 """
 _BATCH = 250
 _FEW = ("gemma2", "phi3", "qwen2moe")
-# Threads that wait must not take the processor from those that work: batches run side by side.
+# Waiting threads must not take the processor from working ones, because batches run side by side.
 _PATIENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
@@ -317,7 +317,7 @@ def _bases(place: Path, architectures: Sequence[str]) -> None:
 
 
 def _batch(first: int, last: int, place: Path) -> str:
-    """Try mutants in a child of their own; what killed it, and at which mutant, or an empty text."""
+    """Try mutants in a child process. Returns what killed it and at which mutant, or an empty text."""
     command = [sys.executable, "-c", _FUZZ, str(_HERE), str(first), str(last), str(place)]
     finished = subprocess.run(
         command, capture_output=True, text=True, errors="replace", check=False, env={**os.environ, **_PATIENT}
@@ -329,7 +329,7 @@ def _batch(first: int, last: int, place: Path) -> str:
 
 
 def test_no_mutant_ends_the_process(tmp_path: Path) -> None:
-    """Types, shapes, hyperparameters and architectures: each mutant is refused, or computes."""
+    """Mutants of types, shapes, hyperparameters and architectures: each is refused or computes."""
     n = int(os.environ.get("ERLLAMA_FUZZ_N", "60"))
     first = int(os.environ.get("ERLLAMA_FUZZ_FIRST", "0"))
     _bases(tmp_path, _FEW if n < 1000 else list(MODEL_ARCH_NAMES.values()))
@@ -380,7 +380,7 @@ for _ in range(3):
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library made here")
 def test_an_assertion_failure_on_all_threads_is_survived(llama: EditableGGUF, tmp_path: Path) -> None:
-    """The check of the graph is taken out, so that one fails: an error, and other models compute on."""
+    """Without the graph check, an assertion fails. It becomes an error, and other models continue."""
     (tmp_path / "unchecked.cpp").write_text(_UNCHECKED)
     library = tmp_path / "unchecked.so"
     subprocess.run(["c++", "-shared", "-fPIC", tmp_path / "unchecked.cpp", "-o", library], check=True)
@@ -422,7 +422,7 @@ for name, adapter in zip(("broken", "whole"), adapters):
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library made here")
 def test_a_failed_model_keeps_only_its_own_adapters(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
-    """What may still compute uses the adapters of its model: those of others are freed."""
+    """A failed computation may still use the adapters of its model. Those of other models are freed."""
     (tmp_path / "frees.cpp").write_text(_FREES)
     library = tmp_path / "frees.so"
     subprocess.run(["c++", "-shared", "-fPIC", tmp_path / "frees.cpp", "-o", library], check=True)
@@ -442,5 +442,5 @@ def test_learned_positions_limit_the_context(tmp_path: Path) -> None:
         assert model.n_ctx == 512
         with pytest.raises(erllama.PromptTooLong):
             model.complete([5] * 600, max_tokens=1)
-        reply = model.complete([5] * 500, max_tokens=50, banned_tokens=range(5))  # no token that ends it
+        reply = model.complete([5] * 500, max_tokens=50, banned_tokens=range(5))  # no end token
         assert (reply.finish_reason, len(reply.context_tokens)) == ("context_full", 513)

@@ -26,7 +26,7 @@ class Closing(StubBackend):
 
 @pytest.fixture(autouse=True)
 def no_collector() -> Iterator[None]:
-    """What is dropped is freed at once, and not when the collector happens to run."""
+    """Disable the garbage collector, so that only reference counts free objects."""
     Closing.closed = 0
     gc.collect()
     gc.disable()
@@ -35,7 +35,7 @@ def no_collector() -> Iterator[None]:
 
 
 def let_go(held: list[Any], closed: int) -> None:
-    """Drop what is held; the model's thread may hold the last reference, for a moment."""
+    """Drop a reference. The model thread may hold the last one for a moment."""
     held.clear()
     wait_until(lambda: Closing.closed == closed)
 

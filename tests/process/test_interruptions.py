@@ -27,7 +27,7 @@ ENDINGS = (ValueError, SystemExit, KeyboardInterrupt, GeneratorExit)
 
 @contextmanager
 def failing_handler(error: type[BaseException]) -> Iterator[list[str]]:
-    """A handler of the library's log that raises, whatever it is given."""
+    """A log handler that raises for every record."""
     seen: list[str] = []
 
     class Failing(logging.Handler):
@@ -190,7 +190,7 @@ def test_ctrl_c_while_an_adapter_loads_leaves_none_loaded(stub_adapters: list[Pa
     class Slow(AdaptedStub):
         def load_adapter(self, path: Path) -> object:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)  # the waiting caller is interrupted meanwhile
+            time.sleep(0.2)  # the waiting caller is interrupted in the meantime
             return super().load_adapter(path)
 
     backend = Slow(eog_bias=-100)
@@ -203,9 +203,9 @@ def test_ctrl_c_while_an_adapter_loads_leaves_none_loaded(stub_adapters: list[Pa
 
 
 def interrupted_at(step: int, modules: tuple[str, ...], call: Callable[[], object]) -> bool:
-    """Call something, and raise KeyboardInterrupt at its `step`-th step within some modules; whether it came there.
+    """Call a function and raise KeyboardInterrupt at its `step`-th step in some modules. Returns whether it did.
 
-    Steps are those at which the interpreter looks for signals: the beginnings of functions, and the ends of calls.
+    Steps are the places where the interpreter checks for signals: starts of functions and ends of calls.
     """
     left = step
 
@@ -257,7 +257,7 @@ def test_ctrl_c_loads_an_adapter_completely_or_not_at_all(stub_adapters: list[Pa
             whole = interrupted_at(step, modules, lambda: model.load_adapter(stub_adapters[0]))
             step += 1
             wait_until(lambda: not model._runner._calls)
-            model.evict()  # what is undone behind the caller is done
+            model.evict()  # the background undo is complete
             assert len(backend.loaded) == len(model.adapters)
             for adapter in model.adapters:
                 adapter.unload()

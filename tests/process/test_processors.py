@@ -117,7 +117,7 @@ def test_a_model_reports_its_threads(tiny_gguf: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def half_a_processor() -> Iterator[Path]:
-    """A real cgroup with a quota of half a processor; skipped where it cannot be made."""
+    """A real cgroup with a quota of half a processor. Skips if it cannot be created."""
     root = Path("/sys/fs/cgroup")
     version_1 = (root / "cpu").is_dir()
     group = (root / "cpu" if version_1 else root) / f"erllama-test-{os.getpid()}"

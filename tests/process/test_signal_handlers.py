@@ -22,7 +22,7 @@ from support.threads import in_threads, wait_until
 
 
 def operator(model: erllama.Model, cache: erllama.Cache) -> None:
-    """What is safe in a handler."""
+    """Calls that are safe in a handler."""
     assert model in erllama.list_models()
     assert erllama.get_model(model.id) is model
     assert erllama.queue_depth() >= 0
@@ -36,9 +36,9 @@ def operator(model: erllama.Model, cache: erllama.Cache) -> None:
 
 @contextmanager
 def handling(step: int, modules: tuple[str, ...], handler: Callable[[], object]) -> Iterator[list[bool]]:
-    """Call a handler at the `step`-th step within some modules; whether it came there.
+    """Call a handler at the `step`-th step within some modules. Returns whether it was called.
 
-    Steps are those at which the interpreter looks for signals: the beginnings of functions, and the ends of calls.
+    Steps are the places where the interpreter checks for signals: starts of functions and ends of calls.
     """
     left, came = step, []
 

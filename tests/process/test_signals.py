@@ -301,7 +301,7 @@ def test_a_signal_handler_can_call_the_cache_during_a_call(tmp_path: Path) -> No
 
     def handler(*_: object) -> None:
         found.append((cache.counters(), cache.tiers(), cache.flush(1.0)))
-        signal.setitimer(signal.ITIMER_REAL, 0.001)  # once this one has ended, or a slow machine stacks them up
+        signal.setitimer(signal.ITIMER_REAL, 0.001)  # after this one has ended, or they pile up on a slow machine
 
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, np.arange(64, dtype=np.int32))

@@ -16,13 +16,13 @@ from erllama.cli.main import Later, root
 from support.subprocesses import must_run, run_python
 
 SOURCE = ast.parse(Path(erllama.__file__).read_text())
-# Of the standard library, what takes long to import and is not needed.
+# Modules of the standard library that are slow to import and not needed.
 SLOW = {"asyncio", "sqlite3", "ssl", "importlib.metadata", "multiprocessing", "http.client", "email.message"}
 
-# What `import erllama` itself consists of.
+# The modules that `import erllama` may load.
 FIRST = {"erllama", "erllama._runtime.at_exit", "erllama._runtime.imports", "erllama._runtime.jobs"}
 
-# Prints the modules that some code imports.
+# Prints the modules that a piece of code imports.
 _IMPORTED = """
     import sys
     before = set(sys.modules)
@@ -36,7 +36,7 @@ def imported_by(code: str) -> set[str]:
 
 
 def foreign(modules: set[str]) -> set[str]:
-    """The packages among modules that are neither of the standard library nor ours."""
+    """Return the packages among modules that are neither in the standard library nor ours."""
     tops = {name.partition(".")[0] for name in modules}
     return {name for name in tops - sys.stdlib_module_names if not name.startswith(("erllama", "__editable__"))}
 
@@ -118,7 +118,7 @@ def test_subpackages_are_available_without_their_own_import() -> None:
 
 
 def test_any_name_can_be_the_first() -> None:
-    """Modules import one another in one direction, so none needs another to be imported first."""
+    """Imports between modules run in one direction, so any module can be imported first."""
     code = """
         import os, sys
         import cffi, jinja2, llguidance, numpy, platformdirs, psutil, sqlite_utils, watchdog.observers, xxhash
@@ -189,7 +189,7 @@ def test_a_failed_import_raises_each_time_and_can_succeed_later() -> None:
 
 # --- signal handlers during the first use --------------------------------------------------------------
 
-# Sends a signal while a module is imported, and waits until its handler runs.
+# Sends a signal during an import, and waits until its handler runs.
 _SIGNAL_DURING = """
     import os, signal, sys, threading, time
     import erllama
@@ -268,7 +268,7 @@ def test_a_process_forked_after_an_interrupted_first_use_can_use_the_names() -> 
 
 
 def test_a_module_may_use_a_name_while_it_is_imported(tmp_path: Path) -> None:
-    """The import of our modules may need a module whose lock the main thread holds."""
+    """Importing our modules may need a module whose import lock the main thread holds."""
     (tmp_path / "user.py").write_text("import erllama\nerllama.load_model\n")
     code = """
         import sys

@@ -56,7 +56,7 @@ def test_seeded_replies_are_the_same_alone_and_among_others(seed: int, can_trim:
 
 
 def test_greedy_replies_on_libllama_are_the_same_among_others(tiny_gguf: Path) -> None:
-    """Logits differ in their last bits with the batch; replies only where two tokens are all but equally likely."""
+    """The batch changes the last bits of logits, so replies differ only where two tokens are nearly tied."""
     prompts = [np.concatenate([random_prompt(0, 100), random_prompt(i, 30)]) for i in range(8)]
     options: dict[str, object] = {"n_ctx": 2048, "n_threads": 1, "n_seq_max": 8, "cache": Cache(ram=0)}
     with erllama.load_model(tiny_gguf, **options) as model:  # type: ignore[arg-type]
@@ -158,7 +158,7 @@ def test_parked_cells_stay_within_their_limit_while_others_compute() -> None:
 
 
 def test_a_parked_prefix_is_shared_without_losing_its_rest() -> None:
-    """A short question on a long parked context leaves that context as it is."""
+    """A short question on a long parked context leaves that context unchanged."""
     backend = StubBackend(eog_bias=-100)
     with load_stub(backend, parked_cells=4096) as model:
         context = random_prompt(1, 400)
@@ -207,7 +207,7 @@ def test_reproducible_requests_run_alone_in_the_context() -> None:
         replies = [stream.result() for stream in streams]
         for i, reply in enumerate(replies):
             assert reply.tokens == cold_reply(random_prompt(i, 50), max_tokens=20, seed=1).tokens
-    # Cut before its last token: only who is alone is. The last such slice is the reproducible one's.
+    # Only a request that runs alone is cut before its last token. The last such slice is the reproducible one's.
     start = max(i for i, batch in enumerate(backend.batches) if [rows for _, rows in batch] == [49])
     assert all(len(batch) == 1 for batch in backend.batches[start : start + 21]), "nobody else until its end"
     assert max(len(batch) for batch in backend.batches[start + 21 :]) == 2
@@ -235,7 +235,7 @@ def test_requests_for_three_times_the_cells_all_reply_correctly(can_trim: bool, 
 
 @pytest.mark.parametrize("write", [write_llama, write_gemma3, write_mamba, write_lfm2])
 def test_requests_for_three_times_the_cells_on_libllama(write: Callable[..., Path], tmp_path: Path) -> None:
-    """The same greedy replies as alone, whatever the kind of memory, but for near-ties."""
+    """Greedy replies are the same as alone for every kind of memory, except for near-ties."""
     path = write(tmp_path / "model.gguf", seed=1)
     prompts = [random_prompt(i, 50) for i in range(16)]
     with load_stub(EndlessBackend(path, n_ctx=512, n_sequences=1), cache=Cache(ram=0)) as model:
@@ -247,7 +247,7 @@ def test_requests_for_three_times_the_cells_on_libllama(write: Callable[..., Pat
         streams = [model.stream(prompt, max_tokens=150, temperature=0) for prompt in prompts]
         replies = [stream.result() for stream in streams]
         assert sum(len(reply.context_tokens) for reply in replies) > 3 * 512
-        # Recurrent memory takes no cells that could run out.
+        # Recurrent memory uses no cells that could run out.
         assert engine_metrics(model).preempted > 0 or write is write_mamba
         assert model.cache.counters()["restore_errors"] == model.cache.counters()["faults"] == 0
     for reply, alone_reply in zip(replies, expected, strict=True):
@@ -256,7 +256,7 @@ def test_requests_for_three_times_the_cells_on_libllama(write: Callable[..., Pat
 
 
 def test_a_preempted_request_resumes_with_the_same_state() -> None:
-    """The youngest gives way in the middle of its reply."""
+    """The request admitted last is preempted in the middle of its reply."""
     expected = {
         i: cold_reply(random_prompt(i, 150), max_tokens=140, seed=i, temperature=2.0, logprobs=1) for i in range(3)
     }

@@ -32,7 +32,7 @@ from support.threads import wait_until
 
 
 class Failing(StubBackend):
-    """Raises, or gives NaN, for batches with a certain token."""
+    """Raises, or returns NaN, for batches with a certain token."""
 
     def __init__(self, error: Exception | None, token: int = 99, **options: object) -> None:
         super().__init__(**{"eog_bias": -100.0, **options})  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def test_a_failure_in_sampling_ends_only_its_request() -> None:
 
 
 def once(call: Callable[..., object], when: Callable[[], bool] = lambda: True) -> Callable[..., object]:
-    """`call`, which fails the first time that `when`."""
+    """Return `call`, changed so that it fails the first time that `when` holds."""
     left = [1]
 
     def failing(*arguments: object, **options: object) -> object:
@@ -194,7 +194,7 @@ def test_a_failed_decode_ends_its_batch_and_the_queue_continues(error: Exception
 def test_cells_that_run_out_too_early_fail_no_request() -> None:
     class Tight(StubBackend):
         def decode(self, batch: Batch) -> NDArray[np.float32]:
-            if self.cells_used + len(batch.tokens) > 256:  # half of what it says
+            if self.cells_used + len(batch.tokens) > 256:  # half of the stated number
                 raise erllama.CellsExhausted("no free cells")
             return super().decode(batch)
 
@@ -338,5 +338,5 @@ def test_an_interrupt_after_submission_cancels_the_request(way: str) -> None:
             asyncio.run(ask()) if way.startswith("a") else getattr(model, way)("x")
         while model.pending or model.queue_depth:
             time.sleep(0.001)
-        model.end_session("nobody's")  # comes back between two ticks, so after the last
+        model.end_session("nobody's")  # returns between two ticks, so after the last one
         assert model.metrics.finished == {"cancelled": 1}

@@ -140,7 +140,7 @@ def test_parked_cells_are_a_tier_that_can_be_listed_and_evicted() -> None:
 
 
 def test_blocks_that_are_only_in_cells_do_not_count_as_stored() -> None:
-    """What RAM has lost is saved again by whoever goes on from it."""
+    """A block that RAM has lost is saved again by a request that continues from it."""
     with load_stub(StubBackend(eog_bias=-100)) as model:
         first = model.complete(random_prompt(1, 100), max_tokens=1)
         model.cache.evict_bytes("1GiB", ("ram",))
@@ -176,7 +176,7 @@ def test_a_parked_context_is_kept_over_blocks_only_in_cells() -> None:
 
 
 def test_a_lookup_of_loadable_blocks_finds_the_longest_such_prefix() -> None:
-    """Among the neighbours of the tokens in the tree are some that are only in cells."""
+    """Some of the neighbouring blocks in the tree are only in cells."""
     from erllama.cache import Block, SaveReason, child_key, namespace_key, token_bytes
 
     root = namespace_key({"backend": "a test"})

@@ -120,7 +120,7 @@ def test_a_restarted_session_shares_the_prefixes_of_others() -> None:
 
 
 def test_a_session_can_return_to_an_earlier_turn() -> None:
-    """The next request shares only a part: the rest of its cells is let go."""
+    """The next request shares only a part, and the rest of the cells is released."""
     with load_stub(StubBackend(eog_bias=-100)) as model:
         model.complete(random_prompt(1, 100), max_tokens=50, session_id="ann")
         prompt = np.concatenate([random_prompt(1, 100)[:60], random_prompt(2, 10)])

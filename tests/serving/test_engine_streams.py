@@ -182,7 +182,7 @@ def test_a_closed_event_loop_does_not_harm_the_model() -> None:
 
 
 class Says(StubBackend):
-    """Says a text, a byte a token, then ends."""
+    """Replies with a text, one byte per token, then ends."""
 
     def __init__(self, text: str) -> None:
         super().__init__(n_sequences=4)
@@ -191,7 +191,7 @@ class Says(StubBackend):
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         logits = super().decode(batch)
         for row, position in enumerate(batch.positions[batch.output == 1]):
-            at = int(position)  # of a prompt of one token
+            at = int(position)  # for a prompt of one token
             logits[row] = -10.0
             logits[row, self.says[at] if at < len(self.says) else EOG] = 10.0
         return logits

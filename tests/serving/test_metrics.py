@@ -34,7 +34,7 @@ HISTOGRAMS = ("erllama_time_to_first_token_seconds", "erllama_time_between_token
 
 
 class Gated(StubBackend):
-    """Tells when it decodes, and decodes nothing until its gate is opened."""
+    """Signals when a decode starts, and waits until its gate is opened."""
 
     def __init__(self) -> None:
         super().__init__(eog_bias=-100)
@@ -47,7 +47,7 @@ class Gated(StubBackend):
 
 
 class Page:
-    """One scrape, as text and parsed."""
+    """Scrape once. Returns the text and its parsed form."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.text = prometheus_client.generate_latest(registry).decode()
@@ -70,7 +70,7 @@ class Bucketed(NamedTuple):
 
 
 def bucketed(page: Page, name: str, model: str) -> Bucketed:
-    """A histogram that holds together."""
+    """Check that a histogram is consistent."""
     buckets = [s for s in page.samples if s.name == f"{name}_bucket" and s.labels["model"] == model]
     found = Bucketed(
         [float(s.labels["le"]) for s in buckets],
@@ -93,7 +93,7 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def gated() -> Iterator[tuple[Gated, erllama.Model]]:
-    """A model in the midst of a decode, with one more request waiting."""
+    """A model during a decode, with one more request waiting."""
     backend = Gated()
     with Cache() as cache, erllama.load_backend(backend, id="gated", cache=cache, n_seq_max=1) as model:
         first, second = (model.stream(prompt, max_tokens=3) for prompt in ("one", "two"))
@@ -107,7 +107,7 @@ def gated() -> Iterator[tuple[Gated, erllama.Model]]:
 
 
 def at_once(work: Callable[[], object]) -> object:
-    """What `work` returns, in a thread of its own, so that a wait for the model fails instead of hanging."""
+    """Return the result of `work` in a separate thread, so that a wait for the model fails instead of hanging."""
     found: list[object] = []
     thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
     thread.start()

@@ -21,7 +21,7 @@ MESSAGES = [{"role": "user", "content": "Where is Oslo?"}]
 
 
 class Framed(PieceVocabulary):
-    """Puts a special token before a text, and one behind it."""
+    """Puts one special token before a text and one after it."""
 
     def tokenize(
         self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False

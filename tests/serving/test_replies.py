@@ -26,7 +26,7 @@ def stub() -> Iterator[erllama.Model]:
 
 
 class Scripted(StubBackend):
-    """Says given bytes, then ends."""
+    """Replies with the given bytes, then ends."""
 
     def __init__(self, says: bytes, **options: int) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
@@ -43,7 +43,7 @@ class Scripted(StubBackend):
 
 
 class Slow(StubBackend):
-    """Takes its time, until told not to."""
+    """Decodes slowly until `slow` is cleared."""
 
     seconds = 0.02
 
@@ -53,7 +53,7 @@ class Slow(StubBackend):
 
 
 class Gated(StubBackend):
-    """Decodes nothing until its gate is opened."""
+    """Waits before each decode until its gate is opened."""
 
     def __init__(self) -> None:
         super().__init__(eog_bias=-100)
@@ -106,7 +106,7 @@ def test_generation_ends_at_an_end_token() -> None:
 def test_generation_ends_when_the_context_is_full(n_prompt: int) -> None:
     with loaded(StubBackend(n_ctx=64, eog_bias=-100)) as model:
         reply = model.complete([1] * n_prompt)
-        # Every cell is used, and the token sampled last needs none.
+        # Every cell is used. The token sampled last needs none.
         assert len(reply.context_tokens) == 65
         assert reply.finish_reason == "context_full"
         assert model.complete([1] * n_prompt, max_tokens=1).finish_reason == "length"
@@ -283,7 +283,7 @@ def test_logits_without_a_finite_value_raise_an_error(value: float) -> None:
 
 
 def test_a_wrong_cache_answer_causes_a_cold_start(caplog: pytest.LogCaptureFixture) -> None:
-    """Payloads that do not fit are dropped, counted and logged; the reply is the cold one."""
+    """Payloads that do not fit are dropped, counted and logged, and the reply is the cold one."""
     with Cache() as cache, erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
         first = model.complete("x" * 600, max_tokens=5, temperature=0)
         rows = [row for row in cache.rows() if row.tier == "ram"]
@@ -308,7 +308,7 @@ def test_a_wrong_cache_answer_causes_a_cold_start(caplog: pytest.LogCaptureFixtu
 def test_memory_that_cannot_be_cut_resumes_only_at_packed_states(
     ids: list[int], share: int, reproducible: bool, data: st.DataObject
 ) -> None:
-    """The stub refuses any cut and any pack away from the end; the reply must be the cold one all the same."""
+    """The stub refuses cuts, and packs that do not end at the last token. The reply must still be the cold one."""
     other = ids[:share] + data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=40))
     with Cache(ram=0) as none, erllama.load_backend(StubBackend(can_trim=False, n_ubatch=32), cache=none) as cold:
         expected = [cold.complete(prompt, max_tokens=20, temperature=0).tokens for prompt in (ids, other)]

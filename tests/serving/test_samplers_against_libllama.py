@@ -103,7 +103,7 @@ def test_a_threshold_next_to_a_candidate_decides_as_in_libllama(row: Row, at: in
 def test_a_sum_equal_to_the_threshold_counts_as_in_libllama(
     make: Callable[..., Pair], numbers: tuple[float, ...], n_left: int, in_order: bool
 ) -> None:
-    """Four equal logits: nothing is rounded."""
+    """Four equal logits, so no sum is rounded."""
     row, pair = a_row(1.5, 1.5, 1.5, 1.5)._replace(in_order=in_order), make(*numbers)
     ours, theirs = both(pair, row)
     assert len(ours) == len(theirs.ids) == n_left
@@ -138,7 +138,7 @@ def test_sampler_steps_match_libllama_for_a_large_vocabulary(
 def test_biases_are_added_as_in_libllama(row: Row, biases: dict[int, float]) -> None:
     biases = {int(row.ids[0]): 2.0, **biases}
     numbers = [number for item in biases.items() for number in item]
-    # Given candidates in order, libllama's takes them to be in order afterwards.
+    # With sorted candidates, libllama's step assumes that they stay sorted.
     row = row._replace(in_order=False)
     pair = Pair("logit_bias", LogitBias(biases), LlamaSampler("logit_bias", N_VOCAB, *numbers), slack=last_bits)
     ruled_out = [token for token, bias in biases.items() if bias == -np.inf]
@@ -157,7 +157,7 @@ def test_penalties_match_libllama(pair: Pair, row: Row, context: NDArray[np.int3
 
 @given(STEPS["typical"], rows(kinds=("bell", "ties", "steep", "huge")))
 def test_excluded_tokens_do_not_change_typical_sampling(pair: Pair, row: Row) -> None:
-    """libllama's entropy of such rows is NaN: it is given the rest."""
+    """The entropy of such rows is NaN in libllama, so it gets only the remaining candidates."""
     possible = rounded_softmax(row.logits) > 0
     ours = pair.ours(row.candidates())
     rest = row.keep(possible)
@@ -167,7 +167,7 @@ def test_excluded_tokens_do_not_change_typical_sampling(pair: Pair, row: Row) ->
 
 @given(rows(), st.sampled_from([1e-3, 1e-30, 1e-44, 1e-320]))
 def test_any_low_temperature_is_accepted(row: Row, t: float) -> None:
-    """Where logits overflow, libllama's probabilities are NaN."""
+    """If logits overflow, the probabilities of libllama are NaN."""
     shifted = row.logits.astype(np.float64) - float(row.logits.max())
     with np.errstate(over="ignore"):
         weights = np.exp(shifted / t)
@@ -188,7 +188,7 @@ def test_numbers_beyond_float32_become_infinite() -> None:
 
 @pytest.mark.parametrize("logits", [(2.0, 1.0, -np.inf), (2.0, 1.0, -np.inf, 0.0, -np.inf)])
 def test_xtc_keeps_at_least_one_candidate(logits: tuple[float, ...]) -> None:
-    """With a threshold of 0 libllama's leaves the last, which is ruled out."""
+    """With a threshold of 0, libllama keeps the last candidate, which is excluded."""
     found = XTC(1.0, 0.0, 1)(a_row(*logits).candidates())
     assert found.ids.tolist()[0] == int(np.argmin(np.where(np.isfinite(logits), logits, np.inf)))
     assert np.isfinite(found.best())
@@ -218,7 +218,7 @@ def test_chains_in_any_order_match_libllama(vocabulary: Vocabulary, data: st.Dat
             return
         ours, theirs = both(pair, row, context, candidates)
         compare(pair, row, ours, theirs)
-        # Each goes on with its own, unless there was something to decide.
+        # Each side continues with its own result, except where rounding decided.
         candidates, row = ours, Row(theirs.ids, theirs.logits, theirs.in_order)
         ours_by_id, row_by_id = np.argsort(ours.ids), np.argsort(row.ids)
         if not (
@@ -290,7 +290,7 @@ def test_a_control_token_name_works_as_a_dry_breaker(vocabulary: Vocabulary, tex
 
 @pytest.mark.parametrize("n", range(17, 28))
 def test_a_long_dry_breaker_matches_by_its_first_tokens(vocabulary: Vocabulary, n: int) -> None:
-    """One token and the twenty after it."""
+    """One token and its twenty successors."""
     pair = dry(vocabulary, ["a" + "b" * 24], 1.0, 1.5, 1, 500)
     row = Row(np.arange(320, dtype=np.int32), np.zeros(320, np.float32))
     compare(pair, row, *both(pair, row, np.array([B] * 30 + [A] + [B] * n, np.int32)))
@@ -298,15 +298,15 @@ def test_a_long_dry_breaker_matches_by_its_first_tokens(vocabulary: Vocabulary, 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "llama-spm", "qwen2"])
 def test_dry_with_a_real_vocabulary_matches_libllama(name: str) -> None:
-    """No text begins with a space: libllama reads each token of some vocabularies without its first space, or with
-    the one before a full stop gone, and so misses such breakers. Ours finds them.
+    """No text begins with a space: in some vocabularies, libllama reads each token without its first space, or with
+    the one before a full stop removed, and misses such breakers. The engine finds them.
     """
     path = SHARED / "vocab" / f"ggml-vocab-{name}.gguf"
     if not path.exists():
         pytest.skip(f"{path} is not here")
     parts = ["the", " end", ".\n", "\n\n", "User:", " User", '":', "é", "<|im_end|>", "a", "*", "#" * 40]
     texts = [["\n", ":", '"', "*"], ["User:", "the e", "é", "<|im_end|>", "</s>"]]
-    long = ["#" * 45]  # 40 bytes are looked at, and two of the vocabularies have a token of as many
+    long = ["#" * 45]  # 40 bytes are considered, and two of the vocabularies have a token of that length
     with LlamaModel(path, vocab_only=True) as model:
         vocabulary = model.vocabulary
         ids = np.unique(np.concatenate([vocabulary.tokenize(part, parse_special=True) for part in parts]))

@@ -32,7 +32,7 @@ def sampler_of(n_vocab: int, **options: object) -> Sampler:
 
 
 def draw(logits: NDArray[np.float32], n: int = 4000, **options: float) -> NDArray[np.float64]:
-    """How often each token is drawn, of 1."""
+    """Return the relative frequency of each token."""
     sampler = sampler_of(len(logits), seed=1, **{**NEUTRAL, **options})
     return np.bincount([sampler.sample(logits, NOTHING) for _ in range(n)], minlength=len(logits)) / n
 
@@ -66,7 +66,7 @@ def chi_squared(observed: NDArray[np.float64], expected: NDArray[np.float64], n:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_softmax(temperature: float) -> None:
     weights = np.exp(SKEWED.astype(float) / temperature)
-    # 4 degrees of freedom: 18.5 is passed by chance once in a thousand; the seed is fixed.
+    # 4 degrees of freedom: chance exceeds 18.5 once in a thousand times. The seed is fixed.
     assert chi_squared(draw(SKEWED, temperature=temperature), weights / weights.sum(), 4000) < 18.5
 
 
@@ -224,7 +224,7 @@ def test_dry_penalizes_continued_repetition() -> None:
     sampler_of(20, **options, **neutral, dry_sequence_breakers=[]).sample(logits, context)
     assert rows[-1][4] == pytest.approx(-0.8 * 2)
     assert np.count_nonzero(rows[-1]) == 1
-    # A breaker before the repetition's last two tokens leaves those two; one after its first leaves too few.
+    # A breaker before the last two tokens of the repetition leaves those two. One after the first leaves too few.
     sampler_of(20, **options, **neutral, dry_sequence_breakers=["\x01"]).sample(logits, context)
     assert rows[-1][4] == pytest.approx(-0.8)
     sampler_of(20, **options, **neutral, dry_sequence_breakers=["\x02"]).sample(logits, context)
@@ -232,7 +232,7 @@ def test_dry_penalizes_continued_repetition() -> None:
 
 
 def test_the_caller_sets_the_order_of_steps() -> None:
-    # Hot first, top_p keeps more.
+    # With temperature first, top_p keeps more.
     kept = [
         np.count_nonzero(draw(SKEWED, temperature=4.0, top_p=0.7, samplers=samplers))
         for samplers in (["top_p", "temperature"], ["temperature", "top_p"])
@@ -320,7 +320,7 @@ def test_mirostat_keeps_the_surprise_at_its_target(version: int, tau: float) -> 
         assert before is not None
         assert after is not None
         learned.append(tau + (before - after) / 0.1)
-        # What it learned of is the surprise among the most likely ones that it left, the drawn one with them.
+        # Mirostat learns from the surprise within the candidates that it kept, the drawn one included.
         left = 2 ** learned[-1] * shares[token]
         n = int(sums.searchsorted(left * (1 - 1e-4))) + 1
         assert sums[n - 1] == pytest.approx(left, rel=1e-4)
@@ -350,5 +350,5 @@ def test_draws_from_many_candidates_follow_the_softmax() -> None:
     weights = np.exp(logits.astype(float))
     by_group = [part.sum() for part in np.array_split(found, 30)]
     expected = [part.sum() for part in np.array_split(weights / weights.sum(), 30)]
-    # 29 degrees of freedom: 58.3 is passed by chance once in a thousand; the seed is fixed.
+    # 29 degrees of freedom: chance exceeds 58.3 once in a thousand times. The seed is fixed.
     assert chi_squared(np.array(by_group), np.array(expected), 20_000) < 58.3

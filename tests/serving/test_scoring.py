@@ -26,7 +26,7 @@ EXACT: dict[str, object] = {"kv_type_k": "f32", "kv_type_v": "f32", "flash_attn"
 def directly(
     backend: LlamaBackend | StubBackend, prompt: NDArray[np.int32], after: NDArray[np.int32]
 ) -> list[float]:
-    """The log-probabilities of `after`, by one decode a token in an empty context."""
+    """Return the log-probabilities of `after`, by one decode per token in an empty context."""
     told = []
     backend.clear()
     tokens = np.concatenate([prompt, after]).astype(np.int32)

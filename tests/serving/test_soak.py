@@ -39,7 +39,7 @@ from erllama.engine.sampling.sampler import Sampler
 from erllama.engine.scheduling.sequence import Sequence
 
 REQUESTS = int(os.environ.get("ERLLAMA_SOAK", "400"))
-LIMIT = 30.0 + REQUESTS / 10  # seconds, after which something hangs; nothing here should come near it
+LIMIT = 30.0 + REQUESTS / 10  # seconds after which a call counts as hanging; no call should come near it
 N_THREADS, N_TASKS = 6, 5
 MIB = 2**20
 Make = Callable[[erllama.Cache], erllama.Model]
@@ -50,7 +50,7 @@ Make = Callable[[erllama.Cache], erllama.Model]
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, and its reply where it is alone on a fresh and cold model."""
+    """A request, and its reply alone on a new model without a cache."""
 
     prompt: tuple[int, ...]
     options: dict[str, object]
@@ -63,7 +63,7 @@ def alone(make: Make, prompt: tuple[int, ...], options: dict[str, object]) -> Co
 
 
 def pool_of(make: Make, n: int, longest: int, growing: list[int | None]) -> list[Asked]:
-    """Requests that share prefixes in many ways; those of `growing` tokens need more cells than are kept free."""
+    """Make requests that share prefixes in many ways. Those of `growing` tokens need more cells than stay free."""
     dice = random.Random(n)
     systems = [ids(dice, length) for length in (5, 17, 64, 90)]
     systems.append(systems[2][:41] + ids(dice, 30))
@@ -94,7 +94,7 @@ def ids(dice: random.Random, n: int) -> tuple[int, ...]:
 
 
 def stops_in(dice: random.Random, text: str) -> list[str]:
-    """A stop string that comes, one around it that may come, and one that never does."""
+    """Return a stop string that occurs, one around it that may occur, and one that never does."""
     at = dice.randrange(len(text) + 1)
     found = [text[at : at + dice.randrange(1, 4)], text[max(at - 1, 0) : at + 5] + "never", "never"]
     return [stop for stop in found if stop]
@@ -104,12 +104,12 @@ def stops_in(dice: random.Random, text: str) -> list[str]:
 
 
 class Faults:
-    """Makes a backend fail now and then: decodes seldom, since there are many.
+    """Makes a backend fail at random; decodes rarely, because there are many.
 
     Attributes:
-        counts: the faults so far, by what they were.
-        n_ticks, n_tokens: decodes, and their tokens, that came to a good end.
-        short_of_cells: whether the backend claims to have too few cells, too.
+        counts: the faults so far, by kind.
+        n_ticks, n_tokens: successful decodes and their tokens.
+        short_of_cells: whether the backend also reports too few cells.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -164,7 +164,7 @@ class Faults:
 
 
 class Complaints(logging.Handler):
-    """Errors in the log that nobody injected, as text: a record would keep its frames alive."""
+    """Collects logged errors that were not injected, as text, because a record would keep its frames alive."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -180,7 +180,7 @@ class Complaints(logging.Handler):
 def listening() -> Iterator[Complaints]:
     complaints = Complaints()
     log = logging.getLogger("erllama")
-    propagated, log.propagate = log.propagate, False  # what pytest captures would keep frames alive
+    propagated, log.propagate = log.propagate, False  # records that pytest captures would keep frames alive
     log.addHandler(complaints)
     try:
         yield complaints
@@ -193,16 +193,16 @@ def listening() -> Iterator[Complaints]:
 
 
 class Crowd:
-    """Threads, and tasks of an event loop, that ask one model at once.
+    """Threads and event-loop tasks that send requests to one model concurrently.
 
     Args:
-        exact: whether every reply, not only a reproducible one, has the bits of one alone.
+        exact: whether every reply, not only a reproducible one, has the bits of a reply alone.
 
     Attributes:
-        seen: how requests ended, as far as their callers saw.
-        wrong: what should not have happened.
-        n_accepted: requests that were not turned away.
-        tickets: theirs, those that anybody still holds.
+        seen: how requests ended, as their callers saw it.
+        wrong: faults that were found.
+        n_accepted: requests that were not refused.
+        tickets: those of their tickets that are still referenced.
     """
 
     def __init__(self, model: erllama.Model, pool: list[Asked], *, exact: bool) -> None:
@@ -228,7 +228,7 @@ class Crowd:
             self.tickets.add(ticket)
 
     def ask(self, n: int, seed: int) -> None:
-        """Have `n` requests accepted, or a few more, and wait for the end of all."""
+        """Submit until `n` requests, or a few more, are accepted, and wait until all have ended."""
         self._left = n
         work: list[Callable[[], None]] = [
             lambda i=i: self._ask_on(random.Random(f"{seed} {i}")) for i in range(N_THREADS)
@@ -246,7 +246,7 @@ class Crowd:
         while (self.model.pending or self.model.queue_depth) and time.monotonic() < late:
             time.sleep(0.001)
         assert not any(thread.is_alive() for thread in threads), f"somebody waits in vain: {self.model.info}"
-        self.model.end_session("nobody's")  # comes back between two ticks, so after the last
+        self.model.end_session("nobody's")  # returns between two ticks, so after the last one
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -266,7 +266,7 @@ class Crowd:
     # --- one request
 
     def _draw(self, dice: random.Random, *, calm: bool = False) -> tuple[int, dict[str, object]]:
-        """A number of the pool, and options beside those that it has there."""
+        """Draw an index into the pool, and options in addition to its own."""
         number = dice.randrange(len(self._pool))
         extra: dict[str, object] = {}
         if dice.random() < 0.15:
@@ -285,7 +285,7 @@ class Crowd:
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:
-        """Errors that may come are counted, and end here."""
+        """Count expected errors and suppress them."""
         try:
             yield
         except (
@@ -302,7 +302,7 @@ class Crowd:
                 self._object(f"nobody injected this: {error!r}")
 
     def _got(self, number: int, extra: dict[str, object], reply: Completion, *, cancelled: bool = False) -> None:
-        """Check a reply; one that was `cancelled` may be cut short."""
+        """Check a reply. A `cancelled` one may be incomplete."""
         asked = self._pool[number]
         self._saw(reply.finish_reason)
         with self._lock:
@@ -319,7 +319,7 @@ class Crowd:
             self._object(f"{number} {extra} cancelled={cancelled}: {essence(reply)} instead of {essence(wanted)}")
 
     def _got_events(self, number: int, extra: dict[str, object], events: list[Event], cancelled: bool) -> None:
-        """Check what was streamed to its end."""
+        """Check a stream that was read to its end."""
         *pieces, end = events
         if not isinstance(end, Done) or any(isinstance(piece, Done) for piece in pieces):
             self._object(f"{number}: a stream that does not end with Done")
@@ -327,7 +327,7 @@ class Crowd:
         reply = end.completion
         told = tuple(token for piece in pieces for token in piece.tokens)  # type: ignore[union-attr]
         text = "".join(piece.text for piece in pieces)  # type: ignore[union-attr]
-        # The tokens of a stop string are told of at the end alone.
+        # The tokens of a stop string are reported only at the end.
         if text != reply.text or told != reply.tokens[: len(told)]:
             self._object(f"{number}: the pieces are not those of the reply")
         self._got(number, extra, reply, cancelled=cancelled)
@@ -380,14 +380,14 @@ class Crowd:
                 stream.cancel()
                 if any(isinstance(event, Done) for event in events):
                     return
-                events = []  # zip takes one more than it gives
+                events = []  # zip consumes one more item than it yields
                 self._got(number, extra, stream.result(), cancelled=True)
                 return
         events = list(stream)
         self._got_events(number, extra, events, cancelled)
 
     def _drop(self, dice: random.Random) -> None:
-        """Nobody reads the rest: by leaving a `with`, or by losing the stream."""
+        """Abandon a stream, by leaving a `with` or by dropping the stream."""
         number, extra = self._draw(dice)
         stream = self._open(number, extra)
         for _ in range(dice.randrange(6)):
@@ -399,7 +399,7 @@ class Crowd:
         self._saw("dropped")
 
     def _burst(self, dice: random.Random) -> None:
-        """Several at once, so that some are turned away."""
+        """Submit several at once, so that some are refused."""
         n = dice.randrange(3, 9)
         streams = []
         for _ in range(n):
@@ -433,7 +433,7 @@ class Crowd:
             del stream
 
     def _bother(self) -> None:
-        """What others do beside asking, while the model computes."""
+        """Other calls while the model computes."""
         dice = random.Random(8)
         while self._left > 0:
             time.sleep(0.003)
@@ -523,7 +523,7 @@ def essence(reply: Completion) -> tuple[object, ...]:
 
 
 def disagreements(model: erllama.Model) -> list[str]:
-    """Where the scheduler's picture of the context is not the backend's; between two ticks."""
+    """Return where the scheduler and the backend disagree about the context. Called between two ticks."""
     scheduler = model._runner._scheduler
     live, backend = scheduler.live, model._backend
     found = []
@@ -554,14 +554,14 @@ def positions_of(backend: Backend, number: int) -> int:
 
 
 def alive() -> Counter[str]:
-    """What exists of what each request has, by kind."""
+    """Count the living objects that requests own, by type."""
     gc.collect()
     kinds = (Sequence, Ticket, Sampler, SequenceKV, erllama.Stream, erllama.AsyncStream)
     return Counter(type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, kinds))
 
 
 class Footprint:
-    """What this process holds."""
+    """Return the threads and open files of this process."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -572,7 +572,7 @@ class Footprint:
 
 
 def assert_idle(model: erllama.Model, crowd: Crowd, faults: Faults) -> None:
-    """Nothing runs, nothing waits, and every request is accounted for."""
+    """Check that no request runs or waits, and that the counters cover every request."""
     assert not crowd.wrong, "\n".join(crowd.wrong)
     assert (model.pending, model.queue_depth, model.phase) == (0, 0, "idle")
     assert all(ticket.done for ticket in crowd.tickets)
@@ -590,7 +590,7 @@ def assert_idle(model: erllama.Model, crowd: Crowd, faults: Faults) -> None:
 
 
 def assert_nothing_is_held(model: erllama.Model) -> None:
-    """By the context, after `evict()`."""
+    """Check that the context is empty after `evict()`."""
     backend, live = model._backend, model._runner._scheduler.live
     assert (live.cells.used, live.parked) == (0, [])
     if isinstance(backend, LlamaBackend):
@@ -612,7 +612,7 @@ def assert_sound(cache: erllama.Cache) -> None:
 
 
 def assert_no_growth(before: Footprint, after: Footprint) -> None:
-    """In memory, but for what the allocator and the interpreter keep at first."""
+    """Check that memory does not grow, except for what allocator and interpreter keep at first."""
     allowed = 8 * MIB if REQUESTS >= 5000 else 32 * MIB
     grown = after.rss - before.rss
     assert grown <= 0.05 * before.rss + allowed, f"{before.rss / MIB:.1f} MiB, then {after.rss / MIB:.1f} MiB"
@@ -640,7 +640,7 @@ def soak(make: Make, cache: erllama.Cache, pool: list[Asked], *, exact: bool) ->
             report(crowd, faults, model, warm)
             assert min(crowd.seen[name] for name in ("QueueFull", "SessionBusy", "DeadlineExceeded")) > 0
             assert {"stop", "length", "cancelled"} <= set(metrics.finished)
-            # Memory that cannot be cut shares only what was parked and is gone on from.
+            # Memory that cannot be cut shares only parked sequences that are continued.
             assert metrics.shared_tokens > 0 or not model._backend.limits.can_trim
             assert metrics.cached_tokens > 0
         assert_sound(cache)
@@ -652,7 +652,7 @@ def soak(make: Make, cache: erllama.Cache, pool: list[Asked], *, exact: bool) ->
 
 
 def report(crowd: Crowd, faults: Faults, model: erllama.Model, warm: Footprint) -> None:
-    """For who reads what was captured."""
+    """Print a summary for the captured output."""
     metrics = model._runner.metrics
     lines = {
         "accepted": crowd.n_accepted,
@@ -671,7 +671,7 @@ def report(crowd: Crowd, faults: Faults, model: erllama.Model, warm: Footprint) 
 
 @contextmanager
 def leaves_nothing() -> Iterator[None]:
-    """Threads and open files are as before."""
+    """Check that threads and open files are as before."""
     before = Footprint()
     yield
     after = Footprint()

@@ -26,7 +26,7 @@ KEY = "ab" * 32
 
 
 class Stored:
-    """In place of a directory: notes what would be stored."""
+    """Replaces a directory and records the blocks that would be stored."""
 
     tier = "disk"
 
@@ -48,7 +48,7 @@ def archive(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
 
 
 def good() -> bytes:
-    """As `export` writes it."""
+    """Write an archive as `export` does."""
     return archive(
         *(
             (
@@ -66,7 +66,7 @@ def imported(source: io.BytesIO) -> tuple[Imported, Stored]:
 
 
 def extended(kind: bytes, size: int, content: bytes = b"") -> bytes:
-    """An extended header that says to be of `size` bytes, and what is there of it."""
+    """Return an extended header that claims `size` bytes, and its actual content."""
     header = tarfile.TarInfo("././@LongLink" if kind in b"LK" else "PaxHeaders/x")
     header.type, header.size = kind, size
     return header.tobuf(tarfile.GNU_FORMAT) + content + b"\0" * (-len(content) % 512)
@@ -87,7 +87,7 @@ def test_an_archive_round_trips(tmp_path: Path) -> None:
 
 
 def test_an_archive_stream_is_read_to_its_last_record() -> None:
-    """Otherwise who writes it would get an error from the pipe."""
+    """Otherwise the writer would get an error from the pipe."""
     stream = io.BytesIO(good())
     imported(stream)
     assert stream.tell() == len(good())
@@ -151,7 +151,7 @@ def test_flipped_bytes_are_refused_and_store_no_other_block(tmp_path: Path) -> N
         for _ in range(random_.randint(1, 4)):
             at = random_.randrange(len(BLOCKS) * 1024)
             content[at] = random_.choice([0, 255, content[at] ^ 1 << random_.randrange(8), random_.randrange(256)])
-        if random_.random() < 0.3:  # headers that check out, so that what they say is believed
+        if random_.random() < 0.3:  # headers with valid checksums, so that their values are used
             member = tarfile.TarInfo(random_.choice([f"blocks/{KEY}.kvc", "x", "x" * 150]))
             member.type = random_.choice([*kinds, tarfile.REGTYPE])
             member.size = random_.choice([0, 1, 512, 10_000, 1 << 33, 1 << 40])

@@ -24,7 +24,7 @@ from support.storage.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, save
 from support.subprocesses import must_run, run_python
 from support.threads import wait_until
 
-# Few distinct tokens and short texts, so that prefixes are shared often.
+# Few different tokens and short texts, so that prefixes are often shared.
 contexts = st.lists(st.integers(0, 2), min_size=1, max_size=60).map(lambda ids: np.array(ids, np.int32))
 
 
@@ -147,7 +147,7 @@ def test_no_budget_is_ever_exceeded(
             assert cache.counters()["bytes_disk"] <= quota
             assert sum(path.stat().st_size for path in directory.rglob("*.kvc")) <= quota
             assert hit(cache, tokens) <= len(tokens)
-            # Every block can be reached: what it follows is stored, too.
+            # Every block is reachable, because its parent is stored, too.
             rows = cache.rows()
             keys = {row.key for row in rows}
             for row in rows:
@@ -161,7 +161,7 @@ def test_the_least_recently_used_leaves_are_evicted_first() -> None:
     with Cache(block_size=SIZE, ram=5 * 64) as cache:
         save(cache, a)
         save(cache, b)
-        hit(cache, a)  # now b is the older one
+        hit(cache, a)  # b is now the older one
         save(cache, np.arange(200, 232, dtype=np.int32))
         assert hit(cache, a) == 32
         assert hit(cache, b) == 16
@@ -220,7 +220,7 @@ def test_the_lru_matches_a_simple_model(steps: list[tuple[str, int]]) -> None:
 
 
 class GatedTier(FileTier):
-    """Files that are written when the gate is opened."""
+    """A file tier that writes when its gate is opened."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root, 10**9)
@@ -234,7 +234,7 @@ class GatedTier(FileTier):
 def test_saves_beyond_the_queue_are_dropped_and_counted(tmp_path: Path) -> None:
     tier = GatedTier(tmp_path)
     with Cache(block_size=SIZE, tiers=[tier], write_queue=200) as cache:
-        save(cache, np.arange(10 * SIZE, dtype=np.int32))  # returns while the disk stands still
+        save(cache, np.arange(10 * SIZE, dtype=np.int32))  # returns while the disk is blocked
         assert cache.counters()["bytes_pending"] <= 200
         assert cache.counters()["saves_dropped"] == 7
         assert hit(cache, np.arange(10 * SIZE, dtype=np.int32)) == 10 * SIZE, "RAM has them all the same"
@@ -318,7 +318,7 @@ def test_a_damaged_file_is_a_counted_and_logged_miss(
         assert str(victim) in caplog.text
         assert not victim.exists(), "it is set aside"
         assert hit(cache, tokens) == 16
-        save(cache, tokens)  # and can be saved anew
+        save(cache, tokens)  # and can be saved again
         cache.flush()
         assert hit(cache, tokens) == 48
     assert len(list((tmp_path / "damaged").iterdir())) == 1
@@ -385,7 +385,7 @@ def test_a_symbolic_link_as_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_drops_saves_until_it_has_room(tmp_path: Path) -> None:
-    """The limit on a file's size stands in for the full disk: writes fail half-way."""
+    """A limit on file size replaces the full disk, so that writes fail half-way."""
     program = """
         import resource, sys
         sys.path.insert(0, sys.argv[2])

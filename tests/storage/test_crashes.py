@@ -53,7 +53,7 @@ SAVING = """
 def published_by_children_that_are_killed(
     root: Path, quota: int, variety: int, n_kills: int
 ) -> Iterator[list[list[int]]]:
-    """After each kill, the contexts that the child had seen on the disk. Budgets are checked while it runs."""
+    """Yield, after each kill, the contexts that the child saw on the disk. Budgets are checked while it runs."""
     dice = random.Random(variety)
     waiting = [start_python(SAVING, root, quota, seed, variety) for seed in range(min(n_kills, 2))]
     started = list(waiting)
@@ -74,7 +74,7 @@ def published_by_children_that_are_killed(
             if seed + 2 < n_kills:
                 waiting.append(start_python(SAVING, root, quota, seed + 2, variety))
                 started.append(waiting[-1])
-            # The last line may be half a line.
+            # The last line may be incomplete.
             yield [json.loads(line) for line in (first + rest).splitlines(keepends=True) if line.endswith("\n")]
     finally:
         with killed_at_end(*started):
@@ -183,8 +183,8 @@ def test_an_interrupted_replacement_leaves_one_version(tmp_path: Path, step: str
     ],
 )
 def test_living_processes_clean_up_after_dead_ones(tmp_path: Path, step: str, watch: bool) -> None:
-    """Without a restart, as soon as room is needed, and without going over the quota meanwhile."""
-    # Blocks as large as the largest of the dead one's, so that what it leaves matters.
+    """Without a restart, as soon as room is needed, and always within the quota."""
+    # Blocks as large as the largest of the dead process, so that its leftovers matter.
     n_bytes = max(payload_bytes(block) for block in blocks_of(np.arange(64, dtype=np.int32)))
     quota = 6 * (n_bytes + 300)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota, watch=watch) as cache:
@@ -203,7 +203,7 @@ def test_living_processes_clean_up_after_dead_ones(tmp_path: Path, step: str, wa
 
 
 def payload_bytes(block: Block) -> int:
-    """Of what a child saves."""
+    """Return the contexts that a child saves."""
     return len(block.key) * (64 + block.key[0])
 
 

@@ -40,7 +40,7 @@ def connection(tmp_path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def test_wrong_tokens_in_the_index_are_never_served(tmp_path: Path, connection: sqlite3.Connection) -> None:
-    """One flipped bit in a row, and a prompt that spells what it says now."""
+    """Flip one bit in a row, and use a prompt with the tokens that the row then has."""
     key, tokens = connection.execute("SELECT key, tokens FROM blocks WHERE start = 32").fetchone()
     forged = bytes([tokens[0] ^ 1]) + tokens[1:]
     connection.execute("UPDATE blocks SET tokens = ? WHERE key = ?", (forged, key))
@@ -194,7 +194,7 @@ def test_a_lock_file_removed_by_mistake_is_recreated(tmp_path: Path, monkeypatch
 
     def reaper(descriptor: int, operation: int) -> None:
         lock(descriptor, operation)
-        if not robbed:  # another process that starts reaps it between its making and its locking
+        if not robbed:  # another starting process removes it between its creation and its locking
             (path,) = (tmp_path / "kv" / "owners").iterdir()
             path.unlink()
             robbed.append(path)
@@ -214,7 +214,7 @@ def test_opening_a_shared_directory_does_not_lock_others_out(tmp_path: Path) -> 
     with Cache(disk=shared) as cache:
         assert "chmod 700" in str(cache.disk_error)
     assert shared.stat().st_mode & 0o777 == 0o755
-    own = tmp_path / "own"  # as after a build and a demonstration
+    own = tmp_path / "own"  # as after a build and a demo
     for name in ("llama", "models"):
         (own / name).mkdir(parents=True)
     own.chmod(0o755)
@@ -247,7 +247,7 @@ def test_a_block_replaced_by_another_process_is_served_in_its_new_version(tmp_pa
 
 
 def test_blocks_recomputed_by_one_process_serve_another(tmp_path: Path) -> None:
-    """A stays warm on a prompt whose blocks B has replaced by ones of other slices."""
+    """A still finds a prompt whose blocks B has replaced by blocks of other slices."""
     prompt = np.random.default_rng(1).integers(0, 256, 301)
     ask = {"max_tokens": 3, "temperature": 0.0}
     with Cache(ram=0, disk=tmp_path, block_size=32) as a, Cache(ram=0, disk=tmp_path, block_size=32) as b:
@@ -260,7 +260,7 @@ def test_blocks_recomputed_by_one_process_serve_another(tmp_path: Path) -> None:
             a.flush()
             expected = two.complete(prompt, reproducible=True, **ask)  # type: ignore[arg-type]
             b.flush()
-            a.rows()  # looks at once at what others saved
+            a.rows()  # checks at once for saves of other processes
             for reproducible in (False, True):
                 reply = one.complete(prompt, reproducible=reproducible, **ask)  # type: ignore[arg-type]
                 assert reply.tokens == expected.tokens

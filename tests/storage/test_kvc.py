@@ -118,7 +118,7 @@ def test_paths_that_are_not_regular_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_file_layout_matches_the_documentation() -> None:
-    """Field by field, from docs/kvc-format.md, without the module's own structures."""
+    """Field by field as in docs/kvc-format.md, without the structures of the module."""
     block, payload = block_of([7, 8], 512, 1024), b"abc"
     content = file_bytes(block, payload)
     assert content[:8] == b"\x89KVC\r\n\x1a\n"

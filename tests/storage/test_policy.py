@@ -32,7 +32,7 @@ def loaded(cache: Cache, policy: object = None, **options: object) -> erllama.Mo
 
 
 def saved(cache: Cache) -> dict[str, list[tuple[int, int]]]:
-    """Start and end of every stored block, by why it was saved."""
+    """Return start and end of every stored block, by save reason."""
     found: dict[str, list[tuple[int, int]]] = {}
     stored = [row for row in cache.rows() if row.tier != "live"]
     for row in sorted(stored, key=lambda row: row.start):
@@ -45,7 +45,7 @@ def saved(cache: Cache) -> dict[str, list[tuple[int, int]]]:
 def test_blocks_record_why_they_were_saved(cache: Cache) -> None:
     with loaded(cache) as model:
         model.complete([1] * 80, max_tokens=60)
-    # Of the prompt as it is read; of the reply, at its end: the interval is longer than it.
+    # The prompt is saved during prefill. The reply is saved at its end, because it is shorter than the interval.
     assert saved(cache) == {"COLD": [(0, 32), (32, 64)], "FINISH": [(64, 96), (96, 128), (128, 139)]}
     counters = cache.counters()
     assert (counters["saves_cold"], counters["saves_finish"]) == (2, 3)
@@ -107,7 +107,7 @@ def test_memory_that_cannot_be_cut_resumes_before_the_trimmed_end(cache: Cache) 
     with loaded(cache, Policy(boundary_trim_tokens=6), can_trim=False) as model:
         model.prefill([*[1] * 60, 7, 8, 9])
         assert saved(cache)["COLD"] == [(0, 32), (32, 57)]
-        # The text goes on, and its last tokens come out otherwise.
+        # The text continues, so its last tokens differ.
         again = model.complete([*[1] * 60, 7, 5, 5, 5, 5], max_tokens=1)
         assert again.cache.tokens == 57
 
@@ -182,7 +182,7 @@ def test_a_finish_key_identifies_its_context(
 def test_reproducible_replies_have_the_slices_of_a_cold_run(
     trim: int, share: int, n_first: int, n_second: int
 ) -> None:
-    """Also where a policy adds a cut of its own: what differs in its cuts is computed anew."""
+    """Also if a policy adds its own cut: KV with other cuts is computed again."""
 
     def slices(history: list[list[int]], prompt: list[int]) -> tuple[int, list[tuple[int, int]]]:
         backend = RecordingBackend(StubBackend(eog_bias=-100, n_ctx=1024, n_ubatch=SIZE, can_trim=False))
@@ -228,7 +228,7 @@ def test_a_parent_key_must_be_a_finish_key(cache: Cache, key: object) -> None:
 
 
 class Steps(StubBackend):
-    """Decodes when it is let."""
+    """Waits before each decode until it is released."""
 
     def __init__(self) -> None:
         super().__init__(eog_bias=-100, n_ctx=1024, n_ubatch=SIZE)

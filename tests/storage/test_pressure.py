@@ -19,13 +19,13 @@ from erllama.cache.pressure.memory import MemoryUsage, Source, cgroup_memory
 from erllama.cache.pressure.pressure import Pressure, PressureWatch
 from erllama.errors import OptionError
 
-PATIENCE = 60.0  # seconds until a wait for another thread counts as failed; none is waited out
+PATIENCE = 60.0  # seconds until a wait for another thread counts as failed; no wait takes that long
 SOON = 0.001
 TIERS = ("ram", "ram_file")
 
 
 class Machine:
-    """Memory of which a cache holds a part. A source and an eviction in one."""
+    """Memory of which a cache holds a part. Provides both the source and the eviction."""
 
     def __init__(self, used: int, total: int, cached: int | None = None) -> None:
         self.used, self.total = used, total
@@ -67,7 +67,7 @@ def test_a_check_evicts_down_to_the_low_watermark(total: int, used: int, one: fl
         assert freed == 0
     else:
         assert machine.used <= low * total
-        assert machine.used >= min(used, int(low * total))  # and no further than that
+        assert machine.used >= min(used, int(low * total))  # and not below it
         assert freed == used - machine.used
 
 
@@ -286,7 +286,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 class Turnstile:
-    """A source whose every call waits to be let through, and that tells of each."""
+    """A source that signals each call and waits until it is released."""
 
     def __init__(self) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
@@ -456,7 +456,7 @@ def test_a_thread_that_cannot_start_is_logged(
 
 
 class Owner:
-    """Holds a watch as a cache does: the watch knows it weakly."""
+    """Owns a watch as a cache does. The watch references it weakly."""
 
     def __init__(self, source: Source, gone: Callable[[], int], **options: float) -> None:
         me = weakref.ref(self)
@@ -648,7 +648,7 @@ def test_the_system_source_without_psutil_says_what_to_install(monkeypatch: pyte
 
 
 class FakeNvml:
-    """What is used of pynvml, for GPUs given as [used, total]; None is a GPU that was lost."""
+    """The used part of pynvml, for GPUs given as [used, total]; None is a lost GPU."""
 
     class NVMLError(Exception):
         pass

@@ -28,7 +28,7 @@ def texts(first: int, n: int = 48) -> NDArray[np.int32]:
 
 
 def state(root: Path) -> dict[str, tuple[int, int, int]]:
-    """All that a write would change: names, sizes, times and modes."""
+    """Return all that a write would change: names, sizes, times and modes."""
     found = {}
     for path in (root, *root.rglob("*")):
         status = path.lstat()
@@ -38,7 +38,7 @@ def state(root: Path) -> dict[str, tuple[int, int, int]]:
 
 @pytest.fixture
 def warm(tmp_path: Path) -> Path:
-    """A directory with three contexts, closed."""
+    """Create a closed directory with three contexts."""
     root = tmp_path / "kv"
     with Cache(block_size=SIZE, ram=0, disk=root, watch=False) as cache:
         for first in (0, 1000, 2000):
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_a_miss_and_is_kept(warm: Path) -> None:
 
 
 def test_the_write_ahead_log_of_a_dead_process_is_read(tmp_path: Path, warm: Path) -> None:
-    """The database's log was not folded in when the directory was copied."""
+    """The write-ahead log was not merged when the directory was copied."""
     copy = tmp_path / "copy"
     with Cache(block_size=SIZE, ram=0, disk=warm, watch=False) as cache:
         save(cache, texts(3000))
@@ -275,7 +275,7 @@ def reading(*prefix: str) -> list[str]:
 
 @pytest.fixture
 def read_only_mount(warm: Path) -> list[str]:
-    """What runs a command where the directory is mounted read-only, for that command alone."""
+    """Return a command prefix that mounts the directory read-only for one command."""
     mounting = f"mount --bind {warm} {warm} && mount -o remount,bind,ro {warm}"
     prefix = ["unshare", "--mount", "sh", "-c", f'{mounting} && exec "$@"', "sh"]
     try:
@@ -303,7 +303,7 @@ def test_several_processes_read_a_read_only_mount(warm: Path, read_only_mount: l
 
 def test_a_directory_without_write_permission_is_read(warm: Path) -> None:
     if os.geteuid() == 0:
-        # As in a container image: files of root, read by another user.
+        # As in a container image: files of root that another user reads.
         open_root = Path(tempfile.mkdtemp(prefix="erllama-test-"))
         open_root.chmod(0o755)
         root = open_root / "kv"

@@ -31,11 +31,11 @@ from support.storage.processes import (
 )
 
 SHARING_SECONDS = float(os.environ.get("ERLLAMA_SHARING_SECONDS", "4"))
-SOON_SECONDS = 5.0  # a deadline for what takes a second or so
+SOON_SECONDS = 5.0  # deadline for something that takes about a second
 
 
 def until(condition: Callable[[], bool], seconds: float = SOON_SECONDS) -> bool:
-    """Wait for something that another process does."""
+    """Wait for an effect of another process."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -90,14 +90,14 @@ WORKING = """
 
 
 def indexed_bytes(root: Path) -> int:
-    """What the index says is stored and reserved, at one moment."""
+    """Return the bytes that the index states as stored and reserved, at one moment."""
     query = "SELECT (SELECT total(file_bytes) FROM blocks) + (SELECT total(n_bytes) FROM reservations)"
     with closing(sqlite3.connect(root / "index.db")) as index:
         return int(index.execute(query).fetchone()[0])
 
 
 def test_four_processes_share_a_directory_within_one_quota(tmp_path: Path) -> None:
-    quota = 400_000  # about sixty blocks of the four hundred and more that they save
+    quota = 400_000  # about sixty of the more than four hundred blocks that they save
     children = [start_python(WORKING, tmp_path, quota, seed, SHARING_SECONDS) for seed in range(4)]
     with killed_at_end(*children):
         for child in children:
@@ -173,7 +173,7 @@ def test_eviction_by_one_process_gives_another_the_payload_or_a_miss(tmp_path: P
 
 
 def test_eviction_during_saves_keeps_the_quota_right(tmp_path: Path) -> None:
-    """In one process: what is chosen to go still takes its room until it is gone."""
+    """In one process: a block chosen for eviction takes room until it is removed."""
 
     class SlowToRemove(FileTier):
         may_go_on = threading.Event()
@@ -246,7 +246,7 @@ def test_a_block_evicted_right_after_its_write_is_not_offered(tmp_path: Path) ->
             assert until(lambda: hit(other, tokens) == SIZE)
             assert other.evict_bytes("1GiB", tiers=("disk",)) > 0
             time.sleep(0.3)  # as a slow machine would
-            cache.rows()  # a request of ours looks, and takes in that it is gone
+            cache.rows()  # a lookup of this process sees that it is removed
 
     other = Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False)
     cache = Cache(block_size=SIZE, ram=0, tiers=[Overtaken(tmp_path, 2**30, watch=False)])
@@ -412,7 +412,7 @@ WRITING = """
     ],
 )
 def test_a_lookup_waits_for_a_save_of_another_process(tmp_path: Path, ends: signal.Signals) -> None:
-    """And not for one that died in the middle of it."""
+    """It does not wait for a process that died during the write."""
     child = start_python(WRITING, tmp_path)
     tokens = np.arange(16, dtype=np.int32)
     parent = blocks_of(tokens)[0].key
@@ -430,7 +430,7 @@ def test_a_lookup_waits_for_a_save_of_another_process(tmp_path: Path, ends: sign
 
 
 def test_processes_that_save_one_chain_keep_the_blocks_of_each(tmp_path: Path) -> None:
-    """A block whose parent another process is writing just now is written, too."""
+    """A block is written although another process is still writing its parent."""
     child = start_python(WRITING, tmp_path)
     tokens = np.arange(64, dtype=np.int32)
     with killed_at_end(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
@@ -462,7 +462,7 @@ def test_uses_by_other_processes_count_for_eviction(tmp_path: Path) -> None:
 
 
 def test_more_changed_files_than_are_remembered_are_all_checked(tmp_path: Path) -> None:
-    """A flood of changes behind our back costs bounded memory, and loses none of them."""
+    """Many changes by others take bounded memory, and none is missed."""
     tokens = np.arange(SIZE, dtype=np.int32)
     with Cache(block_size=SIZE, disk=tmp_path / "other") as other:
         save(other, tokens)

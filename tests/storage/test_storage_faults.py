@@ -31,8 +31,8 @@ from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, 
 from support.storage.processes import killed_at_end, output_of, start_python
 
 LOCK_SECONDS = float(os.environ.get("ERLLAMA_LOCK_SECONDS", "1.0"))
-PROMPT_SECONDS = 1.0  # no call of a request takes longer; it takes a thousandth
-SOON_SECONDS = 20.0  # a deadline for what happens within a second or two
+PROMPT_SECONDS = 1.0  # limit for each call of a request; it takes a thousandth of it
+SOON_SECONDS = 20.0  # deadline for something that happens within a second or two
 
 
 def texts(first: int, n: int = 48) -> NDArray[np.int32]:
@@ -40,7 +40,7 @@ def texts(first: int, n: int = 48) -> NDArray[np.int32]:
 
 
 def until(condition: Callable[[], bool], seconds: float = SOON_SECONDS) -> bool:
-    """Wait for something that happens behind our back."""
+    """Wait for something that happens in the background."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -57,7 +57,7 @@ def promptly() -> Iterator[None]:
 
 
 def use(cache: Cache, tokens: NDArray[np.int32], n_bytes: int = 64) -> int:
-    """What a request does, each call of it prompt; the tokens that were found before."""
+    """Make the calls of a request and check that each is quick. Returns the tokens that were found."""
     with promptly():
         match = cache.lookup(NAMESPACE, tokens)
     with match:
@@ -80,7 +80,7 @@ def keys_of(tokens: NDArray[np.int32]) -> set[str]:
 
 
 def serves_again(cache: Cache, root: Path, seconds: float = SOON_SECONDS) -> bool:
-    """Whether, after some time, what is saved is on the disk again."""
+    """Return whether saves reach the disk again after some time."""
     fresh = iter(range(10**6, 10**9, 10**3))
 
     def one_more() -> bool:
@@ -97,7 +97,7 @@ def serves_again(cache: Cache, root: Path, seconds: float = SOON_SECONDS) -> boo
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB, where we may mount one."""
+    """Mount a file system of 1 MiB, if that is permitted."""
     point = tmp_path / "small"
     point.mkdir(mode=0o700)
     if not mount("-t", "tmpfs", "-o", "size=1m,mode=700", "none", point):
@@ -138,7 +138,7 @@ def test_a_full_disk_is_used_again_when_it_has_room(small_disk: Path, ram: str) 
 
 
 def test_incomplete_writes_fail_alone(tmp_path: Path) -> None:
-    """The limit on a file's size stands in for the full disk where none can be mounted."""
+    """A limit on file size replaces the full disk if none can be mounted."""
     child = start_python(
         """
         import logging, resource
@@ -218,13 +218,13 @@ HOLD = {
     "a transaction": "BEGIN EXCLUSIVE",
     "something to write": "BEGIN IMMEDIATE; INSERT INTO fingerprints VALUES ('x', 'y'); DELETE FROM blocks",
 }
-# Shuts out readers, too. To be had only while nobody else has the database open, so at a cache's start.
+# An exclusive lock blocks readers, too. It needs a database that is not open, so before a cache starts.
 ALONE = "PRAGMA locking_mode=EXCLUSIVE; BEGIN IMMEDIATE; INSERT INTO fingerprints VALUES ('x', 'y')"
 
 
 @contextmanager
 def held_by_another(root: Path, statements: str) -> Iterator[None]:
-    """Within it another process has the database for itself."""
+    """While the context is active, another process has the database locked."""
     child = start_python(
         """
         import sqlite3
@@ -367,7 +367,9 @@ def test_a_database_overwritten_while_open_is_rebuilt(tmp_path: Path, kind: str)
             use(cache, texts(first))
         cache.flush()
         path = tmp_path / "index.db"
-        with sqlite3.connect(path) as connection:  # or it would all be in the log, and nothing be lost
+        with sqlite3.connect(
+            path
+        ) as connection:  # otherwise everything would be in the log, and nothing would be lost
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         connection.close()
         path.write_bytes(garbage(path.read_bytes(), kind))
@@ -596,7 +598,7 @@ def test_a_cache_inside_another_cache_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def donor(tmp_path: Path) -> Path:
-    """Another cache's directory, with one context in three files."""
+    """Create the directory of another cache, with one context in three files."""
     root = tmp_path / "donor"
     with Cache(block_size=SIZE, ram=0, disk=root) as cache:
         save(cache, texts(0), n_bytes=64_000)
@@ -604,7 +606,7 @@ def donor(tmp_path: Path) -> Path:
 
 
 def copy(source: Path, target: Path, pieces: int) -> None:
-    """As `cp` does, in as many pieces, open to everyone."""
+    """Copy as `cp` does, in several pieces, with default permissions."""
     content = source.read_bytes()
     step = -(-len(content) // pieces)
     with target.open("wb") as file:
@@ -691,7 +693,7 @@ def test_a_file_that_is_replaced_by_garbage_is_set_aside(tmp_path: Path, monkeyp
 
 
 def litter(directory: Path, target: Path) -> list[Path]:
-    """One of each that is no file, under names that files have."""
+    """Create one of each kind of path that is not a file, under names of block files."""
     names = [directory / f"{i:064x}.kvc" for i in range(5)]
     link, dangling, fifo, listening, inner = names
     link.symlink_to(target)
@@ -713,7 +715,7 @@ def test_paths_that_are_not_files_are_set_aside(tmp_path: Path, donor: Path, whe
     with Cache(block_size=SIZE, ram=0, disk=mine) as cache:
         if when == "open":
             names = litter(mine / "blocks", target)
-            # No event tells of a directory: it waits for gc, or for the next start.
+            # No event reports a directory. It stays until gc or the next start.
             assert until(lambda: not any(os.path.lexists(name) for name in names[:-1]))
             cache.gc()
     if when == "closed":
@@ -747,7 +749,7 @@ def test_the_files_of_one_cache_serve_another(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("times", ["kept", "new"])
 def test_a_copied_directory_works(tmp_path: Path, donor: Path, times: str) -> None:
-    """As from a backup, with `cp -a` and with `cp -r`."""
+    """As restored from a backup, with `cp -a` and with `cp -r`."""
     mine = tmp_path / "mine"
     shutil.copytree(donor, mine, copy_function=shutil.copy2 if times == "kept" else shutil.copy)
     with Cache(block_size=SIZE, ram=0, disk=mine, watch=False) as cache:
@@ -759,7 +761,7 @@ def test_a_copied_directory_works(tmp_path: Path, donor: Path, times: str) -> No
 def test_an_unreadable_file_does_not_stop_the_scan(
     tmp_path: Path, donor: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One fault of the index in the middle of several arrivals costs none of them."""
+    """A fault of the index among several new files loses none of them."""
     put, failures = Index.put, iter([sqlite3.OperationalError("database is locked")])
 
     def fails_once(self: Index, *arguments: object, **options: object) -> None:
@@ -778,7 +780,7 @@ def test_an_unreadable_file_does_not_stop_the_scan(
 def test_a_file_that_cannot_be_opened_now_is_not_treated_as_damaged(
     tmp_path: Path, donor: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that has run out of descriptors for a moment."""
+    """A process that temporarily has no free file descriptors."""
     opening, failures = os.open, iter([OSError(errno.EMFILE, os.strerror(errno.EMFILE))])
 
     def fails_once(path: object, *arguments: object, **options: object) -> int:
@@ -801,7 +803,7 @@ def test_a_file_that_cannot_be_opened_now_is_not_treated_as_damaged(
 
 
 def test_a_slow_copy_delays_no_save(tmp_path: Path) -> None:
-    """Nor `flush`, which waits for saves and not for other people."""
+    """It does not delay `flush` either, which waits for saves only."""
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         stop = threading.Event()
 
@@ -814,7 +816,7 @@ def test_a_slow_copy_delays_no_save(tmp_path: Path) -> None:
         copier = threading.Thread(target=copy_for_ever)
         copier.start()
         try:
-            time.sleep(1.0)  # until the cache has heard of it
+            time.sleep(1.0)  # until the cache has noticed it
             save(cache, texts(0))
             assert cache.flush(1.0)
             assert keys_of(texts(0)) <= on_disk(tmp_path)

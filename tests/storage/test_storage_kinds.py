@@ -57,7 +57,7 @@ def counted(cache: Cache) -> float:
 
 
 class Interrupting:
-    """A connection that raises right after its n-th statement of a kind, as a signal handler does."""
+    """A connection that raises right after its n-th statement of a kind, as a signal handler may."""
 
     def __init__(self, connection: sqlite3.Connection, statement: str) -> None:
         self._connection, self._statement, self.raised = connection, statement, False
@@ -215,7 +215,7 @@ def test_check_integrity_compares_with_the_files(tmp_path: Path) -> None:
         one.write_bytes(content + b"x")
         with pytest.raises(erllama.IntegrityError, match=f"{len(content) + 1} bytes"):
             cache.check_integrity()
-        os.utime(one, (0, 0))  # one that was written just now may be one that somebody is copying in
+        os.utime(one, (0, 0))  # a file written just now may still be being copied
         cache.gc()
         cache.check_integrity()
         two.rename(tmp_path / "blocks" / ("00" * 32 + ".kvc"))
@@ -336,7 +336,7 @@ def test_a_file_that_cannot_be_read_is_written_again(
 
 
 def hit_loads(cache: Cache, tokens: NDArray[np.int32]) -> int:
-    """Blocks that can be restored, one after the other."""
+    """Return blocks that can be restored one after another."""
     with cache.lookup(NAMESPACE, tokens) as match:
         n = 0
         for block in match.blocks:
@@ -420,7 +420,7 @@ def test_an_owner_that_cannot_be_checked_counts_as_alive(
 
 
 def test_a_process_without_file_descriptors_delays_no_other_save(tmp_path: Path) -> None:
-    """The other one writes while this one, whose descriptors are used up, looks who lives."""
+    """The other process writes while this one, without free descriptors, checks which processes live."""
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         fill(cache, 1)
         child = start_python(
@@ -567,7 +567,7 @@ def test_an_interrupted_announcement_of_a_save_blocks_no_lookup(
 
         def interrupted(*given: object) -> None:
             announce(*given)  # type: ignore[arg-type]
-            raise KeyboardInterrupt  # as a handler does where the call completes behind its caller
+            raise KeyboardInterrupt  # as a handler does when the call completes in the background
 
         monkeypatch.setattr(type(cache._saver), "_announce", interrupted)
         with pytest.raises(KeyboardInterrupt), cache.expecting(b"k" * 32):

@@ -186,10 +186,10 @@ def test_lookups_record_uses_later_and_together(tmp_path: Path, monkeypatch: pyt
 
 
 def turns(n_turns: int, n_tokens: int, rewrite: bool = False) -> Iterator[tuple[bytes, np.ndarray[Any, Any]]]:
-    """A conversation's texts and their tokens: each turn as it was sampled, and as it was written.
+    """The texts of a conversation and their tokens: each turn as sampled and as rendered.
 
     Args:
-        rewrite: what is left of a turn when the next one comes is another text, and other tokens.
+        rewrite: whether the next turn renders a turn as another text with other tokens.
     """
     draw = np.random.default_rng(7)
     text, tokens = b"", np.zeros(0, np.int32)
@@ -203,7 +203,7 @@ def turns(n_turns: int, n_tokens: int, rewrite: bool = False) -> Iterator[tuple[
 
 
 def distinct_bytes(texts: list[tuple[bytes, np.ndarray[Any, Any]]]) -> int:
-    """Of the tokens that no other text had before, in order."""
+    """Return the tokens that no earlier text had, in order."""
     seen = {tokens[:n].tobytes()[-64:] for _, tokens in texts for n in range(1, len(tokens) + 1)}
     return 4 * len(seen)
 
@@ -219,7 +219,7 @@ def test_twenty_turns_take_about_their_distinct_tokens_on_disk(
         for text, tokens in texts:
             cache.remember_text(NAMESPACE, text, tokens)
             cache.flush()
-    with database(tmp_path) as db:  # nothing was removed: what is stored is what was written
+    with database(tmp_path) as db:  # no text was removed, so stored and written sizes are equal
         (stored,) = db.execute("SELECT TOTAL(LENGTH(tokens)) FROM text_pieces").fetchone()
         (keys,) = db.execute("SELECT 64 * COUNT(*) FROM text_pieces").fetchone()
         (rows,) = db.execute("SELECT 144 * COUNT(*) FROM texts").fetchone()
@@ -346,7 +346,7 @@ def test_the_total_on_disk_is_the_sum_of_all_rows(
 
 
 class CountedHash:
-    """sha256, and how often one was finished, and over how many bytes."""
+    """sha256 that counts digests and hashed bytes."""
 
     digests = n_bytes = 0
 
@@ -369,7 +369,7 @@ class CountedHash:
 
 @pytest.fixture
 def hashing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int]]:
-    """Digests and bytes hashed for texts since it was last asked."""
+    """Return the digests and bytes hashed for texts since the last call."""
 
     class Hashlib:
         sha256 = CountedHash
@@ -409,7 +409,7 @@ def test_texts_of_many_lengths_are_searched_in_one_pass(
     with Cache(disk=tmp_path) as cache:
         for n_bytes in range(1, len(text), 3):
             cache.remember_text(NAMESPACE, text[:n_bytes], ids(n_bytes))
-    other = text[:1024] + b"x" * 1024  # all of its last lengths are tried in vain
+    other = text[:1024] + b"x" * 1024  # none of its last lengths matches
     for _ in "memory and disk", "disk":
         with Cache(disk=tmp_path) as cache:
             hashing()
@@ -436,7 +436,7 @@ def test_the_cost_of_remembering_does_not_grow_with_stored_texts(
 
     def counted(path: Path, timeout: float) -> sqlite3.Connection:
         connection = connect(path, timeout)
-        connection.set_progress_handler(lambda: next(steps) < 0, 10)  # each ten instructions of SQLite
+        connection.set_progress_handler(lambda: next(steps) < 0, 10)  # every ten instructions of SQLite
         return connection
 
     monkeypatch.setattr(index_module, "_connect", counted)

@@ -21,7 +21,7 @@ from support.subprocesses import must_run
 from support.threads import wait_until
 
 MANY = np.arange(10 * SIZE, dtype=np.int32)
-SOON = 15.0  # seconds; a tail that nothing hurries waits for twice as long
+SOON = 15.0  # seconds; a tail that is not hurried waits twice as long
 
 
 def held(cache: Cache) -> dict[str, int]:
@@ -136,7 +136,7 @@ def test_the_default_ram_file_directory_belongs_to_the_user() -> None:
 
 
 class Failing(SmallTier):
-    """A remote store that is not there, until it is."""
+    """A remote store that is unavailable at first."""
 
     broken = True
 
@@ -184,7 +184,7 @@ def test_a_mistake_in_a_custom_tier_is_a_miss(tmp_path: Path) -> None:
 
 
 class Slow(SmallTier):
-    """Reads when it is let."""
+    """Waits before each read until it is released."""
 
     def __init__(self, place: str) -> None:
         super().__init__(place)
@@ -283,18 +283,18 @@ def test_the_oldest_blocks_of_all_directories_are_evicted_first(tmp_path: Path) 
 
 @pytest.mark.parametrize("version", [0, 2, 1 + 2**24])
 def test_a_file_of_another_version_is_set_aside(tmp_path: Path, version: int) -> None:
-    """Its directory would have an index of that version, which is not opened."""
+    """Its directory would have an index of that version, and that is not opened."""
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, MANY[:SIZE])
     (path,) = (tmp_path / "blocks").iterdir()
     content = bytearray(path.read_bytes())
     content[8:12] = version.to_bytes(4, "little")
     path.write_bytes(content)
-    os.utime(path, (0, 0))  # long ago: it is not on its way
+    os.utime(path, (0, 0))  # old enough not to be still being copied
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert hit_or_none(cache) == [None]
         assert cache.counters()["corrupt_files"] == 1
-        cache.flush()  # it is set aside behind the caller's back
+        cache.flush()  # it is set aside in the background
         assert cache.verify() == []
         assert not path.exists()
         save(cache, MANY[:SIZE])  # until its block is saved anew
@@ -312,7 +312,7 @@ def hit_or_none(cache: Cache) -> list[object]:
 
 
 class Live(Tier):
-    """As the engine has one: it says what it holds, and is told what to give up."""
+    """A live tier as the engine has one: it reports its blocks, and the cache asks it to evict some."""
 
     write_mode = "external"
 
@@ -418,9 +418,9 @@ def test_a_process_that_joins_later_sees_a_queued_tail(tmp_path: Path) -> None:
 def test_tails_in_quick_succession_are_all_written(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, MANY[:5])
-        save(cache, MANY[:SIZE])  # overtakes it
+        save(cache, MANY[:SIZE])  # supersedes it
         cache.flush()
-        time.sleep(0.7)  # nothing waits any more
+        time.sleep(0.7)  # the queue is empty
         save(cache, MANY[: SIZE + 5])
         with Cache(block_size=SIZE, disk=tmp_path) as other:
             wait_until(lambda: hit(other, MANY[: SIZE + 5]) == SIZE + 5, SOON)
@@ -432,7 +432,7 @@ def test_the_check_for_other_processes_includes_the_newest_tail(
     offer = WriteQueue.offer
 
     def offer_late(self: WriteQueue, save: Pending) -> bool:
-        time.sleep(0.2)  # the writer's thread has time to do all that it was given before
+        time.sleep(0.2)  # the writer thread has time for everything queued before
         return offer(self, save)
 
     monkeypatch.setattr(WriteQueue, "offer", offer_late)

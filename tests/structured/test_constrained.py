@@ -20,7 +20,7 @@ from erllama.engine.grammar import llguidance_adapter as guidance
 from erllama.testing.models import write_llama
 from support.recording_backend import RecordingBackend
 
-N = int(os.environ.get("ERLLAMA_GRAMMARS", "60"))  # `make stress` asks for more
+N = int(os.environ.get("ERLLAMA_GRAMMARS", "60"))  # `make stress` runs more
 HOT = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
@@ -32,7 +32,7 @@ def stub() -> Iterator[erllama.Model]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[erllama.Model]:
-    """Random weights: nothing but the mask keeps it to anything."""
+    """Random weights, so only the mask makes a reply follow its grammar."""
     path = write_llama(tmp_path_factory.mktemp("models") / "words.gguf")
     with Cache() as cache, erllama.load_model(path, cache=cache, n_ctx=4096, n_seq_max=4, n_threads=1) as found:
         yield found
@@ -72,7 +72,7 @@ def schema(dice: random.Random, depth: int = 0) -> dict[str, object]:
 
 
 def expression(dice: random.Random, depth: int = 0) -> tuple[str, str]:
-    """The same language as GBNF and as one of Python's regular expressions."""
+    """Draw a language, as GBNF and as a Python regular expression."""
     kind = dice.choice(["text", "class", "not"] + ["seq", "alt", "repeat"] * (depth < 4))
     if kind == "text":
         text = "".join(dice.choices('abc é☃\n"\\]', k=dice.randrange(1, 4)))
@@ -152,7 +152,7 @@ def test_forced_tokens_are_computed_in_one_decode() -> None:
         told = model.complete("x", regex=f"{text}[0-9]", max_tokens=100, seed=1, logprobs=0)
         assert told.logprobs is not None
         assert len(told.logprobs) == len(told.tokens) == len(reply.tokens)
-        # Where it ends, and what is kept of it, is the same as token by token.
+        # It ends at the same place, and the same is stored, as token by token.
         for n in (0, 1, 5, len(text), len(text) + 1):
             cut = model.complete("x", regex=f"{text}[0-9]", max_tokens=n, seed=1)
             assert cut.tokens == reply.tokens[:n]

@@ -24,13 +24,13 @@ from support.grammar_walks import PERSON
 # --- GBNF is its language, no more and no less ------------------------------------------------
 
 T = TypeVar("T")
-# An expression: a set of letters, a text, a rule, or what is made of others.
+# An expression: a set of letters, a text, a rule, or a combination of others.
 Expression = tuple[object, ...]
 TEXTS = ["".join(letters) for n in range(5) for letters in product("abc", repeat=n)]
 
 
 def made_or_refused(make: Callable[[], T], problem: str = "") -> T | None:
-    """What is made; None where it is refused, shortly and for the reason that is expected."""
+    """Return the grammar, or None if it is refused with a short message and for an expected reason."""
     refused: list[str] = []
     try:
         return make()
@@ -67,7 +67,7 @@ def written(expression: Expression) -> str:
     kind, *parts = expression
     if kind == "set":
         letters, negated = parts
-        # The negation of the others within abc: what else it holds is not in the texts that are tried.
+        # The complement within abc. Other characters do not occur in the tried texts.
         others = "".join(sorted(set("abc") - letters))
         return f"[^{others}]" if negated and others else f"[{''.join(sorted(letters))}]"
     if kind == "text":
@@ -83,7 +83,7 @@ def written(expression: Expression) -> str:
 
 
 class Reference:
-    """Which parts of a text match an expression: sets of spans, grown until nothing more is found."""
+    """Return the spans of a text that match each expression, extended until no more are found."""
 
     def __init__(self, rules: Sequence[Expression], text: str) -> None:
         self.rules, self.text = rules, text
@@ -111,7 +111,7 @@ class Reference:
             return self.chained([self.spans(part) for part in parts[0]])
         one = self.spans(parts[0])
         least, most = parts[1]
-        # More repetitions than letters repeat what is empty.
+        # More repetitions than letters repeat an empty text.
         counts = range(least, (max(least, len(self.text) + 1) if most is None else most) + 1)
         return set().union(*(self.chained([one] * n) for n in counts))
 
@@ -153,7 +153,7 @@ def repeat(part: Expression, least: int, most: int | None = None) -> Expression:
 
 
 ROOT, ONE, TWO = ("rule", 0), ("rule", 1), ("rule", 2)
-# Each would be wrong if a lexeme were read further than the rules allow.
+# Each would be wrong if a lexeme matched further than the rules allow.
 TRAPS: list[list[Expression]] = [
     [sequence(repeat(one_of("abc"), 1), text("a"))],
     [sequence(repeat(text("a"), 0), text("ab"))],
@@ -257,7 +257,7 @@ def test_an_unused_rule_may_be_endless() -> None:
 
 
 def test_the_grammars_of_llama_cpp_are_accepted() -> None:
-    """A grammar of the size that schemas are converted to: recursive, with white space that may be empty."""
+    """Return a grammar as large as converted schemas: recursive, with optional white space."""
     grammar = Grammar.gbnf(
         r"""
         root   ::= object
@@ -359,7 +359,7 @@ def test_neighbours_of_lexemes_are_counted_before_they_are_gathered(monkeypatch:
     source += "".join(f'a{i} ::= "{i}"\n' for i in range(n))
     rules = gbnf.parse(source)
     assert lexemes.lark(rules.pool, rules.rules, rules.root, str)
-    # Of n lexemes, each of which may be followed by all after it, there are n * n / 2 pairs.
+    # n lexemes that may each be followed by all later ones have n * n / 2 pairs.
     assert seen < lexemes._MAX_PAIRS
 
 
@@ -500,7 +500,7 @@ def test_an_unenforceable_schema_is_refused_by_keyword(schema: object, problem: 
     assert "\n" not in str(caught.value)
 
 
-# Words of llguidance, of Rust and of our own machinery, which say nothing to who wrote a schema.
+# Terms of llguidance, of Rust and of our internals, which mean nothing to the author of a schema.
 INTERNAL = re.compile(
     r"%json|coerce|lenient|x-guidance|json-schema:|f64|Some\(|None|panic|assert|usize|serde|[Ll]exer|Bias|"
     r"registry|retriev|[Uu]nsatisfiable|Pointer|hex escape|Unimplemented|RegexAst|stack level|"
@@ -577,7 +577,7 @@ def test_schema_errors_use_the_terms_of_json_schema(schema: dict[str, object]) -
         Grammar.json_schema(schema)
     except GrammarError as error:
         problem = str(error)
-    # What the schema itself says may be repeated.
+    # Words of the schema itself may be repeated.
     for text in re.findall(r"[A-Za-z:-]+", json.dumps(schema)):
         problem = problem.replace(text, "") if len(text) > 3 else problem
     assert INTERNAL.search(problem) is None, problem

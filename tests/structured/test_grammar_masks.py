@@ -28,7 +28,7 @@ from support.threads import in_threads
 
 
 class Pieces:
-    """A vocabulary of given pieces, of which some end a reply; it takes the longest piece that fits."""
+    """A vocabulary of given pieces, some of which end a reply. It tokenizes by the longest piece that fits."""
 
     def __init__(self, pieces: Sequence[bytes], ends: Sequence[int] = (), names: Sequence[bytes] = ()) -> None:
         self._pieces, self._names = list(pieces), list(names)
@@ -226,7 +226,7 @@ def vocabulary(request: pytest.FixtureRequest) -> tuple[Vocabulary, GrammarCompi
 
 
 def walked(vocabulary: Vocabulary, matcher: Matcher, rng: random.Random, most: int = 400) -> Iterator[int]:
-    """The tokens of a random reply; it ends early where it can, and is the given tokens long at most."""
+    """Return the tokens of a random reply, which ends early where it can and has a maximum length."""
     for _ in range(most):
         mask = matcher.allowed()
         ends = np.flatnonzero(mask & vocabulary.is_eog)
@@ -236,7 +236,7 @@ def walked(vocabulary: Vocabulary, matcher: Matcher, rng: random.Random, most: i
         if len(ends) and (not len(tokens) or rng.random() < 0.2):
             matcher.accept(int(rng.choice(ends)))
             return
-        # Short tokens as often as long ones, of which there are more.
+        # Short tokens as often as long ones, which are more numerous.
         token = min(rng.choices(tokens.tolist(), k=rng.randint(1, 4)), key=lambda id: len(vocabulary.piece(id)))
         matcher.accept(token)
         yield token
@@ -384,7 +384,7 @@ def test_forced_tokens_match_the_tokenizer_for_every_continuation(name: str, tex
     vocabulary = model.vocabulary
     literal = "".join(f"\\U{ord(letter):08x}" for letter in text)
     forced = compiler.matcher(Grammar.gbnf(f'root ::= "{literal}" .*')).forced()
-    # Where a tokenizer puts a space first, a text within a text is tokenized as one that follows a new line.
+    # If a tokenizer puts a space first, a part of a text is tokenized as a text after a newline.
     fence = vocabulary.tokenize("\x02", add_special=False) if name == "llama-spm" else []
     whole = vocabulary.tokenize("\x02" * bool(len(fence)) + text + later, add_special=False).tolist()[len(fence) :]
     assert forced == whole[: len(forced)]

@@ -22,12 +22,12 @@ from erllama.engine.grammar.schemas import keywords as schema_keywords
 from support.chat.tool_calls import lark_literal
 from support.grammar_walks import CLOSING, Vocabulary
 
-# The suite's share of examples, and that of a long run.
+# The number of examples in the suite and in a long run.
 EXAMPLES = int(os.environ.get("ERLLAMA_GRAMMARS", "25"))
 LARGE = 1234567890123456789
 INT64 = (-(2**63), 2**63 - 1)
 UINT64 = (0, 2**64 - 1)
-# Where doubles begin to lose integers, and where the integers of machines end.
+# The integers at which doubles lose precision and at which machine integers end.
 EDGES = [
     sign * (2**power + more) for power in (31, 32, 53, 54, 63, 64, 70) for more in (-1, 0, 1) for sign in (1, -1)
 ]
@@ -96,7 +96,7 @@ def within(number: Decimal | int, bounds: dict[str, object]) -> bool:
 
 
 def grammar_or_none(schema: object) -> Grammar | None:
-    """None where no JSON has the schema."""
+    """Return a grammar, or None if no JSON satisfies the schema."""
     refused = ""
     try:
         return Grammar.json_schema(json.dumps(schema))
@@ -207,7 +207,7 @@ def test_disjoint_options_of_one_of_are_accepted(options: list[object], good: li
         [{"const": LARGE}, {"enum": ["a", 1e18, LARGE]}],
         [{"enum": [10**18, "a"]}, {"const": 1e18}],
         [{"type": "integer", "minimum": LARGE}, {"type": "integer", "minimum": 0, "maximum": LARGE}],
-        # A text has both: only objects have properties.
+        # A text satisfies both, because only objects have properties.
         [kind("a"), kind("b")],
         [kind("a", type="object"), kind("a", type="object")],
     ],
@@ -472,7 +472,7 @@ def _ordered(schema: dict[str, object], value: dict[str, object]) -> list[str]:
 
 
 def _has_objects(value: object) -> bool:
-    """Whether the order of properties could be why a value was not accepted."""
+    """Return whether the order of properties could explain why a value was not accepted."""
     if isinstance(value, list):
         return any(map(_has_objects, value))
     return isinstance(value, dict) and (len(value) > 1 or any(map(_has_objects, value.values())))

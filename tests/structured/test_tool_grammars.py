@@ -79,13 +79,13 @@ def walked(format: str, vocabulary: str, name: str | None, parallel: bool) -> tu
 
 
 def written_by_chance(format: str, vocabulary: str, name: str | None, parallel: bool, seed: int) -> str | None:
-    """A text that tokens drawn at random make under a format's grammar; None where it does not come to its end."""
+    """Return a random text that a format's grammar allows, or None if it does not reach its end."""
     compiler, grammar = walked(format, vocabulary, name, parallel)
     return random_walk(VOCABULARIES[vocabulary], compiler.matcher(grammar), random.Random(seed))
 
 
 def read_or_too_large(format: str, text: str) -> list[ToolCall] | None:
-    """The calls; None where a number is JSON's, and no float's."""
+    """Return the calls, or None if a JSON number is beyond floats."""
     problem = ""
     try:
         return tool_format(format).parse(text, RICH_TOOLS)
@@ -163,7 +163,7 @@ plain_keys = st.dictionaries(
 
 
 class Written(NamedTuple):
-    """How a template writes calls: what arguments may be and may not have, what ends a turn, how many calls."""
+    """How a template writes calls: limits of arguments, the end of a turn, the number of calls."""
 
     format: str
     arguments: st.SearchStrategy[dict[str, object]] = anything
@@ -195,7 +195,7 @@ FAMILIES = {
     "mistralai-Mistral-Nemo-Instruct-2407": Written("mistral", end="<EOS>"),
     "openai-gpt-oss-120b": Written("gpt-oss", most=1),
 }
-# Of the others, two know of tools without writing calls, and the rest know of none.
+# Two of the others support tools without writing calls. The rest do not support tools.
 SILENT = {"LFM2-8B-A1B": "lfm2", "ibm-granite-granite-3.3-2B-Instruct": "granite"}
 TOOLLESS = {"HuggingFaceTB-SmolLM3-3B", "google-gemma-2-2b-it", "microsoft-Phi-3.5-mini-instruct"}
 ASKED = "What now?"
@@ -221,14 +221,14 @@ def renderer() -> Callable[..., str]:
 
 @cache
 def changing_template(source: str) -> Callable[..., str]:
-    """A template that changes lists, which no sandbox of today allows."""
+    """A template that changes lists, which current sandboxes refuse."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     return environment.from_string(source).render
 
 
 def written_by_template(name: str, made: Sequence[Mapping[str, object]]) -> str:
-    """The span of calls in what a template makes of a conversation that ends with them."""
+    """Return the span of the calls in a rendered conversation that ends with them."""
     source = (TEMPLATES / f"{name}.jinja").read_text()
     family = FAMILIES[name]
     tool_calls = [
@@ -239,7 +239,7 @@ def written_by_template(name: str, made: Sequence[Mapping[str, object]]) -> str:
         [{"role": "user", "content": ASKED}, {"role": "assistant", "content": None, "tool_calls": tool_calls}]
     )
     if name.startswith("meetkai"):
-        # It takes arguments as JSON text.
+        # This template takes arguments as JSON text.
         for call in messages[-1]["tool_calls"]:  # type: ignore[attr-defined]
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
     if name.startswith("Kimi"):
@@ -287,7 +287,7 @@ def test_calls_rendered_by_a_template_match_the_grammar(name: str) -> None:
     text = written_by_template(name, [arguments] * family.most)
     written = tool_format(family.format).grammar(LOOSE, name=None, parallel=family.most > 1, literal=lark_literal)
     if family.format == "seed":
-        # It writes lists as Python does, which its models need not.
+        # This template writes lists as Python does, unlike its models.
         text = text.replace("'x'", '"x"')
     assert Grammar.lark(written).accepts(text)
 

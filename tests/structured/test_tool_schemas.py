@@ -36,7 +36,7 @@ ANNOTATED: Schema = {
     "j": {"contentMediaType": "application/json", "contentSchema": {}, "title": "J", "type": "string"},
     "d": {"anyOf": [{"type": "number"}, {"type": "string"}], "title": "D"},
 }
-# Of sets, and what JSON Schema has beside: parameters, and arguments that violate them.
+# Sets and further features of JSON Schema: parameters, and arguments that violate them.
 UNENFORCED: dict[str, tuple[Schema, list[dict[str, object]]]] = {
     "set": (
         {"properties": {"s": {"items": {"type": "integer"}, "title": "S", "type": "array", "uniqueItems": True}}},
@@ -74,7 +74,7 @@ def tool(name: str, parameters: Schema, **more: object) -> dict[str, object]:
 def rules(
     format: str, tools: Sequence[dict[str, object]], kind: str = "auto", **options: object
 ) -> tuple[Grammar, frozenset[str]]:
-    """What keeps calls to the tools' schemas, and which arguments are validated afterwards."""
+    """Return the grammar of the calls, and the tools whose arguments are validated afterwards."""
     family = Family.of("", calling=True, format=format)
     choice = ToolChoice(kind)  # type: ignore[arg-type]
     script = Script(PieceVocabulary())
@@ -89,7 +89,7 @@ def test_unknown_string_formats_are_annotations() -> None:
     dated = Grammar.json_schema({"type": "string", "format": "date"})
     assert dated.accepts('"2024-02-29"')
     assert not dated.accepts('"x"')
-    # Only where a schema stands, `format` is a keyword.
+    # `format` is a keyword only within a schema.
     named: Schema = {"type": "object", "properties": {"format": {"const": "path"}}, "required": ["format"]}
     assert Grammar.json_schema(named).accepts('{"format": "path"}')
     assert not Grammar.json_schema(named).accepts('{"format": "x"}')
@@ -173,7 +173,7 @@ def test_schemas_a_family_cannot_express_are_relaxed_and_validated(format: str) 
             (call,) = tool_format(format).parse(text, normalized_tools([either]))
             assert call.arguments == arguments
             assert bool(violation_of(either["parameters"], call.arguments)) != valid  # type: ignore[arg-type]
-        # The types of what is listed are kept.
+        # The types of list items stay.
         assert not grammar.accepts(
             call_text(format, "either", {"a": "x", "n": "five"}, {"properties": {"a": {"type": "string"}, "n": {}}})
         )
@@ -213,7 +213,7 @@ def test_the_most_relaxed_grammar_still_yields_readable_calls(format: str) -> No
         except erllama.ToolCallError as error:
             problems.append(str(error))
     assert n_read
-    # Any text for an integer, any name twice: such a call is reported as malformed.
+    # A text in place of an integer, or a name twice: such a call is reported as malformed.
     expected = re.compile("is none of|comes twice|too many digits|larger than any float")
     assert [problem for problem in problems if not expected.search(problem)] == []
 
@@ -253,7 +253,7 @@ def test_unsatisfiable_schemas_are_refused(parameters: Schema, problem: str) -> 
         ({"type": "number", "minimum": -(2**60), "multipleOf": 0.5}, 1.5, 1.25),
         ({"type": "integer", "minimum": -(10**500)}, 1, "a"),
         ({"type": "string", "minLength": 2**63 - 1}, None, "a"),
-        # What compiles is not only checked.
+        # A schema that compiles is enforced, not only validated.
         ({"type": "string", "pattern": "^a+$", "maxLength": 2**63 - 1}, "aa", "b"),
         ({"type": "string", "minLength": 1.0}, "a", ""),
     ],
@@ -279,7 +279,7 @@ def test_a_violation_is_reported_briefly_with_its_position() -> None:
     assert violation_of(schema, {"s": [1, 2]}) == ""
     assert violation_of(schema, {"s": [1, 1]}) == "$.s: [1, 1] has non-unique elements"
     assert len(violation_of(schema, {"s": ["x" * 5000] * 2})) < 250
-    # Nothing is fetched, and what cannot be checked is not accepted.
+    # Nothing is fetched, and arguments that cannot be validated are not accepted.
     assert "cannot be checked" in violation_of({"$ref": "http://127.0.0.1:9/x"}, {})
     assert "cannot be checked" in violation_of({"pattern": r"\p{L}"}, "x")
 

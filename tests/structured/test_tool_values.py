@@ -39,7 +39,7 @@ N = int(os.environ.get("ERLLAMA_TOOL_VALUES", "60"))
 
 # --- Schemas, with values that they allow ------------------------------------------------------
 
-# "~" stands for white space where calls are put together above.
+# "~" stands for white space in the calls above.
 texts = st.one_of(
     st.sampled_from(["", " ", "null", "None", "5", "true", "{}", '{"a": "', "\\", 'q"q', "it's", "a\nb", "\n"]),
     st.lists(st.sampled_from([text for text in HARD if "~" not in text]), max_size=4).map("".join),
@@ -99,7 +99,7 @@ def object_of(
         "required": required,
         "additionalProperties": False,
     }
-    # In the order of the schema, as grammars of JSON have it.
+    # In the order of the schema, as JSON grammars require.
     values = st.fixed_dictionaries(
         {name: part for name, (_, part) in parts.items() if name in required},
         optional={name: part for name, (_, part) in parts.items() if name in optional},
@@ -157,11 +157,11 @@ def test_calls_of_the_grammar_are_read_back_equal(data: st.DataObject) -> None:
     except GrammarError as error:
         problem = str(error)
     if problem:
-        # What a family cannot write is said; nothing else is refused.
+        # Values that a family cannot write are reported, and no others are refused.
         assert re.search("alike|none without|no text that has", problem)
         assert format in (*LISTED, "gemma4")
         return
-    # What it writes of itself.
+    # Text that the template writes itself.
     compiler, words = GrammarCompiler(VOCABULARIES["texts"]), VOCABULARIES["texts"]
     text = None
     if set(json.dumps(parameters, ensure_ascii=False)) <= set(words.texts):
@@ -169,7 +169,7 @@ def test_calls_of_the_grammar_are_read_back_equal(data: st.DataObject) -> None:
     if text is not None:
         (call,) = tool_format(format).parse(text, tools)
         jsonschema.validate(call.arguments, parameters)
-    # A value, as the family spells it.
+    # A value as the family writes it.
     try:
         text = call_text(format, "f.g-1", arguments, parameters)
     except Unwritable:
@@ -182,7 +182,7 @@ def test_calls_of_the_grammar_are_read_back_equal(data: st.DataObject) -> None:
 # --- A marker within an argument ----------------------------------------------------------------
 
 TEMPLATE = "{{ messages[-1].content }}{% if tools %}{% endif %}{# <think></think> #}{{ '\t' }}"
-# Names of special tokens come as tokens below; what a family's own token may never be part of is left out.
+# Names of special tokens are added as tokens below. Texts that never contain a token of the family are left out.
 CONTENT = [
     *dict.fromkeys(mark for format in TOOL_FORMATS.values() for mark in (*format.close, *format.payload_close))
 ]
@@ -196,7 +196,7 @@ def model_replying(said: str, pieces: Sequence[str]) -> erllama.Model:
 
 
 def with_marks(format: str, *, constant: bool) -> tuple[Schema, dict[str, object]]:
-    """A tool's parameters, and arguments with the family's own marks in them, as far as the family writes them."""
+    """Draw the parameters of a tool, and arguments with the family's markers as far as it can write them."""
     found = TOOL_FORMATS[format]
     text = "".join(f"a {mark} b" for mark in dict.fromkeys([*found.payload_close, *found.close, *found.open[:1]]))
     arguments: dict[str, object] = {"body": text, "more": {"x": [text], "z": 5}}
@@ -218,7 +218,7 @@ def with_marks(format: str, *, constant: bool) -> tuple[Schema, dict[str, object
 @pytest.mark.parametrize("choice", ["auto", "required"])
 @pytest.mark.parametrize("format", TOOL_FORMATS)
 def test_a_marker_within_an_argument_is_content(format: str, choice: str) -> None:
-    # The marker is text, and a token of its own that is text, as USER_DEFINED ones are.
+    # The marker is text and also one text token, as USER_DEFINED tokens are.
     for token in (False, True):
         parameters, arguments = with_marks(format, constant=choice == "required")
         call = call_text(format, "write", arguments, parameters)
@@ -240,7 +240,7 @@ def test_a_marker_within_an_argument_is_content(format: str, choice: str) -> Non
 
 
 def parted(said: str, **options: object) -> tuple[str, list[str]]:
-    """The text and the calls of a reply that no grammar constrains."""
+    """Return the text and the calls of a reply without a grammar."""
     with model_replying(said, []) as model:
         reply = model.complete("Q\t", tool_markers=("<call>", "</call>"), **options)  # type: ignore[arg-type]
     return reply.text, [call.decode() for call in reply.raw_tool_calls]
@@ -257,7 +257,7 @@ def parted(said: str, **options: object) -> tuple[str, list[str]]:
             "b",
             ['<call>{"a</call>": ["</call>", "</call>"]}</call>'],
         ),
-        # What is malformed ends at the first marker.
+        # A malformed call ends at the first marker.
         ('<call>{"a": "x, "b": 1}</call>b', "b", ['<call>{"a": "x, "b": 1}</call>']),
         ('<call>{"a": "x\n}</call>b', "b", ['<call>{"a": "x\n}</call>']),
         ('<call>a 5" pipe</call>b', "b", ['<call>a 5" pipe</call>']),

@@ -20,9 +20,9 @@ from erllama.engine.backends.stub import StubBackend
 
 N_EXAMPLES = int(os.environ.get("ERLLAMA_ADAPTERS", "200"))
 PROMPT = [5 + i * 7 % 250 for i in range(150)]
-# Control tokens, and bytes that are no character: text that comes back does not tell what they were.
+# Control tokens, and bytes that are not characters: the text of a reply does not identify them.
 TEXTLESS_TOKENS = [0, 1, 2, *range(3 + 0x80, 259)]
-UsedAdapters = tuple[tuple[str, float], ...]  # contents of adapters, by their digests, and scales
+UsedAdapters = tuple[tuple[str, float], ...]  # digests of adapters, and scales
 
 
 class NativeAdapter:
@@ -31,14 +31,14 @@ class NativeAdapter:
 
 
 class AdaptedStub(StubBackend):
-    """A stub whose KV depends on the set of adapters that each token is computed with.
+    """A stub whose KV depends on the set of adapters with which each token is computed.
 
     Attributes:
-        loaded: what was loaded and is not freed.
-        used: the set that it computes with.
-        gate: a decode waits for it.
-        sets: what each decode was computed with.
-        wrongs: what it was asked to do that no backend may be asked.
+        loaded: native adapters that are loaded and not freed.
+        used: the set in effect.
+        gate: an event for which each decode waits.
+        sets: the set of each decode.
+        wrongs: forbidden calls that it received.
     """
 
     def __init__(self, **options: int) -> None:
@@ -80,14 +80,14 @@ class AdaptedStub(StubBackend):
 
 
 def adapter_set(scales: Mapping[Path, float]) -> UsedAdapters:
-    """The set of some adapters, as a backend gets it."""
+    """Return the set of some adapters as a backend receives it."""
     in_effect = [(hashlib.sha256(path.read_bytes()).hexdigest(), scale) for path, scale in scales.items() if scale]
     return tuple(sorted(in_effect))
 
 
 @cache
 def cold_stub(prompt: tuple[int, ...], adapters: UsedAdapters, n: int) -> tuple[int, ...]:
-    """What a stub replies that computes with one set from its first decode on, and has no cache."""
+    """Return the reply of a stub without a cache that uses one set from its first decode on."""
     backend = AdaptedStub(n_ctx=512)
     backend.used = adapters
     with erllama.Cache(ram=0) as cache, erllama.load_backend(backend, cache=cache) as model:
@@ -109,7 +109,7 @@ def greedy_reply(
 
 
 def logprob_distance(one: object, other: object) -> float:
-    """How far the first tokens' log-probabilities lie apart, at most; those not told count as the last told."""
+    """Return the largest difference of the first token's logprobs; missing ones count as the lowest given."""
     a, b = (dict(row[0].top) for row in (one, other))  # type: ignore[index]
     least_a, least_b = min(a.values()), min(b.values())
     return max(abs(a.get(token, least_a) - b.get(token, least_b)) for token in a.keys() | b.keys())

@@ -25,7 +25,7 @@ SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
 
 
 class CommandResult(NamedTuple):
-    """How a command ended, and what it wrote."""
+    """The exit status and the output of a command."""
 
     status: int
     out: str
@@ -37,11 +37,11 @@ class CommandResult(NamedTuple):
 
 
 class Command:
-    """Runs `erllama` in this process, with directories of a test's own.
+    """Runs `erllama` in this process, with directories that belong to the test.
 
     Attributes:
-        directory: where prompts are kept.
-        environment: of what runs in a process of its own.
+        directory: the cache directory.
+        environment: variables for child processes.
     """
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch, captured: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +65,7 @@ class Command:
     def in_subprocess(
         self, *arguments: object, stdin: bytes = b"", **more: str
     ) -> subprocess.CompletedProcess[bytes]:
-        """In a process of its own."""
+        """Run the command in a child process."""
         return subprocess.run(
             [sys.executable, "-m", "erllama", *map(str, arguments)],
             input=stdin,
@@ -77,7 +77,7 @@ class Command:
 
 
 def write_replying_model(path: Path, text: str, *, thinking: str = "", for_ever: bool = False) -> Path:
-    """A model that thinks one text and says another, whatever it is asked; each has no character twice."""
+    """Write a model with one fixed reply and fixed thinking. No character may occur twice in either."""
     begun = ["<|assistant|>", *(["<think>", *thinking, "</think>"] if thinking else []), *text]
     follows = dict(pairwise(begun))
     if for_ever:

@@ -23,7 +23,7 @@ def random_prompt(seed: int, n: int) -> NDArray[np.int32]:
 
 
 class GatedBackend(StubBackend):
-    """Keeps the shape of every batch; can be held before each decode."""
+    """Records the shape of every batch, and can be held before each decode."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(**{"eog_bias": -100.0, **options})  # type: ignore[arg-type]
@@ -40,7 +40,7 @@ class GatedBackend(StubBackend):
         self.allowed.release()
 
     def step(self) -> None:
-        """Let one decode through, and wait for the next."""
+        """Allow one decode, and wait for the next."""
         self.at_decode.clear()
         self.allowed.release()
         assert self.at_decode.wait(30)
@@ -61,7 +61,7 @@ def load_stub(backend: StubBackend | RecordingBackend, **options: object) -> erl
 def cold_reply(
     prompt: NDArray[np.int32], can_trim: bool = True, n_ctx: int = 4096, **options: object
 ) -> erllama.Completion:
-    """The reply of a model that has never seen anything else."""
+    """Return the reply of a new model without a cache."""
     backend = StubBackend(eog_bias=-100, can_trim=can_trim, n_ctx=n_ctx)
     with erllama.Cache(ram=0) as none, load_stub(backend, cache=none) as model:
         return model.complete(prompt, **options)  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ class EndlessBackend(RecordingBackend):
 
 
 def assert_equal_but_for_near_ties(tokens: tuple[int, ...], expected: erllama.Completion) -> None:
-    """Greedy replies agree up to where two tokens were all but equally likely."""
+    """Check that greedy replies agree up to a place where two tokens were almost equally likely."""
     assert expected.logprobs is not None
     for i, (a, b) in enumerate(zip(tokens, expected.tokens, strict=True)):
         if a != b:

@@ -33,7 +33,7 @@ SPECIALS = sorted(
 )
 
 
-# Tokens that lie across the borders of the syntax.
+# Tokens that cross the boundaries of the syntax.
 LONG = [
     "</",
     "parameter",
@@ -79,7 +79,7 @@ class Vocabulary:
         return np.array([self.texts.index(letter) for letter in text], np.int32)
 
     def literal(self, text: str) -> str:
-        """Lark for a text, with the special tokens in it by number."""
+        """Return the Lark literal of a text, with its special tokens by number."""
         specials = self.names[self.end + 1 :]
         if not specials:
             return lark_literal(text)
@@ -99,7 +99,7 @@ VOCABULARIES = {
 
 
 def random_walk(words: Vocabulary, matcher: Matcher, chance: random.Random) -> str | None:
-    """A text that tokens drawn at random make under a grammar; None where it does not come to its end."""
+    """Return a random text that a grammar allows, or None if it does not reach its end."""
     text = ""
     for _ in range(1500):
         allowed = np.flatnonzero(matcher.allowed()).tolist()

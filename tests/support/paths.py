@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-# What child processes put on sys.path to import `support`.
+# The folder that child processes add to sys.path to import `support`.
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
-# Real chat templates, tokenizers and traces. Tests that need them skip where they are absent.
+# Real chat templates, tokenizers and traces. Tests that need them skip if they are absent.
 SHARED = ROOT.parent / "shared"

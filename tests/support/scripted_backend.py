@@ -11,15 +11,16 @@ from erllama.engine.backend import Batch, NamespaceValue
 from erllama.engine.backends.stub import StubBackend
 
 EOG = 256
-START = ord("\t")  # what comes after the last of these is the reply
+START = ord("\t")  # the reply follows the last of these
 
-_token_of: dict[int, int] = {}  # by what a token left in its cell, which all tokens before it determine, too
+_token_of: dict[int, int] = {}  # by the content of the token's cell, which also depends on all tokens before it
 
 
 class PieceVocabulary:
-    """Bytes, an end token, some longer texts, and special tokens that are no text.
+    """Bytes, an end token, some longer texts, and special tokens without text.
 
-    Texts are tokenized by the longest piece that fits, so a reply of single bytes is seldom what its text gives.
+    Texts are tokenized by the longest piece that fits, so a reply of single bytes often differs from the
+    tokens of its text.
     """
 
     def __init__(self, pieces: Sequence[str] = (), special: Sequence[str] = (), end: str = "<|end|>") -> None:
@@ -34,11 +35,11 @@ class PieceVocabulary:
         self.is_eog: NDArray[np.bool_] = np.arange(self.n_tokens) == EOG
 
     def tokens_that_start(self, raw: bytes) -> list[int]:
-        """Tokens of text by which some bytes may begin."""
+        """Return the text tokens with which some bytes can start."""
         return [id for id in self._by_length if raw.startswith(self._pieces[id])]
 
     def byte_tokens(self, text: str) -> list[int]:
-        """Byte by byte."""
+        """Return the single-byte tokens of a text."""
         return list(text.encode())
 
     def tokenize(
@@ -64,11 +65,11 @@ class PieceVocabulary:
 
 
 class ScriptedBackend(StubBackend):
-    """A stub that says a reply, if it may, then ends.
+    """A stub that gives a scripted reply, then ends.
 
     Args:
-        reply: token ids, said after the last START of a prompt; or a function of all tokens to the next.
-        chat_templates: what its model file would hold.
+        reply: the token ids that follow the last START of a prompt, or a function from all tokens to the next.
+        chat_templates: the templates of its model file.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class ScriptedBackend(StubBackend):
 
 
 def scripted_reply(vocabulary: PieceVocabulary, tokens: Sequence[int]) -> object:
-    """A model that says these tokens, whatever of them was put there for it in other ones."""
+    """Return a reply for ScriptedBackend: these tokens, also after other tokens of the same text."""
     said = [vocabulary.detokenize(tokens[:n], special=True) for n in range(len(tokens) + 1)]
 
     def next_token(held: list[int]) -> int:

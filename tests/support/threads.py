@@ -9,7 +9,7 @@ from threading import Barrier
 
 
 def in_threads(work: Callable[[int], object], n: int) -> None:
-    """Call `work` with 0 to n - 1, all at once, each in a thread of its own; what one raises is raised."""
+    """Call `work` with 0 to n - 1 concurrently, each in its own thread. Raises what a call raises."""
     together = Barrier(n)
 
     def begun(number: int) -> None:

@@ -8,7 +8,7 @@ from support.scripted_backend import PieceVocabulary, ScriptedBackend
 Message = dict[str, object]
 
 
-# Ends each message with the model's end token, and each prompt with what SpelledBackend replies to.
+# Ends each message with the model's end token, and each prompt with the token to which ScriptedBackend replies.
 TEMPLATE = (
     "{%- if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
     "{%- for m in messages %}"
@@ -51,7 +51,7 @@ CALL = '<tool_call>{"name":"get_time","arguments":{"city":"Oslo"}}</tool_call>'
 
 
 def model_replying(*replies: str, cache: erllama.Cache | None = None, template: str = TEMPLATE) -> erllama.Model:
-    """A model whose turns say these texts, byte by byte; the last one for ever."""
+    """Load a model whose turns reply with these texts, byte by byte. The last one repeats."""
     assistant = VOCABULARY.special["<|assistant|>"]
 
     def next_token(tokens: list[int]) -> int:

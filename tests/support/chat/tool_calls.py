@@ -47,7 +47,7 @@ FULL_JSON = json.dumps(FULL)
 
 
 def lark_literal(text: str) -> str:
-    """Lark for a text, special tokens and all."""
+    """Return the Lark literal of a text, including special tokens."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -98,7 +98,7 @@ def minimax(*parsed_calls: tuple[str, Sequence[tuple[str, str]]]) -> str:
 
 
 def tagged(before: str, middle: str, after: str, between: str = "") -> list[str]:
-    """The three texts of a family that writes name and JSON apart."""
+    """Return the three texts of a family that writes name and JSON separately."""
     one, now, all_ = (
         f"{before}{name}{middle}{arguments}{after}"
         for name, arguments in (("get_weather", P), ("now", "{}"), ("get_weather", F))
@@ -198,7 +198,7 @@ EXAMPLES = [
     for format, texts in CALL_TEXTS.items()
     for kind, text in zip((ONE, ALL, SEVERAL), texts, strict=False)
 ]
-# Other ways that models of the family are known to write the same.
+# Other known forms of the same calls by models of the family.
 VARIANTS = [
     ("hermes", ONE, f'<tool_call>{{"name":"get_weather","arguments":{P}}}</tool_call>'),
     ("hermes", SEVERAL, "".join(text for text in enveloped("<tool_call>", "</tool_call>", listed=False)[2:])),
@@ -239,11 +239,11 @@ LISTED = [name for name, format in TOOL_FORMATS.items() if isinstance(format.arg
 
 
 class Unwritable(Exception):  # noqa: N818 - reads as what happened
-    """A family has no way to write a value."""
+    """The family cannot write a value."""
 
 
 def call_text(format: str, name: str, arguments: Mapping[str, object], parameters: Schema) -> str:
-    """One call, exactly as the model of a family writes it."""
+    """Return one call exactly as a model of the family writes it."""
     found = TOOL_FORMATS[format]
     written = _arguments(format, arguments, parameters)
     frame, shape = found.frames[0], found.shapes[0]

@@ -15,10 +15,10 @@ from pathlib import Path
 from erllama.cache import Cache
 from support.paths import TESTS
 
-DEADLINE = 60.0  # generous: nothing here should come near it
+DEADLINE = 60.0  # seconds; no call should come near it
 
 
-# Also what the children of other test modules begin with. They import nothing but the cache.
+# The start of the code of children, also in other test modules. It imports only the cache.
 PRELUDE = f"""
     import os, random, signal, sys, time
     sys.path.append({str(TESTS)!r})
@@ -52,7 +52,7 @@ PRELUDE = f"""
 
 
 def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """A child that begins with PRELUDE, and may be told things by its standard input."""
+    """Start a child that begins with PRELUDE and can receive input on stdin."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(code), *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -65,7 +65,7 @@ def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 @contextmanager
 def killed_at_end(*started: subprocess.Popen[str]) -> Iterator[None]:
-    """Whatever happens, the children end, and their pipes are closed."""
+    """Kill the children and close their pipes when the context ends."""
     try:
         yield
     finally:
@@ -75,17 +75,17 @@ def killed_at_end(*started: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def output_of(child: subprocess.Popen[str]) -> str:
-    """What a child printed, which ended by itself and well."""
+    """Wait until a child ends successfully. Returns what it printed."""
     printed, complaints = child.communicate(timeout=DEADLINE)
     assert child.returncode == 0, f"exit {child.returncode}\n{printed}\n{complaints}"
     return printed
 
 
 class DiskUsageMonitor:
-    """The bytes that lay in `blocks/` and `partial/` at one moment, from listings that take longer than a moment.
+    """The bytes in `blocks/` and `partial/` at one moment, from listings that take longer than a moment.
 
-    A file that two listings in a row show, the same and unchanged, lay there from the one to the other: all such
-    files lay there together, between the two.
+    A file that two successive listings show unchanged was there from one to the other. So all such
+    files were there together, between the two.
     """
 
     def __init__(self, root: Path) -> None:
@@ -129,7 +129,7 @@ def reservations(root: Path) -> int:
 
 
 def assert_consistent(root: Path, quota: int, cache: Cache) -> None:
-    """Of a cache that was opened after a crash, and is the only one."""
+    """Check a cache that was opened after a crash and is the only one."""
     assert cache.disk_error is None
     assert cache.verify() == []
     cache.check_integrity()
