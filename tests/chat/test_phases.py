@@ -250,7 +250,9 @@ def replied(text: str, stops: Sequence[str]) -> tuple[str, str, list[bytes], str
         if kind == "text":
             kept, stop = first_by_position(shown, list(stops), behind=begun)
             kept = kept.lstrip() if begun else kept
-            answer += kept.rstrip() if mark and stop is None else kept
+            # As it is today: white space stays before a thinking marker with which the reply ends.
+            another_phase_follows = mark == "<call>" or bool(mark and rest)
+            answer += kept.rstrip() if another_phase_follows and stop is None else kept
             if stop is not None:
                 return answer, thinking, calls, stop, n_ends
         elif kind == "thinking":
