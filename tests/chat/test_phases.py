@@ -35,7 +35,7 @@ PARTS = ["a", "é", "<", "</", *"{}", "<think>", "</think>", SPECIAL, "<call>", 
 BARE = ['{ "name" : 1}', ' [ {"name":2}]', '{"nam', '{"nope":1}', "no", '<think>x</think>{"name":3}']
 
 
-def told(tokens: Sequence[int], options: PhaseOptions = OPTIONS, prompt: str = "") -> list[tuple[str, str]]:
+def phases_of(tokens: Sequence[int], options: PhaseOptions = OPTIONS, prompt: str = "") -> list[tuple[str, str]]:
     """Return the phases of a reply and their texts, without empty phases that do not end."""
     tracker = PhaseTracker(options, SCRIPT, VOCABULARY.tokenize(prompt))
     phases: list[tuple[str, bytes]] = []
@@ -104,7 +104,7 @@ def cut_texts(draw: st.DrawFn, parts: Sequence[str] = PARTS) -> tuple[str, list[
 @given(cut_texts())
 def test_phases_do_not_depend_on_token_boundaries(cut: tuple[str, list[int]]) -> None:
     text, tokens = cut
-    assert told(tokens) == expected(text)
+    assert phases_of(tokens) == expected(text)
 
 
 @settings(max_examples=300, deadline=None)
@@ -118,18 +118,18 @@ def test_only_text_that_may_become_a_marker_is_held_back(cut: tuple[str, list[in
 
 
 def test_a_special_token_differs_from_its_spelled_name() -> None:
-    assert told([*VOCABULARY.byte_tokens(SPECIAL), ord("x")]) == [("text", f"{SPECIAL}x")]
-    assert told([VOCABULARY.special[SPECIAL], ord("x")]) == [("thinking", "x")]
+    assert phases_of([*VOCABULARY.byte_tokens(SPECIAL), ord("x")]) == [("text", f"{SPECIAL}x")]
+    assert phases_of([VOCABULARY.special[SPECIAL], ord("x")]) == [("thinking", "x")]
 
 
 def test_a_phase_opened_by_the_prompt_is_recognized() -> None:
-    assert told(VOCABULARY.byte_tokens("so</think>yes"), prompt="Question?<think>\n") == [
+    assert phases_of(VOCABULARY.byte_tokens("so</think>yes"), prompt="Question?<think>\n") == [
         ("thinking", "so"),
         ("text", "yes"),
     ]
-    assert told(VOCABULARY.byte_tokens("so"), prompt="Question?<think>\n</think>\n") == [("text", "so")]
+    assert phases_of(VOCABULARY.byte_tokens("so"), prompt="Question?<think>\n</think>\n") == [("text", "so")]
     closed = PhaseOptions(thinking=OPTIONS.thinking, begins=False)
-    assert told(VOCABULARY.byte_tokens("so"), closed, prompt="<think>") == [("text", "so")]
+    assert phases_of(VOCABULARY.byte_tokens("so"), closed, prompt="<think>") == [("text", "so")]
 
 
 @settings(max_examples=300, deadline=None)
@@ -141,9 +141,9 @@ def test_a_call_without_markers_is_recognized_by_its_start(text: str, data: st.D
     while raw:
         tokens.append(data.draw(st.sampled_from(VOCABULARY.tokens_that_start(raw))))
         raw = raw[len(VOCABULARY.piece(tokens[-1])) :]
-    kinds = [kind for kind, _ in told(tokens, options)]
+    kinds = [kind for kind, _ in phases_of(tokens, options)]
     assert kinds[-1] == ("call" if '"name"' in text else "text")
-    assert told(tokens, options)[-1][1].strip() == text.split("</think>")[-1].strip()
+    assert phases_of(tokens, options)[-1][1].strip() == text.split("</think>")[-1].strip()
 
 
 SCRIPTED = "<think>hmé.\n</think> Let go: <call>{7}</call>!"
@@ -237,7 +237,7 @@ def test_stop_strings_apply_to_the_answer_only() -> None:
 WHITE_STOPS = ["\n", "\n\n", " ", "END", "\n\nEND", " x", "\u00e9\n"]
 
 
-def replied(text: str, stops: Sequence[str]) -> tuple[str, str, list[bytes], str | None, int]:
+def expected_reply(text: str, stops: Sequence[str]) -> tuple[str, str, list[bytes], str | None, int]:
     """Return answer, thinking, calls and stop string of a whole reply, and how many of its thinking phases end."""
     answer = thinking = ""
     calls: list[bytes] = []
@@ -280,7 +280,7 @@ def test_stream_events_add_up_to_the_reply(
         *events, done = model.stream("Q\t", thinking="enabled", stop=stops, logprobs=logprobs, **MARKERS)
     reply = done.completion
     ends = [event for event in events if isinstance(event, erllama.ThinkingEnd)]
-    expected = replied(text, stops)
+    expected = expected_reply(text, stops)
     assert (reply.text, reply.thinking, list(reply.raw_tool_calls), reply.stop_sequence, len(ends)) == expected
     deltas = [event for event in events if hasattr(event, "tokens")]
     for kind, said in ((erllama.TextDelta, reply.text), (erllama.ThinkingDelta, reply.thinking)):
@@ -396,8 +396,8 @@ def test_a_grammar_constrains_the_answer_but_not_thinking() -> None:
         assert re.fullmatch("[0-9]{3}", opened.text)
     with model_replying(ord("a")) as model:
         # Text that looks like a marker within the answer belongs to the answer.
-        told = model.complete("Q\t", thinking="enabled", regex="a<think>b</think>c", **MARKERS)
-        assert (told.text, told.thinking) == ("a<think>b</think>c", "")
+        whole = model.complete("Q\t", thinking="enabled", regex="a<think>b</think>c", **MARKERS)
+        assert (whole.text, whole.thinking) == ("a<think>b</think>c", "")
 
 
 @pytest.mark.parametrize("logprobs", [None, 0])

@@ -29,7 +29,7 @@ TEMPLATE = (
 )
 
 
-class Shown(NamedTuple):
+class ShownCommand(NamedTuple):
     """A command of the page, and the output that the page shows."""
 
     line: int
@@ -37,17 +37,17 @@ class Shown(NamedTuple):
     output: str
 
 
-def shown() -> list[Shown]:
-    found: list[Shown] = []
+def shown() -> list[ShownCommand]:
+    found: list[ShownCommand] = []
     text = PAGE.read_text()
     for block in re.finditer(r"^```console\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         for part in re.finditer(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block[1], re.MULTILINE):
             at = text.count("\n", 0, block.start(1) + part.start()) + 1
-            found.append(Shown(at, part[1], part[2]))
+            found.append(ShownCommand(at, part[1], part[2]))
     return found
 
 
-def world(home: Path) -> dict[str, str]:
+def home_directory(home: Path) -> dict[str, str]:
     """Create the files that the page assumes in a home directory. Returns the environment of its commands."""
     follows = dict(zip(["<|assistant|>", *SAYS], [*SAYS, "."], strict=True))
     special = ["<|system|>", "<|user|>", "<|assistant|>"]
@@ -93,7 +93,7 @@ def output_of(command: str, home: Path, environment: dict[str, str]) -> str:
     return finished.stdout.replace(str(home), HOME)
 
 
-def alike(output: str) -> list[str]:
+def comparable_lines(output: str) -> list[str]:
     """Return the constant parts of an output as a set of lines, because lines of stderr may come in between."""
     output = re.sub(r"\b[0-9a-f]{16,}\b", "KEY", output)
     output = re.sub(r"\b(s|min|h|d) ago\b", "ago", output)
@@ -102,11 +102,13 @@ def alike(output: str) -> list[str]:
 
 
 def test_the_page_shows_what_its_commands_print(tmp_path: Path) -> None:
-    environment = world(tmp_path)
+    environment = home_directory(tmp_path)
     commands = shown()
     assert len(commands) > 20
     for each in commands:
-        assert alike(output_of(each.command, tmp_path, environment)) == alike(each.output), f"line {each.line}"
+        assert comparable_lines(output_of(each.command, tmp_path, environment)) == comparable_lines(each.output), (
+            f"line {each.line}"
+        )
 
 
 def test_the_page_names_every_command_and_option() -> None:
@@ -131,7 +133,7 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as directory:
-        surroundings = world(Path(directory))
+        surroundings = home_directory(Path(directory))
         page = PAGE.read_text()
         for each in shown():
             printed = output_of(each.command, Path(directory), surroundings)

@@ -37,7 +37,7 @@ class Command(NamedTuple):
     printed: str | None
 
 
-def told(page: str) -> list[Command]:
+def page_commands(page: str) -> list[Command]:
     found = []
     for block in blocks(page, "console"):
         parts = re.split(r"^\$ ", block.text, flags=re.MULTILINE)
@@ -50,7 +50,7 @@ def told(page: str) -> list[Command]:
     return found
 
 
-def same(text: str) -> str:
+def stable_output(text: str) -> str:
     """Return the parts that page and run must share: no times, no values that depend on them, no replies."""
     text = text.replace(str(Path.home()), "~")
     text = re.sub(r"\d+(?:\.\d+)?(?= ?(?:ms|s|MiB|times)\b)", "#", text)
@@ -86,7 +86,7 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
 
 
-def ask(text: str) -> None:
+def check_exists(text: str) -> None:
     """Check that a command which is not run here exists."""
     words = [word for word in shlex.split(text, comments=True) if "=" not in word.split("/")[0] or "'" in word]
     match words:
@@ -127,7 +127,7 @@ def test_pages_show_the_real_output_of_their_commands(page: str, tmp_path: Path)
         saved = re.match(r"# ([\w.]+)\n", block.text)
         if saved:
             (tmp_path / saved[1]).write_text(block.text)
-    for command in told(page):
+    for command in page_commands(page):
         if command.printed is None:
             continue
         at_root = command.text.startswith("make ")
@@ -137,14 +137,16 @@ def test_pages_show_the_real_output_of_their_commands(page: str, tmp_path: Path)
         ):
             pytest.skip("`make setup` has more to do, which a test leaves to it")
         printed = run(command.text, ROOT if at_root else tmp_path)
-        assert same(printed) == same(command.printed), f"{page}, line {command.line}: {command.text}"
+        assert stable_output(printed) == stable_output(command.printed), (
+            f"{page}, line {command.line}: {command.text}"
+        )
 
 
 @pytest.mark.parametrize("page", [name for name in NAMES if blocks(name, "sh")])
 def test_commands_that_are_not_run_exist(page: str) -> None:
-    for command in told(page):
+    for command in page_commands(page):
         if command.printed is None:
-            ask(command.text)
+            check_exists(command.text)
 
 
 @pytest.mark.parametrize("page", NAMES)
@@ -153,7 +155,7 @@ def test_commands_within_sentences_exist(page: str) -> None:
     for said in re.findall(r"`([^`\n]+)`", prose(page)):
         words = said.split()
         if words[0] in ("make", "pip", "python", ".venv/bin/python") and len(words) > 1:
-            ask(re.sub(r"(BENCH|BACKEND|N)=(\"[^\"]*\"?|\S*)", "", said))
+            check_exists(re.sub(r"(BENCH|BACKEND|N)=(\"[^\"]*\"?|\S*)", "", said))
         elif words[0].startswith("scripts/"):
             assert (ROOT / words[0]).exists(), said
     assert not re.search(r"^```\n(?:\$ |make |pip |python )", text, re.MULTILINE), (
@@ -162,8 +164,10 @@ def test_commands_within_sentences_exist(page: str) -> None:
 
 
 def test_a_command_with_different_output_is_found(tmp_path: Path) -> None:
-    assert same("token 1.5 ms, 3 times\n    a\n    b\nc") == same("token 900.25 ms, 7.1 times\n    d\nc")
-    assert same("    a\nb\n") != same("    a\nc\n")
-    assert same("cold: 0 of 5") != same("cold: 1 of 5")
+    assert stable_output("token 1.5 ms, 3 times\n    a\n    b\nc") == stable_output(
+        "token 900.25 ms, 7.1 times\n    d\nc"
+    )
+    assert stable_output("    a\nb\n") != stable_output("    a\nc\n")
+    assert stable_output("cold: 0 of 5") != stable_output("cold: 1 of 5")
     with pytest.raises(AssertionError, match="no-such"):
         run("no-such-command", tmp_path)

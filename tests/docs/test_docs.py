@@ -38,7 +38,7 @@ from support.paths import ROOT
 Names = dict[str, Any]
 
 
-class Terse(StubBackend):
+class ClosingStub(StubBackend):
     """A stub that prefers the characters that close JSON and calls, and makes a call for a prompt that is empty
     but for one byte.
     """
@@ -68,7 +68,7 @@ def snippets(page: str) -> list[str]:
     return ["\n" * (block.line - 1) + block.text for block in blocks(page, "python")]
 
 
-def promised(source: str, statement: ast.stmt) -> tuple[object] | None:
+def stated_value(source: str, statement: ast.stmt) -> tuple[object] | None:
     """Return the value that a comment after an expression states, as in `f(x)  # True`."""
     line = source.splitlines()[(statement.end_lineno or 1) - 1]
     comment = line.encode()[statement.end_col_offset :].decode().strip()
@@ -85,7 +85,7 @@ def run(page: str, names: Names) -> int:
     n_kept = 0
     for source in snippets(page):
         for statement in ast.parse(source, page).body:
-            value = promised(source, statement)
+            value = stated_value(source, statement)
             if value is not None and isinstance(statement, ast.Expr):
                 found = eval(compile(ast.Expression(statement.value), page, "eval"), names)
                 assert found == value[0], f"{page}, line {statement.lineno}: {found!r}"
@@ -134,7 +134,7 @@ PAGES = {
         {"prompt": "Count: ", "is_digit": IS_DIGIT},
         sampling_page,
     ),
-    "docs/grammar.md": Page(lambda: Terse(n_ctx=512), {"json": json, "prompt": "x"}, grammar_page, 4),
+    "docs/grammar.md": Page(lambda: ClosingStub(n_ctx=512), {"json": json, "prompt": "x"}, grammar_page, 4),
 }
 
 

@@ -230,14 +230,14 @@ def test_adapter_sets_stay_separate_where_memory_cannot_be_cut(
 # --- anything, in any order
 
 
-class Asked(NamedTuple):
+class AdapterRequest(NamedTuple):
     stream: erllama.Stream
     prompt: tuple[int, ...]
     adapters: tuple[tuple[Path, float], ...]
     reproducible: bool
 
 
-class Life:
+class RandomRun:
     """Random calls to a model and its adapters.
 
     Args:
@@ -252,13 +252,13 @@ class Life:
         seed: int,
         make: Callable[[erllama.Cache], erllama.Model],
         paths: Sequence[Path],
-        check: Callable[[Asked, erllama.Completion], None],
+        check: Callable[[AdapterRequest, erllama.Completion], None],
         banned: Sequence[int] = (),
     ) -> None:
         self.dice, self.banned = random.Random(seed), banned
         self.make, self.paths, self.check = make, paths, check
         self.adapters: list[erllama.Adapter] = []
-        self.asked: list[Asked] = []
+        self.asked: list[AdapterRequest] = []
 
     def live(self, cache: erllama.Cache, steps: int) -> int:
         """Run, and return how many replies were checked."""
@@ -312,7 +312,7 @@ class Life:
             logprobs=20,
             banned_tokens=self.banned,
         )
-        self.asked.append(Asked(stream, prompt, in_effect, reproducible))
+        self.asked.append(AdapterRequest(stream, prompt, in_effect, reproducible))
 
     def collect(self) -> int:
         asked, self.asked = self.asked, []
@@ -329,14 +329,14 @@ def test_random_runs_never_use_kv_of_another_adapter_set(stub_adapters: list[Pat
         backends.append(AdaptedStub(n_ctx=400, n_ubatch=32))
         return erllama.load_backend(backends[-1], cache=cache, n_seq_max=3)
 
-    def check(asked: Asked, reply: erllama.Completion) -> None:
+    def check(asked: AdapterRequest, reply: erllama.Completion) -> None:
         adapters = tuple(sorted((hashlib.sha256(p.read_bytes()).hexdigest(), s) for p, s in asked.adapters))
         assert reply.tokens == cold_stub(asked.prompt, adapters, 3)
 
     warm = 0
     for seed in range(N_EXAMPLES):
         with erllama.Cache(ram="64KiB", disk=tmp_path / "kv" if seed % 4 == 0 else None, block_size=16) as cache:
-            Life(seed, make, stub_adapters, check).live(cache, steps=25)
+            RandomRun(seed, make, stub_adapters, check).live(cache, steps=25)
             counters = cache.counters()
             warm += counters["hits_exact"] + counters["hits_longest_prefix"]
     assert not any(backend.wrongs for backend in backends)
@@ -370,25 +370,25 @@ def test_random_runs_on_libllama_never_use_kv_of_another_set(
                 adapter.unload()
         return known[prompt, adapters]
 
-    def check(asked: Asked, reply: erllama.Completion) -> None:
+    def check(asked: AdapterRequest, reply: erllama.Completion) -> None:
         nonlocal nearest
         expected = cold(asked.prompt, asked.adapters)
         if asked.reproducible and len(asked.adapters) < 3:
             assert reply.logprobs == expected.logprobs
         assert logprob_distance(reply.logprobs, expected.logprobs) < 0.03
         for (prompt, adapters), other in known.items():
-            if prompt == asked.prompt and summed(adapters) != summed(asked.adapters):
+            if prompt == asked.prompt and total_scales(adapters) != total_scales(asked.adapters):
                 nearest = min(nearest, logprob_distance(reply.logprobs, other.logprobs))
 
     n_checked = 0
     with erllama.Cache(ram=0) as forgetful, make(forgetful) as reference:
         for seed in range(N_EXAMPLES):
             with erllama.Cache(disk=tmp_path / "kv" if seed % 4 == 0 else None, block_size=16) as cache:
-                n_checked += Life(seed, make, loras, check, banned=[2]).live(cache, steps=12)
+                n_checked += RandomRun(seed, make, loras, check, banned=[2]).live(cache, steps=12)
     assert n_checked > N_EXAMPLES
     assert nearest > 0.03, "sets whose replies are alike show nothing"
 
 
-def summed(adapters: tuple[tuple[Path, float], ...]) -> dict[Path, float]:
+def total_scales(adapters: tuple[tuple[Path, float], ...]) -> dict[Path, float]:
     """Return the total scale per file; one file may be in a set twice."""
     return {path: sum(scale for other, scale in adapters if other == path) for path, _ in adapters}

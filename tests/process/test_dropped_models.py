@@ -34,7 +34,7 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
-def let_go(held: list[Any], closed: int) -> None:
+def drop_reference(held: list[Any], closed: int) -> None:
     """Drop a reference. The model thread may hold the last one for a moment."""
     held.clear()
     wait_until(lambda: Closing.closed == closed)
@@ -46,7 +46,7 @@ def test_a_dropped_model_is_reported_and_freed() -> None:
         name = held[0].id
         held[0].complete("x", max_tokens=2)
         with pytest.warns(ResourceWarning, match=rf"{name}.*unload\(\)"):
-            let_go(held, n)
+            drop_reference(held, n)
         assert erllama.list_models() == []
         with pytest.raises(erllama.ModelNotFound):
             erllama.get_model(name)
@@ -90,7 +90,7 @@ def test_a_running_reply_keeps_its_model() -> None:
     held = [erllama.load_backend(Closing(eog_bias=-100)).stream([5] * 10, max_tokens=300)]
     assert len(held[0].result().tokens) == 300
     with pytest.warns(ResourceWarning, match="dropped"):
-        let_go(held, 1)
+        drop_reference(held, 1)
 
 
 def test_exit_waits_for_a_model_that_was_just_dropped() -> None:

@@ -26,7 +26,7 @@ from support.libllama_samplers import (
 )
 
 
-class Told:
+class ReplayedRandom:
     """Replaces random numbers by those that reproduce another draw."""
 
     share = 0.5
@@ -51,7 +51,7 @@ def test_greedy_sampling_takes_the_token_of_libllama(row: Row) -> None:
 def test_a_draw_selects_the_token_at_its_cumulative_share(row: Row, seed: int) -> None:
     with LlamaSampler("dist", seed) as dist:
         left = dist.apply(row.ids, row.logits, in_order=row.in_order)
-    candidates, told = row.candidates(), Told()
+    candidates, told = row.candidates(), ReplayedRandom()
     assume(left.probabilities[left.selected] > 1e-7)
     told.choose(candidates, int(left.ids[left.selected]))
     candidates.random = told  # type: ignore[assignment]
@@ -99,7 +99,7 @@ def test_mirostat_matches_libllama(version: int) -> None:
     )
     @settings(max_examples=200)
     def check(given_rows: list[Row], tau: float, eta: float, seed: int) -> None:
-        ours, mu, told = Mirostat(version, tau, eta, N_VOCAB), 2 * tau, Told()
+        ours, mu, told = Mirostat(version, tau, eta, N_VOCAB), 2 * tau, ReplayedRandom()
         numbers = (N_VOCAB, seed, tau, eta, 100) if version == 1 else (seed, tau, eta)
         with LlamaSampler("mirostat" if version == 1 else "mirostat_v2", *numbers) as theirs:
             for row in given_rows:

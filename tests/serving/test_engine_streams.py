@@ -181,7 +181,7 @@ def test_a_closed_event_loop_does_not_harm_the_model() -> None:
 # --- stop strings --------------------------------------------------------------------------------------
 
 
-class Says(StubBackend):
+class TextBackend(StubBackend):
     """Replies with a text, one byte per token, then ends."""
 
     def __init__(self, text: str) -> None:
@@ -212,7 +212,7 @@ class Says(StubBackend):
 def test_a_stop_string_ends_the_reply_and_is_never_streamed(
     stop: str | list[str], text: str, matched: str | None
 ) -> None:
-    with load_stub(Says("One, two, END, three, ü")) as model:
+    with load_stub(TextBackend("One, two, END, three, ü")) as model:
         stream = model.stream([1], stop=stop, temperature=0)
         pieces = [event.text for event in stream if isinstance(event, erllama.TextDelta)]
         reply = stream.result()
@@ -222,7 +222,7 @@ def test_a_stop_string_ends_the_reply_and_is_never_streamed(
 
 
 def test_held_back_text_is_sent_at_the_end() -> None:
-    with load_stub(Says("almost STO")) as model:
+    with load_stub(TextBackend("almost STO")) as model:
         stream = model.stream([1], stop="STOP", temperature=0)
         pieces = [event for event in stream if isinstance(event, erllama.TextDelta)]
         assert pieces[-1].text == "STO"

@@ -49,7 +49,7 @@ Make = Callable[[erllama.Cache], erllama.Model]
 
 
 @dataclass(frozen=True)
-class Asked:
+class SoakRequest:
     """A request, and its reply alone on a new model without a cache."""
 
     prompt: tuple[int, ...]
@@ -57,17 +57,17 @@ class Asked:
     reply: Completion
 
 
-def alone(make: Make, prompt: tuple[int, ...], options: dict[str, object]) -> Completion:
+def reply_alone(make: Make, prompt: tuple[int, ...], options: dict[str, object]) -> Completion:
     with erllama.Cache(ram=0) as cache, make(cache) as model:
         return model.complete(prompt, **options)  # type: ignore[arg-type]
 
 
-def pool_of(make: Make, n: int, longest: int, growing: list[int | None]) -> list[Asked]:
+def pool_of(make: Make, n: int, longest: int, growing: list[int | None]) -> list[SoakRequest]:
     """Make requests that share prefixes in many ways. Those of `growing` tokens need more cells than stay free."""
     dice = random.Random(n)
     systems = [ids(dice, length) for length in (5, 17, 64, 90)]
     systems.append(systems[2][:41] + ids(dice, 30))
-    pool: list[Asked] = []
+    pool: list[SoakRequest] = []
     while len(pool) < n:
         prompt = dice.choice(systems) + ids(dice, dice.randrange(30))
         if pool and dice.random() < 0.5:
@@ -84,8 +84,8 @@ def pool_of(make: Make, n: int, longest: int, growing: list[int | None]) -> list
         if dice.random() < 0.2:
             options["logprobs"] = dice.randrange(4)
         if dice.random() < 0.3:
-            options["stop"] = stops_in(dice, alone(make, prompt, options).text)
-        pool.append(Asked(prompt, options, alone(make, prompt, options)))
+            options["stop"] = stops_in(dice, reply_alone(make, prompt, options).text)
+        pool.append(SoakRequest(prompt, options, reply_alone(make, prompt, options)))
     return pool
 
 
@@ -163,7 +163,7 @@ class Faults:
         return logits
 
 
-class Complaints(logging.Handler):
+class UnexpectedErrors(logging.Handler):
     """Collects logged errors that were not injected, as text, because a record would keep its frames alive."""
 
     def __init__(self) -> None:
@@ -177,8 +177,8 @@ class Complaints(logging.Handler):
 
 
 @contextmanager
-def listening() -> Iterator[Complaints]:
-    complaints = Complaints()
+def collecting_errors() -> Iterator[UnexpectedErrors]:
+    complaints = UnexpectedErrors()
     log = logging.getLogger("erllama")
     propagated, log.propagate = log.propagate, False  # records that pytest captures would keep frames alive
     log.addHandler(complaints)
@@ -192,7 +192,7 @@ def listening() -> Iterator[Complaints]:
 # --- who asks --------------------------------------------------------------------------------
 
 
-class Crowd:
+class ConcurrentClients:
     """Threads and event-loop tasks that send requests to one model concurrently.
 
     Args:
@@ -205,7 +205,7 @@ class Crowd:
         tickets: those of their tickets that are still referenced.
     """
 
-    def __init__(self, model: erllama.Model, pool: list[Asked], *, exact: bool) -> None:
+    def __init__(self, model: erllama.Model, pool: list[SoakRequest], *, exact: bool) -> None:
         self.model = model
         self.seen: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -231,9 +231,9 @@ class Crowd:
         """Submit until `n` requests, or a few more, are accepted, and wait until all have ended."""
         self._left = n
         work: list[Callable[[], None]] = [
-            lambda i=i: self._ask_on(random.Random(f"{seed} {i}")) for i in range(N_THREADS)
+            lambda i=i: self._continue_chain(random.Random(f"{seed} {i}")) for i in range(N_THREADS)
         ]
-        work += [lambda: asyncio.run(self._ask_in_tasks(seed)), self._bother]
+        work += [lambda: asyncio.run(self._ask_in_tasks(seed)), self._make_other_calls]
         threads = [threading.Thread(target=self._guarded, args=[one], daemon=True) for one in work]
         canceller = threading.Thread(target=self._guarded, args=[self._cancel], daemon=True)
         for thread in [*threads, canceller]:
@@ -252,14 +252,14 @@ class Crowd:
         try:
             work()
         except BaseException as error:
-            self._object(f"{type(error).__name__}: {error}")
+            self._report_wrong(f"{type(error).__name__}: {error}")
             self._left = 0
 
-    def _object(self, what: str) -> None:
+    def _report_wrong(self, what: str) -> None:
         with self._lock:
             self.wrong.append(what)
 
-    def _saw(self, what: str) -> None:
+    def _record_end(self, what: str) -> None:
         with self._lock:
             self.seen[what] += 1
 
@@ -284,7 +284,7 @@ class Crowd:
         return number, extra
 
     @contextmanager
-    def _tolerant(self) -> Iterator[None]:
+    def _expecting_errors(self) -> Iterator[None]:
         """Count expected errors and suppress them."""
         try:
             yield
@@ -295,51 +295,63 @@ class Crowd:
             erllama.SamplingError,
             erllama.CellsExhausted,
         ) as error:
-            self._saw(type(error).__name__)
+            self._record_end(type(error).__name__)
         except erllama.BackendError as error:
-            self._saw(type(error).__name__)
+            self._record_end(type(error).__name__)
             if "injected" not in str(error):
-                self._object(f"nobody injected this: {error!r}")
+                self._report_wrong(f"nobody injected this: {error!r}")
 
-    def _got(self, number: int, extra: dict[str, object], reply: Completion, *, cancelled: bool = False) -> None:
+    def _check_reply(
+        self, number: int, extra: dict[str, object], reply: Completion, *, cancelled: bool = False
+    ) -> None:
         """Check a reply. A `cancelled` one may be incomplete."""
         asked = self._pool[number]
-        self._saw(reply.finish_reason)
+        self._record_end(reply.finish_reason)
         with self._lock:
             self._keys[number] = reply.finish_key
         if reply.context_tokens != asked.prompt + reply.tokens:
-            self._object(f"{number}: the context is not prompt and reply")
+            self._report_wrong(f"{number}: the context is not prompt and reply")
         if not cancelled and reply.finish_reason == "cancelled":
-            self._object(f"{number}: nobody cancelled it")
+            self._report_wrong(f"{number}: nobody cancelled it")
         if not (self._exact or extra.get("reproducible")):
             return
         wanted = asked.reply
         begun = cancelled and reply.tokens == wanted.tokens[: len(reply.tokens)]
-        if not begun and essence(reply) != essence(wanted):
-            self._object(f"{number} {extra} cancelled={cancelled}: {essence(reply)} instead of {essence(wanted)}")
+        if not begun and comparable(reply) != comparable(wanted):
+            self._report_wrong(
+                f"{number} {extra} cancelled={cancelled}: {comparable(reply)} instead of {comparable(wanted)}"
+            )
 
-    def _got_events(self, number: int, extra: dict[str, object], events: list[Event], cancelled: bool) -> None:
+    def _check_events(self, number: int, extra: dict[str, object], events: list[Event], cancelled: bool) -> None:
         """Check a stream that was read to its end."""
         *pieces, end = events
         if not isinstance(end, Done) or any(isinstance(piece, Done) for piece in pieces):
-            self._object(f"{number}: a stream that does not end with Done")
+            self._report_wrong(f"{number}: a stream that does not end with Done")
             return
         reply = end.completion
         told = tuple(token for piece in pieces for token in piece.tokens)  # type: ignore[union-attr]
         text = "".join(piece.text for piece in pieces)  # type: ignore[union-attr]
         # The tokens of a stop string are reported only at the end.
         if text != reply.text or told != reply.tokens[: len(told)]:
-            self._object(f"{number}: the pieces are not those of the reply")
-        self._got(number, extra, reply, cancelled=cancelled)
+            self._report_wrong(f"{number}: the pieces are not those of the reply")
+        self._check_reply(number, extra, reply, cancelled=cancelled)
 
     # --- threads
 
-    def _ask_on(self, dice: random.Random) -> None:
-        ways = [self._complete, self._prefill, self._stream, self._drop, self._burst, self._stop_reading, self._err]
+    def _continue_chain(self, dice: random.Random) -> None:
+        ways = [
+            self._complete,
+            self._prefill,
+            self._stream,
+            self._drop,
+            self._submit_burst,
+            self._stop_reading,
+            self._submit_invalid,
+        ]
         unread: deque[tuple[int, dict[str, object], erllama.Stream]] = deque()
         while self._left > 0:
             (way,) = dice.choices(ways, weights=[30, 8, 25, 10, 4, 8, 3])
-            with self._tolerant():
+            with self._expecting_errors():
                 if way == self._stop_reading:
                     unread.append(self._stop_reading(dice))
                 else:
@@ -353,15 +365,15 @@ class Crowd:
     def _complete(self, dice: random.Random) -> None:
         number, extra = self._draw(dice)
         asked = self._pool[number]
-        self._got(number, extra, self.model.complete(asked.prompt, **asked.options, **extra))  # type: ignore[arg-type]
+        self._check_reply(number, extra, self.model.complete(asked.prompt, **asked.options, **extra))  # type: ignore[arg-type]
 
     def _prefill(self, dice: random.Random) -> None:
         number, extra = self._draw(dice)
         prompt = self._pool[number].prompt
         reply = self.model.prefill(prompt, **extra)  # type: ignore[arg-type]
-        self._saw("prefilled")
+        self._record_end("prefilled")
         if reply.context_tokens != prompt or reply.finish_reason != "length":
-            self._object(f"{number}: a prefill that sampled")
+            self._report_wrong(f"{number}: a prefill that sampled")
 
     def _open(self, number: int, extra: dict[str, object]) -> erllama.Stream:
         asked = self._pool[number]
@@ -381,10 +393,10 @@ class Crowd:
                 if any(isinstance(event, Done) for event in events):
                     return
                 events = []  # zip consumes one more item than it yields
-                self._got(number, extra, stream.result(), cancelled=True)
+                self._check_reply(number, extra, stream.result(), cancelled=True)
                 return
         events = list(stream)
-        self._got_events(number, extra, events, cancelled)
+        self._check_events(number, extra, events, cancelled)
 
     def _drop(self, dice: random.Random) -> None:
         """Abandon a stream, by leaving a `with` or by dropping the stream."""
@@ -396,15 +408,15 @@ class Crowd:
         if dice.random() < 0.5:
             with stream:
                 pass
-        self._saw("dropped")
+        self._record_end("dropped")
 
-    def _burst(self, dice: random.Random) -> None:
+    def _submit_burst(self, dice: random.Random) -> None:
         """Submit several at once, so that some are refused."""
         n = dice.randrange(3, 9)
         streams = []
         for _ in range(n):
             number, extra = self._draw(dice)
-            with self._tolerant():
+            with self._expecting_errors():
                 streams.append((number, extra, self._open(number, extra)))
         for each in streams:
             self._read_on(each)
@@ -415,15 +427,15 @@ class Crowd:
 
     def _read_on(self, unread: tuple[int, dict[str, object], erllama.Stream]) -> None:
         number, extra, stream = unread
-        with self._tolerant():
-            self._got_events(number, extra, list(stream), False)
+        with self._expecting_errors():
+            self._check_events(number, extra, list(stream), False)
 
-    def _err(self, dice: random.Random) -> None:
+    def _submit_invalid(self, dice: random.Random) -> None:
         """Prompts that are refused before they are queued."""
         wrong: list[object] = ["", [], [-1], [10**9], np.zeros((2, 2), np.int32), 3 * self.model.n_ctx * [5], None]
         with pytest.raises(erllama.PromptError):
             self.model.complete(dice.choice(wrong))  # type: ignore[arg-type]
-        self._saw("refused prompt")
+        self._record_end("refused prompt")
 
     def _cancel(self) -> None:
         dice = random.Random(7)
@@ -432,13 +444,13 @@ class Crowd:
             stream.cancel()
             del stream
 
-    def _bother(self) -> None:
+    def _make_other_calls(self) -> None:
         """Other calls while the model computes."""
         dice = random.Random(8)
         while self._left > 0:
             time.sleep(0.003)
             chance = dice.random()
-            with self._tolerant():
+            with self._expecting_errors():
                 if chance < 0.01:
                     self.model.evict()
                 elif chance < 0.04:
@@ -463,14 +475,14 @@ class Crowd:
         ways = [self._acomplete, self._acomplete_cancelled, self._astream, self._astream_dropped, self._aprefill]
         while self._left > 0:
             (way,) = dice.choices(ways, weights=[30, 12, 30, 12, 6])
-            with self._tolerant():
+            with self._expecting_errors():
                 await way(dice)
             await asyncio.sleep(dice.random() * 0.02)
 
     async def _acomplete(self, dice: random.Random) -> None:
         number, extra = self._draw(dice)
         asked = self._pool[number]
-        self._got(number, extra, await self.model.acomplete(asked.prompt, **asked.options, **extra))  # type: ignore[arg-type]
+        self._check_reply(number, extra, await self.model.acomplete(asked.prompt, **asked.options, **extra))  # type: ignore[arg-type]
 
     async def _acomplete_cancelled(self, dice: random.Random) -> None:
         task = asyncio.create_task(self._acomplete(dice))
@@ -479,7 +491,7 @@ class Crowd:
         try:
             await task
         except asyncio.CancelledError:
-            self._saw("task cancelled")
+            self._record_end("task cancelled")
 
     async def _astream(self, dice: random.Random) -> None:
         number, extra = self._draw(dice)
@@ -493,7 +505,7 @@ class Crowd:
                 events.append(event)
                 if len(events) == stop_at:
                     stream.cancel()
-        self._got_events(number, extra, events, stop_at is not None)
+        self._check_events(number, extra, events, stop_at is not None)
 
     async def _astream_dropped(self, dice: random.Random) -> None:
         number, extra = self._draw(dice)
@@ -505,17 +517,17 @@ class Crowd:
                 n -= 1
                 if not n:
                     break
-        self._saw("dropped")
+        self._record_end("dropped")
 
     async def _aprefill(self, dice: random.Random) -> None:
         number, extra = self._draw(dice)
         reply = await self.model.aprefill(self._pool[number].prompt, **extra)  # type: ignore[arg-type]
-        self._saw("prefilled")
+        self._record_end("prefilled")
         if reply.tokens:
-            self._object(f"{number}: a prefill that sampled")
+            self._report_wrong(f"{number}: a prefill that sampled")
 
 
-def essence(reply: Completion) -> tuple[object, ...]:
+def comparable(reply: Completion) -> tuple[object, ...]:
     return reply.finish_reason, reply.tokens, reply.text, reply.stop_sequence, reply.logprobs
 
 
@@ -571,7 +583,7 @@ class Footprint:
         self.rss = process.memory_info().rss
 
 
-def assert_idle(model: erllama.Model, crowd: Crowd, faults: Faults) -> None:
+def assert_idle(model: erllama.Model, crowd: ConcurrentClients, faults: Faults) -> None:
     """Check that no request runs or waits, and that the counters cover every request."""
     assert not crowd.wrong, "\n".join(crowd.wrong)
     assert (model.pending, model.queue_depth, model.phase) == (0, 0, "idle")
@@ -618,12 +630,12 @@ def assert_no_growth(before: Footprint, after: Footprint) -> None:
     assert grown <= 0.05 * before.rss + allowed, f"{before.rss / MIB:.1f} MiB, then {after.rss / MIB:.1f} MiB"
 
 
-def soak(make: Make, cache: erllama.Cache, pool: list[Asked], *, exact: bool) -> None:
+def soak(make: Make, cache: erllama.Cache, pool: list[SoakRequest], *, exact: bool) -> None:
     living = alive()
-    with listening() as complaints:
+    with collecting_errors() as complaints:
         with make(cache) as model:
             faults = Faults(model._backend)
-            crowd = Crowd(model, pool, exact=exact)
+            crowd = ConcurrentClients(model, pool, exact=exact)
             crowd.ask(REQUESTS // 3, seed=1)
             assert_idle(model, crowd, faults)
             assert model._runner.metrics.preempted > 0 or not exact, "contexts were to exceed the cells"
@@ -651,7 +663,7 @@ def soak(make: Make, cache: erllama.Cache, pool: list[Asked], *, exact: bool) ->
     assert alive() == living
 
 
-def report(crowd: Crowd, faults: Faults, model: erllama.Model, warm: Footprint) -> None:
+def report(crowd: ConcurrentClients, faults: Faults, model: erllama.Model, warm: Footprint) -> None:
     """Print a summary for the captured output."""
     metrics = model._runner.metrics
     lines = {

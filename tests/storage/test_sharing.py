@@ -34,7 +34,7 @@ SHARING_SECONDS = float(os.environ.get("ERLLAMA_SHARING_SECONDS", "4"))
 SOON_SECONDS = 5.0  # deadline for something that takes about a second
 
 
-def until(condition: Callable[[], bool], seconds: float = SOON_SECONDS) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = SOON_SECONDS) -> bool:
     """Wait for an effect of another process."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -243,7 +243,7 @@ def test_a_block_evicted_right_after_its_write_is_not_offered(tmp_path: Path) ->
     class Overtaken(FileTier):
         def write(self, block: Block, payload: memoryview) -> None:
             super().write(block, payload)
-            assert until(lambda: hit(other, tokens) == SIZE)
+            assert wait_for(lambda: hit(other, tokens) == SIZE)
             assert other.evict_bytes("1GiB", tiers=("disk",)) > 0
             time.sleep(0.3)  # as a slow machine would
             cache.rows()  # a lookup of this process sees that it is removed
@@ -292,7 +292,7 @@ def test_a_save_is_visible_to_other_processes_within_a_second_or_so(
                 with cache.lookup(NAMESPACE, tokens) as match:
                     return match.n_tokens == len(tokens)
 
-            assert until(seen)
+            assert wait_for(seen)
             took.append(time.monotonic() - began)
             with cache.lookup(NAMESPACE, tokens) as match:
                 for block in match.blocks:
@@ -314,7 +314,7 @@ def test_a_block_evicted_by_one_process_is_not_offered_by_another(tmp_path: Path
         child = start_python(evicting, tmp_path)
         with killed_at_end(child):
             output_of(child)
-        assert until(lambda: cache.rows() == [])
+        assert wait_for(lambda: cache.rows() == [])
         assert hit(cache, tokens) == 0
         assert cache.counters()["disk_errors"] == cache.counters()["corrupt_files"] == 0
 
@@ -439,7 +439,7 @@ def test_processes_that_save_one_chain_keep_the_blocks_of_each(tmp_path: Path) -
         threading.Timer(0.3, child.send_signal, [signal.SIGCONT]).start()
         cache.flush()
         output_of(child)
-        assert until(lambda: hit(cache, tokens) >= 16)
+        assert wait_for(lambda: hit(cache, tokens) >= 16)
         assert hit(cache, tokens) == 64
 
 

@@ -39,7 +39,7 @@ def texts(first: int, n: int = 48) -> NDArray[np.int32]:
     return np.arange(first, first + n, dtype=np.int32)
 
 
-def until(condition: Callable[[], bool], seconds: float = SOON_SECONDS) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = SOON_SECONDS) -> bool:
     """Wait for something that happens in the background."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -50,23 +50,23 @@ def until(condition: Callable[[], bool], seconds: float = SOON_SECONDS) -> bool:
 
 
 @contextmanager
-def promptly() -> Iterator[None]:
+def within_time_limit() -> Iterator[None]:
     began = time.monotonic()
     yield
     assert time.monotonic() - began < PROMPT_SECONDS
 
 
-def use(cache: Cache, tokens: NDArray[np.int32], n_bytes: int = 64) -> int:
+def make_request(cache: Cache, tokens: NDArray[np.int32], n_bytes: int = 64) -> int:
     """Make the calls of a request and check that each is quick. Returns the tokens that were found."""
-    with promptly():
+    with within_time_limit():
         match = cache.lookup(NAMESPACE, tokens)
     with match:
         for block in match.blocks:
-            with promptly():
+            with within_time_limit():
                 loaded = cache.load(block)
             assert loaded is None or bytes(loaded.payload[:32]) == block.key
         for block in blocks_of(tokens):
-            with promptly():
+            with within_time_limit():
                 cache.save(block, payload_of(block, n_bytes))
         return match.n_tokens
 
@@ -85,11 +85,11 @@ def serves_again(cache: Cache, root: Path, seconds: float = SOON_SECONDS) -> boo
 
     def one_more() -> bool:
         tokens = texts(next(fresh))
-        use(cache, tokens)
+        make_request(cache, tokens)
         assert cache.flush(SOON_SECONDS)
         return root.exists() and keys_of(tokens) <= on_disk(root)
 
-    return until(one_more, seconds)
+    return wait_for(one_more, seconds)
 
 
 # --- no room ---------------------------------------------------------------------------------------
@@ -117,13 +117,13 @@ def mount(*arguments: object) -> bool:
 def test_a_full_disk_is_used_again_when_it_has_room(small_disk: Path, ram: str) -> None:
     root = small_disk / "kv"
     with Cache(block_size=SIZE, ram=ram, disk=root, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         ballast = small_disk / "ballast"
         with pytest.raises(OSError, match="No space"):
             ballast.write_bytes(bytes(2**20))
         for first in range(1000, 5000, 1000):
-            use(cache, texts(first), n_bytes=64_000)
+            make_request(cache, texts(first), n_bytes=64_000)
             cache.flush()
         assert cache.counters()["disk_errors"] > 0
         assert cache.counters()["faults"] == 0
@@ -174,12 +174,12 @@ def test_incomplete_writes_fail_alone(tmp_path: Path) -> None:
 def test_a_removed_directory_is_recreated(tmp_path: Path, ram: str | int) -> None:
     root = tmp_path / "kv"
     with Cache(block_size=SIZE, ram=ram, disk=root) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         for round_ in range(1, 3):
             before = cache.counters()["disk_errors"]
             shutil.rmtree(root)
-            assert use(cache, texts(1000 * round_)) == 0
+            assert make_request(cache, texts(1000 * round_)) == 0
             assert serves_again(cache, root)
             assert cache.counters()["disk_errors"] > before
             assert on_disk(root) >= {row.key.hex() for row in cache.rows() if row.tier == "disk"}
@@ -203,10 +203,10 @@ def test_a_removed_directory_is_recreated(tmp_path: Path, ram: str | int) -> Non
 def test_a_removed_subdirectory_is_recreated(tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erllama.cache.pipeline.upkeep._REOPEN_SECONDS", 0.1)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         shutil.rmtree(tmp_path / lost)
-        assert use(cache, texts(0)) == 48
+        assert make_request(cache, texts(0)) == 48
         assert serves_again(cache, tmp_path, 1.5)
         assert cache.counters()["faults"] == 0
 
@@ -248,17 +248,17 @@ def held_by_another(root: Path, statements: str) -> Iterator[None]:
 @pytest.mark.parametrize(("how", "ram"), [("a transaction", "1MiB"), ("something to write", 0)])
 def test_a_database_locked_by_another_process_blocks_no_request(tmp_path: Path, how: str, ram: str | int) -> None:
     with Cache(block_size=SIZE, ram=ram, disk=tmp_path, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         during = []
         with held_by_another(tmp_path, HOLD[how]):
             until_then = time.monotonic() + LOCK_SECONDS
             while time.monotonic() < until_then:
                 during.append(texts(1000 * (1 + len(during))))
-                assert use(cache, during[-1]) == 0
-                assert use(cache, during[-1]) == 48, "it waits to be written, and can be had"
-                assert use(cache, texts(0)) == 48
-                with promptly():
+                assert make_request(cache, during[-1]) == 0
+                assert make_request(cache, during[-1]) == 48, "it waits to be written, and can be had"
+                assert make_request(cache, texts(0)) == 48
+                with within_time_limit():
                     cache.rows()
                     cache.counters()
                     cache.contains(bytes(32))
@@ -294,15 +294,15 @@ def test_a_cache_opens_when_the_database_is_unlocked(tmp_path: Path) -> None:
 def test_saves_that_outwait_a_database_lock_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erllama.cache.tiers.index._BUSY_SECONDS", 0.1)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         with held_by_another(tmp_path, HOLD["something to write"]):
-            use(cache, texts(1000))
+            make_request(cache, texts(1000))
             assert cache.flush(SOON_SECONDS)
-            assert use(cache, texts(0)) == 48
+            assert make_request(cache, texts(0)) == 48
         assert cache.counters()["disk_errors"] > 0
         assert serves_again(cache, tmp_path)
-        assert use(cache, texts(0)) == 48
+        assert make_request(cache, texts(0)) == 48
         assert cache.counters()["faults"] == 0
         assert cache.verify() == []
         cache.check_integrity()
@@ -318,26 +318,26 @@ def test_a_database_locked_at_the_start_is_used_once_unlocked(
     with held_by_another(tmp_path, ALONE):
         cache = Cache(block_size=SIZE, ram="1MiB", disk=tmp_path, watch=False)
         assert "locked" in str(cache.disk_error)
-        assert use(cache, texts(1000)) == 0
-        assert use(cache, texts(1000)) == 48
+        assert make_request(cache, texts(1000)) == 0
+        assert make_request(cache, texts(1000)) == 48
         cache.flush()
     with cache:
         assert serves_again(cache, tmp_path)
         assert cache.disk_error is None
-        assert use(cache, texts(0)) == 48
+        assert make_request(cache, texts(0)) == 48
         assert cache.counters()["faults"] == 0
 
 
 @pytest.mark.parametrize("gone", [("index.db",), ("index.db", "index.db-wal", "index.db-shm")])
 def test_a_deleted_database_is_rebuilt_from_the_files(tmp_path: Path, gone: tuple[str, ...]) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         for name in gone:
             (tmp_path / name).unlink()
-        use(cache, texts(1000))
+        make_request(cache, texts(1000))
         assert serves_again(cache, tmp_path)
-        assert until(lambda: use(cache, texts(0)) == 48)
+        assert wait_for(lambda: make_request(cache, texts(0)) == 48)
         assert cache.counters()["disk_errors"] > 0
         assert cache.verify() == []
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
@@ -364,7 +364,7 @@ KINDS = ["noise", "zeros", "text", "nothing", "half", "noise behind the header"]
 def test_a_database_overwritten_while_open_is_rebuilt(tmp_path: Path, kind: str) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         for first in range(0, 3000, 100):
-            use(cache, texts(first))
+            make_request(cache, texts(first))
         cache.flush()
         path = tmp_path / "index.db"
         with sqlite3.connect(
@@ -373,9 +373,9 @@ def test_a_database_overwritten_while_open_is_rebuilt(tmp_path: Path, kind: str)
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         connection.close()
         path.write_bytes(garbage(path.read_bytes(), kind))
-        use(cache, texts(10_000))
+        make_request(cache, texts(10_000))
         assert serves_again(cache, tmp_path)
-        assert use(cache, texts(0)) in (0, 48)
+        assert make_request(cache, texts(0)) in (0, 48)
         assert cache.counters()["faults"] == 0
         assert not any(name.startswith("index.db") for name in on_disk(tmp_path))
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
@@ -388,12 +388,12 @@ def test_a_database_overwritten_while_open_is_rebuilt(tmp_path: Path, kind: str)
 def test_an_overwritten_database_is_rebuilt_at_the_next_start(tmp_path: Path, kind: str) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         for first in range(0, 3000, 100):
-            use(cache, texts(first))
+            make_request(cache, texts(first))
     path = tmp_path / "index.db"
     path.write_bytes(garbage(path.read_bytes(), kind))
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         assert cache.disk_error is None
-        assert all(use(cache, texts(first)) == 48 for first in range(0, 3000, 100))
+        assert all(make_request(cache, texts(first)) == 48 for first in range(0, 3000, 100))
         cache.flush()
         assert cache.counters()["faults"] == cache.counters()["corrupt_files"] == 0
         assert cache.verify() == []
@@ -410,7 +410,7 @@ def test_a_database_of_a_newer_release_is_refused_unchanged(tmp_path: Path) -> N
         assert isinstance(cache.disk_error, erllama.CacheError)
         assert "version 99" in str(cache.disk_error)
         assert "Upgrade" in str(cache.disk_error)
-        use(cache, texts(1000))
+        make_request(cache, texts(1000))
         cache.gc()
         assert cache.verify() != [], "it says that it has no disk"
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -422,14 +422,14 @@ def test_a_database_of_a_newer_release_is_refused_unchanged(tmp_path: Path) -> N
 
 def test_a_directory_in_place_of_a_file_is_a_miss(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         second = tmp_path / "blocks" / f"{blocks_of(texts(0))[1].key.hex()}.kvc"
         second.unlink()
         second.mkdir()
         assert [cache.load(block) is not None for block in blocks_of(texts(0))] == [True, False, True]
-        assert until(lambda: not second.is_dir()), "it is set aside"
-        assert until(lambda: use(cache, texts(0)) == 48 and cache.flush() and second.is_file())
+        assert wait_for(lambda: not second.is_dir()), "it is set aside"
+        assert wait_for(lambda: make_request(cache, texts(0)) == 48 and cache.flush() and second.is_file())
         assert all(cache.load(block) is not None for block in blocks_of(texts(0)))
         assert cache.counters()["corrupt_files"] + cache.counters()["disk_errors"] > 0
         assert cache.counters()["faults"] == 0
@@ -447,7 +447,7 @@ def test_a_file_that_cannot_be_read_now_is_a_miss_and_is_kept(tmp_path: Path, er
 
     tier = Unreadable(tmp_path, 2**30)
     with Cache(block_size=SIZE, ram=0, tiers=[tier]) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         tier.refused = frozenset({blocks_of(texts(0))[1].key})
         assert [cache.load(block) is not None for block in blocks_of(texts(0))] == [True, False, True]
@@ -488,10 +488,10 @@ def test_a_file_that_cannot_be_removed_counts_towards_the_quota(
     n_bytes = 6400
     quota = 3 * (n_bytes + 300)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota, watch=False) as cache:
-        use(cache, texts(0), n_bytes)
+        make_request(cache, texts(0), n_bytes)
         cache.flush()
         monkeypatch.setattr(Path, "unlink", refuse)
-        use(cache, texts(1000), n_bytes)
+        make_request(cache, texts(1000), n_bytes)
         cache.flush()
         assert sum(path.stat().st_size for path in (tmp_path / "blocks").iterdir()) <= quota
 
@@ -502,7 +502,7 @@ def test_a_file_that_cannot_be_removed_counts_towards_the_quota(
 def test_a_file_system_that_is_read_only_is_read(small_disk: Path) -> None:
     root = small_disk / "kv"
     with Cache(block_size=SIZE, ram=0, disk=root, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
     assert mount("-o", "remount,ro", small_disk)
     with Cache(block_size=SIZE, ram=0, disk=root, watch=False) as cache:
         assert cache.disk_error is None
@@ -512,7 +512,7 @@ def test_a_file_system_that_is_read_only_is_read(small_disk: Path) -> None:
         assert isinstance(cache.disk_error, erllama.CacheError)
         assert "Read-only file system" in str(cache.disk_error)
         assert str(small_disk / "new") in str(cache.disk_error)
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         assert hit(cache, texts(0)) == 48
     assert mount("-o", "remount,rw", small_disk)
     with Cache(block_size=SIZE, ram=0, disk=root, watch=False) as cache:
@@ -528,13 +528,13 @@ def test_a_file_system_that_becomes_read_only_still_serves(tmp_path: Path, monke
         return opening(path, flags, *arguments, **options)  # type: ignore[call-overload, no-any-return]
 
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         monkeypatch.setattr(os, "open", refuse)
-        use(cache, texts(1000))
+        make_request(cache, texts(1000))
         assert cache.flush(SOON_SECONDS)
         assert cache.counters()["disk_errors"] > 0
-        assert use(cache, texts(0)) == 48
+        assert make_request(cache, texts(0)) == 48
         monkeypatch.undo()
         assert serves_again(cache, tmp_path)
         assert cache.counters()["faults"] == 0
@@ -550,7 +550,7 @@ def test_a_directory_that_cannot_be_created_is_reported(tmp_path: Path, monkeypa
         assert isinstance(cache.disk_error, erllama.CacheError)
         assert "Read-only file system" in str(cache.disk_error)
         assert "give a writable one" in str(cache.disk_error)
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         assert hit(cache, texts(0)) == 48
 
 
@@ -566,7 +566,7 @@ def test_a_file_system_without_locks_is_refused(
         assert isinstance(cache.disk_error, erllama.CacheError)
         assert "locks" in str(cache.disk_error)
         assert "local disk" in str(cache.disk_error)
-        use(cache, texts(0))
+        make_request(cache, texts(0))
     assert not (tmp_path / "index.db").exists()
 
 
@@ -579,12 +579,12 @@ def test_a_refused_directory_holds_no_locks(tmp_path: Path, monkeypatch: pytest.
 def test_a_cache_inside_another_cache_is_refused(tmp_path: Path) -> None:
     outer = tmp_path / "outer"
     with Cache(block_size=SIZE, disk=outer, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         for inner in (outer / "inner", outer / "blocks" / "deep" / "inner", outer / "blocks"):
             with Cache(block_size=SIZE, disk=inner, watch=False) as other:
                 assert isinstance(other.disk_error, erllama.CacheError)
                 assert str(outer) in str(other.disk_error)
-                use(other, texts(0))
+                make_request(other, texts(0))
         assert not (outer / "inner").exists()
     for roots in ([outer, outer / "inner"], [outer / "inner", outer], [outer, outer]):
         with pytest.raises(erllama.OptionError, match="separate directories"):
@@ -631,12 +631,12 @@ def test_copied_files_are_used(tmp_path: Path, donor: Path, pieces: int, named: 
             name = source.name if named == "as there" else f"copy of {i}.kvc"
             copiers.append(threading.Thread(target=copy, args=(source, mine / "blocks" / name, pieces)))
             copiers[-1].start()
-        assert until(lambda: use_only(cache, texts(0)) == 48)
+        assert wait_for(lambda: use_only(cache, texts(0)) == 48)
         for copier in copiers:
             copier.join()
         assert hit(cache, texts(0)) == 48
         assert on_disk(mine) == on_disk(donor), "each has its own name now"
-        assert until(lambda: {p.stat().st_mode & 0o777 for p in (mine / "blocks").iterdir()} == {0o600})
+        assert wait_for(lambda: {p.stat().st_mode & 0o777 for p in (mine / "blocks").iterdir()} == {0o600})
         cache.flush()
         assert cache.verify() == []
         assert cache.counters()["corrupt_files"] == cache.counters()["disk_errors"] == 0
@@ -652,24 +652,24 @@ def test_copied_files_count_towards_the_quota(tmp_path: Path, donor: Path) -> No
     mine, quota = tmp_path / "mine", 150_000
     with Cache(block_size=SIZE, ram=0, disk=mine, disk_quota=quota) as cache:
         for first in (1000, 2000):
-            use(cache, texts(first), n_bytes=16_000)
+            make_request(cache, texts(first), n_bytes=16_000)
         cache.flush()
         for source in (donor / "blocks").iterdir():
             shutil.copy(source, mine / "blocks")
-        assert until(lambda: any(row.n_bytes > 60_000 for row in cache.rows()))
-        assert until(lambda: sum(p.stat().st_size for p in (mine / "blocks").iterdir()) <= quota)
+        assert wait_for(lambda: any(row.n_bytes > 60_000 for row in cache.rows()))
+        assert wait_for(lambda: sum(p.stat().st_size for p in (mine / "blocks").iterdir()) <= quota)
         assert cache.counters()["evictions_disk"] > 0
         cache.check_integrity()
 
 
 def test_a_removed_file_disappears_from_the_rows(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         last = blocks_of(texts(0))[-1].key
         assert last in {row.key for row in cache.rows()}
         (tmp_path / "blocks" / f"{last.hex()}.kvc").unlink()
-        assert until(lambda: last not in {row.key for row in cache.rows()})
+        assert wait_for(lambda: last not in {row.key for row in cache.rows()})
         assert use_only(cache, texts(0)) == 32
         assert cache.verify() == []
         assert cache.counters()["corrupt_files"] == cache.counters()["disk_errors"] == 0
@@ -678,16 +678,16 @@ def test_a_removed_file_disappears_from_the_rows(tmp_path: Path) -> None:
 def test_a_file_that_is_replaced_by_garbage_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erllama.cache.tiers.file_tier._SETTLED_SECONDS", 0.3)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         last = blocks_of(texts(0))[-1].key
         path = tmp_path / "blocks" / f"{last.hex()}.kvc"
         path.write_bytes(b"garbage")
-        assert until(lambda: last not in {row.key for row in cache.rows()})
+        assert wait_for(lambda: last not in {row.key for row in cache.rows()})
         assert not path.exists()
         assert [aside.read_bytes() for aside in (tmp_path / "damaged").iterdir()] == [b"garbage"]
         assert cache.counters()["corrupt_files"] == 1
-        assert use(cache, texts(0)) == 32, "and saves it anew"
+        assert make_request(cache, texts(0)) == 32, "and saves it anew"
         cache.flush()
         assert use_only(cache, texts(0)) == 48
 
@@ -716,7 +716,7 @@ def test_paths_that_are_not_files_are_set_aside(tmp_path: Path, donor: Path, whe
         if when == "open":
             names = litter(mine / "blocks", target)
             # No event reports a directory. It stays until gc or the next start.
-            assert until(lambda: not any(os.path.lexists(name) for name in names[:-1]))
+            assert wait_for(lambda: not any(os.path.lexists(name) for name in names[:-1]))
             cache.gc()
     if when == "closed":
         names = litter(mine / "blocks", target)
@@ -739,7 +739,7 @@ def test_the_files_of_one_cache_serve_another(tmp_path: Path) -> None:
         cache.flush()
         shutil.copytree(donor / "blocks", mine / "blocks", dirs_exist_ok=True)
         (mine / "blocks").chmod(0o700)
-        assert until(lambda: all(use_only(cache, texts(first)) == 48 for first in range(0, 2000, 100)))
+        assert wait_for(lambda: all(use_only(cache, texts(first)) == 48 for first in range(0, 2000, 100)))
         assert all(hit(cache, texts(first)) == 48 for first in range(0, 2000, 100))
         assert hit(cache, texts(5000)) == 48
         cache.flush()
@@ -774,7 +774,7 @@ def test_an_unreadable_file_does_not_stop_the_scan(
         monkeypatch.setattr(Index, "put", fails_once)
         for source in (donor / "blocks").iterdir():
             shutil.copy(source, mine / "blocks")
-        assert until(lambda: use_only(cache, texts(0)) == 48, 2.5)
+        assert wait_for(lambda: use_only(cache, texts(0)) == 48, 2.5)
 
 
 def test_a_file_that_cannot_be_opened_now_is_not_treated_as_damaged(
