@@ -231,7 +231,7 @@ class ConcurrentClients:
         """Submit until `n` requests, or a few more, are accepted, and wait until all have ended."""
         self._left = n
         work: list[Callable[[], None]] = [
-            lambda i=i: self._continue_chain(random.Random(f"{seed} {i}")) for i in range(N_THREADS)
+            lambda i=i: self._ask_repeatedly(random.Random(f"{seed} {i}")) for i in range(N_THREADS)
         ]
         work += [lambda: asyncio.run(self._ask_in_tasks(seed)), self._make_other_calls]
         threads = [threading.Thread(target=self._guarded, args=[one], daemon=True) for one in work]
@@ -338,7 +338,7 @@ class ConcurrentClients:
 
     # --- threads
 
-    def _continue_chain(self, dice: random.Random) -> None:
+    def _ask_repeatedly(self, dice: random.Random) -> None:
         ways = [
             self._complete,
             self._prefill,
