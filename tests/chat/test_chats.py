@@ -41,7 +41,9 @@ def test_each_of_twenty_turns_computes_only_its_new_tokens() -> None:
             messages.append(user(f"question {turn}: hello?"))
             reply = model.chat(messages)
             assert reply.text == "hello there"
-            assert len(reply.tokens) == len("hello there"), "sampled as bytes, which its text is not tokenized to"
+            assert len(reply.tokens) == len("hello there"), (
+                "the sampled byte tokens differ from the tokens of the text"
+            )
             if turn:
                 new = n_new(model, f"<|end|><|user|>question {turn}: hello?<|end|><|assistant|>\t")
                 assert reply.timings.prefill_tokens <= new
@@ -102,7 +104,7 @@ def test_a_tool_call_is_replayed_as_it_was_sampled() -> None:
         (call,) = first.tool_calls
         assert (call.name, call.arguments) == ("get_time", {"city": "Oslo"})
         messages += [first.message, {"role": "tool", "tool_call_id": call.id, "content": "12:00"}]
-        assert CALL not in model.render_chat(messages, tools=TOOLS), "the template writes it otherwise"
+        assert CALL not in model.render_chat(messages, tools=TOOLS), "the template renders it differently"
         second = model.chat(json.loads(json.dumps(messages)), tools=TOOLS)
         assert second.text == "It is noon."
         assert second.context_tokens[: len(first.context_tokens)] == first.context_tokens
@@ -134,7 +136,7 @@ def test_a_continued_text_reuses_the_tokens_of_its_parent(stop: str | None) -> N
         assert list(second.context_tokens[: len(said)]) == said
         assert second.cache.tokens >= len(said)
         plain = model.complete(text)
-        assert list(plain.context_tokens[: len(said)]) != said, "without the key the text alone decides"
+        assert list(plain.context_tokens[: len(said)]) != said, "without the key, only the text counts"
         elsewhere = model.complete("Another text<|assistant|>\t", parent_key=first.finish_key)
         assert elsewhere.context_tokens == model.complete("Another text<|assistant|>\t").context_tokens
 
@@ -381,7 +383,7 @@ def test_the_last_message_can_be_continued() -> None:
         text = model.detokenize(reply.context_tokens[: reply.usage.prompt], special=True)
         assert text.endswith("<|assistant|>\thello")
         assert reply.text == " there"
-        assert reply.message == {"role": "assistant", "content": "hello there"}, "it takes the last one's place"
+        assert reply.message == {"role": "assistant", "content": "hello there"}, "it replaces the last one"
         again = model.chat([user("Q"), reply.message, user("and?")])
         assert again.context_tokens[: len(reply.context_tokens)] == reply.context_tokens
 
@@ -617,7 +619,7 @@ def test_bad_conversations_raise_typed_errors(
     with model_replying("x") as model:
         with pytest.raises(error, match=match):
             model.chat(messages, **options)  # type: ignore[arg-type]
-        assert model.chat([user("Q")]).text == "x", "and the model goes on"
+        assert model.chat([user("Q")]).text == "x", "the model continues"
 
 
 def test_tools_are_compiled_only_for_conversations_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def vocabulary(request: pytest.FixtureRequest) -> Iterator[Vocabulary]:
         return
     path = VOCABULARIES / f"ggml-vocab-{request.param}.gguf"
     if not path.exists():
-        pytest.skip(f"{path.name} is not there")
+        pytest.skip(f"{path.name} is missing")
     with erllama.load_model(path, vocab_only=True) as model:
         yield model._backend.vocabulary
 
@@ -111,7 +111,7 @@ def test_a_text_that_continues_a_context_keeps_its_tokens(vocabulary: Vocabulary
         whole = history.tokens(NAMESPACE, before + after, as_text=True)
         got = history.going_on(context, before + after)
         if got is None:
-            assert len(context) == 1, "BOS alone tells nothing"
+            assert len(context) == 1, "a BOS alone does not identify a conversation"
             return
         assert got[: len(context)].tolist() == context.tolist()
         assert history.written(got.tolist()) == history.written(whole.tolist())
@@ -147,7 +147,7 @@ def test_a_context_cut_within_a_character_continues_from_before_it(
     by_byte = {history.written([id]): id for id in range(min(515, vocabulary.n_tokens))}
     raw = ("Q: aaa " + text).encode()
     if not all(raw[i : i + 1] in by_byte for i in range(len(raw))):
-        pytest.skip("the vocabulary has no tokens of single bytes among its first")
+        pytest.skip("the first tokens of the vocabulary are not single bytes")
     for n in range(8, len(raw)):
         context = ids(*first, *(by_byte[raw[i : i + 1]] for i in range(n)))
         got = history.going_on(context, raw.decode())
@@ -197,5 +197,5 @@ def test_an_incomplete_character_is_not_remembered() -> None:
 
 
 def test_a_spelled_out_special_token_differs_from_the_token_itself() -> None:
-    assert remembered([*b"abc<s>abc"], "abc<s>abc") == [257, 260, 257], "the text is that of the token"
+    assert remembered([*b"abc<s>abc"], "abc<s>abc") == [257, 260, 257], "the text equals that of the token"
     assert remembered([*b"abc", 260, *b"abc"], "abc<s>abc") == [*b"abc", 260, *b"abc"]

@@ -87,7 +87,7 @@ def test_an_injected_conversation_does_not_match_the_real_one() -> None:
         second = model.apply_chat_template(injected, **PLAIN).tolist()
         assert special_of(first) != special_of(second)
         assert len(special_of(second)) == 3
-        assert model.apply_chat_template(injected).tolist() == first, "without the option it is read"
+        assert model.apply_chat_template(injected).tolist() == first, "without the option, it is a special token"
 
 
 def test_the_assistants_content_keeps_its_special_tokens() -> None:
@@ -147,7 +147,7 @@ def test_real_templates_write_the_same_text(path: Path) -> None:
 def real(request: pytest.FixtureRequest) -> Iterator[erllama.Model]:
     path = SHARED / "vocab" / f"ggml-vocab-{request.param}.gguf"
     if not path.exists():
-        pytest.skip(f"{path.name} is not there")
+        pytest.skip(f"{path.name} is missing")
     with erllama.load_model(path, vocab_only=True) as model:
         yield model
 

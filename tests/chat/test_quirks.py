@@ -85,7 +85,7 @@ def test_a_call_opened_by_the_prompt_is_a_call(choice: str) -> None:
         assert (reply.text, reply.tool_calls) == ("hello", ())
 
 
-@pytest.mark.skipif(not TEMPLATES.is_dir(), reason="no templates beside the checkout")
+@pytest.mark.skipif(not TEMPLATES.is_dir(), reason="the folder of templates beside the checkout is missing")
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
 def test_each_family_template_renders_a_call_and_its_result(path: Path) -> None:
     refused = {

@@ -93,7 +93,7 @@ def test_thinking_with_a_call_is_replayed_as_the_template_renders_it() -> None:
         prompt = prompt_of(model, messages, tools=TOOLS, **KEEP)
         assert prompt[: len(first.context_tokens)] == list(first.context_tokens)
         assert said(model, messages, tools=TOOLS) == model.render_chat(messages, tools=TOOLS), (
-            "where it is left out"
+            "the template drops it"
         )
 
 
@@ -114,7 +114,7 @@ def test_a_malformed_call_is_replayed_with_its_own_tokens() -> None:
         with model_replying(reply) as model:
             first = model.chat([user("Q")], **options)
             assert first.tool_call_errors
-            assert first.text == reply.replace(" ", ""), "in the order in which the model wrote it"
+            assert first.text == reply.replace(" ", ""), "in the order of the reply"
             again = model.chat([user("Q"), first.message, user("and?")], **options)
             assert again.context_tokens[: len(first.context_tokens)] == first.context_tokens
             assert again.usage.cached >= len(first.context_tokens) - 1

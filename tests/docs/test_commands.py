@@ -109,9 +109,7 @@ def check_exists(text: str) -> None:
         case ["python" | ".venv/bin/python", "-m", module, *_]:
             run(f"python -m {module} --help", ROOT)
         case _:
-            pytest.fail(
-                f"no test knows {text!r}: show what it prints, in a block of console, or say here how it is seen"
-            )
+            pytest.fail(f"no test covers {text!r}: show its output in a console block, or add a check here")
 
 
 def test_pages_listed_as_compared_elsewhere_are() -> None:
@@ -135,7 +133,7 @@ def test_pages_show_the_real_output_of_their_commands(page: str, tmp_path: Path)
             at_root
             and subprocess.run(["make", "-q", "setup"], cwd=ROOT, capture_output=True, check=False).returncode
         ):
-            pytest.skip("`make setup` has more to do, which a test leaves to it")
+            pytest.skip("`make setup` has work to do, which a test does not start")
         printed = run(command.text, ROOT if at_root else tmp_path)
         assert stable_output(printed) == stable_output(command.printed), (
             f"{page}, line {command.line}: {command.text}"
@@ -159,7 +157,7 @@ def test_commands_within_sentences_exist(page: str) -> None:
         elif words[0].startswith("scripts/"):
             assert (ROOT / words[0]).exists(), said
     assert not re.search(r"^```\n(?:\$ |make |pip |python )", text, re.MULTILINE), (
-        "a command in a block of no language"
+        "a block with a command needs a language"
     )
 
 

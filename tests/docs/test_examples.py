@@ -107,7 +107,7 @@ def test_cold_and_cached_times_are_printed_side_by_side(tmp_path: Path) -> None:
     assert [int(row[0]) for row in rows] == [256, 512, 1024]
     assert all(float(time) > 0 for row in rows for time in row[1:4])
     ((tokens, computed),) = numbers(r"4 agents: (\d+) prompt tokens, (\d+) computed", said)
-    assert computed <= tokens - 3 * 1023, "the prefix is read once"
+    assert computed <= tokens - 3 * 1023, "the prefix is computed once"
 
 
 def test_a_custom_backend_returns_the_reply_of_libllama(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_prefilled_tokens_are_not_computed_again(tmp_path: Path) -> None:
 def test_a_chat_starts_each_turn_where_the_last_one_ended(tmp_path: Path) -> None:
     said = run(EXAMPLES / "chat.py", cwd=tmp_path)
     (prompt, _, completion), (_, again, _), *_ = numbers(r"prompt=(\d+), cached=(\d+), completion=(\d+)", said)
-    assert again == prompt + completion, "all of the first turn, its reply included"
+    assert again == prompt + completion, "the whole first turn, including its reply"
     assert "What is 23 + 17? -> '23 + 17 = 40.'" in said
     assert "And minus 5? -> '40 - 5 = 35.'" in said
 

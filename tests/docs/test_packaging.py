@@ -236,4 +236,4 @@ def test_a_source_other_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
     assert finished.returncode == 1
     assert "refusing it" in finished.stderr
     assert "90d7f5c2" in finished.stderr
-    assert list((tmp_path / "cache").glob(".building*")) == [], "nothing is left behind"
+    assert list((tmp_path / "cache").glob(".building*")) == [], "no partial build remains"

@@ -94,7 +94,7 @@ def test_every_option_has_its_row_with_its_default(heading: str) -> None:
     rows = CONFIGURATION[heading]
     assert {name_of(row[0]): literal(row[1]) for row in rows} == OPTIONS[heading]
     for name, default, unit, _ in rows:
-        assert unit or heading == "load_backend" or isinstance(literal(default), bool), f"{name}: its unit"
+        assert unit or heading == "load_backend" or isinstance(literal(default), bool), f"{name} has no unit"
 
 
 def test_options_of_other_methods_have_their_defaults() -> None:
@@ -136,7 +136,7 @@ def test_the_environment_is_what_the_build_reads() -> None:
     assert set(re.findall(r"\b(?:ERLLAMA_[A-Z_]+|LLAMA_CPP_DIR)\b", sources)) == told
     for source in (ROOT / folder for folder in ("erllama", "engine", "cache", "llama_ffi")):
         for path in source.rglob("*.py"):
-            assert "os.environ" not in path.read_text(), f"{path}: tell of it in docs/configuration.md"
+            assert "os.environ" not in path.read_text(), f"{path}: document the variable in docs/configuration.md"
 
 
 # --- from Erlang to Python ------------------------------------------------------------------------

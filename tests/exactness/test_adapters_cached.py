@@ -101,7 +101,7 @@ def test_a_session_does_not_reuse_cells_of_another_adapter_set(stub_adapters: li
         third = greedy_reply(model, second.context_tokens, session_id="s")
         assert third.cache.tokens == len(second.context_tokens) - 1
         adapter.scale = 0.5
-        assert model.end_session("s"), "whatever the set now is"
+        assert model.end_session("s"), "the current set does not matter"
         assert not model.end_session("s")
 
 
@@ -141,7 +141,7 @@ def test_a_chat_is_remembered_with_its_adapter_set(tiny_gguf: Path, loras: list[
         messages = [*question, reply.message, {"role": "user", "content": "go on"}]
         n = len(reply.context_tokens)
         text = model.tokenize(model.render_chat(messages), parse_special=True).tolist()
-        assert tuple(text[:n]) != reply.context_tokens, "a reply that is spelled as it would be read shows nothing"
+        assert tuple(text[:n]) != reply.context_tokens, "a reply with the tokens of its text proves nothing"
         adapter.scale = 0.5
         assert model.apply_chat_template(messages).tolist() == text
         adapter.scale = 1.0
@@ -199,7 +199,9 @@ def test_with_three_adapters_bits_are_exact_while_they_stay_loaded(tiny_gguf: Pa
             warm = greedy_reply(model, reproducible=True, logprobs=10)
             assert warm.cache.kind in kinds
             assert warm.logprobs == cold.logprobs
-            assert greedy_reply(model).cache.kind == "exact", "the KV is good for whoever asks for no bits"
+            assert greedy_reply(model).cache.kind == "exact", (
+                "the KV is valid for requests that are not reproducible"
+            )
             for adapter in adapters:
                 adapter.unload()
     loaded = [(LoadedAdapter(None, Path(), "", 1.0), 1.0) for _ in range(4)]
@@ -340,7 +342,7 @@ def test_random_runs_never_use_kv_of_another_adapter_set(stub_adapters: list[Pat
             counters = cache.counters()
             warm += counters["hits_exact"] + counters["hits_longest_prefix"]
     assert not any(backend.wrongs for backend in backends)
-    assert warm > N_EXAMPLES, "nothing was warm, so nothing was shown"
+    assert warm > N_EXAMPLES, "no reply was cached, so the test proves nothing"
 
 
 def test_random_runs_on_libllama_never_use_kv_of_another_set(
@@ -386,7 +388,7 @@ def test_random_runs_on_libllama_never_use_kv_of_another_set(
             with erllama.Cache(disk=tmp_path / "kv" if seed % 4 == 0 else None, block_size=16) as cache:
                 n_checked += RandomRun(seed, make, loras, check, banned=[2]).live(cache, steps=12)
     assert n_checked > N_EXAMPLES
-    assert nearest > 0.03, "sets whose replies are alike show nothing"
+    assert nearest > 0.03, "equal replies of different sets prove nothing"
 
 
 def total_scales(adapters: tuple[tuple[Path, float], ...]) -> dict[Path, float]:

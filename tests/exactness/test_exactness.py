@@ -177,7 +177,7 @@ def test_partial_hits_have_the_bits_of_a_context_kept_in_memory(
     limit = min(len(held), len(second) - 1)
     differing = np.flatnonzero(held[:limit] != second[:limit])
     agree = int(differing[0]) if len(differing) else limit
-    assert reply.cache.tokens == agree, "the hit is as long as the tokens agree"
+    assert reply.cache.tokens == agree, "the hit covers all common tokens"
 
     tokens = np.array(reply.context_tokens, np.int32)
     with llama_context(bench) as context:

@@ -232,7 +232,7 @@ def test_a_second_model_can_draft(random_gguf: Path) -> None:
         reply = model.complete("hello", max_tokens=40, temperature=0.0, speculative=draft)
         assert reply.tokens == expected.tokens
         assert reply.drafts is not None
-        assert reply.drafts.accepted > 20, "it is the same model"
+        assert reply.drafts.accepted > 20, "both are the same model"
         draft.unload()
         assert model.complete("hello", max_tokens=40, temperature=0.0, speculative=draft).tokens == expected.tokens
 
@@ -280,7 +280,7 @@ def test_decode_costs_are_a_linear_fit_of_measurements(monkeypatch: pytest.Monke
     assert costs.ratio(1, 3) is None
     for _ in range(20):
         costs.measured(1, 0.010)
-    assert costs.ratio(1, 3) is None, "one size tells nothing of others"
+    assert costs.ratio(1, 3) is None, "one batch size does not predict others"
     for n in (1, 3, 5, 1, 3, 5):
         costs.measured(n, 0.008 + 0.002 * n)
     assert costs.ratio(1, 3) == pytest.approx(0.016 / 0.010)

@@ -93,7 +93,7 @@ def test_an_adapter_computes_like_merged_weights(tiny_gguf: Path, loras: list[Pa
             model.load_adapter(lora, scale=scale)
             found = greedy_reply(model, n=1, logprobs=100).logprobs
         assert logprob_distance(found, expected) < 1e-2
-        assert logprob_distance(found, without) > 0.3, "an adapter that changes nothing shows nothing"
+        assert logprob_distance(found, without) > 0.3, "an adapter without an effect proves nothing"
 
 
 def test_scale_0_is_no_adapter_at_all(tiny_gguf: Path, loras: list[Path]) -> None:
@@ -257,7 +257,7 @@ def test_unloading_the_model_frees_its_adapters(tiny_gguf: Path, loras: list[Pat
     with pytest.raises(erllama.ModelUnloaded):
         stream.result()
     assert native.closed
-    assert native._handle._pointer is not None, "the context is alive as long as its logits are looked at"
+    assert native._handle._pointer is not None, "the context lives as long as its logits are in use"
     del view
     assert native._handle._pointer is None
 
@@ -277,5 +277,5 @@ def test_no_adapter_set_starves(stub_adapters: list[Path]) -> None:
             stream.result()
     scales = [adapters[0][1] if adapters else 0 for adapters in backend.sets]
     assert [scale for scale, _ in groupby(scales)] == [1, 0.5, 1, 0]
-    assert model.metrics.ticks < 30 + 5 + 5 + 5 + 12, "those of one set run together"
+    assert model.metrics.ticks < 30 + 5 + 5 + 5 + 12, "requests of one set run together"
     assert backend.wrongs == []

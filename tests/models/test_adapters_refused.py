@@ -209,7 +209,7 @@ def test_the_binding_refuses_adapters_of_other_models(tiny_gguf: Path, loras: li
                 context.set_adapters([(adapter, 1.0)])
             tokens, zero = np.array([5], np.int32), np.zeros(1, np.int32)
             assert np.isfinite(context.decode(tokens, zero, zero, np.ones(1, np.int8))).all()
-            assert adapter._handle._pointer is not None, "the context computes with it"
+            assert adapter._handle._pointer is not None, "the context uses it"
             context.set_adapters([])
             assert adapter._handle._pointer is None
         foreign.close()
@@ -299,4 +299,4 @@ def test_flipped_bytes_in_an_adapter_header_are_refused(tiny_gguf: Path, tmp_pat
     loaded, n_refused = map(int, output.splitlines()[-1].split())
     assert loaded + n_refused == n
     assert n_refused > n // 4
-    assert loaded > n // 40, "most flips are in names and sizes, which all must fit"
+    assert loaded > n // 40, "most flips hit names and sizes, which must all be consistent"

@@ -286,4 +286,4 @@ def test_a_flipped_byte_in_a_cache_file_is_a_cache_miss(
             assert reply.cache.kind == "exact"
             path.unlink()
     with erllama.Cache(block_size=32, disk=tmp_path) as cache:
-        assert answer(cache).cache.kind == "exact", "what was dropped was saved anew"
+        assert answer(cache).cache.kind == "exact", "the dropped block was saved again"

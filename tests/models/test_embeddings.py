@@ -146,10 +146,10 @@ def test_many_short_texts_take_one_decode(bert: erllama.Model, monkeypatch: pyte
     bert.embed(["ab"] * 60)
     assert sizes == [60]
     bert.embed(["ab"] * 130)
-    assert sizes[1:] == [64, 64, 2], "as many sequences as a context has"
+    assert sizes[1:] == [64, 64, 2], "the number of sequences of a context"
     bert.embed(["a" * 100] * 10)
     assert sum(sizes[4:]) == 10
-    assert max(sizes[4:]) == 5, "102 tokens each, of 512 together"
+    assert max(sizes[4:]) == 5, "102 tokens each, and 512 per decode"
 
 
 @pytest.mark.parametrize("write", [write_gemma3, write_mamba, write_lfm2])
@@ -226,7 +226,7 @@ def test_replies_continue_while_texts_are_embedded(decoder: erllama.Model) -> No
     assert len(found) == 15
     for each in found:
         np.testing.assert_allclose(each, expected, atol=ROUNDING)
-    assert embedded_at[0] < tokens[-1][0], "some were done before the reply was"
+    assert embedded_at[0] < tokens[-1][0], "some texts were finished before the reply"
 
 
 def test_embedding_and_ranking_work_with_asyncio(bert: erllama.Model, ranker: erllama.Model) -> None:
@@ -385,7 +385,7 @@ def test_inputs_that_are_not_text_are_refused(
 ) -> None:
     with pytest.raises(error, match=says):
         bert.embed(texts)  # type: ignore[call-overload]
-    assert bert.embed("a" * 126).shape == (1, 32), "and the model goes on, to the last position"
+    assert bert.embed("a" * 126).shape == (1, 32), "the model continues to the last position"
 
 
 def test_embedding_options_are_checked(bert: erllama.Model) -> None:
@@ -490,7 +490,7 @@ def test_the_binding_refuses_inputs_that_abort_libllama(bert_gguf: Path) -> None
         with pytest.raises(LlamaError, match="GiB"):
             EmbeddingContext(model, pooling="mean", n_tokens=2**30)
         context = EmbeddingContext(model, pooling="mean", n_tokens=64)
-    assert context.embed([ids])[0].shape == (32,), "the weights live as long as it does"
+    assert context.embed([ids])[0].shape == (32,), "the weights live as long as the embedder"
     context.close()
 
 
@@ -546,7 +546,7 @@ def test_a_sentence_transformer_matches_its_reference_embeddings(tmp_path: Path)
             assert model.tokenize(sentence).tolist() == ids
             reference = _bert(weights, config, ids).mean(axis=0)
             assert row @ reference / np.linalg.norm(reference) > 0.9999, sentence
-        assert found[0] @ found[1] > 0.5 > found[0] @ found[2], "it tells what means the like"
+        assert found[0] @ found[1] > 0.5 > found[0] @ found[2], "texts of similar meaning are close"
 
 
 _PARTS = {

@@ -121,7 +121,7 @@ def test_texts_longer_than_estimated_are_complete(tmp_path: Path) -> None:
 def test_real_vocabularies_produce_the_expected_ids(name: str) -> None:
     path = SHARED / "vocab" / f"ggml-vocab-{name}.gguf"
     if not path.exists():
-        pytest.skip(f"{path} is not here")
+        pytest.skip(f"{path} is missing")
     texts = Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     lines = Path(f"{path}.out").read_text().splitlines()
     with LlamaModel(path, vocab_only=True) as found:

@@ -340,7 +340,7 @@ def names(options: LlamaOptions) -> list[str]:
 
 
 def test_devices_are_chosen_by_name_and_counted_once(two_gpus: None) -> None:
-    assert names(LlamaOptions()) == ["CUDA0", "CUDA1"], "one that two drivers offer counts once"
+    assert names(LlamaOptions()) == ["CUDA0", "CUDA1"], "a device that two drivers offer counts once"
     assert names(LlamaOptions(n_gpu_layers=0)) == []
     assert names(LlamaOptions(devices=["CUDA1", "CPU"])) == ["CUDA1"]
     assert names(LlamaOptions(devices=["iGPU"])) == ["iGPU"]
@@ -441,7 +441,7 @@ def test_a_custom_fingerprint_never_joins_two_layouts(tmp_path: Path, disk: erll
             assert model.complete(PROMPT, max_tokens=1).cache.kind == "cold"
     other = write_llama(tmp_path / "other", TINY, seed=2)
     with opened_model(other, cache=disk, **own) as model:
-        assert model.complete(PROMPT, max_tokens=1).cache.kind == "exact", "the caller said so"
+        assert model.complete(PROMPT, max_tokens=1).cache.kind == "exact", "the caller chose it"
 
 
 def changed(source: Path, target: Path, at: int) -> Path:
@@ -582,7 +582,7 @@ def test_a_custom_backend_may_report_no_facts() -> None:
 def test_a_vocabulary_only_model_tokenizes_and_detokenizes(name: str) -> None:
     path = SHARED / "vocab" / f"ggml-vocab-{name}.gguf"
     if not path.exists():
-        pytest.skip(f"{path} is not here")
+        pytest.skip(f"{path} is missing")
     texts = Path(f"{path}.inp").read_bytes().decode().split(SEPARATOR)
     expected = [[int(id) for id in line.split()] for line in Path(f"{path}.out").read_text().splitlines()]
     assert len(expected) > 40

@@ -378,7 +378,9 @@ for _ in range(3):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library made here")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library that the test builds"
+)
 def test_an_assertion_failure_on_all_threads_is_survived(llama: EditableGGUF, tmp_path: Path) -> None:
     """Without the graph check, an assertion fails. It becomes an error, and other models continue."""
     (tmp_path / "unchecked.cpp").write_text(_UNCHECKED)
@@ -420,7 +422,9 @@ for name, adapter in zip(("broken", "whole"), adapters):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library made here")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library that the test builds"
+)
 def test_a_failed_model_keeps_only_its_own_adapters(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
     """A failed computation may still use the adapters of its model. Those of other models are freed."""
     (tmp_path / "frees.cpp").write_text(_FREES)

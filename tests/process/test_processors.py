@@ -152,5 +152,5 @@ def test_a_process_under_a_real_quota_uses_one_thread(half_a_processor: Path) ->
         check=False,
     )
     if "Permission" in finished.stderr or "Device or resource busy" in finished.stderr:
-        pytest.skip("no process can be put into a cgroup")
+        pytest.skip("this machine does not allow cgroups")
     assert finished.stdout == "0.5 1\n", finished.stderr

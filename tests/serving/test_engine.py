@@ -120,7 +120,7 @@ def test_followers_continue_when_their_leader_ends() -> None:
         for i, follower in enumerate(followers):
             prompt = np.concatenate([prefix, [2, i]]).astype(np.int32)
             assert follower.result().tokens == cold_reply(prompt, max_tokens=4, seed=1).tokens
-    assert backend.tokens_decoded < 2 * 500, "what the leader had read was not read again"
+    assert backend.tokens_decoded < 2 * 500, "tokens that the leader computed were not computed again"
 
 
 def test_a_conversation_continues_in_its_cells() -> None:
@@ -130,7 +130,7 @@ def test_a_conversation_continues_in_its_cells() -> None:
         after = backend.tokens_decoded
         second = model.complete([*first.context_tokens, 5, 6, 7], max_tokens=1)
         assert second.cache == erllama.CacheHit("partial", "live", 109)
-        assert backend.tokens_decoded == after + 4, "the token drawn last, and three more"
+        assert backend.tokens_decoded == after + 4, "the last token and three more"
 
 
 def test_cells_of_another_tenant_are_not_shared() -> None:
@@ -154,7 +154,9 @@ def test_parked_cells_stay_within_their_limit_while_others_compute() -> None:
         assert backend.cells_used <= 100 + 10
         backend.release()
         stream.result()
-        assert model.complete(random_prompt(0, 60), max_tokens=1).cache.tier == "ram", "what went is in the cache"
+        assert model.complete(random_prompt(0, 60), max_tokens=1).cache.tier == "ram", (
+            "the dropped cells are in the cache"
+        )
 
 
 def test_a_parked_prefix_is_shared_without_losing_its_rest() -> None:
@@ -209,7 +211,7 @@ def test_reproducible_requests_run_alone_in_the_context() -> None:
             assert reply.tokens == cold_reply(random_prompt(i, 50), max_tokens=20, seed=1).tokens
     # Only a request that runs alone is cut before its last token. The last such slice is the reproducible one's.
     start = max(i for i, batch in enumerate(backend.batches) if [rows for _, rows in batch] == [49])
-    assert all(len(batch) == 1 for batch in backend.batches[start : start + 21]), "nobody else until its end"
+    assert all(len(batch) == 1 for batch in backend.batches[start : start + 21]), "no other request until its end"
     assert max(len(batch) for batch in backend.batches[start + 21 :]) == 2
 
 

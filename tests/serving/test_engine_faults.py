@@ -95,7 +95,7 @@ def test_no_backend_failure_leaves_a_caller_waiting(name: str) -> None:
         model.evict()
         live = model._runner._scheduler.live
         assert backend.cells_used == live.cells.used == 0
-        assert len(live._numbers) == 12, "no number leaks"
+        assert len(live._numbers) == 12, "no sequence number leaks"
 
 
 def test_a_failing_drop_during_eviction_loses_no_request() -> None:
@@ -111,7 +111,7 @@ def test_a_failing_drop_during_eviction_loses_no_request() -> None:
         model.evict()
         live = model._runner._scheduler.live
         assert backend.cells_used == live.cells.used == 0
-        assert len(live._numbers) == 12, "no number leaks"
+        assert len(live._numbers) == 12, "no sequence number leaks"
 
 
 CACHE_CALLS = ["lookup", "load", "load_each", "save", "wants", "contains", "stored", "packing", "expecting", "hold"]
@@ -187,7 +187,7 @@ def test_a_failed_decode_ends_its_batch_and_the_queue_continues(error: Exception
         for i, stream in enumerate(streams):
             assert stream.result().tokens == cold_reply(np.full(30, 8, np.int32), max_tokens=10, seed=i).tokens
         again = model.complete([7] * 50, max_tokens=1)
-        assert again.cache.kind == "exact", "what had been saved is still there"
+        assert again.cache.kind == "exact", "earlier saves are still stored"
         assert parked.finish_reason == again.finish_reason
 
 

@@ -113,7 +113,7 @@ def test_logprobs_match_the_logits_of_the_model() -> None:
         assert reply.logprobs is not None
         assert [entry.token for entry in reply.logprobs] == list(reply.tokens)
         for entry in reply.logprobs:
-            assert entry.top[0] == (entry.token, entry.logprob), "greedy takes the most likely"
+            assert entry.top[0] == (entry.token, entry.logprob), "greedy sampling takes the most likely token"
             assert entry.logprob >= entry.top[1][1] >= entry.top[2][1]
         everything = model.complete([1, 2], max_tokens=1, logprobs=100).logprobs
         assert everything is not None

@@ -50,7 +50,7 @@ def test_a_paused_reader_delays_only_its_reply_and_loses_no_event() -> None:
         whole = stream.result()
         assert len(stream._ticket._unread) <= 256
         pieces = [event for event in stream if isinstance(event, erllama.TextDelta)]
-        assert len(pieces) == 257, "the rest as one piece"
+        assert len(pieces) == 257, "the rest is one piece"
         assert "".join(piece.text for piece in pieces) == whole.text
         assert tuple(token for piece in pieces for token in piece.tokens) == whole.tokens
 
@@ -227,6 +227,6 @@ def test_held_back_text_is_sent_at_the_end() -> None:
         pieces = [event for event in stream if isinstance(event, erllama.TextDelta)]
         assert pieces[-1].text == "STO"
         assert "".join(bytes(piece.tokens).decode() for piece in pieces) == "almost STO", (
-            "tokens come with their text"
+            "tokens are sent with their text"
         )
         assert stream.result().stop_sequence is None

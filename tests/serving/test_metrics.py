@@ -287,7 +287,7 @@ def test_histograms_are_consistent_while_they_are_updated(registry: CollectorReg
             last = 0.0
             for _ in range(200):
                 found = bucketed(Page(registry), HISTOGRAMS[1], "m")
-                assert found.total <= found.count * 0.5, "nothing is summed that is not counted"
+                assert found.total <= found.count * 0.5, "the sum covers only counted values"
                 assert found.count >= last
                 last = found.count
         finally:

@@ -102,7 +102,7 @@ def test_bos_and_eos_appear_once_around_a_text(begun: str, ended: str) -> None:
 def test_a_text_without_a_bos_has_the_tokens_of_the_tokenizer(name: str) -> None:
     path = Path(SHARED / "vocab" / f"ggml-vocab-{name}.gguf")
     if not path.exists():
-        pytest.skip(f"{path.name} is not there")
+        pytest.skip(f"{path.name} is missing")
     with erllama.load_model(path, vocab_only=True) as model:
         bos = model.info.special_tokens.get("bos")
         for text in ["Hello", " Hello", "\n", "1 + 1 = 2", "日本🙂", "<unk>", "a</s>b"]:

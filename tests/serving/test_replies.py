@@ -410,7 +410,7 @@ def test_wrong_prompts_raise_typed_errors(stub: erllama.Model, prompt: object, w
     with pytest.raises(erllama.PromptError) as caught:
         stub.complete(prompt, max_tokens=1)  # type: ignore[arg-type]
     assert words in str(caught.value)
-    assert stub.complete("and the model goes on", max_tokens=1).tokens
+    assert stub.complete("the model continues", max_tokens=1).tokens
 
 
 def test_the_stub_is_deterministic() -> None:

@@ -303,7 +303,7 @@ def test_dry_with_a_real_vocabulary_matches_libllama(name: str) -> None:
     """
     path = SHARED / "vocab" / f"ggml-vocab-{name}.gguf"
     if not path.exists():
-        pytest.skip(f"{path} is not here")
+        pytest.skip(f"{path} is missing")
     parts = ["the", " end", ".\n", "\n\n", "User:", " User", '":', "é", "<|im_end|>", "a", "*", "#" * 40]
     texts = [["\n", ":", '"', "*"], ["User:", "the e", "é", "<|im_end|>", "</s>"]]
     long = ["#" * 45]  # 40 bytes are considered, and two of the vocabularies have a token of that length

@@ -205,7 +205,7 @@ def test_penalties_count_prompt_and_reply(stub: erllama.Model) -> None:
     assert len({*prompt, *free.tokens}) < 100
     for options in ({"frequency_penalty": 100.0}, {"presence_penalty": 100.0}, {"repeat_penalty": 1000.0}):
         reply = stub.complete(prompt, max_tokens=60, temperature=0, repeat_last_n=-1, **options)  # type: ignore[arg-type]
-        assert len({*prompt, *reply.tokens}) == 100, f"{options}: nothing comes twice"
+        assert len({*prompt, *reply.tokens}) == 100, f"{options}: no token repeats"
     blind = stub.complete(prompt, max_tokens=60, temperature=0, repeat_last_n=0, presence_penalty=100.0)
     assert blind.tokens == free.tokens
 
@@ -308,7 +308,7 @@ def test_draws_continue_from_the_state_of_another_reply(
 def test_mirostat_keeps_the_surprise_at_its_target(version: int, tau: float) -> None:
     logits = np.random.default_rng(2).standard_normal(5000).astype(np.float32) * 2
     shares = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum()
-    assert -(shares * np.log2(shares)).sum() > 9, "left alone, it would be far from there"
+    assert -(shares * np.log2(shares)).sum() > 9, "without mirostat, the surprise would be far from the target"
     falling = np.argsort(-logits, kind="stable")
     rank, sums = np.argsort(falling), shares[falling].cumsum()
     sampler = sampler_of(5000, mirostat=version, mirostat_tau=tau, mirostat_eta=0.1, temperature=1.0, seed=1)

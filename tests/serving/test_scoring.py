@@ -99,11 +99,9 @@ def test_cached_tokens_of_a_scored_prompt_are_not_computed_again(tiny_gguf: Path
             assert len(backend.logits) == len(continuation)
         model.evict()
         backend.forget()
-        assert model.score(PROMPT, "abc").cache.tokens == n - 1, "from the cache as from the cells"
+        assert model.score(PROMPT, "abc").cache.tokens == n - 1, "the result from the cache equals that from cells"
         assert backend.slices[0][0] == n - 1
-        assert model.complete(PROMPT + "abcdef", max_tokens=1).cache.tokens >= n + 5, (
-            "and it leaves what it computed"
-        )
+        assert model.complete(PROMPT + "abcdef", max_tokens=1).cache.tokens >= n + 5, "its KV stays available"
 
 
 def test_a_long_continuation_is_scored_in_small_batches(tiny_gguf: Path) -> None:
@@ -215,7 +213,7 @@ def test_infill_uses_both_sides_of_a_gap(coder: erllama.Model) -> None:
     reply = coder.infill("def f(): ", "<|fim_middle|>\n", temperature=0)
     assert reply.text == "return 1"
     prompt = [*marks[0], *before, *marks[1], *after, *marks[2]]
-    assert list(reply.context_tokens) == [*prompt, *reply.tokens], "a mark that is written in a text is text"
+    assert list(reply.context_tokens) == [*prompt, *reply.tokens], "a marker spelled in a text is text"
     assert coder.infill("def", "", max_tokens=1, temperature=0).text == "return"
     streamed = list(coder.stream_infill("def f(): ", "", temperature=0))
     assert "".join(event.text for event in streamed if isinstance(event, erllama.TextDelta)) == "return 1"

@@ -245,7 +245,7 @@ class ConcurrentClients:
         canceller.join(max(late - time.monotonic(), 1))
         while (self.model.pending or self.model.queue_depth) and time.monotonic() < late:
             time.sleep(0.001)
-        assert not any(thread.is_alive() for thread in threads), f"somebody waits in vain: {self.model.info}"
+        assert not any(thread.is_alive() for thread in threads), f"a request waits without end: {self.model.info}"
         self.model.end_session("nobody's")  # returns between two ticks, so after the last one
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -638,7 +638,7 @@ def soak(make: Make, cache: erllama.Cache, pool: list[SoakRequest], *, exact: bo
             crowd = ConcurrentClients(model, pool, exact=exact)
             crowd.ask(REQUESTS // 3, seed=1)
             assert_idle(model, crowd, faults)
-            assert model._runner.metrics.preempted > 0 or not exact, "contexts were to exceed the cells"
+            assert model._runner.metrics.preempted > 0 or not exact, "contexts should exceed the cells"
             faults.short_of_cells = True
             warm = Footprint()
             crowd.ask(REQUESTS - REQUESTS // 3, seed=2)
@@ -647,7 +647,7 @@ def soak(make: Make, cache: erllama.Cache, pool: list[SoakRequest], *, exact: bo
             faults.stop()
             model.evict()
             assert_nothing_is_held(model)
-            assert alive() == living, "of a model that is idle"
+            assert alive() == living, "the model is idle"
             metrics = model._runner.metrics
             report(crowd, faults, model, warm)
             assert min(crowd.seen[name] for name in ("QueueFull", "SessionBusy", "DeadlineExceeded")) > 0

@@ -60,7 +60,7 @@ def test_a_whole_hit_ends_where_a_stored_block_ends(
         assert longest // SIZE * SIZE <= found <= longest
         tail_stays = not any(len(t) // SIZE > len(wanted) // SIZE for t in saved)
         if tail_stays and any(np.array_equal(tokens, wanted) for tokens in saved):
-            assert found == len(wanted), "only a full block takes a tail's place"
+            assert found == len(wanted), "only a full block replaces a tail"
 
 
 @given(st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=6), max_size=12), st.data())
@@ -237,7 +237,7 @@ def test_saves_beyond_the_queue_are_dropped_and_counted(tmp_path: Path) -> None:
         save(cache, np.arange(10 * SIZE, dtype=np.int32))  # returns while the disk is blocked
         assert cache.counters()["bytes_pending"] <= 200
         assert cache.counters()["saves_dropped"] == 7
-        assert hit(cache, np.arange(10 * SIZE, dtype=np.int32)) == 10 * SIZE, "RAM has them all the same"
+        assert hit(cache, np.arange(10 * SIZE, dtype=np.int32)) == 10 * SIZE, "RAM still holds them"
         tier.gate.set()
         cache.flush()
         assert cache.counters()["blocks_disk"] == 3
@@ -246,7 +246,7 @@ def test_saves_beyond_the_queue_are_dropped_and_counted(tmp_path: Path) -> None:
         save(cache, np.arange(11 * SIZE, dtype=np.int32)[: 10 * SIZE + 1])
         tier.gate.set()
         cache.flush()
-        assert cache.counters()["blocks_disk"] == 6, "what was dropped is made up for, as the queue has room"
+        assert cache.counters()["blocks_disk"] == 6, "dropped saves are repeated when the queue has room"
 
 
 # --- restarts and faults -------------------------------------------------------------------------

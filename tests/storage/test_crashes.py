@@ -109,7 +109,7 @@ def test_budgets_hold_during_and_after_any_kill(tmp_path: Path) -> None:
                 loaded = cache.load(block)
                 assert loaded is not None
                 assert bytes(loaded.payload) == block.key * (payload_bytes(block) // 32)
-                assert cache.context(row.key) is not None, "what it follows is there, too"
+                assert cache.context(row.key) is not None, "its parent is stored, too"
 
 
 # --- at each step ------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def die(root: Path, step: str, n: int, *, quota: int = 2**30, replace: bool = Fa
 def test_an_interrupted_write_is_undone_or_completed(tmp_path: Path, step: str, n_lost: int) -> None:
     n = 3
     die(tmp_path, step, n)
-    assert reservations(tmp_path) == 1, "it died before it was done"
+    assert reservations(tmp_path) == 1, "the child died before it was done"
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert_consistent(tmp_path, 2**30, cache)
         assert hit(cache, np.arange(64, dtype=np.int32)) == (n - n_lost) * SIZE

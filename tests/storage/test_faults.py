@@ -47,7 +47,7 @@ def test_wrong_tokens_in_the_index_are_never_served(tmp_path: Path, connection: 
     connection.close()
     asked = np.concatenate([np.arange(32, dtype=np.int32), np.frombuffer(forged, "<u4").astype(np.int32)])
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
-        assert hit(cache, asked) == 32, "the rows contradict themselves, so the index was made again from the files"
+        assert hit(cache, asked) == 32, "the rows are inconsistent, so the index was rebuilt from the files"
         assert hit(cache, np.arange(40, dtype=np.int32)) == 40
 
 

@@ -168,12 +168,12 @@ def test_a_changed_file_is_refused_or_equal_to_the_original(tmp_path: Path, muta
                 refused += reading is kvc.read
                 continue
             if isinstance(found, int):
-                assert block in SAVED.values(), "the header of some file, with another payload"
+                assert block in SAVED.values(), "the header of a file with another payload"
             else:
                 assert block == SAVED[block.key]
                 assert found.tobytes() == payload_for(block)
                 assert path.read_bytes() == FILES[block.key]
-    assert refused > 0.8 * MUTATIONS / len(MUTATE), "few changes change nothing"
+    assert refused > 0.8 * MUTATIONS / len(MUTATE), "few changes have no effect"
 
 
 # --- a directory of them -------------------------------------------------------------------------
@@ -288,4 +288,4 @@ def test_no_wrong_payload_is_loaded_while_files_change(tmp_path: Path, sound: Pa
         cache.check_integrity()
         assert cache.counters()["faults"] == cache.counters()["disk_errors"] == 0
         assert cache.counters()["corrupt_files"] > 0.5 * n_mutated
-        assert len(list((root / "damaged").iterdir())) <= 8, "a few are kept to look at"
+        assert len(list((root / "damaged").iterdir())) <= 8, "a few are kept for inspection"

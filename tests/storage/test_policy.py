@@ -214,7 +214,7 @@ def test_a_turn_continues_from_the_previous_one(cache: Cache) -> None:
         assert second.cache.tokens == 49
         assert cache.counters()["hits_resume"] == 1
         third = model.complete([9] * 40, max_tokens=1, parent_key=second.finish_key)
-        assert third.cache.kind == "cold", "the prompt decides, whatever is said of its parent"
+        assert third.cache.kind == "cold", "the prompt decides, not the parent key"
         assert cache.counters()["hits_resume"] == 1
 
 
@@ -257,7 +257,7 @@ def test_evicting_a_model_saves_its_running_request(tmp_path: Path) -> None:
         assert not evicting.is_alive()
         assert cache.counters()["saves_evict"] >= 3
         on_disk = [row for row in cache.rows() if row.tier == "disk"]
-        assert sum(row.n_tokens for row in on_disk) >= 100, "what is evicted is on disk when that returns"
+        assert sum(row.n_tokens for row in on_disk) >= 100, "evicted blocks are on disk when the call returns"
         assert len(stream.result().tokens) == 100
 
 

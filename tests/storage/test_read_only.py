@@ -141,7 +141,7 @@ def test_a_damaged_file_is_a_miss_and_is_kept(warm: Path) -> None:
         assert loaded == [True, False, True]
         assert cache.counters()["corrupt_files"] == 1
         save(cache, texts(0))
-        assert payloads(cache, texts(0)) == 48, "RAM has what was computed again"
+        assert payloads(cache, texts(0)) == 48, "RAM holds the recomputed block"
         cache.flush()
         cache.check_integrity()
     assert state(warm) == before
@@ -178,7 +178,7 @@ def test_blocks_written_by_another_process_are_found(warm: Path) -> None:
                     cache.counters()
                     cache.flush(5)
                 else:
-                    pytest.fail("it was never seen")
+                    pytest.fail("the block was never seen")
         assert cache.counters()["faults"] == 0
         cache.check_integrity()
 
@@ -283,7 +283,7 @@ def read_only_mount(warm: Path) -> list[str]:
     except FileNotFoundError:
         possible = False
     if not possible:
-        pytest.skip("needs the right to mount; the next test does not")
+        pytest.skip("needs permission to mount; the next test does not")
     return prefix
 
 

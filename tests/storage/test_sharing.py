@@ -478,5 +478,5 @@ def test_more_changed_files_than_are_remembered_are_all_checked(tmp_path: Path) 
         assert len(tier._suspects) <= 1001
         deadline = time.monotonic() + 30
         while hit(cache, tokens) != SIZE:
-            assert time.monotonic() < deadline, "it is not taken in"
+            assert time.monotonic() < deadline, "it is not added to the catalog"
             time.sleep(0.01)

@@ -101,7 +101,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     point = tmp_path / "small"
     point.mkdir(mode=0o700)
     if not mount("-t", "tmpfs", "-o", "size=1m,mode=700", "none", point):
-        pytest.skip("needs the right to mount; test_cache.py has a test of a full disk that does not")
+        pytest.skip("needs permission to mount; test_cache.py tests a full disk without it")
     yield point
     subprocess.run(["umount", "--lazy", point], check=True)
 
@@ -128,7 +128,7 @@ def test_a_full_disk_is_used_again_when_it_has_room(small_disk: Path, ram: str) 
         assert cache.counters()["disk_errors"] > 0
         assert cache.counters()["faults"] == 0
         assert list((root / "partial").iterdir()) == []
-        assert hit(cache, texts(0)) == 48, "what was there is served"
+        assert hit(cache, texts(0)) == 48, "existing blocks are served"
         if cache.ram_budget:
             assert hit(cache, texts(4000)) == 48
         ballast.unlink()
@@ -256,7 +256,7 @@ def test_a_database_locked_by_another_process_blocks_no_request(tmp_path: Path, 
             while time.monotonic() < until_then:
                 during.append(texts(1000 * (1 + len(during))))
                 assert make_request(cache, during[-1]) == 0
-                assert make_request(cache, during[-1]) == 48, "it waits to be written, and can be had"
+                assert make_request(cache, during[-1]) == 48, "it waits to be written and can be loaded"
                 assert make_request(cache, texts(0)) == 48
                 with within_time_limit():
                     cache.rows()
@@ -412,7 +412,7 @@ def test_a_database_of_a_newer_release_is_refused_unchanged(tmp_path: Path) -> N
         assert "Upgrade" in str(cache.disk_error)
         make_request(cache, texts(1000))
         cache.gc()
-        assert cache.verify() != [], "it says that it has no disk"
+        assert cache.verify() != [], "it reports that the disk is unavailable"
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == before
 
@@ -635,7 +635,7 @@ def test_copied_files_are_used(tmp_path: Path, donor: Path, pieces: int, named: 
         for copier in copiers:
             copier.join()
         assert hit(cache, texts(0)) == 48
-        assert on_disk(mine) == on_disk(donor), "each has its own name now"
+        assert on_disk(mine) == on_disk(donor), "each has its own name"
         assert wait_for(lambda: {p.stat().st_mode & 0o777 for p in (mine / "blocks").iterdir()} == {0o600})
         cache.flush()
         assert cache.verify() == []
@@ -687,7 +687,7 @@ def test_a_file_that_is_replaced_by_garbage_is_set_aside(tmp_path: Path, monkeyp
         assert not path.exists()
         assert [aside.read_bytes() for aside in (tmp_path / "damaged").iterdir()] == [b"garbage"]
         assert cache.counters()["corrupt_files"] == 1
-        assert make_request(cache, texts(0)) == 32, "and saves it anew"
+        assert make_request(cache, texts(0)) == 32, "and saves it again"
         cache.flush()
         assert use_only(cache, texts(0)) == 48
 

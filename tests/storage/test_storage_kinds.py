@@ -298,7 +298,7 @@ def test_background_work_runs_under_load(tmp_path: Path) -> None:
         for first in range(100_000, 10**9, 1000):
             if done.wait(0.002):
                 break
-            assert first < 2_000_000, "saves that were queued later go before it for ever"
+            assert first < 2_000_000, "later saves must not always go first"
             save(cache, texts(first))
 
 
@@ -364,7 +364,7 @@ def test_a_block_used_in_the_future_is_no_newer_than_one_used_now(
         assert hit(cache, texts(1000)) == 48
         freed = cache.evict_bytes(int(counted(cache)) // 2, ("disk",))
         assert freed > 0
-        assert hit(cache, texts(1000)) == 48, "what was used last stays"
+        assert hit(cache, texts(1000)) == 48, "the block used last stays"
         assert hit(cache, texts(0)) < 48
 
 

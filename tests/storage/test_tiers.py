@@ -88,7 +88,7 @@ def test_several_directories_form_one_tier(tmp_path: Path) -> None:
         cache.flush()
         assert [status.n_blocks for status in cache.tiers()] == [4, 8]
     names = [path.name for path in tmp_path.rglob("*.kvc")]
-    assert len(names) == len(set(names)) == 12, "a block is in one of them"
+    assert len(names) == len(set(names)) == 12, "a block is in one directory"
 
 
 def test_another_directory_takes_over_when_one_fails(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_custom_tier_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         tier.broken = False
         save(cache, np.arange(len(MANY) + SIZE, dtype=np.int32))
         cache.flush()
-        assert held(cache)["remote"] == 11, "what it missed is made up for"
+        assert held(cache)["remote"] == 11, "missed blocks are written later"
         assert cache.disk_error is None
         tier.broken = True
         save(cache, np.arange(500, 500 + SIZE, dtype=np.int32))
@@ -344,7 +344,7 @@ def test_live_blocks_are_found_but_never_loaded() -> None:
             assert match.n_tokens == 4 * SIZE
             assert cache.load(match.blocks[0]) is None
         save(cache, MANY[: 2 * SIZE])
-        assert cache.counters()["blocks_ram"] == 2, "what is only live is not stored yet"
+        assert cache.counters()["blocks_ram"] == 2, "a block that is only live is not stored yet"
         cache.let_go(live, [chain[3].key])
         with cache.lookup(NAMESPACE, MANY) as match:
             assert match.n_tokens == 3 * SIZE
@@ -381,7 +381,7 @@ def test_live_blocks_respect_budget_and_pins() -> None:
             assert cache.hold(live, block, 100)
         other = blocks_of(np.arange(900, 900 + SIZE, dtype=np.int32))[0]
         with cache.lookup(NAMESPACE, MANY):
-            assert not cache.hold(live, other, 100), "all of it is pinned"
+            assert not cache.hold(live, other, 100), "all blocks are pinned"
         assert cache.hold(live, other, 100)
         assert live.given_up == [chain[4].key], "leaves first"
         assert cache.evict_bytes(250, ("live",)) == 300
@@ -404,7 +404,7 @@ def test_a_tail_is_written_soon_in_a_shared_directory(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, np.arange(700, 705, dtype=np.int32))
         time.sleep(0.6)
-        assert cache.counters()["bytes_pending"] > 0, "alone, it waits to be overtaken"
+        assert cache.counters()["bytes_pending"] > 0, "without other processes, it waits to be superseded"
 
 
 def test_a_process_that_joins_later_sees_a_queued_tail(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_every_constrained_reply_parses(model: erllama.Model, part: int) -> None
             kept = {"grammar": f"root ::= {gbnf}"} if seed % 3 == 1 else {"regex": pattern}
             reply = model.complete("x", **kept, **options)  # type: ignore[arg-type]
             assert reply.finish_reason == "stop", f"seed {seed}: {pattern}: {reply.text[:200]!r}"
-            assert re.fullmatch(pattern, reply.text), f"seed {seed}: {reply.text!r} is not of {pattern!r}"
+            assert re.fullmatch(pattern, reply.text), f"seed {seed}: {reply.text!r} does not match {pattern!r}"
 
 
 def test_concurrent_replies_follow_their_own_grammars(model: erllama.Model) -> None:
@@ -137,7 +137,7 @@ def test_a_reply_ends_exactly_where_its_grammar_ends(stub: erllama.Model) -> Non
         for seed in range(60)
     }
     assert lengths <= set(range(2, 10))
-    assert len(lengths) > 4, "where it may go on, it sometimes does"
+    assert len(lengths) > 4, "a reply that may continue sometimes does"
 
 
 def test_forced_tokens_are_computed_in_one_decode() -> None:
@@ -184,7 +184,7 @@ def test_a_reproducible_constrained_reply_equals_the_cold_one(model: erllama.Mod
     if not warm:
         model.evict()
     again = model.complete(prompt, reproducible=True, **options)  # type: ignore[arg-type]
-    assert first.cache.tokens <= 1, "at most the token that all prompts begin with"
+    assert first.cache.tokens <= 1, "at most the first token, which all prompts share"
     assert again.cache.kind == "exact"
     assert again.tokens == first.tokens
     assert re.fullmatch(pattern, first.text)

@@ -211,7 +211,7 @@ NAMES = ["qwen2", "llama-bpe", "llama-spm"]
 def compiler_of(name: str) -> tuple[LlamaModel, GrammarCompiler]:
     path = SHARED / "vocab" / f"ggml-vocab-{name}.gguf"
     if not path.exists():
-        pytest.skip(f"{path} is not here")
+        pytest.skip(f"{path} is missing")
     model = LlamaModel(path, vocab_only=True)
     return model, GrammarCompiler(model.vocabulary)
 

@@ -103,7 +103,7 @@ def random_walk(words: Vocabulary, matcher: Matcher, chance: random.Random) -> s
     text = ""
     for _ in range(1500):
         allowed = np.flatnonzero(matcher.allowed()).tolist()
-        assert allowed, f"nothing can follow {text!r}"
+        assert allowed, f"no token can follow {text!r}"
         if words.end in allowed and (len(allowed) == 1 or chance.random() < 0.3):
             return text
         closing = [token for token in allowed if words.names[token] in CLOSING or token > words.end]

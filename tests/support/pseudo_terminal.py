@@ -55,7 +55,7 @@ class PseudoTerminal:
         """Wait until `words` are written after the last match. Returns the text up to and including them."""
         deadline = time.monotonic() + seconds
         while (at := self.text.find(words, self._seen)) < 0:
-            assert self._read(deadline), f"no {words!r} came; after it did:\n{self.text[self._seen :]}"
+            assert self._read(deadline), f"{words!r} was not printed; the output is:\n{self.text[self._seen :]}"
         found = self.text[self._seen : at + len(words)]
         self._seen = at + len(words)
         return found

@@ -17,7 +17,9 @@ from erllama.chat.tool_calls.tools import normalized_tools
 from support.paths import SHARED
 
 TEMPLATES = SHARED / "templates"
-needs_templates = pytest.mark.skipif(not TEMPLATES.is_dir(), reason="no templates beside the checkout")
+needs_templates = pytest.mark.skipif(
+    not TEMPLATES.is_dir(), reason="the folder of templates beside the checkout is missing"
+)
 
 WEATHER = {
     "name": "get_weather",
