@@ -29,7 +29,7 @@ class ContinuationTokenizer:
         self._fence = self._tokenize(_FENCE) if self.adds_space else []
 
     def tokenize(self, text: bytes, *, parse_special: bool = False) -> list[int] | None:
-        """The tokens of a text that does not begin a text; None where the fence joins with the text.
+        """The tokens of a text that does not begin a text; None if the fence joins with the text.
 
         Args:
             parse_special: read the text of special tokens as those tokens.

@@ -153,7 +153,8 @@ class Device:
     Attributes:
         name: unique, such as "CPU" or "CUDA0".
         description: the driver's description of the hardware.
-        kind: "cpu", "gpu" (memory of its own), "igpu" (the machine's memory) or "accel" (helps the CPU).
+        kind: "cpu", "gpu" (with its own memory), "igpu" (shares the machine's memory) or "accel" (accelerates the
+            CPU).
         free_bytes, total_bytes: its memory now; 0 if the driver does not report it.
         id: the hardware's id, such as a PCI address; empty if it has none.
     """

@@ -1,4 +1,4 @@
-"""Models and directories for the tests; everything is generated, nothing is downloaded."""
+"""Fixtures of all tests: generated models and adapters, and a check that each test unloads its models."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, settings
 import erllama
 from erllama.testing.models import TINY, write_llama, write_lora
 
-# Models with several threads, here and in child processes, wait for each other asleep: a thread that spins while
-# the other one waits for a core makes a decode hundreds of times slower beside busy processes. libgomp reads this
+# Threads of one model wait for each other asleep, here and in child processes. A thread that spins while the other
+# one waits for a core makes a decode hundreds of times slower beside busy processes. libgomp reads this variable
 # when it is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
@@ -25,30 +25,32 @@ settings.load_profile("suite")
 
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama model with random weights, written once per run."""
     return write_llama(tmp_path_factory.mktemp("models") / "tiny.gguf", TINY, seed=1)
 
 
 @pytest.fixture
 def tiny(tiny_gguf: Path) -> Iterator[erllama.Model]:
+    """The tiny model, loaded on libllama with a context of 1024 tokens and an in-memory cache of its own."""
     with erllama.Cache() as cache, erllama.load_model(tiny_gguf, cache=cache, n_ctx=1024, n_threads=1) as model:
         yield model
 
 
 @pytest.fixture(scope="session")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Four adapters for the tiny model: of all weights, of some, and of embeddings and output."""
-    place = tmp_path_factory.mktemp("adapters")
+    """Four LoRA adapters for the tiny model: two of all weights, one of attention, one of embeddings and output."""
+    folder = tmp_path_factory.mktemp("adapters")
     return [
-        write_lora(place / "all.gguf", seed=1),
-        write_lora(place / "wide.gguf", seed=2, rank=16, alpha=4.0),
-        write_lora(place / "attention.gguf", seed=3, weights=("attn_q", "attn_v"), gain=2.0),
-        write_lora(place / "ends.gguf", seed=4, weights=("token_embd", "output")),
+        write_lora(folder / "all.gguf", seed=1),
+        write_lora(folder / "wide.gguf", seed=2, rank=16, alpha=4.0),
+        write_lora(folder / "attention.gguf", seed=3, weights=("attn_q", "attn_v"), gain=2.0),
+        write_lora(folder / "ends.gguf", seed=4, weights=("token_embd", "output")),
     ]
 
 
 @pytest.fixture
 def stub_adapters(tmp_path: Path) -> list[Path]:
-    """Adapters for stubs."""
+    """Four adapter files for stub backends, named a.bin to d.bin."""
     paths = [tmp_path / f"{name}.bin" for name in "abcd"]
     for path in paths:
         path.write_bytes(b"adapter " + path.name.encode())
@@ -56,10 +58,11 @@ def stub_adapters(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_loaded() -> Iterator[None]:
+def no_model_stays_loaded() -> Iterator[None]:
+    """Fail a test that leaves a model loaded, and unload the model, so that later tests do not see it."""
     before = erllama.list_models()
     yield
-    left = [model for model in erllama.list_models() if model not in before]
-    for model in left:
+    leaked = [model for model in erllama.list_models() if model not in before]
+    for model in leaked:
         model.unload()
-    assert not left, f"a test left models loaded: {left}"
+    assert not leaked, f"the test left models loaded: {leaked}"

@@ -1,9 +1,9 @@
 """The tokens in which the model's own tokenizer writes bytes that a grammar forces.
 
 The last tokens of a text may change when more text follows: `"na` has other tokens than the beginning of `"name"`.
-So only those tokens are forced that the tokenizer writes whatever follows. They are the common prefix of the whole
-text's tokens and of the tokens of each part that ends where a longer token could begin. `engine.grammar.matcher`
-calls this with the forced bytes.
+So a token is forced only if the tokenizer writes it before every continuation. These tokens are the common prefix
+of the whole text's tokens and of the tokens of each part that ends where a longer token could begin.
+`engine.grammar.matcher` calls this with the forced bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ForcedTokenizer:
         self._tokenizer = ContinuationTokenizer(vocabulary) if self._sorted else None
 
     def tokenize(self, data: bytes, preceding: Sequence[int]) -> list[int]:
-        """The tokens that bytes begin with, whatever follows the bytes.
+        """The tokens that bytes begin with, for every continuation of the bytes.
 
         Args:
             data: bytes of a text; they may end within a character.

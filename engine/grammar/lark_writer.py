@@ -12,7 +12,7 @@ from erllama.engine.grammar.expressions import ExpressionKind, ExpressionPool, R
 from erllama.engine.grammar.rule_rewriting import eliminate_tail_recursion, inline_rules
 from erllama.engine.grammar.terminals import fits_terminal, split_into_terminals
 
-# llguidance refuses about 30 nested parentheses. Deeper ones become rules of their own.
+# llguidance refuses about 30 nested parentheses. Deeper ones become separate rules.
 _MAX_PARENTHESES = 5
 _HEADER = '%llguidance {"no_forcing": true}\n'
 

@@ -25,9 +25,9 @@ class Option(Generic[T]):
     """An option of a sampler step, declared as a class attribute. The attribute's name is the option's name.
 
     Args:
-        default: the value where the caller gives none.
+        default: the value if the caller passes none.
         minimum, maximum: the range of a number, both ends included; None is without limit.
-        neutral: a value other than the default that also asks for no step; None if the default is the only one.
+        neutral: another value that asks for no step; None if only the default does.
         check: returns the checked value of an option that is not a number, or raises OptionError.
         shared: several steps have the option, so that it is valid without any one of them.
     """

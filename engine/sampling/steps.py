@@ -19,7 +19,7 @@ from erllama.engine.sampling.dry import DRY
 from erllama.errors import SamplingError
 
 MIN_KEEP = Option(0, 0, shared=True)
-_FIRST_ORDERED = 256  # candidates that top_p sorts first; it sorts the rest only where they are too few
+_FIRST_ORDERED = 256  # candidates that top_p sorts first; it sorts the rest only if they are too few
 _LARGE = 1e30  # below this, no logit overflows float32
 
 

@@ -57,14 +57,14 @@ class Chats:
         )
         self._namespace, self._cache = namespace, cache
         self._cached_constraint = lru_cache(maxsize=64)(self._make_constraint)
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._backend = backend
         self._codec = TokenCodec(vocabulary)
 
     @cached_property
     def history(self) -> History:
         """The tokens of earlier turns."""
-        return History(self._vocabulary, self._cache)
+        return History(self.vocabulary, self._cache)
 
     @property
     def thinking_markers(self) -> Markers | None:
@@ -126,7 +126,7 @@ class Chats:
         text = conversation.render()
         conversation = conversation.with_stripped_content(text)
         n_ctx = self._backend.limits.n_ctx
-        PromptTokenizer(self._vocabulary).check_length(text, n_ctx=n_ctx)
+        PromptTokenizer(self.vocabulary).check_length(text, n_ctx=n_ctx)
         namespace = self._namespace(options.cache_salt)
         prompt = self.history.tokens(namespace, text, as_text=options.reproducible)
         if len(prompt) > n_ctx:  # checked before the schemas of all tools are compiled

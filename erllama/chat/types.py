@@ -1,4 +1,4 @@
-"""Names that chat modules share: the roles of messages, and the rule for tool names."""
+"""The forms that chat modules pass to each other: roles and tool names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations: what a template makes of them, what a reply is told apart into, and how each turn starts warm."""
+"""Chats: rendering a conversation, splitting a reply into its parts, and reusing earlier turns."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from erllama.chat.templates.template import ChatTemplate
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import BOS, write_llama
 from erllama.testing.scripted import END, write_scripted
-from support.places import SHARED
-from support.talking import CALL, TEMPLATE, TOOLS, Message, model_that_says, user
+from support.chat.scripted_model import CALL, TEMPLATE, TOOLS, Message, model_replying, user
+from support.paths import SHARED
 
 SAVE_ALL = {"min_tokens": 1, "cold_min_tokens": 1}
 
@@ -33,15 +33,17 @@ def n_new(model: erllama.Model, text: str) -> int:
     return len(model.tokenize(text, add_special=False, parse_special=True))
 
 
-def test_each_of_twenty_turns_computes_what_is_new_in_it() -> None:
-    with model_that_says("hello there") as model:
+def test_each_of_twenty_turns_computes_only_its_new_tokens() -> None:
+    with model_replying("hello there") as model:
         messages: list[Message] = []
         before: list[int] = []
         for turn in range(20):
             messages.append(user(f"question {turn}: hello?"))
             reply = model.chat(messages)
             assert reply.text == "hello there"
-            assert len(reply.tokens) == len("hello there"), "sampled as bytes, which its text is not tokenized to"
+            assert len(reply.tokens) == len("hello there"), (
+                "the sampled byte tokens differ from the tokens of the text"
+            )
             if turn:
                 new = n_new(model, f"<|end|><|user|>question {turn}: hello?<|end|><|assistant|>\t")
                 assert reply.timings.prefill_tokens <= new
@@ -51,20 +53,20 @@ def test_each_of_twenty_turns_computes_what_is_new_in_it() -> None:
             messages.append({"role": "assistant", "content": reply.text})
 
 
-def test_turns_go_on_after_a_restart(tmp_path: Path) -> None:
+def test_turns_continue_after_a_restart(tmp_path: Path) -> None:
     messages = [user("hello?")]
-    with erllama.Cache(disk=tmp_path) as cache, model_that_says("hello there", cache=cache) as model:
+    with erllama.Cache(disk=tmp_path) as cache, model_replying("hello there", cache=cache) as model:
         first = model.chat(messages)
     messages += [first.message, user("and?")]
-    with erllama.Cache(disk=tmp_path) as cache, model_that_says("hello there", cache=cache) as model:
+    with erllama.Cache(disk=tmp_path) as cache, model_replying("hello there", cache=cache) as model:
         again = model.chat(messages)
         assert again.context_tokens[: len(first.context_tokens)] == first.context_tokens
         assert again.usage.cached == len(first.context_tokens)
         assert again.cache.tier == "disk"
 
 
-def test_a_stop_string_is_no_part_of_what_comes_back() -> None:
-    with model_that_says("hello thereEND more") as model:
+def test_a_stop_string_is_not_part_of_the_next_prompt() -> None:
+    with model_replying("hello thereEND more") as model:
         first = model.chat([user("hello?")], stop="END")
         assert (first.text, first.stop_sequence) == ("hello there", "END")
         again = model.chat([user("hello?"), first.message, user("and?")])
@@ -74,8 +76,8 @@ def test_a_stop_string_is_no_part_of_what_comes_back() -> None:
         assert "END" not in model.detokenize(again.context_tokens[: again.usage.prompt])
 
 
-def test_another_tenants_turns_are_not_found() -> None:
-    with model_that_says("hello there") as model:
+def test_turns_of_another_tenant_are_not_found() -> None:
+    with model_replying("hello there") as model:
         first = model.chat([user("hello?")], cache_salt="one")
         messages = [user("hello?"), first.message, user("and?")]
         by_text = model.chat(messages, cache_salt="two")
@@ -84,8 +86,8 @@ def test_another_tenants_turns_are_not_found() -> None:
         assert by_text.tokens == model.chat(messages, cache_salt="two").tokens
 
 
-def test_with_reproducible_the_text_alone_decides() -> None:
-    with model_that_says("hello there") as model:
+def test_reproducible_chats_tokenize_the_text_alone() -> None:
+    with model_replying("hello there") as model:
         first = model.chat([user("hello?")])
         messages = [user("hello?"), first.message, user("and?")]
         text = model.render_chat(messages)
@@ -95,22 +97,22 @@ def test_with_reproducible_the_text_alone_decides() -> None:
 
 
 def test_a_tool_call_is_replayed_as_it_was_sampled() -> None:
-    with model_that_says(f"Let me see. {CALL}", "It is noon.") as model:
+    with model_replying(f"Let me see. {CALL}", "It is noon.") as model:
         messages = [user("Time in Oslo?")]
         first = model.chat(messages, tools=TOOLS)
         assert (first.finish_reason, first.text) == ("tool_calls", "Let me see.")
         (call,) = first.tool_calls
         assert (call.name, call.arguments) == ("get_time", {"city": "Oslo"})
         messages += [first.message, {"role": "tool", "tool_call_id": call.id, "content": "12:00"}]
-        assert CALL not in model.render_chat(messages, tools=TOOLS), "the template writes it otherwise"
+        assert CALL not in model.render_chat(messages, tools=TOOLS), "the template renders it differently"
         second = model.chat(json.loads(json.dumps(messages)), tools=TOOLS)
         assert second.text == "It is noon."
         assert second.context_tokens[: len(first.context_tokens)] == first.context_tokens
         assert second.timings.prefill_tokens <= n_new(model, "<|end|><|tool|>12:00<|end|><|assistant|>\t")
 
 
-def test_thinking_that_the_template_leaves_out_ends_what_is_shared_exactly_there() -> None:
-    with model_that_says("<think>hm</think>hello there") as model:
+def test_dropped_thinking_ends_the_shared_prefix_where_it_began() -> None:
+    with model_replying("<think>hm</think>hello there") as model:
         first = model.chat([user("hello?")])
         assert (first.thinking, first.text) == ("hm", "hello there")
         assert first.message["reasoning_content"] == "hm"
@@ -123,8 +125,8 @@ def test_thinking_that_the_template_leaves_out_ends_what_is_shared_exactly_there
 
 
 @pytest.mark.parametrize("stop", [None, "there"])
-def test_a_text_goes_on_from_its_parent_in_the_parents_tokens(stop: str | None) -> None:
-    with model_that_says("hello there") as model:
+def test_a_continued_text_reuses_the_tokens_of_its_parent(stop: str | None) -> None:
+    with model_replying("hello there") as model:
         prompt = "Q<|assistant|>\t"
         first = model.complete(prompt, stop=stop or ())
         assert first.finish_key is not None
@@ -134,14 +136,14 @@ def test_a_text_goes_on_from_its_parent_in_the_parents_tokens(stop: str | None) 
         assert list(second.context_tokens[: len(said)]) == said
         assert second.cache.tokens >= len(said)
         plain = model.complete(text)
-        assert list(plain.context_tokens[: len(said)]) != said, "without the key the text alone decides"
+        assert list(plain.context_tokens[: len(said)]) != said, "without the key, only the text counts"
         elsewhere = model.complete("Another text<|assistant|>\t", parent_key=first.finish_key)
         assert elsewhere.context_tokens == model.complete("Another text<|assistant|>\t").context_tokens
 
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It thinks, calls a tool and, where a result comes, answers; in other tokens than its texts would give."""
+    """Think, call a tool, and answer after a result, in tokens that differ from those of the text."""
     call = '{"name": "get_time", "arguments": {"city": "Oslo"}}'
     thought, pieces, answer = "hm", ['{"name": ', '"get_time", "arguments": ', '{"city": "Oslo"}}'], "It's done"
     assert "".join(pieces) == call
@@ -169,7 +171,7 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scripted(path, follows, words=[*pieces, "done", "hm"], special=special, chat_template=template)
 
 
-def test_a_scripted_model_thinks_calls_a_tool_and_answers(scripted: Path) -> None:
+def test_a_model_thinks_calls_a_tool_and_answers(scripted: Path) -> None:
     with erllama.load_model(
         scripted, cache=erllama.Cache(), policy={"min_tokens": 1, "cold_min_tokens": 1}
     ) as model:
@@ -201,7 +203,7 @@ def test_a_scripted_model_thinks_calls_a_tool_and_answers(scripted: Path) -> Non
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", "get_time"])
-def test_markers_that_are_special_tokens_are_the_grammars_too(scripted: Path, choice: str) -> None:
+def test_grammars_accept_markers_that_are_special_tokens(scripted: Path, choice: str) -> None:
     with erllama.load_model(scripted, cache=erllama.Cache()) as model:
         reply = model.chat([user("Q")], tools=TOOLS, tool_choice=choice, temperature=0.0, max_tokens=100)
         assert [call.arguments for call in reply.tool_calls] == [{"city": "Oslo"}]
@@ -212,10 +214,10 @@ def test_markers_that_are_special_tokens_are_the_grammars_too(scripted: Path, ch
 # --- what a reply is told apart into --------------------------------------------------------------------
 
 
-def test_streams_and_asyncio_give_what_chat_gives() -> None:
+def test_streams_and_asyncio_return_the_same_reply_as_chat() -> None:
     said = f"<think>hm</think>Well. {CALL}"
     options = {"tools": TOOLS, "thinking_signing_key": b"k", "seed": 1}
-    with model_that_says(said) as model:
+    with model_replying(said) as model:
         whole = model.chat([user("Q")], **options)
         stream = model.stream_chat([user("Q")], **options)
         events = list(stream)
@@ -241,8 +243,8 @@ def test_streams_and_asyncio_give_what_chat_gives() -> None:
         assert ends[0].calls[0].name == "get_time"
 
 
-def test_several_calls_in_one_reply() -> None:
-    with model_that_says(f"{CALL}\n{CALL.replace('Oslo', 'Rome')}") as model:
+def test_one_reply_can_hold_several_calls() -> None:
+    with model_replying(f"{CALL}\n{CALL.replace('Oslo', 'Rome')}") as model:
         reply = model.chat([user("Q")], tools=TOOLS)
         assert [call.arguments["city"] for call in reply.tool_calls] == ["Oslo", "Rome"]
         assert len({call.id for call in reply.tool_calls}) == 2
@@ -251,11 +253,13 @@ def test_several_calls_in_one_reply() -> None:
         assert len(one.tool_calls) == 1
 
 
-def test_a_malformed_call_is_text_with_its_error() -> None:
+def test_a_malformed_call_is_returned_as_text_with_its_error() -> None:
     bad = "<tool_call>{nonsense}</tool_call>"
-    with model_that_says(f"Hm. {bad}") as model:
+    with model_replying(f"Hm. {bad}") as model:
         markers = ("<tool_call>", "</tool_call>")
-        reply = model.chat([user("Q")], tools=TOOLS, tool_markers=markers)  # by these, no grammar keeps it right
+        reply = model.chat(
+            [user("Q")], tools=TOOLS, tool_markers=markers
+        )  # with these, no grammar constrains the call
         assert reply.text == f"Hm.{bad}"
         assert (reply.finish_reason, reply.tool_calls) == ("stop", ())
         assert len(reply.tool_call_errors) == 1
@@ -265,8 +269,8 @@ def test_a_malformed_call_is_text_with_its_error() -> None:
         assert end.error == reply.tool_call_errors[0]
 
 
-def test_a_call_is_kept_to_its_schema_from_its_marker_on() -> None:
-    with model_that_says('<tool_call>{"name":"get_tide","arguments":{"town":1}}</tool_call>') as model:
+def test_the_schema_is_enforced_from_the_call_marker_on() -> None:
+    with model_replying('<tool_call>{"name":"get_tide","arguments":{"town":1}}</tool_call>') as model:
         reply = model.chat([user("Q")], tools=TOOLS, seed=2, max_tokens=200)
         assert not reply.tool_call_errors
         assert reply.tool_calls[0].name == "get_time"
@@ -317,16 +321,16 @@ def test_a_required_call_is_made_and_valid(
         jsonschema.validate(call.arguments, parameters[int(call.name[4:])])
 
 
-def test_with_tool_choice_none_nothing_is_a_call() -> None:
-    with model_that_says(CALL) as model:
+def test_tool_choice_none_disables_calls() -> None:
+    with model_replying(CALL) as model:
         reply = model.chat([user("Q")], tools=TOOLS, tool_choice="none")
         assert (reply.text, reply.tool_calls, reply.finish_reason) == (CALL, (), "stop")
         assert "get_time" in model.detokenize(reply.context_tokens[: reply.usage.prompt])
 
 
-def test_syntax_is_greedy_and_payload_is_drawn() -> None:
+def test_call_syntax_is_greedy_and_call_payload_is_sampled() -> None:
     arguments = set()
-    with model_that_says("<tool_call>") as model:  # then whatever its grammar lets it
+    with model_replying("<tool_call>") as model:  # then anything that its grammar allows
         for seed in range(8):
             reply = model.chat([user("Q")], tools=TOOLS, seed=seed, temperature=5.0, max_tokens=300)
             arguments.add(reply.raw_tool_calls[0])
@@ -335,15 +339,15 @@ def test_syntax_is_greedy_and_payload_is_drawn() -> None:
     assert len(arguments) > 1
 
 
-def test_stop_strings_grammars_logprobs_and_cancels_work_in_chats() -> None:
-    with model_that_says("<think>END</think>one END two") as model:
+def test_stop_strings_grammars_logprobs_and_cancellation_work_in_chats() -> None:
+    with model_replying("<think>END</think>one END two") as model:
         stopped = model.chat([user("Q")], stop="END")
         assert (stopped.thinking, stopped.text, stopped.stop_sequence) == ("END", "one ", "END")
         listed = model.chat([user("Q")], json_schema={"type": "integer", "maximum": 9, "minimum": 0})
         assert listed.text in "0123456789"
         probabilities = model.chat([user("Q")], logprobs=2)
         assert [entry.token for entry in probabilities.logprobs] == list(probabilities.tokens)
-    with model_that_says("hello there " * 300) as model:
+    with model_replying("hello there " * 300) as model:
         stream = model.stream_chat([user("Q")])
         next(stream)
         stream.cancel()
@@ -352,7 +356,7 @@ def test_stop_strings_grammars_logprobs_and_cancels_work_in_chats() -> None:
 
 def test_thinking_can_be_disabled_and_has_a_budget() -> None:
     template = TEMPLATE.replace("<|assistant|>\t' }}{% endif %}", "<|assistant|><think>\t' }}{% endif %}")
-    with model_that_says("so hm</think>hello there", template=template) as model:
+    with model_replying("so hm</think>hello there", template=template) as model:
         free = model.chat([user("Q")])
         assert (free.thinking, free.text) == ("so hm", "hello there")
         cut = model.chat([user("Q")], thinking=True, thinking_budget_tokens=2, thinking_budget_message=" enough.")
@@ -364,22 +368,22 @@ def test_thinking_can_be_disabled_and_has_a_budget() -> None:
         assert model.detokenize(done.context_tokens[prompt:]).startswith("</think>")
 
 
-def test_a_template_is_told_whether_to_think() -> None:
+def test_a_template_receives_the_thinking_option() -> None:
     template = TEMPLATE + "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
-    with model_that_says("x", template=template) as model:
+    with model_replying("x", template=template) as model:
         assert model.render_chat([user("Q")], thinking="disabled").endswith("False")
         assert model.render_chat([user("Q")], thinking=True).endswith("True")
         assert model.render_chat([user("Q")]).endswith("\t")
 
 
-def test_the_last_message_can_be_gone_on_with() -> None:
-    with model_that_says("hello there") as model:
+def test_the_last_message_can_be_continued() -> None:
+    with model_replying("hello there") as model:
         messages = [user("Q"), {"role": "assistant", "content": "hello"}]
         reply = model.chat(messages, continue_final_message=True)
         text = model.detokenize(reply.context_tokens[: reply.usage.prompt], special=True)
         assert text.endswith("<|assistant|>\thello")
         assert reply.text == " there"
-        assert reply.message == {"role": "assistant", "content": "hello there"}, "it takes the last one's place"
+        assert reply.message == {"role": "assistant", "content": "hello there"}, "it replaces the last one"
         again = model.chat([user("Q"), reply.message, user("and?")])
         assert again.context_tokens[: len(reply.context_tokens)] == reply.context_tokens
 
@@ -389,9 +393,9 @@ TRIMMING = TEMPLATE.replace("{{- m.content }}", "{{- m.content | trim }}")
 
 @pytest.mark.parametrize("template", [TEMPLATE, TRIMMING], ids=["keeping", "trimming"])
 @pytest.mark.parametrize("content", ["hello ", "hello\n\n", " hello", "hello", " hello \n", " ", "\n", ""])
-def test_a_message_that_was_gone_on_with_is_what_was_computed(content: str, template: str) -> None:
+def test_a_continued_message_has_the_tokens_that_were_computed(content: str, template: str) -> None:
     computed = content.strip() if template is TRIMMING else content
-    with model_that_says(computed + "there", template=template) as model:
+    with model_replying(computed + "there", template=template) as model:
         begun: Message = {"role": "assistant", "content": content}
         reply = model.chat([user("Q"), begun], continue_final_message=True)
         prompt = model.detokenize(reply.context_tokens[: reply.usage.prompt], special=True)
@@ -404,10 +408,10 @@ def test_a_message_that_was_gone_on_with_is_what_was_computed(content: str, temp
 
 @pytest.mark.parametrize("path", sorted((SHARED / "templates").glob("*.jinja")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("content", ["Once upon a time ", "Once\n\n", "\n Once \n"])
-def test_real_templates_continue_the_message_that_is_told(path: Path, content: str) -> None:
+def test_real_templates_continue_the_last_message(path: Path, content: str) -> None:
     messages: list[Message] = [user("Tell a story."), {"role": "assistant", "content": content}]
     template = ChatTemplate(path.read_text("utf-8"), bos_token="<s>", eos_token="</s>")
-    tools: list[Message] = list(TOOLS) if "tool_use" in path.stem else []  # which some of these cannot do without
+    tools: list[Message] = list(TOOLS) if "tool_use" in path.stem else []  # some of these templates need it
     conversation = Conversation(template, messages, tools, None, {}, True)
     try:
         text = conversation.render()
@@ -420,9 +424,9 @@ def test_real_templates_continue_the_message_that_is_told(path: Path, content: s
 
 
 @pytest.mark.parametrize("n", range(1, 14))
-def test_a_reply_that_is_cut_within_a_character_is_gone_on_with_in_its_tokens(n: int) -> None:
+def test_a_reply_cut_within_a_character_continues_from_its_tokens(n: int) -> None:
     said = "hé 🙂! é"
-    with model_that_says(said) as model:
+    with model_replying(said) as model:
         first = model.chat([user("Q")], max_tokens=n)
         assert first.tokens == tuple(said.encode()[:n])
         assert first.text == said.encode()[:n].decode("utf-8", "replace")
@@ -436,8 +440,8 @@ def test_a_reply_that_is_cut_within_a_character_is_gone_on_with_in_its_tokens(n:
         assert third.context_tokens[: len(again.context_tokens)] == again.context_tokens
 
 
-def test_a_reply_is_gone_on_with_byte_by_byte() -> None:
-    with model_that_says("🙂é") as model:
+def test_a_reply_can_be_continued_byte_by_byte() -> None:
+    with model_replying("🙂é") as model:
         message: Message = model.chat([user("Q")], max_tokens=1).message
         while True:
             reply = model.chat([user("Q"), message], continue_final_message=True, max_tokens=1)
@@ -447,8 +451,8 @@ def test_a_reply_is_gone_on_with_byte_by_byte() -> None:
         assert message["content"] == "🙂é"
 
 
-def test_what_was_read_of_a_stream_that_ends_within_a_character_is_gone_on_with() -> None:
-    with model_that_says("a🙂b") as model:
+def test_a_stream_left_within_a_character_continues_from_its_tokens() -> None:
+    with model_replying("a🙂b") as model:
         stream = model.stream_chat([user("Q")], max_tokens=3)
         text = "".join(event.text for event in stream if isinstance(event, erllama.TextDelta))
         assert text == "a\ufffd"
@@ -457,7 +461,7 @@ def test_what_was_read_of_a_stream_that_ends_within_a_character_is_gone_on_with(
         assert again.result().message["content"] == "a🙂b"
 
 
-def test_a_character_that_is_never_completed_stays_what_it_was() -> None:
+def test_an_incomplete_character_keeps_its_bytes() -> None:
     with erllama.load_backend(StubBackend(), cache=erllama.Cache()) as model:
         prompt = [*b"a", *"é".encode()[:1]]
         assert model.complete(prompt, max_tokens=2, logit_bias={ord("b"): 1000.0}).text == "\ufffdbb"
@@ -465,15 +469,15 @@ def test_a_character_that_is_never_completed_stays_what_it_was() -> None:
 
 
 @pytest.mark.parametrize("n", range(1, 8))
-def test_a_completion_goes_on_within_a_character(n: int) -> None:
+def test_a_completion_continues_within_a_character(n: int) -> None:
     said = "hé🙂"
-    with model_that_says(said) as model:
+    with model_replying(said) as model:
         first = model.complete("<|assistant|>\t", max_tokens=n)
         assert first.text.removesuffix("\ufffd") + model.complete(first.context_tokens).text == said
 
 
-def test_usage_and_what_the_cache_got() -> None:
-    with model_that_says("hello there") as model:
+def test_usage_counts_cached_and_stored_tokens() -> None:
+    with model_replying("hello there") as model:
         reply = model.chat([user("Q")])
         assert reply.usage.completion == len(reply.tokens)
         assert reply.usage.prompt + reply.usage.completion == len(reply.context_tokens) == reply.usage.total
@@ -490,10 +494,10 @@ def test_a_model_without_a_template_gets_chatml_and_a_warning(caplog: pytest.Log
     assert len([record for record in caplog.records if "ChatML" in record.message]) == 1
 
 
-def test_templates_are_given_by_text_name_or_file(tmp_path: Path) -> None:
+def test_templates_are_accepted_as_text_name_or_file(tmp_path: Path) -> None:
     file = tmp_path / "template.jinja"
     file.write_text("file: {{ messages[0].content }}")
-    with model_that_says("x") as model:
+    with model_replying("x") as model:
         model._backend.chat_templates["short"] = "short: {{ messages[0].content }}"  # type: ignore[attr-defined]
         assert model.render_chat([user("Q")], chat_template="text: {{ messages[0].content }}") == "text: Q"
         assert model.render_chat([user("Q")], chat_template="short") == "short: Q"
@@ -501,7 +505,7 @@ def test_templates_are_given_by_text_name_or_file(tmp_path: Path) -> None:
 
 
 def test_tokens_of_a_conversation_can_be_completed_and_prefilled() -> None:
-    with model_that_says("hello there") as model:
+    with model_replying("hello there") as model:
         ids = model.apply_chat_template([{"role": "system", "content": "Be brief."}, user("Q")])
         assert model.detokenize(ids, special=True) == model.render_chat(
             [{"role": "system", "content": "Be brief."}, user("Q")]
@@ -510,7 +514,7 @@ def test_tokens_of_a_conversation_can_be_completed_and_prefilled() -> None:
         assert model.complete(ids).text == "hello there"
 
 
-def test_bos_comes_once(tmp_path: Path) -> None:
+def test_bos_appears_once(tmp_path: Path) -> None:
     with erllama.load_model(write_llama(tmp_path / "model.gguf"), cache=erllama.Cache()) as model:
         plain = "{{ messages[0].content }}"
         for template in (plain, "{{ bos_token }}" + plain):
@@ -518,7 +522,7 @@ def test_bos_comes_once(tmp_path: Path) -> None:
             assert ids == model.tokenize("Q").tolist() == [BOS, ids[1]]
 
 
-def test_both_clients_forms_are_one_conversation() -> None:
+def test_openai_and_anthropic_forms_give_the_same_conversation() -> None:
     openai: Sequence[Message] = [
         user("Q"),
         {"role": "assistant", "content": "A", "tool_calls": [
@@ -532,7 +536,7 @@ def test_both_clients_forms_are_one_conversation() -> None:
             {"type": "tool_use", "id": "c1", "name": "get_time", "input": {"city": "Oslo"}}]},
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "noon"}]},
     ]  # fmt: skip
-    with model_that_says("x") as model:
+    with model_replying("x") as model:
         assert model.render_chat(openai) == model.render_chat(anthropic)
 
 
@@ -609,16 +613,16 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         ([user("Q")], {"thinking": False, "thinking_budget_tokens": 5}, erllama.OptionError, "disabled"),
     ],
 )
-def test_bad_conversations_are_typed_errors(
+def test_bad_conversations_raise_typed_errors(
     messages: list[Message], options: dict[str, object], error: type[erllama.Error], match: str
 ) -> None:
-    with model_that_says("x") as model:
+    with model_replying("x") as model:
         with pytest.raises(error, match=match):
             model.chat(messages, **options)  # type: ignore[arg-type]
-        assert model.chat([user("Q")]).text == "x", "and the model goes on"
+        assert model.chat([user("Q")]).text == "x", "the model continues"
 
 
-def test_tools_are_compiled_after_the_conversation_is_known_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tools_are_compiled_only_for_conversations_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     monkeypatch.setattr(
         "erllama.chat.tool_calls.tools.find_schema_error", lambda schema: str(compiled.append(schema) or "")
@@ -629,7 +633,7 @@ def test_tools_are_compiled_after_the_conversation_is_known_to_fit(monkeypatch: 
             {"name": f"f{i}", "parameters": {"properties": {f"fits{i}of{n}": {"type": "string"}}}} for i in range(n)
         ]
 
-    with model_that_says("hello") as model:
+    with model_replying("hello") as model:
         with pytest.raises(erllama.PromptTooLong):
             model.chat([user("Q")], tools=tools(2000))
         assert compiled == []
@@ -640,7 +644,7 @@ def test_tools_are_compiled_after_the_conversation_is_known_to_fit(monkeypatch: 
 
 def test_a_chat_refuses_tools_whose_schemas_do_not_compile() -> None:
     unique = {"properties": {"a": {"type": "array", "uniqueItems": True}}}
-    with model_that_says("hello") as model:
+    with model_replying("hello") as model:
         with pytest.raises(erllama.ChatError, match="tool 'f': its parameters do not compile"):
             model.chat([user("Q")], tools=[{"name": "f", "parameters": {"properties": {"a": {"type": "strin"}}}}])
         with pytest.raises(erllama.ChatError, match="tool 'f': it is strict"):

@@ -1,4 +1,4 @@
-"""Replies of every family, through the engine: thinking, an answer, calls; by markers of text or special tokens."""
+"""Replies of every model family through the engine: thinking, answers and calls, with markers of both kinds."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ import pytest
 
 import erllama
 from erllama.chat.tool_calls.formats import TOOL_FORMATS
-from support.spelled import SpelledBackend, SpelledVocabulary, follow
-from support.tool_texts import EXAMPLES, TOOLS, VARIANTS, WANTED
+from support.chat.tool_calls import EXAMPLES, EXPECTED_CALLS, TOOLS, VARIANTS
+from support.scripted_backend import PieceVocabulary, ScriptedBackend, scripted_reply
 
 TEMPLATE = "{{ messages[-1].content }}{% if tools %}{% endif %}{{ '\t' }}"
-# How a family's template tells how it thinks, and how it does; the rest think in <think>.
+# Text by which a template is recognized, and the thinking markers of its family; the others use <think>.
 HARMONY = "{# <|channel|>analysis<|message|> #}"
 THINKING = {"gpt-oss": (HARMONY, "<|channel|>analysis<|message|>hm<|end|>")}
-# Of several that begin alike, a longer one is one token: most are as their models have them.
+# Of several markers with a common beginning, the longer one is one token, as in most of these models.
 MARKER = re.compile(r"<[|｜/]?[^<>\s=\"]+>|\[[A-Z_]+\]|<\|\"\|>")
 
 
-def vocabulary_of(text: str, *, special: bool) -> SpelledVocabulary:
+def vocabulary_of(text: str, *, special: bool) -> PieceVocabulary:
     markers = sorted(set(MARKER.findall(text))) if special else []
-    return SpelledVocabulary(["get_", "weather", "Paris"], markers, end="<|eog|>")
+    return PieceVocabulary(["get_", "weather", "Paris"], markers, end="<|eog|>")
 
 
 def reply_to(said: str, format: str, template: str, *, special: bool, **options: object) -> erllama.ChatCompletion:
     vocabulary = vocabulary_of(said, special=special)
     tokens: Sequence[int] = vocabulary.tokenize(said, parse_special=True).tolist()
-    backend = SpelledBackend(vocabulary, follow(vocabulary, tokens), chat_templates={"default": template})
+    backend = ScriptedBackend(vocabulary, scripted_reply(vocabulary, tokens), chat_templates={"default": template})
     with erllama.load_backend(backend, cache=erllama.Cache()) as model:
         return model.chat([{"role": "user", "content": "Q"}], tools=TOOLS, tool_format=format, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize(("format", "kind", "text"), EXAMPLES + VARIANTS)
-def test_a_familys_calls_are_told_from_its_thinking_and_read(
+def test_calls_of_each_family_are_separated_from_thinking_and_read(
     format: str, kind: str, text: str, special: bool
 ) -> None:
     marks, thought = THINKING.get(format, ("{# <think></think> #}", "<think>hm</think>\n"))
     reply = reply_to(thought + text, format, TEMPLATE + marks, special=special)
-    assert [(call.name, call.arguments) for call in reply.tool_calls] == WANTED[kind], reply
+    assert [(call.name, call.arguments) for call in reply.tool_calls] == EXPECTED_CALLS[kind], reply
     assert (reply.thinking, reply.text, reply.tool_call_errors) == ("hm", "", ())
     assert reply.finish_reason == "tool_calls"
 
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize(("format", "kind", "text"), [(f, k, t) for f, k, t in EXAMPLES if k == "one"])
-def test_a_family_can_be_made_to_call(format: str, kind: str, text: str, special: bool) -> None:
+def test_each_family_can_be_required_to_call(format: str, kind: str, text: str, special: bool) -> None:
     marks, thought = THINKING.get(format, ("{# <think></think> #}", "<think>hm</think>"))
     for choice in ("required", "get_weather"):
         reply = reply_to(thought + text, format, TEMPLATE + marks, special=special, tool_choice=choice)
-        assert [(call.name, call.arguments) for call in reply.tool_calls] == WANTED[kind]
+        assert [(call.name, call.arguments) for call in reply.tool_calls] == EXPECTED_CALLS[kind]
         assert reply.thinking == "hm"
 
 
-def test_gpt_oss_writes_its_answer_in_channels() -> None:
+def test_gpt_oss_answers_are_read_from_channels() -> None:
     said = (
         "<|channel|>analysis<|message|>hm<|end|>"
         "<|start|>assistant<|channel|>commentary<|message|>Let me see. <|end|>"
@@ -66,5 +66,5 @@ def test_gpt_oss_writes_its_answer_in_channels() -> None:
         assert (reply.thinking, reply.text, reply.tool_calls) == ("hm", "Let me see. It rains.", ())
 
 
-def test_all_formats_are_tried_here() -> None:
+def test_every_tool_format_is_tested_here() -> None:
     assert {format for format, _, _ in EXAMPLES} == set(TOOL_FORMATS)

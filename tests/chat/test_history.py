@@ -1,4 +1,4 @@
-"""The tokens of a conversation that goes on: what was computed, then exactly the rest of the text."""
+"""Tokens of a continued conversation: those that were computed, followed by those of the new text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 import erllama
 from erllama.chat.history import History
 from erllama.engine import Vocabulary
-from support.places import SHARED
-from support.spelled import EOG, SpelledVocabulary
+from support.paths import SHARED
+from support.scripted_backend import EOG, PieceVocabulary
 
 NAMESPACE = b"n" * 32
 VOCABULARIES = SHARED / "vocab"
@@ -25,8 +25,8 @@ WORDS = [
 TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map("".join)
 
 
-class SpacedVocabulary(SpelledVocabulary):
-    """Puts a space before a text and before what follows a special token, as SentencePiece's does."""
+class SpacedVocabulary(PieceVocabulary):
+    """Puts a space before a text and before text that follows a special token, as SentencePiece does."""
 
     def tokenize(
         self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
@@ -51,13 +51,13 @@ SPACED = SpacedVocabulary(["he", "llo", " hello", " there", "  "], ["<s>"])
 
 @pytest.fixture(scope="module", params=["spelled", "spaced", "qwen2", "llama-bpe", "llama-spm"])
 def vocabulary(request: pytest.FixtureRequest) -> Iterator[Vocabulary]:
-    own: dict[str, Vocabulary] = {"spelled": SpelledVocabulary(["he", "llo", "hello"], ["<s>"]), "spaced": SPACED}
+    own: dict[str, Vocabulary] = {"spelled": PieceVocabulary(["he", "llo", "hello"], ["<s>"]), "spaced": SPACED}
     if request.param in own:
         yield own[request.param]
         return
     path = VOCABULARIES / f"ggml-vocab-{request.param}.gguf"
     if not path.exists():
-        pytest.skip(f"{path.name} is not there")
+        pytest.skip(f"{path.name} is missing")
     with erllama.load_model(path, vocab_only=True) as model:
         yield model._backend.vocabulary
 
@@ -72,7 +72,7 @@ def ids(*tokens: int) -> NDArray[np.int32]:
     return np.array(tokens, np.int32)
 
 
-def test_what_is_new_is_tokenized_as_it_is_where_it_stands(vocabulary: Vocabulary) -> None:
+def test_new_text_is_tokenized_as_within_the_whole_text(vocabulary: Vocabulary) -> None:
     n = 0
 
     @settings(max_examples=400, deadline=None)
@@ -101,7 +101,7 @@ def test_what_is_new_is_tokenized_as_it_is_where_it_stands(vocabulary: Vocabular
         check()
 
 
-def test_a_text_goes_on_from_a_context_in_its_tokens(vocabulary: Vocabulary) -> None:
+def test_a_text_that_continues_a_context_keeps_its_tokens(vocabulary: Vocabulary) -> None:
     @settings(max_examples=400, deadline=None)
     @given(TEXTS, TEXTS)
     @example("hello</s>hello", "!")
@@ -111,7 +111,7 @@ def test_a_text_goes_on_from_a_context_in_its_tokens(vocabulary: Vocabulary) -> 
         whole = history.tokens(NAMESPACE, before + after, as_text=True)
         got = history.continue_context(context, before + after)
         if got is None:
-            assert len(context) == 1, "BOS alone tells nothing"
+            assert len(context) == 1, "a BOS alone does not identify a conversation"
             return
         assert got[: len(context)].tolist() == context.tolist()
         assert history.spell_out(got.tolist()) == history.spell_out(whole.tolist())
@@ -121,7 +121,7 @@ def test_a_text_goes_on_from_a_context_in_its_tokens(vocabulary: Vocabulary) -> 
         check()
 
 
-def test_a_text_that_does_not_go_on_from_a_context_is_tokenized_by_itself(history: History) -> None:
+def test_a_text_that_continues_no_context_is_tokenized_alone(history: History) -> None:
     context = history.tokens(NAMESPACE, "Once upon", as_text=True)
     assert history.continue_context(context, "Another text") is None
     assert history.continue_context(context, "") is None
@@ -130,7 +130,7 @@ def test_a_text_that_does_not_go_on_from_a_context_is_tokenized_by_itself(histor
     assert history.continue_context(long, "hello there " * 10) is None
 
 
-def test_a_space_that_is_the_texts_own_is_not_the_tokenizers() -> None:
+def test_a_leading_space_of_the_text_is_kept() -> None:
     with erllama.Cache() as cache:
         history = History(SPACED, cache)
         plain, spaced = (history.tokens(NAMESPACE, text, as_text=True) for text in ("hello there", " hello there"))
@@ -139,15 +139,15 @@ def test_a_space_that_is_the_texts_own_is_not_the_tokenizers() -> None:
 
 
 @pytest.mark.parametrize("text", ["café!", "日本語", "🙂 ok"])
-def test_a_context_that_ends_within_a_character_is_gone_on_with_from_before_it(
+def test_a_context_cut_within_a_character_continues_from_before_it(
     vocabulary: Vocabulary, history: History, text: str
 ) -> None:
-    """Tokens of single bytes are cut where the text cannot be."""
+    """Byte tokens can be cut at places where the text cannot."""
     first = history.tokens(NAMESPACE, "", as_text=True).tolist()
     by_byte = {history.spell_out([id]): id for id in range(min(515, vocabulary.n_tokens))}
     raw = ("Q: aaa " + text).encode()
     if not all(raw[i : i + 1] in by_byte for i in range(len(raw))):
-        pytest.skip("the vocabulary has no tokens of single bytes among its first")
+        pytest.skip("the first tokens of the vocabulary are not single bytes")
     for n in range(8, len(raw)):
         context = ids(*first, *(by_byte[raw[i : i + 1]] for i in range(n)))
         got = history.continue_context(context, raw.decode())
@@ -155,8 +155,8 @@ def test_a_context_that_ends_within_a_character_is_gone_on_with_from_before_it(
         assert history.spell_out(got.tolist()).lstrip().endswith(raw)
 
 
-def test_tokens_of_a_file_that_are_not_the_models_are_not_used() -> None:
-    vocabulary = SpelledVocabulary()
+def test_stored_tokens_outside_the_vocabulary_are_not_used() -> None:
+    vocabulary = PieceVocabulary()
     with erllama.Cache() as cache:
         history = History(vocabulary, cache)
         for tokens in ([vocabulary.n_tokens], [-1], []):
@@ -169,20 +169,20 @@ def test_tokens_of_a_file_that_are_not_the_models_are_not_used() -> None:
 
 
 def remembered(reply: list[int], text: str, *, cut: bool = False, stop: str | None = None) -> list[int]:
-    """The tokens of a later text, after a reply to the prompt "Q" of which the tokens are their bytes and 1000."""
+    """Return the tokens of a later text, after a reply to the prompt "Q" with the tokens of its bytes plus 1000."""
     with erllama.Cache() as cache:
-        history = History(SpelledVocabulary(["abc", "END", "DEND!"], ["<s>"]), cache)
+        history = History(PieceVocabulary(["abc", "END", "DEND!"], ["<s>"]), cache)
         history.remember_reply(NAMESPACE, "Q", [0x51], reply, cut=cut, stop=stop)
         return history.tokens(NAMESPACE, "Q" + text, as_text=False).tolist()[1:]
 
 
-def test_a_reply_comes_back_as_its_tokens() -> None:
+def test_a_reply_is_replayed_with_its_own_tokens() -> None:
     assert remembered([*b"abc"], "abc!") == [*b"abc!"]
     assert remembered([], "abc!") == [257, 0x21]
 
 
 @pytest.mark.parametrize(("cut", "found"), [(True, True), (False, False)])
-def test_white_space_at_the_end_of_what_was_cut_short_need_not_come_back(cut: bool, found: bool) -> None:
+def test_a_cut_reply_is_recognized_without_its_trailing_white_space(cut: bool, found: bool) -> None:
     assert remembered([*b"abc \n"], "abc!", cut=cut) == ([*b"abc!"] if found else [257, 0x21])
 
 
@@ -191,11 +191,11 @@ def test_a_stop_string_is_not_remembered(reply: list[int]) -> None:
     assert remembered(reply, "abc!", stop="END", cut=True) == [*b"abc!"]
 
 
-def test_a_character_that_is_not_whole_is_not_remembered() -> None:
+def test_an_incomplete_character_is_not_remembered() -> None:
     assert remembered([*b"abc", 0xC3], "abcé") == [*b"abc", *"é".encode()]
     assert remembered([0xC3], "é") == [*"é".encode()]
 
 
-def test_a_reply_that_spells_a_special_token_out_is_not_taken_for_one_that_has_it() -> None:
-    assert remembered([*b"abc<s>abc"], "abc<s>abc") == [257, 260, 257], "the text is that of the token"
+def test_a_spelled_out_special_token_differs_from_the_token_itself() -> None:
+    assert remembered([*b"abc<s>abc"], "abc<s>abc") == [257, 260, 257], "the text equals that of the token"
     assert remembered([*b"abc", 260, *b"abc"], "abc<s>abc") == [*b"abc", 260, *b"abc"]

@@ -9,9 +9,9 @@ import pytest
 import erllama
 from erllama.chat.message_adapters import adapt_messages, encode_arguments
 from erllama.chat.messages import normalize_messages
-from support.places import SHARED
-from support.spelled import SpelledBackend, SpelledVocabulary, follow
-from support.tool_texts import TOOLS
+from support.chat.tool_calls import TOOLS
+from support.paths import SHARED
+from support.scripted_backend import PieceVocabulary, ScriptedBackend, scripted_reply
 
 Message = dict[str, object]
 TEMPLATES = SHARED / "templates"
@@ -31,14 +31,14 @@ CONVERSATION: list[Message] = [
 
 
 def model_with(template: str, said: str = "x") -> erllama.Model:
-    vocabulary = SpelledVocabulary(end="<|eog|>")
-    backend = SpelledBackend(
-        vocabulary, follow(vocabulary, vocabulary.spelled(said)), chat_templates={"default": template}
+    vocabulary = PieceVocabulary(end="<|eog|>")
+    backend = ScriptedBackend(
+        vocabulary, scripted_reply(vocabulary, vocabulary.byte_tokens(said)), chat_templates={"default": template}
     )
     return erllama.load_backend(backend, cache=erllama.Cache())
 
 
-def test_ids_of_nine_letters_are_made_where_a_template_takes_no_others() -> None:
+def test_nine_letter_ids_are_generated_for_templates_that_need_them() -> None:
     messages = normalize_messages(CONVERSATION)
     changed = adapt_messages(messages, "{% if call.id|length != 9 %}")
     call, result = changed[1]["tool_calls"][0]["id"], changed[2]["tool_call_id"]  # type: ignore[index]
@@ -49,7 +49,7 @@ def test_ids_of_nine_letters_are_made_where_a_template_takes_no_others() -> None
     assert adapt_messages(messages, "{{ call.id }}") == messages == normalize_messages(CONVERSATION)
 
 
-def test_thinking_is_left_out_where_a_template_takes_no_text_beside_it() -> None:
+def test_thinking_is_dropped_for_templates_that_allow_no_text_with_it() -> None:
     messages = normalize_messages(CONVERSATION)
     spoken = [messages[0], {**messages[1], "content": "Let me see."}, messages[2]]
     assert "reasoning_content" not in adapt_messages(spoken, "{{ message.thinking }}")[1]
@@ -57,7 +57,7 @@ def test_thinking_is_left_out_where_a_template_takes_no_text_beside_it() -> None
     assert adapt_messages(spoken, "{{ message.reasoning_content }} <thinking>") == spoken
 
 
-def test_arguments_are_text_where_a_template_joins_them_with_text() -> None:
+def test_arguments_are_text_for_templates_that_concatenate_them() -> None:
     template = (
         "{% for m in messages %}{% for c in m.tool_calls or [] %}"
         "{{ 'call: ' + c.function.arguments }}"
@@ -72,7 +72,7 @@ def test_arguments_are_text_where_a_template_joins_them_with_text() -> None:
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
-def test_a_call_that_the_prompt_opens_is_one(choice: str) -> None:
+def test_a_call_opened_by_the_prompt_is_a_call(choice: str) -> None:
     template = "{{ messages[-1].content }}{% if tools %}{% endif %}\t>>>{# recipient #}"
     with model_with(template, ">>>get_weather\n" + '{"city": "Paris"}') as model:
         reply = model.chat(
@@ -85,12 +85,12 @@ def test_a_call_that_the_prompt_opens_is_one(choice: str) -> None:
         assert (reply.text, reply.tool_calls) == ("hello", ())
 
 
-@pytest.mark.skipif(not TEMPLATES.is_dir(), reason="no templates beside the checkout")
+@pytest.mark.skipif(not TEMPLATES.is_dir(), reason="the folder of templates beside the checkout is missing")
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
-def test_a_familys_template_takes_a_call_and_its_result(path: Path) -> None:
+def test_each_family_template_renders_a_call_and_its_result(path: Path) -> None:
     refused = {
-        "Kimi-K2-Instruct": "append",  # it changes a list, which no sandbox of Hugging Face's lets it
-        "google-gemma-2-2b-it": "alternate",  # it knows of no tools
+        "Kimi-K2-Instruct": "append",  # changes a list, which the sandbox of transformers refuses
+        "google-gemma-2-2b-it": "alternate",  # does not support tools
     }
     with model_with(path.read_text()) as model:
         if path.stem in refused:

@@ -1,4 +1,4 @@
-"""Messages and tools as callers give them: one form however they are said, and errors that name the message."""
+"""Messages and tools of callers: normalized to one form, with errors that name the message."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def result(id: str = "c1", content: object = "42", **more: object) -> Message:
 # --- One form ----------------------------------------------------------------------------------
 
 
-def test_plain_messages_stay_as_they_are() -> None:
+def test_plain_messages_are_unchanged() -> None:
     messages: list[Message] = [
         {"role": "system", "content": "Be brief."},
         {"role": "developer", "content": ""},
@@ -83,12 +83,12 @@ def test_arguments_become_a_mapping(arguments: object) -> None:
 
 
 @pytest.mark.parametrize("arguments", [None, "", {}, "{}"])
-def test_no_arguments_are_none(arguments: object) -> None:
+def test_missing_arguments_are_an_empty_mapping(arguments: object) -> None:
     assert normalize_messages([calling(call(arguments=arguments))])[0]["tool_calls"] == [call(arguments={})]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_has_one_name(key: str) -> None:
+def test_reasoning_is_normalized_to_one_key(key: str) -> None:
     expected = [{"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}]
     assert normalize_messages([{"role": "assistant", "content": "4", key: "2 + 2"}]) == expected
     both = [{"role": "assistant", "content": "4", key: "2 + 2", "reasoning_content": "2 + 2"}]
@@ -98,14 +98,14 @@ def test_reasoning_has_one_name(key: str) -> None:
     ]
 
 
-def test_a_refusal_is_what_was_said() -> None:
+def test_a_refusal_becomes_the_content() -> None:
     said = [{"role": "assistant", "content": "No."}]
     assert normalize_messages([{"role": "assistant", "content": None, "refusal": "No."}]) == said
     part = {"type": "refusal", "refusal": "No."}
     assert normalize_messages([{"role": "assistant", "content": [part]}]) == said
 
 
-def test_results_get_the_name_of_their_call() -> None:
+def test_results_carry_the_name_of_their_call() -> None:
     messages = [calling(call("x", "f"), call("y", "g")), result("y", "1"), result("x", "2", name="f")]
     assert normalize_messages(messages)[1:] == [
         {"role": "tool", "content": "1", "tool_call_id": "y", "name": "g"},
@@ -113,7 +113,7 @@ def test_results_get_the_name_of_their_call() -> None:
     ]
 
 
-def test_what_clients_send_back_of_replies_is_read() -> None:
+def test_replies_that_clients_send_back_are_accepted() -> None:
     reply: Message = {
         "role": "assistant",
         "content": "Hello",
@@ -128,7 +128,7 @@ def test_what_clients_send_back_of_replies_is_read() -> None:
     assert normalize_messages([{**reply, "tool_calls": []}]) == [{"role": "assistant", "content": "Hello"}]
 
 
-def test_the_older_form_of_calls_is_read() -> None:
+def test_the_older_form_of_calls_is_accepted() -> None:
     messages = [
         hi(),
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}},
@@ -157,19 +157,19 @@ def test_calls_without_ids_are_answered_by_name_and_in_order() -> None:
     ]
 
 
-def test_an_id_made_up_is_none_that_is_there() -> None:
+def test_a_generated_id_differs_from_existing_ids() -> None:
     bare: Message = {"function": {"name": "g"}}
     asked = normalize_messages([calling(call("call_0_1"), bare)])[0]
     assert isinstance(asked["tool_calls"], list)
     assert asked["tool_calls"][1]["id"] not in ("call_0_1", None, "")
 
 
-def test_an_id_may_come_again_once_it_is_answered() -> None:
+def test_an_id_may_be_reused_once_it_is_answered() -> None:
     messages = [calling(call(name="f")), result(), calling(call(name="g")), result()]
     assert [message.get("name") for message in normalize_messages(messages)] == [None, "f", None, "g"]
 
 
-def test_results_come_before_what_else_a_user_says() -> None:
+def test_results_precede_other_content_of_a_user_message() -> None:
     blocks = [
         {"type": "text", "text": "So "},
         {
@@ -190,7 +190,7 @@ def test_results_come_before_what_else_a_user_says() -> None:
     assert [message["role"] for message in alone] == ["assistant", "tool"]
 
 
-def test_nothing_given_is_changed_or_shared() -> None:
+def test_callers_objects_are_neither_changed_nor_shared() -> None:
     class Role(enum.StrEnum):
         USER = "user"
 
@@ -218,12 +218,12 @@ values = st.recursive(
 )
 arguments_ = st.dictionaries(texts, values, max_size=3)
 names = st.text("abz_-.9", min_size=1, max_size=6)
-# A turn: what the user says, what the assistant thinks and says, and the calls with their results.
+# A turn: the user's text, the assistant's thinking and text, and the calls with their results.
 turns = st.tuples(texts, texts, texts, st.lists(st.tuples(names, arguments_, texts), max_size=3))
 
 
 @given(st.lists(turns, min_size=1, max_size=3), st.booleans(), st.booleans())
-def test_both_spellings_of_a_conversation_are_one(
+def test_both_client_forms_normalize_to_one_conversation(
     said: list[tuple[str, str, str, list[tuple[str, dict[str, object], str]]]], as_text: bool, in_parts: bool
 ) -> None:
     openai: list[Message] = []
@@ -266,7 +266,7 @@ def test_both_spellings_of_a_conversation_are_one(
 RESULT = {"type": "tool_result", "tool_use_id": "c1"}
 USE = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
-# Messages, the index that is at fault, and what the error says.
+# Messages, the index of the wrong one, and a part of the error.
 BAD: list[tuple[object, int | None, str]] = [
     ([], None, "messages is empty"),
     ("Hi", None, "not str"),
@@ -366,7 +366,7 @@ BAD: list[tuple[object, int | None, str]] = [
 
 
 @pytest.mark.parametrize(("messages", "index", "problem"), BAD)
-def test_what_is_wrong_is_told_with_the_message(messages: object, index: int | None, problem: str) -> None:
+def test_errors_name_the_message_and_the_fault(messages: object, index: int | None, problem: str) -> None:
     with pytest.raises(ChatError) as error:
         normalize_messages(messages)
     assert problem in str(error.value)
@@ -406,7 +406,7 @@ nearly = st.lists(
 
 
 @given(st.one_of(junk, nearly))
-def test_any_junk_is_refused_or_becomes_valid(messages: object) -> None:
+def test_arbitrary_messages_are_refused_or_become_valid(messages: object) -> None:
     try:
         found = normalize_messages(messages)
     except ChatError:
@@ -437,7 +437,7 @@ NORMAL = {"type": "function", "function": TOOL}
         {"type": "custom", "name": "f", "description": "Does f.", "input_schema": SCHEMA, "cache_control": {}},
     ],
 )
-def test_a_tool_has_one_form(tool: Mapping[str, object]) -> None:
+def test_tools_are_normalized_to_one_form(tool: Mapping[str, object]) -> None:
     before = copy.deepcopy(dict(tool))
     found = normalize_tools([tool])
     assert found == [NORMAL]
@@ -495,7 +495,7 @@ BAD_TOOLS: list[tuple[object, str]] = [
 
 
 @pytest.mark.parametrize(("tools", "problem"), BAD_TOOLS)
-def test_what_is_wrong_with_a_tool_is_told(tools: object, problem: str) -> None:
+def test_errors_name_the_tool_and_the_fault(tools: object, problem: str) -> None:
     with pytest.raises(ChatError) as error:
         check_schemas(normalize_tools(tools))
     assert problem in str(error.value)
@@ -503,7 +503,7 @@ def test_what_is_wrong_with_a_tool_is_told(tools: object, problem: str) -> None:
 
 
 @given(junk)
-def test_any_junk_is_refused_or_becomes_tools(tools: object) -> None:
+def test_arbitrary_tools_are_refused_or_become_valid(tools: object) -> None:
     try:
         found = normalize_tools(tools)
         check_schemas(found)
@@ -535,7 +535,7 @@ TOOLS = normalize_tools([TOOL, {"name": "auto.f"}, {"name": "get_weather"}])
         (ToolChoice("required", "f"), ToolChoice("required", "f")),
     ],
 )
-def test_a_choice_has_one_form(choice: object, expected: ToolChoice) -> None:
+def test_tool_choices_are_normalized_to_one_form(choice: object, expected: ToolChoice) -> None:
     assert parse_tool_choice(choice, TOOLS) == expected
 
 
@@ -555,14 +555,14 @@ def test_a_choice_has_one_form(choice: object, expected: ToolChoice) -> None:
         (ToolChoice("required", "g"), "names an unknown tool"),
     ],
 )
-def test_a_choice_that_is_none_is_told(choice: object, problem: str) -> None:
+def test_an_invalid_tool_choice_is_refused(choice: object, problem: str) -> None:
     with pytest.raises(OptionError) as error:
         parse_tool_choice(choice, TOOLS)
     assert problem in str(error.value)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "any"}, ToolChoice("required")])
-def test_nothing_can_be_required_of_no_tools(choice: object) -> None:
+def test_a_required_call_without_tools_is_refused(choice: object) -> None:
     with pytest.raises(OptionError, match="there are no tools"):
         parse_tool_choice(choice, [])
     assert parse_tool_choice("auto", []) == ToolChoice("auto")
@@ -581,7 +581,7 @@ def test_nothing_can_be_required_of_no_tools(choice: object) -> None:
         ("1e-400", 0.0),
     ],
 )
-def test_numbers_are_read_exactly_where_a_type_holds_them(text: str, value: float) -> None:
+def test_numbers_that_a_type_holds_are_read_exactly(text: str, value: float) -> None:
     found = parse_json(text)
     assert (type(found), found) == (type(value), value)
 

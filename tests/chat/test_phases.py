@@ -1,4 +1,4 @@
-"""Phases of a reply: told apart by their markers, however the text is cut into tokens."""
+"""Phases of a reply: recognized by their markers for any division of the text into tokens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from erllama.engine.output.phase_options import Markers, PhaseOptions
 from erllama.engine.output.phases import PhaseTracker
 from erllama.engine.output.token_codec import TokenCodec
 from erllama.testing.scripted import END, write_scripted
-from support.backends import first_by_position
-from support.spelled import SpelledBackend, SpelledVocabulary
+from support.recording_backend import first_by_position
+from support.scripted_backend import PieceVocabulary, ScriptedBackend
 
-# Marks that share beginnings, one of them a token of its own that is no text; \u0001 stands for it below.
+# Markers with common beginnings. One of them is a special token without text; \u0001 stands for it below.
 SPECIAL = "<|think|>"
-VOCABULARY = SpelledVocabulary(["he", "llo", "<", "</", "think", ">", "</think>", "<call>", "é", " {"], [SPECIAL])
+VOCABULARY = PieceVocabulary(["he", "llo", "<", "</", "think", ">", "</think>", "<call>", "é", " {"], [SPECIAL])
 CODEC = TokenCodec(VOCABULARY)
 OPTIONS = PhaseOptions(
     thinking=Markers(("<think>", SPECIAL), ("</think>",)),
@@ -38,7 +38,7 @@ BARE = ['{ "name" : 1}', ' [ {"name":2}]', '{"nam', '{"nope":1}', "no", '<think>
 
 
 def told(tokens: Sequence[int], options: PhaseOptions = OPTIONS, prompt: str = "") -> list[tuple[str, str]]:
-    """The phases of a reply, and what each says; those that say nothing and do not end left out."""
+    """Return the phases of a reply and their texts, without empty phases that do not end."""
     tracker = PhaseTracker(options, CODEC, VOCABULARY.tokenize(prompt))
     phases: list[tuple[str, bytes]] = []
     over = True
@@ -52,7 +52,7 @@ def told(tokens: Sequence[int], options: PhaseOptions = OPTIONS, prompt: str = "
 
 
 def expected(text: str) -> list[tuple[str, str]]:
-    """The same, of a whole text, by looking for the next marker again and again."""
+    """Return the same for a whole text, by repeated search for the next marker."""
     phases: list[tuple[str, str]] = []
 
     def say(kind: str, said: str, over: bool) -> None:
@@ -90,12 +90,12 @@ def expected(text: str) -> list[tuple[str, str]]:
 
 @st.composite
 def cut_texts(draw: st.DrawFn, parts: Sequence[str] = PARTS) -> tuple[str, list[int]]:
-    """A text, and tokens that spell it, any of those that could."""
+    """Draw a text and one of the token sequences that spell it."""
     text = "".join(draw(st.lists(st.sampled_from(parts), max_size=12))).replace(SPECIAL, "\x01")
     tokens: list[int] = []
     raw = text.encode()
     while raw:
-        ids = VOCABULARY.that_begin(raw) if not raw.startswith(b"\x01") else [VOCABULARY.special[SPECIAL]]
+        ids = VOCABULARY.tokens_that_start(raw) if not raw.startswith(b"\x01") else [VOCABULARY.special[SPECIAL]]
         token = draw(st.sampled_from(ids))
         tokens.append(token)
         raw = raw[len(VOCABULARY.piece(token)) or 1 :]
@@ -104,14 +104,14 @@ def cut_texts(draw: st.DrawFn, parts: Sequence[str] = PARTS) -> tuple[str, list[
 
 @settings(max_examples=1500, deadline=None)
 @given(cut_texts())
-def test_phases_are_told_whatever_the_tokens(cut: tuple[str, list[int]]) -> None:
+def test_phases_do_not_depend_on_token_boundaries(cut: tuple[str, list[int]]) -> None:
     text, tokens = cut
     assert told(tokens) == expected(text)
 
 
 @settings(max_examples=300, deadline=None)
 @given(cut_texts())
-def test_no_more_is_held_back_than_may_become_a_marker(cut: tuple[str, list[int]]) -> None:
+def test_only_text_that_may_become_a_marker_is_held_back(cut: tuple[str, list[int]]) -> None:
     tracker = PhaseTracker(OPTIONS, CODEC, np.zeros(0, np.int32))
     markers = ["<think>", "</think>", "<call>", "</call>", "</c>", "<skip>", "{", "}"]
     for token in cut[1]:
@@ -119,29 +119,29 @@ def test_no_more_is_held_back_than_may_become_a_marker(cut: tuple[str, list[int]
         assert not tracker.buffer or any(marker.startswith(tracker.buffer) for marker in markers)
 
 
-def test_a_special_token_is_not_its_name() -> None:
-    assert told([*VOCABULARY.spelled(SPECIAL), ord("x")]) == [("text", f"{SPECIAL}x")]
+def test_a_special_token_differs_from_its_spelled_name() -> None:
+    assert told([*VOCABULARY.byte_tokens(SPECIAL), ord("x")]) == [("text", f"{SPECIAL}x")]
     assert told([VOCABULARY.special[SPECIAL], ord("x")]) == [("thinking", "x")]
 
 
-def test_a_phase_that_the_prompt_opens_is_understood() -> None:
-    assert told(VOCABULARY.spelled("so</think>yes"), prompt="Question?<think>\n") == [
+def test_a_phase_opened_by_the_prompt_is_recognized() -> None:
+    assert told(VOCABULARY.byte_tokens("so</think>yes"), prompt="Question?<think>\n") == [
         ("thinking", "so"),
         ("text", "yes"),
     ]
-    assert told(VOCABULARY.spelled("so"), prompt="Question?<think>\n</think>\n") == [("text", "so")]
+    assert told(VOCABULARY.byte_tokens("so"), prompt="Question?<think>\n</think>\n") == [("text", "so")]
     closed = PhaseOptions(thinking=OPTIONS.thinking, begins=False)
-    assert told(VOCABULARY.spelled("so"), closed, prompt="<think>") == [("text", "so")]
+    assert told(VOCABULARY.byte_tokens("so"), closed, prompt="<think>") == [("text", "so")]
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(BARE), st.data())
-def test_a_bare_call_is_known_by_how_it_begins(text: str, data: st.DataObject) -> None:
+def test_a_call_without_markers_is_recognized_by_its_start(text: str, data: st.DataObject) -> None:
     options = PhaseOptions(thinking=OPTIONS.thinking, calls=Markers(("<call>",)), leading=('{"name":', '[{"name":'))
     tokens: list[int] = []
     raw = text.encode()
     while raw:
-        tokens.append(data.draw(st.sampled_from(VOCABULARY.that_begin(raw))))
+        tokens.append(data.draw(st.sampled_from(VOCABULARY.tokens_that_start(raw))))
         raw = raw[len(VOCABULARY.piece(tokens[-1])) :]
     kinds = [kind for kind, _ in told(tokens, options)]
     assert kinds[-1] == ("call" if '"name"' in text else "text")
@@ -153,10 +153,10 @@ SCRIPTED = "<think>hmé.\n</think> Let go: <call>{7}</call>!"
 
 @settings(max_examples=15, deadline=None)
 @given(st.sets(st.integers(1, len(SCRIPTED) - 1)))
-def test_phases_are_told_on_libllama_whatever_the_tokens(cuts: set[int]) -> None:
+def test_phases_on_libllama_do_not_depend_on_token_boundaries(cuts: set[int]) -> None:
     edges = [0, *sorted(cuts), len(SCRIPTED)]
     pieces = [SCRIPTED[start:end] for start, end in pairwise(edges)]
-    # Each token has one that follows it: those that come twice are joined with the next.
+    # Each token determines the next one. A token that occurs twice is joined with its successor.
     while len(set(pieces)) < len(pieces) or any(not piece.isascii() and len(piece) == 1 for piece in pieces):
         at = next(i for i, p in enumerate(pieces) if pieces.count(p) > 1 or (not p.isascii() and len(p) == 1))
         at = min(at, len(pieces) - 2)
@@ -177,16 +177,16 @@ def test_phases_are_told_on_libllama_whatever_the_tokens(cuts: set[int]) -> None
 # --- through the engine ----------------------------------------------------------------------------
 
 
-def model_that_says(*tokens: int, **sizes: int) -> erllama.Model:
-    return erllama.load_backend(SpelledBackend(VOCABULARY, tokens, **sizes), cache=erllama.Cache())
+def model_replying(*tokens: int, **sizes: int) -> erllama.Model:
+    return erllama.load_backend(ScriptedBackend(VOCABULARY, tokens, **sizes), cache=erllama.Cache())
 
 
 MARKERS = {"thinking_markers": ("<think>", "</think>"), "tool_markers": ("<call>", "</call>")}
 
 
-def test_a_stream_tells_thinking_and_calls_from_text() -> None:
+def test_a_stream_separates_thinking_and_calls_from_text() -> None:
     said = "<think> hm\n</think>\n\nYes. <call>{1}</call> Done"
-    with model_that_says(*VOCABULARY.spelled(said)) as model:
+    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
         events = list(model.stream("Q\t", thinking="enabled", thinking_signing_key=b"k", **MARKERS))
         kinds = [type(event).__name__ for event in events]
         order = [kind for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
@@ -212,7 +212,7 @@ def test_a_stream_tells_thinking_and_calls_from_text() -> None:
 
 def test_without_thinking_a_stream_is_plain_text() -> None:
     said = "<think>hm</think>yes"
-    with model_that_says(*VOCABULARY.spelled(said)) as model:
+    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
         for options in ({}, {"thinking": "disabled"}, {"thinking": False}):
             events = list(model.stream("Q\t", **options))
             assert {type(e) for e in events} == {erllama.TextDelta, erllama.Done}
@@ -221,16 +221,16 @@ def test_without_thinking_a_stream_is_plain_text() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.text("a <\n", max_size=20))
-def test_a_reply_without_markers_is_as_it_is(text: str) -> None:
-    with model_that_says(*VOCABULARY.spelled(text)) as model:
+def test_a_reply_without_markers_is_unchanged(text: str) -> None:
+    with model_replying(*VOCABULARY.byte_tokens(text)) as model:
         stream = model.stream("Q\t", thinking="enabled", **MARKERS)
         joined = "".join(event.text for event in stream if isinstance(event, erllama.TextDelta))
         assert joined == stream.result().text == text
 
 
-def test_a_stop_string_stops_the_answer_and_nothing_else() -> None:
+def test_stop_strings_apply_to_the_answer_only() -> None:
     said = "<think>END</think>a<call>END</call>bENDc"
-    with model_that_says(*VOCABULARY.spelled(said)) as model:
+    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
         reply = model.complete("Q\t", thinking="enabled", stop="END", **MARKERS)
         assert (reply.thinking, reply.text, reply.stop_sequence) == ("END", "ab", "END")
         assert reply.raw_tool_calls == (b"<call>END</call>",)
@@ -239,8 +239,8 @@ def test_a_stop_string_stops_the_answer_and_nothing_else() -> None:
 WHITE_STOPS = ["\n", "\n\n", " ", "END", "\n\nEND", " x", "\u00e9\n"]
 
 
-def replied(text: str, stops: Sequence[str]) -> tuple[str, str, list[bytes], str | None, int]:
-    """A whole reply's answer, thinking, calls and stop string, and how many thoughts of it end."""
+def expected_reply(text: str, stops: Sequence[str]) -> tuple[str, str, list[bytes], str | None, int]:
+    """Return answer, thinking, calls and stop string of a whole reply, and how many of its thinking phases end."""
     answer = thinking = ""
     calls: list[bytes] = []
     n_ends = 0
@@ -272,13 +272,15 @@ def replied(text: str, stops: Sequence[str]) -> tuple[str, str, list[bytes], str
     st.lists(st.sampled_from(WHITE_STOPS), max_size=2),
     st.sampled_from([None, 0]),
 )
-def test_a_stream_tells_a_whole_reply(cut: tuple[str, list[int]], stops: list[str], logprobs: int | None) -> None:
+def test_stream_events_add_up_to_the_reply(
+    cut: tuple[str, list[int]], stops: list[str], logprobs: int | None
+) -> None:
     text, tokens = cut
-    with model_that_says(*tokens) as model:
+    with model_replying(*tokens) as model:
         *events, done = model.stream("Q\t", thinking="enabled", stop=stops, logprobs=logprobs, **MARKERS)
     reply = done.completion
     ends = [event for event in events if isinstance(event, erllama.ThinkingEnd)]
-    expected = replied(text, stops)
+    expected = expected_reply(text, stops)
     assert (reply.text, reply.thinking, list(reply.raw_tool_calls), reply.stop_sequence, len(ends)) == expected
     deltas = [event for event in events if hasattr(event, "tokens")]
     for kind, said in ((erllama.TextDelta, reply.text), (erllama.ThinkingDelta, reply.thinking)):
@@ -303,7 +305,7 @@ def test_a_stream_tells_a_whole_reply(cut: tuple[str, list[int]], stops: list[st
 def test_a_stop_string_of_white_space_stops_at_once(
     said: str, stop: str | list[str], text: str, n_left: int
 ) -> None:
-    with model_that_says(*VOCABULARY.spelled(said)) as model:
+    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
         reply = model.complete("Q\t", thinking="enabled", stop=stop, **MARKERS)
         assert (reply.text, reply.finish_reason, reply.raw_tool_calls) == (text, "stop", ())
         assert len(reply.tokens) == len(said) - n_left
@@ -313,8 +315,8 @@ def test_a_stop_string_of_white_space_stops_at_once(
     "said", ["<think></think>x", "<think>\n\n</think>x", "<think></think>", "<think>\n</think>\n"]
 )
 @pytest.mark.parametrize("key", [None, b"k"])
-def test_an_empty_thought_ends_like_any_other(said: str, key: bytes | None) -> None:
-    with model_that_says(*VOCABULARY.spelled(said)) as model:
+def test_empty_thinking_ends_like_any_other(said: str, key: bytes | None) -> None:
+    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
         events = list(model.stream("Q\t", thinking="enabled", thinking_signing_key=key, **MARKERS))
     signature = hmac.digest(key, b"", hashlib.sha256) if key is not None else b""
     assert [event for event in events if isinstance(event, erllama.ThinkingEnd)] == [erllama.ThinkingEnd(signature)]
@@ -325,13 +327,13 @@ def test_an_empty_thought_ends_like_any_other(said: str, key: bytes | None) -> N
 @pytest.mark.parametrize("logprobs", [None, 1])
 @pytest.mark.parametrize("budget", [0, 1, 3, 100])
 @pytest.mark.parametrize("opened", [False, True])
-def test_at_its_budget_thinking_ends_and_the_model_goes_on_from_there(
+def test_thinking_ends_at_its_budget_and_the_answer_follows(
     budget: int, opened: bool, logprobs: int | None
 ) -> None:
     thought = "abcdefgh"
-    said = [*VOCABULARY.spelled("" if opened else "<think>"), *VOCABULARY.spelled(thought)]
-    # What the model says next depends on how many tokens there are: after 40 it ends.
-    with model_that_says(*said, *VOCABULARY.spelled("</think>" + "y" * 40)) as model:
+    said = [*VOCABULARY.byte_tokens("" if opened else "<think>"), *VOCABULARY.byte_tokens(thought)]
+    # The next token depends on the number of tokens. The reply ends after 40.
+    with model_replying(*said, *VOCABULARY.byte_tokens("</think>" + "y" * 40)) as model:
         reply = model.complete(
             "Q<think>\t" if opened else "Q\t",
             thinking="enabled",
@@ -348,22 +350,22 @@ def test_at_its_budget_thinking_ends_and_the_model_goes_on_from_there(
         assert reply.text
         assert len(reply.tokens) == 30
         assert reply.logprobs is None or len(reply.logprobs) == 30
-        # It is in the context: going on from there is warm.
+        # The text is in the context, so a continuation finds it cached.
         again = model.complete(list(reply.context_tokens), max_tokens=1)
         assert again.cache.tokens >= len(reply.context_tokens) - 1
 
 
 def test_a_budget_does_not_end_thinking_within_a_character() -> None:
-    said = [*VOCABULARY.spelled("<think>"), *"éé".encode(), *VOCABULARY.spelled("</think>")]
-    with model_that_says(*said) as model:
+    said = [*VOCABULARY.byte_tokens("<think>"), *"éé".encode(), *VOCABULARY.byte_tokens("</think>")]
+    with model_replying(*said) as model:
         reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=1, **MARKERS)
         assert reply.thinking == "é"
 
 
 @pytest.mark.parametrize("budget", range(8))
-def test_a_budget_ends_no_character_that_may_become_a_marker(budget: int) -> None:
-    markers = ("\u25c1think\u25b7", "\u25c1/think\u25b7")  # whose first byte others have, too
-    with model_that_says(*VOCABULARY.spelled(markers[0]), *"a\u2014\u2014b".encode(), *b"c" * 9) as model:
+def test_a_budget_waits_for_text_that_may_become_a_marker(budget: int) -> None:
+    markers = ("\u25c1think\u25b7", "\u25c1/think\u25b7")  # its first byte is shared with other characters
+    with model_replying(*VOCABULARY.byte_tokens(markers[0]), *"a\u2014\u2014b".encode(), *b"c" * 9) as model:
         reply = model.complete(
             "Q\t", thinking="enabled", thinking_budget_tokens=budget, max_tokens=60, thinking_markers=markers
         )
@@ -371,29 +373,29 @@ def test_a_budget_ends_no_character_that_may_become_a_marker(budget: int) -> Non
     assert budget <= len(reply.thinking.encode()) <= budget + 2
 
 
-def test_a_budget_puts_no_end_behind_one_that_may_become_longer() -> None:
+def test_a_budget_adds_no_end_marker_after_one_that_may_grow() -> None:
     markers = ("<think>", ("</think>", "</think>!!"))
-    with model_that_says(*VOCABULARY.spelled("<think>abc</think>!x")) as model:
+    with model_replying(*VOCABULARY.byte_tokens("<think>abc</think>!x")) as model:
         reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=11, thinking_markers=markers)
     assert (reply.thinking, reply.text) == ("abc", "!x")
 
 
-def test_bytes_that_are_no_character_do_not_outlast_a_budget() -> None:
-    with model_that_says(*VOCABULARY.spelled("<think>"), *b"\xe2" * 50) as model:
+def test_invalid_bytes_do_not_extend_a_budget() -> None:
+    with model_replying(*VOCABULARY.byte_tokens("<think>"), *b"\xe2" * 50) as model:
         reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=2, max_tokens=40, **MARKERS)
     assert 2 <= len(reply.thinking) <= 5
 
 
-def test_a_grammar_is_the_answers_and_leaves_thinking_free() -> None:
+def test_a_grammar_constrains_the_answer_but_not_thinking() -> None:
     said = "<think>free: 1</think>xyz"
-    with model_that_says(*VOCABULARY.tokenize(said).tolist()) as model:
+    with model_replying(*VOCABULARY.tokenize(said).tolist()) as model:
         reply = model.complete("Q\t", thinking="enabled", regex="[0-9]{3}", **MARKERS)
         assert reply.thinking == "free: 1"
         assert re.fullmatch("[0-9]{3}", reply.text)
         opened = model.complete("Q<think>\t", thinking="enabled", regex="[0-9]{3}", **MARKERS)
         assert re.fullmatch("[0-9]{3}", opened.text)
-    with model_that_says(ord("a")) as model:
-        # What looks like a marker within the answer is the answer's.
+    with model_replying(ord("a")) as model:
+        # Text that looks like a marker within the answer belongs to the answer.
         told = model.complete("Q\t", thinking="enabled", regex="a<think>b</think>c", **MARKERS)
         assert (told.text, told.thinking) == ("a<think>b</think>c", "")
 
@@ -414,12 +416,12 @@ def test_a_grammar_is_the_answers_and_leaves_thinking_free() -> None:
     ],
 )
 @pytest.mark.parametrize("close", [("</think>",), ("</think>", "</think>\n\n", "</think>\n\nX!")])
-def test_tokens_that_do_not_part_where_thinking_ends_fail_no_grammar(
+def test_a_token_across_the_end_of_thinking_passes_the_grammar(
     said: list[str], close: tuple[str, ...], logprobs: int | None
 ) -> None:
-    vocabulary = SpelledVocabulary([*said, "</think>1"])
+    vocabulary = PieceVocabulary([*said, "</think>1"])
     tokens = [int(vocabulary.tokenize(part)[0]) for part in said]
-    with erllama.load_backend(SpelledBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
+    with erllama.load_backend(ScriptedBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
         reply = model.complete(
             "Q<think>\t",
             thinking="enabled",
@@ -434,10 +436,10 @@ def test_tokens_that_do_not_part_where_thinking_ends_fail_no_grammar(
 
 
 @pytest.mark.parametrize("said", [["</think>ab", "x"], ["</think>a", "b", "x"], ["</think>", "ab", "x"]])
-def test_a_trigger_may_come_in_the_token_that_ends_thinking(said: list[str]) -> None:
-    vocabulary = SpelledVocabulary(["<think>", *said])
+def test_a_trigger_may_begin_in_the_token_that_ends_thinking(said: list[str]) -> None:
+    vocabulary = PieceVocabulary(["<think>", *said])
     tokens = [int(vocabulary.tokenize(part)[0]) for part in ["<think>", "a", *said]]
-    with erllama.load_backend(SpelledBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
+    with erllama.load_backend(ScriptedBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
         reply = model.complete(
             "Q\t",
             thinking=True,
@@ -453,11 +455,11 @@ def test_a_trigger_may_come_in_the_token_that_ends_thinking(said: list[str]) -> 
 @pytest.mark.parametrize(
     "cut", [["</think><tool_call>"], ["</think>no<tool_call>"], ["</", "think>\n<tool_call>{"]]
 )
-def test_a_call_that_is_required_may_begin_in_the_token_that_ends_thinking(cut: list[str]) -> None:
-    vocabulary = SpelledVocabulary(["<think>", *cut])
+def test_a_required_call_may_begin_in_the_token_that_ends_thinking(cut: list[str]) -> None:
+    vocabulary = PieceVocabulary(["<think>", *cut])
     tokens = [int(vocabulary.tokenize(part)[0]) for part in ["<think>", "a", *cut]]
     template = "{% if tools %}<tool_call></tool_call><think></think>{% endif %}{{ messages[0].content }}"
-    backend = SpelledBackend(vocabulary, tokens, chat_templates={"default": template}, n_ctx=1024)
+    backend = ScriptedBackend(vocabulary, tokens, chat_templates={"default": template}, n_ctx=1024)
     tool = {"name": "now", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}}
     with erllama.load_backend(backend, cache=erllama.Cache()) as model:
         reply = model.chat(
@@ -467,9 +469,9 @@ def test_a_call_that_is_required_may_begin_in_the_token_that_ends_thinking(cut: 
     assert [call.name for call in reply.tool_calls] == ["now"]
 
 
-def test_a_reader_who_stops_and_goes_on_gets_all_in_order() -> None:
+def test_a_reader_that_pauses_receives_all_events_in_order() -> None:
     said = "".join(f"{i}," for i in range(300))
-    with model_that_says(*VOCABULARY.spelled(said), *VOCABULARY.spelled("<think>hm</think>!")) as model:
+    with model_replying(*VOCABULARY.byte_tokens(said), *VOCABULARY.byte_tokens("<think>hm</think>!")) as model:
         stream = model.stream("Q\t", thinking="enabled", **MARKERS)
         first = next(stream)
         stream.result()
@@ -481,7 +483,7 @@ def test_a_reader_who_stops_and_goes_on_gets_all_in_order() -> None:
 
 
 def test_cancelling_within_a_phase_ends_it() -> None:
-    with model_that_says(*VOCABULARY.spelled("<call>" + "x" * 1000)) as model:
+    with model_replying(*VOCABULARY.byte_tokens("<call>" + "x" * 1000)) as model:
         stream = model.stream("Q\t", thinking="enabled", **MARKERS)
         for event in stream:
             if isinstance(event, erllama.ToolCallDelta):
@@ -513,6 +515,6 @@ def test_cancelling_within_a_phase_ends_it() -> None:
         ({"thinking_marker": ("a", "b")}, "did you mean 'thinking_markers'"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options: dict[str, object], match: str) -> None:
-    with model_that_says(1) as model, pytest.raises(erllama.OptionError, match=match):
+def test_invalid_phase_options_are_refused(options: dict[str, object], match: str) -> None:
+    with model_replying(1) as model, pytest.raises(erllama.OptionError, match=match):
         model.complete("Q\t", **options)  # type: ignore[arg-type]

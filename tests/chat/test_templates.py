@@ -1,4 +1,4 @@
-"""Chat templates: what transformers renders is rendered, to the byte; what is hostile is refused."""
+"""Chat templates: rendered byte for byte as by transformers; hostile templates are refused."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from erllama.chat.templates.limits import MAX_CALLS, MAX_TEXT
 from erllama.chat.templates.plain_data import MAX_INPUT_DEPTH
 from erllama.chat.templates.template import CHATML, MAX_MESSAGE, ChatTemplate, render_chat_template
 from erllama.errors import ChatError, OptionError, TemplateError
-from support.chat_templates import ALL, BOMBS, BRACKETS, ESCAPES, LARGE, SHORT, SOURCES, TAGGED, grown
-from support.children import must_run
-from support.places import SHARED
+from support.chat.templates import ALL, BOMBS, BRACKETS, ESCAPES, LARGE, SHORT, SOURCES, TAGGED, grown
+from support.paths import SHARED
+from support.subprocesses import must_run
 
 Conversation = list[dict[str, Any]]
 
@@ -39,7 +39,7 @@ TEMPLATES = [
     *(pytest.param(path.read_text(), id=path.stem) for path in REAL),
 ]
 HELLO: Conversation = [{"role": "user", "content": "hello"}]
-# The machine may be busy; what is bounded takes a fraction of it, what is not would take hours.
+# The machine may be busy. A bounded rendering takes a fraction of this; an unbounded one would take hours.
 PATIENCE = 60.0
 
 PARAMETERS = {
@@ -101,7 +101,7 @@ CONVERSATIONS: dict[str, Conversation] = {
 
 @pytest.fixture(scope="session")
 def reference() -> Callable[..., str]:
-    """What transformers makes of a conversation."""
+    """Render a conversation with transformers."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -138,7 +138,7 @@ def template_of(source: str) -> ChatTemplate:
 
 
 @pytest.mark.parametrize("source", TEMPLATES)
-def test_a_conversation_is_rendered_as_transformers_does(reference: Callable[..., str], source: str) -> None:
+def test_conversations_render_as_in_transformers(reference: Callable[..., str], source: str) -> None:
     template = template_of(source)
     for messages in CONVERSATIONS.values():
         for tools in (None, [WEATHER], [WEATHER, TIME]):
@@ -147,7 +147,7 @@ def test_a_conversation_is_rendered_as_transformers_does(reference: Callable[...
 
 
 @pytest.mark.parametrize("source", TEMPLATES)
-def test_the_last_message_is_continued_as_transformers_does(reference: Callable[..., str], source: str) -> None:
+def test_continued_messages_render_as_in_transformers(reference: Callable[..., str], source: str) -> None:
     template = template_of(source)
     for messages in CONVERSATIONS.values():
         for field in (True, "reasoning_content"):
@@ -159,7 +159,7 @@ def test_the_last_message_is_continued_as_transformers_does(reference: Callable[
                 assert text == told
 
 
-def test_documents_and_other_variables_are_rendered_as_transformers_does(reference: Callable[..., str]) -> None:
+def test_documents_and_variables_render_as_in_transformers(reference: Callable[..., str]) -> None:
     documents = [{"title": "one two", "text": "a\nb"}, {"title": "", "text": "漢"}]
     for source in (*OURS.values(), *(path.read_text() for path in REAL)):
         template = template_of(source)
@@ -209,7 +209,7 @@ messages_of_any_kind = st.lists(
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_any_conversation_is_rendered_as_transformers_does(
+def test_arbitrary_conversations_render_as_in_transformers(
     reference: Callable[..., str], data: st.DataObject
 ) -> None:
     messages = data.draw(messages_of_any_kind)
@@ -350,7 +350,7 @@ joiner("|")() ~ "x"
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_an_expression_gives_what_transformers_gives(reference: Callable[..., str], expression: str) -> None:
+def test_expressions_evaluate_as_in_transformers(reference: Callable[..., str], expression: str) -> None:
     for source in ("{{ " + expression + " }}", "{% set x = " + expression + " %}|{{ x }}|"):
         theirs = outcome(lambda s=source: reference(s, HELLO), Exception)
         ours = outcome(lambda s=source: template_of(s).render(HELLO, add_generation_prompt=False), TemplateError)
@@ -393,7 +393,7 @@ STATEMENTS = {
 
 
 @pytest.mark.parametrize("source", STATEMENTS.values(), ids=STATEMENTS)
-def test_a_statement_does_what_it_does_in_transformers(reference: Callable[..., str], source: str) -> None:
+def test_statements_run_as_in_transformers(reference: Callable[..., str], source: str) -> None:
     assert_as_reference(reference, source, template_of(source), HELLO)
 
 
@@ -401,7 +401,7 @@ def test_a_statement_does_what_it_does_in_transformers(reference: Callable[..., 
 
 
 def hostile(source: str) -> str | None:
-    """What a template writes, or None if it is refused, in a time that is bounded; and it changes nothing."""
+    """Render a template, or return None if it is refused. Check that time is bounded and no argument changes."""
     messages = copy.deepcopy(HELLO)
     started = time.process_time()
     refusal = None
@@ -413,31 +413,31 @@ def hostile(source: str) -> str | None:
     assert messages == HELLO
     if refusal is not None:
         assert 0 < len(str(refusal)) < MAX_MESSAGE + 200
-        # Nor does the error keep what the template made.
+        # The error does not keep values of the template either.
         assert refusal.__cause__ is None
         assert refusal.__context__ is None
     return written
 
 
 @pytest.mark.parametrize("source", ESCAPES.values(), ids=ESCAPES)
-def test_nothing_but_data_is_reached(source: str) -> None:
-    # Of what is no data, there is nothing: it is refused, or undefined, and writes nothing.
+def test_templates_can_reach_only_data(source: str) -> None:
+    # Values that are not data are refused or undefined, and render as an empty text.
     assert not (hostile(source) or "").strip()
 
 
 @pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS)
-def test_what_takes_too_much_is_refused(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+def test_templates_that_use_too_much_are_refused(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.setattr(budget, "MAX_SECONDS", 1.0)
     assert hostile(source) is None
 
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
-def test_a_source_beyond_bounds_is_refused(source: str) -> None:
+def test_a_source_beyond_its_limits_is_refused(source: str) -> None:
     assert hostile(source) is None
 
 
-def test_nothing_else_happens_and_memory_is_bounded() -> None:
-    """In a process of its own, which may take 2.5 GiB, recurse without limit, and is told of all that it does."""
+def test_rendering_has_no_side_effects_and_bounded_memory() -> None:
+    """Run in a process limited to 2.5 GiB, with unlimited recursion and with an audit hook."""
     run = """
         import json, resource, sys
 
@@ -479,7 +479,7 @@ def test_lazy_values_of_lazy_values_do_not_nest() -> None:
     assert hostile(grown("n.s | select", start="[1]", times=99_999, then="{{ n.s | list }}")) == "[1]"
 
 
-def test_a_rendering_ends_at_its_time() -> None:
+def test_a_rendering_ends_at_its_time_limit() -> None:
     template = ChatTemplate(BOMBS["loops of ifs"])
     with pytest.raises(TemplateError, match=r"more than 10 s|steps"):
         template.render(HELLO)
@@ -499,7 +499,7 @@ def test_a_rendering_ends_at_its_time() -> None:
         ("{% for m in messages recursive %}\n{{ loop([m]) }}{% endfor %}", 2, f"more than {MAX_CALLS} deep"),
     ],
 )
-def test_what_fails_in_a_template_tells_its_line(source: str, line: int, message: str) -> None:
+def test_runtime_errors_name_the_template_line(source: str, line: int, message: str) -> None:
     with pytest.raises(TemplateError) as caught:
         ChatTemplate(source).render(HELLO)
     assert caught.value.line == line
@@ -521,7 +521,7 @@ def test_what_fails_in_a_template_tells_its_line(source: str, line: int, message
         ("x" * (MAX_SOURCE + 1), None),
     ],
 )
-def test_what_does_not_parse_tells_its_line(source: str, line: int | None) -> None:
+def test_syntax_errors_name_the_template_line(source: str, line: int | None) -> None:
     with pytest.raises(TemplateError) as caught:
         ChatTemplate(source)
     if line is not None:
@@ -529,7 +529,7 @@ def test_what_does_not_parse_tells_its_line(source: str, line: int | None) -> No
 
 
 @pytest.mark.parametrize("source", [None, 1, b"{{ 1 }}", Path("x")])
-def test_a_template_is_a_text(source: object) -> None:
+def test_a_template_must_be_text(source: object) -> None:
     with pytest.raises(OptionError):
         ChatTemplate(source)  # type: ignore[arg-type]
 
@@ -551,7 +551,7 @@ NOT_PLAIN = [b"x", object(), {1, 2}, print, Path("x"), 1j, cyclic(), deep(MAX_IN
 
 
 @pytest.mark.parametrize("value", NOT_PLAIN, ids=lambda value: type(value).__name__)
-def test_what_is_no_json_is_refused(value: object) -> None:
+def test_values_that_are_not_json_are_refused(value: object) -> None:
     template = ChatTemplate(SHORT)
     with pytest.raises(ChatError) as caught:
         template.render([*HELLO, {"role": "user", "content": {"a": [value]}}])
@@ -565,19 +565,19 @@ def test_what_is_no_json_is_refused(value: object) -> None:
 
 
 @pytest.mark.parametrize("messages", ["hello", {"role": "user"}, 1, None, iter(HELLO), b"x"])
-def test_messages_are_a_list(messages: object) -> None:
+def test_messages_must_be_a_list(messages: object) -> None:
     with pytest.raises(ChatError):
         ChatTemplate(SHORT).render(messages)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("message", ["hello", None, 1, ["role", "user"]])
-def test_a_message_is_a_mapping_and_the_first_that_is_not_is_told(message: object) -> None:
+def test_messages_must_be_mappings_and_errors_name_the_first_other(message: object) -> None:
     with pytest.raises(ChatError) as caught:
         ChatTemplate(SHORT).render([*HELLO, message, message])  # type: ignore[list-item]
     assert caught.value.index == 1
 
 
-def test_arguments_that_clash_are_refused() -> None:
+def test_conflicting_arguments_are_refused() -> None:
     template = ChatTemplate(TAGGED)
     with pytest.raises(OptionError, match="twice"):
         template.render(HELLO, messages=HELLO)
@@ -591,7 +591,7 @@ def test_arguments_that_clash_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["enable_thinkng", "add_generation_promt", "tool", "unlike_any", "self"])
-def test_a_misspelt_argument_is_told_from_one_of_another_template(name: str) -> None:
+def test_a_misspelled_argument_is_reported(name: str) -> None:
     template = ChatTemplate(TAGGED)
     if name in ("self", "unlike_any"):
         assert template.render(HELLO, **{name: True}) == template.render(HELLO)
@@ -612,12 +612,14 @@ def test_a_misspelt_argument_is_told_from_one_of_another_template(name: str) -> 
         ([{"role": "assistant", "content": "a", "reasoning_content": "b"}], "reasoning_content", "does not read"),
     ],
 )
-def test_what_cannot_be_continued_is_refused(messages: Conversation, field: bool | str, message: str) -> None:
+def test_messages_that_cannot_be_continued_are_refused(
+    messages: Conversation, field: bool | str, message: str
+) -> None:
     with pytest.raises(ChatError, match=message):
         ChatTemplate(SHORT).render(messages, continue_final_message=field)
 
 
-def test_a_message_that_is_not_written_cannot_be_continued() -> None:
+def test_a_message_that_is_not_rendered_cannot_be_continued() -> None:
     with pytest.raises(TemplateError, match="last message") as caught:
         ChatTemplate("{{ messages[0].content }}").render([*HELLO, *HELLO], continue_final_message=True)
     assert caught.value.index == 1
@@ -626,13 +628,13 @@ def test_a_message_that_is_not_written_cannot_be_continued() -> None:
 # --- what is promised besides ---------------------------------------------------------------------
 
 
-def test_a_message_is_continued_where_it_ends() -> None:
+def test_a_message_is_continued_at_its_end() -> None:
     template = ChatTemplate(SHORT)
     begun = [*HELLO, {"role": "assistant", "content": "Once upon "}]
     assert template.render(begun, continue_final_message=True) == "user: hello\nassistant: Once upon "
 
 
-def test_arguments_are_left_as_they_are() -> None:
+def test_rendering_does_not_change_its_arguments() -> None:
     messages, tools = copy.deepcopy(CONVERSATIONS["call and result"]), [copy.deepcopy(WEATHER)]
     messages[-1]["thinking"] = "hm"
     before = copy.deepcopy((messages, tools))
@@ -643,7 +645,7 @@ def test_arguments_are_left_as_they_are() -> None:
     assert (messages, tools) == before
 
 
-def test_values_derived_of_plain_data_are_plain_in_a_template() -> None:
+def test_values_derived_from_plain_data_are_plain() -> None:
     class Role(enum.StrEnum):
         USER = "user"
 
@@ -655,7 +657,7 @@ def test_values_derived_of_plain_data_are_plain_in_a_template() -> None:
     assert template.render(messages, x=Number.ONE) == '[{"role": "user", "n": 1, "f": 1.5, "t": [1, 2]}]1'
 
 
-def test_uses_tells_variables_that_are_read() -> None:
+def test_uses_reports_the_variables_that_are_read() -> None:
     template = ChatTemplate(
         "{% set own = 1 %}{{ own }}{% if enable_thinking is defined %}{% endif %}{% macro m(given) %}{{ given }}"
         "{{ inside }}{% endmacro %}{% for t in tools %}{{ t.attribute }}{{ range(1) }}{% endfor %}"
@@ -666,7 +668,7 @@ def test_uses_tells_variables_that_are_read() -> None:
     assert not any(map(template.uses, ("own", "given", "t", "attribute", "range", "messages", "self", "")))
 
 
-def test_a_template_is_rendered_by_many_threads_at_once() -> None:
+def test_many_threads_can_render_one_template() -> None:
     template = ChatTemplate(BRACKETS)
     expected = [template.render([{"role": "user", "content": str(n)}]) for n in range(8)]
     wrong: list[object] = []
@@ -706,10 +708,10 @@ def test_a_conversation_of_megabytes_is_rendered(source: str) -> None:
     long.append({"role": "user", "content": "and now?"})
     rendered = template_of(source).render(long, tools=[WEATHER])
     assert len(rendered) > 50_000
-    if source != ALL["mixed"]:  # which ends its loop early
+    if source != ALL["mixed"]:  # its loop ends early
         assert "question 999" in rendered
 
 
-def test_a_text_of_half_of_what_may_be_is_rendered() -> None:
+def test_a_text_of_half_the_limit_is_rendered() -> None:
     content = "x" * (MAX_TEXT // 2)
     assert len(ChatTemplate(TAGGED).render([{"role": "user", "content": content}])) > len(content)

@@ -1,4 +1,4 @@
-"""How models write calls of tools: what is read, what is refused and with which words."""
+"""Tool calls as models write them: which are read, which are refused, and with which errors."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from erllama.chat.tool_calls.formats import TOOL_FORMATS, find_tool_format, get_
 from erllama.chat.tool_calls.reader import read_calls
 from erllama.chat.tool_calls.tools import normalize_tools
 from erllama.errors import GrammarError, OptionError, ToolCallError
-from support.tool_texts import (
+from support.chat.tool_calls import (
     ALL,
+    CALL_TEXTS,
     DEEPSEEK,
     EXAMPLES,
+    EXPECTED_CALLS,
     FULL,
     HARD,
     SEVERAL,
     TEMPLATES,
     TOOLS,
     VARIANTS,
-    WANTED,
     WEATHER,
-    WRITTEN,
-    calls,
     glm,
     grammar,
+    lark_literal,
     minimax,
     needs_templates,
-    plainly,
+    parsed_calls,
     qwen,
     seed,
 )
@@ -44,31 +44,31 @@ from support.tool_texts import (
 
 
 @pytest.mark.parametrize(("format", "kind", "text"), EXAMPLES + VARIANTS)
-def test_what_a_model_writes_is_read_and_is_of_the_grammar(format: str, kind: str, text: str) -> None:
-    assert calls(format, text) == WANTED[kind]
+def test_example_calls_are_read_and_match_the_grammar(format: str, kind: str, text: str) -> None:
+    assert parsed_calls(format, text) == EXPECTED_CALLS[kind]
     assert grammar(format, parallel=True).accepts(text)
-    # Without parallel calls, the first is all.
+    # Without parallel calls, only the first counts.
     assert grammar(format).accepts(text) == (kind != SEVERAL)
     assert grammar(format, name="get_weather").accepts(text) == (kind != SEVERAL)
     assert not grammar(format, name="now", parallel=True).accepts(text)
 
 
 def test_every_format_has_examples() -> None:
-    assert set(WRITTEN) == set(TOOL_FORMATS)
-    for format, texts in WRITTEN.items():
+    assert set(CALL_TEXTS) == set(TOOL_FORMATS)
+    for format, texts in CALL_TEXTS.items():
         opening = (*get_tool_format(format).open, *get_tool_format(format).leading)
         for text in texts:
             assert text.replace(" ", "").startswith(tuple(mark.replace(" ", "") for mark in opening)), format
 
 
 @pytest.mark.parametrize(("format", "text"), [(format, text) for format, kind, text in EXAMPLES if kind == ALL])
-def test_spans_end_and_payloads_lie_where_the_format_says(format: str, text: str) -> None:
+def test_spans_and_payloads_are_found_where_the_format_defines_them(format: str, text: str) -> None:
     found = get_tool_format(format)
     if found.close:
         assert text.endswith(found.close)
-    # The token that ends the turn may come instead, but in a list of arguments that only its end tells to be whole.
+    # The end-of-turn token may replace the close marker, unless only the marker shows that a list is complete.
     if found.close and format != "glm":
-        assert calls(format, text.removesuffix(found.close[0])) == WANTED[ALL]
+        assert parsed_calls(format, text.removesuffix(found.close[0])) == EXPECTED_CALLS[ALL]
     starts = [text.find(mark) + len(mark) for mark in found.payload_open if mark in text]
     assert starts
     assert min(starts) <= text.index("Paris")
@@ -76,9 +76,9 @@ def test_spans_end_and_payloads_lie_where_the_format_says(format: str, text: str
 
 
 @pytest.mark.parametrize(("format", "text"), [(format, text) for format, kind, text in EXAMPLES if kind != SEVERAL])
-def test_a_call_that_is_cut_short_is_none(format: str, text: str) -> None:
+def test_an_incomplete_call_is_not_a_call(format: str, text: str) -> None:
     found = get_tool_format(format)
-    # What may be missing: the close marker, and white space before it.
+    # The close marker may be missing, and the white space before it.
     closing = found.close[0] if found.close and format != "glm" else ""
     whole = len(text.removesuffix(closing).rstrip())
     assert not grammar(format, parallel=True).accepts(text[: whole - 1])
@@ -88,7 +88,7 @@ def test_a_call_that_is_cut_short_is_none(format: str, text: str) -> None:
 
 
 NESTED = 5000
-# What is none of a family's calls, each with a part of what the error says.
+# Texts that are not calls of the family, each with a part of the error.
 BAD_JSON = {
     "no tool": ('{"name": "nothing", "arguments": {}}', "no tool 'nothing'"),
     "near": ('{"name": "get_wether", "arguments": {}}', "did you mean 'get_weather'"),
@@ -115,10 +115,10 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("what", BAD_JSON)
-def test_a_json_object_that_is_no_call_is_told_why(what: str) -> None:
+def test_errors_say_why_a_json_object_is_not_a_call(what: str) -> None:
     text, problem = BAD_JSON[what]
     with pytest.raises(ToolCallError) as error:
-        calls("hermes", f"<tool_call>{text}</tool_call>")
+        parsed_calls("hermes", f"<tool_call>{text}</tool_call>")
     assert problem in str(error.value)
     assert "at character" in str(error.value)
     assert len(str(error.value)) < 300
@@ -131,7 +131,7 @@ MALFORMED = {
         "x",
         '{"name": "now", "arguments": {}}',
         "<tool_call></tool_call>",
-        WRITTEN["hermes"][0] + " and",
+        CALL_TEXTS["hermes"][0] + " and",
     ],
     "llama3": ["now()", '{"name": "now", "parameters": {}}; ;', "<|python_tag|>now.call()"],
     "mistral": ['[{"name": "now", "arguments": {}}]', "[TOOL_CALLS]now{}", "[TOOL_CALLS][]"],
@@ -141,8 +141,12 @@ MALFORMED = {
         "[TOOL_CALLS][CALL_ID]a1B2c3D4e[ARGS]{}",
     ],
     "mistral-v13": ["[TOOL_CALLS]now{}", "[TOOL_CALLS]now[ARGS][]", "[TOOL_CALLS]now[ARGS]{}[ARGS]{}"],
-    "deepseek-r1": [WRITTEN["deepseek-v3.1"][0], WRITTEN["deepseek-r1"][0].replace("```<", "<")],
-    "deepseek-v3.1": [WRITTEN["deepseek-r1"][0], DEEPSEEK[0] + DEEPSEEK[1], WRITTEN["deepseek-v3.1"][0] + "x"],
+    "deepseek-r1": [CALL_TEXTS["deepseek-v3.1"][0], CALL_TEXTS["deepseek-r1"][0].replace("```<", "<")],
+    "deepseek-v3.1": [
+        CALL_TEXTS["deepseek-r1"][0],
+        DEEPSEEK[0] + DEEPSEEK[1],
+        CALL_TEXTS["deepseek-v3.1"][0] + "x",
+    ],
     "gpt-oss": [
         "<|channel|>commentary<|message|>{}<|call|>",
         "<|channel|>final to=functions.now<|message|>{}<|call|>",
@@ -166,8 +170,8 @@ MALFORMED = {
     "glm": [glm("nothing", []), "<tool_call>\n</tool_call>", "<tool_call>now<arg_key>a</arg_key></tool_call>"],
     "minimax": [minimax(("nothing", [])), minimax(), minimax(("get_weather", [("days", "1.5"), ("city", "x")]))],
     "kimi": [
-        WRITTEN["kimi"][0].replace("functions.", ""),
-        WRITTEN["kimi"][0].replace(":0", ""),
+        CALL_TEXTS["kimi"][0].replace("functions.", ""),
+        CALL_TEXTS["kimi"][0].replace(":0", ""),
         "<|tool_calls_section_begin|><|tool_calls_section_end|>",
     ],
     "nemotron": ["<TOOLCALL>now()</TOOLCALL>", "<TOOLCALL>[]</TOOLCALL>"],
@@ -203,9 +207,9 @@ MALFORMED = {
 @pytest.mark.parametrize(
     ("format", "text"), [(format, text) for format, texts in MALFORMED.items() for text in texts]
 )
-def test_what_is_malformed_is_refused_and_not_of_the_grammar(format: str, text: str) -> None:
+def test_malformed_calls_are_refused_and_do_not_match_the_grammar(format: str, text: str) -> None:
     with pytest.raises(ToolCallError) as error:
-        calls(format, text)
+        parsed_calls(format, text)
     assert len(str(error.value)) < 300
     assert not grammar(format, parallel=True).accepts(text)
 
@@ -217,29 +221,29 @@ def test_every_format_has_malformed_texts() -> None:
 # --- Ids, values, thinking, and what nobody should write ---------------------------------------
 
 
-def test_an_id_is_the_models_own_or_made_up() -> None:
+def test_an_id_is_the_models_own_or_generated() -> None:
     def ids(format: str, text: str) -> list[str]:
         return [call.id for call in read_calls(get_tool_format(format), text, TOOLS)]
 
     assert ids("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}, "id": "a1B2c3D4e"}]') == ["a1B2c3D4e"]
-    assert ids("mistral-v11", WRITTEN["mistral-v11"][0]) == ["a1B2c3D4e"]
-    assert ids("kimi", WRITTEN["kimi"][0]) == ["functions.get_weather:0"]
-    # Said twice, the second one is another call all the same.
-    first, second, third = ids("mistral-v11", WRITTEN["mistral-v11"][2])
+    assert ids("mistral-v11", CALL_TEXTS["mistral-v11"][0]) == ["a1B2c3D4e"]
+    assert ids("kimi", CALL_TEXTS["kimi"][0]) == ["functions.get_weather:0"]
+    # The same call twice is two calls.
+    first, second, third = ids("mistral-v11", CALL_TEXTS["mistral-v11"][2])
     assert first == "a1B2c3D4e"
     assert len({first, second, third}) == 3
     for format in set(TOOL_FORMATS) - {"mistral-v11", "kimi"}:
-        (found,) = ids(format, WRITTEN[format][0])
-        # Mistral's templates take ids of nine letters and digits only.
+        (found,) = ids(format, CALL_TEXTS[format][0])
+        # Mistral's templates accept only ids of nine letters and digits.
         assert re.fullmatch("[0-9a-f]{9}" if "mistral" in format else "call_[0-9a-f]{24}", found)
 
 
-def test_arguments_are_json_text_again() -> None:
-    (call,) = read_calls(get_tool_format("hermes"), WRITTEN["hermes"][1], TOOLS)
+def test_arguments_are_available_as_json_text() -> None:
+    (call,) = read_calls(get_tool_format("hermes"), CALL_TEXTS["hermes"][1], TOOLS)
     assert json.loads(call.arguments_json) == FULL
     assert (
         "é"
-        in read_calls(get_tool_format("hermes"), WRITTEN["hermes"][0].replace("Paris", "é"), TOOLS)[
+        in read_calls(get_tool_format("hermes"), CALL_TEXTS["hermes"][0].replace("Paris", "é"), TOOLS)[
             0
         ].arguments_json
     )
@@ -278,7 +282,7 @@ def test_arguments_are_json_text_again() -> None:
         (True, "[1]", [1]),
     ],
 )
-def test_a_value_without_quotes_is_what_the_schema_says(schema: object, raw: str, expected: object) -> None:
+def test_unquoted_values_are_read_by_their_schema(schema: object, raw: str, expected: object) -> None:
     loop = {"anyOf": [{"$ref": "#/$defs/loop"}, {"$ref": "#/$defs/loop"}, {"type": "string"}]}
     parameters = {
         "type": "object",
@@ -287,13 +291,13 @@ def test_a_value_without_quotes_is_what_the_schema_says(schema: object, raw: str
     }
     tools = normalize_tools([{"name": "f", "parameters": parameters}])
     for format, written in (("glm", glm), ("seed", seed), ("qwen3-coder", qwen)):
-        ((_, found),) = calls(format, written("f", [("a", raw)]), tools)
+        ((_, found),) = parsed_calls(format, written("f", [("a", raw)]), tools)
         assert found == {"a": expected}
         assert type(found["a"]) is type(expected)
 
 
-def test_an_argument_that_is_not_in_the_schema_is_read_as_it_looks() -> None:
-    assert calls("glm", glm("now", [("a", "5"), ("b", "five")])) == [("now", {"a": 5, "b": "five"})]
+def test_arguments_outside_the_schema_are_read_by_their_form() -> None:
+    assert parsed_calls("glm", glm("now", [("a", "5"), ("b", "five")])) == [("now", {"a": 5, "b": "five"})]
 
 
 @pytest.mark.parametrize("format", ["glm", "qwen3-coder", "seed", "minimax", "lfm2", "gemma4"])
@@ -304,23 +308,23 @@ def test_an_argument_that_is_not_in_the_schema_is_read_as_it_looks() -> None:
         ({"type": "object", "required": ["a"]}, "'a' is required"),
     ],
 )
-def test_parameters_that_list_no_arguments_have_no_grammar_in_families_that_list_them(
+def test_families_that_list_arguments_need_them_in_the_schema(
     format: str, parameters: dict[str, object], problem: str
 ) -> None:
     tools = normalize_tools([{"name": "f", "parameters": parameters}])
     with pytest.raises(GrammarError, match=re.escape(problem)):
-        write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=plainly)
+        write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=lark_literal)
     assert Grammar.lark(
-        write_call_grammar(get_tool_format("hermes"), tools, name=None, parallel=False, literal=plainly)
+        write_call_grammar(get_tool_format("hermes"), tools, name=None, parallel=False, literal=lark_literal)
     )
 
 
-@pytest.mark.parametrize(("format", "text"), [(format, texts[1]) for format, texts in WRITTEN.items()])
-def test_parameters_may_be_elsewhere_in_their_schema(format: str, text: str) -> None:
+@pytest.mark.parametrize(("format", "text"), [(format, texts[1]) for format, texts in CALL_TEXTS.items()])
+def test_parameters_may_be_references_within_their_schema(format: str, text: str) -> None:
     weather = WEATHER["parameters"]
     tools = normalize_tools([{**WEATHER, "parameters": {"$ref": "#/$defs/p", "$defs": {"p": weather}}}])
-    assert calls(format, text, tools) == WANTED[ALL]
-    written = write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=plainly)
+    assert parsed_calls(format, text, tools) == EXPECTED_CALLS[ALL]
+    written = write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=lark_literal)
     assert Grammar.lark(written).accepts(text)
 
 
@@ -352,7 +356,7 @@ def test_parameters_may_be_elsewhere_in_their_schema(format: str, text: str) -> 
         ({"type": "array", "items": {"type": "integer"}, "maxItems": 1}, ["[]", "[1]"], ["[1, 2]", '["a"]']),
     ],
 )
-def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list[str], bad: list[str]) -> None:
+def test_unquoted_values_are_constrained_to_their_schema(schema: object, good: list[str], bad: list[str]) -> None:
     parameters = {
         "properties": {"a": schema, "never": False},
         "required": ["a"],
@@ -361,12 +365,12 @@ def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list
     tools = normalize_tools([{"name": "f", "parameters": parameters}])
     for format, written in (("glm", glm), ("seed", seed), ("qwen3-coder", qwen)):
         kept = Grammar.lark(
-            write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=plainly)
+            write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=lark_literal)
         )
         for raw in good:
             text = written("f", [("a", raw)])
             assert kept.accepts(text), (format, raw)
-            ((_, found),) = calls(format, text, tools)
+            ((_, found),) = parsed_calls(format, text, tools)
             jsonschema.validate(found, parameters)
         for raw in bad:
             if ("</parameter>" in raw and format == "glm") or ("</arg_value>" in raw and format != "glm"):
@@ -376,15 +380,15 @@ def test_a_value_without_quotes_is_kept_to_its_schema(schema: object, good: list
         assert not kept.accepts(written("f", [("a", good[0]), ("never", "1")])), format
 
 
-def test_a_grammar_is_of_tools_that_are_there() -> None:
+def test_a_grammar_allows_only_the_given_tools() -> None:
     hermes = get_tool_format("hermes")
     with pytest.raises(OptionError, match="no tool has the name 'x'"):
-        write_call_grammar(hermes, TOOLS, name="x", parallel=False, literal=plainly)
+        write_call_grammar(hermes, TOOLS, name="x", parallel=False, literal=lark_literal)
     with pytest.raises(OptionError, match="needs at least one tool"):
-        write_call_grammar(hermes, [], name=None, parallel=False, literal=plainly)
+        write_call_grammar(hermes, [], name=None, parallel=False, literal=lark_literal)
 
 
-def test_a_format_is_found_by_its_name() -> None:
+def test_formats_are_found_by_name() -> None:
     for name, format in TOOL_FORMATS.items():
         assert get_tool_format(name) is format
         assert format.name == name
@@ -397,7 +401,7 @@ def test_a_format_is_found_by_its_name() -> None:
 @pytest.mark.parametrize("format", TOOL_FORMATS)
 def test_hostile_texts_are_refused_in_time(format: str) -> None:
     found = get_tool_format(format)
-    heads = {text[: text.index(end)] for text in WRITTEN[format] for end in ("get_weather", "Paris")}
+    heads = {text[: text.index(end)] for text in CALL_TEXTS[format] for end in ("get_weather", "Paris")}
     begun = time.monotonic()
     for head in heads:
         for part in (
@@ -424,7 +428,7 @@ def test_hostile_texts_are_refused_in_time(format: str) -> None:
 @pytest.mark.parametrize("format", sorted(set(TOOL_FORMATS) - {"json", "llama3"}))
 def test_many_spans_are_read_in_time(format: str) -> None:
     begun = time.monotonic()
-    assert len(calls(format, "\n".join(WRITTEN[format][:1] * 2000))) == 2000
+    assert len(parsed_calls(format, "\n".join(CALL_TEXTS[format][:1] * 2000))) == 2000
     assert time.monotonic() - begun < 10
 
 
@@ -439,14 +443,14 @@ def test_many_spans_are_read_in_time(format: str) -> None:
         ("<reasoning></reasoning>", "<reasoning>", "</reasoning>"),
     ],
 )
-def test_a_template_tells_how_thinking_is_marked(template: str, open: str, close: str) -> None:
+def test_thinking_markers_are_found_in_a_template(template: str, open: str, close: str) -> None:
     found = find_thinking_markers(template)
     assert found is not None
     assert open in found.open
     assert close in found.close
 
 
-def test_a_template_without_marks_tells_nothing() -> None:
+def test_a_template_without_markers_has_no_thinking() -> None:
     assert find_thinking_markers("{{ messages[0].content }} thinks") is None
     assert find_tool_format("{{ messages[0].content }}") is None
 
@@ -470,6 +474,6 @@ THINKING = {
 
 @needs_templates
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
-def test_a_known_template_tells_its_marks(path: Path) -> None:
+def test_known_templates_have_their_markers(path: Path) -> None:
     found = find_thinking_markers(path.read_text())
     assert (found and (found.open[0], found.close[0])) == THINKING.get(path.stem)

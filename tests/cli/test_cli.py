@@ -1,4 +1,4 @@
-"""The command `erllama`: replies in a terminal and in scripts, what it tells, and what becomes of mistakes."""
+"""The command `erllama`: replies in terminals and scripts, its output, and its handling of errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 import erllama
 from erllama.cli.console import format_size
-from support.command import Command, says
+from support.cli import Command, write_replying_model
 from support.pseudo_terminal import PseudoTerminal
 
 ONE = ("--threads", "1")
@@ -27,13 +27,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return says(tmp_path_factory.mktemp("models") / "says.gguf", "Yes.", thinking="hm")
+    return write_replying_model(tmp_path_factory.mktemp("models") / "says.gguf", "Yes.", thinking="hm")
 
 
 # --- run ----------------------------------------------------------------------------------------
 
 
-def test_a_reply_is_written_and_what_it_cost_told_apart_from_it(run: Command, model: Path) -> None:
+def test_replies_go_to_stdout_and_statistics_to_stderr(run: Command, model: Path) -> None:
     first = run("run", model, "Is it?", "--stats", *ONE)
     assert (first.status, first.out) == (0, "Yes.\n")
     assert "none cached" in first.err
@@ -43,7 +43,7 @@ def test_a_reply_is_written_and_what_it_cost_told_apart_from_it(run: Command, mo
     assert "s to first token" in again.err
 
 
-def test_a_reply_as_json_has_all_that_a_script_wants(run: Command, model: Path) -> None:
+def test_json_output_holds_the_whole_reply(run: Command, model: Path) -> None:
     run("run", model, "Is it?", *ONE)
     reply = run("run", model, "Is it?", "--json", "--seed", "7", *ONE).json
     assert (reply["text"], reply["thinking"], reply["finish_reason"]) == ("Yes.", "hm", "stop")
@@ -54,7 +54,7 @@ def test_a_reply_as_json_has_all_that_a_script_wants(run: Command, model: Path) 
     assert reply["message"]["content"] == "Yes."
 
 
-def test_a_prompt_comes_from_words_or_stdin_or_both(run: Command, model: Path) -> None:
+def test_a_prompt_is_read_from_arguments_stdin_or_both(run: Command, model: Path) -> None:
     lengths = [
         run("run", model, *words, "--json", *ONE, stdin=stdin).json["usage"]["prompt_tokens"]
         for words, stdin in [
@@ -68,22 +68,20 @@ def test_a_prompt_comes_from_words_or_stdin_or_both(run: Command, model: Path) -
     assert len(set(lengths)) == 1
 
 
-def test_what_is_piped_in_and_is_no_text_is_read_as_far_as_it_is(run: Command, model: Path) -> None:
-    finished = run.apart("run", model, *ONE, stdin=b"Is\xff it?")
+def test_invalid_utf8_on_stdin_is_replaced(run: Command, model: Path) -> None:
+    finished = run.in_subprocess("run", model, *ONE, stdin=b"Is\xff it?")
     assert (finished.returncode, finished.stdout) == (0, b"Yes.\n"), finished.stderr
 
 
-def test_raw_goes_on_with_a_text_and_no_template(run: Command, model: Path, tiny_gguf: Path) -> None:
+def test_raw_continues_a_text_without_a_template(run: Command, model: Path, tiny_gguf: Path) -> None:
     reply = run("run", "-m", model, "e", "--raw", "--json", *ONE).json
     assert (reply["text"], reply["usage"]["prompt_tokens"]) == ("s.", 1)
     assert "message" not in reply
-    # As does a model that has none.
+    # So does a model without a template.
     assert "message" not in run("run", tiny_gguf, "hello", "-n", 4, "--json", *ONE).json
 
 
-def test_a_reply_is_kept_to_a_schema_a_grammar_or_an_expression(
-    run: Command, tiny_gguf: Path, tmp_path: Path
-) -> None:
+def test_a_reply_follows_a_schema_a_grammar_or_an_expression(run: Command, tiny_gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"enum": ["red", "green"]}')
     (tmp_path / "grammar.gbnf").write_text('root ::= "yes" | "no"')
     kept = [
@@ -98,7 +96,7 @@ def test_a_reply_is_kept_to_a_schema_a_grammar_or_an_expression(
     assert len(texts[2]) == 3
 
 
-def test_any_option_of_the_library_can_be_given(run: Command, model: Path) -> None:
+def test_every_library_option_can_be_given(run: Command, model: Path) -> None:
     given = run(
         "run", model, "Q", "-o", "stop=.", "-o", 'logit_bias={"5": 1.5}', "--load", "n_ctx=512", "--json", *ONE
     )
@@ -106,7 +104,7 @@ def test_any_option_of_the_library_can_be_given(run: Command, model: Path) -> No
     assert given.json["text"] == "Yes"
 
 
-def test_no_cache_keeps_nothing(run: Command, model: Path) -> None:
+def test_no_cache_stores_nothing(run: Command, model: Path) -> None:
     assert run("run", model, "Q", "--no-cache", "--cache-dir", run.directory).status == 2
     os.environ.pop("ERLLAMA_CACHE_DIR")
     assert run("run", model, "Q", "--no-cache", *ONE).status == 0
@@ -143,7 +141,7 @@ def test_no_cache_keeps_nothing(run: Command, model: Path) -> None:
         (["completion", "tcsh"], 2, "'tcsh' is not one of"),
     ],
 )
-def test_a_mistake_is_told_in_a_line_and_a_status(
+def test_a_user_error_prints_one_line_and_sets_the_exit_status(
     run: Command, model: Path, tmp_path: Path, arguments: list[str], status: int, words: str
 ) -> None:
     (tmp_path / "no.gguf").write_text("a text")
@@ -158,7 +156,7 @@ def test_a_mistake_is_told_in_a_line_and_a_status(
     assert status == 2 or len(found.err.splitlines()) == 1
 
 
-def test_a_defect_of_ours_is_told_in_a_line_and_with_debug_in_full(
+def test_an_internal_error_prints_one_line_and_a_traceback_with_debug(
     run: Command, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -172,9 +170,7 @@ def test_a_defect_of_ours_is_told_in_a_line_and_with_debug_in_full(
     assert "Traceback" in long.err
 
 
-def test_the_model_that_comes_with_it_is_what_no_model_means(
-    run: Command, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bundled_model_is_the_default(run: Command, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(erllama, "demo_model", lambda: model)
     assert run("run", "Is it?", *ONE).out == "Yes.\n"
     assert run("info", "--json").json["file"] == str(model)
@@ -183,7 +179,7 @@ def test_the_model_that_comes_with_it_is_what_no_model_means(
 # --- in processes of its own ----------------------------------------------------------------------
 
 
-def test_a_prompt_that_is_missing_is_told(run: Command, model: Path) -> None:
+def test_a_missing_prompt_is_reported(run: Command, model: Path) -> None:
     for stdin in ("", " \n"):
         found = run("run", model, *ONE, stdin=stdin)
         assert (found.status, found.out) == (2, "")
@@ -193,8 +189,8 @@ def test_a_prompt_that_is_missing_is_told(run: Command, model: Path) -> None:
     assert "is a directory" in found.err
 
 
-def test_what_is_piped_has_no_escapes_and_ctrl_c_keeps_what_came(run: Command, tmp_path: Path) -> None:
-    endless = says(tmp_path / "endless.gguf", "abc ", for_ever=True)
+def test_piped_output_has_no_escapes_and_ctrl_c_keeps_it(run: Command, tmp_path: Path) -> None:
+    endless = write_replying_model(tmp_path / "endless.gguf", "abc ", for_ever=True)
     command = [sys.executable, "-m", "erllama", "run", str(endless), "Q", "--n-ctx", "65536", *ONE]
     environment = {**os.environ, **run.environment, "FORCE_COLOR": "", "TERM": "xterm"}
     with subprocess.Popen(
@@ -212,8 +208,8 @@ def test_what_is_piped_has_no_escapes_and_ctrl_c_keeps_what_came(run: Command, t
     assert b"Traceback" not in err
 
 
-def test_a_reader_that_goes_away_ends_it_quietly(run: Command, tmp_path: Path) -> None:
-    endless = says(tmp_path / "endless.gguf", "abc ", for_ever=True)
+def test_a_closed_pipe_ends_the_command_quietly(run: Command, tmp_path: Path) -> None:
+    endless = write_replying_model(tmp_path / "endless.gguf", "abc ", for_ever=True)
     command = [sys.executable, "-m", "erllama", "run", str(endless), "Q", "--n-ctx", "65536", *ONE]
     environment = {**os.environ, **run.environment}
     with subprocess.Popen(
@@ -228,12 +224,12 @@ def test_a_reader_that_goes_away_ends_it_quietly(run: Command, tmp_path: Path) -
     assert err == b""
 
 
-def test_the_two_ways_to_call_it_are_one(run: Command, model: Path) -> None:
+def test_both_ways_to_run_the_command_are_equal(run: Command, model: Path) -> None:
     script = shutil.which("erllama", path=Path(sys.executable).parent)
     assert script is not None
     finished = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert finished.stdout == f"erllama {erllama.__version__}\n"
-    assert run.apart("--version").stdout.decode() == finished.stdout
+    assert run.in_subprocess("--version").stdout.decode() == finished.stdout
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -245,10 +241,10 @@ def test_completion_prints_a_script(run: Command, shell: str) -> None:
     assert "_ERLLAMA_COMPLETE" in found.out
 
 
-def test_the_completion_completes_commands_and_options(run: Command) -> None:
+def test_shell_completion_completes_commands_and_options(run: Command) -> None:
     def completed(words: str, at: int) -> str:
         asked = {"_ERLLAMA_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(at)}
-        return run.apart(**asked).stdout.decode()
+        return run.in_subprocess(**asked).stdout.decode()
 
     assert "plain,verify" in completed("erllama cache v", 2)
     assert "plain,--temperature" in completed("erllama run --temp", 2)
@@ -257,7 +253,7 @@ def test_the_completion_completes_commands_and_options(run: Command) -> None:
 # --- info, doctor, bench, demo -----------------------------------------------------------------------
 
 
-def test_info_tells_a_file_by_its_header(run: Command, model: Path, tiny_gguf: Path) -> None:
+def test_info_describes_a_file_by_its_header(run: Command, model: Path, tiny_gguf: Path) -> None:
     plain = run("info", tiny_gguf).out
     assert "architecture:    llama" in plain
     assert "weights:         f32" in plain
@@ -270,7 +266,7 @@ def test_info_tells_a_file_by_its_header(run: Command, model: Path, tiny_gguf: P
     assert "llama.block_count" in run("info", model, "--metadata").out
 
 
-def test_doctor_finds_what_is_there_and_that_it_works(run: Command) -> None:
+def test_doctor_reports_a_working_installation(run: Command) -> None:
     found = run("doctor")
     assert found.status == 0, found.out
     assert "self-check: demo.gguf: the same reply" in found.out
@@ -279,7 +275,7 @@ def test_doctor_finds_what_is_there_and_that_it_works(run: Command) -> None:
     assert {finding["state"] for finding in run("doctor", "--json").json} <= {"ok", "warning"}
 
 
-def test_doctor_says_what_is_wrong_and_how_to_mend_it(run: Command, model: Path) -> None:
+def test_doctor_reports_problems_and_how_to_fix_them(run: Command, model: Path) -> None:
     run("run", model, "Q", *ONE)
     (run.directory / "notes.txt").write_text("somebody else's")
     run.directory.chmod(0o755)
@@ -290,7 +286,7 @@ def test_doctor_says_what_is_wrong_and_how_to_mend_it(run: Command, model: Path)
     assert "1 error" in found.out
 
 
-def test_bench_measures_and_removes_what_it_wrote(run: Command, tiny_gguf: Path, tmp_path: Path) -> None:
+def test_bench_measures_and_removes_its_files(run: Command, tiny_gguf: Path, tmp_path: Path) -> None:
     asked = ["bench", tiny_gguf, "-p", 64, "-n", 4, "-r", 2, "--dir", tmp_path / "disk", *ONE]
     (tmp_path / "disk").mkdir()
     plain = run(*asked)
@@ -302,14 +298,14 @@ def test_bench_measures_and_removes_what_it_wrote(run: Command, tiny_gguf: Path,
     assert not run.directory.exists()
 
 
-def test_the_demonstration_finds_its_prompt_in_the_next_process(run: Command, tiny_gguf: Path) -> None:
+def test_the_demo_finds_its_prompt_in_the_next_process(run: Command, tiny_gguf: Path) -> None:
     found = run("demo", "--model", tiny_gguf, "--tokens", 100, "--max-tokens", 4)
     assert found.status == 0
     assert "exact hit from disk" in found.out
     assert "the same reply" in found.out
 
 
-def test_a_terminal_shows_how_far_a_long_prompt_is(run: Command, tiny_gguf: Path) -> None:
+def test_a_terminal_shows_the_progress_of_a_long_prompt(run: Command, tiny_gguf: Path) -> None:
     command = [sys.executable, "-m", "erllama", "run", str(tiny_gguf), "x" * 2000, "-n", "2", *ONE]
     with PseudoTerminal(command, run.environment) as screen:
         screen.wait_for("loading tiny.gguf")
@@ -320,7 +316,7 @@ def test_a_terminal_shows_how_far_a_long_prompt_is(run: Command, tiny_gguf: Path
 # --- what is written ---------------------------------------------------------------------------------
 
 
-def test_sizes_are_told_as_people_read_them() -> None:
+def test_sizes_are_printed_in_readable_units() -> None:
     assert [format_size(n) for n in (0, 1023, 1536, 5 << 30, 3 << 40)] == [
         "0 B",
         "1023 B",

@@ -1,4 +1,4 @@
-"""`erllama cache`: what is stored is told, checked, thinned out and carried elsewhere, beside whoever uses it."""
+"""`erllama cache`: lists, checks, prunes, exports and imports stored blocks while other processes use them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 from erllama.cache import Cache, namespace_key
 from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cache.blocks import kvc as kvc_format
-from support.blocks import SIZE, blocks_of
-from support.command import Command, Finished, says
-from support.places import TESTS
+from support.cli import Command, CommandResult, write_replying_model
+from support.paths import TESTS
+from support.storage.blocks import SIZE, blocks_of
 
 ONE = ("--threads", "1")
 OTHER = namespace_key({"model": "b"})
@@ -54,7 +54,7 @@ A, B, C = range(40), [*range(32), 99, 98], range(200, 220)  # A and B share two 
 # --- told ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_stored_is_told_by_namespace_and_by_context(run: Command) -> None:
+def test_stored_blocks_are_listed_by_namespace_and_by_context(run: Command) -> None:
     fill(run.directory, A, B)
     fill(run.directory, C, namespace=OTHER)
     (stats,) = run("cache", "stats", "--json").json
@@ -73,9 +73,7 @@ def test_what_is_stored_is_told_by_namespace_and_by_context(run: Command) -> Non
     assert lines[1].split()[:2] == [contexts[0]["context"][:16], OTHER.hex()[:16]]
 
 
-def test_where_nothing_is_stored_that_is_told_and_nothing_is_made(
-    run: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_empty_directory_is_reported_and_not_created(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run("cache", "stats")
     assert found.status == 1
     assert "holds no cache" in found.err
@@ -87,7 +85,7 @@ def test_where_nothing_is_stored_that_is_told_and_nothing_is_made(
     assert "does not exist yet" in found.err
 
 
-def test_a_directory_that_cannot_be_used_is_told_in_a_line(run: Command) -> None:
+def test_an_unusable_directory_is_reported_in_one_line(run: Command) -> None:
     fill(run.directory, A)
     (run.directory / "notes.txt").write_text("somebody else's")
     run.directory.chmod(0o755)
@@ -118,7 +116,7 @@ def test_a_flipped_byte_is_found_and_repaired(run: Command) -> None:
     assert run("cache", "verify").status == 0
 
 
-def test_what_the_dead_left_and_what_nobody_reaches_is_removed(run: Command) -> None:
+def test_files_of_dead_processes_and_unreachable_blocks_are_removed(run: Command) -> None:
     fill(run.directory, A, C)
     (run.directory / "partial" / "0123456789abcdef-0.kvc").write_bytes(b"half")
     first = blocks_of(np.array(A, np.int32))[0]
@@ -137,7 +135,7 @@ def left(run: Command) -> list[int]:
     return sorted(context["tokens"] for context in run("cache", "ls", "--json").json)
 
 
-def test_a_namespace_is_evicted_by_the_beginning_of_its_name(run: Command) -> None:
+def test_a_namespace_is_evicted_by_a_prefix_of_its_name(run: Command) -> None:
     fill(run.directory, A)
     fill(run.directory, C, namespace=OTHER)
     assert run("cache", "evict", "--namespace", "").status == 1
@@ -146,17 +144,17 @@ def test_a_namespace_is_evicted_by_the_beginning_of_its_name(run: Command) -> No
     assert left(run) == [40]
 
 
-def test_what_was_not_used_for_long_is_evicted_and_what_others_go_on_from_stays(run: Command) -> None:
+def test_evicting_by_age_keeps_blocks_that_others_follow(run: Command) -> None:
     fill(run.directory, A, C)
     with CacheFiles(run.directory) as files, files._tier._using() as index, index.transaction():
         index.db.execute("UPDATE blocks SET last_used = last_used - ?", [2 * 3600 * 10**9])
     fill(run.directory, B)
     assert run("cache", "evict", "--older-than", "3h").out == "0 blocks removed, 0 B\n"
     assert run("cache", "evict", "--older-than", "1h").status == 0
-    assert left(run) == [34]  # its first two blocks are as old as those that went
+    assert left(run) == [34]  # its first two blocks are as old as the evicted ones
 
 
-def test_a_directory_is_brought_down_to_a_size_the_latest_used_last(run: Command) -> None:
+def test_a_directory_is_reduced_to_a_size_oldest_first(run: Command) -> None:
     fill(run.directory, A)
     fill(run.directory, C)
     size = run("cache", "stats", "--json").json[0]["bytes"]
@@ -168,8 +166,8 @@ def test_a_directory_is_brought_down_to_a_size_the_latest_used_last(run: Command
     assert left(run) == []
 
 
-def test_all_that_is_kept_of_prompts_goes_with_all(run: Command, tmp_path: Path) -> None:
-    model = says(tmp_path / "says.gguf", "Yes.")
+def test_evict_all_removes_every_trace_of_prompts(run: Command, tmp_path: Path) -> None:
+    model = write_replying_model(tmp_path / "says.gguf", "Yes.")
     run("chat", model, *ONE, stdin="Is it?\nSure?\n")
     (run.directory / "damaged" / "1-x.kvc").write_bytes(b"x")
     assert run("cache", "evict", "--all").status == 0
@@ -180,7 +178,7 @@ def test_all_that_is_kept_of_prompts_goes_with_all(run: Command, tmp_path: Path)
     assert "none cached" in run("chat", model, "--stats", *ONE, stdin="Is it?").err
 
 
-def test_what_goes_must_be_said(run: Command) -> None:
+def test_evict_requires_a_selection(run: Command) -> None:
     fill(run.directory, A)
     for options in ([], ["--all", "--older-than", "1d"], ["--older-than", "soon"], ["--to-size", "-1"]):
         assert run("cache", "evict", *options).status == 2
@@ -190,8 +188,12 @@ def test_what_goes_must_be_said(run: Command) -> None:
 # --- carried elsewhere ------------------------------------------------------------------------------------
 
 
-def test_an_archive_makes_prompts_warm_in_another_directory(run: Command, tmp_path: Path) -> None:
-    model, archive, there = says(tmp_path / "says.gguf", "Yes."), tmp_path / "a.tar", tmp_path / "there"
+def test_an_imported_archive_serves_prompts_in_another_directory(run: Command, tmp_path: Path) -> None:
+    model, archive, there = (
+        write_replying_model(tmp_path / "says.gguf", "Yes."),
+        tmp_path / "a.tar",
+        tmp_path / "there",
+    )
     run("run", model, "Is it? " * 40, *ONE)
     done = run("cache", "export", archive, "--json").json
     assert archive.stat().st_mode & 0o777 == 0o600
@@ -204,20 +206,20 @@ def test_an_archive_makes_prompts_warm_in_another_directory(run: Command, tmp_pa
     assert run("cache", "verify", "--dir", there).status == 0
 
 
-def test_an_archive_goes_through_pipes(run: Command, tmp_path: Path) -> None:
+def test_archives_can_be_piped(run: Command, tmp_path: Path) -> None:
     fill(run.directory, A)
     fill(run.directory, C, namespace=OTHER)
-    out = run.apart("cache", "export", "-", "--namespace", OTHER.hex())
+    out = run.in_subprocess("cache", "export", "-", "--namespace", OTHER.hex())
     assert out.returncode == 0
     there = tmp_path / "there"
-    brought = run.apart("cache", "import", "-", "--dir", there, stdin=out.stdout)
+    brought = run.in_subprocess("cache", "import", "-", "--dir", there, stdin=out.stdout)
     assert brought.stdout.startswith(b"2 blocks stored")
     assert [
         each["namespace"] for each in run("cache", "stats", "--json", "--dir", there).json[0]["namespaces"]
     ] == [OTHER.hex()]
 
 
-def test_damaged_blocks_are_left_out_of_an_archive_with_what_follows_them(run: Command, tmp_path: Path) -> None:
+def test_damaged_blocks_and_their_successors_are_not_exported(run: Command, tmp_path: Path) -> None:
     fill(run.directory, A, C)
     first = blocks_of(np.array(A, np.int32))[0]
     flip(run.directory / "blocks" / f"{first.key.hex()}.kvc", -1)
@@ -227,8 +229,8 @@ def test_damaged_blocks_are_left_out_of_an_archive_with_what_follows_them(run: C
     assert "the payload's checksum does not match" in done.err
 
 
-def imported(run: Command, tmp_path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Finished:
-    """What becomes of an archive with a good block first, and then these."""
+def imported(run: Command, tmp_path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> CommandResult:
+    """Import an archive that holds one valid block and then these members."""
     block = blocks_of(np.array(C, np.int32))[0]
     payload = memoryview(b"x" * 100)
     good = bytes(kvc_format.encode_header(block, payload)) + payload
@@ -266,7 +268,7 @@ KEY = "ab" * 32
         (named(f"blocks/{KEY}.kvc"), b""),
     ],
 )
-def test_an_archive_of_anything_else_is_refused_before_anything_is_stored(
+def test_an_archive_of_other_files_is_refused_and_stores_nothing(
     run: Command, tmp_path: Path, member: tarfile.TarInfo, content: bytes
 ) -> None:
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
@@ -279,7 +281,7 @@ def test_an_archive_of_anything_else_is_refused_before_anything_is_stored(
     assert {path.name for path in new} <= {"hostile.tar", "index.db", "index.db-wal", "index.db-shm"}
 
 
-def test_blocks_that_do_not_check_out_are_refused_alone(run: Command, tmp_path: Path) -> None:
+def test_invalid_blocks_of_an_archive_are_refused_alone(run: Command, tmp_path: Path) -> None:
     block = blocks_of(np.array(A, np.int32))[0]
     payload = memoryview(b"y" * 100)
     whole = bytes(kvc_format.encode_header(block, payload)) + payload
@@ -295,7 +297,7 @@ def test_blocks_that_do_not_check_out_are_refused_alone(run: Command, tmp_path: 
     assert run("cache", "verify", "--dir", tmp_path / "there").out == "1 block checked, 0 problems\n"
 
 
-def test_an_archive_that_is_cut_short_or_is_none_is_refused(run: Command, tmp_path: Path) -> None:
+def test_a_truncated_or_invalid_archive_is_refused(run: Command, tmp_path: Path) -> None:
     fill(run.directory, A)
     run("cache", "export", tmp_path / "a.tar")
     whole = (tmp_path / "a.tar").read_bytes()
@@ -307,13 +309,13 @@ def test_an_archive_that_is_cut_short_or_is_none_is_refused(run: Command, tmp_pa
         assert (found.status, found.err.startswith("erllama: ")) == (1, True), content[:20]
         assert "bug of erllama" not in found.err
     for content in (whole[:4000], lying):
-        piped = run.apart("cache", "import", "-", "--dir", tmp_path / "there", stdin=content)
+        piped = run.in_subprocess("cache", "import", "-", "--dir", tmp_path / "there", stdin=content)
         assert (piped.returncode, piped.stderr.startswith(b"erllama: ")) == (1, True)
         assert b"bug of erllama" not in piped.stderr
     assert run("cache", "verify", "--dir", tmp_path / "there").status == 0
 
 
-def test_an_export_that_fails_leaves_nothing(run: Command, tmp_path: Path) -> None:
+def test_a_failed_export_leaves_no_file(run: Command, tmp_path: Path) -> None:
     fill(run.directory, A)
     (tmp_path / "no").mkdir()
     assert run("cache", "export", tmp_path / "no" / "such" / "a.tar").status == 1
@@ -329,7 +331,7 @@ WORKING = """
     import random, sys, time
     import numpy as np
     from pathlib import Path
-    from support.blocks import SIZE, blocks_of
+    from support.storage.blocks import SIZE, blocks_of
     from erllama.cache import Cache
 
     dice, end = random.Random(int(sys.argv[2])), time.monotonic() + 3
@@ -352,7 +354,7 @@ WORKING = """
 """
 
 
-def test_a_directory_is_looked_after_beside_processes_that_use_it(run: Command, tmp_path: Path) -> None:
+def test_a_directory_can_be_maintained_while_processes_use_it(run: Command, tmp_path: Path) -> None:
     code = textwrap.dedent(WORKING)
     command = [sys.executable, "-c", code, str(run.directory)]
     environment = {"PYTHONPATH": str(TESTS), "PATH": "/usr/bin:/bin"}
@@ -373,7 +375,7 @@ def test_a_directory_is_looked_after_beside_processes_that_use_it(run: Command, 
             ["ls"],
         ):
             found = run("cache", *step)
-            # Where nothing is stored just then, there is nothing in the archive.
+            # If no block is stored at that moment, the archive is empty.
             assert found.status == 0 or "the archive is empty" in found.err, (step, found)
     for worker in workers:
         out, err = worker.communicate(timeout=60)

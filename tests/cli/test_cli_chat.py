@@ -1,4 +1,4 @@
-"""`erllama chat`: talked with in a terminal and through a pipe, its commands, and what it leaves behind."""
+"""`erllama chat`: in a terminal and through a pipe, its slash commands, and the files it writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.command import Command, says
+from support.cli import Command, write_replying_model
 from support.pseudo_terminal import PseudoTerminal
 
 ONE = ("--threads", "1")
@@ -22,12 +22,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return says(tmp_path_factory.mktemp("models") / "says.gguf", "Yes.", thinking="hm")
+    return write_replying_model(tmp_path_factory.mktemp("models") / "says.gguf", "Yes.", thinking="hm")
 
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return says(tmp_path_factory.mktemp("models") / "endless.gguf", "abcdefg ", for_ever=True)
+    return write_replying_model(tmp_path_factory.mktemp("models") / "endless.gguf", "abcdefg ", for_ever=True)
 
 
 def terminal(run: Command, *arguments: object) -> PseudoTerminal:
@@ -38,8 +38,8 @@ def terminal(run: Command, *arguments: object) -> PseudoTerminal:
 # --- in a terminal ------------------------------------------------------------------------------------
 
 
-def test_a_conversation_in_a_terminal(run: Command, endless: Path) -> None:
-    """Streams, Ctrl-C that keeps what came, commands, mistakes, Ctrl-D."""
+def test_a_conversation_works_in_a_terminal(run: Command, endless: Path) -> None:
+    """Check streaming, Ctrl-C, slash commands, mistakes and Ctrl-D."""
     with terminal(run, endless, "--n-ctx", 65536) as screen:
         screen.wait_for("/help lists the commands")
         screen.wait_for(">")
@@ -71,7 +71,7 @@ def test_a_conversation_in_a_terminal(run: Command, endless: Path) -> None:
     assert "+hello" in history.read_text().splitlines()
 
 
-def test_thinking_is_dimmed_and_the_second_turn_starts_where_the_first_ended(run: Command, model: Path) -> None:
+def test_thinking_is_dimmed_and_the_second_turn_is_cached(run: Command, model: Path) -> None:
     with terminal(run, model, "--no-history", "--max-tokens", 20) as screen:
         for cached in ("none cached", "cached, "):
             screen.wait_for(">")
@@ -85,7 +85,7 @@ def test_thinking_is_dimmed_and_the_second_turn_starts_where_the_first_ended(run
     assert not (run.directory.parent / "state").exists()
 
 
-def test_tab_completes_commands_and_up_brings_lines_back(run: Command, model: Path) -> None:
+def test_tab_completes_commands_and_up_recalls_lines(run: Command, model: Path) -> None:
     with terminal(run, model) as screen:
         screen.wait_for("/help lists the commands")
         screen.wait_for(">")
@@ -107,7 +107,7 @@ def test_tab_completes_commands_and_up_brings_lines_back(run: Command, model: Pa
 
 
 def test_each_line_of_a_pipe_is_a_message(run: Command, model: Path) -> None:
-    finished = run.apart("chat", model, "--stats", *ONE, stdin=b"Is it?\n\nSure?\n/tokens\n")
+    finished = run.in_subprocess("chat", model, "--stats", *ONE, stdin=b"Is it?\n\nSure?\n/tokens\n")
     assert finished.returncode == 0
     assert finished.stdout == b"Yes.\nYes.\n"
     assert b"\x1b" not in finished.stdout + finished.stderr
@@ -117,14 +117,14 @@ def test_each_line_of_a_pipe_is_a_message(run: Command, model: Path) -> None:
     assert "left" in tokens
 
 
-def test_replies_as_lines_of_json(run: Command, model: Path) -> None:
+def test_replies_are_written_as_json_lines(run: Command, model: Path) -> None:
     found = run("chat", model, "--json", *ONE, stdin="Is it?\nSure?\n/regenerate\n")
     first, second, _ = map(json.loads, found.out.splitlines())
     assert first["text"] == second["text"] == "Yes."
     assert second["cache"]["tokens"] >= first["usage"]["prompt_tokens"]
 
 
-def test_what_a_line_gets_wrong_is_told_and_the_next_is_answered(run: Command, model: Path) -> None:
+def test_an_invalid_line_is_reported_and_the_next_is_answered(run: Command, model: Path) -> None:
     lines = [
         "/xyz",
         "/set top_q 1",
@@ -167,7 +167,7 @@ def test_help_names_every_command(run: Command, model: Path) -> None:
     assert names == {f"/{name}" for name in known.split()}
 
 
-def test_a_conversation_is_saved_loaded_and_begun_anew(run: Command, model: Path, tmp_path: Path) -> None:
+def test_a_conversation_can_be_saved_loaded_and_restarted(run: Command, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "a talk.json"
     first = told(run, model, "/system Be brief.", "Is it?", f"/save '{file}'", "/tokens", "/reset", "/tokens")
     assert first[0] == "the system message is set"
@@ -184,7 +184,7 @@ def test_a_conversation_is_saved_loaded_and_begun_anew(run: Command, model: Path
 @pytest.mark.parametrize(
     "content", ["{", "[1]", '{"role": "user"}', '[{"role": "nobody", "content": 1}]', '[{"role": "system"}]']
 )
-def test_a_file_that_is_no_conversation_is_refused(run: Command, model: Path, tmp_path: Path, content: str) -> None:
+def test_a_file_without_a_conversation_is_refused(run: Command, model: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "bad.json").write_text(content)
     found = run("chat", model, *ONE, stdin=f"/load {tmp_path / 'bad.json'}\nQ")
     assert (found.status, found.out) == (1, "Yes.\n")
@@ -192,7 +192,7 @@ def test_a_file_that_is_no_conversation_is_refused(run: Command, model: Path, tm
     assert "bug of erllama" not in found.err
 
 
-def test_options_are_set_listed_and_taken_back(run: Command, model: Path) -> None:
+def test_options_can_be_set_listed_and_reset(run: Command, model: Path) -> None:
     lines = told(run, model, "/set", "/set top_k 5", "/set stop=.", "/set", "/set top_k", "/set", "/think off")
     assert "all options have their defaults" in lines[0]
     assert lines[1:4] == ["top_k = 5", "stop = '.'", "top_k = 5"]
@@ -204,14 +204,14 @@ def test_options_are_set_listed_and_taken_back(run: Command, model: Path) -> Non
     ]
 
 
-def test_a_conversation_that_fills_the_context_can_be_begun_anew(run: Command, model: Path) -> None:
+def test_a_conversation_that_fills_the_context_can_be_restarted(run: Command, model: Path) -> None:
     found = run("chat", model, "--n-ctx", 256, *ONE, stdin=f"{'x' * 400}\n/reset\nIs it?\n")
     assert (found.status, found.out) == (1, "Yes.\n")
     assert "the context holds 256; " in found.err
     assert "/reset starts a new conversation" in found.err
 
 
-def test_another_reply_takes_the_last_ones_place(run: Command, model: Path, tmp_path: Path) -> None:
+def test_a_retried_reply_replaces_the_last_one(run: Command, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     found = run(
         "chat", model, *ONE, stdin=f"/regenerate\nIs it?\n/regenerate\n/stats\n/save {file}\n/quit\nunsaid\n"

@@ -1,4 +1,4 @@
-"""Files that the command writes: private, whole, and where the user said."""
+"""Files that the command writes: private, complete, and where the user asked for them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 from erllama.cli.chat import line_input as lines
 from erllama.cli.files import new_file, private_directory
-from support.command import Command, Finished, says
+from support.cli import Command, CommandResult, write_replying_model
 
 ONE = ("--threads", "1")
-Write = Callable[[Path], Finished]
+Write = Callable[[Path], CommandResult]
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return says(tmp_path_factory.mktemp("models") / "says.gguf", "Yes.")
+    return write_replying_model(tmp_path_factory.mktemp("models") / "says.gguf", "Yes.")
 
 
 @pytest.fixture(params=["save", "export"])
 def write(request: pytest.FixtureRequest, run: Command, model: Path) -> Write:
-    """What writes a file, by either of the two commands that do."""
+    """Return a function that writes a file through one of the two commands that do."""
     if request.param == "export":
         run("run", model, "Is it?", *ONE)
         return lambda path: run("cache", "export", path)
@@ -51,11 +51,11 @@ def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
-def test_a_file_is_private_whatever_was_there(write: Write, tmp_path: Path) -> None:
+def test_a_written_file_is_private(write: Write, tmp_path: Path) -> None:
     file = tmp_path / "out"
     file.write_text("old")
     file.chmod(0o644)
-    reader = file.open()  # somebody who could read the old file, and holds it open
+    reader = file.open()  # a reader of the old file that keeps it open
     with umask(0):
         assert write(file).status == 0
     assert mode_of(file) == 0o600
@@ -65,7 +65,7 @@ def test_a_file_is_private_whatever_was_there(write: Write, tmp_path: Path) -> N
     assert list(tmp_path.glob(".erllama-*")) == []
 
 
-def test_a_link_is_replaced_and_not_followed(write: Write, tmp_path: Path) -> None:
+def test_a_symbolic_link_is_replaced_and_not_followed(write: Write, tmp_path: Path) -> None:
     kept, link = tmp_path / "kept", tmp_path / "link"
     kept.write_text("kept")
     kept.chmod(0o644)
@@ -80,7 +80,7 @@ def test_a_link_is_replaced_and_not_followed(write: Write, tmp_path: Path) -> No
     assert kept.read_text() == "kept"
 
 
-def test_what_is_no_file_is_refused_and_stays(write: Write, tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_file_is_refused_and_kept(write: Write, tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("directory", "pipe", "no/such", "directory/.", "directory/.."):
@@ -93,7 +93,7 @@ def test_what_is_no_file_is_refused_and_stays(write: Write, tmp_path: Path) -> N
     assert list(tmp_path.rglob(".erllama-*")) == []
 
 
-def test_a_file_that_fails_halfway_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("old")
 
@@ -116,7 +116,7 @@ def test_a_saved_conversation_holds_every_character(run: Command, model: Path, t
     assert json.loads(file.read_text())[0]["content"] == "é \x1b 日本"
 
 
-def test_the_history_is_kept_in_a_private_directory_or_not_at_all(
+def test_history_is_stored_only_in_a_private_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home" / "state"))
@@ -138,7 +138,7 @@ def test_the_history_is_kept_in_a_private_directory_or_not_at_all(
     assert capsys.readouterr().err.count("the history is not saved: ") == 2
 
 
-def test_a_private_directory_takes_one_that_is_there(tmp_path: Path) -> None:
+def test_an_existing_private_directory_is_used(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir(0o755)
     private_directory(tmp_path / "a" / "b")
     private_directory(tmp_path / "a" / "b")

@@ -20,14 +20,14 @@ from erllama._runtime.printing import json_text, one_line, printable
 from erllama.cli.main import _log_to_stderr
 from erllama.testing import scripted
 from erllama.testing._file import new_gguf
-from support.children import run_python
-from support.command import TEMPLATE, Command, says
+from support.cli import TEMPLATE, Command, write_replying_model
 from support.pseudo_terminal import PseudoTerminal
+from support.subprocesses import run_python
 
 PACKAGE = Path(erllama.__file__).parent
 ONE = ("--threads", "1")
 
-# A title, colours in two ways, a sequence that only begins, and what moves the cursor and turns text around.
+# A title, colours in two forms, an incomplete sequence, cursor movement, and reversal of text direction.
 EVIL = "\x1b]0;EVIL\x07\x1b[7m\x9b7m\x8d\x7f\u202e\u2066\x08\x1bcEVIL"
 FORBIDDEN = ("\x1b]", "\x07", "\x1b[7m", "\x9b", "\x8d", "\x7f", "\u202e", "\u2066", "\x08", "\x1bc")
 
@@ -39,7 +39,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.fixture(scope="module")
 def download(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of hostile files, with a hostile name."""
+    """Return a directory of hostile files, with a hostile name."""
     directory = tmp_path_factory.mktemp("models") / EVIL
     directory.mkdir()
     hostile_model(directory / f"{EVIL}.gguf", name=EVIL)
@@ -62,7 +62,7 @@ def download(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hostile_model(
     path: Path, *, name: str = "", architecture: str = "", pre: str = "", template: str = TEMPLATE
 ) -> None:
-    """A model that says an escape sequence, with metadata that hold more of them."""
+    """Return a model that replies with an escape sequence and has more of them in its metadata."""
 
     @contextmanager
     def changed(file: Path, kind: str) -> Iterator[GGUFWriter]:
@@ -87,12 +87,12 @@ def hostile_model(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scripted, "new_gguf", changed)
-        says(path, "\x1b]0;EVIL\x07\x7f")
+        write_replying_model(path, "\x1b]0;EVIL\x07\x7f")
 
 
 # --- every command ------------------------------------------------------------------------------------
 
-# Runs each command in one process, between lines that say which.
+# Runs all commands in one process, each after a line that names it.
 _RUN_ALL = """
 import io, json, sys
 from erllama.__main__ import main
@@ -104,13 +104,11 @@ for number, (arguments, typed) in enumerate(json.load(open(sys.argv[1]))):
 """
 
 
-def test_no_command_lets_an_escape_sequence_through_to_a_terminal(
-    run: Command, download: Path, tmp_path: Path
-) -> None:
+def test_no_command_prints_an_escape_sequence_to_a_terminal(run: Command, download: Path, tmp_path: Path) -> None:
     model, kv = download / f"{EVIL}.gguf", tmp_path / EVIL
     small = [*ONE, "--n-ctx", "256"]
     cache = ["--dir", str(kv)]
-    # What is run, and whether the hostile text must be seen, without its controls.
+    # Commands, and whether the hostile text must appear without its control characters.
     commands: list[tuple[list[object], bool]] = [
         (["run", model, "Q", "--stats", "--cache-dir", kv, *small], True),
         (["run", model, "Q", "--json", *small], True),
@@ -173,7 +171,7 @@ def test_no_command_lets_an_escape_sequence_through_to_a_terminal(
         assert "bug of erllama" not in part, (arguments, part)
 
 
-def test_a_conversation_in_a_terminal_shows_no_escape_sequence_of_a_model(run: Command, download: Path) -> None:
+def test_a_chat_in_a_terminal_prints_no_escape_sequence_of_a_model(run: Command, download: Path) -> None:
     command = [sys.executable, "-m", "erllama", "chat", str(download / f"{EVIL}.gguf"), *ONE]
     with PseudoTerminal(command, run.environment) as screen:
         banner = screen.wait_for("/help lists the commands")
@@ -188,18 +186,18 @@ def test_a_conversation_in_a_terminal_shows_no_escape_sequence_of_a_model(run: C
         assert screen.wait_for_end() == 0
     assert "EVIL" in banner
     assert "EVIL" in reply
-    # The line editor moves the cursor with backspaces of its own.
+    # The line editor itself moves the cursor with backspaces.
     assert [each for each in FORBIDDEN if each in screen.raw and each != "\x08"] == []
 
 
-def test_what_is_piped_is_printable_but_a_reply_is_exact(run: Command, download: Path) -> None:
-    """A pipe may end in a terminal: names are never exact, but a reply is data."""
+def test_piped_output_is_printable_and_replies_are_exact(run: Command, download: Path) -> None:
+    """Piped output may reach a terminal, so names are escaped. A reply is data and stays exact."""
     found = run("info", download / f"{EVIL}.gguf")
     assert [each for each in FORBIDDEN if each in found.out] == []
     assert run("run", download / f"{EVIL}.gguf", "Q", *ONE).out == "\x1b]0;EVIL\x07\x7f\n"
 
 
-def test_json_escapes_what_a_terminal_would_obey_and_loses_nothing(run: Command, download: Path) -> None:
+def test_json_output_escapes_control_characters_without_loss(run: Command, download: Path) -> None:
     path = download / f"{EVIL}.gguf"
     found = run("info", path, "--json", "--metadata")
     assert [each for each in FORBIDDEN if each in found.out] == []
@@ -208,12 +206,12 @@ def test_json_escapes_what_a_terminal_would_obey_and_loses_nothing(run: Command,
     assert found.json["metadata"][f"general.{EVIL}"] == f"{EVIL}\nname: {EVIL}"
 
 
-def test_a_value_of_several_lines_cannot_pose_as_other_facts(run: Command, download: Path) -> None:
+def test_a_multi_line_value_cannot_imitate_other_rows(run: Command, download: Path) -> None:
     lines = run("info", download / f"{EVIL}.gguf", "--metadata").out.splitlines()
     assert sum(line.startswith("name:") for line in lines) == 1
 
 
-def test_libllama_s_log_is_printable_for_every_handler(download: Path) -> None:
+def test_the_log_of_libllama_is_printable_for_every_handler(download: Path) -> None:
     finished = run_python(
         """
         import logging, sys
@@ -232,7 +230,7 @@ def test_libllama_s_log_is_printable_for_every_handler(download: Path) -> None:
 
 
 @pytest.mark.parametrize("line_break", ["\n", "\r\n", "\x0b", "\x1e", "\x85", "\u2028"])
-def test_a_log_record_cannot_pose_as_a_line_of_the_command(
+def test_a_log_record_cannot_imitate_a_line_of_the_command(
     line_break: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with _log_to_stderr(debug=False):
@@ -253,7 +251,7 @@ def test_a_log_record_cannot_pose_as_a_line_of_the_command(
 # --- the one function -----------------------------------------------------------------------------------
 
 
-def test_texts_are_as_they_were_but_for_what_a_terminal_obeys() -> None:
+def test_only_terminal_control_characters_are_escaped() -> None:
     kept = "lines\n\ttabs \u00a0é 日本 हिन्दी עברית 👩\u200d👩\u200d👧 می\u200cخواهم ❤\ufe0f"
     assert printable(kept) == kept
     for character in [
@@ -275,8 +273,8 @@ def test_texts_are_as_they_were_but_for_what_a_terminal_obeys() -> None:
     assert json.loads(json_text("\U000e0041\udcff")) == "\U000e0041\udcff"
 
 
-def test_the_command_prints_through_that_function_alone() -> None:
-    """`print` and writes to the standard streams are in the modules that own them."""
+def test_the_command_prints_through_one_function_only() -> None:
+    """Only the modules that own the standard streams use `print` or write to them."""
     found = []
     for path in [*PACKAGE.joinpath("cli").rglob("*.py"), *PACKAGE.joinpath("_demo").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -286,4 +284,4 @@ def test_the_command_prints_through_that_function_alone() -> None:
                     called.startswith("sys.std") and called.endswith((".write", ".writelines"))
                 ):
                     found.append(path.name)
-    assert found == ["console.py", "console.py"]  # a reply, and the colours around its thoughts
+    assert found == ["console.py", "console.py"]  # a reply, and the colours around its thinking

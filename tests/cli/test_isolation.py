@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from support.children import must_run, run_python
+from support.subprocesses import must_run, run_python
 
-# The parent as the installed command runs it: without the current directory on the path.
+# Runs the parent as the installed command does, without the current directory on the path.
 ERLLAMA = [sys.executable, "-P", "-m", "erllama"]
 
 
@@ -34,7 +34,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path) -> Path:
     directory = tmp_path_factory.mktemp("download")
     for name in {*names, "sitecustomize", "usercustomize", "hostile_plugin"}:
         (directory / f"{name}.py").write_text(f"open({str(directory / 'ran')!r}, 'a').write('{name} ')\n")
-    # Found by whatever looks for plugins on the path.
+    # Found by libraries that search the path for plugins.
     plugin = directory / "hostile-1.0.dist-info"
     plugin.mkdir()
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: hostile\nVersion: 1.0\n")
@@ -55,7 +55,7 @@ def erllama_in(directory: Path, *arguments: object, **environment: str) -> subpr
 
 
 @pytest.mark.parametrize("command", ["doctor", "demo"])
-def test_commands_with_children_run_no_file_of_the_current_directory(
+def test_child_processes_run_no_file_of_the_current_directory(
     hostile: Path, tmp_path: Path, tiny_gguf: Path, command: str
 ) -> None:
     model = ["--model", tiny_gguf, "--tokens", 64, "--max-tokens", 1] if command == "demo" else []
@@ -65,16 +65,14 @@ def test_commands_with_children_run_no_file_of_the_current_directory(
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-def test_the_directory_of_the_test_is_hostile_to_a_child_that_is_not_isolated(hostile: Path) -> None:
+def test_the_test_directory_affects_a_child_without_isolation(hostile: Path) -> None:
     run_python("import runpy; runpy.run_module('erllama', run_name='__main__')", cwd=hostile)
     assert (hostile / "ran").read_text()
     (hostile / "ran").unlink()
 
 
 @pytest.mark.parametrize(("flags", "kept"), [((), True), (("-E",), False)])
-def test_a_child_keeps_the_users_python_path_unless_the_parent_runs_without_it(
-    tmp_path: Path, flags: tuple[str, ...], kept: bool
-) -> None:
+def test_a_child_keeps_pythonpath_if_the_parent_uses_it(tmp_path: Path, flags: tuple[str, ...], kept: bool) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nif 'doctor-worker' in sys.orig_argv:\n"
         f"    open({str(tmp_path / 'argv')!r}, 'w').write(' '.join(sys.orig_argv))\n"

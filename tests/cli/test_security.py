@@ -1,14 +1,14 @@
-"""What SECURITY.md promises and no other test looks at: no network, no other program, no file for others."""
+"""Promises of SECURITY.md that no other test checks: no network, no other program, no access for others."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from support.children import run_python
+from support.subprocesses import run_python
 
 
 def test_a_model_and_a_cache_touch_no_network_and_run_no_program(tiny_gguf: Path, tmp_path: Path) -> None:
-    """As far as Python is told of it."""
+    """As far as Python's audit hooks report."""
     finished = run_python(
         """
         import sys

@@ -1,4 +1,4 @@
-"""What benchmarks found is told as it was: in a table, in JSON that can be read again, in plots."""
+"""Results of benchmarks: the table, the JSON file that can be read again, and the plots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.places import ROOT
+from support.paths import ROOT
 
 sys.path.append(str(ROOT))
 
@@ -31,14 +31,14 @@ def test_a_ratio_is_the_median_of_the_runs_ratios() -> None:
     assert figure([1.0], [2.0], Target(">=", 0.51)).met is False
 
 
-def test_who_goes_first_changes_each_time() -> None:
+def test_the_order_alternates_between_runs() -> None:
     order: list[str] = []
     ours, theirs = in_turn(lambda: order.append("a") or 1.0, lambda: order.append("b") or 2.0, 3)  # type: ignore[func-returns-value]
     assert "".join(order) in ("abbaab", "baabba")
     assert (ours, theirs) == ([1.0] * 3, [2.0] * 3)
 
 
-def test_json_is_read_again_and_names_no_directory_of_this_machine() -> None:
+def test_json_round_trips_and_names_no_local_directory() -> None:
     plot = Plot("p", "title", "x", "y", [Line("a", [(1.0, 2.0)])], log_x=True)
     findings = Findings(
         [figure([1.0, 2.0], [2.0, 2.0], Target("<=", 1.0)), figure([1.0], [3.0])], [plot], ["a peer"]
@@ -69,7 +69,7 @@ def test_the_table_has_a_line_for_each_figure() -> None:
     assert all(line.replace("\\|", "").count("|") == 8 for line in lines)
 
 
-def test_a_page_and_its_plots_are_left(tmp_path: Path) -> None:
+def test_a_page_and_its_plots_are_written(tmp_path: Path) -> None:
     plot = Plot("p", "a plot", "x", "y", [Line("a", [(1.0, 2.0), (2.0, 3.0)])])
     report.write(Findings([figure([1.0], [2.0])], [plot], ["absent"]), SETUP, tmp_path / "out", tmp_path / "docs")
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
@@ -79,7 +79,7 @@ def test_a_page_and_its_plots_are_left(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "benchmarks.json").is_file()
 
 
-def test_an_unknown_scenario_is_named_with_those_there_are() -> None:
+def test_an_unknown_scenario_is_refused_with_the_list_of_scenarios() -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "benchmarks", "agnets"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -90,7 +90,7 @@ def test_an_unknown_scenario_is_named_with_those_there_are() -> None:
 
 @pytest.mark.parametrize("scenario", ["lookup", "restart", "turns", "memory", "outside", "startup"])
 def test_scenarios_without_peers_run(tmp_path: Path, scenario: str) -> None:
-    # One thread: several that wait for one another spin, and would do so beside whatever else runs.
+    # One thread: several threads would spin while they wait for one another, and slow down other processes.
     command = [sys.executable, "-m", "benchmarks", "--quick", "--threads", "1", "--out", str(tmp_path), scenario]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert finished.returncode == 0, finished.stderr

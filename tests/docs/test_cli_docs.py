@@ -1,4 +1,4 @@
-"""`docs/cli.md` shows what the commands print: each is run, in the page's order, and compared but for its figures.
+"""`docs/cli.md` shows the real output of its commands: each runs in the order of the page and is compared.
 
 Run as a program, this writes what they print into the page.
 """
@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 from erllama.cli.main import LazyCommand, main, root
 from erllama.testing.scripted import write_scripted
-from support.places import ROOT
+from support.paths import ROOT
 
 PAGE = ROOT / "docs" / "cli.md"
 HOME = "/home/ada"
@@ -29,26 +29,26 @@ TEMPLATE = (
 )
 
 
-class Shown(NamedTuple):
-    """A command, and what the page says that it prints."""
+class ShownCommand(NamedTuple):
+    """A command of the page, and the output that the page shows."""
 
     line: int
     command: str
     output: str
 
 
-def shown() -> list[Shown]:
-    found: list[Shown] = []
+def shown() -> list[ShownCommand]:
+    found: list[ShownCommand] = []
     text = PAGE.read_text()
     for block in re.finditer(r"^```console\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         for part in re.finditer(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block[1], re.MULTILINE):
             at = text.count("\n", 0, block.start(1) + part.start()) + 1
-            found.append(Shown(at, part[1], part[2]))
+            found.append(ShownCommand(at, part[1], part[2]))
     return found
 
 
-def world(home: Path) -> dict[str, str]:
-    """Makes what the page takes for granted in a home directory; the environment of its commands."""
+def home_directory(home: Path) -> dict[str, str]:
+    """Create the files that the page assumes in a home directory. Returns the environment of its commands."""
     follows = dict(zip(["<|assistant|>", *SAYS], [*SAYS, "."], strict=True))
     special = ["<|system|>", "<|user|>", "<|assistant|>"]
     write_scripted(home / "model.gguf", follows, words=SAYS, special=special, chat_template=TEMPLATE)
@@ -66,7 +66,7 @@ def world(home: Path) -> dict[str, str]:
 
 
 def output_of(command: str, home: Path, environment: dict[str, str]) -> str:
-    """What a command prints; of one that no shell is needed for, here, which is quicker."""
+    """Return the output of a command. A command that needs no shell runs in this process, which is faster."""
     program, *arguments = shlex.split(command)
     if program == "erllama" and not {"|", "<", ">"} & set(arguments):
         printed = io.StringIO()
@@ -93,8 +93,8 @@ def output_of(command: str, home: Path, environment: dict[str, str]) -> str:
     return finished.stdout.replace(str(home), HOME)
 
 
-def alike(output: str) -> list[str]:
-    """What of an output is the same each time, as a set of lines: what is on stderr may come between."""
+def comparable_lines(output: str) -> list[str]:
+    """Return the constant parts of an output as a set of lines, because lines of stderr may come in between."""
     output = re.sub(r"\b[0-9a-f]{16,}\b", "KEY", output)
     output = re.sub(r"\b(s|min|h|d) ago\b", "ago", output)
     output = re.sub(r"\d[\d,.]*(e-\d+)?( (B|KiB|MiB|GiB|TiB)\b)?", "N", output)
@@ -102,11 +102,13 @@ def alike(output: str) -> list[str]:
 
 
 def test_the_page_shows_what_its_commands_print(tmp_path: Path) -> None:
-    environment = world(tmp_path)
+    environment = home_directory(tmp_path)
     commands = shown()
     assert len(commands) > 20
     for each in commands:
-        assert alike(output_of(each.command, tmp_path, environment)) == alike(each.output), f"line {each.line}"
+        assert comparable_lines(output_of(each.command, tmp_path, environment)) == comparable_lines(each.output), (
+            f"line {each.line}"
+        )
 
 
 def test_the_page_names_every_command_and_option() -> None:
@@ -131,7 +133,7 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as directory:
-        surroundings = world(Path(directory))
+        surroundings = home_directory(Path(directory))
         page = PAGE.read_text()
         for each in shown():
             printed = output_of(each.command, Path(directory), surroundings)

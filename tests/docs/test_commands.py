@@ -1,4 +1,4 @@
-"""Every command in the pages runs as written, and prints what the page says.
+"""Every command of the pages runs as written and prints what the page shows.
 
 A block of `console` has commands after `$ ` and what they print; they are run, in one empty directory for each
 page. A block of `sh` has commands alone. Those that would take minutes, build, or run this very suite are asked
@@ -17,27 +17,27 @@ from typing import NamedTuple
 
 import pytest
 
-from support.pages import NAMES, blocks, prose
-from support.places import ROOT
+from support.doc_pages import NAMES, blocks, prose
+from support.paths import ROOT
 
 BIN = Path(sys.executable).parent
 PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-# What a command of a reader's is run beside: the checkout, and nothing of it changed.
+# Files of the checkout that a reader's commands see, unchanged.
 BESIDE = ("examples", "benchmarks", "scripts", "tests", "docs", "pyproject.toml")
 
-# Pages whose commands are compared where these are tested, with models made for them.
+# Pages whose commands are compared by other tests, with models made for them.
 ELSEWHERE = {"docs/cli.md": "tests/docs/test_cli_docs.py"}
 
 
 class Command(NamedTuple):
-    """A command of a page, and what the page says that it prints; None where it says nothing."""
+    """A command of a page, and the output that the page shows, or None."""
 
     line: int
     text: str
     printed: str | None
 
 
-def told(page: str) -> list[Command]:
+def page_commands(page: str) -> list[Command]:
     found = []
     for block in blocks(page, "console"):
         parts = re.split(r"^\$ ", block.text, flags=re.MULTILINE)
@@ -50,18 +50,20 @@ def told(page: str) -> list[Command]:
     return found
 
 
-def same(text: str) -> str:
-    """What a page and a run must have in common: not times, nor what depends on them, nor what a model told."""
+def stable_output(text: str) -> str:
+    """Return the parts that page and run must share: no times, no values that depend on them, no replies."""
     text = text.replace(str(Path.home()), "~")
     text = re.sub(r"\d+(?:\.\d+)?(?= ?(?:ms|s|MiB|times)\b)", "#", text)
-    text = re.sub(r" \(\d:\d\d:\d\d\)$", "", text, flags=re.MULTILINE)  # pytest's, of what took a minute
-    text = re.sub(r"(?<=partial hit from live, )\d+ of \d+", "# of #", text)  # as many as that was
+    text = re.sub(
+        r" \(\d:\d\d:\d\d\)$", "", text, flags=re.MULTILINE
+    )  # pytest adds this to durations over a minute
+    text = re.sub(r"(?<=partial hit from live, )\d+ of \d+", "# of #", text)  # the same number of characters
     text = re.sub(r"(?:^    .+\n)+", "    …\n", text, flags=re.MULTILINE)
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
 def run(text: str, cwd: Path) -> str:
-    # As in a shell of its own: a make that runs the suite would be told of by what it starts.
+    # As in a separate shell: a `make` that runs the suite sets variables for its children.
     around = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     if cwd != ROOT:
         around["ERLLAMA_CACHE_DIR"] = str(cwd / "prompts-of-the-command")
@@ -84,8 +86,8 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
 
 
-def ask(text: str) -> None:
-    """See that a command that is not run here could be."""
+def check_exists(text: str) -> None:
+    """Check that a command which is not run here exists."""
     words = [word for word in shlex.split(text, comments=True) if "=" not in word.split("/")[0] or "'" in word]
     match words:
         case ["make", *what]:
@@ -97,7 +99,7 @@ def ask(text: str) -> None:
             assert given, text
             assert given[1] is None or given[1] in extras, text
         case [".", ".venv/bin/activate"]:
-            pass  # what runs this has such an environment, wherever it is
+            pass  # this process runs in such an environment
         case ["python" | ".venv/bin/python", "-m", "pytest", *what]:
             assert all((ROOT / path).exists() for path in what), text
         case ["python", example] if example.endswith(".py"):
@@ -107,25 +109,23 @@ def ask(text: str) -> None:
         case ["python" | ".venv/bin/python", "-m", module, *_]:
             run(f"python -m {module} --help", ROOT)
         case _:
-            pytest.fail(
-                f"no test knows {text!r}: show what it prints, in a block of console, or say here how it is seen"
-            )
+            pytest.fail(f"no test covers {text!r}: show its output in a console block, or add a check here")
 
 
-def test_pages_that_are_compared_elsewhere_are() -> None:
+def test_pages_listed_as_compared_elsewhere_are() -> None:
     for page, test in ELSEWHERE.items():
         assert page not in NAMES or page.removeprefix("docs/") in (ROOT / test).read_text()
 
 
 @pytest.mark.parametrize("page", [name for name in NAMES if blocks(name, "console") and name not in ELSEWHERE])
-def test_what_a_page_shows_is_what_its_commands_print(page: str, tmp_path: Path) -> None:
+def test_pages_show_the_real_output_of_their_commands(page: str, tmp_path: Path) -> None:
     for name in BESIDE:
         (tmp_path / name).symlink_to(ROOT / name)
     for block in blocks(page, "python"):
         saved = re.match(r"# ([\w.]+)\n", block.text)
         if saved:
             (tmp_path / saved[1]).write_text(block.text)
-    for command in told(page):
+    for command in page_commands(page):
         if command.printed is None:
             continue
         at_root = command.text.startswith("make ")
@@ -133,16 +133,18 @@ def test_what_a_page_shows_is_what_its_commands_print(page: str, tmp_path: Path)
             at_root
             and subprocess.run(["make", "-q", "setup"], cwd=ROOT, capture_output=True, check=False).returncode
         ):
-            pytest.skip("`make setup` has more to do, which a test leaves to it")
+            pytest.skip("`make setup` has work to do, which a test does not start")
         printed = run(command.text, ROOT if at_root else tmp_path)
-        assert same(printed) == same(command.printed), f"{page}, line {command.line}: {command.text}"
+        assert stable_output(printed) == stable_output(command.printed), (
+            f"{page}, line {command.line}: {command.text}"
+        )
 
 
 @pytest.mark.parametrize("page", [name for name in NAMES if blocks(name, "sh")])
-def test_commands_that_are_not_run_here_could_be(page: str) -> None:
-    for command in told(page):
+def test_commands_that_are_not_run_exist(page: str) -> None:
+    for command in page_commands(page):
         if command.printed is None:
-            ask(command.text)
+            check_exists(command.text)
 
 
 @pytest.mark.parametrize("page", NAMES)
@@ -151,17 +153,19 @@ def test_commands_within_sentences_exist(page: str) -> None:
     for said in re.findall(r"`([^`\n]+)`", prose(page)):
         words = said.split()
         if words[0] in ("make", "pip", "python", ".venv/bin/python") and len(words) > 1:
-            ask(re.sub(r"(BENCH|BACKEND|N)=(\"[^\"]*\"?|\S*)", "", said))
+            check_exists(re.sub(r"(BENCH|BACKEND|N)=(\"[^\"]*\"?|\S*)", "", said))
         elif words[0].startswith("scripts/"):
             assert (ROOT / words[0]).exists(), said
     assert not re.search(r"^```\n(?:\$ |make |pip |python )", text, re.MULTILINE), (
-        "a command in a block of no language"
+        "a block with a command needs a language"
     )
 
 
-def test_commands_that_print_something_else_are_found(tmp_path: Path) -> None:
-    assert same("token 1.5 ms, 3 times\n    a\n    b\nc") == same("token 900.25 ms, 7.1 times\n    d\nc")
-    assert same("    a\nb\n") != same("    a\nc\n")
-    assert same("cold: 0 of 5") != same("cold: 1 of 5")
+def test_a_command_with_different_output_is_found(tmp_path: Path) -> None:
+    assert stable_output("token 1.5 ms, 3 times\n    a\n    b\nc") == stable_output(
+        "token 900.25 ms, 7.1 times\n    d\nc"
+    )
+    assert stable_output("    a\nb\n") != stable_output("    a\nc\n")
+    assert stable_output("cold: 0 of 5") != stable_output("cold: 1 of 5")
     with pytest.raises(AssertionError, match="no-such"):
         run("no-such-command", tmp_path)

@@ -1,4 +1,4 @@
-"""The snippets of the pages run, one after another as a reader would try them, and do what the pages say.
+"""The snippets of the pages run, one after another, and do what the pages say.
 
 Those that take a model of the reader's, and nothing else, run with the examples; those of backends and metrics
 where these are tested; programs that a page has saved, with its commands.
@@ -31,15 +31,15 @@ from erllama.engine import SamplingOptions
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing import TierConformance
 from erllama.testing.scripted import write_scripted
-from support.pages import DOCS, NAMES, SCRIPTS, blocks
-from support.places import ROOT
-from support.talking import CALL, TEMPLATE, TOOLS, model_that_says, user
+from support.chat.scripted_model import CALL, TEMPLATE, TOOLS, model_replying, user
+from support.doc_pages import DOCS, NAMES, SCRIPTS, blocks
+from support.paths import ROOT
 
 Names = dict[str, Any]
 
 
-class Terse(StubBackend):
-    """A stub that ends what JSON and calls are made of as soon as it may, and makes a call where a prompt is empty
+class ClosingStub(StubBackend):
+    """A stub that prefers the characters that close JSON and calls, and makes a call for a prompt that is empty
     but for one byte.
     """
 
@@ -52,7 +52,7 @@ class Terse(StubBackend):
 
 
 class Model:
-    """The `model` of a page: one that passes prompts on, and keeps the replies."""
+    """The `model` of a page. Forwards prompts and records the replies."""
 
     def __init__(self, inner: erllama.Model) -> None:
         self._inner = inner
@@ -64,12 +64,12 @@ class Model:
 
 
 def snippets(page: str) -> list[str]:
-    """The page's Python, each block after as many empty lines as lines come before it in the page."""
+    """Return the Python blocks of the page, each padded with empty lines so that line numbers match the page."""
     return ["\n" * (block.line - 1) + block.text for block in blocks(page, "python")]
 
 
-def promised(source: str, statement: ast.stmt) -> tuple[object] | None:
-    """The value that a comment behind an expression tells, as in `f(x)  # True`."""
+def stated_value(source: str, statement: ast.stmt) -> tuple[object] | None:
+    """Return the value that a comment after an expression states, as in `f(x)  # True`."""
     line = source.splitlines()[(statement.end_lineno or 1) - 1]
     comment = line.encode()[statement.end_col_offset :].decode().strip()
     if not isinstance(statement, ast.Expr) or not comment.startswith("#"):
@@ -77,15 +77,15 @@ def promised(source: str, statement: ast.stmt) -> tuple[object] | None:
     try:
         return (ast.literal_eval(comment.lstrip("# ")),)
     except (SyntaxError, ValueError):
-        return None  # only words
+        return None  # a comment in words
 
 
 def run(page: str, names: Names) -> int:
-    """Run the page's snippets with some names given, and tell how many promises they kept."""
+    """Run the snippets of the page with some names defined. Returns how many stated values were right."""
     n_kept = 0
     for source in snippets(page):
         for statement in ast.parse(source, page).body:
-            value = promised(source, statement)
+            value = stated_value(source, statement)
             if value is not None and isinstance(statement, ast.Expr):
                 found = eval(compile(ast.Expression(statement.value), page, "eval"), names)
                 assert found == value[0], f"{page}, line {statement.lineno}: {found!r}"
@@ -96,12 +96,12 @@ def run(page: str, names: Names) -> int:
 
 
 class Page(NamedTuple):
-    """What a page is run with.
+    """The set-up and the checks of a page.
 
     Attributes:
-        names: that its snippets take for granted, beside `model` and `erllama`.
-        check: looks at the names after them, among which those of the page are.
-        n_promises: comments with values.
+        names: names that its snippets assume, besides `model` and `erllama`.
+        check: checks the names afterwards, including those that the page defines.
+        n_promises: number of comments that state a value.
     """
 
     backend: Callable[[], StubBackend]
@@ -134,12 +134,12 @@ PAGES = {
         {"prompt": "Count: ", "is_digit": IS_DIGIT},
         sampling_page,
     ),
-    "docs/grammar.md": Page(lambda: Terse(n_ctx=512), {"json": json, "prompt": "x"}, grammar_page, 4),
+    "docs/grammar.md": Page(lambda: ClosingStub(n_ctx=512), {"json": json, "prompt": "x"}, grammar_page, 4),
 }
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_does_what_it_says(page: str) -> None:
+def test_the_snippets_of_a_page_do_what_it_says(page: str) -> None:
     of_page = PAGES[page]
     assert len(snippets(page)) >= 3
     with erllama.Cache() as cache, erllama.load_backend(of_page.backend(), cache=cache) as model:
@@ -148,8 +148,8 @@ def test_a_page_does_what_it_says(page: str) -> None:
         of_page.check(names)
 
 
-def test_the_page_of_chats_does_what_it_says() -> None:
-    with model_that_says(f"<think>hm</think>Well. {CALL}") as model:
+def test_the_chat_page_does_what_it_says() -> None:
+    with model_replying(f"<think>hm</think>Well. {CALL}") as model:
         names: Names = {
             "model": model,
             "erllama": erllama,
@@ -162,7 +162,7 @@ def test_the_page_of_chats_does_what_it_says() -> None:
         assert [message["role"] for message in names["messages"]].count("tool") == 1
 
 
-def test_the_page_of_chats_names_every_option_and_format() -> None:
+def test_the_chat_page_names_every_option_and_format() -> None:
     page = (DOCS / "chat.md").read_text()
     assert set(TOOL_FORMATS) <= set(re.findall(r"`([\w.-]+)`", page))
     own = set(ChatOptions.__annotations__) - set(CompletionOptions.__annotations__) | {
@@ -171,7 +171,7 @@ def test_the_page_of_chats_names_every_option_and_format() -> None:
     assert own <= set(re.findall(r"\b(\w+)\b", page))
 
 
-def test_the_page_of_templates_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_templates_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     names: Names = {"messages": [user("Q")], "tools": TOOLS}
@@ -179,7 +179,7 @@ def test_the_page_of_templates_does_what_it_says(tmp_path: Path, monkeypatch: py
     assert "<|user|>Q" in names["text"]
 
 
-def test_the_page_of_speculation_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_speculation_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     follows = {"\n": "a", "a": "b", "b": "c", "c": "a"}
     with erllama.load_model(write_scripted(tmp_path / "small.gguf", follows), n_ctx=256) as model:
@@ -190,7 +190,7 @@ def test_the_page_of_speculation_does_what_it_says(tmp_path: Path, monkeypatch: 
         assert names["found"].accepted == 5
 
 
-def test_the_page_of_sampling_names_every_option_and_its_default() -> None:
+def test_the_sampling_page_names_every_option_and_its_default() -> None:
     page = (DOCS / "sampling.md").read_text()
     defaults = {field.name: field.default for field in fields(SamplingOptions)}
     assert set(defaults) <= set(re.findall(r"`(\w+)[`=]", page))
@@ -216,7 +216,7 @@ def test_the_readme_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list((tmp_path / ".cache" / "erllama").rglob("*.kvc"))
 
 
-def test_the_page_of_memory_pressure_does_what_it_says() -> None:
+def test_the_memory_pressure_page_does_what_it_says() -> None:
     names: Names = {"erllama": erllama, "batch_bytes": lambda: 2**30}
     run("docs/memory-pressure.md", names)
     assert names["budget"]().total == 64 * 2**30
@@ -245,7 +245,7 @@ class Bucket:
             self.held.pop(key, None)
 
 
-def test_the_page_of_tiers_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tiers_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     names: Names = {"bucket": Bucket()}
     run("docs/tiers.md", names)
@@ -260,8 +260,8 @@ def test_the_page_of_tiers_does_what_it_says(tmp_path: Path, monkeypatch: pytest
     assert (hit.kind, hit.tier) == ("exact", "remote")
 
 
-def test_the_page_of_the_harness_does_what_it_says(tmp_path: Path) -> None:
-    """Its machines run, each a little."""
+def test_the_harness_page_does_what_it_says(tmp_path: Path) -> None:
+    """Run its state machines briefly."""
     tested = ("MyTier", "MyTier", "MyBackend")
     for source, tier_or_backend in zip(snippets("docs/test-harness.md"), tested, strict=True):
         names: Names = {
@@ -283,7 +283,7 @@ def test_the_page_of_the_harness_does_what_it_says(tmp_path: Path) -> None:
         assert result.wasSuccessful(), result.failures + result.errors
 
 
-# Where the snippets of a page are run that is not run here.
+# Pages whose snippets other tests run.
 ELSEWHERE = {
     "docs/backends.md": "tests/harness/test_backends.py",
     "docs/metrics.md": "tests/serving/test_metrics.py",
@@ -302,8 +302,8 @@ def test_every_page_with_snippets_is_run_somewhere() -> None:
         assert page not in NAMES or (blocks(page, "python") and (ROOT / test).exists()), page
 
 
-def test_what_a_snippet_gets_wrong_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("support.pages.ROOT", tmp_path)
+def test_a_wrong_snippet_is_reported_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("support.doc_pages.ROOT", tmp_path)
     (tmp_path / "page.md").write_text("# A page\n\n```python\nx = 1  # True\nx + 1  # words\nx + 2  # 3\n```\n")
     assert run("page.md", {}) == 1
     (tmp_path / "page.md").write_text("# A page\n\n```python\nx = 1\nx + 2  # 4\n```\n")

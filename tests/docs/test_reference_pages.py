@@ -1,4 +1,4 @@
-"""Tables of the pages that would go stale: options and their defaults, calls, examples, the API reference."""
+"""Tables of the pages that could become outdated: options and defaults, calls, examples, the API reference."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import erllama.testing
 from erllama._model.requests.options import ChatOptions, CompletionOptions, PrefillOptions
 from erllama.chat.request import ChatRequest
 from erllama.engine import PhaseOptions, RequestOptions, SamplingOptions
-from support.pages import DOCS, tables
-from support.places import ROOT
+from support.doc_pages import DOCS, tables
+from support.paths import ROOT
 
 # --- configuration ---------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ def keywords(function: object) -> dict[str, object]:
 
 
 def defaults(kind: type) -> dict[str, object]:
-    """Of a dataclass."""
+    """Return the defaults of a dataclass."""
     found = {}
     for field in fields(kind):
         made = field.default_factory
@@ -43,7 +43,7 @@ def defaults(kind: type) -> dict[str, object]:
 
 
 def of_requests() -> dict[str, object]:
-    """The defaults of all options of a request, whichever class of the engine keeps them."""
+    """Return the defaults of all request options, from every class of the engine that holds some."""
     phases = defaults(PhaseOptions)
     return {
         **defaults(RequestOptions),
@@ -61,7 +61,7 @@ def of_requests() -> dict[str, object]:
 
 
 def chosen(options: type, inherited: type | None = None) -> dict[str, object]:
-    """The options of a TypedDict that it does not have from another, with their defaults."""
+    """Return the options that a TypedDict adds to its base, with their defaults."""
     old = set(inherited.__annotations__) if inherited else set()
     known = {**defaults(ChatRequest), **of_requests()}
     return {name: known[name] for name in options.__annotations__ if name not in old}
@@ -94,7 +94,7 @@ def test_every_option_has_its_row_with_its_default(heading: str) -> None:
     rows = CONFIGURATION[heading]
     assert {name_of(row[0]): literal(row[1]) for row in rows} == OPTIONS[heading]
     for name, default, unit, _ in rows:
-        assert unit or heading == "load_backend" or isinstance(literal(default), bool), f"{name}: its unit"
+        assert unit or heading == "load_backend" or isinstance(literal(default), bool), f"{name} has no unit"
 
 
 def test_options_of_other_methods_have_their_defaults() -> None:
@@ -109,12 +109,12 @@ def test_options_of_other_methods_have_their_defaults() -> None:
     for method, function in inspect.getmembers(erllama.Model, inspect.isfunction):
         if not method.startswith("_") and not inspect.iscoroutinefunction(function):
             for option in keywords(function):
-                # `apply_chat_template` has one of requests beside its own.
+                # `apply_chat_template` has one request option besides its own.
                 assert (method, option) in found or option == "cache_salt", f"{method}({option}=) has no row"
 
 
 def test_tables_of_other_pages_have_the_same_defaults() -> None:
-    """Where a page explains options, it may repeat them, and must not differ."""
+    """A page that explains options may repeat their defaults, and they must be equal."""
     everything: dict[str, list[object]] = {}
     for options in OPTIONS.values():
         for name, default in options.items():
@@ -136,12 +136,12 @@ def test_the_environment_is_what_the_build_reads() -> None:
     assert set(re.findall(r"\b(?:ERLLAMA_[A-Z_]+|LLAMA_CPP_DIR)\b", sources)) == told
     for source in (ROOT / folder for folder in ("erllama", "engine", "cache", "llama_ffi")):
         for path in source.rglob("*.py"):
-            assert "os.environ" not in path.read_text(), f"{path}: tell of it in docs/configuration.md"
+            assert "os.environ" not in path.read_text(), f"{path}: document the variable in docs/configuration.md"
 
 
 # --- from Erlang to Python ------------------------------------------------------------------------
 
-# The exports of the façade, and what else its guide calls.
+# The exports of the Erlang façade, and other calls of its guide.
 FACADE = """
 load_model/1 load_model/2 unload/1 unload_model/1 complete/2 complete/3 infer/4 cancel/1 status/1 evict/1 shutdown/1
 models/0 list_models/0 model_info/1 tokenize/2 detokenize/2 apply_chat_template/2 embed/2 load_adapter/2
@@ -163,14 +163,14 @@ high_watermark low_watermark evict_tiers pressure_source erllama_pressure evict_
 ROWS = [row for rows in tables("docs/erlang.md").values() for row in rows]
 
 
-def test_every_call_has_its_row() -> None:
+def test_every_erlang_call_has_its_row() -> None:
     told = " ".join(row[0] for row in ROWS)
     calls = {f"erllama:{call}" for call in FACADE.split()} | set(CACHE.split())
     assert calls <= set(re.findall(r"`(\w+:\w+/\d)`", told))
     assert set(OTHERS.split()) <= set(re.findall(r"\w+", told))
 
 
-def test_what_a_call_became_is_there() -> None:
+def test_the_python_equivalents_of_calls_exist() -> None:
     n_found = 0
     options = {name for of in OPTIONS.values() for name in of}
     for row in ROWS:
@@ -184,7 +184,7 @@ def test_what_a_call_became_is_there() -> None:
 
 
 def resolve(name: str) -> object:
-    """What a dotted name of the page is; fields of values count, too."""
+    """Resolve a dotted name of the page. Fields of values count, too."""
     parts = name.split(".")
     found: object = erllama
     for part in parts[1:] if parts[0] == "erllama" else parts:
@@ -210,7 +210,7 @@ def documented() -> set[str]:
 
 @pytest.mark.parametrize("package", [erllama, erllama.cache, erllama.engine, erllama.testing])
 def test_every_public_name_is_in_the_reference(package: ModuleType) -> None:
-    """Under one of its names: what `erllama` has of the cache and the engine is told once."""
+    """A name that several packages export is documented once."""
     for name in package.__all__:
         places = {f"{home}.{name}" for home in ("erllama", "erllama.cache", package.__name__)}
         assert places & documented() or name == "__version__", name
@@ -245,7 +245,7 @@ def test_every_example_is_listed_by_its_number() -> None:
 
 
 def ratio(shape: str, what: str, against: str) -> float:
-    """The ratio of a row of docs/benchmarks.md, of the table under a model's shape."""
+    """Return the ratio of a row of docs/benchmarks.md, from the table of a model shape."""
     ((*_, found),) = (
         row[2:3]
         for heading, rows in tables("docs/benchmarks.md").items()
@@ -255,7 +255,7 @@ def ratio(shape: str, what: str, against: str) -> float:
     return float(re.findall(r"\*\*([\d.]+)\*\*", found)[0])
 
 
-def test_what_sentences_say_of_speed_is_what_was_measured() -> None:
+def test_figures_in_sentences_match_the_measured_table() -> None:
     readme = (ROOT / "README.md").read_text()
     comparison = (DOCS / "comparison.md").read_text()
     serving = (DOCS / "serving.md").read_text()

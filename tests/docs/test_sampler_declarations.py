@@ -12,7 +12,7 @@ from erllama.engine.sampling.declaration import ChainStep, Option
 from erllama.engine.sampling.options import DECLARED, SAMPLERS
 from erllama.engine.sampling.steps import CHAIN
 from erllama.errors import OptionError
-from support.pages import tables
+from support.doc_pages import tables
 
 _TYPES = {int: "int", float: "float", tuple: "Sequence[str]"}
 

@@ -1,4 +1,4 @@
-"""The documentation builds as a site without a warning, and its links hold there and in the repository."""
+"""The documentation builds as a site without a warning, and its links are valid there and in the repository."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from support.pages import DOCS, NAMES, prose
-from support.places import ROOT
+from support.doc_pages import DOCS, NAMES, prose
+from support.paths import ROOT
 
 LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 
@@ -25,7 +25,7 @@ def links(page: str) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What headings are called where the repository is browsed."""
+    """Return the anchors of a page's headings, as the repository's web view makes them."""
     found = set()
     for heading in re.findall(r"^#+ (.+)$", prose(str(page.relative_to(ROOT))), re.MULTILINE):
         kept = (c for c in heading.lower() if c in " -_" or unicodedata.category(c)[0] in "LN")
@@ -34,7 +34,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_links_between_files_hold_where_the_repository_is_browsed(page: str) -> None:
+def test_links_between_files_of_the_repository_are_valid(page: str) -> None:
     for link in links(page):
         if re.match(r"\w+:", link):
             assert link.startswith("https://"), link
@@ -48,7 +48,7 @@ def test_links_between_files_hold_where_the_repository_is_browsed(page: str) -> 
 
 
 class Linked(HTMLParser):
-    """What a page of the site names: its anchors, what it links to, and what a browser fetches for it."""
+    """The anchors of a page of the site, its links, and the files that a browser fetches for it."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def built(site: Path) -> dict[Path, Linked]:
     return {page: Linked(page.read_text()) for page in site.rglob("*.html")}
 
 
-def test_every_page_and_every_example_is_in_it(site: Path) -> None:
+def test_every_page_and_every_example_is_in_the_site(site: Path) -> None:
     for page in DOCS.rglob("*.md"):
         assert (site / page.relative_to(DOCS)).with_suffix(".html").exists(), page
     for example in (ROOT / "examples").glob("*.py"):
@@ -108,11 +108,11 @@ def test_every_page_is_in_the_navigation(built: dict[Path, Linked], site: Path) 
         assert name in reached or name == "index.html", f"{page.name} is not in mkdocs.yml's nav"
 
 
-def test_links_within_the_site_hold(built: dict[Path, Linked]) -> None:
+def test_links_within_the_site_are_valid(built: dict[Path, Linked]) -> None:
     n_checked = 0
     for page, linked in built.items():
         if page.name == "404.html":
-            continue  # is served for any address, so its links begin at the root
+            continue  # served for any address, so its links begin at the root
         for link in linked.hrefs + linked.fetched:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
@@ -126,7 +126,7 @@ def test_links_within_the_site_hold(built: dict[Path, Linked]) -> None:
     assert n_checked > 1000
 
 
-def test_nothing_is_fetched_to_show_it(built: dict[Path, Linked], site: Path) -> None:
+def test_the_site_loads_no_external_files(built: dict[Path, Linked], site: Path) -> None:
     for page, linked in built.items():
         for link in linked.fetched:
             assert not urlsplit(link).netloc, f"{page.name}: {link}"
@@ -134,7 +134,7 @@ def test_nothing_is_fetched_to_show_it(built: dict[Path, Linked], site: Path) ->
         assert not re.search(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", style.read_text()), style
 
 
-def test_figures_are_readable_on_light_and_on_dark_paper() -> None:
+def test_figures_support_light_and_dark_themes() -> None:
     figures = list(DOCS.rglob("*.svg"))
     assert len(figures) >= 5
     for figure in figures:
@@ -144,7 +144,7 @@ def test_figures_are_readable_on_light_and_on_dark_paper() -> None:
         assert not re.search(r"(?:href|src)=\"https?:|<script", text), figure
 
 
-def test_the_reference_has_what_a_reader_looks_up(site: Path) -> None:
+def test_the_reference_documents_the_main_names(site: Path) -> None:
     models = (site / "api" / "models.html").read_text()
     for name in ("load_model", "Model.complete", "Model.chat", "Model.load_adapter", "Model.embed", "Model.unload"):
         assert f'id="erllama.{name}"' in models, name

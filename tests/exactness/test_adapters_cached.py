@@ -1,4 +1,4 @@
-"""What is computed with one set of adapters is never taken for that of another, whatever happens in any order."""
+"""KV computed with one set of adapters is never used with another, in any order of calls."""
 
 from __future__ import annotations
 
@@ -15,23 +15,33 @@ import pytest
 import erllama
 from erllama.engine.adapters import LoadedAdapter, derive_recipe
 from erllama.testing.models import write_gemma3, write_lora, write_mamba
-from support.adapting import LIVES, NO_TEXT, PROMPT, AdaptedStub, apart, cold_stub, greedy, llama, used
+from support.adapters import (
+    N_EXAMPLES,
+    PROMPT,
+    TEXTLESS_TOKENS,
+    AdaptedStub,
+    adapter_set,
+    cold_stub,
+    greedy_reply,
+    load_llama,
+    logprob_distance,
+)
 
 # --- what the cache keeps apart
 
 
-def test_each_set_has_a_cache_of_its_own(tiny_gguf: Path, loras: list[Path]) -> None:
-    """In the context's cells and in RAM, whatever the order in which adapters were loaded."""
+def test_each_adapter_set_has_its_own_kv(tiny_gguf: Path, loras: list[Path]) -> None:
+    """In cells and in RAM, for every order of loading the adapters."""
     sets: list[dict[int, float]] = [{}, {0: 1.0}, {0: 0.5}, {1: 1.0}, {0: 1.0, 1: 0.5}, {0: 0.5, 1: 1.0}]
     replies = {}
     for evict in (False, True):
-        with llama(tiny_gguf, n_ctx=4096) as model:
+        with load_llama(tiny_gguf, n_ctx=4096) as model:
             for kind in ("cold", "exact"):
                 for i, scales in enumerate(sets):
                     order = sorted(scales, reverse=kind == "exact")
                     adapters = [model.load_adapter(loras[a], scale=scales[a]) for a in order]
                     assert model.cached_prefix(PROMPT) == (0 if kind == "cold" else len(PROMPT) - 1)
-                    reply = greedy(model)
+                    reply = greedy_reply(model)
                     assert (i, reply.cache.kind) == (i, kind)
                     assert replies.setdefault(i, reply.tokens) == reply.tokens
                     for adapter in adapters:
@@ -41,7 +51,7 @@ def test_each_set_has_a_cache_of_its_own(tiny_gguf: Path, loras: list[Path]) -> 
     assert len(set(replies.values())) == len(sets)
 
 
-def test_an_adapter_is_known_by_its_content_after_a_restart(
+def test_an_adapter_is_identified_by_content_after_a_restart(
     tiny_gguf: Path, loras: list[Path], tmp_path: Path
 ) -> None:
     copy = tmp_path / "copy.gguf"
@@ -51,17 +61,17 @@ def test_an_adapter_is_known_by_its_content_after_a_restart(
             shutil.copy(source, copy)
         with (
             erllama.Cache(disk=tmp_path / "kv", ram=0, block_size=32) as cache,
-            llama(tiny_gguf, cache=cache) as model,
+            load_llama(tiny_gguf, cache=cache) as model,
         ):
             if source is not None:
                 model.load_adapter(copy, scale=scale)
-            reply = greedy(model)
+            reply = greedy_reply(model)
             hits.append((reply.cache.kind, reply.cache.tier))
     assert hits == [("cold", None), ("exact", "disk"), ("cold", None), ("cold", None), ("cold", None)]
 
 
-def test_who_runs_shares_with_nobody_of_another_set(stub_adapters: list[Path]) -> None:
-    """Not running cells, nor what another is about to compute; of one set, both."""
+def test_running_requests_share_no_cells_across_adapter_sets(stub_adapters: list[Path]) -> None:
+    """Requests of one set share running cells and upcoming prefixes. Requests of different sets share neither."""
     backend = AdaptedStub(n_ctx=2048)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         adapter = model.load_adapter(stub_adapters[0], scale=0)
@@ -73,29 +83,29 @@ def test_who_runs_shares_with_nobody_of_another_set(stub_adapters: list[Path]) -
         backend.gate.set()
         replies = [stream.result() for stream in streams]
     assert [reply.cache.kind for reply in replies] == ["cold", "exact", "cold", "exact"]
-    wanted = [cold_stub(tuple(PROMPT), adapters, 5) for adapters in ((), used({stub_adapters[0]: 1.0}))]
+    wanted = [cold_stub(tuple(PROMPT), adapters, 5) for adapters in ((), adapter_set({stub_adapters[0]: 1.0}))]
     assert [reply.tokens for reply in replies] == [wanted[0]] * 2 + [wanted[1]] * 2
     assert wanted[0] != wanted[1]
 
 
-def test_a_session_does_not_go_on_in_cells_of_another_set(stub_adapters: list[Path]) -> None:
-    """It keeps one context: of the set that it was last in."""
+def test_a_session_does_not_reuse_cells_of_another_adapter_set(stub_adapters: list[Path]) -> None:
+    """A session keeps one context: that of the set it used last."""
     with erllama.Cache(ram=0) as cache, erllama.load_backend(AdaptedStub(), cache=cache) as model:
         slots = model._runner._scheduler.slots
-        first = greedy(model, session_id="s")
+        first = greedy_reply(model, session_id="s")
         adapter = model.load_adapter(stub_adapters[0])
-        second = greedy(model, first.context_tokens, session_id="s")
+        second = greedy_reply(model, first.context_tokens, session_id="s")
         assert second.cache.kind == "cold"
-        assert second.tokens == cold_stub(first.context_tokens, used({stub_adapters[0]: 1.0}), 6)
+        assert second.tokens == cold_stub(first.context_tokens, adapter_set({stub_adapters[0]: 1.0}), 6)
         assert [parked.session_id for parked in slots.parked].count("s") == 1
-        third = greedy(model, second.context_tokens, session_id="s")
+        third = greedy_reply(model, second.context_tokens, session_id="s")
         assert third.cache.tokens == len(second.context_tokens) - 1
         adapter.scale = 0.5
-        assert model.end_session("s"), "whatever the set now is"
+        assert model.end_session("s"), "the current set does not matter"
         assert not model.end_session("s")
 
 
-def test_a_session_has_one_request_at_a_time_whatever_the_set(stub_adapters: list[Path]) -> None:
+def test_a_session_has_one_request_at_a_time_for_all_adapter_sets(stub_adapters: list[Path]) -> None:
     backend = AdaptedStub()
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         adapter = model.load_adapter(stub_adapters[0], scale=0)
@@ -108,9 +118,11 @@ def test_a_session_has_one_request_at_a_time_whatever_the_set(stub_adapters: lis
         stream.result()
 
 
-def test_a_parent_of_another_set_is_none(tiny_gguf: Path, loras: list[Path]) -> None:
-    with llama(tiny_gguf) as model:
-        parent = model.complete("a text to go on from", max_tokens=8, temperature=0.0, banned_tokens=NO_TEXT)
+def test_a_parent_key_of_another_adapter_set_is_a_miss(tiny_gguf: Path, loras: list[Path]) -> None:
+    with load_llama(tiny_gguf) as model:
+        parent = model.complete(
+            "a text to go on from", max_tokens=8, temperature=0.0, banned_tokens=TEXTLESS_TOKENS
+        )
         going_on = "a text to go on from" + parent.text + " and on"
         ids = model.complete(going_on, max_tokens=1, parent_key=parent.finish_key).context_tokens
         assert ids[: len(parent.context_tokens) - 1] == parent.context_tokens[:-1]
@@ -120,16 +132,16 @@ def test_a_parent_of_another_set_is_none(tiny_gguf: Path, loras: list[Path]) -> 
         assert reply.context_tokens[:-1] == tuple(model.tokenize(going_on, parse_special=True).tolist())
 
 
-def test_a_chat_is_remembered_under_its_set(tiny_gguf: Path, loras: list[Path]) -> None:
-    """The tokens that a reply was sampled as are those of the next turn with the same adapters, and of no other."""
-    with llama(tiny_gguf) as model:
+def test_a_chat_is_remembered_with_its_adapter_set(tiny_gguf: Path, loras: list[Path]) -> None:
+    """The next turn reuses the sampled tokens of a reply only with the same adapters."""
+    with load_llama(tiny_gguf) as model:
         adapter = model.load_adapter(loras[0])
         question: list[dict[str, object]] = [{"role": "user", "content": "hello"}]
-        reply = model.chat(question, max_tokens=12, temperature=0.0, banned_tokens=NO_TEXT)
+        reply = model.chat(question, max_tokens=12, temperature=0.0, banned_tokens=TEXTLESS_TOKENS)
         messages = [*question, reply.message, {"role": "user", "content": "go on"}]
         n = len(reply.context_tokens)
         text = model.tokenize(model.render_chat(messages), parse_special=True).tolist()
-        assert tuple(text[:n]) != reply.context_tokens, "a reply that is spelled as it would be read shows nothing"
+        assert tuple(text[:n]) != reply.context_tokens, "a reply with the tokens of its text proves nothing"
         adapter.scale = 0.5
         assert model.apply_chat_template(messages).tolist() == text
         adapter.scale = 1.0
@@ -138,11 +150,11 @@ def test_a_chat_is_remembered_under_its_set(tiny_gguf: Path, loras: list[Path]) 
         assert second.cache.tokens >= n - 1
 
 
-def test_a_chat_under_way_is_remembered_under_the_set_it_began_with(tiny_gguf: Path, loras: list[Path]) -> None:
-    with llama(tiny_gguf) as model:
+def test_a_running_chat_is_remembered_with_the_set_it_started_with(tiny_gguf: Path, loras: list[Path]) -> None:
+    with load_llama(tiny_gguf) as model:
         adapter = model.load_adapter(loras[0])
         question: list[dict[str, object]] = [{"role": "user", "content": "hello"}]
-        stream = model.stream_chat(question, max_tokens=12, temperature=0.0, banned_tokens=NO_TEXT)
+        stream = model.stream_chat(question, max_tokens=12, temperature=0.0, banned_tokens=TEXTLESS_TOKENS)
         adapter.scale = 0.5
         reply = stream.result()
         messages = [*question, reply.message]
@@ -152,42 +164,44 @@ def test_a_chat_under_way_is_remembered_under_the_set_it_began_with(tiny_gguf: P
         assert tuple(model.apply_chat_template(messages)[:n].tolist()) == reply.context_tokens
 
 
-def test_what_is_prefilled_is_prefilled_for_a_set(tiny_gguf: Path, loras: list[Path]) -> None:
-    with llama(tiny_gguf) as model:
+def test_prefilled_tokens_belong_to_one_adapter_set(tiny_gguf: Path, loras: list[Path]) -> None:
+    with load_llama(tiny_gguf) as model:
         adapter = model.load_adapter(loras[0])
         model.prefill(PROMPT)
         assert model.cached_prefix(PROMPT) == len(PROMPT) - 1
         adapter.scale = 0.9
         assert model.cached_prefix(PROMPT) == 0
         adapter.scale = 1.0
-        assert greedy(model).cache.kind == "exact"
+        assert greedy_reply(model).cache.kind == "exact"
 
 
 @pytest.mark.parametrize("n_adapters", [1, 2])
-def test_a_warm_reply_has_the_bits_of_a_cold_one(tiny_gguf: Path, loras: list[Path], n_adapters: int) -> None:
-    """After the adapters were loaded anew, too: then they lie elsewhere in memory."""
-    with llama(tiny_gguf) as model:
+def test_a_cached_reply_has_the_bits_of_a_cold_one(tiny_gguf: Path, loras: list[Path], n_adapters: int) -> None:
+    """Also after the adapters are loaded again at other addresses in memory."""
+    with load_llama(tiny_gguf) as model:
         replies = []
         for _ in range(2):
             adapters = [model.load_adapter(lora, scale=0.8) for lora in loras[:n_adapters]]
-            replies += [greedy(model, reproducible=True, logprobs=10) for _ in range(2)]
+            replies += [greedy_reply(model, reproducible=True, logprobs=10) for _ in range(2)]
             for adapter in adapters:
                 adapter.unload()
     assert [reply.cache.kind for reply in replies] == ["cold", "exact", "exact", "exact"]
     assert all(reply.logprobs == replies[0].logprobs for reply in replies)
 
 
-def test_of_three_adapters_bits_are_promised_as_long_as_they_are_loaded(tiny_gguf: Path, loras: list[Path]) -> None:
-    """libllama adds what three or more contribute in an order that depends on where they lie."""
-    with llama(tiny_gguf) as model:
-        for kinds in (("exact",), ("partial",)):  # blocks that were there before and end no slice are not replaced
+def test_with_three_adapters_bits_are_exact_while_they_stay_loaded(tiny_gguf: Path, loras: list[Path]) -> None:
+    """libllama adds the contributions of three or more adapters in an order that depends on their addresses."""
+    with load_llama(tiny_gguf) as model:
+        for kinds in (("exact",), ("partial",)):  # existing blocks that do not end at a slice are not replaced
             adapters = [model.load_adapter(lora) for lora in loras[:3]]
-            cold = greedy(model, reproducible=True, logprobs=10)
+            cold = greedy_reply(model, reproducible=True, logprobs=10)
             assert cold.cache.kind == "cold"
-            warm = greedy(model, reproducible=True, logprobs=10)
+            warm = greedy_reply(model, reproducible=True, logprobs=10)
             assert warm.cache.kind in kinds
             assert warm.logprobs == cold.logprobs
-            assert greedy(model).cache.kind == "exact", "the KV is good for whoever asks for no bits"
+            assert greedy_reply(model).cache.kind == "exact", (
+                "the KV is valid for requests that are not reproducible"
+            )
             for adapter in adapters:
                 adapter.unload()
     loaded = [(LoadedAdapter(None, Path(), "", 1.0), 1.0) for _ in range(4)]
@@ -197,40 +211,42 @@ def test_of_three_adapters_bits_are_promised_as_long_as_they_are_loaded(tiny_ggu
 
 
 @pytest.mark.parametrize(("make", "architecture"), [(write_gemma3, "gemma3"), (write_mamba, "mamba")])
-def test_models_whose_memory_cannot_be_cut(make: Callable[[Path], Path], architecture: str, tmp_path: Path) -> None:
+def test_adapter_sets_stay_separate_where_memory_cannot_be_cut(
+    make: Callable[[Path], Path], architecture: str, tmp_path: Path
+) -> None:
     path = make(tmp_path / "model.gguf")
     lora = write_lora(tmp_path / "lora.gguf", weights=("output",), seed=5, architecture=architecture)
-    with llama(path) as model:
-        plain = greedy(model)
+    with load_llama(path) as model:
+        plain = greedy_reply(model)
         adapter = model.load_adapter(lora)
-        changed = greedy(model)
+        changed = greedy_reply(model)
         assert changed.cache.kind == "cold"
         assert changed.tokens != plain.tokens
-        again = greedy(model)
+        again = greedy_reply(model)
         assert (again.tokens, again.cache.kind) == (changed.tokens, "exact")
         adapter.unload()
-        again = greedy(model)
+        again = greedy_reply(model)
         assert (again.tokens, again.cache.kind) == (plain.tokens, "exact")
 
 
 # --- anything, in any order
 
 
-class Asked(NamedTuple):
+class AdapterRequest(NamedTuple):
     stream: erllama.Stream
     prompt: tuple[int, ...]
     adapters: tuple[tuple[Path, float], ...]
     reproducible: bool
 
 
-class Life:
-    """A model's life among adapters: whatever may happen, in an order that dice decide.
+class RandomRun:
+    """Random calls to a model and its adapters.
 
     Args:
         make: loads the model, over a cache.
-        paths: adapters that there are.
-        check: whether a reply is that of a model which never knew other adapters.
-        banned: tokens that no reply has.
+        paths: files of the adapters.
+        check: whether a reply equals that of a model that never had other adapters.
+        banned: tokens excluded from replies.
     """
 
     def __init__(
@@ -238,16 +254,16 @@ class Life:
         seed: int,
         make: Callable[[erllama.Cache], erllama.Model],
         paths: Sequence[Path],
-        check: Callable[[Asked, erllama.Completion], None],
+        check: Callable[[AdapterRequest, erllama.Completion], None],
         banned: Sequence[int] = (),
     ) -> None:
         self.dice, self.banned = random.Random(seed), banned
         self.make, self.paths, self.check = make, paths, check
         self.adapters: list[erllama.Adapter] = []
-        self.asked: list[Asked] = []
+        self.asked: list[AdapterRequest] = []
 
     def live(self, cache: erllama.Cache, steps: int) -> int:
-        """How many replies were checked."""
+        """Run, and return how many replies were checked."""
         n_checked = 0
         self.model = self.make(cache)
         try:
@@ -298,7 +314,7 @@ class Life:
             logprobs=20,
             banned_tokens=self.banned,
         )
-        self.asked.append(Asked(stream, prompt, in_effect, reproducible))
+        self.asked.append(AdapterRequest(stream, prompt, in_effect, reproducible))
 
     def collect(self) -> int:
         asked, self.asked = self.asked, []
@@ -307,32 +323,32 @@ class Life:
         return len(asked)
 
 
-def test_no_reply_is_of_another_set_whatever_happens(stub_adapters: list[Path], tmp_path: Path) -> None:
-    """Stubs: any wrong token's KV in any place changes a reply."""
+def test_random_runs_never_use_kv_of_another_adapter_set(stub_adapters: list[Path], tmp_path: Path) -> None:
+    """On stubs, one wrong token anywhere in the KV changes the reply."""
     backends: list[AdaptedStub] = []
 
     def make(cache: erllama.Cache) -> erllama.Model:
         backends.append(AdaptedStub(n_ctx=400, n_ubatch=32))
         return erllama.load_backend(backends[-1], cache=cache, n_seq_max=3)
 
-    def check(asked: Asked, reply: erllama.Completion) -> None:
+    def check(asked: AdapterRequest, reply: erllama.Completion) -> None:
         adapters = tuple(sorted((hashlib.sha256(p.read_bytes()).hexdigest(), s) for p, s in asked.adapters))
         assert reply.tokens == cold_stub(asked.prompt, adapters, 3)
 
     warm = 0
-    for seed in range(LIVES):
+    for seed in range(N_EXAMPLES):
         with erllama.Cache(ram="64KiB", disk=tmp_path / "kv" if seed % 4 == 0 else None, block_size=16) as cache:
-            Life(seed, make, stub_adapters, check).live(cache, steps=25)
+            RandomRun(seed, make, stub_adapters, check).live(cache, steps=25)
             counters = cache.counters()
             warm += counters["hits_exact"] + counters["hits_longest_prefix"]
     assert not any(backend.wrongs for backend in backends)
-    assert warm > LIVES, "nothing was warm, so nothing was shown"
+    assert warm > N_EXAMPLES, "no reply was cached, so the test proves nothing"
 
 
-def test_no_reply_is_of_another_set_whatever_happens_in_libllama(
+def test_random_runs_on_libllama_never_use_kv_of_another_set(
     tiny_gguf: Path, loras: list[Path], tmp_path: Path
 ) -> None:
-    """Where bits are promised, a cold run's; else its numbers, but for rounding."""
+    """Replies have the bits of a cold run where that is promised, and otherwise its numbers except for rounding."""
     known: dict[tuple[tuple[int, ...], tuple[tuple[Path, float], ...]], erllama.Completion] = {}
     nearest = np.inf
 
@@ -346,7 +362,7 @@ def test_no_reply_is_of_another_set_whatever_happens_in_libllama(
         if (prompt, adapters) not in known:
             for path, scale in adapters:
                 reference.load_adapter(path, scale=scale)
-            known[prompt, adapters] = greedy(
+            known[prompt, adapters] = greedy_reply(
                 reference, prompt, 3, reproducible=True, logprobs=20, banned_tokens=[2]
             )
             assert known[prompt, adapters].cache.tokens == 0
@@ -356,25 +372,25 @@ def test_no_reply_is_of_another_set_whatever_happens_in_libllama(
                 adapter.unload()
         return known[prompt, adapters]
 
-    def check(asked: Asked, reply: erllama.Completion) -> None:
+    def check(asked: AdapterRequest, reply: erllama.Completion) -> None:
         nonlocal nearest
         expected = cold(asked.prompt, asked.adapters)
         if asked.reproducible and len(asked.adapters) < 3:
             assert reply.logprobs == expected.logprobs
-        assert apart(reply.logprobs, expected.logprobs) < 0.03
+        assert logprob_distance(reply.logprobs, expected.logprobs) < 0.03
         for (prompt, adapters), other in known.items():
-            if prompt == asked.prompt and summed(adapters) != summed(asked.adapters):
-                nearest = min(nearest, apart(reply.logprobs, other.logprobs))
+            if prompt == asked.prompt and total_scales(adapters) != total_scales(asked.adapters):
+                nearest = min(nearest, logprob_distance(reply.logprobs, other.logprobs))
 
     n_checked = 0
     with erllama.Cache(ram=0) as forgetful, make(forgetful) as reference:
-        for seed in range(LIVES):
+        for seed in range(N_EXAMPLES):
             with erllama.Cache(disk=tmp_path / "kv" if seed % 4 == 0 else None, block_size=16) as cache:
-                n_checked += Life(seed, make, loras, check, banned=[2]).live(cache, steps=12)
-    assert n_checked > LIVES
-    assert nearest > 0.03, "sets whose replies are alike show nothing"
+                n_checked += RandomRun(seed, make, loras, check, banned=[2]).live(cache, steps=12)
+    assert n_checked > N_EXAMPLES
+    assert nearest > 0.03, "equal replies of different sets prove nothing"
 
 
-def summed(adapters: tuple[tuple[Path, float], ...]) -> dict[Path, float]:
-    """What a set comes to: one file may be in it twice."""
+def total_scales(adapters: tuple[tuple[Path, float], ...]) -> dict[Path, float]:
+    """Return the total scale per file; one file may be in a set twice."""
     return {path: sum(scale for other, scale in adapters if other == path) for path, _ in adapters}

@@ -1,4 +1,4 @@
-"""A model file that is changed while it is loaded never gives anybody a wrong token's KV."""
+"""A model file that changes while it is loaded never leads to wrong KV."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cache(tmp_path: Path) -> Iterator[erllama.Cache]:
 
 
 def overwrite(path: Path, other: Path) -> None:
-    """Write another file's bytes into a file, and keep its inode, size and mtime."""
+    """Overwrite a file with the bytes of another, and keep its inode, size and mtime."""
     before = path.stat()
     with path.open("r+b") as file:
         file.write(other.read_bytes())
@@ -49,7 +49,7 @@ def greedy(model: erllama.Model, **options: object) -> erllama.Completion:
 
 
 @pytest.mark.parametrize("naming", ["safe", "gguf_chunked"])
-def test_kv_of_a_file_that_was_overwritten_is_not_stored_under_the_old_name(
+def test_kv_of_an_overwritten_file_is_not_stored_under_the_old_name(
     tiny_gguf: Path, other_gguf: Path, tmp_path: Path, cache: erllama.Cache, naming: str
 ) -> None:
     path = Path(shutil.copy(tiny_gguf, tmp_path / "model.gguf"))
@@ -57,7 +57,7 @@ def test_kv_of_a_file_that_was_overwritten_is_not_stored_under_the_old_name(
         right = greedy(model).tokens
     with opened(path, cache, fingerprint=naming) as model:
         overwrite(path, other_gguf)
-        assert greedy(model).tokens != right  # the mapped weights changed: this is what must not be kept
+        assert greedy(model).tokens != right  # the mapped weights changed, so this KV must not be kept
         model.evict()
     assert not [row for row in cache.rows() if row.tier != "live"]
     path.write_bytes(tiny_gguf.read_bytes())
@@ -66,7 +66,7 @@ def test_kv_of_a_file_that_was_overwritten_is_not_stored_under_the_old_name(
     assert (reply.cache.kind, reply.tokens) == ("cold", right)
 
 
-def test_kv_from_before_is_not_used_with_changed_weights(
+def test_old_kv_is_not_used_with_changed_weights(
     tiny_gguf: Path, other_gguf: Path, tmp_path: Path, cache: erllama.Cache, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = Path(shutil.copy(tiny_gguf, tmp_path / "model.gguf"))
@@ -80,7 +80,7 @@ def test_kv_from_before_is_not_used_with_changed_weights(
         assert model.cached_prefix(PROMPT) > 0
         overwrite(path, other_gguf)
         assert model.cached_prefix(PROMPT) == 0
-        # From the first token on with the new weights, those of cells that are parked and of sessions, too.
+        # Everything is computed with the new weights, including parked cells and sessions.
         for options in ({}, {"session_id": "s"}, {"parent_key": first.finish_key}, {"reproducible": True}):
             reply = greedy(model, **options)
             assert (reply.cache.kind, reply.tokens, reply.finish_key) == ("cold", cold, None)
@@ -91,7 +91,7 @@ def test_kv_from_before_is_not_used_with_changed_weights(
     assert str(path) in warnings[0]
 
 
-def test_several_requests_at_once_on_changed_weights_all_end(
+def test_concurrent_requests_on_changed_weights_all_end(
     tiny_gguf: Path, other_gguf: Path, tmp_path: Path, cache: erllama.Cache
 ) -> None:
     path = Path(shutil.copy(tiny_gguf, tmp_path / "model.gguf"))
@@ -101,7 +101,7 @@ def test_several_requests_at_once_on_changed_weights_all_end(
         assert [stream.result().cache.kind for stream in streams] == ["cold"] * 6
 
 
-def test_a_file_that_is_read_and_not_mapped_may_be_overwritten(
+def test_a_file_loaded_without_mmap_may_be_overwritten(
     tiny_gguf: Path, other_gguf: Path, tmp_path: Path, cache: erllama.Cache
 ) -> None:
     path = Path(shutil.copy(tiny_gguf, tmp_path / "model.gguf"))
@@ -113,7 +113,7 @@ def test_a_file_that_is_read_and_not_mapped_may_be_overwritten(
         assert (reply.cache.kind, reply.tokens, model.info.cache_problem) == ("exact", right, "")
 
 
-def test_an_adapter_is_read_and_its_file_may_be_overwritten(
+def test_the_file_of_a_loaded_adapter_may_be_overwritten(
     tiny_gguf: Path, loras: list[Path], tmp_path: Path, cache: erllama.Cache
 ) -> None:
     path = Path(shutil.copy(loras[0], tmp_path / "adapter.gguf"))
@@ -151,10 +151,10 @@ def test_every_part_of_a_split_model_is_watched(
     change(paths[part - 1], other_gguf)
     assert paths[part - 1].name in files.problem()
     shutil.copy(tiny_gguf, paths[part - 1])
-    assert files.problem()  # what was computed meanwhile may still be in the context
+    assert files.problem()  # KV computed in the meantime may still be in the context
 
 
-def test_a_file_that_cannot_be_looked_at_is_a_problem_until_it_can(
+def test_a_file_without_stat_is_a_problem_until_it_is_readable(
     tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = Path(shutil.copy(tiny_gguf, tmp_path / "model.gguf"))
@@ -169,7 +169,7 @@ def test_a_file_that_cannot_be_looked_at_is_a_problem_until_it_can(
     assert files.problem() == ""
 
 
-def test_a_backend_of_ones_own_says_that_its_weights_changed() -> None:
+def test_a_custom_backend_can_report_changed_weights() -> None:
     class Changing(StubBackend):
         problem = ""
         fails = False
@@ -194,8 +194,8 @@ def test_a_backend_of_ones_own_says_that_its_weights_changed() -> None:
         assert greedy(model).cache.kind == "exact"
 
 
-def test_two_changes_within_one_tick_of_the_file_system_are_two(tmp_path: Path) -> None:
-    """A file system may note both at the same time; the identity is taken only when that is over."""
+def test_two_changes_within_one_file_system_tick_are_detected(tmp_path: Path) -> None:
+    """A file system may record both with one time, so the identity is taken only after that time has passed."""
     path = tmp_path / "model.gguf"
     for i in range(20):
         path.write_bytes(b"a%d" % i)

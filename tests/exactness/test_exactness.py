@@ -1,4 +1,4 @@
-"""Warm replies are cold replies: on the real libllama, to the last bit.
+"""Replies from cached KV equal cold replies to the last bit, on the real libllama.
 
 Small micro-batches and blocks, so that prompts of some hundred tokens cross
 many of both.
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama.llama_ffi import LlamaContext
-from support.backends import RecordingBackend, llama_backend, prompt_of, same_bits, short_of_cells
-from support.children import must_run
+from support.recording_backend import RecordingBackend, llama_backend, prompt_of, same_bits, short_of_cells
+from support.subprocesses import must_run
 
 BLOCK, UBATCH, REPLY = 32, 64, 64
 GREEDY = {"temperature": 0.0}
@@ -30,7 +30,7 @@ sampling = st.sampled_from([GREEDY, SEEDED])
 
 
 class Bench:
-    """A recording model whose cache is emptied at will, and a reference that has no cache."""
+    """A recording model whose cache can be emptied, and a reference without a cache."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,7 +40,7 @@ class Bench:
         self.cold_model = erllama.load_backend(self.cold_backend, cache=self.no_cache)
 
     def model(self, cache: erllama.Cache) -> erllama.Model:
-        # The backend outlives the models made of it.
+        # The backend outlives the models made from it.
         self.backend.forget()
         self.backend.close = lambda: None  # type: ignore[method-assign]
         self.backend.abort(False)
@@ -49,7 +49,7 @@ class Bench:
     def cold(
         self, prompt: NDArray[np.int32], **options: object
     ) -> tuple[erllama.Completion, list[NDArray[np.float32]]]:
-        self.cold_model.evict()  # nothing is left in the context
+        self.cold_model.evict()  # the context is empty
         self.cold_backend.forget()
         reply = self.cold_model.complete(prompt, max_tokens=REPLY, **options)  # type: ignore[arg-type]
         assert reply.cache.kind == "cold"
@@ -84,7 +84,7 @@ class History:
         st.tuples(
             st.floats(0, 1),  # how much of the prompt the earlier request shares
             st.integers(0, 90),  # how many other tokens follow
-            st.booleans(),  # reproducible, too
+            st.booleans(),  # also reproducible
         ),
         max_size=4,
     )
@@ -92,7 +92,7 @@ class History:
 
 @settings(max_examples=60)
 @given(seeds, st.integers(1, 400), History.steps, sampling, st.booleans())
-def test_reproducible_replies_have_the_bits_of_a_cold_run_whatever_ran_before(
+def test_reproducible_replies_always_have_the_bits_of_a_cold_run(
     bench: Bench,
     tmp_path_factory: pytest.TempPathFactory,
     seed: int,
@@ -123,10 +123,10 @@ def test_reproducible_replies_have_the_bits_of_a_cold_run_whatever_ran_before(
 
 @settings(max_examples=40)
 @given(seeds, st.integers(1, 300), st.integers(1, REPLY + 10), sampling)
-def test_a_reproducible_reply_that_has_to_start_anew_keeps_its_bits(
+def test_a_restarted_reproducible_reply_keeps_its_bits(
     bench: Bench, seed: int, n: int, at: int, options: dict[str, float]
 ) -> None:
-    """The backend has no cells at decode number `at`, so that all is computed again."""
+    """The backend has no cells at decode number `at`, so everything is computed again."""
     prompt = prompt_of(seed, n)
     expected, expected_logits = bench.cold(prompt, **options)
     with erllama.Cache(block_size=BLOCK) as cache:
@@ -158,7 +158,7 @@ def test_an_exact_hit_has_the_bits_of_the_cold_run_by_default(
 
 @settings(max_examples=60)
 @given(seeds, st.integers(1, 300), st.integers(0, 300), st.integers(0, 120), st.integers(0, 40))
-def test_every_other_hit_has_the_bits_of_a_context_that_never_left_memory(
+def test_partial_hits_have_the_bits_of_a_context_kept_in_memory(
     bench: Bench, seed: int, n_shared: int, n_first: int, n_second: int, n_reply: int
 ) -> None:
     """The reference replays the same slices in one context, without cache, packing or restoring."""
@@ -177,7 +177,7 @@ def test_every_other_hit_has_the_bits_of_a_context_that_never_left_memory(
     limit = min(len(held), len(second) - 1)
     differing = np.flatnonzero(held[:limit] != second[:limit])
     agree = int(differing[0]) if len(differing) else limit
-    assert reply.cache.tokens == agree, "the hit is as long as the tokens agree"
+    assert reply.cache.tokens == agree, "the hit covers all common tokens"
 
     tokens = np.array(reply.context_tokens, np.int32)
     with llama_context(bench) as context:
@@ -185,7 +185,7 @@ def test_every_other_hit_has_the_bits_of_a_context_that_never_left_memory(
         context.cut(0, agree)
         assert same_bits(replay(context, tokens, second_slices, len(second)), logits)
     if any(end == agree for _, end in first_slices):
-        # Nothing was trimmed away: it is, bit for bit, a cold prefill cut at the same places.
+        # Nothing was trimmed, so it equals, bit for bit, a cold prefill cut at the same places.
         with llama_context(bench) as context:
             cold_slices = [(start, end) for start, end in first_slices if end <= agree] + second_slices
             assert same_bits(replay(context, tokens, cold_slices, len(second)), logits)
@@ -206,7 +206,7 @@ def llama_context(bench: Bench) -> LlamaContext:
 def replay(
     context: LlamaContext, tokens: NDArray[np.int32], slices: list[tuple[int, int]], n_prompt: int
 ) -> list[NDArray[np.float32]]:
-    """Decode slices of `tokens` on sequence 0; the logits from the prompt's last token on."""
+    """Decode slices of `tokens` on sequence 0. Returns the logits from the last token of the prompt on."""
     rows = []
     for start, end in slices:
         n = end - start
@@ -277,7 +277,7 @@ def test_every_kind_of_context_is_exact(tiny_gguf: Path, options: dict[str, obje
         assert kinds[4] in ("exact", "partial")
 
 
-def test_contexts_that_differ_in_what_kv_means_share_nothing(tiny_gguf: Path) -> None:
+def test_contexts_with_incompatible_kv_share_nothing(tiny_gguf: Path) -> None:
     with erllama.Cache() as cache:
         for options in ({}, {"kv_type_k": "q8_0"}, {"flash_attn": False}, {"rope_freq_base": 5000.0}):
             with erllama.load_model(tiny_gguf, cache=cache, n_ctx=512, n_threads=1, **options) as model:  # type: ignore[arg-type]
@@ -287,7 +287,7 @@ def test_contexts_that_differ_in_what_kv_means_share_nothing(tiny_gguf: Path) ->
             assert model.complete(prompt_of(1, 100), max_tokens=2).cache.kind == "exact"
 
 
-def test_a_new_process_gives_the_cold_reply_from_disk(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_a_new_process_returns_the_cold_reply_from_disk(tiny_gguf: Path, tmp_path: Path) -> None:
     """Default sizes: blocks of 256, micro-batches of 512."""
     prompt = prompt_of(5, 1000).tolist()
     longer = prompt + prompt_of(6, 60).tolist()
@@ -304,14 +304,14 @@ def test_a_new_process_gives_the_cold_reply_from_disk(tiny_gguf: Path, tmp_path:
     assert first[0][3] == cold[0][3]
     again, partial, cut = in_new_process(tiny_gguf, kv, True, prompt, longer, trimmed)
     assert again[:3] == ["exact", "disk", 999]
-    # Resumed where a cold run cuts, too: at a multiple of the micro-batch.
+    # Resumed at a multiple of the micro-batch, where a cold run cuts as well.
     assert partial[:3] == ["partial", "ram", 512]
     assert cut[:3] == ["partial", "ram", 512]
     assert [again[3], partial[3], cut[3]] == [reply[3] for reply in cold]
     assert in_new_process(tiny_gguf, kv, False, prompt)[0][:3] == ["exact", "disk", 999]
 
 
-def test_without_reproducible_every_agreeing_token_is_reused(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_by_default_every_common_token_is_reused(tiny_gguf: Path, tmp_path: Path) -> None:
     prompt = prompt_of(5, 1000).tolist()
     in_new_process(tiny_gguf, tmp_path, False, prompt)
     longer, cut, other = in_new_process(
@@ -335,10 +335,10 @@ def test_without_reproducible_every_agreeing_token_is_reused(tiny_gguf: Path, tm
     st.integers(1, 40),
 )
 @example([(0, 20, True), (50, 64, True), (0, 65, False)], 20, 7)
-def test_reproducible_replies_keep_their_bits_where_cells_come_and_go(
+def test_reproducible_replies_keep_their_bits_under_preemption(
     crowded: erllama.Model, earlier: list[tuple[int, int, bool]], n: int, step: int
 ) -> None:
-    """Parked contexts make room while others compute, whose next tokens then lie before their first."""
+    """Parked contexts are dropped while others compute, so later tokens lie in cells before earlier ones."""
     tokens = [5 + i * step % 250 for i in range(170)]
 
     def reply(start: int, n: int, reproducible: bool) -> erllama.Completion:

@@ -1,4 +1,4 @@
-"""Every kind of memory resumes only where it can, and then with the bits of a cold run.
+"""Every kind of memory resumes only where it can, with the bits of a cold run.
 
 Full attention has its own, longer tests in test_exactness.py.
 """
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import erllama
 from erllama.testing.models import write_gemma3, write_lfm2, write_mamba
-from support.backends import RecordingBackend, llama_backend, prompt_of, same_bits, short_of_cells
+from support.recording_backend import RecordingBackend, llama_backend, prompt_of, same_bits, short_of_cells
 
 BLOCK, UBATCH = 32, 64
 KINDS = {"sliding window": write_gemma3, "recurrent": write_mamba, "hybrid": write_lfm2}
@@ -27,7 +27,7 @@ class Trial:
     def __init__(self, path: Path) -> None:
         self.cold_backend = RecordingBackend(llama_backend(path, n_ubatch=UBATCH))
         self.warm_backend = RecordingBackend(llama_backend(path, n_ubatch=UBATCH))
-        # Of the same block size: memory that cannot be cut is packed, so cut, at the end of every block.
+        # With the same block size: memory that cannot be cut is packed, and so sliced, at the end of every block.
         self.none = erllama.Cache(ram=0, block_size=BLOCK)
         self.cold = erllama.load_backend(self.cold_backend, cache=self.none)
 
@@ -45,14 +45,14 @@ def trial(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     found.close()
 
 
-def test_these_memories_cannot_be_cut(trial: Trial) -> None:
+def test_the_models_of_this_file_have_memory_that_cannot_be_cut(trial: Trial) -> None:
     assert not trial.warm_backend.limits.can_trim
     with pytest.raises(erllama.BackendError, match="cannot be cut"):
         trial.warm_backend.cut(0, 0)
 
 
 def test_the_reply_depends_on_the_first_token(trial: Trial) -> None:
-    """Else a wrong state would not show."""
+    """Otherwise a wrong state would not be visible."""
     rows = []
     for first in (5, 6):
         trial.cold_backend.forget()
@@ -83,7 +83,7 @@ def test_replies_have_the_bits_of_a_cold_run(
             earlier = np.concatenate([prompt[: round(share * n)], prompt_of(seed + 1, more)])
             if len(earlier):
                 reply = model.complete(earlier, max_tokens=20, temperature=0, reproducible=reproducible)
-                # Where state was packed: before the last prompt token, and after the last token computed.
+                # State was packed before the last prompt token and after the last computed token.
                 permitted |= {len(earlier) - 1, len(reply.context_tokens) - 1}
         for _ in range(2):
             backend.forget()
@@ -104,9 +104,7 @@ def test_replies_have_the_bits_of_a_cold_run(
 
 @settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 200), st.integers(1, 60))
-def test_a_reproducible_reply_that_has_to_start_anew_keeps_its_bits(
-    trial: Trial, seed: int, n: int, at: int
-) -> None:
+def test_a_restarted_reproducible_reply_keeps_its_bits(trial: Trial, seed: int, n: int, at: int) -> None:
     prompt, backend = prompt_of(seed, n), trial.warm_backend
     trial.cold_backend.forget()
     expected = trial.cold.complete(prompt, max_tokens=50, temperature=0)
@@ -132,7 +130,7 @@ def test_recurrent_memory_resumes_from_the_last_block_alone(trial: Trial) -> Non
         assert warm.cache.kind == "exact"
         ends = [end for _, end in backend.restored]
         assert ends == ([199] if backend.limits.whole_state else [32, 64, 96, 128, 160, 192, 199])
-        # Where the last block is lost, the one before it serves.
+        # If the last block is lost, the one before it is used.
         tail = max(cache.rows(), key=lambda row: row.start + row.n_tokens if row.start + row.n_tokens < 200 else 0)
         last = cache.stored(tail.key)
         assert last is not None
@@ -154,7 +152,7 @@ def test_recurrent_memory_resumes_from_the_last_block_alone(trial: Trial) -> Non
         (512, 256, 512, True),
     ],
 )
-def test_a_window_is_restored_to_the_bit_or_not_at_all(
+def test_a_window_is_restored_exactly_or_not_at_all(
     tmp_path: Path, window: int, block: int, ubatch: int, bits: bool
 ) -> None:
     path = write_gemma3(tmp_path / "model.gguf", seed=1, window=window)
@@ -178,8 +176,8 @@ def test_a_window_is_restored_to_the_bit_or_not_at_all(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_request_that_is_cut_short_leaves_nothing_wrong(kind: str, tmp_path: Path) -> None:
-    """Unloaded in the middle of a decode: what was saved then gives the replies of a cold run."""
+def test_a_cancelled_request_leaves_no_wrong_state(kind: str, tmp_path: Path) -> None:
+    """After an unload during a decode, the saved KV gives the replies of a cold run."""
     path = KINDS[kind](tmp_path / "model.gguf", seed=1)
     with (
         erllama.Cache(ram=0, block_size=BLOCK) as none,
@@ -203,8 +201,8 @@ def test_a_request_that_is_cut_short_leaves_nothing_wrong(kind: str, tmp_path: P
             assert warm.tokens == cold.complete(again, max_tokens=4, temperature=0).tokens
 
 
-def test_a_window_of_another_layout_is_not_taken_for_a_cold_runs(tmp_path: Path) -> None:
-    """libllama sizes a window's cells by the number of sequences, and sums go by cells."""
+def test_a_window_of_another_layout_is_not_used(tmp_path: Path) -> None:
+    """libllama sizes the cells of a window by the number of sequences, and the order of sums depends on them."""
     path = write_gemma3(tmp_path / "model.gguf", seed=1)
     one, four = (llama_backend(path, n_sequences=n) for n in (1, 4))
     again = llama_backend(path, n_sequences=4)

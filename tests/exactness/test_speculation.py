@@ -1,4 +1,4 @@
-"""Speculation: fewer decodes, and the very reply that there would have been."""
+"""Speculation: fewer decodes, and exactly the reply that the model gives without it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ N_PROMPTS = int(os.environ.get("ERLLAMA_SPECULATION", "30"))
 
 @pytest.fixture(autouse=True)
 def always_paying(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the stub a row more costs as much as a decode: nothing would ever be drafted."""
+    """On the stub, one more row costs as much as a decode, so no token would ever be drafted."""
     monkeypatch.setattr(DecodeCosts, "ratio", lambda self, n_rows, more: 1.0)
 
 
@@ -34,7 +34,7 @@ def stub(**sizes: int) -> erllama.Model:
 
 
 def oracle(reply: Sequence[int], n_prompt: int, lies: Sequence[bool]) -> erllama.Drafter:
-    """Knows a reply, and lies about some of its tokens."""
+    """A drafter that knows the reply and proposes some wrong tokens."""
 
     def draft(tokens: NDArray[np.int32], most: int) -> Sequence[int]:
         at = len(tokens) - n_prompt
@@ -61,7 +61,7 @@ OPTIONS = st.fixed_dictionaries(
 @given(
     st.text("abc ", min_size=1, max_size=80), OPTIONS, st.lists(st.booleans(), min_size=1, max_size=5), st.data()
 )
-def test_a_reply_is_what_it_would_be_without(
+def test_speculation_does_not_change_a_reply(
     prompt: str, options: dict[str, object], lies: list[bool], data: st.DataObject
 ) -> None:
     with stub() as plain, stub() as model:
@@ -78,13 +78,13 @@ def test_a_reply_is_what_it_would_be_without(
         assert "".join(delta.text for delta in deltas) == reply.text
         assert reply.logprobs == expected.logprobs
         assert (reply.stop_sequence, reply.sampling_state) == (expected.stop_sequence, expected.sampling_state)
-        # What was computed ahead and did not come is not in the context, nor in what was saved of it.
+        # Rejected drafts are neither in the context nor in the saved blocks.
         more = {"max_tokens": 20, "temperature": 0.0}
         for context in (reply.context_tokens, reply.context_tokens[: len(prompt) + 5]):
             assert model.complete(context, **more).tokens == plain.complete(context, **more).tokens
 
 
-def test_many_speculate_together() -> None:
+def test_many_requests_speculate_together() -> None:
     prompts = [f"{i} abcabcabc" for i in range(6)]
     with stub() as plain, stub(n_sequences=8) as model:
         expected = [plain.complete(prompt, max_tokens=50, seed=i).tokens for i, prompt in enumerate(prompts)]
@@ -108,7 +108,7 @@ def test_many_speculate_together() -> None:
         assert model.metrics.drafted_tokens == sum(reply.drafts.drafted for reply in replies if reply.drafts)
 
 
-def test_full_cells_leave_no_room_for_drafts_and_lose_nothing() -> None:
+def test_full_cells_disable_drafts_without_loss() -> None:
     prompts = [f"{i}" * 20 for i in range(6)]
     with stub() as plain, stub(n_ctx=160, n_sequences=8) as model:
         expected = [plain.complete(prompt, max_tokens=60, seed=1).tokens for prompt in prompts]
@@ -124,7 +124,7 @@ def test_full_cells_leave_no_room_for_drafts_and_lose_nothing() -> None:
 
 
 def test_repetitive_text_takes_few_decodes(tmp_path: Path) -> None:
-    # A model that counts in letters for ever: each token fixes the next.
+    # A model that counts in letters without end: each token determines the next.
     letters = "abcdefghijklmnop"
     follows = dict(zip(letters, letters[1:] + letters[0], strict=True))
     with erllama.load_model(write_scripted(tmp_path / "model.gguf", follows), cache=erllama.Cache()) as model:
@@ -144,8 +144,8 @@ def random_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])
-def test_greedy_replies_of_libllama_are_the_same(random_gguf: Path, flash_attn: bool) -> None:
-    """To the token; with flash attention, whose sums depend on how many rows there are, but for ties."""
+def test_greedy_replies_on_libllama_are_unchanged(random_gguf: Path, flash_attn: bool) -> None:
+    """Equal to the token. With flash attention, whose sums depend on the number of rows, except for near-ties."""
     random = np.random.default_rng(1)
     sizes = {"n_ctx": 1024, "flash_attn": flash_attn}
     with (
@@ -166,17 +166,17 @@ def test_greedy_replies_of_libllama_are_the_same(random_gguf: Path, flash_attn: 
 
 
 def tied(reply: erllama.Completion, expected: erllama.Completion) -> bool:
-    """Whether two replies part where two tokens were all but equally likely."""
+    """Return whether two replies diverge where two tokens were almost equally likely."""
     pairs = zip(reply.tokens, expected.tokens, strict=False)
     at = next((i for i, (token, other) in enumerate(pairs) if token != other), None)
     if at is None or expected.logprobs is None:
-        return False  # one ends, which is not told
+        return False  # one reply ends, and its end token has no logprob
     (_, first), (_, second) = expected.logprobs[at].top
     return first - second < 0.05
 
 
-def test_draws_have_the_models_distribution() -> None:
-    """Of a token drawn from the row of a draft that came true: by Pearson's chi-squared."""
+def test_speculative_draws_follow_the_models_distribution() -> None:
+    """The distribution of tokens drawn after accepted drafts, by Pearson's chi-squared test."""
     options = {"temperature": 0.4, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     with stub() as model:
         one, two = model.complete("Q", max_tokens=2, temperature=0.0).tokens
@@ -217,13 +217,13 @@ def test_draws_have_the_models_distribution() -> None:
         lambda tokens, most: [1] * 1000,
     ],
 )
-def test_a_drafter_that_fails_costs_its_help_alone(drafter: erllama.Drafter) -> None:
+def test_a_failing_drafter_disables_only_speculation(drafter: erllama.Drafter) -> None:
     with stub() as model:
         expected = model.complete("Q", max_tokens=20, seed=1)
         assert model.complete("Q", max_tokens=20, seed=1, speculative=drafter).tokens == expected.tokens
 
 
-def test_another_model_drafts(random_gguf: Path) -> None:
+def test_a_second_model_can_draft(random_gguf: Path) -> None:
     with (
         erllama.load_model(random_gguf, cache=erllama.Cache(), n_ctx=512) as draft,
         erllama.load_model(random_gguf, cache=erllama.Cache(), n_ctx=512) as model,
@@ -232,12 +232,12 @@ def test_another_model_drafts(random_gguf: Path) -> None:
         reply = model.complete("hello", max_tokens=40, temperature=0.0, speculative=draft)
         assert reply.tokens == expected.tokens
         assert reply.drafts is not None
-        assert reply.drafts.accepted > 20, "it is the same model"
+        assert reply.drafts.accepted > 20, "both are the same model"
         draft.unload()
         assert model.complete("hello", max_tokens=40, temperature=0.0, speculative=draft).tokens == expected.tokens
 
 
-def test_proposals_are_verified_as_the_model_would_go_on() -> None:
+def test_proposals_are_accepted_while_the_model_agrees() -> None:
     with stub() as model:
         tokens = model.draft("abc", 6)
         assert tokens == list(model.complete("abc", max_tokens=6, temperature=0.0).tokens)
@@ -251,7 +251,7 @@ def test_proposals_are_verified_as_the_model_would_go_on() -> None:
         assert model.verify("abc", [1, 2]) == erllama.Verification(0, None, end=True)
 
 
-def test_memory_that_cannot_be_cut_computes_nothing_ahead() -> None:
+def test_memory_that_cannot_be_cut_disables_speculation() -> None:
     backend = StubBackend(can_trim=False)
     with erllama.load_backend(backend, cache=erllama.Cache()) as model, stub() as plain:
         reply = model.complete("ababab", max_tokens=30, temperature=0.0, speculative="ngram")
@@ -261,7 +261,7 @@ def test_memory_that_cannot_be_cut_computes_nothing_ahead() -> None:
 
 @settings(max_examples=300)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 6))
-def test_ngrams_are_what_followed_when_they_last_came(tokens: list[int], most: int) -> None:
+def test_an_ngram_predicts_its_last_continuation(tokens: list[int], most: int) -> None:
     ids = np.array(tokens, np.int32)
     for n_known in (0, len(tokens) // 2):
         drafter = NgramDrafter(ids[:n_known])
@@ -274,19 +274,19 @@ def test_ngrams_are_what_followed_when_they_last_came(tokens: list[int], most: i
         assert list(drafter(ids, most)) == list(expected)
 
 
-def test_costs_are_a_line_through_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_costs_are_a_linear_fit_of_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     costs = DecodeCosts()
     assert costs.ratio(1, 3) is None
     for _ in range(20):
         costs.record(1, 0.010)
-    assert costs.ratio(1, 3) is None, "one size tells nothing of others"
+    assert costs.ratio(1, 3) is None, "one batch size does not predict others"
     for n in (1, 3, 5, 1, 3, 5):
         costs.record(n, 0.008 + 0.002 * n)
     assert costs.ratio(1, 3) == pytest.approx(0.016 / 0.010)
 
 
-def test_where_drafts_do_not_pay_they_stop_and_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unprofitable_drafts_pause_and_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     costs = DecodeCosts()
     for n in (1, 2, 3, 4) * 5:
@@ -322,7 +322,7 @@ def test_where_drafts_do_not_pay_they_stop_and_are_tried_again(monkeypatch: pyte
         ({"speculativ": "ngram"}, "did you mean 'speculative'"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options: dict[str, object], match: str) -> None:
+def test_invalid_speculation_options_are_refused(options: dict[str, object], match: str) -> None:
     with stub() as model, pytest.raises(erllama.OptionError, match=match):
         model.complete("Q", **options)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""What the build adds to libllama's attention: it finds the very cells that are not masked, in their order."""
+"""The build's addition to libllama's attention finds exactly the cells that are not masked, in their order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.places import ROOT
+from support.paths import ROOT
 
 SCRIPTS = ROOT / "scripts"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
@@ -49,7 +49,7 @@ int main() {
 
 @pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="no C++ compiler")
 @pytest.mark.parametrize("flags", [[], ["-march=native"], ["-march=native", "-fsanitize=address,undefined"]])
-def test_the_cells_that_count_are_found_and_no_others(tmp_path: Path, flags: list[str]) -> None:
+def test_exactly_the_unmasked_cells_are_found(tmp_path: Path, flags: list[str]) -> None:
     source, program = tmp_path / "cells.cpp", tmp_path / "cells"
     source.write_text(PROGRAM)
     common = ["-std=c++17", "-O2", "-Wall", "-Werror", f"-I{SCRIPTS}"]

@@ -1,4 +1,4 @@
-"""The stub, libllama on every kind of memory, and the numpy example follow the rules for backends.
+"""Backends follow the rules: the stub, libllama on every kind of memory, and the example in numpy.
 
 The rules find faulty backends, and the example agrees with libllama.
 """
@@ -35,9 +35,9 @@ from erllama.testing.models import (
     write_llama,
     write_mamba,
 )
-from support.backends import llama_backend
-from support.faulty_backends import BACKEND_FAULTS, RARE_BACKEND_FAULTS
-from support.places import ROOT
+from support.faulty.backends import BACKEND_FAULTS, RARE_BACKEND_FAULTS
+from support.paths import ROOT
+from support.recording_backend import llama_backend
 
 EXAMPLE = ROOT / "examples" / "numpy_backend.py"
 GUIDE = ROOT / "docs" / "backends.md"
@@ -95,7 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Native(BackendConformance):
-    """libllama, with the model that `write` writes."""
+    """Load the model that `write` writes on libllama."""
 
     write: Callable[..., Path]
 

@@ -1,4 +1,4 @@
-"""The harness passes on every kind of tier, and finds each of many seeded faults."""
+"""The harness passes every kind of tier and backend, and finds each of many seeded faults."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from erllama.engine.backends.stub import StubBackend
 from erllama.errors import CacheFormatError
 from erllama.testing import BackendMachine, CacheMachine, TierConformance
 from erllama.testing.models import TINY, write_gemma3, write_lfm2, write_llama, write_mamba
-from support.backends import llama_backend
-from support.faulty_backends import (
+from support.faulty.backends import (
     BACKEND_FAULTS,
     RARE_BACKEND_FAULTS,
     CutsFirst,
@@ -31,8 +30,8 @@ from support.faulty_backends import (
     Trusts,
     WipesBatch,
 )
-from support.faulty_tiers import (
-    FAULTS,
+from support.faulty.tiers import (
+    FAULTY_TIERS,
     ForgetsAtClose,
     KeepsAll,
     KeepsOld,
@@ -43,7 +42,8 @@ from support.faulty_tiers import (
     ReadsShort,
     SmallTier,
 )
-from support.places import ROOT
+from support.paths import ROOT
+from support.recording_backend import llama_backend
 
 GUIDE = ROOT / "docs" / "test-harness.md"
 EXAMPLES = int(os.environ.get("ERLLAMA_HARNESS_EXAMPLES", "25"))
@@ -170,7 +170,7 @@ class UnawareTier(FileTier):
         return None
 
 
-FILE_FAULTS: list[tuple[type[FileTier], str]] = [
+FAULTY_FILE_TIERS: list[tuple[type[FileTier], str]] = [
     (SwappingTier, "test_read_returns_what_was_written"),
     (ForgetfulTier, "test_read_returns_what_was_written"),
     (GreedyTier, "test_a_sound_tier_has_no_problems"),
@@ -179,7 +179,7 @@ FILE_FAULTS: list[tuple[type[FileTier], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("faulty", "rule"), FILE_FAULTS)
+@pytest.mark.parametrize(("faulty", "rule"), FAULTY_FILE_TIERS)
 def test_a_rule_finds_a_fault_of_a_file_tier(faulty: type[FileTier], rule: str) -> None:
     class Rules(TestFileTier):
         def make_tier(self, directory: Path) -> Tier:
@@ -189,8 +189,8 @@ def test_a_rule_finds_a_fault_of_a_file_tier(faulty: type[FileTier], rule: str) 
         getattr(Rules(), rule)()
 
 
-@pytest.mark.parametrize(("faulty", "rule"), FAULTS)
-def test_a_rule_finds_a_fault_of_a_tier(faulty: type[SmallTier], rule: str) -> None:
+@pytest.mark.parametrize(("faulty", "rule"), FAULTY_TIERS)
+def test_each_rule_finds_its_faulty_tier(faulty: type[SmallTier], rule: str) -> None:
     class Rules(TierConformance):
         def make_tier(self, directory: Path) -> Tier:
             return faulty(str(directory))
@@ -199,9 +199,9 @@ def test_a_rule_finds_a_fault_of_a_tier(faulty: type[SmallTier], rule: str) -> N
         getattr(Rules(), rule)()
 
 
-def test_every_rule_for_tiers_has_a_fault() -> None:
+def test_every_tier_rule_has_a_faulty_tier() -> None:
     rules = {name for name in dir(TierConformance) if name.startswith("test_")}
-    assert rules == {rule for _, rule in [*FAULTS, *FILE_FAULTS]}
+    assert rules == {rule for _, rule in [*FAULTY_TIERS, *FAULTY_FILE_TIERS]}
 
 
 def faulty_machine(faulty: type[SmallTier], budget: int) -> type[CacheMachine]:
@@ -222,7 +222,7 @@ def test_the_machine_names_the_rule_that_a_tier_breaks(faulty: type[SmallTier]) 
     "faulty",
     [KeepsAll, ReadsShort, ListsTwice, KeepsOld, ListsWrongSizes, ForgetsAtClose, ReadsOther],
 )
-def test_the_machine_finds_faults_of_tiers_without_the_rules(
+def test_the_state_machine_finds_faulty_tiers_without_the_rules(
     faulty: type[SmallTier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CacheMachine, "_check_tiers", lambda self: None)
@@ -270,7 +270,7 @@ def test_the_machine_names_the_rule_that_a_backend_breaks(faulty: type[StubBacke
 
 
 @pytest.mark.parametrize("faulty", [RestoresInFirst, DecodesSecond, CutsFirst, DropsNext, Trusts])
-def test_the_machine_finds_faults_of_backends_without_the_rules(faulty: type[StubBackend]) -> None:
+def test_the_state_machine_finds_faulty_backends_without_the_rules(faulty: type[StubBackend]) -> None:
     class Machine(BackendMachine):
         checks_rules = False
 
@@ -291,8 +291,10 @@ def table(faults: Sequence[tuple[type, str]]) -> str:
 
 
 @pytest.mark.parametrize(
-    "faults", [[*FAULTS, *FILE_FAULTS], [*BACKEND_FAULTS, *RARE_BACKEND_FAULTS]], ids=["tiers", "backends"]
+    "faults",
+    [[*FAULTY_TIERS, *FAULTY_FILE_TIERS], [*BACKEND_FAULTS, *RARE_BACKEND_FAULTS]],
+    ids=["tiers", "backends"],
 )
-def test_the_guide_has_the_table_of_faults(faults: Sequence[tuple[type, str]]) -> None:
+def test_the_guide_lists_the_faults(faults: Sequence[tuple[type, str]]) -> None:
     assert len({fault for fault, _ in faults}) >= 40
     assert table(faults) in GUIDE.read_text(), f"docs/test-harness.md must have this table:\n{table(faults)}"

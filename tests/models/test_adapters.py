@@ -1,4 +1,4 @@
-"""Adapters: what replies are with them, what a user holds of one, and requests in flight."""
+"""Adapters: replies with them, the object that a user holds, and requests in flight."""
 
 from __future__ import annotations
 
@@ -16,16 +16,27 @@ from numpy.typing import NDArray
 import erllama
 from erllama import llama_ffi
 from erllama.engine import Batch
-from support.adapting import PROMPT, AdaptedStub, Used, apart, cold_stub, greedy, llama, used
-from support.backends import llama_backend, same_bits
+from support.adapters import (
+    PROMPT,
+    AdaptedStub,
+    UsedAdapters,
+    adapter_set,
+    cold_stub,
+    greedy_reply,
+    load_llama,
+    logprob_distance,
+)
+from support.recording_backend import llama_backend, same_bits
 from support.threads import in_threads, wait_until
 
 # --- what replies are
 
 
 @pytest.mark.parametrize("scales", [{0: 1.0}, {1: 0.5}, {3: -0.7}, {0: 0.5, 2: 1.5}, {1: 1.0, 3: 0.3}])
-def test_logits_are_libllamas_own(tiny_gguf: Path, loras: list[Path], scales: dict[int, float]) -> None:
-    """Bit for bit, of every decode of a request, against a context that this library's engine never saw."""
+def test_logits_with_adapters_are_those_of_libllama(
+    tiny_gguf: Path, loras: list[Path], scales: dict[int, float]
+) -> None:
+    """Compare every decode of a request, bit for bit, with a context that the engine never used."""
     backend = llama_backend(tiny_gguf, n_ubatch=64)
     decode, slices, logits = backend.decode, [], []
 
@@ -39,7 +50,7 @@ def test_logits_are_libllamas_own(tiny_gguf: Path, loras: list[Path], scales: di
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         for i, scale in scales.items():
             model.load_adapter(loras[i], scale=scale)
-        greedy(model, reproducible=True)
+        greedy_reply(model, reproducible=True)
     assert [len(tokens) for tokens in slices] == [64, 64, 21, 1, 1, 1, 1, 1, 1]
 
     with llama_ffi.LlamaModel(tiny_gguf) as native:
@@ -62,7 +73,7 @@ def test_logits_are_libllamas_own(tiny_gguf: Path, loras: list[Path], scales: di
     assert same_bits(logits, expected)
 
 
-def test_an_adapter_is_as_weights_with_it_merged(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
+def test_an_adapter_computes_like_merged_weights(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
     scale = 0.6
     merged = tmp_path / "merged.gguf"
     for lora in loras:
@@ -75,44 +86,44 @@ def test_an_adapter_is_as_weights_with_it_merged(tiny_gguf: Path, loras: list[Pa
             flipped = name == "token_embd.weight"
             weights[name] += scale * alpha / a.shape[flipped] * (a @ b.T if flipped else b @ a)
         del weights
-        with llama(merged, kv_type_k="f32", kv_type_v="f32") as model:
-            expected = greedy(model, n=1, logprobs=100).logprobs
-        with llama(tiny_gguf, kv_type_k="f32", kv_type_v="f32") as model:
-            without = greedy(model, n=1, logprobs=100).logprobs
+        with load_llama(merged, kv_type_k="f32", kv_type_v="f32") as model:
+            expected = greedy_reply(model, n=1, logprobs=100).logprobs
+        with load_llama(tiny_gguf, kv_type_k="f32", kv_type_v="f32") as model:
+            without = greedy_reply(model, n=1, logprobs=100).logprobs
             model.load_adapter(lora, scale=scale)
-            found = greedy(model, n=1, logprobs=100).logprobs
-        assert apart(found, expected) < 1e-2
-        assert apart(found, without) > 0.3, "an adapter that changes nothing shows nothing"
+            found = greedy_reply(model, n=1, logprobs=100).logprobs
+        assert logprob_distance(found, expected) < 1e-2
+        assert logprob_distance(found, without) > 0.3, "an adapter without an effect proves nothing"
 
 
 def test_scale_0_is_no_adapter_at_all(tiny_gguf: Path, loras: list[Path]) -> None:
-    with llama(tiny_gguf) as model:
-        plain = greedy(model)
+    with load_llama(tiny_gguf) as model:
+        plain = greedy_reply(model)
         adapter = model.load_adapter(loras[0], scale=0)
-        again = greedy(model)
+        again = greedy_reply(model)
         assert (again.tokens, again.cache.kind) == (plain.tokens, "exact")
         adapter.scale = 1
-        assert greedy(model).cache.kind == "cold"
-        for nothing in (0.0, -0.0, 1e-50):  # the last is 0 as a 32-bit number
+        assert greedy_reply(model).cache.kind == "cold"
+        for nothing in (0.0, -0.0, 1e-50):  # the last one is 0 in 32 bits
             adapter.scale = nothing
-            assert greedy(model).cache.kind == "exact"
-            assert greedy(model, reproducible=True).tokens == plain.tokens
+            assert greedy_reply(model).cache.kind == "exact"
+            assert greedy_reply(model, reproducible=True).tokens == plain.tokens
             adapter.scale = 1
         adapter.unload()
-        assert greedy(model).cache.kind == "exact"
+        assert greedy_reply(model).cache.kind == "exact"
 
 
-def test_the_model_is_as_before_when_its_adapters_are_gone(tiny_gguf: Path, loras: list[Path]) -> None:
-    """Bit for bit: an adapter leaves nothing behind."""
-    with llama(tiny_gguf) as model:
-        before = greedy(model, n=4, reproducible=True, logprobs=20)
+def test_unloading_all_adapters_restores_the_model(tiny_gguf: Path, loras: list[Path]) -> None:
+    """Bit for bit: an adapter leaves no trace."""
+    with load_llama(tiny_gguf) as model:
+        before = greedy_reply(model, n=4, reproducible=True, logprobs=20)
         for lora in loras:
             model.load_adapter(lora)
-        assert greedy(model, n=4, reproducible=True, logprobs=20).logprobs != before.logprobs
+        assert greedy_reply(model, n=4, reproducible=True, logprobs=20).logprobs != before.logprobs
         for adapter in model.adapters:
             adapter.unload()
         model.cache.evict_bytes(1 << 40)
-        after = greedy(model, n=4, reproducible=True, logprobs=20)
+        after = greedy_reply(model, n=4, reproducible=True, logprobs=20)
     assert after.cache.kind == "cold"
     assert after.logprobs == before.logprobs
 
@@ -121,7 +132,7 @@ def test_the_model_is_as_before_when_its_adapters_are_gone(tiny_gguf: Path, lora
 
 
 def test_adapters_are_listed_with_their_scales(tiny_gguf: Path, loras: list[Path]) -> None:
-    with llama(tiny_gguf) as model:
+    with load_llama(tiny_gguf) as model:
         assert model.adapters == ()
         first = model.load_adapter(loras[1], scale=0.1)
         second = model.load_adapter(str(loras[0]))
@@ -147,7 +158,7 @@ def test_adapters_are_listed_with_their_scales(tiny_gguf: Path, loras: list[Path
         model.load_adapter(loras[0])
 
 
-def test_any_thread_may_load_scale_and_unload(stub_adapters: list[Path]) -> None:
+def test_any_thread_can_load_scale_and_unload(stub_adapters: list[Path]) -> None:
     backend = AdaptedStub(n_ctx=512)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
 
@@ -155,33 +166,33 @@ def test_any_thread_may_load_scale_and_unload(stub_adapters: list[Path]) -> None
             dice = random.Random(number)
             for _ in range(30):
                 adapter = model.load_adapter(dice.choice(stub_adapters), scale=dice.choice([0, 0.5, 1]))
-                assert len(greedy(model, PROMPT[: dice.randrange(1, 150)], 3).tokens) <= 3
+                assert len(greedy_reply(model, PROMPT[: dice.randrange(1, 150)], 3).tokens) <= 3
                 adapter.scale = dice.choice([0, 0.5, 1])
                 adapter.unload()
 
         in_threads(work, 6)
         wait_until(lambda: not backend.loaded)
         assert model.adapters == ()
-        assert greedy(model).tokens == cold_stub(tuple(PROMPT), (), 6)
+        assert greedy_reply(model).tokens == cold_stub(tuple(PROMPT), (), 6)
     assert backend.wrongs == []
 
 
 # --- requests in flight
 
 
-def test_requests_in_flight_keep_their_set(stub_adapters: list[Path]) -> None:
-    """Those that run, and those that wait, whatever happens to adapters meanwhile."""
+def test_requests_in_flight_keep_their_adapter_set(stub_adapters: list[Path]) -> None:
+    """Running and waiting requests, for all changes of adapters in the meantime."""
     backend = AdaptedStub(n_ctx=2048)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache, n_seq_max=2) as model:
         first = model.load_adapter(stub_adapters[0])
-        streams: list[tuple[erllama.Stream, Used]] = []
+        streams: list[tuple[erllama.Stream, UsedAdapters]] = []
 
         def ask(scales: dict[Path, float]) -> None:
-            streams.append((model.stream(PROMPT, max_tokens=20, temperature=0.0), used(scales)))
+            streams.append((model.stream(PROMPT, max_tokens=20, temperature=0.0), adapter_set(scales)))
 
         ask({stub_adapters[0]: 1.0})
         next(iter(streams[0][0]))
-        backend.gate.clear()  # in the midst of the reply
+        backend.gate.clear()  # in the middle of the reply
         first.scale = 0.5
         ask({stub_adapters[0]: 0.5})
         first.scale = 2.0
@@ -199,7 +210,7 @@ def test_requests_in_flight_keep_their_set(stub_adapters: list[Path]) -> None:
     assert len({adapters for _, adapters in streams}) == 5
 
 
-def test_an_unloaded_adapter_is_freed_when_the_last_request_with_it_has_ended(stub_adapters: list[Path]) -> None:
+def test_an_unloaded_adapter_is_freed_after_its_last_request(stub_adapters: list[Path]) -> None:
     backend = AdaptedStub(n_ctx=2048)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache, n_seq_max=1) as model:
         adapter = model.load_adapter(stub_adapters[0])
@@ -208,13 +219,13 @@ def test_an_unloaded_adapter_is_freed_when_the_last_request_with_it_has_ended(st
         adapter.unload()
         dropped.cancel()
         backend.gate.set()
-        assert running.result().tokens == cold_stub(tuple(PROMPT), used({stub_adapters[0]: 1.0}), 3)
-        assert waiting.result().tokens == cold_stub(tuple(PROMPT), used({stub_adapters[0]: 1.0}), 3)
+        assert running.result().tokens == cold_stub(tuple(PROMPT), adapter_set({stub_adapters[0]: 1.0}), 3)
+        assert waiting.result().tokens == cold_stub(tuple(PROMPT), adapter_set({stub_adapters[0]: 1.0}), 3)
         wait_until(lambda: not backend.loaded)
     assert backend.wrongs == []
 
 
-def test_an_adapter_outlives_no_request_that_was_refused(stub_adapters: list[Path]) -> None:
+def test_a_refused_request_releases_its_adapters(stub_adapters: list[Path]) -> None:
     backend = AdaptedStub(n_ctx=512)
     with erllama.Cache() as cache:
         with erllama.load_backend(backend, cache=cache, n_seq_max=1, max_pending=1) as model:
@@ -233,7 +244,7 @@ def test_an_adapter_outlives_no_request_that_was_refused(stub_adapters: list[Pat
 
 
 def test_unloading_the_model_frees_its_adapters(tiny_gguf: Path, loras: list[Path]) -> None:
-    """With requests in flight, and with logits that somebody still looks at."""
+    """With requests in flight, and with logits that are still in use."""
     backend = llama_backend(tiny_gguf)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         adapter = model.load_adapter(loras[0])
@@ -246,13 +257,13 @@ def test_unloading_the_model_frees_its_adapters(tiny_gguf: Path, loras: list[Pat
     with pytest.raises(erllama.ModelUnloaded):
         stream.result()
     assert native.closed
-    assert native._handle._pointer is not None, "the context is alive as long as its logits are looked at"
+    assert native._handle._pointer is not None, "the context lives as long as its logits are in use"
     del view
     assert native._handle._pointer is None
 
 
-def test_nobody_starves(stub_adapters: list[Path]) -> None:
-    """First come, first served: who comes later with the set that runs does not go before who waits."""
+def test_no_adapter_set_starves(stub_adapters: list[Path]) -> None:
+    """In order of arrival: a later request with the running set does not overtake a waiting one."""
     backend = AdaptedStub(n_ctx=4096)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache, n_seq_max=4) as model:
         adapter = model.load_adapter(stub_adapters[0])
@@ -266,5 +277,5 @@ def test_nobody_starves(stub_adapters: list[Path]) -> None:
             stream.result()
     scales = [adapters[0][1] if adapters else 0 for adapters in backend.sets]
     assert [scale for scale, _ in groupby(scales)] == [1, 0.5, 1, 0]
-    assert model.metrics.ticks < 30 + 5 + 5 + 5 + 12, "those of one set run together"
+    assert model.metrics.ticks < 30 + 5 + 5 + 5 + 12, "requests of one set run together"
     assert backend.wrongs == []

@@ -1,4 +1,4 @@
-"""What is no adapter for a model is refused, and what fails fails alone."""
+"""Files that are not adapters for a model are refused, and a failing adapter fails alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from erllama import llama_ffi
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.bert import write_bert
 from erllama.testing.models import LlamaShape, write_lora
-from support.adapting import AdaptedStub, greedy, llama
-from support.backends import llama_backend
-from support.children import must_run
-from support.places import TESTS
+from support.adapters import AdaptedStub, greedy_reply, load_llama
+from support.paths import TESTS
+from support.recording_backend import llama_backend
+from support.subprocesses import must_run
 from support.threads import in_threads, wait_until
 
 # --- what is refused
@@ -32,7 +32,7 @@ def refused(model: erllama.Model, path: Path, words: str) -> None:
     assert model.adapters == ()
 
 
-def test_files_that_are_no_adapters_for_a_model(
+def test_files_that_are_not_adapters_for_the_model_are_refused(
     tiny: erllama.Model, tiny_gguf: Path, loras: list[Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "bad.gguf"
@@ -75,7 +75,7 @@ def test_files_that_are_no_adapters_for_a_model(
         ({"blk.0.attn_q.weight.lora_a": np.zeros((4, 64), np.float64)}, "has a type other"),
     ],
 )
-def test_what_libllama_would_stumble_over(
+def test_adapters_that_crash_libllama_are_refused(
     tiny: erllama.Model, tmp_path: Path, change: dict[str, object], words: str
 ) -> None:
     path = tmp_path / "odd.gguf"
@@ -88,7 +88,7 @@ def test_what_libllama_would_stumble_over(
         "blk.0.attn_q.weight.lora_b": rng.standard_normal((64, 4)).astype(np.float32),
     }
     write_entries(path, entries)
-    tiny.load_adapter(path).unload()  # good as it is
+    tiny.load_adapter(path).unload()  # valid
     write_entries(path, {**entries, **change})
     refused(tiny, path, words)
 
@@ -110,19 +110,19 @@ def write_entries(path: Path, entries: Mapping[str, object]) -> None:
     writer.close()
 
 
-def test_embeddings_that_are_the_output_too(tiny_gguf: Path, tmp_path: Path) -> None:
-    """libllama would use the pair for both, and stop on an assertion."""
+def test_adapters_of_tied_embeddings_are_refused(tiny_gguf: Path, tmp_path: Path) -> None:
+    """libllama would use the pair for both, and fail an assertion."""
     tied = tmp_path / "tied.gguf"
     write_tied(tiny_gguf, tied)
     lora = write_lora(tmp_path / "lora.gguf", weights=("token_embd",))
-    with llama(tied) as model:
+    with load_llama(tied) as model:
         refused(model, lora, "which is also the model's output")
         model.load_adapter(write_lora(tmp_path / "good.gguf", weights=("attn_q",)))
-        greedy(model)
+        greedy_reply(model)
 
 
 def write_tied(source: Path, target: Path) -> None:
-    """A model's file without its output, for which libllama takes the embeddings."""
+    """Write a model without an output tensor; libllama uses the embeddings in its place."""
     reader = GGUFReader(source)
     writer = GGUFWriter(target, "llama")
     for name, field in reader.fields.items():
@@ -139,7 +139,9 @@ def write_tied(source: Path, target: Path) -> None:
     writer.close()
 
 
-def test_a_file_that_changes_while_it_is_loaded(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
+def test_an_adapter_file_that_changes_while_loading_is_refused(
+    tiny_gguf: Path, loras: list[Path], tmp_path: Path
+) -> None:
     path = tmp_path / "lora.gguf"
     shutil.copy(loras[0], path)
     backend = llama_backend(tiny_gguf)
@@ -156,7 +158,7 @@ def test_a_file_that_changes_while_it_is_loaded(tiny_gguf: Path, loras: list[Pat
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 1e39, "1", None, True, [1.0]])
-def test_scales_that_are_none(tiny: erllama.Model, loras: list[Path], scale: float) -> None:
+def test_invalid_scales_are_refused(tiny: erllama.Model, loras: list[Path], scale: float) -> None:
     with pytest.raises(erllama.OptionError, match="scale"):
         tiny.load_adapter(loras[0], scale=scale)
     adapter = tiny.load_adapter(loras[0], scale=0.5)
@@ -165,7 +167,7 @@ def test_scales_that_are_none(tiny: erllama.Model, loras: list[Path], scale: flo
     assert adapter.scale == 0.5
 
 
-def test_options_that_are_none(tiny: erllama.Model, loras: list[Path]) -> None:
+def test_invalid_adapter_options_are_refused(tiny: erllama.Model, loras: list[Path]) -> None:
     with pytest.raises(erllama.OptionError, match="did you mean 'scale'"):
         tiny.load_adapter(loras[0], scales=1.0)  # type: ignore[call-arg]
     for path in (None, 5, "", b"x.gguf"):
@@ -173,7 +175,7 @@ def test_options_that_are_none(tiny: erllama.Model, loras: list[Path]) -> None:
             tiny.load_adapter(path)  # type: ignore[arg-type]
 
 
-def test_models_without_adapters(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
+def test_models_without_adapter_support_refuse_adapters(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
     with erllama.Cache() as cache, erllama.load_backend(StubBackend(), cache=cache) as model:
         with pytest.raises(erllama.Unsupported, match="StubBackend, has no `load_adapter`"):
             model.load_adapter(loras[0])
@@ -182,13 +184,13 @@ def test_models_without_adapters(tiny_gguf: Path, loras: list[Path], tmp_path: P
         with pytest.raises(erllama.VocabularyOnly):
             model.load_adapter(loras[0])
         assert model.adapters == ()
-    with llama(write_bert(tmp_path / "bert.gguf")) as model:
+    with load_llama(write_bert(tmp_path / "bert.gguf")) as model:
         with pytest.raises(erllama.Unsupported, match="only encodes"):
             model.load_adapter(loras[0])
 
 
-def test_adapters_of_other_models_are_refused_below(tiny_gguf: Path, loras: list[Path]) -> None:
-    """By the binding: libllama would use freed, or foreign, memory."""
+def test_the_binding_refuses_adapters_of_other_models(tiny_gguf: Path, loras: list[Path]) -> None:
+    """The binding refuses them, because libllama would use freed or foreign memory."""
     with llama_ffi.LlamaModel(tiny_gguf) as one, llama_ffi.LlamaModel(tiny_gguf) as other:
         adapter, foreign = llama_ffi.LlamaAdapter(one, loras[0]), llama_ffi.LlamaAdapter(other, loras[0])
         with llama_ffi.LlamaContext(one, n_ctx=256) as context:
@@ -207,7 +209,7 @@ def test_adapters_of_other_models_are_refused_below(tiny_gguf: Path, loras: list
                 context.set_adapters([(adapter, 1.0)])
             tokens, zero = np.array([5], np.int32), np.zeros(1, np.int32)
             assert np.isfinite(context.decode(tokens, zero, zero, np.ones(1, np.int8))).all()
-            assert adapter._handle._pointer is not None, "the context computes with it"
+            assert adapter._handle._pointer is not None, "the context uses it"
             context.set_adapters([])
             assert adapter._handle._pointer is None
         foreign.close()
@@ -216,7 +218,7 @@ def test_adapters_of_other_models_are_refused_below(tiny_gguf: Path, loras: list
             llama_ffi.LlamaAdapter(words, loras[0])
 
 
-def test_a_backend_that_fails_with_adapters_fails_its_requests_alone(stub_adapters: list[Path]) -> None:
+def test_a_backend_failure_with_adapters_fails_only_its_requests(stub_adapters: list[Path]) -> None:
     backend = AdaptedStub()
     use = backend.use_adapters
 
@@ -226,19 +228,19 @@ def test_a_backend_that_fails_with_adapters_fails_its_requests_alone(stub_adapte
         use(adapters)
 
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
-        plain = greedy(model)
+        plain = greedy_reply(model)
         backend.use_adapters = failing  # type: ignore[method-assign]
         adapter = model.load_adapter(stub_adapters[0])
         with pytest.raises(erllama.BackendError, match="no memory for adapters"):
-            greedy(model)
+            greedy_reply(model)
         adapter.unload()
-        assert greedy(model).tokens == plain.tokens
+        assert greedy_reply(model).tokens == plain.tokens
         wait_until(lambda: not backend.loaded)
 
 
 def test_embeddings_are_computed_beside_adapters(tiny_gguf: Path, loras: list[Path]) -> None:
-    """Without them, and while they come and go."""
-    with llama(tiny_gguf) as model:
+    """Embeddings do not use adapters, while adapters are loaded and unloaded."""
+    with load_llama(tiny_gguf) as model:
         expected = model.embed("a text")
 
         def work(number: int) -> None:
@@ -247,7 +249,7 @@ def test_embeddings_are_computed_beside_adapters(tiny_gguf: Path, loras: list[Pa
                     np.testing.assert_array_equal(model.embed("a text"), expected)
                 else:
                     model.load_adapter(loras[0])
-                    greedy(model, n=1)
+                    greedy_reply(model, n=1)
                     model.adapters[0].unload()
 
         in_threads(work, 2)
@@ -258,7 +260,7 @@ import sys
 from pathlib import Path
 import erllama
 sys.path.append(sys.argv[7])
-from support.damage import damaged
+from support.gguf.corruption import damaged
 model_path, source, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 first, last, header = map(int, sys.argv[4:7])
 content = Path(source).read_bytes()
@@ -284,8 +286,8 @@ print(loaded, refused)
 """
 
 
-def test_flipped_bytes_in_an_adapters_header(tiny_gguf: Path, tmp_path: Path) -> None:
-    """Refused, or loaded where the flip does not matter; never the end of the process."""
+def test_flipped_bytes_in_an_adapter_header_are_refused(tiny_gguf: Path, tmp_path: Path) -> None:
+    """The file is refused, or loads where the flip does not matter. The process never ends."""
     lora = write_lora(
         tmp_path / "lora.gguf", LlamaShape(1, 64, 128, 2, 1), weights=("attn_q", "ffn_down", "token_embd")
     )
@@ -297,4 +299,4 @@ def test_flipped_bytes_in_an_adapters_header(tiny_gguf: Path, tmp_path: Path) ->
     loaded, n_refused = map(int, output.splitlines()[-1].split())
     assert loaded + n_refused == n
     assert n_refused > n // 4
-    assert loaded > n // 40, "most flips are in names and sizes, which all must fit"
+    assert loaded > n // 40, "most flips hit names and sizes, which must all be consistent"

@@ -1,4 +1,4 @@
-"""Model files that are not what they should be: one typed error each, and the process lives."""
+"""Invalid model files: each raises one typed error, and the process survives."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import erllama
-from support.children import must_run, run_python
-from support.places import TESTS
+from support.paths import TESTS
+from support.subprocesses import must_run, run_python
 
 
 def refused(path: Path | str, **options: object) -> str:
@@ -21,29 +21,29 @@ def refused(path: Path | str, **options: object) -> str:
     return str(caught.value)
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "missing.gguf")
     assert "does not exist" in refused("/no/such/directory/model.gguf")
 
 
-def test_a_directory(tmp_path: Path) -> None:
+def test_a_directory_is_refused(tmp_path: Path) -> None:
     assert "directory" in refused(tmp_path)
 
 
-def test_an_empty_file(tmp_path: Path) -> None:
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.gguf"
     path.touch()
     assert "empty" in refused(path)
 
 
 @pytest.mark.parametrize("content", [b"GGU", b"PK\x03\x04 a zip", b"\0" * 4096, b"{}"])
-def test_a_file_of_another_kind(tmp_path: Path, content: bytes) -> None:
+def test_a_file_of_another_format_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "other.gguf"
     path.write_bytes(content)
     assert "not a GGUF file" in refused(path)
 
 
-def test_a_name_that_no_file_can_have() -> None:
+def test_an_impossible_file_name_is_refused() -> None:
     with pytest.raises(erllama.ModelLoadError):
         erllama.load_model("nul\0byte.gguf")
     for path in (None, 5, "", b"x.gguf"):
@@ -51,7 +51,7 @@ def test_a_name_that_no_file_can_have() -> None:
             erllama.load_model(path)  # type: ignore[arg-type]
 
 
-def test_a_missing_part_of_a_split_model(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_a_missing_part_of_a_split_model_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
     first = tmp_path / "model-00001-of-00002.gguf"
     first.write_bytes(tiny_gguf.read_bytes())
     with (
@@ -61,8 +61,8 @@ def test_a_missing_part_of_a_split_model(tiny_gguf: Path, tmp_path: Path) -> Non
         erllama.load_model(first, cache=cache)
 
 
-def test_a_model_cut_at_any_place(tiny_gguf: Path, tmp_path: Path) -> None:
-    """200 places, most of them in the header, where everything is decided."""
+def test_a_model_truncated_anywhere_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
+    """200 places, most of them in the header, which decides everything."""
     content = tiny_gguf.read_bytes()
     header = 10_000
     places = sorted(
@@ -77,7 +77,7 @@ def test_a_model_cut_at_any_place(tiny_gguf: Path, tmp_path: Path) -> None:
         assert other.complete("the other model lives", max_tokens=3).tokens
 
 
-def test_tensors_beyond_the_end_are_named(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_tensors_beyond_the_end_of_the_file_are_named(tiny_gguf: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(tiny_gguf.read_bytes()[:-1000])
     assert "truncated" in refused(path)
@@ -88,7 +88,7 @@ import sys
 from pathlib import Path
 import erllama
 sys.path.append(sys.argv[5])
-from support.damage import damaged
+from support.gguf.corruption import corrupted
 source, target, first, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 content = Path(source).read_bytes()
 header = 9500
@@ -96,7 +96,7 @@ loaded = refused = 0
 for seed in range(first, last):
     print("seed", seed, flush=True)
     # Numbers are in the beginning, texts thereafter.
-    target.write_bytes(damaged(content, seed, 1200 if seed % 3 == 2 else header))
+    target.write_bytes(corrupted(content, seed, 1200 if seed % 3 == 2 else header))
     try:
         with erllama.load_model(target, n_ctx=256, n_threads=1) as model:
             model.complete("hello", max_tokens=3)
@@ -107,8 +107,8 @@ print(loaded, refused)
 """
 
 
-def test_flipped_bytes_in_a_header(tiny_gguf: Path, tmp_path: Path) -> None:
-    """Refused, or loaded where the flip does not matter; never the end of the process.
+def test_flipped_bytes_in_a_header_do_not_end_the_process(tiny_gguf: Path, tmp_path: Path) -> None:
+    """The file is refused, or loads where the flip does not matter. The process never ends.
 
     `make fuzz` does the same for longer.
     """
@@ -139,7 +139,7 @@ def test_flipped_bytes_in_a_header(tiny_gguf: Path, tmp_path: Path) -> None:
         (b"tokenizer.ggml.eos_token_id", 2**31),
     ],
 )
-def test_sizes_that_cannot_be(tiny_gguf: Path, tmp_path: Path, key: bytes, value: int) -> None:
+def test_impossible_sizes_are_refused(tiny_gguf: Path, tmp_path: Path, key: bytes, value: int) -> None:
     content = bytearray(tiny_gguf.read_bytes())
     at = content.index(struct.pack("<Q", len(key)) + key) + 8 + len(key)
     assert struct.unpack_from("<I", content, at)[0] == 4, "an unsigned 32-bit value"
@@ -183,7 +183,7 @@ def test_sizes_that_cannot_be(tiny_gguf: Path, tmp_path: Path, key: bytes, value
         ({"context_size": 5}, "it takes"),
     ],
 )
-def test_wrong_options_are_typed_errors(tiny_gguf: Path, options: dict[str, object], words: str) -> None:
+def test_wrong_options_raise_typed_errors(tiny_gguf: Path, options: dict[str, object], words: str) -> None:
     with pytest.raises(erllama.OptionError) as caught:
         erllama.load_model(tiny_gguf, **options)  # type: ignore[arg-type]
     assert words in str(caught.value)
@@ -206,13 +206,13 @@ def test_a_load_can_be_cancelled(tiny_gguf: Path) -> None:
         assert model.id == "once"
 
 
-def test_a_prompt_longer_than_the_context(tiny: erllama.Model) -> None:
+def test_a_prompt_longer_than_the_context_is_refused(tiny: erllama.Model) -> None:
     with pytest.raises(erllama.PromptTooLong, match="1025 tokens and the context holds 1024"):
         tiny.complete("x" * 1024)
     assert tiny.complete("x" * 1023, max_tokens=5).finish_reason == "context_full"
 
 
-def test_token_ids_outside_the_vocabulary(tiny: erllama.Model) -> None:
+def test_token_ids_outside_the_vocabulary_are_refused(tiny: erllama.Model) -> None:
     for ids in ([5, -1], [5, 320], [2**31], [-(2**63)]):
         with pytest.raises(erllama.PromptError, match="outside the vocabulary"):
             tiny.complete(ids)
@@ -222,13 +222,13 @@ def test_token_ids_outside_the_vocabulary(tiny: erllama.Model) -> None:
         tiny.complete([])
 
 
-def test_an_empty_text_is_refused_and_a_bos_alone_is_not(tiny: erllama.Model) -> None:
+def test_an_empty_text_is_refused_but_a_bos_alone_is_not(tiny: erllama.Model) -> None:
     with pytest.raises(erllama.PromptError, match="empty"):
         tiny.complete("")
     assert tiny.complete([1], max_tokens=2).context_tokens[0] == 1
 
 
-def test_a_binding_that_was_not_built_says_so() -> None:
+def test_a_missing_binding_is_reported() -> None:
     must_run(
         """
         import sys
@@ -248,14 +248,14 @@ def test_a_binding_that_was_not_built_says_so() -> None:
 
 
 @pytest.mark.parametrize("where", ["/proc/erllama", "/dev/null/kv"])
-def test_a_cache_directory_that_cannot_be_used_costs_no_reply(tiny_gguf: Path, where: str) -> None:
+def test_replies_do_not_need_a_usable_cache_directory(tiny_gguf: Path, where: str) -> None:
     with erllama.Cache(disk=where, ram=0) as cache, erllama.load_model(tiny_gguf, cache=cache, n_ctx=256) as model:
         assert model.complete("hello", max_tokens=3).cache.kind == "cold"
         assert isinstance(cache.disk_error, erllama.CacheError)
         assert where in str(cache.disk_error)
 
 
-def test_a_flipped_byte_in_any_cache_file_costs_only_warmth(
+def test_a_flipped_byte_in_a_cache_file_is_a_cache_miss(
     tiny_gguf: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     prompt = [5 + i % 200 for i in range(150)]
@@ -279,11 +279,11 @@ def test_a_flipped_byte_in_any_cache_file_costs_only_warmth(
             counters = cache.counters()
         assert reply.tokens == cold.tokens
         assert reply.text == cold.text
-        if counters["corrupt_files"]:  # else it is the tail of the reply, which the prompt does not need
+        if counters["corrupt_files"]:  # otherwise it is the tail of the reply, which the prompt does not need
             assert reply.cache.tokens < 149
             assert path.name in caplog.text
         else:
             assert reply.cache.kind == "exact"
             path.unlink()
     with erllama.Cache(block_size=32, disk=tmp_path) as cache:
-        assert answer(cache).cache.kind == "exact", "what was dropped was saved anew"
+        assert answer(cache).cache.kind == "exact", "the dropped block was saved again"

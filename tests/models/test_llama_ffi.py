@@ -1,4 +1,4 @@
-"""The binding: right results, and a living process whatever is asked of it."""
+"""The binding returns right results, and the process survives any call."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from erllama import llama_ffi
 from erllama.llama_ffi import LlamaContext, LlamaError, LlamaModel
 from erllama.llama_ffi.samplers import LlamaSampler
 from erllama.testing.models import FIRST_BYTE, TINY, write_llama
-from support.children import must_run
-from support.places import SHARED
+from support.paths import SHARED
+from support.subprocesses import must_run
 from support.threads import in_threads
 
 CONTEXT = {"n_ctx": 512, "n_batch": 256, "n_ubatch": 64, "n_seq_max": 3, "n_threads": 1, "n_threads_batch": 1}
@@ -54,7 +54,7 @@ def decode(context: LlamaContext, tokens: list[int], start: int = 0, sequence: i
 # --- models and vocabularies ------------------------------------------------------------------
 
 
-def test_a_model_tells_its_shape_and_metadata(model: LlamaModel) -> None:
+def test_a_model_reports_its_shape_and_metadata(model: LlamaModel) -> None:
     assert (model.shape.n_layer, model.shape.n_embd, model.shape.n_head, model.shape.n_head_kv) == (2, 64, 2, 1)
     assert model.shape.n_params == 115008
     assert model.shape.has_decoder
@@ -80,16 +80,16 @@ def test_loading_reports_progress_and_can_be_cancelled(tiny_gguf: Path) -> None:
 
 
 @given(text=st.text(max_size=60))
-def test_text_survives_its_tokens(model: LlamaModel, text: str) -> None:
+def test_text_round_trips_through_its_tokens(model: LlamaModel, text: str) -> None:
     vocabulary = model.vocabulary
     ids = vocabulary.tokenize(text, add_special=False)
     assert ids.dtype == np.int32
-    # "▁" is how this kind of tokenizer writes a space, so it comes back as one.
+    # This kind of tokenizer writes a space as "▁", so it is read as a space.
     assert vocabulary.detokenize(ids).decode() == text.replace("▁", " ")
     assert b"".join(vocabulary.piece(int(token)) for token in ids).decode() == text.replace("▁", " ")
 
 
-def test_special_tokens_are_under_control(model: LlamaModel) -> None:
+def test_special_tokens_are_parsed_only_on_request(model: LlamaModel) -> None:
     vocabulary = model.vocabulary
     assert vocabulary.tokenize("a").tolist() == [1, 3 + ord("a")]
     assert vocabulary.tokenize("a", add_special=False).tolist() == [3 + ord("a")]
@@ -105,8 +105,8 @@ def test_special_tokens_are_under_control(model: LlamaModel) -> None:
     assert vocabulary.tokenize(b"\xff\x00", add_special=False).tolist() == [3 + 0xFF, 3]
 
 
-def test_texts_longer_than_their_tokens_promise_are_whole(tmp_path: Path) -> None:
-    """Ten bytes a token: more than the buffer that is tried first holds."""
+def test_texts_longer_than_estimated_are_complete(tmp_path: Path) -> None:
+    """Ten bytes per token: more than the first buffer holds."""
     shape = replace(TINY, n_vocab=2000)
     with LlamaModel(write_llama(tmp_path / "words.gguf", shape), vocab_only=True) as found:
         words = list(range(1500, 1900))
@@ -118,10 +118,10 @@ def test_texts_longer_than_their_tokens_promise_are_whole(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "llama-spm", "qwen2"])
-def test_real_vocabularies_give_the_expected_ids(name: str) -> None:
+def test_real_vocabularies_produce_the_expected_ids(name: str) -> None:
     path = SHARED / "vocab" / f"ggml-vocab-{name}.gguf"
     if not path.exists():
-        pytest.skip(f"{path} is not here")
+        pytest.skip(f"{path} is missing")
     texts = Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     lines = Path(f"{path}.out").read_text().splitlines()
     with LlamaModel(path, vocab_only=True) as found:
@@ -152,7 +152,7 @@ def test_a_header_is_read_without_the_model(tiny_gguf: Path) -> None:
 
 
 def test_models_without_attention_may_have_no_heads(tmp_path: Path) -> None:
-    """As converters write recurrent models: zero heads, and sizes of their state."""
+    """Converters write recurrent models with zero heads and with the sizes of their state."""
     for name, key, accepted in (("mamba", "ssm.state_size", True), ("llama", "feed_forward_length", False)):
         writer = gguf.GGUFWriter(tmp_path / f"{name}.gguf", name)
         writer.add_block_count(2)
@@ -209,7 +209,7 @@ def test_state_moves_between_sequences_and_contexts(model: LlamaModel, context: 
         assert decode(other, tokens[-1:], 49, 2).tobytes() == expected.tobytes()
 
 
-def test_a_part_of_a_sequence_is_copied_cut_and_packed(context: LlamaContext) -> None:
+def test_part_of_a_sequence_can_be_copied_cut_and_packed(context: LlamaContext) -> None:
     tokens = list(range(10, 60))
     expected = decode(context, tokens)
     context.clear()
@@ -244,7 +244,9 @@ def test_a_part_of_a_sequence_is_copied_cut_and_packed(context: LlamaContext) ->
         ({"positions": [0, 1]}, "positions must be"),
     ],
 )
-def test_what_would_abort_is_refused(context: LlamaContext, change: dict[str, list[int]], words: str) -> None:
+def test_calls_that_would_abort_are_refused(
+    context: LlamaContext, change: dict[str, list[int]], words: str
+) -> None:
     tokens = np.array(change.get("tokens", [5]), np.int32)
     n = len(tokens)
     given_positions = change.get("positions", list(range(n)))
@@ -273,7 +275,7 @@ def test_positions_that_do_not_follow_are_refused(context: LlamaContext) -> None
     assert decode(context, [7], 2).shape == (320,)
 
 
-def test_running_out_of_cells_is_told_apart(context: LlamaContext) -> None:
+def test_running_out_of_cells_has_its_own_error(context: LlamaContext) -> None:
     for start in (0, 256):
         decode(context, [5] * 256, start)
     with pytest.raises(llama_ffi.NoCellsError):
@@ -281,7 +283,7 @@ def test_running_out_of_cells_is_told_apart(context: LlamaContext) -> None:
     assert context.last_position(0) == 511
 
 
-def test_views_of_logits_keep_a_larger_batch_away(context: LlamaContext) -> None:
+def test_a_held_logits_view_prevents_a_larger_batch(context: LlamaContext) -> None:
     """libllama moves the buffer when it grows; a view of the old one would show freed memory."""
     n = 64
     batch = (np.full(n, 5, np.int32), np.arange(n, dtype=np.int32), np.zeros(n, np.int32), np.ones(n, np.int8))
@@ -298,7 +300,7 @@ def test_views_of_logits_keep_a_larger_batch_away(context: LlamaContext) -> None
 
 
 @given(st.binary(max_size=400))
-def test_bytes_that_are_no_state_are_refused(model: LlamaModel, junk: bytes) -> None:
+def test_invalid_state_bytes_are_refused(model: LlamaModel, junk: bytes) -> None:
     with LlamaContext(model, **CONTEXT) as context:
         with pytest.raises(LlamaError, match="does not fit"):
             context.set_state(0, junk)
@@ -306,7 +308,7 @@ def test_bytes_that_are_no_state_are_refused(model: LlamaModel, junk: bytes) -> 
         assert decode(context, [5]).shape == (320,)
 
 
-def test_an_aborted_decode_is_told_apart(context: LlamaContext) -> None:
+def test_an_aborted_decode_has_its_own_error(context: LlamaContext) -> None:
     context.abort()
     with pytest.raises(llama_ffi.AbortedError):
         decode(context, [5] * 200)
@@ -318,12 +320,12 @@ def test_an_aborted_decode_is_told_apart(context: LlamaContext) -> None:
 @pytest.mark.parametrize(
     "options", [{"n_ctx": 0}, {"n_seq_max": 0}, {"n_seq_max": 100_000}, {"n_threads": 0}, {"n_ctx": 2**31 - 1}]
 )
-def test_contexts_that_cannot_be_are_errors(model: LlamaModel, options: dict[str, int]) -> None:
+def test_impossible_contexts_raise_errors(model: LlamaModel, options: dict[str, int]) -> None:
     with pytest.raises(LlamaError):
         LlamaContext(model, **{**CONTEXT, **options})
 
 
-def test_the_log_goes_to_logging(
+def test_the_log_of_libllama_goes_to_logging(
     tiny_gguf: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with caplog.at_level(logging.DEBUG, "erllama.llama"):
@@ -334,7 +336,7 @@ def test_the_log_goes_to_logging(
     assert (captured.out, captured.err) == ("", "")
 
 
-def test_what_was_built_is_told() -> None:
+def test_the_build_is_described() -> None:
     assert "CPU" in llama_ffi.system_info()
     assert llama_ffi.build_info()["backend"] in ("cpu", "cuda", "metal", "vulkan", "hip")
     assert any(device.name == "CPU" for device in llama_ffi.devices())
@@ -362,7 +364,7 @@ def test_what_was_built_is_told() -> None:
         (("grammar",), "0 texts"),
     ],
 )
-def test_samplers_that_cannot_be_are_errors(arguments: tuple[str, float], words: str) -> None:
+def test_impossible_samplers_raise_errors(arguments: tuple[str, float], words: str) -> None:
     with pytest.raises(LlamaError, match=words):
         LlamaSampler(*arguments)
 
@@ -489,12 +491,12 @@ decode(context)""",
     }.items(),
     ids=lambda item: item[0] if isinstance(item, tuple) else None,
 )
-def test_any_order_of_ending_is_safe(tiny_gguf: Path, code: tuple[str, str]) -> None:
+def test_native_objects_can_be_freed_in_any_order(tiny_gguf: Path, code: tuple[str, str]) -> None:
     must_run(f"{SETUP}\n{code[1]}\n", tiny_gguf)
 
 
-def test_threads_may_share_a_context(context: LlamaContext) -> None:
-    """They wait for each other; what each decodes is its own affair."""
+def test_threads_can_share_a_context(context: LlamaContext) -> None:
+    """Threads wait for each other, and each gets its own results."""
 
     def work(sequence: int) -> None:
         for i in range(20):

@@ -1,4 +1,4 @@
-"""What surrounds loading: options passed through and refused, names of content, devices, vocabularies alone."""
+"""Loading: options passed on or refused, fingerprints, devices, and models without weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from erllama.engine.backends.llama import LlamaBackend, _recipe
 from erllama.engine.backends.llama_options import LlamaOptions
 from erllama.llama_ffi import Device
 from erllama.testing.models import TINY, LlamaShape, write_gemma3, write_llama, write_mamba
-from support.backends import llama_backend
-from support.children import must_run
-from support.places import SHARED
+from support.paths import SHARED
+from support.recording_backend import llama_backend
+from support.subprocesses import must_run
 from support.threads import in_threads
 
 PROMPT = [5 + i % 200 for i in range(100)]
@@ -49,7 +49,7 @@ def opened(path: Path, **options: object) -> LlamaBackend:
 
 
 def logits(backend: LlamaBackend) -> NDArray[np.float32]:
-    """After PROMPT, read from nothing."""
+    """Return the reply to PROMPT, computed cold."""
     n = len(PROMPT)
     backend.clear()
     output = np.zeros(n, np.int8)
@@ -92,7 +92,7 @@ YARN = {"rope_scaling": "yarn", "rope_freq_scale": 0.25}
     ],
     ids=lambda options: ",".join(options) or "nothing",
 )
-def test_what_changes_kv_has_an_effect_and_a_namespace_of_its_own(
+def test_options_that_change_kv_have_their_own_namespace(
     tiny_gguf: Path, options: dict[str, object], beside: dict[str, object]
 ) -> None:
     without, given = opened(tiny_gguf, **beside), opened(tiny_gguf, **{**beside, **options})
@@ -117,7 +117,7 @@ def test_what_changes_kv_has_an_effect_and_a_namespace_of_its_own(
     ],
     ids=str,
 )
-def test_what_may_change_bits_is_in_the_recipe(tiny_gguf: Path, options: dict[str, object]) -> None:
+def test_options_that_may_change_bits_are_in_the_recipe(tiny_gguf: Path, options: dict[str, object]) -> None:
     one, other = opened(tiny_gguf), opened(tiny_gguf, **options)
     assert one.recipe != other.recipe
     assert one.namespace == other.namespace
@@ -125,7 +125,7 @@ def test_what_may_change_bits_is_in_the_recipe(tiny_gguf: Path, options: dict[st
     other.close()
 
 
-def test_where_layers_are_is_in_the_recipe(two_gpus: None) -> None:
+def test_layer_placement_is_in_the_recipe(two_gpus: None) -> None:
     options = [
         {},
         {"split_mode": "none"},
@@ -136,8 +136,8 @@ def test_where_layers_are_is_in_the_recipe(two_gpus: None) -> None:
     assert len({_recipe(LlamaOptions(**given), 512) for given in options}) == len(options)  # type: ignore[arg-type]
 
 
-def test_cells_of_other_types_are_a_layout_of_their_own(tiny_gguf: Path) -> None:
-    """Even where the same numbers come out."""
+def test_kv_types_have_their_own_layouts(tiny_gguf: Path) -> None:
+    """Even if the results are equal."""
     half, whole = opened(tiny_gguf), opened(tiny_gguf, kv_type_k="f32", kv_type_v="f32")
     assert half.namespace != whole.namespace
     assert whole.facts.kv_bytes == pytest.approx(2 * half.facts.kv_bytes, abs=2**20 / 50)
@@ -145,7 +145,7 @@ def test_cells_of_other_types_are_a_layout_of_their_own(tiny_gguf: Path) -> None
     whole.close()
 
 
-def test_cells_for_the_whole_context_of_a_window_are_a_layout_of_their_own(tmp_path: Path) -> None:
+def test_full_window_cells_have_their_own_layout(tmp_path: Path) -> None:
     path = write_gemma3(tmp_path / "gemma.gguf", window=64, seed=1)
     short, full = opened(path, n_ctx=1024), opened(path, n_ctx=1024, swa_full=True)
     assert short.namespace != full.namespace
@@ -154,7 +154,7 @@ def test_cells_for_the_whole_context_of_a_window_are_a_layout_of_their_own(tmp_p
     full.close()
 
 
-def test_kv_under_options_comes_back_bit_for_bit(tmp_path: Path, tiny_gguf: Path) -> None:
+def test_kv_with_load_options_is_restored_exactly(tmp_path: Path, tiny_gguf: Path) -> None:
     gemma = write_gemma3(tmp_path / "gemma.gguf", window=64, seed=1)
     yarn = {**YARN, "yarn_orig_ctx": 64, "yarn_ext_factor": 0.7}
     prompt = [5 + i * 7 % 200 for i in range(300)]
@@ -173,14 +173,14 @@ def test_kv_under_options_comes_back_bit_for_bit(tmp_path: Path, tiny_gguf: Path
         assert (warm.tokens, warm.logprobs) == (cold.tokens, cold.logprobs)
 
 
-def test_yarn_by_options_is_yarn_by_the_file(tiny_gguf: Path) -> None:
+def test_yarn_options_match_yarn_of_the_file(tiny_gguf: Path) -> None:
     by_options = opened(tiny_gguf, **YARN, yarn_orig_ctx=128)
     scaling = {"type": "yarn", "factor": 4.0, "original_context_length": 128}
     by_file = opened(tiny_gguf, overrides={f"llama.rope.scaling.{key}": value for key, value in scaling.items()})
     assert np.array_equal(logits(by_options), logits(by_file))
     by_options.close()
     by_file.close()
-    # And its factors are taken where the file, not the caller, says YaRN.
+    # Its factors apply also if the file, not the caller, chooses YaRN.
     with opened_model(tiny_gguf, overrides={"llama.rope.scaling.type": "yarn"}, yarn_beta_fast=16.0) as model:
         assert model.metadata["llama.rope.scaling.type"] == "yarn"
 
@@ -189,7 +189,7 @@ def opened_model(path: Path, **options: object) -> erllama.Model:
     return erllama.load_model(path, **{"n_ctx": 256, **options})  # type: ignore[arg-type]
 
 
-def test_overrides_are_typed_by_value_and_told(tiny_gguf: Path) -> None:
+def test_overrides_are_typed_by_value_and_reported(tiny_gguf: Path) -> None:
     overrides = {
         "llama.context_length": 512,
         "llama.rope.freq_base": 1e6,
@@ -234,13 +234,13 @@ def test_overrides_without_effect_are_refused(tiny_gguf: Path, overrides: object
     assert words in refused(tiny_gguf, overrides=overrides)
 
 
-def test_overrides_that_cannot_be_are_refused_as_in_a_file(tiny_gguf: Path) -> None:
+def test_impossible_overrides_are_refused_as_in_a_file(tiny_gguf: Path) -> None:
     zero = {"llama.attention.head_count": 0}
     assert "head_count is 0" in refused(tiny_gguf, erllama.ModelLoadError, overrides=zero)
     longest = "x" * 127
     with opened_model(tiny_gguf, overrides={"general.name": longest}) as model:
         assert model.info.name == longest
-    # Not a word that libllama knows, which it asserts.
+    # Not a name that libllama knows; it would fail an assertion.
     scaling = {"llama.rope.scaling.type": "stretch"}
     assert "failed" in refused(tiny_gguf, erllama.ModelLoadError, overrides=scaling)
 
@@ -290,14 +290,14 @@ def test_overrides_that_cannot_be_are_refused_as_in_a_file(tiny_gguf: Path) -> N
         ({"vocab_onyl": True}, "did you mean 'vocab_only'"),
     ],
 )
-def test_options_that_contradict_are_refused(tiny_gguf: Path, options: dict[str, object], words: str) -> None:
+def test_contradictory_options_are_refused(tiny_gguf: Path, options: dict[str, object], words: str) -> None:
     assert words in refused(tiny_gguf, **options)
 
 
 # --- devices ---------------------------------------------------------------------------------------
 
 
-def test_devices_are_told_before_any_model_is_loaded() -> None:
+def test_devices_are_listed_before_a_model_is_loaded() -> None:
     said = must_run(
         """
         import erllama
@@ -312,7 +312,7 @@ def test_devices_are_told_before_any_model_is_loaded() -> None:
     assert said == "True\n"
 
 
-def test_devices_of_a_library_that_was_not_built() -> None:
+def test_listing_devices_reports_a_missing_library() -> None:
     must_run(
         """
         import sys
@@ -328,7 +328,7 @@ def test_devices_of_a_library_that_was_not_built() -> None:
     )
 
 
-def test_more_layers_than_there_are_and_no_devices_are_fine(tiny_gguf: Path) -> None:
+def test_excess_layers_and_missing_devices_are_accepted(tiny_gguf: Path) -> None:
     for options in ({"n_gpu_layers": 999}, {"devices": ["CPU"]}, {"devices": []}, {"n_gpu_layers": 0}):
         with opened_model(tiny_gguf, **options) as model:
             assert model.complete("hello", max_tokens=2).tokens
@@ -340,7 +340,7 @@ def names(options: LlamaOptions) -> list[str]:
 
 
 def test_devices_are_chosen_by_name_and_counted_once(two_gpus: None) -> None:
-    assert names(LlamaOptions()) == ["CUDA0", "CUDA1"], "one that two drivers offer counts once"
+    assert names(LlamaOptions()) == ["CUDA0", "CUDA1"], "a device that two drivers offer counts once"
     assert names(LlamaOptions(n_gpu_layers=0)) == []
     assert names(LlamaOptions(devices=["CUDA1", "CPU"])) == ["CUDA1"]
     assert names(LlamaOptions(devices=["iGPU"])) == ["iGPU"]
@@ -363,7 +363,7 @@ def test_devices_are_chosen_by_name_and_counted_once(two_gpus: None) -> None:
         assert words in str(caught.value)
 
 
-def test_integrated_gpus_are_taken_where_there_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integrated_gpus_are_used_if_there_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_options, "devices", lambda: GPUS[3:])
     assert names(LlamaOptions()) == ["iGPU"]
 
@@ -380,11 +380,11 @@ def disk(tmp_path: Path) -> Iterator[erllama.Cache]:
         yield cache
 
 
-def test_a_file_is_read_once_for_its_fingerprint(
+def test_a_fingerprint_reads_the_file_once(
     tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[float] = []
-    for _ in range(2):  # the second time in a cache that was opened anew
+    for _ in range(2):  # the second time with a reopened cache
         with erllama.Cache(ram=0, disk=tmp_path / "kv") as cache, opened_model(tiny_gguf, cache=cache):
             pass
         monkeypatch.setattr(_fingerprint, "_sha256", lambda *_: pytest.fail("read again"))
@@ -401,14 +401,14 @@ def test_a_file_is_read_once_for_its_fingerprint(
 
 
 @pytest.mark.parametrize("enough", [0.0, 0.4])
-def test_reading_for_a_fingerprint_can_be_cancelled(tiny_gguf: Path, disk: erllama.Cache, enough: float) -> None:
+def test_fingerprinting_can_be_cancelled(tiny_gguf: Path, disk: erllama.Cache, enough: float) -> None:
     with pytest.raises(erllama.LoadCancelled):
         opened_model(tiny_gguf, cache=disk, on_progress=lambda fraction: fraction < enough)
     with opened_model(tiny_gguf, cache=disk) as model:
         assert model.complete("hello", max_tokens=2).tokens
 
 
-def test_kinds_of_fingerprints_share_nothing(tiny_gguf: Path, disk: erllama.Cache) -> None:
+def test_different_kinds_of_fingerprint_share_nothing(tiny_gguf: Path, disk: erllama.Cache) -> None:
     digest = Fingerprint().of(tiny_gguf, disk, nothing)
     kinds: list[dict[str, object]] = [
         {},
@@ -424,8 +424,8 @@ def test_kinds_of_fingerprints_share_nothing(tiny_gguf: Path, disk: erllama.Cach
             assert model.complete(PROMPT, max_tokens=1).cache.kind == "exact"
 
 
-def test_a_fingerprint_of_ones_own_never_joins_two_layouts(tmp_path: Path, disk: erllama.Cache) -> None:
-    """Believed of the content, not of what is read from the file."""
+def test_a_custom_fingerprint_never_joins_two_layouts(tmp_path: Path, disk: erllama.Cache) -> None:
+    """A custom fingerprint stands for the content, not for the values read from the file."""
     shapes = {
         "a": TINY,
         "deeper": LlamaShape(n_layer=3, n_embd=64, n_ff=128, n_head=2, n_head_kv=1),
@@ -441,7 +441,7 @@ def test_a_fingerprint_of_ones_own_never_joins_two_layouts(tmp_path: Path, disk:
             assert model.complete(PROMPT, max_tokens=1).cache.kind == "cold"
     other = write_llama(tmp_path / "other", TINY, seed=2)
     with opened_model(other, cache=disk, **own) as model:
-        assert model.complete(PROMPT, max_tokens=1).cache.kind == "exact", "the caller said so"
+        assert model.complete(PROMPT, max_tokens=1).cache.kind == "exact", "the caller chose it"
 
 
 def changed(source: Path, target: Path, at: int) -> Path:
@@ -451,7 +451,7 @@ def changed(source: Path, target: Path, at: int) -> Path:
     return target
 
 
-def test_gguf_chunked_sees_metadata_and_beginnings_of_tensors(
+def test_gguf_chunked_covers_metadata_and_tensor_beginnings(
     tiny_gguf: Path, tmp_path: Path, disk: erllama.Cache
 ) -> None:
     from erllama.llama_ffi import read_header
@@ -470,7 +470,7 @@ def test_gguf_chunked_sees_metadata_and_beginnings_of_tensors(
 
 
 @pytest.mark.parametrize("kind", ["safe", "gguf_chunked"])
-def test_every_part_of_a_split_model_counts(
+def test_a_fingerprint_covers_every_part_of_a_split_model(
     tiny_gguf: Path, tmp_path: Path, disk: erllama.Cache, kind: str
 ) -> None:
     parts = [tmp_path / f"model-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
@@ -512,8 +512,8 @@ def test_a_file_that_changes_while_it_is_loaded_is_refused(tiny_gguf: Path, tmp_
 # --- several at once -------------------------------------------------------------------------------
 
 
-def test_models_load_at_once(tiny_gguf: Path, tmp_path: Path) -> None:
-    """Each with options of its own, some of them refused: nobody gets another's errors."""
+def test_models_can_load_concurrently(tiny_gguf: Path, tmp_path: Path) -> None:
+    """Each load has its own options, some of which are refused. No load gets the error of another."""
     mamba = write_mamba(tmp_path / "mamba.gguf", seed=1)
     alone = {}
     with erllama.Cache(disk=tmp_path / "kv") as cache:
@@ -541,7 +541,7 @@ def test_models_load_at_once(tiny_gguf: Path, tmp_path: Path) -> None:
 # --- what a model tells of itself ------------------------------------------------------------------
 
 
-def test_a_model_tells_what_it_is_and_takes(tiny_gguf: Path) -> None:
+def test_a_model_reports_its_facts_and_memory(tiny_gguf: Path) -> None:
     with opened_model(tiny_gguf, n_ctx=4096, kv_type_k="q8_0") as model:
         info = model.info
         assert (info.architecture, info.name, info.quantization) == ("llama", "random llama, seed 1", "all F32")
@@ -551,7 +551,7 @@ def test_a_model_tells_what_it_is_and_takes(tiny_gguf: Path) -> None:
         assert info.special_tokens["eos"] == erllama.SpecialToken(2, "</s>")
         assert (info.has_chat_template, info.vocab_only) == (False, False)
         assert info.weights_bytes == 115008 * 4
-        # A row of K is 32 elements in 34 bytes, one of V 64: in two layers. libllama tells hundredths of a MiB.
+        # In each of two layers, a row of K takes 34 bytes, and one of V 64. libllama reports steps of 0.01 MiB.
         assert info.kv_bytes == pytest.approx(4096 * 2 * (34 + 64), abs=2**20 / 100)
         assert {buffer.holds for buffer in info.buffers} == {"weights", "kv", "compute", "output"}
         assert asdict(info)["phase"] == "idle"
@@ -567,7 +567,7 @@ def test_recurrent_state_counts_as_kv(tmp_path: Path) -> None:
         assert (model.info.n_head, model.info.n_head_kv) == (0, 0)
 
 
-def test_a_backend_of_ones_own_need_tell_nothing() -> None:
+def test_a_custom_backend_may_report_no_facts() -> None:
     from erllama.engine.backends.stub import StubBackend
 
     with erllama.load_backend(StubBackend()) as model:
@@ -579,10 +579,10 @@ def test_a_backend_of_ones_own_need_tell_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "llama-spm", "qwen2"])
-def test_a_vocabulary_alone_tokenizes_as_expected_and_back(name: str) -> None:
+def test_a_vocabulary_only_model_tokenizes_and_detokenizes(name: str) -> None:
     path = SHARED / "vocab" / f"ggml-vocab-{name}.gguf"
     if not path.exists():
-        pytest.skip(f"{path} is not here")
+        pytest.skip(f"{path} is missing")
     texts = Path(f"{path}.inp").read_bytes().decode().split(SEPARATOR)
     expected = [[int(id) for id in line.split()] for line in Path(f"{path}.out").read_text().splitlines()]
     assert len(expected) > 40
@@ -617,7 +617,9 @@ def test_a_vocabulary_alone_tokenizes_as_expected_and_back(name: str) -> None:
         lambda model: model.evict(),
     ],
 )
-def test_a_vocabulary_alone_refuses_to_compute(tiny_gguf: Path, ask: Callable[[erllama.Model], object]) -> None:
+def test_a_vocabulary_only_model_refuses_to_compute(
+    tiny_gguf: Path, ask: Callable[[erllama.Model], object]
+) -> None:
     with erllama.load_model(tiny_gguf, vocab_only=True, id="words") as model:
         with pytest.raises(erllama.VocabularyOnly, match="vocab_only=True"):
             ask(model)
@@ -626,7 +628,7 @@ def test_a_vocabulary_alone_refuses_to_compute(tiny_gguf: Path, ask: Callable[[e
         ask(model)
 
 
-def test_a_vocabulary_alone_is_a_model_like_others(tiny_gguf: Path) -> None:
+def test_a_vocabulary_only_model_is_listed_like_others(tiny_gguf: Path) -> None:
     seen: list[float] = []
     overrides = {"tokenizer.ggml.add_bos_token": False}
     with erllama.load_model(
@@ -649,7 +651,7 @@ def test_a_vocabulary_alone_is_a_model_like_others(tiny_gguf: Path) -> None:
     assert "for a vocabulary only" in words
 
 
-def test_a_vocabulary_alone_refuses_asyncio(tiny_gguf: Path) -> None:
+def test_a_vocabulary_only_model_refuses_asyncio(tiny_gguf: Path) -> None:
     with erllama.load_model(tiny_gguf, vocab_only=True) as model:
         for asked in (model.acomplete("hello"), model.achat([{"role": "user", "content": "hello"}])):
             with pytest.raises(erllama.VocabularyOnly):

@@ -1,4 +1,4 @@
-"""Models whose tensors or hyperparameters are wrong: refused by name, and the process lives.
+"""Models with wrong tensors or hyperparameters are refused by name, and the process survives.
 
 What is computed runs in children, on two threads where an assertion on either
 would end the process. `make fuzz` tries 10,000 mutants.
@@ -20,20 +20,20 @@ import erllama
 from erllama import llama_ffi
 from erllama.testing.bert import write_bert
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
-from support import gguf_edit
-from support.children import must_run, run_python
-from support.gguf_edit import F32, U32, EditableGGUF
-from support.model_completion import complete, with_optional_tensors
-from support.places import TESTS
+from support.gguf import editable_gguf
+from support.gguf.architectures import minimal_model, with_optional_tensors
+from support.gguf.editable_gguf import F32, U32, EditableGGUF
+from support.paths import TESTS
+from support.subprocesses import must_run, run_python
 
 _HERE = TESTS
-_KINDS = {name: kind for kind, name in gguf_edit.TYPE_NAMES.items()}
+_KINDS = {name: kind for kind, name in editable_gguf.TYPE_NAMES.items()}
 _TRY = """
 import sys
 from pathlib import Path
 sys.path.append(sys.argv[1])
 import erllama
-from support.model_mutations import compute
+from support.gguf.mutations import compute
 for path in sorted(Path(sys.argv[2]).glob("*.gguf")):
     print(path.stem, flush=True, end=": ")
     try:
@@ -45,14 +45,14 @@ for path in sorted(Path(sys.argv[2]).glob("*.gguf")):
 
 
 def outcomes(place: Path) -> dict[str, str]:
-    """What came of each file in `place`, tried in one child: its name, and "computed" or the error."""
+    """Try each file in `place` in one child. Returns each name with "computed" or the error."""
     lines = must_run(_TRY, _HERE, place, timeout=300).splitlines()
     return dict(line.split(": ", 1) for line in lines)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> EditableGGUF:
-    return gguf_edit.read(write_llama(tmp_path_factory.mktemp("llama") / "llama.gguf"))
+    return editable_gguf.read(write_llama(tmp_path_factory.mktemp("llama") / "llama.gguf"))
 
 
 def retyped(file: EditableGGUF, name: str, kind: str) -> EditableGGUF:
@@ -67,7 +67,7 @@ def with_value(file: EditableGGUF, name: str, kind: int, value: object) -> Edita
     return changed
 
 
-def test_weights_of_types_that_ggml_does_not_multiply(llama: EditableGGUF, tmp_path: Path) -> None:
+def test_weight_types_that_ggml_cannot_multiply_are_refused(llama: EditableGGUF, tmp_path: Path) -> None:
     roles = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight", "output.weight", "token_embd.weight")
     for role in roles:
         for kind in ("I8", "I16", "I32", "I64", "F64"):
@@ -79,7 +79,7 @@ def test_weights_of_types_that_ggml_does_not_multiply(llama: EditableGGUF, tmp_p
         assert f"tensor {role!r} has type {kind.lower()}; it must have another type" in outcome
 
 
-def test_norms_that_a_conversion_wrote_in_half_precision(llama: EditableGGUF, tmp_path: Path) -> None:
+def test_norms_in_half_precision_are_refused(llama: EditableGGUF, tmp_path: Path) -> None:
     for role in ("blk.0.attn_norm.weight", "blk.1.ffn_norm.weight", "output_norm.weight"):
         for kind in ("F16", "BF16", "Q8_0"):
             retyped(llama, role, kind).write(tmp_path / f"{role}={kind}.gguf")
@@ -89,12 +89,13 @@ def test_norms_that_a_conversion_wrote_in_half_precision(llama: EditableGGUF, tm
         assert "it must be f32" in outcome
 
 
-def test_weights_of_every_type_that_ggml_multiplies_are_taken(llama: EditableGGUF, tmp_path: Path) -> None:
+def test_weight_types_that_ggml_multiplies_are_accepted(llama: EditableGGUF, tmp_path: Path) -> None:
     wide = llama.copy()
     kinds = [
         name
         for name, kind in _KINDS.items()
-        if name not in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K") and 64 % gguf_edit.BLOCKS[kind][0] == 0
+        if name not in ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
+        and 64 % editable_gguf.BLOCKS[kind][0] == 0
     ]
     assert len(kinds) >= 10
     for kind in kinds:
@@ -117,7 +118,7 @@ def test_weights_of_every_type_that_ggml_multiplies_are_taken(llama: EditableGGU
         ("expert_count", U32, 2**31),
     ],
 )
-def test_hyperparameters_out_of_range(
+def test_hyperparameters_out_of_range_are_refused(
     llama: EditableGGUF, tmp_path: Path, name: str, kind: int, value: float
 ) -> None:
     with_value(llama, name, kind, value).write(tmp_path / "wrong.gguf")
@@ -125,8 +126,8 @@ def test_hyperparameters_out_of_range(
     assert f"llama.{name} is {value}; it must be" in outcome
 
 
-def test_a_number_that_libllama_divides_by_is_not_zero(tmp_path: Path) -> None:
-    made = complete("qwen3next", tmp_path)
+def test_hyperparameters_used_as_divisors_must_not_be_zero(tmp_path: Path) -> None:
+    made = minimal_model("qwen3next", tmp_path)
     assert made is not None
     base = with_optional_tensors(made)
     place = tmp_path / "files"
@@ -143,9 +144,9 @@ def test_a_number_that_libllama_divides_by_is_not_zero(tmp_path: Path) -> None:
     assert "expert_used_count" in found["experts"]
 
 
-def test_state_spaces_without_groups_or_heads(tmp_path: Path) -> None:
-    """libllama divides by both, when it loads or when it makes the graph: the process must not end."""
-    base = complete("mamba2", tmp_path)
+def test_state_space_models_without_groups_or_heads_are_refused(tmp_path: Path) -> None:
+    """libllama divides by both while loading or building the graph. The process must survive."""
+    base = minimal_model("mamba2", tmp_path)
     assert base is not None
     place = tmp_path / "files"
     place.mkdir()
@@ -157,7 +158,7 @@ def test_state_spaces_without_groups_or_heads(tmp_path: Path) -> None:
     for name, n_heads, n_groups in (("time_step_rank", 0, groups), ("group_count", heads, 0)):
         changed = with_value(base, f"ssm.{name}", U32, 0)
         convolved = inner + 2 * n_groups * state
-        for tensor_name, tensor in changed.tensors.items():  # the shapes that libllama expects then
+        for tensor_name, tensor in changed.tensors.items():  # the shapes that libllama then expects
             role = tensor_name.split(".", 2)[-1]
             if role == "ssm_in.weight":
                 tensor.shape = [64, inner + convolved + n_heads]
@@ -184,7 +185,7 @@ def test_state_spaces_without_groups_or_heads(tmp_path: Path) -> None:
     ],
 )
 def test_state_space_values_are_checked_where_layers_use_them(architecture: str, name: str) -> None:
-    """A dense granite, as converters write it, states 0 groups and 0 heads and has no such layer."""
+    """Converters write a dense granite model with 0 groups and 0 heads and without such a layer."""
     metadata = {"general.architecture": architecture, f"{architecture}.ssm.{name}": 0}
     gate, out = (llama_ffi.Tensor(f"blk.0.{role}.weight", 0, 4, 0, (1,)) for role in ("attn_gate", "ssm_out"))
     llama_ffi.check_tensors(metadata, [gate])
@@ -204,8 +205,8 @@ library.llama_model_save_to_file(int(ffi.cast("uintptr_t", model._handle.pointer
 """
 
 
-def test_models_that_libllama_saved(llama: EditableGGUF, tmp_path: Path) -> None:
-    """Its files state every hyperparameter that it knows, with 0 for what the model has not."""
+def test_models_saved_by_libllama_load(llama: EditableGGUF, tmp_path: Path) -> None:
+    """libllama writes every hyperparameter that it knows, with 0 for those that the model lacks."""
     place = tmp_path / "saved"
     place.mkdir()
     llama.write(tmp_path / "llama.gguf")
@@ -219,15 +220,15 @@ def test_models_that_libllama_saved(llama: EditableGGUF, tmp_path: Path) -> None
     assert outcomes(place) == dict.fromkeys(sorted(bases), "computed")
 
 
-def test_a_model_that_libllama_saved_with_attention_has_heads() -> None:
-    """What it states of states, each 0, does not make it a model without attention."""
+def test_a_saved_model_with_attention_needs_heads() -> None:
+    """State sizes of 0 do not make it a model without attention."""
     metadata = {"general.architecture": "phimoe", "phimoe.ssm.state_size": 0, "phimoe.attention.head_count": 0}
     with pytest.raises(llama_ffi.LlamaError, match="head_count is 0; it must be 1 to"):
         llama_ffi.check_hyperparameters(metadata)
 
 
 @pytest.mark.parametrize("value", [1e-40, -1.0, float("nan")])
-def test_a_rope_scale_is_none_or_in_range(value: float) -> None:
+def test_a_rope_scale_is_absent_or_in_range(value: float) -> None:
     metadata = {"general.architecture": "llama", "llama.rope.scaling.factor": value}
     with pytest.raises(llama_ffi.LlamaError, match="it must be 0 or 1e-09 to 1e"):
         llama_ffi.check_hyperparameters(metadata)
@@ -244,7 +245,7 @@ def test_a_rope_scale_is_none_or_in_range(value: float) -> None:
         ("wavtokenizer-dec", "attention.group_norm_groups"),
     ],
 )
-def test_values_of_some_architectures_are_checked_for_those(architecture: str, name: str) -> None:
+def test_architecture_specific_values_are_checked_for_them_only(architecture: str, name: str) -> None:
     llama_ffi.check_hyperparameters({"general.architecture": "llama", f"llama.{name}": 0})
     stated = {"expert_used_count": 2, name: 0}
     metadata = {f"{architecture}.{key}": value for key, value in stated.items()}
@@ -253,14 +254,14 @@ def test_values_of_some_architectures_are_checked_for_those(architecture: str, n
 
 
 @pytest.mark.parametrize("value", ["two", ["two"]])
-def test_texts_in_place_of_numbers_are_not_numbers(value: object) -> None:
+def test_text_in_place_of_a_number_is_refused(value: object) -> None:
     metadata = {"general.architecture": "qwen3moe", "qwen3moe.expert_used_count": value, "qwen3moe.ssm.x": value}
     with pytest.raises(llama_ffi.LlamaError, match="libllama divides by the former"):
         llama_ffi.check_hyperparameters(metadata)
 
 
-def test_weights_that_a_graph_needs_and_a_file_lacks(tmp_path: Path) -> None:
-    made = complete("phi3", tmp_path)
+def test_missing_weights_that_a_graph_needs_are_refused(tmp_path: Path) -> None:
+    made = minimal_model("phi3", tmp_path)
     assert made is not None
     place = tmp_path / "files"
     place.mkdir()
@@ -271,9 +272,9 @@ def test_weights_that_a_graph_needs_and_a_file_lacks(tmp_path: Path) -> None:
     assert "'blk.0.attn_qkv.weight' or 'blk.0.attn_q.weight' is missing" in found["lacking"]
 
 
-def test_what_only_the_graph_shows_is_found_before_anything_is_computed(tmp_path: Path) -> None:
-    """Of each kind a file that loads: an operation that ggml cannot compute, on as many threads as it likes."""
-    base = gguf_edit.read(write_gemma3(tmp_path / "gemma3.gguf"))
+def test_graph_faults_are_found_before_computing(tmp_path: Path) -> None:
+    """Files that load but hold an operation that ggml cannot compute, tried on several threads."""
+    base = editable_gguf.read(write_gemma3(tmp_path / "gemma3.gguf"))
     place = tmp_path / "files"
     place.mkdir()
     with_value(base, "rope.dimension_count", U32, 32).write(place / "wider than a head.gguf")
@@ -289,10 +290,10 @@ _FUZZ = """
 import sys
 from pathlib import Path
 sys.path.append(sys.argv[1])
-from support import gguf_edit
-from support.model_mutations import HYPERPARAMETERS, try_files
+from support.gguf import editable_gguf
+from support.gguf.mutations import HYPERPARAMETERS, try_files
 first, last, place = int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-bases = [gguf_edit.read(path) for path in sorted(place.glob("*.base"))]
+bases = [editable_gguf.read(path) for path in sorted(place.glob("*.base"))]
 with open(place / "journal", "a") as journal:
     def say(line):
         journal.write(line + "\\n")
@@ -301,7 +302,7 @@ with open(place / "journal", "a") as journal:
 """
 _BATCH = 250
 _FEW = ("gemma2", "phi3", "qwen2moe")
-# Threads that wait must not take the processor from those that work: batches run side by side.
+# Waiting threads must not take the processor from working ones, because batches run side by side.
 _PATIENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
 
 
@@ -310,13 +311,13 @@ def _bases(place: Path, architectures: Sequence[str]) -> None:
     for number, write in enumerate(written):
         write(place / f"{number}.base")
     for architecture in architectures:
-        made = complete(architecture, place)
+        made = minimal_model(architecture, place)
         if made is not None:
             with_optional_tensors(made).write(place / f"{architecture}.base")
 
 
 def _batch(first: int, last: int, place: Path) -> str:
-    """Try mutants in a child of their own; what killed it, and at which mutant, or an empty text."""
+    """Try mutants in a child process. Returns what killed it and at which mutant, or an empty text."""
     command = [sys.executable, "-c", _FUZZ, str(_HERE), str(first), str(last), str(place)]
     finished = subprocess.run(
         command, capture_output=True, text=True, errors="replace", check=False, env={**os.environ, **_PATIENT}
@@ -328,7 +329,7 @@ def _batch(first: int, last: int, place: Path) -> str:
 
 
 def test_no_mutant_ends_the_process(tmp_path: Path) -> None:
-    """Types, shapes, hyperparameters and architectures: each mutant is refused, or computes."""
+    """Mutants of types, shapes, hyperparameters and architectures: each is refused or computes."""
     n = int(os.environ.get("ERLLAMA_FUZZ_N", "60"))
     first = int(os.environ.get("ERLLAMA_FUZZ_FIRST", "0"))
     _bases(tmp_path, _FEW if n < 1000 else list(MODEL_ARCH_NAMES.values()))
@@ -377,9 +378,11 @@ for _ in range(3):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library made here")
-def test_an_assertion_on_all_threads_of_a_computation(llama: EditableGGUF, tmp_path: Path) -> None:
-    """The check of the graph is taken out, so that one fails: an error, and other models compute on."""
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library that the test builds"
+)
+def test_an_assertion_failure_on_all_threads_is_survived(llama: EditableGGUF, tmp_path: Path) -> None:
+    """Without the graph check, an assertion fails. It becomes an error, and other models continue."""
     (tmp_path / "unchecked.cpp").write_text(_UNCHECKED)
     library = tmp_path / "unchecked.so"
     subprocess.run(["c++", "-shared", "-fPIC", tmp_path / "unchecked.cpp", "-o", library], check=True)
@@ -419,21 +422,23 @@ for name, adapter in zip(("broken", "whole"), adapters):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library made here")
-def test_a_failed_model_keeps_its_own_adapters_alone(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
-    """What may still compute uses the adapters of its model: those of others are freed."""
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("c++"), reason="preloads a library that the test builds"
+)
+def test_a_failed_model_keeps_only_its_own_adapters(tiny_gguf: Path, loras: list[Path], tmp_path: Path) -> None:
+    """A failed computation may still use the adapters of its model. Those of other models are freed."""
     (tmp_path / "frees.cpp").write_text(_FREES)
     library = tmp_path / "frees.so"
     subprocess.run(["c++", "-shared", "-fPIC", tmp_path / "frees.cpp", "-o", library], check=True)
-    retyped(gguf_edit.read(tiny_gguf), "blk.0.ffn_norm.weight", "F16").write(tmp_path / "bad.gguf")
+    retyped(editable_gguf.read(tiny_gguf), "blk.0.ffn_norm.weight", "F16").write(tmp_path / "bad.gguf")
     paths = (tmp_path / "bad.gguf", tiny_gguf, loras[0])
     finished = run_python(_ADAPTERS, *paths, environment={"LD_PRELOAD": str(library)})
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.splitlines() == ["failed", "broken", "whole", "freed"]
 
 
-def test_a_model_with_learned_positions_ends_at_the_last_one(tmp_path: Path) -> None:
-    file = complete("gpt2", tmp_path)
+def test_learned_positions_limit_the_context(tmp_path: Path) -> None:
+    file = minimal_model("gpt2", tmp_path)
     assert file is not None
     path = tmp_path / "model.gguf"
     file.write(path)
@@ -441,5 +446,5 @@ def test_a_model_with_learned_positions_ends_at_the_last_one(tmp_path: Path) -> 
         assert model.n_ctx == 512
         with pytest.raises(erllama.PromptTooLong):
             model.complete([5] * 600, max_tokens=1)
-        reply = model.complete([5] * 500, max_tokens=50, banned_tokens=range(5))  # no token that ends it
+        reply = model.complete([5] * 500, max_tokens=50, banned_tokens=range(5))  # no end token
         assert (reply.finish_reason, len(reply.context_tokens)) == ("context_full", 513)

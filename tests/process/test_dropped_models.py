@@ -1,4 +1,4 @@
-"""Models that nobody unloads are told of, ended and freed when they are dropped; what is unloaded at exit."""
+"""Models that are dropped without unload: reported, stopped and freed; models left at exit are unloaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 import erllama
 from erllama.engine.backends.stub import StubBackend
-from support.children import must_run, run_python
+from support.subprocesses import must_run, run_python
 from support.threads import wait_until
 
 
@@ -26,7 +26,7 @@ class Closing(StubBackend):
 
 @pytest.fixture(autouse=True)
 def no_collector() -> Iterator[None]:
-    """What is dropped is freed at once, and not when the collector happens to run."""
+    """Disable the garbage collector, so that only reference counts free objects."""
     Closing.closed = 0
     gc.collect()
     gc.disable()
@@ -34,25 +34,25 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
-def let_go(held: list[Any], closed: int) -> None:
-    """Drop what is held; the model's thread may hold the last reference, for a moment."""
+def drop_reference(held: list[Any], closed: int) -> None:
+    """Drop a reference. The model thread may hold the last one for a moment."""
     held.clear()
     wait_until(lambda: Closing.closed == closed)
 
 
-def test_a_model_that_is_dropped_is_told_and_freed() -> None:
+def test_a_dropped_model_is_reported_and_freed() -> None:
     for n in range(1, 4):
         held = [erllama.load_backend(Closing(eog_bias=-100))]
         name = held[0].id
         held[0].complete("x", max_tokens=2)
         with pytest.warns(ResourceWarning, match=rf"{name}.*unload\(\)"):
-            let_go(held, n)
+            drop_reference(held, n)
         assert erllama.list_models() == []
         with pytest.raises(erllama.ModelNotFound):
             erllama.get_model(name)
 
 
-def test_loading_again_and_again_into_one_name_keeps_one(tiny_gguf: Path) -> None:
+def test_rebinding_one_name_keeps_one_model(tiny_gguf: Path) -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         model = None
@@ -64,7 +64,7 @@ def test_loading_again_and_again_into_one_name_keeps_one(tiny_gguf: Path) -> Non
     assert [warning.category for warning in told] == [ResourceWarning] * 3
 
 
-def test_a_vocabulary_alone_that_is_dropped_is_told_too(tiny_gguf: Path) -> None:
+def test_a_dropped_vocabulary_only_model_is_reported(tiny_gguf: Path) -> None:
     model = erllama.load_model(tiny_gguf, vocab_only=True)
     assert len(model.tokenize("x"))
     with pytest.warns(ResourceWarning, match="unload"):
@@ -72,28 +72,28 @@ def test_a_vocabulary_alone_that_is_dropped_is_told_too(tiny_gguf: Path) -> None
     assert erllama.list_models() == []
 
 
-def test_a_model_with_an_id_of_its_own_stays_for_who_asks_for_it() -> None:
+def test_a_model_with_an_explicit_id_stays_loaded() -> None:
     erllama.load_backend(Closing(eog_bias=-100), id="kept")
     assert erllama.get_model("kept").complete("x", max_tokens=2).tokens
     erllama.get_model("kept").unload()
     assert Closing.closed == 1
 
 
-def test_an_unloaded_model_is_dropped_without_a_word() -> None:
+def test_an_unloaded_model_is_dropped_without_a_warning() -> None:
     with erllama.load_backend(Closing()) as model:
         model.complete("x", max_tokens=2)
     del model
     assert Closing.closed == 1
 
 
-def test_a_reply_that_is_still_written_keeps_its_model() -> None:
+def test_a_running_reply_keeps_its_model() -> None:
     held = [erllama.load_backend(Closing(eog_bias=-100)).stream([5] * 10, max_tokens=300)]
     assert len(held[0].result().tokens) == 300
     with pytest.warns(ResourceWarning, match="dropped"):
-        let_go(held, 1)
+        drop_reference(held, 1)
 
 
-def test_a_model_that_was_dropped_at_last_is_waited_for_at_exit() -> None:
+def test_exit_waits_for_a_model_that_was_just_dropped() -> None:
     told = must_run(
         """
         import time, erllama
@@ -111,7 +111,7 @@ def test_a_model_that_was_dropped_at_last_is_waited_for_at_exit() -> None:
     assert told == "closed\n"
 
 
-def test_a_model_that_fails_to_unload_at_exit_does_not_keep_others_from_it() -> None:
+def test_exit_unloads_all_models_though_one_fails() -> None:
     finished = run_python(
         """
         import logging, sys, erllama

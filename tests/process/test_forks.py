@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from support.children import must_run
+from support.subprocesses import must_run
 
 
-def test_a_child_that_is_forked_while_grammars_compile_compiles_its_own() -> None:
+def test_a_child_forked_while_grammars_compile_can_compile() -> None:
     told = must_run(
         """
         import itertools, os, signal, threading, warnings
@@ -41,7 +41,7 @@ def test_a_child_that_is_forked_while_grammars_compile_compiles_its_own() -> Non
     assert told == "whole\n"
 
 
-def test_a_child_that_is_forked_while_models_are_loaded_loads_its_own() -> None:
+def test_a_child_forked_while_models_load_can_load() -> None:
     told = must_run(
         """
         import os, signal, threading, warnings

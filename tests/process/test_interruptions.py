@@ -1,4 +1,4 @@
-"""Exceptions that are no `Exception`: they end what raised them, and nothing else; Ctrl-C leaves nothing behind."""
+"""Exceptions that are not an `Exception` end only the call that raised them; Ctrl-C leaves no partial state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import erllama
 from erllama.engine import Batch, Candidates
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.grammar.grammar import GrammarCompiler
-from support.adapting import AdaptedStub
+from support.adapters import AdaptedStub
 from support.threads import wait_until
 
 ENDINGS = (ValueError, SystemExit, KeyboardInterrupt, GeneratorExit)
@@ -28,7 +28,7 @@ ENDINGS = (ValueError, SystemExit, KeyboardInterrupt, GeneratorExit)
 
 @contextmanager
 def failing_handler(error: type[BaseException]) -> Iterator[list[str]]:
-    """A handler of the library's log that raises, whatever it is given."""
+    """A log handler that raises for every record."""
     seen: list[str] = []
 
     class Failing(logging.Handler):
@@ -45,7 +45,7 @@ def failing_handler(error: type[BaseException]) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("error", ENDINGS)
-def test_a_logging_handler_that_raises_does_not_end_the_writer(error: type[BaseException], tmp_path: Path) -> None:
+def test_a_raising_log_handler_does_not_end_the_writer(error: type[BaseException], tmp_path: Path) -> None:
     def fail() -> None:
         raise OSError("injected")
 
@@ -60,7 +60,7 @@ def test_a_logging_handler_that_raises_does_not_end_the_writer(error: type[BaseE
 
 
 @pytest.mark.parametrize("error", ENDINGS)
-def test_a_logging_handler_that_raises_does_not_end_the_model(error: type[BaseException]) -> None:
+def test_a_raising_log_handler_does_not_end_the_model(error: type[BaseException]) -> None:
     class Failing(StubBackend):
         fails = True
 
@@ -78,7 +78,7 @@ def test_a_logging_handler_that_raises_does_not_end_the_model(error: type[BaseEx
     assert seen
 
 
-def test_a_logging_handler_that_raises_disturbs_no_loading(tiny_gguf: Path) -> None:
+def test_a_raising_log_handler_does_not_disturb_loading(tiny_gguf: Path) -> None:
     log = logging.getLogger("erllama")
     before = log.level
     log.setLevel(logging.DEBUG)
@@ -86,12 +86,12 @@ def test_a_logging_handler_that_raises_disturbs_no_loading(tiny_gguf: Path) -> N
         with failing_handler(ValueError) as seen:
             with erllama.load_model(tiny_gguf, n_ctx=256, n_threads=1) as model:
                 assert model.complete("x", max_tokens=2).tokens
-        assert any("tensor" in line for line in seen), "libllama's own lines, too"
+        assert any("tensor" in line for line in seen), "including lines of libllama"
     finally:
         log.setLevel(before)
 
 
-def test_what_a_handler_raises_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exceptions_of_log_handlers_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     from erllama._runtime.log import logger
 
     with failing_handler(ValueError):
@@ -100,7 +100,7 @@ def test_what_a_handler_raises_is_printed(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("error", ENDINGS)
-def test_a_step_that_raises_ends_its_request_alone(error: type[BaseException]) -> None:
+def test_a_raising_sampler_step_ends_only_its_request(error: type[BaseException]) -> None:
     def failing(candidates: Candidates) -> Candidates:
         raise error("not mine to end")
 
@@ -114,9 +114,7 @@ def test_a_step_that_raises_ends_its_request_alone(error: type[BaseException]) -
 
 @pytest.mark.parametrize("error", ENDINGS)
 @pytest.mark.parametrize("method", ["pack", "decode", "share", "restore", "drop"])
-def test_a_backend_that_raises_ends_no_other_request_and_nobody_waits(
-    error: type[BaseException], method: str
-) -> None:
+def test_a_raising_backend_ends_only_its_requests_and_blocks_none(error: type[BaseException], method: str) -> None:
     backend = StubBackend(eog_bias=-100)
     with erllama.Cache(block_size=16) as cache, erllama.load_backend(backend, cache=cache) as model:
         model.complete([1] * 100, max_tokens=5)
@@ -137,7 +135,7 @@ def test_a_backend_that_raises_ends_no_other_request_and_nobody_waits(
 
 
 @pytest.mark.parametrize("error", ENDINGS)
-def test_what_is_asked_of_the_model_thread_fails_with_a_typed_error(
+def test_calls_to_a_failed_model_thread_raise_typed_errors(
     error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing() -> None:
@@ -153,7 +151,7 @@ def test_what_is_asked_of_the_model_thread_fails_with_a_typed_error(
 
 
 @pytest.mark.parametrize("error", ENDINGS)
-def test_a_model_ends_whatever_its_backend_raises_then(error: type[BaseException]) -> None:
+def test_a_model_unloads_whatever_its_backend_raises(error: type[BaseException]) -> None:
     class Failing(StubBackend):
         def close(self) -> None:
             raise error("it does not close")
@@ -169,7 +167,7 @@ def test_a_model_ends_whatever_its_backend_raises_then(error: type[BaseException
 # --- Ctrl-C -----------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_while_a_grammar_compiles_lets_go_of_the_adapters(
+def test_ctrl_c_while_a_grammar_compiles_releases_the_adapters(
     stub_adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = AdaptedStub(eog_bias=-100)
@@ -189,11 +187,11 @@ def test_ctrl_c_while_a_grammar_compiles_lets_go_of_the_adapters(
         wait_until(lambda: backend.loaded == [])
 
 
-def test_ctrl_c_while_an_adapter_loads_leaves_none(stub_adapters: list[Path]) -> None:
+def test_ctrl_c_while_an_adapter_loads_leaves_none_loaded(stub_adapters: list[Path]) -> None:
     class Slow(AdaptedStub):
         def load_adapter(self, path: Path) -> object:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)  # the waiting caller is interrupted meanwhile
+            time.sleep(0.2)  # the waiting caller is interrupted in the meantime
             return super().load_adapter(path)
 
     backend = Slow(eog_bias=-100)
@@ -206,9 +204,9 @@ def test_ctrl_c_while_an_adapter_loads_leaves_none(stub_adapters: list[Path]) ->
 
 
 def interrupted_at(step: int, modules: tuple[str, ...], call: Callable[[], object]) -> bool:
-    """Call something, and raise KeyboardInterrupt at its `step`-th step within some modules; whether it came there.
+    """Call a function and raise KeyboardInterrupt at its `step`-th step in some modules. Returns whether it did.
 
-    Steps are those at which the interpreter looks for signals: the beginnings of functions, and the ends of calls.
+    Steps are the places where the interpreter checks for signals: starts of functions and ends of calls.
     """
     left = step
 
@@ -253,7 +251,7 @@ def test_ctrl_c_at_any_step_of_a_submission_leaves_nothing_behind(stub_adapters:
         ask()
 
 
-def test_ctrl_c_at_any_step_of_loading_an_adapter_leaves_it_whole_or_not_at_all(stub_adapters: list[Path]) -> None:
+def test_ctrl_c_loads_an_adapter_completely_or_not_at_all(stub_adapters: list[Path]) -> None:
     modules = ("erllama.engine.scheduling.model_thread",)
     backend = AdaptedStub(eog_bias=-100)
     with erllama.load_backend(backend) as model:
@@ -262,7 +260,7 @@ def test_ctrl_c_at_any_step_of_loading_an_adapter_leaves_it_whole_or_not_at_all(
             whole = interrupted_at(step, modules, lambda: model.load_adapter(stub_adapters[0]))
             step += 1
             wait_until(lambda: not model._runner._calls)
-            model.evict()  # what is undone behind the caller is done
+            model.evict()  # the background undo is complete
             assert len(backend.loaded) == len(model.adapters)
             for adapter in model.adapters:
                 adapter.unload()

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 import erllama
-from support.children import must_run
+from support.subprocesses import must_run
 
 # Optional package, code that needs it, and the extra that installs it.
 NEEDS = [

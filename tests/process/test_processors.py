@@ -46,7 +46,7 @@ def cgroups(tmp_path: Path) -> Cgroups:
     return Cgroups(tmp_path)
 
 
-def test_the_smallest_quota_from_the_own_group_to_the_root_counts(cgroups: Cgroups) -> None:
+def test_the_smallest_quota_up_to_the_root_group_counts(cgroups: Cgroups) -> None:
     cgroups.belong("0::/pod/container")
     cgroups.v2("/pod/container", "max 100000")
     assert cgroups.quota is None
@@ -58,7 +58,7 @@ def test_the_smallest_quota_from_the_own_group_to_the_root_counts(cgroups: Cgrou
     assert cgroups.quota == 0.5
 
 
-def test_quotas_of_the_first_version_count(cgroups: Cgroups) -> None:
+def test_cgroup_v1_quotas_count(cgroups: Cgroups) -> None:
     cgroups.belong("4:memory:/elsewhere", "1:cpu,cpuacct:/pod/container", "0::/")
     cgroups.v1("/pod/container", -1, 100_000)
     assert cgroups.quota is None
@@ -66,7 +66,7 @@ def test_quotas_of_the_first_version_count(cgroups: Cgroups) -> None:
     assert cgroups.quota == 1.5
 
 
-def test_controllers_that_are_mounted_together_are_found(cgroups: Cgroups) -> None:
+def test_controllers_mounted_together_are_found(cgroups: Cgroups) -> None:
     cgroups.belong("1:cpu,cpuacct:/")
     cgroups.v1("/", 20_000, 10_000, controller="cpu,cpuacct")
     assert cgroups.quota == 2
@@ -79,13 +79,13 @@ def test_in_a_container_the_root_of_the_mount_counts(cgroups: Cgroups) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "max", "50000", "x y", "0 100000", "50000 0", "-1 100000"])
-def test_what_is_no_quota_is_none(cgroups: Cgroups, text: str) -> None:
+def test_invalid_quotas_are_ignored(cgroups: Cgroups, text: str) -> None:
     cgroups.belong("0::/", "nonsense", "")
     cgroups.v2("/", text)
     assert cgroups.quota is None
 
 
-def test_no_cgroups_are_no_quota(tmp_path: Path) -> None:
+def test_without_cgroups_there_is_no_quota(tmp_path: Path) -> None:
     assert cpu_quota(tmp_path / "none", tmp_path) is None
 
 
@@ -99,7 +99,7 @@ def test_no_cgroups_are_no_quota(tmp_path: Path) -> None:
         (4, "max 1", 4),
     ],
 )
-def test_threads_are_the_processors_up_to_the_quota(
+def test_the_default_threads_are_the_processors_up_to_the_quota(
     cgroups: Cgroups, monkeypatch: pytest.MonkeyPatch, processors: int, quota: str, threads: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)), raising=False)
@@ -108,7 +108,7 @@ def test_threads_are_the_processors_up_to_the_quota(
     assert default_threads(cgroups.membership, cgroups.mount) == threads
 
 
-def test_a_model_says_how_many_threads_it_has(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_reports_its_threads(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erllama.engine.backends.llama.default_threads", lambda: 1)
     for options, threads in (({}, (1, 1)), ({"n_threads": 2}, (2, 2)), ({"n_threads_batch": 2}, (1, 2))):
         with erllama.load_model(tiny_gguf, n_ctx=256, warmup=False, **options) as model:  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def test_a_model_says_how_many_threads_it_has(tiny_gguf: Path, monkeypatch: pyte
 
 @pytest.fixture
 def half_a_processor() -> Iterator[Path]:
-    """A real cgroup with a quota of half a processor; skipped where it cannot be made."""
+    """A real cgroup with a quota of half a processor. Skips if it cannot be created."""
     root = Path("/sys/fs/cgroup")
     version_1 = (root / "cpu").is_dir()
     group = (root / "cpu" if version_1 else root) / f"erllama-test-{os.getpid()}"
@@ -138,7 +138,7 @@ def half_a_processor() -> Iterator[Path]:
     group.rmdir()
 
 
-def test_a_process_under_a_real_quota_has_one_thread(half_a_processor: Path) -> None:
+def test_a_process_under_a_real_quota_uses_one_thread(half_a_processor: Path) -> None:
     code = (
         "import os, sys; open(sys.argv[1] + '/cgroup.procs', 'w').write(str(os.getpid()))\n"
         "from erllama.engine.processors import cpu_quota, default_threads\n"
@@ -152,5 +152,5 @@ def test_a_process_under_a_real_quota_has_one_thread(half_a_processor: Path) -> 
         check=False,
     )
     if "Permission" in finished.stderr or "Device or resource busy" in finished.stderr:
-        pytest.skip("no process can be put into a cgroup")
+        pytest.skip("this machine does not allow cgroups")
     assert finished.stdout == "0.5 1\n", finished.stderr

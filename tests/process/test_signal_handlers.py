@@ -1,4 +1,4 @@
-"""What an operator calls in a signal handler neither waits for ever nor breaks the call that it interrupts."""
+"""Calls from a signal handler neither deadlock nor break the call that they interrupt."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import erllama
 from erllama._runtime.reentry import reentered
 from erllama.engine.backends.stub import StubBackend
 from erllama.metrics import MetricsCollector
-from support.children import must_run
+from support.subprocesses import must_run
 from support.threads import in_threads, wait_until
 
 
 def operator(model: erllama.Model, cache: erllama.Cache) -> None:
-    """What is safe in a handler."""
+    """Calls that are safe in a handler."""
     assert model in erllama.list_models()
     assert erllama.get_model(model.id) is model
     assert erllama.queue_depth() >= 0
@@ -36,9 +36,9 @@ def operator(model: erllama.Model, cache: erllama.Cache) -> None:
 
 @contextmanager
 def handling(step: int, modules: tuple[str, ...], handler: Callable[[], object]) -> Iterator[list[bool]]:
-    """Call a handler at the `step`-th step within some modules; whether it came there.
+    """Call a handler at the `step`-th step within some modules. Returns whether it was called.
 
-    Steps are those at which the interpreter looks for signals: the beginnings of functions, and the ends of calls.
+    Steps are the places where the interpreter checks for signals: starts of functions and ends of calls.
     """
     left, came = step, []
 
@@ -79,7 +79,7 @@ _MODULES = (
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("called", CALLS)
-def test_an_operators_handler_at_any_step_of_a_call_returns(called: str, tmp_path: Path) -> None:
+def test_a_handler_that_runs_at_any_step_of_a_call_returns(called: str, tmp_path: Path) -> None:
     with erllama.Cache(disk=tmp_path, block_size=16) as cache:
         with erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
             model.complete([5] * 100, max_tokens=2)
@@ -92,7 +92,7 @@ def test_an_operators_handler_at_any_step_of_a_call_returns(called: str, tmp_pat
             cache.check_integrity()
 
 
-def test_a_real_signal_while_a_reply_is_written_is_handled_at_once(tmp_path: Path) -> None:
+def test_a_signal_during_a_reply_is_handled_at_once(tmp_path: Path) -> None:
     seen = []
     with erllama.Cache(disk=tmp_path, block_size=16) as cache:
         with erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
@@ -116,7 +116,7 @@ def test_a_real_signal_while_a_reply_is_written_is_handled_at_once(tmp_path: Pat
     assert seen
 
 
-def test_a_stream_is_cancelled_by_a_handler() -> None:
+def test_a_handler_can_cancel_a_stream() -> None:
     with erllama.load_backend(StubBackend(eog_bias=-100)) as model:
         with model.stream([5] * 10, max_tokens=4000) as stream:
             next(stream)
@@ -127,7 +127,7 @@ def test_a_stream_is_cancelled_by_a_handler() -> None:
 
 
 @pytest.mark.timeout(120)
-def test_a_model_is_unloaded_by_a_handler_at_any_step() -> None:
+def test_a_handler_can_unload_a_model_at_any_step() -> None:
     for step in range(1, 40, 3):
         model = erllama.load_backend(StubBackend(eog_bias=-100))
         ended: list[object] = []
@@ -147,7 +147,7 @@ def test_a_model_is_unloaded_by_a_handler_at_any_step() -> None:
         wait_until(lambda model=model: model not in erllama.list_models())  # type: ignore[misc]
 
 
-def test_an_unload_that_a_handler_began_is_waited_for_at_exit() -> None:
+def test_exit_waits_for_an_unload_that_a_handler_started() -> None:
     told = must_run(
         """
         import os, signal, threading, time
@@ -173,7 +173,7 @@ def test_an_unload_that_a_handler_began_is_waited_for_at_exit() -> None:
     assert told.split() == ["told", "closed"]
 
 
-def test_a_call_knows_whether_it_interrupts_another() -> None:
+def test_a_call_detects_whether_it_interrupts_another() -> None:
     found: list[bool] = []
 
     class Asking(StubBackend):

@@ -1,4 +1,4 @@
-"""Signals at any moment of any call: a handler's exception ends it, and memory, index and files agree afterwards.
+"""Signals at any moment: a handler's exception ends the call, and memory, index and files stay consistent.
 
 SIGINT raises KeyboardInterrupt. SIGTERM has a handler as operators write it: it reads `counters()` and `tiers()`,
 writes what waits or closes the cache now and then, and raises SystemExit.
@@ -19,8 +19,8 @@ import pytest
 from erllama.cache import Cache
 from erllama.cache.uninterrupted import running as running_calls
 from erllama.cache.uninterrupted import uninterrupted
-from support.blocks import SIZE, save
-from support.cache_children import bytes_in, running, start_python
+from support.storage.blocks import SIZE, save
+from support.storage.processes import bytes_in, killed_at_end, start_python
 from support.threads import wait_until
 
 SIGNALS = int(os.environ.get("ERLLAMA_SIGNALS", "300"))
@@ -214,7 +214,7 @@ MODEL = """
 def soak(root: Path, work: str, n_processes: int) -> None:
     each = -(-SIGNALS // n_processes)
     children = [start_python(INTERRUPTED + work, root, each, seed) for seed in range(n_processes)]
-    with running(*children):
+    with killed_at_end(*children):
         for child in children:
             assert child.stdout is not None
             line = child.stdout.readline()
@@ -235,18 +235,16 @@ def soak(root: Path, work: str, n_processes: int) -> None:
 
 
 @pytest.mark.parametrize("n_processes", [1, 3])
-def test_signals_at_random_moments_leave_a_directory_in_order(tmp_path: Path, n_processes: int) -> None:
+def test_signals_at_random_moments_leave_a_directory_consistent(tmp_path: Path, n_processes: int) -> None:
     soak(tmp_path / "kv", CACHE, n_processes)
 
 
 @pytest.mark.parametrize("n_processes", [1, 3])
-def test_signals_at_random_moments_of_a_models_calls_leave_its_cache_in_order(
-    tmp_path: Path, n_processes: int
-) -> None:
+def test_signals_during_model_calls_leave_the_cache_consistent(tmp_path: Path, n_processes: int) -> None:
     soak(tmp_path / "kv", MODEL, n_processes)
 
 
-def test_a_call_that_a_signal_ends_completes_behind_its_caller() -> None:
+def test_an_interrupted_call_completes_in_the_background() -> None:
     began, go_on, steps = threading.Event(), threading.Event(), []
 
     @uninterrupted
@@ -290,7 +288,7 @@ def test_what_a_call_returns_or_raises_reaches_its_caller() -> None:
         divide(1, 0)
 
 
-def test_a_call_runs_in_the_callers_thread_where_no_other_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_runs_in_the_callers_thread_if_no_other_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -298,12 +296,12 @@ def test_a_call_runs_in_the_callers_thread_where_no_other_can_be_started(monkeyp
     assert uninterrupted(threading.get_ident)() == threading.get_ident()
 
 
-def test_a_signal_handler_may_call_the_cache_in_the_middle_of_a_call(tmp_path: Path) -> None:
+def test_a_signal_handler_can_call_the_cache_during_a_call(tmp_path: Path) -> None:
     found = []
 
     def handler(*_: object) -> None:
         found.append((cache.counters(), cache.tiers(), cache.flush(1.0)))
-        signal.setitimer(signal.ITIMER_REAL, 0.001)  # once this one has ended, or a slow machine stacks them up
+        signal.setitimer(signal.ITIMER_REAL, 0.001)  # after this one has ended, or they pile up on a slow machine
 
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, np.arange(64, dtype=np.int32))

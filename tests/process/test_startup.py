@@ -1,4 +1,4 @@
-"""What is imported when: `import erllama`, `--version` and `--help` are quick, and the names are all there."""
+"""Imports on first use: `import erllama`, `--version` and `--help` are quick; every public name is available."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 
 import erllama
 from erllama.cli.main import LazyCommand, root
-from support.children import must_run, run_python
+from support.subprocesses import must_run, run_python
 
 SOURCE = ast.parse(Path(erllama.__file__).read_text())
-# Of the standard library, what takes long to import and is not needed.
+# Modules of the standard library that are slow to import and not needed.
 SLOW = {"asyncio", "sqlite3", "ssl", "importlib.metadata", "multiprocessing", "http.client", "email.message"}
 
-# What `import erllama` itself consists of.
+# The modules that `import erllama` may load.
 FIRST = {
     "erllama",
     "erllama._runtime",
@@ -28,7 +28,7 @@ FIRST = {
     "erllama._runtime.jobs",
 }
 
-# Prints the modules that some code imports.
+# Prints the modules that a piece of code imports.
 _IMPORTED = """
     import sys
     before = set(sys.modules)
@@ -42,7 +42,7 @@ def imported_by(code: str) -> set[str]:
 
 
 def foreign(modules: set[str]) -> set[str]:
-    """The packages among modules that are neither of the standard library nor ours."""
+    """Return the packages among modules that are neither in the standard library nor ours."""
     tops = {name.partition(".")[0] for name in modules}
     return {name for name in tops - sys.stdlib_module_names if not name.startswith(("erllama", "__editable__"))}
 
@@ -50,7 +50,7 @@ def foreign(modules: set[str]) -> set[str]:
 # --- import ---------------------------------------------------------------------------------------------
 
 
-def test_an_import_of_the_package_imports_nothing_else() -> None:
+def test_importing_the_package_imports_no_submodule() -> None:
     found = imported_by("import erllama")
     assert foreign(found) == set()
     assert {name for name in found if name.startswith("erllama")} == FIRST
@@ -72,20 +72,20 @@ def test_version_and_help_import_no_command_and_no_model(option: str) -> None:
     assert found & SLOW == set()
 
 
-def test_errors_are_caught_without_what_raises_them() -> None:
+def test_error_classes_are_available_without_the_engine() -> None:
     assert foreign(imported_by("from erllama import Error, OptionError, PromptTooLong")) == set()
 
 
 # --- the names ------------------------------------------------------------------------------------------
 
 
-def test_every_public_name_is_there_and_is_listed() -> None:
+def test_every_public_name_exists_and_is_listed() -> None:
     assert set(erllama.__all__) <= set(dir(erllama))
     code = "from erllama import *; import erllama; print(*(name for name in erllama.__all__ if name in globals()))"
     assert must_run(code).split() == erllama.__all__
 
 
-def test_type_checkers_and_python_find_the_same_names_in_the_same_places() -> None:
+def test_type_checkers_and_python_agree_on_public_names() -> None:
     checked: dict[str, set[str]] = {}
     for node in SOURCE.body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -98,7 +98,7 @@ def test_type_checkers_and_python_find_the_same_names_in_the_same_places() -> No
     assert erllama.__all__ == sorted(erllama.__all__)
 
 
-def test_a_type_checker_does_not_take_any_name_for_one_of_ours() -> None:
+def test_a_type_checker_rejects_unknown_names() -> None:
     (hidden,) = [
         node for node in SOURCE.body if isinstance(node, ast.If) and ast.unparse(node.test) == "not TYPE_CHECKING"
     ]
@@ -106,7 +106,7 @@ def test_a_type_checker_does_not_take_any_name_for_one_of_ours() -> None:
     assert defined == {node.name for node in hidden.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_a_name_that_is_none_is_refused_as_by_any_module() -> None:
+def test_an_unknown_name_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'erllama' has no attribute 'load_modle'") as caught:
         erllama.load_modle  # type: ignore[attr-defined]  # noqa: B018
     assert caught.value.name == "load_modle"
@@ -118,13 +118,13 @@ def test_a_name_that_is_none_is_refused_as_by_any_module() -> None:
     assert "Did you mean: 'load_model'?" in finished.stderr
 
 
-def test_subpackages_are_there_without_an_import_of_their_own() -> None:
+def test_subpackages_are_available_without_their_own_import() -> None:
     code = "import erllama; print(*(getattr(erllama, n).__name__ for n in ('errors', 'cache', 'chat', 'engine')))"
     assert must_run(code).split() == ["erllama.errors", "erllama.cache", "erllama.chat", "erllama.engine"]
 
 
 def test_any_name_can_be_the_first() -> None:
-    """Modules import one another in one direction, so none needs another to be imported first."""
+    """Imports between modules run in one direction, so any module can be imported first."""
     code = """
         import os, sys
         import cffi, jinja2, llguidance, numpy, platformdirs, psutil, sqlite_utils, watchdog.observers, xxhash
@@ -141,7 +141,7 @@ def test_any_name_can_be_the_first() -> None:
     assert found == [f"{module} 0" for module in erllama._NAMES_BY_MODULE]
 
 
-def test_threads_that_use_names_for_the_first_time_at_once_get_the_same_ones() -> None:
+def test_concurrent_first_uses_get_the_same_objects() -> None:
     code = """
         import sys, threading
         import erllama
@@ -162,7 +162,7 @@ def test_threads_that_use_names_for_the_first_time_at_once_get_the_same_ones() -
     must_run(code)
 
 
-def test_values_are_pickled_and_read_where_nothing_was_used_yet() -> None:
+def test_values_unpickle_in_a_fresh_process() -> None:
     values = [erllama.OptionError("x"), erllama.Policy(min_tokens=7), erllama.Timings, erllama.Grammar]
     code = """
         import pickle, sys
@@ -174,7 +174,7 @@ def test_values_are_pickled_and_read_where_nothing_was_used_yet() -> None:
     assert run_python(code, pickle.dumps(values).hex()).stderr == ""
 
 
-def test_a_module_that_cannot_be_imported_says_so_each_time_and_can_come_later() -> None:
+def test_a_failed_import_raises_each_time_and_can_succeed_later() -> None:
     code = """
         import sys
         import erllama
@@ -195,7 +195,7 @@ def test_a_module_that_cannot_be_imported_says_so_each_time_and_can_come_later()
 
 # --- signal handlers during the first use --------------------------------------------------------------
 
-# Sends a signal while a module is imported, and waits until its handler runs.
+# Sends a signal during an import, and waits until its handler runs.
 _SIGNAL_DURING = """
     import os, signal, sys, threading, time
     import erllama
@@ -221,7 +221,7 @@ def run_with_signal(module: str, code: str) -> list[str]:
 
 @pytest.mark.parametrize("module", ["erllama._model.registry", "erllama.errors", "erllama.cache.store", "numpy"])
 @pytest.mark.parametrize("use", ["erllama.load_model", "from erllama import load_model"])
-def test_a_handler_uses_a_name_while_the_main_thread_uses_the_first_one(module: str, use: str) -> None:
+def test_a_handler_can_use_a_name_during_the_first_use_of_another(module: str, use: str) -> None:
     code = f"""
         found = []
         def handle(*_):
@@ -273,8 +273,8 @@ def test_a_process_forked_after_an_interrupted_first_use_can_use_the_names() -> 
     assert run_with_signal("erllama.cache.store", code) == ["0"]
 
 
-def test_a_module_that_uses_a_name_while_it_is_imported_is_not_waited_for(tmp_path: Path) -> None:
-    """The import of our modules may need a module whose lock the main thread holds."""
+def test_a_module_may_use_a_name_while_it_is_imported(tmp_path: Path) -> None:
+    """Importing our modules may need a module whose import lock the main thread holds."""
     (tmp_path / "user.py").write_text("import erllama\nerllama.load_model\n")
     code = """
         import sys
@@ -292,7 +292,7 @@ def test_a_module_that_uses_a_name_while_it_is_imported_is_not_waited_for(tmp_pa
     assert must_run(code, tmp_path) == "load_model\n"
 
 
-def test_names_are_there_where_no_thread_can_be_started() -> None:
+def test_names_are_available_if_no_thread_can_start() -> None:
     code = """
         import _thread
         import erllama
@@ -309,7 +309,7 @@ def test_names_are_there_where_no_thread_can_be_started() -> None:
 
 
 @pytest.mark.parametrize("first", ["", "erllama.list_models()"])
-def test_functions_that_a_program_registers_for_the_exit_can_use_its_models(first: str, tmp_path: Path) -> None:
+def test_exit_functions_of_a_program_can_use_its_models(first: str, tmp_path: Path) -> None:
     code = f"""
         import atexit, sys
         import erllama
@@ -342,7 +342,7 @@ def test_functions_that_a_program_registers_for_the_exit_can_use_its_models(firs
 # --- the command ----------------------------------------------------------------------------------------
 
 
-def test_the_table_of_commands_says_what_the_commands_say() -> None:
+def test_the_table_of_commands_matches_the_commands() -> None:
     for name, later in root.commands.items():
         assert isinstance(later, LazyCommand)
         command = later.load()
@@ -356,7 +356,7 @@ def test_the_table_of_commands_says_what_the_commands_say() -> None:
 
 
 @pytest.mark.parametrize("logging_is_set_up", [False, True])
-def test_nothing_is_printed_unless_a_program_sets_logging_up(tmp_path: Path, logging_is_set_up: bool) -> None:
+def test_the_library_prints_no_logs_by_default(tmp_path: Path, logging_is_set_up: bool) -> None:
     code = """
         import json, logging, sys
         if json.loads(sys.argv[2]):

@@ -1,4 +1,4 @@
-"""Many requests at once: each gets the reply that it would get alone, and what they share is computed once."""
+"""Concurrent requests: each gets the reply that it gets alone, and shared prefixes are computed once."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from erllama.cache import Cache
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.scheduling.cells import Cells
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
-from support.backends import RecordingBackend, llama_backend
-from support.requests_of import (
+from support.engine_models import (
     SIZE,
-    Endless,
-    Watched,
-    alone,
-    assert_same_but_for_near_ties,
-    loaded,
-    metrics,
+    EndlessBackend,
+    GatedBackend,
+    assert_equal_but_for_near_ties,
+    cold_reply,
+    engine_metrics,
+    load_stub,
     random_prompt,
 )
+from support.recording_backend import RecordingBackend, llama_backend
 
 # --- the same reply, alone or among others --------------------------------------------------------
 
 
 @settings(max_examples=25)
 @given(st.integers(0, 1000), st.booleans(), st.sampled_from([600, 1024, 8192]))
-def test_seeded_replies_are_the_same_alone_and_among_seven_others(seed: int, can_trim: bool, n_ctx: int) -> None:
+def test_seeded_replies_are_the_same_alone_and_among_others(seed: int, can_trim: bool, n_ctx: int) -> None:
     dice = np.random.default_rng(seed)
     common = random_prompt(seed, int(dice.integers(1, 200)))
     requests = [
@@ -46,17 +46,17 @@ def test_seeded_replies_are_the_same_alone_and_among_seven_others(seed: int, can
         )
         for i in range(8)
     ]
-    with loaded(StubBackend(eog_bias=-100, can_trim=can_trim, n_ctx=n_ctx), n_seq_max=8) as model:
+    with load_stub(StubBackend(eog_bias=-100, can_trim=can_trim, n_ctx=n_ctx), n_seq_max=8) as model:
         streams = [model.stream(prompt, **options) for prompt, options in requests]  # type: ignore[arg-type]
         replies = [stream.result() for stream in streams]
         model.cache.check_integrity()
         assert model.cache.counters()["faults"] == model.cache.counters()["restore_errors"] == 0
     for (prompt, options), reply in zip(requests, replies, strict=True):
-        assert reply.tokens == alone(prompt, can_trim, n_ctx, **options).tokens
+        assert reply.tokens == cold_reply(prompt, can_trim, n_ctx, **options).tokens
 
 
-def test_on_libllama_greedy_replies_are_the_same_alone_and_among_others(tiny_gguf: Path) -> None:
-    """Logits differ in their last bits with the batch; replies only where two tokens are all but equally likely."""
+def test_greedy_replies_on_libllama_are_the_same_among_others(tiny_gguf: Path) -> None:
+    """The batch changes the last bits of logits, so replies differ only where two tokens are nearly tied."""
     prompts = [np.concatenate([random_prompt(0, 100), random_prompt(i, 30)]) for i in range(8)]
     options: dict[str, object] = {"n_ctx": 2048, "n_threads": 1, "n_seq_max": 8, "cache": Cache(ram=0)}
     with erllama.load_model(tiny_gguf, **options) as model:  # type: ignore[arg-type]
@@ -66,11 +66,11 @@ def test_on_libllama_greedy_replies_are_the_same_alone_and_among_others(tiny_ggu
             model.evict()
         streams = [model.stream(prompt, max_tokens=24, temperature=0) for prompt in prompts]
         for stream, reply in zip(streams, expected, strict=True):
-            assert_same_but_for_near_ties(stream.result().tokens, reply)
+            assert_equal_but_for_near_ties(stream.result().tokens, reply)
 
 
-def test_a_reply_says_which_seed_it_used_and_that_gives_it_again() -> None:
-    with loaded(StubBackend(eog_bias=-100)) as model:
+def test_the_reported_seed_reproduces_the_reply() -> None:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         first = model.complete([1, 2, 3], max_tokens=20, temperature=2.0)
         assert model.complete([1, 2, 3], max_tokens=20, temperature=2.0, seed=first.seed).tokens == first.tokens
 
@@ -79,14 +79,14 @@ def test_a_reply_says_which_seed_it_used_and_that_gives_it_again() -> None:
 
 
 @pytest.mark.parametrize("can_trim", [True, False])
-def test_eight_requests_at_once_read_their_common_prefix_once(can_trim: bool) -> None:
+def test_concurrent_requests_compute_their_common_prefix_once(can_trim: bool) -> None:
     prefix = random_prompt(1, 1024)
     prompts = [np.concatenate([prefix, random_prompt(10 + i, 32)]) for i in range(8)]
-    backend = Watched(n_ctx=16384, can_trim=can_trim)
-    with loaded(backend, n_seq_max=8) as model:
+    backend = GatedBackend(n_ctx=16384, can_trim=can_trim)
+    with load_stub(backend, n_seq_max=8) as model:
         backend.hold()
         streams = [model.stream(prompt, max_tokens=4, seed=1) for prompt in prompts]
-        backend.let_go()
+        backend.release()
         replies = [stream.result() for stream in streams]
     assert sum(reply.timings.prefill_tokens for reply in replies) == 1024 + 8 * 32
     assert backend.tokens_decoded == 1024 + 8 * 32 + 8 * 3
@@ -94,20 +94,20 @@ def test_eight_requests_at_once_read_their_common_prefix_once(can_trim: bool) ->
     assert {reply.cache.tier for reply in replies[1:]} == {"live" if can_trim else "ram"}
 
 
-def test_on_libllama_too_cells_are_shared_and_replies_right(tiny_gguf: Path) -> None:
+def test_libllama_shares_cells_and_replies_stay_right(tiny_gguf: Path) -> None:
     backend = RecordingBackend(llama_backend(tiny_gguf, n_sequences=9, n_ctx=2048))
     prefix = random_prompt(1, 512)
     prompts = [np.concatenate([prefix, random_prompt(10 + i, 32)]) for i in range(8)]
-    with loaded(backend, n_seq_max=8) as model:
+    with load_stub(backend, n_seq_max=8) as model:
         streams = [model.stream(prompt, max_tokens=4, temperature=0) for prompt in prompts]
         replies = [stream.result() for stream in streams]
     assert sum(reply.timings.prefill_tokens for reply in replies) == 512 + 8 * 32
 
 
-def test_followers_of_a_leader_that_ends_go_on_by_themselves() -> None:
-    backend = Watched(n_ubatch=64, n_batch=64)
+def test_followers_continue_when_their_leader_ends() -> None:
+    backend = GatedBackend(n_ubatch=64, n_batch=64)
     prefix = random_prompt(1, 500)
-    with loaded(backend, n_seq_max=4) as model:
+    with load_stub(backend, n_seq_max=4) as model:
         backend.hold()
         leader = model.stream(np.concatenate([prefix, [1]]), max_tokens=4)
         assert backend.at_decode.wait(30)
@@ -115,36 +115,36 @@ def test_followers_of_a_leader_that_ends_go_on_by_themselves() -> None:
         backend.step()
         backend.step()
         leader.cancel()
-        backend.let_go()
+        backend.release()
         assert leader.result().finish_reason == "cancelled"
         for i, follower in enumerate(followers):
             prompt = np.concatenate([prefix, [2, i]]).astype(np.int32)
-            assert follower.result().tokens == alone(prompt, max_tokens=4, seed=1).tokens
-    assert backend.tokens_decoded < 2 * 500, "what the leader had read was not read again"
+            assert follower.result().tokens == cold_reply(prompt, max_tokens=4, seed=1).tokens
+    assert backend.tokens_decoded < 2 * 500, "tokens that the leader computed were not computed again"
 
 
-def test_a_conversation_goes_on_in_its_cells() -> None:
+def test_a_conversation_continues_in_its_cells() -> None:
     backend = StubBackend(eog_bias=-100)
-    with loaded(backend) as model:
+    with load_stub(backend) as model:
         first = model.complete(random_prompt(1, 100), max_tokens=10)
         after = backend.tokens_decoded
         second = model.complete([*first.context_tokens, 5, 6, 7], max_tokens=1)
         assert second.cache == erllama.CacheHit("partial", "live", 109)
-        assert backend.tokens_decoded == after + 4, "the token drawn last, and three more"
+        assert backend.tokens_decoded == after + 4, "the last token and three more"
 
 
-def test_another_tenants_cells_are_not_shared() -> None:
+def test_cells_of_another_tenant_are_not_shared() -> None:
     prompt = random_prompt(1, 100)
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         model.complete(prompt, max_tokens=2, cache_salt="a")
         assert model.complete(prompt, max_tokens=2, cache_salt="b").cache.kind == "cold"
         assert model.complete(prompt, max_tokens=2).cache.kind == "cold"
         assert model.complete(prompt, max_tokens=2, cache_salt="a").cache.kind == "exact"
 
 
-def test_parked_cells_keep_to_their_bound_while_others_compute() -> None:
-    backend = Watched(n_ctx=4096)
-    with loaded(backend, parked_cells=100, n_seq_max=2) as model:
+def test_parked_cells_stay_within_their_limit_while_others_compute() -> None:
+    backend = GatedBackend(n_ctx=4096)
+    with load_stub(backend, parked_cells=100, n_seq_max=2) as model:
         for i in range(5):
             model.complete(random_prompt(i, 60), max_tokens=5)
         backend.hold()
@@ -152,15 +152,17 @@ def test_parked_cells_keep_to_their_bound_while_others_compute() -> None:
         backend.at_decode.clear()
         assert backend.at_decode.wait(30)
         assert backend.cells_used <= 100 + 10
-        backend.let_go()
+        backend.release()
         stream.result()
-        assert model.complete(random_prompt(0, 60), max_tokens=1).cache.tier == "ram", "what went is in the cache"
+        assert model.complete(random_prompt(0, 60), max_tokens=1).cache.tier == "ram", (
+            "the dropped cells are in the cache"
+        )
 
 
-def test_a_parked_prefix_is_shared_where_its_own_rest_is_kept() -> None:
-    """A short question on a long parked context leaves that context as it is."""
+def test_a_parked_prefix_is_shared_without_losing_its_rest() -> None:
+    """A short question on a long parked context leaves that context unchanged."""
     backend = StubBackend(eog_bias=-100)
-    with loaded(backend, parked_cells=4096) as model:
+    with load_stub(backend, parked_cells=4096) as model:
         context = random_prompt(1, 400)
         model.complete(context, max_tokens=1)
         assert model.complete([*context[:50], 1, 2], max_tokens=1).cache == erllama.CacheHit("partial", "live", 50)
@@ -170,17 +172,17 @@ def test_a_parked_prefix_is_shared_where_its_own_rest_is_kept() -> None:
 # --- batches ----------------------------------------------------------------------------------------
 
 
-def test_a_long_prompt_does_not_hold_up_the_others() -> None:
-    backend = Watched(n_ubatch=128, n_batch=512)
-    with loaded(backend, prefill_chunk_size=48, n_seq_max=4) as model:
+def test_a_long_prompt_does_not_block_other_requests() -> None:
+    backend = GatedBackend(n_ubatch=128, n_batch=512)
+    with load_stub(backend, prefill_chunk_size=48, n_seq_max=4) as model:
         backend.hold()
         short = [model.stream([i, i + 1], max_tokens=60) for i in range(3)]
         backend.at_decode.clear()
-        while metrics(model).decoded_tokens < 3:
+        while engine_metrics(model).decoded_tokens < 3:
             backend.step()
         n_before = len(backend.batches)
         long = model.stream(random_prompt(1, 1000), max_tokens=2)
-        backend.let_go()
+        backend.release()
         assert len(long.result().tokens) == 2
         for stream in short:
             stream.result()
@@ -191,25 +193,25 @@ def test_a_long_prompt_does_not_hold_up_the_others() -> None:
     assert all(sum(n for _, n in batch) <= 48 + 3 for batch in beside)
 
 
-def test_an_uninteresting_limit_is_the_backends_batch() -> None:
-    backend = Watched(n_ubatch=64, n_batch=64)
-    with loaded(backend, n_seq_max=12) as model:
+def test_the_chunk_size_is_capped_by_the_backend_batch() -> None:
+    backend = GatedBackend(n_ubatch=64, n_batch=64)
+    with load_stub(backend, n_seq_max=12) as model:
         streams = [model.stream(random_prompt(i, 200), max_tokens=5) for i in range(12)]
         for stream in streams:
             stream.result()
     assert max(sum(n for _, n in batch) for batch in backend.batches) <= 64
 
 
-def test_reproducible_requests_have_the_context_to_themselves() -> None:
-    backend = Watched()
-    with loaded(backend, n_seq_max=4) as model:
+def test_reproducible_requests_run_alone_in_the_context() -> None:
+    backend = GatedBackend()
+    with load_stub(backend, n_seq_max=4) as model:
         streams = [model.stream(random_prompt(i, 50), max_tokens=20, seed=1, reproducible=i == 2) for i in range(5)]
         replies = [stream.result() for stream in streams]
         for i, reply in enumerate(replies):
-            assert reply.tokens == alone(random_prompt(i, 50), max_tokens=20, seed=1).tokens
-    # Cut before its last token: only who is alone is. The last such slice is the reproducible one's.
+            assert reply.tokens == cold_reply(random_prompt(i, 50), max_tokens=20, seed=1).tokens
+    # Only a request that runs alone is cut before its last token. The last such slice is the reproducible one's.
     start = max(i for i, batch in enumerate(backend.batches) if [rows for _, rows in batch] == [49])
-    assert all(len(batch) == 1 for batch in backend.batches[start : start + 21]), "nobody else until its end"
+    assert all(len(batch) == 1 for batch in backend.batches[start : start + 21]), "no other request until its end"
     assert max(len(batch) for batch in backend.batches[start + 21 :]) == 2
 
 
@@ -218,51 +220,51 @@ def test_reproducible_requests_have_the_context_to_themselves() -> None:
 
 @pytest.mark.parametrize("can_trim", [True, False])
 @pytest.mark.parametrize("ram", ["1GiB", 0])
-def test_sixteen_requests_of_three_times_the_cells_all_come_out_right(can_trim: bool, ram: object) -> None:
+def test_requests_for_three_times_the_cells_all_reply_correctly(can_trim: bool, ram: object) -> None:
     backend = StubBackend(n_ctx=1024, eog_bias=-100, can_trim=can_trim, n_sequences=16)
     requests = [(random_prompt(i, 20 + 9 * i), {"max_tokens": 120, "seed": i}) for i in range(16)]
     assert sum(len(prompt) + 120 for prompt, _ in requests) > 3 * 1024
     with erllama.Cache(block_size=SIZE, ram=ram) as cache:  # type: ignore[arg-type]
-        with loaded(backend, n_seq_max=16, cache=cache) as model:
+        with load_stub(backend, n_seq_max=16, cache=cache) as model:
             streams = [model.stream(prompt, **options) for prompt, options in requests]  # type: ignore[arg-type]
             replies = [stream.result() for stream in streams]
-            assert metrics(model).preempted > 0
+            assert engine_metrics(model).preempted > 0
             assert cache.counters()["faults"] == cache.counters()["restore_errors"] == 0
     for (prompt, options), reply in zip(requests, replies, strict=True):
         assert reply.finish_reason == "length"
-        assert reply.tokens == alone(prompt, can_trim, **options).tokens
+        assert reply.tokens == cold_reply(prompt, can_trim, **options).tokens
 
 
 @pytest.mark.parametrize("write", [write_llama, write_gemma3, write_mamba, write_lfm2])
-def test_sixteen_requests_of_three_times_the_cells_on_libllama(write: Callable[..., Path], tmp_path: Path) -> None:
-    """The same greedy replies as alone, whatever the kind of memory, but for near-ties."""
+def test_requests_for_three_times_the_cells_on_libllama(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Greedy replies are the same as alone for every kind of memory, except for near-ties."""
     path = write(tmp_path / "model.gguf", seed=1)
     prompts = [random_prompt(i, 50) for i in range(16)]
-    with loaded(Endless(path, n_ctx=512, n_sequences=1), cache=Cache(ram=0)) as model:
+    with load_stub(EndlessBackend(path, n_ctx=512, n_sequences=1), cache=Cache(ram=0)) as model:
         expected = []
         for prompt in prompts:
             expected.append(model.complete(prompt, max_tokens=150, temperature=0, logprobs=2))
             model.evict()
-    with loaded(Endless(path, n_ctx=512, n_sequences=8), n_seq_max=8) as model:
+    with load_stub(EndlessBackend(path, n_ctx=512, n_sequences=8), n_seq_max=8) as model:
         streams = [model.stream(prompt, max_tokens=150, temperature=0) for prompt in prompts]
         replies = [stream.result() for stream in streams]
         assert sum(len(reply.context_tokens) for reply in replies) > 3 * 512
-        # Recurrent memory takes no cells that could run out.
-        assert metrics(model).preempted > 0 or write is write_mamba
+        # Recurrent memory uses no cells that could run out.
+        assert engine_metrics(model).preempted > 0 or write is write_mamba
         assert model.cache.counters()["restore_errors"] == model.cache.counters()["faults"] == 0
     for reply, alone_reply in zip(replies, expected, strict=True):
         assert reply.finish_reason == "length"
-        assert_same_but_for_near_ties(reply.tokens, alone_reply)
+        assert_equal_but_for_near_ties(reply.tokens, alone_reply)
 
 
-def test_who_comes_back_goes_on_with_the_same_text_stops_and_draws() -> None:
-    """The youngest gives way in the middle of its reply."""
+def test_a_preempted_request_resumes_with_the_same_state() -> None:
+    """The request admitted last is preempted in the middle of its reply."""
     expected = {
-        i: alone(random_prompt(i, 150), max_tokens=140, seed=i, temperature=2.0, logprobs=1) for i in range(3)
+        i: cold_reply(random_prompt(i, 150), max_tokens=140, seed=i, temperature=2.0, logprobs=1) for i in range(3)
     }
     stop = expected[2].text[-20:]
-    backend = Watched(n_ctx=768)
-    with loaded(backend, n_seq_max=3) as model:
+    backend = GatedBackend(n_ctx=768)
+    with load_stub(backend, n_seq_max=3) as model:
         backend.hold()
         streams = [
             model.stream(
@@ -275,10 +277,10 @@ def test_who_comes_back_goes_on_with_the_same_text_stops_and_draws() -> None:
             )
             for i in range(3)
         ]
-        backend.let_go()
+        backend.release()
         texts = ["".join(e.text for e in stream if isinstance(e, erllama.TextDelta)) for stream in streams]
         replies = [stream.result() for stream in streams]
-        assert metrics(model).preempted > 0
+        assert engine_metrics(model).preempted > 0
     for i in range(2):
         assert replies[i].tokens == expected[i].tokens
         assert replies[i].logprobs == expected[i].logprobs
@@ -287,15 +289,15 @@ def test_who_comes_back_goes_on_with_the_same_text_stops_and_draws() -> None:
     assert texts[2] == replies[2].text == expected[2].text[: expected[2].text.index(stop)]
 
 
-def test_only_what_could_never_fit_is_refused() -> None:
-    with loaded(StubBackend(n_ctx=128, eog_bias=-100)) as model:
+def test_only_requests_that_could_never_fit_are_refused() -> None:
+    with load_stub(StubBackend(n_ctx=128, eog_bias=-100)) as model:
         assert model.complete(random_prompt(1, 128)).finish_reason == "context_full"
         with pytest.raises(erllama.PromptTooLong, match="129 tokens and the context holds 128"):
             model.complete(random_prompt(1, 129))
 
 
-def test_a_prompt_that_leaves_no_room_for_its_reply_says_so() -> None:
-    with loaded(StubBackend(n_ctx=128, eog_bias=-100)) as model:
+def test_a_prompt_without_room_for_a_reply_is_reported() -> None:
+    with load_stub(StubBackend(n_ctx=128, eog_bias=-100)) as model:
         reply = model.complete(random_prompt(1, 120), max_tokens=100)
         assert (reply.finish_reason, len(reply.tokens)) == ("context_full", 9)
 
@@ -312,7 +314,7 @@ def cell_steps(draw: st.DrawFn) -> list[tuple[str, int, int, int]]:
 
 @settings(max_examples=300)
 @given(cell_steps())
-def test_cells_are_counted_as_if_each_were_looked_at(steps: list[tuple[str, int, int, int]]) -> None:
+def test_cell_counts_match_a_cell_by_cell_model(steps: list[tuple[str, int, int, int]]) -> None:
     cells = Cells(10_000)
     serial: Iterator[int] = iter(range(10_000))
     held: dict[int, list[int]] = {number: [] for number in range(5)}

@@ -1,4 +1,4 @@
-"""What fails, fails alone: of the backend, of the cache, of the caller."""
+"""A failure of the backend, of the cache or of a caller fails alone."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from erllama.cache import Cache
 from erllama.engine import Batch, Ticket
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import write_llama
-from support.children import must_run
-from support.requests_of import (
+from support.engine_models import (
     SIZE,
-    Watched,
-    alone,
-    eventually,
-    loaded,
-    metrics,
+    GatedBackend,
+    cold_reply,
+    engine_metrics,
+    load_stub,
     random_prompt,
 )
+from support.subprocesses import must_run
+from support.threads import wait_until
 
 # --- what fails, fails alone --------------------------------------------------------------------------------
 
 
 class Failing(StubBackend):
-    """Raises, or gives NaN, for batches with a certain token."""
+    """Raises, or returns NaN, for batches with a certain token."""
 
     def __init__(self, error: Exception | None, token: int = 99, **options: object) -> None:
         super().__init__(**{"eog_bias": -100.0, **options})  # type: ignore[arg-type]
@@ -56,11 +56,11 @@ def prompts_with(token: int) -> list[list[int]]:
     return [[1, 2, 3 + i] for i in range(3)] + [[4, 5, token]]
 
 
-def test_a_request_whose_sampling_fails_ends_alone() -> None:
+def test_a_failure_in_sampling_ends_only_its_request() -> None:
     prompts = prompts_with(99)
-    expected = [alone(np.array(prompt, np.int32), max_tokens=5, temperature=0).tokens for prompt in prompts]
+    expected = [cold_reply(np.array(prompt, np.int32), max_tokens=5, temperature=0).tokens for prompt in prompts]
     assert all(99 not in tokens for tokens in expected)
-    with loaded(Failing(None)) as model:
+    with load_stub(Failing(None)) as model:
         streams = [model.stream(prompt, max_tokens=5, temperature=0) for prompt in prompts]
         with pytest.raises(erllama.SamplingError):
             streams[3].result()
@@ -68,7 +68,7 @@ def test_a_request_whose_sampling_fails_ends_alone() -> None:
 
 
 def once(call: Callable[..., object], when: Callable[[], bool] = lambda: True) -> Callable[..., object]:
-    """`call`, which fails the first time that `when`."""
+    """Return `call`, changed so that it fails the first time that `when` holds."""
     left = [1]
 
     def failing(*arguments: object, **options: object) -> object:
@@ -81,33 +81,33 @@ def once(call: Callable[..., object], when: Callable[[], bool] = lambda: True) -
 
 
 @pytest.mark.parametrize("name", ["share", "drop", "cut", "pack", "restore"])
-def test_whatever_call_of_the_backend_fails_nobody_waits_for_ever(name: str) -> None:
+def test_no_backend_failure_leaves_a_caller_waiting(name: str) -> None:
     backend = StubBackend(n_ctx=1024, eog_bias=-100)
     prompts = [np.concatenate([random_prompt(1, 100), random_prompt(i, 40)]) for i in range(6)]
-    with loaded(backend, n_seq_max=3, parked_cells=0) as model:
+    with load_stub(backend, n_seq_max=3, parked_cells=0) as model:
         for _ in range(3):
             setattr(backend, name, once(getattr(StubBackend, name).__get__(backend)))
             streams = [model.stream(prompt, max_tokens=10 + 20 * i, seed=i) for i, prompt in enumerate(prompts)]
             for i, stream in enumerate(streams):
                 with suppress(erllama.BackendError):
                     tokens = stream.result().tokens
-                    assert tokens == alone(prompts[i], max_tokens=10 + 20 * i, seed=i).tokens
+                    assert tokens == cold_reply(prompts[i], max_tokens=10 + 20 * i, seed=i).tokens
         model.evict()
         slots = model._runner._scheduler.slots
         assert backend.cells_used == slots.cells.used == 0
         assert len(slots._free_slots) == 12, "no slot leaks"
 
 
-def test_a_backend_that_cannot_drop_what_is_evicted_loses_nothing() -> None:
+def test_a_failing_drop_during_eviction_loses_no_request() -> None:
     backend = StubBackend(n_ctx=1024, eog_bias=-100)
-    with loaded(backend, n_seq_max=3) as model:
+    with load_stub(backend, n_seq_max=3) as model:
         model.complete(random_prompt(1, 100), max_tokens=10)
         model.complete(random_prompt(2, 100), max_tokens=10)
         stream = model.stream(random_prompt(3, 100), max_tokens=400, seed=3)
         next(stream)
         backend.drop = once(backend.drop)  # type: ignore[method-assign]
         model.evict()
-        assert stream.result().tokens == alone(random_prompt(3, 100), max_tokens=400, seed=3).tokens
+        assert stream.result().tokens == cold_reply(random_prompt(3, 100), max_tokens=400, seed=3).tokens
         model.evict()
         slots = model._runner._scheduler.slots
         assert backend.cells_used == slots.cells.used == 0
@@ -119,11 +119,11 @@ CACHE_CALLS += ["let_go", "count_request", "awaits", "tier_names"]
 
 
 @pytest.mark.parametrize("name", CACHE_CALLS)
-def test_whatever_call_of_the_cache_fails_requests_do_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cache_failure_fails_a_request(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a mistake in the cache")
 
-    with loaded(StubBackend(n_ctx=512, eog_bias=-100), n_seq_max=2) as model:
+    with load_stub(StubBackend(n_ctx=512, eog_bias=-100), n_seq_max=2) as model:
         first = model.complete(random_prompt(1, 100), max_tokens=5, seed=1)
         monkeypatch.setattr(Cache, name, property(broken) if name == "tier_names" else broken)
         for i in range(4):
@@ -132,12 +132,12 @@ def test_whatever_call_of_the_cache_fails_requests_do_not(name: str, monkeypatch
                 for j in range(1, 4)
             ]
             for j, stream in enumerate(streams, 1):
-                assert stream.result().tokens == alone(random_prompt(j, 100), max_tokens=150, seed=1).tokens, i
+                assert stream.result().tokens == cold_reply(random_prompt(j, 100), max_tokens=150, seed=1).tokens, i
         monkeypatch.undo()
         assert model.complete(random_prompt(1, 100), max_tokens=5, seed=1).tokens == first.tokens
 
 
-def test_cells_that_run_out_for_a_moment_cost_a_request_nothing() -> None:
+def test_a_temporary_lack_of_cells_fails_no_request() -> None:
     backend = StubBackend(n_ctx=512, eog_bias=-100)
     decode = backend.decode
 
@@ -149,13 +149,13 @@ def test_cells_that_run_out_for_a_moment_cost_a_request_nothing() -> None:
 
     failed: list[int] = []
     backend.decode = tight  # type: ignore[method-assign]
-    with loaded(backend) as model:
+    with load_stub(backend) as model:
         reply = model.complete(random_prompt(1, 77), max_tokens=100, seed=1)
     assert failed
-    assert reply.tokens == alone(random_prompt(1, 77), max_tokens=100, seed=1).tokens
+    assert reply.tokens == cold_reply(random_prompt(1, 77), max_tokens=100, seed=1).tokens
 
 
-def test_a_model_whose_context_cannot_be_made_anew_says_why() -> None:
+def test_a_context_that_cannot_be_recreated_is_reported() -> None:
     class Dying(StubBackend):
         dead = False
 
@@ -168,47 +168,47 @@ def test_a_model_whose_context_cannot_be_made_anew_says_why() -> None:
                 raise erllama.BackendError("and does not come back")
             super().clear()
 
-    with loaded(Dying()) as model:
+    with load_stub(Dying()) as model:
         with pytest.raises(erllama.Error, match="does not come back"):
             model.complete([1])
         with pytest.raises(erllama.ModelUnloaded, match="cannot continue"):
-            eventually(lambda: model.complete([1]))
+            wait_until(lambda: model.complete([1]))
 
 
 @pytest.mark.parametrize("error", [erllama.BackendError("broken"), ValueError("broken"), MemoryError("broken")])
-def test_a_failed_decode_ends_its_batch_and_the_queue_goes_on(error: Exception) -> None:
+def test_a_failed_decode_ends_its_batch_and_the_queue_continues(error: Exception) -> None:
     backend = Failing(error, n_ctx=2048)
-    with loaded(backend, n_seq_max=2) as model:
+    with load_stub(backend, n_seq_max=2) as model:
         parked = model.complete([7] * 50, max_tokens=1)
         bad = model.stream([99] * 10, max_tokens=5)
         with pytest.raises(erllama.BackendError, match="broken"):
             bad.result()
         streams = [model.stream([8] * 30, max_tokens=10, seed=i) for i in range(6)]
         for i, stream in enumerate(streams):
-            assert stream.result().tokens == alone(np.full(30, 8, np.int32), max_tokens=10, seed=i).tokens
+            assert stream.result().tokens == cold_reply(np.full(30, 8, np.int32), max_tokens=10, seed=i).tokens
         again = model.complete([7] * 50, max_tokens=1)
-        assert again.cache.kind == "exact", "what had been saved is still there"
+        assert again.cache.kind == "exact", "earlier saves are still stored"
         assert parked.finish_reason == again.finish_reason
 
 
-def test_a_backend_that_runs_out_of_cells_before_it_should_is_no_error_of_the_requests() -> None:
+def test_cells_that_run_out_too_early_fail_no_request() -> None:
     class Tight(StubBackend):
         def decode(self, batch: Batch) -> NDArray[np.float32]:
-            if self.cells_used + len(batch.tokens) > 256:  # half of what it says
+            if self.cells_used + len(batch.tokens) > 256:  # half of the stated number
                 raise erllama.CellsExhausted("no free cells")
             return super().decode(batch)
 
-    with loaded(Tight(n_ctx=512, eog_bias=-100), n_seq_max=6) as model:
+    with load_stub(Tight(n_ctx=512, eog_bias=-100), n_seq_max=6) as model:
         streams = [model.stream(random_prompt(i, 60), max_tokens=40, seed=i) for i in range(6)]
         for i, stream in enumerate(streams):
-            assert stream.result().tokens == alone(random_prompt(i, 60), max_tokens=40, seed=i).tokens
+            assert stream.result().tokens == cold_reply(random_prompt(i, 60), max_tokens=40, seed=i).tokens
         with pytest.raises(erllama.CellsExhausted):
             model.complete(random_prompt(1, 300), max_tokens=1)
 
 
 def test_the_queue_is_bounded() -> None:
-    backend = Watched()
-    with loaded(backend, n_seq_max=1, max_pending=2) as model:
+    backend = GatedBackend()
+    with load_stub(backend, n_seq_max=1, max_pending=2) as model:
         backend.hold()
         first = model.stream([1], max_tokens=1)
         assert backend.at_decode.wait(30)
@@ -216,31 +216,31 @@ def test_the_queue_is_bounded() -> None:
         with pytest.raises(erllama.QueueFull, match="max_pending=2"):
             model.complete([3])
         assert (model.pending, model.queue_depth, erllama.queue_depth()) == (2, 1, 1)
-        backend.let_go()
+        backend.release()
         for stream in [first, *waiting]:
             stream.result()
         assert (model.pending, model.queue_depth, model.phase) == (0, 0, "idle")
-        assert metrics(model).refused == 1
+        assert engine_metrics(model).refused == 1
 
 
-def test_a_session_that_the_queue_refused_is_not_busy() -> None:
-    backend = Watched()
-    with loaded(backend, n_seq_max=1, max_pending=1) as model:
+def test_a_session_refused_by_the_queue_is_not_busy() -> None:
+    backend = GatedBackend()
+    with load_stub(backend, n_seq_max=1, max_pending=1) as model:
         backend.hold()
         first = model.stream([1], max_tokens=1)
         assert backend.at_decode.wait(30)
         second = model.stream([1], max_tokens=1)
         with pytest.raises(erllama.QueueFull):
             model.stream([3], session_id="ann")
-        backend.let_go()
+        backend.release()
         first.result()
         second.result()
         assert model.complete([3], max_tokens=1, session_id="ann").finish_reason == "length"
 
 
-def test_a_deadline_ends_who_runs_and_who_waits() -> None:
-    backend = Watched(n_ctx=65536)
-    with loaded(backend, n_seq_max=1) as model:
+def test_a_deadline_ends_running_and_waiting_requests() -> None:
+    backend = GatedBackend(n_ctx=65536)
+    with load_stub(backend, n_seq_max=1) as model:
         running = model.stream([1], timeout=0.2)
         waiting = model.stream([2], timeout=0.2)
         for stream in (running, waiting):
@@ -249,7 +249,7 @@ def test_a_deadline_ends_who_runs_and_who_waits() -> None:
             with pytest.raises(TimeoutError):
                 stream.result()
         assert model.complete([3], max_tokens=1, timeout=60).finish_reason == "length"
-        assert metrics(model).failed == {"DeadlineExceeded": 2}
+        assert engine_metrics(model).failed == {"DeadlineExceeded": 2}
 
 
 def test_a_call_from_the_models_own_thread_is_refused() -> None:
@@ -261,16 +261,16 @@ def test_a_call_from_the_models_own_thread_is_refused() -> None:
             return super().decode(batch)
 
     backend = Calling()
-    with loaded(backend) as model:
+    with load_stub(backend) as model:
         backend.model = model
         with pytest.raises(erllama.CalledFromModelThread, match="its own thread"):
             model.complete([1], max_tokens=1)
 
 
-def test_requests_that_run_at_the_unload_are_saved_and_told() -> None:
-    backend = Watched()
+def test_requests_running_at_unload_are_saved_and_failed() -> None:
+    backend = GatedBackend()
     cache = Cache(block_size=SIZE)
-    model = loaded(backend, cache=cache, n_seq_max=3)
+    model = load_stub(backend, cache=cache, n_seq_max=3)
     streams = [model.stream(random_prompt(i, 100), max_tokens=None) for i in range(4)]
     for stream in streams[:3]:
         next(stream)
@@ -314,14 +314,14 @@ print(model.complete([5, 6, 7], max_tokens=1).finish_reason)
 
 
 @pytest.mark.parametrize("way", ["complete", "stream"])
-def test_control_c_during_a_decode_ends_that_request_alone(tmp_path: Path, way: str) -> None:
+def test_ctrl_c_during_a_decode_ends_only_that_request(tmp_path: Path, way: str) -> None:
     path = write_llama(tmp_path / "model.gguf", seed=1)
     assert must_run(INTERRUPTED, path, way).split("\n") == ["interrupted", "{'cancelled': 1}", "length", ""]
 
 
 @pytest.mark.parametrize("way", ["complete", "stream", "acomplete", "astream"])
-def test_an_interrupt_right_after_submitting_cancels_the_request(way: str) -> None:
-    with loaded(StubBackend(eog_bias=-100, n_ctx=65536)) as model:
+def test_an_interrupt_after_submission_cancels_the_request(way: str) -> None:
+    with load_stub(StubBackend(eog_bias=-100, n_ctx=65536)) as model:
         submit = model._runner.submit
 
         def interrupted(ticket: Ticket) -> None:
@@ -338,5 +338,5 @@ def test_an_interrupt_right_after_submitting_cancels_the_request(way: str) -> No
             asyncio.run(ask()) if way.startswith("a") else getattr(model, way)("x")
         while model.pending or model.queue_depth:
             time.sleep(0.001)
-        model.end_session("nobody's")  # comes back between two ticks, so after the last
+        model.end_session("nobody's")  # returns between two ticks, so after the last one
         assert model.metrics.finished == {"cancelled": 1}

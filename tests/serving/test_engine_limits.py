@@ -1,4 +1,4 @@
-"""Options of models and requests, what can be looked at, and what happens when a model is loaded."""
+"""Options of models and requests, properties to observe a model, and the checks at loading."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from erllama.cache import Cache
 from erllama.engine import Batch
 from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.backends.stub import StubBackend
-from support.requests_of import (
-    Watched,
-    eventually,
-    loaded,
+from support.engine_models import (
+    GatedBackend,
+    load_stub,
     random_prompt,
 )
+from support.threads import wait_until
 
 # --- options -----------------------------------------------------------------------------------------------
 
@@ -37,18 +37,18 @@ from support.requests_of import (
         ({"n_seqmax": 2}, "did you mean 'n_seq_max'"),
     ],
 )
-def test_a_models_wrong_options_are_typed_errors(options: dict[str, object], words: str) -> None:
+def test_wrong_model_options_raise_typed_errors(options: dict[str, object], words: str) -> None:
     with pytest.raises(erllama.OptionError, match=words):
-        loaded(StubBackend(), **options)
+        load_stub(StubBackend(), **options)
 
 
 @pytest.mark.parametrize("n", [0, 256, 10**6])
-def test_libllama_is_never_asked_for_more_sequences_than_it_has(tiny_gguf: Path, n: int) -> None:
+def test_n_seq_max_is_limited_to_the_sequences_of_libllama(tiny_gguf: Path, n: int) -> None:
     with pytest.raises(erllama.OptionError, match="n_seq_max"):
         erllama.load_model(tiny_gguf, n_seq_max=n)
 
 
-def test_libllamas_most_sequences_can_be_used(tiny_gguf: Path) -> None:
+def test_the_largest_n_seq_max_of_libllama_works(tiny_gguf: Path) -> None:
     with erllama.load_model(tiny_gguf, n_seq_max=255, n_ctx=2048) as model:
         streams = [model.stream([i % 200 + 3, 5], max_tokens=2, temperature=0) for i in range(255)]
         assert all(len(stream.result().context_tokens) >= 2 for stream in streams)
@@ -70,22 +70,25 @@ def test_libllamas_most_sequences_can_be_used(tiny_gguf: Path) -> None:
         ({"max_tokens": -1}, "at least 0"),
     ],
 )
-def test_a_requests_wrong_options_are_typed_errors(options: dict[str, object], words: str) -> None:
-    with loaded(StubBackend()) as model, pytest.raises(erllama.OptionError, match=words):
+def test_wrong_request_options_raise_typed_errors(options: dict[str, object], words: str) -> None:
+    with load_stub(StubBackend()) as model, pytest.raises(erllama.OptionError, match=words):
         model.complete("x", **options)  # type: ignore[arg-type]
 
 
-def test_prefill_takes_no_options_of_sampling() -> None:
-    with loaded(StubBackend()) as model, pytest.raises(erllama.OptionError, match="prefill has no option 'seed'"):
+def test_prefill_refuses_sampling_options() -> None:
+    with (
+        load_stub(StubBackend()) as model,
+        pytest.raises(erllama.OptionError, match="prefill has no option 'seed'"),
+    ):
         model.prefill("x", seed=1)  # type: ignore[call-arg]
 
 
 # --- looking at it -----------------------------------------------------------------------------------------
 
 
-def test_looking_never_waits_for_a_decode() -> None:
-    backend = Watched()
-    with loaded(backend, n_seq_max=2, id="busy") as model:
+def test_properties_do_not_wait_for_a_decode() -> None:
+    backend = GatedBackend()
+    with load_stub(backend, n_seq_max=2, id="busy") as model:
         model.complete(random_prompt(1, 100), max_tokens=1)
         backend.hold()
         backend.at_decode.clear()
@@ -99,18 +102,18 @@ def test_looking_never_waits_for_a_decode() -> None:
         assert model.info.queue_depth == 1
         assert (model.info.id, model.info.backend, model.info.n_seq_max) == ("busy", "stub", 2)
         backend.step()
-        eventually(lambda: model.phase == "generating")
-        backend.let_go()
+        wait_until(lambda: model.phase == "generating")
+        backend.release()
         stream.result()
 
 
-def test_logprobs_are_those_of_the_model() -> None:
-    with loaded(StubBackend(eog_bias=-100)) as model:
+def test_logprobs_match_the_logits_of_the_model() -> None:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         reply = model.complete([1, 2], max_tokens=5, temperature=0, logprobs=3)
         assert reply.logprobs is not None
         assert [entry.token for entry in reply.logprobs] == list(reply.tokens)
         for entry in reply.logprobs:
-            assert entry.top[0] == (entry.token, entry.logprob), "greedy takes the most likely"
+            assert entry.top[0] == (entry.token, entry.logprob), "greedy sampling takes the most likely token"
             assert entry.logprob >= entry.top[1][1] >= entry.top[2][1]
         everything = model.complete([1, 2], max_tokens=1, logprobs=100).logprobs
         assert everything is not None
@@ -118,8 +121,8 @@ def test_logprobs_are_those_of_the_model() -> None:
         assert model.complete([1, 2], max_tokens=5).logprobs is None
 
 
-def test_parked_cells_are_a_tier_that_operators_see_and_evict() -> None:
-    with loaded(StubBackend(eog_bias=-100)) as model:
+def test_parked_cells_are_a_tier_that_can_be_listed_and_evicted() -> None:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         cache = model.cache
         assert cache.tier_names[0] == "live"
         model.complete(random_prompt(1, 100), max_tokens=1)
@@ -136,9 +139,9 @@ def test_parked_cells_are_a_tier_that_operators_see_and_evict() -> None:
     assert "live" not in {status.tier for status in cache.tiers()}
 
 
-def test_blocks_that_are_only_in_cells_are_not_taken_for_stored() -> None:
-    """What RAM has lost is saved again by whoever goes on from it."""
-    with loaded(StubBackend(eog_bias=-100)) as model:
+def test_blocks_that_are_only_in_cells_do_not_count_as_stored() -> None:
+    """A block that RAM has lost is saved again by a request that continues from it."""
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         first = model.complete(random_prompt(1, 100), max_tokens=1)
         model.cache.evict_bytes("1GiB", ("ram",))
         second = model.complete([*first.context_tokens, 5, 6], max_tokens=1)
@@ -149,8 +152,8 @@ def test_blocks_that_are_only_in_cells_are_not_taken_for_stored() -> None:
         )
 
 
-def test_another_model_is_not_told_of_blocks_that_are_only_in_cells() -> None:
-    with loaded(StubBackend(eog_bias=-100)) as model:
+def test_another_model_does_not_find_blocks_that_are_only_in_cells() -> None:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         with erllama.load_backend(StubBackend(eog_bias=-100), cache=model.cache) as other:
             prompt = random_prompt(1, 200)
             model.complete(prompt, max_tokens=1)
@@ -161,7 +164,7 @@ def test_another_model_is_not_told_of_blocks_that_are_only_in_cells() -> None:
             assert other.complete(prompt, max_tokens=1).cache.kind == "cold"
 
 
-def test_a_parked_context_is_not_given_up_for_blocks_that_are_only_in_cells() -> None:
+def test_a_parked_context_is_kept_over_blocks_only_in_cells() -> None:
     with erllama.Cache(block_size=64) as cache:
         with erllama.load_backend(StubBackend(eog_bias=-100, can_trim=False), cache=cache) as model:
             prompt = random_prompt(1, 140)
@@ -172,8 +175,8 @@ def test_a_parked_context_is_not_given_up_for_blocks_that_are_only_in_cells() ->
             assert reply.cache == erllama.CacheHit("partial", "live", 102)
 
 
-def test_a_lookup_of_loadable_blocks_finds_the_longest_of_those() -> None:
-    """Among the neighbours of the tokens in the tree are some that are only in cells."""
+def test_a_lookup_of_loadable_blocks_finds_the_longest_such_prefix() -> None:
+    """Some of the neighbouring blocks in the tree are only in cells."""
     from erllama.cache import Block, SaveReason, child_key, namespace_key, token_bytes
 
     root = namespace_key({"backend": "a test"})
@@ -182,7 +185,7 @@ def test_a_lookup_of_loadable_blocks_finds_the_longest_of_those() -> None:
         raw = token_bytes(list(tokens))
         return Block(child_key(root, raw), root, root, 0, raw, SaveReason.FINISH, bytes(16), 0)
 
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         cache, tier = model.cache, model._runner._tier
         assert tier is not None
         for tokens in ((1, 2), (1, 2, 3, 4, 5), (1, 2, 3, 9)):
@@ -205,9 +208,7 @@ def test_a_lookup_of_loadable_blocks_finds_the_longest_of_those() -> None:
 # --- loading ---------------------------------------------------------------------------------------------
 
 
-def test_a_model_decodes_once_before_it_is_given_out_and_nothing_of_that_remains(
-    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_decodes_once_and_leaves_no_trace(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, threads = LlamaBackend.decode, []
 
     def watched(self: LlamaBackend, batch: Batch) -> NDArray[np.float32]:
@@ -227,9 +228,7 @@ def test_a_model_decodes_once_before_it_is_given_out_and_nothing_of_that_remains
     assert replies[0].logprobs == replies[1].logprobs
 
 
-def test_a_model_that_cannot_decode_is_refused_when_it_is_loaded(
-    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_refuses_a_model_that_cannot_decode(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(self: LlamaBackend, batch: Batch) -> NDArray[np.float32]:
         raise erllama.BackendError("out of memory")
 

@@ -1,4 +1,4 @@
-"""Contexts that are gone on from: by the key of a reply, or by the name of a session."""
+"""Continued contexts: by the key of a reply, or by the name of a session."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ import pytest
 
 import erllama
 from erllama.engine.backends.stub import StubBackend
-from support.requests_of import (
-    Watched,
-    alone,
-    eventually,
-    loaded,
-    metrics,
+from support.engine_models import (
+    GatedBackend,
+    cold_reply,
+    engine_metrics,
+    load_stub,
     random_prompt,
 )
+from support.threads import wait_until
 
 # --- continuations and sessions ----------------------------------------------------------------------------
 
 
-def test_an_unknown_parent_is_a_miss() -> None:
-    with loaded(StubBackend(eog_bias=-100)) as model:
+def test_an_unknown_parent_key_is_a_miss() -> None:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         reply = model.complete(random_prompt(1, 50), max_tokens=1, parent_key=bytes(32))
         assert reply.cache.kind == "cold"
 
 
-def test_a_parents_save_is_waited_for_without_holding_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = Watched(n_ctx=65536)
-    with loaded(backend, n_seq_max=2, policy={"session_resume_wait_ms": 60_000}) as model:
+def test_waiting_for_a_parent_key_does_not_block_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = GatedBackend(n_ctx=65536)
+    with load_stub(backend, n_seq_max=2, policy={"session_resume_wait_ms": 60_000}) as model:
         other = model.stream([1], max_tokens=None)
         next(other)
         key = b"k" * 32
         with model.cache.expecting(key):
             waiting = model.stream(random_prompt(1, 50), max_tokens=1, parent_key=key)
-            ticks = metrics(model).ticks
-            eventually(lambda: metrics(model).ticks > ticks + 50)
+            ticks = engine_metrics(model).ticks
+            wait_until(lambda: engine_metrics(model).ticks > ticks + 50)
             assert not waiting._ticket.done
             assert model.queue_depth == 2
         assert waiting.result().finish_reason == "length"
         other.cancel()
 
 
-def test_who_waits_for_a_save_is_cancelled_at_once_and_holds_up_nobody() -> None:
-    with loaded(StubBackend(eog_bias=-100), policy={"session_resume_wait_ms": 3_600_000}) as model:
+def test_a_request_waiting_for_a_save_can_be_cancelled_at_once() -> None:
+    with load_stub(StubBackend(eog_bias=-100), policy={"session_resume_wait_ms": 3_600_000}) as model:
         key = b"k" * 32
         with model.cache.expecting(key):
             waiting = model.stream([1], parent_key=key)
@@ -54,9 +54,9 @@ def test_who_waits_for_a_save_is_cancelled_at_once_and_holds_up_nobody() -> None
             assert waiting.result().finish_reason == "cancelled"
 
 
-def test_a_session_keeps_its_cells_when_others_are_parked_and_go() -> None:
+def test_a_session_keeps_its_cells_longer_than_parked_ones() -> None:
     backend = StubBackend(n_ctx=1024, eog_bias=-100)
-    with erllama.Cache(ram=0) as none, loaded(backend, cache=none, parked_cells=0) as model:
+    with erllama.Cache(ram=0) as none, load_stub(backend, cache=none, parked_cells=0) as model:
         first = model.complete(random_prompt(1, 100), max_tokens=10, session_id="ann")
         for i in range(20):
             model.complete(random_prompt(10 + i, 100), max_tokens=10)
@@ -68,17 +68,17 @@ def test_a_session_keeps_its_cells_when_others_are_parked_and_go() -> None:
         assert model.complete([*second.context_tokens, 1], max_tokens=1).cache.kind == "cold"
 
 
-def test_cells_that_a_session_keeps_go_when_nothing_else_is_left() -> None:
-    with loaded(StubBackend(n_ctx=256, eog_bias=-100)) as model:
+def test_session_cells_are_evicted_last() -> None:
+    with load_stub(StubBackend(n_ctx=256, eog_bias=-100)) as model:
         first = model.complete(random_prompt(1, 100), max_tokens=10, session_id="ann")
         assert model.complete(random_prompt(2, 200), max_tokens=20).finish_reason == "length"
         second = model.complete([*first.context_tokens, 1, 2], max_tokens=10, session_id="ann")
         assert second.cache == erllama.CacheHit("partial", "ram", 109), "saved, and restored"
 
 
-def test_a_session_that_is_in_use_is_busy() -> None:
-    backend = Watched()
-    with loaded(backend) as model:
+def test_a_session_in_use_is_busy() -> None:
+    backend = GatedBackend()
+    with load_stub(backend) as model:
         backend.hold()
         stream = model.stream([1, 2], max_tokens=5, session_id="ann")
         with pytest.raises(erllama.SessionBusy, match="'ann'"):
@@ -86,19 +86,19 @@ def test_a_session_that_is_in_use_is_busy() -> None:
         with pytest.raises(erllama.SessionBusy):
             model.end_session("ann")
         other = model.stream([1, 2], max_tokens=5, session_id="bob")
-        backend.let_go()
+        backend.release()
         stream.result()
         other.result()
         assert model.complete([1, 2, 3], max_tokens=1, session_id="ann").finish_reason == "length"
 
 
-def test_a_tenants_sessions_are_its_own() -> None:
-    backend = Watched()
-    with loaded(backend) as model:
+def test_sessions_are_separate_per_tenant() -> None:
+    backend = GatedBackend()
+    with load_stub(backend) as model:
         backend.hold()
         first = model.stream(random_prompt(1, 50), max_tokens=5, session_id="chat", cache_salt="a")
         second = model.stream(random_prompt(2, 50), max_tokens=5, session_id="chat", cache_salt="b")
-        backend.let_go()
+        backend.release()
         first.result()
         second.result()
         assert model.end_session("chat", cache_salt="a")
@@ -106,8 +106,11 @@ def test_a_tenants_sessions_are_its_own() -> None:
         assert model.end_session("chat", cache_salt="b")
 
 
-def test_a_session_that_begins_anew_shares_what_others_have() -> None:
-    with erllama.Cache(ram=0) as none, loaded(StubBackend(eog_bias=-100), cache=none, parked_cells=4096) as model:
+def test_a_restarted_session_shares_the_prefixes_of_others() -> None:
+    with (
+        erllama.Cache(ram=0) as none,
+        load_stub(StubBackend(eog_bias=-100), cache=none, parked_cells=4096) as model,
+    ):
         prompt = random_prompt(1, 200)
         model.complete([prompt[0], 9, 9, 9], max_tokens=5, session_id="ann")
         model.complete(prompt, max_tokens=5)
@@ -116,18 +119,18 @@ def test_a_session_that_begins_anew_shares_what_others_have() -> None:
         )
 
 
-def test_a_session_may_go_back() -> None:
-    """The next request shares only a part: the rest of its cells is let go."""
-    with loaded(StubBackend(eog_bias=-100)) as model:
+def test_a_session_can_return_to_an_earlier_turn() -> None:
+    """The next request shares only a part, and the rest of the cells is released."""
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         model.complete(random_prompt(1, 100), max_tokens=50, session_id="ann")
         prompt = np.concatenate([random_prompt(1, 100)[:60], random_prompt(2, 10)])
         reply = model.complete(prompt, max_tokens=10, session_id="ann", seed=1)
         assert reply.cache == erllama.CacheHit("partial", "live", 60)
-        assert reply.tokens == alone(prompt, max_tokens=10, seed=1).tokens
+        assert reply.tokens == cold_reply(prompt, max_tokens=10, seed=1).tokens
 
 
-def test_prefill_warms_a_session_and_samples_nothing() -> None:
-    with loaded(StubBackend(eog_bias=-100)) as model:
+def test_prefill_fills_a_session_without_sampling() -> None:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         warm = model.prefill(random_prompt(1, 100), session_id="ann")
         assert (warm.tokens, warm.text, warm.finish_reason) == ((), "", "length")
         reply = model.complete(

@@ -1,4 +1,4 @@
-"""Streams, asyncio and stop strings: who reads along, who stops reading, and what ends a reply."""
+"""Streams, asyncio and stop strings: readers that pause or leave, and where a reply ends."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import erllama
 from erllama.engine import Batch, Request, RequestOptions, Ticket
 from erllama.engine.backends.stub import EOG, StubBackend
 from erllama.engine.requests.ticket import DeltaPiece
-from support.requests_of import (
-    Watched,
-    eventually,
-    loaded,
-    metrics,
+from support.engine_models import (
+    GatedBackend,
+    engine_metrics,
+    load_stub,
 )
+from support.threads import wait_until
 
 # --- streams -----------------------------------------------------------------------------------------
 
 
-def test_a_stream_is_cancelled_from_another_thread_and_still_ends_with_done() -> None:
-    with loaded(StubBackend(eog_bias=-100)) as model:
+def test_a_stream_cancelled_by_another_thread_ends_with_done() -> None:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         stream = model.stream([1], max_tokens=None)
         next(stream)
         threading.Thread(target=stream.cancel).start()
@@ -34,25 +34,25 @@ def test_a_stream_is_cancelled_from_another_thread_and_still_ends_with_done() ->
         assert last.completion.finish_reason == "cancelled"
 
 
-def test_a_request_is_cancelled_while_it_waits() -> None:
-    backend = Watched()
-    with loaded(backend, n_seq_max=1) as model:
+def test_a_waiting_request_can_be_cancelled() -> None:
+    backend = GatedBackend()
+    with load_stub(backend, n_seq_max=1) as model:
         backend.hold()
         first, second = model.stream([1], max_tokens=3), model.stream([2], max_tokens=3)
         second.cancel()
-        backend.let_go()
+        backend.release()
         assert len(first.result().tokens) == 3
         reply = second.result()
         assert (reply.finish_reason, reply.tokens, reply.cache.kind) == ("cancelled", (), "cold")
 
 
-def test_a_reader_that_stops_costs_its_reply_and_loses_nothing() -> None:
-    with loaded(StubBackend(n_ctx=8192, eog_bias=-100)) as model:
+def test_a_paused_reader_delays_only_its_reply_and_loses_no_event() -> None:
+    with load_stub(StubBackend(n_ctx=8192, eog_bias=-100)) as model:
         stream = model.stream([1], max_tokens=3000, seed=1)
         whole = stream.result()
         assert stream._ticket._unread.qsize() == 258, "256 pieces, the rest as one, and the end"
         pieces = [event for event in stream if isinstance(event, erllama.TextDelta)]
-        assert len(pieces) == 257, "the rest as one piece"
+        assert len(pieces) == 257, "the rest is one piece"
         assert "".join(piece.text for piece in pieces) == whole.text
         assert tuple(token for piece in pieces for token in piece.tokens) == whole.tokens
 
@@ -99,16 +99,16 @@ def test_a_ticket_that_several_threads_read_ends_for_each_of_them() -> None:
     ]
 
 
-def test_completions_that_nobody_streams_keep_no_events() -> None:
-    with loaded(StubBackend(eog_bias=-100)) as model:
+def test_completions_without_a_stream_keep_no_events() -> None:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         ticket = model._requests.ticket([1], erllama.engine.RequestOptions(max_tokens=50), model)
         model._runner.submit(ticket)
         ticket.result()
         assert [type(event) for event in ticket.events()] == [erllama.Done]
 
 
-def test_a_tenth_of_replies_streams_while_the_rest_is_waited_for() -> None:
-    with loaded(StubBackend(eog_bias=-100), n_seq_max=4) as model:
+def test_streams_and_blocking_calls_work_side_by_side() -> None:
+    with load_stub(StubBackend(eog_bias=-100), n_seq_max=4) as model:
         streams = [model.stream([i], max_tokens=10, seed=i) for i in range(10)]
         replies = [model.complete([i], max_tokens=10, seed=i) for i in range(10)]
         assert [stream.result().tokens for stream in streams] == [reply.tokens for reply in replies]
@@ -117,7 +117,7 @@ def test_a_tenth_of_replies_streams_while_the_rest_is_waited_for() -> None:
 # --- asyncio ------------------------------------------------------------------------------------------
 
 
-def test_async_requests_take_no_threads() -> None:
+def test_async_requests_start_no_threads() -> None:
     async def run(model: erllama.Model) -> list[erllama.Completion]:
         before = threading.active_count()
         tasks = [asyncio.ensure_future(model.acomplete([i], max_tokens=30, seed=i)) for i in range(50)]
@@ -125,18 +125,18 @@ def test_async_requests_take_no_threads() -> None:
         assert threading.active_count() <= before
         return list(await asyncio.gather(*tasks))
 
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         replies = asyncio.run(run(model))
         assert [reply.tokens for reply in replies] == [
             model.complete([i], max_tokens=30, seed=i).tokens for i in range(50)
         ]
 
 
-def test_async_streams_give_what_streams_give() -> None:
+def test_async_streams_yield_the_same_events() -> None:
     async def run(model: erllama.Model) -> list[erllama.Event]:
         return [event async for event in model.astream("hello", max_tokens=30, seed=1)]
 
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         *pieces, done = asyncio.run(run(model))
         assert isinstance(done, erllama.Done)
         expected = model.complete("hello", max_tokens=30, seed=1)
@@ -144,8 +144,8 @@ def test_async_streams_give_what_streams_give() -> None:
         assert "".join(p.text for p in pieces if isinstance(p, erllama.TextDelta)) == expected.text
 
 
-def test_the_loop_runs_on_while_a_model_computes() -> None:
-    backend = Watched()
+def test_the_event_loop_runs_while_a_model_computes() -> None:
+    backend = GatedBackend()
 
     async def run(model: erllama.Model) -> int:
         backend.hold()
@@ -155,10 +155,10 @@ def test_the_loop_runs_on_while_a_model_computes() -> None:
         for _ in range(20):
             await asyncio.sleep(0)
         assert not task.done()
-        backend.let_go()
+        backend.release()
         return len((await task).tokens)
 
-    with loaded(backend) as model:
+    with load_stub(backend) as model:
         assert asyncio.run(run(model)) == 2
 
 
@@ -173,7 +173,7 @@ def test_a_cancelled_task_cancels_its_request(way: str) -> None:
 
     async def run(model: erllama.Model) -> None:
         task = asyncio.ensure_future(consume(model))
-        while not metrics(model).ticks:
+        while not engine_metrics(model).ticks:
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -181,9 +181,9 @@ def test_a_cancelled_task_cancels_its_request(way: str) -> None:
         while model.queue_depth:
             await asyncio.sleep(0.001)
 
-    with loaded(StubBackend(n_ctx=65536, eog_bias=-100)) as model:
+    with load_stub(StubBackend(n_ctx=65536, eog_bias=-100)) as model:
         asyncio.run(run(model))
-        assert metrics(model).finished == {"cancelled": 1}
+        assert engine_metrics(model).finished == {"cancelled": 1}
 
 
 def test_leaving_an_async_stream_cancels_it() -> None:
@@ -193,11 +193,11 @@ def test_leaving_an_async_stream_cancels_it() -> None:
                 break
         return await stream.result()
 
-    with loaded(StubBackend(n_ctx=65536, eog_bias=-100)) as model:
+    with load_stub(StubBackend(n_ctx=65536, eog_bias=-100)) as model:
         assert asyncio.run(run(model)).finish_reason == "cancelled"
 
 
-def test_async_errors_are_the_same_errors() -> None:
+def test_async_calls_raise_the_same_errors() -> None:
     async def run(model: erllama.Model) -> None:
         with pytest.raises(erllama.OptionError):
             await model.acomplete([1], max_tokens=-1)
@@ -208,25 +208,25 @@ def test_async_errors_are_the_same_errors() -> None:
                 pass
         assert (await model.aprefill([1, 2, 3])).tokens == ()
 
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         asyncio.run(run(model))
 
 
-def test_a_loop_that_ended_does_not_harm_the_model() -> None:
+def test_a_closed_event_loop_does_not_harm_the_model() -> None:
     async def run(model: erllama.Model) -> erllama.AsyncStream:
         return model.astream([1], max_tokens=200)
 
-    with loaded(StubBackend(eog_bias=-100)) as model:
+    with load_stub(StubBackend(eog_bias=-100)) as model:
         stream = asyncio.run(run(model))
-        eventually(lambda: stream._ticket.done)
+        wait_until(lambda: stream._ticket.done)
         assert model.complete([2], max_tokens=1).finish_reason == "length"
 
 
 # --- stop strings --------------------------------------------------------------------------------------
 
 
-class Says(StubBackend):
-    """Says a text, a byte a token, then ends."""
+class TextBackend(StubBackend):
+    """Replies with a text, one byte per token, then ends."""
 
     def __init__(self, text: str) -> None:
         super().__init__(n_sequences=4)
@@ -235,7 +235,7 @@ class Says(StubBackend):
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         logits = super().decode(batch)
         for row, position in enumerate(batch.positions[batch.output == 1]):
-            at = int(position)  # of a prompt of one token
+            at = int(position)  # for a prompt of one token
             logits[row] = -10.0
             logits[row, self.says[at] if at < len(self.says) else EOG] = 10.0
         return logits
@@ -256,7 +256,7 @@ class Says(StubBackend):
 def test_a_stop_string_ends_the_reply_and_is_never_streamed(
     stop: str | list[str], text: str, matched: str | None
 ) -> None:
-    with loaded(Says("One, two, END, three, ü")) as model:
+    with load_stub(TextBackend("One, two, END, three, ü")) as model:
         stream = model.stream([1], stop=stop, temperature=0)
         pieces = [event.text for event in stream if isinstance(event, erllama.TextDelta)]
         reply = stream.result()
@@ -265,12 +265,12 @@ def test_a_stop_string_ends_the_reply_and_is_never_streamed(
     assert reply.finish_reason == "stop"
 
 
-def test_what_was_held_back_comes_at_the_end() -> None:
-    with loaded(Says("almost STO")) as model:
+def test_held_back_text_is_sent_at_the_end() -> None:
+    with load_stub(TextBackend("almost STO")) as model:
         stream = model.stream([1], stop="STOP", temperature=0)
         pieces = [event for event in stream if isinstance(event, erllama.TextDelta)]
         assert pieces[-1].text == "STO"
         assert "".join(bytes(piece.tokens).decode() for piece in pieces) == "almost STO", (
-            "tokens come with their text"
+            "tokens are sent with their text"
         )
         assert stream.result().stop_sequence is None

@@ -1,4 +1,4 @@
-"""What operators rely on of metrics: they are right, say so in Prometheus's words, and wait for no model."""
+"""Metrics are right, follow the conventions of Prometheus, and never wait for a model."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from erllama.cache import Cache
 from erllama.engine import Batch
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.metrics import BUCKETS
-from support.backends import RecordingBackend
-from support.children import must_run
-from support.places import ROOT
+from support.paths import ROOT
+from support.recording_backend import RecordingBackend
+from support.subprocesses import must_run
 
 DOCS = ROOT / "docs" / "metrics.md"
 HISTOGRAMS = ("erllama_time_to_first_token_seconds", "erllama_time_between_tokens_seconds")
 
 
 class Gated(StubBackend):
-    """Tells when it decodes, and decodes nothing until its gate is opened."""
+    """Signals when a decode starts, and waits until its gate is opened."""
 
     def __init__(self) -> None:
         super().__init__(eog_bias=-100)
@@ -47,7 +47,7 @@ class Gated(StubBackend):
 
 
 class Page:
-    """One scrape, as text and parsed."""
+    """Scrape once. Returns the text and its parsed form."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.text = prometheus_client.generate_latest(registry).decode()
@@ -70,7 +70,7 @@ class Bucketed(NamedTuple):
 
 
 def bucketed(page: Page, name: str, model: str) -> Bucketed:
-    """A histogram that holds together."""
+    """Check that a histogram is consistent."""
     buckets = [s for s in page.samples if s.name == f"{name}_bucket" and s.labels["model"] == model]
     found = Bucketed(
         [float(s.labels["le"]) for s in buckets],
@@ -93,7 +93,7 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def gated() -> Iterator[tuple[Gated, erllama.Model]]:
-    """A model in the midst of a decode, with one more request waiting."""
+    """A model during a decode, with one more request waiting."""
     backend = Gated()
     with Cache() as cache, erllama.load_backend(backend, id="gated", cache=cache, n_seq_max=1) as model:
         first, second = (model.stream(prompt, max_tokens=3) for prompt in ("one", "two"))
@@ -107,7 +107,7 @@ def gated() -> Iterator[tuple[Gated, erllama.Model]]:
 
 
 def at_once(work: Callable[[], object]) -> object:
-    """What `work` returns, in a thread of its own, so that a wait for the model fails instead of hanging."""
+    """Return the result of `work` in a separate thread, so that a wait for the model fails instead of hanging."""
     found: list[object] = []
     thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
     thread.start()
@@ -119,7 +119,7 @@ def at_once(work: Callable[[], object]) -> object:
 # --- the numbers ----------------------------------------------------------------------------
 
 
-def test_a_models_metrics_are_what_ran(registry: CollectorRegistry) -> None:
+def test_model_metrics_match_the_requests_that_ran(registry: CollectorRegistry) -> None:
     backend = RecordingBackend(StubBackend(eog_bias=-100))
     with Cache() as cache, erllama.load_backend(backend, id="m", cache=cache) as model:
         model.complete("a prompt", max_tokens=10)
@@ -170,7 +170,7 @@ def test_preemptions_are_counted(registry: CollectorRegistry) -> None:
         assert page.value("erllama_preemptions_total", model="m") == model.metrics.preempted > 0
 
 
-def test_a_caches_metrics_are_its_counters(registry: CollectorRegistry, tmp_path: Path) -> None:
+def test_cache_metrics_match_the_cache_counters(registry: CollectorRegistry, tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     with (
         Cache(ram="1MiB", disk=directory, disk_quota="1GiB") as cache,
@@ -198,7 +198,7 @@ def test_a_caches_metrics_are_its_counters(registry: CollectorRegistry, tmp_path
         assert page.value("erllama_cache_lookup_seconds_total", cache=name) > 0
 
 
-def test_directories_of_one_tier_are_one_budget_and_broken_ones_are_told(
+def test_directories_of_a_tier_share_a_budget_and_report_errors(
     registry: CollectorRegistry, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -219,7 +219,7 @@ def test_every_counter_of_a_cache_has_a_metric(registry: CollectorRegistry) -> N
 # --- several models and caches -----------------------------------------------------------------
 
 
-def test_models_that_share_a_cache_report_it_once(registry: CollectorRegistry) -> None:
+def test_a_shared_cache_is_reported_once(registry: CollectorRegistry) -> None:
     with (
         Cache() as shared,
         Cache() as own,
@@ -240,7 +240,7 @@ def test_models_that_share_a_cache_report_it_once(registry: CollectorRegistry) -
         assert page.labels("erllama_cache_misses_total", "cache") == ["ram (2)"], "a cache keeps its name"
 
 
-def test_a_model_loaded_again_counts_anew(registry: CollectorRegistry) -> None:
+def test_a_reloaded_model_starts_its_counters_at_zero(registry: CollectorRegistry) -> None:
     for _ in range(2):
         with Cache() as cache, erllama.load_backend(StubBackend(), id="m", cache=cache) as model:
             model.complete("x", max_tokens=0)
@@ -249,7 +249,7 @@ def test_a_model_loaded_again_counts_anew(registry: CollectorRegistry) -> None:
     assert not Page(registry).samples
 
 
-def test_a_closed_cache_and_one_without_tiers_are_no_trouble(registry: CollectorRegistry) -> None:
+def test_closed_caches_and_caches_without_tiers_are_exported(registry: CollectorRegistry) -> None:
     with Cache(ram=0) as none, Cache() as cache, erllama.load_backend(StubBackend(), cache=none):
         with erllama.load_backend(StubBackend(), cache=cache) as model:
             cache.close()
@@ -262,7 +262,7 @@ def test_a_closed_cache_and_one_without_tiers_are_no_trouble(registry: Collector
 
 
 @given(st.lists(st.floats(0, 1000) | st.sampled_from(BUCKETS), max_size=40))
-def test_a_bucket_has_what_is_at_most_its_bound(seconds: list[float]) -> None:
+def test_a_bucket_counts_values_up_to_its_bound(seconds: list[float]) -> None:
     registry = CollectorRegistry()
     erllama.metrics.register(registry)
     with Cache(ram=0) as cache, erllama.load_backend(StubBackend(), id="m", cache=cache) as model:
@@ -273,7 +273,7 @@ def test_a_bucket_has_what_is_at_most_its_bound(seconds: list[float]) -> None:
     assert found.total == pytest.approx(sum(seconds))
 
 
-def test_histograms_hold_together_while_they_are_written(registry: CollectorRegistry) -> None:
+def test_histograms_are_consistent_while_they_are_updated(registry: CollectorRegistry) -> None:
     stop = threading.Event()
     with Cache(ram=0) as cache, erllama.load_backend(StubBackend(), id="m", cache=cache) as model:
 
@@ -287,7 +287,7 @@ def test_histograms_hold_together_while_they_are_written(registry: CollectorRegi
             last = 0.0
             for _ in range(200):
                 found = bucketed(Page(registry), HISTOGRAMS[1], "m")
-                assert found.total <= found.count * 0.5, "nothing is summed that is not counted"
+                assert found.total <= found.count * 0.5, "the sum covers only counted values"
                 assert found.count >= last
                 last = found.count
         finally:
@@ -346,7 +346,7 @@ def test_refused_requests_are_counted(registry: CollectorRegistry) -> None:
         waiting.result()
 
 
-def test_scrapes_during_loading_and_unloading_are_whole(registry: CollectorRegistry) -> None:
+def test_scrapes_during_loading_and_unloading_are_complete(registry: CollectorRegistry) -> None:
     stop = threading.Event()
     pages: list[Page] = []
 
@@ -376,7 +376,7 @@ def test_scrapes_during_loading_and_unloading_are_whole(registry: CollectorRegis
 # --- registries ----------------------------------------------------------------------------------------
 
 
-def test_registering_twice_is_registering_once(registry: CollectorRegistry) -> None:
+def test_registering_twice_has_no_further_effect(registry: CollectorRegistry) -> None:
     collector = erllama.metrics.register(registry)
     assert erllama.metrics.register(registry) is collector
     with Cache() as cache, erllama.load_backend(StubBackend(), cache=cache):
@@ -392,7 +392,7 @@ def test_registering_twice_is_registering_once(registry: CollectorRegistry) -> N
     erllama.metrics.unregister(registry)
 
 
-def test_the_default_registry_is_the_default() -> None:
+def test_the_default_registry_is_used_by_default() -> None:
     collector = erllama.metrics.register()
     try:
         assert isinstance(collector, erllama.metrics.MetricsCollector)
@@ -402,7 +402,7 @@ def test_the_default_registry_is_the_default() -> None:
     assert "erllama_ticks_total" not in Page(prometheus_client.REGISTRY).text
 
 
-def test_a_registry_that_cannot_be_used_is_a_typed_error() -> None:
+def test_an_unusable_registry_raises_a_typed_error() -> None:
     taken = CollectorRegistry()
     prometheus_client.Counter("erllama_ticks", "Somebody else's.", registry=taken)
     with pytest.raises(erllama.OptionError, match="already has metrics of these names"):
@@ -411,13 +411,13 @@ def test_a_registry_that_cannot_be_used_is_a_typed_error() -> None:
         erllama.metrics.register("default")  # type: ignore[arg-type]
 
 
-def test_one_metric_can_be_asked_for_alone(registry: CollectorRegistry) -> None:
+def test_one_metric_can_be_scraped_alone(registry: CollectorRegistry) -> None:
     with Cache() as cache, erllama.load_backend(StubBackend(), cache=cache):
         found = list(registry.restricted_registry(["erllama_ticks_total"]).collect())
     assert [sample.name for family in found for sample in family.samples] == ["erllama_ticks_total"]
 
 
-def test_without_prometheus_client_the_error_has_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_prometheus_client_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.delitem(sys.modules, "erllama.metrics")
     with pytest.raises(
@@ -427,7 +427,7 @@ def test_without_prometheus_client_the_error_has_the_way_out(monkeypatch: pytest
     assert isinstance(caught.value, erllama.MissingPackage)
 
 
-def test_nobody_needs_prometheus_client_who_does_not_ask_for_it() -> None:
+def test_prometheus_client_is_imported_only_for_metrics() -> None:
     must_run(
         """
         import sys
@@ -444,7 +444,7 @@ def test_nobody_needs_prometheus_client_who_does_not_ask_for_it() -> None:
 # --- the documentation ----------------------------------------------------------------------------------
 
 
-def test_the_documented_metrics_are_those_there_are(registry: CollectorRegistry) -> None:
+def test_the_documented_metrics_match_the_exported_ones(registry: CollectorRegistry) -> None:
     with Cache() as cache, erllama.load_backend(StubBackend(), cache=cache) as model:
         model.metrics.count_finished("stop")
         model.metrics.count_failed(ValueError())
@@ -459,7 +459,7 @@ def test_the_documented_metrics_are_those_there_are(registry: CollectorRegistry)
     assert len(rows) == len(found)
 
 
-def test_the_example_runs(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_metrics_example_runs(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.gguf").symlink_to(tiny_gguf)
     monkeypatch.chdir(tmp_path)
     asked: list[tuple[int, str]] = []

@@ -1,4 +1,4 @@
-"""Texts as prompts: the BOS and EOS that a model wants are there once, whatever method the text came through."""
+"""Text prompts have the BOS and EOS that the model wants exactly once, for every method."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 import erllama
 from erllama.engine.requests.prompts import PromptTokenizer
 from erllama.testing.models import BOS, write_llama
-from support.places import SHARED
-from support.spelled import SpelledVocabulary
+from support.paths import SHARED
+from support.scripted_backend import PieceVocabulary
 
 WITH_BOS = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
 MESSAGES = [{"role": "user", "content": "Where is Oslo?"}]
 
 
-class Framed(SpelledVocabulary):
-    """Puts a special token before a text, and one behind it."""
+class Framed(PieceVocabulary):
+    """Puts one special token before a text and one after it."""
 
     def tokenize(
         self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[erllama.Model]:
         yield model
 
 
-def test_a_prompt_that_has_its_bos_gets_no_other(model: erllama.Model) -> None:
+def test_a_prompt_with_a_bos_gets_no_second_one(model: erllama.Model) -> None:
     bos = model.info.special_tokens["bos"].text
     text = "Where is Oslo?"
     ids = model.tokenize(text).tolist()
@@ -65,7 +65,7 @@ def test_a_prompt_that_has_its_bos_gets_no_other(model: erllama.Model) -> None:
     np.testing.assert_array_equal(model.embed(rendered), model.embed(text))
 
 
-def test_a_bos_that_is_given_twice_stays(model: erllama.Model) -> None:
+def test_a_doubled_bos_is_kept(model: erllama.Model) -> None:
     bos = model.info.special_tokens["bos"].text
     ids = model.tokenize("Oslo").tolist()
     assert list(model.prefill([BOS, *ids]).context_tokens) == [BOS, *ids]
@@ -73,7 +73,7 @@ def test_a_bos_that_is_given_twice_stays(model: erllama.Model) -> None:
     assert list(model.prefill(ids[1:]).context_tokens) == ids[1:]
 
 
-def test_a_bos_that_is_not_read_as_one_is_text(model: erllama.Model) -> None:
+def test_a_bos_in_plain_text_is_text(model: erllama.Model) -> None:
     bos = model.info.special_tokens["bos"].text
     ids = model.tokenize(f"{bos}Oslo").tolist()
     assert ids[0] == BOS
@@ -81,7 +81,7 @@ def test_a_bos_that_is_not_read_as_one_is_text(model: erllama.Model) -> None:
     assert model.detokenize(ids) == f"{bos}Oslo"
 
 
-def test_the_score_of_a_text_does_not_depend_on_who_wrote_its_bos(model: erllama.Model) -> None:
+def test_the_score_of_a_text_does_not_depend_on_the_source_of_its_bos(model: erllama.Model) -> None:
     bos = model.info.special_tokens["bos"].text
     plain, written = (model.score(text, " of Norway") for text in ("The capital", f"{bos}The capital"))
     assert written.tokens == plain.tokens
@@ -90,7 +90,7 @@ def test_the_score_of_a_text_does_not_depend_on_who_wrote_its_bos(model: erllama
 
 @pytest.mark.parametrize("begun", ["", "<s>"])
 @pytest.mark.parametrize("ended", ["", "</s>"])
-def test_what_a_model_wants_around_a_text_is_there_once(begun: str, ended: str) -> None:
+def test_bos_and_eos_appear_once_around_a_text(begun: str, ended: str) -> None:
     vocabulary = Framed(special=["<s>", "</s>"])
     first, last = vocabulary.special.values()
     tokenizer = PromptTokenizer(vocabulary)
@@ -99,10 +99,10 @@ def test_what_a_model_wants_around_a_text_is_there_once(begun: str, ended: str) 
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama-bpe", "llama-spm"])
-def test_a_text_without_a_bos_has_the_tokens_that_the_tokenizer_gives(name: str) -> None:
+def test_a_text_without_a_bos_has_the_tokens_of_the_tokenizer(name: str) -> None:
     path = Path(SHARED / "vocab" / f"ggml-vocab-{name}.gguf")
     if not path.exists():
-        pytest.skip(f"{path.name} is not there")
+        pytest.skip(f"{path.name} is missing")
     with erllama.load_model(path, vocab_only=True) as model:
         bos = model.info.special_tokens.get("bos")
         for text in ["Hello", " Hello", "\n", "1 + 1 = 2", "日本🙂", "<unk>", "a</s>b"]:
@@ -140,7 +140,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(
     assert max(tokenized, default=0) < 100
 
 
-def test_many_tools_are_refused_before_a_grammar_is_made_of_them(
+def test_too_many_tools_are_refused_before_their_grammar_is_built(
     model: erllama.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object, **__: object) -> None:

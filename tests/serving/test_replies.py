@@ -1,4 +1,4 @@
-"""What a caller relies on of complete() and stream(): on the stub, and where it matters on libllama."""
+"""`complete` and `stream`: promises to callers, on the stub and, where it matters, on libllama."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def stub() -> Iterator[erllama.Model]:
 
 
 class Scripted(StubBackend):
-    """Says given bytes, then ends."""
+    """Replies with the given bytes, then ends."""
 
     def __init__(self, says: bytes, **options: int) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
@@ -43,7 +43,7 @@ class Scripted(StubBackend):
 
 
 class Slow(StubBackend):
-    """Takes its time, until told not to."""
+    """Decodes slowly until `slow` is cleared."""
 
     seconds = 0.02
 
@@ -53,7 +53,7 @@ class Slow(StubBackend):
 
 
 class Gated(StubBackend):
-    """Decodes nothing until its gate is opened."""
+    """Waits before each decode until its gate is opened."""
 
     def __init__(self) -> None:
         super().__init__(eog_bias=-100)
@@ -71,7 +71,7 @@ def loaded(backend: StubBackend) -> erllama.Model:
 # --- the reply ------------------------------------------------------------------------------
 
 
-def test_a_completion_tells_what_happened(stub: erllama.Model) -> None:
+def test_a_completion_reports_what_happened(stub: erllama.Model) -> None:
     reply = stub.complete("a prompt", max_tokens=10, seed=5)
     assert len(reply.tokens) == 10
     assert reply.context_tokens == (*b"a prompt", *reply.tokens)
@@ -87,7 +87,7 @@ def test_a_completion_tells_what_happened(stub: erllama.Model) -> None:
     assert stub.last_cache_hit == reply.cache
 
 
-def test_text_and_its_tokens_are_the_same_prompt(stub: erllama.Model) -> None:
+def test_a_text_and_its_tokens_are_the_same_prompt(stub: erllama.Model) -> None:
     replies = [
         stub.complete(prompt, max_tokens=5, temperature=0).tokens
         for prompt in ("abc", [97, 98, 99], (97, 98, 99), np.array([97, 98, 99]), np.array([97, 98, 99], np.uint8))
@@ -106,19 +106,19 @@ def test_generation_ends_at_an_end_token() -> None:
 def test_generation_ends_when_the_context_is_full(n_prompt: int) -> None:
     with loaded(StubBackend(n_ctx=64, eog_bias=-100)) as model:
         reply = model.complete([1] * n_prompt)
-        # Every cell is used, and the token sampled last needs none.
+        # Every cell is used. The token sampled last needs none.
         assert len(reply.context_tokens) == 65
         assert reply.finish_reason == "context_full"
         assert model.complete([1] * n_prompt, max_tokens=1).finish_reason == "length"
 
 
-def test_max_tokens_of_zero_reads_the_prompt_and_says_nothing(stub: erllama.Model) -> None:
+def test_max_tokens_of_zero_computes_the_prompt_only(stub: erllama.Model) -> None:
     reply = stub.complete("a prompt", max_tokens=0)
     assert (reply.text, reply.tokens, reply.finish_reason) == ("", (), "length")
     assert stub.complete("a prompt", max_tokens=1).cache.kind == "exact"
 
 
-def test_prefill_warms(stub: erllama.Model) -> None:
+def test_prefill_stores_the_prompt(stub: erllama.Model) -> None:
     assert stub.prefill("a long system prompt").cache.kind == "cold"
     reply = stub.complete("a long system prompt and a question", max_tokens=1)
     assert reply.cache == erllama.CacheHit("partial", "live", 20)
@@ -126,7 +126,7 @@ def test_prefill_warms(stub: erllama.Model) -> None:
 
 @settings(max_examples=50)
 @given(st.binary(min_size=1, max_size=40), st.integers(0, 1))
-def test_streamed_text_is_whole_characters_and_adds_up(says: bytes, cut: int) -> None:
+def test_streamed_text_has_whole_characters_and_adds_up(says: bytes, cut: int) -> None:
     with loaded(Scripted(says)) as model:
         events = list(model.stream("x", max_tokens=len(says) + 1 - cut))
     done = events[-1]
@@ -138,7 +138,7 @@ def test_streamed_text_is_whole_characters_and_adds_up(says: bytes, cut: int) ->
 
 
 @given(st.text(max_size=30))
-def test_a_character_comes_with_its_last_byte(text: str) -> None:
+def test_a_character_is_sent_with_its_last_byte(text: str) -> None:
     decoder = TextDecoder()
     raw = text.encode("utf-8", "replace")
     pieces = [decoder.feed(raw[i : i + 1]) for i in range(len(raw))]
@@ -146,7 +146,7 @@ def test_a_character_comes_with_its_last_byte(text: str) -> None:
     assert "".join(pieces) + decoder.finish() == raw.decode()
 
 
-def test_streaming_and_waiting_give_the_same(stub: erllama.Model) -> None:
+def test_streaming_and_blocking_calls_return_the_same_reply(stub: erllama.Model) -> None:
     waited = stub.complete("prompt", max_tokens=20, seed=1)
     stream = stub.stream("prompt", max_tokens=20, seed=1)
     events = list(stream)
@@ -170,7 +170,7 @@ def test_a_cancelled_stream_still_ends_with_done() -> None:
 
 
 @pytest.mark.parametrize("way", ["leave the with", "drop it"])
-def test_a_stream_that_is_left_stops_the_work(way: str) -> None:
+def test_leaving_a_stream_cancels_its_request(way: str) -> None:
     with loaded(Slow(eog_bias=-100)) as model:
         stream = model.stream("prompt")
         next(stream)
@@ -185,7 +185,7 @@ def test_a_stream_that_is_left_stops_the_work(way: str) -> None:
         assert model.phase == "idle"
 
 
-def test_requests_run_in_the_order_they_came() -> None:
+def test_requests_run_in_order_of_arrival() -> None:
     backend = Gated()
     with erllama.load_backend(backend, cache=Cache(), n_seq_max=1) as model:
         streams = [model.stream(f"prompt {i}", max_tokens=3) for i in range(3)]
@@ -196,7 +196,7 @@ def test_requests_run_in_the_order_they_came() -> None:
         assert model.pending == 0
 
 
-def test_many_threads_may_call_one_model(stub: erllama.Model) -> None:
+def test_many_threads_can_call_one_model(stub: erllama.Model) -> None:
     alone = {i: stub.complete(f"prompt {i}", max_tokens=8, seed=i).tokens for i in range(8)}
     found: dict[int, tuple[int, ...]] = {}
 
@@ -211,7 +211,7 @@ def test_many_threads_may_call_one_model(stub: erllama.Model) -> None:
     assert found == alone
 
 
-def test_unloading_fails_what_runs_and_what_waits() -> None:
+def test_unloading_fails_running_and_waiting_requests() -> None:
     model = loaded(Slow(eog_bias=-100))
     running, waiting = model.stream("one"), model.stream("two")
     next(running)
@@ -239,7 +239,7 @@ def test_models_are_found_by_id() -> None:
 # --- failures -----------------------------------------------------------------------------------------
 
 
-def test_a_request_that_fails_fails_alone() -> None:
+def test_a_failing_request_fails_alone() -> None:
     class Failing(StubBackend):
         fail = True
 
@@ -258,7 +258,7 @@ def test_a_request_that_fails_fails_alone() -> None:
         assert len(model.complete("x", max_tokens=3).tokens) == 3
 
 
-def test_an_unexpected_error_becomes_a_typed_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unexpected_error_becomes_a_typed_error(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(StubBackend):
         def decode(self, batch: Batch) -> NDArray[np.float32]:
             raise ZeroDivisionError("a bug")
@@ -269,7 +269,7 @@ def test_an_unexpected_error_becomes_a_typed_one(caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_leave_nothing_to_choose_are_an_error(value: float) -> None:
+def test_logits_without_a_finite_value_raise_an_error(value: float) -> None:
     class Spoilt(StubBackend):
         def decode(self, batch: Batch) -> NDArray[np.float32]:
             logits = super().decode(batch)
@@ -282,8 +282,8 @@ def test_logits_that_leave_nothing_to_choose_are_an_error(value: float) -> None:
                 model.complete("x", temperature=temperature)
 
 
-def test_a_cache_that_lies_costs_a_cold_start(caplog: pytest.LogCaptureFixture) -> None:
-    """Payloads that do not fit are dropped, counted and logged; the reply is the cold one."""
+def test_a_wrong_cache_answer_causes_a_cold_start(caplog: pytest.LogCaptureFixture) -> None:
+    """Payloads that do not fit are dropped, counted and logged, and the reply is the cold one."""
     with Cache() as cache, erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
         first = model.complete("x" * 600, max_tokens=5, temperature=0)
         rows = [row for row in cache.rows() if row.tier == "ram"]
@@ -305,10 +305,10 @@ def test_a_cache_that_lies_costs_a_cold_start(caplog: pytest.LogCaptureFixture) 
 
 @settings(max_examples=60)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=120), st.integers(0, 120), st.booleans(), st.data())
-def test_memory_that_cannot_be_cut_resumes_only_where_state_was_packed(
+def test_memory_that_cannot_be_cut_resumes_only_at_packed_states(
     ids: list[int], share: int, reproducible: bool, data: st.DataObject
 ) -> None:
-    """The stub refuses any cut and any pack away from the end; the reply must be the cold one all the same."""
+    """The stub refuses cuts, and packs that do not end at the last token. The reply must still be the cold one."""
     other = ids[:share] + data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=40))
     with Cache(ram=0) as none, erllama.load_backend(StubBackend(can_trim=False, n_ubatch=32), cache=none) as cold:
         expected = [cold.complete(prompt, max_tokens=20, temperature=0).tokens for prompt in (ids, other)]
@@ -323,7 +323,7 @@ def test_memory_that_cannot_be_cut_resumes_only_where_state_was_packed(
         assert cache.counters()["restore_errors"] == 0
 
 
-def test_the_same_prompt_is_an_exact_hit_even_where_memory_cannot_be_cut() -> None:
+def test_a_repeated_prompt_is_an_exact_hit_for_every_memory_kind() -> None:
     backend = StubBackend(can_trim=False, n_ubatch=32, eog_bias=-100)
     with Cache(block_size=256) as cache, erllama.load_backend(backend, cache=cache) as model:
         model.complete("x" * 300, max_tokens=10)
@@ -332,7 +332,7 @@ def test_the_same_prompt_is_an_exact_hit_even_where_memory_cannot_be_cut() -> No
 
 @settings(max_examples=60)
 @given(st.integers(1, 300), st.lists(st.integers(1, 300), max_size=3), st.booleans())
-def test_the_stubs_warm_replies_are_its_cold_ones(n: int, others: list[int], reproducible: bool) -> None:
+def test_cached_replies_of_the_stub_equal_cold_ones(n: int, others: list[int], reproducible: bool) -> None:
     prompt = np.random.default_rng(n).integers(0, 256, n)
     with Cache(ram=0) as none, loaded_with(none) as cold:
         expected = cold.complete(prompt, max_tokens=20, seed=1).tokens
@@ -380,7 +380,7 @@ def test_tokens_are_computed_once() -> None:
     ],
 )
 @pytest.mark.parametrize("call", ["complete", "stream"])
-def test_wrong_options_are_typed_errors(
+def test_wrong_options_raise_typed_errors(
     stub: erllama.Model, call: str, options: dict[str, object], words: str
 ) -> None:
     with pytest.raises(erllama.OptionError) as caught:
@@ -406,11 +406,11 @@ def test_wrong_options_are_typed_errors(
         ([1] * 5000, "5000 tokens and the context holds 4096"),
     ],
 )
-def test_wrong_prompts_are_typed_errors(stub: erllama.Model, prompt: object, words: str) -> None:
+def test_wrong_prompts_raise_typed_errors(stub: erllama.Model, prompt: object, words: str) -> None:
     with pytest.raises(erllama.PromptError) as caught:
         stub.complete(prompt, max_tokens=1)  # type: ignore[arg-type]
     assert words in str(caught.value)
-    assert stub.complete("and the model goes on", max_tokens=1).tokens
+    assert stub.complete("the model continues", max_tokens=1).tokens
 
 
 def test_the_stub_is_deterministic() -> None:

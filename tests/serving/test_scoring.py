@@ -1,4 +1,4 @@
-"""Scores and gaps: log-probabilities as directly computed, from the cache, beside replies; prompts with FIM."""
+"""Scores and infill: log-probabilities equal a direct computation, use the cache, and run beside replies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.backends.stub import StubBackend
 from erllama.testing.models import write_gemma3, write_lfm2, write_mamba
 from erllama.testing.scripted import write_scripted
-from support.backends import RecordingBackend, llama_backend, short_of_cells
+from support.recording_backend import RecordingBackend, llama_backend, short_of_cells
 
 PROMPT = "Once upon a time " * 8
 EXACT: dict[str, object] = {"kv_type_k": "f32", "kv_type_v": "f32", "flash_attn": False}
@@ -26,7 +26,7 @@ EXACT: dict[str, object] = {"kv_type_k": "f32", "kv_type_v": "f32", "flash_attn"
 def directly(
     backend: LlamaBackend | StubBackend, prompt: NDArray[np.int32], after: NDArray[np.int32]
 ) -> list[float]:
-    """The log-probabilities of `after`, by one decode a token in an empty context."""
+    """Return the log-probabilities of `after`, by one decode per token in an empty context."""
     told = []
     backend.clear()
     tokens = np.concatenate([prompt, after]).astype(np.int32)
@@ -52,7 +52,7 @@ def model(backend: LlamaBackend) -> Iterator[erllama.Model]:
 
 
 @pytest.mark.parametrize("continuation", [" there was", "x", "a longer one " * 30])
-def test_a_score_is_that_of_a_direct_computation(
+def test_a_score_matches_a_direct_computation(
     continuation: str, backend: LlamaBackend, model: erllama.Model
 ) -> None:
     prompt, after = model.tokenize(PROMPT), model.tokenize(continuation, add_special=False)
@@ -74,7 +74,7 @@ def test_a_score_is_that_of_a_direct_computation(
     assert model.score(PROMPT, continuation, reproducible=True).logprobs == score.logprobs, "to the bit"
 
 
-def test_a_score_is_that_of_the_reply(model: erllama.Model) -> None:
+def test_a_score_matches_the_logprobs_of_the_reply(model: erllama.Model) -> None:
     reply = model.complete(PROMPT, max_tokens=20, temperature=0, logprobs=0)
     assert reply.logprobs is not None
     score = model.score(model.tokenize(PROMPT), reply.tokens)
@@ -85,7 +85,7 @@ def test_a_score_is_that_of_the_reply(model: erllama.Model) -> None:
     assert not model.score(model.tokenize(PROMPT), likely).is_greedy
 
 
-def test_what_the_cache_has_of_a_prompt_is_not_computed_again(tiny_gguf: Path) -> None:
+def test_cached_tokens_of_a_scored_prompt_are_not_computed_again(tiny_gguf: Path) -> None:
     backend = RecordingBackend(llama_backend(tiny_gguf, **EXACT))
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         n = len(model.tokenize(PROMPT))
@@ -99,14 +99,12 @@ def test_what_the_cache_has_of_a_prompt_is_not_computed_again(tiny_gguf: Path) -
             assert len(backend.logits) == len(continuation)
         model.evict()
         backend.forget()
-        assert model.score(PROMPT, "abc").cache.tokens == n - 1, "from the cache as from the cells"
+        assert model.score(PROMPT, "abc").cache.tokens == n - 1, "the result from the cache equals that from cells"
         assert backend.slices[0][0] == n - 1
-        assert model.complete(PROMPT + "abcdef", max_tokens=1).cache.tokens >= n + 5, (
-            "and it leaves what it computed"
-        )
+        assert model.complete(PROMPT + "abcdef", max_tokens=1).cache.tokens >= n + 5, "its KV stays available"
 
 
-def test_a_long_continuation_takes_few_rows_at_once(tiny_gguf: Path) -> None:
+def test_a_long_continuation_is_scored_in_small_batches(tiny_gguf: Path) -> None:
     backend = RecordingBackend(llama_backend(tiny_gguf, **EXACT))
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         score = model.score("a", "b" * 500)
@@ -115,7 +113,7 @@ def test_a_long_continuation_takes_few_rows_at_once(tiny_gguf: Path) -> None:
         assert len(backend.slices) <= 10
 
 
-def test_scores_run_beside_replies_and_each_other(model: erllama.Model) -> None:
+def test_scores_and_replies_run_concurrently(model: erllama.Model) -> None:
     endings = [f"{n} ended" * (n + 1) for n in range(12)]
     expected = [model.score(PROMPT, ending).logprobs for ending in endings]
     reply = model.complete("Other", max_tokens=100, seed=3, banned_tokens=[2])
@@ -135,7 +133,7 @@ def test_scores_run_beside_replies_and_each_other(model: erllama.Model) -> None:
 
 
 @pytest.mark.parametrize("at", [2, 4])
-def test_a_score_that_starts_anew_tells_nothing_twice(at: int) -> None:
+def test_a_restarted_score_reports_each_token_once(at: int) -> None:
     inner = StubBackend()
     expected = directly(inner, *(inner.vocabulary.tokenize(text) for text in ("prompt", "y" * 300)))
     backend = RecordingBackend(inner)
@@ -146,7 +144,7 @@ def test_a_score_that_starts_anew_tells_nothing_twice(at: int) -> None:
 
 
 @pytest.mark.parametrize("write", [write_gemma3, write_mamba, write_lfm2])
-def test_memory_that_cannot_be_cut_is_scored_too(write: type[write_gemma3], tmp_path: Path) -> None:
+def test_models_with_memory_that_cannot_be_cut_score(write: type[write_gemma3], tmp_path: Path) -> None:
     backend = llama_backend(write(tmp_path / "model.gguf"), **EXACT)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         prompt, after = model.tokenize(PROMPT * 3), model.tokenize("there was", add_special=False)
@@ -159,7 +157,7 @@ def test_memory_that_cannot_be_cut_is_scored_too(write: type[write_gemma3], tmp_
     np.testing.assert_allclose(again.logprobs, expected, atol=1e-2)
 
 
-def test_texts_are_tokenized_as_one(tmp_path: Path) -> None:
+def test_a_scored_text_is_tokenized_as_a_whole(tmp_path: Path) -> None:
     path = write_scripted(tmp_path / "words.gguf", {}, words=["hello", "world"])
     with erllama.load_model(path, n_ctx=256, n_threads=1) as model:
         whole = model.tokenize("say hello").tolist()
@@ -171,7 +169,7 @@ def test_texts_are_tokenized_as_one(tmp_path: Path) -> None:
         assert len(model.score(model.tokenize("hel"), "lo").tokens) == 2
 
 
-def test_scores_are_checked(model: erllama.Model) -> None:
+def test_score_arguments_are_checked(model: erllama.Model) -> None:
     for prompt, continuation, error, says in [
         ("", "a", erllama.PromptError, "the prompt is empty"),
         ("a", "", erllama.PromptError, "the continuation is empty"),
@@ -208,14 +206,14 @@ def coder(tmp_path: Path) -> Iterator[erllama.Model]:
         yield model
 
 
-def test_a_gap_is_filled_from_both_its_sides(coder: erllama.Model) -> None:
+def test_infill_uses_both_sides_of_a_gap(coder: erllama.Model) -> None:
     marks = [coder.tokenize(mark, add_special=False, parse_special=True).tolist() for mark in MARKS]
     assert [len(mark) for mark in marks] == [1, 1, 1]
     before, after = (coder.tokenize(text, add_special=False).tolist() for text in ("def f(): ", "<|fim_middle|>\n"))
     reply = coder.infill("def f(): ", "<|fim_middle|>\n", temperature=0)
     assert reply.text == "return 1"
     prompt = [*marks[0], *before, *marks[1], *after, *marks[2]]
-    assert list(reply.context_tokens) == [*prompt, *reply.tokens], "a mark that is written in a text is text"
+    assert list(reply.context_tokens) == [*prompt, *reply.tokens], "a marker spelled in a text is text"
     assert coder.infill("def", "", max_tokens=1, temperature=0).text == "return"
     streamed = list(coder.stream_infill("def f(): ", "", temperature=0))
     assert "".join(event.text for event in streamed if isinstance(event, erllama.TextDelta)) == "return 1"
@@ -229,7 +227,7 @@ def test_a_gap_is_filled_from_both_its_sides(coder: erllama.Model) -> None:
     asyncio.run(ask())
 
 
-def test_gaps_are_checked(coder: erllama.Model, model: erllama.Model) -> None:
+def test_infill_arguments_are_checked(coder: erllama.Model, model: erllama.Model) -> None:
     with pytest.raises(erllama.Unsupported, match=r"cannot fill gaps: its vocabulary has no tokens .*\(FIM\)"):
         model.infill("a", "b")
     for prefix, suffix, says in [

@@ -1,4 +1,4 @@
-"""Many short requests at once, ended in every way there is: replies stay right, counters add up, nothing is left.
+"""Many short requests at once that end in every way: replies stay right, counters add up, no state is left.
 
 Threads and an event loop ask from a pool of requests whose replies alone, on a fresh and cold model, are known.
 They cancel, stop, time out, drop what they read and are turned away, while the backend fails now and then. What is
@@ -39,7 +39,7 @@ from erllama.engine.sampling.sampler import Sampler
 from erllama.engine.scheduling.sequence import Sequence
 
 REQUESTS = int(os.environ.get("ERLLAMA_SOAK", "400"))
-LIMIT = 30.0 + REQUESTS / 10  # seconds, after which something hangs; nothing here should come near it
+LIMIT = 30.0 + REQUESTS / 10  # seconds after which a call counts as hanging; no call should come near it
 N_THREADS, N_TASKS = 6, 5
 MIB = 2**20
 Make = Callable[[erllama.Cache], erllama.Model]
@@ -49,8 +49,8 @@ Make = Callable[[erllama.Cache], erllama.Model]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request, and its reply where it is alone on a fresh and cold model."""
+class SoakRequest:
+    """A request, and its reply alone on a new model without a cache."""
 
     prompt: tuple[int, ...]
     options: dict[str, object]
@@ -62,12 +62,12 @@ def alone(make: Make, prompt: tuple[int, ...], options: dict[str, object]) -> Co
         return model.complete(prompt, **options)  # type: ignore[arg-type]
 
 
-def pool_of(make: Make, n: int, longest: int, growing: list[int | None]) -> list[Asked]:
-    """Requests that share prefixes in many ways; those of `growing` tokens need more cells than are kept free."""
+def pool_of(make: Make, n: int, longest: int, growing: list[int | None]) -> list[SoakRequest]:
+    """Make requests that share prefixes in many ways. Those of `growing` tokens need more cells than stay free."""
     dice = random.Random(n)
     systems = [ids(dice, length) for length in (5, 17, 64, 90)]
     systems.append(systems[2][:41] + ids(dice, 30))
-    pool: list[Asked] = []
+    pool: list[SoakRequest] = []
     while len(pool) < n:
         prompt = dice.choice(systems) + ids(dice, dice.randrange(30))
         if pool and dice.random() < 0.5:
@@ -85,7 +85,7 @@ def pool_of(make: Make, n: int, longest: int, growing: list[int | None]) -> list
             options["logprobs"] = dice.randrange(4)
         if dice.random() < 0.3:
             options["stop"] = stops_in(dice, alone(make, prompt, options).text)
-        pool.append(Asked(prompt, options, alone(make, prompt, options)))
+        pool.append(SoakRequest(prompt, options, alone(make, prompt, options)))
     return pool
 
 
@@ -94,7 +94,7 @@ def ids(dice: random.Random, n: int) -> tuple[int, ...]:
 
 
 def stops_in(dice: random.Random, text: str) -> list[str]:
-    """A stop string that comes, one around it that may come, and one that never does."""
+    """Return a stop string that occurs, one around it that may occur, and one that never does."""
     at = dice.randrange(len(text) + 1)
     found = [text[at : at + dice.randrange(1, 4)], text[max(at - 1, 0) : at + 5] + "never", "never"]
     return [stop for stop in found if stop]
@@ -104,12 +104,12 @@ def stops_in(dice: random.Random, text: str) -> list[str]:
 
 
 class Faults:
-    """Makes a backend fail now and then: decodes seldom, since there are many.
+    """Makes a backend fail at random; decodes rarely, because there are many.
 
     Attributes:
-        counts: the faults so far, by what they were.
-        n_ticks, n_tokens: decodes, and their tokens, that came to a good end.
-        short_of_cells: whether the backend claims to have too few cells, too.
+        counts: the faults so far, by kind.
+        n_ticks, n_tokens: successful decodes and their tokens.
+        short_of_cells: whether the backend also reports too few cells.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -163,8 +163,8 @@ class Faults:
         return logits
 
 
-class Complaints(logging.Handler):
-    """Errors in the log that nobody injected, as text: a record would keep its frames alive."""
+class UnexpectedErrors(logging.Handler):
+    """Collects logged errors that were not injected, as text, because a record would keep its frames alive."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -177,10 +177,10 @@ class Complaints(logging.Handler):
 
 
 @contextmanager
-def listening() -> Iterator[Complaints]:
-    complaints = Complaints()
+def collecting_errors() -> Iterator[UnexpectedErrors]:
+    complaints = UnexpectedErrors()
     log = logging.getLogger("erllama")
-    propagated, log.propagate = log.propagate, False  # what pytest captures would keep frames alive
+    propagated, log.propagate = log.propagate, False  # records that pytest captures would keep frames alive
     log.addHandler(complaints)
     try:
         yield complaints
@@ -192,20 +192,20 @@ def listening() -> Iterator[Complaints]:
 # --- who asks --------------------------------------------------------------------------------
 
 
-class Crowd:
-    """Threads, and tasks of an event loop, that ask one model at once.
+class ConcurrentClients:
+    """Threads and event-loop tasks that send requests to one model concurrently.
 
     Args:
-        exact: whether every reply, not only a reproducible one, has the bits of one alone.
+        exact: whether every reply, not only a reproducible one, has the bits of a reply alone.
 
     Attributes:
-        seen: how requests ended, as far as their callers saw.
-        wrong: what should not have happened.
-        n_accepted: requests that were not turned away.
-        tickets: theirs, those that anybody still holds.
+        seen: how requests ended, as their callers saw it.
+        wrong: faults that were found.
+        n_accepted: requests that were not refused.
+        tickets: those of their tickets that are still referenced.
     """
 
-    def __init__(self, model: erllama.Model, pool: list[Asked], *, exact: bool) -> None:
+    def __init__(self, model: erllama.Model, pool: list[SoakRequest], *, exact: bool) -> None:
         self.model = model
         self.seen: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -228,12 +228,12 @@ class Crowd:
             self.tickets.add(ticket)
 
     def ask(self, n: int, seed: int) -> None:
-        """Have `n` requests accepted, or a few more, and wait for the end of all."""
+        """Submit until `n` requests, or a few more, are accepted, and wait until all have ended."""
         self._left = n
         work: list[Callable[[], None]] = [
-            lambda i=i: self._ask_on(random.Random(f"{seed} {i}")) for i in range(N_THREADS)
+            lambda i=i: self._ask_repeatedly(random.Random(f"{seed} {i}")) for i in range(N_THREADS)
         ]
-        work += [lambda: asyncio.run(self._ask_in_tasks(seed)), self._bother]
+        work += [lambda: asyncio.run(self._ask_in_tasks(seed)), self._make_other_calls]
         threads = [threading.Thread(target=self._guarded, args=[one], daemon=True) for one in work]
         canceller = threading.Thread(target=self._guarded, args=[self._cancel], daemon=True)
         for thread in [*threads, canceller]:
@@ -245,28 +245,28 @@ class Crowd:
         canceller.join(max(late - time.monotonic(), 1))
         while (self.model.pending or self.model.queue_depth) and time.monotonic() < late:
             time.sleep(0.001)
-        assert not any(thread.is_alive() for thread in threads), f"somebody waits in vain: {self.model.info}"
-        self.model.end_session("nobody's")  # comes back between two ticks, so after the last
+        assert not any(thread.is_alive() for thread in threads), f"a request waits without end: {self.model.info}"
+        self.model.end_session("nobody's")  # returns between two ticks, so after the last one
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
         except BaseException as error:
-            self._object(f"{type(error).__name__}: {error}")
+            self._report_wrong(f"{type(error).__name__}: {error}")
             self._left = 0
 
-    def _object(self, what: str) -> None:
+    def _report_wrong(self, what: str) -> None:
         with self._lock:
             self.wrong.append(what)
 
-    def _saw(self, what: str) -> None:
+    def _record_end(self, what: str) -> None:
         with self._lock:
             self.seen[what] += 1
 
     # --- one request
 
     def _draw(self, dice: random.Random, *, calm: bool = False) -> tuple[int, dict[str, object]]:
-        """A number of the pool, and options beside those that it has there."""
+        """Draw an index into the pool, and options in addition to its own."""
         number = dice.randrange(len(self._pool))
         extra: dict[str, object] = {}
         if dice.random() < 0.15:
@@ -284,8 +284,8 @@ class Crowd:
         return number, extra
 
     @contextmanager
-    def _tolerant(self) -> Iterator[None]:
-        """Errors that may come are counted, and end here."""
+    def _expecting_errors(self) -> Iterator[None]:
+        """Count expected errors and suppress them."""
         try:
             yield
         except (
@@ -295,51 +295,63 @@ class Crowd:
             erllama.SamplingError,
             erllama.CellsExhausted,
         ) as error:
-            self._saw(type(error).__name__)
+            self._record_end(type(error).__name__)
         except erllama.BackendError as error:
-            self._saw(type(error).__name__)
+            self._record_end(type(error).__name__)
             if "injected" not in str(error):
-                self._object(f"nobody injected this: {error!r}")
+                self._report_wrong(f"nobody injected this: {error!r}")
 
-    def _got(self, number: int, extra: dict[str, object], reply: Completion, *, cancelled: bool = False) -> None:
-        """Check a reply; one that was `cancelled` may be cut short."""
+    def _check_reply(
+        self, number: int, extra: dict[str, object], reply: Completion, *, cancelled: bool = False
+    ) -> None:
+        """Check a reply. A `cancelled` one may be incomplete."""
         asked = self._pool[number]
-        self._saw(reply.finish_reason)
+        self._record_end(reply.finish_reason)
         with self._lock:
             self._keys[number] = reply.finish_key
         if reply.context_tokens != asked.prompt + reply.tokens:
-            self._object(f"{number}: the context is not prompt and reply")
+            self._report_wrong(f"{number}: the context is not prompt and reply")
         if not cancelled and reply.finish_reason == "cancelled":
-            self._object(f"{number}: nobody cancelled it")
+            self._report_wrong(f"{number}: nobody cancelled it")
         if not (self._exact or extra.get("reproducible")):
             return
         wanted = asked.reply
         begun = cancelled and reply.tokens == wanted.tokens[: len(reply.tokens)]
-        if not begun and essence(reply) != essence(wanted):
-            self._object(f"{number} {extra} cancelled={cancelled}: {essence(reply)} instead of {essence(wanted)}")
+        if not begun and comparable(reply) != comparable(wanted):
+            self._report_wrong(
+                f"{number} {extra} cancelled={cancelled}: {comparable(reply)} instead of {comparable(wanted)}"
+            )
 
-    def _got_events(self, number: int, extra: dict[str, object], events: list[Event], cancelled: bool) -> None:
-        """Check what was streamed to its end."""
+    def _check_events(self, number: int, extra: dict[str, object], events: list[Event], cancelled: bool) -> None:
+        """Check a stream that was read to its end."""
         *pieces, end = events
         if not isinstance(end, Done) or any(isinstance(piece, Done) for piece in pieces):
-            self._object(f"{number}: a stream that does not end with Done")
+            self._report_wrong(f"{number}: a stream that does not end with Done")
             return
         reply = end.completion
         told = tuple(token for piece in pieces for token in piece.tokens)  # type: ignore[union-attr]
         text = "".join(piece.text for piece in pieces)  # type: ignore[union-attr]
-        # The tokens of a stop string are told of at the end alone.
+        # The tokens of a stop string are reported only at the end.
         if text != reply.text or told != reply.tokens[: len(told)]:
-            self._object(f"{number}: the pieces are not those of the reply")
-        self._got(number, extra, reply, cancelled=cancelled)
+            self._report_wrong(f"{number}: the pieces are not those of the reply")
+        self._check_reply(number, extra, reply, cancelled=cancelled)
 
     # --- threads
 
-    def _ask_on(self, dice: random.Random) -> None:
-        ways = [self._complete, self._prefill, self._stream, self._drop, self._burst, self._stop_reading, self._err]
+    def _ask_repeatedly(self, dice: random.Random) -> None:
+        ways = [
+            self._complete,
+            self._prefill,
+            self._stream,
+            self._drop,
+            self._submit_burst,
+            self._stop_reading,
+            self._submit_invalid,
+        ]
         unread: deque[tuple[int, dict[str, object], erllama.Stream]] = deque()
         while self._left > 0:
             (way,) = dice.choices(ways, weights=[30, 8, 25, 10, 4, 8, 3])
-            with self._tolerant():
+            with self._expecting_errors():
                 if way == self._stop_reading:
                     unread.append(self._stop_reading(dice))
                 else:
@@ -353,15 +365,15 @@ class Crowd:
     def _complete(self, dice: random.Random) -> None:
         number, extra = self._draw(dice)
         asked = self._pool[number]
-        self._got(number, extra, self.model.complete(asked.prompt, **asked.options, **extra))  # type: ignore[arg-type]
+        self._check_reply(number, extra, self.model.complete(asked.prompt, **asked.options, **extra))  # type: ignore[arg-type]
 
     def _prefill(self, dice: random.Random) -> None:
         number, extra = self._draw(dice)
         prompt = self._pool[number].prompt
         reply = self.model.prefill(prompt, **extra)  # type: ignore[arg-type]
-        self._saw("prefilled")
+        self._record_end("prefilled")
         if reply.context_tokens != prompt or reply.finish_reason != "length":
-            self._object(f"{number}: a prefill that sampled")
+            self._report_wrong(f"{number}: a prefill that sampled")
 
     def _open(self, number: int, extra: dict[str, object]) -> erllama.Stream:
         asked = self._pool[number]
@@ -380,14 +392,14 @@ class Crowd:
                 stream.cancel()
                 if any(isinstance(event, Done) for event in events):
                     return
-                events = []  # zip takes one more than it gives
-                self._got(number, extra, stream.result(), cancelled=True)
+                events = []  # zip consumes one more item than it yields
+                self._check_reply(number, extra, stream.result(), cancelled=True)
                 return
         events = list(stream)
-        self._got_events(number, extra, events, cancelled)
+        self._check_events(number, extra, events, cancelled)
 
     def _drop(self, dice: random.Random) -> None:
-        """Nobody reads the rest: by leaving a `with`, or by losing the stream."""
+        """Abandon a stream, by leaving a `with` or by dropping the stream."""
         number, extra = self._draw(dice)
         stream = self._open(number, extra)
         for _ in range(dice.randrange(6)):
@@ -396,15 +408,15 @@ class Crowd:
         if dice.random() < 0.5:
             with stream:
                 pass
-        self._saw("dropped")
+        self._record_end("dropped")
 
-    def _burst(self, dice: random.Random) -> None:
-        """Several at once, so that some are turned away."""
+    def _submit_burst(self, dice: random.Random) -> None:
+        """Submit several at once, so that some are refused."""
         n = dice.randrange(3, 9)
         streams = []
         for _ in range(n):
             number, extra = self._draw(dice)
-            with self._tolerant():
+            with self._expecting_errors():
                 streams.append((number, extra, self._open(number, extra)))
         for each in streams:
             self._read_on(each)
@@ -415,15 +427,15 @@ class Crowd:
 
     def _read_on(self, unread: tuple[int, dict[str, object], erllama.Stream]) -> None:
         number, extra, stream = unread
-        with self._tolerant():
-            self._got_events(number, extra, list(stream), False)
+        with self._expecting_errors():
+            self._check_events(number, extra, list(stream), False)
 
-    def _err(self, dice: random.Random) -> None:
+    def _submit_invalid(self, dice: random.Random) -> None:
         """Prompts that are refused before they are queued."""
         wrong: list[object] = ["", [], [-1], [10**9], np.zeros((2, 2), np.int32), 3 * self.model.n_ctx * [5], None]
         with pytest.raises(erllama.PromptError):
             self.model.complete(dice.choice(wrong))  # type: ignore[arg-type]
-        self._saw("refused prompt")
+        self._record_end("refused prompt")
 
     def _cancel(self) -> None:
         dice = random.Random(7)
@@ -432,13 +444,13 @@ class Crowd:
             stream.cancel()
             del stream
 
-    def _bother(self) -> None:
-        """What others do beside asking, while the model computes."""
+    def _make_other_calls(self) -> None:
+        """Other calls while the model computes."""
         dice = random.Random(8)
         while self._left > 0:
             time.sleep(0.003)
             chance = dice.random()
-            with self._tolerant():
+            with self._expecting_errors():
                 if chance < 0.01:
                     self.model.evict()
                 elif chance < 0.04:
@@ -463,14 +475,14 @@ class Crowd:
         ways = [self._acomplete, self._acomplete_cancelled, self._astream, self._astream_dropped, self._aprefill]
         while self._left > 0:
             (way,) = dice.choices(ways, weights=[30, 12, 30, 12, 6])
-            with self._tolerant():
+            with self._expecting_errors():
                 await way(dice)
             await asyncio.sleep(dice.random() * 0.02)
 
     async def _acomplete(self, dice: random.Random) -> None:
         number, extra = self._draw(dice)
         asked = self._pool[number]
-        self._got(number, extra, await self.model.acomplete(asked.prompt, **asked.options, **extra))  # type: ignore[arg-type]
+        self._check_reply(number, extra, await self.model.acomplete(asked.prompt, **asked.options, **extra))  # type: ignore[arg-type]
 
     async def _acomplete_cancelled(self, dice: random.Random) -> None:
         task = asyncio.create_task(self._acomplete(dice))
@@ -479,7 +491,7 @@ class Crowd:
         try:
             await task
         except asyncio.CancelledError:
-            self._saw("task cancelled")
+            self._record_end("task cancelled")
 
     async def _astream(self, dice: random.Random) -> None:
         number, extra = self._draw(dice)
@@ -493,7 +505,7 @@ class Crowd:
                 events.append(event)
                 if len(events) == stop_at:
                     stream.cancel()
-        self._got_events(number, extra, events, stop_at is not None)
+        self._check_events(number, extra, events, stop_at is not None)
 
     async def _astream_dropped(self, dice: random.Random) -> None:
         number, extra = self._draw(dice)
@@ -505,17 +517,17 @@ class Crowd:
                 n -= 1
                 if not n:
                     break
-        self._saw("dropped")
+        self._record_end("dropped")
 
     async def _aprefill(self, dice: random.Random) -> None:
         number, extra = self._draw(dice)
         reply = await self.model.aprefill(self._pool[number].prompt, **extra)  # type: ignore[arg-type]
-        self._saw("prefilled")
+        self._record_end("prefilled")
         if reply.tokens:
-            self._object(f"{number}: a prefill that sampled")
+            self._report_wrong(f"{number}: a prefill that sampled")
 
 
-def essence(reply: Completion) -> tuple[object, ...]:
+def comparable(reply: Completion) -> tuple[object, ...]:
     return reply.finish_reason, reply.tokens, reply.text, reply.stop_sequence, reply.logprobs
 
 
@@ -523,7 +535,7 @@ def essence(reply: Completion) -> tuple[object, ...]:
 
 
 def disagreements(model: erllama.Model) -> list[str]:
-    """Where the scheduler's picture of the context is not the backend's; between two ticks."""
+    """Return where the scheduler and the backend disagree about the context. Called between two ticks."""
     scheduler = model._runner._scheduler
     slots, backend = scheduler.slots, model._backend
     found = []
@@ -554,14 +566,14 @@ def positions_of(backend: Backend, number: int) -> int:
 
 
 def alive() -> Counter[str]:
-    """What exists of what each request has, by kind."""
+    """Count the living objects that requests own, by type."""
     gc.collect()
     kinds = (Sequence, Ticket, Sampler, SequenceKV, erllama.Stream, erllama.AsyncStream)
     return Counter(type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, kinds))
 
 
 class Footprint:
-    """What this process holds."""
+    """Return the threads and open files of this process."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -571,8 +583,8 @@ class Footprint:
         self.rss = process.memory_info().rss
 
 
-def assert_idle(model: erllama.Model, crowd: Crowd, faults: Faults) -> None:
-    """Nothing runs, nothing waits, and every request is accounted for."""
+def assert_idle(model: erllama.Model, crowd: ConcurrentClients, faults: Faults) -> None:
+    """Check that no request runs or waits, and that the counters cover every request."""
     assert not crowd.wrong, "\n".join(crowd.wrong)
     assert (model.pending, model.queue_depth, model.phase) == (0, 0, "idle")
     assert all(ticket.done for ticket in crowd.tickets)
@@ -590,7 +602,7 @@ def assert_idle(model: erllama.Model, crowd: Crowd, faults: Faults) -> None:
 
 
 def assert_nothing_is_held(model: erllama.Model) -> None:
-    """By the context, after `evict()`."""
+    """Check that the context is empty after `evict()`."""
     backend, slots = model._backend, model._runner._scheduler.slots
     assert (slots.cells.used, slots.parked) == (0, [])
     if isinstance(backend, LlamaBackend):
@@ -612,21 +624,21 @@ def assert_sound(cache: erllama.Cache) -> None:
 
 
 def assert_no_growth(before: Footprint, after: Footprint) -> None:
-    """In memory, but for what the allocator and the interpreter keep at first."""
+    """Check that memory does not grow, except for what allocator and interpreter keep at first."""
     allowed = 8 * MIB if REQUESTS >= 5000 else 32 * MIB
     grown = after.rss - before.rss
     assert grown <= 0.05 * before.rss + allowed, f"{before.rss / MIB:.1f} MiB, then {after.rss / MIB:.1f} MiB"
 
 
-def soak(make: Make, cache: erllama.Cache, pool: list[Asked], *, exact: bool) -> None:
+def soak(make: Make, cache: erllama.Cache, pool: list[SoakRequest], *, exact: bool) -> None:
     living = alive()
-    with listening() as complaints:
+    with collecting_errors() as complaints:
         with make(cache) as model:
             faults = Faults(model._backend)
-            crowd = Crowd(model, pool, exact=exact)
+            crowd = ConcurrentClients(model, pool, exact=exact)
             crowd.ask(REQUESTS // 3, seed=1)
             assert_idle(model, crowd, faults)
-            assert model._runner.metrics.preempted > 0 or not exact, "contexts were to exceed the cells"
+            assert model._runner.metrics.preempted > 0 or not exact, "contexts should exceed the cells"
             faults.short_of_cells = True
             warm = Footprint()
             crowd.ask(REQUESTS - REQUESTS // 3, seed=2)
@@ -635,12 +647,12 @@ def soak(make: Make, cache: erllama.Cache, pool: list[Asked], *, exact: bool) ->
             faults.stop()
             model.evict()
             assert_nothing_is_held(model)
-            assert alive() == living, "of a model that is idle"
+            assert alive() == living, "the model is idle"
             metrics = model._runner.metrics
             report(crowd, faults, model, warm)
             assert min(crowd.seen[name] for name in ("QueueFull", "SessionBusy", "DeadlineExceeded")) > 0
             assert {"stop", "length", "cancelled"} <= set(metrics.finished)
-            # Memory that cannot be cut shares only what was parked and is gone on from.
+            # Memory that cannot be cut shares only parked sequences that are continued.
             assert metrics.shared_tokens > 0 or not model._backend.limits.can_trim
             assert metrics.cached_tokens > 0
         assert_sound(cache)
@@ -651,8 +663,8 @@ def soak(make: Make, cache: erllama.Cache, pool: list[Asked], *, exact: bool) ->
     assert alive() == living
 
 
-def report(crowd: Crowd, faults: Faults, model: erllama.Model, warm: Footprint) -> None:
-    """For who reads what was captured."""
+def report(crowd: ConcurrentClients, faults: Faults, model: erllama.Model, warm: Footprint) -> None:
+    """Print a summary for the captured output."""
     metrics = model._runner.metrics
     lines = {
         "accepted": crowd.n_accepted,
@@ -671,7 +683,7 @@ def report(crowd: Crowd, faults: Faults, model: erllama.Model, warm: Footprint) 
 
 @contextmanager
 def leaves_nothing() -> Iterator[None]:
-    """Threads and open files are as before."""
+    """Check that threads and open files are as before."""
     before = Footprint()
     yield
     after = Footprint()
@@ -679,7 +691,7 @@ def leaves_nothing() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("can_trim", [True, False], ids=["memory that is cut", "memory that is not"])
-def test_a_crowd_gets_the_replies_of_each_alone_and_leaves_nothing(tmp_path: Path, can_trim: bool) -> None:
+def test_many_requests_get_the_same_replies_as_alone_and_leave_nothing(tmp_path: Path, can_trim: bool) -> None:
     def make(cache: erllama.Cache) -> erllama.Model:
         backend = StubBackend(n_ctx=288, n_ubatch=32, n_batch=96, n_sequences=9, can_trim=can_trim, eog_bias=-3.0)
         return erllama.load_backend(backend, cache=cache, n_seq_max=6, parked_cells=128, max_pending=8)
@@ -690,7 +702,7 @@ def test_a_crowd_gets_the_replies_of_each_alone_and_leaves_nothing(tmp_path: Pat
             soak(make, cache, pool, exact=True)
 
 
-def test_a_crowd_leaves_nothing_in_libllama(tmp_path: Path, tiny_gguf: Path) -> None:
+def test_many_requests_leave_nothing_in_libllama(tmp_path: Path, tiny_gguf: Path) -> None:
     def make(cache: erllama.Cache) -> erllama.Model:
         return erllama.load_model(tiny_gguf, cache=cache, n_ctx=1024, n_seq_max=6, n_threads=1, max_pending=8)
 

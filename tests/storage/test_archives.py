@@ -1,4 +1,4 @@
-"""Archives of blocks: read as far as they are what `export` writes, and never further."""
+"""Archives of blocks: accepted as far as they have the form that `export` writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cache.blocks import kvc
 from erllama.cache.blocks.block import Block
 from erllama.errors import CacheFormatError
-from support.blocks import blocks_of
+from support.storage.blocks import blocks_of
 
 BLOCKS = blocks_of(np.arange(64, dtype=np.int32))
 PAYLOAD = memoryview(bytes(range(256)))
@@ -26,7 +26,7 @@ KEY = "ab" * 32
 
 
 class Stored:
-    """In place of a directory: notes what would be stored."""
+    """Replaces a directory and records the blocks that would be stored."""
 
     tier = "disk"
 
@@ -48,7 +48,7 @@ def archive(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:
 
 
 def good() -> bytes:
-    """As `export` writes it."""
+    """Write an archive as `export` does."""
     return archive(
         *(
             (
@@ -66,13 +66,13 @@ def imported(source: io.BytesIO) -> tuple[ImportResult, Stored]:
 
 
 def extended(kind: bytes, size: int, content: bytes = b"") -> bytes:
-    """An extended header that says to be of `size` bytes, and what is there of it."""
+    """Return an extended header that claims `size` bytes, and its actual content."""
     header = tarfile.TarInfo("././@LongLink" if kind in b"LK" else "PaxHeaders/x")
     header.type, header.size = kind, size
     return header.tobuf(tarfile.GNU_FORMAT) + content + b"\0" * (-len(content) % 512)
 
 
-def test_an_archive_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_an_archive_round_trips(tmp_path: Path) -> None:
     with Cache(disk=tmp_path / "kv", watch=False):
         pass
     written = io.BytesIO()
@@ -86,8 +86,8 @@ def test_an_archive_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert set(stored.blocks) == {(block, bytes(PAYLOAD)) for block in BLOCKS}
 
 
-def test_a_stream_is_read_to_the_end_of_its_last_record() -> None:
-    """Otherwise who writes it would get an error from the pipe."""
+def test_an_archive_stream_is_read_to_its_last_record() -> None:
+    """Otherwise the writer would get an error from the pipe."""
     stream = io.BytesIO(good())
     imported(stream)
     assert stream.tell() == len(good())
@@ -115,7 +115,7 @@ def test_an_extended_header_is_refused_before_it_is_read(
     assert stored.blocks == []
 
 
-def test_memory_is_taken_for_a_block_and_not_for_what_a_member_says_it_is() -> None:
+def test_memory_use_is_bounded_by_a_block_not_by_declared_sizes() -> None:
     """A size that the block's own header does not confirm is refused before a payload is read."""
     member = tarfile.TarInfo(f"blocks/{KEY}.kvc")
     member.size = 1 << 32
@@ -129,7 +129,7 @@ def test_memory_is_taken_for_a_block_and_not_for_what_a_member_says_it_is() -> N
         tracemalloc.stop()
 
 
-def test_an_archive_without_its_end_is_refused() -> None:
+def test_a_truncated_archive_is_refused() -> None:
     whole = good()
     for n in (0, 1, 511, 512, 513, 1024, len(BLOCKS) * 1024):
         with pytest.raises(CacheFormatError, match=r"the archive ends|archive is empty"):
@@ -138,7 +138,7 @@ def test_an_archive_without_its_end_is_refused() -> None:
         imported(io.BytesIO(b"\0" * 10240))
 
 
-def test_flipped_bytes_are_refused_and_no_other_block_is_stored(tmp_path: Path) -> None:
+def test_flipped_bytes_are_refused_and_store_no_other_block(tmp_path: Path) -> None:
     """`make fuzz` does the same for longer."""
     whole = good()
     there = {(block, bytes(PAYLOAD)) for block in BLOCKS}
@@ -151,7 +151,7 @@ def test_flipped_bytes_are_refused_and_no_other_block_is_stored(tmp_path: Path) 
         for _ in range(random_.randint(1, 4)):
             at = random_.randrange(len(BLOCKS) * 1024)
             content[at] = random_.choice([0, 255, content[at] ^ 1 << random_.randrange(8), random_.randrange(256)])
-        if random_.random() < 0.3:  # headers that check out, so that what they say is believed
+        if random_.random() < 0.3:  # headers with valid checksums, so that their values are used
             member = tarfile.TarInfo(random_.choice([f"blocks/{KEY}.kvc", "x", "x" * 150]))
             member.type = random_.choice([*kinds, tarfile.REGTYPE])
             member.size = random_.choice([0, 1, 512, 10_000, 1 << 33, 1 << 40])

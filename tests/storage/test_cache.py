@@ -1,4 +1,4 @@
-"""What a user relies on of the cache, with no model and no libllama."""
+"""Promises of the cache to its users, without a model or libllama."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import erllama
 from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, token_bytes
 from erllama.cache.catalog.lru import LeafLRU
 from erllama.cache.catalog.prefix_tree import PrefixTree
-from support.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, save
-from support.children import must_run, run_python
-from support.places import TESTS
+from support.paths import TESTS
+from support.storage.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, save
+from support.subprocesses import must_run, run_python
 from support.threads import wait_until
 
-# Few distinct tokens and short texts, so that prefixes are shared often.
+# Few different tokens and short texts, so that prefixes are often shared.
 contexts = st.lists(st.integers(0, 2), min_size=1, max_size=60).map(lambda ids: np.array(ids, np.int32))
 
 
@@ -60,7 +60,7 @@ def test_a_whole_hit_ends_where_a_stored_block_ends(
         assert longest // SIZE * SIZE <= found <= longest
         tail_stays = not any(len(t) // SIZE > len(wanted) // SIZE for t in saved)
         if tail_stays and any(np.array_equal(tokens, wanted) for tokens in saved):
-            assert found == len(wanted), "only a full block takes a tail's place"
+            assert found == len(wanted), "only a full block replaces a tail"
 
 
 @given(st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=6), max_size=12), st.data())
@@ -81,7 +81,7 @@ def test_superseded_blocks_are_the_proper_prefixes(siblings: list[list[int]], da
     )
 
 
-def test_a_longer_tail_takes_the_place_of_a_shorter_one(tmp_path: Path) -> None:
+def test_a_longer_tail_replaces_a_shorter_one(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, np.arange(20, dtype=np.int32))
         cache.flush()
@@ -100,7 +100,7 @@ def test_a_longer_tail_takes_the_place_of_a_shorter_one(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.kvc"))) == 3
 
 
-def test_what_is_stored_is_stored_once() -> None:
+def test_a_block_is_stored_once() -> None:
     tokens = np.arange(40, dtype=np.int32)
     with Cache(block_size=SIZE) as cache:
         save(cache, tokens)
@@ -147,7 +147,7 @@ def test_no_budget_is_ever_exceeded(
             assert cache.counters()["bytes_disk"] <= quota
             assert sum(path.stat().st_size for path in directory.rglob("*.kvc")) <= quota
             assert hit(cache, tokens) <= len(tokens)
-            # Every block can be reached: what it follows is stored, too.
+            # Every block is reachable, because its parent is stored, too.
             rows = cache.rows()
             keys = {row.key for row in rows}
             for row in rows:
@@ -156,19 +156,19 @@ def test_no_budget_is_ever_exceeded(
                 assert block.parent == NAMESPACE or block.parent in keys
 
 
-def test_the_least_recently_used_goes_first_and_leaves_before_what_they_follow() -> None:
+def test_the_least_recently_used_leaves_are_evicted_first() -> None:
     a, b = np.arange(32, dtype=np.int32), np.arange(100, 132, dtype=np.int32)
     with Cache(block_size=SIZE, ram=5 * 64) as cache:
         save(cache, a)
         save(cache, b)
-        hit(cache, a)  # now b is the older one
+        hit(cache, a)  # b is now the older one
         save(cache, np.arange(200, 232, dtype=np.int32))
         assert hit(cache, a) == 32
         assert hit(cache, b) == 16
         assert cache.counters()["evictions_ram"] == 1
 
 
-def test_pinned_blocks_stay() -> None:
+def test_pinned_blocks_are_not_evicted() -> None:
     tokens = np.arange(32, dtype=np.int32)
     with Cache(block_size=SIZE, ram=2 * 64) as cache:
         save(cache, tokens)
@@ -195,7 +195,7 @@ def test_bytes_are_evicted_on_request(tmp_path: Path, tier: str) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "remove", "touch", "evict"]), st.integers(0, 9)), max_size=60))
-def test_the_lru_agrees_with_a_plain_one(steps: list[tuple[str, int]]) -> None:
+def test_the_lru_matches_a_simple_model(steps: list[tuple[str, int]]) -> None:
     lru = LeafLRU()
     plain: dict[int, int] = {}
     parent_of = {0: -1, **{i: (i - 1) // 2 for i in range(1, 10)}}
@@ -220,7 +220,7 @@ def test_the_lru_agrees_with_a_plain_one(steps: list[tuple[str, int]]) -> None:
 
 
 class GatedTier(FileTier):
-    """Files that are written when the gate is opened."""
+    """A file tier that writes when its gate is opened."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root, 10**9)
@@ -234,10 +234,10 @@ class GatedTier(FileTier):
 def test_saves_beyond_the_queue_are_dropped_and_counted(tmp_path: Path) -> None:
     tier = GatedTier(tmp_path)
     with Cache(block_size=SIZE, tiers=[tier], write_queue=200) as cache:
-        save(cache, np.arange(10 * SIZE, dtype=np.int32))  # returns while the disk stands still
+        save(cache, np.arange(10 * SIZE, dtype=np.int32))  # returns while the disk is blocked
         assert cache.counters()["bytes_pending"] <= 200
         assert cache.counters()["saves_dropped"] == 7
-        assert hit(cache, np.arange(10 * SIZE, dtype=np.int32)) == 10 * SIZE, "RAM has them all the same"
+        assert hit(cache, np.arange(10 * SIZE, dtype=np.int32)) == 10 * SIZE, "RAM still holds them"
         tier.gate.set()
         cache.flush()
         assert cache.counters()["blocks_disk"] == 3
@@ -246,7 +246,7 @@ def test_saves_beyond_the_queue_are_dropped_and_counted(tmp_path: Path) -> None:
         save(cache, np.arange(11 * SIZE, dtype=np.int32)[: 10 * SIZE + 1])
         tier.gate.set()
         cache.flush()
-        assert cache.counters()["blocks_disk"] == 6, "what was dropped is made up for, as the queue has room"
+        assert cache.counters()["blocks_disk"] == 6, "dropped saves are repeated when the queue has room"
 
 
 # --- restarts and faults -------------------------------------------------------------------------
@@ -267,14 +267,14 @@ def test_everything_survives_a_restart(
         assert cache.counters()["corrupt_files"] == cache.counters()["disk_errors"] == 0
 
 
-def test_what_waits_is_written_when_the_interpreter_ends(tmp_path: Path) -> None:
+def test_queued_saves_are_written_at_interpreter_exit(tmp_path: Path) -> None:
     program = """
         import sys
         sys.path.insert(0, sys.argv[2])
         import numpy as np
-        from support.blocks import save
+        from support.storage.blocks import save
         from erllama.cache import Cache
-        from support.blocks import SIZE
+        from support.storage.blocks import SIZE
         cache = Cache(block_size=SIZE, disk=sys.argv[1])
         save(cache, np.arange(40, dtype=np.int32))
     """
@@ -292,7 +292,7 @@ def test_the_directory_and_its_files_are_private(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "another block"])
-def test_a_damaged_file_is_a_miss_a_count_and_a_log_line(
+def test_a_damaged_file_is_a_counted_and_logged_miss(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     tokens = np.arange(48, dtype=np.int32)
@@ -318,7 +318,7 @@ def test_a_damaged_file_is_a_miss_a_count_and_a_log_line(
         assert str(victim) in caplog.text
         assert not victim.exists(), "it is set aside"
         assert hit(cache, tokens) == 16
-        save(cache, tokens)  # and can be saved anew
+        save(cache, tokens)  # and can be saved again
         cache.flush()
         assert hit(cache, tokens) == 48
     assert len(list((tmp_path / "damaged").iterdir())) == 1
@@ -351,7 +351,7 @@ def test_a_lost_or_damaged_index_is_rebuilt_from_the_files(tmp_path: Path) -> No
             assert hit(cache, tokens) == 40
 
 
-def test_a_database_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
+def test_a_database_of_a_newer_release_is_not_changed(tmp_path: Path) -> None:
     Cache(disk=tmp_path).close()
     connection = sqlite3.connect(tmp_path / "index.db")
     connection.execute("PRAGMA user_version=999")
@@ -366,7 +366,7 @@ def test_a_database_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["/proc/erllama", "/dev/null/kv", "/dev/null"])
-def test_a_directory_that_cannot_be_used_costs_only_the_disk(where: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unusable_directory_disables_only_the_disk_tier(where: str, caplog: pytest.LogCaptureFixture) -> None:
     with Cache(block_size=SIZE, disk=where) as cache:
         assert isinstance(cache.disk_error, erllama.CacheError)
         assert where in str(cache.disk_error)
@@ -376,7 +376,7 @@ def test_a_directory_that_cannot_be_used_costs_only_the_disk(where: str, caplog:
         assert hit(cache, np.arange(40, dtype=np.int32)) == 40
 
 
-def test_a_directory_that_is_a_link_is_refused(tmp_path: Path) -> None:
+def test_a_symbolic_link_as_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with Cache(disk=tmp_path / "link") as cache:
@@ -384,15 +384,15 @@ def test_a_directory_that_is_a_link_is_refused(tmp_path: Path) -> None:
     assert list((tmp_path / "real").iterdir()) == []
 
 
-def test_a_full_disk_costs_only_the_saves_and_ends_by_itself(tmp_path: Path) -> None:
-    """The limit on a file's size stands in for the full disk: writes fail half-way."""
+def test_a_full_disk_drops_saves_until_it_has_room(tmp_path: Path) -> None:
+    """A limit on file size replaces the full disk, so that writes fail half-way."""
     program = """
         import resource, sys
         sys.path.insert(0, sys.argv[2])
         import numpy as np
-        from support.blocks import hit, save
+        from support.storage.blocks import hit, save
         from erllama.cache import Cache
-        from support.blocks import SIZE
+        from support.storage.blocks import SIZE
         tokens = np.arange(48, dtype=np.int32)
         with Cache(block_size=SIZE, disk=sys.argv[1]) as cache:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
@@ -413,14 +413,14 @@ def test_a_full_disk_costs_only_the_saves_and_ends_by_itself(tmp_path: Path) -> 
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-def test_what_a_killed_process_leaves_is_put_right(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_cleaned_up(tmp_path: Path) -> None:
     program = """
         import os, signal, sys, threading
         sys.path.insert(0, sys.argv[2])
         import numpy as np
-        from support.blocks import save
+        from support.storage.blocks import save
         from erllama.cache import Cache
-        from support.blocks import SIZE
+        from support.storage.blocks import SIZE
         cache = Cache(block_size=SIZE, disk=sys.argv[1])
         threading.Timer(float(sys.argv[3]), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
         i = 0
@@ -442,15 +442,15 @@ def test_what_a_killed_process_leaves_is_put_right(tmp_path: Path) -> None:
         assert cache.counters()["corrupt_files"] == 0
 
 
-def test_two_processes_share_a_directory(tmp_path: Path) -> None:
+def test_two_processes_can_share_a_directory(tmp_path: Path) -> None:
     mine, theirs = np.arange(40, dtype=np.int32), np.arange(100, 140, dtype=np.int32)
     program = """
         import sys
         sys.path.insert(0, sys.argv[2])
         import numpy as np
-        from support.blocks import hit, save
+        from support.storage.blocks import hit, save
         from erllama.cache import Cache
-        from support.blocks import SIZE
+        from support.storage.blocks import SIZE
         with Cache(block_size=SIZE, disk=sys.argv[1]) as cache:
             print(hit(cache, np.arange(40, dtype=np.int32)))
             save(cache, np.arange(100, 140, dtype=np.int32))
@@ -465,7 +465,7 @@ def test_two_processes_share_a_directory(tmp_path: Path) -> None:
 # --- lifetimes and options ----------------------------------------------------------------------------
 
 
-def test_a_forgotten_cache_holds_no_thread(tmp_path: Path) -> None:
+def test_a_dropped_cache_holds_no_thread(tmp_path: Path) -> None:
     cache = Cache(block_size=SIZE, disk=tmp_path)
     save(cache, np.arange(32, dtype=np.int32))
     cache.flush()
@@ -494,7 +494,7 @@ def test_a_forgotten_cache_holds_no_thread(tmp_path: Path) -> None:
         ({"write_queue": None}, "write_queue"),
     ],
 )
-def test_wrong_options_are_typed_errors(options: dict[str, object], words: str) -> None:
+def test_wrong_options_raise_typed_errors(options: dict[str, object], words: str) -> None:
     with pytest.raises(erllama.OptionError) as caught:
         Cache(**options)  # type: ignore[arg-type]
     assert words in str(caught.value)
@@ -504,7 +504,7 @@ def test_wrong_options_are_typed_errors(options: dict[str, object], words: str) 
     ("text", "n_bytes"),
     [("0", 0), ("1KiB", 1024), ("2 MB", 2_000_000), ("1.5GiB", 3 * 2**29), ("7b", 7), (4096, 4096)],
 )
-def test_sizes_are_read_as_people_write_them(text: str | int, n_bytes: int) -> None:
+def test_sizes_are_parsed_with_units(text: str | int, n_bytes: int) -> None:
     assert Cache(ram=text).ram_budget == n_bytes
 
 
@@ -527,7 +527,7 @@ def test_the_cache_needs_no_libllama() -> None:
     )
 
 
-def test_namespaces_tell_every_part() -> None:
+def test_namespaces_depend_on_every_part() -> None:
     parts = {"model": "a", "kv_type": "f16", "n": 1}
     keys = {namespace_key(parts), *(namespace_key({**parts, name: "x"}) for name in parts), namespace_key({})}
     assert len(keys) == 5

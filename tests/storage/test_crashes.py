@@ -1,4 +1,4 @@
-"""Processes killed at any moment of saving and evicting: what was published stays, budgets hold, nothing is left.
+"""Processes killed at any moment: published blocks stay, budgets hold, and leftovers are removed.
 
 ERLLAMA_KILLS says how many are killed; `make stress` kills more.
 """
@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 from erllama.cache import Block, Cache
-from support.blocks import SIZE, blocks_of, hit, payload_of, save
-from support.cache_children import (
+from support.storage.blocks import SIZE, blocks_of, hit, payload_of, save
+from support.storage.processes import (
     DEADLINE,
-    Occupied,
-    assert_nothing_is_wrong,
-    finished,
+    DiskUsageMonitor,
+    assert_consistent,
+    killed_at_end,
+    output_of,
     reservations,
-    running,
     start_python,
 )
 
@@ -53,7 +53,7 @@ SAVING = """
 def published_by_children_that_are_killed(
     root: Path, quota: int, variety: int, n_kills: int
 ) -> Iterator[list[list[int]]]:
-    """After each kill, the contexts that the child had seen on the disk. Budgets are checked while it runs."""
+    """Yield, after each kill, the contexts that the child saw on the disk. Budgets are checked while it runs."""
     dice = random.Random(variety)
     waiting = [start_python(SAVING, root, quota, seed, variety) for seed in range(min(n_kills, 2))]
     started = list(waiting)
@@ -65,8 +65,8 @@ def published_by_children_that_are_killed(
             child.stdin.write("go\n")
             child.stdin.flush()
             first = child.stdout.readline()
-            occupied = Occupied(root)
-            occupied.look_until(time.monotonic() + dice.uniform(0, 0.25))
+            occupied = DiskUsageMonitor(root)
+            occupied.sample_until(time.monotonic() + dice.uniform(0, 0.25))
             child.send_signal(signal.SIGKILL)
             rest, complaints = child.communicate(timeout=DEADLINE)
             assert child.returncode == -signal.SIGKILL, complaints
@@ -74,20 +74,20 @@ def published_by_children_that_are_killed(
             if seed + 2 < n_kills:
                 waiting.append(start_python(SAVING, root, quota, seed + 2, variety))
                 started.append(waiting[-1])
-            # The last line may be half a line.
+            # The last line may be incomplete.
             yield [json.loads(line) for line in (first + rest).splitlines(keepends=True) if line.endswith("\n")]
     finally:
-        with running(*started):
+        with killed_at_end(*started):
             pass
 
 
-def test_what_was_published_is_there_after_any_kill(tmp_path: Path) -> None:
+def test_published_blocks_survive_any_kill(tmp_path: Path) -> None:
     quota = 2**40
     everything: list[list[int]] = []
     for published in published_by_children_that_are_killed(tmp_path, quota, 7, (KILLS + 1) // 2):
         assert published
         with Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota) as cache:
-            assert_nothing_is_wrong(tmp_path, quota, cache)
+            assert_consistent(tmp_path, quota, cache)
             for tokens in published:
                 assert hit(cache, np.array(tokens, np.int32)) == len(tokens)
         everything += published
@@ -101,7 +101,7 @@ def test_budgets_hold_during_and_after_any_kill(tmp_path: Path) -> None:
     quota = 120_000  # about twenty blocks of the hundreds that are saved
     for _ in published_by_children_that_are_killed(tmp_path, quota, 5, (KILLS + 1) // 2):
         with Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota) as cache:
-            assert_nothing_is_wrong(tmp_path, quota, cache)
+            assert_consistent(tmp_path, quota, cache)
             assert cache.counters()["blocks_disk"] > 0
             for row in cache.rows():
                 block = cache.stored(row.key)
@@ -109,7 +109,7 @@ def test_budgets_hold_during_and_after_any_kill(tmp_path: Path) -> None:
                 loaded = cache.load(block)
                 assert loaded is not None
                 assert bytes(loaded.payload) == block.key * (payload_bytes(block) // 32)
-                assert cache.context(row.key) is not None, "what it follows is there, too"
+                assert cache.context(row.key) is not None, "its parent is stored, too"
 
 
 # --- at each step ------------------------------------------------------------------------------
@@ -135,18 +135,18 @@ DYING = """
 
 def die(root: Path, step: str, n: int, *, quota: int = 2**30, replace: bool = False) -> None:
     child = start_python(DYING, root, quota, step, n, *(["replace"] if replace else []))
-    with running(child):
+    with killed_at_end(child):
         _, complaints = child.communicate(timeout=DEADLINE)
         assert child.returncode == -signal.SIGKILL, complaints
 
 
 @pytest.mark.parametrize(("step", "n_lost"), [("reserved", 1), ("written", 1), ("published", 0)])
-def test_a_write_that_was_cut_short_is_undone_or_completed(tmp_path: Path, step: str, n_lost: int) -> None:
+def test_an_interrupted_write_is_undone_or_completed(tmp_path: Path, step: str, n_lost: int) -> None:
     n = 3
     die(tmp_path, step, n)
-    assert reservations(tmp_path) == 1, "it died before it was done"
+    assert reservations(tmp_path) == 1, "the child died before it was done"
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
-        assert_nothing_is_wrong(tmp_path, 2**30, cache)
+        assert_consistent(tmp_path, 2**30, cache)
         assert hit(cache, np.arange(64, dtype=np.int32)) == (n - n_lost) * SIZE
         save(cache, np.arange(64, dtype=np.int32))
         cache.flush()
@@ -162,14 +162,14 @@ def test_a_write_that_was_cut_short_is_undone_or_completed(tmp_path: Path, step:
         "published",
     ],
 )
-def test_a_new_version_that_was_cut_short_leaves_one_or_the_other(tmp_path: Path, step: str) -> None:
+def test_an_interrupted_replacement_leaves_one_version(tmp_path: Path, step: str) -> None:
     tokens = np.arange(64, dtype=np.int32)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         save(cache, tokens)
     die(tmp_path, step, 2, replace=True)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert hit(cache, tokens) == 64
-        assert_nothing_is_wrong(tmp_path, 2**30, cache)
+        assert_consistent(tmp_path, 2**30, cache)
 
 
 @pytest.mark.parametrize(
@@ -182,28 +182,28 @@ def test_a_new_version_that_was_cut_short_leaves_one_or_the_other(tmp_path: Path
         ("published", True),
     ],
 )
-def test_who_lives_on_clears_up_after_who_died(tmp_path: Path, step: str, watch: bool) -> None:
-    """Without a restart, as soon as room is needed, and without going over the quota meanwhile."""
-    # Blocks as large as the largest of the dead one's, so that what it leaves matters.
+def test_living_processes_clean_up_after_dead_ones(tmp_path: Path, step: str, watch: bool) -> None:
+    """Without a restart, as soon as room is needed, and always within the quota."""
+    # Blocks as large as the largest of the dead process, so that its leftovers matter.
     n_bytes = max(payload_bytes(block) for block in blocks_of(np.arange(64, dtype=np.int32)))
     quota = 6 * (n_bytes + 300)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota, watch=watch) as cache:
         fill(cache, 1000, n_bytes)
         die(tmp_path, step, 2, quota=quota)
-        occupied = Occupied(tmp_path)
+        occupied = DiskUsageMonitor(tmp_path)
         for block in blocks_of(np.arange(5000, 5000 + 6 * SIZE, dtype=np.int32)):
             cache.save(block, payload_of(block, n_bytes))
             cache.flush()
-            occupied.look()
-            occupied.look()
+            occupied.sample()
+            occupied.sample()
         assert reservations(tmp_path) == 0
         cache.gc()
-        assert_nothing_is_wrong(tmp_path, quota, cache)
+        assert_consistent(tmp_path, quota, cache)
         assert occupied.most <= quota
 
 
 def payload_bytes(block: Block) -> int:
-    """Of what a child saves."""
+    """Return the contexts that a child saves."""
     return len(block.key) * (64 + block.key[0])
 
 
@@ -213,7 +213,7 @@ def fill(cache: Cache, first: int, n_bytes: int) -> None:
     cache.flush()
 
 
-def test_a_process_that_stands_still_in_the_middle_of_a_write_is_not_taken_for_dead(tmp_path: Path) -> None:
+def test_a_process_paused_during_a_write_is_not_treated_as_dead(tmp_path: Path) -> None:
     stopping = """
         root, n = Path(sys.argv[1]), 2
 
@@ -233,7 +233,7 @@ def test_a_process_that_stands_still_in_the_middle_of_a_write_is_not_taken_for_d
             assert cache.counters()["disk_errors"] == 0
     """
     child = start_python(stopping, tmp_path)
-    with running(child):
+    with killed_at_end(child):
         assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
         with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
             assert cache.gc() == 0
@@ -243,6 +243,6 @@ def test_a_process_that_stands_still_in_the_middle_of_a_write_is_not_taken_for_d
             cache.flush()
             assert hit(cache, np.arange(100, 164, dtype=np.int32)) == 64
         child.send_signal(signal.SIGCONT)
-        finished(child)
+        output_of(child)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
-        assert_nothing_is_wrong(tmp_path, 2**30, cache)
+        assert_consistent(tmp_path, 2**30, cache)

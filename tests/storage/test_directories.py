@@ -13,7 +13,7 @@ import erllama
 from erllama.cache import Cache
 from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cache.tiers.directory import CacheDirectory, is_cache
-from support.blocks import SIZE, save
+from support.storage.blocks import SIZE, save
 
 
 @pytest.fixture

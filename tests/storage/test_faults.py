@@ -1,4 +1,4 @@
-"""Things that go wrong around the cache and the models, each once, and what must not come of it."""
+"""Single faults around the cache and the models, and what each must not cause."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from erllama.cache.tiers.index import Index
 from erllama.engine import Batch
 from erllama.engine.backends.stub import StubBackend
 from erllama.llama_ffi import LlamaContext, LlamaError, LlamaModel
-from support.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
-from support.children import must_run
-from support.places import TESTS
+from support.paths import TESTS
+from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
+from support.subprocesses import must_run
 
 
 @pytest.fixture
@@ -39,19 +39,19 @@ def connection(tmp_path: Path) -> Iterator[sqlite3.Connection]:
 # --- the index lies ------------------------------------------------------------------------------
 
 
-def test_tokens_that_the_index_made_up_are_never_served(tmp_path: Path, connection: sqlite3.Connection) -> None:
-    """One flipped bit in a row, and a prompt that spells what it says now."""
+def test_wrong_tokens_in_the_index_are_never_served(tmp_path: Path, connection: sqlite3.Connection) -> None:
+    """Flip one bit in a row, and use a prompt with the tokens that the row then has."""
     key, tokens = connection.execute("SELECT key, tokens FROM blocks WHERE start = 32").fetchone()
     forged = bytes([tokens[0] ^ 1]) + tokens[1:]
     connection.execute("UPDATE blocks SET tokens = ? WHERE key = ?", (forged, key))
     connection.close()
     asked = np.concatenate([np.arange(32, dtype=np.int32), np.frombuffer(forged, "<u4").astype(np.int32)])
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
-        assert hit(cache, asked) == 32, "the rows contradict themselves, so the index was made again from the files"
+        assert hit(cache, asked) == 32, "the rows are inconsistent, so the index was rebuilt from the files"
         assert hit(cache, np.arange(40, dtype=np.int32)) == 40
 
 
-def test_tokens_are_compared_with_the_file_when_it_is_read(tmp_path: Path) -> None:
+def test_tokens_are_checked_against_the_file_on_load(tmp_path: Path) -> None:
     tokens = np.arange(8, dtype=np.int32)
     (block,) = blocks_of(tokens)
     other = Block(block.key, block.parent, block.namespace, 0, blocks_of(tokens + 1)[0].tokens, block.reason)
@@ -65,7 +65,7 @@ def test_tokens_are_compared_with_the_file_when_it_is_read(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "change", ["reason = 77", "reason = NULL", "start = -1", "parent = x'00'", "recipe = NULL, slice_end = NULL"]
 )
-def test_a_row_that_makes_no_sense_is_replaced_by_what_the_file_says(
+def test_an_invalid_index_row_is_rebuilt_from_its_file(
     tmp_path: Path, connection: sqlite3.Connection, change: str
 ) -> None:
     connection.execute(f"UPDATE blocks SET {change}")
@@ -75,7 +75,7 @@ def test_a_row_that_makes_no_sense_is_replaced_by_what_the_file_says(
         assert hit(cache, np.arange(40, dtype=np.int32)) == 40
 
 
-def test_an_index_damaged_anywhere_costs_no_more_than_its_making_anew(tmp_path: Path) -> None:
+def test_a_damaged_index_is_rebuilt(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         for i in range(20):
             save(cache, np.arange(100 * i, 100 * i + 40, dtype=np.int32))
@@ -100,7 +100,9 @@ def test_an_index_damaged_anywhere_costs_no_more_than_its_making_anew(tmp_path: 
 # --- writing goes wrong ------------------------------------------------------------------------------
 
 
-def test_a_thread_that_cannot_start_costs_only_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_thread_that_cannot_start_drops_only_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start = threading.Thread.start
 
     def refuse(self: threading.Thread) -> None:
@@ -119,7 +121,7 @@ def test_a_thread_that_cannot_start_costs_only_the_save(tmp_path: Path, monkeypa
         assert cache.counters()["blocks_disk"] == 1
 
 
-def test_a_file_that_cannot_be_indexed_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_indexed_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def locked(*_: object, **__: object) -> None:
         raise sqlite3.OperationalError("database is locked")
 
@@ -135,7 +137,7 @@ def test_a_file_that_cannot_be_indexed_is_taken_back(tmp_path: Path, monkeypatch
         assert cache.counters()["blocks_disk"] == 1
 
 
-def test_a_smaller_quota_is_kept_from_the_start(tmp_path: Path) -> None:
+def test_a_smaller_quota_holds_from_the_start(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, np.arange(160, dtype=np.int32), n_bytes=3200)
     with Cache(block_size=SIZE, disk=tmp_path, disk_quota=10_000) as cache:
@@ -148,9 +150,9 @@ def test_processes_share_one_quota(tmp_path: Path) -> None:
         import sys
         sys.path.insert(0, sys.argv[2])
         import numpy as np
-        from support.blocks import save
+        from support.storage.blocks import save
         from erllama.cache import Cache
-        from support.blocks import SIZE
+        from support.storage.blocks import SIZE
         with Cache(block_size=SIZE, disk=sys.argv[1], disk_quota=50_000) as cache:
             for i in range(10):
                 save(cache, np.arange(1000 * i, 1000 * i + SIZE, dtype=np.int32) + int(sys.argv[3]), n_bytes=3200)
@@ -164,7 +166,7 @@ def test_processes_share_one_quota(tmp_path: Path) -> None:
             assert sum(path.stat().st_size for path in tmp_path.rglob("*.kvc")) <= 50_000
 
 
-def test_two_caches_of_one_process_share_a_directory(tmp_path: Path) -> None:
+def test_two_caches_of_one_process_can_share_a_directory(tmp_path: Path) -> None:
     tokens = np.arange(64, dtype=np.int32)
     with Cache(block_size=SIZE, disk=tmp_path) as first, Cache(block_size=SIZE, disk=tmp_path) as second:
         save(first, tokens)
@@ -175,7 +177,7 @@ def test_two_caches_of_one_process_share_a_directory(tmp_path: Path) -> None:
         assert first.counters()["blocks_disk"] == second.counters()["blocks_disk"] == 4
 
 
-def test_processes_that_start_together_all_get_the_disk(tmp_path: Path) -> None:
+def test_processes_that_start_together_all_use_the_disk(tmp_path: Path) -> None:
     program = "import sys, erllama; print(erllama.Cache(disk=sys.argv[1]).disk_error)"
     started = [
         subprocess.Popen(
@@ -186,15 +188,13 @@ def test_processes_that_start_together_all_get_the_disk(tmp_path: Path) -> None:
     assert [process.communicate(timeout=60)[0].strip() for process in started] == ["None"] * 6
 
 
-def test_a_lock_file_that_was_taken_for_a_dead_ones_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_file_removed_by_mistake_is_recreated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     robbed: list[Path] = []
     lock = fcntl.flock
 
     def reaper(descriptor: int, operation: int) -> None:
         lock(descriptor, operation)
-        if not robbed:  # another process that starts reaps it between its making and its locking
+        if not robbed:  # another starting process removes it between its creation and its locking
             (path,) = (tmp_path / "kv" / "owners").iterdir()
             path.unlink()
             robbed.append(path)
@@ -206,7 +206,7 @@ def test_a_lock_file_that_was_taken_for_a_dead_ones_is_made_again(
         assert len(list((tmp_path / "kv" / "owners").iterdir())) == 1
 
 
-def test_a_directory_that_others_use_is_not_closed_to_them(tmp_path: Path) -> None:
+def test_opening_a_shared_directory_does_not_lock_others_out(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o755)
@@ -214,7 +214,7 @@ def test_a_directory_that_others_use_is_not_closed_to_them(tmp_path: Path) -> No
     with Cache(disk=shared) as cache:
         assert "chmod 700" in str(cache.disk_error)
     assert shared.stat().st_mode & 0o777 == 0o755
-    own = tmp_path / "own"  # as after a build and a demonstration
+    own = tmp_path / "own"  # as after a build and a demo
     for name in ("llama", "models"):
         (own / name).mkdir(parents=True)
     own.chmod(0o755)
@@ -228,7 +228,7 @@ def test_a_directory_that_others_use_is_not_closed_to_them(tmp_path: Path) -> No
     assert empty.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_block_saved_anew_by_another_process_is_served_as_it_is_now(tmp_path: Path) -> None:
+def test_a_block_replaced_by_another_process_is_served_in_its_new_version(tmp_path: Path) -> None:
     (block,) = blocks_of(np.arange(SIZE, dtype=np.int32))
     better = Block(block.key, block.parent, NAMESPACE, 0, block.tokens, block.reason, b"r" * 16, SIZE)
     with (
@@ -246,8 +246,8 @@ def test_a_block_saved_anew_by_another_process_is_served_as_it_is_now(tmp_path: 
         assert mine.stored(block.key) == better
 
 
-def test_what_one_process_computes_anew_warms_another(tmp_path: Path) -> None:
-    """A stays warm on a prompt whose blocks B has replaced by ones of other slices."""
+def test_blocks_recomputed_by_one_process_serve_another(tmp_path: Path) -> None:
+    """A still finds a prompt whose blocks B has replaced by blocks of other slices."""
     prompt = np.random.default_rng(1).integers(0, 256, 301)
     ask = {"max_tokens": 3, "temperature": 0.0}
     with Cache(ram=0, disk=tmp_path, block_size=32) as a, Cache(ram=0, disk=tmp_path, block_size=32) as b:
@@ -260,7 +260,7 @@ def test_what_one_process_computes_anew_warms_another(tmp_path: Path) -> None:
             a.flush()
             expected = two.complete(prompt, reproducible=True, **ask)  # type: ignore[arg-type]
             b.flush()
-            a.rows()  # looks at once at what others saved
+            a.rows()  # checks at once for saves of other processes
             for reproducible in (False, True):
                 reply = one.complete(prompt, reproducible=reproducible, **ask)  # type: ignore[arg-type]
                 assert reply.tokens == expected.tokens
@@ -270,7 +270,7 @@ def test_what_one_process_computes_anew_warms_another(tmp_path: Path) -> None:
 # --- models come and go --------------------------------------------------------------------------------
 
 
-def test_unloading_twice_leaves_the_next_model_of_that_name_alone() -> None:
+def test_unloading_twice_does_not_unload_the_next_model_of_that_id() -> None:
     with erllama.load_backend(StubBackend(), id="chat") as first:
         first.unload()
         with erllama.load_backend(StubBackend(), id="chat") as second:
@@ -278,7 +278,7 @@ def test_unloading_twice_leaves_the_next_model_of_that_name_alone() -> None:
             assert erllama.get_model("chat") is second
 
 
-def test_a_backend_that_exits_fails_its_request_alone() -> None:
+def test_a_backend_raising_system_exit_fails_only_its_request() -> None:
     class Exiting(StubBackend):
         exits = True
 
@@ -295,7 +295,7 @@ def test_a_backend_that_exits_fails_its_request_alone() -> None:
         assert len(model.complete("x", max_tokens=3).tokens) == 3
 
 
-def test_a_forked_child_is_told_and_ends_well(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_a_forked_child_gets_an_error_and_exits_normally(tiny_gguf: Path, tmp_path: Path) -> None:
     must_run(
         """
         import os, sys, warnings
@@ -335,7 +335,7 @@ def test_a_forked_child_is_told_and_ends_well(tiny_gguf: Path, tmp_path: Path) -
     )
 
 
-def test_the_interpreter_ends_quietly_in_the_middle_of_a_prompt(tiny_gguf: Path) -> None:
+def test_the_interpreter_exits_quietly_during_a_prompt(tiny_gguf: Path) -> None:
     finished = subprocess.run(
         [
             sys.executable,
@@ -355,7 +355,7 @@ def test_the_interpreter_ends_quietly_in_the_middle_of_a_prompt(tiny_gguf: Path)
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
 
 
-def test_a_file_whose_content_changed_under_its_name_and_time_is_another_model(tmp_path: Path) -> None:
+def test_changed_content_under_the_same_name_and_time_is_another_model(tmp_path: Path) -> None:
     from erllama.testing.models import TINY, write_llama
 
     path = write_llama(tmp_path / "model.gguf", TINY, seed=1)
@@ -371,7 +371,7 @@ def test_a_file_whose_content_changed_under_its_name_and_time_is_another_model(t
             assert model.complete(prompt, **ask).cache.kind == "cold"  # type: ignore[arg-type]
 
 
-def test_a_refused_decode_does_not_count_as_room_for_logits(tiny_gguf: Path) -> None:
+def test_a_refused_decode_does_not_reserve_logits(tiny_gguf: Path) -> None:
     n = 64
     ones, zeros = np.ones(n, np.int8), np.zeros(n, np.int32)
     with LlamaModel(tiny_gguf) as model, LlamaContext(model, n_ctx=256, n_threads=1) as context:
@@ -409,12 +409,12 @@ def test_a_refused_decode_does_not_count_as_room_for_logits(tiny_gguf: Path) -> 
         lambda model: model.detokenize([[1], [2, 3]]),
     ],
 )
-def test_mistakes_are_errors_of_this_library(tiny: erllama.Model, use: object) -> None:
+def test_mistakes_raise_errors_of_this_library(tiny: erllama.Model, use: object) -> None:
     with pytest.raises(erllama.Error):
         use(tiny)  # type: ignore[operator]
 
 
-def test_a_pipe_is_no_model_and_nobody_waits_for_it(tmp_path: Path) -> None:
+def test_a_pipe_as_model_file_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     with pytest.raises(erllama.ModelLoadError, match="no regular file"):
         erllama.load_model(tmp_path / "pipe.gguf")

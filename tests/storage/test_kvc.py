@@ -1,4 +1,4 @@
-"""A .kvc file is what was written, or it is refused."""
+"""A .kvc file holds exactly what was written, or it is refused."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def read_back(tmp_path: Path, content: bytes) -> tuple[Block, bytes]:
     slice_end=st.integers(0, 2**63 - 1),
     payload=st.binary(max_size=200),
 )
-def test_what_is_written_is_read(
+def test_a_block_file_round_trips(
     tmp_path: Path, tokens: list[int], start: int, slice_end: int, payload: bytes
 ) -> None:
     block = block_of(tokens, start, slice_end)
     assert read_back(tmp_path, file_bytes(block, payload)) == (block, payload)
 
 
-def test_a_file_round_trips_and_is_private(tmp_path: Path) -> None:
+def test_a_written_file_is_private_and_round_trips(tmp_path: Path) -> None:
     path = tmp_path / "block.kvc"
     block, payload = block_of([1, 2, 3], 256, 512), np.arange(1000, dtype=np.uint8).data
     written = kvc.write(path, block, payload)
@@ -62,7 +62,7 @@ def test_a_file_round_trips_and_is_private(tmp_path: Path) -> None:
     assert kvc.read_header(path) == (block, 1000)
 
 
-def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
     content = file_bytes(block_of([1, 2, 3]), b"payload")
     for at in range(len(content)):
         for bit in range(8):
@@ -72,7 +72,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
                 read_back(tmp_path, bytes(damaged))
 
 
-def test_every_truncation_and_extension_is_noticed(tmp_path: Path) -> None:
+def test_every_truncation_and_extension_is_detected(tmp_path: Path) -> None:
     content = file_bytes(block_of([1, 2, 3]), b"payload")
     path = tmp_path / "block.kvc"
     for length in range(len(content)):
@@ -86,7 +86,7 @@ def test_every_truncation_and_extension_is_noticed(tmp_path: Path) -> None:
 
 
 @given(tokens=tokens_lists, payload=st.binary(max_size=50), other=st.binary(max_size=50))
-def test_a_header_does_not_go_with_another_files_payload(
+def test_a_header_with_the_payload_of_another_file_is_refused(
     tmp_path: Path, tokens: list[int], payload: bytes, other: bytes
 ) -> None:
     header = kvc.encode_header(block_of(tokens), memoryview(payload))
@@ -95,7 +95,7 @@ def test_a_header_does_not_go_with_another_files_payload(
             read_back(tmp_path, header + other)
 
 
-def test_a_header_that_claims_too_much_is_refused_before_it_is_believed(tmp_path: Path) -> None:
+def test_an_oversized_header_is_refused_before_allocating(tmp_path: Path) -> None:
     content = bytearray(file_bytes(block_of([1, 2, 3]), b"payload"))
     struct.pack_into("<I", content, 16, 2**32 - 1)
     path = tmp_path / "block.kvc"
@@ -104,7 +104,7 @@ def test_a_header_that_claims_too_much_is_refused_before_it_is_believed(tmp_path
         kvc.read_header(path)
 
 
-def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files_are_refused(tmp_path: Path) -> None:
     target = tmp_path / "target.kvc"
     kvc.write(target, block_of([1]), memoryview(b"x"))
     link, fifo = tmp_path / "link.kvc", tmp_path / "fifo.kvc"
@@ -117,8 +117,8 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
             kvc.read(path)
 
 
-def test_the_layout_is_the_documented_one() -> None:
-    """Field by field, from docs/kvc-format.md, without the module's own structures."""
+def test_the_file_layout_matches_the_documentation() -> None:
+    """Field by field as in docs/kvc-format.md, without the structures of the module."""
     block, payload = block_of([7, 8], 512, 1024), b"abc"
     content = file_bytes(block, payload)
     assert content[:8] == b"\x89KVC\r\n\x1a\n"

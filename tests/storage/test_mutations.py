@@ -1,4 +1,4 @@
-"""Files that were changed behind the cache's back, in every way that fits in a program: refused, or what was saved.
+"""Files changed behind the cache's back in every way: refused, or equal to what was saved.
 
 ERLLAMA_MUTATIONS says how many; `make stress` tries more.
 """
@@ -21,22 +21,22 @@ from numpy.typing import NDArray
 from erllama.cache import Block, Cache
 from erllama.cache.blocks import kvc
 from erllama.errors import CacheFormatError
-from support.blocks import NAMESPACE, SIZE, blocks_of
+from support.storage.blocks import NAMESPACE, SIZE, blocks_of
 
 MUTATIONS = int(os.environ.get("ERLLAMA_MUTATIONS", "1000"))
 
-# Of the layout in docs/kvc-format.md: where fields that say how long something is stand, and how they are packed.
+# From the layout in docs/kvc-format.md: offsets and formats of the fields that hold lengths.
 LENGTHS = {"header length": (16, "<I"), "payload length": (40, "<Q"), "number of tokens": (48, "<I")}
 N_TOKENS_AT, TOKENS_AT, CHECKSUM_BYTES = 48, 184, 16
 
 
 def payload_for(block: Block) -> bytes:
-    """Of two lengths, so that files can be mistaken for one another."""
+    """Return payloads of two lengths, so that files can be confused."""
     return block.key * (4 if block.key[0] % 2 else 9)
 
 
 def contexts() -> list[NDArray[np.int32]]:
-    """Some that share prefixes, some that do not; with tails and without."""
+    """Return contexts with and without common prefixes, and with and without tails."""
     starts = [(0, 64), (0, 40), (0, 21), (500, 53), (900, 16), (2000, 7), (2000, 96)]
     return [np.arange(start, start + n, dtype=np.int32) for start, n in starts]
 
@@ -59,7 +59,7 @@ def flip_bits(content: bytes, dice: random.Random) -> bytes:
 
 
 def change_bytes(content: bytes, dice: random.Random) -> bytes:
-    """A run of them: zeros, as of a hole, or noise."""
+    """Replace a run of bytes by zeros, as in a hole, or by noise."""
     at, n = dice.randrange(len(content)), dice.choice((1, 4, 16, 512))
     run = bytes(n) if dice.random() < 0.5 else dice.randbytes(n)
     return (content[:at] + run + content[at + n :])[: len(content)]
@@ -84,7 +84,7 @@ def extend(content: bytes, dice: random.Random) -> bytes:
 
 
 def parts(content: bytes) -> tuple[bytes, bytes]:
-    """The header and the payload of a sound file."""
+    """Split an intact file into header and payload."""
     (n_header,) = struct.unpack_from("<I", content, 16)
     return content[:n_header], content[n_header:]
 
@@ -100,27 +100,27 @@ def exchange_payloads(content: bytes, dice: random.Random) -> bytes:
 
 
 def mix(content: bytes, dice: random.Random) -> bytes:
-    """The beginning of one file and the end of another, as a crash of the file system may leave them."""
+    """Join the start of one file and the end of another, as a file system crash may leave them."""
     other = dice.choice([file for file in FILES.values() if file != content])
     at = dice.randrange(min(len(content), len(other)))
     return content[:at] + other[at:]
 
 
 def change_lengths(content: bytes, dice: random.Random) -> bytes:
-    """Any of the lengths, and the header's checksum made right again."""
+    """Change one of the lengths, and correct the checksum of the header."""
     changed = bytearray(content)
     for at, packing in dice.sample(list(LENGTHS.values()), dice.randrange(1, 4)):
         (right,) = struct.unpack_from(packing, changed, at)
         wrong = dice.choice((0, 1, right - 1, right + 1, right + 4, 2**31, 2**32 - 1, dice.randrange(10_000)))
         struct.pack_into(packing, changed, at, max(wrong, 0))
-    if dice.random() < 0.5:  # consistent ones go further
+    if dice.random() < 0.5:  # consistent ones pass more checks
         (n_tokens,) = struct.unpack_from("<I", changed, N_TOKENS_AT)
         struct.pack_into("<I", changed, 16, min(TOKENS_AT + 4 * n_tokens + CHECKSUM_BYTES, 2**32 - 1))
     return seal(bytes(changed), dice)
 
 
 def seal(content: bytes, dice: random.Random) -> bytes:
-    """Put the header's checksum where the header, or the number of tokens, says that it is."""
+    """Write the header checksum at the place that the header, or the number of tokens, gives."""
     (n_header,) = struct.unpack_from("<I", content, 16)
     (n_tokens,) = struct.unpack_from("<I", content, N_TOKENS_AT)
     body_end = dice.choice((n_header - CHECKSUM_BYTES, TOKENS_AT + 4 * n_tokens))
@@ -128,7 +128,7 @@ def seal(content: bytes, dice: random.Random) -> bytes:
         return content
     checksum = xxhash.xxh3_128_digest(content[:body_end])
     sealed = content[:body_end] + checksum + content[body_end + CHECKSUM_BYTES :]
-    if dice.random() < 0.5:  # and as long as it then says
+    if dice.random() < 0.5:  # with the length that it then states
         (n_payload,) = struct.unpack_from("<Q", content, 40)
         wanted = body_end + CHECKSUM_BYTES + min(n_payload, 20_000)
         sealed = (sealed + bytes(max(wanted - len(sealed), 0)))[:wanted]
@@ -154,7 +154,7 @@ MUTATE: list[Mutation] = [
 
 
 @pytest.mark.parametrize("mutation", MUTATE, ids=lambda mutation: mutation.__name__)
-def test_a_changed_file_is_refused_or_is_what_it_was(tmp_path: Path, mutation: Mutation) -> None:
+def test_a_changed_file_is_refused_or_equal_to_the_original(tmp_path: Path, mutation: Mutation) -> None:
     dice = random.Random(mutation.__name__)
     path = tmp_path / "changed.kvc"
     refused = 0
@@ -168,12 +168,12 @@ def test_a_changed_file_is_refused_or_is_what_it_was(tmp_path: Path, mutation: M
                 refused += reading is kvc.read
                 continue
             if isinstance(found, int):
-                assert block in SAVED.values(), "the header of some file, with another payload"
+                assert block in SAVED.values(), "the header of a file with another payload"
             else:
                 assert block == SAVED[block.key]
                 assert found.tobytes() == payload_for(block)
                 assert path.read_bytes() == FILES[block.key]
-    assert refused > 0.8 * MUTATIONS / len(MUTATE), "few changes change nothing"
+    assert refused > 0.8 * MUTATIONS / len(MUTATE), "few changes have no effect"
 
 
 # --- a directory of them -------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_a_changed_file_is_refused_or_is_what_it_was(tmp_path: Path, mutation: M
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with every block, none dropped for a longer one."""
+    """Fill a directory with every block, none replaced by a longer one."""
     root = tmp_path_factory.mktemp("sound") / "kv"
     with Cache(block_size=SIZE, ram=0, disk=root) as cache:
         for tokens in contexts():
@@ -194,7 +194,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mutate_some(root: Path, dice: random.Random, share: float) -> int:
-    """Change files in a directory, some of them keeping their time, which the index knows."""
+    """Change files in a directory; some keep the time that the index has."""
     n_mutated = 0
     for key, content in FILES.items():
         path = root / "blocks" / f"{key.hex()}.kvc"
@@ -203,7 +203,7 @@ def mutate_some(root: Path, dice: random.Random, share: float) -> int:
         then = path.stat().st_mtime_ns
         changed = dice.choice([*FILES.values()]) if dice.random() < 0.1 else dice.choice(MUTATE)(content, dice)
         path.write_bytes(changed)
-        # Else an hour ago: what is younger than two seconds may be a file that somebody is copying in.
+        # Otherwise an hour ago: a file younger than two seconds may still be being copied.
         then = then if dice.random() < 0.5 else time.time_ns() - 3600 * 10**9
         os.utime(path, ns=(then, then))
         n_mutated += 1
@@ -211,7 +211,7 @@ def mutate_some(root: Path, dice: random.Random, share: float) -> int:
 
 
 def load_all(cache: Cache) -> int:
-    """Look everything up, and check whatever can be loaded."""
+    """Look up every context, and check all that can be loaded."""
     n_loads = 0
     for tokens in contexts():
         with cache.lookup(NAMESPACE, tokens) as match:
@@ -236,7 +236,7 @@ def save_all(cache: Cache) -> None:
 
 @pytest.mark.parametrize("index", ["kept", "lost"])
 @pytest.mark.parametrize("ram", [0, "1MiB"])
-def test_nothing_wrong_is_loaded_from_a_directory_of_changed_files(
+def test_a_directory_of_changed_files_serves_no_wrong_payload(
     tmp_path: Path, sound: Path, index: str, ram: str | int
 ) -> None:
     dice = random.Random(index + str(ram))
@@ -251,7 +251,7 @@ def test_nothing_wrong_is_loaded_from_a_directory_of_changed_files(
         with Cache(block_size=SIZE, ram=ram, disk=root, watch=False) as cache:
             assert cache.disk_error is None
             n_loads += load_all(cache)
-            # What was refused can be saved again, and is then as good as new.
+            # Refused blocks can be saved again and are then valid.
             cache.flush()
             save_all(cache)
             for tokens in contexts():
@@ -266,8 +266,8 @@ def test_nothing_wrong_is_loaded_from_a_directory_of_changed_files(
     assert n_refused > 0.8 * n_mutated
 
 
-def test_nothing_wrong_is_loaded_while_files_are_changed(tmp_path: Path, sound: Path) -> None:
-    """Under a cache that is open, and that hears of it."""
+def test_no_wrong_payload_is_loaded_while_files_change(tmp_path: Path, sound: Path) -> None:
+    """While a cache is open that watches the directory."""
     dice = random.Random("open")
     n_mutated = 0
     root = tmp_path / "kv"
@@ -288,4 +288,4 @@ def test_nothing_wrong_is_loaded_while_files_are_changed(tmp_path: Path, sound: 
         cache.check_integrity()
         assert cache.counters()["faults"] == cache.counters()["disk_errors"] == 0
         assert cache.counters()["corrupt_files"] > 0.5 * n_mutated
-        assert len(list((root / "damaged").iterdir())) <= 8, "a few are kept to look at"
+        assert len(list((root / "damaged").iterdir())) <= 8, "a few are kept for inspection"

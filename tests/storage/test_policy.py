@@ -1,4 +1,4 @@
-"""What of a context is saved, when and why; and who may find it."""
+"""Which parts of a context are saved, when and why, and who may find them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import erllama
 from erllama import Policy, SaveReason
 from erllama.cache import Cache
 from erllama.engine.backends.stub import StubBackend
-from support.backends import RecordingBackend
-from support.children import must_run
+from support.recording_backend import RecordingBackend
+from support.subprocesses import must_run
 
 SIZE = 32
 
@@ -32,7 +32,7 @@ def loaded(cache: Cache, policy: object = None, **options: object) -> erllama.Mo
 
 
 def saved(cache: Cache) -> dict[str, list[tuple[int, int]]]:
-    """Start and end of every stored block, by why it was saved."""
+    """Return start and end of every stored block, by save reason."""
     found: dict[str, list[tuple[int, int]]] = {}
     stored = [row for row in cache.rows() if row.tier != "live"]
     for row in sorted(stored, key=lambda row: row.start):
@@ -42,16 +42,16 @@ def saved(cache: Cache) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
-def test_blocks_say_why_they_were_saved(cache: Cache) -> None:
+def test_blocks_record_why_they_were_saved(cache: Cache) -> None:
     with loaded(cache) as model:
         model.complete([1] * 80, max_tokens=60)
-    # Of the prompt as it is read; of the reply, at its end: the interval is longer than it.
+    # The prompt is saved during prefill. The reply is saved at its end, because it is shorter than the interval.
     assert saved(cache) == {"COLD": [(0, 32), (32, 64)], "FINISH": [(64, 96), (96, 128), (128, 139)]}
     counters = cache.counters()
     assert (counters["saves_cold"], counters["saves_finish"]) == (2, 3)
 
 
-def test_a_long_reply_is_saved_while_it_is_written(cache: Cache) -> None:
+def test_a_long_reply_is_saved_while_it_is_generated(cache: Cache) -> None:
     with loaded(cache, {"continued_interval": 32}) as model:
         model.complete([1] * 64, max_tokens=100)
     assert saved(cache)["CONTINUED"] == [(64, 96), (96, 128), (128, 160)]
@@ -61,7 +61,7 @@ def test_a_long_reply_is_saved_while_it_is_written(cache: Cache) -> None:
     assert "CONTINUED" not in saved(cache)
 
 
-def test_a_conversation_writes_its_tokens_once(tmp_path: Path) -> None:
+def test_a_conversation_stores_each_token_once(tmp_path: Path) -> None:
     def written(turns: list[list[int]], place: Path) -> float:
         with Cache(disk=place) as cache, loaded(cache) as model:
             for prompt in turns:
@@ -74,7 +74,7 @@ def test_a_conversation_writes_its_tokens_once(tmp_path: Path) -> None:
     assert written(turns, tmp_path / "turns") <= 1.05 * written([tokens], tmp_path / "once")
 
 
-def test_what_is_too_short_is_not_saved_at_all(cache: Cache) -> None:
+def test_contexts_below_the_minimum_are_not_saved(cache: Cache) -> None:
     with loaded(cache, Policy(min_tokens=100)) as model:
         short = model.complete([1] * 64, max_tokens=20)
         assert short.finish_key is None
@@ -86,7 +86,7 @@ def test_what_is_too_short_is_not_saved_at_all(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize(("n_prompt", "cold"), [(60, []), (64, [(0, 32), (32, 64)]), (129, [])])
-def test_prompts_of_some_lengths_are_saved_as_they_are_read(
+def test_prompts_within_the_length_limits_are_saved_during_prefill(
     cache: Cache, n_prompt: int, cold: list[tuple[int, int]]
 ) -> None:
     with loaded(cache, Policy(cold_min_tokens=64, cold_max_tokens=128)) as model:
@@ -97,7 +97,7 @@ def test_prompts_of_some_lengths_are_saved_as_they_are_read(
     assert sum(end - start for ranges in found.values() for start, end in ranges) == n_prompt
 
 
-def test_a_prompts_end_can_be_left_out_of_what_is_saved_as_it_is_read(cache: Cache) -> None:
+def test_the_end_of_a_prompt_can_be_excluded_from_prefill_saves(cache: Cache) -> None:
     with loaded(cache, Policy(boundary_trim_tokens=10, boundary_align_tokens=64)) as model:
         model.prefill([1] * 137)  # 127 without its end, and 64 of that are aligned
     assert saved(cache) == {"COLD": [(0, 32), (32, 64)], "FINISH": [(64, 96), (96, 128), (128, 137)]}
@@ -107,7 +107,7 @@ def test_memory_that_cannot_be_cut_resumes_before_the_trimmed_end(cache: Cache) 
     with loaded(cache, Policy(boundary_trim_tokens=6), can_trim=False) as model:
         model.prefill([*[1] * 60, 7, 8, 9])
         assert saved(cache)["COLD"] == [(0, 32), (32, 57)]
-        # The text goes on, and its last tokens come out otherwise.
+        # The text continues, so its last tokens differ.
         again = model.complete([*[1] * 60, 7, 5, 5, 5, 5], max_tokens=1)
         assert again.cache.tokens == 57
 
@@ -155,7 +155,7 @@ def test_no_policy_changes_a_reply(
         ("all", "erllama.Policy"),
     ],
 )
-def test_wrong_policies_are_typed_errors(cache: Cache, policy: object, words: str) -> None:
+def test_wrong_policies_raise_typed_errors(cache: Cache, policy: object, words: str) -> None:
     with pytest.raises(erllama.OptionError) as caught:
         loaded(cache, policy)
     assert words in str(caught.value)
@@ -167,7 +167,7 @@ def test_wrong_policies_are_typed_errors(cache: Cache, policy: object, words: st
     st.integers(0, 100),
     st.booleans(),
 )
-def test_a_finish_key_names_its_own_context(
+def test_a_finish_key_identifies_its_context(
     policy: dict[str, object], n_prompt: int, max_tokens: int, can_trim: bool
 ) -> None:
     with Cache(block_size=SIZE) as cache, loaded(cache, policy, can_trim=can_trim) as model:
@@ -179,10 +179,10 @@ def test_a_finish_key_names_its_own_context(
 
 
 @given(st.integers(0, 40), st.integers(1, 3), st.integers(20, 150), st.integers(20, 150))
-def test_reproducible_replies_are_cut_where_a_cold_run_is(
+def test_reproducible_replies_have_the_slices_of_a_cold_run(
     trim: int, share: int, n_first: int, n_second: int
 ) -> None:
-    """Also where a policy adds a cut of its own: what differs in its cuts is computed anew."""
+    """Also if a policy adds its own cut: KV with other cuts is computed again."""
 
     def slices(history: list[list[int]], prompt: list[int]) -> tuple[int, list[tuple[int, int]]]:
         backend = RecordingBackend(StubBackend(eog_bias=-100, n_ctx=1024, n_ubatch=SIZE, can_trim=False))
@@ -207,19 +207,19 @@ def test_reproducible_replies_are_cut_where_a_cold_run_is(
 # --- continuations -----------------------------------------------------------------------------------
 
 
-def test_a_turn_goes_on_from_the_one_before(cache: Cache) -> None:
+def test_a_turn_continues_from_the_previous_one(cache: Cache) -> None:
     with loaded(cache) as model:
         first = model.complete([1] * 40, max_tokens=10, temperature=0)
         second = model.complete([*first.context_tokens, 5, 6], max_tokens=10, parent_key=first.finish_key)
         assert second.cache.tokens == 49
         assert cache.counters()["hits_resume"] == 1
         third = model.complete([9] * 40, max_tokens=1, parent_key=second.finish_key)
-        assert third.cache.kind == "cold", "the prompt decides, whatever is said of its parent"
+        assert third.cache.kind == "cold", "the prompt decides, not the parent key"
         assert cache.counters()["hits_resume"] == 1
 
 
 @pytest.mark.parametrize("key", [b"short", "text", 5])
-def test_a_parent_key_is_a_finish_key(cache: Cache, key: object) -> None:
+def test_a_parent_key_must_be_a_finish_key(cache: Cache, key: object) -> None:
     with loaded(cache) as model, pytest.raises(erllama.OptionError, match="finish_key"):
         model.complete([1], parent_key=key)  # type: ignore[arg-type]
 
@@ -228,7 +228,7 @@ def test_a_parent_key_is_a_finish_key(cache: Cache, key: object) -> None:
 
 
 class Steps(StubBackend):
-    """Decodes when it is let."""
+    """Waits before each decode until it is released."""
 
     def __init__(self) -> None:
         super().__init__(eog_bias=-100, n_ctx=1024, n_ubatch=SIZE)
@@ -242,7 +242,7 @@ class Steps(StubBackend):
         return super().decode(batch)
 
 
-def test_an_evicted_model_has_saved_its_running_request_which_goes_on(tmp_path: Path) -> None:
+def test_evicting_a_model_saves_its_running_request(tmp_path: Path) -> None:
     backend = Steps()
     backend.stop_at = 100
     with Cache(block_size=SIZE, disk=tmp_path) as cache, erllama.load_backend(backend, cache=cache) as model:
@@ -257,7 +257,7 @@ def test_an_evicted_model_has_saved_its_running_request_which_goes_on(tmp_path: 
         assert not evicting.is_alive()
         assert cache.counters()["saves_evict"] >= 3
         on_disk = [row for row in cache.rows() if row.tier == "disk"]
-        assert sum(row.n_tokens for row in on_disk) >= 100, "what is evicted is on disk when that returns"
+        assert sum(row.n_tokens for row in on_disk) >= 100, "evicted blocks are on disk when the call returns"
         assert len(stream.result().tokens) == 100
 
 
@@ -270,7 +270,7 @@ def test_an_idle_model_can_be_evicted(cache: Cache) -> None:
         model.evict()
 
 
-def test_an_unloaded_model_has_saved_its_running_request(tmp_path: Path) -> None:
+def test_unloading_a_model_saves_its_running_request(tmp_path: Path) -> None:
     backend = Steps()
     backend.stop_at = 100
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
@@ -285,7 +285,7 @@ def test_an_unloaded_model_has_saved_its_running_request(tmp_path: Path) -> None
         assert max(row.start + row.n_tokens for row in cache.rows() if row.tier == "disk") == 100
 
 
-def test_a_real_model_that_is_unloaded_in_the_middle_resumes_there(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_a_model_unloaded_during_a_request_resumes_there(tiny_gguf: Path, tmp_path: Path) -> None:
     prompt = [5 + i % 200 for i in range(900)]
     program = """
         import sys, threading, time, erllama
@@ -308,7 +308,7 @@ def test_a_real_model_that_is_unloaded_in_the_middle_resumes_there(tiny_gguf: Pa
 # --- tenants ----------------------------------------------------------------------------------------
 
 
-def test_tenants_do_not_find_each_others_prompts(cache: Cache) -> None:
+def test_tenants_do_not_share_prompts(cache: Cache) -> None:
     with loaded(cache) as model:
         for salt in ("a", "b", None):
             assert model.complete([1] * 80, max_tokens=1, cache_salt=salt).cache.kind == "cold"
@@ -318,7 +318,7 @@ def test_tenants_do_not_find_each_others_prompts(cache: Cache) -> None:
         assert model.last_cache_hit == erllama.CacheHit("cold", None, 0)
 
 
-def test_a_model_can_have_a_salt_of_its_own(cache: Cache) -> None:
+def test_a_model_can_have_its_own_salt(cache: Cache) -> None:
     for salt, kind in (("a", "cold"), ("a", "exact"), (None, "cold"), ("b", "cold")):
         backend = StubBackend(eog_bias=-100)
         with erllama.load_backend(backend, cache=cache, cache_salt=salt) as model:
@@ -328,14 +328,14 @@ def test_a_model_can_have_a_salt_of_its_own(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("salt", ["", 5, b"a"])
-def test_a_salt_is_a_text(cache: Cache, salt: object) -> None:
+def test_a_salt_must_be_text(cache: Cache, salt: object) -> None:
     with loaded(cache) as model, pytest.raises(erllama.OptionError, match="cache_salt"):
         model.complete([1], cache_salt=salt)  # type: ignore[arg-type]
     with pytest.raises(erllama.OptionError, match="cache_salt"):
         erllama.load_backend(StubBackend(), cache=cache, cache_salt=salt)  # type: ignore[arg-type]
 
 
-def test_save_reasons_have_the_numbers_of_the_files() -> None:
+def test_save_reasons_keep_their_numbers_in_files() -> None:
     assert [(reason.name, reason.value) for reason in SaveReason] == [
         ("COLD", 1),
         ("CONTINUED", 2),

@@ -1,4 +1,4 @@
-"""When memory runs short the watch has tiers evicted, down to the low watermark; it survives any source."""
+"""Memory pressure: tiers are evicted down to the low watermark, and the watch survives any source."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from erllama.cache.pressure.memory import MemoryUsage, Source, cgroup_memory
 from erllama.cache.pressure.pressure import Pressure, PressureWatch
 from erllama.errors import MissingPackage, OptionError
 
-PATIENCE = 60.0  # seconds until a wait for another thread counts as failed; none is waited out
+PATIENCE = 60.0  # seconds until a wait for another thread counts as failed; no wait takes that long
 SOON = 0.001
 TIERS = ("ram", "ram_file")
 
 
 class Machine:
-    """Memory of which a cache holds a part. A source and an eviction in one."""
+    """Memory of which a cache holds a part. Provides both the source and the eviction."""
 
     def __init__(self, used: int, total: int, cached: int | None = None) -> None:
         self.used, self.total = used, total
@@ -69,7 +69,7 @@ def test_a_check_evicts_down_to_the_low_watermark_and_not_below(
         assert freed == 0
     else:
         assert machine.used <= low * total
-        assert machine.used >= min(used, int(low * total))  # and no further than that
+        assert machine.used >= min(used, int(low * total))  # and not below it
         assert freed == used - machine.used
 
 
@@ -83,7 +83,7 @@ def test_a_check_asks_once_for_at_least_the_minimum(total: int, used: int, cache
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(1, 100)), max_size=5))
-def test_of_several_readings_the_largest_want_is_asked_for(pairs: list[tuple[int, int]]) -> None:
+def test_the_largest_need_of_several_readings_is_evicted(pairs: list[tuple[int, int]]) -> None:
     machine = Machine(0, 1, cached=10**6)
     machine.watch(lambda: [MemoryUsage(*pair) for pair in pairs], high_watermark=0.5, low_watermark=0.25).check()
     wants = [used - int(total * 0.25) for used, total in pairs if used >= total * 0.5]
@@ -104,7 +104,7 @@ def test_pressure_begins_at_the_high_watermark() -> None:
     assert at.watch(high_watermark=0.75, low_watermark=0.5).check() == 25
 
 
-def test_relief_is_not_asked_for_twice() -> None:
+def test_the_same_eviction_is_not_requested_twice() -> None:
     machine = Machine(90, 100)
     watch = machine.watch()
     assert watch.check() == 15
@@ -112,7 +112,7 @@ def test_relief_is_not_asked_for_twice() -> None:
     assert machine.asked == [15]
 
 
-def test_an_empty_cache_is_asked_again_as_long_as_memory_is_short() -> None:
+def test_eviction_is_retried_while_memory_is_short() -> None:
     machine = Machine(90, 100, cached=0)
     watch = machine.watch()
     assert [watch.check(), watch.check()] == [0, 0]
@@ -120,7 +120,7 @@ def test_an_empty_cache_is_asked_again_as_long_as_memory_is_short() -> None:
     assert machine.faults == []
 
 
-def test_what_was_freed_and_why_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_freed_bytes_and_the_reason_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "erllama.cache"):
         Machine(90, 100).watch().check()
     assert caplog.messages == ["machine is 90% used: 15 bytes freed of 15 asked for"]
@@ -153,18 +153,18 @@ def test_what_was_freed_and_why_is_logged(caplog: pytest.LogCaptureFixture) -> N
         ({3: 4}, "no option '3'"),
     ],
 )
-def test_wrong_options_are_refused_with_the_way_out(options: dict[object, object], message: str) -> None:
+def test_wrong_options_are_refused_with_a_remedy(options: dict[object, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Pressure.of(options)
 
 
 @pytest.mark.parametrize("value", ["sistem", 0, 1, 0.85, ["system"], b"system"])
-def test_what_stands_for_no_options_is_refused(value: object) -> None:
+def test_values_that_are_not_pressure_options_are_refused(value: object) -> None:
     with pytest.raises(OptionError, match="pressure="):
         Pressure.of(value)
 
 
-def test_ways_to_give_options() -> None:
+def test_options_are_accepted_in_several_forms() -> None:
     def source() -> MemoryUsage:
         return MemoryUsage(0, 1)
 
@@ -177,7 +177,7 @@ def test_ways_to_give_options() -> None:
     assert Pressure.of(source) == Pressure.of({"source": source}) == Pressure(source=source)
 
 
-def test_options_are_kept_in_one_form() -> None:
+def test_options_are_normalized() -> None:
     pressure = Pressure(min_evict_bytes="1MiB", tiers=["disk", "ram", "disk"], interval=2)  # type: ignore[arg-type]
     assert pressure.min_evict_bytes == 2**20
     assert pressure.tiers == ("disk", "ram")
@@ -217,14 +217,14 @@ NONSENSE: list[object] = [
 
 
 @pytest.mark.parametrize("nonsense", NONSENSE, ids=repr)
-def test_nonsense_is_a_fault_and_evicts_nothing(nonsense: object) -> None:
+def test_invalid_readings_are_faults_and_evict_nothing(nonsense: object) -> None:
     machine = Machine(90, 100)
     assert machine.watch(lambda: nonsense).check() == 0  # type: ignore[arg-type,return-value]
     assert machine.asked == []
     assert len(machine.faults) == 1
 
 
-def test_a_source_that_raises_is_a_fault_and_is_read_again() -> None:
+def test_a_raising_source_is_a_fault_and_is_read_again() -> None:
     machine = Machine(90, 100)
     failing = [True]
     watch = machine.watch(lambda: raising() if failing else machine.read())
@@ -235,7 +235,7 @@ def test_a_source_that_raises_is_a_fault_and_is_read_again() -> None:
 
 
 @pytest.mark.parametrize("source", [halfway, lambda: [MemoryUsage(-1, 1), MemoryUsage(90, 100)]])
-def test_good_readings_count_beside_bad_ones(source: Source) -> None:
+def test_valid_readings_count_beside_invalid_ones(source: Source) -> None:
     machine = Machine(90, 100)
     assert machine.watch(source).check() == 15
     assert len(machine.faults) == 1
@@ -258,7 +258,7 @@ def test_every_fault_is_counted_and_a_repeated_one_logged_once(caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("answer", [ValueError("broken"), None])
-def test_an_eviction_that_fails_is_a_fault(answer: Exception | None) -> None:
+def test_a_failing_eviction_is_a_fault(answer: Exception | None) -> None:
     faults: list[str] = []
 
     def evict(n_bytes: int, tiers: tuple[str, ...]) -> int:
@@ -288,7 +288,7 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 class Turnstile:
-    """A source whose every call waits to be let through, and that tells of each."""
+    """A source that signals each call and waits until it is released."""
 
     def __init__(self) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
@@ -315,7 +315,7 @@ def test_the_thread_evicts_again_and_again() -> None:
     assert not watch.running
 
 
-def test_the_thread_outlives_faults_of_the_source_and_of_the_owner() -> None:
+def test_the_thread_survives_faults_of_source_and_owner() -> None:
     machine, fine = Machine(90, 100), threading.Event()
     errors = iter([OSError("x"), ValueError("y")])
 
@@ -334,7 +334,7 @@ def test_the_thread_outlives_faults_of_the_source_and_of_the_owner() -> None:
     watch.stop()
 
 
-def test_noop_needs_no_thread() -> None:
+def test_the_noop_source_starts_no_thread() -> None:
     watch = Machine(90, 100).watch("noop")
     watch.start()
     assert not watch.running
@@ -343,7 +343,7 @@ def test_noop_needs_no_thread() -> None:
     watch.stop()
 
 
-def test_start_and_stop_may_be_repeated_in_any_order() -> None:
+def test_start_and_stop_can_be_repeated_in_any_order() -> None:
     machine = Machine(0, 100, cached=90)
     watch = machine.watch(interval=3600)
     watch.stop()
@@ -377,7 +377,7 @@ def test_stop_waits_for_a_check_in_progress_which_then_evicts_nothing() -> None:
     assert machine.asked == []
 
 
-def test_a_source_that_hangs_does_not_hang_stop(
+def test_a_hanging_source_does_not_block_stop(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("erllama.cache.pressure.pressure.STOP_SECONDS", SOON)
@@ -441,7 +441,7 @@ def test_checks_in_two_threads_do_not_evict_twice() -> None:
     assert machine.asked == [15]
 
 
-def test_where_threads_cannot_be_had_it_is_logged(
+def test_a_thread_that_cannot_start_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def start(thread: threading.Thread) -> None:
@@ -458,7 +458,7 @@ def test_where_threads_cannot_be_had_it_is_logged(
 
 
 class Owner:
-    """Holds a watch as a cache does: the watch knows it weakly."""
+    """Owns a watch as a cache does. The watch references it weakly."""
 
     def __init__(self, source: Source, gone: Callable[[], int], **options: float) -> None:
         me = weakref.ref(self)
@@ -474,7 +474,7 @@ def unreachable() -> int:
     raise AssertionError("evicted for an owner that is gone")
 
 
-def test_the_thread_ends_with_its_owner_without_any_pressure() -> None:
+def test_the_thread_ends_with_its_owner_without_pressure() -> None:
     owner = Owner(lambda: MemoryUsage(0, 1), unreachable, interval=3600)
     (thread,) = pressure_threads()
     known = weakref.ref(owner)
@@ -549,7 +549,7 @@ def cgroups(tmp_path: Path) -> Cgroups:
     return Cgroups(tmp_path)
 
 
-def test_v2_limits_of_the_process_and_of_every_ancestor_count(cgroups: Cgroups) -> None:
+def test_cgroup_v2_limits_of_all_ancestors_count(cgroups: Cgroups) -> None:
     cgroups.join("0::/work.slice/job.service/worker")
     cgroups.v2("work.slice/job.service/worker", "max", 10)
     cgroups.v2("work.slice/job.service", 100, 90)
@@ -561,14 +561,14 @@ def test_v2_limits_of_the_process_and_of_every_ancestor_count(cgroups: Cgroups) 
     assert names == ["cgroup /work.slice/job.service", "cgroup /work.slice", "cgroup /"]
 
 
-def test_page_cache_that_is_dropped_first_is_not_used(cgroups: Cgroups) -> None:
+def test_reclaimable_page_cache_does_not_count_as_used(cgroups: Cgroups) -> None:
     cgroups.join("0::/a")
     cgroups.v2("a", 100, 90, "anon 1\nactive_file 20\ninactive_file 30\nworkingset_refault_file 9\n")
     cgroups.v2("", 100, 20, "inactive_file 30\n")
     assert cgroups.read() == [(60, 100), (0, 100)]
 
 
-def test_v1_limits_count_and_its_huge_numbers_are_no_limit(cgroups: Cgroups) -> None:
+def test_cgroup_v1_limits_count_and_huge_numbers_mean_no_limit(cgroups: Cgroups) -> None:
     cgroups.join("5:cpu,cpuacct:/a/b", "4:hugetlb,memory:/a/b", "1:name=systemd:/x", "0::/")
     cgroups.v1("a/b", 9223372036854771712, 10)
     cgroups.v1("a", 100, 90, "inactive_file 1\ntotal_inactive_file 30\n")
@@ -576,7 +576,7 @@ def test_v1_limits_count_and_its_huge_numbers_are_no_limit(cgroups: Cgroups) -> 
 
 
 @pytest.mark.parametrize("path", ["/docker/0123", "/../other", "/.."])
-def test_a_path_that_is_not_below_the_mount_means_its_root(cgroups: Cgroups, path: str) -> None:
+def test_a_cgroup_path_outside_the_mount_means_its_root(cgroups: Cgroups, path: str) -> None:
     cgroups.join(f"4:memory:{path}", f"0::{path}")
     cgroups.v1("", 100, 90)
     cgroups.v1("docker", 10, 10)
@@ -592,14 +592,14 @@ def test_without_limits_there_are_no_readings(cgroups: Cgroups, lines: list[str]
 
 
 @pytest.mark.parametrize(("limit", "usage"), [("max", 5), (0, 5), ("", 5), ("-1", 5), (100, ""), (100, "many")])
-def test_levels_that_cannot_be_read_are_left_out(cgroups: Cgroups, limit: object, usage: object) -> None:
+def test_unreadable_cgroup_levels_are_skipped(cgroups: Cgroups, limit: object, usage: object) -> None:
     cgroups.join("0::/a")
     cgroups.v2("a", limit, usage)
     cgroups.v2("", 100, 50, "no such line\ninactive_file x\n")
     assert cgroups.read() == [(50, 100)]
 
 
-def test_no_cgroups_at_all(tmp_path: Path) -> None:
+def test_without_cgroups_there_are_no_readings(tmp_path: Path) -> None:
     assert cgroup_memory(tmp_path / "none", tmp_path / "none") == []
 
 
@@ -610,7 +610,7 @@ def fake_psutil(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return memory
 
 
-def test_system_watches_what_the_machine_has_available(
+def test_the_system_source_reads_available_memory(
     fake_psutil: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("erllama.cache.pressure.memory.cgroup_memory", list)
@@ -621,7 +621,7 @@ def test_system_watches_what_the_machine_has_available(
     assert watch.check() == 150 * MEBIBYTE
 
 
-def test_system_watches_the_limit_of_the_cgroup_too(
+def test_the_system_source_reads_cgroup_limits(
     fake_psutil: SimpleNamespace, cgroups: Cgroups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -633,14 +633,14 @@ def test_system_watches_the_limit_of_the_cgroup_too(
     assert machine.watch("system").check() == 20 * MEBIBYTE
 
 
-def test_system_reads_this_machine() -> None:
+def test_the_system_source_works_on_this_machine() -> None:
     pytest.importorskip("psutil")
     machine = Machine(0, 1)
     machine.watch("system", high_watermark=1).check()
     assert machine.faults == []
 
 
-def test_system_without_psutil_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_system_source_without_psutil_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psutil", None)
     with pytest.raises(MissingPackage, match="pip install psutil"):
         Machine(0, 1).watch("system")
@@ -650,7 +650,7 @@ def test_system_without_psutil_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
 
 class FakeNvml:
-    """What is used of pynvml, for GPUs given as [used, total]; None is a GPU that was lost."""
+    """The used part of pynvml, for GPUs given as [used, total]; None is a lost GPU."""
 
     class NVMLError(Exception):
         pass
@@ -685,7 +685,7 @@ def gpu_watch(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml | None, machine: M
     return machine.watch("nvidia")
 
 
-def test_each_gpu_counts_on_its_own(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_gpu_counts_separately(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     machine, nvml = Machine(0, 1, cached=10**6), FakeNvml([0, 1000], [90, 100])
     watch = gpu_watch(monkeypatch, nvml, machine)
     with caplog.at_level(logging.INFO, "erllama.cache"):
@@ -718,7 +718,7 @@ def test_a_missing_nvidia_package_is_an_import_error(monkeypatch: pytest.MonkeyP
         (FakeNvml(), "finds no GPU; use source='system'"),
     ],
 )
-def test_where_gpus_cannot_be_read_the_error_has_the_way_out(
+def test_unreadable_gpus_raise_an_error_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml, message: str
 ) -> None:
     with pytest.raises(OptionError, match=message):

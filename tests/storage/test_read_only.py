@@ -1,4 +1,4 @@
-"""Directories that can only be read: what is stored is served, nothing is written, and the cache says so."""
+"""Read-only directories: stored blocks are served, no file is written, and the cache reports the state."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 import erllama
 from erllama.cache import Cache
 from erllama.cache.admin.maintenance import CacheFiles
-from support.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
-from support.cache_children import PRELUDE
+from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
+from support.storage.processes import PRELUDE
 
 
 def texts(first: int, n: int = 48) -> NDArray[np.int32]:
@@ -28,7 +28,7 @@ def texts(first: int, n: int = 48) -> NDArray[np.int32]:
 
 
 def state(root: Path) -> dict[str, tuple[int, int, int]]:
-    """All that a write would change: names, sizes, times and modes."""
+    """Return all that a write would change: names, sizes, times and modes."""
     found = {}
     for path in (root, *root.rglob("*")):
         status = path.lstat()
@@ -38,7 +38,7 @@ def state(root: Path) -> dict[str, tuple[int, int, int]]:
 
 @pytest.fixture
 def warm(tmp_path: Path) -> Path:
-    """A directory with three contexts, closed."""
+    """Create a closed directory with three contexts."""
     root = tmp_path / "kv"
     with Cache(block_size=SIZE, ram=0, disk=root, watch=False) as cache:
         for first in (0, 1000, 2000):
@@ -80,7 +80,7 @@ def test_a_directory_is_read_and_never_written(warm: Path) -> None:
     assert state(warm) == before
 
 
-def test_a_quota_that_is_too_small_evicts_nothing(warm: Path) -> None:
+def test_a_quota_below_the_stored_size_evicts_nothing(warm: Path) -> None:
     before = state(warm)
     with Cache(block_size=SIZE, ram=0, disk=warm, disk_quota=100, read_only=True) as cache:
         assert payloads(cache, texts(0)) == 48
@@ -95,7 +95,7 @@ def test_read_only_without_a_directory_is_refused() -> None:
         Cache(read_only=True)
 
 
-def test_a_directory_without_a_cache_is_said_so(tmp_path: Path) -> None:
+def test_a_directory_without_a_cache_is_reported(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path / "kv", read_only=True) as cache:
         assert "holds no cache to read" in str(cache.disk_error)
         save(cache, texts(0))
@@ -104,7 +104,7 @@ def test_a_directory_without_a_cache_is_said_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["root", "blocks"])
-def test_a_directory_that_others_may_write_to_is_not_believed(warm: Path, name: str) -> None:
+def test_a_directory_writable_by_others_is_not_trusted(warm: Path, name: str) -> None:
     path = warm if name == "root" else warm / "blocks"
     path.chmod(0o777)
     with Cache(block_size=SIZE, disk=warm, read_only=True) as cache:
@@ -129,7 +129,7 @@ def test_without_a_usable_index_the_files_are_read(warm: Path, damage: str) -> N
     assert state(warm) == before
 
 
-def test_a_damaged_file_is_a_miss_and_stays(warm: Path) -> None:
+def test_a_damaged_file_is_a_miss_and_is_kept(warm: Path) -> None:
     second = warm / "blocks" / f"{blocks_of(texts(0))[1].key.hex()}.kvc"
     content = bytearray(second.read_bytes())
     content[-1] ^= 1
@@ -141,14 +141,14 @@ def test_a_damaged_file_is_a_miss_and_stays(warm: Path) -> None:
         assert loaded == [True, False, True]
         assert cache.counters()["corrupt_files"] == 1
         save(cache, texts(0))
-        assert payloads(cache, texts(0)) == 48, "RAM has what was computed again"
+        assert payloads(cache, texts(0)) == 48, "RAM holds the recomputed block"
         cache.flush()
         cache.check_integrity()
     assert state(warm) == before
 
 
-def test_what_a_process_died_over_is_read_with_its_log(tmp_path: Path, warm: Path) -> None:
-    """The database's log was not folded in when the directory was copied."""
+def test_the_write_ahead_log_of_a_dead_process_is_read(tmp_path: Path, warm: Path) -> None:
+    """The write-ahead log was not merged when the directory was copied."""
     copy = tmp_path / "copy"
     with Cache(block_size=SIZE, ram=0, disk=warm, watch=False) as cache:
         save(cache, texts(3000))
@@ -165,7 +165,7 @@ def test_what_a_process_died_over_is_read_with_its_log(tmp_path: Path, warm: Pat
         assert state(copy) == before
 
 
-def test_what_another_process_writes_meanwhile_is_seen(warm: Path) -> None:
+def test_blocks_written_by_another_process_are_found(warm: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=warm, read_only=True) as cache:
         assert payloads(cache, texts(0)) == 48
         for first in (6000, 7000):
@@ -178,13 +178,13 @@ def test_what_another_process_writes_meanwhile_is_seen(warm: Path) -> None:
                     cache.counters()
                     cache.flush(5)
                 else:
-                    pytest.fail("it was never seen")
+                    pytest.fail("the block was never seen")
         assert cache.counters()["faults"] == 0
         cache.check_integrity()
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_directory_to_read_and_one_to_write_are_one_tier(tmp_path: Path, warm: Path, order: int) -> None:
+def test_read_only_and_writable_directories_form_one_tier(tmp_path: Path, warm: Path, order: int) -> None:
     warm.chmod(0o700)
     before = state(warm)
     own = tmp_path / "own"
@@ -219,7 +219,9 @@ def test_a_directory_to_read_and_one_to_write_are_one_tier(tmp_path: Path, warm:
     assert state(warm) == before
 
 
-def test_the_command_reads_and_refuses_to_change(warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_reads_but_does_not_change_a_read_only_directory(
+    warm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not mode & os.W_OK)
     before = state(warm)
@@ -273,7 +275,7 @@ def reading(*prefix: str) -> list[str]:
 
 @pytest.fixture
 def read_only_mount(warm: Path) -> list[str]:
-    """What runs a command where the directory is mounted read-only, for that command alone."""
+    """Return a command prefix that mounts the directory read-only for one command."""
     mounting = f"mount --bind {warm} {warm} && mount -o remount,bind,ro {warm}"
     prefix = ["unshare", "--mount", "sh", "-c", f'{mounting} && exec "$@"', "sh"]
     try:
@@ -281,11 +283,11 @@ def read_only_mount(warm: Path) -> list[str]:
     except FileNotFoundError:
         possible = False
     if not possible:
-        pytest.skip("needs the right to mount; the next test does not")
+        pytest.skip("needs permission to mount; the next test does not")
     return prefix
 
 
-def test_a_read_only_mount_is_read_by_several_processes(warm: Path, read_only_mount: list[str]) -> None:
+def test_several_processes_read_a_read_only_mount(warm: Path, read_only_mount: list[str]) -> None:
     before = state(warm)
     children = [
         subprocess.Popen(
@@ -299,9 +301,9 @@ def test_a_read_only_mount_is_read_by_several_processes(warm: Path, read_only_mo
     assert state(warm) == before
 
 
-def test_a_directory_without_the_right_to_write_is_read(warm: Path) -> None:
+def test_a_directory_without_write_permission_is_read(warm: Path) -> None:
     if os.geteuid() == 0:
-        # As in a container image: files of root, read by another user.
+        # As in a container image: files of root that another user reads.
         open_root = Path(tempfile.mkdtemp(prefix="erllama-test-"))
         open_root.chmod(0o755)
         root = open_root / "kv"

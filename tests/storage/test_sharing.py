@@ -1,4 +1,4 @@
-"""Processes that use one directory together: nobody gets a wrong payload, the quota holds, each sees others' work.
+"""Processes that share a directory: payloads are right, the quota holds, and each sees the work of others.
 
 ERLLAMA_SHARING_SECONDS says for how long they work; `make stress` lets them work longer.
 """
@@ -19,23 +19,23 @@ import numpy as np
 import pytest
 
 from erllama.cache import Block, Cache, FileTier
-from support.blocks import NAMESPACE, SIZE, blocks_of, hit, save
-from support.cache_children import (
+from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, save
+from support.storage.processes import (
     DEADLINE,
-    Occupied,
-    assert_nothing_is_wrong,
+    DiskUsageMonitor,
+    assert_consistent,
     bytes_in,
-    finished,
-    running,
+    killed_at_end,
+    output_of,
     start_python,
 )
 
 SHARING_SECONDS = float(os.environ.get("ERLLAMA_SHARING_SECONDS", "4"))
-SOON_SECONDS = 5.0  # a deadline for what takes a second or so
+SOON_SECONDS = 5.0  # deadline for something that takes about a second
 
 
-def until(condition: Callable[[], bool], seconds: float = SOON_SECONDS) -> bool:
-    """Wait for something that another process does."""
+def wait_for(condition: Callable[[], bool], seconds: float = SOON_SECONDS) -> bool:
+    """Wait for an effect of another process."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -90,42 +90,42 @@ WORKING = """
 
 
 def indexed_bytes(root: Path) -> int:
-    """What the index says is stored and reserved, at one moment."""
+    """Return the bytes that the index states as stored and reserved, at one moment."""
     query = "SELECT (SELECT total(file_bytes) FROM blocks) + (SELECT total(n_bytes) FROM reservations)"
     with closing(sqlite3.connect(root / "index.db")) as index:
         return int(index.execute(query).fetchone()[0])
 
 
-def test_four_processes_work_on_one_directory_within_one_quota(tmp_path: Path) -> None:
-    quota = 400_000  # about sixty blocks of the four hundred and more that they save
+def test_four_processes_share_a_directory_within_one_quota(tmp_path: Path) -> None:
+    quota = 400_000  # about sixty of the more than four hundred blocks that they save
     children = [start_python(WORKING, tmp_path, quota, seed, SHARING_SECONDS) for seed in range(4)]
-    with running(*children):
+    with killed_at_end(*children):
         for child in children:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
         for child in children:
             tell(child)
-        occupied, most_indexed = Occupied(tmp_path), 0
+        occupied, most_indexed = DiskUsageMonitor(tmp_path), 0
         end = time.monotonic() + SHARING_SECONDS
         while time.monotonic() < end:
-            occupied.look_until(time.monotonic() + 0.02)
+            occupied.sample_until(time.monotonic() + 0.02)
             most_indexed = max(most_indexed, indexed_bytes(tmp_path))
         counts = []
         for child in children:
             assert child.stdout is not None
             line = child.stdout.readline()
-            assert line, finished(child)
+            assert line, output_of(child)
             counts.append([int(count) for count in line.split()])
         for child in children:
             tell(child)
         for child in children:
-            finished(child)
+            output_of(child)
         assert 0.5 * quota < occupied.most <= quota
         assert most_indexed <= quota
         assert all(n_loads > 0 for n_loads, _ in counts)
         assert sum(n_evictions for _, n_evictions in counts) > 0
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota) as cache:
-        assert_nothing_is_wrong(tmp_path, quota, cache)
+        assert_consistent(tmp_path, quota, cache)
         assert cache.rows()
 
 
@@ -135,7 +135,7 @@ def tell(child: object) -> None:
     stdin.flush()
 
 
-def test_evicting_in_one_process_gives_another_the_payload_or_nothing(tmp_path: Path) -> None:
+def test_eviction_by_one_process_gives_another_the_payload_or_a_miss(tmp_path: Path) -> None:
     evicting = """
         cache = Cache(block_size=SIZE, ram=0, disk=sys.argv[1])
         contexts = [np.arange(first, first + 64, dtype=np.int32) for first in range(0, 1000, 100)]
@@ -152,7 +152,7 @@ def test_evicting_in_one_process_gives_another_the_payload_or_nothing(tmp_path: 
     """
     seconds = SHARING_SECONDS / 2
     child = start_python(evicting, tmp_path, seconds)
-    with running(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
+    with killed_at_end(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert child.stdout is not None
         assert child.stdout.readline() == "saved\n"
         n_loads = 0
@@ -165,15 +165,15 @@ def test_evicting_in_one_process_gives_another_the_payload_or_nothing(tmp_path: 
                         if loaded is not None:
                             assert bytes(loaded.payload) == block.key * (64 + block.key[0])
                             n_loads += 1
-        finished(child)
+        output_of(child)
         assert n_loads > 0
         counters = cache.counters()
         assert counters["faults"] == counters["disk_errors"] == counters["corrupt_files"] == 0
         cache.check_integrity()
 
 
-def test_evicting_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
-    """In one process: what is chosen to go still takes its room until it is gone."""
+def test_eviction_during_saves_keeps_the_quota_right(tmp_path: Path) -> None:
+    """In one process: a block chosen for eviction takes room until it is removed."""
 
     class SlowToRemove(FileTier):
         may_go_on = threading.Event()
@@ -204,7 +204,7 @@ def test_evicting_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
         assert cache.verify() == []
 
 
-def test_dropping_what_is_damaged_while_saving_leaves_the_quota_alone(tmp_path: Path) -> None:
+def test_dropping_damaged_blocks_during_saves_keeps_the_quota_right(tmp_path: Path) -> None:
     class Watched(FileTier):
         reserving, may_go_on = threading.Event(), threading.Event()
         most = 0
@@ -237,16 +237,16 @@ def test_dropping_what_is_damaged_while_saving_leaves_the_quota_alone(tmp_path: 
         assert tier.most <= tier.budget
 
 
-def test_a_block_that_another_evicts_as_soon_as_it_is_written_is_not_offered(tmp_path: Path) -> None:
+def test_a_block_evicted_right_after_its_write_is_not_offered(tmp_path: Path) -> None:
     tokens = np.arange(SIZE, dtype=np.int32)
 
     class Overtaken(FileTier):
         def write(self, block: Block, payload: memoryview) -> None:
             super().write(block, payload)
-            assert until(lambda: hit(other, tokens) == SIZE)
+            assert wait_for(lambda: hit(other, tokens) == SIZE)
             assert other.evict_bytes("1GiB", tiers=("disk",)) > 0
             time.sleep(0.3)  # as a slow machine would
-            cache.rows()  # a request of ours looks, and takes in that it is gone
+            cache.rows()  # a lookup of this process sees that it is removed
 
     other = Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False)
     cache = Cache(block_size=SIZE, ram=0, tiers=[Overtaken(tmp_path, 2**30, watch=False)])
@@ -272,11 +272,11 @@ SAVING_ON_DEMAND = """
 
 
 @pytest.mark.parametrize("n", [64, 40], ids=["full blocks", "with a tail"])
-def test_what_one_process_saves_another_sees_within_a_second_or_so(
+def test_a_save_is_visible_to_other_processes_within_a_second_or_so(
     tmp_path: Path, n: int, record_property: Callable[[str, object], None]
 ) -> None:
     child = start_python(SAVING_ON_DEMAND, tmp_path)
-    with running(child), Cache(block_size=SIZE, disk=tmp_path) as cache:
+    with killed_at_end(child), Cache(block_size=SIZE, disk=tmp_path) as cache:
         assert child.stdout is not None
         assert child.stdin is not None
         assert child.stdout.readline() == "ready\n"
@@ -292,7 +292,7 @@ def test_what_one_process_saves_another_sees_within_a_second_or_so(
                 with cache.lookup(NAMESPACE, tokens) as match:
                     return match.n_tokens == len(tokens)
 
-            assert until(seen)
+            assert wait_for(seen)
             took.append(time.monotonic() - began)
             with cache.lookup(NAMESPACE, tokens) as match:
                 for block in match.blocks:
@@ -302,7 +302,7 @@ def test_what_one_process_saves_another_sees_within_a_second_or_so(
         record_property("seconds", [round(seconds, 3) for seconds in took])
 
 
-def test_what_one_process_evicts_another_does_not_offer(tmp_path: Path) -> None:
+def test_a_block_evicted_by_one_process_is_not_offered_by_another(tmp_path: Path) -> None:
     tokens = np.arange(64, dtype=np.int32)
     evicting = """
         with Cache(block_size=SIZE, disk=sys.argv[1]) as cache:
@@ -312,9 +312,9 @@ def test_what_one_process_evicts_another_does_not_offer(tmp_path: Path) -> None:
         save(cache, tokens)
         cache.flush()
         child = start_python(evicting, tmp_path)
-        with running(child):
-            finished(child)
-        assert until(lambda: cache.rows() == [])
+        with killed_at_end(child):
+            output_of(child)
+        assert wait_for(lambda: cache.rows() == [])
         assert hit(cache, tokens) == 0
         assert cache.counters()["disk_errors"] == cache.counters()["corrupt_files"] == 0
 
@@ -325,7 +325,7 @@ def test_what_one_process_evicts_another_does_not_offer(tmp_path: Path) -> None:
 LONG_MS = int(DEADLINE * 1000)
 
 
-def test_a_lookup_waits_for_the_save_that_it_goes_on_from(tmp_path: Path) -> None:
+def test_a_lookup_waits_for_the_save_of_its_parent(tmp_path: Path) -> None:
     tokens = np.arange(40, dtype=np.int32)
     parent = blocks_of(tokens)[-1].key
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
@@ -349,7 +349,7 @@ def test_a_lookup_waits_for_the_save_that_it_goes_on_from(tmp_path: Path) -> Non
         saving.join()
 
 
-def test_a_lookup_does_not_wait_for_a_save_that_is_given_up(tmp_path: Path) -> None:
+def test_a_lookup_does_not_wait_for_an_abandoned_save(tmp_path: Path) -> None:
     tokens = np.arange(40, dtype=np.int32)
     parent = blocks_of(tokens)[-1].key
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
@@ -371,7 +371,7 @@ def test_a_lookup_does_not_wait_for_a_save_that_is_given_up(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["unknown", "stored"])
-def test_a_lookup_waits_for_nothing_when_nothing_is_in_flight(tmp_path: Path, known: bool) -> None:
+def test_a_lookup_does_not_wait_without_a_save_in_flight(tmp_path: Path, known: bool) -> None:
     tokens = np.arange(40, dtype=np.int32)
     with Cache(block_size=SIZE, disk=tmp_path) as cache, cache.expecting(bytes(32)):
         if known:
@@ -382,7 +382,7 @@ def test_a_lookup_waits_for_nothing_when_nothing_is_in_flight(tmp_path: Path, kn
         assert time.monotonic() - began < 1.0
 
 
-def test_a_lookup_waits_no_longer_than_it_was_told(tmp_path: Path) -> None:
+def test_a_lookup_waits_no_longer_than_its_timeout(tmp_path: Path) -> None:
     tokens = np.arange(40, dtype=np.int32)
     parent = blocks_of(tokens)[-1].key
     with Cache(block_size=SIZE, disk=tmp_path) as cache, cache.expecting(parent):
@@ -411,12 +411,12 @@ WRITING = """
         signal.SIGKILL,
     ],
 )
-def test_a_lookup_waits_for_what_another_process_is_writing(tmp_path: Path, ends: signal.Signals) -> None:
-    """And not for one that died in the middle of it."""
+def test_a_lookup_waits_for_a_save_of_another_process(tmp_path: Path, ends: signal.Signals) -> None:
+    """It does not wait for a process that died during the write."""
     child = start_python(WRITING, tmp_path)
     tokens = np.arange(16, dtype=np.int32)
     parent = blocks_of(tokens)[0].key
-    with running(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
+    with killed_at_end(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
         began = time.monotonic()
         with cache.lookup(NAMESPACE, tokens, parent_key=parent, wait_ms=100) as match:
@@ -429,21 +429,21 @@ def test_a_lookup_waits_for_what_another_process_is_writing(tmp_path: Path, ends
         assert time.monotonic() - began < 2.5
 
 
-def test_processes_that_save_the_same_chain_keep_what_each_adds(tmp_path: Path) -> None:
-    """A block whose parent another process is writing just now is written, too."""
+def test_processes_that_save_one_chain_keep_the_blocks_of_each(tmp_path: Path) -> None:
+    """A block is written although another process is still writing its parent."""
     child = start_python(WRITING, tmp_path)
     tokens = np.arange(64, dtype=np.int32)
-    with running(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
+    with killed_at_end(child), Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert os.WIFSTOPPED(os.waitpid(child.pid, os.WUNTRACED)[1])
         save(cache, tokens)
         threading.Timer(0.3, child.send_signal, [signal.SIGCONT]).start()
         cache.flush()
-        finished(child)
-        assert until(lambda: hit(cache, tokens) >= 16)
+        output_of(child)
+        assert wait_for(lambda: hit(cache, tokens) >= 16)
         assert hit(cache, tokens) == 64
 
 
-def test_what_another_process_uses_is_not_evicted_first(tmp_path: Path) -> None:
+def test_uses_by_other_processes_count_for_eviction(tmp_path: Path) -> None:
     quota = 6 * (64 + 264)
     old = [np.array([i] * SIZE, dtype=np.int32) for i in range(6)]
     with (
@@ -461,8 +461,8 @@ def test_what_another_process_uses_is_not_evicted_first(tmp_path: Path) -> None:
         assert [hit(mine, tokens) for tokens in old] == [SIZE, 0, SIZE, SIZE, SIZE, SIZE]
 
 
-def test_more_names_than_are_remembered_are_all_looked_at(tmp_path: Path) -> None:
-    """A flood of changes behind our back costs bounded memory, and loses none of them."""
+def test_more_changed_files_than_are_remembered_are_all_checked(tmp_path: Path) -> None:
+    """Many changes by others take bounded memory, and none is missed."""
     tokens = np.arange(SIZE, dtype=np.int32)
     with Cache(block_size=SIZE, disk=tmp_path / "other") as other:
         save(other, tokens)
@@ -478,5 +478,5 @@ def test_more_names_than_are_remembered_are_all_looked_at(tmp_path: Path) -> Non
         assert len(tier._changed_files) <= 1001
         deadline = time.monotonic() + 30
         while hit(cache, tokens) != SIZE:
-            assert time.monotonic() < deadline, "it is not taken in"
+            assert time.monotonic() < deadline, "it is not added to the catalog"
             time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Storage that fails under a running cache: requests go on, the fault is counted, and service returns by itself.
+"""Storage that fails under a running cache: requests continue, faults are counted, and service recovers.
 
 ERLLAMA_LOCK_SECONDS says how long another process keeps the database to itself; `make stress`: longer.
 """
@@ -27,20 +27,20 @@ from numpy.typing import NDArray
 import erllama
 from erllama.cache import Block, Cache, FileTier
 from erllama.cache.tiers.index import Index
-from support.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
-from support.cache_children import finished, running, start_python
+from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
+from support.storage.processes import killed_at_end, output_of, start_python
 
 LOCK_SECONDS = float(os.environ.get("ERLLAMA_LOCK_SECONDS", "1.0"))
-PROMPT_SECONDS = 1.0  # no call of a request takes longer; it takes a thousandth
-SOON_SECONDS = 20.0  # a deadline for what happens within a second or two
+PROMPT_SECONDS = 1.0  # limit for each call of a request; it takes a thousandth of it
+SOON_SECONDS = 20.0  # deadline for something that happens within a second or two
 
 
 def texts(first: int, n: int = 48) -> NDArray[np.int32]:
     return np.arange(first, first + n, dtype=np.int32)
 
 
-def until(condition: Callable[[], bool], seconds: float = SOON_SECONDS) -> bool:
-    """Wait for something that happens behind our back."""
+def wait_for(condition: Callable[[], bool], seconds: float = SOON_SECONDS) -> bool:
+    """Wait for something that happens in the background."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -50,23 +50,23 @@ def until(condition: Callable[[], bool], seconds: float = SOON_SECONDS) -> bool:
 
 
 @contextmanager
-def promptly() -> Iterator[None]:
+def within_time_limit() -> Iterator[None]:
     began = time.monotonic()
     yield
     assert time.monotonic() - began < PROMPT_SECONDS
 
 
-def use(cache: Cache, tokens: NDArray[np.int32], n_bytes: int = 64) -> int:
-    """What a request does, each call of it prompt; the tokens that were found before."""
-    with promptly():
+def make_request(cache: Cache, tokens: NDArray[np.int32], n_bytes: int = 64) -> int:
+    """Make the calls of a request and check that each is quick. Returns the tokens that were found."""
+    with within_time_limit():
         match = cache.lookup(NAMESPACE, tokens)
     with match:
         for block in match.blocks:
-            with promptly():
+            with within_time_limit():
                 loaded = cache.load(block)
             assert loaded is None or bytes(loaded.payload[:32]) == block.key
         for block in blocks_of(tokens):
-            with promptly():
+            with within_time_limit():
                 cache.save(block, payload_of(block, n_bytes))
         return match.n_tokens
 
@@ -80,16 +80,16 @@ def keys_of(tokens: NDArray[np.int32]) -> set[str]:
 
 
 def serves_again(cache: Cache, root: Path, seconds: float = SOON_SECONDS) -> bool:
-    """Whether, after some time, what is saved is on the disk again."""
+    """Return whether saves reach the disk again after some time."""
     fresh = iter(range(10**6, 10**9, 10**3))
 
     def one_more() -> bool:
         tokens = texts(next(fresh))
-        use(cache, tokens)
+        make_request(cache, tokens)
         assert cache.flush(SOON_SECONDS)
         return root.exists() and keys_of(tokens) <= on_disk(root)
 
-    return until(one_more, seconds)
+    return wait_for(one_more, seconds)
 
 
 # --- no room ---------------------------------------------------------------------------------------
@@ -97,11 +97,11 @@ def serves_again(cache: Cache, root: Path, seconds: float = SOON_SECONDS) -> boo
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB, where we may mount one."""
+    """Mount a file system of 1 MiB, if that is permitted."""
     point = tmp_path / "small"
     point.mkdir(mode=0o700)
     if not mount("-t", "tmpfs", "-o", "size=1m,mode=700", "none", point):
-        pytest.skip("needs the right to mount; test_cache.py has a test of a full disk that does not")
+        pytest.skip("needs permission to mount; test_cache.py tests a full disk without it")
     yield point
     subprocess.run(["umount", "--lazy", point], check=True)
 
@@ -114,21 +114,21 @@ def mount(*arguments: object) -> bool:
 
 
 @pytest.mark.parametrize("ram", ["0", "64MiB"])
-def test_a_full_disk_serves_again_when_it_has_room_again(small_disk: Path, ram: str) -> None:
+def test_a_full_disk_is_used_again_when_it_has_room(small_disk: Path, ram: str) -> None:
     root = small_disk / "kv"
     with Cache(block_size=SIZE, ram=ram, disk=root, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         ballast = small_disk / "ballast"
         with pytest.raises(OSError, match="No space"):
             ballast.write_bytes(bytes(2**20))
         for first in range(1000, 5000, 1000):
-            use(cache, texts(first), n_bytes=64_000)
+            make_request(cache, texts(first), n_bytes=64_000)
             cache.flush()
         assert cache.counters()["disk_errors"] > 0
         assert cache.counters()["faults"] == 0
         assert list((root / "partial").iterdir()) == []
-        assert hit(cache, texts(0)) == 48, "what was there is served"
+        assert hit(cache, texts(0)) == 48, "existing blocks are served"
         if cache.ram_budget:
             assert hit(cache, texts(4000)) == 48
         ballast.unlink()
@@ -137,8 +137,8 @@ def test_a_full_disk_serves_again_when_it_has_room_again(small_disk: Path, ram: 
         cache.check_integrity()
 
 
-def test_writes_that_end_halfway_cost_only_themselves(tmp_path: Path) -> None:
-    """The limit on a file's size stands in for the full disk where none can be mounted."""
+def test_incomplete_writes_fail_alone(tmp_path: Path) -> None:
+    """A limit on file size replaces the full disk if none can be mounted."""
     child = start_python(
         """
         import logging, resource
@@ -163,23 +163,23 @@ def test_writes_that_end_halfway_cost_only_themselves(tmp_path: Path) -> None:
         """,
         tmp_path,
     )
-    with running(child):
-        finished(child)
+    with killed_at_end(child):
+        output_of(child)
 
 
 # --- a directory that goes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ram", [0, "1MiB"])
-def test_a_directory_that_is_removed_is_made_anew(tmp_path: Path, ram: str | int) -> None:
+def test_a_removed_directory_is_recreated(tmp_path: Path, ram: str | int) -> None:
     root = tmp_path / "kv"
     with Cache(block_size=SIZE, ram=ram, disk=root) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         for round_ in range(1, 3):
             before = cache.counters()["disk_errors"]
             shutil.rmtree(root)
-            assert use(cache, texts(1000 * round_)) == 0
+            assert make_request(cache, texts(1000 * round_)) == 0
             assert serves_again(cache, root)
             assert cache.counters()["disk_errors"] > before
             assert on_disk(root) >= {row.key.hex() for row in cache.rows() if row.tier == "disk"}
@@ -200,15 +200,13 @@ def test_a_directory_that_is_removed_is_made_anew(tmp_path: Path, ram: str | int
         "damaged",
     ],
 )
-def test_a_part_of_the_directory_that_is_removed_is_made_anew(
-    tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_removed_subdirectory_is_recreated(tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erllama.cache.pipeline.tier_set._REOPEN_SECONDS", 0.1)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         shutil.rmtree(tmp_path / lost)
-        assert use(cache, texts(0)) == 48
+        assert make_request(cache, texts(0)) == 48
         assert serves_again(cache, tmp_path, 1.5)
         assert cache.counters()["faults"] == 0
 
@@ -220,13 +218,13 @@ HOLD = {
     "a transaction": "BEGIN EXCLUSIVE",
     "something to write": "BEGIN IMMEDIATE; INSERT INTO fingerprints VALUES ('x', 'y'); DELETE FROM blocks",
 }
-# Shuts out readers, too. To be had only while nobody else has the database open, so at a cache's start.
+# An exclusive lock blocks readers, too. It needs a database that is not open, so before a cache starts.
 ALONE = "PRAGMA locking_mode=EXCLUSIVE; BEGIN IMMEDIATE; INSERT INTO fingerprints VALUES ('x', 'y')"
 
 
 @contextmanager
 def held_by_another(root: Path, statements: str) -> Iterator[None]:
-    """Within it another process has the database for itself."""
+    """While the context is active, another process has the database locked."""
     child = start_python(
         """
         import sqlite3
@@ -240,29 +238,27 @@ def held_by_another(root: Path, statements: str) -> Iterator[None]:
         root / "index.db",
         statements,
     )
-    with running(child):
+    with killed_at_end(child):
         assert child.stdout is not None
         assert child.stdout.readline() == "held\n"
         yield
-        finished(child)
+        output_of(child)
 
 
 @pytest.mark.parametrize(("how", "ram"), [("a transaction", "1MiB"), ("something to write", 0)])
-def test_a_database_that_another_process_keeps_holds_up_no_request(
-    tmp_path: Path, how: str, ram: str | int
-) -> None:
+def test_a_database_locked_by_another_process_blocks_no_request(tmp_path: Path, how: str, ram: str | int) -> None:
     with Cache(block_size=SIZE, ram=ram, disk=tmp_path, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         during = []
         with held_by_another(tmp_path, HOLD[how]):
             until_then = time.monotonic() + LOCK_SECONDS
             while time.monotonic() < until_then:
                 during.append(texts(1000 * (1 + len(during))))
-                assert use(cache, during[-1]) == 0
-                assert use(cache, during[-1]) == 48, "it waits to be written, and can be had"
-                assert use(cache, texts(0)) == 48
-                with promptly():
+                assert make_request(cache, during[-1]) == 0
+                assert make_request(cache, during[-1]) == 48, "it waits to be written and can be loaded"
+                assert make_request(cache, texts(0)) == 48
+                with within_time_limit():
                     cache.rows()
                     cache.counters()
                     cache.contains(bytes(32))
@@ -278,7 +274,7 @@ def test_a_database_that_another_process_keeps_holds_up_no_request(
         cache.check_integrity()
 
 
-def test_a_cache_opens_as_soon_as_the_database_is_free(tmp_path: Path) -> None:
+def test_a_cache_opens_when_the_database_is_unlocked(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         save(cache, texts(0))
     with held_by_another(tmp_path, ALONE):
@@ -295,26 +291,24 @@ def test_a_cache_opens_as_soon_as_the_database_is_free(tmp_path: Path) -> None:
     assert opened == [48]
 
 
-def test_a_database_that_is_kept_for_longer_than_the_cache_waits_costs_only_those_saves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saves_that_outwait_a_database_lock_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erllama.cache.tiers.index_schema._BUSY_SECONDS", 0.1)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         with held_by_another(tmp_path, HOLD["something to write"]):
-            use(cache, texts(1000))
+            make_request(cache, texts(1000))
             assert cache.flush(SOON_SECONDS)
-            assert use(cache, texts(0)) == 48
+            assert make_request(cache, texts(0)) == 48
         assert cache.counters()["disk_errors"] > 0
         assert serves_again(cache, tmp_path)
-        assert use(cache, texts(0)) == 48
+        assert make_request(cache, texts(0)) == 48
         assert cache.counters()["faults"] == 0
         assert cache.verify() == []
         cache.check_integrity()
 
 
-def test_a_database_that_is_kept_for_longer_than_a_start_waits_is_used_when_it_is_free(
+def test_a_database_locked_at_the_start_is_used_once_unlocked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("erllama.cache.tiers.index_schema._BUSY_SECONDS", 0.1)
@@ -324,26 +318,26 @@ def test_a_database_that_is_kept_for_longer_than_a_start_waits_is_used_when_it_i
     with held_by_another(tmp_path, ALONE):
         cache = Cache(block_size=SIZE, ram="1MiB", disk=tmp_path, watch=False)
         assert "locked" in str(cache.disk_error)
-        assert use(cache, texts(1000)) == 0
-        assert use(cache, texts(1000)) == 48
+        assert make_request(cache, texts(1000)) == 0
+        assert make_request(cache, texts(1000)) == 48
         cache.flush()
     with cache:
         assert serves_again(cache, tmp_path)
         assert cache.disk_error is None
-        assert use(cache, texts(0)) == 48
+        assert make_request(cache, texts(0)) == 48
         assert cache.counters()["faults"] == 0
 
 
 @pytest.mark.parametrize("gone", [("index.db",), ("index.db", "index.db-wal", "index.db-shm")])
-def test_a_database_that_is_deleted_is_made_anew_from_the_files(tmp_path: Path, gone: tuple[str, ...]) -> None:
+def test_a_deleted_database_is_rebuilt_from_the_files(tmp_path: Path, gone: tuple[str, ...]) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         for name in gone:
             (tmp_path / name).unlink()
-        use(cache, texts(1000))
+        make_request(cache, texts(1000))
         assert serves_again(cache, tmp_path)
-        assert until(lambda: use(cache, texts(0)) == 48)
+        assert wait_for(lambda: make_request(cache, texts(0)) == 48)
         assert cache.counters()["disk_errors"] > 0
         assert cache.verify() == []
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
@@ -367,19 +361,21 @@ KINDS = ["noise", "zeros", "text", "nothing", "half", "noise behind the header"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_database_that_is_overwritten_while_it_is_open_is_made_anew(tmp_path: Path, kind: str) -> None:
+def test_a_database_overwritten_while_open_is_rebuilt(tmp_path: Path, kind: str) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         for first in range(0, 3000, 100):
-            use(cache, texts(first))
+            make_request(cache, texts(first))
         cache.flush()
         path = tmp_path / "index.db"
-        with sqlite3.connect(path) as connection:  # or it would all be in the log, and nothing be lost
+        with sqlite3.connect(
+            path
+        ) as connection:  # otherwise everything would be in the log, and nothing would be lost
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         connection.close()
         path.write_bytes(garbage(path.read_bytes(), kind))
-        use(cache, texts(10_000))
+        make_request(cache, texts(10_000))
         assert serves_again(cache, tmp_path)
-        assert use(cache, texts(0)) in (0, 48)
+        assert make_request(cache, texts(0)) in (0, 48)
         assert cache.counters()["faults"] == 0
         assert not any(name.startswith("index.db") for name in on_disk(tmp_path))
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
@@ -389,21 +385,21 @@ def test_a_database_that_is_overwritten_while_it_is_open_is_made_anew(tmp_path: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_database_that_was_overwritten_is_made_anew_at_the_next_start(tmp_path: Path, kind: str) -> None:
+def test_an_overwritten_database_is_rebuilt_at_the_next_start(tmp_path: Path, kind: str) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         for first in range(0, 3000, 100):
-            use(cache, texts(first))
+            make_request(cache, texts(first))
     path = tmp_path / "index.db"
     path.write_bytes(garbage(path.read_bytes(), kind))
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         assert cache.disk_error is None
-        assert all(use(cache, texts(first)) == 48 for first in range(0, 3000, 100))
+        assert all(make_request(cache, texts(first)) == 48 for first in range(0, 3000, 100))
         cache.flush()
         assert cache.counters()["faults"] == cache.counters()["corrupt_files"] == 0
         assert cache.verify() == []
 
 
-def test_a_database_of_a_newer_release_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+def test_a_database_of_a_newer_release_is_refused_unchanged(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         save(cache, texts(0))
     with sqlite3.connect(tmp_path / "index.db") as connection:
@@ -414,9 +410,9 @@ def test_a_database_of_a_newer_release_is_refused_and_left_as_it_is(tmp_path: Pa
         assert isinstance(cache.disk_error, erllama.CacheError)
         assert "version 99" in str(cache.disk_error)
         assert "Upgrade" in str(cache.disk_error)
-        use(cache, texts(1000))
+        make_request(cache, texts(1000))
         cache.gc()
-        assert cache.verify() != [], "it says that it has no disk"
+        assert cache.verify() != [], "it reports that the disk is unavailable"
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == before
 
@@ -424,23 +420,23 @@ def test_a_database_of_a_newer_release_is_refused_and_left_as_it_is(tmp_path: Pa
 # --- files that cannot be read ------------------------------------------------------------------------
 
 
-def test_a_directory_in_a_files_place_is_a_miss(tmp_path: Path) -> None:
+def test_a_directory_in_place_of_a_file_is_a_miss(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         second = tmp_path / "blocks" / f"{blocks_of(texts(0))[1].key.hex()}.kvc"
         second.unlink()
         second.mkdir()
         assert [cache.load(block) is not None for block in blocks_of(texts(0))] == [True, False, True]
-        assert until(lambda: not second.is_dir()), "it is set aside"
-        assert until(lambda: use(cache, texts(0)) == 48 and cache.flush() and second.is_file())
+        assert wait_for(lambda: not second.is_dir()), "it is set aside"
+        assert wait_for(lambda: make_request(cache, texts(0)) == 48 and cache.flush() and second.is_file())
         assert all(cache.load(block) is not None for block in blocks_of(texts(0)))
         assert cache.counters()["corrupt_files"] + cache.counters()["disk_errors"] > 0
         assert cache.counters()["faults"] == 0
 
 
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no"), OSError(errno.EIO, "bad sector")])
-def test_a_file_that_cannot_be_read_now_is_a_miss_and_stays(tmp_path: Path, error: OSError) -> None:
+def test_a_file_that_cannot_be_read_now_is_a_miss_and_is_kept(tmp_path: Path, error: OSError) -> None:
     class Unreadable(FileTier):
         refused: frozenset[bytes] = frozenset()
 
@@ -451,7 +447,7 @@ def test_a_file_that_cannot_be_read_now_is_a_miss_and_stays(tmp_path: Path, erro
 
     tier = Unreadable(tmp_path, 2**30)
     with Cache(block_size=SIZE, ram=0, tiers=[tier]) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         tier.refused = frozenset({blocks_of(texts(0))[1].key})
         assert [cache.load(block) is not None for block in blocks_of(texts(0))] == [True, False, True]
@@ -461,7 +457,7 @@ def test_a_file_that_cannot_be_read_now_is_a_miss_and_stays(tmp_path: Path, erro
         assert hit(cache, texts(0)) == 48
 
 
-def test_a_new_version_that_cannot_be_indexed_leaves_the_old_one(
+def test_a_version_that_cannot_be_indexed_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def locked(*_: object, **__: object) -> None:
@@ -492,10 +488,10 @@ def test_a_file_that_cannot_be_removed_counts_towards_the_quota(
     n_bytes = 6400
     quota = 3 * (n_bytes + 300)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, disk_quota=quota, watch=False) as cache:
-        use(cache, texts(0), n_bytes)
+        make_request(cache, texts(0), n_bytes)
         cache.flush()
         monkeypatch.setattr(Path, "unlink", refuse)
-        use(cache, texts(1000), n_bytes)
+        make_request(cache, texts(1000), n_bytes)
         cache.flush()
         assert sum(path.stat().st_size for path in (tmp_path / "blocks").iterdir()) <= quota
 
@@ -506,7 +502,7 @@ def test_a_file_that_cannot_be_removed_counts_towards_the_quota(
 def test_a_file_system_that_is_read_only_is_read(small_disk: Path) -> None:
     root = small_disk / "kv"
     with Cache(block_size=SIZE, ram=0, disk=root, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
     assert mount("-o", "remount,ro", small_disk)
     with Cache(block_size=SIZE, ram=0, disk=root, watch=False) as cache:
         assert cache.disk_error is None
@@ -516,7 +512,7 @@ def test_a_file_system_that_is_read_only_is_read(small_disk: Path) -> None:
         assert isinstance(cache.disk_error, erllama.CacheError)
         assert "Read-only file system" in str(cache.disk_error)
         assert str(small_disk / "new") in str(cache.disk_error)
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         assert hit(cache, texts(0)) == 48
     assert mount("-o", "remount,rw", small_disk)
     with Cache(block_size=SIZE, ram=0, disk=root, watch=False) as cache:
@@ -532,20 +528,20 @@ def test_a_file_system_that_becomes_read_only_still_serves(tmp_path: Path, monke
         return opening(path, flags, *arguments, **options)  # type: ignore[call-overload, no-any-return]
 
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         monkeypatch.setattr(os, "open", refuse)
-        use(cache, texts(1000))
+        make_request(cache, texts(1000))
         assert cache.flush(SOON_SECONDS)
         assert cache.counters()["disk_errors"] > 0
-        assert use(cache, texts(0)) == 48
+        assert make_request(cache, texts(0)) == 48
         monkeypatch.undo()
         assert serves_again(cache, tmp_path)
         assert cache.counters()["faults"] == 0
         assert cache.verify() == []
 
 
-def test_a_directory_that_cannot_be_made_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_cannot_be_created_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path, *_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
 
@@ -554,7 +550,7 @@ def test_a_directory_that_cannot_be_made_is_said_so(tmp_path: Path, monkeypatch:
         assert isinstance(cache.disk_error, erllama.CacheError)
         assert "Read-only file system" in str(cache.disk_error)
         assert "give a writable one" in str(cache.disk_error)
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         assert hit(cache, texts(0)) == 48
 
 
@@ -570,25 +566,25 @@ def test_a_file_system_without_locks_is_refused(
         assert isinstance(cache.disk_error, erllama.CacheError)
         assert "locks" in str(cache.disk_error)
         assert "local disk" in str(cache.disk_error)
-        use(cache, texts(0))
+        make_request(cache, texts(0))
     assert not (tmp_path / "index.db").exists()
 
 
-def test_a_refusal_leaves_no_locks_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_directory_holds_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     Cache(block_size=SIZE, disk=tmp_path).close()
     assert list((tmp_path / "owners").iterdir()) == [], "the cache tries again every few seconds"
 
 
-def test_one_cache_does_not_lie_in_another(tmp_path: Path) -> None:
+def test_a_cache_inside_another_cache_is_refused(tmp_path: Path) -> None:
     outer = tmp_path / "outer"
     with Cache(block_size=SIZE, disk=outer, watch=False) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         for inner in (outer / "inner", outer / "blocks" / "deep" / "inner", outer / "blocks"):
             with Cache(block_size=SIZE, disk=inner, watch=False) as other:
                 assert isinstance(other.disk_error, erllama.CacheError)
                 assert str(outer) in str(other.disk_error)
-                use(other, texts(0))
+                make_request(other, texts(0))
         assert not (outer / "inner").exists()
     for roots in ([outer, outer / "inner"], [outer / "inner", outer], [outer, outer]):
         with pytest.raises(erllama.OptionError, match="separate directories"):
@@ -602,7 +598,7 @@ def test_one_cache_does_not_lie_in_another(tmp_path: Path) -> None:
 
 @pytest.fixture
 def donor(tmp_path: Path) -> Path:
-    """Another cache's directory, with one context in three files."""
+    """Create the directory of another cache, with one context in three files."""
     root = tmp_path / "donor"
     with Cache(block_size=SIZE, ram=0, disk=root) as cache:
         save(cache, texts(0), n_bytes=64_000)
@@ -610,7 +606,7 @@ def donor(tmp_path: Path) -> Path:
 
 
 def copy(source: Path, target: Path, pieces: int) -> None:
-    """As `cp` does, in as many pieces, open to everyone."""
+    """Copy as `cp` does, in several pieces, with default permissions."""
     content = source.read_bytes()
     step = -(-len(content) // pieces)
     with target.open("wb") as file:
@@ -627,7 +623,7 @@ def copy(source: Path, target: Path, pieces: int) -> None:
     [("as there", 1), ("otherwise", 1), ("otherwise", 10)],
     ids=["at once", "renamed", "slowly"],
 )
-def test_files_that_are_copied_in_are_used(tmp_path: Path, donor: Path, pieces: int, named: str) -> None:
+def test_copied_files_are_used(tmp_path: Path, donor: Path, pieces: int, named: str) -> None:
     mine = tmp_path / "mine"
     with Cache(block_size=SIZE, ram=0, disk=mine) as cache:
         copiers = []
@@ -635,12 +631,12 @@ def test_files_that_are_copied_in_are_used(tmp_path: Path, donor: Path, pieces: 
             name = source.name if named == "as there" else f"copy of {i}.kvc"
             copiers.append(threading.Thread(target=copy, args=(source, mine / "blocks" / name, pieces)))
             copiers[-1].start()
-        assert until(lambda: use_only(cache, texts(0)) == 48)
+        assert wait_for(lambda: use_only(cache, texts(0)) == 48)
         for copier in copiers:
             copier.join()
         assert hit(cache, texts(0)) == 48
-        assert on_disk(mine) == on_disk(donor), "each has its own name now"
-        assert until(lambda: {p.stat().st_mode & 0o777 for p in (mine / "blocks").iterdir()} == {0o600})
+        assert on_disk(mine) == on_disk(donor), "each has its own name"
+        assert wait_for(lambda: {p.stat().st_mode & 0o777 for p in (mine / "blocks").iterdir()} == {0o600})
         cache.flush()
         assert cache.verify() == []
         assert cache.counters()["corrupt_files"] == cache.counters()["disk_errors"] == 0
@@ -652,28 +648,28 @@ def use_only(cache: Cache, tokens: NDArray[np.int32]) -> int:
         return match.n_tokens
 
 
-def test_files_that_are_copied_in_count_towards_the_quota(tmp_path: Path, donor: Path) -> None:
+def test_copied_files_count_towards_the_quota(tmp_path: Path, donor: Path) -> None:
     mine, quota = tmp_path / "mine", 150_000
     with Cache(block_size=SIZE, ram=0, disk=mine, disk_quota=quota) as cache:
         for first in (1000, 2000):
-            use(cache, texts(first), n_bytes=16_000)
+            make_request(cache, texts(first), n_bytes=16_000)
         cache.flush()
         for source in (donor / "blocks").iterdir():
             shutil.copy(source, mine / "blocks")
-        assert until(lambda: any(row.n_bytes > 60_000 for row in cache.rows()))
-        assert until(lambda: sum(p.stat().st_size for p in (mine / "blocks").iterdir()) <= quota)
+        assert wait_for(lambda: any(row.n_bytes > 60_000 for row in cache.rows()))
+        assert wait_for(lambda: sum(p.stat().st_size for p in (mine / "blocks").iterdir()) <= quota)
         assert cache.counters()["evictions_disk"] > 0
         cache.check_integrity()
 
 
-def test_a_file_that_is_removed_is_gone_from_the_rows(tmp_path: Path) -> None:
+def test_a_removed_file_disappears_from_the_rows(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         last = blocks_of(texts(0))[-1].key
         assert last in {row.key for row in cache.rows()}
         (tmp_path / "blocks" / f"{last.hex()}.kvc").unlink()
-        assert until(lambda: last not in {row.key for row in cache.rows()})
+        assert wait_for(lambda: last not in {row.key for row in cache.rows()})
         assert use_only(cache, texts(0)) == 32
         assert cache.verify() == []
         assert cache.counters()["corrupt_files"] == cache.counters()["disk_errors"] == 0
@@ -682,22 +678,22 @@ def test_a_file_that_is_removed_is_gone_from_the_rows(tmp_path: Path) -> None:
 def test_a_file_that_is_replaced_by_garbage_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erllama.cache.tiers.reconciler._SETTLED_SECONDS", 0.3)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
-        use(cache, texts(0))
+        make_request(cache, texts(0))
         cache.flush()
         last = blocks_of(texts(0))[-1].key
         path = tmp_path / "blocks" / f"{last.hex()}.kvc"
         path.write_bytes(b"garbage")
-        assert until(lambda: last not in {row.key for row in cache.rows()})
+        assert wait_for(lambda: last not in {row.key for row in cache.rows()})
         assert not path.exists()
         assert [aside.read_bytes() for aside in (tmp_path / "damaged").iterdir()] == [b"garbage"]
         assert cache.counters()["corrupt_files"] == 1
-        assert use(cache, texts(0)) == 32, "and saves it anew"
+        assert make_request(cache, texts(0)) == 32, "and saves it again"
         cache.flush()
         assert use_only(cache, texts(0)) == 48
 
 
 def litter(directory: Path, target: Path) -> list[Path]:
-    """One of each that is no file, under names that files have."""
+    """Create one of each kind of path that is not a file, under names of block files."""
     names = [directory / f"{i:064x}.kvc" for i in range(5)]
     link, dangling, fifo, listening, inner = names
     link.symlink_to(target)
@@ -712,15 +708,15 @@ def litter(directory: Path, target: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("when", ["open", "closed"])
-def test_what_is_no_file_is_not_followed_but_set_aside(tmp_path: Path, donor: Path, when: str) -> None:
+def test_paths_that_are_not_files_are_set_aside(tmp_path: Path, donor: Path, when: str) -> None:
     mine = tmp_path / "mine"
     target = sorted((donor / "blocks").iterdir())[0]
     before = target.read_bytes(), target.stat().st_mode
     with Cache(block_size=SIZE, ram=0, disk=mine) as cache:
         if when == "open":
             names = litter(mine / "blocks", target)
-            # No event tells of a directory: it waits for gc, or for the next start.
-            assert until(lambda: not any(os.path.lexists(name) for name in names[:-1]))
+            # No event reports a directory. It stays until gc or the next start.
+            assert wait_for(lambda: not any(os.path.lexists(name) for name in names[:-1]))
             cache.gc()
     if when == "closed":
         names = litter(mine / "blocks", target)
@@ -733,7 +729,7 @@ def test_what_is_no_file_is_not_followed_but_set_aside(tmp_path: Path, donor: Pa
     assert (target.read_bytes(), target.stat().st_mode) == before
 
 
-def test_all_of_one_caches_files_serve_another(tmp_path: Path) -> None:
+def test_the_files_of_one_cache_serve_another(tmp_path: Path) -> None:
     donor, mine = tmp_path / "donor", tmp_path / "mine"
     with Cache(block_size=SIZE, ram=0, disk=donor) as cache:
         for first in range(0, 2000, 100):
@@ -743,7 +739,7 @@ def test_all_of_one_caches_files_serve_another(tmp_path: Path) -> None:
         cache.flush()
         shutil.copytree(donor / "blocks", mine / "blocks", dirs_exist_ok=True)
         (mine / "blocks").chmod(0o700)
-        assert until(lambda: all(use_only(cache, texts(first)) == 48 for first in range(0, 2000, 100)))
+        assert wait_for(lambda: all(use_only(cache, texts(first)) == 48 for first in range(0, 2000, 100)))
         assert all(hit(cache, texts(first)) == 48 for first in range(0, 2000, 100))
         assert hit(cache, texts(5000)) == 48
         cache.flush()
@@ -752,8 +748,8 @@ def test_all_of_one_caches_files_serve_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("times", ["kept", "new"])
-def test_a_copy_of_a_directory_is_as_good(tmp_path: Path, donor: Path, times: str) -> None:
-    """As from a backup, with `cp -a` and with `cp -r`."""
+def test_a_copied_directory_works(tmp_path: Path, donor: Path, times: str) -> None:
+    """As restored from a backup, with `cp -a` and with `cp -r`."""
     mine = tmp_path / "mine"
     shutil.copytree(donor, mine, copy_function=shutil.copy2 if times == "kept" else shutil.copy)
     with Cache(block_size=SIZE, ram=0, disk=mine, watch=False) as cache:
@@ -762,10 +758,10 @@ def test_a_copy_of_a_directory_is_as_good(tmp_path: Path, donor: Path, times: st
         assert cache.verify() == []
 
 
-def test_a_file_is_looked_at_though_the_one_before_it_could_not_be(
+def test_an_unreadable_file_does_not_stop_the_scan(
     tmp_path: Path, donor: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One fault of the index in the middle of several arrivals costs none of them."""
+    """A fault of the index among several new files loses none of them."""
     put, failures = Index.put, iter([sqlite3.OperationalError("database is locked")])
 
     def fails_once(self: Index, *arguments: object, **options: object) -> None:
@@ -778,13 +774,13 @@ def test_a_file_is_looked_at_though_the_one_before_it_could_not_be(
         monkeypatch.setattr(Index, "put", fails_once)
         for source in (donor / "blocks").iterdir():
             shutil.copy(source, mine / "blocks")
-        assert until(lambda: use_only(cache, texts(0)) == 48, 2.5)
+        assert wait_for(lambda: use_only(cache, texts(0)) == 48, 2.5)
 
 
-def test_a_file_that_cannot_be_opened_just_now_is_not_taken_for_a_damaged_one(
+def test_a_file_that_cannot_be_opened_now_is_not_treated_as_damaged(
     tmp_path: Path, donor: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that has run out of descriptors for a moment."""
+    """A process that temporarily has no free file descriptors."""
     opening, failures = os.open, iter([OSError(errno.EMFILE, os.strerror(errno.EMFILE))])
 
     def fails_once(path: object, *arguments: object, **options: object) -> int:
@@ -806,8 +802,8 @@ def test_a_file_that_cannot_be_opened_just_now_is_not_taken_for_a_damaged_one(
         assert use_only(cache, texts(0)) == 48
 
 
-def test_a_copy_that_takes_long_holds_up_no_save(tmp_path: Path) -> None:
-    """Nor `flush`, which waits for saves and not for other people."""
+def test_a_slow_copy_delays_no_save(tmp_path: Path) -> None:
+    """It does not delay `flush` either, which waits for saves only."""
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         stop = threading.Event()
 
@@ -820,7 +816,7 @@ def test_a_copy_that_takes_long_holds_up_no_save(tmp_path: Path) -> None:
         copier = threading.Thread(target=copy_for_ever)
         copier.start()
         try:
-            time.sleep(1.0)  # until the cache has heard of it
+            time.sleep(1.0)  # until the cache has noticed it
             save(cache, texts(0))
             assert cache.flush(1.0)
             assert keys_of(texts(0)) <= on_disk(tmp_path)
@@ -829,7 +825,7 @@ def test_a_copy_that_takes_long_holds_up_no_save(tmp_path: Path) -> None:
             copier.join()
 
 
-def test_closing_says_nothing_of_its_own_affairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_closing_logs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         for i in range(2):
             with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:

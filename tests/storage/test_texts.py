@@ -1,4 +1,4 @@
-"""Texts that were computed are found again by what begins with them, as the tokens that they were computed as."""
+"""Stored texts are found by any text that they begin, with the tokens that they were computed as."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from erllama.cache import Cache
 from erllama.cache.texts import text_tokens as texts_module
 from erllama.cache.texts.text_tokens import TextCache, TextDigests
 from erllama.cache.tiers import index as index_module
-from support.blocks import SIZE, save
+from support.storage.blocks import SIZE, save
 
 NAMESPACE, OTHER = b"n" * 32, b"o" * 32
 
@@ -37,9 +37,7 @@ def found(cache: Cache, text: bytes, namespace: bytes = NAMESPACE) -> tuple[int,
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 1300)), max_size=6), st.data())
-def test_the_longest_text_that_another_begins_with_is_found(
-    parts: list[tuple[str, int]], data: st.DataObject
-) -> None:
+def test_the_longest_stored_prefix_of_a_text_is_found(parts: list[tuple[str, int]], data: st.DataObject) -> None:
     texts = ["".join(letter * n for letter, n in parts[:i]).encode() for i in range(len(parts) + 1)]
     known = TextCache()
     remembered = data.draw(st.lists(st.sampled_from(texts), unique=True))
@@ -52,7 +50,7 @@ def test_the_longest_text_that_another_begins_with_is_found(
     assert known.longest(TextDigests(OTHER, asked)) is None
 
 
-def test_the_least_recently_used_text_goes_first() -> None:
+def test_the_least_recently_used_text_is_dropped_first() -> None:
     known = TextCache(limit_bytes=2000)  # two of them
     for name in (b"a", b"b", b"c"):
         known.remember(TextDigests(NAMESPACE, name).record(ids(1, 2, 3, 4)))
@@ -75,7 +73,7 @@ def test_texts_survive_a_restart_and_are_shared_by_processes(tmp_path: Path) -> 
         assert found(cache, text, OTHER) is None
 
 
-def test_no_text_is_stored(tmp_path: Path) -> None:
+def test_texts_themselves_are_not_stored(tmp_path: Path) -> None:
     with Cache(disk=tmp_path) as cache:
         cache.remember_text(NAMESPACE, b"a secret" * 100, ids(1))
     assert not any(b"secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
@@ -90,7 +88,7 @@ def database(root: Path) -> Iterator[sqlite3.Connection]:
 # --- what the database says is believed where it proves it ---------------------------------------
 
 
-def test_tokens_that_are_not_what_was_stored_are_not_used(tmp_path: Path) -> None:
+def test_changed_tokens_are_not_used(tmp_path: Path) -> None:
     with Cache(disk=tmp_path) as cache:
         cache.remember_text(NAMESPACE, b"text", ids(1, 2))
     with database(tmp_path) as db:
@@ -102,7 +100,7 @@ def test_tokens_that_are_not_what_was_stored_are_not_used(tmp_path: Path) -> Non
         assert found(cache, b"text and more") == (4, [1, 2])
 
 
-def test_a_text_is_never_another_texts_tokens(tmp_path: Path) -> None:
+def test_a_text_never_gets_the_tokens_of_another(tmp_path: Path) -> None:
     with Cache(disk=tmp_path) as cache:
         cache.remember_text(NAMESPACE, b"one", ids(1))
         cache.remember_text(NAMESPACE, b"other", ids(2))
@@ -115,7 +113,7 @@ def test_a_text_is_never_another_texts_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["x", 7.5, -1, 0, 3, 1 << 62, b"\xff"])
-def test_a_wrong_length_hides_one_text_and_is_no_fault(tmp_path: Path, wrong: object) -> None:
+def test_a_wrong_length_hides_one_text_without_a_fault(tmp_path: Path, wrong: object) -> None:
     with Cache(disk=tmp_path) as cache:
         cache.remember_text(NAMESPACE, b"once", ids(1))
         cache.remember_text(NAMESPACE, b"once upon", ids(1, 2))
@@ -128,7 +126,7 @@ def test_a_wrong_length_hides_one_text_and_is_no_fault(tmp_path: Path, wrong: ob
 
 @pytest.mark.parametrize("column", ["parent", "tokens"])
 @pytest.mark.parametrize("wrong", ["x", 7, b"", b"\xff" * 32])
-def test_a_damaged_piece_costs_warmth_only(tmp_path: Path, column: str, wrong: object) -> None:
+def test_a_damaged_piece_is_a_miss(tmp_path: Path, column: str, wrong: object) -> None:
     with Cache(disk=tmp_path) as cache:
         cache.remember_text(NAMESPACE, b"text", np.arange(1000, dtype=np.int32))
     with database(tmp_path) as db:
@@ -138,7 +136,7 @@ def test_a_damaged_piece_costs_warmth_only(tmp_path: Path, column: str, wrong: o
         assert cache.counters()["faults"] == cache.counters()["disk_errors"] == 0
 
 
-def test_a_text_whose_first_tokens_are_gone_is_not_found(tmp_path: Path) -> None:
+def test_a_text_without_its_first_tokens_is_not_found(tmp_path: Path) -> None:
     with Cache(disk=tmp_path) as cache:
         cache.remember_text(NAMESPACE, b"text", np.arange(1000, dtype=np.int32))
     with database(tmp_path) as db:
@@ -150,7 +148,7 @@ def test_a_text_whose_first_tokens_are_gone_is_not_found(tmp_path: Path) -> None
 # --- bounds, on disk and in memory ----------------------------------------------------------------
 
 
-def test_stored_texts_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_texts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erllama.cache.tiers.file_tier._TEXT_BYTES", 1500)
     with Cache(disk=tmp_path) as cache:
         for i in range(50):
@@ -176,9 +174,7 @@ def test_texts_in_use_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert found(cache, b"0") is None
 
 
-def test_lookups_write_nothing_before_their_answer_nor_each_for_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lookups_record_uses_later_and_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Cache(disk=tmp_path) as cache:
         cache.remember_text(NAMESPACE, b"text", ids(1))
         cache.flush()
@@ -190,10 +186,10 @@ def test_lookups_write_nothing_before_their_answer_nor_each_for_itself(
 
 
 def turns(n_turns: int, n_tokens: int, rewrite: bool = False) -> Iterator[tuple[bytes, np.ndarray[Any, Any]]]:
-    """A conversation's texts and their tokens: each turn as it was sampled, and as it was written.
+    """The texts of a conversation and their tokens: each turn as sampled and as rendered.
 
     Args:
-        rewrite: what is left of a turn when the next one comes is another text, and other tokens.
+        rewrite: whether the next turn renders a turn as another text with other tokens.
     """
     draw = np.random.default_rng(7)
     text, tokens = b"", np.zeros(0, np.int32)
@@ -207,14 +203,14 @@ def turns(n_turns: int, n_tokens: int, rewrite: bool = False) -> Iterator[tuple[
 
 
 def distinct_bytes(texts: list[tuple[bytes, np.ndarray[Any, Any]]]) -> int:
-    """Of the tokens that no other text had before, in order."""
+    """Return the tokens that no earlier text had, in order."""
     seen = {tokens[:n].tobytes()[-64:] for _, tokens in texts for n in range(1, len(tokens) + 1)}
     return 4 * len(seen)
 
 
 @pytest.mark.parametrize("rewrite", [False, True])
 @pytest.mark.parametrize(("n_tokens", "most_tokens", "most_rows"), [(32_000, 1.1, 1.4), (4_000, 1.4, 2.1)])
-def test_a_conversation_of_20_turns_takes_about_its_distinct_tokens_on_disk(
+def test_twenty_turns_take_about_their_distinct_tokens_on_disk(
     tmp_path: Path, rewrite: bool, n_tokens: int, most_tokens: float, most_rows: float
 ) -> None:
     texts = list(turns(20, n_tokens, rewrite))
@@ -223,7 +219,7 @@ def test_a_conversation_of_20_turns_takes_about_its_distinct_tokens_on_disk(
         for text, tokens in texts:
             cache.remember_text(NAMESPACE, text, tokens)
             cache.flush()
-    with database(tmp_path) as db:  # nothing was removed: what is stored is what was written
+    with database(tmp_path) as db:  # no text was removed, so stored and written sizes are equal
         (stored,) = db.execute("SELECT TOTAL(LENGTH(tokens)) FROM text_pieces").fetchone()
         (keys,) = db.execute("SELECT 64 * COUNT(*) FROM text_pieces").fetchone()
         (rows,) = db.execute("SELECT 144 * COUNT(*) FROM texts").fetchone()
@@ -234,7 +230,7 @@ def test_a_conversation_of_20_turns_takes_about_its_distinct_tokens_on_disk(
             assert found(cache, text) == (len(text), tokens.tolist())
 
 
-def test_a_conversation_of_20_turns_takes_about_its_distinct_tokens_in_memory() -> None:
+def test_twenty_turns_take_about_their_distinct_tokens_in_memory() -> None:
     texts = list(turns(20, 32_000))
     known = TextCache(limit_bytes=3 * distinct_bytes(texts))
     for text, tokens in texts:
@@ -246,7 +242,7 @@ def test_a_conversation_of_20_turns_takes_about_its_distinct_tokens_in_memory() 
 
 
 @pytest.mark.parametrize(("n_texts", "n_tokens"), [(2000, 1), (200, 3000)])
-def test_what_is_counted_in_memory_is_what_is_taken(n_texts: int, n_tokens: int) -> None:
+def test_the_size_counted_in_memory_is_the_real_size(n_texts: int, n_tokens: int) -> None:
     tracemalloc.start()
     try:
         known = TextCache()
@@ -261,7 +257,7 @@ def test_what_is_counted_in_memory_is_what_is_taken(n_texts: int, n_tokens: int)
 
 
 @pytest.mark.parametrize(("n_texts", "n_tokens"), [(3000, 1), (100, 3000)])
-def test_what_is_counted_on_disk_is_what_is_taken(tmp_path: Path, n_texts: int, n_tokens: int) -> None:
+def test_the_size_counted_on_disk_is_the_real_size(tmp_path: Path, n_texts: int, n_tokens: int) -> None:
     with Cache(disk=tmp_path) as cache:
         cache.flush()
         with database(tmp_path) as db:
@@ -278,7 +274,7 @@ def test_what_is_counted_on_disk_is_what_is_taken(tmp_path: Path, n_texts: int, 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 400), st.integers(0, 1)), max_size=30))
-def test_what_is_forgotten_takes_nothing(steps: list[tuple[int, int, int]]) -> None:
+def test_forgotten_texts_take_no_space(steps: list[tuple[int, int, int]]) -> None:
     known = TextCache(limit_bytes=5000)
     for name, n_tokens, first in steps:
         tokens = np.full(n_tokens, first, np.int32)
@@ -300,7 +296,7 @@ WRONG_TOTALS = ("9e999", "-9e999", "'x'", "x'00'", "-1e11", "1e300", "1 << 60")
     [f"UPDATE text_total SET n_bytes = {wrong}" for wrong in WRONG_TOTALS]
     + ["DELETE FROM text_total", "INSERT INTO text_total VALUES (1)"],
 )
-def test_a_damaged_total_neither_ends_the_bound_nor_the_remembering(
+def test_a_damaged_total_keeps_the_bound_and_the_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setattr("erllama.cache.tiers.file_tier._TEXT_BYTES", 1500)
@@ -324,7 +320,7 @@ def test_a_damaged_total_neither_ends_the_bound_nor_the_remembering(
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 400), st.integers(0, 1)), max_size=20))
-def test_the_total_on_disk_is_that_of_the_rows_whoever_wrote_them(
+def test_the_total_on_disk_is_the_sum_of_all_rows(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int, int]]
 ) -> None:
     root = tmp_path_factory.mktemp("texts")
@@ -350,7 +346,7 @@ def test_the_total_on_disk_is_that_of_the_rows_whoever_wrote_them(
 
 
 class CountedHash:
-    """sha256, and how often one was finished, and over how many bytes."""
+    """sha256 that counts digests and hashed bytes."""
 
     digests = n_bytes = 0
 
@@ -373,7 +369,7 @@ class CountedHash:
 
 @pytest.fixture
 def hashing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int]]:
-    """Digests and bytes hashed for texts since it was last asked."""
+    """Return the digests and bytes hashed for texts since the last call."""
 
     class Hashlib:
         sha256 = CountedHash
@@ -388,7 +384,7 @@ def hashing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int]]:
     return since
 
 
-def test_a_lookup_is_as_cheap_however_many_texts_begin_alike(
+def test_the_cost_of_a_lookup_does_not_grow_with_similar_texts(
     tmp_path: Path, hashing: Callable[[], tuple[int, int]]
 ) -> None:
     system = bytes(1024)
@@ -406,14 +402,14 @@ def test_a_lookup_is_as_cheap_however_many_texts_begin_alike(
         assert hashing()[0] < 10
 
 
-def test_texts_of_every_length_cost_a_pass_over_the_text(
+def test_texts_of_many_lengths_are_searched_in_one_pass(
     tmp_path: Path, hashing: Callable[[], tuple[int, int]]
 ) -> None:
     text = bytes(range(256)) * 8
     with Cache(disk=tmp_path) as cache:
         for n_bytes in range(1, len(text), 3):
             cache.remember_text(NAMESPACE, text[:n_bytes], ids(n_bytes))
-    other = text[:1024] + b"x" * 1024  # all of its last lengths are tried in vain
+    other = text[:1024] + b"x" * 1024  # none of its last lengths matches
     for _ in "memory and disk", "disk":
         with Cache(disk=tmp_path) as cache:
             hashing()
@@ -423,14 +419,16 @@ def test_texts_of_every_length_cost_a_pass_over_the_text(
             assert n_bytes < 3 * len(other) + 100
 
 
-def test_a_first_lookup_hashes_nothing(tmp_path: Path, hashing: Callable[[], tuple[int, int]]) -> None:
+def test_a_lookup_without_stored_texts_hashes_nothing(
+    tmp_path: Path, hashing: Callable[[], tuple[int, int]]
+) -> None:
     with Cache(disk=tmp_path) as cache:
         hashing()
         assert found(cache, bytes(1 << 20)) is None
         assert hashing() == (0, 0)
 
 
-def test_remembering_is_as_cheap_however_many_are_remembered(
+def test_the_cost_of_remembering_does_not_grow_with_stored_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = itertools.count()
@@ -438,7 +436,7 @@ def test_remembering_is_as_cheap_however_many_are_remembered(
 
     def counted(path: Path, *, wait: bool) -> sqlite3.Connection:
         connection = connect(path, wait=wait)
-        connection.set_progress_handler(lambda: next(steps) < 0, 10)  # each ten instructions of SQLite
+        connection.set_progress_handler(lambda: next(steps) < 0, 10)  # every ten instructions of SQLite
         return connection
 
     monkeypatch.setattr(index_module, "connect", counted)
@@ -455,7 +453,7 @@ def test_remembering_is_as_cheap_however_many_are_remembered(
 # --- sharing a database -----------------------------------------------------------------------------
 
 
-def test_an_index_of_the_release_before_keeps_its_blocks_and_gets_texts(tmp_path: Path) -> None:
+def test_an_older_index_keeps_its_blocks_and_gains_texts(tmp_path: Path) -> None:
     with Cache(disk=tmp_path, block_size=SIZE) as cache:
         save(cache, np.arange(3 * SIZE, dtype=np.int32))
     with database(tmp_path) as db:
@@ -475,7 +473,7 @@ def test_an_index_of_the_release_before_keeps_its_blocks_and_gets_texts(tmp_path
         assert db.execute("SELECT * FROM blocks").fetchall() == rows
 
 
-def test_a_locked_database_makes_nobody_wait(tmp_path: Path) -> None:
+def test_a_locked_database_delays_no_text_lookup(tmp_path: Path) -> None:
     with Cache(disk=tmp_path) as cache:
         db = sqlite3.connect(tmp_path / "index.db", isolation_level=None)
         db.execute("BEGIN EXCLUSIVE")

@@ -1,4 +1,4 @@
-"""Tiers together: what goes where, what comes from where, and tiers of a user's own."""
+"""Several tiers: where blocks are written, where they are read from, and custom tiers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 import erllama
 from erllama.cache import Block, Cache, FileTier, MemoryUsage, SaveReason, Tier, TierRow, token_bytes
 from erllama.cache.pipeline.write_queue import PendingSave, WriteQueue
-from support.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
-from support.children import must_run
-from support.faulty_tiers import SmallTier
-from support.places import TESTS
+from support.faulty.tiers import SmallTier
+from support.paths import TESTS
+from support.storage.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
+from support.subprocesses import must_run
 from support.threads import wait_until
 
 MANY = np.arange(10 * SIZE, dtype=np.int32)
-SOON = 15.0  # seconds; a tail that nothing hurries waits for twice as long
+SOON = 15.0  # seconds; a tail that is not hurried waits twice as long
 
 
 def held(cache: Cache) -> dict[str, int]:
@@ -75,7 +75,7 @@ def test_every_tier_keeps_to_its_own_budget(tmp_path: Path) -> None:
         assert [counters[f"evictions_{tier}"] for tier in cache.tier_names] == [27, 25, 23]
 
 
-def test_several_directories_are_one_tier(tmp_path: Path) -> None:
+def test_several_directories_form_one_tier(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     with Cache(block_size=SIZE, ram=0, disk={a: 4 * 328, b: 8 * 328}) as cache:
         save(cache, MANY)
@@ -88,10 +88,10 @@ def test_several_directories_are_one_tier(tmp_path: Path) -> None:
         cache.flush()
         assert [status.n_blocks for status in cache.tiers()] == [4, 8]
     names = [path.name for path in tmp_path.rglob("*.kvc")]
-    assert len(names) == len(set(names)) == 12, "a block is in one of them"
+    assert len(names) == len(set(names)) == 12, "a block is in one directory"
 
 
-def test_where_one_directory_fails_another_takes_over(tmp_path: Path) -> None:
+def test_another_directory_takes_over_when_one_fails(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("in the way")
     with Cache(block_size=SIZE, ram=0, disk=[tmp_path / "a", tmp_path / "b"]) as cache:
         assert "a" in str(cache.disk_error)
@@ -101,7 +101,7 @@ def test_where_one_directory_fails_another_takes_over(tmp_path: Path) -> None:
         assert [status.n_blocks for status in cache.tiers()] == [0, 10]
 
 
-def test_a_block_in_two_directories_is_kept_once(tmp_path: Path) -> None:
+def test_a_block_in_two_directories_is_counted_once(tmp_path: Path) -> None:
     for name in "ab":
         with Cache(block_size=SIZE, ram=0, disk=tmp_path / name) as cache:
             save(cache, MANY)
@@ -113,7 +113,7 @@ def test_a_block_in_two_directories_is_kept_once(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.kvc"))) == 10
 
 
-def test_a_tier_in_memory_outlives_its_process_and_serves_others(tmp_path: Path) -> None:
+def test_a_ram_file_tier_outlives_its_process_and_serves_others(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, ram_file=tmp_path) as cache:
         save(cache, MANY)
         cache.flush()
@@ -123,7 +123,7 @@ def test_a_tier_in_memory_outlives_its_process_and_serves_others(tmp_path: Path)
         assert {cache.load(block).tier for block in match.blocks} == {"ram_file"}  # type: ignore[union-attr]
 
 
-def test_the_default_directory_in_memory_is_this_users() -> None:
+def test_the_default_ram_file_directory_belongs_to_the_user() -> None:
     place = Path("/dev/shm")
     if not place.is_dir():
         with pytest.raises(erllama.OptionError, match="dev/shm"):
@@ -136,7 +136,7 @@ def test_the_default_directory_in_memory_is_this_users() -> None:
 
 
 class Failing(SmallTier):
-    """A remote store that is not there, until it is."""
+    """A remote store that is unavailable at first."""
 
     broken = True
 
@@ -149,7 +149,7 @@ class Failing(SmallTier):
         super().write(block, payload)
 
 
-def test_a_tier_of_ones_own_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_tier_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erllama.cache.pipeline.tier_set._REOPEN_SECONDS", 0.0)
     tier = Failing(str(tmp_path))
     with Cache(block_size=SIZE, tiers=[tier]) as cache:
@@ -161,7 +161,7 @@ def test_a_tier_of_ones_own_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyP
         tier.broken = False
         save(cache, np.arange(len(MANY) + SIZE, dtype=np.int32))
         cache.flush()
-        assert held(cache)["remote"] == 11, "what it missed is made up for"
+        assert held(cache)["remote"] == 11, "missed blocks are written later"
         assert cache.disk_error is None
         tier.broken = True
         save(cache, np.arange(500, 500 + SIZE, dtype=np.int32))
@@ -175,7 +175,7 @@ class Buggy(SmallTier):
         raise ZeroDivisionError
 
 
-def test_a_mistake_in_a_tier_of_ones_own_is_a_miss(tmp_path: Path) -> None:
+def test_a_mistake_in_a_custom_tier_is_a_miss(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, tiers=[Buggy(str(tmp_path))]) as cache:
         save(cache, MANY)
         cache.flush()
@@ -184,7 +184,7 @@ def test_a_mistake_in_a_tier_of_ones_own_is_a_miss(tmp_path: Path) -> None:
 
 
 class Slow(SmallTier):
-    """Reads when it is let."""
+    """Waits before each read until it is released."""
 
     def __init__(self, place: str) -> None:
         super().__init__(place)
@@ -197,7 +197,7 @@ class Slow(SmallTier):
         return found
 
 
-def test_a_newer_version_is_not_undone_by_a_load_of_the_old(tmp_path: Path) -> None:
+def test_loading_an_old_version_does_not_undo_a_newer_one(tmp_path: Path) -> None:
     tier = Slow(str(tmp_path))
     (block,) = blocks_of(MANY[:SIZE])
     with Cache(block_size=SIZE, ram=0, tiers=[tier]) as cache:
@@ -216,7 +216,7 @@ def test_a_newer_version_is_not_undone_by_a_load_of_the_old(tmp_path: Path) -> N
         assert bytes(tier.store[block.key][1]) == b"new"
 
 
-def test_a_version_that_does_not_fit_leaves_the_old_one() -> None:
+def test_a_version_that_does_not_fit_keeps_the_old_one() -> None:
     (block,) = blocks_of(MANY[:SIZE])
     with Cache(block_size=SIZE, ram=100) as cache:
         cache.save(block, b"old")
@@ -225,7 +225,7 @@ def test_a_version_that_does_not_fit_leaves_the_old_one() -> None:
             assert bytes(cache.load(match.blocks[0]).payload) == b"old"  # type: ignore[union-attr]
 
 
-def test_a_match_that_is_forgotten_pins_nothing() -> None:
+def test_a_dropped_match_pins_no_block() -> None:
     with Cache(block_size=SIZE) as cache:
         save(cache, MANY)
         cache.lookup(NAMESPACE, MANY)
@@ -237,21 +237,21 @@ class Exiting(SmallTier):
         raise SystemExit
 
 
-def test_a_tier_that_exits_does_not_end_the_writing(tmp_path: Path) -> None:
+def test_a_tier_raising_system_exit_does_not_end_the_writer(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path / "d", tiers=[Exiting(str(tmp_path))]) as cache:
         save(cache, MANY)
         assert cache.flush(30)
         assert held(cache) == {"ram": 10, "disk": 10, "remote": 0}
 
 
-def test_a_cache_that_was_dropped_still_writes_what_waits(tmp_path: Path) -> None:
+def test_a_dropped_cache_still_writes_its_queue(tmp_path: Path) -> None:
     program = """
         import sys
         sys.path.insert(0, sys.argv[2])
         import gc, numpy as np
-        from support.blocks import save
+        from support.storage.blocks import save
         from erllama.cache import Cache
-        from support.blocks import SIZE
+        from support.storage.blocks import SIZE
         cache = Cache(block_size=SIZE, disk=sys.argv[1])
         save(cache, np.arange(5, dtype=np.int32))
         del cache
@@ -263,7 +263,7 @@ def test_a_cache_that_was_dropped_still_writes_what_waits(tmp_path: Path) -> Non
         assert len(list((tmp_path / "owners").iterdir())) == 1
 
 
-def test_evicting_everything_leaves_nothing_in_any_directory(tmp_path: Path) -> None:
+def test_evicting_everything_empties_every_directory(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=[tmp_path / "a", tmp_path / "b"]) as cache:
         save(cache, MANY)
         cache.flush()
@@ -271,7 +271,7 @@ def test_evicting_everything_leaves_nothing_in_any_directory(tmp_path: Path) -> 
         assert cache.rows() == []
 
 
-def test_the_oldest_of_all_directories_go_first(tmp_path: Path) -> None:
+def test_the_oldest_blocks_of_all_directories_are_evicted_first(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk={tmp_path / "a": 5 * 328, tmp_path / "b": 5 * 328}) as cache:
         for i in range(40):
             save(cache, np.array([i] * SIZE, dtype=np.int32))
@@ -283,18 +283,18 @@ def test_the_oldest_of_all_directories_go_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [0, 2, 1 + 2**24])
 def test_a_file_of_another_version_is_set_aside(tmp_path: Path, version: int) -> None:
-    """Its directory would have an index of that version, which is not opened."""
+    """Its directory would have an index of that version, and that is not opened."""
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, MANY[:SIZE])
     (path,) = (tmp_path / "blocks").iterdir()
     content = bytearray(path.read_bytes())
     content[8:12] = version.to_bytes(4, "little")
     path.write_bytes(content)
-    os.utime(path, (0, 0))  # long ago: it is not on its way
+    os.utime(path, (0, 0))  # old enough not to be still being copied
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert hit_or_none(cache) == [None]
         assert cache.counters()["corrupt_files"] == 1
-        cache.flush()  # it is set aside behind the caller's back
+        cache.flush()  # it is set aside in the background
         assert cache.verify() == []
         assert not path.exists()
         save(cache, MANY[:SIZE])  # until its block is saved anew
@@ -312,7 +312,7 @@ def hit_or_none(cache: Cache) -> list[object]:
 
 
 class Live(Tier):
-    """As the engine has one: it says what it holds, and is told what to give up."""
+    """A live tier as the engine has one: it reports its blocks, and the cache asks it to evict some."""
 
     write_mode = "external"
 
@@ -333,7 +333,7 @@ class Live(Tier):
         self.given_up.extend(keys)
 
 
-def test_live_blocks_are_found_and_never_loaded() -> None:
+def test_live_blocks_are_found_but_never_loaded() -> None:
     live, chain = Live(1000), blocks_of(MANY)
     with Cache(block_size=SIZE) as cache:
         cache.attach(live)
@@ -344,7 +344,7 @@ def test_live_blocks_are_found_and_never_loaded() -> None:
             assert match.n_tokens == 4 * SIZE
             assert cache.load(match.blocks[0]) is None
         save(cache, MANY[: 2 * SIZE])
-        assert cache.counters()["blocks_ram"] == 2, "what is only live is not stored yet"
+        assert cache.counters()["blocks_ram"] == 2, "a block that is only live is not stored yet"
         cache.let_go(live, [chain[3].key])
         with cache.lookup(NAMESPACE, MANY) as match:
             assert match.n_tokens == 3 * SIZE
@@ -353,7 +353,7 @@ def test_live_blocks_are_found_and_never_loaded() -> None:
         assert [row.tier for row in cache.rows()] == ["ram", "ram"]
 
 
-def test_how_a_live_block_was_computed_tells_nothing_of_the_stored_one(tmp_path: Path) -> None:
+def test_the_provenance_of_a_live_block_does_not_describe_the_stored_one(tmp_path: Path) -> None:
     first = blocks_of(MANY)[0]
     better = Block(first.key, first.parent, NAMESPACE, 0, first.tokens, first.reason, b"r" * 16, SIZE)
     with (
@@ -373,7 +373,7 @@ def test_how_a_live_block_was_computed_tells_nothing_of_the_stored_one(tmp_path:
         mine.detach(live)
 
 
-def test_live_blocks_keep_to_their_budget_and_pins() -> None:
+def test_live_blocks_respect_budget_and_pins() -> None:
     live, chain = Live(500), blocks_of(MANY)
     with Cache(block_size=SIZE) as cache:
         cache.attach(live)
@@ -381,7 +381,7 @@ def test_live_blocks_keep_to_their_budget_and_pins() -> None:
             assert cache.hold(live, block, 100)
         other = blocks_of(np.arange(900, 900 + SIZE, dtype=np.int32))[0]
         with cache.lookup(NAMESPACE, MANY):
-            assert not cache.hold(live, other, 100), "all of it is pinned"
+            assert not cache.hold(live, other, 100), "all blocks are pinned"
         assert cache.hold(live, other, 100)
         assert live.given_up == [chain[4].key], "leaves first"
         assert cache.evict_bytes(250, ("live",)) == 300
@@ -389,7 +389,7 @@ def test_live_blocks_keep_to_their_budget_and_pins() -> None:
         assert cache.counters()["bytes_live"] == 200
 
 
-def test_a_tier_that_is_written_to_is_not_attached(tmp_path: Path) -> None:
+def test_attach_refuses_a_tier_that_the_cache_writes_to(tmp_path: Path) -> None:
     with Cache() as cache, pytest.raises(erllama.OptionError, match="write_mode"):
         cache.attach(SmallTier(str(tmp_path)))
 
@@ -397,7 +397,7 @@ def test_a_tier_that_is_written_to_is_not_attached(tmp_path: Path) -> None:
 # --- sharing, waiting, cleaning up --------------------------------------------------------------------
 
 
-def test_a_tail_is_written_soon_where_others_look_on(tmp_path: Path) -> None:
+def test_a_tail_is_written_soon_in_a_shared_directory(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache, Cache(block_size=SIZE, disk=tmp_path) as other:
         save(cache, MANY[:5])
         wait_until(lambda: hit(other, MANY[:5]) == 5, SOON)
@@ -407,7 +407,7 @@ def test_a_tail_is_written_soon_where_others_look_on(tmp_path: Path) -> None:
         assert cache.counters()["bytes_pending"] > 0, "alone, it waits to be superseded"
 
 
-def test_who_comes_later_sees_a_tail_that_waits(tmp_path: Path) -> None:
+def test_a_process_that_joins_later_sees_a_queued_tail(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, MANY[:5])
         time.sleep(0.3)
@@ -415,24 +415,24 @@ def test_who_comes_later_sees_a_tail_that_waits(tmp_path: Path) -> None:
             wait_until(lambda: hit(other, MANY[:5]) == 5, SOON)
 
 
-def test_each_tail_is_looked_after_however_soon_it_follows_another(tmp_path: Path) -> None:
+def test_tails_in_quick_succession_are_all_written(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, MANY[:5])
         save(cache, MANY[:SIZE])  # supersedes it
         cache.flush()
-        time.sleep(0.7)  # nothing waits any more
+        time.sleep(0.7)  # the queue is empty
         save(cache, MANY[: SIZE + 5])
         with Cache(block_size=SIZE, disk=tmp_path) as other:
             wait_until(lambda: hit(other, MANY[: SIZE + 5]) == SIZE + 5, SOON)
 
 
-def test_a_look_for_others_does_not_miss_the_tail_that_asked_for_it(
+def test_the_check_for_other_processes_includes_the_newest_tail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offer = WriteQueue.offer
 
     def offer_late(self: WriteQueue, save: PendingSave) -> bool:
-        time.sleep(0.2)  # the writer's thread has time to do all that it was given before
+        time.sleep(0.2)  # the writer thread has time for everything queued before
         return offer(self, save)
 
     monkeypatch.setattr(WriteQueue, "offer", offer_late)
@@ -441,7 +441,7 @@ def test_a_look_for_others_does_not_miss_the_tail_that_asked_for_it(
         wait_until(lambda: hit(other, MANY[:5]) == 5, SOON)
 
 
-def test_a_delayed_tail_gives_way_when_the_queue_fills(tmp_path: Path) -> None:
+def test_a_delayed_tail_is_dropped_when_the_queue_fills(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path, write_queue=1000) as cache:
         for i in range(20):
             save(cache, np.array([i], dtype=np.int32), n_bytes=320)
@@ -449,7 +449,7 @@ def test_a_delayed_tail_gives_way_when_the_queue_fills(tmp_path: Path) -> None:
         assert cache.counters()["saves_dropped"] == 0
 
 
-def test_a_context_is_known_by_its_key(tmp_path: Path) -> None:
+def test_a_context_is_found_by_its_key(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, MANY[:37])
         key = blocks_of(MANY[:37])[-1].key
@@ -459,7 +459,7 @@ def test_a_context_is_known_by_its_key(tmp_path: Path) -> None:
         assert cache.context(OTHER) is None
 
 
-def test_a_lookup_waits_for_the_save_it_goes_on_from() -> None:
+def test_a_lookup_waits_for_the_save_of_its_parent() -> None:
     chain = blocks_of(MANY[:20])
     with Cache(block_size=SIZE) as cache:
         save(cache, MANY[:16])
@@ -480,7 +480,7 @@ def test_a_lookup_waits_for_the_save_it_goes_on_from() -> None:
 
 
 @pytest.mark.timeout(120)
-def test_a_lookup_does_not_wait_for_what_nobody_saves() -> None:
+def test_a_lookup_does_not_wait_without_a_save() -> None:
     with Cache(block_size=SIZE) as cache:
         save(cache, MANY[:20])
         with cache.lookup(NAMESPACE, MANY[:20], parent_key=bytes(32), wait_ms=600_000) as match:
@@ -510,7 +510,7 @@ def test_memory_pressure_evicts(tmp_path: Path) -> None:
         assert cache.counters()["pressure_evictions"] >= 5
 
 
-def test_a_source_that_fails_is_counted() -> None:
+def test_a_failing_pressure_source_is_counted() -> None:
     looks = threading.Semaphore(0)
 
     def broken() -> MemoryUsage:
@@ -523,7 +523,7 @@ def test_a_source_that_fails_is_counted() -> None:
         assert cache.counters()["faults"] >= 2
 
 
-def test_gc_removes_what_nobody_can_reach(tmp_path: Path) -> None:
+def test_gc_removes_unreachable_blocks(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         save(cache, MANY)
         cache.flush()
@@ -534,7 +534,7 @@ def test_gc_removes_what_nobody_can_reach(tmp_path: Path) -> None:
         assert cache.verify() == []
 
 
-def test_verify_tells_and_changes_nothing(tmp_path: Path) -> None:
+def test_verify_reports_and_changes_nothing(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         save(cache, MANY)
         cache.flush()
@@ -573,13 +573,13 @@ def test_verify_tells_and_changes_nothing(tmp_path: Path) -> None:
         ({"watch": 1}, "True or False"),
     ],
 )
-def test_wrong_options_are_typed_errors(options: dict[str, object], words: str) -> None:
+def test_wrong_options_raise_typed_errors(options: dict[str, object], words: str) -> None:
     with pytest.raises(erllama.OptionError) as caught:
         Cache(**options)  # type: ignore[arg-type]
     assert words in str(caught.value)
 
 
-def test_one_tier_twice_is_a_mistake(tmp_path: Path) -> None:
+def test_the_same_tier_twice_is_refused(tmp_path: Path) -> None:
     tier = FileTier(tmp_path, 10)
     with pytest.raises(erllama.OptionError, match="twice"):
         Cache(tiers=[tier, tier])
@@ -596,7 +596,7 @@ def test_one_tier_twice_is_a_mistake(tmp_path: Path) -> None:
         ([2**70], "object"),
     ],
 )
-def test_tokens_are_u32(tokens: list[object], words: str) -> None:
+def test_tokens_must_be_u32(tokens: list[object], words: str) -> None:
     with Cache() as cache, pytest.raises(erllama.OptionError) as caught:
         cache.lookup(NAMESPACE, tokens)  # type: ignore[arg-type]
     assert words in str(caught.value)
@@ -614,7 +614,7 @@ def test_tokens_are_u32(tokens: list[object], words: str) -> None:
         (np.zeros((4, 4), np.uint8)[:, 1], "contiguous"),
     ],
 )
-def test_payloads_are_bytes(payload: object, words: str) -> None:
+def test_payloads_must_be_bytes(payload: object, words: str) -> None:
     (block,) = blocks_of(MANY[:SIZE])
     with Cache(block_size=SIZE) as cache, pytest.raises(erllama.OptionError) as caught:
         cache.save(block, payload)  # type: ignore[arg-type]
@@ -631,14 +631,14 @@ def test_payloads_are_bytes(payload: object, words: str) -> None:
         ({"start": 2**63}, "positions"),
     ],
 )
-def test_blocks_are_what_they_say(parts: dict[str, object], words: str) -> None:
+def test_blocks_check_their_fields(parts: dict[str, object], words: str) -> None:
     whole = {"parent": NAMESPACE, "namespace": NAMESPACE, "start": 0, "tokens": bytes(8), "reason": SaveReason.COLD}
     with pytest.raises(erllama.OptionError) as caught:
         Block.following(**{**whole, **parts})  # type: ignore[arg-type]
     assert words in str(caught.value)
 
 
-def test_a_block_longer_than_the_caches_is_a_mistake() -> None:
+def test_a_block_longer_than_block_size_is_refused() -> None:
     block = Block.following(NAMESPACE, NAMESPACE, 0, bytes(4 * 17), SaveReason.COLD)
     with Cache(block_size=16) as cache, pytest.raises(erllama.OptionError, match="block_size is 16"):
         cache.save(block, b"x")

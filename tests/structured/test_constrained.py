@@ -1,4 +1,4 @@
-"""Replies under a grammar: they are of it, whatever the model would rather say."""
+"""Replies under a grammar always follow it, whatever the model would prefer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from erllama.cache import Cache
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.grammar import llguidance_adapter
 from erllama.testing.models import write_llama
-from support.backends import RecordingBackend
+from support.recording_backend import RecordingBackend
 
-N = int(os.environ.get("ERLLAMA_GRAMMARS", "60"))  # `make stress` asks for more
+N = int(os.environ.get("ERLLAMA_GRAMMARS", "60"))  # `make stress` runs more
 HOT = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
@@ -32,7 +32,7 @@ def stub() -> Iterator[erllama.Model]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[erllama.Model]:
-    """Random weights: nothing but the mask keeps it to anything."""
+    """Random weights, so only the mask makes a reply follow its grammar."""
     path = write_llama(tmp_path_factory.mktemp("models") / "words.gguf")
     with Cache() as cache, erllama.load_model(path, cache=cache, n_ctx=4096, n_seq_max=4, n_threads=1) as found:
         yield found
@@ -72,7 +72,7 @@ def schema(dice: random.Random, depth: int = 0) -> dict[str, object]:
 
 
 def expression(dice: random.Random, depth: int = 0) -> tuple[str, str]:
-    """The same language as GBNF and as one of Python's regular expressions."""
+    """Draw a language, as GBNF and as a Python regular expression."""
     kind = dice.choice(["text", "class", "not"] + ["seq", "alt", "repeat"] * (depth < 4))
     if kind == "text":
         text = "".join(dice.choices('abc é☃\n"\\]', k=dice.randrange(1, 4)))
@@ -91,7 +91,7 @@ def expression(dice: random.Random, depth: int = 0) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_every_reply_parses(model: erllama.Model, part: int) -> None:
+def test_every_constrained_reply_parses(model: erllama.Model, part: int) -> None:
     for seed in range(part, N, 4):
         dice = random.Random(seed)
         options = {**HOT, "max_tokens": 3000, "seed": seed}
@@ -105,10 +105,10 @@ def test_every_reply_parses(model: erllama.Model, part: int) -> None:
             kept = {"grammar": f"root ::= {gbnf}"} if seed % 3 == 1 else {"regex": pattern}
             reply = model.complete("x", **kept, **options)  # type: ignore[arg-type]
             assert reply.finish_reason == "stop", f"seed {seed}: {pattern}: {reply.text[:200]!r}"
-            assert re.fullmatch(pattern, reply.text), f"seed {seed}: {reply.text!r} is not of {pattern!r}"
+            assert re.fullmatch(pattern, reply.text), f"seed {seed}: {reply.text!r} does not match {pattern!r}"
 
 
-def test_replies_side_by_side_keep_to_their_own_grammars(model: erllama.Model) -> None:
+def test_concurrent_replies_follow_their_own_grammars(model: erllama.Model) -> None:
     ends = np.flatnonzero(model._backend.vocabulary.is_eog).tolist()
 
     async def ask() -> list[erllama.Completion]:
@@ -127,7 +127,7 @@ def test_replies_side_by_side_keep_to_their_own_grammars(model: erllama.Model) -
 # --- ends, forced stretches, other options --------------------------------------------------------------------
 
 
-def test_a_reply_ends_where_nothing_can_follow_and_nowhere_before(stub: erllama.Model) -> None:
+def test_a_reply_ends_exactly_where_its_grammar_ends(stub: erllama.Model) -> None:
     for seed in range(20):
         reply = stub.complete("x", regex="[ab]{7}", max_tokens=50, seed=seed, **HOT)  # type: ignore[arg-type]
         assert len(reply.text) == 7
@@ -137,10 +137,10 @@ def test_a_reply_ends_where_nothing_can_follow_and_nowhere_before(stub: erllama.
         for seed in range(60)
     }
     assert lengths <= set(range(2, 10))
-    assert len(lengths) > 4, "where it may go on, it sometimes does"
+    assert len(lengths) > 4, "a reply that may continue sometimes does"
 
 
-def test_what_the_grammar_forces_is_computed_at_once() -> None:
+def test_forced_tokens_are_computed_in_one_decode() -> None:
     text = "The quick brown fox jumps over the lazy dog "
     backend = RecordingBackend(StubBackend())
     with Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
@@ -152,7 +152,7 @@ def test_what_the_grammar_forces_is_computed_at_once() -> None:
         told = model.complete("x", regex=f"{text}[0-9]", max_tokens=100, seed=1, logprobs=0)
         assert told.logprobs is not None
         assert len(told.logprobs) == len(told.tokens) == len(reply.tokens)
-        # Where it ends, and what is kept of it, is the same as token by token.
+        # It ends at the same place, and the same is stored, as token by token.
         for n in (0, 1, 5, len(text), len(text) + 1):
             cut = model.complete("x", regex=f"{text}[0-9]", max_tokens=n, seed=1)
             assert cut.tokens == reply.tokens[:n]
@@ -177,27 +177,27 @@ def test_a_forced_stretch_ends_with_the_context() -> None:
 
 
 @pytest.mark.parametrize("warm", [False, True])
-def test_a_reproducible_reply_under_a_grammar_is_the_cold_one(model: erllama.Model, warm: bool) -> None:
+def test_a_reproducible_constrained_reply_equals_the_cold_one(model: erllama.Model, warm: bool) -> None:
     prompt, pattern = f"begin, {warm}: " * 20, "(one two three four five six [0-9]{3} ){4}"
     options = {"regex": pattern, "max_tokens": 300, "seed": 3, **HOT}
     first = model.complete(prompt, reproducible=True, **options)  # type: ignore[arg-type]
     if not warm:
         model.evict()
     again = model.complete(prompt, reproducible=True, **options)  # type: ignore[arg-type]
-    assert first.cache.tokens <= 1, "at most the token that all prompts begin with"
+    assert first.cache.tokens <= 1, "at most the first token, which all prompts share"
     assert again.cache.kind == "exact"
     assert again.tokens == first.tokens
     assert re.fullmatch(pattern, first.text)
 
 
-def test_a_warm_reply_under_a_grammar_is_of_it(model: erllama.Model) -> None:
+def test_a_cached_reply_follows_its_grammar(model: erllama.Model) -> None:
     pattern = "(one two three four five six [0-9]{3} ){4}"
     replies = [model.complete("warm " * 20, regex=pattern, max_tokens=300, seed=seed, **HOT) for seed in range(4)]  # type: ignore[arg-type]
     assert [reply.cache.kind for reply in replies[1:]] == ["exact"] * 3
     assert all(re.fullmatch(pattern, reply.text) for reply in replies)
 
 
-def test_requests_that_give_way_go_on_under_their_grammars() -> None:
+def test_preempted_requests_keep_their_grammars() -> None:
     with Cache(block_size=32) as cache:
         with erllama.load_backend(StubBackend(n_ctx=256), cache=cache, n_seq_max=4) as model:
             options = {"regex": "([a-c]{3}-forced-){20}", "max_tokens": 150, **HOT}
@@ -282,7 +282,7 @@ def test_wrong_grammars_are_refused_before_the_first_token(
     assert stub.metrics.ticks == before
 
 
-def test_a_grammar_that_cannot_go_on_ends_its_request_alone(stub: erllama.Model) -> None:
+def test_a_grammar_without_a_continuation_ends_only_its_request(stub: erllama.Model) -> None:
     with stub.stream("other", max_tokens=50, seed=1) as other:
         with pytest.raises(erllama.SamplingError, match="exclude every token"):
             stub.complete("x", regex="[0-9]", banned_tokens=list(range(256)), max_tokens=5)
@@ -320,7 +320,7 @@ def test_a_grammar_compiled_ahead_is_not_compiled_again(
     assert len(compiled) == 2
 
 
-def test_a_grammar_is_refused_ahead_as_by_a_request(stub: erllama.Model) -> None:
+def test_compiling_ahead_refuses_the_same_grammars_as_a_request(stub: erllama.Model) -> None:
     with pytest.raises(erllama.GrammarError, match="line 1, column 10: token 99999 is outside") as caught:
         stub.compile_grammar(erllama.Grammar.gbnf("root ::= <[99999]>"))
     assert (caught.value.line, caught.value.column) == (1, 10)
@@ -331,7 +331,7 @@ def test_a_grammar_is_refused_ahead_as_by_a_request(stub: erllama.Model) -> None
         stub.compile_grammar(erllama.Grammar.regex("a"))
 
 
-def test_grammars_test_texts_without_a_model() -> None:
+def test_grammars_can_test_texts_without_a_model() -> None:
     number = erllama.Grammar.gbnf('root ::= "-"? [0-9]+ ("." [0-9]+)?')
     assert number.accepts("-12.5")
     assert not number.accepts("12.")
@@ -352,7 +352,7 @@ def nested(levels: int, make: Callable[[object], object]) -> object:
 
 @pytest.mark.parametrize("option", ["json_schema", "regex", "grammar", "stop", "max_tokens", "temperature"])
 @pytest.mark.parametrize("make", [lambda inner: {"items": inner}, lambda inner: [inner]], ids=["objects", "lists"])
-def test_an_option_that_is_nested_without_end_is_refused(option: str, make: Callable[[object], object]) -> None:
+def test_an_endlessly_nested_option_is_refused(option: str, make: Callable[[object], object]) -> None:
     with erllama.load_backend(StubBackend()) as model, pytest.raises(erllama.OptionError) as caught:
         model.complete("x", **{option: nested(100_000, make)})  # type: ignore[arg-type]
     assert len(str(caught.value)) < 300
@@ -361,7 +361,7 @@ def test_an_option_that_is_nested_without_end_is_refused(option: str, make: Call
         assert "nested too deeply" in str(caught.value)
 
 
-def test_an_integer_of_too_many_digits_is_refused_by_its_option() -> None:
+def test_an_integer_of_too_many_digits_is_refused_with_its_option() -> None:
     with erllama.load_backend(StubBackend()) as model:
         for option in ("temperature", "seed", "json_schema", "regex"):
             with pytest.raises(erllama.OptionError):

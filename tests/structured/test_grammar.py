@@ -1,4 +1,4 @@
-"""Grammars: exactly their language, and errors that tell where."""
+"""Grammars accept exactly their language, and errors name the position."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from support.grammar_walks import PERSON
 # --- GBNF is its language, no more and no less ------------------------------------------------
 
 T = TypeVar("T")
-# An expression: a set of letters, a text, a rule, or what is made of others.
+# An expression: a set of letters, a text, a rule, or a combination of others.
 Expression = tuple[object, ...]
 TEXTS = ["".join(letters) for n in range(5) for letters in product("abc", repeat=n)]
 
 
 def made_or_refused(make: Callable[[], T], problem: str = "") -> T | None:
-    """What is made; None where it is refused, shortly and for the reason that is expected."""
+    """Return the grammar, or None if it is refused with a short message and for an expected reason."""
     refused: list[str] = []
     try:
         return make()
@@ -66,7 +66,7 @@ def written(expression: Expression) -> str:
     kind, *parts = expression
     if kind == "set":
         letters, negated = parts
-        # The negation of the others within abc: what else it holds is not in the texts that are tried.
+        # The complement within abc. Other characters do not occur in the tried texts.
         others = "".join(sorted(set("abc") - letters))
         return f"[^{others}]" if negated and others else f"[{''.join(sorted(letters))}]"
     if kind == "text":
@@ -82,7 +82,7 @@ def written(expression: Expression) -> str:
 
 
 class Reference:
-    """Which parts of a text match an expression: sets of spans, grown until nothing more is found."""
+    """Return the spans of a text that match each expression, extended until no more are found."""
 
     def __init__(self, rules: Sequence[Expression], text: str) -> None:
         self.rules, self.text = rules, text
@@ -110,7 +110,7 @@ class Reference:
             return self.chained([self.spans(part) for part in parts[0]])
         one = self.spans(parts[0])
         least, most = parts[1]
-        # More repetitions than letters repeat what is empty.
+        # More repetitions than letters repeat an empty text.
         counts = range(least, (max(least, len(self.text) + 1) if most is None else most) + 1)
         return set().union(*(self.chained([one] * n) for n in counts))
 
@@ -178,7 +178,7 @@ def test_terminals_are_not_read_further_than_the_rules_allow(number: int, letter
         assert grammar.accepts(tried.translate(str.maketrans("abc", letters))) == expected, tried
 
 
-def test_gbnf_is_read_as_llama_cpp_reads_it() -> None:
+def test_gbnf_is_parsed_as_in_llama_cpp() -> None:
     cases: list[tuple[str, list[str], list[str]]] = [
         (r'root ::= "\x41\u00e9\U0001F600\t\r\n\\\"\[\]"', ['Aé😀\t\r\n\\"[]'], ["A"]),
         ("root ::= [a-c-]", ["a", "c", "-"], ["d", ""]),
@@ -240,7 +240,7 @@ def test_gbnf_is_read_as_llama_cpp_reads_it() -> None:
         ("root ::= " + "(" * 10_000 + '"a"' + ")" * 10_000, 1, 110, "nested too deeply"),
     ],
 )
-def test_what_is_no_gbnf_is_refused_with_its_place(
+def test_invalid_gbnf_is_refused_with_its_position(
     source: str, line: int | None, column: int | None, problem: str
 ) -> None:
     with pytest.raises(GrammarError, match=re.escape(problem)) as caught:
@@ -251,12 +251,12 @@ def test_what_is_no_gbnf_is_refused_with_its_place(
     assert isinstance(caught.value, ValueError)
 
 
-def test_a_rule_that_root_does_not_need_may_never_end() -> None:
+def test_an_unused_rule_may_be_endless() -> None:
     assert Grammar.gbnf('root ::= "a"\nunused ::= unused').accepts("a")
 
 
-def test_llama_cpps_own_grammars_are_read() -> None:
-    """A grammar of the size that schemas are converted to: recursive, with white space that may be empty."""
+def test_the_grammars_of_llama_cpp_are_accepted() -> None:
+    """Return a grammar as large as converted schemas: recursive, with optional white space."""
     grammar = Grammar.gbnf(
         r"""
         root   ::= object
@@ -293,7 +293,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
-def test_no_grammar_takes_long_or_ends_the_process(number: int) -> None:
+def test_no_grammar_is_slow_or_ends_the_process(number: int) -> None:
     assert made_or_refused(lambda: Grammar.gbnf(HOSTILE[number]).accepts("aaaab")) in (False, None)
 
 
@@ -318,7 +318,7 @@ def list_of_words(n: int) -> str:
     [(optional_rules, 1200), (class_of, 100_000), (list_of_words, 1500)],
     ids=lambda made: str(made)[:20],
 )
-def test_the_steps_that_a_grammar_takes_grow_with_its_size(made: Callable[[int], str], n: int) -> None:
+def test_the_steps_of_a_grammar_grow_with_its_size(made: Callable[[int], str], n: int) -> None:
     def steps(source: str) -> int:
         rules = gbnf.parse(source)
         lark_writer.write_lark(rules.pool, rules.rules, rules.root, str)
@@ -384,7 +384,7 @@ def test_a_grammar_of_too_many_steps_is_refused_with_its_limit(monkeypatch: pyte
         ),
     ],
 )
-def test_what_would_take_too_long_is_refused_with_value_limit_and_remedy(
+def test_too_costly_grammars_are_refused_with_value_limit_and_remedy(
     make: Callable[[], Grammar], problem: str
 ) -> None:
     with pytest.raises(GrammarError, match=problem):
@@ -418,20 +418,20 @@ def test_a_regular_expression_matches_the_whole_text() -> None:
         ("(" * 100_000, "unclosed"),
     ],
 )
-def test_a_wrong_regular_expression_is_refused_in_one_line(pattern: str, problem: str) -> None:
+def test_an_invalid_regular_expression_is_refused_in_one_line(pattern: str, problem: str) -> None:
     with pytest.raises(GrammarError, match=re.escape(problem)) as caught:
         Grammar.regex(pattern)
     assert "\n" not in str(caught.value)
 
 
-def test_a_regular_expression_that_blows_up_is_stopped() -> None:
+def test_an_exploding_regular_expression_is_stopped() -> None:
     grammar = Grammar.regex("(((a{0,1000}){0,1000}){0,1000}){0,1000}b")
     with pytest.raises(GrammarError, match="too") as caught:
         grammar.accepts("a" * 2000)
     assert "\n" not in str(caught.value)
 
 
-def test_json_is_what_its_schema_describes() -> None:
+def test_json_grammars_accept_what_their_schema_describes() -> None:
     grammar = Grammar.json_schema(PERSON)
     good = {"name": "é", "age": 7, "tags": ["red"], "zip": "12345", "inner": {"x": 0.5, "on": True}}
     assert grammar.accepts(json.dumps(good, ensure_ascii=False))
@@ -447,7 +447,7 @@ def test_json_is_what_its_schema_describes() -> None:
     assert not Grammar.json_object().accepts(r'{"\u00e9": 1}')
 
 
-def test_white_space_in_json_comes_to_an_end() -> None:
+def test_white_space_in_json_is_bounded() -> None:
     grammar = Grammar.json_object()
     assert grammar.accepts('{\n    "a": 1\r\n}')
     for white in ("  ", "\n\n", "\n" + " " * 41, "\t"):
@@ -493,13 +493,13 @@ def test_a_schema_cannot_change_the_compilers_settings() -> None:
         ('{"items":' * 200 + "{}" + "}" * 200, "too deeply"),
     ],
 )
-def test_a_schema_that_cannot_be_kept_is_refused_by_name(schema: object, problem: str) -> None:
+def test_an_unenforceable_schema_is_refused_by_keyword(schema: object, problem: str) -> None:
     with pytest.raises(GrammarError, match=re.escape(problem)) as caught:
         Grammar.json_schema(schema)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
-# Words of llguidance, of Rust and of our own machinery, which say nothing to who wrote a schema.
+# Terms of llguidance, of Rust and of our internals, which mean nothing to the author of a schema.
 INTERNAL = re.compile(
     r"%json|coerce|lenient|x-guidance|json-schema:|f64|Some\(|None|panic|assert|usize|serde|[Ll]exer|Bias|"
     r"registry|retriev|[Uu]nsatisfiable|Pointer|hex escape|Unimplemented|RegexAst|stack level|"
@@ -570,13 +570,13 @@ odd_schemas = st.recursive(
 @example({"type": "integer", "multipleOf": 5e-324})
 @example({"minimum": "a"})
 @example({"$defs": {"a": {"$ref": "#/$defs/a", "minimum": 1}}, "$ref": "#/$defs/a", "minimum": 1})
-def test_a_message_about_a_schema_is_in_the_words_of_schemas(schema: dict[str, object]) -> None:
+def test_schema_errors_use_the_terms_of_json_schema(schema: dict[str, object]) -> None:
     problem = ""
     try:
         Grammar.json_schema(schema)
     except GrammarError as error:
         problem = str(error)
-    # What the schema itself says may be repeated.
+    # Words of the schema itself may be repeated.
     for text in re.findall(r"[A-Za-z:-]+", json.dumps(schema)):
         problem = problem.replace(text, "") if len(text) > 3 else problem
     assert INTERNAL.search(problem) is None, problem
@@ -588,7 +588,7 @@ def test_a_property_that_is_required_and_not_allowed_is_named() -> None:
         Grammar.json_schema({"type": "object", "required": ["b"], "properties": {}, "additionalProperties": False})
 
 
-def test_a_list_of_itself_that_may_be_empty_ends() -> None:
+def test_a_recursive_list_that_may_be_empty_ends() -> None:
     grammar = Grammar.json_schema({"type": "array", "items": {"$ref": "#"}})
     assert grammar.accepts("[[],[[]]]")
     inner = {"anyOf": [{"type": "null"}, {"$ref": "#"}]}
@@ -596,14 +596,14 @@ def test_a_list_of_itself_that_may_be_empty_ends() -> None:
     assert Grammar.json_schema(tree).accepts('{"next": {"next": null}}')
 
 
-def test_wrong_json_is_refused_with_its_place() -> None:
+def test_invalid_json_is_refused_with_its_position() -> None:
     with pytest.raises(GrammarError, match="line 2, column 8") as caught:
         Grammar.json_schema('{\n "type"; 1}')
     assert (caught.value.line, caught.value.column) == (2, 8)
 
 
 @pytest.mark.parametrize("link", ["ref", "items", "properties", "prefixItems"])
-def test_references_through_thousands_of_schemas_do_not_end_the_process(link: str) -> None:
+def test_thousands_of_references_do_not_end_the_process(link: str) -> None:
     n = 3000
 
     def one(i: int) -> dict[str, object]:
@@ -620,7 +620,7 @@ def test_references_through_thousands_of_schemas_do_not_end_the_process(link: st
     assert accepted in (link == "ref", None)
 
 
-def test_lark_is_llguidances() -> None:
+def test_lark_is_passed_to_llguidance() -> None:
     grammar = Grammar.lark('start: "<" name ">"\nname: /[a-z]+/\n')
     assert grammar.accepts("<abc>")
     assert not grammar.accepts("<>")
@@ -633,7 +633,7 @@ def test_lark_is_llguidances() -> None:
     "text",
     ["", "start: start", 'start: "a" start', 'foo: "a"', "start: /[a&&b]/", "start: " + "(" * 10_000, "start: /(/"],
 )
-def test_wrong_lark_is_refused(text: str) -> None:
+def test_invalid_lark_is_refused(text: str) -> None:
     with pytest.raises(GrammarError) as caught:
         Grammar.lark(text)
     assert "\n" not in str(caught.value)
@@ -660,7 +660,7 @@ def test_grammars_are_values() -> None:
     assert Grammar.gbnf("a ::= [0]\nb ::= [1]", "a") != Grammar.gbnf("a ::= [0]\nb ::= [1]", "b")
 
 
-def test_nothing_else_is_a_grammar() -> None:
+def test_other_values_are_not_grammars() -> None:
     with pytest.raises(GrammarError, match="kinds"):
         Grammar("yaml", "a")
     with pytest.raises(GrammarError, match="kinds"):

@@ -1,4 +1,4 @@
-"""What a grammar leaves of a vocabulary: every token that stays in its language, and no other; what is certain."""
+"""Masks of a grammar: exactly the tokens that stay in the language, and the tokens that are forced."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.engine.grammar.matcher import Matcher
 from erllama.llama_ffi import LlamaModel
 from support.grammar_walks import PERSON
-from support.places import SHARED
+from support.paths import SHARED
 from support.threads import in_threads
 
 # --- small vocabularies -----------------------------------------------------------------------
 
 
 class Pieces:
-    """A vocabulary of given pieces, of which some end a reply; it takes the longest piece that fits."""
+    """A vocabulary of given pieces, some of which end a reply. It tokenizes by the longest piece that fits."""
 
     def __init__(self, pieces: Sequence[bytes], ends: Sequence[int] = (), names: Sequence[bytes] = ()) -> None:
         self._pieces, self._names = list(pieces), list(names)
@@ -64,7 +64,7 @@ def spelled(vocabulary: Vocabulary, mask: NDArray[np.bool_]) -> list[bytes]:
     return [vocabulary.piece(token) for token in np.flatnonzero(mask).tolist()]
 
 
-def test_every_token_that_stays_in_the_language_is_allowed_and_none_else() -> None:
+def test_exactly_the_tokens_that_stay_in_the_language_are_allowed() -> None:
     vocabulary = Pieces([b"a", b"ab", b"ab", b"b", b"abc", b"\xc3", b"\xa9", "é".encode(), b"", b"\xff", b"x"], [8])
     matcher = GrammarCompiler(vocabulary).matcher(Grammar.gbnf('root ::= "ab" | "é" "x"?'))
     assert np.flatnonzero(matcher.allowed()).tolist() == [0, 1, 2, 5, 7]
@@ -85,7 +85,7 @@ def test_every_token_that_stays_in_the_language_is_allowed_and_none_else() -> No
 
 
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 64])
-def test_any_size_of_vocabulary_works_without_end_tokens(n: int) -> None:
+def test_vocabularies_of_any_size_work_without_end_tokens(n: int) -> None:
     vocabulary = Pieces([b"x"] * n)
     matcher = GrammarCompiler(vocabulary).matcher(Grammar.regex("x{2}"))
     for _ in range(2):
@@ -105,14 +105,14 @@ def test_a_refused_token_changes_nothing() -> None:
     matcher.accept(4)
 
 
-def test_a_vocabulary_without_the_bytes_to_go_on_is_left_nothing() -> None:
+def test_a_vocabulary_without_the_needed_bytes_has_no_allowed_token() -> None:
     matcher = GrammarCompiler(Pieces([b"a", b""], [1])).matcher(Grammar.regex("ab"))
     matcher.accept(0)
     assert not matcher.allowed().any()
     assert not matcher.accepting
 
 
-def test_an_empty_text_can_be_all_there_is() -> None:
+def test_a_grammar_may_accept_only_the_empty_text() -> None:
     for grammar in (Grammar.gbnf('root ::= ""'), Grammar.regex(""), Grammar.gbnf("root ::= [] x\nx ::= | x x")):
         assert grammar.accepts("")
         assert not grammar.accepts("a")
@@ -121,7 +121,7 @@ def test_an_empty_text_can_be_all_there_is() -> None:
         assert (matcher.accepting, matcher.stopped) == (True, True)
 
 
-def test_tokens_without_a_text_come_only_where_a_grammar_names_them() -> None:
+def test_tokens_without_text_are_allowed_only_by_name() -> None:
     names = [*[b""] * 256, b"<think>", b"</think>", b"<end>", b"<other>"]
     vocabulary = Pieces([*BYTES, b"", b"", b"", b""], [258], names)
     compiler = GrammarCompiler(vocabulary)
@@ -157,13 +157,13 @@ def test_tokens_without_a_text_come_only_where_a_grammar_names_them() -> None:
         ("root ::= <[256]>", "ends a reply"),
     ],
 )
-def test_a_token_that_the_vocabulary_has_not_is_refused_when_it_is_used(source: str, problem: str) -> None:
+def test_an_unknown_token_in_a_grammar_is_refused_on_use(source: str, problem: str) -> None:
     grammar = Grammar.gbnf(source)
     with pytest.raises(GrammarError, match=re.escape(problem)):
         GrammarCompiler(Pieces([*BYTES, b""], [256])).matcher(grammar)
 
 
-def test_bytes_are_read_across_the_borders_of_tokens() -> None:
+def test_characters_may_span_several_tokens() -> None:
     vocabulary = Pieces([b"hel", b"lo wor", b"ld", b"", *BYTES], [3])
     compiler = GrammarCompiler(vocabulary)
     matcher = compiler.matcher(Grammar.gbnf('root ::= "hello " [a-zé]+'))
@@ -193,7 +193,7 @@ def test_one_compiler_serves_many_threads() -> None:
     in_threads(work, 8)
 
 
-def test_more_grammars_than_are_kept_are_compiled_again() -> None:
+def test_grammars_beyond_the_compiler_cache_are_recompiled() -> None:
     compiler = GrammarCompiler(StubVocabulary())
     for _ in range(2):
         for n in range(1, 80):
@@ -212,7 +212,7 @@ NAMES = ["qwen2", "llama-bpe", "llama-spm"]
 def compiler_of(name: str) -> tuple[LlamaModel, GrammarCompiler]:
     path = SHARED / "vocab" / f"ggml-vocab-{name}.gguf"
     if not path.exists():
-        pytest.skip(f"{path} is not here")
+        pytest.skip(f"{path} is missing")
     model = LlamaModel(path, vocab_only=True)
     return model, GrammarCompiler(model.vocabulary)
 
@@ -227,7 +227,7 @@ def vocabulary(request: pytest.FixtureRequest) -> tuple[Vocabulary, GrammarCompi
 
 
 def walked(vocabulary: Vocabulary, matcher: Matcher, rng: random.Random, most: int = 400) -> Iterator[int]:
-    """The tokens of a random reply; it ends early where it can, and is the given tokens long at most."""
+    """Return the tokens of a random reply, which ends early where it can and has a maximum length."""
     for _ in range(most):
         mask = matcher.allowed()
         ends = np.flatnonzero(mask & vocabulary.is_eog)
@@ -237,7 +237,7 @@ def walked(vocabulary: Vocabulary, matcher: Matcher, rng: random.Random, most: i
         if len(ends) and (not len(tokens) or rng.random() < 0.2):
             matcher.accept(int(rng.choice(ends)))
             return
-        # Short tokens as often as long ones, of which there are more.
+        # Short tokens as often as long ones, which are more numerous.
         token = min(rng.choices(tokens.tolist(), k=rng.randint(1, 4)), key=lambda id: len(vocabulary.piece(id)))
         matcher.accept(token)
         yield token
@@ -297,7 +297,7 @@ def test_every_random_reply_is_in_the_language(vocabulary: tuple[Vocabulary, Gra
 
 
 @pytest.mark.parametrize("name", REPLIES)
-def test_what_is_allowed_can_be_accepted_and_nothing_else(
+def test_exactly_the_allowed_tokens_can_be_accepted(
     vocabulary: tuple[Vocabulary, GrammarCompiler], name: str
 ) -> None:
     tokens, compiler = vocabulary
@@ -326,7 +326,7 @@ def test_what_is_allowed_can_be_accepted_and_nothing_else(
 
 
 @pytest.mark.parametrize("name", ["schema", "record"])
-def test_forced_tokens_are_allowed_one_after_the_other(
+def test_forced_tokens_are_allowed_one_after_another(
     vocabulary: tuple[Vocabulary, GrammarCompiler], name: str
 ) -> None:
     tokens, compiler = vocabulary
@@ -380,12 +380,12 @@ WORDS = st.lists(
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=150, deadline=None)
 @given(text=WORDS, later=WORDS)
-def test_forced_tokens_are_those_of_the_models_tokenizer_whatever_follows(name: str, text: str, later: str) -> None:
+def test_forced_tokens_match_the_tokenizer_for_every_continuation(name: str, text: str, later: str) -> None:
     model, compiler = compiler_of(name)
     vocabulary = model.vocabulary
     literal = "".join(f"\\U{ord(letter):08x}" for letter in text)
     forced = compiler.matcher(Grammar.gbnf(f'root ::= "{literal}" .*')).forced()
-    # Where a tokenizer puts a space first, a text within a text is tokenized as one that follows a new line.
+    # If a tokenizer puts a space first, a part of a text is tokenized as a text after a newline.
     fence = vocabulary.tokenize("\x02", add_special=False) if name == "llama-spm" else []
     whole = vocabulary.tokenize("\x02" * bool(len(fence)) + text + later, add_special=False).tolist()[len(fence) :]
     assert forced == whole[: len(forced)]

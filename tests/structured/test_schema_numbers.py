@@ -1,4 +1,4 @@
-"""Numbers in JSON schemas are exact, whatever their size: in constants, in bounds, in arguments of tools."""
+"""Numbers in JSON schemas are exact for every size: in constants, in bounds, in arguments of tools."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from erllama.chat.tool_calls.reader import read_calls
 from erllama.chat.tool_calls.tools import normalize_tools
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.engine.grammar.schemas import keywords as schema_keywords
+from support.chat.tool_calls import lark_literal
 from support.grammar_walks import CLOSING, Vocabulary
-from support.tool_texts import plainly
 
-# The suite's share of examples, and that of a long run.
+# The number of examples in the suite and in a long run.
 EXAMPLES = int(os.environ.get("ERLLAMA_GRAMMARS", "25"))
 LARGE = 1234567890123456789
 INT64 = (-(2**63), 2**63 - 1)
 UINT64 = (0, 2**64 - 1)
-# Where doubles begin to lose integers, and where the integers of machines end.
+# The integers at which doubles lose precision and at which machine integers end.
 EDGES = [
     sign * (2**power + more) for power in (31, 32, 53, 54, 63, 64, 70) for more in (-1, 0, 1) for sign in (1, -1)
 ]
@@ -44,7 +44,7 @@ def accepts_number(schema: object, number: object) -> bool:
 
 
 @pytest.mark.parametrize(("low", "high"), [INT64, UINT64, (0, 2**63 - 1), (-(2**53) - 1, 2**53 + 1)])
-def test_the_bounds_that_code_generators_write_hold_at_both_ends(low: int, high: int) -> None:
+def test_the_bounds_of_code_generators_hold_at_both_ends(low: int, high: int) -> None:
     grammar = Grammar.json_schema({"type": "integer", "minimum": low, "maximum": high})
     for number in (low, low + 1, 0, 1, high - 1, high, high // 2 + 1):
         assert grammar.accepts(str(number)), number
@@ -110,7 +110,7 @@ def grammar_or_none(schema: object) -> Grammar | None:
 
 @settings(max_examples=4 * EXAMPLES, deadline=None)
 @given(ranges(), st.lists(integers, max_size=4))
-def test_an_integer_is_accepted_where_it_is_within_its_bounds(bounds: dict[str, object], others: list[int]) -> None:
+def test_an_integer_is_accepted_within_its_bounds(bounds: dict[str, object], others: list[int]) -> None:
     grammar = grammar_or_none({"type": "integer", **bounds})
     ends = [bound + more for bound in bounds.values() if isinstance(bound, int) for more in (-1, 0, 1)]
     for number in (*ends, *others):
@@ -120,9 +120,7 @@ def test_an_integer_is_accepted_where_it_is_within_its_bounds(bounds: dict[str, 
 
 @settings(max_examples=2 * EXAMPLES, deadline=None)
 @given(ranges(), st.lists(st.tuples(integers, st.sampled_from(["", ".0", ".5", ".001", ".25"])), max_size=4))
-def test_a_number_is_accepted_where_it_is_within_its_bounds(
-    bounds: dict[str, object], others: list[tuple[int, str]]
-) -> None:
+def test_a_number_is_accepted_within_its_bounds(bounds: dict[str, object], others: list[tuple[int, str]]) -> None:
     assume(any(isinstance(bound, int) and abs(bound) > 2**53 for bound in bounds.values()))
     grammar = grammar_or_none({"type": "number", **bounds})
     ends = [
@@ -138,7 +136,7 @@ def test_a_number_is_accepted_where_it_is_within_its_bounds(
         assert accepted == within(Decimal(text), bounds), (bounds, text)
 
 
-def test_bounds_with_fractions_and_exponents_beyond_doubles_are_kept() -> None:
+def test_bounds_beyond_doubles_are_exact() -> None:
     schema = {"type": "number", "minimum": -1e20, "maximum": 9007199254740993.5}
     grammar = Grammar.json_schema(schema)
     # The second is not a double: Python reads it as the even one next to it.
@@ -151,7 +149,7 @@ def test_bounds_with_fractions_and_exponents_beyond_doubles_are_kept() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2, 5, 8, 10, 1000, 0.5])
-def test_multiples_within_large_bounds(step: float) -> None:
+def test_multiple_of_works_within_large_bounds(step: float) -> None:
     grammar = Grammar.json_schema({"type": "integer", "minimum": INT64[0], "maximum": INT64[1], "multipleOf": step})
     for number in (*INT64, *range(-40, 41), 8000, -3000, LARGE, LARGE + 1, LARGE + 3, -LARGE - 1):
         assert grammar.accepts(str(number)) == (number % step == 0), number
@@ -173,7 +171,7 @@ def test_multiples_within_large_bounds(step: float) -> None:
         ({"allOf": [{"minimum": LARGE}, {"$ref": "#/nowhere"}]}, "#/nowhere"),
     ],
 )
-def test_what_cannot_be_combined_with_large_numbers_is_refused_by_name(schema: object, problem: str) -> None:
+def test_keywords_that_exclude_large_numbers_are_named(schema: object, problem: str) -> None:
     with pytest.raises(GrammarError, match=problem):
         Grammar.json_schema(json.dumps(schema))
 
@@ -198,7 +196,7 @@ def kind(name: str, **more: object) -> dict[str, object]:
         ([{"enum": [LARGE, "a"]}, {"enum": [LARGE + 1, "b"]}, {"enum": [None]}], ['"b"', "null"], ['"c"']),
     ],
 )
-def test_options_of_one_of_that_are_apart_are_kept(options: list[object], good: list[str], bad: list[str]) -> None:
+def test_disjoint_options_of_one_of_are_accepted(options: list[object], good: list[str], bad: list[str]) -> None:
     grammar = Grammar.json_schema({"oneOf": options})
     assert all(map(grammar.accepts, good))
     assert not any(map(grammar.accepts, bad))
@@ -211,12 +209,12 @@ def test_options_of_one_of_that_are_apart_are_kept(options: list[object], good: 
         [{"const": LARGE}, {"enum": ["a", 1e18, LARGE]}],
         [{"enum": [10**18, "a"]}, {"const": 1e18}],
         [{"type": "integer", "minimum": LARGE}, {"type": "integer", "minimum": 0, "maximum": LARGE}],
-        # A text has both: only objects have properties.
+        # A text satisfies both, because only objects have properties.
         [kind("a"), kind("b")],
         [kind("a", type="object"), kind("a", type="object")],
     ],
 )
-def test_options_of_one_of_that_may_hold_together_are_refused(options: list[object]) -> None:
+def test_overlapping_options_of_one_of_are_refused(options: list[object]) -> None:
     with pytest.raises(GrammarError, match="may match together is not supported; use anyOf"):
         Grammar.json_schema({"oneOf": options})
 
@@ -249,14 +247,14 @@ def test_every_option_of_one_of_is_read_once(
         ),
     ],
 )
-def test_too_many_options_are_refused_by_their_number(options: list[object], problem: str) -> None:
+def test_too_many_options_are_refused_with_their_count(options: list[object], problem: str) -> None:
     with pytest.raises(GrammarError, match=problem):
         Grammar.json_schema({"oneOf": options})
 
 
 @pytest.mark.parametrize("most", [10**5 + 1, 2**31 - 1, 2**31, 2**63 - 1, 1e9, 1e20])
 @pytest.mark.parametrize("item", [{"type": "integer", "minimum": LARGE}, {"type": "string", "maxLength": 3}])
-def test_upper_counts_that_no_text_reaches_are_no_limit(item: object, most: float) -> None:
+def test_unreachable_maximum_counts_are_no_limit(item: object, most: float) -> None:
     items = Grammar.json_schema({"type": "array", "items": item, "maxItems": most})
     others = Grammar.json_schema({"type": "object", "additionalProperties": item, "maxProperties": most})
     for value in (str(LARGE), '"abc"'):
@@ -268,7 +266,7 @@ def test_upper_counts_that_no_text_reaches_are_no_limit(item: object, most: floa
     assert not texts.accepts('"b"')
 
 
-def test_counts_are_integers_however_they_are_written() -> None:
+def test_counts_are_integers_in_every_notation() -> None:
     schema = (
         '{"items":{"type":"string","minLength":1.0,"maxLength":2.0},"type":"array","minItems":1.0,"maxItems":2e0}'
     )
@@ -297,13 +295,13 @@ def test_counts_are_integers_however_they_are_written() -> None:
         ('{"type":"number","minimum":9007199254740993.5,"maximum":9007199254740993.5}', f"{2**53 + 2}.0", "1.0"),
     ],
 )
-def test_numbers_of_schema_texts_are_exact_however_they_are_written(schema: str, good: str, bad: str) -> None:
+def test_numbers_in_schema_texts_are_exact_in_every_notation(schema: str, good: str, bad: str) -> None:
     grammar = Grammar.json_schema(schema)
     assert grammar.accepts(good)
     assert not grammar.accepts(bad)
 
 
-def test_a_number_past_every_double_is_refused_by_its_text() -> None:
+def test_a_number_beyond_doubles_is_refused_with_its_text() -> None:
     with pytest.raises(GrammarError, match=r"1e400; the largest"):
         Grammar.json_schema('{"const": 1e400}')
 
@@ -312,7 +310,7 @@ def test_a_number_past_every_double_is_refused_by_its_text() -> None:
 
 
 @pytest.mark.parametrize("number", [LARGE, -LARGE, 2**53 + 1, 2**63, 2**64 - 1, 2**64, 10**400 + 1])
-def test_a_constant_is_exactly_itself(number: int) -> None:
+def test_a_constant_accepts_exactly_its_value(number: int) -> None:
     for schema in ({"const": number}, {"enum": ["x", number, None]}, {"type": "integer", "enum": [7, number]}):
         grammar = Grammar.json_schema(schema)
         assert grammar.accepts(str(number))
@@ -321,7 +319,7 @@ def test_a_constant_is_exactly_itself(number: int) -> None:
     assert Grammar.json_schema({"enum": ["x", number, None]}).accepts("null")
 
 
-def test_constants_with_large_numbers_within() -> None:
+def test_constants_may_contain_large_numbers() -> None:
     grammar = Grammar.json_schema({"enum": [{"id": LARGE, "of": [LARGE + 1, "a"]}, [LARGE], 5, True]})
     for accepted in (json.dumps({"id": LARGE, "of": [LARGE + 1, "a"]}), f"[{LARGE}]", "5", "true"):
         assert grammar.accepts(accepted)
@@ -476,7 +474,7 @@ def _ordered(schema: dict[str, object], value: dict[str, object]) -> list[str]:
 
 
 def _has_objects(value: object) -> bool:
-    """Whether the order of properties could be why a value was not accepted."""
+    """Return whether the order of properties could explain why a value was not accepted."""
     if isinstance(value, list):
         return any(map(_has_objects, value))
     return isinstance(value, dict) and (len(value) > 1 or any(map(_has_objects, value.values())))
@@ -504,10 +502,10 @@ TOOLS = normalize_tools(
 
 
 @pytest.mark.parametrize("format", TOOL_FORMATS)
-def test_arguments_of_tools_lose_no_digit(format: str) -> None:
+def test_tool_arguments_lose_no_digit(format: str) -> None:
     words = Vocabulary([])
     grammar = Grammar.lark(
-        write_call_grammar(get_tool_format(format), TOOLS, name=None, parallel=False, literal=plainly)
+        write_call_grammar(get_tool_format(format), TOOLS, name=None, parallel=False, literal=lark_literal)
     )
     compiler = GrammarCompiler(words)
     for seed in range(5):

@@ -1,4 +1,4 @@
-"""Whatever a grammar lets a model write is read and valid, and so is what the families' templates write."""
+"""Calls that a grammar allows are read and valid, and so are calls that templates render."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from erllama.chat.tool_calls.tools import get_parameters, normalize_tools
 from erllama.engine import ToolCall
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.errors import ToolCallError
-from support.grammar_walks import VOCABULARIES, walk, words
-from support.tool_texts import (
+from support.chat.tool_calls import (
     HARD,
     NOW,
     TEMPLATES,
     WEATHER,
+    lark_literal,
     needs_templates,
-    plainly,
 )
+from support.grammar_walks import VOCABULARIES, random_walk, words
 
 # --- Whatever a grammar lets a model write is read, and valid ---------------------------------
 
@@ -83,13 +83,13 @@ def walked(format: str, vocabulary: str, name: str | None, parallel: bool) -> tu
 
 
 def written_by_chance(format: str, vocabulary: str, name: str | None, parallel: bool, seed: int) -> str | None:
-    """A text that tokens drawn at random make under a format's grammar; None where it does not come to its end."""
+    """Return a random text that a format's grammar allows, or None if it does not reach its end."""
     compiler, grammar = walked(format, vocabulary, name, parallel)
-    return walk(VOCABULARIES[vocabulary], compiler.matcher(grammar), random.Random(seed))
+    return random_walk(VOCABULARIES[vocabulary], compiler.matcher(grammar), random.Random(seed))
 
 
 def read_or_too_large(format: str, text: str) -> list[ToolCall] | None:
-    """The calls; None where a number is JSON's, and no float's."""
+    """Return the calls, or None if a JSON number is beyond floats."""
     problem = ""
     try:
         return read_calls(get_tool_format(format), text, RICH_TOOLS)
@@ -101,7 +101,7 @@ def read_or_too_large(format: str, text: str) -> list[ToolCall] | None:
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("format", TOOL_FORMATS)
-def test_what_a_grammar_allows_is_read_and_valid(format: str, vocabulary: str) -> None:
+def test_calls_that_a_grammar_allows_are_read_and_valid(format: str, vocabulary: str) -> None:
     finished = 0
     for seed in range(int(os.environ.get("ERLLAMA_GRAMMARS", "25"))):
         name = "rich" if seed % 2 else None
@@ -167,7 +167,7 @@ plain_keys = st.dictionaries(
 
 
 class Written(NamedTuple):
-    """How a template writes calls: what arguments may be and may not have, what ends a turn, how many calls."""
+    """How a template writes calls: limits of arguments, the end of a turn, the number of calls."""
 
     format: str
     arguments: st.SearchStrategy[dict[str, object]] = anything
@@ -199,7 +199,7 @@ FAMILIES = {
     "mistralai-Mistral-Nemo-Instruct-2407": Written("mistral", end="<EOS>"),
     "openai-gpt-oss-120b": Written("gpt-oss", most=1),
 }
-# Of the others, two know of tools without writing calls, and the rest know of none.
+# Two of the others support tools without writing calls. The rest do not support tools.
 SILENT = {"LFM2-8B-A1B": "lfm2", "ibm-granite-granite-3.3-2B-Instruct": "granite"}
 TOOLLESS = {"HuggingFaceTB-SmolLM3-3B", "google-gemma-2-2b-it", "microsoft-Phi-3.5-mini-instruct"}
 ASKED = "What now?"
@@ -225,14 +225,14 @@ def renderer() -> Callable[..., str]:
 
 @cache
 def changing_template(source: str) -> Callable[..., str]:
-    """A template that changes lists, which no sandbox of today allows."""
+    """A template that changes lists, which current sandboxes refuse."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     return environment.from_string(source).render
 
 
 def written_by_template(name: str, made: Sequence[Mapping[str, object]]) -> str:
-    """The span of calls in what a template makes of a conversation that ends with them."""
+    """Return the span of the calls in a rendered conversation that ends with them."""
     source = (TEMPLATES / f"{name}.jinja").read_text()
     family = FAMILIES[name]
     tool_calls = [
@@ -243,7 +243,7 @@ def written_by_template(name: str, made: Sequence[Mapping[str, object]]) -> str:
         [{"role": "user", "content": ASKED}, {"role": "assistant", "content": None, "tool_calls": tool_calls}]
     )
     if name.startswith("meetkai"):
-        # It takes arguments as JSON text.
+        # This template takes arguments as JSON text.
         for call in messages[-1]["tool_calls"]:  # type: ignore[attr-defined]
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
     if name.startswith("Kimi"):
@@ -261,7 +261,7 @@ def written_by_template(name: str, made: Sequence[Mapping[str, object]]) -> str:
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(suppress_health_check=[HealthCheck.filter_too_much], max_examples=40, deadline=None)
 @given(chosen=st.data())
-def test_what_a_template_writes_is_read_back(name: str, chosen: st.DataObject) -> None:
+def test_calls_rendered_by_a_template_are_read_back(name: str, chosen: st.DataObject) -> None:
     family = FAMILIES[name]
     made = chosen.draw(st.lists(family.arguments, min_size=1, max_size=family.most))
     assume(not any(family.without in text for text in strings_in(made)))
@@ -285,22 +285,22 @@ def strings_in(value: object) -> list[str]:
 
 @needs_templates
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_a_template_writes_is_of_the_grammar(name: str) -> None:
+def test_calls_rendered_by_a_template_match_the_grammar(name: str) -> None:
     arguments: dict[str, object] = {"text": 'a "b"', "whole": 5, "list": [1, "x"]}
     family = FAMILIES[name]
     text = written_by_template(name, [arguments] * family.most)
     written = write_call_grammar(
-        get_tool_format(family.format), LOOSE, name=None, parallel=family.most > 1, literal=plainly
+        get_tool_format(family.format), LOOSE, name=None, parallel=family.most > 1, literal=lark_literal
     )
     if family.format == "seed":
-        # It writes lists as Python does, which its models need not.
+        # This template writes lists as Python does, unlike its models.
         text = text.replace("'x'", '"x"')
     assert Grammar.lark(written).accepts(text)
 
 
 @needs_templates
 @pytest.mark.parametrize("path", sorted(TEMPLATES.glob("*.jinja")), ids=lambda path: path.stem)
-def test_a_template_tells_its_format(path: Path) -> None:
+def test_the_format_is_recognized_by_the_template(path: Path) -> None:
     found = find_tool_format(path.read_text())
     if path.stem in TOOLLESS:
         assert found is None

@@ -1,4 +1,4 @@
-"""Schemas of tools that no grammar can enforce: relaxed and validated after a call is read, or refused."""
+"""Tool schemas that no grammar can enforce: relaxed and validated after a call is read, or refused."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from erllama.chat.tool_calls.tools import ToolChoice, check_schemas, find_strict
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.engine.output.token_codec import TokenCodec
 from erllama.errors import ChatError, GrammarError, OptionError
-from support.grammar_walks import VOCABULARIES, walk
-from support.spelled import SpelledBackend, SpelledVocabulary, follow
-from support.tool_texts import LISTED, NOW, WEATHER, Schema, plainly, spelled_call
+from support.chat.tool_calls import LISTED, NOW, WEATHER, Schema, call_text, lark_literal
+from support.grammar_walks import VOCABULARIES, random_walk
+from support.scripted_backend import PieceVocabulary, ScriptedBackend, scripted_reply
 
 # As pydantic writes them: Path, bytes, SecretStr, IPv4Network, Base64Str, FilePath, Json, Decimal.
 ANNOTATED: Schema = {
@@ -38,7 +38,7 @@ ANNOTATED: Schema = {
     "j": {"contentMediaType": "application/json", "contentSchema": {}, "title": "J", "type": "string"},
     "d": {"anyOf": [{"type": "number"}, {"type": "string"}], "title": "D"},
 }
-# Of sets, and what JSON Schema has beside: parameters, and arguments that violate them.
+# Sets and further features of JSON Schema: parameters, and arguments that violate them.
 UNENFORCED: dict[str, tuple[Schema, list[dict[str, object]]]] = {
     "set": (
         {"properties": {"s": {"items": {"type": "integer"}, "title": "S", "type": "array", "uniqueItems": True}}},
@@ -76,22 +76,22 @@ def tool(name: str, parameters: Schema, **more: object) -> dict[str, object]:
 def rules(
     format: str, tools: Sequence[dict[str, object]], kind: str = "auto", **options: object
 ) -> tuple[Grammar, frozenset[str]]:
-    """What keeps calls to the tools' schemas, and which arguments are validated afterwards."""
+    """Return the grammar of the calls, and the tools whose arguments are validated afterwards."""
     family = Family.from_template("", may_call=True, format=format)
     choice = ToolChoice(kind)  # type: ignore[arg-type]
-    codec = TokenCodec(SpelledVocabulary())
+    codec = TokenCodec(PieceVocabulary())
     grammar, checked = family.constrain_calls(normalize_tools(tools), choice, codec, parallel=False, **options)  # type: ignore[arg-type]
     assert grammar is not None
     return grammar, checked
 
 
-def test_formats_that_no_grammar_knows_are_annotations() -> None:
+def test_unknown_string_formats_are_annotations() -> None:
     for schema in (*ANNOTATED.values(), {"format": "int32"}, {"type": "array", "items": {"format": "path"}}):
         assert Grammar.json_schema(schema).accepts('["x"]' if "items" in schema else '"x"')  # type: ignore[arg-type, operator]
     dated = Grammar.json_schema({"type": "string", "format": "date"})
     assert dated.accepts('"2024-02-29"')
     assert not dated.accepts('"x"')
-    # Only where a schema stands, `format` is a keyword.
+    # `format` is a keyword only within a schema.
     named: Schema = {"type": "object", "properties": {"format": {"const": "path"}}, "required": ["format"]}
     assert Grammar.json_schema(named).accepts('{"format": "path"}')
     assert not Grammar.json_schema(named).accepts('{"format": "x"}')
@@ -101,17 +101,17 @@ def test_formats_that_no_grammar_knows_are_annotations() -> None:
 
 @pytest.mark.parametrize("kind", ["auto", "required"])
 @pytest.mark.parametrize("format", TOOL_FORMATS)
-def test_annotated_schemas_are_enforced(format: str, kind: str) -> None:
+def test_schemas_with_annotations_are_enforced(format: str, kind: str) -> None:
     annotated = tool("f", {"properties": ANNOTATED, "required": [*ANNOTATED]}, strict=True)
     grammar, checked = rules(format, [annotated], kind, strict=frozenset({"f"}))
     assert not checked
     arguments = {name: 5 if name == "d" else "x" for name in ANNOTATED}
-    assert grammar.accepts(spelled_call(format, "f", arguments, annotated["parameters"]))  # type: ignore[arg-type]
+    assert grammar.accepts(call_text(format, "f", arguments, annotated["parameters"]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("what", UNENFORCED)
 @pytest.mark.parametrize("format", TOOL_FORMATS)
-def test_what_cannot_be_enforced_is_relaxed_and_checked(format: str, what: str) -> None:
+def test_unenforceable_schemas_are_relaxed_and_validated(format: str, what: str) -> None:
     parameters, violating = UNENFORCED[what]
     loose = tool("loose", parameters)
     schema = loose["parameters"]
@@ -119,15 +119,15 @@ def test_what_cannot_be_enforced_is_relaxed_and_checked(format: str, what: str) 
     grammar, checked = rules(format, [WEATHER, loose, NOW])
     assert checked == {"loose"}
     for arguments in violating:
-        text = spelled_call(format, "loose", arguments, schema)
+        text = call_text(format, "loose", arguments, schema)
         assert grammar.accepts(text), text
         (call,) = read_calls(get_tool_format(format), text, normalize_tools([loose]))
         assert call.arguments == arguments
         assert find_violation(schema, call.arguments)
     # The others stay constrained.
     city: Schema = {"properties": {"city": {"type": "string"}, "days": {}}}
-    assert grammar.accepts(spelled_call(format, "get_weather", {"city": "Rome", "days": 3}, city))
-    assert not grammar.accepts(spelled_call(format, "get_weather", {"city": "Rome", "days": "five"}, city))
+    assert grammar.accepts(call_text(format, "get_weather", {"city": "Rome", "days": 3}, city))
+    assert not grammar.accepts(call_text(format, "get_weather", {"city": "Rome", "days": "five"}, city))
     with pytest.raises(ChatError, match=r"tool 'loose'.*it is strict"):
         check_schemas(normalize_tools([{**loose, "strict": True}]), find_strict_tools([{**loose, "strict": True}]))
     check_schemas(normalize_tools([{**loose, "strict": False}]), find_strict_tools([{**loose, "strict": False}]))
@@ -144,20 +144,20 @@ def test_what_cannot_be_enforced_is_relaxed_and_checked(format: str, what: str) 
         ({"enum": [1, 9], "maximum": 5}, 1, 9),
     ],
 )
-def test_gemmas_values_are_kept_to_their_schema_or_checked(part: Schema, good: object, bad: object) -> None:
+def test_gemma_values_are_constrained_or_validated(part: Schema, good: object, bad: object) -> None:
     point: Schema = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
     parameters: Schema = {"properties": {"v": part}, "$defs": {"p": point, "n": {"type": "integer"}}}
     grammar, checked = rules("gemma4", [tool("f", parameters), NOW])
-    text = spelled_call("gemma4", "f", {"v": good}, parameters)
+    text = call_text("gemma4", "f", {"v": good}, parameters)
     assert grammar.accepts(text)
     assert not find_violation(parameters, {"v": good})
     assert not grammar.accepts(text.replace("call:f", "call:now"))
-    wrong = spelled_call("gemma4", "f", {"v": bad}, parameters)
+    wrong = call_text("gemma4", "f", {"v": bad}, parameters)
     assert not grammar.accepts(wrong) or ("f" in checked and find_violation(parameters, {"v": bad}))
 
 
 @pytest.mark.parametrize("format", [*LISTED, "lfm2", "gemma4"])
-def test_what_a_family_cannot_write_is_relaxed_and_checked(format: str) -> None:
+def test_schemas_a_family_cannot_express_are_relaxed_and_validated(format: str) -> None:
     parts: Schema = {
         "oneOf": [
             {"properties": {"a": {"type": "string"}, "n": {"type": "integer"}}, "required": ["a", "n"]},
@@ -170,23 +170,21 @@ def test_what_a_family_cannot_write_is_relaxed_and_checked(format: str) -> None:
         grammar, checked = rules(format, [either, NOW], kind)
         assert checked == {"either"}
         for arguments, valid in (({"a": "5", "n": 5}, True), ({"n": 5, "b": "5"}, True), ({"a": "x"}, False)):
-            text = spelled_call(format, "either", arguments, known)
+            text = call_text(format, "either", arguments, known)
             assert grammar.accepts(text)
             (call,) = read_calls(get_tool_format(format), text, normalize_tools([either]))
             assert call.arguments == arguments
             assert bool(find_violation(either["parameters"], call.arguments)) != valid  # type: ignore[arg-type]
-        # The types of what is listed are kept.
+        # The types of list items stay.
         assert not grammar.accepts(
-            spelled_call(
-                format, "either", {"a": "x", "n": "five"}, {"properties": {"a": {"type": "string"}, "n": {}}}
-            )
+            call_text(format, "either", {"a": "x", "n": "five"}, {"properties": {"a": {"type": "string"}, "n": {}}})
         )
-        assert not grammar.accepts(spelled_call(format, "now", {"a": "x"}, known))
+        assert not grammar.accepts(call_text(format, "now", {"a": "x"}, known))
     with pytest.raises((GrammarError, ChatError), match=r"'either'.*strict"):
         rules(format, [{**either, "strict": True}], strict=frozenset({"either"}))
 
 
-def test_a_strict_tool_that_a_family_cannot_write_is_refused_by_name() -> None:
+def test_a_strict_tool_a_family_cannot_express_is_refused_by_name() -> None:
     strict = tool("either", {"anyOf": [{"properties": {"a": {}}}]}, strict=True)
     assert not rules("hermes", [strict], strict=frozenset({"either"}))[1]
     for format in LISTED:
@@ -196,28 +194,28 @@ def test_a_strict_tool_that_a_family_cannot_write_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("format", TOOL_FORMATS)
-def test_the_loosest_form_is_of_the_family_and_is_read(format: str) -> None:
+def test_the_most_relaxed_grammar_still_yields_readable_calls(format: str) -> None:
     parameters: Schema = {"type": "object", "properties": {"a": {"type": "string"}, "n": {"type": "integer"}}}
     tools = normalize_tools([{"name": "f", "parameters": parameters}])
     last = [*relax_schema(parameters, get_tool_format(format).arguments)][-1]
     assert last is None
     written = write_call_grammar(
-        get_tool_format(format), tools, name=None, parallel=False, literal=plainly, relaxed={"f": None}
+        get_tool_format(format), tools, name=None, parallel=False, literal=lark_literal, relaxed={"f": None}
     )
     grammar = Grammar.lark(written)
-    assert grammar.accepts(spelled_call(format, "f", {"a": "x", "n": 5}, parameters))
-    assert grammar.accepts(spelled_call(format, "f", {"z": 5}, {"properties": {"z": {}}}))
-    assert grammar.accepts(spelled_call(format, "f", {}, parameters))
+    assert grammar.accepts(call_text(format, "f", {"a": "x", "n": 5}, parameters))
+    assert grammar.accepts(call_text(format, "f", {"z": 5}, {"properties": {"z": {}}}))
+    assert grammar.accepts(call_text(format, "f", {}, parameters))
     words = VOCABULARIES["texts"]
     n_read, problems = 0, []
     for seed in range(8):
-        text = walk(words, GrammarCompiler(words).matcher(grammar), random.Random(seed))
+        text = random_walk(words, GrammarCompiler(words).matcher(grammar), random.Random(seed))
         try:
             n_read += text is not None and len(read_calls(get_tool_format(format), text, tools)) == 1
         except erllama.ToolCallError as error:
             problems.append(str(error))
     assert n_read
-    # Any text for an integer, any name twice: such a call is reported as malformed.
+    # A text in place of an integer, or a name twice: such a call is reported as malformed.
     expected = re.compile("has none of the types|is repeated|too many digits|larger than any float")
     assert [problem for problem in problems if not expected.search(problem)] == []
 
@@ -235,7 +233,7 @@ def test_the_loosest_form_is_of_the_family_and_is_read(format: str) -> None:
         ({"properties": {"a": {"type": "array", "uniqueItems": "yes"}}}, "yes"),
     ],
 )
-def test_what_no_arguments_can_have_is_refused(parameters: Schema, problem: str) -> None:
+def test_unsatisfiable_schemas_are_refused(parameters: Schema, problem: str) -> None:
     with pytest.raises(ChatError, match=f"tool 'f': its parameters do not compile: .*{problem}"):
         check_schemas(normalize_tools([tool("f", parameters)]))
 
@@ -257,40 +255,38 @@ def test_what_no_arguments_can_have_is_refused(parameters: Schema, problem: str)
         ({"type": "number", "minimum": -(2**60), "multipleOf": 0.5}, 1.5, 1.25),
         ({"type": "integer", "minimum": -(10**500)}, 1, "a"),
         ({"type": "string", "minLength": 2**63 - 1}, None, "a"),
-        # What compiles is not only checked.
+        # A schema that compiles is enforced, not only validated.
         ({"type": "string", "pattern": "^a+$", "maxLength": 2**63 - 1}, "aa", "b"),
         ({"type": "string", "minLength": 1.0}, "a", ""),
     ],
 )
-def test_what_is_not_supported_with_large_numbers_is_relaxed_and_checked(
-    part: Schema, good: object, bad: object
-) -> None:
+def test_unsupported_large_numbers_are_relaxed_and_validated(part: Schema, good: object, bad: object) -> None:
     parameters = {"type": "object", "properties": {"a": part}, "required": ["a"]}
     for format in ("hermes", "qwen3-coder"):
         grammar, checked = rules(format, [tool("f", parameters)])
         if good is not None:
-            assert grammar.accepts(spelled_call(format, "f", {"a": good}, parameters))
+            assert grammar.accepts(call_text(format, "f", {"a": good}, parameters))
             assert not find_violation(parameters, {"a": good})
-        assert checked or not grammar.accepts(spelled_call(format, "f", {"a": bad}, parameters))
+        assert checked or not grammar.accepts(call_text(format, "f", {"a": bad}, parameters))
     assert find_violation(parameters, {"a": bad})
 
 
-def test_strict_is_true_or_false() -> None:
+def test_strict_must_be_a_boolean() -> None:
     with pytest.raises(ChatError, match="tool 'f': strict='yes'; expected true, false or null"):
         normalize_tools([tool("f", {}, strict="yes")])
 
 
-def test_a_violation_is_told_in_short_with_its_place() -> None:
+def test_a_violation_is_reported_briefly_with_its_position() -> None:
     schema: Schema = {"properties": {"s": {"type": "array", "uniqueItems": True}}}
     assert find_violation(schema, {"s": [1, 2]}) == ""
     assert find_violation(schema, {"s": [1, 1]}) == "$.s: [1, 1] has non-unique elements"
     assert len(find_violation(schema, {"s": ["x" * 5000] * 2})) < 250
-    # Nothing is fetched, and what cannot be checked is not accepted.
+    # Nothing is fetched, and arguments that cannot be validated are not accepted.
     assert "cannot be checked" in find_violation({"$ref": "http://127.0.0.1:9/x"}, {})
     assert "cannot be checked" in find_violation({"pattern": r"\p{L}"}, "x")
 
 
-def test_jsonschema_is_loaded_for_what_no_grammar_enforces_alone() -> None:
+def test_jsonschema_is_imported_only_for_unenforceable_schemas() -> None:
     code = (
         "import sys; from erllama.chat.tool_calls.tools import check_schemas, normalize_tools as n; "
         "check_schemas(n([{'name': 'f', 'parameters': {'properties': {'a': {'type': 'integer'}}}}])); "
@@ -308,9 +304,9 @@ COUNT = tool("count", {"properties": {"n": N}, "required": ["n"], "additionalPro
 
 
 def replies(said: str, **options: object) -> tuple[erllama.ChatCompletion, list[erllama.Event]]:
-    vocabulary = SpelledVocabulary(end="<|eog|>")
+    vocabulary = PieceVocabulary(end="<|eog|>")
     tokens = vocabulary.tokenize(said).tolist()
-    backend = SpelledBackend(vocabulary, follow(vocabulary, tokens), chat_templates={"default": TEMPLATE})  # type: ignore[arg-type]
+    backend = ScriptedBackend(vocabulary, scripted_reply(vocabulary, tokens), chat_templates={"default": TEMPLATE})  # type: ignore[arg-type]
     with erllama.load_backend(backend, cache=erllama.Cache()) as model:
         stream = model.stream_chat([{"role": "user", "content": "Q"}], **options)  # type: ignore[arg-type]
         events = list(stream)
@@ -318,7 +314,7 @@ def replies(said: str, **options: object) -> tuple[erllama.ChatCompletion, list[
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
-def test_a_call_that_violates_its_schema_is_text_with_its_error(choice: str) -> None:
+def test_a_call_that_violates_its_schema_is_text_with_an_error(choice: str) -> None:
     good = '<tool_call>{"name": "keep", "arguments": {"s": [1, 2]}}</tool_call>'
     bad = good.replace("2", "1")
     options = {"tools": [COUNT, SET], "tool_format": "hermes", "tool_choice": choice}
@@ -335,17 +331,17 @@ def test_a_call_that_violates_its_schema_is_text_with_its_error(choice: str) -> 
 
 @pytest.mark.parametrize("other", [SET, tool("either", {"oneOf": [{"required": ["a"]}, {"required": ["b"]}]})])
 @pytest.mark.parametrize("format", ["hermes", "glm", "gemma4", "lfm2"])
-def test_a_tool_that_cannot_be_written_does_not_free_the_others(other: dict[str, object], format: str) -> None:
+def test_an_inexpressible_tool_does_not_relax_the_others(other: dict[str, object], format: str) -> None:
     schema = COUNT["parameters"]
     assert isinstance(schema, dict)
-    said = spelled_call(format, "count", {"n": "five"}, {"properties": {"n": {}}})
+    said = call_text(format, "count", {"n": "five"}, {"properties": {"n": {}}})
     reply, _ = replies(said, tools=[other, COUNT], tool_format=format, max_tokens=900, seed=1)
     assert not reply.tool_call_errors
     (call,) = reply.tool_calls
     jsonschema.validate(call.arguments, schema)
 
 
-def test_calls_by_the_callers_own_markers_are_validated() -> None:
+def test_calls_with_custom_markers_are_validated() -> None:
     said = '<tool_call>{"name": "count", "arguments": {"n": "five"}}</tool_call>'
     options = {"tools": [COUNT], "tool_markers": ("<tool_call>", "</tool_call>")}
     reply, _ = replies(said, **options)
@@ -357,5 +353,5 @@ def test_calls_by_the_callers_own_markers_are_validated() -> None:
         replies(said, **{**options, "tools": [{**COUNT, "strict": True}]})
 
 
-def test_a_strict_tool_is_written_as_any_other() -> None:
+def test_a_strict_tool_is_called_like_any_other() -> None:
     assert json.dumps(normalize_tools([{**COUNT, "strict": True}])) == json.dumps(normalize_tools([COUNT]))

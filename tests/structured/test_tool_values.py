@@ -1,4 +1,4 @@
-"""What the grammar of calls can write, the reader reads back equal; a marker within an argument is content."""
+"""Calls that the grammar can produce are read back equal; a marker within an argument is content."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from erllama.chat.tool_calls.reader import read_calls
 from erllama.chat.tool_calls.tools import normalize_tools
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.errors import GrammarError
-from support.grammar_walks import VOCABULARIES, walk
-from support.spelled import SpelledBackend, SpelledVocabulary, follow
-from support.tool_texts import (
+from support.chat.tool_calls import (
     HARD,
     LISTED,
     MARKERS,
     Schema,
     Unwritable,
-    plainly,
-    spelled_call,
+    call_text,
+    lark_literal,
 )
+from support.grammar_walks import VOCABULARIES, random_walk
+from support.scripted_backend import PieceVocabulary, ScriptedBackend, scripted_reply
 
 N = int(os.environ.get("ERLLAMA_TOOL_VALUES", "60"))
 
@@ -41,7 +41,7 @@ N = int(os.environ.get("ERLLAMA_TOOL_VALUES", "60"))
 
 # --- Schemas, with values that they allow ------------------------------------------------------
 
-# "~" stands for white space where calls are put together above.
+# "~" stands for white space in the calls above.
 texts = st.one_of(
     st.sampled_from(["", " ", "null", "None", "5", "true", "{}", '{"a": "', "\\", 'q"q', "it's", "a\nb", "\n"]),
     st.lists(st.sampled_from([text for text in HARD if "~" not in text]), max_size=4).map("".join),
@@ -101,7 +101,7 @@ def object_of(
         "required": required,
         "additionalProperties": False,
     }
-    # In the order of the schema, as grammars of JSON have it.
+    # In the order of the schema, as JSON grammars require.
     values = st.fixed_dictionaries(
         {name: part for name, (_, part) in parts.items() if name in required},
         optional={name: part for name, (_, part) in parts.items() if name in optional},
@@ -137,7 +137,7 @@ schemas = st.recursive(
 
 
 def grammar_of(format: str, tools: Sequence[Mapping[str, object]]) -> str:
-    return write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=plainly)
+    return write_call_grammar(get_tool_format(format), tools, name=None, parallel=False, literal=lark_literal)
 
 
 @settings(
@@ -147,7 +147,7 @@ def grammar_of(format: str, tools: Sequence[Mapping[str, object]]) -> str:
     suppress_health_check=[*HealthCheck],
 )
 @given(st.data())
-def test_what_the_grammar_can_write_is_read_back_equal(data: st.DataObject) -> None:
+def test_calls_of_the_grammar_are_read_back_equal(data: st.DataObject) -> None:
     format = data.draw(st.sampled_from([*TOOL_FORMATS]))
     parameters, values = data.draw(objects(schemas))
     arguments = data.draw(values)
@@ -159,21 +159,21 @@ def test_what_the_grammar_can_write_is_read_back_equal(data: st.DataObject) -> N
     except GrammarError as error:
         problem = str(error)
     if problem:
-        # What a family cannot write is said; nothing else is refused.
+        # Values that a family cannot write are reported, and no others are refused.
         assert re.search("alike|only texts that contain|cannot write", problem)
         assert format in (*LISTED, "gemma4")
         return
-    # What it writes of itself.
+    # Text that the template writes itself.
     compiler, words = GrammarCompiler(VOCABULARIES["texts"]), VOCABULARIES["texts"]
     text = None
     if set(json.dumps(parameters, ensure_ascii=False)) <= set(words.texts):
-        text = walk(words, compiler.matcher(grammar), random.Random(repr(arguments)))
+        text = random_walk(words, compiler.matcher(grammar), random.Random(repr(arguments)))
     if text is not None:
         (call,) = read_calls(get_tool_format(format), text, tools)
         jsonschema.validate(call.arguments, parameters)
-    # A value, as the family spells it.
+    # A value as the family writes it.
     try:
-        text = spelled_call(format, "f.g-1", arguments, parameters)
+        text = call_text(format, "f.g-1", arguments, parameters)
     except Unwritable:
         return
     assert grammar.accepts(text), text
@@ -184,21 +184,21 @@ def test_what_the_grammar_can_write_is_read_back_equal(data: st.DataObject) -> N
 # --- A marker within an argument ----------------------------------------------------------------
 
 TEMPLATE = "{{ messages[-1].content }}{% if tools %}{% endif %}{# <think></think> #}{{ '\t' }}"
-# Names of special tokens come as tokens below; what a family's own token may never be part of is left out.
+# Names of special tokens are added as tokens below. Texts that never contain a token of the family are left out.
 CONTENT = [
     *dict.fromkeys(mark for format in TOOL_FORMATS.values() for mark in (*format.close, *format.payload_close))
 ]
 
 
-def model_that_says(said: str, pieces: Sequence[str]) -> erllama.Model:
-    vocabulary = SpelledVocabulary(pieces, end="<|eog|>")
+def model_replying(said: str, pieces: Sequence[str]) -> erllama.Model:
+    vocabulary = PieceVocabulary(pieces, end="<|eog|>")
     tokens: Sequence[int] = vocabulary.tokenize(said).tolist()
-    backend = SpelledBackend(vocabulary, follow(vocabulary, tokens), chat_templates={"default": TEMPLATE})  # type: ignore[arg-type]
+    backend = ScriptedBackend(vocabulary, scripted_reply(vocabulary, tokens), chat_templates={"default": TEMPLATE})  # type: ignore[arg-type]
     return erllama.load_backend(backend, cache=erllama.Cache())
 
 
 def with_marks(format: str, *, constant: bool) -> tuple[Schema, dict[str, object]]:
-    """A tool's parameters, and arguments with the family's own marks in them, as far as the family writes them."""
+    """Draw the parameters of a tool, and arguments with the family's markers as far as it can write them."""
     found = TOOL_FORMATS[format]
     text = "".join(f"a {mark} b" for mark in dict.fromkeys([*found.payload_close, *found.close, *found.open[:1]]))
     arguments: dict[str, object] = {"body": text, "more": {"x": [text], "z": 5}}
@@ -220,13 +220,13 @@ def with_marks(format: str, *, constant: bool) -> tuple[Schema, dict[str, object
 @pytest.mark.parametrize("choice", ["auto", "required"])
 @pytest.mark.parametrize("format", TOOL_FORMATS)
 def test_a_marker_within_an_argument_is_content(format: str, choice: str) -> None:
-    # The marker is text, and a token of its own that is text, as USER_DEFINED ones are.
+    # The marker is text and also one text token, as USER_DEFINED tokens are.
     for token in (False, True):
         parameters, arguments = with_marks(format, constant=choice == "required")
-        call = spelled_call(format, "write", arguments, parameters)
+        call = call_text(format, "write", arguments, parameters)
         found = TOOL_FORMATS[format]
         pieces = sorted({*found.open, *found.close, *found.payload_close}) if token else []
-        with model_that_says(f"<think>hm</think>{call}", pieces) as model:
+        with model_replying(f"<think>hm</think>{call}", pieces) as model:
             options = {"tools": [{"name": "write", "parameters": parameters}], "tool_format": format}
             messages = [{"role": "user", "content": "Q"}]
             stream = model.stream_chat(messages, tool_choice=choice, **options)  # type: ignore[arg-type]
@@ -242,8 +242,8 @@ def test_a_marker_within_an_argument_is_content(format: str, choice: str) -> Non
 
 
 def parted(said: str, **options: object) -> tuple[str, list[str]]:
-    """The text and the calls of a reply that no grammar constrains."""
-    with model_that_says(said, []) as model:
+    """Return the text and the calls of a reply without a grammar."""
+    with model_replying(said, []) as model:
         reply = model.complete("Q\t", tool_markers=("<call>", "</call>"), **options)  # type: ignore[arg-type]
     return reply.text, [call.decode() for call in reply.raw_tool_calls]
 
@@ -259,7 +259,7 @@ def parted(said: str, **options: object) -> tuple[str, list[str]]:
             "b",
             ['<call>{"a</call>": ["</call>", "</call>"]}</call>'],
         ),
-        # What is malformed ends at the first marker.
+        # A malformed call ends at the first marker.
         ('<call>{"a": "x, "b": 1}</call>b', "b", ['<call>{"a": "x, "b": 1}</call>']),
         ('<call>{"a": "x\n}</call>b', "b", ['<call>{"a": "x\n}</call>']),
         ('<call>a 5" pipe</call>b', "b", ['<call>a 5" pipe</call>']),
@@ -273,9 +273,9 @@ def test_without_a_grammar_a_marker_within_a_string_is_content(said: str, text: 
     assert parted(said, tool_payload_markers=("{", "}")) == (text, calls)
 
 
-def test_a_call_that_is_none_stands_where_it_was_written() -> None:
+def test_an_invalid_call_stays_in_place_as_text() -> None:
     said = "One <tool_call>{no}</tool_call> two <tool_call>{nor}</tool_call> three"
-    with model_that_says(said, []) as model:
+    with model_replying(said, []) as model:
         tools = [{"name": "write", "parameters": {"type": "object"}}]
         markers = ("<tool_call>", "</tool_call>")
         reply = model.chat([{"role": "user", "content": "Q"}], tools=tools, tool_markers=markers)

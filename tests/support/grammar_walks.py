@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from erllama.chat.tool_calls.formats import TOOL_FORMATS
 from erllama.engine.grammar.matcher import Matcher
-from support.tool_texts import (
-    plainly,
+from support.chat.tool_calls import (
+    lark_literal,
 )
 
 SPECIALS = sorted(
@@ -33,7 +33,7 @@ SPECIALS = sorted(
 )
 
 
-# Tokens that lie across the borders of the syntax.
+# Tokens that cross the boundaries of the syntax.
 LONG = [
     "</",
     "parameter",
@@ -79,13 +79,13 @@ class Vocabulary:
         return np.array([self.texts.index(letter) for letter in text], np.int32)
 
     def literal(self, text: str) -> str:
-        """Lark for a text, with the special tokens in it by number."""
+        """Return the Lark literal of a text, with its special tokens by number."""
         specials = self.names[self.end + 1 :]
         if not specials:
-            return plainly(text)
+            return lark_literal(text)
         any_special = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
         return " ".join(
-            f"<[{self.end + 1 + specials.index(part)}]>" if part in specials else plainly(part)
+            f"<[{self.end + 1 + specials.index(part)}]>" if part in specials else lark_literal(part)
             for part in re.split(f"({any_special})", text)
             if part
         )
@@ -98,12 +98,12 @@ VOCABULARIES = {
 }
 
 
-def walk(words: Vocabulary, matcher: Matcher, chance: random.Random) -> str | None:
-    """A text that tokens drawn at random make under a grammar; None where it does not come to its end."""
+def random_walk(words: Vocabulary, matcher: Matcher, chance: random.Random) -> str | None:
+    """Return a random text that a grammar allows, or None if it does not reach its end."""
     text = ""
     for _ in range(1500):
         allowed = np.flatnonzero(matcher.allowed()).tolist()
-        assert allowed, f"nothing can follow {text!r}"
+        assert allowed, f"no token can follow {text!r}"
         if words.end in allowed and (len(allowed) == 1 or chance.random() < 0.3):
             return text
         closing = [token for token in allowed if words.names[token] in CLOSING or token > words.end]

@@ -1,4 +1,4 @@
-"""A program in a pseudo-terminal, as somebody at a keyboard has it."""
+"""Runs a program in a pseudo-terminal, as a user at a keyboard does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from types import TracebackType
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[()][A-Z0-9]|\x1b[=>78]|\x1b\][^\x07]*\x07")
 
-# The terminal becomes its own, so that Ctrl-C there is a signal to it.
+# Makes the terminal the controlling one, so that Ctrl-C sends a signal.
 _TAKE_TERMINAL = """
 import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -26,7 +26,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 class PseudoTerminal:
-    """Runs a program with the terminal as its own; type with `send`, read with `wait_for`."""
+    """Runs a program in its own terminal. `send` types, and `wait_for` reads."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._ours, theirs = pty.openpty()
@@ -41,40 +41,40 @@ class PseudoTerminal:
         )
         os.close(theirs)
         self.raw = ""
-        self._seen = 0  # of the text, up to where the last wait got
+        self._seen = 0  # the end of the text that the last wait returned
 
     @property
     def text(self) -> str:
-        """What was written, without what moves the cursor and colours."""
+        """The output without cursor movement and colours."""
         return _ESCAPES.sub("", self.raw).replace("\r\n", "\n")
 
     def send(self, text: str) -> None:
         os.write(self._ours, text.encode())
 
     def wait_for(self, words: str, seconds: float = 60) -> str:
-        """Wait until something is written after what was waited for before; returns all between, it included."""
+        """Wait until `words` are written after the last match. Returns the text up to and including them."""
         deadline = time.monotonic() + seconds
         while (at := self.text.find(words, self._seen)) < 0:
-            assert self._read(deadline), f"no {words!r} came; after it did:\n{self.text[self._seen :]}"
+            assert self._read(deadline), f"{words!r} was not printed; the output is:\n{self.text[self._seen :]}"
         found = self.text[self._seen : at + len(words)]
         self._seen = at + len(words)
         return found
 
     def wait_for_end(self, seconds: float = 60) -> int:
-        """The exit status."""
+        """Wait until the program ends. Returns the exit status."""
         deadline = time.monotonic() + seconds
         while self._read(deadline):
             pass
         return self._process.wait(max(deadline - time.monotonic(), 1.0))
 
     def _read(self, deadline: float) -> bool:
-        """Whether there was something more to read."""
+        """Return whether more output was read."""
         ready, _, _ = select.select([self._ours], [], [], max(deadline - time.monotonic(), 0))
         if not ready:
             return False
         try:
             piece = os.read(self._ours, 65536)
-        except OSError:  # nobody has the other end any more
+        except OSError:  # the other end is closed
             return False
         self.raw += piece.decode("utf-8", "replace")
         return bool(piece)

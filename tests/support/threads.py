@@ -1,4 +1,4 @@
-"""Threads that start together, and waiting for what other threads do."""
+"""Threads that start together, and waiting for a condition that other threads bring about."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from threading import Barrier
 
 
 def in_threads(work: Callable[[int], object], n: int) -> None:
-    """Call `work` with 0 to n - 1, all at once, each in a thread of its own; what one raises is raised."""
+    """Call `work` with 0 to n - 1 concurrently, each in its own thread. Raises what a call raises."""
     together = Barrier(n)
 
     def begun(number: int) -> None:
@@ -21,9 +21,9 @@ def in_threads(work: Callable[[int], object], n: int) -> None:
             done.result()
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for what other threads bring about; it fails only where they do not."""
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until a condition holds that other threads bring about. Fails after `seconds`."""
     deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.01)
+    while not condition():
+        assert time.monotonic() < deadline, f"the condition did not hold within {seconds} seconds"
+        time.sleep(0.001)

@@ -1,7 +1,7 @@
 """JSON schemas for llguidance's compiler: reading, checks of size and form, and white space.
 
-A schema is checked here for everything that would take the compiler too long, exhaust its stack, or give no JSON.
-`engine.grammar.grammar` calls this, and so do the chats for the schemas of tools.
+This module checks a schema for everything that would take the compiler too long, exhaust its stack, or match no
+JSON. `engine.grammar.grammar` calls this, and so do the chats for the schemas of tools.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def is_beyond_doubles(value: object) -> bool:
     return isinstance(value, int | float) and abs(value) >= _EXACT
 
 
-def unsupported(key: str) -> NotSupported:
+def unsupported_error(key: str) -> NotSupported:
     return NotSupported(
         f"{key} is not supported in a schema that also has, in or beside it, numbers beyond 2**53; "
         "leave it out, or use smaller bounds"
@@ -135,7 +135,7 @@ def types_of(parts: Iterable[dict[str, object]]) -> frozenset[str]:
     return types
 
 
-def lists_more_than_texts(part: dict[str, object]) -> bool:
+def lists_numbers_or_containers(part: dict[str, object]) -> bool:
     if "const" in part:
         return True
     return "enum" in part and any(not isinstance(value, str | bool | None) for value in _values(part))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from erllama.errors import GrammarError
 
 # A JSON string. Escapes are for control characters, the quote and the backslash only.
-ANY_TEXT = r'/"(?:[^"\\\x00-\x1F\x7F]|\\["\\bfnrt]|\\u00(?:[01][0-9A-Fa-f]|7[Ff]))*"/'
+JSON_STRING = r'/"(?:[^"\\\x00-\x1F\x7F]|\\["\\bfnrt]|\\u00(?:[01][0-9A-Fa-f]|7[Ff]))*"/'
 _SHORT = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\\\"}
 
 
@@ -35,7 +35,7 @@ class LarkFragment(NamedTuple):
 
 
 def quoted_name(name: str) -> str:
-    """A regular expression of a name in JSON, with every spelling that `ANY_TEXT` allows."""
+    """A regular expression of a name in JSON, with every spelling that `JSON_STRING` allows."""
     return "\\x{22}" + "".join(map(_character_pattern, name)) + "\\x{22}"
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from erllama.engine.grammar.unsupported import NotSupported
 
-# Digits of a bound. Its pattern grows with their square: 400 digits give 80,000 characters.
+# Digits of a bound. Its pattern grows with their square: 400 digits take 80,000 characters.
 _MAX_DIGITS = 400
 # Endings of the multiples of a number. Each is a part of a pattern.
 _MAX_ENDINGS = 2000

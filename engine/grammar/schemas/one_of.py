@@ -77,7 +77,7 @@ def check_exclusive(options: Sequence[object], flatten: Flatten) -> None:
             if not _exclusive(one, other):
                 raise NotSupported(
                     "oneOf whose options may match together is not supported; use anyOf, "
-                    "or give the options types or constants that differ"
+                    "or options whose types or constants differ"
                 )
 
 

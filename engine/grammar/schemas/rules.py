@@ -29,18 +29,18 @@ from erllama.engine.grammar.schemas.keywords import (
     is_beyond_doubles,
     items_of,
     listed_values,
-    lists_more_than_texts,
+    lists_numbers_or_containers,
     properties_of,
     references_in,
     required_by,
     schemas_of,
     step_of,
     types_of,
-    unsupported,
+    unsupported_error,
     without,
 )
 from erllama.engine.grammar.schemas.lark_rules import (
-    ANY_TEXT,
+    JSON_STRING,
     Body,
     LarkFragment,
     Repetition,
@@ -244,7 +244,7 @@ class SchemaWriter:
                     check_exclusive(options, self._flatten)
                 others = [*parts[:at], self._without_keywords(parts[at], [key]), *parts[at + 1 :]]
                 return [[self._rule([*others, option])] for option in options]
-        at = next((at for at, part in enumerate(parts) if lists_more_than_texts(part)), None)
+        at = next((at for at, part in enumerate(parts) if lists_numbers_or_containers(part)), None)
         if at is not None:
             others = [*parts[:at], self._without_keywords(parts[at], ["const", "enum"]), *parts[at + 1 :]]
             return [[self._rule([*others, *value])] for value in listed_values(parts[at])]
@@ -267,7 +267,7 @@ class SchemaWriter:
             self._id(schema)
             for key in schema:
                 if key in UNSUPPORTED:
-                    raise unsupported(key)
+                    raise unsupported_error(key)
             plain = self._without_keywords(schema, ["$ref", "allOf"])
             found[id(plain)] = plain
             inner = schemas_of(schema, "allOf") if "allOf" in schema else []
@@ -356,7 +356,7 @@ class SchemaWriter:
     def _object(self, parts: list[dict[str, object]]) -> Body:
         for part in parts:
             if part.get("patternProperties"):
-                raise unsupported("patternProperties")
+                raise unsupported_error("patternProperties")
         required = list(dict.fromkeys(name for part in parts for name in required_by(part)))
         listed = [name for part in parts for name in properties_of(part)]
         names = list(dict.fromkeys([*listed, *required]))
@@ -365,7 +365,7 @@ class SchemaWriter:
         most = min(mosts, default=None)
         n = len(required)
         if len(names) > n and (least > n or most is not None):
-            raise unsupported("minProperties" if least > n else "maxProperties")
+            raise unsupported_error("minProperties" if least > n else "maxProperties")
         if most is not None and most < max(least, n):
             return []
         name = self._new_rule()
@@ -403,9 +403,9 @@ class SchemaWriter:
 
     def _key(self, taken: Sequence[str]) -> str:
         if not taken:
-            return self._terminal(ANY_TEXT)
+            return self._terminal(JSON_STRING)
         names = "|".join(map(quoted_name, taken))
-        return self._terminal(f"{ANY_TEXT} & ~/(?:{names})/")
+        return self._terminal(f"{JSON_STRING} & ~/(?:{names})/")
 
     # --- symbols
 

@@ -81,5 +81,5 @@ class ChatRequests:
 
     def _turn(self, messages: Messages, options: ChatOptions, where: str) -> Turn:
         self._prompts.check_generates()
-        request = chat_request(messages, options, where, self._requests.cache_salt, self._requests.vocabulary)
+        request = chat_request(messages, options, where, self._requests.cache_salt, self.chats.vocabulary)
         return self.chats.prepare_turn(*request)

@@ -17,20 +17,20 @@ from pathlib import Path
 from gguf import Keys
 
 import erllama
-from support import gguf_edit
-from support.gguf_edit import ARRAY, BOOL, F32, I32, U32, EditableGGUF
+from support.gguf import editable_gguf
+from support.gguf.editable_gguf import ARRAY, BOOL, F32, I32, U32, EditableGGUF
 
 _INTEGERS = (0, 1, 2, 3, 4, 5, 7, 8, 16, 31, 64, 100, 255, 256, 512, 4096, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
 _REALS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-38, 1e-6, 1e6, 1e30, 3e38, -1e30, math.inf, -math.inf, math.nan)
 
 
 def mutant(bases: Sequence[EditableGGUF], seed: int, hyperparameters: Sequence[str]) -> tuple[EditableGGUF, str]:
-    """A mutant of one of `bases`, and what was changed, in words.
+    """Return a mutant of one of `bases`, and a description of the changes.
 
     Args:
         bases: files that load.
         seed: draws the base and the changes.
-        hyperparameters: names to add where a file lacks them, without the architecture.
+        hyperparameters: names to add if a file lacks them, without the architecture.
     """
     dice = random.Random(seed)
     file = dice.choice(bases).copy()
@@ -42,29 +42,29 @@ def mutant(bases: Sequence[EditableGGUF], seed: int, hyperparameters: Sequence[s
 
 
 def _tensors(file: EditableGGUF, dice: random.Random) -> list[str]:
-    """A tensor's name, or those of the same role in all layers."""
+    """Return the name of a tensor, or the names of its role in all layers."""
     name = dice.choice(list(file.tensors))
     role = name.split(".", 2)[-1]
     return [other for other in file.tensors if other.split(".", 2)[-1] == role] if dice.random() < 0.5 else [name]
 
 
 def _retype(file: EditableGGUF, dice: random.Random, _: Sequence[str]) -> str:
-    names, kind = _tensors(file, dice), dice.choice(list(gguf_edit.BLOCKS))
-    if dice.random() < 0.5:  # a type that fits, more often
-        fitting = [k for k, (n, _) in gguf_edit.BLOCKS.items() if file.tensors[names[0]].shape[0] % n == 0]
+    names, kind = _tensors(file, dice), dice.choice(list(editable_gguf.BLOCKS))
+    if dice.random() < 0.5:  # more often a type that fits
+        fitting = [k for k, (n, _) in editable_gguf.BLOCKS.items() if file.tensors[names[0]].shape[0] % n == 0]
         kind = dice.choice(fitting)
     for name in names:
         file.tensors[name].kind = kind
-    return f"{names[0]} (of {len(names)}) is {gguf_edit.TYPE_NAMES[kind]};"
+    return f"{names[0]} (of {len(names)}) is {editable_gguf.TYPE_NAMES[kind]};"
 
 
 def _retype_alike(file: EditableGGUF, dice: random.Random, _: Sequence[str]) -> str:
-    """All vectors, or all matrices, of another type, as a bad conversion makes them."""
-    vectors, kind = dice.random() < 0.5, dice.choice(list(gguf_edit.BLOCKS))
+    """Change the type of all vectors or of all matrices, as a bad conversion does."""
+    vectors, kind = dice.random() < 0.5, dice.choice(list(editable_gguf.BLOCKS))
     for tensor in file.tensors.values():
-        if (len(tensor.shape) == 1) == vectors and tensor.shape[0] % gguf_edit.BLOCKS[kind][0] == 0:
+        if (len(tensor.shape) == 1) == vectors and tensor.shape[0] % editable_gguf.BLOCKS[kind][0] == 0:
             tensor.kind = kind
-    return f"all {'vectors' if vectors else 'matrices'} are {gguf_edit.TYPE_NAMES[kind]};"
+    return f"all {'vectors' if vectors else 'matrices'} are {editable_gguf.TYPE_NAMES[kind]};"
 
 
 def _reshape(file: EditableGGUF, dice: random.Random, _: Sequence[str]) -> str:
@@ -209,7 +209,7 @@ def compute(path: Path, n_threads: int) -> None:
     """Load a file; prefill, decode, pack, drop, restore and decode again, or embed.
 
     Raises:
-        erllama.Error: what any of these refuses.
+        erllama.Error: One of these is refused.
     """
     import numpy as np
 
@@ -246,7 +246,7 @@ def try_files(
     path: Path,
     say: Callable[[str], None],
 ) -> None:
-    """Try the mutants of `seeds`, one after another, naming each before and its outcome after."""
+    """Try the mutants of `seeds` in order. Writes the name of each before and its outcome after."""
     for seed in seeds:
         file, changes = mutant(bases, seed, hyperparameters)
         file.write(path, seed)

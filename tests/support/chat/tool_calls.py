@@ -1,4 +1,4 @@
-"""Tools, and what models of each family write to call them."""
+"""Tools, and the calls of them in the format of each model family."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from erllama.chat.tool_calls.parameter_schemas import find_allowed_types, is_unq
 from erllama.chat.tool_calls.reader import read_calls
 from erllama.chat.tool_calls.syntax import ListedArguments
 from erllama.chat.tool_calls.tools import normalize_tools
-from support.places import SHARED
+from support.paths import SHARED
 
 TEMPLATES = SHARED / "templates"
-needs_templates = pytest.mark.skipif(not TEMPLATES.is_dir(), reason="no templates beside the checkout")
+needs_templates = pytest.mark.skipif(
+    not TEMPLATES.is_dir(), reason="the folder of templates beside the checkout is missing"
+)
 
 WEATHER = {
     "name": "get_weather",
@@ -49,19 +51,19 @@ FULL: dict[str, object] = {"city": "Paris", "days": 3, "exact": True, "near": [1
 FULL_JSON = json.dumps(FULL)
 
 
-def plainly(text: str) -> str:
-    """Lark for a text, special tokens and all."""
+def lark_literal(text: str) -> str:
+    """Return the Lark literal of a text, including special tokens."""
     return json.dumps(text, ensure_ascii=False)
 
 
 @cache
 def grammar(format: str, *, name: str | None = None, parallel: bool = False) -> Grammar:
     return Grammar.lark(
-        write_call_grammar(get_tool_format(format), TOOLS, name=name, parallel=parallel, literal=plainly)
+        write_call_grammar(get_tool_format(format), TOOLS, name=name, parallel=parallel, literal=lark_literal)
     )
 
 
-def calls(
+def parsed_calls(
     format: str, text: str, tools: Sequence[Mapping[str, object]] = TOOLS
 ) -> list[tuple[str, dict[str, object]]]:
     return [(call.name, call.arguments) for call in read_calls(get_tool_format(format), text, tools)]
@@ -70,7 +72,7 @@ def calls(
 ONE = "one"
 ALL = "all"
 SEVERAL = "several"
-WANTED = {
+EXPECTED_CALLS = {
     ONE: [("get_weather", PARIS)],
     ALL: [("get_weather", FULL)],
     SEVERAL: [("get_weather", PARIS), ("now", {}), ("get_weather", FULL)],
@@ -94,16 +96,16 @@ def glm(name: str, arguments: Sequence[tuple[str, str]]) -> str:
     return f"<tool_call>{name}\n{pairs}</tool_call>"
 
 
-def minimax(*calls: tuple[str, Sequence[tuple[str, str]]]) -> str:
+def minimax(*parsed_calls: tuple[str, Sequence[tuple[str, str]]]) -> str:
     written = ""
-    for name, arguments in calls:
+    for name, arguments in parsed_calls:
         parameters = "".join(f'<parameter name="{key}">{value}</parameter>\n' for key, value in arguments)
         written += f'<invoke name="{name}">\n{parameters}</invoke>\n'
     return f"<minimax:tool_call>\n{written}</minimax:tool_call>"
 
 
 def tagged(before: str, middle: str, after: str, between: str = "") -> list[str]:
-    """The three texts of a family that writes name and JSON apart."""
+    """Return the three texts of a family that writes name and JSON separately."""
     one, now, all_ = (
         f"{before}{name}{middle}{arguments}{after}"
         for name, arguments in (("get_weather", P), ("now", "{}"), ("get_weather", F))
@@ -128,7 +130,7 @@ def framed(open: str, texts: Sequence[str], close: str) -> list[str]:
 GEMMA_FULL = 'city:<|"|>Paris<|"|>,days:3,exact:true,near:[1,-2.5],unit:<|"|>C<|"|>'
 LFM_FULL = 'get_weather(city="Paris", days=3, exact=True, near=[1, -2.5], unit="C")'
 DEEPSEEK = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
-WRITTEN: dict[str, list[str]] = {
+CALL_TEXTS: dict[str, list[str]] = {
     "hermes": enveloped("<tool_call>\n", "\n</tool_call>", listed=False),
     "llama3": [
         *enveloped("", "", "parameters")[:2],
@@ -195,15 +197,15 @@ WRITTEN: dict[str, list[str]] = {
     "functionary": tagged(">>>", "\n", ""),
     "gemma4": tagged("<|tool_call>call:", "", "<tool_call|>"),
 }
-WRITTEN["gemma4"] = [
-    text.replace(P, '{city:<|"|>Paris<|"|>}').replace(F, f"{{{GEMMA_FULL}}}") for text in WRITTEN["gemma4"]
+CALL_TEXTS["gemma4"] = [
+    text.replace(P, '{city:<|"|>Paris<|"|>}').replace(F, f"{{{GEMMA_FULL}}}") for text in CALL_TEXTS["gemma4"]
 ]
 EXAMPLES = [
     (format, kind, text)
-    for format, texts in WRITTEN.items()
+    for format, texts in CALL_TEXTS.items()
     for kind, text in zip((ONE, ALL, SEVERAL), texts, strict=False)
 ]
-# Other ways that models of the family are known to write the same.
+# Other known forms of the same calls by models of the family.
 VARIANTS = [
     ("hermes", ONE, f'<tool_call>{{"name":"get_weather","arguments":{P}}}</tool_call>'),
     ("hermes", SEVERAL, "".join(text for text in enveloped("<tool_call>", "</tool_call>", listed=False)[2:])),
@@ -228,7 +230,7 @@ VARIANTS = [
     ("json", ONE, f'{{"function": {{"name": "get_weather", "parameters": {P}}}}}'),
     ("json", ONE, f'{{"function": "get_weather", "arguments": {P}}}'),
     ("json", ONE, f'[\n  {{"name": "get_weather", "arguments": {P}}}\n]'),
-    ("kimi", ONE, WRITTEN["kimi"][0].replace("><", ">\n<")),
+    ("kimi", ONE, CALL_TEXTS["kimi"][0].replace("><", ">\n<")),
 ]
 
 MARKERS = sorted(
@@ -244,11 +246,11 @@ LISTED = [name for name, format in TOOL_FORMATS.items() if isinstance(format.arg
 
 
 class Unwritable(Exception):  # noqa: N818 - reads as what happened
-    """A family has no way to write a value."""
+    """The family cannot write a value."""
 
 
-def spelled_call(format: str, name: str, arguments: Mapping[str, object], parameters: Schema) -> str:
-    """One call, exactly as the model of a family writes it."""
+def call_text(format: str, name: str, arguments: Mapping[str, object], parameters: Schema) -> str:
+    """Return one call exactly as a model of the family writes it."""
     found = TOOL_FORMATS[format]
     written = _arguments(format, arguments, parameters)
     span, call = found.spans[0], found.calls[0]

@@ -1,4 +1,4 @@
-"""Chains of blocks, for tests and their children. Imports nothing but the cache, so that children start quickly."""
+"""Chains of blocks, for tests and their children. Imports only the cache, so that children start quickly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIZE = 16
 
 
 def blocks_of(tokens: NDArray[np.int32], namespace: bytes = NAMESPACE) -> list[Block]:
-    """The chain that a context is saved as: full blocks and a tail."""
+    """Return the chain of blocks of a context: full blocks and a tail."""
     return Block.chain(token_bytes(tokens), namespace, SIZE, SaveReason.COLD)
 
 
@@ -31,7 +31,7 @@ def save(
 
 
 def hit(cache: Cache, tokens: NDArray[np.int32], namespace: bytes = NAMESPACE, whole: bool = False) -> int:
-    """Tokens found, after checking every payload."""
+    """Return how many tokens are found, after checking every payload."""
     with cache.lookup(namespace, tokens, whole=whole) as match:
         for block in match.blocks:
             loaded = cache.load(block)

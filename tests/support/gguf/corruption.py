@@ -1,12 +1,12 @@
-"""Damage to files, for tests and their children."""
+"""Damages the bytes of files, for tests and their children."""
 
 from __future__ import annotations
 
 import random
 
 
-def damaged(content: bytes, seed: int, header: int) -> bytes:
-    """A file with a bit flipped, some bytes drawn anew, or a number made odd, in the first `header` bytes."""
+def corrupted(content: bytes, seed: int, header: int) -> bytes:
+    """Return a file with a flipped bit, random bytes or an extreme number in its first `header` bytes."""
     dice, found = random.Random(seed), bytearray(content)
     if seed % 3 == 0:
         found[dice.randrange(header)] ^= 1 << dice.randrange(8)

@@ -1,8 +1,8 @@
-"""Chat templates for the suite, in the shapes that models come with; none is of any model."""
+"""Chat templates in the forms that models come with; none belongs to a model."""
 
 from __future__ import annotations
 
-# Roles in brackets, tools in the system prompt as JSON, results grouped into one turn, thinking cut from the past.
+# Roles in brackets, tools as JSON in the system prompt, results in one turn, thinking removed from earlier turns.
 TAGGED = """\
 {%- macro text_of(content) -%}
     {%- if content is string -%}
@@ -296,7 +296,7 @@ ALL = {"tagged": TAGGED, "headers": HEADERS, "brackets": BRACKETS, "typed": TYPE
 
 # --- hostile ones
 
-# What reaches for more than data.
+# Templates that try to reach more than data.
 ESCAPES = {
     "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "classes by items": "{{ ''['__class__']['__mro__'] }}",
@@ -364,7 +364,7 @@ ESCAPES = {
 
 
 def grown(expression: str, *, start: str = "'x'", times: int = 99, then: str = "", twice: bool = False) -> str:
-    """A template that grows a value step by step, or two in the same way, and then does something with it."""
+    """Return a template that grows one or two values step by step and then uses them."""
     template = "{% set n = namespace(s=" + start + ", t=" + start + ") %}"
     template += f"{{% for i in range({times}) %}}{{% set n.s = {expression} %}}"
     if twice:
@@ -373,11 +373,11 @@ def grown(expression: str, *, start: str = "'x'", times: int = 99, then: str = "
 
 
 def without_end(body: str) -> str:
-    """A template that does something ten thousand million times."""
+    """Return a template that runs a statement ten thousand million times."""
     return "{% for a in range(100000) %}{% for b in range(100000) %}" + body + "{% endfor %}{% endfor %}"
 
 
-# What takes too much time, memory or depth.
+# Templates that take too much time, memory or depth.
 BOMBS = {
     "nested loops": without_end(""),
     "loops that write": without_end("x"),
@@ -496,12 +496,12 @@ BOMBS = {
     "filters of filters": "{{ 'a' | map(" + "'map', " * 500 + "'list') | list | string }}",
 }
 
-# Those that stop at the limits of memory and of depth.
+# Templates that stop at the limits of memory and depth.
 _LARGE = ("deep", "doubling", "join", "letters", "lists of", "multiplied", "replace", "split", "title", "tuples of")
 _LARGE += ("JSON", "copies", "many large", "output", "slices")
 LARGE = {name: source for name, source in BOMBS.items() if name.startswith(_LARGE)}
 
-# What takes too much to parse or to compile, or cannot be.
+# Templates that are too costly or impossible to parse or compile.
 SOURCES: dict[str, str] = {
     "brackets": "{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}",
     "lists": "{{ " + "[" * 100_000 + "]" * 100_000 + " }}",

@@ -1,4 +1,4 @@
-"""Faults of storage, signals and clocks, each by its kind: what must hold whatever the example.
+"""Faults of storage, signals and clocks by kind: what must hold for every example.
 
 Each test states what a user relies on: others can write after an exception, counted bytes are bytes on disk,
 flush() returns under load, a clock that was wrong has no lasting effect, a lack of descriptors harms nobody else.
@@ -26,9 +26,9 @@ from erllama.cache.catalog.lru import LeafLRU
 from erllama.cache.tiers.directory import CacheDirectory
 from erllama.cache.tiers.index import FileStamp, Index
 from erllama.cache.tiers.read_only import ReadOnlyFileTier
-from support.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
-from support.cache_children import bytes_in, finished, running, start_python
-from support.children import must_run
+from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
+from support.storage.processes import bytes_in, killed_at_end, output_of, start_python
+from support.subprocesses import must_run
 
 TEN_YEARS = 10 * 365 * 86400 * 10**9
 
@@ -57,7 +57,7 @@ def counted(cache: Cache) -> float:
 
 
 class Interrupting:
-    """A connection that raises right after its n-th statement of a kind, as a signal handler does."""
+    """A connection that raises right after its n-th statement of a kind, as a signal handler may."""
 
     def __init__(self, connection: sqlite3.Connection, statement: str) -> None:
         self._connection, self._statement, self.raised = connection, statement, False
@@ -104,7 +104,7 @@ def test_an_exception_while_reading_leaves_no_transaction_open(tmp_path: Path, s
     other.close()
 
 
-def test_statements_in_the_wrong_order_set_no_index_aside(tmp_path: Path) -> None:
+def test_statements_in_the_wrong_order_do_not_discard_the_index(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         fill(cache, 2)
         (tier,) = cache._tier_set
@@ -122,7 +122,7 @@ def test_statements_in_the_wrong_order_set_no_index_aside(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "damage", ["DROP TABLE changes", "DROP TRIGGER noted_insert", "ALTER TABLE blocks DROP COLUMN reason"]
 )
-def test_a_damaged_schema_is_made_anew(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_schema_is_rebuilt(tmp_path: Path, damage: str) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         fill(cache, 2)
     with closing(sqlite3.connect(tmp_path / "index.db")) as index:
@@ -137,7 +137,7 @@ def test_a_damaged_schema_is_made_anew(tmp_path: Path, damage: str) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError(errno.EIO, "no"), MemoryError])
 @pytest.mark.parametrize("done", [True, False])
 @pytest.mark.parametrize("ram", [0, "1MiB"])
-def test_an_eviction_that_fails_halfway_counts_what_is_there(
+def test_a_partly_failed_eviction_counts_the_remaining_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, done: bool, ram: str | int
 ) -> None:
     unlink, n = Path.unlink, 0
@@ -171,7 +171,7 @@ def test_an_eviction_that_fails_halfway_counts_what_is_there(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("method", ["remove", "changes", "rows", "reserve", "write"])
-def test_whatever_a_tier_raises_memory_agrees_with_it_afterwards(
+def test_the_catalog_matches_a_tier_after_any_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], method: str
 ) -> None:
     class Raising(FileTier):
@@ -215,7 +215,7 @@ def test_check_integrity_compares_with_the_files(tmp_path: Path) -> None:
         one.write_bytes(content + b"x")
         with pytest.raises(erllama.IntegrityError, match=f"{len(content) + 1} bytes"):
             cache.check_integrity()
-        os.utime(one, (0, 0))  # one that was written just now may be one that somebody is copying in
+        os.utime(one, (0, 0))  # a file written just now may still be being copied
         cache.gc()
         cache.check_integrity()
         two.rename(tmp_path / "blocks" / ("00" * 32 + ".kvc"))
@@ -228,7 +228,7 @@ def test_check_integrity_compares_with_the_files(tmp_path: Path) -> None:
 # --- bytes that were not removed ----------------------------------------------------------------------
 
 
-def test_bytes_that_could_not_be_removed_are_not_reported_as_freed(
+def test_bytes_that_were_not_removed_are_not_reported_as_freed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unlink = Path.unlink
@@ -298,7 +298,7 @@ def test_tasks_have_their_turn_under_load(tmp_path: Path) -> None:
         for first in range(100_000, 10**9, 1000):
             if done.wait(0.002):
                 break
-            assert first < 2_000_000, "saves that were queued later go before it for ever"
+            assert first < 2_000_000, "later saves must not always go first"
             save(cache, texts(first))
 
 
@@ -307,7 +307,7 @@ def test_tasks_have_their_turn_under_load(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EBADMSG])
 @pytest.mark.parametrize("ram", [0, "1MiB"])
-def test_a_file_that_cannot_be_read_is_written_anew(
+def test_a_file_that_cannot_be_read_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, ram: str | int
 ) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
@@ -336,7 +336,7 @@ def test_a_file_that_cannot_be_read_is_written_anew(
 
 
 def hit_loads(cache: Cache, tokens: NDArray[np.int32]) -> int:
-    """Blocks that can be restored, one after the other."""
+    """Return blocks that can be restored one after another."""
     with cache.lookup(NAMESPACE, tokens) as match:
         n = 0
         for block in match.blocks:
@@ -364,12 +364,12 @@ def test_a_block_used_in_the_future_is_no_newer_than_one_used_now(
         assert hit(cache, texts(1000)) == 48
         freed = cache.evict_bytes(int(counted(cache)) // 2, ("disk",))
         assert freed > 0
-        assert hit(cache, texts(1000)) == 48, "what was used last stays"
+        assert hit(cache, texts(1000)) == 48, "the block used last stays"
         assert hit(cache, texts(0)) < 48
 
 
 @pytest.mark.parametrize("ahead", ["the other", "this"])
-def test_uses_are_learnt_after_a_clock_was_ahead(
+def test_uses_are_recorded_after_a_clock_was_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: str
 ) -> None:
     clock = time.time_ns
@@ -399,7 +399,7 @@ def test_uses_are_learnt_after_a_clock_was_ahead(
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EIO, errno.ENOMEM])
-def test_an_owner_that_cannot_be_looked_at_lives(
+def test_an_owner_that_cannot_be_checked_counts_as_alive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     one, two = CacheDirectory(tmp_path), CacheDirectory(tmp_path)
@@ -419,8 +419,8 @@ def test_an_owner_that_cannot_be_looked_at_lives(
     one.leave()
 
 
-def test_a_process_without_descriptors_costs_another_no_save(tmp_path: Path) -> None:
-    """The other one writes while this one, whose descriptors are used up, looks who lives."""
+def test_a_process_without_file_descriptors_delays_no_other_save(tmp_path: Path) -> None:
+    """The other process writes while this one, without free descriptors, checks which processes live."""
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         fill(cache, 1)
         child = start_python(
@@ -444,7 +444,7 @@ def test_a_process_without_descriptors_costs_another_no_save(tmp_path: Path) -> 
             """,
             tmp_path,
         )
-        with running(child):
+        with killed_at_end(child):
             assert child.stdout is not None
             assert child.stdin is not None
             assert child.stdout.readline() == "ready\n"
@@ -454,7 +454,7 @@ def test_a_process_without_descriptors_costs_another_no_save(tmp_path: Path) -> 
                 assert tier.reserve(block, 500)
             child.stdin.write("go\n")
             child.stdin.flush()
-            finished(child)
+            output_of(child)
             tier.write(block, memoryview(payload_of(block)))
         cache.gc()
         assert hit(cache, texts(5000, SIZE)) == SIZE
@@ -463,7 +463,7 @@ def test_a_process_without_descriptors_costs_another_no_save(tmp_path: Path) -> 
 # --- private directories ------------------------------------------------------------------------------
 
 
-def test_every_directory_that_is_made_is_private_whatever_the_umask(tmp_path: Path) -> None:
+def test_created_directories_are_private_for_every_umask(tmp_path: Path) -> None:
     root = tmp_path / "a" / "b" / "kv"
     before = os.umask(0)
     try:
@@ -478,7 +478,7 @@ def test_every_directory_that_is_made_is_private_whatever_the_umask(tmp_path: Pa
 # --- quotas -----------------------------------------------------------------------------------------
 
 
-def test_an_older_version_is_counted_until_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_version_counts_until_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reserved: list[int] = []
     unlink = Path.unlink
 
@@ -504,7 +504,7 @@ def test_an_older_version_is_counted_until_it_is_gone(tmp_path: Path, monkeypatc
 # --- found by review ----------------------------------------------------------------------------------
 
 
-def test_a_lookup_costs_the_blocks_that_it_finds_and_not_those_that_are_stored() -> None:
+def test_the_cost_of_a_lookup_depends_on_the_blocks_it_finds() -> None:
     lru = LeafLRU()
     for i in range(1000):
         lru.add(i.to_bytes(4, "little"), b"", 10, last_used=i)
@@ -527,7 +527,7 @@ def test_a_lookup_costs_the_blocks_that_it_finds_and_not_those_that_are_stored()
     assert walked == 1
 
 
-def test_files_that_cannot_be_looked_at_are_not_taken_for_gone(
+def test_files_that_cannot_be_checked_are_not_treated_as_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
@@ -546,7 +546,7 @@ def test_files_that_cannot_be_looked_at_are_not_taken_for_gone(
         assert counted(cache) == before == bytes_in(tmp_path)
 
 
-def test_what_is_no_damage_sets_no_index_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_without_damage_do_not_discard_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
         fill(cache, 1)
 
@@ -559,7 +559,7 @@ def test_what_is_no_damage_sets_no_index_aside(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.glob("index.db.damaged-*")) == []
 
 
-def test_an_announcement_that_is_interrupted_leaves_nothing_to_wait_for(
+def test_an_interrupted_announcement_of_a_save_blocks_no_lookup(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as cache:
@@ -567,7 +567,7 @@ def test_an_announcement_that_is_interrupted_leaves_nothing_to_wait_for(
 
         def interrupted(*given: object) -> None:
             announce(*given)  # type: ignore[arg-type]
-            raise KeyboardInterrupt  # as a handler does where the call completes behind its caller
+            raise KeyboardInterrupt  # as a handler does when the call completes in the background
 
         monkeypatch.setattr(type(cache._saver), "_announce", interrupted)
         with pytest.raises(KeyboardInterrupt), cache.expecting(b"k" * 32):
@@ -575,7 +575,7 @@ def test_an_announcement_that_is_interrupted_leaves_nothing_to_wait_for(
         assert not cache.awaits(b"k" * 32)
 
 
-def test_a_block_of_a_read_only_directory_that_cannot_be_replaced_stays_there(
+def test_a_block_that_cannot_be_replaced_stays_in_its_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Cache(block_size=SIZE, ram=0, disk=tmp_path / "a", watch=False) as cache:
@@ -596,7 +596,7 @@ def test_a_block_of_a_read_only_directory_that_cannot_be_replaced_stays_there(
         cache.check_integrity()
 
 
-def test_a_cache_can_be_made_while_its_module_is_imported(tmp_path: Path) -> None:
+def test_a_cache_can_be_created_while_its_module_is_imported(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         """
 from erllama.cache import Cache, Tier

@@ -1,4 +1,4 @@
-"""A vocabulary made of texts, and a model that says what a test wants it to, in the tokens that the test wants."""
+"""A vocabulary made of texts, and a backend that replies with the tokens that a test gives."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from erllama.engine.backend import Batch
 from erllama.engine.backends.stub import StubBackend
 
 EOG = 256
-START = ord("\t")  # what comes after the last of these is the reply
+START = ord("\t")  # the reply follows the last of these
 
-_token_of: dict[int, int] = {}  # by what a token left in its cell, which all tokens before it determine, too
+_token_of: dict[int, int] = {}  # by the content of the token's cell, which also depends on all tokens before it
 
 
-class SpelledVocabulary:
-    """Bytes, an end token, some longer texts, and special tokens that are no text.
+class PieceVocabulary:
+    """Bytes, an end token, some longer texts, and special tokens without text.
 
-    Texts are tokenized by the longest piece that fits, so a reply of single bytes is seldom what its text gives.
+    Texts are tokenized by the longest piece that fits, so a reply of single bytes often differs from the
+    tokens of its text.
     """
 
     def __init__(self, pieces: Sequence[str] = (), special: Sequence[str] = (), end: str = "<|end|>") -> None:
@@ -34,12 +35,12 @@ class SpelledVocabulary:
         self.n_tokens = len(self._pieces)
         self.is_eog: NDArray[np.bool_] = np.arange(self.n_tokens) == EOG
 
-    def that_begin(self, raw: bytes) -> list[int]:
-        """Tokens of text by which some bytes may begin."""
+    def tokens_that_start(self, raw: bytes) -> list[int]:
+        """Return the text tokens with which some bytes can start."""
         return [id for id in self._by_length if raw.startswith(self._pieces[id])]
 
-    def spelled(self, text: str) -> list[int]:
-        """Byte by byte."""
+    def byte_tokens(self, text: str) -> list[int]:
+        """Return the single-byte tokens of a text."""
         return list(text.encode())
 
     def tokenize(
@@ -49,7 +50,7 @@ class SpelledVocabulary:
         ids = []
         while raw:
             named = [id for id, name in self._names.items() if parse_special and raw.startswith(name)]
-            id = named[0] if named else self.that_begin(raw)[0]
+            id = named[0] if named else self.tokens_that_start(raw)[0]
             ids.append(id)
             raw = raw[len(self._names.get(id) or self._pieces[id]) :]
         return np.array(ids, np.int32)
@@ -64,17 +65,17 @@ class SpelledVocabulary:
         )
 
 
-class SpelledBackend(StubBackend):
-    """A stub that says a reply, if it may, then ends.
+class ScriptedBackend(StubBackend):
+    """A stub that gives a scripted reply, then ends.
 
     Args:
-        reply: token ids, said after the last START of a prompt; or a function of all tokens to the next.
-        chat_templates: what its model file would hold.
+        reply: the token ids that follow the last START of a prompt, or a function from all tokens to the next.
+        chat_templates: the templates of its model file.
     """
 
     def __init__(
         self,
-        vocabulary: SpelledVocabulary,
+        vocabulary: PieceVocabulary,
         reply: Sequence[int] | Callable[[list[int]], int],
         *,
         chat_templates: Mapping[str, str] | None = None,
@@ -120,8 +121,8 @@ class SpelledBackend(StubBackend):
         return self._reply[n] if n < len(self._reply) else EOG
 
 
-def follow(vocabulary: SpelledVocabulary, tokens: Sequence[int]) -> object:
-    """A model that says these tokens, whatever of them was put there for it in other ones."""
+def scripted_reply(vocabulary: PieceVocabulary, tokens: Sequence[int]) -> object:
+    """Return a reply for ScriptedBackend: these tokens, also after other tokens of the same text."""
     said = [vocabulary.detokenize(tokens[:n], special=True) for n in range(len(tokens) + 1)]
 
     def next_token(held: list[int]) -> int:

@@ -1,4 +1,4 @@
-"""Who draws, draws as libllama's samplers do: the same token of the same share, and as often."""
+"""Draws match those of libllama: the same token for the same random number, at the same frequencies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from erllama.engine.sampling.candidates import Candidates
 from erllama.engine.sampling.draws import Categorical, Greedy, Mirostat
 from erllama.llama_ffi.samplers import LlamaSampler
-from support.side_by_side import (
+from support.libllama_samplers import (
     CLOSE,
     N_VOCAB,
     Logits,
@@ -26,8 +26,8 @@ from support.side_by_side import (
 )
 
 
-class Told:
-    """In place of random numbers: those that make a draw what another's was."""
+class ReplayedRandom:
+    """Replaces random numbers by those that reproduce another draw."""
 
     share = 0.5
 
@@ -41,17 +41,17 @@ class Told:
 
 
 @given(rows())
-def test_greedy_takes_the_token_that_libllamas_takes(row: Row) -> None:
+def test_greedy_sampling_takes_the_token_of_libllama(row: Row) -> None:
     with LlamaSampler("greedy") as greedy:
         left = greedy.apply(row.ids, row.logits, in_order=row.in_order)
     assert Greedy().draw(row.candidates()) == left.ids[left.selected]
 
 
 @given(rows(kinds=("bell", "ties", "equal", "a peak")), st.integers(0, 1000))
-def test_a_draw_finds_the_token_that_its_share_falls_on(row: Row, seed: int) -> None:
+def test_a_draw_selects_the_token_at_its_cumulative_share(row: Row, seed: int) -> None:
     with LlamaSampler("dist", seed) as dist:
         left = dist.apply(row.ids, row.logits, in_order=row.in_order)
-    candidates, told = row.candidates(), Told()
+    candidates, told = row.candidates(), ReplayedRandom()
     assume(left.probabilities[left.selected] > 1e-7)
     told.choose(candidates, int(left.ids[left.selected]))
     candidates.random = told  # type: ignore[assignment]
@@ -59,7 +59,7 @@ def test_a_draw_finds_the_token_that_its_share_falls_on(row: Row, seed: int) -> 
 
 
 def zipf(falling: Logits, n_vocab: int, mu: float) -> tuple[float, float]:
-    """How many of the most likely mirostat 1 leaves, before it is made whole; in float64 and in float32."""
+    """Return how many candidates mirostat 1 keeps, before rounding to an integer, in float64 and float32."""
     found = []
     for kind, shares in ((np.float64, softmax(falling)), (np.float32, rounded_softmax(falling))):
         with np.errstate(all="ignore"):
@@ -73,7 +73,7 @@ def zipf(falling: Logits, n_vocab: int, mu: float) -> tuple[float, float]:
 
 
 def compare_kept(version: int, mu: float, row: Row, n_ours: int, n_theirs: int) -> None:
-    """Fails unless they are the same number, or rounding decides between them."""
+    """Fail unless they are the same number, or rounding decides between them."""
     if n_ours == n_theirs:
         return
     if version == 2:
@@ -88,8 +88,8 @@ def compare_kept(version: int, mu: float, row: Row, n_ours: int, n_theirs: int) 
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_mirostat_leaves_and_learns_what_libllamas_does(version: int) -> None:
-    """Given the same draws: what it learned shows in what it leaves next."""
+def test_mirostat_matches_libllama(version: int) -> None:
+    """With the same draws. What mirostat learned shows in the candidates that it keeps next."""
 
     @given(
         st.lists(rows(kinds=("bell", "ties", "equal", "a peak", "steep")), min_size=1, max_size=8),
@@ -99,7 +99,7 @@ def test_mirostat_leaves_and_learns_what_libllamas_does(version: int) -> None:
     )
     @settings(max_examples=200)
     def check(given_rows: list[Row], tau: float, eta: float, seed: int) -> None:
-        ours, mu, told = Mirostat(version, tau, eta, N_VOCAB), 2 * tau, Told()
+        ours, mu, told = Mirostat(version, tau, eta, N_VOCAB), 2 * tau, ReplayedRandom()
         numbers = (N_VOCAB, seed, tau, eta, 100) if version == 1 else (seed, tau, eta)
         with LlamaSampler("mirostat" if version == 1 else "mirostat_v2", *numbers) as theirs:
             for row in given_rows:
@@ -112,7 +112,7 @@ def test_mirostat_leaves_and_learns_what_libllamas_does(version: int) -> None:
                 compare_kept(version, mu, row, len(kept), len(left.ids))
                 token, probability = int(left.ids[left.selected]), float(left.probabilities[left.selected])
                 if len(kept) != len(left.ids) or token not in kept.ids:
-                    return  # rounding decided, or equal logits: they have not the same to draw from
+                    return  # rounding or equal logits decided, so both sides draw from different candidates
                 compare_probabilities(kept, left, CLOSE)
                 told.choose(kept, token)
                 assert ours.draw(candidates) == token
@@ -129,7 +129,7 @@ def test_mirostat_leaves_and_learns_what_libllamas_does(version: int) -> None:
 
 
 def rarely_exceeded(n_free: int) -> float:
-    """What chi-squared of so many degrees of freedom exceeds about once in a thousand times (Wilson, Hilferty)."""
+    """Return the value that chi-squared exceeds about once in a thousand times (Wilson, Hilferty)."""
     part = 2 / (9 * n_free)
     return float(n_free * (1 - part + 3.09 * math.sqrt(part)) ** 3)
 
@@ -139,11 +139,11 @@ DRAWS = 4000
 
 @pytest.mark.parametrize("version", [0, 1, 2])
 @pytest.mark.parametrize("seed", range(3))
-def test_draws_are_as_frequent_as_libllamas_probabilities(version: int, seed: int) -> None:
-    """Version 0 is the plain draw; of mirostat the first draw."""
+def test_draw_frequencies_match_the_probabilities_of_libllama(version: int, seed: int) -> None:
+    """Version 0 is the plain draw. For mirostat, the first draw is compared."""
     random = np.random.default_rng(seed)
     row = Row(np.arange(40, dtype=np.int32), (random.standard_normal(40) * 0.8).astype(np.float32))
-    tau = 2.5  # leaves some of the forty, and not all
+    tau = 2.5  # keeps some of the forty, but not all
     theirs_by_version = ("dist", 1), ("mirostat", 40, 1, tau, 0.1, 100), ("mirostat_v2", 1, tau, 0.1)
     with LlamaSampler(*theirs_by_version[version]) as theirs:
         left = theirs.apply(row.ids, row.logits)

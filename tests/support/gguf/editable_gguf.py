@@ -1,4 +1,4 @@
-"""GGUF files as values that tests can edit: metadata, tensors' shapes and types. Nothing is checked."""
+"""GGUF files as values that tests edit: metadata, tensor shapes and types. Nothing is checked."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 _FORMATS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _ALIGNMENT = 32
-# Elements of a block, bytes of a block.
+# Elements per block and bytes per block.
 BLOCKS: Mapping[int, tuple[int, int]] = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
 TYPE_NAMES = {int(kind): kind.name for kind in GGMLQuantizationType}
 
 
 @dataclass
 class TensorEntry:
-    """A tensor: its shape as GGUF has it (rows last), its type, its bytes (drawn where None)."""
+    """A tensor: its shape as in GGUF (rows last), its type, its bytes (random if None)."""
 
     shape: list[int]
     kind: int = 0
@@ -40,7 +40,7 @@ class EditableGGUF:
         return str(self.metadata["general.architecture"][1])
 
     def copy(self) -> EditableGGUF:
-        """A copy to edit; the tensors' bytes are shared."""
+        """Return a copy to edit. The bytes of tensors are shared."""
         return EditableGGUF(
             deepcopy(self.metadata),
             {name: TensorEntry(list(t.shape), t.kind, t.content) for name, t in self.tensors.items()},
@@ -65,7 +65,7 @@ class EditableGGUF:
 
 
 def n_bytes(shape: list[int], kind: int) -> int:
-    """The bytes of a tensor; at most 1 MiB, however large a shape is stated."""
+    """Return the bytes of a tensor, at most 1 MiB, however large its shape is."""
     n_block, n_block_bytes = BLOCKS.get(kind, (1, 4))
     n = 1
     for size in shape:
@@ -128,7 +128,7 @@ def _read(content: bytes, at: int, kind: int) -> tuple[object, int]:
 
 
 def _drawn(dice: random.Random, kind: int, n: int) -> bytes:
-    """Random weights of about a tenth, or random bytes of a packed type."""
+    """Return random weights of magnitude 0.1, or random bytes for a packed type."""
     if kind == 0:
         cycle = struct.pack("<64f", *(dice.gauss(0, 0.1) for _ in range(64)))
     elif kind == 1:

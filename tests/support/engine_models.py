@@ -1,10 +1,8 @@
-"""Models for tests of requests: that are watched, that talk for ever, or that are alone."""
+"""Models for the tests of the engine: observed, held at a decode, endless, or without a cache."""
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from erllama.cache import Cache
 from erllama.engine import Batch
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.metrics import EngineMetrics
-from support.backends import RecordingBackend, llama_backend
+from support.recording_backend import RecordingBackend, llama_backend
 
 SIZE = 32  # tokens of a block
 
@@ -24,8 +22,8 @@ def random_prompt(seed: int, n: int) -> NDArray[np.int32]:
     return np.random.default_rng(seed).integers(3, 250, n).astype(np.int32)
 
 
-class Watched(StubBackend):
-    """Keeps the shape of every batch; can be held before each decode."""
+class GatedBackend(StubBackend):
+    """Records the shape of every batch, and can be held before each decode."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(**{"eog_bias": -100.0, **options})  # type: ignore[arg-type]
@@ -37,12 +35,12 @@ class Watched(StubBackend):
     def hold(self) -> None:
         self.held = True
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         self.held = False
         self.allowed.release()
 
     def step(self) -> None:
-        """Let one decode through, and wait for the next."""
+        """Allow one decode, and wait for the next."""
         self.at_decode.clear()
         self.allowed.release()
         assert self.at_decode.wait(30)
@@ -56,31 +54,24 @@ class Watched(StubBackend):
         return super().decode(batch)
 
 
-def loaded(backend: StubBackend | RecordingBackend, **options: object) -> erllama.Model:
+def load_stub(backend: StubBackend | RecordingBackend, **options: object) -> erllama.Model:
     return erllama.load_backend(backend, **{"cache": Cache(block_size=SIZE), **options})  # type: ignore[arg-type]
 
 
-def alone(
+def cold_reply(
     prompt: NDArray[np.int32], can_trim: bool = True, n_ctx: int = 4096, **options: object
 ) -> erllama.Completion:
-    """The reply of a model that has never seen anything else."""
+    """Return the reply of a new model without a cache."""
     backend = StubBackend(eog_bias=-100, can_trim=can_trim, n_ctx=n_ctx)
-    with erllama.Cache(ram=0) as none, loaded(backend, cache=none) as model:
+    with erllama.Cache(ram=0) as none, load_stub(backend, cache=none) as model:
         return model.complete(prompt, **options)  # type: ignore[arg-type]
 
 
-def metrics(model: erllama.Model) -> EngineMetrics:
+def engine_metrics(model: erllama.Model) -> EngineMetrics:
     return model._runner.metrics
 
 
-def eventually(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to be"
-        time.sleep(0.001)
-
-
-class Endless(RecordingBackend):
+class EndlessBackend(RecordingBackend):
     """libllama with a vocabulary in which no token ends a reply."""
 
     def __init__(self, path: Path, **options: object) -> None:
@@ -89,8 +80,8 @@ class Endless(RecordingBackend):
         super().__init__(inner)
 
 
-def assert_same_but_for_near_ties(tokens: tuple[int, ...], expected: erllama.Completion) -> None:
-    """Greedy replies agree up to where two tokens were all but equally likely."""
+def assert_equal_but_for_near_ties(tokens: tuple[int, ...], expected: erllama.Completion) -> None:
+    """Check that greedy replies agree up to a place where two tokens were almost equally likely."""
     assert expected.logprobs is not None
     for i, (a, b) in enumerate(zip(tokens, expected.tokens, strict=True)):
         if a != b:

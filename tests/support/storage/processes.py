@@ -1,4 +1,4 @@
-"""Child processes that share a cache directory, and what tests check of the directory afterwards."""
+"""Child processes that share a cache directory, and checks of the directory afterwards."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from erllama.cache import Cache
-from support.places import TESTS
+from support.paths import TESTS
 
-DEADLINE = 60.0  # generous: nothing here should come near it
+DEADLINE = 60.0  # seconds; no call should come near it
 
 
-# Also what the children of other test modules begin with. They import nothing but the cache.
+# The start of the code of children, also in other test modules. It imports only the cache.
 PRELUDE = f"""
     import os, random, signal, sys, time
     sys.path.append({str(TESTS)!r})
     from pathlib import Path
     import numpy as np
-    from support.blocks import NAMESPACE, SIZE, blocks_of
+    from support.storage.blocks import NAMESPACE, SIZE, blocks_of
     from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, token_bytes
 
     def payload_of(block):
@@ -52,7 +52,7 @@ PRELUDE = f"""
 
 
 def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """A child that begins with PRELUDE, and may be told things by its standard input."""
+    """Start a child that begins with PRELUDE and can receive input on stdin."""
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(code), *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -64,8 +64,8 @@ def start_python(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def running(*started: subprocess.Popen[str]) -> Iterator[None]:
-    """Whatever happens, the children end, and their pipes are closed."""
+def killed_at_end(*started: subprocess.Popen[str]) -> Iterator[None]:
+    """Kill the children and close their pipes when the context ends."""
     try:
         yield
     finally:
@@ -74,18 +74,18 @@ def running(*started: subprocess.Popen[str]) -> Iterator[None]:
             child.communicate()
 
 
-def finished(child: subprocess.Popen[str]) -> str:
-    """What a child printed, which ended by itself and well."""
+def output_of(child: subprocess.Popen[str]) -> str:
+    """Wait until a child ends successfully. Returns what it printed."""
     printed, complaints = child.communicate(timeout=DEADLINE)
     assert child.returncode == 0, f"exit {child.returncode}\n{printed}\n{complaints}"
     return printed
 
 
-class Occupied:
-    """The bytes that lay in `blocks/` and `partial/` at one moment, from listings that take longer than a moment.
+class DiskUsageMonitor:
+    """The bytes in `blocks/` and `partial/` at one moment, from listings that take longer than a moment.
 
-    A file that two listings in a row show, the same and unchanged, lay there from the one to the other: all such
-    files lay there together, between the two.
+    A file that two successive listings show unchanged was there from one to the other. So all such
+    files were there together, between the two.
     """
 
     def __init__(self, root: Path) -> None:
@@ -93,14 +93,14 @@ class Occupied:
         self._last: dict[tuple[int, int], int] = {}
         self.most = 0
 
-    def look(self) -> None:
+    def sample(self) -> None:
         now = self._list()
         self.most = max(self.most, sum(n_bytes for file, n_bytes in now.items() if file in self._last))
         self._last = now
 
-    def look_until(self, moment: float) -> None:
+    def sample_until(self, moment: float) -> None:
         while time.monotonic() < moment:
-            self.look()
+            self.sample()
             time.sleep(0.001)
 
     def _list(self) -> dict[tuple[int, int], int]:
@@ -128,8 +128,8 @@ def reservations(root: Path) -> int:
         return int(index.execute("SELECT count(*) FROM reservations").fetchone()[0])
 
 
-def assert_nothing_is_wrong(root: Path, quota: int, cache: Cache) -> None:
-    """Of a cache that was opened after a crash, and is the only one."""
+def assert_consistent(root: Path, quota: int, cache: Cache) -> None:
+    """Check a cache that was opened after a crash and is the only one."""
     assert cache.disk_error is None
     assert cache.verify() == []
     cache.check_integrity()

@@ -1,4 +1,4 @@
-"""Tiers with one fault each, derived from a small correct tier, and the rule that finds each fault."""
+"""Small tiers with one fault each, and the rule of `TierConformance` that finds it."""
 
 from __future__ import annotations
 
@@ -823,7 +823,7 @@ class LosesRarely(SmallTier):
         super().write(block, payload)
 
 
-FAULTS: list[tuple[type[SmallTier], str]] = [
+FAULTY_TIERS: list[tuple[type[SmallTier], str]] = [
     (KeepsAll, "test_remove_removes_exactly_the_named_blocks"),
     (RemovesFirst, "test_remove_removes_exactly_the_named_blocks"),
     (StopsAtStranger, "test_remove_removes_exactly_the_named_blocks"),

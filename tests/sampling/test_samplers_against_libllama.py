@@ -1,4 +1,4 @@
-"""The steps of a sampling chain leave what libllama's samplers of the same names leave."""
+"""Each step of a sampling chain keeps the candidates that the libllama sampler of the same name keeps."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from erllama.engine.sampling.steps import (
 from erllama.llama_ffi import LlamaModel, Vocabulary
 from erllama.llama_ffi.samplers import LlamaSampler
 from erllama.testing.models import FIRST_BYTE, SPACE, TINY, write_llama
-from support.places import SHARED
-from support.side_by_side import (
+from support.libllama_samplers import (
     N_VOCAB,
     STEPS,
     Pair,
@@ -50,12 +49,13 @@ from support.side_by_side import (
     typical,
     xtc,
 )
+from support.paths import SHARED
 
 NO_HISTORY = [name for name in STEPS if name != "penalties"]
 
 
 @pytest.mark.parametrize("name", NO_HISTORY)
-def test_a_step_leaves_what_libllamas_leaves(name: str) -> None:
+def test_each_sampler_step_matches_libllama(name: str) -> None:
     @given(STEPS[name], rows())
     @settings(max_examples=250)
     def check(pair: Pair, row: Row) -> None:
@@ -67,7 +67,7 @@ def test_a_step_leaves_what_libllamas_leaves(name: str) -> None:
 
 @given(rows(most=300), st.integers(0, 299), st.sampled_from([0.9995, 1.0005]), few)
 @settings(max_examples=300)
-def test_a_threshold_just_beside_a_candidate_is_on_the_same_side(row: Row, at: int, beside: float, k: int) -> None:
+def test_a_threshold_next_to_a_candidate_decides_as_in_libllama(row: Row, at: int, beside: float, k: int) -> None:
     falling = row.falling
     falling = falling[np.isfinite(falling)]
     at %= len(falling)
@@ -100,10 +100,10 @@ def test_a_threshold_just_beside_a_candidate_is_on_the_same_side(row: Row, at: i
     ],
 )
 @pytest.mark.parametrize("in_order", [False, True])
-def test_a_sum_that_is_exactly_the_threshold_counts_as_libllamas_does(
+def test_a_sum_equal_to_the_threshold_counts_as_in_libllama(
     make: Callable[..., Pair], numbers: tuple[float, ...], n_left: int, in_order: bool
 ) -> None:
-    """Four equal logits: nothing is rounded."""
+    """Four equal logits, so no sum is rounded."""
     row, pair = a_row(1.5, 1.5, 1.5, 1.5)._replace(in_order=in_order), make(*numbers)
     ours, theirs = both(pair, row)
     assert len(ours) == len(theirs.ids) == n_left
@@ -125,7 +125,7 @@ LARGE: list[tuple[Callable[..., Pair], tuple[float, ...]]] = [
 
 
 @pytest.mark.parametrize(("make", "numbers"), LARGE)
-def test_a_step_leaves_what_libllamas_leaves_of_a_large_vocabulary(
+def test_sampler_steps_match_libllama_for_a_large_vocabulary(
     make: Callable[..., Pair], numbers: tuple[float, ...]
 ) -> None:
     random = np.random.default_rng(3)
@@ -135,10 +135,10 @@ def test_a_step_leaves_what_libllamas_leaves_of_a_large_vocabulary(
 
 
 @given(rows(), st.dictionaries(st.integers(0, N_VOCAB - 1), st.floats(-100, 100, width=32) | st.just(-np.inf)))
-def test_biases_are_added_as_libllamas_adds_them(row: Row, biases: dict[int, float]) -> None:
+def test_biases_are_added_as_in_libllama(row: Row, biases: dict[int, float]) -> None:
     biases = {int(row.ids[0]): 2.0, **biases}
     numbers = [number for item in biases.items() for number in item]
-    # Given candidates in order, libllama's takes them to be in order afterwards.
+    # With sorted candidates, libllama's step assumes that they stay sorted.
     row = row._replace(in_order=False)
     pair = Pair("logit_bias", LogitBias(biases), LlamaSampler("logit_bias", N_VOCAB, *numbers), slack=last_bits)
     ruled_out = [token for token, bias in biases.items() if bias == -np.inf]
@@ -148,7 +148,7 @@ def test_biases_are_added_as_libllamas_adds_them(row: Row, biases: dict[int, flo
 
 @given(STEPS["penalties"], rows(), contexts)
 @settings(max_examples=400)
-def test_penalties_are_libllamas(pair: Pair, row: Row, context: NDArray[np.int32]) -> None:
+def test_penalties_match_libllama(pair: Pair, row: Row, context: NDArray[np.int32]) -> None:
     compare(pair, row, *both(pair, row, context))
 
 
@@ -156,8 +156,8 @@ def test_penalties_are_libllamas(pair: Pair, row: Row, context: NDArray[np.int32
 
 
 @given(STEPS["typical"], rows(kinds=("bell", "ties", "steep", "huge")))
-def test_what_is_ruled_out_does_not_change_what_is_typical(pair: Pair, row: Row) -> None:
-    """libllama's entropy of such rows is NaN: it is given the rest."""
+def test_excluded_tokens_do_not_change_typical_sampling(pair: Pair, row: Row) -> None:
+    """The entropy of such rows is NaN in libllama, so it gets only the remaining candidates."""
     possible = rounded_softmax(row.logits) > 0
     ours = pair.ours(row.candidates())
     rest = row.keep(possible)
@@ -166,8 +166,8 @@ def test_what_is_ruled_out_does_not_change_what_is_typical(pair: Pair, row: Row)
 
 
 @given(rows(), st.sampled_from([1e-3, 1e-30, 1e-44, 1e-320]))
-def test_no_temperature_is_too_low(row: Row, t: float) -> None:
-    """Where logits overflow, libllama's probabilities are NaN."""
+def test_any_low_temperature_is_accepted(row: Row, t: float) -> None:
+    """If logits overflow, the probabilities of libllama are NaN."""
     shifted = row.logits.astype(np.float64) - float(row.logits.max())
     with np.errstate(over="ignore"):
         weights = np.exp(shifted / t)
@@ -179,7 +179,7 @@ def test_no_temperature_is_too_low(row: Row, t: float) -> None:
         np.testing.assert_allclose(found.probabilities(), weights / weights.sum(), rtol=0, atol=1e-3)
 
 
-def test_numbers_that_float32_does_not_hold_are_infinite() -> None:
+def test_numbers_beyond_float32_become_infinite() -> None:
     row = a_row(3e38, -3.3e38, 1.0)
     context = np.array([0, 1], np.int32)
     assert Penalties(5, 1.5, 0, 0)(row.candidates(context)).logits[1] == -np.inf
@@ -187,8 +187,8 @@ def test_numbers_that_float32_does_not_hold_are_infinite() -> None:
 
 
 @pytest.mark.parametrize("logits", [(2.0, 1.0, -np.inf), (2.0, 1.0, -np.inf, 0.0, -np.inf)])
-def test_xtc_leaves_one_that_can_be_drawn(logits: tuple[float, ...]) -> None:
-    """With a threshold of 0 libllama's leaves the last, which is ruled out."""
+def test_xtc_keeps_at_least_one_candidate(logits: tuple[float, ...]) -> None:
+    """With a threshold of 0, libllama keeps the last candidate, which is excluded."""
     found = XTC(1.0, 0.0, 1)(a_row(*logits).candidates())
     assert found.ids.tolist()[0] == int(np.argmin(np.where(np.isfinite(logits), logits, np.inf)))
     assert np.isfinite(found.best())
@@ -207,7 +207,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vocabulary]
 
 @given(st.data())
 @settings(max_examples=800)
-def test_a_chain_in_any_order_leaves_what_libllamas_leaves(vocabulary: Vocabulary, data: st.DataObject) -> None:
+def test_chains_in_any_order_match_libllama(vocabulary: Vocabulary, data: st.DataObject) -> None:
     steps = {**STEPS, "dry": dries(vocabulary, [[], ["\x01\x02", "\x03"]])}
     names = data.draw(st.lists(st.sampled_from(sorted(steps)), min_size=2, max_size=6, unique=True))
     row, context = data.draw(rows(kinds=("bell", "ties", "equal", "a peak", "steep"))), data.draw(contexts)
@@ -218,7 +218,7 @@ def test_a_chain_in_any_order_leaves_what_libllamas_leaves(vocabulary: Vocabular
             return
         ours, theirs = both(pair, row, context, candidates)
         compare(pair, row, ours, theirs)
-        # Each goes on with its own, unless there was something to decide.
+        # Each side continues with its own result, except where rounding decided.
         candidates, row = ours, Row(theirs.ids, theirs.logits, theirs.in_order)
         ours_by_id, row_by_id = np.argsort(ours.ids), np.argsort(row.ids)
         if not (
@@ -257,7 +257,7 @@ letters = st.sampled_from([A, A, B, B, C, NEWLINE, SPACE, FIRST_BYTE + ord(" "),
 
 @given(st.data(), st.lists(letters | st.sampled_from([A, B]), max_size=80), rows(most=320))
 @settings(max_examples=600)
-def test_dry_is_libllamas(vocabulary: Vocabulary, data: st.DataObject, context: list[int], row: Row) -> None:
+def test_dry_matches_libllama(vocabulary: Vocabulary, data: st.DataObject, context: list[int], row: Row) -> None:
     if data.draw(st.booleans()):
         row = Row(np.arange(320, dtype=np.int32), np.zeros(320, np.float32))
     pair = data.draw(dries(vocabulary, TEXTS))
@@ -265,7 +265,7 @@ def test_dry_is_libllamas(vocabulary: Vocabulary, data: st.DataObject, context: 
 
 
 @given(st.data(), st.integers(2, 200), st.integers(0, 8))
-def test_dry_of_long_repetitions_is_libllamas(
+def test_dry_with_long_repetitions_matches_libllama(
     vocabulary: Vocabulary, data: st.DataObject, n: int, period: int
 ) -> None:
     context = np.array(data.draw(st.lists(letters, max_size=4)) + [A, B, A, C, B, WORD, A, A][: period + 1] * n)
@@ -275,38 +275,38 @@ def test_dry_of_long_repetitions_is_libllamas(
 
 
 @pytest.mark.parametrize("base", [1.0000005, 1.000002, 1.1, 2.0, 4.0, 8.0, 16.0, 100.0])
-def test_dry_stops_growing_where_libllamas_does(vocabulary: Vocabulary, base: float) -> None:
+def test_dry_penalties_are_capped_as_in_libllama(vocabulary: Vocabulary, base: float) -> None:
     pair = dry(vocabulary, [], 1.0, base, 0, 500)
     row = Row(np.arange(320, dtype=np.int32), np.zeros(320, np.float32))
     compare(pair, row, *both(pair, row, np.array([A] * 300, np.int32)))
 
 
 @pytest.mark.parametrize("text", ["</s>", "/s", "a</", "b</s>", "</s>b"])
-def test_the_name_of_a_control_token_breaks_as_text_does(vocabulary: Vocabulary, text: str) -> None:
+def test_a_control_token_name_works_as_a_dry_breaker(vocabulary: Vocabulary, text: str) -> None:
     pair = dry(vocabulary, [text], 1.0, 1.5, 1, 500)
     row = Row(np.arange(320, dtype=np.int32), np.zeros(320, np.float32))
     compare(pair, row, *both(pair, row, np.array([A, B, C, A, 2, B, C, A, B, C, A, 2, B, C, A], np.int32)))
 
 
 @pytest.mark.parametrize("n", range(17, 28))
-def test_of_a_long_breaker_its_first_tokens_must_match(vocabulary: Vocabulary, n: int) -> None:
-    """One token and the twenty after it."""
+def test_a_long_dry_breaker_matches_by_its_first_tokens(vocabulary: Vocabulary, n: int) -> None:
+    """One token and its twenty successors."""
     pair = dry(vocabulary, ["a" + "b" * 24], 1.0, 1.5, 1, 500)
     row = Row(np.arange(320, dtype=np.int32), np.zeros(320, np.float32))
     compare(pair, row, *both(pair, row, np.array([B] * 30 + [A] + [B] * n, np.int32)))
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "llama-spm", "qwen2"])
-def test_dry_with_a_real_vocabulary_is_libllamas(name: str) -> None:
-    """No text begins with a space: libllama reads each token of some vocabularies without its first space, or with
-    the one before a full stop gone, and so misses such breakers. Ours finds them.
+def test_dry_with_a_real_vocabulary_matches_libllama(name: str) -> None:
+    """No text begins with a space: in some vocabularies, libllama reads each token without its first space, or with
+    the one before a full stop removed, and misses such breakers. The engine finds them.
     """
     path = SHARED / "vocab" / f"ggml-vocab-{name}.gguf"
     if not path.exists():
-        pytest.skip(f"{path} is not here")
+        pytest.skip(f"{path} is missing")
     parts = ["the", " end", ".\n", "\n\n", "User:", " User", '":', "é", "<|im_end|>", "a", "*", "#" * 40]
     texts = [["\n", ":", '"', "*"], ["User:", "the e", "é", "<|im_end|>", "</s>"]]
-    long = ["#" * 45]  # 40 bytes are looked at, and two of the vocabularies have a token of as many
+    long = ["#" * 45]  # 40 bytes are considered, and two of the vocabularies have a token of that length
     with LlamaModel(path, vocab_only=True) as model:
         vocabulary = model.vocabulary
         ids = np.unique(np.concatenate([vocabulary.tokenize(part, parse_special=True) for part in parts]))

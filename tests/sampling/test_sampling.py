@@ -17,7 +17,7 @@ from erllama.engine.backends.stub import StubBackend
 from erllama.engine.sampling.candidates import order, top_k
 from erllama.engine.sampling.options import SamplingOptions
 from erllama.engine.sampling.sampler import Sampler, SamplerFactory
-from support.backends import Letters
+from support.recording_backend import LetterVocabulary
 
 rows = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=300).map(lambda r: np.array(r, np.float32))
 tied_rows = st.lists(st.sampled_from([-1.0, 0.0, 2.0]), min_size=1, max_size=300).map(
@@ -29,11 +29,11 @@ NOTHING = np.empty(0, np.int32)
 
 
 def sampler_of(n_vocab: int, **options: object) -> Sampler:
-    return SamplerFactory(Letters(n_vocab), n_ctx=512).make(SamplingOptions(**options))  # type: ignore[arg-type]
+    return SamplerFactory(LetterVocabulary(n_vocab), n_ctx=512).make(SamplingOptions(**options))  # type: ignore[arg-type]
 
 
 def draw(logits: NDArray[np.float32], n: int = 4000, **options: float) -> NDArray[np.float64]:
-    """How often each token is drawn, of 1."""
+    """Return the relative frequency of each token."""
     sampler = sampler_of(len(logits), seed=1, **{**NEUTRAL, **options})
     return np.bincount([sampler.sample(logits, NOTHING) for _ in range(n)], minlength=len(logits)) / n
 
@@ -43,12 +43,12 @@ SKEWED = np.log(np.array([0.5, 0.25, 0.15, 0.06, 0.04], np.float32))
 
 
 @given(st.one_of(rows, tied_rows), st.integers(0, 310))
-def test_top_k_is_the_head_of_a_stable_sort(logits: NDArray[np.float32], k: int) -> None:
+def test_top_k_takes_the_head_of_a_stable_sort(logits: NDArray[np.float32], k: int) -> None:
     expected = np.argsort(-logits, kind="stable")[: k or None]
     assert np.array_equal(top_k(logits, k), expected)
 
 
-def test_top_k_of_a_large_vocabulary() -> None:
+def test_top_k_works_for_a_large_vocabulary() -> None:
     logits = np.random.default_rng(0).standard_normal(128_256).astype(np.float32)
     for k in (1, 40, 2003, 2004, 2005, 128_256):
         assert np.array_equal(top_k(logits, k), np.argsort(-logits, kind="stable")[:k])
@@ -67,7 +67,7 @@ def chi_squared(observed: NDArray[np.float64], expected: NDArray[np.float64], n:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_softmax(temperature: float) -> None:
     weights = np.exp(SKEWED.astype(float) / temperature)
-    # 4 degrees of freedom: 18.5 is passed by chance once in a thousand; the seed is fixed.
+    # 4 degrees of freedom: chance exceeds 18.5 once in a thousand times. The seed is fixed.
     assert chi_squared(draw(SKEWED, temperature=temperature), weights / weights.sum(), 4000) < 18.5
 
 
@@ -86,14 +86,14 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
         ({"top_k": 4, "top_p": 0.8, "min_p": 0.4}, 2),
     ],
 )
-def test_what_is_kept_is_drawn_in_proportion(options: dict[str, float], kept: int) -> None:
+def test_kept_tokens_are_drawn_in_proportion(options: dict[str, float], kept: int) -> None:
     found = draw(SKEWED, **options)
     assert np.count_nonzero(found) == kept
     expected = np.exp(SKEWED[:kept].astype(float))
     assert np.allclose(found[:kept], expected / expected.sum(), atol=0.03)
 
 
-def test_a_seed_fixes_the_draws_and_is_told() -> None:
+def test_a_seed_fixes_the_draws_and_is_reported() -> None:
     logits = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     first = sampler_of(1000)
     again = sampler_of(1000, seed=first.seed)
@@ -106,13 +106,13 @@ def test_the_smallest_temperature_is_nearly_greedy() -> None:
     assert draw(SKEWED, n=50, temperature=1e-320)[0] == 1.0
 
 
-def test_ruled_out_tokens_are_never_drawn() -> None:
+def test_excluded_tokens_are_never_drawn() -> None:
     logits = np.array([0.0, -np.inf, 0.0, -np.inf], np.float32)
     assert np.count_nonzero(draw(logits, temperature=50.0)[[1, 3]]) == 0
 
 
 @given(rows | tied_rows, st.sampled_from([np.nan, np.inf, -np.inf]), st.data())
-def test_rows_that_are_no_distribution_are_refused(
+def test_logits_without_a_distribution_are_refused(
     logits: NDArray[np.float32], number: float, data: st.DataObject
 ) -> None:
     logits = logits.copy()
@@ -171,7 +171,7 @@ def test_rows_that_are_no_distribution_are_refused(
         ({"sampling_state": 5}, "sampling_state of a Completion"),
     ],
 )
-def test_wrong_options_say_what_is_wrong(stub: erllama.Model, options: dict[str, object], words: str) -> None:
+def test_wrong_sampling_options_are_reported(stub: erllama.Model, options: dict[str, object], words: str) -> None:
     with pytest.raises(erllama.OptionError) as caught:
         stub.complete("x", max_tokens=1, **options)  # type: ignore[arg-type]
     assert words in str(caught.value)
@@ -186,7 +186,7 @@ def stub() -> Iterator[erllama.Model]:
 # --- what the steps do to replies --------------------------------------------------------------------------
 
 
-def test_banned_tokens_never_come_and_a_large_bias_always_wins(stub: erllama.Model) -> None:
+def test_banned_tokens_never_appear_and_a_large_bias_wins(stub: erllama.Model) -> None:
     plain = stub.complete("x", max_tokens=100, temperature=3, seed=1)
     often = Counter(plain.tokens).most_common(20)
     banned = [token for token, _ in often]
@@ -200,18 +200,18 @@ def test_banned_tokens_never_come_and_a_large_bias_always_wins(stub: erllama.Mod
     assert stub.complete("x", max_tokens=200, temperature=3, seed=1, logit_bias=never).tokens == without.tokens
 
 
-def test_penalties_look_at_prompt_and_reply(stub: erllama.Model) -> None:
+def test_penalties_count_prompt_and_reply(stub: erllama.Model) -> None:
     prompt = list(range(40))
     free = stub.complete(prompt, max_tokens=60, temperature=0)
     assert len({*prompt, *free.tokens}) < 100
     for options in ({"frequency_penalty": 100.0}, {"presence_penalty": 100.0}, {"repeat_penalty": 1000.0}):
         reply = stub.complete(prompt, max_tokens=60, temperature=0, repeat_last_n=-1, **options)  # type: ignore[arg-type]
-        assert len({*prompt, *reply.tokens}) == 100, f"{options}: nothing comes twice"
+        assert len({*prompt, *reply.tokens}) == 100, f"{options}: no token repeats"
     blind = stub.complete(prompt, max_tokens=60, temperature=0, repeat_last_n=0, presence_penalty=100.0)
     assert blind.tokens == free.tokens
 
 
-def test_dry_lowers_what_would_go_on_repeating() -> None:
+def test_dry_penalizes_continued_repetition() -> None:
     logits = np.zeros(20, np.float32)
     context = np.array([5, 1, 2, 3, 4, 9, 1, 2, 3], np.int32)  # 4 would follow 1 2 3 again
     rows = []
@@ -225,15 +225,15 @@ def test_dry_lowers_what_would_go_on_repeating() -> None:
     sampler_of(20, **options, **neutral, dry_sequence_breakers=[]).sample(logits, context)
     assert rows[-1][4] == pytest.approx(-0.8 * 2)
     assert np.count_nonzero(rows[-1]) == 1
-    # A breaker before the repetition's last two tokens leaves those two; one after its first leaves too few.
+    # A breaker before the last two tokens of the repetition leaves those two. One after the first leaves too few.
     sampler_of(20, **options, **neutral, dry_sequence_breakers=["\x01"]).sample(logits, context)
     assert rows[-1][4] == pytest.approx(-0.8)
     sampler_of(20, **options, **neutral, dry_sequence_breakers=["\x02"]).sample(logits, context)
     assert not rows[-1].any()
 
 
-def test_the_order_of_steps_is_the_callers() -> None:
-    # Hot first, top_p keeps more.
+def test_the_caller_sets_the_order_of_steps() -> None:
+    # With temperature first, top_p keeps more.
     kept = [
         np.count_nonzero(draw(SKEWED, temperature=4.0, top_p=0.7, samplers=samplers))
         for samplers in (["top_p", "temperature"], ["temperature", "top_p"])
@@ -241,7 +241,7 @@ def test_the_order_of_steps_is_the_callers() -> None:
     assert kept == [2, 4]
 
 
-def test_a_step_of_ones_own_sees_the_context_and_decides(stub: erllama.Model) -> None:
+def test_a_custom_step_sees_the_context_and_can_decide(stub: erllama.Model) -> None:
     contexts = []
 
     def even(candidates: erllama.Candidates) -> erllama.Candidates:
@@ -268,7 +268,7 @@ def failing(candidates: erllama.Candidates) -> erllama.Candidates:
         (lambda c: erllama.Candidates(c.ids + 10**6, c.logits, c.context, c.random), "a token outside 0 to"),
     ],
 )
-def test_a_step_that_fails_fails_its_request_alone(
+def test_a_failing_custom_step_fails_only_its_request(
     stub: erllama.Model, step: Callable[[erllama.Candidates], erllama.Candidates], words: str
 ) -> None:
     with stub.stream("other", max_tokens=50, seed=1) as other:
@@ -285,7 +285,9 @@ def test_a_step_that_fails_fails_its_request_alone(
     st.sampled_from([{}, {"mirostat": 1}, {"mirostat": 2}, {"xtc_probability": 0.5}, {"top_k": 0, "min_p": 0.0}]),
 )
 @settings(max_examples=30)
-def test_draws_go_on_where_another_reply_ended(seed: int, n: int, more: int, options: dict[str, object]) -> None:
+def test_draws_continue_from_the_state_of_another_reply(
+    seed: int, n: int, more: int, options: dict[str, object]
+) -> None:
     options = {"temperature": 2.0, "repeat_penalty": 1.2, **options}
     with Cache() as cache, erllama.load_backend(StubBackend(eog_bias=-100), cache=cache) as model:
         whole = model.complete("begin", max_tokens=n + more, seed=seed, **options)  # type: ignore[arg-type]
@@ -304,10 +306,10 @@ def test_draws_go_on_where_another_reply_ended(seed: int, n: int, more: int, opt
 
 @pytest.mark.parametrize("tau", [2.0, 4.0, 6.0])
 @pytest.mark.parametrize("version", [1, 2])
-def test_mirostat_keeps_the_surprise_at_its_aim(version: int, tau: float) -> None:
+def test_mirostat_keeps_the_surprise_at_its_target(version: int, tau: float) -> None:
     logits = np.random.default_rng(2).standard_normal(5000).astype(np.float32) * 2
     shares = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum()
-    assert -(shares * np.log2(shares)).sum() > 9, "left alone, it would be far from there"
+    assert -(shares * np.log2(shares)).sum() > 9, "without mirostat, the surprise would be far from the target"
     falling = np.argsort(-logits, kind="stable")
     rank, sums = np.argsort(falling), shares[falling].cumsum()
     sampler = sampler_of(5000, mirostat=version, mirostat_tau=tau, mirostat_eta=0.1, temperature=1.0, seed=1)
@@ -319,7 +321,7 @@ def test_mirostat_keeps_the_surprise_at_its_aim(version: int, tau: float) -> Non
         assert before is not None
         assert after is not None
         learned.append(tau + (before - after) / 0.1)
-        # What it learned of is the surprise among the most likely ones that it left, the drawn one with them.
+        # Mirostat learns from the surprise within the candidates that it kept, the drawn one included.
         left = 2 ** learned[-1] * shares[token]
         n = int(sums.searchsorted(left * (1 - 1e-4))) + 1
         assert sums[n - 1] == pytest.approx(left, rel=1e-4)
@@ -327,7 +329,7 @@ def test_mirostat_keeps_the_surprise_at_its_aim(version: int, tau: float) -> Non
     assert np.mean(learned[100:]) == pytest.approx(tau, abs=0.2)
 
 
-def test_a_seed_beside_a_state_must_be_its_own(stub: erllama.Model) -> None:
+def test_a_seed_must_match_the_sampling_state(stub: erllama.Model) -> None:
     first = stub.complete("x", max_tokens=3, seed=5)
     stub.complete("x", max_tokens=3, seed=5, sampling_state=first.sampling_state)
     with pytest.raises(erllama.OptionError, match="continues with seed 5"):
@@ -335,13 +337,13 @@ def test_a_seed_beside_a_state_must_be_its_own(stub: erllama.Model) -> None:
 
 
 @given(rows | tied_rows, st.integers(0, 5))
-def test_many_are_put_in_order_as_few_are(logits: NDArray[np.float32], seed: int) -> None:
+def test_large_and_small_candidate_sets_sort_alike(logits: NDArray[np.float32], seed: int) -> None:
     many = np.resize(np.append(logits, [np.float32(0.0), np.float32(-0.0), -np.inf]), 3000).astype(np.float32)
     np.random.default_rng(seed).shuffle(many)
     assert np.array_equal(order(many), (-many).argsort(kind="stable"))
 
 
-def test_draws_from_many_follow_the_softmax() -> None:
+def test_draws_from_many_candidates_follow_the_softmax() -> None:
     logits = np.random.default_rng(0).standard_normal(3000).astype(np.float32)
     logits[::3] = -np.inf
     found = draw(logits, n=20_000)
@@ -349,5 +351,5 @@ def test_draws_from_many_follow_the_softmax() -> None:
     weights = np.exp(logits.astype(float))
     by_group = [part.sum() for part in np.array_split(found, 30)]
     expected = [part.sum() for part in np.array_split(weights / weights.sum(), 30)]
-    # 29 degrees of freedom: 58.3 is passed by chance once in a thousand; the seed is fixed.
+    # 29 degrees of freedom: chance exceeds 58.3 once in a thousand times. The seed is fixed.
     assert chi_squared(np.array(by_group), np.array(expected), 20_000) < 58.3

@@ -22,7 +22,7 @@ def llama_backend(path: Path, **options: object) -> LlamaBackend:
 
 
 class RecordingBackend:
-    """A backend that passes everything on and keeps the slices and logits of the decodes."""
+    """Forwards all calls to a backend, and records the slices and logits of the decodes."""
 
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
@@ -71,7 +71,7 @@ class RecordingBackend:
 
 @contextmanager
 def short_of_cells(backend: RecordingBackend, at: int) -> Iterator[None]:
-    """Decode number `at` finds no cells: its request starts anew in an empty context."""
+    """Make decode number `at` find no cells, so that its request starts again in an empty context."""
     decode, calls = backend.decode, count(1)
 
     def decode_but_once(batch: Batch) -> NDArray[np.float32]:
@@ -90,8 +90,8 @@ def same_bits(a: list[NDArray[np.float32]], b: list[NDArray[np.float32]]) -> boo
     return len(a) == len(b) and all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
 
 
-class Letters:
-    """A vocabulary of `n_tokens` characters, beginning with those of ASCII; the last ends a reply."""
+class LetterVocabulary:
+    """A vocabulary of `n_tokens` characters, starting with ASCII. The last one ends a reply."""
 
     def __init__(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
@@ -118,10 +118,10 @@ stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
 
 
 def first_by_position(text: str, stops: list[str], behind: bool = False) -> tuple[str, str | None]:
-    """What is said and what stopped it, by looking at every position of the whole text.
+    """Return the text before the first stop string and the stop string, by checking every position.
 
     Args:
-        behind: the text is behind another phase: white space before it is nobody's.
+        behind: whether the text follows another phase. Its leading white space then belongs to no phase.
     """
     begin = len(text) - len(text.lstrip()) if behind else 0
     for at in range(len(text)):

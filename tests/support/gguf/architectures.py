@@ -1,4 +1,4 @@
-"""Tiny models of any architecture that libllama knows: its own messages tell what a file still lacks.
+"""Builds a tiny model of any architecture of libllama, guided by libllama's error messages.
 
 A file with the commonest hyperparameters is loaded; the message of the failure
 names a key, a tensor or a shape; the file gets it, and is loaded again.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from erllama import llama_ffi
 from erllama.testing.models import LlamaShape, write_llama
-from support.gguf_edit import ARRAY, BOOL, F32, I32, STRING, U32, EditableGGUF, TensorEntry, read
+from support.gguf.editable_gguf import ARRAY, BOOL, F32, I32, STRING, U32, EditableGGUF, TensorEntry, read
 
 _SHAPE = LlamaShape(n_layer=2, n_embd=64, n_ff=128, n_head=4, n_head_kv=2, n_ctx_train=512)
 _COMMON: dict[str, int | float] = {
@@ -61,7 +61,7 @@ _WRONG_KIND = re.compile(r"key ([^\s;]+) has wrong type \w+ but expected type (\
 _LACKS_TENSOR = re.compile(r"missing tensor '([^']+)'|tensor '([^']+)' not found|tensor '([^']+)' is missing")
 _WRONG_SHAPE = re.compile(r"tensor '([^']+)' has wrong shape; expected ([\d, ]+), got")
 _MOST_STEPS = 400
-# What libllama's messages do not lead to: tensors that it loads as optional and uses all the same.
+# Tensors that libllama loads as optional but uses, so no message names them.
 _OPTIONAL_BUT_USED = {
     "phi3": {"attn_qkv.weight": [64, 128]},
     "falcon-h1": {"ssm_conv1d.bias": [192]},
@@ -70,10 +70,10 @@ _OPTIONAL_BUT_USED = {
 }
 
 
-def complete(architecture: str, place: Path) -> EditableGGUF | None:
-    """A tiny model of an architecture, its weights to be drawn; None where the messages lead to none.
+def minimal_model(architecture: str, place: Path) -> EditableGGUF | None:
+    """Return a tiny model of an architecture without weights yet, or None if the messages do not lead to one.
 
-    Of hybrid ones, each second layer attends: libllama's default is each fourth, and there are two.
+    In hybrid models, every second layer has attention: libllama's default is every fourth, and there are two.
     """
     base = read(write_llama(place / "base.gguf", _SHAPE))
     file = EditableGGUF({key: value for key, value in base.metadata.items() if not key.startswith("llama.")})
@@ -105,7 +105,7 @@ def _put(file: EditableGGUF, name: str, value: float | list[int]) -> None:
 
 
 def _amended(file: EditableGGUF, message: str) -> bool:
-    """Give a file what a message says it lacks."""
+    """Add to a file what a message reports as missing."""
     architecture = file.architecture
     if found := _LACKS_KEY.search(message):
         name = found[1].removeprefix(f"{architecture}.")
@@ -134,7 +134,7 @@ def _amended(file: EditableGGUF, message: str) -> bool:
 
 
 def with_optional_tensors(file: EditableGGUF) -> EditableGGUF:
-    """The file with the tensors that libllama does not ask for, and uses."""
+    """Add the tensors that libllama uses without requiring them."""
     layers = sorted({name.split(".")[1] for name in file.tensors if name.startswith("blk.")})
     for name, shape in _OPTIONAL_BUT_USED.get(file.architecture, {}).items():
         for layer in layers:

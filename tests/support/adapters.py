@@ -1,4 +1,4 @@
-"""Models for tests of adapters: a stub whose KV depends on them, and what it would reply with a set."""
+"""Models for tests of adapters: a stub whose KV depends on its adapters, and the replies it should give."""
 
 from __future__ import annotations
 
@@ -18,52 +18,54 @@ import erllama
 from erllama.engine import Batch
 from erllama.engine.backends.stub import StubBackend
 
-LIVES = int(os.environ.get("ERLLAMA_ADAPTERS", "200"))
+N_EXAMPLES = int(os.environ.get("ERLLAMA_ADAPTERS", "200"))
 PROMPT = [5 + i * 7 % 250 for i in range(150)]
-# Control tokens, and bytes that are no character: text that comes back does not tell what they were.
-NO_TEXT = [0, 1, 2, *range(3 + 0x80, 259)]
-Used = tuple[tuple[str, float], ...]  # contents of adapters, by their digests, and scales
+# Control tokens, and bytes that are not characters: the text of a reply does not identify them.
+TEXTLESS_TOKENS = [0, 1, 2, *range(3 + 0x80, 259)]
+UsedAdapters = tuple[tuple[str, float], ...]  # digests of adapters, and scales
 
 
-class Native:
+class NativeAdapter:
     def __init__(self, content: bytes) -> None:
         self.digest = hashlib.sha256(content).hexdigest()
 
 
 class AdaptedStub(StubBackend):
-    """A stub whose KV depends on the set of adapters that each token is computed with.
+    """A stub whose KV depends on the set of adapters with which each token is computed.
 
     Attributes:
-        loaded: what was loaded and is not freed.
-        used: the set that it computes with.
-        gate: a decode waits for it.
-        sets: what each decode was computed with.
-        wrongs: what it was asked to do that no backend may be asked.
+        loaded: native adapters that are loaded and not freed.
+        used: the set in effect.
+        gate: an event for which each decode waits.
+        sets: the set of each decode.
+        wrongs: forbidden calls that it received.
     """
 
     def __init__(self, **options: int) -> None:
         super().__init__(**options)
         self.loaded: list[object] = []
-        self.used: Used = ()
+        self.used: UsedAdapters = ()
         self.gate = threading.Event()
         self.gate.set()
         self.wrongs: list[str] = []
         self.in_use: list[object] = []
-        self.sets: list[Used] = []
+        self.sets: list[UsedAdapters] = []
 
     def check_adapter(self, path: Path) -> None:
         if not path.exists() or not path.read_bytes().startswith(b"adapter"):
             raise erllama.AdapterLoadError(f"{path} is no adapter")
 
     def load_adapter(self, path: Path) -> object:
-        self.loaded.append(Native(path.read_bytes()))
+        self.loaded.append(NativeAdapter(path.read_bytes()))
         return self.loaded[-1]
 
     def use_adapters(self, adapters: Sequence[tuple[object, float]]) -> None:
         if not all(adapter in self.loaded for adapter, _ in adapters):
             self.wrongs.append("used after it was freed")
         self.in_use = [adapter for adapter, _ in adapters]
-        self.used = tuple((adapter.digest, scale) for adapter, scale in adapters if isinstance(adapter, Native))
+        self.used = tuple(
+            (adapter.digest, scale) for adapter, scale in adapters if isinstance(adapter, NativeAdapter)
+        )
 
     def free_adapter(self, adapter: object) -> None:
         if adapter in self.in_use or adapter not in self.loaded:
@@ -77,15 +79,15 @@ class AdaptedStub(StubBackend):
         return super().decode(batch._replace(tokens=batch.tokens.astype(np.int64) + mark))  # type: ignore[arg-type]
 
 
-def used(scales: Mapping[Path, float]) -> Used:
-    """The set of some adapters, as a backend gets it."""
+def adapter_set(scales: Mapping[Path, float]) -> UsedAdapters:
+    """Return the set of some adapters as a backend receives it."""
     in_effect = [(hashlib.sha256(path.read_bytes()).hexdigest(), scale) for path, scale in scales.items() if scale]
     return tuple(sorted(in_effect))
 
 
 @cache
-def cold_stub(prompt: tuple[int, ...], adapters: Used, n: int) -> tuple[int, ...]:
-    """What a stub replies that computes with one set from its first decode on, and has no cache."""
+def cold_stub(prompt: tuple[int, ...], adapters: UsedAdapters, n: int) -> tuple[int, ...]:
+    """Return the reply of a stub without a cache that uses one set from its first decode on."""
     backend = AdaptedStub(n_ctx=512)
     backend.used = adapters
     with erllama.Cache(ram=0) as cache, erllama.load_backend(backend, cache=cache) as model:
@@ -93,21 +95,21 @@ def cold_stub(prompt: tuple[int, ...], adapters: Used, n: int) -> tuple[int, ...
 
 
 @contextmanager
-def llama(path: Path, **options: object) -> Iterator[erllama.Model]:
+def load_llama(path: Path, **options: object) -> Iterator[erllama.Model]:
     given: dict[str, object] = {"n_ctx": 1024, "n_threads": 1, "n_ubatch": 64, "warmup": False, **options}
     with erllama.Cache(block_size=32) as cache:
         with erllama.load_model(path, **{"cache": cache, **given}) as model:  # type: ignore[arg-type]
             yield model
 
 
-def greedy(
+def greedy_reply(
     model: erllama.Model, prompt: Sequence[int] = PROMPT, n: int = 6, **options: object
 ) -> erllama.Completion:
     return model.complete(prompt, max_tokens=n, temperature=0.0, **options)  # type: ignore[arg-type]
 
 
-def apart(one: object, other: object) -> float:
-    """How far the first tokens' log-probabilities lie apart, at most; those not told count as the last told."""
+def logprob_distance(one: object, other: object) -> float:
+    """Return the largest difference of the first token's logprobs; missing ones count as the lowest given."""
     a, b = (dict(row[0].top) for row in (one, other))  # type: ignore[index]
     least_a, least_b = min(a.values()), min(b.values())
     return max(abs(a.get(token, least_a) - b.get(token, least_b)) for token in a.keys() | b.keys())

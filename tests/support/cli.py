@@ -1,4 +1,4 @@
-"""The command `erllama` for tests, in this process or one of its own, and models that say what they are to."""
+"""The command `erllama` in this process or in a child process, and models with a fixed reply for it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ TEMPLATE = (
 SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
 
 
-class Finished(NamedTuple):
-    """How a command ended, and what it wrote."""
+class CommandResult(NamedTuple):
+    """The exit status and the output of a command."""
 
     status: int
     out: str
@@ -37,11 +37,11 @@ class Finished(NamedTuple):
 
 
 class Command:
-    """Runs `erllama` in this process, with directories of a test's own.
+    """Runs `erllama` in this process, with directories that belong to the test.
 
     Attributes:
-        directory: where prompts are kept.
-        environment: of what runs in a process of its own.
+        directory: the cache directory.
+        environment: variables for child processes.
     """
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch, captured: pytest.CaptureFixture[str]) -> None:
@@ -56,14 +56,16 @@ class Command:
         patch.delenv("ERLLAMA_DEBUG", raising=False)
         self._patch, self._captured = patch, captured
 
-    def __call__(self, *arguments: object, stdin: str = "") -> Finished:
+    def __call__(self, *arguments: object, stdin: str = "") -> CommandResult:
         self._patch.setattr(sys, "stdin", io.StringIO(stdin))
         self._captured.readouterr()
         status = main([str(argument) for argument in arguments])
-        return Finished(status, *self._captured.readouterr())
+        return CommandResult(status, *self._captured.readouterr())
 
-    def apart(self, *arguments: object, stdin: bytes = b"", **more: str) -> subprocess.CompletedProcess[bytes]:
-        """In a process of its own."""
+    def in_subprocess(
+        self, *arguments: object, stdin: bytes = b"", **more: str
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run the command in a child process."""
         return subprocess.run(
             [sys.executable, "-m", "erllama", *map(str, arguments)],
             input=stdin,
@@ -74,8 +76,8 @@ class Command:
         )
 
 
-def says(path: Path, text: str, *, thinking: str = "", for_ever: bool = False) -> Path:
-    """A model that thinks one text and says another, whatever it is asked; each has no character twice."""
+def write_replying_model(path: Path, text: str, *, thinking: str = "", for_ever: bool = False) -> Path:
+    """Write a model with one fixed reply and fixed thinking. No character may occur twice in either."""
     begun = ["<|assistant|>", *(["<think>", *thinking, "</think>"] if thinking else []), *text]
     follows = dict(pairwise(begun))
     if for_ever:

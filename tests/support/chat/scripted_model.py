@@ -1,14 +1,14 @@
-"""A model that gives scripted replies to a chat, with its template and a tool."""
+"""A model with scripted replies to a chat, with its template and a tool."""
 
 from __future__ import annotations
 
 import erllama
-from support.spelled import SpelledBackend, SpelledVocabulary
+from support.scripted_backend import PieceVocabulary, ScriptedBackend
 
 Message = dict[str, object]
 
 
-# Ends each message with the model's end token, and each prompt with what SpelledBackend replies to.
+# Ends each message with the model's end token, and each prompt with the token to which ScriptedBackend replies.
 TEMPLATE = (
     "{%- if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
     "{%- for m in messages %}"
@@ -27,7 +27,7 @@ TEMPLATE = (
 SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
 
 
-VOCABULARY = SpelledVocabulary(["he", "llo", "hello", " there", "name", "arguments", "get_time"], SPECIAL)
+VOCABULARY = PieceVocabulary(["he", "llo", "hello", " there", "name", "arguments", "get_time"], SPECIAL)
 
 
 TOOLS = [
@@ -50,8 +50,8 @@ TOOLS = [
 CALL = '<tool_call>{"name":"get_time","arguments":{"city":"Oslo"}}</tool_call>'
 
 
-def model_that_says(*replies: str, cache: erllama.Cache | None = None, template: str = TEMPLATE) -> erllama.Model:
-    """A model whose turns say these texts, byte by byte; the last one for ever."""
+def model_replying(*replies: str, cache: erllama.Cache | None = None, template: str = TEMPLATE) -> erllama.Model:
+    """Load a model whose turns reply with these texts, byte by byte. The last one repeats."""
     assistant = VOCABULARY.special["<|assistant|>"]
 
     def next_token(tokens: list[int]) -> int:
@@ -61,7 +61,7 @@ def model_that_says(*replies: str, cache: erllama.Cache | None = None, template:
         said = VOCABULARY.detokenize(tokens[len(tokens) - n :])
         return reply[len(said)] if reply.startswith(said) and said != reply else 256
 
-    backend = SpelledBackend(VOCABULARY, next_token, chat_templates={"default": template})
+    backend = ScriptedBackend(VOCABULARY, next_token, chat_templates={"default": template})
     return erllama.load_backend(
         backend, cache=cache or erllama.Cache(), policy={"min_tokens": 1, "cold_min_tokens": 1}
     )

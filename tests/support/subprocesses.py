@@ -16,7 +16,7 @@ def run_python(
     cwd: Path | None = None,
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run code in a new interpreter, away from the checkout, so that the installed package is what it imports."""
+    """Run code in a new interpreter, away from the checkout, so that it imports the installed package."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         capture_output=True,

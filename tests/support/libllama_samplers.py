@@ -1,4 +1,4 @@
-"""A step of ours and libllama's, with the same numbers and candidates, and what may differ between them.
+"""Compares a sampler step of the engine with that of libllama on the same candidates.
 
 Where libllama's choice is decided by the rounding of its float32 sums, the same sums are made here in float32 and
 in float64, and the sides may differ as far as these do. Where equal logits are at a cut, logits are compared and
@@ -42,7 +42,7 @@ NOTHING = np.empty(0, np.int32)
 
 
 class Row(NamedTuple):
-    """Candidates that both sides begin with."""
+    """The candidates with which both sides start."""
 
     ids: NDArray[np.int32]
     logits: Logits
@@ -69,7 +69,7 @@ _KINDS: dict[str, Callable[[np.random.Generator, int], NDArray[np.floating]]] = 
     "a peak": lambda random, n: np.where(np.arange(n) == random.integers(n), 30.0, random.standard_normal(n)),
     "neighbours": lambda random, n: 5 + random.integers(-3, 4, n) * 2.0**-21,  # differ by a few of the last bits
     "steep": lambda random, n: -np.sort(random.exponential(5, n)).cumsum(),
-    # libllama sorts more than 128 by buckets, whose numbers must be ints.
+    # libllama sorts more than 128 candidates by buckets, whose numbers must be ints.
     "huge": lambda random, n: random.standard_normal(n) * 10.0 ** random.integers(3, 38 if n <= 128 else 8),
 }
 
@@ -83,7 +83,7 @@ def rows(draw: st.DrawFn, most: int = N_VOCAB, kinds: Sequence[str] = tuple(_KIN
     ruled_out = draw(st.sampled_from([0.0, 0.0, 0.1, 0.9, 1.0]))
     if ruled_out:
         logits[random.random(n) < ruled_out] = -np.inf
-        logits[random.integers(n)] = 1.5  # but never all
+        logits[random.integers(n)] = 1.5  # but not all
     ids = np.arange(n)
     if draw(st.booleans()):
         ids = np.sort(random.choice(most, n, replace=False))
@@ -115,20 +115,20 @@ def rounded_softmax(logits: Logits) -> Logits:
 
 
 def sums_rounding(falling: Logits) -> float:
-    """How far float32 takes the running sums of probabilities from where they are."""
+    """Return the largest error of cumulative probabilities in float32."""
     exact, rounded = softmax(falling).cumsum(), rounded_softmax(falling).cumsum(dtype=np.float32)
     return 2 * float(np.abs(exact - rounded).max()) + 1e-6
 
 
 def entropies(logits: Logits) -> tuple[float, float]:
-    """In float64, and as a float32 sum."""
+    """Return the entropy in float64, and as a float32 sum."""
     exact, rounded = softmax(logits), rounded_softmax(logits)
     exact, rounded = exact[exact > 0], rounded[rounded > 0]
     return float(-(exact * np.log(exact)).sum()), float(-(rounded * np.log(rounded)).cumsum(dtype=np.float32)[-1])
 
 
 def libllamas_probabilities(left: Row | SamplerOutput) -> Logits:
-    """By its own last sampler."""
+    """Return the probabilities that libllama's last sampler computes."""
     with LlamaSampler("dist", 1) as dist:
         return dist.apply(left.ids, left.logits, in_order=left.in_order).probabilities
 
@@ -143,14 +143,14 @@ def by_id(ids: NDArray[np.integer], values: NDArray[np.floating]) -> NDArray[np.
 
 
 class Pair(NamedTuple):
-    """A step of ours and libllama's, made with the same numbers.
+    """A step of the engine and the step of libllama with the same parameters.
 
     Attributes:
-        undecided: whether float32 rounding may decide between leaving `fewer` and `more` of a row whose falling
-            logits are given; None where nothing is dropped.
-        slack: by how much more than CLOSE the probabilities may differ, on a row.
-        defined: whether libllama's result on a row is.
-        history: whether it is to be told the context.
+        undecided: whether float32 rounding may decide between keeping `fewer` and `more` of a row whose descending
+            logits are given; None if no candidate is dropped.
+        slack: the amount beyond CLOSE by which the probabilities of a row may differ.
+        defined: whether the result of libllama for a row is defined.
+        history: whether libllama's step receives the context.
     """
 
     name: str
@@ -163,7 +163,7 @@ class Pair(NamedTuple):
 
 
 def compare(pair: Pair, row: Row, ours: Candidates, theirs: SamplerOutput) -> None:
-    """Fails where they differ more than they may."""
+    """Fail if they differ more than allowed."""
     assert len(set(ours.ids.tolist())) == len(ours)
     if ours.in_order:
         assert (ours.logits[1:] <= ours.logits[:-1]).all()
@@ -174,7 +174,7 @@ def compare(pair: Pair, row: Row, ours: Candidates, theirs: SamplerOutput) -> No
         before = by_id(row.ids, row.logits)
         falling, n = row.falling, len(row.ids)
         for ids in (ours.ids, theirs.ids):
-            # The most likely are left, or, by xtc, the least likely.
+            # The most likely are kept, or, with xtc, the least likely.
             expected = falling[n - len(ids) :] if pair.name == "xtc" else falling[: len(ids)]
             assert np.array_equal(np.sort(before[ids])[::-1], expected)
         fewer, more = sorted((len(ours), len(theirs.ids)))
@@ -195,12 +195,12 @@ def compare_probabilities(ours: Candidates, theirs: SamplerOutput, close: float)
     found, expected = ours.probabilities(), libllamas_probabilities(theirs)
     if set(ours.ids.tolist()) == set(theirs.ids.tolist()):
         np.testing.assert_allclose(by_id(ours.ids, found), by_id(theirs.ids, expected), rtol=0, atol=close)
-    else:  # of equal logits at a cut, each side left its own
+    else:  # of equal logits at a cut, each side kept its own
         np.testing.assert_allclose(np.sort(found), np.sort(expected), rtol=0, atol=close)
 
 
 def without_ruled_out(left: SamplerOutput) -> SamplerOutput:
-    """Where ours drops, and libllama's puts the logit at minus infinity."""
+    """Drop candidates whose logit libllama sets to minus infinity, as the engine does."""
     which = left.logits > -np.inf
     return left._replace(ids=left.ids[which], logits=left.logits[which])
 
@@ -246,11 +246,11 @@ def min_p(p: float, min_keep: int) -> Pair:
 
 def xtc(probability: float, threshold: float, min_keep: int) -> Pair:
     def undecided(falling: Logits, fewer: int, more: int) -> bool:
-        # It may leave all for want of min_keep, so more than one may hang on one that is undecided.
+        # It may keep all because of min_keep, so more than one candidate may depend on an undecided one.
         near = np.abs(softmax(falling) - threshold) <= 1e-5 * threshold + 1e-7
         return bool(near.any())
 
-    # With a threshold of 0, libllama leaves the last of all, be it ruled out.
+    # With a threshold of 0, libllama keeps the last candidate, even an excluded one.
     return Pair(
         "xtc",
         XTC(probability, threshold, min_keep),
@@ -275,7 +275,7 @@ def top_n_sigma(n: float) -> Pair:
         rounding = 2 * n * abs(exact - rounded) + 1e-6 * (abs(float(falling[0])) + n * exact)
         return bool((np.abs(falling[fewer:more] - bound) <= rounding).all())
 
-    # Squares that leave float32 tell libllama nothing.
+    # Squares beyond float32 give libllama no information.
     return Pair(
         "top_n_sigma",
         TopNSigma(n),
@@ -312,7 +312,7 @@ def dynamic_temperature(t: float, spread: float, exponent: float) -> Pair:
         return float(np.abs(spread_out - narrow).max())
 
     def defined(row: Row) -> bool:
-        # As for `temperature`. At 0, both leave the most likely.
+        # As for `temperature`. At 0, both keep the most likely.
         return len(row.ids) == 1 or all(x == 0 or (x > 1e-6 and no_overflow(row, x)) for x in temperatures(row))
 
     theirs = LlamaSampler("temp_ext", t, spread, exponent)
@@ -330,13 +330,13 @@ def penalties(last_n: int, repeat: float, frequency: float, presence: float) -> 
 
 
 def last_bits(row: Row) -> float:
-    """What the last bit of the largest logit does to a probability: one side may multiply and add in one."""
+    """Return the effect of the largest logit's last bit on a probability; one side may use fused multiply-add."""
     return float(np.spacing(np.abs(row.logits[np.isfinite(row.logits)]).max()))
 
 
 def typical(p: float, min_keep: int) -> Pair:
     def defined(row: Row) -> bool:
-        return bool((rounded_softmax(row.logits) > 0).all())  # else libllama's entropy is NaN
+        return bool((rounded_softmax(row.logits) > 0).all())  # otherwise the entropy of libllama is NaN
 
     return Pair("typical", TypicalP(p, min_keep), LlamaSampler("typical", p, min_keep), defined=defined)
 
@@ -354,7 +354,7 @@ def compare_typical(pair: Pair, row: Row, ours: Candidates, theirs: SamplerOutpu
     rounding = 2 * abs(exact - rounded) + sums_rounding(row.falling) + 1e-6 * (exact + float(surprise.max()))
     nearer, farther = sorted((ours.ids, theirs.ids), key=lambda ids: float(scores[ids].max()))
     cut = float(scores[nearer].max())
-    # Whoever is nearer than the cut is left by both, and it is rounding that decides who else is.
+    # Both keep candidates nearer than the cut. Rounding decides about the others.
     surely = set(row.ids[scores[row.ids] < cut - rounding].tolist())
     assert surely <= set(ours.ids.tolist())
     assert surely <= set(theirs.ids.tolist())
@@ -367,7 +367,7 @@ def compare_typical(pair: Pair, row: Row, ours: Candidates, theirs: SamplerOutpu
 
 # --- breakers of repetitions --------------------------------------------------------------------------------
 
-# A vocabulary in it stays, so that none other is taken for it.
+# The key keeps the vocabulary alive, so that no other object gets its id.
 _BREAKERS: dict[tuple[Vocabulary, tuple[str, ...]], SequenceBreakers] = {}
 
 

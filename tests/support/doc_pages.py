@@ -1,11 +1,11 @@
-"""The pages of the documentation, and what is written in them: blocks of code, links, tables."""
+"""The pages of the documentation, and the code blocks, links and tables in them."""
 
 from __future__ import annotations
 
 import re
 from typing import NamedTuple
 
-from support.places import ROOT
+from support.paths import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
@@ -16,7 +16,7 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 class Block(NamedTuple):
-    """A block of code: its language, its text, and the line it begins in."""
+    """A block of code: its language, its text, and its first line in the page."""
 
     language: str
     text: str
@@ -24,30 +24,30 @@ class Block(NamedTuple):
 
 
 def blocks(page: str, language: str | None = None) -> list[Block]:
-    """The blocks of a page, named from the root; of one language, or of all."""
+    """Return the code blocks of a page, given by its path from the root, of one language or of all."""
     text = (ROOT / page).read_text()
     found = [Block(m[1], m[2], text[: m.start(2)].count("\n") + 1) for m in _BLOCK.finditer(text)]
     return [block for block in found if language in (None, block.language)]
 
 
 def prose(page: str) -> str:
-    """A page without its blocks of code."""
+    """Return a page without its code blocks."""
     return _BLOCK.sub("", (ROOT / page).read_text())
 
 
 def tables(page: str) -> dict[str, list[list[str]]]:
-    """The cells of the rows under each heading of a page, without the tables' own heads."""
+    """Return the cells of all table rows under each heading of a page, without the header rows."""
     found: dict[str, list[list[str]]] = {}
     heading = ""
     for line in prose(page).splitlines():
         if line.startswith("#"):
             heading = line.lstrip("# ").replace("`", "")
         if re.match(r"\|[-:| ]+\|$", line):
-            found[heading].pop()  # what was before it is its head
+            found[heading].pop()  # the row before it is the header
         elif line.startswith("|"):
             found.setdefault(heading, []).append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
     return found
 
 
-# What is run here as a script, with a model in the directory; tests/docs/test_docs.py knows who runs the others.
+# Pages that run as scripts with a model in the directory. tests/docs/test_docs.py lists the tests of the others.
 SCRIPTS = ("adapters", "caching", "conversations", "embeddings", "loading", "operating", "serving", "streaming")

@@ -1,4 +1,4 @@
-"""Backends with one fault each, derived from the stub, and the rule that finds each fault."""
+"""Stub backends with one fault each, and the rule of `BackendConformance` that finds it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Chats for tests: templates, tools with the calls of each family, and a model with scripted replies."""

@@ -1,0 +1,1 @@
+"""Model files that tests edit, mutate and damage."""

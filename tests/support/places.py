@@ -1,9 +1,0 @@
-"""Where the repository, the shared files beside it and the tests are."""
-
-from pathlib import Path
-
-# What child processes put on sys.path to import `support`.
-TESTS = Path(__file__).resolve().parents[1]
-ROOT = TESTS.parent
-# Real chat templates, tokenizers and traces. Tests that need them skip where they are absent.
-SHARED = ROOT.parent / "shared"
