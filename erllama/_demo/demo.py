@@ -17,7 +17,7 @@ from pathlib import Path
 
 from erllama._model.load import load_model
 from erllama._model.model import Model
-from erllama._runtime.printing import one_line, say
+from erllama._runtime.printing import echo, one_line
 from erllama._runtime.processes import erllama_command
 from erllama.cache import Cache
 from erllama.errors import Error
@@ -61,22 +61,22 @@ class Step:
 
 def run(model: Path, n_tokens: int, max_tokens: int) -> int:
     """Show a cold reply, then the same reply from the cache in a new process. Return the exit status."""
-    say(f"model: {one_line(model.name)}")
+    echo(f"model: {one_line(model.name)}")
     with tempfile.TemporaryDirectory(prefix="erllama-demo-") as directory:
         arguments = [str(model), directory, str(n_tokens), str(max_tokens)]
-        say(f"\nprocess 1 reads a system prompt of about {n_tokens} tokens, answers, and ends")
+        echo(f"\nprocess 1 reads a system prompt of about {n_tokens} tokens, answers, and ends")
         (cold,) = _run_worker("cold", arguments)
         _show(cold)
-        say("\nprocess 2 starts with the same cache directory")
+        echo("\nprocess 2 starts with the same cache directory")
         again, later = _run_worker("warm", arguments)
         _show(again)
         _show(later)
         stored = sum(path.stat().st_size for path in Path(directory).rglob("*.kvc"))
     same = again.tokens == cold.tokens
-    say()
+    echo()
     _compare("first token", cold.first_token_seconds, again.first_token_seconds)
     _compare("whole reply", cold.total_seconds, again.total_seconds)
-    say(f"{'the same reply' if same else 'DIFFERENT REPLY'}; {stored / 2**20:.1f} MiB on disk")
+    echo(f"{'the same reply' if same else 'DIFFERENT REPLY'}; {stored / 2**20:.1f} MiB on disk")
     return 0 if same and min(again.reused_tokens, later.reused_tokens) >= cold.prompt_tokens - 1 else 1
 
 
@@ -91,7 +91,7 @@ def work(step: str, path: Path, directory: Path, n_tokens: int, max_tokens: int)
             start = time.perf_counter()
             reply = model.chat(messages, max_tokens=max_tokens, temperature=0.0)
             messages.append(reply.message)
-            say(
+            echo(
                 json.dumps(
                     {
                         "question": question,
@@ -119,18 +119,18 @@ def _run_worker(step: str, arguments: list[str]) -> list[Step]:
 
 
 def _show(step: Step) -> None:
-    say(f"  > {step.question}")
-    say(textwrap.fill(one_line(step.text), 100, initial_indent="    ", subsequent_indent="    "))
+    echo(f"  > {step.question}")
+    echo(textwrap.fill(one_line(step.text), 100, initial_indent="    ", subsequent_indent="    "))
     times = f"first token {step.first_token_seconds * 1e3:.1f} ms, whole reply {step.total_seconds * 1e3:.1f} ms"
     if step.tier:
         reused = f"{step.reused_tokens} of {step.prompt_tokens} prompt tokens reused"
-        say(f"  {step.hit_kind} hit from {step.tier}, {reused}; {times}")
+        echo(f"  {step.hit_kind} hit from {step.tier}, {reused}; {times}")
     else:
-        say(f"  no cache hit, {step.prompt_tokens} prompt tokens computed; {times}")
+        echo(f"  no cache hit, {step.prompt_tokens} prompt tokens computed; {times}")
 
 
 def _compare(what: str, cold: float, warm: float) -> None:
-    say(f"{what}: {warm * 1e3:.1f} ms instead of {cold * 1e3:.1f} ms, {cold / warm:.1f} times faster")
+    echo(f"{what}: {warm * 1e3:.1f} ms instead of {cold * 1e3:.1f} ms, {cold / warm:.1f} times faster")
 
 
 def _system_prompt(model: Model, n_tokens: int) -> str:

@@ -1,7 +1,7 @@
 """Output to a terminal, with control characters replaced.
 
 File names, model metadata, replies and error messages may contain escape sequences, which could move the cursor,
-change the terminal's title or hide output. Therefore `say` passes every text through `printable`. `erllama.cli`,
+change the terminal's title or hide output. Therefore `echo` passes every text through `printable`. `erllama.cli`,
 the demonstration and the handler of libllama's log print through this module.
 """
 
@@ -38,7 +38,7 @@ def json_text(value: object, *, indent: int | None = None) -> str:
     return "".join(c if _is_shown(c) or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
-def say(text: str = "", *, end: str = "\n", stderr: bool = False) -> None:
+def echo(text: str = "", *, end: str = "\n", stderr: bool = False) -> None:
     """Print a text through `printable`, to stdout or stderr."""
     print(printable(text), end=end, file=sys.stderr if stderr else sys.stdout, flush=stderr)
 

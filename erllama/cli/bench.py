@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 import erllama
-from erllama._runtime.printing import say
+from erllama._runtime.printing import echo
 from erllama.cache.tiers.directory import is_cache
 from erllama.cli.console import print_fields, print_json, progress_bar
 from erllama.cli.loading import ModelOptions, existing_path
@@ -102,7 +102,7 @@ def bench(
             ("first token, from disk", _compared(cold, medians["first_token_disk_seconds"])),
         ]
     )
-    say(f"Medians of {runs} runs. Recently written files may be read from the system's memory, not the disk.")
+    echo(f"Medians of {runs} runs. Recently written files may be read from the system's memory, not the disk.")
 
 
 def _compared(cold: float, warm: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from erllama._runtime.printing import say
+from erllama._runtime.printing import echo
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -23,4 +23,4 @@ def completion(ctx: click.Context, shell: str) -> None:
     """
     completer = get_completion_class(shell)
     assert completer is not None
-    say(completer(ctx.find_root().command, {}, "erllama", "_ERLLAMA_COMPLETE").source())
+    echo(completer(ctx.find_root().command, {}, "erllama", "_ERLLAMA_COMPLETE").source())

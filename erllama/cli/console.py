@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from erllama._runtime.printing import json_text, one_line, printable, say
+from erllama._runtime.printing import echo, json_text, one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -48,12 +48,12 @@ def error_message(error: Exception) -> str:
 
 def print_note(text: str) -> None:
     """Print a message of the command, in one line on stderr."""
-    say(f"erllama: {one_line(text)}", stderr=True)
+    echo(f"erllama: {one_line(text)}", stderr=True)
 
 
 def print_json(value: object) -> None:
     """Print one JSON document on stdout."""
-    say(json_text(value, indent=2))
+    echo(json_text(value, indent=2))
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
@@ -77,7 +77,7 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Non
             text.rjust(width) if side == "right" else text.ljust(width)
             for text, width, (_, side) in zip(line, widths, columns, strict=True)
         ]
-        say("  ".join(cells).rstrip())
+        echo("  ".join(cells).rstrip())
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:
@@ -85,7 +85,7 @@ def print_fields(fields: Sequence[tuple[str, str]]) -> None:
     named = [(one_line(name), value) for name, value in fields]
     width = max((len(name) for name, _ in named), default=0) + 2
     for name, value in named:
-        say(f"{name + ':':{width}}{value}".replace("\n", "\n" + " " * width))
+        echo(f"{name + ':':{width}}{value}".replace("\n", "\n" + " " * width))
 
 
 def print_dimmed(text: str) -> None:

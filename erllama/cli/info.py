@@ -9,7 +9,7 @@ import click
 
 import erllama
 from erllama._model.fingerprint import Fingerprint
-from erllama._runtime.printing import say
+from erllama._runtime.printing import echo
 from erllama.cli.console import format_size, print_fields, print_json, progress_bar
 from erllama.cli.loading import existing_path
 from erllama.cli.options import DIRECTORY, model_argument, model_or_demo
@@ -53,7 +53,7 @@ def info(model: Path | None, fingerprint: bool, metadata: bool, cache_dir: Path 
         [(name.replace("_", " "), _field_text(name, value)) for name, value in fields.items() if name != "metadata"]
     )
     if metadata:
-        say()
+        echo()
         print_fields([(name, str(value)) for name, value in fields["metadata"].items()])  # type: ignore[attr-defined]
 
 

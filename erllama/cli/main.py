@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 import erllama
-from erllama._runtime.printing import one_line, printable, say
+from erllama._runtime.printing import echo, one_line, printable
 from erllama.cli.console import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, error_message, print_note
 
 
@@ -66,7 +66,7 @@ class _LazyGroup(click.Group):
             return EXIT_BROKEN_PIPE
         except Exception as error:
             if debug:
-                say(traceback.format_exc(), end="", stderr=True)
+                echo(traceback.format_exc(), end="", stderr=True)
             import sqlite3
 
             expected = isinstance(error, erllama.Error | OSError | sqlite3.Error)
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         message = io.StringIO()
         error.show(message)
-        say(message.getvalue(), end="", stderr=True)
+        echo(message.getvalue(), end="", stderr=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED

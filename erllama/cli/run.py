@@ -11,7 +11,7 @@ import click
 
 import erllama
 from erllama._model.requests.options import ChatOptions, CompletionOptions
-from erllama._runtime.printing import say
+from erllama._runtime.printing import echo
 from erllama.cli.console import EXIT_INTERRUPTED, print_json
 from erllama.cli.loading import ModelOptions, existing_path
 from erllama.cli.options import FILE, model_and_cache_options, model_or_demo, read_text, sampling_options
@@ -82,7 +82,7 @@ def run(
         if as_json:
             print_json(reply_json(loaded, reply))
         if stats:
-            say(statistics_line(reply), stderr=True)
+            echo(statistics_line(reply), stderr=True)
     return EXIT_INTERRUPTED if reply.finish_reason == "cancelled" else 0
 
 

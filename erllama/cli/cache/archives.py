@@ -8,7 +8,7 @@ from typing import IO
 
 import click
 
-from erllama._runtime.printing import one_line, say
+from erllama._runtime.printing import echo, one_line
 from erllama.cache.admin.archive import export_blocks, import_blocks
 from erllama.cache.admin.maintenance import CacheFiles
 from erllama.cli.cache.directories import directories_option, json_option, matching_namespaces, single_directory
@@ -49,7 +49,7 @@ def export_command(file: Path, directories: tuple[Path, ...], prefixes: tuple[st
         print_json({"file": str(file), "blocks": done.n_blocks, "bytes": done.n_bytes, "left_out": left_out})
     elif not to_stdout:
         blocks = format_count(done.n_blocks, "block")
-        say(f"{blocks}, {format_size(done.n_bytes)}, written to {one_line(str(file))}")
+        echo(f"{blocks}, {format_size(done.n_bytes)}, written to {one_line(str(file))}")
 
 
 @click.command("import")
@@ -73,5 +73,5 @@ def import_command(file: IO[bytes], directories: tuple[Path, ...], as_json: bool
         print_json({"directory": str(root), **counted, "refused": refused})
     else:
         blocks = format_count(done.n_blocks, "block")
-        say(f"{blocks} stored, {format_size(done.n_bytes)}; {done.n_existing:,} already present")
+        echo(f"{blocks} stored, {format_size(done.n_bytes)}; {done.n_existing:,} already present")
     return 1 if done.refused else 0

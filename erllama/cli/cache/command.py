@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from erllama._runtime.printing import say
+from erllama._runtime.printing import echo
 from erllama.cache.admin.maintenance import CacheFiles, ContextSummary, NamespaceSummary
 from erllama.cli.cache.archives import export_command, import_command
 from erllama.cli.cache.directories import directories_option, json_option, open_directories
@@ -48,7 +48,7 @@ def stats(directories: tuple[Path, ...], as_json: bool) -> None:
                     ("free space", format_size(int(str(usage["free_bytes"])))),
                 ]
             )
-            say()
+            echo()
             if namespaces:
                 _print_namespaces(namespaces)
     if as_json:

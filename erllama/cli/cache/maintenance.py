@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from erllama._runtime.printing import one_line, say
+from erllama._runtime.printing import echo, one_line
 from erllama.cache.admin.maintenance import RemovalResult
 from erllama.cli.cache.directories import directories_option, json_option, matching_namespaces, open_directories
 from erllama.cli.console import format_count, format_size, print_json, progress_bar
@@ -32,11 +32,13 @@ def verify(directories: tuple[Path, ...], repair: bool, as_json: bool) -> int:
         print_json({"blocks": n_blocks, "problems": listed, "set_aside": n_set_aside, "repaired": repair})
     else:
         for problem in problems:
-            say(one_line(f"{problem.place}: {problem.what}"))
+            echo(one_line(f"{problem.place}: {problem.what}"))
         if n_set_aside:
-            say(f"{format_count(n_set_aside, 'unknown file')} moved to damaged/: not in the index, and not a block")
+            echo(
+                f"{format_count(n_set_aside, 'unknown file')} moved to damaged/: not in the index, and not a block"
+            )
         found = format_count(len(problems), "problem") + (", repaired" if repair and problems else "")
-        say(f"{format_count(n_blocks, 'block')} checked, {found}")
+        echo(f"{format_count(n_blocks, 'block')} checked, {found}")
     return 1 if problems and not repair else 0
 
 
@@ -62,7 +64,7 @@ def gc(directories: tuple[Path, ...], quota: int | None, as_json: bool) -> None:
                     f"{format_count(done.adopted, 'file')} added to the index, "
                     f"{format_count(done.forgotten, 'missing file')} removed from it"
                 )
-                say(f"{one_line(str(files.root))}: {_removed_text(done.removed)}; {leftovers}, {index}")
+                echo(f"{one_line(str(files.root))}: {_removed_text(done.removed)}; {leftovers}, {index}")
     if as_json:
         print_json(reports)
 
@@ -115,4 +117,4 @@ def evict(
     if as_json:
         print_json({"removed_blocks": total.n_blocks, "removed_bytes": total.n_bytes})
     else:
-        say(_removed_text(total))
+        echo(_removed_text(total))

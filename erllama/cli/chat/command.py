@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 import erllama
-from erllama._runtime.printing import json_text, say
+from erllama._runtime.printing import echo, json_text
 from erllama.cli.chat.line_input import read_lines
 from erllama.cli.chat.session import ChatSession
 from erllama.cli.chat.slash_commands import COMMANDS, Quit, run_command
@@ -104,4 +104,4 @@ class _ChatLoop:
         if self._interactive:
             print_dimmed(text)
         else:
-            say(text, stderr=True)
+            echo(text, stderr=True)

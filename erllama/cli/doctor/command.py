@@ -13,7 +13,7 @@ import click
 import psutil
 
 import erllama
-from erllama._runtime.printing import one_line, say
+from erllama._runtime.printing import echo, one_line
 from erllama.cli.cache.directories import directories_option, json_option
 from erllama.cli.console import format_count, format_size, is_terminal, print_json, rich_console
 from erllama.cli.doctor import build
@@ -38,7 +38,7 @@ def doctor(directories: tuple[Path, ...], as_json: bool) -> int:
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
-        say(format_count(n_errors, "error") if n_errors else "no errors")
+        echo(format_count(n_errors, "error") if n_errors else "no errors")
     return 1 if n_errors else 0
 
 
@@ -61,15 +61,15 @@ def _print_finding(finding: Finding) -> None:
     if is_terminal():
         rich_console().print(state, style=_STYLES[finding.state], end="  ")
     else:
-        say(state, end="  ")
-    say(f"{one_line(finding.name)}: {one_line(finding.text)}")
+        echo(state, end="  ")
+    echo(f"{one_line(finding.name)}: {one_line(finding.text)}")
     if finding.fix:
         label = "to install" if finding.state == "ok" else "fix"
-        say(f"{'':{_STATE_WIDTH + 2}}{label}: {one_line(finding.fix)}")
+        echo(f"{'':{_STATE_WIDTH + 2}}{label}: {one_line(finding.fix)}")
 
 
 @click.command("doctor-worker", hidden=True)
 @click.argument("directory", type=click.Path(path_type=Path))
 def doctor_worker(directory: Path) -> None:
     """Run the self-check of `doctor`, which starts this command."""
-    say(json.dumps(build.run_self_check(directory)))
+    echo(json.dumps(build.run_self_check(directory)))
