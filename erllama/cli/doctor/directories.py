@@ -47,7 +47,7 @@ def _check_directory(path: Path) -> Iterator[Finding]:
     yield Finding(
         name, "ok", f"{stored}, index version {SCHEMA_VERSION}, on {file_system(path) or 'a disk'}{in_use}"
     )
-    damaged = [*(path / "damaged").iterdir(), *path.glob(f"{INDEX_NAME}.damaged-*")]
+    damaged = [*path.glob("damaged/*"), *path.glob(f"{INDEX_NAME}.damaged-*")]
     if damaged:
         fix = f"check the disk for errors; then: rm {path}/damaged/* {path}/{INDEX_NAME}.damaged-*"
         yield Finding(name, "warning", f"contains {format_count(len(damaged), 'damaged file')}", fix)
