@@ -15,6 +15,10 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
+# A signal that arrives just before a wait begins does not end the wait. The handler runs when the wait ends.
+_SIGNAL_CHECK_SECONDS = 0.25
+
+
 class Job(Generic[T]):
     """One call and the thread that makes it.
 
@@ -43,7 +47,8 @@ class Job(Generic[T]):
             if isinstance(error, RuntimeError) and "new thread" in str(error):
                 return self.run_here(call)
             raise
-        self._done.acquire()
+        while not self._done.acquire(timeout=_SIGNAL_CHECK_SECONDS):
+            pass
         if not self._errors:
             return self._values.pop()
         try:
