@@ -114,7 +114,9 @@ class Reply:
         for segment in self._tracker.finish() if self._tracker is not None else ():
             self._add_segment(segment)
         rest = self._flush()
-        if self._kind == "text":
+        # White space before a marker is no text, even if nothing follows the marker.
+        at_marker = self._tracker is not None and self._tracker.kind != "text" and self._stops.matched is None
+        if self._kind == "text" and not at_marker:
             rest += self._white
         if rest or self._stops.matched is None:
             self._send(rest)

@@ -292,6 +292,12 @@ def test_stream_events_add_up_to_the_reply(
         assert all(event.tokens == tuple(entry.token for entry in event.logprobs) for event in deltas)
 
 
+@pytest.mark.parametrize("said", ["\n<think>", " \n<think>hm", "\n<call>", "\n<call>1</call>"])
+def test_white_space_before_a_marker_is_not_text(said: str) -> None:
+    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
+        assert model.complete("Q\t", thinking="enabled", **MARKERS).text == ""
+
+
 @pytest.mark.parametrize(
     ("said", "stop", "text", "n_left"),
     [

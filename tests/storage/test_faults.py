@@ -416,5 +416,5 @@ def test_mistakes_raise_errors_of_this_library(tiny: erllama.Model, use: object)
 
 def test_a_pipe_as_model_file_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
-    with pytest.raises(erllama.ModelLoadError, match="no regular file"):
+    with pytest.raises(erllama.ModelLoadError, match="not a regular file"):
         erllama.load_model(tmp_path / "pipe.gguf")
