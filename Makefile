@@ -57,9 +57,9 @@ demo-model: setup
 	@$(call install_extra,train,the packages that training needs)
 	$(BIN)/python -m scripts.demo_model $(DEMO_MODEL)
 
-# The whole suite. WORKERS=2 runs two tests at a time.
+# The whole suite, two tests at a time. WORKERS=N runs N at a time; WORKERS=0 runs them in one process.
 test: setup-dev
-	$(BIN)/python -m pytest $(if $(WORKERS),-n $(WORKERS) --dist worksteal)
+	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist worksteal
 
 # The linters and the fast tests: under two minutes on two idle cores. Run it before each commit.
 check: lint
