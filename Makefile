@@ -13,7 +13,7 @@ INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/unmaske
 INSTALLED := $(VENV)/.installed-$(BACKEND)
 INSTALLED_DEV := $(VENV)/.dev
 # The tests of `make check`: fast files that protect what often breaks. All of them take less than a minute of CPU time.
-FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_quirks.py chat/test_tool_formats.py chat/test_turns.py \
+FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_message_adapters.py chat/test_tool_formats.py chat/test_turns.py \
 	cli/test_cli_chat.py docs/test_cli_docs.py cli/test_cli_files.py docs/test_plots.py models/test_loading.py \
 	process/test_startup.py serving/test_prompts.py serving/test_replies.py serving/test_stop_tokens.py serving/test_stops.py \
 	storage/test_kvc.py storage/test_policy.py storage/test_read_only.py storage/test_texts.py storage/test_tiers.py \
