@@ -1,11 +1,11 @@
-"""Which parts of a context are saved, and when: one `Policy` per model.
+"""The save policy of a model: which parts of a context are saved, and when.
 
-The KV of every token is stored once, whatever the policy. A policy excludes blocks that are not worth their bytes.
+The KV of every token is stored once, under every policy. A policy excludes blocks that are not worth their bytes.
 The defaults save everything: a block that is never requested again costs a write in the background, and is evicted
 first.
 
 Memory that cannot be cut can be packed only at the moment when a block is complete, and later blocks need earlier
-ones. For such memory, full blocks are saved when they are complete, whatever the policy says, and the policy
+ones. For such memory, full blocks are saved when they are complete, under every policy, and the policy
 applies only to the shorter blocks at the end. The engine asks the policy; the cache does not.
 """
 
@@ -45,7 +45,7 @@ class Policy:
     boundary_trim_tokens: int = 0
     boundary_align_tokens: int = 1
     session_resume_wait_ms: int = 500
-    # They must not hang with the disk.
+    # A limit, because `evict()` and `unload()` must not hang if the disk does.
     evict_save_timeout_ms: int = 30_000
 
     def __post_init__(self) -> None:

@@ -25,8 +25,8 @@ from erllama.errors import AdapterUnloaded
 
 log = logger("erllama.engine")
 
-# libllama sums the parts of two adapters in the order given. It sums those of more adapters in an order that
-# depends on where in memory they lie: then only the same loaded adapters produce the same bits.
+# libllama sums the parts of two adapters in the order of its arguments. It sums those of more adapters in an order
+# that depends on where in memory they lie: then only the same loaded adapters produce the same bits.
 _MOST_IN_ORDER = 2
 _PROCESS = secrets.token_bytes(16)
 _MOST_SCALE = float(np.finfo(np.float32).max)  # scales are 32-bit numbers
@@ -75,7 +75,7 @@ class LoadedAdapter:
         native: the backend's object.
         path: its file.
         digest: SHA-256 of the file, in hex.
-        scale: the scale for requests submitted from now on, as its owner gave it; changed by `Adapters` alone.
+        scale: the scale for requests submitted from now on, as its owner set it; changed by `Adapters` alone.
         number: unique in this process.
     """
 
@@ -93,7 +93,7 @@ class Attached(NamedTuple):
     scale: float
 
 
-# Sorted by content, then by scale, whatever the order of loading. Empty for the plain model.
+# Sorted by content, then by scale, independent of the order of loading. Empty for the plain model.
 AdapterSet = tuple[Attached, ...]
 
 
@@ -141,7 +141,7 @@ class Adapters:
     # --- called by any thread
 
     def attach(self, native: object, path: Path, digest: str, scale: float) -> LoadedAdapter:
-        """Use a newly loaded adapter for new requests. If the model has ended, the adapter counts as unloaded."""
+        """Use a newly loaded adapter for new requests. If the model has ended, it counts as unloaded."""
         adapter = LoadedAdapter(native, path, digest, scale)
         with self._lock:
             if not self._closed:

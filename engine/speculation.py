@@ -96,8 +96,8 @@ class Speculator:
     """Chooses the tokens of one request that are computed ahead.
 
     Args:
-        drafter: proposes tokens; whatever it raises ends speculation for this request, not the request.
-        most: most tokens ahead.
+        drafter: proposes tokens. An exception that it raises ends speculation for the request, not the request.
+        most: maximum number of tokens ahead.
         n_vocab: width of the vocabulary, for checking the drafter's tokens.
 
     Attributes:
@@ -117,12 +117,12 @@ class Speculator:
 
         Args:
             tokens: all tokens so far, int32, shape (n,).
-            most: most tokens to return.
+            most: maximum number of tokens to return.
             n_rows: rows of the decode without drafts.
             costs: how long decodes take.
 
         Raises:
-            Exception: whatever the drafter raises, or a ValueError if it returns ids outside the vocabulary.
+            Exception: any exception of the drafter, or a ValueError if it returns ids outside the vocabulary.
         """
         n = min(most, self._length)
         if n < 1 or len(tokens) < self._resume_at or not self._pays(n, n_rows, costs, len(tokens)):

@@ -217,7 +217,7 @@ class LlamaSampler:
 
 
 def _names(name: str, n_numbers: int) -> tuple[str, ...]:
-    """The names of the numeric arguments of a sampler."""
+    """Return the names of the numeric arguments of a sampler."""
     names = ("n_vocab", *("token", "bias") * (n_numbers // 2)) if name == "logit_bias" else _NUMBERS.get(name)
     if names is None:
         raise LlamaError(f"unknown sampler {name!r}; use logit_bias, {', '.join(_NUMBERS)}")

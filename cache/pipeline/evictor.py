@@ -82,7 +82,7 @@ class Evictor:
             return self._freed(tier, victims)
 
     def _evict_under_lock(self, tier: Tier, n_bytes: int) -> int:
-        """As `_evict`, for a tier that is written under the cache's lock and so is changed under it."""
+        """Free bytes as `_evict` does, of a tier that is written, and so changed, under the cache's lock."""
         if tier.read_only:
             return 0
         with self._lock:
@@ -100,7 +100,7 @@ class Evictor:
         return self._catalog.choose_victims(tier, self._catalog.ledger(tier.name).n_bytes(tier) - n_bytes)
 
     def _freed(self, tier: Tier, victims: Sequence[Victim]) -> int:
-        """The bytes of the victims that are gone. Excludes those that the tier failed to remove."""
+        """Return the bytes of the victims that are gone. Excludes those that the tier failed to remove."""
         if not self._tiers.in_sync(tier):
             with self._tiers.guard("listing the blocks that are left", tier):
                 self._tiers.sync(tier)
@@ -135,7 +135,7 @@ class Evictor:
                     self.remove_pending(tier)
 
     def remove_pending(self, tier: Tier) -> None:
-        """Carry out the pending removals of a tier, before others get their room. Called in `exclusive`."""
+        """Carry out the pending removals of a tier, before other blocks use their room. Called in `exclusive`."""
         with self._lock:
             removals = self._pending.pop(tier, {})
         try:
@@ -149,9 +149,9 @@ class Evictor:
             raise
 
     def pending_bytes(self, tier: Tier) -> int:
-        """The bytes of the pending removals of a tier. The caller holds the cache's lock."""
+        """Return the bytes of the pending removals of a tier. The caller holds the cache's lock."""
         return sum(removal.n_bytes for removal in self._pending.get(tier, {}).values())
 
     def is_pending(self, tier: Tier, key: bytes) -> bool:
-        """Whether a removal of a block is pending. The caller holds the cache's lock."""
+        """Return whether a removal of a block is pending. The caller holds the cache's lock."""
         return key in self._pending.get(tier, {})

@@ -19,7 +19,7 @@ class CacheReport:
         self._catalog, self._counters, self._queue, self._tiers = catalog, counters, queue, tiers
 
     def statuses(self) -> list[TierStatus]:
-        """The state of every root of every tier, from fast to slow."""
+        """Return the state of every root of every tier, from fast to slow."""
         return [
             TierStatus(
                 ledger.name,
@@ -35,7 +35,7 @@ class CacheReport:
         ]
 
     def counts(self) -> dict[str, int | float]:
-        """The counters, and the bytes and blocks of each tier."""
+        """Return the counters, and the bytes and blocks of each tier."""
         found = self._counters.snapshot()
         found["corrupt_files"] += sum(tier.damaged for tier in self._tiers)
         ledgers = self._catalog.ledgers()

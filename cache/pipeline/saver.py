@@ -24,7 +24,7 @@ _WAIT_STEP_SECONDS = 0.05  # between two polls for a save of another process
 
 
 class _Announcement:
-    """A save that will follow, until it ends."""
+    """An announced save. `ended` is True once it has completed or failed."""
 
     ended = False
 
@@ -95,14 +95,14 @@ class Saver:
         return True
 
     def wants(self, key: bytes) -> bool:
-        """Whether saving a block would store it in a place that lacks it. The caller holds the cache's lock."""
+        """Return whether a save would store a block in a tier that lacks it. The caller holds the cache's lock."""
         if self._tiers.save_targets():
             return bool(self._lacking(key))
         ram = self._catalog.ledgers().get("ram")
         return ram is not None and key not in ram
 
     def _lacking(self, key: bytes) -> tuple[str, ...]:
-        """The slower tiers that neither have a readable copy of a block nor are about to get one."""
+        """Return the slower tiers that neither have a readable copy of a block nor are about to get one."""
         pending = self._queue.get(key)
         queued_for = pending.tiers if pending is not None else ()
         return tuple(
@@ -121,7 +121,7 @@ class Saver:
             self._counters.add("tails_superseded")
 
     def _is_stored(self, key: bytes) -> bool:
-        """Whether a block is stored or waits to be, or another process writes it or has just written it."""
+        """Return whether a block is stored or waits to be, or another process writes it or has just written it."""
         if key not in self._catalog:
             if self._feed.in_flight(key):
                 return True
@@ -157,7 +157,7 @@ class Saver:
             self._saved.notify_all()
 
     def awaits(self, key: bytes) -> bool:
-        """Whether a block is not stored yet and a save of it is announced or under way."""
+        """Return whether a block is not stored yet and a save of it is announced or under way."""
         with self._lock:
             if key in self._catalog:
                 return False

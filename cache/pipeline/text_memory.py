@@ -38,7 +38,7 @@ class TextMemory:
             self._queue.defer(partial(self._write, tier, known.digest))
 
     def longest(self, namespace: bytes, text: bytes) -> TextRecord | None:
-        """The longest remembered text that `text` begins with."""
+        """Return the longest remembered text that `text` begins with."""
         digests = TextDigests(namespace, text)
         best = self._known.longest(digests)
         tiers = self._tiers.file_tiers()

@@ -26,7 +26,7 @@ log = logger("erllama.cache")
 
 EVICTABLE = ("live", "ram", "ram_file", "disk")
 
-# A driver or a user's source may hang. close() must not hang with it, so it leaves the thread behind, which ends
+# A driver or a user's source may hang. close() must not hang with it, so it abandons the thread, which ends
 # when it wakes and finds that it was stopped.
 STOP_SECONDS = 5.0
 
@@ -36,12 +36,12 @@ class Pressure:
     """Options of memory pressure: what memory to watch, and when and what to evict.
 
     Attributes:
-        source: "system", "nvidia", "noop" (watch nothing), or a callable that returns one `MemoryUsage` or several.
+        source: "system", "nvidia", "noop" (no watch), or a callable that returns one `MemoryUsage` or several.
             The thread of the watch calls it. It must not block.
         interval: seconds between checks, above 0.
         high_watermark: used fraction of memory at which eviction starts.
         low_watermark: used fraction that eviction aims for; 0 < low_watermark <= high_watermark <= 1.
-        min_evict_bytes: fewest bytes to evict at once, a number or a text such as "64MiB".
+        min_evict_bytes: minimum bytes to evict at once, a number or a text such as "64MiB".
         tiers: tiers to evict from, in this order. The default excludes the disk, which holds no memory and has its
             own quota.
 
@@ -173,7 +173,7 @@ class PressureWatch:
             self._thread, self._stop, self._stopping = thread, stop, False
 
     def stop(self) -> None:
-        """Stop the thread. It evicts nothing after this returns. May be called again, and during a check.
+        """Stop the thread. It evicts no more after this returns. May be called again, and during a check.
 
         Waits for a check in progress, so the caller must not hold a lock that `evict` takes. After five seconds,
         logs a warning and returns. The check then ends without evicting, unless it was evicting already.

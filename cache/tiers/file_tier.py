@@ -40,10 +40,10 @@ class FileTier(Tier):
 
     Args:
         root: the directory, created if missing.
-        budget: most bytes of the block files of the directory. Files of all processes count, and those being
+        budget: maximum bytes of the block files of the directory. Files of all processes count, and those being
             written.
         name: "ram_file" for a directory in memory, whose files need not be made durable.
-        watch: notice files that appear or disappear behind the cache's back.
+        watch: notice files that others add to the directory or remove from it.
 
     Raises (from `open`):
         CacheError: the directory is not private to this user, is a link, lies in another cache, cannot be locked or
@@ -102,7 +102,7 @@ class FileTier(Tier):
             watch.stop()
 
     def forked(self) -> None:
-        """In a forked child: close the copy of the lock, so that the lock ends with the parent."""
+        """Close the copy of the lock in a forked child, so that the lock ends with the parent."""
         self._opened.close_in_child()
 
     def abandon(self) -> None:
@@ -122,7 +122,7 @@ class FileTier(Tier):
         finally:
             self.damaged += self._reconciler.n_quarantined - before
 
-    # --- what the cache calls --------------------------------------------------------------
+    # --- called by the cache --------------------------------------------------------------
 
     def rows(self) -> list[TierRow]:
         with self._using() as index:
@@ -337,7 +337,7 @@ class FileTier(Tier):
         with self._using() as index, index.transaction():
             index.texts.touch(used)
 
-    # --- files that change behind the cache's back ------------------------------------------
+    # --- files that others change ------------------------------------------
 
     def watch(self, on_change: Callable[[], None]) -> None:
         self._changed_files.on_add = on_change
@@ -355,7 +355,7 @@ class FileTier(Tier):
             reconciler.reconcile(by_name=False)
 
     def verify(self, on_read: Callable[[int], object] = lambda n_bytes: None) -> Iterator[Problem]:
-        """Verify as `Tier.verify` says. `on_read` is called with the bytes of each file that was read."""
+        """Verify as `Tier.verify` describes. `on_read` is called with the bytes of each file that was read."""
         with self._using() as index:
             rows = {row.block.key: row for row in index.peek_rows()}
         for key, row in rows.items():

@@ -30,7 +30,7 @@ class OpenDirectory:
         self._locked: CacheDirectory | None = None
         self._index: Index | None = None
         self._unusable = False  # the index is open, and `open` must replace it
-        self._damage: Exception | None = None  # the error that may come from a damaged index
+        self._damage: Exception | None = None  # an error that a damaged index may have caused
 
     @property
     def usable(self) -> bool:
@@ -106,7 +106,7 @@ class OpenDirectory:
 
     @contextlib.contextmanager
     def using(self) -> Iterator[Index]:
-        """Yield the index. After an error that may come from damage, `usable` is False until the next `open`.
+        """Yield the index. After an error that damage may have caused, `usable` is False until the next `open`.
 
         Raises:
             CacheError: the directory is not open, or it was removed or replaced.
@@ -122,7 +122,7 @@ class OpenDirectory:
             raise
 
     def note_damage(self, error: Exception) -> None:
-        """Record that an error may come from a damaged index."""
+        """Record an error that a damaged index may have caused."""
         self._unusable, self._damage = True, error
 
     def _checked_index(self) -> Index:

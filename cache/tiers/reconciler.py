@@ -35,7 +35,7 @@ class Reconciler:
 
     Args:
         opened: the directory.
-        changed: names of files that changed behind the cache's back; those to check again later are added.
+        changed: names of files that others changed. Names to check again later are added to it.
 
     Attributes:
         n_quarantined: files moved to `damaged/` so far.
@@ -130,7 +130,7 @@ class Reconciler:
                     index.put(block, stamp, time.time_ns())
 
     def _rename_to_key(self, path: Path, key: bytes) -> Path:
-        """Give the file of a block its name, if it has another one; return its path."""
+        """Rename the file of a block to the name of its key, unless it has that name; return its path."""
         right = block_path(self._opened.root, key)
         if path != right:
             if os.path.lexists(right):

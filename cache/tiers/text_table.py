@@ -1,7 +1,8 @@
 """Text records in the database of the index: the persistent counterpart of `TextCache`.
 
     texts        one row per text: digest, anchor, n_bytes, head (the key of its tokens), seal (a checksum),
-    last_used text_pieces  token chunks by key, each once; `uses` counts the texts and chunks that refer to it
+                 last_used
+    text_pieces  token chunks by key, each once; `uses` counts the texts and chunks that refer to it
     text_total   one row: the bytes of both tables, updated by triggers
 
 `Index` owns a `TextTable`. The caller of a method that writes holds a transaction, so that a crash leaves the
@@ -181,7 +182,7 @@ class TextTable:
             head = row[0]
 
     def _clamp_uses(self) -> None:
-        """Set uses in the future to now. They come from a clock that was ahead."""
+        """Set uses in the future to now. A clock that was ahead recorded them."""
         self._connection.execute("UPDATE texts SET last_used = ?1 WHERE last_used > ?1", [time.time_ns()])
 
     def _evict_oldest(self) -> None:

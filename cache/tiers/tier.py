@@ -62,7 +62,7 @@ class Tier(ABC):
     Args:
         name: the name in counters, rows and hits. Tiers of the same name are the roots of one tier: each block
             is in one of them.
-        budget: most bytes, as `size` counts them.
+        budget: maximum bytes, as counted by `size`.
     """
 
     # True: the cache reads this tier and never writes to it, evicts no blocks and does not enforce the budget.
@@ -92,7 +92,7 @@ class Tier(ABC):
         return self.name
 
     def where(self, block: Block) -> str:
-        """The location of a block, for messages."""
+        """Return the location of a block, for messages."""
         return f"{self.place}, block {block.key.hex()}"
 
     @property
@@ -144,7 +144,7 @@ class Tier(ABC):
         """Record when blocks were last used: pairs of key and ns since 1970. Some may have been removed."""
 
     def verify(self) -> Iterator[Problem]:
-        """Read the whole content and yield each defect. Changes nothing."""
+        """Read the whole content and yield each defect. Does not change the content."""
         for row in self.rows():
             try:
                 found, _ = self.read(row.block)

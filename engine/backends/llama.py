@@ -198,11 +198,11 @@ class LlamaBackend:
         return self._model
 
     def weights_problem(self) -> str:
-        """The reason why the weights may have changed since the load; empty if they have not."""
+        """Return the reason why the weights may have changed since the load; empty if they have not."""
         return self._mapped.problem() if self._mapped is not None else ""
 
     def embedder(self) -> Embedder:
-        """An embedder with separate contexts on the same weights, which it holds."""
+        """Return an embedder with separate contexts on the same weights, which it holds."""
         from erllama.engine.backends.llama_embedding import LlamaEmbedder
 
         options, limits = self._options, self.limits
@@ -344,7 +344,7 @@ class LlamaBackend:
 
 
 def _recipe(options: LlamaOptions, *sizes: object) -> bytes:
-    """A 16-byte digest of what affects the bits of a result: `sizes`, the placement of layers, and the build."""
+    """Return a 16-byte digest of what affects the bits of a result: `sizes`, placement of layers, and build."""
     placement = [options.n_gpu_layers, options.split_mode, options.main_gpu, options.tensor_split]
     build = [llama_ffi.build_info()["key"], llama_ffi.system_info()]
     return hashlib.sha256(json.dumps([sizes, placement, build]).encode()).digest()[:16]
@@ -364,12 +364,12 @@ def _rope(options: LlamaOptions) -> llama_ffi.RopeOptions:
 
 
 def _or_default(value: float | None) -> float:
-    """A negative value selects the model's own value in libllama."""
+    """Return a YaRN option for libllama, where a negative value selects the model's own value."""
     return -1.0 if value is None else value
 
 
 def _padded(n_ctx: int) -> int:
-    """Rounded up as libllama does, but before it derives other sizes."""
+    """Round a size up as libllama does, but before it derives other sizes."""
     return -(-n_ctx // _N_CTX_STEP) * _N_CTX_STEP
 
 

@@ -34,7 +34,7 @@ MAX_SEQUENCES = llama_ffi.max_sequences() - 1  # one is the scratch sequence
 
 
 def devices() -> list[llama_ffi.Device]:
-    """The devices that libllama can compute on, including the CPU.
+    """Return the devices that libllama can compute on, including the CPU.
 
     Raises:
         BackendError: libllama cannot start, for example in a process forked from one that had started it.

@@ -37,7 +37,7 @@ class LlamaOptions:
     Attributes:
         n_ctx: cells, in tokens, rounded up to a multiple of 256; None for the model's training context, at most
             4096.
-        n_batch: the maximum of tokens in one decode.
+        n_batch: maximum number of tokens in one decode.
         n_ubatch: tokens computed at once, and the length of a prefill slice.
         n_sequences: sequences that the context can hold.
         n_spare_sequences: additional sequences, for models whose sequences take no memory of their own.
@@ -197,7 +197,7 @@ class LlamaOptions:
             self.offload_devices()
 
     def offload_devices(self) -> list[tuple[int, llama_ffi.Device]]:
-        """The devices that receive layers, with their numbers.
+        """Return the devices that receive layers, with their numbers.
 
         Raises:
             OptionError: `devices`, `main_gpu` or `tensor_split` do not fit the existing devices.
@@ -219,14 +219,14 @@ class LlamaOptions:
         return found
 
     def computing_devices(self) -> list[llama_ffi.Device]:
-        """The devices of `offload_devices` that compute; [] if all layers stay on the CPU."""
+        """Return the devices of `offload_devices` that compute; [] if all layers stay on the CPU."""
         found = [device for _, device in self.offload_devices()] if self.n_gpu_layers else []
         at = self.main_gpu or 0
         return found[at : at + 1] if self.split_mode == "none" else found
 
 
 def _gpus() -> list[tuple[int, llama_ffi.Device]]:
-    """libllama's default: every GPU once, or the integrated GPUs if there are no others."""
+    """Return libllama's default devices: every GPU once, or the integrated GPUs if there are no others."""
     seen: set[str] = set()
     gpus = []
     for number, device in enumerate(devices()):

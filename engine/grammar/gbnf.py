@@ -93,13 +93,13 @@ def parse(source: str, root: str = "root") -> ParsedGrammar:
 
 
 def _place(source: str, at: int) -> tuple[int, int]:
-    """Line and column, from 1, of an offset in a text."""
+    """Return line and column, from 1, of an offset in a text."""
     before = list(_NEWLINE.finditer(source, 0, at))
     return len(before) + 1, at - (before[-1].end() if before else 0) + 1
 
 
 def error_at(source: str, at: int, problem: str) -> GrammarError:
-    """An error with line and column, which quotes the source there."""
+    """Return an error with line and column, which quotes the source there."""
     line, column = _place(source, at)
     shown = _NEWLINE.split(source[at : at + 40])[0]
     problem = f"{problem}: {shown!r}" if shown else problem

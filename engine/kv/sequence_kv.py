@@ -139,7 +139,9 @@ class SequenceKV:
             try:
                 n_computed, n_shared = self._restore_match(match, reproducible, n_shared, room, tiers)
             except BaseException:
-                self._prefix_cache.record_fault(f"restoring a prompt of {len(tokens)} tokens, which is read cold,")
+                self._prefix_cache.record_fault(
+                    f"restoring the prefix of a prompt of {len(tokens)} tokens from the cache"
+                )
                 self._backend.drop(self._slot)
                 self._provenance = Provenance(self._slicing, self._recipe)
                 n_computed = n_shared = 0
@@ -147,7 +149,7 @@ class SequenceKV:
             self._collect_keys(token_bytes(tokens[:n_computed]))
             slowest = self._slowest(tiers)
         except BaseException:
-            self._prefix_cache.record_fault("looking for the stored blocks of a prompt")
+            self._prefix_cache.record_fault("looking up the stored blocks of a prompt")
             self._saving, slowest = False, LIVE
         kind: HitKind = "cold" if n_computed == 0 else "exact" if n_computed == last else "partial"
         return Restored(CacheHit(kind, slowest if n_computed else None, n_computed), n_shared)
@@ -287,7 +289,7 @@ class SequenceKV:
         if self._can_trim:
             self._save_blocks(tokens[: self._cold_end], SaveReason.COLD)
             return
-        # Packed now or never: whatever the policy, since all that follows a block needs it.
+        # This memory can be packed only now. Later blocks need this one, so the policy does not apply.
         self._save_blocks(tokens, SaveReason.COLD)
         if len(tokens) == self.cold_tail_end:
             self._save_tail(tokens, SaveReason.COLD)
@@ -305,7 +307,7 @@ class SequenceKV:
         self._save_blocks(tokens, SaveReason.CONTINUED)
 
     def save_all(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
-        """Save whatever is not saved yet of `tokens`, which are all tokens of the sequence."""
+        """Save the blocks of `tokens` that are not saved yet; `tokens` are all tokens of the sequence."""
         self.finish_key = None
         if len(tokens) >= self._policy.min_tokens:
             self._save_blocks(tokens, reason)
@@ -351,7 +353,7 @@ class SequenceKV:
                     self.stored = self.stored.union(TokenRange(start, block.end))
             self.finish_key = block.key if self._cache.contains(block.key) else None
         except BaseException:
-            self._prefix_cache.record_fault(f"saving a block of {block.n_tokens} tokens, the last of its request,")
+            self._prefix_cache.record_fault(f"saving a block of {block.n_tokens} tokens")
             self._saving = False
             self.finish_key = None
         return block

@@ -1,4 +1,4 @@
-"""Where prefill is cut into slices, and which stored KV has the bits of a cold run.
+"""The slices in which prefill is computed, and which stored KV has the bits of a cold run.
 
 The KV of a token depends, in its last bits, on the batch it was computed in. So a prompt of n tokens is always
 computed in the same slices: cut at absolute multiples of a window (the backend's micro-batch), and before its

@@ -79,7 +79,7 @@ class PhasedMatcher:
         return allowed
 
     def forced(self) -> list[int]:
-        """Return the tokens that the active grammar leaves no choice about."""
+        """Return the tokens that the active grammar forces next."""
         return self._active.forced() if self._active is not None else []
 
     @property
@@ -178,7 +178,7 @@ class PhasedMatcher:
         elif begun:
             if not self._accepts(answer, begun):
                 text = self._codec.decode(begun)
-                raise GrammarError(f"the grammar does not begin with {text!r}, which came before the answer")
+                raise GrammarError(f"the grammar does not begin with {text!r}, which precedes the answer")
             self._activate(answer)
 
     def _begin_call(self, calls: Matcher) -> None:

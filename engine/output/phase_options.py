@@ -48,10 +48,10 @@ class PhaseOptions:
         skip: texts around phases that belong to no phase.
         call_grammar: the grammar of a call, from its opening marker on, and of all that follows; None for any text.
         calls_only: the whole answer must match `call_grammar`.
-        begins: whether the reply begins in thinking; None if the end of the prompt decides: it does where the
-            prompt ends with an opening marker.
+        begins: whether the reply begins in thinking. With None, it does if the prompt ends with an opening marker.
         opened: a marker, or the beginning of one, at the prompt's end, which the reply continues.
-        thinking_budget: most tokens of thinking; the engine then inserts the closing marker. None for no limit.
+        thinking_budget: maximum number of tokens of thinking. Then the engine inserts the closing marker. None for
+            no limit.
         budget_message: the text inserted before that marker.
         signing_key: signs thinking with HMAC-SHA256; None for no signature.
     """

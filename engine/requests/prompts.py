@@ -1,8 +1,8 @@
 """Text to the tokens of a prompt, with the BOS and EOS tokens that the model wants, each once.
 
 Texts from chat templates often contain their BOS spelled out. That is then the BOS of the prompt, and no second
-one is added. Callers that need the BOS or EOS of a vocabulary ask here, so that every method of a model has the
-same answer.
+one is added. Callers that need the BOS or EOS of a vocabulary use this module, so that all methods of a
+model agree.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class RequestOptions:
     """The options of one completion.
 
     Attributes:
-        max_tokens: most tokens of the reply; None for as many as fit the context.
+        max_tokens: maximum number of tokens of the reply; None for as many as fit the context.
         sampling: how tokens are sampled.
         reproducible: reuse KV only where the reply is, bit for bit, that of a cold run. Reuses less of the cache:
             up to one micro-batch is computed again.
@@ -54,7 +54,7 @@ class RequestOptions:
             of it. Empty for a grammar that the whole reply must match.
         speculative: called with a prompt, returns the drafter of tokens to compute ahead; None to compute none.
             Without effect where memory cannot be trimmed.
-        speculative_tokens: most tokens computed ahead at once.
+        speculative_tokens: maximum number of tokens computed ahead at once.
         phases: how thinking and tool calls are separated from the answer; None for a reply that is all text.
     """
 
@@ -175,7 +175,7 @@ class CacheHit:
     Attributes:
         kind: "exact" if all of it was (the last token is always computed, for its logits), "partial" if a part
             was, "cold" if none was.
-        tier: the slowest tier that a part came from; None for a cold one.
+        tier: the slowest tier that a part was read from; None for a cold one.
         tokens: prompt tokens that were not computed again.
     """
 
@@ -246,7 +246,8 @@ class Completion:
             token's text; None if none did. It is the last of `tokens`, unless it ends generation by itself.
         logprobs: one for each of `tokens`, if requested; else None.
         thinking: the thinking, if the phases are separated.
-        thinking_signature: HMAC-SHA256 of `thinking` if a key was given, else b""; None if no thought ended.
+        thinking_signature: HMAC-SHA256 of `thinking` with `thinking_signing_key`; b"" without a key; None if no
+            thought ended.
         raw_tool_calls: each call as the model wrote it, from its opening marker to its closing one, special tokens
             spelled out; if the phases are separated.
         tool_call_places: for each of these, the number of characters of `text` before it.

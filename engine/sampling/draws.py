@@ -22,7 +22,7 @@ class Draw(Protocol):
     """Chooses one of the candidates."""
 
     def draw(self, candidates: Candidates) -> int:
-        """A token id."""
+        """Choose a candidate and return its token id."""
         ...
 
 
@@ -62,7 +62,7 @@ class Mirostat(HasOptions):
 
     @classmethod
     def from_options(cls, options: object, n_vocab: int) -> Mirostat | None:
-        """The draw that `SamplingOptions` ask for; None if `mirostat` is 0."""
+        """Return the draw that `SamplingOptions` ask for; None if `mirostat` is 0."""
         version = cls.mirostat.of(options)
         if not version:
             return None
@@ -95,7 +95,7 @@ class Mirostat(HasOptions):
 
 
 def _drawn_position(candidates: Candidates) -> int:
-    """A position drawn by the softmax. Takes one number from the request's generator."""
+    """Draw a position by the softmax. Takes one number from the request's generator."""
     weights: NDArray[np.float32] = candidates.weights()
     start = 0
     share = candidates.random.random()

@@ -148,7 +148,7 @@ class DRY(ChainStep):
         return candidates.with_logits(logits)
 
     def _unbroken(self, recent: NDArray[np.int32]) -> int:
-        """How many tokens follow the last breaker."""
+        """Return how many tokens follow the last breaker."""
         n = len(recent)
         for at in np.flatnonzero(self._breakers.heads[recent])[::-1].tolist():
             after = recent[at + 1 : at + 1 + _MAX_TAIL].tolist()
@@ -160,7 +160,10 @@ class DRY(ChainStep):
         return n
 
     def _repeated(self, recent: NDArray[np.int32], limit: int) -> NDArray[np.intp]:
-        """For each position, how many tokens up to it equal the end of the context, at most `limit`; shape (n,)."""
+        """Return, for each position, how many tokens up to it equal the end of the context.
+
+        Counts at most `limit`; shape (n,).
+        """
         n = len(recent)
         lengths = np.zeros(n, np.intp)
         places = np.arange(n - 1)

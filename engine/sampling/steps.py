@@ -2,7 +2,7 @@
 
 A step takes candidates and returns those that remain, or changes their logits. Each follows llama.cpp's sampler of
 the same name: it keeps the same candidates with the same probabilities. `min_keep` is the fewest candidates that a
-step leaves, as far as it received them. To add a step, write its class here and give it a place in `CHAIN`.
+step leaves, as far as it received them. To add a step, write its class here and add it to `CHAIN`.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class TopP(ChainStep):
         return candidates.keep(np.sort(np.concatenate([above, equal[: n - len(above)]])))
 
     def _n_kept(self, weights: NDArray[np.float32], target: float) -> int:
-        """How many ordered candidates to keep; more than there are if their weights do not reach the target."""
+        """Return how many ordered candidates to keep; more than exist if their weights do not reach the target."""
         return max(int(weights.cumsum(dtype=np.float64).searchsorted(target)) + 1, self._min_keep)
 
 
@@ -327,7 +327,7 @@ class DynamicTemperature:
 
 
 def _scaled(candidates: Candidates, temperature: float) -> Candidates:
-    """The candidates with their logits divided by a temperature.
+    """Return the candidates with their logits divided by a temperature.
 
     Penalties may follow and depend on the signs of logits. So logits are shifted, by the largest one, only where
     that one could overflow. The shift leaves the distribution as it is.

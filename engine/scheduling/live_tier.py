@@ -27,7 +27,7 @@ class LiveTier(Tier):
     Args:
         cache: the cache that shows them.
         name: of the tier.
-        place: describes the context, for people.
+        place: description of the context, for messages.
         cell_bytes: bytes of one token's KV.
         n_cells: cells of the context.
     """
@@ -93,7 +93,7 @@ class LiveTier(Tier):
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Log and count whatever the cache raises."""
+        """Log and count any exception of the cache."""
         try:
             yield
         except BaseException:

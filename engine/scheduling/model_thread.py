@@ -1,8 +1,8 @@
 """The model thread: receives requests from callers' threads, and runs the scheduler's ticks.
 
 Owns the queue, the sessions and the lifecycle of one model. Only this thread touches the backend, except its
-vocabulary and `abort`. Models make one `ModelThread` each. A request never waits longer than the model lives: on
-any failure, waiting requests end with an error.
+vocabulary and `abort`. Models make one `ModelThread` each. On any failure, waiting requests end with an
+error.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class ModelThread:
         cache: shared with other models; not closed.
         policy: what is saved, and when.
         name: names the model in the thread's name and the log.
-        n_seq_max: most requests that run at once.
-        prefill_chunk_size: most tokens of prompts in one tick while replies are generated.
+        n_seq_max: maximum number of requests that run at once.
+        prefill_chunk_size: maximum number of tokens of prompts in one tick while replies are generated.
         parked_cells: cells that finished sequences may keep while others compute.
-        max_pending: most requests that may wait.
+        max_pending: maximum number of requests that may wait.
 
     Attributes:
         adapters: the model's adapters.
@@ -193,7 +193,7 @@ class ModelThread:
             raise self._unloaded("is unloaded; load it again to use it")
 
     def check_computes(self) -> None:
-        """As `check`; a model without weights has another runner, which raises VocabularyOnly here."""
+        """Check as `check` does; a model without weights has another runner, which raises VocabularyOnly here."""
         self.check()
 
     def submit(self, ticket: Ticket) -> None:
@@ -321,7 +321,7 @@ class ModelThread:
         self._call(self._scheduler.warm_up)
 
     def evict(self) -> None:
-        """Save the KV of the context and wait until it is stored, and evict what no request uses."""
+        """Save the KV of the context, evict the parked sequences, and wait until the KV is stored."""
         self._call(self._scheduler.evict)
         self._flush()
 
@@ -414,7 +414,7 @@ class ModelThread:
         self._saved_at_stop = scheduler.shut_down(self._unloaded("was unloaded while the request ran or waited"))
 
     def _run_final_step(self, step: Callable[[], object]) -> None:
-        """Run one step of the model's end. Logs whatever it raises, so that the other steps follow."""
+        """Run one step of the model's end. Logs its exception, if any, so that the other steps follow."""
         try:
             step()
         except BaseException:

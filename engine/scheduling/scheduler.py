@@ -1,7 +1,7 @@
 """Decides, tick by tick, which requests compute: admission, batches, and preemption.
 
 Used by the model thread alone. A tick is one decode: the token sampled last of every sequence that generates, and
-slices of the prompts of the others. Requests are admitted first come, first served. Requests that run at the same
+slices of the prompts of the others. Requests are admitted in order of arrival. Requests that run at the same
 time have the same set of adapters. A request that fails, fails alone.
 """
 
@@ -41,15 +41,15 @@ class Scheduler:
 
     Args:
         context: what all sequences of the model share.
-        n_seq_max: most requests that run at once.
-        prefill_chunk_size: most tokens of prompts in one tick while replies are generated.
+        n_seq_max: maximum number of requests that run at once.
+        prefill_chunk_size: maximum number of tokens of prompts in one tick while replies are generated.
         parked_cells: cells that finished sequences may keep while others compute.
         tier: shows the parked cells to the cache.
         on_end: called with each sequence that ended.
         stopping: returns whether the model is being unloaded: a decode that fails was then aborted on purpose.
 
     Attributes:
-        waiting: requests that are not admitted yet, first come first; preempted ones are at the head.
+        waiting: requests that are not admitted yet, in order of arrival; preempted ones are at the head.
         running: admitted requests, in the order of admission.
         slots: the context's slots and cells.
         metrics: counts since the model was loaded.
@@ -150,7 +150,7 @@ class Scheduler:
             self._start(first)
 
     def _start(self, sequence: Sequence) -> None:
-        """Bring an admitted sequence into the context, or let it wait for another sequence or for a save."""
+        """Bring an admitted sequence into the context, or make it wait for another sequence or for a save."""
         sequence.leader, sequence.n_from_leader = None, 0
         prefix_cache, parent_key = self._context.prefix_cache, sequence.options.parent_key
         if parent_key is not None and not sequence.parent_deadline:
@@ -175,12 +175,12 @@ class Scheduler:
                 match.release()
 
     def _enter_context(self, sequence: Sequence, match: Match | None, source: PrefixSource) -> None:
-        """Give a sequence a slot with the cells of `source`, and restore what the cache has beyond them."""
+        """Allocate a slot with the cells of `source`, and restore the tokens that the cache has beyond them."""
         began = time.perf_counter()
         slots = self.slots
         n_stored = match.n_tokens if match is not None else 0
         if not self._limits.can_trim and n_stored > source.n:
-            source = NO_SOURCE  # such memory cannot be restored from the middle of what is stored
+            source = NO_SOURCE  # such memory cannot be restored from the middle of a stored prefix
         if sequence.options.reproducible:
             slots.clear()
         slot, provenance = slots.allocate(sequence, source)
@@ -473,7 +473,7 @@ class Scheduler:
 
 
 def wrap_error(error: BaseException) -> Error:
-    """Return an error of this library for whatever was raised in the model thread, SystemExit included.
+    """Return an error of this library for any exception in the model thread, SystemExit included.
 
     No interrupt is meant for that thread, and no request may end it.
     """

@@ -1,8 +1,8 @@
 """One request from its submission to its end: its tokens, their KV, and its reply so far.
 
 The caller's thread makes a `Sequence`; after that the model thread alone uses it. It may enter the context several
-times: when it is preempted, its KV is saved, and it waits and is restored. Its sampler, its text and its stop
-strings stay with it, so the reply is the same.
+times: when it is preempted, its KV is saved, and it waits and is restored. It keeps its sampler, its text and its
+stop strings, so the reply is the same.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Sequence:
         adapters: the set in effect at submission, which the sequence keeps to its end.
 
     Attributes:
-        ticket, adapters: as given.
+        ticket, adapters: the arguments.
         options: of the request.
         namespace: the root key of the KV that it may share.
         tenant: the same without adapters; a session belongs to one tenant.
@@ -103,7 +103,7 @@ class Sequence:
         self._reply = Reply(ticket, options, self._vocabulary, context.codec, self._tracker, begun)
         self._stop_tokens = context.stop_tokens(options)
         self._stop_token: int | None = None
-        self._queued_tokens: deque[int] = deque()  # appended next, whatever the model samples
+        self._queued_tokens: deque[int] = deque()  # appended next, in place of sampled tokens
         self._speculator = self._make_speculator(prompt)
         self._n_scored = ticket.request.n_scored
         self._n_prefilled = 0
@@ -162,7 +162,7 @@ class Sequence:
 
     @property
     def n_remaining(self) -> int:
-        """Most tokens that the reply may still grow by."""
+        """The maximum number of tokens that can still be added to the reply."""
         return len(self.buffer) - self.n_tokens
 
     @property
@@ -214,7 +214,7 @@ class Sequence:
         """Return the end of the next slice.
 
         Args:
-            most: most tokens of the slice.
+            most: maximum number of tokens of the slice.
             alone: whether it is the only sequence in the context and the batch.
         """
         start = self.n_computed
@@ -250,7 +250,7 @@ class Sequence:
         """Write drafts behind its tokens. Returns how many.
 
         Args:
-            most: most drafts.
+            most: maximum number of drafts.
             n_rows, costs: rows of the decode without drafts; how long decodes take.
         """
         assert self._speculator is not None
@@ -393,7 +393,7 @@ class Sequence:
             self._grammar.accept(token)
 
     def _append_certain(self) -> None:
-        """Append the tokens that are certain to follow. They are computed in one slice."""
+        """Append the tokens that are queued or that the grammar forces. They are computed in one slice."""
         if self.options.logprobs is not None:
             return  # each log-probability needs its token's own row
         self._end_thinking_if_due()

@@ -29,10 +29,10 @@ class Parked:
     Attributes:
         slot: its slot.
         namespace: the root key of the requests that may share it.
-        tenant: the tenant whose session it belongs to, if it belongs to one.
+        tenant: the tenant of its session, if it has one.
         tokens: its tokens, int32, shape (n,).
         provenance: how they were computed; None if another sequence was in the context.
-        session_id: the session that it is kept for; None if it is kept for none.
+        session_id: the session that it is kept for; None without a session.
         keys: the cache's keys of its blocks.
     """
 

@@ -35,7 +35,7 @@ class LarkFragment(NamedTuple):
 
 
 def quoted_name(name: str) -> str:
-    """A regular expression of a name in JSON, with every spelling that `JSON_STRING` allows."""
+    """Return a regular expression of a name in JSON, with every spelling that `JSON_STRING` allows."""
     return "\\x{22}" + "".join(map(_character_pattern, name)) + "\\x{22}"
 
 
@@ -53,7 +53,7 @@ def _character_pattern(character: str) -> str:
 
 
 def format_sequence(symbols: Sequence[str | Repetition]) -> str:
-    """A sequence of symbols in Lark."""
+    """Return a sequence of symbols in Lark."""
     return " ".join(symbol if isinstance(symbol, str) else _format_repetition(symbol) for symbol in symbols) or '""'
 
 
@@ -64,7 +64,7 @@ def _format_repetition(repetition: Repetition) -> str:
 
 
 def productive_rules(bodies: dict[str, Body]) -> dict[str, Body]:
-    """The rules that have a text, with the alternatives that have one."""
+    """Return the rules that have a text, with the alternatives that have one."""
     users: dict[str, list[tuple[str, int]]] = {}
     missing: dict[tuple[str, int], int] = {}
     found: set[str] = set()
@@ -98,14 +98,14 @@ def productive_rules(bodies: dict[str, Body]) -> dict[str, Body]:
 
 
 def _needed(symbol: str | Repetition) -> str:
-    """The symbol that must have a text; empty for a symbol that may occur zero times."""
+    """Return the symbol that must have a text; empty for a symbol that may occur zero times."""
     if isinstance(symbol, str):
         return symbol
     return symbol.symbol if symbol.least else ""
 
 
 def reachable(bodies: dict[str, Body], start: str) -> dict[str, None]:
-    """The symbols that `start` leads to, in order of discovery."""
+    """Return the symbols that `start` leads to, in order of discovery."""
     found = {start: None}
     pending = [start]
     while pending:

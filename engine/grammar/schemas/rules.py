@@ -93,7 +93,7 @@ class SchemaWriter:
         self._far = self._far_references()
 
     def to_lark(self) -> LarkFragment:
-        """The schema in Lark.
+        """Return the schema in Lark.
 
         Raises:
             NotSupported: a keyword is not supported here, or takes too many rules.
@@ -119,7 +119,10 @@ class SchemaWriter:
     # --- parts that llguidance compiles
 
     def _far_references(self) -> set[str]:
-        """References that lead to large numbers, or to definitions that a schema within a rule cannot include."""
+        """Return the references that a schema within a rule cannot include.
+
+        They lead to large numbers, or to places outside of the definitions.
+        """
         needs = {reference: references_in(self._target(reference)) for reference in self._all_references()}
         far = {
             reference
@@ -153,7 +156,7 @@ class SchemaWriter:
         return not has_large_numbers(without(schema, ANNOTATIONS)) and not (references_in(schema) & self._far)
 
     def _llguidance_body(self, conjunction: Sequence[dict[str, object]]) -> Body:
-        """A part that llguidance compiles; empty if no JSON matches it."""
+        """Return a part that llguidance compiles; empty if no JSON matches it."""
         plain = [without(schema, ANNOTATIONS) for schema in conjunction]
         whole: dict[str, object] = dict(plain[0]) if len(plain) == 1 else {"allOf": plain}
         if "$schema" in self._root:
@@ -187,7 +190,7 @@ class SchemaWriter:
     # --- rules
 
     def _rule(self, schemas: Iterable[object]) -> str:
-        """The name of the rule for the values that match all schemas."""
+        """Return the name of the rule for the values that match all schemas."""
         found: dict[int, None] = {}
         for schema in schemas:
             if schema is True:
@@ -216,7 +219,7 @@ class SchemaWriter:
         return self._ids[id(schema)]
 
     def _without_keywords(self, schema: dict[str, object], keys: Sequence[str]) -> dict[str, object]:
-        """A schema without some keywords. Returns the same object each time, so that there are few conjunctions."""
+        """Return a schema without some keywords; the same object each time, so that there are few conjunctions."""
         if not any(key in schema for key in keys):
             return schema
         key = (self._id(schema), " ".join(keys))
@@ -251,7 +254,7 @@ class SchemaWriter:
         return self._typed(parts)
 
     def _flatten(self, schemas: Iterable[object]) -> list[dict[str, object]] | None:
-        """Schemas with allOf and references expanded into the list; None if one of them is false."""
+        """Return the schemas with allOf and references expanded into the list; None if one of them is false."""
         pending: deque[object] = deque(schemas)
         found: dict[int, dict[str, object]] = {}
         done: set[int] = set()
@@ -341,7 +344,7 @@ class SchemaWriter:
         return [['"["', space, f"{name}_0"]]
 
     def _remaining_items(self, item: str, written: int, least: int, most: int | None) -> Body:
-        """The remaining items, which share a schema, and the end of the array."""
+        """Return the rule of the remaining items, which share a schema, and of the end of the array."""
         space = self._space()
         left, right = max(least - written, 0), None if most is None else most - written
         end: list[str | Repetition] = [space, '"]"']
@@ -374,7 +377,7 @@ class SchemaWriter:
         return [['"{"', self._space(), f"{name}_a0"]]
 
     def _entries(self, name: str, parts: list[dict[str, object]], names: list[str], needed: frozenset[str]) -> None:
-        """The rules of the listed properties: `name`_aN before the first written property, `name`_bN after one."""
+        """Add the rules of the listed properties: `name`_aN before the first one written, `name`_bN after one."""
         space = self._space()
         comma: list[str | Repetition] = [space, '","', space]
         for at, key in enumerate(names):
@@ -389,7 +392,7 @@ class SchemaWriter:
     def _others(
         self, name: str, parts: list[dict[str, object]], taken: list[str], least: int, most: int | None
     ) -> None:
-        """The additional properties and the end of the object: the last rules after those of `_entries`."""
+        """Add the rules of the additional properties and of the end of the object, after those of `_entries`."""
         space, pair, another = self._space(), self._new_rule(), self._new_rule()
         value = self._rule(part.get("additionalProperties", True) for part in parts)
         self._bodies[pair] = [[self._key(taken), space, '":"', space, value]]
