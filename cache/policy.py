@@ -53,8 +53,8 @@ class Policy:
             value = getattr(self, field.name)
             if field.name == "cold_max_tokens" and value is None:
                 continue
-            least = 1 if field.name == "boundary_align_tokens" else 0
-            object.__setattr__(self, field.name, integer(f"policy: {field.name}", value, least))
+            minimum = 1 if field.name == "boundary_align_tokens" else 0
+            object.__setattr__(self, field.name, integer(f"policy: {field.name}", value, minimum))
         if self.cold_max_tokens is not None and self.cold_max_tokens < self.cold_min_tokens:
             raise OptionError(
                 f"policy: cold_max_tokens={self.cold_max_tokens} is below "

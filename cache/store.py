@@ -213,7 +213,7 @@ class Cache:
             tokens: ids, shape (n,).
             whole: match only blocks whose last token agrees, too; for memory that cannot be cut.
             loadable: match only blocks that `load` can return, and none that are only in a context's cells.
-            parent_key: the key of a context that `tokens` continue. If its save is under way,
+            parent_key: the key of a context that `tokens` continue. If its save is in flight,
                 the lookup waits for it.
             wait_ms: the longest such wait, in milliseconds.
             count: count a hit or a miss; False for a caller that counts the outcome with `count_request`.
@@ -328,7 +328,7 @@ class Cache:
 
     @uninterrupted
     def awaits(self, key: bytes) -> bool:
-        """Return whether a block is not stored yet and its save is under way."""
+        """Return whether a block is not stored yet and its save is in flight."""
         return self._saver.awaits(key)
 
     # --- live tiers -------------------------------------------------------------------------
@@ -414,8 +414,8 @@ class Cache:
         Returns:
             its length in bytes, and the tokens that it was computed as, read-only; None if there is none.
         """
-        known = self._texts.longest(namespace, text)
-        return None if known is None else (known.n_bytes, known.tokens)
+        record = self._texts.longest(namespace, text)
+        return None if record is None else (record.n_bytes, record.tokens)
 
     # --- called by operators --------------------------------------------------------------
 

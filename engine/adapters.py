@@ -27,9 +27,9 @@ log = logger("erllama.engine")
 
 # libllama sums the parts of two adapters in the order of its arguments. It sums those of more adapters in an order
 # that depends on where in memory they lie: then only the same loaded adapters produce the same bits.
-_MOST_IN_ORDER = 2
+_MAX_IN_ORDER = 2
 _PROCESS = secrets.token_bytes(16)
-_MOST_SCALE = float(np.finfo(np.float32).max)  # scales are 32-bit numbers
+_MAX_SCALE = float(np.finfo(np.float32).max)  # scales are 32-bit numbers
 _numbers = count()
 
 
@@ -99,7 +99,7 @@ AdapterSet = tuple[Attached, ...]
 
 def checked_scale(scale: object) -> float:
     """Return a scale as a number that libllama accepts. Raises OptionError for any other value."""
-    return real("scale", scale, -_MOST_SCALE, _MOST_SCALE)
+    return real("scale", scale, -_MAX_SCALE, _MAX_SCALE)
 
 
 def describe(adapters: AdapterSet) -> str:
@@ -109,7 +109,7 @@ def describe(adapters: AdapterSet) -> str:
 
 def derive_recipe(base: bytes, adapters: AdapterSet) -> bytes:
     """Return the recipe, 16 bytes, of KV computed with a set, from the backend's own recipe."""
-    if len(adapters) <= _MOST_IN_ORDER:
+    if len(adapters) <= _MAX_IN_ORDER:
         return base
     numbers = ",".join(str(adapter.number) for adapter, _ in adapters)
     return hashlib.sha256(base + _PROCESS + numbers.encode()).digest()[:16]

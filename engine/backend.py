@@ -208,7 +208,7 @@ class Backend(Protocol):
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
         """Return the state of positions [start, end) as bytes, shape (n,), which the caller may keep.
 
-        If the memory cannot be trimmed, `end` is the sequence's end, and after a failed decode `pack` raises
+        If the memory cannot be cut, `end` is the sequence's end, and after a failed decode `pack` raises
         BackendError until `clear`.
         """
         ...

@@ -231,8 +231,8 @@ class LlamaContext(NativeContext):
 
     def _rows(self) -> NDArray[np.float32]:
         if self._buffer is None:
-            lease = _Lease(self._handle, self._logits_at[0], (self._reserved_rows, self.n_vocab))
-            self._buffer = np.asarray(lease)
+            owner = _LogitsOwner(self._handle, self._logits_at[0], (self._reserved_rows, self.n_vocab))
+            self._buffer = np.asarray(owner)
         return self._buffer[: self.n_logits]
 
     def _release_logits(self) -> bool:
@@ -369,7 +369,7 @@ def _pointer(name: str, array: NDArray[np.integer], n: int, dtype: np.dtype[np.i
     return ffi.from_buffer(kind, array)
 
 
-class _Lease:
+class _LogitsOwner:
     """The owner of the memory behind a logits view. It holds the context until the last view is deleted."""
 
     __slots__ = ("__array_interface__", "_handle")

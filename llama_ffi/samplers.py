@@ -228,18 +228,18 @@ def _names(name: str, n_numbers: int) -> tuple[str, ...]:
 
 def _number(name: str, label: str, number: float) -> float:
     if label in _INTEGERS:
-        least, most = _INTEGERS[label]
-        if not (least <= number <= most and number == int(number)):
-            raise LlamaError(f"{label}={number!r} of the sampler {name}; pass an integer, {least} to {most}")
+        minimum, maximum = _INTEGERS[label]
+        if not (minimum <= number <= maximum and number == int(number)):
+            raise LlamaError(f"{label}={number!r} of the sampler {name}; pass an integer, {minimum} to {maximum}")
     elif not (abs(number) <= _FLOAT_MAX or (label == "bias" and number == -math.inf)):
         raise LlamaError(f"{label}={number!r} of the sampler {name}; pass a number that float32 holds")
     return float(number)
 
 
 def _encoded(name: str, texts: Sequence[str]) -> list[bytes]:
-    least, most = _TEXTS.get(name, (0, 0))
-    if isinstance(texts, str) or not least <= len(texts) <= most:
-        raise LlamaError(f"{len(texts)} texts for the sampler {name}; it takes a list of {least} to {most}")
+    minimum, maximum = _TEXTS.get(name, (0, 0))
+    if isinstance(texts, str) or not minimum <= len(texts) <= maximum:
+        raise LlamaError(f"{len(texts)} texts for the sampler {name}; it takes a list of {minimum} to {maximum}")
     if any("\0" in text for text in texts):
         raise LlamaError(
             f"a text of the sampler {name} has a character U+0000, which would end the text in libllama"

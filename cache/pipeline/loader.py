@@ -50,7 +50,7 @@ class Loader:
         with self._counters.timing("load"):
             with self._lock:
                 in_memory = self._in_memory(block)
-                holders = [held for held in self._catalog.holders(block.key) if held[0].write_behind]
+                holders = [holder for holder in self._catalog.holders(block.key) if holder[0].write_behind]
             if in_memory is not None:
                 return in_memory
             for ledger, tier in holders:

@@ -157,14 +157,14 @@ class Saver:
             self._saved.notify_all()
 
     def awaits(self, key: bytes) -> bool:
-        """Return whether a block is not stored yet and a save of it is announced or under way."""
+        """Return whether a block is not stored yet and a save of it is announced or in flight."""
         with self._lock:
             if key in self._catalog:
                 return False
             return key in self._announced or self._feed.in_flight(key)
 
     def wait_for(self, key: bytes, seconds: float) -> None:
-        """Wait until a block is stored or no save of it is under way, at most `seconds`."""
+        """Wait until a block is stored or no save of it is in flight, at most `seconds`."""
         deadline = time.monotonic() + seconds
         with self._saved:
             while key not in self._catalog and (left := deadline - time.monotonic()) > 0:

@@ -60,8 +60,8 @@ class Pressure:
     def __post_init__(self) -> None:
         if not callable(self.source):
             choice("source", self.source, SOURCES)
-        for name, most in (("interval", threading.TIMEOUT_MAX), ("high_watermark", 1), ("low_watermark", 1)):
-            number = real(name, getattr(self, name), maximum=most)
+        for name, maximum in (("interval", threading.TIMEOUT_MAX), ("high_watermark", 1), ("low_watermark", 1)):
+            number = real(name, getattr(self, name), maximum=maximum)
             if number <= 0:
                 raise OptionError(f"{name}={number}; it must be above 0")
             object.__setattr__(self, name, number)
@@ -227,7 +227,7 @@ class PressureWatch:
 
     def _largest_excess(self) -> _Excess:
         """Read all sources, and return the largest excess."""
-        most = _Excess(0, "")
+        largest = _Excess(0, "")
         for number, source in enumerate(self._sources):
             faults = []
             try:
@@ -235,11 +235,11 @@ class PressureWatch:
                     if isinstance(reading, str):
                         faults.append(reading)
                     else:
-                        most = max(most, self._excess_of(reading))
+                        largest = max(largest, self._excess_of(reading))
             except Exception as error:
                 faults.append(_describe(error))
             self._report(str(number), f"memory cannot be read: {'; '.join(faults)}" if faults else "")
-        return most
+        return largest
 
     def _excess_of(self, reading: MemoryUsage) -> _Excess:
         if reading.fraction < self.options.high_watermark:
@@ -262,17 +262,17 @@ def _run(watch: weakref.ref[PressureWatch], stop: queue.SimpleQueue[None], inter
         try:
             stop.get(timeout=interval)
         except queue.Empty:
-            held = watch()
+            alive = watch()
         else:
             return
         try:
-            if held is None or not held._check_unless_stopped(stop):
+            if alive is None or not alive._check_unless_stopped(stop):
                 return
         except ReferenceError:
             return  # from `on_fault`: the owner was deleted
         except Exception:
             log.exception("a check of memory failed unexpectedly")
-        del held
+        del alive
 
 
 def _describe(error: Exception) -> str:

@@ -70,22 +70,22 @@ class TextTable:
         self._connection, self._read = connection, read
         self._found_damage = False  # a row or a chunk did not match its checksum or key
 
-    def remember(self, known: TextRecord, limit_bytes: int) -> None:
+    def remember(self, record: TextRecord, limit_bytes: int) -> None:
         """Store a text, and evict the least recently used texts until all take at most `limit_bytes`."""
         if self._found_damage:
             self.clear()
         self._total_bytes()  # before triggers add to it, which would turn an invalid value into a number
-        chunks = split_tokens(known.tokens)
+        chunks = split_tokens(record.tokens)
         head = chain_key(chunks)
-        seal = _row_checksum(known.digest, known.n_bytes, head)
-        before = self._connection.execute("SELECT head FROM texts WHERE digest = ?", [known.digest]).fetchone()
+        seal = _row_checksum(record.digest, record.n_bytes, head)
+        before = self._connection.execute("SELECT head FROM texts WHERE digest = ?", [record.digest]).fetchone()
         self._add_reference(chunks)
         # Not REPLACE, because its deletions run no triggers.
         self._connection.execute(
             "INSERT INTO texts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE SET "
             "(anchor, n_bytes, head, seal, last_used) = "
             "(excluded.anchor, excluded.n_bytes, excluded.head, excluded.seal, excluded.last_used)",
-            [known.digest, known.anchor, known.n_bytes, head, seal, time.time_ns()],
+            [record.digest, record.anchor, record.n_bytes, head, seal, time.time_ns()],
         )
         if before is not None:
             self._drop_reference(before[0])
@@ -125,9 +125,9 @@ class TextTable:
     def _first_stored(self, candidates: list[tuple[int, bytes]], digests: TextDigests) -> TextRecord | None:
         """Return the record of the first of these lengths and digests that is stored."""
         rows = self._select_texts("digest, head, seal", "digest", [digest for _, digest in candidates])
-        known = {digest: (head, seal) for digest, head, seal in rows}
+        stored = {digest: (head, seal) for digest, head, seal in rows}
         for n_bytes, digest in candidates:
-            head, seal = known.get(digest, (None, None))
+            head, seal = stored.get(digest, (None, None))
             if head is None:
                 continue
             # The length of the prefix with this digest, and not the one in the row, which may be wrong.

@@ -222,8 +222,8 @@ class LlamaBackend:
 
         # Windows and recurrent states take memory for each sequence. A text has at least one token, and a context
         # cannot have more sequences than tokens.
-        most = _MAX_EMBEDDED_TEXTS if limits.can_trim or not limits.can_generate else 1
-        n_sequences = min(most, limits.n_ubatch, llama_ffi.max_sequences())
+        limit = _MAX_EMBEDDED_TEXTS if limits.can_trim or not limits.can_generate else 1
+        n_sequences = min(limit, limits.n_ubatch, llama_ffi.max_sequences())
         with translate_errors(BackendError):
             return LlamaEmbedder(
                 self._model,
@@ -256,18 +256,18 @@ class LlamaBackend:
             adapter.close()
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
-        known, self._state_known = self._state_known, self.limits.can_trim
+        state_known, self._state_known = self._state_known, self.limits.can_trim
         try:
             logits = self._context.decode(batch.tokens, batch.positions, batch.sequences, batch.output)
         except llama_ffi.NoCellsError as error:
-            self._state_known = known
+            self._state_known = state_known
             raise CellsExhausted(str(error)) from error
         except llama_ffi.LlamaError as error:
             self._broken = isinstance(error, llama_ffi.DecodeError)
             if batch.positions.max(initial=0) >= self.limits.n_ctx:
                 raise CellsExhausted(str(error)) from error
             raise BackendError(str(error)) from error
-        self._state_known = known
+        self._state_known = state_known
         return logits
 
     def _length(self, sequence: int) -> int:

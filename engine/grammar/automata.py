@@ -236,16 +236,16 @@ class _Automaton:
             return any(option[0] for option in options), first, last
         return self._build_repeat(expression.parts[0], *self._pool.bounds(id))
 
-    def _build_repeat(self, id: int, least: int, most: int | None) -> tuple[bool, int, int]:
-        size = self._pool[id].size * self._pool[id].repetitions * max(least, most or 0, 1)
-        if size > _MAX_UNROLLED and (least, most) != (0, 1):
-            least, most = min(least, 1), None
-        copies = [self._build(id) for _ in range(max(least, most or 0, 1))]
-        if most is None:
+    def _build_repeat(self, id: int, minimum: int, maximum: int | None) -> tuple[bool, int, int]:
+        size = self._pool[id].size * self._pool[id].repetitions * max(minimum, maximum or 0, 1)
+        if size > _MAX_UNROLLED and (minimum, maximum) != (0, 1):
+            minimum, maximum = min(minimum, 1), None
+        copies = [self._build(id) for _ in range(max(minimum, maximum or 0, 1))]
+        if maximum is None:
             _, first, last = copies[-1]
             for position in members(last):
                 self._follow[position] |= first
-        return self._concatenate([(copy[0] or at >= least, *copy[1:]) for at, copy in enumerate(copies)])
+        return self._concatenate([(copy[0] or at >= minimum, *copy[1:]) for at, copy in enumerate(copies)])
 
     def _concatenate(self, parts: list[tuple[bool, int, int]]) -> tuple[bool, int, int]:
         empty, first, last = True, 0, 0

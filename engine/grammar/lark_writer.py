@@ -128,5 +128,5 @@ def _char(point: int) -> str:
 
 def _quantifier(bounds: RepeatBounds) -> str:
     signs = {(0, None): "*", (1, None): "+", (0, 1): "?"}
-    most = "" if bounds.maximum is None else bounds.maximum
-    return signs.get(bounds) or f"{{{bounds.minimum},{most}}}"
+    maximum = "" if bounds.maximum is None else bounds.maximum
+    return signs.get(bounds) or f"{{{bounds.minimum},{maximum}}}"

@@ -72,7 +72,7 @@ class SequenceKV:
         recipe: how it is computed.
 
     Attributes:
-        cold_tail_end: where memory that cannot be trimmed is packed, for the next request with the same prompt.
+        cold_tail_end: where memory that cannot be cut is packed, for the next request with the same prompt.
         finish_key: names the stored context; None if it is not stored.
         stored: the positions that were saved for this sequence and were not in the cache before.
     """
@@ -342,14 +342,14 @@ class SequenceKV:
             if not self._prefix_cache.weights.intact():
                 self._saving, self.finish_key = False, None
                 return block
-            known = self._cache.stored(block.key)
-            replace = known is not None and self._is_better(block, known)
+            older = self._cache.stored(block.key)
+            replace = older is not None and self._is_better(block, older)
             if replace or self._cache.wants(block.key):
                 with self._cache.expecting(block.key):
                     with self._cache.packing():
                         payload = self._backend.pack(self._slot, block.start, block.end)
                     self._cache.save(block, payload, replace=replace, trimmable=self._can_trim)
-                if known is None:
+                if older is None:
                     self.stored = self.stored.union(TokenRange(start, block.end))
             self.finish_key = block.key if self._cache.contains(block.key) else None
         except BaseException:

@@ -89,8 +89,8 @@ class PhaseOptions:
             raise OptionError("thinking_budget_tokens for a model without thinking markers; give thinking_markers")
 
 
-def _texts(name: str, given: object) -> tuple[str, ...]:
-    texts = (given,) if isinstance(given, str) else given
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
-        raise OptionError(f"{name}: {given!r}; give a text, or several, none of them empty")
+        raise OptionError(f"{name}: {value!r}; give a text, or several, none of them empty")
     return tuple(encodable(name, text) for text in texts)

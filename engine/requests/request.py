@@ -25,8 +25,8 @@ from erllama.errors import OptionError
 FinishReason = Literal["stop", "length", "context_full", "cancelled", "tool_calls"]
 HitKind = Literal["cold", "partial", "exact"]
 
-MOST_SPECULATIVE = 64  # beyond that, hardly any draft is accepted
-MOST_LOGPROBS = 100  # as many as a person, or an evaluation, ever looks at; a row of them is built per token
+MAX_SPECULATIVE = 64  # beyond that, hardly any draft is accepted
+MAX_LOGPROBS = 100  # as many as a person, or an evaluation, ever looks at; a row of them is built per token
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class RequestOptions:
         grammar_triggers: texts and token ids. The grammar begins at the first of them in the reply, which is a part
             of it. Empty for a grammar that the whole reply must match.
         speculative: called with a prompt, returns the drafter of tokens to compute ahead; None to compute none.
-            Without effect where memory cannot be trimmed.
+            Without effect where memory cannot be cut.
         speculative_tokens: maximum number of tokens computed ahead at once.
         phases: how thinking and tool calls are separated from the answer; None for a reply that is all text.
     """
@@ -90,7 +90,7 @@ class RequestOptions:
         put(self, "stop", _stop_strings(self.stop))
         put(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
         if self.logprobs is not None:
-            put(self, "logprobs", integer("logprobs", self.logprobs, 0, MOST_LOGPROBS))
+            put(self, "logprobs", integer("logprobs", self.logprobs, 0, MAX_LOGPROBS))
         if self.session_id is not None and (not isinstance(self.session_id, str) or not self.session_id):
             raise OptionError(f"session_id={shown(self.session_id)}; give a text that is not empty, or None")
         if self.timeout is not None:
@@ -98,8 +98,8 @@ class RequestOptions:
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise OptionError(f"grammar={shown(self.grammar)}; give GBNF as text, or an erllama.Grammar, or None")
         put(self, "grammar_triggers", _triggers(self.grammar_triggers, self.grammar))
-        most = integer("speculative_tokens", self.speculative_tokens, 1, MOST_SPECULATIVE)
-        put(self, "speculative_tokens", most)
+        n_tokens = integer("speculative_tokens", self.speculative_tokens, 1, MAX_SPECULATIVE)
+        put(self, "speculative_tokens", n_tokens)
         if self.speculative is not None and not callable(self.speculative):
             raise OptionError(
                 f"speculative={self.speculative!r:.80}; give a function that makes a drafter, or None"
@@ -132,19 +132,19 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     return tuple(encodable("stop", text) for text in texts)
 
 
-def _stop_token_ids(given: object) -> tuple[int, ...]:
-    if given is None or isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-        raise OptionError(f"stop_token_ids={given!r:.80}; give a list of token ids, or leave it out")
-    return tuple(integer("each of stop_token_ids", token, 0) for token in given)
+def _stop_token_ids(value: object) -> tuple[int, ...]:
+    if value is None or isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise OptionError(f"stop_token_ids={value!r:.80}; give a list of token ids, or leave it out")
+    return tuple(integer("each of stop_token_ids", token, 0) for token in value)
 
 
-def _triggers(given: object, grammar: Grammar | None) -> tuple[str | int, ...]:
-    triggers = (given,) if isinstance(given, str | int) else given
+def _triggers(value: object, grammar: Grammar | None) -> tuple[str | int, ...]:
+    triggers = (value,) if isinstance(value, str | int) else value
     if not isinstance(triggers, list | tuple) or not all(
         trigger if isinstance(trigger, str) else integer("each of grammar_triggers", trigger, 0) >= 0
         for trigger in triggers
     ):
-        raise OptionError(f"grammar_triggers={shown(given)}; give texts, none of them empty, or ids of tokens")
+        raise OptionError(f"grammar_triggers={shown(value)}; give texts, none of them empty, or ids of tokens")
     if triggers and grammar is None:
         raise OptionError("grammar_triggers without a grammar; give one, as grammar=, json_schema= or regex=")
     return tuple(

@@ -32,7 +32,7 @@ from erllama.errors import ModelUnloaded
 
 # Beyond this many unread pieces, further ones of one kind are joined: a stalled reader costs no more memory than
 # the reply.
-_MOST_UNREAD = 256
+_MAX_UNREAD = 256
 # Longest wait at a time. A Ctrl-C in the moment before a thread sleeps is noticed when it wakes.
 SLEEP_SECONDS = 1.0
 
@@ -116,7 +116,7 @@ class Ticket:
     def notify(self) -> None:
         """Send the new pieces, and wake the readers. If too many are unread, wait with the new ones."""
         if self._emitted:
-            if self._unread.qsize() < _MOST_UNREAD:
+            if self._unread.qsize() < _MAX_UNREAD:
                 self._send()
             else:
                 self._backlog.add(self._emitted)

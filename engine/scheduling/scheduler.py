@@ -186,8 +186,8 @@ class Scheduler:
         slot, provenance = slots.allocate(sequence, source)
         if n_stored > source.n:  # whole blocks are restored, and then cut
             slots.make_room(n_stored - source.n + self._context.prefix_cache.slicing.block_size)
-        how = derive_recipe(self._backend.recipe, sequence.adapters)
-        kv = SequenceKV(self._context.prefix_cache, slot, sequence.namespace, sequence.n_prompt, how)
+        recipe = derive_recipe(self._backend.recipe, sequence.adapters)
+        kv = SequenceKV(self._context.prefix_cache, slot, sequence.namespace, sequence.n_prompt, recipe)
         restored = kv.restore(
             sequence.buffer[: len(sequence.reusable) + 1],
             match,
@@ -247,16 +247,16 @@ class Scheduler:
 
     def _prefill_slices(self, inside: list[Sequence], n_rows: int) -> list[Part]:
         """Return slices of prompts, in the order of admission, with as many tokens as fit the tick."""
-        most = self._chunk if n_rows else max(self._chunk, self._limits.n_ubatch)
-        most = min(most, self._limits.n_batch - n_rows)
+        token_budget = self._chunk if n_rows else max(self._chunk, self._limits.n_ubatch)
+        token_budget = min(token_budget, self._limits.n_batch - n_rows)
         parts = []
         n_cells = n_rows
         for sequence in inside:
-            if most <= 0:
+            if token_budget <= 0:
                 break
             if sequence.prefilling:
                 start = sequence.n_computed
-                end = sequence.next_slice_end(most, len(inside) == 1)
+                end = sequence.next_slice_end(token_budget, len(inside) == 1)
                 if not self.slots.make_room(n_cells + end - start):
                     end = start + self.slots.cells.free - n_cells
                     if end <= start:
@@ -264,7 +264,7 @@ class Scheduler:
                     end = sequence.next_slice_end(end - start, len(inside) == 1)
                 parts.append(Part(sequence, start, end))
                 n_cells += end - start
-                most -= end - start
+                token_budget -= end - start
         return parts
 
     # --- the decode

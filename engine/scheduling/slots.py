@@ -102,7 +102,7 @@ class Slots:
     def find_longest_prefix(self, sequence: Sequence, running: Iterable[Sequence]) -> PrefixSource:
         """Return the sequence in the context that has the longest prefix of the reusable tokens of another.
 
-        Of several equally long ones, its own session's. Memory that cannot be trimmed is reused only from parked
+        Of several equally long ones, its own session's. Memory that cannot be cut is reused only from parked
         sequences, and only whole.
         """
         wanted = sequence.reusable

@@ -105,7 +105,7 @@ with erllama.Cache(disk=sys.argv[3]) as cache, erllama.load_model(sys.argv[1], c
 # Modules that need a package of an extra, and that package. All others import without the extras.
 NEED_EXTRAS = {
     "erllama.metrics": "prometheus-client",  # the extra `metrics`
-    "erllama.testing.backend_machine": "hypothesis",  # the extra `testing`
+    "erllama.testing.backends.machine": "hypothesis",  # the extra `testing`
     "erllama.testing.cache_machine": "hypothesis",
 }
 # Only a build of the wheel imports this module: it reads shim.h, which the wheel does not hold.

@@ -108,7 +108,7 @@ class ScriptedBackend(StubBackend):
             _token_of[int(self._kv[cells[0]])] = int(self._batch.tokens[row])
 
     def _logits(self, sequence: int) -> NDArray[np.float32]:
-        held = self._values(sequence, 0, self._held[sequence]).tolist()
+        held = self._values(sequence, 0, self._lengths[sequence]).tolist()
         tokens = [_token_of[value] for value in held]
         logits = np.zeros(self.limits.n_vocab, np.float32)
         logits[self._next(tokens)] = 50.0

@@ -271,9 +271,9 @@ class _FinitenessCheck:
                 if fault is not None:
                     return f"the property {name!r:.80} is required: {fault}"
         if type_ == "array":
-            least = schema.get("minItems", 0)
+            minimum = schema.get("minItems", 0)
             first = _list(schema.get("prefixItems"))
-            n = int(least) if isinstance(least, int | float) else 0
+            n = int(minimum) if isinstance(minimum, int | float) else 0
             needed = [*first[:n], *([schema.get("items", True)] if n > len(first) else [])]
             faults = (self._fault(item) for item in needed)
             fault = next((fault for fault in faults if fault is not None), None)

@@ -16,11 +16,11 @@ _SHORT = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\\\"}
 
 
 class Repetition(NamedTuple):
-    """A repeated symbol; a `most` of None is without limit."""
+    """A repeated symbol; a `maximum` of None is without limit."""
 
     symbol: str
-    least: int
-    most: int | None
+    minimum: int
+    maximum: int | None
 
 
 # The alternatives of a rule. Each is a sequence of names of rules and terminals, and of literal Lark.
@@ -58,9 +58,9 @@ def format_sequence(symbols: Sequence[str | Repetition]) -> str:
 
 
 def _format_repetition(repetition: Repetition) -> str:
-    if (repetition.least, repetition.most) == (0, None):
+    if (repetition.minimum, repetition.maximum) == (0, None):
         return f"{repetition.symbol}*"
-    return f"{repetition.symbol}{{{repetition.least},{'' if repetition.most is None else repetition.most}}}"
+    return f"{repetition.symbol}{{{repetition.minimum},{'' if repetition.maximum is None else repetition.maximum}}}"
 
 
 def productive_rules(bodies: dict[str, Body]) -> dict[str, Body]:
@@ -101,7 +101,7 @@ def _needed(symbol: str | Repetition) -> str:
     """Return the symbol that must have a text; empty for a symbol that may occur zero times."""
     if isinstance(symbol, str):
         return symbol
-    return symbol.symbol if symbol.least else ""
+    return symbol.symbol if symbol.minimum else ""
 
 
 def reachable(bodies: dict[str, Body], start: str) -> dict[str, None]:

@@ -322,14 +322,14 @@ class SchemaWriter:
 
     def _array(self, parts: list[dict[str, object]]) -> Body:
         shapes = [items_of(part) for part in parts]
-        least = max(count_of(part, "minItems", 0) or 0 for part in parts)
-        mosts = [most for part in parts if (most := count_of(part, "maxItems", None)) is not None]
-        most = min(mosts, default=None)
-        if most is not None and most < least:
+        minimum = max(count_of(part, "minItems", 0) or 0 for part in parts)
+        maxima = [maximum for part in parts if (maximum := count_of(part, "maxItems", None)) is not None]
+        maximum = min(maxima, default=None)
+        if maximum is not None and maximum < minimum:
             return []
         n_first = max(len(first) for first, _ in shapes)
-        if most is not None:
-            n_first = min(n_first, most)
+        if maximum is not None:
+            n_first = min(n_first, maximum)
         first = [
             self._rule(first[at] if at < len(first) else rest for first, rest in shapes) for at in range(n_first)
         ]
@@ -338,21 +338,21 @@ class SchemaWriter:
         space = self._space()
         for at in range(n_first):
             separator: list[str | Repetition] = [space, '","', space] if at else []
-            end: Body = [[space, '"]"'] if at else ['"]"']] if at >= least else []
+            end: Body = [[space, '"]"'] if at else ['"]"']] if at >= minimum else []
             self._bodies[f"{name}_{at}"] = [[*separator, first[at], f"{name}_{at + 1}"], *end]
-        self._bodies[f"{name}_{n_first}"] = self._remaining_items(rest, n_first, least, most)
+        self._bodies[f"{name}_{n_first}"] = self._remaining_items(rest, n_first, minimum, maximum)
         return [['"["', space, f"{name}_0"]]
 
-    def _remaining_items(self, item: str, written: int, least: int, most: int | None) -> Body:
+    def _remaining_items(self, item: str, written: int, minimum: int, maximum: int | None) -> Body:
         """Return the rule of the remaining items, which share a schema, and of the end of the array."""
         space = self._space()
-        left, right = max(least - written, 0), None if most is None else most - written
+        left, right = max(minimum - written, 0), None if maximum is None else maximum - written
         end: list[str | Repetition] = [space, '"]"']
         another = self._new_rule()
         self._bodies[another] = [[space, '","', space, item]]
         if written:
             return [[Repetition(another, left, right), *end]] if right != 0 else [end]
-        empty: Body = [['"]"']] if least == 0 else []
+        empty: Body = [['"]"']] if minimum == 0 else []
         some: Body = [[item, Repetition(another, max(left - 1, 0), None if right is None else right - 1), *end]]
         return [*empty, *(some if right != 0 else [])]
 
@@ -363,17 +363,17 @@ class SchemaWriter:
         required = list(dict.fromkeys(name for part in parts for name in required_by(part)))
         listed = [name for part in parts for name in properties_of(part)]
         names = list(dict.fromkeys([*listed, *required]))
-        least = max(count_of(part, "minProperties", 0) or 0 for part in parts)
-        mosts = [most for part in parts if (most := count_of(part, "maxProperties", None)) is not None]
-        most = min(mosts, default=None)
+        minimum = max(count_of(part, "minProperties", 0) or 0 for part in parts)
+        maxima = [maximum for part in parts if (maximum := count_of(part, "maxProperties", None)) is not None]
+        maximum = min(maxima, default=None)
         n = len(required)
-        if len(names) > n and (least > n or most is not None):
-            raise unsupported_error("minProperties" if least > n else "maxProperties")
-        if most is not None and most < max(least, n):
+        if len(names) > n and (minimum > n or maximum is not None):
+            raise unsupported_error("minProperties" if minimum > n else "maxProperties")
+        if maximum is not None and maximum < max(minimum, n):
             return []
         name = self._new_rule()
         self._entries(name, parts, names, frozenset(required))
-        self._others(name, parts, names, max(least - n, 0), None if most is None else most - n)
+        self._others(name, parts, names, max(minimum - n, 0), None if maximum is None else maximum - n)
         return [['"{"', self._space(), f"{name}_a0"]]
 
     def _entries(self, name: str, parts: list[dict[str, object]], names: list[str], needed: frozenset[str]) -> None:
@@ -390,7 +390,7 @@ class SchemaWriter:
                 self._bodies[f"{name}_{written}{at}"] = [[*(comma if written == "b" else []), *entry], *skipped]
 
     def _others(
-        self, name: str, parts: list[dict[str, object]], taken: list[str], least: int, most: int | None
+        self, name: str, parts: list[dict[str, object]], taken: list[str], minimum: int, maximum: int | None
     ) -> None:
         """Add the rules of the additional properties and of the end of the object, after those of `_entries`."""
         space, pair, another = self._space(), self._new_rule(), self._new_rule()
@@ -398,10 +398,10 @@ class SchemaWriter:
         self._bodies[pair] = [[self._key(taken), space, '":"', space, value]]
         self._bodies[another] = [[space, '","', space, pair]]
         end: list[str | Repetition] = [space, '"}"']
-        self._bodies[f"{name}_b{len(taken)}"] = [[Repetition(another, least, most), *end]]
-        tail = Repetition(another, max(least - 1, 0), None if most is None else most - 1)
-        none: Body = [] if least else [['"}"']]
-        some: Body = [] if most == 0 else [[pair, tail, *end]]
+        self._bodies[f"{name}_b{len(taken)}"] = [[Repetition(another, minimum, maximum), *end]]
+        tail = Repetition(another, max(minimum - 1, 0), None if maximum is None else maximum - 1)
+        none: Body = [] if minimum else [['"}"']]
+        some: Body = [] if maximum == 0 else [[pair, tail, *end]]
         self._bodies[f"{name}_a{len(taken)}"] = [*none, *some]
 
     def _key(self, taken: Sequence[str]) -> str:
