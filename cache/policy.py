@@ -73,7 +73,7 @@ class Policy:
         if isinstance(value, Policy):
             return value
         if not isinstance(value, Mapping):
-            raise OptionError(f"policy={value!r}; give an erllama.Policy, or a mapping of its options")
+            raise OptionError(f"policy={value!r}; pass an erllama.Policy, or a mapping of its options")
         options = {str(name): option for name, option in value.items()}
         known = [field.name for field in fields(cls)]
         reject_unknown({name: options[name] for name in options if name not in known}, known, "policy")

@@ -470,7 +470,7 @@ class Cache:
     def _check_tiers(self, tiers: object, option: str) -> None:
         known = {"ram", "ram_file", "disk", "live", *self.tier_names}
         if not isinstance(tiers, tuple | list) or not known.issuperset(tiers):
-            raise OptionError(f"{option}={tiers!r}; give a tuple of {', '.join(map(repr, sorted(known)))}")
+            raise OptionError(f"{option}={tiers!r}; pass a tuple of {', '.join(map(repr, sorted(known)))}")
 
     @uninterrupted
     def gc(self) -> int:

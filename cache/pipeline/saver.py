@@ -183,10 +183,10 @@ def _bytes_of(payload: object) -> memoryview:
     try:
         content = memoryview(payload)  # type: ignore[arg-type]
     except TypeError:
-        raise OptionError(f"a payload of type {type(payload).__name__}; give bytes or an array of uint8") from None
+        raise OptionError(f"a payload of type {type(payload).__name__}; pass bytes or an array of uint8") from None
     if not content.c_contiguous or content.itemsize != 1 or not content.nbytes:
         raise OptionError(
             f"a payload of {content.nbytes} bytes with items of {content.itemsize}; "
-            "give at least one byte, contiguous, with items of one byte"
+            "pass at least one byte, contiguous, with items of one byte"
         )
     return content.cast("B") if content.format != "B" or content.ndim != 1 else content

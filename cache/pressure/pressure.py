@@ -101,7 +101,7 @@ class Pressure:
 
 def _tiers(value: object) -> tuple[str, ...]:
     if not isinstance(value, tuple | list) or not value:
-        raise OptionError(f"tiers={value!r}; give a tuple of {', '.join(map(repr, EVICTABLE))}")
+        raise OptionError(f"tiers={value!r}; pass a tuple of {', '.join(map(repr, EVICTABLE))}")
     return tuple(dict.fromkeys(choice("tiers", tier, EVICTABLE) for tier in value))
 
 

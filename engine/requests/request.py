@@ -80,10 +80,10 @@ class RequestOptions:
         key = self.parent_key
         if key is not None and (not isinstance(key, bytes) or len(key) != KEY_BYTES):
             raise OptionError(
-                f"parent_key={shown(key)}; give the finish_key of a Completion, {KEY_BYTES} bytes, or None"
+                f"parent_key={shown(key)}; pass the finish_key of a Completion, {KEY_BYTES} bytes, or None"
             )
         if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
-            raise OptionError(f"cache_salt={shown(self.cache_salt)}; give a text that is not empty, or None")
+            raise OptionError(f"cache_salt={shown(self.cache_salt)}; pass a text that is not empty, or None")
         if self.max_tokens is not None:
             put(self, "max_tokens", integer("max_tokens", self.max_tokens, 0))
         boolean("reproducible", self.reproducible)
@@ -92,21 +92,21 @@ class RequestOptions:
         if self.logprobs is not None:
             put(self, "logprobs", integer("logprobs", self.logprobs, 0, MAX_LOGPROBS))
         if self.session_id is not None and (not isinstance(self.session_id, str) or not self.session_id):
-            raise OptionError(f"session_id={shown(self.session_id)}; give a text that is not empty, or None")
+            raise OptionError(f"session_id={shown(self.session_id)}; pass a text that is not empty, or None")
         if self.timeout is not None:
             put(self, "timeout", real("timeout", self.timeout, 0.0))
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
-            raise OptionError(f"grammar={shown(self.grammar)}; give GBNF as text, or an erllama.Grammar, or None")
+            raise OptionError(f"grammar={shown(self.grammar)}; pass GBNF as text, or an erllama.Grammar, or None")
         put(self, "grammar_triggers", _triggers(self.grammar_triggers, self.grammar))
         n_tokens = integer("speculative_tokens", self.speculative_tokens, 1, MAX_SPECULATIVE)
         put(self, "speculative_tokens", n_tokens)
         if self.speculative is not None and not callable(self.speculative):
             raise OptionError(
-                f"speculative={self.speculative!r:.80}; give a function that makes a drafter, or None"
+                f"speculative={self.speculative!r:.80}; pass a function that makes a drafter, or None"
             )
         if self.sampling_state is not None and not isinstance(self.sampling_state, SamplingState):
             raise OptionError(
-                f"sampling_state={shown(self.sampling_state)}; give the sampling_state of a Completion, or None"
+                f"sampling_state={shown(self.sampling_state)}; pass the sampling_state of a Completion, or None"
             )
         self._check_combinations()
 
@@ -128,13 +128,13 @@ class RequestOptions:
 def _stop_strings(stop: object) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else stop
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
-        raise OptionError(f"stop={shown(stop)}; give a text, or a list of them, none of them empty")
+        raise OptionError(f"stop={shown(stop)}; pass a text, or a list of them, none of them empty")
     return tuple(encodable("stop", text) for text in texts)
 
 
 def _stop_token_ids(value: object) -> tuple[int, ...]:
     if value is None or isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise OptionError(f"stop_token_ids={value!r:.80}; give a list of token ids, or leave it out")
+        raise OptionError(f"stop_token_ids={value!r:.80}; pass a list of token ids, or leave it out")
     return tuple(integer("each of stop_token_ids", token, 0) for token in value)
 
 
@@ -144,9 +144,9 @@ def _triggers(value: object, grammar: Grammar | None) -> tuple[str | int, ...]:
         trigger if isinstance(trigger, str) else integer("each of grammar_triggers", trigger, 0) >= 0
         for trigger in triggers
     ):
-        raise OptionError(f"grammar_triggers={shown(value)}; give texts, none of them empty, or ids of tokens")
+        raise OptionError(f"grammar_triggers={shown(value)}; pass texts, none of them empty, or ids of tokens")
     if triggers and grammar is None:
-        raise OptionError("grammar_triggers without a grammar; give one, as grammar=, json_schema= or regex=")
+        raise OptionError("grammar_triggers without a grammar; pass one, as grammar=, json_schema= or regex=")
     return tuple(
         encodable("grammar_triggers", trigger) if isinstance(trigger, str) else trigger for trigger in triggers
     )
