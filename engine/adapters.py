@@ -149,7 +149,7 @@ class Adapters:
         return adapter
 
     def detach(self, adapter: LoadedAdapter) -> None:
-        """Stop using an adapter for new requests. It is freed when no request uses it any more. Idempotent."""
+        """Stop using an adapter for new requests. It is freed once no request uses it. Idempotent."""
         with self._lock:
             if adapter in self.loaded:
                 self._change(tuple(other for other in self.loaded if other is not adapter))
@@ -206,7 +206,7 @@ class Adapters:
             self._in_use = adapters
 
     def free_unused(self) -> None:
-        """Free the adapters that are unloaded and that no request uses any more."""
+        """Free the unloaded adapters that no request uses."""
         with self._lock:
             unused, self._unused = self._unused, []
         for adapter in unused:

@@ -183,7 +183,7 @@ class Backend(Protocol):
 
     @property
     def namespace(self) -> Mapping[str, NamespaceValue]:
-        """Everything that changes what a token's KV holds or how `pack` lays it out."""
+        """Everything that changes the content of a token's KV, or its layout in the bytes of `pack`."""
         ...
 
     @property
@@ -226,7 +226,7 @@ class Backend(Protocol):
     def share(self, source: int, target: int, end: int) -> None:
         """Add positions [0, end) of `source` to `target`, which is empty; only if `limits.can_trim`.
 
-        No data is copied, and no cell is taken. A cell is free again when no sequence has it any more.
+        No data is copied, and no cell is taken. A cell is free again when no sequence has it.
         """
         ...
 

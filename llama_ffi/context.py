@@ -236,7 +236,7 @@ class LlamaContext(NativeContext):
         return self._buffer[: self.n_logits]
 
     def _release_logits(self) -> bool:
-        """Return whether no view of libllama's output buffer exists any more."""
+        """Drop this object's view of libllama's output buffer. Returns whether no other view exists."""
         if self._buffer is None:
             return True
         buffer = weakref.ref(self._buffer)  # the base of every view

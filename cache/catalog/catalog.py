@@ -143,7 +143,7 @@ class BlockCatalog:
         return not entry.places <= self._external
 
     def superseded_by(self, block: Block) -> list[Block]:
-        """Return the shorter tails whose tokens a block contains."""
+        """Return the shorter tails whose tokens are a prefix of those of a block."""
         return self._tree.superseded_by(block)
 
     def holders(self, key: bytes) -> list[tuple[TierLedger, Tier]]:
@@ -206,7 +206,7 @@ class BlockCatalog:
         self.drop(_PENDING, key)
 
     def apply_changes(self, tier: Tier, changes: Changes) -> list[Block]:
-        """Record what others stored in a tier and removed from it.
+        """Record changes that others made to a tier.
 
         Returns:
             blocks that another root of the same tier holds already: one of the two copies can be removed.
@@ -292,8 +292,8 @@ class BlockCatalog:
     def roots_by_room(self, ledger: TierLedger, block: Block, n_bytes: int) -> list[Tier]:
         """Return the roots to try for a block, in order.
 
-        The root that has the block; else the one with the most free room; if none has enough, the one whose
-        next victim was used longest ago.
+        A writable root that has the block is the only one. Otherwise the root with the most free room is first. If
+        no root has enough room, the root whose next victim was used longest ago is first.
         """
         holder = ledger.root_of(block.key)
         if holder is not None and not holder.read_only:

@@ -18,7 +18,7 @@ from erllama.cache.tiers.tier import Changes, Tier
 
 
 class _PendingRemoval(NamedTuple):
-    """A block that is to be removed from a tier. Its bytes count until then."""
+    """A pending removal of a block from a tier. The bytes of the block count until it is removed."""
 
     block: Block
     damaged: bool
@@ -145,7 +145,7 @@ class Evictor:
                 else:
                     tier.remove([block.key])
         except BaseException:
-            self._tiers.mark_out_of_sync(tier)  # `sync` lists and counts again what was not removed
+            self._tiers.mark_out_of_sync(tier)  # `sync` lists and counts the remaining blocks again
             raise
 
     def pending_bytes(self, tier: Tier) -> int:

@@ -13,7 +13,7 @@ from erllama.cache.pipeline.write_queue import WriteQueue
 
 
 class CacheReport:
-    """Reads the state of one cache and changes none of it."""
+    """Reads the state of one cache without changing it."""
 
     def __init__(self, catalog: BlockCatalog, counters: Counters, queue: WriteQueue, tiers: TierSet) -> None:
         self._catalog, self._counters, self._queue, self._tiers = catalog, counters, queue, tiers

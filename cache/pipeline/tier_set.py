@@ -160,7 +160,7 @@ class TierSet:
         """Open a tier that is not usable, unless an attempt failed a moment ago."""
         if self._closed or not self.reopen_due(tier):
             return False
-        if tier not in self._errors:  # lost since the last call: none of its content is known to exist
+        if tier not in self._errors:  # lost since the last call: its content may be lost, too
             with self._lock:
                 self.apply_changes(tier, Changes([], [], complete=True))
         return self.open(tier, on_change)

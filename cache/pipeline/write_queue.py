@@ -300,7 +300,7 @@ class WriteQueue:
     def _due_save(self, now: float, flushed: int) -> bytes | None:
         """Return the key of the first due save. Saves up to the serial `flushed` are due."""
         # The order of insertion puts parents before children; a delayed tail has no children.
-        # Delayed saves must leave room for others, so none is delayed while the queue is over half full.
+        # Delayed saves must leave room for others, so delays do not apply while the queue is over half full.
         over_half = 2 * self._n_bytes > self._limit
         for key, pending in self._pending.items():
             if over_half or pending.serial <= flushed or pending.due <= now:

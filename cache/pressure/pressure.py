@@ -113,7 +113,7 @@ class _Excess(NamedTuple):
 class PressureWatch:
     """Checks memory at an interval, and has tiers evicted when too much of it is used.
 
-    For a reading at or above the high watermark, the excess is what is used above the low watermark, and at least
+    For a reading at or above the high watermark, the excess is the use above the low watermark, and at least
     `min_evict_bytes`. A check evicts once, the largest excess of all readings, because the same bytes may count in
     several readings. Thread-safe.
 

@@ -1,6 +1,6 @@
 """Layout of a cache directory, and the locks by which processes share it.
 
-    <root>/index.db       what is stored
+    <root>/index.db       the list of the stored blocks
     <root>/blocks/        one file per block, named by its key
     <root>/partial/       files being written
     <root>/owners/        one locked file for every process that has the directory open
@@ -151,7 +151,7 @@ class CacheDirectory:
         return partial.name.split("-", 1)[0]
 
     def remove_leftovers(self) -> None:
-        """Remove what ended processes left: their files first, then the lock files that identify their owners."""
+        """Remove leftovers of ended processes: their files, then the lock files that identify their owners."""
         self.remove_leftover_files()
         for owner in self._owners():
             self._remove_lock_file(owner)

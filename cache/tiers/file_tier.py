@@ -4,7 +4,7 @@
 files. A block is reserved in the index, written under a temporary name, and made durable. Then, if its reservation
 is still there, one transaction renames the file into place and adds its row. After a crash between those steps, the
 next opening repairs the directory: it adopts a valid file that the index lacks, drops a row without a file, and
-removes what ended processes left half-done.
+removes leftovers of ended processes.
 """
 
 from __future__ import annotations

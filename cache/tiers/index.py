@@ -1,4 +1,4 @@
-"""Index of a cache directory: one SQLite database, the source of truth for what is stored.
+"""Index of a cache directory: one SQLite database, the source of truth for the stored blocks.
 
 Several processes share it (WAL). Each process writes through one connection, in short transactions, and reads what
 others wrote through a second connection, which never waits. Triggers record every change of a block, so that a

@@ -120,7 +120,7 @@ def primary_code(error: sqlite3.Error) -> int:
 
 
 def shows_damage(error: BaseException) -> bool:
-    """Return whether an error proves that the content of the database is not what was written."""
+    """Return whether an error proves that the content of the database is damaged."""
     if isinstance(error, DamagedIndexError | UnicodeDecodeError):
         return True
     # Other codes have other causes, too. For example, statements in the wrong order are SQLITE_ERROR.

@@ -86,7 +86,7 @@ class Reconciler:
         return len(self._changed) > 0
 
     def remove_leftovers(self) -> None:
-        """Remove what ended processes left: files, then the reservations that count them, then locks.
+        """Remove leftovers of ended processes: files, then the reservations that count them, then locks.
 
         The order matters: a reservation must count a file until it is removed, and a lock file identifies both.
         """

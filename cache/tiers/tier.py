@@ -101,7 +101,7 @@ class Tier(ABC):
         return True
 
     def open(self) -> None:  # noqa: B027 - an empty default suits many tiers
-        """Open the tier and repair what a crash left. May be called again."""
+        """Open the tier and repair it after a crash. May be called again."""
 
     @abstractmethod
     def rows(self) -> Iterable[TierRow]:
@@ -123,7 +123,7 @@ class Tier(ABC):
         `block` identifies the block by its key; its other fields may be those of another version.
 
         Raises:
-            CacheFormatError: the stored content differs from what was written.
+            CacheFormatError: the stored content differs from the written content.
             FileNotFoundError: the tier does not have the block.
             OSError: the block cannot be read now. The next save of the block writes it again.
         """
@@ -203,5 +203,5 @@ class Tier(ABC):
         return False
 
     def changes(self) -> Changes | None:
-        """Return what others changed since the last `rows` or `changes`; None for no change. Must not wait."""
+        """Return the changes of others since the last `rows` or `changes`; None for no change. Must not wait."""
         return None

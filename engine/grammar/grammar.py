@@ -326,7 +326,7 @@ def _compile(tokens: llguidance_adapter.GuidanceVocabulary, grammar: Grammar, la
 
 def _error_of(grammar: Grammar, raw: str) -> GrammarError:
     text, line, column = llguidance_adapter.describe_error(raw)
-    # Line and column refer to Lark, so they help only those who wrote Lark.
+    # Line and column refer to the Lark text, so they are useful only for a grammar written in Lark.
     if line is None or grammar.kind != "lark":
         return (NotSupported if llguidance_adapter.is_unsupported(raw) else GrammarError)(text)
     return GrammarError(f"line {line}, column {column}: {text}", line=line, column=column)

@@ -23,7 +23,7 @@ class Matcher:
         vocabulary: the model's vocabulary.
         native: a copy of the compiled grammar.
         on_limit: called when the grammar reaches one of llguidance's limits. All copies of a compiled grammar share
-            its lexer, so after that none of them works any more.
+            its lexer, so no copy works after that.
         names_tokens: whether the grammar refers to tokens, so that it may allow tokens without text.
     """
 

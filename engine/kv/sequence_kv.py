@@ -188,7 +188,7 @@ class SequenceKV:
             self._backend.cut(self._slot, n_shared)
         blocks, restored = self._restore_blocks(blocks, wanted, n_shared, n_shared + room, tiers)
         if reproducible:
-            # Again, by what was loaded: a block may have been missing, or saved anew by another process.
+            # Again, for the loaded blocks: one may have been missing, or another process may have saved it again.
             restored = self._trim_to_canonical(blocks, restored)
         self._provenance.add_restored([block for block in blocks if block.start < restored], restored)
         return restored, min(n_shared, restored)
@@ -262,7 +262,7 @@ class SequenceKV:
         for at in range(0, len(raw) - size + 1, size):
             parent = child_key(parent, raw[at : at + size])
             if not self._cache.contains(parent):
-                # Saved with blocks of another size: save them anew, if the memory can still be packed.
+                # Saved with blocks of another size: save them again, if the memory can still be packed.
                 self._saving = self._can_trim
                 break
             self._keys.append(parent)

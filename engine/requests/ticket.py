@@ -57,7 +57,7 @@ class EndPiece(NamedTuple):
     """The end of a thought or of a call.
 
     Attributes:
-        kind: what ended.
+        kind: the phase that ended.
         raw: the signature of the thinking, or the bytes of the call.
     """
 
@@ -205,7 +205,7 @@ class Ticket:
         return self._completion
 
     def _next(self, *, wait: bool) -> Event | None:
-        """Return the next event; None after waiting in vain, or after the end."""
+        """Return the next event; None if none arrives in time, or after the end."""
         done = self.done  # read first: all pieces are sent before the request is done
         try:
             piece = self._unread.get(wait and not done, SLEEP_SECONDS)

@@ -303,7 +303,7 @@ class ModelThread:
             raise
 
     def unload_adapter(self, adapter: LoadedAdapter) -> None:
-        """Stop using an adapter for new requests. It is freed when no request uses it any more. Idempotent."""
+        """Stop using an adapter for new requests. It is freed once no request uses it. Idempotent."""
         if self._process == os.getpid():  # a forked process has neither the model nor the adapter
             self.adapters.detach(adapter)
             self._notify_of_unused_adapters()
@@ -326,7 +326,7 @@ class ModelThread:
         self._flush()
 
     def stop(self) -> None:
-        """End all requests with ModelUnloaded, save what they computed, and close the backend. Idempotent."""
+        """End all requests with ModelUnloaded, save their KV, and close the backend. Idempotent."""
         if self._process != os.getpid():
             return  # the thread is in the parent process, and the lock may be taken there
         self.begin_to_stop()
@@ -369,7 +369,7 @@ class ModelThread:
             )
 
     def _call(self, function: Callable[[], object]) -> None:
-        """Call a function in the model thread, between two ticks, and wait for it. Raises what it raised."""
+        """Call a function in the model thread, between two ticks, and wait for it. Raises its error."""
         self.check_caller()
         call = ThreadCall(function)
         with self._lock:

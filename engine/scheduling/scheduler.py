@@ -456,7 +456,7 @@ class Scheduler:
             self._fail_and_restart([], wrap_error(error))
 
     def shut_down(self, error: Error) -> bool:
-        """End all requests with an error, and save what they computed. Returns whether anything was saved."""
+        """End all requests with an error, and save their KV. Returns whether any was saved."""
         saved = False
         in_flight = [part.sequence for part in self._in_flight]
         for sequence in [*self.running, *self.waiting]:

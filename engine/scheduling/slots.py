@@ -142,7 +142,7 @@ class Slots:
         slot = self._take_slot(other)
         if other is not None:
             assert other.slot is not None
-            if isinstance(other, Parked):  # it was used just now
+            if isinstance(other, Parked):  # now the most recently used
                 self.parked.remove(other)
                 self.parked.append(other)
             self._backend.share(other.slot, slot, n)
