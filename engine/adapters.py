@@ -97,7 +97,7 @@ class Attached(NamedTuple):
 AdapterSet = tuple[Attached, ...]
 
 
-def checked_scale(scale: object) -> float:
+def check_scale(scale: object) -> float:
     """Return a scale as a number that libllama accepts. Raises OptionError for any other value."""
     return real("scale", scale, -_MAX_SCALE, _MAX_SCALE)
 

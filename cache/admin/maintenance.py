@@ -217,7 +217,7 @@ class CacheFiles:
         self._tier.mend()
         rows = self.rows()
         after = {row.block.key for row in rows}
-        removed = self._remove(_unreachable(rows))
+        removed = self._remove(_unreachable_rows(rows))
         if budget is not None:
             removed = _sum(removed, self.shrink(budget))
         left = self._partials - _names_in(self.root / "partial")
@@ -305,7 +305,7 @@ def _names_in(directory: Path) -> set[str]:
         return set()
 
 
-def _unreachable(rows: Sequence[TierRow]) -> list[TierRow]:
+def _unreachable_rows(rows: Sequence[TierRow]) -> list[TierRow]:
     """Return those rows whose parent is missing or unreachable. `rows` has parents first."""
     reached: set[bytes] = set()
     unreachable = []

@@ -79,7 +79,7 @@ class Evictor:
                 with self._lock:
                     victims = self._choose(tier, n_bytes)
                 self.remove(tier, victims)
-            return self._freed(tier, victims)
+            return self._bytes_freed(tier, victims)
 
     def _evict_under_lock(self, tier: Tier, n_bytes: int) -> int:
         """Free bytes as `_evict` does, of a tier that is written, and so changed, under the cache's lock."""
@@ -99,7 +99,7 @@ class Evictor:
         """Drop blocks of at least `n_bytes` from the catalog. The caller holds the cache's lock."""
         return self._catalog.choose_victims(tier, self._catalog.ledger(tier.name).n_bytes(tier) - n_bytes)
 
-    def _freed(self, tier: Tier, victims: Sequence[Victim]) -> int:
+    def _bytes_freed(self, tier: Tier, victims: Sequence[Victim]) -> int:
         """Return the bytes of the victims that are gone. Excludes those that the tier failed to remove."""
         if not self._tiers.in_sync(tier):
             with self._tiers.guard("listing the blocks that are left", tier):

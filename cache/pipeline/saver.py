@@ -68,7 +68,7 @@ class Saver:
                 self._saved.notify_all()
 
     def _save(self, block: Block, payload: memoryview, replace: bool, trimmable: bool) -> bool:
-        tiers = self._tiers.save_targets() if replace else self._lacking(block.key)
+        tiers = self._tiers.save_targets() if replace else self._tiers_lacking(block.key)
         if not replace and not self.wants(block.key):
             self._counters.add("duplicates_dropped")
             return False
@@ -97,11 +97,11 @@ class Saver:
     def wants(self, key: bytes) -> bool:
         """Return whether a save would store a block in a tier that lacks it. The caller holds the cache's lock."""
         if self._tiers.save_targets():
-            return bool(self._lacking(key))
+            return bool(self._tiers_lacking(key))
         ram = self._catalog.ledgers().get("ram")
         return ram is not None and key not in ram
 
-    def _lacking(self, key: bytes) -> tuple[str, ...]:
+    def _tiers_lacking(self, key: bytes) -> tuple[str, ...]:
         """Return the slower tiers that neither have a readable copy of a block nor are about to get one."""
         pending = self._queue.get(key)
         queued_for = pending.tiers if pending is not None else ()

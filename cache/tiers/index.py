@@ -190,7 +190,7 @@ class Index:
         ).fetchall()
         if found:
             self._last_change = found[-1][0]
-        stored = {row[1]: _checked_row(*row[2:]) for row in found if row[2] is not None}
+        stored = {row[1]: _check_row(*row[2:]) for row in found if row[2] is not None}
         removed = [key for _, key, *row in found if row[0] is None]
         return Changes(list(stored.values()), removed, complete=False)
 
@@ -389,10 +389,10 @@ def _select_blocks(reader: sqlite3.Connection) -> tuple[int, list[TierRow]]:
         found = reader.execute(f"SELECT {_COLUMNS} FROM blocks b").fetchall()
     except UnicodeDecodeError as error:
         raise DamagedIndexError(str(error)) from error
-    return last_change, [_checked_row(*row) for row in found]
+    return last_change, [_check_row(*row) for row in found]
 
 
-def _checked_row(
+def _check_row(
     key: bytes,
     parent: bytes,
     namespace: bytes,

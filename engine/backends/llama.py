@@ -115,7 +115,7 @@ class LlamaBackend:
         return partial(
             llama_ffi.LlamaContext,
             self._model,
-            n_ctx=_padded(n_ctx),
+            n_ctx=_round_up(n_ctx),
             n_batch=options.n_batch,
             n_ubatch=min(options.n_ubatch, options.n_batch),
             n_seq_max=n_sequences + 1,
@@ -368,7 +368,7 @@ def _or_default(value: float | None) -> float:
     return -1.0 if value is None else value
 
 
-def _padded(n_ctx: int) -> int:
+def _round_up(n_ctx: int) -> int:
     """Round a size up as libllama does, but before it derives other sizes."""
     return -(-n_ctx // _N_CTX_STEP) * _N_CTX_STEP
 

@@ -129,7 +129,7 @@ def load_file(
     except llama_ffi.LoadCancelledError as error:
         raise LoadCancelled(f"{path}: {error}") from None
     except llama_ffi.UnusedOverrideError as error:
-        raise OptionError(_unused(error, metadata, vocab_only)) from None
+        raise OptionError(_unused_override_message(error, metadata, vocab_only)) from None
     except llama_ffi.LlamaError as error:
         raise ModelLoadError(
             f"{path} cannot be loaded: {error}. Check that the file is complete and of a supported kind"
@@ -143,7 +143,9 @@ def _all_tensors(path: Path, header: llama_ffi.GGUFHeader) -> list[llama_ffi.Ten
     return [*header.tensors, *(tensor for part in others for tensor in llama_ffi.read_tensor_table(part)[1])]
 
 
-def _unused(error: llama_ffi.UnusedOverrideError, metadata: Mapping[str, object], vocab_only: bool) -> str:
+def _unused_override_message(
+    error: llama_ffi.UnusedOverrideError, metadata: Mapping[str, object], vocab_only: bool
+) -> str:
     if error.reason:
         return f"overrides[{error.key!r}] has the wrong type: libllama {error.reason}"
     near = get_close_matches(error.key, [key for key in metadata if key != error.key], n=1, cutoff=0.8)

@@ -22,13 +22,13 @@ except ImportError as error:
     ) from error
 
 
-def _printable_lines(record: logging.LogRecord) -> bool:
+def _make_printable(record: logging.LogRecord) -> bool:
     """Make a line of libllama's log printable, since it may quote a model's metadata."""
     record.msg, record.args = printable(record.getMessage()), None
     return True
 
 
-logging.getLogger("erllama.llama").addFilter(_printable_lines)
+logging.getLogger("erllama.llama").addFilter(_make_printable)
 
 MAX_SEQUENCES = llama_ffi.max_sequences() - 1  # one is the scratch sequence
 

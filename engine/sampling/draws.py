@@ -37,7 +37,7 @@ class Categorical:
     """Draws by the softmax of the candidates' logits."""
 
     def draw(self, candidates: Candidates) -> int:
-        return int(candidates.ids[_drawn_position(candidates)])
+        return int(candidates.ids[_draw_position(candidates)])
 
 
 class Mirostat(HasOptions):
@@ -70,7 +70,7 @@ class Mirostat(HasOptions):
 
     def draw(self, candidates: Candidates) -> int:
         candidates = candidates.top(self._n_kept(candidates))
-        at = _drawn_position(candidates)
+        at = _draw_position(candidates)
         surprise = -math.log2(float(candidates.probabilities()[at]))
         self.mu -= self._eta * (surprise - self._tau)
         return int(candidates.ids[at])
@@ -94,7 +94,7 @@ class Mirostat(HasOptions):
         return max(int(min(k, len(candidates))), 1) if math.isfinite(k) else len(candidates)
 
 
-def _drawn_position(candidates: Candidates) -> int:
+def _draw_position(candidates: Candidates) -> int:
     """Draw a position by the softmax. Takes one number from the request's generator."""
     weights: NDArray[np.float32] = candidates.weights()
     start = 0

@@ -298,7 +298,7 @@ class Temperature(ChainStep):
         return cls(temperature) if temperature != 1 else None
 
     def __call__(self, candidates: Candidates) -> Candidates:
-        return _scaled(candidates, self._temperature)
+        return _scale_logits(candidates, self._temperature)
 
 
 class DynamicTemperature:
@@ -323,10 +323,10 @@ class DynamicTemperature:
         entropy = math.log(total) - float(np.dot(weights, logs)) / total
         uncertainty = max(entropy / math.log(len(candidates)), 0.0)
         temperature = self._least + (self._most - self._least) * uncertainty**self._exponent
-        return _scaled(candidates, temperature) if temperature > 0 else candidates.top(1)
+        return _scale_logits(candidates, temperature) if temperature > 0 else candidates.top(1)
 
 
-def _scaled(candidates: Candidates, temperature: float) -> Candidates:
+def _scale_logits(candidates: Candidates, temperature: float) -> Candidates:
     """Return the candidates with their logits divided by a temperature.
 
     Penalties may follow and depend on the signs of logits. So logits are shifted, by the largest one, only where

@@ -190,7 +190,7 @@ class ModelThread:
                 "load models after forking, or start workers with multiprocessing's 'spawn' method"
             )
         if self._stopping:
-            raise self._unloaded("is unloaded; load it again to use it")
+            raise self._unloaded_error("is unloaded; load it again to use it")
 
     def check_computes(self) -> None:
         """Check as `check` does; a model without weights has another runner, which raises VocabularyOnly here."""
@@ -404,14 +404,16 @@ class ModelThread:
                 calls, self._calls = self._calls, deque()
             self._run_final_step(lambda: self._end_requests(scheduler))
             for call in calls:
-                call.end(self._unloaded("was unloaded meanwhile"))
+                call.end(self._unloaded_error("was unloaded meanwhile"))
             self._run_final_step(self.adapters.close)
             if self._tier is not None:
                 self._run_final_step(self._tier.detach)
             self._run_final_step(self._backend.close)
 
     def _end_requests(self, scheduler: Scheduler) -> None:
-        self._saved_at_stop = scheduler.shut_down(self._unloaded("was unloaded while the request ran or waited"))
+        self._saved_at_stop = scheduler.shut_down(
+            self._unloaded_error("was unloaded while the request ran or waited")
+        )
 
     def _run_final_step(self, step: Callable[[], object]) -> None:
         """Run one step of the model's end. Logs its exception, if any, so that the other steps follow."""
@@ -420,7 +422,7 @@ class ModelThread:
         except BaseException:
             log.exception("model %r: a step of its unloading failed", self._name)
 
-    def _unloaded(self, state: str) -> ModelUnloaded:
+    def _unloaded_error(self, state: str) -> ModelUnloaded:
         if self._failure is None:
             return ModelUnloaded(f"model {self._name!r} {state}")
         error = ModelUnloaded(f"model {self._name!r} cannot continue, and is unloaded: {self._failure}")

@@ -101,8 +101,8 @@ class ScriptedBackend(StubBackend):
         finally:
             self._batch = None
 
-    def _hold(self, sequence: int, start: int, cells: NDArray[np.int32]) -> None:
-        super()._hold(sequence, start, cells)
+    def _append_cells(self, sequence: int, start: int, cells: NDArray[np.int32]) -> None:
+        super()._append_cells(sequence, start, cells)
         if self._batch is not None:
             row = np.flatnonzero((self._batch.sequences == sequence) & (self._batch.positions == start))[0]
             _token_of[int(self._kv[cells[0]])] = int(self._batch.tokens[row])

@@ -68,14 +68,14 @@ def number_patterns(wanted: NumberRange) -> list[list[str]]:
     if high is None or high.value >= zero:
         found += _fractions("", low if low and low.value >= zero else Bound(zero), high)
     if low is None or low.value < zero:
-        least = _mirrored(high) if high and high.value <= zero else Bound(zero, True)
-        found += _fractions("-", least, low and _mirrored(low))
+        least = _negate(high) if high and high.value <= zero else Bound(zero, True)
+        found += _fractions("-", least, low and _negate(low))
     return found
 
 
 def _integers(wanted: NumberRange) -> list[list[str]]:
     low = None if wanted.low is None else _least_integer(wanted.low)
-    high = None if wanted.high is None else -_least_integer(_mirrored(wanted.high))
+    high = None if wanted.high is None else -_least_integer(_negate(wanted.high))
     step = lcm(*(step.numerator for step in wanted.steps))
     if low is not None and low == high:
         return [[str(low)]] if low % step == 0 else []
@@ -94,7 +94,7 @@ def _least_integer(bound: Bound) -> int:
     return floor(value) + 1 if bound.exclusive else ceil(value)
 
 
-def _mirrored(bound: Bound) -> Bound:
+def _negate(bound: Bound) -> Bound:
     return Bound(bound.value.copy_negate(), bound.exclusive)
 
 

@@ -196,7 +196,7 @@ class SchemaWriter:
             if schema is True:
                 continue
             if schema is False:
-                return self._named("no", [])
+                return self._add_rule("no", [])
             if not isinstance(schema, dict):
                 raise GrammarError(f"a schema is an object or a boolean, not {json.dumps(schema)[:40]}")
             found[self._id(schema)] = None
@@ -206,7 +206,7 @@ class SchemaWriter:
             self._open.append((name, conjunction))
         return self._names[conjunction]
 
-    def _named(self, suffix: str, body: Body) -> str:
+    def _add_rule(self, suffix: str, body: Body) -> str:
         name = f"{self._prefix}{suffix}"
         self._bodies[name] = body
         return name
@@ -251,7 +251,7 @@ class SchemaWriter:
         if at is not None:
             others = [*parts[:at], self._without_keywords(parts[at], ["const", "enum"]), *parts[at + 1 :]]
             return [[self._rule([*others, *value])] for value in listed_values(parts[at])]
-        return self._typed(parts)
+        return self._body_by_type(parts)
 
     def _flatten(self, schemas: Iterable[object]) -> list[dict[str, object]] | None:
         """Return the schemas with allOf and references expanded into the list; None if one of them is false."""
@@ -287,7 +287,7 @@ class SchemaWriter:
 
     # --- values by their types
 
-    def _typed(self, parts: list[dict[str, object]]) -> Body:
+    def _body_by_type(self, parts: list[dict[str, object]]) -> Body:
         types = types_of(parts)
         simple = types & SIMPLE
         numeric = types & {"integer", "number"}
