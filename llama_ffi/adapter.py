@@ -143,8 +143,8 @@ def _check_pair(name: str, a: Tensor, b: Tensor, weight: Tensor) -> None:
         fits = (a.shape[0], b.shape[1]) == (n_in, n_out) and a.shape[1] == b.shape[0]
     if not fits or not a.shape[2:] == b.shape[2:] == weight.shape[2:] or not all(a.shape + b.shape):
         raise LlamaError(
-            f"{name!r} is adapted by tensors of shapes {_format_shape(a)} and {_format_shape(b)}, which do not fit the "
-            f"model's {_format_shape(weight)}: it is for another model"
+            f"{name!r} is adapted by tensors of shapes {_format_shape(a)} and {_format_shape(b)}, which do not fit "
+            f"the model's {_format_shape(weight)}: it is for another model"
         )
 
 
