@@ -260,7 +260,7 @@ import sys
 from pathlib import Path
 import erllama
 sys.path.append(sys.argv[7])
-from support.gguf.corruption import damaged
+from support.gguf.corruption import corrupted
 model_path, source, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 first, last, header = map(int, sys.argv[4:7])
 content = Path(source).read_bytes()
@@ -269,7 +269,7 @@ with erllama.Cache() as cache, erllama.load_model(model_path, n_ctx=256, n_threa
     plain = model.complete("hello", max_tokens=3, temperature=0.0).tokens
     for seed in range(first, last):
         print("seed", seed, flush=True)
-        target.write_bytes(damaged(content, seed, header))
+        target.write_bytes(corrupted(content, seed, header))
         try:
             adapter = model.load_adapter(target)
         except erllama.AdapterLoadError:
