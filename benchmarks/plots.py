@@ -21,7 +21,7 @@ LEGEND_ROW = 22
 # A generous width of a character: the font of the reader is unknown.
 CHARACTER = 7.5
 # More markers would hide the line.
-MOST_MARKERS = 20
+MAX_MARKERS = 20
 
 # Colours for light and dark backgrounds, after Okabe and Ito, safe for colour blindness; dashes; markers.
 STYLES = (
@@ -201,7 +201,7 @@ def _drawn(line: Line, x: Axis, y: Axis, number: int) -> list[str]:
     places = [(x.at(a), y.at(b)) for a, b in line.points]
     if not places:
         return []
-    every = -(-len(places) // MOST_MARKERS)
+    every = -(-len(places) // MAX_MARKERS)
     marked = [*places[:-1:every], places[-1]]
     joined = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
     style = number % len(STYLES)

@@ -1,8 +1,9 @@
-"""A token-exact, tiered store of KV blocks, which needs no model and no libllama.
+"""A token-exact, tiered store of KV blocks, usable without a model or libllama.
 
 Users create a `Cache`, and the engine looks up, loads and saves blocks with it. `namespace_key`, `child_key` and
 `Block` define blocks, `kvc` reads and writes their files, and user-defined tiers derive from `Tier`. Imports run
-from `store` to `pipeline` and `admin`, `catalog`, `tiers`, `texts` and `blocks`. Imports nothing of the engine.
+from `store` to `pipeline`, `catalog`, `tiers`, `texts` and `blocks`. `store` also imports `pressure`, and `admin`
+imports `tiers`, `catalog` and `blocks`. The package does not import the engine.
 """
 
 from erllama.cache.blocks.block import Block, SaveReason

@@ -62,7 +62,7 @@ def directories(name: str, value: object, quota: object) -> list[Root]:
     roots = [Root(name, _directory(name, path), size) for path, size in wanted]
     for root in roots:
         if root.budget == 0:
-            raise OptionError(f"{name}_quota=0 leaves no room in {root.path}; give a size, or omit {name!r}")
+            raise OptionError(f"{name}_quota=0 leaves no room in {root.path}; pass a size, or omit {name!r}")
     return roots
 
 
@@ -73,13 +73,13 @@ def file_tiers(roots: Sequence[Root], watch: bool, read_only: bool) -> list[File
         OptionError: two directories are equal, or one lies in another; or `read_only` is set without a directory.
     """
     if read_only and not roots:
-        raise OptionError("read_only=True without a directory; give disk or ram_file, too")
+        raise OptionError("read_only=True without a directory; pass disk or ram_file, too")
     for i, root in enumerate(roots):
         for other in roots[:i]:
             a, b = Path(os.path.realpath(root.path)), Path(os.path.realpath(other.path))
             if a == b or a in b.parents or b in a.parents:
                 raise OptionError(
-                    f"{root.path} and {other.path} are equal, or one lies in the other; give separate directories"
+                    f"{root.path} and {other.path} are equal, or one lies in the other; pass separate directories"
                 )
     return [
         create_file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=read_only) for root in roots
@@ -93,13 +93,13 @@ def custom_tiers(value: object) -> list[Tier]:
         OptionError: one is not a tier, is listed twice, or has a reserved name or another write mode than "behind".
     """
     if not isinstance(value, list | tuple):
-        raise OptionError(f"tiers={value!r}; give a list of objects derived from erllama.cache.Tier")
+        raise OptionError(f"tiers={value!r}; pass a list of objects derived from erllama.cache.Tier")
     for tier in value:
         if not isinstance(tier, Tier):
-            raise OptionError(f"{tier!r} in tiers; give objects of a class derived from erllama.cache.Tier")
+            raise OptionError(f"{tier!r} in tiers; pass objects of a class derived from erllama.cache.Tier")
         if tier.write_mode != "behind" or tier.name in ("ram", "live"):
             raise OptionError(
-                f"tiers has {tier.name!r} with write_mode={tier.write_mode!r}; give tiers with write_mode='behind' "
+                f"tiers has {tier.name!r} with write_mode={tier.write_mode!r}; pass tiers with write_mode='behind' "
                 "and a name other than 'ram' and 'live'"
             )
     if len({id(tier) for tier in value}) != len(value):
@@ -111,7 +111,7 @@ def _directory(name: str, value: object) -> Path:
     if value is True:
         return default_directory(name)
     if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
-        raise OptionError(f"{name}={value!r}; give a directory, several, True for the default one, or None")
+        raise OptionError(f"{name}={value!r}; pass a directory, several, True for the default one, or None")
     try:
         return Path(value).expanduser().absolute()
     except RuntimeError as error:
@@ -128,6 +128,6 @@ def default_directory(name: str) -> Path:
         return Path(platformdirs.user_cache_dir("erllama"))
     if not sys.platform.startswith("linux"):
         raise OptionError(
-            "ram_file=True needs /dev/shm, which this system lacks; give a directory on a file system in memory"
+            "ram_file=True needs /dev/shm, which this system lacks; pass a directory on a file system in memory"
         )
     return Path(f"/dev/shm/erllama-{os.geteuid()}")

@@ -1,11 +1,11 @@
-"""Which parts of a context are saved, and when: one `Policy` per model.
+"""The save policy of a model: which parts of a context are saved, and when.
 
-The KV of every token is stored once, whatever the policy. A policy excludes blocks that are not worth their bytes.
+The KV of every token is stored once, under every policy. A policy excludes blocks that are not worth their bytes.
 The defaults save everything: a block that is never requested again costs a write in the background, and is evicted
 first.
 
 Memory that cannot be cut can be packed only at the moment when a block is complete, and later blocks need earlier
-ones. For such memory, full blocks are saved when they are complete, whatever the policy says, and the policy
+ones. For such memory, full blocks are saved when they are complete, under every policy, and the policy
 applies only to the shorter blocks at the end. The engine asks the policy; the cache does not.
 """
 
@@ -45,7 +45,7 @@ class Policy:
     boundary_trim_tokens: int = 0
     boundary_align_tokens: int = 1
     session_resume_wait_ms: int = 500
-    # They must not hang with the disk.
+    # A limit, because `evict()` and `unload()` must not hang if the disk does.
     evict_save_timeout_ms: int = 30_000
 
     def __post_init__(self) -> None:
@@ -53,8 +53,8 @@ class Policy:
             value = getattr(self, field.name)
             if field.name == "cold_max_tokens" and value is None:
                 continue
-            least = 1 if field.name == "boundary_align_tokens" else 0
-            object.__setattr__(self, field.name, integer(f"policy: {field.name}", value, least))
+            minimum = 1 if field.name == "boundary_align_tokens" else 0
+            object.__setattr__(self, field.name, integer(f"policy: {field.name}", value, minimum))
         if self.cold_max_tokens is not None and self.cold_max_tokens < self.cold_min_tokens:
             raise OptionError(
                 f"policy: cold_max_tokens={self.cold_max_tokens} is below "
@@ -73,7 +73,7 @@ class Policy:
         if isinstance(value, Policy):
             return value
         if not isinstance(value, Mapping):
-            raise OptionError(f"policy={value!r}; give an erllama.Policy, or a mapping of its options")
+            raise OptionError(f"policy={value!r}; pass an erllama.Policy, or a mapping of its options")
         options = {str(name): option for name, option in value.items()}
         known = [field.name for field in fields(cls)]
         reject_unknown({name: options[name] for name in options if name not in known}, known, "policy")

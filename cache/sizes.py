@@ -29,14 +29,14 @@ def parse_bytes(name: str, value: object) -> int:
         OptionError: `value` is not a size, or is negative.
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise OptionError(f"{name}={value!r}; give a size such as '2GiB', or a number of bytes")
+        raise OptionError(f"{name}={value!r}; use a size such as '2GiB', or a number of bytes")
     if isinstance(value, int):
         if value < 0:
             raise OptionError(f"{name}={value}; a size cannot be negative")
         return min(value, _MAX_BYTES)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
     if not found or found[2].lower() not in _UNITS:
-        raise OptionError(f"{name}={value!r}; give a size such as '2GiB' or '500MB' (units: KB to TB, KiB to TiB)")
+        raise OptionError(f"{name}={value!r}; use a size such as '2GiB' or '500MB' (units: KB to TB, KiB to TiB)")
     n_bytes = float(found[1]) * _UNITS[found[2].lower()]
     if n_bytes > _MAX_BYTES:
         raise OptionError(f"{name}={value!r} is more than any storage has")

@@ -2,8 +2,8 @@
 
 The model threads of the engine and operators call it. Any number of models and threads may share one cache.
 A lookup reads memory, and the index if another process has written to it. A load may read a file. A save is
-stored in RAM at once and written to the slower tiers later. A storage fault raises nothing here: it is a miss
-or an unsaved block, counted and logged. `Cache` wires the pipeline, and its calls go to one link each.
+stored in RAM at once and written to the slower tiers later. A storage fault raises no exception: it is a
+miss or an unsaved block, counted and logged. `Cache` wires the pipeline, and each call goes to one link.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Cache:
 
     Models and threads may share it, and signal handlers may call it. An exception that a handler raises, such
     as KeyboardInterrupt, ends a call at once; the call completes in the background, so no change is left half
-    done. Close the cache, use it in a `with`, or leave it to the interpreter's exit: each writes what waits.
+    done. Close the cache, use it in a `with`, or leave it to the interpreter's exit: each writes the waiting saves.
 
     Args:
         ram: budget of the RAM tier, as "2GiB" or in bytes; 0 or None turns it off.
@@ -73,10 +73,10 @@ class Cache:
             directories are one tier: a sequence of them, or a mapping to their quotas.
         disk_quota: budget of each such directory.
         read_only: read the directories and never write to them. A directory that holds a cache and cannot
-            be written, such as one on a read-only mount, is always used like this.
+            be written, such as one on a read-only mount, is always opened read-only.
         tiers: tiers of your own, slower than all these, from fast to slow.
         block_size: tokens per block; a power of two from 16 to 4096.
-        write_queue: most bytes that may wait for the slower tiers. Saves beyond it are dropped and counted.
+        write_queue: maximum bytes that may wait for the slower tiers. Saves beyond it are dropped and counted.
         pressure: evict when memory runs short: a `Pressure`, a mapping of its options, or the name of a source.
         watch: notice files that others put into the directories or remove from them.
 
@@ -192,7 +192,7 @@ class Cache:
         self._queue.skip_delays()  # waiting saves hold memory, too
         return self.evict_bytes(n_bytes, tiers)
 
-    # --- what the engine calls ----------------------------------------------------------
+    # --- called by the engine ----------------------------------------------------------
 
     @uninterrupted
     def lookup(
@@ -213,7 +213,7 @@ class Cache:
             tokens: ids, shape (n,).
             whole: match only blocks whose last token agrees, too; for memory that cannot be cut.
             loadable: match only blocks that `load` can return, and none that are only in a context's cells.
-            parent_key: the key of a context that `tokens` continue. If its save is under way,
+            parent_key: the key of a context that `tokens` continue. If its save is in flight,
                 the lookup waits for it.
             wait_ms: the longest such wait, in milliseconds.
             count: count a hit or a miss; False for a caller that counts the outcome with `count_request`.
@@ -294,7 +294,7 @@ class Cache:
 
     @contextmanager
     def packing(self) -> Iterator[None]:
-        """Count the time that the `with` block takes as spent packing."""
+        """Count the time of the `with` block as time spent packing."""
         began = time.perf_counter()
         try:
             yield
@@ -328,7 +328,7 @@ class Cache:
 
     @uninterrupted
     def awaits(self, key: bytes) -> bool:
-        """Return whether a block is not stored yet and its save is under way."""
+        """Return whether a block is not stored yet and its save is in flight."""
         return self._saver.awaits(key)
 
     # --- live tiers -------------------------------------------------------------------------
@@ -414,10 +414,10 @@ class Cache:
         Returns:
             its length in bytes, and the tokens that it was computed as, read-only; None if there is none.
         """
-        known = self._texts.longest(namespace, text)
-        return None if known is None else (known.n_bytes, known.tokens)
+        record = self._texts.longest(namespace, text)
+        return None if record is None else (record.n_bytes, record.tokens)
 
-    # --- what an operator calls --------------------------------------------------------------
+    # --- called by operators --------------------------------------------------------------
 
     @property
     def tier_names(self) -> tuple[str, ...]:
@@ -434,10 +434,10 @@ class Cache:
             return self._report.statuses()
 
     def counters(self) -> Mapping[str, int | float]:
-        """Return counts since this cache was made, seconds spent, and bytes and blocks stored now, by name.
+        """Return counts since this cache was created, seconds spent, and bytes and blocks stored now, by name.
 
-        Safe in signal handlers. A handler that interrupts a call of this library gets the counts as they are,
-        without what other processes have done since the last poll.
+        Safe in signal handlers. A handler that interrupts a call of this library gets the present
+        counts, without the changes of other processes since the last poll.
         """
         return self._report.counts() if reentered() else self._current_counts()
 
@@ -470,24 +470,24 @@ class Cache:
     def _check_tiers(self, tiers: object, option: str) -> None:
         known = {"ram", "ram_file", "disk", "live", *self.tier_names}
         if not isinstance(tiers, tuple | list) or not known.issuperset(tiers):
-            raise OptionError(f"{option}={tiers!r}; give a tuple of {', '.join(map(repr, sorted(known)))}")
+            raise OptionError(f"{option}={tiers!r}; pass a tuple of {', '.join(map(repr, sorted(known)))}")
 
     @uninterrupted
     def gc(self) -> int:
-        """Collect garbage: write what waits, repair the directories and enforce the budgets.
+        """Collect garbage: write the waiting saves, repair the directories and enforce the budgets.
 
-        Adopts files that were added and drops rows of files that were removed. Removes what dead
-        processes left, and blocks whose parent is gone.
+        Adopts files that were added and drops rows of files that were removed. Removes files that ended
+        processes left, and blocks whose parent is missing.
 
         Returns:
-            the bytes freed, those of evictions excluded.
+            the bytes freed, without those of evictions.
         """
         self.flush()
         return self._garbage_collector.collect()
 
     @uninterrupted
     def verify(self) -> list[Problem]:
-        """Read every stored file and list each defect. Changes nothing."""
+        """Read every stored file and list each defect. Does not change the files."""
         return self._integrity.verify()
 
     @uninterrupted
@@ -512,7 +512,7 @@ class Cache:
 
     @uninterrupted
     def close(self) -> None:
-        """Write what waits and close the directories. Idempotent. Later lookups miss."""
+        """Write the waiting saves and close the directories. Idempotent. Later lookups miss."""
         with self._lock:
             self._closing = True
         if self._pressure is not None:
@@ -525,7 +525,7 @@ class Cache:
 
     @uninterrupted
     def abandon(self) -> None:
-        """End as if the process had been killed: write nothing more and clean up nothing. For tests."""
+        """End as if the process had been killed, without writing or cleaning up. For tests."""
         with self._lock:
             queue, tier_set = self._queue, self._tier_set
             self._reset()
@@ -540,7 +540,7 @@ class Cache:
         self._assemble([], 0)
 
     def _forked(self) -> None:
-        """In a forked child: become an empty cache that stores nothing, without changing the parent's tiers."""
+        """Become an empty cache in a forked child, which stores nothing and leaves the parent's tiers unchanged."""
         self._lock = threading.RLock()
         self._counters = Counters()
         self._pressure = None

@@ -2,7 +2,8 @@
 
 The façade and the chats import its public names from here. `scheduling` runs requests in the model thread, `kv`
 restores and saves KV, `requests` holds what callers submit and receive, `output` parses replies, `grammar` and
-`sampling` choose tokens, and `backends` compute.
+`sampling` choose tokens, and `backends` compute. Imports run from `scheduling` to `kv`, `requests`, `output`,
+`sampling` and `grammar`. These packages know a backend only by its protocols. The engine imports the cache.
 """
 
 from erllama.engine.adapters import AdapterBackend

@@ -25,11 +25,11 @@ from erllama.errors import AdapterUnloaded
 
 log = logger("erllama.engine")
 
-# libllama sums the parts of two adapters in the order given. It sums those of more adapters in an order that
-# depends on where in memory they lie: then only the same loaded adapters produce the same bits.
-_MOST_IN_ORDER = 2
+# libllama sums the parts of two adapters in the order of its arguments. It sums those of more adapters in an order
+# that depends on where in memory they lie: then only the same loaded adapters produce the same bits.
+_MAX_IN_ORDER = 2
 _PROCESS = secrets.token_bytes(16)
-_MOST_SCALE = float(np.finfo(np.float32).max)  # scales are 32-bit numbers
+_MAX_SCALE = float(np.finfo(np.float32).max)  # scales are 32-bit numbers
 _numbers = count()
 
 
@@ -75,7 +75,7 @@ class LoadedAdapter:
         native: the backend's object.
         path: its file.
         digest: SHA-256 of the file, in hex.
-        scale: the scale for requests submitted from now on, as its owner gave it; changed by `Adapters` alone.
+        scale: the scale for requests submitted from now on, as its owner set it; changed by `Adapters` alone.
         number: unique in this process.
     """
 
@@ -93,13 +93,13 @@ class Attached(NamedTuple):
     scale: float
 
 
-# Sorted by content, then by scale, whatever the order of loading. Empty for the plain model.
+# Sorted by content, then by scale, independent of the order of loading. Empty for the plain model.
 AdapterSet = tuple[Attached, ...]
 
 
-def checked_scale(scale: object) -> float:
+def check_scale(scale: object) -> float:
     """Return a scale as a number that libllama accepts. Raises OptionError for any other value."""
-    return real("scale", scale, -_MOST_SCALE, _MOST_SCALE)
+    return real("scale", scale, -_MAX_SCALE, _MAX_SCALE)
 
 
 def describe(adapters: AdapterSet) -> str:
@@ -109,7 +109,7 @@ def describe(adapters: AdapterSet) -> str:
 
 def derive_recipe(base: bytes, adapters: AdapterSet) -> bytes:
     """Return the recipe, 16 bytes, of KV computed with a set, from the backend's own recipe."""
-    if len(adapters) <= _MOST_IN_ORDER:
+    if len(adapters) <= _MAX_IN_ORDER:
         return base
     numbers = ",".join(str(adapter.number) for adapter, _ in adapters)
     return hashlib.sha256(base + _PROCESS + numbers.encode()).digest()[:16]
@@ -141,7 +141,7 @@ class Adapters:
     # --- called by any thread
 
     def attach(self, native: object, path: Path, digest: str, scale: float) -> LoadedAdapter:
-        """Use a newly loaded adapter for new requests. If the model has ended, the adapter counts as unloaded."""
+        """Use a newly loaded adapter for new requests. If the model has ended, it counts as unloaded."""
         adapter = LoadedAdapter(native, path, digest, scale)
         with self._lock:
             if not self._closed:
@@ -149,7 +149,7 @@ class Adapters:
         return adapter
 
     def detach(self, adapter: LoadedAdapter) -> None:
-        """Stop using an adapter for new requests. It is freed when no request uses it any more. Idempotent."""
+        """Stop using an adapter for new requests. It is freed once no request uses it. Idempotent."""
         with self._lock:
             if adapter in self.loaded:
                 self._change(tuple(other for other in self.loaded if other is not adapter))
@@ -206,7 +206,7 @@ class Adapters:
             self._in_use = adapters
 
     def free_unused(self) -> None:
-        """Free the adapters that are unloaded and that no request uses any more."""
+        """Free the unloaded adapters that no request uses."""
         with self._lock:
             unused, self._unused = self._unused, []
         for adapter in unused:

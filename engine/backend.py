@@ -22,7 +22,7 @@ class Limits:
 
     Attributes:
         n_ctx: the number of cells, shared by all sequences; one sequence has at most as many tokens.
-        n_batch: most tokens of one decode.
+        n_batch: maximum number of tokens of one decode.
         n_ubatch: tokens that the backend computes at once; prefill is cut at its multiples.
         n_vocab: width of a row of logits.
         can_trim: whether the memory can be cut at any position. False for sliding-window and recurrent memory: it
@@ -77,7 +77,7 @@ class ModelFacts:
 
     Attributes:
         architecture: such as "llama".
-        name: the name that its makers gave it.
+        name: the name that the makers of the model chose.
         quantization: how most of its weights are stored, such as "Q4_K - Medium".
         n_params: the number of weights.
         file_bytes: size of its file; of a split one, of all parts together.
@@ -142,7 +142,7 @@ class Vocabulary(Protocol):
     """Converts text to tokens and back. Thread-safe.
 
     Optional attributes: `infill_tokens`, an InfillTokens, of a vocabulary that can mark gaps; None otherwise.
-    `longest_piece`, the most bytes of a text that one token stands for: texts that are too long are then refused
+    `longest_piece`, the maximum bytes of a text that one token represents: texts that are too long are then refused
     before they are tokenized. 0 if there is no limit.
     """
 
@@ -183,7 +183,7 @@ class Backend(Protocol):
 
     @property
     def namespace(self) -> Mapping[str, NamespaceValue]:
-        """Everything that changes what a token's KV holds or how `pack` lays it out."""
+        """Everything that changes the content of a token's KV, or its layout in the bytes of `pack`."""
         ...
 
     @property
@@ -208,7 +208,7 @@ class Backend(Protocol):
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
         """Return the state of positions [start, end) as bytes, shape (n,), which the caller may keep.
 
-        If the memory cannot be trimmed, `end` is the sequence's end, and after a failed decode `pack` raises
+        If the memory cannot be cut, `end` is the sequence's end, and after a failed decode `pack` raises
         BackendError until `clear`.
         """
         ...
@@ -226,7 +226,7 @@ class Backend(Protocol):
     def share(self, source: int, target: int, end: int) -> None:
         """Add positions [0, end) of `source` to `target`, which is empty; only if `limits.can_trim`.
 
-        No data is copied, and no cell is taken. A cell is free again when no sequence has it any more.
+        No data is copied, and no cell is taken. A cell is free again when no sequence has it.
         """
         ...
 

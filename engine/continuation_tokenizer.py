@@ -29,7 +29,7 @@ class ContinuationTokenizer:
         self._fence = self._tokenize(_FENCE) if self.adds_space else []
 
     def tokenize(self, text: bytes, *, parse_special: bool = False) -> list[int] | None:
-        """The tokens of a text that does not begin a text; None if the fence joins with the text.
+        """Return the tokens of a text that does not begin a text; None if the fence joins with the text.
 
         Args:
             parse_special: read the text of special tokens as those tokens.
@@ -41,7 +41,7 @@ class ContinuationTokenizer:
         return ids[n:] if ids[:n] == self._fence else None
 
     def adds_space_after(self, token: int, text: bytes) -> bool:
-        """Whether the tokenizer also puts a space before the text that follows a token.
+        """Return whether the tokenizer also puts a space before the text that follows a token.
 
         Args:
             text: the token's text, with special tokens written out.

@@ -21,9 +21,9 @@ class EmbeddingLimits:
     """The limits of an embedder.
 
     Attributes:
-        n_tokens: most tokens of one text.
-        n_batch: most tokens of several texts that are computed together; a longer text is computed alone.
-        n_sequences: most texts that can be computed together.
+        n_tokens: maximum number of tokens of one text.
+        n_batch: maximum number of tokens of texts that are computed together; a longer text is computed alone.
+        n_sequences: maximum number of texts that can be computed together.
         pooling: the default, one of POOLINGS; "rank" for a model that scores pairs of texts.
     """
 

@@ -1,6 +1,6 @@
 """Counters and histograms of one engine.
 
-The model thread writes them, callers write `refused` under a lock, and anyone reads them without a lock.
+The model thread writes them, callers write `refused` under a lock, and any thread may read them without a lock.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class EngineMetrics:
         failed: requests that ended with an error, by the error's name.
         refused: requests that were refused because the queue was full.
         prompt_tokens: tokens of the prompts of requests that entered the context.
-        shared_tokens: prompt tokens that came from cells of other sequences.
-        cached_tokens: prompt tokens that came from the cache.
+        shared_tokens: prompt tokens reused from cells of other sequences.
+        cached_tokens: prompt tokens restored from the cache.
         prefilled_tokens: tokens computed in slices of prefill, including those of resumed requests.
         decoded_tokens: rows of replies that were computed, one a tick for each reply that is generated.
         drafted_tokens, accepted_tokens: rows computed ahead, and those of them that were accepted.
         ticks: decodes.
-        preempted: how often a request lost its cells to others, and waited.
+        preempted: preemptions of requests, which lost their cells to others and waited.
         first_token, between_tokens: seconds from submission to the first token, and from token to token.
     """
 

@@ -30,7 +30,7 @@ def cpu_quota(membership: Path = MEMBERSHIP, mount: Path = MOUNT) -> float | Non
 
 
 def _quota(level: Level) -> float | None:
-    """The quota of one cgroup. A level that cannot be read has none."""
+    """Return the quota of one cgroup. A level that cannot be read has none."""
     if level.version == 1:
         # -1 means no quota; read_number returns None for it.
         quota, period = read_number(level.path / "cpu.cfs_quota_us"), read_number(level.path / "cpu.cfs_period_us")

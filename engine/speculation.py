@@ -34,13 +34,13 @@ class NgramDrafter:
         self._n_indexed = 0
         self._index(prompt.tobytes(), len(prompt))
 
-    def __call__(self, tokens: NDArray[np.int32], most: int) -> Sequence[int]:
+    def __call__(self, tokens: NDArray[np.int32], max_tokens: int) -> Sequence[int]:
         raw, n = tokens.tobytes(), len(tokens)
         self._index(raw, n)
         for size in _SIZES:
             end = self._ends.get(raw[-4 * size :])
             if n > size and end is not None:
-                following: list[int] = tokens[end : end + most].tolist()
+                following: list[int] = tokens[end : end + max_tokens].tolist()
                 return following
         return ()
 
@@ -96,35 +96,35 @@ class Speculator:
     """Chooses the tokens of one request that are computed ahead.
 
     Args:
-        drafter: proposes tokens; whatever it raises ends speculation for this request, not the request.
-        most: most tokens ahead.
+        drafter: proposes tokens. An exception that it raises ends speculation for the request, not the request.
+        max_drafts: maximum number of tokens ahead.
         n_vocab: width of the vocabulary, for checking the drafter's tokens.
 
     Attributes:
         drafted, accepted: as in `Drafts`, so far.
     """
 
-    def __init__(self, drafter: Drafter, most: int, n_vocab: int) -> None:
-        self._drafter, self._most, self._n_vocab = drafter, most, n_vocab
-        self._length = min(2, most)
+    def __init__(self, drafter: Drafter, max_drafts: int, n_vocab: int) -> None:
+        self._drafter, self._max_drafts, self._n_vocab = drafter, max_drafts, n_vocab
+        self._length = min(2, max_drafts)
         self._rate = 0.5  # of recent drafts that were accepted
         self._resume_at = 0
         self._pause = _PAUSE
         self.drafted = self.accepted = 0
 
-    def draft(self, tokens: NDArray[np.int32], most: int, n_rows: int, costs: DecodeCosts) -> list[int]:
+    def draft(self, tokens: NDArray[np.int32], max_drafts: int, n_rows: int, costs: DecodeCosts) -> list[int]:
         """Return the tokens to compute ahead; [] for none.
 
         Args:
             tokens: all tokens so far, int32, shape (n,).
-            most: most tokens to return.
+            max_drafts: maximum number of tokens to return.
             n_rows: rows of the decode without drafts.
             costs: how long decodes take.
 
         Raises:
-            Exception: whatever the drafter raises, or a ValueError if it returns ids outside the vocabulary.
+            Exception: any exception of the drafter, or a ValueError if it returns ids outside the vocabulary.
         """
-        n = min(most, self._length)
+        n = min(max_drafts, self._length)
         if n < 1 or len(tokens) < self._resume_at or not self._pays(n, n_rows, costs, len(tokens)):
             return []
         drafts = [int(token) for token in self._drafter(tokens, n)][:n]
@@ -140,7 +140,7 @@ class Speculator:
         self._resume_at = n_tokens + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         # The next try starts with a neutral rate and a short draft.
-        self._rate, self._length = max(self._rate, 0.5), min(2, self._most)
+        self._rate, self._length = max(self._rate, 0.5), min(2, self._max_drafts)
         return False
 
     def record(self, drafted: int, accepted: int) -> None:
@@ -150,6 +150,6 @@ class Speculator:
         for success in [True] * accepted + [False] * (accepted < drafted):
             self._rate += 0.1 * (success - self._rate)
         if accepted == drafted:
-            self._length, self._pause = min(2 * drafted, self._most), _PAUSE
+            self._length, self._pause = min(2 * drafted, self._max_drafts), _PAUSE
         else:
             self._length = max(1, accepted)

@@ -143,11 +143,11 @@ def _check_pair(name: str, a: Tensor, b: Tensor, weight: Tensor) -> None:
         fits = (a.shape[0], b.shape[1]) == (n_in, n_out) and a.shape[1] == b.shape[0]
     if not fits or not a.shape[2:] == b.shape[2:] == weight.shape[2:] or not all(a.shape + b.shape):
         raise LlamaError(
-            f"{name!r} is adapted by tensors of shapes {_shown(a)} and {_shown(b)}, which do not fit the model's "
-            f"{_shown(weight)}: it is for another model"
+            f"{name!r} is adapted by tensors of shapes {_format_shape(a)} and {_format_shape(b)}, which do not fit "
+            f"the model's {_format_shape(weight)}: it is for another model"
         )
 
 
-def _shown(tensor: Tensor) -> str:
+def _format_shape(tensor: Tensor) -> str:
     n = max((i + 1 for i, size in enumerate(tensor.shape) if size != 1), default=1)
     return "x".join(map(str, tensor.shape[: max(n, 2)]))

@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def declarations(header: str) -> str:
-    """The part of shim.h between its markers, without comments, for cffi's cdef."""
+    """Return the part of shim.h between its markers, without comments, for cffi's cdef."""
     inside = header.split("/* cffi: begin */", 1)[1].split("/* cffi: end */", 1)[0]
     return re.sub(r"/\*.*?\*/", "", inside, flags=re.DOTALL)
 

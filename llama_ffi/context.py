@@ -47,8 +47,8 @@ class LlamaContext(NativeContext):
     Args:
         model: an open model with weights.
         n_ctx: KV cells, rounded up to a multiple of 256 by libllama.
-        n_batch: the maximum of tokens in one `decode`; at most n_ctx.
-        n_ubatch: the maximum of tokens that libllama computes at once; at most n_batch.
+        n_batch: maximum number of tokens in one `decode`; at most n_ctx.
+        n_ubatch: maximum number of tokens that libllama computes at once; at most n_batch.
         n_seq_max: sequences, numbered 0 to n_seq_max - 1.
         n_threads: threads for decodes of one token per sequence.
         n_threads_batch: threads for longer batches.
@@ -214,7 +214,7 @@ class LlamaContext(NativeContext):
         self._arrays = (tokens, positions, sequences, output)
 
     def logits(self) -> NDArray[np.float32]:
-        """The logits of the last decode, in place.
+        """Return the logits of the last decode, in place.
 
         Returns:
             read-only float32 array, shape (rows with output, n_vocab), a view of libllama's buffer. The next decode
@@ -231,12 +231,12 @@ class LlamaContext(NativeContext):
 
     def _rows(self) -> NDArray[np.float32]:
         if self._buffer is None:
-            lease = _Lease(self._handle, self._logits_at[0], (self._reserved_rows, self.n_vocab))
-            self._buffer = np.asarray(lease)
+            owner = _LogitsOwner(self._handle, self._logits_at[0], (self._reserved_rows, self.n_vocab))
+            self._buffer = np.asarray(owner)
         return self._buffer[: self.n_logits]
 
     def _release_logits(self) -> bool:
-        """Whether no view of libllama's output buffer exists any more."""
+        """Drop this object's view of libllama's output buffer. Returns whether no other view exists."""
         if self._buffer is None:
             return True
         buffer = weakref.ref(self._buffer)  # the base of every view
@@ -303,19 +303,19 @@ class LlamaContext(NativeContext):
             check(lib.erl_memory_copy(self._native(), source, target, start, end), "copying a sequence")
 
     def first_position(self, sequence: int) -> int:
-        """The lowest position of a sequence; -1 if it is empty."""
+        """Return the lowest position of a sequence; -1 if it is empty."""
         self._check_sequence(sequence)
         with self._lock:
             return check(lib.erl_memory_first(self._native(), sequence), "reading a sequence")
 
     def last_position(self, sequence: int) -> int:
-        """The highest position of a sequence; -1 if it is empty."""
+        """Return the highest position of a sequence; -1 if it is empty."""
         self._check_sequence(sequence)
         with self._lock:
             return check(lib.erl_memory_last(self._native(), sequence), "reading a sequence")
 
     def state(self, sequence: int) -> NDArray[np.uint8]:
-        """The state of a sequence, as libllama serialises it.
+        """Return the state of a sequence, as libllama serialises it.
 
         Returns:
             uint8 array, shape (bytes,), owned by the caller.
@@ -369,7 +369,7 @@ def _pointer(name: str, array: NDArray[np.integer], n: int, dtype: np.dtype[np.i
     return ffi.from_buffer(kind, array)
 
 
-class _Lease:
+class _LogitsOwner:
     """The owner of the memory behind a logits view. It holds the context until the last view is deleted."""
 
     __slots__ = ("__array_interface__", "_handle")
@@ -389,7 +389,7 @@ class _Lease:
 
 
 def cell_bytes(model: LlamaModel, type_k: int, type_v: int) -> int:
-    """Bytes of one token's K and V in all layers, counting each with full attention; 0 without attention."""
+    """Return the bytes of one token's K and V in all layers, each with full attention; 0 without attention."""
     shape = model.shape
     if not shape.n_head:
         return 0

@@ -35,7 +35,7 @@ _NAMES = {number: name for name, number in POOLINGS.items()}
 
 
 def own_pooling(model: LlamaModel) -> str | None:
-    """The pooling that a model's file names; None if it names none."""
+    """Return the pooling that a model's file names; None if it names none."""
     metadata = model.metadata
     found = metadata.get(f"{metadata.get('general.architecture')}.pooling_type", "")
     return _NAMES.get(int(found)) if found.isdecimal() and int(found) else None
@@ -48,9 +48,9 @@ class EmbeddingContext(NativeContext):
         model: an open model with weights.
         pooling: how the rows of a sequence become one row: "mean", "cls" (the first row), "last", or "rank"
             (scores, for a model that ranks); "none" for a row per token.
-        n_tokens: the maximum of tokens in one `embed`, and so in one sequence. All are computed at once, and
+        n_tokens: maximum number of tokens in one `embed`, and so in one sequence. All are computed at once, and
             libllama keeps a row of logits for each token, as wide as the vocabulary.
-        n_sequences: the maximum of sequences in one `embed`.
+        n_sequences: maximum number of sequences in one `embed`.
         The other arguments are those of LlamaContext.
 
     Attributes:

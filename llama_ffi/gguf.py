@@ -72,7 +72,7 @@ def read_header(path: str | Path) -> GGUFHeader:
 
 
 def read_tensor_table(path: str | Path) -> tuple[int, tuple[Tensor, ...]]:
-    """`data_offset` and `tensors` of a file's header. Skips the metadata, which takes longer to read.
+    """Read `data_offset` and `tensors` of a file's header. Skips the metadata, which takes longer to read.
 
     Raises:
         LlamaError: the file is not a GGUF file that libllama can read.

@@ -50,7 +50,7 @@ class Handle:
 
     @contextmanager
     def use(self) -> Iterator[object]:
-        """The pointer, kept alive within a `with` block even if every other holder releases it."""
+        """Yield the pointer, which stays valid within the `with` block even if every other holder releases it."""
         self.hold()
         try:
             yield self.pointer

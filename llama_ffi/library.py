@@ -59,7 +59,7 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def generation() -> int:
-    """The number of forks between this process and the process that imported the library."""
+    """Return the number of forks between this process and the process that imported the library."""
     return _generation
 
 
@@ -85,7 +85,7 @@ def start() -> None:
 
 
 def last_error() -> str:
-    """The reason that the calling thread's last native call failed; empty if libllama gave none."""
+    """Return the reason that the calling thread's last native call failed; empty if libllama gave none."""
     return text(lib.erl_last_error())
 
 
@@ -97,7 +97,7 @@ def check(code: int, action: str) -> int:
 
 
 def text(pointer: object) -> str:
-    """A C string as str; the empty string for NULL."""
+    """Convert a C string to str; NULL becomes the empty string."""
     return ffi.string(pointer).decode("utf-8", "replace") if pointer else ""
 
 
@@ -168,7 +168,7 @@ class Device:
 
 
 def devices() -> list[Device]:
-    """The devices that this build of libllama finds, including the CPU. The index of a device is its number."""
+    """Return the devices that this build of libllama finds, including the CPU. Their indices are their numbers."""
     start()
     found = []
     for i in range(check(lib.erl_n_devices(), "counting devices")):
@@ -181,33 +181,33 @@ def devices() -> list[Device]:
 
 
 def system_info() -> str:
-    """The features that libllama was built with and detected, in its own format."""
+    """Return the features that libllama was built with and detected, in its own format."""
     start()
     return text(lib.erl_system_info()).strip()
 
 
 def build_info() -> dict[str, str]:
-    """The build of libllama: `source` (release tag or digest of a checkout), `backend` and `key`."""
+    """Return the build of libllama: `source` (release tag or digest of a checkout), `backend` and `key`."""
     path = Path(__file__).with_name("build.json")
     found = json.loads(path.read_text()) if path.exists() else {}
     return {name: str(found.get(name, "unknown")) for name in ("source", "backend", "key")}
 
 
 def state_version() -> int:
-    """The version of libllama's per-sequence state format."""
+    """Return the version of libllama's per-sequence state format."""
     return int(lib.erl_state_seq_version())
 
 
 def max_sequences() -> int:
-    """The maximum of sequences in one context."""
+    """Return the maximum number of sequences in one context."""
     return int(lib.erl_max_sequences())
 
 
 def ggml_type(name: str) -> int:
-    """ggml's number of a type name such as "f16" or "q8_0"; -1 for an unknown name."""
+    """Return ggml's number of a type name such as "f16" or "q8_0"; -1 for an unknown name."""
     return int(lib.erl_ggml_type(name.encode()))
 
 
 def ggml_block_size(type_number: int) -> int:
-    """The number of elements in a quantisation block of a ggml type."""
+    """Return the number of elements in a quantisation block of a ggml type."""
     return int(check(lib.erl_ggml_block_size(type_number), "reading a block size"))

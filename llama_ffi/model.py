@@ -198,7 +198,7 @@ class LlamaModel:
             }
 
     def chat_template(self, name: str | None = None) -> str | None:
-        """The model's default chat template, or the named one; None if there is none."""
+        """Return the model's default chat template, or the named one; None if there is none."""
         with self._use() as model:
             found = lib.erl_model_chat_template(model, name.encode() if name else ffi.NULL)
             return text(found) if found else None
@@ -210,7 +210,7 @@ class LlamaModel:
 
 
 def _string(read: Callable[..., int], model: object, i: int) -> str:
-    """The text that a libllama call writes. The call returns the length that it needs."""
+    """Return the text that a libllama call writes. The call returns the length that it needs."""
     size = 512
     while True:
         buffer = ffi.new("char[]", size)
@@ -221,7 +221,7 @@ def _string(read: Callable[..., int], model: object, i: int) -> str:
 
 
 def _overrides(overrides: Mapping[str, int | float | bool | str]) -> list[object]:
-    """The native array of overrides, followed by the texts that it points to."""
+    """Return the native array of overrides, followed by the texts that it points to."""
     native = ffi.new("erl_override[]", max(len(overrides), 1))
     texts: list[object] = []
     for override, (key, value) in zip(native, overrides.items(), strict=False):

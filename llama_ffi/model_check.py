@@ -42,7 +42,8 @@ class ValueRange(NamedTuple):
         return self.low <= number <= self.high or (self.or_zero and number == 0)
 
     def __str__(self) -> str:
-        return f"{'0 or ' if self.or_zero else ''}{_shown(self.low)} to {_shown(self.high)}: {self.reason}"
+        low = f"0 or {_format_bound(self.low)}" if self.or_zero else _format_bound(self.low)
+        return f"{low} to {_format_bound(self.high)}: {self.reason}"
 
 
 # The first rule that matches a name applies.
@@ -276,5 +277,5 @@ def _type_name(kind: int) -> str:
     return _type_names().get(kind, f"number {kind} of ggml")
 
 
-def _shown(bound: float) -> str:
+def _format_bound(bound: float) -> str:
     return str(bound) if isinstance(bound, int) or math.isinf(bound) else f"{bound:g}"

@@ -63,7 +63,7 @@ class NativeContext:
 
 
 def _make_free(model: Handle, adapters: Sequence[Handle]) -> Callable[[object], None]:
-    """A function that frees a native context, then releases its current adapters and its model."""
+    """Return a function that frees a native context, then releases its current adapters and its model."""
 
     def free(pointer: object) -> None:
         lib.erl_context_free(pointer)

@@ -94,9 +94,9 @@ class LlamaSampler:
         self, name: str, *numbers: float, texts: Sequence[str] = (), vocabulary: Vocabulary | None = None
     ) -> None:
         names = _names(name, len(numbers))
-        values = [_number(name, label, number) for label, number in zip(names, numbers, strict=True)]
+        values = [_check_number(name, label, number) for label, number in zip(names, numbers, strict=True)]
         self._n_vocab = int(values[names.index("n_vocab")]) if "n_vocab" in names else None
-        encoded = _encoded(name, texts)
+        encoded = _encode_texts(name, texts)
         if (name in _TEXTS) != (vocabulary is not None):
             raise LlamaError(f"the sampler {name} takes {'a' if name in _TEXTS else 'no'} vocabulary")
         if vocabulary is not None:
@@ -150,7 +150,7 @@ class LlamaSampler:
         Raises:
             LlamaError: an id is outside the vocabulary, or a grammar does not allow it.
         """
-        ids = self._checked_ids(tokens)
+        ids = self._check_ids(tokens)
         if len(ids):
             with self._lock, self._handle.use() as native:
                 pointer = ffi.from_buffer("int32_t[]", ids)
@@ -176,7 +176,7 @@ class LlamaSampler:
         Raises:
             LlamaError: the arguments do not fit this description, or libllama failed.
         """
-        ids_at = self._checked_ids(ids)
+        ids_at = self._check_ids(ids)
         logits_at = np.array(logits, np.float32)
         if not len(ids_at) or logits_at.shape != ids_at.shape:
             raise LlamaError(
@@ -205,7 +205,7 @@ class LlamaSampler:
             ids_at[:n], logits_at[:n], probabilities[:n], bool(in_order_at[0]), int(selected_at[0])
         )
 
-    def _checked_ids(self, tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int32]:
+    def _check_ids(self, tokens: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int32]:
         ids = np.array(tokens, np.int64)
         n_vocab = _INT32_MAX if self._n_vocab is None else self._n_vocab
         if ids.ndim != 1:
@@ -217,7 +217,7 @@ class LlamaSampler:
 
 
 def _names(name: str, n_numbers: int) -> tuple[str, ...]:
-    """The names of the numeric arguments of a sampler."""
+    """Return the names of the numeric arguments of a sampler."""
     names = ("n_vocab", *("token", "bias") * (n_numbers // 2)) if name == "logit_bias" else _NUMBERS.get(name)
     if names is None:
         raise LlamaError(f"unknown sampler {name!r}; use logit_bias, {', '.join(_NUMBERS)}")
@@ -226,20 +226,20 @@ def _names(name: str, n_numbers: int) -> tuple[str, ...]:
     return names
 
 
-def _number(name: str, label: str, number: float) -> float:
+def _check_number(name: str, label: str, number: float) -> float:
     if label in _INTEGERS:
-        least, most = _INTEGERS[label]
-        if not (least <= number <= most and number == int(number)):
-            raise LlamaError(f"{label}={number!r} of the sampler {name}; pass an integer, {least} to {most}")
+        minimum, maximum = _INTEGERS[label]
+        if not (minimum <= number <= maximum and number == int(number)):
+            raise LlamaError(f"{label}={number!r} of the sampler {name}; pass an integer, {minimum} to {maximum}")
     elif not (abs(number) <= _FLOAT_MAX or (label == "bias" and number == -math.inf)):
         raise LlamaError(f"{label}={number!r} of the sampler {name}; pass a number that float32 holds")
     return float(number)
 
 
-def _encoded(name: str, texts: Sequence[str]) -> list[bytes]:
-    least, most = _TEXTS.get(name, (0, 0))
-    if isinstance(texts, str) or not least <= len(texts) <= most:
-        raise LlamaError(f"{len(texts)} texts for the sampler {name}; it takes a list of {least} to {most}")
+def _encode_texts(name: str, texts: Sequence[str]) -> list[bytes]:
+    minimum, maximum = _TEXTS.get(name, (0, 0))
+    if isinstance(texts, str) or not minimum <= len(texts) <= maximum:
+        raise LlamaError(f"{len(texts)} texts for the sampler {name}; it takes a list of {minimum} to {maximum}")
     if any("\0" in text for text in texts):
         raise LlamaError(
             f"a text of the sampler {name} has a character U+0000, which would end the text in libllama"

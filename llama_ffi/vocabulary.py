@@ -37,8 +37,8 @@ class Vocabulary:
         add_bos, add_eos: whether `tokenize(add_special=True)` adds them.
         add_sep: whether the model puts `sep` between two texts.
         is_eog: bool array, shape (n_tokens,): the tokens that end a generation.
-        longest_piece: the maximum of bytes in a text that one token represents; 0 for tokenizers that drop bytes,
-            or that represent any number of unknown bytes by one token.
+        longest_piece: maximum bytes of a text that one token represents; 0 for tokenizers that drop bytes, or
+            that represent any number of unknown bytes by one token.
         is_control: bool array, shape (n_tokens,): control tokens, which have no text.
     """
 
@@ -79,7 +79,7 @@ class Vocabulary:
     def tokenize(
         self, source: str | bytes, *, add_special: bool = True, parse_special: bool = False
     ) -> NDArray[np.int32]:
-        """Turn text into token ids.
+        """Tokenize a text.
 
         Args:
             source: text, or its bytes.
@@ -111,7 +111,7 @@ class Vocabulary:
         raise LlamaError(f"tokenizing a text of {len(raw)} bytes failed")
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes of one token; empty for a control token unless `special`."""
+        """Return the bytes of one token; empty for a control token unless `special`."""
         if not 0 <= token < self.n_tokens:
             self._check_ids([token])
         if not special:
@@ -127,7 +127,7 @@ class Vocabulary:
         return bytes(ffi.buffer(buffer, n))
 
     def _read_pieces(self) -> tuple[bytes, array[int]]:
-        """The concatenated bytes of all tokens, and the offsets of their starts and of the end."""
+        """Return the concatenated bytes of all tokens, and the offsets of their starts and of the end."""
         ends = np.zeros(self.n_tokens + 1, np.uint32)
         size = 16 * self.n_tokens
         buffer = ffi.new("char[]", 0)
@@ -149,7 +149,7 @@ class Vocabulary:
         return max(int(lengths.max(initial=0)), named)
 
     def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
-        """The text of token ids: their pieces, without the space that some tokenizers put first.
+        """Return the text of token ids: their pieces, without the space that some tokenizers put first.
 
         Args:
             tokens: ids, each 0 to n_tokens - 1.
@@ -176,7 +176,7 @@ class Vocabulary:
         raise LlamaError(f"detokenizing {len(ids)} tokens failed")
 
     def text(self, token: int) -> str:
-        """The token's text in the vocabulary file, e.g. "<|im_end|>" or "▁the"."""
+        """Return the token's text in the vocabulary file, e.g. "<|im_end|>" or "▁the"."""
         self._check_ids([token])
         with self._model.use():
             return text(lib.erl_vocab_text(self._vocab, token))

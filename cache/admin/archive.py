@@ -33,7 +33,7 @@ from erllama.cache.tiers.tier import Problem
 from erllama.errors import CacheFormatError
 
 _NAME = re.compile(r"blocks/([0-9a-f]{64})\.kvc")
-_MOST_BYTES = 1 << 36  # of one member, if the length of the archive is unknown: far above any block
+_MAX_BYTES = 1 << 36  # of one member, if the length of the archive is unknown: far above any block
 _CHUNK = 1 << 20
 
 OnProgress = Callable[[float], object]
@@ -187,8 +187,8 @@ def _members(source: IO[bytes], n_all: int | None) -> Iterator[_Member]:
         if not any(record):
             break
         header = _header(record)
-        most = _MOST_BYTES if n_all is None else max(n_all - at, 0)
-        if not 0 < header.size <= most:
+        limit = _MAX_BYTES if n_all is None else max(n_all - at, 0)
+        if not 0 < header.size <= limit:
             raise _ArchiveError(f"{header.name!r} of {header.size} bytes cannot be in this archive")
         member = _Member(source, header, at)
         yield member

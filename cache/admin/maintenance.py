@@ -1,4 +1,4 @@
-"""Maintenance of one cache directory: lists, verifies, repairs and removes what it holds.
+"""Maintenance of one cache directory: lists, verifies, repairs and removes its blocks.
 
 Works on the directory itself, without a `Cache`, a budget or a model. Other processes may use the directory
 meanwhile: `CacheFiles` follows their protocol, with transactions short enough not to delay them. The command
@@ -188,7 +188,7 @@ class CacheFiles:
         """Read every file, and return the problems.
 
         Args:
-            repair: move damaged files to damaged/, adopt others, and remove what ended processes left.
+            repair: move damaged files to damaged/, adopt unlisted ones, and remove leftovers of ended processes.
             on_read: called with the fraction read.
         """
         if repair:
@@ -217,7 +217,7 @@ class CacheFiles:
         self._tier.mend()
         rows = self.rows()
         after = {row.block.key for row in rows}
-        removed = self._remove(_unreachable(rows))
+        removed = self._remove(_unreachable_rows(rows))
         if budget is not None:
             removed = _sum(removed, self.shrink(budget))
         left = self._partials - _names_in(self.root / "partial")
@@ -257,7 +257,7 @@ class CacheFiles:
         return self._remove(victims)
 
     def remove_texts_and_damaged(self) -> None:
-        """Remove what else contains parts of prompts: the tokens of texts, and damaged files."""
+        """Remove the tokens of texts and the damaged files, which contain parts of prompts, too."""
         self._require_writable()
         self._tier.forget_texts()
         for path in [*(self.root / "damaged").iterdir(), *self.root.glob(f"{INDEX_NAME}.damaged-*")]:
@@ -305,7 +305,7 @@ def _names_in(directory: Path) -> set[str]:
         return set()
 
 
-def _unreachable(rows: Sequence[TierRow]) -> list[TierRow]:
+def _unreachable_rows(rows: Sequence[TierRow]) -> list[TierRow]:
     """Return those rows whose parent is missing or unreachable. `rows` has parents first."""
     reached: set[bytes] = set()
     unreachable = []

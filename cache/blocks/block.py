@@ -67,11 +67,11 @@ class Block:
         """
         lengths = (len(parent), len(namespace), len(recipe))
         if lengths != (KEY_BYTES, KEY_BYTES, RECIPE_BYTES):
-            raise OptionError(f"parent, namespace and recipe of {lengths} bytes; give 32, 32 and 16 bytes")
+            raise OptionError(f"parent, namespace and recipe of {lengths} bytes; pass 32, 32 and 16 bytes")
         if not tokens or len(tokens) % TOKEN_BYTES:
-            raise OptionError(f"tokens of {len(tokens)} bytes; give at least one token as u32, see token_bytes")
+            raise OptionError(f"tokens of {len(tokens)} bytes; pass at least one token as u32, see token_bytes")
         if not (0 <= start < MAX_POSITION and 0 <= slice_end < MAX_POSITION):
-            raise OptionError(f"start={start}, slice_end={slice_end}; give positions from 0 to 2**63 - 1")
+            raise OptionError(f"start={start}, slice_end={slice_end}; pass positions from 0 to 2**63 - 1")
         return cls(child_key(parent, tokens), parent, namespace, start, tokens, reason, recipe, slice_end)
 
     @classmethod

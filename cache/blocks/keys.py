@@ -41,12 +41,12 @@ def token_bytes(tokens: Sequence[int] | NDArray[np.integer]) -> bytes:
     try:
         ids = np.asarray(tokens)
     except (ValueError, OverflowError) as error:
-        raise OptionError(f"token ids: {error}; give integers from 0 to 2**32 - 1") from None
+        raise OptionError(f"token ids: {error}; pass integers from 0 to 2**32 - 1") from None
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise OptionError(f"token ids of shape {ids.shape} and type {ids.dtype}; give integers, shape (n,)")
+        raise OptionError(f"token ids of shape {ids.shape} and type {ids.dtype}; pass integers, shape (n,)")
     if ids.size and ids.dtype != np.uint32 and (ids.min() < 0 or ids.max() >= 2**32):
         wrong = ids[(ids < 0) | (ids >= 2**32)][0]
-        raise OptionError(f"token id {wrong} is not a u32; give ids from 0 to 2**32 - 1")
+        raise OptionError(f"token id {wrong} is not a u32; pass ids from 0 to 2**32 - 1")
     return np.ascontiguousarray(ids, dtype="<u4").tobytes()
 
 

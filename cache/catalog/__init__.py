@@ -1,6 +1,6 @@
-"""What is stored where, in memory.
+"""The in-memory catalog of a cache: which tier holds which block.
 
 `catalog` records which tier holds which block. It uses `prefix_tree` for longest-prefix lookups and one
-`ledger` per tier, which uses `lru` for the eviction order. `counters` counts what a cache did. Imports the
-interface of a tier and the blocks.
+`ledger` per tier, which uses `lru` for the eviction order. `counters` counts what a cache did. Imports
+`blocks` and the interface of a tier.
 """

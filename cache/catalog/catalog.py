@@ -75,11 +75,11 @@ class BlockCatalog:
         ledger.remove_root(tier)
 
     def ledger(self, name: str) -> TierLedger:
-        """The account of a tier."""
+        """Return the account of a tier."""
         return self._ledgers[name]
 
     def ledgers(self) -> Mapping[str, TierLedger]:
-        """The accounts of all tiers by name, from fast to slow. May be called without the cache's lock."""
+        """Return the accounts of all tiers by name, from fast to slow. May be called without the cache's lock."""
         return self._ledgers
 
     # --- finding ---------------------------------------------------------------------------
@@ -115,7 +115,7 @@ class BlockCatalog:
         return Prefix(blocks, at // TOKEN_BYTES)
 
     def path(self, key: bytes) -> list[Block]:
-        """The blocks of a context from its first token to the block of this key; empty if one is missing."""
+        """Return the blocks of a context from its first token to the block of this key; empty if one is missing."""
         blocks: list[Block] = []
         entry = self._tree.get(key)
         while entry is not None:
@@ -129,29 +129,29 @@ class BlockCatalog:
         return isinstance(key, bytes) and self._tree.get(key) is not None
 
     def block(self, key: bytes) -> Block | None:
-        """The block of a key in any place, those of a context's cells included."""
+        """Return the block of a key in any place, those of a context's cells included."""
         entry = self._tree.get(key)
         return entry.block if entry is not None else None
 
     def stored_block(self, key: bytes) -> Block | None:
-        """The block of a key, if its payload is stored or waits to be written."""
+        """Return the block of a key, if its payload is stored or waits to be written."""
         entry = self._tree.get(key)
         return entry.block if entry is not None and self._has_payload(entry) else None
 
     def _has_payload(self, entry: Entry) -> bool:
-        """Whether a block is in any place but the cells of a context, which keep no payload."""
+        """Return whether a block is in any place but the cells of a context, which keep no payload."""
         return not entry.places <= self._external
 
     def superseded_by(self, block: Block) -> list[Block]:
-        """The shorter tails whose tokens a block contains."""
+        """Return the shorter tails whose tokens are a prefix of those of a block."""
         return self._tree.superseded_by(block)
 
     def holders(self, key: bytes) -> list[tuple[TierLedger, Tier]]:
-        """The tiers and roots that hold a block, fastest first."""
+        """Return the tiers and roots that hold a block, fastest first."""
         return [(ledger, root) for ledger in self._ledgers.values() if (root := ledger.root_of(key)) is not None]
 
     def rows(self) -> list[Row]:
-        """One row per stored block and tier."""
+        """Return one row per stored block and tier."""
         pins = self._current_pins()
         return [
             Row(
@@ -185,7 +185,7 @@ class BlockCatalog:
         for name, ledger in self._ledgers.items():
             if ledger.write_behind and _PENDING in entry.places:
                 return _PENDING
-            # Cells are not restored from, so the version that they hold says little about the stored payload.
+            # Payloads are not restored from cells, so the version in the cells may differ from that of a payload.
             if name in entry.places and not ledger.external:
                 return name
         return _PENDING if _PENDING in entry.places else None
@@ -206,7 +206,7 @@ class BlockCatalog:
         self.drop(_PENDING, key)
 
     def apply_changes(self, tier: Tier, changes: Changes) -> list[Block]:
-        """Record what others stored in a tier and removed from it.
+        """Record changes that others made to a tier.
 
         Returns:
             blocks that another root of the same tier holds already: one of the two copies can be removed.
@@ -290,10 +290,10 @@ class BlockCatalog:
                 del entries[key]
 
     def roots_by_room(self, ledger: TierLedger, block: Block, n_bytes: int) -> list[Tier]:
-        """The roots to try for a block, in order.
+        """Return the roots to try for a block, in order.
 
-        The root that has the block; else the one with the most free room; if none has enough, the one whose
-        next victim was used longest ago.
+        A writable root that has the block is the only one. Otherwise the root with the most free room is first. If
+        no root has enough room, the root whose next victim was used longest ago is first.
         """
         holder = ledger.root_of(block.key)
         if holder is not None and not holder.read_only:
@@ -336,7 +336,7 @@ class BlockCatalog:
         return True
 
     def read_from_ram(self, block: Block) -> tuple[Block, memoryview] | None:
-        """The block and its payload in the RAM tier, if it is there."""
+        """Return the block and its payload in the RAM tier, if it is there."""
         ledger = self._ledgers.get("ram")
         return ledger.roots[0].read(block) if ledger is not None and block.key in ledger else None
 
@@ -375,7 +375,7 @@ class BlockCatalog:
                     del self._pins[key]
 
     def _current_pins(self) -> Mapping[bytes, int]:
-        """The number of pins of each pinned block."""
+        """Return the number of pins of each pinned block."""
         self._unpin_released()
         return self._pins
 

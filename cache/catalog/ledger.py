@@ -46,31 +46,31 @@ class TierLedger:
         return iter(self._lru)
 
     def keys(self, root: Tier) -> list[bytes]:
-        """The keys of the blocks that a root holds."""
+        """Return the keys of the blocks that a root holds."""
         return [key for key, holder in self._root_of.items() if holder is root]
 
     def sizes(self, root: Tier) -> dict[bytes, int]:
-        """The size in bytes of each block that a root holds, by key."""
+        """Return the size in bytes of each block that a root holds, by key."""
         return {key: self._lru.size_of(key) for key in self.keys(root)}
 
     def n_blocks(self, root: Tier) -> int:
-        """The number of blocks that a root holds. May be called without the cache's lock."""
+        """Return the number of blocks that a root holds. May be called without the cache's lock."""
         return sum(holder is root for holder in list(self._root_of.values()))
 
     def root_of(self, key: bytes) -> Tier | None:
-        """The root that holds a block."""
+        """Return the root that holds a block."""
         return self._root_of.get(key)
 
     def size_of(self, key: bytes) -> int:
-        """The size of a block in bytes."""
+        """Return the size of a block in bytes."""
         return self._lru.size_of(key)
 
     def n_bytes(self, root: Tier | None = None) -> int:
-        """The bytes of the blocks of a root; of all roots for None. 0 for a root that was detached."""
+        """Return the bytes of the blocks of a root; of all roots for None. 0 for a root that was detached."""
         return self._lru.n_bytes if root is None else self._n_bytes.get(root, 0)
 
     def free(self, root: Tier) -> int:
-        """The bytes that the budget of a root leaves; negative if it is exceeded."""
+        """Return the bytes that the budget of a root leaves; negative if it is exceeded."""
         return root.budget - self._n_bytes[root]
 
     def add(self, root: Tier, block: Block, n_bytes: int, now: int) -> None:
@@ -102,9 +102,9 @@ class TierLedger:
         self._lru.clamp(now)
 
     def oldest_leaf(self, pinned: Container[bytes], root: Tier) -> bytes | None:
-        """The next block of a root to evict; None if each candidate is pinned."""
+        """Return the next block of a root to evict; None if each candidate is pinned."""
         return self._lru.oldest_leaf(pinned, root)
 
     def last_used(self, key: bytes) -> int:
-        """The last use of a block, in ns since 1970."""
+        """Return the last use of a block, in ns since 1970."""
         return self._lru.last_used(key)

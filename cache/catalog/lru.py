@@ -98,7 +98,7 @@ class LeafLRU:
                 self._push(key)
 
     def oldest_leaf(self, pinned: Container[bytes], group: object = None) -> bytes | None:
-        """The next key of a group to evict; None if all its leaves are pinned."""
+        """Return the next key of a group to evict; None if all its leaves are pinned."""
         heap = self._heaps.get(group, [])
         skipped = []
         found = None

@@ -77,7 +77,10 @@ class PrefixTree:
     def longest_shared(
         self, parent: bytes, tokens: bytes, usable: Callable[[Entry], bool] = any_entry
     ) -> tuple[Entry, int] | None:
-        """The usable child of `parent` that shares the most tokens with `tokens`, and their number (at least 1)."""
+        """Return the usable child of `parent` that shares the most tokens with `tokens`, and their number.
+
+        The number is at least 1. Returns None if no usable child shares a token.
+        """
         siblings = self._children.get(parent)
         if not siblings:
             return None
@@ -97,11 +100,11 @@ class PrefixTree:
     def longest_whole(
         self, parent: bytes, tokens: bytes, usable: Callable[[Entry], bool] = any_entry
     ) -> Entry | None:
-        """The longest usable child of `parent` whose tokens are a prefix of `tokens`."""
+        """Return the longest usable child of `parent` whose tokens are a prefix of `tokens`."""
         return next(filter(usable, self._prefixes(parent, tokens, Sibling(tokens, _AFTER_ANY_KEY))), None)
 
     def superseded_by(self, block: Block) -> list[Block]:
-        """The siblings of `block` whose tokens are a proper prefix of its tokens."""
+        """Return the siblings of `block` whose tokens are a proper prefix of its tokens."""
         return [e.block for e in self._prefixes(block.parent, block.tokens, Sibling(block.tokens, b""))]
 
     def _prefixes(self, parent: bytes, tokens: bytes, bound: Sibling) -> Iterator[Entry]:

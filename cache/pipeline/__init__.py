@@ -1,6 +1,6 @@
-"""How blocks move between requests and tiers.
+"""The pipeline that moves blocks between requests and tiers.
 
-A chain that `erllama.cache.store` wires, each link using those before it: `write_queue`, `tier_set`,
-`evictor`, `change_feed`, `tier_writer`, and at its end `saver` and `loader`. `text_memory`, `integrity`,
-`garbage_collector` and `report` use the chain. Imports tiers and the catalog.
+`erllama.cache.store` wires it as a chain in which each link uses the links before it: `write_queue`, `tier_set`,
+`evictor`, `change_feed`, `tier_writer`, and at its end `saver` and `loader`. `attached_tiers`, `text_memory`,
+`integrity`, `garbage_collector` and `report` use the chain. Imports `catalog`, `tiers`, `texts` and `blocks`.
 """

@@ -49,7 +49,7 @@ class ChangeFeed:
                 self._evictor.fit_to_budget(tier)
 
     def ensure_open(self, tier: Tier) -> bool:
-        """Whether a tier can be written to. Opens a lost one, unless an attempt failed a moment ago."""
+        """Open a lost tier, unless an attempt failed a moment ago. Return whether it can be written to."""
         if self._tiers.usable(tier):
             return True
         if not self._tiers.reopen(tier, self._callback_for(tier)):
@@ -67,10 +67,10 @@ class ChangeFeed:
     def poll(self, *, at_once: bool = False) -> None:
         """Record what other processes changed since the last poll, at most four times a second.
 
-        Never waits for storage: what would wait is left to the queue's thread. The caller holds the cache's lock.
+        Never waits for storage: work that could wait runs in the queue's thread. The caller holds the cache's lock.
 
         Args:
-            at_once: poll whenever the last poll was.
+            at_once: poll now, even if the last poll was a moment ago.
         """
         now = time.monotonic()
         if now < self._next_poll and not at_once:
@@ -93,7 +93,7 @@ class ChangeFeed:
                     self._tiers.sync(tier)
 
     def in_flight(self, key: bytes) -> bool:
-        """Whether another process is writing a block now. Never waits for storage."""
+        """Return whether another process is writing a block now. Never waits for storage."""
         for tier in self._tiers.write_behind_tiers():
             if self._tiers.readable(tier):
                 with self._tiers.guard("reading the index", tier):
@@ -115,7 +115,7 @@ class ChangeFeed:
         return on_change
 
     def notify(self, tier: Tier) -> None:
-        """Have the queue's thread examine a tier soon."""
+        """Defer an examination of a tier to the queue's thread."""
         self._queue.defer(_Examination(self, tier), _EXAMINE_SECONDS, background=True)
 
     def examine(self, tier: Tier) -> None:

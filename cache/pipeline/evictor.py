@@ -18,7 +18,7 @@ from erllama.cache.tiers.tier import Changes, Tier
 
 
 class _PendingRemoval(NamedTuple):
-    """A block that is to be removed from a tier. Its bytes count until then."""
+    """A pending removal of a block from a tier. The bytes of the block count until it is removed."""
 
     block: Block
     damaged: bool
@@ -79,10 +79,10 @@ class Evictor:
                 with self._lock:
                     victims = self._choose(tier, n_bytes)
                 self.remove(tier, victims)
-            return self._freed(tier, victims)
+            return self._bytes_freed(tier, victims)
 
     def _evict_under_lock(self, tier: Tier, n_bytes: int) -> int:
-        """As `_evict`, for a tier that is written under the cache's lock and so is changed under it."""
+        """Free bytes as `_evict` does, of a tier that is written, and so changed, under the cache's lock."""
         if tier.read_only:
             return 0
         with self._lock:
@@ -99,8 +99,8 @@ class Evictor:
         """Drop blocks of at least `n_bytes` from the catalog. The caller holds the cache's lock."""
         return self._catalog.choose_victims(tier, self._catalog.ledger(tier.name).n_bytes(tier) - n_bytes)
 
-    def _freed(self, tier: Tier, victims: Sequence[Victim]) -> int:
-        """The bytes of the victims that are gone. Excludes those that the tier failed to remove."""
+    def _bytes_freed(self, tier: Tier, victims: Sequence[Victim]) -> int:
+        """Return the bytes of the victims that are gone. Excludes those that the tier failed to remove."""
         if not self._tiers.in_sync(tier):
             with self._tiers.guard("listing the blocks that are left", tier):
                 self._tiers.sync(tier)
@@ -135,7 +135,7 @@ class Evictor:
                     self.remove_pending(tier)
 
     def remove_pending(self, tier: Tier) -> None:
-        """Carry out the pending removals of a tier, before others get their room. Called in `exclusive`."""
+        """Carry out the pending removals of a tier, before other blocks use their room. Called in `exclusive`."""
         with self._lock:
             removals = self._pending.pop(tier, {})
         try:
@@ -145,13 +145,13 @@ class Evictor:
                 else:
                     tier.remove([block.key])
         except BaseException:
-            self._tiers.mark_out_of_sync(tier)  # `sync` lists and counts again what was not removed
+            self._tiers.mark_out_of_sync(tier)  # `sync` lists and counts the remaining blocks again
             raise
 
     def pending_bytes(self, tier: Tier) -> int:
-        """The bytes of the pending removals of a tier. The caller holds the cache's lock."""
+        """Return the bytes of the pending removals of a tier. The caller holds the cache's lock."""
         return sum(removal.n_bytes for removal in self._pending.get(tier, {}).values())
 
     def is_pending(self, tier: Tier, key: bytes) -> bool:
-        """Whether a removal of a block is pending. The caller holds the cache's lock."""
+        """Return whether a removal of a block is pending. The caller holds the cache's lock."""
         return key in self._pending.get(tier, {})

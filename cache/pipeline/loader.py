@@ -50,7 +50,7 @@ class Loader:
         with self._counters.timing("load"):
             with self._lock:
                 in_memory = self._in_memory(block)
-                holders = [held for held in self._catalog.holders(block.key) if held[0].write_behind]
+                holders = [holder for holder in self._catalog.holders(block.key) if holder[0].write_behind]
             if in_memory is not None:
                 return in_memory
             for ledger, tier in holders:
@@ -72,7 +72,7 @@ class Loader:
 
     @uninterrupted
     def _n_to_read(self, blocks: Sequence[Block]) -> int:
-        """The number of blocks that are not in memory."""
+        """Return the number of blocks that are not in memory."""
         with self._lock:
             return sum(self._in_memory(block) is None for block in blocks)
 
@@ -95,7 +95,7 @@ class Loader:
                     self._evictor.remove_later(tier, block)
 
     def _in_memory(self, block: Block) -> Loaded | None:
-        """The payload in RAM or in the write queue. The caller holds the cache's lock."""
+        """Return the payload in RAM or in the write queue. The caller holds the cache's lock."""
         in_ram = self._catalog.read_from_ram(block)
         if in_ram is not None:
             return Loaded("ram", in_ram[1].toreadonly(), in_ram[0])

@@ -13,13 +13,13 @@ from erllama.cache.pipeline.write_queue import WriteQueue
 
 
 class CacheReport:
-    """Reads the state of one cache and changes none of it."""
+    """Reads the state of one cache without changing it."""
 
     def __init__(self, catalog: BlockCatalog, counters: Counters, queue: WriteQueue, tiers: TierSet) -> None:
         self._catalog, self._counters, self._queue, self._tiers = catalog, counters, queue, tiers
 
     def statuses(self) -> list[TierStatus]:
-        """The state of every root of every tier, from fast to slow."""
+        """Return the state of every root of every tier, from fast to slow."""
         return [
             TierStatus(
                 ledger.name,
@@ -35,7 +35,7 @@ class CacheReport:
         ]
 
     def counts(self) -> dict[str, int | float]:
-        """The counters, and the bytes and blocks of each tier."""
+        """Return the counters, and the bytes and blocks of each tier."""
         found = self._counters.snapshot()
         found["corrupt_files"] += sum(tier.damaged for tier in self._tiers)
         ledgers = self._catalog.ledgers()

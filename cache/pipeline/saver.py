@@ -24,7 +24,7 @@ _WAIT_STEP_SECONDS = 0.05  # between two polls for a save of another process
 
 
 class _Announcement:
-    """A save that will follow, until it ends."""
+    """An announced save. `ended` is True once it has completed or failed."""
 
     ended = False
 
@@ -68,7 +68,7 @@ class Saver:
                 self._saved.notify_all()
 
     def _save(self, block: Block, payload: memoryview, replace: bool, trimmable: bool) -> bool:
-        tiers = self._tiers.save_targets() if replace else self._lacking(block.key)
+        tiers = self._tiers.save_targets() if replace else self._tiers_lacking(block.key)
         if not replace and not self.wants(block.key):
             self._counters.add("duplicates_dropped")
             return False
@@ -95,14 +95,14 @@ class Saver:
         return True
 
     def wants(self, key: bytes) -> bool:
-        """Whether saving a block would store it in a place that lacks it. The caller holds the cache's lock."""
+        """Return whether a save would store a block in a tier that lacks it. The caller holds the cache's lock."""
         if self._tiers.save_targets():
-            return bool(self._lacking(key))
+            return bool(self._tiers_lacking(key))
         ram = self._catalog.ledgers().get("ram")
         return ram is not None and key not in ram
 
-    def _lacking(self, key: bytes) -> tuple[str, ...]:
-        """The slower tiers that neither have a readable copy of a block nor are about to get one."""
+    def _tiers_lacking(self, key: bytes) -> tuple[str, ...]:
+        """Return the slower tiers that neither have a readable copy of a block nor are about to get one."""
         pending = self._queue.get(key)
         queued_for = pending.tiers if pending is not None else ()
         return tuple(
@@ -121,7 +121,7 @@ class Saver:
             self._counters.add("tails_superseded")
 
     def _is_stored(self, key: bytes) -> bool:
-        """Whether a block is stored or waits to be, or another process writes it or has just written it."""
+        """Return whether a block is stored or waits to be, or another process writes it or has just written it."""
         if key not in self._catalog:
             if self._feed.in_flight(key):
                 return True
@@ -157,14 +157,14 @@ class Saver:
             self._saved.notify_all()
 
     def awaits(self, key: bytes) -> bool:
-        """Whether a block is not stored yet and a save of it is announced or under way."""
+        """Return whether a block is not stored yet and a save of it is announced or in flight."""
         with self._lock:
             if key in self._catalog:
                 return False
             return key in self._announced or self._feed.in_flight(key)
 
     def wait_for(self, key: bytes, seconds: float) -> None:
-        """Wait until a block is stored or no save of it is under way, at most `seconds`."""
+        """Wait until a block is stored or no save of it is in flight, at most `seconds`."""
         deadline = time.monotonic() + seconds
         with self._saved:
             while key not in self._catalog and (left := deadline - time.monotonic()) > 0:
@@ -183,10 +183,10 @@ def _bytes_of(payload: object) -> memoryview:
     try:
         content = memoryview(payload)  # type: ignore[arg-type]
     except TypeError:
-        raise OptionError(f"a payload of type {type(payload).__name__}; give bytes or an array of uint8") from None
+        raise OptionError(f"a payload of type {type(payload).__name__}; pass bytes or an array of uint8") from None
     if not content.c_contiguous or content.itemsize != 1 or not content.nbytes:
         raise OptionError(
             f"a payload of {content.nbytes} bytes with items of {content.itemsize}; "
-            "give at least one byte, contiguous, with items of one byte"
+            "pass at least one byte, contiguous, with items of one byte"
         )
     return content.cast("B") if content.format != "B" or content.ndim != 1 else content

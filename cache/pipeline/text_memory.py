@@ -26,27 +26,27 @@ class TextMemory:
 
     def __init__(self, queue: WriteQueue, tiers: TierSet) -> None:
         self._queue, self._tiers = queue, tiers
-        self._known = TextCache()
+        self._cache = TextCache()
         self._lock = threading.Lock()  # guards `_uses`
         self._uses: dict[bytes, int] = {}  # uses not written yet: ns since 1970, by digest
 
     def remember(self, namespace: bytes, text: bytes, tokens: NDArray[np.int32]) -> None:
         """Remember the tokens, shape (n,), that a text was computed as."""
-        known = TextDigests(namespace, text).record(tokens)
-        self._known.remember(known)
+        record = TextDigests(namespace, text).record(tokens)
+        self._cache.remember(record)
         for tier in self._tiers.file_tiers(writable=True):
-            self._queue.defer(partial(self._write, tier, known.digest))
+            self._queue.defer(partial(self._write, tier, record.digest))
 
     def longest(self, namespace: bytes, text: bytes) -> TextRecord | None:
-        """The longest remembered text that `text` begins with."""
+        """Return the longest remembered text that `text` begins with."""
         digests = TextDigests(namespace, text)
-        best = self._known.longest(digests)
+        best = self._cache.longest(digests)
         tiers = self._tiers.file_tiers()
         for tier in tiers:
             with self._tiers.guard("looking up a text", tier, changes=False):
                 found = tier.longest_text(digests, best.n_bytes if best is not None else 0)
                 if found is not None:
-                    self._known.remember(found)
+                    self._cache.remember(found)
                     best = found
         if best is not None and tiers:
             with self._lock:
@@ -55,11 +55,11 @@ class TextMemory:
         return best
 
     def _write(self, tier: FileTier, digest: bytes) -> None:
-        # The queue holds a digest: the tokens wait in `_known`, which bounds them.
-        known = self._known.get(digest)
-        if known is not None:
+        # The queue holds a digest: the tokens wait in `_cache`, which bounds them.
+        record = self._cache.get(digest)
+        if record is not None:
             with self._tiers.locked(), self._tiers.guard("writing a text", tier, changes=False):
-                tier.remember_text(known)
+                tier.remember_text(record)
 
     def _write_uses(self) -> None:
         with self._lock:

@@ -61,15 +61,15 @@ class TierSet:
         return iter(list(self._tiers))
 
     def write_behind_tiers(self) -> list[Tier]:
-        """The tiers slower than RAM, which the queue's thread writes."""
+        """Return the tiers slower than RAM, which the queue's thread writes."""
         return [tier for tier in self._tiers if tier.write_mode == "behind"]
 
     def save_targets(self) -> tuple[str, ...]:
-        """The names of the tiers slower than RAM to which blocks are saved."""
+        """Return the names of the tiers slower than RAM to which blocks are saved."""
         return tuple(dict.fromkeys(tier.name for tier in self.write_behind_tiers() if not tier.read_only))
 
     def file_tiers(self, *, writable: bool = False) -> list[FileTier]:
-        """The directories that can be read now; only those that are also written if `writable`."""
+        """Return the directories that can be read now; only those that are also written if `writable`."""
         return [
             tier
             for tier in self._tiers
@@ -87,9 +87,10 @@ class TierSet:
     # --- calling tiers -------------------------------------------------------------------------
 
     def locked(self) -> AbstractContextManager[object]:
-        """Let one thread at a time call tiers. `Tier.read` and the methods that must not wait need no lock.
+        """Return the lock with which one thread at a time calls tiers.
 
-        Taken before the transaction of `Tier.exclusive` and before the cache's lock. A thread may take it again.
+        `Tier.read` and the methods that must not wait need no lock. The lock is taken before the transaction of
+        `Tier.exclusive` and before the cache's lock. A thread may take it again.
         """
         return self._call_lock
 
@@ -159,43 +160,43 @@ class TierSet:
         """Open a tier that is not usable, unless an attempt failed a moment ago."""
         if self._closed or not self.reopen_due(tier):
             return False
-        if tier not in self._errors:  # lost since the last call: none of its content is known to exist
+        if tier not in self._errors:  # lost since the last call: its content may be lost, too
             with self._lock:
                 self.apply_changes(tier, Changes([], [], complete=True))
         return self.open(tier, on_change)
 
     def reopen_due(self, tier: Tier) -> bool:
-        """Whether a tier that is not usable may be opened now."""
+        """Return whether a tier that is not usable may be opened now."""
         return tier not in self._errors or time.monotonic() >= self._reopen_after[tier]
 
     def usable(self, tier: Tier) -> bool:
-        """Whether a tier can be written to."""
+        """Return whether a tier can be written to."""
         return not self._closed and self.readable(tier)
 
     def readable(self, tier: Tier) -> bool:
-        """Whether a tier can be read from. Never waits."""
+        """Return whether a tier can be read from. Never waits."""
         return tier not in self._errors and tier.usable
 
     def error_of(self, tier: Tier) -> CacheError | None:
-        """Why a tier cannot be used."""
+        """Return why a tier cannot be used; None if it can."""
         return self._errors.get(tier)
 
     def first_error(self) -> CacheError | None:
-        """Why a tier cannot be used; None if all can."""
+        """Return why one of the tiers cannot be used; None if all can."""
         return next(iter(self._errors.values()), None)
 
     # --- keeping the catalog in line -------------------------------------------------------------
 
     def in_sync(self, tier: Tier) -> bool:
-        """Whether the catalog agrees with a tier, apart from changes that `Tier.changes` will return."""
+        """Return whether the catalog agrees with a tier, apart from changes that `Tier.changes` will return."""
         return tier not in self._out_of_sync
 
     def mark_out_of_sync(self, tier: Tier) -> None:
-        """Have the next `sync` read the whole content of a tier."""
+        """Make the next `sync` read the whole content of a tier."""
         self._out_of_sync.add(tier)
 
     def sync(self, tier: Tier) -> None:
-        """Bring the catalog in line with a tier; after a fault, by its whole content. Requests do not call it."""
+        """Update the catalog from a tier; after a fault, from its whole content. Requests do not call it."""
         if tier not in self._out_of_sync:
             self.apply_new_changes(tier)
             return
@@ -256,7 +257,7 @@ class TierSet:
     # --- closing ---------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Write what waits, unless that takes too long, and close all tiers. Idempotent."""
+        """Write the waiting saves, unless that takes too long, and close all tiers. Idempotent."""
         # An interrupted caller leaves closing to a thread of its own. A second caller waits for that thread.
         if not self._close_lock.acquire(timeout=2 * _CLOSE_SECONDS):
             return

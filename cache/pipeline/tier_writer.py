@@ -130,7 +130,7 @@ class TierWriter:
         return True
 
     def _missing_ancestors(self, block: Block, tiers: tuple[str, ...]) -> list[_MissingAncestor]:
-        """The ancestors that a tier neither has nor is about to get, from the first on."""
+        """Return the ancestors that a tier neither has nor is about to get, from the first on."""
         missing: list[_MissingAncestor] = []
         parent = block.parent
         while parent != block.namespace and parent not in self._queue:
@@ -223,7 +223,7 @@ class TierWriter:
             return _Room.RESERVED if tier.reserve(save.block, n_bytes) else _Room.WRITTEN_BY_ANOTHER
 
     def _is_reachable(self, ledger: TierLedger, tier: Tier, block: Block) -> bool:
-        """Whether lookups in this tier alone would find a block: it is the first, or its parent is there."""
+        """Return whether lookups in this tier alone would find a block: it is the first, or its parent is there."""
         return block.parent == block.namespace or block.parent in ledger or tier.in_flight(block.parent)
 
     def _adopt_uses(self, ledger: TierLedger, tier: Tier) -> None:

@@ -47,7 +47,7 @@ class PendingSave(NamedTuple):
 
 
 class _Task(NamedTuple):
-    """When to call a function. A flush neither runs a `background` task early nor waits for it."""
+    """The time to call a function. A flush neither runs a `background` task early nor waits for it."""
 
     due: float
     serial: int
@@ -78,7 +78,7 @@ class WriteQueue:
 
     Args:
         write: writes one save.
-        limit_bytes: most bytes of payloads that may wait.
+        limit_bytes: maximum bytes of payloads that may wait.
     """
 
     def __init__(self, write: Callable[[PendingSave], None], limit_bytes: int) -> None:
@@ -120,7 +120,7 @@ class WriteQueue:
         return True
 
     def defer(self, task: Callable[[], None], delay: float = 0.0, *, background: bool = False) -> None:
-        """Have the thread call `task` once, in `delay` seconds. Equal tasks that wait are merged.
+        """Call `task` once in the thread, after `delay` seconds. Equal tasks that wait are merged.
 
         Args:
             background: a flush neither runs the task early nor waits for it.
@@ -158,7 +158,7 @@ class WriteQueue:
         return self._thread is not None
 
     def get(self, key: bytes) -> PendingSave | None:
-        """The save of a block that waits or is being written."""
+        """Return the save of a block that waits or is being written."""
         with self._condition:
             pending = self._pending.get(key)
             if pending is None and self._current_save is not None and self._current_save.block.key == key:
@@ -169,7 +169,7 @@ class WriteQueue:
         return isinstance(key, bytes) and self.get(key) is not None
 
     def is_waiting(self, key: bytes) -> bool:
-        """Whether a save of a block waits, apart from the one that is being written."""
+        """Return whether a save of a block waits, apart from the one that is being written."""
         with self._condition:
             return key in self._pending
 
@@ -192,7 +192,7 @@ class WriteQueue:
             return True
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Write all that waits at the time of the call, delayed saves included.
+        """Write all saves that wait at the time of the call, delayed ones included.
 
         Returns:
             False if `timeout` seconds were not enough, or if the queue's own thread calls.
@@ -233,7 +233,7 @@ class WriteQueue:
             self._flushes = [other for other in self._flushes if other is not flush]
 
     def _waits_for(self, flush: _Flush) -> bool:
-        """Whether some of the work that was queued before a flush is not done yet."""
+        """Return whether some of the work that was queued before a flush is not done yet."""
         return (
             0 < self._current_serial <= flush.serial
             or any(pending.serial <= flush.serial for pending in self._pending.values())
@@ -265,7 +265,7 @@ class WriteQueue:
             except SimulatedCrash:
                 return
             except BaseException:  # SystemExit, too: the thread is the cache's own, and flush() waits for it
-                # The queue continues and flush() returns, whatever one piece of work raised.
+                # The queue continues and flush() returns, even if one save or task raised an exception.
                 log.exception("a write or task of the cache failed unexpectedly")
             with self._condition:
                 if isinstance(work, PendingSave):
@@ -298,9 +298,9 @@ class WriteQueue:
             return None
 
     def _due_save(self, now: float, flushed: int) -> bytes | None:
-        """The key of the first due save. Saves up to the serial `flushed` are due."""
+        """Return the key of the first due save. Saves up to the serial `flushed` are due."""
         # The order of insertion puts parents before children; a delayed tail has no children.
-        # Delayed saves must leave room for others, so none is delayed while the queue is over half full.
+        # Delayed saves must leave room for others, so delays do not apply while the queue is over half full.
         over_half = 2 * self._n_bytes > self._limit
         for key, pending in self._pending.items():
             if over_half or pending.serial <= flushed or pending.due <= now:

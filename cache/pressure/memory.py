@@ -43,12 +43,12 @@ def readings(source: Source) -> Iterator[MemoryUsage | str]:
     found = source()
     for reading in [found] if isinstance(found, MemoryUsage) else found:
         try:
-            yield _validated(reading)
+            yield _validate(reading)
         except OptionError as error:
             yield str(error)
 
 
-def _validated(reading: object) -> MemoryUsage:
+def _validate(reading: object) -> MemoryUsage:
     if not isinstance(reading, MemoryUsage):
         raise OptionError(f"a source returned {reading!r}; it must return MemoryUsage(used, total) in bytes")
     of = f" of {reading.name}" if reading.name else ""

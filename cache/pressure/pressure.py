@@ -26,7 +26,7 @@ log = logger("erllama.cache")
 
 EVICTABLE = ("live", "ram", "ram_file", "disk")
 
-# A driver or a user's source may hang. close() must not hang with it, so it leaves the thread behind, which ends
+# A driver or a user's source may hang. close() must not hang with it, so it abandons the thread, which ends
 # when it wakes and finds that it was stopped.
 STOP_SECONDS = 5.0
 
@@ -36,12 +36,12 @@ class Pressure:
     """Options of memory pressure: what memory to watch, and when and what to evict.
 
     Attributes:
-        source: "system", "nvidia", "noop" (watch nothing), or a callable that returns one `MemoryUsage` or several.
+        source: "system", "nvidia", "noop" (no watch), or a callable that returns one `MemoryUsage` or several.
             The thread of the watch calls it. It must not block.
         interval: seconds between checks, above 0.
         high_watermark: used fraction of memory at which eviction starts.
         low_watermark: used fraction that eviction aims for; 0 < low_watermark <= high_watermark <= 1.
-        min_evict_bytes: fewest bytes to evict at once, a number or a text such as "64MiB".
+        min_evict_bytes: minimum bytes to evict at once, a number or a text such as "64MiB".
         tiers: tiers to evict from, in this order. The default excludes the disk, which holds no memory and has its
             own quota.
 
@@ -60,8 +60,8 @@ class Pressure:
     def __post_init__(self) -> None:
         if not callable(self.source):
             choice("source", self.source, SOURCES)
-        for name, most in (("interval", threading.TIMEOUT_MAX), ("high_watermark", 1), ("low_watermark", 1)):
-            number = real(name, getattr(self, name), maximum=most)
+        for name, maximum in (("interval", threading.TIMEOUT_MAX), ("high_watermark", 1), ("low_watermark", 1)):
+            number = real(name, getattr(self, name), maximum=maximum)
             if number <= 0:
                 raise OptionError(f"{name}={number}; it must be above 0")
             object.__setattr__(self, name, number)
@@ -101,7 +101,7 @@ class Pressure:
 
 def _tiers(value: object) -> tuple[str, ...]:
     if not isinstance(value, tuple | list) or not value:
-        raise OptionError(f"tiers={value!r}; give a tuple of {', '.join(map(repr, EVICTABLE))}")
+        raise OptionError(f"tiers={value!r}; pass a tuple of {', '.join(map(repr, EVICTABLE))}")
     return tuple(dict.fromkeys(choice("tiers", tier, EVICTABLE) for tier in value))
 
 
@@ -113,7 +113,7 @@ class _Excess(NamedTuple):
 class PressureWatch:
     """Checks memory at an interval, and has tiers evicted when too much of it is used.
 
-    For a reading at or above the high watermark, the excess is what is used above the low watermark, and at least
+    For a reading at or above the high watermark, the excess is the use above the low watermark, and at least
     `min_evict_bytes`. A check evicts once, the largest excess of all readings, because the same bytes may count in
     several readings. Thread-safe.
 
@@ -173,7 +173,7 @@ class PressureWatch:
             self._thread, self._stop, self._stopping = thread, stop, False
 
     def stop(self) -> None:
-        """Stop the thread. It evicts nothing after this returns. May be called again, and during a check.
+        """Stop the thread. It evicts no more after this returns. May be called again, and during a check.
 
         Waits for a check in progress, so the caller must not hold a lock that `evict` takes. After five seconds,
         logs a warning and returns. The check then ends without evicting, unless it was evicting already.
@@ -227,7 +227,7 @@ class PressureWatch:
 
     def _largest_excess(self) -> _Excess:
         """Read all sources, and return the largest excess."""
-        most = _Excess(0, "")
+        largest = _Excess(0, "")
         for number, source in enumerate(self._sources):
             faults = []
             try:
@@ -235,11 +235,11 @@ class PressureWatch:
                     if isinstance(reading, str):
                         faults.append(reading)
                     else:
-                        most = max(most, self._excess_of(reading))
+                        largest = max(largest, self._excess_of(reading))
             except Exception as error:
                 faults.append(_describe(error))
             self._report(str(number), f"memory cannot be read: {'; '.join(faults)}" if faults else "")
-        return most
+        return largest
 
     def _excess_of(self, reading: MemoryUsage) -> _Excess:
         if reading.fraction < self.options.high_watermark:
@@ -262,17 +262,17 @@ def _run(watch: weakref.ref[PressureWatch], stop: queue.SimpleQueue[None], inter
         try:
             stop.get(timeout=interval)
         except queue.Empty:
-            held = watch()
+            alive = watch()
         else:
             return
         try:
-            if held is None or not held._check_unless_stopped(stop):
+            if alive is None or not alive._check_unless_stopped(stop):
                 return
         except ReferenceError:
             return  # from `on_fault`: the owner was deleted
         except Exception:
             log.exception("a check of memory failed unexpectedly")
-        del held
+        del alive
 
 
 def _describe(error: Exception) -> str:

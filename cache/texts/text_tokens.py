@@ -1,6 +1,6 @@
 """Maps texts to the tokens that they were computed as, so that a conversation sent as text reuses its KV.
 
-A model may write other tokens than its tokenizer gives for the same text. A computed text is therefore recorded by
+A model may write other tokens than its tokenizer does for the same text. A computed text is therefore recorded by
 its digest, with its tokens. For a longer text, `longest` finds the longest recorded text that it begins with. The
 texts themselves are not stored.
 
@@ -27,7 +27,7 @@ from erllama.cache.texts.token_chain import ChunkStore
 
 # Bytes between two anchors of a text.
 ANCHOR_BYTES = 512
-# Most bytes of all texts in memory: about two million distinct tokens.
+# Maximum bytes of all texts in memory: about two million distinct tokens.
 _MEMORY_BYTES = 16 << 20
 # Bytes of a text in memory, without its tokens: three dict entries, two digests, and the objects around them.
 _TEXT_OVERHEAD = 600

@@ -58,7 +58,7 @@ class ChangedFiles:
         return taken
 
     def mark_all(self) -> None:
-        """Have all files checked."""
+        """Require a check of all files."""
         self._all = True
 
     def take_due(self, now: float) -> list[str]:

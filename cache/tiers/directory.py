@@ -1,13 +1,13 @@
 """Layout of a cache directory, and the locks by which processes share it.
 
-    <root>/index.db       what is stored
+    <root>/index.db       the list of the stored blocks
     <root>/blocks/        one file per block, named by its key
     <root>/partial/       files being written
     <root>/owners/        one locked file for every process that has the directory open
     <root>/damaged/       the last few files that were invalid
 
 A process that has the directory open holds a lock on its own file in `owners/`. The operating system releases the
-lock when the process ends, in whatever way. A lock that another process can take therefore belongs to a process
+lock when the process ends, even by a crash. A lock that another process can take therefore belongs to a process
 that has ended, and the files which that process left in `partial/` can be removed. File tiers and the `erllama
 cache` commands use this module.
 """
@@ -99,7 +99,7 @@ class CacheDirectory:
         try:
             lock_in_place = self._lock_path(self.owner).stat().st_ino == os.fstat(self._lock).st_ino
             return lock_in_place and all(stat.S_ISDIR(path.stat().st_mode) for path in (self.blocks, self.partial))
-        except (FileNotFoundError, NotADirectoryError):  # any other error proves nothing
+        except (FileNotFoundError, NotADirectoryError):  # other errors do not prove it
             return False
 
     def new_partial(self) -> Path:
@@ -151,7 +151,7 @@ class CacheDirectory:
         return partial.name.split("-", 1)[0]
 
     def remove_leftovers(self) -> None:
-        """Remove what ended processes left: their files first, then the lock files that identify their owners."""
+        """Remove leftovers of ended processes: their files, then the lock files that identify their owners."""
         self.remove_leftover_files()
         for owner in self._owners():
             self._remove_lock_file(owner)

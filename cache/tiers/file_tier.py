@@ -4,7 +4,7 @@
 files. A block is reserved in the index, written under a temporary name, and made durable. Then, if its reservation
 is still there, one transaction renames the file into place and adds its row. After a crash between those steps, the
 next opening repairs the directory: it adopts a valid file that the index lacks, drops a row without a file, and
-removes what ended processes left half-done.
+removes leftovers of ended processes.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class FileTier(Tier):
 
     Args:
         root: the directory, created if missing.
-        budget: most bytes of the block files of the directory. Files of all processes count, and those being
+        budget: maximum bytes of the block files of the directory. Files of all processes count, and those being
             written.
         name: "ram_file" for a directory in memory, whose files need not be made durable.
-        watch: notice files that appear or disappear behind the cache's back.
+        watch: notice files that others add to the directory or remove from it.
 
     Raises (from `open`):
         CacheError: the directory is not private to this user, is a link, lies in another cache, cannot be locked or
@@ -57,16 +57,16 @@ class FileTier(Tier):
         self._durable = name != "ram_file"
         self._watching = watch
         self._watch: DirectoryWatch | None = None
-        self._opened = OpenDirectory(root)
+        self._open_directory = OpenDirectory(root)
         self._changed_files = ChangedFiles()
-        self._reconciler = Reconciler(self._opened, self._changed_files)
+        self._reconciler = Reconciler(self._open_directory, self._changed_files)
         self._uses_read = time.time_ns()  # uses up to then were read: `rows` contains the earlier ones
 
     # --- opening and closing ---------------------------------------------------------------
 
     @property
     def usable(self) -> bool:
-        return self._opened.usable
+        return self._open_directory.usable
 
     @property
     def place(self) -> str:
@@ -77,7 +77,7 @@ class FileTier(Tier):
 
     def open(self) -> None:
         try:
-            self._opened.open(self._prepare)
+            self._open_directory.open(self._prepare)
         except BaseException:
             self._stop_watch()
             raise
@@ -87,14 +87,14 @@ class FileTier(Tier):
         self._stop_watch()
         if self._watching:
             # Before the files are compared: a change in between is then noticed twice rather than never.
-            self._watch = DirectoryWatch(self._opened.locked.blocks, self._changed_files.add)
+            self._watch = DirectoryWatch(self._open_directory.directory.blocks, self._changed_files.add)
         with self._reconciling() as reconciler:
             reconciler.remove_leftovers()
             reconciler.reconcile(by_name=True)
 
     def close(self) -> None:
         self._stop_watch()
-        self._opened.close()
+        self._open_directory.close()
 
     def _stop_watch(self) -> None:
         watch, self._watch = self._watch, None
@@ -102,16 +102,16 @@ class FileTier(Tier):
             watch.stop()
 
     def forked(self) -> None:
-        """In a forked child: close the copy of the lock, so that the lock ends with the parent."""
-        self._opened.close_in_child()
+        """Close the copy of the lock in a forked child, so that the lock ends with the parent."""
+        self._open_directory.close_in_child()
 
     def abandon(self) -> None:
         """Close as the system does when it kills a process: half-done writes stay half-done."""
         self._stop_watch()
-        self._opened.abandon()
+        self._open_directory.abandon()
 
     def _using(self) -> contextlib.AbstractContextManager[Index]:
-        return self._opened.using()
+        return self._open_directory.using()
 
     @contextlib.contextmanager
     def _reconciling(self) -> Iterator[Reconciler]:
@@ -122,7 +122,7 @@ class FileTier(Tier):
         finally:
             self.damaged += self._reconciler.n_quarantined - before
 
-    # --- what the cache calls --------------------------------------------------------------
+    # --- called by the cache --------------------------------------------------------------
 
     def rows(self) -> list[TierRow]:
         with self._using() as index:
@@ -141,15 +141,15 @@ class FileTier(Tier):
         return block_path(self.root, key)
 
     def write(self, block: Block, payload: memoryview) -> None:
-        locked, final = self._opened.locked, self.path_of(block.key)
-        partial, older = locked.new_partial(), locked.new_partial()
+        directory, final = self._open_directory.directory, self.path_of(block.key)
+        partial, older = directory.new_partial(), directory.new_partial()
         published = replaced = False
         try:
             self._step("reserved")
             kvc.write(partial, block, payload, durable=self._durable)
             self._step("written")
             with self._using() as index, index.transaction():
-                if index.reserved_by(block.key) != locked.owner:
+                if index.reserved_by(block.key) != directory.owner:
                     raise CacheError("another process removed the reservation, because it took this one for ended")
                 if index.stamp(block.key) is not None:
                     with contextlib.suppress(OSError):
@@ -164,18 +164,18 @@ class FileTier(Tier):
                 self._step("published")
                 index.put(block, FileStamp.of(final), time.time_ns())
                 if not replaced:
-                    index.release(block.key, locked.owner)
+                    index.release(block.key, directory.owner)
         except SimulatedCrash:
             raise  # tests end a write as if the process had been killed: no cleanup
         except BaseException:
             self._undo_write(final if published else partial, older, final)
             with contextlib.suppress(CacheError, OSError, sqlite3.Error), self._using() as index:
-                index.release(block.key, locked.owner)
+                index.release(block.key, directory.owner)
             raise
         if replaced:  # the reservation counts the older version's bytes until its last link is removed
             older.unlink(missing_ok=True)
             with self._using() as index:
-                index.release(block.key, locked.owner)
+                index.release(block.key, directory.owner)
 
     def _undo_write(self, written: Path, older: Path, final: Path) -> None:
         """Remove the written file and restore the older one: no budget counts a file that the index lacks."""
@@ -198,7 +198,7 @@ class FileTier(Tier):
                 raise
             log.warning("%s: %s; replaced", final, error)
             self.damaged += 1
-            self._opened.locked.quarantine(final)
+            self._open_directory.directory.quarantine(final)
             return False
         return (found.key, found.recipe, found.slice_end) == (block.key, block.recipe, block.slice_end)
 
@@ -239,7 +239,7 @@ class FileTier(Tier):
         with self._using() as index, index.transaction():
             index.remove([block.key])
             with contextlib.suppress(FileNotFoundError):
-                self._opened.locked.quarantine(self.path_of(block.key))
+                self._open_directory.directory.quarantine(self.path_of(block.key))
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         with self._using() as index:
@@ -263,9 +263,9 @@ class FileTier(Tier):
     def reserve(self, block: Block, n_bytes: int) -> bool:
         with self._using() as index:
             owner = index.reserved_by(block.key)
-            if owner is not None and owner != self._opened.locked.owner:
+            if owner is not None and owner != self._open_directory.directory.owner:
                 return False
-            index.reserve(block.key, self._opened.locked.owner, n_bytes)
+            index.reserve(block.key, self._open_directory.directory.owner, n_bytes)
             return True
 
     def reserved(self) -> int:
@@ -273,38 +273,38 @@ class FileTier(Tier):
             return sum(n_bytes for _, n_bytes in index.reservations().values())
 
     def tidy(self) -> None:
-        locked = self._opened.locked
+        directory = self._open_directory.directory
         with self._using() as index:
             owners = {owner for owner, _ in index.reservations().values()}
-            if locked.owner in owners:
+            if directory.owner in owners:
                 # One thread writes, and it is this one: a write that failed left these reservations.
-                index.release_all([locked.owner])
-        if any(not locked.is_alive(owner) for owner in owners):
+                index.release_all([directory.owner])
+        if any(not directory.is_alive(owner) for owner in owners):
             with self._reconciling() as reconciler:
                 reconciler.remove_leftovers()
 
     def in_flight(self, key: bytes) -> bool:
         with self._using() as index:
             owner = index.writer_of(key)
-        locked = self._opened.locked
-        return owner is not None and owner != locked.owner and locked.is_alive(owner)
+        directory = self._open_directory.directory
+        return owner is not None and owner != directory.owner and directory.is_alive(owner)
 
     @property
     def shared(self) -> bool:
         with contextlib.suppress(OSError, CacheError):
-            return self._opened.locked.is_shared()
+            return self._open_directory.directory.is_shared()
         return False
 
     def changes(self) -> Changes | None:
         # Requests call this: other calls check whether the directory was replaced.
-        index = self._opened.unchecked_index
+        index = self._open_directory.unchecked_index
         if index is None:
             return None
         try:
             return index.changes()
         except sqlite3.Error as error:
             if may_show_damage(error):
-                self._opened.note_damage(error)
+                self._open_directory.note_damage(error)
             raise
 
     # --- fingerprints of models, stored beside their blocks ---------------------------------
@@ -321,7 +321,7 @@ class FileTier(Tier):
 
     def longest_text(self, digests: TextDigests, longer_than: int) -> TextRecord | None:
         # Requests call this: other calls check whether the directory was replaced.
-        index = self._opened.unchecked_index
+        index = self._open_directory.unchecked_index
         return None if index is None else index.texts.longest(digests, longer_than)
 
     def forget_texts(self) -> None:
@@ -329,15 +329,15 @@ class FileTier(Tier):
         with self._using() as index, index.transaction():
             index.texts.clear()
 
-    def remember_text(self, known: TextRecord) -> None:
+    def remember_text(self, record: TextRecord) -> None:
         with self._using() as index, index.transaction():
-            index.texts.remember(known, _TEXT_BYTES)
+            index.texts.remember(record, _TEXT_BYTES)
 
     def touch_texts(self, used: Iterable[tuple[bytes, int]]) -> None:
         with self._using() as index, index.transaction():
             index.texts.touch(used)
 
-    # --- files that change behind the cache's back ------------------------------------------
+    # --- files that others change ------------------------------------------
 
     def watch(self, on_change: Callable[[], None]) -> None:
         self._changed_files.on_add = on_change
@@ -355,52 +355,52 @@ class FileTier(Tier):
             reconciler.reconcile(by_name=False)
 
     def verify(self, on_read: Callable[[int], object] = lambda n_bytes: None) -> Iterator[Problem]:
-        """Verify as `Tier.verify` says. `on_read` is called with the bytes of each file that was read."""
+        """Verify as `Tier.verify` describes. `on_read` is called with the bytes of each file that was read."""
         with self._using() as index:
             rows = {row.block.key: row for row in index.peek_rows()}
         for key, row in rows.items():
             try:
                 self.read(row.block)
                 with self._using() as index:
-                    known = index.stamp(key)
-                if known is not None and known != FileStamp.of(self.path_of(key)):
+                    stamp = index.stamp(key)
+                if stamp is not None and stamp != FileStamp.of(self.path_of(key)):
                     raise CacheFormatError("the file is not the one that the index lists")
             except (CacheFormatError, OSError) as error:
                 with self._using() as index:
                     if index.stamp(key) is not None:  # not evicted meanwhile
                         yield Problem(self.name, str(self.path_of(key)), str(error))
             on_read(row.n_bytes)
-        locked = self._opened.locked
-        for entry in list(locked.block_files()):
+        directory = self._open_directory.directory
+        for entry in list(directory.block_files()):
             key_of_file = block_key(entry.name)
             if key_of_file in rows:
                 continue
             # In a transaction: the file of a write in progress is in place shortly before its row.
             with self._using() as index, index.transaction():
-                known = index.stamp(key_of_file) if key_of_file is not None else None
-                unknown = known is None and os.path.lexists(entry.path)
+                stamp = index.stamp(key_of_file) if key_of_file is not None else None
+                unknown = stamp is None and os.path.lexists(entry.path)
             if unknown:
                 yield Problem(self.name, entry.path, "the index does not list it")
-        for path in locked.partial.iterdir():
-            if not locked.is_alive(locked.owner_of(path)):
+        for path in directory.partial.iterdir():
+            if not directory.is_alive(directory.owner_of(path)):
                 yield Problem(self.name, str(path), "an ended process left it")
 
     def check(self) -> Iterator[Problem]:
         # Only bytes that no budget counts. A removed or truncated file shows when it is used.
-        locked = self._opened.locked
+        directory = self._open_directory.directory
         with self._using() as index:
-            known = index.stamps()
-        for entry in list(locked.block_files()):
+            stamps = index.stamps()
+        for entry in list(directory.block_files()):
             key = block_key(entry.name)
             if key is None:
                 continue  # `verify` reports it
             with contextlib.suppress(FileNotFoundError):
                 n_bytes = FileStamp.of(Path(entry.path)).n_bytes
-                counted = known[key].n_bytes if key in known else None
+                counted = stamps[key].n_bytes if key in stamps else None
                 if counted is None:
                     yield Problem(self.name, entry.path, f"{n_bytes} bytes that the index does not list")
                 elif n_bytes > counted:
                     yield Problem(self.name, entry.path, f"{n_bytes} bytes, and {counted} in the index")
-        for path in locked.partial.iterdir():
-            if locked.owner_of(path) == locked.owner:
+        for path in directory.partial.iterdir():
+            if directory.owner_of(path) == directory.owner:
                 yield Problem(self.name, str(path), "a write left it")

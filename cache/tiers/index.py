@@ -1,4 +1,4 @@
-"""Index of a cache directory: one SQLite database, the source of truth for what is stored.
+"""Index of a cache directory: one SQLite database, the source of truth for the stored blocks.
 
 Several processes share it (WAL). Each process writes through one connection, in short transactions, and reads what
 others wrote through a second connection, which never waits. Triggers record every change of a block, so that a
@@ -129,7 +129,7 @@ class Index:
         """Whether the directory no longer contains the open database."""
         try:
             return self.path.stat().st_ino != self.inode
-        except (FileNotFoundError, NotADirectoryError):  # any other error proves nothing
+        except (FileNotFoundError, NotADirectoryError):  # other errors do not prove it
             return True
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ class Index:
         return {key: FileStamp(n_bytes, mtime_ns) for key, n_bytes, mtime_ns in found}
 
     def changes(self) -> Changes | None:
-        """Return what any process changed since `rows` or this was last called; None if nothing. Never waits."""
+        """Return the changes of all processes since the last `rows` or `changes`; None if none. Never waits."""
         with self._read_lock:
             try:
                 version = self._data_version()
@@ -190,7 +190,7 @@ class Index:
         ).fetchall()
         if found:
             self._last_change = found[-1][0]
-        stored = {row[1]: _checked_row(*row[2:]) for row in found if row[2] is not None}
+        stored = {row[1]: _check_row(*row[2:]) for row in found if row[2] is not None}
         removed = [key for _, key, *row in found if row[0] is None]
         return Changes(list(stored.values()), removed, complete=False)
 
@@ -223,7 +223,7 @@ class Index:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commit everything that is written within, or nothing. May be nested."""
+        """Commit all writes of the `with` block, or none if it raises. May be nested."""
         with self._lock:
             connection = self.db.conn
             if not self._in_transaction:
@@ -243,7 +243,7 @@ class Index:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Keep other processes from writing. Commits even if an exception is raised: removed files stay removed."""
+        """Keep other processes from writing. Commits even after an exception: removed files stay removed."""
         with self._lock:
             if self._in_transaction:
                 yield
@@ -307,7 +307,7 @@ class Index:
             return self.db.execute("SELECT key, last_used FROM blocks WHERE last_used >= ?", [ns]).fetchall()
 
     def _clamp_uses(self) -> None:
-        """Set uses in the future to now. They come from a clock that was ahead, and would count as the newest."""
+        """Set uses in the future to now. A clock that was ahead recorded them, and they would rank as newest."""
         now = time.time_ns()
         self.db.execute("UPDATE blocks SET last_used = ?1 WHERE last_used > ?1", [now])
 
@@ -368,7 +368,7 @@ def _roll_back(connection: sqlite3.Connection) -> None:
 
 @contextlib.contextmanager
 def _read_transaction(reader: sqlite3.Connection) -> Iterator[None]:
-    """Read a consistent snapshot within."""
+    """Make all reads in the `with` block see one snapshot."""
     _roll_back(reader)
     try:
         reader.execute("BEGIN")
@@ -389,10 +389,10 @@ def _select_blocks(reader: sqlite3.Connection) -> tuple[int, list[TierRow]]:
         found = reader.execute(f"SELECT {_COLUMNS} FROM blocks b").fetchall()
     except UnicodeDecodeError as error:
         raise DamagedIndexError(str(error)) from error
-    return last_change, [_checked_row(*row) for row in found]
+    return last_change, [_check_row(*row) for row in found]
 
 
-def _checked_row(
+def _check_row(
     key: bytes,
     parent: bytes,
     namespace: bytes,

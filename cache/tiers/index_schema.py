@@ -120,10 +120,10 @@ def primary_code(error: sqlite3.Error) -> int:
 
 
 def shows_damage(error: BaseException) -> bool:
-    """Return whether an error proves that the content of the database is not what was written."""
+    """Return whether an error proves that the content of the database is damaged."""
     if isinstance(error, DamagedIndexError | UnicodeDecodeError):
         return True
-    # Other codes have other causes, too: statements of ours in the wrong order are SQLITE_ERROR.
+    # Other codes have other causes, too. For example, statements in the wrong order are SQLITE_ERROR.
     return isinstance(error, sqlite3.Error) and primary_code(error) in (
         sqlite3.SQLITE_CORRUPT,
         sqlite3.SQLITE_NOTADB,
@@ -136,7 +136,7 @@ def may_show_damage(error: sqlite3.Error) -> bool:
 
 
 def is_damaged(path: Path) -> bool:
-    """Return whether a database fails SQLite's check or lacks a part of this release's schema. Changes nothing.
+    """Return whether a database fails SQLite's check or lacks a part of this release's schema.
 
     Raises:
         sqlite3.Error: the database cannot be read now.

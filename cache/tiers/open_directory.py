@@ -27,10 +27,10 @@ class OpenDirectory:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._locked: CacheDirectory | None = None
+        self._directory: CacheDirectory | None = None
         self._index: Index | None = None
         self._unusable = False  # the index is open, and `open` must replace it
-        self._damage: Exception | None = None  # the error that may come from a damaged index
+        self._damage: Exception | None = None  # an error that a damaged index may have caused
 
     @property
     def usable(self) -> bool:
@@ -47,66 +47,66 @@ class OpenDirectory:
         """
         damage, self._damage = self._damage, None
         self.close()
-        locked = CacheDirectory(self.root)
+        directory = CacheDirectory(self.root)
         try:
-            if damage is not None and (shows_damage(damage) or is_damaged(locked.index)):
-                quarantine(locked.index, damage)
+            if damage is not None and (shows_damage(damage) or is_damaged(directory.index)):
+                quarantine(directory.index, damage)
             try:
-                self._open_index(locked)
+                self._open_index(directory)
                 prepare()
             except sqlite3.Error as error:
                 self.close()
-                if not shows_damage(error) and not (may_show_damage(error) and is_damaged(locked.index)):
+                if not shows_damage(error) and not (may_show_damage(error) and is_damaged(directory.index)):
                     raise
-                quarantine(locked.index, error)
-                locked = CacheDirectory(self.root)
-                self._open_index(locked)
+                quarantine(directory.index, error)
+                directory = CacheDirectory(self.root)
+                self._open_index(directory)
                 prepare()
         except BaseException:
             self.close()
-            locked.leave()
+            directory.leave()
             raise
 
-    def _open_index(self, locked: CacheDirectory) -> None:
-        self._locked = locked
-        self._index, self._unusable = Index(locked.index), False
+    def _open_index(self, directory: CacheDirectory) -> None:
+        self._directory = directory
+        self._index, self._unusable = Index(directory.index), False
 
     def close(self) -> None:
         """Close the index and release the lock. Idempotent."""
         index, self._index = self._index, None
-        locked, self._locked = self._locked, None
+        directory, self._directory = self._directory, None
         if index is not None:
             index.close()
-        if locked is not None:
-            locked.leave()
+        if directory is not None:
+            directory.leave()
 
     def close_in_child(self) -> None:
         """Close this process's copy of the lock after a fork, so that the lock ends with the parent."""
-        if self._locked is not None:
-            self._locked.close()
+        if self._directory is not None:
+            self._directory.close()
 
     def abandon(self) -> None:
         """Close as the system does when it kills a process: half-done writes stay half-done."""
         if self._index is not None:
             self._index.close()
-        if self._locked is not None:
-            self._locked.close()
-        self._locked = self._index = None
+        if self._directory is not None:
+            self._directory.close()
+        self._directory = self._index = None
 
     @property
-    def locked(self) -> CacheDirectory:
+    def directory(self) -> CacheDirectory:
         """The locked directory.
 
         Raises:
             CacheError: it is not open.
         """
-        if self._locked is None:
+        if self._directory is None:
             raise CacheError(f"{self.root} is not open")
-        return self._locked
+        return self._directory
 
     @contextlib.contextmanager
     def using(self) -> Iterator[Index]:
-        """Yield the index. After an error that may come from damage, `usable` is False until the next `open`.
+        """Yield the index. After an error that damage may have caused, `usable` is False until the next `open`.
 
         Raises:
             CacheError: the directory is not open, or it was removed or replaced.
@@ -122,14 +122,14 @@ class OpenDirectory:
             raise
 
     def note_damage(self, error: Exception) -> None:
-        """Record that an error may come from a damaged index."""
+        """Record an error that a damaged index may have caused."""
         self._unusable, self._damage = True, error
 
     def _checked_index(self) -> Index:
         index = self.unchecked_index
         if index is None:
             raise CacheError(f"{self.root} is not open")
-        if index.is_replaced or not self.locked.is_complete:
+        if index.is_replaced or not self.directory.is_complete:
             self._unusable = True  # not closed here: closing may wait, and this caller may not
             raise CacheError(f"{self.root} was removed or replaced; the cache opens it again")
         return index

@@ -34,34 +34,36 @@ class Reconciler:
     """Compares the files of one directory with its index and corrects the index.
 
     Args:
-        opened: the directory.
-        changed: names of files that changed behind the cache's back; those to check again later are added.
+        open_directory: the directory.
+        changed: names of files that others changed. Names to check again later are added to it.
 
     Attributes:
         n_quarantined: files moved to `damaged/` so far.
     """
 
-    def __init__(self, opened: OpenDirectory, changed: ChangedFiles) -> None:
-        self._opened = opened
+    def __init__(self, open_directory: OpenDirectory, changed: ChangedFiles) -> None:
+        self._open_directory = open_directory
         self._changed = changed
         self.n_quarantined = 0
 
     def reconcile(self, *, by_name: bool) -> None:
         """Compare all files with the index: by their names alone, or by their sizes and times, too."""
-        with self._opened.using() as index:
-            known = index.stamps()
+        with self._open_directory.using() as index:
+            stamps = index.stamps()
         seen = set()
-        for entry in list(self._opened.locked.block_files()):
+        for entry in list(self._open_directory.directory.block_files()):
             key = block_key(entry.name)
             seen.add(key)
             path = Path(entry.path)
             with contextlib.suppress(FileNotFoundError):
-                if key is None or key not in known or not (by_name or FileStamp.of(path) == known[key]):
+                if key is None or key not in stamps or not (by_name or FileStamp.of(path) == stamps[key]):
                     self._check_file(path, verify_payload=not by_name)
-        missing = [key for key in known.keys() - seen if is_gone(block_path(self._opened.root, key))]
+        missing = [key for key in stamps.keys() - seen if is_gone(block_path(self._open_directory.root, key))]
         if missing:
-            log.warning("%d blocks of the index in %s have no file; dropped", len(missing), self._opened.root)
-            with self._opened.using() as index:
+            log.warning(
+                "%d blocks of the index in %s have no file; dropped", len(missing), self._open_directory.root
+            )
+            with self._open_directory.using() as index:
                 index.remove(missing)
 
     def check_changed(self) -> bool:
@@ -76,7 +78,7 @@ class Reconciler:
         due = self._changed.take_due(now)
         while due:
             try:
-                self._check_file(self._opened.locked.blocks / due[-1], verify_payload=True)
+                self._check_file(self._open_directory.directory.blocks / due[-1], verify_payload=True)
             except BaseException:
                 self._changed.add_failed(due)
                 raise
@@ -84,26 +86,26 @@ class Reconciler:
         return len(self._changed) > 0
 
     def remove_leftovers(self) -> None:
-        """Remove what ended processes left: files, then the reservations that count them, then locks.
+        """Remove leftovers of ended processes: files, then the reservations that count them, then locks.
 
         The order matters: a reservation must count a file until it is removed, and a lock file identifies both.
         """
-        locked = self._opened.locked
-        with self._opened.using() as index:
-            left = {key: owner for key, (owner, _) in index.reservations().items() if not locked.is_alive(owner)}
+        directory = self._open_directory.directory
+        with self._open_directory.using() as index:
+            left = {key: owner for key, (owner, _) in index.reservations().items() if not directory.is_alive(owner)}
             if left:
                 with index.transaction():
                     for key in left:
                         # The process may have renamed the file into place and ended before it updated the index.
-                        self._check_file(block_path(self._opened.root, key), verify_payload=True)
-                    locked.remove_leftover_files()
+                        self._check_file(block_path(self._open_directory.root, key), verify_payload=True)
+                    directory.remove_leftover_files()
                     index.release_all(set(left.values()))
-        locked.remove_leftovers()
+        directory.remove_leftovers()
 
     def _check_file(self, path: Path, *, verify_payload: bool) -> None:
         """Make the index fit the file of one name; `verify_payload`: check the payload's checksum, too."""
         key = block_key(path.name)
-        with self._opened.using() as index:
+        with self._open_directory.using() as index:
             try:
                 stamp = FileStamp.of(path)
             except FileNotFoundError:
@@ -130,8 +132,8 @@ class Reconciler:
                     index.put(block, stamp, time.time_ns())
 
     def _rename_to_key(self, path: Path, key: bytes) -> Path:
-        """Give the file of a block its name, if it has another one; return its path."""
-        right = block_path(self._opened.root, key)
+        """Rename the file of a block to the name of its key, unless it has that name; return its path."""
+        right = block_path(self._open_directory.root, key)
         if path != right:
             if os.path.lexists(right):
                 raise CacheFormatError("the file contains another block than its name says")
@@ -152,9 +154,9 @@ class Reconciler:
         log.warning("%s: %s; moved to damaged/", path, error)
         self.n_quarantined += 1
         with contextlib.suppress(OSError):
-            self._opened.locked.quarantine(path)
+            self._open_directory.directory.quarantine(path)
         if key is not None:
-            with self._opened.using() as index:
+            with self._open_directory.using() as index:
                 index.remove([key])
 
 

@@ -1,7 +1,8 @@
 """Text records in the database of the index: the persistent counterpart of `TextCache`.
 
     texts        one row per text: digest, anchor, n_bytes, head (the key of its tokens), seal (a checksum),
-    last_used text_pieces  token chunks by key, each once; `uses` counts the texts and chunks that refer to it
+                 last_used
+    text_pieces  token chunks by key, each once; `uses` counts the texts and chunks that refer to it
     text_total   one row: the bytes of both tables, updated by triggers
 
 `Index` owns a `TextTable`. The caller of a method that writes holds a transaction, so that a crash leaves the
@@ -69,22 +70,22 @@ class TextTable:
         self._connection, self._read = connection, read
         self._found_damage = False  # a row or a chunk did not match its checksum or key
 
-    def remember(self, known: TextRecord, limit_bytes: int) -> None:
+    def remember(self, record: TextRecord, limit_bytes: int) -> None:
         """Store a text, and evict the least recently used texts until all take at most `limit_bytes`."""
         if self._found_damage:
             self.clear()
         self._total_bytes()  # before triggers add to it, which would turn an invalid value into a number
-        chunks = split_tokens(known.tokens)
+        chunks = split_tokens(record.tokens)
         head = chain_key(chunks)
-        seal = _row_checksum(known.digest, known.n_bytes, head)
-        before = self._connection.execute("SELECT head FROM texts WHERE digest = ?", [known.digest]).fetchone()
+        seal = _row_checksum(record.digest, record.n_bytes, head)
+        before = self._connection.execute("SELECT head FROM texts WHERE digest = ?", [record.digest]).fetchone()
         self._add_reference(chunks)
         # Not REPLACE, because its deletions run no triggers.
         self._connection.execute(
             "INSERT INTO texts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE SET "
             "(anchor, n_bytes, head, seal, last_used) = "
             "(excluded.anchor, excluded.n_bytes, excluded.head, excluded.seal, excluded.last_used)",
-            [known.digest, known.anchor, known.n_bytes, head, seal, time.time_ns()],
+            [record.digest, record.anchor, record.n_bytes, head, seal, time.time_ns()],
         )
         if before is not None:
             self._drop_reference(before[0])
@@ -124,9 +125,9 @@ class TextTable:
     def _first_stored(self, candidates: list[tuple[int, bytes]], digests: TextDigests) -> TextRecord | None:
         """Return the record of the first of these lengths and digests that is stored."""
         rows = self._select_texts("digest, head, seal", "digest", [digest for _, digest in candidates])
-        known = {digest: (head, seal) for digest, head, seal in rows}
+        stored = {digest: (head, seal) for digest, head, seal in rows}
         for n_bytes, digest in candidates:
-            head, seal = known.get(digest, (None, None))
+            head, seal = stored.get(digest, (None, None))
             if head is None:
                 continue
             # The length of the prefix with this digest, and not the one in the row, which may be wrong.
@@ -181,7 +182,7 @@ class TextTable:
             head = row[0]
 
     def _clamp_uses(self) -> None:
-        """Set uses in the future to now. They come from a clock that was ahead."""
+        """Set uses in the future to now. A clock that was ahead recorded them."""
         self._connection.execute("UPDATE texts SET last_used = ?1 WHERE last_used > ?1", [time.time_ns()])
 
     def _evict_oldest(self) -> None:

@@ -62,7 +62,7 @@ class Tier(ABC):
     Args:
         name: the name in counters, rows and hits. Tiers of the same name are the roots of one tier: each block
             is in one of them.
-        budget: most bytes, as `size` counts them.
+        budget: maximum bytes, as counted by `size`.
     """
 
     # True: the cache reads this tier and never writes to it, evicts no blocks and does not enforce the budget.
@@ -92,7 +92,7 @@ class Tier(ABC):
         return self.name
 
     def where(self, block: Block) -> str:
-        """The location of a block, for messages."""
+        """Return the location of a block, for messages."""
         return f"{self.place}, block {block.key.hex()}"
 
     @property
@@ -101,7 +101,7 @@ class Tier(ABC):
         return True
 
     def open(self) -> None:  # noqa: B027 - an empty default suits many tiers
-        """Open the tier and repair what a crash left. May be called again."""
+        """Open the tier and repair it after a crash. May be called again."""
 
     @abstractmethod
     def rows(self) -> Iterable[TierRow]:
@@ -123,7 +123,7 @@ class Tier(ABC):
         `block` identifies the block by its key; its other fields may be those of another version.
 
         Raises:
-            CacheFormatError: the stored content differs from what was written.
+            CacheFormatError: the stored content differs from the written content.
             FileNotFoundError: the tier does not have the block.
             OSError: the block cannot be read now. The next save of the block writes it again.
         """
@@ -144,7 +144,7 @@ class Tier(ABC):
         """Record when blocks were last used: pairs of key and ns since 1970. Some may have been removed."""
 
     def verify(self) -> Iterator[Problem]:
-        """Read the whole content and yield each defect. Changes nothing."""
+        """Read the whole content and yield each defect. Does not change the content."""
         for row in self.rows():
             try:
                 found, _ = self.read(row.block)
@@ -203,5 +203,5 @@ class Tier(ABC):
         return False
 
     def changes(self) -> Changes | None:
-        """Return what others changed since the last `rows` or `changes`; None for no change. Must not wait."""
+        """Return the changes of others since the last `rows` or `changes`; None for no change. Must not wait."""
         return None

@@ -18,7 +18,7 @@ from erllama._runtime.log import logger
 
 log = logger("erllama.cache")
 
-# Not "opened" and "closed_no_write": they change nothing. On Linux the end of a write is a "closed" event.
+# Without "opened" and "closed_no_write", which are no changes. On Linux the end of a write is a "closed" event.
 _CHANGE_EVENTS = {"created", "deleted", "moved", "closed", "modified"}
 
 

@@ -19,7 +19,7 @@ _TICK_NS = 20_000_000
 
 
 def identity(path: Path) -> str:
-    """The identity of a model's files: device, inode, size and times of each part.
+    """Return the identity of a model's files: device, inode, size and times of each part.
 
     Raises:
         ModelLoadError: a part is missing.
@@ -28,7 +28,7 @@ def identity(path: Path) -> str:
 
 
 def file_identity(path: Path) -> str:
-    """The identity of one file, independent of its name. Waits up to 20 ms if the file has just changed.
+    """Return the identity of one file, independent of its name. Waits up to 20 ms if the file has just changed.
 
     Raises:
         ModelLoadError: the file cannot be read.
@@ -61,7 +61,7 @@ class MappedFiles:
         self._changed = ""
 
     def problem(self) -> str:
-        """The reason why the weights may have changed since the load; empty if they have not.
+        """Return the reason why the weights may have changed since the load; empty if they have not.
 
         Takes some microseconds per file. A changed, replaced or removed file stays a problem. A file that cannot be
         examined is a problem until it can be.

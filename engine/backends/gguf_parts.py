@@ -9,7 +9,7 @@ _SPLIT = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def parts(path: Path) -> list[Path]:
-    """The files of a model: `path`, or all parts if its name is that of a part."""
+    """Return the files of a model: `path`, or all parts if its name is that of a part."""
     found = _SPLIT.fullmatch(path.name)
     if not found:
         return [path]

@@ -115,7 +115,7 @@ class LlamaBackend:
         return partial(
             llama_ffi.LlamaContext,
             self._model,
-            n_ctx=_padded(n_ctx),
+            n_ctx=_round_up(n_ctx),
             n_batch=options.n_batch,
             n_ubatch=min(options.n_ubatch, options.n_batch),
             n_seq_max=n_sequences + 1,
@@ -198,11 +198,11 @@ class LlamaBackend:
         return self._model
 
     def weights_problem(self) -> str:
-        """The reason why the weights may have changed since the load; empty if they have not."""
+        """Return the reason why the weights may have changed since the load; empty if they have not."""
         return self._mapped.problem() if self._mapped is not None else ""
 
     def embedder(self) -> Embedder:
-        """An embedder with separate contexts on the same weights, which it holds."""
+        """Return an embedder with separate contexts on the same weights, which it holds."""
         from erllama.engine.backends.llama_embedding import LlamaEmbedder
 
         options, limits = self._options, self.limits
@@ -222,8 +222,8 @@ class LlamaBackend:
 
         # Windows and recurrent states take memory for each sequence. A text has at least one token, and a context
         # cannot have more sequences than tokens.
-        most = _MAX_EMBEDDED_TEXTS if limits.can_trim or not limits.can_generate else 1
-        n_sequences = min(most, limits.n_ubatch, llama_ffi.max_sequences())
+        limit = _MAX_EMBEDDED_TEXTS if limits.can_trim or not limits.can_generate else 1
+        n_sequences = min(limit, limits.n_ubatch, llama_ffi.max_sequences())
         with translate_errors(BackendError):
             return LlamaEmbedder(
                 self._model,
@@ -256,18 +256,18 @@ class LlamaBackend:
             adapter.close()
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
-        known, self._state_known = self._state_known, self.limits.can_trim
+        state_known, self._state_known = self._state_known, self.limits.can_trim
         try:
             logits = self._context.decode(batch.tokens, batch.positions, batch.sequences, batch.output)
         except llama_ffi.NoCellsError as error:
-            self._state_known = known
+            self._state_known = state_known
             raise CellsExhausted(str(error)) from error
         except llama_ffi.LlamaError as error:
             self._broken = isinstance(error, llama_ffi.DecodeError)
             if batch.positions.max(initial=0) >= self.limits.n_ctx:
                 raise CellsExhausted(str(error)) from error
             raise BackendError(str(error)) from error
-        self._state_known = known
+        self._state_known = state_known
         return logits
 
     def _length(self, sequence: int) -> int:
@@ -344,7 +344,7 @@ class LlamaBackend:
 
 
 def _recipe(options: LlamaOptions, *sizes: object) -> bytes:
-    """A 16-byte digest of what affects the bits of a result: `sizes`, the placement of layers, and the build."""
+    """Return a 16-byte digest of what affects the bits of a result: `sizes`, placement of layers, and build."""
     placement = [options.n_gpu_layers, options.split_mode, options.main_gpu, options.tensor_split]
     build = [llama_ffi.build_info()["key"], llama_ffi.system_info()]
     return hashlib.sha256(json.dumps([sizes, placement, build]).encode()).digest()[:16]
@@ -364,12 +364,12 @@ def _rope(options: LlamaOptions) -> llama_ffi.RopeOptions:
 
 
 def _or_default(value: float | None) -> float:
-    """A negative value selects the model's own value in libllama."""
+    """Return a YaRN option for libllama, where a negative value selects the model's own value."""
     return -1.0 if value is None else value
 
 
-def _padded(n_ctx: int) -> int:
-    """Rounded up as libllama does, but before it derives other sizes."""
+def _round_up(n_ctx: int) -> int:
+    """Round a size up as libllama does, but before it derives other sizes."""
     return -(-n_ctx // _N_CTX_STEP) * _N_CTX_STEP
 
 

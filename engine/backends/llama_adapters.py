@@ -23,9 +23,7 @@ def check_adapter_file(path: Path, model: Path, architecture: str) -> None:
     """
     try:
         check_file(path)
-        with translate_errors(
-            AdapterLoadError, f"the model's file {model} cannot be read any more, which the check needs"
-        ):
+        with translate_errors(AdapterLoadError, f"the model's file {model}, which the check needs, cannot be read"):
             tables = [llama_ffi.read_tensor_table(part) for part in parts(model)]
         weights = {tensor.name: tensor for _, tensors in tables for tensor in tensors}
         with translate_errors(AdapterLoadError, f"{path} cannot be loaded"):

@@ -29,7 +29,7 @@ class LlamaEmbedder:
     Args:
         model: a model with weights. It is held while a context exists.
         make_context: creates a context for a pooling and a number of tokens.
-        n_tokens: the maximum of tokens in one text.
+        n_tokens: maximum number of tokens in one text.
         n_batch: tokens of several texts that are computed together.
         n_sequences: texts that are computed together.
     """

@@ -38,7 +38,7 @@ class LlamaVocabulary:
         special_tokens: special tokens by name, such as "bos".
         special_texts: the texts of special tokens for chat templates, by name, such as "bos_token".
         infill_tokens: the tokens that mark a gap in a text; None if the model has none.
-        longest_piece: the maximum of bytes in a text that one token represents; 0 without a limit.
+        longest_piece: maximum bytes of a text that one token represents; 0 without a limit.
     """
 
     def __init__(self, vocabulary: llama_ffi.Vocabulary) -> None:
@@ -129,7 +129,7 @@ def load_file(
     except llama_ffi.LoadCancelledError as error:
         raise LoadCancelled(f"{path}: {error}") from None
     except llama_ffi.UnusedOverrideError as error:
-        raise OptionError(_unused(error, metadata, vocab_only)) from None
+        raise OptionError(_unused_override_message(error, metadata, vocab_only)) from None
     except llama_ffi.LlamaError as error:
         raise ModelLoadError(
             f"{path} cannot be loaded: {error}. Check that the file is complete and of a supported kind"
@@ -138,12 +138,14 @@ def load_file(
 
 
 def _all_tensors(path: Path, header: llama_ffi.GGUFHeader) -> list[llama_ffi.Tensor]:
-    """The tensors of all parts that exist. libllama reports missing parts."""
+    """Return the tensors of all parts that exist. libllama reports missing parts."""
     others = [part for part in parts(path) if part != path and part.exists()]
     return [*header.tensors, *(tensor for part in others for tensor in llama_ffi.read_tensor_table(part)[1])]
 
 
-def _unused(error: llama_ffi.UnusedOverrideError, metadata: Mapping[str, object], vocab_only: bool) -> str:
+def _unused_override_message(
+    error: llama_ffi.UnusedOverrideError, metadata: Mapping[str, object], vocab_only: bool
+) -> str:
     if error.reason:
         return f"overrides[{error.key!r}] has the wrong type: libllama {error.reason}"
     near = get_close_matches(error.key, [key for key in metadata if key != error.key], n=1, cutoff=0.8)
@@ -176,7 +178,7 @@ def check_file(path: Path) -> None:
 
 
 def sampled_digest(path: Path) -> str:
-    """SHA-256, in hex, of a GGUF file's size, its header, and the first 4 KiB of each tensor.
+    """Return the SHA-256, in hex, of a GGUF file's size, its header, and the first 4 KiB of each tensor.
 
     Raises:
         ModelLoadError: the file cannot be read, or is not GGUF.
@@ -196,7 +198,7 @@ def sampled_digest(path: Path) -> str:
 
 
 def chat_templates(metadata: Mapping[str, object]) -> dict[str, str]:
-    """A file's chat templates by name: "default", and others such as "tool_use"."""
+    """Return a file's chat templates by name: "default", and others such as "tool_use"."""
     return {
         key.removeprefix(_TEMPLATE).removeprefix(".") or "default": source
         for key, source in metadata.items()
@@ -205,7 +207,7 @@ def chat_templates(metadata: Mapping[str, object]) -> dict[str, str]:
 
 
 def facts_of(path: Path, file: LoadedFile, special_tokens: Mapping[str, SpecialToken]) -> ModelFacts:
-    """The facts of a loaded file, without those of a context and devices."""
+    """Return the facts of a loaded file, without those of a context and devices."""
     model, metadata, _ = file
     architecture = str(metadata.get("general.architecture", ""))
 
@@ -235,7 +237,7 @@ def facts_of(path: Path, file: LoadedFile, special_tokens: Mapping[str, SpecialT
 
 
 def buffers_in(log: str) -> tuple[Buffer, ...]:
-    """The memory that libllama reports in its log, to a hundredth of a MiB."""
+    """Return the memory that libllama reports in its log, to a hundredth of a MiB."""
     return tuple(
         Buffer(place, _HOLDS[purpose], round(float(mebibytes) * 2**20))
         for place, purpose, mebibytes in _BUFFER.findall(log)

@@ -22,19 +22,19 @@ except ImportError as error:
     ) from error
 
 
-def _printable_lines(record: logging.LogRecord) -> bool:
+def _make_printable(record: logging.LogRecord) -> bool:
     """Make a line of libllama's log printable, since it may quote a model's metadata."""
     record.msg, record.args = printable(record.getMessage()), None
     return True
 
 
-logging.getLogger("erllama.llama").addFilter(_printable_lines)
+logging.getLogger("erllama.llama").addFilter(_make_printable)
 
 MAX_SEQUENCES = llama_ffi.max_sequences() - 1  # one is the scratch sequence
 
 
 def devices() -> list[llama_ffi.Device]:
-    """The devices that libllama can compute on, including the CPU.
+    """Return the devices that libllama can compute on, including the CPU.
 
     Raises:
         BackendError: libllama cannot start, for example in a process forked from one that had started it.

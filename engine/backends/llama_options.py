@@ -37,7 +37,7 @@ class LlamaOptions:
     Attributes:
         n_ctx: cells, in tokens, rounded up to a multiple of 256; None for the model's training context, at most
             4096.
-        n_batch: the maximum of tokens in one decode.
+        n_batch: maximum number of tokens in one decode.
         n_ubatch: tokens computed at once, and the length of a prefill slice.
         n_sequences: sequences that the context can hold.
         n_spare_sequences: additional sequences, for models whose sequences take no memory of their own.
@@ -92,7 +92,7 @@ class LlamaOptions:
         self._check_sizes()
         self._check_cells()
         self._check_rope()
-        self._put("overrides", _checked_overrides(self.overrides))
+        self._put("overrides", _check_overrides(self.overrides))
         for name in ("mmap", "mlock"):
             boolean(name, getattr(self, name))
         self._check_devices()
@@ -183,7 +183,7 @@ class LlamaOptions:
                     "use split_mode='none', or name the device in devices"
                 )
         if self.tensor_split is not None:
-            self._put("tensor_split", _checked_shares(self.tensor_split))
+            self._put("tensor_split", _check_shares(self.tensor_split))
             if self.split_mode == "none":
                 raise OptionError(
                     "tensor_split with split_mode='none', which puts all on one device; leave out one of them"
@@ -197,7 +197,7 @@ class LlamaOptions:
             self.offload_devices()
 
     def offload_devices(self) -> list[tuple[int, llama_ffi.Device]]:
-        """The devices that receive layers, with their numbers.
+        """Return the devices that receive layers, with their numbers.
 
         Raises:
             OptionError: `devices`, `main_gpu` or `tensor_split` do not fit the existing devices.
@@ -219,14 +219,14 @@ class LlamaOptions:
         return found
 
     def computing_devices(self) -> list[llama_ffi.Device]:
-        """The devices of `offload_devices` that compute; [] if all layers stay on the CPU."""
+        """Return the devices of `offload_devices` that compute; [] if all layers stay on the CPU."""
         found = [device for _, device in self.offload_devices()] if self.n_gpu_layers else []
         at = self.main_gpu or 0
         return found[at : at + 1] if self.split_mode == "none" else found
 
 
 def _gpus() -> list[tuple[int, llama_ffi.Device]]:
-    """libllama's default: every GPU once, or the integrated GPUs if there are no others."""
+    """Return libllama's default devices: every GPU once, or the integrated GPUs if there are no others."""
     seen: set[str] = set()
     gpus = []
     for number, device in enumerate(devices()):
@@ -254,7 +254,7 @@ def _named_devices(names: Sequence[str]) -> list[tuple[int, llama_ffi.Device]]:
     return found
 
 
-def _checked_shares(value: object) -> tuple[float, ...]:
+def _check_shares(value: object) -> tuple[float, ...]:
     if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
         raise OptionError(f"tensor_split={value!r}; pass a list of numbers, one per device")
     shares = tuple(real(f"tensor_split[{i}]", share, 0.0, _FLOAT32_MAX) for i, share in enumerate(value))
@@ -263,15 +263,15 @@ def _checked_shares(value: object) -> tuple[float, ...]:
     return shares
 
 
-def _checked_overrides(value: object) -> Mapping[str, MetadataValue] | None:
+def _check_overrides(value: object) -> Mapping[str, MetadataValue] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
         raise OptionError(f"overrides={value!r}; pass a mapping of metadata keys to values")
-    return MappingProxyType({_checked_key(key): _checked_value(key, value[key]) for key in sorted(value, key=str)})
+    return MappingProxyType({_check_key(key): _check_value(key, value[key]) for key in sorted(value, key=str)})
 
 
-def _checked_key(key: object) -> str:
+def _check_key(key: object) -> str:
     if not isinstance(key, str) or not _OVERRIDE_KEY.fullmatch(key):
         raise OptionError(
             f"overrides: {key!r} is not a metadata key; use its full name, such as 'llama.rope.freq_base'"
@@ -281,7 +281,7 @@ def _checked_key(key: object) -> str:
     return key
 
 
-def _checked_value(key: str, value: object) -> MetadataValue:
+def _check_value(key: str, value: object) -> MetadataValue:
     name = f"overrides[{key!r}]"
     if isinstance(value, bool):
         return value

@@ -79,9 +79,9 @@ class StubBackend:
         self._seed = np.uint64(seed)
         self._eog_bias = eog_bias
         self._kv = np.zeros(n_ctx, np.uint64)  # by cell
-        self._holders = np.zeros(n_ctx, np.int32)  # the number of sequences that hold a cell
+        self._n_holders = np.zeros(n_ctx, np.int32)  # the number of sequences that hold a cell
         self._table = np.zeros((n_sequences, n_ctx), np.int32)  # the cell of each position of a sequence
-        self._held = [0] * n_sequences
+        self._lengths = [0] * n_sequences
         self._places = (2 * np.arange(n_ctx, dtype=np.uint64) + 1) * _MIX
         self._aborted = self._closed = False
 
@@ -92,7 +92,7 @@ class StubBackend:
             raise BackendError(f"a batch of {len(batch.tokens)} tokens; n_batch is {self.limits.n_batch}")
         if not np.all((batch.sequences >= 0) & (batch.sequences < self.limits.n_sequences)):
             raise BackendError(f"a sequence outside 0 to {self.limits.n_sequences - 1}")
-        free = np.flatnonzero(self._holders == 0)
+        free = np.flatnonzero(self._n_holders == 0)
         if len(free) < len(batch.tokens):
             raise CellsExhausted(f"{len(free)} free cells for {len(batch.tokens)} tokens")
         self.tokens_decoded += len(batch.tokens)
@@ -100,40 +100,40 @@ class StubBackend:
         for cell, token, position, sequence, output in zip(
             free.tolist(), *(array.tolist() for array in batch), strict=False
         ):
-            if position != self._held[sequence]:
-                raise BackendError(f"position {position} after {self._held[sequence]} held")
+            if position != self._lengths[sequence]:
+                raise BackendError(f"position {position} does not follow {self._lengths[sequence]} positions")
             before = int(self._kv[self._table[sequence, position - 1]]) if position else int(self._seed)
             digest = hashlib.blake2b(struct.pack("<QI", before, token), digest_size=8).digest()
             self._kv[cell] = int.from_bytes(digest, "little")
-            self._hold(sequence, position, np.array([cell], np.int32))
+            self._append_cells(sequence, position, np.array([cell], np.int32))
             if output:
                 rows.append(self._logits(sequence))
         return np.array(rows, np.float32).reshape(len(rows), self.limits.n_vocab)
 
-    def _hold(self, sequence: int, start: int, cells: NDArray[np.int32]) -> None:
+    def _append_cells(self, sequence: int, start: int, cells: NDArray[np.int32]) -> None:
         """Append cells to a sequence that holds `start` positions."""
         self._table[sequence, start : start + len(cells)] = cells
-        self._holders[cells] += 1
-        self._held[sequence] = start + len(cells)
+        self._n_holders[cells] += 1
+        self._lengths[sequence] = start + len(cells)
 
     def _values(self, sequence: int, start: int, end: int) -> NDArray[np.uint64]:
         values: NDArray[np.uint64] = self._kv[self._table[sequence, start:end]]
         return values
 
     def _logits(self, sequence: int) -> NDArray[np.float32]:
-        held = self._held[sequence]
-        summed = np.bitwise_xor.reduce(self._values(sequence, 0, held) * self._places[:held])
+        length = self._lengths[sequence]
+        summed = np.bitwise_xor.reduce(self._values(sequence, 0, length) * self._places[:length])
         logits = np.random.Generator(np.random.PCG64(int(summed))).standard_normal(self.limits.n_vocab, np.float32)
         logits *= np.float32(3)
         logits[EOG] += np.float32(self._eog_bias)
         return logits
 
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
-        held = self._held[sequence]
-        if not 0 <= start < end <= held:
-            raise BackendError(f"positions {start} to {end} of a sequence that holds {held}")
-        if not self.limits.can_trim and end != held:
-            raise BackendError(f"this memory can only be packed at its end, {held}, not at {end}")
+        length = self._lengths[sequence]
+        if not 0 <= start < end <= length:
+            raise BackendError(f"positions {start} to {end} of a sequence that holds {length}")
+        if not self.limits.can_trim and end != length:
+            raise BackendError(f"this memory can only be packed at its end, {length}, not at {end}")
         header = _HEADER.pack(int(self._seed), start, end)
         return np.frombuffer(header + self._values(sequence, start, end).tobytes(), np.uint8).copy()
 
@@ -141,44 +141,44 @@ class StubBackend:
         raw = bytes(payload)
         if len(raw) != _HEADER.size + 8 * (end - start) or _HEADER.unpack_from(raw) != (self._seed, start, end):
             raise StateError("the payload has other positions")
-        if self._held[sequence] != start:
-            raise StateError(f"positions from {start} on, in a sequence that holds {self._held[sequence]}")
-        free = np.flatnonzero(self._holders == 0)[: end - start]
+        if self._lengths[sequence] != start:
+            raise StateError(f"positions from {start} on, in a sequence that holds {self._lengths[sequence]}")
+        free = np.flatnonzero(self._n_holders == 0)[: end - start]
         if len(free) < end - start:
             raise StateError(f"{len(free)} free cells for {end - start} positions")
         self._kv[free] = np.frombuffer(raw, np.uint64, offset=_HEADER.size)
-        self._hold(sequence, start, free.astype(np.int32))
+        self._append_cells(sequence, start, free.astype(np.int32))
 
     def share(self, source: int, target: int, end: int) -> None:
         if not self.limits.can_trim:
             raise BackendError("sequences can share this memory only as a whole")
-        if not 0 <= end <= self._held[source] or self._held[target]:
+        if not 0 <= end <= self._lengths[source] or self._lengths[target]:
             raise BackendError(
-                f"positions 0 to {end} of a sequence that holds {self._held[source]}, "
-                f"for one that holds {self._held[target]}"
+                f"positions 0 to {end} of a sequence that holds {self._lengths[source]}, "
+                f"for one that holds {self._lengths[target]}"
             )
-        self._hold(target, 0, self._table[source, :end].copy())
+        self._append_cells(target, 0, self._table[source, :end].copy())
 
     def cut(self, sequence: int, end: int) -> None:
         if not self.limits.can_trim:
             raise BackendError("this memory cannot be cut")
-        self._release(sequence, min(end, self._held[sequence]))
+        self._release(sequence, min(end, self._lengths[sequence]))
 
     def _release(self, sequence: int, end: int) -> None:
-        self._holders[self._table[sequence, end : self._held[sequence]]] -= 1
-        self._held[sequence] = end
+        self._n_holders[self._table[sequence, end : self._lengths[sequence]]] -= 1
+        self._lengths[sequence] = end
 
     def drop(self, sequence: int) -> None:
         self._release(sequence, 0)
 
     def clear(self) -> None:
-        for sequence in range(len(self._held)):
+        for sequence in range(len(self._lengths)):
             self._release(sequence, 0)
 
     @property
     def cells_used(self) -> int:
         """The number of cells in use."""
-        return int(np.count_nonzero(self._holders))
+        return int(np.count_nonzero(self._n_holders))
 
     def abort(self, on: bool) -> None:
         self._aborted = on

@@ -79,7 +79,7 @@ class Adjacency:
         return new
 
     def _first(self) -> dict[int, int]:
-        """By expression, the terminals that it may begin with (FIRST)."""
+        """Return, by expression, the terminals that it may begin with (FIRST)."""
         own, edges = {}, {}
         for id in self._ids:
             kind, parts = self._pool[id].kind, self._pool[id].parts
@@ -93,7 +93,7 @@ class Adjacency:
         return _propagate(edges, own)
 
     def _follow(self, first: dict[int, int]) -> dict[int, int]:
-        """By expression, the terminals that may come after it (FOLLOW)."""
+        """Return, by expression, the terminals that may follow it (FOLLOW)."""
         own = dict.fromkeys(self._ids, 0)
         edges: dict[int, list[int]] = {id: [] for id in self._ids}
         for id in self._ids:
@@ -117,7 +117,7 @@ class Adjacency:
 
 
 def _propagate(edges: dict[int, list[int]], own: dict[int, int]) -> dict[int, int]:
-    """By node of a graph, the union of the sets of the node and of all nodes that it leads to."""
+    """Return, by node of a graph, the union of the sets of the node and of all nodes that it leads to."""
     total: dict[int, int] = {}
     for component in strongly_connected_components(edges):
         union = 0

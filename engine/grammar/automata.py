@@ -34,7 +34,7 @@ class Move(NamedTuple):
 
 
 def members(bits: int, start: int = 0) -> Iterator[int]:
-    """The members of a bit set, in order; the lowest bit stands for `start`."""
+    """Yield the members of a bit set, in order; the lowest bit stands for `start`."""
     while bits:
         low = bits & -bits
         yield low.bit_length() - 1 + start
@@ -52,11 +52,11 @@ class Automata:
         self._steps = 0
 
     def first_bytes(self, id: int | None) -> int:
-        """The set of first bytes of the texts of an expression; None stands for a token."""
+        """Return the set of first bytes of the texts of an expression; None stands for a token."""
         return TOKEN if id is None else self._automaton(id).first_bytes(_START)
 
     def can_extend(self, left: int, right: int, after: int) -> bool:
-        """Whether `right` has a text that begins with a text of `left` and continues with a byte of `after`."""
+        """Return whether `right` has a text that is a text of `left`, then a byte of `after`, and any rest."""
         ends, _ = self._pair(left, right)
         return any(self._automaton(right).first_bytes(state) & after for state in ends)
 
@@ -70,13 +70,13 @@ class Automata:
         return self._automaton(right).cut_points(ends, after)
 
     def overlap(self, left: int | None, right: int | None) -> bool:
-        """Whether both expressions have a text in common."""
+        """Return whether both expressions have a text in common."""
         if left is None or right is None:
             return left is right
         return self._pair(left, right)[1]
 
     def segments(self, ranges: Ranges) -> int:
-        """Ranges of code points as a bit set of segments.
+        """Return ranges of code points as a bit set of segments.
 
         The edges of all the grammar's ranges delimit the segments.
         """
@@ -104,7 +104,7 @@ class Automata:
         return self._automata[id]
 
     def _pair(self, left: int, right: int) -> tuple[set[int], bool]:
-        """The states of `right` after a text of `left`, and whether both may end in one of them."""
+        """Return the states of `right` after a text of `left`, and whether both may end in one of them."""
         if (left, right) not in self._pairs:
             a, b = self._automaton(left), self._automaton(right)
             if a.first_bytes(_START) & b.first_bytes(_START) or left == right:
@@ -162,7 +162,7 @@ class _Automaton:
         self.everywhere = (1 << len(self._segments)) - 1
 
     def cut_points(self, states: set[int], after: int) -> set[int]:
-        """The parts that continue from the states with a byte of `after`."""
+        """Return the parts that continue from the states with a byte of `after`."""
         found: set[int] = set()
         for position in {position for state in states for position in members(state)}:
             for next_ in members(self._follow[position]):
@@ -175,7 +175,7 @@ class _Automaton:
         return bisect_right(self._parts, position) - 1
 
     def first_bytes(self, state: int) -> int:
-        """The set of first bytes of the characters that may come next."""
+        """Return the set of first bytes of the characters that may come next."""
         bits = 0
         for position in members(self._next(state)):
             bits |= self._bytes[position]
@@ -213,7 +213,11 @@ class _Automaton:
         return moves
 
     def _build(self, id: int) -> tuple[bool, int, int]:
-        """Whether the expression may be empty, and its first and last positions. Recurses."""
+        """Add the positions of an expression. Recurses.
+
+        Returns:
+            whether it may be empty, and its first and last positions.
+        """
         expression = self._pool[id]
         if expression.kind is ExpressionKind.CHARS:
             ranges = self._pool.ranges(id)
@@ -232,16 +236,16 @@ class _Automaton:
             return any(option[0] for option in options), first, last
         return self._build_repeat(expression.parts[0], *self._pool.bounds(id))
 
-    def _build_repeat(self, id: int, least: int, most: int | None) -> tuple[bool, int, int]:
-        size = self._pool[id].size * self._pool[id].repetitions * max(least, most or 0, 1)
-        if size > _MAX_UNROLLED and (least, most) != (0, 1):
-            least, most = min(least, 1), None
-        copies = [self._build(id) for _ in range(max(least, most or 0, 1))]
-        if most is None:
+    def _build_repeat(self, id: int, minimum: int, maximum: int | None) -> tuple[bool, int, int]:
+        size = self._pool[id].size * self._pool[id].repetitions * max(minimum, maximum or 0, 1)
+        if size > _MAX_UNROLLED and (minimum, maximum) != (0, 1):
+            minimum, maximum = min(minimum, 1), None
+        copies = [self._build(id) for _ in range(max(minimum, maximum or 0, 1))]
+        if maximum is None:
             _, first, last = copies[-1]
             for position in members(last):
                 self._follow[position] |= first
-        return self._concatenate([(copy[0] or at >= least, *copy[1:]) for at, copy in enumerate(copies)])
+        return self._concatenate([(copy[0] or at >= minimum, *copy[1:]) for at, copy in enumerate(copies)])
 
     def _concatenate(self, parts: list[tuple[bool, int, int]]) -> tuple[bool, int, int]:
         empty, first, last = True, 0, 0
@@ -255,7 +259,7 @@ class _Automaton:
 
 
 def _lead_bytes(ranges: Ranges) -> int:
-    """The set of first bytes of characters in UTF-8. The bytes rise with the code points."""
+    """Return the set of first bytes of characters in UTF-8. The bytes rise with the code points."""
     bits = 0
     for low, high in ranges:
         first, last = (chr(point).encode()[0] for point in (low, high))

@@ -98,7 +98,7 @@ class ExpressionPool:
         return self._expressions[id]
 
     def descendants(self, id: int) -> list[int]:
-        """The ids of an expression and all its descendants, parts first."""
+        """Return the ids of an expression and all its descendants, parts first."""
         found, pending = {id}, [id]
         while pending:
             for part in self._expressions[pending.pop()].parts:
@@ -109,7 +109,7 @@ class ExpressionPool:
         return sorted(found)
 
     def chars(self, ranges: Iterable[tuple[int, int]]) -> int:
-        """One character of some ranges of code points, both ends included."""
+        """Return the expression of one character of some ranges of code points, both ends included."""
         found = normalize(ranges)
         self._count_steps(len(found))
         return self._intern(ExpressionKind.CHARS, (), found)
@@ -129,7 +129,7 @@ class ExpressionPool:
         return self._intern(ExpressionKind.TOKEN, (), token)
 
     def terminal(self, read: int) -> int:
-        """A terminal: the lexer reads it as a unit. Its language is that of `read` without the empty text."""
+        """Return a terminal, which the lexer reads as a unit: the language of `read` without the empty text."""
         return self._intern(ExpressionKind.TERMINAL, (), read)
 
     def sequence(self, parts: Iterable[int]) -> int:
@@ -175,7 +175,7 @@ class ExpressionPool:
         return self._intern(ExpressionKind.REPEAT, (id,), RepeatBounds(minimum, maximum))
 
     def nonempty(self, id: int) -> int:
-        """A regular expression's language without the empty text."""
+        """Return the expression of a regular expression's language without the empty text."""
         # Parts first, so that a deep expression needs no recursion.
         for below in self.descendants(id):
             if below not in self._nonempty:
@@ -197,7 +197,7 @@ class ExpressionPool:
         return value
 
     def rebuild(self, id: int, parts: Sequence[int]) -> int:
-        """The same expression with other parts."""
+        """Return the same expression with other parts."""
         old = self._expressions[id]
         if old.kind is ExpressionKind.SEQUENCE:
             return self.sequence(parts)
@@ -288,7 +288,7 @@ class ExpressionPool:
 
 
 def normalize(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """Ranges of code points in order, merged where they touch, without surrogates, which no text contains."""
+    """Return ranges of code points in order, merged where they touch. Surrogates are removed: no text has them."""
     merged: list[tuple[int, int]] = []
     for low, high in sorted((low, min(high, MAX_CODE_POINT)) for low, high in ranges):
         if low > high:
@@ -306,7 +306,7 @@ def normalize(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def complement(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """All code points outside of `ranges`."""
+    """Return all code points outside of `ranges`."""
     outside: list[tuple[int, int]] = []
     start = 0
     for low, high in normalize(ranges):
@@ -316,13 +316,13 @@ def complement(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def referenced_rules(pool: ExpressionPool, id: int) -> list[str]:
-    """The names of the rules that an expression refers to, each once."""
+    """Return the names of the rules that an expression refers to, each once."""
     values = (pool[below].value for below in pool.descendants(id) if pool[below].kind is ExpressionKind.REFERENCE)
     return [value for value in values if isinstance(value, str)]
 
 
 def reachable_rules(pool: ExpressionPool, rules: dict[str, int], root: str) -> dict[str, int]:
-    """The rules that `root` refers to, directly or not, and `root` itself, in their present order."""
+    """Return the rules that `root` refers to, directly or not, and `root` itself, in their present order."""
     found, pending = {root}, [root]
     while pending:
         for name in referenced_rules(pool, rules[pending.pop()]):
@@ -333,7 +333,7 @@ def reachable_rules(pool: ExpressionPool, rules: dict[str, int], root: str) -> d
 
 
 def satisfying(pool: ExpressionPool, rules: dict[str, int], leaf: Callable[[int], bool]) -> set[int]:
-    """The expressions with a property that parts pass on.
+    """Return the expressions with a property that parts pass on.
 
     A sequence has the property if all its parts have it, a choice if one part has it. The result is the least fixed
     point over all expressions of the rules. Visits each expression once per part.
@@ -369,7 +369,7 @@ def satisfying(pool: ExpressionPool, rules: dict[str, int], leaf: Callable[[int]
 
 
 def strongly_connected_components(edges: dict[int, list[int]]) -> list[list[int]]:
-    """The strongly connected components of a graph, each after the components that it leads to (Tarjan, 1972)."""
+    """Return the strongly connected components of a graph, each after those that it leads to (Tarjan, 1972)."""
     order: dict[int, int] = {}
     low: dict[int, int] = {}
     stack: list[int] = []

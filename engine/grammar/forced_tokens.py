@@ -36,7 +36,7 @@ class ForcedTokenizer:
         self._tokenizer = ContinuationTokenizer(vocabulary) if self._sorted else None
 
     def tokenize(self, data: bytes, preceding: Sequence[int]) -> list[int]:
-        """The tokens that bytes begin with, for every continuation of the bytes.
+        """Return the tokens that bytes begin with, for every continuation of the bytes.
 
         Args:
             data: bytes of a text; they may end within a character.
@@ -62,7 +62,7 @@ class ForcedTokenizer:
     def _common_tokens(
         self, tokenizer: ContinuationTokenizer, text: bytes, ids: list[int], start: int, n: int
     ) -> list[int]:
-        """The tokens of a text that all its possible continuations share, without the first n."""
+        """Return the tokens of a text that all its possible continuations share, without the first n."""
         for end in range(len(text) - 1, max(start, len(text) - self._longest) - 1, -1):
             if len(ids) <= n:
                 return []
@@ -77,7 +77,7 @@ class ForcedTokenizer:
         return forced if unchanged else []
 
     def _begins_longer(self, part: bytes) -> bool:
-        """Whether a token begins with `part` and is longer. A character cut in two counts as begun."""
+        """Return whether a token begins with `part` and is longer. A character cut in two counts as begun."""
         at = bisect_right(self._sorted, part)
         return at < len(self._sorted) and self._sorted[at].startswith(part)
 
@@ -88,7 +88,7 @@ def _shared_start(ids: list[int], others: list[int]) -> list[int]:
 
 
 def _whole_characters(text: bytes) -> bytes:
-    """The text without an incomplete character at its end; empty if the rest is not UTF-8."""
+    """Return the text without an incomplete character at its end; empty if the rest is not UTF-8."""
     for cut in range(min(4, len(text) + 1)):
         part = text[: len(text) - cut]
         try:

@@ -93,13 +93,13 @@ def parse(source: str, root: str = "root") -> ParsedGrammar:
 
 
 def _place(source: str, at: int) -> tuple[int, int]:
-    """Line and column, from 1, of an offset in a text."""
+    """Return line and column, from 1, of an offset in a text."""
     before = list(_NEWLINE.finditer(source, 0, at))
     return len(before) + 1, at - (before[-1].end() if before else 0) + 1
 
 
 def error_at(source: str, at: int, problem: str) -> GrammarError:
-    """An error with line and column, which quotes the source there."""
+    """Return an error with line and column, which quotes the source there."""
     line, column = _place(source, at)
     shown = _NEWLINE.split(source[at : at + 40])[0]
     problem = f"{problem}: {shown!r}" if shown else problem
@@ -130,9 +130,9 @@ class _Parser:
         bad = re.search("[\0\ud800-\udfff]", self.source)
         if bad is not None:
             self.fail("a character that no text contains", bad.start())
-        self._space(newlines=True)
+        self._skip_space(newlines=True)
         while self.at < len(self.source):
-            self._rule()
+            self._parse_rule()
 
     def check_references(self) -> None:
         for id in sorted({id for rule in self.rules.values() for id in self.pool.descendants(rule)}):
@@ -140,24 +140,24 @@ class _Parser:
             if self.pool[id].kind is ExpressionKind.REFERENCE and isinstance(name, str) and name not in self.rules:
                 self.fail(f"there is no rule {name!r}", self.references[name])
 
-    def _rule(self) -> None:
+    def _parse_rule(self) -> None:
         start = self.at
         name = self._take(_NAME, "expected the name of a rule")
-        self._space()
+        self._skip_space()
         if not self.source.startswith("::=", self.at):
             self.fail("expected ::=")
         self.at += 3
-        self._space(newlines=True)
+        self._skip_space(newlines=True)
         # The last of two definitions counts.
-        self.rules[name] = self._alternatives()
+        self.rules[name] = self._parse_alternatives()
         self.defined[name] = start
         if len(self.rules) > _MAX_RULES:
             self.fail(f"more than {_MAX_RULES} rules", start)
         if self.at < len(self.source) and not _NEWLINE.match(self.source, self.at):
             self.fail("expected a new line or an element of a rule")
-        self._space(newlines=True)
+        self._skip_space(newlines=True)
 
-    def _alternatives(self) -> int:
+    def _parse_alternatives(self) -> int:
         """Parse the alternatives after ::=, up to the first character that cannot belong to them."""
         pending = [_Group([], [], self.at)]
         while True:
@@ -168,40 +168,40 @@ class _Parser:
                     self.fail(f"nested too deeply: more than {_MAX_NESTING} parentheses are open")
                 pending.append(_Group([], [], self.at))
                 self.at += 1
-                self._space(newlines=True)
+                self._skip_space(newlines=True)
             elif next_ == "|":
                 group.options.append(self.pool.sequence(group.items))
                 group.items.clear()
                 self.at += 1
-                self._space(newlines=True)
+                self._skip_space(newlines=True)
             elif next_ == ")" and nested:
                 pending.pop()
                 self.at += 1
-                pending[-1].items.append(self._closed(group))
-                self._space(newlines=len(pending) > 1)
+                pending[-1].items.append(self._close_group(group))
+                self._skip_space(newlines=len(pending) > 1)
             elif next_ and next_ in "*+?{":
-                self._repetition(group.items, nested)
-            elif (item := self._item(next_)) is not None:
+                self._parse_repetition(group.items, nested)
+            elif (item := self._parse_item(next_)) is not None:
                 group.items.append(item)
-                self._space(newlines=nested)
+                self._skip_space(newlines=nested)
             elif nested:
                 self.fail("expected ')'" if next_ else "never closed", None if next_ else group.at)
             else:
-                return self._closed(group)
+                return self._close_group(group)
 
-    def _closed(self, group: _Group) -> int:
+    def _close_group(self, group: _Group) -> int:
         return self.pool.choice([*group.options, self.pool.sequence(group.items)])
 
-    def _item(self, next_: str) -> int | None:
+    def _parse_item(self, next_: str) -> int | None:
         if next_ == '"':
-            return self._string()
+            return self._parse_string()
         if next_ == "[":
-            return self._class()
+            return self._parse_class()
         if next_ == ".":
             self.at += 1
             return self.pool.chars([(0, MAX_CODE_POINT)])
         if next_ and next_ in "<!":
-            return self._token()
+            return self._parse_token()
         if _NAME.match(next_):
             at = self.at
             name = self._take(_NAME, "")
@@ -209,13 +209,13 @@ class _Parser:
             return self.pool.reference(name)
         return None
 
-    def _repetition(self, items: list[int], nested: bool) -> None:
+    def _parse_repetition(self, items: list[int], nested: bool) -> None:
         at, sign = self.at, self.source[self.at]
         if not items:
             self.fail("the repetition has no element before it")
         self.at += 1
-        self._space(newlines=nested)
-        minimum, maximum = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(sign) or self._bounds(nested)
+        self._skip_space(newlines=nested)
+        minimum, maximum = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(sign) or self._parse_bounds(nested)
         for bound in (minimum, maximum or 0):
             if bound > _MAX_REPETITIONS:
                 self.fail(f"at most {_MAX_REPETITIONS} repetitions can be counted", at)
@@ -223,26 +223,26 @@ class _Parser:
             self.fail(f"at least {minimum} repetitions, and at most {maximum}", at)
         items[-1] = self.pool.repeat(items[-1], minimum, maximum)
 
-    def _bounds(self, nested: bool) -> tuple[int, int | None]:
-        minimum = self._number(nested)
+    def _parse_bounds(self, nested: bool) -> tuple[int, int | None]:
+        minimum = self._parse_number(nested)
         maximum: int | None = minimum
         if self.source.startswith(",", self.at):
             self.at += 1
-            self._space(newlines=nested)
-            maximum = self._number(nested) if _DIGITS.match(self.source, self.at) else None
+            self._skip_space(newlines=nested)
+            maximum = self._parse_number(nested) if _DIGITS.match(self.source, self.at) else None
         if not self.source.startswith("}", self.at):
             self.fail("expected '}'")
         self.at += 1
-        self._space(newlines=nested)
+        self._skip_space(newlines=nested)
         return minimum, maximum
 
-    def _number(self, nested: bool) -> int:
+    def _parse_number(self, nested: bool) -> int:
         digits = self._take(_DIGITS, "expected a number").lstrip("0")
-        self._space(newlines=nested)
+        self._skip_space(newlines=nested)
         # Nine digits exceed every limit, and Python refuses thousands of digits.
         return int(digits[:9] or "0")
 
-    def _string(self) -> int:
+    def _parse_string(self) -> int:
         start = self.at
         self.at += 1
         points: list[int] = []
@@ -252,14 +252,14 @@ class _Parser:
                 self.at = plain.end()
                 continue
             at = self.at
-            point = self._char(start)
+            point = self._parse_char(start)
             if point > MAX_CODE_POINT or SURROGATES[0] <= point <= SURROGATES[1]:
                 self.fail(f"U+{point:04X} is not a character; write one above U+FFFF as \\U0001F600", at)
             points.append(point)
         self.at += 1
         return self.pool.literal(points)
 
-    def _class(self) -> int:
+    def _parse_class(self) -> int:
         start = self.at
         negated = self.source.startswith("[^", start)
         self.at += 2 if negated else 1
@@ -269,10 +269,10 @@ class _Parser:
                 ranges += ((point, point) for point in map(ord, set(plain.group())))
                 self.at = plain.end()
                 continue
-            low = high = self._char(start)
+            low = high = self._parse_char(start)
             if self.source.startswith("-", self.at) and not self.source.startswith("-]", self.at):
                 self.at += 1
-                high = self._char(start)
+                high = self._parse_char(start)
             ranges.append((low, high))
         self.at += 1
         if not ranges:
@@ -284,7 +284,7 @@ class _Parser:
             )
         return self.pool.chars(complement(ranges) if negated else ranges)
 
-    def _char(self, start: int) -> int:
+    def _parse_char(self, start: int) -> int:
         """Parse one character of the string or class that begins at `start`."""
         if self.at >= len(self.source):
             self.fail("never closed", start)
@@ -304,7 +304,7 @@ class _Parser:
         self.at += 2 + len(digits)
         return int(digits, 16)
 
-    def _token(self) -> int:
+    def _parse_token(self) -> int:
         at = self.at
         negated = self.source.startswith("!", at)
         found = _TOKEN.match(self.source, at + int(negated))
@@ -323,7 +323,7 @@ class _Parser:
         self.at = found.end()
         return found.group()
 
-    def _space(self, newlines: bool = False) -> None:
+    def _skip_space(self, newlines: bool = False) -> None:
         found = (_SPACE_AND_NEWLINES if newlines else _SPACE).match(self.source, self.at)
         assert found is not None
         self.at = found.end()

@@ -66,7 +66,7 @@ class Grammar:
 
     @classmethod
     def gbnf(cls, text: str, root: str = "root") -> Grammar:
-        """A grammar in GBNF, as llama.cpp reads it (see `engine.grammar.gbnf` for the differences).
+        """Return a grammar in GBNF, as llama.cpp reads it (see `engine.grammar.gbnf` for the differences).
 
         References to tokens, such as `<[1234]>`, `<|name|>` and `!<|name|>`, are resolved when a model uses the
         grammar. If a token matches both a text and a reference, the reference applies.
@@ -78,9 +78,9 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, object] | bool | str) -> Grammar:
-        """JSON that matches a schema (draft 2020-12, as far as llguidance supports it).
+        """Return a grammar for JSON that matches a schema (draft 2020-12, as far as llguidance supports it).
 
-        Properties come in the order in which the schema lists them. Between the parts of the JSON, one space is
+        Properties appear in the order in which the schema lists them. Between the parts of the JSON, one space is
         allowed, or a new line with up to 40 spaces or tabs, so that a model cannot write endless white space.
         Strings contain their characters literally; \\u is for control characters only. The schema's `x-guidance`,
         which would change such settings of the compiler, is ignored. A `format` that llguidance does not know is an
@@ -97,12 +97,12 @@ class Grammar:
 
     @classmethod
     def json_object(cls) -> Grammar:
-        """Any JSON object, with white space as in `json_schema`."""
+        """Return a grammar for any JSON object, with white space as in `json_schema`."""
         return cls.json_schema({"type": "object"})
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
-        """Text that a regular expression matches as a whole.
+        """Return a grammar for text that a regular expression matches as a whole.
 
         The syntax is that of Rust's regex crate: no lookaround, no back references; `.` does not match a new line.
 
@@ -113,7 +113,7 @@ class Grammar:
 
     @classmethod
     def lark(cls, text: str) -> Grammar:
-        """A grammar in Lark, as llguidance reads it (its docs/syntax.md).
+        """Return a grammar in Lark, as llguidance reads it (its docs/syntax.md).
 
         A lexer takes the longest match of each terminal. So `/[a-z]+/ "x"` has no text, unlike in GBNF.
 
@@ -143,7 +143,7 @@ class Grammar:
             _byte_compiler().check(self, checked)
 
     def accepts(self, text: str | bytes) -> bool:
-        """Whether a whole text is in the language. Needs no model.
+        """Return whether a whole text is in the language. Needs no model.
 
         Raises:
             GrammarError: the grammar refers to tokens, so it needs a vocabulary; or matching takes too long.
@@ -168,7 +168,7 @@ class GrammarCompiler:
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """A matcher in the initial state of a grammar.
+        """Return a matcher in the initial state of a grammar.
 
         Raises:
             GrammarError: the grammar refers to a token that the vocabulary lacks, or is too large to compile.
@@ -217,7 +217,7 @@ class GrammarCompiler:
         return _gbnf_to_lark(rules, lambda token: self._reference(token, grammar.source))
 
     def _reference(self, token: TokenReference, source: str) -> str:
-        """A token reference in Lark. A grammar cannot refer to tokens that end a reply."""
+        """Return a token reference in Lark. A grammar cannot refer to tokens that end a reply."""
         vocabulary = self._vocabulary
         id = token.id
         if id is None:
@@ -278,7 +278,7 @@ def _gbnf_to_lark(rules: gbnf.ParsedGrammar, format_token: Callable[[TokenRefere
 
 
 def _to_lark(kind: str, source: str) -> str:
-    """A grammar in llguidance's Lark.
+    """Return a grammar in llguidance's Lark.
 
     Only there can `no_forcing` be set, which keeps all spellings of a text allowed.
     """
@@ -326,7 +326,7 @@ def _compile(tokens: llguidance_adapter.GuidanceVocabulary, grammar: Grammar, la
 
 def _error_of(grammar: Grammar, raw: str) -> GrammarError:
     text, line, column = llguidance_adapter.describe_error(raw)
-    # Line and column refer to Lark, so they help only those who wrote Lark.
+    # Line and column refer to the Lark text, so they are useful only for a grammar written in Lark.
     if line is None or grammar.kind != "lark":
         return (NotSupported if llguidance_adapter.is_unsupported(raw) else GrammarError)(text)
     return GrammarError(f"line {line}, column {column}: {text}", line=line, column=column)

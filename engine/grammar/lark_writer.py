@@ -89,7 +89,7 @@ class _LarkWriter:
         return f"({self._body(id, level + 1)})" if level < _MAX_PARENTHESES else self._group(id)
 
     def _group(self, id: int) -> str:
-        """The name of a new rule for an expression."""
+        """Return the name of a new rule for an expression."""
         if id not in self._groups:
             self._groups[id] = f"g{len(self._groups)}"
             self._pending.append(id)
@@ -97,7 +97,7 @@ class _LarkWriter:
 
 
 def _pattern(pool: ExpressionPool, id: int) -> str:
-    """The text of a regular expression."""
+    """Return the text of a regular expression."""
     texts: dict[int, str] = {}
     for below in pool.descendants(id):
         expression = pool[below]
@@ -128,5 +128,5 @@ def _char(point: int) -> str:
 
 def _quantifier(bounds: RepeatBounds) -> str:
     signs = {(0, None): "*", (1, None): "+", (0, 1): "?"}
-    most = "" if bounds.maximum is None else bounds.maximum
-    return signs.get(bounds) or f"{{{bounds.minimum},{most}}}"
+    maximum = "" if bounds.maximum is None else bounds.maximum
+    return signs.get(bounds) or f"{{{bounds.minimum},{maximum}}}"

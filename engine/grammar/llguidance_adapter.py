@@ -156,17 +156,17 @@ def compile_grammar(vocabulary: GuidanceVocabulary, lark_source: str) -> LLMatch
 
 
 def validate(lark_source: str) -> str:
-    """The error of a grammar that is wrong for every vocabulary; empty if there is none."""
+    """Return the error of a grammar that is wrong for every vocabulary; empty if there is none."""
     return _run_on_large_stack(lambda: LLMatcher.validate_grammar(lark_source, limits=_LIMITS))
 
 
 def is_limit(raw: str) -> bool:
-    """Whether an error means that a grammar is too large, not that a text is outside of its language."""
+    """Return whether an error means that a grammar is too large, not that a text is outside of its language."""
     return _LIMIT.search(raw.partition("\n")[0]) is not None
 
 
 def is_unsupported(raw: str) -> bool:
-    """Whether an error means that llguidance lacks a feature, or that a grammar is too large."""
+    """Return whether an error means that llguidance lacks a feature, or that a grammar is too large."""
     first = raw.partition("\n")[0]
     return first.startswith(_UNSUPPORTED_PREFIXES) or is_limit(raw)
 

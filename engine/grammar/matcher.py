@@ -1,4 +1,4 @@
-"""The state of one reply in a grammar: which tokens may come next, and which are forced.
+"""The state of one reply in a grammar: which tokens are allowed next, and which are forced.
 
 `engine.grammar.grammar` makes matchers, and the sequence of a reply owns one. The masks are llguidance's
 (https://github.com/guidance-ai/llguidance); this module adds what depends on the vocabulary.
@@ -23,7 +23,7 @@ class Matcher:
         vocabulary: the model's vocabulary.
         native: a copy of the compiled grammar.
         on_limit: called when the grammar reaches one of llguidance's limits. All copies of a compiled grammar share
-            its lexer, so after that none of them works any more.
+            its lexer, so no copy works after that.
         names_tokens: whether the grammar refers to tokens, so that it may allow tokens without text.
     """
 
@@ -37,13 +37,13 @@ class Matcher:
         self._begun = self._ended = False
 
     def fork(self) -> Matcher:
-        """An independent copy in the same state."""
+        """Return an independent copy in the same state."""
         fork = Matcher(self._vocabulary, self._native.deep_copy(), self._on_limit, names_tokens=self._names_tokens)
         fork._recent, fork._begun, fork._ended = list(self._recent), self._begun, self._ended
         return fork
 
     def allowed(self) -> NDArray[np.bool_]:
-        """The tokens that may come next.
+        """Return the tokens that are allowed next.
 
         Returns:
             bool, shape (n_tokens,), valid until the next call. Tokens that end the reply are allowed where
@@ -113,7 +113,7 @@ class Matcher:
         return True
 
     def forced(self) -> list[int]:
-        """The tokens that the grammar forces next, as the model's tokenizer writes them.
+        """Return the tokens that the grammar forces next, as the model's tokenizer writes them.
 
         Returns:
             ids; [] if several texts, or the end, are possible, or if later text may change the first token.

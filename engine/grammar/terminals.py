@@ -44,7 +44,7 @@ _MAX_WORK = 100_000
 
 
 def split_into_terminals(pool: ExpressionPool, rules: dict[str, int], root: str) -> dict[str, int]:
-    """The rules, built of the largest terminals that are exact."""
+    """Return the rules, built of the largest terminals that are exact."""
     automata = Automata(pool)
     splits: dict[int, set[int]] = {}
     work = 0
@@ -65,7 +65,7 @@ def split_into_terminals(pool: ExpressionPool, rules: dict[str, int], root: str)
 
 
 def fits_terminal(pool: ExpressionPool, id: int) -> bool:
-    """Whether a regular expression is small enough for one terminal."""
+    """Return whether a regular expression is small enough for one terminal."""
     expression = pool[id]
     return expression.size <= _MAX_SIZE and expression.depth <= _MAX_DEPTH and expression.repetitions <= _MAX_COUNT
 
@@ -84,7 +84,7 @@ class _TerminalBuilder:
         self._level = 0
 
     def build(self, id: int) -> int:
-        """The same language, with regular parts as terminals, except for the parts in `splits`."""
+        """Return the same language, with regular parts as terminals, except for the parts in `splits`."""
         pool = self._pool
         new: dict[int, int] = {}
         for below in pool.descendants(id):
@@ -162,7 +162,7 @@ class _TerminalBuilder:
             self._level -= 1
 
     def _factor(self, options: tuple[int, ...]) -> int:
-        """The same choice with options grouped by their first part. A word list is reduced to its few letters."""
+        """Return the choice with options grouped by their first part. A word list is reduced to its few letters."""
         pool = self._pool
         groups: dict[int, list[tuple[int, ...]]] = {}
         for option in options:
@@ -175,7 +175,7 @@ class _TerminalBuilder:
 
 
 def _find_inexact(adjacency: Adjacency, automata: Automata) -> dict[int, set[int]]:
-    """The terminals to split, because the lexer could read past the end that the rules require.
+    """Return the terminals to split, because the lexer could read past the end that the rules require.
 
     Returns:
         by the expression of each such terminal, the parts before which to cut it.

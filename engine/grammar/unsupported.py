@@ -1,4 +1,4 @@
-"""The error for grammars that are valid but exceed what is supported.
+"""The error for grammars that are valid but not supported.
 
 The modules of grammars raise it. The chats catch it to relax the schemas of tools.
 """

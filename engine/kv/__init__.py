@@ -2,5 +2,5 @@
 
 `prefix_cache` is the cache as the engine uses it, `sequence_kv` restores and saves the blocks of one
 sequence, `slices` decides where prefill is cut and which bits are reproducible, and `weights` checks
-that the model file is unchanged. Imports the cache; does not import scheduling.
+that the model file is unchanged. Imports the cache and the values of `requests`; does not import `scheduling`.
 """

@@ -79,7 +79,7 @@ class PrefixCache:
                 count=False,
             )
         except BaseException:
-            self.record_fault(f"looking up {len(tokens)} tokens of a prompt, which is read cold,")
+            self.record_fault(f"looking up a prompt of {len(tokens)} tokens in the cache")
             return None
 
     def awaits(self, key: bytes) -> bool:
@@ -87,16 +87,16 @@ class PrefixCache:
         try:
             return self.cache.awaits(key)
         except BaseException:
-            self.record_fault("asking for a save in flight")
+            self.record_fault("checking for a save in flight")
             return False
 
     def record_fault(self, action: str) -> None:
-        """Log and count the exception being handled. No request fails because of the cache, or of a bug in it.
+        """Log and count the exception being handled. The request continues without the cache.
 
         Args:
             action: what failed, for the log.
         """
-        log.exception("%s failed", action)
+        log.exception("%s failed; the request continues without the cache", action)
         try:
             self.cache.count_fault()
         except BaseException:

@@ -72,7 +72,7 @@ class SequenceKV:
         recipe: how it is computed.
 
     Attributes:
-        cold_tail_end: where memory that cannot be trimmed is packed, for the next request with the same prompt.
+        cold_tail_end: where memory that cannot be cut is packed, for the next request with the same prompt.
         finish_key: names the stored context; None if it is not stored.
         stored: the positions that were saved for this sequence and were not in the cache before.
     """
@@ -139,7 +139,9 @@ class SequenceKV:
             try:
                 n_computed, n_shared = self._restore_match(match, reproducible, n_shared, room, tiers)
             except BaseException:
-                self._prefix_cache.record_fault(f"restoring a prompt of {len(tokens)} tokens, which is read cold,")
+                self._prefix_cache.record_fault(
+                    f"restoring the prefix of a prompt of {len(tokens)} tokens from the cache"
+                )
                 self._backend.drop(self._slot)
                 self._provenance = Provenance(self._slicing, self._recipe)
                 n_computed = n_shared = 0
@@ -147,7 +149,7 @@ class SequenceKV:
             self._collect_keys(token_bytes(tokens[:n_computed]))
             slowest = self._slowest(tiers)
         except BaseException:
-            self._prefix_cache.record_fault("looking for the stored blocks of a prompt")
+            self._prefix_cache.record_fault("looking up the stored blocks of a prompt")
             self._saving, slowest = False, LIVE
         kind: HitKind = "cold" if n_computed == 0 else "exact" if n_computed == last else "partial"
         return Restored(CacheHit(kind, slowest if n_computed else None, n_computed), n_shared)
@@ -186,7 +188,7 @@ class SequenceKV:
             self._backend.cut(self._slot, n_shared)
         blocks, restored = self._restore_blocks(blocks, wanted, n_shared, n_shared + room, tiers)
         if reproducible:
-            # Again, by what was loaded: a block may have been missing, or saved anew by another process.
+            # Again, for the loaded blocks: one may have been missing, or another process may have saved it again.
             restored = self._trim_to_canonical(blocks, restored)
         self._provenance.add_restored([block for block in blocks if block.start < restored], restored)
         return restored, min(n_shared, restored)
@@ -260,7 +262,7 @@ class SequenceKV:
         for at in range(0, len(raw) - size + 1, size):
             parent = child_key(parent, raw[at : at + size])
             if not self._cache.contains(parent):
-                # Saved with blocks of another size: save them anew, if the memory can still be packed.
+                # Saved with blocks of another size: save them again, if the memory can still be packed.
                 self._saving = self._can_trim
                 break
             self._keys.append(parent)
@@ -287,7 +289,7 @@ class SequenceKV:
         if self._can_trim:
             self._save_blocks(tokens[: self._cold_end], SaveReason.COLD)
             return
-        # Packed now or never: whatever the policy, since all that follows a block needs it.
+        # This memory can be packed only now. Later blocks need this one, so the policy does not apply.
         self._save_blocks(tokens, SaveReason.COLD)
         if len(tokens) == self.cold_tail_end:
             self._save_tail(tokens, SaveReason.COLD)
@@ -305,7 +307,7 @@ class SequenceKV:
         self._save_blocks(tokens, SaveReason.CONTINUED)
 
     def save_all(self, tokens: NDArray[np.int32], reason: SaveReason) -> None:
-        """Save whatever is not saved yet of `tokens`, which are all tokens of the sequence."""
+        """Save the blocks of `tokens` that are not saved yet; `tokens` are all tokens of the sequence."""
         self.finish_key = None
         if len(tokens) >= self._policy.min_tokens:
             self._save_blocks(tokens, reason)
@@ -340,18 +342,18 @@ class SequenceKV:
             if not self._prefix_cache.weights.intact():
                 self._saving, self.finish_key = False, None
                 return block
-            known = self._cache.stored(block.key)
-            replace = known is not None and self._is_better(block, known)
+            older = self._cache.stored(block.key)
+            replace = older is not None and self._is_better(block, older)
             if replace or self._cache.wants(block.key):
                 with self._cache.expecting(block.key):
                     with self._cache.packing():
                         payload = self._backend.pack(self._slot, block.start, block.end)
                     self._cache.save(block, payload, replace=replace, trimmable=self._can_trim)
-                if known is None:
+                if older is None:
                     self.stored = self.stored.union(TokenRange(start, block.end))
             self.finish_key = block.key if self._cache.contains(block.key) else None
         except BaseException:
-            self._prefix_cache.record_fault(f"saving a block of {block.n_tokens} tokens, the last of its request,")
+            self._prefix_cache.record_fault(f"saving a block of {block.n_tokens} tokens")
             self._saving = False
             self.finish_key = None
         return block

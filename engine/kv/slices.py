@@ -1,4 +1,4 @@
-"""Where prefill is cut into slices, and which stored KV has the bits of a cold run.
+"""The slices in which prefill is computed, and which stored KV has the bits of a cold run.
 
 The KV of a token depends, in its last bits, on the batch it was computed in. So a prompt of n tokens is always
 computed in the same slices: cut at absolute multiples of a window (the backend's micro-batch), and before its
@@ -59,7 +59,7 @@ class Slicing:
     def next_mark(self, position: int, n_prompt: int, mark: int = 0) -> int:
         """Return the end of the longest slice from `position` on, for runs whose bits are not guaranteed.
 
-        Memory that cannot be trimmed is packed at the ends of blocks and at `mark`, so the slice ends there.
+        Memory that cannot be cut is packed at the ends of blocks and at `mark`, so the slice ends there.
         """
         if not self.at_blocks:
             return n_prompt
@@ -126,9 +126,9 @@ class Provenance:
         for block in blocks:
             index = block.start // self._window
             # A slice cut short by the restore continues with other tokens, in another slice.
-            known = block.slice_end if block.recipe == self.recipe and block.slice_end <= n_tokens else 0
+            slice_end = block.slice_end if block.recipe == self.recipe and block.slice_end <= n_tokens else 0
             # Blocks of one window may come from different runs: the window is as good as its worst.
-            if self._slice_ends.setdefault(index, known) != known:
+            if self._slice_ends.setdefault(index, slice_end) != slice_end:
                 self._slice_ends[index] = 0
         while (end := self._canonical + self._window) <= n_tokens:
             if self._slice_ends.get(self._canonical // self._window) != end:

@@ -1,8 +1,8 @@
-"""Whether a model's weights are still those that its KV is stored under.
+"""Checks that a loaded model's weights are still those that its KV is stored under.
 
-A backend may offer `weights_problem`, a function that returns why its weights may have changed since they were
-loaded, or an empty text. As long as there is a problem, KV is neither saved nor taken from the cache: every
-prompt is computed, and its KV is for that request alone.
+A backend may have a method `weights_problem`. It returns why the weights may have changed since they were loaded,
+or an empty text. As long as there is a problem, KV is neither saved to the cache nor restored from it: every prompt
+is computed, and its KV is for that request alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From tokens to the parts of a reply.
+"""The parsers that turn tokens into the parts of a reply: answer, thinking and tool calls.
 
 `text` decodes bytes without splitting a character, `stops` finds stop strings, and `token_codec` encodes tokens so
 that markers are found across them. `phase_options` describes the phases of a reply, `phases` separates thinking,

@@ -79,7 +79,7 @@ class PhasedMatcher:
         return allowed
 
     def forced(self) -> list[int]:
-        """Return the tokens that the active grammar leaves no choice about."""
+        """Return the tokens that the active grammar forces next."""
         return self._active.forced() if self._active is not None else []
 
     @property
@@ -154,7 +154,7 @@ class PhasedMatcher:
             if answer.begun:
                 self._activate(answer)
         elif token in self._next_of_openings():
-            self._alternative = _advanced(self._alternative if self._opening else answer.fork(), token)
+            self._alternative = _try_accept(self._alternative if self._opening else answer.fork(), token)
             self._opening.append(token)
             if any(list(tokens) == self._opening for tokens in self._openings):
                 self._opening, self._alternative = [], None
@@ -178,7 +178,7 @@ class PhasedMatcher:
         elif begun:
             if not self._accepts(answer, begun):
                 text = self._codec.decode(begun)
-                raise GrammarError(f"the grammar does not begin with {text!r}, which came before the answer")
+                raise GrammarError(f"the grammar does not begin with {text!r}, which precedes the answer")
             self._activate(answer)
 
     def _begin_call(self, calls: Matcher) -> None:
@@ -193,12 +193,12 @@ class PhasedMatcher:
             if isinstance(part, bytes):
                 if not matcher.accept_text(part):
                     return False
-            elif _advanced(matcher, part) is None:
+            elif _try_accept(matcher, part) is None:
                 return False
         return True
 
 
-def _advanced(matcher: Matcher | None, token: int) -> Matcher | None:
+def _try_accept(matcher: Matcher | None, token: int) -> Matcher | None:
     """Advance a matcher by a token. Returns it, or None if it does not accept the token."""
     if matcher is not None:
         try:

@@ -29,7 +29,7 @@ class Markers:
         for name in ("open", "close"):
             object.__setattr__(self, name, _texts(f"the {name} markers", getattr(self, name)))
         if not self.open:
-            raise OptionError("markers without an opening one; give at least one")
+            raise OptionError("markers without an opening one; pass at least one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,10 @@ class PhaseOptions:
         skip: texts around phases that belong to no phase.
         call_grammar: the grammar of a call, from its opening marker on, and of all that follows; None for any text.
         calls_only: the whole answer must match `call_grammar`.
-        begins: whether the reply begins in thinking; None if the end of the prompt decides: it does where the
-            prompt ends with an opening marker.
+        begins: whether the reply begins in thinking. With None, it does if the prompt ends with an opening marker.
         opened: a marker, or the beginning of one, at the prompt's end, which the reply continues.
-        thinking_budget: most tokens of thinking; the engine then inserts the closing marker. None for no limit.
+        thinking_budget: maximum number of tokens of thinking. Then the engine inserts the closing marker. None for
+            no limit.
         budget_message: the text inserted before that marker.
         signing_key: signs thinking with HMAC-SHA256; None for no signature.
     """
@@ -73,7 +73,7 @@ class PhaseOptions:
     def __post_init__(self) -> None:
         for name in ("thinking", "calls", "payload"):
             if not isinstance(getattr(self, name), Markers | None):
-                raise OptionError(f"{name}={getattr(self, name)!r}; give Markers, or None")
+                raise OptionError(f"{name}={getattr(self, name)!r}; pass Markers, or None")
         for name in ("quotes", "leading", "skip"):
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
         if self.begins is not None:
@@ -81,16 +81,16 @@ class PhaseOptions:
         if self.thinking_budget is not None:
             object.__setattr__(self, "thinking_budget", integer("thinking_budget_tokens", self.thinking_budget, 0))
         if not isinstance(self.budget_message, str):
-            raise OptionError(f"thinking_budget_message={self.budget_message!r}; give a text")
+            raise OptionError(f"thinking_budget_message={self.budget_message!r}; pass a text")
         encodable("thinking_budget_message", self.budget_message)
         if self.signing_key is not None and (not isinstance(self.signing_key, bytes) or not self.signing_key):
             raise OptionError("thinking_signing_key must be bytes, at least one, or None")
         if self.thinking_budget is not None and (self.thinking is None or not self.thinking.close):
-            raise OptionError("thinking_budget_tokens for a model without thinking markers; give thinking_markers")
+            raise OptionError("thinking_budget_tokens for a model without thinking markers; pass thinking_markers")
 
 
-def _texts(name: str, given: object) -> tuple[str, ...]:
-    texts = (given,) if isinstance(given, str) else given
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
-        raise OptionError(f"{name}: {given!r}; give a text, or several, none of them empty")
+        raise OptionError(f"{name}: {value!r}; pass a text, or several, none of them empty")
     return tuple(encodable(name, text) for text in texts)

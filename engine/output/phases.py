@@ -1,7 +1,7 @@
 """The phases of a reply: the answer, thinking and tool calls, separated at their markers.
 
 `PhaseTracker` follows one reply token by token, for any backend. It works on text encoded by `TokenCodec`, so a
-marker is found in whatever tokens it arrives. Used by the model thread.
+marker is found however it is split into tokens. Used by the model thread.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class PhaseTracker:
         self._all_text = True
 
     def use_call_grammar(self, grammar: Matcher) -> None:
-        """Let a grammar decide where calls end. It is forked at each call."""
+        """Set the grammar that decides where calls end. It is forked at each call."""
         self._call_grammar = grammar
 
     def end_at_first_marker(self) -> None:

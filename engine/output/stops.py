@@ -31,7 +31,7 @@ class TextFinder:
     def find(self, buffer: str, *, ended: bool = False) -> tuple[int, str | None]:
         """Return the position of the first text, and the text.
 
-        If there is none, return the position up to which none can begin, whatever follows, and None.
+        If there is none, return None and the position up to which none can begin, even with more text.
 
         Args:
             ended: whether no more text follows.

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 # The white space that belongs to no phase of a reply, and to no tool call.
 WHITE = " \t\r\n"
 # Bytes of the longest character, without its last.
-_MOST_BEGUN = 3
+_MAX_BEGUN = 3
 
 
 def unfinished(pieces: Iterable[bytes]) -> bytes:
@@ -23,9 +23,9 @@ def unfinished(pieces: Iterable[bytes]) -> bytes:
     end = b""
     for piece in pieces:
         end = piece + end
-        if not piece or len(end) > _MOST_BEGUN:
+        if not piece or len(end) > _MAX_BEGUN:
             break
-    for n in range(1, min(len(end), _MOST_BEGUN) + 1):
+    for n in range(1, min(len(end), _MAX_BEGUN) + 1):
         if end[-n] & 0xC0 != 0x80:
             decoder = TextDecoder()
             decoder.feed(end[-n:])

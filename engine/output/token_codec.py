@@ -1,7 +1,7 @@
 """Encodes tokens as strings in which markers are found across the borders of tokens.
 
 An encoded string has one character for each byte of text (0 to 255), and one character of its own for each token
-that has no text: a special token. So a marker is found in whatever tokens it arrives, a special token is never
+that has no text: a special token. So a marker is found however it is split into tokens, a special token is never
 mistaken for its name written out, and one search serves both. Used by the output parsers and by chats.
 """
 
@@ -66,7 +66,7 @@ class TokenCodec:
         """
         ids: list[int] = self._vocabulary.tokenize(text, add_special=False, parse_special=True).tolist()
         if not ids:
-            raise OptionError(f"the marker {text!r} gives no tokens of this model")
+            raise OptionError(f"the marker {text!r} has no tokens in this model's vocabulary")
         return ids
 
     def exact_tokens(self, encoded: str) -> list[int]:

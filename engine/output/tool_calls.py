@@ -1,4 +1,4 @@
-"""Where a tool call ends: a marker within an argument is content.
+"""The end of a tool call: a marker within an argument is content.
 
 While a grammar describes the call, the grammar decides: a marker ends the call only where the grammar accepts the
 end after it. Without a grammar, the strings of the arguments are followed, and a marker within a string is

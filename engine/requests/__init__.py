@@ -1,5 +1,6 @@
-"""What a caller submits and receives.
+"""Requests and replies: the values that callers submit and receive.
 
 `request` holds the immutable values: options, events and results. `prompts` turns text into prompt tokens. `reply`
-assembles one reply, and `ticket` is the caller's end of a request in flight. Does not import scheduling.
+assembles one reply, and `ticket` is the caller's end of a request in flight. Imports
+`output`, `sampling` and `grammar`; does not import `scheduling`.
 """

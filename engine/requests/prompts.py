@@ -1,8 +1,8 @@
 """Text to the tokens of a prompt, with the BOS and EOS tokens that the model wants, each once.
 
 Texts from chat templates often contain their BOS spelled out. That is then the BOS of the prompt, and no second
-one is added. Callers that need the BOS or EOS of a vocabulary ask here, so that every method of a model has the
-same answer.
+one is added. Callers that need the BOS or EOS of a vocabulary use this module, so that all methods of a
+model agree.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from erllama.engine.backend import Vocabulary
 from erllama.errors import PromptTooLong
 
-_MOST_UTF8 = 4  # bytes of a character
+_MAX_UTF8 = 4  # bytes of a character
 
 
 class PromptTokenizer:
@@ -49,7 +49,7 @@ class PromptTokenizer:
             PromptTooLong: they have more bytes than `n_ctx` of the longest tokens.
         """
         longest: int = getattr(self._vocabulary, "longest_piece", 0)
-        if not longest or longest * n_ctx >= _MOST_UTF8 * sum(map(len, texts)):
+        if not longest or longest * n_ctx >= _MAX_UTF8 * sum(map(len, texts)):
             return
         n_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
         if n_bytes > longest * n_ctx:

@@ -175,8 +175,10 @@ class Reply:
         if self._kind == "text":
             text = self._stops.feed(text)
         text = self._trim(text)
-        held = self._kind == "text" and (self._stops.holding or self._stops.matched is not None or self._white)
-        if text or not held:
+        is_buffered = self._kind == "text" and (
+            self._stops.holding or self._stops.matched is not None or self._white
+        )
+        if text or not is_buffered:
             self._send(text)
 
     def _flush(self) -> str:

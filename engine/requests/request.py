@@ -25,8 +25,8 @@ from erllama.errors import OptionError
 FinishReason = Literal["stop", "length", "context_full", "cancelled", "tool_calls"]
 HitKind = Literal["cold", "partial", "exact"]
 
-MOST_SPECULATIVE = 64  # beyond that, hardly any draft is accepted
-MOST_LOGPROBS = 100  # as many as a person, or an evaluation, ever looks at; a row of them is built per token
+MAX_SPECULATIVE = 64  # beyond that, hardly any draft is accepted
+MAX_LOGPROBS = 100  # as many as a person, or an evaluation, ever looks at; a row of them is built per token
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class RequestOptions:
     """The options of one completion.
 
     Attributes:
-        max_tokens: most tokens of the reply; None for as many as fit the context.
+        max_tokens: maximum number of tokens of the reply; None for as many as fit the context.
         sampling: how tokens are sampled.
         reproducible: reuse KV only where the reply is, bit for bit, that of a cold run. Reuses less of the cache:
             up to one micro-batch is computed again.
@@ -53,8 +53,8 @@ class RequestOptions:
         grammar_triggers: texts and token ids. The grammar begins at the first of them in the reply, which is a part
             of it. Empty for a grammar that the whole reply must match.
         speculative: called with a prompt, returns the drafter of tokens to compute ahead; None to compute none.
-            Without effect where memory cannot be trimmed.
-        speculative_tokens: most tokens computed ahead at once.
+            Without effect where memory cannot be cut.
+        speculative_tokens: maximum number of tokens computed ahead at once.
         phases: how thinking and tool calls are separated from the answer; None for a reply that is all text.
     """
 
@@ -80,33 +80,33 @@ class RequestOptions:
         key = self.parent_key
         if key is not None and (not isinstance(key, bytes) or len(key) != KEY_BYTES):
             raise OptionError(
-                f"parent_key={shown(key)}; give the finish_key of a Completion, {KEY_BYTES} bytes, or None"
+                f"parent_key={shown(key)}; pass the finish_key of a Completion, {KEY_BYTES} bytes, or None"
             )
         if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
-            raise OptionError(f"cache_salt={shown(self.cache_salt)}; give a text that is not empty, or None")
+            raise OptionError(f"cache_salt={shown(self.cache_salt)}; pass a text that is not empty, or None")
         if self.max_tokens is not None:
             put(self, "max_tokens", integer("max_tokens", self.max_tokens, 0))
         boolean("reproducible", self.reproducible)
         put(self, "stop", _stop_strings(self.stop))
         put(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
         if self.logprobs is not None:
-            put(self, "logprobs", integer("logprobs", self.logprobs, 0, MOST_LOGPROBS))
+            put(self, "logprobs", integer("logprobs", self.logprobs, 0, MAX_LOGPROBS))
         if self.session_id is not None and (not isinstance(self.session_id, str) or not self.session_id):
-            raise OptionError(f"session_id={shown(self.session_id)}; give a text that is not empty, or None")
+            raise OptionError(f"session_id={shown(self.session_id)}; pass a text that is not empty, or None")
         if self.timeout is not None:
             put(self, "timeout", real("timeout", self.timeout, 0.0))
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
-            raise OptionError(f"grammar={shown(self.grammar)}; give GBNF as text, or an erllama.Grammar, or None")
+            raise OptionError(f"grammar={shown(self.grammar)}; pass GBNF as text, or an erllama.Grammar, or None")
         put(self, "grammar_triggers", _triggers(self.grammar_triggers, self.grammar))
-        most = integer("speculative_tokens", self.speculative_tokens, 1, MOST_SPECULATIVE)
-        put(self, "speculative_tokens", most)
+        n_tokens = integer("speculative_tokens", self.speculative_tokens, 1, MAX_SPECULATIVE)
+        put(self, "speculative_tokens", n_tokens)
         if self.speculative is not None and not callable(self.speculative):
             raise OptionError(
-                f"speculative={self.speculative!r:.80}; give a function that makes a drafter, or None"
+                f"speculative={self.speculative!r:.80}; pass a function that makes a drafter, or None"
             )
         if self.sampling_state is not None and not isinstance(self.sampling_state, SamplingState):
             raise OptionError(
-                f"sampling_state={shown(self.sampling_state)}; give the sampling_state of a Completion, or None"
+                f"sampling_state={shown(self.sampling_state)}; pass the sampling_state of a Completion, or None"
             )
         self._check_combinations()
 
@@ -128,25 +128,25 @@ class RequestOptions:
 def _stop_strings(stop: object) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else stop
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
-        raise OptionError(f"stop={shown(stop)}; give a text, or a list of them, none of them empty")
+        raise OptionError(f"stop={shown(stop)}; pass a text, or a list of them, none of them empty")
     return tuple(encodable("stop", text) for text in texts)
 
 
-def _stop_token_ids(given: object) -> tuple[int, ...]:
-    if given is None or isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-        raise OptionError(f"stop_token_ids={given!r:.80}; give a list of token ids, or leave it out")
-    return tuple(integer("each of stop_token_ids", token, 0) for token in given)
+def _stop_token_ids(value: object) -> tuple[int, ...]:
+    if value is None or isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise OptionError(f"stop_token_ids={value!r:.80}; pass a list of token ids, or leave it out")
+    return tuple(integer("each of stop_token_ids", token, 0) for token in value)
 
 
-def _triggers(given: object, grammar: Grammar | None) -> tuple[str | int, ...]:
-    triggers = (given,) if isinstance(given, str | int) else given
+def _triggers(value: object, grammar: Grammar | None) -> tuple[str | int, ...]:
+    triggers = (value,) if isinstance(value, str | int) else value
     if not isinstance(triggers, list | tuple) or not all(
         trigger if isinstance(trigger, str) else integer("each of grammar_triggers", trigger, 0) >= 0
         for trigger in triggers
     ):
-        raise OptionError(f"grammar_triggers={shown(given)}; give texts, none of them empty, or ids of tokens")
+        raise OptionError(f"grammar_triggers={shown(value)}; pass texts, none of them empty, or ids of tokens")
     if triggers and grammar is None:
-        raise OptionError("grammar_triggers without a grammar; give one, as grammar=, json_schema= or regex=")
+        raise OptionError("grammar_triggers without a grammar; pass one, as grammar=, json_schema= or regex=")
     return tuple(
         encodable("grammar_triggers", trigger) if isinstance(trigger, str) else trigger for trigger in triggers
     )
@@ -175,7 +175,7 @@ class CacheHit:
     Attributes:
         kind: "exact" if all of it was (the last token is always computed, for its logits), "partial" if a part
             was, "cold" if none was.
-        tier: the slowest tier that a part came from; None for a cold one.
+        tier: the slowest tier that a part was read from; None for a cold one.
         tokens: prompt tokens that were not computed again.
     """
 
@@ -246,7 +246,8 @@ class Completion:
             token's text; None if none did. It is the last of `tokens`, unless it ends generation by itself.
         logprobs: one for each of `tokens`, if requested; else None.
         thinking: the thinking, if the phases are separated.
-        thinking_signature: HMAC-SHA256 of `thinking` if a key was given, else b""; None if no thought ended.
+        thinking_signature: HMAC-SHA256 of `thinking` with `thinking_signing_key`; b"" without a key; None if no
+            thought ended.
         raw_tool_calls: each call as the model wrote it, from its opening marker to its closing one, special tokens
             spelled out; if the phases are separated.
         tool_call_places: for each of these, the number of characters of `text` before it.

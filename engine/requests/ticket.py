@@ -32,7 +32,7 @@ from erllama.errors import ModelUnloaded
 
 # Beyond this many unread pieces, further ones of one kind are joined: a stalled reader costs no more memory than
 # the reply.
-_MOST_UNREAD = 256
+_MAX_UNREAD = 256
 # Longest wait at a time. A Ctrl-C in the moment before a thread sleeps is noticed when it wakes.
 SLEEP_SECONDS = 1.0
 
@@ -57,7 +57,7 @@ class EndPiece(NamedTuple):
     """The end of a thought or of a call.
 
     Attributes:
-        kind: what ended.
+        kind: the phase that ended.
         raw: the signature of the thinking, or the bytes of the call.
     """
 
@@ -116,7 +116,7 @@ class Ticket:
     def notify(self) -> None:
         """Send the new pieces, and wake the readers. If too many are unread, wait with the new ones."""
         if self._emitted:
-            if self._unread.qsize() < _MOST_UNREAD:
+            if self._unread.qsize() < _MAX_UNREAD:
                 self._send()
             else:
                 self._backlog.add(self._emitted)
@@ -205,7 +205,7 @@ class Ticket:
         return self._completion
 
     def _next(self, *, wait: bool) -> Event | None:
-        """Return the next event; None after waiting in vain, or after the end."""
+        """Return the next event; None if none arrives in time, or after the end."""
         done = self.done  # read first: all pieces are sent before the request is done
         try:
             piece = self._unread.get(wait and not done, SLEEP_SECONDS)

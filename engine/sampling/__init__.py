@@ -2,6 +2,6 @@
 
 `sampler` builds a chain for each request from `options`, runs the `steps` over `candidates`, and draws with
 `draws`. `declaration` says how a step declares its options; `dry` is the longest step. Imports run from `sampler`
-and `options` towards `candidates`. Nothing here imports grammars or scheduling: a grammar reaches the sampler as a
+and `options` towards `candidates`. Does not import grammars or scheduling: a grammar reaches the sampler as a
 mask.
 """

@@ -43,11 +43,11 @@ class Candidates:
         return len(self.ids)
 
     def keep(self, which: NDArray[np.intp] | NDArray[np.bool_] | slice) -> Candidates:
-        """The candidates at some positions, or under a mask, in their present order."""
+        """Return the candidates at some positions, or under a mask, in their present order."""
         return Candidates(self.ids[which], self.logits[which], self.context, self.random, in_order=self.in_order)
 
     def with_logits(self, logits: NDArray[np.float32], *, in_order: bool = False) -> Candidates:
-        """The same tokens with other logits, float32, shape (n,)."""
+        """Return the same tokens with other logits, float32, shape (n,)."""
         return Candidates(self.ids, logits, self.context, self.random, in_order=in_order)
 
     def at(self, tokens: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -72,11 +72,11 @@ class Candidates:
         return positions, which[positions]
 
     def ordered(self) -> Candidates:
-        """The same candidates, most likely first."""
+        """Return the same candidates, most likely first."""
         return self if self.in_order else self.top(len(self))
 
     def top(self, k: int) -> Candidates:
-        """The `k` most likely candidates, most likely first."""
+        """Return the `k` most likely candidates, most likely first."""
         if self.in_order:
             return self if k >= len(self) else self.keep(slice(0, k))
         kept = self.keep(top_k(self.logits, k))
@@ -84,24 +84,24 @@ class Candidates:
         return kept
 
     def best(self) -> float:
-        """The largest logit."""
+        """Return the largest logit."""
         return float(self.logits[0]) if self.in_order else float(self.logits.max())
 
     def weights(self) -> NDArray[np.float32]:
-        """exp(logit - largest logit), float32, shape (n,). Probabilities are proportional to it."""
+        """Return exp(logit - largest logit), float32, shape (n,). Probabilities are proportional to it."""
         with np.errstate(over="ignore"):  # logits at both ends of float32 differ by infinity: no weight
             weights: NDArray[np.float32] = np.exp(self.logits - np.float32(self.best()))
         return weights
 
     def probabilities(self) -> NDArray[np.float64]:
-        """The softmax of the logits, float64, shape (n,)."""
+        """Return the softmax of the logits, float64, shape (n,)."""
         weights = self.weights()
         probabilities: NDArray[np.float64] = weights / weights.sum(dtype=np.float64)
         return probabilities
 
 
 def mask_logits(logits: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """A new array of logits with -inf where a token is not allowed, shape (n,).
+    """Return a new array of logits with -inf where a token is not allowed, shape (n,).
 
     It works on bits, without a branch for each token. Where allowed and excluded tokens alternate, `np.where` takes
     ten times as long.
@@ -115,7 +115,7 @@ def mask_logits(logits: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDAr
 
 
 def top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:
-    """Positions of the k largest logits, largest first, ties by rising position. k = 0 returns all positions.
+    """Return the positions of the k largest logits, largest first, ties by rising position; all for k = 0.
 
     Returns:
         shape (min(k, n),) or, for k = 0, (n,).
@@ -135,7 +135,7 @@ def top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:
 
 
 def order(logits: NDArray[np.float32]) -> NDArray[np.intp]:
-    """Positions by falling logit, ties by rising position; shape (n,)."""
+    """Return the positions by falling logit, ties by rising position; shape (n,)."""
     n = len(logits)
     if n < _MIN_INTEGER_SORT:
         return (-logits).argsort(kind="stable")

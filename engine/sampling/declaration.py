@@ -51,11 +51,11 @@ class Option(Generic[T]):
         self.name = name
 
     def of(self, options: object) -> T:
-        """The option's value in `SamplingOptions`."""
+        """Return the option's value in `SamplingOptions`."""
         return cast(T, getattr(options, self.name))
 
     def checked(self, value: object) -> T:
-        """The value as the option's type.
+        """Return the value as the option's type.
 
         Raises:
             OptionError: the value has another type, or is out of range.
@@ -66,7 +66,7 @@ class Option(Generic[T]):
         return cast(T, check(self.name, value, self.minimum, self.maximum))
 
     def is_neutral(self, options: object) -> bool:
-        """Whether the value asks for no step: the default, or `neutral`."""
+        """Return whether the value asks for no step: the default, or `neutral`."""
         return self.of(options) in (self.default, self.neutral)
 
 
@@ -75,7 +75,7 @@ class HasOptions:
 
     @classmethod
     def declared_options(cls) -> tuple[Option[object], ...]:
-        """The options, in the order of their declaration."""
+        """Return the options, in the order of their declaration."""
         return tuple(value for value in vars(cls).values() if isinstance(value, Option))
 
 
@@ -93,11 +93,11 @@ class StepContext:
         self._lock = threading.Lock()
 
     def last_n(self, n: int) -> int:
-        """The number of last tokens that an option asks for: -1 asks for the whole context."""
+        """Return the number of last tokens that an option asks for: -1 asks for the whole context."""
         return self.n_ctx if n < 0 else n
 
     def shared(self, key: Hashable, make: Callable[[], T]) -> T:
-        """A value that the steps of several requests share. The least recently used one is dropped first."""
+        """Return a value that the steps of several requests share. The least recently used one is dropped first."""
         with self._lock:
             value = self._shared.pop(key) if key in self._shared else make()
             self._shared[key] = value
@@ -124,5 +124,5 @@ class ChainStep(HasOptions):
 
     @classmethod
     def from_options(cls, options: object, context: StepContext) -> Step | None:
-        """The step that `SamplingOptions` ask for; None if the step would change nothing."""
+        """Return the step that `SamplingOptions` ask for; None if the step would change nothing."""
         raise NotImplementedError

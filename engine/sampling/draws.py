@@ -22,7 +22,7 @@ class Draw(Protocol):
     """Chooses one of the candidates."""
 
     def draw(self, candidates: Candidates) -> int:
-        """A token id."""
+        """Choose a candidate and return its token id."""
         ...
 
 
@@ -37,7 +37,7 @@ class Categorical:
     """Draws by the softmax of the candidates' logits."""
 
     def draw(self, candidates: Candidates) -> int:
-        return int(candidates.ids[_drawn_position(candidates)])
+        return int(candidates.ids[_draw_position(candidates)])
 
 
 class Mirostat(HasOptions):
@@ -62,7 +62,7 @@ class Mirostat(HasOptions):
 
     @classmethod
     def from_options(cls, options: object, n_vocab: int) -> Mirostat | None:
-        """The draw that `SamplingOptions` ask for; None if `mirostat` is 0."""
+        """Return the draw that `SamplingOptions` ask for; None if `mirostat` is 0."""
         version = cls.mirostat.of(options)
         if not version:
             return None
@@ -70,7 +70,7 @@ class Mirostat(HasOptions):
 
     def draw(self, candidates: Candidates) -> int:
         candidates = candidates.top(self._n_kept(candidates))
-        at = _drawn_position(candidates)
+        at = _draw_position(candidates)
         surprise = -math.log2(float(candidates.probabilities()[at]))
         self.mu -= self._eta * (surprise - self._tau)
         return int(candidates.ids[at])
@@ -94,8 +94,8 @@ class Mirostat(HasOptions):
         return max(int(min(k, len(candidates))), 1) if math.isfinite(k) else len(candidates)
 
 
-def _drawn_position(candidates: Candidates) -> int:
-    """A position drawn by the softmax. Takes one number from the request's generator."""
+def _draw_position(candidates: Candidates) -> int:
+    """Draw a position by the softmax. Takes one number from the request's generator."""
     weights: NDArray[np.float32] = candidates.weights()
     start = 0
     share = candidates.random.random()

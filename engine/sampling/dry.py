@@ -65,7 +65,7 @@ class SequenceBreakers:
             tails.append(tail)
 
 
-def _checked_breakers(value: object) -> Sequence[str]:
+def _check_breakers(value: object) -> Sequence[str]:
     if not isinstance(value, list | tuple) or not all(isinstance(text, str) and text for text in value):
         raise OptionError(f"dry_sequence_breakers={value!r}; pass a list of texts, none of them empty")
     if len(value) > _MAX_TEXTS:
@@ -95,7 +95,7 @@ class DRY(ChainStep):
     dry_base = Option(1.75, 1.0, 1e6)
     dry_allowed_length = Option(2, 0)
     dry_penalty_last_n = Option(-1, -1)
-    dry_sequence_breakers = Option(_DEFAULT_BREAKERS, check=_checked_breakers)
+    dry_sequence_breakers = Option(_DEFAULT_BREAKERS, check=_check_breakers)
 
     def __init__(
         self, multiplier: float, base: float, allowed_length: int, last_n: int, breakers: SequenceBreakers
@@ -125,10 +125,10 @@ class DRY(ChainStep):
         recent = candidates.context[-self._last_n :]
         if len(recent) <= self._allowed:
             return candidates
-        limit = self._unbroken(recent)
+        limit = self._n_after_breaker(recent)
         if limit < self._allowed:
             return candidates
-        lengths = self._repeated(recent, limit)
+        lengths = self._repetition_lengths(recent, limit)
         places = np.flatnonzero(lengths[:-1] >= self._allowed)
         # The token that followed there would continue the repetition. Of several places, the longest counts.
         tokens, which = np.unique(recent[places + 1], return_inverse=True)
@@ -147,8 +147,8 @@ class DRY(ChainStep):
         logits[positions] -= penalties[which]
         return candidates.with_logits(logits)
 
-    def _unbroken(self, recent: NDArray[np.int32]) -> int:
-        """How many tokens follow the last breaker."""
+    def _n_after_breaker(self, recent: NDArray[np.int32]) -> int:
+        """Return how many tokens follow the last breaker."""
         n = len(recent)
         for at in np.flatnonzero(self._breakers.heads[recent])[::-1].tolist():
             after = recent[at + 1 : at + 1 + _MAX_TAIL].tolist()
@@ -159,8 +159,11 @@ class DRY(ChainStep):
                 return n - 1 - int(at) - max(lengths)
         return n
 
-    def _repeated(self, recent: NDArray[np.int32], limit: int) -> NDArray[np.intp]:
-        """For each position, how many tokens up to it equal the end of the context, at most `limit`; shape (n,)."""
+    def _repetition_lengths(self, recent: NDArray[np.int32], limit: int) -> NDArray[np.intp]:
+        """Return, for each position, how many tokens up to it equal the end of the context.
+
+        Counts at most `limit`; shape (n,).
+        """
         n = len(recent)
         lengths = np.zeros(n, np.intp)
         places = np.arange(n - 1)

@@ -82,9 +82,9 @@ class SamplingOptions(_DeclaredOptions):
             self._put(name, option.checked(getattr(self, name)))
         if self.seed is not None:
             self._put("seed", integer("seed", self.seed, 0, _MAX_SEED))
-        self._put("logit_bias", _checked_biases(self.logit_bias))
-        self._put("banned_tokens", _checked_tokens(self.banned_tokens))
-        self._put("samplers", _checked_samplers(self.samplers))
+        self._put("logit_bias", _check_biases(self.logit_bias))
+        self._put("banned_tokens", _check_tokens(self.banned_tokens))
+        self._put("samplers", _check_samplers(self.samplers))
         self._check_combination()
 
     def _put(self, name: str, value: object) -> None:
@@ -123,7 +123,7 @@ def _check_neutral(options: SamplingOptions, declared: Sequence[Option[object]],
             raise OptionError(f"{option.name}={option.of(options)!r} has no effect: {reason}")
 
 
-def _checked_biases(value: object) -> dict[int, float] | None:
+def _check_biases(value: object) -> dict[int, float] | None:
     if value is None:
         return None
     if not isinstance(value, Mapping):
@@ -138,13 +138,13 @@ def _checked_biases(value: object) -> dict[int, float] | None:
     return biases
 
 
-def _checked_tokens(value: object) -> tuple[int, ...]:
+def _check_tokens(value: object) -> tuple[int, ...]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence | set | frozenset | np.ndarray):
         raise OptionError(f"banned_tokens={value!r}; pass a list of token ids")
     return tuple(sorted({integer("each of banned_tokens", token, 0) for token in value}))
 
 
-def _checked_samplers(value: object) -> tuple[str | Step, ...]:
+def _check_samplers(value: object) -> tuple[str | Step, ...]:
     if not isinstance(value, list | tuple):
         raise OptionError(f"samplers={value!r}; pass a list of {', '.join(map(repr, SAMPLERS))} and functions")
     return tuple(step if callable(step) else choice("each of samplers", step, SAMPLERS) for step in value)

@@ -90,7 +90,7 @@ class SamplerFactory:
         return Sampler(options.seed, steps, draw, self._ids, state)
 
     def _step(self, step: str | Step, options: SamplingOptions, *, mirostat: bool) -> Step | None:
-        """One step of the chain; None if it would change nothing."""
+        """Return one step of the chain; None if it would change nothing."""
         if not isinstance(step, str):
             return CustomStep(step, self._n_vocab)
         declared = _STEPS[step]
@@ -224,7 +224,7 @@ class Sampler:
 
 
 def log_probabilities(logits: NDArray[np.float32], token: int, n_top: int) -> TokenLogprobs:
-    """The log-probabilities of a token and of the `n_top` most likely ones, by the softmax of the logits.
+    """Return the log-probabilities of a token and of the `n_top` most likely ones, by the softmax of the logits.
 
     Args:
         logits: shape (n_vocab,), at least one of them finite.

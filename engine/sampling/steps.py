@@ -2,7 +2,7 @@
 
 A step takes candidates and returns those that remain, or changes their logits. Each follows llama.cpp's sampler of
 the same name: it keeps the same candidates with the same probabilities. `min_keep` is the fewest candidates that a
-step leaves, as far as it received them. To add a step, write its class here and give it a place in `CHAIN`.
+step leaves, as far as it received them. To add a step, write its class here and add it to `CHAIN`.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class TopP(ChainStep):
         return candidates.keep(np.sort(np.concatenate([above, equal[: n - len(above)]])))
 
     def _n_kept(self, weights: NDArray[np.float32], target: float) -> int:
-        """How many ordered candidates to keep; more than there are if their weights do not reach the target."""
+        """Return how many ordered candidates to keep; more than exist if their weights do not reach the target."""
         return max(int(weights.cumsum(dtype=np.float64).searchsorted(target)) + 1, self._min_keep)
 
 
@@ -298,7 +298,7 @@ class Temperature(ChainStep):
         return cls(temperature) if temperature != 1 else None
 
     def __call__(self, candidates: Candidates) -> Candidates:
-        return _scaled(candidates, self._temperature)
+        return _scale_logits(candidates, self._temperature)
 
 
 class DynamicTemperature:
@@ -323,11 +323,11 @@ class DynamicTemperature:
         entropy = math.log(total) - float(np.dot(weights, logs)) / total
         uncertainty = max(entropy / math.log(len(candidates)), 0.0)
         temperature = self._least + (self._most - self._least) * uncertainty**self._exponent
-        return _scaled(candidates, temperature) if temperature > 0 else candidates.top(1)
+        return _scale_logits(candidates, temperature) if temperature > 0 else candidates.top(1)
 
 
-def _scaled(candidates: Candidates, temperature: float) -> Candidates:
-    """The candidates with their logits divided by a temperature.
+def _scale_logits(candidates: Candidates, temperature: float) -> Candidates:
+    """Return the candidates with their logits divided by a temperature.
 
     Penalties may follow and depend on the signs of logits. So logits are shifted, by the largest one, only where
     that one could overflow. The shift leaves the distribution as it is.

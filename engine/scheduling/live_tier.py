@@ -27,7 +27,7 @@ class LiveTier(Tier):
     Args:
         cache: the cache that shows them.
         name: of the tier.
-        place: describes the context, for people.
+        place: description of the context, for messages.
         cell_bytes: bytes of one token's KV.
         n_cells: cells of the context.
     """
@@ -62,7 +62,7 @@ class LiveTier(Tier):
         """Add the blocks of a sequence that was parked."""
         new = [key for key in keys if not self._n_parked[key]]
         self._n_parked.update(keys)
-        with self._guarded():
+        with self._guard():
             for key in new:
                 block = self._cache.stored(key)
                 if block is not None:
@@ -74,7 +74,7 @@ class LiveTier(Tier):
         gone = [key for key in keys if self._n_parked[key] <= 0]
         for key in gone:
             del self._n_parked[key]
-        with self._guarded():
+        with self._guard():
             self._cache.let_go(self, gone)
 
     @property
@@ -88,12 +88,12 @@ class LiveTier(Tier):
 
     def detach(self) -> None:
         """Detach the tier from the cache."""
-        with self._guarded():
+        with self._guard():
             self._cache.detach(self)
 
     @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Log and count whatever the cache raises."""
+    def _guard(self) -> Iterator[None]:
+        """Log and count any exception of the cache."""
         try:
             yield
         except BaseException:

@@ -1,4 +1,4 @@
-"""What all sequences of a model share: the prefix cache, samplers, grammars and adapters.
+"""The objects that all sequences of a model share: prefix cache, samplers, grammars and adapters.
 
 `ModelThread` makes one `ModelContext` per model. It is immutable. Callers' threads use it to make a `Sequence`,
 the model thread to run it.
@@ -30,7 +30,7 @@ Constraint = Matcher | LazyMatcher | PhasedMatcher
 
 @dataclass(frozen=True, slots=True)
 class ModelContext:
-    """What all sequences of a model share.
+    """The objects that all sequences of a model share.
 
     Attributes:
         backend: the model.

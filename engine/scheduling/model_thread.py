@@ -1,8 +1,8 @@
 """The model thread: receives requests from callers' threads, and runs the scheduler's ticks.
 
 Owns the queue, the sessions and the lifecycle of one model. Only this thread touches the backend, except its
-vocabulary and `abort`. Models make one `ModelThread` each. A request never waits longer than the model lives: on
-any failure, waiting requests end with an error.
+vocabulary and `abort`. Models make one `ModelThread` each. On any failure, waiting requests end with an
+error.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class ModelThread:
         cache: shared with other models; not closed.
         policy: what is saved, and when.
         name: names the model in the thread's name and the log.
-        n_seq_max: most requests that run at once.
-        prefill_chunk_size: most tokens of prompts in one tick while replies are generated.
+        n_seq_max: maximum number of requests that run at once.
+        prefill_chunk_size: maximum number of tokens of prompts in one tick while replies are generated.
         parked_cells: cells that finished sequences may keep while others compute.
-        max_pending: most requests that may wait.
+        max_pending: maximum number of requests that may wait.
 
     Attributes:
         adapters: the model's adapters.
@@ -190,10 +190,10 @@ class ModelThread:
                 "load models after forking, or start workers with multiprocessing's 'spawn' method"
             )
         if self._stopping:
-            raise self._unloaded("is unloaded; load it again to use it")
+            raise self._unloaded_error("is unloaded; load it again to use it")
 
     def check_computes(self) -> None:
-        """As `check`; a model without weights has another runner, which raises VocabularyOnly here."""
+        """Check as `check` does; a model without weights has another runner, which raises VocabularyOnly here."""
         self.check()
 
     def submit(self, ticket: Ticket) -> None:
@@ -303,7 +303,7 @@ class ModelThread:
             raise
 
     def unload_adapter(self, adapter: LoadedAdapter) -> None:
-        """Stop using an adapter for new requests. It is freed when no request uses it any more. Idempotent."""
+        """Stop using an adapter for new requests. It is freed once no request uses it. Idempotent."""
         if self._process == os.getpid():  # a forked process has neither the model nor the adapter
             self.adapters.detach(adapter)
             self._notify_of_unused_adapters()
@@ -321,12 +321,12 @@ class ModelThread:
         self._call(self._scheduler.warm_up)
 
     def evict(self) -> None:
-        """Save the KV of the context and wait until it is stored, and evict what no request uses."""
+        """Save the KV of the context, evict the parked sequences, and wait until the KV is stored."""
         self._call(self._scheduler.evict)
         self._flush()
 
     def stop(self) -> None:
-        """End all requests with ModelUnloaded, save what they computed, and close the backend. Idempotent."""
+        """End all requests with ModelUnloaded, save their KV, and close the backend. Idempotent."""
         if self._process != os.getpid():
             return  # the thread is in the parent process, and the lock may be taken there
         self.begin_to_stop()
@@ -369,7 +369,7 @@ class ModelThread:
             )
 
     def _call(self, function: Callable[[], object]) -> None:
-        """Call a function in the model thread, between two ticks, and wait for it. Raises what it raised."""
+        """Call a function in the model thread, between two ticks, and wait for it. Raises its error."""
         self.check_caller()
         call = ThreadCall(function)
         with self._lock:
@@ -404,23 +404,25 @@ class ModelThread:
                 calls, self._calls = self._calls, deque()
             self._run_final_step(lambda: self._end_requests(scheduler))
             for call in calls:
-                call.end(self._unloaded("was unloaded meanwhile"))
+                call.end(self._unloaded_error("was unloaded meanwhile"))
             self._run_final_step(self.adapters.close)
             if self._tier is not None:
                 self._run_final_step(self._tier.detach)
             self._run_final_step(self._backend.close)
 
     def _end_requests(self, scheduler: Scheduler) -> None:
-        self._saved_at_stop = scheduler.shut_down(self._unloaded("was unloaded while the request ran or waited"))
+        self._saved_at_stop = scheduler.shut_down(
+            self._unloaded_error("was unloaded while the request ran or waited")
+        )
 
     def _run_final_step(self, step: Callable[[], object]) -> None:
-        """Run one step of the model's end. Logs whatever it raises, so that the other steps follow."""
+        """Run one step of the model's end. Logs its exception, if any, so that the other steps follow."""
         try:
             step()
         except BaseException:
             log.exception("model %r: a step of its unloading failed", self._name)
 
-    def _unloaded(self, state: str) -> ModelUnloaded:
+    def _unloaded_error(self, state: str) -> ModelUnloaded:
         if self._failure is None:
             return ModelUnloaded(f"model {self._name!r} {state}")
         error = ModelUnloaded(f"model {self._name!r} cannot continue, and is unloaded: {self._failure}")

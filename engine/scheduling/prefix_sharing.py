@@ -1,7 +1,7 @@
-"""Where the prefix of an admitted sequence comes from: another sequence's cells, the cache, or a wait.
+"""The sources of an admitted sequence's prefix: another sequence's cells, the cache, or a wait.
 
-`PrefixSharing` answers the scheduler's questions and changes no state: who is computing a sequence's prefix just
-now, whether its wait is over, and whether the cells have room for it.
+The scheduler asks `PrefixSharing` which sequence is computing a prefix now, whether a wait is over, and whether the
+cells have room. `PrefixSharing` changes no state.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class PrefixSharing:
         return Leader(leader, n_shared) if leader is not None else _NO_LEADER
 
     def is_ready(self, sequence: Sequence) -> bool:
-        """Return whether an admitted sequence need not wait any more for its leader, or its parent's save."""
+        """Return whether an admitted sequence has finished waiting for its leader, or its parent's save."""
         leader = sequence.leader
         if leader is not None:
             return leader.n_computed >= sequence.n_from_leader or leader not in self._running

@@ -1,7 +1,7 @@
 """Decides, tick by tick, which requests compute: admission, batches, and preemption.
 
 Used by the model thread alone. A tick is one decode: the token sampled last of every sequence that generates, and
-slices of the prompts of the others. Requests are admitted first come, first served. Requests that run at the same
+slices of the prompts of the others. Requests are admitted in order of arrival. Requests that run at the same
 time have the same set of adapters. A request that fails, fails alone.
 """
 
@@ -41,15 +41,15 @@ class Scheduler:
 
     Args:
         context: what all sequences of the model share.
-        n_seq_max: most requests that run at once.
-        prefill_chunk_size: most tokens of prompts in one tick while replies are generated.
+        n_seq_max: maximum number of requests that run at once.
+        prefill_chunk_size: maximum number of tokens of prompts in one tick while replies are generated.
         parked_cells: cells that finished sequences may keep while others compute.
         tier: shows the parked cells to the cache.
         on_end: called with each sequence that ended.
         stopping: returns whether the model is being unloaded: a decode that fails was then aborted on purpose.
 
     Attributes:
-        waiting: requests that are not admitted yet, first come first; preempted ones are at the head.
+        waiting: requests that are not admitted yet, in order of arrival; preempted ones are at the head.
         running: admitted requests, in the order of admission.
         slots: the context's slots and cells.
         metrics: counts since the model was loaded.
@@ -150,7 +150,7 @@ class Scheduler:
             self._start(first)
 
     def _start(self, sequence: Sequence) -> None:
-        """Bring an admitted sequence into the context, or let it wait for another sequence or for a save."""
+        """Bring an admitted sequence into the context, or make it wait for another sequence or for a save."""
         sequence.leader, sequence.n_from_leader = None, 0
         prefix_cache, parent_key = self._context.prefix_cache, sequence.options.parent_key
         if parent_key is not None and not sequence.parent_deadline:
@@ -175,19 +175,19 @@ class Scheduler:
                 match.release()
 
     def _enter_context(self, sequence: Sequence, match: Match | None, source: PrefixSource) -> None:
-        """Give a sequence a slot with the cells of `source`, and restore what the cache has beyond them."""
+        """Allocate a slot with the cells of `source`, and restore the tokens that the cache has beyond them."""
         began = time.perf_counter()
         slots = self.slots
         n_stored = match.n_tokens if match is not None else 0
         if not self._limits.can_trim and n_stored > source.n:
-            source = NO_SOURCE  # such memory cannot be restored from the middle of what is stored
+            source = NO_SOURCE  # such memory cannot be restored from the middle of a stored prefix
         if sequence.options.reproducible:
             slots.clear()
         slot, provenance = slots.allocate(sequence, source)
         if n_stored > source.n:  # whole blocks are restored, and then cut
             slots.make_room(n_stored - source.n + self._context.prefix_cache.slicing.block_size)
-        how = derive_recipe(self._backend.recipe, sequence.adapters)
-        kv = SequenceKV(self._context.prefix_cache, slot, sequence.namespace, sequence.n_prompt, how)
+        recipe = derive_recipe(self._backend.recipe, sequence.adapters)
+        kv = SequenceKV(self._context.prefix_cache, slot, sequence.namespace, sequence.n_prompt, recipe)
         restored = kv.restore(
             sequence.buffer[: len(sequence.reusable) + 1],
             match,
@@ -247,16 +247,16 @@ class Scheduler:
 
     def _prefill_slices(self, inside: list[Sequence], n_rows: int) -> list[Part]:
         """Return slices of prompts, in the order of admission, with as many tokens as fit the tick."""
-        most = self._chunk if n_rows else max(self._chunk, self._limits.n_ubatch)
-        most = min(most, self._limits.n_batch - n_rows)
+        token_budget = self._chunk if n_rows else max(self._chunk, self._limits.n_ubatch)
+        token_budget = min(token_budget, self._limits.n_batch - n_rows)
         parts = []
         n_cells = n_rows
         for sequence in inside:
-            if most <= 0:
+            if token_budget <= 0:
                 break
             if sequence.prefilling:
                 start = sequence.n_computed
-                end = sequence.next_slice_end(most, len(inside) == 1)
+                end = sequence.next_slice_end(token_budget, len(inside) == 1)
                 if not self.slots.make_room(n_cells + end - start):
                     end = start + self.slots.cells.free - n_cells
                     if end <= start:
@@ -264,7 +264,7 @@ class Scheduler:
                     end = sequence.next_slice_end(end - start, len(inside) == 1)
                 parts.append(Part(sequence, start, end))
                 n_cells += end - start
-                most -= end - start
+                token_budget -= end - start
         return parts
 
     # --- the decode
@@ -456,7 +456,7 @@ class Scheduler:
             self._fail_and_restart([], wrap_error(error))
 
     def shut_down(self, error: Error) -> bool:
-        """End all requests with an error, and save what they computed. Returns whether anything was saved."""
+        """End all requests with an error, and save their KV. Returns whether any was saved."""
         saved = False
         in_flight = [part.sequence for part in self._in_flight]
         for sequence in [*self.running, *self.waiting]:
@@ -473,7 +473,7 @@ class Scheduler:
 
 
 def wrap_error(error: BaseException) -> Error:
-    """Return an error of this library for whatever was raised in the model thread, SystemExit included.
+    """Return an error of this library for any exception in the model thread, SystemExit included.
 
     No interrupt is meant for that thread, and no request may end it.
     """

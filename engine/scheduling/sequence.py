@@ -1,8 +1,8 @@
 """One request from its submission to its end: its tokens, their KV, and its reply so far.
 
 The caller's thread makes a `Sequence`; after that the model thread alone uses it. It may enter the context several
-times: when it is preempted, its KV is saved, and it waits and is restored. Its sampler, its text and its stop
-strings stay with it, so the reply is the same.
+times: when it is preempted, its KV is saved, and it waits and is restored. It keeps its sampler, its text and its
+stop strings, so the reply is the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logger("erllama.engine")
 # preempted at once.
 HEADROOM = 64
 # Rows of logits of one request in a decode, while its prompt is scored: each is as wide as the vocabulary.
-_MOST_ROWS = 64
+_MAX_ROWS = 64
 
 
 class Sequence:
@@ -48,7 +48,7 @@ class Sequence:
         adapters: the set in effect at submission, which the sequence keeps to its end.
 
     Attributes:
-        ticket, adapters: as given.
+        ticket, adapters: the arguments.
         options: of the request.
         namespace: the root key of the KV that it may share.
         tenant: the same without adapters; a session belongs to one tenant.
@@ -103,13 +103,13 @@ class Sequence:
         self._reply = Reply(ticket, options, self._vocabulary, context.codec, self._tracker, begun)
         self._stop_tokens = context.stop_tokens(options)
         self._stop_token: int | None = None
-        self._queued_tokens: deque[int] = deque()  # appended next, whatever the model samples
+        self._queued_tokens: deque[int] = deque()  # appended next, in place of sampled tokens
         self._speculator = self._make_speculator(prompt)
         self._n_scored = ticket.request.n_scored
         self._n_prefilled = 0
         self._stored = NO_TOKENS  # the positions that were saved for it and were not in the cache before
         self._hit: CacheHit | None = None
-        self._placed_at = self._restored_at = self._first_token_at = self._last_token_at = 0.0
+        self._entered_at = self._restored_at = self._first_token_at = self._last_token_at = 0.0
 
     def _make_thinking_budget(self) -> ThinkingBudget | None:
         phases = self.options.phases
@@ -162,7 +162,7 @@ class Sequence:
 
     @property
     def n_remaining(self) -> int:
-        """Most tokens that the reply may still grow by."""
+        """The maximum number of tokens that can still be added to the reply."""
         return len(self.buffer) - self.n_tokens
 
     @property
@@ -184,7 +184,7 @@ class Sequence:
         self.leader = None
         if self._hit is None:
             self._hit = hit
-            self._placed_at = began
+            self._entered_at = began
             self._restored_at = self._first_token_at = time.perf_counter()
 
     def leave_context(self) -> None:
@@ -210,11 +210,11 @@ class Sequence:
 
     # --- what the next decode computes
 
-    def next_slice_end(self, most: int, alone: bool) -> int:
+    def next_slice_end(self, max_tokens: int, alone: bool) -> int:
         """Return the end of the next slice.
 
         Args:
-            most: most tokens of the slice.
+            max_tokens: maximum number of tokens of the slice.
             alone: whether it is the only sequence in the context and the batch.
         """
         start = self.n_computed
@@ -222,7 +222,7 @@ class Sequence:
             return start + 1
         slicing = self._context.prefix_cache.slicing
         if self._n_scored:
-            most = min(most, self._next_scored - 1 - start + _MOST_ROWS)
+            max_tokens = min(max_tokens, self._next_scored - 1 - start + _MAX_ROWS)
         if self.options.reproducible:
             # After a restart, the reply so far is computed as it was: token by token.
             cut = slicing.next_cut(start, self.n_prompt, self.kv.cold_tail_end)
@@ -231,7 +231,7 @@ class Sequence:
             end = slicing.next_cut(start, self.n_tokens, self.kv.cold_tail_end)
         else:
             end = slicing.next_mark(start, self.n_tokens, self.kv.cold_tail_end)
-        return min(end, start + most)
+        return min(end, start + max_tokens)
 
     def output_positions(self, end: int) -> range:
         """Return the positions of the rows up to `end` that output logits; of drafts, all."""
@@ -246,16 +246,16 @@ class Sequence:
         """Whether more than its next token may be computed at once."""
         return self._speculator is not None and not self._queued_tokens
 
-    def draft(self, most: int, n_rows: int, costs: DecodeCosts) -> int:
+    def draft(self, max_drafts: int, n_rows: int, costs: DecodeCosts) -> int:
         """Write drafts behind its tokens. Returns how many.
 
         Args:
-            most: most drafts.
+            max_drafts: maximum number of drafts.
             n_rows, costs: rows of the decode without drafts; how long decodes take.
         """
         assert self._speculator is not None
         try:
-            drafts = self._speculator.draft(self.tokens, min(most, self.n_remaining - 1), n_rows, costs)
+            drafts = self._speculator.draft(self.tokens, min(max_drafts, self.n_remaining - 1), n_rows, costs)
         except BaseException:
             log.exception("a drafter failed; its request continues without speculation")
             self._speculator = None
@@ -349,7 +349,7 @@ class Sequence:
             self._reply.logprobs.append(log_probabilities(logits, token, self.options.logprobs))
         self._append(token)
         if self.finish_reason is None:
-            self._append_certain()
+            self._append_forced()
         if self._grammar is not None and self.finish_reason is None and self._grammar.stopped:
             self.finish_reason = "stop"
 
@@ -392,8 +392,8 @@ class Sequence:
         if self._grammar is not None:
             self._grammar.accept(token)
 
-    def _append_certain(self) -> None:
-        """Append the tokens that are certain to follow. They are computed in one slice."""
+    def _append_forced(self) -> None:
+        """Append the tokens that are queued or that the grammar forces. They are computed in one slice."""
         if self.options.logprobs is not None:
             return  # each log-probability needs its token's own row
         self._end_thinking_if_due()
@@ -457,7 +457,7 @@ class Sequence:
 
     def _timings(self) -> Timings:
         now = time.perf_counter()
-        began = self._placed_at or now
+        began = self._entered_at or now
         return Timings(
             queued=began - self.ticket.submitted,
             restore=(self._restored_at or now) - began,

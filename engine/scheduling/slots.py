@@ -29,10 +29,10 @@ class Parked:
     Attributes:
         slot: its slot.
         namespace: the root key of the requests that may share it.
-        tenant: the tenant whose session it belongs to, if it belongs to one.
+        tenant: the tenant of its session, if it has one.
         tokens: its tokens, int32, shape (n,).
         provenance: how they were computed; None if another sequence was in the context.
-        session_id: the session that it is kept for; None if it is kept for none.
+        session_id: the session that it is kept for; None without a session.
         keys: the cache's keys of its blocks.
     """
 
@@ -102,7 +102,7 @@ class Slots:
     def find_longest_prefix(self, sequence: Sequence, running: Iterable[Sequence]) -> PrefixSource:
         """Return the sequence in the context that has the longest prefix of the reusable tokens of another.
 
-        Of several equally long ones, its own session's. Memory that cannot be trimmed is reused only from parked
+        Of several equally long ones, its own session's. Memory that cannot be cut is reused only from parked
         sequences, and only whole.
         """
         wanted = sequence.reusable
@@ -142,7 +142,7 @@ class Slots:
         slot = self._take_slot(other)
         if other is not None:
             assert other.slot is not None
-            if isinstance(other, Parked):  # it was used just now
+            if isinstance(other, Parked):  # now the most recently used
                 self.parked.remove(other)
                 self.parked.append(other)
             self._backend.share(other.slot, slot, n)

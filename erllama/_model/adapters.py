@@ -12,7 +12,7 @@ from erllama._model.requests.prompts import PromptReader
 from erllama._model.runner import ModelRunner
 from erllama.cache import Cache
 from erllama.engine import Backend
-from erllama.engine.adapters import AdapterBackend, LoadedAdapter, checked_scale
+from erllama.engine.adapters import AdapterBackend, LoadedAdapter, check_scale
 from erllama.engine.backends.file_identity import file_identity
 from erllama.errors import AdapterLoadError, ModelLoadError, OptionError, Unsupported
 
@@ -64,7 +64,7 @@ class Adapter:
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        checked = checked_scale(scale)
+        checked = check_scale(scale)
         self._runner.check()
         self._runner.adapters.set_scale(self._loaded, checked)
 
@@ -92,7 +92,7 @@ class AdapterLoader:
         """Load a file; see `Model.load_adapter`."""
         if not isinstance(path, str | Path) or not str(path):
             raise OptionError(f"path={path!r}; pass the path of a GGUF file")
-        checked = checked_scale(scale)
+        checked = check_scale(scale)
         self._prompts.check_generates()
         self._runner.check_caller()
         if not isinstance(self._backend, AdapterBackend):

@@ -127,7 +127,7 @@ def test_no_cache_stores_nothing(run: Command, model: Path) -> None:
         (["run", "MODEL", "Q", "--max-tokens", "many"], 2, "'many' is not a valid integer"),
         (["run", "MODEL", "Q", "--raw", "--system", "S"], 2, "no system message"),
         (["run", "MODEL", "Q", "--json-schema", "nowhere.json"], 2, "does not exist"),
-        (["run", "MODEL", "Q", "--quota", "much"], 2, "give a size such as '2GiB'"),
+        (["run", "MODEL", "Q", "--quota", "much"], 2, "use a size such as '2GiB'"),
         (["run", "MODEL", "Q", "--n-ctx", "256", "--regex", "("], 1, "--regex: "),
         (["run", "MODEL", "x" * 600, "--n-ctx", "256"], 1, "the context holds 256"),
         (["run", "NOTGGUF", "Q"], 1, "is not a GGUF file"),

@@ -46,8 +46,8 @@ class ClosingStub(StubBackend):
     def _logits(self, sequence: int) -> NDArray[np.float32]:
         logits = super()._logits(sequence)
         logits[list(b'",]}()')] += 100
-        said = self._held[sequence] - 1
-        logits[list(b"<call>"[said : said + 1])] += 200
+        at = self._lengths[sequence] - 1
+        logits[list(b"<call>"[at : at + 1])] += 200
         return logits
 
 

@@ -59,8 +59,8 @@ def test_the_largest_n_seq_max_of_libllama_works(tiny_gguf: Path) -> None:
     [
         ({"stop": ""}, "none of them empty"),
         ({"stop": ["a", ""]}, "none of them empty"),
-        ({"stop": 5}, "give a text"),
-        ({"stop": [b"x"]}, "give a text"),
+        ({"stop": 5}, "pass a text"),
+        ({"stop": [b"x"]}, "pass a text"),
         ({"logprobs": -1}, "at least 0"),
         ({"logprobs": 101}, "at most 100"),
         ({"session_id": ""}, "not empty"),

@@ -562,7 +562,7 @@ def positions_of(backend: Backend, number: int) -> int:
     if isinstance(backend, LlamaBackend):
         return backend._context.last_position(number) + 1
     assert isinstance(backend, StubBackend)
-    return backend._held[number]
+    return backend._lengths[number]
 
 
 def alive() -> Counter[str]:
@@ -611,7 +611,7 @@ def assert_nothing_is_held(model: erllama.Model) -> None:
     else:
         assert isinstance(backend, StubBackend)
         assert backend.cells_used == 0
-        assert backend._held == [0] * backend.limits.n_sequences
+        assert backend._lengths == [0] * backend.limits.n_sequences
 
 
 def assert_sound(cache: erllama.Cache) -> None:

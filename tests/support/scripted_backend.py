@@ -101,14 +101,14 @@ class ScriptedBackend(StubBackend):
         finally:
             self._batch = None
 
-    def _hold(self, sequence: int, start: int, cells: NDArray[np.int32]) -> None:
-        super()._hold(sequence, start, cells)
+    def _append_cells(self, sequence: int, start: int, cells: NDArray[np.int32]) -> None:
+        super()._append_cells(sequence, start, cells)
         if self._batch is not None:
             row = np.flatnonzero((self._batch.sequences == sequence) & (self._batch.positions == start))[0]
             _token_of[int(self._kv[cells[0]])] = int(self._batch.tokens[row])
 
     def _logits(self, sequence: int) -> NDArray[np.float32]:
-        held = self._values(sequence, 0, self._held[sequence]).tolist()
+        held = self._values(sequence, 0, self._lengths[sequence]).tolist()
         tokens = [_token_of[value] for value in held]
         logits = np.zeros(self.limits.n_vocab, np.float32)
         logits[self._next(tokens)] = 50.0

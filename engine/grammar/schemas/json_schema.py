@@ -36,7 +36,7 @@ _CLASS = re.compile(r"\[(?:[^\]\\]|\\.)*+", re.DOTALL)
 
 
 def to_source(schema: Mapping[str, object] | bool | str) -> str:
-    """A schema as JSON text. Text is returned unchanged.
+    """Return a schema as JSON text. Text is returned unchanged.
 
     Raises:
         GrammarError: the schema is not JSON, or nested too deeply.
@@ -80,7 +80,7 @@ def _check_sizes(schema: dict[str, object]) -> None:
 
 
 def to_lark(source: str) -> LarkFragment:
-    """A schema in llguidance's Lark.
+    """Return a schema in llguidance's Lark.
 
     Raises:
         GrammarError: the text is not JSON, with line and column; or not a schema, or one that cannot be enforced.
@@ -158,7 +158,7 @@ def _read(source: str) -> object:
 
 
 def _levels(schema: dict[str, object]) -> int:
-    """An upper bound of the compiler's recursion: every target of a reference once, and all levels below it.
+    """Return an upper bound of the compiler's recursion: every target of a reference once, and all levels below it.
 
     Raises:
         GrammarError: the schema is nested too deeply.
@@ -170,13 +170,13 @@ def _levels(schema: dict[str, object]) -> int:
 
 
 def _references(schema: object) -> set[str]:
-    """The targets of all references in a schema."""
+    """Return the targets of all references in a schema."""
     nodes = (node for node, _ in _walk(schema) if isinstance(node, dict))
     return {reference for node in nodes if isinstance(reference := node.get("$ref"), str)}
 
 
 def _walk(node: object) -> Iterator[tuple[object, int]]:
-    """All values in a schema, with their depth."""
+    """Yield all values in a schema, with their depth."""
     pending = [(node, 1)]
     while pending:
         node, depth = pending.pop()
@@ -190,7 +190,7 @@ def _height(node: object) -> int:
 
 
 def _target(schema: dict[str, object], reference: str) -> object:
-    """The target of a reference; None if it is not a plain pointer into the schema."""
+    """Return the target of a reference; None if it is not a plain pointer into the schema."""
     if reference != "#" and not reference.startswith("#/"):
         return None
     node: object = schema
@@ -216,7 +216,7 @@ class _FinitenessCheck:
         self._finite: set[str] = set()
 
     def fault(self) -> str | None:
-        """Why no JSON matches the schema; None if no reason was found."""
+        """Return why no JSON matches the schema; None if no reason was found."""
         needed_by: dict[str, list[str]] = {reference: [] for reference in _references(self._schema)}
         # First assume that every reference has finite JSON. A fault is then a contradiction, not a recursion.
         self._finite = set(needed_by)
@@ -271,9 +271,9 @@ class _FinitenessCheck:
                 if fault is not None:
                     return f"the property {name!r:.80} is required: {fault}"
         if type_ == "array":
-            least = schema.get("minItems", 0)
+            minimum = schema.get("minItems", 0)
             first = _list(schema.get("prefixItems"))
-            n = int(least) if isinstance(least, int | float) else 0
+            n = int(minimum) if isinstance(minimum, int | float) else 0
             needed = [*first[:n], *([schema.get("items", True)] if n > len(first) else [])]
             faults = (self._fault(item) for item in needed)
             fault = next((fault for fault in faults if fault is not None), None)

@@ -51,7 +51,7 @@ UNSUPPORTED = (
 
 
 def has_large_numbers(schema: object) -> bool:
-    """Whether a schema has, at any depth, a number that no double holds and llguidance would change."""
+    """Return whether a schema has, at any depth, a number that no double holds and llguidance would change."""
     pending = [schema]
     while pending:
         node = pending.pop()
@@ -65,7 +65,7 @@ def has_large_numbers(schema: object) -> bool:
 
 
 def _is_large(node: Mapping[str, object]) -> bool:
-    """Whether the schema's own keywords have a large number, without the schemas in it."""
+    """Return whether the schema's own keywords have a large number, without the schemas in it."""
     limits = any(is_beyond_doubles(node.get(key)) for key in (*LOWER, *UPPER))
     return limits or any(_has_large_integer(node[key]) for key in ("const", "enum") if key in node)
 
@@ -84,7 +84,7 @@ def _has_large_integer(value: object) -> bool:
 
 
 def is_beyond_doubles(value: object) -> bool:
-    """Whether llguidance may change a number, because the next integer has no double."""
+    """Return whether llguidance may change a number, because the next integer has no double."""
     return isinstance(value, int | float) and abs(value) >= _EXACT
 
 
@@ -149,7 +149,7 @@ def _values(part: dict[str, object]) -> list[object]:
 
 
 def listed_values(part: dict[str, object]) -> list[list[object]]:
-    """The values of const and enum as schemas: numbers by bounds, arrays and objects by their parts."""
+    """Return the values of const and enum as schemas: numbers by bounds, arrays and objects by their parts."""
     values = _values(part) if "enum" in part else [part["const"]]
     found: list[list[object]] = []
     texts = [value for value in values if isinstance(value, str | bool | None)]
@@ -162,7 +162,7 @@ def listed_values(part: dict[str, object]) -> list[list[object]]:
 
 
 def _equal(value: object) -> dict[str, object]:
-    """A schema that one value matches."""
+    """Return a schema that one value matches."""
     if isinstance(value, list):
         n = len(value)
         return {"type": "array", "prefixItems": [{"const": item} for item in value], "minItems": n, "maxItems": n}
@@ -179,7 +179,7 @@ def _equal(value: object) -> dict[str, object]:
 
 
 def constants_of(parts: Iterable[dict[str, object]]) -> frozenset[str] | None:
-    """The values that const and enum allow, as JSON text; None without both keywords."""
+    """Return the values that const and enum allow, as JSON text; None without both keywords."""
     found: frozenset[str] | None = None
     for part in parts:
         if "const" in part or "enum" in part:
@@ -236,7 +236,7 @@ def count_of(part: dict[str, object], key: str, default: int | None) -> int | No
 
 
 def with_plain_counts(schema: dict[str, object]) -> dict[str, object]:
-    """A schema with its own counts as integers, without upper counts that no text in a context reaches.
+    """Return a schema with its own counts as integers, without upper counts that no text in a context reaches.
 
     Raises:
         NotSupported: a lower count is too large.
@@ -255,7 +255,7 @@ def with_plain_counts(schema: dict[str, object]) -> dict[str, object]:
 
 
 def items_of(part: dict[str, object]) -> tuple[list[object], object]:
-    """The schemas of the first items, and the schema of the remaining items."""
+    """Return the schemas of the first items, and the schema of the remaining items."""
     items = part.get("items", True)
     if isinstance(items, list):
         return items, part.get("additionalItems", True)

@@ -16,11 +16,11 @@ _SHORT = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\\\"}
 
 
 class Repetition(NamedTuple):
-    """A repeated symbol; a `most` of None is without limit."""
+    """A repeated symbol; a `maximum` of None is without limit."""
 
     symbol: str
-    least: int
-    most: int | None
+    minimum: int
+    maximum: int | None
 
 
 # The alternatives of a rule. Each is a sequence of names of rules and terminals, and of literal Lark.
@@ -35,7 +35,7 @@ class LarkFragment(NamedTuple):
 
 
 def quoted_name(name: str) -> str:
-    """A regular expression of a name in JSON, with every spelling that `JSON_STRING` allows."""
+    """Return a regular expression of a name in JSON, with every spelling that `JSON_STRING` allows."""
     return "\\x{22}" + "".join(map(_character_pattern, name)) + "\\x{22}"
 
 
@@ -53,18 +53,18 @@ def _character_pattern(character: str) -> str:
 
 
 def format_sequence(symbols: Sequence[str | Repetition]) -> str:
-    """A sequence of symbols in Lark."""
+    """Return a sequence of symbols in Lark."""
     return " ".join(symbol if isinstance(symbol, str) else _format_repetition(symbol) for symbol in symbols) or '""'
 
 
 def _format_repetition(repetition: Repetition) -> str:
-    if (repetition.least, repetition.most) == (0, None):
+    if (repetition.minimum, repetition.maximum) == (0, None):
         return f"{repetition.symbol}*"
-    return f"{repetition.symbol}{{{repetition.least},{'' if repetition.most is None else repetition.most}}}"
+    return f"{repetition.symbol}{{{repetition.minimum},{'' if repetition.maximum is None else repetition.maximum}}}"
 
 
 def productive_rules(bodies: dict[str, Body]) -> dict[str, Body]:
-    """The rules that have a text, with the alternatives that have one."""
+    """Return the rules that have a text, with the alternatives that have one."""
     users: dict[str, list[tuple[str, int]]] = {}
     missing: dict[tuple[str, int], int] = {}
     found: set[str] = set()
@@ -98,14 +98,14 @@ def productive_rules(bodies: dict[str, Body]) -> dict[str, Body]:
 
 
 def _needed(symbol: str | Repetition) -> str:
-    """The symbol that must have a text; empty for a symbol that may occur zero times."""
+    """Return the symbol that must have a text; empty for a symbol that may occur zero times."""
     if isinstance(symbol, str):
         return symbol
-    return symbol.symbol if symbol.least else ""
+    return symbol.symbol if symbol.minimum else ""
 
 
 def reachable(bodies: dict[str, Body], start: str) -> dict[str, None]:
-    """The symbols that `start` leads to, in order of discovery."""
+    """Return the symbols that `start` leads to, in order of discovery."""
     found = {start: None}
     pending = [start]
     while pending:

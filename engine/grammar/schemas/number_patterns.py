@@ -43,7 +43,7 @@ class NumberRange(NamedTuple):
 
 
 def number_patterns(wanted: NumberRange) -> list[list[str]]:
-    """Patterns of the JSON numbers in a range with at least one bound.
+    """Return patterns of the JSON numbers in a range with at least one bound.
 
     Integers have no decimal point. No number has an exponent.
 
@@ -68,14 +68,14 @@ def number_patterns(wanted: NumberRange) -> list[list[str]]:
     if high is None or high.value >= zero:
         found += _fractions("", low if low and low.value >= zero else Bound(zero), high)
     if low is None or low.value < zero:
-        least = _mirrored(high) if high and high.value <= zero else Bound(zero, True)
-        found += _fractions("-", least, low and _mirrored(low))
+        least = _negate(high) if high and high.value <= zero else Bound(zero, True)
+        found += _fractions("-", least, low and _negate(low))
     return found
 
 
 def _integers(wanted: NumberRange) -> list[list[str]]:
     low = None if wanted.low is None else _least_integer(wanted.low)
-    high = None if wanted.high is None else -_least_integer(_mirrored(wanted.high))
+    high = None if wanted.high is None else -_least_integer(_negate(wanted.high))
     step = lcm(*(step.numerator for step in wanted.steps))
     if low is not None and low == high:
         return [[str(low)]] if low % step == 0 else []
@@ -89,17 +89,17 @@ def _integers(wanted: NumberRange) -> list[list[str]]:
 
 
 def _least_integer(bound: Bound) -> int:
-    """The smallest integer within a lower bound."""
+    """Return the smallest integer within a lower bound."""
     value = Fraction(bound.value)
     return floor(value) + 1 if bound.exclusive else ceil(value)
 
 
-def _mirrored(bound: Bound) -> Bound:
+def _negate(bound: Bound) -> Bound:
     return Bound(bound.value.copy_negate(), bound.exclusive)
 
 
 def _between(sign: str, low: int, high: int | None) -> list[str]:
-    """Integers of one sign between two magnitudes; [] if there are none."""
+    """Return patterns of the integers of one sign between two magnitudes; [] if there are none."""
     if high is not None and high < low:
         return []
     upper = [] if high is None else [f"{sign}{_at_most(high)}"]
@@ -107,14 +107,14 @@ def _between(sign: str, low: int, high: int | None) -> list[str]:
 
 
 def _at_least(low: int) -> str:
-    """Integers without sign, from `low` on."""
+    """Return a pattern of the integers without sign from `low` on."""
     digits = _digits_of(low)
     larger = "".join(f"|{option}" for option in _larger(digits, r"[0-9]{%d}"))
     return f"(?:{digits}{larger}|[1-9][0-9]{{{len(digits)},}})"
 
 
 def _at_most(high: int) -> str:
-    """Integers without sign, up to `high`."""
+    """Return a pattern of the integers without sign up to `high`."""
     digits = _digits_of(high)
     options = [digits, *_smaller(digits, r"[0-9]{%d}", first=1 if len(digits) > 1 else 0)]
     if len(digits) > 1:
@@ -123,7 +123,7 @@ def _at_most(high: int) -> str:
 
 
 def _larger(digits: str, rest: str) -> list[str]:
-    """Texts whose first different digit is larger than in `digits`; `rest` matches the digits after it."""
+    """Return patterns of texts whose first different digit is larger than in `digits`; `rest` matches the rest."""
     return [
         f"{digits[:at]}[{int(digit) + 1}-9]{rest.replace('%d', str(len(digits) - at - 1))}"
         for at, digit in enumerate(digits)
@@ -132,7 +132,7 @@ def _larger(digits: str, rest: str) -> list[str]:
 
 
 def _smaller(digits: str, rest: str, first: int = 0) -> list[str]:
-    """Texts whose first different digit is smaller than in `digits`, beginning with at least `first`."""
+    """Return patterns of texts whose first different digit is smaller than in `digits`, at least `first`."""
     return [
         f"{digits[:at]}[{least}-{int(digit) - 1}]{rest.replace('%d', str(len(digits) - at - 1))}"
         for at, digit in enumerate(digits)
@@ -141,7 +141,7 @@ def _smaller(digits: str, rest: str, first: int = 0) -> list[str]:
 
 
 def _fractions(sign: str, low: Bound, high: Bound | None) -> list[list[str]]:
-    """Alternatives for the numbers of one sign between two magnitudes; [] if there are none."""
+    """Return alternatives for the numbers of one sign between two magnitudes; [] if there are none."""
     if high is None:
         return [[sign + _fraction_at_least(low)]]
     if high.value < low.value or (high.value == low.value and (low.exclusive or high.exclusive)):
@@ -150,7 +150,7 @@ def _fractions(sign: str, low: Bound, high: Bound | None) -> list[list[str]]:
 
 
 def _equal(value: Decimal) -> str:
-    """One number, with any number of trailing zeros."""
+    """Return a pattern of one number, with any number of trailing zeros."""
     whole, fraction = _split(abs(value))
     end = f"\\.{fraction}0*" if fraction else "(?:\\.0+)?"
     return f"{'-' if value < 0 else ''}{whole}{end}"
@@ -183,7 +183,7 @@ def _fraction_at_most(high: Bound) -> str:
 
 
 def _split(value: Decimal) -> tuple[int, str]:
-    """The integer part of a non-negative number, and the digits after the decimal point."""
+    """Return the integer part of a non-negative number, and the digits after the decimal point."""
     if value and (value.adjusted() > _MAX_DIGITS or value.adjusted() < -_MAX_DIGITS):
         raise NotSupported(f"the bound {value:.3e} is out of range: at most {_MAX_DIGITS} digits are supported")
     text = format(value, "f")
@@ -205,7 +205,7 @@ def _digits_of(value: int) -> str:
 
 
 def _multiples(step: int) -> str:
-    """The integers that a step divides. Their last digits must decide it."""
+    """Return a pattern of the integers that a step divides. Their last digits must decide it."""
     n = 1
     while 10**n % step and n < 6:
         n += 1

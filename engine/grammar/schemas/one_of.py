@@ -105,13 +105,13 @@ def _read_option(parts: Parts, names: set[str], flatten: Flatten) -> _OneOfOptio
 
 
 def _type_of(text: str) -> str:
-    """The type of a constant that `constants_of` wrote. Integers have no decimal point and no exponent."""
+    """Return the type of a constant that `constants_of` wrote. Integers have no decimal point and no exponent."""
     first = {'"': "string", "{": "object", "[": "array", "t": "boolean", "f": "boolean", "n": "null"}
     return first.get(text[0]) or ("integer" if text.lstrip("-").isdecimal() else "number")
 
 
 def _candidates(options: Sequence[_OneOfOption], type_: str) -> Iterator[tuple[_OneOfOption, _OneOfOption]]:
-    """The pairs of options of one type that constants do not distinguish."""
+    """Yield the pairs of options of one type that constants do not distinguish."""
     # Only objects have properties.
     names = Counter[str]() if type_ != "object" else _discriminators(options)
     name = max(names, key=lambda name: names[name], default="")
@@ -137,12 +137,12 @@ def _candidates(options: Sequence[_OneOfOption], type_: str) -> Iterator[tuple[_
 
 
 def _discriminators(options: Iterable[_OneOfOption]) -> Counter[str]:
-    """The required properties with listed values, counted over the options."""
+    """Return the required properties with listed values, counted over the options."""
     return Counter(name for option in options for name in option.listed if name in option.required)
 
 
 def _exclusive(one: _OneOfOption, other: _OneOfOption) -> bool:
-    """Whether no value matches both options."""
+    """Return whether no value matches both options."""
     both = one.types & other.types
     if not both:
         return True

@@ -93,7 +93,7 @@ class SchemaWriter:
         self._far = self._far_references()
 
     def to_lark(self) -> LarkFragment:
-        """The schema in Lark.
+        """Return the schema in Lark.
 
         Raises:
             NotSupported: a keyword is not supported here, or takes too many rules.
@@ -119,7 +119,10 @@ class SchemaWriter:
     # --- parts that llguidance compiles
 
     def _far_references(self) -> set[str]:
-        """References that lead to large numbers, or to definitions that a schema within a rule cannot include."""
+        """Return the references that a schema within a rule cannot include.
+
+        They lead to large numbers, or to places outside of the definitions.
+        """
         needs = {reference: references_in(self._target(reference)) for reference in self._all_references()}
         far = {
             reference
@@ -153,7 +156,7 @@ class SchemaWriter:
         return not has_large_numbers(without(schema, ANNOTATIONS)) and not (references_in(schema) & self._far)
 
     def _llguidance_body(self, conjunction: Sequence[dict[str, object]]) -> Body:
-        """A part that llguidance compiles; empty if no JSON matches it."""
+        """Return a part that llguidance compiles; empty if no JSON matches it."""
         plain = [without(schema, ANNOTATIONS) for schema in conjunction]
         whole: dict[str, object] = dict(plain[0]) if len(plain) == 1 else {"allOf": plain}
         if "$schema" in self._root:
@@ -187,13 +190,13 @@ class SchemaWriter:
     # --- rules
 
     def _rule(self, schemas: Iterable[object]) -> str:
-        """The name of the rule for the values that match all schemas."""
+        """Return the name of the rule for the values that match all schemas."""
         found: dict[int, None] = {}
         for schema in schemas:
             if schema is True:
                 continue
             if schema is False:
-                return self._named("no", [])
+                return self._add_rule("no", [])
             if not isinstance(schema, dict):
                 raise GrammarError(f"a schema is an object or a boolean, not {json.dumps(schema)[:40]}")
             found[self._id(schema)] = None
@@ -203,7 +206,7 @@ class SchemaWriter:
             self._open.append((name, conjunction))
         return self._names[conjunction]
 
-    def _named(self, suffix: str, body: Body) -> str:
+    def _add_rule(self, suffix: str, body: Body) -> str:
         name = f"{self._prefix}{suffix}"
         self._bodies[name] = body
         return name
@@ -216,7 +219,7 @@ class SchemaWriter:
         return self._ids[id(schema)]
 
     def _without_keywords(self, schema: dict[str, object], keys: Sequence[str]) -> dict[str, object]:
-        """A schema without some keywords. Returns the same object each time, so that there are few conjunctions."""
+        """Return a schema without some keywords; the same object each time, so that there are few conjunctions."""
         if not any(key in schema for key in keys):
             return schema
         key = (self._id(schema), " ".join(keys))
@@ -248,10 +251,10 @@ class SchemaWriter:
         if at is not None:
             others = [*parts[:at], self._without_keywords(parts[at], ["const", "enum"]), *parts[at + 1 :]]
             return [[self._rule([*others, *value])] for value in listed_values(parts[at])]
-        return self._typed(parts)
+        return self._body_by_type(parts)
 
     def _flatten(self, schemas: Iterable[object]) -> list[dict[str, object]] | None:
-        """Schemas with allOf and references expanded into the list; None if one of them is false."""
+        """Return the schemas with allOf and references expanded into the list; None if one of them is false."""
         pending: deque[object] = deque(schemas)
         found: dict[int, dict[str, object]] = {}
         done: set[int] = set()
@@ -284,7 +287,7 @@ class SchemaWriter:
 
     # --- values by their types
 
-    def _typed(self, parts: list[dict[str, object]]) -> Body:
+    def _body_by_type(self, parts: list[dict[str, object]]) -> Body:
         types = types_of(parts)
         simple = types & SIMPLE
         numeric = types & {"integer", "number"}
@@ -319,14 +322,14 @@ class SchemaWriter:
 
     def _array(self, parts: list[dict[str, object]]) -> Body:
         shapes = [items_of(part) for part in parts]
-        least = max(count_of(part, "minItems", 0) or 0 for part in parts)
-        mosts = [most for part in parts if (most := count_of(part, "maxItems", None)) is not None]
-        most = min(mosts, default=None)
-        if most is not None and most < least:
+        minimum = max(count_of(part, "minItems", 0) or 0 for part in parts)
+        maxima = [maximum for part in parts if (maximum := count_of(part, "maxItems", None)) is not None]
+        maximum = min(maxima, default=None)
+        if maximum is not None and maximum < minimum:
             return []
         n_first = max(len(first) for first, _ in shapes)
-        if most is not None:
-            n_first = min(n_first, most)
+        if maximum is not None:
+            n_first = min(n_first, maximum)
         first = [
             self._rule(first[at] if at < len(first) else rest for first, rest in shapes) for at in range(n_first)
         ]
@@ -335,21 +338,21 @@ class SchemaWriter:
         space = self._space()
         for at in range(n_first):
             separator: list[str | Repetition] = [space, '","', space] if at else []
-            end: Body = [[space, '"]"'] if at else ['"]"']] if at >= least else []
+            end: Body = [[space, '"]"'] if at else ['"]"']] if at >= minimum else []
             self._bodies[f"{name}_{at}"] = [[*separator, first[at], f"{name}_{at + 1}"], *end]
-        self._bodies[f"{name}_{n_first}"] = self._remaining_items(rest, n_first, least, most)
+        self._bodies[f"{name}_{n_first}"] = self._remaining_items(rest, n_first, minimum, maximum)
         return [['"["', space, f"{name}_0"]]
 
-    def _remaining_items(self, item: str, written: int, least: int, most: int | None) -> Body:
-        """The remaining items, which share a schema, and the end of the array."""
+    def _remaining_items(self, item: str, written: int, minimum: int, maximum: int | None) -> Body:
+        """Return the rule of the remaining items, which share a schema, and of the end of the array."""
         space = self._space()
-        left, right = max(least - written, 0), None if most is None else most - written
+        left, right = max(minimum - written, 0), None if maximum is None else maximum - written
         end: list[str | Repetition] = [space, '"]"']
         another = self._new_rule()
         self._bodies[another] = [[space, '","', space, item]]
         if written:
             return [[Repetition(another, left, right), *end]] if right != 0 else [end]
-        empty: Body = [['"]"']] if least == 0 else []
+        empty: Body = [['"]"']] if minimum == 0 else []
         some: Body = [[item, Repetition(another, max(left - 1, 0), None if right is None else right - 1), *end]]
         return [*empty, *(some if right != 0 else [])]
 
@@ -360,21 +363,21 @@ class SchemaWriter:
         required = list(dict.fromkeys(name for part in parts for name in required_by(part)))
         listed = [name for part in parts for name in properties_of(part)]
         names = list(dict.fromkeys([*listed, *required]))
-        least = max(count_of(part, "minProperties", 0) or 0 for part in parts)
-        mosts = [most for part in parts if (most := count_of(part, "maxProperties", None)) is not None]
-        most = min(mosts, default=None)
+        minimum = max(count_of(part, "minProperties", 0) or 0 for part in parts)
+        maxima = [maximum for part in parts if (maximum := count_of(part, "maxProperties", None)) is not None]
+        maximum = min(maxima, default=None)
         n = len(required)
-        if len(names) > n and (least > n or most is not None):
-            raise unsupported_error("minProperties" if least > n else "maxProperties")
-        if most is not None and most < max(least, n):
+        if len(names) > n and (minimum > n or maximum is not None):
+            raise unsupported_error("minProperties" if minimum > n else "maxProperties")
+        if maximum is not None and maximum < max(minimum, n):
             return []
         name = self._new_rule()
         self._entries(name, parts, names, frozenset(required))
-        self._others(name, parts, names, max(least - n, 0), None if most is None else most - n)
+        self._others(name, parts, names, max(minimum - n, 0), None if maximum is None else maximum - n)
         return [['"{"', self._space(), f"{name}_a0"]]
 
     def _entries(self, name: str, parts: list[dict[str, object]], names: list[str], needed: frozenset[str]) -> None:
-        """The rules of the listed properties: `name`_aN before the first written property, `name`_bN after one."""
+        """Add the rules of the listed properties: `name`_aN before the first one written, `name`_bN after one."""
         space = self._space()
         comma: list[str | Repetition] = [space, '","', space]
         for at, key in enumerate(names):
@@ -387,18 +390,18 @@ class SchemaWriter:
                 self._bodies[f"{name}_{written}{at}"] = [[*(comma if written == "b" else []), *entry], *skipped]
 
     def _others(
-        self, name: str, parts: list[dict[str, object]], taken: list[str], least: int, most: int | None
+        self, name: str, parts: list[dict[str, object]], taken: list[str], minimum: int, maximum: int | None
     ) -> None:
-        """The additional properties and the end of the object: the last rules after those of `_entries`."""
+        """Add the rules of the additional properties and of the end of the object, after those of `_entries`."""
         space, pair, another = self._space(), self._new_rule(), self._new_rule()
         value = self._rule(part.get("additionalProperties", True) for part in parts)
         self._bodies[pair] = [[self._key(taken), space, '":"', space, value]]
         self._bodies[another] = [[space, '","', space, pair]]
         end: list[str | Repetition] = [space, '"}"']
-        self._bodies[f"{name}_b{len(taken)}"] = [[Repetition(another, least, most), *end]]
-        tail = Repetition(another, max(least - 1, 0), None if most is None else most - 1)
-        none: Body = [] if least else [['"}"']]
-        some: Body = [] if most == 0 else [[pair, tail, *end]]
+        self._bodies[f"{name}_b{len(taken)}"] = [[Repetition(another, minimum, maximum), *end]]
+        tail = Repetition(another, max(minimum - 1, 0), None if maximum is None else maximum - 1)
+        none: Body = [] if minimum else [['"}"']]
+        some: Body = [] if maximum == 0 else [[pair, tail, *end]]
         self._bodies[f"{name}_a{len(taken)}"] = [*none, *some]
 
     def _key(self, taken: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ Schema = dict[str, object]
 
 
 def rewrite_schema(schema: object, change: Callable[[Schema], Schema]) -> object:
-    """A copy of a schema with a change applied to it and to all schemas within it, the outermost first.
+    """Return a copy of a schema with a change applied to it and to all schemas within it, the outermost first.
 
     Args:
         change: changes the keywords of one schema. It returns the changed schema and leaves its argument unchanged.
@@ -44,7 +44,7 @@ def rewrite_schema(schema: object, change: Callable[[Schema], Schema]) -> object
 
 
 def without_unknown_formats(schema: Schema) -> Schema:
-    """A schema without the formats that are annotations."""
+    """Return a schema without the formats that are annotations."""
 
     def change(node: Schema) -> Schema:
         format = node.get("format")

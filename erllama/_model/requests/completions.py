@@ -20,7 +20,7 @@ from erllama._model.runner import ModelRunner
 from erllama._types import Prompt
 from erllama.chat.chats import Chats
 from erllama.engine import Backend, Completion, Request, RequestOptions, SamplingOptions, Ticket
-from erllama.engine.requests.request import MOST_SPECULATIVE
+from erllama.engine.requests.request import MAX_SPECULATIVE
 
 
 class CompletionRequests:
@@ -130,7 +130,7 @@ class CompletionRequests:
             sampling=SamplingOptions(temperature=0.0),
             cache_salt=self.cache_salt,
             speculative=lambda prompt: fixed_drafter(proposed, len(prompt)),
-            speculative_tokens=min(max(len(proposed), 1), MOST_SPECULATIVE),
+            speculative_tokens=min(max(len(proposed), 1), MAX_SPECULATIVE),
         )
         reply = self.run(Ticket(Request(ids, options), streaming=False))
         return Verification.of(reply, proposed)

@@ -19,7 +19,7 @@ class Peeks(StubBackend):
     """Tokens of other sequences change the logits."""
 
     def _logits(self, sequence: int) -> NDArray[np.float32]:
-        return super()._logits(sequence) + np.float32(sum(self._held) - self._held[sequence])
+        return super()._logits(sequence) + np.float32(sum(self._lengths) - self._lengths[sequence])
 
 
 class Batches(StubBackend):
@@ -85,7 +85,7 @@ class TakesGaps(StubBackend):
     """Positions are not checked."""
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
-        at = {int(s): self._held[s] for s in batch.sequences}
+        at = {int(s): self._lengths[s] for s in batch.sequences}
         positions = batch.positions.copy()
         for row, sequence in enumerate(batch.sequences.tolist()):
             positions[row], at[sequence] = at[sequence], at[sequence] + 1
@@ -157,7 +157,7 @@ class Trusts(StubBackend):
     """Any payload is accepted."""
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
-        raw = super().pack(0, 0, 1).tobytes()[:8] if self._held[0] else bytes(8)
+        raw = super().pack(0, 0, 1).tobytes()[:8] if self._lengths[0] else bytes(8)
         head = raw + np.array([start, end], np.uint32).tobytes()
         body = bytes(payload)[16:].ljust(8 * (end - start), b"\0")[: 8 * (end - start)]
         super().restore(sequence, start, end, memoryview(head + body))
@@ -187,7 +187,7 @@ class LeavesHoles(StubBackend):
     """A payload is restored at any position."""
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
-        self._held[sequence] = start
+        self._lengths[sequence] = start
         super().restore(sequence, start, end, payload)
 
 
@@ -218,11 +218,11 @@ class PacksMore(StubBackend):
     """Positions that are not held are packed."""
 
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
-        held, self._held[sequence] = self._held[sequence], end
+        held, self._lengths[sequence] = self._lengths[sequence], end
         try:
             return super().pack(sequence, start, end)
         finally:
-            self._held[sequence] = held
+            self._lengths[sequence] = held
 
 
 class CutsBadly(StubBackend):
@@ -257,8 +257,8 @@ class FreesShared(StubBackend):
     """A cell is free when the first of its holders releases it."""
 
     def _release(self, sequence: int, end: int) -> None:
-        self._holders[self._table[sequence, end : self._held[sequence]]] = 0
-        self._held[sequence] = end
+        self._n_holders[self._table[sequence, end : self._lengths[sequence]]] = 0
+        self._lengths[sequence] = end
 
 
 class SharesAll(StubBackend):
@@ -266,14 +266,14 @@ class SharesAll(StubBackend):
 
     def share(self, source: int, target: int, end: int) -> None:
         super().share(source, target, end)
-        self._kv[self._table[target, end - 1]] ^= np.uint64(end != self._held[source])
+        self._kv[self._table[target, end - 1]] ^= np.uint64(end != self._lengths[source])
 
 
 class Leaks(StubBackend):
     """The cells of dropped sequences stay occupied."""
 
     def drop(self, sequence: int) -> None:
-        self._held[sequence] = 0
+        self._lengths[sequence] = 0
 
 
 class DropsAll(StubBackend):
@@ -388,7 +388,7 @@ class OneAtATime(StubBackend):
     """A batch cannot hold both the first rows of a sequence and later rows of another."""
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
-        begun = {self._held[sequence] > 0 for sequence in batch.sequences}
+        begun = {self._lengths[sequence] > 0 for sequence in batch.sequences}
         return super().decode(batch) * np.float32(len(begun))
 
 
@@ -423,7 +423,7 @@ class PacksOwn(StubBackend):
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
         cells = self._table[sequence, start:end]
         kept = self._kv[cells]
-        self._kv[cells[self._holders[cells] > 1]] = 0
+        self._kv[cells[self._n_holders[cells] > 1]] = 0
         payload = super().pack(sequence, start, end)
         self._kv[cells] = kept
         return payload
@@ -443,7 +443,7 @@ class CutsLonger(StubBackend):
 
     def cut(self, sequence: int, end: int) -> None:
         super().cut(sequence, end)
-        self._held[sequence] = end
+        self._lengths[sequence] = end
 
 
 class CutsSlices(StubBackend):
@@ -482,7 +482,7 @@ class SharesForty(Sometimes):
             self.copy(source, target, end)
 
     def copy(self, source: int, target: int, end: int) -> None:
-        self._hold(target, 40, self._table[source, 39 : end - 1].copy())
+        self._append_cells(target, 40, self._table[source, 39 : end - 1].copy())
 
 
 class PacksStale(Sometimes):
@@ -673,7 +673,7 @@ class SharesOneMore(Sometimes):
     """A target holds one position more than requested."""
 
     def share(self, source: int, target: int, end: int) -> None:
-        super().share(source, target, min(end + 1, self._held[source]))
+        super().share(source, target, min(end + 1, self._lengths[source]))
 
 
 class SharesSwapped(Sometimes):
@@ -701,8 +701,8 @@ class SharesTwice(Sometimes):
         super().share(source, target, end)
         if self.nth("share", 2) and end:
             self._table[target, end - 1] = self._table[source, 0]
-            self._holders[self._table[source, 0]] += 1
-            self._holders[self._table[source, end - 1]] -= 1
+            self._n_holders[self._table[source, 0]] += 1
+            self._n_holders[self._table[source, end - 1]] -= 1
 
 
 class SharersWrite(Sometimes):
@@ -710,16 +710,17 @@ class SharersWrite(Sometimes):
 
     def share(self, source: int, target: int, end: int) -> None:
         super().share(source, target, end)
-        if end == self._held[source]:
+        if end == self._lengths[source]:
             self._table[target] = self._table[source]
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         logits = super().decode(batch)
-        twins = [s for s in range(1, len(self._held)) if self._held[s] and self._held[0] == self._held[s] - 1]
+        lengths = self._lengths
+        twins = [s for s in range(1, len(lengths)) if lengths[s] and lengths[0] == lengths[s] - 1]
         for twin in twins:
-            at = self._held[0]
+            at = self._lengths[0]
             if at and self._table[0, at - 1] == self._table[twin, at - 1]:
-                self._hold(0, at, self._table[twin, at : at + 1].copy())
+                self._append_cells(0, at, self._table[twin, at : at + 1].copy())
         return logits
 
 
@@ -741,8 +742,8 @@ class CutKeepsCells(Sometimes):
     """After a cut, the cell of the first removed position stays occupied."""
 
     def cut(self, sequence: int, end: int) -> None:
-        if end < self._held[sequence]:
-            self._holders[self._table[sequence, end]] += 1
+        if end < self._lengths[sequence]:
+            self._n_holders[self._table[sequence, end]] += 1
         super().cut(sequence, end)
 
 
@@ -750,8 +751,8 @@ class DropsNext(Sometimes):
     """`drop()` of an empty sequence drops the next one."""
 
     def drop(self, sequence: int) -> None:
-        if not self._held[sequence]:
-            sequence = (sequence + 1) % len(self._held)
+        if not self._lengths[sequence]:
+            sequence = (sequence + 1) % len(self._lengths)
         super().drop(sequence)
 
 
@@ -759,7 +760,7 @@ class ClearLeavesLast(Sometimes):
     """`clear()` keeps the last sequence."""
 
     def clear(self) -> None:
-        for sequence in range(len(self._held) - 1):
+        for sequence in range(len(self._lengths) - 1):
             self._release(sequence, 0)
 
 
@@ -768,9 +769,9 @@ class CopiesOnRestore(Sometimes):
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
         super().restore(sequence, start, end, payload)
-        free = np.flatnonzero(self._holders == 0)
+        free = np.flatnonzero(self._n_holders == 0)
         if len(free):
-            self._holders[free[0]] += 1
+            self._n_holders[free[0]] += 1
 
 
 class DropsRefused(Sometimes):
@@ -780,7 +781,7 @@ class DropsRefused(Sometimes):
         try:
             return super().decode(batch)
         except CellsExhausted:
-            self._release(int(np.argmax(self._held)), 0)
+            self._release(int(np.argmax(self._lengths)), 0)
             raise
 
 

@@ -60,7 +60,7 @@ _LACKS_KEY = re.compile(r"key not found in model: ([^\s;]+)")
 _WRONG_KIND = re.compile(r"key ([^\s;]+) has wrong type \w+ but expected type (\w+)")
 _LACKS_TENSOR = re.compile(r"missing tensor '([^']+)'|tensor '([^']+)' not found|tensor '([^']+)' is missing")
 _WRONG_SHAPE = re.compile(r"tensor '([^']+)' has wrong shape; expected ([\d, ]+), got")
-_MOST_STEPS = 400
+_MAX_STEPS = 400
 # Tensors that libllama loads as optional but uses, so no message names them.
 _OPTIONAL_BUT_USED = {
     "phi3": {"attn_qkv.weight": [64, 128]},
@@ -83,7 +83,7 @@ def minimal_model(architecture: str, place: Path) -> EditableGGUF | None:
     for name, value in common.items():
         _put(file, name, value)
     path, before = place / "incomplete.gguf", ""
-    for _ in range(_MOST_STEPS):
+    for _ in range(_MAX_STEPS):
         file.write(path)
         try:
             metadata = llama_ffi.check_header(path).metadata
