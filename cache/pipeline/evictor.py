@@ -135,9 +135,15 @@ class Evictor:
                     self.remove_pending(tier)
 
     def remove_pending(self, tier: Tier) -> None:
-        """Carry out the pending removals of a tier, before other blocks use their room. Called in `exclusive`."""
+        """Carry out the pending removals of a tier, before other blocks use their room. Called in `exclusive`.
+
+        Skips a block that is in the catalog again: another process has stored it anew since.
+        """
+        self._tiers.sync(tier)
         with self._lock:
-            removals = self._pending.pop(tier, {})
+            ledger = self._catalog.ledger(tier.name)
+            pending = self._pending.pop(tier, {})
+            removals = {key: removal for key, removal in pending.items() if ledger.root_of(key) is not tier}
         try:
             for block, damaged, _ in removals.values():
                 if damaged:

@@ -198,8 +198,7 @@ class TierWriter:
         """Reserve room for a block, evicting others, within one transaction of the tier."""
         tier.tidy()
         with tier.exclusive():
-            self._evictor.remove_pending(tier)
-            self._tiers.sync(tier)
+            self._evictor.remove_pending(tier)  # syncs the catalog first
             reserved = tier.reserved()
             if tier.in_flight(save.block.key):
                 self._counters.add("duplicates_dropped")

@@ -642,3 +642,24 @@ def test_a_block_longer_than_block_size_is_refused() -> None:
     block = Block.following(NAMESPACE, NAMESPACE, 0, bytes(4 * 17), SaveReason.COLD)
     with Cache(block_size=16) as cache, pytest.raises(erllama.OptionError, match="block_size is 16"):
         cache.save(block, b"x")
+
+
+def test_a_removal_spares_a_block_that_was_stored_again(tmp_path: Path) -> None:
+    tokens = np.arange(SIZE, dtype=np.int32)
+    (block,) = blocks_of(tokens)
+    with (
+        Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as one,
+        Cache(block_size=SIZE, ram=0, disk=tmp_path, watch=False) as other,
+    ):
+        save(one, tokens)
+        one.flush()
+        wait_until(lambda: hit(other, tokens) == SIZE)
+        assert other.evict_bytes(10**9, tiers=("disk",))
+        with one._tier_set.locked():  # the thread that carries out removals waits
+            assert one.load(block) is None
+            save(other, tokens)
+            other.flush()
+            wait_until(lambda: one.lookup(block.namespace, tokens).n_tokens == SIZE)
+        one.flush()
+        one.check_integrity()
+        assert hit(one, tokens) == SIZE
