@@ -86,7 +86,10 @@ INTERRUPTED = f"""
         cache.gc()
         found = cache.verify()
         assert found == [], found
-        cache.check_integrity()
+        try:
+            cache.check_integrity()
+        except Exception as error:
+            raise AssertionError(f"{{error}}; counters: {{cache.counters()}}") from None
         gc.collect()
         counters, rows = cache.counters(), cache.rows()
         assert all(row.pins == 0 for row in rows)

@@ -37,6 +37,7 @@ from erllama.engine.backends.stub import StubBackend
 from erllama.engine.kv.sequence_kv import SequenceKV
 from erllama.engine.sampling.sampler import Sampler
 from erllama.engine.scheduling.sequence import Sequence
+from support.threads import wait_until
 
 REQUESTS = int(os.environ.get("ERLLAMA_SOAK", "400"))
 LIMIT = 30.0 + REQUESTS / 10  # seconds after which a call counts as hanging; no call should come near it
@@ -638,7 +639,6 @@ def soak(make: Make, cache: erllama.Cache, pool: list[SoakRequest], *, exact: bo
             crowd = ConcurrentClients(model, pool, exact=exact)
             crowd.ask(REQUESTS // 3, seed=1)
             assert_idle(model, crowd, faults)
-            assert model._runner.metrics.preempted > 0 or not exact, "contexts should exceed the cells"
             faults.short_of_cells = True
             warm = Footprint()
             crowd.ask(REQUESTS - REQUESTS // 3, seed=2)
@@ -650,6 +650,7 @@ def soak(make: Make, cache: erllama.Cache, pool: list[SoakRequest], *, exact: bo
             assert alive() == living, "the model is idle"
             metrics = model._runner.metrics
             report(crowd, faults, model, warm)
+            assert metrics.preempted > 0 or not exact, "contexts should exceed the cells"
             assert min(crowd.seen[name] for name in ("QueueFull", "SessionBusy", "DeadlineExceeded")) > 0
             assert {"stop", "length", "cancelled"} <= set(metrics.finished)
             # Memory that cannot be cut shares only parked sequences that are continued.
@@ -686,8 +687,12 @@ def leaves_nothing() -> Iterator[None]:
     """Check that threads and open files are as before."""
     before = Footprint()
     yield
-    after = Footprint()
-    assert (after.threads, after.files) == (before.threads, before.files)
+
+    def is_as_before() -> bool:
+        after = Footprint()
+        return (after.threads, after.files) == (before.threads, before.files)
+
+    wait_until(is_as_before)  # a thread that has ended its work may still exist for a moment
 
 
 @pytest.mark.parametrize("can_trim", [True, False], ids=["memory that is cut", "memory that is not"])
