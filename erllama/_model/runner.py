@@ -80,7 +80,7 @@ class ModelRunner(Protocol):
         ...
 
     def check_caller(self) -> None:
-        """As `check_computes`, and raise CalledFromModelThread in the model's own thread."""
+        """Raise the errors of `check_computes`, and CalledFromModelThread in the model's own thread."""
         ...
 
     # --- requests: the errors of `check_caller` apply
@@ -118,7 +118,7 @@ class ModelRunner(Protocol):
         """Save the context, wait until it is stored, and release unused cells."""
         ...
 
-    # --- the end
+    # --- shutdown
 
     def begin_to_stop(self) -> None:
         """Refuse new requests and start the shutdown. Returns at once. Idempotent."""

@@ -58,7 +58,7 @@ def check_rules(rules: object) -> None:
 
 @contextmanager
 def frequent_thread_switches() -> Iterator[None]:
-    """Have Python switch threads as often as possible, within."""
+    """Make Python switch threads as often as possible during the `with` block."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:

@@ -307,11 +307,11 @@ def test_a_truncated_or_invalid_archive_is_refused(run: Command, tmp_path: Path)
         (tmp_path / "b.tar").write_bytes(content)
         found = run("cache", "import", tmp_path / "b.tar", "--dir", tmp_path / "there")
         assert (found.status, found.err.startswith("erllama: ")) == (1, True), content[:20]
-        assert "bug of erllama" not in found.err
+        assert "bug in erllama" not in found.err
     for content in (whole[:4000], lying):
         piped = run.in_subprocess("cache", "import", "-", "--dir", tmp_path / "there", stdin=content)
         assert (piped.returncode, piped.stderr.startswith(b"erllama: ")) == (1, True)
-        assert b"bug of erllama" not in piped.stderr
+        assert b"bug in erllama" not in piped.stderr
     assert run("cache", "verify", "--dir", tmp_path / "there").status == 0
 
 

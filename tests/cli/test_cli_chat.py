@@ -189,7 +189,7 @@ def test_a_file_without_a_conversation_is_refused(run: Command, model: Path, tmp
     found = run("chat", model, *ONE, stdin=f"/load {tmp_path / 'bad.json'}\nQ")
     assert (found.status, found.out) == (1, "Yes.\n")
     assert "Traceback" not in found.err
-    assert "bug of erllama" not in found.err
+    assert "bug in erllama" not in found.err
 
 
 def test_options_can_be_set_listed_and_reset(run: Command, model: Path) -> None:

@@ -77,7 +77,7 @@ class Budget:
         return text
 
     def require_room(self, length: int) -> None:
-        """Raise LimitExceeded if a text of up to `length` characters would not fit the memory. Charges nothing."""
+        """Raise LimitExceeded if a text of up to `length` characters would not fit the memory. Charges no text."""
         if length > self._memory:
             raise LimitExceeded(
                 f"the template may make a text of up to {length:,} characters, which does not fit its memory"

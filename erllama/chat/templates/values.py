@@ -1,6 +1,6 @@
 """Values in templates besides plain data: methods, functions, namespaces, and tables of them.
 
-Imports nothing else of this package. `Machine` makes these values; `filters`, `methods` and `tests` fill the
+Imports no other module of this package. `Machine` makes these values; `filters`, `methods` and `tests` fill the
 tables.
 """
 
