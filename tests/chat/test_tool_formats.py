@@ -380,7 +380,7 @@ def test_unquoted_values_are_constrained_to_their_schema(schema: object, good: l
         assert not kept.accepts(written("f", [("a", good[0]), ("never", "1")])), format
 
 
-def test_a_grammar_allows_only_the_given_tools() -> None:
+def test_a_grammar_allows_only_the_tools_of_the_request() -> None:
     hermes = get_tool_format("hermes")
     with pytest.raises(OptionError, match="no tool has the name 'x'"):
         write_call_grammar(hermes, TOOLS, name="x", parallel=False, literal=lark_literal)

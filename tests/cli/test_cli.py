@@ -96,7 +96,7 @@ def test_a_reply_follows_a_schema_a_grammar_or_an_expression(run: Command, tiny_
     assert len(texts[2]) == 3
 
 
-def test_every_library_option_can_be_given(run: Command, model: Path) -> None:
+def test_every_library_option_can_be_set(run: Command, model: Path) -> None:
     given = run(
         "run", model, "Q", "-o", "stop=.", "-o", 'logit_bias={"5": 1.5}', "--load", "n_ctx=512", "--json", *ONE
     )

@@ -325,7 +325,7 @@ def test_impossible_contexts_raise_errors(model: LlamaModel, options: dict[str, 
         LlamaContext(model, **{**CONTEXT, **options})
 
 
-def test_the_log_of_libllama_goes_to_logging(
+def test_the_log_of_libllama_is_passed_to_logging(
     tiny_gguf: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with caplog.at_level(logging.DEBUG, "erllama.llama"):
