@@ -218,7 +218,7 @@ def test_every_format_has_malformed_texts() -> None:
     assert set(MALFORMED) == set(TOOL_FORMATS)
 
 
-# --- Ids, values, thinking, and what nobody should write ---------------------------------------
+# --- Ids, values, thinking, and invalid calls ---------------------------------------------------
 
 
 def test_an_id_is_the_models_own_or_generated() -> None:

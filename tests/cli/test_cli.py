@@ -201,9 +201,9 @@ def test_piped_output_has_no_escapes_and_ctrl_c_keeps_it(run: Command, tmp_path:
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    said = (begun + rest).removesuffix(b"\n")
-    assert said
-    assert (b"abc " * len(said)).startswith(said)
+    output = (begun + rest).removesuffix(b"\n")
+    assert output
+    assert (b"abc " * len(output)).startswith(output)
     assert b"\x1b" not in begun + rest + err
     assert b"Traceback" not in err
 

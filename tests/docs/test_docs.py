@@ -46,8 +46,8 @@ class ClosingStub(StubBackend):
     def _logits(self, sequence: int) -> NDArray[np.float32]:
         logits = super()._logits(sequence)
         logits[list(b'",]}()')] += 100
-        said = self._held[sequence] - 1
-        logits[list(b"<call>"[said : said + 1])] += 200
+        n_generated = self._held[sequence] - 1
+        logits[list(b"<call>"[n_generated : n_generated + 1])] += 200
         return logits
 
 
@@ -195,10 +195,10 @@ def test_the_sampling_page_names_every_option_and_its_default() -> None:
     defaults = {field.name: field.default for field in fields(SamplingOptions)}
     assert set(defaults) <= set(re.findall(r"`(\w+)[`=]", page))
     rows = [line for line in page.splitlines() if line.startswith("| ")]
-    told = {name: ast.literal_eval(value) for row in rows for name, value in re.findall(r"`(\w+)=([^`]*)`", row)}
-    assert told.pop("logit_bias") == (defaults.pop("logit_bias") or {})
+    listed = {name: ast.literal_eval(value) for row in rows for name, value in re.findall(r"`(\w+)=([^`]*)`", row)}
+    assert listed.pop("logit_bias") == (defaults.pop("logit_bias") or {})
     elsewhere = {"seed", "samplers", "min_keep", "mirostat", "mirostat_tau", "mirostat_eta"}
-    assert told == {name: default for name, default in defaults.items() if name not in elsewhere}
+    assert listed == {name: default for name, default in defaults.items() if name not in elsewhere}
 
 
 def test_the_readme_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,10 +329,10 @@ class ConcurrentClients:
             self._report_wrong(f"{number}: a stream that does not end with Done")
             return
         reply = end.completion
-        told = tuple(token for piece in pieces for token in piece.tokens)  # type: ignore[union-attr]
+        streamed = tuple(token for piece in pieces for token in piece.tokens)  # type: ignore[union-attr]
         text = "".join(piece.text for piece in pieces)  # type: ignore[union-attr]
         # The tokens of a stop string are reported only at the end.
-        if text != reply.text or told != reply.tokens[: len(told)]:
+        if text != reply.text or streamed != reply.tokens[: len(streamed)]:
             self._report_wrong(f"{number}: the pieces are not those of the reply")
         self._check_reply(number, extra, reply, cancelled=cancelled)
 

@@ -149,9 +149,9 @@ def test_forced_tokens_are_computed_in_one_decode() -> None:
         assert re.fullmatch(f"{text}[0-9]", reply.text)
         assert len(reply.tokens) == len(text) + 1
         assert n_decodes < 10
-        told = model.complete("x", regex=f"{text}[0-9]", max_tokens=100, seed=1, logprobs=0)
-        assert told.logprobs is not None
-        assert len(told.logprobs) == len(told.tokens) == len(reply.tokens)
+        with_logprobs = model.complete("x", regex=f"{text}[0-9]", max_tokens=100, seed=1, logprobs=0)
+        assert with_logprobs.logprobs is not None
+        assert len(with_logprobs.logprobs) == len(with_logprobs.tokens) == len(reply.tokens)
         # It ends at the same place, and the same is stored, as token by token.
         for n in (0, 1, 5, len(text), len(text) + 1):
             cut = model.complete("x", regex=f"{text}[0-9]", max_tokens=n, seed=1)
