@@ -25,7 +25,7 @@ from erllama.errors import OptionError, ToolCallError
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How a model's replies are written.
+    """The syntax of a model family's replies.
 
     Attributes:
         format: the format of tool calls; None if no tool may be called.

@@ -31,7 +31,7 @@ STEP_SHIFT: Final = 6
 
 
 class Budget:
-    """What one rendering may still spend. One thread uses it.
+    """The remaining budget of one rendering. One thread uses it.
 
     Args:
         input_characters: number of characters of the input, which adds to the memory.

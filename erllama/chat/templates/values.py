@@ -68,7 +68,7 @@ class Namespace:
 
 
 class Tables(NamedTuple):
-    """What a template can name.
+    """The names that a template can use.
 
     Attributes:
         filters, tests: functions of (machine, value, ...), by name.

@@ -24,7 +24,7 @@ log = logger("erllama")
 
 
 class CallConstraint(NamedTuple):
-    """How calls are constrained to the tools' schemas.
+    """The constraint of calls to the tools' schemas.
 
     Attributes:
         grammar: the grammar of a span of calls; None if no grammar constrains calls.

@@ -69,7 +69,7 @@ ArgumentSyntax = Literal["json", "python", "gemma"] | ListedArguments
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a model family writes tool calls. All texts have special tokens spelled out.
+    """The syntax of a model family's tool calls. All texts have special tokens spelled out.
 
     Attributes:
         name: key in `TOOL_FORMATS`.

@@ -90,7 +90,7 @@ def _check_schema(schema: str, strict: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether a reply may, must not or must call tools.
+    """The caller's choice: whether a reply may, must or must not call tools.
 
     Attributes:
         kind: "auto", "none" or "required".
