@@ -306,14 +306,14 @@ def test_tool_schemas_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_event_loop_runs_while_a_chat_is_prepared_and_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
 
-    def noting(of: type, name: str) -> None:
+    def record_threads(of: type, name: str) -> None:
         function = getattr(of, name)
 
-        def noted(*args: object) -> object:
+        def recorded(*args: object) -> object:
             threads.append(threading.get_ident())
             return function(*args)
 
-        monkeypatch.setattr(of, name, noted)
+        monkeypatch.setattr(of, name, recorded)
 
     async def chatted(model: erllama.Model) -> None:
         stream = model.astream_chat([user("Q")])
@@ -324,8 +324,8 @@ def test_the_event_loop_runs_while_a_chat_is_prepared_and_finished(monkeypatch: 
         assert len(threads) >= 4
         assert threading.get_ident() not in threads
 
-    noting(Chats, "prepare_turn")
-    noting(Turn, "finish")
+    record_threads(Chats, "prepare_turn")
+    record_threads(Turn, "finish")
     with model_replying("hello there") as model:
         asyncio.run(chatted(model))
 

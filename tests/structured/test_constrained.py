@@ -307,11 +307,11 @@ def test_a_grammar_compiled_ahead_is_not_compiled_again(
     compiled: list[str] = []
     compile_ = llguidance_adapter.compile_grammar
 
-    def noted(tokens: llguidance_adapter.GuidanceVocabulary, written: str) -> object:
+    def recorded(tokens: llguidance_adapter.GuidanceVocabulary, written: str) -> object:
         compiled.append(written)
         return compile_(tokens, written)
 
-    monkeypatch.setattr(llguidance_adapter, "compile_grammar", noted)
+    monkeypatch.setattr(llguidance_adapter, "compile_grammar", recorded)
     stub.compile_grammar(grammar)
     assert len(compiled) == 1
     assert re.fullmatch("[ab]{3}", stub.complete("x", grammar=grammar, **HOT).text)  # type: ignore[arg-type]
