@@ -1,7 +1,7 @@
 """The protocol of an object that runs a model's requests.
 
 `Model` and its collaborators reach the engine through this protocol alone. Two classes implement it:
-`erllama.engine.ModelThread`, which runs requests in a thread of its own, and
+`erllama.engine.ModelThread`, which runs requests in its own thread, and
 `erllama._model.vocabulary_runner.VocabularyRunner`, which refuses them.
 """
 

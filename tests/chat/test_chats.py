@@ -522,7 +522,7 @@ def test_bos_appears_once(tmp_path: Path) -> None:
             assert ids == model.tokenize("Q").tolist() == [BOS, ids[1]]
 
 
-def test_openai_and_anthropic_forms_give_the_same_conversation() -> None:
+def test_openai_and_anthropic_forms_are_the_same_conversation() -> None:
     openai: Sequence[Message] = [
         user("Q"),
         {"role": "assistant", "content": "A", "tool_calls": [

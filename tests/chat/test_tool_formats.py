@@ -115,7 +115,7 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("what", BAD_JSON)
-def test_errors_say_why_a_json_object_is_not_a_call(what: str) -> None:
+def test_errors_state_why_a_json_object_is_not_a_call(what: str) -> None:
     text, problem = BAD_JSON[what]
     with pytest.raises(ToolCallError) as error:
         parsed_calls("hermes", f"<tool_call>{text}</tool_call>")

@@ -176,7 +176,7 @@ def test_the_bundled_model_is_the_default(run: Command, model: Path, monkeypatch
     assert run("info", "--json").json["file"] == str(model)
 
 
-# --- in processes of its own ----------------------------------------------------------------------
+# --- in child processes -----------------------------------------------------------------------------
 
 
 def test_a_missing_prompt_is_reported(run: Command, model: Path) -> None:

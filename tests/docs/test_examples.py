@@ -265,7 +265,7 @@ def test_a_tool_is_called_and_its_result_used(tmp_path: Path) -> None:
     assert "answer: 'It is 12:30 in Oslo.'" in output
 
 
-def test_speculation_gives_the_same_reply(tmp_path: Path) -> None:
+def test_speculation_returns_the_same_reply(tmp_path: Path) -> None:
     output = run(EXAMPLES / "speculation.py", cwd=tmp_path)
     assert "the same reply" in output
     assert "5 of 5 proposed tokens accepted" in output

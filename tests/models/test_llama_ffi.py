@@ -418,7 +418,7 @@ def test_a_grammar_keeps_its_model(tiny_gguf: Path) -> None:
         LlamaSampler("grammar", texts=['root ::= "ab"', "root"], vocabulary=vocabulary)
 
 
-# --- lifetimes: each in a process of its own, which must end well -------------------------------------
+# --- lifetimes: each in a child process, which must exit normally -------------------------------------
 
 SETUP = """
 import gc, sys, threading, numpy as np

@@ -299,7 +299,7 @@ class ConcurrentClients:
         except erllama.BackendError as error:
             self._record_end(type(error).__name__)
             if "injected" not in str(error):
-                self._report_wrong(f"nobody injected this: {error!r}")
+                self._report_wrong(f"an error that was not injected: {error!r}")
 
     def _check_reply(
         self, number: int, extra: dict[str, object], reply: Completion, *, cancelled: bool = False
@@ -312,7 +312,7 @@ class ConcurrentClients:
         if reply.context_tokens != asked.prompt + reply.tokens:
             self._report_wrong(f"{number}: the context is not prompt and reply")
         if not cancelled and reply.finish_reason == "cancelled":
-            self._report_wrong(f"{number}: nobody cancelled it")
+            self._report_wrong(f"{number}: cancelled without a request")
         if not (self._exact or extra.get("reproducible")):
             return
         wanted = asked.reply

@@ -58,7 +58,7 @@ def test_a_hit_in_a_slow_tier_is_promoted(tmp_path: Path) -> None:
         assert cache.counters()["promotions"] >= 10
 
 
-def test_every_tier_keeps_to_its_own_budget(tmp_path: Path) -> None:
+def test_every_tier_stays_within_its_own_budget(tmp_path: Path) -> None:
     with Cache(
         block_size=SIZE,
         ram=3 * 64,

@@ -1,4 +1,4 @@
-"""Replies under a grammar always follow it, whatever the model would prefer."""
+"""Replies under a grammar always follow it, regardless of what the model prefers."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ def _check_text(name: str, text: object) -> None:
 
 
 def _batches(texts: list[NDArray[np.int32]], n_tokens: int, n_texts: int) -> Iterator[list[NDArray[np.int32]]]:
-    """Yield runs of texts that fit one decode. A text that is too long for one forms a run of its own."""
+    """Yield runs of texts that fit one decode. A text that is too long for one forms a separate run."""
     batch: list[NDArray[np.int32]] = []
     room = n_tokens
     for text in texts:
