@@ -31,12 +31,12 @@ QUANTIZATION: dict[str, Quantization] = {"1.1b": "Q4_0"}
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("scenario", nargs="*", help=f"scenarios to run, all by default: {', '.join(SCENARIOS)}")
-    parser.add_argument("--model", type=Path, help="a GGUF file; by default a generated one of --shape")
+    parser.add_argument("scenario", nargs="*", help=f"scenarios to run. Default: all of {', '.join(SCENARIOS)}")
+    parser.add_argument("--model", type=Path, help="a GGUF file. Default: a generated model of --shape")
     parser.add_argument("--shape", choices=SHAPES, default="135m", help="shape of the generated model")
     parser.add_argument("--runs", type=int, default=5, help="number of pairs of runs")
     parser.add_argument("--threads", type=int, default=n_cores(), help="threads of both sides")
-    parser.add_argument("--backend", help="fail unless libllama was built for this backend, as cuda")
+    parser.add_argument("--backend", help="fail unless libllama was built for this backend, for example cuda")
     parser.add_argument("--peers", type=Path, help="the directory that `scripts/build_llama.sh --peers` printed")
     parser.add_argument("--llama-cpp-python", type=Path, help="the Python of an environment with llama-cpp-python")
     parser.add_argument("--vocabulary", type=Path, help="a GGUF file with 128,256 tokens, for grammars")
@@ -47,30 +47,30 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="only check that every scenario runs, with a tiny model"
     )
-    given = parser.parse_args()
-    unknown = [name for name in given.scenario if name not in SCENARIOS]
+    options = parser.parse_args()
+    unknown = [name for name in options.scenario if name not in SCENARIOS]
     if unknown:
         parser.error(f"unknown scenario {unknown[0]!r}; choose from {', '.join(SCENARIOS)}")
     backend = build_info()["backend"]
-    if given.backend is not None and given.backend != backend:
-        parser.error(f"libllama was built for {backend}; `make setup BACKEND={given.backend}` builds it again")
+    if options.backend is not None and options.backend != backend:
+        parser.error(f"libllama was built for {backend}; `make setup BACKEND={options.backend}` builds it again")
     with tempfile.TemporaryDirectory() as place:
         setup = Setup(
-            model=(given.model or _generated(Path(place), "tiny" if given.quick else given.shape)).resolve(),
-            threads=given.threads,
-            runs=2 if given.quick else given.runs,
-            quick=given.quick,
+            model=(options.model or _generated(Path(place), "tiny" if options.quick else options.shape)).resolve(),
+            threads=options.threads,
+            runs=2 if options.quick else options.runs,
+            quick=options.quick,
             backend=backend,
-            peers=given.peers,
-            llama_cpp_python=given.llama_cpp_python,
-            vocabulary=given.vocabulary,
+            peers=options.peers,
+            llama_cpp_python=options.llama_cpp_python,
+            vocabulary=options.vocabulary,
         )
         print(f"erllama {erllama.__version__}, {build_info()}, {setup.threads} threads, {setup.model.name}")
         findings = Findings()
-        for name in given.scenario or SCENARIOS:
+        for name in options.scenario or SCENARIOS:
             findings.add(_run(name, setup))
-        report.write(findings, setup, given.out, given.docs)
-        print(f"\n{report.table(findings)}\nJSON, Markdown and plots: {given.out}")
+        report.write(findings, setup, options.out, options.docs)
+        print(f"\n{report.table(findings)}\nJSON, Markdown and plots: {options.out}")
     return 0
 
 

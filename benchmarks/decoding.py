@@ -184,7 +184,7 @@ def agents(setup: Setup) -> Findings:
             (f"{ours.command}.stream(ids, max_tokens={n_tokens}, temperature=0), in {n} threads", server.command),
             [
                 f"prompt tokens computed: {each[ours.name]} by ours, {each[server.name]} by llama-server; "
-                f"the least possible is {n_prefix + n * n_tail}"
+                f"the minimum is {n_prefix + n * n_tail}"
             ],
         )
         lines = [

@@ -27,7 +27,7 @@ import erllama
 from benchmarks.measure import Setup
 from erllama.llama_ffi import build_info
 
-N_BATCH, N_UBATCH = 2048, 512  # the defaults of both sides, given explicitly
+N_BATCH, N_UBATCH = 2048, 512  # the defaults of both sides, set explicitly
 SHORT_PROMPT = 16
 PEERS = "scripts/build_llama.sh --peers"
 SERVER_START_SECONDS = 300
@@ -64,8 +64,8 @@ class Reply(NamedTuple):
 
 
 def _options(setup: Setup, n_ctx: int, more: dict[str, object]) -> dict[str, object]:
-    given = {"n_ctx": n_ctx, "n_threads": setup.threads, "n_batch": N_BATCH, "n_ubatch": N_UBATCH}
-    return {**given, "flash_attn": True, "n_gpu_layers": setup.gpu_layers, **more}
+    sizes = {"n_ctx": n_ctx, "n_threads": setup.threads, "n_batch": N_BATCH, "n_ubatch": N_UBATCH}
+    return {**sizes, "flash_attn": True, "n_gpu_layers": setup.gpu_layers, **more}
 
 
 @contextmanager
@@ -196,22 +196,22 @@ class Server:
             response = connection.getresponse()
             if response.status != 200:
                 raise RuntimeError(f"llama-server answered {response.status}: {response.read().decode()}")
-            came: list[tuple[float, bytes]] = []
+            chunks: list[tuple[float, bytes]] = []
             # Only record the time here: parsing JSON now would take time from the threads of the server.
             while chunk := response.read1(1 << 16):
                 if enough.is_set():
                     return None
-                came.append((time.perf_counter(), chunk))
-                pieces.append(Piece(came[-1][0], len(came)))
+                chunks.append((time.perf_counter(), chunk))
+                pieces.append(Piece(chunks[-1][0], len(chunks)))
         finally:
             connection.close()
-        return self._read(asked, came)
+        return self._read(asked, chunks)
 
     @staticmethod
-    def _read(asked: float, came: list[tuple[float, bytes]]) -> Reply:
+    def _read(asked: float, chunks: list[tuple[float, bytes]]) -> Reply:
         pieces: list[Piece] = []
         line, last = b"", {}
-        for at, chunk in came:
+        for at, chunk in chunks:
             *lines, line = (line + chunk).split(b"\n")
             for text in lines:
                 if text.startswith(b"data: "):
@@ -294,13 +294,15 @@ def peers(setup: Setup) -> Path:
     """
     if setup.peers is not None:
         if not (setup.peers / "bin" / "llama-server").exists():
-            raise AbsentError(f"llama.cpp's tools are not in {setup.peers}; give what `{PEERS}` prints")
+            raise AbsentError(
+                f"llama.cpp's tools are not in {setup.peers}; pass the directory that `{PEERS}` prints"
+            )
         return setup.peers
     script = Path(__file__).resolve().parent.parent / "scripts" / "build_llama.sh"
     command = [str(script), "--peers", "--backend", build_info()["backend"]]
     built = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if built.returncode:
-        raise AbsentError(f"llama.cpp's tools: `{PEERS}` failed; what it printed says why")
+        raise AbsentError(f"llama.cpp's tools: `{PEERS}` failed; its output has the reason")
     found = Path(built.stdout.strip())
     if (source := json.loads((found / "build.json").read_text())["source"]) != build_info()["source"]:
         raise AbsentError(f"llama.cpp's tools are of {source}, and the library is of {build_info()['source']}")
@@ -315,7 +317,7 @@ def llama_bench(setup: Setup, *what: str, repeat: int) -> tuple[str, list[float]
     """Run llama-bench in a separate process; return its command and the tokens per second of each repetition.
 
     Args:
-        what: as ("-p", "0", "-n", "128").
+        what: the test to run, such as ("-p", "0", "-n", "128").
     """
     # fmt: off
     command = [

@@ -78,9 +78,9 @@ def mask(setup: Setup) -> Findings:
         compiler.matcher(Grammar.regex("a"))
         trie = time.perf_counter() - began
         n_rounds = setup.of(10, 1)
-        given = ["grammar.gbnf", "tokens.i32", "logits.f32", str(setup.of(3, 1))]
-        command = ["./peer_grammar", str(path.resolve()), *given]
-        shown = ["./peer_grammar", path.name, *given]
+        arguments = ["grammar.gbnf", "tokens.i32", "logits.f32", str(setup.of(3, 1))]
+        command = ["./peer_grammar", str(path.resolve()), *arguments]
+        shown = ["./peer_grammar", path.name, *arguments]
         for name, what, grammar in (
             ("mask", "a JSON schema's mask", Grammar.json_schema(SCHEMA)),
             ("mask-gbnf", "the same as GBNF", Grammar.gbnf(GBNF)),

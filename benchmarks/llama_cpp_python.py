@@ -52,9 +52,9 @@ class Peer:
             "flash_attn": True,
             "n_gpu_layers": setup.gpu_layers,
         }
-        given = json.dumps([options, 2 << 30])
+        configuration = json.dumps([options, 2 << 30])
         self._process = subprocess.Popen(
-            [str(python), __file__, given],
+            [str(python), __file__, configuration],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -116,8 +116,8 @@ def conversations(setup: Setup) -> Findings:
             reply(history)
         total = 0.0
         for turn in turns:
-            for history, said in zip(histories, turn, strict=True):
-                history += said
+            for history, new_tokens in zip(histories, turn, strict=True):
+                history += new_tokens
                 total += reply(history)
         return total
 

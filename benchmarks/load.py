@@ -35,8 +35,8 @@ def pingpong(setup: Setup) -> Findings:
     """
     n_talks, n_slots, n_turns = 10, 4, setup.of(4, 2)
     n_first, n_more, n_tokens = setup.of(400, 40), setup.of(40, 8), setup.of(16, 4)
-    most = n_first + n_turns * (n_more + n_tokens)
-    n_ctx = n_slots * whole_cells(most)
+    max_length = n_first + n_turns * (n_more + n_tokens)
+    n_ctx = n_slots * whole_cells(max_length)
     prompts = Prompts()
     computed: dict[str, list[int]] = {}
 
@@ -45,8 +45,8 @@ def pingpong(setup: Setup) -> Findings:
             ask(engine, history, n_tokens)
         began, n_computed = time.perf_counter(), 0
         for turn in asked:
-            for history, said in zip(histories, turn, strict=True):
-                history += said
+            for history, new_tokens in zip(histories, turn, strict=True):
+                history += new_tokens
                 n_computed += ask(engine, history, n_tokens).n_computed
         computed.setdefault(engine.name, []).append(n_computed)
         return time.perf_counter() - began
@@ -121,7 +121,7 @@ def beside_a_prompt(engine: Engine, prompts: Prompts, n_streams: int, n_prompt: 
     try:
         while min(len(pieces) for pieces in every) < 24:
             if not any(caller.is_alive() for caller in callers):
-                raise SystemExit(f"{engine.name}: the streams ended before the prompt came")
+                raise SystemExit(f"{engine.name}: the streams ended before the prompt arrived")
             time.sleep(0.01)
         running = max(pieces[0].at for pieces in every)
         asked = time.perf_counter()

@@ -33,14 +33,14 @@ class Figure:
     """One row of the table: this library against a peer, run by run.
 
     Attributes:
-        scenario: the name of the scenario, as "streams-8".
-        what: a description, as "8 streams, decode, all together".
-        peer: the other side, as "llama-server -np 8".
-        unit: of both sides, as "tokens/s".
+        scenario: the name of the scenario, such as "streams-8".
+        what: a description, such as "8 streams, decode, all together".
+        peer: the other side, such as "llama-server -np 8".
+        unit: of both sides, such as "tokens/s".
         ours, theirs: one value per run. The n-th values of both were measured one after the other.
         target: target of the ratio ours / theirs; None for no target.
         commands: the commands of both sides, ours first.
-        notes: facts that a reader needs to trust the figure, as the number of computed tokens.
+        notes: facts that a reader needs to trust the figure, such as the number of computed tokens.
     """
 
     scenario: str
@@ -123,7 +123,7 @@ class Setup:
         threads: threads of both sides.
         runs: number of pairs of runs.
         quick: run only to check that a scenario works; its figures are meaningless.
-        backend: backend of libllama, as "cpu" or "cuda".
+        backend: backend of libllama, such as "cpu" or "cuda".
         peers: the directory that `scripts/build_llama.sh --peers` printed; None to run the script.
         llama_cpp_python: the Python of an environment with llama-cpp-python; None to skip it.
         vocabulary: a GGUF file with a large vocabulary, for grammars; None to skip it.

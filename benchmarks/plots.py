@@ -110,7 +110,7 @@ def svg(plot: Plot) -> str:
             _text(LEFT, TOP - 14, plot.y, "start", RIGHT - LEFT),
             _text((LEFT + RIGHT) / 2, BOTTOM + 42, plot.x, "middle", RIGHT - LEFT),
             *_grid(x, y),
-            *(part for i, line in enumerate(plot.lines) for part in _drawn(line, x, y, i)),
+            *(part for i, line in enumerate(plot.lines) for part in _polyline(line, x, y, i)),
             *legend,
             "</svg>\n",
         ]
@@ -197,7 +197,7 @@ def _grid(x: Axis, y: Axis) -> list[str]:
     return [*parts, _rule(LEFT, BOTTOM, RIGHT, BOTTOM, "axis"), _rule(LEFT, TOP, LEFT, BOTTOM, "axis")]
 
 
-def _drawn(line: Line, x: Axis, y: Axis, number: int) -> list[str]:
+def _polyline(line: Line, x: Axis, y: Axis, number: int) -> list[str]:
     places = [(x.at(a), y.at(b)) for a, b in line.points]
     if not places:
         return []

@@ -267,7 +267,7 @@ def _ask(model: erllama.Model, prompt: Prompt, tier: str | None, n_tokens: int =
     """Return a greedy reply to a prompt that is completely in this tier, or cold for None."""
     done = model.complete(prompt, max_tokens=n_tokens, temperature=0)
     if (done.cache.kind, done.cache.tier) != ("exact" if tier else "cold", tier):
-        raise SystemExit(f"a prompt of {len(prompt)} tokens was to come from {tier}, and was: {done.cache}")
+        raise SystemExit(f"expected a prompt of {len(prompt)} tokens from {tier}, got {done.cache}")
     return done
 
 

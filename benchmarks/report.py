@@ -21,7 +21,7 @@ from erllama.llama_ffi import build_info, devices
 PAGE = """# Benchmarks
 
 `make bench` compares this library with other tools and writes this page. It takes half an hour on an otherwise idle
-machine. `make bench-quick` only checks that every scenario runs. `BENCH` passes further arguments, as
+machine. `make bench-quick` only checks that every scenario runs. `BENCH` passes further arguments, such as
 `make bench BENCH="--shape 1.1b --runs 3 one agents"` or `--model your.gguf`; `python -m benchmarks --help` lists
 them. With a GPU, `make setup BACKEND=cuda` and `make bench BENCH="--backend cuda"` fill the same table.
 

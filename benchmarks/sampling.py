@@ -114,8 +114,8 @@ def _compare(setup: Setup, case: Case, rows: NDArray[np.float32], place: Path) -
     options = SamplingOptions(
         case.temperature, top_k=40, top_p=0.95, min_p=0.05, seed=SEED, repeat_penalty=case.repeat_penalty
     )
-    given = ("logits.f32", "context.i32", n_vocab, case.temperature, case.repeat_penalty, SEED, n_rounds)
-    command = ["./peer_sampling", *map(str, given), str(case.n_evict)]
+    arguments = ("logits.f32", "context.i32", n_vocab, case.temperature, case.repeat_penalty, SEED, n_rounds)
+    command = ["./peer_sampling", *map(str, arguments), str(case.n_evict)]
     if case.temperature == 0:
         sampler, before = SamplerFactory(_Ids(n_vocab), 4096).make(options), context(rows)
         if _theirs(command, place).tokens != [sampler.sample(row, before) for row in rows]:

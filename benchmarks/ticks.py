@@ -82,7 +82,9 @@ def times(setup: Setup, n_streams: int) -> tuple[list[float], list[float]]:
             if pairs:
                 break
         else:  # the model is so small that one stream ends before the last one starts
-            raise AbsentError(f"in {ATTEMPTS} attempts no tick carried all {n_streams} streams; try a larger model")
+            raise AbsentError(
+                f"in {ATTEMPTS} attempts, no tick decoded all {n_streams} streams; try a larger model"
+            )
     return [1e6 * (b.began - a.ended) for a, b in pairs], [1e6 * (b.ended - b.began) for _, b in pairs]
 
 
@@ -142,13 +144,13 @@ SCENARIOS: dict[str, Callable[[Setup], Findings]] = {"outside": outside}
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ticks", description=__doc__)
-    parser.add_argument("--model", type=Path, help="a GGUF file; a generated 135M-shaped one if left out")
+    parser.add_argument("--model", type=Path, help="a GGUF file. Default: a generated model of the 135m shape")
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--threads", type=int, default=n_cores())
-    given = parser.parse_args()
-    model: Path = given.model or write_llama(Path("build/135m.gguf"), SHAPE_135M, quantization="Q8_0")
-    setup = Setup(model, given.threads, 1, backend=build_info()["backend"])
-    beyond, inside = times(setup, given.streams)
+    options = parser.parse_args()
+    model: Path = options.model or write_llama(Path("build/135m.gguf"), SHAPE_135M, quantization="Q8_0")
+    setup = Setup(model, options.threads, 1, backend=build_info()["backend"])
+    beyond, inside = times(setup, options.streams)
     for name, values in (("outside libllama", beyond), ("in libllama's decode", inside)):
         ordered = sorted(values)
         print(
@@ -156,7 +158,7 @@ def main() -> None:
             f"a tenth under {ordered[len(ordered) // 10]:.0f}, a tenth over {ordered[-len(ordered) // 10]:.0f}"
         )
     print(f"share outside: {sum(beyond) / (sum(beyond) + sum(inside)):.1%}\n")
-    profile(setup, given.streams)
+    profile(setup, options.streams)
 
 
 if __name__ == "__main__":

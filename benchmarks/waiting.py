@@ -1,7 +1,7 @@
 """How readers of a stream wait for the model thread, compared: `python -m benchmarks.waiting`.
 
-`Ticket` uses `queue.SimpleQueue`. Its peers use a `threading.Condition`, and locks managed by hand. A thread plays
-the model thread: it gives every stream a piece, wakes the readers, and sleeps for the time of a decode. Two times
+`Ticket` uses `queue.SimpleQueue`. Its peers use a `threading.Condition`, and one lock per reader. A thread plays
+the model thread: it adds a piece to every stream, wakes the readers, and sleeps for the time of a decode. Two times
 matter. The model thread's own time per tick delays every reply. The time until the last reader has its piece delays
 one piece. Runs alternate: each run of `Ticket` is followed by a run of each peer, and compared with it.
 """
@@ -58,7 +58,7 @@ class ConditionTicket(Ticket):
 
 
 class LockTicket(Ticket):
-    """A ticket whose readers each wait for a lock of their own. It joins no unread pieces."""
+    """A ticket with one lock for each reader. It joins no unread pieces."""
 
     def __init__(self, request: Request, streaming: bool) -> None:
         super().__init__(request, streaming)

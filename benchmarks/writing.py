@@ -36,16 +36,16 @@ def turns(setup: Setup) -> Findings:
     The model is a stub, since the number of bytes depends only on lengths. Its tokens have 8 bytes of KV, so file
     headers and token ids weigh more than with a real model.
     """
-    n_turns, n_said, n_reply = setup.of(20, 6), 90, 120
+    n_turns, n_input, n_reply = setup.of(20, 6), 90, 120
     chats: list[Chat] = []
     once: list[float] = []
 
     def chat() -> float:
-        chats.append(_chat(n_turns, n_said, n_reply))
+        chats.append(_chat(n_turns, n_input, n_reply))
         return chats[-1].n_bytes
 
     def at_once() -> float:
-        once.append(_written_once(n_turns * (n_said + n_reply) + SYSTEM))
+        once.append(_written_once(n_turns * (n_input + n_reply) + SYSTEM))
         return once[-1]
 
     ours, theirs = in_turn(chat, at_once, setup.runs)
@@ -68,7 +68,7 @@ def turns(setup: Setup) -> Findings:
                     "model.prefill(history), once; erllama.Cache(disk=another)",
                 ),
                 [
-                    f"{SYSTEM} tokens before the first turn, {n_said} of input and {n_reply} of reply in each: "
+                    f"{SYSTEM} tokens before the first turn, {n_input} of input and {n_reply} of reply in each: "
                     f"{last.lengths[-1]} in the end",
                     "a stub instead of a model, with 8 bytes of KV per token; "
                     "a model has thousands of times as much",
@@ -108,7 +108,7 @@ class Chat(NamedTuple):
     n_superseded: int
 
 
-def _chat(n_turns: int, n_said: int, n_reply: int) -> Chat:
+def _chat(n_turns: int, n_input: int, n_reply: int) -> Chat:
     history = [ord("s")] * SYSTEM
     written: list[float] = []
     lengths: list[int] = []
@@ -119,7 +119,7 @@ def _chat(n_turns: int, n_said: int, n_reply: int) -> Chat:
         erllama.load_backend(backend, cache=cache) as model,
     ):
         for _ in range(n_turns):
-            history += [ord("q")] * n_said
+            history += [ord("q")] * n_input
             history = list(model.complete(history, max_tokens=n_reply).context_tokens)
             # Full blocks are queued at once; the tail waits for the next turn.
             _wait_for_blocks(cache, (len(history) - 1) // BLOCK)
@@ -270,8 +270,8 @@ def memory(setup: Setup) -> Findings:
     pair = in_turn(lambda: peak("cache"), lambda: peak("one"), setup.runs)
     peak("none")
     over = [a - b for a, b in zip(*pair, strict=True)]
-    held, n_said, n_reply, n_turns = processes["cache"][-1], *_talk_sizes(setup)
-    n_ctx = PLACES * whole_cells(n_turns * (n_said + n_reply))
+    last, n_input, n_reply, n_turns = processes["cache"][-1], *_talk_sizes(setup)
+    n_ctx = PLACES * whole_cells(n_turns * (n_input + n_reply))
     talk = f".complete(history, max_tokens={n_reply}), in {TALKS} threads"
 
     def loading(cache: str) -> str:
@@ -291,13 +291,13 @@ def memory(setup: Setup) -> Findings:
                     f"{loading('erllama.Cache(ram=0)')}.complete([5], max_tokens=1)",
                 ),
                 [
-                    f"{n_turns} turns and {n_turns * (n_said + n_reply)} tokens each in the end; "
+                    f"{n_turns} turns and {n_turns * (n_input + n_reply)} tokens each in the end; "
                     f"{PLACES} run at a time, the others wait; each value is from a separate process",
                     f"{spread(over, 1)} MiB more than one token; the same conversations with Cache(ram=0) took "
                     f"{processes['none'][0].peak - statistics.median(pair[1]):.1f} MiB more: "
                     "the memory of the computation",
-                    f"the RAM tier's budget is {RAM}, of which it held {held.ram:.1f} MiB in the end; "
-                    f"{held.disk:.1f} MiB were written to disk",
+                    f"the RAM tier's budget is {RAM}, of which it held {last.ram:.1f} MiB in the end; "
+                    f"{last.disk:.1f} MiB were written to disk",
                 ],
             )
         ]
@@ -311,23 +311,23 @@ def _talk_sizes(setup: Setup) -> tuple[int, int, int]:
 
 def _measure_memory(setup: Setup, what: str) -> Memory:
     """Run one process of `memory`: conversations with "cache" or "none", or one token for "one"."""
-    n_said, n_reply, n_turns = _talk_sizes(setup)
-    n_ctx, prompts = PLACES * whole_cells(n_turns * (n_said + n_reply)), Prompts()
+    n_input, n_reply, n_turns = _talk_sizes(setup)
+    n_ctx, prompts = PLACES * whole_cells(n_turns * (n_input + n_reply)), Prompts()
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
-        kept = {"ram": RAM, "disk": Path(place) / "kv"} if what == "cache" else {"ram": 0}
-        cache = stack.enter_context(erllama.Cache(**kept))
+        tiers = {"ram": RAM, "disk": Path(place) / "kv"} if what == "cache" else {"ram": 0}
+        cache = stack.enter_context(erllama.Cache(**tiers))
         model = stack.enter_context(open_model(setup, cache, n_ctx, n_seq_max=PLACES))
 
-        def talk(said: list[Prompt]) -> None:
+        def talk(inputs: list[Prompt]) -> None:
             history: Prompt = []
-            for each in said:
+            for each in inputs:
                 history = [*model.complete([*history, *each], max_tokens=n_reply, temperature=0).context_tokens]
 
         if what == "one":
             model.complete([5], max_tokens=1)
         else:
             with ThreadPoolExecutor(TALKS) as callers:
-                list(callers.map(talk, [prompts.many(n_turns, n_said) for _ in range(TALKS)]))
+                list(callers.map(talk, [prompts.many(n_turns, n_input) for _ in range(TALKS)]))
         cache.flush()
         counters = cache.counters()
         return Memory(_peak_mib(), counters["bytes_ram"] / 2**20, counters["bytes_written"] / 2**20)

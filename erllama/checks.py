@@ -91,9 +91,9 @@ def import_optional(module: str, *, needed_by: str, package: str, install: str) 
 
     Args:
         module: the module's name.
-        needed_by: what needs it, for the error message.
+        needed_by: the module or the feature that needs it, for the error message.
         package: the name of its package in the package index.
-        install: what `pip install` takes to install it.
+        install: the argument of `pip install` that installs it.
 
     Raises:
         MissingPackage: the package is not installed.

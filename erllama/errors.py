@@ -27,7 +27,7 @@ class GrammarError(OptionError):
         self.line, self.column = line, column
 
 
-class MissingPackage(Error, ImportError):  # noqa: N818 - the name says what happened
+class MissingPackage(Error, ImportError):  # noqa: N818
     """An optional package is not installed. The message has the pip command that installs it."""
 
 

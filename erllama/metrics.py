@@ -1,6 +1,6 @@
 """Prometheus metrics of the loaded models and their caches.
 
-`register()` adds a collector to a registry of prometheus_client. The collector keeps no counts of its own: a scrape
+`register()` adds a collector to a registry of prometheus_client. The collector keeps no counts: a scrape
 reads the counters of models and caches and never waits for a model. The module opens no network port; the caller
 decides how to serve the registry. Needs `pip install 'erllama[metrics]'`; without it, importing this module raises
 `MissingPackage`.

@@ -1,6 +1,6 @@
-"""Search documents by meaning: the nearest embedding comes first.
+"""Search documents by meaning: the nearest embedding is the first result.
 
-    python embeddings.py [model.gguf]
+    python examples/embeddings.py [model.gguf]
 
 Every GGUF model can embed. A model trained for it finds texts with a similar meaning.
 The generated model with random weights only finds the same text.

@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Print nothing: `do_POST` prints more details."""
+        """Suppress the default log line: `do_POST` prints more details."""
 
 
 def main() -> None:

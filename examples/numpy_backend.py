@@ -32,7 +32,7 @@ from erllama.testing.models import TINY, write_llama
 
 Floats = NDArray[np.float32]
 _HEADER = struct.Struct("<II")  # a payload starts with its positions: start, end
-# A character as llama.cpp splits text: the first byte determines the number of bytes, whatever they are.
+# A character as llama.cpp splits text: the first byte alone determines the number of bytes.
 _CHARACTER = re.compile(rb"[\xc0-\xdf].{0,1}|[\xe0-\xef].{0,2}|[\xf0-\xff].{0,3}|.", re.DOTALL)
 _LAYER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 
@@ -187,29 +187,29 @@ class NumpyBackend:
         if sequences.min() < 0 or sequences.max() >= self.limits.n_sequences:
             raise BackendError(f"a sequence outside 0 to {self.limits.n_sequences - 1}")
         for sequence in np.unique(sequences):
-            given, held = positions[sequences == sequence], self._held[sequence]
-            if not np.array_equal(given, held + np.arange(len(given))):
-                raise BackendError(f"positions {given} of sequence {sequence}, which holds {held}")
+            found, held = positions[sequences == sequence], self._held[sequence]
+            if not np.array_equal(found, held + np.arange(len(found))):
+                raise BackendError(f"positions {found} of sequence {sequence}, which holds {held}")
 
     def _forward(self, batch: Batch, cells: NDArray[np.integer]) -> Floats:
         rows = self._embeddings[batch.tokens]
         for layer, weights in enumerate(self._layers):
             if self._aborted:
                 raise BackendError("the decode was aborted")
-            rows = rows + self._attention(layer, self._normed(rows, weights["attn_norm"]), batch, cells)
-            normed = self._normed(rows, weights["ffn_norm"])
+            rows = rows + self._attention(layer, self._rms_norm(rows, weights["attn_norm"]), batch, cells)
+            normed = self._rms_norm(rows, weights["ffn_norm"])
             gate, up = _product(weights["ffn_gate"], normed), _product(weights["ffn_up"], normed)
-            with np.errstate(over="ignore"):  # exp of much is infinite, and the quotient is then rightly 0
+            with np.errstate(over="ignore"):  # exp of a large number is infinite; the quotient is then 0
                 rows = rows + _product(weights["ffn_down"], gate / (1 + np.exp(-gate)) * up)
-        return _product(self._output, self._normed(rows[batch.output != 0], self._output_norm))
+        return _product(self._output, self._rms_norm(rows[batch.output != 0], self._output_norm))
 
     def _attention(self, layer: int, rows: Floats, batch: Batch, cells: NDArray[np.integer]) -> Floats:
-        """Put the rows' keys and values into their cells, and mix for each row what it sees."""
+        """Store the rows' keys and values in their cells, and return the output of the attention."""
         weights, n = self._layers[layer], len(rows)
-        queries = self._turned(_product(weights["attn_q"], rows), batch.positions)
+        queries = self._apply_rope(_product(weights["attn_q"], rows), batch.positions)
         # Query heads in groups, each of which reads one head of keys and values.
         queries = queries.reshape(n, self._heads_kv, -1, self._dim) / np.float32(np.sqrt(self._dim))
-        keys = self._turned(_product(weights["attn_k"], rows), batch.positions)
+        keys = self._apply_rope(_product(weights["attn_k"], rows), batch.positions)
         self._keys[layer, cells] = keys
         self._values[layer, cells] = _product(weights["attn_v"], rows).reshape(keys.shape)
         mixed = np.empty_like(queries)
@@ -222,14 +222,14 @@ class NumpyBackend:
             mixed[row] = shares @ self._values[layer, seen].transpose(1, 0, 2)
         return _product(weights["attn_output"], mixed.reshape(n, -1))
 
-    def _turned(self, rows: Floats, positions: NDArray[np.int32]) -> Floats:
+    def _apply_rope(self, rows: Floats, positions: NDArray[np.int32]) -> Floats:
         """Apply RoPE; shape (n, heads, dim)."""
         pairs = rows.reshape(len(rows), -1, self._dim // 2, 2)
         a, b = pairs[..., 0], pairs[..., 1]
         cos, sin = self._cos[positions, None], self._sin[positions, None]
         return np.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(len(rows), -1, self._dim)
 
-    def _normed(self, rows: Floats, weight: Floats) -> Floats:
+    def _rms_norm(self, rows: Floats, weight: Floats) -> Floats:
         """Apply the RMS norm."""
         normed: Floats = rows / np.sqrt(np.mean(rows * rows, -1, keepdims=True) + self._epsilon)
         return normed * weight

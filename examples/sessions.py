@@ -25,7 +25,7 @@ def by_key(model: erllama.Model) -> None:
 
 
 def by_session(model: erllama.Model) -> None:
-    """Keep the context in its cells between the turns, whatever other requests run."""
+    """Keep the context in its cells between the turns, while other requests run."""
     context: list[int] = []
     for question in QUESTIONS:
         context += model.tokenize(question, add_special=not context).tolist()

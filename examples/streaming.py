@@ -33,7 +33,7 @@ def show(name: str, event: erllama.Event) -> None:
     if isinstance(event, erllama.TextDelta):
         print(event.text, end="", flush=True)
     else:
-        # The last event. It has the complete reply, whatever ended it.
+        # The last event. It has the complete reply, also after a cancel.
         reply = event.completion
         print(f"\n{name}: {reply.finish_reason} after {len(reply.tokens)} tokens")
 

@@ -5,7 +5,7 @@
 #
 # Progress goes to standard error. Standard output is one line: the directory
 # that holds include/, lib/ and build.json. If the directory exists and is
-# complete, the script prints it and builds nothing.
+# complete, the script only prints it.
 #
 # --peers builds llama.cpp's own llama-server, llama-bench and llama-batched-bench
 # instead, from the same source with the same flags, for the benchmarks. Their
@@ -230,7 +230,7 @@ with open(path, "w") as f:
 PY
 fi
 
-# llama.cpp compiles a web page in this directory, whatever the flags are: 10 MB.
+# llama.cpp compiles a web page in this directory, regardless of the flags: 10 MB.
 [ -n "${LLAMA_CPP_DIR:-}" ] || rm -rf "$source/tools/ui/dist"
 
 [ -n "$jobs" ] || jobs=$( (nproc || sysctl -n hw.ncpu || echo 2) 2>/dev/null | head -n 1)

@@ -17,7 +17,7 @@ PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
 def requirements(extras: dict[str, list[str]], name: str) -> list[str]:
-    """Return the requirements of an extra, with those of the extras of erllama that it names.
+    """Return the requirements of an extra, including those of the extras of erllama that it names.
 
     Raises:
         SystemExit: there is no extra of that name.

@@ -21,10 +21,10 @@ SOURCE = re.compile(r"\w+\.(?:py|h|cpp)")  # not LICENSE.llama.cpp, which a buil
 
 
 def first_line(path: Path) -> str:
-    """Returns what a module owns: the first line of its docstring, or the first sentence of a C++ file's comment.
+    """Return what a module owns: the first line of its docstring, or the first sentence of a C++ file's comment.
 
     Raises:
-        ValueError: The file does not begin with a docstring or a comment.
+        ValueError: the file does not begin with a docstring or a comment.
     """
     text = path.read_text()
     if path.suffix == ".py":
@@ -34,12 +34,12 @@ def first_line(path: Path) -> str:
         words = re.sub(r"^\s*(?://|/\*|\*/|\*)|\*/\s*$", "", comment[0], flags=re.MULTILINE) if comment else ""
         found = re.match(r"(?:[^.]|\.(?=\w))*", " ".join(words.split()))[0]  # type: ignore[index]
     if not found:
-        raise ValueError(f"{path.relative_to(ROOT)} does not begin with a line that says what it owns")
+        raise ValueError(f"{path.relative_to(ROOT)} does not begin with a line that states what it owns")
     return found.strip().removesuffix(".")
 
 
 def folders(package: Path) -> Iterator[Path]:
-    """Yields the folders of a package that hold modules, each before its subfolders."""
+    """Yield the folders of a package that hold modules, each before its subfolders."""
     yield package
     for path in sorted(package.iterdir()):
         if (path / "__init__.py").is_file():
@@ -47,13 +47,13 @@ def folders(package: Path) -> Iterator[Path]:
 
 
 def files(folder: Path) -> list[Path]:
-    """Returns the sources of one folder, its `__init__.py` excepted, in order of their names."""
+    """Return the sources of one folder, except its `__init__.py`, in order of their names."""
     sources = [path for path in folder.iterdir() if SOURCE.fullmatch(path.name) and path.name != "__init__.py"]
     return sorted(sources, key=lambda path: path.name)
 
 
 def file_table() -> str:
-    """Returns the Markdown of the table: one section a package, one bold row a folder, one row a file."""
+    """Return the Markdown of the table: one section per package, one bold row per folder, one row per file."""
     lines = [""]
     for package in PACKAGES:
         lines += [f"### `{package}/`", "", "| File | Owns |", "|---|---|"]
@@ -69,10 +69,10 @@ def _row(name: str, path: Path) -> str:
 
 
 def table_of_page(page: str) -> str:
-    """Returns the text between the markers of the page.
+    """Return the text between the markers of the page.
 
     Raises:
-        ValueError: A marker is missing.
+        ValueError: a marker is missing.
     """
     begin, end = page.find(BEGIN), page.find(END)
     if begin < 0 or end < begin:

@@ -1,7 +1,6 @@
-"""The demonstration: a process computes a long system prompt, the next takes it from the cache.
+"""The demonstration: a process computes a system prompt, and the next one restores it from the cache.
 
-`erllama demo` calls `run`. Each step runs in a process of its own, so the processes share the cache directory
-alone.
+`erllama demo` calls `run`. Each step runs in a separate process, so the processes share only the cache directory.
 """
 
 from __future__ import annotations
@@ -141,4 +140,4 @@ def _system_prompt(model: Model, n_tokens: int) -> str:
         if text and n_left < 0:
             return text
         text = f"{text} {sentence}".strip()
-    raise AssertionError("a cycle has no end")
+    raise AssertionError("unreachable: cycle() does not end")

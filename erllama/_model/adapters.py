@@ -1,6 +1,6 @@
 """LoRA adapters of one model: files checked, identified by their content and loaded.
 
-`AdapterLoader` does the work of `Model.load_adapter`; `Adapter` is what the caller gets.
+`AdapterLoader` does the work of `Model.load_adapter`, which returns an `Adapter`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 With "safe" and a persistent cache, the fingerprint is the SHA-256 of the file. The file is read once, and the cache
 remembers the digest by the file's identity. With an in-memory cache, the identity itself is the fingerprint and the
 file is not read. "gguf_chunked" reads a part of the file, and "fast_unsafe" trusts the caller's name. The
-fingerprints of each kind begin with a prefix of their own, so no two kinds share KV.
+fingerprints of each kind begin with a distinct prefix, so no two kinds share KV.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """How the fingerprint of a model file is made.
+    """How to compute the fingerprint of a model file.
 
     Attributes:
         kind: one of FINGERPRINT_KINDS.

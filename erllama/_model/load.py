@@ -1,4 +1,4 @@
-"""Loads models: from GGUF files into libllama, and on backends of the caller's own.
+"""Loads models: from GGUF files into libllama, and on custom backends.
 
 Checks the options, reserves an id, makes the backend and its runner, and registers the model. `load_model` and
 `load_backend` are the public functions.
@@ -105,11 +105,11 @@ def load_model(
 
     Args:
         path: the model file; the first part of a split model.
-        id: a name for the model in this process; None generates one. A model with an id of yours stays loaded until
-            it is unloaded. A model with a generated id is unloaded, with a ResourceWarning, when its last reference
-            is dropped.
-        cache: the cache of its prompts. None for an in-memory cache that all models loaded without one share.
-        policy: what of the model's contexts is saved, and when. None saves everything.
+        id: a name for the model in this process; None generates one. A model that you name stays loaded until you
+            unload it. A model with a generated id is unloaded, with a ResourceWarning, when its last reference is
+            dropped.
+        cache: the cache of its prompts. None for an in-memory cache, shared by all models loaded with None.
+        policy: which parts of the model's contexts are saved, and when. None saves everything.
         cache_salt: separates the KV of its requests from that of requests with another salt or none. A request can
             override it.
         n_seq_max: maximum number of requests that run at once. Further requests wait. Running requests share the
@@ -267,8 +267,8 @@ def _refuse_weight_options(options: Mapping[str, object]) -> None:
     for name, default in _LOAD_DEFAULTS.items():
         if name not in _VOCABULARY_OPTIONS and options[name] is not default and options[name] != default:
             raise OptionError(
-                f"{name}={options[name]!r} with vocab_only=True, which reads no weights and computes nothing; "
-                f"leave one of them out. It takes {', '.join(_VOCABULARY_OPTIONS)}"
+                f"{name}={options[name]!r} with vocab_only=True, which reads no weights and computes no logits; "
+                f"remove one of them. vocab_only=True takes {', '.join(_VOCABULARY_OPTIONS)}"
             )
 
 
@@ -318,7 +318,7 @@ def load_backend(
     max_pending: int = 1024,
     **unknown: Never,
 ) -> Model:
-    """Load a model on a backend of your own. The backend is closed when the model is unloaded.
+    """Load a model on a custom backend. The backend is closed when the model is unloaded.
 
     Args:
         backend: an object with the methods of `erllama.engine.Backend`.
@@ -345,7 +345,7 @@ def _running_model(
     scheduling: SchedulingOptions,
     id: str,
 ) -> Model:
-    """Return a model with a model thread of its own; close its backend if that fails."""
+    """Return a model that runs in its own thread; close its backend if that fails."""
     backend = make()
     runner: ModelRunner | None = None
     try:
@@ -376,7 +376,7 @@ def _vocabulary_model(
 
 
 def _load(make: Callable[[str], Model], id: str | None, cache_salt: str | None, *, warmup: bool = False) -> Model:
-    """Reserve an id, make the model, and register it; undo all of it if a step fails."""
+    """Reserve an id, make the model, and register it; undo the completed steps if one fails."""
     RequestOptions(cache_salt=cache_salt)  # check the salt before anything is loaded
     reservation, model = _registry.IdReservation(), None
     try:

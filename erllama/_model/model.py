@@ -1,4 +1,4 @@
-"""`Model`: a loaded model as users hold it.
+"""`Model`: the public interface of a loaded model.
 
 Each public method is documented here and delegates to one collaborator: `CompletionRequests`, `ChatRequests`,
 `EmbeddingRequests`, `AdapterLoader` or the runner. `load_model` and `load_backend` create models.
@@ -69,7 +69,7 @@ class Model:
     Attributes:
         id: the model's name in this process.
         cache: the cache of its prompts.
-        policy: what of its contexts is saved, and when.
+        policy: which parts of its contexts are saved, and when.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Model:
             top_k: sample from the k most likely tokens, 40. 0 for all.
             top_p: sample from the fewest tokens whose probabilities sum to this, 0.95. 1 for all.
             min_p: sample from tokens at least this times as likely as the most likely one, 0.05. 0 for all.
-            seed: seed of the sampling. None draws a seed, which the result has.
+            seed: seed of the sampling. None draws a random seed, which the result has as `seed`.
             logit_bias: values added to logits, by token id. -inf excludes a token.
             banned_tokens: ids of tokens that are never sampled.
             repeat_penalty, repeat_last_n, frequency_penalty, presence_penalty: make recent tokens less likely.
@@ -154,7 +154,8 @@ class Model:
             stop: a text, or several, at which the reply ends. The first one by position ends it. It is neither part
                 of the reply nor streamed; the result has it as `stop_sequence`. The text of a special token also
                 stops at that token.
-            stop_token_ids: ids of tokens at which the reply ends, at any position. The result has `stop_token`.
+            stop_token_ids: ids of tokens at which the reply ends, at any position. The result has the token as
+                `stop_token`.
             logprobs: return the log probability of each token and this many of the most likely ones, 0 to 100.
             reproducible: reuse KV only if the reply then has the bits of a cold run, and run alone in the context.
             cache_salt: share cached KV only with requests of the same salt. None for the model's.
@@ -203,7 +204,7 @@ class Model:
     def compile_grammar(self, grammar: Grammar) -> None:
         """Compile a grammar before a request needs it. The first grammar of a model takes longest.
 
-        Other requests continue meanwhile.
+        Other requests continue during the compilation.
 
         Raises:
             GrammarError: the grammar cannot be compiled for this model's vocabulary.

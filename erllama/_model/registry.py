@@ -1,7 +1,7 @@
 """The models loaded in this process, by id.
 
 Reads take no lock, so a signal handler can read at any time: a read copies the table in one step of the
-interpreter. The registry keeps a model with an id of the caller's until it is unloaded, because other code can look
+interpreter. The registry keeps a model that the caller named until it is unloaded, because other code can look
 it up by that id. It keeps only a weak reference to a model with a generated id, which is unloaded when its last
 user drops it.
 """

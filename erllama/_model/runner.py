@@ -1,7 +1,7 @@
 """The protocol of an object that runs a model's requests.
 
 `Model` and its collaborators reach the engine through this protocol alone. Two classes implement it:
-`erllama.engine.ModelThread`, which runs requests in a thread of its own, and
+`erllama.engine.ModelThread`, which runs requests in its own thread, and
 `erllama._model.vocabulary_runner.VocabularyRunner`, which refuses them.
 """
 
@@ -80,7 +80,7 @@ class ModelRunner(Protocol):
         ...
 
     def check_caller(self) -> None:
-        """As `check_computes`, and raise CalledFromModelThread in the model's own thread."""
+        """Raise the errors of `check_computes`, and CalledFromModelThread in the model's own thread."""
         ...
 
     # --- requests: the errors of `check_caller` apply
@@ -118,7 +118,7 @@ class ModelRunner(Protocol):
         """Save the context, wait until it is stored, and release unused cells."""
         ...
 
-    # --- the end
+    # --- shutdown
 
     def begin_to_stop(self) -> None:
         """Refuse new requests and start the shutdown. Returns at once. Idempotent."""

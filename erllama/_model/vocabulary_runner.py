@@ -86,7 +86,7 @@ class VocabularyRunner:
     def check_computes(self) -> Never:
         self.check()
         raise VocabularyOnly(
-            f"model {self._id!r} was loaded with vocab_only=True: it has no weights and computes nothing; "
+            f"model {self._id!r} was loaded with vocab_only=True: it has no weights to compute with; "
             "load it without vocab_only"
         )
 
@@ -116,7 +116,7 @@ class VocabularyRunner:
     def evict(self) -> Never:
         self.check_computes()
 
-    # --- the end
+    # --- shutdown
 
     def begin_to_stop(self) -> None:
         self.stop()

@@ -1,7 +1,7 @@
 """The exit handler: unloads models, then flushes and closes caches.
 
-`import erllama` registers it, and not the import of the modules it ends. `atexit` runs functions in reverse order,
-so functions that a program registers later run first and can still use the models.
+`import erllama` registers it, before the modules that it closes are imported. `atexit` runs functions in reverse
+order, so functions that a program registers later run first and can still use the models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _run_exit_functions() -> None:
     except BaseException:  # such as KeyboardInterrupt of a signal handler; the rest must still run
         logging.getLogger("erllama").exception("the wait for an import at exit was interrupted")
     for module, name in _EXIT_FUNCTIONS:
-        # A module that was never imported has nothing to unload or close.
+        # A module that was never imported has no model or cache to close.
         function = getattr(sys.modules.get(module), name, None)
         try:
             if function is not None:

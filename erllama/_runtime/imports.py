@@ -40,7 +40,7 @@ def is_importing() -> bool:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        # `from erllama import name` comes from `_handle_fromlist`, which holds no lock.
+        # `_handle_fromlist` runs `from erllama import name` and holds no lock.
         if code.co_filename == "<frozen importlib._bootstrap>" and code.co_name != "_handle_fromlist":
             return True
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Calls in a thread of their own, so that a signal handler's exception cannot end them halfway.
+"""Calls that run in a separate thread, so that a signal handler's exception cannot interrupt them.
 
 Python raises a handler's exception in the main thread, which here only waits for the call. Imports the standard
 library alone.
@@ -57,7 +57,7 @@ class Job(Generic[T]):
             self._errors.clear()  # its traceback refers to this object
 
     def run_here(self, call: Callable[[], T]) -> T:
-        """Make the call in the caller's own thread, as calls inside it do, too: see `runs_here`."""
+        """Make the call in the caller's thread. Calls inside it then run there, too: see `runs_here`."""
         return call()
 
     def start(self) -> None:

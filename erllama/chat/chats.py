@@ -36,7 +36,7 @@ from erllama.engine.output.token_codec import TokenCodec
 from erllama.engine.requests.prompts import PromptTokenizer
 from erllama.errors import ChatError, OptionError, PromptTooLong
 
-# Template variables that have an argument of their own.
+# Template variables that are set by separate arguments.
 _RESERVED_ARGS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
 
@@ -68,7 +68,7 @@ class Chats:
 
     @property
     def thinking_markers(self) -> Markers | None:
-        """The markers of thinking in the model's default template; None where it has none."""
+        """The markers of thinking in the model's default template; None if it has none."""
         return self.templates.thinking_markers
 
     # --- Rendering -----------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class Chats:
         text: str,
         options: RequestOptions,
     ) -> PhaseOptions | None:
-        """Return how the engine separates the reply into text, thinking and calls; None where it need not."""
+        """Return how the engine separates the reply into text, thinking and calls; None if it need not."""
         if choice.kind == "required" and grammar is None:
             raise OptionError("tool_choice requires a call, and tool_markers do not define a grammar for one")
         if choice.kind == "required" and options.grammar is not None:
@@ -215,9 +215,7 @@ def _check_template_args(args: object) -> None:
         if not isinstance(name, str):
             raise OptionError(f"template_args has the key {name!r:.80}; expected names of the template's variables")
         if name in _RESERVED_ARGS:
-            raise OptionError(
-                f"template_args has {name!r}, which is an argument of its own; pass it as that argument"
-            )
+            raise OptionError(f"template_args has {name!r}, which is a separate argument; pass it as that argument")
 
 
 def _find_family(request: ChatRequest, conversation: Conversation, choice: ToolChoice) -> Family:

@@ -36,7 +36,7 @@ class Conversation:
         documents, args: further variables of the template.
         continue_final: the reply continues the last message, which is the assistant's.
         special: texts that content must not spell out as special tokens; the rendered text then has marks (see
-            `content_masking`). None where content may spell them out.
+            `content_masking`). None if content may spell them out.
     """
 
     template: ChatTemplate
@@ -142,7 +142,7 @@ class Conversation:
             rendered: the conversation before the reply, as rendered for this turn.
 
         Returns:
-            None where this text would not identify what was computed: the template renders the earlier messages
+            None if this text would not identify what was computed: the template renders the earlier messages
             differently now, or leaves out a part of the reply, so that other replies render to the same text.
 
         Raises:
@@ -157,7 +157,7 @@ class Conversation:
         return text if len(text) > len(rendered) and self._renders_whole_reply(message, text, rendered) else None
 
     def _renders_whole_reply(self, message: Message, text: str, rendered: str) -> bool:
-        """Return whether the template leaves nothing out of a reply, which it renders as the end of `text`."""
+        """Return whether the template renders all of a reply, at the end of `text`."""
         content = str(message["content"]).strip()
         if text.find(content, max(len(rendered) - len(content) + 1, 0)) < 0:
             return False

@@ -1,7 +1,7 @@
 """Model families: how a family marks thinking and writes tool calls, found by its chat template.
 
-`Family.from_template` finds the markers and the tool-call format for one turn. `erllama.chat.chats` tells the
-engine where to look for them; `erllama.chat.turn` reads the calls of the reply with it.
+`Family.from_template` finds the markers and the tool-call format for one turn. `erllama.chat.chats` passes them to
+the engine; `erllama.chat.turn` reads the calls of the reply with it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from erllama.errors import OptionError, ToolCallError
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How a model's replies are written.
+    """The syntax of a model family's replies.
 
     Attributes:
-        format: the format of tool calls; None where no tool may be called.
+        format: the format of tool calls; None if no tool may be called.
         calls, payload, leading: texts that mark calls in a reply, and arguments within them.
         own_markers: the caller supplied the markers of calls, which `format` does not read.
-        thinking: texts that begin and end thinking; None where the family has none.
+        thinking: texts that begin and end thinking; None if the family has none.
         skip: texts around the phases of a reply that belong to no phase.
         opens: texts that begin a span of calls and that a prompt may end with.
         quotes: texts that begin and end strings in the arguments of calls.

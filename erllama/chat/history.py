@@ -64,7 +64,7 @@ class History:
         return np.concatenate([tokens, np.array(following, np.int32)])
 
     def continue_context(self, context: NDArray[np.int32], text: str) -> NDArray[np.int32] | None:
-        """Return the tokens of a text that continues a context, int32, shape (n,); None where it does not.
+        """Return the tokens of a text that continues a context, int32, shape (n,); None if it does not.
 
         Args:
             context: tokens that were computed, int32, shape (n,). The text may lack the last few of them, such as
@@ -88,7 +88,7 @@ class History:
         return np.array(tokens[:n] + self._tokenize_after(raw[ends[-1] :], tokens[n - 1]), np.int32)
 
     def _match_token(self, token: int, raw: bytes, at: int, *, first: bool, spaced: bool) -> int | None:
-        """Return the end of a token in a text that has it at `at`; None where the text has something else.
+        """Return the end of a token in a text that has it at `at`; None if the text has something else.
 
         Args:
             first: the token is the first one of the text.
@@ -179,7 +179,7 @@ class History:
         return not self._vocabulary.piece(token)
 
     def _is_valid(self, tokens: NDArray[np.int32]) -> bool:
-        """Return whether all tokens are in the vocabulary. They may come from a file."""
+        """Return whether all tokens are in the vocabulary. Tokens that were read from a file may not be."""
         return bool(len(tokens)) and int(tokens.min()) >= 0 and int(tokens.max()) < self._vocabulary.n_tokens
 
     @cached_property

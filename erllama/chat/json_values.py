@@ -55,7 +55,7 @@ def read_json(text: str, at: int = 0) -> tuple[object, int]:
 
 
 def parse_json(text: str) -> object:
-    """Return the JSON value that a text is. White space around it is allowed.
+    """Return the JSON value of a text. White space around it is allowed.
 
     Raises:
         InvalidValueError: the text is not a JSON value, or has more text after it.

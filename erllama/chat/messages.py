@@ -42,7 +42,7 @@ def normalize_messages(messages: object) -> list[Message]:
     Returns:
         Messages with "role" (one of `ROLES`) and "content" (a string; parts are joined), and where they apply
         "name", "reasoning_content", "tool_calls" with arguments as dicts, and "tool_call_id". Tool results within a
-        user message become messages of their own, before it. Calls without an id get one.
+        user message become separate messages, before it. Calls without an id get one.
 
     Raises:
         ChatError: a role or key is unknown, content is missing, a result has no call, an id is used twice,

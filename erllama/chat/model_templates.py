@@ -64,7 +64,7 @@ class ModelTemplates:
 
     @cached_property
     def thinking_markers(self) -> Markers | None:
-        """The markers of thinking in the model's default template; None where it has none."""
+        """The markers of thinking in the model's default template; None if it has none."""
         return find_thinking_markers(self.choose().source) if self._sources else None
 
     def _default_source(self, tools: bool) -> str:

@@ -10,7 +10,7 @@ from erllama.engine import Markers
 
 
 def find_thinking_markers(template: str) -> Markers | None:
-    """Return the markers in a template's source; None where it has none."""
+    """Return the markers in a template's source; None if it has none."""
     for texts, markers in _MARKERS:
         if all(text in template for text in texts):
             return markers

@@ -81,7 +81,7 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Non
 
 
 def print_fields(fields: Sequence[tuple[str, str]]) -> None:
-    """Print names and values, one line each. Further lines of a value are indented: none looks like a name."""
+    """Print names and values, one line each. Further lines of a value are indented, unlike names."""
     named = [(one_line(name), value) for name, value in fields]
     width = max((len(name) for name, _ in named), default=0) + 2
     for name, value in named:

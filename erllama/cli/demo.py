@@ -15,7 +15,7 @@ _PATH = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option("--model", "-m", type=_PATH, help="GGUF file. Default: the model that comes with erllama.")
+@click.option("--model", "-m", type=_PATH, help="GGUF file. Default: erllama's demo model.")
 @click.option("--tokens", type=_TOKENS, default=600, metavar="N", help="Length of the system prompt, in tokens.")
 @click.option("--max-tokens", "-n", type=_TOKENS, default=200, metavar="N", help="Maximum length of a reply.")
 def demo(model: Path | None, tokens: int, max_tokens: int) -> int:

@@ -47,7 +47,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def private_directory(path: Path) -> None:
-    """Create a directory that only the user can read, and its parents, whatever the umask is.
+    """Create a directory that only the user can read, and its parents, regardless of the umask.
 
     Raises:
         OSError: the directory cannot be created, or other users can write to it.

@@ -29,7 +29,7 @@ _TYPES = (
 @click.option(
     "--fingerprint", is_flag=True, help="Read the whole file and print its fingerprint, its name in the cache."
 )
-@click.option("--metadata", is_flag=True, help="Print all metadata of the file; of an array, only its length.")
+@click.option("--metadata", is_flag=True, help="Print all metadata of the file; for an array, its length.")
 @click.option(
     "--cache-dir",
     type=DIRECTORY,
@@ -96,7 +96,7 @@ def _weight_types(path: Path) -> dict[str, int]:
 
 
 def _fingerprint(path: Path, cache_dir: Path | None) -> str:
-    # Stored in the cache, so that the next load need not read the file. Without a quota, so that it evicts nothing.
+    # Stored in the cache, so that the next load need not read the file. Without a quota, no block is evicted.
     with erllama.Cache(ram=0, disk=cache_dir or True, disk_quota=2**62) as cache:
         if not cache.persistent:
             raise erllama.CacheError(str(cache.disk_error))
@@ -105,7 +105,7 @@ def _fingerprint(path: Path, cache_dir: Path | None) -> str:
 
 
 def _metadata_value(value: object) -> object:
-    """Return a metadata value as it is printed; of an array, its length."""
+    """Return a metadata value for printing; for an array, its length."""
     if isinstance(value, bool | int | float | str):
         return value
     return f"[{len(value)} values]" if hasattr(value, "__len__") else str(value)

@@ -14,7 +14,7 @@ from erllama.errors import ModelLoadError
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """How a command loads its model and opens its cache.
+    """The options with which a command loads its model and opens its cache.
 
     Attributes:
         n_ctx, threads, n_gpu_layers: as in `load_model`; None for its defaults.

@@ -70,7 +70,7 @@ class _LazyGroup(click.Group):
             import sqlite3
 
             expected = isinstance(error, erllama.Error | OSError | sqlite3.Error)
-            bug = f"{type(error).__name__}: {error}. This is a bug of erllama; `erllama --debug …` shows where"
+            bug = f"{type(error).__name__}: {error}. This is a bug in erllama; `erllama --debug …` shows where"
             print_note(error_message(error) if expected else bug)
             return 1
 

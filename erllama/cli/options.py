@@ -64,7 +64,7 @@ def model_argument(command: Command) -> Command:
 
 
 def model_or_demo(path: Path | None) -> Path:
-    """Return the path of the user's model, or of the model that comes with the package if it is None."""
+    """Return the path of the user's model, or of the demo model if it is None."""
     return erllama.demo_model() if path is None else path
 
 
@@ -212,14 +212,14 @@ def sampling_options(command: Command) -> Command:
 def _build_sampling(values: dict[str, object]) -> dict[str, object]:
     option = values.pop("option")
     assert isinstance(option, tuple)
-    given = {name: value for name, value in values.items() if value is not None and value != ()}
-    return given | parse_assignments(option, "--option")
+    options = {name: value for name, value in values.items() if value is not None and value != ()}
+    return options | parse_assignments(option, "--option")
 
 
 def _add_options(
     command: Command, options: Sequence[Option], parameter: str, build: Callable[[dict[str, object]], object]
 ) -> Command:
-    """Add options to a command, which gets the object that `build` makes of their values as one parameter."""
+    """Add options to a command. It gets one parameter: the object that `build` makes of their values."""
     names: list[str] = []
 
     @wraps(command)

@@ -35,7 +35,7 @@ from erllama.cli.reply import reply_json, statistics_line, stream_reply
 @click.option(
     "--thinking/--no-thinking",
     default=None,
-    help="Turn thinking on or off. Default: as the model's template has it.",
+    help="Turn thinking on or off. Default: the setting of the model's template.",
 )
 @click.option("--json-schema", type=FILE, help="Constrain the reply to the JSON schema in this file.")
 @click.option("--grammar", type=FILE, help="Constrain the reply to the GBNF grammar in this file.")
@@ -58,9 +58,9 @@ def run(
 ) -> int:
     """Write one reply to a prompt.
 
-    The first argument is the MODEL if it is a file or ends in .gguf. Without it, the command uses the model that
-    comes with erllama. All other arguments form the PROMPT. An argument "-" stands for the text on stdin. Without a
-    PROMPT, the command reads stdin.
+    The first argument is the MODEL if it is a file or ends in .gguf. Without it, the command uses erllama's
+    demo model. All other arguments form the PROMPT. An argument "-" stands for the text on stdin. Without a PROMPT,
+    the command reads stdin.
 
     \b
       erllama run model.gguf "Why is the sky blue?"

@@ -1,4 +1,4 @@
-"""Test harness for caches, tiers and backends, of this library and of your own.
+"""Test harness for caches, tiers and backends, both this library's and custom ones.
 
 `BackendConformance` and `TierConformance` state what a backend and a tier must do, and test each rule.
 `CacheMachine` and `BackendMachine` are Hypothesis state machines: derive from one, define how to create the object

@@ -1,4 +1,4 @@
-"""Writes BERT models as GGUF, with random weights or with given ones. Equal seeds give equal files.
+"""Writes BERT models as GGUF, with random or existing weights. Equal seeds give equal files.
 
 BERT models encode texts and do not generate. Tests of embeddings and rankings use them. `write_encoder` converts
 existing weights with a WordPiece vocabulary.
@@ -64,7 +64,7 @@ def write_encoder(
     pooling: str,
     epsilon: float = 1e-12,
 ) -> Path:
-    """Write a BERT GGUF of given weights.
+    """Write a BERT GGUF with existing weights.
 
     Args:
         path: where to write. The file appears only when it is complete.

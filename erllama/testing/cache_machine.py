@@ -15,7 +15,7 @@ that:
 * no call of a tier fails;
 * `check_integrity()` succeeds.
 
-Before that it checks, once, that each tier of your own follows the rules of `TierConformance`.
+Before that it checks, once, that each custom tier follows the rules of `TierConformance`.
 
 To run it on your own cache:
 
@@ -109,7 +109,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = self._new_cache()
 
     def _check_tiers(self) -> None:
-        """Check the rules for each tier of the user's own, once for each type."""
+        """Check the rules for each custom tier, once for each type."""
         with TemporaryDirectory(prefix="erllama-test-") as directory, self.make_cache(Path(directory)) as cache:
             tiers = list(cache._tier_set)
         for index, tier in enumerate(tiers):

@@ -1,4 +1,4 @@
-"""How rules are stated, run and reported, for tiers and for backends.
+"""Finds, runs and reports the rules for tiers and for backends.
 
 A rule is a method whose name begins with `test_`. Its docstring states the rule. The method returns if the rule
 holds, raises `unittest.SkipTest` if it does not apply, and raises AssertionError if it is broken.
@@ -58,7 +58,7 @@ def check_rules(rules: object) -> None:
 
 @contextmanager
 def frequent_thread_switches() -> Iterator[None]:
-    """Have Python switch threads as often as possible, within."""
+    """Make Python switch threads as often as possible during the `with` block."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:

@@ -82,8 +82,8 @@ def drill(random: Random) -> Conversation:
             made.say(*question)
     elif kind < 0.92:
         for _ in range(2):
-            told = stories.story(random, strange=True)
-            made.say(told.request, told.text)
+            story = stories.story(random, strange=True)
+            made.say(story.request, story.text)
     else:
         for _ in range(2):
             for turn in talk.introduction(random):
@@ -101,10 +101,10 @@ def _turn(made: Conversation, random: Random, questions: list[systems.Turn]) -> 
         return
     kind = random.random()
     if kind < 0.32:
-        told = stories.story(random)
-        made.say(told.request, told.text)
+        story = stories.story(random)
+        made.say(story.request, story.text)
         if random.random() < 0.2:
-            made.say(*_about_story(random, told))
+            made.say(*_about_story(random, story))
     elif kind < 0.66:
         asked = sums.arithmetic(random)
         made.say(asked.question, asked.answer, asked.thought)
@@ -128,13 +128,13 @@ def _turn(made: Conversation, random: Random, questions: list[systems.Turn]) -> 
 _ABOUT = ("What was [the|that|your] story about?", "[Who|What] was it about?", "Who was the story about?")
 
 
-def _about_story(random: Random, told: stories.Story) -> talk.Turn:
-    turns = [(one(_ABOUT, random), f"It was about {told.about}.")]
-    if told.called:
-        named = one((f"What was the {told.kind}'s name?", f"What was the {told.kind} called?"), random)
-        turns.append((named, f"{told.his.capitalize()} name was {told.called}."))
-    if told.helper:
-        turns.append((f"Who did {told.called or 'the ' + told.kind} meet?", f"It was the {told.helper}."))
+def _about_story(random: Random, story: stories.Story) -> talk.Turn:
+    turns = [(one(_ABOUT, random), f"It was about {story.about}.")]
+    if story.called:
+        named = one((f"What was the {story.kind}'s name?", f"What was the {story.kind} called?"), random)
+        turns.append((named, f"{story.his.capitalize()} name was {story.called}."))
+    if story.helper:
+        turns.append((f"Who did {story.called or 'the ' + story.kind} meet?", f"It was the {story.helper}."))
     return random.choice(turns)
 
 

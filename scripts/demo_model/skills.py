@@ -50,7 +50,7 @@ class ToolSkill(NamedTuple):
     """The numbers of correct tool calls and of correctly reported results, and the failures."""
 
     called: int
-    told: int
+    reported: int
     asked: int
     wrong: list[str]
 
@@ -85,7 +85,7 @@ def unlearned_sums(n: int, seed: int = 7) -> list[tuple[int, bool, int]]:
     return found
 
 
-def calculates(model: erllama.Model, n: int) -> Skill:
+def measure_sums(model: erllama.Model, n: int) -> Skill:
     """Measure how many of `n` sums have correct thinking and a correct answer."""
     wrong = []
     for a, plus, b in unlearned_sums(n):
@@ -95,9 +95,9 @@ def calculates(model: erllama.Model, n: int) -> Skill:
     return Skill(n - len(wrong), n, wrong)
 
 
-def uses_tools(model: erllama.Model, cities: Sequence[str]) -> ToolSkill:
+def measure_tool_use(model: erllama.Model, cities: Sequence[str]) -> ToolSkill:
     """Measure for how many cities the model calls the weather tool, and reports its result correctly."""
-    called = told = 0
+    called = reported = 0
     wrong = []
     for i, city in enumerate(cities):
         messages: list[Message] = [{"role": "user", "content": f"What is the weather in {city}?"}]
@@ -111,13 +111,13 @@ def uses_tools(model: erllama.Model, cities: Sequence[str]) -> ToolSkill:
         messages += [call.message, {"role": "tool", "tool_call_id": call.tool_calls[0].id, "content": result}]
         answer = model.chat(messages, tools=[WEATHER], max_tokens=100, temperature=0.0).text
         if city in answer and f"{degrees} degrees" in answer and condition in answer:
-            told += 1
+            reported += 1
         else:
             wrong.append(f"{city}, {result}: {answer}")
-    return ToolSkill(called, told, len(cities), wrong)
+    return ToolSkill(called, reported, len(cities), wrong)
 
 
-def tells_stories(model: erllama.Model, subjects: Sequence[str]) -> StorySkill:
+def measure_stories(model: erllama.Model, subjects: Sequence[str]) -> StorySkill:
     """Measure how many stories end, and how many keep their subject: mention it or its name."""
     ended = kept = 0
     wrong = []
@@ -135,13 +135,13 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", default=erllama.demo_model(), help="the demo model")
     path = parser.parse_args().model
     with erllama.Cache(ram="256MiB") as cache, erllama.load_model(path, cache=cache, n_ctx=1024) as model:
-        calculated = calculates(model, 200)
-        used = uses_tools(model, [*words.CITIES[:88], *words.UNSEEN_CITIES])
-        told = tells_stories(model, [an(kind) for kind in (*words.ANIMALS, *words.THINGS, *words.UNSEEN)])
+        calculated = measure_sums(model, 200)
+        used = measure_tool_use(model, [*words.CITIES[:88], *words.UNSEEN_CITIES])
+        stories = measure_stories(model, [an(kind) for kind in (*words.ANIMALS, *words.THINGS, *words.UNSEEN)])
         print(f"correct sums: {calculated.right} of {calculated.asked}")
-        print(f"tools called with the city: {used.called} of {used.asked}, results reported: {used.told}")
-        print(f"stories that end: {told.ended} of {told.asked}, that keep their subject: {told.kept}")
-        for each in (*calculated.wrong, *used.wrong, *told.wrong):
+        print(f"tools called with the city: {used.called} of {used.asked}, results reported: {used.reported}")
+        print(f"stories that end: {stories.ended} of {stories.asked}, that keep their subject: {stories.kept}")
+        for each in (*calculated.wrong, *used.wrong, *stories.wrong):
             print(f"  failure: {each}")
 
 

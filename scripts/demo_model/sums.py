@@ -118,5 +118,5 @@ def _word_problem(random: Random, a: int, plus: bool, b: int) -> Sum:
     question = one(_GAINED if plus else _SPENT, random, values)
     value = a + b if plus else a - b
     ending = f"{value} {what}" if value != 1 else f"1 of the {what}"
-    told = f"{who} has {ending}." if plus else f"{ending.capitalize()} {'are' if value != 1 else 'is'} left."
-    return Sum(question, thought(a, plus, b), told, value)
+    statement = f"{who} has {ending}." if plus else f"{ending.capitalize()} {'are' if value != 1 else 'is'} left."
+    return Sum(question, thought(a, plus, b), statement, value)

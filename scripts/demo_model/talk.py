@@ -166,6 +166,6 @@ def unknown(random: Random) -> Turn:
 def introduction(random: Random) -> tuple[Turn, Turn]:
     """Return turns in which the user gives a name and later asks for it."""
     name = random.choice((random.choice(words.GIRLS + words.BOYS), words.made_up(random).capitalize()))
-    told = expand(_NAMED, random, {"name": name})
+    introduction = expand(_NAMED, random, {"name": name})
     asked = expand(_NAME_ASKED, random)
-    return (told, f"Hello {name}, nice to meet you!"), (asked, f"Your name is {name}.")
+    return (introduction, f"Hello {name}, nice to meet you!"), (asked, f"Your name is {name}.")

@@ -123,8 +123,13 @@ def turn(random: Random, given: list[Tool], *, strange: bool = False) -> list[Me
     results = [_weather(random, city) if tool.kind == "weather" else _time(random, city) for city in cities]
     asked: Message = {"role": "user", "content": one(questions, random, {"city": " and ".join(cities)})}
     calls: Message = {"role": "assistant", "content": "", "tool_calls": [tool.call(city) for city in cities]}
-    told: list[Message] = [{"role": "tool", "content": result} for result, _ in results]
-    return [asked, calls, *told, {"role": "assistant", "content": " ".join(answer for _, answer in results)}]
+    outputs: list[Message] = [{"role": "tool", "content": result} for result, _ in results]
+    return [
+        asked,
+        calls,
+        *outputs,
+        {"role": "assistant", "content": " ".join(answer for _, answer in results)},
+    ]
 
 
 def without_tools(random: Random) -> tuple[str, str]:

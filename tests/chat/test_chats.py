@@ -132,11 +132,11 @@ def test_a_continued_text_reuses_the_tokens_of_its_parent(stop: str | None) -> N
         assert first.finish_key is not None
         text = f"{prompt}{first.text} and<|assistant|>\t"
         second = model.complete(text, parent_key=first.finish_key)
-        said = model.tokenize(prompt, parse_special=True).tolist() + list(first.text.encode())
-        assert list(second.context_tokens[: len(said)]) == said
-        assert second.cache.tokens >= len(said)
+        output = model.tokenize(prompt, parse_special=True).tolist() + list(first.text.encode())
+        assert list(second.context_tokens[: len(output)]) == output
+        assert second.cache.tokens >= len(output)
         plain = model.complete(text)
-        assert list(plain.context_tokens[: len(said)]) != said, "without the key, only the text counts"
+        assert list(plain.context_tokens[: len(output)]) != output, "without the key, only the text counts"
         elsewhere = model.complete("Another text<|assistant|>\t", parent_key=first.finish_key)
         assert elsewhere.context_tokens == model.complete("Another text<|assistant|>\t").context_tokens
 
@@ -149,8 +149,8 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "".join(pieces) == call
     chain = ["<|assistant|>", "<think>", *thought, "</think>", "<tool_call>", *pieces, "</tool_call>", END]
     follows = dict(pairwise(chain))
-    said = ["<|answer|>", *answer, END]
-    follows |= dict(pairwise(said))
+    output = ["<|answer|>", *answer, END]
+    follows |= dict(pairwise(output))
     template = (
         "{%- if tools %}<|system|>{{ tools | tojson }}{{ eos_token }}{% endif %}"
         "{%- for m in messages %}"
@@ -211,13 +211,13 @@ def test_grammars_accept_markers_that_are_special_tokens(scripted: Path, choice:
         assert reply.raw_tool_calls[0].endswith(b"</tool_call>")
 
 
-# --- what a reply is told apart into --------------------------------------------------------------------
+# --- the parts of a reply ------------------------------------------------------------------------------
 
 
 def test_streams_and_asyncio_return_the_same_reply_as_chat() -> None:
-    said = f"<think>hm</think>Well. {CALL}"
+    output = f"<think>hm</think>Well. {CALL}"
     options = {"tools": TOOLS, "thinking_signing_key": b"k", "seed": 1}
-    with model_replying(said) as model:
+    with model_replying(output) as model:
         whole = model.chat([user("Q")], **options)
         stream = model.stream_chat([user("Q")], **options)
         events = list(stream)
@@ -425,17 +425,17 @@ def test_real_templates_continue_the_last_message(path: Path, content: str) -> N
 
 @pytest.mark.parametrize("n", range(1, 14))
 def test_a_reply_cut_within_a_character_continues_from_its_tokens(n: int) -> None:
-    said = "hé 🙂! é"
-    with model_replying(said) as model:
+    output = "hé 🙂! é"
+    with model_replying(output) as model:
         first = model.chat([user("Q")], max_tokens=n)
-        assert first.tokens == tuple(said.encode()[:n])
-        assert first.text == said.encode()[:n].decode("utf-8", "replace")
+        assert first.tokens == tuple(output.encode()[:n])
+        assert first.text == output.encode()[:n].decode("utf-8", "replace")
         messages = [user("Q"), first.message]
         again = model.chat(messages, continue_final_message=True)
         assert again.context_tokens[: len(first.context_tokens)] == first.context_tokens
         assert again.usage.prompt == len(first.context_tokens)
-        assert again.message == {"role": "assistant", "content": said}
-        assert first.text.removesuffix("\ufffd") + again.text == said
+        assert again.message == {"role": "assistant", "content": output}
+        assert first.text.removesuffix("\ufffd") + again.text == output
         third = model.chat([user("Q"), again.message, user("and?")])
         assert third.context_tokens[: len(again.context_tokens)] == again.context_tokens
 
@@ -470,10 +470,10 @@ def test_an_incomplete_character_keeps_its_bytes() -> None:
 
 @pytest.mark.parametrize("n", range(1, 8))
 def test_a_completion_continues_within_a_character(n: int) -> None:
-    said = "hé🙂"
-    with model_replying(said) as model:
+    output = "hé🙂"
+    with model_replying(output) as model:
         first = model.complete("<|assistant|>\t", max_tokens=n)
-        assert first.text.removesuffix("\ufffd") + model.complete(first.context_tokens).text == said
+        assert first.text.removesuffix("\ufffd") + model.complete(first.context_tokens).text == output
 
 
 def test_usage_counts_cached_and_stored_tokens() -> None:
@@ -522,7 +522,7 @@ def test_bos_appears_once(tmp_path: Path) -> None:
             assert ids == model.tokenize("Q").tolist() == [BOS, ids[1]]
 
 
-def test_openai_and_anthropic_forms_give_the_same_conversation() -> None:
+def test_openai_and_anthropic_forms_are_the_same_conversation() -> None:
     openai: Sequence[Message] = [
         user("Q"),
         {"role": "assistant", "content": "A", "tool_calls": [

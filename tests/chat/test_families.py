@@ -25,9 +25,11 @@ def vocabulary_of(text: str, *, special: bool) -> PieceVocabulary:
     return PieceVocabulary(["get_", "weather", "Paris"], markers, end="<|eog|>")
 
 
-def reply_to(said: str, format: str, template: str, *, special: bool, **options: object) -> erllama.ChatCompletion:
-    vocabulary = vocabulary_of(said, special=special)
-    tokens: Sequence[int] = vocabulary.tokenize(said, parse_special=True).tolist()
+def reply_to(
+    output: str, format: str, template: str, *, special: bool, **options: object
+) -> erllama.ChatCompletion:
+    vocabulary = vocabulary_of(output, special=special)
+    tokens: Sequence[int] = vocabulary.tokenize(output, parse_special=True).tolist()
     backend = ScriptedBackend(vocabulary, scripted_reply(vocabulary, tokens), chat_templates={"default": template})
     with erllama.load_backend(backend, cache=erllama.Cache()) as model:
         return model.chat([{"role": "user", "content": "Q"}], tools=TOOLS, tool_format=format, **options)  # type: ignore[arg-type]
@@ -56,13 +58,13 @@ def test_each_family_can_be_required_to_call(format: str, kind: str, text: str, 
 
 
 def test_gpt_oss_answers_are_read_from_channels() -> None:
-    said = (
+    output = (
         "<|channel|>analysis<|message|>hm<|end|>"
         "<|start|>assistant<|channel|>commentary<|message|>Let me see. <|end|>"
         "<|start|>assistant<|channel|>final<|message|>It rains."
     )
     for special in (False, True):
-        reply = reply_to(said, "gpt-oss", TEMPLATE + HARMONY + "{# to=functions. #}", special=special)
+        reply = reply_to(output, "gpt-oss", TEMPLATE + HARMONY + "{# to=functions. #}", special=special)
         assert (reply.thinking, reply.text, reply.tool_calls) == ("hm", "Let me see. It rains.", ())
 
 

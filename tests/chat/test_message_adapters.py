@@ -30,10 +30,10 @@ CONVERSATION: list[Message] = [
 ]  # fmt: skip
 
 
-def model_with(template: str, said: str = "x") -> erllama.Model:
+def model_with(template: str, output: str = "x") -> erllama.Model:
     vocabulary = PieceVocabulary(end="<|eog|>")
     backend = ScriptedBackend(
-        vocabulary, scripted_reply(vocabulary, vocabulary.byte_tokens(said)), chat_templates={"default": template}
+        vocabulary, scripted_reply(vocabulary, vocabulary.byte_tokens(output)), chat_templates={"default": template}
     )
     return erllama.load_backend(backend, cache=erllama.Cache())
 

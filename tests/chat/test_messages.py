@@ -99,10 +99,10 @@ def test_reasoning_is_normalized_to_one_key(key: str) -> None:
 
 
 def test_a_refusal_becomes_the_content() -> None:
-    said = [{"role": "assistant", "content": "No."}]
-    assert normalize_messages([{"role": "assistant", "content": None, "refusal": "No."}]) == said
+    expected = [{"role": "assistant", "content": "No."}]
+    assert normalize_messages([{"role": "assistant", "content": None, "refusal": "No."}]) == expected
     part = {"type": "refusal", "refusal": "No."}
-    assert normalize_messages([{"role": "assistant", "content": [part]}]) == said
+    assert normalize_messages([{"role": "assistant", "content": [part]}]) == expected
 
 
 def test_results_carry_the_name_of_their_call() -> None:
@@ -224,13 +224,15 @@ turns = st.tuples(texts, texts, texts, st.lists(st.tuples(names, arguments_, tex
 
 @given(st.lists(turns, min_size=1, max_size=3), st.booleans(), st.booleans())
 def test_both_client_forms_normalize_to_one_conversation(
-    said: list[tuple[str, str, str, list[tuple[str, dict[str, object], str]]]], as_text: bool, in_parts: bool
+    conversation: list[tuple[str, str, str, list[tuple[str, dict[str, object], str]]]],
+    as_text: bool,
+    in_parts: bool,
 ) -> None:
     openai: list[Message] = []
     anthropic: list[Message] = []
     ids = iter(f"toolu_{n}" for n in range(100))
     pending: list[Message] = []
-    for question, thought, answer, made in said:
+    for question, thought, answer, made in conversation:
         openai.append({"role": "user", "content": [{"type": "text", "text": question}] if in_parts else question})
         anthropic.append({"role": "user", "content": [*pending, {"type": "text", "text": question}]})
         asked = [(next(ids), name, arguments, text) for name, arguments, text in made]
@@ -258,7 +260,9 @@ def test_both_client_forms_normalize_to_one_conversation(
     expected = normalize_messages(openai)
     assert normalize_messages(anthropic) == expected
     assert normalize_messages(expected) == expected
-    assert [message["content"] for message in expected if message["role"] == "user"] == [turn[0] for turn in said]
+    assert [message["content"] for message in expected if message["role"] == "user"] == [
+        turn[0] for turn in conversation
+    ]
 
 
 # --- Errors ------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ PARTS = ["a", "é", "<", "</", *"{}", "<think>", "</think>", SPECIAL, "<call>", 
 BARE = ['{ "name" : 1}', ' [ {"name":2}]', '{"nam', '{"nope":1}', "no", '<think>x</think>{"name":3}']
 
 
-def told(tokens: Sequence[int], options: PhaseOptions = OPTIONS, prompt: str = "") -> list[tuple[str, str]]:
+def phases_of(tokens: Sequence[int], options: PhaseOptions = OPTIONS, prompt: str = "") -> list[tuple[str, str]]:
     """Return the phases of a reply and their texts, without empty phases that do not end."""
     tracker = PhaseTracker(options, CODEC, VOCABULARY.tokenize(prompt))
     phases: list[tuple[str, bytes]] = []
@@ -48,18 +48,18 @@ def told(tokens: Sequence[int], options: PhaseOptions = OPTIONS, prompt: str = "
             phases.append((kind, b""))
         phases[-1] = (kind, phases[-1][1] + CODEC.decode(encoded))
         over = ended
-    return [(kind, said.decode()) for kind, said in phases]
+    return [(kind, reply_text.decode()) for kind, reply_text in phases]
 
 
 def expected(text: str) -> list[tuple[str, str]]:
     """Return the same for a whole text, by repeated search for the next marker."""
     phases: list[tuple[str, str]] = []
 
-    def say(kind: str, said: str, over: bool) -> None:
+    def say(kind: str, reply_text: str, over: bool) -> None:
         if phases and phases[-1][0] == kind and not ended[0]:
-            phases[-1] = (kind, phases[-1][1] + said)
-        elif said or over:
-            phases.append((kind, said))
+            phases[-1] = (kind, phases[-1][1] + reply_text)
+        elif reply_text or over:
+            phases.append((kind, reply_text))
         ended[0] = over
 
     ended = [True]
@@ -85,7 +85,7 @@ def expected(text: str) -> list[tuple[str, str]]:
         elif mark == "<call>":
             kind = "call"
             say(kind, mark, False)
-    return [(kind, said.replace("\x01", SPECIAL)) for kind, said in phases]
+    return [(kind, reply_text.replace("\x01", SPECIAL)) for kind, reply_text in phases]
 
 
 @st.composite
@@ -106,7 +106,7 @@ def cut_texts(draw: st.DrawFn, parts: Sequence[str] = PARTS) -> tuple[str, list[
 @given(cut_texts())
 def test_phases_do_not_depend_on_token_boundaries(cut: tuple[str, list[int]]) -> None:
     text, tokens = cut
-    assert told(tokens) == expected(text)
+    assert phases_of(tokens) == expected(text)
 
 
 @settings(max_examples=300, deadline=None)
@@ -120,18 +120,18 @@ def test_only_text_that_may_become_a_marker_is_held_back(cut: tuple[str, list[in
 
 
 def test_a_special_token_differs_from_its_spelled_name() -> None:
-    assert told([*VOCABULARY.byte_tokens(SPECIAL), ord("x")]) == [("text", f"{SPECIAL}x")]
-    assert told([VOCABULARY.special[SPECIAL], ord("x")]) == [("thinking", "x")]
+    assert phases_of([*VOCABULARY.byte_tokens(SPECIAL), ord("x")]) == [("text", f"{SPECIAL}x")]
+    assert phases_of([VOCABULARY.special[SPECIAL], ord("x")]) == [("thinking", "x")]
 
 
 def test_a_phase_opened_by_the_prompt_is_recognized() -> None:
-    assert told(VOCABULARY.byte_tokens("so</think>yes"), prompt="Question?<think>\n") == [
+    assert phases_of(VOCABULARY.byte_tokens("so</think>yes"), prompt="Question?<think>\n") == [
         ("thinking", "so"),
         ("text", "yes"),
     ]
-    assert told(VOCABULARY.byte_tokens("so"), prompt="Question?<think>\n</think>\n") == [("text", "so")]
+    assert phases_of(VOCABULARY.byte_tokens("so"), prompt="Question?<think>\n</think>\n") == [("text", "so")]
     closed = PhaseOptions(thinking=OPTIONS.thinking, begins=False)
-    assert told(VOCABULARY.byte_tokens("so"), closed, prompt="<think>") == [("text", "so")]
+    assert phases_of(VOCABULARY.byte_tokens("so"), closed, prompt="<think>") == [("text", "so")]
 
 
 @settings(max_examples=300, deadline=None)
@@ -143,9 +143,9 @@ def test_a_call_without_markers_is_recognized_by_its_start(text: str, data: st.D
     while raw:
         tokens.append(data.draw(st.sampled_from(VOCABULARY.tokens_that_start(raw))))
         raw = raw[len(VOCABULARY.piece(tokens[-1])) :]
-    kinds = [kind for kind, _ in told(tokens, options)]
+    kinds = [kind for kind, _ in phases_of(tokens, options)]
     assert kinds[-1] == ("call" if '"name"' in text else "text")
-    assert told(tokens, options)[-1][1].strip() == text.split("</think>")[-1].strip()
+    assert phases_of(tokens, options)[-1][1].strip() == text.split("</think>")[-1].strip()
 
 
 SCRIPTED = "<think>hmé.\n</think> Let go: <call>{7}</call>!"
@@ -185,8 +185,8 @@ MARKERS = {"thinking_markers": ("<think>", "</think>"), "tool_markers": ("<call>
 
 
 def test_a_stream_separates_thinking_and_calls_from_text() -> None:
-    said = "<think> hm\n</think>\n\nYes. <call>{1}</call> Done"
-    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
+    reply_text = "<think> hm\n</think>\n\nYes. <call>{1}</call> Done"
+    with model_replying(*VOCABULARY.byte_tokens(reply_text)) as model:
         events = list(model.stream("Q\t", thinking="enabled", thinking_signing_key=b"k", **MARKERS))
         kinds = [type(event).__name__ for event in events]
         order = [kind for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
@@ -205,18 +205,18 @@ def test_a_stream_separates_thinking_and_calls_from_text() -> None:
         done = events[-1].completion
         assert (done.text, done.thinking, done.raw_tool_calls) == ("Yes.Done", "hm", (b"<call>{1}</call>",))
         assert done.thinking_signature == signature
-        assert VOCABULARY.detokenize(done.tokens).decode() == said
+        assert VOCABULARY.detokenize(done.tokens).decode() == reply_text
         without_key = model.complete("Q\t", thinking="enabled", **MARKERS)
         assert without_key.thinking_signature == b""
 
 
 def test_without_thinking_a_stream_is_plain_text() -> None:
-    said = "<think>hm</think>yes"
-    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
+    reply_text = "<think>hm</think>yes"
+    with model_replying(*VOCABULARY.byte_tokens(reply_text)) as model:
         for options in ({}, {"thinking": "disabled"}, {"thinking": False}):
             events = list(model.stream("Q\t", **options))
             assert {type(e) for e in events} == {erllama.TextDelta, erllama.Done}
-            assert events[-1].completion.text == said
+            assert events[-1].completion.text == reply_text
 
 
 @settings(max_examples=100, deadline=None)
@@ -229,8 +229,8 @@ def test_a_reply_without_markers_is_unchanged(text: str) -> None:
 
 
 def test_stop_strings_apply_to_the_answer_only() -> None:
-    said = "<think>END</think>a<call>END</call>bENDc"
-    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
+    reply_text = "<think>END</think>a<call>END</call>bENDc"
+    with model_replying(*VOCABULARY.byte_tokens(reply_text)) as model:
         reply = model.complete("Q\t", thinking="enabled", stop="END", **MARKERS)
         assert (reply.thinking, reply.text, reply.stop_sequence) == ("END", "ab", "END")
         assert reply.raw_tool_calls == (b"<call>END</call>",)
@@ -247,8 +247,8 @@ def expected_reply(text: str, stops: Sequence[str]) -> tuple[str, str, list[byte
     kind, rest, begun = "text", text, False
     while True:
         found = re.search({"text": "<think>|<call>", "thinking": "</think>", "call": "</call>"}[kind], rest)
-        said, mark, rest = rest.partition(found.group()) if found else (rest, "", "")
-        shown = said.replace("\x01", "")
+        reply_text, mark, rest = rest.partition(found.group()) if found else (rest, "", "")
+        shown = reply_text.replace("\x01", "")
         if kind == "text":
             kept, stop = first_by_position(shown, list(stops), behind=begun)
             kept = kept.lstrip() if begun else kept
@@ -259,7 +259,7 @@ def expected_reply(text: str, stops: Sequence[str]) -> tuple[str, str, list[byte
             thinking += shown.strip()
             n_ends += bool(mark)
         else:
-            calls.append(f"<call>{said}{mark}".replace("\x01", SPECIAL).encode())
+            calls.append(f"<call>{reply_text}{mark}".replace("\x01", SPECIAL).encode())
         if not mark:
             return answer, thinking, calls, None, n_ends
         kind = {"<think>": "thinking", "<call>": "call"}.get(mark, "text")
@@ -283,11 +283,11 @@ def test_stream_events_add_up_to_the_reply(
     expected = expected_reply(text, stops)
     assert (reply.text, reply.thinking, list(reply.raw_tool_calls), reply.stop_sequence, len(ends)) == expected
     deltas = [event for event in events if hasattr(event, "tokens")]
-    for kind, said in ((erllama.TextDelta, reply.text), (erllama.ThinkingDelta, reply.thinking)):
-        assert "".join(event.text for event in deltas if isinstance(event, kind)) == said
+    for kind, reply_text in ((erllama.TextDelta, reply.text), (erllama.ThinkingDelta, reply.thinking)):
+        assert "".join(event.text for event in deltas if isinstance(event, kind)) == reply_text
     assert all(event.text or event.tokens for event in deltas)
-    told = tuple(token for event in deltas for token in event.tokens)
-    assert told == reply.tokens if reply.stop_sequence is None else told == reply.tokens[: len(told)]
+    streamed = tuple(token for event in deltas for token in event.tokens)
+    assert streamed == reply.tokens if reply.stop_sequence is None else streamed == reply.tokens[: len(streamed)]
     if logprobs is not None:
         assert all(event.tokens == tuple(entry.token for entry in event.logprobs) for event in deltas)
 
@@ -299,7 +299,7 @@ def test_white_space_before_a_marker_is_not_text(said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "stop", "text", "n_left"),
+    ("reply_text", "stop", "text", "n_left"),
     [
         ("answer\n\n\nmore", "\n", "answer", 6),
         ("<think>hm</think>\n\nanswer\n\nmore", "\n\n", "answer", 4),
@@ -309,20 +309,20 @@ def test_white_space_before_a_marker_is_not_text(said: str) -> None:
     ],
 )
 def test_a_stop_string_of_white_space_stops_at_once(
-    said: str, stop: str | list[str], text: str, n_left: int
+    reply_text: str, stop: str | list[str], text: str, n_left: int
 ) -> None:
-    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
+    with model_replying(*VOCABULARY.byte_tokens(reply_text)) as model:
         reply = model.complete("Q\t", thinking="enabled", stop=stop, **MARKERS)
         assert (reply.text, reply.finish_reason, reply.raw_tool_calls) == (text, "stop", ())
-        assert len(reply.tokens) == len(said) - n_left
+        assert len(reply.tokens) == len(reply_text) - n_left
 
 
 @pytest.mark.parametrize(
-    "said", ["<think></think>x", "<think>\n\n</think>x", "<think></think>", "<think>\n</think>\n"]
+    "reply_text", ["<think></think>x", "<think>\n\n</think>x", "<think></think>", "<think>\n</think>\n"]
 )
 @pytest.mark.parametrize("key", [None, b"k"])
-def test_empty_thinking_ends_like_any_other(said: str, key: bytes | None) -> None:
-    with model_replying(*VOCABULARY.byte_tokens(said)) as model:
+def test_empty_thinking_ends_like_any_other(reply_text: str, key: bytes | None) -> None:
+    with model_replying(*VOCABULARY.byte_tokens(reply_text)) as model:
         events = list(model.stream("Q\t", thinking="enabled", thinking_signing_key=key, **MARKERS))
     signature = hmac.digest(key, b"", hashlib.sha256) if key is not None else b""
     assert [event for event in events if isinstance(event, erllama.ThinkingEnd)] == [erllama.ThinkingEnd(signature)]
@@ -337,9 +337,9 @@ def test_thinking_ends_at_its_budget_and_the_answer_follows(
     budget: int, opened: bool, logprobs: int | None
 ) -> None:
     thought = "abcdefgh"
-    said = [*VOCABULARY.byte_tokens("" if opened else "<think>"), *VOCABULARY.byte_tokens(thought)]
+    reply_text = [*VOCABULARY.byte_tokens("" if opened else "<think>"), *VOCABULARY.byte_tokens(thought)]
     # The next token depends on the number of tokens. The reply ends after 40.
-    with model_replying(*said, *VOCABULARY.byte_tokens("</think>" + "y" * 40)) as model:
+    with model_replying(*reply_text, *VOCABULARY.byte_tokens("</think>" + "y" * 40)) as model:
         reply = model.complete(
             "Q<think>\t" if opened else "Q\t",
             thinking="enabled",
@@ -362,8 +362,8 @@ def test_thinking_ends_at_its_budget_and_the_answer_follows(
 
 
 def test_a_budget_does_not_end_thinking_within_a_character() -> None:
-    said = [*VOCABULARY.byte_tokens("<think>"), *"éé".encode(), *VOCABULARY.byte_tokens("</think>")]
-    with model_replying(*said) as model:
+    reply_text = [*VOCABULARY.byte_tokens("<think>"), *"éé".encode(), *VOCABULARY.byte_tokens("</think>")]
+    with model_replying(*reply_text) as model:
         reply = model.complete("Q\t", thinking="enabled", thinking_budget_tokens=1, **MARKERS)
         assert reply.thinking == "é"
 
@@ -393,8 +393,8 @@ def test_invalid_bytes_do_not_extend_a_budget() -> None:
 
 
 def test_a_grammar_constrains_the_answer_but_not_thinking() -> None:
-    said = "<think>free: 1</think>xyz"
-    with model_replying(*VOCABULARY.tokenize(said).tolist()) as model:
+    reply_text = "<think>free: 1</think>xyz"
+    with model_replying(*VOCABULARY.tokenize(reply_text).tolist()) as model:
         reply = model.complete("Q\t", thinking="enabled", regex="[0-9]{3}", **MARKERS)
         assert reply.thinking == "free: 1"
         assert re.fullmatch("[0-9]{3}", reply.text)
@@ -402,13 +402,13 @@ def test_a_grammar_constrains_the_answer_but_not_thinking() -> None:
         assert re.fullmatch("[0-9]{3}", opened.text)
     with model_replying(ord("a")) as model:
         # Text that looks like a marker within the answer belongs to the answer.
-        told = model.complete("Q\t", thinking="enabled", regex="a<think>b</think>c", **MARKERS)
-        assert (told.text, told.thinking) == ("a<think>b</think>c", "")
+        reply = model.complete("Q\t", thinking="enabled", regex="a<think>b</think>c", **MARKERS)
+        assert (reply.text, reply.thinking) == ("a<think>b</think>c", "")
 
 
 @pytest.mark.parametrize("logprobs", [None, 0])
 @pytest.mark.parametrize(
-    "said",
+    "reply_text",
     [
         ["hm", "</think>Hello"],
         ["hm", "</", "think", ">\n\nX"],
@@ -423,10 +423,10 @@ def test_a_grammar_constrains_the_answer_but_not_thinking() -> None:
 )
 @pytest.mark.parametrize("close", [("</think>",), ("</think>", "</think>\n\n", "</think>\n\nX!")])
 def test_a_token_across_the_end_of_thinking_passes_the_grammar(
-    said: list[str], close: tuple[str, ...], logprobs: int | None
+    reply_text: list[str], close: tuple[str, ...], logprobs: int | None
 ) -> None:
-    vocabulary = PieceVocabulary([*said, "</think>1"])
-    tokens = [int(vocabulary.tokenize(part)[0]) for part in said]
+    vocabulary = PieceVocabulary([*reply_text, "</think>1"])
+    tokens = [int(vocabulary.tokenize(part)[0]) for part in reply_text]
     with erllama.load_backend(ScriptedBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
         reply = model.complete(
             "Q<think>\t",
@@ -441,10 +441,10 @@ def test_a_token_across_the_end_of_thinking_passes_the_grammar(
         assert reply.logprobs is None or [entry.token for entry in reply.logprobs] == list(reply.tokens)
 
 
-@pytest.mark.parametrize("said", [["</think>ab", "x"], ["</think>a", "b", "x"], ["</think>", "ab", "x"]])
-def test_a_trigger_may_begin_in_the_token_that_ends_thinking(said: list[str]) -> None:
-    vocabulary = PieceVocabulary(["<think>", *said])
-    tokens = [int(vocabulary.tokenize(part)[0]) for part in ["<think>", "a", *said]]
+@pytest.mark.parametrize("reply_text", [["</think>ab", "x"], ["</think>a", "b", "x"], ["</think>", "ab", "x"]])
+def test_a_trigger_may_begin_in_the_token_that_ends_thinking(reply_text: list[str]) -> None:
+    vocabulary = PieceVocabulary(["<think>", *reply_text])
+    tokens = [int(vocabulary.tokenize(part)[0]) for part in ["<think>", "a", *reply_text]]
     with erllama.load_backend(ScriptedBackend(vocabulary, tokens), cache=erllama.Cache()) as model:
         reply = model.complete(
             "Q\t",
@@ -476,14 +476,16 @@ def test_a_required_call_may_begin_in_the_token_that_ends_thinking(cut: list[str
 
 
 def test_a_reader_that_pauses_receives_all_events_in_order() -> None:
-    said = "".join(f"{i}," for i in range(300))
-    with model_replying(*VOCABULARY.byte_tokens(said), *VOCABULARY.byte_tokens("<think>hm</think>!")) as model:
+    reply_text = "".join(f"{i}," for i in range(300))
+    with model_replying(
+        *VOCABULARY.byte_tokens(reply_text), *VOCABULARY.byte_tokens("<think>hm</think>!")
+    ) as model:
         stream = model.stream("Q\t", thinking="enabled", **MARKERS)
         first = next(stream)
         stream.result()
         rest = list(stream)
         texts = [event.text for event in [first, *rest] if isinstance(event, erllama.TextDelta)]
-        assert "".join(texts) == said + "!"
+        assert "".join(texts) == reply_text + "!"
         kinds = [type(event) for event in rest if not isinstance(event, erllama.TextDelta)]
         assert kinds == [erllama.ThinkingDelta, erllama.ThinkingEnd, erllama.Done]
 

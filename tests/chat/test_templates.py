@@ -69,7 +69,7 @@ CONVERSATIONS: dict[str, Conversation] = {
     "several turns": [*HELLO, {"role": "assistant", "content": "hi"}, {"role": "user", "content": " and?\n"}],
     "unicode": [{"role": "user", "content": "é 漢字 🎉 \u202e \x00 \ud800 <|im_end|> {{ 7 * 7 }} & < > ' \""}],
     "empty texts": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}, *HELLO],
-    "nothing said": [*HELLO, {"role": "assistant", "content": None}],
+    "content of None": [*HELLO, {"role": "assistant", "content": None}],
     "no content": [{"role": "user"}],
     "parts": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
     "call and result": [
@@ -90,7 +90,7 @@ CONVERSATIONS: dict[str, Conversation] = {
         {"role": "tool", "tool_call_id": "abcdefghi", "content": "3"},
     ],
     "thinking": [*HELLO, {"role": "assistant", "content": "hi", "reasoning_content": "hm\n"}, *HELLO],
-    "thinking, said last": [*HELLO, {"role": "assistant", "content": "hi", "thinking": "hm"}],
+    "thinking, in the last message": [*HELLO, {"role": "assistant", "content": "hi", "thinking": "hm"}],
     "thinking, other name": [*HELLO, {"role": "assistant", "content": "hi", "reasoning": "hm", "thinking": None}],
     "thinking in the text": [*HELLO, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nhi"}, *HELLO],
     "two of users": [*HELLO, *HELLO],
@@ -152,11 +152,11 @@ def test_continued_messages_render_as_in_transformers(reference: Callable[..., s
     for messages in CONVERSATIONS.values():
         for field in (True, "reasoning_content"):
             args: dict[str, Any] = {"continue_final_message": field, "add_generation_prompt": False}
-            theirs, told = outcome(lambda m=messages, a=args: reference(source, m, **a), Exception)
+            theirs, expected = outcome(lambda m=messages, a=args: reference(source, m, **a), Exception)
             ours, text = outcome(lambda m=messages, a=args: template.render(m, **a), ChatError)
             assert ours == theirs
             if ours == "rendered":
-                assert text == told
+                assert text == expected
 
 
 def test_documents_and_variables_render_as_in_transformers(reference: Callable[..., str]) -> None:

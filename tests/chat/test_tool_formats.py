@@ -115,7 +115,7 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("what", BAD_JSON)
-def test_errors_say_why_a_json_object_is_not_a_call(what: str) -> None:
+def test_errors_state_why_a_json_object_is_not_a_call(what: str) -> None:
     text, problem = BAD_JSON[what]
     with pytest.raises(ToolCallError) as error:
         parsed_calls("hermes", f"<tool_call>{text}</tool_call>")
@@ -218,7 +218,7 @@ def test_every_format_has_malformed_texts() -> None:
     assert set(MALFORMED) == set(TOOL_FORMATS)
 
 
-# --- Ids, values, thinking, and what nobody should write ---------------------------------------
+# --- Ids, values, thinking, and invalid calls ---------------------------------------------------
 
 
 def test_an_id_is_the_models_own_or_generated() -> None:
@@ -380,7 +380,7 @@ def test_unquoted_values_are_constrained_to_their_schema(schema: object, good: l
         assert not kept.accepts(written("f", [("a", good[0]), ("never", "1")])), format
 
 
-def test_a_grammar_allows_only_the_given_tools() -> None:
+def test_a_grammar_allows_only_the_tools_of_the_request() -> None:
     hermes = get_tool_format("hermes")
     with pytest.raises(OptionError, match="no tool has the name 'x'"):
         write_call_grammar(hermes, TOOLS, name="x", parallel=False, literal=lark_literal)

@@ -30,7 +30,7 @@ def prompt_of(model: erllama.Model, messages: list[Message], **options: object) 
     return list(tokens)
 
 
-def said(model: erllama.Model, messages: list[Message], **options: object) -> str:
+def prompt_text(model: erllama.Model, messages: list[Message], **options: object) -> str:
     return model.detokenize(prompt_of(model, messages, **options), special=True)
 
 
@@ -42,7 +42,7 @@ def test_cut_thinking_or_answers_return_as_the_template_renders_them(n: int) -> 
     with model_replying("<think>hmm well</think>hello there") as model:
         first = model.chat([user("hello?")], max_tokens=n, **KEEP)
         messages = [user("hello?"), first.message, user("and?")]
-        assert said(model, messages, **KEEP) == model.render_chat(messages, **KEEP)
+        assert prompt_text(model, messages, **KEEP) == model.render_chat(messages, **KEEP)
 
 
 @pytest.mark.parametrize("n", [*range(50, 74)])
@@ -53,7 +53,7 @@ def test_a_cut_call_returns_as_the_template_renders_it(n: int) -> None:
         messages = [user("hello?"), first.message]
         if first.tool_calls:
             messages.append({"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "noon"})
-        text = said(model, [*messages, user("and?")], **options)
+        text = prompt_text(model, [*messages, user("and?")], **options)
         if n < len(f"A {CALL}"):
             assert text == model.render_chat([*messages, user("and?")], tools=TOOLS)
         assert "</tool_call><|end|>" in text or "tool_call" not in text or "_call>\n" not in text
@@ -75,9 +75,9 @@ def test_thinking_within_the_answer_is_not_part_of_the_next_prompt() -> None:
     with model_replying("<think>he</think>hello there") as model:
         first = model.chat([user("hello?")])
         messages = [user("hello?"), first.message, user("and?")]
-        assert said(model, messages) == model.render_chat(messages)
+        assert prompt_text(model, messages) == model.render_chat(messages)
         kept = [user("hello?"), first.message, user("and?")]
-        assert said(model, kept, **KEEP) == model.render_chat(kept, **KEEP)
+        assert prompt_text(model, kept, **KEEP) == model.render_chat(kept, **KEEP)
 
 
 def test_thinking_with_a_call_is_replayed_as_the_template_renders_it() -> None:
@@ -92,7 +92,7 @@ def test_thinking_with_a_call_is_replayed_as_the_template_renders_it() -> None:
         assert CALL not in model.render_chat(messages, tools=TOOLS, **KEEP)
         prompt = prompt_of(model, messages, tools=TOOLS, **KEEP)
         assert prompt[: len(first.context_tokens)] == list(first.context_tokens)
-        assert said(model, messages, tools=TOOLS) == model.render_chat(messages, tools=TOOLS), (
+        assert prompt_text(model, messages, tools=TOOLS) == model.render_chat(messages, tools=TOOLS), (
             "the template drops it"
         )
 
@@ -196,17 +196,17 @@ def test_a_cancelled_stream_that_was_read_to_its_end_is_continued() -> None:
         assert prompt_of(model, messages)[:n] == list(reply.context_tokens[:n])
 
 
-# --- the same reply, whoever asks -----------------------------------------------------------------------
+# --- the same reply from every method -------------------------------------------------------------------
 
 
 def test_calls_have_one_id_each_in_events_and_results() -> None:
     with model_replying(f"{CALL}\n{CALL}") as model:
         stream = model.stream_chat([user("Q")], tools=TOOLS)
-        told = [call.id for event in stream if isinstance(event, erllama.ToolCallEnd) for call in event.calls]
+        streamed = [call.id for event in stream if isinstance(event, erllama.ToolCallEnd) for call in event.calls]
         reply = stream.result()
-        assert told == [call.id for call in reply.tool_calls]
-        assert len(set(told)) == 2
-        results = [{"role": "tool", "tool_call_id": id, "content": "noon"} for id in told]
+        assert streamed == [call.id for call in reply.tool_calls]
+        assert len(set(streamed)) == 2
+        results = [{"role": "tool", "tool_call_id": id, "content": "noon"} for id in streamed]
         assert model.chat([user("Q"), reply.message, *results], tools=TOOLS, max_tokens=1)
 
 
@@ -215,9 +215,9 @@ def test_calls_numbered_per_span_have_unique_ids_in_events() -> None:
     span = f"<|tool_calls_section_begin|>{call}<|tool_calls_section_end|>"
     with model_replying(f"<c>{span}</c><c>{span}</c>") as model:
         stream = model.stream_chat([user("Q")], tools=TOOLS, tool_format="kimi", tool_markers=("<c>", "</c>"))
-        told = [call.id for event in stream if isinstance(event, erllama.ToolCallEnd) for call in event.calls]
-        assert len(set(told)) == len(told) >= 2
-        assert told == [call.id for call in stream.result().tool_calls]
+        streamed = [call.id for event in stream if isinstance(event, erllama.ToolCallEnd) for call in event.calls]
+        assert len(set(streamed)) == len(streamed) >= 2
+        assert streamed == [call.id for call in stream.result().tool_calls]
 
 
 def test_a_reply_is_finished_once_for_many_callers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,14 +306,14 @@ def test_tool_schemas_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_event_loop_runs_while_a_chat_is_prepared_and_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
 
-    def noting(of: type, name: str) -> None:
+    def record_threads(of: type, name: str) -> None:
         function = getattr(of, name)
 
-        def noted(*args: object) -> object:
+        def recorded(*args: object) -> object:
             threads.append(threading.get_ident())
             return function(*args)
 
-        monkeypatch.setattr(of, name, noted)
+        monkeypatch.setattr(of, name, recorded)
 
     async def chatted(model: erllama.Model) -> None:
         stream = model.astream_chat([user("Q")])
@@ -324,8 +324,8 @@ def test_the_event_loop_runs_while_a_chat_is_prepared_and_finished(monkeypatch: 
         assert len(threads) >= 4
         assert threading.get_ident() not in threads
 
-    noting(Chats, "prepare_turn")
-    noting(Turn, "finish")
+    record_threads(Chats, "prepare_turn")
+    record_threads(Turn, "finish")
     with model_replying("hello there") as model:
         asyncio.run(chatted(model))
 
@@ -398,7 +398,7 @@ def test_unfinished_thinking_returns_as_the_template_renders_it() -> None:
         assert (first.thinking, first.finish_reason) == ("hm", "stop")
         messages = [user("Q"), first.message, user("and?")]
         assert "</think>" in model.render_chat(messages, **KEEP)
-        assert said(model, messages, **KEEP) == model.render_chat(messages, **KEEP)
+        assert prompt_text(model, messages, **KEEP) == model.render_chat(messages, **KEEP)
 
 
 def test_text_that_the_template_drops_is_not_part_of_the_next_prompt() -> None:
@@ -408,14 +408,14 @@ def test_text_that_the_template_drops_is_not_part_of_the_next_prompt() -> None:
         assert first.text == "Let me see."
         result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "noon"}
         messages = [user("Q"), first.message, result]
-        assert said(model, messages, tools=TOOLS) == model.render_chat(messages, tools=TOOLS)
+        assert prompt_text(model, messages, tools=TOOLS) == model.render_chat(messages, tools=TOOLS)
 
 
 def test_dropped_empty_thinking_is_not_part_of_the_next_prompt() -> None:
     with model_replying("<think>\n\n</think>hello there") as model:
         first = model.chat([user("Q")])
         messages = [user("Q"), first.message, user("and?")]
-        assert said(model, messages) == model.render_chat(messages)
+        assert prompt_text(model, messages) == model.render_chat(messages)
 
 
 def test_invalid_bytes_end_the_reusable_part_of_a_reply_in_linear_time() -> None:

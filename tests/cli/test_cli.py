@@ -96,7 +96,7 @@ def test_a_reply_follows_a_schema_a_grammar_or_an_expression(run: Command, tiny_
     assert len(texts[2]) == 3
 
 
-def test_every_library_option_can_be_given(run: Command, model: Path) -> None:
+def test_every_library_option_can_be_set(run: Command, model: Path) -> None:
     given = run(
         "run", model, "Q", "-o", "stop=.", "-o", 'logit_bias={"5": 1.5}', "--load", "n_ctx=512", "--json", *ONE
     )
@@ -176,7 +176,7 @@ def test_the_bundled_model_is_the_default(run: Command, model: Path, monkeypatch
     assert run("info", "--json").json["file"] == str(model)
 
 
-# --- in processes of its own ----------------------------------------------------------------------
+# --- in child processes -----------------------------------------------------------------------------
 
 
 def test_a_missing_prompt_is_reported(run: Command, model: Path) -> None:
@@ -201,9 +201,9 @@ def test_piped_output_has_no_escapes_and_ctrl_c_keeps_it(run: Command, tmp_path:
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    said = (begun + rest).removesuffix(b"\n")
-    assert said
-    assert (b"abc " * len(said)).startswith(said)
+    output = (begun + rest).removesuffix(b"\n")
+    assert output
+    assert (b"abc " * len(output)).startswith(output)
     assert b"\x1b" not in begun + rest + err
     assert b"Traceback" not in err
 

@@ -51,7 +51,7 @@ def flip(path: Path, at: int) -> None:
 A, B, C = range(40), [*range(32), 99, 98], range(200, 220)  # A and B share two blocks; C shares none
 
 
-# --- told ---------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------
 
 
 def test_stored_blocks_are_listed_by_namespace_and_by_context(run: Command) -> None:
@@ -105,9 +105,9 @@ def test_a_flipped_byte_is_found_and_repaired(run: Command) -> None:
     found = run("cache", "verify")
     assert found.status == 1
     assert f"{files_of(run)[0]}: the payload's checksum does not match" in found.out
-    told = run("cache", "verify", "--json")
-    assert told.status == 1
-    assert [problem["place"] for problem in told.json["problems"]] == [str(files_of(run)[0])]
+    report = run("cache", "verify", "--json")
+    assert report.status == 1
+    assert [problem["place"] for problem in report.json["problems"]] == [str(files_of(run)[0])]
     assert len(files_of(run)) == 5
     repaired = run("cache", "verify", "--repair")
     assert repaired.status == 0
@@ -307,11 +307,11 @@ def test_a_truncated_or_invalid_archive_is_refused(run: Command, tmp_path: Path)
         (tmp_path / "b.tar").write_bytes(content)
         found = run("cache", "import", tmp_path / "b.tar", "--dir", tmp_path / "there")
         assert (found.status, found.err.startswith("erllama: ")) == (1, True), content[:20]
-        assert "bug of erllama" not in found.err
+        assert "bug in erllama" not in found.err
     for content in (whole[:4000], lying):
         piped = run.in_subprocess("cache", "import", "-", "--dir", tmp_path / "there", stdin=content)
         assert (piped.returncode, piped.stderr.startswith(b"erllama: ")) == (1, True)
-        assert b"bug of erllama" not in piped.stderr
+        assert b"bug in erllama" not in piped.stderr
     assert run("cache", "verify", "--dir", tmp_path / "there").status == 0
 
 

@@ -50,7 +50,7 @@ def test_a_conversation_works_in_a_terminal(run: Command, endless: Path) -> None
         assert "tok/s" in cost
         assert "prompt" in cost
         screen.wait_for(">")
-        screen.send("/save said.json\r".replace("said.json", str(run.directory.parent / "said.json")))
+        screen.send("/save chat.json\r".replace("chat.json", str(run.directory.parent / "chat.json")))
         screen.wait_for("2 messages saved")
         screen.wait_for(">")
         screen.send("/sett temperature 1\r")
@@ -63,7 +63,7 @@ def test_a_conversation_works_in_a_terminal(run: Command, endless: Path) -> None
         assert screen.wait_for_end() == 0
         assert "Traceback" not in screen.text
         assert "Warning" not in screen.text
-    question, answer = json.loads((run.directory.parent / "said.json").read_text())
+    question, answer = json.loads((run.directory.parent / "chat.json").read_text())
     assert question == {"role": "user", "content": "hello"}
     assert ("abcdefg " * len(answer["content"])).startswith(answer["content"].strip())
     history = run.directory.parent / "state" / "erllama" / "history"
@@ -137,7 +137,7 @@ def test_an_invalid_line_is_reported_and_the_next_is_answered(run: Command, mode
     ]
     found = run("chat", model, "--n-ctx", "256", *ONE, stdin="\n".join(lines))
     assert (found.status, found.out) == (1, "Yes.\n")
-    told = found.err.splitlines()
+    errors = found.err.splitlines()
     words = [
         "/help",
         "did you mean 'top_p'?",
@@ -147,21 +147,21 @@ def test_an_invalid_line_is_reported_and_the_next_is_answered(run: Command, mode
         "one file",
         "context holds 256",
     ]
-    assert len(told) == len(words)
-    assert [(word, line) for word, line in zip(words, told, strict=True) if word not in line] == []
+    assert len(errors) == len(words)
+    assert [(word, line) for word, line in zip(words, errors, strict=True) if word not in line] == []
 
 
 # --- commands -----------------------------------------------------------------------------------------
 
 
-def told(run: Command, model: Path, *lines: str) -> list[str]:
+def chat_messages(run: Command, model: Path, *lines: str) -> list[str]:
     found = run("chat", model, *ONE, stdin="\n".join(lines))
     assert found.status == 0, found.err
     return found.err.splitlines()
 
 
 def test_help_names_every_command(run: Command, model: Path) -> None:
-    lines = told(run, model, "/help")
+    lines = chat_messages(run, model, "/help")
     names = {line.split()[0] for line in lines if line.startswith("/")}
     known = "help system set think regenerate reset save load tokens stats quit"
     assert names == {f"/{name}" for name in known.split()}
@@ -169,14 +169,16 @@ def test_help_names_every_command(run: Command, model: Path) -> None:
 
 def test_a_conversation_can_be_saved_loaded_and_restarted(run: Command, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "a talk.json"
-    first = told(run, model, "/system Be brief.", "Is it?", f"/save '{file}'", "/tokens", "/reset", "/tokens")
+    first = chat_messages(
+        run, model, "/system Be brief.", "Is it?", f"/save '{file}'", "/tokens", "/reset", "/tokens"
+    )
     assert first[0] == "the system message is set"
     assert "3 messages saved" in first[1]
     assert first[3] == "new conversation; the system message is kept"
     assert first[2] != first[4]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert [message["role"] for message in json.loads(file.read_text())] == ["system", "user", "assistant"]
-    again = told(run, model, f"/load '{file}'", "/tokens")
+    again = chat_messages(run, model, f"/load '{file}'", "/tokens")
     assert "3 messages loaded" in again[0]
     assert again[1] == first[2]
 
@@ -189,11 +191,13 @@ def test_a_file_without_a_conversation_is_refused(run: Command, model: Path, tmp
     found = run("chat", model, *ONE, stdin=f"/load {tmp_path / 'bad.json'}\nQ")
     assert (found.status, found.out) == (1, "Yes.\n")
     assert "Traceback" not in found.err
-    assert "bug of erllama" not in found.err
+    assert "bug in erllama" not in found.err
 
 
 def test_options_can_be_set_listed_and_reset(run: Command, model: Path) -> None:
-    lines = told(run, model, "/set", "/set top_k 5", "/set stop=.", "/set", "/set top_k", "/set", "/think off")
+    lines = chat_messages(
+        run, model, "/set", "/set top_k 5", "/set stop=.", "/set", "/set top_k", "/set", "/think off"
+    )
     assert "all options have their defaults" in lines[0]
     assert lines[1:4] == ["top_k = 5", "stop = '.'", "top_k = 5"]
     assert lines[-4:] == [

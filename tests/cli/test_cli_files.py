@@ -88,7 +88,7 @@ def test_a_path_that_is_not_a_file_is_refused_and_kept(write: Write, tmp_path: P
         assert found.status == 1
         assert str(tmp_path) in found.err
         assert ".erllama-" not in found.err
-        assert "bug of erllama" not in found.err
+        assert "bug in erllama" not in found.err
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert list(tmp_path.rglob(".erllama-*")) == []
 

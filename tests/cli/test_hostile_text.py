@@ -168,7 +168,7 @@ def test_no_command_prints_an_escape_sequence_to_a_terminal(run: Command, downlo
     for (arguments, seen), part in zip(commands, parts, strict=False):
         assert [each for each in FORBIDDEN if each in part] == [], (arguments, part)
         assert ("EVIL" in part) == seen, (arguments, part)
-        assert "bug of erllama" not in part, (arguments, part)
+        assert "bug in erllama" not in part, (arguments, part)
 
 
 def test_a_chat_in_a_terminal_prints_no_escape_sequence_of_a_model(run: Command, download: Path) -> None:

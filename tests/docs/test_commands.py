@@ -150,12 +150,12 @@ def test_commands_that_are_not_run_exist(page: str) -> None:
 @pytest.mark.parametrize("page", NAMES)
 def test_commands_within_sentences_exist(page: str) -> None:
     text = (ROOT / page).read_text()
-    for said in re.findall(r"`([^`\n]+)`", prose(page)):
-        words = said.split()
+    for span in re.findall(r"`([^`\n]+)`", prose(page)):
+        words = span.split()
         if words[0] in ("make", "pip", "python", ".venv/bin/python") and len(words) > 1:
-            check_exists(re.sub(r"(BENCH|BACKEND|N)=(\"[^\"]*\"?|\S*)", "", said))
+            check_exists(re.sub(r"(BENCH|BACKEND|N)=(\"[^\"]*\"?|\S*)", "", span))
         elif words[0].startswith("scripts/"):
-            assert (ROOT / words[0]).exists(), said
+            assert (ROOT / words[0]).exists(), span
     assert not re.search(r"^```\n(?:\$ |make |pip |python )", text, re.MULTILINE), (
         "a block with a command needs a language"
     )

@@ -139,7 +139,7 @@ PAGES = {
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_snippets_of_a_page_do_what_it_says(page: str) -> None:
+def test_the_snippets_of_a_page_run_as_written(page: str) -> None:
     of_page = PAGES[page]
     assert len(snippets(page)) >= 3
     with erllama.Cache() as cache, erllama.load_backend(of_page.backend(), cache=cache) as model:
@@ -148,7 +148,7 @@ def test_the_snippets_of_a_page_do_what_it_says(page: str) -> None:
         of_page.check(names)
 
 
-def test_the_chat_page_does_what_it_says() -> None:
+def test_the_chat_page_runs_as_written() -> None:
     with model_replying(f"<think>hm</think>Well. {CALL}") as model:
         names: Names = {
             "model": model,
@@ -171,7 +171,7 @@ def test_the_chat_page_names_every_option_and_format() -> None:
     assert own <= set(re.findall(r"\b(\w+)\b", page))
 
 
-def test_the_templates_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_templates_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     names: Names = {"messages": [user("Q")], "tools": TOOLS}
@@ -179,7 +179,7 @@ def test_the_templates_page_does_what_it_says(tmp_path: Path, monkeypatch: pytes
     assert "<|user|>Q" in names["text"]
 
 
-def test_the_speculation_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_speculation_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     follows = {"\n": "a", "a": "b", "b": "c", "c": "a"}
     with erllama.load_model(write_scripted(tmp_path / "small.gguf", follows), n_ctx=256) as model:
@@ -195,13 +195,13 @@ def test_the_sampling_page_names_every_option_and_its_default() -> None:
     defaults = {field.name: field.default for field in fields(SamplingOptions)}
     assert set(defaults) <= set(re.findall(r"`(\w+)[`=]", page))
     rows = [line for line in page.splitlines() if line.startswith("| ")]
-    told = {name: ast.literal_eval(value) for row in rows for name, value in re.findall(r"`(\w+)=([^`]*)`", row)}
-    assert told.pop("logit_bias") == (defaults.pop("logit_bias") or {})
+    listed = {name: ast.literal_eval(value) for row in rows for name, value in re.findall(r"`(\w+)=([^`]*)`", row)}
+    assert listed.pop("logit_bias") == (defaults.pop("logit_bias") or {})
     elsewhere = {"seed", "samplers", "min_keep", "mirostat", "mirostat_tau", "mirostat_eta"}
-    assert told == {name: default for name, default in defaults.items() if name not in elsewhere}
+    assert listed == {name: default for name, default in defaults.items() if name not in elsewhere}
 
 
-def test_the_readme_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     calling = TEMPLATE + "{# <tool_call> #}"
@@ -216,7 +216,7 @@ def test_the_readme_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list((tmp_path / ".cache" / "erllama").rglob("*.kvc"))
 
 
-def test_the_memory_pressure_page_does_what_it_says() -> None:
+def test_the_memory_pressure_page_runs_as_written() -> None:
     names: Names = {"erllama": erllama, "batch_bytes": lambda: 2**30}
     run("docs/memory-pressure.md", names)
     assert names["budget"]().total == 64 * 2**30
@@ -245,7 +245,7 @@ class Bucket:
             self.held.pop(key, None)
 
 
-def test_the_tiers_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tiers_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     names: Names = {"bucket": Bucket()}
     run("docs/tiers.md", names)
@@ -260,7 +260,7 @@ def test_the_tiers_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Mo
     assert (hit.kind, hit.tier) == ("exact", "remote")
 
 
-def test_the_harness_page_does_what_it_says(tmp_path: Path) -> None:
+def test_the_harness_page_runs_as_written(tmp_path: Path) -> None:
     """Run its state machines briefly."""
     tested = ("MyTier", "MyTier", "MyBackend")
     for source, tier_or_backend in zip(snippets("docs/test-harness.md"), tested, strict=True):

@@ -43,9 +43,9 @@ def run(*arguments: object, cwd: Path, environment: Mapping[str, str | None] | N
     return finished.stdout
 
 
-def numbers(pattern: str, said: str) -> list[tuple[int, ...]]:
+def numbers(pattern: str, output: str) -> list[tuple[int, ...]]:
     """Return the groups of every match as numbers."""
-    return [tuple(map(int, match.groups())) for match in re.finditer(pattern, said)]
+    return [tuple(map(int, match.groups())) for match in re.finditer(pattern, output)]
 
 
 def test_every_example_is_run_here() -> None:
@@ -79,62 +79,62 @@ def test_every_example_is_run_here() -> None:
 
 
 def test_the_smoke_test_needs_no_model(tmp_path: Path) -> None:
-    said = run("-c", WITHOUT_LIBLLAMA, EXAMPLES / "smoke_test.py", cwd=tmp_path)
-    assert "3 tokens from disk: b'hi'" in said
-    assert "saves_cold: 1\nmisses: 1\nhits_exact: 1\n" in said
+    output = run("-c", WITHOUT_LIBLLAMA, EXAMPLES / "smoke_test.py", cwd=tmp_path)
+    assert "3 tokens from disk: b'hi'" in output
+    assert "saves_cold: 1\nmisses: 1\nhits_exact: 1\n" in output
 
 
 def test_cache_tests_need_no_model(tmp_path: Path) -> None:
-    said = run(*PYTEST, EXAMPLES / "test_my_cache.py", cwd=tmp_path)
-    assert "2 passed" in said
+    output = run(*PYTEST, EXAMPLES / "test_my_cache.py", cwd=tmp_path)
+    assert "2 passed" in output
 
 
 @pytest.mark.parametrize("write", [write_llama, write_gemma3, write_mamba, write_lfm2])
 def test_the_end_to_end_example_runs_on_every_kind_of_memory(write: Callable[..., Path], tmp_path: Path) -> None:
     given = {"ERLLAMA_MODEL": str(write(tmp_path / "mine.gguf", seed=5))}
-    said = run(*PYTEST, EXAMPLES / "test_end_to_end.py", cwd=tmp_path, environment=given)
-    assert "6 passed" in said
+    output = run(*PYTEST, EXAMPLES / "test_end_to_end.py", cwd=tmp_path, environment=given)
+    assert "6 passed" in output
 
 
 def test_the_end_to_end_example_skips_without_a_model(tmp_path: Path) -> None:
-    said = run(*PYTEST, EXAMPLES / "test_end_to_end.py", cwd=tmp_path, environment={"ERLLAMA_MODEL": None})
-    assert "6 skipped" in said
+    output = run(*PYTEST, EXAMPLES / "test_end_to_end.py", cwd=tmp_path, environment={"ERLLAMA_MODEL": None})
+    assert "6 skipped" in output
 
 
 def test_cold_and_cached_times_are_printed_side_by_side(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "cold_and_warm.py", cwd=tmp_path)
-    rows = re.findall(r"^ *(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$", said, re.MULTILINE)
+    output = run(EXAMPLES / "cold_and_warm.py", cwd=tmp_path)
+    rows = re.findall(r"^ *(\d+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$", output, re.MULTILINE)
     assert [int(row[0]) for row in rows] == [256, 512, 1024]
     assert all(float(time) > 0 for row in rows for time in row[1:4])
-    ((tokens, computed),) = numbers(r"4 agents: (\d+) prompt tokens, (\d+) computed", said)
+    ((tokens, computed),) = numbers(r"4 agents: (\d+) prompt tokens, (\d+) computed", output)
     assert computed <= tokens - 3 * 1023, "the prefix is computed once"
 
 
 def test_a_custom_backend_returns_the_reply_of_libllama(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "numpy_backend.py", cwd=tmp_path)
-    assert "numpy, exact hit:" in said
-    assert "the same reply" in said
+    output = run(EXAMPLES / "numpy_backend.py", cwd=tmp_path)
+    assert "numpy, exact hit:" in output
+    assert "the same reply" in output
 
 
 @pytest.mark.parametrize("name", ["inspect_cache.py", "memory_pressure.py"])
 def test_every_example_runs(name: str, tmp_path: Path) -> None:
-    said = run(EXAMPLES / name, cwd=tmp_path)
+    output = run(EXAMPLES / name, cwd=tmp_path)
     if name == "inspect_cache.py":
-        assert "hits_longest_prefix: 1" in said
-        assert "no problems" in said
+        assert "hits_longest_prefix: 1" in output
+        assert "no problems" in output
 
 
 def test_examples_accept_a_model_of_the_user(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "one_shot.py", write_llama(tmp_path / "mine.gguf", seed=3), cwd=tmp_path)
-    assert said != run(EXAMPLES / "one_shot.py", cwd=tmp_path)
-    assert "the same reply" in said
+    output = run(EXAMPLES / "one_shot.py", write_llama(tmp_path / "mine.gguf", seed=3), cwd=tmp_path)
+    assert output != run(EXAMPLES / "one_shot.py", cwd=tmp_path)
+    assert "the same reply" in output
 
 
 def test_one_shot_finds_its_prompt_after_a_restart(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "one_shot.py", cwd=tmp_path)
-    assert "cold: 0 of 52 prompt tokens from the cache; tier None" in said
-    assert "exact: 51 of 52 prompt tokens from the cache; tier disk" in said
-    assert "the same reply" in said
+    output = run(EXAMPLES / "one_shot.py", cwd=tmp_path)
+    assert "cold: 0 of 52 prompt tokens from the cache; tier None" in output
+    assert "exact: 51 of 52 prompt tokens from the cache; tier disk" in output
+    assert "the same reply" in output
 
 
 def test_the_server_finds_the_conversation_of_the_turn_before(tmp_path: Path) -> None:
@@ -160,47 +160,47 @@ def test_the_server_finds_the_conversation_of_the_turn_before(tmp_path: Path) ->
             assert reply
             conversation += f"{reply}\nUser: tell me a joke\nAssistant:"
         server.send_signal(signal.SIGINT)
-        said = server.communicate(timeout=60)[0]
+        output = server.communicate(timeout=60)[0]
     finally:
         server.kill()
         server.wait()
     assert server.returncode == 0
     (cold, before_hits), (warm, hits) = numbers(
-        r"(\d+) prompt tokens from the cache; hits_longest_prefix: (\d+)", said
+        r"(\d+) prompt tokens from the cache; hits_longest_prefix: (\d+)", output
     )
     assert (cold, before_hits, hits) == (0, 0, 1)
     assert warm >= len("User: hello\nAssistant:")
-    assert said.endswith("stopped\n")
+    assert output.endswith("stopped\n")
 
 
 def test_the_sessions_example_computes_no_turn_twice(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "sessions.py", cwd=tmp_path)
+    output = run(EXAMPLES / "sessions.py", cwd=tmp_path)
     for way, tier in (("by key", "ram"), ("session", "live")):
-        turns = numbers(rf"{way}: (\d+) of (\d+) prompt tokens from the cache; tier \w+", said)
+        turns = numbers(rf"{way}: (\d+) of (\d+) prompt tokens from the cache; tier \w+", output)
         # 20 tokens per reply. The last one takes no cell.
         assert [warm for warm, _ in turns[1:]] == [prompt + 20 - 1 for _, prompt in turns[:-1]]
-        assert said.count(f"tier {tier}") >= 2
-    assert "hits_resume: 2" in said
-    assert "session ended: True; ended again: False" in said
+        assert output.count(f"tier {tier}") >= 2
+    assert "hits_resume: 2" in output
+    assert "session ended: True; ended again: False" in output
 
 
 def test_several_models_share_a_cache_but_no_prompt(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "several_models.py", cwd=tmp_path)
-    assert re.findall(r"^(.+): (cold|exact)", said, re.MULTILINE) == [
+    output = run(EXAMPLES / "several_models.py", cwd=tmp_path)
+    assert re.findall(r"^(.+): (cold|exact)", output, re.MULTILINE) == [
         ("tiny", "cold"),
         ("big", "cold"),
         ("tiny", "exact"),
         ("tiny too", "exact"),
     ]
-    replies = re.findall(r"^(\w+)[^;\n]*; ('.*')$", said, re.MULTILINE)
+    replies = re.findall(r"^(\w+)[^;\n]*; ('.*')$", output, re.MULTILINE)
     assert len({reply for name, reply in replies if name == "tiny"}) == 1
     assert len({reply for _, reply in replies}) == 2
-    assert "loaded: []; 2 exact hits" in said
+    assert "loaded: []; 2 exact hits" in output
 
 
 def test_agents_compute_their_system_prompt_once(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "agents.py", cwd=tmp_path)
-    counts = numbers(r"8 prompts, (\d+) tokens; (\d+) computed, (\d+) shared; (\d+) in the system prompt", said)
+    output = run(EXAMPLES / "agents.py", cwd=tmp_path)
+    counts = numbers(r"8 prompts, (\d+) tokens; (\d+) computed, (\d+) shared; (\d+) in the system prompt", output)
     assert len(counts) == 2
     for tokens, computed, shared, system in counts:
         assert computed + shared == tokens
@@ -208,95 +208,95 @@ def test_agents_compute_their_system_prompt_once(tmp_path: Path) -> None:
 
 
 def test_cancelled_streams_end(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "streaming.py", cwd=tmp_path)
-    ends = re.findall(r"^(\w+): cancelled after (\d+) tokens$", said, re.MULTILINE)
+    output = run(EXAMPLES / "streaming.py", cwd=tmp_path)
+    ends = re.findall(r"^(\w+): cancelled after (\d+) tokens$", output, re.MULTILINE)
     assert [name for name, _ in ends] == ["stream", "astream"]
     assert all(0 < int(n) < 4000 for _, n in ends)
 
 
 def test_a_stop_string_is_reported_and_not_streamed(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "stop_sequences.py", cwd=tmp_path)
-    (free,) = re.findall(r"^without: '(.*)', ended by 'length'$", said, re.MULTILINE)
-    (stop,) = re.findall(r"^with \['(.+?)', ", said, re.MULTILINE)
-    (text,) = re.findall(rf"^with .*: '(.*)', ended by 'stop' at '{re.escape(stop)}'$", said, re.MULTILINE)
+    output = run(EXAMPLES / "stop_sequences.py", cwd=tmp_path)
+    (free,) = re.findall(r"^without: '(.*)', ended by 'length'$", output, re.MULTILINE)
+    (stop,) = re.findall(r"^with \['(.+?)', ", output, re.MULTILINE)
+    (text,) = re.findall(rf"^with .*: '(.*)', ended by 'stop' at '{re.escape(stop)}'$", output, re.MULTILINE)
     assert text == free[: free.index(stop)]
-    (streamed,) = re.findall(r"^streamed: \[(.*)\], then", said, re.MULTILINE)
+    (streamed,) = re.findall(r"^streamed: \[(.*)\], then", output, re.MULTILINE)
     assert streamed.replace("', '", "").strip("'") == text
 
 
 def test_prefilled_tokens_are_not_computed_again(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "warm.py", cwd=tmp_path)
-    ((read,),) = numbers(r"prefilled: (\d+) tokens", said)
-    assert re.search(r"stored as [0-9a-f]{12}; reply ''", said)
-    for warm, computed in (found := numbers(r"question: (\d+) tokens from the cache, (\d+) computed", said)):
+    output = run(EXAMPLES / "warm.py", cwd=tmp_path)
+    ((read,),) = numbers(r"prefilled: (\d+) tokens", output)
+    assert re.search(r"stored as [0-9a-f]{12}; reply ''", output)
+    for warm, computed in (found := numbers(r"question: (\d+) tokens from the cache, (\d+) computed", output)):
         assert warm >= read
         assert computed < 40
     assert len(found) == 2
 
 
 def test_a_chat_starts_each_turn_where_the_last_one_ended(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "chat.py", cwd=tmp_path)
-    (prompt, _, completion), (_, again, _), *_ = numbers(r"prompt=(\d+), cached=(\d+), completion=(\d+)", said)
+    output = run(EXAMPLES / "chat.py", cwd=tmp_path)
+    (prompt, _, completion), (_, again, _), *_ = numbers(r"prompt=(\d+), cached=(\d+), completion=(\d+)", output)
     assert again == prompt + completion, "the whole first turn, including its reply"
-    assert "What is 23 + 17? -> '23 + 17 = 40.'" in said
-    assert "And minus 5? -> '40 - 5 = 35.'" in said
+    assert "What is 23 + 17? -> '23 + 17 = 40.'" in output
+    assert "And minus 5? -> '40 - 5 = 35.'" in output
 
 
 def test_the_requested_document_is_found(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "embeddings.py", cwd=tmp_path)
-    assert "4 documents, 64 dimensions" in said
-    assert re.search(r"^1\.00  'a kettle is for boiling water'$", said, re.MULTILINE)
-    found = re.findall(r"^(-?\d\.\d\d)  '", said, re.MULTILINE)
+    output = run(EXAMPLES / "embeddings.py", cwd=tmp_path)
+    assert "4 documents, 64 dimensions" in output
+    assert re.search(r"^1\.00  'a kettle is for boiling water'$", output, re.MULTILINE)
+    found = re.findall(r"^(-?\d\.\d\d)  '", output, re.MULTILINE)
     assert len(found) == 4
     assert found == sorted(found, key=float, reverse=True)
 
 
 def test_thinking_is_separated_from_the_answer(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "thinking.py", cwd=tmp_path)
-    assert "answer:    '23 + 17 = 40.'" in said
-    assert re.search(r"signature: [0-9a-f]{64}\n", said)
-    assert re.search(r"complete:  '(.*)', '23 \+ 17 = 40\.'", said)
-    assert re.search(r"with a budget: '.{1,30} That will do\.', '.+'", said)
+    output = run(EXAMPLES / "thinking.py", cwd=tmp_path)
+    assert "answer:    '23 + 17 = 40.'" in output
+    assert re.search(r"signature: [0-9a-f]{64}\n", output)
+    assert re.search(r"complete:  '(.*)', '23 \+ 17 = 40\.'", output)
+    assert re.search(r"with a budget: '.{1,30} That will do\.', '.+'", output)
 
 
 def test_a_tool_is_called_and_its_result_used(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "tools.py", cwd=tmp_path)
-    assert "get_time({'city': 'Oslo'}) -> 12:30" in said
-    assert "answer: 'It is 12:30 in Oslo.'" in said
+    output = run(EXAMPLES / "tools.py", cwd=tmp_path)
+    assert "get_time({'city': 'Oslo'}) -> 12:30" in output
+    assert "answer: 'It is 12:30 in Oslo.'" in output
 
 
-def test_speculation_gives_the_same_reply(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "speculation.py", cwd=tmp_path)
-    assert "the same reply" in said
-    assert "5 of 5 proposed tokens accepted" in said
+def test_speculation_returns_the_same_reply(tmp_path: Path) -> None:
+    output = run(EXAMPLES / "speculation.py", cwd=tmp_path)
+    assert "the same reply" in output
+    assert "5 of 5 proposed tokens accepted" in output
 
 
 def test_replies_follow_grammars(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "structured_output.py", cwd=tmp_path)
-    assert re.search(r"GBNF:        \{'n': \d\}\n", said)
-    assert re.search(r"JSON schema: \{'city': '(Oslo|Paris)', 'celsius': -?\d+\}\n", said)
-    assert re.search(r"regex:       \d{4}-\d\d-\d\d\n", said)
+    output = run(EXAMPLES / "structured_output.py", cwd=tmp_path)
+    assert re.search(r"GBNF:        \{'n': \d\}\n", output)
+    assert re.search(r"JSON schema: \{'city': '(Oslo|Paris)', 'celsius': -?\d+\}\n", output)
+    assert re.search(r"regex:       \d{4}-\d\d-\d\d\n", output)
 
 
 def test_more_requests_than_may_run_wait(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "many_at_once.py", cwd=tmp_path)
-    assert "4 running, 2 waiting" in said
-    assert numbers(r"worker (\d), seed (\d)", said) == [(n, n) for n in range(6)]
-    ((tokens, decodes),) = numbers(r"(\d+) tokens in (\d+) decodes; 0 waiting", said)
+    output = run(EXAMPLES / "many_at_once.py", cwd=tmp_path)
+    assert "4 running, 2 waiting" in output
+    assert numbers(r"worker (\d), seed (\d)", output) == [(n, n) for n in range(6)]
+    ((tokens, decodes),) = numbers(r"(\d+) tokens in (\d+) decodes; 0 waiting", output)
     assert decodes < tokens / 2
 
 
 def test_models_with_different_load_options_share_no_kv(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "load_options.py", cwd=tmp_path)
-    kinds = re.findall(r"^(.*): (cold|exact), [\d.]+ MiB of KV$", said, re.MULTILINE)
+    output = run(EXAMPLES / "load_options.py", cwd=tmp_path)
+    kinds = re.findall(r"^(.*): (cold|exact), [\d.]+ MiB of KV$", output, re.MULTILINE)
     assert [kind for _, kind in kinds] == ["cold", "exact", "cold", "cold", "cold"]
-    assert re.search(r"^CPU: cpu, .+ GiB$", said, re.MULTILINE)
-    assert said.count("refused: ") == 2
+    assert re.search(r"^CPU: cpu, .+ GiB$", output, re.MULTILINE)
+    assert output.count("refused: ") == 2
 
 
 def test_different_adapters_share_no_kv(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "adapters.py", cwd=tmp_path)
-    found = re.findall(r"^(without|half|whole): (\w+); (.*)$", said, re.MULTILINE)
+    output = run(EXAMPLES / "adapters.py", cwd=tmp_path)
+    found = re.findall(r"^(without|half|whole): (\w+); (.*)$", output, re.MULTILINE)
     assert [(how, kind) for how, kind, _ in found] == [
         ("without", "cold"),
         ("half", "cold"),
@@ -305,19 +305,19 @@ def test_different_adapters_share_no_kv(tmp_path: Path) -> None:
         ("without", "exact"),
     ]
     assert len({(how, text) for how, _, text in found}) == len({text for _, _, text in found}) == 3
-    assert "loaded: [('lora.gguf', 0.5)]" in said
-    assert "started before the change: exact" in said
-    assert "the file is not an adapter" in said
+    assert "loaded: [('lora.gguf', 0.5)]" in output
+    assert "started before the change: exact" in output
+    assert "the file is not an adapter" in output
 
 
 def test_a_running_model_can_be_observed(tmp_path: Path) -> None:
-    said = run(EXAMPLES / "observe.py", cwd=tmp_path)
-    assert "before: idle, 0 running, 0 waiting" in said
-    assert "busy: generating, 2 running, 1 waiting" in said
-    assert "after: idle, 0 running, 0 waiting" in said
-    assert numbers(r"; (\d) running in all models", said) == [(0,), (2,), (0,)]
+    output = run(EXAMPLES / "observe.py", cwd=tmp_path)
+    assert "before: idle, 0 running, 0 waiting" in output
+    assert "busy: generating, 2 running, 1 waiting" in output
+    assert "after: idle, 0 running, 0 waiting" in output
+    assert numbers(r"; (\d) running in all models", output) == [(0,), (2,), (0,)]
     # BOS and ten times the 29 bytes of the system prompt, which is the only prefilled text.
-    assert numbers(r"(\d+) tokens of the next prompt are cached", said)[:2] == [(0,), (291,)]
+    assert numbers(r"(\d+) tokens of the next prompt are cached", output)[:2] == [(0,), (291,)]
 
 
 @pytest.mark.parametrize("page", SCRIPTS)

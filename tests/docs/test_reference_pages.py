@@ -100,9 +100,9 @@ def test_every_option_has_its_row_with_its_default(heading: str) -> None:
 def test_options_of_other_methods_have_their_defaults() -> None:
     found = set()
     for row in CONFIGURATION["Other methods"]:
-        said = re.fullmatch(r"`(\w+)\.(\w+)\((\w+)=\)`", row[0])
-        assert said, row[0]
-        owner, method, option = said.groups()
+        named = re.fullmatch(r"`(\w+)\.(\w+)\((\w+)=\)`", row[0])
+        assert named, row[0]
+        owner, method, option = named.groups()
         parameters = inspect.signature(getattr(getattr(erllama, owner), method)).parameters
         assert parameters[option].default == literal(row[1]), row[0]
         found.add((method, option))
@@ -131,9 +131,9 @@ def test_tables_of_other_pages_have_the_same_defaults() -> None:
 
 
 def test_the_environment_is_what_the_build_reads() -> None:
-    told = {name_of(row[0]) for row in CONFIGURATION["Environment"]}
+    listed = {name_of(row[0]) for row in CONFIGURATION["Environment"]}
     sources = (ROOT / "setup.py").read_text() + (ROOT / "scripts" / "build_llama.sh").read_text()
-    assert set(re.findall(r"\b(?:ERLLAMA_[A-Z_]+|LLAMA_CPP_DIR)\b", sources)) == told
+    assert set(re.findall(r"\b(?:ERLLAMA_[A-Z_]+|LLAMA_CPP_DIR)\b", sources)) == listed
     for source in (ROOT / folder for folder in ("erllama", "engine", "cache", "llama_ffi")):
         for path in source.rglob("*.py"):
             assert "os.environ" not in path.read_text(), f"{path}: document the variable in docs/configuration.md"
@@ -164,10 +164,10 @@ ROWS = [row for rows in tables("docs/erlang.md").values() for row in rows]
 
 
 def test_every_erlang_call_has_its_row() -> None:
-    told = " ".join(row[0] for row in ROWS)
+    listed = " ".join(row[0] for row in ROWS)
     calls = {f"erllama:{call}" for call in FACADE.split()} | set(CACHE.split())
-    assert calls <= set(re.findall(r"`(\w+:\w+/\d)`", told))
-    assert set(OTHERS.split()) <= set(re.findall(r"\w+", told))
+    assert calls <= set(re.findall(r"`(\w+:\w+/\d)`", listed))
+    assert set(OTHERS.split()) <= set(re.findall(r"\w+", listed))
 
 
 def test_the_python_equivalents_of_calls_exist() -> None:

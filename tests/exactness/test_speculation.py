@@ -180,9 +180,9 @@ def test_speculative_draws_follow_the_models_distribution() -> None:
     options = {"temperature": 0.4, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     with stub() as model:
         one, two = model.complete("Q", max_tokens=2, temperature=0.0).tokens
-        told = model.complete([ord("Q"), one, two], max_tokens=1, temperature=0.0, logprobs=100).logprobs
-        assert told is not None
-        weights = {token: np.exp(logprob / 0.4) for token, logprob in told[0].top}
+        found = model.complete([ord("Q"), one, two], max_tokens=1, temperature=0.0, logprobs=100).logprobs
+        assert found is not None
+        weights = {token: np.exp(logprob / 0.4) for token, logprob in found[0].top}
         likely = sorted(weights, key=lambda token: -weights[token])[:4]
         counts: Counter[int] = Counter()
         for seed in range(1500):

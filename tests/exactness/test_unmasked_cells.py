@@ -29,7 +29,7 @@ int main() {
         const int64_t n = dice() % 120, begin = dice() % (n + 1), end = begin + dice() % (n - begin + 1);
         const unsigned rare = 1 + dice() % 30;
         const bool often = dice() % 2;
-        // Exactly as long as it is said to be: what reads beyond its end is found by the address sanitizer.
+        // Exactly as long as declared: what reads beyond its end is found by the address sanitizer.
         std::vector<uint16_t> mask(n);
         for (auto &value : mask) value = (dice() % rare != 0) != often ? 0xFC00 : values[dice() % 7];
         char k[64], v[64];

@@ -174,7 +174,7 @@ def test_any_thread_can_load_scale_and_unload(stub_adapters: list[Path]) -> None
         wait_until(lambda: not backend.loaded)
         assert model.adapters == ()
         assert greedy_reply(model).tokens == cold_stub(tuple(PROMPT), (), 6)
-    assert backend.wrongs == []
+    assert backend.violations == []
 
 
 # --- requests in flight
@@ -206,7 +206,7 @@ def test_requests_in_flight_keep_their_adapter_set(stub_adapters: list[Path]) ->
             assert stream.result().tokens == cold_stub(tuple(PROMPT), adapters, 20)
         second.unload()
         wait_until(lambda: not backend.loaded)
-    assert backend.wrongs == []
+    assert backend.violations == []
     assert len({adapters for _, adapters in streams}) == 5
 
 
@@ -222,7 +222,7 @@ def test_an_unloaded_adapter_is_freed_after_its_last_request(stub_adapters: list
         assert running.result().tokens == cold_stub(tuple(PROMPT), adapter_set({stub_adapters[0]: 1.0}), 3)
         assert waiting.result().tokens == cold_stub(tuple(PROMPT), adapter_set({stub_adapters[0]: 1.0}), 3)
         wait_until(lambda: not backend.loaded)
-    assert backend.wrongs == []
+    assert backend.violations == []
 
 
 def test_a_refused_request_releases_its_adapters(stub_adapters: list[Path]) -> None:
@@ -240,7 +240,7 @@ def test_a_refused_request_releases_its_adapters(stub_adapters: list[Path]) -> N
             for stream in streams:
                 stream.result()
             wait_until(lambda: not backend.loaded)
-    assert backend.wrongs == []
+    assert backend.violations == []
 
 
 def test_unloading_the_model_frees_its_adapters(tiny_gguf: Path, loras: list[Path]) -> None:
@@ -278,4 +278,4 @@ def test_no_adapter_set_starves(stub_adapters: list[Path]) -> None:
     scales = [adapters[0][1] if adapters else 0 for adapters in backend.sets]
     assert [scale for scale, _ in groupby(scales)] == [1, 0.5, 1, 0]
     assert model.metrics.ticks < 30 + 5 + 5 + 5 + 12, "requests of one set run together"
-    assert backend.wrongs == []
+    assert backend.violations == []

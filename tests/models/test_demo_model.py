@@ -43,18 +43,18 @@ def tokenizer() -> Tokenizer:
 
 
 def test_sums_are_thought_through_and_mostly_right(demo: erllama.Model) -> None:
-    found = skills.calculates(demo, 20)
+    found = skills.measure_sums(demo, 20)
     assert found.right >= 16, found.wrong
 
 
 def test_tools_are_called_with_the_city_and_their_results_reported(demo: erllama.Model) -> None:
-    found = skills.uses_tools(demo, ["Oslo", *words.UNSEEN_CITIES[:9]])
+    found = skills.measure_tool_use(demo, ["Oslo", *words.UNSEEN_CITIES[:9]])
     assert found.called >= 9, found.wrong
-    assert found.told >= 8, found.wrong
+    assert found.reported >= 8, found.wrong
 
 
 def test_stories_end_and_keep_their_subject(demo: erllama.Model) -> None:
-    found = skills.tells_stories(demo, skills.SUBJECTS)
+    found = skills.measure_stories(demo, skills.SUBJECTS)
     assert found.ended >= 8, found.wrong
     assert found.kept >= 8, found.wrong  # the model may misspell a word that it has never read
 

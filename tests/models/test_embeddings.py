@@ -124,7 +124,7 @@ def test_vectors_are_normalized_by_default(kind: str, request: pytest.FixtureReq
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=ROUNDING)
 
 
-def test_texts_and_their_tokens_give_the_same_embeddings(decoder: erllama.Model) -> None:
+def test_texts_and_their_tokens_have_the_same_embeddings(decoder: erllama.Model) -> None:
     one = decoder.embed("hello")
     ids = decoder.tokenize("hello")
     assert one.shape == (1, 64)

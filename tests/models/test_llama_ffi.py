@@ -325,7 +325,7 @@ def test_impossible_contexts_raise_errors(model: LlamaModel, options: dict[str, 
         LlamaContext(model, **{**CONTEXT, **options})
 
 
-def test_the_log_of_libllama_goes_to_logging(
+def test_the_log_of_libllama_is_passed_to_logging(
     tiny_gguf: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with caplog.at_level(logging.DEBUG, "erllama.llama"):
@@ -418,7 +418,7 @@ def test_a_grammar_keeps_its_model(tiny_gguf: Path) -> None:
         LlamaSampler("grammar", texts=['root ::= "ab"', "root"], vocabulary=vocabulary)
 
 
-# --- lifetimes: each in a process of its own, which must end well -------------------------------------
+# --- lifetimes: each in a child process, which must exit normally -------------------------------------
 
 SETUP = """
 import gc, sys, threading, numpy as np

@@ -298,7 +298,7 @@ def test_contradictory_options_are_refused(tiny_gguf: Path, options: dict[str, o
 
 
 def test_devices_are_listed_before_a_model_is_loaded() -> None:
-    said = must_run(
+    printed = must_run(
         """
         import erllama
         found = erllama.devices()
@@ -309,7 +309,7 @@ def test_devices_are_listed_before_a_model_is_loaded() -> None:
         print(len({device.name for device in found}) == len(found))
         """
     )
-    assert said == "True\n"
+    assert printed == "True\n"
 
 
 def test_listing_devices_reports_a_missing_library() -> None:
@@ -538,7 +538,7 @@ def test_models_can_load_concurrently(tiny_gguf: Path, tmp_path: Path) -> None:
     assert [len(replies) for _, replies in sorted(alone.items())] == [1, 1, 1]
 
 
-# --- what a model tells of itself ------------------------------------------------------------------
+# --- model.info ------------------------------------------------------------------------------------
 
 
 def test_a_model_reports_its_facts_and_memory(tiny_gguf: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_dropped_model_is_reported_and_freed() -> None:
 
 
 def test_rebinding_one_name_keeps_one_model(tiny_gguf: Path) -> None:
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = None
         for _ in range(4):
@@ -61,7 +61,7 @@ def test_rebinding_one_name_keeps_one_model(tiny_gguf: Path) -> None:
         assert model is not None
         assert erllama.list_models() == [model]
         model.unload()
-    assert [warning.category for warning in told] == [ResourceWarning] * 3
+    assert [warning.category for warning in caught] == [ResourceWarning] * 3
 
 
 def test_a_dropped_vocabulary_only_model_is_reported(tiny_gguf: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_running_reply_keeps_its_model() -> None:
 
 
 def test_exit_waits_for_a_model_that_was_just_dropped() -> None:
-    told = must_run(
+    printed = must_run(
         """
         import time, erllama
         from erllama.engine.backends.stub import StubBackend
@@ -108,7 +108,7 @@ def test_exit_waits_for_a_model_that_was_just_dropped() -> None:
         del model
         """
     )
-    assert told == "closed\n"
+    assert printed == "closed\n"
 
 
 def test_exit_unloads_all_models_though_one_fails() -> None:

@@ -1,4 +1,4 @@
-"""A forked child works, whatever other threads of its parent did at the fork."""
+"""A forked child works, regardless of what other threads of its parent did at the fork."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from support.subprocesses import must_run
 
 
 def test_a_child_forked_while_grammars_compile_can_compile() -> None:
-    told = must_run(
+    printed = must_run(
         """
         import itertools, os, signal, threading, warnings
         warnings.simplefilter("ignore")
@@ -38,11 +38,11 @@ def test_a_child_forked_while_grammars_compile_can_compile() -> None:
         """,
         timeout=300,
     )
-    assert told == "whole\n"
+    assert printed == "whole\n"
 
 
 def test_a_child_forked_while_models_load_can_load() -> None:
-    told = must_run(
+    printed = must_run(
         """
         import os, signal, threading, warnings
         warnings.simplefilter("ignore")
@@ -74,4 +74,4 @@ def test_a_child_forked_while_models_load_can_load() -> None:
         print("whole")
         """
     )
-    assert told == "whole\n"
+    assert printed == "whole\n"

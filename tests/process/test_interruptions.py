@@ -151,7 +151,7 @@ def test_calls_to_a_failed_model_thread_raise_typed_errors(
 
 
 @pytest.mark.parametrize("error", ENDINGS)
-def test_a_model_unloads_whatever_its_backend_raises(error: type[BaseException]) -> None:
+def test_a_model_unloads_even_if_its_backend_raises(error: type[BaseException]) -> None:
     class Failing(StubBackend):
         def close(self) -> None:
             raise error("it does not close")
@@ -200,7 +200,7 @@ def test_ctrl_c_while_an_adapter_loads_leaves_none_loaded(stub_adapters: list[Pa
             model.load_adapter(stub_adapters[0])
         wait_until(lambda: not model._runner._calls and model.adapters == () and backend.loaded == [])
         assert len(model.complete("x", max_tokens=2).tokens) == 2
-        assert backend.wrongs == []
+        assert backend.violations == []
 
 
 def interrupted_at(step: int, modules: tuple[str, ...], call: Callable[[], object]) -> bool:
@@ -266,4 +266,4 @@ def test_ctrl_c_loads_an_adapter_completely_or_not_at_all(stub_adapters: list[Pa
                 adapter.unload()
             wait_until(lambda: backend.loaded == [])
         assert step > 10
-        assert backend.wrongs == []
+        assert backend.violations == []

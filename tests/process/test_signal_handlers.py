@@ -140,15 +140,15 @@ def test_a_handler_can_unload_a_model_at_any_step() -> None:
             try:
                 model.complete([5] * 10, max_tokens=4000, timeout=1)
             except erllama.ModelUnloaded:
-                ended.append("told")
+                ended.append("unloaded")
             except erllama.DeadlineExceeded:
                 pass
-        assert ended == [True, "told"]
+        assert ended == [True, "unloaded"]
         wait_until(lambda model=model: model not in erllama.list_models())  # type: ignore[misc]
 
 
 def test_exit_waits_for_an_unload_that_a_handler_started() -> None:
-    told = must_run(
+    printed = must_run(
         """
         import os, signal, threading, time
         import erllama
@@ -167,10 +167,10 @@ def test_exit_waits_for_an_unload_that_a_handler_started() -> None:
             while True:
                 model.complete([5] * 10, max_tokens=4000)
         except erllama.ModelUnloaded:
-            print("told", flush=True)
+            print("unloaded", flush=True)
         """
     )
-    assert told.split() == ["told", "closed"]
+    assert printed.split() == ["unloaded", "closed"]
 
 
 def test_a_call_detects_whether_it_interrupts_another() -> None:

@@ -51,10 +51,10 @@ def test_greedy_sampling_takes_the_token_of_libllama(row: Row) -> None:
 def test_a_draw_selects_the_token_at_its_cumulative_share(row: Row, seed: int) -> None:
     with LlamaSampler("dist", seed) as dist:
         left = dist.apply(row.ids, row.logits, in_order=row.in_order)
-    candidates, told = row.candidates(), ReplayedRandom()
+    candidates, replayed = row.candidates(), ReplayedRandom()
     assume(left.probabilities[left.selected] > 1e-7)
-    told.choose(candidates, int(left.ids[left.selected]))
-    candidates.random = told  # type: ignore[assignment]
+    replayed.choose(candidates, int(left.ids[left.selected]))
+    candidates.random = replayed  # type: ignore[assignment]
     assert Categorical().draw(candidates) == left.ids[left.selected]
 
 
@@ -99,14 +99,14 @@ def test_mirostat_matches_libllama(version: int) -> None:
     )
     @settings(max_examples=200)
     def check(given_rows: list[Row], tau: float, eta: float, seed: int) -> None:
-        ours, mu, told = Mirostat(version, tau, eta, N_VOCAB), 2 * tau, ReplayedRandom()
+        ours, mu, replayed = Mirostat(version, tau, eta, N_VOCAB), 2 * tau, ReplayedRandom()
         numbers = (N_VOCAB, seed, tau, eta, 100) if version == 1 else (seed, tau, eta)
         with LlamaSampler("mirostat" if version == 1 else "mirostat_v2", *numbers) as theirs:
             for row in given_rows:
                 if version == 1 and not defined(row, mu):
                     return
                 candidates = row.candidates()
-                candidates.random = told  # type: ignore[assignment]
+                candidates.random = replayed  # type: ignore[assignment]
                 left = theirs.apply(row.ids, row.logits, in_order=row.in_order)
                 kept = candidates.top(ours._n_kept(candidates))
                 compare_kept(version, mu, row, len(kept), len(left.ids))
@@ -114,7 +114,7 @@ def test_mirostat_matches_libllama(version: int) -> None:
                 if len(kept) != len(left.ids) or token not in kept.ids:
                     return  # rounding or equal logits decided, so both sides draw from different candidates
                 compare_probabilities(kept, left, CLOSE)
-                told.choose(kept, token)
+                replayed.choose(kept, token)
                 assert ours.draw(candidates) == token
                 mu -= eta * (-math.log2(probability) - tau)
                 assert ours.mu == pytest.approx(mu, abs=1e-4)

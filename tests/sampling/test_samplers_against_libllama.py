@@ -313,8 +313,8 @@ def test_dry_with_a_real_vocabulary_matches_libllama(name: str) -> None:
 
         @given(st.data(), st.lists(st.sampled_from(parts), max_size=20))
         @settings(max_examples=15)
-        def check(data: st.DataObject, said: list[str]) -> None:
-            context = vocabulary.tokenize("".join(said), parse_special=True)
+        def check(data: st.DataObject, words: list[str]) -> None:
+            context = vocabulary.tokenize("".join(words), parse_special=True)
             tokens = np.union1d(ids, context).astype(np.int32)
             row = Row(tokens, np.zeros(len(tokens), np.float32))
             pair = data.draw(dries(vocabulary, texts))

@@ -417,7 +417,7 @@ def test_one_metric_can_be_scraped_alone(registry: CollectorRegistry) -> None:
     assert [sample.name for family in found for sample in family.samples] == ["erllama_ticks_total"]
 
 
-def test_without_prometheus_client_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_prometheus_client_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.delitem(sys.modules, "erllama.metrics")
     with pytest.raises(

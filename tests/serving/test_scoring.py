@@ -27,7 +27,7 @@ def directly(
     backend: LlamaBackend | StubBackend, prompt: NDArray[np.int32], after: NDArray[np.int32]
 ) -> list[float]:
     """Return the log-probabilities of `after`, by one decode per token in an empty context."""
-    told = []
+    logprobs = []
     backend.clear()
     tokens = np.concatenate([prompt, after]).astype(np.int32)
     for at in range(len(tokens) - 1):
@@ -35,9 +35,9 @@ def directly(
         logits = backend.decode(Batch(*row, np.ones(1, np.int8)))[0].astype(np.float64)
         if at >= len(prompt) - 1:
             top = logits.max()
-            told.append(float(logits[tokens[at + 1]] - top - np.log(np.exp(logits - top).sum())))
+            logprobs.append(float(logits[tokens[at + 1]] - top - np.log(np.exp(logits - top).sum())))
     backend.clear()
-    return told
+    return logprobs
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_score_matches_the_logprobs_of_the_reply(model: erllama.Model) -> None
     assert reply.logprobs is not None
     score = model.score(model.tokenize(PROMPT), reply.tokens)
     assert score.is_greedy
-    np.testing.assert_allclose(score.logprobs, [told.logprob for told in reply.logprobs], atol=1e-3)
+    np.testing.assert_allclose(score.logprobs, [entry.logprob for entry in reply.logprobs], atol=1e-3)
     likely = list(reply.tokens)
     likely[7] = (likely[7] + 1) % 250 + 3
     assert not model.score(model.tokenize(PROMPT), likely).is_greedy
@@ -220,9 +220,9 @@ def test_infill_uses_both_sides_of_a_gap(coder: erllama.Model) -> None:
 
     async def ask() -> None:
         assert (await coder.ainfill("", "end", temperature=0)).text == "return 1"
-        said = [event async for event in coder.astream_infill("", "end", temperature=0)]
-        assert isinstance(said[-1], erllama.Done)
-        assert said[-1].completion.text == "return 1"
+        events = [event async for event in coder.astream_infill("", "end", temperature=0)]
+        assert isinstance(events[-1], erllama.Done)
+        assert events[-1].completion.text == "return 1"
 
     asyncio.run(ask())
 

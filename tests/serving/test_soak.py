@@ -300,7 +300,7 @@ class ConcurrentClients:
         except erllama.BackendError as error:
             self._record_end(type(error).__name__)
             if "injected" not in str(error):
-                self._report_wrong(f"nobody injected this: {error!r}")
+                self._report_wrong(f"an error that was not injected: {error!r}")
 
     def _check_reply(
         self, number: int, extra: dict[str, object], reply: Completion, *, cancelled: bool = False
@@ -313,7 +313,7 @@ class ConcurrentClients:
         if reply.context_tokens != asked.prompt + reply.tokens:
             self._report_wrong(f"{number}: the context is not prompt and reply")
         if not cancelled and reply.finish_reason == "cancelled":
-            self._report_wrong(f"{number}: nobody cancelled it")
+            self._report_wrong(f"{number}: cancelled without a request")
         if not (self._exact or extra.get("reproducible")):
             return
         wanted = asked.reply
@@ -330,10 +330,10 @@ class ConcurrentClients:
             self._report_wrong(f"{number}: a stream that does not end with Done")
             return
         reply = end.completion
-        told = tuple(token for piece in pieces for token in piece.tokens)  # type: ignore[union-attr]
+        streamed = tuple(token for piece in pieces for token in piece.tokens)  # type: ignore[union-attr]
         text = "".join(piece.text for piece in pieces)  # type: ignore[union-attr]
         # The tokens of a stop string are reported only at the end.
-        if text != reply.text or told != reply.tokens[: len(told)]:
+        if text != reply.text or streamed != reply.tokens[: len(streamed)]:
             self._report_wrong(f"{number}: the pieces are not those of the reply")
         self._check_reply(number, extra, reply, cancelled=cancelled)
 

@@ -74,7 +74,7 @@ def test_the_first_stop_by_position_wins() -> None:
         assert (late.text, late.stop_sequence, late.stop_token) == ("hi th", "<|user|>", USER)
 
 
-def test_an_end_token_given_as_stop_token_is_reported() -> None:
+def test_an_end_token_passed_as_stop_token_is_reported() -> None:
     with model_replying(b"hi") as model:
         reply = model.chat([{"role": "user", "content": "Q"}], stop="<|end|>")
         assert (reply.text, reply.tokens) == ("hi", tuple(b"hi"))

@@ -29,20 +29,20 @@ def test_the_first_stop_string_wins_for_all_token_boundaries(pieces: list[str], 
 def test_white_space_after_a_phase_matches_no_white_space_stop_string(pieces: list[str], stops: list[str]) -> None:
     scanner = StopScanner(stops)
     scanner.begin()
-    said = "".join([*map(scanner.feed, pieces), scanner.flush()])
-    assert (said, scanner.matched) == first_by_position("".join(pieces), stops, behind=True)
+    streamed = "".join([*map(scanner.feed, pieces), scanner.flush()])
+    assert (streamed, scanner.matched) == first_by_position("".join(pieces), stops, behind=True)
 
 
 @settings(max_examples=500)
 @given(letters, stops)
 def test_only_text_that_may_begin_a_stop_string_is_held_back(text: str, stops: list[str]) -> None:
     scanner = StopScanner(stops)
-    said = ""
+    streamed = ""
     for i, letter in enumerate(text):
-        said += scanner.feed(letter)
+        streamed += scanner.feed(letter)
         if scanner.matched is not None:
             break
-        held = text[len(said) : i + 1]
+        held = text[len(streamed) : i + 1]
         assert not held or any(
             stop.startswith(held) or (stop in held and any(s.startswith(held[0]) for s in stops)) for stop in stops
         )

@@ -1,7 +1,7 @@
 """Faults of storage, signals and clocks by kind: what must hold for every example.
 
 Each test states what a user relies on: others can write after an exception, counted bytes are bytes on disk,
-flush() returns under load, a clock that was wrong has no lasting effect, a lack of descriptors harms nobody else.
+flush() returns under load, a wrong clock has no lasting effect, a lack of descriptors harms no other process.
 """
 
 from __future__ import annotations

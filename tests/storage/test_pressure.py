@@ -499,7 +499,7 @@ def vanished() -> int:
 
 
 @pytest.mark.parametrize("gone", [vanished, lambda: -1])
-def test_the_thread_ends_when_eviction_says_that_the_owner_is_gone(
+def test_the_thread_ends_when_eviction_reports_that_the_owner_is_gone(
     gone: Callable[[], int], caplog: pytest.LogCaptureFixture
 ) -> None:
     owner = Owner(lambda: MemoryUsage(90, 100), gone, interval=SOON)
@@ -640,7 +640,7 @@ def test_the_system_source_works_on_this_machine() -> None:
     assert machine.faults == []
 
 
-def test_the_system_source_without_psutil_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_system_source_without_psutil_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psutil", None)
     with pytest.raises(MissingPackage, match="pip install psutil"):
         Machine(0, 1).watch("system")

@@ -74,7 +74,7 @@ WORKING = """
             cache.rows(), cache.contains(dice.randbytes(32)), cache.context(blocks_of(tokens)[-1].key)
     cache.flush()
     print(n_loads, n_evictions, flush=True)
-    sys.stdin.readline()  # now nobody writes any more
+    sys.stdin.readline()  # now no process writes
 
     deadline = time.monotonic() + 20
     there = {path.stem for path in (root / "blocks").iterdir()}
@@ -135,7 +135,7 @@ def tell(child: object) -> None:
     stdin.flush()
 
 
-def test_eviction_by_one_process_gives_another_the_payload_or_a_miss(tmp_path: Path) -> None:
+def test_during_an_eviction_another_process_reads_the_payload_or_misses(tmp_path: Path) -> None:
     evicting = """
         cache = Cache(block_size=SIZE, ram=0, disk=sys.argv[1])
         contexts = [np.arange(first, first + 64, dtype=np.int32) for first in range(0, 1000, 100)]

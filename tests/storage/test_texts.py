@@ -195,11 +195,11 @@ def turns(n_turns: int, n_tokens: int, rewrite: bool = False) -> Iterator[tuple[
     text, tokens = b"", np.zeros(0, np.int32)
     for turn in range(n_turns):
         added = draw.integers(0, 150_000, n_tokens // n_turns, np.int32)
-        said = b" turn %d " % turn + bytes(3 * len(added))
-        yield text + said, np.concatenate([tokens, added])
-        yield text + said + b"<end>", np.concatenate([tokens, added])
+        output = b" turn %d " % turn + bytes(3 * len(added))
+        yield text + output, np.concatenate([tokens, added])
+        yield text + output + b"<end>", np.concatenate([tokens, added])
         kept = len(added) // 2 if rewrite else len(added)
-        text, tokens = text + said[: 3 * kept] + b"<end>", np.concatenate([tokens, added[:kept]])
+        text, tokens = text + output[: 3 * kept] + b"<end>", np.concatenate([tokens, added[:kept]])
 
 
 def distinct_bytes(texts: list[tuple[bytes, np.ndarray[Any, Any]]]) -> int:

@@ -24,7 +24,7 @@ MANY = np.arange(10 * SIZE, dtype=np.int32)
 SOON = 15.0  # seconds; a tail that is not hurried waits twice as long
 
 
-def held(cache: Cache) -> dict[str, int]:
+def blocks_by_tier(cache: Cache) -> dict[str, int]:
     return {tier: int(cache.counters()[f"blocks_{tier}"]) for tier in cache.tier_names}
 
 
@@ -33,9 +33,9 @@ def test_a_save_reaches_every_tier(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram_file=tmp_path / "f", disk=tmp_path / "d", tiers=[shelf]) as cache:
         assert cache.tier_names == ("ram", "ram_file", "disk", "remote")
         save(cache, MANY)
-        assert held(cache)["ram"] == 10, "through"
+        assert blocks_by_tier(cache)["ram"] == 10, "through"
         cache.flush()
-        assert set(held(cache).values()) == {10}
+        assert set(blocks_by_tier(cache).values()) == {10}
         assert [(status.tier, status.error) for status in cache.tiers()] == [
             ("ram", None),
             ("ram_file", None),
@@ -49,16 +49,16 @@ def test_a_hit_in_a_slow_tier_is_promoted(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, tiers=[shelf]) as cache:
         save(cache, MANY)
     with Cache(block_size=SIZE, ram_file=tmp_path / "f", disk=tmp_path / "d", tiers=[shelf]) as cache:
-        assert held(cache) == {"ram": 0, "ram_file": 0, "disk": 0, "remote": 10}
+        assert blocks_by_tier(cache) == {"ram": 0, "ram_file": 0, "disk": 0, "remote": 10}
         with cache.lookup(NAMESPACE, MANY) as match:
             assert {cache.load(block).tier for block in match.blocks} == {"remote"}  # type: ignore[union-attr]
             assert {cache.load(block).tier for block in match.blocks} == {"ram"}  # type: ignore[union-attr]
         cache.flush()
-        assert set(held(cache).values()) == {10}
+        assert set(blocks_by_tier(cache).values()) == {10}
         assert cache.counters()["promotions"] >= 10
 
 
-def test_every_tier_keeps_to_its_own_budget(tmp_path: Path) -> None:
+def test_every_tier_stays_within_its_own_budget(tmp_path: Path) -> None:
     with Cache(
         block_size=SIZE,
         ram=3 * 64,
@@ -70,7 +70,7 @@ def test_every_tier_keeps_to_its_own_budget(tmp_path: Path) -> None:
         for i in range(30):
             save(cache, np.array([i] * SIZE, dtype=np.int32))
         cache.flush()
-        assert held(cache) == {"ram": 3, "ram_file": 5, "disk": 7}
+        assert blocks_by_tier(cache) == {"ram": 3, "ram_file": 5, "disk": 7}
         counters = cache.counters()
         assert [counters[f"evictions_{tier}"] for tier in cache.tier_names] == [27, 25, 23]
 
@@ -80,7 +80,7 @@ def test_several_directories_form_one_tier(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk={a: 4 * 328, b: 8 * 328}) as cache:
         save(cache, MANY)
         cache.flush()
-        assert held(cache) == {"disk": 10}
+        assert blocks_by_tier(cache) == {"disk": 10}
         assert hit(cache, MANY) == len(MANY)
         assert {status.place: status.n_blocks > 0 for status in cache.tiers()} == {str(a): True, str(b): True}
         for i in range(100, 120):
@@ -97,7 +97,7 @@ def test_another_directory_takes_over_when_one_fails(tmp_path: Path) -> None:
         assert "a" in str(cache.disk_error)
         save(cache, MANY)
         cache.flush()
-        assert held(cache) == {"disk": 10}
+        assert blocks_by_tier(cache) == {"disk": 10}
         assert [status.n_blocks for status in cache.tiers()] == [0, 10]
 
 
@@ -108,7 +108,7 @@ def test_a_block_in_two_directories_is_counted_once(tmp_path: Path) -> None:
     with Cache(block_size=SIZE, ram=0, disk=[tmp_path / "a", tmp_path / "b"]) as cache:
         cache.flush()
         assert hit(cache, MANY) == len(MANY)
-        assert held(cache) == {"disk": 10}
+        assert blocks_by_tier(cache) == {"disk": 10}
         cache.check_integrity()
     assert len(list(tmp_path.rglob("*.kvc"))) == 10
 
@@ -157,11 +157,11 @@ def test_a_custom_tier_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         save(cache, MANY)
         cache.flush()
         assert hit(cache, MANY) == len(MANY), "from RAM"
-        assert held(cache)["remote"] == 0
+        assert blocks_by_tier(cache)["remote"] == 0
         tier.broken = False
         save(cache, np.arange(len(MANY) + SIZE, dtype=np.int32))
         cache.flush()
-        assert held(cache)["remote"] == 11, "missed blocks are written later"
+        assert blocks_by_tier(cache)["remote"] == 11, "missed blocks are written later"
         assert cache.disk_error is None
         tier.broken = True
         save(cache, np.arange(500, 500 + SIZE, dtype=np.int32))
@@ -241,7 +241,7 @@ def test_a_tier_raising_system_exit_does_not_end_the_writer(tmp_path: Path) -> N
     with Cache(block_size=SIZE, disk=tmp_path / "d", tiers=[Exiting(str(tmp_path))]) as cache:
         save(cache, MANY)
         assert cache.flush(30)
-        assert held(cache) == {"ram": 10, "disk": 10, "remote": 0}
+        assert blocks_by_tier(cache) == {"ram": 10, "disk": 10, "remote": 0}
 
 
 def test_a_dropped_cache_still_writes_its_queue(tmp_path: Path) -> None:
@@ -506,7 +506,7 @@ def test_memory_pressure_evicts(tmp_path: Path) -> None:
         cache.flush()
         for _ in range(12):
             assert looks.acquire(timeout=10)
-        assert held(cache) == {"ram": 0, "disk": 10}
+        assert blocks_by_tier(cache) == {"ram": 0, "disk": 10}
         assert cache.counters()["pressure_evictions"] >= 5
 
 

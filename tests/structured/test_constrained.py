@@ -1,4 +1,4 @@
-"""Replies under a grammar always follow it, whatever the model would prefer."""
+"""Replies under a grammar always follow it, regardless of what the model prefers."""
 
 from __future__ import annotations
 
@@ -149,9 +149,9 @@ def test_forced_tokens_are_computed_in_one_decode() -> None:
         assert re.fullmatch(f"{text}[0-9]", reply.text)
         assert len(reply.tokens) == len(text) + 1
         assert n_decodes < 10
-        told = model.complete("x", regex=f"{text}[0-9]", max_tokens=100, seed=1, logprobs=0)
-        assert told.logprobs is not None
-        assert len(told.logprobs) == len(told.tokens) == len(reply.tokens)
+        with_logprobs = model.complete("x", regex=f"{text}[0-9]", max_tokens=100, seed=1, logprobs=0)
+        assert with_logprobs.logprobs is not None
+        assert len(with_logprobs.logprobs) == len(with_logprobs.tokens) == len(reply.tokens)
         # It ends at the same place, and the same is stored, as token by token.
         for n in (0, 1, 5, len(text), len(text) + 1):
             cut = model.complete("x", regex=f"{text}[0-9]", max_tokens=n, seed=1)
@@ -307,11 +307,11 @@ def test_a_grammar_compiled_ahead_is_not_compiled_again(
     compiled: list[str] = []
     compile_ = llguidance_adapter.compile_grammar
 
-    def noted(tokens: llguidance_adapter.GuidanceVocabulary, written: str) -> object:
+    def recorded(tokens: llguidance_adapter.GuidanceVocabulary, written: str) -> object:
         compiled.append(written)
         return compile_(tokens, written)
 
-    monkeypatch.setattr(llguidance_adapter, "compile_grammar", noted)
+    monkeypatch.setattr(llguidance_adapter, "compile_grammar", recorded)
     stub.compile_grammar(grammar)
     assert len(compiled) == 1
     assert re.fullmatch("[ab]{3}", stub.complete("x", grammar=grammar, **HOT).text)  # type: ignore[arg-type]

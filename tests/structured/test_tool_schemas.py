@@ -303,9 +303,9 @@ N: Schema = {"type": "integer", "minimum": 0, "maximum": 9}
 COUNT = tool("count", {"properties": {"n": N}, "required": ["n"], "additionalProperties": False})
 
 
-def replies(said: str, **options: object) -> tuple[erllama.ChatCompletion, list[erllama.Event]]:
+def replies(reply_text: str, **options: object) -> tuple[erllama.ChatCompletion, list[erllama.Event]]:
     vocabulary = PieceVocabulary(end="<|eog|>")
-    tokens = vocabulary.tokenize(said).tolist()
+    tokens = vocabulary.tokenize(reply_text).tolist()
     backend = ScriptedBackend(vocabulary, scripted_reply(vocabulary, tokens), chat_templates={"default": TEMPLATE})  # type: ignore[arg-type]
     with erllama.load_backend(backend, cache=erllama.Cache()) as model:
         stream = model.stream_chat([{"role": "user", "content": "Q"}], **options)  # type: ignore[arg-type]
@@ -334,23 +334,23 @@ def test_a_call_that_violates_its_schema_is_text_with_an_error(choice: str) -> N
 def test_an_inexpressible_tool_does_not_relax_the_others(other: dict[str, object], format: str) -> None:
     schema = COUNT["parameters"]
     assert isinstance(schema, dict)
-    said = call_text(format, "count", {"n": "five"}, {"properties": {"n": {}}})
-    reply, _ = replies(said, tools=[other, COUNT], tool_format=format, max_tokens=900, seed=1)
+    reply_text = call_text(format, "count", {"n": "five"}, {"properties": {"n": {}}})
+    reply, _ = replies(reply_text, tools=[other, COUNT], tool_format=format, max_tokens=900, seed=1)
     assert not reply.tool_call_errors
     (call,) = reply.tool_calls
     jsonschema.validate(call.arguments, schema)
 
 
 def test_calls_with_custom_markers_are_validated() -> None:
-    said = '<tool_call>{"name": "count", "arguments": {"n": "five"}}</tool_call>'
+    reply_text = '<tool_call>{"name": "count", "arguments": {"n": "five"}}</tool_call>'
     options = {"tools": [COUNT], "tool_markers": ("<tool_call>", "</tool_call>")}
-    reply, _ = replies(said, **options)
-    assert (reply.text, reply.tool_calls) == (said, ())
+    reply, _ = replies(reply_text, **options)
+    assert (reply.text, reply.tool_calls) == (reply_text, ())
     assert reply.tool_call_errors == (
         "the arguments of 'count' violate its parameters: $.n: 'five' is not of type 'integer'",
     )
     with pytest.raises(OptionError, match="tool 'count' is strict, and no grammar enforces calls by tool_markers"):
-        replies(said, **{**options, "tools": [{**COUNT, "strict": True}]})
+        replies(reply_text, **{**options, "tools": [{**COUNT, "strict": True}]})
 
 
 def test_a_strict_tool_is_called_like_any_other() -> None:

@@ -190,9 +190,9 @@ CONTENT = [
 ]
 
 
-def model_replying(said: str, pieces: Sequence[str]) -> erllama.Model:
+def model_replying(output: str, pieces: Sequence[str]) -> erllama.Model:
     vocabulary = PieceVocabulary(pieces, end="<|eog|>")
-    tokens: Sequence[int] = vocabulary.tokenize(said).tolist()
+    tokens: Sequence[int] = vocabulary.tokenize(output).tolist()
     backend = ScriptedBackend(vocabulary, scripted_reply(vocabulary, tokens), chat_templates={"default": TEMPLATE})  # type: ignore[arg-type]
     return erllama.load_backend(backend, cache=erllama.Cache())
 
@@ -241,15 +241,15 @@ def test_a_marker_within_an_argument_is_content(format: str, choice: str) -> Non
         assert written == call == reply.raw_tool_calls[0].decode()
 
 
-def parted(said: str, **options: object) -> tuple[str, list[str]]:
+def parted(output: str, **options: object) -> tuple[str, list[str]]:
     """Return the text and the calls of a reply without a grammar."""
-    with model_replying(said, []) as model:
+    with model_replying(output, []) as model:
         reply = model.complete("Q\t", tool_markers=("<call>", "</call>"), **options)  # type: ignore[arg-type]
     return reply.text, [call.decode() for call in reply.raw_tool_calls]
 
 
 @pytest.mark.parametrize(
-    ("said", "text", "calls"),
+    ("output", "text", "calls"),
     [
         ('<call>{"a": "</call>"}</call>b', "b", ['<call>{"a": "</call>"}</call>']),
         ('<call>{"a": "\\"</call>"}</call>b', "b", ['<call>{"a": "\\"</call>"}</call>']),
@@ -268,18 +268,18 @@ def parted(said: str, **options: object) -> tuple[str, list[str]]:
         ('<call>{"a": "</call>', "", ['<call>{"a": "</call>']),
     ],
 )
-def test_without_a_grammar_a_marker_within_a_string_is_content(said: str, text: str, calls: list[str]) -> None:
-    assert parted(said) == (text, calls)
-    assert parted(said, tool_payload_markers=("{", "}")) == (text, calls)
+def test_without_a_grammar_a_marker_within_a_string_is_content(output: str, text: str, calls: list[str]) -> None:
+    assert parted(output) == (text, calls)
+    assert parted(output, tool_payload_markers=("{", "}")) == (text, calls)
 
 
 def test_an_invalid_call_stays_in_place_as_text() -> None:
-    said = "One <tool_call>{no}</tool_call> two <tool_call>{nor}</tool_call> three"
-    with model_replying(said, []) as model:
+    output = "One <tool_call>{no}</tool_call> two <tool_call>{nor}</tool_call> three"
+    with model_replying(output, []) as model:
         tools = [{"name": "write", "parameters": {"type": "object"}}]
         markers = ("<tool_call>", "</tool_call>")
         reply = model.chat([{"role": "user", "content": "Q"}], tools=tools, tool_markers=markers)
-    assert "".join(reply.text.split()) == "".join(said.split())
+    assert "".join(reply.text.split()) == "".join(output.split())
     assert len(reply.tool_call_errors) == 2
     before = [reply.text[:place] for place in reply.tool_call_places]
     assert before == ["One", "One<tool_call>{no}</tool_call>two"]

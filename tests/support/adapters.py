@@ -1,4 +1,4 @@
-"""Models for tests of adapters: a stub whose KV depends on its adapters, and the replies it should give."""
+"""Models for tests of adapters: a stub whose KV depends on its adapters, and its expected replies."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class AdaptedStub(StubBackend):
         used: the set in effect.
         gate: an event for which each decode waits.
         sets: the set of each decode.
-        wrongs: forbidden calls that it received.
+        violations: forbidden calls that it received.
     """
 
     def __init__(self, **options: int) -> None:
@@ -47,7 +47,7 @@ class AdaptedStub(StubBackend):
         self.used: UsedAdapters = ()
         self.gate = threading.Event()
         self.gate.set()
-        self.wrongs: list[str] = []
+        self.violations: list[str] = []
         self.in_use: list[object] = []
         self.sets: list[UsedAdapters] = []
 
@@ -61,7 +61,7 @@ class AdaptedStub(StubBackend):
 
     def use_adapters(self, adapters: Sequence[tuple[object, float]]) -> None:
         if not all(adapter in self.loaded for adapter, _ in adapters):
-            self.wrongs.append("used after it was freed")
+            self.violations.append("used after it was freed")
         self.in_use = [adapter for adapter, _ in adapters]
         self.used = tuple(
             (adapter.digest, scale) for adapter, scale in adapters if isinstance(adapter, NativeAdapter)
@@ -69,7 +69,7 @@ class AdaptedStub(StubBackend):
 
     def free_adapter(self, adapter: object) -> None:
         if adapter in self.in_use or adapter not in self.loaded:
-            self.wrongs.append("freed while in use, or twice")
+            self.violations.append("freed while in use, or twice")
         self.loaded.remove(adapter)
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
@@ -109,7 +109,7 @@ def greedy_reply(
 
 
 def logprob_distance(one: object, other: object) -> float:
-    """Return the largest difference of the first token's logprobs; missing ones count as the lowest given."""
+    """Return the largest difference of the first token's logprobs; missing ones count as the lowest one."""
     a, b = (dict(row[0].top) for row in (one, other))  # type: ignore[index]
     least_a, least_b = min(a.values()), min(b.values())
     return max(abs(a.get(token, least_a) - b.get(token, least_b)) for token in a.keys() | b.keys())

@@ -1,4 +1,4 @@
-"""Models for the tests of the engine: observed, held at a decode, endless, or without a cache."""
+"""Models for the tests of the engine: recorded, paused at a decode, endless, or without a cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def random_prompt(seed: int, n: int) -> NDArray[np.int32]:
 
 
 class GatedBackend(StubBackend):
-    """Records the shape of every batch, and can be held before each decode."""
+    """Records the shape of every batch, and can be paused before each decode."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(**{"eog_bias": -100.0, **options})  # type: ignore[arg-type]

@@ -2,8 +2,8 @@
 
 Where libllama's choice is decided by the rounding of its float32 sums, the same sums are made here in float32 and
 in float64, and the sides may differ as far as these do. Where equal logits are at a cut, logits are compared and
-not ids. Where libllama divides by zero, or turns a float that no int holds into an int, there is nothing to compare
-with; each such place is named.
+not ids. Results of libllama that divide by zero, or convert a float to an int that cannot hold it, are undefined
+and not compared; comments mark these places.
 """
 
 from __future__ import annotations

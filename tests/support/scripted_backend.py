@@ -1,4 +1,4 @@
-"""A vocabulary made of texts, and a backend that replies with the tokens that a test gives."""
+"""A vocabulary made of texts, and a backend that replies with scripted tokens."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class PieceVocabulary:
 
 
 class ScriptedBackend(StubBackend):
-    """A stub that gives a scripted reply, then ends.
+    """A stub that generates a scripted reply, then an end token.
 
     Args:
         reply: the token ids that follow the last START of a prompt, or a function from all tokens to the next.
@@ -123,14 +123,14 @@ class ScriptedBackend(StubBackend):
 
 def scripted_reply(vocabulary: PieceVocabulary, tokens: Sequence[int]) -> object:
     """Return a reply for ScriptedBackend: these tokens, also after other tokens of the same text."""
-    said = [vocabulary.detokenize(tokens[:n], special=True) for n in range(len(tokens) + 1)]
+    prefixes = [vocabulary.detokenize(tokens[:n], special=True) for n in range(len(tokens) + 1)]
 
     def next_token(held: list[int]) -> int:
         n = held[::-1].index(START)
         so_far = vocabulary.detokenize(held[len(held) - n :], special=True)
-        if so_far in said[:-1]:
-            return tokens[said.index(so_far)]
-        rest = said[-1].removeprefix(so_far)
-        return rest[0] if said[-1].startswith(so_far) and rest else 256
+        if so_far in prefixes[:-1]:
+            return tokens[prefixes.index(so_far)]
+        rest = prefixes[-1].removeprefix(so_far)
+        return rest[0] if prefixes[-1].startswith(so_far) and rest else 256
 
     return next_token

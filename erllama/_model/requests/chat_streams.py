@@ -1,4 +1,4 @@
-"""Streams of a chat's reply: as those of completions, with a `ChatCompletion` as the result."""
+"""Streams of chat replies: those of completions, with a `ChatCompletion` as the result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from erllama.engine import Done, Event, Ticket
 
 
 class ChatStream(Stream):
-    """A chat's reply that is streamed: a `Stream` whose `Done` event and `result()` have a `ChatCompletion`."""
+    """A streamed chat reply: a `Stream` whose `Done` event and `result()` have a `ChatCompletion`."""
 
     def __init__(self, ticket: Ticket, turn: Turn) -> None:
         super().__init__(ticket)
@@ -35,7 +35,7 @@ class ChatStream(Stream):
 
 
 class AsyncChatStream(AsyncStream):
-    """A chat's reply that is streamed to asyncio: its `Done` event and `result()` have a `ChatCompletion`.
+    """A chat reply streamed to asyncio: its `Done` event and `result()` have a `ChatCompletion`.
 
     The request is built in a thread at the first await, because a long conversation or many tools take a while.
     """

@@ -54,7 +54,7 @@ class ChatRequests:
     def ticket(
         self, messages: Messages, options: ChatOptions, where: str, owner: object, *, streaming: bool = False
     ) -> tuple[Ticket, Turn]:
-        """Return the ticket of a chat that is yet to be submitted, and its turn."""
+        """Return the ticket of a chat that is not submitted yet, and its turn."""
         turn = self._turn(messages, options, where)
         return self._requests.ticket(turn.prompt, turn.options, owner, streaming=streaming), turn
 

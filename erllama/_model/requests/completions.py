@@ -31,8 +31,8 @@ class CompletionRequests:
 
     Args:
         id: the model's id, for error messages.
-        chats: the model's; it knows the markers of thinking.
-        cache_salt: of requests without a salt of their own.
+        chats: the model's chats, which find the markers of thinking.
+        cache_salt: salt of the requests that set none.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CompletionRequests:
     # --- tickets
 
     def ticket(self, prompt: Prompt, options: RequestOptions, owner: object, *, streaming: bool = False) -> Ticket:
-        """Return the ticket of a completion that is yet to be submitted.
+        """Return the ticket of a completion that is not submitted yet.
 
         Args:
             owner: the model. It stays loaded until the request ends, even if the caller drops it.

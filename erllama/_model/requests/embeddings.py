@@ -146,26 +146,26 @@ class EmbeddingRequests:
                     raise
         return rows
 
-    def _ids(self, texts: object, most: int, truncate: bool) -> list[NDArray[np.int32]]:
-        """Return the checked token ids of each text, cut to `most` tokens if `truncate`."""
+    def _ids(self, texts: object, max_tokens: int, truncate: bool) -> list[NDArray[np.int32]]:
+        """Return the checked token ids of each text, cut to `max_tokens` tokens if `truncate`."""
         found = []
         for at, text in enumerate(_text_list(texts)):
             if isinstance(text, str) and not truncate:
-                self._prompts.tokenizer.check_length(text, n_ctx=most)
+                self._prompts.tokenizer.check_length(text, n_ctx=max_tokens)
             try:
                 ids, end = self._tokenize(text) if isinstance(text, str) else (self._prompts.checked_ids(text), [])
             except PromptError as error:
                 raise PromptError(f"text {at}: {error}") from None
             if not len(ids):
                 raise PromptError(f"text {at} is empty; pass at least one token")
-            if len(ids) > most:
+            if len(ids) > max_tokens:
                 if not truncate:
                     raise PromptTooLong(
-                        f"text {at} has {len(ids)} tokens and the model embeds {most} at once; "
+                        f"text {at} has {len(ids)} tokens and the model embeds {max_tokens} at once; "
                         "shorten it, or pass truncate=True"
                     )
-                kept = max(most - len(end), 0)
-                ids = np.concatenate([ids[:kept], end[: most - kept]]).astype(np.int32)
+                kept = max(max_tokens - len(end), 0)
+                ids = np.concatenate([ids[:kept], end[: max_tokens - kept]]).astype(np.int32)
             found.append(ids)
         if not found:
             raise PromptError("there are no texts; pass at least one")
@@ -210,7 +210,7 @@ def _check_text(name: str, text: object) -> None:
 
 
 def _batches(texts: list[NDArray[np.int32]], n_tokens: int, n_texts: int) -> Iterator[list[NDArray[np.int32]]]:
-    """Yield runs of texts that fit one decode. A text that is too long for one forms a run of its own."""
+    """Yield runs of texts that fit one decode. A text that is too long for one forms a separate run."""
     batch: list[NDArray[np.int32]] = []
     room = n_tokens
     for text in texts:

@@ -26,7 +26,7 @@ class PromptReader:
 
     Args:
         id: the model's id, for error messages.
-        chats: the model's; it knows the tokens of earlier conversations.
+        chats: the model's chats, which remember the tokens of earlier conversations.
     """
 
     def __init__(self, backend: Backend, id: str, cache: Cache, runner: ModelRunner, chats: Chats) -> None:

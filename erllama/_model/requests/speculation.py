@@ -113,9 +113,9 @@ def fixed_drafter(candidates: Sequence[int], n_prompt: int) -> Drafter:
     """
     proposed = list(candidates)
 
-    def draft(tokens: NDArray[np.int32], most: int) -> Sequence[int]:
+    def draft(tokens: NDArray[np.int32], max_tokens: int) -> Sequence[int]:
         reply = tokens[n_prompt:].tolist()
         n = len(reply)
-        return proposed[n : n + most] if reply == proposed[:n] else ()
+        return proposed[n : n + max_tokens] if reply == proposed[:n] else ()
 
     return draft

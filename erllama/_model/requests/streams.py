@@ -13,7 +13,7 @@ from erllama.engine import Completion, Done, Event, Ticket
 
 
 class Stream:
-    """A reply that is streamed: iterate over it for its events, of which `Done` is the last.
+    """A streamed reply. Iterating over it yields its events; `Done` is the last.
 
     Leaving a `with` block, or dropping the stream, cancels the request. Unread events are joined, so a stream that
     is not read takes no more memory than its reply.
@@ -55,7 +55,7 @@ class Stream:
 
 
 class AsyncStream:
-    """A reply that is streamed to asyncio: `async for` yields its events, of which `Done` is the last.
+    """A reply streamed to asyncio. `async for` yields its events; `Done` is the last.
 
     Uses no extra thread and does not poll: the model thread wakes the event loop. Leaving an `async with` block,
     dropping the stream, or cancelling the task that reads it cancels the request. One task at a time may read a
@@ -133,7 +133,7 @@ def wait(ticket: Ticket) -> Completion:
 
 
 async def wait_async(ticket: Ticket, waiter: TicketWaiter) -> Completion:
-    """As `wait`, for a task. Cancelling the task cancels the request."""
+    """Await the completion of a request. Cancelling the task cancels the request."""
     try:
         while not ticket.done:
             await waiter.wait()

@@ -31,7 +31,7 @@ STEP_SHIFT: Final = 6
 
 
 class Budget:
-    """What one rendering may still spend. One thread uses it.
+    """The remaining budget of one rendering. One thread uses it.
 
     Args:
         input_characters: number of characters of the input, which adds to the memory.
@@ -77,7 +77,7 @@ class Budget:
         return text
 
     def require_room(self, length: int) -> None:
-        """Raise LimitExceeded if a text of up to `length` characters would not fit the memory. Charges nothing."""
+        """Raise LimitExceeded if a text of up to `length` characters would not fit the memory. Charges no text."""
         if length > self._memory:
             raise LimitExceeded(
                 f"the template may make a text of up to {length:,} characters, which does not fit its memory"

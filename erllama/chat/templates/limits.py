@@ -1,7 +1,7 @@
 """Limits of chat templates: constants with their reasons, and the error for exceeding one.
 
-`Budget` and `Machine` enforce the limits of a rendering, and `compiler` those of a template. Nothing is imported
-here.
+`Budget` and `Machine` enforce the limits of a rendering, and `compiler` those of a template. Imports no other
+module of this package.
 """
 
 from __future__ import annotations

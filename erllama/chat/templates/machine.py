@@ -387,7 +387,7 @@ def _check_bits(bits: int) -> None:
         raise LimitExceeded(f"the template makes an integer of more than {MAX_INT_BITS} bits")
 
 
-def _charge_nothing(machine: Machine, left: object, right: object) -> None:
+def _skip_charge(machine: Machine, left: object, right: object) -> None:
     pass
 
 
@@ -395,10 +395,10 @@ _BINARY: Final[
     Mapping[str, tuple[Callable[[Machine, object, object], None], Callable[[object, object], object]]]
 ] = {
     "+": (_charge_add, operator.add),
-    "-": (_charge_nothing, operator.sub),
+    "-": (_skip_charge, operator.sub),
     "*": (_charge_multiply, operator.mul),
-    "/": (_charge_nothing, operator.truediv),
-    "//": (_charge_nothing, operator.floordiv),
+    "/": (_skip_charge, operator.truediv),
+    "//": (_skip_charge, operator.floordiv),
     "%": (_charge_modulo, operator.mod),
     "**": (_charge_power, operator.pow),
 }

@@ -34,11 +34,11 @@ _SPECIFICATION = re.compile(r"(?:.?[<>=^])?[-+ ]?[#]?0?[0-9]{0,3}[,_]?(?:\.[0-9]
 _DATE = re.compile(r"(?:[^%]|%[-#]?[A-Za-z%])*")
 
 
-def check_small(value: T, what: str, most: int) -> T:
-    """Return an argument that determines the amount of work; raise LimitExceeded if it is larger than `most`."""
+def check_small(value: T, what: str, limit: int) -> T:
+    """Return an argument that determines the amount of work; raise LimitExceeded if it is larger than `limit`."""
     size = len(value) if isinstance(value, str) else abs(value) if isinstance(value, int | float) else 0
-    if size > most:
-        raise LimitExceeded(f"the template uses {what} larger than {most}")
+    if size > limit:
+        raise LimitExceeded(f"the template uses {what} larger than {limit}")
     return value
 
 

@@ -66,7 +66,7 @@ def _sort_items(
 def _make_predicate(
     machine: Machine, arguments: tuple[object, ...], kwargs: dict[str, object]
 ) -> Callable[[object], bool]:
-    """Return the test that the arguments of a filter such as select() name; `bool` where they name none."""
+    """Return the test that the arguments of a filter such as select() name; `bool` if they name no test."""
     if not arguments:
         return bool
     if not isinstance(arguments[0], str) or arguments[0] not in TESTS:

@@ -1,8 +1,8 @@
 """Chat templates: render a conversation as the text that a model reads.
 
 A `ChatTemplate` renders the templates of model files as Hugging Face transformers does, to the byte. A template may
-be hostile: whatever it does, `render` returns a text or raises a `TemplateError` (see `machine`). `render` copies
-its arguments into plain data first, so a template cannot reach or change the caller's objects.
+be hostile, but `render` always returns a text or raises a `TemplateError` (see `machine`). `render` copies its
+arguments into plain data first, so a template cannot reach or change the caller's objects.
 `erllama.chat.conversation` and `render_chat_template` use it.
 """
 

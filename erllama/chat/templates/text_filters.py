@@ -84,13 +84,13 @@ def truncate_filter(
     end: object = "...",
     leeway: object = None,
 ) -> object:
-    text, mark, most = machine.to_soft_text(value), machine.to_text(end), cast(int, length)
+    text, mark, limit = machine.to_soft_text(value), machine.to_text(end), cast(int, length)
     spare = 5 if leeway is None else cast(int, leeway)
-    if most < len(mark) or spare < 0:
-        raise FilterArgumentError(f"a text cannot be cut to {most} characters that end with {len(mark)} others")
-    if len(text) <= most + spare:
+    if limit < len(mark) or spare < 0:
+        raise FilterArgumentError(f"a text cannot be cut to {limit} characters that end with {len(mark)} others")
+    if len(text) <= limit + spare:
         return text
-    cut = text[: most - len(mark)]
+    cut = text[: limit - len(mark)]
     return machine.charge_result((cut if killwords else cut.rsplit(" ", 1)[0]) + mark)
 
 

@@ -1,6 +1,6 @@
 """Values in templates besides plain data: methods, functions, namespaces, and tables of them.
 
-Imports nothing else of this package. `Machine` makes these values; `filters`, `methods` and `tests` fill the
+Imports no other module of this package. `Machine` makes these values; `filters`, `methods` and `tests` fill the
 tables.
 """
 
@@ -68,7 +68,7 @@ class Namespace:
 
 
 class Tables(NamedTuple):
-    """What a template can name.
+    """The names that a template can use.
 
     Attributes:
         filters, tests: functions of (machine, value, ...), by name.

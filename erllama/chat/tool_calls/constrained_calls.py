@@ -24,10 +24,10 @@ log = logger("erllama")
 
 
 class CallConstraint(NamedTuple):
-    """How calls are kept to the tools' schemas.
+    """The constraint of calls to the tools' schemas.
 
     Attributes:
-        grammar: the grammar of a span of calls; None where no grammar constrains calls.
+        grammar: the grammar of a span of calls; None if no grammar constrains calls.
         validated: names of the tools whose arguments are validated after a call is read, since the grammar does not
             enforce all of their schema.
     """
@@ -104,7 +104,7 @@ class _Constraining:
             return CallConstraint(None, frozenset(parameters))
 
     def _find_problem(self, tool: str, schema: dict[str, object]) -> str:
-        """Return why a tool's schema cannot be enforced; "" where it can."""
+        """Return why a tool's schema cannot be enforced; "" if it can."""
         problem = find_enforcement_problem(json.dumps(schema))
         if not problem:
             try:

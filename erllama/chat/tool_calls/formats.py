@@ -1,6 +1,6 @@
 """The tool-call formats of model families: a table, and which format a chat template uses.
 
-`find_tool_format` recognizes a format by texts in a template's source, the only evidence there is.
+`find_tool_format` recognizes a format by texts in a template's source, the only evidence available.
 `erllama.chat.family` calls it. `syntax` describes what a row means, and `erllama.chat.thinking` has the markers of
 thinking.
 """
@@ -29,7 +29,7 @@ def get_tool_format(name: str) -> ToolFormat:
 
 
 def find_tool_format(template: str) -> ToolFormat | None:
-    """Return the format in which a chat template writes tool calls; None where it does not write any."""
+    """Return the format in which a chat template writes tool calls; None if it does not write any."""
     for texts, name in _SIGNATURES:
         if all(text in template for text in texts):
             return TOOL_FORMATS[name]

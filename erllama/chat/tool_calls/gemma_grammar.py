@@ -100,16 +100,21 @@ class GemmaWriter:
         limits = {key: value for key, value in schema.items() if key in _NUMBER_LIMITS}
         return self._rules.write_json({"type": type_, **limits})
 
-    def _array(self, item: str, least: object = 0, most: object = None) -> str:
-        if not isinstance(least, int) or not isinstance(most, int | None) or (most is not None and most < least):
+    def _array(self, item: str, min_items: object = 0, max_items: object = None) -> str:
+        if (
+            not isinstance(min_items, int)
+            or not isinstance(max_items, int | None)
+            or (max_items is not None and max_items < min_items)
+        ):
             raise GrammarError("minItems and maxItems must be integers, and minItems must not exceed maxItems")
-        if most == 0:
+        if max_items == 0:
             return '"[" "]"'
-        rest = f"({self._rules.literal(',')} {item}){{{max(least - 1, 0)},{'' if most is None else most - 1}}}"
-        if most == 1:
+        repeats = f"{{{max(min_items - 1, 0)},{'' if max_items is None else max_items - 1}}}"
+        rest = f"({self._rules.literal(',')} {item}){repeats}"
+        if max_items == 1:
             rest = ""
         filled = f'"[" {item} {rest} "]"'
-        return filled if least else f'({filled} | "[" "]")'
+        return filled if min_items else f'({filled} | "[" "]")'
 
     def _object(self, value: str) -> str:
         pair = f'{self._rules.add_terminal("/[A-Za-z_][A-Za-z0-9_]*/")} ":" {value}'

@@ -23,7 +23,7 @@ class Literals:
     """A notation for values: lists and mappings as in JSON, with its own strings, keys and constants.
 
     Args:
-        read_string: reads the string that begins at a position, and returns it and its end; None where no string
+        read_string: reads the string that begins at a position, and returns it and its end; None if no string
             begins there.
         constants: values by the words that stand for them, such as `true`.
         key: what a mapping's keys match where they are not strings.

@@ -19,7 +19,7 @@ _COMBINED = (
 
 
 def find_allowed_types(schema: object, root: Mapping[str, object]) -> frozenset[str]:
-    """Return the JSON types that a schema allows; all types where it allows none or is not plain.
+    """Return the JSON types that a schema allows; all types if it allows no type or is not plain.
 
     Args:
         root: the schema that `$ref` refers to.
@@ -28,7 +28,7 @@ def find_allowed_types(schema: object, root: Mapping[str, object]) -> frozenset[
 
 
 def get_properties(schema: Mapping[str, object]) -> dict[str, object]:
-    """Return a schema's `properties`; {} where it has none."""
+    """Return a schema's `properties`; {} if it has none."""
     properties = schema.get("properties")
     return properties if isinstance(properties, dict) else {}
 
@@ -40,7 +40,7 @@ def get_required_names(schema: object) -> set[str]:
 
 
 def get_choices(schema: object) -> list[object] | None:
-    """Return the values that `const` or `enum` allow; None where a schema has neither."""
+    """Return the values that `const` or `enum` allow; None if a schema has neither."""
     if isinstance(schema, Mapping):
         if "const" in schema:
             return [schema["const"]]
@@ -95,7 +95,7 @@ def resolve_root(parameters: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def resolve_reference(root: Mapping[str, object], reference: str) -> object:
-    """Return the schema that a reference within `root` points to; {} where it points elsewhere."""
+    """Return the schema that a reference within `root` points to; {} if it points elsewhere."""
     node: object = root
     for part in reference.removeprefix("#").split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
@@ -106,7 +106,7 @@ def resolve_reference(root: Mapping[str, object], reference: str) -> object:
 
 
 def add_definitions(schema: object, root: Mapping[str, object]) -> dict[str, object]:
-    """Return a part of a schema as a schema of its own, with the definitions of `root`."""
+    """Return a part of a schema as a separate schema, with the definitions of `root`."""
     if schema is True or schema == {}:
         return {}
     if not isinstance(schema, dict):

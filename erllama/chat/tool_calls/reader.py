@@ -288,7 +288,7 @@ class _CallReader:
         self._at = skip_white_space(self._text, self._at)
 
     def _skip_any(self, marks: Iterable[str]) -> bool:
-        """Skip the longest of these texts that is here. Return whether one is."""
+        """Skip the longest of these texts that begins here. Return whether one does."""
         for mark in sorted(marks, key=len, reverse=True):
             if self._text.startswith(mark, self._at):
                 self._at += len(mark)
@@ -296,7 +296,7 @@ class _CallReader:
         return False
 
     def _skip_piece(self, piece: str) -> bool:
-        """Skip a piece and return True if it is here; else return False and stay."""
+        """Skip a piece and return True if it begins here; otherwise return False and skip no text."""
         at = self._at
         for n, part in enumerate(piece.split("~")):
             if n:

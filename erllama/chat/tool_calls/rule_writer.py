@@ -70,7 +70,7 @@ class RuleWriter:
         return self._add("T", expression)
 
     def add_named_rule(self, name: str, expression: str) -> None:
-        """Add a rule under a name of the caller's."""
+        """Add a rule with this name."""
         self._rules.append(f"{name}: {expression}")
 
     def write_piece(self, piece: str) -> str:
@@ -141,7 +141,7 @@ class RuleWriter:
 
 
 def _text_pattern(schema: object, root: Mapping[str, object], without: str, depth: int) -> str | None:
-    """Return the terminal of the texts that a schema of strings and null allows; None where it allows none."""
+    """Return the terminal of the texts that a schema of strings and null allows; None if it allows none."""
     if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
         return None if schema is False else "/(?s:.*)/"
     choices = get_choices(schema)
@@ -168,8 +168,9 @@ def _text_pattern(schema: object, root: Mapping[str, object], without: str, dept
 def _string_pattern(schema: Mapping[str, object]) -> str:
     """Return the terminal of the strings that a schema's length limits and pattern allow."""
     counts = with_plain_counts(dict(schema))
-    least, most = counts.get("minLength"), counts.get("maxLength")
-    limits = f"{{{least if isinstance(least, int) else 0},{most if isinstance(most, int) else ''}}}"
+    min_length, max_length = counts.get("minLength"), counts.get("maxLength")
+    low, high = (str(length) if isinstance(length, int) else "" for length in (min_length, max_length))
+    limits = f"{{{low or 0},{high}}}"
     terminal = f"/(?s:.{limits})/" if limits != "{0,}" else "/(?s:.*)/"
     pattern = schema.get("pattern")
     if isinstance(pattern, str):

@@ -35,7 +35,7 @@ _SHOWN = 200  # characters of a violation in an error message
 
 @lru_cache(maxsize=1024)
 def find_enforcement_problem(schema: str) -> str:
-    """Return why a grammar cannot enforce a schema, given as JSON text; "" where it can."""
+    """Return why a grammar cannot enforce a schema, given as JSON text; "" if it can."""
     try:
         Grammar.json_schema(schema)
     except GrammarError as error:
@@ -45,7 +45,7 @@ def find_enforcement_problem(schema: str) -> str:
 
 @lru_cache(maxsize=1024)
 def find_schema_error(schema: str) -> str:
-    """Return why no arguments can match a schema, given as JSON text; "" where some can, enforced or not."""
+    """Return why no arguments can match a schema, given as JSON text; "" if some can, enforced or not."""
     problem = find_enforcement_problem(schema)
     if not problem:
         return ""
@@ -81,7 +81,7 @@ def relax_schema(schema: Schema, syntax: ArgumentSyntax) -> Iterator[Schema | No
 
 
 def find_violation(schema: Schema, arguments: object) -> str:
-    """Return the place and the problem where arguments violate a schema; "" where they match it."""
+    """Return the place and the problem where arguments violate a schema; "" if they match it."""
     violation = next(iter(_find_violations(json.dumps(schema), arguments)), "")
     return violation if len(violation) <= _SHOWN else f"{violation[:_SHOWN]}…"
 

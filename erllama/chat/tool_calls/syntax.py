@@ -23,7 +23,7 @@ class SpanSyntax:
 
     Attributes:
         begin: before the first call.
-        between: between two calls; None where a span has one call only.
+        between: between two calls; None if a span has one call only.
         end: after the last call.
     """
 
@@ -55,7 +55,7 @@ class ListedArguments:
         open: before the name.
         middle: between the name and the value.
         close: after the value.
-        on_own_lines: the value is on lines of its own: one newline before it and one after it are not part of it.
+        on_own_lines: the value is on separate lines: one newline before it and one after it are not part of it.
     """
 
     open: str
@@ -69,21 +69,21 @@ ArgumentSyntax = Literal["json", "python", "gemma"] | ListedArguments
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a model family writes tool calls. All texts have special tokens spelled out.
+    """The syntax of a model family's tool calls. All texts have special tokens spelled out.
 
     Attributes:
         name: key in `TOOL_FORMATS`.
         open: texts; each begins a span of one or more calls.
-        close: texts that end a span and are part of it. Empty where a span extends to the end of the reply.
+        close: texts that end a span and are part of it. Empty if a span extends to the end of the reply.
         payload_open: texts within a span after which arguments begin. The rest of a span is syntax.
-        payload_close: texts that end the arguments. Empty where arguments end with the span.
+        payload_close: texts that end the arguments. Empty if arguments end with the span.
         leading: texts that begin a span only at the beginning of a reply. White space is ignored.
         skip: texts around the phases of a reply that belong to no phase.
         spans: the possible pieces around calls.
         calls: the possible pieces of a call.
         arguments: how the arguments of a call are written.
         json_calls: calls are JSON objects. Otherwise they are written as `calls` has them.
-        id_pattern: regular expression of the ids that the model writes. Empty where it writes none.
+        id_pattern: regular expression of the ids that the model writes. Empty if it writes none.
         id_template: `str.format` text with `{name}` and `{id}` that makes the call's id of what the model wrote.
         id_length: number of characters of a generated id. 0 for the default form, `call_…`.
     """
@@ -105,7 +105,7 @@ class ToolFormat:
 
     @property
     def quotes(self) -> tuple[str, ...]:
-        """Texts that begin and end a string in arguments. Empty where arguments are listed without quotes."""
+        """Texts that begin and end a string in arguments. Empty if arguments are listed without quotes."""
         if isinstance(self.arguments, ListedArguments):
             return ()
         return {"json": ('"',), "python": ('"', "'"), "gemma": (GEMMA_QUOTE,)}[self.arguments]

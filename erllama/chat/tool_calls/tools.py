@@ -80,7 +80,7 @@ def check_schemas(tools: Sequence[Mapping[str, object]], strict: Collection[str]
 # Each turn has the tools again. More tools than this rarely fit a context.
 @lru_cache(maxsize=4096)
 def _check_schema(schema: str, strict: bool) -> str:
-    """Return the error in a tool's parameters, given as JSON text; "" where there is none."""
+    """Return the error in a tool's parameters, given as JSON text; "" if there is none."""
     error = find_schema_error(schema)
     if error:
         return f"its parameters do not compile: {error}"
@@ -90,7 +90,7 @@ def _check_schema(schema: str, strict: bool) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether a reply may, must not or must call tools.
+    """The caller's choice: whether a reply may, must or must not call tools.
 
     Attributes:
         kind: "auto", "none" or "required".

@@ -1,4 +1,4 @@
-"""`erllama cache`: the group of commands, and those that list: `stats` and `ls`."""
+"""`erllama cache`: the command group, and its commands `stats` and `ls`."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from erllama.cli.reply import reply_json, statistics_line
 @click.option(
     "--thinking/--no-thinking",
     default=None,
-    help="Turn thinking on or off. Default: as the model's template has it.",
+    help="Turn thinking on or off. Default: the setting of the model's template.",
 )
 @click.option(
     "--history/--no-history", default=True, help="Save the lines you type in a file that only you can read."

@@ -46,7 +46,7 @@ class ChatSession:
     def ask(self, text: str) -> erllama.ChatCompletion:
         """Send a user message and return the reply, which is streamed to stdout.
 
-        A message without a reply is removed again. A reply that Ctrl-C ends stays, up to where it ended.
+        If there is no reply, the message is removed. If Ctrl-C ends the reply, its text so far is kept.
 
         Raises:
             erllama.Error: as `Model.chat` does.
@@ -96,7 +96,7 @@ class ChatSession:
             OptionError: an option does not exist or has an invalid value. No option is changed then.
         """
         options = {**self.options, **changed}
-        # The checks of a request.
+        # Raises for invalid options, as a request would.
         chat_request([], cast(ChatOptions, options), "/set", None, self.model._backend.vocabulary)
         self.options = options
 

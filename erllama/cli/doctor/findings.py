@@ -16,7 +16,7 @@ class Finding:
         name: the thing that was checked.
         state: "warning" if it works and could be better.
         text: the result.
-        fix: a command or an advice; empty if there is nothing to do.
+        fix: a command or advice; empty if no action is needed.
     """
 
     name: str

@@ -209,7 +209,7 @@ class BackendConformance(MemoryRules, LongRules, EmbedderRules):
                 self._require_close(np.concatenate(parts), whole, f"a prompt cut at {cuts}")
 
     def test_sequences_are_independent(self) -> None:
-        """The logits of a sequence are, to `tolerance`, those that it has alone, whatever other sequences hold."""
+        """The logits of a sequence are, to `tolerance`, the same alone and beside other sequences."""
         with self._backend(sequences=3) as backend:
             prompts = [self._ids(8, seed=i) for i in range(3)]
             alone = [self._logits_alone(backend, ids, [5, 8]) for ids in prompts]
@@ -287,7 +287,7 @@ class BackendConformance(MemoryRules, LongRules, EmbedderRules):
                 )
 
     def test_a_batch_without_room_changes_nothing(self) -> None:
-        """With too few free cells, `decode` raises CellsExhausted and computes nothing. A smaller batch works."""
+        """With too few free cells, `decode` raises CellsExhausted and changes no sequence. Smaller batches work."""
         with self._backend(sequences=2, trim=True) as backend:
             n_ctx, ids, last = backend.limits.n_ctx, self._ids(backend.limits.n_ctx), backend.limits.n_sequences - 1
             expected = self._fill(backend, 0, ids)

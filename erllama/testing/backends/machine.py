@@ -54,7 +54,7 @@ class BackendMachine(RuleBasedStateMachine):
 
     Attributes:
         token_ids: ids to decode, without tokens that end or control generation.
-        longest: most tokens of one slice.
+        longest: maximum number of tokens of one slice.
         tolerance, texts, checks_positions, n_calls, n_tokens: as of `BackendConformance`.
         checks_rules: False if `BackendConformance` runs as well, so that its rules are not checked twice.
     """
@@ -266,7 +266,7 @@ class BackendMachine(RuleBasedStateMachine):
         self.history, self.one_sequence = (), True
 
     @invariant()
-    def names_itself(self) -> None:
+    def has_recipe_and_namespace(self) -> None:
         if hasattr(self, "backend"):
             assert len(self.backend.recipe) == 16
             assert self.backend.namespace

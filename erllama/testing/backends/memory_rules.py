@@ -192,7 +192,7 @@ class MemoryRules(BackendRules):
                 decode_slice(backend, 0, start, ids[start:])
 
     def test_a_payload_restores_only_at_the_end(self) -> None:
-        """Where the sequence does not end at `start`, `restore` raises StateError and changes nothing."""
+        """Where the sequence does not end at `start`, `restore` raises StateError and changes no sequence."""
         ids = self._ids(16)
         with self._backend(trim=True) as backend:
             expected = self._logits_alone(backend, ids, [8, 16])
@@ -262,7 +262,7 @@ class MemoryRules(BackendRules):
             )
 
     def test_memory_that_cannot_be_cut_refuses_it(self) -> None:
-        """Where `limits.can_trim` is False, `cut` and `share` raise BackendError and change nothing."""
+        """Where `limits.can_trim` is False, `cut` and `share` raise BackendError and change no sequence."""
         with self._backend() as backend:
             if backend.limits.can_trim:
                 raise SkipTest("memory that can be cut")
@@ -310,18 +310,18 @@ class MemoryRules(BackendRules):
         """After `cut`, `drop` or `clear`, another sequence can use every released cell."""
         with self._backend(sequences=2, trim=True) as backend:
             ids = self._ids(backend.limits.n_ctx)
-            for let_go in ("drop", "cut", "clear"):
+            for release in ("drop", "cut", "clear"):
                 self._fill(backend, 0, ids)
                 with raises(CellsExhausted, "a token for no cell"):
                     decode_slice(backend, 1, 0, ids[:1])
-                if let_go == "cut":
+                if release == "cut":
                     backend.cut(0, 9)
                     self._fill(backend, 1, ids[9:])
                 else:
-                    backend.drop(0) if let_go == "drop" else backend.clear()
+                    backend.drop(0) if release == "drop" else backend.clear()
                     self._fill(backend, 1, ids)
-                with raises(CellsExhausted, f"a token for no cell, after {let_go}"):
-                    decode_slice(backend, 0, 9 if let_go == "cut" else 0, ids[:1])
+                with raises(CellsExhausted, f"a token for no cell, after {release}"):
+                    decode_slice(backend, 0, 9 if release == "cut" else 0, ids[:1])
                 backend.clear()
 
     # --- sharing --------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from erllama.errors import CellsExhausted, StateError
 from erllama.testing.backends.rules import Logits, raises
 from erllama.testing.rules import expect_success, require
 
-_MAX_EXPECTED = 400  # most expected results that are cached
+_MAX_EXPECTED = 400  # maximum number of cached expected results
 
 
 class PackedRange(NamedTuple):
@@ -58,7 +58,7 @@ class BackendModel:
 
     @property
     def max_slice(self) -> int:
-        """The most tokens of one slice."""
+        """The maximum number of tokens of one slice."""
         return min(self.limits.n_batch, self.limits.n_ubatch)
 
     def expected(self, tokens: Sequence[int]) -> Logits:
@@ -167,17 +167,17 @@ class BackendModel:
         """Restore a packed range at the end of a sequence with the tokens before it. Return False without room."""
         n = packed.end - packed.start
         what = f"positions {packed.start} to {packed.end} into sequence {sequence}"
-        lent = bytearray(packed.payload)
+        buffer = bytearray(packed.payload)
         if n > self.free:
             if self.limits.can_trim:
                 with raises(StateError, f"{n} positions for {self.free} cells"):
-                    self.backend.restore(sequence, packed.start, packed.end, memoryview(lent))
+                    self.backend.restore(sequence, packed.start, packed.end, memoryview(buffer))
                 self.compare(())
             return False
         with expect_success(f"restore() must accept {what}"):
-            self.backend.restore(sequence, packed.start, packed.end, memoryview(lent))
-        require(bytes(lent) == packed.payload, f"restore() of {what} changed the caller's payload")
-        lent[:] = bytes(len(lent))  # a cache may reuse its buffer, too
+            self.backend.restore(sequence, packed.start, packed.end, memoryview(buffer))
+        require(bytes(buffer) == packed.payload, f"restore() of {what} changed the caller's payload")
+        buffer[:] = bytes(len(buffer))  # a cache may reuse its buffer, too
         self.tokens[sequence] = list(packed.tokens)
         self._cells[sequence] = [*self._cells[sequence][: packed.start], *(next(self._cell_ids) for _ in range(n))]
         self.compare([sequence])

@@ -29,7 +29,7 @@ class BatchPart(NamedTuple):
 
 
 class BackendRules:
-    """What all rules for backends share.
+    """Base class of the rules for backends.
 
     Attributes:
         tolerance: the largest difference between logits of the same tokens in other batches or other cells, as a
@@ -37,8 +37,8 @@ class BackendRules:
         token_ids: ids to decode, without tokens that end or control generation.
         texts: texts that `tokenize` and `detokenize` must preserve.
         checks_positions: whether the backend refuses positions that are not consecutive.
-        n_calls: calls of the rule that makes random calls. Fewer calls take less time and find less.
-        n_tokens: most tokens of the rules about long prompts, if `n_ctx` has room for them.
+        n_calls: number of calls in the rule that makes random calls. Fewer take less time and find fewer faults.
+        n_tokens: maximum length of the prompts in the rules about long prompts, if `n_ctx` has room for them.
     """
 
     tolerance: float = 0.01
@@ -124,9 +124,9 @@ def decode_slice(
 
 def restore(backend: Backend, sequence: int, start: int, end: int, payload: NDArray[np.uint8]) -> None:
     """Restore from a buffer that is cleared afterwards, because a cache may reuse its buffers."""
-    lent = bytearray(payload.tobytes())
-    backend.restore(sequence, start, end, memoryview(lent).toreadonly())
-    lent[:] = bytes(len(lent))
+    buffer = bytearray(payload.tobytes())
+    backend.restore(sequence, start, end, memoryview(buffer).toreadonly())
+    buffer[:] = bytes(len(buffer))
 
 
 def run_in_thread(call: Callable[[], object]) -> None:

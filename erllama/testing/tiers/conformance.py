@@ -40,7 +40,7 @@ _LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 255, 256, 257, 600)
 
 @contextmanager
 def _clock_at(now_ns: int) -> Iterator[None]:
-    """Set the clock to `now_ns`, in ns since 1970, within."""
+    """Set the clock to `now_ns`, in ns since 1970, during the `with` block."""
     with mock.patch.multiple(time, time_ns=lambda: now_ns, time=lambda: now_ns / 10**9):
         yield
 
@@ -52,7 +52,7 @@ class TierConformance(LifecycleRules):
     broken one raises AssertionError.
 
     Attributes:
-        n_blocks: blocks of the longer rules. Lower it where a write is slow; the rules then find less.
+        n_blocks: number of blocks in the longer rules. Lower it if writes are slow; the rules then find less.
         shared: whether several instances may use one directory at once. False for a tier that does not report
             the changes of other instances (`Tier.changes`).
     """
@@ -73,7 +73,7 @@ class TierConformance(LifecycleRules):
             checked.compare()
 
     def test_read_of_a_missing_block_raises(self) -> None:
-        """`read` raises FileNotFoundError for a block that was never written, whatever else is stored."""
+        """`read` raises FileNotFoundError for a block that was never written, regardless of other blocks."""
         with self._open_tier() as checked:
             first, child = self._chain(2)
             sibling = make_block(first.parent, NAMESPACES[0], 0, [999])
@@ -372,7 +372,7 @@ class TierConformance(LifecycleRules):
             checked.compare()
 
     def test_a_sound_tier_has_no_problems(self) -> None:
-        """`verify` reports no problem in a sound tier and changes nothing. `mend` changes nothing, too."""
+        """`verify` reports no problem in a sound tier. Neither `verify` nor `mend` changes it."""
         with self._open_tier() as checked:
             require(list(checked.tier.verify()) == [], "verify() reports a problem in an empty tier")
             for block in [*self._first_blocks(12), *self._chain(6)]:

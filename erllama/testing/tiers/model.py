@@ -18,7 +18,7 @@ class StoredBlock(NamedTuple):
 
 
 class TierModel:
-    """What a tier must hold.
+    """The blocks that a tier must hold.
 
     Attributes:
         stored: the newest version of each block, by key.

@@ -91,10 +91,10 @@ class CheckedTier:
 
 
 class TierRules:
-    """What all rules for tiers share.
+    """Base class of the rules for tiers.
 
     Attributes:
-        n_blocks: blocks of the longer rules. Lower it where a write is slow; the rules then find less.
+        n_blocks: number of blocks in the longer rules. Lower it if writes are slow; the rules then find less.
         shared: whether several instances may use one directory at once. False for a tier that does not report
             the changes of other instances (`Tier.changes`).
     """

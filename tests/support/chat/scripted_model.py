@@ -58,8 +58,8 @@ def model_replying(*replies: str, cache: erllama.Cache | None = None, template: 
         turn = tokens.count(assistant) - 1
         reply = replies[min(turn, len(replies) - 1)].encode()
         n = tokens[::-1].index(9)  # after the prompt's tab
-        said = VOCABULARY.detokenize(tokens[len(tokens) - n :])
-        return reply[len(said)] if reply.startswith(said) and said != reply else 256
+        text = VOCABULARY.detokenize(tokens[len(tokens) - n :])
+        return reply[len(text)] if reply.startswith(text) and text != reply else 256
 
     backend = ScriptedBackend(VOCABULARY, next_token, chat_templates={"default": template})
     return erllama.load_backend(

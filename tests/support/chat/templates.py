@@ -1,4 +1,4 @@
-"""Chat templates in the forms that models come with; none belongs to a model."""
+"""Chat templates in the forms that model files contain, written for the tests."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Overflows(StubBackend):
         return logits
 
 
-class GivesAll(StubBackend):
+class ReturnsAllRows(StubBackend):
     """Every row has logits."""
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
@@ -81,7 +81,7 @@ class Ignores(StubBackend):
         return super().decode(batch._replace(tokens=np.where(batch.positions == 0, 0, batch.tokens)))
 
 
-class TakesGaps(StubBackend):
+class AcceptsGaps(StubBackend):
     """Positions are not checked."""
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
@@ -92,7 +92,7 @@ class TakesGaps(StubBackend):
         return super().decode(batch._replace(positions=positions))
 
 
-class TakesMuch(StubBackend):
+class AcceptsLargeBatches(StubBackend):
     """Batches may have any size."""
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
@@ -163,7 +163,7 @@ class Trusts(StubBackend):
         super().restore(sequence, start, end, memoryview(head + body))
 
 
-class TakesOthers(Trusts):
+class AcceptsOtherPositions(Trusts):
     """A payload of the right length is accepted for any positions."""
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
@@ -172,7 +172,7 @@ class TakesOthers(Trusts):
         super().restore(sequence, start, end, payload)
 
 
-class DropsWhatItRefuses(StubBackend):
+class DropsOnRefusal(StubBackend):
     """A payload that does not fit empties the sequence."""
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
@@ -234,7 +234,7 @@ class CutsBadly(StubBackend):
             self._kv[self._table[sequence, end - 1]] ^= np.uint64(1)
 
 
-class CutsWhatCannotBe(StubBackend):
+class CutsUntrimmable(StubBackend):
     """Memory that cannot be cut is cut."""
 
     def __init__(self) -> None:
@@ -290,14 +290,14 @@ class ClearsOne(StubBackend):
         self._release(0, 0)
 
 
-class Deaf(StubBackend):
+class IgnoresAbort(StubBackend):
     """Aborts have no effect."""
 
     def abort(self, on: bool) -> None:
         pass
 
 
-class HoldsItsBreath(StubBackend):
+class PackFailsDuringAbort(StubBackend):
     """During an abort, `pack()` fails."""
 
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
@@ -555,7 +555,7 @@ class RestoresInFirst(Sometimes):
             self.spoil(sequence, start)
 
 
-class RestoresSeventhNot(Sometimes):
+class RestoresSeventhWrong(Sometimes):
     """Every seventh `restore()` is wrong."""
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
@@ -595,7 +595,7 @@ class WipesBatch(Sometimes):
         return logits
 
 
-class DecodesSeventhNot(Sometimes):
+class DecodesSeventhWrong(Sometimes):
     """Every seventh decode returns wrong logits."""
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
@@ -964,14 +964,14 @@ BACKEND_FAULTS: list[tuple[type[StubBackend], str]] = [
     (Doubles, "test_logits_are_in_batch_order"),
     (Overflows, "test_logits_are_in_batch_order"),
     (Reverses, "test_logits_are_in_batch_order"),
-    (GivesAll, "test_rows_without_output_return_no_logits"),
+    (ReturnsAllRows, "test_rows_without_output_return_no_logits"),
     (Ignores, "test_every_token_affects_the_logits"),
     (Jitters, "test_equal_batches_return_equal_bits"),
     (Batches, "test_a_prompt_may_be_split"),
     (Peeks, "test_sequences_are_independent"),
     (Sorts, "test_rows_of_sequences_may_be_interleaved"),
-    (TakesGaps, "test_positions_must_be_consecutive"),
-    (TakesMuch, "test_a_batch_above_n_batch_is_refused"),
+    (AcceptsGaps, "test_positions_must_be_consecutive"),
+    (AcceptsLargeBatches, "test_a_batch_above_n_batch_is_refused"),
     (ComputesSome, "test_an_interleaved_batch_without_room_changes_nothing"),
     (PackingForgets, "test_pack_changes_nothing"),
     (PacksIntoOneBuffer, "test_a_packed_payload_does_not_change"),
@@ -980,21 +980,21 @@ BACKEND_FAULTS: list[tuple[type[StubBackend], str]] = [
     (RestoresInPlace, "test_a_payload_restores_into_any_sequence"),
     (PacksMore, "test_only_held_positions_can_be_packed"),
     (Trusts, "test_an_invalid_payload_is_refused"),
-    (DropsWhatItRefuses, "test_an_invalid_payload_is_refused"),
-    (TakesOthers, "test_a_payload_restores_only_its_positions"),
+    (DropsOnRefusal, "test_an_invalid_payload_is_refused"),
+    (AcceptsOtherPositions, "test_a_payload_restores_only_its_positions"),
     (LeavesHoles, "test_a_payload_restores_only_at_the_end"),
     (CutsBadly, "test_cut_tokens_leave_no_trace"),
-    (CutsWhatCannotBe, "test_memory_that_cannot_be_cut_refuses_it"),
+    (CutsUntrimmable, "test_memory_that_cannot_be_cut_refuses_it"),
     (DropsAll, "test_drop_empties_one_sequence"),
     (ClearsOne, "test_clear_empties_every_sequence"),
     (Leaks, "test_released_cells_are_free"),
     (SharesAll, "test_sharers_continue_like_their_source"),
     (CopiesShares, "test_share_takes_no_cells"),
     (FreesShared, "test_a_sharer_may_be_dropped"),
-    (Deaf, "test_abort_stops_decodes_until_it_is_reset"),
+    (IgnoresAbort, "test_abort_stops_decodes_until_it_is_reset"),
     (StaysAborted, "test_abort_stops_decodes_until_it_is_reset"),
     (ClosesOnce, "test_close_may_be_called_twice"),
-    (TakesGaps, "test_positions_must_not_repeat"),
+    (AcceptsGaps, "test_positions_must_not_repeat"),
     (ComputesSome, "test_a_batch_without_room_changes_nothing"),
     (EndsEarly, "test_a_sequence_holds_at_most_n_ctx_tokens"),
     (RestoresOneBlock, "test_blocks_restore_in_order"),
@@ -1004,8 +1004,8 @@ BACKEND_FAULTS: list[tuple[type[StubBackend], str]] = [
     (RunsOut, "test_restore_needs_free_cells"),
     (CutsLonger, "test_a_cut_at_or_after_the_end_changes_nothing"),
     (CutsSlices, "test_a_cut_may_split_a_slice"),
-    (HoldsItsBreath, "test_abort_stops_nothing_but_decodes"),
-    (Deaf, "test_abort_works_during_a_decode"),
+    (PackFailsDuringAbort, "test_abort_stops_nothing_but_decodes"),
+    (IgnoresAbort, "test_abort_works_during_a_decode"),
     (OneAtATime, "test_prefill_and_decode_may_share_a_batch"),
     (LowerCase, "test_pieces_join_to_the_text"),
 ]
@@ -1024,12 +1024,12 @@ RARE_BACKEND_FAULTS: list[tuple[type[StubBackend], str]] = [
     (RestoresFrom32, "test_long_sequences_restore_at_each_length"),
     (RestoresFrom256, "test_long_sequences_restore_at_each_length"),
     (RestoresInFirst, "test_long_sequences_restore_at_each_length"),
-    (RestoresSeventhNot, "test_long_sequences_restore_at_each_length"),
+    (RestoresSeventhWrong, "test_long_sequences_restore_at_each_length"),
     (RestoresAfterClear, "test_long_sequences_restore_at_each_length"),
     (WipesPayload, "test_long_sequences_restore_at_each_length"),
     (CopiesOnRestore, "test_long_sequences_restore_at_each_length"),
     (WipesBatch, "test_a_long_prompt_may_be_split_anywhere"),
-    (DecodesSeventhNot, "test_a_long_prompt_may_be_split_anywhere"),
+    (DecodesSeventhWrong, "test_a_long_prompt_may_be_split_anywhere"),
     (DecodesOdd, "test_a_long_prompt_may_be_split_anywhere"),
     (SwapsRows, "test_a_long_prompt_may_be_split_anywhere"),
     (ReturnsOldLogits, "test_a_long_prompt_may_be_split_anywhere"),

@@ -53,7 +53,7 @@ class SmallTier(Tier):
 
 
 class KeepsAll(SmallTier):
-    """`remove()` does nothing."""
+    """`remove()` removes no block."""
 
     def remove(self, keys: Sequence[bytes]) -> None:
         pass
@@ -66,7 +66,7 @@ class RemovesFirst(SmallTier):
         super().remove(keys[:1])
 
 
-class StopsAtStranger(SmallTier):
+class StopsAtUnknownKey(SmallTier):
     """`remove()` stops at a key that is not stored."""
 
     def remove(self, keys: Sequence[bytes]) -> None:
@@ -75,7 +75,7 @@ class StopsAtStranger(SmallTier):
                 del self.store[key]
 
 
-class RaisesForStranger(SmallTier):
+class RaisesForUnknownKey(SmallTier):
     """`remove()` raises for a key that is not stored."""
 
     def remove(self, keys: Sequence[bytes]) -> None:
@@ -90,15 +90,15 @@ class RemovesSiblings(SmallTier):
         super().remove([*keys, *(k for k, (block, _, _) in self.store.items() if block.parent in keys)])
 
 
-class RemovesSeventhNot(SmallTier):
-    """Every seventh `remove()` does nothing."""
+class SkipsSeventhRemove(SmallTier):
+    """Every seventh `remove()` removes no block."""
 
     def remove(self, keys: Sequence[bytes]) -> None:
         if not self.nth("remove", 7):
             super().remove(keys)
 
 
-class Unhides(SmallTier):
+class RestoresOldVersion(SmallTier):
     """`remove()` of a replaced block restores the old version."""
 
     def __init__(self, where: str, budget: int = 10**6) -> None:
@@ -217,7 +217,7 @@ class RaisesKeyError(SmallTier):
         return found, memoryview(payload)
 
 
-class CallsItDamage(SmallTier):
+class ReportsMissingAsDamage(SmallTier):
     """`read()` of a missing block raises CacheFormatError."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
@@ -240,7 +240,7 @@ class EchoesBlock(SmallTier):
         return block, super().read(block)[1]
 
 
-class GivesBytes(SmallTier):
+class ReturnsBytes(SmallTier):
     """`read()` returns bytes, not a memoryview."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
@@ -298,7 +298,7 @@ class ReleasesAtClose(SmallTier):
             view.release()
 
 
-class TakesWhatItGives(SmallTier):
+class ReadsOnce(SmallTier):
     """`read()` returns a block only once."""
 
     def read(self, block: Block) -> tuple[Block, memoryview]:
@@ -543,28 +543,28 @@ class CountsChanging(SmallTier):
 # --- uses, set_aside, verify, mend -----------------------------------------------------------------------
 
 
-class NotesNothing(SmallTier):
-    """`touch()` records nothing."""
+class IgnoresTouch(SmallTier):
+    """`touch()` records no use."""
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         pass
 
 
-class NotesSeconds(SmallTier):
+class TouchesInSeconds(SmallTier):
     """`touch()` reads its times as seconds."""
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         super().touch((key, at // 10**9) for key, at in used)
 
 
-class NotesFirst(SmallTier):
+class TouchesFirst(SmallTier):
     """`touch()` records only the first of several uses."""
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
         super().touch(list(used)[:1])
 
 
-class NotesForAll(SmallTier):
+class TouchesAll(SmallTier):
     """`touch()` of one block records a use of all blocks."""
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
@@ -572,7 +572,7 @@ class NotesForAll(SmallTier):
             super().touch((key, at) for key in list(self.store))
 
 
-class NotesStrangers(SmallTier):
+class TouchRaisesForUnknownKey(SmallTier):
     """`touch()` raises for a block that is not stored."""
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
@@ -580,14 +580,14 @@ class NotesStrangers(SmallTier):
             self.store[key] = (*self.store[key][:2], at)
 
 
-class SetsNothingAside(SmallTier):
-    """`set_aside()` does nothing."""
+class IgnoresSetAside(SmallTier):
+    """`set_aside()` has no effect."""
 
     def set_aside(self, block: Block) -> None:
         pass
 
 
-class SetsAllAside(SmallTier):
+class SetsAsideAll(SmallTier):
     """`set_aside()` removes everything."""
 
     def set_aside(self, block: Block) -> None:
@@ -693,7 +693,7 @@ class WearsOut(SmallTier):
 # ------------------------------------------------------------------------------------------
 
 
-class SaysInFlight(SmallTier):
+class ReportsInFlight(SmallTier):
     """`in_flight()` is True for some keys, though no other process writes."""
 
     def in_flight(self, key: bytes) -> bool:
@@ -727,14 +727,14 @@ class Swallows(SmallTier):
         return suppress(Exception)
 
 
-class TellsOfRemovals(SmallTier):
+class ReportsStoredAsRemoved(SmallTier):
     """`changes()` reports stored blocks as removed."""
 
     def changes(self) -> Changes | None:
         return Changes([], list(self.store)[:1], complete=False)
 
 
-class TellsHalf(SmallTier):
+class ReportsHalf(SmallTier):
     """`changes()` is complete but lists half of the stored blocks."""
 
     def changes(self) -> Changes | None:
@@ -742,7 +742,7 @@ class TellsHalf(SmallTier):
         return Changes(rows[: len(rows) // 2], [], complete=True)
 
 
-class SaysShared(SmallTier):
+class ReportsShared(SmallTier):
     """`shared` is True, though no other process uses the tier."""
 
     @property
@@ -826,11 +826,11 @@ class LosesRarely(SmallTier):
 FAULTY_TIERS: list[tuple[type[SmallTier], str]] = [
     (KeepsAll, "test_remove_removes_exactly_the_named_blocks"),
     (RemovesFirst, "test_remove_removes_exactly_the_named_blocks"),
-    (StopsAtStranger, "test_remove_removes_exactly_the_named_blocks"),
-    (RaisesForStranger, "test_remove_removes_exactly_the_named_blocks"),
+    (StopsAtUnknownKey, "test_remove_removes_exactly_the_named_blocks"),
+    (RaisesForUnknownKey, "test_remove_removes_exactly_the_named_blocks"),
     (RemovesSiblings, "test_removing_a_parent_keeps_its_children"),
-    (RemovesSeventhNot, "test_remove_removes_exactly_the_named_blocks"),
-    (Unhides, "test_a_replaced_version_does_not_reappear"),
+    (SkipsSeventhRemove, "test_remove_removes_exactly_the_named_blocks"),
+    (RestoresOldVersion, "test_a_replaced_version_does_not_reappear"),
     (EmptiesOnNone, "test_remove_removes_exactly_the_named_blocks"),
     (SharesPayloads, "test_equal_payloads_are_separate"),
     (RemovesAtClose, "test_a_tier_can_be_reopened"),
@@ -843,14 +843,14 @@ FAULTY_TIERS: list[tuple[type[SmallTier], str]] = [
     (Truncates, "test_read_returns_what_was_written"),
     (WrapsLong, "test_read_returns_what_was_written"),
     (RaisesKeyError, "test_read_of_a_missing_block_raises"),
-    (CallsItDamage, "test_read_of_a_missing_block_raises"),
+    (ReportsMissingAsDamage, "test_read_of_a_missing_block_raises"),
     (ReadsEmpty, "test_read_of_a_missing_block_raises"),
     (EchoesBlock, "test_a_newer_version_replaces_the_old_one"),
-    (GivesBytes, "test_read_returns_what_was_written"),
+    (ReturnsBytes, "test_read_returns_what_was_written"),
     (ReusesBuffer, "test_a_payload_that_was_read_stays_valid"),
     (WritesInPlace, "test_a_payload_that_was_read_stays_valid"),
     (ReleasesAtClose, "test_a_payload_that_was_read_stays_valid"),
-    (TakesWhatItGives, "test_read_returns_what_was_written"),
+    (ReadsOnce, "test_read_returns_what_was_written"),
     (ReadsForOneThread, "test_any_thread_may_read"),
     (ReadsInOwnThread, "test_any_thread_may_read"),
     (KeepsOld, "test_a_newer_version_replaces_the_old_one"),
@@ -877,13 +877,13 @@ FAULTY_TIERS: list[tuple[type[SmallTier], str]] = [
     (ListsStale, "test_remove_removes_exactly_the_named_blocks"),
     (CountsNothing, "test_sizes_are_consistent"),
     (CountsChanging, "test_sizes_are_consistent"),
-    (NotesNothing, "test_touch_records_uses"),
-    (NotesSeconds, "test_touch_records_uses"),
-    (NotesFirst, "test_touch_records_uses"),
-    (NotesForAll, "test_touch_records_uses"),
-    (NotesStrangers, "test_touch_records_uses"),
-    (SetsNothingAside, "test_set_aside_removes_one_block"),
-    (SetsAllAside, "test_set_aside_removes_one_block"),
+    (IgnoresTouch, "test_touch_records_uses"),
+    (TouchesInSeconds, "test_touch_records_uses"),
+    (TouchesFirst, "test_touch_records_uses"),
+    (TouchesAll, "test_touch_records_uses"),
+    (TouchRaisesForUnknownKey, "test_touch_records_uses"),
+    (IgnoresSetAside, "test_set_aside_removes_one_block"),
+    (SetsAsideAll, "test_set_aside_removes_one_block"),
     (FindsProblems, "test_a_sound_tier_has_no_problems"),
     (VerifyRemoves, "test_a_sound_tier_has_no_problems"),
     (MendsTooMuch, "test_a_sound_tier_has_no_problems"),
@@ -894,12 +894,12 @@ FAULTY_TIERS: list[tuple[type[SmallTier], str]] = [
     (ClosesOnce, "test_a_tier_can_be_reopened"),
     (StaysClosed, "test_a_tier_can_be_reopened"),
     (WearsOut, "test_read_returns_what_was_written"),
-    (SaysInFlight, "test_a_single_process_sees_no_others"),
+    (ReportsInFlight, "test_a_single_process_sees_no_others"),
     (RefusesRoom, "test_read_returns_what_was_written"),
     (KeepsReservation, "test_read_returns_what_was_written"),
     (LeaksReservations, "test_tidy_drops_unused_reservations"),
     (Swallows, "test_exclusive_ends_after_an_exception"),
-    (TellsOfRemovals, "test_a_single_process_sees_no_others"),
-    (TellsHalf, "test_a_single_process_sees_no_others"),
-    (SaysShared, "test_a_new_tier_is_usable_and_empty"),
+    (ReportsStoredAsRemoved, "test_a_single_process_sees_no_others"),
+    (ReportsHalf, "test_a_single_process_sees_no_others"),
+    (ReportsShared, "test_a_new_tier_is_usable_and_empty"),
 ]

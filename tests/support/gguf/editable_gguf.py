@@ -1,4 +1,4 @@
-"""GGUF files as values that tests edit: metadata, tensor shapes and types. Nothing is checked."""
+"""GGUF files as values that tests edit: metadata, tensor shapes and types. Without checks."""
 
 from __future__ import annotations
 

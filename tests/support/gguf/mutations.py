@@ -1,4 +1,4 @@
-"""Mutations of model files, and what a child process does with the mutants.
+"""Mutations of model files, and the loop in which a child process loads the mutants.
 
 A mutant differs from a file that libllama loads in one to three places: the type
 or the shape of tensors, the value or the type of hyperparameters, the name of
