@@ -134,7 +134,8 @@ class TierSet:
         if self._closed:
             return False
         self._reopen_after[tier] = time.monotonic() + _REOPEN_SECONDS
-        self._out_of_sync.add(tier)  # until the catalog has its content
+        with self._lock:
+            self._out_of_sync.add(tier)  # until the catalog has its content
         try:
             tier.open()
             rows = tier.rows()
@@ -200,7 +201,10 @@ class TierSet:
         if tier not in self._out_of_sync:
             self.apply_new_changes(tier)
             return
-        # Read without the lock. No thread applies changes meanwhile, because the tier is out of sync.
+        # Read without the lock. No thread applies changes meanwhile, because the tier is out of sync: a poll that
+        # found it in sync holds the lock until it has applied its changes, and the mark waits for that.
+        with self._lock:
+            self._out_of_sync.add(tier)
         rows = list(tier.rows())
         with self._lock:
             self.apply_changes(tier, Changes(rows, [], complete=True))

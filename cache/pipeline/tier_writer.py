@@ -246,8 +246,10 @@ class TierWriter:
         with self._lock:
             if not written and before is None:
                 self._catalog.drop(tier.name, block.key)
-            elif not written and before is not None:
+            elif not written and before is not None and ledger.root_of(block.key) is tier:
                 self._catalog.put(*before, time.time_ns())
+                # Another process may have removed the older version since: only a sync finds that.
+                self._tiers.mark_out_of_sync(before[0])
         return written
 
     def _remove_superseded(self, ledger: TierLedger, keys: Iterable[bytes]) -> None:
