@@ -20,7 +20,7 @@ import erllama
 from benchmarks.engines import Prompt, Prompts, load_code, open_model, whole_cells
 from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn, spread
 from erllama.cache import Block, SaveReason, namespace_key, token_bytes
-from erllama.cache.tiers.index import FileStamp, Index
+from erllama.cache.tiers.sqlite_index import FileStamp, Index
 
 BLOCK = 256  # tokens; the cache's default
 REPEAT = 3  # repetitions of short measurements within one run

@@ -9,9 +9,9 @@ imports `tiers`, `catalog` and `blocks`. The package does not import the engine.
 from erllama.cache.blocks.block import Block, SaveReason
 from erllama.cache.blocks.keys import KEY_BYTES, TOKEN_BYTES, child_key, namespace_key, token_bytes
 from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
-from erllama.cache.policy import Policy
 from erllama.cache.pressure.memory import MemoryUsage
 from erllama.cache.pressure.pressure import Pressure
+from erllama.cache.save_policy import Policy
 from erllama.cache.store import Cache
 from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.ram_tier import RamTier

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from erllama.cache.blocks.block import Block
-from erllama.cache.catalog.lru import LeafLRU
+from erllama.cache.catalog.eviction_order import LeafLRU
 from erllama.cache.tiers.directory import INDEX_NAME, is_cache
 from erllama.cache.tiers.read_only import create_file_tier
 from erllama.cache.tiers.tier import Problem, TierRow

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 
 from erllama.cache.blocks.block import Block
-from erllama.cache.catalog.lru import LeafLRU
+from erllama.cache.catalog.eviction_order import LeafLRU
 from erllama.cache.tiers.tier import Tier
 
 

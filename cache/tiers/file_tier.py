@@ -22,10 +22,10 @@ from erllama.cache.blocks.block import Block
 from erllama.cache.texts.text_tokens import TextDigests, TextRecord
 from erllama.cache.tiers.changed_files import ChangedFiles
 from erllama.cache.tiers.directory import block_key, block_path, is_gone, warn_about_file_system
-from erllama.cache.tiers.index import FileStamp, Index
 from erllama.cache.tiers.index_schema import may_show_damage
 from erllama.cache.tiers.open_directory import OpenDirectory
 from erllama.cache.tiers.reconciler import Reconciler, is_fault_of_file
+from erllama.cache.tiers.sqlite_index import FileStamp, Index
 from erllama.cache.tiers.tier import Changes, Problem, SimulatedCrash, Tier, TierRow
 from erllama.cache.tiers.watch import DirectoryWatch
 from erllama.errors import CacheError, CacheFormatError

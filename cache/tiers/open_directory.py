@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from erllama.cache.tiers.directory import CacheDirectory
-from erllama.cache.tiers.index import Index
 from erllama.cache.tiers.index_schema import is_damaged, may_show_damage, quarantine, shows_damage
+from erllama.cache.tiers.sqlite_index import Index
 from erllama.errors import CacheError
 
 

@@ -30,8 +30,8 @@ from erllama.cache.blocks.block import Block
 from erllama.cache.texts.text_tokens import TextDigests, TextRecord
 from erllama.cache.tiers.directory import INDEX_NAME
 from erllama.cache.tiers.file_tier import FileTier
-from erllama.cache.tiers.index import FileStamp, Index, read_blocks
 from erllama.cache.tiers.index_schema import SCHEMA_VERSION, check_version
+from erllama.cache.tiers.sqlite_index import FileStamp, Index, read_blocks
 from erllama.cache.tiers.text_table import TextTable
 from erllama.cache.tiers.tier import Changes, Problem, TierRow
 from erllama.errors import CacheError, CacheFormatError

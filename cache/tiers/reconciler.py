@@ -18,8 +18,8 @@ from erllama._runtime.log import logger
 from erllama.cache.blocks import kvc
 from erllama.cache.tiers.changed_files import ChangedFiles
 from erllama.cache.tiers.directory import block_key, block_path, is_gone
-from erllama.cache.tiers.index import FileStamp
 from erllama.cache.tiers.open_directory import OpenDirectory
+from erllama.cache.tiers.sqlite_index import FileStamp
 from erllama.errors import CacheFormatError
 
 log = logger("erllama.cache")

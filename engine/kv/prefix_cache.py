@@ -15,8 +15,8 @@ from erllama._runtime.log import logger
 from erllama.cache import Cache, Match, Policy, namespace_key
 from erllama.engine.adapters import AdapterSet, describe
 from erllama.engine.backend import Backend
-from erllama.engine.kv.slices import Slicing
-from erllama.engine.kv.weights import Weights
+from erllama.engine.kv.prefill_slices import Slicing
+from erllama.engine.kv.weights_check import Weights
 
 log = logger("erllama.engine")
 

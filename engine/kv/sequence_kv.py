@@ -25,8 +25,8 @@ from erllama.cache import (
     child_key,
     token_bytes,
 )
+from erllama.engine.kv.prefill_slices import Provenance, canonical_prefix
 from erllama.engine.kv.prefix_cache import PrefixCache
-from erllama.engine.kv.slices import Provenance, canonical_prefix
 from erllama.engine.requests.request import CacheHit, HitKind
 from erllama.errors import StateError
 

@@ -17,7 +17,7 @@ from erllama.engine.output.phase_options import Markers, PhaseOptions
 from erllama.engine.output.stops import TextFinder
 from erllama.engine.output.text import WHITE
 from erllama.engine.output.token_codec import TokenCodec
-from erllama.engine.output.tool_calls import CallEnds
+from erllama.engine.output.tool_call_ends import CallEnds
 
 SegmentKind = Literal["text", "thinking", "call"]
 ReplyPhase = Literal["text", "thinking", "syntax", "payload"]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from erllama.cache.blocks.keys import common_prefix
 from erllama.engine.backend import Backend
-from erllama.engine.kv.slices import Provenance
+from erllama.engine.kv.prefill_slices import Provenance
 from erllama.engine.scheduling.cells import Cells
 from erllama.engine.scheduling.live_tier import LiveTier
 from erllama.engine.scheduling.sequence import Sequence

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, token_bytes
-from erllama.cache.catalog.lru import LeafLRU
+from erllama.cache.catalog.eviction_order import LeafLRU
 from erllama.cache.catalog.prefix_tree import PrefixTree
 from support.paths import TESTS
 from support.storage.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, save

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama.cache import Block, Cache, FileTier
-from erllama.cache.catalog.lru import LeafLRU
+from erllama.cache.catalog.eviction_order import LeafLRU
 from erllama.cache.tiers.directory import CacheDirectory
-from erllama.cache.tiers.index import FileStamp, Index
 from erllama.cache.tiers.read_only import ReadOnlyFileTier
+from erllama.cache.tiers.sqlite_index import FileStamp, Index
 from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
 from support.storage.processes import bytes_in, killed_at_end, output_of, start_python
 from support.subprocesses import must_run

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama.cache import Block, Cache
-from erllama.cache.tiers.index import Index
+from erllama.cache.tiers.sqlite_index import Index
 from erllama.engine import Batch
 from erllama.engine.backends.stub import StubBackend
 from erllama.llama_ffi import LlamaContext, LlamaError, LlamaModel

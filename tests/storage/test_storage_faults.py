@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama.cache import Block, Cache, FileTier
-from erllama.cache.tiers.index import Index
+from erllama.cache.tiers.sqlite_index import Index
 from support.storage.blocks import NAMESPACE, SIZE, blocks_of, hit, payload_of, save
 from support.storage.processes import killed_at_end, output_of, start_python
 

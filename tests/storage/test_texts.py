@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from erllama.cache import Cache
 from erllama.cache.texts import text_tokens as texts_module
 from erllama.cache.texts.text_tokens import TextCache, TextDigests
-from erllama.cache.tiers import index as index_module
+from erllama.cache.tiers import sqlite_index as index_module
 from support.storage.blocks import SIZE, save
 
 NAMESPACE, OTHER = b"n" * 32, b"o" * 32
