@@ -108,5 +108,5 @@ def test_an_identifier_or_path_that_does_not_exist_is_found(span: str) -> None:
 
 
 def test_identifiers_and_paths_that_exist_are_accepted() -> None:
-    text = "`Scheduler`, `Model.complete`, `Cache.save()`, `max_tokens=5`, `engine/kv/prefix_cache.py`, `shim.cpp`"
+    text = "`Scheduler`, `Model.complete`, `Cache.save()`, `max_tokens=5`, `engine/kv/prefix_cache.py`"
     assert unknown_names(text) == []
