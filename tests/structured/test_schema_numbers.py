@@ -523,3 +523,14 @@ def test_tool_arguments_lose_no_digit(format: str) -> None:
         assert call.arguments["exact"] == LARGE
         assert call.arguments["one"] in (2**64 - 1, LARGE + 2)
         assert str(call.arguments["exact"]) in text
+
+
+@pytest.mark.parametrize("maximum", [1, 2])
+def test_short_arrays_and_objects_of_large_numbers_have_a_grammar(maximum: int) -> None:
+    number = {"type": "integer", "minimum": 2**62}
+    array = Grammar.json_schema({"type": "array", "items": number, "maxItems": maximum})
+    mapping = Grammar.json_schema({"type": "object", "additionalProperties": number, "maxProperties": maximum})
+    for n in range(4):
+        values = [2**62 + i for i in range(n)]
+        assert array.accepts(json.dumps(values)) is (n <= maximum)
+        assert mapping.accepts(json.dumps({str(value): value for value in values})) is (n <= maximum)

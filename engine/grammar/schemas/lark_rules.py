@@ -64,7 +64,10 @@ def _format_repetition(repetition: Repetition) -> str:
 
 
 def productive_rules(bodies: dict[str, Body]) -> dict[str, Body]:
-    """Return the rules that have a text, with the alternatives that have one."""
+    """Return the rules that have a text, with the alternatives that have one.
+
+    Removes repetitions of at most zero times, which llguidance refuses.
+    """
     users: dict[str, list[tuple[str, int]]] = {}
     missing: dict[tuple[str, int], int] = {}
     found: set[str] = set()
@@ -88,7 +91,11 @@ def productive_rules(bodies: dict[str, Body]) -> dict[str, Body]:
                 pending.append(user)
     return {
         name: [
-            [symbol for symbol in symbols if not isinstance(symbol, Repetition) or symbol.symbol in found]
+            [
+                symbol
+                for symbol in symbols
+                if isinstance(symbol, str) or (symbol.maximum != 0 and symbol.symbol in found)
+            ]
             for at, symbols in enumerate(bodies[name])
             if not missing[name, at]
         ]
