@@ -412,7 +412,7 @@ class Cache:
         """Find the longest remembered text that `text` begins with.
 
         Returns:
-            its length in bytes, and the tokens that it was computed as, read-only; None if there is none.
+            its length in bytes, and the tokens that it was computed as, read-only; None if no text matches.
         """
         record = self._texts.longest(namespace, text)
         return None if record is None else (record.n_bytes, record.tokens)

@@ -87,7 +87,7 @@ class LeafLRU:
     def clamp(self, now: int) -> None:
         """Lower uses later than `now` to just before it. A clock that was ahead recorded them.
 
-        Costs one comparison if there are none, as after the first of several uses at one moment.
+        Takes one comparison if no use is later.
         """
         if self._newest <= now:
             return

@@ -58,6 +58,6 @@ def read_text(path: Path) -> str | None:
 
 
 def read_number(path: Path) -> int | None:
-    """Return the number in a file; None if there is none, as for "max"."""
+    """Return the number in a file; None if the file has no number, for example "max"."""
     text = (read_text(path) or "").strip()
     return int(text) if text.isdecimal() else None

@@ -132,7 +132,7 @@ class TextCache:
             return self._record(digest) if digest in self._texts else None
 
     def longest(self, digests: TextDigests) -> TextRecord | None:
-        """Return the longest recorded text that a text begins with; None if there is none."""
+        """Return the longest recorded text that a text begins with; None if no text matches."""
         with self._lock:
             if not self._texts:
                 return None

@@ -347,7 +347,7 @@ class Index:
     # --- fingerprints ------------------------------------------------------------------------
 
     def fingerprint(self, identity: str) -> str | None:
-        """Return the digest stored for a file's identity; None if there is none."""
+        """Return the digest stored for a file's identity; None if the index has no digest of it."""
         with self._lock:
             row = self.db.execute("SELECT sha256 FROM fingerprints WHERE identity = ?", [identity]).fetchone()
         return str(row[0]) if row else None

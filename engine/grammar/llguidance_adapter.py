@@ -156,7 +156,7 @@ def compile_grammar(vocabulary: GuidanceVocabulary, lark_source: str) -> LLMatch
 
 
 def validate(lark_source: str) -> str:
-    """Return the error of a grammar that is wrong for every vocabulary; empty if there is none."""
+    """Return the error of a grammar that is wrong for every vocabulary; an empty string if it has no error."""
     return _run_on_large_stack(lambda: LLMatcher.validate_grammar(lark_source, limits=_LIMITS))
 
 

@@ -124,7 +124,7 @@ class SequenceKV:
 
         Args:
             tokens: the sequence's tokens, int32, shape (n,).
-            match: their longest stored prefix; None if there is none.
+            match: their longest stored prefix; None if no prefix is stored.
             reproducible: restore only KV that has the bits of a cold run.
             n_shared: tokens that the sequence has already, in cells of another sequence.
             room: free cells.

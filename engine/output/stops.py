@@ -31,7 +31,7 @@ class TextFinder:
     def find(self, buffer: str, *, ended: bool = False) -> tuple[int, str | None]:
         """Return the position of the first text, and the text.
 
-        If there is none, return None and the position up to which none can begin, even with more text.
+        If no text matches, return None and the position before which no text can begin, even with more input.
 
         Args:
             ended: whether no more text follows.
@@ -45,7 +45,7 @@ class TextFinder:
         return partial, None
 
     def _find_partial(self, buffer: str) -> int:
-        """Return where the first text begins that `buffer` ends within; the buffer's length if there is none."""
+        """Return where the first text begins that `buffer` ends within; the buffer's length if no text begins."""
         n = len(buffer)
         for at in range(max(n - self._longest + 1, 0), n):
             if buffer[at] in self._first:

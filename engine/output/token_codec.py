@@ -62,7 +62,7 @@ class TokenCodec:
         """Return the tokens of a marker, or of a text that is inserted into a reply.
 
         Raises:
-            OptionError: there are none.
+            OptionError: the tokenizer returns no tokens.
         """
         ids: list[int] = self._vocabulary.tokenize(text, add_special=False, parse_special=True).tolist()
         if not ids:

@@ -99,7 +99,7 @@ def _negate(bound: Bound) -> Bound:
 
 
 def _between(sign: str, low: int, high: int | None) -> list[str]:
-    """Return patterns of the integers of one sign between two magnitudes; [] if there are none."""
+    """Return patterns of the integers of one sign between two magnitudes; [] for an empty range."""
     if high is not None and high < low:
         return []
     upper = [] if high is None else [f"{sign}{_at_most(high)}"]
@@ -141,7 +141,7 @@ def _smaller(digits: str, rest: str, first: int = 0) -> list[str]:
 
 
 def _fractions(sign: str, low: Bound, high: Bound | None) -> list[list[str]]:
-    """Return alternatives for the numbers of one sign between two magnitudes; [] if there are none."""
+    """Return alternatives for the numbers of one sign between two magnitudes; [] for an empty range."""
     if high is None:
         return [[sign + _fraction_at_least(low)]]
     if high.value < low.value or (high.value == low.value and (low.exclusive or high.exclusive)):
