@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from erllama.testing._file import new_gguf, require_gguf
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 END = "</s>"
 _SPECIAL = ["<unk>", "<s>", END]
@@ -47,8 +51,6 @@ def write_scripted(
         ValueError: `follows` contains a text that is not a token.
     """
     require_gguf()
-    from gguf import TokenType
-
     begun = sorted({word[:n] for word in words for n in range(2, len(word) + 1)})
     # The tokenizer writes a space as another character, which has no byte token.
     tokens = [*_SPECIAL, *_BYTES, "▁", *(word.replace(" ", "▁") for word in begun), *special]
@@ -80,36 +82,48 @@ def write_scripted(
         writer.add_head_count_kv(1)
         writer.add_rope_dimension_count(n_embd)
         writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_vocab_size(n_vocab)
-        writer.add_tokenizer_model("llama")
-        writer.add_token_list(tokens)
-        kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL] + [TokenType.BYTE] * 256
-        kinds += [TokenType.NORMAL] * (1 + len(begun)) + [TokenType.CONTROL] * len(special)
-        writer.add_token_types(kinds)
-        writer.add_token_scores(
-            [0.0] * first + [-1.0] + [float(len(word)) for word in begun] + [0.0] * len(special)
-        )
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_unk_token_id(0)
-        writer.add_add_bos_token(False)
-        writer.add_add_eos_token(False)
-        writer.add_add_space_prefix(False)
+        _add_tokenizer(writer, tokens, len(begun), len(special))
         if chat_template is not None:
             writer.add_chat_template(chat_template)
         writer.add_tensor("token_embd.weight", embeddings)
         writer.add_tensor("output_norm.weight", np.ones(n_embd, np.float32))
         writer.add_tensor("output.weight", output)
-        for name, shape in {
-            "attn_q": (n_embd, n_embd),
-            "attn_k": (n_embd, n_embd),
-            "attn_v": (n_embd, n_embd),
-            "attn_output": (n_embd, n_embd),
-            "ffn_gate": (32, n_embd),
-            "ffn_up": (32, n_embd),
-            "ffn_down": (n_embd, 32),
-        }.items():
-            writer.add_tensor(f"blk.0.{name}.weight", np.zeros(shape, np.float32))
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.0.{name}.weight", np.ones(n_embd, np.float32))
+        _add_neutral_layer(writer, n_embd)
     return path
+
+
+def _add_tokenizer(writer: GGUFWriter, tokens: Sequence[str], n_words: int, n_special: int) -> None:
+    """Add a tokenizer that prefers longer words, and the types of its tokens, in the order of `tokens`."""
+    from gguf import TokenType
+
+    types = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL] + [TokenType.BYTE] * len(_BYTES)
+    types += [TokenType.NORMAL] * (1 + n_words) + [TokenType.CONTROL] * n_special
+    n_first = len(_SPECIAL) + len(_BYTES)
+    words = tokens[n_first + 1 : n_first + 1 + n_words]
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_scores([0.0] * n_first + [-1.0] + [float(len(word)) for word in words] + [0.0] * n_special)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
+
+
+def _add_neutral_layer(writer: GGUFWriter, n_embd: int) -> None:
+    """Add layer 0 with weights of zero, so that it adds zero to each token's direction."""
+    for name, shape in {
+        "attn_q": (n_embd, n_embd),
+        "attn_k": (n_embd, n_embd),
+        "attn_v": (n_embd, n_embd),
+        "attn_output": (n_embd, n_embd),
+        "ffn_gate": (32, n_embd),
+        "ffn_up": (32, n_embd),
+        "ffn_down": (n_embd, 32),
+    }.items():
+        writer.add_tensor(f"blk.0.{name}.weight", np.zeros(shape, np.float32))
+    for name in ("attn_norm", "ffn_norm"):
+        writer.add_tensor(f"blk.0.{name}.weight", np.ones(n_embd, np.float32))
