@@ -270,24 +270,24 @@ class TierConformance(LifecycleRules):
             blocks = [block for block in blocks if block.key in checked.model.stored]
             keys = [block.key for block in blocks]
 
-            def gone(wanted: Sequence[bytes]) -> None:
-                checked.remove(wanted)
+            def remove(removed: Sequence[bytes]) -> None:
+                checked.remove(removed)
                 checked.compare()
                 for block in blocks:
                     if block.key not in checked.model.stored:
                         checked.require_missing(block, "that was removed")
 
-            gone([])
-            gone([keys[0]])
-            gone([keys[0]])
-            gone((keys[-1],))
-            gone([strangers[0], keys[1], strangers[1], keys[2]])
-            gone([keys[3], keys[3]])
-            gone(strangers)
+            remove([])
+            remove([keys[0]])
+            remove([keys[0]])
+            remove((keys[-1],))
+            remove([strangers[0], keys[1], strangers[1], keys[2]])
+            remove([keys[3], keys[3]])
+            remove(strangers)
             for key in keys[4:12]:
-                gone([key])
-            gone(keys[12:])
-            gone(keys)
+                remove([key])
+            remove(keys[12:])
+            remove(keys)
 
     def test_a_removed_block_can_be_written_again(self) -> None:
         """A block that is removed and written repeatedly is there each time, as it was written last."""
