@@ -85,7 +85,7 @@ flags=(
     -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF
     -DGGML_CCACHE=OFF -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON
 )
-# The libraries stay in one directory, so each finds the others in its own directory.
+# The libraries stay in one directory, so each finds the others beside itself.
 if [ "$on_mac" = 1 ]; then flags+=("-DCMAKE_INSTALL_RPATH=@loader_path"); else flags+=("-DCMAKE_INSTALL_RPATH=\$ORIGIN"); fi
 [ "$portable" = 1 ] && flags+=(-DGGML_NATIVE=OFF) || flags+=(-DGGML_NATIVE=ON)
 case "$backend" in
@@ -258,7 +258,7 @@ cmake -S "$source" -B "$work/build" -G Ninja "${flags[@]}" >"$log" 2>&1 || fail 
 NINJA_STATUS='[%f/%t] ' cmake --build "$work/build" --target "${targets[@]}" --parallel "$jobs" 2>&1 | report_progress || fail "$what did not compile"
 
 if [ "$peers" = 1 ]; then
-    # The tools also find the libraries in their own directory.
+    # The tools also find the libraries beside themselves.
     lib="$work/prefix/bin"
     mkdir -p "$lib"
     for target in "${targets[@]}"; do cp "$work/build/bin/$target" "$lib/"; done

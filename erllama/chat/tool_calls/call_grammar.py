@@ -1,7 +1,7 @@
 """Grammar of tool calls in Lark, written from a family's syntax and the tools' schemas.
 
-`write_call_grammar` writes it. `reader.read_calls` reads every text that the grammar accepts, and the arguments then
-match the schemas. `constrained_calls` decides how much of each schema the grammar enforces.
+`write_call_grammar` writes it. `reader.read_calls` reads every text that the grammar accepts, and the arguments
+then match the schemas. `constrained_calls` decides how much of each schema the grammar enforces.
 """
 
 from __future__ import annotations
