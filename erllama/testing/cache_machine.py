@@ -166,17 +166,17 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.flush()
         before = self._persistent_keys()
         evictions = self._evictions()
-        died = threading.Event()
+        crashed = threading.Event()
 
-        def die(name: str) -> None:
+        def crash_at_step(name: str) -> None:
             if name == step:
-                died.set()
+                crashed.set()
                 raise SimulatedCrash
 
         for tier in self._file_tiers():
-            tier._step = die  # type: ignore[method-assign]
+            tier._step = crash_at_step  # type: ignore[method-assign]
         self._save(self.cache, ids, namespace)
-        while not died.is_set() and not self.cache.flush(0.01):
+        while not crashed.is_set() and not self.cache.flush(0.01):
             pass
         evicted = self._evictions() > evictions
         self.cache.abandon()
@@ -438,8 +438,8 @@ class CacheMachine(RuleBasedStateMachine):
         )
 
     def _persistent_keys(self) -> set[bytes]:
-        lasting = {tier.name for tier in self.cache._tier_set if tier.persistent}
-        return {row.key for row in self.cache.rows() if row.tier in lasting}
+        persistent = {tier.name for tier in self.cache._tier_set if tier.persistent}
+        return {row.key for row in self.cache.rows() if row.tier in persistent}
 
     def _failures(self) -> dict[str, float]:
         counted = self.cache.counters()

@@ -164,11 +164,11 @@ class BackendConformance(MemoryRules, LongRules, EmbedderRules):
             require(
                 no_logits.shape == (0, backend.limits.n_vocab), f"logits of no row have shape {no_logits.shape}"
             )
-            silent = decode_slice(backend, 0, 4, ids[4:])
+            continued = decode_slice(backend, 0, 4, ids[4:])
             backend.clear()
             decode_slice(backend, 0, 0, ids[:4])
             self._require_close(
-                silent, decode_slice(backend, 0, 4, ids[4:]), "a prompt whose first half had no output rows"
+                continued, decode_slice(backend, 0, 4, ids[4:]), "a prompt whose first half had no output rows"
             )
 
     def test_every_token_affects_the_logits(self) -> None:

@@ -119,14 +119,14 @@ class LongRules(BackendRules):
 
     def test_long_sequences_restore_at_each_length(self) -> None:
         """Packed whole or in ranges, each position restores unchanged, into any sequence and any instance."""
-        with self._model() as model, self._model() as elsewhere:
+        with self._model() as model, self._model() as second:
             ids, last = self._long(model), model.limits.n_sequences - 1
             ends = [*_edges(len(ids) - 1), len(ids) - 1]
             pieces = self._packed_in_pieces(model, ids, ends)
             if model.limits.whole_state:
                 pieces = pieces[-1:]
             whole = model.pack(0, 0, ends[-1])
-            for other, sequence in ((model, 0), (elsewhere, last), (model, last), (elsewhere, 0)):
+            for other, sequence in ((model, 0), (second, last), (model, last), (second, 0)):
                 for packed in ([whole], pieces):
                     other.clear()
                     for piece in packed:
@@ -166,7 +166,7 @@ class LongRules(BackendRules):
 
     def test_dropped_tokens_leave_no_trace(self) -> None:
         """After `cut`, `drop` or `clear`, `pack` and `share` of the same positions use the new tokens."""
-        with self._model(trim=True, sequences=2) as model, self._model(trim=True) as elsewhere:
+        with self._model(trim=True, sequences=2) as model, self._model(trim=True) as second:
             n = min(len(self._long(model)) // 3, 96)
             old, new, last = (
                 self._ids(n, seed=20).tolist(),
@@ -214,16 +214,17 @@ class LongRules(BackendRules):
                 model.share(0, last, n)
                 model.drop(last)
                 change()
-                self._all_is_of_the_tokens(model, elsewhere, n)
+                self._check_copies(model, second, n)
 
-    def _all_is_of_the_tokens(self, model: BackendModel, elsewhere: BackendModel, n: int) -> None:
+    def _check_copies(self, model: BackendModel, second: BackendModel, n: int) -> None:
+        """Check that sequence 0, restored into `second` and shared with another sequence, has its own tokens."""
         last = model.limits.n_sequences - 1
         cuts = [0, n // 4, n // 2, n - 8, n]
         for ranges in ([(0, n)], list(pairwise(cuts))):
-            elsewhere.clear()
+            second.clear()
             for start, end in ranges:
-                elsewhere.restore(0, model.pack(0, start, end))
-                elsewhere.probe(0, self.token_ids[0])
+                second.restore(0, model.pack(0, start, end))
+                second.probe(0, self.token_ids[0])
         model.share(0, last, n)
         model.probe(last, self.token_ids[0])
         model.probe(0, self.token_ids[1])
