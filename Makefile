@@ -30,10 +30,10 @@ endef
 
 .PHONY: setup setup-dev demo demo-model test check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
-# What running needs.
+# Install what erllama needs to run.
 setup: $(INSTALLED)
 
-# What tests, linters and the documentation need as well.
+# Also install what the tests, the linters and the documentation need.
 setup-dev: $(INSTALLED_DEV)
 
 $(INSTALLED): $(INSTALL_INPUTS)
@@ -65,7 +65,7 @@ test: setup-dev
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(FAST_TESTS)
 
-# The coverage of the fast tests, as a table and in build/coverage. TESTS chooses others, as TESTS=tests/storage.
+# The coverage of the fast tests, as a table and in build/coverage. TESTS selects other tests: TESTS=tests/storage.
 coverage: setup-dev
 	$(BIN)/python -m pytest --cov --cov-report term:skip-covered --cov-report html:build/coverage $(or $(TESTS),$(FAST_TESTS))
 
@@ -100,7 +100,7 @@ stress: setup-dev
 	tests/structured/test_constrained.py tests/structured/test_schema_numbers.py tests/exactness/test_speculation.py tests/exactness/test_adapters_cached.py tests/structured/test_tool_values.py tests/process/test_signals.py
 
 # Compare with llama.cpp's own tools, which are built first. Takes half an hour on an otherwise idle machine.
-# BENCH holds further arguments, as BENCH="--shape 1.1b --runs 3 one agents".
+# BENCH passes further arguments: BENCH="--shape 1.1b --runs 3 one agents".
 bench: setup-dev
 	$(BIN)/python -m benchmarks $(BENCH)
 

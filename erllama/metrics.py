@@ -60,7 +60,7 @@ _CACHE_COUNTS = {
     "duplicates_dropped": "Saves of blocks that were already stored.",
     "tails_superseded": "Short blocks replaced by a longer one that holds their tokens.",
     "promotions": "Blocks copied into another tier because they were used.",
-    "corrupt_files": "Stored files that failed their check and were set aside.",
+    "corrupt_files": "Stored files that failed their check and were moved to damaged/.",
     "disk_errors": "Failures to open, read or write storage.",
     "restore_errors": "Stored blocks that a backend could not restore.",
     "faults": "Unexpected failures of the cache.",

@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 BEGIN = "<!-- file table: written by `python -m scripts.file_table --write` -->\n"
 END = "<!-- end of the file table -->\n"
 PACKAGES = ("erllama", "engine", "cache", "llama_ffi")
-SOURCE = re.compile(r"\w+\.(?:py|h|cpp)")  # not LICENSE.llama.cpp, which a build puts beside them
+SOURCE = re.compile(r"\w+\.(?:py|h|cpp)")  # not LICENSE.llama.cpp, which a build puts into the same folder
 
 
 def first_line(path: Path) -> str:

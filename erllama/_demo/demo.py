@@ -82,7 +82,7 @@ def run(model: Path, n_tokens: int, max_tokens: int) -> int:
 def work(step: str, path: Path, directory: Path, n_tokens: int, max_tokens: int) -> None:
     """Run one worker process: generate its replies and print each as a JSON object."""
     n_ctx = n_tokens + 2 * max_tokens + 512
-    # No RAM tier, so that stored blocks are read from the disk every time, also the second time in a process.
+    # No RAM tier, so that stored blocks are read from the disk every time, even the second time in a process.
     with Cache(ram=0, disk=directory) as cache, load_model(path, cache=cache, n_ctx=n_ctx) as model:
         messages: list[dict[str, object]] = [{"role": "system", "content": _system_prompt(model, n_tokens)}]
         for question in (_STORY,) if step == "cold" else (_STORY, _QUESTION):

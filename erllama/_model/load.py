@@ -135,7 +135,7 @@ def load_model(
         main_gpu: with split_mode="none", index of the device that holds the model, from 0. None for the first.
         tensor_split: share of each device, in any unit. None splits by free memory.
         flash_attn: True, False, or "auto" for libllama's choice.
-        kv_type_k, kv_type_v: "f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1" or "iq4_nl". A quantised
+        kv_type_k, kv_type_v: "f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1" or "iq4_nl". A quantized
             kv_type_v needs flash attention.
         rope_scaling: "none", "linear" or "yarn". Here and for the RoPE and YaRN options below, None for the model's
             own value.
@@ -146,7 +146,7 @@ def load_model(
         yarn_beta_fast, yarn_beta_slow: rotations within yarn_orig_ctx above which a dimension is not scaled, and
             below which it is scaled fully.
         yarn_orig_ctx: size in tokens of the context that the model was trained with.
-        swa_full: give layers with a sliding window cells for the whole context, too.
+        swa_full: allocate cells of the whole context for layers with a sliding window, too.
         overrides: metadata that overrides the file's, such as {"llama.rope.freq_base": 10000.0}. The Python type of
             a value sets its metadata type.
         mmap: map the file into memory instead of reading it.
@@ -157,7 +157,7 @@ def load_model(
             the beginning of each tensor, "fast_unsafe" by own_fingerprint alone.
         own_fingerprint: with "fast_unsafe", text or bytes that name the content.
         warmup: decode one token before returning. Otherwise the first request waits for threads to start and for
-            memory to be touched for the first time.
+            memory pages to be mapped.
         on_progress: called with the fraction done, 0.0 to 1.0. Returning False cancels the load. If the file must
             be read for its fingerprint, that is the first half.
 

@@ -133,7 +133,7 @@ class Model:
             temperature: randomness of the sampling, 0.8. 0 takes the most likely token.
             top_k: sample from the k most likely tokens, 40. 0 for all.
             top_p: sample from the fewest tokens whose probabilities sum to this, 0.95. 1 for all.
-            min_p: sample from tokens at least this times as likely as the most likely one, 0.05. 0 for all.
+            min_p: sample from tokens at least this many times as likely as the most likely one, 0.05. 0 for all.
             seed: seed of the sampling. None draws a random seed, which the result has as `seed`.
             logit_bias: values added to logits, by token id. -inf excludes a token.
             banned_tokens: ids of tokens that are never sampled.
@@ -173,7 +173,7 @@ class Model:
                 The tokens of a call outside its arguments are the most likely ones.
             speculative: compute likely tokens ahead. "ngram" takes the tokens that followed the last few tokens
                 earlier; a smaller model of the same vocabulary drafts; a function of all tokens and a number
-                drafts. The reply is the same in fewer decodes. Speculation stops if it does not pay.
+                drafts. The reply is the same in fewer decodes. Speculation pauses while it saves no time.
             speculative_tokens: maximum number of tokens computed ahead at once, 8.
             timeout: seconds after which the request fails, including its wait.
 
@@ -339,7 +339,7 @@ class Model:
         """Return the text of a conversation; options and errors as for `apply_chat_template`."""
         return self._chat_requests.text(messages, options, add_generation_prompt)
 
-    # --- likelihoods and gaps ----------------------------------------------------------
+    # --- scores and infilling ----------------------------------------------------------
 
     def score(self, prompt: Prompt, continuation: Prompt, **options: Unpack[PrefillOptions]) -> Score:
         """Return how likely a continuation is after a prompt, without sampling.
@@ -362,7 +362,7 @@ class Model:
         return Score.of(await self._requests.run_async(self._requests.score_ticket(prompt, continuation, checked)))
 
     def infill(self, prefix: str, suffix: str, **options: Unpack[CompletionOptions]) -> Completion:
-        """Return the text between two texts, from a model that was trained to fill gaps; options as for `complete`.
+        """Return the text between two texts, from a model trained for infilling; options as for `complete`.
 
         Args:
             prefix, suffix: the texts before and after the gap. One of them may be empty.
@@ -413,8 +413,8 @@ class Model:
         Args:
             texts: one text or several, or token ids: one sequence or several. Text is tokenized as a prompt is.
             pooling: how the vectors of a text's tokens become one: "mean", their average; "cls", the first; "last",
-                the last; or "none", all of them. None for the pooling of the model's file, or "mean" if it names
-                none.
+                the last; or "none", all of them. None for the pooling that the model's file names, or "mean" if
+                it does not name one.
             normalize: scale each vector to length 1.
             truncate: cut texts that are too long instead of raising PromptTooLong. Tokens that the tokenizer adds
                 at the end of a text are kept.

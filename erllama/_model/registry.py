@@ -36,7 +36,8 @@ class IdReservation:
 
 _lock = threading.RLock()
 _models: dict[str, Model | ReferenceType[Model] | IdReservation] = {}
-_dropped: WeakSet[ModelRunner] = WeakSet()  # runners of models dropped without unload(); they stop by themselves
+# Runners of models that were dropped without unload(). They are stopping in the background.
+_dropped: WeakSet[ModelRunner] = WeakSet()
 _serial_numbers = itertools.count(1)
 
 

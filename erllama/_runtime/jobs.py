@@ -28,7 +28,7 @@ class Job(Generic[T]):
     """
 
     def __init__(self, call: Callable[[], T], running: set[object]) -> None:
-        self._calls = [call]  # the thread that makes the call takes it: pop() is one step of the interpreter
+        self._calls = [call]  # the thread that makes the call removes it: pop() is one step of the interpreter
         self._running = running
         self._values: list[T] = []
         self._errors: list[BaseException] = []

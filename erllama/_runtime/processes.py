@@ -1,7 +1,7 @@
 """Command lines of the child processes that erllama starts.
 
 A child runs with the parent's interpreter and without the current directory on the module search path: that
-directory may hold a downloaded model with Python files beside it, which must not run. `erllama demo` and `erllama
+directory may contain a downloaded model together with Python files, which must not run. `erllama demo` and `erllama
 doctor` call this module.
 """
 

@@ -2,8 +2,8 @@
 
 This is the entry point of the package. `Chats.prepare_turn` normalizes messages and tools (`messages`,
 `tool_calls.tools`), renders them (`conversation`, `templates`), finds the tokens (`history`), and sets the engine's
-options by the model's family (`family`). The result is a `Turn`, which makes a `ChatCompletion` of the engine's
-reply. The façade makes one `Chats` for each model, and runs the requests.
+options by the model's family (`family`). The result is a `Turn`, which converts the engine's reply into a
+`ChatCompletion`. The façade creates one `Chats` for each model, and runs the requests.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
 1. `ContentMask` replaces, in content, the characters that special tokens begin or end with by stand-ins, one for
    one. A special token in the rendered text that has no stand-in is then the template's own, however the template
    cuts and joins its texts.
-2. `ContentMask.unmask` restores the characters in the rendered text. It puts a mark before each special token that
-   content spells out. Where such a text overlaps one of the template's special tokens, it puts a border between the
-   template's token and the rest.
-3. `tokenize_marked` tokenizes the marked text. It reads no special token behind a mark, and none across a border.
+2. `ContentMask.unmask` restores the characters in the rendered text. It inserts a mark before each special token
+   that content spells out. If such a text overlaps one of the template's special tokens, it inserts a border
+   between the template's token and the rest.
+3. `tokenize_marked` tokenizes the marked text. It parses no special token after a mark or across a border.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from itertools import chain
 from erllama.engine import Vocabulary
 from erllama.errors import ChatError
 
-# Put before a text that looks like a special token and is content. Encoded as the byte 0xff, which UTF-8 never has.
+# Inserted before a text that looks like a special token and is content. Encoded as the byte 0xff, which does not
+# occur in UTF-8.
 MARK = "\udcff"
-# Put where one of the template's special tokens begins or ends within a text that looks like another one. Encoded
-# as the byte 0xfe.
+# Inserted where one of the template's special tokens begins or ends within a text that looks like another one.
+# Encoded as the byte 0xfe.
 BORDER = "\udcfe"
 # Stand-ins for other characters: letters that no template looks for and that are printed unchanged. Cuneiform
 # first, then rare ideographs.
@@ -50,7 +51,7 @@ class SpecialTokenTexts:
     """Finds the texts of special tokens in a text, from left to right, the longest at each place.
 
     Args:
-        texts: texts of the tokens that a tokenizer reads only where it parses special tokens.
+        texts: texts of the tokens that a tokenizer reads only when it parses special tokens.
         always: texts of the tokens that a tokenizer reads in any text, such as `<tool_call>` for some.
     """
 
@@ -162,8 +163,8 @@ class ContentMask:
     def unmask(self, rendered: str) -> str:
         """Return a rendered text with the characters restored and with marks and borders.
 
-        The text of a special token that has a restored character gets a mark before it where it overlaps none of
-        the template's tokens. Otherwise it gets borders where those begin and end. So `tokenize_marked` does not
+        The text of a special token that has a restored character gets a mark before it if it does not overlap the
+        template's tokens. Otherwise it gets borders where those begin and end. So `tokenize_marked` does not
         find it, whichever of the overlapping texts it reads first.
         """
         for own, other in self._stand_ins.items():

@@ -118,7 +118,7 @@ class Conversation:
     def reply_message(
         self, content: str, thinking: str, calls: Sequence[Mapping[str, object]], *, within_character: bool = False
     ) -> Message:
-        """Return a reply as a message to append, or to replace the last message where the reply continues it.
+        """Return a reply as a message to append, or to replace the last message if the reply continues it.
 
         Args:
             within_character: the continued message ends within a character, which the reply contains as a whole.

@@ -2,7 +2,7 @@
 
 The text of a reply may tokenize to other tokens than the model sampled. So `History` remembers the text of each
 turn with its tokens, in the cache. The tokens of the next turn are those of the longest remembered text that it
-begins with, and the tokens of the rest. `erllama.chat.chats` asks for tokens; `erllama.chat.turn` remembers
+begins with, followed by the tokens of the rest. `erllama.chat.chats` asks for tokens; `erllama.chat.turn` remembers
 replies.
 """
 
@@ -38,7 +38,7 @@ class History:
     def __init__(self, vocabulary: Vocabulary, cache: Cache) -> None:
         self._vocabulary, self._cache = vocabulary, cache
         self._codec = TokenCodec(vocabulary)
-        self._first = PromptTokenizer(vocabulary).first  # BOS, where the model wants one
+        self._first = PromptTokenizer(vocabulary).first  # BOS, if the model requires one
         # Some tokenizers put a space before a text, and before what follows a special token.
         self._continuation = ContinuationTokenizer(vocabulary)
         self._spaced_after = lru_cache(maxsize=4096)(self._puts_space_after)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from decimal import Decimal
 
-WHITE_SPACE = " \t\r\n"  # as JSON has it
+WHITE_SPACE = " \t\r\n"  # as JSON defines it
 # Far more levels than arguments have, and few enough for every JSON reader.
 MAX_NESTING = 100
 # Python writes integers of up to 4,300 digits.
@@ -35,7 +35,7 @@ class InvalidValueError(ValueError):
 
 
 def read_json(text: str, at: int = 0) -> tuple[object, int]:
-    """Return the JSON value that begins at `at`, and its end. Of a repeated key, the last value counts.
+    """Return the JSON value that begins at `at`, and its end. The last value of a repeated key is used.
 
     Raises:
         InvalidValueError: no JSON value begins there; or it has a number of more than 4,000 digits, or text that

@@ -40,7 +40,7 @@ def normalize_messages(messages: object) -> list[Message]:
             tool_result). It is not changed.
 
     Returns:
-        Messages with "role" (one of `ROLES`) and "content" (a string; parts are joined), and where they apply
+        Messages with "role" (one of `ROLES`) and "content" (a string; parts are joined), and, if they apply,
         "name", "reasoning_content", "tool_calls" with arguments as dicts, and "tool_call_id". Tool results within a
         user message become separate messages, before it. Calls without an id get one.
 

@@ -1,6 +1,6 @@
-"""The options of one chat request, beside those of every request.
+"""The options of a chat request that other requests do not have.
 
-The façade makes a `ChatRequest` of the caller's arguments; `erllama.chat.chats` makes a turn of it.
+The façade creates a `ChatRequest` from the caller's arguments; `erllama.chat.chats` turns it into a `Turn`.
 """
 
 from __future__ import annotations

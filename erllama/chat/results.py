@@ -1,6 +1,6 @@
 """Results of a chat: the reply with its text, thinking, tool calls and token counts.
 
-`Turn.finish` makes a `ChatCompletion` of the engine's `Completion`.
+`Turn.finish` creates a `ChatCompletion` from the engine's `Completion`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from erllama.engine import Completion, ToolCall
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Number of tokens of a chat request.
+    """Token counts of a chat request.
 
     Attributes:
         prompt: tokens of the conversation, as the template renders it.
@@ -34,13 +34,13 @@ class Usage:
 class ChatCompletion(Completion):
     """A reply in a conversation: a `Completion` with tool calls and the message for the next turn.
 
-    `finish_reason` is "tool_calls" where the reply ended by itself and calls tools.
+    `finish_reason` is "tool_calls" if the reply ended by itself and calls tools.
 
     Attributes:
         tool_calls: the calls, in order.
         tool_call_errors: an error for each span that looks like a call and is not one. Its text is part of `text`,
-            at the place where the model wrote it.
-        usage: number of tokens of prompt and reply.
+            where the model wrote it.
+        usage: token counts of prompt and reply.
         message: the reply as a message. Append it to the conversation for the next turn.
     """
 

@@ -1,7 +1,7 @@
 """One turn of a conversation: the request to the engine, and the reply as the caller receives it.
 
 A `Turn` has the prompt's tokens and the request's options. It converts the engine's events and its `Completion`: it
-reads tool calls and makes a `ChatCompletion`. Then it remembers the reply's tokens in `History` for later turns.
+reads tool calls and creates a `ChatCompletion`. Then it remembers the reply's tokens in `History` for later turns.
 The façade calls it.
 """
 

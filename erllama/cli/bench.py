@@ -130,7 +130,7 @@ class _Benchmark:
     def measure(self) -> dict[str, list[float]]:
         """Return the figures of every run, by name."""
         if self._parent is not None and is_cache(self._parent):
-            raise erllama.CacheError(f"{self._parent} is a cache directory; give another directory on that disk")
+            raise erllama.CacheError(f"{self._parent} is a cache directory; pass another directory on that disk")
         with tempfile.TemporaryDirectory(prefix="erllama-bench-", dir=self._parent) as directory:
             root = Path(directory) / "cache"
             with (
@@ -156,7 +156,7 @@ class _Benchmark:
         if needed > model.n_ctx:
             raise erllama.OptionError(
                 f"a prompt of {self._n_prompt} tokens and a reply of {self._n_reply} do not fit a context of "
-                f"{model.n_ctx}; give --n-ctx {needed}, or fewer tokens"
+                f"{model.n_ctx}; pass --n-ctx {needed}, or fewer tokens"
             )
 
     def _prompt(self, model: erllama.Model, run: int) -> list[int]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress
 
-# Exit statuses beside 0, 1 for an error and 2 for wrong usage. The numbers are those of shells: 128 + signal.
+# Exit statuses other than 0, 1 for an error and 2 for invalid arguments. As in shells, they are 128 + signal.
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"

@@ -32,7 +32,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
         with suppress(FileNotFoundError):
             mode = path.lstat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-                raise OSError(errno.EINVAL, "not a regular file; give the name of a file")
+                raise OSError(errno.EINVAL, "not a regular file; pass the name of a file")
         temporary = path.with_name(f".erllama-{secrets.token_hex(8)}")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:

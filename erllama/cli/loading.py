@@ -74,5 +74,5 @@ def existing_path(path: Path) -> Path:
         ModelLoadError: the path does not exist.
     """
     if not path.exists():
-        raise ModelLoadError(f"{path} does not exist; give the path of a GGUF file")
+        raise ModelLoadError(f"{path} does not exist; pass the path of a GGUF file")
     return path

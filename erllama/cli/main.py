@@ -1,6 +1,6 @@
 """The command `erllama`: its subcommands, logging, error messages and exit statuses.
 
-Exit statuses: 0 for success, 1 for an error, 2 for wrong usage, 130 for Ctrl-C, 141
+Exit statuses: 0 for success, 1 for an error, 2 for invalid arguments, 130 for Ctrl-C, 141
 if the reader of the output closed it. An error is one line on stderr.
 """
 

@@ -37,7 +37,7 @@ def parse_age(text: str) -> float:
     """Return the seconds of "7d", "12h", "30min" or "90s". The `type` of a click option."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text)
     if not found or found[2] not in _SECONDS:
-        raise click.BadParameter(f"{text!r} is not an age; give one such as 7d, 12h, 30min or 90s")
+        raise click.BadParameter(f"{text!r} is not an age; pass one such as 7d, 12h, 30min or 90s")
     return float(found[1]) * _SECONDS[found[2]]
 
 
@@ -78,7 +78,7 @@ def parse_assignments(texts: Iterable[str], option: str) -> dict[str, object]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise click.UsageError(f"{option} {text!r}: give NAME=VALUE, for example {option} top_k=20")
+            raise click.UsageError(f"{option} {text!r}: pass NAME=VALUE, for example {option} top_k=20")
         name = name.strip().replace("-", "_")
         values[name] = parse_value(name, value)
     return values
@@ -150,7 +150,7 @@ def _build_model_options(values: dict[str, object]) -> ModelOptions:
     load = values.pop("load")
     assert isinstance(load, tuple)
     if values.get("no_cache") and values["cache_dir"] is not None:
-        raise click.UsageError("--cache-dir and --no-cache exclude each other; give one of them")
+        raise click.UsageError("--cache-dir and --no-cache exclude each other; pass one of them")
     extra = parse_assignments(load, "--load")
     for name in _RESERVED & extra.keys():
         raise click.UsageError(f"--load {name}: the command sets this option itself")

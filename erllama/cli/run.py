@@ -89,7 +89,7 @@ def run(
 def _constraint(json_schema: Path | None, grammar: Path | None, regex: str | None) -> dict[str, object]:
     """Return the option `grammar` of the request; empty if the reply has no constraint."""
     if sum(option is not None for option in (json_schema, grammar, regex)) > 1:
-        raise click.UsageError("--json-schema, --grammar and --regex exclude each other; give one of them")
+        raise click.UsageError("--json-schema, --grammar and --regex exclude each other; pass one of them")
     source = str(json_schema or grammar or "--regex")
     try:
         if json_schema is not None:
@@ -128,13 +128,13 @@ def _model_and_prompt(model: Path | None, words: Sequence[str]) -> tuple[Path | 
         model, words = Path(words[0]), words[1:]
     if not words:
         if sys.stdin.isatty():
-            raise click.UsageError("no prompt; give one as an argument or on stdin")
+            raise click.UsageError("no prompt; pass one as an argument or on stdin")
         words = ("-",)
     parts = [sys.stdin.read() if word == "-" else word for word in words]
     # Arguments that are not UTF-8 arrive with surrogates; the model gets U+FFFD in their place.
     prompt = " ".join(parts).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     if words == ("-",) and not prompt.strip():
-        raise click.UsageError("no prompt: stdin is empty; give one as an argument or on stdin")
+        raise click.UsageError("no prompt: stdin is empty; pass one as an argument or on stdin")
     return model, prompt
 
 

@@ -166,17 +166,17 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.flush()
         before = self._persistent_keys()
         evictions = self._evictions()
-        died = threading.Event()
+        crashed = threading.Event()
 
-        def die(name: str) -> None:
+        def crash_at_step(name: str) -> None:
             if name == step:
-                died.set()
+                crashed.set()
                 raise SimulatedCrash
 
         for tier in self._file_tiers():
-            tier._step = die  # type: ignore[method-assign]
+            tier._step = crash_at_step  # type: ignore[method-assign]
         self._save(self.cache, ids, namespace)
-        while not died.is_set() and not self.cache.flush(0.01):
+        while not crashed.is_set() and not self.cache.flush(0.01):
             pass
         evicted = self._evictions() > evictions
         self.cache.abandon()
@@ -196,13 +196,13 @@ class CacheMachine(RuleBasedStateMachine):
         assert not list(self.directory.rglob("partial/*")), "a start leaves half-written files"
 
     @precondition(lambda self: self.shared)
-    @rule(ids=contexts, namespace=namespaces, wanted=contexts)
-    def another_process(self, ids: list[int], namespace: bytes, wanted: list[int]) -> None:
+    @rule(ids=contexts, namespace=namespaces, lookup=contexts)
+    def another_process(self, ids: list[int], namespace: bytes, lookup: list[int]) -> None:
         """Use a second cache on the same directory, as another process would."""
         with self.make_cache(self.directory / "cache") as other:
             self._observe(other)
             self._save(other, ids, namespace)
-            self._look_up(other, wanted, namespace)
+            self._look_up(other, lookup, namespace)
 
     # --- use -------------------------------------------------------------------------------------
 
@@ -237,10 +237,10 @@ class CacheMachine(RuleBasedStateMachine):
         tier = data.draw(st.sampled_from(self.cache.tier_names))
         self.cache.flush()
         self.cache.rows()  # reads the changes of other caches
-        held = self.cache.counters().get(f"bytes_{tier}", 0)
+        n_before = self.cache.counters().get(f"bytes_{tier}", 0)
         freed = self.cache.evict_bytes(n_bytes, (tier,))
-        assert freed == held - self.cache.counters().get(f"bytes_{tier}", 0)
-        assert freed >= min(n_bytes, held) or self.pinned, "fewer bytes were freed than possible"
+        assert freed == n_before - self.cache.counters().get(f"bytes_{tier}", 0)
+        assert freed >= min(n_bytes, n_before) or self.pinned, "fewer bytes were freed than possible"
 
     @rule()
     def flush(self) -> None:
@@ -295,10 +295,10 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(pick=picks, which=picks, rightly_named=st.booleans())
     def copy_in(self, pick: int, which: int, rightly_named: bool) -> None:
         """Copy a file in, as from another machine. The next gc must adopt it within the budget."""
-        for beside in self._tamper(pick):
-            for kept in self._picked(sorted(self.copies.iterdir()), which):
-                path = beside.parent / (kept.name if rightly_named else beside.name)
-                shutil.copy(kept, path)
+        for target in self._tamper(pick):
+            for copy in self._picked(sorted(self.copies.iterdir()), which):
+                path = target.parent / (copy.name if rightly_named else target.name)
+                shutil.copy(copy, path)
                 _backdate(path)
         self.gc()
 
@@ -340,14 +340,14 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.flush()
         listed = {(row.tier, row.key): row.n_bytes for row in self.cache.rows()}
         assert self.cache.flush()
-        held: dict[tuple[str, bytes], int] = {}
+        stored: dict[tuple[str, bytes], int] = {}
         for model, tier in self._models_and_tiers(self.cache):
             model.compare(tier)
             rows = list(tier.rows())
             total = sum(row.n_bytes for row in rows)
             assert total <= tier.budget, f"rows() of {tier.place} count {total} bytes; its budget is {tier.budget}"
-            held |= {(tier.name, row.block.key): row.n_bytes for row in rows}
-        assert listed == held, "the cache lists other blocks or sizes than rows() of its tiers"
+            stored |= {(tier.name, row.block.key): row.n_bytes for row in rows}
+        assert listed == stored, "the cache lists other blocks or sizes than rows() of its tiers"
 
     @invariant()
     def no_call_fails(self) -> None:
@@ -438,8 +438,8 @@ class CacheMachine(RuleBasedStateMachine):
         )
 
     def _persistent_keys(self) -> set[bytes]:
-        lasting = {tier.name for tier in self.cache._tier_set if tier.persistent}
-        return {row.key for row in self.cache.rows() if row.tier in lasting}
+        persistent = {tier.name for tier in self.cache._tier_set if tier.persistent}
+        return {row.key for row in self.cache.rows() if row.tier in persistent}
 
     def _failures(self) -> dict[str, float]:
         counted = self.cache.counters()

@@ -68,10 +68,10 @@ def _token_weights(tokenizer: Tokenizer, made: conversations.Conversation) -> Te
     add(prompt, PROMPT_WORTH)
     for i, reply in enumerate(replies):
         # The template writes the start of a reply, so it is not part of the reply.
-        given = _NO_THOUGHT if reply.startswith(_NO_THOUGHT) else ""
-        written, end, following = reply.removeprefix(given).partition(END)
+        prefix = _NO_THOUGHT if reply.startswith(_NO_THOUGHT) else ""
+        written, end, following = reply.removeprefix(prefix).partition(END)
         forgotten = made.forgetful and i < len(replies) - 1
-        add(_OPENING + given, 0.0)
+        add(_OPENING + prefix, 0.0)
         add(written + end, 0.0 if forgotten else 1.0)
         add(following, PROMPT_WORTH)
     return Text(tokens, worth)

@@ -69,9 +69,9 @@ def reply(model: erllama.Model, turns: Sequence[str], *, system: str | None = No
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     for turn in turns:
         messages.append({"role": "user", "content": turn})
-        given = model.chat(messages, max_tokens=300, temperature=0.0)
-        messages.append(given.message)
-    return given
+        completion = model.chat(messages, max_tokens=300, temperature=0.0)
+        messages.append(completion.message)
+    return completion
 
 
 def unlearned_sums(n: int, seed: int = 7) -> list[tuple[int, bool, int]]:
@@ -89,9 +89,9 @@ def measure_sums(model: erllama.Model, n: int) -> Skill:
     """Measure how many of `n` sums have correct thinking and a correct answer."""
     wrong = []
     for a, plus, b in unlearned_sums(n):
-        given = reply(model, [f"What is {a} {'+' if plus else '-'} {b}?"])
-        if not given.thinking or given.text != sums.answer(a, plus, b):
-            wrong.append(f"{given.thinking} {given.text}")
+        completion = reply(model, [f"What is {a} {'+' if plus else '-'} {b}?"])
+        if not completion.thinking or completion.text != sums.answer(a, plus, b):
+            wrong.append(f"{completion.thinking} {completion.text}")
     return Skill(n - len(wrong), n, wrong)
 
 
@@ -122,11 +122,11 @@ def measure_stories(model: erllama.Model, subjects: Sequence[str]) -> StorySkill
     ended = kept = 0
     wrong = []
     for subject in subjects:
-        given = reply(model, [f"Tell me a story about {subject}."])
-        ended += given.finish_reason == "stop"
-        kept += subject.split()[-1] in given.text
-        if given.finish_reason != "stop" or subject.split()[-1] not in given.text:
-            wrong.append(f"{subject}: {given.text}")
+        completion = reply(model, [f"Tell me a story about {subject}."])
+        ended += completion.finish_reason == "stop"
+        kept += subject.split()[-1] in completion.text
+        if completion.finish_reason != "stop" or subject.split()[-1] not in completion.text:
+            wrong.append(f"{subject}: {completion.text}")
     return StorySkill(ended, kept, len(subjects), wrong)
 
 

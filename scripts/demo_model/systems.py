@@ -104,8 +104,8 @@ def _facts(random: Random, n: int) -> tuple[list[str], list[Turn]]:
             thing, room = kept.pop(), random.choice(_ROOMS)
             facts.append(f"The {thing} is in the {room}.")
             turns.append((one(_WHERE, random, {"it": thing}), f"The {thing} is in the {room}."))
-    untold = ((_OPENS, places[0]), (_LOOKS_AFTER, places[0]), (_COSTS, bought[0]), (_WHERE, kept[0]))
-    asked, it = random.choice(untold)
+    unanswered = ((_OPENS, places[0]), (_LOOKS_AFTER, places[0]), (_COSTS, bought[0]), (_WHERE, kept[0]))
+    asked, it = random.choice(unanswered)
     turns.append((one(asked, random, {"it": it}), "I do not know that, nobody has told me."))
     return facts, turns
 

@@ -48,7 +48,7 @@ class Sky:
     """A kind of weather: in tool results, in answers, its range of degrees, and advice."""
 
     condition: str
-    said: str
+    phrase: str
     coldest: int
     warmest: int
     advice: str = ""
@@ -113,9 +113,9 @@ def _tool(random: Random, kind: str, name: str, parameter: str) -> Tool:
     return Tool(kind, name, parameter, {"type": "function", "function": function})
 
 
-def turn(random: Random, given: list[Tool], *, strange: bool = False) -> list[Message]:
+def turn(random: Random, available: list[Tool], *, strange: bool = False) -> list[Message]:
     """Return a question for one of the tools, its call, the result and the answer."""
-    tool = random.choice(given)
+    tool = random.choice(available)
     cities = [words.city(random, strange=strange)]
     if random.random() < 0.12:
         cities.append(words.city(random))
@@ -164,14 +164,14 @@ def _weather(random: Random, city: str) -> tuple[str, str]:
             "{degrees} C, {condition}",
             "{degrees}°C, {condition}",
             "{Condition}, {degrees} °C.",
-            "It is {degrees} degrees and {said} in {city}.",
+            "It is {degrees} degrees and {phrase} in {city}.",
         )
     )
     text = pattern.format(
-        degrees=degrees, condition=sky.condition, Condition=capital(sky.condition), said=sky.said, city=city
+        degrees=degrees, condition=sky.condition, Condition=capital(sky.condition), phrase=sky.phrase, city=city
     )
     result = json.dumps(shown, ensure_ascii=False) if random.random() < 0.6 else text
-    return result, f"In {city} it is {degrees} degrees and {sky.said}. {sky.advice}".rstrip()
+    return result, f"In {city} it is {degrees} degrees and {sky.phrase}. {sky.advice}".rstrip()
 
 
 def _time(random: Random, city: str) -> tuple[str, str]:

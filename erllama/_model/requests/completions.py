@@ -1,6 +1,7 @@
 """Completion requests of one model: built from a caller's arguments, submitted and awaited.
 
-`Model` delegates completions, scores and gaps to `CompletionRequests`; `ChatRequests` runs its requests through it.
+`Model` delegates completions, scores and infilling to `CompletionRequests`. `ChatRequests` runs its requests
+through it.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class AsyncStream:
 
 
 class TicketWaiter:
-    """Lets an asyncio task wait until a ticket has an event or an outcome."""
+    """Waits, in an asyncio task, until a ticket has an event or a result."""
 
     def __init__(self, ticket: Ticket) -> None:
         self._loop = asyncio.get_running_loop()

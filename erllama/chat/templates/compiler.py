@@ -1,9 +1,9 @@
 """The compiler of chat templates: from a template's text to code that runs on a `Machine`.
 
 jinja2 parses and compiles. This module bounds both by counting nodes and nesting, and admits only the statements
-and expressions that chat templates use. It also inserts calls of the machine where generated code would otherwise
-act by itself: in loops, comparisons, slices and written-out lists. Compilation evaluates no part of a template.
-`ChatTemplate` calls `compile_template`.
+and expressions that chat templates use. It also inserts calls of the machine into operations that generated code
+would otherwise run unchecked: loops, comparisons, slices and written-out lists. Compilation evaluates no part of a
+template. `ChatTemplate` calls `compile_template`.
 """
 
 from __future__ import annotations

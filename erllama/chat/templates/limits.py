@@ -19,7 +19,7 @@ MAX_TEXT: Final = 64 << 20
 # character of its input: templates copy a message about ten times.
 MAX_MEMORY: Final = 512 << 20
 MEMORY_PER_CHARACTER: Final = 64
-# Depth of macro calls. Tools' schemas nest at most some tens deep, and a level takes several Python stack frames.
+# Depth of macro calls. Tools' schemas nest a few dozen levels at most, and a level takes several stack frames.
 MAX_CALLS: Final = 48
 # Nesting depth of values, which `json` and the interpreter walk by recursion.
 MAX_DEPTH: Final = 100

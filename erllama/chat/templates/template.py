@@ -56,7 +56,7 @@ class ChatTemplate:
         special_tokens: further variables, such as {"pad_token": "<pad>"}.
 
     Raises:
-        TemplateError: the template does not parse, or exceeds a limit; `line` is the place.
+        TemplateError: the template does not parse, or exceeds a limit; `line` is the line number.
     """
 
     def __init__(

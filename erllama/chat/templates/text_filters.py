@@ -1,4 +1,4 @@
-"""Filters of chat templates that make text of a value.
+"""Filters of chat templates that turn a value into text.
 
 Each returns what jinja2's filter of the same name returns, to the byte, and charges the machine first. `filters`
 lists them.

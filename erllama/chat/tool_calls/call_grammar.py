@@ -1,7 +1,7 @@
 """Grammar of tool calls in Lark, written from a family's syntax and the tools' schemas.
 
-`write_call_grammar` writes it. Every text that the grammar accepts, `reader.read_calls` reads as calls whose
-arguments the schemas allow. `constrained_calls` decides how much of each schema the grammar enforces.
+`write_call_grammar` writes it. `reader.read_calls` reads every text that the grammar accepts, and the arguments
+then match the schemas. `constrained_calls` decides how much of each schema the grammar enforces.
 """
 
 from __future__ import annotations
@@ -158,18 +158,18 @@ class _ArgumentsWriter:
 
 
 def _python_key(name: str) -> str:
-    """Return the expression of a keyword: bare where Python allows it, and quoted otherwise."""
+    """Return the expression of a keyword: bare if Python allows it, and quoted otherwise."""
     return quote(f"{name if PYTHON_KEY.fullmatch(name) else quote(name)}=")
 
 
 def _check_distinguishable(names: Sequence[str], mark: str) -> None:
-    """Raise GrammarError where one name followed by `mark` is the beginning of another name."""
+    """Raise GrammarError if one name followed by `mark` is the beginning of another name."""
     known = set(names)
     for name in names:
         at = name.find(mark)
         while at >= 0:
             if name[:at] in known:
                 raise GrammarError(
-                    f"the parameters {name[:at]!r} and {name!r} look alike as this model writes them"
+                    f"the parameters {name[:at]!r} and {name!r} are ambiguous in this model's format of calls"
                 )
             at = name.find(mark, at + 1)

@@ -60,11 +60,11 @@ def constrain_calls(
         GrammarError: a tool is strict, and its parameters cannot be enforced; or a call is required, and the tools
             are too large for one grammar.
     """
-    return _Constraining(format, tools, name, parallel, literal).constrain(strict, required=required)
+    return _ConstraintBuilder(format, tools, name, parallel, literal).build(strict, required=required)
 
 
-class _Constraining:
-    """One run of `constrain_calls`."""
+class _ConstraintBuilder:
+    """Builds the constraint that `constrain_calls` returns."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class _Constraining:
         self._format, self._tools, self._name, self._parallel = format, tools, name, parallel
         self._literal = literal
 
-    def constrain(self, strict: frozenset[str], *, required: bool) -> CallConstraint:
+    def build(self, strict: frozenset[str], *, required: bool) -> CallConstraint:
         parameters = {
             tool: schema for tool, schema in get_parameters(self._tools).items() if self._name in (None, tool)
         }

@@ -25,7 +25,7 @@ from erllama.errors import GrammarError
 
 # Keywords that the grammar of Gemma's values does not enforce.
 _NOT_ENFORCED = ("prefixItems", "patternProperties", "minProperties", "maxProperties")
-# Keywords that are enforced only where no other keyword restricts the value.
+# Keywords that are enforced only if no other keyword restricts the value.
 _ALTERNATIVES = ("$ref", "anyOf", "oneOf", "const", "enum")
 _NUMBER_LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _LIMITS = (

@@ -26,7 +26,7 @@ class Literals:
         read_string: reads the string that begins at a position, and returns it and its end; None if no string
             begins there.
         constants: values by the words that stand for them, such as `true`.
-        key: what a mapping's keys match where they are not strings.
+        key: pattern of the keys of a mapping that are not strings.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ _COMBINED = (
 
 
 def find_allowed_types(schema: object, root: Mapping[str, object]) -> frozenset[str]:
-    """Return the JSON types that a schema allows; all types if it allows no type or is not plain.
+    """Return the JSON types that a schema allows; all types if it allows no type or cannot be analysed.
 
     Args:
         root: the schema that `$ref` refers to.
@@ -116,7 +116,7 @@ def add_definitions(schema: object, root: Mapping[str, object]) -> dict[str, obj
 
 
 def get_listed_properties(schema: object) -> dict[str, object]:
-    """Return the properties of a schema that lists its arguments plainly.
+    """Return the properties of a schema that lists all its arguments in `properties`.
 
     Raises:
         GrammarError: the schema combines others, or requires an argument that it does not list.

@@ -37,7 +37,7 @@ def read_calls(format: ToolFormat, full: str, tools: Sequence[Mapping[str, objec
 
     Args:
         full: the text as sampled, from a text of `format.open` through one of `format.close`. The latter may be
-            missing where the model ended its turn instead and the call is complete without it.
+            missing if the model ended its turn instead and the call is complete without it.
         tools: as `normalize_tools` returns them.
 
     Raises:

@@ -23,7 +23,7 @@ from erllama.engine.grammar.schemas.keywords import with_plain_counts
 from erllama.errors import GrammarError
 
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
-# Text that reads as null where an argument may be a string or null.
+# Text that is read as null if an argument may be a string or null.
 _NULLS = r"[\x20\t\r\n]*(?:null|None)[\x20\t\r\n]*"
 
 

@@ -35,7 +35,7 @@ _SHOWN = 200  # characters of a violation in an error message
 
 @lru_cache(maxsize=1024)
 def find_enforcement_problem(schema: str) -> str:
-    """Return why a grammar cannot enforce a schema, given as JSON text; "" if it can."""
+    """Return why a grammar cannot enforce a schema (JSON text); "" if it can."""
     try:
         Grammar.json_schema(schema)
     except GrammarError as error:
@@ -45,7 +45,7 @@ def find_enforcement_problem(schema: str) -> str:
 
 @lru_cache(maxsize=1024)
 def find_schema_error(schema: str) -> str:
-    """Return why no arguments can match a schema, given as JSON text; "" if some can, enforced or not."""
+    """Return why no arguments can match a schema (JSON text); "" if some can, enforced or not."""
     problem = find_enforcement_problem(schema)
     if not problem:
         return ""
@@ -54,7 +54,7 @@ def find_schema_error(schema: str) -> str:
     except ValueError as error:
         return str(error)
     try:
-        Grammar.json_schema(_loosen(json.loads(schema)))
+        Grammar.json_schema(_drop_unsupported(json.loads(schema)))
     except NotSupported:
         # A relaxed schema is enforced, and the arguments are validated.
         return ""
@@ -69,13 +69,13 @@ def relax_schema(schema: Schema, syntax: ArgumentSyntax) -> Iterator[Schema | No
     Args:
         syntax: how the family writes arguments.
     """
-    loosened = _loosen(schema)
-    yield loosened
-    listing = list_arguments(loosened)
+    relaxed = _drop_unsupported(schema)
+    yield relaxed
+    listing = list_arguments(relaxed)
     if syntax != "json":
         yield listing
     # The types are kept: a family writes values of different types differently.
-    types = {name: find_allowed_types(part, loosened) for name, part in get_properties(listing).items()}
+    types = {name: find_allowed_types(part, relaxed) for name, part in get_properties(listing).items()}
     yield {**listing, "properties": {name: {"type": sorted(allowed)} for name, allowed in types.items()}}
     yield None
 
@@ -98,7 +98,7 @@ def _find_violations(schema: str, arguments: object) -> Iterator[str]:
 
 @lru_cache(maxsize=256)
 def _validator(schema: str) -> Validator:
-    """Return the validator of a schema, given as JSON text.
+    """Return the validator of a schema (JSON text).
 
     Raises:
         ValueError: the text is not a JSON schema.
@@ -114,29 +114,29 @@ def _validator(schema: str) -> Validator:
         kind.check_schema(parsed)
     except SchemaError as error:
         raise ValueError(f"{error.message} (at {error.json_path})") from None
-    # The empty registry makes sure that a reference to another document is never fetched.
+    # The empty registry prevents references to other documents from being fetched.
     validator: Validator = kind(parsed, registry=Registry())
     return validator
 
 
-def _loosen(schema: Schema) -> Schema:
+def _drop_unsupported(schema: Schema) -> Schema:
     """Return a schema without the keywords that llguidance does not support. It allows what the original allows."""
 
     def change(node: Schema) -> Schema:
-        loosened = {key: part for key, part in node.items() if key not in _NOT_ENFORCED}
-        pattern = loosened.get("pattern")
+        supported = {key: part for key, part in node.items() if key not in _NOT_ENFORCED}
+        pattern = supported.get("pattern")
         if isinstance(pattern, str) and find_enforcement_problem(
             json.dumps({"type": "string", "pattern": pattern})
         ):
-            del loosened["pattern"]
-        if isinstance(loosened.get("oneOf"), list):
-            either = {"anyOf": loosened.pop("oneOf")}
-            if "anyOf" not in loosened:
-                return {**loosened, **either}
-            all_of = loosened.get("allOf")
-            return {**loosened, "allOf": [*(all_of if isinstance(all_of, list) else []), either]}
-        return loosened
+            del supported["pattern"]
+        if isinstance(supported.get("oneOf"), list):
+            either = {"anyOf": supported.pop("oneOf")}
+            if "anyOf" not in supported:
+                return {**supported, **either}
+            all_of = supported.get("allOf")
+            return {**supported, "allOf": [*(all_of if isinstance(all_of, list) else []), either]}
+        return supported
 
-    loosened = rewrite_schema(schema, change)
-    assert isinstance(loosened, dict)
-    return loosened
+    relaxed = rewrite_schema(schema, change)
+    assert isinstance(relaxed, dict)
+    return relaxed

@@ -49,7 +49,7 @@ class CallSyntax:
 
 @dataclass(frozen=True, slots=True)
 class ListedArguments:
-    """Pieces of one argument, where a family writes arguments one by one, each with its name.
+    """Pieces of one argument, for a family that writes arguments one by one, each with its name.
 
     Attributes:
         open: before the name.
@@ -84,7 +84,7 @@ class ToolFormat:
         arguments: how the arguments of a call are written.
         json_calls: calls are JSON objects. Otherwise they are written as `calls` has them.
         id_pattern: regular expression of the ids that the model writes. Empty if it writes none.
-        id_template: `str.format` text with `{name}` and `{id}` that makes the call's id of what the model wrote.
+        id_template: `str.format` text of the call's id, with the `{name}` and the `{id}` that the model wrote.
         id_length: number of characters of a generated id. 0 for the default form, `call_…`.
     """
 

@@ -77,10 +77,10 @@ def check_schemas(tools: Sequence[Mapping[str, object]], strict: Collection[str]
             raise ChatError(f"tool {name!r}: {error}")
 
 
-# Each turn has the tools again. More tools than this rarely fit a context.
+# Each turn has the same tools. More tools than this rarely fit a context.
 @lru_cache(maxsize=4096)
 def _check_schema(schema: str, strict: bool) -> str:
-    """Return the error in a tool's parameters, given as JSON text; "" if there is none."""
+    """Return the error in a tool's parameters (JSON text); "" if they have no error."""
     error = find_schema_error(schema)
     if error:
         return f"its parameters do not compile: {error}"
@@ -110,7 +110,7 @@ def parse_tool_choice(choice: object, tools: Sequence[Mapping[str, object]]) -> 
         tools: as `normalize_tools` returns them.
 
     Raises:
-        OptionError: the choice is none of these, names a tool that is not in `tools`, or requires a call where
+        OptionError: the choice is none of these, names a tool that is not in `tools`, or requires a call although
             there are no tools.
     """
     if choice is None:
@@ -156,7 +156,7 @@ def get_parameters(tools: Sequence[Mapping[str, object]]) -> dict[str, dict[str,
 
 def _parse_choice(choice: object, names: Sequence[str]) -> tuple[Literal["auto", "none", "required"], str | None]:
     if isinstance(choice, str):
-        # Even where a tool has the name "auto", the word stands for the choice.
+        # Even if a tool has the name "auto", the word means the choice.
         return (
             (_CHOICES[choice], None)
             if choice in _CHOICES and choice != "any"

@@ -34,7 +34,7 @@ def export_command(file: Path, directories: tuple[Path, ...], prefixes: tuple[st
     if to_stdout and as_json:
         raise click.UsageError("--json cannot be used with FILE -: both write to stdout")
     if to_stdout and sys.stdout.isatty():
-        raise click.UsageError("cannot write an archive to a terminal; give a FILE, or redirect stdout")
+        raise click.UsageError("cannot write an archive to a terminal; pass a FILE, or redirect stdout")
     with CacheFiles(single_directory(directories)) as files, progress_bar("exporting") as report:
         namespaces = matching_namespaces([files], prefixes)
         if to_stdout:

@@ -67,7 +67,7 @@ def single_directory(paths: Sequence[Path], *, create: bool = False) -> Path:
         CacheError: the user named several directories, or the directory cannot be created.
     """
     if len(paths) > 1:
-        raise erllama.CacheError(f"{len(paths)} directories; give --dir once")
+        raise erllama.CacheError(f"{len(paths)} directories; pass --dir once")
     root = paths[0].expanduser().absolute() if paths else default_directories()[0]
     if create and not is_cache(root):
         try:

@@ -104,7 +104,7 @@ def evict(
     """Remove stored blocks. With --namespace and --older-than, both conditions must hold."""
     has_condition = bool(prefixes) or older_than is not None
     if has_condition + everything + (to_size is not None) != 1:
-        raise click.UsageError("give --all, or --to-size, or one or both of --namespace and --older-than")
+        raise click.UsageError("pass --all, or --to-size, or one or both of --namespace and --older-than")
     before = None if older_than is None else time.time_ns() - int(older_than * 1e9)
     total = RemovalResult(0, 0)
     with open_directories(directories) as opened:

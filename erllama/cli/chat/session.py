@@ -122,13 +122,13 @@ class ChatSession:
         except ValueError as error:
             raise ChatError(f"{path} is not JSON: {error}") from None
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise ChatError(f"{path} holds {shown(messages)}; give a list of messages, as /save writes it")
+            raise ChatError(f"{path} holds {shown(messages)}; load a list of messages, as /save writes it")
         if messages:
             self.model.render_chat(messages)
         system = None
         if messages and messages[0].get("role") == "system":
             system = messages[0].get("content")
             if not isinstance(system, str):
-                raise ChatError(f"{path}: the content of the system message is {shown(system)}; give a text")
+                raise ChatError(f"{path}: the content of the system message is {shown(system)}; it must be text")
             messages = messages[1:]
         self.system, self.messages = system, messages

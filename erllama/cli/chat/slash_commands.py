@@ -86,7 +86,7 @@ def _path(argument: str, usage: str) -> Path:
     except ValueError as error:
         raise CommandError(f"{usage}: {error}") from None
     if len(words) != 1 or "\0" in words[0]:
-        raise CommandError(f"{usage}: give one file")
+        raise CommandError(f"{usage}: pass one file")
     return Path(words[0]).expanduser()
 
 
@@ -102,7 +102,7 @@ def _set(session: ChatSession, argument: str) -> str:
     name, text = name.replace("-", "_"), text.strip()
     if not text:
         if name not in session.options:
-            raise CommandError(f"/set {name}: the option already has its default; give a value")
+            raise CommandError(f"/set {name}: the option already has its default; pass a value")
         del session.options[name]
         return f"{name} is reset to its default"
     value = parse_value(name, text)
@@ -112,7 +112,7 @@ def _set(session: ChatSession, argument: str) -> str:
 
 def _think(session: ChatSession, argument: str) -> str:
     if argument not in ("on", "off"):
-        raise OptionError(f"/think {argument}: give on or off".replace(" :", ":"))
+        raise OptionError(f"/think {argument}: pass on or off".replace(" :", ":"))
     session.set_options({"thinking": argument == "on"})
     return f"thinking is {argument}, if the model supports it"
 

@@ -41,7 +41,7 @@ def _check_directory(path: Path) -> Iterator[Finding]:
         # Messages have the form "reason; fix".
         reason, _, fix = str(error).partition("; ")
         yield Finding(
-            name, "error", reason.removeprefix(f"{path} "), fix or "give another directory, or remove this one"
+            name, "error", reason.removeprefix(f"{path} "), fix or "use another directory, or remove this one"
         )
         return
     yield Finding(
@@ -59,7 +59,7 @@ def _check_missing(name: str, path: Path) -> Finding:
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     if path.exists() and not path.is_dir():
-        return Finding(name, "error", "not a directory", "give another directory")
+        return Finding(name, "error", "not a directory", "use another directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         return Finding(name, "error", f"cannot be created: {parent} is not writable", f"chmod u+wx {parent}")
     return Finding(name, "ok", "does not exist yet")
@@ -68,7 +68,7 @@ def _check_missing(name: str, path: Path) -> Finding:
 def _check_file_system(name: str, path: Path) -> Iterator[Finding]:
     kind = file_system(path)
     if kind in _NETWORK_FILE_SYSTEMS:
-        fix = "give a directory on a local disk"
+        fix = "use a directory on a local disk"
         yield Finding(name, "warning", f"on {kind}: only processes of one machine may share it", fix)
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(path).free

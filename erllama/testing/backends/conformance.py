@@ -164,11 +164,11 @@ class BackendConformance(MemoryRules, LongRules, EmbedderRules):
             require(
                 no_logits.shape == (0, backend.limits.n_vocab), f"logits of no row have shape {no_logits.shape}"
             )
-            silent = decode_slice(backend, 0, 4, ids[4:])
+            continued = decode_slice(backend, 0, 4, ids[4:])
             backend.clear()
             decode_slice(backend, 0, 0, ids[:4])
             self._require_close(
-                silent, decode_slice(backend, 0, 4, ids[4:]), "a prompt whose first half had no output rows"
+                continued, decode_slice(backend, 0, 4, ids[4:]), "a prompt whose first half had no output rows"
             )
 
     def test_every_token_affects_the_logits(self) -> None:
@@ -376,9 +376,9 @@ class BackendConformance(MemoryRules, LongRules, EmbedderRules):
                 with raises(BackendError, "a thousand decodes, with an abort among them"):
                     for _ in range(1000):
                         backend.clear()
-                        held = 0
+                        n_held = 0
                         decode_slice(backend, 0, 0, ids[:3])
-                        held = 3
+                        n_held = 3
                         running.set()
                         decode_slice(backend, 0, 3, self._ids(n, seed=1))
             finally:
@@ -386,11 +386,11 @@ class BackendConformance(MemoryRules, LongRules, EmbedderRules):
                 thread.join()
             backend.abort(False)
             if limits.can_trim:
-                backend.cut(0, held)
+                backend.cut(0, n_held)
             else:
                 backend.clear()
-                held = 0
-            if not held:
+                n_held = 0
+            if not n_held:
                 decode_slice(backend, 0, 0, ids[:3])
             self._require_close(decode_slice(backend, 0, 3, ids[3:]), expected, "a sequence after an abort")
 

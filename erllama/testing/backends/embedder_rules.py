@@ -28,10 +28,10 @@ class EmbedderRules(BackendRules):
             require(limits.pooling in (*POOLINGS, "rank"), f"pooling is {limits.pooling!r}")
             require(min(limits.n_tokens, limits.n_batch, limits.n_sequences) >= 1, f"a size below 1: {limits}")
             n = min(5, limits.n_sequences)
-            most = min(limits.n_tokens, limits.n_batch // n)
-            if most < n:
+            max_tokens = min(limits.n_tokens, limits.n_batch // n)
+            if max_tokens < n:
                 raise SkipTest(f"a rule for embedders of {n} tokens and more")
-            texts = [self._ids(1 + (3 * i) % most, seed=80 + i) for i in range(n)]
+            texts = [self._ids(1 + (3 * i) % max_tokens, seed=80 + i) for i in range(n)]
             for pooling in (limits.pooling, "none") if limits.pooling != "rank" else ("rank",):
                 alone = [embedder.embed([text], pooling)[0].copy() for text in texts]
                 self._check_form(alone, texts, pooling)

@@ -119,14 +119,14 @@ class LongRules(BackendRules):
 
     def test_long_sequences_restore_at_each_length(self) -> None:
         """Packed whole or in ranges, each position restores unchanged, into any sequence and any instance."""
-        with self._model() as model, self._model() as elsewhere:
+        with self._model() as model, self._model() as second:
             ids, last = self._long(model), model.limits.n_sequences - 1
             ends = [*_edges(len(ids) - 1), len(ids) - 1]
             pieces = self._packed_in_pieces(model, ids, ends)
             if model.limits.whole_state:
                 pieces = pieces[-1:]
             whole = model.pack(0, 0, ends[-1])
-            for other, sequence in ((model, 0), (elsewhere, last), (model, last), (elsewhere, 0)):
+            for other, sequence in ((model, 0), (second, last), (model, last), (second, 0)):
                 for packed in ([whole], pieces):
                     other.clear()
                     for piece in packed:
@@ -152,9 +152,9 @@ class LongRules(BackendRules):
         with self._model(trim=True) as model:
             ids = self._long(model)
             for i, end in enumerate(reversed(_edges(len(ids) - 4))):
-                held = len(model.tokens[0])
-                if held < end + 4:
-                    model.prefill(0, ids[held : end + 4] if held <= end else [])
+                n_held = len(model.tokens[0])
+                if n_held < end + 4:
+                    model.prefill(0, ids[n_held : end + 4] if n_held <= end else [])
                     model.cut(0, 0)
                     model.prefill(0, ids[: end + 4])
                 model.cut(0, end)
@@ -166,7 +166,7 @@ class LongRules(BackendRules):
 
     def test_dropped_tokens_leave_no_trace(self) -> None:
         """After `cut`, `drop` or `clear`, `pack` and `share` of the same positions use the new tokens."""
-        with self._model(trim=True, sequences=2) as model, self._model(trim=True) as elsewhere:
+        with self._model(trim=True, sequences=2) as model, self._model(trim=True) as second:
             n = min(len(self._long(model)) // 3, 96)
             old, new, last = (
                 self._ids(n, seed=20).tolist(),
@@ -214,16 +214,17 @@ class LongRules(BackendRules):
                 model.share(0, last, n)
                 model.drop(last)
                 change()
-                self._all_is_of_the_tokens(model, elsewhere, n)
+                self._check_copies(model, second, n)
 
-    def _all_is_of_the_tokens(self, model: BackendModel, elsewhere: BackendModel, n: int) -> None:
+    def _check_copies(self, model: BackendModel, second: BackendModel, n: int) -> None:
+        """Check that sequence 0, restored into `second` and shared with another sequence, has its own tokens."""
         last = model.limits.n_sequences - 1
         cuts = [0, n // 4, n // 2, n - 8, n]
         for ranges in ([(0, n)], list(pairwise(cuts))):
-            elsewhere.clear()
+            second.clear()
             for start, end in ranges:
-                elsewhere.restore(0, model.pack(0, start, end))
-                elsewhere.probe(0, self.token_ids[0])
+                second.restore(0, model.pack(0, start, end))
+                second.probe(0, self.token_ids[0])
         model.share(0, last, n)
         model.probe(last, self.token_ids[0])
         model.probe(0, self.token_ids[1])
@@ -271,7 +272,7 @@ class LongRules(BackendRules):
             model.decode([(0, self._ids(1, seed=4).tolist())])
 
     def test_random_calls_agree_with_a_model(self) -> None:
-        """Each of many random calls does what the model of the backend predicts."""
+        """Each of many random calls does what the reference model predicts."""
         random = np.random.Generator(np.random.PCG64(7))
         with self._model() as model:
             packed: list[PackedRange] = []
@@ -304,29 +305,31 @@ def random_call(
     n = min(limits.n_sequences, 4)
     numbers = [0, *range(limits.n_sequences - n + 1, limits.n_sequences)]  # the first number and the last ones
     sequence = numbers[random.integers(len(numbers))]
-    held = len(tokens[sequence])
+    n_held = len(tokens[sequence])
     kind = random.integers(10)
     if kind < 4:
         _random_decode(model, random, numbers, token_ids)
-    elif kind == 4 and held:
-        start = 0 if not limits.can_trim else int(random.integers(held))
-        end = held if not limits.can_trim else int(random.integers(start + 1, held + 1))
+    elif kind == 4 and n_held:
+        start = 0 if not limits.can_trim else int(random.integers(n_held))
+        end = n_held if not limits.can_trim else int(random.integers(start + 1, n_held + 1))
         packed.append(model.pack(sequence, start, end))
         del packed[:-12]
     elif kind == 5:
         fits = [
-            p for p in packed if tuple(tokens[sequence]) == p.tokens[: p.start] or (limits.whole_state and not held)
+            p
+            for p in packed
+            if tuple(tokens[sequence]) == p.tokens[: p.start] or (limits.whole_state and not n_held)
         ]
         if fits:
             model.restore(sequence, fits[random.integers(len(fits))])
         else:
             model.drop(sequence)
-    elif kind == 6 and limits.can_trim and held:
+    elif kind == 6 and limits.can_trim and n_held:
         empty = [number for number in numbers if not tokens[number]]
         if empty:
-            model.share(sequence, empty[0], int(random.integers(held + 1)))
+            model.share(sequence, empty[0], int(random.integers(n_held + 1)))
     elif kind == 7 and limits.can_trim:
-        model.cut(sequence, int(random.integers(held + 1)))
+        model.cut(sequence, int(random.integers(n_held + 1)))
     elif kind == 8 and limits.can_trim:
         model.probe(sequence, token_ids[random.integers(len(token_ids))])
     elif kind == 9:
@@ -337,10 +340,10 @@ def _random_decode(
     model: BackendModel, random: np.random.Generator, numbers: list[int], token_ids: list[int]
 ) -> None:
     chosen = [number for number in numbers if random.integers(2)] or numbers[:1]
-    most = max(model.max_slice // len(chosen), 1)
+    max_tokens = max(model.max_slice // len(chosen), 1)
     parts = []
     for sequence in chosen[: model.limits.n_batch]:
-        length = int(random.integers(1, min(most, (1, 4, 40)[random.integers(3)]) + 1))
+        length = int(random.integers(1, min(max_tokens, (1, 4, 40)[random.integers(3)]) + 1))
         parts.append((sequence, [token_ids[i] for i in random.integers(0, len(token_ids), length)]))
     total = sum(len(ids) for _, ids in parts)
     if not model.limits.can_trim and sum(map(len, model.tokens)) + total > model.limits.n_ctx:

@@ -111,10 +111,10 @@ class BackendMachine(RuleBasedStateMachine):
 
     def decode_any_slice(self, data: st.DataObject) -> None:
         self._keep_one_sequence()
-        limits, held = self.backend.limits, len(self.history)
-        most = min(self.longest, limits.n_batch, limits.n_ubatch, limits.n_ctx - held)
-        assume(most > 0)
-        self._decode(data.draw(st.lists(st.sampled_from(self.token_ids), min_size=1, max_size=most)))
+        limits, n_held = self.backend.limits, len(self.history)
+        max_tokens = min(self.longest, limits.n_batch, limits.n_ubatch, limits.n_ctx - n_held)
+        assume(max_tokens > 0)
+        self._decode(data.draw(st.lists(st.sampled_from(self.token_ids), min_size=1, max_size=max_tokens)))
 
     @precondition(lambda self: self.one_sequence and self.known_next())
     @rule(data=st.data())
@@ -124,18 +124,18 @@ class BackendMachine(RuleBasedStateMachine):
 
     def known_next(self) -> list[list[int]]:
         """Return the slices that were computed before after the tokens that the sequence holds now."""
-        held = len(self.history)
+        n_held = len(self.history)
         return [
-            [token for token, _, _ in seen[held:]]
+            [token for token, _, _ in seen[n_held:]]
             for seen in self.bits
-            if len(seen) > held and seen[:held] == self.history and seen[held][1:] == (held, len(seen))
+            if len(seen) > n_held and seen[:n_held] == self.history and seen[n_held][1:] == (n_held, len(seen))
         ]
 
     def _decode(self, ids: list[int]) -> None:
-        held = len(self.history)
-        end = held + len(ids)
+        n_held = len(self.history)
+        end = n_held + len(ids)
         bits = self.model.decode([(_SEQUENCE, ids)])[0].tobytes()
-        self.history += tuple((token, held, end) for token in ids)
+        self.history += tuple((token, n_held, end) for token in ids)
         assert self.bits.setdefault(self.history, bits) == bits, (
             "decode(): the same tokens, computed in the same slices, have other bits than before"
         )
@@ -150,29 +150,31 @@ class BackendMachine(RuleBasedStateMachine):
     def fail_decode(self, data: st.DataObject) -> None:
         """Abort a decode. A payload that is packed afterwards must be right, or refused."""
         self._keep_one_sequence()
-        limits, held = self.backend.limits, len(self.history)
+        limits, n_held = self.backend.limits, len(self.history)
         ids = [int(self.token_ids[0])] * min(
-            data.draw(st.integers(1, 8)), self.model.max_slice, limits.n_ctx - held
+            data.draw(st.integers(1, 8)), self.model.max_slice, limits.n_ctx - n_held
         )
         assume(ids)
         self.backend.abort(True)
         try:
             with raises(BackendError, "an aborted decode"):
-                decode_slice(self.backend, _SEQUENCE, held, np.array(ids, np.int32))
+                decode_slice(self.backend, _SEQUENCE, n_held, np.array(ids, np.int32))
         finally:
             self.backend.abort(False)
         if limits.can_trim:
-            self.model.cut(_SEQUENCE, held)
+            self.model.cut(_SEQUENCE, n_held)
         else:
             self._pack_after_failure()
 
     def _pack_after_failure(self) -> None:
-        held = len(self.history)
+        n_held = len(self.history)
         try:
-            if held:
-                payload = self.backend.pack(_SEQUENCE, 0, held).tobytes()
+            if n_held:
+                payload = self.backend.pack(_SEQUENCE, 0, n_held).tobytes()
                 self.packed.append(
-                    _PackedSlices(PackedRange(0, held, tuple(self.model.tokens[_SEQUENCE]), payload), self.history)
+                    _PackedSlices(
+                        PackedRange(0, n_held, tuple(self.model.tokens[_SEQUENCE]), payload), self.history
+                    )
                 )
                 return
         except BackendError:
@@ -184,31 +186,31 @@ class BackendMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def pack(self, data: st.DataObject) -> None:
         """Pack from the end of an earlier payload to the end of the sequence or, if possible, to any position."""
-        held = len(self.history)
+        n_held = len(self.history)
         starts = {0} | {p.packed.end for p in self.packed if p.history == self.history[: p.packed.end]}
-        start = data.draw(st.sampled_from(sorted(s for s in starts if s <= held)))
-        assume(start < held)
-        end = held
+        start = data.draw(st.sampled_from(sorted(s for s in starts if s <= n_held)))
+        assume(start < n_held)
+        end = n_held
         if self.backend.limits.can_trim and data.draw(st.booleans()):
-            end = data.draw(st.integers(start + 1, held))
+            end = data.draw(st.integers(start + 1, n_held))
         self.packed.append(_PackedSlices(self.model.pack(_SEQUENCE, start, end), self.history[:end]))
 
     @precondition(lambda self: self.packed)
     @rule(data=st.data())
     def restore(self, data: st.DataObject) -> None:
         """Empty the sequence and restore packed ranges in order."""
-        wanted = data.draw(st.sampled_from(self.packed))
+        target = data.draw(st.sampled_from(self.packed))
         self._keep_one_sequence()
         self.model.drop(_SEQUENCE)
-        for piece in self._pieces(wanted):
+        for piece in self._pieces(target):
             self.model.restore(_SEQUENCE, piece.packed)
-        self.history = wanted.history
+        self.history = target.history
         if known := self.known_next():
             self._decode(data.draw(st.sampled_from(known)))
 
-    def _pieces(self, wanted: _PackedSlices) -> list[_PackedSlices]:
-        """Return packed ranges that join to one from position 0 to the end of `wanted`."""
-        pieces = [wanted]
+    def _pieces(self, target: _PackedSlices) -> list[_PackedSlices]:
+        """Return packed ranges that join to one from position 0 to the end of `target`."""
+        pieces = [target]
         while pieces[0].packed.start:
             start, history = pieces[0].packed.start, pieces[0].history
             pieces.insert(0, next(p for p in self.packed if p.packed.end == start and p.history == history[:start]))
@@ -254,8 +256,8 @@ class BackendMachine(RuleBasedStateMachine):
         self.one_sequence, self.history = False, ()
         random = np.random.Generator(np.random.PCG64(seed))
         sequence = int(random.integers(self.backend.limits.n_sequences))
-        held = sum(map(len, self.model.tokens))
-        if held + length > self.backend.limits.n_ctx:
+        n_held = sum(map(len, self.model.tokens))
+        if n_held + length > self.backend.limits.n_ctx:
             self.model.clear()
         length = min(length, self.backend.limits.n_ctx)
         self.model.prefill(sequence, [int(t) for t in random.choice(np.array(self.token_ids), length)])

@@ -162,9 +162,10 @@ class MemoryRules(BackendRules):
                     with raises(StateError, f"a payload of positions {start} to {end} that is {what}"):
                         backend.restore(0, start, end, memoryview(wrong))
                     if start:
-                        held = backend.pack(0, 0, 6)
+                        packed = backend.pack(0, 0, 6)
                         require(
-                            np.array_equal(held, first), f"a payload that was refused ({what}) changed the sequence"
+                            np.array_equal(packed, first),
+                            f"a payload that was refused ({what}) changed the sequence",
                         )
                     else:
                         decode_slice(backend, 0, 0, ids[:6])
@@ -198,14 +199,14 @@ class MemoryRules(BackendRules):
             expected = self._logits_alone(backend, ids, [8, 16])
             decode_slice(backend, 0, 0, ids)
             payload = backend.pack(0, 8, 16)
-            for held in (9, 4, 0):
+            for n_held in (9, 4, 0):
                 backend.clear()
-                if held:
-                    decode_slice(backend, 0, 0, ids[:held])
-                with raises(StateError, f"positions from 8 on, for a sequence that holds {held}"):
+                if n_held:
+                    decode_slice(backend, 0, 0, ids[:n_held])
+                with raises(StateError, f"positions from 8 on, for a sequence that holds {n_held}"):
                     restore(backend, 0, 8, 16, payload)
                 self._require_close(
-                    decode_slice(backend, 0, held, ids[held:]), expected, f"a sequence that holds {held}"
+                    decode_slice(backend, 0, n_held, ids[n_held:]), expected, f"a sequence that holds {n_held}"
                 )
 
     def test_restore_needs_free_cells(self) -> None:
@@ -357,21 +358,21 @@ class MemoryRules(BackendRules):
         with self._backend(sequences=2, trim=True) as backend:
             ids, n_ctx = self._ids(14), backend.limits.n_ctx
             expected = self._logits_alone(backend, ids, [10, 14])
-            for gone, left in ((0, 1), (1, 0)):
+            for dropped, left in ((0, 1), (1, 0)):
                 for end in (0, 4):
                     backend.clear()
                     decode_slice(backend, 0, 0, ids[:10])
                     backend.share(0, 1, 10)
-                    backend.cut(gone, end) if end else backend.drop(gone)
+                    backend.cut(dropped, end) if end else backend.drop(dropped)
                     # The next tokens must not overwrite cells that are still held.
-                    self._fill(backend, gone, self._ids(n_ctx - 10 - 4, seed=1), start=end)
+                    self._fill(backend, dropped, self._ids(n_ctx - 10 - 4, seed=1), start=end)
                     with raises(CellsExhausted, "5 tokens for 4 cells"):
                         decode_slice(backend, left, 10, self._ids(5))
                     self._require_close(
-                        decode_slice(backend, left, 10, ids[10:]), expected, f"sequence {left} without {gone}"
+                        decode_slice(backend, left, 10, ids[10:]), expected, f"sequence {left} without {dropped}"
                     )
                     backend.drop(left)
-                    backend.drop(gone)
+                    backend.drop(dropped)
                     self._fill(backend, 0, self._ids(n_ctx))
 
     def test_a_shared_sequence_can_be_packed(self) -> None:

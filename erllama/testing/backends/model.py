@@ -1,4 +1,4 @@
-"""Simple model of a backend: the tokens of each sequence, and the logits expected for them.
+"""Reference model of a backend: the tokens of each sequence, and the logits expected for them.
 
 A second instance computes the expected logits from an empty context. Used by the rules for backends and by
 `BackendMachine`.
@@ -63,21 +63,23 @@ class BackendModel:
 
     def expected(self, tokens: Sequence[int]) -> Logits:
         """Return the logits after these tokens from the second instance, shape (n_vocab,)."""
-        wanted = tuple(tokens)
-        if wanted not in self._expected:
-            held = len(self._cold_tokens)
-            if not (held < len(wanted) and wanted[:held] == self._cold_tokens):
+        target = tuple(tokens)
+        if target not in self._expected:
+            n_held = len(self._cold_tokens)
+            if not (n_held < len(target) and target[:n_held] == self._cold_tokens):
                 self._cold.clear()
-                held = 0
-            while held < len(wanted):
-                end = min(held + self.max_slice, len(wanted))
-                logits = self._cold.decode(_batch([(0, held + i, t) for i, t in enumerate(wanted[held:end])])[0])
-                held = end
-            self._cold_tokens = wanted
+                n_held = 0
+            while n_held < len(target):
+                end = min(n_held + self.max_slice, len(target))
+                logits = self._cold.decode(
+                    _batch([(0, n_held + i, t) for i, t in enumerate(target[n_held:end])])[0]
+                )
+                n_held = end
+            self._cold_tokens = target
             if len(self._expected) >= _MAX_EXPECTED:
                 del self._expected[next(iter(self._expected))]
-            self._expected[wanted] = logits[0].copy()
-        return self._expected[wanted]
+            self._expected[target] = logits[0].copy()
+        return self._expected[target]
 
     def decode(
         self, parts: Sequence[tuple[int, Sequence[int]]], *, interleaved: bool = True, extra_output: bool = False
@@ -100,10 +102,10 @@ class BackendModel:
         ]
         last = {queue[-1][:2] for queue in queues}
         output = [row[:2] in last or (extra_output and at % 2 == 0) for at, row in enumerate(rows)]
-        batch, kept = _batch(rows, output)
+        batch, original = _batch(rows, output)
         if len(rows) > self.free:
-            # Memory that cannot be cut may need fewer cells than positions, so the model cannot tell if it has
-            # room.
+            # Memory that cannot be cut may need fewer cells than positions, so the reference model cannot
+            # predict whether the batch fits.
             if self.limits.can_trim:
                 with raises(CellsExhausted, f"{len(rows)} tokens for {self.free} cells"):
                     self.backend.decode(batch)
@@ -114,7 +116,8 @@ class BackendModel:
             found = logits.copy()
         for name in Batch._fields:
             require(
-                np.array_equal(getattr(batch, name), getattr(kept, name)), f"decode() changed the batch's {name}"
+                np.array_equal(getattr(batch, name), getattr(original, name)),
+                f"decode() changed the batch's {name}",
             )
         n_rows = sum(output)
         require(found.dtype == np.float32, f"decode() returns {found.dtype}; logits are float32")
@@ -124,13 +127,13 @@ class BackendModel:
         )
         require(bool(np.isfinite(found).all()), "decode() returns logits that are not finite")
         results: dict[int, Logits] = {}
-        wanted = iter(found)
+        found_rows = iter(found)
         for (sequence, position, token), has_output in zip(rows, output, strict=True):
             require(position == len(self.tokens[sequence]), "positions of the model are wrong")
             self.tokens[sequence].append(token)
             self._cells[sequence].append(next(self._cell_ids))
             if has_output:
-                results[sequence] = next(wanted)
+                results[sequence] = next(found_rows)
                 self._compare_row(results[sequence], sequence, len(rows))
         self.compare({sequence for sequence, _ in parts})
         return [results[sequence] for sequence, _ in parts]
@@ -210,9 +213,9 @@ class BackendModel:
 
     def probe(self, sequence: int, token: int) -> None:
         """Decode one more token, compare, and cut it off. Requires memory that can be cut."""
-        held = len(self.tokens[sequence])
+        n_held = len(self.tokens[sequence])
         if self.decode([(sequence, [token])]):
-            self.cut(sequence, held)
+            self.cut(sequence, n_held)
 
     def compare(self, changed: Sequence[int] | set[int]) -> None:
         """Check that all sequences except `changed` still pack to the same bytes."""

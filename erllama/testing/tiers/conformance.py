@@ -264,30 +264,30 @@ class TierConformance(LifecycleRules):
         """`remove` removes one block or many, and no others. It ignores keys that are not stored."""
         with self._open_tier() as checked:
             blocks = self._first_blocks(30)
-            strangers = [block.key for block in self._first_blocks(3, namespace=2)]
+            unknown_keys = [block.key for block in self._first_blocks(3, namespace=2)]
             for block in blocks:
                 checked.write(block, payload_bytes(block.key, 30))
             blocks = [block for block in blocks if block.key in checked.model.stored]
             keys = [block.key for block in blocks]
 
-            def gone(wanted: Sequence[bytes]) -> None:
-                checked.remove(wanted)
+            def remove(removed: Sequence[bytes]) -> None:
+                checked.remove(removed)
                 checked.compare()
                 for block in blocks:
                     if block.key not in checked.model.stored:
                         checked.require_missing(block, "that was removed")
 
-            gone([])
-            gone([keys[0]])
-            gone([keys[0]])
-            gone((keys[-1],))
-            gone([strangers[0], keys[1], strangers[1], keys[2]])
-            gone([keys[3], keys[3]])
-            gone(strangers)
+            remove([])
+            remove([keys[0]])
+            remove([keys[0]])
+            remove((keys[-1],))
+            remove([unknown_keys[0], keys[1], unknown_keys[1], keys[2]])
+            remove([keys[3], keys[3]])
+            remove(unknown_keys)
             for key in keys[4:12]:
-                gone([key])
-            gone(keys[12:])
-            gone(keys)
+                remove([key])
+            remove(keys[12:])
+            remove(keys)
 
     def test_a_removed_block_can_be_written_again(self) -> None:
         """A block that is removed and written repeatedly is there each time, as it was written last."""
@@ -355,13 +355,13 @@ class TierConformance(LifecycleRules):
             before = {row.block.key: row.last_used for row in tier.rows()}
             now = time.time_ns()
             used = {block.key: now + (i + 1) * 3600 * 10**9 for i, block in enumerate(blocks[:5])}
-            stranger = self._first_blocks(1, namespace=2)[0].key
+            unknown_key = self._first_blocks(1, namespace=2)[0].key
             with (
                 expect_success("touch() must accept any pairs of key and time, also of blocks that are not stored"),
                 _clock_at(now + 24 * 3600 * 10**9),  # so that no use lies in the future, which a tier may clamp
             ):
                 tier.touch([])
-                tier.touch(iter([*used.items(), (stranger, now)]))
+                tier.touch(iter([*used.items(), (unknown_key, now)]))
                 rows = list(tier.rows())
             for row in rows:
                 expected = used[row.block.key] if notes and row.block.key in used else before[row.block.key]

@@ -150,9 +150,11 @@ class LifecycleRules(TierRules):
         assert found is not None
         reported = {row.block.key for row in found.stored}
         require((stored or set()) <= reported, "changes() does not report a block that another instance stored")
-        gone = set(found.removed)
+        removals = set(found.removed)
         if not found.complete:
-            require((removed or set()) <= gone, "changes() does not report a block that another instance removed")
+            require(
+                (removed or set()) <= removals, "changes() does not report a block that another instance removed"
+            )
         other.model.stored = dict(one.model.stored)
         self._check_changes(other, found)
         other.compare()
@@ -181,10 +183,10 @@ class LifecycleRules(TierRules):
     def test_reads_are_correct_during_writes(self) -> None:
         """`read` in one thread returns the right block while another thread writes and removes other blocks."""
         with self._open_tier() as checked:
-            kept, others = self._first_blocks(4), self._first_blocks(24, namespace=1)
-            for block in kept:
+            stable, others = self._first_blocks(4), self._first_blocks(24, namespace=1)
+            for block in stable:
                 checked.write(block, payload_bytes(block.key, 60))
-            if sum(checked.tier.size(block, 60) for block in [*kept, *others[:4]]) > checked.tier.budget:
+            if sum(checked.tier.size(block, 60) for block in [*stable, *others[:4]]) > checked.tier.budget:
                 raise SkipTest(f"a rule for tiers of more than {checked.tier.budget} bytes")
             done = threading.Event()
             model = TierModel()
@@ -192,15 +194,15 @@ class LifecycleRules(TierRules):
 
             def read() -> None:
                 while not done.is_set():
-                    for block in kept:
+                    for block in stable:
                         model.compare_read(checked.tier, block)
 
             with frequent_thread_switches(), ThreadPoolExecutor(1) as pool:
                 reading = pool.submit(read)
                 try:
                     for block in others:
-                        while len(checked.model.stored) >= len(kept) + 4:
-                            checked.remove([list(checked.model.stored)[len(kept)]])
+                        while len(checked.model.stored) >= len(stable) + 4:
+                            checked.remove([list(checked.model.stored)[len(stable)]])
                         checked.write(block, payload_bytes(block.key, 60))
                 finally:
                     done.set()
@@ -208,7 +210,7 @@ class LifecycleRules(TierRules):
             checked.compare()
 
     def test_random_calls_agree_with_a_model(self) -> None:
-        """After each of many random calls, the tier holds what the model holds."""
+        """After each of many random calls, the tier holds what the reference model holds."""
         random = np.random.Generator(np.random.PCG64(1))
         with self._temporary_directory() as directory:
             checked = self._open(directory)

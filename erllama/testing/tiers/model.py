@@ -1,4 +1,4 @@
-"""Simple model of a tier: records the calls that a tier receives, and checks their result.
+"""Reference model of a tier: records the calls that a tier receives, and checks their result.
 
 Used by the rules for tiers and by `CacheMachine`.
 """
@@ -69,10 +69,10 @@ class TierModel:
             self.record_write(block, before)
 
         def spied_remove(keys: Sequence[bytes]) -> None:
-            wanted = list(keys)
-            self.record_failure(key for key in wanted if key in self.stored)
+            key_list = list(keys)
+            self.record_failure(key for key in key_list if key in self.stored)
             remove(keys)
-            self.record_removal(wanted)
+            self.record_removal(key_list)
 
         def spied_set_aside(block: Block) -> None:
             set_aside(block)

@@ -58,12 +58,12 @@ class CheckedTier:
         return True
 
     def make_room(self, block: Block, n_bytes: int) -> None:
-        held = self.model.stored
-        sizes = {key: self.tier.size(stored.block, len(stored.payload)) for key, stored in held.items()}
+        contents = self.model.stored
+        sizes = {key: self.tier.size(stored.block, len(stored.payload)) for key, stored in contents.items()}
         left = self.tier.budget - sum(sizes.values()) - n_bytes
         while left < 0:
-            parents = {stored.block.parent for stored in held.values()} | {block.parent, block.key}
-            victim = next((key for key in held if key not in parents), None)
+            parents = {stored.block.parent for stored in contents.values()} | {block.parent, block.key}
+            victim = next((key for key in contents if key not in parents), None)
             if victim is None:
                 raise SkipTest(f"a rule for tiers of more than {self.tier.budget} bytes")
             left += sizes[victim]
@@ -157,9 +157,9 @@ class TierRules:
                 require(isinstance(key, bytes) and isinstance(at, int), f"uses() returns {(key, at)!r}")
 
     def _check_changes(self, checked: CheckedTier, changes: Changes) -> None:
-        held = checked.model.stored
+        contents = checked.model.stored
         for row in changes.stored:
-            stored = held.get(row.block.key)
+            stored = contents.get(row.block.key)
             require(stored is not None, f"changes() reports {describe(row.block)} as stored, which it is not")
             assert stored is not None
             require(
@@ -171,10 +171,10 @@ class TierRules:
                 f"changes() counts {row.n_bytes} bytes for {describe(row.block)}",
             )
         for key in changes.removed:
-            require(key not in held, f"changes() reports block {key.hex()[:8]} as removed, which is stored")
+            require(key not in contents, f"changes() reports block {key.hex()[:8]} as removed, which is stored")
         if changes.complete:
             reported = {row.block.key for row in changes.stored}
-            require(reported == set(held), "changes() is complete and does not list all blocks")
+            require(reported == set(contents), "changes() is complete and does not list all blocks")
 
     def _first_blocks(self, n: int, *, namespace: int = 0) -> list[Block]:
         """Return blocks at position 0. The blocks of each namespace have the same tokens."""
@@ -212,8 +212,8 @@ def newer_version(block: Block, version: int) -> Block:
 
 
 @cache
-def blocks_of_all_keys(most: int) -> tuple[Block, ...]:
-    """Return blocks whose keys have every first byte and every last byte, at most `most`."""
+def blocks_of_all_keys(max_blocks: int) -> tuple[Block, ...]:
+    """Return blocks whose keys have every first byte and every last byte, at most `max_blocks` of them."""
     found: list[Block] = []
     first, last = set(range(256)), set(range(256))
     for i in range(1_000_000):
@@ -222,7 +222,7 @@ def blocks_of_all_keys(most: int) -> tuple[Block, ...]:
             found.append(block)
             first.discard(block.key[0])
             last.discard(block.key[-1])
-        if len(found) >= most or not (first or last):
+        if len(found) >= max_blocks or not (first or last):
             break
     return tuple(found)
 
