@@ -160,7 +160,7 @@ class NumpyBackend:
         self._keys = np.zeros((len(self._layers), n_ctx, self._heads_kv, self._dim), np.float32)
         self._values = np.zeros_like(self._keys)
         self._table = np.zeros((n_sequences, n_ctx), np.int32)  # the cell of each position of a sequence
-        self._held = np.zeros(n_sequences, np.int32)  # positions of each sequence
+        self._n_cached = np.zeros(n_sequences, np.int32)  # positions of each sequence
         self._holders = np.zeros(n_ctx, np.int32)  # sequences that hold each cell
         self._aborted = self._closed = False
 
@@ -173,7 +173,7 @@ class NumpyBackend:
         logits = self._forward(batch, cells)
         # The sequences get the rows only here, so an aborted decode changes no sequence.
         self._holders[cells] = 1
-        np.add.at(self._held, batch.sequences, 1)
+        np.add.at(self._n_cached, batch.sequences, 1)
         return logits
 
     def _check(self, batch: Batch) -> None:
@@ -187,7 +187,7 @@ class NumpyBackend:
         if sequences.min() < 0 or sequences.max() >= self.limits.n_sequences:
             raise BackendError(f"a sequence outside 0 to {self.limits.n_sequences - 1}")
         for sequence in np.unique(sequences):
-            found, held = positions[sequences == sequence], self._held[sequence]
+            found, held = positions[sequences == sequence], self._n_cached[sequence]
             if not np.array_equal(found, held + np.arange(len(found))):
                 raise BackendError(f"positions {found} of sequence {sequence}, which holds {held}")
 
@@ -245,14 +245,14 @@ class NumpyBackend:
 
     def _hold(self, sequence: int, cells: NDArray[np.integer]) -> None:
         """Append cells to a sequence."""
-        start = self._held[sequence]
+        start = self._n_cached[sequence]
         self._table[sequence, start : start + len(cells)] = cells
         self._holders[cells] += 1
-        self._held[sequence] += len(cells)
+        self._n_cached[sequence] += len(cells)
 
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
-        if not 0 <= start < end <= self._held[sequence]:
-            raise BackendError(f"positions {start} to {end} of a sequence that holds {self._held[sequence]}")
+        if not 0 <= start < end <= self._n_cached[sequence]:
+            raise BackendError(f"positions {start} to {end} of a sequence that holds {self._n_cached[sequence]}")
         cells = self._table[sequence, start:end]
         parts = (_HEADER.pack(start, end), self._keys[:, cells].tobytes(), self._values[:, cells].tobytes())
         return np.frombuffer(bytearray().join(parts), np.uint8)
@@ -261,27 +261,29 @@ class NumpyBackend:
         size = 4 * len(self._layers) * (end - start) * self._heads_kv * self._dim
         if payload.nbytes != _HEADER.size + 2 * size or _HEADER.unpack_from(payload) != (start, end):
             raise StateError(f"{payload.nbytes} bytes that are not the state of positions {start} to {end}")
-        if self._held[sequence] != start:
-            raise StateError(f"positions from {start} on, for a sequence that holds {self._held[sequence]}")
+        if self._n_cached[sequence] != start:
+            raise StateError(f"positions from {start} on, for a sequence that holds {self._n_cached[sequence]}")
         cells = self._free(end - start, StateError)
         found = np.frombuffer(payload, np.float32, offset=_HEADER.size)
         self._keys[:, cells], self._values[:, cells] = found.reshape(2, -1, end - start, self._heads_kv, self._dim)
         self._hold(sequence, cells)
 
     def share(self, source: int, target: int, end: int) -> None:
-        if self._held[target] or not 0 <= end <= self._held[source]:
-            raise BackendError(f"{end} positions of {self._held[source]}, for a sequence with {self._held[target]}")
+        if self._n_cached[target] or not 0 <= end <= self._n_cached[source]:
+            raise BackendError(
+                f"{end} positions of {self._n_cached[source]}, for a sequence with {self._n_cached[target]}"
+            )
         self._hold(target, self._table[source, :end])
 
     def cut(self, sequence: int, end: int) -> None:
-        self._holders[self._table[sequence, end : self._held[sequence]]] -= 1
-        self._held[sequence] = min(end, self._held[sequence])
+        self._holders[self._table[sequence, end : self._n_cached[sequence]]] -= 1
+        self._n_cached[sequence] = min(end, self._n_cached[sequence])
 
     def drop(self, sequence: int) -> None:
         self.cut(sequence, 0)
 
     def clear(self) -> None:
-        self._holders[:] = self._held[:] = 0
+        self._holders[:] = self._n_cached[:] = 0
 
     def abort(self, on: bool) -> None:
         self._aborted = on

@@ -45,7 +45,7 @@ def export_command(file: Path, directories: tuple[Path, ...], prefixes: tuple[st
     for problem in done.left_out:
         print_note(f"left out {problem.place}: {problem.what}")
     if as_json:
-        left_out = [{"name": problem.place, "what": problem.what} for problem in done.left_out]
+        left_out = [{"name": problem.place, "description": problem.what} for problem in done.left_out]
         print_json({"file": str(file), "blocks": done.n_blocks, "bytes": done.n_bytes, "left_out": left_out})
     elif not to_stdout:
         blocks = format_count(done.n_blocks, "block")
@@ -68,8 +68,8 @@ def import_command(file: IO[bytes], directories: tuple[Path, ...], as_json: bool
     for problem in done.refused:
         print_note(f"refused {problem.place}: {problem.what}")
     if as_json:
-        refused = [{"name": problem.place, "what": problem.what} for problem in done.refused]
-        counted = {"blocks": done.n_blocks, "bytes": done.n_bytes, "there": done.n_existing}
+        refused = [{"name": problem.place, "description": problem.what} for problem in done.refused]
+        counted = {"blocks": done.n_blocks, "bytes": done.n_bytes, "existing": done.n_existing}
         print_json({"directory": str(root), **counted, "refused": refused})
     else:
         blocks = format_count(done.n_blocks, "block")

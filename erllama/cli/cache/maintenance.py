@@ -28,7 +28,7 @@ def verify(directories: tuple[Path, ...], repair: bool, as_json: bool) -> int:
             with progress_bar(f"checking {files.root}") as report:
                 problems += files.verify(repair=repair, on_read=report)
     if as_json:
-        listed = [{"tier": p.tier, "place": p.place, "what": p.what} for p in problems]
+        listed = [{"tier": p.tier, "place": p.place, "description": p.what} for p in problems]
         print_json({"blocks": n_blocks, "problems": listed, "set_aside": n_set_aside, "repaired": repair})
     else:
         for problem in problems:
