@@ -8,22 +8,23 @@ step leaves, as far as it received them. To add a step, write its class here and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from operator import neg
 
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.sampling.candidates import Candidates, order
-from erllama.engine.sampling.declaration import ChainStep, Option, Step, StepContext
+from erllama.engine.sampling.candidates import LARGE, Candidates, order, row_weights, running_sums
+from erllama.engine.sampling.declaration import ChainStep, Option, OrderedRowsStep, Step, StepContext, WholeRowsStep
 from erllama.engine.sampling.dry import DRY
 from erllama.errors import SamplingError
 
 MIN_KEEP = Option(0, 0, shared=True)
 _FIRST_ORDERED = 256  # candidates that top_p sorts first; it sorts the rest only if they are too few
-_LARGE = 1e30  # below this, no logit overflows float32
 
 
-class LogitBias:
+class LogitBias(WholeRowsStep):
     """Adds to the logits of some tokens; -inf excludes a token. `logit_bias` of OpenAI's API."""
 
     def __init__(self, biases: Mapping[int, float]) -> None:
@@ -39,8 +40,15 @@ class LogitBias:
             raise SamplingError("logit_bias and banned_tokens exclude every token that is possible here")
         return biased
 
+    @classmethod
+    def change_rows(
+        cls, steps: Sequence[LogitBias], logits: NDArray[np.float32], contexts: Sequence[NDArray[np.int32]]
+    ) -> None:
+        for step, row in zip(steps, logits, strict=True):
+            row[step._tokens] += step._biases
 
-class Penalties(ChainStep):
+
+class Penalties(ChainStep, WholeRowsStep):
     """Makes the tokens among the last `last_n` less likely.
 
     It divides their logits by `repeat` (and multiplies logits below 0), subtracts `frequency` for each occurrence,
@@ -81,6 +89,24 @@ class Penalties(ChainStep):
             logits[positions] = penalized - (occurrences * self._frequency + self._presence)
         return candidates.with_logits(logits)
 
+    @classmethod
+    def change_rows(
+        cls, steps: Sequence[Penalties], logits: NDArray[np.float32], contexts: Sequence[NDArray[np.int32]]
+    ) -> None:
+        n_vocab = logits.shape[1]
+        recent = [context[-step._last_n :] for step, context in zip(steps, contexts, strict=True)]
+        rows = np.repeat(np.arange(len(steps)), [len(tokens) for tokens in recent])
+        # One number for each token of a row, so that one call counts the tokens of all rows.
+        places, counts = np.unique(rows * n_vocab + np.concatenate(recent), return_counts=True)
+        rows, tokens = np.divmod(places, n_vocab)
+        repeat, frequency, presence = (
+            np.array([getattr(step, name) for step in steps])[rows]
+            for name in ("_repeat", "_frequency", "_presence")
+        )
+        penalized = logits[rows, tokens]
+        penalized = np.where(penalized <= 0, penalized * repeat, penalized / repeat)
+        logits[rows, tokens] = penalized - (counts.astype(np.float32) * frequency + presence)
+
 
 class TopNSigma(ChainStep):
     """Keeps logits within `n` standard deviations of the largest.
@@ -115,7 +141,7 @@ class TopNSigma(ChainStep):
         return candidates.keep(np.flatnonzero(logits >= bound))
 
 
-class TopK(ChainStep):
+class TopK(ChainStep, OrderedRowsStep):
     """Keeps the `k` most likely. Fan et al., "Hierarchical Neural Story Generation", 2018."""
 
     name = "top_k"
@@ -125,7 +151,7 @@ class TopK(ChainStep):
     top_k = Option(40, 0, neutral=0)
 
     def __init__(self, k: int) -> None:
-        self._k = k
+        self.k = k
 
     @classmethod
     def from_options(cls, options: object, context: StepContext) -> Step | None:
@@ -133,7 +159,12 @@ class TopK(ChainStep):
         return cls(k) if k else None
 
     def __call__(self, candidates: Candidates) -> Candidates:
-        return candidates.top(self._k)
+        return candidates.top(self.k)
+
+    @classmethod
+    def change_ordered_rows(cls, steps: Sequence[TopK], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        kept = np.arange(logits.shape[1]) < _numbers([step.k for step in steps])[:, np.newaxis]
+        return np.where(kept, logits, np.float32(-np.inf))
 
 
 class TypicalP(ChainStep):
@@ -170,7 +201,7 @@ class TypicalP(ChainStep):
         return kept
 
 
-class TopP(ChainStep):
+class TopP(ChainStep, OrderedRowsStep):
     """Keeps the fewest most likely tokens whose probabilities sum to `p`.
 
     Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019.
@@ -192,25 +223,36 @@ class TopP(ChainStep):
         return cls(p, cls.min_keep.of(options)) if p < 1 else None
 
     def __call__(self, candidates: Candidates) -> Candidates:
+        if candidates.in_order:
+            sums = running_sums(candidates.weights())
+            return candidates.keep(slice(0, self._n_kept(sums, self._p * float(sums[-1]))))
         weights = candidates.weights()
         target = self._p * float(weights.sum(dtype=np.float64))
-        first = candidates if candidates.in_order else candidates.top(_FIRST_ORDERED)
-        n = self._n_kept(weights if first is candidates else first.weights(), target)
+        first = candidates.top(_FIRST_ORDERED)
+        n = self._n_kept(running_sums(first.weights()), target)
         if n <= len(first) or len(first) == len(candidates):
             return first.keep(slice(0, n))
         # Many remain. The smallest of their logits selects them, without sorting candidates.
         falling = np.sort(candidates.logits)[::-1]
-        n = min(self._n_kept(np.exp(falling - falling[0]), target), len(falling))
+        n = min(self._n_kept(running_sums(np.exp(falling - falling[0])), target), len(falling))
         above = np.flatnonzero(candidates.logits > falling[n - 1])
         equal = np.flatnonzero(candidates.logits == falling[n - 1])
         return candidates.keep(np.sort(np.concatenate([above, equal[: n - len(above)]])))
 
-    def _n_kept(self, weights: NDArray[np.float32], target: float) -> int:
+    def _n_kept(self, sums: NDArray[np.float64], target: float) -> int:
         """Return how many ordered candidates to keep; more than exist if their weights do not reach the target."""
-        return max(int(weights.cumsum(dtype=np.float64).searchsorted(target)) + 1, self._min_keep)
+        return max(bisect_left(sums, target) + 1, self._min_keep)
+
+    @classmethod
+    def change_ordered_rows(cls, steps: Sequence[TopP], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        sums = running_sums(row_weights(logits))
+        targets = _numbers([step._p for step in steps]) * sums[:, -1]
+        kept = np.ones(logits.shape, np.bool_)
+        np.less(sums[:, :-1], targets[:, np.newaxis], out=kept[:, 1:])
+        return _kept_in_rows(logits, kept, [step._min_keep for step in steps])
 
 
-class MinP(ChainStep):
+class MinP(ChainStep, OrderedRowsStep):
     """Keeps the tokens at least `p` times as likely as the most likely one.
 
     Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024.
@@ -234,12 +276,17 @@ class MinP(ChainStep):
     def __call__(self, candidates: Candidates) -> Candidates:
         bound = np.float32(candidates.best()) + np.float32(self._log_p)
         if candidates.in_order:
-            n = int((-candidates.logits).searchsorted(-bound, side="right"))
+            n = bisect_right(candidates.logits, -float(bound), key=neg)
             return candidates.keep(slice(0, max(n, self._min_keep)))
         kept = np.flatnonzero(candidates.logits >= bound)
         if len(kept) >= self._min_keep:
             return candidates.keep(kept)
         return candidates.top(self._min_keep)
+
+    @classmethod
+    def change_ordered_rows(cls, steps: Sequence[MinP], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        bounds = logits[:, 0] + _numbers([step._log_p for step in steps]).astype(np.float32)
+        return _kept_in_rows(logits, logits >= bounds[:, np.newaxis], [step._min_keep for step in steps])
 
 
 class XTC(ChainStep):
@@ -277,7 +324,7 @@ class XTC(ChainStep):
         return candidates
 
 
-class Temperature(ChainStep):
+class Temperature(ChainStep, OrderedRowsStep):
     """Divides logits by `temperature`, above 0: higher is more random."""
 
     name = "temperature"
@@ -299,6 +346,16 @@ class Temperature(ChainStep):
 
     def __call__(self, candidates: Candidates) -> Candidates:
         return _scale_logits(candidates, self._temperature)
+
+    @classmethod
+    def change_ordered_rows(cls, steps: Sequence[Temperature], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        temperatures = _numbers([step._temperature for step in steps])
+        scaled, best = logits.astype(np.float64), logits[:, 0].astype(np.float64)
+        large = np.abs(best) / temperatures > LARGE
+        if large.any():
+            scaled -= np.where(large, best, 0.0)[:, np.newaxis]
+        scaled /= temperatures[:, np.newaxis]
+        return scaled.astype(np.float32)
 
 
 class DynamicTemperature:
@@ -326,18 +383,35 @@ class DynamicTemperature:
         return _scale_logits(candidates, temperature) if temperature > 0 else candidates.top(1)
 
 
+def _numbers(values: Sequence[float]) -> NDArray[np.float64]:
+    return np.array(values, np.float64)
+
+
+def _kept_in_rows(
+    logits: NDArray[np.float32], kept: NDArray[np.bool_], min_keep: Sequence[int]
+) -> NDArray[np.float32]:
+    """Return the logits with -inf where not kept; each row keeps its first `min_keep` in any case."""
+    if any(min_keep):
+        kept |= np.arange(logits.shape[1]) < np.array(min_keep)[:, np.newaxis]
+    return np.where(kept, logits, np.float32(-np.inf))
+
+
 def _scale_logits(candidates: Candidates, temperature: float) -> Candidates:
     """Return the candidates with their logits divided by a temperature.
 
     Penalties may follow and depend on the signs of logits. So logits are shifted, by the largest one, only where
     that one could overflow. The shift leaves the distribution as it is.
     """
-    logits, best = candidates.logits.astype(np.float64), candidates.best()
-    if abs(best) / temperature > _LARGE:
-        logits -= best
-    with np.errstate(over="ignore"):  # with a tiny temperature, minus infinity: no weight
-        logits /= temperature
-        scaled = logits.astype(np.float32)
+    logits: NDArray[np.float32] | NDArray[np.float64] = candidates.logits
+    best = candidates.best()
+    if abs(best) / temperature > LARGE:
+        logits = logits - np.float64(best)
+    scaled = np.empty(len(logits), np.float32)
+    if candidates.in_order and abs(float(logits[-1])) / temperature <= LARGE:
+        np.divide(logits, temperature, out=scaled, dtype=np.float64, casting="same_kind")
+    else:
+        with np.errstate(over="ignore"):  # with a tiny temperature, minus infinity: no weight
+            np.divide(logits, temperature, out=scaled, dtype=np.float64, casting="same_kind")
     return candidates.with_logits(scaled, in_order=candidates.in_order)
 
 

@@ -1,0 +1,135 @@
+"""Sampling of all rows of a tick: rows with the same kinds of steps are computed together.
+
+The tokens, and the numbers that are taken from each request's generator, are those of `Sampler.sample` for each row
+alone. A chain with a step that has no form for many rows is run row by row, and so is a row whose logits leave no
+token: `Sampler.sample` then raises the error that describes it. The scheduler calls `sample_rows` once for each tick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erllama.engine.sampling.candidates import mask_logits
+from erllama.engine.sampling.rows import RowPlan, RowSelection, draw_positions
+from erllama.engine.sampling.sampler import Sampler
+from erllama.errors import Error
+
+_MIN_ROWS = 2  # rows with the same plan from which on computing them together is faster
+# Bytes of logits that are read together. They are read more than once, so they must fit into the cache of a core.
+_BLOCK = 512 << 10
+
+
+def sample_rows(
+    samplers: Sequence[Sampler],
+    logits: NDArray[np.float32],
+    contexts: Sequence[NDArray[np.int32]],
+    allowed: Sequence[NDArray[np.bool_] | None],
+) -> list[int | Error]:
+    """Sample one token for each row of logits.
+
+    Args:
+        samplers: the sampler of each row; no sampler twice.
+        logits: shape (n, n_vocab); not changed. -inf excludes a token.
+        contexts: for each row, prompt and reply so far, int32.
+        allowed: for each row, the tokens that a grammar allows, shape (n_vocab,); None for all.
+
+    Returns:
+        the token of each row; of a row that fails, its error.
+    """
+    results: list[int | Error] = [0] * len(samplers)
+    alone: list[int] = []
+    groups: dict[RowPlan | None, list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        groups.setdefault(sampler.row_plan, []).append(row)
+    for plan, rows in groups.items():
+        if plan is None or len(rows) < _MIN_ROWS:
+            alone += rows
+            continue
+        group = _Group(plan, rows, samplers, logits, contexts, allowed)
+        with np.errstate(over="ignore", invalid="ignore"):
+            tokens = group.sample()
+        for row, token in zip(rows, tokens, strict=True):
+            if token < 0:
+                alone.append(row)
+            else:
+                results[row] = token
+    for row in alone:
+        try:
+            results[row] = samplers[row].sample(logits[row], contexts[row], allowed[row])
+        except Error as error:
+            results[row] = error
+    return results
+
+
+class _Group:
+    """Rows with the same plan."""
+
+    def __init__(
+        self,
+        plan: RowPlan,
+        rows: list[int],
+        samplers: Sequence[Sampler],
+        logits: NDArray[np.float32],
+        contexts: Sequence[NDArray[np.int32]],
+        allowed: Sequence[NDArray[np.bool_] | None],
+    ) -> None:
+        self._plan, self._rows, self._logits = plan, rows, logits
+        self._samplers = [samplers[row] for row in rows]
+        self._contexts = [contexts[row] for row in rows]
+        self._allowed = [allowed[row] for row in rows]
+
+    def sample(self) -> list[int]:
+        """Return the token of each row; -1 for a row that must be sampled alone. Such a row draws no number."""
+        if not self._plan.ordered:
+            return [token for block in self._blocks() for token in _argmax(block)]
+        n_whole, n_vocab = len(self._plan.whole), self._logits.shape[1]
+        steps = list(zip(*(sampler.steps[n_whole:] for sampler in self._samplers), strict=True))
+        k = min(max(step.k for step in steps[0]), n_vocab)
+        selection = RowSelection(k, n_vocab)
+        for block in self._blocks():
+            selection.add(block)
+        ids, logits, is_plain = selection.candidates()
+        for kind, of_rows in zip(self._plan.ordered, steps, strict=True):
+            logits = kind.change_ordered_rows(of_rows, logits)
+        plain = is_plain.tolist()
+        shares = [
+            sampler.random() if ok else 0.0 for sampler, ok in zip(self._samplers, plain, strict=True)
+        ]
+        at = draw_positions(logits, np.array(shares))
+        tokens = ids[np.arange(len(ids)), at].tolist()
+        return [token if ok else -1 for token, ok in zip(tokens, plain, strict=True)]
+
+    def _blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Yield the logits of the rows, a block at a time, after the steps that change whole rows."""
+        n = max(_BLOCK // (self._logits.itemsize * self._logits.shape[1]), 1)
+        for start in range(0, len(self._rows), n):
+            part = slice(start, start + n)
+            rows, masks = self._rows[part], self._allowed[part]
+            is_masked = any(mask is not None for mask in masks)
+            if not self._plan.whole and not is_masked and rows[-1] - rows[0] == len(rows) - 1:
+                yield self._logits[rows[0] : rows[-1] + 1]
+                continue
+            block = self._logits[rows]  # a copy
+            if is_masked:
+                _mask_rows(block, masks)
+            for at, kind in enumerate(self._plan.whole):
+                kind.change_rows([sampler.steps[at] for sampler in self._samplers[part]], block, self._contexts[part])
+            yield block
+
+
+def _mask_rows(block: NDArray[np.float32], masks: Sequence[NDArray[np.bool_] | None]) -> None:
+    """Exclude the tokens that grammars do not allow, in place."""
+    for row, mask in zip(block, masks, strict=True):
+        # A mask must not hide NaN from the check of the model's logits.
+        if mask is not None and np.isfinite(np.maximum.reduce(row)):
+            row[:] = mask_logits(row, mask)
+
+
+def _argmax(block: NDArray[np.float32]) -> list[int]:
+    """Return the first of the largest logits of each row; -1 where it is not finite."""
+    best = block.argmax(axis=1)  # the first NaN, if there is one
+    is_finite = np.isfinite(block[np.arange(len(block)), best])
+    return np.where(is_finite, best, -1).tolist()

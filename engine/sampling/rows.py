@@ -1,0 +1,162 @@
+"""Candidates of several requests in one array: the largest logits of each row, and draws from all rows at once.
+
+A tick of many requests spends more time in calls than in arithmetic, so rows with the same kinds of steps are computed
+together. The result is that of each row alone, bit for bit: the order of candidates, the operations on each number,
+and the order of sums are the same. `erllama.engine.sampling.batch` calls these functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from erllama.engine.sampling.candidates import (
+    Largest,
+    grouping,
+    ranked_maxima,
+    row_weights,
+    running_sums,
+    sort_keys,
+    split_keys,
+    top_k,
+)
+from erllama.engine.sampling.declaration import OrderedRowsStep, Step, WholeRowsStep
+from erllama.engine.sampling.draws import MAX_SUMMED, Categorical, Draw, Greedy
+from erllama.engine.sampling.steps import TopK
+
+_MAX_TIES = 4  # times k candidates that a row may have in the sort of many rows. Only equal logits make more
+_MIN_TIES = 256  # candidates that are never too many
+_LOWEST = np.finfo(np.float32).min
+_MIN_ALONE = 1 << 16  # from this many logits on, reading a row takes longer than the calls for it
+# The key of a candidate that is not there: minus infinity, after all ids.
+_ABSENT = np.int64((0x7F800000 << 32) | 0xFFFFFFFF)
+
+
+class RowPlan:
+    """The kinds of steps of a chain that many rows can run together. Equal plans are the same object.
+
+    Attributes:
+        whole: the steps that change the logits of the whole vocabulary.
+        ordered: the steps after them, on candidates in falling order, `TopK` first; none for the argmax.
+    """
+
+    __slots__ = ("ordered", "whole")
+
+    def __init__(self, whole: tuple[type[WholeRowsStep], ...], ordered: tuple[type[OrderedRowsStep], ...]) -> None:
+        self.whole, self.ordered = whole, ordered
+
+    @staticmethod
+    def of(steps: Sequence[Step], draw: Draw, n_vocab: int) -> RowPlan | None:
+        """Return the plan of a chain; None if its rows run one by one."""
+        n = 0
+        while n < len(steps) and isinstance(steps[n], WholeRowsStep):
+            n += 1
+        whole, rest = tuple(map(type, steps[:n])), steps[n:]
+        if isinstance(draw, Greedy):
+            return None if rest else _plan(whole, ())
+        if not isinstance(draw, Categorical) or not rest or not isinstance(rest[0], TopK):
+            return None
+        if min(rest[0].k, n_vocab) > MAX_SUMMED or not all(isinstance(step, OrderedRowsStep) for step in rest):
+            return None
+        return _plan(whole, tuple(map(type, rest)))
+
+
+@cache
+def _plan(whole: tuple[type[WholeRowsStep], ...], ordered: tuple[type[OrderedRowsStep], ...]) -> RowPlan:
+    return RowPlan(whole, ordered)
+
+
+class RowCandidates(NamedTuple):
+    """Candidates of n rows in falling order, ties by rising id.
+
+    Attributes:
+        ids: intp, shape (n, k).
+        logits: float32, shape (n, k); -inf where a row has no candidate.
+        is_plain: bool, shape (n,): whether the row has a finite largest logit, and not too many equal ones. The
+            candidates of other rows are not defined.
+    """
+
+    ids: NDArray[np.intp]
+    logits: NDArray[np.float32]
+    is_plain: NDArray[np.bool_]
+
+
+class RowSelection:
+    """Selects the k largest logits of rows that arrive in blocks.
+
+    Args:
+        k: candidates for each row, at most `n_vocab`.
+        n_vocab: logits of each row.
+    """
+
+    def __init__(self, k: int, n_vocab: int) -> None:
+        self._k, self._n_vocab, self._n_rows = k, n_vocab, 0
+        self._size = grouping(n_vocab, k)
+        self._rows: list[NDArray[np.intp]] = []
+        self._keys: list[NDArray[np.int64]] = []
+        self._best: list[NDArray[np.float32]] = []
+
+    def add(self, block: NDArray[np.float32]) -> None:
+        """Select from the next rows, shape (n, n_vocab). The block may change afterwards."""
+        if self._n_vocab >= _MIN_ALONE:
+            for row in block:
+                self._add_row(top_k(row, self._k))
+            return
+        n_rows, n, size = len(block), self._n_vocab, self._size
+        maxima, n_grouped = block, n // size * size
+        if size > 1:
+            groups = block[:, :n_grouped].reshape(n_rows, size, n // size)
+            maxima = np.maximum.reduce(groups, axis=1)
+        ranked = ranked_maxima(maxima, self._k)
+        best, bounds = ranked[:, -1], np.maximum(ranked[:, -self._k], _LOWEST)
+        if n_grouped < n:
+            best = np.maximum(best, np.maximum.reduce(block[:, n_grouped:], axis=1))
+        places = (block >= bounds[:, np.newaxis]).ravel().nonzero()[0]
+        rows, ids = np.divmod(places, n)
+        self._rows.append(rows + self._n_rows)
+        self._keys.append(sort_keys(block[rows, ids], ids))
+        self._best.append(best)
+        self._n_rows += n_rows
+
+    def _add_row(self, largest: Largest) -> None:
+        possible = largest.logits > -np.inf
+        ids = largest.positions[possible]
+        self._rows.append(np.full(len(ids), self._n_rows))
+        self._keys.append(sort_keys(largest.logits[possible], ids))
+        self._best.append(np.array([largest.best], np.float32))
+        self._n_rows += 1
+
+    def candidates(self) -> RowCandidates:
+        """Return the candidates of all rows."""
+        rows, keys = np.concatenate(self._rows), np.concatenate(self._keys)
+        counts = np.bincount(rows, minlength=self._n_rows)
+        is_plain = np.isfinite(np.concatenate(self._best))
+        is_plain &= counts <= max(_MAX_TIES * self._k, _MIN_TIES)
+        if not is_plain.all():
+            rows, keys = rows[is_plain[rows]], keys[is_plain[rows]]
+            counts = counts * is_plain
+        columns = np.arange(len(rows)) - (counts.cumsum() - counts)[rows]
+        table = np.full((self._n_rows, max(int(counts.max()), self._k)), _ABSENT)
+        table[rows, columns] = keys
+        table.sort(axis=1)
+        ids, logits = split_keys(table[:, : self._k])
+        return RowCandidates(ids, logits, is_plain)
+
+
+def draw_positions(logits: NDArray[np.float32], shares: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Draw a position from each row by the softmax, as `Categorical` does.
+
+    Args:
+        logits: shape (n, k), falling, the first of each row finite.
+        shares: shape (n,): a number from each request's generator.
+    """
+    weights = row_weights(logits)
+    sums = running_sums(weights)
+    targets = shares * sums[:, -1]
+    at = np.count_nonzero(sums <= targets[:, np.newaxis], axis=1)
+    # Rounding may lead past the last candidate that has any weight.
+    return np.minimum(at, np.count_nonzero(weights, axis=1) - 1)
