@@ -15,7 +15,7 @@ _EXCLUDED = np.float32(-np.inf).view(np.int32)
 _MIN_INTEGER_SORT = 1024  # from this many logits on, numpy sorts integers faster than positions
 _MAX_GROUP = 64  # logits of a group in `grouping`; larger groups are no faster
 _EIGHTS = 2  # from this many groups of eight maxima for each of the k largest, `ranked_maxima` compares the eights
-_MIN_GROUPS_READ = 1 << 16  # from this many logits on, it is faster to read groups again than to compare all logits
+MIN_GROUPS_READ = 1 << 16  # from this many logits on, it is faster to read groups again than to compare all logits
 
 
 class Candidates:
@@ -108,13 +108,14 @@ class Candidates:
 
     def weights(self) -> NDArray[np.float32]:
         """Return exp(logit - largest logit), float32, shape (n,). Probabilities are proportional to it."""
-        best = self.best()
+        best = np.float32(self.best())
         weights: NDArray[np.float32]
-        if best <= LARGE:
-            weights = np.exp(self.logits - np.float32(best))
+        if -np.inf < best <= LARGE:
+            weights = np.exp(self.logits - best)
         else:
-            with np.errstate(over="ignore"):  # logits at both ends of float32 differ by infinity: no weight
-                weights = np.exp(self.logits - np.float32(best))
+            # Logits at both ends of float32 differ by infinity: no weight. If none is possible, weights are NaN.
+            with np.errstate(over="ignore", invalid="ignore"):
+                weights = np.exp(self.logits - best)
         return weights
 
     def probabilities(self) -> NDArray[np.float64]:
@@ -179,14 +180,15 @@ def top_k(logits: NDArray[np.float32], k: int) -> Largest:
         best = float(np.maximum(best, np.maximum.reduce(rest)))
     if bound == -np.inf:
         return _few_possible(logits, k, best)
-    if n < _MIN_GROUPS_READ:
+    if n < MIN_GROUPS_READ:
         positions = (logits >= bound).nonzero()[0]
         kept = logits[positions]
     else:
         # Only groups whose maximum reaches the bound have candidates. The others are not read again.
         chosen = (maxima >= bound).nonzero()[0]
         part = groups.take(chosen, axis=1)
-        row, column = (part >= bound).nonzero()
+        places = (part >= bound).ravel().nonzero()[0]  # in two dimensions, nonzero is slower
+        row, column = np.divmod(places, len(chosen))
         positions, kept = row * n_groups + chosen[column], part[row, column]
         if len(rest):
             more = (rest >= bound).nonzero()[0]

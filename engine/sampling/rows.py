@@ -15,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.sampling.candidates import (
-    Largest,
+    MIN_GROUPS_READ,
     grouping,
     ranked_maxima,
     row_weights,
     running_sums,
     sort_keys,
     split_keys,
-    top_k,
 )
 from erllama.engine.sampling.declaration import OrderedRowsStep, Step, WholeRowsStep
 from erllama.engine.sampling.draws import MAX_SUMMED, Categorical, Draw, Greedy
@@ -31,7 +30,6 @@ from erllama.engine.sampling.steps import TopK
 _MAX_TIES = 4  # times k candidates that a row may have in the sort of many rows. Only equal logits make more
 _MIN_TIES = 256  # candidates that are never too many
 _LOWEST = np.finfo(np.float32).min
-_MIN_ALONE = 1 << 16  # from this many logits on, reading a row takes longer than the calls for it
 # The key of a candidate that is not there: minus infinity, after all ids.
 _ABSENT = np.int64((0x7F800000 << 32) | 0xFFFFFFFF)
 
@@ -101,38 +99,42 @@ class RowSelection:
         self._best: list[NDArray[np.float32]] = []
 
     def add(self, block: NDArray[np.float32]) -> None:
-        """Select from the next rows, shape (n, n_vocab). The block may change afterwards."""
-        if self._n_vocab >= _MIN_ALONE:
-            for row in block:
-                self._add_row(top_k(row, self._k))
-            return
+        """Select from the next rows, shape (n, n_vocab), C-contiguous. The block may change afterwards."""
         n_rows, n, size = len(block), self._n_vocab, self._size
-        maxima, n_grouped = block, n // size * size
-        if size > 1:
-            groups = block[:, :n_grouped].reshape(n_rows, size, n // size)
-            maxima = np.maximum.reduce(groups, axis=1)
+        n_groups = n // size
+        n_grouped = n_groups * size
+        # As in `top_k`, a group is every n_groups-th logit of a row.
+        groups = block[:, :n_grouped].reshape(n_rows, size, n_groups)
+        maxima = np.maximum.reduce(groups, axis=1) if size > 1 else block
         ranked = ranked_maxima(maxima, self._k)
         best, bounds = ranked[:, -1], np.maximum(ranked[:, -self._k], _LOWEST)
+        rest = block[:, n_grouped:]
         if n_grouped < n:
-            best = np.maximum(best, np.maximum.reduce(block[:, n_grouped:], axis=1))
-        places = (block >= bounds[:, np.newaxis]).ravel().nonzero()[0]
-        rows, ids = np.divmod(places, n)
-        self._rows.append(rows + self._n_rows)
-        self._keys.append(sort_keys(block[rows, ids], ids))
+            best = np.maximum(best, np.maximum.reduce(rest, axis=1))
+        if n < MIN_GROUPS_READ:
+            rows, ids = _reaching(block, bounds)
+            self._put(rows, ids, block[rows, ids])
+        else:
+            rows, chosen = _reaching(maxima, bounds)
+            part = groups[rows, :, chosen]
+            which, at = _reaching(part, bounds[rows])
+            self._put(rows[which], at * n_groups + chosen[which], part[which, at])
+            if n_grouped < n:
+                rows, at = _reaching(rest, bounds)
+                self._put(rows, at + n_grouped, rest[rows, at])
         self._best.append(best)
         self._n_rows += n_rows
 
-    def _add_row(self, largest: Largest) -> None:
-        possible = largest.logits > -np.inf
-        ids = largest.positions[possible]
-        self._rows.append(np.full(len(ids), self._n_rows))
-        self._keys.append(sort_keys(largest.logits[possible], ids))
-        self._best.append(np.array([largest.best], np.float32))
-        self._n_rows += 1
+    def _put(self, rows: NDArray[np.intp], ids: NDArray[np.intp], logits: NDArray[np.float32]) -> None:
+        self._rows.append(rows + self._n_rows)
+        self._keys.append(sort_keys(logits, ids))
 
     def candidates(self) -> RowCandidates:
         """Return the candidates of all rows."""
         rows, keys = np.concatenate(self._rows), np.concatenate(self._keys)
+        if len(self._rows) > len(self._best):  # logits without a group were put after the others of their block
+            by_row = rows.argsort(kind="stable")
+            rows, keys = rows[by_row], keys[by_row]
         counts = np.bincount(rows, minlength=self._n_rows)
         is_plain = np.isfinite(np.concatenate(self._best))
         is_plain &= counts <= max(_MAX_TIES * self._k, _MIN_TIES)
@@ -145,6 +147,15 @@ class RowSelection:
         table.sort(axis=1)
         ids, logits = split_keys(table[:, : self._k])
         return RowCandidates(ids, logits, is_plain)
+
+
+def _reaching(
+    numbers: NDArray[np.float32], bounds: NDArray[np.float32]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the rows and columns of the numbers that are at least the bound of their row; shape (m,) each."""
+    places = (numbers >= bounds[:, np.newaxis]).ravel().nonzero()[0]  # in two dimensions, nonzero is slower
+    rows, columns = np.divmod(places, numbers.shape[1])
+    return rows, columns
 
 
 def draw_positions(logits: NDArray[np.float32], shares: NDArray[np.float64]) -> NDArray[np.intp]:

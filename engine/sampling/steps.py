@@ -163,7 +163,10 @@ class TopK(ChainStep, OrderedRowsStep):
 
     @classmethod
     def change_ordered_rows(cls, steps: Sequence[TopK], logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        kept = np.arange(logits.shape[1]) < _numbers([step.k for step in steps])[:, np.newaxis]
+        ks = [step.k for step in steps]
+        if min(ks) >= logits.shape[1]:
+            return logits
+        kept = np.arange(logits.shape[1]) < np.array(ks)[:, np.newaxis]
         return np.where(kept, logits, np.float32(-np.inf))
 
 
@@ -402,16 +405,17 @@ def _scale_logits(candidates: Candidates, temperature: float) -> Candidates:
     Penalties may follow and depend on the signs of logits. So logits are shifted, by the largest one, only where
     that one could overflow. The shift leaves the distribution as it is.
     """
-    logits: NDArray[np.float32] | NDArray[np.float64] = candidates.logits
-    best = candidates.best()
-    if abs(best) / temperature > LARGE:
-        logits = logits - np.float64(best)
-    scaled = np.empty(len(logits), np.float32)
-    if candidates.in_order and abs(float(logits[-1])) / temperature <= LARGE:
+    logits, best = candidates.logits, candidates.best()
+    if candidates.in_order and max(abs(best), abs(float(logits[-1]))) / temperature <= LARGE:
+        scaled = np.empty(len(logits), np.float32)
         np.divide(logits, temperature, out=scaled, dtype=np.float64, casting="same_kind")
     else:
-        with np.errstate(over="ignore"):  # with a tiny temperature, minus infinity: no weight
-            np.divide(logits, temperature, out=scaled, dtype=np.float64, casting="same_kind")
+        precise = logits.astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):  # with a tiny temperature, minus infinity: no weight
+            if abs(best) / temperature > LARGE:
+                precise -= best
+            precise /= temperature
+            scaled = precise.astype(np.float32)
     return candidates.with_logits(scaled, in_order=candidates.in_order)
 
 
