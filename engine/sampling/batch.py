@@ -1,8 +1,8 @@
 """Sampling of all rows of a tick: rows with the same kinds of steps are computed together.
 
-The tokens, and the numbers that are taken from each request's generator, are those of `Sampler.sample` for each row
-alone. A chain with a step that has no form for many rows is run row by row, and so is a row whose logits leave no
-token: `Sampler.sample` then raises the error that describes it. The scheduler calls `sample_rows` once for each tick.
+Each row gets the token that `Sampler.sample` returns for it alone, and takes the same numbers from its generator.
+`Sampler.sample` samples a row if one of its steps has no form for many rows, and if its logits leave no token: it
+then raises the error that describes them. The scheduler calls `sample_rows` once for each tick.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama._runtime.log import logger
 from erllama.engine.sampling.candidates import mask_logits
 from erllama.engine.sampling.rows import RowPlan, RowSelection, draw_positions
 from erllama.engine.sampling.sampler import Sampler
-from erllama.errors import Error
+from erllama.errors import Error, SamplingError
 
+log = logger("erllama.engine")
 _MIN_ROWS = 2  # rows with the same plan from which on computing them together is faster
-# Bytes of logits that are read together. They are read more than once, so they must stay in the processor's caches.
-# Fewer make more calls.
+# Bytes of logits that are computed together. They are read more than once, so more would not stay in the caches of
+# the processor. Fewer make more calls.
 _BLOCK = 2 << 20
 
 
@@ -49,20 +51,49 @@ def sample_rows(
         if plan is None or len(rows) < _MIN_ROWS:
             alone += rows
             continue
-        group = _Group(plan, rows, samplers, logits, contexts, allowed)
-        with np.errstate(over="ignore", invalid="ignore"):
-            tokens = group.sample()
-        for row, token in zip(rows, tokens, strict=True):
+        for row, token in zip(rows, _sample_group(plan, rows, samplers, logits, contexts, allowed), strict=True):
             if token < 0:
                 alone.append(row)
             else:
                 results[row] = token
     for row in alone:
-        try:
-            results[row] = samplers[row].sample(logits[row], contexts[row], allowed[row])
-        except Error as error:
-            results[row] = error
+        results[row] = _sample_alone(samplers[row], logits[row], contexts[row], allowed[row])
     return results
+
+
+def _sample_alone(
+    sampler: Sampler,
+    logits: NDArray[np.float32],
+    context: NDArray[np.int32],
+    allowed: NDArray[np.bool_] | None,
+) -> int | Error:
+    try:
+        return sampler.sample(logits, context, allowed)
+    except Error as error:
+        return error
+    except BaseException as error:
+        log.error("sampling failed unexpectedly", exc_info=error)
+        failure = SamplingError(f"sampling failed unexpectedly: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        return failure
+
+
+def _sample_group(
+    plan: RowPlan,
+    rows: list[int],
+    samplers: Sequence[Sampler],
+    logits: NDArray[np.float32],
+    contexts: Sequence[NDArray[np.int32]],
+    allowed: Sequence[NDArray[np.bool_] | None],
+) -> list[int]:
+    """Return the token of each row with this plan; -1 for a row that must be sampled alone."""
+    group = _Group(plan, rows, samplers, logits, contexts, allowed)
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return group.sample()
+    except Exception:  # one row must not make the others fail
+        log.exception("rows could not be sampled together")
+        return [-1] * len(rows)
 
 
 class _Group:
@@ -96,9 +127,7 @@ class _Group:
         for kind, of_rows in zip(self._plan.ordered, steps, strict=True):
             logits = kind.change_ordered_rows(of_rows, logits)
         plain = is_plain.tolist()
-        shares = [
-            sampler.random() if ok else 0.0 for sampler, ok in zip(self._samplers, plain, strict=True)
-        ]
+        shares = [sampler.random() if ok else 0.0 for sampler, ok in zip(self._samplers, plain, strict=True)]
         at = draw_positions(logits, np.array(shares))
         tokens = ids[np.arange(len(ids)), at].tolist()
         return [token if ok else -1 for token, ok in zip(tokens, plain, strict=True)]
@@ -117,7 +146,8 @@ class _Group:
             if is_masked:
                 _mask_rows(block, masks)
             for at, kind in enumerate(self._plan.whole):
-                kind.change_rows([sampler.steps[at] for sampler in self._samplers[part]], block, self._contexts[part])
+                steps = [sampler.steps[at] for sampler in self._samplers[part]]
+                kind.change_rows(steps, block, self._contexts[part])
             yield block
 
 

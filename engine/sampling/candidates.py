@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-LARGE = 1e30  # the sum of a float32 and a number up to this never overflows: half a unit in the last place is larger
+LARGE = (
+    1e30  # no float32 overflows when a number up to this is added: the largest ones are rounded in steps of 2e31
+)
 _EXCLUDED = np.float32(-np.inf).view(np.int32)
 _MIN_INTEGER_SORT = 1024  # from this many logits on, numpy sorts integers faster than positions
 _MAX_GROUP = 64  # logits of a group in `grouping`; larger groups are no faster
@@ -28,9 +30,11 @@ class Candidates:
             chose another order.
         context: prompt and reply so far, int32, shape (m,).
         random: the request's generator.
+        is_vocabulary: whether these are known to be all tokens of the vocabulary, so that each id is its own
+            position.
     """
 
-    __slots__ = ("_is_vocabulary", "context", "ids", "in_order", "logits", "random")
+    __slots__ = ("context", "ids", "in_order", "is_vocabulary", "logits", "random")
 
     def __init__(
         self,
@@ -43,7 +47,7 @@ class Candidates:
     ) -> None:
         self.ids, self.logits, self.context, self.random = ids, logits, context, random
         self.in_order = in_order
-        self._is_vocabulary = False  # whether each id is its own position
+        self.is_vocabulary = False
 
     @classmethod
     def of_vocabulary(
@@ -55,7 +59,7 @@ class Candidates:
     ) -> Candidates:
         """Return all tokens of a vocabulary as candidates; `ids` are 0, 1, 2 and so on."""
         candidates = cls(ids, logits, context, random)
-        candidates._is_vocabulary = True
+        candidates.is_vocabulary = True
         return candidates
 
     def __len__(self) -> int:
@@ -68,7 +72,7 @@ class Candidates:
     def with_logits(self, logits: NDArray[np.float32], *, in_order: bool = False) -> Candidates:
         """Return the same tokens with other logits, float32, shape (n,)."""
         candidates = Candidates(self.ids, logits, self.context, self.random, in_order=in_order)
-        candidates._is_vocabulary = self._is_vocabulary
+        candidates.is_vocabulary = self.is_vocabulary
         return candidates
 
     def at(self, tokens: NDArray[np.int32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -82,7 +86,7 @@ class Candidates:
         """
         if not len(tokens):
             return np.empty(0, np.intp), np.empty(0, np.intp)
-        if self._is_vocabulary and tokens[0] >= 0 and tokens[-1] < len(self.ids):
+        if self.is_vocabulary and tokens[0] >= 0 and tokens[-1] < len(self.ids):
             return tokens.astype(np.intp), np.arange(len(tokens))
         which = np.searchsorted(tokens, self.ids)
         which[which == len(tokens)] = 0
@@ -99,7 +103,7 @@ class Candidates:
             return self if k >= len(self) else self.keep(slice(0, k))
         largest = top_k(self.logits, k)
         # The positions of a vocabulary are its ids. Reading them would load one line of memory for each.
-        ids = largest.positions if self._is_vocabulary else self.ids[largest.positions]
+        ids = largest.positions if self.is_vocabulary else self.ids[largest.positions]
         return Candidates(ids, largest.logits, self.context, self.random, in_order=True)
 
     def best(self) -> float:
@@ -217,11 +221,10 @@ def grouping(n: int, k: int) -> int:
 
 
 def ranked_maxima(maxima: NDArray[np.float32], k: int) -> NDArray[np.float32]:
-    """Return numbers in rising order of which the last is the largest maximum, and at least k maxima reach the k-th
-    last; few more do.
+    """Return numbers in rising order: the last is the largest maximum, and at least k maxima reach the k-th last.
 
     Args:
-        maxima: shape (..., n) with n >= k; each row of the last axis is ranked for itself. NaN counts as the largest.
+        maxima: shape (..., n) with n >= k. NaN counts as the largest. Rows are ranked separately.
     """
     n = maxima.shape[-1] // 8
     if n < _EIGHTS * k:
@@ -247,7 +250,7 @@ def order(logits: NDArray[np.float32]) -> NDArray[np.intp]:
 
 
 def sort_keys(logits: NDArray[np.float32], ids: NDArray[np.intp]) -> NDArray[np.int64]:
-    """Return numbers that rise as logits fall, ties by rising id: a logit in the high bits, its id in the low ones."""
+    """Return numbers that rise as logits fall, ties by rising id: a logit in the high bits, its id in the low."""
     bits = (logits + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
     rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     keys: NDArray[np.int64] = (~rising).astype(np.int64) << 32 | ids

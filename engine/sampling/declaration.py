@@ -171,5 +171,5 @@ class OrderedRowsStep(ABC):
 
         Args:
             steps: the step of each row: each has the options of its request.
-            logits: shape (n, k), falling, the first of each row finite. -inf where a row has fewer than k candidates.
+            logits: shape (n, k), falling, the first of each row finite; -inf where a row has fewer candidates.
         """

@@ -1,8 +1,8 @@
 """Candidates of several requests in one array: the largest logits of each row, and draws from all rows at once.
 
-A tick of many requests spends more time in calls than in arithmetic, so rows with the same kinds of steps are computed
-together. The result is that of each row alone, bit for bit: the order of candidates, the operations on each number,
-and the order of sums are the same. `erllama.engine.sampling.batch` calls these functions.
+A call of numpy takes longer than the arithmetic for a few candidates, so one call serves many rows. Each row gets
+the same bits as alone: the order of candidates, the operations on each number, and the order of sums are the same.
+`erllama.engine.sampling.batch` calls these functions.
 """
 
 from __future__ import annotations

@@ -79,13 +79,17 @@ class Penalties(ChainStep, WholeRowsStep):
         return cls(last_n, repeat, frequency, presence)
 
     def __call__(self, candidates: Candidates) -> Candidates:
-        tokens, counts = np.unique(candidates.context[-self._last_n :], return_counts=True)
-        positions, which = candidates.at(tokens)
+        recent = candidates.context[-self._last_n :]
         logits = candidates.logits.copy()
-        penalized = logits[positions]
-        occurrences = counts[which].astype(np.float32)
+        if candidates.is_vocabulary and not self._frequency:
+            # Each occurrence of a token writes the same number, so they need not be counted.
+            positions, occurrences = recent, np.float32(1)
+        else:
+            tokens, counts = np.unique(recent, return_counts=True)
+            positions, which = candidates.at(tokens)
+            occurrences = counts[which].astype(np.float32)
         with np.errstate(over="ignore"):  # the lowest logits become minus infinity
-            penalized = np.where(penalized <= 0, penalized * self._repeat, penalized / self._repeat)
+            penalized = _penalize(logits[positions], self._repeat)
             logits[positions] = penalized - (occurrences * self._frequency + self._presence)
         return candidates.with_logits(logits)
 
@@ -93,19 +97,26 @@ class Penalties(ChainStep, WholeRowsStep):
     def change_rows(
         cls, steps: Sequence[Penalties], logits: NDArray[np.float32], contexts: Sequence[NDArray[np.int32]]
     ) -> None:
-        n_vocab = logits.shape[1]
         recent = [context[-step._last_n :] for step, context in zip(steps, contexts, strict=True)]
-        rows = np.repeat(np.arange(len(steps)), [len(tokens) for tokens in recent])
-        # One number for each token of a row, so that one call counts the tokens of all rows.
-        places, counts = np.unique(rows * n_vocab + np.concatenate(recent), return_counts=True)
-        rows, tokens = np.divmod(places, n_vocab)
-        repeat, frequency, presence = (
-            np.array([getattr(step, name) for step in steps])[rows]
-            for name in ("_repeat", "_frequency", "_presence")
-        )
-        penalized = logits[rows, tokens]
-        penalized = np.where(penalized <= 0, penalized * repeat, penalized / repeat)
-        logits[rows, tokens] = penalized - (counts.astype(np.float32) * frequency + presence)
+        rows = np.repeat(np.arange(len(steps)), list(map(len, recent)))
+        tokens: NDArray[np.integer] = np.concatenate(recent)
+        repeat = np.array([step._repeat for step in steps])
+        frequency = np.array([step._frequency for step in steps])
+        presence = np.array([step._presence for step in steps])
+        if frequency.any():
+            # One number for each token of a row, so that one call counts the tokens of all rows.
+            n_vocab = logits.shape[1]
+            places, counts = np.unique(rows * n_vocab + tokens, return_counts=True)
+            rows, tokens = np.divmod(places, n_vocab)
+            subtracted = counts.astype(np.float32) * frequency[rows] + presence[rows]
+        else:
+            subtracted = presence[rows]
+        logits[rows, tokens] = _penalize(logits[rows, tokens], repeat[rows]) - subtracted
+
+
+def _penalize(logits: NDArray[np.float32], repeat: np.float32 | NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return logits of tokens that occurred, with the penalty `repeat`."""
+    return np.where(logits <= 0, logits * repeat, logits / repeat)
 
 
 class TopNSigma(ChainStep):
@@ -132,12 +143,12 @@ class TopNSigma(ChainStep):
         return cls(n) if n > 0 else None
 
     def __call__(self, candidates: Candidates) -> Candidates:
-        if len(candidates) == 1:
+        logits, best = candidates.logits, candidates.best()
+        if len(candidates) == 1 or not math.isfinite(best):  # penalties may have excluded every token
             return candidates
-        logits = candidates.logits
         finite = logits[np.isfinite(logits)]
         with np.errstate(over="ignore"):  # with a huge `n`, the bound is minus infinity
-            bound = np.float32(candidates.best() - self._n * float(finite.std(dtype=np.float64)))
+            bound = np.float32(best - self._n * float(finite.std(dtype=np.float64)))
         return candidates.keep(np.flatnonzero(logits >= bound))
 
 
