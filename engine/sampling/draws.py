@@ -98,24 +98,20 @@ class Mirostat(HasOptions):
 def _draw_position(candidates: Candidates) -> int:
     """Draw a position by the softmax. Takes one number from the request's generator."""
     weights: NDArray[np.float32] = candidates.weights()
-    start = 0
     share = candidates.random.random()
     if len(weights) <= MAX_SUMMED:
         sums = running_sums(weights)
-        target = share * float(sums[-1])
-    else:
-        # First the group, then the candidate in it: running sums of all weights take far longer than sums of
-        # groups.
-        whole = len(weights) // MAX_SUMMED * MAX_SUMMED
-        groups = weights[:whole].reshape(-1, MAX_SUMMED).sum(axis=1, dtype=np.float64)
-        group_sums = np.append(groups, weights[whole:].sum(dtype=np.float64)).cumsum()
-        target = share * float(group_sums[-1])
-        group = int(group_sums.searchsorted(target, side="right"))
-        start = group * MAX_SUMMED
-        target -= float(group_sums[group - 1]) if group else 0.0
-        weights = weights[start : start + MAX_SUMMED]
-        sums = running_sums(weights)
-    at = bisect_right(sums, target)
-    if at == len(weights) or not weights[at]:
-        at = min(at, int(np.flatnonzero(weights)[-1]))  # rounding led past the last candidate that has any weight
-    return start + at
+        # A share below 1 of the last sum is below that sum, so the first larger sum has a weight.
+        return bisect_right(sums, share * float(sums[-1]))
+    # First the group, then the candidate in it: running sums of all weights take far longer than sums of groups.
+    whole = len(weights) // MAX_SUMMED * MAX_SUMMED
+    groups = weights[:whole].reshape(-1, MAX_SUMMED).sum(axis=1, dtype=np.float64)
+    group_sums = np.append(groups, weights[whole:].sum(dtype=np.float64)).cumsum()
+    target = share * float(group_sums[-1])
+    group = int(group_sums.searchsorted(target, side="right"))
+    start = group * MAX_SUMMED
+    target -= float(group_sums[group - 1]) if group else 0.0
+    weights = weights[start : start + MAX_SUMMED]
+    at = bisect_right(running_sums(weights), target)
+    # Rounding may lead past the last candidate that has any weight.
+    return start + min(at, int(np.flatnonzero(weights)[-1]))

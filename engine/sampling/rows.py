@@ -165,9 +165,7 @@ def draw_positions(logits: NDArray[np.float32], shares: NDArray[np.float64]) -> 
         logits: shape (n, k), falling, the first of each row finite.
         shares: shape (n,): a number from each request's generator.
     """
-    weights = row_weights(logits)
-    sums = running_sums(weights)
+    sums = running_sums(row_weights(logits))
+    # A share below 1 of the last sum is below that sum, so the first larger sum has a weight.
     targets = shares * sums[:, -1]
-    at = np.count_nonzero(sums <= targets[:, np.newaxis], axis=1)
-    # Rounding may lead past the last candidate that has any weight.
-    return np.minimum(at, np.count_nonzero(weights, axis=1) - 1)
+    return np.count_nonzero(sums <= targets[:, np.newaxis], axis=1)

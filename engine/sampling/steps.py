@@ -2,7 +2,8 @@
 
 A step takes candidates and returns those that remain, or changes their logits. Each follows llama.cpp's sampler of
 the same name: it keeps the same candidates with the same probabilities. `min_keep` is the fewest candidates that a
-step leaves, as far as it received them. To add a step, write its class here and add it to `CHAIN`.
+step leaves, as far as it received them. To add a step, write its class here and add it to `CHAIN`. A step may have
+a second form, for the rows of many requests: see `OrderedRowsStep` and `WholeRowsStep`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama.engine.sampling.batch import sample_rows
+from erllama.engine.sampling.candidates import Candidates
+from erllama.engine.sampling.draws import Categorical
 from erllama.engine.sampling.options import SamplingOptions
+from erllama.engine.sampling.rows import draw_positions
 from erllama.engine.sampling.sampler import Sampler, SamplerFactory
 from support.recording_backend import LetterVocabulary
 
@@ -168,6 +172,30 @@ def test_rows_need_not_be_in_one_piece_of_memory() -> None:
     ticks.compare(np.asfortranarray(wide[:, :100]))
     wide.flags.writeable = False
     ticks.compare(wide[:, :100])
+
+
+class FixedRandom:
+    """Returns one number."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def random(self) -> float:
+        return self.share
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1 / 3, 0.5, 0.75, 1 - 2**-53])
+def test_draws_at_a_sum_and_at_the_end_agree(share: float) -> None:
+    """Equal weights have sums that equal a share."""
+    logits = np.full((5, 8), -np.inf, np.float32)
+    for n, row in enumerate(logits, 1):
+        row[:n] = 2.0
+    expected = []
+    for n, row in enumerate(logits, 1):
+        random = cast(np.random.Generator, FixedRandom(share))
+        candidates = Candidates(np.arange(n), row[:n], NOTHING, random, in_order=True)
+        expected.append(Categorical().draw(candidates))
+    assert draw_positions(logits, np.full(5, share)).tolist() == expected
 
 
 def test_no_rows_give_no_tokens() -> None:
