@@ -39,7 +39,8 @@ class RowPlan:
 
     Attributes:
         whole: the steps that change the logits of the whole vocabulary.
-        ordered: the steps after them, on candidates in falling order, `TopK` first; none for the argmax.
+        ordered: the steps after them, on candidates in falling order, `TopK` first. None at temperature 0: the most
+            likely token is taken.
     """
 
     __slots__ = ("ordered", "whole")
@@ -55,7 +56,8 @@ class RowPlan:
             n += 1
         whole, rest = tuple(map(type, steps[:n])), steps[n:]
         if isinstance(draw, Greedy):
-            return None if rest else _plan(whole, ())
+            # Without steps, the argmax of each row is one call, and two dimensions save nothing.
+            return _plan(whole, ()) if whole and not rest else None
         if not isinstance(draw, Categorical) or not rest or not isinstance(rest[0], TopK):
             return None
         if min(rest[0].k, n_vocab) > MAX_SUMMED or not all(isinstance(step, OrderedRowsStep) for step in rest):

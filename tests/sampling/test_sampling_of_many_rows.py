@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import numpy as np
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import erllama
+from erllama.engine.sampling import batch
 from erllama.engine.sampling.batch import sample_rows
 from erllama.engine.sampling.candidates import Candidates
 from erllama.engine.sampling.draws import Categorical
@@ -66,6 +67,13 @@ other_options = st.sampled_from(
         {"samplers": [lambda candidates: candidates.keep(candidates.ids % 2 == 0), "top_k"], "top_p": 1.0},
     ]
 ).map(lambda options: {"min_p": 0.0, "temperature": 1.0, **options} if "samplers" in options else options)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _together_from_two_rows() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "_MIN_ROWS", 2)
+        yield
 
 
 class Ticks:
@@ -152,6 +160,31 @@ def test_rows_of_a_large_vocabulary_are_sampled_alike(n_vocab: int, kind: str) -
     logits[3, -1] = logits[4, 0] = 100.0  # beyond the groups, if the vocabulary has such tokens
     for _ in range(2):
         ticks.compare(logits, masked=0.1)
+
+
+def test_rows_with_the_same_kinds_of_steps_are_sampled_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[dict[str, object]] = [
+        {},
+        {"temperature": 0.2, "top_p": 0.5},
+        {"repeat_penalty": 1.5},
+        {"presence_penalty": 1.0, "top_k": 3},
+        {"temperature": 0, "repeat_penalty": 1.5},
+        {"temperature": 0, "frequency_penalty": 1.0},
+        {"xtc_probability": 0.5},
+        {"xtc_probability": 0.5},
+    ]
+    alone: list[Sampler] = []
+    sample = Sampler.sample
+
+    def record(sampler: Sampler, *row: object) -> int:
+        alone.append(sampler)
+        return sample(sampler, *row)  # type: ignore[arg-type]
+
+    ticks = Ticks(1000, options, 1)
+    logits = ticks.random.standard_normal((len(options), 1000)).astype(np.float32)
+    monkeypatch.setattr(Sampler, "sample", record)
+    sample_rows(ticks.together, logits, [np.arange(5, dtype=np.int32)] * 8, [None] * 8)
+    assert alone == ticks.together[6:]
 
 
 def test_a_row_without_a_token_fails_alone() -> None:
