@@ -8,12 +8,14 @@ then raises the error that describes them. The scheduler calls `sample_rows` onc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from erllama._runtime.log import logger
 from erllama.engine.sampling.candidates import mask_logits
+from erllama.engine.sampling.declaration import WholeRowsStep
 from erllama.engine.sampling.rows import RowPlan, RowSelection, draw_positions
 from erllama.engine.sampling.sampler import Sampler
 from erllama.errors import Error, SamplingError
@@ -148,7 +150,7 @@ class _Group:
             if is_masked:
                 _mask_rows(block, masks)
             for at, kind in enumerate(self._plan.whole):
-                steps = [sampler.steps[at] for sampler in self._samplers[part]]
+                steps = [cast(WholeRowsStep, sampler.steps[at]) for sampler in self._samplers[part]]
                 kind.change_rows(steps, block, self._contexts[part])
             yield block
 
@@ -165,4 +167,5 @@ def _argmax(block: NDArray[np.float32]) -> list[int]:
     """Return the first of the largest logits of each row; -1 where it is not finite."""
     best = block.argmax(axis=1)  # the first NaN, if there is one
     is_finite = np.isfinite(block[np.arange(len(block)), best])
-    return np.where(is_finite, best, -1).tolist()
+    tokens: list[int] = np.where(is_finite, best, -1).tolist()
+    return tokens

@@ -170,4 +170,5 @@ def draw_positions(logits: NDArray[np.float32], shares: NDArray[np.float64]) -> 
     sums = running_sums(row_weights(logits))
     # A share below 1 of the last sum is below that sum, so the first larger sum has a weight.
     targets = shares * sums[:, -1]
-    return np.count_nonzero(sums <= targets[:, np.newaxis], axis=1)
+    positions: NDArray[np.intp] = np.count_nonzero(sums <= targets[:, np.newaxis], axis=1)
+    return positions

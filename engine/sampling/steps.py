@@ -82,10 +82,10 @@ class Penalties(ChainStep, WholeRowsStep):
     def __call__(self, candidates: Candidates) -> Candidates:
         recent = candidates.context[-self._last_n :]
         logits = candidates.logits.copy()
-        if candidates.is_vocabulary and not self._frequency:
-            # Each occurrence of a token writes the same number, so they need not be counted.
-            positions, occurrences = recent, np.float32(1)
-        else:
+        positions: NDArray[np.integer] = recent
+        occurrences: np.float32 | NDArray[np.float32] = np.float32(1)
+        # Without `frequency`, each occurrence of a token writes the same number, so they need not be counted.
+        if self._frequency or not candidates.is_vocabulary:
             tokens, counts = np.unique(recent, return_counts=True)
             positions, which = candidates.at(tokens)
             occurrences = counts[which].astype(np.float32)
