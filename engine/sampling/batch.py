@@ -26,7 +26,7 @@ log = logger("erllama.engine")
 _MIN_ROWS = 8
 # Bytes of logits that are computed together. They are read more than once, so more would not stay in the caches of
 # the processor. Fewer make more calls.
-_BLOCK = 2 << 20
+_BLOCK = 4 << 20
 
 
 def sample_rows(

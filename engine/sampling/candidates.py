@@ -17,7 +17,7 @@ _EXCLUDED = np.float32(-np.inf).view(np.int32)
 _MIN_INTEGER_SORT = 1024  # from this many logits on, numpy sorts integers faster than positions
 _MAX_GROUP = 64  # logits of a group in `grouping`; larger groups are no faster
 _EIGHTS = 2  # from this many groups of eight maxima for each of the k largest, `ranked_maxima` compares the eights
-MIN_GROUPS_READ = 1 << 16  # from this many logits on, it is faster to read groups again than to compare all logits
+_MIN_GROUPS_READ = 1 << 16  # from this many logits on, it is faster to read groups again than to compare all logits
 
 
 class Candidates:
@@ -184,7 +184,7 @@ def top_k(logits: NDArray[np.float32], k: int) -> Largest:
         best = float(np.maximum(best, np.maximum.reduce(rest)))
     if bound == -np.inf:
         return _few_possible(logits, k, best)
-    if n < MIN_GROUPS_READ:
+    if n < _MIN_GROUPS_READ:
         positions = (logits >= bound).nonzero()[0]
         kept = logits[positions]
     else:
@@ -212,10 +212,11 @@ def _few_possible(logits: NDArray[np.float32], k: int, best: float) -> Largest:
 def grouping(n: int, k: int) -> int:
     """Return how many logits to compare as one group, to find the k largest of n; 1 for no groups.
 
-    A power of two near the square root of n / k: about n / size maxima and k * size logits are then looked at.
+    n / size maxima and k * size logits are then compared. Maxima are cheaper, so the size is a power of two between
+    half the square root of n / k and all of it.
     """
     size = 1
-    while size < _MAX_GROUP and 4 * size * size * k < 2 * n:
+    while size < _MAX_GROUP and 4 * size * size * k < n:
         size *= 2
     return size
 

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.sampling.candidates import (
-    MIN_GROUPS_READ,
     grouping,
     ranked_maxima,
     row_weights,
@@ -107,23 +106,18 @@ class RowSelection:
         n_grouped = n_groups * size
         # As in `top_k`, a group is every n_groups-th logit of a row.
         groups = block[:, :n_grouped].reshape(n_rows, size, n_groups)
-        maxima = np.maximum.reduce(groups, axis=1) if size > 1 else block
+        maxima = np.maximum.reduce(groups, axis=1)
         ranked = ranked_maxima(maxima, self._k)
         best, bounds = ranked[:, -1], np.maximum(ranked[:, -self._k], _LOWEST)
-        rest = block[:, n_grouped:]
+        rows, chosen = _reaching(maxima, bounds)
+        part = groups[rows, :, chosen]
+        which, at = _reaching(part, bounds[rows])
+        self._put(rows[which], at * n_groups + chosen[which], part[which, at])
         if n_grouped < n:
+            rest = block[:, n_grouped:]
             best = np.maximum(best, np.maximum.reduce(rest, axis=1))
-        if n < MIN_GROUPS_READ:
-            rows, ids = _reaching(block, bounds)
-            self._put(rows, ids, block[rows, ids])
-        else:
-            rows, chosen = _reaching(maxima, bounds)
-            part = groups[rows, :, chosen]
-            which, at = _reaching(part, bounds[rows])
-            self._put(rows[which], at * n_groups + chosen[which], part[which, at])
-            if n_grouped < n:
-                rows, at = _reaching(rest, bounds)
-                self._put(rows, at + n_grouped, rest[rows, at])
+            rows, at = _reaching(rest, bounds)
+            self._put(rows, at + n_grouped, rest[rows, at])
         self._best.append(best)
         self._n_rows += n_rows
 
