@@ -26,8 +26,10 @@ from erllama.engine.sampling.declaration import OrderedRowsStep, Step, WholeRows
 from erllama.engine.sampling.draws import MAX_SUMMED, Categorical, Draw, Greedy
 from erllama.engine.sampling.steps import TopK
 
-_MAX_TIES = 4  # times k candidates that a row may have in the sort of many rows. Only equal logits make more
-_MIN_TIES = 256  # candidates that are never too many
+# Candidates of a row that are sorted with those of other rows, as a multiple of k. Only equal logits make more, and
+# they would take memory for every row.
+_MAX_FOUND = 4
+_MIN_FOUND = 256  # candidates that are never too many
 _LOWEST = np.finfo(np.float32).min
 # The key of a candidate that is not there: minus infinity, after all ids.
 _ABSENT = np.int64((0x7F800000 << 32) | 0xFFFFFFFF)
@@ -94,7 +96,7 @@ class RowSelection:
 
     def __init__(self, k: int, n_vocab: int) -> None:
         self._k, self._n_vocab, self._n_rows = k, n_vocab, 0
-        self._size = grouping(n_vocab, k)
+        self._size, self._max_found = grouping(n_vocab, k), max(_MAX_FOUND * k, _MIN_FOUND)
         self._rows: list[NDArray[np.intp]] = []
         self._keys: list[NDArray[np.int64]] = []
         self._best: list[NDArray[np.float32]] = []
@@ -110,6 +112,10 @@ class RowSelection:
         ranked = ranked_maxima(maxima, self._k)
         best, bounds = ranked[:, -1], np.maximum(ranked[:, -self._k], _LOWEST)
         rows, chosen = _reaching(maxima, bounds)
+        if len(rows) > n_rows * self._max_found:
+            is_usual = np.bincount(rows, minlength=n_rows) <= self._max_found
+            best[~is_usual] = np.nan
+            rows, chosen = rows[is_usual[rows]], chosen[is_usual[rows]]
         part = groups[rows, :, chosen]
         which, at = _reaching(part, bounds[rows])
         self._put(rows[which], at * n_groups + chosen[which], part[which, at])
@@ -133,7 +139,7 @@ class RowSelection:
             rows, keys = rows[by_row], keys[by_row]
         counts = np.bincount(rows, minlength=self._n_rows)
         is_plain = np.isfinite(np.concatenate(self._best))
-        is_plain &= counts <= max(_MAX_TIES * self._k, _MIN_TIES)
+        is_plain &= counts <= self._max_found
         if not is_plain.all():
             rows, keys = rows[is_plain[rows]], keys[is_plain[rows]]
             counts = counts * is_plain
