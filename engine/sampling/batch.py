@@ -137,7 +137,11 @@ class _Group:
         return [token if ok else -1 for token, ok in zip(tokens, plain, strict=True)]
 
     def _blocks(self) -> Iterator[NDArray[np.float32]]:
-        """Yield the logits of the rows, a block at a time, after the steps that change whole rows."""
+        """Yield the logits of the rows, a block at a time, after the steps that change whole rows.
+
+        A block is valid until the next one.
+        """
+        copies: NDArray[np.float32] | None = None
         n = max(_BLOCK // (self._logits.itemsize * self._logits.shape[1]), 1)
         for start in range(0, len(self._rows), n):
             part = slice(start, start + n)
@@ -146,7 +150,10 @@ class _Group:
             if not self._plan.whole and not is_masked and rows[-1] - rows[0] == len(rows) - 1:
                 yield self._logits[rows[0] : rows[-1] + 1]
                 continue
-            block = self._logits[rows]  # a copy
+            if copies is None:
+                # Once: writing to fresh memory takes several times as long as to memory that is in use.
+                copies = np.empty((min(n, len(self._rows)), self._logits.shape[1]), np.float32)
+            block = self._logits.take(rows, axis=0, out=copies[: len(rows)], mode="clip")  # "raise" copies twice
             if is_masked:
                 _mask_rows(block, masks)
             for at, kind in enumerate(self._plan.whole):
