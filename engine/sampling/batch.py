@@ -128,6 +128,7 @@ class _Group:
         for block in self._blocks():
             selection.add(block)
         ids, logits, is_plain = selection.candidates()
+        logits[~is_plain, 0] = 0  # the steps may expect a finite logit
         for kind, of_rows in zip(self._plan.ordered, steps, strict=True):
             logits = kind.change_ordered_rows(of_rows, logits)
         plain = is_plain.tolist()

@@ -133,13 +133,14 @@ class ChainStep(HasOptions):
 
 
 class WholeRowsStep(ABC):
-    """A step with a second form: the logits of the whole vocabulary, for the rows of many requests at once.
+    """A step with a second form, for the rows of many requests at once: it changes logits of the whole vocabulary.
 
-    Both forms compute the same bits. The sampler uses this one where only steps of this kind precede.
+    Both forms compute the same bits. The sampler uses the second one if only steps of this kind precede.
     """
 
     @abstractmethod
-    def __call__(self, candidates: Candidates) -> Candidates: ...
+    def __call__(self, candidates: Candidates) -> Candidates:
+        """Return the candidates of one request with changed logits."""
 
     @classmethod
     @abstractmethod
@@ -156,13 +157,14 @@ class WholeRowsStep(ABC):
 
 
 class OrderedRowsStep(ABC):
-    """A step with a second form: candidates in falling order, for the rows of many requests at once.
+    """A step with a second form, for the rows of many requests at once: it changes the logits that `top_k` left.
 
-    Both forms compute the same bits. The sampler uses this one after `TopK`, if every step from there on has it.
+    Both forms compute the same bits. The sampler uses the second one after `top_k`, if all steps after it have one.
     """
 
     @abstractmethod
-    def __call__(self, candidates: Candidates) -> Candidates: ...
+    def __call__(self, candidates: Candidates) -> Candidates:
+        """Return the candidates of one request that remain, or change their logits."""
 
     @classmethod
     @abstractmethod

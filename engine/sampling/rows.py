@@ -8,7 +8,7 @@ the same bits as alone: the order of candidates, the operations on each number, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +66,7 @@ class RowPlan:
         return _plan(whole, tuple(map(type, rest)))
 
 
-@cache
+@lru_cache(256)  # bounded, because callers may define classes of steps for each request
 def _plan(whole: tuple[type[WholeRowsStep], ...], ordered: tuple[type[OrderedRowsStep], ...]) -> RowPlan:
     return RowPlan(whole, ordered)
 

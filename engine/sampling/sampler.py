@@ -10,6 +10,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from erllama.engine.backend import Vocabulary
 from erllama.engine.sampling.candidates import Candidates, mask_logits, top_k
-from erllama.engine.sampling.declaration import Step, StepContext
+from erllama.engine.sampling.declaration import OrderedRowsStep, Step, StepContext
 from erllama.engine.sampling.draws import Categorical, Draw, Greedy, Mirostat
 from erllama.engine.sampling.options import SamplingOptions
 from erllama.engine.sampling.rows import RowPlan
@@ -93,7 +94,8 @@ class SamplerFactory:
     def _step(self, step: str | Step, options: SamplingOptions, *, mirostat: bool) -> Step | None:
         """Return one step of the chain; None if it would change nothing."""
         if not isinstance(step, str):
-            return CustomStep(step, self._n_vocab)
+            kind = _wrapper(type(step)) if isinstance(step, OrderedRowsStep) else CustomStep
+            return kind(step, self._n_vocab)
         declared = _STEPS[step]
         if (mirostat and declared.drops_candidates) or (options.greedy and declared.keeps_best):
             return None
@@ -131,6 +133,35 @@ class CustomStep:
             candidates.random,
             in_order=bool(result.in_order) and bool((logits[:-1] >= logits[1:]).all()),
         )
+
+
+class CustomOrderedStep(CustomStep, OrderedRowsStep):
+    """A custom step with a form for many rows. Checks what that form returns, too."""
+
+    @classmethod
+    def change_ordered_rows(
+        cls, steps: Sequence[CustomOrderedStep], logits: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        customs = [cast(OrderedRowsStep, step._step) for step in steps]
+        name, given = type(customs[0]).__qualname__, logits.view()
+        given.flags.writeable = False
+        changed = np.asarray(customs[0].change_ordered_rows(customs, given))
+        if changed.shape != logits.shape:
+            raise SamplingError(f"{name}.change_ordered_rows returned shape {changed.shape}, not {logits.shape}")
+        changed = changed.astype(np.float32, copy=False)
+        falls = bool((changed[:, :-1] >= changed[:, 1:]).all()) and bool(np.isfinite(changed[:, 0]).all())
+        if not falls or (changed[logits == -np.inf] > -np.inf).any():
+            raise SamplingError(
+                f"{name}.change_ordered_rows returned logits that do not fall from a finite one, or gave a token "
+                "that was excluded a logit"
+            )
+        return changed
+
+
+@lru_cache(64)
+def _wrapper(kind: type[OrderedRowsStep]) -> type[CustomOrderedStep]:
+    """Return a class for custom steps of one class, because rows with steps of one class are computed together."""
+    return type(f"Custom{kind.__name__}", (CustomOrderedStep,), {})
 
 
 def _check_finite(logits: NDArray[np.float32], source: str) -> None:

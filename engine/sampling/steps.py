@@ -249,7 +249,9 @@ class TopP(ChainStep, OrderedRowsStep):
             return first.keep(slice(0, n))
         # Many remain. The smallest of their logits selects them, without sorting candidates.
         falling = np.sort(candidates.logits)[::-1]
-        n = min(self._n_kept(running_sums(np.exp(falling - falling[0])), target), len(falling))
+        with np.errstate(over="ignore"):  # as in `Candidates.weights`
+            sums = running_sums(np.exp(falling - falling[0]))
+        n = min(self._n_kept(sums, target), len(falling))
         above = np.flatnonzero(candidates.logits > falling[n - 1])
         equal = np.flatnonzero(candidates.logits == falling[n - 1])
         return candidates.keep(np.sort(np.concatenate([above, equal[: n - len(above)]])))

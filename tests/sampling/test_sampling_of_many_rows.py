@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, cast
 
 import numpy as np
 import pytest
@@ -23,6 +23,23 @@ from support.recording_backend import LetterVocabulary
 
 Logits = NDArray[np.float32]
 NOTHING = np.empty(0, np.int32)
+
+
+class Sharpen(erllama.OrderedRowsStep):
+    """Multiplies logits by a factor."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, candidates: Candidates) -> Candidates:
+        logits = candidates.logits * np.float32(self.factor)
+        return candidates.with_logits(logits, in_order=candidates.in_order)
+
+    @classmethod
+    def change_ordered_rows(cls, steps: Sequence[Sharpen], logits: Logits) -> Logits:
+        factors = np.array([step.factor for step in steps], np.float32)
+        return logits * factors[:, np.newaxis]
+
 
 KINDS: dict[str, Callable[[np.random.Generator, int], NDArray[np.floating]]] = {
     "bell": lambda random, n: random.standard_normal(n) * random.choice([0.1, 1, 4, 20]),
@@ -63,6 +80,8 @@ other_options = st.sampled_from(
         {"dynatemp_range": 0.5},
         {"samplers": ["temperature", "top_k"], "top_p": 1.0, "min_p": 0.0},
         {"samplers": ["top_k", "temperature", "top_p", "top_k"], "min_p": 0.0},
+        {"samplers": ["top_k", Sharpen(0.9), "top_p"], "top_p": 0.9},
+        {"samplers": ["top_k", Sharpen(0.5), "top_p"], "top_p": 0.8, "top_k": 300},
         {"samplers": ["top_k", "min_p", "penalties"], "top_p": 1.0, "temperature": 1.0},
         {"samplers": [lambda candidates: candidates.keep(candidates.ids % 2 == 0), "top_k"], "top_p": 1.0},
     ]
@@ -185,6 +204,52 @@ def test_rows_with_the_same_kinds_of_steps_are_sampled_together(monkeypatch: pyt
     monkeypatch.setattr(Sampler, "sample", record)
     sample_rows(ticks.together, logits, [np.arange(5, dtype=np.int32)] * 8, [None] * 8)
     assert alone == ticks.together[6:]
+
+
+class Faulty(Sharpen):
+    """A step whose second form returns what `results` makes of the logits."""
+
+    results: ClassVar[Callable[[Logits], object]]
+
+    @classmethod
+    def change_ordered_rows(cls, steps: Sequence[Sharpen], logits: Logits) -> Logits:
+        return cls.results(logits)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        lambda logits: logits[:, :1],
+        lambda logits: None,
+        lambda logits: 1 / 0,
+        lambda logits: -logits,
+        lambda logits: logits * np.nan,
+        lambda logits: np.full_like(logits, -np.inf),
+        np.zeros_like,
+        lambda logits: logits.fill(0),
+    ],
+)
+def test_a_faulty_form_for_many_rows_harms_no_row(results: Callable[[Logits], object]) -> None:
+    Faulty.results = staticmethod(results)
+    options: list[dict[str, object]] = [
+        {"samplers": ["top_k", Faulty(1.0 + i), "temperature"], "top_p": 1.0, "min_p": 0.0} for i in range(4)
+    ]
+    ticks = Ticks(200, options, 1)
+    logits = ticks.random.standard_normal((4, 200)).astype(np.float32)
+    logits[0, 5:] = -np.inf
+    found = ticks.compare(logits)
+    assert not any(isinstance(token, erllama.Error) for token in found)
+
+
+def test_custom_steps_of_one_class_are_sampled_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[dict[str, object]] = [
+        {"samplers": ["top_k", Sharpen(1.0 + i), "temperature"], "top_p": 1.0, "min_p": 0.0} for i in range(4)
+    ]
+    ticks = Ticks(200, options, 1)
+    logits = ticks.random.standard_normal((4, 200)).astype(np.float32)
+    monkeypatch.setattr(Sampler, "sample", None)
+    found = sample_rows(ticks.together, logits, [NOTHING] * 4, [None] * 4)
+    assert all(isinstance(token, int) for token in found)
 
 
 def test_a_row_without_a_token_fails_alone() -> None:
