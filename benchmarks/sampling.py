@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +19,13 @@ from numpy.typing import NDArray
 from benchmarks.measure import Figure, Findings, Setup, Target, in_turn
 from benchmarks.peer import compile_program, run_program
 from erllama.engine import SamplerFactory, SamplingOptions
+from erllama.engine.sampling.batch import sample_rows
 
 VOCABULARIES = (32_000, 128_256, 262_144)  # the sizes of Llama 2, Llama 3 and Gemma 3
+SMALL = 1_000  # a vocabulary so small that only the calls count
 TARGETED = 128_256
 N_ROWS = 16  # 8 MB with 128,256 tokens: more than the cache of a core
+N_TOGETHER = 64  # rows of a tick of many requests
 N_PEAKS = 48  # more than top-k keeps
 EVICT = 64 << 20  # bytes
 SEED = 1
@@ -31,7 +35,8 @@ class Case(NamedTuple):
     """A case to measure with each vocabulary.
 
     `temperature` 0 is the greedy sampler of both sides. `n_evict` is the bytes written between two samples.
-    `n_rounds` is the number of passes over all rows in a run.
+    `n_rounds` is the number of passes over all rows in a run. `together` samples all rows in one call, as a tick
+    does.
     """
 
     name: str
@@ -42,17 +47,24 @@ class Case(NamedTuple):
     n_evict: int
     n_rounds: int
     target: Target | None
+    together: bool = False
 
 
 STEPS = "top-k 40, top-p, min-p, temperature"
 PENALISED = f"penalties, {STEPS}"
-CHAIN = "libllama's chain"
+CHAIN, GREEDY = "libllama's chain", "libllama's greedy sampler"
 CASES = (
     Case("sampling", PENALISED, CHAIN, 0.8, 1.1, 0, 60, Target("<=", 1.0)),
     Case("sampling-cold", f"{PENALISED}; caches emptied before each", CHAIN, 0.8, 1.1, EVICT, 8, None),
     Case("sampling-plain", STEPS, CHAIN, 0.8, 1.0, 0, 60, Target("<=", 1.0)),
     Case("sampling-plain-cold", f"{STEPS}; caches emptied before each", CHAIN, 0.8, 1.0, EVICT, 8, None),
-    Case("sampling-greedy", "greedy", "libllama's greedy sampler", 0.0, 1.0, 0, 60, None),
+    Case("sampling-greedy", "greedy", GREEDY, 0.0, 1.0, 0, 60, None),
+)
+ROWS = f"{N_TOGETHER} rows together"
+CASES_TOGETHER = (
+    Case("sampling-rows", f"{ROWS}: {PENALISED}", CHAIN, 0.8, 1.1, 0, 15, None, together=True),
+    Case("sampling-rows-plain", f"{ROWS}: {STEPS}", CHAIN, 0.8, 1.0, 0, 15, None, together=True),
+    Case("sampling-rows-greedy", f"{ROWS}: greedy", GREEDY, 0.0, 1.0, 0, 15, None, together=True),
 )
 
 
@@ -76,15 +88,18 @@ class _Ids:
 
 
 def sampling(setup: Setup) -> Findings:
-    """Compare the sampler chain, with warm and cold caches, and greedy sampling, for three vocabularies."""
+    """Compare the chain and greedy sampling, row by row and for many rows together, for several vocabularies."""
     findings = Findings()
     with tempfile.TemporaryDirectory() as place:
         compile_program("peer_sampling", Path(place), setup.backend)
-        for n_vocab in VOCABULARIES[:1] if setup.quick else VOCABULARIES:
-            rows = make_rows(n_vocab, N_ROWS)
-            rows.tofile(Path(place) / "logits.f32")
-            context(rows).tofile(Path(place) / "context.i32")
-            findings.figures += [_compare(setup, case, rows, Path(place)) for case in CASES]
+        for n_vocab in VOCABULARIES[:1] if setup.quick else (SMALL, *VOCABULARIES):
+            for cases, n_rows in ((CASES, N_ROWS), (CASES_TOGETHER, N_TOGETHER)):
+                if n_vocab == SMALL and cases is CASES:
+                    continue
+                rows = make_rows(n_vocab, n_rows)
+                rows.tofile(Path(place) / "logits.f32")
+                context(rows).tofile(Path(place) / "context.i32")
+                findings.figures += [_compare(setup, case, rows, Path(place)) for case in cases]
     return findings
 
 
@@ -133,11 +148,17 @@ def _compare(setup: Setup, case: Case, rows: NDArray[np.float32], place: Path) -
             f"{case.n_evict >> 20} MiB are written before each sample, as a decode would do; this is not timed"
         )
     ours, theirs = in_turn(
-        partial(_ours, options, rows, n_rounds, case.n_evict),
+        partial(_together, options, rows, n_rounds)
+        if case.together
+        else partial(_ours, options, rows, n_rounds, case.n_evict),
         lambda: _theirs(command, place).microseconds,
         setup.runs,
     )
-    notes.append(f"with 8 rows: {8 * statistics.median(ours):.0f} us per tick")
+    n_in_tick = len(rows) if case.together else 8
+    notes.append(f"with {n_in_tick} rows: {n_in_tick * statistics.median(ours):.0f} us per tick")
+    call = f"factory.make(SamplingOptions({shown}, seed={SEED})).sample(logits, context)"
+    if case.together:
+        call = f"sample_rows(samplers, logits, contexts, allowed), samplers of SamplingOptions({shown})"
     return Figure(
         f"{case.name}-{n_vocab}",
         f"sampling, {n_vocab:,} tokens: {case.what}",
@@ -146,7 +167,7 @@ def _compare(setup: Setup, case: Case, rows: NDArray[np.float32], place: Path) -
         ours,
         theirs,
         case.target if n_vocab == TARGETED else None,
-        (f"factory.make(SamplingOptions({shown}, seed={SEED})).sample(logits, context)", shlex.join(command)),
+        (call, shlex.join(command)),
         notes,
     )
 
@@ -164,6 +185,19 @@ def _ours(options: SamplingOptions, rows: NDArray[np.float32], n_rounds: int, n_
             sample(row, before)
             spent += time.perf_counter_ns() - began
         rounds.append(spent / len(rows))
+    return statistics.median(rounds[1:]) / 1e3  # the first round is a warm-up
+
+
+def _together(options: SamplingOptions, rows: NDArray[np.float32], n_rounds: int) -> float:
+    """Return the microseconds per row of sampling all rows in one call, each with its own seed."""
+    factory, n = SamplerFactory(_Ids(rows.shape[1]), 4096), len(rows)
+    samplers = [factory.make(replace(options, seed=SEED + i)) for i in range(n)]
+    contexts, allowed = [context(rows)] * n, [None] * n
+    rounds: list[float] = []
+    for _ in range(n_rounds + 1):
+        began = time.perf_counter_ns()
+        sample_rows(samplers, rows, contexts, allowed)
+        rounds.append((time.perf_counter_ns() - began) / n)
     return statistics.median(rounds[1:]) / 1e3  # the first round is a warm-up
 
 

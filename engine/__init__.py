@@ -40,7 +40,7 @@ from erllama.engine.requests.request import (
 )
 from erllama.engine.requests.ticket import Ticket
 from erllama.engine.sampling.candidates import Candidates
-from erllama.engine.sampling.declaration import Step
+from erllama.engine.sampling.declaration import OrderedRowsStep, Step
 from erllama.engine.sampling.options import SamplingOptions
 from erllama.engine.sampling.sampler import Sampler, SamplerFactory, SamplingState, TokenLogprobs
 from erllama.engine.scheduling.model_thread import ModelThread
@@ -71,6 +71,7 @@ __all__ = [
     "Markers",
     "ModelFacts",
     "ModelThread",
+    "OrderedRowsStep",
     "Phase",
     "PhaseOptions",
     "Request",

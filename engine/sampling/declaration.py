@@ -8,8 +8,12 @@ compares the table in `docs/sampling.md` and the signature of `Model.complete` w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
-from typing import ClassVar, Generic, TypeVar, cast
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from typing import ClassVar, Generic, Self, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from erllama.checks import integer, real
 from erllama.engine.backend import Vocabulary
@@ -126,3 +130,48 @@ class ChainStep(HasOptions):
     def from_options(cls, options: object, context: StepContext) -> Step | None:
         """Return the step that `SamplingOptions` ask for; None if the step would change nothing."""
         raise NotImplementedError
+
+
+class WholeRowsStep(ABC):
+    """A step with a second form, for the rows of many requests at once: it changes logits of the whole vocabulary.
+
+    Both forms compute the same bits. The sampler uses the second one if only steps of this kind precede.
+    """
+
+    @abstractmethod
+    def __call__(self, candidates: Candidates) -> Candidates:
+        """Return the candidates of one request with changed logits."""
+
+    @classmethod
+    @abstractmethod
+    def change_rows(
+        cls, steps: Sequence[Self], logits: NDArray[np.float32], contexts: Sequence[NDArray[np.int32]]
+    ) -> None:
+        """Change the logits of each row in place.
+
+        Args:
+            steps: the step of each row: each has the options of its request.
+            logits: shape (n, n_vocab).
+            contexts: for each row, prompt and reply so far, int32.
+        """
+
+
+class OrderedRowsStep(ABC):
+    """A step with a second form, for the rows of many requests at once: it changes the logits that `top_k` left.
+
+    Both forms compute the same bits. The sampler uses the second one after `top_k`, if all steps after it have one.
+    """
+
+    @abstractmethod
+    def __call__(self, candidates: Candidates) -> Candidates:
+        """Return the candidates of one request that remain, or change their logits."""
+
+    @classmethod
+    @abstractmethod
+    def change_ordered_rows(cls, steps: Sequence[Self], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return new logits in falling order, with -inf for each candidate that the step drops.
+
+        Args:
+            steps: the step of each row: each has the options of its request.
+            logits: shape (n, k), falling, the first of each row finite; -inf where a row has fewer candidates.
+        """

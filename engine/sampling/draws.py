@@ -7,15 +7,16 @@ them in the model's thread.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.sampling.candidates import Candidates
+from erllama.engine.sampling.candidates import Candidates, running_sums
 from erllama.engine.sampling.declaration import HasOptions, Option
 
-_GROUP = 512  # candidates whose weights are summed before one of them is drawn
+MAX_SUMMED = 512  # candidates whose weights are summed one by one to draw one of them
 
 
 class Draw(Protocol):
@@ -97,21 +98,20 @@ class Mirostat(HasOptions):
 def _draw_position(candidates: Candidates) -> int:
     """Draw a position by the softmax. Takes one number from the request's generator."""
     weights: NDArray[np.float32] = candidates.weights()
-    start = 0
     share = candidates.random.random()
-    if len(weights) <= _GROUP:
-        target = share * float(weights.sum(dtype=np.float64))
-    else:
-        # First the group, then the candidate in it: running sums of all weights take far longer than sums of
-        # groups.
-        whole = len(weights) // _GROUP * _GROUP
-        groups = weights[:whole].reshape(-1, _GROUP).sum(axis=1, dtype=np.float64)
-        sums = np.append(groups, weights[whole:].sum(dtype=np.float64)).cumsum()
-        target = share * float(sums[-1])
-        group = int(sums.searchsorted(target, side="right"))
-        start = group * _GROUP
-        target -= float(sums[group - 1]) if group else 0.0
-        weights = weights[start : start + _GROUP]
-    at = int(weights.cumsum(dtype=np.float64).searchsorted(target, side="right"))
+    if len(weights) <= MAX_SUMMED:
+        sums = running_sums(weights)
+        # A share below 1 of the last sum is below that sum, so the first larger sum has a weight.
+        return bisect_right(sums, share * float(sums[-1]))
+    # First the group, then the candidate in it: running sums of all weights take far longer than sums of groups.
+    whole = len(weights) // MAX_SUMMED * MAX_SUMMED
+    groups = weights[:whole].reshape(-1, MAX_SUMMED).sum(axis=1, dtype=np.float64)
+    group_sums = np.append(groups, weights[whole:].sum(dtype=np.float64)).cumsum()
+    target = share * float(group_sums[-1])
+    group = int(group_sums.searchsorted(target, side="right"))
+    start = group * MAX_SUMMED
+    target -= float(group_sums[group - 1]) if group else 0.0
+    weights = weights[start : start + MAX_SUMMED]
+    at = bisect_right(running_sums(weights), target)
     # Rounding may lead past the last candidate that has any weight.
     return start + min(at, int(np.flatnonzero(weights)[-1]))

@@ -10,6 +10,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 
 from erllama.engine.backend import Vocabulary
 from erllama.engine.sampling.candidates import Candidates, mask_logits, top_k
-from erllama.engine.sampling.declaration import Step, StepContext
+from erllama.engine.sampling.declaration import OrderedRowsStep, Step, StepContext
 from erllama.engine.sampling.draws import Categorical, Draw, Greedy, Mirostat
 from erllama.engine.sampling.options import SamplingOptions
-from erllama.engine.sampling.steps import CHAIN, LogitBias
+from erllama.engine.sampling.rows import RowPlan
+from erllama.engine.sampling.steps import CHAIN, LogitBias, TopK
 from erllama.errors import OptionError, SamplingError
 
 _STEPS = {step.name: step for step in CHAIN}
@@ -92,7 +94,8 @@ class SamplerFactory:
     def _step(self, step: str | Step, options: SamplingOptions, *, mirostat: bool) -> Step | None:
         """Return one step of the chain; None if it would change nothing."""
         if not isinstance(step, str):
-            return CustomStep(step, self._n_vocab)
+            kind = _wrapper(type(step)) if isinstance(step, OrderedRowsStep) else CustomStep
+            return kind(step, self._n_vocab)
         declared = _STEPS[step]
         if (mirostat and declared.drops_candidates) or (options.greedy and declared.keeps_best):
             return None
@@ -132,9 +135,38 @@ class CustomStep:
         )
 
 
+class CustomOrderedStep(CustomStep, OrderedRowsStep):
+    """A custom step with a form for many rows. Checks what that form returns, too."""
+
+    @classmethod
+    def change_ordered_rows(
+        cls, steps: Sequence[CustomOrderedStep], logits: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        customs = [cast(OrderedRowsStep, step._step) for step in steps]
+        name, given = type(customs[0]).__qualname__, logits.view()
+        given.flags.writeable = False
+        changed = np.asarray(customs[0].change_ordered_rows(customs, given))
+        if changed.shape != logits.shape:
+            raise SamplingError(f"{name}.change_ordered_rows returned shape {changed.shape}, not {logits.shape}")
+        changed = changed.astype(np.float32, copy=False)
+        falls = bool((changed[:, :-1] >= changed[:, 1:]).all()) and bool(np.isfinite(changed[:, 0]).all())
+        if not falls or (changed[logits == -np.inf] > -np.inf).any():
+            raise SamplingError(
+                f"{name}.change_ordered_rows returned logits that do not fall from a finite one, or gave a token "
+                "that was excluded a logit"
+            )
+        return changed
+
+
+@lru_cache(64)
+def _wrapper(kind: type[OrderedRowsStep]) -> type[CustomOrderedStep]:
+    """Return a class for custom steps of one class, because rows with steps of one class are computed together."""
+    return type(f"Custom{kind.__name__}", (CustomOrderedStep,), {})
+
+
 def _check_finite(logits: NDArray[np.float32], source: str) -> None:
     """Raise SamplingError unless the largest logit is finite. NaN counts as the largest."""
-    top = float(logits.max())
+    top = float(np.maximum.reduce(logits))
     if not math.isfinite(top):
         raise SamplingError(f"{source} leaves no token to sample: the largest logit is {top}")
 
@@ -151,6 +183,9 @@ class Sampler:
 
     Attributes:
         seed: the seed in use.
+        steps: the chain.
+        row_plan: how the rows of many requests run this chain together; None if they run one by one.
+        random: returns the next number of the request's generator, at least 0 and below 1.
     """
 
     def __init__(
@@ -161,13 +196,16 @@ class Sampler:
         ids: NDArray[np.intp],
         state: SamplingState | None = None,
     ) -> None:
-        self._steps, self._draw, self._ids = tuple(steps), draw, ids
+        self.steps, self._draw, self._ids = tuple(steps), draw, ids
+        self.row_plan = RowPlan.of(self.steps, draw, len(ids))
         self._is_argmax = not steps and isinstance(draw, Greedy)
+        self._first_k = steps[0].k if steps and isinstance(steps[0], TopK) else 0
         if state is not None:
             seed = state.seed
         self.seed = secrets.randbits(64) if seed is None else seed
         self._generator = np.random.PCG64(self.seed)
         self._random = np.random.Generator(self._generator)
+        self.random = self._random.random
         if state is not None:
             self._resume(state)
 
@@ -192,12 +230,20 @@ class Sampler:
             if not math.isfinite(logits[best]):
                 _check_finite(logits, "the model")
             return best
-        _check_finite(logits, "the model")
-        if allowed is not None:
-            logits = mask_logits(logits, allowed)
-            _check_finite(logits, "the grammar")
-        candidates = Candidates(self._ids, logits, context, self._random)
-        for step in self._steps:
+        steps = self.steps
+        if allowed is None and self._first_k:
+            largest = top_k(logits, self._first_k)
+            if not math.isfinite(largest.best):
+                _check_finite(logits, "the model")
+            candidates = Candidates(largest.positions, largest.logits, context, self._random, in_order=True)
+            steps = steps[1:]
+        else:
+            _check_finite(logits, "the model")
+            if allowed is not None:
+                logits = mask_logits(logits, allowed)
+                _check_finite(logits, "the grammar")
+            candidates = Candidates.of_vocabulary(self._ids, logits, context, self._random)
+        for step in steps:
             candidates = step(candidates)
         if not math.isfinite(candidates.best()):
             _check_finite(candidates.logits, "the chain of samplers")
@@ -231,7 +277,7 @@ def log_probabilities(logits: NDArray[np.float32], token: int, n_top: int) -> To
     """
     top = float(logits.max())
     total = top + float(np.log(np.exp(logits - np.float32(top), dtype=np.float64).sum()))
-    ids = top_k(logits, n_top) if n_top else np.empty(0, np.intp)
+    ids = top_k(logits, n_top).positions if n_top else np.empty(0, np.intp)
     return TokenLogprobs(
         token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in ids)
     )

@@ -2,28 +2,30 @@
 
 A step takes candidates and returns those that remain, or changes their logits. Each follows llama.cpp's sampler of
 the same name: it keeps the same candidates with the same probabilities. `min_keep` is the fewest candidates that a
-step leaves, as far as it received them. To add a step, write its class here and add it to `CHAIN`.
+step leaves, as far as it received them. To add a step, write its class here and add it to `CHAIN`. A step may have
+a second form, for the rows of many requests: see `OrderedRowsStep` and `WholeRowsStep`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from operator import neg
 
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.sampling.candidates import Candidates, order
-from erllama.engine.sampling.declaration import ChainStep, Option, Step, StepContext
+from erllama.engine.sampling.candidates import LARGE, Candidates, order, row_weights, running_sums
+from erllama.engine.sampling.declaration import ChainStep, Option, OrderedRowsStep, Step, StepContext, WholeRowsStep
 from erllama.engine.sampling.dry import DRY
 from erllama.errors import SamplingError
 
 MIN_KEEP = Option(0, 0, shared=True)
 _FIRST_ORDERED = 256  # candidates that top_p sorts first; it sorts the rest only if they are too few
-_LARGE = 1e30  # below this, no logit overflows float32
 
 
-class LogitBias:
+class LogitBias(WholeRowsStep):
     """Adds to the logits of some tokens; -inf excludes a token. `logit_bias` of OpenAI's API."""
 
     def __init__(self, biases: Mapping[int, float]) -> None:
@@ -39,8 +41,15 @@ class LogitBias:
             raise SamplingError("logit_bias and banned_tokens exclude every token that is possible here")
         return biased
 
+    @classmethod
+    def change_rows(
+        cls, steps: Sequence[LogitBias], logits: NDArray[np.float32], contexts: Sequence[NDArray[np.int32]]
+    ) -> None:
+        for step, row in zip(steps, logits, strict=True):
+            row[step._tokens] += step._biases
 
-class Penalties(ChainStep):
+
+class Penalties(ChainStep, WholeRowsStep):
     """Makes the tokens among the last `last_n` less likely.
 
     It divides their logits by `repeat` (and multiplies logits below 0), subtracts `frequency` for each occurrence,
@@ -71,15 +80,44 @@ class Penalties(ChainStep):
         return cls(last_n, repeat, frequency, presence)
 
     def __call__(self, candidates: Candidates) -> Candidates:
-        tokens, counts = np.unique(candidates.context[-self._last_n :], return_counts=True)
-        positions, which = candidates.at(tokens)
+        recent = candidates.context[-self._last_n :]
         logits = candidates.logits.copy()
-        penalized = logits[positions]
-        occurrences = counts[which].astype(np.float32)
+        positions: NDArray[np.integer] = recent
+        occurrences: np.float32 | NDArray[np.float32] = np.float32(1)
+        # Without `frequency`, each occurrence of a token writes the same number, so they need not be counted.
+        if self._frequency or not candidates.is_vocabulary:
+            tokens, counts = np.unique(recent, return_counts=True)
+            positions, which = candidates.at(tokens)
+            occurrences = counts[which].astype(np.float32)
         with np.errstate(over="ignore"):  # the lowest logits become minus infinity
-            penalized = np.where(penalized <= 0, penalized * self._repeat, penalized / self._repeat)
+            penalized = _penalize(logits[positions], self._repeat)
             logits[positions] = penalized - (occurrences * self._frequency + self._presence)
         return candidates.with_logits(logits)
+
+    @classmethod
+    def change_rows(
+        cls, steps: Sequence[Penalties], logits: NDArray[np.float32], contexts: Sequence[NDArray[np.int32]]
+    ) -> None:
+        recent = [context[-step._last_n :] for step, context in zip(steps, contexts, strict=True)]
+        rows = np.repeat(np.arange(len(steps)), list(map(len, recent)))
+        tokens: NDArray[np.integer] = np.concatenate(recent)
+        repeat = np.array([step._repeat for step in steps])
+        frequency = np.array([step._frequency for step in steps])
+        presence = np.array([step._presence for step in steps])
+        if frequency.any():
+            # One number for each token of a row, so that one call counts the tokens of all rows.
+            n_vocab = logits.shape[1]
+            places, counts = np.unique(rows * n_vocab + tokens, return_counts=True)
+            rows, tokens = np.divmod(places, n_vocab)
+            subtracted = counts.astype(np.float32) * frequency[rows] + presence[rows]
+        else:
+            subtracted = presence[rows]
+        logits[rows, tokens] = _penalize(logits[rows, tokens], repeat[rows]) - subtracted
+
+
+def _penalize(logits: NDArray[np.float32], repeat: np.float32 | NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return logits of tokens that occurred, with the penalty `repeat`."""
+    return np.where(logits <= 0, logits * repeat, logits / repeat)
 
 
 class TopNSigma(ChainStep):
@@ -106,16 +144,16 @@ class TopNSigma(ChainStep):
         return cls(n) if n > 0 else None
 
     def __call__(self, candidates: Candidates) -> Candidates:
-        if len(candidates) == 1:
+        logits, best = candidates.logits, candidates.best()
+        if len(candidates) == 1 or not math.isfinite(best):  # penalties may have excluded every token
             return candidates
-        logits = candidates.logits
         finite = logits[np.isfinite(logits)]
         with np.errstate(over="ignore"):  # with a huge `n`, the bound is minus infinity
-            bound = np.float32(candidates.best() - self._n * float(finite.std(dtype=np.float64)))
+            bound = np.float32(best - self._n * float(finite.std(dtype=np.float64)))
         return candidates.keep(np.flatnonzero(logits >= bound))
 
 
-class TopK(ChainStep):
+class TopK(ChainStep, OrderedRowsStep):
     """Keeps the `k` most likely. Fan et al., "Hierarchical Neural Story Generation", 2018."""
 
     name = "top_k"
@@ -125,7 +163,7 @@ class TopK(ChainStep):
     top_k = Option(40, 0, neutral=0)
 
     def __init__(self, k: int) -> None:
-        self._k = k
+        self.k = k
 
     @classmethod
     def from_options(cls, options: object, context: StepContext) -> Step | None:
@@ -133,7 +171,15 @@ class TopK(ChainStep):
         return cls(k) if k else None
 
     def __call__(self, candidates: Candidates) -> Candidates:
-        return candidates.top(self._k)
+        return candidates.top(self.k)
+
+    @classmethod
+    def change_ordered_rows(cls, steps: Sequence[TopK], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        ks = [step.k for step in steps]
+        if min(ks) >= logits.shape[1]:
+            return logits
+        kept = np.arange(logits.shape[1]) < np.array(ks)[:, np.newaxis]
+        return np.where(kept, logits, np.float32(-np.inf))
 
 
 class TypicalP(ChainStep):
@@ -170,7 +216,7 @@ class TypicalP(ChainStep):
         return kept
 
 
-class TopP(ChainStep):
+class TopP(ChainStep, OrderedRowsStep):
     """Keeps the fewest most likely tokens whose probabilities sum to `p`.
 
     Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019.
@@ -192,25 +238,38 @@ class TopP(ChainStep):
         return cls(p, cls.min_keep.of(options)) if p < 1 else None
 
     def __call__(self, candidates: Candidates) -> Candidates:
+        if candidates.in_order:
+            sums = running_sums(candidates.weights())
+            return candidates.keep(slice(0, self._n_kept(sums, self._p * float(sums[-1]))))
         weights = candidates.weights()
         target = self._p * float(weights.sum(dtype=np.float64))
-        first = candidates if candidates.in_order else candidates.top(_FIRST_ORDERED)
-        n = self._n_kept(weights if first is candidates else first.weights(), target)
+        first = candidates.top(_FIRST_ORDERED)
+        n = self._n_kept(running_sums(first.weights()), target)
         if n <= len(first) or len(first) == len(candidates):
             return first.keep(slice(0, n))
         # Many remain. The smallest of their logits selects them, without sorting candidates.
         falling = np.sort(candidates.logits)[::-1]
-        n = min(self._n_kept(np.exp(falling - falling[0]), target), len(falling))
+        with np.errstate(over="ignore"):  # as in `Candidates.weights`
+            sums = running_sums(np.exp(falling - falling[0]))
+        n = min(self._n_kept(sums, target), len(falling))
         above = np.flatnonzero(candidates.logits > falling[n - 1])
         equal = np.flatnonzero(candidates.logits == falling[n - 1])
         return candidates.keep(np.sort(np.concatenate([above, equal[: n - len(above)]])))
 
-    def _n_kept(self, weights: NDArray[np.float32], target: float) -> int:
+    def _n_kept(self, sums: NDArray[np.float64], target: float) -> int:
         """Return how many ordered candidates to keep; more than exist if their weights do not reach the target."""
-        return max(int(weights.cumsum(dtype=np.float64).searchsorted(target)) + 1, self._min_keep)
+        return max(bisect_left(sums, target) + 1, self._min_keep)
+
+    @classmethod
+    def change_ordered_rows(cls, steps: Sequence[TopP], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        sums = running_sums(row_weights(logits))
+        targets = _numbers([step._p for step in steps]) * sums[:, -1]
+        kept = np.ones(logits.shape, np.bool_)
+        np.less(sums[:, :-1], targets[:, np.newaxis], out=kept[:, 1:])
+        return _kept_in_rows(logits, kept, [step._min_keep for step in steps])
 
 
-class MinP(ChainStep):
+class MinP(ChainStep, OrderedRowsStep):
     """Keeps the tokens at least `p` times as likely as the most likely one.
 
     Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024.
@@ -234,12 +293,17 @@ class MinP(ChainStep):
     def __call__(self, candidates: Candidates) -> Candidates:
         bound = np.float32(candidates.best()) + np.float32(self._log_p)
         if candidates.in_order:
-            n = int((-candidates.logits).searchsorted(-bound, side="right"))
+            n = bisect_right(candidates.logits, -float(bound), key=neg)
             return candidates.keep(slice(0, max(n, self._min_keep)))
         kept = np.flatnonzero(candidates.logits >= bound)
         if len(kept) >= self._min_keep:
             return candidates.keep(kept)
         return candidates.top(self._min_keep)
+
+    @classmethod
+    def change_ordered_rows(cls, steps: Sequence[MinP], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        bounds = logits[:, 0] + _numbers([step._log_p for step in steps]).astype(np.float32)
+        return _kept_in_rows(logits, logits >= bounds[:, np.newaxis], [step._min_keep for step in steps])
 
 
 class XTC(ChainStep):
@@ -277,7 +341,7 @@ class XTC(ChainStep):
         return candidates
 
 
-class Temperature(ChainStep):
+class Temperature(ChainStep, OrderedRowsStep):
     """Divides logits by `temperature`, above 0: higher is more random."""
 
     name = "temperature"
@@ -299,6 +363,16 @@ class Temperature(ChainStep):
 
     def __call__(self, candidates: Candidates) -> Candidates:
         return _scale_logits(candidates, self._temperature)
+
+    @classmethod
+    def change_ordered_rows(cls, steps: Sequence[Temperature], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        temperatures = _numbers([step._temperature for step in steps])
+        scaled, best = logits.astype(np.float64), logits[:, 0].astype(np.float64)
+        large = np.abs(best) / temperatures > LARGE
+        if large.any():
+            scaled -= np.where(large, best, 0.0)[:, np.newaxis]
+        scaled /= temperatures[:, np.newaxis]
+        return scaled.astype(np.float32)
 
 
 class DynamicTemperature:
@@ -326,18 +400,36 @@ class DynamicTemperature:
         return _scale_logits(candidates, temperature) if temperature > 0 else candidates.top(1)
 
 
+def _numbers(values: Sequence[float]) -> NDArray[np.float64]:
+    return np.array(values, np.float64)
+
+
+def _kept_in_rows(
+    logits: NDArray[np.float32], kept: NDArray[np.bool_], min_keep: Sequence[int]
+) -> NDArray[np.float32]:
+    """Return the logits with -inf where not kept; each row keeps its first `min_keep` in any case."""
+    if any(min_keep):
+        kept |= np.arange(logits.shape[1]) < np.array(min_keep)[:, np.newaxis]
+    return np.where(kept, logits, np.float32(-np.inf))
+
+
 def _scale_logits(candidates: Candidates, temperature: float) -> Candidates:
     """Return the candidates with their logits divided by a temperature.
 
     Penalties may follow and depend on the signs of logits. So logits are shifted, by the largest one, only where
     that one could overflow. The shift leaves the distribution as it is.
     """
-    logits, best = candidates.logits.astype(np.float64), candidates.best()
-    if abs(best) / temperature > _LARGE:
-        logits -= best
-    with np.errstate(over="ignore"):  # with a tiny temperature, minus infinity: no weight
-        logits /= temperature
-        scaled = logits.astype(np.float32)
+    logits, best = candidates.logits, candidates.best()
+    if candidates.in_order and max(abs(best), abs(float(logits[-1]))) / temperature <= LARGE:
+        scaled = np.empty(len(logits), np.float32)
+        np.divide(logits, temperature, out=scaled, dtype=np.float64, casting="same_kind")
+    else:
+        precise = logits.astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):  # with a tiny temperature, minus infinity: no weight
+            if abs(best) / temperature > LARGE:
+                precise -= best
+            precise /= temperature
+            scaled = precise.astype(np.float32)
     return candidates.with_logits(scaled, in_order=candidates.in_order)
 
 
