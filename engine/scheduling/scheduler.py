@@ -247,8 +247,7 @@ class Scheduler:
 
     def _prefill_slices(self, inside: list[Sequence], n_rows: int) -> list[Part]:
         """Return slices of prompts, in the order of admission, with as many tokens as fit the tick."""
-        token_budget = self._chunk if n_rows else max(self._chunk, self._limits.n_ubatch)
-        token_budget = min(token_budget, self._limits.n_batch - n_rows)
+        token_budget = self._prefill_budget(inside, n_rows)
         parts = []
         n_cells = n_rows
         for sequence in inside:
@@ -266,6 +265,23 @@ class Scheduler:
                 n_cells += end - start
                 token_budget -= end - start
         return parts
+
+    def _prefill_budget(self, inside: list[Sequence], n_rows: int) -> int:
+        """Return how many prompt tokens the tick may compute beside `n_rows` rows of replies."""
+        n_batch, n_ubatch = self._limits.n_batch, self._limits.n_ubatch
+        if not n_rows:
+            return min(max(self._chunk, n_ubatch), n_batch)
+        budget = min(self._chunk, n_batch - n_rows)
+        excess = (n_rows + budget) % n_ubatch
+        if n_rows + budget > n_ubatch and excess <= n_rows:
+            # A micro-batch of a few tokens reads all weights, too, so the rows take the place of prompt tokens.
+            budget -= excess
+        remaining = sum([s.n_tokens - s.n_computed for s in inside if s.prefilling])
+        if budget > 0 and remaining and self._limits.can_trim:
+            # As many ticks, but of equal length: replies wait less for the longest. Other memory has ticks of blocks.
+            n_ticks = -(-remaining // budget)
+            budget = -(-remaining // n_ticks)
+        return budget
 
     # --- the decode
 
