@@ -159,6 +159,16 @@ def test_parked_cells_stay_within_their_limit_while_others_compute() -> None:
         )
 
 
+def test_a_request_that_finds_the_context_full_of_parked_cells_has_it_to_itself() -> None:
+    """They exceed the limit, so they go before it starts, and its KV has the bits of a cold run."""
+    backend = StubBackend(eog_bias=-100)
+    with load_stub(backend, parked_cells=100, n_seq_max=2) as model:
+        for i in range(3):
+            model.complete(random_prompt(i, 200), max_tokens=1)
+        again = model.complete(random_prompt(2, 200), max_tokens=1, reproducible=True)
+        assert again.cache.kind == "exact"
+
+
 def test_a_parked_prefix_is_shared_without_losing_its_rest() -> None:
     """A short question on a long parked context leaves that context unchanged."""
     backend = StubBackend(eog_bias=-100)
