@@ -56,9 +56,7 @@ class Saver:
 
     # --- saving ----------------------------------------------------------------------------------
 
-    def save(
-        self, block: Block, payload: object, replace: bool, trimmable: bool, kept_tail: bytes | None
-    ) -> bool:
+    def save(self, block: Block, payload: object, replace: bool, trimmable: bool, kept_tail: bytes | None) -> bool:
         """Store a block; see `Cache.save`."""
         content = _bytes_of(payload)
         if block.n_tokens > self._block_size:

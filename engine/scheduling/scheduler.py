@@ -183,8 +183,8 @@ class Scheduler:
             source = NO_SOURCE  # such memory cannot be restored from the middle of a stored prefix
         if sequence.options.reproducible:
             slots.clear()
-        # First those that have to go anyway: if no other sequence stays, the context is cleared, and the cells of this
-        # one lie in order.
+        # First those that have to go anyway: if no other sequence stays, the context is cleared, and the cells of
+        # this one lie in order.
         slots.trim_parked(keep=source.sequence)
         slot, provenance = slots.allocate(sequence, source)
         if n_stored > source.n:  # whole blocks are restored, and then cut
