@@ -32,7 +32,8 @@ def one(setup: Setup) -> Findings:
     n_decode, n_prefill = setup.of(128, 16), setup.of(512, 64)
     findings = Findings()
     for what, sizes, bench, target in (
-        ("decode", (SHORT_PROMPT, n_decode), ("-p", "0", "-n", str(n_decode)), 0.98),
+        # At the same depth: both sides decode after as many tokens, which attention reads for every token.
+        ("decode", (SHORT_PROMPT, n_decode), ("-p", "0", "-n", str(n_decode), "-d", str(SHORT_PROMPT)), 0.98),
         ("prefill", (n_prefill, 0), ("-p", str(n_prefill), "-n", "0"), 0.97),
     ):
         shown: dict[str, str] = {}

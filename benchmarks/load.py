@@ -24,7 +24,7 @@ from benchmarks.engines import (
     ask_together,
     whole_cells,
 )
-from benchmarks.measure import Figure, Findings, Line, Plot, Setup, in_turn
+from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn
 
 
 def pingpong(setup: Setup) -> Findings:
@@ -71,7 +71,7 @@ def pingpong(setup: Setup) -> Findings:
                     f"llama-server -np {n_slots}",
                     "s",
                     *pair,
-                    None,
+                    Target("<=", 1.0),
                     (f"{ours.command}.stream(history, max_tokens={n_tokens}, temperature=0)", server.command),
                     [
                         f"prompt tokens computed in those turns: {each[ours.name]:.0f} by ours, "
@@ -141,16 +141,16 @@ def beside_a_prompt(engine: Engine, prompts: Prompts, n_streams: int, n_prompt: 
 def mixed(setup: Setup) -> Findings:
     """Compare the waits for a token of three streams and of a long prompt that arrives while they run.
 
-    The library runs with several chunk sizes. llama-server fills a batch with the prompt, and its streams wait.
+    The library runs with its default chunks, and with smaller ones. llama-server fills a batch with the prompt, and
+    its streams wait.
     """
     n_streams, n_prompt = 3, setup.of(2048, 256)
     n_ctx = (n_streams + 1) * whole_cells(max(n_prompt, 1024 + SHORT_PROMPT))
     prompts = Prompts()
-    chunks = [setup.of(size, size // 4) for size in (64, 128, 512)]
+    chunks = [None, *(setup.of(size, size // 4) for size in (64, 128))]
     with ExitStack() as stack:
-        vocabulary = stack.enter_context(Ours(setup, 256))
-        server = stack.enter_context(Server(setup, vocabulary, n_ctx, n_streams + 1))
-        vocabulary.model.evict()
+        with Ours(setup, 256) as vocabulary:
+            server = stack.enter_context(Server(setup, vocabulary, n_ctx, n_streams + 1))
 
         def of_server() -> Waits:
             ask(server, prompts.of(SHORT_PROMPT), 4)
@@ -162,36 +162,38 @@ def mixed(setup: Setup) -> Findings:
             for _ in range(setup.runs):
                 theirs = of_server()
                 # One model at a time: the threads of several models in one process slow each other down.
-                with Ours(setup, n_ctx, n_seq_max=n_streams + 1, prefill_chunk_size=chunk) as ours:
+                options = {} if chunk is None else {"prefill_chunk_size": chunk}
+                with Ours(setup, n_ctx, n_seq_max=n_streams + 1, **options) as ours:
                     ask(ours, prompts.of(SHORT_PROMPT), 4)
                     found.append((beside_a_prompt(ours, prompts, n_streams, n_prompt), theirs))
             steady = statistics.median(mine.steady for mine, _ in found)
+            name, size = ("default", "default chunks") if chunk is None else (str(chunk), f"chunks of {chunk}")
             peer = f"llama-server -np {n_streams + 1}, batches of {min(N_BATCH, n_prompt)}"
             shown = (f"{ours.command}, {n_streams} streams and a prompt of {n_prompt} ids", server.command)
             figures += [
                 Figure(
-                    f"mixed-wait-{chunk}",
-                    f"longest wait for a token while {n_prompt} tokens are prefilled, chunks of {chunk}",
+                    f"mixed-wait-{name}",
+                    f"longest wait for a token while {n_prompt} tokens are prefilled, {size}",
                     peer,
                     "s",
                     [max(mine.between) for mine, _ in found],
                     [max(theirs.between) for _, theirs in found],
-                    None,
+                    Target("<=", 0.333) if chunk is None else None,
                     shown,
                     [f"before the prompt arrived, a token took {1e3 * steady:.1f} ms"],
                 ),
                 Figure(
-                    f"mixed-first-{chunk}",
-                    f"first token of {n_prompt} tokens beside {n_streams} streams, chunks of {chunk}",
+                    f"mixed-first-{name}",
+                    f"first token of {n_prompt} tokens beside {n_streams} streams, {size}",
                     peer,
                     "s",
                     [mine.first for mine, _ in found],
                     [theirs.first for _, theirs in found],
-                    None,
+                    Target("<=", 1.0) if chunk is None else None,
                     shown,
                 ),
             ]
-            lines.append(Line(f"ours, chunks of {chunk}", _distribution([mine.between for mine, _ in found])))
+            lines.append(Line(f"ours, {size}", _distribution([mine.between for mine, _ in found])))
         lines.append(Line("llama-server", _distribution([theirs.between for _, theirs in found])))
     title = f"Waits for a token while {n_prompt} tokens are prefilled"
     return Findings(figures, [Plot("mixed", title, "percent of tokens", "seconds", lines, log_y=True)])

@@ -250,7 +250,13 @@ class Cache:
 
     @uninterrupted
     def save(
-        self, block: Block, payload: NDArray[np.uint8] | bytes, *, replace: bool = False, trimmable: bool = True
+        self,
+        block: Block,
+        payload: NDArray[np.uint8] | bytes,
+        *,
+        replace: bool = False,
+        trimmable: bool = True,
+        kept_tail: bytes | None = None,
     ) -> bool:
         """Store a block: in RAM at once, in slower tiers later. Does not wait for storage.
 
@@ -260,6 +266,7 @@ class Cache:
             replace: store it even if a block of this key is stored.
             trimmable: whether its payload can be cut after restoring. If so, the block supersedes
                 shorter tails; otherwise only a full block does.
+            kept_tail: the key of a tail that the block does not supersede.
 
         Returns:
             False if the block is stored already, or no tier has room.
@@ -267,7 +274,7 @@ class Cache:
         Raises:
             OptionError: the payload is not bytes, or empty, or the block is longer than `block_size`.
         """
-        return not self._closing and self._saver.save(block, payload, replace, trimmable)
+        return not self._closing and self._saver.save(block, payload, replace, trimmable, kept_tail)
 
     @uninterrupted
     def wants(self, key: bytes) -> bool:

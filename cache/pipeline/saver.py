@@ -56,18 +56,20 @@ class Saver:
 
     # --- saving ----------------------------------------------------------------------------------
 
-    def save(self, block: Block, payload: object, replace: bool, trimmable: bool) -> bool:
+    def save(self, block: Block, payload: object, replace: bool, trimmable: bool, kept_tail: bytes | None) -> bool:
         """Store a block; see `Cache.save`."""
         content = _bytes_of(payload)
         if block.n_tokens > self._block_size:
             raise OptionError(f"a block of {block.n_tokens} tokens; block_size is {self._block_size}")
         with self._lock:
             try:
-                return self._save(block, content, replace, trimmable)
+                return self._save(block, content, replace, trimmable, kept_tail)
             finally:
                 self._saved.notify_all()
 
-    def _save(self, block: Block, payload: memoryview, replace: bool, trimmable: bool) -> bool:
+    def _save(
+        self, block: Block, payload: memoryview, replace: bool, trimmable: bool, kept_tail: bytes | None
+    ) -> bool:
         tiers = self._tiers.save_targets() if replace else self._tiers_lacking(block.key)
         if not replace and not self.wants(block.key):
             self._counters.add("duplicates_dropped")
@@ -79,7 +81,8 @@ class Saver:
         full = block.n_tokens >= self._block_size
         superseded: tuple[bytes, ...] = ()
         if trimmable or full:
-            superseded = tuple(tail.key for tail in self._catalog.superseded_by(block))
+            tails = self._catalog.superseded_by(block)
+            superseded = tuple(tail.key for tail in tails if tail.key != kept_tail)
         in_ram = self._catalog.store_in_ram(block, payload)
         queued = self._writer.enqueue(block, payload, tiers, replace, superseded, full)
         if queued and not in_ram:

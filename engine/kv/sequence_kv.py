@@ -348,7 +348,13 @@ class SequenceKV:
                 with self._cache.expecting(block.key):
                     with self._cache.packing():
                         payload = self._backend.pack(self._slot, block.start, block.end)
-                    self._cache.save(block, payload, replace=replace, trimmable=self._can_trim)
+                    self._cache.save(
+                        block,
+                        payload,
+                        replace=replace,
+                        trimmable=self._can_trim,
+                        kept_tail=self._prompt_tail_in(block),
+                    )
                 if older is None:
                     self.stored = self.stored.union(TokenRange(start, block.end))
             self.finish_key = block.key if self._cache.contains(block.key) else None
@@ -357,6 +363,17 @@ class SequenceKV:
             self._saving = False
             self.finish_key = None
         return block
+
+    def _prompt_tail_in(self, block: Block) -> bytes | None:
+        """Return the key of the tail that was packed for the next request with the same prompt.
+
+        Returns None unless the prompt itself completes `block` after the tail: the block, which cannot be cut, does
+        not serve that request. A block that the reply completes supersedes the tail, so that a conversation stores
+        each token once.
+        """
+        if self._can_trim or not block.start < self.cold_tail_end < block.end <= self._n_prompt:
+            return None
+        return child_key(block.parent, block.tokens[: (self.cold_tail_end - block.start) * TOKEN_BYTES])
 
     def _is_better(self, new: Block, old: Block) -> bool:
         """Return whether `new` is canonical for more prompts: for any, or, from a full slice, for longer ones."""

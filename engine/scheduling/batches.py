@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.backend import Batch
+from erllama.engine.backend import Batch, Limits
 from erllama.engine.scheduling.sequence import Sequence
 
 
@@ -20,6 +20,29 @@ class Part(NamedTuple):
     sequence: Sequence
     start: int
     end: int
+
+
+def prefill_budget(limits: Limits, chunk: int, n_rows: int, n_remaining: int) -> int:
+    """Return how many prompt tokens a tick may compute.
+
+    Args:
+        chunk: maximum number beside rows of replies.
+        n_rows: rows of replies in the tick.
+        n_remaining: tokens of the prompts that are not computed.
+    """
+    n_batch, n_ubatch = limits.n_batch, limits.n_ubatch
+    if not n_rows:
+        return min(max(chunk, n_ubatch), n_batch)
+    budget = min(chunk, n_batch - n_rows)
+    excess = (n_rows + budget) % n_ubatch
+    if n_rows + budget > n_ubatch and excess <= n_rows:
+        # A micro-batch of a few tokens reads all weights, too, so the rows take the place of prompt tokens.
+        budget -= excess
+    if budget > 0 and n_remaining > 0 and limits.can_trim:
+        # As many ticks, of about equal length: replies wait less for the longest. Other memory has ticks of blocks.
+        n_ticks = -(-n_remaining // budget)
+        budget = -(-n_remaining // n_ticks)
+    return budget
 
 
 class BatchBuilder:

@@ -22,7 +22,7 @@ from erllama.engine.backend import Batch
 from erllama.engine.kv.sequence_kv import SequenceKV
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.requests.request import CacheHit
-from erllama.engine.scheduling.batches import BatchBuilder, Part
+from erllama.engine.scheduling.batches import BatchBuilder, Part, prefill_budget
 from erllama.engine.scheduling.live_tier import LiveTier
 from erllama.engine.scheduling.model_context import ModelContext
 from erllama.engine.scheduling.prefix_sharing import PrefixSharing
@@ -183,6 +183,9 @@ class Scheduler:
             source = NO_SOURCE  # such memory cannot be restored from the middle of a stored prefix
         if sequence.options.reproducible:
             slots.clear()
+        # First those that have to go anyway: if no other sequence stays, the context is cleared, and the cells of
+        # this one lie in order.
+        slots.trim_parked(keep=source.sequence)
         slot, provenance = slots.allocate(sequence, source)
         if n_stored > source.n:  # whole blocks are restored, and then cut
             slots.make_room(n_stored - source.n + self._context.prefix_cache.slicing.block_size)
@@ -247,8 +250,8 @@ class Scheduler:
 
     def _prefill_slices(self, inside: list[Sequence], n_rows: int) -> list[Part]:
         """Return slices of prompts, in the order of admission, with as many tokens as fit the tick."""
-        token_budget = self._chunk if n_rows else max(self._chunk, self._limits.n_ubatch)
-        token_budget = min(token_budget, self._limits.n_batch - n_rows)
+        remaining = sum([s.n_tokens - s.n_computed for s in inside if s.prefilling])
+        token_budget = prefill_budget(self._limits, self._chunk, n_rows, remaining)
         parts = []
         n_cells = n_rows
         for sequence in inside:

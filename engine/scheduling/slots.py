@@ -212,10 +212,13 @@ class Slots:
         if self._tier is not None:
             self._tier.add_parked(keys)
 
-    def trim_parked(self) -> None:
-        """Evict parked sequences until they use at most `parked_cells`; those of sessions do not count."""
+    def trim_parked(self, keep: Sequence | Parked | None = None) -> None:
+        """Evict parked sequences until they use at most `parked_cells`.
+
+        Sequences of sessions, and `keep`, stay and do not count.
+        """
         while True:
-            evictable = [parked for parked in self.parked if parked.session_id is None]
+            evictable = [parked for parked in self.parked if parked.session_id is None and parked is not keep]
             if not evictable or self.cells.exclusive(parked.slot for parked in evictable) <= self._parked_cells:
                 return
             self._evict(evictable[0])

@@ -118,6 +118,27 @@ def test_a_restarted_reproducible_reply_keeps_its_bits(trial: Trial, seed: int, 
     assert same_bits(backend.logits, trial.cold_backend.logits)
 
 
+@settings(max_examples=10)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.integers(0, 40))
+def test_a_prompt_of_whole_blocks_is_found_whole(trial: Trial, seed: int, n_blocks: int, n_reply: int) -> None:
+    prompt, backend = prompt_of(seed, n_blocks * BLOCK), trial.warm_backend
+    trial.cold_backend.forget()
+    expected = trial.cold.complete(prompt, max_tokens=40, temperature=0)
+    backend.close = lambda: None  # type: ignore[method-assign]
+    backend.abort(False)
+    with erllama.Cache(block_size=BLOCK) as cache, erllama.load_backend(backend, cache=cache) as model:
+        model.complete(prompt, max_tokens=n_reply, temperature=0)
+        for reproducible in (True, False):
+            model.evict()
+            backend.forget()
+            again = model.complete(prompt, max_tokens=40, temperature=0, reproducible=reproducible)
+            assert again.cache.tokens == len(prompt) - 1
+            assert again.tokens == expected.tokens
+            assert same_bits(backend.logits, trial.cold_backend.logits)
+        longer = model.complete([*prompt.tolist(), 7], max_tokens=1, temperature=0)
+        assert longer.cache.tokens == len(prompt), "its last block is stored, too"
+
+
 def test_recurrent_memory_resumes_from_the_last_block_alone(trial: Trial) -> None:
     backend, prompt = trial.warm_backend, prompt_of(7, 200)
     backend.close = lambda: None  # type: ignore[method-assign]

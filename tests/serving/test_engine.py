@@ -159,6 +159,16 @@ def test_parked_cells_stay_within_their_limit_while_others_compute() -> None:
         )
 
 
+def test_a_request_that_finds_the_context_full_of_parked_cells_has_it_to_itself() -> None:
+    """They exceed the limit, so they go before it starts, and its KV has the bits of a cold run."""
+    backend = StubBackend(eog_bias=-100)
+    with load_stub(backend, parked_cells=100, n_seq_max=2) as model:
+        for i in range(3):
+            model.complete(random_prompt(i, 200), max_tokens=1)
+        again = model.complete(random_prompt(2, 200), max_tokens=1, reproducible=True)
+        assert again.cache.kind == "exact"
+
+
 def test_a_parked_prefix_is_shared_without_losing_its_rest() -> None:
     """A short question on a long parked context leaves that context unchanged."""
     backend = StubBackend(eog_bias=-100)
@@ -191,6 +201,24 @@ def test_a_long_prompt_does_not_block_other_requests() -> None:
     ]
     assert len(beside) >= 1000 // 48, "each tick has a row of every reply, and a slice of the prompt"
     assert all(sum(n for _, n in batch) <= 48 + 3 for batch in beside)
+
+
+@pytest.mark.parametrize(("n_prompt", "slices"), [(256, [52, 51, 51, 51, 51]), (61, [61]), (62, [31, 31])])
+def test_a_prompt_beside_replies_takes_ticks_of_one_micro_batch(n_prompt: int, slices: list[int]) -> None:
+    """Rows of replies are part of the micro-batch, and all ticks compute about as much of the prompt."""
+    backend = GatedBackend(n_ubatch=64, n_batch=256)
+    with load_stub(backend, n_seq_max=4) as model:
+        backend.hold()
+        short = [model.stream([i, i + 1], max_tokens=60) for i in range(3)]
+        backend.at_decode.clear()
+        while engine_metrics(model).decoded_tokens < 3:
+            backend.step()
+        long = model.stream(random_prompt(1, n_prompt), max_tokens=1)
+        backend.release()
+        for stream in [long, *short]:
+            stream.result()
+    beside = [batch for batch in backend.batches if len(batch) == 4]
+    assert [batch[-1][1] for batch in beside] == slices
 
 
 def test_the_chunk_size_is_capped_by_the_backend_batch() -> None:

@@ -20,7 +20,7 @@ from erllama.cache import Block, Cache, FileTier, SaveReason, namespace_key, tok
 from erllama.cache.catalog.eviction_order import LeafLRU
 from erllama.cache.catalog.prefix_tree import PrefixTree
 from support.paths import TESTS
-from support.storage.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, save
+from support.storage.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
 from support.subprocesses import must_run, run_python
 from support.threads import wait_until
 
@@ -98,6 +98,19 @@ def test_a_longer_tail_replaces_a_shorter_one(tmp_path: Path) -> None:
         ]
         assert cache.counters()["tails_superseded"] == 2
     assert len(list(tmp_path.rglob("*.kvc"))) == 3
+
+
+def test_a_full_block_leaves_the_tail_that_is_to_be_kept(tmp_path: Path) -> None:
+    first, kept, full = (np.arange(n, dtype=np.int32) for n in (9, SIZE - 1, SIZE))
+    (tail,), (block,) = blocks_of(kept), blocks_of(full)
+    with Cache(block_size=SIZE, disk=tmp_path) as cache:
+        for tokens in (first, kept):
+            save(cache, tokens, trimmable=False)
+        cache.flush()
+        cache.save(block, payload_of(block), trimmable=False, kept_tail=tail.key)
+        cache.flush()
+        stored = sorted((row.tier, row.n_tokens) for row in cache.rows())
+        assert stored == [("disk", SIZE - 1), ("disk", SIZE), ("ram", SIZE - 1), ("ram", SIZE)]
 
 
 def test_a_block_is_stored_once() -> None:
