@@ -171,7 +171,13 @@ class Vocabulary(Protocol):
 
 
 class Backend(Protocol):
-    """A model that decodes. One that also embeds is an `EmbeddingBackend`, too."""
+    """A model that decodes. One that also embeds is an `EmbeddingBackend`, too.
+
+    Optional members, of a backend that can lose its KV, for example with a device on another machine: the attribute
+    `memory_lost`, whether it has, which is read before an idle model admits a request; and the method `recover`,
+    which is called if it is True. `recover` makes the backend usable, with all sequences empty, or raises
+    BackendError, with which all waiting requests end.
+    """
 
     @property
     def limits(self) -> Limits:

@@ -105,6 +105,8 @@ class Scheduler:
         """
         self.slots.evict_requested()
         self._end_cancelled_and_late()
+        if self.waiting and not self.running and getattr(self._backend, "memory_lost", False):
+            self._recover()
         if self.waiting:
             self._admit()
         for sequence in [s for s in self.running if s.slot is None]:
@@ -431,6 +433,16 @@ class Scheduler:
             sequence.ticket.flush()
         self.waiting.extendleft(self.running[::-1])
         self.running.clear()
+
+    def _recover(self) -> None:
+        """Make a backend usable that has lost its KV. If that fails, end all waiting requests."""
+        try:
+            self._backend.recover()  # type: ignore[attr-defined]
+            self.slots.clear()
+        except BaseException as error:
+            failure = wrap_error(error)
+            for sequence in [*self.waiting]:
+                self.fail(sequence, failure)
 
     def fail_all(self, error: Error) -> None:
         """End all running requests with an error, after a bug in the engine."""
