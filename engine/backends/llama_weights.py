@@ -20,13 +20,13 @@ _Loaded = TypeVar("_Loaded")
 
 
 def load_remote(servers: Sequence[str], load: Callable[[], _Loaded]) -> _Loaded:
-    """Return the result of `load`; raise ServerLost if it fails because a server was lost meanwhile."""
+    """Return the result of `load`; raise ServerLost if it fails and a server does not answer any more."""
     try:
         return load()
-    except (BackendError, ModelLoadError) as error:
-        lost = [server for server in servers if not llama_ffi.rpc_connection(server)]
-        if lost and not isinstance(error, LoadCancelled):
-            raise ServerLost(f"the connection to the RPC server {lost[0]} was lost during the load") from error
+    except ModelLoadError as error:
+        if not isinstance(error, LoadCancelled):
+            for server in servers:
+                add_rpc_server(server)
         raise
 
 
