@@ -24,7 +24,9 @@ from erllama.llama_ffi.library import (
     ggml_block_size,
     ggml_type,
     max_sequences,
+    missing_gpu,
     rpc_connection,
+    rpc_server_program,
     state_version,
     system_info,
 )
@@ -62,10 +64,12 @@ __all__ = [
     "ggml_block_size",
     "ggml_type",
     "max_sequences",
+    "missing_gpu",
     "own_pooling",
     "read_header",
     "read_tensor_table",
     "rpc_connection",
+    "rpc_server_program",
     "state_version",
     "system_info",
 ]

@@ -94,6 +94,8 @@ def start() -> None:
             check(lib.erl_init(), "starting libllama")
             _started = True
             drain_log()
+            if backend := missing_gpu():
+                log.warning("libllama was built for %s, but finds no GPU; the CPU computes", backend)
 
 
 def last_error() -> str:
@@ -155,6 +157,7 @@ def _print_failure() -> None:
             traceback.print_exc()
 
 
+_GPU_BACKENDS = ("cuda", "hip", "metal", "vulkan")
 _DEVICE_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
 
 
@@ -215,6 +218,12 @@ def add_rpc_server(server: str) -> None:
         raise ServerError(f"the RPC server {server} cannot be used: {reason}")
 
 
+def rpc_server_program() -> Path | None:
+    """Return the program that offers this machine's devices as an RPC server; None if it was built without RPC."""
+    path = Path(__file__).with_name("rpc-server")
+    return path if path.exists() else None
+
+
 def rpc_connection(server: str) -> int:
     """Return the number of the working connection to an RPC server; 0 if there is none.
 
@@ -235,6 +244,21 @@ def build_info() -> dict[str, str]:
     path = Path(__file__).with_name("build.json")
     found = json.loads(path.read_text()) if path.exists() else {}
     return {name: str(found.get(name, "unknown")) for name in ("source", "backend", "key")}
+
+
+def missing_gpu() -> str:
+    """Return the kind of GPU that libllama was built for, such as "cuda", if it finds none; otherwise "".
+
+    libllama must have started.
+    """
+    backend = build_info()["backend"]
+    if backend not in _GPU_BACKENDS:
+        return ""
+    device = ffi.new("erl_device *")
+    for i in range(lib.erl_n_devices()):
+        if lib.erl_device_of(i, device) == 0 and _DEVICE_KINDS.get(device.kind) in ("gpu", "igpu"):
+            return ""
+    return backend
 
 
 def state_version() -> int:

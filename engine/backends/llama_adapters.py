@@ -52,6 +52,11 @@ class LlamaAdapters:
     def __init__(self) -> None:
         self._loaded: list[_Adapter] = []
 
+    @property
+    def natives(self) -> list[llama_ffi.LlamaAdapter]:
+        """libllama's adapters, in the order of their load."""
+        return [adapter.native for adapter in self._loaded]
+
     def load(self, model: llama_ffi.LlamaModel, path: Path) -> object:
         """Load a file that was checked. Returns the adapter, for the other methods.
 
@@ -97,5 +102,5 @@ class LlamaAdapters:
             adapter.native.close()
 
     def close(self) -> None:
-        for adapter in self._loaded:
-            adapter.native.close()
+        for native in self.natives:
+            native.close()

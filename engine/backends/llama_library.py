@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from erllama._runtime.printing import printable
 from erllama.errors import (
@@ -40,6 +41,8 @@ def _make_printable(record: logging.LogRecord) -> bool:
 logging.getLogger("erllama.llama").addFilter(_make_printable)
 
 _SERVER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}:([0-9]{1,5})")
+
+_GET_RPC = "build it with `make setup RPC=1` in a checkout, or with ERLLAMA_RPC=1 and pip"
 
 MAX_SEQUENCES = llama_ffi.max_sequences() - 1  # one is the scratch sequence
 
@@ -75,6 +78,18 @@ def add_rpc_servers(servers: object) -> tuple[str, ...]:
     return tuple(found)
 
 
+def rpc_server_program() -> Path:
+    """Return the program that offers this machine's devices to other machines.
+
+    Raises:
+        OptionError: this libllama has no RPC.
+    """
+    program = llama_ffi.rpc_server_program()
+    if program is None:
+        raise OptionError(f"this libllama was built without RPC; {_GET_RPC}")
+    return program
+
+
 def _checked_server(server: object) -> str:
     match = _SERVER.fullmatch(server) if isinstance(server, str) else None
     if match is None or not 1 <= int(match[1]) <= 65535:
@@ -96,9 +111,7 @@ def add_rpc_server(server: str) -> None:
         llama_ffi.add_rpc_server(server)
     except llama_ffi.ServerError as error:
         if not error.built:
-            raise OptionError(
-                f"rpc_servers: {error}; build it with `make setup RPC=1` in a checkout, or with ERLLAMA_RPC=1 and pip"
-            ) from None
+            raise OptionError(f"rpc_servers: {error}; {_GET_RPC}") from None
         raise ServerLost(
             f"{error}. Start `rpc-server` there, allow its port, and check that no other process uses it: "
             "a server serves one process at a time"

@@ -9,15 +9,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from erllama import llama_ffi
 from erllama.engine.backends.llama_options import LlamaOptions
 
-PROGRAM = Path(llama_ffi.__file__).with_name("rpc-server")
-needs_rpc = pytest.mark.skipif(not PROGRAM.exists(), reason="this libllama was built without RPC; see `make test-rpc`")
+PROGRAM = llama_ffi.rpc_server_program() or "rpc-server"
+needs_rpc = pytest.mark.skipif(PROGRAM == "rpc-server", reason="this libllama was built without RPC; see `make test-rpc`")
 
 
 class RpcServer:
