@@ -1,7 +1,7 @@
 """Applies a unified diff to a source tree, exactly: build_llama.sh changes the pinned release of llama.cpp with it.
 
-Needs only Python, because `patch` is missing on some machines. There is no tolerance: a line that differs, or a part
-that fits no place or several places, is an error.
+Needs only Python, because `patch` is missing on some machines. There is no tolerance: a line that differs, or a
+part that fits no place or several places, is an error.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ settings.load_profile("suite")
 
 @pytest.fixture(scope="session", autouse=True)
 def models_on_rpc() -> Iterator[None]:
-    """With ERLLAMA_TEST_RPC=1, put the layers and the KV of all models on an RPC server, whose memory is not ours."""
+    """With ERLLAMA_TEST_RPC=1, put the layers and the KV of all models on an RPC server, in its memory."""
     if os.environ.get("ERLLAMA_TEST_RPC") != "1":
         yield
         return

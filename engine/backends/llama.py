@@ -122,7 +122,9 @@ class LlamaBackend:
     def _load_again(self) -> llama_ffi.LlamaModel:
         """Load the weights again, after an RPC server was lost."""
         if self._identity is not None and identity(self.path) != self._identity:
-            raise ModelLoadError(f"{self.path} was changed since it was loaded; unload the model, and load it again")
+            raise ModelLoadError(
+                f"{self.path} was changed since it was loaded; unload the model, and load it again"
+            )
         return load_file(self.path, self._options).model
 
     def _context_factory(self, n_sequences: int) -> Callable[[llama_ffi.LlamaModel], llama_ffi.LlamaContext]:

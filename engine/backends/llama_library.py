@@ -94,7 +94,7 @@ def _checked_server(server: object) -> str:
     match = _SERVER.fullmatch(server) if isinstance(server, str) else None
     if match is None or not 1 <= int(match[1]) <= 65535:
         raise OptionError(
-            f"rpc_servers: {server!r} is not a host with a port; use the form '10.0.0.2:50052', with a host name or "
+            f"rpc_servers: {server!r} is not a host with a port; use the form '10.0.0.2:50052', with a name or "
             "an IPv4 address"
         )
     return match[0]

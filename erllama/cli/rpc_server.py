@@ -7,11 +7,17 @@ import os
 import click
 
 
-
 @click.command("rpc-server")
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="IPv4 address to listen on.")
 @click.option(
-    "--port", type=click.IntRange(1, 65535), default=50052, show_default=True, metavar="N", help="Port to listen on."
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="IPv4 address to listen on."
+)
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=50052,
+    show_default=True,
+    metavar="N",
+    help="Port to listen on.",
 )
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of the CPU. Default: half of them.")
 @click.option(

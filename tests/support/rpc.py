@@ -16,7 +16,9 @@ from erllama import llama_ffi
 from erllama.engine.backends.llama_options import LlamaOptions
 
 PROGRAM = llama_ffi.rpc_server_program() or "rpc-server"
-needs_rpc = pytest.mark.skipif(PROGRAM == "rpc-server", reason="this libllama was built without RPC; see `make test-rpc`")
+needs_rpc = pytest.mark.skipif(
+    PROGRAM == "rpc-server", reason="this libllama was built without RPC; see `make test-rpc`"
+)
 
 
 class RpcServer:
