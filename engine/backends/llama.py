@@ -254,7 +254,7 @@ class LlamaBackend:
     def check_adapter(self, path: Path) -> None:
         check_adapter_file(path, self.path, self.facts.architecture)
 
-    def load_adapter(self, path: Path) -> llama_ffi.LlamaAdapter:
+    def load_adapter(self, path: Path) -> object:
         with self._translate_errors(AdapterLoadError, f"{path} cannot be loaded"):
             return self._adapters.load(self._context_model, path)
 
