@@ -14,6 +14,7 @@ from erllama.engine.backend import (
     InfillTokens,
     Limits,
     ModelFacts,
+    RecoverableBackend,
     SpecialToken,
     Vocabulary,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "ModelThread",
     "Phase",
     "PhaseOptions",
+    "RecoverableBackend",
     "Request",
     "RequestOptions",
     "Sampler",

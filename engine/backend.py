@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,13 +171,7 @@ class Vocabulary(Protocol):
 
 
 class Backend(Protocol):
-    """A model that decodes. One that also embeds is an `EmbeddingBackend`, too.
-
-    Optional members, of a backend that can lose its KV, for example with a device on another machine: the attribute
-    `memory_lost`, whether it has, which is read before an idle model admits a request; and the method `recover`,
-    which is called if it is True. `recover` makes the backend usable, with all sequences empty, or raises
-    BackendError, with which all waiting requests end.
-    """
+    """A model that decodes. One that also embeds is an `EmbeddingBackend`, too."""
 
     @property
     def limits(self) -> Limits:
@@ -254,4 +248,21 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release everything. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class RecoverableBackend(Protocol):
+    """The additional methods of a backend that can lose all its KV, such as with a device on another machine."""
+
+    @property
+    def memory_lost(self) -> bool:
+        """Whether the KV is lost. Read before an idle model admits a request, so it must be quick."""
+
+    def recover(self) -> None:
+        """Make the backend usable again. Called if `memory_lost`, before `clear`.
+
+        Raises:
+            BackendError: it is not possible now. All waiting requests end with this error.
+        """
         ...
