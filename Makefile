@@ -3,14 +3,16 @@
 
 PYTHON ?= python3
 VENV := .venv
-# The default is the backend of the existing installation.
-BACKEND ?= $(or $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*))),auto)
+# RPC=1 adds devices of other machines. The defaults are those of the existing installation.
+EXISTING := $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*)))
+BACKEND ?= $(or $(subst +rpc,,$(EXISTING)),auto)
+RPC ?= $(if $(findstring +rpc,$(EXISTING)),1)
 BIN := $(VENV)/bin
 TREE := build/tree
 # A change to one of these files makes an installation stale. Python sources are used in place.
-INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/unmasked_cells.h llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp llama_ffi/graph_check.h llama_ffi/graph_check.cpp
+INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/unmasked_cells.h scripts/cuda_driver.h scripts/rpc.patch scripts/apply_patch.py llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp llama_ffi/graph_check.h llama_ffi/graph_check.cpp
 # Stamp files: erllama itself, and the packages of the `dev` extra.
-INSTALLED := $(VENV)/.installed-$(BACKEND)
+INSTALLED := $(VENV)/.installed-$(BACKEND)$(if $(filter 1,$(RPC)),+rpc)
 INSTALLED_DEV := $(VENV)/.dev
 # The tests of `make check`: fast files that protect what often breaks. All of them take less than a minute of CPU time.
 FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_message_adapters.py chat/test_tool_formats.py chat/test_turns.py \
@@ -28,7 +30,7 @@ $(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: setup setup-dev demo demo-model test check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup setup-dev demo demo-model test test-rpc check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # Install what erllama needs to run.
 setup: $(INSTALLED)
@@ -40,7 +42,7 @@ $(INSTALLED): $(INSTALL_INPUTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "erllama needs Python 3.11 or newer; set PYTHON" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "setup: creating a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "setup: looking for libllama in the user's cache directory, building it if it is missing"
-	@prefix=$$(PYTHON="$(PYTHON)" scripts/build_llama.sh --backend $(BACKEND)) && \
+	@prefix=$$(PYTHON="$(PYTHON)" scripts/build_llama.sh --backend $(BACKEND) $(if $(filter 1,$(RPC)),--rpc)) && \
 	echo "setup: installing erllama and its dependencies, compiling the binding (about a minute)" && \
 	ERLLAMA_LLAMA_PREFIX="$$prefix" $(PIP) install --editable .
 	@rm -f $(VENV)/.installed-* && touch $@
@@ -60,6 +62,14 @@ demo-model: setup
 # The whole suite, two tests at a time. WORKERS=N runs N at a time; WORKERS=0 runs them in one process.
 test: setup-dev
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist worksteal
+
+# The tests of RPC devices, then tests of exactness, KV, adapters and embeddings with all models on an RPC server of this
+# machine. There, KV is not in the memory of the process, as on a GPU. Builds libllama with RPC first, and keeps it.
+test-rpc:
+	@$(MAKE) --no-print-directory setup-dev RPC=1
+	$(BIN)/python -m pytest tests/models/test_rpc.py
+	ERLLAMA_TEST_RPC=1 ERLLAMA_SOAK=$(or $(N),400) $(BIN)/python -m pytest tests/exactness tests/harness tests/models/test_adapters.py \
+	tests/models/test_adapters_refused.py tests/models/test_embeddings.py tests/serving/test_scoring.py tests/serving/test_soak.py
 
 # The linters and the fast tests: under two minutes on two idle cores. Run it before each commit.
 check: lint
@@ -116,5 +126,5 @@ wheel: setup-dev
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
-	rm -f llama_ffi/*.so llama_ffi/*.so.* llama_ffi/*.dylib llama_ffi/build.json llama_ffi/LICENSE.llama.cpp
+	rm -f llama_ffi/*.so llama_ffi/*.so.* llama_ffi/*.dylib llama_ffi/rpc-server llama_ffi/build.json llama_ffi/LICENSE.llama.cpp
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

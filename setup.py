@@ -27,6 +27,8 @@ def libllama_prefix() -> Path:
     command = [str(ROOT / "scripts" / "build_llama.sh"), "--backend", os.environ.get("ERLLAMA_BACKEND", "auto")]
     if os.environ.get("ERLLAMA_PORTABLE") == "1":
         command.append("--portable")
+    if os.environ.get("ERLLAMA_RPC") == "1":
+        command.append("--rpc")
     # The interpreter outside any virtual environment: the one of an isolated build has no pip.
     environment = {
         **os.environ,
@@ -64,9 +66,10 @@ class BuildBinding(build_ext):
                     old.unlink()
             for library in libraries(prefix / "lib"):
                 shutil.copy2(library, destination / library.name)
-            for extra in ("build.json", "LICENSE.llama.cpp"):
+            (destination / "rpc-server").unlink(missing_ok=True)
+            for extra in ("build.json", "LICENSE.llama.cpp", "lib/rpc-server"):
                 if (prefix / extra).exists():
-                    shutil.copy2(prefix / extra, destination / extra)
+                    shutil.copy2(prefix / extra, destination / Path(extra).name)
 
 
 # The directory of each top-level package in the repository.

@@ -14,6 +14,7 @@ from erllama.engine.backend import (
     InfillTokens,
     Limits,
     ModelFacts,
+    RecoverableBackend,
     SpecialToken,
     Vocabulary,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "OrderedRowsStep",
     "Phase",
     "PhaseOptions",
+    "RecoverableBackend",
     "Request",
     "RequestOptions",
     "Sampler",

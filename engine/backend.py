@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -248,4 +248,21 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release everything. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class RecoverableBackend(Protocol):
+    """The additional methods of a backend that can lose all its KV, such as with a device on another machine."""
+
+    @property
+    def memory_lost(self) -> bool:
+        """Whether the KV is lost. Read before an idle model admits a request, so it must be quick."""
+
+    def recover(self) -> None:
+        """Make the backend usable again. Called if `memory_lost`, before `clear`.
+
+        Raises:
+            BackendError: it is not possible now. All waiting requests end with this error.
+        """
         ...

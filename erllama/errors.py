@@ -111,6 +111,10 @@ class BackendError(Error):
     """A backend failed to decode, or to pack or restore state."""
 
 
+class ServerLost(BackendError):  # noqa: N818
+    """An RPC server, which has weights and KV of a model, cannot be reached. Retry when it is back."""
+
+
 class StateError(BackendError):
     """A payload does not fit the backend's memory. The sequence that was to be restored is unchanged."""
 

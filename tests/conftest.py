@@ -23,6 +23,18 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def models_on_rpc() -> Iterator[None]:
+    """With ERLLAMA_TEST_RPC=1, put the layers and the KV of all models on an RPC server, in its memory."""
+    if os.environ.get("ERLLAMA_TEST_RPC") != "1":
+        yield
+        return
+    from support.rpc import all_models_on, rpc_server
+
+    with rpc_server() as server, all_models_on(server):
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama model with random weights, written once per run."""

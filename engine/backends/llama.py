@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +21,15 @@ from numpy.typing import NDArray
 
 from erllama.cache.blocks.keys import NamespaceValue
 from erllama.engine.backend import Batch, Limits, ModelFacts
-from erllama.engine.backends.file_identity import MappedFiles
-from erllama.engine.backends.llama_adapters import check_adapter_file
+from erllama.engine.backends.file_identity import MappedFiles, identity
+from erllama.engine.backends.llama_adapters import LlamaAdapters, check_adapter_file
 from erllama.engine.backends.llama_file import LlamaVocabulary, buffers_in, chat_templates, facts_of, load_file
 from erllama.engine.backends.llama_library import llama_ffi, translate_errors
 from erllama.engine.backends.llama_options import LlamaOptions
+from erllama.engine.backends.llama_weights import LlamaWeights, load_remote
 from erllama.engine.embedding import Embedder
 from erllama.engine.processors import default_threads
-from erllama.errors import AdapterLoadError, BackendError, CellsExhausted, ModelLoadError, StateError
+from erllama.errors import AdapterLoadError, BackendError, CellsExhausted, ModelLoadError, ServerLost, StateError
 
 _DEFAULT_N_CTX = 4096
 _N_CTX_STEP = 256
@@ -51,6 +53,7 @@ class LlamaBackend:
 
     Raises:
         ModelLoadError: the file cannot be loaded, or the context cannot be created.
+        ServerLost: an RPC server cannot be used.
         LibraryNotBuilt: the binding is missing.
     """
 
@@ -65,11 +68,16 @@ class LlamaBackend:
         self.path = path
         # A file that is read into memory instead of mapped may change after the load.
         self._mapped = MappedFiles(path, identity) if identity is not None and options.mmap else None
-        file = load_file(path, options, on_progress)
+        self._identity = identity
+        servers = sorted({device.server for device in options.computing_devices() if device.server})
+        file = load_remote(servers, lambda: load_file(path, options, on_progress))
         model, self.metadata, n_positions = file
+        # What needs no weights. Any thread may read it, and it stays valid when the weights are loaded again.
+        self._words = _load_vocabulary(path, options) if servers else model
+        self._weights = LlamaWeights(model, servers, self._load_again)
         try:
-            self._model = model
-            self.vocabulary = LlamaVocabulary(model.vocabulary)
+            self._weights.check()
+            self.vocabulary = LlamaVocabulary(self._words.vocabulary)
             shape = model.shape
             if shape.has_encoder or not shape.has_decoder or shape.diffusion:
                 raise ModelLoadError(f"{path}: the model does not generate text one token at a time")
@@ -81,12 +89,14 @@ class LlamaBackend:
             self._n_threads = options.n_threads or default_threads()
             self._n_threads_batch = options.n_threads_batch or self._n_threads
             self._make_context = self._context_factory(n_sequences)
-            with translate_errors(ModelLoadError, f"{path}: the context cannot be created"):
-                self._context = self._make_context()
+            with self._translate_errors(ModelLoadError, f"{path}: the context cannot be created"):
+                self._context = self._make_context(model)
+            self._context_model = model  # whose weights the context uses
             self.chat_templates = chat_templates(self.metadata)
             facts = facts_of(path, file, self.vocabulary.special_tokens)
         except BaseException:
-            model.close()
+            self._weights.close()
+            self._words.close()
             raise
         if not self._context.has_memory:
             self._context.close()  # such a model never decodes; an embedder creates its own context
@@ -94,8 +104,8 @@ class LlamaBackend:
         self._state_known = True  # False after a failed decode, for memory that cannot be cut
         self._broken = False  # True after a decode failed unexpectedly: the context may be in any state
         self._aborting = False
-        self._loaded_adapters: set[llama_ffi.LlamaAdapter] = set()
-        self._used_adapters: list[tuple[llama_ffi.LlamaAdapter, float]] = []
+        self._adapters = LlamaAdapters()
+        self._used_adapters: Sequence[tuple[object, float]] = ()
         self._checks_positions = can_trim and shape.rope_type in _ROPE_ONE_POSITION
         gpus = options.computing_devices()
         self.facts = self._with_context_facts(facts, gpus)
@@ -109,12 +119,19 @@ class LlamaBackend:
             (self._context.n_ctx, n_sequences) if shape.n_swa > 0 else None,
         )
 
-    def _context_factory(self, n_sequences: int) -> Callable[[], llama_ffi.LlamaContext]:
+    def _load_again(self) -> llama_ffi.LlamaModel:
+        """Load the weights again, after an RPC server was lost."""
+        if self._identity is not None and identity(self.path) != self._identity:
+            raise ModelLoadError(
+                f"{self.path} was changed since it was loaded; unload the model, and load it again"
+            )
+        return load_file(self.path, self._options).model
+
+    def _context_factory(self, n_sequences: int) -> Callable[[llama_ffi.LlamaModel], llama_ffi.LlamaContext]:
         options = self._options
-        n_ctx = options.n_ctx or min(self._model.shape.n_ctx_train or _DEFAULT_N_CTX, _DEFAULT_N_CTX)
+        n_ctx = options.n_ctx or min(self._weights.model.shape.n_ctx_train or _DEFAULT_N_CTX, _DEFAULT_N_CTX)
         return partial(
             llama_ffi.LlamaContext,
-            self._model,
             n_ctx=_round_up(n_ctx),
             n_batch=options.n_batch,
             n_ubatch=min(options.n_ubatch, options.n_batch),
@@ -129,7 +146,7 @@ class LlamaBackend:
         )
 
     def _limits_of(self, can_trim: bool, n_sequences: int, n_positions: int | None) -> Limits:
-        context, shape = self._context, self._model.shape
+        context, shape = self._context, self._context_model.shape
         encodes = not context.has_memory
         return Limits(
             # With a table of learned positions, no text can be longer than the table.
@@ -141,7 +158,7 @@ class LlamaBackend:
             shape.recurrent and not shape.hybrid,
             max(shape.n_swa, 0),
             n_sequences,
-            0 if encodes else llama_ffi.cell_bytes(self._model, context.type_k, context.type_v),
+            0 if encodes else llama_ffi.cell_bytes(self._context_model, context.type_k, context.type_v),
             can_generate=not encodes,
         )
 
@@ -190,12 +207,12 @@ class LlamaBackend:
     @property
     def description(self) -> str:
         """libllama's description of the model, such as "llama 1B Q4_0"."""
-        return self._model.description
+        return self._weights.model.description
 
     @property
     def model(self) -> llama_ffi.LlamaModel:
         """The loaded model, for its metadata."""
-        return self._model
+        return self._weights.model
 
     def weights_problem(self) -> str:
         """Return the reason why the weights may have changed since the load; empty if they have not."""
@@ -209,7 +226,7 @@ class LlamaBackend:
 
         def make_context(pooling: str, n_tokens: int) -> llama_ffi.EmbeddingContext:
             return llama_ffi.EmbeddingContext(
-                self._model,
+                self._weights.model,
                 pooling=pooling,
                 n_tokens=n_tokens,
                 n_sequences=n_sequences,
@@ -226,7 +243,8 @@ class LlamaBackend:
         n_sequences = min(limit, limits.n_ubatch, llama_ffi.max_sequences())
         with translate_errors(BackendError):
             return LlamaEmbedder(
-                self._model,
+                self._weights,
+                self._words,
                 make_context,
                 n_tokens=limits.n_ctx,
                 n_batch=limits.n_ubatch,
@@ -236,24 +254,18 @@ class LlamaBackend:
     def check_adapter(self, path: Path) -> None:
         check_adapter_file(path, self.path, self.facts.architecture)
 
-    def load_adapter(self, path: Path) -> llama_ffi.LlamaAdapter:
-        with translate_errors(AdapterLoadError, f"{path} cannot be loaded"):
-            adapter = llama_ffi.LlamaAdapter(self._model, path)
-        self._loaded_adapters.add(adapter)
-        return adapter
+    def load_adapter(self, path: Path) -> object:
+        with self._translate_errors(AdapterLoadError, f"{path} cannot be loaded"):
+            return self._adapters.load(self._context_model, path)
 
     def use_adapters(self, adapters: Sequence[tuple[object, float]]) -> None:
-        used = [(adapter, scale) for adapter, scale in adapters if isinstance(adapter, llama_ffi.LlamaAdapter)]
-        if len(used) < len(adapters):
-            raise BackendError("an adapter that libllama did not load")
-        with translate_errors(BackendError, "setting adapters"):
+        used = self._adapters.loaded(adapters)
+        with self._translate_errors(BackendError, "setting adapters"):
             self._context.set_adapters(used)
-        self._used_adapters = used
+        self._used_adapters = adapters
 
     def free_adapter(self, adapter: object) -> None:
-        if isinstance(adapter, llama_ffi.LlamaAdapter):
-            self._loaded_adapters.discard(adapter)
-            adapter.close()
+        self._adapters.free(adapter)
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         state_known, self._state_known = self._state_known, self.limits.can_trim
@@ -264,11 +276,38 @@ class LlamaBackend:
             raise CellsExhausted(str(error)) from error
         except llama_ffi.LlamaError as error:
             self._broken = isinstance(error, llama_ffi.DecodeError)
+            self._check_connection()
             if batch.positions.max(initial=0) >= self.limits.n_ctx:
                 raise CellsExhausted(str(error)) from error
             raise BackendError(str(error)) from error
         self._state_known = state_known
         return logits
+
+    @property
+    def memory_lost(self) -> bool:
+        """Whether the KV was lost with an RPC server."""
+        weights = self._weights
+        return weights.remote and (weights.model is not self._context_model or bool(weights.lost_server))
+
+    def _check_connection(self) -> None:
+        """Raise ServerLost if the KV was lost with an RPC server."""
+        if self._weights.remote:
+            self._weights.check()
+            if self._weights.model is not self._context_model:  # another thread has loaded the model again
+                raise ServerLost("the KV of the model was lost with an RPC server; send the request again")
+
+    @contextmanager
+    def _translate_errors(
+        self, kind: type[AdapterLoadError | BackendError | ModelLoadError], context: str = ""
+    ) -> Iterator[None]:
+        """Raise `kind` for the binding's errors, or ServerLost if an RPC server was lost."""
+        try:
+            with translate_errors(kind, context):
+                yield
+        except kind:
+            if self._weights.remote:
+                self._weights.check()
+            raise
 
     def _length(self, sequence: int) -> int:
         return self._context.last_position(sequence) + 1
@@ -276,7 +315,7 @@ class LlamaBackend:
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
         if not self._state_known:
             raise BackendError("a decode failed, so the state of this memory is unknown; drop the sequence")
-        with translate_errors(BackendError):
+        with self._translate_errors(BackendError):
             length = self._length(sequence)
             if not 0 <= start < end <= length:
                 raise BackendError(f"positions {start} to {end} of a sequence that holds {length}")
@@ -289,7 +328,7 @@ class LlamaBackend:
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
         if self._checks_positions:
             _check_state(payload, start, end)
-        with translate_errors(StateError):
+        with self._translate_errors(StateError):
             length = self._length(sequence)
             if length != start and not (self.limits.whole_state and length == 0):
                 raise StateError(f"positions from {start} on, in a sequence that holds {length}")
@@ -323,14 +362,28 @@ class LlamaBackend:
 
     def clear(self) -> None:
         with translate_errors(BackendError):
-            if self._broken:
+            if self._broken and not self.memory_lost:
                 self._context.close()
-                self._context = self._make_context()
-                self._context.set_adapters(self._used_adapters)
-                self._context.abort(self._aborting)
-                self._broken = False
+                self._use_new_context()
             self._context.clear()
         self._state_known = True
+
+    def recover(self) -> None:
+        self._weights.reload()
+        with self._translate_errors(BackendError):
+            model = self._weights.model
+            self._adapters.load_again(model)
+            lost = self._context
+            self._use_new_context()
+            self._context_model = model
+            lost.close()
+
+    def _use_new_context(self) -> None:
+        context = self._make_context(self._weights.model)
+        context.set_adapters(self._adapters.loaded(self._used_adapters))
+        context.abort(self._aborting)
+        self._context = context
+        self._broken = False
 
     def abort(self, on: bool) -> None:
         self._aborting = on
@@ -338,9 +391,16 @@ class LlamaBackend:
 
     def close(self) -> None:
         self._context.close()
-        for adapter in self._loaded_adapters:
-            adapter.close()
-        self._model.close()
+        self._adapters.close()
+        self._weights.close()
+        self._words.close()
+
+
+def _load_vocabulary(path: Path, options: LlamaOptions) -> llama_ffi.LlamaModel:
+    """Load a file's vocabulary and metadata, on this machine."""
+    overrides = {key: value for key, value in (options.overrides or {}).items() if key.startswith("tokenizer.")}
+    with translate_errors(ModelLoadError, f"{path} cannot be loaded"):
+        return llama_ffi.LlamaModel(path, devices=[], overrides=overrides, mmap=options.mmap, vocab_only=True)
 
 
 def _recipe(options: LlamaOptions, *sizes: object) -> bytes:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backends.llama_library import llama_ffi
+from erllama.engine.backends.llama_weights import LlamaWeights
 from erllama.engine.embedding import EmbeddingLimits
 from erllama.errors import BackendError
 
@@ -27,7 +28,8 @@ class LlamaEmbedder:
     """Embeds with a loaded model.
 
     Args:
-        model: a model with weights. It is held while a context exists.
+        weights: the weights. Their model is held while a context exists.
+        words: a model for its vocabulary and metadata. It stays loaded if the weights are loaded again.
         make_context: creates a context for a pooling and a number of tokens.
         n_tokens: maximum number of tokens in one text.
         n_batch: tokens of several texts that are computed together.
@@ -36,25 +38,41 @@ class LlamaEmbedder:
 
     def __init__(
         self,
-        model: llama_ffi.LlamaModel,
+        weights: LlamaWeights,
+        words: llama_ffi.LlamaModel,
         make_context: Callable[[str, int], llama_ffi.EmbeddingContext],
         *,
         n_tokens: int,
         n_batch: int,
         n_sequences: int,
     ) -> None:
-        self._model = model
+        self._weights = weights
+        self._model = weights.model  # whose weights the contexts use
+        self._words = words
         self._make_context = make_context
         self._contexts: dict[str, llama_ffi.EmbeddingContext] = {}
         self._ended = False
-        pooling = llama_ffi.own_pooling(model) or _DEFAULT_POOLING
+        pooling = llama_ffi.own_pooling(words) or _DEFAULT_POOLING
         self.limits = EmbeddingLimits(n_tokens, n_batch, n_sequences, pooling)
 
     def embed(self, texts: Sequence[NDArray[np.int32]], pooling: str) -> list[NDArray[np.float32]]:
+        if self._weights.remote:
+            self._follow_weights()
         try:
             return self._context_for(sum(map(len, texts)), pooling).embed(texts)
         except llama_ffi.LlamaError as error:
+            if self._weights.remote:
+                self._weights.check()
             raise BackendError(str(error)) from error
+
+    def _follow_weights(self) -> None:
+        """Load the weights again if an RPC server was lost, and drop the contexts on earlier weights."""
+        self._weights.reload()
+        if self._weights.model is not self._model:
+            self._model = self._weights.model
+            lost, self._contexts = self._contexts, {}
+            for context in lost.values():
+                context.close()
 
     def _context_for(self, n_tokens: int, pooling: str) -> llama_ffi.EmbeddingContext:
         context = self._contexts.get(pooling)
@@ -70,10 +88,10 @@ class LlamaEmbedder:
         return context
 
     def pair(self, query: str, document: str) -> NDArray[np.int32]:
-        vocabulary = self._model.vocabulary
+        vocabulary = self._words.vocabulary
         texts = {"query": query, "document": document}
         try:
-            template = self._model.chat_template(_RANK_TEMPLATE)
+            template = self._words.chat_template(_RANK_TEMPLATE)
             if template is not None:
                 written = _PLACEHOLDERS.sub(lambda place: texts[place[1]], template)
                 return vocabulary.tokenize(written, add_special=False, parse_special=True)

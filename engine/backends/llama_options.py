@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from erllama.checks import boolean, choice, integer, real
-from erllama.engine.backends.llama_library import MAX_SEQUENCES, devices, llama_ffi
+from erllama.engine.backends.llama_library import MAX_SEQUENCES, add_rpc_servers, devices, llama_ffi
 from erllama.errors import OptionError
 
 MetadataValue = int | float | bool | str
@@ -46,6 +46,7 @@ class LlamaOptions:
         n_threads_batch: threads for prefill; None for the same as n_threads.
         n_gpu_layers: layers on GPUs; -1, or more than the model has, for all.
         devices: names of the devices that compute beside the CPU; None for all GPUs.
+        rpc_servers: RPC servers, as "host:port", whose devices compute, too; with `devices`, only the named ones.
         split_mode: how devices share a model, one of SPLIT_MODES.
         main_gpu: with "none", the device that has the whole model, counted from 0; None for the first.
         tensor_split: the share of each device, in any unit; None to split by free memory.
@@ -69,6 +70,7 @@ class LlamaOptions:
     n_threads_batch: int | None = None
     n_gpu_layers: int = -1
     devices: Sequence[str] | None = None
+    rpc_servers: Sequence[str] | None = None
     split_mode: str = "layer"
     main_gpu: int | None = None
     tensor_split: Sequence[float] | None = None
@@ -188,6 +190,8 @@ class LlamaOptions:
                 raise OptionError(
                     "tensor_split with split_mode='none', which puts all on one device; leave out one of them"
                 )
+        if self.rpc_servers is not None:
+            self._put("rpc_servers", add_rpc_servers(self.rpc_servers))
         if self.devices is not None:
             names = self.devices
             if isinstance(names, str | bytes) or not isinstance(names, Sequence):
@@ -202,7 +206,7 @@ class LlamaOptions:
         Raises:
             OptionError: `devices`, `main_gpu` or `tensor_split` do not fit the existing devices.
         """
-        found = _named_devices(self.devices) if self.devices is not None else _gpus()
+        found = _named_devices(self.devices) if self.devices is not None else _gpus(self.rpc_servers or ())
         named = ", ".join(device.name for _, device in found) or "none"
         if self.devices is not None and not found and self.n_gpu_layers > 0:
             raise OptionError(
@@ -225,17 +229,25 @@ class LlamaOptions:
         return found[at : at + 1] if self.split_mode == "none" else found
 
 
-def _gpus() -> list[tuple[int, llama_ffi.Device]]:
-    """Return libllama's default devices: every GPU once, or the integrated GPUs if there are no others."""
+def _gpus(servers: Sequence[str]) -> list[tuple[int, llama_ffi.Device]]:
+    """Return libllama's default devices: the devices of `servers`, then every GPU once.
+
+    Without GPUs of this machine, its integrated GPUs take their place.
+    """
     seen: set[str] = set()
-    gpus = []
+    gpus, integrated, remote = [], [], []
     for number, device in enumerate(devices()):
-        if device.kind == "gpu" and not (
+        if device.server:
+            remote += [(number, device)] if device.server in servers else []
+        elif device.kind == "gpu" and not (
             device.id and device.id in seen
         ):  # two drivers may offer the same device, with the same id
             seen.add(device.id)
             gpus.append((number, device))
-    return gpus or [(number, device) for number, device in enumerate(devices()) if device.kind == "igpu"]
+        elif device.kind == "igpu":
+            integrated.append((number, device))
+    # Remote ones first, as in llama.cpp: the last layers are then on this machine, and so is the output.
+    return remote + (gpus or integrated)
 
 
 def _named_devices(names: Sequence[str]) -> list[tuple[int, llama_ffi.Device]]:

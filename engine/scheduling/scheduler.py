@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from erllama._runtime.log import logger
 from erllama.cache import Match, SaveReason
 from erllama.engine.adapters import derive_recipe
-from erllama.engine.backend import Batch
+from erllama.engine.backend import Batch, RecoverableBackend
 from erllama.engine.kv.sequence_kv import SequenceKV
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.requests.request import CacheHit
@@ -69,6 +69,7 @@ class Scheduler:
     ) -> None:
         self._context = context
         self._backend = context.backend
+        self._recoverable = context.backend if isinstance(context.backend, RecoverableBackend) else None
         self._limits = context.backend.limits
         self._n_seq_max = n_seq_max
         self._chunk = prefill_chunk_size
@@ -105,6 +106,8 @@ class Scheduler:
         """
         self.slots.evict_requested()
         self._end_cancelled_and_late()
+        if self._recoverable is not None and self.waiting and not self.running and self._recoverable.memory_lost:
+            self._recover(self._recoverable)
         if self.waiting:
             self._admit()
         for sequence in [s for s in self.running if s.slot is None]:
@@ -434,6 +437,16 @@ class Scheduler:
             sequence.ticket.flush()
         self.waiting.extendleft(self.running[::-1])
         self.running.clear()
+
+    def _recover(self, backend: RecoverableBackend) -> None:
+        """Make a backend usable that has lost its KV. If that fails, end all waiting requests."""
+        try:
+            backend.recover()
+            self.slots.clear()
+        except BaseException as error:
+            failure = wrap_error(error)
+            for sequence in [*self.waiting]:
+                self.fail(sequence, failure)
 
     def fail_all(self, error: Error) -> None:
         """End all running requests with an error, after a bug in the engine."""

@@ -76,6 +76,7 @@ def load_model(
     n_threads_batch: int | None = None,
     n_gpu_layers: int = -1,
     devices: Sequence[str] | None = None,
+    rpc_servers: Sequence[str] | None = None,
     split_mode: str = "layer",
     main_gpu: int | None = None,
     tensor_split: Sequence[float] | None = None,
@@ -130,6 +131,8 @@ def load_model(
         n_gpu_layers: layers on GPUs. -1, or more than the model has, for all.
         devices: names of the devices that compute besides the CPU, as `erllama.devices()` returns them. None for
             all GPUs; ["CPU"] or [] for none.
+        rpc_servers: RPC servers, such as ["10.0.0.2:50052"], whose devices compute, too, with weights and KV there.
+            Without `devices`, all their devices compute. Only for trusted networks.
         split_mode: how several devices share a model: "layer" splits by layers, "row" splits the rows of weights if
             the driver can, "none" uses one device.
         main_gpu: with split_mode="none", index of the device that holds the model, from 0. None for the first.
@@ -167,6 +170,7 @@ def load_model(
         OptionError: an option is unknown, has the wrong type, is out of range, or contradicts another option, the
             devices or the file.
         AlreadyLoaded: the id is in use.
+        ServerLost: an RPC server cannot be reached.
         LibraryNotBuilt: the package was not built.
     """
     reject_unknown(unknown, _LOAD_DEFAULTS, "load_model")
@@ -179,6 +183,7 @@ def load_model(
         "n_threads_batch": n_threads_batch,
         "n_gpu_layers": n_gpu_layers,
         "devices": devices,
+        "rpc_servers": rpc_servers,
         "split_mode": split_mode,
         "main_gpu": main_gpu,
         "tensor_split": tensor_split,

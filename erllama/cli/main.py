@@ -132,6 +132,7 @@ for command in (
     LazyCommand("doctor-worker", "erllama.cli.doctor.command"),
     LazyCommand("cache", "erllama.cli.cache.command", "Inspect and manage the prompt cache."),
     LazyCommand("bench", "erllama.cli.bench", "Measure the speed of a model, with and without the cache."),
+    LazyCommand("rpc-server", "erllama.cli.rpc_server", "Offer the devices of this machine to other machines."),
     LazyCommand("completion", "erllama.cli.completion", "Print a completion script for a shell."),
 ):
     root.add_command(command)

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 import erllama
+from erllama import llama_ffi
 from erllama.cli.console import format_size
+from erllama.llama_ffi import library
 from support.cli import Command, write_replying_model
 from support.pseudo_terminal import PseudoTerminal
 
@@ -284,6 +286,33 @@ def test_doctor_reports_problems_and_how_to_fix_them(run: Command, model: Path) 
     assert "error    directory" in found.out
     assert f"chmod 700 {run.directory}" in found.out
     assert "1 error" in found.out
+
+
+def test_doctor_says_that_a_build_for_gpus_finds_none(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "build_info", lambda: {"source": "b1", "backend": "cuda", "key": "k"})
+    if any(device.kind in ("gpu", "igpu") for device in erllama.devices()):
+        pytest.skip("there is a GPU here")
+    found = run("doctor")
+    assert found.status == 0, found.out
+    assert "libllama was built for cuda, but finds no GPU; the CPU computes" in found.out
+
+
+def test_rpc_server_becomes_the_program_with_the_options(
+    run: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append([program, *command[1:]]))
+    program = tmp_path / "rpc-server"
+    monkeypatch.setattr(llama_ffi, "rpc_server_program", lambda: program)
+    run("rpc-server")
+    run("rpc-server", "--host", "10.0.0.2", "--port", 5, "--threads", 3, "--device", "CUDA0", "--device", "CPU")
+    assert started == [
+        [str(program), "--host", "127.0.0.1", "--port", "50052"],
+        [str(program), "--host", "10.0.0.2", "--port", "5", "--threads", "3", "--device", "CUDA0,CPU"],
+    ]
+    monkeypatch.setattr(llama_ffi, "rpc_server_program", lambda: None)
+    found = run("rpc-server")
+    assert (found.status, "make setup RPC=1" in found.err) == (1, True)
 
 
 def test_bench_measures_and_removes_its_files(run: Command, tiny_gguf: Path, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_commands_within_sentences_exist(page: str) -> None:
     for span in re.findall(r"`([^`\n]+)`", prose(page)):
         words = span.split()
         if words[0] in ("make", "pip", "python", ".venv/bin/python") and len(words) > 1:
-            check_exists(re.sub(r"(BENCH|BACKEND|N)=(\"[^\"]*\"?|\S*)", "", span))
+            check_exists(re.sub(r"(BENCH|BACKEND|RPC|N)=(\"[^\"]*\"?|\S*)", "", span))
         elif words[0].startswith("scripts/"):
             assert (ROOT / words[0]).exists(), span
     assert not re.search(r"^```\n(?:\$ |make |pip |python )", text, re.MULTILINE), (

@@ -15,6 +15,9 @@ import pytest
 from support.paths import ROOT
 from support.subprocesses import run_python
 
+sys.path.append(str(ROOT))
+from scripts import apply_patch
+
 SCRIPT = ROOT / "scripts" / "build_llama.sh"
 
 
@@ -190,8 +193,9 @@ def test_the_build_key_depends_on_the_flags() -> None:
         build("--print-key").stdout,
         build("--print-key", "--portable").stdout,
         build("--print-key", ERLLAMA_CMAKE_ARGS="-DGGML_OPENMP=OFF").stdout,
+        build("--print-key", "--rpc").stdout,
     }
-    assert len(keys) == 3
+    assert len(keys) == 4
     assert all(key.startswith("b10605-") for key in keys)
     assert build("--print-key").stdout == build("--print-key", "--backend=auto").stdout
 
@@ -209,18 +213,68 @@ def test_the_build_key_depends_on_the_flags() -> None:
         ([], {"LLAMA_CPP_DIR": "/nowhere"}, "has no include/llama.h"),
         ([], {"ERLLAMA_BUILD_CACHE": "/proc/nowhere"}, "set ERLLAMA_BUILD_CACHE"),
         (["--backend", "metal"], {}, "metal needs macOS"),
+        (["--cuda-arch"], {}, "--cuda-arch needs a value"),
+        (["--rpc"], {"LLAMA_CPP_DIR": "CHECKOUT"}, "a checkout is never changed; unset LLAMA_CPP_DIR"),
     ],
 )
 def test_missing_requirements_are_reported_in_plain_words(
-    arguments: list[str], environment: dict[str, str], words: str
+    arguments: list[str], environment: dict[str, str], words: str, tmp_path: Path
 ) -> None:
     if "metal" in arguments and sys.platform == "darwin":
         pytest.skip("this is macOS")
+    if environment.get("LLAMA_CPP_DIR") == "CHECKOUT":
+        (tmp_path / "include").mkdir()
+        (tmp_path / "include" / "llama.h").touch()
+        environment = {"LLAMA_CPP_DIR": str(tmp_path)}
     finished = build(*arguments, **environment)
     assert finished.returncode == 1
     assert words in finished.stderr
     assert finished.stdout == ""
     assert len(finished.stderr.splitlines()) <= 2, "a plain message, not a trace"
+
+
+def test_cuda_without_a_gpu_needs_the_architectures(tmp_path: Path) -> None:
+    for name, text in (("nvcc", "exit 0"), ("nvidia-smi", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    finished = build("--backend", "cuda", "--print-key", PATH=path)
+    assert finished.returncode == 1
+    assert "no GPU is visible here, so name the architectures" in finished.stderr
+    keys = {
+        build("--backend", "cuda", "--print-key", "--cuda-arch", "90", PATH=path).stdout,
+        build("--backend", "cuda", "--print-key", PATH=path, ERLLAMA_CUDA_ARCH="90").stdout,
+    }
+    assert len(keys) == 1
+    assert keys.pop().startswith("b10605-cuda-")
+
+
+PATCH = """--- a/folder/file.c
++++ b/folder/file.c
+@@ -1,3 +1,3 @@
+ one
+-two
++2
+ three
+@@ -7,2 +7,3 @@
+ seven
++7.5
+ eight
+"""
+
+
+def test_patches_of_the_source_fit_exactly_or_fail(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    file, patch = tmp_path / "folder" / "file.c", tmp_path / "change.patch"
+    patch.write_text(PATCH)
+    numbers = "one\ntwo\nthree\nfour\nfive\nsix\nseven\neight\n"
+    file.write_text(numbers)
+    apply_patch.apply(patch, tmp_path)
+    assert file.read_text() == "one\n2\nthree\nfour\nfive\nsix\nseven\n7.5\neight\n"
+    for other, n in ((numbers.replace("two", "zwei"), 0), (numbers * 2, 2)):
+        file.write_text(other)
+        with pytest.raises(SystemExit, match=rf"change.patch does not fit .*occur {n} times"):
+            apply_patch.apply(patch, tmp_path)
 
 
 def test_a_source_other_than_the_pinned_one_is_refused(tmp_path: Path) -> None:

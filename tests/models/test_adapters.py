@@ -248,7 +248,7 @@ def test_unloading_the_model_frees_its_adapters(tiny_gguf: Path, loras: list[Pat
     backend = llama_backend(tiny_gguf)
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         adapter = model.load_adapter(loras[0])
-        (native,) = backend._loaded_adapters
+        (native,) = backend._adapters.natives
         stream = model.stream(PROMPT, temperature=0.0)
         next(iter(stream))
         view = backend._context.logits()

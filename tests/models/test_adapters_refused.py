@@ -154,7 +154,7 @@ def test_an_adapter_file_that_changes_while_loading_is_refused(
     backend.load_adapter = changing  # type: ignore[method-assign]
     with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache) as model:
         refused(model, path, "changed while it was loaded")
-        assert not backend._loaded_adapters
+        assert not backend._adapters.natives
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 1e39, "1", None, True, [1.0]])

@@ -340,3 +340,72 @@ def test_an_interrupt_after_submission_cancels_the_request(way: str) -> None:
             time.sleep(0.001)
         model.end_session("nobody's")  # returns between two ticks, so after the last one
         assert model.metrics.finished == {"cancelled": 1}
+
+
+# --- a backend that loses its KV ---------------------------------------------------------------------------
+
+
+class Forgetful(StubBackend):
+    """Loses its KV, as with a device on another machine, and recovers if it can."""
+
+    def __init__(self) -> None:
+        super().__init__(eog_bias=-100.0)
+        self.memory_lost = False
+        self.reachable = True
+        self.recoveries = 0
+
+    def lose(self) -> None:
+        self.memory_lost = True
+
+    def decode(self, batch: Batch) -> NDArray[np.float32]:
+        if self.memory_lost:
+            raise erllama.ServerLost("injected: lost")
+        return super().decode(batch)
+
+    def recover(self) -> None:
+        if not self.reachable:
+            raise erllama.ServerLost("injected: still lost")
+        self._lengths = [0] * len(self._lengths)
+        self.memory_lost = False
+        self.recoveries += 1
+
+
+def test_kv_lost_while_idle_is_not_shared_and_no_request_fails() -> None:
+    prompt = random_prompt(1, 100)
+    backend = Forgetful()
+    with load_stub(backend) as model:
+        first = model.complete(prompt, max_tokens=8, temperature=0.0)
+        assert model.complete(prompt, max_tokens=8, temperature=0.0).cache.tier == "live"
+        backend.lose()
+        again = model.complete(prompt, max_tokens=8, temperature=0.0)
+        assert (again.tokens, again.cache.tier, backend.recoveries) == (first.tokens, "ram", 1)
+
+
+def test_requests_fail_at_once_until_the_backend_recovers() -> None:
+    backend = Forgetful()
+    with load_stub(backend, n_seq_max=2) as model:
+        expected = model.complete(random_prompt(1, 100), max_tokens=8, temperature=0.0)
+        backend.lose()
+        backend.reachable = False
+        streams = [model.stream(random_prompt(i, 100), max_tokens=8, temperature=0.0) for i in range(5)]
+        for stream in streams:
+            with pytest.raises(erllama.ServerLost, match="still lost"):
+                stream.result()
+        backend.reachable = True
+        assert model.complete(random_prompt(1, 100), max_tokens=8, temperature=0.0).tokens == expected.tokens
+        assert model.pending == 0
+
+
+def test_only_requests_of_the_failed_decode_end_if_the_backend_recovers() -> None:
+    """A request that waits meanwhile starts again, and its reply is the same."""
+    prompt = random_prompt(2, 60)
+    expected = cold_reply(prompt, max_tokens=8, temperature=0.0)
+    backend = Forgetful()
+    with load_stub(backend, n_seq_max=1) as model:
+        running = model.stream(random_prompt(1, 60), max_tokens=10**6)
+        next(iter(running))
+        waiting = model.stream(prompt, max_tokens=8, temperature=0.0)
+        backend.lose()
+        with pytest.raises(erllama.ServerLost):
+            running.result()
+        assert waiting.result().tokens == expected.tokens

@@ -33,7 +33,8 @@ def check_library() -> Iterator[Finding]:
         yield Finding("libllama", "error", "not built", str(error))
         return
     build = llama_ffi.build_info()
-    yield Finding("libllama", "ok", f"{build['source']}, for {build['backend']}")
+    rpc = ", with RPC" if llama_ffi.rpc_server_program() else ""
+    yield Finding("libllama", "ok", f"{build['source']}, for {build['backend']}{rpc}")
     try:
         devices = erllama.devices()
         features = llama_ffi.system_info()
@@ -52,6 +53,9 @@ def check_library() -> Iterator[Finding]:
     yield Finding("processor features", "ok", _feature_names(features))
     if not any(device.kind in ("gpu", "igpu") for device in devices):
         yield from _unused_gpus(build["backend"])
+    if missing := llama_ffi.missing_gpu():
+        text = f"libllama was built for {missing}, but finds no GPU; the CPU computes"
+        yield Finding("GPU", "warning", text, "install the GPU's driver, or make the GPU visible to this process")
 
 
 def _feature_names(system_info: str) -> str:
