@@ -57,7 +57,7 @@ _open_tier_sets: weakref.WeakSet[TierSet] = weakref.WeakSet()
 
 
 class Cache:
-    """A store of KV blocks, in memory and, if directories are given, in files.
+    """A store of KV blocks, in memory and, if it has directories, in files.
 
     Models and threads may share it, and signal handlers may call it. An exception that a handler raises, such
     as KeyboardInterrupt, ends a call at once; the call completes in the background, so no change is left half
@@ -66,11 +66,11 @@ class Cache:
     Args:
         ram: budget of the RAM tier, as "2GiB" or in bytes; 0 or None turns it off.
         ram_file: directory on a tmpfs, for blocks that outlive this process but not the machine's uptime;
-            True for this user's directory in /dev/shm; None for none. Several: as for `disk`.
+            True for this user's directory in /dev/shm; None for no such tier. Several: as for `disk`.
         ram_file_quota: budget of each such directory.
         disk: directory of the disk tier, created if missing, private to its owner;
-            True for the user's cache directory; None for no disk. Several
-            directories are one tier: a sequence of them, or a mapping to their quotas.
+            True for the user's cache directory; None for no disk. Several directories are one tier: pass a sequence
+            of them, or a mapping to their quotas.
         disk_quota: budget of each such directory.
         read_only: read the directories and never write to them. A directory that holds a cache and cannot
             be written, such as one on a read-only mount, is always opened read-only.
@@ -212,7 +212,7 @@ class Cache:
             namespace: the root key, from `namespace_key`.
             tokens: ids, shape (n,).
             whole: match only blocks whose last token agrees, too; for memory that cannot be cut.
-            loadable: match only blocks that `load` can return, and none that are only in a context's cells.
+            loadable: match only blocks that `load` can return; skip those that are only in a context's cells.
             parent_key: the key of a context that `tokens` continue. If its save is in flight,
                 the lookup waits for it.
             wait_ms: the longest such wait, in milliseconds.
@@ -344,7 +344,7 @@ class Cache:
     def attach(self, tier: Tier) -> None:
         """Add a tier that its owner writes, as the fastest: KV that is still in a context's cells.
 
-        Its owner reports with `hold` and `let_go` which blocks it has. Lookups find those
+        Its owner reports with `report_stored` and `report_removed` which blocks it has. Lookups find those
         blocks; `load` does not read from the tier; `evict_bytes` calls its `remove`.
 
         Raises:
@@ -358,20 +358,20 @@ class Cache:
         self._attached.detach(tier)
 
     @uninterrupted
-    def hold(self, tier: Tier, block: Block, n_bytes: int) -> bool:
+    def report_stored(self, tier: Tier, block: Block, n_bytes: int) -> bool:
         """Record that an attached tier has a block; False if its budget has no room after evicting others."""
-        return self._attached.hold(tier, block, n_bytes)
+        return self._attached.report_stored(tier, block, n_bytes)
 
     @uninterrupted
-    def let_go(self, tier: Tier, keys: Sequence[bytes]) -> None:
+    def report_removed(self, tier: Tier, keys: Sequence[bytes]) -> None:
         """Record that an attached tier no longer has these blocks."""
-        self._attached.let_go(tier, keys)
+        self._attached.report_removed(tier, keys)
 
     # --- state and fingerprints ------------------------------------------------------------
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed, or belongs to the process that forked this one. It then stores nothing."""
+        """Whether it was closed, or belongs to the process that forked this one. It then stores no blocks."""
         return self._closing
 
     @property
@@ -542,12 +542,12 @@ class Cache:
         _open_caches.discard(self)
 
     def _reset(self) -> None:
-        """Become an empty cache that stores nothing."""
+        """Become an empty cache that stores no blocks."""
         self._closing = True
         self._assemble([], 0)
 
     def _forked(self) -> None:
-        """Become an empty cache in a forked child, which stores nothing and leaves the parent's tiers unchanged."""
+        """Become an empty cache in a forked child. It stores no blocks and leaves the parent's tiers unchanged."""
         self._lock = threading.RLock()
         self._counters = Counters()
         self._pressure = None

@@ -86,7 +86,7 @@ class LoadedAdapter:
         self.number = next(_numbers)
 
 
-class Attached(NamedTuple):
+class ActiveAdapter(NamedTuple):
     """An adapter in effect. Its scale, as a 32-bit number, is not 0."""
 
     adapter: LoadedAdapter
@@ -94,7 +94,7 @@ class Attached(NamedTuple):
 
 
 # Sorted by content, then by scale, independent of the order of loading. Empty for the plain model.
-AdapterSet = tuple[Attached, ...]
+AdapterSet = tuple[ActiveAdapter, ...]
 
 
 def check_scale(scale: object) -> float:
@@ -168,7 +168,7 @@ class Adapters:
             self._change(self.loaded)
 
     def _change(self, loaded: tuple[LoadedAdapter, ...]) -> None:
-        rounded = [Attached(adapter, float(np.float32(adapter.scale))) for adapter in loaded]
+        rounded = [ActiveAdapter(adapter, float(np.float32(adapter.scale))) for adapter in loaded]
         in_effect = [attached for attached in rounded if attached.scale != 0]
         self.loaded = loaded
         self.current = tuple(sorted(in_effect, key=lambda a: (a.adapter.digest, a.scale, a.adapter.number)))

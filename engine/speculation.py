@@ -1,9 +1,9 @@
 """Speculation: likely next tokens are computed in one decode, and kept while they equal the samples.
 
 Every token is still sampled from the model's own logits, in order and with the request's own generator. So the
-reply is what it would have been, and a draft only decides how many tokens one decode yields. The engine measures
-whether that pays: how long decodes take by their rows, and how many drafts are accepted. `Sequence` owns a
-`Speculator`; the scheduler owns `DecodeCosts`.
+reply is the same as without speculation, and a draft only decides how many tokens one decode yields. The engine
+measures whether speculation saves time: how long decodes take by their rows, and how many drafts are accepted.
+`Sequence` owns a `Speculator`; the scheduler owns `DecodeCosts`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Drafter = Callable[[NDArray[np.int32], int], Sequence[int]]
-"""Called with all tokens so far, int32, shape (n,), and a number. Returns at most that many likely next tokens."""
+"""Called with all tokens so far, int32, shape (n,), and a maximum. Returns at most that many likely next tokens."""
 
 # The lengths of the n-grams, the longest first.
 _SIZES = (4, 2)
@@ -57,7 +57,7 @@ class DecodeCosts:
     """How long decodes take by the number of their rows: a line fitted to recent decodes."""
 
     def __init__(self) -> None:
-        # Sums over decodes of 1, rows, seconds, rows squared, rows times seconds; the latest have most weight.
+        # Sums over decodes of 1, rows, seconds, rows squared, rows times seconds; later decodes have more weight.
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
     def record(self, n_rows: int, seconds: float) -> None:
@@ -85,7 +85,7 @@ class Drafts:
 
     Attributes:
         drafted: tokens computed ahead.
-        accepted: those of them that equalled the samples.
+        accepted: drafted tokens that equalled the samples.
     """
 
     drafted: int

@@ -107,14 +107,14 @@ class _CacheNames:
         self._names: weakref.WeakKeyDictionary[Cache, str] = weakref.WeakKeyDictionary()
 
     def name(self, cache: Cache, tiers: Sequence[TierStatus]) -> str:
-        """Return the first directory of the slowest tier, or its place; with a number if the name is taken."""
+        """Return the first directory of the slowest tier, or its location; with a number if the name is taken."""
         with self._lock:
             name = self._names.get(cache)
             if name is None:
                 stores = [status for status in tiers if status.tier != "live"]
-                place = next((status.place for status in stores if status.tier == stores[-1].tier), "none")
+                location = next((status.location for status in stores if status.tier == stores[-1].tier), "none")
                 taken = set(self._names.values())
-                numbered = (place if n == 1 else f"{place} ({n})" for n in count(1))
+                numbered = (location if n == 1 else f"{location} ({n})" for n in count(1))
                 name = next(name for name in numbered if name not in taken)
                 self._names[cache] = name
             return name

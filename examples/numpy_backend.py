@@ -161,7 +161,7 @@ class NumpyBackend:
         self._values = np.zeros_like(self._keys)
         self._table = np.zeros((n_sequences, n_ctx), np.int32)  # the cell of each position of a sequence
         self._n_cached = np.zeros(n_sequences, np.int32)  # positions of each sequence
-        self._holders = np.zeros(n_ctx, np.int32)  # sequences that hold each cell
+        self._n_uses = np.zeros(n_ctx, np.int32)  # sequences that use each cell
         self._aborted = self._closed = False
 
     # --- computing -------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class NumpyBackend:
         self._table[batch.sequences, batch.positions] = cells
         logits = self._forward(batch, cells)
         # The sequences get the rows only here, so an aborted decode changes no sequence.
-        self._holders[cells] = 1
+        self._n_uses[cells] = 1
         np.add.at(self._n_cached, batch.sequences, 1)
         return logits
 
@@ -187,9 +187,9 @@ class NumpyBackend:
         if sequences.min() < 0 or sequences.max() >= self.limits.n_sequences:
             raise BackendError(f"a sequence outside 0 to {self.limits.n_sequences - 1}")
         for sequence in np.unique(sequences):
-            found, held = positions[sequences == sequence], self._n_cached[sequence]
-            if not np.array_equal(found, held + np.arange(len(found))):
-                raise BackendError(f"positions {found} of sequence {sequence}, which holds {held}")
+            found, n_cached = positions[sequences == sequence], self._n_cached[sequence]
+            if not np.array_equal(found, n_cached + np.arange(len(found))):
+                raise BackendError(f"positions {found} of sequence {sequence}, which has {n_cached}")
 
     def _forward(self, batch: Batch, cells: NDArray[np.integer]) -> Floats:
         rows = self._embeddings[batch.tokens]
@@ -238,7 +238,7 @@ class NumpyBackend:
 
     def _free(self, n: int, refusal: type[BackendError]) -> NDArray[np.integer]:
         """Return the first `n` free cells."""
-        free = np.flatnonzero(self._holders == 0)
+        free = np.flatnonzero(self._n_uses == 0)
         if len(free) < n:
             raise refusal(f"{len(free)} free cells of {self.limits.n_ctx} for {n} tokens")
         return free[:n]
@@ -247,7 +247,7 @@ class NumpyBackend:
         """Append cells to a sequence."""
         start = self._n_cached[sequence]
         self._table[sequence, start : start + len(cells)] = cells
-        self._holders[cells] += 1
+        self._n_uses[cells] += 1
         self._n_cached[sequence] += len(cells)
 
     def pack(self, sequence: int, start: int, end: int) -> NDArray[np.uint8]:
@@ -276,14 +276,14 @@ class NumpyBackend:
         self._hold(target, self._table[source, :end])
 
     def cut(self, sequence: int, end: int) -> None:
-        self._holders[self._table[sequence, end : self._n_cached[sequence]]] -= 1
+        self._n_uses[self._table[sequence, end : self._n_cached[sequence]]] -= 1
         self._n_cached[sequence] = min(end, self._n_cached[sequence])
 
     def drop(self, sequence: int) -> None:
         self.cut(sequence, 0)
 
     def clear(self) -> None:
-        self._holders[:] = self._n_cached[:] = 0
+        self._n_uses[:] = self._n_cached[:] = 0
 
     def abort(self, on: bool) -> None:
         self._aborted = on

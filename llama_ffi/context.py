@@ -315,7 +315,7 @@ class LlamaContext(NativeContext):
             return check(lib.erl_memory_last(self._native(), sequence), "reading a sequence")
 
     def state(self, sequence: int) -> NDArray[np.uint8]:
-        """Return the state of a sequence, as libllama serialises it.
+        """Return the state of a sequence, as libllama serializes it.
 
         Returns:
             uint8 array, shape (bytes,), owned by the caller.

@@ -17,34 +17,34 @@ from erllama.llama_ffi.library import LlamaError, generation
 class Handle:
     """A native pointer with the number of its holders and the function that frees it."""
 
-    __slots__ = ("_free", "_generation", "_holders", "_lock", "_pointer", "what")
+    __slots__ = ("_free", "_generation", "_holders", "_lock", "_pointer", "kind")
 
-    def __init__(self, pointer: object, free: Callable[[object], None], what: str) -> None:
+    def __init__(self, pointer: object, free: Callable[[object], None], kind: str) -> None:
         self._pointer: object | None = pointer
         self._free = free
         self._holders = 1
         # Reentrant: a garbage collection inside may release another hold on this handle.
         self._lock = threading.RLock()
         self._generation = generation()
-        self.what = what
+        self.kind = kind
 
     @property
     def pointer(self) -> object:
         """The native pointer, for an immediate call by a holder."""
         if self._generation != generation():
             raise LlamaError(
-                f"this {self.what} belongs to the process that forked this one; "
+                f"this {self.kind} belongs to the process that forked this one; "
                 "load models in the child, or start it with multiprocessing's 'spawn' method"
             )
         if self._pointer is None:
-            raise LlamaError(f"this {self.what} is closed")
+            raise LlamaError(f"this {self.kind} is closed")
         return self._pointer
 
     def hold(self) -> Handle:
         """Add a holder; every hold needs one `release`."""
         with self._lock:
             if self._pointer is None:
-                raise LlamaError(f"this {self.what} is closed")
+                raise LlamaError(f"this {self.kind} is closed")
             self._holders += 1
         return self
 

@@ -277,5 +277,5 @@ def ggml_type(name: str) -> int:
 
 
 def ggml_block_size(type_number: int) -> int:
-    """Return the number of elements in a quantisation block of a ggml type."""
+    """Return the number of elements in a quantization block of a ggml type."""
     return int(check(lib.erl_ggml_block_size(type_number), "reading a block size"))

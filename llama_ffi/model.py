@@ -183,7 +183,7 @@ class LlamaModel:
 
     @property
     def file_type(self) -> str:
-        """The quantisation of most weights, such as "Q4_K - Medium" or "all F32"."""
+        """The quantization of most weights, such as "Q4_K - Medium" or "all F32"."""
         with self._use() as model:
             return _GUESSED_PREFIX.sub("", text(lib.erl_model_file_type(model)))
 

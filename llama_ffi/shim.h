@@ -138,8 +138,8 @@ int32_t erl_log_next(int32_t *level, char *buffer, int32_t size);
 
 /* Number of a ggml type name such as "f16" or "q8_0", or -1. */
 int32_t erl_ggml_type(const char *name);
-int64_t erl_ggml_block_size(int32_t type); /* elements per quantisation block */
-int64_t erl_ggml_type_bytes(int32_t type); /* bytes per quantisation block */
+int64_t erl_ggml_block_size(int32_t type); /* elements per quantization block */
+int64_t erl_ggml_type_bytes(int32_t type); /* bytes per quantization block */
 
 /* Models. erl_model_load returns NULL if it failed or was cancelled. */
 erl_load *erl_load_new(void);

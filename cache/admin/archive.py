@@ -103,7 +103,7 @@ def export_blocks(
 def import_blocks(files: CacheFiles, source: IO[bytes], on_done: OnProgress = lambda done: None) -> ImportResult:
     """Store the blocks of a tar stream.
 
-    A member that does not belong into an archive of blocks ends the import with an error. For a file, this is
+    A member that does not belong in an archive of blocks ends the import with an error. For a file, this is
     checked before any block is stored. For a stream, the blocks before that member are valid and stay stored. A
     damaged block is refused without effect on the others.
 

@@ -90,7 +90,7 @@ class CacheFiles:
 
     def __init__(self, root: Path, *, in_memory: bool = False) -> None:
         if not is_cache(root):
-            raise CacheError(f"{root} holds no cache; give the directory of one")
+            raise CacheError(f"{root} holds no cache; use the directory of one")
         self.root = root
         self._tier = create_file_tier(root, _NO_BUDGET, name="ram_file" if in_memory else "disk", watch=False)
         try:
@@ -203,18 +203,18 @@ class CacheFiles:
 
         problems = list(self._tier.verify(read))
         if repair and problems:
-            wrong = {problem.place for problem in problems}
+            wrong = {problem.location for problem in problems}
             for row in self.rows():
-                if self._tier.where(row.block) in wrong:
-                    self._tier.set_aside(row.block)
-            self._tier.mend()
+                if self._tier.location_of(row.block) in wrong:
+                    self._tier.quarantine(row.block)
+            self._tier.repair()
         return problems
 
     def gc(self, budget: int | None = None) -> GcResult:
-        """Make the index fit the files, remove unreachable blocks, and evict down to `budget`, if given."""
+        """Make the index fit the files, remove unreachable blocks, and evict to `budget`; None for no limit."""
         self._require_writable()
         before = {row.block.key for row in self.rows()}
-        self._tier.mend()
+        self._tier.repair()
         rows = self.rows()
         after = {row.block.key for row in rows}
         removed = self._remove(_unreachable_rows(rows))
@@ -288,7 +288,7 @@ class CacheFiles:
             CacheError, OSError: it cannot be written.
         """
         self._require_writable()
-        self._tier.tidy()
+        self._tier.release_stale_reservations()
         with self._tier.exclusive():
             n_bytes = self._tier.size(block, payload.nbytes)
             if self._tier.holds(block.key) or not self._tier.reserve(block, n_bytes):

@@ -67,13 +67,13 @@ class Row(NamedTuple):
 
 
 class TierStatus(NamedTuple):
-    """One root of a tier: its place, budget and content, and the error if it cannot be used.
+    """One root of a tier: its location, budget and content, and the error if it cannot be used.
 
     A `read_only` root is never written, and its budget is not enforced.
     """
 
     tier: str
-    place: str
+    location: str
     budget: int
     n_bytes: int
     n_blocks: int

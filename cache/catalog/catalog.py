@@ -397,9 +397,9 @@ class BlockCatalog:
             for root in ledger.roots:
                 n_bytes = sum(ledger.sizes(root).values())
                 if n_bytes != ledger.n_bytes(root):
-                    yield f"{root.place} counts {ledger.n_bytes(root)} bytes; its blocks have {n_bytes}"
+                    yield f"{root.location} counts {ledger.n_bytes(root)} bytes; its blocks have {n_bytes}"
                 if n_bytes > root.budget and not root.read_only:
-                    yield f"{root.place} has {n_bytes} bytes; its budget is {root.budget}"
+                    yield f"{root.location} has {n_bytes} bytes; its budget is {root.budget}"
             for key in ledger:
                 if self._tree.get(key) is None:
                     yield f"{name} lists block {key.hex()}, which lookups cannot find"

@@ -1,7 +1,7 @@
 """Tiers that their owners write: KV that is still in the cells of a context.
 
-`Cache.attach`, `detach`, `hold` and `let_go` call it. The catalog records what their owners report; the cache
-reads and writes no payload there.
+`Cache.attach`, `detach`, `report_stored` and `report_removed` call it. The catalog records what their owners
+report. The cache does not read or write payloads there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AttachedTiers:
             self._tiers.remove(tier)
             self._catalog.remove_root(tier)
 
-    def hold(self, tier: Tier, block: Block, n_bytes: int) -> bool:
+    def report_stored(self, tier: Tier, block: Block, n_bytes: int) -> bool:
         """Record that a tier has a block; False if its budget has no room after evicting others."""
         with self._lock:
             fits = self._catalog.make_room(tier, block, n_bytes)
@@ -55,7 +55,7 @@ class AttachedTiers:
                 self._catalog.put(tier, block, n_bytes, time.time_ns())
             return fits
 
-    def let_go(self, tier: Tier, keys: Sequence[bytes]) -> None:
+    def report_removed(self, tier: Tier, keys: Sequence[bytes]) -> None:
         """Record that a tier no longer has these blocks."""
         with self._lock:
             ledger = self._catalog.ledger(tier.name)

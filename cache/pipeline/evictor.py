@@ -39,7 +39,7 @@ class Evictor:
     # --- budgets ---------------------------------------------------------------------------------
 
     def fit_to_budget(self, tier: Tier) -> None:
-        """Evict from a tier until it keeps its budget, which may be smaller than when it was filled."""
+        """Evict from a tier until it is within its budget, which may be smaller than when it was filled."""
         if tier.read_only:
             return
         with self._tiers.locked(), self._tiers.guard("evicting", tier), tier.exclusive():
@@ -147,7 +147,7 @@ class Evictor:
         try:
             for block, damaged, _ in removals.values():
                 if damaged:
-                    tier.set_aside(block)
+                    tier.quarantine(block)
                 else:
                     tier.remove([block.key])
         except BaseException:

@@ -46,7 +46,7 @@ class GarbageCollector:
             with self._tiers.locked():
                 if self._feed.ensure_open(tier):
                     with self._tiers.guard("repairing", tier):
-                        tier.mend()
+                        tier.repair()
                         self._tiers.sync(tier)
                         freed += 0 if tier.read_only else self._remove_unreachable(tier)
                     self._evictor.fit_to_budget(tier)

@@ -34,10 +34,10 @@ class IntegrityChecker:
                 try:
                     problems.extend(tier.verify())
                 except (OSError, sqlite3.Error, CacheError) as error:
-                    problems.append(Problem(tier.name, tier.place, str(error)))
+                    problems.append(Problem(tier.name, tier.location, str(error)))
             else:
                 reason = self._tiers.error_of(tier) or "the tier is not open"
-                problems.append(Problem(tier.name, tier.place, str(reason)))
+                problems.append(Problem(tier.name, tier.location, str(reason)))
         return problems
 
     def contradictions(self) -> Iterator[str]:
@@ -54,10 +54,10 @@ class IntegrityChecker:
                         self._tiers.sync(tier)
                         with self._lock:
                             found = list(self._differences(tier))
-                        found += [f"{problem.place}: {problem.what}" for problem in tier.check()]
+                        found += [f"{problem.location}: {problem.description}" for problem in tier.check()]
                     yield from found
             except (OSError, sqlite3.Error, CacheError) as error:
-                yield f"{tier.place} cannot be compared: {error}"
+                yield f"{tier.location} cannot be compared: {error}"
 
     def _differences(self, tier: Tier) -> Iterator[str]:
         """Yield each difference between the catalog and the list of a tier. The caller holds the cache's lock."""
@@ -69,8 +69,8 @@ class IntegrityChecker:
             if n_bytes is None:
                 # Another root may have the block, too. A read-only tier has no budget to count for.
                 if key not in ledger and not tier.read_only and not self._evictor.is_pending(tier, key):
-                    yield f"{tier.where(row.block)} takes {row.n_bytes} bytes that are not counted"
+                    yield f"{tier.location_of(row.block)} takes {row.n_bytes} bytes that are not counted"
             elif n_bytes != row.n_bytes:
-                yield f"{tier.where(row.block)} takes {row.n_bytes} bytes and counts for {n_bytes}"
+                yield f"{tier.location_of(row.block)} takes {row.n_bytes} bytes and counts for {n_bytes}"
         for key in counted:
-            yield f"{tier.place} counts block {key.hex()}, which it does not have"
+            yield f"{tier.location} counts block {key.hex()}, which it does not have"

@@ -109,14 +109,14 @@ class Loader:
             if found.key != block.key:
                 raise CacheFormatError("the tier returned a different block")
         except CacheFormatError as error:
-            log.warning("%s: %s; not used", tier.where(block), error)
+            log.warning("%s: %s; not used", tier.location_of(block), error)
             self._counters.add("corrupt_files")
             self._evictor.remove_later(tier, block, damaged=True)
         except FileNotFoundError:
-            log.info("%s is gone", tier.where(block))
+            log.info("%s is gone", tier.location_of(block))
             self._evictor.remove_later(tier, block)
         except Exception as error:
-            log.warning("%s cannot be read: %s", tier.where(block), error)
+            log.warning("%s cannot be read: %s", tier.location_of(block), error)
             self._counters.add("disk_errors")
             with self._lock:
                 # A later read may succeed. If not, the next save of the block writes it again.

@@ -23,7 +23,7 @@ class CacheReport:
         return [
             TierStatus(
                 ledger.name,
-                root.place,
+                root.location,
                 root.budget,
                 ledger.n_bytes(root),
                 ledger.n_blocks(root),

@@ -98,8 +98,8 @@ class TierSet:
     def guard(self, action: str, tier: Tier, *, changes: bool = True) -> Iterator[None]:
         """Count and log a storage fault in the `with` block instead of raising it.
 
-        Counts any other exception, SystemExit included, as a fault. Raises KeyboardInterrupt and other exceptions
-        that are no `Exception`. Both mark the tier as out of sync.
+        Counts other subclasses of `Exception`, and SystemExit, as faults. Raises KeyboardInterrupt and all others.
+        Both mark the tier as out of sync.
 
         Args:
             action: what the block does, for the log.
@@ -115,7 +115,7 @@ class TierSet:
         except (Exception, SystemExit):
             self._out_of_sync.add(tier)
             self._counters.add("faults")
-            log.exception("%s in tier %s failed unexpectedly", action, tier.place)
+            log.exception("%s in tier %s failed unexpectedly", action, tier.location)
         except BaseException:  # the change may be half done
             self._out_of_sync.add(tier)
             raise
@@ -151,7 +151,7 @@ class TierSet:
 
     def _record_error(self, tier: Tier, error: Exception) -> None:
         if not isinstance(error, CacheError):
-            error = CacheError(f"cannot use the cache directory {tier.place}: {error}; give a writable one")
+            error = CacheError(f"cannot use the cache directory {tier.location}: {error}; use a writable one")
         if str(error) != str(self._errors.get(tier)):
             log.warning("%s. The cache continues without it", error)
         self._errors[tier] = error

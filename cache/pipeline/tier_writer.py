@@ -84,7 +84,7 @@ class TierWriter:
 
         Args:
             superseded: keys of tails to remove once the block is written.
-            full: the block is no tail, which would be delayed.
+            full: whether the block is full. A shorter one, a tail, is written after a delay.
 
         Returns:
             False if the save, or one of a missing ancestor, was not queued.
@@ -196,7 +196,7 @@ class TierWriter:
 
     def _make_room(self, ledger: TierLedger, tier: Tier, save: PendingSave, n_bytes: int) -> _Room:
         """Reserve room for a block, evicting others, within one transaction of the tier."""
-        tier.tidy()
+        tier.release_stale_reservations()
         with tier.exclusive():
             self._evictor.remove_pending(tier)  # syncs the catalog first
             reserved = tier.reserved()

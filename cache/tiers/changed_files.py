@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 _MAX_NAMES = 1000
-_RETRY_SECONDS = 1.0  # before a check that failed for a passing reason is repeated
+_RETRY_SECONDS = 1.0  # before the first retry of a check that failed for a temporary reason
 _MAX_RETRY_SECONDS = 300.0
 
 
@@ -52,7 +52,7 @@ class ChangedFiles:
             self.add(name, _RETRY_SECONDS)
 
     def take_all(self) -> bool:
-        """Return whether all files need a check, and forget it."""
+        """Return whether all files need a check, and clear the mark."""
         with self._lock:
             taken, self._all = self._all, False
         return taken

@@ -197,7 +197,7 @@ class CacheDirectory:
                 path.unlink(missing_ok=True)
                 raise CacheError(
                     f"{self.root} is on a file system without locks ({error}), so processes cannot share it; "
-                    "give a directory on a local disk"
+                    "use a directory on a local disk"
                 ) from error
             except BaseException:
                 os.close(lock)
@@ -218,7 +218,7 @@ class CacheDirectory:
         finally:
             os.close(second)
         raise CacheError(
-            f"{self.root} is on a file system whose locks have no effect; give a directory on a local disk"
+            f"{self.root} is on a file system whose locks have no effect; use a directory on a local disk"
         )
 
 
@@ -226,7 +226,7 @@ def warn_about_file_system(root: Path, in_memory: bool) -> None:
     """Log a warning if `root` is on a network file system, or is not in memory where it should be."""
     type_name = file_system(root)
     if in_memory and type_name and type_name not in _MEMORY_FILE_SYSTEMS:
-        log.warning("ram_file=%s is on %s, not in memory; give a directory on a tmpfs", root, type_name)
+        log.warning("ram_file=%s is on %s, not in memory; use a directory on a tmpfs", root, type_name)
     if type_name in _NETWORK_FILE_SYSTEMS:
         log.warning("%s is on %s; only processes of one machine may share it", root, type_name)
 
@@ -251,11 +251,11 @@ def _refuse_nested(root: Path) -> None:
     """Raise CacheError if `root` lies in a cache or contains one: two caches must not count the same files."""
     for above in root.parents:
         if is_cache(above):
-            raise CacheError(f"{root} lies in the cache directory {above}; give a directory of its own, or {above}")
+            raise CacheError(f"{root} lies in the cache directory {above}; use a directory of its own, or {above}")
     if root.is_dir() and not is_cache(root):
         for below in root.iterdir():
             if below.is_dir() and is_cache(below):
-                raise CacheError(f"{root} holds the cache directory {below}; give another directory, or {below}")
+                raise CacheError(f"{root} holds the cache directory {below}; use another directory, or {below}")
 
 
 def is_cache(root: Path) -> bool:
@@ -296,9 +296,9 @@ def _ensure_private(path: Path) -> None:
     make_private(path)
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode):
-        raise CacheError(f"{path} is a link or a special file; give the directory itself")
+        raise CacheError(f"{path} is a link or a special file; use the directory itself")
     if status.st_uid != os.geteuid():
-        raise CacheError(f"{path} belongs to another user; give a directory of your own")
+        raise CacheError(f"{path} belongs to another user; use a directory of your own")
     if stat.S_IMODE(status.st_mode) & 0o077:
         if all(entry.name in _OWN_NAMES or entry.name.startswith(INDEX_NAME) for entry in path.iterdir()):
             path.chmod(0o700)
@@ -306,7 +306,7 @@ def _ensure_private(path: Path) -> None:
         # It contains files that are not a cache's: changing its mode could break other programs.
         raise CacheError(
             f"{path} is open to other users, and a cache holds people's prompts; "
-            f"give an empty directory, or one that does not exist yet, or run: chmod 700 {path}"
+            f"use an empty directory, or one that does not exist yet, or run: chmod 700 {path}"
         )
 
 

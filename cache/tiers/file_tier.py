@@ -69,10 +69,10 @@ class FileTier(Tier):
         return self._open_directory.usable
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return str(self.root)
 
-    def where(self, block: Block) -> str:
+    def location_of(self, block: Block) -> str:
         return str(self.path_of(block.key))
 
     def open(self) -> None:
@@ -235,7 +235,7 @@ class FileTier(Tier):
         if failure is not None:
             raise failure
 
-    def set_aside(self, block: Block) -> None:
+    def quarantine(self, block: Block) -> None:
         with self._using() as index, index.transaction():
             index.remove([block.key])
             with contextlib.suppress(FileNotFoundError):
@@ -272,7 +272,7 @@ class FileTier(Tier):
         with self._using() as index:
             return sum(n_bytes for _, n_bytes in index.reservations().values())
 
-    def tidy(self) -> None:
+    def release_stale_reservations(self) -> None:
         directory = self._open_directory.directory
         with self._using() as index:
             owners = {owner for owner, _ in index.reservations().values()}
@@ -346,8 +346,8 @@ class FileTier(Tier):
         with self._reconciling() as reconciler:
             return reconciler.check_changed()
 
-    def mend(self) -> None:
-        self.tidy()
+    def repair(self) -> None:
+        self.release_stale_reservations()
         with self._reconciling() as reconciler:
             reconciler.remove_leftovers()
             with self._using() as index:

@@ -67,7 +67,7 @@ def check_version(path: Path, connection: sqlite3.Connection) -> int:
     if version > SCHEMA_VERSION:
         raise CacheError(
             f"{path} has version {version}; this release reads up to {SCHEMA_VERSION}. "
-            "Upgrade erllama, or give another directory"
+            "Upgrade erllama, or use another directory"
         )
     return version
 

@@ -232,7 +232,7 @@ class ReadOnlyFileTier(FileTier):
             try:
                 self.read(row.block)
             except (CacheFormatError, OSError) as error:
-                yield Problem(self.name, self.where(row.block), str(error))
+                yield Problem(self.name, self.location_of(row.block), str(error))
             on_read(row.n_bytes)
 
     def check(self) -> Iterator[Problem]:
@@ -241,13 +241,13 @@ class ReadOnlyFileTier(FileTier):
     # --- calls without effect, or refused --------------------------------------------------
 
     def write(self, block: Block, payload: memoryview) -> None:
-        raise CacheError(f"{self.root} is read-only; give a writable directory")
+        raise CacheError(f"{self.root} is read-only; use a writable directory")
 
     def remove(self, keys: Sequence[bytes]) -> None:
         """Hide blocks from this process."""
         self._hidden.update(keys)
 
-    def set_aside(self, block: Block) -> None:
+    def quarantine(self, block: Block) -> None:
         self.remove([block.key])
 
     def touch(self, used: Iterable[tuple[bytes, int]]) -> None:
@@ -266,10 +266,10 @@ class ReadOnlyFileTier(FileTier):
     def reserved(self) -> int:
         return 0
 
-    def tidy(self) -> None:
+    def release_stale_reservations(self) -> None:
         """Do nothing: the tier has no reservations."""
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Do nothing: the directory is not changed."""
 
     def in_flight(self, key: bytes) -> bool:
@@ -284,14 +284,14 @@ def _check_trustworthy(root: Path) -> None:
     """Raise CacheError if `root` is not a cache, or other users can write to it: forged KV would not be noticed."""
     blocks = root / "blocks"
     if not blocks.is_dir():
-        raise CacheError(f"{root} holds no cache to read; give the directory of one, or leave read_only out")
+        raise CacheError(f"{root} holds no cache to read; use the directory of one, or leave read_only out")
     mounted_read_only = bool(os.statvfs(root).f_flag & os.ST_RDONLY)
     for path in (root, blocks):
         status = path.lstat()
         if not stat.S_ISDIR(status.st_mode):
-            raise CacheError(f"{path} is a link or a special file; give the directory itself")
+            raise CacheError(f"{path} is a link or a special file; use the directory itself")
         if status.st_uid not in (os.geteuid(), 0):
-            raise CacheError(f"{path} belongs to another user; give a directory of your own, or of root")
+            raise CacheError(f"{path} belongs to another user; use a directory of your own, or of root")
         if not mounted_read_only and stat.S_IMODE(status.st_mode) & 0o022:
             raise CacheError(f"{path} can be written by other users; run: chmod go-w {path}")
 

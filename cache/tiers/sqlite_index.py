@@ -100,7 +100,7 @@ class Index:
             mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             if mode != "wal":
                 raise CacheError(
-                    f"{self.path.parent} is on a file system that databases cannot share; give a local one"
+                    f"{self.path.parent} is on a file system that databases cannot share; use a local one"
                 )
             connection.execute("PRAGMA synchronous=NORMAL")
             self.db = sqlite_utils.Database(connection, execute_plugins=False)

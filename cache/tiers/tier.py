@@ -36,11 +36,11 @@ class Changes(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A defect in the content of a tier: the tier's name, the place and a description."""
+    """A defect in the content of a tier: the tier's name, the location and a description."""
 
     tier: str
-    place: str
-    what: str
+    location: str
+    description: str
 
 
 class SimulatedCrash(BaseException):
@@ -69,7 +69,7 @@ class Tier(ABC):
     read_only = False
 
     # How blocks are stored: "through" during the save, "behind" after it by the cache's own thread, or "external"
-    # by the owner of the tier, who calls `Cache.hold`.
+    # by the owner of the tier, who calls `Cache.report_stored`.
     write_mode: Literal["through", "behind", "external"] = "behind"
 
     def __init__(self, name: str, budget: int) -> None:
@@ -79,7 +79,7 @@ class Tier(ABC):
             )
         self.name = name
         self.budget = budget
-        self.damaged = 0  # files that the tier itself found damaged and set aside; the cache's counters include it
+        self.damaged = 0  # files that the tier itself found damaged and quarantined; part of the cache's counter
 
     @property
     def usable(self) -> bool:
@@ -87,13 +87,13 @@ class Tier(ABC):
         return True
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """The location of the tier, for messages."""
         return self.name
 
-    def where(self, block: Block) -> str:
+    def location_of(self, block: Block) -> str:
         """Return the location of a block, for messages."""
-        return f"{self.place}, block {block.key.hex()}"
+        return f"{self.location}, block {block.key.hex()}"
 
     @property
     def persistent(self) -> bool:
@@ -136,7 +136,7 @@ class Tier(ABC):
         """Return the bytes that a block counts for: at least `payload_bytes`, and the same each time."""
         return payload_bytes
 
-    def set_aside(self, block: Block) -> None:
+    def quarantine(self, block: Block) -> None:
         """Remove a block that `read` refused, or move it out of the way."""
         self.remove([block.key])
 
@@ -157,7 +157,7 @@ class Tier(ABC):
         """Return the differences between `rows` and the real content, without reading payloads; in `exclusive`."""
         return ()
 
-    def mend(self) -> None:  # noqa: B027
+    def repair(self) -> None:  # noqa: B027
         """Repair what can be repaired. `Cache.gc` calls it."""
 
     def close(self) -> None:  # noqa: B027
@@ -182,7 +182,7 @@ class Tier(ABC):
         """Reserve room and the right to write a block, in `exclusive`. False: another process is writing it."""
         return True
 
-    def tidy(self) -> None:  # noqa: B027
+    def release_stale_reservations(self) -> None:  # noqa: B027
         """Release the reservations of processes that have ended. Called before `exclusive`."""
 
     def reserved(self) -> int:

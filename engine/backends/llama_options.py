@@ -22,7 +22,7 @@ KV_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_n
 SPLIT_MODES = ("none", "layer", "row")
 ROPE_SCALINGS = ("none", "linear", "yarn")
 MAX_N_CTX = 2**30
-_UNQUANTISED = ("f16", "f32", "bf16")
+_UNQUANTIZED = ("f16", "f32", "bf16")
 _YARN_FACTORS = ("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow")
 _YARN = (*_YARN_FACTORS, "yarn_orig_ctx")
 _FLOAT32_MAX = 3.4e38
@@ -124,7 +124,7 @@ class LlamaOptions:
         for name in ("kv_type_k", "kv_type_v"):
             choice(name, getattr(self, name), KV_TYPES)
         boolean("swa_full", self.swa_full)
-        if self.kv_type_v not in _UNQUANTISED and self.flash_attn is False:
+        if self.kv_type_v not in _UNQUANTIZED and self.flash_attn is False:
             raise OptionError(
                 f"kv_type_v={self.kv_type_v!r} needs flash attention; leave flash_attn at 'auto', or use 'f16'"
             )

@@ -77,7 +77,7 @@ class ForcedTokenizer:
         return forced if unchanged else []
 
     def _begins_longer(self, part: bytes) -> bool:
-        """Return whether a token begins with `part` and is longer. A character cut in two counts as begun."""
+        """Return whether a token begins with `part` and is longer. It may be the first bytes of a character."""
         at = bisect_right(self._sorted, part)
         return at < len(self._sorted) and self._sorted[at].startswith(part)
 

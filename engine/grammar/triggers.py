@@ -66,9 +66,9 @@ class LazyMatcher:
         found = [at for text in self._texts if (at := self._recent.find(text)) >= 0]
         if found:
             self._begun = True
-            begun = self._recent[min(found) :]
-            if not self._matcher.accept_text(begun):
-                shown = begun.decode("utf-8", "replace")
+            start = self._recent[min(found) :]
+            if not self._matcher.accept_text(start):
+                shown = start.decode("utf-8", "replace")
                 raise GrammarError(f"the grammar does not allow {shown!r}, the text from its trigger on")
         elif self._texts:
             # The end of the text may be the beginning of a trigger.

@@ -376,7 +376,11 @@ class SequenceKV:
         return child_key(block.parent, block.tokens[: (self.cold_tail_end - block.start) * TOKEN_BYTES])
 
     def _is_better(self, new: Block, old: Block) -> bool:
-        """Return whether `new` is canonical for more prompts: for any, or, from a full slice, for longer ones."""
+        """Return whether `new` is canonical for more prompts.
+
+        A block from a full slice is canonical for all longer prompts. Another canonical block is canonical only for
+        prompts that end with its slice.
+        """
         window = self._slicing.window
         if not window or (new.recipe, new.slice_end) == (old.recipe, old.slice_end):
             return False

@@ -100,8 +100,8 @@ class PhasedMatcher:
     def thinking_end(self, token: int, *, ends_reply: bool) -> Sequence[int]:
         """Return the tokens that end thinking in place of a sampled token that is not allowed there.
 
-        An answer must still follow. So a token may not end the reply, and may not end thinking and continue with
-        text that begins no answer. The model meant to end thinking, so its thinking ends, with other tokens.
+        An answer must still follow. So a token must not end the reply, or end thinking and continue with text that
+        cannot begin an answer. With such a token, the model ends its thinking: other tokens end it instead.
 
         Args:
             token: the sampled token.
@@ -117,10 +117,10 @@ class PhasedMatcher:
         if not ends_reply:
             ahead = copy(tracker)
             ahead.feed(token)
-            begun = ahead.after_thinking.lstrip(WHITE)
+            start = ahead.after_thinking.lstrip(WHITE)
             # In an answer that is text, a marker is content, but only once its grammar is active.
             fits = ahead.phase == "text" or not self._answer_is_text
-            if not begun or (fits and self._accepts(answer.fork(), begun)):
+            if not start or (fits and self._accepts(answer.fork(), start)):
                 return ()
             end = self._codec.encode_token(token).removesuffix(ahead.after_thinking)
         return self._codec.exact_tokens(end) or self._closing
@@ -168,16 +168,16 @@ class PhasedMatcher:
         if self._answer_is_text:
             self._tracker.treat_rest_as_text()
 
-    def _begin_answer(self, answer: Matcher | LazyMatcher, begun: str) -> None:
+    def _begin_answer(self, answer: Matcher | LazyMatcher, start: str) -> None:
         """Begin the answer with encoded text that arrived with the end of thinking, or of the prompt."""
         if isinstance(answer, LazyMatcher):
-            for part in self._codec.split(begun):
+            for part in self._codec.split(start):
                 answer.read(part) if isinstance(part, bytes) else answer.accept(part)
             if answer.begun:
                 self._activate(answer)
-        elif begun:
-            if not self._accepts(answer, begun):
-                text = self._codec.decode(begun)
+        elif start:
+            if not self._accepts(answer, start):
+                text = self._codec.decode(start)
                 raise GrammarError(f"the grammar does not begin with {text!r}, which precedes the answer")
             self._activate(answer)
 

@@ -45,11 +45,12 @@ class PhaseOptions:
             one character may be escaped by a backslash. () for arguments without quotes: an argument then ends
             only at the payload's closing marker.
         leading: JSON texts, compared without white space. An answer that begins with one of them is a call.
-        skip: texts around phases that belong to no phase.
+        skip: texts between phases, which are removed.
         call_grammar: the grammar of a call, from its opening marker on, and of all that follows; None for any text.
         calls_only: the whole answer must match `call_grammar`.
-        begins: whether the reply begins in thinking. With None, it does if the prompt ends with an opening marker.
-        opened: a marker, or the beginning of one, at the prompt's end, which the reply continues.
+        starts_in_thinking: whether the reply begins with thinking; None if it does after a prompt that ends with an
+            opening marker.
+        open_marker: a marker, or the beginning of one, at the prompt's end, which the reply continues.
         thinking_budget: maximum number of tokens of thinking. Then the engine inserts the closing marker. None for
             no limit.
         budget_message: the text inserted before that marker.
@@ -64,8 +65,8 @@ class PhaseOptions:
     skip: tuple[str, ...] = ()
     call_grammar: Grammar | None = None
     calls_only: bool = False
-    begins: bool | None = None
-    opened: str = ""
+    starts_in_thinking: bool | None = None
+    open_marker: str = ""
     thinking_budget: int | None = None
     budget_message: str = ""
     signing_key: bytes | None = None
@@ -76,8 +77,8 @@ class PhaseOptions:
                 raise OptionError(f"{name}={getattr(self, name)!r}; pass Markers, or None")
         for name in ("quotes", "leading", "skip"):
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
-        if self.begins is not None:
-            boolean("begins", self.begins)
+        if self.starts_in_thinking is not None:
+            boolean("starts_in_thinking", self.starts_in_thinking)
         if self.thinking_budget is not None:
             object.__setattr__(self, "thinking_budget", integer("thinking_budget_tokens", self.thinking_budget, 0))
         if not isinstance(self.budget_message, str):

@@ -72,15 +72,15 @@ class PhaseTracker:
             "payload": (*self._calls.close, *self._payload.close),
         }
         self._finders = {phase: TextFinder(texts, longest=True) for phase, texts in markers.items()}
-        self.buffer = codec.encode_marker(options.opened) if options.opened else ""
+        self.buffer = codec.encode_marker(options.open_marker) if options.open_marker else ""
         self._may_lead = bool(self._leading)  # the answer has not begun: a leading text would begin a call
         self._all_text = False
         self.call = self.after_thinking = ""
-        begins = options.begins
-        if begins is None:
+        thinks = options.starts_in_thinking
+        if thinks is None:
             end = codec.encode_tokens(prompt[-_PROMPT_END:].tolist()).rstrip(WHITE)
-            begins = any(end.endswith(marker.rstrip(WHITE)) for marker in self._thinking.open)
-        self.phase: ReplyPhase = "thinking" if begins and options.thinking is not None else "text"
+            thinks = any(end.endswith(marker.rstrip(WHITE)) for marker in self._thinking.open)
+        self.phase: ReplyPhase = "thinking" if thinks and options.thinking is not None else "text"
 
     @property
     def kind(self) -> SegmentKind:

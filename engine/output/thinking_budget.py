@@ -10,7 +10,7 @@ from erllama.engine.output.phase_options import PhaseOptions
 from erllama.engine.output.phases import PhaseTracker
 from erllama.engine.output.token_codec import TokenCodec
 
-_CHARACTER_BYTES = 4  # most bytes of a character
+_CHARACTER_BYTES = 4  # maximum bytes of a character
 
 
 class ThinkingBudget:

@@ -21,7 +21,7 @@ from erllama.engine.sampling.sampler import TokenLogprobs
 class Reply:
     """Assembles the reply to one request.
 
-    With phases, white space between them belongs to none. Stop strings are searched for before it is removed, in
+    With phases, white space between them is removed. Stop strings are searched for before it is removed, in
     each text by itself. Every token is part of one piece, except those of a stop string.
 
     Args:
@@ -114,7 +114,7 @@ class Reply:
         for segment in self._tracker.finish() if self._tracker is not None else ():
             self._add_segment(segment)
         rest = self._flush()
-        # White space before a marker is no text, even if nothing follows the marker.
+        # White space before a marker is not text, even at the end of the reply.
         at_marker = self._tracker is not None and self._tracker.kind != "text" and self._stops.matched is None
         if self._kind == "text" and not at_marker:
             rest += self._white
@@ -171,7 +171,7 @@ class Reply:
     # --- text
 
     def _add_text(self, text: str) -> None:
-        """Send text of the answer or of a thought, except what may belong to a stop string, or to no phase."""
+        """Send text of the answer or of a thought. Keep what may be removed: stop strings and outer white space."""
         if self._kind == "text":
             text = self._stops.feed(text)
         text = self._trim(text)

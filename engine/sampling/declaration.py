@@ -33,7 +33,7 @@ class Option(Generic[T]):
         minimum, maximum: the range of a number, both ends included; None is without limit.
         neutral: another value that asks for no step; None if only the default does.
         check: returns the checked value of an option that is not a number, or raises OptionError.
-        shared: several steps have the option, so that it is valid without any one of them.
+        shared: whether several steps have the option. It is then valid even if one of them is left out.
     """
 
     def __init__(

@@ -27,17 +27,17 @@ class LiveTier(Tier):
     Args:
         cache: the cache that shows them.
         name: of the tier.
-        place: description of the context, for messages.
+        location: description of the context, for messages.
         cell_bytes: bytes of one token's KV.
         n_cells: cells of the context.
     """
 
     write_mode = "external"
 
-    def __init__(self, cache: Cache, name: str, place: str, cell_bytes: int, n_cells: int) -> None:
+    def __init__(self, cache: Cache, name: str, location: str, cell_bytes: int, n_cells: int) -> None:
         super().__init__(name, cell_bytes * n_cells)
         self._cache = cache
-        self._place = place
+        self._location = location
         self._cell_bytes = cell_bytes
         self._n_parked: Counter[bytes] = Counter()  # parked sequences that contain a block
         self._evicted: deque[bytes] = deque()
@@ -66,7 +66,7 @@ class LiveTier(Tier):
             for key in new:
                 block = self._cache.stored(key)
                 if block is not None:
-                    self._cache.hold(self, block, block.n_tokens * self._cell_bytes)
+                    self._cache.report_stored(self, block, block.n_tokens * self._cell_bytes)
 
     def remove_parked(self, keys: Sequence[bytes]) -> None:
         """Remove the blocks of a sequence that is no longer parked."""
@@ -75,7 +75,7 @@ class LiveTier(Tier):
         for key in gone:
             del self._n_parked[key]
         with self._guard():
-            self._cache.let_go(self, gone)
+            self._cache.report_removed(self, gone)
 
     @property
     def has_evicted(self) -> bool:
@@ -105,8 +105,8 @@ class LiveTier(Tier):
     # --- called by the cache
 
     @property
-    def place(self) -> str:
-        return self._place
+    def location(self) -> str:
+        return self._location
 
     @property
     def persistent(self) -> bool:

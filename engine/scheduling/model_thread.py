@@ -101,8 +101,8 @@ class ModelThread:
         self._tier: LiveTier | None = None
         try:
             if limits.cell_bytes and not cache.closed:
-                place = f"the context of model {name!r}"
-                self._tier = LiveTier(cache, LIVE, place, limits.cell_bytes, limits.n_ctx)
+                location = f"the context of model {name!r}"
+                self._tier = LiveTier(cache, LIVE, location, limits.cell_bytes, limits.n_ctx)
             self._scheduler = Scheduler(
                 self._context,
                 n_seq_max=n_seq_max,

@@ -102,8 +102,8 @@ class Slots:
     def find_longest_prefix(self, sequence: Sequence, running: Iterable[Sequence]) -> PrefixSource:
         """Return the sequence in the context that has the longest prefix of the reusable tokens of another.
 
-        Of several equally long ones, its own session's. Memory that cannot be cut is reused only from parked
-        sequences, and only whole.
+        Among equally long prefixes, prefers that of its own session. Memory that cannot be cut is reused only from
+        parked sequences, and only as a whole.
         """
         wanted = sequence.reusable
         best, longest = NO_SOURCE

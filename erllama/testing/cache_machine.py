@@ -102,7 +102,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.n_saves = 0
         self.contexts: list[tuple[list[int], bytes]] = []  # saved so far
         self.step = 0
-        self.tier_models: dict[tuple[int, str, str], TierModel] = {}  # by index, name and place of a tier
+        self.tier_models: dict[tuple[int, str, str], TierModel] = {}  # by index, name and location of a tier
         self.process_models: WeakKeyDictionary[Tier, TierModel] = (
             WeakKeyDictionary()
         )  # of tiers that do not persist
@@ -133,7 +133,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Return the tiers of a cache with their models. Persistent tiers share theirs across caches."""
         return [
             (
-                self.tier_models.setdefault((index, tier.name, tier.place), TierModel())
+                self.tier_models.setdefault((index, tier.name, tier.location), TierModel())
                 if tier.persistent
                 else self.process_models.setdefault(tier, TierModel()),
                 tier,
@@ -345,7 +345,7 @@ class CacheMachine(RuleBasedStateMachine):
             model.compare(tier)
             rows = list(tier.rows())
             total = sum(row.n_bytes for row in rows)
-            assert total <= tier.budget, f"rows() of {tier.place} count {total} bytes; its budget is {tier.budget}"
+            assert total <= tier.budget, f"{tier.location} has {total} bytes by rows(); its budget is {tier.budget}"
             stored |= {(tier.name, row.block.key): row.n_bytes for row in rows}
         assert listed == stored, "the cache lists other blocks or sizes than rows() of its tiers"
 
@@ -360,7 +360,7 @@ class CacheMachine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         for tier in self.cache.tiers():
-            assert tier.n_bytes <= tier.budget, f"{tier.place} is over its budget"
+            assert tier.n_bytes <= tier.budget, f"{tier.location} is over its budget"
         if not self.tampered:
             for files in self._file_tiers():
                 there = [p for part in ("blocks", "partial") for p in (files.root / part).glob("*.kvc")]

@@ -130,7 +130,7 @@ def test_a_phase_opened_by_the_prompt_is_recognized() -> None:
         ("text", "yes"),
     ]
     assert phases_of(VOCABULARY.byte_tokens("so"), prompt="Question?<think>\n</think>\n") == [("text", "so")]
-    closed = PhaseOptions(thinking=OPTIONS.thinking, begins=False)
+    closed = PhaseOptions(thinking=OPTIONS.thinking, starts_in_thinking=False)
     assert phases_of(VOCABULARY.byte_tokens("so"), closed, prompt="<think>") == [("text", "so")]
 
 

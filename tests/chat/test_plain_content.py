@@ -218,7 +218,7 @@ AROUND = st.lists(st.text("]~![b｜<>e ", max_size=6), min_size=2, max_size=4)
 
 @settings(max_examples=400)
 @given(OVERLAPPING, AROUND, st.text("]~![b｜<>e", max_size=8), st.data())
-def test_content_beside_overlapping_special_tokens_produces_none(
+def test_content_beside_overlapping_marks_produces_no_special_token(
     names: list[str], around: list[str], content: str, data: st.DataObject
 ) -> None:
     vocabulary = PieceVocabulary(["<b>", "<be>"], sorted(names, key=lambda name: -len(name.encode())), "<|end|>")

@@ -95,7 +95,7 @@ def test_an_unusable_directory_is_reported_in_one_line(run: Command) -> None:
         assert "chmod 700" in found.err
 
 
-# --- checked and mended -----------------------------------------------------------------------------------
+# --- checked and repaired -----------------------------------------------------------------------------------
 
 
 def test_a_flipped_byte_is_found_and_repaired(run: Command) -> None:
@@ -107,7 +107,7 @@ def test_a_flipped_byte_is_found_and_repaired(run: Command) -> None:
     assert f"{files_of(run)[0]}: the payload's checksum does not match" in found.out
     report = run("cache", "verify", "--json")
     assert report.status == 1
-    assert [problem["place"] for problem in report.json["problems"]] == [str(files_of(run)[0])]
+    assert [problem["location"] for problem in report.json["problems"]] == [str(files_of(run)[0])]
     assert len(files_of(run)) == 5
     repaired = run("cache", "verify", "--repair")
     assert repaired.status == 0

@@ -36,9 +36,9 @@ def stub(**sizes: int) -> erllama.Model:
 def oracle(reply: Sequence[int], n_prompt: int, lies: Sequence[bool]) -> erllama.Drafter:
     """A drafter that knows the reply and proposes some wrong tokens."""
 
-    def draft(tokens: NDArray[np.int32], most: int) -> Sequence[int]:
+    def draft(tokens: NDArray[np.int32], n_max: int) -> Sequence[int]:
         at = len(tokens) - n_prompt
-        truth = list(reply[at : at + most])
+        truth = list(reply[at : at + n_max])
         return [(t + 1) % EOG if lies[(at + i) % len(lies)] else t for i, t in enumerate(truth)]
 
     return draft
@@ -190,7 +190,7 @@ def test_speculative_draws_follow_the_models_distribution() -> None:
                 "Q",
                 max_tokens=3,
                 seed=seed,
-                speculative=lambda tokens, most: [two],
+                speculative=lambda tokens, n_max: [two],
                 **options,  # type: ignore[arg-type]
             )
             if reply.tokens[:2] == (one, two):
@@ -209,12 +209,12 @@ def test_speculative_draws_follow_the_models_distribution() -> None:
 @pytest.mark.parametrize(
     "drafter",
     [
-        lambda tokens, most: 1 / 0,
-        lambda tokens, most: [-1],
-        lambda tokens, most: [EOG + 1],
-        lambda tokens, most: ["a"],
-        lambda tokens, most: None,
-        lambda tokens, most: [1] * 1000,
+        lambda tokens, n_max: 1 / 0,
+        lambda tokens, n_max: [-1],
+        lambda tokens, n_max: [EOG + 1],
+        lambda tokens, n_max: ["a"],
+        lambda tokens, n_max: None,
+        lambda tokens, n_max: [1] * 1000,
     ],
 )
 def test_a_failing_drafter_disables_only_speculation(drafter: erllama.Drafter) -> None:
@@ -261,7 +261,7 @@ def test_memory_that_cannot_be_cut_disables_speculation() -> None:
 
 @settings(max_examples=300)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 6))
-def test_an_ngram_predicts_its_last_continuation(tokens: list[int], most: int) -> None:
+def test_an_ngram_predicts_its_last_continuation(tokens: list[int], n_max: int) -> None:
     ids = np.array(tokens, np.int32)
     for n_known in (0, len(tokens) // 2):
         drafter = NgramDrafter(ids[:n_known])
@@ -269,9 +269,9 @@ def test_an_ngram_predicts_its_last_continuation(tokens: list[int], most: int) -
         for size in (4, 2):
             ends = [e for e in range(size, len(tokens)) if tokens[e - size : e] == tokens[len(tokens) - size :]]
             if len(tokens) > size and ends:
-                expected = tokens[ends[-1] : ends[-1] + most]
+                expected = tokens[ends[-1] : ends[-1] + n_max]
                 break
-        assert list(drafter(ids, most)) == list(expected)
+        assert list(drafter(ids, n_max)) == list(expected)
 
 
 def test_decode_costs_are_a_linear_fit_of_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +291,7 @@ def test_unprofitable_drafts_pause_and_are_retried(monkeypatch: pytest.MonkeyPat
     costs = DecodeCosts()
     for n in (1, 2, 3, 4) * 5:
         costs.record(n, 0.001 * n)  # each row costs as much as the first
-    speculator = Speculator(lambda tokens, most: [1] * most, 8, 10)
+    speculator = Speculator(lambda tokens, n_max: [1] * n_max, 8, 10)
     tried = [bool(speculator.draft(np.zeros(n, np.int32), 8, 1, costs)) for n in range(1, 2000)]
     assert not any(tried), "it never can"
     cheap = DecodeCosts()

@@ -1,4 +1,4 @@
-"""Files that are not adapters for a model are refused, and a failing adapter fails alone."""
+"""Files that are not adapters for a model are refused, and a failing adapter does not affect other requests."""
 
 from __future__ import annotations
 

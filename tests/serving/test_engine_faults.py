@@ -1,4 +1,4 @@
-"""A failure of the backend, of the cache or of a caller fails alone."""
+"""A failure of the backend, the cache or a caller affects only its own request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from support.engine_models import (
 from support.subprocesses import must_run
 from support.threads import wait_until
 
-# --- what fails, fails alone --------------------------------------------------------------------------------
+# --- failures affect only their own request ------------------------------------------------------------------
 
 
 class Failing(StubBackend):
@@ -114,8 +114,8 @@ def test_a_failing_drop_during_eviction_loses_no_request() -> None:
         assert len(slots._free_slots) == 12, "no slot leaks"
 
 
-CACHE_CALLS = ["lookup", "load", "load_each", "save", "wants", "contains", "stored", "packing", "expecting", "hold"]
-CACHE_CALLS += ["let_go", "count_request", "awaits", "tier_names"]
+CACHE_CALLS = ["lookup", "load", "load_each", "save", "wants", "contains", "stored", "packing", "expecting"]
+CACHE_CALLS += ["report_stored", "report_removed", "count_request", "awaits", "tier_names"]
 
 
 @pytest.mark.parametrize("name", CACHE_CALLS)

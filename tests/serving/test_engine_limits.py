@@ -191,7 +191,7 @@ def test_a_lookup_of_loadable_blocks_finds_the_longest_such_prefix() -> None:
         for tokens in ((1, 2), (1, 2, 3, 4, 5), (1, 2, 3, 9)):
             cache.save(block(*tokens), b"kv", trimmable=False)
         for tokens in ((1, 2, 3, 4), (1, 2, 3, 4, 6), (1, 2, 3, 4, 7)):
-            assert cache.hold(tier, block(*tokens), 8)
+            assert cache.report_stored(tier, block(*tokens), 8)
         for wanted, whole, n in (
             ([1, 2, 3, 4, 7, 8], False, 4),
             ([1, 2, 3, 4, 7, 8], True, 2),

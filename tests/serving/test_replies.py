@@ -239,7 +239,7 @@ def test_models_are_found_by_id() -> None:
 # --- failures -----------------------------------------------------------------------------------------
 
 
-def test_a_failing_request_fails_alone() -> None:
+def test_a_failing_request_does_not_affect_others() -> None:
     class Failing(StubBackend):
         fail = True
 

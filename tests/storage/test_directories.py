@@ -57,7 +57,7 @@ def test_a_new_cache_without_blocks_is_a_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [[], ["0001.dat"], ["0001.kvc"], ["index.html"]])
 @pytest.mark.parametrize("writable", [True, False])
-def test_a_directory_named_blocks_makes_no_cache(
+def test_a_folder_named_blocks_alone_is_not_a_cache(
     tmp_path: Path, content: list[str], writable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "blocks").mkdir()
@@ -71,7 +71,7 @@ def test_a_directory_named_blocks_makes_no_cache(
     CacheDirectory(tmp_path / "kv").leave()
 
 
-def test_no_directory_is_no_cache(tmp_path: Path) -> None:
+def test_a_missing_directory_and_a_file_are_not_caches(tmp_path: Path) -> None:
     assert not is_cache(tmp_path / "missing")
     (tmp_path / "file").touch()
     assert not is_cache(tmp_path / "file")

@@ -438,7 +438,7 @@ def test_a_process_without_file_descriptors_delays_no_other_save(tmp_path: Path)
             print("ready", flush=True)
             sys.stdin.readline()
             for tier in cache._tier_set:
-                tier.tidy()
+                tier.release_stale_reservations()
             for descriptor in held:
                 os.close(descriptor)
             """,

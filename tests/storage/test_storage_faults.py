@@ -137,7 +137,7 @@ def test_a_full_disk_is_used_again_when_it_has_room(small_disk: Path, ram: str) 
         cache.check_integrity()
 
 
-def test_incomplete_writes_fail_alone(tmp_path: Path) -> None:
+def test_an_incomplete_write_affects_only_its_own_block(tmp_path: Path) -> None:
     """A limit on file size replaces the full disk if none can be mounted."""
     child = start_python(
         """
@@ -549,7 +549,7 @@ def test_a_directory_that_cannot_be_created_is_reported(tmp_path: Path, monkeypa
     with Cache(block_size=SIZE, disk=tmp_path / "kv", watch=False) as cache:
         assert isinstance(cache.disk_error, erllama.CacheError)
         assert "Read-only file system" in str(cache.disk_error)
-        assert "give a writable one" in str(cache.disk_error)
+        assert "use a writable one" in str(cache.disk_error)
         make_request(cache, texts(0))
         assert hit(cache, texts(0)) == 48
 
@@ -675,7 +675,7 @@ def test_a_removed_file_disappears_from_the_rows(tmp_path: Path) -> None:
         assert cache.counters()["corrupt_files"] == cache.counters()["disk_errors"] == 0
 
 
-def test_a_file_that_is_replaced_by_garbage_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_replaced_by_garbage_is_quarantined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erllama.cache.tiers.reconciler._SETTLED_SECONDS", 0.3)
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         make_request(cache, texts(0))
@@ -708,7 +708,7 @@ def litter(directory: Path, target: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("when", ["open", "closed"])
-def test_paths_that_are_not_files_are_set_aside(tmp_path: Path, donor: Path, when: str) -> None:
+def test_paths_that_are_not_files_are_quarantined(tmp_path: Path, donor: Path, when: str) -> None:
     mine = tmp_path / "mine"
     target = sorted((donor / "blocks").iterdir())[0]
     before = target.read_bytes(), target.stat().st_mode

@@ -82,7 +82,7 @@ def test_several_directories_form_one_tier(tmp_path: Path) -> None:
         cache.flush()
         assert blocks_by_tier(cache) == {"disk": 10}
         assert hit(cache, MANY) == len(MANY)
-        assert {status.place: status.n_blocks > 0 for status in cache.tiers()} == {str(a): True, str(b): True}
+        assert {status.location: status.n_blocks > 0 for status in cache.tiers()} == {str(a): True, str(b): True}
         for i in range(100, 120):
             save(cache, np.array([i] * SIZE, dtype=np.int32))
         cache.flush()
@@ -131,8 +131,8 @@ def test_the_default_ram_file_directory_belongs_to_the_user() -> None:
         return
     with Cache(ram_file=True) as cache:
         (status,) = [status for status in cache.tiers() if status.tier == "ram_file"]
-        assert status.place.startswith("/dev/shm/erllama-")
-        assert Path(status.place).stat().st_mode & 0o077 == 0
+        assert status.location.startswith("/dev/shm/erllama-")
+        assert Path(status.location).stat().st_mode & 0o077 == 0
 
 
 class Failing(SmallTier):
@@ -282,7 +282,7 @@ def test_the_oldest_blocks_of_all_directories_are_evicted_first(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("version", [0, 2, 1 + 2**24])
-def test_a_file_of_another_version_is_set_aside(tmp_path: Path, version: int) -> None:
+def test_a_file_of_another_version_is_quarantined(tmp_path: Path, version: int) -> None:
     """Its directory would have an index of that version, and that is not opened."""
     with Cache(block_size=SIZE, disk=tmp_path) as cache:
         save(cache, MANY[:SIZE])
@@ -294,7 +294,7 @@ def test_a_file_of_another_version_is_set_aside(tmp_path: Path, version: int) ->
     with Cache(block_size=SIZE, ram=0, disk=tmp_path) as cache:
         assert hit_or_none(cache) == [None]
         assert cache.counters()["corrupt_files"] == 1
-        cache.flush()  # it is set aside in the background
+        cache.flush()  # it is quarantined in the background
         assert cache.verify() == []
         assert not path.exists()
         save(cache, MANY[:SIZE])  # until its block is saved anew
@@ -339,13 +339,13 @@ def test_live_blocks_are_found_but_never_loaded() -> None:
         cache.attach(live)
         assert cache.tier_names == ("live", "ram")
         for block in chain[:4]:
-            assert cache.hold(live, block, 100)
+            assert cache.report_stored(live, block, 100)
         with cache.lookup(NAMESPACE, MANY) as match:
             assert match.n_tokens == 4 * SIZE
             assert cache.load(match.blocks[0]) is None
         save(cache, MANY[: 2 * SIZE])
         assert cache.counters()["blocks_ram"] == 2, "a block that is only live is not stored yet"
-        cache.let_go(live, [chain[3].key])
+        cache.report_removed(live, [chain[3].key])
         with cache.lookup(NAMESPACE, MANY) as match:
             assert match.n_tokens == 3 * SIZE
         cache.check_integrity()
@@ -364,7 +364,7 @@ def test_the_provenance_of_a_live_block_does_not_describe_the_stored_one(tmp_pat
         mine.attach(live)
         mine.save(first, payload_of(first))
         mine.flush()
-        assert mine.hold(live, first, 100)
+        assert mine.report_stored(live, first, 100)
         theirs.rows()
         theirs.save(better, payload_of(first), replace=True)
         theirs.flush()
@@ -378,11 +378,11 @@ def test_live_blocks_respect_budget_and_pins() -> None:
     with Cache(block_size=SIZE) as cache:
         cache.attach(live)
         for block in chain[:5]:
-            assert cache.hold(live, block, 100)
+            assert cache.report_stored(live, block, 100)
         other = blocks_of(np.arange(900, 900 + SIZE, dtype=np.int32))[0]
         with cache.lookup(NAMESPACE, MANY):
-            assert not cache.hold(live, other, 100), "all blocks are pinned"
-        assert cache.hold(live, other, 100)
+            assert not cache.report_stored(live, other, 100), "all blocks are pinned"
+        assert cache.report_stored(live, other, 100)
         assert live.given_up == [chain[4].key], "leaves first"
         assert cache.evict_bytes(250, ("live",)) == 300
         assert len(live.given_up) == 4
@@ -545,7 +545,7 @@ def test_verify_reports_and_changes_nothing(tmp_path: Path) -> None:
         (tmp_path / "partial" / "dead-1.kvc").write_text("half")
         for _ in range(2):
             problems = cache.verify()
-            assert sorted(Path(p.place).name for p in problems) == sorted(
+            assert sorted(Path(p.location).name for p in problems) == sorted(
                 [files[0].name, files[1].name, "stray.txt", "dead-1.kvc"]
             )
 

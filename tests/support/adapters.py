@@ -53,7 +53,7 @@ class AdaptedStub(StubBackend):
 
     def check_adapter(self, path: Path) -> None:
         if not path.exists() or not path.read_bytes().startswith(b"adapter"):
-            raise erllama.AdapterLoadError(f"{path} is no adapter")
+            raise erllama.AdapterLoadError(f"{path} is not an adapter")
 
     def load_adapter(self, path: Path) -> object:
         self.loaded.append(NativeAdapter(path.read_bytes()))
@@ -96,9 +96,9 @@ def cold_stub(prompt: tuple[int, ...], adapters: UsedAdapters, n: int) -> tuple[
 
 @contextmanager
 def load_llama(path: Path, **options: object) -> Iterator[erllama.Model]:
-    given: dict[str, object] = {"n_ctx": 1024, "n_threads": 1, "n_ubatch": 64, "warmup": False, **options}
+    defaults: dict[str, object] = {"n_ctx": 1024, "n_threads": 1, "n_ubatch": 64, "warmup": False, **options}
     with erllama.Cache(block_size=32) as cache:
-        with erllama.load_model(path, **{"cache": cache, **given}) as model:  # type: ignore[arg-type]
+        with erllama.load_model(path, **{"cache": cache, **defaults}) as model:  # type: ignore[arg-type]
             yield model
 
 

@@ -78,8 +78,8 @@ class Command:
 
 def write_replying_model(path: Path, text: str, *, thinking: str = "", for_ever: bool = False) -> Path:
     """Write a model with one fixed reply and fixed thinking. No character may occur twice in either."""
-    begun = ["<|assistant|>", *(["<think>", *thinking, "</think>"] if thinking else []), *text]
-    follows = dict(pairwise(begun))
+    chain = ["<|assistant|>", *(["<think>", *thinking, "</think>"] if thinking else []), *text]
+    follows = dict(pairwise(chain))
     if for_ever:
         follows[text[-1]] = text[0]
     return write_scripted(path, follows, special=SPECIAL, chat_template=TEMPLATE, n_ctx_train=65536)

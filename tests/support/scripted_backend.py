@@ -108,8 +108,8 @@ class ScriptedBackend(StubBackend):
             _token_of[int(self._kv[cells[0]])] = int(self._batch.tokens[row])
 
     def _logits(self, sequence: int) -> NDArray[np.float32]:
-        held = self._values(sequence, 0, self._lengths[sequence]).tolist()
-        tokens = [_token_of[value] for value in held]
+        values = self._values(sequence, 0, self._lengths[sequence]).tolist()
+        tokens = [_token_of[value] for value in values]
         logits = np.zeros(self.limits.n_vocab, np.float32)
         logits[self._next(tokens)] = 50.0
         return logits
@@ -125,9 +125,9 @@ def scripted_reply(vocabulary: PieceVocabulary, tokens: Sequence[int]) -> object
     """Return a reply for ScriptedBackend: these tokens, also after other tokens of the same text."""
     prefixes = [vocabulary.detokenize(tokens[:n], special=True) for n in range(len(tokens) + 1)]
 
-    def next_token(held: list[int]) -> int:
-        n = held[::-1].index(START)
-        so_far = vocabulary.detokenize(held[len(held) - n :], special=True)
+    def next_token(context: list[int]) -> int:
+        n = context[::-1].index(START)
+        so_far = vocabulary.detokenize(context[len(context) - n :], special=True)
         if so_far in prefixes[:-1]:
             return tokens[prefixes.index(so_far)]
         rest = prefixes[-1].removeprefix(so_far)

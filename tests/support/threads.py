@@ -9,15 +9,15 @@ from threading import Barrier
 
 
 def in_threads(work: Callable[[int], object], n: int) -> None:
-    """Call `work` with 0 to n - 1 concurrently, each in its own thread. Raises what a call raises."""
+    """Call `work` with 0 to n - 1 concurrently, each in its own thread. Raises the exception of a failed call."""
     together = Barrier(n)
 
-    def begun(number: int) -> None:
+    def start_together(number: int) -> None:
         together.wait()
         work(number)
 
     with ThreadPoolExecutor(n) as threads:
-        for done in [threads.submit(begun, number) for number in range(n)]:
+        for done in [threads.submit(start_together, number) for number in range(n)]:
             done.result()
 
 

@@ -43,9 +43,9 @@ def export_command(file: Path, directories: tuple[Path, ...], prefixes: tuple[st
             with new_file(file) as out:
                 done = export_blocks(files, out, namespaces, report)
     for problem in done.left_out:
-        print_note(f"left out {problem.place}: {problem.what}")
+        print_note(f"left out {problem.location}: {problem.description}")
     if as_json:
-        left_out = [{"name": problem.place, "description": problem.what} for problem in done.left_out]
+        left_out = [{"name": problem.location, "description": problem.description} for problem in done.left_out]
         print_json({"file": str(file), "blocks": done.n_blocks, "bytes": done.n_bytes, "left_out": left_out})
     elif not to_stdout:
         blocks = format_count(done.n_blocks, "block")
@@ -66,9 +66,9 @@ def import_command(file: IO[bytes], directories: tuple[Path, ...], as_json: bool
     with CacheFiles(root) as files, progress_bar("importing") as report:
         done = import_blocks(files, file, report)
     for problem in done.refused:
-        print_note(f"refused {problem.place}: {problem.what}")
+        print_note(f"refused {problem.location}: {problem.description}")
     if as_json:
-        refused = [{"name": problem.place, "description": problem.what} for problem in done.refused]
+        refused = [{"name": problem.location, "description": problem.description} for problem in done.refused]
         counted = {"blocks": done.n_blocks, "bytes": done.n_bytes, "existing": done.n_existing}
         print_json({"directory": str(root), **counted, "refused": refused})
     else:

@@ -21,22 +21,21 @@ from erllama.cli.options import parse_age, parse_size
 def verify(directories: tuple[Path, ...], repair: bool, as_json: bool) -> int:
     """Read and check every file. Exit status 1 if there is a problem and no --repair."""
     with open_directories(directories) as opened:
-        n_set_aside = sum(files.n_quarantined for files in opened)
+        n_quarantined = sum(files.n_quarantined for files in opened)
         n_blocks = sum(len(files.rows()) for files in opened)
         problems = []
         for files in opened:
             with progress_bar(f"checking {files.root}") as report:
                 problems += files.verify(repair=repair, on_read=report)
     if as_json:
-        listed = [{"tier": p.tier, "place": p.place, "description": p.what} for p in problems]
-        print_json({"blocks": n_blocks, "problems": listed, "set_aside": n_set_aside, "repaired": repair})
+        listed = [{"tier": p.tier, "location": p.location, "description": p.description} for p in problems]
+        print_json({"blocks": n_blocks, "problems": listed, "quarantined": n_quarantined, "repaired": repair})
     else:
         for problem in problems:
-            echo(one_line(f"{problem.place}: {problem.what}"))
-        if n_set_aside:
-            echo(
-                f"{format_count(n_set_aside, 'unknown file')} moved to damaged/: not in the index, and not a block"
-            )
+            echo(one_line(f"{problem.location}: {problem.description}"))
+        if n_quarantined:
+            moved = format_count(n_quarantined, "unknown file")
+            echo(f"{moved} moved to damaged/: not in the index, and not a block")
         found = format_count(len(problems), "problem") + (", repaired" if repair and problems else "")
         echo(f"{format_count(n_blocks, 'block')} checked, {found}")
     return 1 if problems and not repair else 0

@@ -60,14 +60,15 @@ class TierConformance(LifecycleRules):
     # --- attributes -----------------------------------------------------------------------------------
 
     def test_a_new_tier_is_usable_and_empty(self) -> None:
-        """A new tier has a name, a budget and a place, is usable, is not shared, and holds no blocks."""
+        """A new tier has a name, a budget and a location, is usable, is not shared, and holds no blocks."""
         with self._open_tier() as checked:
             tier, block = checked.tier, self._first_blocks(1)[0]
             require(isinstance(tier.name, str) and tier.name.isidentifier(), f"name is {tier.name!r}")
             require(isinstance(tier.budget, int) and tier.budget >= 0, f"budget is {tier.budget!r}")
             require(tier.write_mode in ("through", "behind"), f"write_mode is {tier.write_mode!r}")
-            require(isinstance(tier.place, str) and tier.place, f"place is {tier.place!r}")
-            require(isinstance(tier.where(block), str) and tier.where(block), "where() returns no text")
+            require(isinstance(tier.location, str) and tier.location, f"location is {tier.location!r}")
+            location = tier.location_of(block)
+            require(isinstance(location, str) and location, "location_of() returns no text")
             require(isinstance(tier.persistent, bool), f"persistent is {tier.persistent!r}")
             self._check_idle(checked, [block.key])
             checked.compare()
@@ -258,7 +259,7 @@ class TierConformance(LifecycleRules):
             checked.write(newer_version(block, 9), b"version 9")
             checked.compare()
 
-    # --- remove and set aside -------------------------------------------------------------------------
+    # --- remove and quarantine -------------------------------------------------------------------------
 
     def test_remove_removes_exactly_the_named_blocks(self) -> None:
         """`remove` removes one block or many, and no others. It ignores keys that are not stored."""
@@ -309,22 +310,22 @@ class TierConformance(LifecycleRules):
                 checked.remove([chain[at].key])
                 checked.compare()
 
-    def test_set_aside_removes_one_block(self) -> None:
-        """`set_aside` removes one block: it is not listed, cannot be read, and can be written again."""
+    def test_quarantine_removes_one_block(self) -> None:
+        """`quarantine` removes one block: it is not listed, cannot be read, and can be written again."""
         with self._open_tier() as checked:
             blocks = self._first_blocks(6)
             for block in blocks:
                 checked.write(block, payload_bytes(block.key, 30))
             for block in (blocks[1], blocks[4]):
-                with expect_success("set_aside() must remove a block"):
-                    checked.tier.set_aside(block)
+                with expect_success("quarantine() must remove a block"):
+                    checked.tier.quarantine(block)
                 checked.model.record_removal([block.key])
-                checked.require_missing(block, "that was set aside")
+                checked.require_missing(block, "that was quarantined")
                 checked.compare()
             checked.write(blocks[1], b"again")
             checked.compare()
 
-    # --- sizes, uses, verify and mend -----------------------------------------------------------------
+    # --- sizes, uses, verify and repair -----------------------------------------------------------------
 
     def test_sizes_are_consistent(self) -> None:
         """`size` returns the bytes that a block counts for: at least its payload's, and the same each time."""
@@ -372,7 +373,7 @@ class TierConformance(LifecycleRules):
             checked.compare()
 
     def test_a_sound_tier_has_no_problems(self) -> None:
-        """`verify` reports no problem in a sound tier. Neither `verify` nor `mend` changes it."""
+        """`verify` reports no problem in a sound tier. Neither `verify` nor `repair` changes it."""
         with self._open_tier() as checked:
             require(list(checked.tier.verify()) == [], "verify() reports a problem in an empty tier")
             for block in [*self._first_blocks(12), *self._chain(6)]:
@@ -383,8 +384,8 @@ class TierConformance(LifecycleRules):
                     found = list(checked.tier.verify())
                 require(found == [], f"verify() reports a problem in a sound tier: {found[:1]}")
                 checked.compare()
-                with expect_success("mend() must not fail in a sound tier"):
-                    checked.tier.mend()
+                with expect_success("repair() must not fail in a sound tier"):
+                    checked.tier.repair()
                 checked.compare()
             require(checked.tier.damaged == 0, f"damaged is {checked.tier.damaged}; nothing was damaged")
 
@@ -406,6 +407,6 @@ class TierConformance(LifecycleRules):
                 except CacheFormatError:
                     continue
                 raise AssertionError("read() of a damaged file must raise CacheFormatError; it returned")
-            found = sorted(problem.place for problem in tier.verify())
+            found = sorted(problem.location for problem in tier.verify())
             expected = sorted(str(tier.path_of(block.key)) for block in blocks[1:3])
             require(found == expected, f"verify() reports {found}; the damage is in {expected}")

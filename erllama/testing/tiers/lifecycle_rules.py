@@ -97,8 +97,8 @@ class LifecycleRules(TierRules):
             checked.write(self._first_blocks(1)[0], b"payload")
             checked.compare()
 
-    def test_tidy_drops_unused_reservations(self) -> None:
-        """`tidy` drops a reservation that was not followed by a write. The block can be written afterwards."""
+    def test_stale_reservations_are_released(self) -> None:
+        """`release_stale_reservations` drops a reservation without a write. The block can be written afterwards."""
         with self._open_tier() as checked:
             block = self._first_blocks(1)[0]
             with checked.tier.exclusive():
@@ -106,8 +106,9 @@ class LifecycleRules(TierRules):
                     checked.tier.reserve(block, 100) is True,
                     "reserve() refuses a block of no other process",
                 )
-            checked.tier.tidy()
-            require(checked.tier.reserved() == 0, f"reserved() counts {checked.tier.reserved()} bytes after tidy()")
+            checked.tier.release_stale_reservations()
+            n_bytes = checked.tier.reserved()
+            require(n_bytes == 0, f"reserved() counts {n_bytes} bytes after release_stale_reservations()")
             checked.compare()
             checked.write(block, b"payload")
             checked.compare()

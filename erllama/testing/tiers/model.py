@@ -44,7 +44,7 @@ class TierModel:
         self.unknown.update(keys)
 
     def record_removal(self, keys: Iterable[bytes]) -> None:
-        """Record that `remove` or `set_aside` has returned."""
+        """Record that `remove` or `quarantine` has returned."""
         for key in keys:
             if self.stored.pop(key, None) is not None:
                 self._removed.add(key)
@@ -59,7 +59,7 @@ class TierModel:
 
     def observe(self, tier: Tier) -> None:
         """Record all calls that a tier receives from now on."""
-        write, remove, set_aside = tier.write, tier.remove, tier.set_aside
+        write, remove, quarantine = tier.write, tier.remove, tier.quarantine
 
         def spied_write(block: Block, payload: memoryview) -> None:
             before = bytes(payload)
@@ -74,13 +74,13 @@ class TierModel:
             remove(keys)
             self.record_removal(key_list)
 
-        def spied_set_aside(block: Block) -> None:
-            set_aside(block)
+        def spied_quarantine(block: Block) -> None:
+            quarantine(block)
             self.record_removal([block.key])
 
         tier.write = spied_write  # type: ignore[method-assign]
         tier.remove = spied_remove  # type: ignore[method-assign]
-        tier.set_aside = spied_set_aside  # type: ignore[method-assign]
+        tier.quarantine = spied_quarantine  # type: ignore[method-assign]
 
     def compare(self, tier: Tier, *, read: bool = True) -> None:
         """Check that a tier holds exactly this.
@@ -116,7 +116,7 @@ class TierModel:
             stored = self.stored.get(block.key)
             if stored is None:
                 raise AssertionError(
-                    f"rows() lists {describe(block)}, which remove() or set_aside() has removed"
+                    f"rows() lists {describe(block)}, which remove() or quarantine() has removed"
                     if block.key in self._removed
                     else f"rows() lists {describe(block)}, which was never written"
                 )

@@ -36,8 +36,8 @@ class CheckedTier:
         if n_bytes > tier.budget:
             return False
         self.make_room(block, n_bytes)
-        with expect_success("tidy() must not fail in a sound tier"):
-            tier.tidy()
+        with expect_success("release_stale_reservations() must not fail in a sound tier"):
+            tier.release_stale_reservations()
         with (
             expect_success("exclusive() must return a context manager, and reserve() a bool"),
             tier.exclusive(),

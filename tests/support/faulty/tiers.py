@@ -540,7 +540,7 @@ class CountsChanging(SmallTier):
         return payload_bytes + self.calls["size"]
 
 
-# --- uses, set_aside, verify, mend -----------------------------------------------------------------------
+# --- uses, quarantine, verify, repair -----------------------------------------------------------------------
 
 
 class IgnoresTouch(SmallTier):
@@ -580,17 +580,17 @@ class TouchRaisesForUnknownKey(SmallTier):
             self.store[key] = (*self.store[key][:2], at)
 
 
-class IgnoresSetAside(SmallTier):
-    """`set_aside()` has no effect."""
+class IgnoresQuarantine(SmallTier):
+    """`quarantine()` has no effect."""
 
-    def set_aside(self, block: Block) -> None:
+    def quarantine(self, block: Block) -> None:
         pass
 
 
-class SetsAsideAll(SmallTier):
-    """`set_aside()` removes everything."""
+class QuarantinesAll(SmallTier):
+    """`quarantine()` removes everything."""
 
-    def set_aside(self, block: Block) -> None:
+    def quarantine(self, block: Block) -> None:
         self.store.clear()
 
 
@@ -610,10 +610,10 @@ class VerifyRemoves(SmallTier):
         self.store.clear()
 
 
-class MendsTooMuch(SmallTier):
-    """`mend()` removes blocks without successors."""
+class RepairsTooMuch(SmallTier):
+    """`repair()` removes blocks without successors."""
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         parents = {block.parent for block, _, _ in self.store.values()}
         self.remove([key for key in self.store if key not in parents])
 
@@ -753,7 +753,7 @@ class ReportsShared(SmallTier):
 class CountsDamage(SmallTier):
     """`damaged` counts sound blocks."""
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         self.damaged += len(self.store)
 
 
@@ -782,7 +782,7 @@ class KeyedByText(SmallTier):
 
 
 class LeaksReservations(SmallTier):
-    """A reservation without a write stays after `tidy()`."""
+    """A reservation without a write stays after `release_stale_reservations()`."""
 
     claimed = 0
 
@@ -882,11 +882,11 @@ FAULTY_TIERS: list[tuple[type[SmallTier], str]] = [
     (TouchesFirst, "test_touch_records_uses"),
     (TouchesAll, "test_touch_records_uses"),
     (TouchRaisesForUnknownKey, "test_touch_records_uses"),
-    (IgnoresSetAside, "test_set_aside_removes_one_block"),
-    (SetsAsideAll, "test_set_aside_removes_one_block"),
+    (IgnoresQuarantine, "test_quarantine_removes_one_block"),
+    (QuarantinesAll, "test_quarantine_removes_one_block"),
     (FindsProblems, "test_a_sound_tier_has_no_problems"),
     (VerifyRemoves, "test_a_sound_tier_has_no_problems"),
-    (MendsTooMuch, "test_a_sound_tier_has_no_problems"),
+    (RepairsTooMuch, "test_a_sound_tier_has_no_problems"),
     (CountsDamage, "test_a_sound_tier_has_no_problems"),
     (ForgetsAtClose, "test_a_persistent_tier_survives_a_restart"),
     (ForgetsVersions, "test_a_persistent_tier_survives_a_restart"),
@@ -897,7 +897,7 @@ FAULTY_TIERS: list[tuple[type[SmallTier], str]] = [
     (ReportsInFlight, "test_a_single_process_sees_no_others"),
     (RefusesRoom, "test_read_returns_what_was_written"),
     (KeepsReservation, "test_read_returns_what_was_written"),
-    (LeaksReservations, "test_tidy_drops_unused_reservations"),
+    (LeaksReservations, "test_stale_reservations_are_released"),
     (Swallows, "test_exclusive_ends_after_an_exception"),
     (ReportsStoredAsRemoved, "test_a_single_process_sees_no_others"),
     (ReportsHalf, "test_a_single_process_sees_no_others"),
