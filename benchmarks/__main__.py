@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import erllama
-from benchmarks import decoding, grammar, llama_cpp_python, load, reading, report, sampling, startup, ticks, writing
+from benchmarks import report
 from benchmarks.engines import AbsentError
 from benchmarks.measure import Findings, Setup, n_cores, spread
 from erllama.llama_ffi import build_info
 from erllama.testing.models import SHAPES, Quantization, write_llama
 
+# The modules with scenarios, in the order of the report. Each has a table SCENARIOS of functions by name.
+MODULES = (
+    "decoding",
+    "load",
+    "reading",
+    "writing",
+    "ticks",
+    "startup",
+    "sampling",
+    "grammar",
+    "llama_cpp_python",
+)
 SCENARIOS: dict[str, Callable[[Setup], Findings]] = {
-    **decoding.SCENARIOS,
-    **load.SCENARIOS,
-    **reading.SCENARIOS,
-    **writing.SCENARIOS,
-    **ticks.SCENARIOS,
-    **startup.SCENARIOS,
-    **sampling.SCENARIOS,
-    **grammar.SCENARIOS,
-    **llama_cpp_python.SCENARIOS,
+    name: scenario
+    for module in MODULES
+    for name, scenario in importlib.import_module(f"benchmarks.{module}").SCENARIOS.items()
 }
 QUANTIZATION: dict[str, Quantization] = {"1.1b": "Q4_0"}
 
