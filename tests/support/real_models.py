@@ -1,0 +1,111 @@
+"""The real models that `make test-models` tests, and prompts of text for them.
+
+ERLLAMA_TEST_MODEL chooses one model file. Otherwise ERLLAMA_REAL_MODELS=1, which `make test-models` sets, chooses
+the models that `make real-models` fetched. Without either variable the tests of text generation skip.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from numpy.typing import NDArray
+
+import erllama
+from support.paths import ROOT
+
+sys.path.append(str(ROOT))
+
+from scripts.real_models import MODELS, fetched_models
+
+BLOCK = UBATCH = 128  # prompts of some hundred tokens then cross several blocks and micro-batches
+OPTIONS = {"n_ctx": 2048, "n_threads": 1, "n_ubatch": UBATCH}
+GREEDY = {"temperature": 0.0}
+SMOLLM2 = MODELS[0].gguf
+# Real quantized models move more with the order of sums than random ones: log-probabilities of two equally right
+# runs of Gemma 3 differed by 0.05. The difference of two log-probabilities may move twice as far.
+NEAR_TIE = 0.1
+
+
+@cache
+def text_models() -> tuple[Path, ...]:
+    """Return the models that generate text and are tested; empty if the environment chooses none.
+
+    Raises:
+        UsageError: the chosen model is missing, or none was fetched.
+    """
+    if chosen := os.environ.get("ERLLAMA_TEST_MODEL"):
+        if not Path(chosen).is_file():
+            raise pytest.UsageError(f"ERLLAMA_TEST_MODEL={chosen} is not a file")
+        return (Path(chosen).resolve(),)
+    if not os.environ.get("ERLLAMA_REAL_MODELS"):
+        return ()
+    if not (found := fetched_models(generate=True)):
+        raise pytest.UsageError("ERLLAMA_REAL_MODELS is set, and no real model is fetched; run `make real-models`")
+    return tuple(found)
+
+
+def model_parameters() -> list[object]:
+    """Return the parameters of a fixture over the models: a skipped one if there is none."""
+    found = text_models()
+    if not found:
+        skip = pytest.mark.skip(reason="`make test-models`, or ERLLAMA_TEST_MODEL=model.gguf, runs this test")
+        return [pytest.param(None, marks=skip, id="no model")]
+    return [pytest.param(path, id=path.stem) for path in found]
+
+
+@contextmanager
+def load(path: Path, cache: erllama.Cache, **options: object) -> Iterator[erllama.Model]:
+    with erllama.load_model(path, cache=cache, **{**OPTIONS, **options}) as model:  # type: ignore[arg-type]
+        yield model
+
+
+def small_blocks(**tiers: object) -> erllama.Cache:
+    return erllama.Cache(block_size=BLOCK, **tiers)  # type: ignore[arg-type]
+
+
+@cache
+def _pages() -> str:
+    return "\n".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("caching", "serving", "chat"))
+
+
+def text_prompt(model: erllama.Model, n_tokens: int, begin: int = 0) -> NDArray[np.int32]:
+    """Return the first tokens of the documentation from a character on: a prompt of exactly `n_tokens`."""
+    tokens = model.tokenize(_pages()[begin : begin + 16 * n_tokens])[:n_tokens]
+    assert len(tokens) == n_tokens
+    return tokens
+
+
+@cache
+def metadata(path: Path) -> dict[str, object]:
+    """Return the metadata of a model file, without the vocabulary."""
+    fields = GGUFReader(path).fields
+    return {name: field.contents() for name, field in fields.items() if not name.startswith("tokenizer.ggml.")}
+
+
+def can_trim(model: erllama.Model) -> bool:
+    """Return whether the model's memory can be cut anywhere, so that a hit ends at any token."""
+    return bool(model._backend.limits.can_trim)
+
+
+def assert_equal_but_for_near_ties(tokens: Sequence[int], expected: erllama.Completion) -> None:
+    """Check that a greedy reply agrees with another one up to a place where two tokens were almost equally likely.
+
+    Args:
+        expected: a reply with `logprobs` of 2 or more.
+    """
+    assert expected.logprobs is not None
+    assert len(tokens) == len(expected.tokens)
+    for at, (token, other) in enumerate(zip(tokens, expected.tokens, strict=True)):
+        if token != other:
+            (_, first), (second, runner_up) = expected.logprobs[at].top[:2]
+            assert token == second, f"token {at} is neither of the two most likely ones"
+            assert first - runner_up < NEAR_TIE, f"token {at} differs, and is no near-tie"
+            return
