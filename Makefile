@@ -112,9 +112,9 @@ stress: test-models
 	tests/storage/test_crashes.py tests/storage/test_storage_faults.py tests/storage/test_mutations.py tests/storage/test_sharing.py tests/harness/test_harness.py tests/serving/test_soak.py \
 	tests/structured/test_constrained.py tests/structured/test_schema_numbers.py tests/exactness/test_speculation.py tests/exactness/test_adapters_cached.py tests/structured/test_tool_values.py tests/process/test_signals.py
 
-# Compare with llama.cpp's own tools, which are built first. Takes half an hour on an otherwise idle machine.
-# BENCH holds further arguments, as BENCH="--shape 1.1b --runs 3 one agents".
-bench: setup-dev
+# Compare with llama.cpp's own tools, which are built first, on a generated model and on the real ones. Takes an hour
+# on an otherwise idle machine. BENCH holds further arguments, as BENCH="--shape 1.1b --runs 3 one agents".
+bench: real-models
 	$(BIN)/python -m benchmarks $(BENCH)
 
 bench-quick: setup-dev

@@ -64,6 +64,7 @@ class RealModel:
 
     Attributes:
         name: its name on the command line.
+        title: its name in reports.
         gguf: the model file, relative to the directory of all models.
         generates: whether the model generates text; False for an encoder.
         licence: the licence of the weights, in one sentence.
@@ -72,6 +73,7 @@ class RealModel:
     """
 
     name: str
+    title: str
     gguf: str
     generates: bool
     licence: str
@@ -105,6 +107,7 @@ _MINILM_FOLDER = "all-minilm-l6-v2"
 MODELS = (
     RealModel(
         "smollm2",
+        "SmolLM2-135M-Instruct, Q4_1",
         "smollm2-135m-instruct-q4_1.gguf",
         True,
         "SmolLM2-135M-Instruct is licensed under Apache-2.0",
@@ -123,6 +126,7 @@ MODELS = (
     ),
     RealModel(
         "gemma3",
+        "Gemma 3 270M, Q4_K_M",
         "gemma-3-270m-q4_k_m.gguf",
         True,
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms; "
@@ -152,6 +156,7 @@ MODELS = (
     ),
     RealModel(
         "minilm",
+        "all-MiniLM-L6-v2, F32",
         "all-minilm-l6-v2-f32.gguf",
         False,
         "all-MiniLM-L6-v2 is licensed under Apache-2.0, and its package under MIT",

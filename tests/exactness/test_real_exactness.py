@@ -104,9 +104,10 @@ def test_an_exact_hit_of_each_tier_has_the_bits_of_a_cold_run(
             model.evict()
         trial.backend.forget()
         reply = complete(model, trial.prompt, reproducible=reproducible)
-        expected_tier = tier
-        if tier == "live" and reproducible:  # a reproducible request starts in an empty context
-            expected_tier = "disk"
+        # A reproducible request starts in an empty context. Cells of a window or a state cannot be shared after the
+        # reply has moved on.
+        shares = trial.backend.limits.can_trim and not reproducible
+        expected_tier = "disk" if tier == "live" and not shares else tier
         assert (reply.cache.kind, reply.cache.tier) == ("exact", expected_tier)
         assert cache.counters()["restore_errors"] == 0
     assert reply.timings.prefill_tokens == 1
@@ -144,6 +145,6 @@ def test_a_restarted_reply_keeps_its_bits(trial: Trial, kv: Path) -> None:
 
 def test_replies_by_speculation_are_those_of_a_cold_run(trial: Trial, kv: Path) -> None:
     with small_blocks(disk=kv) as cache, load(trial, cache) as model:
-        plain = complete(model, trial.prompt, max_tokens=24, logprobs=2)
+        plain = complete(model, trial.prompt, max_tokens=24, logprobs=5)
         drafted = complete(model, trial.prompt, max_tokens=24, speculative="ngram")
     assert_equal_but_for_near_ties(drafted.tokens, plain)

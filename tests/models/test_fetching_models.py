@@ -47,7 +47,7 @@ def model(wheels: Path) -> RealModel:
     ]
     parts = [(wheel, "data/half") for wheel in halves]
     return RealModel(
-        "m", "model.gguf", True, "no licence", [File("model.gguf", digest(b"GGUF" * 50_000 + b"end"), parts)]
+        "m", "M", "model.gguf", True, "no licence", [File("model.gguf", digest(b"GGUF" * 50_000 + b"end"), parts)]
     )
 
 

@@ -29,9 +29,10 @@ BLOCK = UBATCH = 128  # prompts of some hundred tokens then cross several blocks
 OPTIONS = {"n_ctx": 2048, "n_threads": 1, "n_ubatch": UBATCH}
 GREEDY = {"temperature": 0.0}
 SMOLLM2 = MODELS[0].gguf
-# Real quantized models move more with the order of sums than random ones: log-probabilities of two equally right
-# runs of Gemma 3 differed by 0.05. The difference of two log-probabilities may move twice as far.
-NEAR_TIE = 0.1
+# Quantized models round activations, so the order of sums moves real ones more than random ones. Between cold runs
+# of Gemma 3 and SmolLM2 with another micro-batch, number of threads or type of KV, log-probabilities of the 20 most
+# likely tokens differed by up to 0.47, those of the first two by 0.2.
+NEAR_TIE = 0.5
 
 
 @cache
@@ -77,8 +78,8 @@ def _pages() -> str:
 
 
 def text_prompt(model: erllama.Model, n_tokens: int, begin: int = 0) -> NDArray[np.int32]:
-    """Return the first tokens of the documentation from a character on: a prompt of exactly `n_tokens`."""
-    tokens = model.tokenize(_pages()[begin : begin + 16 * n_tokens])[:n_tokens]
+    """Return exactly `n_tokens` tokens of the documentation from a character on; with BOS if that is the first."""
+    tokens = model.tokenize(_pages()[begin : begin + 16 * n_tokens], add_special=not begin)[:n_tokens]
     assert len(tokens) == n_tokens
     return tokens
 
@@ -99,13 +100,13 @@ def assert_equal_but_for_near_ties(tokens: Sequence[int], expected: erllama.Comp
     """Check that a greedy reply agrees with another one up to a place where two tokens were almost equally likely.
 
     Args:
-        expected: a reply with `logprobs` of 2 or more.
+        expected: a reply with `logprobs` of 5 or more.
     """
     assert expected.logprobs is not None
     assert len(tokens) == len(expected.tokens)
     for at, (token, other) in enumerate(zip(tokens, expected.tokens, strict=True)):
         if token != other:
-            (_, first), (second, runner_up) = expected.logprobs[at].top[:2]
-            assert token == second, f"token {at} is neither of the two most likely ones"
-            assert first - runner_up < NEAR_TIE, f"token {at} differs, and is no near-tie"
+            likely = dict(expected.logprobs[at].top)
+            assert token in likely, f"token {at} is none of the most likely ones"
+            assert likely[other] - likely[token] < NEAR_TIE, f"token {at} differs, and is no near-tie"
             return
