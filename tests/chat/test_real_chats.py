@@ -15,7 +15,7 @@ import pytest
 
 import erllama
 from support.paths import ROOT
-from support.real_models import GREEDY, SMOLLM2, load, metadata, model_parameters, small_blocks
+from support.real_models import GREEDY, SMOLLM2, load, model_parameters, small_blocks
 
 # Models without a template that writes tools get that of the demo model.
 TOOL_TEMPLATE = ROOT / "scripts" / "demo_model" / "template.jinja"
@@ -145,12 +145,13 @@ def test_a_required_call_matches_the_schema_of_its_tool(
 ) -> None:
     messages = [user("What is the weather in Oslo for 3 days? Send it to Ann and Bo.")]
     options = {"tools": TOOLS, "tool_choice": tool["name"], "chat_template": TOOL_TEMPLATE, "max_tokens": 160}
+    options["parallel_tool_calls"] = False  # a model that was not trained for chats does not end its reply
     reply = chat(model, messages, **{**options, **sampling})
     assert (reply.finish_reason, reply.tool_call_errors, reply.text) == ("tool_calls", (), "")
-    for call in reply.tool_calls:
-        assert call.name == tool["name"]
-        jsonschema.validate(call.arguments, tool["parameters"])
-    result = {"role": "tool", "tool_call_id": reply.tool_calls[0].id, "content": "Rain, 9 degrees."}
+    (call,) = reply.tool_calls
+    assert call.name == tool["name"]
+    jsonschema.validate(call.arguments, tool["parameters"])
+    result = {"role": "tool", "tool_call_id": call.id, "content": "Rain, 9 degrees."}
     again = chat(model, [*messages, reply.message, result], tools=TOOLS, chat_template=TOOL_TEMPLATE)
     assert again.cache.tokens >= len(reply.context_tokens) - 1, "the call keeps its tokens"
 
@@ -159,6 +160,7 @@ def test_a_model_may_call_any_tool_or_answer(model: erllama.Model) -> None:
     options: dict[str, object] = {"tools": TOOLS, "chat_template": TOOL_TEMPLATE, "max_tokens": 60}
     reply = chat(model, [user("What is the weather in Oslo?")], tool_choice="auto", **options)
     schemas = {str(tool["name"]): tool["parameters"] for tool in (WEATHER, SEND)}
+    assert reply.tool_call_errors == (), "the grammar allows only calls that match their schema"
     for call in reply.tool_calls:
         jsonschema.validate(call.arguments, schemas[call.name])
     reply = chat(model, [user("What is the weather in Oslo?")], tool_choice="none", **options)
@@ -191,7 +193,6 @@ def test_a_reply_matches_its_grammar_or_pattern(model: erllama.Model) -> None:
     assert re.fullmatch(pattern, reply.text)
 
 
-def test_text_survives_the_vocabulary(path: Path, model: erllama.Model) -> None:
+def test_text_survives_the_vocabulary(model: erllama.Model) -> None:
     text = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 日本 🦙 \t\n  x = 12_345;"
     assert model.detokenize(model.tokenize(text)) == text
-    assert model.metadata["general.architecture"] == metadata(path)["general.architecture"]

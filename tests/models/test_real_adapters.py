@@ -13,7 +13,7 @@ import pytest
 import erllama
 from erllama.testing.models import LlamaShape, write_lora
 from support.adapters import logprob_distance
-from support.real_models import BLOCK, GREEDY, load, metadata, model_parameters, small_blocks, text_prompt
+from support.real_models import BLOCK, GREEDY, load, model_parameters, small_blocks, text_prompt
 
 N_PROMPT = BLOCK + 30
 
@@ -27,7 +27,8 @@ def path(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="module")
 def adapter(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the feed-forward weights, which have the same names and sizes in most architectures."""
-    about = metadata(path)
+    with erllama.load_model(path, vocab_only=True) as model:
+        about = dict(model.metadata)
     kind = str(about["general.architecture"])
 
     def size(name: str) -> int:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
 from numpy.typing import NDArray
 
 import erllama
@@ -82,13 +81,6 @@ def text_prompt(model: erllama.Model, n_tokens: int, begin: int = 0) -> NDArray[
     tokens = model.tokenize(_pages()[begin : begin + 16 * n_tokens], add_special=not begin)[:n_tokens]
     assert len(tokens) == n_tokens
     return tokens
-
-
-@cache
-def metadata(path: Path) -> dict[str, object]:
-    """Return the metadata of a model file, without the vocabulary."""
-    fields = GGUFReader(path).fields
-    return {name: field.contents() for name, field in fields.items() if not name.startswith("tokenizer.ggml.")}
 
 
 def can_trim(model: erllama.Model) -> bool:
