@@ -60,7 +60,8 @@ def main() -> int:
     options = _parser().parse_args()
     backend = build_info()["backend"]
     _check(options, backend)
-    sections, machine = report.read(options.out) if options.update else ([], {})
+    before = options.out if options.docs is None else options.docs / "benchmarks"
+    sections, machine = report.read(before) if options.update else ([], {})
     print(f"erllama {erllama.__version__}, {build_info()}, {options.threads} threads")
     for setup, names in _runs(options, backend):
         print(f"\n{setup.title or report.WITHOUT_MODEL}")
@@ -102,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("build/benchmarks"), help="directory for JSON, Markdown and plots"
     )
     parser.add_argument(
-        "--update", action="store_true", help="keep the results in --out of other scenarios and models"
+        "--update",
+        action="store_true",
+        help="keep the results of other scenarios and models, in --docs or else --out",
     )
     parser.add_argument("--docs", type=Path, help="also update the page and the plots in this directory")
     parser.add_argument(

