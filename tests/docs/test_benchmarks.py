@@ -11,14 +11,16 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import erllama
+from erllama.testing.models import write_gemma3
 from support.paths import ROOT
 
 sys.path.append(str(ROOT))
 
-from benchmarks import engines, plots, report
+from benchmarks import engines, plots, reading, report
 from benchmarks.measure import Figure, Findings, Line, PeerError, Plot, Runs, Setup, Target, in_turn
 
 command = importlib.import_module("benchmarks.__main__")
@@ -223,6 +225,17 @@ def test_prompts_of_a_real_model_are_text(tiny_gguf: Path) -> None:
         assert first != second
         assert sum(character.isascii() for character in model.detokenize(first)) > 190
         assert engines.Prompts(replace(SETUP, model=tiny_gguf)).of(50) == engines.Prompts().of(50)
+
+
+def test_a_windowed_model_may_resume_at_the_end_of_a_block(tmp_path: Path) -> None:
+    path = write_gemma3(tmp_path / "window.gguf")
+    prompt = np.random.default_rng(1).integers(5, 250, 2 * reading.BLOCK).tolist()
+    with erllama.Cache() as cache, erllama.load_model(path, cache=cache, n_ctx=1024, n_threads=1) as model:
+        reading._ask(model, prompt, None)
+        model.evict()
+        assert reading._ask(model, prompt, "ram").cache.tokens >= reading.BLOCK
+        with pytest.raises(SystemExit, match="expected a prompt of 512 tokens from ram"):
+            reading._ask(model, [*prompt[:9], 3, *prompt[10:]], "ram")
 
 
 def test_models_are_chosen_by_shape_and_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
