@@ -77,6 +77,8 @@ def test_a_turn_resumes_where_its_parent_ended(model: erllama.Model) -> None:
     assert second.cache.tokens == len(first.context_tokens) - 1
     assert (second.cache.kind, second.cache.tier) == ("partial", "ram")
     assert second.timings.prefill_tokens == len(question) + 1
+    third = complete(model, [*second.context_tokens, *question.tolist()], max_tokens=1)
+    assert (third.cache.tier, third.cache.tokens) == ("live", len(second.context_tokens) - 1)
     assert_equal_but_for_near_ties(second.tokens, complete(model, history, reproducible=True, logprobs=5))
 
 
