@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,7 @@ def main() -> int:
         for name in names:
             section = report.section_of(setup)
             section.scenarios[name] = _run(name, setup)
+            section.scenarios[name].measured = time.strftime("%Y-%m-%d", time.gmtime())
             # Written after each scenario: an interrupted run keeps its results.
             sections = report.merge(sections, [section], [*SCENARIOS])
             machine = report.about()

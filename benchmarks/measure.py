@@ -132,11 +132,13 @@ class Findings:
 
     Attributes:
         absent: missing peers, and how to install them.
+        measured: the day, as YYYY-MM-DD in UTC; empty for results of several scenarios.
     """
 
     figures: list[Figure] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
+    measured: str = ""
 
     def add(self, other: Findings) -> None:
         self.figures += other.figures

@@ -65,8 +65,7 @@ class Section:
 def section_of(setup: Setup) -> Section:
     """Return an empty section for the model of a setup, or for scenarios without a model if it has no title."""
     about_model = {"model": setup.model.name, "gpu_layers": setup.gpu_layers} if setup.title else {}
-    when = time.strftime("%Y-%m-%d", time.gmtime())
-    settings = {"threads": setup.threads, "runs": setup.runs, "quick": setup.quick, "measured": when}
+    settings = {"threads": setup.threads, "quick": setup.quick}
     return Section(setup.title or WITHOUT_MODEL, about_model | settings)
 
 
@@ -148,6 +147,7 @@ def _findings_to_json(findings: Findings) -> dict[str, object]:
         "figures": figures,
         "plots": [asdict(plot) for plot in findings.plots],
         "absent": [anonymous(each) for each in findings.absent],
+        "measured": findings.measured,
     }
 
 
@@ -175,7 +175,7 @@ def _findings_from_json(content: Any) -> Findings:  # noqa: ANN401 - any JSON va
         for figure in content["figures"]
     ]
     plots = [Plot(**plot | {"lines": [Line(**line) for line in plot["lines"]]}) for plot in content["plots"]]
-    return Findings(figures, plots, content["absent"])
+    return Findings(figures, plots, content["absent"], content["measured"])
 
 
 # Members of a figure that JSON has as they are.
@@ -211,14 +211,17 @@ def page(sections: Sequence[Section], machine: Mapping[str, str], plots: str) ->
     parts = [PAGE, "".join(f"- {name}: {value}\n" for name, value in machine.items())]
     for section in sections:
         findings = section.findings
-        settings = ", ".join(f"{name}: {value}" for name, value in section.setup.items() if name not in _UNSHOWN)
-        parts.append(f"## {section.title}\n\n{settings}\n\n{table(findings)}\n")
+        settings = [f"{name}: {value}" for name, value in section.setup.items() if name not in _UNSHOWN]
+        days = sorted({found.measured for found in section.scenarios.values() if found.measured})
+        settings += [f"measured: {' to '.join(dict.fromkeys((days[0], days[-1])))}"] if days else []
+        parts.append(f"## {section.title}\n\n{', '.join(settings)}\n\n{table(findings)}\n")
         parts += [f"![{plot.title}]({plots}/{_plot_file(section, plot, sections)})\n" for plot in findings.plots]
         if findings.absent:
             parts.append("Not measured:\n\n" + "".join(f"- {anonymous(each)}\n" for each in findings.absent))
         parts.append("<details><summary>What was run</summary>\n")
         for figure in findings.figures:
-            lines = [f"**{figure.what}**", *(anonymous(note) for note in figure.notes)]
+            n_runs = f", {len(figure.ours)} runs" if figure.ours else ""
+            lines = [f"**{figure.what}**{n_runs}", *(anonymous(note) for note in figure.notes)]
             lines += [_one_line(figure.failure)] if figure.failure else []
             lines += [f"`{anonymous(command)}`" for command in figure.commands]
             parts.append("\n\n".join(lines) + "\n")

@@ -49,7 +49,7 @@ def test_the_order_alternates_between_runs() -> None:
 
 def section(figures: list[Figure], plot_list: list[Plot] | None = None, title: str = "M, Q8_0") -> report.Section:
     found = report.section_of(replace(SETUP, title=title))
-    found.scenarios["agents"] = Findings(figures, plot_list or [], ["a peer"])
+    found.scenarios["agents"] = Findings(figures, plot_list or [], ["a peer"], "2026-01-02")
     return found
 
 
@@ -67,6 +67,7 @@ def test_json_round_trips_and_names_no_local_directory() -> None:
     assert report.table(found) == report.table(expected)
     assert [plots.svg(each) for each in found.plots] == [plots.svg(plot)]
     assert found.absent == ["a peer"]
+    assert again.scenarios["agents"].measured == "2026-01-02"
 
 
 def test_directories_are_left_out_of_commands() -> None:
@@ -114,6 +115,10 @@ def test_new_results_replace_those_of_the_same_model_and_scenario() -> None:
     assert [*merged[0].scenarios] == ["one", "agents"]
     assert [each.ratio for each in merged[0].findings.figures] == [1.0, 1.5]
     assert report.merge([], [new], order) == [new]
+    merged[0].scenarios["one"].measured = "2026-01-05"
+    page = report.page(merged, {}, ".")
+    assert "model: m.gguf, threads: 2, measured: 2026-01-02 to 2026-01-05" in page
+    assert "model: m.gguf, threads: 2, measured: 2026-01-02\n" in report.page([new], {}, ".")
 
 
 # --- failures of peers ------------------------------------------------------------------------------
