@@ -108,7 +108,7 @@ def rates(replies: Sequence[Reply]) -> Rates:
 
 def streams(n: int, more: tuple[str, ...], target: Target | None, setup: Setup) -> Findings:
     """Compare the decoding of `n` concurrent streams without common prefixes, all tokens together."""
-    n_tokens = setup.of(128, 200)
+    n_tokens = setup.of(128, 48 if setup.real else 200)
     n_ctx = n * whole_cells(SHORT_PROMPT + n_tokens)
     prompts = Prompts(setup)
     found: dict[str, list[Rates]] = {}
