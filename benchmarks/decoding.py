@@ -21,7 +21,7 @@ from benchmarks.engines import (
     llama_bench,
     whole_cells,
 )
-from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn
+from benchmarks.measure import AbsentError, Figure, Findings, Line, Plot, Setup, Target, in_turn
 from benchmarks.processes import answer, measure_in_process
 
 REPEAT = 3  # repetitions within one run, in one process, after a warm-up
@@ -93,10 +93,17 @@ class Rates(NamedTuple):
 
 
 def rates(replies: Sequence[Reply]) -> Rates:
+    """Return the speed of streams.
+
+    Raises:
+        AbsentError: the streams did not all run at once.
+    """
     opens = max(reply.pieces[0].at for reply in replies)
     closes = min(reply.ended for reply in replies)
     if closes <= opens:
-        raise SystemExit("one stream ended before another began: they never all ran at once; ask for more tokens")
+        raise AbsentError(
+            "one stream ended before another began, so they never all ran at once; try a larger model"
+        )
     n_within = sum(
         max((p.n_tokens for p in reply.pieces if p.at <= closes), default=0)
         - max((p.n_tokens for p in reply.pieces if p.at <= opens), default=0)

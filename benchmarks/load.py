@@ -25,7 +25,7 @@ from benchmarks.engines import (
     ask_together,
     whole_cells,
 )
-from benchmarks.measure import Figure, Findings, Line, Plot, Setup, in_turn
+from benchmarks.measure import AbsentError, Figure, Findings, Line, Plot, Setup, in_turn
 
 
 def pingpong(setup: Setup) -> Findings:
@@ -121,7 +121,9 @@ def beside_a_prompt(engine: Engine, prompts: Prompts, n_streams: int, n_prompt: 
             for stream in streams:
                 if stream.done():
                     stream.result()  # raises what failed it
-                    raise SystemExit(f"{engine.name}: a stream ended before the prompt arrived")
+                    raise AbsentError(
+                        f"{engine.name}: a stream ended before the prompt arrived; try a larger model"
+                    )
             time.sleep(0.01)
         running = max(pieces[0].at for pieces in every)
         asked = time.perf_counter()

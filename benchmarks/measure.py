@@ -29,7 +29,7 @@ class Target:
 
 
 class AbsentError(Exception):
-    """A peer is missing. The message says how to install it."""
+    """A scenario cannot be measured: a peer is missing, or the model is too small. The message says what to do."""
 
 
 class PeerError(Exception):
