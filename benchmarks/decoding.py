@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from benchmarks.engines import (
     llama_bench,
     whole_cells,
 )
-from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn
+from benchmarks.measure import AbsentError, Figure, Findings, Line, Plot, Setup, Target, in_turn
 from benchmarks.processes import answer, measure_in_process
 
 REPEAT = 3  # repetitions within one run, in one process, after a warm-up
@@ -36,16 +37,16 @@ def one(setup: Setup) -> Findings:
         ("decode", (SHORT_PROMPT, n_decode), ("-p", "0", "-n", str(n_decode), "-d", str(SHORT_PROMPT)), 0.98),
         ("prefill", (n_prefill, 0), ("-p", str(n_prefill), "-n", "0"), 0.97),
     ):
-        shown: dict[str, str] = {}
+        shown = {"erllama": "", "llama-bench": shlex.join(["llama-bench", *bench])}
 
         def ours(sizes: tuple[int, int] = sizes, shown: dict[str, str] = shown) -> float:
             command, speeds = measure_in_process("decoding", setup, *sizes)
-            shown["ours"] = command
+            shown["erllama"] = command
             return float(statistics.median(speeds))
 
         def theirs(bench: tuple[str, ...] = bench, shown: dict[str, str] = shown) -> float:
             command, speeds = llama_bench(setup, *bench, repeat=REPEAT)
-            shown["theirs"] = command
+            shown["llama-bench"] = command
             return statistics.median(speeds)
 
         pair = in_turn(ours, theirs, setup.runs)
@@ -57,7 +58,7 @@ def one(setup: Setup) -> Findings:
                 "tokens/s",
                 *pair,
                 Target(">=", target),
-                (shown["ours"], shown["theirs"]),
+                (shown["erllama"], shown["llama-bench"]),
                 (f"{max(sizes)} tokens; each value is the median of {REPEAT} repetitions in one process",),
             )
         )
@@ -66,7 +67,7 @@ def one(setup: Setup) -> Findings:
 
 def _measure_alone(setup: Setup, n_prompt: int, n_reply: int) -> tuple[str, list[float]]:
     """Run one stream of this library; return its command and the tokens per second of each repetition."""
-    prompts = Prompts()
+    prompts = Prompts(setup)
     with Ours(setup, n_prompt + n_reply + 256) as engine:
         speeds = []
         for _ in range(REPEAT + 1):
@@ -93,10 +94,17 @@ class Rates(NamedTuple):
 
 
 def rates(replies: Sequence[Reply]) -> Rates:
+    """Return the speed of streams.
+
+    Raises:
+        AbsentError: the streams did not all run at once.
+    """
     opens = max(reply.pieces[0].at for reply in replies)
     closes = min(reply.ended for reply in replies)
     if closes <= opens:
-        raise SystemExit("one stream ended before another began: they never all ran at once; ask for more tokens")
+        raise AbsentError(
+            "one stream ended before another began, so they never all ran at once; try a larger model"
+        )
     n_within = sum(
         max((p.n_tokens for p in reply.pieces if p.at <= closes), default=0)
         - max((p.n_tokens for p in reply.pieces if p.at <= opens), default=0)
@@ -108,9 +116,9 @@ def rates(replies: Sequence[Reply]) -> Rates:
 
 def streams(n: int, more: tuple[str, ...], target: Target | None, setup: Setup) -> Findings:
     """Compare the decoding of `n` concurrent streams without common prefixes, all tokens together."""
-    n_tokens = setup.of(128, 200)
+    n_tokens = setup.of(128, 48 if setup.real else 200)
     n_ctx = n * whole_cells(SHORT_PROMPT + n_tokens)
-    prompts = Prompts()
+    prompts = Prompts(setup)
     found: dict[str, list[Rates]] = {}
     lengths: dict[str, set[int]] = {}
 
@@ -127,10 +135,11 @@ def streams(n: int, more: tuple[str, ...], target: Target | None, setup: Setup) 
         measure(server, theirs_ask)
         found.clear()
         pair = in_turn(lambda: measure(ours, ours_ask), lambda: measure(server, theirs_ask), setup.runs)
-        whole = [statistics.median(rate.whole for rate in found[engine.name]) for engine in (ours, server)]
         notes = [
-            f"whole requests, from the start to the last token of all: {whole[0]:.1f} to {whole[1]:.1f} tokens/s",
-            f"tokens of each reply: {sorted(lengths[ours.name])} and {sorted(lengths[server.name])}",
+            f"{name}: whole requests, from the start to the last token of all, "
+            f"{statistics.median(rate.whole for rate in each):.1f} tokens/s; "
+            f"tokens of each reply: {sorted(lengths[name])}"
+            for name, each in found.items()
         ]
         peer = " ".join(["llama-server", "-np", str(n), *more])
         shown = f"{ours.command}.stream(ids, max_tokens={n_tokens}, temperature=0), in {n} threads"
@@ -154,7 +163,7 @@ def agents(setup: Setup) -> Findings:
     """Compare eight concurrent requests with a long common prefix and different tails."""
     n, n_prefix, n_tail, n_tokens = 8, setup.of(1024, 96), 32, setup.of(16, 4)
     n_ctx = n * whole_cells(n_prefix + n_tail + n_tokens)
-    prompts = Prompts()
+    prompts = Prompts(setup)
     computed: dict[str, list[int]] = {}
     waited: dict[str, list[float]] = {}
 
@@ -184,8 +193,7 @@ def agents(setup: Setup) -> Findings:
             Target("<=", 0.5),
             (f"{ours.command}.stream(ids, max_tokens={n_tokens}, temperature=0), in {n} threads", server.command),
             [
-                f"prompt tokens computed: {each[ours.name]} by ours, {each[server.name]} by llama-server; "
-                f"the minimum is {n_prefix + n * n_tail}"
+                f"prompt tokens computed: {_listed(each)}; the minimum is {n_prefix + n * n_tail}",
             ],
         )
         lines = [
@@ -194,6 +202,11 @@ def agents(setup: Setup) -> Findings:
         ]
         title = f"{n} agents with one prefix of {n_prefix} tokens: time to the first token"
         return Findings([figure], [Plot("agents", title, "percent of requests", "seconds", lines)])
+
+
+def _listed(values: Mapping[str, object]) -> str:
+    """Return "erllama 1280, llama-server 8448"; a peer that failed is absent."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 SCENARIOS: dict[str, Callable[[Setup], Findings]] = {

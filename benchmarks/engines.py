@@ -2,7 +2,7 @@
 
 llama.cpp's tools come from `scripts/build_llama.sh --peers`: the unchanged release, with the library's flags and
 backend. Both sides get the same threads, context, batch sizes, flash attention and layers on a GPU. Prompts are
-token ids, and all of them differ.
+token ids, and all of them differ. Those of a trained model are the ids of a text.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 import erllama
-from benchmarks.measure import Setup
+from benchmarks.measure import AbsentError, PeerError, Setup
 from erllama.llama_ffi import build_info
 
 N_BATCH, N_UBATCH = 2048, 512  # the defaults of both sides, set explicitly
 SHORT_PROMPT = 16
 PEERS = "scripts/build_llama.sh --peers"
+ROOT = Path(__file__).resolve().parent.parent
 SERVER_START_SECONDS = 300
 
 Prompt = list[int]
@@ -98,7 +101,7 @@ class Engine(Protocol):
 class Ours:
     """This library."""
 
-    name = "ours"
+    name = "erllama"
 
     def __init__(self, setup: Setup, n_ctx: int, **more: object) -> None:
         self.command = load_code(setup, "erllama.Cache()", n_ctx, **more)
@@ -130,8 +133,9 @@ class Ours:
 class Server:
     """llama-server in a separate process, which ends with the `with`.
 
-    The server fails replies that are not UTF-8, which a model of random weights soon writes. So tokens that are not
-    text by themselves are banned. With `ignore_eos` the server checks a list of banned tokens anyway.
+    The server fails replies that are not UTF-8: those of random weights, and of trained models whose end of reply
+    is ignored. So tokens that are not text by themselves are banned. With `ignore_eos` the server checks a list of
+    banned tokens anyway.
 
     Args:
         ours: the engine whose vocabulary determines the banned tokens.
@@ -143,8 +147,8 @@ class Server:
 
     def __init__(self, setup: Setup, ours: Ours, n_ctx: int, n_slots: int, more: Sequence[str] = ()) -> None:
         tools, threads = peers(setup), str(setup.threads)
-        n_vocab = ours.model.n_vocab
-        self._forbidden = [[id, False] for id in range(n_vocab) if ours.model.detokenize([id]) == "\ufffd"]
+        vocabulary = ours.model._backend.vocabulary
+        self._forbidden = [[id, False] for id in range(ours.model.n_vocab) if not _is_text(vocabulary.piece(id))]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
@@ -178,7 +182,7 @@ class Server:
                 connection.close()
             time.sleep(0.2)
         self._log.seek(0)
-        raise SystemExit(
+        raise PeerError(
             f"llama-server did not start: {self.command}\n{self._log.read()[-3000:].decode(errors='replace')}"
         )
 
@@ -195,7 +199,7 @@ class Server:
             connection.request("POST", "/completion", body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             if response.status != 200:
-                raise RuntimeError(f"llama-server answered {response.status}: {response.read().decode()}")
+                raise PeerError(f"llama-server answered {response.status}: {response.read().decode()}")
             chunks: list[tuple[float, bytes]] = []
             # Only record the time here: parsing JSON now would take time from the threads of the server.
             while chunk := response.read1(1 << 16):
@@ -203,12 +207,19 @@ class Server:
                     return None
                 chunks.append((time.perf_counter(), chunk))
                 pieces.append(Piece(chunks[-1][0], len(chunks)))
+        except (OSError, http.client.HTTPException) as error:
+            raise PeerError(f"the connection to llama-server failed: {error!r}") from error
         finally:
             connection.close()
         return self._read(asked, chunks)
 
     @staticmethod
     def _read(asked: float, chunks: list[tuple[float, bytes]]) -> Reply:
+        """Return the reply from its chunks, which are server-sent events.
+
+        Raises:
+            PeerError: the server sent an error, or ended the reply early.
+        """
         pieces: list[Piece] = []
         line, last = b"", {}
         for at, chunk in chunks:
@@ -217,9 +228,11 @@ class Server:
                 if text.startswith(b"data: "):
                     last = json.loads(text.removeprefix(b"data: "))
                     if "tokens_predicted" not in last:
-                        raise RuntimeError(f"llama-server failed: {last}")
+                        raise PeerError(f"llama-server failed: {last}")
                     if not pieces or last["tokens_predicted"] > pieces[-1].n_tokens:  # the last event repeats
                         pieces.append(Piece(at, last["tokens_predicted"]))
+        if "timings" not in last:
+            raise PeerError(f"llama-server ended a reply without its timings: {line[-300:]!r}")
         timings = last["timings"]
         return Reply(asked, pieces, timings["prompt_n"], timings["predicted_ms"] / 1e3)
 
@@ -240,18 +253,42 @@ class Server:
         self._log.close()
 
 
-class Prompts:
-    """Prompts of random ids. All of them differ, so that caches find only the intended prefixes."""
+def _is_text(piece: bytes) -> bool:
+    try:
+        piece.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
-    def __init__(self) -> None:
+
+class Prompts:
+    """Prompts of token ids. All of them differ, so that caches find only the intended prefixes.
+
+    Those of a trained model are parts of a text, which begin at random tokens. Others are random ids.
+    """
+
+    def __init__(self, setup: Setup | None = None) -> None:
         self._dice = np.random.default_rng(1)
+        self._text = _text_ids(setup.model) if setup is not None and setup.real else None
 
     def of(self, n_tokens: int) -> Prompt:
-        ids: Prompt = self._dice.integers(5, 300, n_tokens).tolist()
+        if self._text is None:
+            ids: Prompt = self._dice.integers(5, 300, n_tokens).tolist()
+        else:
+            begin = self._dice.integers(len(self._text) - n_tokens)
+            ids = self._text[begin : begin + n_tokens].tolist()
         return ids
 
     def many(self, n: int, n_tokens: int) -> list[Prompt]:
         return [self.of(n_tokens) for _ in range(n)]
+
+
+@functools.cache
+def _text_ids(model: Path) -> NDArray[np.int32]:
+    """Return the tokens of the documentation, about 100,000."""
+    text = "\n".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+    with erllama.load_model(model, vocab_only=True) as loaded:
+        return loaded.tokenize(text)
 
 
 def whole_cells(n_tokens: int) -> int:
@@ -266,23 +303,20 @@ def ask(engine: Engine, prompt: Prompt, n_tokens: int) -> Reply:
 
 
 def ask_together(engine: Engine, prompts: Sequence[Prompt], n_tokens: int) -> list[Reply]:
-    """Return the replies to prompts that are sent at the same time."""
-    replies: list[Reply | None] = [None] * len(prompts)
+    """Return the replies to prompts that are sent at the same time.
+
+    Raises:
+        PeerError: a peer failed a request. The other requests have ended.
+    """
     gate = threading.Barrier(len(prompts))
 
-    def one(at: int) -> None:
+    def one(prompt: Prompt) -> Reply:
         gate.wait()
-        replies[at] = ask(engine, prompts[at], n_tokens)
+        return ask(engine, prompt, n_tokens)
 
-    callers = [threading.Thread(target=one, args=(at,)) for at in range(len(prompts))]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    found = [reply for reply in replies if reply is not None]
-    if len(found) < len(prompts):
-        raise SystemExit(f"{engine.name}: {len(prompts) - len(found)} of {len(prompts)} requests failed; see above")
-    return found
+    with ThreadPoolExecutor(len(prompts)) as callers:
+        running = [callers.submit(one, prompt) for prompt in prompts]
+    return [reply.result() for reply in running]
 
 
 @functools.cache
@@ -298,7 +332,7 @@ def peers(setup: Setup) -> Path:
                 f"llama.cpp's tools are not in {setup.peers}; pass the directory that `{PEERS}` prints"
             )
         return setup.peers
-    script = Path(__file__).resolve().parent.parent / "scripts" / "build_llama.sh"
+    script = ROOT / "scripts" / "build_llama.sh"
     command = [str(script), "--peers", "--backend", build_info()["backend"]]
     built = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if built.returncode:
@@ -309,15 +343,14 @@ def peers(setup: Setup) -> Path:
     return found
 
 
-class AbsentError(Exception):
-    """A peer is missing. The message says how to install it."""
-
-
 def llama_bench(setup: Setup, *what: str, repeat: int) -> tuple[str, list[float]]:
     """Run llama-bench in a separate process; return its command and the tokens per second of each repetition.
 
     Args:
         what: the test to run, such as ("-p", "0", "-n", "128").
+
+    Raises:
+        PeerError: llama-bench failed.
     """
     # fmt: off
     command = [
@@ -328,6 +361,6 @@ def llama_bench(setup: Setup, *what: str, repeat: int) -> tuple[str, list[float]
     # fmt: on
     finished = subprocess.run(command, capture_output=True, check=False)
     if finished.returncode:
-        raise SystemExit(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:].decode(errors='replace')}")
+        raise PeerError(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:].decode(errors='replace')}")
     (row,) = json.loads(finished.stdout)
     return shlex.join(command), [float(speed) for speed in row["samples_ts"]]

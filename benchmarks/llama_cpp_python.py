@@ -37,7 +37,8 @@ class Peer:
     """llama-cpp-python in a separate process, with its cache in RAM."""
 
     def __init__(self, setup: Setup, n_ctx: int) -> None:
-        from benchmarks.engines import N_BATCH, N_UBATCH, AbsentError
+        from benchmarks.engines import N_BATCH, N_UBATCH
+        from benchmarks.measure import AbsentError
 
         python = setup.llama_cpp_python
         if python is None:
@@ -72,11 +73,20 @@ class Peer:
         self.command = f"llama_cpp.Llama({shown}), {version}, with LlamaRAMCache(2 << 30)"
 
     def seconds(self, prompt: list[int], n_tokens: int) -> float:
-        """Return the seconds of a greedy reply."""
+        """Return the seconds of a greedy reply.
+
+        Raises:
+            PeerError: the process ended.
+        """
+        from benchmarks.measure import PeerError
+
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompt": prompt, "n": n_tokens}) + "\n")
-        self._process.stdin.flush()
-        return float(self._answer()["seconds"])
+        try:
+            self._process.stdin.write(json.dumps({"prompt": prompt, "n": n_tokens}) + "\n")
+            self._process.stdin.flush()
+            return float(self._answer()["seconds"])
+        except (OSError, ValueError, KeyError) as error:
+            raise PeerError(f"llama-cpp-python ended during a reply; exit status {self._process.poll()}") from error
 
     def _answer(self) -> dict[str, float]:
         assert self._process.stdout is not None
@@ -103,7 +113,7 @@ def conversations(setup: Setup) -> Findings:
     n_talks, n_turns = 4, setup.of(3, 2)
     n_first, n_more, n_tokens = setup.of(400, 40), setup.of(40, 8), setup.of(16, 4)
     n_ctx = whole_cells(n_first + n_turns * (n_more + n_tokens))
-    prompts = Prompts()
+    prompts = Prompts(setup)
     rounds = [
         (prompts.many(n_talks, n_first), [prompts.many(n_talks, n_more) for _ in range(n_turns)])
         for _ in range(setup.runs)
@@ -127,14 +137,14 @@ def conversations(setup: Setup) -> Findings:
             reply = ask(ours, prompt, n_tokens)
             return reply.ended - reply.asked
 
-        left = {"ours": setup.runs, "peer": setup.runs}
+        left = {"erllama": setup.runs, "peer": setup.runs}
 
         def next_run(name: str, reply: Callable[[list[int]], float]) -> float:
             left[name] -= 1
             return talk(reply, left[name])
 
         pair = in_turn(
-            lambda: next_run("ours", of_ours),
+            lambda: next_run("erllama", of_ours),
             lambda: next_run("peer", lambda prompt: peer.seconds(prompt, n_tokens)),
             setup.runs,
         )

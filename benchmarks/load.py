@@ -6,6 +6,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import pairwise
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from benchmarks.engines import (
     ask_together,
     whole_cells,
 )
-from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn
+from benchmarks.measure import AbsentError, Figure, Findings, Line, Plot, Setup, Target, in_turn
 
 
 def pingpong(setup: Setup) -> Findings:
@@ -37,7 +38,7 @@ def pingpong(setup: Setup) -> Findings:
     n_first, n_more, n_tokens = setup.of(400, 40), setup.of(40, 8), setup.of(16, 4)
     max_length = n_first + n_turns * (n_more + n_tokens)
     n_ctx = n_slots * whole_cells(max_length)
-    prompts = Prompts()
+    prompts = Prompts(setup)
     computed: dict[str, list[int]] = {}
 
     def talk(engine: Engine, histories: list[Prompt], asked: list[list[Prompt]]) -> float:
@@ -67,17 +68,18 @@ def pingpong(setup: Setup) -> Findings:
             [
                 Figure(
                     "pingpong",
-                    f"{n_talks} conversations in turn on {n_slots} places, {n_turns} more turns each: wall time",
+                    f"{n_talks} conversations in turn on {n_slots} slots, {n_turns} more turns each: wall time",
                     f"llama-server -np {n_slots}",
                     "s",
                     *pair,
                     Target("<=", 1.0),
                     (f"{ours.command}.stream(history, max_tokens={n_tokens}, temperature=0)", server.command),
                     [
-                        f"prompt tokens computed in those turns: {each[ours.name]:.0f} by ours, "
-                        f"{each[server.name]:.0f} by llama-server; {n_talks * n_turns * n_more} of them are new",
-                        "histories contain the questions but not the replies, so a turn differs from the "
-                        "context before where the reply began",
+                        "prompt tokens computed in those turns: "
+                        + ", ".join(f"{name} {count:.0f}" for name, count in each.items())
+                        + f"; {n_talks * n_turns * n_more} of them are new",
+                        "histories contain the questions but not the replies, so a turn differs from the last "
+                        "context at the start of the reply",
                     ],
                 )
             ]
@@ -112,16 +114,16 @@ def beside_a_prompt(engine: Engine, prompts: Prompts, n_streams: int, n_prompt: 
     """Send a long prompt while streams run."""
     enough = threading.Event()
     every: list[list[Piece]] = [[] for _ in range(n_streams)]
-    callers = [
-        threading.Thread(target=engine.reply, args=(prompts.of(SHORT_PROMPT), 1024, pieces, enough))
-        for pieces in every
-    ]
-    for caller in callers:
-        caller.start()
+    callers = ThreadPoolExecutor(n_streams)
+    streams = [callers.submit(engine.reply, prompts.of(SHORT_PROMPT), 1024, pieces, enough) for pieces in every]
     try:
         while min(len(pieces) for pieces in every) < 24:
-            if not any(caller.is_alive() for caller in callers):
-                raise SystemExit(f"{engine.name}: the streams ended before the prompt arrived")
+            for stream in streams:
+                if stream.done():
+                    stream.result()  # raises what failed it
+                    raise AbsentError(
+                        f"{engine.name}: a stream ended before the prompt arrived; try a larger model"
+                    )
             time.sleep(0.01)
         running = max(pieces[0].at for pieces in every)
         asked = time.perf_counter()
@@ -131,8 +133,7 @@ def beside_a_prompt(engine: Engine, prompts: Prompts, n_streams: int, n_prompt: 
             time.sleep(2)  # a stream that waited the whole time gets its next token here
     finally:
         enough.set()
-        for caller in callers:
-            caller.join()
+        callers.shutdown()
     between = [wait for pieces in every for wait in waits(pieces, asked, read)]
     steady = statistics.median(wait for pieces in every for wait in waits(pieces, running, asked))
     return Waits(between, steady, read - asked)
@@ -146,7 +147,7 @@ def mixed(setup: Setup) -> Findings:
     """
     n_streams, n_prompt = 3, setup.of(2048, 256)
     n_ctx = (n_streams + 1) * whole_cells(max(n_prompt, 1024 + SHORT_PROMPT))
-    prompts = Prompts()
+    prompts = Prompts(setup)
     chunks = [None, *(setup.of(size, size // 4) for size in (64, 128))]
     with ExitStack() as stack:
         with Ours(setup, 256) as vocabulary:
@@ -193,7 +194,7 @@ def mixed(setup: Setup) -> Findings:
                     shown,
                 ),
             ]
-            lines.append(Line(f"ours, {size}", _distribution([mine.between for mine, _ in found])))
+            lines.append(Line(f"erllama, {size}", _distribution([mine.between for mine, _ in found])))
         lines.append(Line("llama-server", _distribution([theirs.between for _, theirs in found])))
     title = f"Waits for a token while {n_prompt} tokens are prefilled"
     return Findings(figures, [Plot("mixed", title, "percent of tokens", "seconds", lines, log_y=True)])
@@ -209,7 +210,7 @@ def parked(setup: Setup) -> Findings:
     """Measure the cost of parked cells, which finished requests leave for later ones, for four streams."""
     n_streams, n_parked, n_tokens = 4, 4, setup.of(64, 200)
     sizes = [setup.of(size, size // 20) for size in (1000, 2500)]
-    prompts = Prompts()
+    prompts = Prompts(setup)
     n_ctx = max(sizes) + n_streams * (SHORT_PROMPT + n_tokens) + 512
 
     def speed(size: int, flash_attn: bool) -> float:

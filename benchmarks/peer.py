@@ -6,16 +6,20 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from benchmarks.engines import AbsentError
+from benchmarks.measure import AbsentError, PeerError
 
 HERE = Path(__file__).resolve().parent
 
 
 def run_program(command: list[str], place: Path) -> str:
-    """Run a command in `place` and return its output."""
+    """Run a command in `place` and return its output.
+
+    Raises:
+        PeerError: the command failed.
+    """
     finished = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
     if finished.returncode:
-        raise SystemExit(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:]}")
+        raise PeerError(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:]}")
     return finished.stdout
 
 

@@ -134,7 +134,7 @@ def _compare(setup: Setup, case: Case, rows: NDArray[np.float32], place: Path) -
     if case.temperature == 0:
         sampler, before = SamplerFactory(_Ids(n_vocab), 4096).make(options), context(rows)
         if _theirs(command, place).tokens != [sampler.sample(row, before) for row in rows]:
-            raise SystemExit("ours and libllama's greedy sampler choose differently")
+            raise SystemExit("erllama's and libllama's greedy samplers choose differently")
     shown = "temperature=0" if case.temperature == 0 else f"{case.temperature}, top_k=40, top_p=0.95, min_p=0.05"
     if case.repeat_penalty != 1:
         shown += f", repeat_penalty={case.repeat_penalty}, repeat_last_n=64"

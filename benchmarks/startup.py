@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def startup(setup: Setup) -> Findings:
                 [value * 1e3 for value in ours],
                 [allowed * 1e3] * setup.runs,
                 Target("<=", 1.0),
-                (" ".join(("python", *arguments)),),
+                (shlex.join(("python", *arguments)),),
                 (
                     f"each value is the median of {n_starts} starts, from beginning to end of the process",
                     f"Python alone takes {statistics.median(bare) * 1e3:.0f} ms",

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import erllama.llama_ffi.context as binding
-from benchmarks.engines import SHORT_PROMPT, AbsentError, Ours, Prompts, whole_cells
-from benchmarks.measure import Figure, Findings, Setup, Target, n_cores
+from benchmarks.engines import SHORT_PROMPT, Ours, Prompts, whole_cells
+from benchmarks.measure import AbsentError, Figure, Findings, Setup, Target, n_cores
 from erllama.llama_ffi import build_info
 from erllama.testing.models import SHAPE_135M, write_llama
 
@@ -72,7 +72,7 @@ def run(ours: Ours, prompts: Prompts, n_streams: int, n_tokens: int) -> None:
 
 def times(setup: Setup, n_streams: int) -> tuple[list[float], list[float]]:
     """Return the microseconds outside and inside libllama of each tick in which all streams decode."""
-    n_tokens, prompts = 128, Prompts()
+    n_tokens, prompts = 128, Prompts(setup)
     with Ours(setup, n_streams * whole_cells(SHORT_PROMPT + n_tokens), n_seq_max=n_streams) as ours:
         run(ours, prompts, n_streams, n_tokens)
         for _ in range(ATTEMPTS):
@@ -119,7 +119,7 @@ def outside(setup: Setup) -> Findings:
 def profile(setup: Setup, n_streams: int) -> None:
     """Print the functions of the model thread by their time. The profiler makes all of them slower."""
     profiler = cProfile.Profile()
-    prompts = Prompts()
+    prompts = Prompts(setup)
     n_tokens = setup.of(256, 32)
     with Ours(setup, n_streams * whole_cells(SHORT_PROMPT + n_tokens), n_seq_max=n_streams) as ours:
         run(ours, prompts, n_streams, n_tokens)

@@ -176,7 +176,7 @@ def behind(setup: Setup) -> Findings:
     """
     n_tokens = setup.of(128, 32)
     n_prompt = setup.of(1024, 512) - n_tokens // 2
-    n_ctx, prompts = whole_cells(n_prompt + n_tokens), Prompts()
+    n_ctx, prompts = whole_cells(n_prompt + n_tokens), Prompts(setup)
     asked = prompts.many(REPEAT + 1, n_prompt)
     saving: list[Decoding] = []
 
@@ -239,7 +239,7 @@ def _decoding(setup: Setup, cache: erllama.Cache, n_ctx: int, asked: Sequence[Pr
 # --- memory -----------------------------------------------------------------------------------------------
 
 RAM = "64MiB"  # less than the KV of the conversations with a 135M model, so that the tier is full at the end
-TALKS, PLACES = 10, 4
+TALKS, SLOTS = 10, 4
 
 
 class Memory(NamedTuple):
@@ -271,11 +271,11 @@ def memory(setup: Setup) -> Findings:
     peak("none")
     over = [a - b for a, b in zip(*pair, strict=True)]
     last, n_input, n_reply, n_turns = processes["cache"][-1], *_talk_sizes(setup)
-    n_ctx = PLACES * whole_cells(n_turns * (n_input + n_reply))
+    n_ctx = SLOTS * whole_cells(n_turns * (n_input + n_reply))
     talk = f".complete(history, max_tokens={n_reply}), in {TALKS} threads"
 
     def loading(cache: str) -> str:
-        return load_code(setup, cache, n_ctx, n_seq_max=PLACES)
+        return load_code(setup, cache, n_ctx, n_seq_max=SLOTS)
 
     return Findings(
         [
@@ -292,7 +292,7 @@ def memory(setup: Setup) -> Findings:
                 ),
                 [
                     f"{n_turns} turns and {n_turns * (n_input + n_reply)} tokens each in the end; "
-                    f"{PLACES} run at a time, the others wait; each value is from a separate process",
+                    f"{SLOTS} run at a time, the others wait; each value is from a separate process",
                     f"{spread(over, 1)} MiB more than one token; the same conversations with Cache(ram=0) took "
                     f"{processes['none'][0].peak - statistics.median(pair[1]):.1f} MiB more: "
                     "the memory of the computation",
@@ -312,11 +312,11 @@ def _talk_sizes(setup: Setup) -> tuple[int, int, int]:
 def _measure_memory(setup: Setup, what: str) -> Memory:
     """Run one process of `memory`: conversations with "cache" or "none", or one token for "one"."""
     n_input, n_reply, n_turns = _talk_sizes(setup)
-    n_ctx, prompts = PLACES * whole_cells(n_turns * (n_input + n_reply)), Prompts()
+    n_ctx, prompts = SLOTS * whole_cells(n_turns * (n_input + n_reply)), Prompts(setup)
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         tiers = {"ram": RAM, "disk": Path(place) / "kv"} if what == "cache" else {"ram": 0}
         cache = stack.enter_context(erllama.Cache(**tiers))
-        model = stack.enter_context(open_model(setup, cache, n_ctx, n_seq_max=PLACES))
+        model = stack.enter_context(open_model(setup, cache, n_ctx, n_seq_max=SLOTS))
 
         def talk(inputs: list[Prompt]) -> None:
             history: Prompt = []

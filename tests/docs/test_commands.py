@@ -104,6 +104,8 @@ def check_exists(text: str) -> None:
             assert all((ROOT / path).exists() for path in what), text
         case ["python", example] if example.endswith(".py"):
             assert example == "examples/NAME.py" or (ROOT / example).exists(), text
+        case ["python", "-c", code]:
+            compile(code, text, "exec")
         case ["python" | ".venv/bin/python", "-P", "-m", module, *_]:
             run(f"python -P -m {module} --help", ROOT)
         case ["python" | ".venv/bin/python", "-m", module, *_]:

