@@ -385,6 +385,7 @@ class ModelThread:
         progress = True
         try:
             while not self._stopping:
+                scheduler.tickets.wake()
                 self._wait_for_work(progress)
                 while self._calls:
                     self._calls.popleft().run()
@@ -392,7 +393,7 @@ class ModelThread:
                     self.adapters.free_unused()
                 while self._queue:
                     self._queue[0].dequeued = True  # before it is removed: `submit` checks the queue first
-                    scheduler.waiting.append(self._queue.popleft())
+                    scheduler.add(self._queue.popleft())
                 progress = self._tick() if not self._stopping and scheduler.busy else True
         finally:
             with self._lock:
@@ -403,6 +404,7 @@ class ModelThread:
                 self._queue.clear()
                 calls, self._calls = self._calls, deque()
             self._run_final_step(lambda: self._end_requests(scheduler))
+            self._run_final_step(scheduler.tickets.wake)
             for call in calls:
                 call.end(self._unloaded_error("was unloaded meanwhile"))
             self._run_final_step(self.adapters.close)

@@ -61,7 +61,9 @@ class PrefixSharing:
         for other in self._running:
             if other is sequence:
                 break
-            if other.namespace != sequence.namespace or other.n_computed >= other.n_tokens:
+            if other.first_token != sequence.first_token or other.namespace != sequence.namespace:
+                continue
+            if other.n_computed >= other.n_tokens:
                 continue
             n = common_prefix(other.tokens, sequence.reusable)
             if not self._limits.can_trim:
