@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from erllama.engine.backend import Vocabulary
 from erllama.engine.output.text import TextDecoder, TokenDecoder
 from erllama.engine.requests.request import RequestOptions
-from erllama.engine.requests.ticket import DeltaPiece, Ticket
+from erllama.engine.requests.ticket import TextTokens, Ticket
 from erllama.engine.sampling.sampler import TokenLogprobs
 
 
@@ -66,4 +66,4 @@ class TextReply:
         rest = decoder.finish() if tokens else ""
         self.text = text + rest
         if rest:
-            self._ticket.emit(DeltaPiece("text", rest, (), ()))
+            self._ticket.emit(TextTokens((), is_last=True))

@@ -67,9 +67,15 @@ class EndPiece(NamedTuple):
 
 
 class TextTokens(NamedTuple):
-    """Tokens of a reply that is all text. The reader's thread decodes them."""
+    """Tokens of a reply that is all text. The reader's thread decodes them.
+
+    Attributes:
+        tokens: their ids.
+        is_last: whether the reply ends with them: a character that has begun will not end.
+    """
 
     tokens: tuple[int, ...]
+    is_last: bool = False
 
 
 # A token alone is one of a reply that is all text. It is the most frequent piece, so it has no object of its own.
@@ -308,7 +314,8 @@ class Ticket:
             return TextDelta(self._decoder.feed(piece), (piece,))
         if isinstance(piece, TextTokens):
             assert self._decoder is not None
-            return TextDelta("".join(map(self._decoder.feed, piece.tokens)), piece.tokens)
+            text = "".join(map(self._decoder.feed, piece.tokens))
+            return TextDelta(text + self._decoder.finish() if piece.is_last else text, piece.tokens)
         if isinstance(piece, DeltaPiece):
             return _DELTAS[piece.kind](piece.text, piece.tokens, piece.logprobs)
         return ThinkingEnd(piece.raw) if piece.kind == "thinking" else ToolCallEnd(piece.raw)
@@ -327,10 +334,10 @@ class Ticket:
 
 
 class _Backlog:
-    """Pieces that a slow reader has not read; consecutive deltas of one kind, and consecutive tokens, are joined."""
+    """Pieces that a slow reader has not read; consecutive ones of one kind are joined."""
 
     def __init__(self) -> None:
-        self._runs: list[list[DeltaPiece] | list[int] | EndPiece | TextTokens] = []
+        self._runs: list[list[Piece]] = []
 
     def __bool__(self) -> bool:
         return bool(self._runs)
@@ -339,32 +346,29 @@ class _Backlog:
         """Add pieces."""
         for piece in pieces:
             last = self._runs[-1] if self._runs else None
-            if isinstance(piece, EndPiece | TextTokens):
-                self._runs.append(piece)
-            elif isinstance(last, list) and _continues(piece, last[0]):
-                last.append(piece)  # type: ignore[arg-type] # of the same type as the others
+            if last is not None and not isinstance(piece, EndPiece) and _kind(piece) == _kind(last[0]):
+                last.append(piece)
             else:
-                self._runs.append([piece])  # type: ignore[arg-type,list-item]
+                self._runs.append([piece])
 
     def take(self) -> list[Piece]:
         """Remove and return all pieces, joined."""
         runs, self._runs = self._runs, []
-        return [_join(run) if isinstance(run, list) else run for run in runs]
+        return [_join(run) if len(run) > 1 else run[0] for run in runs]
 
 
-def _continues(piece: DeltaPiece | int, first: DeltaPiece | int) -> bool:
-    """Return whether a piece can be joined with pieces that begin with `first`."""
-    if isinstance(piece, DeltaPiece) and isinstance(first, DeltaPiece):
-        return piece.kind == first.kind
-    return isinstance(piece, int) and isinstance(first, int)
+def _kind(piece: Piece) -> str:
+    if isinstance(piece, DeltaPiece):
+        return piece.kind
+    return "end" if isinstance(piece, EndPiece) else "tokens"
 
 
-def _join(pieces: list[DeltaPiece] | list[int]) -> Piece:
-    if len(pieces) == 1:
-        return pieces[0]
+def _join(pieces: list[Piece]) -> Piece:
+    """Join pieces of one kind."""
     deltas = [piece for piece in pieces if isinstance(piece, DeltaPiece)]
     if not deltas:
-        return TextTokens(tuple(piece for piece in pieces if isinstance(piece, int)))
+        tokens = tuple(piece for piece in pieces if isinstance(piece, int))
+        return TextTokens(tokens, is_last=not isinstance(pieces[-1], int))
     return DeltaPiece(
         deltas[0].kind,
         "".join(delta.text for delta in deltas),
