@@ -19,9 +19,9 @@ def sample_rows(
 ) -> list[int | Error]:
     """Sample one token for each row of logits, shape (n, n_vocab). A row that fails has its error in the list."""
     results: list[int | Error] = []
-    for sampler, row, context, mask in zip(samplers, logits, contexts, allowed, strict=True):
+    for row, sampler in enumerate(samplers):
         try:
-            results.append(sampler.sample(row, context, mask))
+            results.append(sampler.sample(logits[row], contexts[row], allowed[row]))
         except Error as error:
             results.append(error)
         except BaseException as error:

@@ -9,6 +9,7 @@ sequences decoded, and ends it before anything but such a tick.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ class DecodeRun:
         sequences: the argument.
         batch: the next decode.
         n_ticks: decodes of the run so far.
+        last_token_at: when their last tokens were sampled.
     """
 
     def __init__(
@@ -53,10 +55,13 @@ class DecodeRun:
         self._max_ticks = max_ticks
         self._ending = ending
         self._alone = alone
-        self._last_token_at = sequences[0].last_token_at
-        self._buffers = [sequence.buffer for sequence in sequences]
+        self.last_token_at = sequences[0].last_token_at
+        # memoryviews: numpy takes far longer to write single numbers while the caches are cold.
+        self._tokens, self._positions = memoryview(self.batch.tokens), memoryview(self.batch.positions)
+        self._buffers = [memoryview(sequence.buffer) for sequence in sequences]
         self._starts = [sequence.n_tokens for sequence in sequences]
         self._samplers = [sequence.sampler for sequence in sequences]
+        self._contexts = _Contexts(sequences)
         self._allowed = [None] * len(sequences)
         self._streamed = [(i, s.ticket) for i, s in enumerate(sequences) if s.ticket.streaming]
 
@@ -65,38 +70,33 @@ class DecodeRun:
         """Whether the next decode may end a reply, make a block due, or need cells that are not free."""
         return self.n_ticks >= self._max_ticks
 
-    def sample(self, logits: NDArray[np.float32]) -> tuple[SequenceOf[int | Error], list[int] | None]:
-        """Sample the tokens of a tick from logits of shape (n, n_vocab).
+    def sample(self, logits: NDArray[np.float32]) -> list[int | Error]:
+        """Return the token of each sequence, or its error, sampled from logits of shape (n, n_vocab)."""
+        return sample_rows(self._samplers, logits, self._contexts, self._allowed)
 
-        Returns:
-            the token or error of each sequence; and the tokens again for `append`, or None if one of them is an
-            error or ends a reply.
-        """
-        n = self.n_ticks
-        contexts = [buffer[: start + n] for buffer, start in zip(self._buffers, self._starts, strict=True)]
-        sampled = sample_rows(self._samplers, logits, contexts, self._allowed)
-        tokens = [token for token in sampled if isinstance(token, int)]
-        if len(tokens) < len(sampled) or not self._ending.isdisjoint(tokens):
-            return sampled, None
-        return sampled, tokens
-
-    def append(self, tokens: list[int], now: float) -> float:
+    def append(self, sampled: SequenceOf[int | Error], now: float) -> bool:
         """Append the tokens of a tick, and send them to their readers.
 
         Returns:
-            the time since the tick before, in seconds.
+            False if one of them is an error or ends a reply. Nothing is appended then.
         """
+        tokens: list[int] = []
+        for token in sampled:
+            if not isinstance(token, int) or token in self._ending:
+                return False
+            tokens.append(token)
         n = self.n_ticks
-        for buffer, start, token in zip(self._buffers, self._starts, tokens, strict=True):
-            buffer[start + n] = token
-        self.batch.tokens[:] = tokens
-        np.add(self.batch.positions, 1, out=self.batch.positions)
-        self.n_ticks = n + 1
-        seconds, self._last_token_at = now - self._last_token_at, now
+        token_of, position_of, buffers, starts = self._tokens, self._positions, self._buffers, self._starts
+        for i, token in enumerate(tokens):
+            at = starts[i] + n
+            buffers[i][at] = token_of[i] = token
+            position_of[i] = at
+        self.n_ticks = self._contexts.n_added = n + 1
+        self.last_token_at = now
         # Last: a woken reader needs the interpreter, which is free during a decode.
         for i, ticket in self._streamed:
             ticket.send_token(tokens[i])
-        return seconds
+        return True
 
     def end(self, cells: Cells) -> None:
         """Update the sequences and their cells."""
@@ -105,4 +105,29 @@ class DecodeRun:
             for sequence in self.sequences:
                 assert sequence.slot is not None
                 cells.extend(sequence.slot, n)
-                sequence.advance(n, self._last_token_at, self._alone)
+                sequence.advance(n, self.last_token_at, self._alone)
+
+
+class _Contexts(SequenceOf[NDArray[np.int32]]):
+    """Prompt and reply so far of each sequence. Most samplers do not read them, so they are made on demand.
+
+    Attributes:
+        n_added: tokens that the run has added to each.
+    """
+
+    def __init__(self, sequences: SequenceOf[Sequence]) -> None:
+        self._buffers = [sequence.buffer for sequence in sequences]
+        self._starts = [sequence.n_tokens for sequence in sequences]
+        self.n_added = 0
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    @overload
+    def __getitem__(self, at: int) -> NDArray[np.int32]: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[NDArray[np.int32]]: ...
+    def __getitem__(self, at: int | slice) -> NDArray[np.int32] | list[NDArray[np.int32]]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        return self._buffers[at][: self._starts[at] + self.n_added]

@@ -174,9 +174,10 @@ class Scheduler:
         now = time.perf_counter()
         self.metrics.ticks += 1
         self.metrics.decoded_tokens += len(sequences)
-        sampled, tokens = run.sample(logits)
-        if tokens is not None:
-            self.metrics.between_tokens.observe(run.append(tokens, now), len(tokens))
+        sampled = run.sample(logits)
+        seconds = now - run.last_token_at
+        if run.append(sampled, now):
+            self.metrics.between_tokens.observe(seconds, len(sampled))
             return
         self._end_run()
         alone = len(sequences) == 1 and self.slots.pristine
