@@ -9,7 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import erllama
-from benchmarks import decoding, grammar, llama_cpp_python, load, reading, report, sampling, startup, ticks, writing
+from benchmarks import (
+    decoding,
+    grammar,
+    llama_cpp_python,
+    load,
+    reading,
+    report,
+    sampling,
+    startup,
+    streams,
+    ticks,
+    writing,
+)
 from benchmarks.engines import AbsentError
 from benchmarks.measure import Findings, Setup, n_cores, spread
 from erllama.llama_ffi import build_info
@@ -21,6 +33,7 @@ SCENARIOS: dict[str, Callable[[Setup], Findings]] = {
     **reading.SCENARIOS,
     **writing.SCENARIOS,
     **ticks.SCENARIOS,
+    **streams.SCENARIOS,
     **startup.SCENARIOS,
     **sampling.SCENARIOS,
     **grammar.SCENARIOS,

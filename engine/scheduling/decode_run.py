@@ -1,9 +1,9 @@
 """Consecutive ticks in which the same sequences decode one token each, and nothing else happens.
 
-Most ticks are like this. A decode empties the processor's caches, so a tick takes as long as reading the memory that
-it touches. Such a tick touches little: a `DecodeRun` keeps the batch from one tick to the next, and the sequences,
-cells and metrics are updated once, at the end of the run. The scheduler begins a run after a tick in which all
-sequences decoded, and ends it before anything but such a tick.
+Most ticks are like this. A decode empties the processor's caches, so a tick takes as long as reading the memory
+that it touches. Such a tick touches little: a `DecodeRun` keeps the batch from one tick to the next, and the
+sequences, cells and metrics are updated once, at the end of the run. The scheduler begins a run after a tick in
+which all sequences decoded, and ends it before anything but such a tick.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class DecodeRun:
         self._max_ticks = max_ticks
         self._ending = ending
         self._alone = alone
-        self.last_token_at = sequences[0].last_token_at
+        self.last_token_at = sequences[0].clock.last_token_at
         # memoryviews: numpy takes far longer to write single numbers while the caches are cold.
         self._tokens, self._positions = memoryview(self.batch.tokens), memoryview(self.batch.positions)
         self._buffers = [memoryview(sequence.buffer) for sequence in sequences]

@@ -387,6 +387,8 @@ class ModelThread:
             while not self._stopping:
                 scheduler.tickets.wake()
                 self._wait_for_work(progress)
+                if self._calls:
+                    scheduler.end_run()
                 while self._calls:
                     self._calls.popleft().run()
                 if self.adapters.unused:

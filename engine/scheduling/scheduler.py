@@ -26,14 +26,14 @@ from erllama.engine.metrics import EngineMetrics
 from erllama.engine.requests.request import CacheHit
 from erllama.engine.requests.ticket import TicketGroup
 from erllama.engine.scheduling.batches import BatchBuilder, Part
+from erllama.engine.scheduling.decode_results import DecodeResults, Failure
 from erllama.engine.scheduling.decode_run import DecodeRun
+from erllama.engine.scheduling.failures import wrap_error
 from erllama.engine.scheduling.live_tier import LiveTier
 from erllama.engine.scheduling.model_context import ModelContext
 from erllama.engine.scheduling.prefix_sharing import PrefixSharing
-from erllama.engine.scheduling.row_sampling import sample_next
 from erllama.engine.scheduling.sequence import Sequence
 from erllama.engine.scheduling.slots import NO_SOURCE, PrefixSource, Slots
-from erllama.engine.speculation import DecodeCosts
 from erllama.errors import BackendError, CellsExhausted, DeadlineExceeded, Error
 
 log = logger("erllama.engine")
@@ -90,9 +90,8 @@ class Scheduler:
         self._deadline = math.inf  # the earliest deadline of a request, or an earlier time
         self._waits_for_end = False  # whether no waiting request can be admitted before a running one ends
         self._in_flight: SequenceOf[Sequence] = ()  # of a decode that has not returned, or was aborted
-        self._costs = DecodeCosts()
-        self._speculating = False  # whether a request of the last tick may compute ahead
         self.metrics = EngineMetrics()
+        self._results = DecodeResults(context.backend, self.slots, self.metrics)
         self.last_hit: CacheHit | None = None
 
     @property
@@ -127,7 +126,7 @@ class Scheduler:
             if not run.is_complete and not self._is_due():
                 self._continue(run)
                 return True
-            self._end_run()
+            self.end_run()
         self.slots.evict_requested()
         if self.tickets.cancelled or time.perf_counter() >= self._deadline:
             self._end_cancelled_and_late()
@@ -160,8 +159,8 @@ class Scheduler:
         if self._is_due() or not running or not all([s.is_plain for s in running]):  # noqa: C419 - quicker
             return
         max_ticks = min(*[s.n_plain for s in running], self.slots.cells.free // len(running))
-        last = running[0].last_token_at
-        if max_ticks > 1 and all(s.last_token_at == last for s in running):
+        last = running[0].clock.last_token_at
+        if max_ticks > 1 and all(s.clock.last_token_at == last for s in running):
             alone = len(running) == 1 and self.slots.pristine
             self._run = DecodeRun(running, self._batches, self._context.ending_tokens, max_ticks, alone=alone)
 
@@ -179,17 +178,16 @@ class Scheduler:
         if run.append(sampled, now):
             self.metrics.between_tokens.observe(seconds, len(sampled))
             return
-        self._end_run()
+        self.end_run()
         alone = len(sequences) == 1 and self.slots.pristine
-        for sequence, token, row in zip(sequences, sampled, logits, strict=True):
-            assert sequence.slot is not None
-            self.slots.cells.extend(sequence.slot, 1)
-            sequence.finish_slice(sequence.n_computed + 1, alone)
-            self._accept(sequence, token, row, now)
+        self._fail_each(self._results.process_sampled(sequences, sampled, logits, now, alone))
         self._conclude(sequences)
 
-    def _end_run(self) -> None:
-        """End the run, if there is one: the sequences and the cells are up to date then."""
+    def end_run(self) -> None:
+        """End the run, if there is one: the sequences and the cells are up to date then.
+
+        The caller does so before it uses them between two ticks.
+        """
         run, self._run = self._run, None
         if run is not None:
             run.end(self.slots.cells)
@@ -219,7 +217,7 @@ class Scheduler:
         n_prompts = 0
         while self.waiting:
             first = self.waiting[0]
-            self._waits_for_end = bool(self.running) and not self._fits_beside_running(first)
+            self._waits_for_end = not self._sharing.may_run(first, self._n_seq_max)
             # While replies are generated, no more than this tick can compute: restoring takes its time, too.
             if self._waits_for_end or (
                 generating and (n_prompts >= self._chunk or self.metrics.cached_tokens > n_before)
@@ -229,19 +227,6 @@ class Scheduler:
             self.running.append(first)
             self._start(first)
             n_prompts += first.n_tokens - first.n_computed
-
-    def _fits_beside_running(self, first: Sequence) -> bool:
-        """Return whether a waiting request may run beside the running ones."""
-        running = self.running
-        return (
-            len(running) < self._n_seq_max
-            # A reproducible request has the context to itself.
-            and not first.options.reproducible
-            and not running[0].options.reproducible
-            # A decode has one set of adapters: another set waits, as do all requests behind it.
-            and first.adapters == running[0].adapters
-            and self._sharing.has_room(first)
-        )
 
     def _start(self, sequence: Sequence) -> None:
         """Bring an admitted sequence into the context, or make it wait for another sequence or for a save."""
@@ -311,7 +296,7 @@ class Scheduler:
             rows = [Part(s, s.n_computed, s.n_computed + 1) for s in inside if not s.prefilling]
             if self.slots.make_room(len(rows)):
                 if len(rows) == len(inside) > 0:
-                    return self._add_drafts(rows)
+                    return self._results.add_drafts(rows)
                 parts = rows + self._prefill_slices(inside, len(rows))
                 if parts or not inside:
                     return parts
@@ -325,19 +310,6 @@ class Scheduler:
                         f"fewer than its n_ctx of {self._limits.n_ctx}"
                     ),
                 )
-
-    def _add_drafts(self, rows: list[Part]) -> list[Part]:
-        """Extend rows by drafts, in cells that no other row needs. Only for ticks without prefill."""
-        self._speculating = any([part.sequence.speculates for part in rows])  # noqa: C419 - quicker
-        if not self._speculating:
-            return rows
-        spare = min(self._limits.n_batch, self.slots.cells.free) - len(rows)
-        parts = []
-        for part in rows:
-            n = part.sequence.draft(spare, len(rows), self._costs) if part.sequence.speculates else 0
-            parts.append(part._replace(end=part.end + n))
-            spare -= n
-        return parts
 
     def _prefill_slices(self, inside: list[Sequence], n_rows: int) -> list[Part]:
         """Return slices of prompts, in the order of admission, with as many tokens as fit the tick."""
@@ -373,10 +345,9 @@ class Scheduler:
         if logits is None:
             return
         now = time.perf_counter()
-        self._count_decode(parts, len(batch.tokens), now - began)
-        self._process_logits(parts, logits, now, alone)
+        self._results.count(parts, len(batch.tokens), now - began)
+        self._fail_each(self._results.process(parts, logits, now, alone))
         self._conclude(sequences)
-        self._begin_run()
 
     def _compute(self, batch: Batch, sequences: SequenceOf[Sequence], n_output: int) -> NDArray[np.float32] | None:
         """Return the logits of a batch, shape (n_output, n_vocab); None if the decode failed, which is handled."""
@@ -397,7 +368,7 @@ class Scheduler:
         return logits
 
     def _conclude(self, sequences: SequenceOf[Sequence]) -> None:
-        """Notify the readers of sequences that were decoded, save what is due, and end the requests that are done."""
+        """Notify the readers of decoded sequences, save what is due, and end the requests that are done."""
         for sequence in sequences:
             # All together, and last: a woken reader needs the interpreter, which is free during a decode.
             sequence.ticket.notify()
@@ -407,66 +378,7 @@ class Scheduler:
                 if sequence.finish_reason is not None:
                     self.tickets.wake()  # before saving, which takes its time
                     self._finish(sequence)
-
-    def _count_decode(self, parts: list[Part], n_rows: int, seconds: float) -> None:
-        generated = sum([not sequence.prefilling for sequence, _, _ in parts])
-        drafts = sum([end - sequence.n_tokens for sequence, _, end in parts if end > sequence.n_tokens])
-        self.metrics.ticks += 1
-        self.metrics.decoded_tokens += generated
-        self.metrics.drafted_tokens += drafts
-        self.metrics.prefilled_tokens += n_rows - generated - drafts
-        if self._speculating and generated == len(parts):
-            self._costs.record(n_rows, seconds)
-
-    def _process_logits(self, parts: list[Part], logits: NDArray[np.float32], now: float, alone: bool) -> None:
-        """Update the sequences after a decode, and sample their next tokens, all together."""
-        row = 0
-        sampled: list[Sequence] = []
-        rows: list[int] = []
-        for sequence, start, end in parts:
-            assert sequence.slot is not None
-            self.slots.cells.extend(sequence.slot, end - start)
-            output = sequence.output_positions(end)
-            try:
-                if end > sequence.n_tokens:
-                    self._verify_drafts(sequence, end, logits[row : row + len(output)], now, alone)
-                else:
-                    sequence.finish_slice(end, alone)
-                    if sequence.is_scored:
-                        sequence.score(logits[row : row + len(output)])
-                    elif output:
-                        sampled.append(sequence)
-                        rows.append(row)
-            except BaseException as error:
-                self.fail(sequence, wrap_error(error))
-            row += len(output)
-        for sequence, row, token in zip(sampled, rows, sample_next(sampled, rows, logits), strict=True):
-            self._accept(sequence, token, logits[row], now)
-
-    def _accept(
-        self, sequence: Sequence, token: int | BaseException | None, logits: NDArray[np.float32], now: float
-    ) -> None:
-        """Append a token to a sequence, or end its request with an error. Arguments as for `Sequence.accept`."""
-        try:
-            if isinstance(token, BaseException):
-                raise token
-            sequence.accept(token, logits, now, self.metrics)
-        except BaseException as error:
-            self.fail(sequence, wrap_error(error))
-
-    def _verify_drafts(
-        self, sequence: Sequence, end: int, logits: NDArray[np.float32], now: float, alone: bool
-    ) -> None:
-        """Keep the drafts that equal the samples, and cut the others from the cells."""
-        start, n_before = sequence.n_computed, sequence.n_tokens
-        sequence.verify_drafts(end, logits, now, self.metrics)
-        if alone:
-            sequence.kv.add_ordered(start, sequence.n_computed)
-        self.metrics.accepted_tokens += sequence.n_computed - n_before
-        if sequence.n_computed < end:
-            assert sequence.slot is not None
-            self._backend.cut(sequence.slot, sequence.n_computed)
-            self.slots.cells.cut(sequence.slot, sequence.n_computed)
+        self._begin_run()
 
     # --- the end of a request
 
@@ -487,6 +399,10 @@ class Scheduler:
         sequence.ticket.finish(completion)
         if self.running:
             self.slots.trim_parked()
+
+    def _fail_each(self, failures: list[Failure]) -> None:
+        for sequence, error in failures:
+            self.fail(sequence, wrap_error(error))
 
     def fail(self, sequence: Sequence, error: Error) -> None:
         """End a request with an error."""
@@ -526,12 +442,13 @@ class Scheduler:
         sequence.ticket.flush()
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
+        self._waits_for_end = False
 
     def _lower_capacity(self, error: CellsExhausted) -> None:
         """Lower the capacity to the cells in use: the backend has fewer than counted. The next tick makes room."""
         log.info("%s: counting on the %d cells in use, until the context is empty", error, self.slots.cells.used)
         self._in_flight = ()
-        self._end_run()
+        self.end_run()
         self.slots.cells.capacity = self.slots.cells.used
 
     def _restart_alone(self, sequence: Sequence) -> bool:
@@ -550,7 +467,7 @@ class Scheduler:
 
     def _fail_and_restart(self, sequences: SequenceOf[Sequence], error: Error) -> None:
         """End some requests after a failed decode, clear the context, and queue all others again."""
-        self._end_run()
+        self.end_run()
         for sequence in self.running:
             self._leave_context(sequence)
         self._in_flight = ()
@@ -561,6 +478,7 @@ class Scheduler:
             sequence.ticket.flush()
         self.waiting.extendleft(self.running[::-1])
         self.running.clear()
+        self._waits_for_end = False
 
     def fail_all(self, error: Error) -> None:
         """End all running requests with an error, after a bug in the engine."""
@@ -576,7 +494,6 @@ class Scheduler:
 
     def evict(self) -> None:
         """Save the KV of the running sequences, and evict the parked ones."""
-        self._end_run()
         for sequence in self.running:
             if sequence.slot is not None:
                 sequence.save(SaveReason.EVICT)
@@ -588,7 +505,7 @@ class Scheduler:
 
     def shut_down(self, error: Error) -> bool:
         """End all requests with an error, and save their KV. Returns whether any was saved."""
-        self._end_run()
+        self.end_run()
         saved = False
         for sequence in [*self.running, *self.waiting]:
             try:
@@ -601,16 +518,3 @@ class Scheduler:
             self.metrics.count_failed(error)
             sequence.ticket.fail(error)
         return saved
-
-
-def wrap_error(error: BaseException) -> Error:
-    """Return an error of this library for any exception in the model thread, SystemExit included.
-
-    No interrupt is meant for that thread, and no request may end it.
-    """
-    if isinstance(error, Error):
-        return error
-    log.error("a request failed unexpectedly", exc_info=error)
-    failure = BackendError(f"the request failed unexpectedly: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure

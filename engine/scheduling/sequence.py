@@ -7,7 +7,6 @@ stop strings, so the reply is the same.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from functools import cached_property
 from typing import NamedTuple
@@ -23,8 +22,9 @@ from erllama.engine.metrics import EngineMetrics
 from erllama.engine.output.constraint import PhasedMatcher
 from erllama.engine.output.text import unfinished
 from erllama.engine.output.thinking_budget import ThinkingBudget
+from erllama.engine.requests.clock import RequestClock
 from erllama.engine.requests.reply import Reply
-from erllama.engine.requests.request import CacheDelta, CacheHit, Completion, FinishReason, Timings
+from erllama.engine.requests.request import CacheDelta, CacheHit, Completion, FinishReason
 from erllama.engine.requests.text_reply import TextReply
 from erllama.engine.requests.ticket import Ticket
 from erllama.engine.sampling.options import SamplingOptions
@@ -75,6 +75,7 @@ class Sequence:
         n_at_exhaustion: its `n_tokens` when the backend last ran out of cells for it alone.
         dequeued: whether the model thread has removed it from the queue.
         sampler: samples its tokens.
+        clock: when its phases began.
         finish_reason: None until the reply ends.
     """
 
@@ -128,7 +129,7 @@ class Sequence:
         self._n_prefilled = 0
         self._stored = NO_TOKENS  # the positions that were saved for it and were not in the cache before
         self._hit: CacheHit | None = None
-        self._entered_at = self._restored_at = self._first_token_at = self._last_token_at = 0.0
+        self.clock = RequestClock(ticket.submitted)
 
     def _make_thinking_budget(self) -> ThinkingBudget | None:
         phases = self.options.phases
@@ -203,8 +204,7 @@ class Sequence:
         self.leader = None
         if self._hit is None:
             self._hit = hit
-            self._entered_at = began
-            self._restored_at = self._first_token_at = time.perf_counter()
+            self.clock.enter(began)
 
     def leave_context(self) -> None:
         """Leave the context. The caller releases the slot."""
@@ -312,7 +312,7 @@ class Sequence:
         self.n_tokens += n
         if alone:
             self.kv.add_ordered(start, self.n_computed)
-        self._last_token_at = now
+        self.clock.last_token_at = now
 
     @property
     def n_plain(self) -> int:
@@ -324,11 +324,6 @@ class Sequence:
             return 0
         before_save = self._next_save_at - self.n_computed
         return int(min(self.n_remaining, before_save)) - 1
-
-    @property
-    def last_token_at(self) -> float:
-        """When its last token was sampled; 0 before the first."""
-        return self._last_token_at
 
     @property
     def is_scored(self) -> bool:
@@ -389,9 +384,7 @@ class Sequence:
             sampler = self._syntax_sampler
         return SamplingInputs(sampler, self.tokens, self._grammar.allowed() if self._grammar is not None else None)
 
-    def accept(
-        self, sampled: int | None, logits: NDArray[np.float32], now: float, metrics: EngineMetrics
-    ) -> None:
+    def accept(self, sampled: int | None, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
         """Append the next token.
 
         Args:
@@ -400,12 +393,7 @@ class Sequence:
             now: when they were computed.
         """
         token = self._queued_tokens.popleft() if sampled is None else self._replace_thinking_end(sampled)
-        if self._last_token_at:
-            metrics.between_tokens.observe(now - self._last_token_at)
-        else:
-            self._first_token_at = now
-            metrics.first_token.observe(now - self.ticket.submitted)
-        self._last_token_at = now
+        self.clock.add_token(now, metrics)
         if self._vocabulary.is_eog[token]:
             self._stop_at(token)
             return
@@ -512,7 +500,7 @@ class Sequence:
             cache=self._hit or CacheHit("cold", None, 0),
             seed=self.sampler.seed,
             sampling_state=self.sampler.state,
-            timings=self._timings(),
+            timings=self.clock.timings(self._n_prefilled, max(self.n_tokens - self.n_prompt - 1, 0)),
             stop_sequence=reply.stop_sequence,
             stop_token=self._stop_token if reply.at_stop_token else None,
             logprobs=tuple(reply.logprobs) if self.options.logprobs is not None else None,
@@ -522,18 +510,6 @@ class Sequence:
             tool_call_places=tuple(reply.places),
             cache_delta=self._cache_delta(),
             drafts=None if self.options.speculative is None else self._drafts(),
-        )
-
-    def _timings(self) -> Timings:
-        now = time.perf_counter()
-        began = self._entered_at or now
-        return Timings(
-            queued=began - self.ticket.submitted,
-            restore=(self._restored_at or now) - began,
-            prefill=(self._first_token_at or now) - (self._restored_at or now),
-            decode=max(self._last_token_at - self._first_token_at, 0.0),
-            prefill_tokens=self._n_prefilled,
-            decode_tokens=max(self.n_tokens - self.n_prompt - 1, 0),
         )
 
     def _drafts(self) -> Drafts:

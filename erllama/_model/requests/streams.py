@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from typing import ClassVar
 from weakref import WeakKeyDictionary, ref
 
 from erllama.engine import Completion, Done, Event, Ticket
@@ -112,7 +113,7 @@ class LoopWaker:
     The model thread announces the tasks whose tickets have events, and wakes the loop once after a tick.
     """
 
-    _of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWaker] = WeakKeyDictionary()
+    _of_loops: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWaker]] = WeakKeyDictionary()
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = ref(loop)
