@@ -388,7 +388,7 @@ class ModelThread:
                 scheduler.tickets.wake()
                 self._wait_for_work(progress)
                 if self._calls:
-                    scheduler.end_run()
+                    pass
                 while self._calls:
                     self._calls.popleft().run()
                 if self.adapters.unused:

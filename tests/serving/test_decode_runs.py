@@ -15,6 +15,9 @@ from erllama.engine.backends.stub import StubBackend
 from support.engine_models import GatedBackend, cold_reply, engine_metrics, load_stub
 from support.threads import in_threads, wait_until
 
+# Without saves, only the end of a reply interrupts its growth.
+NO_SAVES = {"continued_interval": 0}
+
 
 def comparable(reply: erllama.Completion) -> tuple[object, ...]:
     return reply.text, reply.tokens, reply.finish_reason
@@ -94,8 +97,7 @@ def test_a_request_whose_logits_are_nan_fails_alone() -> None:
 
 @pytest.mark.parametrize("n_beside", [0, 2])
 def test_a_deadline_ends_a_reply_that_is_generated(n_beside: int) -> None:
-    backend = GatedBackend(n_ctx=1 << 16)
-    with load_stub(backend, n_seq_max=4) as model:
+    with load_stub(StubBackend(n_ctx=1 << 14, eog_bias=-100), n_seq_max=4, policy=NO_SAVES) as model:
         others = [model.stream([6 + i], max_tokens=None) for i in range(n_beside)]
         for other in others:
             next(other)
@@ -108,8 +110,7 @@ def test_a_deadline_ends_a_reply_that_is_generated(n_beside: int) -> None:
 
 
 def test_a_deadline_of_a_waiting_request_is_kept() -> None:
-    backend = GatedBackend(n_ctx=1 << 16)
-    with load_stub(backend, n_seq_max=1) as model:
+    with load_stub(StubBackend(n_ctx=1 << 14, eog_bias=-100), n_seq_max=1, policy=NO_SAVES) as model:
         first = model.stream([5], max_tokens=None)
         next(first)
         with pytest.raises(erllama.DeadlineExceeded):
@@ -119,23 +120,24 @@ def test_a_deadline_of_a_waiting_request_is_kept() -> None:
 
 
 def test_a_waiting_request_is_admitted_when_one_ends() -> None:
-    with load_stub(StubBackend(eog_bias=-100), n_seq_max=2) as model:
-        long = model.stream([5], max_tokens=3000)
-        replies = [model.complete([6 + i], max_tokens=30) for i in range(5)]
-        assert [len(reply.tokens) for reply in replies] == [30] * 5
+    with load_stub(StubBackend(n_ctx=1 << 14, eog_bias=-100), n_seq_max=2, policy=NO_SAVES) as model:
+        long = model.stream([5], max_tokens=None)
+        streams = [model.stream([6 + i], max_tokens=30) for i in range(5)]
+        assert [len(stream.result().tokens) for stream in streams] == [30] * 5
         assert not long._ticket.done
         long.cancel()
+        assert long.result().finish_reason == "cancelled"
 
 
 def test_calls_between_ticks_see_every_token() -> None:
     backend = GatedBackend()
-    with load_stub(backend, policy={"min_tokens": 1}) as model:
-        stream = model.stream([5], max_tokens=3000)
-        wait_until(lambda: len(backend.batches) > 100)
+    with load_stub(backend, policy={"min_tokens": 1, "continued_interval": 0}) as model:
+        stream = model.stream([5], max_tokens=None, temperature=0)
+        wait_until(lambda: len(backend.batches) > 150)
         model.evict()
-        stream.cancel()
-        tokens = stream.result().context_tokens
-        assert model.cached_prefix(tokens[:101]) >= 96
+        reply = cold_reply(np.array([5], np.int32), max_tokens=130, temperature=0)
+        assert model.cached_prefix(reply.context_tokens) >= 96
+        assert not stream._ticket.done
 
 
 def test_counts_are_those_of_single_ticks() -> None:
