@@ -57,8 +57,8 @@ class DecodeRun:
         self._alone = alone
         self.last_token_at = sequences[0].clock.last_token_at
         # memoryviews: numpy takes far longer to write single numbers while the caches are cold.
-        self._tokens, self._positions = memoryview(self.batch.tokens), memoryview(self.batch.positions)
-        self._buffers = [memoryview(sequence.buffer) for sequence in sequences]
+        self._tokens, self._positions = self.batch.tokens.data, self.batch.positions.data
+        self._buffers = [sequence.buffer.data for sequence in sequences]
         self._starts = [sequence.n_tokens for sequence in sequences]
         self._samplers = [sequence.sampler for sequence in sequences]
         self._contexts = _Contexts(sequences)

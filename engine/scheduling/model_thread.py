@@ -388,7 +388,7 @@ class ModelThread:
                 scheduler.tickets.wake()
                 self._wait_for_work(progress)
                 if self._calls:
-                    pass
+                    scheduler.end_run()
                 while self._calls:
                     self._calls.popleft().run()
                 if self.adapters.unused:
