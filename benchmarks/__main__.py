@@ -26,6 +26,7 @@ MODULES = (
     "reading",
     "writing",
     "ticks",
+    "streams",
     "startup",
     "sampling",
     "grammar",

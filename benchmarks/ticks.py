@@ -22,7 +22,7 @@ from erllama.llama_ffi import build_info
 from erllama.testing.models import SHAPE_135M, write_llama
 
 ATTEMPTS = 5
-ALLOWED_US = 150.0  # target of the time outside libllama, for one stream
+ALLOWED_US = {1: 150.0, 8: 250.0}  # targets of the time outside libllama, by the number of streams
 
 
 class Call(NamedTuple):
@@ -91,7 +91,7 @@ def times(setup: Setup, n_streams: int) -> tuple[list[float], list[float]]:
 def outside(setup: Setup) -> Findings:
     """Measure the time outside libllama per tick."""
     findings = Findings()
-    for n_streams in (1, 8):
+    for n_streams, allowed in ALLOWED_US.items():
         try:
             found = [times(setup, n_streams) for _ in range(setup.runs)]
         except AbsentError as error:
@@ -104,11 +104,11 @@ def outside(setup: Setup) -> Findings:
             Figure(
                 f"outside-{n_streams}",
                 f"time outside libllama per tick, {n_streams} stream{'s' if n_streams > 1 else ''}",
-                f"{ALLOWED_US:g} us",
+                f"{allowed:g} us",
                 "us",
                 medians,
-                [ALLOWED_US] * setup.runs,
-                Target("<=", 1.0) if n_streams == 1 else None,
+                [allowed] * setup.runs,
+                Target("<=", 1.0),
                 (),
                 [f"libllama's own decode takes {inside / 1e3:.2f} ms; {share:.1%} of a tick is outside it"],
             )

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.measure import spread
 from erllama.engine.requests.request import Event, Request, RequestOptions
-from erllama.engine.requests.ticket import SLEEP_SECONDS, DeltaPiece, Piece, Ticket, make_event
+from erllama.engine.requests.ticket import SLEEP_SECONDS, DeltaPiece, Piece, Ticket
 from erllama.errors import Error
 
 _PIECE = DeltaPiece("text", "word", (1,), ())
@@ -54,7 +54,7 @@ class ConditionTicket(Ticket):
                 piece = self._pieces.popleft() if self._pieces else None
             if piece is None:
                 return
-            yield make_event(piece)
+            yield self._make_event(piece)
 
 
 class LockTicket(Ticket):
@@ -91,7 +91,7 @@ class LockTicket(Ticket):
                     waiter.acquire()
                     self._waiters.append(waiter)
             if piece is not None:
-                yield make_event(piece)
+                yield self._make_event(piece)
             while waiter is not None and not waiter.acquire(timeout=SLEEP_SECONDS):
                 pass
 

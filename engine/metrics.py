@@ -25,10 +25,10 @@ class Histogram:
         self.counts = [0] * (len(BUCKETS) + 1)
         self.total = 0.0
 
-    def observe(self, seconds: float) -> None:
-        """Add one observation."""
-        self.counts[bisect_left(BUCKETS, seconds)] += 1
-        self.total += seconds
+    def observe(self, seconds: float, n: int = 1) -> None:
+        """Add `n` equal observations."""
+        self.counts[bisect_left(BUCKETS, seconds)] += n
+        self.total += seconds * n
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable
 
+from erllama.engine.backend import Vocabulary
+
 # The white space that belongs to no phase of a reply, and to no tool call.
 WHITE = " \t\r\n"
 # Bytes of the longest character, without its last.
@@ -60,3 +62,24 @@ class TextDecoder:
         """Return the rest: U+FFFD for a character that never ended."""
         self.within = False
         return self._decoder.decode(b"", final=True)
+
+
+class TokenDecoder:
+    """Decodes the tokens of one reply as text.
+
+    Args:
+        vocabulary: the model's vocabulary.
+        begun: as for `TextDecoder`.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, begun: bytes = b"") -> None:
+        self._vocabulary = vocabulary
+        self._text = TextDecoder(begun)
+
+    def feed(self, token: int) -> str:
+        """Return the text that is complete now."""
+        return self._text.feed(self._vocabulary.piece(token))
+
+    def finish(self) -> str:
+        """Return the rest, as `TextDecoder.finish` does."""
+        return self._text.finish()

@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
+from erllama.engine.output.text import TokenDecoder
 from erllama.engine.requests.request import (
     Completion,
     Done,
@@ -65,7 +66,20 @@ class EndPiece(NamedTuple):
     raw: bytes
 
 
-Piece = DeltaPiece | EndPiece
+class TextTokens(NamedTuple):
+    """Tokens of a reply that is all text. The reader's thread decodes them.
+
+    Attributes:
+        tokens: their ids.
+        is_last: whether the reply ends with them: a character that has begun will not end.
+    """
+
+    tokens: tuple[int, ...]
+    is_last: bool = False
+
+
+# A token alone is one of a reply that is all text. It is the most frequent piece, so it has no object of its own.
+Piece = DeltaPiece | EndPiece | TextTokens | int
 
 _DELTAS: dict[str, type[TextDelta] | type[ThinkingDelta] | type[ToolCallDelta]] = {
     "text": TextDelta,
@@ -74,8 +88,50 @@ _DELTAS: dict[str, type[TextDelta] | type[ThinkingDelta] | type[ToolCallDelta]] 
 }
 
 
+class Waker(Protocol):
+    """Wakes the tasks of one event loop."""
+
+    def wake(self) -> None:
+        """Wake all tasks that were announced. Must be quick and must not raise."""
+
+
+class Listener(Protocol):
+    """A task that waits for the events of one ticket."""
+
+    def announce(self) -> Waker | None:
+        """Record, in the model thread, that `poll` has an event.
+
+        Returns:
+            what wakes the task; None if it will be woken anyway.
+        """
+
+
+class TicketGroup:
+    """The tickets of one model thread: the tasks to wake after a tick, and whether a ticket was cancelled.
+
+    To wake an event loop takes a system call, during which other threads run. So the model thread wakes each loop
+    once, when it has finished a tick.
+
+    Attributes:
+        cancelled: set by any thread when it has cancelled a ticket; cleared by the model thread.
+    """
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self._wakers: set[Waker] = set()
+
+    def add(self, waker: Waker) -> None:
+        """Wake the tasks of a waker at the next `wake`."""
+        self._wakers.add(waker)
+
+    def wake(self) -> None:
+        """Wake all tasks that have events."""
+        while self._wakers:
+            self._wakers.pop().wake()
+
+
 class Ticket:
-    """One request in flight. Safe from any thread.
+    """One request in flight. Safe from any thread. One thread at a time reads the events.
 
     Args:
         request: the request.
@@ -97,6 +153,7 @@ class Ticket:
         self._emitted: list[Piece] = []  # not sent to the readers yet; used by the model thread alone
         self._backlog = _Backlog()  # pieces before those, if the reader is slow; used by the model thread alone
         self._unread: SimpleQueue[Piece | None] = SimpleQueue()  # None, the last item, wakes the readers at the end
+        self._decoder: TokenDecoder | None = None  # of a reply that is all text; used by the readers
         self._ended: SimpleQueue[None] = SimpleQueue()  # has an item once the request has ended
         self._completion: Completion | None = None
         self._error: BaseException | None = None
@@ -104,9 +161,32 @@ class Ticket:
         self._end_read = False
         self.cancelled = False
         self.model: object = None
-        self._listener: Callable[[], None] | None = None
+        self._listener: Listener | None = None
+        self._group: TicketGroup | None = None
 
     # --- the model thread's side
+
+    def join(self, group: TicketGroup) -> None:
+        """Become a ticket of a model thread, which wakes the tasks that listen. Called before its first event."""
+        self._group = group
+        if self.cancelled:
+            group.cancelled = True
+
+    def decode_with(self, decoder: TokenDecoder) -> None:
+        """Set the decoder of a reply that is all text. Called before its first event."""
+        self._decoder = decoder
+
+    def send_token(self, token: int) -> None:
+        """Send a token of a reply that is all text to the readers, if there are any, and wake them."""
+        if not self.streaming:
+            return
+        if self._backlog or self._unread.qsize() >= _MAX_UNREAD:
+            self._emitted.append(token)
+            self.notify()
+            return
+        self._unread.put(token)
+        if self._listener is not None:
+            self._announce(self._listener)
 
     def emit(self, piece: Piece) -> None:
         """Add a piece, if the caller reads events. `notify` sends it to the readers."""
@@ -135,9 +215,17 @@ class Ticket:
             pieces = self._backlog.take() + pieces
         for piece in pieces:
             self._unread.put(piece)
-        # If older pieces are unread, the listener was called for them, and its reader finds these after them.
-        if pieces and self._listener is not None and self._unread.qsize() <= len(pieces):
-            self._listener()
+        if pieces and self._listener is not None:
+            self._announce(self._listener)
+
+    def _announce(self, listener: Listener) -> None:
+        waker = listener.announce()
+        if waker is None:
+            return
+        if self._group is not None:
+            self._group.add(waker)
+        else:
+            waker.wake()
 
     def finish(self, completion: Completion) -> None:
         """End the request with a result."""
@@ -155,7 +243,7 @@ class Ticket:
         self._unread.put(None)
         self._ended.put(None)
         if self._listener is not None:
-            self._listener()
+            self._announce(self._listener)
 
     # --- the caller's side
 
@@ -167,17 +255,18 @@ class Ticket:
     def cancel(self) -> None:
         """Request an early end; the request still ends with a Completion. Idempotent."""
         self.cancelled = True
+        if self._group is not None:  # otherwise the model thread has not received it, and will check it
+            self._group.cancelled = True
 
-    def listen(self, listener: Callable[[], None]) -> None:
-        """Call a function, in the model thread, when `poll` has an event after it had none.
-
-        It must be quick and must not raise.
-        """
+    def listen(self, listener: Listener) -> None:
+        """Announce to a listener when `poll` has an event. Called before the request is submitted."""
         self._listener = listener
 
     def poll(self) -> Event | None:
         """Return the next event, or None if there is none yet. Raises the request's error if it failed."""
         self._check_process()
+        if not self.done and self._unread.empty():
+            return None
         return self._next(wait=False)
 
     def events(self) -> Iterator[Event]:
@@ -213,10 +302,23 @@ class Ticket:
             piece = None
         else:
             if piece is not None:
-                return make_event(piece)
+                return self._make_event(piece)
             self._unread.put(None)  # for the other readers
             done = True
         return self._end() if done else None
+
+    def _make_event(self, piece: Piece) -> Event:
+        """Return the event of a piece."""
+        if isinstance(piece, int):
+            assert self._decoder is not None
+            return TextDelta(self._decoder.feed(piece), (piece,))
+        if isinstance(piece, TextTokens):
+            assert self._decoder is not None
+            text = "".join(map(self._decoder.feed, piece.tokens))
+            return TextDelta(text + self._decoder.finish() if piece.is_last else text, piece.tokens)
+        if isinstance(piece, DeltaPiece):
+            return _DELTAS[piece.kind](piece.text, piece.tokens, piece.logprobs)
+        return ThinkingEnd(piece.raw) if piece.kind == "thinking" else ToolCallEnd(piece.raw)
 
     def _end(self) -> Event | None:
         """Return the last event, or raise the request's error; once."""
@@ -231,18 +333,11 @@ class Ticket:
             raise ModelUnloaded("the request was made before this process was forked; its model runs in the parent")
 
 
-def make_event(piece: Piece) -> Event:
-    """Return the event of a piece."""
-    if isinstance(piece, DeltaPiece):
-        return _DELTAS[piece.kind](piece.text, piece.tokens, piece.logprobs)
-    return ThinkingEnd(piece.raw) if piece.kind == "thinking" else ToolCallEnd(piece.raw)
-
-
 class _Backlog:
-    """Pieces that a slow reader has not read; consecutive deltas of one kind are joined."""
+    """Pieces that a slow reader has not read; consecutive ones of one kind are joined."""
 
     def __init__(self) -> None:
-        self._runs: list[list[DeltaPiece] | EndPiece] = []
+        self._runs: list[list[Piece]] = []
 
     def __bool__(self) -> bool:
         return bool(self._runs)
@@ -251,9 +346,7 @@ class _Backlog:
         """Add pieces."""
         for piece in pieces:
             last = self._runs[-1] if self._runs else None
-            if isinstance(piece, EndPiece):
-                self._runs.append(piece)
-            elif isinstance(last, list) and last[0].kind == piece.kind:
+            if last is not None and not isinstance(piece, EndPiece) and _kind(piece) == _kind(last[0]):
                 last.append(piece)
             else:
                 self._runs.append([piece])
@@ -261,15 +354,24 @@ class _Backlog:
     def take(self) -> list[Piece]:
         """Remove and return all pieces, joined."""
         runs, self._runs = self._runs, []
-        return [run if isinstance(run, EndPiece) else _join(run) for run in runs]
+        return [_join(run) if len(run) > 1 else run[0] for run in runs]
 
 
-def _join(pieces: list[DeltaPiece]) -> DeltaPiece:
-    if len(pieces) == 1:
-        return pieces[0]
+def _kind(piece: Piece) -> str:
+    if isinstance(piece, DeltaPiece):
+        return piece.kind
+    return "end" if isinstance(piece, EndPiece) else "tokens"
+
+
+def _join(pieces: list[Piece]) -> Piece:
+    """Join pieces of one kind."""
+    deltas = [piece for piece in pieces if isinstance(piece, DeltaPiece)]
+    if not deltas:
+        tokens = tuple(piece for piece in pieces if isinstance(piece, int))
+        return TextTokens(tokens, is_last=not isinstance(pieces[-1], int))
     return DeltaPiece(
-        pieces[0].kind,
-        "".join(piece.text for piece in pieces),
-        tuple(token for piece in pieces for token in piece.tokens),
-        tuple(logprobs for piece in pieces for logprobs in piece.logprobs),
+        deltas[0].kind,
+        "".join(delta.text for delta in deltas),
+        tuple(token for delta in deltas for token in delta.tokens),
+        tuple(logprobs for delta in deltas for logprobs in delta.logprobs),
     )

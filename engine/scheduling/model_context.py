@@ -61,6 +61,11 @@ class ModelContext:
             Adapters(backend),
         )
 
+    @property
+    def ending_tokens(self) -> frozenset[int]:
+        """The tokens that end generation."""
+        return frozenset(np.flatnonzero(self.backend.vocabulary.is_eog).tolist())
+
     def stop_tokens(self, options: RequestOptions) -> dict[int, str]:
         """Return the tokens at which a reply ends, each with the text that `stop_sequence` reports.
 

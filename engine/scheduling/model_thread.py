@@ -385,14 +385,17 @@ class ModelThread:
         progress = True
         try:
             while not self._stopping:
+                scheduler.tickets.wake()
                 self._wait_for_work(progress)
+                if self._calls:
+                    scheduler.end_run()
                 while self._calls:
                     self._calls.popleft().run()
                 if self.adapters.unused:
                     self.adapters.free_unused()
                 while self._queue:
                     self._queue[0].dequeued = True  # before it is removed: `submit` checks the queue first
-                    scheduler.waiting.append(self._queue.popleft())
+                    scheduler.add(self._queue.popleft())
                 progress = self._tick() if not self._stopping and scheduler.busy else True
         finally:
             with self._lock:
@@ -403,6 +406,7 @@ class ModelThread:
                 self._queue.clear()
                 calls, self._calls = self._calls, deque()
             self._run_final_step(lambda: self._end_requests(scheduler))
+            self._run_final_step(scheduler.tickets.wake)
             for call in calls:
                 call.end(self._unloaded_error("was unloaded meanwhile"))
             self._run_final_step(self.adapters.close)

@@ -1,7 +1,7 @@
 """The sources of an admitted sequence's prefix: another sequence's cells, the cache, or a wait.
 
-The scheduler asks `PrefixSharing` which sequence is computing a prefix now, whether a wait is over, and whether the
-cells have room. `PrefixSharing` changes no state.
+The scheduler asks `PrefixSharing` which sequence is computing a prefix now, whether a wait is over, and whether a
+request may be admitted. `PrefixSharing` changes no state.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class PrefixSharing:
         for other in self._running:
             if other is sequence:
                 break
-            if other.namespace != sequence.namespace or other.n_computed >= other.n_tokens:
+            if other.first_token != sequence.first_token or other.namespace != sequence.namespace:
+                continue
+            if other.n_computed >= other.n_tokens:
                 continue
             n = common_prefix(other.tokens, sequence.reusable)
             if not self._limits.can_trim:
@@ -79,7 +81,22 @@ class PrefixSharing:
         late = time.perf_counter() >= sequence.parent_deadline
         return key is None or late or not self._prefix_cache.awaits(key)
 
-    def has_room(self, sequence: Sequence) -> bool:
+    def may_run(self, sequence: Sequence, n_seq_max: int) -> bool:
+        """Return whether a waiting sequence may run beside the running ones. At most `n_seq_max` run at once."""
+        running = self._running
+        if not running:
+            return True
+        return (
+            len(running) < n_seq_max
+            # A reproducible request has the context to itself.
+            and not sequence.options.reproducible
+            and not running[0].options.reproducible
+            # A decode has one set of adapters: another set waits, as do all requests behind it.
+            and sequence.adapters == running[0].adapters
+            and self._has_room(sequence)
+        )
+
+    def _has_room(self, sequence: Sequence) -> bool:
         """Return whether the cells have room for its prompt, all running prompts, and some of each reply."""
         source, n_shared = self._slots.find_longest_prefix(sequence, self._running)
         if isinstance(source, Parked):

@@ -7,9 +7,11 @@ time have the same set of adapters. A request that fails, fails alone.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from typing import Literal
 
 import numpy as np
@@ -22,13 +24,20 @@ from erllama.engine.backend import Batch, RecoverableBackend
 from erllama.engine.kv.sequence_kv import SequenceKV
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.requests.request import CacheHit
+<<<<<<< HEAD
 from erllama.engine.scheduling.batches import BatchBuilder, Part, prefill_budget
+=======
+from erllama.engine.requests.ticket import TicketGroup
+from erllama.engine.scheduling.batches import BatchBuilder, Part
+from erllama.engine.scheduling.decode_results import DecodeResults, Failure
+from erllama.engine.scheduling.decode_run import DecodeRun
+from erllama.engine.scheduling.failures import wrap_error
+>>>>>>> ticks
 from erllama.engine.scheduling.live_tier import LiveTier
 from erllama.engine.scheduling.model_context import ModelContext
 from erllama.engine.scheduling.prefix_sharing import PrefixSharing
 from erllama.engine.scheduling.sequence import Sequence
 from erllama.engine.scheduling.slots import NO_SOURCE, PrefixSource, Slots
-from erllama.engine.speculation import DecodeCosts
 from erllama.errors import BackendError, CellsExhausted, DeadlineExceeded, Error
 
 log = logger("erllama.engine")
@@ -52,6 +61,7 @@ class Scheduler:
         waiting: requests that are not admitted yet, in order of arrival; preempted ones are at the head.
         running: admitted requests, in the order of admission.
         slots: the context's slots and cells.
+        tickets: of these requests. After each tick, the caller wakes their readers.
         metrics: counts since the model was loaded.
         last_hit: how much of the last prompt was reused.
     """
@@ -78,12 +88,15 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.slots = Slots(context.backend, parked_cells, tier)
+        self.tickets = TicketGroup()
         self._sharing = PrefixSharing(context, self.slots, self.running)
         self._batches = BatchBuilder(self._limits.n_batch)
-        self._in_flight: list[Part] = []  # of a decode that has not returned, or was aborted
-        self._costs = DecodeCosts()
-        self._speculating = False  # whether a request of the last tick may compute ahead
+        self._run: DecodeRun | None = None
+        self._deadline = math.inf  # the earliest deadline of a request, or an earlier time
+        self._waits_for_end = False  # whether no waiting request can be admitted before a running one ends
+        self._in_flight: SequenceOf[Sequence] = ()  # of a decode that has not returned, or was aborted
         self.metrics = EngineMetrics()
+        self._results = DecodeResults(context.backend, self.slots, self.metrics)
         self.last_hit: CacheHit | None = None
 
     @property
@@ -98,16 +111,36 @@ class Scheduler:
             return "idle"
         return "prefilling" if any(s.waiting or s.prefilling for s in self.running) else "generating"
 
+    def add(self, sequence: Sequence) -> None:
+        """Add a request to the waiting ones."""
+        if not self.waiting:
+            self._waits_for_end = False
+        self.waiting.append(sequence)
+        sequence.ticket.join(self.tickets)
+        if sequence.ticket.deadline is not None:
+            self._deadline = min(self._deadline, sequence.ticket.deadline)
+
     def tick(self) -> bool:
         """Admit requests, decode once, and pass on the results.
 
         Returns:
             False if all running requests wait for saves of others: the next tick should wait a moment.
         """
+        run = self._run
+        if run is not None:
+            if not run.is_complete and not self._is_due():
+                self._continue(run)
+                return True
+            self.end_run()
         self.slots.evict_requested()
+<<<<<<< HEAD
         self._end_cancelled_and_late()
         if self._recoverable is not None and self.waiting and not self.running and self._recoverable.memory_lost:
             self._recover(self._recoverable)
+=======
+        if self.tickets.cancelled or time.perf_counter() >= self._deadline:
+            self._end_cancelled_and_late()
+>>>>>>> ticks
         if self.waiting:
             self._admit()
         for sequence in [s for s in self.running if s.slot is None]:
@@ -120,10 +153,62 @@ class Scheduler:
             return True
         return not any(s.waiting for s in self.running)
 
+    # --- ticks in which nothing but decoding happens
+
+    def _is_due(self) -> bool:
+        """Return whether anything but a decode is due."""
+        return (
+            self.tickets.cancelled
+            or (bool(self.waiting) and not self._waits_for_end)
+            or self.slots.has_evicted
+            or (self._deadline < math.inf and time.perf_counter() >= self._deadline)
+        )
+
+    def _begin_run(self) -> None:
+        """Begin a run, if the next tick can be one of a run."""
+        running = self.running
+        if self._is_due() or not running or not all([s.is_plain for s in running]):  # noqa: C419 - quicker
+            return
+        max_ticks = min(*[s.n_plain for s in running], self.slots.cells.free // len(running))
+        last = running[0].clock.last_token_at
+        if max_ticks > 1 and all(s.clock.last_token_at == last for s in running):
+            alone = len(running) == 1 and self.slots.pristine
+            self._run = DecodeRun(running, self._batches, self._context.ending_tokens, max_ticks, alone=alone)
+
+    def _continue(self, run: DecodeRun) -> None:
+        """Run one tick of a run. Ends the run if a reply ends, or a request fails."""
+        sequences = run.sequences
+        logits = self._compute(run.batch, sequences, len(sequences))
+        if logits is None:
+            return
+        now = time.perf_counter()
+        self.metrics.ticks += 1
+        self.metrics.decoded_tokens += len(sequences)
+        sampled = run.sample(logits)
+        seconds = now - run.last_token_at
+        if run.append(sampled, now):
+            self.metrics.between_tokens.observe(seconds, len(sampled))
+            return
+        self.end_run()
+        alone = len(sequences) == 1 and self.slots.pristine
+        self._fail_each(self._results.process_sampled(sequences, sampled, logits, now, alone))
+        self._conclude(sequences)
+
+    def end_run(self) -> None:
+        """End the run, if there is one: the sequences and the cells are up to date then.
+
+        The caller does so before it uses them between two ticks.
+        """
+        run, self._run = self._run, None
+        if run is not None:
+            run.end(self.slots.cells)
+
     # --- admission
 
     def _end_cancelled_and_late(self) -> None:
         """End the requests that were cancelled, or exceeded their deadline."""
+        self.tickets.cancelled = False  # before the tickets are checked: they may be cancelled meanwhile
+        self._deadline = math.inf
         now = time.perf_counter()
         for sequence in [*self.running, *self.waiting]:
             ticket = sequence.ticket
@@ -133,24 +218,26 @@ class Scheduler:
             elif ticket.deadline is not None and now >= ticket.deadline:
                 timeout = ticket.request.options.timeout
                 self.fail(sequence, DeadlineExceeded(f"the reply was not done within timeout={timeout} seconds"))
+            elif ticket.deadline is not None:
+                self._deadline = min(self._deadline, ticket.deadline)
 
     def _admit(self) -> None:
         """Admit waiting requests, in order, while they fit."""
-        # One a tick while replies are generated: restoring takes its time, too.
         generating = any(not s.waiting and not s.prefilling for s in self.running)
-        for _ in range(1 if generating else self._n_seq_max):
-            if not self.waiting or len(self.running) >= self._n_seq_max:
-                return
+        n_before = self.metrics.cached_tokens
+        n_prompts = 0
+        while self.waiting:
             first = self.waiting[0]
-            if self.running and (first.options.reproducible or self.running[0].options.reproducible):
-                return  # a reproducible request has the context to itself
-            if self.running and first.adapters != self.running[0].adapters:
-                return  # a decode has one set of adapters: another set waits, as do all requests behind it
-            if self.running and not self._sharing.has_room(first):
+            self._waits_for_end = not self._sharing.may_run(first, self._n_seq_max)
+            # While replies are generated, no more than this tick can compute: restoring takes its time, too.
+            if self._waits_for_end or (
+                generating and (n_prompts >= self._chunk or self.metrics.cached_tokens > n_before)
+            ):
                 return
             self.waiting.popleft()
             self.running.append(first)
             self._start(first)
+            n_prompts += first.n_tokens - first.n_computed
 
     def _start(self, sequence: Sequence) -> None:
         """Bring an admitted sequence into the context, or make it wait for another sequence or for a save."""
@@ -223,7 +310,7 @@ class Scheduler:
             rows = [Part(s, s.n_computed, s.n_computed + 1) for s in inside if not s.prefilling]
             if self.slots.make_room(len(rows)):
                 if len(rows) == len(inside) > 0:
-                    return self._add_drafts(rows)
+                    return self._results.add_drafts(rows)
                 parts = rows + self._prefill_slices(inside, len(rows))
                 if parts or not inside:
                     return parts
@@ -237,19 +324,6 @@ class Scheduler:
                         f"fewer than its n_ctx of {self._limits.n_ctx}"
                     ),
                 )
-
-    def _add_drafts(self, rows: list[Part]) -> list[Part]:
-        """Extend rows by drafts, in cells that no other row needs. Only for ticks without prefill."""
-        self._speculating = any([part.sequence.speculates for part in rows])  # noqa: C419 - quicker
-        if not self._speculating:
-            return rows
-        spare = min(self._limits.n_batch, self.slots.cells.free) - len(rows)
-        parts = []
-        for part in rows:
-            n = part.sequence.draft(spare, len(rows), self._costs) if part.sequence.speculates else 0
-            parts.append(part._replace(end=part.end + n))
-            spare -= n
-        return parts
 
     def _prefill_slices(self, inside: list[Sequence], n_rows: int) -> list[Part]:
         """Return slices of prompts, in the order of admission, with as many tokens as fit the tick."""
@@ -279,73 +353,46 @@ class Scheduler:
         """Decode the parts, and pass the logits to their sequences."""
         alone = len(parts) == 1 and self.slots.pristine
         batch, n_output = self._batches.build(parts)
-        self._in_flight = parts
+        sequences = [part.sequence for part in parts]
         began = time.perf_counter()
+        logits = self._compute(batch, sequences, n_output)
+        if logits is None:
+            return
+        now = time.perf_counter()
+        self._results.count(parts, len(batch.tokens), now - began)
+        self._fail_each(self._results.process(parts, logits, now, alone))
+        self._conclude(sequences)
+
+    def _compute(self, batch: Batch, sequences: SequenceOf[Sequence], n_output: int) -> NDArray[np.float32] | None:
+        """Return the logits of a batch, shape (n_output, n_vocab); None if the decode failed, which is handled."""
+        self._in_flight = sequences
         try:
-            self._context.adapters.use(parts[0].sequence.adapters)
+            self._context.adapters.use(sequences[0].adapters)
             logits = self._backend.decode(batch)
             if logits.shape != (n_output, self._limits.n_vocab):
                 raise BackendError(f"the backend returned logits of shape {logits.shape}")
         except CellsExhausted as error:
             self._lower_capacity(error)
-            return
+            return None
         except BaseException as error:
             if not self._stopping():
-                self._fail_and_restart([part.sequence for part in parts], wrap_error(error))
-            return
-        self._in_flight = []
-        now = time.perf_counter()
-        self._count_decode(parts, len(batch.tokens), now - began)
-        self._process_logits(parts, logits, now, alone)
-        for sequence, _, _ in parts:
+                self._fail_and_restart(sequences, wrap_error(error))
+            return None
+        self._in_flight = ()
+        return logits
+
+    def _conclude(self, sequences: SequenceOf[Sequence]) -> None:
+        """Notify the readers of decoded sequences, save what is due, and end the requests that are done."""
+        for sequence in sequences:
             # All together, and last: a woken reader needs the interpreter, which is free during a decode.
             sequence.ticket.notify()
-        for sequence, _, _ in parts:
+        for sequence in sequences:
             if sequence.slot is not None:
                 sequence.save_due()
                 if sequence.finish_reason is not None:
+                    self.tickets.wake()  # before saving, which takes its time
                     self._finish(sequence)
-
-    def _count_decode(self, parts: list[Part], n_rows: int, seconds: float) -> None:
-        generated = sum([not sequence.prefilling for sequence, _, _ in parts])
-        drafts = sum([end - sequence.n_tokens for sequence, _, end in parts if end > sequence.n_tokens])
-        self.metrics.ticks += 1
-        self.metrics.decoded_tokens += generated
-        self.metrics.drafted_tokens += drafts
-        self.metrics.prefilled_tokens += n_rows - generated - drafts
-        if self._speculating and generated == len(parts):
-            self._costs.record(n_rows, seconds)
-
-    def _process_logits(self, parts: list[Part], logits: NDArray[np.float32], now: float, alone: bool) -> None:
-        row = 0
-        for sequence, start, end in parts:
-            assert sequence.slot is not None
-            self.slots.cells.extend(sequence.slot, end - start)
-            output = sequence.output_positions(end)
-            try:
-                if end > sequence.n_tokens:
-                    self._verify_drafts(sequence, end, logits[row : row + len(output)], now, alone)
-                else:
-                    sequence.finish_slice(end, alone)
-                    if output:
-                        sequence.process_logits(logits[row : row + len(output)], now, self.metrics)
-            except BaseException as error:
-                self.fail(sequence, wrap_error(error))
-            row += len(output)
-
-    def _verify_drafts(
-        self, sequence: Sequence, end: int, logits: NDArray[np.float32], now: float, alone: bool
-    ) -> None:
-        """Keep the drafts that equal the samples, and cut the others from the cells."""
-        start, n_before = sequence.n_computed, sequence.n_tokens
-        sequence.verify_drafts(end, logits, now, self.metrics)
-        if alone:
-            sequence.kv.add_ordered(start, sequence.n_computed)
-        self.metrics.accepted_tokens += sequence.n_computed - n_before
-        if sequence.n_computed < end:
-            assert sequence.slot is not None
-            self._backend.cut(sequence.slot, sequence.n_computed)
-            self.slots.cells.cut(sequence.slot, sequence.n_computed)
+        self._begin_run()
 
     # --- the end of a request
 
@@ -367,6 +414,10 @@ class Scheduler:
         if self.running:
             self.slots.trim_parked()
 
+    def _fail_each(self, failures: list[Failure]) -> None:
+        for sequence, error in failures:
+            self.fail(sequence, wrap_error(error))
+
     def fail(self, sequence: Sequence, error: Error) -> None:
         """End a request with an error."""
         slot = sequence.slot
@@ -377,6 +428,7 @@ class Scheduler:
             self.slots.release(slot)
 
     def _remove(self, sequence: Sequence) -> None:
+        self._waits_for_end = False
         self._leave_context(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
@@ -404,11 +456,13 @@ class Scheduler:
         sequence.ticket.flush()
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
+        self._waits_for_end = False
 
     def _lower_capacity(self, error: CellsExhausted) -> None:
         """Lower the capacity to the cells in use: the backend has fewer than counted. The next tick makes room."""
         log.info("%s: counting on the %d cells in use, until the context is empty", error, self.slots.cells.used)
-        self._in_flight = []
+        self._in_flight = ()
+        self.end_run()
         self.slots.cells.capacity = self.slots.cells.used
 
     def _restart_alone(self, sequence: Sequence) -> bool:
@@ -425,11 +479,12 @@ class Scheduler:
         self.slots.clear()
         return True
 
-    def _fail_and_restart(self, sequences: list[Sequence], error: Error) -> None:
+    def _fail_and_restart(self, sequences: SequenceOf[Sequence], error: Error) -> None:
         """End some requests after a failed decode, clear the context, and queue all others again."""
+        self.end_run()
         for sequence in self.running:
             self._leave_context(sequence)
-        self._in_flight = []
+        self._in_flight = ()
         self.slots.clear()
         for sequence in sequences:
             self.fail(sequence, error)
@@ -437,6 +492,7 @@ class Scheduler:
             sequence.ticket.flush()
         self.waiting.extendleft(self.running[::-1])
         self.running.clear()
+        self._waits_for_end = False
 
     def _recover(self, backend: RecoverableBackend) -> None:
         """Make a backend usable that has lost its KV. If that fails, end all waiting requests."""
@@ -473,11 +529,11 @@ class Scheduler:
 
     def shut_down(self, error: Error) -> bool:
         """End all requests with an error, and save their KV. Returns whether any was saved."""
+        self.end_run()
         saved = False
-        in_flight = [part.sequence for part in self._in_flight]
         for sequence in [*self.running, *self.waiting]:
             try:
-                if sequence.slot is not None and (sequence not in in_flight or sequence.recover()):
+                if sequence.slot is not None and (sequence not in self._in_flight or sequence.recover()):
                     sequence.save(SaveReason.SHUTDOWN)
                     saved = True
             except BaseException:
@@ -486,16 +542,3 @@ class Scheduler:
             self.metrics.count_failed(error)
             sequence.ticket.fail(error)
         return saved
-
-
-def wrap_error(error: BaseException) -> Error:
-    """Return an error of this library for any exception in the model thread, SystemExit included.
-
-    No interrupt is meant for that thread, and no request may end it.
-    """
-    if isinstance(error, Error):
-        return error
-    log.error("a request failed unexpectedly", exc_info=error)
-    failure = BackendError(f"the request failed unexpectedly: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure

@@ -7,9 +7,9 @@ stop strings, so the reply is the same.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,10 @@ from erllama.engine.metrics import EngineMetrics
 from erllama.engine.output.constraint import PhasedMatcher
 from erllama.engine.output.text import unfinished
 from erllama.engine.output.thinking_budget import ThinkingBudget
+from erllama.engine.requests.clock import RequestClock
 from erllama.engine.requests.reply import Reply
-from erllama.engine.requests.request import CacheDelta, CacheHit, Completion, FinishReason, Timings
+from erllama.engine.requests.request import CacheDelta, CacheHit, Completion, FinishReason
+from erllama.engine.requests.text_reply import TextReply
 from erllama.engine.requests.ticket import Ticket
 from erllama.engine.sampling.options import SamplingOptions
 from erllama.engine.sampling.sampler import Sampler, log_probabilities
@@ -37,6 +39,14 @@ log = logger("erllama.engine")
 HEADROOM = 64
 # Rows of logits of one request in a decode, while its prompt is scored: each is as wide as the vocabulary.
 _MAX_ROWS = 64
+
+
+class SamplingInputs(NamedTuple):
+    """What a sampler needs beside the logits, as `Sampler.sample` takes it."""
+
+    sampler: Sampler
+    context: NDArray[np.int32]
+    allowed: NDArray[np.bool_] | None
 
 
 class Sequence:
@@ -55,6 +65,8 @@ class Sequence:
         buffer: prompt and reply, int32. The first `n_tokens` are known; the KV of the first `n_computed` is in the
             context.
         n_prompt: tokens of the prompt.
+        first_token: the first of them.
+        is_plain: whether a sampled token changes its state only by being appended, unless the token ends the reply.
         slot: its slot in the context; None while it waits.
         leader, n_from_leader: another sequence that is computing the first `n_from_leader` tokens of this one. This
             one waits for it.
@@ -62,6 +74,8 @@ class Sequence:
         headroom: cells for its reply that must be free when it is admitted.
         n_at_exhaustion: its `n_tokens` when the backend last ran out of cells for it alone.
         dequeued: whether the model thread has removed it from the queue.
+        sampler: samples its tokens.
+        clock: when its phases began.
         finish_reason: None until the reply ends.
     """
 
@@ -82,6 +96,8 @@ class Sequence:
         # As long as this request can need, and no longer.
         self.buffer = np.empty(len(prompt) + n_reply, np.int32)
         self.buffer[: len(prompt)] = prompt
+        self.first_token = int(prompt[0])
+        self.is_plain = TextReply.suits(options)
         self.n_tokens = len(prompt)
         self.n_computed = 0
         self.slot: int | None = None
@@ -95,12 +111,16 @@ class Sequence:
         self._kv: SequenceKV | None = None
         self._next_save_at = 0.0  # tokens computed when the next block is due
         self._finish_key: bytes | None = None  # of its context when it last left
-        self._sampler = context.samplers.make(options.sampling, options.sampling_state)
+        self.sampler = context.samplers.make(options.sampling, options.sampling_state)
         self._tracker = context.tracker(options, prompt)
         self._grammar = context.grammar(options, self._tracker)
         self._budget = self._make_thinking_budget()
         begun = unfinished(map(self._vocabulary.piece, prompt[-4:].tolist()[::-1]))
-        self._reply = Reply(ticket, options, self._vocabulary, context.codec, self._tracker, begun)
+        self._reply: Reply | TextReply = (
+            TextReply(ticket, self._vocabulary, begun)
+            if self.is_plain
+            else Reply(ticket, options, self._vocabulary, context.codec, self._tracker, begun)
+        )
         self._stop_tokens = context.stop_tokens(options)
         self._stop_token: int | None = None
         self._queued_tokens: deque[int] = deque()  # appended next, in place of sampled tokens
@@ -109,7 +129,7 @@ class Sequence:
         self._n_prefilled = 0
         self._stored = NO_TOKENS  # the positions that were saved for it and were not in the cache before
         self._hit: CacheHit | None = None
-        self._entered_at = self._restored_at = self._first_token_at = self._last_token_at = 0.0
+        self.clock = RequestClock(ticket.submitted)
 
     def _make_thinking_budget(self) -> ThinkingBudget | None:
         phases = self.options.phases
@@ -184,8 +204,7 @@ class Sequence:
         self.leader = None
         if self._hit is None:
             self._hit = hit
-            self._entered_at = began
-            self._restored_at = self._first_token_at = time.perf_counter()
+            self.clock.enter(began)
 
     def leave_context(self) -> None:
         """Leave the context. The caller releases the slot."""
@@ -281,16 +300,42 @@ class Sequence:
         if end == self.n_tokens and self.options.max_tokens == 0:
             self.finish_reason = "length"
 
-    def process_logits(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
-        """Sample the next token, or score tokens of the prompt.
+    def advance(self, n: int, now: float, alone: bool) -> None:
+        """Record `n` decodes of the token sampled last. The tokens sampled from them are in the buffer.
+
+        Args:
+            now: when the last of them was sampled.
+            alone: as for `finish_slice`.
+        """
+        start = self.n_computed
+        self.n_computed += n
+        self.n_tokens += n
+        if alone:
+            self.kv.add_ordered(start, self.n_computed)
+        self.clock.last_token_at = now
+
+    @property
+    def n_plain(self) -> int:
+        """The number of decodes in which nothing happens but that a token is appended.
+
+        The decode after them ends the reply, or makes a block due. 0 for a sequence that is not plain.
+        """
+        if not self.is_plain or self.slot is None or self.prefilling or self.finish_reason is not None:
+            return 0
+        before_save = self._next_save_at - self.n_computed
+        return int(min(self.n_remaining, before_save)) - 1
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether tokens of its prompt are scored, and none is sampled."""
+        return bool(self._n_scored)
+
+    def score(self, logits: NDArray[np.float32]) -> None:
+        """Score the next tokens of the prompt.
 
         Args:
             logits: shape (rows, n_vocab), of the rows of `output_positions`.
-            now: when they were computed.
         """
-        if not self._n_scored:
-            self._sample_next(logits[0], now, metrics)
-            return
         for row in logits:
             token = int(self.buffer[self._next_scored])
             self._reply.logprobs.append(log_probabilities(row, token, self.options.logprobs or 0))
@@ -307,7 +352,7 @@ class Sequence:
         self.n_computed = first
         for i in range(len(drafts) + 1):
             if self.n_computed == self.n_tokens:
-                self._sample_next(logits[i], now, metrics)
+                self._sample_alone(logits[i], now, metrics)
             if self.finish_reason is not None or i == len(drafts) or self.buffer[first + i] != drafts[i]:
                 break
             self.n_computed += 1
@@ -329,35 +374,44 @@ class Sequence:
 
     # --- sampling
 
-    def _sample_next(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
-        """Append the next token, sampled from logits of shape (n_vocab,), or queued."""
+    def sampling_inputs(self) -> SamplingInputs | None:
+        """Return the inputs for sampling the next token; None if it is queued and not sampled."""
         self._end_thinking_if_due()
         if self._queued_tokens:
-            token = self._queued_tokens.popleft()
-        else:
-            token = self._replace_thinking_end(self._sample(logits))
-        if self._last_token_at:
-            metrics.between_tokens.observe(now - self._last_token_at)
-        else:
-            self._first_token_at = now
-            metrics.first_token.observe(now - self.ticket.submitted)
-        self._last_token_at = now
+            return None
+        sampler = self.sampler
+        if self._tracker is not None and self._tracker.phase == "syntax":
+            sampler = self._syntax_sampler
+        return SamplingInputs(sampler, self.tokens, self._grammar.allowed() if self._grammar is not None else None)
+
+    def accept(self, sampled: int | None, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
+        """Append the next token.
+
+        Args:
+            sampled: the token sampled from `logits`; None if `sampling_inputs` returned None.
+            logits: shape (n_vocab,).
+            now: when they were computed.
+        """
+        token = self._queued_tokens.popleft() if sampled is None else self._replace_thinking_end(sampled)
+        self.clock.add_token(now, metrics)
         if self._vocabulary.is_eog[token]:
             self._stop_at(token)
             return
         if self.options.logprobs is not None:
             self._reply.logprobs.append(log_probabilities(logits, token, self.options.logprobs))
         self._append(token)
-        if self.finish_reason is None:
+        if self.finish_reason is None and not self.is_plain:
             self._append_forced()
         if self._grammar is not None and self.finish_reason is None and self._grammar.stopped:
             self.finish_reason = "stop"
 
-    def _sample(self, logits: NDArray[np.float32]) -> int:
-        sampler = self._sampler
-        if self._tracker is not None and self._tracker.phase == "syntax":
-            sampler = self._syntax_sampler
-        return sampler.sample(logits, self.tokens, self._grammar.allowed() if self._grammar is not None else None)
+    def _sample_alone(self, logits: NDArray[np.float32], now: float, metrics: EngineMetrics) -> None:
+        """Sample and append the next token, from logits of shape (n_vocab,)."""
+        inputs = self.sampling_inputs()
+        sampled = None
+        if inputs is not None:
+            sampled = inputs.sampler.sample(logits, inputs.context, inputs.allowed)
+        self.accept(sampled, logits, now, metrics)
 
     @cached_property
     def _syntax_sampler(self) -> Sampler:
@@ -408,6 +462,7 @@ class Sequence:
         self.finish_reason = "stop"
         if token in self._stop_tokens:
             self._stop_token = token
+            assert isinstance(self._reply, Reply)
             self._reply.stop_at(self._stop_tokens[token])
 
     def _end_thinking_if_due(self) -> None:
@@ -428,12 +483,14 @@ class Sequence:
 
     def completion(self) -> Completion:
         """Return the result. The buffered rest of the reply is sent first."""
-        reply = self._reply
-        reply.finish()
+        reply, tokens = self._reply, tuple(self.tokens.tolist())
+        if isinstance(reply, TextReply):
+            reply.finish(tokens[self.n_prompt :])
+        else:
+            reply.finish()
         if reply.stop_sequence is not None:
             self.finish_reason = "stop"
         assert self.finish_reason is not None
-        tokens = tuple(self.tokens.tolist())
         return Completion(
             text=reply.text,
             tokens=tokens[self.n_prompt :],
@@ -441,9 +498,9 @@ class Sequence:
             finish_reason=self.finish_reason,
             finish_key=self._kv.finish_key if self._kv is not None else self._finish_key,
             cache=self._hit or CacheHit("cold", None, 0),
-            seed=self._sampler.seed,
-            sampling_state=self._sampler.state,
-            timings=self._timings(),
+            seed=self.sampler.seed,
+            sampling_state=self.sampler.state,
+            timings=self.clock.timings(self._n_prefilled, max(self.n_tokens - self.n_prompt - 1, 0)),
             stop_sequence=reply.stop_sequence,
             stop_token=self._stop_token if reply.at_stop_token else None,
             logprobs=tuple(reply.logprobs) if self.options.logprobs is not None else None,
@@ -453,18 +510,6 @@ class Sequence:
             tool_call_places=tuple(reply.places),
             cache_delta=self._cache_delta(),
             drafts=None if self.options.speculative is None else self._drafts(),
-        )
-
-    def _timings(self) -> Timings:
-        now = time.perf_counter()
-        began = self._entered_at or now
-        return Timings(
-            queued=began - self.ticket.submitted,
-            restore=(self._restored_at or now) - began,
-            prefill=(self._first_token_at or now) - (self._restored_at or now),
-            decode=max(self._last_token_at - self._first_token_at, 0.0),
-            prefill_tokens=self._n_prefilled,
-            decode_tokens=max(self.n_tokens - self.n_prompt - 1, 0),
         )
 
     def _drafts(self) -> Drafts:

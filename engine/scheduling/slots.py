@@ -31,6 +31,7 @@ class Parked:
         namespace: the root key of the requests that may share it.
         tenant: the tenant of its session, if it has one.
         tokens: its tokens, int32, shape (n,).
+        first_token: the first of them.
         provenance: how they were computed; None if another sequence was in the context.
         session_id: the session that it is kept for; None without a session.
         keys: the cache's keys of its blocks.
@@ -40,6 +41,7 @@ class Parked:
     namespace: bytes
     tenant: bytes
     tokens: NDArray[np.int32]
+    first_token: int
     provenance: Provenance | None
     session_id: str | None
     keys: tuple[bytes, ...]
@@ -108,7 +110,7 @@ class Slots:
         wanted = sequence.reusable
         best, longest = NO_SOURCE
         for parked in self.parked:
-            if parked.namespace == sequence.namespace:
+            if parked.first_token == sequence.first_token and parked.namespace == sequence.namespace:
                 n = common_prefix(parked.tokens, wanted)
                 if not self._can_trim and n < len(parked.tokens):
                     continue
@@ -119,7 +121,9 @@ class Slots:
                     best, longest = parked, n
         if self._can_trim:
             for other in running:
-                if other.slot is not None and other.namespace == sequence.namespace:
+                if other.first_token != sequence.first_token or other.slot is None:
+                    continue
+                if other.namespace == sequence.namespace:
                     n = common_prefix(other.computed_tokens, wanted)
                     if n > longest:
                         best, longest = other, n
@@ -208,7 +212,18 @@ class Slots:
         keys = (*kv.keys, kv.finish_key) if kv.finish_key is not None else tuple(kv.keys)
         keys = tuple(dict.fromkeys(keys))  # a context of whole blocks is named by its last
         tokens = sequence.computed_tokens.copy()
-        self.parked.append(Parked(slot, sequence.namespace, sequence.tenant, tokens, provenance, session_id, keys))
+        self.parked.append(
+            Parked(
+                slot,
+                sequence.namespace,
+                sequence.tenant,
+                tokens,
+                sequence.first_token,
+                provenance,
+                session_id,
+                keys,
+            )
+        )
         if self._tier is not None:
             self._tier.add_parked(keys)
 
@@ -228,9 +243,14 @@ class Slots:
         while self.parked:
             self._evict(self.parked[0])
 
+    @property
+    def has_evicted(self) -> bool:
+        """Whether the cache has evicted blocks of parked sequences, which `evict_requested` then evicts."""
+        return self._tier is not None and self._tier.has_evicted
+
     def evict_requested(self) -> None:
         """Evict the parked sequences whose blocks the cache has evicted."""
-        if self._tier is not None and self._tier.has_evicted:
+        if self._tier is not None and self.has_evicted:
             evicted = self._tier.take_evicted()
             for parked in [parked for parked in self.parked if evicted.intersection(parked.keys)]:
                 self._evict(parked)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 from erllama.engine.requests.ticket import SLEEP_SECONDS
-from erllama.engine.scheduling.scheduler import wrap_error
+from erllama.engine.scheduling.failures import wrap_error
 from erllama.errors import Error
 
 

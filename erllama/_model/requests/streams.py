@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from typing import ClassVar
+from weakref import WeakKeyDictionary, ref
 
 from erllama.engine import Completion, Done, Event, Ticket
 
@@ -104,18 +107,65 @@ class AsyncStream:
         _cancel_dropped(self)
 
 
+class LoopWaker:
+    """Wakes the tasks of one event loop that wait for tickets, all of them by one call.
+
+    The model thread announces the tasks whose tickets have events, and wakes the loop once after a tick.
+    """
+
+    _of_loops: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWaker]] = WeakKeyDictionary()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)
+        self._announced: deque[TicketWaiter] = deque()
+
+    @classmethod
+    def of_running_loop(cls) -> LoopWaker:
+        """Return the waker of the loop that runs in this thread."""
+        loop = asyncio.get_running_loop()
+        waker = cls._of_loops.get(loop)
+        if waker is None:
+            waker = cls._of_loops[loop] = cls(loop)
+        return waker
+
+    def announce(self, waiter: TicketWaiter) -> None:
+        """Make `wake` wake a task."""
+        self._announced.append(waiter)
+
+    def wake(self) -> None:
+        """Wake the announced tasks."""
+        loop = self._loop()
+        # RuntimeError: the event loop is closed, and no task waits.
+        with suppress(RuntimeError):
+            if loop is not None:
+                loop.call_soon_threadsafe(self._run)
+
+    def _run(self) -> None:
+        while self._announced:
+            self._announced.popleft().wake()
+
+
 class TicketWaiter:
     """Waits, in an asyncio task, until a ticket has an event or a result."""
 
     def __init__(self, ticket: Ticket) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._waker = LoopWaker.of_running_loop()
         self._ready = asyncio.Event()
-        ticket.listen(self._notify)
+        self._is_announced = False
+        ticket.listen(self)
 
-    def _notify(self) -> None:
-        # Runs in the model thread. RuntimeError: the event loop is closed, and no task waits.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._ready.set)
+    def announce(self) -> LoopWaker | None:
+        """Record, in the model thread, that the ticket has an event."""
+        if self._is_announced:
+            return None
+        self._is_announced = True
+        self._waker.announce(self)
+        return self._waker
+
+    def wake(self) -> None:
+        """Wake the task. Runs in the event loop."""
+        self._is_announced = False  # before the task reads the ticket
+        self._ready.set()
 
     async def wait(self) -> None:
         """Wait for an event. Returns at once if one arrived since the previous wait."""
