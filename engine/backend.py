@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,6 +122,14 @@ class Batch(NamedTuple):
     positions: NDArray[np.int32]
     sequences: NDArray[np.int32]
     output: NDArray[np.int8]
+
+
+class PackedBlock(NamedTuple):
+    """Positions [start, end) of a sequence, as `Backend.pack` returned them."""
+
+    start: int
+    end: int
+    payload: memoryview
 
 
 class InfillTokens(NamedTuple):
@@ -248,4 +256,20 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release everything. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class BlockRestorer(Protocol):
+    """A backend that restores several blocks at once. Optional, for backends whose `restore` has a fixed cost."""
+
+    def restore_blocks(self, sequence: int, blocks: Sequence[PackedBlock]) -> None:
+        """Append blocks that follow each other, all or none; only if `limits.can_trim`.
+
+        The result is that of `restore` for each block in order.
+
+        Raises:
+            StateError: a payload does not fit; the sequence is unchanged. The engine then restores the blocks one
+                by one, up to that payload.
+        """
         ...

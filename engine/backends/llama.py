@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache.blocks.keys import NamespaceValue
-from erllama.engine.backend import Batch, Limits, ModelFacts
+from erllama.engine.backend import Batch, Limits, ModelFacts, PackedBlock
 from erllama.engine.backends.file_identity import MappedFiles
 from erllama.engine.backends.llama_adapters import check_adapter_file
 from erllama.engine.backends.llama_file import LlamaVocabulary, buffers_in, chat_templates, facts_of, load_file
@@ -32,6 +32,10 @@ from erllama.errors import AdapterLoadError, BackendError, CellsExhausted, Model
 _DEFAULT_N_CTX = 4096
 _N_CTX_STEP = 256
 _MAX_EMBEDDED_TEXTS = 64  # texts per computation; more texts take more memory, and n_ubatch limits them anyway
+# Small blocks are restored together, because libllama looks at every cell of the context for each state that it
+# restores. Joining copies their bytes once more, within the processor's cache. A larger block is restored alone: its
+# copy would cost more.
+_JOINED_BYTES = 2 << 20
 # The head of libllama's state of one sequence: magic, sequence, streams, cells. Then, for each cell: its position,
 # the number of its sequences, and the sequence.
 _STATE_HEAD = struct.Struct("<IiII")
@@ -287,19 +291,46 @@ class LlamaBackend:
                 self._context.cut(self._scratch, 0)
 
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
-        if self._checks_positions:
-            _check_state(payload, start, end)
+        self.restore_blocks(sequence, [PackedBlock(start, end, payload)])
+
+    def restore_blocks(self, sequence: int, blocks: Sequence[PackedBlock]) -> None:
+        start, end = blocks[0].start, blocks[0].start
+        for block in blocks:
+            if block.start != end:
+                raise StateError(f"positions from {block.start} on do not follow position {end - 1}")
+            if self._checks_positions:
+                _check_state(block.payload, block.start, block.end)
+            end = block.end
         with translate_errors(StateError):
             length = self._length(sequence)
             if length != start and not (self.limits.whole_state and length == 0):
                 raise StateError(f"positions from {start} on, in a sequence that holds {length}")
             try:
-                self._context.set_state(self._scratch, payload)
-                if self._context.last_position(self._scratch) != end - 1:
-                    raise StateError(f"the state does not end at position {end - 1}")
-                self._context.copy(self._scratch, sequence)
-            finally:
-                self._context.cut(self._scratch, 0)
+                for group in _groups(blocks, _JOINED_BYTES if self._checks_positions else 0):
+                    self._append(sequence, group)
+            except BaseException:
+                if len(blocks) > 1:
+                    self._context.cut(sequence, start)
+                raise
+
+    def _append(self, sequence: int, blocks: Sequence[PackedBlock]) -> None:
+        """Append blocks to a sequence that ends where they start. On an error, the sequence is unchanged."""
+        # An empty sequence needs no scratch sequence: one that is refused is empty again.
+        target = sequence if self._checks_positions and blocks[0].start == 0 else self._scratch
+        complete = False
+        try:
+            if len(blocks) == 1:
+                self._context.set_state(target, blocks[0].payload)
+            else:
+                self._context.set_states(target, [block.payload for block in blocks])
+            if self._context.last_position(target) != blocks[-1].end - 1:
+                raise StateError(f"the state does not end at position {blocks[-1].end - 1}")
+            if target != sequence:
+                self._context.copy(target, sequence)
+            complete = True
+        finally:
+            if target != sequence or not complete:
+                self._context.cut(target, 0)
 
     def share(self, source: int, target: int, end: int) -> None:
         if not self.limits.can_trim:
@@ -371,6 +402,17 @@ def _or_default(value: float | None) -> float:
 def _round_up(n_ctx: int) -> int:
     """Round a size up as libllama does, but before it derives other sizes."""
     return -(-n_ctx // _N_CTX_STEP) * _N_CTX_STEP
+
+
+def _groups(blocks: Sequence[PackedBlock], limit: int) -> Iterator[Sequence[PackedBlock]]:
+    """Yield the blocks in groups of at most `limit` bytes, and larger blocks alone."""
+    first = n_bytes = 0
+    for at, block in enumerate(blocks):
+        if at > first and n_bytes + block.payload.nbytes > limit:
+            yield blocks[first:at]
+            first, n_bytes = at, 0
+        n_bytes += block.payload.nbytes
+    yield blocks[first:]
 
 
 def _check_state(payload: memoryview, start: int, end: int) -> None:
