@@ -10,10 +10,12 @@ from erllama.engine.adapters import AdapterBackend
 from erllama.engine.backend import (
     Backend,
     Batch,
+    BlockRestorer,
     Buffer,
     InfillTokens,
     Limits,
     ModelFacts,
+    PackedBlock,
     SpecialToken,
     Vocabulary,
 )
@@ -51,6 +53,7 @@ __all__ = [
     "AdapterBackend",
     "Backend",
     "Batch",
+    "BlockRestorer",
     "Buffer",
     "CacheDelta",
     "CacheHit",
@@ -71,6 +74,7 @@ __all__ = [
     "Markers",
     "ModelFacts",
     "ModelThread",
+    "PackedBlock",
     "Phase",
     "PhaseOptions",
     "Request",

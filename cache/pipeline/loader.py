@@ -122,15 +122,16 @@ class Loader:
         read: list[_Read] = []
         with self._counters.timing("load"):
             with self._lock:
-                sources = [(self._in_memory(block), self._slow_holders(block)) for block in blocks]
-            for block, (in_memory, holders) in zip(blocks, sources, strict=True):
-                if in_memory is None:
-                    found = next(filter(None, (self._load_from(*holder, block) for holder in holders)), None)
-                    if found is None:
-                        break
-                    read.append(found)
-                    in_memory = found.loaded
-                loaded.append(in_memory)
+                sources = [self._in_memory(block) or self._slow_holders(block) for block in blocks]
+            for block, source in zip(blocks, sources, strict=True):
+                if isinstance(source, Loaded):
+                    loaded.append(source)
+                    continue
+                found = next(filter(None, (self._load_from(*holder, block) for holder in source)), None)
+                if found is None:
+                    break
+                read.append(found)
+                loaded.append(found.loaded)
             if read:
                 self._promote(read)
         return loaded
