@@ -6,6 +6,7 @@ The end of the pipeline that `Cache.load` calls, in the threads of its callers. 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
@@ -26,17 +27,17 @@ from erllama.errors import CacheFormatError
 log = logger("erllama.cache")
 
 # Small files are read in batches of this size: handing each one from thread to thread would cost more than reading it.
-# The first batch is read while the caller waits, so a batch takes about a millisecond from memory.
-_BATCH_BYTES = 2 << 20
+# The caller waits for the first batch, which takes less than a millisecond from memory.
+_BATCH_BYTES = 1 << 20
+_BATCHES_AHEAD = 2  # one is read while the caller uses the last, and one waits, so that the reader never does
 
 
-class _Read(NamedTuple):
-    """A block that was read from a tier slower than RAM."""
+class _Source(NamedTuple):
+    """A loaded block, and where it was read from if it was not in memory."""
 
-    ledger: TierLedger
-    tier: Tier
-    payload: memoryview
     loaded: Loaded
+    ledger: TierLedger | None
+    tier: Tier | None
 
 
 class Loader:
@@ -60,30 +61,32 @@ class Loader:
         # One thread for all loads of this cache, started at the first load that reads ahead. It ends with this object.
         self._reader = ThreadPoolExecutor(1, "erllama-cache-reader")
 
+    @uninterrupted
     def load(self, block: Block) -> Loaded | None:
         """Read the payload of a block; see `Cache.load`."""
-        loaded = self._load([block])
+        loaded = self._promote(self._read([block]))
         return loaded[0] if loaded else None
 
     def load_batches(self, blocks: Sequence[Block]) -> Iterator[list[Loaded]]:
         """Load blocks in order, a batch at a time; see `Cache.load_batches`."""
         batches = self._batches(blocks)
-        ahead: Future[list[Loaded]] | None = None
+        ahead: deque[Future[list[_Source]] | None] = deque()
         try:
-            for batch, following in zip(batches, [*batches[1:], None], strict=True):
-                present, ahead = ahead, self._read_ahead(following) if following is not None else None
+            for number, batch in enumerate(batches):
+                present = ahead.popleft() if ahead else None
                 # A read that has not begun is withdrawn: the reader is busy with another load.
-                if present is None or present.cancel():
-                    loaded = self._load(batch)
-                else:
-                    loaded = present.result()
+                withdrawn = present is None or present.cancel()
+                # Promoted here, not by the reader, because tiers get a block after its parent.
+                loaded = self._promote(self._read(batch) if present is None or withdrawn else present.result())
+                for following in batches[number + 1 + len(ahead) : number + 1 + _BATCHES_AHEAD]:
+                    ahead.append(self._read_ahead(following))
                 if loaded:
                     yield loaded
                 if len(loaded) < len(batch):
                     return
         finally:
-            if ahead is not None and not ahead.cancel():
-                wait([ahead])  # the caller unpins the blocks next
+            running = [future for future in ahead if future is not None and not future.cancel()]
+            wait(running)  # the caller unpins the blocks next
 
     @uninterrupted
     def _batches(self, blocks: Sequence[Block]) -> list[list[Block]]:
@@ -109,32 +112,28 @@ class Loader:
         return [holder for holder in self._catalog.holders(block.key) if holder[0].write_behind]
 
     @uninterrupted
-    def _read_ahead(self, batch: list[Block]) -> Future[list[Loaded]] | None:
+    def _read_ahead(self, batch: list[Block]) -> Future[list[_Source]] | None:
         try:
-            return self._reader.submit(self._load, batch)
+            return self._reader.submit(self._read, batch)
         except RuntimeError:  # no thread can start, or the interpreter is exiting
             return None
 
     @uninterrupted
-    def _load(self, blocks: Sequence[Block]) -> list[Loaded]:
-        """Load blocks up to the first one that cannot be loaded."""
-        loaded: list[Loaded] = []
-        read: list[_Read] = []
+    def _read(self, blocks: Sequence[Block]) -> list[_Source]:
+        """Read blocks up to the first one that cannot be read."""
+        read: list[_Source] = []
         with self._counters.timing("load"):
             with self._lock:
-                sources = [self._in_memory(block) or self._slow_holders(block) for block in blocks]
-            for block, source in zip(blocks, sources, strict=True):
-                if isinstance(source, Loaded):
-                    loaded.append(source)
+                places = [self._in_memory(block) or self._slow_holders(block) for block in blocks]
+            for block, place in zip(blocks, places, strict=True):
+                if isinstance(place, Loaded):
+                    read.append(_Source(place, None, None))
                     continue
-                found = next(filter(None, (self._load_from(*holder, block) for holder in source)), None)
+                found = next(filter(None, (self._read_from(*holder, block) for holder in place)), None)
                 if found is None:
                     break
                 read.append(found)
-                loaded.append(found.loaded)
-            if read:
-                self._promote(read)
-        return loaded
+        return read
 
     def reject(self, block: Block, error: Exception) -> None:
         """Drop a block whose payload the backend refused, from all tiers."""
@@ -156,7 +155,7 @@ class Loader:
         pending = self._queue.get(block.key)
         return Loaded("ram", pending.payload.toreadonly(), pending.block) if pending is not None else None
 
-    def _load_from(self, ledger: TierLedger, tier: Tier, block: Block) -> _Read | None:
+    def _read_from(self, ledger: TierLedger, tier: Tier, block: Block) -> _Source | None:
         """Read a block from one tier. On a failure, drop it there or mark it as unreadable."""
         try:
             found, payload = tier.read(block)
@@ -177,17 +176,21 @@ class Loader:
                 if ledger.root_of(block.key) is tier:
                     ledger.unreadable.add(block.key)
         else:
-            return _Read(ledger, tier, payload, Loaded(ledger.name, payload.toreadonly(), found))
+            return _Source(Loaded(ledger.name, payload.toreadonly(), found), ledger, tier)
         return None
 
-    def _promote(self, blocks: Sequence[_Read]) -> None:
-        """Store blocks in the faster tiers, unless a newer version was saved while they were read."""
-        with self._lock:
-            for ledger, tier, payload, loaded in blocks:
-                block = loaded.block
-                ledger.unreadable.discard(block.key)
-                if ledger.root_of(block.key) is tier and self._in_memory(block) is None:
-                    self._catalog.update_version(ledger.name, block)
-                    if self._catalog.store_in_ram(block, payload):
-                        self._counters.add("promotions")
-                    self._writer.promote(block, payload, ledger)
+    @uninterrupted
+    def _promote(self, blocks: Sequence[_Source]) -> list[Loaded]:
+        """Store blocks in the faster tiers, unless a newer version was saved while they were read; return them."""
+        read = [(source.loaded, source.ledger, source.tier) for source in blocks if source.ledger is not None]
+        if read:
+            with self._lock:
+                for loaded, ledger, tier in read:
+                    block = loaded.block
+                    ledger.unreadable.discard(block.key)
+                    if ledger.root_of(block.key) is tier and self._in_memory(block) is None:
+                        self._catalog.update_version(ledger.name, block)
+                        if self._catalog.store_in_ram(block, loaded.payload):
+                            self._counters.add("promotions")
+                        self._writer.promote(block, loaded.payload, ledger)
+        return [source.loaded for source in blocks]

@@ -92,9 +92,23 @@ def test_joined_blocks_have_the_bits_of_single_ones(
     backend.restore_blocks(0, blocks[n_held:])
     assert backend.pack(0, 0, 200).tobytes() == state
     assert decode(backend, 0, 200, PROMPT[200:]) == logits
-    assert bool(joins) == (limit > 1), "blocks above the limit are restored alone"
+    assert bool(joins) == (limit > 1)
     if limit == 1 << 20:
         assert joins == [len(blocks) - n_held]
+
+
+def test_large_blocks_are_restored_alone(
+    backend: LlamaBackend, joins: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of blocks of 32, 32, 1, 15, 64, 16, 1 and 39 tokens, the one of 64 is too large to be joined."""
+    blocks = packed(backend)
+    monkeypatch.setattr(llama, "_SMALL_BLOCK_BYTES", blocks[4].payload.nbytes - 1)
+    one_by_one(backend, 0, blocks)
+    state = backend.pack(0, 0, 200).tobytes()
+    backend.drop(0)
+    backend.restore_blocks(0, blocks)
+    assert joins == [4, 3]
+    assert backend.pack(0, 0, 200).tobytes() == state
 
 
 def test_joined_blocks_fit_scattered_cells(backend: LlamaBackend, joins: list[int]) -> None:
