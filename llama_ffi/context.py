@@ -350,7 +350,9 @@ class LlamaContext(NativeContext):
             native = self._native()
             read = lib.erl_state_set(native, sequence, ffi.from_buffer("uint8_t[]", state), size)
             if read <= 0 or read != size:
-                raise self._not_set(native, sequence, f"a state of {size} bytes does not fit", f"libllama read {read} bytes")
+                raise self._not_set(
+                    native, sequence, f"a state of {size} bytes does not fit", f"libllama read {read} bytes"
+                )
 
     def set_states(self, sequence: int, states: Sequence[memoryview]) -> None:
         """Replace the state of a sequence by several that follow each other, joined into one.

@@ -1,4 +1,4 @@
-// Joins states. libllama restores a state in time that grows with the number of all cells in the context: it looks at
+// Joins the states of consecutive positions, so that libllama restores them as one. libllama restores a state in time that grows with the number of all cells in the context: it looks at
 // each cell three times. For many small blocks that costs more than their bytes, and one joined state pays it once.
 //
 // The layout is what llama_kv_cache::state_write of the pinned release writes: a head, three integers for each cell,

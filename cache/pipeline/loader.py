@@ -26,8 +26,8 @@ from erllama.errors import CacheFormatError
 
 log = logger("erllama.cache")
 
-# Small files are read in batches of this size: handing each one from thread to thread would cost more than reading it.
-# The caller waits for the first batch, which takes less than a millisecond from memory.
+# Small files are read in batches of this size, because handing each one from thread to thread would cost more than
+# reading it. The caller waits for the first batch, which takes less than a millisecond from memory.
 _BATCH_BYTES = 1 << 20
 _BATCHES_AHEAD = 2  # one is read while the caller uses the last, and one waits, so that the reader never does
 
@@ -58,7 +58,7 @@ class Loader:
     ) -> None:
         self._lock, self._catalog, self._counters = lock, catalog, counters
         self._queue, self._evictor, self._writer = queue, evictor, writer
-        # One thread for all loads of this cache, started at the first load that reads ahead. It ends with this object.
+        # One thread for all loads of this cache, started by the first one that reads ahead. Ends with this object.
         self._reader = ThreadPoolExecutor(1, "erllama-cache-reader")
 
     @uninterrupted

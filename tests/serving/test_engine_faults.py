@@ -114,8 +114,8 @@ def test_a_failing_drop_during_eviction_loses_no_request() -> None:
         assert len(slots._free_slots) == 12, "no slot leaks"
 
 
-CACHE_CALLS = ["lookup", "load", "load_batches", "save", "wants", "contains", "stored", "packing", "expecting", "hold"]
-CACHE_CALLS += ["let_go", "count_request", "awaits", "tier_names"]
+CACHE_CALLS = ["lookup", "load", "load_batches", "save", "wants", "contains", "stored", "packing", "expecting"]
+CACHE_CALLS += ["hold", "let_go", "count_request", "awaits", "tier_names"]
 
 
 @pytest.mark.parametrize("name", CACHE_CALLS)

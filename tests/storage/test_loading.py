@@ -15,8 +15,8 @@ from erllama.cache.blocks import kvc
 from erllama.cache.pipeline import loader
 from erllama.cache.tiers.directory import block_path
 from erllama.engine.backends.stub import StubBackend
-from support.engine_models import cold_reply, load_stub, random_prompt
 from support.engine_models import SIZE as ENGINE_SIZE
+from support.engine_models import cold_reply, load_stub, random_prompt
 from support.faulty.tiers import SmallTier
 from support.storage.blocks import NAMESPACE, SIZE, blocks_of, payload_of, save
 from support.threads import in_threads, wait_until

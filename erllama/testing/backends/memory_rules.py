@@ -115,7 +115,9 @@ class MemoryRules(BackendRules):
                 packed.append((start, end, backend.pack(0, start, end)))
             for n_held in (0, 1):  # into an empty sequence, and at the end of one
                 buffers = [bytearray(payload.tobytes()) for _, _, payload in packed]
-                blocks = [PackedBlock(a, b, memoryview(raw)) for (a, b, _), raw in zip(packed, buffers, strict=True)]
+                blocks = [
+                    PackedBlock(a, b, memoryview(raw)) for (a, b, _), raw in zip(packed, buffers, strict=True)
+                ]
                 refused = [*blocks[n_held:-1], blocks[-1]._replace(payload=blocks[-1].payload[:-1])]
                 backend.drop(0)
                 for start, end, payload in packed[:n_held]:
