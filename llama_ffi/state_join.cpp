@@ -1,5 +1,6 @@
-// Joins the states of consecutive positions, so that libllama restores them as one. libllama restores a state in time that grows with the number of all cells in the context: it looks at
-// each cell three times. For many small blocks that costs more than their bytes, and one joined state pays it once.
+// Joins the states of consecutive positions into one. libllama restores a state in time that grows with the number of
+// all cells in the context, because it looks at each cell three times. For many small blocks that costs more than
+// their bytes, and one joined state pays it once.
 //
 // The layout is what llama_kv_cache::state_write of the pinned release writes: a head, three integers for each cell,
 // then for each layer the rows of K, then for each layer those of V. A row holds one cell, or, for V without flash
