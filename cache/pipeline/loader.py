@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -67,7 +67,7 @@ class Loader:
         loaded = self._promote(self._read([block]))
         return loaded[0] if loaded else None
 
-    def load_batches(self, blocks: Sequence[Block]) -> Iterator[list[Loaded]]:
+    def load_batches(self, blocks: Sequence[Block]) -> Generator[list[Loaded], None, None]:
         """Load blocks in order, a batch at a time; see `Cache.load_batches`."""
         batches = self._batches(blocks)
         ahead: deque[Future[list[_Source]] | None] = deque()

@@ -261,7 +261,7 @@ def test_no_read_outlives_a_load_that_ends_early(batch: int) -> None:
         batches = cache.load_batches(match.blocks)
         assert len(next(batches)) >= 1
         assert tier.reading.wait(60)
-        closing_thread = threading.Thread(target=batches.close)  # type: ignore[attr-defined]
+        closing_thread = threading.Thread(target=batches.close)
         closing_thread.start()
         assert closing_thread.is_alive()
         tier.gate.set()
