@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from benchmarks.engines import Prompt, Prompts, load_code, open_model, whole_cel
 from benchmarks.measure import Figure, Findings, Line, Plot, Setup, Target, in_turn, spread
 from erllama.cache import Block, SaveReason, namespace_key, token_bytes
 from erllama.cache.tiers.sqlite_index import FileStamp, Index
+from erllama.testing.models import write_llama
 
 BLOCK = 256  # tokens; the cache's default
 REPEAT = 3  # repetitions of short measurements within one run
@@ -28,6 +30,7 @@ LOOKUPS = 20  # lookups in one run
 READS_ONLY = {"min_tokens": 2**30}  # a policy that saves no blocks, so that every start finds the same files
 AFTER = 32  # tokens to decode after a restart, for the time of one decode
 LOOKUP_BOUND_MS = 2.0
+FIXED_MS = 0.2  # for each restored block, beside its bytes
 LONGEST_COLD_SECONDS = 60.0  # after a prefill that took longer, the plot ends
 NAMESPACE = namespace_key({"benchmark": 1})
 
@@ -214,9 +217,20 @@ def _restarted(setup: Setup, root: Path, n_ctx: int, prompt: Prompt, files: Sequ
         opening = time.perf_counter() - began
         done = _ask(model, prompt, "disk", 1 + AFTER)
     timings = done.timings
-    buffer = np.ones(
-        sum(path.stat().st_size for path in files), np.uint8
-    )  # written once, so that its pages are allocated
+    move = _copying(files)
+    return Restart(
+        done.cache.tokens,
+        timings.restore + timings.prefill,
+        _seconds(move),
+        timings.decode / timings.decode_tokens,
+        opening,
+    )
+
+
+def _copying(files: Sequence[Path]) -> Callable[[], None]:
+    """Return a function that reads files and copies them into one buffer."""
+    # Written once, so that its pages are allocated.
+    buffer = np.ones(sum(path.stat().st_size for path in files), np.uint8)
 
     def move() -> None:
         at = 0
@@ -225,13 +239,7 @@ def _restarted(setup: Setup, root: Path, n_ctx: int, prompt: Prompt, files: Sequ
             buffer[at : at + len(content)] = content
             at += len(content)
 
-    return Restart(
-        done.cache.tokens,
-        timings.restore + timings.prefill,
-        _seconds(move),
-        timings.decode / timings.decode_tokens,
-        opening,
-    )
+    return move
 
 
 def _cold_and_warm(setup: Setup) -> Plot:
@@ -267,6 +275,67 @@ def _cold_and_warm(setup: Setup) -> Plot:
     return Plot("cold-and-warm", title, "tokens of the prompt", "seconds", lines, log_x=True, log_y=True)
 
 
+# --- many small blocks --------------------------------------------------------------------------------------
+
+
+def restore(setup: Setup) -> Findings:
+    """Restore a long prompt of a tiny model, in many small blocks: the fixed cost of a block exceeds its bytes'.
+
+    Uses a generated model of its own, with one thread. The files are in the page cache.
+    """
+    n_tokens = setup.of(31_000, 600)
+    n_ctx, prompt = whole_cells(n_tokens + 64), Prompts().of(n_tokens)
+    found = Findings()
+    with tempfile.TemporaryDirectory() as place:
+        model_file = write_llama(Path(place) / "tiny.gguf", quantization="Q8_0")
+        tiny, root = replace(setup, model=model_file, threads=1), Path(place) / "kv"
+        with erllama.Cache(disk=root) as cache, open_model(tiny, cache, n_ctx) as model:
+            model.prefill(prompt)
+        for tier, ram in (("disk", 0), ("ram", 2**30)):
+            found.figures.append(_restored_from(tier, ram, tiny, root, n_ctx, prompt))
+    return found
+
+
+def _restored_from(tier: str, ram: int, setup: Setup, root: Path, n_ctx: int, prompt: Prompt) -> Figure:
+    files = sorted((root / "blocks").iterdir())
+    move, fixed = _copying(files), FIXED_MS * len(files)
+    moving: list[float] = []
+
+    def least() -> float:
+        moving.append(1e3 * statistics.median(_seconds(move) for _ in range(REPEAT)))
+        return moving[-1] + fixed
+
+    cache = erllama.Cache(disk=root, ram=ram)
+    with cache, open_model(setup, cache, n_ctx, policy=READS_ONLY) as model:
+
+        def ours() -> float:
+            times = []
+            for _ in range(REPEAT):
+                model.evict()  # empties the context
+                times.append(1e3 * _ask(model, prompt, tier).timings.restore)
+            return statistics.median(times)
+
+        _ask(model, prompt, "disk")  # warm-up; with RAM, it also promotes the blocks
+        pair = in_turn(ours, least, setup.runs)
+    each = [1e3 * (a - b) / len(files) for a, b in zip(pair[0], moving, strict=True)]
+    return Figure(
+        f"restore-{tier}",
+        f"{len(prompt):,} tokens in {len(files)} small blocks, restored from {'disk' if tier == 'disk' else 'RAM'}",
+        f"reading and copying the files, and {FIXED_MS:g} ms for each",
+        "ms",
+        *pair,
+        Target("<=", 1.0),
+        [
+            load_code(setup, f"erllama.Cache(disk=root, ram={ram})", n_ctx, policy=READS_ONLY)
+            + ".complete(ids, max_tokens=1)"
+        ],
+        [
+            f"reading and copying takes {spread(moving)} ms; ours takes {spread(each)} us more for each block",
+            f"a generated model of 2 layers, one thread; each value is the median of {REPEAT}",
+        ],
+    )
+
+
 # --- requests ----------------------------------------------------------------------------------------------
 
 
@@ -296,4 +365,4 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-SCENARIOS: dict[str, Callable[[Setup], Findings]] = {"lookup": lookup, "restart": restart}
+SCENARIOS: dict[str, Callable[[Setup], Findings]] = {"lookup": lookup, "restart": restart, "restore": restore}

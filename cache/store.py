@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Never
 
@@ -244,9 +244,13 @@ class Cache:
         """
         return self._loader.load(block)
 
-    def load_each(self, blocks: Sequence[Block]) -> Iterator[Loaded | None]:
-        """Load several blocks in order. While the caller uses one, the next is read."""
-        return self._loader.load_each(blocks)
+    def load_batches(self, blocks: Sequence[Block]) -> Generator[list[Loaded], None, None]:
+        """Load several blocks in order, and yield them in batches. While the caller uses one, the next is read.
+
+        Ends at the first block that `load` would not return. The caller keeps the blocks pinned, and closes the
+        iterator if it stops early.
+        """
+        return self._loader.load_batches(blocks)
 
     @uninterrupted
     def save(

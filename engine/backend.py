@@ -124,6 +124,14 @@ class Batch(NamedTuple):
     output: NDArray[np.int8]
 
 
+class PackedBlock(NamedTuple):
+    """Positions [start, end) of a sequence, as `Backend.pack` returned them."""
+
+    start: int
+    end: int
+    payload: memoryview
+
+
 class InfillTokens(NamedTuple):
     """The tokens that mark a gap in a text, for models that can fill one.
 
@@ -264,5 +272,21 @@ class RecoverableBackend(Protocol):
 
         Raises:
             BackendError: it is not possible now. All waiting requests end with this error.
+        """
+        ...
+
+
+@runtime_checkable
+class BlockRestorer(Protocol):
+    """A backend that restores several blocks at once. Optional, for backends whose `restore` has a fixed cost."""
+
+    def restore_blocks(self, sequence: int, blocks: Sequence[PackedBlock]) -> None:
+        """Append blocks that follow each other, all or none; only if `limits.can_trim`.
+
+        The result is that of `restore` for each block in order.
+
+        Raises:
+            StateError: a payload does not fit; the sequence is unchanged. The engine then restores the blocks one
+                by one, up to that payload.
         """
         ...

@@ -24,6 +24,7 @@
 #include "gguf.h"
 #include "graph_check.h"
 #include "llama.h"
+#include "state_join.h"
 
 static_assert(sizeof(llama_token) == 4 && sizeof(llama_pos) == 4 && sizeof(llama_seq_id) == 4,
               "the binding passes tokens, positions and sequences as 32-bit integers");
@@ -286,6 +287,7 @@ struct erl_context {
     std::vector<llama_seq_id> sequences;
     std::vector<llama_seq_id *> seq_id;
     int32_t n_vocab = 0;
+    state_buffer joined;
     std::string log;
     bool failed = false;  // an assertion ended a computation on the calling thread; workers may still be inside it
 };
@@ -921,6 +923,18 @@ int64_t erl_state_get(erl_context *context, int32_t sequence, uint8_t *buffer, s
 
 int64_t erl_state_set(erl_context *context, int32_t sequence, const uint8_t *buffer, size_t size) {
     return guarded_state([=] { return (int64_t) llama_state_seq_set_data(context->llama, buffer, size, sequence); });
+}
+
+int32_t erl_state_set_joined(erl_context *context, int32_t sequence, const uint8_t *const *states,
+                             const uint64_t *sizes, int32_t n) {
+    return guarded_code([=] {
+        state_buffer &joined = context->joined;
+        if (!join_states(states, sizes, n, joined)) {
+            return 0;
+        }
+        const size_t read = llama_state_seq_set_data(context->llama, joined.bytes.get(), joined.size, sequence);
+        return read == joined.size ? 1 : 0;
+    });
 }
 
 // --- samplers ----------------------------------------------------------------------------

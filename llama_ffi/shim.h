@@ -212,6 +212,10 @@ int32_t erl_memory_last(erl_context *context, int32_t sequence);
 int64_t erl_state_size(erl_context *context, int32_t sequence);
 int64_t erl_state_get(erl_context *context, int32_t sequence, uint8_t *buffer, size_t size);
 int64_t erl_state_set(erl_context *context, int32_t sequence, const uint8_t *buffer, size_t size);
+/* Sets the n states of consecutive positions as one state. Returns 1 done, 0 if they cannot be joined or do not fit,
+ * < 0 failed. If the result is not 1, the sequence is in any state: cut it. */
+int32_t erl_state_set_joined(erl_context *context, int32_t sequence, const uint8_t *const *states,
+                             const uint64_t *sizes, int32_t n);
 
 /* libllama's own samplers, for comparisons. The engine does not use them. `name` is the suffix of the function
  * llama_sampler_init_<name> in llama.h, and `numbers` are its arguments in order. logit_bias takes the size of the

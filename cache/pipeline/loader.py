@@ -6,8 +6,10 @@ The end of the pipeline that `Cache.load` calls, in the threads of its callers. 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
 
 from erllama._runtime.log import logger
 from erllama.cache.blocks.block import Block
@@ -23,6 +25,19 @@ from erllama.cache.uninterrupted import uninterrupted
 from erllama.errors import CacheFormatError
 
 log = logger("erllama.cache")
+
+# Small files are read in batches of this size, because handing each one from thread to thread would cost more than
+# reading it. The caller waits for the first batch, which takes less than a millisecond from memory.
+_BATCH_BYTES = 1 << 20
+_BATCHES_AHEAD = 2  # one is read while the caller uses the last, and one waits, so that the reader never does
+
+
+class _Source(NamedTuple):
+    """A loaded block, and where it was read from if it was not in memory."""
+
+    loaded: Loaded
+    ledger: TierLedger | None
+    tier: Tier | None
 
 
 class Loader:
@@ -43,44 +58,82 @@ class Loader:
     ) -> None:
         self._lock, self._catalog, self._counters = lock, catalog, counters
         self._queue, self._evictor, self._writer = queue, evictor, writer
+        # One thread for all loads of this cache, started by the first one that reads ahead. Ends with this object.
+        self._reader = ThreadPoolExecutor(1, "erllama-cache-reader")
 
     @uninterrupted
     def load(self, block: Block) -> Loaded | None:
         """Read the payload of a block; see `Cache.load`."""
-        with self._counters.timing("load"):
-            with self._lock:
-                in_memory = self._in_memory(block)
-                holders = [holder for holder in self._catalog.holders(block.key) if holder[0].write_behind]
-            if in_memory is not None:
-                return in_memory
-            for ledger, tier in holders:
-                loaded = self._load_from(ledger, tier, block)
-                if loaded is not None:
-                    return loaded
-        return None
+        loaded = self._promote(self._read([block]))
+        return loaded[0] if loaded else None
 
-    def load_each(self, blocks: Sequence[Block]) -> Iterator[Loaded | None]:
-        """Load several blocks; reads the next one while the caller uses the last."""
-        if self._n_to_read(blocks) < 2:
-            yield from map(self.load, blocks)
-            return
-        with ThreadPoolExecutor(1, "erllama-cache-reader") as reader:
-            ahead = self._submit(reader, blocks[0])
-            for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-                present, ahead = ahead, self._submit(reader, following) if following is not None else None
-                yield present.result() if present is not None else self.load(block)
+    def load_batches(self, blocks: Sequence[Block]) -> Generator[list[Loaded], None, None]:
+        """Load blocks in order, a batch at a time; see `Cache.load_batches`."""
+        batches = self._batches(blocks)
+        ahead: deque[Future[list[_Source]] | None] = deque()
+        try:
+            for number, batch in enumerate(batches):
+                present = ahead.popleft() if ahead else None
+                # A read that has not begun is withdrawn: the reader is busy with another load.
+                withdrawn = present is None or present.cancel()
+                # Promoted here, not by the reader, because tiers get a block after its parent.
+                loaded = self._promote(self._read(batch) if present is None or withdrawn else present.result())
+                for following in batches[number + 1 + len(ahead) : number + 1 + _BATCHES_AHEAD]:
+                    ahead.append(self._read_ahead(following))
+                if loaded:
+                    yield loaded
+                if len(loaded) < len(batch):
+                    return
+        finally:
+            running = [future for future in ahead if future is not None and not future.cancel()]
+            wait(running)  # the caller unpins the blocks next
 
     @uninterrupted
-    def _n_to_read(self, blocks: Sequence[Block]) -> int:
-        """Return the number of blocks that are not in memory."""
+    def _batches(self, blocks: Sequence[Block]) -> list[list[Block]]:
+        """Divide blocks into batches to read at once. Blocks in memory count nothing."""
+        batches: list[list[Block]] = []
+        room = 0
         with self._lock:
-            return sum(self._in_memory(block) is None for block in blocks)
+            for block in blocks:
+                n_bytes = 0 if self._in_memory(block) is not None else self._bytes_to_read(block)
+                if not batches or n_bytes > room:
+                    batches.append([])
+                    room = _BATCH_BYTES
+                batches[-1].append(block)
+                room -= n_bytes
+        return batches
 
-    def _submit(self, reader: ThreadPoolExecutor, block: Block) -> Future[Loaded | None] | None:
+    def _bytes_to_read(self, block: Block) -> int:
+        """Return the size of a block in the tier that it will be read from. The caller holds the cache's lock."""
+        return next((ledger.size_of(block.key) for ledger, _ in self._slow_holders(block)), 0)
+
+    def _slow_holders(self, block: Block) -> list[tuple[TierLedger, Tier]]:
+        """Return the tiers slower than RAM that hold a block. The caller holds the cache's lock."""
+        return [holder for holder in self._catalog.holders(block.key) if holder[0].write_behind]
+
+    @uninterrupted
+    def _read_ahead(self, batch: list[Block]) -> Future[list[_Source]] | None:
         try:
-            return reader.submit(self.load, block)
+            return self._reader.submit(self._read, batch)
         except RuntimeError:  # no thread can start, or the interpreter is exiting
             return None
+
+    @uninterrupted
+    def _read(self, blocks: Sequence[Block]) -> list[_Source]:
+        """Read blocks up to the first one that cannot be read."""
+        read: list[_Source] = []
+        with self._counters.timing("load"):
+            with self._lock:
+                places = [self._in_memory(block) or self._slow_holders(block) for block in blocks]
+            for block, place in zip(blocks, places, strict=True):
+                if isinstance(place, Loaded):
+                    read.append(_Source(place, None, None))
+                    continue
+                found = next(filter(None, (self._read_from(*holder, block) for holder in place)), None)
+                if found is None:
+                    break
+                read.append(found)
+        return read
 
     def reject(self, block: Block, error: Exception) -> None:
         """Drop a block whose payload the backend refused, from all tiers."""
@@ -102,7 +155,7 @@ class Loader:
         pending = self._queue.get(block.key)
         return Loaded("ram", pending.payload.toreadonly(), pending.block) if pending is not None else None
 
-    def _load_from(self, ledger: TierLedger, tier: Tier, block: Block) -> Loaded | None:
+    def _read_from(self, ledger: TierLedger, tier: Tier, block: Block) -> _Source | None:
         """Read a block from one tier. On a failure, drop it there or mark it as unreadable."""
         try:
             found, payload = tier.read(block)
@@ -123,16 +176,21 @@ class Loader:
                 if ledger.root_of(block.key) is tier:
                     ledger.unreadable.add(block.key)
         else:
-            self._promote(ledger, tier, found, payload)
-            return Loaded(ledger.name, payload.toreadonly(), found)
+            return _Source(Loaded(ledger.name, payload.toreadonly(), found), ledger, tier)
         return None
 
-    def _promote(self, ledger: TierLedger, tier: Tier, block: Block, payload: memoryview) -> None:
-        """Store a block in the faster tiers, unless a newer version was saved while it was read."""
-        with self._lock:
-            ledger.unreadable.discard(block.key)
-            if ledger.root_of(block.key) is tier and self._in_memory(block) is None:
-                self._catalog.update_version(ledger.name, block)
-                if self._catalog.store_in_ram(block, payload):
-                    self._counters.add("promotions")
-                self._writer.promote(block, payload, ledger)
+    @uninterrupted
+    def _promote(self, blocks: Sequence[_Source]) -> list[Loaded]:
+        """Store blocks in the faster tiers, unless a newer version was saved while they were read; return them."""
+        read = [(source.loaded, source.ledger, source.tier) for source in blocks if source.ledger is not None]
+        if read:
+            with self._lock:
+                for loaded, ledger, tier in read:
+                    block = loaded.block
+                    ledger.unreadable.discard(block.key)
+                    if ledger.root_of(block.key) is tier and self._in_memory(block) is None:
+                        self._catalog.update_version(ledger.name, block)
+                        if self._catalog.store_in_ram(block, loaded.payload):
+                            self._counters.add("promotions")
+                        self._writer.promote(block, loaded.payload, ledger)
+        return [source.loaded for source in blocks]

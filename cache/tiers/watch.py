@@ -11,15 +11,30 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.events import (
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
 from watchdog.observers import Observer
 
 from erllama._runtime.log import logger
 
 log = logger("erllama.cache")
 
-# Without "opened" and "closed_no_write", which are no changes. On Linux the end of a write is a "closed" event.
-_CHANGE_EVENTS = {"created", "deleted", "moved", "closed", "modified"}
+# Without files that are opened, or closed after reading, which are no changes: the watching thread would wake twice
+# for every block that is read. On Linux the end of a write is a "closed" event.
+_CHANGE_EVENTS: list[type[FileSystemEvent]] = [
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileMovedEvent,
+    FileClosedEvent,
+    FileModifiedEvent,
+]
 
 
 class DirectoryWatch:
@@ -35,7 +50,7 @@ class DirectoryWatch:
         self._stop = weakref.finalize(self, _stop, self._observer)
         self._stop.atexit = False  # daemon threads need no stop at exit
         try:
-            self._observer.schedule(_Handler(changed), str(directory))
+            self._observer.schedule(_Handler(changed), str(directory), event_filter=_CHANGE_EVENTS)
             self._observer.start()
         except (OSError, RuntimeError) as error:
             log.warning(
@@ -53,7 +68,7 @@ class _Handler(FileSystemEventHandler):
 
     def on_any_event(self, event: FileSystemEvent) -> None:
         changed = self._changed()
-        if changed is None or event.is_directory or event.event_type not in _CHANGE_EVENTS:
+        if changed is None or event.is_directory:
             return
         for path in (event.src_path, event.dest_path):
             if path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from erllama.cache import (
     child_key,
     token_bytes,
 )
+from erllama.engine.backend import BlockRestorer, PackedBlock
 from erllama.engine.kv.prefill_slices import Provenance, canonical_prefix
 from erllama.engine.kv.prefix_cache import PrefixCache
 from erllama.engine.requests.request import CacheHit, HitKind
@@ -205,12 +207,16 @@ class SequenceKV:
         if self._backend.limits.whole_state:
             return self._restore_last(usable, tiers)
         blocks: list[Block] = []
-        for block, loaded in zip(usable, self._cache.load_each(usable), strict=True):
-            if loaded is None or not self._restore_block(block, loaded):
-                break
-            blocks.append(loaded.block)
-            tiers.add(loaded.tier)
-            position = block.end
+        with closing(self._cache.load_batches(usable)) as batches:
+            for batch in batches:
+                n_restored = self._restore_batch(usable[len(blocks) :], batch)
+                for loaded in batch[:n_restored]:
+                    blocks.append(loaded.block)
+                    tiers.add(loaded.tier)
+                if n_restored < len(batch):
+                    break
+        if blocks:
+            position = usable[len(blocks) - 1].end
         if position > wanted:
             self._backend.cut(self._slot, wanted)
             position = wanted
@@ -225,6 +231,24 @@ class SequenceKV:
                 tiers.add(loaded.tier)
                 return [*usable, loaded.block], block.end
         return [], 0
+
+    def _restore_batch(self, blocks: Sequence[Block], batch: Sequence[Loaded]) -> int:
+        """Append loaded blocks to the sequence. Returns how many the backend accepted, up to the first refusal."""
+        if len(batch) > 1 and self._can_trim and isinstance(self._backend, BlockRestorer):
+            try:
+                self._backend.restore_blocks(
+                    self._slot,
+                    [PackedBlock(b.start, b.end, loaded.payload) for b, loaded in zip(blocks, batch, strict=False)],
+                )
+            except StateError as error:
+                # The sequence is unchanged. One by one, the blocks before the refused one are restored.
+                log.info("%d blocks could not be restored together: %s", len(batch), error)
+            else:
+                return len(batch)
+        for n_restored, (block, loaded) in enumerate(zip(blocks, batch, strict=False)):
+            if not self._restore_block(block, loaded):
+                return n_restored
+        return len(batch)
 
     def _restore_block(self, block: Block, loaded: Loaded) -> bool:
         """Append a block to the sequence. Returns False, and rejects the block, if the backend refuses it."""

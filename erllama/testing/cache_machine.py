@@ -33,6 +33,7 @@ import shutil
 import tempfile
 import threading
 import time
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from weakref import WeakKeyDictionary
@@ -401,10 +402,11 @@ class CacheMachine(RuleBasedStateMachine):
             assert common_prefix(found, token_bytes(np.array(ids))) >= match.n_tokens, (
                 "the blocks have other tokens than the lookup"
             )
-            for block in match.blocks:
-                loaded = cache.load(block)
+            together = list(chain.from_iterable(cache.load_batches(match.blocks)))
+            alone = [(block, cache.load(block)) for block in match.blocks]
+            for block, loaded in [*zip(match.blocks, together, strict=False), *alone]:
                 if loaded is not None:
-                    assert loaded.block.key == block.key
+                    assert loaded.block.key == block.key, "another block, or in another order"
                     assert loaded.block.recipe in self.versions[block.key], "a version that was never saved"
                     assert bytes(loaded.payload) == self._payload(loaded.block), "the payload of another block"
 

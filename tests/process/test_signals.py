@@ -108,8 +108,9 @@ INTERRUPTED = f"""
 CACHE = """
     def load(tokens):
         with cache.lookup(NAMESPACE, tokens) as match:
-            for block, loaded in zip(match.blocks, cache.load_each(match.blocks)):
-                assert loaded is None or loaded.payload == payload_of(block).data, "the payload of another block"
+            for batch in cache.load_batches(match.blocks):
+                for loaded in batch:
+                    assert loaded.payload == payload_of(loaded.block).data, "the payload of another block"
 
     def save_again(tokens):
         block = cache.stored(dice.choice(blocks_of(tokens)).key)

@@ -114,7 +114,7 @@ def test_a_failing_drop_during_eviction_loses_no_request() -> None:
         assert len(slots._free_slots) == 12, "no slot leaks"
 
 
-CACHE_CALLS = ["lookup", "load", "load_each", "save", "wants", "contains", "stored", "packing", "expecting"]
+CACHE_CALLS = ["lookup", "load", "load_batches", "save", "wants", "contains", "stored", "packing", "expecting"]
 CACHE_CALLS += ["report_stored", "report_removed", "count_request", "awaits", "tier_names"]
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import erllama
-from erllama.engine import Backend, Batch, Limits
+from erllama.engine import Backend, Batch, BlockRestorer, Limits, PackedBlock
 from erllama.engine.backends.llama import LlamaBackend, LlamaOptions
+from erllama.errors import StateError
 
 
 def llama_backend(path: Path, **options: object) -> LlamaBackend:
@@ -49,6 +50,19 @@ class RecordingBackend:
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
         self.inner.restore(sequence, start, end, payload)
         self.restored.append((start, end))
+
+    def restore_blocks(self, sequence: int, blocks: Sequence[PackedBlock]) -> None:
+        """Restore blocks together if the backend can, else one by one."""
+        if isinstance(self.inner, BlockRestorer):
+            self.inner.restore_blocks(sequence, blocks)
+            self.restored.extend((block.start, block.end) for block in blocks)
+        else:
+            try:
+                for block in blocks:
+                    self.restore(sequence, *block)
+            except StateError:
+                self.cut(sequence, blocks[0].start)
+                raise
 
     def share(self, source: int, target: int, end: int) -> None:
         self.inner.share(source, target, end)

@@ -10,6 +10,7 @@ from unittest import SkipTest
 
 import numpy as np
 
+from erllama.engine.backend import BlockRestorer, PackedBlock
 from erllama.errors import BackendError, CellsExhausted, StateError
 from erllama.testing.backends.rules import BackendRules, decode_slice, raises, require_same_bits, restore
 from erllama.testing.rules import require
@@ -97,6 +98,37 @@ class MemoryRules(BackendRules):
             for start, end, payload in blocks[-1:] if backend.limits.whole_state else blocks:
                 restore(backend, 0, start, end, payload)
             require_same_bits(decode_slice(backend, 0, 16, ids[16:]), expected, "a sequence restored in blocks")
+
+    def test_blocks_restore_together(self) -> None:
+        """`restore_blocks`, if there is one, restores blocks with the bits of `restore`, one after another.
+
+        If a payload does not fit, it raises StateError, and the sequence does not change.
+        """
+        ids, ends = self._ids(20), [0, 6, 7, 11, 16]
+        with self._backend(trim=True) as backend:
+            if not isinstance(backend, BlockRestorer):
+                raise SkipTest("a rule for backends that restore blocks together")
+            expected = self._logits_alone(backend, ids, [*ends[1:], 20])
+            packed = []
+            for start, end in pairwise(ends):
+                decode_slice(backend, 0, start, ids[start:end])
+                packed.append((start, end, backend.pack(0, start, end)))
+            for n_held in (0, 1):  # into an empty sequence, and at the end of one
+                buffers = [bytearray(payload.tobytes()) for _, _, payload in packed]
+                blocks = [
+                    PackedBlock(a, b, memoryview(raw)) for (a, b, _), raw in zip(packed, buffers, strict=True)
+                ]
+                refused = [*blocks[n_held:-1], blocks[-1]._replace(payload=blocks[-1].payload[:-1])]
+                backend.drop(0)
+                for start, end, payload in packed[:n_held]:
+                    restore(backend, 0, start, end, payload)
+                with raises(StateError, f"blocks after position {ends[n_held]}, the last of them a byte short"):
+                    backend.restore_blocks(0, refused)
+                backend.restore_blocks(0, blocks[n_held:])
+                for buffer in buffers:
+                    buffer[:] = bytes(len(buffer))
+                what = f"a sequence of {ends[n_held]} positions to which blocks were restored together"
+                require_same_bits(decode_slice(backend, 0, 16, ids[16:]), expected, what)
 
     def test_any_range_can_be_packed(self) -> None:
         """Where memory can be cut, `pack` accepts any range of positions."""

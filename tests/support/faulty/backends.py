@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine import Batch, Limits
+from erllama.engine import Batch, Limits, PackedBlock
 from erllama.engine.backends.stub import StubBackend, StubVocabulary
 from erllama.engine.embedding import EmbeddingLimits
 from erllama.errors import BackendError, CellsExhausted, StateError
@@ -120,6 +120,23 @@ class RestoresBadly(StubBackend):
     def restore(self, sequence: int, start: int, end: int, payload: memoryview) -> None:
         super().restore(sequence, start, end, payload)
         self._kv[self._table[sequence, end - 1]] ^= np.uint64(1)
+
+
+class RestoresFirstTogether(StubBackend):
+    """Of several blocks restored together, only the first is right."""
+
+    def restore_blocks(self, sequence: int, blocks: Sequence[PackedBlock]) -> None:
+        for block in blocks:
+            self.restore(sequence, *block)
+        self._kv[self._table[sequence, blocks[0].end : blocks[-1].end]] ^= np.uint64(1)
+
+
+class KeepsRestoredBlocks(StubBackend):
+    """If one of several blocks restored together does not fit, those before it stay."""
+
+    def restore_blocks(self, sequence: int, blocks: Sequence[PackedBlock]) -> None:
+        for block in blocks:
+            self.restore(sequence, *block)
 
 
 class RestoresInPlace(StubBackend):
@@ -977,6 +994,8 @@ BACKEND_FAULTS: list[tuple[type[StubBackend], str]] = [
     (PacksIntoOneBuffer, "test_a_packed_payload_does_not_change"),
     (RestoresBadly, "test_a_restored_sequence_has_the_same_bits"),
     (RestoresLater, "test_a_restored_sequence_has_the_same_bits"),
+    (RestoresFirstTogether, "test_blocks_restore_together"),
+    (KeepsRestoredBlocks, "test_blocks_restore_together"),
     (RestoresInPlace, "test_a_payload_restores_into_any_sequence"),
     (PacksMore, "test_only_held_positions_can_be_packed"),
     (Trusts, "test_an_invalid_payload_is_refused"),
