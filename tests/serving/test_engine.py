@@ -159,7 +159,7 @@ def test_parked_cells_stay_within_their_limit_while_others_compute() -> None:
         )
 
 
-def test_a_request_that_finds_the_context_full_of_parked_cells_has_it_to_itself() -> None:
+def test_parked_cells_over_the_limit_go_before_a_request_starts() -> None:
     """They exceed the limit, so they go before it starts, and its KV has the bits of a cold run."""
     backend = StubBackend(eog_bias=-100)
     with load_stub(backend, parked_cells=100, n_seq_max=2) as model:
