@@ -24,15 +24,11 @@ from erllama.engine.backend import Batch, RecoverableBackend
 from erllama.engine.kv.sequence_kv import SequenceKV
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.requests.request import CacheHit
-<<<<<<< HEAD
-from erllama.engine.scheduling.batches import BatchBuilder, Part, prefill_budget
-=======
 from erllama.engine.requests.ticket import TicketGroup
-from erllama.engine.scheduling.batches import BatchBuilder, Part
+from erllama.engine.scheduling.batches import BatchBuilder, Part, prefill_budget
 from erllama.engine.scheduling.decode_results import DecodeResults, Failure
 from erllama.engine.scheduling.decode_run import DecodeRun
 from erllama.engine.scheduling.failures import wrap_error
->>>>>>> ticks
 from erllama.engine.scheduling.live_tier import LiveTier
 from erllama.engine.scheduling.model_context import ModelContext
 from erllama.engine.scheduling.prefix_sharing import PrefixSharing
@@ -133,14 +129,10 @@ class Scheduler:
                 return True
             self.end_run()
         self.slots.evict_requested()
-<<<<<<< HEAD
-        self._end_cancelled_and_late()
-        if self._recoverable is not None and self.waiting and not self.running and self._recoverable.memory_lost:
-            self._recover(self._recoverable)
-=======
         if self.tickets.cancelled or time.perf_counter() >= self._deadline:
             self._end_cancelled_and_late()
->>>>>>> ticks
+        if self._recoverable is not None and self.waiting and not self.running and self._recoverable.memory_lost:
+            self._recover(self._recoverable)
         if self.waiting:
             self._admit()
         for sequence in [s for s in self.running if s.slot is None]:
