@@ -8,7 +8,7 @@ BACKEND ?= $(or $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)
 BIN := $(VENV)/bin
 TREE := build/tree
 # A change to one of these files makes an installation stale. Python sources are used in place.
-INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/unmasked_cells.h llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp llama_ffi/graph_check.h llama_ffi/graph_check.cpp
+INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/patch_ggml.py $(wildcard scripts/*.h) llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp llama_ffi/graph_check.h llama_ffi/graph_check.cpp
 # Stamp files: erllama itself, and the packages of the `dev` extra.
 INSTALLED := $(VENV)/.installed-$(BACKEND)
 INSTALLED_DEV := $(VENV)/.dev

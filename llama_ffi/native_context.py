@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Self
 
 from erllama.llama_ffi.handle import Handle
-from erllama.llama_ffi.library import LlamaError, lib
+from erllama.llama_ffi.library import LlamaError, check, lib
 
 
 class NativeContext:
@@ -55,6 +55,18 @@ class NativeContext:
         # Without the lock, which a running decode has. The hold protects against a close in another thread.
         with suppress(LlamaError), self._handle.use() as native:
             lib.erl_context_abort(native, on)
+
+    def set_threads(self, n_threads: int) -> None:
+        """Set the number of threads of later computations.
+
+        Args:
+            n_threads: 1 to the greater one of the context's n_threads and n_threads_batch.
+
+        Raises:
+            LlamaError: the number is out of range.
+        """
+        with self._lock:
+            check(lib.erl_context_threads(self._native(), n_threads), "setting the number of threads")
 
     def _native(self) -> object:
         if not self._open:

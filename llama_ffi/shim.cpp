@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "ggml-backend.h"
+#include "ggml-cpu.h"
 #include "ggml.h"
 #include "gguf.h"
 #include "graph_check.h"
@@ -213,6 +214,11 @@ struct erl_load {
 struct erl_context {
     llama_context *llama = nullptr;
     std::atomic<bool> abort{false};
+    // The threads that compute beside the calling one. Without it, ggml would start them for each computation, unless it
+    // uses OpenMP. Null for one thread.
+    ggml_threadpool *pool = nullptr;
+    pid_t pool_process = 0;  // a forked child does not have the threads
+    int32_t n_threads = 1;
     // seq_id is an array of pointers in llama_batch: each row points into `sequences`.
     std::vector<int32_t> n_seq_id;
     std::vector<llama_seq_id> sequences;
@@ -223,6 +229,22 @@ struct erl_context {
 };
 
 namespace {
+
+void start_threads(erl_context &context, int32_t n_threads) {
+    context.n_threads = n_threads;
+    if (n_threads > 1) {
+        ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
+        context.pool = ggml_threadpool_new(&params);
+        context.pool_process = getpid();
+        llama_attach_threadpool(context.llama, context.pool, context.pool);
+    }
+}
+
+void free_threads(erl_context &context) {
+    if (context.pool && context.pool_process == getpid()) {
+        ggml_threadpool_free(context.pool);
+    }
+}
 
 // The models of contexts that failed in this way. These models, their contexts and adapters are never freed, because a
 // worker thread that waits in the failed computation still uses them. It is unknown when such a thread ends.
@@ -691,6 +713,9 @@ erl_context *erl_context_new(struct llama_model *model, const erl_context_option
             if (!reason.empty()) {
                 throw std::runtime_error(reason);
             }
+            if (context->llama) {
+                start_threads(*context, std::max(options->n_threads, options->n_threads_batch));
+            }
         } catch (...) {
             llama_free(context->llama);
             delete context;
@@ -716,8 +741,20 @@ void erl_context_free(erl_context *context) {
     guarded_void([=] {
         if (!context->failed) {
             llama_free(context->llama);
+            free_threads(*context);
             delete context;
         }
+    });
+}
+
+int32_t erl_context_threads(erl_context *context, int32_t n_threads) {
+    return guarded_code([=] {
+        if (n_threads < 1 || n_threads > context->n_threads) {
+            throw std::invalid_argument(std::to_string(n_threads) + " threads; the context has " +
+                                        std::to_string(context->n_threads));
+        }
+        llama_set_n_threads(context->llama, n_threads, n_threads);
+        return 0;
     });
 }
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backends.llama_library import llama_ffi
+from erllama.engine.backends.thread_choice import ThreadChoice
 from erllama.engine.embedding import EmbeddingLimits
 from erllama.errors import BackendError
 
@@ -32,6 +33,7 @@ class LlamaEmbedder:
         n_tokens: maximum number of tokens in one text.
         n_batch: tokens of several texts that are computed together.
         n_sequences: texts that are computed together.
+        threads: the number of threads of each computation.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class LlamaEmbedder:
         n_tokens: int,
         n_batch: int,
         n_sequences: int,
+        threads: ThreadChoice,
     ) -> None:
+        self._threads = threads
         self._model = model
         self._make_context = make_context
         self._contexts: dict[str, llama_ffi.EmbeddingContext] = {}
@@ -51,10 +55,18 @@ class LlamaEmbedder:
         self.limits = EmbeddingLimits(n_tokens, n_batch, n_sequences, pooling)
 
     def embed(self, texts: Sequence[NDArray[np.int32]], pooling: str) -> list[NDArray[np.float32]]:
+        n_tokens = sum(map(len, texts))
+        n_threads, done = self._threads.begin(n_tokens), False
         try:
-            return self._context_for(sum(map(len, texts)), pooling).embed(texts)
+            context = self._context_for(n_tokens, pooling)
+            context.set_threads(n_threads)
+            rows = context.embed(texts)
+            done = True
+            return rows
         except llama_ffi.LlamaError as error:
             raise BackendError(str(error)) from error
+        finally:
+            self._threads.end(done)
 
     def _context_for(self, n_tokens: int, pooling: str) -> llama_ffi.EmbeddingContext:
         context = self._contexts.get(pooling)
@@ -92,6 +104,7 @@ class LlamaEmbedder:
             context.abort()
 
     def close(self) -> None:
+        self._threads.close()
         self.abort()
         for context in self._contexts.values():
             context.close()

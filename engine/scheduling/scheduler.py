@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from erllama._runtime.log import logger
 from erllama.cache import Match, SaveReason
 from erllama.engine.adapters import derive_recipe
-from erllama.engine.backend import Batch
+from erllama.engine.backend import Batch, Threads
 from erllama.engine.kv.sequence_kv import SequenceKV
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.requests.request import CacheHit
@@ -70,6 +70,7 @@ class Scheduler:
         self._context = context
         self._backend = context.backend
         self._limits = context.backend.limits
+        self._threads: Threads | None = getattr(context.backend, "threads", None)
         self._n_seq_max = n_seq_max
         self._chunk = prefill_chunk_size
         self._on_end = on_end
@@ -274,6 +275,8 @@ class Scheduler:
         alone = len(parts) == 1 and self.slots.pristine
         batch, n_output = self._batches.build(parts)
         self._in_flight = parts
+        if self._threads is not None:
+            self._threads.fixed = parts[0].sequence.options.reproducible
         began = time.perf_counter()
         try:
             self._context.adapters.use(parts[0].sequence.adapters)
@@ -288,6 +291,7 @@ class Scheduler:
                 self._fail_and_restart([part.sequence for part in parts], wrap_error(error))
             return
         self._in_flight = []
+        alone = alone and (self._threads is None or self._threads.as_in_recipe)
         now = time.perf_counter()
         self._count_decode(parts, len(batch.tokens), now - began)
         self._process_logits(parts, logits, now, alone)
