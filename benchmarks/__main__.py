@@ -9,7 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import erllama
-from benchmarks import decoding, grammar, llama_cpp_python, load, reading, report, sampling, startup, ticks, writing
+from benchmarks import (
+    decoding,
+    grammar,
+    llama_cpp_python,
+    load,
+    neighbours,
+    reading,
+    report,
+    sampling,
+    startup,
+    ticks,
+    writing,
+)
 from benchmarks.engines import AbsentError
 from benchmarks.measure import Findings, Setup, n_cores, spread
 from erllama.llama_ffi import build_info
@@ -18,6 +30,7 @@ from erllama.testing.models import SHAPES, Quantization, write_llama
 SCENARIOS: dict[str, Callable[[Setup], Findings]] = {
     **decoding.SCENARIOS,
     **load.SCENARIOS,
+    **neighbours.SCENARIOS,
     **reading.SCENARIOS,
     **writing.SCENARIOS,
     **ticks.SCENARIOS,
