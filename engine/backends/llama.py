@@ -38,6 +38,7 @@ _MAX_EMBEDDED_TEXTS = 64  # texts per computation; more texts take more memory, 
 # the number of its sequences, and the sequence.
 _STATE_HEAD = struct.Struct("<IiII")
 _STATE_MAGIC = 0xAF143CD8
+_MAX_THREADS = 512  # as GGML_MAX_N_THREADS
 _SAME_BITS = ("x86_64", "AMD64")
 _ROPE_ONE_POSITION = (-1, 0, 2)  # none, norm, neox: one position per cell
 
@@ -392,6 +393,7 @@ def _threads(options: LlamaOptions) -> tuple[int, int, str]:
         n, reason = options.n_threads, f"n_threads={options.n_threads}"
     else:
         n, reason = default_threads()
+        n = min(n, _MAX_THREADS)
     return n, options.n_threads_batch or n, reason
 
 

@@ -147,6 +147,7 @@ class ThreadSearch:
         top = max((i for i, n in enumerate(self._ladder) if n <= limit), default=0)
         if top != self._top:
             self._top, self._trial, self._now = top, None, _Measurement()
+            self._cost, self._n_waited = 0.0, 0
         return self._ladder[min(self._at if self._trial is None else self._trial, top)]
 
     def record(self, n_rows: int, elapsed: float, cpu: float) -> None:
