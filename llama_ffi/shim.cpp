@@ -3,6 +3,7 @@
 // cancellation are atomics), and does the work of one tick in one call.
 #include "shim.h"
 
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -65,6 +66,12 @@ struct assertion_failed : std::runtime_error {
 thread_local bool computing = false;
 // When an assertion last ended a computation on its calling thread, in milliseconds of the steady clock.
 std::atomic<int64_t> computation_failed_ms{INT64_MIN / 2};
+
+int64_t clock_ns(clockid_t clock) {
+    timespec now;
+    clock_gettime(clock, &now);
+    return (int64_t) now.tv_sec * 1000000000 + now.tv_nsec;
+}
 
 int64_t now_ms() {
     using namespace std::chrono;
@@ -219,6 +226,7 @@ struct erl_context {
     ggml_threadpool *pool = nullptr;
     pid_t pool_process = 0;  // a forked child does not have the threads
     int32_t n_threads = 1;
+    int64_t times[2] = {0, 0};  // of the last computation, see erl_context_times
     // seq_id is an array of pointers in llama_batch: each row points into `sequences`.
     std::vector<int32_t> n_seq_id;
     std::vector<llama_seq_id> sequences;
@@ -328,7 +336,10 @@ int32_t compute(erl_context &context, int32_t n, const int32_t *tokens, const in
     decoding count;
     try {
         computing = true;
+        const int64_t began[2] = {clock_ns(CLOCK_MONOTONIC), clock_ns(CLOCK_THREAD_CPUTIME_ID)};
         const int32_t code = ending ? 2 : llama_decode(context.llama, batch);
+        context.times[0] = clock_ns(CLOCK_MONOTONIC) - began[0];
+        context.times[1] = clock_ns(CLOCK_THREAD_CPUTIME_ID) - began[1];
         computing = false;
         return code;
     } catch (const assertion_failed &) {
@@ -745,6 +756,10 @@ void erl_context_free(erl_context *context) {
             delete context;
         }
     });
+}
+
+void erl_context_times(const erl_context *context, int64_t times[2]) {
+    std::copy_n(context->times, 2, times);
 }
 
 int32_t erl_context_threads(erl_context *context, int32_t n_threads) {

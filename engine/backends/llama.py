@@ -285,13 +285,11 @@ class LlamaBackend:
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         state_known, self._state_known = self._state_known, self.limits.can_trim
         n_threads = self.threads.begin(len(batch.tokens))
-        done = False
         try:
             if n_threads != self._n_threads_set:
                 self._context.set_threads(n_threads)
                 self._n_threads_set = n_threads
             logits = self._context.decode(batch.tokens, batch.positions, batch.sequences, batch.output)
-            done = True
         except llama_ffi.NoCellsError as error:
             self._state_known = state_known
             raise CellsExhausted(str(error)) from error
@@ -301,7 +299,8 @@ class LlamaBackend:
                 raise CellsExhausted(str(error)) from error
             raise BackendError(str(error)) from error
         finally:
-            self.threads.end(done)
+            self.threads.end()
+        self.threads.record(*self._context.times())
         self._state_known = state_known
         return logits
 

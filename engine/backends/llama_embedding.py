@@ -56,17 +56,17 @@ class LlamaEmbedder:
 
     def embed(self, texts: Sequence[NDArray[np.int32]], pooling: str) -> list[NDArray[np.float32]]:
         n_tokens = sum(map(len, texts))
-        n_threads, done = self._threads.begin(n_tokens), False
+        n_threads = self._threads.begin(n_tokens)
         try:
             context = self._context_for(n_tokens, pooling)
             context.set_threads(n_threads)
             rows = context.embed(texts)
-            done = True
+            self._threads.record(*context.times())
             return rows
         except llama_ffi.LlamaError as error:
             raise BackendError(str(error)) from error
         finally:
-            self._threads.end(done)
+            self._threads.end()
 
     def _context_for(self, n_tokens: int, pooling: str) -> llama_ffi.EmbeddingContext:
         context = self._contexts.get(pooling)

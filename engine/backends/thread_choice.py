@@ -227,16 +227,13 @@ class ThreadChoice:
         same_bits: bool,
         active: ActiveChoices = ACTIVE,
         clock: Callable[[], float] = time.perf_counter,
-        cpu_clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self._numbers = n_threads, n_threads_batch
         self._reason = reason
         self._adapts, self._same_bits = adapts, same_bits
         self._active = active
-        self._clock, self._cpu_clock = clock, cpu_clock
         self._searches = ThreadSearch(n_threads, clock), ThreadSearch(n_threads_batch, clock)
         self._n_others = self._n_rows = self._kind = 0
-        self._began = self._cpu = 0.0
         self.fixed = False
         self.as_in_recipe = True
 
@@ -277,14 +274,20 @@ class ThreadChoice:
         else:
             n = self._numbers[kind]
         self.as_in_recipe = self._same_bits or n == self._numbers[int(n_rows > 1)]
-        self._cpu, self._began = self._cpu_clock(), self._clock()
         return n
 
-    def end(self, done: bool) -> None:
-        """End a computation. Its time counts if it is `done`, that is, if it did not fail."""
-        elapsed, cpu = self._clock() - self._began, self._cpu_clock() - self._cpu
+    def end(self) -> None:
+        """End a computation, also one that failed."""
         self._active.leave(self)
-        if done and self._adapts and not self.fixed:
+
+    def record(self, elapsed: float, cpu: float) -> None:
+        """Add the time of the last computation, which did not fail.
+
+        Args:
+            elapsed: seconds that it took.
+            cpu: seconds of CPU time of the calling thread.
+        """
+        if self._adapts and not self.fixed:
             self._searches[self._kind].record(self._n_rows, elapsed, cpu)
 
     def close(self) -> None:

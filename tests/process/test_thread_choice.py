@@ -24,11 +24,10 @@ def crowded(n: int) -> tuple[float, float]:
 
 @dataclass
 class Machine:
-    """A simulated machine. Its clocks move only while it computes, or by `rest`."""
+    """A simulated machine. Its clock moves only while it computes, or by `rest`."""
 
     speed: Speed = idle
     now: float = 0.0
-    cpu: float = 0.0
 
     def rest(self, seconds: float) -> None:
         self.now += seconds
@@ -41,7 +40,6 @@ class Machine:
             **{"adapts": True, "same_bits": True, **options},
             active=active or ActiveChoices(lambda: self.now),
             clock=lambda: self.now,
-            cpu_clock=lambda: self.cpu,
         )
 
     def decode(self, choice: ThreadChoice, times: int = 1, n_rows: int = 1) -> list[int]:
@@ -50,9 +48,10 @@ class Machine:
         for _ in range(times):
             n = choice.begin(n_rows)
             seconds, computing = self.speed(n)
-            self.now += seconds * (n_rows if n_rows > 16 else 1)
-            self.cpu += computing * seconds * (n_rows if n_rows > 16 else 1)
-            choice.end(done=True)
+            seconds *= n_rows if n_rows > 16 else 1
+            self.now += seconds
+            choice.end()
+            choice.record(seconds, computing * seconds)
             numbers.append(n)
         return numbers
 
@@ -116,7 +115,7 @@ def test_a_stopped_computation_does_not_count() -> None:
     for _ in range(100):
         choice.begin(1)
         machine.rest(5.0)
-        choice.end(done=False)
+        choice.end()
     assert set(machine.decode(choice, 100)) == {2}
 
 
