@@ -175,9 +175,8 @@ def _add_model(families: dict[str, Family], model: Model) -> None:
         _add(families[metric], getattr(metrics, attribute), id)
     _add(families["queue_depth"], model.queue_depth, id)
     info = model.info
-    if info.n_threads:
-        _add(families["threads"], info.n_threads, id, "decode")
-        _add(families["threads"], info.n_threads_batch, id, "prefill")
+    _add(families["threads"], info.n_threads, id, "decode")
+    _add(families["threads"], info.n_threads_batch, id, "prefill")
     _add(families["pending_requests"], model.pending, id)
     _add_histogram(families["time_to_first_token_seconds"], metrics.first_token, id)
     _add_histogram(families["time_between_tokens_seconds"], metrics.between_tokens, id)
