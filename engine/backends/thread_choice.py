@@ -22,12 +22,13 @@ _FIXED_ROWS = 3
 # A measurement ends after so many computations, if they took long enough to average the kernel's time slices (about
 # 4 ms), or after so many seconds.
 _MIN_COMPUTATIONS, _MIN_SECONDS, _MAX_SECONDS = 4, 0.03, 0.2
-# A thread that waits for less than this part of the time has a core for itself.
-_WAITING = 0.1
+# A thread that waits for less than this part of the time has a core for itself. It must wait for longer in so many
+# consecutive measurements before fewer threads are tried, because a trial on an idle machine costs time.
+_WAITING, _MIN_WAITED = 0.2, 3
 # Another number of threads is used from then on if it takes at most this part of the time: measurements vary.
 _BETTER = 0.95
-# A trial that takes so many times longer ends at once.
-_HOPELESS = 3.0
+# A trial that takes so many times longer ends after the first computation, or after the second one.
+_HOPELESS = (3.0, 1.4)
 # Seconds until a number is tried again that was not better. Each failed trial doubles them.
 _PAUSE, _LONGEST_PAUSE = 0.25, 2.0
 # A pause is so many times longer than the trial, so that trials take little of the time.
@@ -160,7 +161,7 @@ class ThreadSearch:
         """
         measured = self._now
         measured.add(n_rows, elapsed, cpu)
-        if self._trial is not None and measured.cost > _HOPELESS * self._cost:
+        if self._trial is not None and measured.cost > _HOPELESS[measured.n > 1] * self._cost:
             self._end_trial(measured)
         elif measured.complete:
             if self._trial is None:
@@ -175,7 +176,7 @@ class ThreadSearch:
         now, at = self._clock(), min(self._at, self._top)
         if at < self._top and now >= self._up.due:
             self._trial = at + 1 + (self._up.step - 1) % (self._top - at)
-        elif at > 0 and self._n_waited >= 2 and now >= self._down.due:
+        elif at > 0 and self._n_waited >= _MIN_WAITED and now >= self._down.due:
             self._trial = at - 1 - (self._down.step - 1) % at
 
     def _end_trial(self, measured: _Measurement) -> None:
