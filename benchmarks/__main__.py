@@ -23,6 +23,7 @@ from scripts.real_models import MODELS, fetched_models
 MODULES = (
     "decoding",
     "load",
+    "neighbours",
     "reading",
     "writing",
     "ticks",

@@ -343,22 +343,28 @@ def peers(setup: Setup) -> Path:
     return found
 
 
-def llama_bench(setup: Setup, *what: str, repeat: int) -> tuple[str, list[float]]:
-    """Run llama-bench in a separate process; return its command and the tokens per second of each repetition.
+def llama_bench_command(setup: Setup, *what: str, repeat: int) -> list[str]:
+    """Return the command of llama-bench.
 
     Args:
         what: the test to run, such as ("-p", "0", "-n", "128").
-
-    Raises:
-        PeerError: llama-bench failed.
     """
     # fmt: off
-    command = [
+    return [
         str(peers(setup) / "bin" / "llama-bench"), "-m", str(setup.model), *what, "-fa", "1",
         "-t", str(setup.threads), "-b", str(N_BATCH), "-ub", str(N_UBATCH), "-ngl", str(setup.gpu_layers),
         "-r", str(repeat), "-o", "json",
     ]
     # fmt: on
+
+
+def llama_bench(setup: Setup, *what: str, repeat: int) -> tuple[str, list[float]]:
+    """Run llama-bench in a separate process; return its command and the tokens per second of each repetition.
+
+    Raises:
+        PeerError: llama-bench failed.
+    """
+    command = llama_bench_command(setup, *what, repeat=repeat)
     finished = subprocess.run(command, capture_output=True, check=False)
     if finished.returncode:
         raise PeerError(f"{shlex.join(command)} failed:\n{finished.stderr[-3000:].decode(errors='replace')}")

@@ -87,7 +87,8 @@ class ModelFacts:
         has_chat_template: whether its file has a chat template.
         special_tokens: by purpose: "bos", "eos", "eot", "nl", "pad", "sep", "mask", "fim_pre", "fim_suf" and
             "fim_mid"; only those that it has.
-        n_threads, n_threads_batch: threads that decode, and threads that read prompts.
+        n_threads, n_threads_batch: threads that decode, and threads that read prompts, at this moment.
+        threads_reason: why it is this number of threads, such as "4 cores" or "n_threads=2".
         devices: names of the devices that compute.
         buffers: its memory buffers.
         weights_bytes, kv_bytes: bytes of weights, and of cells and recurrent state, on all devices.
@@ -109,6 +110,7 @@ class ModelFacts:
     special_tokens: Mapping[str, SpecialToken] = field(default_factory=dict)
     n_threads: int = 0
     n_threads_batch: int = 0
+    threads_reason: str = ""
     devices: tuple[str, ...] = ()
     buffers: tuple[Buffer, ...] = ()
     weights_bytes: int = 0
@@ -176,6 +178,20 @@ class Vocabulary(Protocol):
     def detokenize(self, tokens: Sequence[int] | NDArray[np.integer], *, special: bool = False) -> bytes:
         """Return the bytes of a text."""
         ...
+
+
+class Threads(Protocol):
+    """The optional attribute `threads` of a backend that changes its number of threads between decodes.
+
+    Attributes:
+        fixed: set by the scheduler. While it is True, decodes use the number of threads of the backend's `recipe`.
+    """
+
+    fixed: bool
+
+    @property
+    def as_in_recipe(self) -> bool:
+        """Whether the last decode has the bits that a decode with the number of threads of the `recipe` has."""
 
 
 class Backend(Protocol):

@@ -141,6 +141,7 @@ def _families() -> dict[str, Family]:
     for metric, _, help_text in _MODEL_COUNTS:
         counter(metric, help_text, "model")
     gauge("queue_depth", "Admitted requests.", "model")
+    gauge("threads", "Threads in use for decoding and for prefill.", "model", "work")
     gauge("pending_requests", "Waiting requests.", "model")
     histogram("time_to_first_token_seconds", "Seconds from submission to the first token.", "model")
     histogram("time_between_tokens_seconds", "Seconds between tokens of a reply.", "model")
@@ -173,6 +174,9 @@ def _add_model(families: dict[str, Family], model: Model) -> None:
     for metric, attribute, _ in _MODEL_COUNTS:
         _add(families[metric], getattr(metrics, attribute), id)
     _add(families["queue_depth"], model.queue_depth, id)
+    info = model.info
+    _add(families["threads"], info.n_threads, id, "decode")
+    _add(families["threads"], info.n_threads_batch, id, "prefill")
     _add(families["pending_requests"], model.pending, id)
     _add_histogram(families["time_to_first_token_seconds"], metrics.first_token, id)
     _add_histogram(families["time_between_tokens_seconds"], metrics.between_tokens, id)

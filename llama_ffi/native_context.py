@@ -6,10 +6,17 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Self
+from typing import NamedTuple, Self
 
 from erllama.llama_ffi.handle import Handle
-from erllama.llama_ffi.library import LlamaError, lib
+from erllama.llama_ffi.library import LlamaError, check, ffi, lib
+
+
+class Times(NamedTuple):
+    """Seconds of a computation, and seconds of CPU time of the thread that called it."""
+
+    elapsed: float
+    cpu: float
 
 
 class NativeContext:
@@ -29,6 +36,7 @@ class NativeContext:
         finalizer.atexit = False
         self._finalizer: Callable[[], object] = finalizer
         self._open = True
+        self._times = ffi.new("int64_t[2]")
 
     @property
     def closed(self) -> bool:
@@ -55,6 +63,28 @@ class NativeContext:
         # Without the lock, which a running decode has. The hold protects against a close in another thread.
         with suppress(LlamaError), self._handle.use() as native:
             lib.erl_context_abort(native, on)
+
+    def set_threads(self, n_threads: int) -> None:
+        """Set the number of threads of later computations.
+
+        Args:
+            n_threads: 1 to the greater one of the context's n_threads and n_threads_batch.
+
+        Raises:
+            LlamaError: the number is out of range.
+        """
+        with self._lock:
+            check(lib.erl_context_threads(self._native(), n_threads), "setting the number of threads")
+
+    def times(self) -> Times:
+        """Return the times of the last computation that did not fail.
+
+        Raises:
+            LlamaError: the context is closed.
+        """
+        with self._lock:
+            lib.erl_context_times(self._native(), self._times)
+            return Times(self._times[0] / 1e9, self._times[1] / 1e9)
 
     def _native(self) -> object:
         if not self._open:

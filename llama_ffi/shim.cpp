@@ -3,6 +3,7 @@
 // cancellation are atomics), and does the work of one tick in one call.
 #include "shim.h"
 
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -20,6 +21,7 @@
 #include <vector>
 
 #include "ggml-backend.h"
+#include "ggml-cpu.h"
 #include "ggml.h"
 #include "gguf.h"
 #include "graph_check.h"
@@ -66,6 +68,12 @@ struct assertion_failed : std::runtime_error {
 thread_local bool computing = false;
 // When an assertion last ended a computation on its calling thread, in milliseconds of the steady clock.
 std::atomic<int64_t> computation_failed_ms{INT64_MIN / 2};
+
+int64_t clock_ns(clockid_t clock) {
+    timespec now;
+    clock_gettime(clock, &now);
+    return (int64_t) now.tv_sec * 1000000000 + now.tv_nsec;
+}
 
 int64_t now_ms() {
     using namespace std::chrono;
@@ -282,6 +290,12 @@ struct erl_load {
 struct erl_context {
     llama_context *llama = nullptr;
     std::atomic<bool> abort{false};
+    // The threads that compute beside the calling one. Without it, ggml would start them for each computation, unless it
+    // uses OpenMP. Null for one thread.
+    ggml_threadpool *pool = nullptr;
+    pid_t pool_process = 0;  // a forked child does not have the threads
+    int32_t n_threads = 1;
+    int64_t times[2] = {0, 0};  // of the last computation, see erl_context_times
     // seq_id is an array of pointers in llama_batch: each row points into `sequences`.
     std::vector<int32_t> n_seq_id;
     std::vector<llama_seq_id> sequences;
@@ -293,6 +307,22 @@ struct erl_context {
 };
 
 namespace {
+
+void start_threads(erl_context &context, int32_t n_threads) {
+    context.n_threads = n_threads;
+    if (n_threads > 1) {
+        ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
+        context.pool = ggml_threadpool_new(&params);
+        context.pool_process = getpid();
+        llama_attach_threadpool(context.llama, context.pool, context.pool);
+    }
+}
+
+void free_threads(erl_context &context) {
+    if (context.pool && context.pool_process == getpid()) {
+        ggml_threadpool_free(context.pool);
+    }
+}
 
 // The models of contexts that failed in this way. These models, their contexts and adapters are never freed, because a
 // worker thread that waits in the failed computation still uses them. It is unknown when such a thread ends.
@@ -376,7 +406,10 @@ int32_t compute(erl_context &context, int32_t n, const int32_t *tokens, const in
     decoding count;
     try {
         computing = true;
+        const int64_t began[2] = {clock_ns(CLOCK_MONOTONIC), clock_ns(CLOCK_THREAD_CPUTIME_ID)};
         const int32_t code = ending ? 2 : llama_decode(context.llama, batch);
+        context.times[0] = clock_ns(CLOCK_MONOTONIC) - began[0];
+        context.times[1] = clock_ns(CLOCK_THREAD_CPUTIME_ID) - began[1];
         computing = false;
         return code;
     } catch (const assertion_failed &) {
@@ -791,6 +824,9 @@ erl_context *erl_context_new(struct llama_model *model, const erl_context_option
             if (!reason.empty()) {
                 throw std::runtime_error(reason);
             }
+            if (context->llama) {
+                start_threads(*context, std::max(options->n_threads, options->n_threads_batch));
+            }
         } catch (...) {
             llama_free(context->llama);
             delete context;
@@ -816,8 +852,24 @@ void erl_context_free(erl_context *context) {
     guarded_void([=] {
         if (!context->failed) {
             llama_free(context->llama);
+            free_threads(*context);
             delete context;
         }
+    });
+}
+
+void erl_context_times(const erl_context *context, int64_t times[2]) {
+    std::copy_n(context->times, 2, times);
+}
+
+int32_t erl_context_threads(erl_context *context, int32_t n_threads) {
+    return guarded_code([=] {
+        if (n_threads < 1 || n_threads > context->n_threads) {
+            throw std::invalid_argument(std::to_string(n_threads) + " threads; the context has " +
+                                        std::to_string(context->n_threads));
+        }
+        llama_set_n_threads(context->llama, n_threads, n_threads);
+        return 0;
     });
 }
 

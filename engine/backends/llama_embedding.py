@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from erllama.engine.backends.llama_library import llama_ffi
 from erllama.engine.backends.llama_weights import LlamaWeights
+from erllama.engine.backends.thread_choice import ThreadChoice
 from erllama.engine.embedding import EmbeddingLimits
 from erllama.errors import BackendError
 
@@ -34,6 +35,7 @@ class LlamaEmbedder:
         n_tokens: maximum number of tokens in one text.
         n_batch: tokens of several texts that are computed together.
         n_sequences: texts that are computed together.
+        threads: the number of threads of each computation.
     """
 
     def __init__(
@@ -45,10 +47,12 @@ class LlamaEmbedder:
         n_tokens: int,
         n_batch: int,
         n_sequences: int,
+        threads: ThreadChoice,
     ) -> None:
         self._weights = weights
         self._model = weights.model  # whose weights the contexts use
         self._words = words
+        self._threads = threads
         self._make_context = make_context
         self._contexts: dict[str, llama_ffi.EmbeddingContext] = {}
         self._ended = False
@@ -58,12 +62,20 @@ class LlamaEmbedder:
     def embed(self, texts: Sequence[NDArray[np.int32]], pooling: str) -> list[NDArray[np.float32]]:
         if self._weights.remote:
             self._follow_weights()
+        n_tokens = sum(map(len, texts))
+        n_threads = self._threads.begin(n_tokens)
         try:
-            return self._context_for(sum(map(len, texts)), pooling).embed(texts)
+            context = self._context_for(n_tokens, pooling)
+            context.set_threads(n_threads)
+            rows = context.embed(texts)
+            self._threads.record(*context.times())
+            return rows
         except llama_ffi.LlamaError as error:
             if self._weights.remote:
                 self._weights.check()
             raise BackendError(str(error)) from error
+        finally:
+            self._threads.end()
 
     def _follow_weights(self) -> None:
         """Load the weights again if an RPC server was lost, and drop the contexts on earlier weights."""
@@ -110,6 +122,7 @@ class LlamaEmbedder:
             context.abort()
 
     def close(self) -> None:
+        self._threads.close()
         self.abort()
         for context in self._contexts.values():
             context.close()

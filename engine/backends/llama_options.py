@@ -41,8 +41,7 @@ class LlamaOptions:
         n_ubatch: tokens computed at once, and the length of a prefill slice.
         n_sequences: sequences that the context can hold.
         n_spare_sequences: additional sequences, for models whose sequences take no memory of their own.
-        n_threads: threads for decoding; None for the processors that this process may use, by its affinity and the
-            CPU quotas of its cgroups.
+        n_threads: threads for decoding; None for at most the number of physical cores that this process may use.
         n_threads_batch: threads for prefill; None for the same as n_threads.
         n_gpu_layers: layers on GPUs; -1, or more than the model has, for all.
         devices: names of the devices that compute beside the CPU; None for all GPUs.

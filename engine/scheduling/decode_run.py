@@ -31,10 +31,11 @@ class DecodeRun:
         batches: builds the batch. Nobody else uses it during the run.
         ending: the tokens that end a reply.
         max_ticks: the maximum number of ticks.
-        alone: whether the cells of one sequence lie as in a run from an empty context.
+        alone: whether the cells of one sequence lie as in a run from an empty context, and all its decodes have the
+            bits of the backend's recipe.
 
     Attributes:
-        sequences: the argument.
+        sequences, alone: the arguments.
         batch: the next decode.
         n_ticks: decodes of the run so far.
         last_token_at: when their last tokens were sampled.
@@ -54,7 +55,7 @@ class DecodeRun:
         self.n_ticks = 0
         self._max_ticks = max_ticks
         self._ending = ending
-        self._alone = alone
+        self.alone = alone
         self.last_token_at = sequences[0].clock.last_token_at
         # memoryviews: numpy takes far longer to write single numbers while the caches are cold.
         self._tokens, self._positions = self.batch.tokens.data, self.batch.positions.data
@@ -105,7 +106,7 @@ class DecodeRun:
             for sequence in self.sequences:
                 assert sequence.slot is not None
                 cells.extend(sequence.slot, n)
-                sequence.advance(n, self.last_token_at, self._alone)
+                sequence.advance(n, self.last_token_at, self.alone)
 
 
 class _Contexts(SequenceOf[NDArray[np.int32]]):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from erllama._runtime.log import logger
 from erllama.cache import Match, SaveReason
 from erllama.engine.adapters import derive_recipe
-from erllama.engine.backend import Batch, RecoverableBackend
+from erllama.engine.backend import Batch, RecoverableBackend, Threads
 from erllama.engine.kv.sequence_kv import SequenceKV
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.requests.request import CacheHit
@@ -77,6 +77,7 @@ class Scheduler:
         self._backend = context.backend
         self._recoverable = context.backend if isinstance(context.backend, RecoverableBackend) else None
         self._limits = context.backend.limits
+        self._threads: Threads | None = getattr(context.backend, "threads", None)
         self._n_seq_max = n_seq_max
         self._chunk = prefill_chunk_size
         self._on_end = on_end
@@ -174,6 +175,7 @@ class Scheduler:
         if logits is None:
             return
         now = time.perf_counter()
+        run.alone = run.alone and self._has_recipe_bits
         self.metrics.ticks += 1
         self.metrics.decoded_tokens += len(sequences)
         sampled = run.sample(logits)
@@ -181,8 +183,8 @@ class Scheduler:
         if run.append(sampled, now):
             self.metrics.between_tokens.observe(seconds, len(sampled))
             return
+        alone = run.alone
         self.end_run()
-        alone = len(sequences) == 1 and self.slots.pristine
         self._fail_each(self._results.process_sampled(sequences, sampled, logits, now, alone))
         self._conclude(sequences)
 
@@ -350,6 +352,7 @@ class Scheduler:
         logits = self._compute(batch, sequences, n_output)
         if logits is None:
             return
+        alone = alone and self._has_recipe_bits
         now = time.perf_counter()
         self._results.count(parts, len(batch.tokens), now - began)
         self._fail_each(self._results.process(parts, logits, now, alone))
@@ -358,6 +361,8 @@ class Scheduler:
     def _compute(self, batch: Batch, sequences: SequenceOf[Sequence], n_output: int) -> NDArray[np.float32] | None:
         """Return the logits of a batch, shape (n_output, n_vocab); None if the decode failed, which is handled."""
         self._in_flight = sequences
+        if self._threads is not None:
+            self._threads.fixed = sequences[0].options.reproducible
         try:
             self._context.adapters.use(sequences[0].adapters)
             logits = self._backend.decode(batch)
@@ -372,6 +377,11 @@ class Scheduler:
             return None
         self._in_flight = ()
         return logits
+
+    @property
+    def _has_recipe_bits(self) -> bool:
+        """Whether the last decode has the bits that the backend's recipe yields."""
+        return self._threads is None or self._threads.as_in_recipe
 
     def _conclude(self, sequences: SequenceOf[Sequence]) -> None:
         """Notify the readers of decoded sequences, save what is due, and end the requests that are done."""

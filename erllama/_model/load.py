@@ -125,8 +125,8 @@ def load_model(
             model's training context, at most 4096.
         n_batch: maximum number of tokens per decode.
         n_ubatch: number of tokens computed at once.
-        n_threads: threads for decoding. None for the number of processors that this process may use, by its
-            affinity and its cgroups' CPU quotas.
+        n_threads: threads for decoding. None for at most the number of physical cores that this process may use, by
+            its affinity and its cgroups' CPU quotas, and fewer while other programs use them.
         n_threads_batch: threads for prefill. None for the same number.
         n_gpu_layers: layers on GPUs. -1, or more than the model has, for all.
         devices: names of the devices that compute besides the CPU, as `erllama.devices()` returns them. None for

@@ -112,7 +112,9 @@ _LOADING = (
     click.option(
         "--n-ctx", type=int, metavar="N", help="Context size in tokens. Default: the model's, up to 4096."
     ),
-    click.option("--threads", type=int, metavar="N", help="Number of threads. Default: the number of processors."),
+    click.option(
+        "--threads", type=int, metavar="N", help="Number of threads. Default: at most the number of cores."
+    ),
     click.option("--n-gpu-layers", type=int, metavar="N", help="Layers to place on GPUs. Default: all."),
     click.option(
         "--device",

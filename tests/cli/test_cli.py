@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -274,6 +275,7 @@ def test_doctor_reports_a_working_installation(run: Command) -> None:
     assert "self-check: demo.gguf: the same reply" in found.out
     assert "does not exist yet" in found.out
     assert found.out.splitlines()[-1] == "no errors"
+    assert re.search(r"machine: .*, [0-9]+ threads? per model \([0-9a-zA-Z., ]+\)", found.out)
     assert {finding["state"] for finding in run("doctor", "--json").json} <= {"ok", "warning"}
 
 

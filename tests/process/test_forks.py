@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from support.subprocesses import must_run
 
 
@@ -75,3 +77,32 @@ def test_a_child_forked_while_models_load_can_load() -> None:
         """
     )
     assert printed == "whole\n"
+
+
+def test_a_child_can_close_a_context_whose_threads_only_the_parent_has(tiny_gguf: Path) -> None:
+    printed = must_run(
+        """
+        import os, signal, sys, warnings
+        import numpy as np
+        from pathlib import Path
+        warnings.simplefilter("ignore")
+        from erllama.llama_ffi import LlamaContext, LlamaModel
+
+        model = LlamaModel(Path(sys.argv[1]))
+        context = LlamaContext(model, n_ctx=256, n_threads=2, n_threads_batch=2)
+        row = np.zeros(1, np.int32)
+        context.decode(row, row, row, np.ones(1, np.int8))
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            context.close()
+            model.close()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        context.close()
+        print("closed")
+        """,
+        tiny_gguf,
+        timeout=120,
+    )
+    assert printed == "closed\n"

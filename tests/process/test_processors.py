@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import erllama
-from erllama.engine.processors import cpu_quota, default_threads
+from erllama.engine.processors import ThreadDefault, cpu_quota, default_threads
 
 
 class Cgroups:
@@ -105,14 +105,90 @@ def test_the_default_threads_are_the_processors_up_to_the_quota(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)), raising=False)
     cgroups.belong("0::/own")
     cgroups.v2("/own", quota)
-    assert default_threads(cgroups.membership, cgroups.mount) == threads
+    assert default_threads(cgroups.membership, cgroups.mount, cgroups.mount).n == threads
+
+
+class Machine:
+    """The kernel's description of processors, in files."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self._monkeypatch = root, monkeypatch
+
+    def processors(self, siblings: dict[int, str], capacities: dict[int, int] | None = None) -> None:
+        """Describe processors: the logical processors of the core of each one, and its capacity."""
+        self._monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(siblings), raising=False)
+        for n, cores in siblings.items():
+            topology = self.root / f"system/cpu/cpu{n}/topology"
+            topology.mkdir(parents=True)
+            (topology / "thread_siblings_list").write_text(cores + "\n")
+        for n, capacity in (capacities or {}).items():
+            (self.root / f"system/cpu/cpu{n}/cpu_capacity").write_text(f"{capacity}\n")
+
+    def allow(self, *processors: int) -> None:
+        self._monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(processors), raising=False)
+
+    @property
+    def threads(self) -> ThreadDefault:
+        return default_threads(self.root / "none", self.root, self.root)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(tmp_path, monkeypatch)
+
+
+def test_hyperthreads_of_a_core_count_once(machine: Machine) -> None:
+    machine.processors({0: "0,4", 1: "1,5", 2: "2,6", 3: "3,7", 4: "0,4", 5: "1,5", 6: "2,6", 7: "3,7"})
+    assert machine.threads == (4, "4 cores")
+    machine.allow(0, 1, 4)
+    assert machine.threads == (2, "2 cores")
+    machine.allow(0, 3)
+    assert machine.threads == (2, "2 processors")
+
+
+def test_performance_cores_of_intel_count_alone(machine: Machine) -> None:
+    machine.processors({0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3", 4: "4", 5: "5", 6: "6", 7: "7"})
+    (machine.root / "cpu_core").mkdir()
+    (machine.root / "cpu_core/cpus").write_text("0-3\n")
+    assert machine.threads == (2, "2 performance cores")
+    machine.allow(4, 5, 6)
+    assert machine.threads == (3, "3 processors"), "there are only slow ones"
+
+
+def test_performance_cores_of_arm_count_alone(machine: Machine) -> None:
+    machine.processors({n: f"{n}" for n in range(6)}, {0: 1024, 1: 1024, 2: 1024, 3: 1024, 4: 400, 5: 400})
+    assert machine.threads == (4, "4 performance cores")
+    machine.allow(4, 5)
+    assert machine.threads == (2, "2 processors")
+
+
+@pytest.mark.parametrize("text", ["", "x", "0-", "1,,2", "\0"])
+def test_unreadable_topologies_count_processors(machine: Machine, text: str) -> None:
+    machine.processors({0: text, 1: text})
+    assert machine.threads == (2, "2 processors")
+
+
+def test_a_quota_is_the_reason_if_it_is_less_than_the_cores(
+    cgroups: Cgroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    cgroups.belong("0::/own")
+    cgroups.v2("/own", "150000 100000")
+    found = default_threads(cgroups.membership, cgroups.mount, cgroups.mount)
+    assert found == (2, "CPU quota of 1.5, 4 processors")
 
 
 def test_a_model_reports_its_threads(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erllama.engine.backends.llama.default_threads", lambda: 1)
-    for options, threads in (({}, (1, 1)), ({"n_threads": 2}, (2, 2)), ({"n_threads_batch": 2}, (1, 2))):
+    default = ThreadDefault(1, "1 processor")
+    monkeypatch.setattr("erllama.engine.backends.llama.default_threads", lambda: default)
+    for options, threads, reason in (
+        ({}, (1, 1), "1 processor"),
+        ({"n_threads": 2}, (2, 2), "n_threads=2"),
+        ({"n_threads_batch": 2}, (1, 2), "1 processor"),
+    ):
         with erllama.load_model(tiny_gguf, n_ctx=256, warmup=False, **options) as model:  # type: ignore[arg-type]
             assert (model.info.n_threads, model.info.n_threads_batch) == threads
+            assert model.info.threads_reason == reason
 
 
 @pytest.fixture
@@ -142,7 +218,7 @@ def test_a_process_under_a_real_quota_uses_one_thread(half_a_processor: Path) ->
     code = (
         "import os, sys; open(sys.argv[1] + '/cgroup.procs', 'w').write(str(os.getpid()))\n"
         "from erllama.engine.processors import cpu_quota, default_threads\n"
-        "print(cpu_quota(), default_threads())"
+        "print(cpu_quota(), default_threads().n)"
     )
     finished = subprocess.run(
         [sys.executable, "-c", code, str(half_a_processor)],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from erllama.cli.console import format_count, format_size, is_terminal, print_js
 from erllama.cli.doctor import build
 from erllama.cli.doctor.directories import check_directories
 from erllama.cli.doctor.findings import Finding
+from erllama.engine.processors import allowed_processors, default_threads
 
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 _STATE_WIDTH = 7
@@ -45,10 +45,13 @@ def doctor(directories: tuple[Path, ...], as_json: bool) -> int:
 def _checks(directories: tuple[Path, ...]) -> Iterator[Finding]:
     yield Finding("erllama", "ok", f"{erllama.__version__}, in {Path(erllama.__file__).parent}")
     yield Finding("Python", "ok", f"{platform.python_version()}, {platform.platform()}")
-    n_processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = psutil.virtual_memory()
-    processors = format_count(n_processors, "processor")
-    text = f"{processors}, {format_size(memory.available)} of {format_size(memory.total)} of memory available"
+    processors = format_count(len(allowed_processors()), "processor")
+    threads = default_threads()
+    text = (
+        f"{processors}, {format_size(memory.available)} of {format_size(memory.total)} of memory available, "
+        f"{format_count(threads.n, 'thread')} per model ({threads.reason})"
+    )
     yield Finding("machine", "ok", text)
     yield from build.check_library()
     yield from check_directories(directories)
