@@ -112,10 +112,14 @@ NEW_KICKOFF_END = """    }
 JOIN = "        int32_t rc = ggml_thread_join("
 WAKE_TO_JOIN = "        erl_wake_worker(&workers[j].asleep);\n"
 
-# A decode compares all pairs of sequences. With one pool of cells, the release compares the pairs of 256, however few
-# the context has: 0.1 ms. The binding refuses sequence numbers beyond those of the context.
-SEQUENCES = "    const uint32_t n_seq_max = cparams.kv_unified ? LLAMA_MAX_SEQ : cparams.n_seq_max;\n\n    // embedding contexts"
-NEW_SEQUENCES = "    const uint32_t n_seq_max = cparams.n_seq_max;\n\n    // embedding contexts"
+# A decode compares all pairs of its sequences. With one pool of cells, the release compares the pairs of 256,
+# which takes 0.1 ms. Here it compares those that the context has. The binding refuses numbers beyond them.
+SEQUENCES = """    const uint32_t n_seq_max = cparams.kv_unified ? LLAMA_MAX_SEQ : cparams.n_seq_max;
+
+    // embedding contexts"""
+NEW_SEQUENCES = """    const uint32_t n_seq_max = cparams.n_seq_max;
+
+    // embedding contexts"""
 
 
 def changes(source: Path) -> list[Change]:
