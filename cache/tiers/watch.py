@@ -26,8 +26,8 @@ from erllama._runtime.log import logger
 
 log = logger("erllama.cache")
 
-# Without files that are opened, or closed after reading, which are no changes: the watching thread would wake twice
-# for every block that is read. On Linux the end of a write is a "closed" event.
+# Files that are opened, or closed after reading, are left out: the watching thread would wake twice for every block
+# that is read. On Linux the end of a write is a "closed" event.
 _CHANGE_EVENTS: list[type[FileSystemEvent]] = [
     FileCreatedEvent,
     FileDeletedEvent,

@@ -39,16 +39,16 @@ class TextDecoder:
     """Decodes UTF-8 as it arrives, and buffers the start of a character until its end arrives.
 
     Args:
-        begun: the bytes of a character that the next bytes may complete; they are no text of their own.
+        partial: the bytes of a character that the next bytes may complete; they are no text of their own.
 
     Attributes:
         within: whether a character has begun and is not complete.
     """
 
-    def __init__(self, begun: bytes = b"") -> None:
+    def __init__(self, partial: bytes = b"") -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._decoder.decode(begun)
-        self.within = bool(begun)
+        self._decoder.decode(partial)
+        self.within = bool(partial)
 
     def feed(self, piece: bytes) -> str:
         """Return the text that is complete now. Bytes that cannot be UTF-8 become U+FFFD."""
@@ -69,12 +69,12 @@ class TokenDecoder:
 
     Args:
         vocabulary: the model's vocabulary.
-        begun: as for `TextDecoder`.
+        partial: as for `TextDecoder`.
     """
 
-    def __init__(self, vocabulary: Vocabulary, begun: bytes = b"") -> None:
+    def __init__(self, vocabulary: Vocabulary, partial: bytes = b"") -> None:
         self._vocabulary = vocabulary
-        self._text = TextDecoder(begun)
+        self._text = TextDecoder(partial)
 
     def feed(self, token: int) -> str:
         """Return the text that is complete now."""

@@ -29,7 +29,7 @@ class Reply:
         options: of the request.
         vocabulary, codec: of the model.
         tracker: separates the phases; None for a reply that is all text.
-        begun: the bytes of a character that the prompt ends within. The reply's text has the whole character.
+        partial: the bytes of a character that the prompt ends within. The reply's text has the whole character.
 
     Attributes:
         calls: the complete tool calls, as the model wrote them.
@@ -45,11 +45,11 @@ class Reply:
         vocabulary: Vocabulary,
         codec: TokenCodec,
         tracker: PhaseTracker | None,
-        begun: bytes = b"",
+        partial: bytes = b"",
     ) -> None:
         self._ticket, self._vocabulary, self._codec, self._tracker = ticket, vocabulary, codec, tracker
         self._phases = options.phases
-        self._decoder, self._begun = TextDecoder(), begun
+        self._decoder, self._partial = TextDecoder(), partial
         self._stops = StopScanner(options.stop)
         self._texts: dict[SegmentKind, list[str]] = {"text": [], "thinking": [], "call": []}
         self._unsent: list[int] = []  # sampled tokens that are not part of a piece yet
@@ -96,8 +96,8 @@ class Reply:
 
     def add(self, token: int) -> None:
         """Add one token."""
-        if self._begun:  # a reply without tokens completes no character
-            self._decoder, self._begun = TextDecoder(self._begun), b""
+        if self._partial:  # a reply without tokens completes no character
+            self._decoder, self._partial = TextDecoder(self._partial), b""
         self._unsent.append(token)
         if self._tracker is None:
             self._add_text(self._decoder.feed(self._vocabulary.piece(token)))

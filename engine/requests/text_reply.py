@@ -21,7 +21,7 @@ class TextReply:
     Args:
         ticket: receives the tokens.
         vocabulary: of the model.
-        begun: the bytes of a character that the prompt ends within. The reply's text has the whole character.
+        partial: the bytes of a character that the prompt ends within. The reply's text has the whole character.
 
     Attributes:
         text: the whole reply, after `finish`.
@@ -36,12 +36,12 @@ class TextReply:
     calls: Sequence[bytes] = ()
     places: Sequence[int] = ()
 
-    def __init__(self, ticket: Ticket, vocabulary: Vocabulary, begun: bytes) -> None:
-        self._ticket, self._vocabulary, self._begun = ticket, vocabulary, begun
+    def __init__(self, ticket: Ticket, vocabulary: Vocabulary, partial: bytes) -> None:
+        self._ticket, self._vocabulary, self._partial = ticket, vocabulary, partial
         self.logprobs: list[TokenLogprobs] = []
         self.text = ""
         if ticket.streaming:
-            ticket.decode_with(TokenDecoder(vocabulary, begun))
+            ticket.decode_with(TokenDecoder(vocabulary, partial))
 
     @staticmethod
     def suits(options: RequestOptions) -> bool:
@@ -61,7 +61,7 @@ class TextReply:
 
     def finish(self, tokens: Sequence[int]) -> None:
         """End the reply, which consists of `tokens`. Sends U+FFFD for a character that never ended."""
-        decoder = TextDecoder(self._begun if tokens else b"")  # a reply without tokens completes no character
+        decoder = TextDecoder(self._partial if tokens else b"")  # a reply without tokens completes no character
         text = decoder.feed(b"".join(map(self._vocabulary.piece, tokens)))
         rest = decoder.finish() if tokens else ""
         self.text = text + rest

@@ -11,7 +11,7 @@ log = logger("erllama.engine")
 def wrap_error(error: BaseException) -> Error:
     """Return an error of this library for any exception in the model thread, SystemExit included.
 
-    No interrupt is meant for that thread, and no request may end it.
+    Interrupts are meant for other threads, and a request must not end this one.
     """
     if isinstance(error, Error):
         return error

@@ -2,7 +2,7 @@
 
 Used by the model thread alone. A tick is one decode: the token sampled last of every sequence that generates, and
 slices of the prompts of the others. Requests are admitted in order of arrival. Requests that run at the same
-time have the same set of adapters. A request that fails, fails alone.
+time have the same set of adapters. A failed request does not affect the others.
 """
 
 from __future__ import annotations
@@ -462,7 +462,7 @@ class Scheduler:
 
     def _lower_capacity(self, error: CellsExhausted) -> None:
         """Lower the capacity to the cells in use: the backend has fewer than counted. The next tick makes room."""
-        log.info("%s: counting on the %d cells in use, until the context is empty", error, self.slots.cells.used)
+        log.info("%s: using only the %d cells now in use, until the context is empty", error, self.slots.cells.used)
         self._in_flight = ()
         self.end_run()
         self.slots.cells.capacity = self.slots.cells.used

@@ -93,7 +93,7 @@ class Sequence:
         self.n_prompt = len(prompt)
         room = self._n_ctx - len(prompt) + 1  # the last token sampled needs no cell
         n_reply = room if options.max_tokens is None else min(options.max_tokens, room)
-        # As long as this request can need, and no longer.
+        # The length that this request can reach at most.
         self.buffer = np.empty(len(prompt) + n_reply, np.int32)
         self.buffer[: len(prompt)] = prompt
         self.first_token = int(prompt[0])
@@ -115,11 +115,11 @@ class Sequence:
         self._tracker = context.tracker(options, prompt)
         self._grammar = context.grammar(options, self._tracker)
         self._budget = self._make_thinking_budget()
-        begun = unfinished(map(self._vocabulary.piece, prompt[-4:].tolist()[::-1]))
+        partial = unfinished(map(self._vocabulary.piece, prompt[-4:].tolist()[::-1]))
         self._reply: Reply | TextReply = (
-            TextReply(ticket, self._vocabulary, begun)
+            TextReply(ticket, self._vocabulary, partial)
             if self.is_plain
-            else Reply(ticket, options, self._vocabulary, context.codec, self._tracker, begun)
+            else Reply(ticket, options, self._vocabulary, context.codec, self._tracker, partial)
         )
         self._stop_tokens = context.stop_tokens(options)
         self._stop_token: int | None = None
