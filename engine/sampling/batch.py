@@ -99,7 +99,7 @@ def _sample_group(
     try:
         with np.errstate(over="ignore", invalid="ignore"):
             return group.sample()
-    except Exception:  # one row must not make the others fail
+    except BaseException:  # SystemExit, too: one row must not make the others fail
         log.exception("rows could not be sampled together")
         return [-1] * len(rows)
 

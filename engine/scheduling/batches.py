@@ -35,7 +35,7 @@ def prefill_budget(limits: Limits, chunk: int, n_rows: int, n_remaining: int) ->
         return min(max(chunk, n_ubatch), n_batch)
     budget = min(chunk, n_batch - n_rows)
     excess = (n_rows + budget) % n_ubatch
-    if n_rows + budget > n_ubatch and excess <= n_rows:
+    if n_rows + budget > n_ubatch and excess <= n_rows and excess < budget:
         # A micro-batch of a few tokens reads all weights, too, so the rows take the place of prompt tokens.
         budget -= excess
     if budget > 0 and n_remaining > 0 and limits.can_trim:

@@ -387,9 +387,8 @@ class ModelThread:
             while not self._stopping:
                 scheduler.tickets.wake()
                 self._wait_for_work(progress)
-                if self._calls:
+                while self._calls:  # a call may arrive at any time, even now
                     scheduler.end_run()
-                while self._calls:
                     self._calls.popleft().run()
                 if self.adapters.unused:
                     self.adapters.free_unused()

@@ -202,7 +202,8 @@ class Scheduler:
     def _end_cancelled_and_late(self) -> None:
         """End the requests that were cancelled, or exceeded their deadline."""
         self.tickets.cancelled = False  # before the tickets are checked: they may be cancelled meanwhile
-        self._deadline = math.inf
+        self._deadline = -math.inf  # if the backend fails here, the next tick checks the others
+        earliest = math.inf
         now = time.perf_counter()
         for sequence in [*self.running, *self.waiting]:
             ticket = sequence.ticket
@@ -213,7 +214,8 @@ class Scheduler:
                 timeout = ticket.request.options.timeout
                 self.fail(sequence, DeadlineExceeded(f"the reply was not done within timeout={timeout} seconds"))
             elif ticket.deadline is not None:
-                self._deadline = min(self._deadline, ticket.deadline)
+                earliest = min(earliest, ticket.deadline)
+        self._deadline = earliest
 
     def _admit(self) -> None:
         """Admit waiting requests, in order, while they fit."""
@@ -462,9 +464,9 @@ class Scheduler:
 
     def _lower_capacity(self, error: CellsExhausted) -> None:
         """Lower the capacity to the cells in use: the backend has fewer than counted. The next tick makes room."""
-        log.info("%s: using only the %d cells now in use, until the context is empty", error, self.slots.cells.used)
         self._in_flight = ()
         self.end_run()
+        log.info("%s: using only the %d cells now in use, until the context is empty", error, self.slots.cells.used)
         self.slots.cells.capacity = self.slots.cells.used
 
     def _restart_alone(self, sequence: Sequence) -> bool:

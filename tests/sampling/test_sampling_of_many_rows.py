@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, cast
 
@@ -222,6 +223,7 @@ class Faulty(Sharpen):
         lambda logits: logits[:, :1],
         lambda logits: None,
         lambda logits: 1 / 0,
+        lambda logits: sys.exit(1),
         lambda logits: -logits,
         lambda logits: logits * np.nan,
         lambda logits: np.full_like(logits, -np.inf),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from collections import deque
+from contextlib import suppress
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -179,3 +183,47 @@ def test_streams_of_two_event_loops_are_woken_in_their_own() -> None:
 
     with load_stub(StubBackend(eog_bias=-100), n_seq_max=4) as model:
         in_threads(lambda at: asyncio.run(read(model, at)), 4)
+
+
+class LateCalls(deque[object]):
+    """Calls that arrive just after the model thread has looked for the first time."""
+
+    looked = False
+
+    def __bool__(self) -> bool:
+        looked, self.looked = self.looked, len(self) > 0
+        return looked and len(self) > 0
+
+
+def test_a_call_that_arrives_between_two_looks_sees_every_token() -> None:
+    backend = GatedBackend()
+    with load_stub(backend, policy={"min_tokens": 1, "continued_interval": 0}) as model:
+        model._runner._calls = LateCalls()  # type: ignore[attr-defined]
+        stream = model.stream([5], max_tokens=None, temperature=0)
+        wait_until(lambda: len(backend.batches) > 150)
+        model.evict()
+        reply = cold_reply(np.array([5], np.int32), max_tokens=130, temperature=0)
+        assert model.cached_prefix(reply.context_tokens) >= 96
+        assert not stream._ticket.done
+        stream.cancel()
+
+
+def test_a_closed_event_loop_is_not_kept() -> None:
+    loops: list[ref[asyncio.AbstractEventLoop]] = []
+
+    async def leave(model: erllama.Model) -> erllama.AsyncStream:
+        loops.append(ref(asyncio.get_running_loop()))
+        stream = model.astream([5], max_tokens=None)
+        await anext(stream)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stream._waiter.wait(), 10)
+        return stream
+
+    with load_stub(StubBackend(n_ctx=1 << 14, eog_bias=-100)) as model:
+        for _ in range(3):
+            stream = asyncio.run(leave(model))
+            stream.cancel()  # its last events arrive when the loop is closed
+            wait_until(lambda ticket=stream._ticket: ticket.done)  # type: ignore[misc]
+            del stream
+        gc.collect()
+        assert [loop() for loop in loops[:-1]] == [None, None]

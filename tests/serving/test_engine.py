@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import erllama
 from erllama.cache import Cache
 from erllama.engine.backends.stub import StubBackend
+from erllama.engine.scheduling.batches import prefill_budget
 from erllama.engine.scheduling.cells import Cells
 from erllama.testing.models import write_gemma3, write_lfm2, write_llama, write_mamba
 from support.engine_models import (
@@ -219,6 +220,13 @@ def test_a_prompt_beside_replies_takes_ticks_of_one_micro_batch(n_prompt: int, s
             stream.result()
     beside = [batch for batch in backend.batches if len(batch) == 4]
     assert [batch[-1][1] for batch in beside] == slices
+
+
+@pytest.mark.parametrize(("n_batch", "n_ubatch", "chunk"), [(64, 16, 8), (64, 16, 20), (64, 64, 64), (33, 8, 2)])
+def test_a_prompt_is_read_beside_any_number_of_replies(n_batch: int, n_ubatch: int, chunk: int) -> None:
+    limits = StubBackend(n_ctx=4096, n_batch=n_batch, n_ubatch=n_ubatch).limits
+    for n_rows in range(n_batch):
+        assert 1 <= prefill_budget(limits, chunk, n_rows, 1000) <= n_batch - n_rows
 
 
 def test_the_chunk_size_is_capped_by_the_backend_batch() -> None:

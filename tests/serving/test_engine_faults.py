@@ -409,3 +409,24 @@ def test_only_requests_of_the_failed_decode_end_if_the_backend_recovers() -> Non
         with pytest.raises(erllama.ServerLost):
             running.result()
         assert waiting.result().tokens == expected.tokens
+
+
+def test_a_failing_backend_does_not_hide_that_others_were_cancelled() -> None:
+    backend = GatedBackend()
+    with load_stub(backend, n_seq_max=1) as model:
+        backend.hold()
+        backend.at_decode.clear()
+        late = model.stream([5], max_tokens=None, timeout=1)
+        assert backend.at_decode.wait(30)
+        waiting = model.stream([6], max_tokens=50)
+        wait_until(lambda: model.pending == 1)
+        deadline = late._ticket.deadline
+        assert deadline is not None
+        wait_until(lambda: time.perf_counter() >= deadline)
+        waiting.cancel()
+        backend.drop = once(backend.drop)  # type: ignore[method-assign]
+        backend.release()
+        assert waiting.result().finish_reason == "cancelled"
+        with pytest.raises(erllama.DeadlineExceeded):
+            late.result()
+        assert model.complete([7], max_tokens=3).finish_reason == "length"

@@ -125,6 +125,10 @@ class LoopWaker:
         loop = asyncio.get_running_loop()
         waker = cls._of_loops.get(loop)
         if waker is None:
+            # The tasks that a closed loop never woke refer to it, and would keep it.
+            for known in cls._of_loops.keyrefs():
+                if (old := known()) is not None and old.is_closed():
+                    cls._of_loops.pop(old, None)
             waker = cls._of_loops[loop] = cls(loop)
         return waker
 
