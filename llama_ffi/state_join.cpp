@@ -12,7 +12,6 @@
 
 namespace {
 
-constexpr size_t head_bytes = 12;     // magic, sequence, streams
 constexpr size_t cell_bytes = 12;     // position, sequences, sequence
 constexpr size_t section_bytes = 12;  // type and row size of K or V; for transposed V type, element size and rows
 constexpr uint64_t max_cells = 1u << 30;
@@ -61,8 +60,19 @@ class joiner {
     }
 
     bool heads() {
-        const uint8_t *head = common(head_bytes);
-        if (!head || read<uint32_t>(head + 8) != 1) {
+        if (!common(sizeof(uint32_t))) {  // magic
+            return false;
+        }
+        // The sequence that a state was read from. libllama ignores it, and it depends on the number of sequences.
+        for (cursor &state : states) {
+            if (state.left() < sizeof(uint32_t)) {
+                return false;
+            }
+            state.at += sizeof(uint32_t);
+        }
+        append(states[0].at - sizeof(uint32_t), sizeof(uint32_t));
+        const uint8_t *n_streams = common(sizeof(uint32_t));
+        if (!n_streams || read<uint32_t>(n_streams) != 1) {
             return false;
         }
         uint64_t total = 0;

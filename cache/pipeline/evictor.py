@@ -120,6 +120,10 @@ class Evictor:
     def remove_later(self, tier: Tier, block: Block, *, damaged: bool = False) -> None:
         """Drop a block of a tier now and remove it in the queue's thread. Never waits for storage."""
         with self._lock:
+            # Rows that were written up to now, by this process too, must not look stored anew to `remove_pending`.
+            if self._tiers.in_sync(tier):
+                with self._tiers.guard("reading the index", tier):
+                    self._tiers.apply_new_changes(tier)
             ledger = self._catalog.ledger(tier.name)
             if ledger.root_of(block.key) is not tier:
                 return

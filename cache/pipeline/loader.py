@@ -5,6 +5,7 @@ The end of the pipeline that `Cache.load` calls, in the threads of its callers. 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -59,7 +60,7 @@ class Loader:
         self._lock, self._catalog, self._counters = lock, catalog, counters
         self._queue, self._evictor, self._writer = queue, evictor, writer
         # One thread for all loads of this cache, started by the first one that reads ahead. Ends with this object.
-        self._reader = ThreadPoolExecutor(1, "erllama-cache-reader")
+        self._reader = self._new_reader()
 
     @uninterrupted
     def load(self, block: Block) -> Loaded | None:
@@ -69,10 +70,12 @@ class Loader:
 
     def load_batches(self, blocks: Sequence[Block]) -> Generator[list[Loaded], None, None]:
         """Load blocks in order, a batch at a time; see `Cache.load_batches`."""
-        batches = self._batches(blocks)
+        batches, process = self._batches(blocks), os.getpid()
         ahead: deque[Future[list[_Source]] | None] = deque()
         try:
             for number, batch in enumerate(batches):
+                if os.getpid() != process:
+                    return
                 present = ahead.popleft() if ahead else None
                 # A read that has not begun is withdrawn: the reader is busy with another load.
                 withdrawn = present is None or present.cancel()
@@ -85,8 +88,9 @@ class Loader:
                 if len(loaded) < len(batch):
                     return
         finally:
-            running = [future for future in ahead if future is not None and not future.cancel()]
-            wait(running)  # the caller unpins the blocks next
+            if os.getpid() == process:  # a forked child has no reader
+                running = [future for future in ahead if future is not None and not future.cancel()]
+                wait(running)  # the caller unpins the blocks next
 
     @uninterrupted
     def _batches(self, blocks: Sequence[Block]) -> list[list[Block]]:
@@ -116,7 +120,11 @@ class Loader:
         try:
             return self._reader.submit(self._read, batch)
         except RuntimeError:  # no thread can start, or the interpreter is exiting
+            self._reader = self._new_reader()  # the old one keeps the read in its queue
             return None
+
+    def _new_reader(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "erllama-cache-reader")
 
     @uninterrupted
     def _read(self, blocks: Sequence[Block]) -> list[_Source]:

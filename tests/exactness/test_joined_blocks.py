@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -109,6 +110,25 @@ def test_large_blocks_are_restored_alone(
     backend.restore_blocks(0, blocks)
     assert joins == [4, 3]
     assert backend.pack(0, 0, 200).tobytes() == state
+
+
+def test_blocks_of_backends_with_other_numbers_of_sequences_are_joined(
+    tiny_gguf: Path, backend: LlamaBackend, joins: list[int]
+) -> None:
+    """A state names the sequence that it was read from, which differs between such backends."""
+    other = llama_backend(tiny_gguf, **{**dataclasses.asdict(backend._options), "n_sequences": 2})
+    try:
+        blocks = [
+            mine if i % 2 else theirs
+            for i, (mine, theirs) in enumerate(zip(packed(backend), packed(other), strict=True))
+        ]
+    finally:
+        other.close()
+    assert bytes(blocks[0].payload[4:8]) != bytes(blocks[1].payload[4:8])
+    one_by_one(backend, 0, blocks)
+    backend.restore_blocks(1, blocks)
+    assert joins == [len(blocks)]
+    assert backend.pack(1, 0, 200).tobytes() == backend.pack(0, 0, 200).tobytes()
 
 
 def test_joined_blocks_fit_scattered_cells(backend: LlamaBackend, joins: list[int]) -> None:

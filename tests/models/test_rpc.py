@@ -16,7 +16,7 @@ import pytest
 
 import erllama
 from erllama import llama_ffi
-from erllama.engine import Batch
+from erllama.engine import Batch, PackedBlock
 from erllama.engine.backends import llama_weights
 from erllama.testing.models import TINY, write_llama
 from support.engine_models import random_prompt
@@ -262,11 +262,15 @@ def test_saves_of_a_lost_server_are_dropped_not_stored(tiny_gguf: Path, server: 
         rows = np.arange(64, dtype=np.int32)
         backend.decode(Batch(PROMPT[:64], rows, np.zeros_like(rows), np.zeros(64, np.int8)))
         payload = backend.pack(0, 0, 64)
+        blocks = [PackedBlock(at, at + 32, memoryview(backend.pack(0, at, at + 32))) for at in (0, 32)]
         server.kill()
         with pytest.raises(erllama.ServerLost):
             backend.pack(0, 0, 64)
         with suppress(erllama.ServerLost):  # what is restored is sent without an answer
             backend.restore(1, 0, 64, memoryview(payload))
+        backend.drop(1)
+        with suppress(erllama.ServerLost):
+            backend.restore_blocks(1, blocks)  # joined
         with pytest.raises(erllama.ServerLost):
             backend.decode(Batch(PROMPT[:1], rows[:1] + 64, rows[:1] + 1, np.ones(1, np.int8)))
         assert backend.memory_lost
@@ -278,6 +282,8 @@ def test_saves_of_a_lost_server_are_dropped_not_stored(tiny_gguf: Path, server: 
         assert not backend.memory_lost
         backend.restore(0, 0, 64, memoryview(payload))
         np.testing.assert_array_equal(backend.pack(0, 0, 64), payload)
+        backend.restore_blocks(1, blocks)
+        assert backend.pack(1, 0, 64).tobytes()[16:] == payload.tobytes()[16:]
     finally:
         backend.close()
 

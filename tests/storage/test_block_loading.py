@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -304,7 +306,7 @@ def test_loads_share_one_reader_which_ends_with_the_cache(root: Path, batch: int
     wait_until(lambda: not readers())
 
 
-def test_blocks_are_loaded_if_no_thread_can_start(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_loaded_if_no_thread_can_start(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
 
     def refuse(self: threading.Thread) -> None:
@@ -312,9 +314,36 @@ def test_blocks_are_loaded_if_no_thread_can_start(root: Path, monkeypatch: pytes
             raise RuntimeError("can't start new thread")
         start(self)
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with Cache(block_size=SIZE, disk=root, ram=0) as cache:
+    tier = Gated(f"no threads {batch}")
+    tier.gate.set()
+    with Cache(block_size=SIZE, ram=0, tiers=[tier]) as cache:
+        save(cache, TOKENS, n_bytes=PAYLOAD_BYTES)
+        cache.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            assert load(cache) == N_BLOCKS
         assert load(cache) == N_BLOCKS
+        assert tier.n_read == 2 * N_BLOCKS, "the reader repeats no read of the first load"
+
+
+def test_a_child_forked_during_a_load_can_end_it(batch: int) -> None:
+    if batch >= N_BLOCKS:
+        pytest.skip("a load of several batches")
+    cache, tier = gated(f"forked {batch}", first=batch)
+    with cache, cache.lookup(NAMESPACE, TOKENS) as match, closing(cache.load_batches(match.blocks)) as batches:
+        next(batches)
+        assert tier.reading.wait(60)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(20)
+                os._exit(len(list(batches)))
+            finally:
+                os._exit(100)
+        tier.gate.set()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert sum(map(len, batches)) == N_BLOCKS - batch
 
 
 def test_a_closed_cache_loads_nothing_and_does_not_fail(root: Path) -> None:

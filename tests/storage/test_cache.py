@@ -143,6 +143,28 @@ def test_replacing_a_block_replaces_it_in_every_tier(tmp_path: Path) -> None:
         assert bytes(loaded.payload) == bytes([1] * 8)
 
 
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("ram", [0, "1MiB"])
+def test_a_rejected_block_that_was_just_written_is_removed(tmp_path: Path, ram: int | str, replace: bool) -> None:
+    """Its row in the index is newer than the last poll for changes, as that of a block stored anew would be."""
+    tokens = np.arange(3 * SIZE, dtype=np.int32)
+    block = blocks_of(tokens)[-1]
+    with Cache(block_size=SIZE, disk=tmp_path / "kv", ram=ram, watch=False) as cache:
+        save(cache, tokens)
+        cache.flush()
+        if replace:
+            cache.save(block, payload_of(block), replace=True)
+            cache.flush()
+        cache.reject(block, ValueError("refused"))
+        cache.flush()
+        assert hit(cache, tokens) == 2 * SIZE
+        assert len(list((tmp_path / "kv" / "blocks").iterdir())) == 2
+        save(cache, tokens)
+        cache.flush()
+        assert hit(cache, tokens) == 3 * SIZE
+        cache.check_integrity()
+
+
 # --- budgets ---------------------------------------------------------------------------------
 
 
