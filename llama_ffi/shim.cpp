@@ -979,7 +979,7 @@ int64_t erl_state_set(erl_context *context, int32_t sequence, const uint8_t *buf
 
 int32_t erl_state_set_joined(erl_context *context, int32_t sequence, const uint8_t *const *states,
                              const uint64_t *sizes, int32_t n) {
-    return guarded_code([=] {
+    return (int32_t) guarded_state([=]() -> int64_t {
         state_buffer &joined = context->joined;
         if (!join_states(states, sizes, n, joined)) {
             return 0;

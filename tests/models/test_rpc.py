@@ -16,7 +16,7 @@ import pytest
 
 import erllama
 from erllama import llama_ffi
-from erllama.engine import Batch
+from erllama.engine import Batch, PackedBlock
 from erllama.engine.backends import llama_weights
 from erllama.testing.models import TINY, write_llama
 from support.engine_models import random_prompt
@@ -278,6 +278,28 @@ def test_saves_of_a_lost_server_are_dropped_not_stored(tiny_gguf: Path, server: 
         assert not backend.memory_lost
         backend.restore(0, 0, 64, memoryview(payload))
         np.testing.assert_array_equal(backend.pack(0, 0, 64), payload)
+    finally:
+        backend.close()
+
+
+@needs_rpc
+def test_blocks_joined_for_a_lost_server_raise(tiny_gguf: Path, server: RpcServer) -> None:
+    backend = llama_backend(tiny_gguf, rpc_servers=[server.address], n_sequences=2)
+    try:
+        rows = np.arange(64, dtype=np.int32)
+        backend.decode(Batch(PROMPT[:64], rows, np.zeros_like(rows), np.zeros(64, np.int8)))
+        blocks = [PackedBlock(i, i + 16, memoryview(backend.pack(0, i, i + 16))) for i in range(0, 64, 16)]
+        server.kill()
+        with pytest.raises(erllama.ServerLost):
+            for _ in range(100):  # what is restored is sent without an answer
+                backend.restore_blocks(1, blocks)
+                backend.drop(1)
+        server.start()
+        backend.recover()
+        backend.clear()
+        backend.restore_blocks(1, blocks)
+        for block in blocks:
+            np.testing.assert_array_equal(backend.pack(1, block.start, block.end), block.payload)
     finally:
         backend.close()
 
