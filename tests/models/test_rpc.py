@@ -134,6 +134,7 @@ def test_devices_of_a_server_are_used_by_name_or_by_default(tiny_gguf: Path, ser
     with load(tiny_gguf, server) as model:
         (remote,) = [device for device in erllama.devices() if device.description == server.address]
         assert model.info.devices == (remote.name, "CPU")
+        assert remote.total_bytes > 0
         places = {buffer.place for buffer in model.info.buffers if buffer.holds == "kv"}
         assert places == {f"RPC0[{server.address}]"}
     with load(tiny_gguf, server, devices=[remote.name]) as model:
@@ -142,6 +143,19 @@ def test_devices_of_a_server_are_used_by_name_or_by_default(tiny_gguf: Path, ser
     if os.environ.get("ERLLAMA_TEST_RPC") != "1":
         with erllama.load_model(tiny_gguf, n_ctx=256, n_threads=1) as model:
             assert not any(name.startswith("RPC") for name in model.info.devices)
+
+
+@needs_rpc
+def test_listing_devices_does_not_connect_to_unused_servers(tiny_gguf: Path, server: RpcServer) -> None:
+    load(tiny_gguf, server).unload()
+    server.kill()
+    host, _, port = server.address.partition(":")
+    with socket.create_server((host, int(port))) as silent:
+        silent.setblocking(False)
+        (device,) = [device for device in erllama.devices() if device.description == server.address]
+        assert (device.kind, device.total_bytes) == ("gpu", 0)
+        with pytest.raises(BlockingIOError):
+            silent.accept()
 
 
 # --- the same computations -----------------------------------------------------------------------
