@@ -170,7 +170,8 @@ class Device:
         description: the driver's description of the hardware.
         kind: "cpu", "gpu" (with its own memory), "igpu" (shares the machine's memory) or "accel" (accelerates the
             CPU).
-        free_bytes, total_bytes: its memory now; 0 if the driver does not report it.
+        free_bytes, total_bytes: its memory now; 0 if the driver does not report it, or if it is a server's device
+            and no model uses the server.
         id: the hardware's id, such as a PCI address; empty if it has none.
         server: the RPC server that has the device, such as "10.0.0.2:50052"; empty for this machine's.
     """

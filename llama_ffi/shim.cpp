@@ -517,7 +517,14 @@ int32_t erl_device_of(int32_t i, erl_device *out) {
     return guarded_code([=] {
         ggml_backend_dev_props props = {};
         const rpc_device found = device_at(i);
-        ggml_backend_dev_get_props(found.device, &props);
+        if (found.server && rpc().connection(found.server) == 0) {
+            // To read the memory would connect to the server, which takes seconds if it does not answer.
+            props.name = ggml_backend_dev_name(found.device);
+            props.description = ggml_backend_dev_description(found.device);
+            props.type = ggml_backend_dev_type(found.device);
+        } else {
+            ggml_backend_dev_get_props(found.device, &props);
+        }
         *out = {props.name, props.description, props.device_id, found.server, (int32_t) props.type, props.memory_free,
                 props.memory_total};
         return 0;

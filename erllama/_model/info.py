@@ -16,7 +16,8 @@ class Device:
         description: the driver's description of the hardware.
         kind: "cpu"; "gpu" with its own memory; "igpu", which shares the machine's memory; "accel", which assists
             the CPU.
-        free_bytes, total_bytes: the device's memory at the time of the call; 0 if its driver does not report it.
+        free_bytes, total_bytes: the device's memory at the time of the call; 0 if its driver does not report it, or
+            if it is a device of an RPC server that no model uses.
     """
 
     name: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -37,6 +38,18 @@ def server() -> Iterator[RpcServer]:
 def load(path: Path, server: RpcServer, **options: object) -> erllama.Model:
     defaults = {"cache": erllama.Cache(block_size=64), "n_ctx": 1024, "n_threads": 1}
     return erllama.load_model(path, rpc_servers=[server.address], **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def _connection_to(address: str) -> socket.socket:
+    """Return a duplicate of this process's connection to a server."""
+    for fd in range(3, 1024):
+        with suppress(OSError):
+            found = socket.socket(fileno=os.dup(fd))
+            with suppress(OSError):
+                if "{}:{}".format(*found.getpeername()) == address:
+                    return found
+            found.close()
+    raise AssertionError(f"no connection to {address}")
 
 
 @pytest.fixture
@@ -121,6 +134,7 @@ def test_devices_of_a_server_are_used_by_name_or_by_default(tiny_gguf: Path, ser
     with load(tiny_gguf, server) as model:
         (remote,) = [device for device in erllama.devices() if device.description == server.address]
         assert model.info.devices == (remote.name, "CPU")
+        assert remote.total_bytes > 0
         places = {buffer.place for buffer in model.info.buffers if buffer.holds == "kv"}
         assert places == {f"RPC0[{server.address}]"}
     with load(tiny_gguf, server, devices=[remote.name]) as model:
@@ -129,6 +143,19 @@ def test_devices_of_a_server_are_used_by_name_or_by_default(tiny_gguf: Path, ser
     if os.environ.get("ERLLAMA_TEST_RPC") != "1":
         with erllama.load_model(tiny_gguf, n_ctx=256, n_threads=1) as model:
             assert not any(name.startswith("RPC") for name in model.info.devices)
+
+
+@needs_rpc
+def test_listing_devices_does_not_connect_to_unused_servers(tiny_gguf: Path, server: RpcServer) -> None:
+    load(tiny_gguf, server).unload()
+    server.kill()
+    host, _, port = server.address.partition(":")
+    with socket.create_server((host, int(port))) as silent:
+        silent.setblocking(False)
+        (device,) = [device for device in erllama.devices() if device.description == server.address]
+        assert (device.kind, device.total_bytes) == ("gpu", 0)
+        with pytest.raises(BlockingIOError):
+            silent.accept()
 
 
 # --- the same computations -----------------------------------------------------------------------
@@ -286,6 +313,98 @@ def test_saves_of_a_lost_server_are_dropped_not_stored(tiny_gguf: Path, server: 
         assert backend.pack(1, 0, 64).tobytes()[16:] == payload.tobytes()[16:]
     finally:
         backend.close()
+
+
+@needs_rpc
+def test_blocks_joined_for_a_lost_server_raise(tiny_gguf: Path, server: RpcServer) -> None:
+    backend = llama_backend(tiny_gguf, rpc_servers=[server.address], n_sequences=2)
+    try:
+        rows = np.arange(64, dtype=np.int32)
+        backend.decode(Batch(PROMPT[:64], rows, np.zeros_like(rows), np.zeros(64, np.int8)))
+        blocks = [PackedBlock(i, i + 16, memoryview(backend.pack(0, i, i + 16))) for i in range(0, 64, 16)]
+        server.kill()
+        with pytest.raises(erllama.ServerLost):
+            for _ in range(100):  # what is restored is sent without an answer
+                backend.restore_blocks(1, blocks)
+                backend.drop(1)
+        server.start()
+        backend.recover()
+        backend.clear()
+        backend.restore_blocks(1, blocks)
+        for block in blocks:
+            np.testing.assert_array_equal(backend.pack(1, block.start, block.end), block.payload)
+    finally:
+        backend.close()
+
+
+@needs_rpc
+def test_a_signal_does_not_end_the_connection(tiny_gguf: Path, server: RpcServer) -> None:
+    signals: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: signals.append(number))
+    backend = llama_backend(tiny_gguf, rpc_servers=[server.address], n_sequences=2)
+    done = threading.Event()
+
+    def interrupt(thread: int) -> None:
+        while not done.wait(0.0005):
+            signal.pthread_kill(thread, signal.SIGUSR1)
+
+    thread = threading.Thread(target=interrupt, args=[threading.get_ident()])
+    thread.start()
+    try:
+        rows = np.arange(len(PROMPT), dtype=np.int32)
+        batch = Batch(PROMPT, rows, np.zeros_like(rows), np.ones(len(rows), np.int8))
+        for _ in range(10):
+            backend.decode(batch)
+            backend.drop(0)
+        assert signals
+    finally:
+        done.set()
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+        backend.close()
+
+
+@needs_rpc
+def test_a_broken_connection_to_a_running_server_is_made_again(tiny_gguf: Path, server: RpcServer) -> None:
+    backend = llama_backend(tiny_gguf, rpc_servers=[server.address], n_sequences=2)
+    try:
+        with _connection_to(server.address) as connection:
+            connection.shutdown(socket.SHUT_RD)
+        one = np.zeros(1, np.int32)
+        with pytest.raises(erllama.ServerLost):
+            backend.decode(Batch(one, one, one, np.ones(1, np.int8)))
+        backend.recover()
+        backend.clear()
+        backend.decode(Batch(one, one, one, np.ones(1, np.int8)))
+    finally:
+        backend.close()
+
+
+@needs_rpc
+def test_a_server_that_does_not_answer_delays_no_users_of_others(tiny_gguf: Path, server: RpcServer) -> None:
+    model = llama_backend(tiny_gguf, rpc_servers=[server.address], n_sequences=2)
+    silent = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{silent.getsockname()[1]}"
+
+    def connect() -> None:
+        with suppress(llama_ffi.ServerError):
+            llama_ffi.add_rpc_server(address)
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    try:
+        connection, _ = silent.accept()
+        with connection:
+            assert connection.recv(1)  # the client now waits for an answer
+            assert llama_ffi.rpc_connection(server.address)
+            connection.setblocking(False)
+            with pytest.raises(BlockingIOError):  # and it still does
+                while connection.recv(4096):
+                    pass
+    finally:
+        silent.close()
+        thread.join()
+        model.close()
 
 
 @needs_rpc
