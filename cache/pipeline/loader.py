@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -76,11 +76,7 @@ class Loader:
             for number, batch in enumerate(batches):
                 if os.getpid() != process:
                     return
-                present = ahead.popleft() if ahead else None
-                # A read that has not begun is withdrawn: the reader is busy with another load.
-                withdrawn = present is None or present.cancel()
-                # Promoted here, not by the reader, because tiers get a block after its parent.
-                loaded = self._promote(self._read(batch) if present is None or withdrawn else present.result())
+                loaded = self._take(ahead.popleft() if ahead else None, batch)
                 for following in batches[number + 1 + len(ahead) : number + 1 + _BATCHES_AHEAD]:
                     ahead.append(self._read_ahead(following))
                 if loaded:
@@ -89,8 +85,21 @@ class Loader:
                     return
         finally:
             if os.getpid() == process:  # a forked child has no reader
-                running = [future for future in ahead if future is not None and not future.cancel()]
-                wait(running)  # the caller unpins the blocks next
+                self._withdraw(ahead)
+
+    @uninterrupted
+    def _take(self, ahead: Future[list[_Source]] | None, batch: list[Block]) -> list[Loaded]:
+        """Return the blocks of a batch, which may be read ahead."""
+        # Promoted here, not by the reader, because tiers get a block after its parent. A read that has not begun is
+        # withdrawn: the reader is busy with another load.
+        if ahead is None or ahead.cancel():
+            return self._promote(self._read(batch))
+        return self._promote(ahead.result())
+
+    @uninterrupted
+    def _withdraw(self, reads: Iterable[Future[list[_Source]] | None]) -> None:
+        """Cancel reads, and wait for those that have begun: the caller unpins the blocks next."""
+        wait([read for read in reads if read is not None and not read.cancel()])
 
     @uninterrupted
     def _batches(self, blocks: Sequence[Block]) -> list[list[Block]]:

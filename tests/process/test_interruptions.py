@@ -7,9 +7,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -17,10 +18,13 @@ import numpy as np
 import pytest
 
 import erllama
+from erllama.cache import Cache, uninterrupted
+from erllama.cache.pipeline import loader
 from erllama.engine import Batch, Candidates
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.grammar.grammar import GrammarCompiler
 from support.adapters import AdaptedStub
+from support.storage.blocks import NAMESPACE, SIZE, save
 from support.threads import wait_until
 
 ENDINGS = (ValueError, SystemExit, KeyboardInterrupt, GeneratorExit)
@@ -267,3 +271,28 @@ def test_ctrl_c_loads_an_adapter_completely_or_not_at_all(stub_adapters: list[Pa
             wait_until(lambda: backend.loaded == [])
         assert step > 10
         assert backend.violations == []
+
+
+def test_ctrl_c_at_any_step_of_a_load_leaves_its_reader_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "_BATCH_BYTES", 1)
+    modules = ("erllama.cache.pipeline.loader", "concurrent.futures._base", "threading")
+    tokens = np.arange(6 * SIZE, dtype=np.int32)
+    with Cache(block_size=SIZE, disk=tmp_path, ram=0, watch=False) as cache:
+        save(cache, tokens)
+        cache.flush()
+
+        def load() -> int:
+            with cache.lookup(NAMESPACE, tokens) as match, closing(cache.load_batches(match.blocks)) as batches:
+                return sum(map(len, batches))
+
+        step = 1
+        while interrupted_at(step, modules, load):
+            step += 1
+            wait_until(lambda: not uninterrupted.running)
+            assert all(row.pins == 0 for row in cache.rows())
+        assert step > 10
+        assert load() == 6
+        cache.check_integrity()
+    wait_until(lambda: not any(thread.name.startswith("erllama-cache-reader") for thread in threading.enumerate()))
