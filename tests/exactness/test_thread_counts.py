@@ -71,6 +71,33 @@ def test_any_number_of_threads_computes_the_same_bits(
         assert same_bits(logits_with(path, numbers, flash_attn), expected), numbers
 
 
+@pytest.mark.parametrize("n_others", [1, 300, 777])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_a_token_has_the_same_bits_wherever_its_cells_are(tiny_gguf: Path, n_others: int, n_threads: int) -> None:
+    backend = llama_backend(tiny_gguf)
+    backend.close()
+    needs_same_bits(backend)
+    tokens, n = prompt_of(3, 601), 600
+
+    def decode(context: LlamaContext, ids: NDArray[np.int32], start: int, sequence: int) -> NDArray[np.float32]:
+        output = np.zeros(len(ids), np.int8)
+        output[-1] = 1
+        positions = np.arange(start, start + len(ids), dtype=np.int32)
+        return context.decode(ids, positions, np.full(len(ids), sequence, np.int32), output)[0].copy()
+
+    with (
+        LlamaModel(tiny_gguf) as model,
+        LlamaContext(model, n_ctx=2048, n_batch=1024, n_seq_max=2, n_threads=n_threads, flash_attn=True) as context,
+    ):  # fmt: skip
+        decode(context, tokens[:n], 0, 0)
+        state = context.state(0)
+        expected = decode(context, tokens[n:], n, 0)
+        context.clear()
+        decode(context, prompt_of(4, n_others), 0, 1)
+        context.set_state(0, state)
+        assert same_bits([decode(context, tokens[n:], n, 0)], [expected])
+
+
 class RandomThreads(RecordingBackend):
     """A libllama backend that computes with another number of threads at each decode."""
 
@@ -131,6 +158,7 @@ def test_reproducible_requests_use_the_number_of_the_recipe(
 
 CHUNKS = r"""
 #include <assert.h>
+#include <stdlib.h>
 #include "attention_chunks.h"
 
 int main(void) {
@@ -156,6 +184,21 @@ int main(void) {
             }
         }
     }
+    static uint16_t mask[3000];
+    for (int seed = 0; seed < 50; seed++) {
+        srand(seed);
+        for (int i = 0; i < 3000; i++) mask[i] = rand() % 50 < seed ? 0 : 0xFC00;
+        const int64_t n_chunks = erl_n_chunks(erl_count_unmasked(mask, 0, 3000));
+        int64_t begin = 0;
+        for (int64_t chunk = 0; chunk + 1 < n_chunks; chunk++) {
+            const int64_t end = erl_chunk_end(mask, begin, 3000);
+            assert(erl_count_unmasked(mask, begin, end) == erl_chunk_cells && mask[end - 1] == 0);
+            begin = end;
+        }
+        const int64_t rest = erl_count_unmasked(mask, begin, 3000);
+        assert(n_chunks == 0 || (0 < rest && rest <= erl_chunk_cells));
+    }
+    assert(erl_chunk_end(NULL, 512, 700) == 700 && erl_chunk_end(NULL, 0, 700) == erl_chunk_cells);
     return 0;
 }
 """
