@@ -415,6 +415,27 @@ def test_a_server_that_does_not_answer_delays_no_users_of_others(tiny_gguf: Path
 
 
 @needs_rpc
+def test_a_block_is_not_blamed_for_a_server_that_embeddings_found_lost(tiny_gguf: Path, server: RpcServer) -> None:
+    backend = llama_backend(tiny_gguf, rpc_servers=[server.address], n_sequences=2)
+    embedder = backend.embedder()
+    try:
+        rows = np.arange(64, dtype=np.int32)
+        backend.decode(Batch(PROMPT[:64], rows, np.zeros_like(rows), np.zeros(64, np.int8)))
+        payload = memoryview(backend.pack(0, 0, 64))
+        server.restart()
+        embedder.embed([PROMPT[:8]], "mean")  # connects, and loads the weights again
+        with pytest.raises(erllama.ServerLost):
+            backend.restore(1, 0, 64, payload)
+        assert backend.memory_lost
+        backend.recover()
+        backend.clear()
+        backend.restore(1, 0, 64, payload)
+    finally:
+        embedder.close()
+        backend.close()
+
+
+@needs_rpc
 def test_adapters_are_loaded_again_with_the_model(tiny_gguf: Path, server: RpcServer, loras: list[Path]) -> None:
     with load(tiny_gguf, server) as model:
         plain = model.complete(PROMPT, **GREEDY)
