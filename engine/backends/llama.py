@@ -346,6 +346,8 @@ class LlamaBackend:
         except kind:
             if self._weights.remote:
                 self._weights.check()
+                if kind is StateError:
+                    self._check_connection()  # nothing is wrong with a block that a lost context refuses
             raise
 
     def _length(self, sequence: int) -> int:

@@ -27,6 +27,7 @@ from support.subprocesses import must_run
 
 PROMPT = random_prompt(1, 300)
 GREEDY = {"max_tokens": 24, "temperature": 0.0}
+_COUNT_DEVICES = 15  # RPC_CMD_DEVICE_COUNT; its input is empty
 
 
 @pytest.fixture
@@ -50,6 +51,17 @@ def _connection_to(address: str) -> socket.socket:
                     return found
             found.close()
     raise AssertionError(f"no connection to {address}")
+
+
+def _is_open(connection: socket.socket) -> bool:
+    """Return whether the other side has not closed a connection. Drops what it has sent."""
+    connection.setblocking(False)
+    try:
+        while connection.recv(4096):
+            pass
+    except BlockingIOError:
+        return True
+    return False
 
 
 @pytest.fixture
@@ -323,10 +335,14 @@ def test_blocks_joined_for_a_lost_server_raise(tiny_gguf: Path, server: RpcServe
         backend.decode(Batch(PROMPT[:64], rows, np.zeros_like(rows), np.zeros(64, np.int8)))
         blocks = [PackedBlock(i, i + 16, memoryview(backend.pack(0, i, i + 16))) for i in range(0, 64, 16)]
         server.kill()
-        with pytest.raises(erllama.ServerLost):
+
+        def restore() -> None:
             for _ in range(100):  # what is restored is sent without an answer
                 backend.restore_blocks(1, blocks)
                 backend.drop(1)
+
+        with pytest.raises(erllama.ServerLost):
+            restore()
         server.start()
         backend.recover()
         backend.clear()
@@ -369,7 +385,7 @@ def test_a_broken_connection_to_a_running_server_is_made_again(tiny_gguf: Path, 
     backend = llama_backend(tiny_gguf, rpc_servers=[server.address], n_sequences=2)
     try:
         with _connection_to(server.address) as connection:
-            connection.shutdown(socket.SHUT_RD)
+            connection.sendall(bytes([_COUNT_DEVICES]) + bytes(8))  # an answer that the client does not expect
         one = np.zeros(1, np.int32)
         with pytest.raises(erllama.ServerLost):
             backend.decode(Batch(one, one, one, np.ones(1, np.int8)))
@@ -397,14 +413,32 @@ def test_a_server_that_does_not_answer_delays_no_users_of_others(tiny_gguf: Path
         with connection:
             assert connection.recv(1)  # the client now waits for an answer
             assert llama_ffi.rpc_connection(server.address)
-            connection.setblocking(False)
-            with pytest.raises(BlockingIOError):  # and it still does
-                while connection.recv(4096):
-                    pass
+            assert _is_open(connection)  # it still waits
     finally:
         silent.close()
         thread.join()
         model.close()
+
+
+@needs_rpc
+def test_a_block_is_not_blamed_for_a_server_that_embeddings_found_lost(tiny_gguf: Path, server: RpcServer) -> None:
+    backend = llama_backend(tiny_gguf, rpc_servers=[server.address], n_sequences=2)
+    embedder = backend.embedder()
+    try:
+        rows = np.arange(64, dtype=np.int32)
+        backend.decode(Batch(PROMPT[:64], rows, np.zeros_like(rows), np.zeros(64, np.int8)))
+        payload = memoryview(backend.pack(0, 0, 64))
+        server.restart()
+        embedder.embed([PROMPT[:8]], "mean")  # connects, and loads the weights again
+        with pytest.raises(erllama.ServerLost):
+            backend.restore(1, 0, 64, payload)
+        assert backend.memory_lost
+        backend.recover()
+        backend.clear()
+        backend.restore(1, 0, 64, payload)
+    finally:
+        embedder.close()
+        backend.close()
 
 
 @needs_rpc
