@@ -53,7 +53,8 @@ NEW_CHUNKS = """        const int64_t partial_stride = n_chunks * partial_size;
             const int64_t head_end   = erl_first_head(ith + 1, nth, neq2, n_chunks, chunk);
             if (head_start < head_end) {
                 ggml_compute_forward_flash_attn_ext_f16_one_chunk(
-                    params, dst, head_start, head_end, cell, end, partials_base + chunk * partial_size, partial_stride);
+                    params, dst, head_start, head_end, cell, end,
+                    partials_base + chunk * partial_size, partial_stride);
             }
             cell = end;
         }
