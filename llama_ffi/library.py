@@ -226,7 +226,7 @@ def rpc_server_program() -> Path | None:
 
 
 def rpc_connection(server: str) -> int:
-    """Return the number of the working connection to an RPC server; 0 if there is none.
+    """Return the number of the working connection to an RPC server, or 0 without a connection.
 
     The weights and KV that a server holds for this process end with the connection. A later one has another number.
     Takes some microseconds.

@@ -58,7 +58,7 @@ class LlamaWeights:
 
     @property
     def lost_server(self) -> str:
-        """The server whose connection was lost, and the weights and KV with it; empty if there is none."""
+        """The address of a server whose connection is lost. Its weights and KV are lost, too. Empty if all work."""
         for server, connection in self._connections.items():
             if llama_ffi.rpc_connection(server) != connection or connection == 0:
                 return server

@@ -117,7 +117,7 @@ class Candidates:
         if -np.inf < best <= LARGE:
             weights = np.exp(self.logits - best)
         else:
-            # Logits at both ends of float32 differ by infinity: no weight. If none is possible, weights are NaN.
+            # Logits at both ends of float32 differ by infinity: weight 0. If all logits are -inf, weights are NaN.
             with np.errstate(over="ignore", invalid="ignore"):
                 weights = np.exp(self.logits - best)
         return weights

@@ -327,7 +327,7 @@ class Sequence:
 
     @property
     def is_scored(self) -> bool:
-        """Whether tokens of its prompt are scored, and none is sampled."""
+        """Whether the request scores tokens of its prompt instead of sampling."""
         return bool(self._n_scored)
 
     def score(self, logits: NDArray[np.float32]) -> None:

@@ -53,7 +53,7 @@ def text_models() -> tuple[Path, ...]:
 
 
 def model_parameters() -> list[object]:
-    """Return the parameters of a fixture over the models: a skipped one if there is none."""
+    """Return the parameters of a fixture over the models. Without a model, return one that skips the test."""
     found = text_models()
     if not found:
         skip = pytest.mark.skip(reason="`make test-models`, or ERLLAMA_TEST_MODEL=model.gguf, runs this test")
@@ -99,6 +99,6 @@ def assert_equal_but_for_near_ties(tokens: Sequence[int], expected: erllama.Comp
     for at, (token, other) in enumerate(zip(tokens, expected.tokens, strict=True)):
         if token != other:
             likely = dict(expected.logprobs[at].top)
-            assert token in likely, f"token {at} is none of the most likely ones"
+            assert token in likely, f"token {at} is not among the most likely ones"
             assert likely[other] - likely[token] < NEAR_TIE, f"token {at} differs, and is no near-tie"
             return

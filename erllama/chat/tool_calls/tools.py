@@ -110,8 +110,8 @@ def parse_tool_choice(choice: object, tools: Sequence[Mapping[str, object]]) -> 
         tools: as `normalize_tools` returns them.
 
     Raises:
-        OptionError: the choice is none of these, names a tool that is not in `tools`, or requires a call although
-            there are no tools.
+        OptionError: the choice has another form, names a tool that is not in `tools`, or requires a call without
+            tools.
     """
     if choice is None:
         return ToolChoice("auto")
