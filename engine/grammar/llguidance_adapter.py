@@ -29,10 +29,12 @@ _STACK = 256 << 20
 _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)", re.DOTALL)
 _REGEX_ERROR = re.compile(r"regex parse error:\n(.*?)\nerror: (.*?)(?:\n|$)", re.DOTALL)
 _LIMIT = re.compile(r"lexer error|too (?:many|big|complex|large)|max is|at most|limit|panic", re.IGNORECASE)
+# Its message about schemas that refer to themselves and that a value must match together.
+_ENDLESS_INTERSECTION = "Schema intersection stack level exceeded"
 # Beginnings of its messages about unsupported features and sizes.
 _UNSUPPORTED_PREFIXES = (
     *("oneOf constraints are not supported", "Unimplemented keys", "Unable to determine if regex is empty"),
-    *("initial lexer configuration", "Schema intersection stack level exceeded"),
+    *("initial lexer configuration", _ENDLESS_INTERSECTION),
 )
 
 # llguidance's messages about schemas, reworded in terms of the schema.
@@ -54,7 +56,7 @@ _REWORDINGS = tuple(
         (r"Unable to determine if regex is empty: .*", "a pattern is too large; use a shorter one"),
         (r"Expected f64 for", "Expected a number for"),
         (r"Failed to generate regex for (\w+) range: .*", r"the bounds of the \1 are out of range"),
-        (r"Schema intersection stack level exceeded", "allOf, anyOf and references are nested too deeply"),
+        (_ENDLESS_INTERSECTION, "allOf, anyOf and references are nested too deeply"),
         (r"json-schema:///", ""),
         (
             r"required property '(.*)' is unsatisfiable",
@@ -169,6 +171,11 @@ def is_unsupported(raw: str) -> bool:
     """Return whether an error means that llguidance lacks a feature, or that a grammar is too large."""
     first = raw.partition("\n")[0]
     return first.startswith(_UNSUPPORTED_PREFIXES) or is_limit(raw)
+
+
+def is_endless_intersection(raw: str) -> bool:
+    """Return whether an error means that schemas that refer to themselves cannot be combined."""
+    return _ENDLESS_INTERSECTION in raw
 
 
 def describe_error(raw: str) -> ErrorDescription:

@@ -480,6 +480,47 @@ def _has_objects(value: object) -> bool:
     return isinstance(value, dict) and (len(value) > 1 or any(map(_has_objects, value.values())))
 
 
+# --- definitions that refer to themselves ------------------------------------------------------
+
+LIST = {"type": "array", "items": {"$ref": "#/$defs/list"}, "maxItems": 2}
+TREE = {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"$ref": "#/$defs/tree"}}]}
+NODE = {
+    "type": "object",
+    "properties": {"value": {"type": "integer", "maximum": 9}, "next": {"$ref": "#/$defs/node"}},
+    "required": ["value"],
+    "additionalProperties": False,
+}
+RECURSIVE = {"list": LIST, "tree": TREE, "node": NODE}
+
+
+@pytest.mark.parametrize("number", [9, 2**70], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"allOf": [{"$ref": "#/$defs/tree"}, {"$ref": "#/$defs/tree"}]}, [1, [[2], 3], []], ["x", [["x"]]]),
+        ({"allOf": [{"$ref": "#/$defs/tree"}, {"$ref": "#/$defs/list"}]}, [[], [[], [[]]]], [1, [1], [[], [], []]]),
+        ({"$ref": "#/$defs/tree", "items": {"$ref": "#/$defs/list"}}, [1, [[], [[]]]], [[1], [[[1]]]]),
+        (
+            {"allOf": [{"$ref": "#/$defs/node"}, {"$ref": "#/$defs/node"}]},
+            [{"value": 1}, {"value": 2, "next": {"value": 9, "next": {"value": -1}}}],
+            [{}, {"value": 10}, {"value": 1, "next": {}}, {"value": 1, "next": {"value": 10}}],
+        ),
+    ],
+)
+def test_a_value_may_have_to_match_two_recursive_definitions(
+    schema: dict[str, object], good: list[object], bad: list[object], number: int
+) -> None:
+    whole = {"anyOf": [schema, {"const": {"n": number}}], "$defs": RECURSIVE}
+    grammar = Grammar.json_schema(whole)
+    validator = jsonschema.Draft202012Validator(whole)
+    for value in (*good, {"n": number}):
+        assert validator.is_valid(value)
+        assert grammar.accepts(json.dumps(value)), value
+    for value in bad:
+        assert not validator.is_valid(value)
+        assert not grammar.accepts(json.dumps(value)), value
+
+
 # --- arguments of tools -----------------------------------------------------------------------
 
 TOOLS = normalize_tools(

@@ -19,7 +19,7 @@ from erllama.engine.grammar.schemas.keywords import has_large_numbers, is_beyond
 from erllama.engine.grammar.schemas.lark_rules import LarkFragment
 from erllama.engine.grammar.schemas.rules import SchemaWriter
 from erllama.engine.grammar.schemas.subschemas import rewrite_schema, without_unknown_formats
-from erllama.engine.grammar.unsupported import NotSupported
+from erllama.engine.grammar.unsupported import EndlessIntersection, NotSupported
 from erllama.errors import GrammarError
 
 # One space, or a new line with indentation: every common layout, without endless white space.
@@ -86,7 +86,7 @@ def to_lark(source: str) -> LarkFragment:
         GrammarError: the text is not JSON, with line and column; or not a schema, or one that cannot be enforced.
     """
     schema = prepare(source)
-    if not has_large_numbers(schema):
+    if not has_large_numbers(schema) and not _intersects_endlessly(schema):
         return LarkFragment(f"%json {json.dumps(schema)}", [])
     del schema["x-guidance"]
     return SchemaWriter(
@@ -98,8 +98,19 @@ def to_lark(source: str) -> LarkFragment:
     ).to_lark()
 
 
+def _problem(schema: dict[str, object]) -> str:
+    return llguidance_adapter.validate(f"start: %json {json.dumps(schema)}")
+
+
+def _intersects_endlessly(schema: dict[str, object]) -> bool:
+    """Return whether llguidance cannot combine parts of a schema, because they refer to themselves."""
+    return bool(_references(schema)) and llguidance_adapter.is_endless_intersection(_problem(schema))
+
+
 def _is_unsatisfiable(schema: dict[str, object]) -> bool:
-    problem = llguidance_adapter.validate(f"start: %json {json.dumps(schema)}")
+    problem = _problem(schema)
+    if llguidance_adapter.is_endless_intersection(problem):
+        raise EndlessIntersection(llguidance_adapter.describe_error(problem).text)
     if problem and "Unsatisfiable schema" not in problem:
         kind = NotSupported if llguidance_adapter.is_unsupported(problem) else GrammarError
         raise kind(llguidance_adapter.describe_error(problem).text)

@@ -1,10 +1,11 @@
-"""JSON schemas with numbers that llguidance would round, as rules of Lark.
+"""JSON schemas that llguidance would change or refuse, as rules of Lark.
 
 llguidance reads the numbers of a schema as doubles and changes integers beyond 2**53. This module writes rules for
 the parts of a schema that have such numbers and for the parts that lead to them, with patterns from
-`number_patterns`. All other parts stay schemas within the rules, and llguidance compiles them. Keywords have the
-same meaning as in llguidance. The few that are not supported on the way to a large number raise an error that names
-them.
+`number_patterns`. It also writes rules for parts that refer to themselves and that a value must match together,
+which llguidance would combine without end. All other parts stay schemas within the rules, and llguidance compiles
+them. Keywords have the same meaning as in llguidance. The few that are not supported in these rules raise an error
+that names them.
 
 Called by `engine.grammar.schemas.json_schema`, which has checked the form of the schema.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 from erllama.engine.grammar.schemas.keywords import (
     ANNOTATIONS,
@@ -51,7 +53,7 @@ from erllama.engine.grammar.schemas.lark_rules import (
 )
 from erllama.engine.grammar.schemas.number_patterns import NumberRange, number_patterns
 from erllama.engine.grammar.schemas.one_of import check_exclusive
-from erllama.engine.grammar.unsupported import NotSupported
+from erllama.engine.grammar.unsupported import EndlessIntersection, NotSupported
 from erllama.errors import GrammarError
 
 _MAX_RULES = 4000
@@ -68,7 +70,8 @@ class SchemaWriter:
         root: the schema that references point into.
         prefix: the prefix of the names of rules, in lower case. It separates several schemas in one grammar.
         whitespace: a regular expression of the white space between the parts of the JSON.
-        unsatisfiable: whether no JSON matches a schema that llguidance compiles.
+        unsatisfiable: whether no JSON matches a schema that llguidance compiles; raises EndlessIntersection for one
+            that it cannot combine.
         target: the target of a reference in `root`; None if it is unknown.
     """
 
@@ -230,7 +233,8 @@ class SchemaWriter:
     def _body(self, conjunction: Conjunction) -> Body:
         schemas = [self._schemas[id] for id in conjunction]
         if all(map(self._is_near, schemas)):
-            return self._llguidance_body(schemas or [{}])
+            with suppress(EndlessIntersection):  # the rules below refer to each other instead
+                return self._llguidance_body(schemas or [{}])
         parts = self._flatten(schemas)
         if parts is None:
             return []
