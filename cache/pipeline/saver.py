@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from erllama.cache.blocks.block import Block
@@ -107,7 +107,7 @@ class Saver:
     def _tiers_lacking(self, key: bytes) -> tuple[str, ...]:
         """Return the slower tiers that neither have a readable copy of a block nor are about to get one."""
         pending = self._queue.get(key)
-        queued_for = pending.tiers if pending is not None else ()
+        queued_for: Collection[str] = pending.tiers if pending is not None else ()
         return tuple(
             name
             for name in self._tiers.save_targets()

@@ -76,13 +76,34 @@ class TierSet:
             if isinstance(tier, FileTier) and self.readable(tier) and not (writable and tier.read_only)
         ]
 
+    def shared_tiers(self) -> frozenset[str]:
+        """Return the names of the tiers in which other caches must soon see what this one saves.
+
+        For each other cache, that is the fastest tier of which it has every directory open. Called within `locked`.
+        """
+        needed: set[str] = set()
+        served: set[str] = set()
+        for name in self.save_targets():
+            roots = [tier for tier in self._tiers if tier.name == name and not tier.read_only]
+            sharers = [_sharers(tier) for tier in roots if self.readable(tier)]
+            if not served.issuperset(set().union(*sharers)):
+                needed.add(name)
+            if sharers:
+                served |= set.intersection(*sharers)
+        return frozenset(needed)
+
     def add_fastest(self, tier: Tier) -> None:
-        """Add a tier that its owner writes. The caller holds the cache's lock."""
-        self._tiers.insert(0, tier)
+        """Add a tier: before those that the queue's thread writes if it is one of them, before all tiers otherwise.
+
+        The caller holds the cache's lock.
+        """
+        n_before = sum(other.write_mode != "behind" for other in self._tiers) if tier.write_mode == "behind" else 0
+        # Replaced and never changed, so that threads without the lock can read it.
+        self._tiers = [*self._tiers[:n_before], tier, *self._tiers[n_before:]]
 
     def remove(self, tier: Tier) -> None:
         """Remove a tier that its owner writes. The caller holds the cache's lock."""
-        self._tiers.remove(tier)
+        self._tiers = [other for other in self._tiers if other is not tier]
 
     # --- calling tiers -------------------------------------------------------------------------
 
@@ -276,7 +297,8 @@ class TierSet:
             log.warning("%d bytes could not be written in time and are lost", self._queue.n_bytes)
         self.write_uses()
         self._queue.abandon()
-        self._closed = True  # from here on, `open` opens no tier
+        with self._lock:
+            self._closed = True  # from here on, no tier is opened or added
         if not self._call_lock.acquire(timeout=_CLOSE_SECONDS):
             log.warning("a call of a tier hangs; the tiers stay open")
             return
@@ -286,3 +308,10 @@ class TierSet:
                     tier.close()
         finally:
             self._call_lock.release()
+
+
+def _sharers(tier: Tier) -> set[str]:
+    """Return the ids of the other caches that use a tier."""
+    if isinstance(tier, FileTier):
+        return tier.sharers()
+    return {f"users of {tier.location}"} if tier.shared else set()

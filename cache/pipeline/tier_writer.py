@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -66,7 +66,7 @@ class TierWriter:
     ) -> None:
         self._lock, self._catalog, self._counters = lock, catalog, counters
         self._queue, self._tiers, self._evictor, self._feed = queue, tiers, evictor, feed
-        self._shared = False  # whether other processes used a tier at the last check
+        self._shared: frozenset[str] = frozenset()  # `TierSet.shared_tiers` at the last check
         self._last_check = -math.inf  # by time.monotonic()
 
     # --- queueing, under the cache's lock ------------------------------------------------------------
@@ -80,27 +80,43 @@ class TierWriter:
         superseded: tuple[bytes, ...],
         full: bool,
     ) -> bool:
-        """Queue a save for slower tiers. Ancestors that a tier lacks are queued before it, from RAM.
+        """Queue a save for slower tiers. Ancestors that a tier lacks are queued before it, from memory.
+
+        Leaves out a tier that lacks an ancestor which is not in memory: lookups there would not reach the block.
 
         Args:
             superseded: keys of tails to remove once the block is written.
             full: whether the block is full. A shorter one, a tail, is written after a delay.
 
         Returns:
-            False if the save, or one of a missing ancestor, was not queued.
+            False if the save was queued for no tier.
         """
-        if not tiers:
-            return False
+        targets = tiers
         for ancestor in self._missing_ancestors(block, tiers):
-            in_ram = self._catalog.read_from_ram(ancestor.block)
-            if in_ram is None or not self._queue_save(*in_ram, ancestor.tiers, False, (), 0.0):
-                return False
-        if full:
-            return self._queue_save(block, payload, tiers, replace, superseded, 0.0)
-        delay = SHARED_TAIL_DELAY_SECONDS if self._shared else TAIL_DELAY_SECONDS
-        queued = self._queue_save(block, payload, tiers, replace, superseded, delay)
-        self._check_shared_soon()  # after queueing: a check that finds another process ends the delays
+            lacking = tuple(name for name in ancestor.tiers if name in targets)
+            if lacking and not self._queue_from_memory(ancestor.block, lacking):
+                targets = tuple(name for name in targets if name not in lacking)
+        if not targets:
+            return False
+        if targets != tiers:
+            self._counters.add("saves_dropped")
+        now = time.monotonic()
+        dues = {name: 0.0 if full else now + self._tail_delay(name) for name in targets}
+        queued = self._queue_save(block, payload, dues, replace, superseded)
+        if not full:
+            self._check_shared_soon()  # after queueing: a check that finds another process ends the delays
         return queued
+
+    def _tail_delay(self, name: str) -> float:
+        """Return the seconds that a tail waits until it is written to a tier."""
+        return SHARED_TAIL_DELAY_SECONDS if name in self._shared else TAIL_DELAY_SECONDS
+
+    def _queue_from_memory(self, block: Block, tiers: tuple[str, ...]) -> bool:
+        """Queue a block that is in RAM or waits for other tiers; False if it is neither, or the queue is full."""
+        found = self._catalog.read_from_ram(block)
+        if found is None and (waiting := self._queue.get(block.key)) is not None:
+            found = waiting.block, waiting.payload
+        return found is not None and self._queue_save(*found, dict.fromkeys(tiers, 0.0), False, ())
 
     def promote(self, block: Block, payload: memoryview, slower: TierLedger) -> None:
         """Queue a block for the tiers that are faster than the one it was found in."""
@@ -111,20 +127,19 @@ class TierWriter:
             reachable = block.parent == block.namespace or block.parent in ledger or block.parent in self._queue
             if name in self._tiers.save_targets() and block.key not in ledger and reachable:
                 targets.append(name)
-        if targets and self._queue_save(block, payload, tuple(targets), False, (), 0.0):
+        if targets and self._queue_save(block, payload, dict.fromkeys(targets, 0.0), False, ()):
             self._counters.add("promotions")
 
     def _queue_save(
         self,
         block: Block,
         payload: memoryview,
-        tiers: tuple[str, ...],
+        tiers: Mapping[str, float],
         replace: bool,
         superseded: tuple[bytes, ...],
-        delay: float,
     ) -> bool:
-        due = time.monotonic() + delay
-        if not self._queue.offer(PendingSave(block, payload, tiers, replace, superseded, due)):
+        """Queue a save for some tiers, with the time to write to each, by time.monotonic()."""
+        if not self._queue.offer(PendingSave(block, payload, tiers, replace, superseded)):
             return False
         self._catalog.add_pending(block)
         return True
@@ -133,8 +148,12 @@ class TierWriter:
         """Return the ancestors that a tier neither has nor is about to get, from the first on."""
         missing: list[_MissingAncestor] = []
         parent = block.parent
-        while parent != block.namespace and parent not in self._queue:
-            lacking = tuple(name for name in tiers if parent not in self._catalog.ledger(name))
+        while parent != block.namespace:
+            waiting = self._queue.get(parent)
+            coming = waiting.tiers if waiting is not None else {}
+            lacking = tuple(
+                name for name in tiers if name not in coming and parent not in self._catalog.ledger(name)
+            )
             ancestor = self._catalog.block(parent)
             if not lacking or ancestor is None:
                 break
@@ -149,15 +168,13 @@ class TierWriter:
         self._queue.defer(self._check_shared, max(delay, 0.0), background=True)
 
     def _check_shared(self) -> None:
-        """Write waiting tails now if another process uses a tier, because it must see them within a second."""
+        """Write waiting tails now to the tiers in which another cache must see them within a second."""
         self._last_check = time.monotonic()
         with self._tiers.locked():
-            self._shared = any(
-                tier.shared for tier in self._tiers.write_behind_tiers() if self._tiers.readable(tier)
-            )
+            self._shared = self._tiers.shared_tiers()
         if self._shared:
-            self._queue.skip_delays()
-        elif self._queue.n_bytes:
+            self._queue.skip_delays(self._shared)
+        if self._queue.n_bytes:
             # A process that starts while a tail waits must see it, too.
             self._queue.defer(self._check_shared, _SHARED_CHECK_SECONDS, background=True)
 

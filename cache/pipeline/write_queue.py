@@ -7,9 +7,10 @@ waiting save or task keeps the pipeline of its cache alive.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from erllama._runtime.log import logger
@@ -21,7 +22,7 @@ log = logger("erllama.cache")
 
 # The next turn of a conversation supersedes a tail. A tail therefore waits about as long as people take to
 # answer, which avoids most of those writes. A crash loses less than one block. Other processes that share a
-# directory must see a tail within a second.
+# directory, and no faster one, must see a tail within a second.
 TAIL_DELAY_SECONDS = 30.0
 SHARED_TAIL_DELAY_SECONDS = 0.4
 
@@ -30,19 +31,17 @@ class PendingSave(NamedTuple):
     """A save that waits to be written.
 
     Attributes:
-        tiers: names of the tiers to write to.
+        tiers: names of the tiers to write to, with the time to write to each, by time.monotonic().
         replace: write even if a tier has the block.
         superseded: keys of tails to remove once the block is written.
-        due: when to write it, by time.monotonic().
         serial: its place in the queue.
     """
 
     block: Block
     payload: memoryview
-    tiers: tuple[str, ...]
+    tiers: Mapping[str, float]
     replace: bool
     superseded: tuple[bytes, ...]
-    due: float
     serial: int = 0
 
 
@@ -54,7 +53,7 @@ class _Task(NamedTuple):
     background: bool
 
 
-class _Flush(NamedTuple):
+class Flush(NamedTuple):
     """A caller that waits for all work up to a serial. Releasing `done` wakes it."""
 
     serial: int
@@ -65,10 +64,12 @@ def _merge(old: PendingSave, new: PendingSave) -> PendingSave:
     """Return one save for two of a block: the newer version, for the tiers of both."""
     kept = new if new.replace or not old.replace else old
     return kept._replace(
-        tiers=tuple(dict.fromkeys(old.tiers + new.tiers)),
+        tiers={
+            name: min(old.tiers.get(name, math.inf), new.tiers.get(name, math.inf))
+            for name in (*old.tiers, *new.tiers)
+        },
         replace=old.replace or new.replace,
         superseded=tuple(dict.fromkeys(old.superseded + new.superseded)),
-        due=min(old.due, new.due),
         serial=old.serial,
     )
 
@@ -79,20 +80,29 @@ class WriteQueue:
     Args:
         write: writes one save.
         limit_bytes: maximum bytes of payloads that may wait.
+        immediate: names of the tiers that receive every save without a delay, and before other tiers receive any.
     """
 
-    def __init__(self, write: Callable[[PendingSave], None], limit_bytes: int) -> None:
+    def __init__(
+        self,
+        write: Callable[[PendingSave], None],
+        limit_bytes: int,
+        immediate: frozenset[str] = frozenset(),
+    ) -> None:
         self._write = write
-        self._limit = limit_bytes
+        self.limit_bytes = limit_bytes
+        self.immediate = immediate
         self._condition = threading.Condition()
         self._pending: dict[bytes, PendingSave] = {}
+        self._for_immediate: dict[bytes, None] = {}  # keys of those that wait for an immediate tier, in order
         self._tasks: dict[Callable[[], None], _Task] = {}
         self._last_serial = 0
         self._n_bytes = 0
         self._current_save: PendingSave | None = None
+        self._current_bytes = 0  # of the running save; 0 while the same save also waits for other tiers
         self._current_serial = 0  # of the running work; 0 if no flush waits for it
         self._thread: threading.Thread | None = None
-        self._flushes: list[_Flush] = []
+        self._flushes: list[Flush] = []
         self._abandoned = False
 
     @property
@@ -105,7 +115,7 @@ class WriteQueue:
         with self._condition:
             replaced = self._pending.get(save.block.key)
             n_bytes = self._n_bytes + save.payload.nbytes - (replaced.payload.nbytes if replaced else 0)
-            if n_bytes > self._limit or not self._ensure_thread():
+            if n_bytes > self.limit_bytes or not self._ensure_thread():
                 return False
             if replaced is not None:
                 save = _merge(replaced, save)
@@ -114,7 +124,7 @@ class WriteQueue:
                 # A flush that waits for a tail also waits for the block that supersedes it and has its tokens.
                 superseded = (self._pending[key].serial for key in save.superseded if key in self._pending)
                 save = save._replace(serial=min(superseded, default=0) or self._next_serial())
-            self._pending[save.block.key] = save
+            self._put(save)
             self._n_bytes = n_bytes
             self._condition.notify_all()
         return True
@@ -158,12 +168,12 @@ class WriteQueue:
         return self._thread is not None
 
     def get(self, key: bytes) -> PendingSave | None:
-        """Return the save of a block that waits or is being written."""
+        """Return the save of a block that waits or is being written, with the tiers of both."""
         with self._condition:
-            pending = self._pending.get(key)
-            if pending is None and self._current_save is not None and self._current_save.block.key == key:
-                pending = self._current_save
-            return pending
+            pending, current = self._pending.get(key), self._current_save
+            if current is None or current.block.key != key:
+                return pending
+            return current if pending is None else pending._replace(tiers={**current.tiers, **pending.tiers})
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, bytes) and self.get(key) is not None
@@ -173,17 +183,18 @@ class WriteQueue:
         with self._condition:
             return key in self._pending
 
-    def skip_delays(self) -> None:
-        """Make all waiting saves due now."""
+    def skip_delays(self, tiers: Collection[str] | None = None) -> None:
+        """Make all waiting saves due now, for these tiers; for all if None."""
         with self._condition:
             for key, pending in self._pending.items():
-                self._pending[key] = pending._replace(due=0.0)
+                dues = {name: 0.0 if tiers is None or name in tiers else at for name, at in pending.tiers.items()}
+                self._pending[key] = pending._replace(tiers=dues)
             self._condition.notify_all()
 
     def cancel(self, key: bytes) -> bool:
         """Remove a waiting save; False if none was waiting."""
         with self._condition:
-            pending = self._pending.pop(key, None)
+            pending = self._pop(key)
             if pending is None:
                 return False
             self._n_bytes -= pending.payload.nbytes
@@ -197,7 +208,10 @@ class WriteQueue:
         Returns:
             False if `timeout` seconds were not enough, or if the queue's own thread calls.
         """
-        flush = self._begin_flush()
+        return self.wait(self.begin_flush(), timeout)
+
+    def wait(self, flush: Flush | None, timeout: float | None = None) -> bool:
+        """Wait until a flush ends, at most `timeout` seconds. False if it has not ended, or is None."""
         if flush is None:
             return False
         # Not in `uninterrupted`: an interrupted caller must not leave a thread that waits for a disk that hangs.
@@ -207,11 +221,12 @@ class WriteQueue:
         return False
 
     @uninterrupted
-    def _begin_flush(self) -> _Flush | None:
+    def begin_flush(self) -> Flush | None:
+        """Make all waiting saves due now. Returns the flush to wait for; None if the queue's own thread calls."""
         with self._condition:
             if threading.get_ident() == self._thread_ident:
                 return None
-            flush = _Flush(self._last_serial, threading.Lock())
+            flush = Flush(self._last_serial, threading.Lock())
             flush.done.acquire()
             self._flushes.append(flush)
             # A flush does not wait for tasks if no thread can start.
@@ -228,11 +243,11 @@ class WriteQueue:
             return flush
 
     @uninterrupted
-    def _cancel_flush(self, flush: _Flush) -> None:
+    def _cancel_flush(self, flush: Flush) -> None:
         with self._condition:
             self._flushes = [other for other in self._flushes if other is not flush]
 
-    def _waits_for(self, flush: _Flush) -> bool:
+    def _waits_for(self, flush: Flush) -> bool:
         """Return whether some of the work that was queued before a flush is not done yet."""
         return (
             0 < self._current_serial <= flush.serial
@@ -251,6 +266,7 @@ class WriteQueue:
         with self._condition:
             self._abandoned = True
             self._pending.clear()
+            self._for_immediate.clear()
             self._tasks.clear()
             self._end_flushes()
             self._condition.notify_all()
@@ -269,7 +285,7 @@ class WriteQueue:
                 log.exception("a write or task of the cache failed unexpectedly")
             with self._condition:
                 if isinstance(work, PendingSave):
-                    self._n_bytes -= work.payload.nbytes
+                    self._n_bytes -= self._current_bytes
                 self._current_save = None
                 self._current_serial = 0
                 del work
@@ -282,30 +298,60 @@ class WriteQueue:
             while (self._pending or self._tasks) and not self._abandoned:
                 now = time.monotonic()
                 flushed = max((flush.serial for flush in self._flushes), default=0)
-                key, task = self._due_save(now, flushed), self._due_task(now, flushed)
+                save, task = self._due_save(now, flushed), self._due_task(now, flushed)
                 # In the order of the queue, so that neither saves nor tasks delay the others forever.
-                if key is not None and (task is None or self._pending[key].serial <= self._tasks[task].serial):
-                    self._current_save = pending = self._pending.pop(key)
-                    self._current_serial = pending.serial
-                    return pending
+                if save is not None and (task is None or save.serial <= self._tasks[task].serial):
+                    self._take(save)
+                    return save
                 if task is not None:
                     found = self._tasks.pop(task)
                     self._current_serial = 0 if found.background else found.serial
                     return task
-                dues = [save.due for save in self._pending.values()] + [t.due for t in self._tasks.values()]
-                self._condition.wait(min(dues) - now)
+                dues = [at for save in self._pending.values() for at in save.tiers.values()]
+                self._condition.wait(min(dues + [waiting.due for waiting in self._tasks.values()]) - now)
             self._thread = None
             return None
 
-    def _due_save(self, now: float, flushed: int) -> bytes | None:
-        """Return the key of the first due save. Saves up to the serial `flushed` are due."""
+    def _due_save(self, now: float, flushed: int) -> PendingSave | None:
+        """Return the first due save, for its tiers that are due. Up to the serial `flushed`, all are due."""
         # The order of insertion puts parents before children; a delayed tail has no children.
         # Delayed saves must leave room for others, so delays do not apply while the queue is over half full.
-        over_half = 2 * self._n_bytes > self._limit
-        for key, pending in self._pending.items():
-            if over_half or pending.serial <= flushed or pending.due <= now:
-                return key
+        over_half = 2 * self._n_bytes > self.limit_bytes
+        if self._for_immediate and not over_half:
+            pending = self._pending[next(iter(self._for_immediate))]
+            return pending._replace(
+                tiers={name: at for name, at in pending.tiers.items() if name in self.immediate}
+            )
+        for pending in self._pending.values():
+            if over_half or pending.serial <= flushed:
+                return pending
+            if due := {name: at for name, at in pending.tiers.items() if at <= now}:
+                return pending._replace(tiers=due)
         return None
+
+    def _take(self, save: PendingSave) -> None:
+        """Start the write of a waiting save to the tiers that it names. It still waits for its other tiers."""
+        waiting = self._pending[save.block.key]
+        others = {name: at for name, at in waiting.tiers.items() if name not in save.tiers}
+        if others:
+            self._put(waiting._replace(tiers=others))
+        else:
+            self._pop(save.block.key)
+        self._current_save, self._current_serial = save, save.serial
+        self._current_bytes = 0 if others else save.payload.nbytes
+
+    def _put(self, save: PendingSave) -> None:
+        """Add a waiting save, or replace the one of its block."""
+        self._pending[save.block.key] = save
+        if self.immediate.isdisjoint(save.tiers):
+            self._for_immediate.pop(save.block.key, None)
+        else:
+            self._for_immediate[save.block.key] = None
+
+    def _pop(self, key: bytes) -> PendingSave | None:
+        """Remove and return the waiting save of a block, if any."""
+        self._for_immediate.pop(key, None)
+        return self._pending.pop(key, None)
 
     def _due_task(self, now: float, flushed: int) -> Callable[[], None] | None:
         for task, waiting in self._tasks.items():

@@ -41,12 +41,22 @@ BLOCK_FILE = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}{re.escape(kvc.SUFFIX)}") 
 _OWN_NAMES = {"blocks", "partial", "owners", "damaged", "llama", "models"}
 _DAMAGED_KEPT = 8  # enough to find the cause; they count towards no budget
 _LOCK_SUFFIX = ".lock"
+_ID_BYTES = 8  # the name of an owner is the id of its cache and one of its own, both random
 _MEMORY_FILE_SYSTEMS = {"tmpfs", "ramfs"}
 _NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "9p", "fuse.sshfs", "webdav"}
 
 
+def new_cache_id() -> str:
+    """Return a random id for a cache, as text."""
+    return secrets.token_hex(_ID_BYTES)
+
+
 class CacheDirectory:
     """A cache directory that this process has locked. Created if missing.
+
+    Args:
+        cache_id: the id of the cache that opens the directory. It shows other caches what that cache has open. None
+            for a new id.
 
     Raises (from the constructor):
         CacheError: the directory is not private to this user, is a link, lies in another cache, or cannot be
@@ -54,7 +64,7 @@ class CacheDirectory:
         OSError: the directory cannot be created or used.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, cache_id: str | None = None) -> None:
         self.root = root
         self.index = root / INDEX_NAME
         self.blocks = root / "blocks"
@@ -66,6 +76,7 @@ class CacheDirectory:
             _ensure_private(directory)
         self._serial = itertools.count()
         self._process = os.getpid()
+        self._cache_id = cache_id or new_cache_id()
         self.owner, self._lock = self._take_lock()
 
     def __del__(self) -> None:
@@ -120,9 +131,10 @@ class CacheDirectory:
 
     # --- owners and their locks
 
-    def is_shared(self) -> bool:
-        """Return whether another process, or another cache of this process, has the directory open."""
-        return any(owner != self.owner and self.is_alive(owner) for owner in self._owners())
+    def sharers(self) -> set[str]:
+        """Return the ids of the other caches, of this process and of others, that have the directory open."""
+        alive = [owner for owner in self._owners() if owner != self.owner and self.is_alive(owner)]
+        return {owner[: 2 * _ID_BYTES] for owner in alive}
 
     def is_alive(self, owner: str) -> bool:
         """Return whether `owner` still has the directory open.
@@ -183,7 +195,7 @@ class CacheDirectory:
 
     def _take_lock(self) -> tuple[str, int]:
         while True:
-            owner = secrets.token_hex(8)
+            owner = f"{self._cache_id}{secrets.token_hex(_ID_BYTES)}"
             path = self._lock_path(owner)
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:

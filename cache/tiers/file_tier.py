@@ -289,11 +289,19 @@ class FileTier(Tier):
         directory = self._open_directory.directory
         return owner is not None and owner != directory.owner and directory.is_alive(owner)
 
+    def use_for(self, cache_id: str) -> None:
+        """Set the id of the cache that uses this tier. `open` shows it to the other caches of the directory."""
+        self._open_directory.cache_id = cache_id
+
+    def sharers(self) -> set[str]:
+        """Return the ids of the other caches, of this process and of others, that have the directory open."""
+        with contextlib.suppress(OSError, CacheError):
+            return self._open_directory.directory.sharers()
+        return set()
+
     @property
     def shared(self) -> bool:
-        with contextlib.suppress(OSError, CacheError):
-            return self._open_directory.directory.is_shared()
-        return False
+        return bool(self.sharers())
 
     def changes(self) -> Changes | None:
         # Requests call this: other calls check whether the directory was replaced.

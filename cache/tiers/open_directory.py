@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from erllama.cache.tiers.directory import CacheDirectory
+from erllama.cache.tiers.directory import CacheDirectory, new_cache_id
 from erllama.cache.tiers.index_schema import is_damaged, may_show_damage, quarantine, shows_damage
 from erllama.cache.tiers.sqlite_index import Index
 from erllama.errors import CacheError
@@ -27,6 +27,7 @@ class OpenDirectory:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.cache_id = new_cache_id()  # of the cache that uses the directory; `open` shows it to other caches
         self._directory: CacheDirectory | None = None
         self._index: Index | None = None
         self._unusable = False  # the index is open, and `open` must replace it
@@ -47,7 +48,7 @@ class OpenDirectory:
         """
         damage, self._damage = self._damage, None
         self.close()
-        directory = CacheDirectory(self.root)
+        directory = CacheDirectory(self.root, self.cache_id)
         try:
             if damage is not None and (shows_damage(damage) or is_damaged(directory.index)):
                 quarantine(directory.index, damage)
@@ -59,7 +60,7 @@ class OpenDirectory:
                 if not shows_damage(error) and not (may_show_damage(error) and is_damaged(directory.index)):
                     raise
                 quarantine(directory.index, error)
-                directory = CacheDirectory(self.root)
+                directory = CacheDirectory(self.root, self.cache_id)
                 self._open_index(directory)
                 prepare()
         except BaseException:

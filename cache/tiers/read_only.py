@@ -275,9 +275,8 @@ class ReadOnlyFileTier(FileTier):
     def in_flight(self, key: bytes) -> bool:
         return False
 
-    @property
-    def shared(self) -> bool:
-        return False
+    def sharers(self) -> set[str]:
+        return set()
 
 
 def _check_trustworthy(root: Path) -> None:
