@@ -2,8 +2,8 @@
 
 Users create a `Cache`, and the engine looks up, loads and saves blocks with it. `namespace_key`, `child_key` and
 `Block` define blocks, `kvc` reads and writes their files, and user-defined tiers derive from `Tier`. Imports run
-from `store` to `pipeline`, `catalog`, `tiers`, `texts` and `blocks`. `store` also imports `pressure`, and `admin`
-imports `tiers`, `catalog` and `blocks`. The package does not import the engine.
+from `store` to `pipeline`, `sharing`, `catalog`, `tiers`, `texts` and `blocks`. `store` also imports `pressure`,
+and `admin` imports `tiers`, `catalog` and `blocks`. The package does not import the engine.
 """
 
 from erllama.cache.blocks.block import Block, SaveReason
@@ -12,6 +12,8 @@ from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
 from erllama.cache.pressure.memory import MemoryUsage
 from erllama.cache.pressure.pressure import Pressure
 from erllama.cache.save_policy import Policy
+from erllama.cache.sharing.members import CacheMember, MemberReport
+from erllama.cache.sharing.spec import CacheSpec
 from erllama.cache.store import Cache
 from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.ram_tier import RamTier
@@ -22,10 +24,13 @@ __all__ = [
     "TOKEN_BYTES",
     "Block",
     "Cache",
+    "CacheMember",
+    "CacheSpec",
     "Changes",
     "FileTier",
     "Loaded",
     "Match",
+    "MemberReport",
     "MemoryUsage",
     "Policy",
     "Pressure",

@@ -42,6 +42,7 @@ class Root(NamedTuple):
     tier: str
     path: Path
     budget: int
+    read_only: bool = False
 
 
 def directories(name: str, value: object, quota: object) -> list[Root]:
@@ -66,14 +67,19 @@ def directories(name: str, value: object, quota: object) -> list[Root]:
     return roots
 
 
-def file_tiers(roots: Sequence[Root], watch: bool, read_only: bool) -> list[FileTier]:
-    """Return the file tiers of all options together.
+def as_read_only(roots: Sequence[Root]) -> list[Root]:
+    """Return the roots, to be read only.
 
     Raises:
-        OptionError: two directories are equal, or one lies in another; or `read_only` is set without a directory.
+        OptionError: there are none.
     """
-    if read_only and not roots:
+    if not roots:
         raise OptionError("read_only=True without a directory; pass disk or ram_file, too")
+    return [root._replace(read_only=True) for root in roots]
+
+
+def check_separate(roots: Sequence[Root]) -> None:
+    """Raise OptionError if two directories are equal, or one lies in another."""
     for i, root in enumerate(roots):
         for other in roots[:i]:
             a, b = Path(os.path.realpath(root.path)), Path(os.path.realpath(other.path))
@@ -81,8 +87,18 @@ def file_tiers(roots: Sequence[Root], watch: bool, read_only: bool) -> list[File
                 raise OptionError(
                     f"{root.path} and {other.path} are equal, or one lies in the other; pass separate directories"
                 )
+
+
+def file_tiers(roots: Sequence[Root], watch: bool) -> list[FileTier]:
+    """Return the file tiers of all options together.
+
+    Raises:
+        OptionError: two directories are equal, or one lies in another.
+    """
+    check_separate(roots)
     return [
-        create_file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=read_only) for root in roots
+        create_file_tier(root.path, root.budget, name=root.tier, watch=watch, read_only=root.read_only)
+        for root in roots
     ]
 
 

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from typing import Never
 
 import numpy as np
@@ -27,13 +28,14 @@ from erllama.cache.blocks.keys import TOKEN_BYTES, token_bytes
 from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
 from erllama.cache.catalog.catalog import BlockCatalog
 from erllama.cache.catalog.counters import Counters
-from erllama.cache.options import OPTIONS, Directories, custom_tiers, directories, file_tiers
+from erllama.cache.options import OPTIONS, Directories, as_read_only, custom_tiers, directories, file_tiers
 from erllama.cache.pipeline.attached_tiers import AttachedTiers
 from erllama.cache.pipeline.change_feed import ChangeFeed
 from erllama.cache.pipeline.evictor import Evictor
 from erllama.cache.pipeline.garbage_collector import GarbageCollector
 from erllama.cache.pipeline.integrity import IntegrityChecker
 from erllama.cache.pipeline.loader import Loader
+from erllama.cache.pipeline.memory_directory import MemoryDirectory
 from erllama.cache.pipeline.report import CacheReport
 from erllama.cache.pipeline.saver import Saver
 from erllama.cache.pipeline.text_memory import TextMemory
@@ -41,7 +43,10 @@ from erllama.cache.pipeline.tier_set import TierSet
 from erllama.cache.pipeline.tier_writer import TierWriter
 from erllama.cache.pipeline.write_queue import PendingSave, WriteQueue
 from erllama.cache.pressure.pressure import Pressure, PressureWatch
+from erllama.cache.sharing.members import CacheMember, MemberReport, Members
+from erllama.cache.sharing.spec import CacheSpec, root_specs
 from erllama.cache.sizes import parse_bytes
+from erllama.cache.tiers.directory import new_cache_id
 from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.ram_tier import RamTier
 from erllama.cache.tiers.tier import Problem, Tier
@@ -110,18 +115,41 @@ class Cache:
             raise OptionError(f"block_size={block_size}; it must be a power of two from 16 to 4096")
         queue_bytes = parse_bytes("write_queue", write_queue)
         roots = directories("ram_file", ram_file, ram_file_quota) + directories("disk", disk, disk_quota)
+        self._watch = boolean("watch", watch)
+        if boolean("read_only", read_only):
+            roots = as_read_only(roots)
         all_tiers: list[Tier] = [RamTier(self.ram_budget)] if self.ram_budget else []
-        all_tiers += file_tiers(roots, boolean("watch", watch), boolean("read_only", read_only))
-        all_tiers += custom_tiers(tiers)
+        all_tiers += file_tiers(roots, self._watch)
+        self._custom_tiers = custom_tiers(tiers)
         # Created before any directory is opened, because it raises if its source is not available.
         self._pressure = self._pressure_watch(Pressure.of(pressure))
+        self._start(all_tiers + self._custom_tiers, queue_bytes)
 
+    @classmethod
+    def of_spec(cls, spec: CacheSpec) -> Cache:
+        """Open in another process the cache that made `spec` with `share_with_process`. The engine calls it.
+
+        Saves are written to `ram_file` at once, before those to the disk: the process may be killed at any moment.
+        """
+        cache = cls.__new__(cls)
+        cache.ram_budget, cache.block_size, cache._watch = spec.ram, spec.block_size, spec.watch
+        cache._custom_tiers, cache._pressure = [], None
+        tiers: list[Tier] = [RamTier(spec.ram)] if spec.ram else []
+        cache._start([*tiers, *file_tiers(spec.as_roots(), spec.watch)], spec.write_queue, frozenset(["ram_file"]))
+        return cache
+
+    def _start(self, tiers: list[Tier], queue_bytes: int, immediate: frozenset[str] = frozenset()) -> None:
+        """Open the cache. Saves to `immediate` tiers are written without delays, before those to other tiers."""
+        self._immediate = immediate
+        self._id = new_cache_id()
         self._lock = threading.RLock()
         self._counters = Counters()
+        self._members = Members(self._counters)
         self._closing = False
         self._opening = threading.Lock()
+        self._sharing = threading.Lock()
         try:
-            self._open(all_tiers, queue_bytes)
+            self._open(tiers, queue_bytes)
         except BaseException:
             # The caller was interrupted and never receives this cache, which must release its directories.
             with suppress(RuntimeError):
@@ -151,8 +179,11 @@ class Cache:
             writer.write(save)
 
         lock, counters = self._lock, self._counters
+        for tier in tiers:
+            if isinstance(tier, FileTier):
+                tier.use_for(self._id)
         catalog = BlockCatalog(self.block_size, counters, tiers)
-        queue = WriteQueue(write, queue_bytes)
+        queue = WriteQueue(write, queue_bytes, self._immediate)
         tier_set = TierSet(lock, catalog, counters, queue, tiers)
         evictor = Evictor(lock, catalog, queue, tier_set)
         feed = ChangeFeed(lock, catalog, queue, tier_set, evictor)
@@ -166,6 +197,7 @@ class Cache:
         self._report = CacheReport(catalog, counters, queue, tier_set)
         self._catalog, self._queue, self._tier_set = catalog, queue, tier_set
         self._evictor, self._feed = evictor, feed
+        self._memory_directory = MemoryDirectory(tier_set, feed, self._watch, self._id)
         feed.open_all()
         if tiers:
             _open_tier_sets.add(tier_set)
@@ -294,13 +326,20 @@ class Cache:
     def stored(self, key: bytes) -> Block | None:
         """Return the stored block of this key, if any. A block that is only in a context's cells is not stored."""
         with self._lock:
-            return self._catalog.stored_block(key)
+            block = self._catalog.stored_block(key)
+            if block is None:  # another process may have saved it since the last poll
+                self._feed.poll(at_once=True)
+                block = self._catalog.stored_block(key)
+            return block
 
     @uninterrupted
     def context(self, key: bytes) -> NDArray[np.uint32] | None:
         """Return the tokens of the stored context that ends with this block, shape (n,); None if not stored."""
         with self._lock:
             blocks = self._catalog.path(key)
+            if not blocks:  # another process may have saved it since the last poll
+                self._feed.poll(at_once=True)
+                blocks = self._catalog.path(key)
         return np.frombuffer(b"".join(block.tokens for block in blocks), "<u4") if blocks else None
 
     @contextmanager
@@ -371,6 +410,63 @@ class Cache:
         """Record that an attached tier no longer has these blocks."""
         self._attached.report_removed(tier, keys)
 
+    # --- other processes --------------------------------------------------------------------
+
+    @uninterrupted
+    def share_with_process(self, *, ram_file: str | Path | None = None) -> CacheSpec:
+        """Return what a process that runs a model needs to open this cache there. The engine calls it.
+
+        What that process saves must outlive it, so it has no RAM tier. If this cache has one and no `ram_file`
+        directory, it gains one, with the budget of the RAM tier but at most half of the tmpfs. Models in this
+        process then save to it, too. Without a usable tmpfs, the spec keeps the RAM tier, and the reason is logged.
+
+        Args:
+            ram_file: the directory to add; None for this user's in /dev/shm.
+
+        Raises:
+            OptionError: the cache has tiers of your own, or `ram_file` is not a directory.
+            CacheError: the cache is closed.
+        """
+        with self._sharing:
+            memory_directory = self._memory_directory  # taken before the check: `close` replaces it
+            self._check_open()
+            if self._custom_tiers:
+                raise OptionError(
+                    f"tiers has {self._custom_tiers[0].name!r}, an object that another process cannot use; leave "
+                    "it out, or load the model in this process"
+                )
+            saves_to_file = bool(self.ram_budget) and memory_directory.ensure(ram_file, self.ram_budget)
+            tiers = [tier for tier in self._tier_set if isinstance(tier, FileTier)]
+            ram = 0 if saves_to_file else self.ram_budget
+            spec = CacheSpec(ram, root_specs(tiers), self.block_size, self._queue.limit_bytes, self._watch)
+            self._check_open()
+            return spec
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise CacheError("the cache is closed; pass an open one")
+
+    @uninterrupted
+    def add_member(self, member: CacheMember) -> None:
+        """Include another process that uses this cache in reports, flushes and evictions. The engine calls it.
+
+        `close` removes all members.
+        """
+        with self._lock:
+            if not self._closing:
+                self._members.add(member)
+
+    @uninterrupted
+    def remove_member(self, member: CacheMember) -> None:
+        """Remove a process that `add_member` added. Its counts, as last reported, stay. The engine calls it."""
+        self._members.remove(member)
+
+    @uninterrupted
+    def member_report(self) -> MemberReport:
+        """Return what a member reports of this cache, in the process that runs the model. The engine calls it."""
+        with self._lock:
+            return self._report.as_member()
+
     # --- state and fingerprints ------------------------------------------------------------
 
     @property
@@ -433,37 +529,44 @@ class Cache:
     @property
     def tier_names(self) -> tuple[str, ...]:
         """The names of the tiers, from fast to slow."""
-        return tuple(self._catalog.ledgers())
+        return self._report.names(self._members.last_reports())
 
     def tiers(self) -> list[TierStatus]:
         """Return the state of every root of every tier, from fast to slow. Safe in signal handlers."""
-        return self._report.statuses() if reentered() else self._locked_statuses()
+        if reentered():
+            return self._report.statuses(self._members.reports(wait=False))
+        return self._current_statuses()
 
     @uninterrupted
-    def _locked_statuses(self) -> list[TierStatus]:
+    def _current_statuses(self) -> list[TierStatus]:
+        members = self._members.reports(wait=True)
         with self._lock:
-            return self._report.statuses()
+            return self._report.statuses(members)
 
     def counters(self) -> Mapping[str, int | float]:
         """Return counts since this cache was created, seconds spent, and bytes and blocks stored now, by name.
 
-        Safe in signal handlers. A handler that interrupts a call of this library gets the present
-        counts, without the changes of other processes since the last poll.
+        Includes the counts of models in processes of their own. Safe in signal handlers. A handler that interrupts
+        a call of this library gets the present counts, without the changes of other processes since the last poll.
         """
-        return self._report.counts() if reentered() else self._current_counts()
+        if reentered():
+            return self._report.counts(self._members.reports(wait=False))
+        return self._current_counts()
 
     @uninterrupted
     def _current_counts(self) -> dict[str, int | float]:
+        members = self._members.reports(wait=True)
         with self._lock:
             self._feed.poll(at_once=True)
-            return self._report.counts()
+            return self._report.counts(members)
 
     @uninterrupted
     def rows(self) -> list[Row]:
         """List every stored block: key, tier, position, tokens, bytes and pins."""
+        members = self._members.reports(wait=True)
         with self._lock:
             self._feed.poll(at_once=True)
-            return self._catalog.rows()
+            return self._report.rows(members)
 
     @uninterrupted
     def evict_bytes(self, n_bytes: int | str, tiers: Sequence[str] | None = None) -> int:
@@ -476,7 +579,12 @@ class Cache:
         if tiers is None:
             tiers = tuple(name for name in self.tier_names if name in ("ram", "ram_file"))
         self._check_tiers(tiers, "tiers")
-        return self._evictor.evict_bytes(wanted, tiers)
+        freed = 0
+        for name in tiers:
+            freed += self._evictor.evict_bytes(wanted - freed, (name,))
+            if freed < wanted and name in ("live", "ram"):  # other processes have tiers of these names, too
+                freed += self._members.evict_bytes(wanted - freed, (name,))
+        return freed
 
     def _check_tiers(self, tiers: object, option: str) -> None:
         known = {"ram", "ram_file", "disk", "live", *self.tier_names}
@@ -517,15 +625,25 @@ class Cache:
     def flush(self, timeout: float | None = None) -> bool:
         """Write all blocks that wait at the time of the call; False if `timeout` seconds were not enough.
 
-        Does not wait for blocks that are saved meanwhile.
+        Does not wait for blocks that are saved meanwhile. Includes the blocks of models in processes of their own.
         """
-        return self._queue.flush(timeout)
+        began = time.monotonic()
+        queue = self._queue
+        flush = queue.begin_flush()
+        complete = not len(self._members) or self._flush_members(timeout)
+        left = None if timeout is None else timeout - (time.monotonic() - began)
+        return queue.wait(flush, left) and complete
+
+    @uninterrupted
+    def _flush_members(self, timeout: float | None) -> bool:
+        return self._members.flush(timeout)
 
     @uninterrupted
     def close(self) -> None:
         """Write the waiting saves and close the directories. Idempotent. Later lookups miss."""
         with self._lock:
             self._closing = True
+        self._members.clear()
         if self._pressure is not None:
             self._pressure.stop()
         # If this is interrupted, close() can be called again. Lookups meanwhile miss.
@@ -555,6 +673,8 @@ class Cache:
         self._lock = threading.RLock()
         self._counters = Counters()
         self._pressure = None
+        self._members = Members(self._counters)
+        self._sharing = threading.Lock()
         # Closing the parent's connections here could damage its databases. The tiers are therefore never collected.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._tier_set))
         for tier in self._tier_set:

@@ -56,15 +56,25 @@ class BlockCatalog:
             self.add_root(tier)
 
     def add_root(self, tier: Tier, *, fastest: bool = False) -> None:
-        """Add a tier, or a root of a tier that is known by its name."""
+        """Add a tier, or a root of a tier that is known by its name.
+
+        Args:
+            fastest: add a new tier before those that are written behind if it is one of them, before all tiers
+                otherwise. False to add it as the slowest.
+        """
         ledger = self._ledgers.get(tier.name)
         if ledger is None:
             self._counters.add_tier(tier.name)
             ledger = TierLedger(tier.name, tier.write_mode)
             if ledger.external:
                 self._external |= {tier.name}
-            added = {tier.name: ledger}
-            self._ledgers = {**added, **self._ledgers} if fastest else {**self._ledgers, **added}
+            names = list(self._ledgers)
+            if not fastest:
+                names.append(tier.name)
+            else:
+                n_before = sum(not other.write_behind for other in self._ledgers.values())
+                names.insert(n_before if ledger.write_behind else 0, tier.name)
+            self._ledgers = {name: self._ledgers.get(name, ledger) for name in names}
         ledger.add_root(tier)
 
     def remove_root(self, tier: Tier) -> None:
@@ -152,20 +162,15 @@ class BlockCatalog:
 
     def rows(self) -> list[Row]:
         """Return one row per stored block and tier."""
+        pins, ledgers = self._current_pins(), self._ledgers.values()
+        return [_row(e.block, ledger, pins) for e in self._tree for ledger in ledgers if e.block.key in ledger]
+
+    def memory_rows(self) -> list[Row]:
+        """Return the rows of the tiers whose content ends with this process: contexts and RAM."""
         pins = self._current_pins()
-        return [
-            Row(
-                e.block.key,
-                name,
-                e.block.start,
-                e.block.n_tokens,
-                ledger.size_of(e.block.key),
-                pins.get(e.block.key, 0),
-            )
-            for e in self._tree
-            for name, ledger in self._ledgers.items()
-            if e.block.key in ledger
-        ]
+        ledgers = [ledger for ledger in self._ledgers.values() if not ledger.write_behind]
+        found = [(self._tree.get(key), ledger) for ledger in ledgers for key in ledger]
+        return [_row(entry.block, ledger, pins) for entry, ledger in found if entry is not None]
 
     # --- changing --------------------------------------------------------------------------
 
@@ -404,3 +409,8 @@ class BlockCatalog:
                 if self._tree.get(key) is None:
                     yield f"{name} lists block {key.hex()}, which lookups cannot find"
         yield from self._tree.contradictions()
+
+
+def _row(block: Block, ledger: TierLedger, pins: Mapping[bytes, int]) -> Row:
+    key = block.key
+    return Row(key, ledger.name, block.start, block.n_tokens, ledger.size_of(key), pins.get(key, 0))

@@ -2,5 +2,6 @@
 
 `erllama.cache.store` wires it as a chain in which each link uses the links before it: `write_queue`, `tier_set`,
 `evictor`, `change_feed`, `tier_writer`, and at its end `saver` and `loader`. `attached_tiers`, `text_memory`,
-`integrity`, `garbage_collector` and `report` use the chain. Imports `catalog`, `tiers`, `texts` and `blocks`.
+`integrity`, `garbage_collector`, `memory_directory` and `report` use the chain. Imports `sharing`, `catalog`,
+`tiers`, `texts` and `blocks`.
 """

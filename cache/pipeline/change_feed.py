@@ -11,12 +11,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 from erllama.cache.catalog.catalog import BlockCatalog
 from erllama.cache.pipeline.evictor import Evictor
 from erllama.cache.pipeline.tier_set import TierSet
 from erllama.cache.pipeline.write_queue import WriteQueue
-from erllama.cache.tiers.tier import Tier
+from erllama.cache.tiers.tier import Changes, Tier
+from erllama.errors import CacheError
 
 _POLL_SECONDS = 0.25  # between two polls for the changes of other processes
 _EXAMINE_SECONDS = 0.2  # files change in bursts, and the index row of a file follows a moment later
@@ -47,6 +49,30 @@ class ChangeFeed:
         for tier in self._tiers.write_behind_tiers():
             if self._tiers.open(tier, self._callback_for(tier)):
                 self._evictor.fit_to_budget(tier)
+
+    def add(self, tier: Tier) -> None:
+        """Open a new tier, and add it as the fastest of those that the queue's thread writes.
+
+        Other threads see the tier once its content is in the catalog.
+
+        Raises:
+            Exception: as of `Tier.open` and `Tier.rows`. The cache does not have the tier then.
+            CacheError: the cache was closed.
+        """
+        try:
+            tier.open()
+            rows = list(tier.rows())
+            with self._lock:
+                if not self._tiers.usable(tier):
+                    raise CacheError(f"the cache was closed while {tier.location} was opened")
+                self._catalog.add_root(tier, fastest=True)
+                self._tiers.add_fastest(tier)
+                self._tiers.apply_changes(tier, Changes(rows, [], complete=True))
+        except BaseException:
+            tier.close()
+            raise
+        tier.watch(self._callback_for(tier))
+        self._queue.defer(partial(self._evictor.fit_to_budget, tier))
 
     def ensure_open(self, tier: Tier) -> bool:
         """Open a lost tier, unless an attempt failed a moment ago. Return whether it can be written to."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import erllama
-from erllama.cache import Block, Cache, FileTier, MemoryUsage, SaveReason, Tier, TierRow, token_bytes
+from erllama.cache import Block, Cache, FileTier, MemoryUsage, SaveReason, token_bytes
 from erllama.cache.pipeline.write_queue import PendingSave, WriteQueue
 from support.faulty.tiers import SmallTier
 from support.paths import TESTS
 from support.storage.blocks import NAMESPACE, OTHER, SIZE, blocks_of, hit, payload_of, save
+from support.storage.members import Live
 from support.subprocesses import must_run
 from support.threads import wait_until
 
@@ -309,28 +309,6 @@ def hit_or_none(cache: Cache) -> list[object]:
 
 
 # --- KV that is still in a context -------------------------------------------------------------------
-
-
-class Live(Tier):
-    """A live tier as the engine has one: it reports its blocks, and the cache asks it to evict some."""
-
-    write_mode = "external"
-
-    def __init__(self, budget: int) -> None:
-        super().__init__("live", budget)
-        self.given_up: list[bytes] = []
-
-    def rows(self) -> list[TierRow]:
-        return []
-
-    def write(self, block: Block, payload: memoryview) -> None:
-        raise AssertionError("nobody writes to it")
-
-    def read(self, block: Block) -> tuple[Block, memoryview]:
-        raise AssertionError("nobody reads from it")
-
-    def remove(self, keys: Sequence[bytes]) -> None:
-        self.given_up.extend(keys)
 
 
 def test_live_blocks_are_found_but_never_loaded() -> None:

@@ -1,0 +1,67 @@
+"""What another process needs to open the same cache, as plain values for a message between the two.
+
+`Cache.share_with_process` returns a spec, and `Cache.of_spec` opens it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from erllama.cache.options import Root
+from erllama.cache.tiers.file_tier import FileTier
+from erllama.checks import encodable
+
+
+class RootSpec(NamedTuple):
+    """One directory of a cache: name of its tier, path, budget in bytes, and whether it is only read."""
+
+    tier: str
+    path: str
+    budget: int
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """What another process needs to open a cache.
+
+    Attributes:
+        ram: budget of the RAM tier in bytes; 0 for none.
+        roots: the directories, from fast to slow.
+        block_size: tokens per block.
+        write_queue: maximum bytes that may wait for the slower tiers.
+        watch: notice files that others put into the directories or remove from them.
+    """
+
+    ram: int
+    roots: tuple[RootSpec, ...]
+    block_size: int
+    write_queue: int
+    watch: bool
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return the fields as numbers, texts, lists, tuples and booleans, by name."""
+        return asdict(self) | {"roots": [tuple(root) for root in self.roots]}
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> CacheSpec:
+        """Return the spec that `as_plain` was called on."""
+        return cls(**{**plain, "roots": tuple(RootSpec(*root) for root in plain["roots"])})
+
+    def as_roots(self) -> list[Root]:
+        """Return the directories as options of a cache."""
+        return [Root(root.tier, Path(root.path), root.budget, root.read_only) for root in self.roots]
+
+
+def root_specs(tiers: Iterable[FileTier]) -> tuple[RootSpec, ...]:
+    """Return the specs of file tiers.
+
+    Raises:
+        OptionError: a path cannot be sent to another process, because UTF-8 cannot encode it.
+    """
+    return tuple(
+        RootSpec(tier.name, encodable(tier.name, str(tier.root)), tier.budget, tier.read_only) for tier in tiers
+    )
