@@ -33,6 +33,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -103,7 +104,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.n_saves = 0
         self.contexts: list[tuple[list[int], bytes]] = []  # saved so far
         self.step = 0
-        self.tier_models: dict[tuple[int, str, str], TierModel] = {}  # by index, name and location of a tier
+        self.tier_models: dict[tuple[str, str, int], TierModel] = {}  # by name and location of a tier, and number
         self.process_models: WeakKeyDictionary[Tier, TierModel] = (
             WeakKeyDictionary()
         )  # of tiers that do not persist
@@ -132,15 +133,17 @@ class CacheMachine(RuleBasedStateMachine):
 
     def _models_and_tiers(self, cache: Cache) -> list[tuple[TierModel, Tier]]:
         """Return the tiers of a cache with their models. Persistent tiers share theirs across caches."""
-        return [
-            (
-                self.tier_models.setdefault((index, tier.name, tier.location), TierModel())
-                if tier.persistent
-                else self.process_models.setdefault(tier, TierModel()),
-                tier,
-            )
-            for index, tier in enumerate(cache._tier_set)
-        ]
+        found: list[tuple[TierModel, Tier]] = []
+        numbers: Counter[tuple[str, str]] = Counter()  # of tiers with the same name and location
+        for tier in cache._tier_set:
+            if tier.persistent:
+                place = (tier.name, tier.location)
+                model = self.tier_models.setdefault((*place, numbers[place]), TierModel())
+                numbers[place] += 1
+            else:
+                model = self.process_models.setdefault(tier, TierModel())
+            found.append((model, tier))
+        return found
 
     def teardown(self) -> None:
         if hasattr(self, "cache"):
@@ -204,6 +207,21 @@ class CacheMachine(RuleBasedStateMachine):
             self._observe(other)
             self._save(other, ids, namespace)
             self._look_up(other, lookup, namespace)
+
+    @precondition(lambda self: self._saves_only_to_files())
+    @rule(ids=contexts, namespace=namespaces, lookup=contexts)
+    def process_of_a_model(self, ids: list[int], namespace: bytes, lookup: list[int]) -> None:
+        """Use the cache that a model in a process of its own opens."""
+        with Cache.of_spec(self.cache.share_with_process()) as other:
+            self._observe(other)
+            self._save(other, ids, namespace)
+            self._look_up(other, lookup, namespace)
+
+    def _saves_only_to_files(self) -> bool:
+        """Return whether `share_with_process` adds no directory and the other process has no RAM tier."""
+        tiers = list(self.cache._tier_set)
+        in_memory = {tier.name for tier in tiers} & {"ram", "ram_file"}
+        return in_memory != {"ram"} and all(type(tier) in (FileTier, RamTier) for tier in tiers)
 
     # --- use -------------------------------------------------------------------------------------
 

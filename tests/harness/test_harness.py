@@ -10,7 +10,8 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from erllama.cache import Block, Cache, Changes, FileTier, RamTier, Tier
+from erllama.cache import Block, Cache, CacheSpec, Changes, FileTier, RamTier, Tier
+from erllama.cache.sharing.spec import RootSpec
 from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.backends.stub import StubBackend
 from erllama.errors import CacheFormatError
@@ -70,6 +71,18 @@ MACHINES = [
             disk_quota=9000,
             block_size=16,
             watch=False,
+        ),
+    ),
+    machine(
+        "OtherProcess",
+        lambda self, d: Cache.of_spec(
+            CacheSpec(
+                0,
+                (RootSpec("ram_file", str(d / "f"), 4000, False), RootSpec("disk", str(d / "d"), 9000, False)),
+                16,
+                10**6,
+                False,
+            )
         ),
     ),
     machine(

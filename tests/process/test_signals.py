@@ -138,9 +138,10 @@ CACHE = """
                 lambda: cache.verify(),
                 lambda: cache.check_integrity(),
                 lambda: cache.flush(1.0),
+                lambda: cache.share_with_process(ram_file=root.with_name("memory")),
                 lambda: cache.close(),
             ),
-            (20, 20, 4, 4, 3, 3, 8, 4, 2, 2, 1, 1, 2, 0.2),
+            (20, 20, 4, 4, 3, 3, 8, 4, 2, 2, 1, 1, 2, 1, 0.2),
         )[0]
 
     threading.Thread(target=send, daemon=True).start()
