@@ -1,8 +1,8 @@
 """The adapters of one model: the set in effect, the requests that use each, and when one is freed.
 
 Also the protocol of a backend that has adapters, an optional part of a backend. A request gets the set in effect
-when it is submitted, and keeps it to its end. `Adapters` may be used from any thread, except `use` and
-`free_unused`, which only the model thread calls. The backend also loads, uses and frees adapters in the model
+when it is submitted, or another one, and keeps it to its end. `Adapters` may be used from any thread, except `use`
+and `free_unused`, which only the model thread calls. The backend also loads, uses and frees adapters in the model
 thread alone; it checks files in any thread.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -102,6 +102,13 @@ def check_scale(scale: object) -> float:
     return real("scale", scale, -_MAX_SCALE, _MAX_SCALE)
 
 
+def adapter_set(adapters: Iterable[tuple[LoadedAdapter, float]]) -> AdapterSet:
+    """Return the set of adapters with their scales, which are rounded to 32 bits. One of scale 0 has no effect."""
+    rounded = [ActiveAdapter(adapter, float(np.float32(scale))) for adapter, scale in adapters]
+    in_effect = [active for active in rounded if active.scale != 0]
+    return tuple(sorted(in_effect, key=lambda a: (a.adapter.digest, a.scale, a.adapter.number)))
+
+
 def describe(adapters: AdapterSet) -> str:
     """Return a set's contents and scales, as a part of the namespace of its KV."""
     return " ".join(f"{adapter.digest}:{scale!r}" for adapter, scale in adapters)
@@ -168,21 +175,38 @@ class Adapters:
             self._change(self.loaded)
 
     def _change(self, loaded: tuple[LoadedAdapter, ...]) -> None:
-        rounded = [ActiveAdapter(adapter, float(np.float32(adapter.scale))) for adapter in loaded]
-        in_effect = [attached for attached in rounded if attached.scale != 0]
-        self.loaded = loaded
-        self.current = tuple(sorted(in_effect, key=lambda a: (a.adapter.digest, a.scale, a.adapter.number)))
+        current = adapter_set((adapter, adapter.scale) for adapter in loaded)
+        self.loaded, self.current = loaded, current
 
     # --- called for each request
 
-    def acquire(self, user: object) -> AdapterSet:
-        """Return the set of a request that is submitted now. `user` identifies the request until its `release`."""
-        if not self.current:
+    def acquire(self, user: object, adapters: AdapterSet | None = None) -> AdapterSet:
+        """Return the set of a request that is submitted now. `user` identifies the request until its `release`.
+
+        Args:
+            adapters: the set, made by `adapter_set`; None for the one in effect.
+
+        Raises:
+            AdapterUnloaded: an adapter of the set is unloaded, and no request uses it.
+        """
+        if not (self.current if adapters is None else adapters):
             return ()
         with self._lock:
+            if adapters is None:
+                adapters = self.current
+            else:
+                self._check_not_freed(adapters)
             # In one step, so that `release` undoes it whenever the caller is interrupted.
-            adapters = self._users[user] = self.current
+            self._users[user] = adapters
+            self._unused = [unused for unused in self._unused if not _has(adapters, unused)]
             return adapters
+
+    def _check_not_freed(self, adapters: AdapterSet) -> None:
+        """Raise AdapterUnloaded if an adapter of a set is no longer in the backend's memory, or is being freed."""
+        for adapter, _ in adapters:
+            used = any(_has(others, adapter) for others in self._users.values())
+            if not used and adapter not in self.loaded and adapter not in self._unused:
+                raise AdapterUnloaded(f"the adapter {adapter.path} is unloaded; load it again to use it")
 
     def release(self, user: object) -> None:
         """Release the set of a request that has ended, or was not submitted after all. Idempotent."""
@@ -192,7 +216,7 @@ class Adapters:
                     self._free_if_unused(adapter)
 
     def _free_if_unused(self, adapter: LoadedAdapter) -> None:
-        used = any(adapter is other for adapters in self._users.values() for other, _ in adapters)
+        used = any(_has(adapters, adapter) for adapters in self._users.values())
         if not used and adapter not in self.loaded and adapter not in self._unused and not self._closed:
             self._unused.append(adapter)
 
@@ -211,7 +235,7 @@ class Adapters:
             unused, self._unused = self._unused, []
         for adapter in unused:
             try:
-                if self._in_use is None or any(used is adapter for used, _ in self._in_use):
+                if self._in_use is None or _has(self._in_use, adapter):
                     self.use(())
                 self._adapter_backend().free_adapter(adapter.native)
             except BaseException:
@@ -227,3 +251,7 @@ class Adapters:
     def _adapter_backend(self) -> AdapterBackend:
         assert isinstance(self._backend, AdapterBackend)
         return self._backend
+
+
+def _has(adapters: AdapterSet, adapter: LoadedAdapter) -> bool:
+    return any(adapter is other for other, _ in adapters)

@@ -18,6 +18,7 @@ class ThinkingBudget:
 
     Attributes:
         closing: the tokens that end thinking when the budget is used up.
+        inserted: whether the engine has begun to insert them into the current thought.
     """
 
     def __init__(self, options: PhaseOptions, close: str, codec: TokenCodec) -> None:
@@ -25,7 +26,7 @@ class ThinkingBudget:
         self.closing = codec.tokenize(options.budget_message + close)
         self._n_tokens = 0
         self._n_within_character = 0  # tokens in a row that ended within a character
-        self._inserted = False
+        self.inserted = False
 
     def count(self, *, was_thinking: bool, is_thinking: bool, within_character: bool) -> None:
         """Count one token.
@@ -37,14 +38,14 @@ class ThinkingBudget:
         """
         self._n_tokens += was_thinking and is_thinking
         self._n_within_character = self._n_within_character + 1 if within_character else 0
-        self._inserted = self._inserted and is_thinking
+        self.inserted = self.inserted and is_thinking
 
     def is_used_up(self, tracker: PhaseTracker) -> bool:
         """Return whether to end thinking now: True once for each thought, and not within a character."""
-        if self._inserted or self._limit is None or tracker.phase != "thinking" or self._n_tokens < self._limit:
+        if self.inserted or self._limit is None or tracker.phase != "thinking" or self._n_tokens < self._limit:
             return False
         # An incomplete character of as many tokens as a character has bytes is invalid UTF-8: no need to wait.
         if tracker.ending or 0 < self._n_within_character < _CHARACTER_BYTES:
             return False
-        self._inserted = True
+        self.inserted = True
         return True

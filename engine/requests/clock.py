@@ -13,14 +13,20 @@ class RequestClock:
 
     Args:
         submitted: when the request was submitted.
+        has_reply: whether the reply began in another process. Its next token is not its first.
 
     Attributes:
         last_token_at: when the last token of its reply was sampled.
     """
 
-    def __init__(self, submitted: float) -> None:
-        self._submitted = submitted
+    def __init__(self, submitted: float, *, has_reply: bool = False) -> None:
+        self._submitted, self._has_reply = submitted, has_reply
         self._entered_at = self._restored_at = self._first_token_at = self.last_token_at = 0.0
+
+    @property
+    def entered(self) -> bool:
+        """Whether the request has entered the context."""
+        return self._entered_at > 0
 
     def enter(self, began: float) -> None:
         """Record that the prefix of its prompt is restored.
@@ -37,7 +43,8 @@ class RequestClock:
             metrics.between_tokens.observe(now - self.last_token_at)
         else:
             self._first_token_at = now
-            metrics.first_token.observe(now - self._submitted)
+            if not self._has_reply:
+                metrics.first_token.observe(now - self._submitted)
         self.last_token_at = now
 
     def timings(self, prefill_tokens: int, decode_tokens: int) -> Timings:

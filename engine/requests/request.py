@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from erllama.engine.sampling.options import SamplingOptions
 from erllama.engine.sampling.sampler import SamplingState, TokenLogprobs
 from erllama.engine.speculation import Drafter, Drafts
 from erllama.errors import OptionError
+
+if TYPE_CHECKING:
+    from erllama.engine.requests.progress import ReplyProgress  # which imports this module
 
 FinishReason = Literal["stop", "length", "context_full", "cancelled", "tool_calls"]
 HitKind = Literal["cold", "partial", "exact"]
@@ -161,11 +164,14 @@ class Request:
         options: its options.
         n_scored: how many of the prompt's last tokens to score; less than n. With max_tokens=0 and logprobs: the
             completion's log-probabilities are those of these tokens.
+        resumed: how far the reply came in another process, which this request continues; None for a new one. A
+            request that scores its prompt has no reply and starts again.
     """
 
     prompt: NDArray[np.int32]
     options: RequestOptions
     n_scored: int = 0
+    resumed: ReplyProgress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +205,8 @@ class CacheDelta(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Timings:
     """Where a request's time went, in seconds, and the tokens computed in it.
+
+    If the process of the model was replaced meanwhile, only the time and the tokens since then count.
 
     Attributes:
         queued: waiting for the model.
@@ -251,6 +259,7 @@ class Completion:
         raw_tool_calls: each call as the model wrote it, from its opening marker to its closing one, special tokens
             spelled out; if the phases are separated.
         tool_call_places: for each of these, the number of characters of `text` before it.
+        restarts: how many times the process of the model was replaced during the request.
     """
 
     text: str
@@ -271,6 +280,7 @@ class Completion:
     drafts: Drafts | None = None
     raw_tool_calls: tuple[bytes, ...] = ()
     tool_call_places: tuple[int, ...] = ()
+    restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

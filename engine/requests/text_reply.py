@@ -8,11 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from erllama.engine.backend import Vocabulary
-from erllama.engine.output.text import TextDecoder, TokenDecoder
+from erllama.engine.output.text import TextDecoder, TokenDecoder, unfinished
 from erllama.engine.requests.request import RequestOptions
 from erllama.engine.requests.ticket import TextTokens, Ticket
 from erllama.engine.sampling.sampler import TokenLogprobs
+
+_MAX_BEGUN_TOKENS = 4  # at the prompt's end, of one character: it has as many bytes
+
+
+def partial_character(prompt: NDArray[np.int32], vocabulary: Vocabulary) -> bytes:
+    """Return the bytes of the character that a prompt, int32, shape (n,), ends within; empty if there is none."""
+    return unfinished(map(vocabulary.piece, prompt[-_MAX_BEGUN_TOKENS:].tolist()[::-1]))
+
+
+def decode_pieces(ticket: Ticket, vocabulary: Vocabulary) -> None:
+    """Make a ticket decode the tokens of a reply that is all text, from where its request begins or resumes.
+
+    Whoever fills the ticket calls this before its first piece: `TextReply` in the process of the model, and a
+    parent process in its own. When a request resumes in another process, the parent's ticket keeps its decoder.
+    """
+    request = ticket.request
+    decoder = TokenDecoder(vocabulary, partial_character(request.prompt, vocabulary))
+    if request.resumed is not None:
+        for token in request.resumed.tokens:
+            decoder.feed(token)
+    ticket.decode_with(decoder)
 
 
 class TextReply:
@@ -21,7 +45,6 @@ class TextReply:
     Args:
         ticket: receives the tokens.
         vocabulary: of the model.
-        partial: the bytes of a character that the prompt ends within. The reply's text has the whole character.
 
     Attributes:
         text: the whole reply, after `finish`.
@@ -36,12 +59,13 @@ class TextReply:
     calls: Sequence[bytes] = ()
     places: Sequence[int] = ()
 
-    def __init__(self, ticket: Ticket, vocabulary: Vocabulary, partial: bytes) -> None:
-        self._ticket, self._vocabulary, self._partial = ticket, vocabulary, partial
+    def __init__(self, ticket: Ticket, vocabulary: Vocabulary) -> None:
+        self._ticket, self._vocabulary = ticket, vocabulary
+        self._partial = partial_character(ticket.request.prompt, vocabulary)
         self.logprobs: list[TokenLogprobs] = []
         self.text = ""
         if ticket.streaming:
-            ticket.decode_with(TokenDecoder(vocabulary, partial))
+            decode_pieces(ticket, vocabulary)
 
     @staticmethod
     def suits(options: RequestOptions) -> bool:
@@ -61,7 +85,8 @@ class TextReply:
 
     def finish(self, tokens: Sequence[int]) -> None:
         """End the reply, which consists of `tokens`. Sends U+FFFD for a character that never ended."""
-        decoder = TextDecoder(self._partial if tokens else b"")  # a reply without tokens completes no character
+        # The text has the whole character that the prompt ends within. A reply without tokens completes none.
+        decoder = TextDecoder(self._partial if tokens else b"")
         text = decoder.feed(b"".join(map(self._vocabulary.piece, tokens)))
         rest = decoder.finish() if tokens else ""
         self.text = text + rest

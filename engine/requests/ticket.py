@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Literal, NamedTuple, Protocol
 
 from erllama.engine.output.text import TokenDecoder
+from erllama.engine.requests.progress import ProgressSource
 from erllama.engine.requests.request import (
     Completion,
     Done,
@@ -141,6 +142,8 @@ class Ticket:
         cancelled: whether an early end was requested.
         deadline: when the request fails, on the clock of time.perf_counter; None for never.
         model: what runs the request; the ticket keeps it alive.
+        source: the reply while it is in progress, for the model thread alone; None before the request is submitted,
+            and after its end.
     """
 
     def __init__(self, request: Request, streaming: bool) -> None:
@@ -161,6 +164,7 @@ class Ticket:
         self._end_read = False
         self.cancelled = False
         self.model: object = None
+        self.source: ProgressSource | None = None
         self._listener: Listener | None = None
         self._group: TicketGroup | None = None
 
@@ -208,6 +212,30 @@ class Ticket:
             self._backlog.add(self._emitted)
             self._emitted = []
         self._send()
+
+    def take_pieces(self) -> list[Piece]:
+        """Remove and return all pieces that are not read, for a reader that sends them to another process.
+
+        Called by the model thread, between two ticks, as `source.progress` is: the pieces are those of the tokens
+        up to that progress. Another ticket's `emit` and `send_token` accept them. The end of the request remains
+        for the other readers. `result` and `outcome` return it.
+        """
+        pieces: list[Piece] = []
+        while not self._unread.empty():
+            piece = self._unread.get_nowait()
+            if piece is None:  # the last item
+                self._unread.put(None)
+                return pieces
+            pieces.append(piece)
+        if self._backlog:
+            pieces += self._backlog.take()
+        pieces += self._emitted
+        self._emitted = []
+        return pieces
+
+    def drop_emitted(self) -> None:
+        """Drop the pieces that were emitted and not sent: the readers have them from another process."""
+        self._emitted = []
 
     def _send(self) -> None:
         pieces, self._emitted = self._emitted, []

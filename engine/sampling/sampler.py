@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from erllama.engine.backend import Vocabulary
 from erllama.engine.sampling.candidates import Candidates, mask_logits, top_k
-from erllama.engine.sampling.declaration import OrderedRowsStep, Step, StepContext
+from erllama.engine.sampling.declaration import OrderedRowsStep, Step, StepContext, WholeRowsStep
 from erllama.engine.sampling.draws import Categorical, Draw, Greedy, Mirostat
 from erllama.engine.sampling.options import SamplingOptions
 from erllama.engine.sampling.rows import RowPlan
@@ -199,6 +199,9 @@ class Sampler:
         self.steps, self._draw, self._ids = tuple(steps), draw, ids
         self.row_plan = RowPlan.of(self.steps, draw, len(ids))
         self._is_argmax = not steps and isinstance(draw, Greedy)
+        # Any other chain takes no numbers from the generator, so its state never changes.
+        self._draws = not isinstance(draw, Greedy) or not all(isinstance(step, WholeRowsStep) for step in steps)
+        self._constant_state: SamplingState | None = None
         self._first_k = steps[0].k if steps and isinstance(steps[0], TopK) else 0
         if state is not None:
             seed = state.seed
@@ -252,6 +255,13 @@ class Sampler:
     @property
     def state(self) -> SamplingState:
         """The state from which another sampler continues."""
+        if self._draws:
+            return self._read_state()
+        if self._constant_state is None:
+            self._constant_state = self._read_state()
+        return self._constant_state
+
+    def _read_state(self) -> SamplingState:
         generator = self._generator.state
         inner = cast("Mapping[str, int]", generator["state"])
         position = (inner["state"], inner["inc"], int(generator["has_uint32"]), int(generator["uinteger"]))

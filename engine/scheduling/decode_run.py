@@ -52,6 +52,8 @@ class DecodeRun:
     ) -> None:
         self.sequences = tuple(sequences)
         self.batch, _ = batches.build([Part(s, s.n_computed, s.n_tokens) for s in sequences])
+        for sequence in sequences:
+            sequence.run = self
         self.n_ticks = 0
         self._max_ticks = max_ticks
         self._ending = ending
@@ -102,8 +104,9 @@ class DecodeRun:
     def end(self, cells: Cells) -> None:
         """Update the sequences and their cells."""
         n, self.n_ticks = self.n_ticks, 0
-        if n:
-            for sequence in self.sequences:
+        for sequence in self.sequences:
+            sequence.run = None
+            if n:
                 assert sequence.slot is not None
                 cells.extend(sequence.slot, n)
                 sequence.advance(n, self.last_token_at, self.alone)

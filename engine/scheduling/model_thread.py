@@ -20,7 +20,7 @@ from erllama._runtime.log import logger
 from erllama.cache import Cache, Policy
 from erllama.cache.uninterrupted import running as running_calls
 from erllama.cache.uninterrupted import uninterrupted
-from erllama.engine.adapters import AdapterBackend, LoadedAdapter
+from erllama.engine.adapters import AdapterBackend, AdapterSet, LoadedAdapter
 from erllama.engine.backend import Backend
 from erllama.engine.grammar.grammar import Grammar
 from erllama.engine.kv.sequence_kv import LIVE
@@ -31,7 +31,8 @@ from erllama.engine.scheduling.live_tier import LiveTier
 from erllama.engine.scheduling.model_context import ModelContext
 from erllama.engine.scheduling.scheduler import Phase, Scheduler
 from erllama.engine.scheduling.sequence import Sequence
-from erllama.engine.scheduling.thread_call import ThreadCall
+from erllama.engine.scheduling.thread_call import ThreadCall, UnawaitedCall
+from erllama.engine.scheduling.tick_clock import TickClock
 from erllama.errors import (
     AdapterLoadError,
     BackendError,
@@ -93,7 +94,7 @@ class ModelThread:
         self._wakeups: SimpleQueue[None] = SimpleQueue()
         self._queue: deque[Sequence] = deque()
         self._sessions: dict[tuple[bytes, str], Sequence] = {}  # by tenant and session_id
-        self._calls: deque[ThreadCall] = deque()
+        self._calls: deque[ThreadCall | UnawaitedCall] = deque()
         self._failure: BackendError | None = None  # why the model cannot continue
         self._saved_at_stop = False
         self._process = os.getpid()
@@ -162,6 +163,11 @@ class ModelThread:
         return self._context.prefix_cache.weights.problem
 
     @property
+    def tick_clock(self) -> TickClock:
+        """Measures the ticks: how long the current one has taken, and how long its decode should take."""
+        return self._scheduler.clock
+
+    @property
     def is_ours(self) -> bool:
         """Whether the thread runs in this process. It does not in a process forked from it."""
         return self._process == os.getpid()
@@ -196,10 +202,15 @@ class ModelThread:
         """Check as `check` does; a model without weights has another runner, which raises VocabularyOnly here."""
         self.check()
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: Ticket, adapters: AdapterSet | None = None) -> None:
         """Queue a request.
 
+        Args:
+            adapters: the set of adapters that the request uses; None for the one in effect.
+
         Raises:
+            OptionError: an option does not fit the model, or the request cannot resume at its `resumed`.
+            AdapterUnloaded: an adapter of `adapters` is unloaded, and no request uses it.
             ModelUnloaded: the model was unloaded.
             QueueFull: `max_pending` requests wait.
             SessionBusy: a request of its session runs or waits.
@@ -208,7 +219,7 @@ class ModelThread:
         self.check_caller()
         sequence = None
         try:
-            sequence = Sequence(ticket, self._context, self.adapters.acquire(ticket))
+            sequence = Sequence(ticket, self._context, self.adapters.acquire(ticket, adapters))
             self._enqueue(sequence)
         except BaseException:
             # Ctrl-C may interrupt before or after it is queued. Once it is queued, the model thread ends it.
@@ -216,6 +227,7 @@ class ModelThread:
                 queued = sequence is not None and (sequence in self._queue or sequence.dequeued)
                 self._notify()
             if not queued:
+                ticket.source = None
                 self.adapters.release(ticket)
                 if sequence is not None:
                     self._leave_session(sequence)
@@ -378,6 +390,21 @@ class ModelThread:
             self._notify()
         call.wait()
 
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Call a function in the model thread, between two ticks. Does not wait for it. Errors are logged.
+
+        Safe from any thread, this one included. The function must be quick, like `Waker.wake`. It is not called if
+        the model is unloaded before.
+
+        Raises:
+            ModelUnloaded: the model was unloaded.
+        """
+        self.check()
+        with self._lock:
+            self.check()
+            self._calls.append(UnawaitedCall(function))
+            self._notify()
+
     # --- the model thread
 
     def _run(self) -> None:
@@ -387,15 +414,21 @@ class ModelThread:
             while not self._stopping:
                 scheduler.tickets.wake()
                 self._wait_for_work(progress)
-                while self._calls:  # a call may arrive at any time, even now
-                    scheduler.end_run()
-                    self._calls.popleft().run()
+                for _ in range(len(self._calls)):  # more may arrive meanwhile, from these calls, too
+                    call = self._calls.popleft()
+                    if isinstance(call, ThreadCall):
+                        scheduler.end_run()
+                    call.run()
                 if self.adapters.unused:
                     self.adapters.free_unused()
                 while self._queue:
                     self._queue[0].dequeued = True  # before it is removed: `submit` checks the queue first
                     scheduler.add(self._queue.popleft())
-                progress = self._tick() if not self._stopping and scheduler.busy else True
+                progress = True
+                if not self._stopping and scheduler.busy:
+                    scheduler.clock.begin()
+                    progress = self._tick()
+                    scheduler.clock.end()
         finally:
             with self._lock:
                 self._stopping = True
@@ -467,6 +500,7 @@ class ModelThread:
             return True
 
     def _on_end(self, sequence: Sequence) -> None:
+        sequence.ticket.source = None
         self.adapters.release(sequence.ticket)
         self._leave_session(sequence)
 

@@ -34,6 +34,7 @@ from erllama.engine.scheduling.model_context import ModelContext
 from erllama.engine.scheduling.prefix_sharing import PrefixSharing
 from erllama.engine.scheduling.sequence import Sequence
 from erllama.engine.scheduling.slots import NO_SOURCE, PrefixSource, Slots
+from erllama.engine.scheduling.tick_clock import TickClock
 from erllama.errors import BackendError, CellsExhausted, DeadlineExceeded, Error
 
 log = logger("erllama.engine")
@@ -58,6 +59,7 @@ class Scheduler:
         running: admitted requests, in the order of admission.
         slots: the context's slots and cells.
         tickets: of these requests. After each tick, the caller wakes their readers.
+        clock: measures the ticks; the caller begins and ends each.
         metrics: counts since the model was loaded.
         last_hit: how much of the last prompt was reused.
     """
@@ -92,6 +94,7 @@ class Scheduler:
         self._deadline = math.inf  # the earliest deadline of a request, or an earlier time
         self._waits_for_end = False  # whether no waiting request can be admitted before a running one ends
         self._in_flight: SequenceOf[Sequence] = ()  # of a decode that has not returned, or was aborted
+        self.clock = TickClock()
         self.metrics = EngineMetrics()
         self._results = DecodeResults(context.backend, self.slots, self.metrics)
         self.last_hit: CacheHit | None = None
@@ -116,6 +119,8 @@ class Scheduler:
         sequence.ticket.join(self.tickets)
         if sequence.ticket.deadline is not None:
             self._deadline = min(self._deadline, sequence.ticket.deadline)
+        if sequence.finish_reason is not None:  # it was resumed after the end of its reply
+            self._deadline = -math.inf  # the next tick ends it
 
     def tick(self) -> bool:
         """Admit requests, decode once, and pass on the results.
@@ -200,15 +205,16 @@ class Scheduler:
     # --- admission
 
     def _end_cancelled_and_late(self) -> None:
-        """End the requests that were cancelled, or exceeded their deadline."""
+        """End the requests that were cancelled, exceeded their deadline, or were resumed after their end."""
         self.tickets.cancelled = False  # before the tickets are checked: they may be cancelled meanwhile
         self._deadline = -math.inf  # if the backend fails here, the next tick checks the others
         earliest = math.inf
         now = time.perf_counter()
         for sequence in [*self.running, *self.waiting]:
             ticket = sequence.ticket
-            if ticket.cancelled:
+            if ticket.cancelled and sequence.finish_reason is None:
                 sequence.finish_reason = "cancelled"
+            if sequence.finish_reason is not None:
                 self._finish(sequence)
             elif ticket.deadline is not None and now >= ticket.deadline:
                 timeout = ticket.request.options.timeout
@@ -367,7 +373,10 @@ class Scheduler:
             self._threads.fixed = sequences[0].options.reproducible
         try:
             self._context.adapters.use(sequences[0].adapters)
+            n_rows = self.clock.rows = len(batch.tokens)
+            began = time.monotonic()
             logits = self._backend.decode(batch)
+            self.clock.record(n_rows, time.monotonic() - began)
             if logits.shape != (n_output, self._limits.n_vocab):
                 raise BackendError(f"the backend returned logits of shape {logits.shape}")
         except CellsExhausted as error:
@@ -517,7 +526,9 @@ class Scheduler:
     def warm_up(self) -> None:
         """Decode one arbitrary token and clear it, in this thread: the backend allocates threads and memory."""
         zero = np.zeros(1, np.int32)
+        began = time.monotonic()
         self._backend.decode(Batch(zero, zero, zero, np.ones(1, np.int8)))
+        self.clock.record(1, time.monotonic() - began)
         self._backend.clear()
 
     def evict(self) -> None:

@@ -2,14 +2,14 @@
 
 The caller's thread makes a `Sequence`; after that the model thread alone uses it. It may enter the context several
 times: when it is preempted, its KV is saved, and it waits and is restored. It keeps its sampler, its text and its
-stop strings, so the reply is the same.
+stop strings, so the reply is the same. A request that continues the reply of another process replays its tokens.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,20 +17,21 @@ from numpy.typing import NDArray
 from erllama._runtime.log import logger
 from erllama.cache import SaveReason
 from erllama.engine.adapters import AdapterSet
-from erllama.engine.kv.sequence_kv import NO_TOKENS, SequenceKV
+from erllama.engine.kv.sequence_kv import NO_TOKENS, SequenceKV, TokenRange
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.output.constraint import PhasedMatcher
-from erllama.engine.output.text import unfinished
 from erllama.engine.output.thinking_budget import ThinkingBudget
 from erllama.engine.requests.clock import RequestClock
+from erllama.engine.requests.progress import ReplyProgress
 from erllama.engine.requests.reply import Reply
 from erllama.engine.requests.request import CacheDelta, CacheHit, Completion, FinishReason
-from erllama.engine.requests.text_reply import TextReply
+from erllama.engine.requests.text_reply import TextReply, partial_character
 from erllama.engine.requests.ticket import Ticket
 from erllama.engine.sampling.options import SamplingOptions
 from erllama.engine.sampling.sampler import Sampler, log_probabilities
 from erllama.engine.scheduling.model_context import ModelContext
 from erllama.engine.speculation import DecodeCosts, Drafts, Speculator
+from erllama.errors import OptionError
 
 log = logger("erllama.engine")
 
@@ -39,6 +40,16 @@ log = logger("erllama.engine")
 HEADROOM = 64
 # Rows of logits of one request in a decode, while its prompt is scored: each is as wide as the vocabulary.
 _MAX_ROWS = 64
+
+
+class Run(Protocol):
+    """Consecutive ticks whose tokens are in the buffers already, and not counted in the sequences' `n_tokens`.
+
+    Attributes:
+        n_ticks: how many: each has one token of each sequence.
+    """
+
+    n_ticks: int
 
 
 class SamplingInputs(NamedTuple):
@@ -77,6 +88,7 @@ class Sequence:
         sampler: samples its tokens.
         clock: when its phases began.
         finish_reason: None until the reply ends.
+        run: the run that the sequence is part of; None outside of runs.
     """
 
     def __init__(self, ticket: Ticket, context: ModelContext, adapters: AdapterSet = ()) -> None:
@@ -93,6 +105,9 @@ class Sequence:
         self.n_prompt = len(prompt)
         room = self._n_ctx - len(prompt) + 1  # the last token sampled needs no cell
         n_reply = room if options.max_tokens is None else min(options.max_tokens, room)
+        resumed = ticket.request.resumed
+        if resumed is not None:
+            resumed.check(options, self._vocabulary.n_tokens, n_reply)
         # The length that this request can reach at most.
         self.buffer = np.empty(len(prompt) + n_reply, np.int32)
         self.buffer[: len(prompt)] = prompt
@@ -108,28 +123,40 @@ class Sequence:
         self.n_at_exhaustion = 0
         self.dequeued = False
         self.finish_reason: FinishReason | None = None
+        self.run: Run | None = None
         self._kv: SequenceKV | None = None
         self._next_save_at = 0.0  # tokens computed when the next block is due
         self._finish_key: bytes | None = None  # of its context when it last left
-        self.sampler = context.samplers.make(options.sampling, options.sampling_state)
+        sampling_state = options.sampling_state if resumed is None else resumed.sampling_state
+        self.sampler = context.samplers.make(options.sampling, sampling_state)
         self._tracker = context.tracker(options, prompt)
         self._grammar = context.grammar(options, self._tracker)
         self._budget = self._make_thinking_budget()
-        partial = unfinished(map(self._vocabulary.piece, prompt[-4:].tolist()[::-1]))
         self._reply: Reply | TextReply = (
-            TextReply(ticket, self._vocabulary, partial)
-            if self.is_plain
-            else Reply(ticket, options, self._vocabulary, context.codec, self._tracker, partial)
+            TextReply(ticket, self._vocabulary) if self.is_plain else self._make_reply(prompt)
         )
         self._stop_tokens = context.stop_tokens(options)
         self._stop_token: int | None = None
+        self._end_token: int | None = None  # that ended the reply, and is not part of it
         self._queued_tokens: deque[int] = deque()  # appended next, in place of sampled tokens
         self._speculator = self._make_speculator(prompt)
         self._n_scored = ticket.request.n_scored
         self._n_prefilled = 0
-        self._stored = NO_TOKENS  # the positions that were saved for it and were not in the cache before
-        self._hit: CacheHit | None = None
-        self.clock = RequestClock(ticket.submitted)
+        # The positions that were saved for it and were not in the cache before.
+        self._stored = TokenRange(*resumed.stored) if resumed is not None and resumed.stored[1] else NO_TOKENS
+        self._hit = None if resumed is None else resumed.hit
+        self._n_replayed = 0 if resumed is None else len(resumed.tokens)
+        self.clock = RequestClock(ticket.submitted, has_reply=self._n_replayed > 0)
+        if resumed is not None:
+            try:
+                self._replay(resumed)
+            finally:
+                ticket.drop_emitted()
+        ticket.source = self
+
+    def _make_reply(self, prompt: NDArray[np.int32]) -> Reply:
+        partial = partial_character(prompt, self._vocabulary)
+        return Reply(self.ticket, self.options, self._vocabulary, self._context.codec, self._tracker, partial)
 
     def _make_thinking_budget(self) -> ThinkingBudget | None:
         phases = self.options.phases
@@ -142,6 +169,25 @@ class Sequence:
         if make is None or not limits.can_trim:
             return None
         return Speculator(make(prompt), self.options.speculative_tokens, limits.n_vocab)
+
+    def _replay(self, progress: ReplyProgress) -> None:
+        """Bring the reply to the state that it had in another process. Its pieces are not sent again.
+
+        Raises:
+            OptionError: the tokens are not those of a reply to this request.
+        """
+        for i, token in enumerate(progress.tokens):
+            if self.finish_reason is not None:
+                raise OptionError(f"resumed: the reply ends with token {i} of {self._n_replayed}")
+            self._reply.logprobs.extend(progress.logprobs[i : i + 1])
+            self._append(token)
+        if progress.tokens and self.finish_reason is None and self._grammar is not None and self._grammar.stopped:
+            self.finish_reason = "stop"
+        if self._budget is not None:
+            self._budget.inserted = progress.thinking_ended
+        self._queued_tokens.extend(progress.queued)
+        if self.finish_reason is None and progress.queued and self._vocabulary.is_eog[progress.queued[0]]:
+            self._stop_at(self._queued_tokens.popleft())
 
     # --- state
 
@@ -202,9 +248,10 @@ class Sequence:
         self.slot, self._kv, self.n_computed = slot, kv, hit.tokens
         self._next_save_at = kv.next_save_at
         self.leader = None
-        if self._hit is None:
-            self._hit = hit
+        if not self.clock.entered:
             self.clock.enter(began)
+            if self._hit is None:
+                self._hit = hit
 
     def leave_context(self) -> None:
         """Leave the context. The caller releases the slot."""
@@ -320,7 +367,7 @@ class Sequence:
 
         The decode after them ends the reply, or makes a block due. 0 for a sequence that is not plain.
         """
-        if not self.is_plain or self.slot is None or self.prefilling or self.finish_reason is not None:
+        if not self.is_plain or self.slot is None or self.prefilling or self.finish_reason or self._queued_tokens:
             return 0
         before_save = self._next_save_at - self.n_computed
         return int(min(self.n_remaining, before_save)) - 1
@@ -395,6 +442,7 @@ class Sequence:
         token = self._queued_tokens.popleft() if sampled is None else self._replace_thinking_end(sampled)
         self.clock.add_token(now, metrics)
         if self._vocabulary.is_eog[token]:
+            self._end_token = token
             self._stop_at(token)
             return
         if self.options.logprobs is not None:
@@ -479,6 +527,23 @@ class Sequence:
             self._queued_tokens.extend(self._grammar.thinking_end(token, ends_reply=ends_reply))
         return self._queued_tokens.popleft() if self._queued_tokens else token
 
+    # --- resuming in another process
+
+    def progress(self, n_known: int) -> ReplyProgress:
+        """Return how far the reply has come, as `ProgressSource` does. Right also during a run."""
+        n_tokens = self.n_tokens if self.run is None else self.n_tokens + self.run.n_ticks
+        has_logprobs = self.options.logprobs is not None and not self._n_scored
+        stored = self._stored if self._kv is None else self._stored.union(self._kv.stored)
+        return ReplyProgress(
+            tuple(self.buffer[self.n_prompt + n_known : n_tokens].tolist()),
+            tuple(self._reply.logprobs[n_known:]) if has_logprobs else (),
+            self.sampler.state,
+            tuple(self._queued_tokens) if self._end_token is None else (self._end_token,),
+            self._hit,
+            self._budget is not None and self._budget.inserted,
+            (stored.start, stored.end) if stored.end else (0, 0),
+        )
+
     # --- the result
 
     def completion(self) -> Completion:
@@ -491,6 +556,7 @@ class Sequence:
         if reply.stop_sequence is not None:
             self.finish_reason = "stop"
         assert self.finish_reason is not None
+        n_sampled = self.n_tokens - self.n_prompt - self._n_replayed
         return Completion(
             text=reply.text,
             tokens=tokens[self.n_prompt :],
@@ -500,7 +566,7 @@ class Sequence:
             cache=self._hit or CacheHit("cold", None, 0),
             seed=self.sampler.seed,
             sampling_state=self.sampler.state,
-            timings=self.clock.timings(self._n_prefilled, max(self.n_tokens - self.n_prompt - 1, 0)),
+            timings=self.clock.timings(self._n_prefilled, max(n_sampled - 1, 0)),
             stop_sequence=reply.stop_sequence,
             stop_token=self._stop_token if reply.at_stop_token else None,
             logprobs=tuple(reply.logprobs) if self.options.logprobs is not None else None,

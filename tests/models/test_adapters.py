@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama import llama_ffi
-from erllama.engine import Batch
+from erllama.engine import Batch, ModelThread, Request, RequestOptions, SamplingOptions, Ticket
+from erllama.engine.adapters import Adapters
+from erllama.engine.adapters import adapter_set as engine_adapter_set
 from support.adapters import (
     PROMPT,
     AdaptedStub,
@@ -241,6 +243,55 @@ def test_a_refused_request_releases_its_adapters(stub_adapters: list[Path]) -> N
                 stream.result()
             wait_until(lambda: not backend.loaded)
     assert backend.violations == []
+
+
+def test_a_request_may_use_another_set_than_the_one_in_effect(stub_adapters: list[Path]) -> None:
+    """As a request that continues after its adapter was unloaded. The adapter is not freed before its end."""
+    backend = AdaptedStub(n_ctx=2048)
+    options = RequestOptions(max_tokens=6, sampling=SamplingOptions(temperature=0.0))
+    with erllama.Cache() as cache, erllama.load_backend(backend, cache=cache, n_seq_max=2) as model:
+        thread = model._runner
+        assert isinstance(thread, ModelThread)
+        first, second = (model.load_adapter(path) for path in stub_adapters[:2])
+        loaded = {adapter.path: adapter for adapter in thread.adapters.loaded}
+        tickets = []
+
+        def ask(scales: dict[Path, float]) -> None:
+            ticket = Ticket(Request(np.array(PROMPT, np.int32), options), streaming=False)
+            thread.submit(ticket, engine_adapter_set((loaded[path], scale) for path, scale in scales.items()))
+            tickets.append((ticket, adapter_set(scales)))
+
+        backend.gate.clear()
+        ask({stub_adapters[0]: 0.5})
+        first.unload()
+        ask({stub_adapters[1]: 3.0, stub_adapters[0]: 2.0})
+        second.unload()
+        ask({})
+        ask({stub_adapters[1]: 0.0, stub_adapters[0]: -1.0})
+        backend.gate.set()
+        for ticket, adapters in tickets:
+            assert ticket.result().tokens == cold_stub(tuple(PROMPT), adapters, 6)
+        wait_until(lambda: not backend.loaded)
+        with pytest.raises(erllama.AdapterUnloaded, match="load it again"):
+            ask({stub_adapters[0]: 1.0})
+    assert backend.violations == []
+
+
+def test_an_adapter_that_is_about_to_be_freed_can_still_be_used(stub_adapters: list[Path]) -> None:
+    backend = AdaptedStub()
+    adapters = Adapters(backend)
+    adapter = adapters.attach(backend.load_adapter(stub_adapters[0]), stub_adapters[0], "digest", 1.0)
+    adapters.detach(adapter)
+    assert adapters.unused
+    chosen = engine_adapter_set([(adapter, 2.0)])
+    assert adapters.acquire("request", chosen) == chosen
+    adapters.free_unused()
+    assert len(backend.loaded) == 1
+    adapters.release("request")
+    adapters.free_unused()
+    assert backend.loaded == []
+    with pytest.raises(erllama.AdapterUnloaded):
+        adapters.acquire("request", chosen)
 
 
 def test_unloading_the_model_frees_its_adapters(tiny_gguf: Path, loras: list[Path]) -> None:
