@@ -28,6 +28,7 @@ MODULES = (
     "writing",
     "ticks",
     "streams",
+    "isolation",
     "startup",
     "sampling",
     "grammar",

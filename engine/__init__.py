@@ -24,6 +24,7 @@ from erllama.engine.embedding import Embedder, EmbeddingBackend, EmbeddingLimits
 from erllama.engine.grammar.grammar import Grammar
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.output.phase_options import Markers, PhaseOptions
+from erllama.engine.requests.progress import ProgressSource, ReplyProgress
 from erllama.engine.requests.request import (
     CacheDelta,
     CacheHit,
@@ -79,7 +80,9 @@ __all__ = [
     "PackedBlock",
     "Phase",
     "PhaseOptions",
+    "ProgressSource",
     "RecoverableBackend",
+    "ReplyProgress",
     "Request",
     "RequestOptions",
     "Sampler",

@@ -26,6 +26,28 @@ _PAUSE = 32
 _LONGEST_PAUSE = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class ProposedTokens:
+    """Makes drafters that propose given tokens, while the reply equals their beginning.
+
+    Attributes:
+        tokens: the proposed reply.
+    """
+
+    tokens: tuple[int, ...]
+
+    def __call__(self, prompt: NDArray[np.int32]) -> Drafter:
+        """Return the drafter for a prompt."""
+        n_prompt, proposed = len(prompt), self.tokens
+
+        def draft(tokens: NDArray[np.int32], max_tokens: int) -> Sequence[int]:
+            reply = tuple(tokens[n_prompt:].tolist())
+            n = len(reply)
+            return proposed[n : n + max_tokens] if reply == proposed[:n] else ()
+
+        return draft
+
+
 class NgramDrafter:
     """Drafts the tokens that followed the last occurrence of the last few tokens: for replies that repeat text."""
 

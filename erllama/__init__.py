@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from erllama._model.requests.scoring import Score
     from erllama._model.requests.speculation import Verification
     from erllama._model.requests.streams import AsyncStream, Stream
+    from erllama._process.options import ProcessOptions
     from erllama.cache import Cache, MemoryUsage, Policy, Pressure, SaveReason
     from erllama.chat.results import ChatCompletion, Usage
     from erllama.chat.templates.template import render_chat_template
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
         LibraryNotBuilt,
         LoadCancelled,
         MissingPackage,
+        ModelFailed,
         ModelLoadError,
         ModelNotFound,
         ModelUnloaded,
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
         PromptError,
         PromptTooLong,
         QueueFull,
+        RequestCrashed,
         SamplingError,
         ServerLost,
         SessionBusy,
@@ -110,6 +113,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
     "erllama._model.requests.scoring": ("Score",),
     "erllama._model.requests.speculation": ("Verification",),
     "erllama._model.requests.streams": ("AsyncStream", "Stream"),
+    "erllama._process.options": ("ProcessOptions",),
     "erllama.cache": ("Cache", "MemoryUsage", "Policy", "Pressure", "SaveReason"),
     "erllama.chat.results": ("ChatCompletion", "Usage"),
     "erllama.chat.templates.template": ("render_chat_template",),
@@ -156,6 +160,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "LibraryNotBuilt",
         "LoadCancelled",
         "MissingPackage",
+        "ModelFailed",
         "ModelLoadError",
         "ModelNotFound",
         "ModelUnloaded",
@@ -163,6 +168,7 @@ _NAMES_BY_MODULE: dict[str, tuple[str, ...]] = {
         "PromptError",
         "PromptTooLong",
         "QueueFull",
+        "RequestCrashed",
         "SamplingError",
         "ServerLost",
         "SessionBusy",
@@ -215,6 +221,7 @@ __all__ = [
     "MemoryUsage",
     "MissingPackage",
     "Model",
+    "ModelFailed",
     "ModelInfo",
     "ModelLoadError",
     "ModelNotFound",
@@ -223,9 +230,11 @@ __all__ = [
     "OrderedRowsStep",
     "Policy",
     "Pressure",
+    "ProcessOptions",
     "PromptError",
     "PromptTooLong",
     "QueueFull",
+    "RequestCrashed",
     "SamplingError",
     "SamplingState",
     "SaveReason",

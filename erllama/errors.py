@@ -123,6 +123,14 @@ class CellsExhausted(BackendError):  # noqa: N818
     """The context has too few free cells for a batch. No part of the batch was computed."""
 
 
+class ModelFailed(Error):  # noqa: N818
+    """The process of the model ended too often and is not started again. Unload the model, and load it again."""
+
+
+class RequestCrashed(Error):  # noqa: N818
+    """The request was running when the model's process ended, twice in a row. It is not sent again."""
+
+
 class QueueFull(Error):  # noqa: N818
     """The model's queue holds `max_pending` waiting requests. Retry later."""
 

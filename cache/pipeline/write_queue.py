@@ -197,7 +197,11 @@ class WriteQueue:
             pending = self._pop(key)
             if pending is None:
                 return False
-            self._n_bytes -= pending.payload.nbytes
+            current = self._current_save
+            if current is not None and current.payload is pending.payload and not self._current_bytes:
+                self._current_bytes = pending.payload.nbytes  # until it is written to the first tiers
+            else:
+                self._n_bytes -= pending.payload.nbytes
             self._end_flushes()
             self._condition.notify_all()
             return True

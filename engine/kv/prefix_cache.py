@@ -6,6 +6,7 @@ the cache were empty. Used by the scheduler, by `SequenceKV` and, for `namespace
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +15,25 @@ from numpy.typing import NDArray
 from erllama._runtime.log import logger
 from erllama.cache import Cache, Match, Policy, namespace_key
 from erllama.engine.adapters import AdapterSet, describe
-from erllama.engine.backend import Backend
+from erllama.engine.backend import Backend, NamespaceValue
 from erllama.engine.kv.prefill_slices import Slicing
 from erllama.engine.kv.weights_check import Weights
 
 log = logger("erllama.engine")
+
+
+def prompt_namespace(backend: Mapping[str, NamespaceValue], cache_salt: str | None, adapters: AdapterSet) -> bytes:
+    """Return the root key of the KV that a request may share: one per model, cache salt and adapter set.
+
+    Args:
+        backend: the namespace of the model's backend.
+    """
+    parts = dict(backend)
+    if cache_salt is not None:
+        parts["cache_salt"] = cache_salt
+    if adapters:
+        parts["adapters"] = describe(adapters)
+    return namespace_key(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +70,24 @@ class PrefixCache:
 
     def namespace(self, cache_salt: str | None, adapters: AdapterSet) -> bytes:
         """Return the root key of the KV that a request may share: one per model, cache salt and adapter set."""
-        parts = dict(self.backend.namespace)
-        if cache_salt is not None:
-            parts["cache_salt"] = cache_salt
-        if adapters:
-            parts["adapters"] = describe(adapters)
-        return namespace_key(parts)
+        return prompt_namespace(self.backend.namespace, cache_salt, adapters)
+
+    def cached_prefix(self, namespace: bytes, tokens: NDArray[np.int32]) -> int:
+        """Return how many tokens of a prompt are stored. KV that is only in the context does not count."""
+        if self.weights.problem:
+            return 0
+        with self.cache.lookup(
+            namespace, tokens[:-1], whole=not self.backend.limits.can_trim, loadable=True, count=False
+        ) as match:
+            return match.n_tokens
+
+    def stored_context(self, key: bytes, namespace: bytes) -> NDArray[np.int32] | None:
+        """Return the tokens of the stored context that ends with a block, int32, shape (n,); None if not stored."""
+        block = self.cache.stored(key)
+        if block is None or block.namespace != namespace:
+            return None
+        context = self.cache.context(key)
+        return None if context is None else context.astype(np.int32)
 
     def find(self, namespace: bytes, tokens: NDArray[np.int32], parent_key: bytes | None) -> Match | None:
         """Return the longest stored prefix of `tokens`, which the caller releases.

@@ -286,6 +286,11 @@ class Ticket:
         if self._group is not None:  # otherwise the model thread has not received it, and will check it
             self._group.cancelled = True
 
+    @property
+    def has_listener(self) -> bool:
+        """Whether a task of an event loop waits for the events."""
+        return self._listener is not None
+
     def listen(self, listener: Listener) -> None:
         """Announce to a listener when `poll` has an event. Called before the request is submitted."""
         self._listener = listener

@@ -16,6 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
+import numpy as np
+from numpy.typing import NDArray
+
 from erllama._runtime.log import logger
 from erllama.cache import Cache, Policy
 from erllama.cache.uninterrupted import running as running_calls
@@ -63,7 +66,10 @@ class ModelThread:
 
     Attributes:
         adapters: the model's adapters.
+        restarts: always 0: it runs in this process.
     """
+
+    restarts = 0
 
     def __init__(
         self,
@@ -173,6 +179,11 @@ class ModelThread:
         return self._process == os.getpid()
 
     @property
+    def pid(self) -> int:
+        """Number of this process, which computes."""
+        return self._process
+
+    @property
     def stopped(self) -> bool:
         """Whether the model is unloaded, or being unloaded."""
         return self._stopping
@@ -180,6 +191,14 @@ class ModelThread:
     def namespace(self, cache_salt: str | None) -> bytes:
         """Return the root key of the KV that a request with this salt may share, if it is submitted now."""
         return self._context.prefix_cache.namespace(cache_salt, self.adapters.current)
+
+    def cached_prefix(self, namespace: bytes, tokens: NDArray[np.int32]) -> int:
+        """Return how many tokens of a prompt the cache has. Does not wait for the model."""
+        return self._context.prefix_cache.cached_prefix(namespace, tokens)
+
+    def stored_context(self, key: bytes, namespace: bytes) -> NDArray[np.int32] | None:
+        """Return the tokens of the stored context that ends with a block, int32, shape (n,); None if not stored."""
+        return self._context.prefix_cache.stored_context(key, namespace)
 
     # --- requests
 

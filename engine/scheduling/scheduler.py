@@ -300,7 +300,7 @@ class Scheduler:
             self.metrics.prompt_tokens += sequence.n_prompt
             self.metrics.shared_tokens += n_shared
             self.metrics.cached_tokens += hit.tokens - n_shared
-        sequence.enter_context(slot, kv, hit, began)
+        sequence.enter_context(slot, kv, hit, n_stored, began)
         slots.trim_parked()
 
     # --- the batch

@@ -239,10 +239,11 @@ class Sequence:
 
     # --- in and out of the context
 
-    def enter_context(self, slot: int, kv: SequenceKV, hit: CacheHit, began: float) -> None:
+    def enter_context(self, slot: int, kv: SequenceKV, hit: CacheHit, n_stored: int, began: float) -> None:
         """Enter the context, with the first `hit.tokens` tokens restored or shared.
 
         Args:
+            n_stored: leading tokens that the cache had.
             began: when restoring began, on the clock of time.perf_counter.
         """
         self.slot, self._kv, self.n_computed = slot, kv, hit.tokens

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from erllama._model.fingerprint import content_digest
 from erllama._model.requests.prompts import PromptReader
 from erllama._model.runner import ModelRunner
 from erllama.cache import Cache
 from erllama.engine import Backend
 from erllama.engine.adapters import AdapterBackend, LoadedAdapter, check_scale
 from erllama.engine.backends.file_identity import file_identity
+from erllama.engine.backends.fingerprint import content_digest
 from erllama.errors import AdapterLoadError, ModelLoadError, OptionError, Unsupported
 
 

@@ -55,6 +55,7 @@ class ModelInfo(ModelFacts):
         phase, pending, queue_depth: as the attributes of `Model`.
         cache_problem: why the model neither saves KV to the cache nor takes KV from it: a file that it maps was
             changed. Empty while the cache is used.
+        pid: number of the process that computes: this one, or the model's own; 0 while that is being replaced.
 
     The other attributes are those of `ModelFacts`. They are empty or 0 if the backend does not report them.
     """
@@ -70,3 +71,4 @@ class ModelInfo(ModelFacts):
     pending: int
     queue_depth: int
     cache_problem: str = ""
+    pid: int = 0

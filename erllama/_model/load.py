@@ -15,18 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never, cast
 
 from erllama._model import registry as _registry
-from erllama._model.fingerprint import Fingerprint
 from erllama._model.model import Model
 from erllama._model.runner import ModelRunner
-from erllama._model.scheduling_options import SchedulingOptions
 from erllama._model.vocabulary_runner import VocabularyRunner
+from erllama._process.backend_factory import BackendFactory
+from erllama._process.launch import Launch
+from erllama._process.options import ProcessOptions
 from erllama.cache import Cache, Policy
-from erllama.checks import boolean, integer, reject_unknown, shown
+from erllama.checks import boolean, integer, reject_unknown
 from erllama.engine import Backend, ModelThread, RequestOptions
-from erllama.engine.backends.file_identity import identity
-from erllama.errors import ModelLoadError, OptionError
+from erllama.engine.backends.fingerprint import Fingerprint
+from erllama.engine.scheduling.options import SchedulingOptions
+from erllama.errors import OptionError
 
 if TYPE_CHECKING:
+    from erllama._process.remote_backend import RemoteBackend
+    from erllama._process.runner import ProcessRunner
     from erllama.engine.backends.llama_options import LlamaOptions
 
 _BACKEND_OPTIONS = (
@@ -38,8 +42,8 @@ _BACKEND_OPTIONS = (
     "prefill_chunk_size",
     "parked_cells",
     "max_pending",
+    "process",
 )
-_BACKEND_MEMBERS = sorted(name for name in vars(Backend) if not name.startswith("_"))
 # Additional sequences for parked requests, if an empty sequence takes no memory.
 _PARKED_SEQUENCES = 12
 
@@ -100,6 +104,7 @@ def load_model(
     own_fingerprint: str | bytes | None = None,
     warmup: bool = True,
     on_progress: Callable[[float], object] | None = None,
+    process: bool | Mapping[str, object] | ProcessOptions = False,
     **unknown: Never,
 ) -> Model:
     """Load a GGUF model.
@@ -163,6 +168,8 @@ def load_model(
             memory pages to be mapped.
         on_progress: called with the fraction done, 0.0 to 1.0. Returning False cancels the load. If the file must
             be read for its fingerprint, that is the first half.
+        process: run the model in a process of its own, which is replaced if it ends: replies continue, and this
+            process survives. True, an erllama.ProcessOptions, or a mapping of its options.
 
     Raises:
         ModelLoadError: the file cannot be loaded.
@@ -171,9 +178,11 @@ def load_model(
             devices or the file.
         AlreadyLoaded: the id is in use.
         ServerLost: an RPC server cannot be reached.
+        Unsupported: `process`, and this system cannot do that, or this is such a process.
         LibraryNotBuilt: the package was not built.
     """
     reject_unknown(unknown, _LOAD_DEFAULTS, "load_model")
+    supervision = ProcessOptions.of(process)
     file = _checked_path(path)
     llama_options: dict[str, Any] = {
         "n_ctx": n_ctx,
@@ -219,13 +228,18 @@ def load_model(
                 "fingerprint": fingerprint,
                 "own_fingerprint": own_fingerprint,
                 "warmup": warmup,
+                "process": process,
             }
         )
     cache = _checked_cache(cache)
     if vocab_only:
         return _load(partial(_vocabulary_model, file, options, on_progress, cache, cache_salt), id, cache_salt)
-    make = partial(_open_file, file, options, naming, cache, on_progress)
     scheduling = SchedulingOptions(n_running, prefill_chunk_size, parked_cells, max_pending)
+    if supervision is not None:
+        launch = Launch(supervision, cache, Policy.of(policy), scheduling, warmup)
+        make_remote = partial(launch.gguf_model, file, options, naming, on_progress)
+        return _load(partial(_remote_model, make_remote, cache, Policy.of(policy), cache_salt), id, cache_salt)
+    make = partial(_open_gguf, file, options, naming, cache, on_progress)
     return _load(
         partial(_running_model, make, cache, Policy.of(policy), cache_salt, scheduling),
         id,
@@ -277,41 +291,18 @@ def _refuse_weight_options(options: Mapping[str, object]) -> None:
             )
 
 
-def _open_file(
+def _open_gguf(
     file: Path, options: LlamaOptions, naming: Fingerprint, cache: Cache, on_progress: ProgressCallback | None
 ) -> Backend:
-    """Return the backend of a GGUF file; raise ModelLoadError if the file changes while it is loaded."""
-    from erllama.engine.backends.llama import LlamaBackend
-    from erllama.engine.backends.llama_file import check_file
+    # Imported here, because the cache and custom backends work without a built libllama.
+    from erllama.engine.backends.open_gguf import open_gguf
 
-    check_file(file)
-    progress = _Progress(on_progress)
-    before = identity(file)
-    fingerprint = naming.of(file, cache, progress.report_reading)
-    backend = LlamaBackend(file, options, fingerprint, progress.report_loading, before)
-    if identity(file) != before:
-        backend.close()
-        raise ModelLoadError(f"{file} was changed while it was loaded; load it again when it is complete")
-    return backend
-
-
-class _Progress:
-    """Reports one fraction for two steps: reading files for their fingerprint, if that is needed, and loading."""
-
-    def __init__(self, report: ProgressCallback | None) -> None:
-        self._report = report
-        self._done = 0.0
-
-    def report_reading(self, fraction: float) -> object:
-        self._done = 0.5
-        return self._report(fraction / 2) if self._report else None
-
-    def report_loading(self, fraction: float) -> object:
-        return self._report(self._done + (1 - self._done) * fraction) if self._report else None
+    return open_gguf(file, options, naming, cache, on_progress)
 
 
 def load_backend(
-    backend: Backend,
+    backend: Backend | str,
+    options: Mapping[str, object] | None = None,
     *,
     id: str | None = None,
     cache: Cache | None = None,
@@ -321,25 +312,48 @@ def load_backend(
     prefill_chunk_size: int | None = None,
     parked_cells: int | None = None,
     max_pending: int = 1024,
+    process: bool | Mapping[str, object] | ProcessOptions = False,
     **unknown: Never,
 ) -> Model:
     """Load a model on a custom backend. The backend is closed when the model is unloaded.
 
     Args:
-        backend: an object with the methods of `erllama.engine.Backend`.
+        backend: an object with the methods of `erllama.engine.Backend`; or "module:function", a function that
+            returns one.
+        options: keyword arguments of that function: numbers, texts, bools, None, and lists and mappings of them.
         id, cache, policy, cache_salt, prefill_chunk_size, parked_cells, max_pending: as for `load_model`.
         n_seq_max: maximum number of requests that run at once. None for 4, or the number of the backend's sequences
             if that is smaller.
+        process: run the backend in a process of its own, as for `load_model`. Needs "module:function".
     """
     reject_unknown(unknown, _BACKEND_OPTIONS, "load_backend")
-    missing = [name for name in _BACKEND_MEMBERS if not hasattr(backend, name)]
-    if missing:
-        raise OptionError(f"{shown(backend)} is not a backend: it lacks {', '.join(missing)}")
+    supervision = ProcessOptions.of(process)
+    factory = BackendFactory.of(backend, options)
     scheduling = SchedulingOptions(n_seq_max, prefill_chunk_size, parked_cells, max_pending)
-    make = partial(
-        _running_model, lambda: backend, _checked_cache(cache), Policy.of(policy), cache_salt, scheduling
-    )
-    return _load(make, id, cache_salt)
+    if supervision is None:
+        make = partial(
+            _running_model, factory.make, _checked_cache(cache), Policy.of(policy), cache_salt, scheduling
+        )
+        return _load(make, id, cache_salt)
+    launch = Launch(supervision, _checked_cache(cache), Policy.of(policy), scheduling, False)
+    make_remote = partial(launch.custom_model, factory)
+    return _load(partial(_remote_model, make_remote, launch.cache, launch.policy, cache_salt), id, cache_salt)
+
+
+def _remote_model(
+    make: Callable[[str], tuple[ProcessRunner, RemoteBackend]],
+    cache: Cache,
+    policy: Policy,
+    cache_salt: str | None,
+    id: str,
+) -> Model:
+    """Return a model that runs in a process of its own; end the process if that fails."""
+    runner, backend = make(id)
+    try:
+        return Model(backend, id, cache, policy, cache_salt, runner, backend.n_seq_max, _registry)
+    except BaseException:
+        runner.stop()
+        raise
 
 
 def _running_model(

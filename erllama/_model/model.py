@@ -91,7 +91,7 @@ class Model:
         # No collaborator refers to the model: a reference cycle would delay `__del__` until the garbage collector
         # runs.
         chats = Chats(backend, cache, runner.namespace)
-        self._prompts = PromptReader(backend, id, cache, runner, chats)
+        self._prompts = PromptReader(backend, id, runner, chats)
         self._requests = CompletionRequests(backend, id, runner, self._prompts, chats, cache_salt)
         self._chat_requests = ChatRequests(runner, self._prompts, self._requests, chats)
         self._embeddings = EmbeddingRequests(backend, id, runner, self._prompts)
@@ -602,6 +602,11 @@ class Model:
         return self._runner.metrics
 
     @property
+    def restarts(self) -> int:
+        """How many times the model's process was replaced; 0 for a model in this process."""
+        return self._runner.restarts
+
+    @property
     def info(self) -> ModelInfo:
         """Properties and current state of the model."""
         facts = getattr(self._backend, "facts", None) or ModelFacts()
@@ -618,6 +623,7 @@ class Model:
             pending=self.pending,
             queue_depth=self.queue_depth,
             cache_problem=self._runner.cache_problem,
+            pid=self._runner.pid,
         )
 
     @property
@@ -635,16 +641,7 @@ class Model:
         """
         reject_unknown(unknown, ("cache_salt",), "cached_prefix")
         ids = self._prompts.ids(prompt)
-        if self._runner.cache_problem:
-            return 0
-        with self.cache.lookup(
-            self._requests.namespace(cache_salt),
-            ids[:-1],
-            whole=not self._backend.limits.can_trim,
-            loadable=True,
-            count=False,
-        ) as match:
-            return match.n_tokens
+        return self._runner.cached_prefix(self._requests.namespace(cache_salt), ids)
 
     @property
     def _vocabulary(self) -> Vocabulary:

@@ -1,8 +1,9 @@
 """The protocol of an object that runs a model's requests.
 
-`Model` and its collaborators reach the engine through this protocol alone. Two classes implement it:
-`erllama.engine.ModelThread`, which runs requests in its own thread, and
-`erllama._model.vocabulary_runner.VocabularyRunner`, which refuses them.
+`Model` and its collaborators reach the engine through this protocol alone. Three classes implement it:
+`erllama.engine.ModelThread`, which runs requests in its own thread; `erllama._process.runner.ProcessRunner`, which
+runs them in a process of the model's own; and `erllama._model.vocabulary_runner.VocabularyRunner`, which refuses
+them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from erllama.engine import CacheHit, EngineMetrics, Grammar, Phase, Ticket
 from erllama.engine.adapters import Adapters, LoadedAdapter
@@ -61,12 +65,30 @@ class ModelRunner(Protocol):
         ...
 
     @property
+    def pid(self) -> int:
+        """Number of the process that computes; 0 while it is being replaced."""
+        ...
+
+    @property
+    def restarts(self) -> int:
+        """How many times the model's process was replaced; 0 for a model in this process."""
+        ...
+
+    @property
     def adapters(self) -> Adapters:
         """The model's adapters."""
         ...
 
     def namespace(self, cache_salt: str | None) -> bytes:
         """Return the root key of the cache entries that a request with this salt may use."""
+        ...
+
+    def cached_prefix(self, namespace: bytes, tokens: NDArray[np.int32]) -> int:
+        """Return how many tokens of a prompt, int32, shape (n,), the cache has. Does not wait for the model."""
+        ...
+
+    def stored_context(self, key: bytes, namespace: bytes) -> NDArray[np.int32] | None:
+        """Return the tokens of the stored context that ends with a block, int32, shape (n,); None if not stored."""
         ...
 
     # --- checks

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Never
 
+import numpy as np
+from numpy.typing import NDArray
+
 from erllama.cache import namespace_key
 from erllama.engine import Backend, CacheHit, EngineMetrics, Grammar, Phase, Ticket
 from erllama.engine.adapters import LoadedAdapter
@@ -24,6 +27,8 @@ class VocabularyRunner:
         backend: the opened file; closed by `stop`.
         id: the model's id, for error messages.
     """
+
+    restarts = 0
 
     def __init__(self, backend: Backend, id: str) -> None:
         self._backend, self._id = backend, id
@@ -62,6 +67,10 @@ class VocabularyRunner:
         return self._process == os.getpid()
 
     @property
+    def pid(self) -> int:
+        return self._process
+
+    @property
     def stopped(self) -> bool:
         return self._stopped
 
@@ -71,6 +80,12 @@ class VocabularyRunner:
 
     def namespace(self, cache_salt: str | None) -> bytes:
         return namespace_key({**self._backend.namespace, "cache_salt": cache_salt})
+
+    def cached_prefix(self, namespace: bytes, tokens: NDArray[np.int32]) -> Never:
+        self.check_computes()
+
+    def stored_context(self, key: bytes, namespace: bytes) -> Never:
+        self.check_computes()
 
     # --- checks
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from erllama._demo import crash as crash_demonstration
 from erllama._demo import demo as demonstration
 from erllama.cli.loading import existing_path
 from erllama.cli.options import model_or_demo
@@ -18,8 +19,11 @@ _PATH = click.Path(path_type=Path)
 @click.option("--model", "-m", type=_PATH, help="GGUF file. Default: erllama's demo model.")
 @click.option("--tokens", type=_TOKENS, default=600, metavar="N", help="Length of the system prompt, in tokens.")
 @click.option("--max-tokens", "-n", type=_TOKENS, default=200, metavar="N", help="Maximum length of a reply.")
-def demo(model: Path | None, tokens: int, max_tokens: int) -> int:
+@click.option("--crash", is_flag=True, help="Kill the model's process twice during a reply, which ends the same.")
+def demo(model: Path | None, tokens: int, max_tokens: int, crash: bool) -> int:
     """Compute a long prompt, and restore it in a new process."""
+    if crash:
+        return crash_demonstration.run(existing_path(model_or_demo(model)), max_tokens)
     return demonstration.run(existing_path(model_or_demo(model)), tokens, max_tokens)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 import erllama
-from erllama._model.fingerprint import Fingerprint
 from erllama._runtime.printing import echo
 from erllama.cli.console import format_size, print_fields, print_json, progress_bar
 from erllama.cli.loading import existing_path
 from erllama.cli.options import DIRECTORY, model_argument, model_or_demo
+from erllama.engine.backends.fingerprint import Fingerprint
 
 # ggml's names of tensor types. Files have their numbers, which libllama maps to the names.
 # fmt: off

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import json
+import os
 import re
 import unittest
 from collections.abc import Callable, Sequence
@@ -188,6 +189,23 @@ def test_the_speculation_page_runs_as_written(tmp_path: Path, monkeypatch: pytes
         names["draft"].unload()
         assert names["reply"].drafts.accepted > 0
         assert names["found"].accepted == 5
+
+
+def test_the_processes_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("erllama.cache.options.default_directory", lambda name: tmp_path / name)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_scripted(tmp_path / "model.gguf", {"a": "b"})
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "backend.py").write_text(
+        "from erllama.engine.backends.stub import StubBackend\nmake = StubBackend\n"
+    )
+    names: Names = {"erllama": erllama}
+    run("docs/processes.md", names)
+    models = [names["model"], names["custom"]]
+    assert len({os.getpid(), *(model.info.pid for model in models)}) == 3
+    for model in models:
+        model.unload()
 
 
 def test_the_sampling_page_names_every_option_and_its_default() -> None:

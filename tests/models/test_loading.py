@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama._model import fingerprint as _fingerprint
-from erllama._model.fingerprint import Fingerprint
 from erllama.engine import Batch
 from erllama.engine.backends import llama_options
+from erllama.engine.backends.fingerprint import Fingerprint
 from erllama.engine.backends.llama import LlamaBackend, _recipe
 from erllama.engine.backends.llama_options import LlamaOptions
 from erllama.llama_ffi import Device

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from erllama._model.requests.options import CompletionOptions, PrefillOptions, prefill_options, request_options
 from erllama._model.requests.prompts import PromptReader
 from erllama._model.requests.scoring import infill_prompt, with_continuation
-from erllama._model.requests.speculation import Verification, fixed_drafter
+from erllama._model.requests.speculation import Verification
 from erllama._model.requests.streams import TicketWaiter, wait_async
 from erllama._model.runner import ModelRunner
 from erllama._types import Prompt
 from erllama.chat.chats import Chats
 from erllama.engine import Backend, Completion, Request, RequestOptions, SamplingOptions, Ticket
 from erllama.engine.requests.request import MAX_SPECULATIVE
+from erllama.engine.speculation import ProposedTokens
 
 
 class CompletionRequests:
@@ -130,7 +131,7 @@ class CompletionRequests:
             max_tokens=len(proposed) + 1,
             sampling=SamplingOptions(temperature=0.0),
             cache_salt=self.cache_salt,
-            speculative=lambda prompt: fixed_drafter(proposed, len(prompt)),
+            speculative=ProposedTokens(tuple(proposed)),
             speculative_tokens=min(max(len(proposed), 1), MAX_SPECULATIVE),
         )
         reply = self.run(Ticket(Request(ids, options), streaming=False))

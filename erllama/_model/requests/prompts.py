@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama._model.runner import ModelRunner
-from erllama.cache import Cache
 from erllama.chat.chats import Chats
 from erllama.checks import shown
 from erllama.engine import Backend, RequestOptions
@@ -29,8 +28,8 @@ class PromptReader:
         chats: the model's chats, which remember the tokens of earlier conversations.
     """
 
-    def __init__(self, backend: Backend, id: str, cache: Cache, runner: ModelRunner, chats: Chats) -> None:
-        self._backend, self._id, self._cache = backend, id, cache
+    def __init__(self, backend: Backend, id: str, runner: ModelRunner, chats: Chats) -> None:
+        self._backend, self._id = backend, id
         self._runner, self._chats = runner, chats
 
     def check_generates(self) -> None:
@@ -111,8 +110,5 @@ class PromptReader:
         key = options.parent_key
         if key is None or options.reproducible:
             return None
-        block = self._cache.stored(key)
-        if block is None or block.namespace != self._runner.namespace(options.cache_salt):
-            return None
-        context = self._cache.context(key)
-        return None if context is None else self._chats.history.continue_context(context.astype(np.int32), text)
+        context = self._runner.stored_context(key, self._runner.namespace(options.cache_salt))
+        return None if context is None else self._chats.history.continue_context(context, text)

@@ -103,19 +103,3 @@ def _same_vocabulary(one: Vocabulary, other: Vocabulary) -> bool:
             and all(one.piece(token) == other.piece(token) for token in range(one.n_tokens))
         )
     return results[other]
-
-
-def fixed_drafter(candidates: Sequence[int], n_prompt: int) -> Drafter:
-    """Return a drafter that proposes the rest of `candidates` while the reply equals their beginning.
-
-    Args:
-        n_prompt: length of the prompt in tokens.
-    """
-    proposed = list(candidates)
-
-    def draft(tokens: NDArray[np.int32], max_tokens: int) -> Sequence[int]:
-        reply = tokens[n_prompt:].tolist()
-        n = len(reply)
-        return proposed[n : n + max_tokens] if reply == proposed[:n] else ()
-
-    return draft

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from erllama.checks import integer
-from erllama.engine import Limits
+from erllama.engine.backend import Limits
 
 
 class SchedulerSizes(NamedTuple):

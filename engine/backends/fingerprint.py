@@ -49,6 +49,11 @@ class Fingerprint:
                 "pass fingerprint='fast_unsafe', or leave own_fingerprint out"
             )
 
+    @property
+    def own_bytes(self) -> bytes | None:
+        """The caller's name in bytes; None without one."""
+        return self.own.encode("utf-8", "surrogatepass") if isinstance(self.own, str) else self.own
+
     def of(self, path: Path, cache: Cache, on_progress: Callable[[float], object]) -> str:
         """Return the fingerprint of a model's content, including all parts of a split model.
 
@@ -60,8 +65,8 @@ class Fingerprint:
             ModelLoadError: a file cannot be read, or changes while it is read.
             LoadCancelled: `on_progress` returned False.
         """
-        if self.own is not None:
-            own = self.own.encode("utf-8", "surrogatepass") if isinstance(self.own, str) else self.own
+        own = self.own_bytes
+        if own is not None:
             return f"own:{hashlib.sha256(own).hexdigest()}"
         if self.kind == "gguf_chunked":
             # Imported here, because this module works without a built libllama.
