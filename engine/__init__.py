@@ -13,10 +13,12 @@ from erllama.engine.backend import (
     BlockRestorer,
     Buffer,
     InfillTokens,
+    LargestLogits,
     Limits,
     ModelFacts,
     PackedBlock,
     RecoverableBackend,
+    RowSelector,
     SpecialToken,
     Vocabulary,
 )
@@ -24,7 +26,6 @@ from erllama.engine.embedding import Embedder, EmbeddingBackend, EmbeddingLimits
 from erllama.engine.grammar.grammar import Grammar
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.output.phase_options import Markers, PhaseOptions
-from erllama.engine.requests.progress import ProgressSource, ReplyProgress
 from erllama.engine.requests.request import (
     CacheDelta,
     CacheHit,
@@ -72,6 +73,7 @@ __all__ = [
     "Event",
     "Grammar",
     "InfillTokens",
+    "LargestLogits",
     "Limits",
     "Markers",
     "ModelFacts",
@@ -80,11 +82,10 @@ __all__ = [
     "PackedBlock",
     "Phase",
     "PhaseOptions",
-    "ProgressSource",
     "RecoverableBackend",
-    "ReplyProgress",
     "Request",
     "RequestOptions",
+    "RowSelector",
     "Sampler",
     "SamplerFactory",
     "SamplingOptions",

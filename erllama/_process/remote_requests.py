@@ -42,7 +42,7 @@ class RemoteGroup(TicketGroup):
     def __init__(self, wakers: set[Waker], on_cancel: Callable[[], None]) -> None:
         self._on_cancel = on_cancel
         super().__init__()
-        self._wakers = wakers
+        self.wakers = wakers
 
     @property
     def cancelled(self) -> bool:
@@ -84,6 +84,11 @@ class RemoteRequest:
         self._hit: w.WireHit | None = None
         self._thinking_ended = False
         self._stored = (0, 0)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether its reply has begun."""
+        return bool(self._tokens)
 
     @property
     def hit(self) -> w.WireHit | None:

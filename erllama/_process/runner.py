@@ -582,6 +582,9 @@ class ProcessRunner:
             crashed = self._table.process_ended(self._n_seq_max) if was_running else []
             calls = self._calls.process_ended()
             submissions, self._submissions = list(self._submissions.values()), {}
+            requests = self._table.all()
+        for request in requests:
+            request.ticket.flush()  # no piece of its reply may come for a while
         self._end_member()
         for pending in (*calls, *submissions):
             pending.end()

@@ -14,8 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 import erllama
-from erllama._model import fingerprint as _fingerprint
 from erllama.engine import Batch
+from erllama.engine.backends import fingerprint as _fingerprint
 from erllama.engine.backends import llama_options
 from erllama.engine.backends.fingerprint import Fingerprint
 from erllama.engine.backends.llama import LlamaBackend, _recipe

@@ -10,16 +10,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 import erllama
 from erllama.cache import Cache, Policy
 from erllama.engine import (
-    Batch,
     Completion,
     Grammar,
     Markers,
-    ModelThread,
     PhaseOptions,
     Request,
     RequestOptions,
@@ -32,18 +29,13 @@ from erllama.engine.backends.stub import EOG, StubBackend
 from erllama.engine.requests.progress import ReplyProgress
 from erllama.engine.requests.text_reply import decode_pieces
 from erllama.engine.requests.ticket import DeltaPiece, Piece, TextTokens
-from support.engine_models import GatedBackend, random_prompt
+from support.engine_models import GatedBackend, random_prompt, start_thread
 from support.resumption import Life, Record, comparable, events_of
 from support.scripted_backend import START, PieceVocabulary, ScriptedBackend
 from support.threads import wait_until
 
 GREEDY = SamplingOptions(temperature=0.0)
 STATE = SamplingState(1, (3, 5, 0, 0))
-SIZES = {"n_seq_max": 4, "prefill_chunk_size": 64, "parked_cells": 64, "max_pending": 8}
-
-
-def start(backend: StubBackend, cache: Cache, **sizes: int) -> ModelThread:
-    return ModelThread(backend, cache, Policy(), "test", **{**SIZES, **sizes})
 
 
 @pytest.fixture
@@ -104,7 +96,7 @@ class Forwarder:
 def test_a_listener_receives_pieces_and_progress_after_every_tick(cache: Cache, logprobs: int | None) -> None:
     asked = prompt_only(max_tokens=40, logprobs=logprobs)
     backend = StubBackend(eog_bias=-100)
-    thread = start(backend, cache)
+    thread = start_thread(backend, cache)
     ticket = Ticket(asked, streaming=True)
     forwarder = Forwarder(ticket)
     ticket.listen(forwarder)
@@ -124,7 +116,7 @@ def test_a_listener_receives_pieces_and_progress_after_every_tick(cache: Cache, 
 
 def test_progress_has_only_what_is_new(cache: Cache) -> None:
     backend = GatedBackend()
-    thread = start(backend, cache)
+    thread = start_thread(backend, cache)
     ticket = Ticket(prompt_only(max_tokens=30, logprobs=0), streaming=True)
     backend.hold()
     thread.submit(ticket)
@@ -150,7 +142,7 @@ def test_progress_has_only_what_is_new(cache: Cache) -> None:
 def test_a_call_between_two_ticks_of_a_run_sees_all_tokens(cache: Cache) -> None:
     """The sequences are not up to date during a run, and a call that is not awaited does not end it."""
     backend = GatedBackend(n_ctx=8192)
-    thread = start(backend, cache)
+    thread = start_thread(backend, cache)
     ticket = Ticket(prompt_only(max_tokens=None), streaming=True)
     thread.submit(ticket)
     tokens: list[int] = []
@@ -269,7 +261,7 @@ def test_a_reply_that_ended_before_the_interruption_ends_at_once(options: dict[s
 
 def test_a_reply_that_had_ended_ends_beside_others(cache: Cache) -> None:
     backend = GatedBackend(n_ctx=8192)
-    thread = start(backend, cache, n_seq_max=1)
+    thread = start_thread(backend, cache, n_seq_max=1)
     long = Ticket(prompt_only(max_tokens=None), streaming=False)
     thread.submit(long)
     wait_until(lambda: len(backend.batches) > 20)
@@ -286,7 +278,7 @@ def test_a_reply_that_had_ended_ends_beside_others(cache: Cache) -> None:
 
 def test_a_resumed_request_can_be_cancelled_before_it_runs(cache: Cache) -> None:
     backend = GatedBackend()
-    thread = start(backend, cache, n_seq_max=1)
+    thread = start_thread(backend, cache, n_seq_max=1)
     backend.hold()
     thread.submit(Ticket(prompt_only(max_tokens=3), streaming=False))
     waiting = Ticket(replace(prompt_only(max_tokens=9), resumed=progress_after((65, 66))), streaming=True)
@@ -307,7 +299,7 @@ def test_the_numbers_of_a_resumed_reply_are_those_of_the_whole_request(cache: Ca
     policy = Policy(continued_interval=16)
     Life(asked, StubBackend(eog_bias=-100), cache, record, kill_after=30, policy=policy)
     assert record.progress is not None
-    thread = start(backend := StubBackend(eog_bias=-100), cache)
+    thread = start_thread(backend := StubBackend(eog_bias=-100), cache)
     ticket = Ticket(replace(asked, resumed=record.progress), streaming=False)
     thread.submit(ticket)
     reply = ticket.result()
@@ -373,7 +365,7 @@ def test_speculation_continues(cache: Cache) -> None:
 def test_progress_that_does_not_fit_raises_a_typed_error(
     options: dict[str, object], progress: ReplyProgress, words: str, cache: Cache
 ) -> None:
-    thread = start(StubBackend(n_ctx=128), cache)
+    thread = start_thread(StubBackend(n_ctx=128), cache)
     asked = Request(random_prompt(1, 20), RequestOptions(**options))  # type: ignore[arg-type]
     ticket = Ticket(replace(asked, resumed=progress), streaming=True)
     with pytest.raises(erllama.OptionError, match=words):
@@ -384,7 +376,7 @@ def test_progress_that_does_not_fit_raises_a_typed_error(
 
 def test_a_refused_request_has_no_progress(cache: Cache) -> None:
     backend = GatedBackend()
-    thread = start(backend, cache, n_seq_max=1, max_pending=0)
+    thread = start_thread(backend, cache, n_seq_max=1, max_pending=0)
     backend.hold()
     thread.submit(Ticket(prompt_only(max_tokens=3), streaming=False))
     assert backend.at_decode.wait(30)
@@ -460,84 +452,3 @@ def test_a_failure_reaches_the_reader_after_the_pieces() -> None:
     assert next(events) == erllama.ThinkingDelta("a", (97,))
     with pytest.raises(erllama.BackendError, match="the process ended"):
         next(events)
-
-
-# --- the model thread ----------------------------------------------------------------------------------------
-
-
-def test_calls_that_are_not_awaited_run_in_order_and_may_fail(
-    cache: Cache, caplog: pytest.LogCaptureFixture
-) -> None:
-    thread = start(StubBackend(), cache)
-    calls: list[object] = []
-
-    def again() -> None:
-        calls.append(threading.current_thread().name)
-        thread.call_soon(lambda: calls.append("again"))
-
-    thread.call_soon(lambda: calls.append(1))
-    thread.call_soon(lambda: 1 / 0)
-    thread.call_soon(again)
-    wait_until(lambda: "again" in calls)
-    assert calls == [1, "erllama-model-test", "again"]
-    assert "a call in the model thread failed" in caplog.text
-    thread.warm_up()  # the thread still runs
-    thread.stop()
-    with pytest.raises(erllama.ModelUnloaded):
-        thread.call_soon(lambda: None)
-
-
-def test_a_call_that_calls_itself_does_not_stop_the_replies(cache: Cache) -> None:
-    thread = start(StubBackend(eog_bias=-100), cache)
-    n_calls = 0
-
-    def again() -> None:
-        nonlocal n_calls
-        n_calls += 1
-        if not ticket.done:
-            thread.call_soon(again)
-
-    ticket = Ticket(prompt_only(max_tokens=50), streaming=False)
-    thread.call_soon(again)
-    thread.submit(ticket)
-    assert len(ticket.result().tokens) == 50
-    thread.stop()
-    assert n_calls >= 50
-
-
-class SlowBackend(StubBackend):
-    """Takes a while for each decode, and longer for the prompt."""
-
-    def __init__(self) -> None:
-        super().__init__(eog_bias=-100)
-        self.gate = threading.Event()
-        self.hangs_at = -1
-
-    def decode(self, batch: Batch) -> NDArray[np.float32]:
-        time.sleep(0.003 + 0.001 * len(batch.tokens))
-        if int(batch.positions[-1]) == self.hangs_at:
-            self.gate.wait(30)
-        return super().decode(batch)
-
-
-def test_a_watcher_sees_how_long_a_tick_takes_and_should_take(cache: Cache) -> None:
-    backend = SlowBackend()
-    thread = start(backend, cache)
-    clock = thread.tick_clock
-    assert (clock.began, clock.rows, clock.expected_seconds) == (0.0, 0, None)
-    thread.warm_up()
-    first = Ticket(prompt_only(max_tokens=20), streaming=False)
-    thread.submit(first)
-    first.result()
-    backend.hangs_at = 30
-    hanging = Ticket(prompt_only(max_tokens=20), streaming=False)
-    thread.submit(hanging)
-    wait_until(lambda: clock.began and time.monotonic() - clock.began > 0.2)
-    assert clock.rows == 1
-    expected = clock.expected_seconds
-    assert expected is not None
-    assert 0.004 <= expected < 2, "about as long as the decodes before"
-    backend.gate.set()
-    hanging.result()
-    wait_until(lambda: clock.began == 0.0)
-    thread.stop()

@@ -377,7 +377,7 @@ def test_after_an_end_requests_are_sent_one_by_one() -> None:
     assert send_all(table) == [c]
 
 
-def test_a_request_that_passed_is_a_suspect_again_if_the_process_ends_beside_another() -> None:
+def test_a_request_that_passed_is_a_suspect_again_at_the_next_end() -> None:
     table, (a, b, c) = table_of(3)
     send_all(table)
     table.process_ended(2)

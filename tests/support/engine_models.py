@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import erllama
-from erllama.cache import Cache
-from erllama.engine import Batch
+from erllama.cache import Cache, Policy
+from erllama.engine import Backend, Batch, ModelThread
 from erllama.engine.backends.stub import StubBackend
 from erllama.engine.metrics import EngineMetrics
 from support.recording_backend import RecordingBackend, llama_backend
@@ -56,6 +56,11 @@ class GatedBackend(StubBackend):
 
 def load_stub(backend: StubBackend | RecordingBackend, **options: object) -> erllama.Model:
     return erllama.load_backend(backend, **{"cache": Cache(block_size=SIZE), **options})  # type: ignore[arg-type]
+
+
+def start_thread(backend: Backend, cache: Cache, policy: Policy | None = None, **sizes: int) -> ModelThread:
+    usual = {"n_seq_max": 4, "prefill_chunk_size": 64, "parked_cells": 64, "max_pending": 8}
+    return ModelThread(backend, cache, policy or Policy(), "test", **{**usual, **sizes})
 
 
 def cold_reply(

@@ -14,7 +14,6 @@ from erllama.engine import (
     Backend,
     Completion,
     Event,
-    ModelThread,
     Request,
     RequestOptions,
     Ticket,
@@ -24,6 +23,7 @@ from erllama.engine.backends.stub import EOG, StubBackend
 from erllama.engine.requests.progress import ReplyProgress
 from erllama.engine.requests.text_reply import TextReply, decode_pieces
 from erllama.engine.requests.ticket import Piece, TicketGroup
+from support.engine_models import start_thread
 from support.scripted_backend import PieceVocabulary
 
 Outcome = Completion | erllama.Error
@@ -140,8 +140,8 @@ class Life:
         n_beside: int = 0,
         policy: Policy | None = None,
     ) -> None:
-        sizes = {"n_seq_max": 4, "prefill_chunk_size": 64, "parked_cells": 64, "max_pending": 8}
-        thread = ModelThread(backend, cache, policy or Policy(), "test", **sizes)
+
+        thread = start_thread(backend, cache, policy)
         ticket = Ticket(request, streaming=True)
         observer = Observer(ticket, backend, record, kill_after, every)
         self.outcome: Outcome | None = None
