@@ -10,7 +10,7 @@ RPC ?= $(if $(findstring +rpc,$(EXISTING)),1)
 BIN := $(VENV)/bin
 TREE := build/tree
 # A change to one of these files makes an installation stale. Python sources are used in place.
-INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/patch_ggml.py scripts/apply_patch.py scripts/rpc.patch $(wildcard scripts/*.h) llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp llama_ffi/graph_check.h llama_ffi/graph_check.cpp llama_ffi/state_join.h llama_ffi/state_join.cpp
+INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/patch_ggml.py scripts/apply_patch.py scripts/rpc.patch $(wildcard scripts/*.h) llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp llama_ffi/graph_check.h llama_ffi/graph_check.cpp llama_ffi/state_join.h llama_ffi/state_join.cpp llama_ffi/top_k.h llama_ffi/top_k.cpp
 # Stamp files: erllama itself, and the packages of the `dev` extra.
 INSTALLED := $(VENV)/.installed-$(BACKEND)$(if $(filter 1,$(RPC)),+rpc)
 INSTALLED_DEV := $(VENV)/.dev

@@ -306,3 +306,39 @@ class BlockRestorer(Protocol):
                 by one, up to that payload.
         """
         ...
+
+
+class LargestLogits(NamedTuple):
+    """The k largest logits of n rows, largest first, ties by rising id.
+
+    Attributes:
+        ids: intp, shape (n, k), C-contiguous.
+        logits: float32, shape (n, k), C-contiguous.
+    """
+
+    ids: NDArray[np.intp]
+    logits: NDArray[np.float32]
+
+
+@runtime_checkable
+class RowSelector(Protocol):
+    """A backend that selects the largest logits of rows. Optional: without it, numpy selects them.
+
+    The engine passes the logits of the last `decode`, some of their rows, or changed copies of them: float32, shape
+    (n, n_vocab).
+    """
+
+    def argmax(self, logits: NDArray[np.float32]) -> list[int]:
+        """Return the id of the largest logit of each row, the first of equal ones.
+
+        Returns:
+            n ids. -1 if the largest logit is not finite, or any logit is NaN.
+        """
+        ...
+
+    def top_k(self, logits: NDArray[np.float32], out: LargestLogits) -> None:
+        """Write the k largest logits of each row to `out`, which has arrays for n rows and a k of 1 to n_vocab.
+
+        NaN counts as the largest. Of a row with NaN, only the first result is defined.
+        """
+        ...

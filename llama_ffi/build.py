@@ -26,7 +26,7 @@ ffibuilder.set_source(
     "erllama.llama_ffi._binding",
     '#include "shim.h"',
     # Relative to the root of the project, where setuptools runs.
-    sources=["llama_ffi/shim.cpp", "llama_ffi/graph_check.cpp", "llama_ffi/state_join.cpp"],
-    depends=["llama_ffi/shim.h", "llama_ffi/graph_check.h", "llama_ffi/state_join.h"],
+    sources=["llama_ffi/shim.cpp", "llama_ffi/graph_check.cpp", "llama_ffi/state_join.cpp", "llama_ffi/top_k.cpp"],
+    depends=["llama_ffi/shim.h", "llama_ffi/graph_check.h", "llama_ffi/state_join.h", "llama_ffi/top_k.h"],
     py_limited_api=True,
 )

@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from operator import is_
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, NamedTuple, Unpack
 
 import numpy as np
 
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
 
 _INT32, _INT8 = np.dtype(np.int32), np.dtype(np.int8)
+_MORE_ROWS, _DONE = 4, 5  # results of erl_decode
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -122,12 +122,14 @@ class LlamaContext(NativeContext):
         self.log = text(lib.erl_context_log(pointer))
         self.n_logits = 0
         self._reserved_rows = n_seq_max
-        self._logits_at = ffi.new("float **")  # libllama's buffer; it moves only when more rows are needed
-        self._buffer: NDArray[np.float32] | None = None  # a view of the whole buffer
-        self._view: NDArray[np.float32] | None = None  # of its first rows, as the last decode returned it
+        self._buffer: NDArray[np.float32] | None = None  # a view of libllama's buffer for logits
+        self._buffer_pointer: object = ffi.NULL  # to that buffer; it moves only when more rows are needed
         self._no_logits = np.empty((0, self.n_vocab), np.float32)
+        self._view, self._n_view = self._no_logits, 0  # of its first rows, as the last decode returned it
         self._arrays: tuple[object, ...] = (None,) * 4  # the arguments of the last decode
         self._pointers: tuple[object, ...] = ()  # pointers to these arguments
+        self._argmax, self._n_argmax = ffi.new("int32_t[]", n_seq_max), n_seq_max  # the results of `argmax`
+        self._results = _Results.of((np.empty((0, 0), np.intp), np.empty((0, 0), np.float32)))
 
     def close(self) -> None:
         """Stop a running decode and release the context.
@@ -135,7 +137,7 @@ class LlamaContext(NativeContext):
         It is freed with the last view of its logits. Idempotent.
         """
         super().close()
-        self._buffer = self._view = None
+        self._buffer, self._view, self._n_view = None, self._no_logits, 0
 
     # --- decoding ---------------------------------------------------------------------
 
@@ -165,29 +167,30 @@ class LlamaContext(NativeContext):
         n = len(tokens)
         if not 1 <= n <= self.n_batch:
             raise LlamaError(f"a batch of {n} tokens; it must hold 1 to n_batch={self.n_batch}")
-        arrays = (tokens, positions, sequences, output)
-        # The arrays are usually the same objects while replies are generated token by token.
-        if not all(map(is_, arrays, self._arrays)):
-            self._set_arrays(tokens, positions, sequences, output)
-        pointers = self._pointers
-        # Not np.count_nonzero: each function of numpy that a tick calls costs 10 us while the caches are cold.
-        rows = n - output.tobytes().count(0)
         with self._lock:
             native = self._native()
-            self.n_logits = 0
-            if rows > self._reserved_rows and not self._release_logits():
-                # libllama moves its output buffer when it needs more rows than before.
-                raise LlamaError(
-                    f"a batch with {rows} rows of logits needs a larger buffer, but views of the present buffer "
-                    "exist; copy and delete them first"
-                )
-            code = lib.erl_decode(native, n, *pointers, self._logits_at)
-            if code == 0:
-                self.n_logits = rows
-                self._reserved_rows = max(rows, self._reserved_rows)
-                if lib.erl_log_pending():
-                    drain_log()
-                return self._rows() if rows else self._no_logits
+            # The arrays are usually the same objects while replies are generated token by token.
+            known = self._arrays
+            if not (tokens is known[0] and positions is known[1] and sequences is known[2] and output is known[3]):
+                self._set_arrays(tokens, positions, sequences, output)
+            n_rows, self.n_logits = self._n_view, 0
+            code = lib.erl_decode(native, n, *self._pointers, n_rows, self._reserved_rows, self._computed)
+            if code == 0 and n_rows:
+                self.n_logits = n_rows
+                return self._view
+            if code == _MORE_ROWS:
+                if not self._release_logits():
+                    # libllama moves its output buffer when it needs more rows than before.
+                    raise LlamaError(
+                        "a batch with more rows of logits than before needs a larger buffer, but views of the "
+                        "present buffer exist; copy and delete them first"
+                    )
+                code = lib.erl_decode(native, n, *self._pointers, 0, n, self._computed)
+            if code in (0, _DONE):
+                self.n_logits = self._computed.n_rows
+                self._reserved_rows = max(self.n_logits, self._reserved_rows)
+                drain_log()
+                return self._rows() if self.n_logits else self._no_logits
             reason = last_error()
             problems = "; ".join(drain_log()[-3:])
         if code == 1:
@@ -233,21 +236,70 @@ class LlamaContext(NativeContext):
 
     def _rows(self) -> NDArray[np.float32]:
         if self._buffer is None:
-            owner = _LogitsOwner(self._handle, self._logits_at[0], (self._reserved_rows, self.n_vocab))
+            self._buffer_pointer = self._computed.logits
+            owner = _LogitsOwner(self._handle, self._buffer_pointer, (self._reserved_rows, self.n_vocab))
             self._buffer = np.asarray(owner)
-        if self._view is None or len(self._view) != self.n_logits:
-            self._view = self._buffer[: self.n_logits]
+        if self._n_view != self.n_logits:
+            self._view, self._n_view = self._buffer[: self.n_logits], self.n_logits
         return self._view
 
     def _release_logits(self) -> bool:
         """Drop this object's view of libllama's output buffer. Returns whether no other view exists."""
-        self._view = None
+        self._view, self._n_view = self._no_logits, 0
         if self._buffer is None:
             return True
         buffer = weakref.ref(self._buffer)  # the base of every view
         self._buffer = None
         self._buffer = buffer()
         return self._buffer is None
+
+    # --- the largest logits -----------------------------------------------------------
+
+    def argmax(self, rows: NDArray[np.float32]) -> list[int]:
+        """Return the position of the largest number of each row, the first of equal ones.
+
+        Args:
+            rows: float32, shape (n, width), width >= 1. No copy is made of the logits of the last decode.
+
+        Returns:
+            n positions. -1 if the largest number is not finite, or any number is NaN.
+        """
+        with self._lock:
+            if rows is self._view:
+                pointer, n, width = self._buffer_pointer, self._n_view, self.n_vocab
+            else:
+                pointer, n, width = _pointer_to(rows)
+            if n > self._n_argmax:
+                self._argmax, self._n_argmax = ffi.new("int32_t[]", n), n
+            code = lib.erl_argmax(pointer, n, width, self._argmax)
+            if code:
+                check(code, "selecting logits")
+            positions: list[int] = ffi.unpack(self._argmax, n)
+        return positions
+
+    def top_k(self, rows: NDArray[np.float32], out: tuple[NDArray[np.intp], NDArray[np.float32]]) -> None:
+        """Write the k largest numbers of each row, largest first, ties by rising position.
+
+        A NaN counts as the largest number. Of a row with NaN, only the first result is defined.
+
+        Args:
+            rows: as for `argmax`.
+            out: arrays for the positions and the numbers; C-contiguous, each shape (n, k) with a k of 1 to width.
+                Fastest if it is the object of the last call.
+        """
+        with self._lock:
+            if rows is self._view:
+                pointer, n, width = self._buffer_pointer, self._n_view, self.n_vocab
+            else:
+                pointer, n, width = _pointer_to(rows)
+            if out is not self._results.out:
+                self._results = _Results.of(out)
+            _, n_out, k, positions, numbers = self._results
+            if n_out != n or not 1 <= k <= width:
+                raise LlamaError(f"results of shape ({n_out}, {k}), for {n} rows of {width} numbers")
+            code = lib.erl_top_k(pointer, n, width, k, positions, numbers)
+            if code:
+                check(code, "selecting logits")
 
     def set_adapters(self, adapters: Sequence[tuple[LlamaAdapter, float]]) -> None:
         """Set the adapters and their scales for the next decodes. They replace all earlier adapters.
@@ -400,6 +452,39 @@ def _pointer(name: str, array: NDArray[np.integer], n: int, dtype: np.dtype[np.i
     if array.dtype != dtype or array.shape != (n,) or not array.flags.c_contiguous:
         raise LlamaError(f"{name} must be a contiguous {dtype.name} array of shape ({n},)")
     return ffi.from_buffer(kind, array)
+
+
+class _Results(NamedTuple):
+    """The arrays of the last `top_k`, their shape, and pointers to them."""
+
+    out: tuple[NDArray[np.intp], NDArray[np.float32]]
+    n: int
+    k: int
+    positions: object
+    numbers: object
+
+    @staticmethod
+    def of(out: tuple[NDArray[np.intp], NDArray[np.float32]]) -> _Results:
+        positions, numbers = out
+        for array, dtype in ((positions, np.intp), (numbers, np.float32)):
+            if array.dtype != dtype or array.shape != positions.shape or array.ndim != 2:
+                raise LlamaError(f"results of type {array.dtype} and shape {array.shape}")
+        n, k = positions.shape
+        return _Results(
+            out,
+            n,
+            k,
+            ffi.from_buffer("intptr_t[]", positions, require_writable=True),
+            ffi.from_buffer("float[]", numbers, require_writable=True),
+        )
+
+
+def _pointer_to(rows: NDArray[np.float32]) -> tuple[object, int, int]:
+    """Return a pointer to rows of numbers, and their shape."""
+    n, width = rows.shape
+    if not width:
+        raise LlamaError("rows without numbers have no largest number")
+    return ffi.from_buffer("float[]", np.ascontiguousarray(rows, np.float32)), n, width
 
 
 class _LogitsOwner:

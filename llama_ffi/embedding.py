@@ -149,6 +149,7 @@ class EmbeddingContext(NativeContext):
                 len(lengths),
                 ffi.from_buffer("float[]", rows, require_writable=True),
                 self.width,
+                self._computed,
             )
             reason = last_error()
             problems = "; ".join(drain_log()[-3:])

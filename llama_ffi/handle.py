@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from erllama.llama_ffi.library import LlamaError, generation
+from erllama.llama_ffi.library import LlamaError, Process
 
 
 class Handle:
@@ -25,13 +25,13 @@ class Handle:
         self._holders = 1
         # Reentrant: a garbage collection inside may release another hold on this handle.
         self._lock = threading.RLock()
-        self._generation = generation()
+        self._generation = Process.generation
         self.kind = kind
 
     @property
     def pointer(self) -> object:
         """The native pointer, for an immediate call by a holder."""
-        if self._generation != generation():
+        if self._generation != Process.generation:
             raise LlamaError(
                 f"this {self.kind} belongs to the process that forked this one; "
                 "load models in the child, or start it with multiprocessing's 'spawn' method"
@@ -64,5 +64,5 @@ class Handle:
             if self._holders > 0 or self._pointer is None:
                 return
             pointer, self._pointer = self._pointer, None
-        if self._generation == generation():
+        if self._generation == Process.generation:
             self._free(pointer)

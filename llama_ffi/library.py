@@ -4,7 +4,7 @@ All other modules of this package use `lib` and `ffi` from here. libllama starts
 import.
 
 A process that was forked from one that used libllama cannot use it, because the child lacks the worker threads.
-`generation()` counts forks, and every native object raises an error in a generation other than its own.
+`Process.generation` counts forks, and every native object raises an error in a generation other than its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ _LINE_BYTES = 4096
 
 _start_lock = threading.Lock()
 _started = False
-_generation = 0
 
 
 class LlamaError(RuntimeError):
@@ -61,18 +60,24 @@ class AbortedError(LlamaError):
     """The decode was aborted on request."""
 
 
+class Process:
+    """This process.
+
+    Attributes:
+        generation: the number of forks between this process and the process that imported the library. Each decode
+            reads it, so it is not a function.
+    """
+
+    generation = 0
+
+
 def _after_fork_in_child() -> None:
-    global _generation, _start_lock
-    _generation += 1
+    global _start_lock
+    Process.generation += 1
     _start_lock = threading.Lock()  # another thread may have held it at the fork
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def generation() -> int:
-    """Return the number of forks between this process and the process that imported the library."""
-    return _generation
 
 
 def start() -> None:
@@ -82,7 +87,7 @@ def start() -> None:
         LlamaError: the backends could not start, or the process is a fork of a process that had started them.
     """
     global _started
-    if _generation:
+    if Process.generation:
         raise LlamaError(
             "this process was forked from one that had loaded libllama, which cannot be used after a fork; "
             "start workers with multiprocessing's 'spawn' method, or load models after forking"

@@ -36,7 +36,7 @@ class NativeContext:
         finalizer.atexit = False
         self._finalizer: Callable[[], object] = finalizer
         self._open = True
-        self._times = ffi.new("int64_t[2]")
+        self._computed = ffi.new("erl_computed *")  # the results of the last computation
 
     @property
     def closed(self) -> bool:
@@ -77,14 +77,8 @@ class NativeContext:
             check(lib.erl_context_threads(self._native(), n_threads), "setting the number of threads")
 
     def times(self) -> Times:
-        """Return the times of the last computation that did not fail.
-
-        Raises:
-            LlamaError: the context is closed.
-        """
-        with self._lock:
-            lib.erl_context_times(self._native(), self._times)
-            return Times(self._times[0] / 1e9, self._times[1] / 1e9)
+        """Return the times of the last computation, which did not fail."""
+        return Times(self._computed.elapsed_ns / 1e9, self._computed.cpu_ns / 1e9)
 
     def _native(self) -> object:
         if not self._open:

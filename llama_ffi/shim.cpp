@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <deque>
@@ -27,6 +28,7 @@
 #include "graph_check.h"
 #include "llama.h"
 #include "state_join.h"
+#include "top_k.h"
 
 static_assert(sizeof(llama_token) == 4 && sizeof(llama_pos) == 4 && sizeof(llama_seq_id) == 4,
               "the binding passes tokens, positions and sequences as 32-bit integers");
@@ -295,7 +297,6 @@ struct erl_context {
     ggml_threadpool *pool = nullptr;
     pid_t pool_process = 0;  // a forked child does not have the threads
     int32_t n_threads = 1;
-    int64_t times[2] = {0, 0};  // of the last computation, see erl_context_times
     // seq_id is an array of pointers in llama_batch: each row points into `sequences`.
     std::vector<int32_t> n_seq_id;
     std::vector<llama_seq_id> sequences;
@@ -381,9 +382,10 @@ llama_model_kv_override override_of(const erl_override &from) {
     return to;
 }
 
-// Checks and computes one batch. Returns the results of erl_decode. Without `output`, the context chooses the rows.
+// Checks and computes one batch, and measures its times. Returns the results of erl_decode. Without `output`, the context
+// chooses the rows.
 int32_t compute(erl_context &context, int32_t n, const int32_t *tokens, const int32_t *positions,
-                const int32_t *sequences, const int8_t *output) {
+                const int32_t *sequences, const int8_t *output, erl_computed &computed) {
     for (int32_t i = 0; i < n; i++) {
         if (const char *reason = row_problem(context, n, i, tokens, positions, sequences)) {
             last_error = reason;
@@ -408,8 +410,8 @@ int32_t compute(erl_context &context, int32_t n, const int32_t *tokens, const in
         computing = true;
         const int64_t began[2] = {clock_ns(CLOCK_MONOTONIC), clock_ns(CLOCK_THREAD_CPUTIME_ID)};
         const int32_t code = ending ? 2 : llama_decode(context.llama, batch);
-        context.times[0] = clock_ns(CLOCK_MONOTONIC) - began[0];
-        context.times[1] = clock_ns(CLOCK_THREAD_CPUTIME_ID) - began[1];
+        computed.elapsed_ns = clock_ns(CLOCK_MONOTONIC) - began[0];
+        computed.cpu_ns = clock_ns(CLOCK_THREAD_CPUTIME_ID) - began[1];
         computing = false;
         return code;
     } catch (const assertion_failed &) {
@@ -865,10 +867,6 @@ void erl_context_free(erl_context *context) {
     });
 }
 
-void erl_context_times(const erl_context *context, int64_t times[2]) {
-    std::copy_n(context->times, 2, times);
-}
-
 int32_t erl_context_threads(erl_context *context, int32_t n_threads) {
     return guarded_code([=] {
         if (n_threads < 1 || n_threads > context->n_threads) {
@@ -888,18 +886,22 @@ uint32_t erl_context_n_ubatch(const erl_context *context) { return llama_n_ubatc
 const char *erl_context_log(const erl_context *context) { return context->log.c_str(); }
 
 int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
-                   const int32_t *sequences, const int8_t *output, const float **logits) {
+                   const int32_t *sequences, const int8_t *output, int32_t n_rows, int32_t max_rows,
+                   erl_computed *computed) {
     return guarded_code([=]() -> int32_t {
-        *logits = nullptr;
-        bool has_output = false;
-        for (int32_t i = 0; i < n; i++) {
-            has_output |= output[i] != 0;
+        *computed = {};
+        computed->n_rows = n - (int32_t) std::count(output, output + n, 0);
+        if (computed->n_rows > max_rows) {
+            return 4;
         }
-        const int32_t code = compute(*context, n, tokens, positions, sequences, output);
-        if (code == 0 && has_output) {
-            *logits = llama_get_logits(context->llama);
+        const int32_t code = compute(*context, n, tokens, positions, sequences, output, *computed);
+        if (code != 0) {
+            return code;
         }
-        return code;
+        if (computed->n_rows > 0) {
+            computed->logits = llama_get_logits(context->llama);
+        }
+        return computed->n_rows == n_rows && log_count.load() == 0 ? 0 : 5;
     });
 }
 
@@ -908,10 +910,12 @@ int32_t erl_context_has_memory(const erl_context *context) {
 }
 
 int32_t erl_embed(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
-                  const int32_t *sequences, int32_t n_sequences, float *rows, int32_t width) {
+                  const int32_t *sequences, int32_t n_sequences, float *rows, int32_t width,
+                  erl_computed *computed) {
     return guarded_code([=]() -> int32_t {
+        *computed = {};
         llama_memory_clear(llama_get_memory(context->llama), false);
-        const int32_t code = compute(*context, n, tokens, positions, sequences, nullptr);
+        const int32_t code = compute(*context, n, tokens, positions, sequences, nullptr, *computed);
         if (code != 0) {
             return code;
         }
@@ -923,6 +927,34 @@ int32_t erl_embed(erl_context *context, int32_t n, const int32_t *tokens, const 
                 throw std::runtime_error("the model computed no embeddings");
             }
             std::copy_n(row, width, rows + (size_t) i * width);
+        }
+        return 0;
+    });
+}
+
+int32_t erl_argmax(const float *rows, int32_t n_rows, int32_t n, int32_t *positions) {
+    return guarded_code([=] {
+        largest_numbers largest(1);
+        for (int32_t i = 0; i < n_rows; i++) {
+            const float *row = rows + (size_t) i * n;
+            largest.find(row, n);
+            positions[i] = std::isfinite(row[largest.position(0)]) ? largest.position(0) : -1;
+        }
+        return 0;
+    });
+}
+
+int32_t erl_top_k(const float *rows, int32_t n_rows, int32_t n, int32_t k, intptr_t *positions, float *numbers) {
+    return guarded_code([=]() mutable {
+        largest_numbers largest(k);
+        for (const float *row = rows; n_rows > 0; n_rows--, row += n) {
+            const int32_t n_found = largest.find(row, n) ? k : 1;
+            for (int32_t i = 0; i < n_found; i++) {
+                positions[i] = largest.position(i);
+                numbers[i] = row[positions[i]];
+            }
+            positions += k;
+            numbers += k;
         }
         return 0;
     });

@@ -84,6 +84,14 @@ typedef struct {
     uint64_t total_bytes;
 } erl_device;
 
+/* The results of a computation that did not fail. */
+typedef struct {
+    int32_t n_rows;      /* rows with logits */
+    const float *logits; /* these rows, in the order of the batch; NULL if there is none */
+    int64_t elapsed_ns;  /* of libllama's part */
+    int64_t cpu_ns;      /* of CPU time of the calling thread, in that part */
+} erl_computed;
+
 typedef struct {
     int32_t n_ctx_train;
     int32_t n_embd;
@@ -181,23 +189,31 @@ void erl_context_free(erl_context *context);
 void erl_context_abort(erl_context *context, int32_t abort);
 /* Sets the number of threads of later computations, 1 to the greater number of the context's options. */
 int32_t erl_context_threads(erl_context *context, int32_t n_threads);
-/* Nanoseconds of the last computation: elapsed, and of CPU time of the thread that called it. */
-void erl_context_times(const erl_context *context, int64_t times[2]);
 uint32_t erl_context_n_ctx(const erl_context *context);
 uint32_t erl_context_n_batch(const erl_context *context);
 uint32_t erl_context_n_ubatch(const erl_context *context);
 const char *erl_context_log(const erl_context *context); /* libllama's log of the creation */
-/* Returns 0 done; 1 too few free cells; 2 aborted; 3 refused, with a reason in erl_last_error; < 0 failed.
- * Rows whose `output` is not 0 have logits, in the order of the batch. Without such rows, *logits is NULL. */
+/* Returns 0 done; 1 too few free cells; 2 aborted; 3 refused, with a reason in erl_last_error; 4 more rows with logits
+ * than max_rows, before anything was computed; 5 done, too, but with lines in the log, or without exactly n_rows rows;
+ * < 0 failed. Rows whose `output` is not 0 have logits. */
 int32_t erl_decode(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
-                   const int32_t *sequences, const int8_t *output, const float **logits);
+                   const int32_t *sequences, const int8_t *output, int32_t n_rows, int32_t max_rows,
+                   erl_computed *computed);
 /* Whether sequences persist between decodes. Models that only encode have no memory. */
 int32_t erl_context_has_memory(const erl_context *context);
 /* For a context with `embeddings`: drops all sequences, computes the batch, which has the complete sequences 0 to
  * n_sequences - 1, and writes rows of `width` numbers: one per sequence, or without pooling one per token.
- * Returns the results of erl_decode. */
+ * Returns the results of erl_decode, except 4 and 5. */
 int32_t erl_embed(erl_context *context, int32_t n, const int32_t *tokens, const int32_t *positions,
-                  const int32_t *sequences, int32_t n_sequences, float *rows, int32_t width);
+                  const int32_t *sequences, int32_t n_sequences, float *rows, int32_t width,
+                  erl_computed *computed);
+
+/* The largest numbers of rows. erl_argmax writes the position of the largest number of each row, the first of equal ones;
+ * -1 if it is not finite, or a number is NaN. erl_top_k writes, for each row, the positions of the k largest numbers and
+ * the numbers: largest first, ties by rising position; 1 <= k <= n. A NaN counts as the largest: of a row with one, only
+ * the first result is defined. Both return 0, or < 0. */
+int32_t erl_argmax(const float *rows, int32_t n_rows, int32_t n, int32_t *positions);
+int32_t erl_top_k(const float *rows, int32_t n_rows, int32_t n, int32_t k, intptr_t *positions, float *numbers);
 
 /* An adapter (LoRA) belongs to its model. Load and free it while no other thread creates a context of the model or
  * computes in one. erl_adapter_load returns NULL if it failed. erl_adapter_free: `model` is the model of the load, and no

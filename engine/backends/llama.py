@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache.blocks.keys import NamespaceValue
-from erllama.engine.backend import Batch, Limits, ModelFacts, PackedBlock
+from erllama.engine.backend import Batch, LargestLogits, Limits, ModelFacts, PackedBlock
 from erllama.engine.backends.file_identity import MappedFiles, identity
 from erllama.engine.backends.llama_adapters import LlamaAdapters, check_adapter_file
 from erllama.engine.backends.llama_file import LlamaVocabulary, buffers_in, chat_templates, facts_of, load_file
@@ -301,26 +301,34 @@ class LlamaBackend:
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         state_known, self._state_known = self._state_known, self.limits.can_trim
-        n_threads = self.threads.begin(len(batch.tokens))
+        tokens, positions, sequences, output = batch
+        n_threads = self.threads.begin(len(tokens))
         try:
             if n_threads != self._n_threads_set:
                 self._context.set_threads(n_threads)
                 self._n_threads_set = n_threads
-            logits = self._context.decode(batch.tokens, batch.positions, batch.sequences, batch.output)
+            logits = self._context.decode(tokens, positions, sequences, output)
         except llama_ffi.NoCellsError as error:
             self._state_known = state_known
             raise CellsExhausted(str(error)) from error
         except llama_ffi.LlamaError as error:
             self._broken = isinstance(error, llama_ffi.DecodeError)
             self._check_connection()
-            if batch.positions.max(initial=0) >= self.limits.n_ctx:
+            if positions.max(initial=0) >= self.limits.n_ctx:
                 raise CellsExhausted(str(error)) from error
             raise BackendError(str(error)) from error
         finally:
             self.threads.end()
-        self.threads.record(*self._context.times())
+        if self._adapts:
+            self.threads.record(*self._context.times())
         self._state_known = state_known
         return logits
+
+    def argmax(self, logits: NDArray[np.float32]) -> list[int]:
+        return self._context.argmax(logits)
+
+    def top_k(self, logits: NDArray[np.float32], out: LargestLogits) -> None:
+        self._context.top_k(logits, out)
 
     @property
     def memory_lost(self) -> bool:

@@ -10,10 +10,12 @@ Models of this process that compute at the same time divide the cores.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import ReferenceType, ref
 
 # Batches with at most as many rows are like decodes: their time depends on the weights more than on the rows.
 _FEW_ROWS = 16
@@ -37,36 +39,34 @@ _PAUSE_TO_TRIAL = 15
 _RECENT = 0.05
 
 
-class ActiveChoices:
-    """The choices of this process whose models compute now, or did a moment ago. Thread-safe."""
+class Choices:
+    """The choices of this process that divide the cores. Thread-safe.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    Attributes:
+        weak: references to the choices of models that are loaded.
+    """
+
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._until: dict[int, float] = {}  # by the id of a choice: the time until which it counts
+        self.weak: tuple[ReferenceType[ThreadChoice], ...] = ()
 
-    def enter(self, choice: object) -> int:
-        """Count a choice from now on. Returns the number of other choices that count."""
-        now, own = self._clock(), id(choice)
+    def add(self, choice: ThreadChoice) -> None:
+        """Add a choice. It is removed when it is collected, or by `remove`."""
         with self._lock:
-            self._until[own] = float("inf")
-            if len(self._until) == 1:
-                return 0
-            self._until = {key: until for key, until in self._until.items() if until >= now}
-            return len(self._until) - 1
+            self.weak = (*(known for known in self.weak if known() is not None), ref(choice))
 
-    def leave(self, choice: object) -> None:
-        """End a computation. The choice counts for a moment longer."""
+    def remove(self, choice: ThreadChoice) -> None:
+        """Remove a choice. Idempotent."""
         with self._lock:
-            self._until[id(choice)] = self._clock() + _RECENT
+            self.weak = tuple(known for known in self.weak if known() not in (None, choice))
 
-    def forget(self, choice: object) -> None:
-        """Stop counting a choice."""
-        with self._lock:
-            self._until.pop(id(choice), None)
+    def n_others(self, choice: ThreadChoice, now: float) -> int:
+        """Return how many other choices belong to models that compute now, or did a moment ago."""
+        found = [known() for known in self.weak]
+        return sum(other is not None and other is not choice and other.active_until >= now for other in found)
 
 
-ACTIVE = ActiveChoices()
+CHOICES = Choices()
 
 
 @dataclass(slots=True)
@@ -132,6 +132,7 @@ class ThreadSearch:
         self._clock = clock
         self._ladder = ladder(most)
         self._at = self._top = len(self._ladder) - 1
+        self._limit = most  # of the last `number`
         self._trial: int | None = None  # an index in the ladder
         self._cost = 0.0  # seconds per row with the number in use
         self._n_waited = 0  # consecutive measurements in which the calling thread waited
@@ -145,11 +146,13 @@ class ThreadSearch:
 
     def number(self, limit: int) -> int:
         """Return the number of threads of the next computation, at most `limit`."""
-        top = max((i for i, n in enumerate(self._ladder) if n <= limit), default=0)
-        if top != self._top:
-            self._top, self._trial, self._now = top, None, _Measurement()
-            self._cost, self._n_waited = 0.0, 0
-        return self._ladder[min(self._at if self._trial is None else self._trial, top)]
+        if limit != self._limit:
+            self._limit = limit
+            top = max((i for i, n in enumerate(self._ladder) if n <= limit), default=0)
+            if top != self._top:
+                self._top, self._trial, self._now = top, None, _Measurement()
+                self._cost, self._n_waited = 0.0, 0
+        return self._ladder[min(self._at if self._trial is None else self._trial, self._top)]
 
     def record(self, n_rows: int, elapsed: float, cpu: float) -> None:
         """Add a computation with the number that `number` returned.
@@ -211,11 +214,12 @@ class ThreadChoice:
         reason: why these numbers, for people to read.
         adapts: whether the numbers may be lowered: both are defaults, and the CPU computes.
         same_bits: whether the bits of a result do not depend on the number of threads.
-        active: the choices with which this one divides the cores.
+        choices: those with which this one divides the cores. It adds itself to them.
 
     Attributes:
         fixed: whether computations use the configured numbers for now.
         as_in_recipe: whether the last computation has the bits that the configured numbers yield.
+        active_until: until when the model counts as one that computes.
     """
 
     def __init__(
@@ -226,17 +230,20 @@ class ThreadChoice:
         *,
         adapts: bool,
         same_bits: bool,
-        active: ActiveChoices = ACTIVE,
+        choices: Choices = CHOICES,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._numbers = n_threads, n_threads_batch
         self._reason = reason
         self._adapts, self._same_bits = adapts, same_bits
-        self._active = active
+        self._clock = clock
         self._searches = ThreadSearch(n_threads, clock), ThreadSearch(n_threads_batch, clock)
         self._n_others = self._n_rows = self._kind = 0
         self.fixed = False
         self.as_in_recipe = True
+        self.active_until = -math.inf
+        self._choices = choices
+        choices.add(self)
 
     @property
     def n_threads(self) -> int:
@@ -267,7 +274,9 @@ class ThreadChoice:
 
     def begin(self, n_rows: int) -> int:
         """Begin a computation of so many rows. Returns the number of threads for it."""
-        self._n_others = self._active.enter(self)
+        self.active_until = math.inf
+        choices = self._choices
+        self._n_others = choices.n_others(self, self._clock()) if len(choices.weak) > 1 else 0
         self._n_rows = n_rows
         self._kind = kind = int(n_rows > (_FEW_ROWS if self._adapts else 1))
         if self._adapts and not self.fixed:
@@ -279,7 +288,7 @@ class ThreadChoice:
 
     def end(self) -> None:
         """End a computation, also one that failed."""
-        self._active.leave(self)
+        self.active_until = self._clock() + _RECENT
 
     def record(self, elapsed: float, cpu: float) -> None:
         """Add the time of the last computation, which did not fail.
@@ -293,4 +302,4 @@ class ThreadChoice:
 
     def close(self) -> None:
         """Stop counting as a model that computes."""
-        self._active.forget(self)
+        self._choices.remove(self)

@@ -115,20 +115,21 @@ class TicketGroup:
 
     Attributes:
         cancelled: set by any thread when it has cancelled a ticket; cleared by the model thread.
+        wakers: wake the tasks that have events.
     """
 
     def __init__(self) -> None:
         self.cancelled = False
-        self._wakers: set[Waker] = set()
+        self.wakers: set[Waker] = set()
 
     def add(self, waker: Waker) -> None:
         """Wake the tasks of a waker at the next `wake`."""
-        self._wakers.add(waker)
+        self.wakers.add(waker)
 
     def wake(self) -> None:
         """Wake all tasks that have events."""
-        while self._wakers:
-            self._wakers.pop().wake()
+        while self.wakers:
+            self.wakers.pop().wake()
 
 
 class Ticket:
@@ -184,7 +185,7 @@ class Ticket:
         """Send a token of a reply that is all text to the readers, if there are any, and wake them."""
         if not self.streaming:
             return
-        if self._backlog or self._unread.qsize() >= _MAX_UNREAD:
+        if self._backlog.runs or self._unread.qsize() >= _MAX_UNREAD:
             self._emitted.append(token)
             self.notify()
             return
@@ -208,7 +209,7 @@ class Ticket:
 
     def flush(self) -> None:
         """Send all pieces, however many are unread. For a request that pauses or ends."""
-        if self._backlog:
+        if self._backlog.runs:
             self._backlog.add(self._emitted)
             self._emitted = []
         self._send()
@@ -239,7 +240,7 @@ class Ticket:
 
     def _send(self) -> None:
         pieces, self._emitted = self._emitted, []
-        if self._backlog:
+        if self._backlog.runs:
             pieces = self._backlog.take() + pieces
         for piece in pieces:
             self._unread.put(piece)
@@ -367,26 +368,27 @@ class Ticket:
 
 
 class _Backlog:
-    """Pieces that a slow reader has not read; consecutive ones of one kind are joined."""
+    """Pieces that a slow reader has not read; consecutive ones of one kind are joined.
+
+    Attributes:
+        runs: the consecutive pieces of one kind.
+    """
 
     def __init__(self) -> None:
-        self._runs: list[list[Piece]] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._runs)
+        self.runs: list[list[Piece]] = []
 
     def add(self, pieces: list[Piece]) -> None:
         """Add pieces."""
         for piece in pieces:
-            last = self._runs[-1] if self._runs else None
+            last = self.runs[-1] if self.runs else None
             if last is not None and not isinstance(piece, EndPiece) and _kind(piece) == _kind(last[0]):
                 last.append(piece)
             else:
-                self._runs.append([piece])
+                self.runs.append([piece])
 
     def take(self) -> list[Piece]:
         """Remove and return all pieces, joined."""
-        runs, self._runs = self._runs, []
+        runs, self.runs = self.runs, []
         return [_join(run) if len(run) > 1 else run[0] for run in runs]
 
 

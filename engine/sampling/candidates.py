@@ -5,6 +5,7 @@ The arrays are never written in place: each step makes new candidates. Called by
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 LARGE = (
     1e30  # no float32 overflows when a number up to this is added: the largest ones are rounded in steps of 2e31
 )
+_FLOAT32 = Struct("f")
 _EXCLUDED = np.float32(-np.inf).view(np.int32)
 _MIN_INTEGER_SORT = 1024  # from this many logits on, numpy sorts integers faster than positions
 _MAX_GROUP = 64  # logits of a group in `grouping`; larger groups are no faster
@@ -263,6 +265,23 @@ def split_keys(keys: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.fl
     rising = ~(keys >> 32).astype(np.int32)
     bits = rising ^ ((rising >> 31) & 0x7FFFFFFF)
     return keys & 0xFFFFFFFF, bits.view(np.float32)
+
+
+def round_to_float32(number: float) -> float:
+    """Return the nearest number of float32.
+
+    The sum, difference and quotient of two such numbers have the bits of float32, although they are rounded to
+    float64 first.
+    """
+    rounded: float = _FLOAT32.unpack(_FLOAT32.pack(number))[0]
+    return rounded
+
+
+def list_weights(falling: list[float]) -> list[float]:
+    """Return `Candidates.weights` of falling logits within `LARGE`."""
+    best = falling[0]
+    weights: list[float] = np.exp(np.array([logit - best for logit in falling], np.float32)).tolist()
+    return weights
 
 
 def row_weights(falling: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -119,12 +119,14 @@ class ChainStep(HasOptions):
         drops_candidates: mirostat replaces the step.
         keeps_best: the step never drops the most likely candidate and never changes which one it is, so that
             temperature=0 needs no such step.
+        reads_context: whether the step reads `Candidates.context`.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     drops_candidates: ClassVar[bool] = False
     keeps_best: ClassVar[bool] = False
+    reads_context: ClassVar[bool] = False
 
     @classmethod
     def from_options(cls, options: object, context: StepContext) -> Step | None:
@@ -174,4 +176,24 @@ class OrderedRowsStep(ABC):
         Args:
             steps: the step of each row: each has the options of its request.
             logits: shape (n, k), falling, the first of each row finite; -inf where a row has fewer candidates.
+        """
+
+
+class ListStep(ABC):
+    """A step with another form, for a few candidates of one request, in a list of Python's numbers.
+
+    Both forms compute the same bits. Each function of numpy takes some 10 us while the processor's caches are cold,
+    as after a decode. The sampler uses this form after `top_k`, if all steps after it have one.
+    """
+
+    @abstractmethod
+    def change_list(self, logits: list[float]) -> list[float]:
+        """Return the logits of the first candidates, changed and in falling order; the step drops the others.
+
+        Args:
+            logits: numbers of float32, falling, within `LARGE`.
+
+        Returns:
+            at least one such number. An empty list if a number is not within `LARGE`: the sampler then uses the
+            other form.
         """

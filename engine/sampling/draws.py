@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.sampling.candidates import Candidates, running_sums
+from erllama.engine.sampling.candidates import Candidates, list_weights, running_sums
 from erllama.engine.sampling.declaration import HasOptions, Option
 
 MAX_SUMMED = 512  # candidates whose weights are summed one by one to draw one of them
@@ -93,6 +94,12 @@ class Mirostat(HasOptions):
             scale = 1 - np.float64(self._n_vocab) ** -epsilon
             k = np.float64(epsilon * 2**self.mu / scale) ** (1 / np.float64(exponent))
         return max(int(min(k, len(candidates))), 1) if math.isfinite(k) else len(candidates)
+
+
+def draw_from_list(falling: list[float], share: float) -> int:
+    """Draw a position from falling logits, as `Categorical` does, with a number from the request's generator."""
+    sums = list(accumulate(list_weights(falling)))
+    return bisect_right(sums, share * sums[-1])
 
 
 def _draw_position(candidates: Candidates) -> int:

@@ -90,6 +90,7 @@ class DRY(ChainStep):
     """
 
     name = "dry"
+    reads_context = True
     summary = "makes tokens that continue a repetition less likely; a longer repetition has a larger penalty"
     dry_multiplier = Option(0.0, 0.0, 1e6)
     dry_base = Option(1.75, 1.0, 1e6)

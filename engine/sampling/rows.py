@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from erllama.engine.backend import LargestLogits
 from erllama.engine.sampling.candidates import (
     grouping,
     ranked_maxima,
@@ -71,21 +71,6 @@ def _plan(whole: tuple[type[WholeRowsStep], ...], ordered: tuple[type[OrderedRow
     return RowPlan(whole, ordered)
 
 
-class RowCandidates(NamedTuple):
-    """Candidates of n rows in falling order, ties by rising id.
-
-    Attributes:
-        ids: intp, shape (n, k).
-        logits: float32, shape (n, k); -inf where a row has no candidate.
-        is_plain: bool, shape (n,): whether the row has a finite largest logit, and not too many equal ones. The
-            candidates of other rows are not defined.
-    """
-
-    ids: NDArray[np.intp]
-    logits: NDArray[np.float32]
-    is_plain: NDArray[np.bool_]
-
-
 class RowSelection:
     """Selects the k largest logits of rows that arrive in blocks.
 
@@ -131,8 +116,12 @@ class RowSelection:
         self._rows.append(rows + self._n_rows)
         self._keys.append(sort_keys(logits, ids))
 
-    def candidates(self) -> RowCandidates:
-        """Return the candidates of all rows."""
+    def largest(self) -> LargestLogits:
+        """Return the largest logits of all rows.
+
+        The first logit is NaN in a row whose largest logit is not finite, or that has too many equal ones. The
+        others of such a row are not defined.
+        """
         rows, keys = np.concatenate(self._rows), np.concatenate(self._keys)
         if len(self._rows) > len(self._best):  # logits without a group were put after the others of their block
             by_row = rows.argsort(kind="stable")
@@ -148,7 +137,8 @@ class RowSelection:
         table[rows, columns] = keys
         table.sort(axis=1)
         ids, logits = split_keys(table[:, : self._k])
-        return RowCandidates(ids, logits, is_plain)
+        logits[~is_plain, 0] = np.nan
+        return LargestLogits(ids, logits)
 
 
 def _reaching(

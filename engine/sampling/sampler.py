@@ -17,15 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.engine.backend import Vocabulary
-from erllama.engine.sampling.candidates import Candidates, mask_logits, top_k
-from erllama.engine.sampling.declaration import OrderedRowsStep, Step, StepContext, WholeRowsStep
-from erllama.engine.sampling.draws import Categorical, Draw, Greedy, Mirostat
+from erllama.engine.sampling.candidates import LARGE, Candidates, mask_logits, top_k
+from erllama.engine.sampling.declaration import ListStep, OrderedRowsStep, Step, StepContext, WholeRowsStep
+from erllama.engine.sampling.draws import Categorical, Draw, Greedy, Mirostat, draw_from_list
 from erllama.engine.sampling.options import SamplingOptions
 from erllama.engine.sampling.rows import RowPlan
 from erllama.engine.sampling.steps import CHAIN, LogitBias, TopK
 from erllama.errors import OptionError, SamplingError
 
 _STEPS = {step.name: step for step in CHAIN}
+_MAX_LISTED = 128  # candidates that are faster in a list than in numpy, after a decode
 
 
 class TokenLogprobs(NamedTuple):
@@ -143,7 +144,7 @@ class CustomOrderedStep(CustomStep, OrderedRowsStep):
         cls, steps: Sequence[CustomOrderedStep], logits: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         customs = [cast(OrderedRowsStep, step._step) for step in steps]
-        name, given = type(customs[0]).__qualname__, logits.view()
+        name, given = type(customs[0]).__qualname__, logits.copy()  # such a step may keep the array
         given.flags.writeable = False
         changed = np.asarray(customs[0].change_ordered_rows(customs, given))
         if changed.shape != logits.shape:
@@ -185,6 +186,9 @@ class Sampler:
         seed: the seed in use.
         steps: the chain.
         row_plan: how the rows of many requests run this chain together; None if they run one by one.
+        first_k: how many of the largest logits of a row the chain begins with; 0 if it is the most likely token
+            alone; None if it begins with all logits.
+        reads_context: whether a step may read the context.
         random: returns the next number of the request's generator, at least 0 and below 1.
     """
 
@@ -198,11 +202,21 @@ class Sampler:
     ) -> None:
         self.steps, self._draw, self._ids = tuple(steps), draw, ids
         self.row_plan = RowPlan.of(self.steps, draw, len(ids))
-        self._is_argmax = not steps and isinstance(draw, Greedy)
         # Any other chain takes no numbers from the generator, so its state never changes.
         self._draws = not isinstance(draw, Greedy) or not all(isinstance(step, WholeRowsStep) for step in steps)
         self._constant_state: SamplingState | None = None
-        self._first_k = steps[0].k if steps and isinstance(steps[0], TopK) else 0
+        self.first_k: int | None = None
+        if steps and isinstance(steps[0], TopK):
+            self.first_k = min(steps[0].k, len(ids))
+        elif not steps and isinstance(draw, Greedy):
+            self.first_k = 0
+        self._later_steps = self.steps[1:]
+        self._list_steps: tuple[ListStep, ...] | None = None
+        in_lists = all(isinstance(step, ListStep) for step in self._later_steps) and isinstance(draw, Categorical)
+        if in_lists and 0 < (self.first_k or 0) <= _MAX_LISTED:
+            self._list_steps = cast("tuple[ListStep, ...]", self._later_steps)
+        self.reads_context = any(getattr(step, "reads_context", True) for step in self.steps)
+        self._has_custom_steps = any(isinstance(step, CustomStep) for step in self.steps)
         if state is not None:
             seed = state.seed
         self.seed = secrets.randbits(64) if seed is None else seed
@@ -228,24 +242,55 @@ class Sampler:
         Raises:
             SamplingError: a logit is NaN, or no logit is finite, or a custom step failed.
         """
-        if self._is_argmax and allowed is None:
-            best = int(logits.argmax())  # the first NaN, if there is one
-            if not math.isfinite(logits[best]):
-                _check_finite(logits, "the model")
-            return best
-        steps = self.steps
-        if allowed is None and self._first_k:
-            largest = top_k(logits, self._first_k)
+        if allowed is None and self.first_k is not None:
+            if not self.first_k:
+                best = int(logits.argmax())  # the first NaN, if there is one
+                if not math.isfinite(logits[best]):
+                    _check_finite(logits, "the model")
+                return best
+            largest = top_k(logits, self.first_k)
             if not math.isfinite(largest.best):
                 _check_finite(logits, "the model")
             candidates = Candidates(largest.positions, largest.logits, context, self._random, in_order=True)
-            steps = steps[1:]
-        else:
-            _check_finite(logits, "the model")
-            if allowed is not None:
-                logits = mask_logits(logits, allowed)
-                _check_finite(logits, "the grammar")
-            candidates = Candidates.of_vocabulary(self._ids, logits, context, self._random)
+            return self._run(self._later_steps, candidates)
+        _check_finite(logits, "the model")
+        if allowed is not None:
+            logits = mask_logits(logits, allowed)
+            _check_finite(logits, "the grammar")
+        candidates = Candidates.of_vocabulary(self._ids, logits, context, self._random)
+        return self._run(self.steps, candidates)
+
+    def sample_largest(self, ids: NDArray[np.intp], logits: NDArray[np.float32], context: NDArray[np.int32]) -> int:
+        """Choose a token, given the result of the first step, which is `top_k`.
+
+        Args:
+            ids, logits: the `first_k` most likely tokens and their logits, in falling order, ties by rising id. The
+                arrays may change after the call.
+            context: as for `sample`; any array unless `reads_context`.
+
+        Returns:
+            the token; -1 if the first logit is not finite. `sample` then raises the error.
+
+        Raises:
+            SamplingError: a custom step failed.
+        """
+        if self._list_steps is not None:
+            falling: list[float] = logits.tolist()
+            if falling[0] <= LARGE and falling[-1] >= -LARGE:
+                for step in self._list_steps:
+                    falling = step.change_list(falling)
+                    if not falling:
+                        break
+                else:
+                    return ids.item(draw_from_list(falling, self.random()))
+        if not math.isfinite(logits.item(0)):
+            return -1
+        if self._has_custom_steps:
+            ids, logits = ids.copy(), logits.copy()  # such a step may keep candidates
+        candidates = Candidates(ids, logits, context, self._random, in_order=True)
+        return self._run(self._later_steps, candidates)
+
+    def _run(self, steps: Sequence[Step], candidates: Candidates) -> int:
         for step in steps:
             candidates = step(candidates)
         if not math.isfinite(candidates.best()):

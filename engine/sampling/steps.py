@@ -3,7 +3,8 @@
 A step takes candidates and returns those that remain, or changes their logits. Each follows llama.cpp's sampler of
 the same name: it keeps the same candidates with the same probabilities. `min_keep` is the fewest candidates that a
 step leaves, as far as it received them. To add a step, write its class here and add it to `CHAIN`. A step may have
-a second form, for the rows of many requests: see `OrderedRowsStep` and `WholeRowsStep`.
+other forms, for the rows of many requests, and for a few candidates: see `OrderedRowsStep`, `WholeRowsStep` and
+`ListStep`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,30 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from operator import neg
 
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.sampling.candidates import LARGE, Candidates, order, row_weights, running_sums
-from erllama.engine.sampling.declaration import ChainStep, Option, OrderedRowsStep, Step, StepContext, WholeRowsStep
+from erllama.engine.sampling.candidates import (
+    LARGE,
+    Candidates,
+    list_weights,
+    order,
+    round_to_float32,
+    row_weights,
+    running_sums,
+)
+from erllama.engine.sampling.declaration import (
+    ChainStep,
+    ListStep,
+    Option,
+    OrderedRowsStep,
+    Step,
+    StepContext,
+    WholeRowsStep,
+)
 from erllama.engine.sampling.dry import DRY
 from erllama.errors import SamplingError
 
@@ -60,6 +78,7 @@ class Penalties(ChainStep, WholeRowsStep):
     """
 
     name = "penalties"
+    reads_context = True
     summary = "makes tokens among the last `repeat_last_n` of prompt and reply less likely"
     repeat_penalty = Option(1.0, 1e-3, 1e3)
     repeat_last_n = Option(64, -1)
@@ -216,7 +235,7 @@ class TypicalP(ChainStep):
         return kept
 
 
-class TopP(ChainStep, OrderedRowsStep):
+class TopP(ChainStep, OrderedRowsStep, ListStep):
     """Keeps the fewest most likely tokens whose probabilities sum to `p`.
 
     Holtzman et al., "The Curious Case of Neural Text Degeneration", 2019.
@@ -256,9 +275,13 @@ class TopP(ChainStep, OrderedRowsStep):
         equal = np.flatnonzero(candidates.logits == falling[n - 1])
         return candidates.keep(np.sort(np.concatenate([above, equal[: n - len(above)]])))
 
-    def _n_kept(self, sums: NDArray[np.float64], target: float) -> int:
+    def _n_kept(self, sums: Sequence[float] | NDArray[np.float64], target: float) -> int:
         """Return how many ordered candidates to keep; more than exist if their weights do not reach the target."""
         return max(bisect_left(sums, target) + 1, self._min_keep)
+
+    def change_list(self, logits: list[float]) -> list[float]:
+        sums = list(accumulate(list_weights(logits)))
+        return logits[: self._n_kept(sums, self._p * sums[-1])]
 
     @classmethod
     def change_ordered_rows(cls, steps: Sequence[TopP], logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -269,7 +292,7 @@ class TopP(ChainStep, OrderedRowsStep):
         return _kept_in_rows(logits, kept, [step._min_keep for step in steps])
 
 
-class MinP(ChainStep, OrderedRowsStep):
+class MinP(ChainStep, OrderedRowsStep, ListStep):
     """Keeps the tokens at least `p` times as likely as the most likely one.
 
     Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024.
@@ -283,7 +306,7 @@ class MinP(ChainStep, OrderedRowsStep):
     min_keep = MIN_KEEP
 
     def __init__(self, p: float, min_keep: int) -> None:
-        self._log_p, self._min_keep = math.log(p), min_keep
+        self._log_p, self._min_keep = round_to_float32(math.log(p)), min_keep
 
     @classmethod
     def from_options(cls, options: object, context: StepContext) -> Step | None:
@@ -299,6 +322,10 @@ class MinP(ChainStep, OrderedRowsStep):
         if len(kept) >= self._min_keep:
             return candidates.keep(kept)
         return candidates.top(self._min_keep)
+
+    def change_list(self, logits: list[float]) -> list[float]:
+        bound = round_to_float32(logits[0] + self._log_p)
+        return logits[: max(bisect_right(logits, -bound, key=neg), self._min_keep)]
 
     @classmethod
     def change_ordered_rows(cls, steps: Sequence[MinP], logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -341,7 +368,7 @@ class XTC(ChainStep):
         return candidates
 
 
-class Temperature(ChainStep, OrderedRowsStep):
+class Temperature(ChainStep, OrderedRowsStep, ListStep):
     """Divides logits by `temperature`, above 0: higher is more random."""
 
     name = "temperature"
@@ -363,6 +390,13 @@ class Temperature(ChainStep, OrderedRowsStep):
 
     def __call__(self, candidates: Candidates) -> Candidates:
         return _scale_logits(candidates, self._temperature)
+
+    def change_list(self, logits: list[float]) -> list[float]:
+        temperature = self._temperature
+        if max(abs(logits[0]), abs(logits[-1])) / temperature > LARGE:
+            return []
+        scaled: list[float] = np.array([logit / temperature for logit in logits], np.float32).tolist()
+        return scaled
 
     @classmethod
     def change_ordered_rows(cls, steps: Sequence[Temperature], logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.backend import Backend
+from erllama.engine.backend import Backend, RowSelector
 from erllama.engine.metrics import EngineMetrics
 from erllama.engine.sampling.batch import sample_rows
 from erllama.engine.scheduling.batches import Part
@@ -35,13 +35,16 @@ class DecodeResults:
         backend: the model.
         slots: the context's slots.
         metrics: counts what is decoded.
+        selector: selects the largest logits; None for numpy.
 
     Attributes:
         speculating: whether a request of the last tick may compute ahead.
     """
 
-    def __init__(self, backend: Backend, slots: Slots, metrics: EngineMetrics) -> None:
-        self._backend, self._slots, self._metrics = backend, slots, metrics
+    def __init__(
+        self, backend: Backend, slots: Slots, metrics: EngineMetrics, selector: RowSelector | None
+    ) -> None:
+        self._backend, self._slots, self._metrics, self._selector = backend, slots, metrics, selector
         self._costs = DecodeCosts()
         self.speculating = False
 
@@ -101,7 +104,7 @@ class DecodeResults:
             except BaseException as error:
                 failures.append(Failure(sequence, error))
             row += len(output)
-        tokens = _sample(sampled, rows, logits)
+        tokens = _sample(sampled, rows, logits, self._selector)
         return failures + self._accept(sampled, tokens, [logits[row] for row in rows], now)
 
     def process_sampled(
@@ -156,7 +159,10 @@ class DecodeResults:
 
 
 def _sample(
-    sequences: SequenceOf[Sequence], rows: SequenceOf[int], logits: NDArray[np.float32]
+    sequences: SequenceOf[Sequence],
+    rows: SequenceOf[int],
+    logits: NDArray[np.float32],
+    selector: RowSelector | None,
 ) -> list[int | BaseException | None]:
     """Sample the next token of each sequence.
 
@@ -184,6 +190,6 @@ def _sample(
     is_contiguous = last - first + 1 == len(sampled)  # otherwise the rows are copied
     chosen = logits[first : last + 1] if is_contiguous else logits[[rows[i] for i in sampled]]
     samplers, contexts, allowed = zip(*inputs, strict=True)
-    for i, token in zip(sampled, sample_rows(samplers, chosen, contexts, allowed), strict=True):
+    for i, token in zip(sampled, sample_rows(samplers, chosen, contexts, allowed, selector), strict=True):
         results[i] = token
     return results

@@ -14,7 +14,8 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine.sampling.batch import sample_rows
+from erllama.engine.backend import RowSelector
+from erllama.engine.sampling.batch import RowSampler
 from erllama.engine.scheduling.batches import BatchBuilder, Part
 from erllama.engine.scheduling.cells import Cells
 from erllama.engine.scheduling.sequence import Sequence
@@ -31,12 +32,17 @@ class DecodeRun:
         batches: builds the batch. Nobody else uses it during the run.
         ending: the tokens that end a reply.
         max_ticks: the maximum number of ticks.
+        selector: selects the largest logits; None for numpy.
         alone: whether the cells of one sequence lie as in a run from an empty context, and all its decodes have the
             bits of the backend's recipe.
 
     Attributes:
-        sequences, alone: the arguments.
+        sequences, max_ticks, alone: the arguments. After `max_ticks`, the next decode may end a reply, make a block
+            due, or need cells that are not free.
         batch: the next decode.
+        sampler: samples the tokens of a decode.
+        contexts: for each sequence, prompt and reply so far.
+        logits: what the last decode returned. A backend may return the same array for each decode.
         n_ticks: decodes of the run so far.
         last_token_at: when their last tokens were sampled.
     """
@@ -47,6 +53,7 @@ class DecodeRun:
         batches: BatchBuilder,
         ending: frozenset[int],
         max_ticks: int,
+        selector: RowSelector | None,
         *,
         alone: bool,
     ) -> None:
@@ -54,8 +61,9 @@ class DecodeRun:
         self.batch, _ = batches.build([Part(s, s.n_computed, s.n_tokens) for s in sequences])
         for sequence in sequences:
             sequence.run = self
+        self.logits: NDArray[np.float32] | None = None
         self.n_ticks = 0
-        self._max_ticks = max_ticks
+        self.max_ticks = max_ticks
         self._ending = ending
         self.alone = alone
         self.last_token_at = sequences[0].clock.last_token_at
@@ -63,19 +71,9 @@ class DecodeRun:
         self._tokens, self._positions = self.batch.tokens.data, self.batch.positions.data
         self._buffers = [sequence.buffer.data for sequence in sequences]
         self._starts = [sequence.n_tokens for sequence in sequences]
-        self._samplers = [sequence.sampler for sequence in sequences]
-        self._contexts = _Contexts(sequences)
-        self._allowed = [None] * len(sequences)
+        self.sampler = RowSampler([s.sampler for s in sequences], [None] * len(sequences), selector)
+        self.contexts = _Contexts(sequences)
         self._streamed = [(i, s.ticket) for i, s in enumerate(sequences) if s.ticket.streaming]
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the next decode may end a reply, make a block due, or need cells that are not free."""
-        return self.n_ticks >= self._max_ticks
-
-    def sample(self, logits: NDArray[np.float32]) -> list[int | Error]:
-        """Return the token of each sequence, or its error, sampled from logits of shape (n, n_vocab)."""
-        return sample_rows(self._samplers, logits, self._contexts, self._allowed)
 
     def append(self, sampled: SequenceOf[int | Error], now: float) -> bool:
         """Append the tokens of a tick, and send them to their readers.
@@ -94,7 +92,7 @@ class DecodeRun:
             at = starts[i] + n
             buffers[i][at] = token_of[i] = token
             position_of[i] = at
-        self.n_ticks = self._contexts.n_added = n + 1
+        self.n_ticks = self.contexts.n_added = n + 1
         self.last_token_at = now
         # Last: a woken reader needs the interpreter, which is free during a decode.
         for i, ticket in self._streamed:

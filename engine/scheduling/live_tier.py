@@ -40,7 +40,7 @@ class LiveTier(Tier):
         self._location = location
         self._cell_bytes = cell_bytes
         self._n_parked: Counter[bytes] = Counter()  # parked sequences that contain a block
-        self._evicted: deque[bytes] = deque()
+        self.evicted: deque[bytes] = deque()
         attached = threading.Event()
 
         def attach() -> None:
@@ -77,14 +77,9 @@ class LiveTier(Tier):
         with self._guard():
             self._cache.report_removed(self, gone)
 
-    @property
-    def has_evicted(self) -> bool:
-        """Whether the cache has evicted blocks since the last `take_evicted`."""
-        return bool(self._evicted)
-
     def take_evicted(self) -> set[bytes]:
         """Return the keys of the blocks that the cache has evicted since the last call."""
-        return {self._evicted.popleft() for _ in range(len(self._evicted))}
+        return {self.evicted.popleft() for _ in range(len(self.evicted))}
 
     def detach(self) -> None:
         """Detach the tier from the cache."""
@@ -122,4 +117,4 @@ class LiveTier(Tier):
         raise FileNotFoundError("the cache cannot read blocks from a model's cells")
 
     def remove(self, keys: Sequence[bytes]) -> None:
-        self._evicted.extend(keys)
+        self.evicted.extend(keys)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from erllama.cache import Cache, Policy
 from erllama.engine.adapters import Adapters
-from erllama.engine.backend import Backend
+from erllama.engine.backend import Backend, RowSelector
 from erllama.engine.grammar.grammar import GrammarCompiler
 from erllama.engine.grammar.matcher import Matcher
 from erllama.engine.grammar.triggers import LazyMatcher
@@ -60,6 +60,11 @@ class ModelContext:
             TokenCodec(vocabulary),
             Adapters(backend),
         )
+
+    @property
+    def selector(self) -> RowSelector | None:
+        """What selects the largest logits of rows; None for numpy."""
+        return self.backend if isinstance(self.backend, RowSelector) else None
 
     @property
     def ending_tokens(self) -> frozenset[int]:

@@ -427,27 +427,26 @@ class ModelThread:
     # --- the model thread
 
     def _run(self) -> None:
-        scheduler = self._scheduler
-        progress = True
+        scheduler, tickets = self._scheduler, self._scheduler.tickets
+        clock = scheduler.clock
+        at_once = False  # whether the next tick can follow at once
         try:
+            # Ticks that follow each other call few functions: each takes some us while the caches are cold.
             while not self._stopping:
-                scheduler.tickets.wake()
-                self._wait_for_work(progress)
-                for _ in range(len(self._calls)):  # more may arrive meanwhile, from these calls, too
-                    call = self._calls.popleft()
-                    if isinstance(call, ThreadCall):
-                        scheduler.end_run()
-                    call.run()
-                if self.adapters.unused:
-                    self.adapters.free_unused()
-                while self._queue:
-                    self._queue[0].dequeued = True  # before it is removed: `submit` checks the queue first
-                    scheduler.add(self._queue.popleft())
-                progress = True
-                if not self._stopping and scheduler.busy:
-                    scheduler.clock.begin()
-                    progress = self._tick()
-                    scheduler.clock.end()
+                if tickets.wakers:
+                    tickets.wake()
+                if not at_once or not self._wakeups.empty():
+                    self._receive_work(wait=not at_once)
+                    if self._stopping or not scheduler.busy:
+                        at_once = False
+                        continue
+                clock.begin()
+                try:
+                    at_once = scheduler.tick()
+                except BaseException as error:
+                    self._fail_running(error)
+                    at_once = scheduler.busy
+                clock.end()
         finally:
             with self._lock:
                 self._stopping = True
@@ -484,44 +483,60 @@ class ModelThread:
         error.__cause__ = self._failure
         return error
 
-    def _wait_for_work(self, progress: bool) -> None:
-        if self._scheduler.busy and progress:
-            return
-        # While all running requests wait for saves of others, tick again soon.
-        timeout = _RETRY_SECONDS if self._scheduler.busy else None
+    def _receive_work(self, *, wait: bool) -> None:
+        """Run the calls of other threads, and pass new requests to the scheduler.
+
+        Args:
+            wait: whether to wait for one of them. While all running requests wait for saves of others, the wait is
+                short.
+        """
+        scheduler = self._scheduler
+        timeout = _RETRY_SECONDS if scheduler.busy else None
         with suppress(Empty):
-            while not self._has_work():
+            while wait and not self._has_work():
                 self._wakeups.get(timeout=timeout)
+            while True:  # before the changes are read that these items announce
+                self._wakeups.get_nowait()
+        for _ in range(len(self._calls)):  # more may arrive meanwhile, from these calls, too
+            call = self._calls.popleft()
+            if isinstance(call, ThreadCall):
+                scheduler.end_run()
+            call.run()
+        if self.adapters.unused:
+            self.adapters.free_unused()
+        while self._queue:
+            self._queue[0].dequeued = True  # before it is removed: `submit` checks the queue first
+            scheduler.add(self._queue.popleft())
 
     def _notify(self) -> None:
         """Wake the model thread. Called after the change that it must see."""
-        if self._wakeups.empty():  # otherwise the thread checks again anyway, when it gets that item
+        if self._wakeups.empty():  # otherwise the thread checks again anyway, after it gets that item
             self._wakeups.put(None)
 
     def _has_work(self) -> bool:
         return self._stopping or bool(self._queue or self._calls) or self.adapters.unused
 
-    def _tick(self) -> bool:
-        """Run one tick. On any failure, fail the running requests and keep the thread running."""
+    def _fail_running(self, error: BaseException) -> None:
+        """Fail the running requests after a tick that failed unexpectedly, and keep the thread running.
+
+        Args:
+            error: of the tick. SystemExit, too: no interrupt is meant for this thread.
+        """
+        log.error("model %r failed unexpectedly; its requests end", self._name, exc_info=error)
+        failure = BackendError(f"the model failed unexpectedly: {type(error).__name__}: {error}")
+        failure.__cause__ = error
         try:
-            return self._scheduler.tick()
-        except BaseException as error:
-            # SystemExit, too: no interrupt is meant for this thread.
-            log.exception("model %r failed unexpectedly; its requests end", self._name)
-            failure = BackendError(f"the model failed unexpectedly: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            try:
-                self._scheduler.fail_all(failure)
-            except BaseException:
-                log.exception("model %r cannot continue; it is unloaded", self._name)
-                self._failure = failure
-                self._stopping = True
-            return True
+            self._scheduler.fail_all(failure)
+        except BaseException:
+            log.exception("model %r cannot continue; it is unloaded", self._name)
+            self._failure = failure
+            self._stopping = True
 
     def _on_end(self, sequence: Sequence) -> None:
         sequence.ticket.source = None
         self.adapters.release(sequence.ticket)
         self._leave_session(sequence)
+        self._notify_of_unused_adapters()
 
 
 def _session_of(sequence: Sequence) -> tuple[bytes, str] | None:

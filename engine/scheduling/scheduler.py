@@ -80,6 +80,8 @@ class Scheduler:
         self._recoverable = context.backend if isinstance(context.backend, RecoverableBackend) else None
         self._limits = context.backend.limits
         self._threads: Threads | None = getattr(context.backend, "threads", None)
+        self._selector = context.selector
+        self._tier = tier
         self._n_seq_max = n_seq_max
         self._chunk = prefill_chunk_size
         self._on_end = on_end
@@ -96,7 +98,7 @@ class Scheduler:
         self._in_flight: SequenceOf[Sequence] = ()  # of a decode that has not returned, or was aborted
         self.clock = TickClock()
         self.metrics = EngineMetrics()
-        self._results = DecodeResults(context.backend, self.slots, self.metrics)
+        self._results = DecodeResults(context.backend, self.slots, self.metrics, self._selector)
         self.last_hit: CacheHit | None = None
 
     @property
@@ -126,13 +128,14 @@ class Scheduler:
         """Admit requests, decode once, and pass on the results.
 
         Returns:
-            False if all running requests wait for saves of others: the next tick should wait a moment.
+            whether the next tick can follow at once. False if there is no request, and if all running ones wait for
+            saves of others: the next tick should wait a moment.
         """
         run = self._run
         if run is not None:
-            if not run.is_complete and not self._is_due():
+            if run.n_ticks < run.max_ticks and not self._is_due():
                 self._continue(run)
-                return True
+                return self._run is run or self.busy
             self.end_run()
         self.slots.evict_requested()
         if self.tickets.cancelled or time.perf_counter() >= self._deadline:
@@ -148,8 +151,8 @@ class Scheduler:
         parts = self._compose()
         if parts:
             self._decode(parts)
-            return True
-        return not any(s.waiting for s in self.running)
+            return self.busy
+        return self.busy and not any(s.waiting for s in self.running)
 
     # --- ticks in which nothing but decoding happens
 
@@ -158,7 +161,7 @@ class Scheduler:
         return (
             self.tickets.cancelled
             or (bool(self.waiting) and not self._waits_for_end)
-            or self.slots.has_evicted
+            or (self._tier is not None and bool(self._tier.evicted))
             or (self._deadline < math.inf and time.perf_counter() >= self._deadline)
         )
 
@@ -171,22 +174,37 @@ class Scheduler:
         last = running[0].clock.last_token_at
         if max_ticks > 1 and all(s.clock.last_token_at == last for s in running):
             alone = len(running) == 1 and self.slots.pristine
-            self._run = DecodeRun(running, self._batches, self._context.ending_tokens, max_ticks, alone=alone)
+            ending, selector = self._context.ending_tokens, self._selector
+            self._run = DecodeRun(running, self._batches, ending, max_ticks, selector, alone=alone)
 
     def _continue(self, run: DecodeRun) -> None:
         """Run one tick of a run. Ends the run if a reply ends, or a request fails."""
-        sequences = run.sequences
-        logits = self._compute(run.batch, sequences, len(sequences))
-        if logits is None:
+        sequences, n = run.sequences, len(run.sequences)
+        self._in_flight = sequences
+        # Adapters and threads are those of the tick before the run, in which the same sequences decoded.
+        clock = self.clock
+        clock.rows = n
+        try:
+            began = time.monotonic()
+            logits = self._backend.decode(run.batch)
+            clock.record(n, time.monotonic() - began)
+            if logits is not run.logits:
+                self._check_shape(logits, n)
+                run.logits = logits
+        except BaseException as error:
+            self._handle_failed_decode(error, sequences)
             return
+        self._in_flight = ()
         now = time.perf_counter()
-        run.alone = run.alone and self._has_recipe_bits
-        self.metrics.ticks += 1
-        self.metrics.decoded_tokens += len(sequences)
-        sampled = run.sample(logits)
+        if self._threads is not None and not self._threads.as_in_recipe:
+            run.alone = False
+        metrics = self.metrics
+        metrics.ticks += 1
+        metrics.decoded_tokens += n
+        sampled = run.sampler.sample(logits, run.contexts)
         seconds = now - run.last_token_at
         if run.append(sampled, now):
-            self.metrics.between_tokens.observe(seconds, len(sampled))
+            metrics.between_tokens.observe(seconds, n)
             return
         alone = run.alone
         self.end_run()
@@ -360,7 +378,7 @@ class Scheduler:
         logits = self._compute(batch, sequences, n_output)
         if logits is None:
             return
-        alone = alone and self._has_recipe_bits
+        alone = alone and (self._threads is None or self._threads.as_in_recipe)
         now = time.perf_counter()
         self._results.count(parts, len(batch.tokens), now - began)
         self._fail_each(self._results.process(parts, logits, now, alone))
@@ -377,22 +395,16 @@ class Scheduler:
             began = time.monotonic()
             logits = self._backend.decode(batch)
             self.clock.record(n_rows, time.monotonic() - began)
-            if logits.shape != (n_output, self._limits.n_vocab):
-                raise BackendError(f"the backend returned logits of shape {logits.shape}")
-        except CellsExhausted as error:
-            self._lower_capacity(error)
-            return None
+            self._check_shape(logits, n_output)
         except BaseException as error:
-            if not self._stopping():
-                self._fail_and_restart(sequences, wrap_error(error))
+            self._handle_failed_decode(error, sequences)
             return None
         self._in_flight = ()
         return logits
 
-    @property
-    def _has_recipe_bits(self) -> bool:
-        """Whether the last decode has the bits that the backend's recipe yields."""
-        return self._threads is None or self._threads.as_in_recipe
+    def _check_shape(self, logits: NDArray[np.float32], n_output: int) -> None:
+        if logits.shape != (n_output, self._limits.n_vocab):
+            raise BackendError(f"the backend returned logits of shape {logits.shape}")
 
     def _conclude(self, sequences: SequenceOf[Sequence]) -> None:
         """Notify the readers of decoded sequences, save what is due, and end the requests that are done."""
@@ -470,6 +482,12 @@ class Scheduler:
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
         self._waits_for_end = False
+
+    def _handle_failed_decode(self, error: BaseException, sequences: SequenceOf[Sequence]) -> None:
+        if isinstance(error, CellsExhausted):
+            self._lower_capacity(error)
+        elif not self._stopping():
+            self._fail_and_restart(sequences, wrap_error(error))
 
     def _lower_capacity(self, error: CellsExhausted) -> None:
         """Lower the capacity to the cells in use: the backend has fewer than counted. The next tick makes room."""

@@ -243,14 +243,9 @@ class Slots:
         while self.parked:
             self._evict(self.parked[0])
 
-    @property
-    def has_evicted(self) -> bool:
-        """Whether the cache has evicted blocks of parked sequences, which `evict_requested` then evicts."""
-        return self._tier is not None and self._tier.has_evicted
-
     def evict_requested(self) -> None:
         """Evict the parked sequences whose blocks the cache has evicted."""
-        if self._tier is not None and self.has_evicted:
+        if self._tier is not None and self._tier.evicted:
             evicted = self._tier.take_evicted()
             for parked in [parked for parked in self.parked if evicted.intersection(parked.keys)]:
                 self._evict(parked)

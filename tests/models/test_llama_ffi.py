@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -34,6 +34,12 @@ def model(tiny_gguf: Path) -> Iterator[LlamaModel]:
 
 @pytest.fixture
 def context(model: LlamaModel) -> Iterator[LlamaContext]:
+    with LlamaContext(model, **CONTEXT) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def selecting(model: LlamaModel) -> Iterator[LlamaContext]:
     with LlamaContext(model, **CONTEXT) as found:
         yield found
 
@@ -345,6 +351,94 @@ def test_the_build_is_described() -> None:
     assert llama_ffi.ggml_block_size(8) == 32
 
 
+# --- the largest logits ------------------------------------------------------------------------------
+
+
+def top_k(
+    context: LlamaContext, rows: NDArray[np.float32], k: int, n: int | None = None
+) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    shape = len(rows) if n is None else n, k
+    positions, numbers = np.full(shape, -1, np.intp), np.zeros(shape, np.float32)
+    context.top_k(rows, (positions, numbers))
+    return positions, numbers
+
+
+ROWS: dict[str, Callable[[np.random.Generator, tuple[int, int]], NDArray[np.floating]]] = {
+    "bell": lambda dice, shape: dice.standard_normal(shape),
+    "ties": lambda dice, shape: dice.choice([-1.0, 0.0, -0.0, 0.5], shape),
+    "equal": lambda dice, shape: np.full(shape, dice.choice([-7.5, 0.0, np.inf, -np.inf])),
+    "rising": lambda dice, shape: np.sort(dice.standard_normal(shape)),
+    "falling": lambda dice, shape: -np.sort(dice.standard_normal(shape)),
+    "few possible": lambda dice, shape: np.where(dice.random(shape) < 0.02, dice.standard_normal(shape), -np.inf),
+    "infinite": lambda dice, shape: dice.choice([np.inf, -np.inf, 1.0, 3.4e38, -3.4e38, 1e-45], shape),
+    "not a number": lambda dice, shape: np.where(dice.random(shape) < 0.01, np.nan, dice.standard_normal(shape)),
+}
+widths = st.integers(1, 100) | st.sampled_from([127, 128, 129, 255, 257, 1000, 4099])
+
+
+@given(
+    st.sampled_from(list(ROWS)),
+    st.integers(0, 5),
+    widths,
+    st.sampled_from([1, 2, 31, 40, 4099]),
+    st.integers(0, 99),
+)
+@settings(max_examples=400)
+def test_the_largest_numbers_are_those_of_numpy(
+    selecting: LlamaContext, kind: str, n: int, width: int, k: int, seed: int
+) -> None:
+    rows = ROWS[kind](np.random.default_rng(seed), (n, width)).astype(np.float32)
+    best = rows.argmax(axis=1).tolist()
+    finite = [bool(np.isfinite(row[at])) for row, at in zip(rows, best, strict=True)]
+    assert selecting.argmax(rows) == [at if ok else -1 for at, ok in zip(best, finite, strict=True)]
+    k = min(k, width)
+    positions, numbers = top_k(selecting, rows, k)
+    for row, found, largest in zip(rows, positions, numbers, strict=True):
+        if np.isnan(row).any():
+            assert found[0] == np.flatnonzero(np.isnan(row))[0]
+            assert np.isnan(largest[0])
+        else:
+            assert np.array_equal(found, np.argsort(-row, kind="stable")[:k])
+            assert largest.tobytes() == row[found].tobytes()
+
+
+def test_the_largest_logits_of_a_decode_are_found_in_place(context: LlamaContext) -> None:
+    n = 20
+    batch = (np.arange(5, 5 + n, dtype=np.int32), np.arange(n, dtype=np.int32), np.zeros(n, np.int32))
+    for flags in (np.ones(n, np.int8), np.arange(n, dtype=np.int8) % 2, np.ones(n, np.int8)):
+        context.clear()
+        logits = context.decode(*batch, flags)
+        for rows in (logits, logits[:3], logits[::2], np.asfortranarray(logits), logits[:, 7:200]):
+            assert context.argmax(rows) == rows.argmax(axis=1).tolist()
+            positions, numbers = top_k(context, rows, 3)
+            assert np.array_equal(positions, np.argsort(-rows, axis=1, kind="stable")[:, :3])
+            assert np.array_equal(numbers, np.take_along_axis(rows, positions, 1))
+        del logits, rows  # a larger batch moves them
+
+
+def test_impossible_selections_are_refused(context: LlamaContext) -> None:
+    rows = np.zeros((2, 5), np.float32)
+    for n, k in ((2, 0), (2, 6), (1, 5), (3, 5)):
+        with pytest.raises(LlamaError, match=f"{n}, {k}"):
+            top_k(context, rows, k, n)
+    for positions, numbers in (
+        (np.empty((2, 3), np.int32), np.empty((2, 3), np.float32)),
+        (np.empty((2, 3), np.intp), np.empty((2, 3), np.float64)),
+        (np.empty((2, 3), np.intp), np.empty((2, 2), np.float32)),
+        (np.empty(6, np.intp), np.empty(6, np.float32)),
+    ):
+        with pytest.raises(LlamaError, match="results of type"):
+            context.top_k(rows, (positions, numbers))  # type: ignore[arg-type]
+    for change in (lambda array: array[:, :3], lambda array: array.view()):
+        positions, numbers = change(np.empty((2, 5), np.intp)), change(np.empty((2, 5), np.float32))
+        numbers.flags.writeable = False
+        with pytest.raises((ValueError, BufferError)):
+            context.top_k(rows, (positions, numbers))
+    with pytest.raises(LlamaError, match="no largest"):
+        context.argmax(rows[:, :0])
+    assert context.argmax(rows[:0]) == []
+
+
 # --- samplers --------------------------------------------------------------------------------------
 
 
@@ -444,6 +538,18 @@ view = context.logits(); expected = view.copy()
 context.close(); model.close(); del context, model; gc.collect()
 assert (view == expected).all(); del view; gc.collect()""",
         "logits outlive everything": "decode(context); keep = context.logits(); context.close()",
+        "logits are selected after a close": """
+decode(context); keep = context.logits(); expected = [int(keep[0].argmax())]
+assert context.argmax(keep) == expected; context.close(); model.close(); gc.collect()
+results = np.zeros((1, 1), np.intp), np.zeros((1, 1), np.float32)
+assert context.argmax(keep) == expected; context.top_k(keep, results)
+assert results[0].tolist() == [expected]""",
+        "logits are selected after a decode that failed": """
+decode(context); keep = context.logits(); expected = [int(keep[0].argmax())]; context.abort()
+try: decode(context)
+except LlamaError: pass
+results = np.zeros((1, 40), np.intp), np.zeros((1, 40), np.float32)
+assert len(context.argmax(keep)) == 1; context.top_k(keep, results)""",
         "slices of logits": """
 decode(context); keep = context.logits()[0][5:]; del context, model; gc.collect(); keep.sum()""",
         "vocabulary outlives": """

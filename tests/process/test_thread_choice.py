@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from erllama.engine.backends.thread_choice import ActiveChoices, ThreadChoice, ladder
+from erllama.engine.backends.thread_choice import Choices, ThreadChoice, ladder
 
 Speed = Callable[[int], tuple[float, float]]
 """Returns, for a number of threads, the seconds of a decode, and the part in which the calling thread computes."""
@@ -32,13 +32,13 @@ class Machine:
     def rest(self, seconds: float) -> None:
         self.now += seconds
 
-    def choice(self, n: int = 2, active: ActiveChoices | None = None, **options: bool) -> ThreadChoice:
+    def choice(self, n: int = 2, choices: Choices | None = None, **options: bool) -> ThreadChoice:
         return ThreadChoice(
             n,
             n,
             "2 cores",
             **{"adapts": True, "same_bits": True, **options},
-            active=active or ActiveChoices(lambda: self.now),
+            choices=choices or Choices(),
             clock=lambda: self.now,
         )
 
@@ -122,7 +122,7 @@ def test_a_stopped_computation_does_not_count() -> None:
 def test_explicit_numbers_never_change() -> None:
     machine = Machine(crowded)
     choice = machine.choice(4, adapts=False)
-    other = machine.choice(active=choice._active)
+    other = machine.choice(choices=choice._choices)
     other.begin(1)
     assert set(machine.decode(choice, 500)) == {4}
     assert (choice.n_threads, choice.reason) == (4, "2 cores")
@@ -142,8 +142,8 @@ def test_a_fixed_computation_uses_the_configured_number() -> None:
 
 def test_models_that_compute_at_once_divide_the_cores() -> None:
     machine = Machine()
-    active = ActiveChoices(lambda: machine.now)
-    first, second = machine.choice(8, active), machine.choice(8, active)
+    choices = Choices()
+    first, second = machine.choice(8, choices), machine.choice(8, choices)
     assert machine.decode(first) == [8]
     assert machine.decode(second) == [4], "the first one decodes again in a moment"
     assert machine.decode(first) == [4]
@@ -153,6 +153,12 @@ def test_models_that_compute_at_once_divide_the_cores() -> None:
     machine.decode(second)
     second.close()
     assert machine.decode(first) == [8]
+    second.close()
+    third = machine.choice(8, choices)
+    machine.decode(third)
+    assert machine.decode(first) == [4]
+    del third
+    assert machine.decode(first) == [8], "a model that was dropped does not count"
 
 
 @pytest.mark.parametrize("n", range(1, 200))

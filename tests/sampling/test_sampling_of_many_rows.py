@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import ClassVar, cast
 
 import numpy as np
@@ -13,14 +14,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import erllama
+from erllama.engine import LargestLogits, RowSelector
+from erllama.engine.backends.llama import LlamaBackend
 from erllama.engine.sampling import batch
 from erllama.engine.sampling.batch import sample_rows
-from erllama.engine.sampling.candidates import Candidates
-from erllama.engine.sampling.draws import Categorical
+from erllama.engine.sampling.candidates import LARGE, Candidates
+from erllama.engine.sampling.draws import Categorical, draw_from_list
 from erllama.engine.sampling.options import SamplingOptions
 from erllama.engine.sampling.rows import draw_positions
 from erllama.engine.sampling.sampler import Sampler, SamplerFactory
-from support.recording_backend import LetterVocabulary
+from erllama.engine.sampling.steps import MinP, Temperature, TopP
+from support.recording_backend import LetterVocabulary, llama_backend
 
 Logits = NDArray[np.float32]
 NOTHING = np.empty(0, np.int32)
@@ -89,21 +93,44 @@ other_options = st.sampled_from(
 ).map(lambda options: {"min_p": 0.0, "temperature": 1.0, **options} if "samplers" in options else options)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _together_from_two_rows() -> Iterator[None]:
+@pytest.fixture(scope="module")
+def backend(tiny_gguf: Path) -> Iterator[LlamaBackend]:
+    found = llama_backend(tiny_gguf, n_ctx=256)
+    yield found
+    found.close()
+
+
+@pytest.fixture(autouse=True, scope="module", params=["numpy", "libllama"])
+def _selector(request: pytest.FixtureRequest, backend: LlamaBackend) -> Iterator[None]:
+    """Compute rows together from two rows on. Select their largest logits in numpy, or in the backend."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch, "_MIN_ROWS", 2)
+        if request.param != "numpy":
+            patch.setattr(Ticks, "selector", backend)
         yield
 
 
 class Ticks:
-    """Rows of several ticks, and for each row two samplers with the same seed."""
+    """Rows of several ticks, and for each row two samplers with the same seed.
+
+    Attributes:
+        selector: selects the largest logits of rows that are sampled together; None for numpy.
+    """
+
+    selector: ClassVar[RowSelector | None] = None
 
     def __init__(self, n_vocab: int, options: list[dict[str, object]], seed: int) -> None:
         factory = SamplerFactory(LetterVocabulary(n_vocab), n_ctx=512)
         checked = [SamplingOptions(seed=seed + i, **given) for i, given in enumerate(options)]  # type: ignore[arg-type]
         self.n_vocab, self.random = n_vocab, np.random.default_rng(seed)
         self.alone, self.together = ([factory.make(given) for given in checked] for _ in range(2))
+
+    def logits(self, kinds: Sequence[str]) -> Logits:
+        """Return a row of each kind."""
+        logits = np.empty((len(kinds), self.n_vocab), np.float32)
+        for row, kind in zip(logits, kinds, strict=True):
+            row[:] = KINDS[kind](self.random, self.n_vocab)
+        return logits
 
     def compare(self, logits: Logits, *, masked: float = 0.0) -> list[int | erllama.Error]:
         """Sample once from each row, and fail unless both ways agree."""
@@ -117,7 +144,7 @@ class Ticks:
         ]
         before = logits.copy()
         expected = [alone(*row) for row in zip(self.alone, logits, contexts, allowed, strict=True)]
-        found = sample_rows(self.together, logits, contexts, allowed)
+        found = sample_rows(self.together, logits, contexts, allowed, self.selector)
         assert np.array_equal(logits, before, equal_nan=True), "logits are not changed"
         assert list(map(repr, found)) == list(map(repr, expected))
         assert [sampler.state for sampler in self.together] == [sampler.state for sampler in self.alone]
@@ -146,25 +173,66 @@ def test_rows_together_get_what_each_row_gets_alone(
 ) -> None:
     ticks = Ticks(n_vocab, [options for options, _ in rows], seed)
     for _ in range(3):
-        logits = np.empty((len(rows), n_vocab), np.float32)
-        for row, (_, kind) in zip(logits, rows, strict=True):
-            row[:] = KINDS[kind](ticks.random, n_vocab)
-        ticks.compare(logits, masked=masked)
+        ticks.compare(ticks.logits([kind for _, kind in rows]), masked=masked)
+
+
+@given(
+    st.sampled_from(SIZES),
+    st.lists(st.tuples(some_options | other_options, st.sampled_from(list(KINDS))), max_size=7),
+    st.integers(0, 2**32),
+    st.sampled_from([0.0, 0.3]),
+)
+@settings(max_examples=200)
+def test_a_few_rows_get_what_each_row_gets_alone(
+    n_vocab: int, rows: list[tuple[dict[str, object], str]], seed: int, masked: float
+) -> None:
+    """Too few to compute them together. A backend still selects the largest logits of all."""
+    ticks = Ticks(n_vocab, [options for options, _ in rows], seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "_MIN_ROWS", 8)
+        for _ in range(3):
+            ticks.compare(ticks.logits([kind for _, kind in rows]), masked=masked)
 
 
 @given(
     st.lists(some_options, min_size=2, max_size=12),
     st.sampled_from(["bell", "ties", "steep", "few possible"]),
     st.integers(0, 2**32),
+    st.sampled_from([2, 100]),
 )
-@settings(max_examples=50)
+@settings(max_examples=100)
 def test_many_draws_together_equal_those_of_rows_alone(
-    options: list[dict[str, object]], kind: str, seed: int
+    options: list[dict[str, object]], kind: str, seed: int, min_rows: int
 ) -> None:
+    """Also if the rows are too few to compute them together."""
     ticks = Ticks(300, options, seed)
-    logits = np.stack([KINDS[kind](ticks.random, 300) for _ in options]).astype(np.float32)
-    for _ in range(50):
-        ticks.compare(logits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "_MIN_ROWS", min_rows)
+        for _ in range(50):
+            ticks.compare(ticks.logits([kind] * len(options)))
+
+
+def test_a_chain_in_lists_computes_the_bits_of_arrays() -> None:
+    """The logits after each step, and the draws; with numbers up to the largest that lists may have."""
+    random = np.random.default_rng(1)
+    for scale in (1e-30, 1e-3, 1.0, 10.0, 1e3, 1e20, 1e29):
+        for _ in range(300):
+            logits = -np.sort(-random.standard_normal(random.integers(1, 129)) * scale).astype(np.float32)
+            row = Candidates(np.arange(len(logits)), logits, NOTHING, random, in_order=True)
+            for step in (
+                TopP(random.random(), int(random.integers(0, 3))),
+                MinP(random.random(), int(random.integers(0, 3))),
+                Temperature(float(random.exponential())),
+            ):
+                found = step.change_list(logits.tolist())
+                expected = step(row).logits
+                assert not found or np.array(found, np.float32).tobytes() == expected.tobytes()
+                assert all(number == float(np.float32(number)) for number in found)
+                assert found or np.abs(expected).max() > LARGE or np.abs(logits).max() > LARGE / 100
+            share = random.random()
+            fixed = cast(np.random.Generator, FixedRandom(share))
+            candidates = Candidates(np.arange(len(logits)), logits, NOTHING, fixed, in_order=True)
+            assert draw_from_list(logits.tolist(), share) == Categorical().draw(candidates)
 
 
 @pytest.mark.parametrize("n_vocab", [32_000, 50_257, 65_536, 70_001])
@@ -300,3 +368,21 @@ def test_draws_at_a_sum_and_at_the_end_agree(share: float) -> None:
 
 def test_no_rows_give_no_tokens() -> None:
     assert sample_rows([], np.empty((0, 50), np.float32), [], []) == []
+
+
+class Unselective:
+    """A selector that fails."""
+
+    def argmax(self, logits: Logits) -> list[int]:
+        raise SystemExit(1)
+
+    def top_k(self, logits: Logits, out: LargestLogits) -> None:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("n", [1, 12])
+def test_a_selector_that_fails_harms_no_row(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ticks, "selector", Unselective())
+    ticks = Ticks(200, [{"temperature": i % 2} for i in range(n)], 1)
+    found = ticks.compare(ticks.random.standard_normal((n, 200)).astype(np.float32))
+    assert not any(isinstance(token, erllama.Error) for token in found)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from weakref import ref
 
 import numpy as np
@@ -14,9 +16,10 @@ from numpy.typing import NDArray
 
 import erllama
 from erllama._model.requests.streams import LoopWaker
-from erllama.engine import Batch
+from erllama.engine import Batch, RowSelector
 from erllama.engine.backends.stub import StubBackend
 from support.engine_models import GatedBackend, cold_reply, engine_metrics, load_stub
+from support.recording_backend import RecordingBackend, llama_backend
 from support.threads import in_threads, wait_until
 
 # Without saves, only the end of a reply interrupts its growth.
@@ -190,15 +193,22 @@ class LateCalls(deque[object]):
 
     looked = False
 
+    def __init__(self, notify: Callable[[], None]) -> None:
+        super().__init__()
+        self.notify = notify
+
     def __bool__(self) -> bool:
         looked, self.looked = self.looked, len(self) > 0
+        if self.looked and not looked:
+            self.notify()
         return looked and len(self) > 0
 
 
 def test_a_call_that_arrives_between_two_looks_sees_every_token() -> None:
     backend = GatedBackend()
     with load_stub(backend, policy={"min_tokens": 1, "continued_interval": 0}) as model:
-        model._runner._calls = LateCalls()  # type: ignore[attr-defined]
+        runner = model._runner
+        runner._calls = LateCalls(runner._notify)  # type: ignore[attr-defined]
         stream = model.stream([5], max_tokens=None, temperature=0)
         wait_until(lambda: len(backend.batches) > 150)
         model.evict()
@@ -227,3 +237,34 @@ def test_a_closed_event_loop_is_not_kept() -> None:
             del stream
         gc.collect()
         assert [loop() for loop in loops[:-1]] == [None, None]
+
+
+def test_a_backend_that_selects_logits_gives_the_replies_of_numpy(tiny_gguf: Path) -> None:
+    """The draws of a seed are the same, with every chain of samplers."""
+    options: list[dict[str, object]] = [
+        {},
+        {"temperature": 0},
+        {"top_k": 1},
+        {"top_k": 0, "top_p": 0.9},
+        {"top_k": 600, "min_p": 0.0},
+        {"temperature": 1.5, "min_p": 0.01, "min_keep": 3},
+        {"repeat_penalty": 1.3},
+        {"temperature": 0, "presence_penalty": 0.5},
+        {"xtc_probability": 0.5, "xtc_threshold": 0.01},
+        {"typical_p": 0.7},
+        {"mirostat": 2},
+        {"dry_multiplier": 0.8},
+        {"top_n_sigma": 1.0},
+        {"logit_bias": {7: 3.0}},
+    ]
+    replies = []
+    for backend in (llama_backend(tiny_gguf), RecordingBackend(llama_backend(tiny_gguf))):
+        assert isinstance(backend, RowSelector) == (not isinstance(backend, RecordingBackend))
+        with erllama.load_backend(backend, cache=erllama.Cache(ram=0)) as model:
+            replies.append(
+                [
+                    comparable(model.complete([5 + i], seed=i, max_tokens=12, **options[i % len(options)]))  # type: ignore[arg-type]
+                    for i in range(6 * len(options))
+                ]
+            )
+    assert replies[0] == replies[1]

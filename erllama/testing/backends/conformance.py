@@ -20,7 +20,7 @@ from unittest import SkipTest
 
 import numpy as np
 
-from erllama.engine.backend import Batch
+from erllama.engine.backend import Batch, LargestLogits, RowSelector
 from erllama.errors import BackendError, CellsExhausted
 from erllama.testing.backends.embedder_rules import EmbedderRules
 from erllama.testing.backends.long_rules import LongRules
@@ -194,6 +194,37 @@ class BackendConformance(MemoryRules, LongRules, EmbedderRules):
             for again in (backend, other):
                 require_same_bits(decode_slice(again, 0, 0, ids[:6]), first[0], "the same batch, again")
                 require_same_bits(decode_slice(again, 0, 6, ids[6:]), first[1], "the same second batch, again")
+
+    def test_the_largest_logits_are_those_of_numpy(self) -> None:
+        """`argmax` and `top_k`, if there are any, return what a stable sort of the logits returns."""
+        with self._backend() as backend:
+            if not isinstance(backend, RowSelector):
+                raise SkipTest("a rule for backends that select logits")
+            flags, positions = np.ones(6, np.int8), np.arange(6, dtype=np.int32)
+            logits = backend.decode(Batch(self._ids(6), positions, np.zeros(6, np.int32), flags))
+            changed = logits.round()  # equal ones
+            changed[1, 1::2] = changed[2] = -np.inf
+            for rows in (logits, logits[:1], logits[2:5], changed):
+                order = np.argsort(-rows, axis=1, kind="stable")
+                expected = [
+                    int(ids[0]) if row[ids[0]] > -np.inf else -1 for row, ids in zip(rows, order, strict=True)
+                ]
+                found = backend.argmax(rows)
+                require(found == expected, f"the largest logits of rows are at {found}, not {expected}")
+                for k in {1, 2, 40, rows.shape[1]}:
+                    k = min(k, rows.shape[1])
+                    ids, largest = out = _empty_results(len(rows), k)
+                    backend.top_k(rows, out)
+                    require(np.array_equal(ids, order[:, :k]), f"the {k} largest logits of a row have other ids")
+                    sorted_rows = np.take_along_axis(rows, order[:, :k], 1)
+                    require(np.array_equal(largest, sorted_rows), f"the {k} largest logits of a row differ")
+            changed[0, -1], changed[1, 2], changed[1, -1] = np.nan, np.inf, np.nan
+            changed[3, 2] = np.inf
+            require(backend.argmax(changed)[:4] == [-1] * 4, "argmax chose a token of a row with NaN or infinity")
+            out = _empty_results(len(changed), 2)
+            backend.top_k(changed, out)
+            first = out.logits[[0, 1, 3], 0].tolist()
+            require(str(first) == "[nan, nan, inf]", f"rows with NaN or infinity have the largest logits {first}")
 
     def test_a_prompt_may_be_split(self) -> None:
         """In one batch, in two, or token by token, the logits are the same, to `tolerance`."""
@@ -403,3 +434,7 @@ class BackendConformance(MemoryRules, LongRules, EmbedderRules):
             with raises(BackendError, "a decode after the close"):
                 decode_slice(backend, 0, 0, self._ids(4))
             backend.abort(True)
+
+
+def _empty_results(n: int, k: int) -> LargestLogits:
+    return LargestLogits(np.zeros((n, k), np.intp), np.zeros((n, k), np.float32))

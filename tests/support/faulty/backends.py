@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama.engine import Batch, Limits, PackedBlock
+from erllama.engine import Batch, LargestLogits, Limits, PackedBlock
 from erllama.engine.backends.stub import StubBackend, StubVocabulary
 from erllama.engine.embedding import EmbeddingLimits
 from erllama.errors import BackendError, CellsExhausted, StateError
@@ -79,6 +79,42 @@ class Ignores(StubBackend):
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
         return super().decode(batch._replace(tokens=np.where(batch.positions == 0, 0, batch.tokens)))
+
+
+class Selects(StubBackend):
+    """Selects logits as numpy does."""
+
+    def argmax(self, logits: NDArray[np.float32]) -> list[int]:
+        best = logits.argmax(axis=1).tolist()
+        return [int(token) if np.isfinite(row[token]) else -1 for token, row in zip(best, logits, strict=True)]
+
+    def top_k(self, logits: NDArray[np.float32], out: LargestLogits) -> None:
+        keys = np.where(np.isnan(logits), -np.inf, -logits)
+        out.ids[:] = np.lexsort((~np.isnan(logits), keys))[:, : out.ids.shape[1]]
+        out.logits[:] = np.take_along_axis(logits, out.ids, 1)
+
+
+class SelectsLastOfEqual(Selects):
+    """Of equal logits, the last one counts as the largest."""
+
+    def argmax(self, logits: NDArray[np.float32]) -> list[int]:
+        last = logits.shape[1] - 1
+        return [last - token if token >= 0 else -1 for token in super().argmax(logits[:, ::-1])]
+
+
+class SelectsUnstably(Selects):
+    """Equal logits are in another order."""
+
+    def top_k(self, logits: NDArray[np.float32], out: LargestLogits) -> None:
+        out.ids[:] = np.argsort(logits, axis=1, kind="stable")[:, ::-1][:, : out.ids.shape[1]]
+        out.logits[:] = np.take_along_axis(logits, out.ids, 1)
+
+
+class SelectsBesideNaN(Selects):
+    """NaN is not seen."""
+
+    def top_k(self, logits: NDArray[np.float32], out: LargestLogits) -> None:
+        super().top_k(np.nan_to_num(logits, nan=-np.inf, posinf=np.inf, neginf=-np.inf), out)
 
 
 class AcceptsGaps(StubBackend):
@@ -984,6 +1020,9 @@ BACKEND_FAULTS: list[tuple[type[StubBackend], str]] = [
     (ReturnsAllRows, "test_rows_without_output_return_no_logits"),
     (Ignores, "test_every_token_affects_the_logits"),
     (Jitters, "test_equal_batches_return_equal_bits"),
+    (SelectsLastOfEqual, "test_the_largest_logits_are_those_of_numpy"),
+    (SelectsUnstably, "test_the_largest_logits_are_those_of_numpy"),
+    (SelectsBesideNaN, "test_the_largest_logits_are_those_of_numpy"),
     (Batches, "test_a_prompt_may_be_split"),
     (Peeks, "test_sequences_are_independent"),
     (Sorts, "test_rows_of_sequences_may_be_interleaved"),
