@@ -427,14 +427,14 @@ class ModelThread:
     # --- the model thread
 
     def _run(self) -> None:
-        scheduler, tickets = self._scheduler, self._scheduler.tickets
+        scheduler = self._scheduler
         clock = scheduler.clock
         at_once = False  # whether the next tick can follow at once
         try:
             # Ticks that follow each other call few functions: each takes some us while the caches are cold.
             while not self._stopping:
-                if tickets.wakers:
-                    tickets.wake()
+                if scheduler.tickets.wakers:
+                    scheduler.tickets.wake()
                 if not at_once or not self._wakeups.empty():
                     self._receive_work(wait=not at_once)
                     if self._stopping or not scheduler.busy:

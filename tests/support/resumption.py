@@ -76,6 +76,16 @@ class Record:
         self.progress = new
 
 
+class _Nobody:
+    """Makes the model thread call `TicketGroup.wake` after each tick."""
+
+    def wake(self) -> None:
+        pass
+
+
+_NOBODY = _Nobody()
+
+
 class Observer(TicketGroup):
     """Records a reply between ticks, and kills the backend at one of these moments.
 
@@ -88,6 +98,7 @@ class Observer(TicketGroup):
         self, ticket: Ticket, backend: Backend, record: Record | None, kill_after: int | None, every: int
     ) -> None:
         super().__init__()
+        self.wakers.add(_NOBODY)
         self._ticket, self._backend, self._record = ticket, backend, record
         self._kill_after, self._every = kill_after, every
         self.n_borders = 0
@@ -95,6 +106,7 @@ class Observer(TicketGroup):
 
     def wake(self) -> None:
         super().wake()
+        self.wakers.add(_NOBODY)
         if self.killed or self._ticket.source is None or self._ticket._group is not self:
             return
         self.n_borders += 1
