@@ -228,7 +228,7 @@ class Ticket:
                 self._unread.put(None)
                 return pieces
             pieces.append(piece)
-        if self._backlog:
+        if self._backlog.runs:
             pieces += self._backlog.take()
         pieces += self._emitted
         self._emitted = []
