@@ -168,7 +168,8 @@ def test_calls_of_the_grammar_are_read_back_equal(data: st.DataObject) -> None:
     text = None
     if set(json.dumps(parameters, ensure_ascii=False)) <= set(words.texts):
         text = random_walk(words, compiler.matcher(grammar), random.Random(repr(arguments)))
-    if text is not None:
+    # A number with thousands of digits is refused with an error.
+    if text is not None and not re.search(r"[eE][-+]?\d{4}", text):
         (call,) = read_calls(get_tool_format(format), text, tools)
         jsonschema.validate(call.arguments, parameters)
     # A value as the family writes it.
