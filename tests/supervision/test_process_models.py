@@ -147,6 +147,7 @@ def test_sessions_parents_and_the_cache_work(remote: erllama.Model, cache: erlla
     assert warm.cache.kind == "exact"
     follow = remote.complete(prompt + warm.text, max_tokens=4, temperature=0, parent_key=warm.finish_key)
     assert follow.context_tokens[: len(warm.context_tokens)] == warm.context_tokens
+    assert cache.flush()  # no block is written between the two reports
     counters = cache.counters()
     assert counters["misses"] == 1
     assert counters["hits_exact"] + counters["hits_resume"] + counters["hits_longest_prefix"] == 2
