@@ -6,12 +6,13 @@ module imports `erllama.errors` alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 
-from erllama.errors import MissingPackage, OptionError
+from erllama.errors import MissingPackage, ModelUnloaded, OptionError
 
 _LONGEST_SHOWN = 60
 # Stricter than difflib's default of 0.6, which suggests "top_p" for a misspelt "stop".
@@ -25,6 +26,31 @@ def shown(value: object) -> str:
     except Exception:  # nested too deeply, an integer of too many digits, or a faulty __repr__
         text = f"<{type(value).__name__}>"
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
+
+
+def check_not_forked(model_id: str, process: int) -> None:
+    """Raise ModelUnloaded in a process that was forked from the one that loaded a model.
+
+    Args:
+        process: number of the process that loaded the model.
+    """
+    if process != os.getpid():
+        raise ModelUnloaded(
+            f"model {model_id!r} was loaded before this process was forked and does not run in it; "
+            "load models after forking, or start workers with multiprocessing's 'spawn' method"
+        )
+
+
+def check_loaded(model_id: str, process: int, *, stopped: bool) -> None:
+    """Raise ModelUnloaded if a model cannot be used: its process was forked, or it is unloaded.
+
+    Args:
+        process: number of the process that loaded the model.
+        stopped: whether the model is unloaded, or is being unloaded.
+    """
+    check_not_forked(model_id, process)
+    if stopped:
+        raise ModelUnloaded(f"model {model_id!r} is unloaded; load it again to use it")
 
 
 def reject_unknown(unknown: Mapping[str, object], known: Collection[str], where: str) -> None:

@@ -23,6 +23,7 @@ from erllama._runtime.log import logger
 from erllama.cache import Cache, Policy
 from erllama.cache.uninterrupted import running as running_calls
 from erllama.cache.uninterrupted import uninterrupted
+from erllama.checks import check_not_forked
 from erllama.engine.adapters import AdapterBackend, AdapterSet, LoadedAdapter
 from erllama.engine.backend import Backend
 from erllama.engine.grammar.grammar import Grammar
@@ -209,11 +210,7 @@ class ModelThread:
 
     def check(self) -> None:
         """Raise ModelUnloaded if the model accepts no more requests."""
-        if self._process != os.getpid():
-            raise ModelUnloaded(
-                f"model {self._name!r} was loaded before this process was forked and does not run in it; "
-                "load models after forking, or start workers with multiprocessing's 'spawn' method"
-            )
+        check_not_forked(self._name, self._process)
         if self._stopping:
             raise self._unloaded_error("is unloaded; load it again to use it")
 

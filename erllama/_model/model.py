@@ -610,10 +610,11 @@ class Model:
     def info(self) -> ModelInfo:
         """Properties and current state of the model."""
         facts = getattr(self._backend, "facts", None) or ModelFacts()
+        class_name = getattr(self._backend, "class_name", type(self._backend).__name__)
         return ModelInfo(
             **{field.name: getattr(facts, field.name) for field in fields(ModelFacts)},
             id=self.id,
-            backend=str(self._backend.namespace.get("backend", type(self._backend).__name__)),
+            backend=str(self._backend.namespace.get("backend", class_name)),
             description=str(getattr(self._backend, "description", "")),
             vocab_only=bool(getattr(self._backend, "vocab_only", False)),
             n_ctx=self.n_ctx,

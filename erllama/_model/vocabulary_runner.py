@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama.cache import namespace_key
+from erllama.checks import check_loaded
 from erllama.engine import Backend, CacheHit, EngineMetrics, Grammar, Phase, Ticket
 from erllama.engine.adapters import LoadedAdapter
-from erllama.errors import ModelUnloaded, VocabularyOnly
+from erllama.errors import VocabularyOnly
 
 
 class VocabularyRunner:
@@ -90,13 +91,7 @@ class VocabularyRunner:
     # --- checks
 
     def check(self) -> None:
-        if not self.is_ours:
-            raise ModelUnloaded(
-                f"model {self._id!r} was loaded before this process was forked and does not run in it; "
-                "load models after forking, or start workers with multiprocessing's 'spawn' method"
-            )
-        if self._stopped:
-            raise ModelUnloaded(f"model {self._id!r} is unloaded; load it again to use it")
+        check_loaded(self._id, self._process, stopped=self._stopped)
 
     def check_computes(self) -> Never:
         self.check()

@@ -32,6 +32,8 @@ from erllama.engine import Backend, ModelFacts, ModelThread
 from erllama.engine.scheduling.options import SchedulingOptions
 
 _PR_SET_PDEATHSIG = 1
+# Bytes that may wait for the parent. Beyond it, replies stay in their tickets, which join their pieces.
+_MAX_WAITING = 1 << 20
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +47,7 @@ def main(arguments: list[str]) -> int:
     start = _receive_start(connection, reader)
     if start is None:
         return 0
-    outbox = Outbox(connection, lambda: None)
+    outbox = Outbox(connection, lambda: None, _MAX_WAITING)
     try:
         _check_version(start)
         _set_up_logging(start.log_levels)
@@ -126,7 +128,7 @@ def _start_model(
     runner = ModelThread(backend, cache, Policy.of(start.policy), start.id, **sizes._asdict())
     if start.warmup and backend.limits.can_generate:
         runner.warm_up()
-    endpoint = Endpoint(connection, reader, backend, cache, runner, start.heartbeat_seconds)
+    endpoint = Endpoint(connection, reader, outbox, backend, cache, runner, start.heartbeat_seconds)
     facts = getattr(backend, "facts", None) or ModelFacts()
     started = m.Started(
         pid=os.getpid(),
@@ -134,7 +136,7 @@ def _start_model(
         facts=facts,
         namespace=json.dumps(dict(backend.namespace)).encode(),
         recipe=backend.recipe,
-        backend=str(backend.namespace.get("backend", type(backend).__name__)),
+        backend=type(backend).__name__,
         description=str(getattr(backend, "description", "")),
         vocabulary=None if isinstance(model, m.GgufModel) else _vocabulary(backend),
         n_seq_max=sizes.n_seq_max,

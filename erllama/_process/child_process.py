@@ -84,7 +84,6 @@ class ChildProcess:
         log_pipe, log_descriptor: its standard output and standard error.
         log_open: whether more of it may come.
         started: whether it has loaded its model.
-        ready: whether it may be sent requests.
         last_state: the state that it sent last; None before the first.
     """
 
@@ -111,7 +110,7 @@ class ChildProcess:
         self.log_open = True
         os.set_blocking(self.log_descriptor, False)
         self.outbox = Outbox(self.connection, on_backlog)
-        self.started = self.ready = False
+        self.started = False
         self.last_state: w.ModelState | None = None
         self._reader = FrameReader()
         self._partial_line = b""

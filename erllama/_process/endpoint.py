@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import msgspec
-
 from erllama._process import messages as m
 from erllama._process import wire_types as w
 from erllama._process.frames import FrameReader, Outbox, receive
@@ -43,8 +41,6 @@ from erllama.errors import AdapterUnloaded, BackendError, Error, ModelLoadError,
 
 log = logger("erllama.process")
 
-# Bytes that may wait for the parent. Beyond it, replies stay in their tickets, which join their pieces.
-_MAX_WAITING = 1 << 20
 _POOL_THREADS = 16
 
 
@@ -84,11 +80,8 @@ class RunningRequest:
         if source is not None:
             found = source.progress(self._n_sent)
             self._n_sent += len(found.tokens)
-            packed = pack_progress(found)
-            if found.sampling_state == self._sent_state:
-                packed = msgspec.structs.replace(packed, state=None)
+            progress = pack_progress(found, with_state=found.sampling_state != self._sent_state)
             self._sent_state = found.sampling_state
-            progress = packed
         if self._is_read and (progress is None or tuple(pieces) != progress.tokens):
             shown = tuple(map(pack_piece, pieces))
         if not done:
@@ -105,6 +98,7 @@ class Endpoint:
     Args:
         connection: the socket to the parent.
         reader: has read the first message.
+        outbox: sends messages through the socket; it may have sent some.
         backend, cache, runner: the model.
         heartbeat_seconds: the time between two signs of life.
     """
@@ -113,16 +107,17 @@ class Endpoint:
         self,
         connection: socket.socket,
         reader: FrameReader,
+        outbox: Outbox,
         backend: Backend,
         cache: Cache,
         runner: ModelThread,
         heartbeat_seconds: float,
     ) -> None:
-        self._connection, self._reader = connection, reader
+        self._connection, self._reader, self._outbox = connection, reader, outbox
         self._backend, self._cache, self._runner = backend, cache, runner
         self._heartbeat_seconds = heartbeat_seconds
         self._backlog = threading.Semaphore(0)
-        self._outbox = Outbox(connection, self._backlog.release, _MAX_WAITING)
+        outbox.on_backlog = self._backlog.release
         self._requests: dict[int, RunningRequest] = {}
         self._submitting: set[int] = set()  # requests that the pool submits
         self._cancelled: set[int] = set()  # of these, those that the parent has cancelled
@@ -184,11 +179,11 @@ class Endpoint:
     def _send_backlog(self) -> None:
         """Send what the socket did not take at once; in a thread of its own."""
         while not self._ended.is_set():
-            self._backlog.acquire()
             while not self._outbox.flush() and not self._ended.is_set():
                 _wait_writable(self._connection)
             if self._announced:
                 self._runner.call_soon(self.wake)
+            self._backlog.acquire()
 
     def _send_heartbeats(self) -> None:
         while not self._ended.wait(self._heartbeat_seconds):
@@ -209,7 +204,7 @@ class Endpoint:
         for target in (self._send_backlog, self._send_heartbeats):
             threading.Thread(target=target, name=f"erllama-{target.__name__.strip('_')}", daemon=True).start()
         try:
-            received: bytes | None = b""  # what came together with the first message is in the reader
+            received: bytes | None = b""  # the reader may have messages that came with the first one
             while received is not None:
                 for body in self._reader.feed(received):
                     message = m.decode_from_parent(body)
@@ -300,8 +295,6 @@ class Endpoint:
                 return m.Returned(call, flag=runner.end_session(session_id, cache_salt))
             case m.Evict():
                 runner.evict()
-            case m.WarmUp():
-                runner.warm_up()
             case m.CompileGrammar(grammar=grammar):
                 runner.compile(unpack_grammar(grammar))
             case m.CheckAdapter(path=path):

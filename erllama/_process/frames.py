@@ -58,20 +58,12 @@ class FrameReader:
         finally:
             del buffer[:start]
 
-    def end(self) -> None:
-        """Check that the stream ended between two frames.
-
-        Raises:
-            ProtocolError: it ended within a frame.
-        """
-        if self._buffer:
-            raise ProtocolError(f"the stream ended within a frame, after {len(self._buffer)} bytes of it")
-
 
 def receive(connection: socket.socket, *, wait: bool = True) -> bytes | None:
-    """Return the next bytes of a socket; b"" at its end, None if `wait` is False and there are none.
+    """Receive bytes from a socket.
 
-    A connection that was lost has ended.
+    Returns:
+        some bytes; b"" if the connection has ended or was lost; None if no bytes have arrived and `wait` is False.
     """
     try:
         return connection.recv(_RECEIVED, 0 if wait else socket.MSG_DONTWAIT)
@@ -88,14 +80,17 @@ class Outbox:
 
     Args:
         connection: the socket.
-        on_backlog: called when bytes are kept: `flush` is to be called once the socket is writable.
+        on_backlog: called when the first bytes are kept: `flush` is to be called once the socket is writable.
         max_bytes: the outbox is `full` beyond this many bytes. A user who asks then sends no more until it is not.
+
+    Attributes:
+        on_backlog: the argument; another function may take its place.
     """
 
     def __init__(
         self, connection: socket.socket, on_backlog: Callable[[], None], max_bytes: int = MAX_FRAME
     ) -> None:
-        self._connection, self._on_backlog, self._max_bytes = connection, on_backlog, max_bytes
+        self._connection, self.on_backlog, self._max_bytes = connection, on_backlog, max_bytes
         self._lock = threading.RLock()
         self._kept: deque[memoryview] = deque()
         self._n_kept = 0
@@ -130,7 +125,7 @@ class Outbox:
                 self._kept.append(frame)
                 self._n_kept += len(frame)
                 if first:
-                    self._on_backlog()
+                    self.on_backlog()
 
     def flush(self) -> bool:
         """Send as much as the socket takes. Return whether nothing is left."""

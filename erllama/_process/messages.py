@@ -115,10 +115,6 @@ class Evict(Call, frozen=True):
     pass
 
 
-class WarmUp(Call, frozen=True):
-    pass
-
-
 class CheckAdapter(Call, frozen=True):
     path: str
 
@@ -196,7 +192,6 @@ class EvictBytes(Call, frozen=True):
 AnyCall = (
     EndSession
     | Evict
-    | WarmUp
     | CheckAdapter
     | LoadAdapter
     | FreeAdapter
@@ -233,7 +228,7 @@ class Started(_Message, frozen=True):
         limits, facts: of its backend.
         namespace: JSON of the backend's namespace.
         recipe: of the backend.
-        backend, description: names of the backend and the model.
+        backend, description: the names of the backend's class and of the model.
         vocabulary: None for a GGUF file, whose vocabulary the parent reads.
         n_seq_max: requests that run at once.
         state: of the model.

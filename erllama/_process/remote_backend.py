@@ -113,6 +113,7 @@ class RemoteBackend:
 
     Attributes: those of a backend; and
 
+        class_name: name of the class of the process's backend.
         n_seq_max: requests that run at once.
     """
 
@@ -123,7 +124,7 @@ class RemoteBackend:
         self.limits: Limits = started.limits
         self.namespace: Mapping[str, NamespaceValue] = json.loads(started.namespace)
         self.recipe = started.recipe
-        self.description = started.description
+        self.class_name, self.description = started.backend, started.description
         self.n_seq_max = started.n_seq_max
         if file is not None:
             self.vocabulary: Vocabulary = file.vocabulary

@@ -139,8 +139,8 @@ class RemoteRequest:
             progress=progress,
         )
 
-    def apply(self, update: w.Update) -> bool:
-        """Record what a tick added, and send it to the reader. Returns whether the request has ended."""
+    def apply(self, update: w.Update) -> None:
+        """Record what a tick added, and send it to the reader."""
         ticket, progress = self.ticket, update.progress
         if progress is not None:
             self._tokens += progress.tokens
@@ -165,9 +165,6 @@ class RemoteRequest:
             error = unpack_error(update.error)
             # The process names the time that was left when it got the request.
             ticket.fail(self.late_error() if isinstance(error, DeadlineExceeded) else error)
-        else:
-            return False
-        return True
 
 
 class RequestTable:
@@ -189,6 +186,11 @@ class RequestTable:
 
     def __contains__(self, request: RemoteRequest) -> bool:
         return request.id in self._requests
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a request waits for a process, or for another request to pass its trial."""
+        return bool(self._waiting)
 
     def late(self) -> list[RemoteRequest]:
         """Return the requests that wait for a process, and whose time is over."""
@@ -222,7 +224,7 @@ class RequestTable:
             self._on_trial = None
 
     def next_to_send(self) -> RemoteRequest | None:
-        """Return the next request to send, and count it as sent; None if there is none now."""
+        """Return the next request to send, and count it as sent; None if no request may be sent now."""
         if self._on_trial is not None or not self._waiting:
             return None
         request = self._waiting.popleft()

@@ -41,6 +41,7 @@ from erllama._process.wire_values import (
 from erllama._runtime.log import logger
 from erllama.cache import Cache
 from erllama.cache.uninterrupted import uninterrupted
+from erllama.checks import check_loaded
 from erllama.engine import CacheHit, EngineMetrics, Grammar, Phase, Ticket
 from erllama.engine.adapters import Adapters, LoadedAdapter
 from erllama.engine.kv.prefix_cache import prompt_namespace
@@ -111,7 +112,7 @@ class ProcessRunner:
         self._stopping = False
         self._loading: SimpleQueue[float | Error | None] = SimpleQueue()  # None: loaded
         self._backend: RemoteBackend | None = None
-        self._supervisor = Supervisor(start, options, start.id, self)
+        self._supervisor = Supervisor(start, options, self)
         _runners.add(self)
 
     # --- loading -----------------------------------------------------------------------------------
@@ -207,13 +208,7 @@ class ProcessRunner:
 
     def check(self) -> None:
         """Raise ModelUnloaded if the model is unloaded, or ModelFailed if its process is not started again."""
-        if not self.is_ours:
-            raise ModelUnloaded(
-                f"model {self._name!r} was loaded before this process was forked and does not run in it; "
-                "load models after forking, or start workers with multiprocessing's 'spawn' method"
-            )
-        if self._stopping:
-            raise ModelUnloaded(f"model {self._name!r} is unloaded; load it again to use it")
+        check_loaded(self._name, self._process, stopped=self._stopping)
         if self._failure is not None:
             raise type(self._failure)(str(self._failure)) from self._failure
 
@@ -537,8 +532,9 @@ class ProcessRunner:
             if ends:
                 self._end(request)  # before the caller sees the end
             request.apply(update)
-        with self._lock:
-            self._send_requests()
+        if self._table.has_waiting:
+            with self._lock:
+                self._send_requests()
 
     def _refuse(self, id: int, error: Error) -> None:
         request = self._table.get(id)
@@ -564,11 +560,12 @@ class ProcessRunner:
 
     def messages_received(self) -> None:
         """End the requests that waited too long for a process. Wake the event loops whose tasks have events."""
-        with self._lock:
-            late = self._table.late()
-        for request in late:
-            self._end(request)
-            request.ticket.fail(request.late_error())
+        if self._table.has_waiting:
+            with self._lock:
+                late = self._table.late()
+            for request in late:
+                self._end(request)
+                request.ticket.fail(request.late_error())
         while self._wakers:
             self._wakers.pop().wake()
 

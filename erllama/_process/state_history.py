@@ -13,7 +13,7 @@ class StateHistory:
     The supervisor's thread writes it; any thread reads it.
 
     Attributes:
-        current: what the present process sent last; None while there is none.
+        current: what the present process sent last; None until it has loaded the model.
         last_hit: cache hit of the latest request; None before the first.
         n_refused: requests that were refused without asking a process.
     """

@@ -26,7 +26,7 @@ from erllama.errors import Error, ModelFailed, ModelLoadError
 
 log = logger("erllama.process")
 
-_WATCH_SECONDS = 0.5
+_WATCH_SECONDS = 0.25  # between two looks at the process
 _STOP_SECONDS = 10.0  # for a child to exit after it has unloaded its model
 
 
@@ -64,25 +64,26 @@ class Supervisor:
     Args:
         start: the first message to each process.
         options: when it is replaced, and how often.
-        name: the model's, for messages.
-        user: is told what happens.
+        user: receives the messages and learns of starts and ends.
 
     Attributes:
         restarts: how many processes replaced another.
     """
 
-    def __init__(self, start: m.Start, options: ProcessOptions, name: str, user: ProcessUser) -> None:
-        self._start_message, self._options, self._name, self._user = start, options, name, user
+    def __init__(self, start: m.Start, options: ProcessOptions, user: ProcessUser) -> None:
+        self._start_message, self._options, self._name, self._user = start, options, start.id, user
         self._child: ChildProcess | None = None
         self._ends: deque[float] = deque()
         self._stopping = False
         self._stop_timeout = 0.0
+        self._watch_at = 0.0
+        self._poller = select.poll()  # of the present process
         self._work: deque[Callable[[], object]] = deque()
         self._wake_reader, self._wake_writer = socket.socketpair()
         for end in (self._wake_reader, self._wake_writer):
             end.setblocking(False)
         self.restarts = 0
-        self._thread = threading.Thread(target=self._run, name=f"erllama-process-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"erllama-process-{start.id}", daemon=True)
         uninterrupted(self._thread.start)()
 
     # --- called by any thread ----------------------------------------------------------------------
@@ -144,13 +145,17 @@ class Supervisor:
     def _begin(self) -> None:
         """Start a process."""
         try:
-            self._child = ChildProcess(self._start_message, self.wake)
+            child = self._child = ChildProcess(self._start_message, self.wake)
         except (OSError, ValueError, Error) as error:
             kind = ModelFailed if self.restarts else ModelLoadError
             self._give_up(kind(f"the process of model {self._name!r} cannot be started: {error}"))
+            return
+        self._poller = select.poll()
+        for source in (child.connection, self._wake_reader, child.log_pipe):
+            self._poller.register(source, select.POLLIN)
 
     def _serve(self) -> None:
-        """Serve the process until something happens, for at most half a second."""
+        """Serve the process until something happens, for at most a quarter of a second."""
         child = self._child
         if child is None:
             return
@@ -166,6 +171,10 @@ class Supervisor:
         if child.kill_reason or child.ended:
             self._replace(child)
             return
+        now = time.monotonic()
+        if now < self._watch_at:
+            return
+        self._watch_at = now + _WATCH_SECONDS
         fault = child.fault(self._options.hang_timeout, _bytes(self._options.memory_limit))
         if fault is not None:
             log.warning("model %r: its process %d is killed: %s", self._name, child.pid, fault)
@@ -173,19 +182,18 @@ class Supervisor:
 
     def _poll(self, child: ChildProcess) -> None:
         """Wait for messages, output and work, and send what waits for the child to read."""
-        poller = select.poll()
-        poller.register(child.connection, select.POLLIN | (select.POLLOUT if child.outbox.waiting else 0))
-        poller.register(self._wake_reader, select.POLLIN)
-        if child.log_open:
-            poller.register(child.log_pipe, select.POLLIN)
-        for descriptor, event in poller.poll(_WATCH_SECONDS * 1000):
+        if child.outbox.waiting:
+            self._poller.modify(child.connection, select.POLLIN | select.POLLOUT)
+        for descriptor, event in self._poller.poll(_WATCH_SECONDS * 1000):
             if descriptor == self._wake_reader.fileno():
                 with suppress(BlockingIOError):
                     self._wake_reader.recv(4096)
             elif descriptor == child.log_descriptor:
                 child.read_log()
-            elif event & select.POLLOUT:
-                child.outbox.flush()
+                if not child.log_open:
+                    self._poller.unregister(descriptor)
+            elif event & select.POLLOUT and child.outbox.flush():
+                self._poller.modify(descriptor, select.POLLIN)
 
     def _receive(self, child: ChildProcess, message: m.FromChild) -> None:
         if isinstance(message, m.Started):

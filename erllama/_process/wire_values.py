@@ -220,12 +220,16 @@ def unpack_hit(wire: WireHit) -> CacheHit:
     return CacheHit(cast(HitKind, wire.kind), wire.tier, wire.tokens)
 
 
-def pack_progress(progress: ReplyProgress) -> WireProgress:
-    """Return the progress of a reply for a message."""
+def pack_progress(progress: ReplyProgress, *, with_state: bool) -> WireProgress:
+    """Return the progress of a reply for a message.
+
+    Args:
+        with_state: include the state of the sampler.
+    """
     return WireProgress(
         progress.tokens,
         tuple(WireLogprobs(*logprobs) for logprobs in progress.logprobs),
-        pack_state(progress.sampling_state),
+        pack_state(progress.sampling_state) if with_state else None,
         progress.queued,
         None if progress.hit is None else pack_hit(progress.hit),
         progress.thinking_ended,

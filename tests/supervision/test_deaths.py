@@ -19,6 +19,7 @@ import pytest
 import erllama
 from erllama.engine import Completion, Event
 from support.deadly_backend import DEATHS, POISON, DeadlyStub
+from support.model_processes import model_processes
 from support.threads import in_threads, wait_until
 
 N_DEATHS = int(os.environ.get("ERLLAMA_DEATHS", "14"))
@@ -37,16 +38,6 @@ def deadly(orders: Path | None, cache: erllama.Cache, **options: object) -> Iter
         "support.deadly_backend:make", arguments, cache=cache, n_seq_max=N_STREAMS, process=process
     ) as model:
         yield model
-
-
-def children() -> list[psutil.Process]:
-    """The processes of models."""
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has just ended
-            if "erllama._process.child" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
 
 
 def all_have_moved(model: erllama.Model) -> bool:
@@ -178,9 +169,9 @@ def test_replies_survive_every_kind_of_death(tmp_path: Path, first: int) -> None
                 assert reply == expected[kind, n][1], kind
                 assert events == expected[kind, n][0], kind
             assert max(restarts for *_, restarts in seen.values()) <= model.restarts - before
-        assert len(children()) == 1
+        assert len(model_processes()) == 1
         assert psutil.Process().num_fds() <= n_handles + 4
-    assert not children()
+    assert not model_processes()
 
 
 def test_a_request_that_kills_twice_fails_and_the_others_complete(tmp_path: Path) -> None:
@@ -290,8 +281,8 @@ def test_a_process_that_stops_while_it_loads_is_replaced(tmp_path: Path) -> None
         first = model.info.pid
         hold.touch()
         os.kill(first, 9)
-        wait_until(lambda: [child for child in children() if child.pid != first])
-        second = next(child for child in children() if child.pid != first)
+        wait_until(lambda: [child for child in model_processes() if child.pid != first])
+        second = next(child for child in model_processes() if child.pid != first)
         wait_until(lambda: second.num_threads() > 3)  # those of the cache, and one that sends signs of life
         time.sleep(1)
         second.suspend()

@@ -11,7 +11,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ import pytest
 
 import erllama
 from erllama.testing.bert import write_bert
+from support.model_processes import model_processes
 from support.threads import wait_until
 
 OPTIONS = {"n_ctx": 1024, "n_threads": 1, "n_batch": 256, "n_ubatch": 64}
@@ -36,15 +36,6 @@ def cache(tmp_path: Path) -> Iterator[erllama.Cache]:
 def remote(tiny_gguf: Path, cache: erllama.Cache) -> Iterator[erllama.Model]:
     with erllama.load_model(tiny_gguf, cache=cache, process=True, **OPTIONS) as model:  # type: ignore[arg-type]
         yield model
-
-
-def processes_of_models() -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has just ended
-            if "erllama._process.child" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
 
 
 # --- the same as in this process -----------------------------------------------------------------
@@ -226,13 +217,13 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path, cache: erllama.Cache, ti
         erllama.load_model(tiny_gguf, cache=cache, process="yes")  # type: ignore[arg-type]
     with pytest.raises(erllama.OptionError, match="vocab_only"):
         erllama.load_model(tiny_gguf, cache=cache, process=True, vocab_only=True)
-    assert not processes_of_models()
+    assert not model_processes()
 
 
 def test_a_process_that_dies_while_it_loads_is_not_started_again(cache: erllama.Cache) -> None:
     with pytest.raises(erllama.ModelLoadError, match=r"while it loaded the model.*SIGABRT"):
         erllama.load_backend("os:abort", cache=cache, process=True)
-    assert not processes_of_models()
+    assert not model_processes()
 
 
 def test_progress_is_reported_and_can_cancel(tiny_gguf: Path, cache: erllama.Cache) -> None:
@@ -242,7 +233,7 @@ def test_progress_is_reported_and_can_cancel(tiny_gguf: Path, cache: erllama.Cac
         assert seen[-1] == 1.0
     with pytest.raises(erllama.LoadCancelled):
         erllama.load_model(tiny_gguf, cache=cache, process=True, on_progress=lambda _: False)
-    assert not processes_of_models()
+    assert not model_processes()
 
 
 # --- ends ------------------------------------------------------------------------------------------
@@ -258,7 +249,7 @@ def test_unloading_ends_the_process_and_its_requests(tiny_gguf: Path, cache: erl
         stream.result()
     with pytest.raises(erllama.ModelUnloaded):
         model.complete("a")
-    assert not processes_of_models()
+    assert not model_processes()
 
 
 def in_program(code: str, *arguments: object) -> subprocess.Popen[str]:

@@ -29,7 +29,7 @@ from erllama._process import endpoint as endpoints
 from erllama._process import messages as m
 from erllama._process import wire_types as w
 from erllama._process.endpoint import Endpoint
-from erllama._process.frames import FrameReader
+from erllama._process.frames import FrameReader, Outbox
 from erllama._process.remote_requests import RemoteRequest, RequestTable
 from erllama._process.wire_values import pack_ids, pack_options, unpack_options
 from erllama.cache import Policy
@@ -293,14 +293,24 @@ def test_a_fork_does_not_wait_for_a_lock_of_another_thread(tmp_path: Path) -> No
 
 
 @contextmanager
-def endpoint(heartbeat_seconds: float = 60.0) -> Iterator[tuple[Endpoint, socket.socket]]:
+def endpoint(
+    heartbeat_seconds: float = 60.0, max_waiting: int = 1 << 20
+) -> Iterator[tuple[Endpoint, socket.socket]]:
     """An endpoint in this process, and the parent's end of its connection."""
     ours, theirs = socket.socketpair()
     with ours, theirs, erllama.Cache() as cache:
         backend = StubBackend(eog_bias=-100.0)
         sizes = {"n_seq_max": 4, "prefill_chunk_size": 64, "parked_cells": 0, "max_pending": 4}
         runner = ModelThread(backend, cache, Policy(), "test", **sizes)
-        served = Endpoint(theirs, FrameReader(), backend, cache, runner, heartbeat_seconds)
+        served = Endpoint(
+            theirs,
+            FrameReader(),
+            Outbox(theirs, lambda: None, max_waiting),
+            backend,
+            cache,
+            runner,
+            heartbeat_seconds,
+        )
         thread = threading.Thread(target=served.run)
         thread.start()
         yield served, ours
@@ -340,9 +350,8 @@ def test_a_request_is_cancelled_while_its_grammar_is_compiled(monkeypatch: pytes
         assert ended.finish_reason == "cancelled"
 
 
-def test_signs_of_life_for_a_stopped_parent_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoints, "_MAX_WAITING", 10_000)
-    with endpoint(heartbeat_seconds=0.0001) as (served, _):
+def test_signs_of_life_for_a_stopped_parent_are_bounded() -> None:
+    with endpoint(heartbeat_seconds=0.0001, max_waiting=10_000) as (served, _):
         wait_until(lambda: served._outbox.full)
         time.sleep(0.3)
         assert served._outbox._n_kept < 20_000
