@@ -71,7 +71,7 @@ def as_read_only(roots: Sequence[Root]) -> list[Root]:
     """Return the roots, to be read only.
 
     Raises:
-        OptionError: there are none.
+        OptionError: `roots` is empty.
     """
     if not roots:
         raise OptionError("read_only=True without a directory; pass disk or ram_file, too")

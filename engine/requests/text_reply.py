@@ -21,7 +21,7 @@ _MAX_BEGUN_TOKENS = 4  # at the prompt's end, of one character: it has as many b
 
 
 def partial_character(prompt: NDArray[np.int32], vocabulary: Vocabulary) -> bytes:
-    """Return the bytes of the character that a prompt, int32, shape (n,), ends within; empty if there is none."""
+    """Return the bytes of the incomplete character at the end of a prompt, int32, shape (n,); usually empty."""
     return unfinished(map(vocabulary.piece, prompt[-_MAX_BEGUN_TOKENS:].tolist()[::-1]))
 
 

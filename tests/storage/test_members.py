@@ -239,7 +239,7 @@ def no_default(name: str) -> Path:
 
 
 def make_unusable(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path | None:
-    """Return a directory that cannot be used; None if there is none."""
+    """Return a directory that cannot be used; None if this system has none."""
     if how == "no tmpfs":
         monkeypatch.setattr("erllama.cache.options.default_directory", no_default)
         return None
