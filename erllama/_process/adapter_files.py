@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from erllama._process import messages as m
+from erllama._process.protocol import messages as m
 
 
 class AdapterFiles:

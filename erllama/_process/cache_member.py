@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from erllama._process import messages as m
 from erllama._process.calls import ProcessEnded
+from erllama._process.protocol import messages as m
 from erllama.cache import MemberReport
 from erllama.errors import Error
 

@@ -6,8 +6,8 @@ import math
 import time
 from queue import Empty, SimpleQueue
 
-from erllama._process import messages as m
-from erllama._process.wire_values import unpack_error
+from erllama._process.protocol import messages as m
+from erllama._process.protocol.wire_values import unpack_error
 from erllama.engine.requests.ticket import SLEEP_SECONDS
 from erllama.errors import Error
 

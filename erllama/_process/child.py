@@ -20,13 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from erllama._process import messages as m
-from erllama._process import wire_types as w
 from erllama._process.backend_factory import BackendFactory
 from erllama._process.child_process import library_version, mark_as_child
 from erllama._process.endpoint import Endpoint
-from erllama._process.frames import FrameReader, Outbox, ProtocolError, receive
-from erllama._process.wire_values import pack_error
+from erllama._process.protocol import messages as m
+from erllama._process.protocol import wire_types as w
+from erllama._process.protocol.frames import FrameReader, Outbox, ProtocolError, receive
+from erllama._process.protocol.wire_values import pack_error
 from erllama.cache import Cache, Policy
 from erllama.engine import Backend, ModelFacts, ModelThread
 from erllama.engine.scheduling.options import SchedulingOptions

@@ -20,9 +20,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 
-from erllama._process import messages as m
-from erllama._process import wire_types as w
-from erllama._process.frames import FrameReader, Outbox, receive
+from erllama._process.protocol import messages as m
+from erllama._process.protocol import wire_types as w
+from erllama._process.protocol.frames import FrameReader, Outbox, receive
 from erllama._runtime.log import logger
 from erllama._runtime.processes import python_command
 from erllama.errors import Unsupported

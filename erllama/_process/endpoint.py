@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from erllama._process import messages as m
-from erllama._process import wire_types as w
-from erllama._process.frames import FrameReader, Outbox, receive
-from erllama._process.wire_values import (
+from erllama._process.protocol import messages as m
+from erllama._process.protocol import wire_types as w
+from erllama._process.protocol.frames import FrameReader, Outbox, receive
+from erllama._process.protocol.wire_values import (
     pack_completion,
     pack_error,
     pack_ids,

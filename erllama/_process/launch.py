@@ -12,10 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from erllama._process import messages as m
 from erllama._process.backend_factory import BackendFactory
 from erllama._process.child_process import check_platform, library_version
 from erllama._process.options import ProcessOptions
+from erllama._process.protocol import messages as m
 from erllama._process.remote_backend import ModelFile, RemoteBackend
 from erllama._process.runner import ProcessRunner
 from erllama.cache import Cache, Policy

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple, Never
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama._process import messages as m
-from erllama._process import wire_types as w
-from erllama._process.wire_values import pack_ids, unpack_ids
+from erllama._process.protocol import messages as m
+from erllama._process.protocol import wire_types as w
+from erllama._process.protocol.wire_values import pack_ids, unpack_ids
 from erllama.cache.blocks.keys import NamespaceValue
 from erllama.engine import Limits, ModelFacts
 from erllama.engine.backend import Batch, InfillTokens, Vocabulary

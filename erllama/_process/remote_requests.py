@@ -13,9 +13,9 @@ from typing import cast
 
 import msgspec
 
-from erllama._process import messages as m
-from erllama._process import wire_types as w
-from erllama._process.wire_values import (
+from erllama._process.protocol import messages as m
+from erllama._process.protocol import wire_types as w
+from erllama._process.protocol.wire_values import (
     pack_ids,
     pack_options,
     unpack_completion,

@@ -20,24 +20,24 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from erllama._process import messages as m
-from erllama._process import wire_types as w
 from erllama._process.adapter_files import AdapterFiles
 from erllama._process.cache_member import ProcessCache
 from erllama._process.calls import CallTable, PendingCall, ProcessEnded
 from erllama._process.child_process import ChildProcess
 from erllama._process.options import ProcessOptions
-from erllama._process.remote_backend import ModelFile, RemoteBackend
-from erllama._process.remote_requests import RemoteGroup, RemoteRequest, RequestTable
-from erllama._process.state_history import StateHistory
-from erllama._process.supervisor import Supervisor
-from erllama._process.wire_values import (
+from erllama._process.protocol import messages as m
+from erllama._process.protocol import wire_types as w
+from erllama._process.protocol.wire_values import (
     pack_grammar,
     pack_ids,
     unpack_error,
     unpack_hit,
     unpack_ids,
 )
+from erllama._process.remote_backend import ModelFile, RemoteBackend
+from erllama._process.remote_requests import RemoteGroup, RemoteRequest, RequestTable
+from erllama._process.state_history import StateHistory
+from erllama._process.supervisor import Supervisor
 from erllama._runtime.log import logger
 from erllama.cache import Cache
 from erllama.cache.uninterrupted import uninterrupted

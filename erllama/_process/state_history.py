@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from erllama._process import wire_types as w
-from erllama._process.wire_values import add_metrics, pack_metrics
+from erllama._process.protocol import wire_types as w
+from erllama._process.protocol.wire_values import add_metrics, pack_metrics
 from erllama.engine import CacheHit, EngineMetrics
 
 

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from erllama._process import messages as m
 from erllama._process.child_process import ChildProcess
-from erllama._process.frames import ProtocolError
 from erllama._process.options import ProcessOptions
+from erllama._process.protocol import messages as m
+from erllama._process.protocol.frames import ProtocolError
 from erllama._runtime.log import logger
 from erllama.cache.uninterrupted import uninterrupted
 from erllama.errors import Error, ModelFailed, ModelLoadError

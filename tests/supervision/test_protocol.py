@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import erllama
-from erllama._process import messages as m
-from erllama._process.frames import FrameReader, Outbox, ProtocolError
-from erllama._process.wire_values import pack_error, pack_options, unpack_error, unpack_options
+from erllama._process.protocol import messages as m
+from erllama._process.protocol.frames import FrameReader, Outbox, ProtocolError
+from erllama._process.protocol.wire_values import pack_error, pack_options, unpack_error, unpack_options
 from erllama._runtime.processes import python_command
 from erllama.cache import CacheSpec
 from erllama.engine import Grammar, RequestOptions, SamplingOptions

@@ -26,12 +26,12 @@ import pytest
 import erllama
 from erllama._process import cache_member
 from erllama._process import endpoint as endpoints
-from erllama._process import messages as m
-from erllama._process import wire_types as w
 from erllama._process.endpoint import Endpoint
-from erllama._process.frames import FrameReader, Outbox
+from erllama._process.protocol import messages as m
+from erllama._process.protocol import wire_types as w
+from erllama._process.protocol.frames import FrameReader, Outbox
+from erllama._process.protocol.wire_values import pack_ids, pack_options, unpack_options
 from erllama._process.remote_requests import RemoteRequest, RequestTable
-from erllama._process.wire_values import pack_ids, pack_options, unpack_options
 from erllama.cache import Policy
 from erllama.engine import Grammar, ModelThread, Request, RequestOptions, Ticket
 from erllama.engine.backends.stub import StubBackend

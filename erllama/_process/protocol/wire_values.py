@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama import errors
-from erllama._process.wire_types import (
+from erllama._process.protocol.wire_types import (
     WireCompletion,
     WireDelta,
     WireEnd,

@@ -11,8 +11,8 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from erllama._process.frames import ProtocolError
-from erllama._process.wire_types import (
+from erllama._process.protocol.frames import ProtocolError
+from erllama._process.protocol.wire_types import (
     ModelState,
     Update,
     WireError,
