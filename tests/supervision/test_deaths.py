@@ -139,7 +139,7 @@ def test_replies_survive_every_kind_of_death(tmp_path: Path, first: int) -> None
         erllama.Cache(ram=None, ram_file=tmp_path / "blocks", block_size=16) as cache,
         deadly(orders, cache, slow=0.002) as model,
     ):
-        n_handles = psutil.Process().num_fds()
+        n_handles, n_bytes = psutil.Process().num_fds(), 0
         while n_deaths < N_DEATHS / 2:
             seen: Seen = {}
 
@@ -169,8 +169,10 @@ def test_replies_survive_every_kind_of_death(tmp_path: Path, first: int) -> None
                 assert reply == expected[kind, n][1], kind
                 assert events == expected[kind, n][0], kind
             assert max(restarts for *_, restarts in seen.values()) <= model.restarts - before
+            n_bytes = n_bytes or psutil.Process().memory_info().rss  # after the first round
         assert len(model_processes()) == 1
         assert psutil.Process().num_fds() <= n_handles + 4
+        assert psutil.Process().memory_info().rss < n_bytes + (64 << 20)
     assert not model_processes()
 
 
@@ -237,6 +239,19 @@ def test_a_process_with_too_much_memory_is_replaced(tmp_path: Path) -> None:
         orders.write_text("leak")
         reply = model.complete([65], max_tokens=200, temperature=0)
         assert (reply.tokens, reply.restarts) == (expected.tokens, 1)
+
+
+def test_what_a_process_prints_and_logs_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    orders = tmp_path / "orders"
+    caplog.set_level("INFO", "erllama.process")
+    with erllama.Cache(ram=None, ram_file=tmp_path / "blocks") as cache, deadly(orders, cache) as model:
+        orders.write_text("print")
+        model.complete([65], max_tokens=4)
+        wait_until(lambda: "logged by the process" in caplog.text)
+        assert model.restarts == 0
+    found = {(record.name, record.levelname, record.getMessage().rpartition("] ")[2]) for record in caplog.records}
+    assert ("erllama.process", "INFO", "printed by the process") in found
+    assert ("erllama.engine", "WARNING", "logged by the process") in found
 
 
 def test_what_a_process_saved_outlives_it(tmp_path: Path) -> None:

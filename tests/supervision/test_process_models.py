@@ -258,6 +258,7 @@ def in_program(code: str, *arguments: object) -> subprocess.Popen[str]:
     prelude += "    return erllama.load_model(path, cache=cache, n_ctx=512, n_threads=1, process=True)\n"
     return subprocess.Popen(
         [sys.executable, "-c", prelude + textwrap.dedent(code), *map(str, arguments)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -282,6 +283,30 @@ def test_a_killed_parent_takes_the_process_with_it(tiny_gguf: Path, tmp_path: Pa
         program.kill()
         program.communicate()
         wait_until(lambda pid=int(pid): not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+
+
+def test_several_programs_share_one_directory(tiny_gguf: Path, tmp_path: Path) -> None:
+    code = """
+        model = load()
+        prompts = [f"Once upon a time there were {n} houses in a large wood" for n in range(4)]
+        for _ in range(3):
+            replies = [model.complete(prompt, max_tokens=6, temperature=0, reproducible=True) for prompt in prompts]
+        print([reply.tokens for reply in replies], flush=True)
+        sys.stdin.readline()
+        model.cache.flush()
+        print(model.cache.counters()["corrupt_files"], len(model.cache.verify()))
+        model.unload()
+    """
+    programs = [in_program(code, tiny_gguf, tmp_path) for _ in range(3)]
+    replies = []
+    for program in programs:
+        assert program.stdout is not None
+        replies.append(program.stdout.readline())
+    for program in programs:
+        printed, complaints = program.communicate("\n", timeout=120)
+        assert printed.split() == ["0", "0"], complaints
+    assert replies[0].startswith("[(")
+    assert replies == [replies[0]] * 3
 
 
 def test_a_program_that_ends_leaves_no_process(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -362,5 +387,8 @@ def test_a_reader_that_stops_does_not_stall_other_streams(remote: erllama.Model)
     threading.Thread(target=read).start()
     assert done.wait(120)
     reply = slow.result()
-    text = "".join(event.text for event in slow if isinstance(event, erllama.TextDelta))
-    assert reply.text.endswith(text)
+    deltas = [event for event in slow if isinstance(event, erllama.TextDelta)]
+    assert reply.text.endswith("".join(delta.text for delta in deltas))
+    # Unread tokens are joined.
+    assert sum(len(delta.tokens) for delta in deltas) == len(reply.tokens) - 1
+    assert len(deltas) < 300 or len(reply.tokens) < 300

@@ -93,6 +93,9 @@ def die(death: str) -> None:
         time.sleep(3600)
     elif death == "kill":
         os.kill(os.getpid(), 9)
+    elif death == "print":
+        os.write(1, b"printed by the process\n")
+        logging.getLogger("erllama.engine").warning("logged by the process")
     elif death == "leak":
         _leaked.append(np.ones(_LEAK // 8))
 
