@@ -6,7 +6,7 @@ save. Its blocks outlive the other process, and its memory counts once.
 
 from __future__ import annotations
 
-import os
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -110,5 +110,4 @@ def _root(directory: str | Path | None, budget: int) -> Root:
 def _file_system_bytes(path: Path) -> int:
     """Return the size of the file system on which a directory is, or will be created."""
     existing = next(place for place in (path, *path.parents) if place.exists())
-    status = os.statvfs(existing)
-    return status.f_frsize * status.f_blocks
+    return shutil.disk_usage(existing).total
