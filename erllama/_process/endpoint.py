@@ -173,8 +173,8 @@ class Endpoint:
             self._requests.pop(id, None)
         if updates:
             runner = self._runner
-            state, counters = (self.state(), dict(self._cache.counters())) if ended else (None, None)
-            self.send(m.Updates(tuple(updates), runner.phase, runner.pending, runner.running, state, counters))
+            state = self.state() if ended else None
+            self.send(m.Updates(tuple(updates), runner.phase, runner.pending, runner.running, state))
 
     def _send_backlog(self) -> None:
         """Send what the socket did not take at once; in a thread of its own."""

@@ -512,8 +512,6 @@ class ProcessRunner:
                 pass
 
     def _receive_updates(self, message: m.Updates) -> None:
-        if message.counters is not None and self._member is not None:
-            self._member.update(message.counters)
         if message.state is not None:
             self._history.current = message.state
         else:

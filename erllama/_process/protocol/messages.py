@@ -267,14 +267,13 @@ class Refused(_Message, frozen=True):
 
 
 class Updates(_Message, frozen=True):
-    """What a tick added to requests. `state` and `counters`, of the cache, are set if a request ended."""
+    """What a tick added to requests. `state` is set if a request ended."""
 
     updates: tuple[Update, ...]
     phase: str
     pending: int
     running: int
     state: ModelState | None = None
-    counters: dict[str, int | float] | None = None
 
 
 class Heartbeat(_Message, frozen=True):
