@@ -127,6 +127,7 @@ class Endpoint:
         self._embedder_lock = threading.Lock()
         self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="erllama-call")
         self._ended = threading.Event()
+        self._state_lock = threading.Lock()
         self._stopping = False
 
     # --- sending ---------------------------------------------------------------------------------
@@ -134,6 +135,14 @@ class Endpoint:
     def send(self, message: m.FromChild) -> None:
         """Send a message."""
         self._outbox.send(m.encode(message))
+
+    def _send_with_state(self, make: Callable[[w.ModelState], m.FromChild]) -> None:
+        """Send a message with the state of the model. The parent keeps the last one that arrives.
+
+        So no state may overtake another: it is read and sent in one step.
+        """
+        with self._state_lock:
+            self.send(make(self.state()))
 
     def state(self) -> w.ModelState:
         """Return the state of the model."""
@@ -173,8 +182,11 @@ class Endpoint:
             self._requests.pop(id, None)
         if updates:
             runner = self._runner
-            state = self.state() if ended else None
-            self.send(m.Updates(tuple(updates), runner.phase, runner.pending, runner.running, state))
+            now = partial(m.Updates, tuple(updates), runner.phase, runner.pending, runner.running)
+            if ended:
+                self._send_with_state(now)
+            else:
+                self.send(now())
 
     def _send_backlog(self) -> None:
         """Send what the socket did not take at once; in a thread of its own."""
@@ -193,9 +205,13 @@ class Endpoint:
             if self._outbox.full:
                 continue  # what waits is a sign of life, too; a parent that is stopped reads none
             try:
-                self.send(m.Heartbeat(self.state(), dict(self._cache.counters())))
+                self._send_heartbeat()
             except Exception:
                 log.exception("a sign of life could not be sent")
+
+    def _send_heartbeat(self) -> None:
+        counters = dict(self._cache.counters())
+        self._send_with_state(lambda state: m.Heartbeat(state, counters))
 
     # --- receiving -------------------------------------------------------------------------------
 
@@ -223,7 +239,7 @@ class Endpoint:
             self._embedder.close()
         self._runner.stop()
         self._cache.close()
-        self.send(m.Heartbeat(self.state(), dict(self._cache.counters())))  # the last counts
+        self._send_heartbeat()  # the last counts
         self.send(m.Stopped())
         deadline = time.monotonic() + 5
         while not self._outbox.flush() and time.monotonic() < deadline:
@@ -266,7 +282,7 @@ class Endpoint:
             self._requests.pop(message.id, None)
             self.send(m.Refused(message.id, pack_error(error)))
         else:
-            self.send(m.Accepted(message.id, self.state()))
+            self._send_with_state(partial(m.Accepted, message.id))
         finally:
             self._submitting.discard(message.id)
             self._cancelled.discard(message.id)

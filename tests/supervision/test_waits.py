@@ -399,3 +399,31 @@ def test_a_request_that_passed_is_a_suspect_again_at_the_next_end() -> None:
     assert send_all(table) == [a]  # alone: it may be the cause
     assert table.process_ended(2) == [a]
     assert send_all(table) == [c]
+
+
+def test_the_counts_that_the_parent_receives_never_decrease(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_state = Endpoint.state
+
+    def slowly(self: Endpoint) -> w.ModelState:
+        state = read_state(self)
+        if threading.current_thread().name.startswith("erllama-send_heartbeats"):
+            time.sleep(0.01)
+        return state
+
+    monkeypatch.setattr(Endpoint, "state", slowly)
+    ids, options = pack_ids(np.array([65], np.int32)), pack_options(RequestOptions(max_tokens=1), None)
+    with endpoint(heartbeat_seconds=0.0001) as (_, parent):
+        parent.settimeout(30)
+        reader, counts = FrameReader(), [0]
+        for id in range(1, 31):
+            send(parent, m.Submit(id, ids, options, 0, True, (), None))
+            ended = False
+            while not ended:
+                for body in reader.feed(parent.recv(1 << 16)):
+                    message = m.decode_from_child(body)
+                    if isinstance(message, m.Updates):
+                        ended |= any(update.completion is not None for update in message.updates)
+                    if isinstance(message, m.Heartbeat | m.Accepted | m.Updates) and message.state is not None:
+                        counts.append(sum(message.state.metrics.finished.values()))
+        assert counts == sorted(counts)
+        assert counts[-1] == 30
