@@ -36,7 +36,16 @@ class PromptError(Error, ValueError):
 
 
 class PromptTooLong(PromptError):  # noqa: N818
-    """The prompt has more tokens than the context has cells."""
+    """The prompt has more tokens than the context has cells.
+
+    Attributes:
+        n_tokens: tokens of the prompt; at least so many, if it was refused before all of it was tokenized.
+        n_ctx: tokens that fit.
+    """
+
+    def __init__(self, message: str, *, n_tokens: int = 0, n_ctx: int = 0) -> None:
+        super().__init__(message)
+        self.n_tokens, self.n_ctx = n_tokens, n_ctx
 
 
 class ChatError(Error, ValueError):

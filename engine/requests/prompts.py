@@ -55,7 +55,9 @@ class PromptTokenizer:
         if n_bytes > longest * n_ctx:
             raise PromptTooLong(
                 f"the prompt has {n_bytes} bytes, which are {-(-n_bytes // longest)} tokens at least, and {n_ctx} "
-                "fit; shorten it, or load the model with a larger n_ctx"
+                "fit; shorten it, or load the model with a larger n_ctx",
+                n_tokens=-(-n_bytes // longest),
+                n_ctx=n_ctx,
             )
 
     def _has_first(self, ids: NDArray[np.int32]) -> bool:

@@ -564,6 +564,12 @@ class Model:
         raw = self._vocabulary.detokenize(self._prompts.checked_ids(tokens), special=boolean("special", special))
         return raw.decode("utf-8", "replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of one token, which may be a part of a character; those of a special token's text, too."""
+        self._runner.check()
+        ids = self._prompts.checked_ids([token])
+        return self._vocabulary.piece(token) or self._vocabulary.detokenize(ids, special=True)
+
     # --- state: reading these never waits -------------------------------------------------
 
     @property

@@ -132,7 +132,9 @@ class Chats:
         if len(prompt) > n_ctx:  # checked before the schemas of all tools are compiled
             raise PromptTooLong(
                 f"the conversation has {len(prompt)} tokens and the context holds {n_ctx}; "
-                "shorten it, or load the model with a larger n_ctx"
+                "shorten it, or load the model with a larger n_ctx",
+                n_tokens=len(prompt),
+                n_ctx=n_ctx,
             )
         check_schemas(conversation.tools, find_strict_tools(request.tools))
         family = _find_family(request, conversation, choice)

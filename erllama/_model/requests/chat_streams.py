@@ -46,6 +46,13 @@ class AsyncChatStream(AsyncStream):
         self._turn: Turn | None = None
         self._cancelled = self._ended = False
 
+    async def start(self) -> None:
+        """Submit the request, unless an await did; raise its error.
+
+        Errors of the conversation and its options, and a full queue, are raised here, before the first event.
+        """
+        await self._started()
+
     async def _started(self) -> Turn:
         async with self._start_lock:
             if self._turn is None:

@@ -95,7 +95,9 @@ class EmbeddingRequests:
             if len(pairs[-1]) > limits.n_tokens:
                 raise PromptTooLong(
                     f"the query and document {at} have {len(pairs[-1])} tokens together and the model takes "
-                    f"{limits.n_tokens} at once; shorten them"
+                    f"{limits.n_tokens} at once; shorten them",
+                    n_tokens=len(pairs[-1]),
+                    n_ctx=limits.n_tokens,
                 )
         return np.array([row[0] for row in self._compute(embedder, pairs, _RANK, cancelled)], np.float32)
 
@@ -162,7 +164,9 @@ class EmbeddingRequests:
                 if not truncate:
                     raise PromptTooLong(
                         f"text {at} has {len(ids)} tokens and the model embeds {max_tokens} at once; "
-                        "shorten it, or pass truncate=True"
+                        "shorten it, or pass truncate=True",
+                        n_tokens=len(ids),
+                        n_ctx=max_tokens,
                     )
                 kept = max(max_tokens - len(end), 0)
                 ids = np.concatenate([ids[:kept], end[: max_tokens - kept]]).astype(np.int32)

@@ -72,7 +72,9 @@ class PromptReader:
         if len(ids) > n_ctx:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens and the context holds {n_ctx}; "
-                "shorten it, or load the model with a larger n_ctx"
+                "shorten it, or load the model with a larger n_ctx",
+                n_tokens=len(ids),
+                n_ctx=n_ctx,
             )
         return ids
 

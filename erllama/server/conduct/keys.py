@@ -1,0 +1,71 @@
+"""Keys of clients, and what each key may do.
+
+A client sends its key as `Authorization: Bearer KEY` or as `x-api-key: KEY`. Keys are compared in constant time.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from erllama.checks import integer
+from erllama.errors import OptionError
+from erllama.server.conduct.errors import ApiError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """A key and its limits.
+
+    Attributes:
+        secret: the text that clients send. Not part of the repr.
+        name: for logs and metrics.
+        cache_salt: separates the cached KV of its requests from that of other keys; None to share.
+        requests_per_minute, tokens_per_minute: limits; None for none. Tokens are those of prompts and replies.
+        models: names of the models that it may use; None for all.
+    """
+
+    secret: str = field(repr=False)
+    name: str = "key"
+    cache_salt: str | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    models: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.secret, str) or not self.secret or not self.secret.isascii():
+            raise OptionError(f"the key {self.name!r} is empty or not ASCII; HTTP headers carry ASCII")
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            if getattr(self, name) is not None:
+                integer(name, getattr(self, name), 1)
+
+    def check_model(self, model: str) -> None:
+        """Raise ApiError if the key may not use a model."""
+        if self.models is not None and model not in self.models:
+            allowed = ", ".join(self.models) or "no model"
+            raise ApiError("permission", f"this key may use {allowed}, not {model!r}", "model_not_allowed")
+
+
+def find_key(headers: Mapping[str, str], keys: Sequence[ApiKey]) -> ApiKey | None:
+    """Return the key that a request has; None if the server has no keys.
+
+    Raises:
+        ApiError: the server has keys, and the request has none of them.
+    """
+    if not keys:
+        return None
+    sent = headers.get("x-api-key") or ""
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        sent = value.strip()
+    found = None
+    for key in keys:  # all of them: the time must not tell which one is similar
+        if hmac.compare_digest(key.secret.encode(), sent.encode("utf-8", "replace")):
+            found = key
+    if found is None:
+        how = "send it as `Authorization: Bearer KEY` or as `x-api-key: KEY`"
+        raise ApiError(
+            "authentication", f"{'the key is wrong' if sent else 'a key is needed'}; {how}", "invalid_api_key"
+        )
+    return found

@@ -1,0 +1,167 @@
+"""Endpoints: how an API declares a path, and what happens to each of its requests.
+
+An `Endpoint` names a path, the type of its body and the function that answers. `Endpoint.route` wraps the function with
+what all endpoints share: the key, the rate limit, the body, the error's form and the access log.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from erllama.server.conduct.bodies import decode_body, read_body
+from erllama.server.conduct.errors import ApiError, ErrorForm, as_api_error
+from erllama.server.conduct.keys import ApiKey, find_key
+from erllama.server.models import ServedModel
+from erllama.server.state import Server
+
+B = TypeVar("B")
+
+
+class NoBody(msgspec.Struct, frozen=True):
+    """The body of an endpoint that takes none."""
+
+
+@dataclass(slots=True)
+class CallRecord:
+    """What the access log and the metrics know of one call.
+
+    Attributes:
+        id: of the call; the header `x-request-id` has it.
+        endpoint: the path as declared.
+        model: the name of its model; "" if none.
+        began: time at its start, of `time.monotonic`.
+        first_token: seconds until the first token; None if there was none.
+        prompt_tokens, cached_tokens, completion_tokens: of all its replies.
+        tier: the slowest tier that a part of the prompt was read from; None for a cold prompt.
+        finish_reason: of its last reply; "" if none.
+        error: code or kind of its error; "" if none.
+        notes: remarks for the log, such as how the prompt differs from the previous one.
+    """
+
+    id: str
+    endpoint: str
+    model: str = ""
+    began: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    tier: str | None = None
+    finish_reason: str = ""
+    error: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Call:
+    """One request to an endpoint.
+
+    Attributes:
+        request: with headers and query.
+        server: the models and options.
+        key: the client's; None if the server has no keys.
+        record: for the access log; whoever runs replies fills it in.
+        errors: the API's form of errors, for those after the first byte.
+    """
+
+    request: Request
+    server: Server
+    key: ApiKey | None
+    record: CallRecord
+    errors: ErrorForm
+
+    def find_model(self, name: str | None) -> ServedModel:
+        """Return the model of a name; raise ApiError if it does not exist or the key may not use it."""
+        served = self.server.models.find(name)
+        self.record.model = served.name
+        if self.key is not None:
+            self.key.check_model(served.name)
+        return served
+
+    def cache_salt(self, requested: str | None) -> str | None:
+        """Return the salt of a request: the key's and the requested one, each of which separates."""
+        of_key = self.key.cache_salt if self.key is not None else None
+        if of_key is None or requested is None:
+            return of_key if requested is None else requested
+        return f"{len(of_key)}:{of_key}{requested}"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint(Generic[B]):
+    """A path of an API.
+
+    Attributes:
+        method, path: such as "POST" and "/v1/completions".
+        body: the type of the body; NoBody for none.
+        answer: returns the response. An exception becomes an error in the form of `errors`.
+        errors: the API's form of errors.
+        summary: one line for the OpenAPI document.
+        public: whether it needs no key.
+        computes: whether it uses a model, and so counts for rate limits.
+    """
+
+    method: str
+    path: str
+    body: type[B]
+    answer: Callable[[Call, B], Awaitable[Response]]
+    errors: ErrorForm
+    summary: str
+    public: bool = False
+    computes: bool = True
+
+    def route(self, server: Server) -> Route:
+        """Return the route of this endpoint."""
+
+        async def handle(request: Request) -> Response:
+            return await _handle(self, server, request)
+
+        return Route(self.path, handle, methods=[self.method])
+
+
+async def _handle(endpoint: Endpoint[B], server: Server, request: Request) -> Response:
+    record = CallRecord(uuid.uuid4().hex, endpoint.path)
+    request.state.record = record  # the access log writes it once the response has ended
+    try:
+        key = None if endpoint.public else find_key(request.headers, server.options.keys)
+        request.state.key = key
+        if key is not None and endpoint.computes:
+            server.rate_limits.admit(key)
+        call = Call(request, server, key, record, endpoint.errors)
+        return await endpoint.answer(call, await _read(endpoint, server, request))
+    except ClientDisconnect:
+        record.error = "disconnected"
+        return Response(status_code=499)  # nobody reads it
+    except Exception as error:
+        return error_response(endpoint.errors, as_api_error(error), record)
+
+
+async def _read(endpoint: Endpoint[B], server: Server, request: Request) -> B:
+    if issubclass(endpoint.body, NoBody):
+        return endpoint.body()
+    options = server.options
+    body = await read_body(request, options.max_body_bytes, options.body_timeout)
+    return await decode_body(body, endpoint.body, options.max_json_depth)
+
+
+def error_response(form: ErrorForm, error: ApiError, record: CallRecord | None = None) -> Response:
+    """Return the answer for an error, in an API's form."""
+    if record is not None:
+        record.error = error.code or error.kind
+    headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
+    if error.kind == "authentication":
+        headers["www-authenticate"] = "Bearer"
+    return json_response(form.body(error), form.status(error), headers)
+
+
+def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a response with JSON."""
+    return Response(msgspec.json.encode(value), status, headers, "application/json")

@@ -1,0 +1,12 @@
+"""The endpoints of llama-server. `endpoints` lists its paths."""
+
+from __future__ import annotations
+
+from erllama.server.endpoints import Endpoint
+
+__all__ = ["endpoints"]
+
+
+def endpoints() -> list[Endpoint]:
+    """Return the endpoints of the API."""
+    return []

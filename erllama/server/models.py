@@ -1,0 +1,74 @@
+"""The models of a server, by the names that clients use.
+
+`ModelPool` finds the model of a request. A model keeps the name that it was loaded with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from erllama._model.model import Model
+from erllama.errors import OptionError
+from erllama.server.conduct.errors import ApiError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServedModel:
+    """A model and how it is served.
+
+    Attributes:
+        model: the loaded model. Its `id` is the name that clients use.
+        aliases: further names. "*" for every name that no model has.
+        special_tokens_in_content: whether messages may spell out special tokens. Unsafe if messages have texts from
+            outside, such as web pages.
+        created: time of loading, in seconds since 1970.
+    """
+
+    model: Model
+    aliases: tuple[str, ...] = ()
+    special_tokens_in_content: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def name(self) -> str:
+        """The name of the model."""
+        return self.model.id
+
+
+class ModelPool:
+    """Finds models by name.
+
+    Raises:
+        OptionError: there is no model, or two have the same name or alias.
+    """
+
+    def __init__(self, models: Iterable[ServedModel]) -> None:
+        self.models: Sequence[ServedModel] = tuple(models)
+        if not self.models:
+            raise OptionError("a server needs at least one model")
+        self._by_name: dict[str, ServedModel] = {}
+        for served in self.models:
+            for name in (served.name, *served.aliases):
+                if self._by_name.setdefault(name, served) is not served:
+                    raise OptionError(f"two models have the name {name!r}; give one another id")
+
+    def find(self, name: str | None) -> ServedModel:
+        """Return the model of a name; for None or "", the first.
+
+        Raises:
+            ApiError: no model has the name.
+        """
+        if not name:
+            return self.models[0]
+        # Ollama's clients add a tag.
+        served = (
+            self._by_name.get(name) or self._by_name.get(name.removesuffix(":latest")) or self._by_name.get("*")
+        )
+        if served is None:
+            known = ", ".join(each.name for each in self.models)
+            raise ApiError(
+                "not_found", f"there is no model {name!r}; this server has {known}", "model_not_found", "model"
+            )
+        return served

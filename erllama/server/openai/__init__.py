@@ -1,0 +1,13 @@
+"""OpenAI's API: chat completions, completions, embeddings and models. `endpoints` lists its paths."""
+
+from __future__ import annotations
+
+from erllama.server.endpoints import Endpoint
+from erllama.server.openai import chat
+
+__all__ = ["endpoints"]
+
+
+def endpoints() -> list[Endpoint]:
+    """Return the endpoints of the API."""
+    return [*chat.endpoints()]

@@ -1,0 +1,64 @@
+"""Options of the server. `erllama.server.app` takes them, and the command and its configuration file set them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from erllama.checks import boolean, integer, real, reject_unknown
+from erllama.errors import OptionError
+from erllama.server.conduct.keys import ApiKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """How the server behaves.
+
+    Attributes:
+        keys: the keys that clients may use. Empty: no key is needed.
+        allowed_hosts: values of the Host header that are accepted besides those of this machine. "*" for any.
+        cors_origins: origins whose pages may call the server. "*" for any. Empty: none.
+        max_body_bytes: maximum size of a request's body.
+        max_json_depth: maximum nesting of a body.
+        body_timeout: seconds within which a body must arrive.
+        keep_alive_seconds: seconds between comments that keep a quiet stream open.
+        restart_wait: seconds for which a new request waits while its model's process is being replaced.
+        shutdown_seconds: seconds that running requests have to finish when the server stops.
+        log_prompts: write prompts to the access log.
+        drop_unstable_headers: remove what clients put into prompts and change on each request (docs/server.md).
+        max_stored_responses: how many responses `/v1/responses` keeps for `previous_response_id`.
+    """
+
+    keys: tuple[ApiKey, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 32 << 20
+    max_json_depth: int = 128
+    body_timeout: float = 60.0
+    keep_alive_seconds: float = 15.0
+    restart_wait: float = 30.0
+    shutdown_seconds: float = 30.0
+    log_prompts: bool = False
+    drop_unstable_headers: bool = True
+    max_stored_responses: int = 1000
+
+    def __post_init__(self) -> None:
+        integer("max_body_bytes", self.max_body_bytes, 1)
+        integer("max_json_depth", self.max_json_depth, 1)
+        integer("max_stored_responses", self.max_stored_responses, 0)
+        for name in ("body_timeout", "keep_alive_seconds"):
+            real(name, getattr(self, name), 0.001)
+        for name in ("restart_wait", "shutdown_seconds"):
+            real(name, getattr(self, name), 0.0)
+        for name in ("log_prompts", "drop_unstable_headers"):
+            boolean(name, getattr(self, name))
+        secrets = [key.secret for key in self.keys]
+        if len(set(secrets)) < len(secrets):
+            raise OptionError("two keys are equal; remove one")
+
+    @classmethod
+    def of(cls, options: Mapping[str, object]) -> ServerOptions:
+        """Return the options with these names and values; the others have their defaults."""
+        known = [each.name for each in fields(cls)]
+        reject_unknown({name: value for name, value in options.items() if name not in known}, known, "app")
+        return cls(**options)  # type: ignore[arg-type]
