@@ -18,11 +18,13 @@ from erllama.server import anthropic, llama_server, ollama, openai, responses
 from erllama.server.conduct.access_log import AccessLog
 from erllama.server.conduct.errors import ApiError
 from erllama.server.conduct.hosts import HostCheck
+from erllama.server.conduct.upgrades import RefuseUpgrades
 from erllama.server.endpoints import Endpoint, error_response
 from erllama.server.models import ModelPool, ServedModel
 from erllama.server.openai.errors import ERRORS
 from erllama.server.options import ServerOptions
 from erllama.server.state import Server
+from erllama.server.stored_responses import ResponseStore
 
 
 def app(models: Model | ServedModel | Iterable[Model | ServedModel], **options: object) -> ASGIApp:
@@ -44,7 +46,8 @@ def make_server(models: Model | ServedModel | Iterable[Model | ServedModel], opt
     served = [each if isinstance(each, ServedModel) else ServedModel(each) for each in given]
     if len(served) == 1 and not served[0].aliases:
         served = [ServedModel(served[0].model, ("*",), served[0].special_tokens_in_content)]
-    return Server(ModelPool(served), options, secrets.token_bytes(32))
+    stored = ResponseStore(options.max_stored_responses, options.state_dir)
+    return Server(ModelPool(served), options, secrets.token_bytes(32), responses=stored)
 
 
 def all_endpoints() -> list[Endpoint]:
@@ -57,7 +60,7 @@ def make_app(server: Server) -> ASGIApp:
     """Return the application of a server."""
     routes = [endpoint.route(server) for endpoint in all_endpoints()]
     options = server.options
-    middleware = [Middleware(AccessLog), Middleware(HostCheck, options.allowed_hosts)]
+    middleware = [Middleware(AccessLog), Middleware(HostCheck, options.allowed_hosts), Middleware(RefuseUpgrades)]
     if options.cors_origins:
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=options.cors_origins, allow_methods=["*"], allow_headers=["*"])

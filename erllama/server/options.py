@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 
-from erllama.checks import boolean, integer, real, reject_unknown
+from erllama.checks import boolean, integer, real, reject_unknown, shown
 from erllama.errors import OptionError
 from erllama.server.conduct.keys import ApiKey
 
@@ -26,7 +27,9 @@ class ServerOptions:
         shutdown_seconds: seconds that running requests have to finish when the server stops.
         log_prompts: write prompts to the access log.
         drop_unstable_headers: remove what clients put into prompts and change on each request (docs/server.md).
-        max_stored_responses: how many responses `/v1/responses` keeps for `previous_response_id`.
+        max_stored_responses: how many responses `/v1/responses` keeps for `previous_response_id`. 0 for none.
+        state_dir: directory, readable by its owner alone, for what the server keeps over a restart: the stored
+            responses, with their prompts. None to keep them in memory.
     """
 
     keys: tuple[ApiKey, ...] = ()
@@ -41,6 +44,7 @@ class ServerOptions:
     log_prompts: bool = False
     drop_unstable_headers: bool = True
     max_stored_responses: int = 1000
+    state_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
         integer("max_body_bytes", self.max_body_bytes, 1)
@@ -52,6 +56,8 @@ class ServerOptions:
             real(name, getattr(self, name), 0.0)
         for name in ("log_prompts", "drop_unstable_headers"):
             boolean(name, getattr(self, name))
+        if not isinstance(self.state_dir, str | Path | None):
+            raise OptionError(f"state_dir={shown(self.state_dir)}; pass the path of a directory, or None")
         secrets = [key.secret for key in self.keys]
         if len(set(secrets)) < len(secrets):
             raise OptionError("two keys are equal; remove one")

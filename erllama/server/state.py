@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from erllama.server.conduct.rate_limits import RateLimits
 from erllama.server.models import ModelPool
 from erllama.server.options import ServerOptions
+from erllama.server.stored_responses import ResponseStore
 
 
 @dataclass(slots=True)
@@ -17,6 +18,7 @@ class Server:
         models: the models, by name.
         options: how the server behaves.
         rate_limits: what each key has used.
+        responses: the responses that `/v1/responses` keeps.
         signing_key: signs thinking, so that a client cannot send back thoughts that no model had.
         is_stopping: whether the server accepts no further requests.
     """
@@ -25,4 +27,5 @@ class Server:
     options: ServerOptions
     signing_key: bytes
     rate_limits: RateLimits = field(default_factory=RateLimits)
+    responses: ResponseStore = field(default_factory=ResponseStore)
     is_stopping: bool = False

@@ -1,12 +1,16 @@
-"""OpenAI's Responses API, /v1/responses. `endpoints` lists its paths."""
+"""OpenAI's Responses API, /v1/responses. `endpoints` lists its paths.
+
+Imports run one way: create -> retrieval -> output, answer -> body, items -> tools, reasoning.
+"""
 
 from __future__ import annotations
 
 from erllama.server.endpoints import Endpoint
+from erllama.server.responses import create, retrieval
 
 __all__ = ["endpoints"]
 
 
 def endpoints() -> list[Endpoint]:
     """Return the endpoints of the API."""
-    return []
+    return [*create.endpoints(), *retrieval.endpoints()]
