@@ -20,15 +20,11 @@ _LISTED = 20  # OpenAI's default
 
 def endpoints() -> list[Endpoint]:
     """Return the endpoints of this module."""
-    path = "/v1/responses/{id}"
+    path, listed = "/v1/responses/{id}", "List the items that a stored response replies to."
     return [
         Endpoint("GET", path, NoBody, retrieve, ERRORS, "Return a stored response.", computes=False),
         Endpoint("DELETE", path, NoBody, delete, ERRORS, "Delete a stored response.", computes=False),
-        Endpoint(
-            *("GET", f"{path}/input_items", NoBody, list_items, ERRORS),
-            summary="List the items that a stored response replies to.",
-            computes=False,
-        ),
+        Endpoint("GET", f"{path}/input_items", NoBody, list_items, ERRORS, listed, computes=False),
     ]
 
 
@@ -47,7 +43,7 @@ def not_found(id: str, requested: str) -> ApiError:
     """
     missing = f"the response {id!r:.80}" + (f", which {requested!r:.80} continues," if id != requested else "")
     message = f"{missing} is not stored; send the whole conversation as input"
-    return ApiError("not_found", message, "previous_response_not_found", "previous_response_id")
+    return ApiError("invalid_request", message, "previous_response_not_found", "previous_response_id")
 
 
 def find_item(store: ResponseStore, id: str, owner: str) -> Json | None:
