@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,7 @@ from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.models import ServedModel
 from erllama.server.replies.messages import read_messages
 from erllama.server.replies.openai_errors import ERRORS, encode_error
-from erllama.server.replies.running import Replies, until_disconnect
-from erllama.server.replies.sessions import open_chat_of_key
+from erllama.server.replies.running import Replies, open_chat, until_disconnect
 from erllama.server.replies.sse import encode_event, event_stream
 from erllama.server.replies.timings import timings
 from erllama.server.responses.answer import Answer
@@ -32,6 +32,9 @@ from erllama.server.responses.tools import Tools, read_response_tools
 from erllama.server.stored_responses import MissingResponseError, StoredResponse
 
 log = logging.getLogger("erllama.server")
+
+# The index of a message in an error of the façade, or in the path of a field.
+_MESSAGE = re.compile(r"message (\d+): |messages\[(\d+)\]")
 
 
 def endpoints() -> list[Endpoint]:
@@ -91,13 +94,16 @@ async def count(call: Call, body: ResponseBody) -> Response:
     options = template_options(body)
     if request.tools.functions is not None:
         options["tools"] = request.tools.functions
-    tokens = await asyncio.to_thread(
-        served.model.apply_chat_template,
-        read_messages(request.conversation.messages),
-        special_tokens_in_content=served.special_tokens_in_content,
-        cache_salt=call.cache_salt(body.cache_salt),
-        **options,
-    )
+    try:
+        tokens = await asyncio.to_thread(
+            served.model.apply_chat_template,
+            read_messages(request.conversation.messages),
+            special_tokens_in_content=served.special_tokens_in_content,
+            cache_salt=call.cache_salt(body.cache_salt),
+            **options,
+        )
+    except (ApiError, ChatError) as error:
+        raise _with_place(error, request) from None
     return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
 
 
@@ -126,16 +132,22 @@ async def _open(
 ) -> Replies[ChatCompletion]:
     """Submit a request. An error in a message names the item."""
     options: Any = chat_options(body, request.tools)
-    messages = read_messages(request.conversation.messages)
     try:
-        return await open_chat_of_key(call, served, messages, body.prompt_cache_key, **options)
-    except ChatError as error:
-        place = request.conversation.places[error.index] if error.index is not None else None
-        if place is None or place < len(request.earlier):
-            raise
-        where = f"input[{place - len(request.earlier)}]"
-        message = str(error).removeprefix(f"message {error.index}: ")
-        raise ApiError("invalid_request", f"{where}: {message}", param=where) from None
+        messages = read_messages(request.conversation.messages)
+        return await open_chat(call, served, messages, session_hint=body.prompt_cache_key, **options)
+    except (ApiError, ChatError) as error:
+        raise _with_place(error, request) from None
+
+
+def _with_place(error: ApiError | ChatError, request: _Request) -> ApiError | ChatError:
+    """Return an error in a message with the place of the item that the message was made of."""
+    found = _MESSAGE.match((error.param or "") if isinstance(error, ApiError) else str(error))
+    place = request.conversation.places[int(found[1] or found[2])] if found is not None else None
+    if found is None or place is None or place < len(request.earlier):
+        return error
+    where = f"input[{place - len(request.earlier)}]"
+    message = str(error).removeprefix(found[0])
+    return ApiError("invalid_request", f"{where}: {message.removeprefix(': ')}", param=where)
 
 
 class _Run:

@@ -79,16 +79,24 @@ def read_response_tools(tools: Sequence[Json] | None) -> Tools:
     for index, tool in enumerate(tools or ()):
         kind, where = tool.get("type"), f"tools[{index}]"
         if kind == "function":
-            functions.append(_read_function(tool, None, names, where))
+            functions += _read_function(tool, None, names, where)
         elif kind == "namespace":
             functions += _read_namespace(tool, names, where)
         if kind in ("function", "namespace"):
             shown.append(tool)
-    return Tools(read_tools(functions), names, shown)
+    return Tools(functions or None, names, shown)
 
 
-def _read_function(tool: Json, namespace: str | None, names: ToolNames, where: str) -> Json:
-    return {**tool, "name": names.add(namespace, _name(tool, where))}
+def _read_function(tool: Json, namespace: str | None, names: ToolNames, where: str) -> list[Json]:
+    """Return a function as `Model.chat` takes it, with its name in the prompt."""
+    function = {**tool, "name": names.add(namespace, _name(tool, where))}
+    try:
+        return read_tools([function], where) or []
+    except ApiError as error:
+        if error.param is not None:
+            error.param = error.param.replace(f"{where}[0]", where)
+        error.message = error.message.replace(f"{where}[0]", where)
+        raise
 
 
 def _read_namespace(tool: Json, names: ToolNames, where: str) -> list[Json]:
@@ -98,15 +106,15 @@ def _read_namespace(tool: Json, names: ToolNames, where: str) -> list[Json]:
         raise ApiError(
             "invalid_request", f"{where}.tools is not a list of tools; send one", param=f"{where}.tools"
         )
-    functions = [
-        _read_function(member, namespace, names, f"{where}.tools[{index}]")
-        for index, member in enumerate(members)
-        if member.get("type") == "function"
-    ]
+    functions: list[Json] = []
+    for index, member in enumerate(members):
+        if member.get("type") == "function":
+            functions += _read_function(member, namespace, names, f"{where}.tools[{index}]")
     description = tool.get("description")
     if functions and isinstance(description, str) and description:
-        own = functions[0].get("description")
-        functions[0]["description"] = f"{description}\n\n{own}" if own else description
+        first = functions[0]["function"]
+        own = first.get("description")
+        first["description"] = f"{description}\n\n{own}" if own else description
     return functions
 
 
