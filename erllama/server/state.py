@@ -21,6 +21,7 @@ class Server:
         responses: the responses that `/v1/responses` keeps.
         signing_key: signs thinking, so that a client cannot send back thoughts that no model had.
         is_stopping: whether the server accepts no further requests.
+        claimed_sessions: the sessions of running requests that clients suggested; see `replies.sessions`.
     """
 
     models: ModelPool
@@ -29,3 +30,4 @@ class Server:
     rate_limits: RateLimits = field(default_factory=RateLimits)
     responses: ResponseStore = field(default_factory=ResponseStore)
     is_stopping: bool = False
+    claimed_sessions: set[tuple[str, str | None, str]] = field(default_factory=set)
