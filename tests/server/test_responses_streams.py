@@ -143,7 +143,7 @@ def test_an_error_ends_the_stream_with_a_failed_response() -> None:
 def test_events_have_their_type_as_the_name() -> None:
     with client_of_replies("hello") as client:
         raw = client.responses.with_raw_response.create(model=MODEL, input="hello", stream=True)
-        lines = [line for line in raw.http_response.iter_lines() if line]
+        lines = [line for line in raw.http_response.iter_lines() if line and not line.startswith(":")]
     names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
     assert names[0] == "response.created"
     assert names[-1] == "response.completed"

@@ -1,6 +1,6 @@
 """OpenAI's Responses API, /v1/responses. `endpoints` lists its paths.
 
-Imports run one way: create -> retrieval -> output, answer -> body, items -> tools, reasoning.
+Imports run one way: create -> retrieval, answer, output -> body, items -> tools, reasoning.
 """
 
 from __future__ import annotations
