@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Iterable, Mapping
 
@@ -14,6 +15,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from erllama._model.model import Model
+from erllama.cache import Cache
+from erllama.errors import OptionError
 from erllama.server import anthropic, llama_server, ollama, openai, responses
 from erllama.server.conduct.access_log import AccessLog
 from erllama.server.conduct.errors import ApiError
@@ -25,6 +28,8 @@ from erllama.server.openai.errors import ERRORS
 from erllama.server.options import ServerOptions
 from erllama.server.state import Server
 from erllama.server.stored_responses import ResponseStore
+
+log = logging.getLogger("erllama.server")
 
 
 def app(models: Model | ServedModel | Iterable[Model | ServedModel], **options: object) -> ASGIApp:
@@ -46,8 +51,24 @@ def make_server(models: Model | ServedModel | Iterable[Model | ServedModel], opt
     served = [each if isinstance(each, ServedModel) else ServedModel(each) for each in given]
     if len(served) == 1 and not served[0].aliases:
         served = [ServedModel(served[0].model, ("*",), served[0].special_tokens_in_content)]
-    stored = ResponseStore(options.max_stored_responses, options.state_dir)
-    return Server(ModelPool(served), options, secrets.token_bytes(32), responses=stored)
+    pool = ModelPool(served)
+    stored = _open_responses(options, pool.models[0].model.cache)
+    return Server(pool, options, secrets.token_bytes(32), responses=stored)
+
+
+def _open_responses(options: ServerOptions, cache: Cache) -> ResponseStore:
+    """Return the stored responses: in `state_dir`, or else in the cache's first disk directory, or else in memory."""
+    n = options.max_stored_responses
+    if options.state_dir is not None:
+        return ResponseStore(n, options.state_dir)
+    for status in cache.tiers():
+        if status.tier == "disk" and not status.read_only and status.error is None:
+            try:
+                return ResponseStore(n, status.location)
+            except OptionError as error:
+                log.warning("%s; they are in memory until the server stops", error)
+                break
+    return ResponseStore(n)
 
 
 def all_endpoints() -> list[Endpoint]:

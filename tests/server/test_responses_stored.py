@@ -9,12 +9,13 @@ from pathlib import Path
 import openai
 import pytest
 
+import erllama
 from erllama.errors import OptionError
 from erllama.server import ApiKey
 from erllama.server.stored_responses import FILE_NAME, MissingResponseError, ResponseStore, StoredResponse
 from support.chat.scripted_model import model_replying
 from support.http_server import running_server
-from support.responses_server import CALL, GET_TIME, client_of_replies, n_computed, n_new, new_client
+from support.responses_server import CALL, GET_TIME, client_of, client_of_replies, n_computed, n_new, new_client
 
 MODEL = "any"
 
@@ -140,6 +141,18 @@ def test_responses_survive_a_restart_with_a_directory(tmp_path: Path) -> None:
         assert client.responses.retrieve(first.id).output_text == "hello"
         second = client.responses.create(model=MODEL, input="bye", previous_response_id=first.id)
     assert second.output_text == "bye"
+
+
+def test_responses_are_in_the_directory_of_the_cache_by_default(tmp_path: Path) -> None:
+    for expected in ("hello", "bye"):
+        with erllama.Cache(disk=tmp_path) as cache:
+            with client_of(model_replying("hello", "bye", cache=cache)) as client:
+                if expected == "hello":
+                    id = client.responses.create(model=MODEL, input="hello").id
+                else:
+                    again = client.responses.create(model=MODEL, input="bye", previous_response_id=id)
+                    assert again.output_text == "bye"
+    assert (tmp_path / FILE_NAME).exists()
 
 
 def test_a_key_does_not_see_responses_of_another() -> None:
