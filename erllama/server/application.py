@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -57,7 +57,7 @@ def make_server(models: Model | ServedModel | Iterable[Model | ServedModel], opt
 
 
 def _open_responses(options: ServerOptions, cache: Cache) -> ResponseStore:
-    """Return the stored responses: in `state_dir`, or else in the cache's first disk directory, or else in memory."""
+    """Return the stored responses: in `state_dir`, or in the cache's first disk directory, or in memory."""
     n = options.max_stored_responses
     if options.state_dir is not None:
         return ResponseStore(n, options.state_dir)

@@ -28,8 +28,8 @@ class ServerOptions:
         log_prompts: write prompts to the access log.
         drop_unstable_headers: remove what clients put into prompts and change on each request (docs/server.md).
         max_stored_responses: how many responses `/v1/responses` keeps for `previous_response_id`. 0 for none.
-        state_dir: directory for what the server keeps over a restart: the stored responses, with their prompts, in a
-            file that only its owner can read. None for the cache's directory, or for memory without one.
+        state_dir: directory for what the server keeps over a restart: the stored responses, with their prompts, in
+            a file that only its owner can read. None for the cache's directory, or for memory without one.
     """
 
     keys: tuple[ApiKey, ...] = ()

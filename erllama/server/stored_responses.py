@@ -1,8 +1,8 @@
 """Stored responses: what `/v1/responses` keeps so that a later request can continue a conversation by an id.
 
 The store is a SQLite database, in memory or in a file that its owner alone can read. It is bounded by number and by
-bytes; the least recently used responses are removed first. Each response belongs to one key, and other keys do not find
-it. All methods may be called from any thread.
+bytes; the least recently used responses are removed first. Each response belongs to one key, and other keys do not
+find it. All methods may be called from any thread.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ FILE_NAME = "responses.sqlite"
 
 # A client that sends the whole conversation each time stores it each time, 200 KiB for 40,000 tokens.
 MAX_BYTES = 512 << 20
+MAX_BYTES_IN_MEMORY = 64 << 20
 
 _FORMAT = 1  # user_version of the database
 _SCHEMA = """
@@ -80,23 +81,25 @@ class ResponseStore:
     Args:
         max_responses: number of responses. 0 to store none.
         directory: where the database is; it is created if it does not exist. None for memory.
-        max_bytes: size of all stored requests and responses.
+        max_bytes: size of all stored requests and responses. None for MAX_BYTES, or MAX_BYTES_IN_MEMORY.
 
     Raises:
         OptionError: the database cannot be opened.
     """
 
     def __init__(
-        self, max_responses: int = 0, directory: str | Path | None = None, max_bytes: int = MAX_BYTES
+        self, max_responses: int = 0, directory: str | Path | None = None, max_bytes: int | None = None
     ) -> None:
-        self._max_responses, self._max_bytes = max_responses, max_bytes
+        default = MAX_BYTES_IN_MEMORY if directory is None else MAX_BYTES
+        self._max_responses, self._max_bytes = max_responses, default if max_bytes is None else max_bytes
         self._lock = threading.Lock()
         path = None if directory is None or not max_responses else Path(directory) / FILE_NAME
         try:
             self._database = _open(path)
         except (OSError, sqlite3.Error) as error:
             raise OptionError(
-                f"the stored responses in {path} cannot be opened: {error}; remove the file, or set another state_dir"
+                f"the stored responses in {path} cannot be opened: {error}; remove the file, or set another "
+                "state_dir"
             ) from None
         self._finalize = weakref.finalize(self, self._database.close)
         with self._lock, self._database:
@@ -108,15 +111,18 @@ class ResponseStore:
             self._finalize()
 
     def save(self, stored: StoredResponse) -> None:
-        """Store a response, and remove others if there are too many. One that exceeds the limits alone is dropped."""
+        """Store a response, and remove others if there are too many. One larger than the limit is dropped."""
         if not self._max_responses:
             return
         input, response = msgspec.json.encode(stored.input), msgspec.json.encode(stored.response)
+        size = len(input) + len(response)
+        if size > self._max_bytes:
+            return
         with self._lock, self._database:
             self._database.execute(
-                "INSERT OR REPLACE INTO responses VALUES (?, ?, ?, (SELECT ifnull(max(used), 0) + 1 FROM responses),"
-                " ?, ?, ?)",
-                (stored.id, stored.owner, stored.previous, len(input) + len(response), input, response),
+                "INSERT OR REPLACE INTO responses VALUES"
+                " (?, ?, ?, (SELECT ifnull(max(used), 0) + 1 FROM responses), ?, ?, ?)",
+                (stored.id, stored.owner, stored.previous, size, input, response),
             )
             self._evict()
 

@@ -29,7 +29,12 @@ TOOLS = [
     },
     {"type": "web_search"},
 ]
-TURNS = [f"<think>the time</think>{CALL}", f"<think>hm</think>I note it.{MCP_CALL}", "<think>ok</think>hello", "bye"]
+TURNS = [
+    f"<think>the time</think>{CALL}",
+    f"<think>hm</think>I note it.{MCP_CALL}",
+    "<think>ok</think>hello",
+    "bye",
+]
 
 
 def codex_request(client: OpenAI, items: Sequence[object], **options: object) -> Response:
@@ -156,6 +161,11 @@ def test_a_websocket_scope_is_answered_with_426() -> None:
     async def send(message: Message) -> None:
         sent.append(message)
 
-    scope = {"type": "websocket", "path": "/v1/responses", "headers": [], "extensions": {"websocket.http.response": {}}}
+    scope = {
+        "type": "websocket",
+        "path": "/v1/responses",
+        "headers": [],
+        "extensions": {"websocket.http.response": {}},
+    }
     asyncio.run(RefuseUpgrades(never)(scope, receive, send))
     assert (sent[0]["type"], sent[0]["status"]) == ("websocket.http.response.start", 426)

@@ -229,9 +229,7 @@ def test_input_tokens_counts_the_prompt() -> None:
         counted = client.responses.input_tokens.count(
             model=MODEL, input="hello", instructions="be brief", tools=[GET_TIME]
         )
-        response = client.responses.create(
-            model=MODEL, input="hello", instructions="be brief", tools=[GET_TIME]
-        )
+        response = client.responses.create(model=MODEL, input="hello", instructions="be brief", tools=[GET_TIME])
     assert response.usage is not None
     assert counted.input_tokens == response.usage.input_tokens
 

@@ -214,6 +214,7 @@ def test_the_store_is_bounded_in_bytes() -> None:
     store.save(stored("large", text="x" * 2000))
     with pytest.raises(MissingResponseError):
         store.get("large", "")
+    assert store.get("9", "").id == "9"
     store.close()
 
 

@@ -11,7 +11,8 @@ class RefuseUpgrades:
     """Answers 426 to WebSocket handshakes. An ASGI application around another.
 
     Codex opens a WebSocket to /v1/responses before its first request. It uses HTTP at once after a 426, and tries
-    again several times after any other status. Without a WebSocket library, uvicorn passes the handshake on as a GET.
+    again several times after any other status. Without a WebSocket library, uvicorn passes the handshake on as a
+    GET.
     """
 
     def __init__(self, app: ASGIApp) -> None:

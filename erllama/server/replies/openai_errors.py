@@ -1,5 +1,7 @@
-"""OpenAI's form of errors, for every API that answers in it. llama-server's fields for a prompt that is too long are
-added."""
+"""OpenAI's form of errors, for every API that answers in it.
+
+llama-server's fields for a prompt that is too long are added.
+"""
 
 from __future__ import annotations
 

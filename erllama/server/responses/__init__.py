@@ -5,12 +5,14 @@ Imports run one way: create -> retrieval, answer, output -> body, items -> tools
 
 from __future__ import annotations
 
+from typing import Any
+
 from erllama.server.endpoints import Endpoint
 from erllama.server.responses import create, retrieval
 
 __all__ = ["endpoints"]
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of the API."""
     return [*create.endpoints(), *retrieval.endpoints()]

@@ -18,7 +18,7 @@ ENCRYPTED_REASONING = "reasoning.encrypted_content"
 
 
 class ReasoningOptions(msgspec.Struct):
-    """`reasoning`: whether and how long the model thinks, and whether the stream has its thinking as a summary, too."""
+    """`reasoning`: whether and how long the model thinks, and whether the thinking is a summary, too."""
 
     effort: str | None = None
     summary: str | None = None
@@ -107,7 +107,7 @@ def chat_options(body: ResponseBody, tools: Tools) -> ChatOptions:
         options["json_schema"] = schema
     if body.wants_logprobs:
         options["logprobs"] = body.top_logprobs or 0
-    return {**options, **template_options(body)}  # type: ignore[return-value, typeddict-item]
+    return {**options, **template_options(body)}  # type: ignore[typeddict-item]
 
 
 def template_options(body: ResponseBody) -> dict[str, Any]:

@@ -37,7 +37,7 @@ log = logging.getLogger("erllama.server")
 _MESSAGE = re.compile(r"message (\d+): |messages\[(\d+)\]")
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[ResponseBody]]:
     """Return the endpoints of this module. llama-server has them without the version, too."""
     return [
         *(
@@ -112,9 +112,7 @@ async def _read(call: Call, body: ResponseBody) -> _Request:
     owner, earlier = owner_of(call), []
     if body.previous_response_id is not None:
         try:
-            stored = await asyncio.to_thread(
-                call.server.responses.conversation, body.previous_response_id, owner
-            )
+            stored = await asyncio.to_thread(call.server.responses.conversation, body.previous_response_id, owner)
         except MissingResponseError as error:
             raise not_found(error.id, body.previous_response_id) from None
         earlier = [item for each in stored for item in (*each.input, *each.response["output"])]
@@ -127,9 +125,7 @@ async def _read(call: Call, body: ResponseBody) -> _Request:
     return _Request(items, earlier, conversation, read_response_tools(body.tools))
 
 
-async def _open(
-    call: Call, served: ServedModel, body: ResponseBody, request: _Request
-) -> Replies[ChatCompletion]:
+async def _open(call: Call, served: ServedModel, body: ResponseBody, request: _Request) -> Replies[ChatCompletion]:
     """Submit a request. An error in a message names the item."""
     options: Any = chat_options(body, request.tools)
     try:
@@ -200,9 +196,7 @@ class _Run:
         """Return the response with its reply, which is done."""
         output = self.output
         assert output.completion is not None
-        return self._answer.done(
-            output.items, output.completion, output.n_reasoning_tokens, output.is_incomplete
-        )
+        return self._answer.done(output.items, output.completion, output.n_reasoning_tokens, output.is_incomplete)
 
     async def save(self, response: Json) -> None:
         """Store the response, if the client wants it. A failure is logged: the client has its reply."""

@@ -1,7 +1,7 @@
 """Items of a request as the messages of a conversation, and as the API lists them.
 
-A reply of a model is several items: reasoning, messages and function calls. They become one message of the assistant
-again, so that the prompt of the next turn has the same text as the reply.
+A reply of a model is several items: reasoning, messages and function calls. They become one message of the
+assistant again, so that the prompt of the next turn has the same text as the reply.
 """
 
 from __future__ import annotations

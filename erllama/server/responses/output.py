@@ -1,7 +1,7 @@
 """The items of a reply, and the events that announce them, from the engine's events.
 
-`OutputBuilder` takes the events in order. It keeps at most one item open: a message or reasoning. A function call is
-complete when it is announced, because its text is only known to be a call at its end.
+`OutputBuilder` takes the events in order. It keeps at most one item open: a message or reasoning. A function call
+is complete when it is announced, because its text is only known to be a call at its end.
 """
 
 from __future__ import annotations

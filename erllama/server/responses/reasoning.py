@@ -1,7 +1,7 @@
 """The text of a model's thinking in reasoning items.
 
-A reasoning item has the thinking as its content. Clients that return only `encrypted_content` get it there again: the
-text in base64, not encrypted, because this server is the one that reads it and the client has the text anyway.
+A reasoning item has the thinking as its content. Clients that return only `encrypted_content` get it there again:
+the text in base64, not encrypted, because this server is the one that reads it and the client has the text anyway.
 """
 
 from __future__ import annotations

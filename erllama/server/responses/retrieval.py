@@ -18,7 +18,7 @@ _MAX_LISTED = 100
 _LISTED = 20  # OpenAI's default
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[NoBody]]:
     """Return the endpoints of this module."""
     path, listed = "/v1/responses/{id}", "List the items that a stored response replies to."
     return [

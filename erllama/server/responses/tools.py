@@ -1,4 +1,6 @@
-"""Tools of requests. Functions within a namespace have a name of their own in the prompt, which `ToolNames` maps back.
+"""Tools of requests.
+
+A function within a namespace has a name of its own in the prompt, which `ToolNames` maps back.
 
 Tools of other types than `function` and `namespace` are services of OpenAI, and are skipped.
 """
@@ -103,9 +105,7 @@ def _read_namespace(tool: Json, names: ToolNames, where: str) -> list[Json]:
     """Return the functions of a namespace. The first one has the description of the namespace before its own."""
     namespace, members = _name(tool, where), tool.get("tools")
     if not isinstance(members, list) or not all(isinstance(member, dict) for member in members):
-        raise ApiError(
-            "invalid_request", f"{where}.tools is not a list of tools; send one", param=f"{where}.tools"
-        )
+        raise ApiError("invalid_request", f"{where}.tools is not a list of tools; send one", param=f"{where}.tools")
     functions: list[Json] = []
     for index, member in enumerate(members):
         if member.get("type") == "function":
@@ -140,8 +140,8 @@ class Choice(NamedTuple):
 def read_tool_choice(choice: str | Json | None, tools: Tools) -> Choice:
     """Return the meaning of `tool_choice`.
 
-    A choice of several of the tools removes the others from the prompt, since a reply cannot be kept from calling them
-    otherwise. So it costs the cached prefix.
+    A choice of several of the tools removes the others from the prompt, since a reply cannot be kept from calling
+    them otherwise. So it costs the cached prefix.
 
     Raises:
         ApiError: the choice has another form, or names a tool that is not there.
