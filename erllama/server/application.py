@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,6 +26,10 @@ from erllama.server.options import ServerOptions
 from erllama.server.state import Server
 
 
+# llama-server has these endpoints of OpenAI without the prefix, too, with errors in its own form.
+_ALSO_WITHOUT_PREFIX = ("/v1/chat/completions", "/v1/models", "/v1/responses")
+
+
 def app(models: Model | ServedModel | Iterable[Model | ServedModel], **options: object) -> ASGIApp:
     """Return an ASGI application that serves loaded models.
 
@@ -43,14 +48,19 @@ def make_server(models: Model | ServedModel | Iterable[Model | ServedModel], opt
     given = [models] if isinstance(models, Model | ServedModel) else list(models)
     served = [each if isinstance(each, ServedModel) else ServedModel(each) for each in given]
     if len(served) == 1 and not served[0].aliases:
-        served = [ServedModel(served[0].model, ("*",), served[0].special_tokens_in_content)]
+        served = [replace(served[0], aliases=("*",))]
     return Server(ModelPool(served), options, secrets.token_bytes(32))
 
 
 def all_endpoints() -> list[Endpoint]:
     """Return the endpoints of all APIs."""
     apis = (openai, responses, anthropic, llama_server, ollama)
-    return [endpoint for api in apis for endpoint in api.endpoints()]
+    found = [endpoint for api in apis for endpoint in api.endpoints()]
+    return found + [_without_prefix(each) for each in found if each.path in _ALSO_WITHOUT_PREFIX]
+
+
+def _without_prefix(endpoint: Endpoint[object]) -> Endpoint[object]:
+    return replace(endpoint, path=endpoint.path.removeprefix("/v1"), errors=llama_server.ERRORS)
 
 
 def make_app(server: Server) -> ASGIApp:

@@ -145,7 +145,7 @@ async def _handle(endpoint: Endpoint[B], server: Server, request: Request) -> Re
 
 
 async def _read(endpoint: Endpoint[B], server: Server, request: Request) -> B:
-    if issubclass(endpoint.body, NoBody):
+    if isinstance(endpoint.body, type) and issubclass(endpoint.body, NoBody):  # a body may be a list
         return endpoint.body()
     options = server.options
     body = await read_body(request, options.max_body_bytes, options.body_timeout)

@@ -26,6 +26,8 @@ class ServerOptions:
         shutdown_seconds: seconds that running requests have to finish when the server stops.
         log_prompts: write prompts to the access log.
         drop_unstable_headers: remove what clients put into prompts and change on each request (docs/server.md).
+        slots: answer `/slots`, which shows how many requests run.
+        metrics: answer `/metrics`.
         max_stored_responses: how many responses `/v1/responses` keeps for `previous_response_id`.
     """
 
@@ -41,6 +43,8 @@ class ServerOptions:
     log_prompts: bool = False
     drop_unstable_headers: bool = True
     max_stored_responses: int = 1000
+    slots: bool = True
+    metrics: bool = True
 
     def __post_init__(self) -> None:
         integer("max_body_bytes", self.max_body_bytes, 1)
@@ -50,7 +54,7 @@ class ServerOptions:
             real(name, getattr(self, name), 0.001)
         for name in ("restart_wait", "shutdown_seconds"):
             real(name, getattr(self, name), 0.0)
-        for name in ("log_prompts", "drop_unstable_headers"):
+        for name in ("log_prompts", "drop_unstable_headers", "slots", "metrics"):
             boolean(name, getattr(self, name))
         secrets = [key.secret for key in self.keys]
         if len(set(secrets)) < len(secrets):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from erllama.server.conduct.rate_limits import RateLimits
+from erllama.server.conduct.totals import Totals
 from erllama.server.models import ModelPool
 from erllama.server.options import ServerOptions
 
@@ -19,6 +20,7 @@ class Server:
         rate_limits: what each key has used.
         signing_key: signs thinking, so that a client cannot send back thoughts that no model had.
         is_stopping: whether the server accepts no further requests.
+        totals: tokens and seconds of all replies so far.
     """
 
     models: ModelPool
@@ -26,3 +28,4 @@ class Server:
     signing_key: bytes
     rate_limits: RateLimits = field(default_factory=RateLimits)
     is_stopping: bool = False
+    totals: Totals = field(default_factory=Totals)

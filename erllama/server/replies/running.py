@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import Generic, NamedTuple, TypeVar, Unpack
+from typing import Generic, NamedTuple, TypeVar, Unpack, cast
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -46,12 +46,21 @@ class Replies(Generic[Result]):
     def __init__(self, call: Call, streams: Sequence[AsyncStream]) -> None:
         self._call, self._streams = call, streams
 
+    @classmethod
+    def joined(cls, call: Call, parts: Sequence[Replies[Result]]) -> Replies[Result]:
+        """Return the replies of several prompts as one, in their order."""
+        return cls(call, [stream for part in parts for stream in part._streams])
+
     async def __aenter__(self) -> Replies[Result]:
         return self
 
     async def __aexit__(self, *error: object) -> None:
         for stream in self._streams:
             await stream.__aexit__(*error)
+
+    def cancel(self, index: int) -> None:
+        """End one reply at its next token. Its `Done` follows."""
+        self._streams[index].cancel()
 
     async def events(self) -> AsyncIterator[Choice]:
         """Yield the events of all replies, each reply's in order; `Done` is the last of each."""
@@ -116,6 +125,7 @@ def _note_completion(call: Call, completion: Completion) -> None:
     record.completion_tokens += len(completion.tokens)
     record.tier = completion.cache.tier
     record.finish_reason = completion.finish_reason
+    call.server.totals.add(completion)
     if call.key is not None:
         call.server.rate_limits.charge(call.key, n_prompt - completion.cache.tokens + len(completion.tokens))
 
@@ -130,6 +140,7 @@ async def open_chat(
     Args:
         n: number of replies. The prompt is computed once, and each has a seed of its own.
     """
+    options = cast(ChatOptions, {**served.defaults, **options})
     options.setdefault("special_tokens_in_content", served.special_tokens_in_content)
     options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
     await wait_for_process(call, served)
@@ -150,6 +161,7 @@ async def open_completion(
     call: Call, served: ServedModel, prompt: Prompt, *, n: int = 1, **options: Unpack[CompletionOptions]
 ) -> Replies[Completion]:
     """Submit a prompt, and return its replies; as `open_chat`."""
+    options = cast(CompletionOptions, {**completion_defaults(served), **options})
     options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
     await wait_for_process(call, served)
     if isinstance(prompt, str):  # a long one takes a while
@@ -163,6 +175,12 @@ async def open_completion(
             stream.cancel()
         raise
     return Replies(call, streams)
+
+
+def completion_defaults(served: ServedModel) -> CompletionOptions:
+    """Return the default options of a model that completions have, too."""
+    known = CompletionOptions.__annotations__
+    return cast(CompletionOptions, {name: value for name, value in served.defaults.items() if name in known})
 
 
 def _with_seed(options: T, index: int) -> T:
