@@ -33,7 +33,7 @@ $(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: setup setup-dev demo demo-model real-models test test-rpc test-models check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup setup-dev demo demo-model real-models test test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # Install what erllama needs to run.
 setup: $(INSTALLED)
@@ -82,6 +82,11 @@ real-models: setup-dev
 # The tests of real models: under three minutes on two idle cores. ERLLAMA_TEST_MODEL=model.gguf tests that model instead.
 test-models: $(if $(ERLLAMA_TEST_MODEL),setup-dev,real-models)
 	ERLLAMA_REAL_MODELS=1 $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile $(REAL_MODEL_TESTS)
+
+# llama.cpp's own tests of its server, against llama-server, which is built first, and against ours. Prints a table.
+# LLAMA_TESTS holds further arguments, as LLAMA_TESTS="--only ours test_basic.py".
+test-llama-server: setup-dev
+	$(BIN)/python -m scripts.llama_server_tests $(LLAMA_TESTS)
 
 # The linters and the fast tests: under two minutes on two idle cores. Run it before each commit.
 check: lint

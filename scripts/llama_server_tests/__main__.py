@@ -1,8 +1,8 @@
 """Runs llama.cpp's tests of its server against llama-server and against ours, and prints a table.
 
-    python -m scripts.llama_server_tests [--only ours|theirs] [--results FILE] [TEST ...]
+    python -m scripts.llama_server_tests [--only ours|theirs] [--theirs FILE] [--results FILE] [FILE ...] [-k EXPRESSION]
 
-TEST is a file, such as test_basic.py, or what pytest's `-k` takes after "-k=". Exits with 1 if ours fails a test that
+FILE is a file of tests, such as test_basic.py. `-k` chooses tests by their names, as in pytest. Exits with 1 if ours fails a test that
 llama-server passes and that is not among the exceptions. llama-server is built first if it is missing.
 """
 
@@ -58,10 +58,12 @@ def unpack_tests() -> Path:
     return tests
 
 
-def run_tests(tests: Path, server: str, peer: str, chosen: Sequence[str]) -> dict[str, str]:
+def run_tests(tests: Path, server: str, peer: str, files: Sequence[str], chosen: str) -> dict[str, str]:
     """Run the tests against one server, and return each outcome: "passed", "failed" or "skipped".
 
     Args:
+        files: names of files.
+        chosen: which of their tests, as pytest's -k takes it; "" for all.
         server: "theirs" or "ours", for the names of files.
         peer: path of llama-server; "" for ours.
     """
@@ -70,10 +72,8 @@ def run_tests(tests: Path, server: str, peer: str, chosen: Sequence[str]) -> dic
     start.chmod(start.stat().st_mode | stat.S_IXUSR)
     report, log = FOLDER / f"{server}.xml", FOLDER / f"{server}.log"
     report.unlink(missing_ok=True)
-    files = [f"unit/{each}" for each in chosen if not each.startswith("-")] or [f"unit/test_{f}.py" for f in FILES]
-    command = [sys.executable, "-m", "pytest", "-m", "not slow", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    command += ["-q", "-x"] if "-x" in chosen else ["-q"]
-    command += [each for each in chosen if each.startswith("-k")]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    command += [f"--junitxml={report}", "-k", chosen, *(f"unit/{file}" for file in files)]
     environment = os.environ | {
         "LLAMA_SERVER_BIN_PATH": str(start),
         "LLAMA_SERVER_MODELS": str(FOLDER / "models"),
@@ -81,7 +81,7 @@ def run_tests(tests: Path, server: str, peer: str, chosen: Sequence[str]) -> dic
         "PYTHONPATH": str(ROOT),
     }
     with log.open("w") as output:
-        subprocess.run([*command, *files], cwd=tests, env=environment, stdout=output, stderr=output, check=False)
+        subprocess.run(command, cwd=tests, env=environment, stdout=output, stderr=output, check=False)
     if not report.exists():
         sys.exit(f"pytest wrote no results; see {log}")
     return read_outcomes(report)
@@ -123,9 +123,9 @@ def main() -> None:
     parser.add_argument("--only", choices=("ours", "theirs"), help="run one server, and print its outcomes")
     parser.add_argument("--theirs", type=Path, help="results of llama-server from an earlier run, as --results wrote")
     parser.add_argument("--results", type=Path, help="write the outcomes as JSON")
-    parser.add_argument("tests", nargs="*")
-    parsed, flags = parser.parse_known_args()
-    chosen = [*parsed.tests, *flags]
+    parser.add_argument("-k", dest="chosen", default="", help="choose tests by their names, as pytest does")
+    parser.add_argument("files", nargs="*", default=[f"test_{name}.py" for name in FILES])
+    parsed = parser.parse_args()
     tests = unpack_tests()
     theirs: dict[str, str] = {}
     ours: dict[str, str] = {}
@@ -134,9 +134,9 @@ def main() -> None:
     elif parsed.only != "ours":
         build = [str(ROOT / "scripts" / "build_llama.sh"), "--backend", "cpu", "--peers"]
         prefix = subprocess.run(build, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-        theirs = run_tests(tests, "theirs", f"{prefix}/bin/llama-server", chosen)
+        theirs = run_tests(tests, "theirs", f"{prefix}/bin/llama-server", parsed.files, parsed.chosen)
     if parsed.only != "theirs":
-        ours = run_tests(tests, "ours", "", chosen)
+        ours = run_tests(tests, "ours", "", parsed.files, parsed.chosen)
     if parsed.results is not None:
         parsed.results.write_text(json.dumps({"theirs": theirs, "ours": ours}, indent=1))
     sys.exit(not print_table(theirs, ours))
