@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 from starlette.applications import Starlette
@@ -15,13 +14,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from erllama._model.model import Model
+from erllama.errors import OptionError
 from erllama.server import anthropic, llama_server, ollama, openai, responses
 from erllama.server.conduct.access_log import AccessLog
 from erllama.server.conduct.errors import ApiError
 from erllama.server.conduct.hosts import HostCheck
+from erllama.server.conduct.signing import signing_key
 from erllama.server.endpoints import Endpoint, error_response
 from erllama.server.models import ModelPool, ServedModel
 from erllama.server.openai.errors import ERRORS
+from erllama.server.openapi import document_endpoint
 from erllama.server.options import ServerOptions
 from erllama.server.state import Server
 
@@ -49,7 +51,18 @@ def make_server(models: Model | ServedModel | Iterable[Model | ServedModel], opt
     served = [each if isinstance(each, ServedModel) else ServedModel(each) for each in given]
     if len(served) == 1 and not served[0].aliases:
         served = [replace(served[0], aliases=("*",))]
-    return Server(ModelPool(served), options, secrets.token_bytes(32))
+    pool = ModelPool(served)
+    _check_keys(options, pool)
+    return Server(pool, options, signing_key(pool.models[0].model.cache))
+
+
+def _check_keys(options: ServerOptions, pool: ModelPool) -> None:
+    """Raise OptionError if a key names a model that does not exist: its client could use no model."""
+    known = [served.name for served in pool.models]
+    for key in options.keys:
+        for name in key.models or ():
+            if name not in known:
+                raise OptionError(f"the key {key.name!r} has the model {name!r}; the server has {', '.join(known)}")
 
 
 def all_endpoints() -> list[Endpoint]:
@@ -65,9 +78,14 @@ def _without_prefix(endpoint: Endpoint[object]) -> Endpoint[object]:
 
 def make_app(server: Server) -> ASGIApp:
     """Return the application of a server."""
-    routes = [endpoint.route(server) for endpoint in all_endpoints()]
+    endpoints = all_endpoints()
+    endpoints.append(document_endpoint(endpoints, ERRORS))
+    routes = [endpoint.route(server) for endpoint in endpoints]
     options = server.options
-    middleware = [Middleware(AccessLog), Middleware(HostCheck, options.allowed_hosts)]
+    middleware = [
+        Middleware(AccessLog, server.metrics.count),
+        Middleware(HostCheck, options.allowed_hosts, options.cors_origins),
+    ]
     if options.cors_origins:
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=options.cors_origins, allow_methods=["*"], allow_headers=["*"])

@@ -6,6 +6,7 @@ what all endpoints share: the key, the rate limit, the body, the error's form an
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -18,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from erllama.server.conduct.bodies import decode_body, read_body
+from erllama.server.conduct.disconnects import until_disconnect
 from erllama.server.conduct.errors import ApiError, ErrorForm, as_api_error
 from erllama.server.conduct.keys import ApiKey, find_key
 from erllama.server.models import ServedModel
@@ -42,9 +44,13 @@ class CallRecord:
         first_token: seconds until the first token; None if there was none.
         prompt_tokens, cached_tokens, completion_tokens: of all its replies.
         tier: the slowest tier that a part of the prompt was read from; None for a cold prompt.
+        queue_seconds, prefill_seconds, decode_seconds: of its last reply: waiting, up to the first token, and from
+            there to the last.
         finish_reason: of its last reply; "" if none.
         error: code or kind of its error; "" if none.
         notes: remarks for the log, such as how the prompt differs from the previous one.
+        prompt: the messages or the prompt, if the option `log_prompts` is set.
+        ending: completes the counts of replies that the client abandoned; None if there are none.
     """
 
     id: str
@@ -56,9 +62,14 @@ class CallRecord:
     cached_tokens: int = 0
     completion_tokens: int = 0
     tier: str | None = None
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
     finish_reason: str = ""
     error: str = ""
     notes: list[str] = field(default_factory=list)
+    prompt: object = None
+    ending: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True)
@@ -136,7 +147,10 @@ async def _handle(endpoint: Endpoint[B], server: Server, request: Request) -> Re
         if key is not None and endpoint.computes:
             server.rate_limits.admit(key)
         call = Call(request, server, key, record, endpoint.errors)
-        return await endpoint.answer(call, await _read(endpoint, server, request))
+        body = await _read(endpoint, server, request)
+        if server.is_stopping and endpoint.computes:
+            raise ApiError("unavailable", "the server is stopping; try again", "server_stopping", retry_after=1)
+        return await until_disconnect(request, endpoint.answer(call, body))
     except ClientDisconnect:
         record.error = "disconnected"
         return Response(status_code=499)  # nobody reads it

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from erllama.checks import boolean, integer, real, reject_unknown
+from erllama.checks import boolean, integer, real, reject_unknown, shown
 from erllama.errors import OptionError
 from erllama.server.conduct.keys import ApiKey
 
@@ -50,6 +50,8 @@ class ServerOptions:
         integer("max_body_bytes", self.max_body_bytes, 1)
         integer("max_json_depth", self.max_json_depth, 1)
         integer("max_stored_responses", self.max_stored_responses, 0)
+        for name in ("allowed_hosts", "cors_origins"):
+            texts(name, getattr(self, name))
         for name in ("body_timeout", "keep_alive_seconds"):
             real(name, getattr(self, name), 0.001)
         for name in ("restart_wait", "shutdown_seconds"):
@@ -66,3 +68,10 @@ class ServerOptions:
         known = [each.name for each in fields(cls)]
         reject_unknown({name: value for name, value in options.items() if name not in known}, known, "app")
         return cls(**options)  # type: ignore[arg-type]
+
+
+def texts(name: str, value: object) -> tuple[str, ...]:
+    """Return a list of texts as a tuple; raise OptionError for anything else, such as one text."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+        raise OptionError(f"{name} must be a list of texts, not {shown(value)}")
+    return tuple(value)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from erllama.server.conduct.metrics import ModelLoad, ServerMetrics
 from erllama.server.conduct.rate_limits import RateLimits
-from erllama.server.conduct.totals import Totals
 from erllama.server.models import ModelPool
 from erllama.server.options import ServerOptions
 
@@ -20,7 +21,7 @@ class Server:
         rate_limits: what each key has used.
         signing_key: signs thinking, so that a client cannot send back thoughts that no model had.
         is_stopping: whether the server accepts no further requests.
-        totals: tokens and seconds of all replies so far.
+        metrics: what it has done. `metrics.registry` is for `GET /metrics`.
     """
 
     models: ModelPool
@@ -28,4 +29,11 @@ class Server:
     signing_key: bytes
     rate_limits: RateLimits = field(default_factory=RateLimits)
     is_stopping: bool = False
-    totals: Totals = field(default_factory=Totals)
+    metrics: ServerMetrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = ServerMetrics(self._load)
+
+    def _load(self) -> Iterable[ModelLoad]:
+        for served in self.models.models:
+            yield ModelLoad(served.name, served.model.queue_depth, served.model.pending)
