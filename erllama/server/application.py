@@ -20,7 +20,7 @@ from erllama.server.conduct.access_log import AccessLog
 from erllama.server.conduct.errors import ApiError
 from erllama.server.conduct.hosts import HostCheck
 from erllama.server.conduct.signing import signing_key
-from erllama.server.endpoints import Endpoint, error_response
+from erllama.server.endpoints import Endpoint, error_response, make_routes
 from erllama.server.models import ModelPool, ServedModel
 from erllama.server.openai.errors import ERRORS
 from erllama.server.openapi import document_endpoint
@@ -80,7 +80,7 @@ def make_app(server: Server) -> ASGIApp:
     """Return the application of a server."""
     endpoints = all_endpoints()
     endpoints.append(document_endpoint(endpoints, ERRORS))
-    routes = [endpoint.route(server) for endpoint in endpoints]
+    routes = make_routes(endpoints, server)
     options = server.options
     middleware = [
         Middleware(AccessLog, server.metrics.count),

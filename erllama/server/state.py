@@ -21,6 +21,7 @@ class Server:
         rate_limits: what each key has used.
         signing_key: signs thinking, so that a client cannot send back thoughts that no model had.
         is_stopping: whether the server accepts no further requests.
+        claimed_sessions: the sessions of running requests that clients suggested; see `replies.sessions`.
         metrics: what it has done. `metrics.registry` is for `GET /metrics`.
     """
 
@@ -29,6 +30,7 @@ class Server:
     signing_key: bytes
     rate_limits: RateLimits = field(default_factory=RateLimits)
     is_stopping: bool = False
+    claimed_sessions: set[tuple[str, str | None, str]] = field(default_factory=set)
     metrics: ServerMetrics = field(init=False)
 
     def __post_init__(self) -> None:

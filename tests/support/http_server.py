@@ -108,6 +108,15 @@ def running(
         assert not thread.is_alive()
 
 
+@contextmanager
+def running_server(
+    models: erllama.Model | ServedModel | Sequence[erllama.Model], **options: object
+) -> Iterator[RunningServer]:
+    """Run a server of some models in a thread, with options of the server alone."""
+    with running(models, **options) as server:  # type: ignore[arg-type]
+        yield server
+
+
 @dataclass
 class ServeCommand:
     """A process of `erllama serve`."""
