@@ -29,7 +29,7 @@ from erllama.server.state import Server
 
 
 # llama-server has these endpoints of OpenAI without the prefix, too, with errors in its own form.
-_ALSO_WITHOUT_PREFIX = ("/v1/chat/completions", "/v1/models", "/v1/responses")
+_ALSO_WITHOUT_PREFIX = ("/v1/chat/completions", "/v1/responses")
 
 
 def app(models: Model | ServedModel | Iterable[Model | ServedModel], **options: object) -> ASGIApp:
@@ -69,7 +69,9 @@ def all_endpoints() -> list[Endpoint]:
     """Return the endpoints of all APIs."""
     apis = (openai, responses, anthropic, llama_server, ollama)
     found = [endpoint for api in apis for endpoint in api.endpoints()]
-    return found + [_without_prefix(each) for each in found if each.path in _ALSO_WITHOUT_PREFIX]
+    known = {each.path for each in found}
+    shorter = [_without_prefix(each) for each in found if each.path in _ALSO_WITHOUT_PREFIX]
+    return found + [each for each in shorter if each.path not in known]
 
 
 def _without_prefix(endpoint: Endpoint[object]) -> Endpoint[object]:

@@ -65,10 +65,12 @@ class ServerMetrics:
 
     Attributes:
         registry: with these metrics, and those of all models and caches of this process.
+        longest: tokens of the longest prompt with its replies.
     """
 
     def __init__(self, read_load: Callable[[], Iterable[ModelLoad]]) -> None:
         self.registry = registry = CollectorRegistry()
+        self.longest = 0
         metrics.register(registry)
         registry.register(_LoadCollector(read_load))
 
@@ -124,6 +126,7 @@ class ServerMetrics:
         self._prompt_sizes.labels(model).observe(call.prompt_tokens)
         self._reply_sizes.labels(model).observe(call.completion_tokens)
         self._latency.labels(model).observe(seconds)
+        self.longest = max(self.longest, call.prompt_tokens + call.completion_tokens)
         if any(note.startswith(PREFIX_CHANGED) for note in call.notes):
             self._prefixes.labels(model).inc()
         if call.first_token is not None:

@@ -15,7 +15,7 @@ from erllama.server.llama_server.errors import ERRORS, encode_error
 from erllama.server.llama_server.post_sampling import check_post_sampling
 from erllama.server.models import ServedModel
 from erllama.server.replies.prompts import Tokens, read_prompts
-from erllama.server.replies.running import Choice, Replies, open_completion, until_disconnect
+from erllama.server.replies.running import Choice, Replies, open_completions
 from erllama.server.replies.sse import encode_event, event_stream
 
 
@@ -48,21 +48,13 @@ async def answer_prompts(
     options = body.options(served)
     if body.post_sampling_probs and body.n_top:
         check_post_sampling(options)
-    opened: list[Replies[Completion]] = []
-    try:
-        for prompt in prompts:
-            opened.append(await open_completion(call, served, prompt, n=body.n_replies, **options))
-    except BaseException:
-        for each in opened:
-            await each.__aexit__()
-        raise
-    replies = Replies.joined(call, opened)
+    replies = await open_completions(call, served, prompts, n=body.n_replies, **options)
     indexed = enumerate(prompt for prompt in prompts for _ in range(body.n_replies))
     writers = [ReplyWriter(served, body, options, prompt, index) for index, prompt in indexed]
     if body.stream:
         return event_stream(call, _stream(replies, writers, body), encode_error)
     async with replies:
-        results = await until_disconnect(call.request, _collect(replies, body))
+        results = await _collect(replies, body)
     values = [writer.end(result, result.text) for writer, result in zip(writers, results, strict=True)]
     return json_response(values if len(values) > 1 else values[0], headers={"x-request-id": call.record.id})
 

@@ -10,7 +10,7 @@ from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.llama_server.errors import ERRORS
 from erllama.server.replies.prompts import read_prompts
-from erllama.server.replies.running import until_disconnect, wait_for_process
+from erllama.server.replies.running import wait_for_process
 
 
 class EmbeddingBody(msgspec.Struct, kw_only=True):
@@ -45,10 +45,9 @@ async def answer(call: Call, body: EmbeddingBody) -> Response:
     texts = await read_prompts(served.model, value, name)
     pools = served.pooling != "none"
     await wait_for_process(call, served)
-    work = served.model.aembed(
+    vectors = await served.model.aembed(
         texts, pooling=served.pooling, normalize=pools and body.embd_normalize != -1  # type: ignore[call-overload]
     )
-    vectors = await until_disconnect(call.request, work)
     _note(call, sum(map(len, texts)))
     return json_response(
         [{"index": index, "embedding": np.atleast_2d(each).tolist()} for index, each in enumerate(vectors)]
@@ -57,6 +56,5 @@ async def answer(call: Call, body: EmbeddingBody) -> Response:
 
 def _note(call: Call, n_tokens: int) -> None:
     call.record.prompt_tokens += n_tokens
-    call.server.totals.add_embeddings(n_tokens)
     if call.key is not None:
         call.server.rate_limits.charge(call.key, n_tokens)

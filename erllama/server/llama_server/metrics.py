@@ -1,4 +1,4 @@
-"""`/metrics`: Prometheus metrics of the models and caches, and llama-server's own, in the format that the client takes.
+"""`/metrics`: Prometheus metrics of the server, its models and caches, and llama-server's own, in the format that the client takes.
 
 OpenMetrics if the client accepts it, or else Prometheus text. llama-server's metrics have the prefix `llamacpp:` and
 no labels: they are sums over all models of the server.
@@ -6,15 +6,14 @@ no labels: they are sums over all models of the server.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import psutil
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import CollectorRegistry
 from starlette.responses import Response
 
-from erllama.metrics import MetricsCollector
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, NoBody
 from erllama.server.llama_server.errors import ERRORS
@@ -38,18 +37,9 @@ async def answer(call: Call, body: NoBody) -> Response:
     if not call.server.options.metrics:
         raise ApiError("unsupported", "this server has no metrics; start it with the option `metrics`")
     encode, content_type = choose_encoder(call.request.headers.get("accept", ""))
-    registry = CollectorRegistry()
-    for collector in collectors(call.server):
-        registry.register(collector)
     own = _render(_llama_metrics(call.server), "openmetrics" in content_type)
-    started = str(int(psutil.Process().create_time()))
-    headers = {"content-type": content_type, "process-start-time-unix": started}
-    return Response(own.encode() + encode(registry), headers=headers)
-
-
-def collectors(server: Server) -> Iterable[MetricsCollector]:
-    """Return the collectors of metrics besides llama-server's."""
-    return (MetricsCollector(),)
+    headers = {"content-type": content_type, "process-start-time-unix": str(int(psutil.Process().create_time()))}
+    return Response(own.encode() + encode(call.server.metrics.registry), headers=headers)
 
 
 def _render(metrics: Sequence[_Metric], as_open_metrics: bool) -> str:
@@ -65,25 +55,33 @@ def _render(metrics: Sequence[_Metric], as_open_metrics: bool) -> str:
 
 
 def _llama_metrics(server: Server) -> list[_Metric]:
-    totals, models = server.totals, [served.model for served in server.models.models]
+    models = [served.model for served in server.models.models]
     metrics = [model.metrics for model in models]
-    n_decodes = sum(each.ticks for each in metrics)
-    n_rows = sum(each.decoded_tokens for each in metrics)
+    sums = _sums(server, "vllm:")
+    n_prompt, n_cached, n_reply = (
+        sums[f"vllm:{name}_total"] for name in ("prompt_tokens", "prefix_cache_hits", "generation_tokens")
+    )
+    prompt_seconds, reply_seconds = (sums[f"vllm:request_{name}_time_seconds_sum"] for name in ("prefill", "decode"))
+    n_computed = n_prompt - n_cached
+    n_encoded = sums["vllm:request_prompt_tokens_count"] - sums["vllm:request_success_total"]
+    n_decodes, n_rows = (sum(getattr(each, name) for each in metrics) for name in ("ticks", "decoded_tokens"))
+    n_drafted, n_accepted = (
+        sum(getattr(each, name) for each in metrics) for name in ("drafted_tokens", "accepted_tokens")
+    )
     counters = (
-        ("prompt_tokens_total", "Prompt tokens computed.", totals.prompt_tokens),
-        ("prompt_tokens_cached_total", "Prompt tokens reused instead of computed.", totals.cached_tokens),
-        ("prompt_seconds_total", "Seconds spent on prompts.", totals.prompt_seconds),
-        ("tokens_predicted_total", "Tokens of replies.", totals.reply_tokens),
-        ("tokens_predicted_seconds_total", "Seconds spent on replies after their first token.", totals.reply_seconds),
-        ("n_decode_total", "Decodes, with those of embeddings.", n_decodes + totals.embeddings),
-        ("n_tokens_max", "Tokens of the longest prompt with its reply.", totals.longest),
-        ("spec_decode_num_draft_tokens_total", "Tokens computed ahead.", totals.drafted),
-        ("spec_decode_num_accepted_tokens_total", "Tokens computed ahead that were right.", totals.accepted),
-        ("spec_decode_num_drafts_total", "Replies with tokens computed ahead.", totals.drafts),
+        ("prompt_tokens_total", "Prompt tokens computed.", n_computed),
+        ("prompt_tokens_cached_total", "Prompt tokens reused instead of computed.", n_cached),
+        ("prompt_seconds_total", "Seconds spent on prompts.", prompt_seconds),
+        ("tokens_predicted_total", "Tokens of replies.", n_reply),
+        ("tokens_predicted_seconds_total", "Seconds spent on replies after their first token.", reply_seconds),
+        ("n_decode_total", "Decodes, and requests for embeddings or rankings.", n_decodes + n_encoded),
+        ("n_tokens_max", "Tokens of the longest prompt with its replies.", server.metrics.longest),
+        ("spec_decode_num_draft_tokens_total", "Tokens computed ahead.", n_drafted),
+        ("spec_decode_num_accepted_tokens_total", "Tokens computed ahead that were right.", n_accepted),
     )
     gauges = (
-        ("prompt_tokens_seconds", "Prompt tokens a second.", _rate(totals.prompt_tokens, totals.prompt_seconds)),
-        ("predicted_tokens_seconds", "Tokens of replies a second.", _rate(totals.reply_tokens, totals.reply_seconds)),
+        ("prompt_tokens_seconds", "Prompt tokens a second.", _rate(n_computed, prompt_seconds)),
+        ("predicted_tokens_seconds", "Tokens of replies a second.", _rate(n_reply, reply_seconds)),
         ("requests_processing", "Requests that run.", sum(model.queue_depth for model in models)),
         ("requests_deferred", "Requests that wait.", sum(model.pending for model in models)),
         ("n_busy_slots_per_decode", "Replies that one decode continues, on average.", _rate(n_rows, n_decodes)),
@@ -93,6 +91,16 @@ def _llama_metrics(server: Server) -> list[_Metric]:
         for kind, items in (("counter", counters), ("gauge", gauges))
         for name, help_text, value in items
     ]
+
+
+def _sums(server: Server, prefix: str) -> dict[str, float]:
+    """Return the samples of the server's own metrics, summed over their labels."""
+    sums: dict[str, float] = defaultdict(float)
+    for family in server.metrics.registry.collect():
+        if family.name.startswith(prefix):
+            for sample in family.samples:
+                sums[sample.name] += sample.value
+    return sums
 
 
 def _rate(amount: float, per: float) -> float:

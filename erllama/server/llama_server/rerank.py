@@ -15,7 +15,7 @@ from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.llama_server.errors import ERRORS
-from erllama.server.replies.running import until_disconnect, wait_for_process
+from erllama.server.replies.running import wait_for_process
 
 
 class Document(msgspec.Struct):
@@ -56,7 +56,7 @@ async def answer(call: Call, body: RerankBody) -> Response:
     if not texts:
         raise ApiError("invalid_request", "documents is empty; send at least one", param="documents")
     await wait_for_process(call, served)
-    scores = await until_disconnect(call.request, served.model.arerank(body.query, texts))
+    scores = await served.model.arerank(body.query, texts)
     count = served.model._embeddings.count_pair_tokens
     n_tokens = sum(await asyncio.to_thread(count, body.query, texts))
     _note(call, n_tokens)
@@ -82,6 +82,5 @@ def _in_tei_form(ranked: Sequence[tuple[int, float]], texts: Sequence[str], with
 
 def _note(call: Call, n_tokens: int) -> None:
     call.record.prompt_tokens += n_tokens
-    call.server.totals.add_embeddings(n_tokens)
     if call.key is not None:
         call.server.rate_limits.charge(call.key, n_tokens)

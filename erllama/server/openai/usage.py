@@ -8,7 +8,7 @@ from erllama.engine import Completion
 from erllama.server.conduct.bodies import Json
 from erllama.server.replies.timings import timings
 
-__all__ = ["finish_reason", "timings", "token_text", "usage"]
+__all__ = ["finish_reason", "timings", "usage", "usage_of_prompts"]
 
 # "context_full" and "cancelled" have no counterpart: the reply is cut short, as by max_tokens.
 _FINISH_REASONS: Mapping[str, str] = {"stop": "stop", "tool_calls": "tool_calls"}
