@@ -217,16 +217,15 @@ def test_stream_refuses_before_its_first_byte(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("prompt", "param"),
     [
-        ("", None),
         ([], "prompt"),
         ([1, 2, 99999], "prompt[2]"),
-        ([["x"], [1, None]], "prompt[1]"),
+        (["x", [1, None]], "prompt[1]"),
         ({"prompt_string": "x", "multimodal_data": ["aGk="]}, "prompt"),
         (17, "prompt"),
         (None, "prompt"),
     ],
 )
-def test_wrong_prompt_is_refused_with_its_path(client: TestClient, prompt: object, param: str | None) -> None:
+def test_wrong_prompt_is_refused_with_its_path(client: TestClient, prompt: object, param: str) -> None:
     error = refused(client, "/completion", prompt=prompt, n_predict=1)
     assert (error["code"], error["type"], error.get("param")) == (400, "invalid_request_error", param)
 

@@ -65,8 +65,8 @@ def _llama_metrics(server: Server) -> list[_Metric]:
     n_computed = n_prompt - n_cached
     n_encoded = sums["vllm:request_prompt_tokens_count"] - sums["vllm:request_success_total"]
     n_decodes, n_rows = (sum(getattr(each, name) for each in metrics) for name in ("ticks", "decoded_tokens"))
-    n_drafted, n_accepted = (
-        sum(getattr(each, name) for each in metrics) for name in ("drafted_tokens", "accepted_tokens")
+    n_drafted, n_accepted, n_drafts = (
+        sum(getattr(each, name) for each in metrics) for name in ("drafted_tokens", "accepted_tokens", "drafts")
     )
     counters = (
         ("prompt_tokens_total", "Prompt tokens computed.", n_computed),
@@ -78,6 +78,7 @@ def _llama_metrics(server: Server) -> list[_Metric]:
         ("n_tokens_max", "Tokens of the longest prompt with its replies.", server.metrics.longest),
         ("spec_decode_num_draft_tokens_total", "Tokens computed ahead.", n_drafted),
         ("spec_decode_num_accepted_tokens_total", "Tokens computed ahead that were right.", n_accepted),
+        ("spec_decode_num_drafts_total", "Decodes with tokens computed ahead.", n_drafts),
     )
     gauges = (
         ("prompt_tokens_seconds", "Prompt tokens a second.", _rate(n_computed, prompt_seconds)),
