@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Iterable
+from dataclasses import replace
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,14 +22,20 @@ from erllama.server.conduct.access_log import AccessLog
 from erllama.server.conduct.errors import ApiError
 from erllama.server.conduct.hosts import HostCheck
 from erllama.server.conduct.upgrades import RefuseUpgrades
+from erllama.server.conduct.signing import signing_key
 from erllama.server.endpoints import Endpoint, error_response, make_routes
 from erllama.server.models import ModelPool, ServedModel
 from erllama.server.openai.errors import ERRORS
+from erllama.server.openapi import document_endpoint
 from erllama.server.options import ServerOptions
 from erllama.server.state import Server
 from erllama.server.stored_responses import ResponseStore
 
 log = logging.getLogger("erllama.server")
+
+
+# llama-server has these endpoints of OpenAI without the prefix, too, with errors in its own form.
+_ALSO_WITHOUT_PREFIX = ("/v1/chat/completions", "/v1/responses")
 
 
 def app(models: Model | ServedModel | Iterable[Model | ServedModel], **options: object) -> ASGIApp:
@@ -50,10 +56,20 @@ def make_server(models: Model | ServedModel | Iterable[Model | ServedModel], opt
     given = [models] if isinstance(models, Model | ServedModel) else list(models)
     served = [each if isinstance(each, ServedModel) else ServedModel(each) for each in given]
     if len(served) == 1 and not served[0].aliases:
-        served = [ServedModel(served[0].model, ("*",), served[0].special_tokens_in_content)]
+        served = [replace(served[0], aliases=("*",))]
     pool = ModelPool(served)
-    stored = _open_responses(options, pool.models[0].model.cache)
-    return Server(pool, options, secrets.token_bytes(32), responses=stored)
+    _check_keys(options, pool)
+    cache = pool.models[0].model.cache
+    return Server(pool, options, signing_key(cache), responses=_open_responses(options, cache))
+
+
+def _check_keys(options: ServerOptions, pool: ModelPool) -> None:
+    """Raise OptionError if a key names a model that does not exist: its client could use no model."""
+    known = [served.name for served in pool.models]
+    for key in options.keys:
+        for name in key.models or ():
+            if name not in known:
+                raise OptionError(f"the key {key.name!r} has the model {name!r}; the server has {', '.join(known)}")
 
 
 def _open_responses(options: ServerOptions, cache: Cache) -> ResponseStore:
@@ -74,14 +90,27 @@ def _open_responses(options: ServerOptions, cache: Cache) -> ResponseStore:
 def all_endpoints() -> list[Endpoint]:
     """Return the endpoints of all APIs."""
     apis = (openai, responses, anthropic, llama_server, ollama)
-    return [endpoint for api in apis for endpoint in api.endpoints()]
+    found = [endpoint for api in apis for endpoint in api.endpoints()]
+    known = {each.path for each in found}
+    shorter = [_without_prefix(each) for each in found if each.path in _ALSO_WITHOUT_PREFIX]
+    return found + [each for each in shorter if each.path not in known]
+
+
+def _without_prefix(endpoint: Endpoint[object]) -> Endpoint[object]:
+    return replace(endpoint, path=endpoint.path.removeprefix("/v1"), errors=llama_server.ERRORS)
 
 
 def make_app(server: Server) -> ASGIApp:
     """Return the application of a server."""
-    routes = make_routes(all_endpoints(), server)
+    endpoints = all_endpoints()
+    endpoints.append(document_endpoint(endpoints, ERRORS))
+    routes = make_routes(endpoints, server)
     options = server.options
-    middleware = [Middleware(AccessLog), Middleware(HostCheck, options.allowed_hosts), Middleware(RefuseUpgrades)]
+    middleware = [
+        Middleware(AccessLog, server.metrics.count),
+        Middleware(HostCheck, options.allowed_hosts, options.cors_origins),
+        Middleware(RefuseUpgrades),
+    ]
     if options.cors_origins:
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=options.cors_origins, allow_methods=["*"], allow_headers=["*"])

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from erllama._model.model import Model
@@ -24,12 +24,19 @@ class ServedModel:
         special_tokens_in_content: whether messages may spell out special tokens. Unsafe if messages have texts from
             outside, such as web pages.
         created: time of loading, in seconds since 1970.
+        defaults: options of `Model.chat` that apply where a request sets none, such as `temperature`, `seed` and
+            `chat_template`.
+        pooling: how the vectors of a text's tokens become one, as of `Model.embed`; None for the model's own.
+        file: name of the model's file; "" if it has none.
     """
 
     model: Model
     aliases: tuple[str, ...] = ()
     special_tokens_in_content: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    pooling: str | None = None
+    file: str = ""
 
     @property
     def name(self) -> str:

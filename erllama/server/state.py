@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from erllama.server.conduct.metrics import ModelLoad, ServerMetrics
 from erllama.server.conduct.rate_limits import RateLimits
 from erllama.server.models import ModelPool
 from erllama.server.options import ServerOptions
@@ -22,6 +24,7 @@ class Server:
         signing_key: signs thinking, so that a client cannot send back thoughts that no model had.
         is_stopping: whether the server accepts no further requests.
         claimed_sessions: the sessions of running requests that clients suggested; see `replies.sessions`.
+        metrics: what it has done. `metrics.registry` is for `GET /metrics`.
     """
 
     models: ModelPool
@@ -31,3 +34,11 @@ class Server:
     responses: ResponseStore = field(default_factory=ResponseStore)
     is_stopping: bool = False
     claimed_sessions: set[tuple[str, str | None, str]] = field(default_factory=set)
+    metrics: ServerMetrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = ServerMetrics(self._load)
+
+    def _load(self) -> Iterable[ModelLoad]:
+        for served in self.models.models:
+            yield ModelLoad(served.name, served.model.queue_depth, served.model.pending)

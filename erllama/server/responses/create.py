@@ -38,16 +38,11 @@ _MESSAGE = re.compile(r"message (\d+): |messages\[(\d+)\]")
 
 
 def endpoints() -> list[Endpoint[ResponseBody]]:
-    """Return the endpoints of this module. llama-server has them without the version, too."""
+    """Return the endpoints of this module."""
+    path = "/v1/responses"
     return [
-        *(
-            Endpoint("POST", path, ResponseBody, answer, ERRORS, "Reply to a conversation of items.")
-            for path in ("/v1/responses", "/responses")
-        ),
-        *(
-            Endpoint("POST", path, ResponseBody, count, ERRORS, "Count the tokens of a conversation of items.")
-            for path in ("/v1/responses/input_tokens", "/responses/input_tokens")
-        ),
+        Endpoint("POST", path, ResponseBody, answer, ERRORS, "Reply to a conversation of items."),
+        Endpoint("POST", f"{path}/input_tokens", ResponseBody, count, ERRORS, "Count the tokens of items."),
     ]
 
 
