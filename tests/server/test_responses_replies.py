@@ -185,9 +185,9 @@ def test_tool_choice_forces_a_call(choice: object) -> None:
             input="time?",
             tools=[GET_TIME, other],
             tool_choice=choice,  # type: ignore[arg-type]
-            max_output_tokens=300,
+            parallel_tool_calls=False,
         )
-    assert {item.type for item in response.output} == {"function_call"}
+    assert [item.type for item in response.output] == ["function_call"]
 
 
 def test_a_schema_shapes_the_text_and_parse_reads_it() -> None:
