@@ -29,7 +29,7 @@ NAMES = [
     "Kimi-K2-Instruct",
 ]
 
-texts = st.text(st.sampled_from("ab \n{}\"é<|") | st.sampled_from(SPECIAL), min_size=1, max_size=12)
+texts = st.lists(st.sampled_from([*"ab \n{}\"é<|", *SPECIAL]), min_size=1, max_size=8).map("".join)
 contents = texts | st.lists(texts.map(lambda text: {"type": "text", "text": text}), min_size=1, max_size=2)
 
 
