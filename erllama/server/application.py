@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -47,7 +48,7 @@ def make_server(models: Model | ServedModel | Iterable[Model | ServedModel], opt
     return Server(ModelPool(served), options, secrets.token_bytes(32))
 
 
-def all_endpoints() -> list[Endpoint]:
+def all_endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of all APIs."""
     apis = (openai, responses, anthropic, llama_server, ollama)
     return [endpoint for api in apis for endpoint in api.endpoints()]

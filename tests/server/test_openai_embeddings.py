@@ -53,7 +53,14 @@ def test_inputs_are_texts_or_token_ids(tiny: erllama.Model, client: openai.OpenA
 
 def test_only_the_models_own_number_of_dimensions_is_taken(tiny: erllama.Model, client: openai.OpenAI) -> None:
     n = tiny.info.n_embd
-    assert len(client.embeddings.create(model="any", encoding_format="float", input="x", dimensions=n).data[0].embedding) == n
+    assert (
+        len(
+            client.embeddings.create(model="any", encoding_format="float", input="x", dimensions=n)
+            .data[0]
+            .embedding
+        )
+        == n
+    )
     with pytest.raises(openai.BadRequestError) as raised:
         client.embeddings.create(model="any", encoding_format="float", input="x", dimensions=n - 1)
     assert raised.value.param == "dimensions"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.responses import Response
 
 from erllama.chat.results import ChatCompletion
@@ -23,7 +25,7 @@ from erllama.server.replies.sse import event_stream
 _PATHS = ("/v1/chat/completions", "/chat/completions")
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of this module."""
     return [Endpoint("POST", path, ChatBody, answer, ERRORS, "Reply to a conversation.") for path in _PATHS]
 

@@ -1,13 +1,14 @@
 """`GET /v1/models` and `GET /v1/models/{id}`: the models of the server.
 
-The list has each model twice: in `data`, as OpenAI has it, with llama-server's `meta`; and in `models`, as Ollama and
-llama-server have it.
+The list has each model twice: in `data`, as OpenAI has it, with llama-server's `meta`; and in `models`, as Ollama
+and llama-server have it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from starlette.responses import Response
 
@@ -19,7 +20,7 @@ from erllama.server.models import ServedModel
 from erllama.server.openai.errors import ERRORS
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of this module."""
     # llama-server has both paths, and clients whose base URL has no version use the second one.
     lists = [
