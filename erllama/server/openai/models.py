@@ -97,6 +97,10 @@ def _details(info: ModelInfo) -> Json:
         "format": "gguf" if info.backend == "llama" else "",
         "family": info.architecture,
         "families": [info.architecture] if info.architecture else [],
-        "parameter_size": f"{info.n_params / 1e9:.1f}B" if info.n_params else "",
+        "parameter_size": _size(info.n_params) if info.n_params else "",
         "quantization_level": info.quantization,
     }
+
+
+def _size(n_params: int) -> str:
+    return f"{n_params / 1e9:.1f}B" if n_params >= 1e9 else f"{n_params / 1e6:.1f}M"
