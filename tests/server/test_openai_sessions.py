@@ -1,4 +1,4 @@
-"""Sessions that clients suggest: one request at a time has a session, and it becomes available at the request's end."""
+"""Sessions that clients suggest: one request at a time has a session, which is free again when it ends."""
 
 from __future__ import annotations
 
