@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -87,7 +88,7 @@ def _open_responses(options: ServerOptions, cache: Cache) -> ResponseStore:
     return ResponseStore(n)
 
 
-def all_endpoints() -> list[Endpoint]:
+def all_endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of all APIs."""
     apis = (openai, responses, anthropic, llama_server, ollama)
     found = [endpoint for api in apis for endpoint in api.endpoints()]
@@ -96,7 +97,7 @@ def all_endpoints() -> list[Endpoint]:
     return found + [each for each in shorter if each.path not in known]
 
 
-def _without_prefix(endpoint: Endpoint[object]) -> Endpoint[object]:
+def _without_prefix(endpoint: Endpoint[Any]) -> Endpoint[Any]:
     return replace(endpoint, path=endpoint.path.removeprefix("/v1"), errors=llama_server.ERRORS)
 
 
