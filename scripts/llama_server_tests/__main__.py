@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -79,12 +80,20 @@ def run_tests(tests: Path, server: str, peer: str, files: Sequence[str], chosen:
         "LLAMA_SERVER_MODELS": str(FOLDER / "models"),
         "LLAMA_SERVER_PEER": peer,
         "PYTHONPATH": str(ROOT),
+        "PORT": str(_free_port()),
     }
     with log.open("w") as output:
         subprocess.run(command, cwd=tests, env=environment, stdout=output, stderr=output, check=False)
     if not report.exists():
         sys.exit(f"pytest wrote no results; see {log}")
     return read_outcomes(report)
+
+
+def _free_port() -> int:
+    """Return a port that is free now. Some tests use 8081 nevertheless."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def read_outcomes(report: Path) -> dict[str, str]:
@@ -139,6 +148,10 @@ def main() -> None:
         ours = run_tests(tests, "ours", "", parsed.files, parsed.chosen)
     if parsed.results is not None:
         parsed.results.write_text(json.dumps({"theirs": theirs, "ours": ours}, indent=1))
+    if parsed.only is not None and parsed.theirs is None:
+        for test, outcome in sorted((theirs or ours).items()):
+            print(f"{outcome:8} {test}")
+        return
     sys.exit(not print_table(theirs, ours))
 
 
