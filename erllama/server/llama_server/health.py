@@ -16,7 +16,9 @@ from erllama.server.llama_server.errors import ERRORS
 def endpoints() -> list[Endpoint[NoBody]]:
     """Return the endpoints of this module."""
     ready = [
-        Endpoint("GET", path, NoBody, answer_ready, ERRORS, "Tell whether the server accepts requests.", True, False)
+        Endpoint(
+            "GET", path, NoBody, answer_ready, ERRORS, "Tell whether the server accepts requests.", True, False
+        )
         for path in ("/health", "/v1/health", "/readyz")
     ]
     live = Endpoint("GET", "/livez", NoBody, answer_live, ERRORS, "Tell whether the server runs.", True, False)

@@ -1,7 +1,7 @@
-"""`/metrics`: Prometheus metrics of the server, its models and caches, and llama-server's own, in the format that the client takes.
+"""`/metrics`: Prometheus metrics of the server, its models and caches, and llama-server's own.
 
-OpenMetrics if the client accepts it, or else Prometheus text. llama-server's metrics have the prefix `llamacpp:` and
-no labels: they are sums over all models of the server.
+The format is OpenMetrics if the client accepts it, or else Prometheus text. llama-server's metrics have the prefix
+`llamacpp:` and no labels: they are sums over all models of the server.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def _llama_metrics(server: Server) -> list[_Metric]:
     n_prompt, n_cached, n_reply = (
         sums[f"vllm:{name}_total"] for name in ("prompt_tokens", "prefix_cache_hits", "generation_tokens")
     )
-    prompt_seconds, reply_seconds = (sums[f"vllm:request_{name}_time_seconds_sum"] for name in ("prefill", "decode"))
+    prompt_seconds, reply_seconds = (
+        sums[f"vllm:request_{name}_time_seconds_sum"] for name in ("prefill", "decode")
+    )
     n_computed = n_prompt - n_cached
     n_encoded = sums["vllm:request_prompt_tokens_count"] - sums["vllm:request_success_total"]
     n_decodes, n_rows = (sum(getattr(each, name) for each in metrics) for name in ("ticks", "decoded_tokens"))

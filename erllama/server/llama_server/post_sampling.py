@@ -1,7 +1,7 @@
 """`post_sampling_probs`: the probabilities of tokens after the steps of the sampler chain.
 
-The engine reports probabilities before the chain. Here the chain runs again, on the most likely tokens that the engine
-reports. That is exact as long as the chain keeps no other token.
+The engine reports probabilities before the chain. Here the chain runs again, on the most likely tokens that the
+engine reports. That is exact as long as the chain keeps no other token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from erllama.server.conduct.errors import ApiError
 
 
 class TokenProbability(NamedTuple):
-    """A token that was drawn, with its probability, and the tokens that could have been drawn, most likely first."""
+    """A token that was drawn, its probability, and the tokens that could have been drawn, most likely first."""
 
     token: int
     probability: float

@@ -109,7 +109,10 @@ async def answer_template(call: Call, body: TemplateBody) -> Response:
     messages, options = read_messages(body.messages), _template_options(served, body)
     generate = body.add_generation_prompt is not False
     text = await asyncio.to_thread(
-        served.model.render_chat, messages, add_generation_prompt=generate, **options  # type: ignore[arg-type]
+        served.model.render_chat,
+        messages,
+        add_generation_prompt=generate,
+        **options,  # type: ignore[arg-type]
     )
     return json_response({"prompt": text})
 
