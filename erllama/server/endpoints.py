@@ -1,7 +1,7 @@
 """Endpoints: how an API declares a path, and what happens to each of its requests.
 
-An `Endpoint` names a path, the type of its body and the function that answers. `Endpoint.route` wraps the function with
-what all endpoints share: the key, the rate limit, the body, the error's form and the access log.
+An `Endpoint` names a path, the type of its body and the function that answers. `Endpoint.route` wraps the function
+with what all endpoints share: the key, the rate limit, the body, the error's form and the access log.
 """
 
 from __future__ import annotations

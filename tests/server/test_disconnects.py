@@ -18,7 +18,6 @@ from support.engine_models import GatedBackend
 from support.http_server import CHAT, RunningServer, chat_body, read_until, running
 from support.threads import wait_until
 
-
 # Arguments that take many tokens.
 LONG = {"type": "object", "properties": {"text": {"type": "string", "minLength": 300}}, "required": ["text"]}
 

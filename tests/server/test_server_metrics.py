@@ -36,7 +36,9 @@ def value(server: RunningServer, name: str, **labels: str) -> float | None:
 def test_tokens_of_prompts_replies_and_the_cache_are_counted(model: erllama.Model) -> None:
     with running(model) as server:
         usages = [server.post(chat_body(PROMPT, max_tokens=5)).json()["usage"] for _ in range(2)]
-        wait_until(lambda: value(server, "vllm:request_success_total", model_name="m", finished_reason="length") == 2)
+        wait_until(
+            lambda: value(server, "vllm:request_success_total", model_name="m", finished_reason="length") == 2
+        )
         n_prompt = sum(usage["prompt_tokens"] for usage in usages)
         n_cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
         assert n_cached > 200

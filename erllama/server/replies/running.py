@@ -173,7 +173,8 @@ async def open_completion(
     streams: list[AsyncStream] = []
     try:
         for index in range(n):
-            streams.append(served.model.astream(prompt, **_with_seed(options, index)))
+            stream = served.model.astream(prompt, **_with_seed(options, index))
+            streams.append(stream)
     except BaseException:
         for stream in streams:
             stream.cancel()

@@ -1,4 +1,4 @@
-"""Server-sent events: responses that stream a reply, with errors after the first byte and comments that keep it open."""
+"""Server-sent events: responses that stream a reply, with later errors, and comments that keep them open."""
 
 from __future__ import annotations
 
