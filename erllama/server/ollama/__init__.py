@@ -1,12 +1,13 @@
-"""Ollama's API. `endpoints` lists its paths."""
+"""Ollama's API: chat, generate, embeddings, and the models. `endpoints` lists its paths."""
 
 from __future__ import annotations
 
 from erllama.server.endpoints import Endpoint
+from erllama.server.ollama import chat, embeddings, generate, models
 
 __all__ = ["endpoints"]
 
 
 def endpoints() -> list[Endpoint]:
     """Return the endpoints of the API."""
-    return []
+    return [*models.endpoints(), *chat.endpoints(), *generate.endpoints(), *embeddings.endpoints()]
