@@ -1,11 +1,12 @@
-"""Ollama's API: chat, generate, embeddings, and the models. `endpoints` lists its paths."""
+"""Ollama's API: chat, generate, embeddings, and the models. `endpoints` lists its paths; `ERRORS` is its form of errors."""
 
 from __future__ import annotations
 
 from erllama.server.endpoints import Endpoint
 from erllama.server.ollama import chat, embeddings, generate, models
+from erllama.server.ollama.errors import ERRORS
 
-__all__ = ["endpoints"]
+__all__ = ["ERRORS", "endpoints"]
 
 
 def endpoints() -> list[Endpoint]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from datetime import UTC, datetime
 
-from erllama.chat.thinking import find_thinking_markers
 from erllama.server.conduct.bodies import Json
 from erllama.server.models import ServedModel
 
@@ -18,11 +17,6 @@ def chat_template(served: ServedModel) -> str:
     return str(served.model.metadata.get("tokenizer.chat_template", ""))
 
 
-def can_think(served: ServedModel) -> bool:
-    """Return whether the model's template has thinking. A custom backend without metadata may have it."""
-    return not served.model.metadata or find_thinking_markers(chat_template(served)) is not None
-
-
 def capabilities(served: ServedModel) -> list[str]:
     """Return what the model can do, in Ollama's words."""
     info, template = served.model.info, chat_template(served)
@@ -33,7 +27,7 @@ def capabilities(served: ServedModel) -> list[str]:
         found.append("tools")
     if {"fim_pre", "fim_suf", "fim_mid"} <= info.special_tokens.keys():
         found.append("insert")
-    if find_thinking_markers(template) is not None:
+    if served.can_think:
         found.append("thinking")
     return found
 

@@ -21,7 +21,6 @@ from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.models import ServedModel
 from erllama.server.ollama.answers import ending, head, logprobs_json
 from erllama.server.ollama.errors import ERRORS, encode_error
-from erllama.server.ollama.facts import can_think
 from erllama.server.ollama.options import ReplyBody, completion_options, refuse_images, thinking_options
 from erllama.server.replies.ndjson import encode_line, line_stream
 from erllama.server.replies.running import Replies, open_chat, open_completion, open_infill
@@ -119,7 +118,7 @@ async def _open_continuation(
         rendering["template_args"] = thinking["template_args"]
     following = await asyncio.to_thread(_tokens_after_reply, served, body.prompt or "", rendering)
     options["thinking"] = "enabled"  # separates it from the answer
-    if body.think is False and can_think(served):
+    if body.think is False and served.can_think:
         options["thinking_budget_tokens"] = 0
     return await open_completion(call, served, [*(body.context or ()), *following.tolist()], **options)
 

@@ -12,7 +12,6 @@ from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call
 from erllama.server.models import ServedModel
-from erllama.server.ollama.facts import can_think
 from erllama.server.replies.sampling import SamplingBody
 
 _LEVELS = ("low", "medium", "high")
@@ -86,7 +85,7 @@ def thinking_options(served: ServedModel, think: bool | str | None) -> ChatOptio
     if isinstance(think, str) and think not in _LEVELS:
         levels = ", ".join(f'"{level}"' for level in _LEVELS)
         raise ApiError("invalid_request", f"think is {think!r:.60}; it takes true, false, {levels}", param="think")
-    if think is not False and not can_think(served):
+    if think is not False and not served.can_think:
         raise ApiError(
             "unsupported", f"the model {served.name!r} does not support thinking; leave out think", "unsupported"
         )
