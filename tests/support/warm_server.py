@@ -90,11 +90,11 @@ def _run(model: Path, cache_directory: Path, *, process: bool) -> None:
 
     def flush_when_asked() -> None:
         for _ in sys.stdin:
-            print(cache.flush(), flush=True)
+            print(cache.flush(), flush=True)  # noqa: T201
         os._exit(0)  # the test is gone
 
     threading.Thread(target=flush_when_asked, daemon=True).start()
-    print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)  # noqa: T201
     server.run(sockets=[listener])
 
 

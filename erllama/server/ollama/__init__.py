@@ -1,4 +1,7 @@
-"""Ollama's API: chat, generate, embeddings, and the models. `endpoints` lists its paths; `ERRORS` is its form of errors."""
+"""Ollama's API: chat, generate, embeddings, and the models.
+
+`endpoints` lists its paths; `ERRORS` is its form of errors.
+"""
 
 from __future__ import annotations
 
