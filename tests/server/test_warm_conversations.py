@@ -1,4 +1,4 @@
-"""Conversations stay warm: each turn computes only what is new, through each API, even after a server was killed."""
+"""Conversations stay warm: each turn computes only what is new, in each API, even after a server was killed."""
 
 from __future__ import annotations
 
