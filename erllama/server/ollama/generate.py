@@ -23,7 +23,7 @@ from erllama.server.ollama.answers import ending, head, logprobs_json
 from erllama.server.ollama.errors import ERRORS, encode_error
 from erllama.server.ollama.options import ReplyBody, completion_options, refuse_images, thinking_options
 from erllama.server.replies.ndjson import encode_line, line_stream
-from erllama.server.replies.running import Replies, open_chat, open_completion, open_infill
+from erllama.server.replies.running import Replies, open_chat, open_completion, open_completions
 
 # A finished exchange of any texts. The template renders what follows it as it renders what follows a context.
 _EXCHANGE = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"})
@@ -94,7 +94,7 @@ async def _open(call: Call, served: ServedModel, body: GenerateBody) -> Replies[
     """Submit a request, and return its reply."""
     prompt, options = body.prompt or "", completion_options(call, served, body)
     if body.suffix:
-        return await open_infill(call, served, prompt, body.suffix, **options)
+        return await open_completions(call, served, [prompt], suffix=body.suffix, **options)
     if body.raw:
         return await open_completion(call, served, prompt, **options)
     thinking = thinking_options(served, body.think)

@@ -165,15 +165,6 @@ async def open_completion(
     return Replies(call, streams)
 
 
-async def open_infill(
-    call: Call, served: ServedModel, prefix: str, suffix: str, **options: Unpack[CompletionOptions]
-) -> Replies[Completion]:
-    """Submit the texts around a gap, and return the reply that fills it; as `open_completion`."""
-    options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
-    await wait_for_process(call, served)
-    return Replies(call, [served.model.astream_infill(prefix, suffix, **options)])
-
-
 def _with_seed(options: T, index: int) -> T:
     """Return the options of reply `index`: equal seeds would give equal replies."""
     assert isinstance(options, dict)
