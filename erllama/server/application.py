@@ -18,7 +18,7 @@ from erllama.server import anthropic, llama_server, ollama, openai, responses
 from erllama.server.conduct.access_log import AccessLog
 from erllama.server.conduct.errors import ApiError
 from erllama.server.conduct.hosts import HostCheck
-from erllama.server.endpoints import Endpoint, error_response
+from erllama.server.endpoints import Endpoint, error_response, make_routes
 from erllama.server.models import ModelPool, ServedModel
 from erllama.server.openai.errors import ERRORS
 from erllama.server.options import ServerOptions
@@ -55,7 +55,7 @@ def all_endpoints() -> list[Endpoint]:
 
 def make_app(server: Server) -> ASGIApp:
     """Return the application of a server."""
-    routes = [endpoint.route(server) for endpoint in all_endpoints()]
+    routes = make_routes(all_endpoints(), server)
     options = server.options
     middleware = [Middleware(AccessLog), Middleware(HostCheck, options.allowed_hosts)]
     if options.cors_origins:

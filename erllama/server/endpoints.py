@@ -1,16 +1,17 @@
 """Endpoints: how an API declares a path, and what happens to each of its requests.
 
-An `Endpoint` names a path, the type of its body and the function that answers. `Endpoint.route` wraps the function with
-what all endpoints share: the key, the rate limit, the body, the error's form and the access log.
+An `Endpoint` names a path, the type of its body and the function that answers. `make_routes` wraps the function with
+what all endpoints share: the key, the rate limit, the body, the error's form and the access log. Two APIs may declare
+the same path if a header distinguishes their clients.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -107,6 +108,8 @@ class Endpoint(Generic[B]):
         summary: one line for the OpenAPI document.
         public: whether it needs no key.
         computes: whether it uses a model, and so counts for rate limits.
+        header: name of a header. The endpoint answers requests that have it; another endpoint of the same method and
+            path, without `header`, answers the others. None for an endpoint that answers any request.
     """
 
     method: str
@@ -117,14 +120,37 @@ class Endpoint(Generic[B]):
     summary: str
     public: bool = False
     computes: bool = True
+    header: str | None = None
 
     def route(self, server: Server) -> Route:
         """Return the route of this endpoint."""
+        return _make_route([self], server)
 
-        async def handle(request: Request) -> Response:
-            return await _handle(self, server, request)
 
-        return Route(self.path, handle, methods=[self.method])
+def make_routes(endpoints: Iterable[Endpoint[Any]], server: Server) -> list[Route]:
+    """Return a route for each method and path.
+
+    Raises:
+        ValueError: two endpoints have the same method, path and header.
+    """
+    groups: dict[tuple[str, str], list[Endpoint[Any]]] = {}
+    for endpoint in endpoints:
+        group = groups.setdefault((endpoint.method, endpoint.path), [])
+        if endpoint.header in [other.header for other in group]:
+            raise ValueError(f"two endpoints are {endpoint.method} {endpoint.path}; give one of them a header")
+        group.append(endpoint)
+    return [_make_route(group, server) for group in groups.values()]
+
+
+def _make_route(endpoints: Sequence[Endpoint[Any]], server: Server) -> Route:
+    """Return the route of endpoints with the same method and path."""
+    ordered = sorted(endpoints, key=lambda endpoint: endpoint.header is None)  # the one for all requests is last
+
+    async def handle(request: Request) -> Response:
+        fitting = (each for each in ordered if each.header is None or each.header in request.headers)
+        return await _handle(next(fitting, ordered[-1]), server, request)
+
+    return Route(ordered[0].path, handle, methods=[ordered[0].method])
 
 
 async def _handle(endpoint: Endpoint[B], server: Server, request: Request) -> Response:

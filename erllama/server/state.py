@@ -19,6 +19,7 @@ class Server:
         rate_limits: what each key has used.
         signing_key: signs thinking, so that a client cannot send back thoughts that no model had.
         is_stopping: whether the server accepts no further requests.
+        claimed_sessions: the sessions of running requests that clients suggested; see `replies.sessions`.
     """
 
     models: ModelPool
@@ -26,3 +27,4 @@ class Server:
     signing_key: bytes
     rate_limits: RateLimits = field(default_factory=RateLimits)
     is_stopping: bool = False
+    claimed_sessions: set[tuple[str, str | None, str]] = field(default_factory=set)

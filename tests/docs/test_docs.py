@@ -309,6 +309,7 @@ ELSEWHERE = {
     "docs/index.md": "tests/docs/test_commands.py",
     "docs/server/ollama.md": "tests/server/test_ollama.py",
     **{f"docs/{page}.md": "tests/docs/test_examples.py" for page in SCRIPTS},
+    "docs/server/openai.md": "tests/server/test_openai_docs.py",
 }
 
 

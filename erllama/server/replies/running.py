@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import Generic, NamedTuple, TypeVar, Unpack
+from typing import Any, Generic, NamedTuple, TypeVar, Unpack
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -17,10 +17,12 @@ from erllama._model.requests.options import ChatOptions, CompletionOptions
 from erllama._model.requests.streams import AsyncStream
 from erllama._types import Messages, Prompt
 from erllama.chat.results import ChatCompletion
-from erllama.engine import Completion, Done, Event
+from erllama.engine import Completion, Done, Event, Grammar
+from erllama.errors import SessionBusy
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call
 from erllama.server.models import ServedModel
+from erllama.server.replies.sessions import SessionHint
 
 T = TypeVar("T")
 Result = TypeVar("Result", bound=Completion)
@@ -43,15 +45,19 @@ class Choice(NamedTuple):
 class Replies(Generic[Result]):
     """The replies to one request: one, or as many as `n` asks for. Leaving the `async with` block cancels them."""
 
-    def __init__(self, call: Call, streams: Sequence[AsyncStream]) -> None:
-        self._call, self._streams = call, streams
+    def __init__(self, call: Call, streams: Sequence[AsyncStream], hint: SessionHint | None = None) -> None:
+        self._call, self._streams, self._hint = call, streams, hint
 
     async def __aenter__(self) -> Replies[Result]:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        for stream in self._streams:
-            await stream.__aexit__(*error)
+        try:
+            for stream in self._streams:
+                await stream.__aexit__(*error)
+        finally:
+            if self._hint is not None:
+                self._hint.release()
 
     async def events(self) -> AsyncIterator[Choice]:
         """Yield the events of all replies, each reply's in order; `Done` is the last of each."""
@@ -121,43 +127,109 @@ def _note_completion(call: Call, completion: Completion) -> None:
 
 
 async def open_chat(
-    call: Call, served: ServedModel, messages: Messages, *, n: int = 1, **options: Unpack[ChatOptions]
+    call: Call,
+    served: ServedModel,
+    messages: Messages,
+    *,
+    n: int = 1,
+    session_hint: str | None = None,
+    **options: Unpack[ChatOptions],
 ) -> Replies[ChatCompletion]:
     """Submit a conversation, and return its replies.
 
     Errors of the messages and options, and a full queue, are raised here: before the response has a status.
 
     Args:
-        n: number of replies. The prompt is computed once, and each has a seed of its own.
+        n: number of replies. The prompt is computed once, and each has a seed of its own. The first one has the
+            session, which takes one request at a time.
+        session_hint: name of a session to use unless another request is using it. `session_id` overrides it.
     """
     options.setdefault("special_tokens_in_content", served.special_tokens_in_content)
     options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
     await wait_for_process(call, served)
+    hint = None
+    if session_hint and options.get("session_id") is None:
+        hint = SessionHint.claim(call, served, session_hint, options["cache_salt"])
     streams: list[AsyncChatStream] = []
     try:
         for index in range(n):
-            stream = served.model.astream_chat(messages, **_with_seed(options, index))
+            own = _of_reply(options, index, has_session=index == 0)
+            if hint is not None and index == 0:
+                stream = await _start_hinted_chat(served, messages, own, hint)
+            else:
+                stream = await _start_chat(served, messages, own)
             streams.append(stream)
-            await stream.start()
     except BaseException:
         for stream in streams:
             stream.cancel()
+        if hint is not None:
+            hint.release()
         raise
-    return Replies(call, streams)
+    return Replies(call, streams, hint)
+
+
+async def _start_chat(served: ServedModel, messages: Messages, options: ChatOptions) -> AsyncChatStream:
+    """Submit one reply to a conversation."""
+    stream = served.model.astream_chat(messages, **options)
+    try:
+        await stream.start()
+    except BaseException:
+        stream.cancel()
+        raise
+    return stream
+
+
+async def _start_hinted_chat(
+    served: ServedModel, messages: Messages, options: ChatOptions, hint: SessionHint
+) -> AsyncChatStream:
+    """Submit one reply in a session, or without it if the session's previous request has not ended yet."""
+    try:
+        return await _start_chat(served, messages, {**options, "session_id": hint.session_id})
+    except SessionBusy:
+        hint.release()
+        return await _start_chat(served, messages, options)
 
 
 async def open_completion(
     call: Call, served: ServedModel, prompt: Prompt, *, n: int = 1, **options: Unpack[CompletionOptions]
 ) -> Replies[Completion]:
     """Submit a prompt, and return its replies; as `open_chat`."""
+    return await open_completions(call, served, [prompt], n=n, **options)
+
+
+async def open_completions(
+    call: Call,
+    served: ServedModel,
+    prompts: Sequence[Prompt],
+    *,
+    suffix: str | None = None,
+    n: int = 1,
+    **options: Unpack[CompletionOptions],
+) -> Replies[Completion]:
+    """Submit prompts, and return their replies: the `n` of the first prompt, then those of the second, and so on.
+
+    Args:
+        suffix: the text after each reply, for models that fill gaps; the prompts are then texts.
+
+    Raises:
+        Unsupported: there is a suffix, and the model does not fill gaps.
+        Error: as `open_chat`.
+    """
     options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
     await wait_for_process(call, served)
-    if isinstance(prompt, str):  # a long one takes a while
-        prompt = await asyncio.to_thread(served.model.tokenize, prompt, parse_special=True)
+    await _compile_grammar(served, options)
     streams: list[AsyncStream] = []
     try:
-        for index in range(n):
-            streams.append(served.model.astream(prompt, **_with_seed(options, index)))
+        for prompt in prompts:
+            if isinstance(prompt, str) and prompt and suffix is None:  # a long one takes a while
+                prompt = await asyncio.to_thread(served.model.tokenize, prompt, parse_special=True)
+            for index in range(n):
+                own = _of_reply(options, index, has_session=not streams)
+                if suffix is None:
+                    streams.append(served.model.astream(prompt, **own))
+                else:
+                    assert isinstance(prompt, str)
+                    streams.append(served.model.astream_infill(prompt, suffix, **own))
     except BaseException:
         for stream in streams:
             stream.cancel()
@@ -165,11 +237,36 @@ async def open_completion(
     return Replies(call, streams)
 
 
-def _with_seed(options: T, index: int) -> T:
-    """Return the options of reply `index`: equal seeds would give equal replies."""
+async def _compile_grammar(served: ServedModel, options: CompletionOptions) -> None:
+    """Compile the grammar of a request in a thread, so that a large schema does not block the event loop."""
+    source, schema = options.get("grammar"), options.get("json_schema")
+    if (source is None) == (schema is None):
+        return  # there is no grammar, or there are two, which the model refuses
+
+    def compile() -> Grammar:
+        grammar = Grammar.json_schema(schema) if schema is not None else source
+        grammar = Grammar.gbnf(grammar) if isinstance(grammar, str) else grammar
+        assert isinstance(grammar, Grammar)
+        served.model.compile_grammar(grammar)
+        return grammar
+
+    options["grammar"] = await asyncio.to_thread(compile)
+    options.pop("json_schema", None)
+
+
+def _of_reply(options: T, index: int, *, has_session: bool) -> T:
+    """Return the options of reply `index` to a prompt: equal seeds would give equal replies.
+
+    Args:
+        has_session: whether the reply keeps the option `session_id`.
+    """
     assert isinstance(options, dict)
-    seed = options.get("seed")
-    return options if seed is None or not index else {**options, "seed": seed + index}  # type: ignore[return-value]
+    own: dict[str, Any] = dict(options)
+    if not has_session:
+        own.pop("session_id", None)
+    if own.get("seed") is not None:
+        own["seed"] += index
+    return own  # type: ignore[return-value]
 
 
 async def wait_for_process(call: Call, served: ServedModel) -> None:

@@ -53,8 +53,8 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     json_schema: Json | bool | None = None
     cache_salt: str | None = None
     session_id: str | None = None
-    ignore_eos: bool = False
-    reproducible: bool = False
+    ignore_eos: bool | None = None
+    reproducible: bool | None = None
 
     def sampling_options(self) -> CompletionOptions:
         """Return the options of `Model.complete` for the fields that have a value."""
