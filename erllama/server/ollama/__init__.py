@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from erllama.server.endpoints import Endpoint
 from erllama.server.ollama import chat, embeddings, generate, models
 from erllama.server.ollama.errors import ERRORS
@@ -12,6 +14,6 @@ from erllama.server.ollama.errors import ERRORS
 __all__ = ["ERRORS", "endpoints"]
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of the API."""
     return [*models.endpoints(), *chat.endpoints(), *generate.endpoints(), *embeddings.endpoints()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 from starlette.responses import Response
 
@@ -28,7 +29,7 @@ class ChatBody(ReplyBody, kw_only=True):
     tools: list[Json] | None = None
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of this module."""
     return [Endpoint("POST", "/api/chat", ChatBody, answer, ERRORS, "Reply to a conversation.")]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -40,7 +40,7 @@ class EmbeddingsBody(msgspec.Struct, kw_only=True):
     options: Json | None = None
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of this module."""
     return [
         Endpoint("POST", "/api/embed", EmbedBody, answer, ERRORS, "Return the vectors of texts, of length 1."),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from starlette.responses import Response
 
 from erllama._model.requests.options import ChatOptions, CompletionOptions, TemplateOptions
+from erllama.chat.results import ChatCompletion
 from erllama.engine import Completion, Done, TextDelta, ThinkingDelta
 from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
@@ -24,6 +26,8 @@ from erllama.server.ollama.errors import ERRORS, encode_error
 from erllama.server.ollama.options import ReplyBody, completion_options, refuse_images, thinking_options
 from erllama.server.replies.ndjson import encode_line, line_stream
 from erllama.server.replies.running import Replies, open_chat, open_completion, open_completions
+
+AnyReplies = Replies[Completion] | Replies[ChatCompletion]
 
 # A finished exchange of any texts. The template renders what follows it as it renders what follows a context.
 _EXCHANGE = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"})
@@ -41,7 +45,7 @@ class GenerateBody(ReplyBody, kw_only=True):
     images: list[str] | None = None
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of this module."""
     return [Endpoint("POST", "/api/generate", GenerateBody, answer, ERRORS, "Reply to a prompt.")]
 
@@ -90,7 +94,7 @@ def _check(body: GenerateBody) -> None:
         raise ApiError("invalid_request", "raw and suffix together; leave out raw", param="raw")
 
 
-async def _open(call: Call, served: ServedModel, body: GenerateBody) -> Replies[Completion]:
+async def _open(call: Call, served: ServedModel, body: GenerateBody) -> AnyReplies:
     """Submit a request, and return its reply."""
     prompt, options = body.prompt or "", completion_options(call, served, body)
     if body.suffix:
@@ -159,7 +163,7 @@ def _line(served: ServedModel, text: str, thinking: str = "", logprobs: list[Jso
 
 
 async def _stream(
-    call: Call, replies: Replies[Completion], served: ServedModel, returns_context: bool
+    call: Call, replies: AnyReplies, served: ServedModel, returns_context: bool
 ) -> AsyncGenerator[bytes]:
     async with replies:
         async for _, event in replies.events():

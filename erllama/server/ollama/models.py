@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,11 +31,11 @@ class ShowBody(msgspec.Struct, kw_only=True):
     verbose: bool | None = None
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of this module."""
 
-    def get(path: str, answer: object, summary: str) -> Endpoint[NoBody]:
-        return Endpoint("GET", path, NoBody, answer, ERRORS, summary, computes=False)  # type: ignore[arg-type]
+    def get(path: str, answer: Callable[[Call, NoBody], Awaitable[Response]], summary: str) -> Endpoint[NoBody]:
+        return Endpoint("GET", path, NoBody, answer, ERRORS, summary, computes=False)
 
     return [
         Endpoint(
