@@ -69,6 +69,7 @@ def check_turn(turn: int, answer: Answer, before: Answer | None) -> None:
         assert answer.n_cached >= before.n_prompt + before.n_reply, f"turn {turn} computes earlier turns again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [True, False], ids=["own-process", "in-process"])
 @pytest.mark.parametrize("api", SPEAKERS)
 def test_a_killed_server_continues_a_warm_conversation(
