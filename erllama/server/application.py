@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Mapping
 
 from starlette.applications import Starlette
@@ -18,6 +17,7 @@ from erllama.server import anthropic, llama_server, ollama, openai, responses
 from erllama.server.conduct.access_log import AccessLog
 from erllama.server.conduct.errors import ApiError
 from erllama.server.conduct.hosts import HostCheck
+from erllama.server.conduct.signing_key import load_signing_key
 from erllama.server.endpoints import Endpoint, error_response
 from erllama.server.models import ModelPool, ServedModel
 from erllama.server.openai.errors import ERRORS
@@ -44,7 +44,7 @@ def make_server(models: Model | ServedModel | Iterable[Model | ServedModel], opt
     served = [each if isinstance(each, ServedModel) else ServedModel(each) for each in given]
     if len(served) == 1 and not served[0].aliases:
         served = [ServedModel(served[0].model, ("*",), served[0].special_tokens_in_content)]
-    return Server(ModelPool(served), options, secrets.token_bytes(32))
+    return Server(ModelPool(served), options, load_signing_key(options.data_dir))
 
 
 def all_endpoints() -> list[Endpoint]:

@@ -36,6 +36,11 @@ class ServedModel:
         """The name of the model."""
         return self.model.id
 
+    @property
+    def can_think(self) -> bool:
+        """Whether the model's template has markers of thinking."""
+        return self.model._chat_requests.chats.thinking_markers is not None
+
 
 class ModelPool:
     """Finds models by name.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from erllama.checks import boolean, integer, real, reject_unknown
 from erllama.errors import OptionError
@@ -26,6 +27,7 @@ class ServerOptions:
         shutdown_seconds: seconds that running requests have to finish when the server stops.
         log_prompts: write prompts to the access log.
         drop_unstable_headers: remove what clients put into prompts and change on each request (docs/server.md).
+        data_dir: directory for what outlives a restart, such as the key that signs thinking. None to keep nothing.
         max_stored_responses: how many responses `/v1/responses` keeps for `previous_response_id`.
     """
 
@@ -40,6 +42,7 @@ class ServerOptions:
     shutdown_seconds: float = 30.0
     log_prompts: bool = False
     drop_unstable_headers: bool = True
+    data_dir: str | Path | None = None
     max_stored_responses: int = 1000
 
     def __post_init__(self) -> None:
@@ -52,6 +55,8 @@ class ServerOptions:
             real(name, getattr(self, name), 0.0)
         for name in ("log_prompts", "drop_unstable_headers"):
             boolean(name, getattr(self, name))
+        if not isinstance(self.data_dir, str | Path | None):
+            raise OptionError(f"data_dir={self.data_dir!r:.80}; pass a path, or None")
         secrets = [key.secret for key in self.keys]
         if len(set(secrets)) < len(secrets):
             raise OptionError("two keys are equal; remove one")

@@ -10,6 +10,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Generic, NamedTuple, TypeVar, Unpack
 
+import numpy as np
+from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect, Request
 
 from erllama._model.requests.chat_streams import AsyncChatStream
@@ -21,6 +23,7 @@ from erllama.engine import Completion, Done, Event
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call
 from erllama.server.models import ServedModel
+from erllama.server.replies.unstable_prefixes import drop_unstable_headers, note_prefix_change
 
 T = TypeVar("T")
 Result = TypeVar("Result", bound=Completion)
@@ -52,6 +55,11 @@ class Replies(Generic[Result]):
     async def __aexit__(self, *error: object) -> None:
         for stream in self._streams:
             await stream.__aexit__(*error)
+
+    @property
+    def prompt(self) -> NDArray[np.int32]:
+        """The token ids of the prompt, int32, shape (n,)."""
+        return self._streams[0].prompt
 
     async def events(self) -> AsyncIterator[Choice]:
         """Yield the events of all replies, each reply's in order; `Done` is the last of each."""
@@ -132,6 +140,8 @@ async def open_chat(
     """
     options.setdefault("special_tokens_in_content", served.special_tokens_in_content)
     options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
+    if call.server.options.drop_unstable_headers:
+        messages = drop_unstable_headers(messages)
     await wait_for_process(call, served)
     streams: list[AsyncChatStream] = []
     try:
@@ -143,7 +153,9 @@ async def open_chat(
         for stream in streams:
             stream.cancel()
         raise
-    return Replies(call, streams)
+    replies: Replies[ChatCompletion] = Replies(call, streams)
+    note_prefix_change(call, served, replies.prompt)
+    return replies
 
 
 async def open_completion(
@@ -162,7 +174,9 @@ async def open_completion(
         for stream in streams:
             stream.cancel()
         raise
-    return Replies(call, streams)
+    replies: Replies[Completion] = Replies(call, streams)
+    note_prefix_change(call, served, replies.prompt)
+    return replies
 
 
 def _with_seed(options: T, index: int) -> T:

@@ -47,6 +47,7 @@ def event_stream(
         except Exception as error:
             answer = as_api_error(error)
             call.record.error = answer.code or answer.kind
+            answer.request_id = call.record.id
             yield encode_error(answer)
 
     return EventSourceResponse(
