@@ -25,7 +25,9 @@ def claude_code_system(turn: int) -> list[dict[str, object]]:
     ]
 
 
-def run_conversation(client: anthropic.Anthropic, turns: int, system=claude_code_system) -> list[anthropic.types.Usage]:
+def run_conversation(
+    client: anthropic.Anthropic, turns: int, system=claude_code_system
+) -> list[anthropic.types.Usage]:
     """Run a conversation in which each reply calls a tool; return the token counts of each request."""
     content: list[dict[str, object]] = [{"type": "text", "text": "What time is it?"}]
     messages: list[dict[str, object]] = []
@@ -58,7 +60,9 @@ def run_conversation(client: anthropic.Anthropic, turns: int, system=claude_code
 def computed_again(counts: list[anthropic.types.Usage]) -> list[int]:
     """Return, for each request but the first, how many tokens of the earlier conversation it computed."""
     totals = [prompt_tokens(usage) + usage.output_tokens for usage in counts]
-    return [before - (usage.cache_read_input_tokens or 0) for before, usage in zip(totals, counts[1:], strict=False)]
+    return [
+        before - (usage.cache_read_input_tokens or 0) for before, usage in zip(totals, counts[1:], strict=False)
+    ]
 
 
 def test_only_new_tokens_are_computed_from_turn_two_on() -> None:
@@ -69,7 +73,10 @@ def test_only_new_tokens_are_computed_from_turn_two_on() -> None:
 
 
 def test_the_billing_header_defeats_the_cache_if_it_is_kept(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "erllama.server"), client_replying(CALL, drop_unstable_headers=False) as client:
+    with (
+        caplog.at_level(logging.INFO, "erllama.server"),
+        client_replying(CALL, drop_unstable_headers=False) as client,
+    ):
         counts = run_conversation(client, 3)
     assert all(n > len(INSTRUCTIONS) // 2 for n in computed_again(counts))
     assert sum("prefix changed at token" in line for line in caplog.messages) >= 2

@@ -98,7 +98,11 @@ def test_system_blocks_count_and_stay_in_their_places() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["failed", [{"type": "text", "text": "failed", "cache_control": None}], [{"type": "text", "text": "Error: failed"}]],
+    [
+        "failed",
+        [{"type": "text", "text": "failed", "cache_control": None}],
+        [{"type": "text", "text": "Error: failed"}],
+    ],
 )
 def test_a_failed_tool_is_an_error_for_the_model(content: object) -> None:
     call = {"type": "tool_use", "id": "a", "name": "get_time", "input": {"city": "Oslo"}}
@@ -133,7 +137,12 @@ def test_a_last_message_of_the_assistant_is_continued() -> None:
     with client_replying("x", "The answer is 42.") as client:
         message = create(client, [*HELLO, {"role": "assistant", "content": "x"}, *HELLO])
         assert message.content[0].text == "The answer is 42."
-        begun = [*HELLO, {"role": "assistant", "content": "x"}, *HELLO, {"role": "assistant", "content": "The answer"}]
+        begun = [
+            *HELLO,
+            {"role": "assistant", "content": "x"},
+            *HELLO,
+            {"role": "assistant", "content": "The answer"},
+        ]
         continued = create(client, begun)
         assert continued.content[0].text == " is 42."
 
@@ -149,7 +158,9 @@ def test_messages_of_the_user_in_a_row_are_one() -> None:
 def test_a_json_schema_constrains_the_text() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     with client_replying('{"a": 1} and more') as client:
-        message = create(client, output_config={"format": {"type": "json_schema", "schema": schema}, "effort": "max"})
+        message = create(
+            client, output_config={"format": {"type": "json_schema", "schema": schema}, "effort": "max"}
+        )
         assert message.content[0].text == '{"a": 1}'
 
 
@@ -157,12 +168,15 @@ def test_sampling_options_and_metadata_are_accepted() -> None:
     with client_replying("Good day.") as client:
         message = create(
             client,
-            temperature=1,
-            top_k=5,
-            top_p=0.9,
             metadata={"user_id": "u"},
             service_tier="auto",
-            extra_body={"seed": 3, "session_id": "s", "unknown": {"field": 1}, "stop_sequences": None},
+            extra_body={
+                "temperature": 1,
+                "top_k": 5,
+                "top_p": 0.9,
+                "stop_sequences": None,
+                "unknown": {"field": 1},
+            },
         )
         assert message.content[0].text == "Good day."
 
@@ -196,7 +210,9 @@ def test_a_prompt_that_is_too_long_names_both_numbers() -> None:
             create(client, long)
         error = caught.value.body["error"]  # type: ignore[index]
         assert error["code"] == "context_length_exceeded"
-        assert f"prompt is too long: {error['n_prompt_tokens']} tokens > {error['n_ctx']} maximum" in error["message"]
+        assert (
+            f"prompt is too long: {error['n_prompt_tokens']} tokens > {error['n_ctx']} maximum" in error["message"]
+        )
         assert error["n_prompt_tokens"] > error["n_ctx"] > 0
 
 
@@ -217,7 +233,10 @@ def test_a_wrong_key_is_an_authentication_error() -> None:
     with model_replying("x") as model, running_server(model, keys=(ApiKey(secret="right"),)) as server:
         with client_of(server.url, api_key="right") as client:
             assert create(client).content[0].text == "x"
-        with client_of(server.url, api_key="wrong") as client, pytest.raises(anthropic.AuthenticationError) as caught:
+        with (
+            client_of(server.url, api_key="wrong") as client,
+            pytest.raises(anthropic.AuthenticationError) as caught,
+        ):
             create(client)
         assert caught.value.body["error"]["type"] == "authentication_error"  # type: ignore[index]
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import TypeVar
 
 import anthropic
-import httpx
+import httpx2
 import pytest
 from starlette.applications import Starlette
 from starlette.responses import Response
@@ -45,7 +45,7 @@ def ask(question: Callable[[anthropic.AsyncAnthropic], Awaitable[T]], **options:
         ]
         server = make_server(models, ServerOptions.of(options))
         app = Starlette(routes=[endpoint.route(server) for endpoint in endpoints])
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as http:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as http:
             client = anthropic.AsyncAnthropic(
                 base_url="http://localhost",
                 api_key="secret",

@@ -64,7 +64,7 @@ def test_a_hidden_thought_returns_within_its_signature() -> None:
         with client.messages.stream(
             model="any", max_tokens=200, messages=HELLO, thinking={"type": "adaptive", "display": "omitted"}
         ) as stream:
-            assert stream.get_final_message().content == hidden.content
+            assert stream.get_final_message().content[0] == hidden.content[0]
 
 
 def test_a_thought_that_is_cut_short_has_a_signature() -> None:
@@ -77,20 +77,33 @@ def test_a_thought_that_is_cut_short_has_a_signature() -> None:
 
 
 def test_interleaved_thinking_keeps_its_order_and_signatures() -> None:
-    with client_replying(f"<think>One.</think>{CALL}<think>Two.</think>Done.", "End.") as client:
+    with client_replying(f"<think>One.</think>I look.<think>Two.</think>Now.{CALL}", "End.") as client:
         first = create(client, HELLO, tools=TOOLS)
-        kinds = ["thinking", "tool_use", "thinking", "text"]
+        kinds = ["thinking", "text", "thinking", "text", "tool_use"]
         assert [block.type for block in first.content] == kinds
         blocks = [block.to_dict() for block in first.content]
-        result = {"type": "tool_result", "tool_use_id": blocks[1]["id"], "content": "12:00"}
+        result = {"type": "tool_result", "tool_use_id": blocks[4]["id"], "content": "12:00"}
 
         def length(content: list[dict[str, object]]) -> int:
             messages = [*HELLO, {"role": "assistant", "content": content}, {"role": "user", "content": [result]}]
             return client.messages.count_tokens(model="any", messages=messages, tools=TOOLS).input_tokens
 
-        assert length(blocks) == length([*blocks[:1], blocks[1], *blocks[3:]]) + len("Two.")
+        assert length(blocks) >= length([*blocks[:2], *blocks[3:]]) + len("Two.")
+        assert length(blocks) == length([*blocks[:2], {**blocks[2], "signature": ""}, *blocks[3:]])
+        # The second signature is that of both thoughts.
+        assert length(blocks[1:]) == length([blocks[1], *blocks[3:]])
         with client.messages.stream(model="any", max_tokens=200, messages=HELLO, tools=TOOLS) as stream:
             assert [block.type for block in stream.get_final_message().content] == kinds
+
+
+def test_replies_that_a_client_splits_or_joins_stay_valid() -> None:
+    with client_replying(THOUGHTFUL) as client:
+        first, second = (create(client, HELLO).content for _ in range(2))
+        blocks = [block.to_dict() for block in (*first, *second)]
+        whole = [*HELLO, {"role": "assistant", "content": blocks}, *HELLO]
+        split = [*HELLO, *({"role": "assistant", "content": [block]} for block in blocks), *HELLO]
+        without = [*HELLO, {"role": "assistant", "content": [blocks[1], blocks[3]]}, *HELLO]
+        assert count(client, whole) == count(client, split) >= count(client, without) + 2 * len("A plan.")
 
 
 def test_thinking_is_enabled_with_a_budget_and_disabled() -> None:
@@ -113,9 +126,7 @@ def test_thoughts_are_valid_after_a_restart_with_a_data_directory(tmp_path: Path
     counts = []
     blocks: list[dict[str, object]] = []
     for data_dir in (tmp_path / "data", tmp_path / "data", tmp_path / "other"):
-        with (
-            client_replying(THOUGHTFUL, data_dir=data_dir) as client,
-        ):
+        with client_replying(THOUGHTFUL, data_dir=data_dir) as client:
             if not blocks:
                 blocks = [block.to_dict() for block in create(client, HELLO).content]
             counts.append(count(client, answered(blocks)))

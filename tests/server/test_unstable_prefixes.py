@@ -60,7 +60,8 @@ def test_tools_in_another_order_are_found() -> None:
     watch, system, tools = PrefixWatch(), tokens(50), [tokens(200) for _ in range(4)]
     watch.add(CLIENT, joined(system, *tools, tokens(40)))
     change = watch.add(CLIENT, joined(system, *reversed(tools), tokens(60)))
-    assert change is not None and change.at == 50
+    assert change is not None
+    assert change.at == 50
 
 
 def test_a_conversation_that_grows_is_not_a_change() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import anthropic
 
 import erllama
-from support.chat.scripted_model import TEMPLATE, model_replying
+from support.chat.scripted_model import TEMPLATE, VOCABULARY, model_replying
 from support.http_server import running_server
+from support.scripted_backend import ScriptedBackend
 
 # Renders the thinking of every reply, so that a lost thought changes the prompt.
 THINKING_TEMPLATE = TEMPLATE.replace("keep_thinking and ", "")
@@ -50,6 +52,17 @@ def client_replying(
         client_of(server.url) as client,
     ):
         yield client
+
+
+def model_replying_slowly() -> erllama.Model:
+    """Load a model whose reply fills the context, which takes most of a minute."""
+
+    def next_token(tokens: list[int]) -> int:
+        time.sleep(0.01)
+        return ord("x")
+
+    backend = ScriptedBackend(VOCABULARY, next_token, chat_templates={"default": TEMPLATE})
+    return erllama.load_backend(backend, cache=erllama.Cache())
 
 
 def prompt_tokens(usage: anthropic.types.Usage | anthropic.types.MessageDeltaUsage) -> int:

@@ -1,6 +1,6 @@
 """Reads Anthropic's conversations and tools into the form that `Model.chat` takes.
 
-Blocks that only Anthropic's own servers can use are skipped, and so are thoughts whose signature is not this server's.
+Blocks that only Anthropic's own servers can use are skipped. So are thoughts with a signature of another server.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class ConversationReader:
     def read(self, system: str | Sequence[Json] | None, messages: Sequence[Json]) -> list[Json]:
         """Return the messages of a body.
 
-        Consecutive messages of the user are one message, as in Anthropic's API, and so are those of the assistant. A
-        system message keeps its place. A conversation without messages has an empty one of the user.
+        Consecutive messages of the user are one message, as in Anthropic's API, and so are those of the assistant.
+        A system message keeps its place. A conversation without messages has an empty one of the user.
 
         Raises:
             ApiError: a role or a block is unknown, or has a medium other than text.
@@ -82,9 +82,9 @@ class ConversationReader:
             signature, hidden = decode_signature(block["signature"])
             thought = block["thinking"] or hidden
             # A reply that follows another one directly begins anew.
-            valid = next((begin for begin in (thinking, "") if self._signer.is_valid(begin + thought, signature)), None)
-            thinking = (thinking if valid is None else valid) + thought
-            if valid is not None or not block["signature"]:
+            begins = [begin for begin in (thinking, "") if self._signer.is_valid(begin + thought, signature)]
+            thinking = next(iter(begins), thinking) + thought
+            if begins or not block["signature"]:
                 kept.append({"type": "thinking", "thinking": thought})
             else:
                 self.n_unverified += 1
@@ -140,7 +140,7 @@ def _read_reply_block(where: str, kind: str, block: Json) -> Json:
 
 
 def _read_result(where: str, block: Json) -> Json:
-    """Return a tool result whose content is text. Templates do not know failed tools, so the text names the error."""
+    """Return a tool result whose content is text. Templates do not know failed tools, so the text says it."""
     content, is_error = block.get("content"), block.get("is_error")
     if not isinstance(is_error, bool | None):
         raise _error(f"{where}.is_error", f"is {is_error!r:.60}; send true or false")
@@ -165,7 +165,8 @@ def _read_document(where: str, kind: str, block: Json) -> Json:
         if isinstance(source, dict) and source_kind == "content":
             return _joined(block, _read_text_blocks(f"{where}.source.content", source.get("content")))
         raise _error(f"{where}.source", f"has the type {source_kind!r:.60}; this server reads text and content")
-    raise _error(f"{where}.type", f"is {kind!r:.60}; this server reads text, tool_result, document and search_result")
+    known = "text, tool_result, document and search_result"
+    raise _error(f"{where}.type", f"is {kind!r:.60}; this server reads {known}")
 
 
 def _joined(block: Json, parts: Sequence[Json]) -> Json:

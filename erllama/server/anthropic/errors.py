@@ -22,7 +22,7 @@ _TYPES: Mapping[ErrorKind, str] = {
     "unsupported": "invalid_request_error",
     "internal": "api_error",
 }
-# Kinds whose status is not the one of `STATUS`. A client retries 5xx, which does not help with an unsupported request.
+# Kinds with a status of their own. Clients retry after 5xx, which does not help with what is unsupported.
 _STATUS: Mapping[ErrorKind, int] = {"overloaded": 529, "unsupported": 400}
 
 

@@ -1,4 +1,4 @@
-"""`POST /v1/messages` and `/v1/messages/count_tokens`: a message, whole or as a stream, and the length of its prompt."""
+"""`POST /v1/messages` and `/v1/messages/count_tokens`: messages, whole or as streams, and the length of prompts."""
 
 from __future__ import annotations
 
@@ -141,8 +141,8 @@ async def _collect(reply: _Reply) -> ChatCompletion:
 async def _stream(reply: _Reply, cache_salt: str | None) -> AsyncIterator[bytes]:
     """Yield the events of a message.
 
-    The first one has the length of the prompt, and the tokens of it that the cache has now. How many are read is known
-    once the model begins, so the numbers of `message_delta` are the final ones.
+    The first one has the length of the prompt, and how much of it the cache has now. How much is read is known once
+    the model begins, so the numbers of `message_delta` are the final ones.
     """
     async with reply.replies:
         prompt = reply.replies.prompt

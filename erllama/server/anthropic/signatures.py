@@ -1,7 +1,7 @@
 """Signatures of thinking: a client returns a thought with the signature that it was sent with.
 
-The engine signs all thinking of a reply up to the end of each thought, so a later thought is verified together with the
-earlier ones of its message.
+The engine signs all thinking of a reply up to the end of each thought. So a later thought is verified together with
+the earlier ones of its message.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The key that signs thinking. It is kept in a file, so that conversations continue after a restart of the server."""
+"""The key that signs thinking, and its file, which keeps signatures valid after a restart of the server."""
 
 from __future__ import annotations
 

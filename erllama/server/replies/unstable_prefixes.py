@@ -1,7 +1,7 @@
 """Unstable prefixes: what makes the beginning of a conversation's prompt differ from request to request.
 
 A prefix cache serves a prompt up to the first token that differs. So the server removes known texts that change each
-time (`_RULES`), and reports other changes: `note_prefix_change`.
+time (`_RULES`), and reports other changes (`note_prefix_change`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Rule(NamedTuple):
 
 # Each rule is listed in docs/server/anthropic.md.
 _RULES = (
-    # Claude Code's first system block, for Anthropic's billing: fields such as "cch=a5145;", one of them a hash of the
+    # Claude Code's first system block, for Anthropic's billing: fields such as "cch=a5145;", which change with each
     # request. Proxies that join blocks put it on one line with the next block.
     _Rule(
         "x-anthropic-billing-header:",
