@@ -197,7 +197,8 @@ def test_a_wrong_field_is_an_error_with_its_path(change: dict[str, object], wher
     with client_replying("x") as client, pytest.raises(anthropic.BadRequestError) as caught:
         create(client, extra_body=change)
     body = caught.value.body
-    assert isinstance(body, dict) and body["type"] == "error"
+    assert isinstance(body, dict)
+    assert body["type"] == "error"
     assert body["error"]["type"] == "invalid_request_error"
     assert where in body["error"]["message"]
     assert body["request_id"] == caught.value.request_id
@@ -224,7 +225,8 @@ def test_a_full_queue_is_overloaded_with_a_time_to_retry() -> None:
 
     response = error_response(ERRORS, as_api_error(QueueFull("full")), CallRecord("id7", "/v1/messages"))
     assert (response.status_code, response.headers["retry-after"]) == (529, "1")
-    assert b'"overloaded_error"' in response.body and b'"request_id":"id7"' in response.body
+    assert b'"overloaded_error"' in response.body
+    assert b'"request_id":"id7"' in response.body
 
 
 def test_a_wrong_key_is_an_authentication_error() -> None:

@@ -56,12 +56,12 @@ def test_events_come_in_the_order_of_the_blocks() -> None:
     is_open, started = False, 0
     for name, event in events[1:-2]:
         if name == "content_block_start":
-            assert not is_open and event["index"] == started
+            assert (is_open, event["index"]) == (False, started)
             is_open, started = True, started + 1
         else:
-            assert is_open and event["index"] == started - 1
+            assert (is_open, event["index"]) == (True, started - 1)
             is_open = name != "content_block_stop"
-    assert not is_open and started >= 3
+    assert (is_open, started) == (False, 3)
     kinds = [event["delta"]["type"] for name, event in events if name == "content_block_delta"]  # type: ignore[index]
     assert kinds.index("thinking_delta") < kinds.index("signature_delta") < kinds.index("text_delta")
     assert kinds.index("text_delta") < kinds.index("input_json_delta")

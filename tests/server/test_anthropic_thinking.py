@@ -31,7 +31,8 @@ def test_a_thought_returns_into_the_prompt_and_is_warm() -> None:
     with client_replying(THOUGHTFUL) as client:
         first = create(client, HELLO)
         assert [block.type for block in first.content] == ["thinking", "text"]
-        assert first.content[0].thinking == "A plan." and first.content[0].signature
+        assert first.content[0].thinking == "A plan."
+        assert first.content[0].signature
         second = create(client, answered([block.to_dict() for block in first.content]))
         before = prompt_tokens(first.usage) + first.usage.output_tokens
         assert second.usage.cache_read_input_tokens >= before

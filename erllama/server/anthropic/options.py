@@ -48,10 +48,9 @@ def chat_options(body: MessagesBody, served: ServedModel, messages: Messages, si
         options["max_tokens"] = body.max_tokens
     if body.stop_sequences:
         options["stop"] = body.stop_sequences
-    thinking = body.thinking
-    if thinking is not None and thinking.type == "enabled" and thinking.budget_tokens is not None:
-        if served.can_think:
-            options["thinking_budget_tokens"] = thinking.budget_tokens
+    budget = body.thinking.budget_tokens if body.thinking is not None and body.thinking.type == "enabled" else None
+    if budget is not None and served.can_think:
+        options["thinking_budget_tokens"] = budget
     choice = body.tool_choice
     if choice is not None and ("tools" in options or choice.type in ("any", "tool")):
         options["tool_choice"] = _tool_choice(choice)

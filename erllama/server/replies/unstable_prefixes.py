@@ -1,7 +1,7 @@
 """Unstable prefixes: what makes the beginning of a conversation's prompt differ from request to request.
 
-A prefix cache serves a prompt up to the first token that differs. So the server removes known texts that change each
-time (`_RULES`), and reports other changes (`note_prefix_change`).
+A prefix cache serves a prompt up to the first token that differs. So the server removes known texts that change with
+each request (`_RULES`), and reports other changes (`note_prefix_change`).
 """
 
 from __future__ import annotations
