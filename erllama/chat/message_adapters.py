@@ -15,11 +15,14 @@ from erllama._types import Message
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NINE = re.compile(r"[a-zA-Z0-9]{9}")
+_DEVELOPER = re.compile(r"""(['"])developer\1""")  # the role, not a variable such as developer_token
 
 
 def adapt_messages(messages: Sequence[Message], template: str) -> list[Message]:
     """Return normalized messages as a template with this source requires them."""
     adapted = list(messages)
+    if not _DEVELOPER.search(template):
+        adapted = [_with_known_role(message) for message in adapted]
     if "length != 9" in template or "alphanumeric" in template:
         adapted = [_with_nine_character_ids(message) for message in adapted]
     if "thinking" in template and "reasoning_content" not in template:
@@ -46,6 +49,14 @@ def _change_calls(message: Message, change: Callable[[Mapping[str, object]], Mes
     if not isinstance(calls, list):
         return message
     return {**message, "tool_calls": [change(call) for call in calls]}
+
+
+def _with_known_role(message: Message) -> Message:
+    """Return a developer's message as a system message, for templates that do not mention developers.
+
+    Templates that write any role into the prompt would otherwise write one that the model was not trained on.
+    """
+    return {**message, "role": "system"} if message["role"] == "developer" else message
 
 
 def _with_nine_character_ids(message: Message) -> Message:

@@ -1,16 +1,18 @@
 """Endpoints: how an API declares a path, and what happens to each of its requests.
 
-An `Endpoint` names a path, the type of its body and the function that answers. `Endpoint.route` wraps the function with
-what all endpoints share: the key, the rate limit, the body, the error's form and the access log.
+An `Endpoint` names a path, the type of its body and the function that answers. `make_routes` wraps the function with
+what all endpoints share: the key, the rate limit, the body, the error's form and the access log. Two APIs may declare
+the same path if a header distinguishes their clients.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -18,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from erllama.server.conduct.bodies import decode_body, read_body
+from erllama.server.conduct.disconnects import until_disconnect
 from erllama.server.conduct.errors import ApiError, ErrorForm, as_api_error
 from erllama.server.conduct.keys import ApiKey, find_key
 from erllama.server.models import ServedModel
@@ -42,9 +45,13 @@ class CallRecord:
         first_token: seconds until the first token; None if there was none.
         prompt_tokens, cached_tokens, completion_tokens: of all its replies.
         tier: the slowest tier that a part of the prompt was read from; None for a cold prompt.
+        queue_seconds, prefill_seconds, decode_seconds: of its last reply: waiting, up to the first token, and from
+            there to the last.
         finish_reason: of its last reply; "" if none.
         error: code or kind of its error; "" if none.
         notes: remarks for the log, such as how the prompt differs from the previous one.
+        prompt: the messages or the prompt, if the option `log_prompts` is set.
+        ending: completes the counts of replies that the client abandoned; None if there are none.
     """
 
     id: str
@@ -56,9 +63,14 @@ class CallRecord:
     cached_tokens: int = 0
     completion_tokens: int = 0
     tier: str | None = None
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
     finish_reason: str = ""
     error: str = ""
     notes: list[str] = field(default_factory=list)
+    prompt: object = None
+    ending: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True)
@@ -107,6 +119,8 @@ class Endpoint(Generic[B]):
         summary: one line for the OpenAPI document.
         public: whether it needs no key.
         computes: whether it uses a model, and so counts for rate limits.
+        header: name of a header. The endpoint answers requests that have it; another endpoint of the same method and
+            path, without `header`, answers the others. None for an endpoint that answers any request.
     """
 
     method: str
@@ -117,14 +131,37 @@ class Endpoint(Generic[B]):
     summary: str
     public: bool = False
     computes: bool = True
+    header: str | None = None
 
     def route(self, server: Server) -> Route:
         """Return the route of this endpoint."""
+        return _make_route([self], server)
 
-        async def handle(request: Request) -> Response:
-            return await _handle(self, server, request)
 
-        return Route(self.path, handle, methods=[self.method])
+def make_routes(endpoints: Iterable[Endpoint[Any]], server: Server) -> list[Route]:
+    """Return a route for each method and path.
+
+    Raises:
+        ValueError: two endpoints have the same method, path and header.
+    """
+    groups: dict[tuple[str, str], list[Endpoint[Any]]] = {}
+    for endpoint in endpoints:
+        group = groups.setdefault((endpoint.method, endpoint.path), [])
+        if endpoint.header in [other.header for other in group]:
+            raise ValueError(f"two endpoints are {endpoint.method} {endpoint.path}; give one of them a header")
+        group.append(endpoint)
+    return [_make_route(group, server) for group in groups.values()]
+
+
+def _make_route(endpoints: Sequence[Endpoint[Any]], server: Server) -> Route:
+    """Return the route of endpoints with the same method and path."""
+    ordered = sorted(endpoints, key=lambda endpoint: endpoint.header is None)  # the one for all requests is last
+
+    async def handle(request: Request) -> Response:
+        fitting = (each for each in ordered if each.header is None or each.header in request.headers)
+        return await _handle(next(fitting, ordered[-1]), server, request)
+
+    return Route(ordered[0].path, handle, methods=[ordered[0].method])
 
 
 async def _handle(endpoint: Endpoint[B], server: Server, request: Request) -> Response:
@@ -136,7 +173,10 @@ async def _handle(endpoint: Endpoint[B], server: Server, request: Request) -> Re
         if key is not None and endpoint.computes:
             server.rate_limits.admit(key)
         call = Call(request, server, key, record, endpoint.errors)
-        return await endpoint.answer(call, await _read(endpoint, server, request))
+        body = await _read(endpoint, server, request)
+        if server.is_stopping and endpoint.computes:
+            raise ApiError("unavailable", "the server is stopping; try again", "server_stopping", retry_after=1)
+        return await until_disconnect(request, endpoint.answer(call, body))
     except ClientDisconnect:
         record.error = "disconnected"
         return Response(status_code=499)  # nobody reads it
@@ -145,7 +185,7 @@ async def _handle(endpoint: Endpoint[B], server: Server, request: Request) -> Re
 
 
 async def _read(endpoint: Endpoint[B], server: Server, request: Request) -> B:
-    if issubclass(endpoint.body, NoBody):
+    if isinstance(endpoint.body, type) and issubclass(endpoint.body, NoBody):  # a body may be a list
         return endpoint.body()
     options = server.options
     body = await read_body(request, options.max_body_bytes, options.body_timeout)

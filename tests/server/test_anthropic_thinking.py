@@ -7,9 +7,9 @@ from pathlib import Path
 import anthropic
 import pytest
 
-from support.anthropic_clients import TOOLS, client_of, client_replying, prompt_tokens
-from support.chat.scripted_model import CALL, model_replying
-from support.http_server import running_server
+import erllama
+from support.anthropic_clients import TOOLS, client_replying, prompt_tokens
+from support.chat.scripted_model import CALL
 
 HELLO = [{"role": "user", "content": "hello"}]
 THOUGHTFUL = "<think>A plan.</think>Good day."
@@ -123,21 +123,12 @@ def test_a_budget_does_not_matter_to_a_model_that_cannot_think() -> None:
         assert message.content[0].text == "Good day."
 
 
-def test_thoughts_are_valid_after_a_restart_with_a_data_directory(tmp_path: Path) -> None:
+def test_thoughts_are_valid_after_a_restart_with_a_cache_directory(tmp_path: Path) -> None:
     counts = []
     blocks: list[dict[str, object]] = []
-    for data_dir in (tmp_path / "data", tmp_path / "data", tmp_path / "other"):
-        with client_replying(THOUGHTFUL, data_dir=data_dir) as client:
-            if not blocks:
-                blocks = [block.to_dict() for block in create(client, HELLO).content]
-            counts.append(count(client, answered(blocks)))
-    assert counts[0] == counts[1] > counts[2]
-    key = tmp_path / "data" / "thinking-signing.key"
-    assert key.stat().st_mode & 0o077 == 0
-
-
-def test_a_data_directory_that_cannot_be_used_is_no_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with model_replying(THOUGHTFUL) as model, running_server(model, data_dir=tmp_path / "file") as server:
-        with client_of(server.url) as client:
-            assert create(client, HELLO).content[0].type == "thinking"
+    for directory in ("kv", "kv", "other"):
+        with erllama.Cache(disk=tmp_path / directory) as cache, client_replying(THOUGHTFUL, cache=cache) as client:
+            blocks = blocks or [block.to_dict() for block in create(client, HELLO).content]
+            plain = count(client, answered("Good day."))
+            counts.append(count(client, answered(blocks)) - plain)
+    assert counts[0] == counts[1] > counts[2] == 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from starlette.responses import Response
 
+from erllama._model.requests.options import TemplateOptions
 from erllama._types import Messages
 from erllama.chat.results import ChatCompletion
 from erllama.engine import Done
@@ -20,7 +22,7 @@ from erllama.server.anthropic.signatures import ThoughtSigner
 from erllama.server.conduct.bodies import Json
 from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.models import ServedModel
-from erllama.server.replies.running import Replies, open_chat, until_disconnect
+from erllama.server.replies.running import Replies, open_chat
 from erllama.server.replies.sse import encode_event, event_stream
 from erllama.server.replies.unstable_prefixes import drop_unstable_headers
 
@@ -33,7 +35,7 @@ _STOP_REASONS: Mapping[str, str] = {
 }
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[MessagesBody]]:
     """Return the endpoints of this module."""
     counts = "Count the tokens of a conversation's prompt."
     return [
@@ -78,7 +80,7 @@ async def answer(call: Call, body: MessagesBody) -> Response:
         response.headers.update(request_id_headers(call))
         return response
     async with replies:
-        completion = await until_disconnect(call.request, _collect(reply))
+        completion = await _collect(reply)
     values = reply.message() | {"content": writer.content} | _ending(completion) | {"usage": usage(completion)}
     return json_response(values, headers=request_id_headers(call))
 
@@ -87,10 +89,12 @@ async def count_tokens(call: Call, body: MessagesBody) -> Response:
     """Answer with the number of tokens of a message's prompt."""
     served = call.find_model(body.model)
     messages: Messages = _read_messages(call, body)
-    options = template_options(body, messages)
+    known = TemplateOptions.__annotations__
+    defaults = {name: value for name, value in served.defaults.items() if name in known}
+    options = cast(TemplateOptions, {**defaults, **template_options(body, messages)})
     if call.server.options.drop_unstable_headers:
         messages = drop_unstable_headers(messages)
-    options["special_tokens_in_content"] = served.special_tokens_in_content
+    options.setdefault("special_tokens_in_content", served.special_tokens_in_content)
     salt = call.cache_salt(body.cache_salt)
     ids = await asyncio.to_thread(served.model.apply_chat_template, messages, cache_salt=salt, **options)
     return json_response({"input_tokens": len(ids)}, headers=request_id_headers(call))

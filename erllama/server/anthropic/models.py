@@ -1,11 +1,11 @@
-"""The models of a server in Anthropic's form, for `GET /v1/models` and `/v1/models/{id}` of its clients.
+"""`GET /v1/models` and `/v1/models/{id}` for Anthropic's clients, which send the header `anthropic-version`.
 
-OpenAI's API has the same paths. `is_anthropic` distinguishes the clients.
+OpenAI's API has the same paths for other clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from starlette.responses import Response
@@ -13,60 +13,65 @@ from starlette.responses import Response
 from erllama.server.anthropic.errors import ERRORS
 from erllama.server.anthropic.messages import request_id_headers
 from erllama.server.conduct.bodies import Json
-from erllama.server.conduct.errors import ApiError, as_api_error
-from erllama.server.endpoints import Call, error_response, json_response
+from erllama.server.conduct.errors import ApiError
+from erllama.server.endpoints import Call, Endpoint, NoBody, json_response
 from erllama.server.models import ServedModel
 
 _DEFAULT_LIMIT, _MAX_LIMIT = 20, 1000  # Anthropic's
+_HEADER = "anthropic-version"
 
 
-def is_anthropic(headers: Mapping[str, str]) -> bool:
-    """Return whether a request is one of Anthropic's clients, which name the version of the API in a header."""
-    return "anthropic-version" in headers
+def endpoints() -> list[Endpoint[NoBody]]:
+    """Return the endpoints of this module."""
+    return [
+        Endpoint("GET", path, NoBody, answer, ERRORS, summary, computes=False, header=_HEADER)
+        for path, answer, summary in (
+            ("/v1/models", list_models, "List the models."),
+            ("/v1/models/{id:path}", get_model, "Describe a model."),
+        )
+    ]
 
 
-async def answer_list(call: Call) -> Response:
-    """Answer with the models that the client's key may use, page by page; errors in Anthropic's form."""
-    try:
-        return json_response(list_models(call), headers=request_id_headers(call))
-    except ApiError as error:
-        return error_response(ERRORS, error, call.record)
-
-
-async def answer_one(call: Call, name: str) -> Response:
-    """Answer with one model; errors in Anthropic's form."""
-    try:
-        return json_response(model_json(call.find_model(name)), headers=request_id_headers(call))
-    except ApiError as error:
-        return error_response(ERRORS, as_api_error(error), call.record)
-
-
-def list_models(call: Call) -> Json:
-    """Return one page of the models.
+async def list_models(call: Call, _: NoBody) -> Response:
+    """Answer with one page of the models that the client's key may use.
 
     The query has `limit` (default 20, 1 to 1000), and `after_id` or `before_id`: the model next to the page.
 
     Raises:
         ApiError: one of these is wrong.
     """
-    allowed = call.key.models if call.key is not None else None
-    models = [each for each in call.server.models.models if allowed is None or each.name in allowed]
+    models = _allowed(call)
     query = call.request.query_params
     limit = _limit(query.get("limit"))
     after, before = query.get("after_id"), query.get("before_id")
     begin = 0 if after is None else _position(models, after, "after_id") + 1
     end = len(models) if before is None else _position(models, before, "before_id")
     page = models[max(begin, end - limit) : end] if before is not None else models[begin : min(begin + limit, end)]
-    return {
-        "data": [model_json(each) for each in page],
+    values = {
+        "data": [_model_json(each) for each in page],
         "has_more": len(page) < end - begin,
         "first_id": page[0].name if page else None,
         "last_id": page[-1].name if page else None,
     }
+    return json_response(values, headers=request_id_headers(call))
 
 
-def model_json(served: ServedModel) -> Json:
-    """Return one model."""
+async def get_model(call: Call, _: NoBody) -> Response:
+    """Answer with one model. A name that only answers because the server has a single model is unknown here."""
+    name = call.request.path_params["id"]
+    for served in _allowed(call):
+        if name == served.name or name in served.aliases:
+            return json_response(_model_json(served), headers=request_id_headers(call))
+    known = ", ".join(served.name for served in _allowed(call)) or "none"
+    raise ApiError("not_found", f"there is no model {name!r:.80}; this server has {known}", "model_not_found")
+
+
+def _allowed(call: Call) -> Sequence[ServedModel]:
+    names = call.key.models if call.key is not None else None
+    return [each for each in call.server.models.models if names is None or each.name in names]
+
+
+def _model_json(served: ServedModel) -> Json:
     return {
         "type": "model",
         "id": served.name,
@@ -86,7 +91,7 @@ def _limit(text: str | None) -> int:
     return int(text)
 
 
-def _position(models: list[ServedModel], name: str, param: str) -> int:
+def _position(models: Sequence[ServedModel], name: str, param: str) -> int:
     for index, each in enumerate(models):
         if each.name == name:
             return index

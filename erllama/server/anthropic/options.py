@@ -42,7 +42,7 @@ def chat_options(body: MessagesBody, served: ServedModel, messages: Messages, si
     Args:
         signing_key: signs thinking.
     """
-    options: dict[str, object] = {**body.sampling_options(), **template_options(body, messages)}
+    options: dict[str, object] = {**body.sampling_options(served.model), **template_options(body, messages)}
     options["thinking_signing_key"] = signing_key
     if body.max_tokens is not None:
         options["max_tokens"] = body.max_tokens

@@ -1,14 +1,14 @@
 """Finds conversations whose prompt does not begin as it did before, by comparing the tokens of prompts.
 
 A client that writes the time into its first line defeats every prefix cache, and does not notice. `PrefixWatch`
-keeps a few recent prompts of each client, and finds the one with which a new prompt shares the longest prefix. If they
-differ before its end, and most of what follows in the earlier prompt occurs in the new one all the same, then it is
-the same conversation with a changed prefix. Otherwise it is another conversation.
+keeps a few recent prompts of each client, and finds the one with which a new prompt shares the longest prefix. If
+they differ before its end, and most of what follows in the earlier prompt occurs in the new one all the same, then it
+is the same conversation with a changed prefix. Otherwise it is another conversation.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,15 +40,10 @@ class PrefixChange(NamedTuple):
 
 
 class PrefixWatch:
-    """Keeps recent prompts, and compares new ones with them. Used by the event loop alone.
-
-    Attributes:
-        changes: number of changed prefixes, by model.
-    """
+    """Keeps recent prompts, and compares new ones with them. Used by the event loop alone."""
 
     def __init__(self) -> None:
         self._prompts: OrderedDict[tuple[str, str], list[Tokens]] = OrderedDict()  # least recent client first
-        self.changes: Counter[str] = Counter()
 
     def add(self, client: tuple[str, str], prompt: Tokens) -> PrefixChange | None:
         """Keep a prompt; return its change if it is an earlier one with a changed prefix.
@@ -69,8 +64,6 @@ class PrefixWatch:
         prompts.append(prompt)
         del prompts[:-_PROMPTS_PER_CLIENT]
         self._bound()
-        if change is not None:
-            self.changes[client[1]] += 1
         return change
 
     def _bound(self) -> None:

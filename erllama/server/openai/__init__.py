@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from erllama.server.endpoints import Endpoint
-from erllama.server.openai import chat
+from erllama.server.openai import chat, completions, embeddings, models
 
 __all__ = ["endpoints"]
 
 
 def endpoints() -> list[Endpoint]:
     """Return the endpoints of the API."""
-    return [*chat.endpoints()]
+    return [endpoint for module in (chat, completions, embeddings, models) for endpoint in module.endpoints()]

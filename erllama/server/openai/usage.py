@@ -1,12 +1,14 @@
-"""Parts of OpenAI's answers that several endpoints share: token counts, timings, log-probabilities, finish reasons."""
+"""Parts of OpenAI's answers that several endpoints share: token counts, timings and finish reasons."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from erllama.engine import Completion, TokenLogprobs
-from erllama.engine.requests.request import Timings
+from erllama.engine import Completion
 from erllama.server.conduct.bodies import Json
+from erllama.server.replies.timings import timings
+
+__all__ = ["finish_reason", "timings", "usage", "usage_of_prompts"]
 
 # "context_full" and "cancelled" have no counterpart: the reply is cut short, as by max_tokens.
 _FINISH_REASONS: Mapping[str, str] = {"stop": "stop", "tool_calls": "tool_calls"}
@@ -20,37 +22,31 @@ def finish_reason(completion: Completion) -> str:
 def usage(completions: Sequence[Completion]) -> Json:
     """Return the token counts of the replies to one prompt.
 
-    The prompt counts once. `cached_tier` is an extension: the slowest tier that a part of it was read from.
+    The prompt counts once. `cached_tier` is an extension: the slowest tier that a part of it was read from. With
+    several prompts, it is that of the first prompt that was cached.
     """
-    first = completions[0]
-    n_prompt = len(first.context_tokens) - len(first.tokens)
+    return usage_of_prompts(completions, len(completions))
+
+
+def usage_of_prompts(completions: Sequence[Completion], n: int) -> Json:
+    """Return the token counts of the replies to several prompts.
+
+    Args:
+        completions: the `n` replies to the first prompt, then those to the second, and so on.
+    """
+    firsts = completions[::n]
+    n_prompt = sum(len(each.context_tokens) - len(each.tokens) for each in firsts)
     n_reply = sum(len(each.tokens) for each in completions)
+    tiers = [each.cache.tier for each in firsts if each.cache.tier is not None]
+    cached = {
+        "cached_tokens": sum(each.cache.tokens for each in firsts),
+        "cached_tier": tiers[0] if tiers else None,
+    }
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_reply,
         "total_tokens": n_prompt + n_reply,
-        "prompt_tokens_details": {"cached_tokens": first.cache.tokens, "cached_tier": first.cache.tier},
+        "prompt_tokens_details": cached,
     }
 
 
-def timings(completion: Completion) -> Json:
-    """Return llama-server's timings of a reply: milliseconds, and tokens per second."""
-    times: Timings = completion.timings
-    prompt_seconds = times.restore + times.prefill
-    n_prompt, n_reply = times.prefill_tokens, len(completion.tokens)
-    return {
-        "cache_n": completion.cache.tokens,
-        "prompt_n": n_prompt,
-        "prompt_ms": prompt_seconds * 1000,
-        "prompt_per_token_ms": prompt_seconds * 1000 / max(n_prompt, 1),
-        "prompt_per_second": n_prompt / prompt_seconds if prompt_seconds else 0.0,
-        "predicted_n": n_reply,
-        "predicted_ms": times.decode * 1000,
-        "predicted_per_token_ms": times.decode * 1000 / max(n_reply, 1),
-        "predicted_per_second": n_reply / times.decode if times.decode else 0.0,
-    }
-
-
-def token_text(raw: bytes) -> str:
-    """Return the bytes of a token as text; bytes that are not UTF-8 become U+FFFD."""
-    return raw.decode("utf-8", "replace")

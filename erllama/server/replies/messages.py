@@ -7,8 +7,11 @@ are removed here. Values that stay are the client's objects, unchanged: the temp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
-from erllama.server.conduct.bodies import Json
+import msgspec
+
+from erllama.server.conduct.bodies import Json, field_error
 from erllama.server.conduct.errors import ApiError
 
 _MESSAGE_KEYS = frozenset(
@@ -28,6 +31,54 @@ _MESSAGE_KEYS = frozenset(
 _CALL_KEYS = frozenset({"id", "type", "function"})
 _FUNCTION_KEYS = frozenset({"name", "arguments"})
 _TOOL_KEYS = frozenset({"name", "description", "parameters", "input_schema", "strict"})
+T = TypeVar("T")
+
+
+class _Part(msgspec.Struct):
+    type: str
+    text: str | None = None
+
+
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | Json | None = None
+
+
+class _Call(msgspec.Struct):
+    id: str | None = None
+    type: str | None = None
+    function: _Function | None = None
+
+
+class _Message(msgspec.Struct):
+    """The types of a message's fields. Values are checked, and the message stays as it is."""
+
+    role: str
+    content: str | list[str | _Part] | None = None
+    name: str | None = None
+    tool_calls: list[_Call] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    thinking: str | None = None
+    refusal: str | None = None
+    function_call: _Function | None = None
+
+
+class _ToolFunction(msgspec.Struct):
+    """The types of a tool's fields."""
+
+    name: str
+    description: str | None = None
+    parameters: Json | None = None
+    input_schema: Json | None = None
+    strict: bool | None = None
+
+
+class _Tool(msgspec.Struct):
+    function: _ToolFunction
+
+
 # Keys that only some roles may have. Clients send them empty for the others.
 _OF_ASSISTANT = frozenset({"tool_calls", "reasoning_content", "reasoning", "thinking", "refusal", "function_call"})
 
@@ -48,11 +99,12 @@ def _read_message(index: int, message: Json) -> Json:
     if not isinstance(role, str):
         where = f"messages[{index}].role"
         raise ApiError("invalid_request", f"{where} is {role!r:.60}; send the name of a role", param=where)
+    _check(message, _Message, f"messages[{index}]")
     read = {key: value for key, value in message.items() if key in _MESSAGE_KEYS and value is not None}
     if role != "assistant":
         for key in _OF_ASSISTANT & read.keys():
             del read[key]
-    if role != "tool":
+    if role != "tool" or not read.get("tool_call_id"):  # without an id, a result is that of the first open call
         read.pop("tool_call_id", None)
     if isinstance(read.get("tool_calls"), list):
         read["tool_calls"] = [_read_call(call) for call in read["tool_calls"]]
@@ -70,12 +122,29 @@ def _read_call(call: object) -> object:
     return read
 
 
-def read_tools(tools: Sequence[Json] | None) -> list[Json] | None:
-    """Return the functions among the tools, as `Model.chat` takes them; None if there is none."""
+def read_tools(tools: Sequence[Json] | None, field: str = "tools") -> list[Json] | None:
+    """Return the functions among the tools, as `Model.chat` takes them; None if there is none.
+
+    Args:
+        field: the name of the body's field, for errors.
+
+    Raises:
+        ApiError: a field of a function has the wrong type.
+    """
     read = []
-    for tool in tools or ():
+    for index, tool in enumerate(tools or ()):
+        if tool.get("type", "function") != "function":
+            continue
+        _check(tool, _Tool if "function" in tool else _ToolFunction, f"{field}[{index}]")
         function = tool.get("function", tool)
-        if tool.get("type", "function") == "function" and isinstance(function, Mapping):
-            known = {key: value for key, value in function.items() if key in _TOOL_KEYS and value is not None}
-            read.append({"type": "function", "function": known})
+        known = {key: value for key, value in function.items() if key in _TOOL_KEYS and value is not None}
+        read.append({"type": "function", "function": known})
     return read or None
+
+
+def _check(value: Json, type: type[T], path: str) -> None:
+    """Raise ApiError, with a path, if a field has the wrong type."""
+    try:
+        msgspec.convert(value, type)
+    except msgspec.ValidationError as error:
+        raise field_error(error, path) from None

@@ -1,7 +1,7 @@
 """Unstable prefixes: what makes the beginning of a conversation's prompt differ from request to request.
 
-A prefix cache serves a prompt up to the first token that differs. So the server removes known texts that change with
-each request (`_RULES`), and reports other changes (`note_prefix_change`).
+A prefix cache serves a prompt up to the first token that differs. So the server removes known texts that change
+with each request (`_RULES`), and reports other changes (`note_prefix_change`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from erllama._types import Messages
+from erllama.server.conduct.metrics import PREFIX_CHANGED
 from erllama.server.endpoints import Call
 from erllama.server.models import ServedModel
 
@@ -85,12 +86,14 @@ def _stable_text(text: object) -> object:
 def note_prefix_change(call: Call, served: ServedModel, prompt: NDArray[np.int32]) -> None:
     """Compare a prompt with earlier ones of the same key and model, and report if its prefix changed.
 
+    The note is part of the access log, and `erllama_prefix_changes` counts it.
+
     Args:
         prompt: token ids, int32, shape (n,).
     """
     client = (call.key.secret if call.key is not None else "", served.name)
     change = call.server.prefixes.add(client, prompt)
     if change is not None:
-        note = f"prefix changed at token {change.at} of {change.n_tokens}"
+        note = f"{PREFIX_CHANGED} at token {change.at} of {change.n_tokens}"
         call.record.notes.append(note)
         log.info("model %s: %s; what comes after it is computed again", served.name, note)

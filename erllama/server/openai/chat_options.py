@@ -1,0 +1,144 @@
+"""The body of a chat completion, and what it asks of `Model.chat`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from erllama._model.requests.options import ChatOptions
+from erllama.server.conduct.bodies import Json
+from erllama.server.conduct.errors import ApiError
+from erllama.server.openai.bodies import MAX_CHOICES, StreamOptions
+from erllama.server.replies.messages import read_tools
+from erllama.server.replies.sampling import SamplingBody
+
+
+class ChatBody(SamplingBody, kw_only=True):
+    """The body of a chat completion: OpenAI's fields, llama-server's, and our own."""
+
+    messages: list[Json]
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    tools: list[Json] | None = None
+    tool_choice: str | Json | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[Json] | None = None
+    function_call: str | Json | None = None
+    response_format: Json | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=100)] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: Json | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether the client uses `functions`, the form that `tools` replaced."""
+        return bool(self.functions) and not self.tools
+
+    @property
+    def n_choices(self) -> int:
+        """Number of replies."""
+        return self.n or 1
+
+
+def chat_options(body: ChatBody) -> ChatOptions:
+    """Return the options of `Model.chat` for a body.
+
+    Raises:
+        ApiError: fields contradict each other, or one has a value that it does not take.
+    """
+    options: dict[str, Any] = dict(body.sampling_options())
+    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if limit is not None and limit >= 0:  # llama-server's -1 is no limit
+        options["max_tokens"] = limit
+    options |= _tool_options(body)
+    schema = _response_schema(body.response_format)
+    if schema is not None:
+        if body.json_schema is not None or body.grammar is not None:
+            other = "json_schema" if body.json_schema is not None else "grammar"
+            message = f"response_format and {other} both constrain the reply; send one of them"
+            raise ApiError("invalid_request", message, param=other)
+        options["json_schema"] = schema
+    if body.logprobs:
+        options["logprobs"] = body.top_logprobs or 0
+    elif body.top_logprobs:
+        message = "top_logprobs has no effect without logprobs; send logprobs: true, too"
+        raise ApiError("invalid_request", message, param="top_logprobs")
+    thinking = _thinking(body)
+    if thinking is not None:
+        options["thinking"] = thinking
+    args = {name: value for name, value in (body.chat_template_kwargs or {}).items() if name != "enable_thinking"}
+    if body.reasoning_effort is not None:
+        args.setdefault("reasoning_effort", body.reasoning_effort)
+    if args:
+        options["template_args"] = args
+    return options  # type: ignore[return-value]
+
+
+def _tool_options(body: ChatBody) -> dict[str, Any]:
+    """Return the options for tools, or for functions, which are tools that a reply calls one at a time."""
+    tools, choice, parallel = read_tools(body.tools), body.tool_choice, body.parallel_tool_calls
+    if body.is_legacy:
+        tools = read_tools(body.functions, "functions")
+        choice, parallel = body.function_call, False
+        if isinstance(choice, dict):
+            choice = {"type": "function", "function": choice}
+    if tools is None:
+        if choice in (None, "none", "auto"):
+            return {}
+        field = "function_call" if choice is body.function_call else "tool_choice"
+        raise ApiError(
+            "invalid_request", f"{field} requires a call, and there are no tools; send some", param=field
+        )
+    options: dict[str, Any] = {"tools": tools}
+    if choice is not None:
+        options["tool_choice"] = choice
+    if parallel is not None:
+        options["parallel_tool_calls"] = parallel
+    return options
+
+
+def _thinking(body: ChatBody) -> bool | None:
+    """Return whether the model thinks; None for its default."""
+    enabled = (body.chat_template_kwargs or {}).get("enable_thinking")
+    if isinstance(enabled, bool):
+        return enabled
+    if enabled is not None:
+        where = "chat_template_kwargs.enable_thinking"
+        raise ApiError("invalid_request", f"{where} is {enabled!r:.60}; send true or false", param=where)
+    if body.reasoning_effort is None:
+        return None
+    return body.reasoning_effort != "none"
+
+
+def _response_schema(format: Json | None) -> Json | None:
+    """Return the JSON schema of `response_format`; None for text.
+
+    Raises:
+        ApiError: its type is unknown, or it has no schema.
+    """
+    kind = "text" if format is None else format.get("type")
+    if format is None or kind == "text":
+        return None
+    if kind == "json_object":
+        schema = format.get("schema")
+        return schema if isinstance(schema, dict) else {"type": "object"}
+    if kind == "json_schema":
+        declared = format.get("json_schema")
+        schema = declared.get("schema") if isinstance(declared, Mapping) else format.get("schema")
+        if isinstance(schema, dict):
+            return schema
+        where = "response_format.json_schema.schema"
+        raise ApiError("invalid_request", f"{where} is missing; send a JSON schema", param=where)
+    raise ApiError(
+        "invalid_request",
+        f"response_format.type is {kind!r:.60}; it takes text, json_object and json_schema",
+        param="response_format.type",
+    )

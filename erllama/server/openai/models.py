@@ -1,0 +1,101 @@
+"""`GET /v1/models` and `GET /v1/models/{id}`: the models of the server.
+
+The list has each model twice: in `data`, as OpenAI has it, with llama-server's `meta`; and in `models`, as Ollama and
+llama-server have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from starlette.responses import Response
+
+from erllama._model.info import ModelInfo
+from erllama.server.conduct.bodies import Json
+from erllama.server.conduct.errors import ApiError
+from erllama.server.endpoints import Call, Endpoint, NoBody, json_response
+from erllama.server.models import ServedModel
+from erllama.server.openai.errors import ERRORS
+
+
+def endpoints() -> list[Endpoint]:
+    """Return the endpoints of this module."""
+    # llama-server has both paths, and clients whose base URL has no version use the second one.
+    lists = [
+        Endpoint("GET", path, NoBody, list_models, ERRORS, "List the models.", computes=False)
+        for path in ("/v1/models", "/models")
+    ]
+    one = Endpoint("GET", "/v1/models/{id:path}", NoBody, get_model, ERRORS, "Describe a model.", computes=False)
+    return [*lists, one]
+
+
+async def list_models(call: Call, _: NoBody) -> Response:
+    """Answer with the models that the key may use."""
+    found = _allowed(call)
+    values = {"object": "list", "data": list(map(_entry, found)), "models": list(map(_listed, found))}
+    return json_response(values)
+
+
+async def get_model(call: Call, _: NoBody) -> Response:
+    """Answer with one model. A name that only answers because the server has a single model is unknown here."""
+    name = call.request.path_params["id"]
+    for served in _allowed(call):
+        if name == served.name or name in served.aliases:
+            return json_response(_entry(served))
+    known = ", ".join(served.name for served in _allowed(call)) or "none"
+    raise ApiError("not_found", f"there is no model {name!r}; this server has {known}", "model_not_found", "model")
+
+
+def _allowed(call: Call) -> Sequence[ServedModel]:
+    names = None if call.key is None else call.key.models
+    return [served for served in call.server.models.models if names is None or served.name in names]
+
+
+def _entry(served: ServedModel) -> Json:
+    """Return a model as OpenAI has it."""
+    info = served.model.info
+    meta = {
+        "n_vocab": info.n_vocab,
+        "n_ctx": info.n_ctx,
+        "n_ctx_train": info.n_ctx_train,
+        "n_embd": info.n_embd,
+        "n_params": info.n_params,
+        "size": info.file_bytes,
+    }
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "erllama",
+        "aliases": [alias for alias in served.aliases if alias != "*"],
+        "meta": meta,
+    }
+
+
+def _listed(served: ServedModel) -> Json:
+    """Return a model as Ollama has it. Fields that only a registry of models knows are empty."""
+    info = served.model.info
+    return {
+        "name": served.name,
+        "model": served.name,
+        "modified_at": datetime.fromtimestamp(served.created, UTC).isoformat(),
+        "size": info.file_bytes,
+        "digest": "",
+        "type": "model",
+        "description": info.name,
+        "tags": [],
+        "parameters": "",
+        "details": _details(info),
+    }
+
+
+def _details(info: ModelInfo) -> Json:
+    return {
+        "parent_model": "",
+        "format": "gguf" if info.backend == "llama" else "",
+        "family": info.architecture,
+        "families": [info.architecture] if info.architecture else [],
+        "parameter_size": f"{info.n_params / 1e9:.1f}B" if info.n_params else "",
+        "quantization_level": info.quantization,
+    }
