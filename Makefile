@@ -33,7 +33,7 @@ $(BIN)/python scripts/extra_requirements.py $(1) > $(VENV)/$(1).txt && \
 $(PIP) install -r $(VENV)/$(1).txt
 endef
 
-.PHONY: setup setup-dev demo demo-model real-models test test-rpc test-models check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
+.PHONY: setup setup-dev demo demo-model real-models test test-rpc test-models test-llama-server check coverage lint format docs fuzz stress bench bench-quick profile wheel clean
 
 # Install what erllama needs to run.
 setup: $(INSTALLED)
@@ -83,6 +83,11 @@ real-models: setup-dev
 test-models: $(if $(ERLLAMA_TEST_MODEL),setup-dev,real-models)
 	ERLLAMA_REAL_MODELS=1 $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile $(REAL_MODEL_TESTS)
 
+# llama.cpp's own tests of its server, against llama-server, which is built first, and against ours. Prints a table.
+# LLAMA_TESTS holds further arguments, as LLAMA_TESTS="--only ours test_basic.py".
+test-llama-server: setup-dev
+	$(BIN)/python -m scripts.llama_server_tests $(LLAMA_TESTS)
+
 # The linters and the fast tests: under two minutes on two idle cores. Run it before each commit.
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(FAST_TESTS)
@@ -113,14 +118,15 @@ fuzz: setup-dev
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/models/test_adapters_refused.py -k flipped_bytes
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/storage/test_archives.py -k flipped_bytes
 	ERLLAMA_FUZZ_N=$(or $(N),10000) $(BIN)/python -m pytest --timeout 14400 tests/models/test_mutated_models.py -k no_mutant
+	ERLLAMA_FUZZ_N=$(or $(N),2000) $(BIN)/python -m pytest --timeout 14400 tests/server/test_openapi.py -k "internal_error or refused"
 
 # The long form of the tests of kills, signals, faults, mutations, processes and state machines, after those of real
 # models.
 stress: test-models
-	ERLLAMA_KILLS=200 ERLLAMA_MUTATIONS=10000 ERLLAMA_SHARING_SECONDS=60 ERLLAMA_LOCK_SECONDS=10 \
+	ERLLAMA_LOAD=10000 ERLLAMA_KILLS=200 ERLLAMA_MUTATIONS=10000 ERLLAMA_SHARING_SECONDS=60 ERLLAMA_LOCK_SECONDS=10 \
 	ERLLAMA_SOAK=10000 ERLLAMA_SIGNALS=10000 ERLLAMA_DEATHS=200 ERLLAMA_GRAMMARS=500 ERLLAMA_TOOL_VALUES=2000 ERLLAMA_SPECULATION=200 ERLLAMA_RESUMPTIONS=3000 ERLLAMA_ADAPTERS=3000 ERLLAMA_HARNESS_EXAMPLES=$(or $(N),500) $(BIN)/python -m pytest --timeout 3600 --durations=25 \
 	tests/storage/test_crashes.py tests/storage/test_storage_faults.py tests/storage/test_mutations.py tests/storage/test_sharing.py tests/harness/test_harness.py tests/serving/test_soak.py \
-	tests/structured/test_constrained.py tests/structured/test_schema_numbers.py tests/exactness/test_speculation.py tests/exactness/test_resumption.py tests/exactness/test_adapters_cached.py tests/structured/test_tool_values.py tests/process/test_signals.py tests/supervision/test_deaths.py tests/supervision/test_exact_continuation.py
+	tests/structured/test_constrained.py tests/structured/test_schema_numbers.py tests/exactness/test_speculation.py tests/exactness/test_resumption.py tests/exactness/test_adapters_cached.py tests/structured/test_tool_values.py tests/process/test_signals.py tests/supervision/test_deaths.py tests/supervision/test_exact_continuation.py tests/server/test_load.py
 
 # Compare with llama.cpp's own tools, which are built first, on a generated model and on the real ones. Takes an hour
 # on an otherwise idle machine. BENCH holds further arguments, as BENCH="--shape 1.1b --runs 3 one agents".

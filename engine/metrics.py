@@ -45,6 +45,7 @@ class EngineMetrics:
         prefilled_tokens: tokens computed in slices of prefill, including those of resumed requests.
         decoded_tokens: rows of replies that were computed, one a tick for each reply that is generated.
         drafted_tokens, accepted_tokens: rows computed ahead, and those of them that were accepted.
+        drafts: decodes with rows that were computed ahead.
         ticks: decodes.
         preempted: preemptions of requests, which lost their cells to others and waited.
         first_token, between_tokens: seconds from submission to the first token, and from token to token.
@@ -60,6 +61,7 @@ class EngineMetrics:
     decoded_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    drafts: int = 0
     ticks: int = 0
     preempted: int = 0
     first_token: Histogram = field(default_factory=Histogram)

@@ -5,6 +5,8 @@
     <root>/partial/       files being written
     <root>/owners/        one locked file for every process that has the directory open
     <root>/damaged/       the last few files that were invalid
+    <root>/signing-key    signs thinking, if the directory is that of a server
+    <root>/responses.sqlite  what a server keeps of conversations
 
 A process that has the directory open holds a lock on its own file in `owners/`. The operating system releases the
 lock when the process ends, even by a crash. A lock that another process can take therefore belongs to a process
@@ -38,7 +40,7 @@ INDEX_NAME = "index.db"
 BLOCK_FILE = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}{re.escape(kvc.SUFFIX)}")  # the key in hex
 # Names of a cache, and of what else the user's cache directory contains. The mode of a directory with other names
 # in it is not changed.
-_OWN_NAMES = {"blocks", "partial", "owners", "damaged", "llama", "models"}
+_OWN_NAMES = {"blocks", "partial", "owners", "damaged", "llama", "models", "responses.sqlite", "signing-key"}
 _DAMAGED_KEPT = 8  # enough to find the cause; they count towards no budget
 _LOCK_SUFFIX = ".lock"
 _ID_BYTES = 8  # the name of an owner is the id of its cache and one of its own, both random

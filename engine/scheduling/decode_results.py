@@ -68,6 +68,7 @@ class DecodeResults:
         self._metrics.ticks += 1
         self._metrics.decoded_tokens += generated
         self._metrics.drafted_tokens += drafts
+        self._metrics.drafts += drafts > 0
         self._metrics.prefilled_tokens += n_rows - generated - drafts
         if self.speculating and generated == len(parts):
             self._costs.record(n_rows, seconds)

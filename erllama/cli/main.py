@@ -121,6 +121,11 @@ def root(debug: bool) -> None:
 for command in (
     LazyCommand("run", "erllama.cli.run", "Write one reply to a prompt."),
     LazyCommand("chat", "erllama.cli.chat.command", "Chat with a model."),
+    LazyCommand(
+        "serve",
+        "erllama.cli.serve",
+        "Serve models over HTTP, with the APIs of OpenAI, Anthropic, llama-server and Ollama.",
+    ),
     LazyCommand("demo", "erllama.cli.demo", "Compute a long prompt, and restore it in a new process."),
     LazyCommand("demo-worker", "erllama.cli.demo"),
     LazyCommand("info", "erllama.cli.info", "Describe a model file. Reads its header only."),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,15 +15,27 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from erllama._model.model import Model
+from erllama.cache import Cache
+from erllama.errors import OptionError
 from erllama.server import anthropic, llama_server, ollama, openai, responses
 from erllama.server.conduct.access_log import AccessLog
 from erllama.server.conduct.errors import ApiError
 from erllama.server.conduct.hosts import HostCheck
+from erllama.server.conduct.upgrades import RefuseUpgrades
+from erllama.server.conduct.signing import signing_key
 from erllama.server.endpoints import Endpoint, error_response, make_routes
 from erllama.server.models import ModelPool, ServedModel
 from erllama.server.openai.errors import ERRORS
+from erllama.server.openapi import document_endpoint
 from erllama.server.options import ServerOptions
 from erllama.server.state import Server
+from erllama.server.stored_responses import ResponseStore
+
+log = logging.getLogger("erllama.server")
+
+
+# llama-server has these endpoints of OpenAI without the prefix, too, with errors in its own form.
+_ALSO_WITHOUT_PREFIX = ("/v1/chat/completions", "/v1/responses")
 
 
 def app(models: Model | ServedModel | Iterable[Model | ServedModel], **options: object) -> ASGIApp:
@@ -43,21 +56,61 @@ def make_server(models: Model | ServedModel | Iterable[Model | ServedModel], opt
     given = [models] if isinstance(models, Model | ServedModel) else list(models)
     served = [each if isinstance(each, ServedModel) else ServedModel(each) for each in given]
     if len(served) == 1 and not served[0].aliases:
-        served = [ServedModel(served[0].model, ("*",), served[0].special_tokens_in_content)]
-    return Server(ModelPool(served), options, secrets.token_bytes(32))
+        served = [replace(served[0], aliases=("*",))]
+    pool = ModelPool(served)
+    _check_keys(options, pool)
+    cache = pool.models[0].model.cache
+    return Server(pool, options, signing_key(cache), responses=_open_responses(options, cache))
+
+
+def _check_keys(options: ServerOptions, pool: ModelPool) -> None:
+    """Raise OptionError if a key names a model that does not exist: its client could use no model."""
+    known = [served.name for served in pool.models]
+    for key in options.keys:
+        for name in key.models or ():
+            if name not in known:
+                raise OptionError(f"the key {key.name!r} has the model {name!r}; the server has {', '.join(known)}")
+
+
+def _open_responses(options: ServerOptions, cache: Cache) -> ResponseStore:
+    """Return the stored responses: in `state_dir`, or in the cache's first disk directory, or in memory."""
+    n = options.max_stored_responses
+    if options.state_dir is not None:
+        return ResponseStore(n, options.state_dir)
+    for status in cache.tiers():
+        if status.tier == "disk" and not status.read_only and status.error is None:
+            try:
+                return ResponseStore(n, status.location)
+            except OptionError as error:
+                log.warning("%s; they are in memory until the server stops", error)
+                break
+    return ResponseStore(n)
 
 
 def all_endpoints() -> list[Endpoint]:
     """Return the endpoints of all APIs."""
     apis = (openai, responses, anthropic, llama_server, ollama)
-    return [endpoint for api in apis for endpoint in api.endpoints()]
+    found = [endpoint for api in apis for endpoint in api.endpoints()]
+    known = {each.path for each in found}
+    shorter = [_without_prefix(each) for each in found if each.path in _ALSO_WITHOUT_PREFIX]
+    return found + [each for each in shorter if each.path not in known]
+
+
+def _without_prefix(endpoint: Endpoint[object]) -> Endpoint[object]:
+    return replace(endpoint, path=endpoint.path.removeprefix("/v1"), errors=llama_server.ERRORS)
 
 
 def make_app(server: Server) -> ASGIApp:
     """Return the application of a server."""
-    routes = make_routes(all_endpoints(), server)
+    endpoints = all_endpoints()
+    endpoints.append(document_endpoint(endpoints, ERRORS))
+    routes = make_routes(endpoints, server)
     options = server.options
-    middleware = [Middleware(AccessLog), Middleware(HostCheck, options.allowed_hosts)]
+    middleware = [
+        Middleware(AccessLog, server.metrics.count),
+        Middleware(HostCheck, options.allowed_hosts, options.cors_origins),
+        Middleware(RefuseUpgrades),
+    ]
     if options.cors_origins:
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=options.cors_origins, allow_methods=["*"], allow_headers=["*"])

@@ -7,6 +7,7 @@ the same path if a header distinguishes their clients.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from erllama.server.conduct.bodies import decode_body, read_body
+from erllama.server.conduct.disconnects import until_disconnect
 from erllama.server.conduct.errors import ApiError, ErrorForm, as_api_error
 from erllama.server.conduct.keys import ApiKey, find_key
 from erllama.server.models import ServedModel
@@ -43,9 +45,13 @@ class CallRecord:
         first_token: seconds until the first token; None if there was none.
         prompt_tokens, cached_tokens, completion_tokens: of all its replies.
         tier: the slowest tier that a part of the prompt was read from; None for a cold prompt.
+        queue_seconds, prefill_seconds, decode_seconds: of its last reply: waiting, up to the first token, and from
+            there to the last.
         finish_reason: of its last reply; "" if none.
         error: code or kind of its error; "" if none.
         notes: remarks for the log, such as how the prompt differs from the previous one.
+        prompt: the messages or the prompt, if the option `log_prompts` is set.
+        ending: completes the counts of replies that the client abandoned; None if there are none.
     """
 
     id: str
@@ -57,9 +63,14 @@ class CallRecord:
     cached_tokens: int = 0
     completion_tokens: int = 0
     tier: str | None = None
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
     finish_reason: str = ""
     error: str = ""
     notes: list[str] = field(default_factory=list)
+    prompt: object = None
+    ending: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True)
@@ -162,7 +173,10 @@ async def _handle(endpoint: Endpoint[B], server: Server, request: Request) -> Re
         if key is not None and endpoint.computes:
             server.rate_limits.admit(key)
         call = Call(request, server, key, record, endpoint.errors)
-        return await endpoint.answer(call, await _read(endpoint, server, request))
+        body = await _read(endpoint, server, request)
+        if server.is_stopping and endpoint.computes:
+            raise ApiError("unavailable", "the server is stopping; try again", "server_stopping", retry_after=1)
+        return await until_disconnect(request, endpoint.answer(call, body))
     except ClientDisconnect:
         record.error = "disconnected"
         return Response(status_code=499)  # nobody reads it
@@ -171,7 +185,7 @@ async def _handle(endpoint: Endpoint[B], server: Server, request: Request) -> Re
 
 
 async def _read(endpoint: Endpoint[B], server: Server, request: Request) -> B:
-    if issubclass(endpoint.body, NoBody):
+    if isinstance(endpoint.body, type) and issubclass(endpoint.body, NoBody):  # a body may be a list
         return endpoint.body()
     options = server.options
     body = await read_body(request, options.max_body_bytes, options.body_timeout)
@@ -182,7 +196,10 @@ def error_response(form: ErrorForm, error: ApiError, record: CallRecord | None =
     """Return the answer for an error, in an API's form."""
     if record is not None:
         record.error = error.code or error.kind
+        error.request_id = record.id
     headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
+    if error.request_id:  # Anthropic's clients read the second one
+        headers |= {"x-request-id": error.request_id, "request-id": error.request_id}
     if error.kind == "authentication":
         headers["www-authenticate"] = "Bearer"
     return json_response(form.body(error), form.status(error), headers)

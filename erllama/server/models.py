@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from erllama._model.model import Model
+from erllama.chat.thinking import find_thinking_markers
 from erllama.errors import OptionError
 from erllama.server.conduct.errors import ApiError
 
@@ -24,12 +25,19 @@ class ServedModel:
         special_tokens_in_content: whether messages may spell out special tokens. Unsafe if messages have texts from
             outside, such as web pages.
         created: time of loading, in seconds since 1970.
+        defaults: options of `Model.chat` that apply where a request sets none, such as `temperature`, `seed` and
+            `chat_template`.
+        pooling: how the vectors of a text's tokens become one, as of `Model.embed`; None for the model's own.
+        file: name of the model's file; "" if it has none.
     """
 
     model: Model
     aliases: tuple[str, ...] = ()
     special_tokens_in_content: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    pooling: str | None = None
+    file: str = ""
 
     @property
     def name(self) -> str:
@@ -38,8 +46,9 @@ class ServedModel:
 
     @property
     def can_think(self) -> bool:
-        """Whether the model's template has markers of thinking."""
-        return self.model._chat_requests.chats.thinking_markers is not None
+        """Whether the chat template has markers of thinking."""
+        templates = self.model._chat_requests.chats.templates
+        return find_thinking_markers(templates.choose(self.defaults.get("chat_template")).source) is not None
 
 
 class ModelPool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
-from erllama.checks import boolean, integer, real, reject_unknown
+from erllama.checks import boolean, integer, real, reject_unknown, shown
 from erllama.errors import OptionError
 from erllama.server.conduct.keys import ApiKey
 
@@ -26,7 +27,11 @@ class ServerOptions:
         shutdown_seconds: seconds that running requests have to finish when the server stops.
         log_prompts: write prompts to the access log.
         drop_unstable_headers: remove what clients put into prompts and change on each request (docs/server.md).
-        max_stored_responses: how many responses `/v1/responses` keeps for `previous_response_id`.
+        slots: answer `/slots`, which shows how many requests run.
+        metrics: answer `/metrics`.
+        max_stored_responses: how many responses `/v1/responses` keeps for `previous_response_id`. 0 for none.
+        state_dir: directory for what the server keeps over a restart: the stored responses, with their prompts, in
+            a file that only its owner can read. None for the cache's directory, or for memory without one.
     """
 
     keys: tuple[ApiKey, ...] = ()
@@ -41,17 +46,24 @@ class ServerOptions:
     log_prompts: bool = False
     drop_unstable_headers: bool = True
     max_stored_responses: int = 1000
+    state_dir: str | Path | None = None
+    slots: bool = True
+    metrics: bool = True
 
     def __post_init__(self) -> None:
         integer("max_body_bytes", self.max_body_bytes, 1)
         integer("max_json_depth", self.max_json_depth, 1)
         integer("max_stored_responses", self.max_stored_responses, 0)
+        for name in ("allowed_hosts", "cors_origins"):
+            texts(name, getattr(self, name))
         for name in ("body_timeout", "keep_alive_seconds"):
             real(name, getattr(self, name), 0.001)
         for name in ("restart_wait", "shutdown_seconds"):
             real(name, getattr(self, name), 0.0)
-        for name in ("log_prompts", "drop_unstable_headers"):
+        for name in ("log_prompts", "drop_unstable_headers", "slots", "metrics"):
             boolean(name, getattr(self, name))
+        if not isinstance(self.state_dir, str | Path | None):
+            raise OptionError(f"state_dir={shown(self.state_dir)}; pass the path of a directory, or None")
         secrets = [key.secret for key in self.keys]
         if len(set(secrets)) < len(secrets):
             raise OptionError("two keys are equal; remove one")
@@ -62,3 +74,10 @@ class ServerOptions:
         known = [each.name for each in fields(cls)]
         reject_unknown({name: value for name, value in options.items() if name not in known}, known, "app")
         return cls(**options)  # type: ignore[arg-type]
+
+
+def texts(name: str, value: object) -> tuple[str, ...]:
+    """Return a list of texts as a tuple; raise OptionError for anything else, such as one text."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+        raise OptionError(f"{name} must be a list of texts, not {shown(value)}")
+    return tuple(value)

@@ -76,6 +76,15 @@ class EmbeddingRequests:
     def rerank(self, query: object, documents: object, cancelled: threading.Event) -> Rows:
         """Return the scores of documents for a query; see `Model.rerank`."""
         embedder = self._open()
+        pairs = self._pairs(embedder, query, documents)
+        return np.array([row[0] for row in self._compute(embedder, pairs, _RANK, cancelled)], np.float32)
+
+    def count_pair_tokens(self, query: object, documents: object) -> list[int]:
+        """Return the number of tokens of the query with each document; errors as of `rerank`."""
+        return [len(pair) for pair in self._pairs(self._open(), query, documents)]
+
+    def _pairs(self, embedder: Embedder, query: object, documents: object) -> list[NDArray[np.int32]]:
+        """Return the tokens of the query with each document, checked."""
         limits = embedder.limits
         if limits.pooling != _RANK:
             raise Unsupported(
@@ -99,7 +108,7 @@ class EmbeddingRequests:
                     n_tokens=len(pairs[-1]),
                     n_ctx=limits.n_tokens,
                 )
-        return np.array([row[0] for row in self._compute(embedder, pairs, _RANK, cancelled)], np.float32)
+        return pairs
 
     def close(self) -> None:
         """Fail the running call with ModelUnloaded and close the embedder. Idempotent."""

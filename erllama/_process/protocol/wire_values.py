@@ -45,7 +45,7 @@ from erllama.errors import OptionError
 _GENERATOR_BYTES = 16
 _COUNTS = (
     *("refused", "prompt_tokens", "shared_tokens", "cached_tokens", "prefilled_tokens", "decoded_tokens"),
-    *("drafted_tokens", "accepted_tokens", "ticks", "preempted"),
+    *("drafted_tokens", "accepted_tokens", "drafts", "ticks", "preempted"),
 )
 
 # --- options ---------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""The access log: one line of JSON for each request, once its response has ended. It has no text of prompts.
+"""The access log: one line of JSON for each request, once its response has ended.
 
-The lines go to the logger `erllama.server.access`.
+The lines go to the logger `erllama.server.access`. They have no text of prompts, unless the option `log_prompts` is set.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,10 +17,15 @@ log = logging.getLogger("erllama.server.access")
 
 
 class AccessLog:
-    """Logs each request. An ASGI application around another."""
+    """Logs each request. An ASGI application around another.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    Args:
+        on_end: called at the end of each request with its record (None without an endpoint), its key (None without
+            one), its status and its seconds. For metrics.
+    """
+
+    def __init__(self, app: ASGIApp, on_end: Callable[[Any, Any, int, float], None] | None = None) -> None:
+        self._app, self._on_end = app, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and log it."""
@@ -36,12 +43,21 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_noting)
         finally:
-            _write(scope, status, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            state = scope.get("state", {})
+            record, key = state.get("record"), state.get("key")
+            try:
+                # The token counts of a reply that the client abandoned arrive with its last tick.
+                if record is not None and record.ending is not None:
+                    await record.ending
+            finally:
+                if self._on_end is not None:
+                    self._on_end(record, key, status, seconds)
+                if log.isEnabledFor(logging.INFO):
+                    _write(scope, status, seconds, record, key)
 
 
-def _write(scope: Scope, status: int, seconds: float) -> None:
-    record = scope.get("state", {}).get("record")
-    key = scope.get("state", {}).get("key")
+def _write(scope: Scope, status: int, seconds: float, record: Any, key: Any) -> None:  # noqa: ANN401
     line: dict[str, object] = {
         "time": time.time(),
         "method": scope["method"],
@@ -63,7 +79,7 @@ def _write(scope: Scope, status: int, seconds: float) -> None:
             "finish_reason": record.finish_reason,
             "error": record.error,
             "notes": record.notes,
+            "prompt": record.prompt,
         }
-    log.info(
-        msgspec.json.encode({name: value for name, value in line.items() if value not in (None, "", [])}).decode()
-    )
+    shown = {name: value for name, value in line.items() if value not in (None, "", [])}
+    log.info("%s", msgspec.json.encode(shown).decode())

@@ -1,9 +1,14 @@
-"""Checks the Host header, so that a web page cannot reach the server under a name of its own (DNS rebinding)."""
+"""Checks the headers Host and Origin, so that web pages cannot use the server of the machine that shows them.
+
+A page can reach a server on this machine in two ways: under a name of its own that resolves to 127.0.0.1 (DNS
+rebinding), or by a request to 127.0.0.1 whose answer it cannot read. Either would make the model compute.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
@@ -13,25 +18,40 @@ _LOCAL_NAMES = ("localhost",)
 
 
 class HostCheck:
-    """Answers 421 to requests whose Host header names another machine. An ASGI application around another.
+    """Answers 421 to requests whose Host header names another machine, and 403 to those of other sites' pages.
 
-    IP addresses are accepted: a page cannot have one as its name unless it was loaded from there.
+    An ASGI application around another. IP addresses are accepted as hosts: a page cannot have one as its name unless
+    it was loaded from there.
 
     Args:
-        allowed: names that are accepted besides those of this machine. "*" for any.
+        allowed: names that are accepted besides those of this machine, without ports. "*" for any.
+        origins: origins of pages that are accepted besides those of the server itself. "*" for any.
     """
 
-    def __init__(self, app: ASGIApp, allowed: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, allowed: Collection[str], origins: Collection[str] = ()) -> None:
         self._app = app
         self._allowed = frozenset(name.lower() for name in (*_LOCAL_NAMES, *allowed))
+        self._origins = frozenset(origin.lower().rstrip("/") for origin in origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it."""
-        if scope["type"] in ("http", "websocket") and not self._is_allowed(Headers(scope=scope).get("host", "")):
-            text = "the Host header names a machine that this server does not serve; see `--allowed-host`"
-            await PlainTextResponse(text, 421)(scope, receive, send)
-            return
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
+            host = headers.get("host", "")
+            if not self._is_allowed(host):
+                text = "the Host header names a machine that this server does not serve; see `--allowed-host`"
+                await PlainTextResponse(text, 421)(scope, receive, send)
+                return
+            if not self._is_origin_allowed(headers.get("origin"), host):
+                text = "pages of this origin may not use this server; see `--cors-origin`"
+                await PlainTextResponse(text, 403)(scope, receive, send)
+                return
         await self._app(scope, receive, send)
+
+    def _is_origin_allowed(self, origin: str | None, host: str) -> bool:
+        if origin is None or "*" in self._origins or origin.lower() in self._origins:
+            return True
+        return urlsplit(origin).netloc.lower() == host.lower() != ""
 
     def _is_allowed(self, host: str) -> bool:
         if "*" in self._allowed:

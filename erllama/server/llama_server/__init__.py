@@ -1,12 +1,30 @@
-"""The endpoints of llama-server. `endpoints` lists its paths."""
+"""The endpoints of llama-server: health, settings, metrics, tokens, completions, embeddings, rankings and adapters.
+
+`endpoints` lists its paths. `ERRORS` is its form of errors.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from erllama.server.endpoints import Endpoint
+from erllama.server.llama_server import (
+    adapters,
+    completion,
+    embedding,
+    health,
+    infill,
+    metrics,
+    props,
+    rerank,
+    tokens,
+)
+from erllama.server.llama_server.errors import ERRORS
 
-__all__ = ["endpoints"]
+__all__ = ["ERRORS", "endpoints"]
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of the API."""
-    return []
+    modules = (health, props, metrics, tokens, completion, infill, embedding, rerank, adapters)
+    return [endpoint for module in modules for endpoint in module.endpoints()]

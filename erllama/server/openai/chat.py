@@ -19,13 +19,10 @@ from erllama.server.replies.messages import read_messages
 from erllama.server.replies.running import Replies, open_chat
 from erllama.server.replies.sse import event_stream
 
-# llama-server has both paths, and clients whose base URL has no version use the second one.
-_PATHS = ("/v1/chat/completions", "/chat/completions")
-
 
 def endpoints() -> list[Endpoint]:
     """Return the endpoints of this module."""
-    return [Endpoint("POST", path, ChatBody, answer, ERRORS, "Reply to a conversation.") for path in _PATHS]
+    return [Endpoint("POST", "/v1/chat/completions", ChatBody, answer, ERRORS, "Reply to a conversation.")]
 
 
 async def answer(call: Call, body: ChatBody) -> Response:

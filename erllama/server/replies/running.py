@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, Unpack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Any, Generic, NamedTuple, TypeVar, Unpack, cast
 
-from starlette.requests import ClientDisconnect, Request
+import numpy as np
+from numpy.typing import NDArray
 
 from erllama._model.requests.chat_streams import AsyncChatStream
 from erllama._model.requests.options import ChatOptions, CompletionOptions
@@ -18,11 +20,13 @@ from erllama._model.requests.streams import AsyncStream
 from erllama._types import Messages, Prompt
 from erllama.chat.results import ChatCompletion
 from erllama.engine import Completion, Done, Event, Grammar
-from erllama.errors import SessionBusy
+from erllama.errors import Error, SessionBusy
+from erllama.server.conduct.disconnects import until_disconnect as until_disconnect  # for the APIs
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call
 from erllama.server.models import ServedModel
 from erllama.server.replies.sessions import SessionHint
+from erllama.server.replies.unstable_prefixes import drop_unstable_headers, note_prefix_change
 
 T = TypeVar("T")
 Result = TypeVar("Result", bound=Completion)
@@ -47,11 +51,17 @@ class Replies(Generic[Result]):
 
     def __init__(self, call: Call, streams: Sequence[AsyncStream], hint: SessionHint | None = None) -> None:
         self._call, self._streams, self._hint = call, streams, hint
+        self._unfinished = set(range(len(streams)))
 
     async def __aenter__(self) -> Replies[Result]:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        for stream in self._streams:
+            stream.cancel()
+        if self._unfinished:
+            # A task of its own: this one is being cancelled if the client left.
+            self._call.record.ending = asyncio.ensure_future(self._note_abandoned())
         try:
             for stream in self._streams:
                 await stream.__aexit__(*error)
@@ -59,11 +69,27 @@ class Replies(Generic[Result]):
             if self._hint is not None:
                 self._hint.release()
 
+    def cancel(self, index: int) -> None:
+        """End one reply at its next token. Its `Done` follows."""
+        self._streams[index].cancel()
+
+    async def _note_abandoned(self) -> None:
+        """Note what the replies that nobody awaits have computed. They end at the next tick."""
+        for index in sorted(self._unfinished):
+            with suppress(Error):
+                # Not the result of a chat: the model remembers the part that the client got.
+                self._note(index, Done(await AsyncStream.result(self._streams[index])))
+
+    @property
+    def prompt(self) -> NDArray[np.int32]:
+        """The token ids of the prompt, int32, shape (n,)."""
+        return self._streams[0].prompt
+
     async def events(self) -> AsyncIterator[Choice]:
         """Yield the events of all replies, each reply's in order; `Done` is the last of each."""
         if len(self._streams) == 1:
             async for event in self._streams[0]:
-                self._note(event)
+                self._note(0, event)
                 yield Choice(0, event)
             return
         queue: asyncio.Queue[Choice | Exception | None] = asyncio.Queue(maxsize=64)
@@ -78,26 +104,22 @@ class Replies(Generic[Result]):
                 elif isinstance(item, Exception):
                     raise item
                 else:
-                    self._note(item.event)
+                    self._note(item.index, item.event)
                     yield item
 
     async def results(self) -> list[Result]:
-        """Return the whole replies.
-
-        Raises:
-            ClientDisconnect: the client left.
-        """
-        gathered = asyncio.gather(*(stream.result() for stream in self._streams))
-        results = await until_disconnect(self._call.request, gathered)
-        for result in results:
-            self._note(Done(result))
+        """Return the whole replies."""
+        results = await asyncio.gather(*(stream.result() for stream in self._streams))
+        for index, result in enumerate(results):
+            self._note(index, Done(result))
         return results  # type: ignore[return-value]
 
-    def _note(self, event: Event) -> None:
+    def _note(self, index: int, event: Event) -> None:
         record = self._call.record
         if record.first_token is None and not isinstance(event, Done):
             record.first_token = time.monotonic() - record.began
-        if isinstance(event, Done):
+        if isinstance(event, Done) and index in self._unfinished:
+            self._unfinished.remove(index)
             _note_completion(self._call, event.completion)
 
 
@@ -114,13 +136,15 @@ async def _forward(index: int, stream: AsyncStream, queue: asyncio.Queue[Choice 
 def _note_completion(call: Call, completion: Completion) -> None:
     record = call.record
     n_prompt = len(completion.context_tokens) - len(completion.tokens)
-    if record.first_token is None:
-        timings = completion.timings
+    timings = completion.timings
+    if record.first_token is None and completion.tokens:
         record.first_token = timings.queued + timings.restore + timings.prefill
     record.prompt_tokens += n_prompt
     record.cached_tokens += completion.cache.tokens
     record.completion_tokens += len(completion.tokens)
     record.tier = completion.cache.tier
+    record.queue_seconds, record.decode_seconds = timings.queued, timings.decode
+    record.prefill_seconds = timings.restore + timings.prefill
     record.finish_reason = completion.finish_reason
     if call.key is not None:
         call.server.rate_limits.charge(call.key, n_prompt - completion.cache.tokens + len(completion.tokens))
@@ -144,8 +168,13 @@ async def open_chat(
             session, which takes one request at a time.
         session_hint: name of a session to use unless another request is using it. `session_id` overrides it.
     """
+    options = cast(ChatOptions, {**served.defaults, **options})
     options.setdefault("special_tokens_in_content", served.special_tokens_in_content)
     options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
+    if call.server.options.drop_unstable_headers:
+        messages = drop_unstable_headers(messages)
+    if call.server.options.log_prompts:
+        call.record.prompt = messages
     await wait_for_process(call, served)
     hint = None
     if session_hint and options.get("session_id") is None:
@@ -165,7 +194,9 @@ async def open_chat(
         if hint is not None:
             hint.release()
         raise
-    return Replies(call, streams, hint)
+    replies: Replies[ChatCompletion] = Replies(call, streams, hint)
+    note_prefix_change(call, served, replies.prompt)
+    return replies
 
 
 async def _start_chat(served: ServedModel, messages: Messages, options: ChatOptions) -> AsyncChatStream:
@@ -215,7 +246,11 @@ async def open_completions(
         Unsupported: there is a suffix, and the model does not fill gaps.
         Error: as `open_chat`.
     """
+    options = cast(CompletionOptions, {**completion_defaults(served), **options})
     options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
+    if call.server.options.log_prompts:
+        logged = [prompt if isinstance(prompt, str) else [int(token) for token in prompt] for prompt in prompts]
+        call.record.prompt = logged if len(logged) > 1 else logged[0]
     await wait_for_process(call, served)
     await _compile_grammar(served, options)
     streams: list[AsyncStream] = []
@@ -234,7 +269,15 @@ async def open_completions(
         for stream in streams:
             stream.cancel()
         raise
-    return Replies(call, streams)
+    replies: Replies[Completion] = Replies(call, streams)
+    note_prefix_change(call, served, replies.prompt)
+    return replies
+
+
+def completion_defaults(served: ServedModel) -> CompletionOptions:
+    """Return the default options of a model that completions have, too."""
+    known = CompletionOptions.__annotations__
+    return cast(CompletionOptions, {name: value for name, value in served.defaults.items() if name in known})
 
 
 async def _compile_grammar(served: ServedModel, options: CompletionOptions) -> None:
@@ -274,11 +317,14 @@ async def wait_for_process(call: Call, served: ServedModel) -> None:
 
     Raises:
         ApiError: it takes longer than the option `restart_wait`.
+        ModelFailed, ModelUnloaded: the process is not started again.
     """
-    if served.model.info.pid:
+    runner = served.model._runner
+    if runner.pid:
         return
     deadline = time.monotonic() + call.server.options.restart_wait
-    while not served.model.info.pid:
+    while not runner.pid:
+        runner.check()
         if time.monotonic() >= deadline:
             raise ApiError(
                 "unavailable",
@@ -287,26 +333,3 @@ async def wait_for_process(call: Call, served: ServedModel) -> None:
                 retry_after=1,
             )
         await asyncio.sleep(_RESTART_POLL)
-
-
-async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """Return the result of some work; cancel it if the client leaves.
-
-    Raises:
-        ClientDisconnect: the client left.
-    """
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_wait_for_disconnect(request))
-    try:
-        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        leaving.cancel()
-        task.cancel()
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

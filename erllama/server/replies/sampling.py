@@ -7,9 +7,11 @@ from typing import Any
 
 import msgspec
 
+from erllama._model.model import Model
 from erllama._model.requests.options import CompletionOptions
 from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
+from erllama.server.replies.biases import end_biases, read_biases
 
 # Fields that have the same name and meaning in `Model.complete`.
 _SAME = (
@@ -56,20 +58,44 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     reproducible: bool | None = None
 
-    def sampling_options(self) -> CompletionOptions:
-        """Return the options of `Model.complete` for the fields that have a value."""
-        options: dict[str, object] = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
+    def sampling_options(self, model: Model | None = None) -> CompletionOptions:
+        """Return the options of `Model.complete` for the fields that have a value.
+
+        Args:
+            model: the model of the request. Without it, `ignore_eos` has no effect, and texts in `logit_bias` are
+                errors.
+        """
+        options: dict[str, object] = {
+            name: value for name in _SAME if (value := getattr(self, name)) not in (None, "")
+        }
+        _read_off_values(options)
         if self.seed is not None and self.seed >= 0:  # llama-server's -1 is a random seed
             options["seed"] = self.seed
         if self.stop:
             options["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         if self.json_schema is not None:
             options["json_schema"] = self.json_schema
-        if self.logit_bias:
+        if model is not None:
+            biases = read_biases(model, self.logit_bias) | (end_biases(model) if self.ignore_eos else {})
+            if biases:
+                options["logit_bias"] = biases
+        elif self.logit_bias:
             options["logit_bias"] = _read_biases(self.logit_bias)
         if self.reproducible:
             options["reproducible"] = True
         return options  # type: ignore[return-value]
+
+
+def _read_off_values(options: dict[str, object]) -> None:
+    """Replace the numbers by which llama-server's clients turn a step off, and which are out of range here."""
+    for name in ("temperature", "top_k", "top_n_sigma"):
+        value = options.get(name)
+        if isinstance(value, int | float) and value < 0:
+            options[name] = type(value)(0)
+    threshold = options.get("xtc_threshold")
+    if isinstance(threshold, int | float) and threshold > 0.5:  # no two tokens are that likely
+        for name in ("xtc_threshold", "xtc_probability"):
+            options.pop(name, None)
 
 
 def _read_biases(value: Mapping[str, float | bool] | list[list[object]]) -> dict[int, float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 
 import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -42,11 +44,16 @@ def event_stream(
 
     async def with_errors() -> AsyncIterator[bytes]:
         try:
-            async for event in events:
-                yield event
+            async with aclosing(events):  # type: ignore[type-var]
+                async for event in events:
+                    yield event
+        except (GeneratorExit, asyncio.CancelledError):
+            call.record.error = "disconnected"
+            raise
         except Exception as error:
             answer = as_api_error(error)
             call.record.error = answer.code or answer.kind
+            answer.request_id = call.record.id
             yield encode_error(answer)
 
     return EventSourceResponse(

@@ -1,0 +1,99 @@
+"""Runs a server with uvicorn until a signal, and stops it: `run`.
+
+SIGTERM or SIGINT ends it in this order: no new connections, running requests finish within `shutdown_seconds`, the
+models are unloaded, which saves their contexts and ends what still runs with an error, and `run` returns. A second
+signal skips the wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from erllama.server.application import make_app
+from erllama.server.conduct.connections import ConnectionLimits, protocol_class
+from erllama.server.listening import ListenOptions
+from erllama.server.state import Server
+
+log = logging.getLogger("erllama.server")
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# For the errors of requests that the end of their model cut off to reach their clients.
+_GOODBYE_SECONDS = 10.0
+
+
+def run(server: Server, listen: ListenOptions, bound: socket.socket, on_started: Callable[[], None]) -> None:
+    """Serve until SIGTERM or SIGINT. Call it in the main thread.
+
+    Args:
+        bound: of `listen.bind()`.
+        on_started: called once the server accepts connections.
+    """
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every malformed request
+    _UvicornServer(uvicorn_config(server, listen), server, on_started).run([bound])
+
+
+def uvicorn_config(server: Server, listen: ListenOptions) -> uvicorn.Config:
+    """Return how uvicorn runs a server."""
+    limits = ConnectionLimits(listen.header_timeout, listen.send_timeout)
+    return uvicorn.Config(
+        make_app(server),
+        http=protocol_class(limits),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=listen.idle_timeout,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=server.options.shutdown_seconds + _GOODBYE_SECONDS,  # type: ignore[arg-type]
+    )
+
+
+class _UvicornServer(uvicorn.Server):
+    """uvicorn's server, whose exit status is its caller's and whose requests end with their models."""
+
+    def __init__(self, config: uvicorn.Config, server: Server, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._server, self._on_started = server, on_started
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        """Stop at a signal. uvicorn's own method raises the signal again at the end, which kills the process."""
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._stop)
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _stop(self) -> None:
+        self._server.is_stopping = True
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_requests())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_requests(self) -> None:
+        """Unload the models once the running requests have had their time."""
+        await asyncio.sleep(self._server.options.shutdown_seconds)
+        log.warning("requests still run after %g s; their models are unloaded", self._server.options.shutdown_seconds)
+        models = [served.model for served in self._server.models.models]
+        await asyncio.gather(*(asyncio.to_thread(model.unload) for model in models))

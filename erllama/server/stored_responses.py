@@ -1,0 +1,203 @@
+"""Stored responses: what `/v1/responses` keeps so that a later request can continue a conversation by an id.
+
+The store is a SQLite database, in memory or in a file that its owner alone can read. It is bounded by number and by
+bytes; the least recently used responses are removed first. Each response belongs to one key, and other keys do not
+find it. All methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from erllama.errors import OptionError
+
+FILE_NAME = "responses.sqlite"
+
+# A client that sends the whole conversation each time stores it each time, 200 KiB for 40,000 tokens.
+MAX_BYTES = 512 << 20
+MAX_BYTES_IN_MEMORY = 64 << 20
+
+_FORMAT = 1  # user_version of the database
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS responses (
+    id TEXT PRIMARY KEY,
+    owner TEXT NOT NULL,
+    previous TEXT,       -- id of the response that it continues
+    used INTEGER NOT NULL,  -- number of its last use; larger is later
+    size INTEGER NOT NULL,  -- bytes of the next two
+    input BLOB NOT NULL,    -- JSON: the items of its own request
+    response BLOB NOT NULL  -- JSON
+);
+CREATE INDEX IF NOT EXISTS by_use ON responses (used);
+"""
+_COLUMNS = "SELECT id, owner, previous, input, response FROM responses"
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """A response and the request that it answers.
+
+    Attributes:
+        id: of the response.
+        owner: whose it is; "" on a server without keys.
+        previous: id of the response that it continues; None if there is none.
+        input: items of the request, without those of earlier responses.
+        response: the response, as clients receive it.
+    """
+
+    id: str
+    owner: str
+    previous: str | None
+    input: Sequence[Json]
+    response: Json
+
+
+class MissingResponseError(LookupError):
+    """A response is not stored: it never was, it was deleted or removed for newer ones, or it is another key's.
+
+    Attributes:
+        id: of the response.
+    """
+
+    def __init__(self, id: str) -> None:
+        super().__init__(id)
+        self.id = id
+
+
+class ResponseStore:
+    """Keeps responses.
+
+    Args:
+        max_responses: number of responses. 0 to store none.
+        directory: where the database is; it is created if it does not exist. None for memory.
+        max_bytes: size of all stored requests and responses. None for MAX_BYTES, or MAX_BYTES_IN_MEMORY.
+
+    Raises:
+        OptionError: the database cannot be opened.
+    """
+
+    def __init__(
+        self, max_responses: int = 0, directory: str | Path | None = None, max_bytes: int | None = None
+    ) -> None:
+        default = MAX_BYTES_IN_MEMORY if directory is None else MAX_BYTES
+        self._max_responses, self._max_bytes = max_responses, default if max_bytes is None else max_bytes
+        self._lock = threading.Lock()
+        path = None if directory is None or not max_responses else Path(directory) / FILE_NAME
+        try:
+            self._database = _open(path)
+        except (OSError, sqlite3.Error) as error:
+            raise OptionError(
+                f"the stored responses in {path} cannot be opened: {error}; remove the file, or set another "
+                "state_dir"
+            ) from None
+        self._finalize = weakref.finalize(self, self._database.close)
+        with self._lock, self._database:
+            self._evict()  # the limits may be lower than those of an earlier server
+
+    def close(self) -> None:
+        """Close the database. Idempotent."""
+        with self._lock:
+            self._finalize()
+
+    def save(self, stored: StoredResponse) -> None:
+        """Store a response, and remove others if there are too many. One larger than the limit is dropped."""
+        if not self._max_responses:
+            return
+        input, response = msgspec.json.encode(stored.input), msgspec.json.encode(stored.response)
+        size = len(input) + len(response)
+        if size > self._max_bytes:
+            return
+        with self._lock, self._database:
+            self._database.execute(
+                "INSERT OR REPLACE INTO responses VALUES"
+                " (?, ?, ?, (SELECT ifnull(max(used), 0) + 1 FROM responses), ?, ?, ?)",
+                (stored.id, stored.owner, stored.previous, size, input, response),
+            )
+            self._evict()
+
+    def get(self, id: str, owner: str) -> StoredResponse:
+        """Return a response.
+
+        Raises:
+            MissingResponseError: it is not stored.
+        """
+        with self._lock, self._database:
+            return self._get(id, owner)
+
+    def conversation(self, id: str, owner: str) -> list[StoredResponse]:
+        """Return a response and all that it continues, oldest first. They count as used.
+
+        Raises:
+            MissingResponseError: one of them is not stored.
+        """
+        found: list[StoredResponse] = []
+        with self._lock, self._database:
+            next_id: str | None = id
+            while next_id is not None and len(found) <= self._max_responses:
+                found.append(self._get(next_id, owner))
+                next_id = found[-1].previous
+        return found[::-1]
+
+    def delete(self, id: str, owner: str) -> None:
+        """Delete a response. Later responses that continue it cannot be continued any more.
+
+        Raises:
+            MissingResponseError: it is not stored.
+        """
+        with self._lock, self._database:
+            deleted = self._database.execute("DELETE FROM responses WHERE id = ? AND owner = ?", (id, owner))
+            if not deleted.rowcount:
+                raise MissingResponseError(id)
+
+    def _get(self, id: str, owner: str) -> StoredResponse:
+        row = self._database.execute(f"{_COLUMNS} WHERE id = ? AND owner = ?", (id, owner)).fetchone()
+        if row is None:
+            raise MissingResponseError(id)
+        self._database.execute(
+            "UPDATE responses SET used = (SELECT max(used) + 1 FROM responses) WHERE id = ?", (id,)
+        )
+        id, owner, previous, input, response = row
+        return StoredResponse(id, owner, previous, msgspec.json.decode(input), msgspec.json.decode(response))
+
+    def _evict(self) -> None:
+        n, size = self._database.execute("SELECT count(*), ifnull(sum(size), 0) FROM responses").fetchone()
+        while n > self._max_responses or size > self._max_bytes:
+            oldest, bytes_of_it = self._database.execute(
+                "SELECT id, size FROM responses ORDER BY used LIMIT 1"
+            ).fetchone()
+            self._database.execute("DELETE FROM responses WHERE id = ?", (oldest,))
+            n, size = n - 1, size - bytes_of_it
+
+
+def _open(path: Path | None) -> sqlite3.Connection:
+    """Open a database, and create it if it does not exist. Prompts are private: only the user may read the file."""
+    if path is not None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchmod(descriptor, 0o600)  # SQLite gives its journal the same mode
+        finally:
+            os.close(descriptor)
+    database = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False)
+    try:
+        database.execute("PRAGMA secure_delete = ON")  # the text of a deleted prompt does not stay in the file
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _FORMAT):
+            raise sqlite3.DatabaseError(f"its format is {version}, and this version of erllama reads {_FORMAT}")
+        database.executescript(_SCHEMA)
+        database.execute(f"PRAGMA user_version = {_FORMAT}")
+    except BaseException:
+        database.close()
+        raise
+    return database
