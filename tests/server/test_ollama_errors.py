@@ -38,7 +38,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         ("generate", {"prompt": "x", "raw": True, "suffix": "y"}, "raw and suffix together"),
         ("generate", {"prompt": "x", "context": [99999999]}, "99999999"),
         ("generate", {"prompt": "x", "options": {"temperature": "hot"}}, "options.temperature"),
-        ("generate", {"prompt": "x", "options": {"temperature": -1}}, "temperature"),
+        ("generate", {"prompt": "x", "options": {"mirostat": 7}}, "mirostat"),
         ("generate", {"prompt": "x", "format": "xml"}, "format is 'xml'"),
         ("generate", {"prompt": "x", "think": "deeply"}, '"low", "medium", "high"'),
         ("generate", {"prompt": "x", "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -100,7 +100,8 @@ def test_an_error_after_the_first_line_is_a_line_of_its_own(path: str) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_request(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "erllama.server.access")
-    waiting = WaitingReplies("hello", " there")
+    # Long enough that only a cancelled one ends soon.
+    waiting = WaitingReplies("hello", "x" * 3500, seconds=0.01)
     model = waiting.load()
     try:
         with running_server(model) as server:
@@ -112,9 +113,9 @@ def test_a_client_that_leaves_ends_its_request(stream: bool, caplog: pytest.LogC
                 if stream:
                     assert connection.recv(20).startswith(b"HTTP/1.1 200")
                 assert waiting.reached.wait(WAIT)
+            wait_until(lambda: bool(model.metrics.finished))
+            assert model.metrics.finished == {"cancelled": 1}
             wait_until(lambda: '"error":"disconnected"' in caplog.text)
-            waiting.released.set()
-            wait_until(lambda: model.metrics.finished == {"cancelled": 1})
     finally:
         waiting.released.set()
         model.unload()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +116,8 @@ async def _open_continuation(
 ) -> Replies[Completion]:
     """Submit a prompt that continues a context. The context already has the system message."""
     rendering: TemplateOptions = {"special_tokens_in_content": served.special_tokens_in_content}
+    if "chat_template" in served.defaults:
+        rendering["chat_template"] = cast(str, served.defaults["chat_template"])
     if "thinking" in thinking:
         rendering["thinking"] = thinking["thinking"]
     if "template_args" in thinking:
