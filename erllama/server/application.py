@@ -121,11 +121,12 @@ def make_app(server: Server) -> ASGIApp:
 async def _no_endpoint(request: Request, error: Exception) -> Response:
     """Answer a path or a method that does not exist."""
     assert isinstance(error, HTTPException)
+    form = ollama.ERRORS if request.url.path.startswith("/api/") else ERRORS
     if error.status_code == 405:
         found = ApiError(
             "invalid_request", f"{request.url.path} does not take {request.method}", "method_not_allowed"
         )
-        answer = error_response(ERRORS, found)
+        answer = error_response(form, found)
         answer.status_code = 405
         return answer
-    return error_response(ERRORS, ApiError("not_found", f"there is no endpoint {request.url.path}", "not_found"))
+    return error_response(form, ApiError("not_found", f"there is no endpoint {request.url.path}", "not_found"))

@@ -196,7 +196,10 @@ def error_response(form: ErrorForm, error: ApiError, record: CallRecord | None =
     """Return the answer for an error, in an API's form."""
     if record is not None:
         record.error = error.code or error.kind
+        error.request_id = record.id
     headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
+    if error.request_id:  # Anthropic's clients read the second one
+        headers |= {"x-request-id": error.request_id, "request-id": error.request_id}
     if error.kind == "authentication":
         headers["www-authenticate"] = "Bearer"
     return json_response(form.body(error), form.status(error), headers)

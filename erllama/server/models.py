@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from erllama._model.model import Model
+from erllama.chat.thinking import find_thinking_markers
 from erllama.errors import OptionError
 from erllama.server.conduct.errors import ApiError
 
@@ -42,6 +43,12 @@ class ServedModel:
     def name(self) -> str:
         """The name of the model."""
         return self.model.id
+
+    @property
+    def can_think(self) -> bool:
+        """Whether the chat template has markers of thinking."""
+        templates = self.model._chat_requests.chats.templates
+        return find_thinking_markers(templates.choose(self.defaults.get("chat_template")).source) is not None
 
 
 class ModelPool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from erllama.server.conduct.metrics import ModelLoad, ServerMetrics
+from erllama.server.conduct.prefix_watch import PrefixWatch
 from erllama.server.conduct.rate_limits import RateLimits
 from erllama.server.models import ModelPool
 from erllama.server.options import ServerOptions
@@ -21,7 +22,8 @@ class Server:
         options: how the server behaves.
         rate_limits: what each key has used.
         responses: the responses that `/v1/responses` keeps.
-        signing_key: signs thinking, so that a client cannot send back thoughts that no model had.
+        signing_key: signs thinking, so that thoughts which a client changed are found when it sends them back.
+        prefixes: recent prompts, to find conversations whose prefix changes.
         is_stopping: whether the server accepts no further requests.
         claimed_sessions: the sessions of running requests that clients suggested; see `replies.sessions`.
         metrics: what it has done. `metrics.registry` is for `GET /metrics`.
@@ -31,6 +33,7 @@ class Server:
     options: ServerOptions
     signing_key: bytes
     rate_limits: RateLimits = field(default_factory=RateLimits)
+    prefixes: PrefixWatch = field(default_factory=PrefixWatch)
     responses: ResponseStore = field(default_factory=ResponseStore)
     is_stopping: bool = False
     claimed_sessions: set[tuple[str, str | None, str]] = field(default_factory=set)

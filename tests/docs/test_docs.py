@@ -307,6 +307,7 @@ ELSEWHERE = {
     "docs/metrics.md": "tests/serving/test_metrics.py",
     "docs/demo-model.md": "tests/models/test_demo_model.py",
     "docs/index.md": "tests/docs/test_commands.py",
+    "docs/server/ollama.md": "tests/server/test_ollama.py",
     **{f"docs/{page}.md": "tests/docs/test_examples.py" for page in SCRIPTS},
     "docs/server/openai.md": "tests/server/test_openai_docs.py",
     "docs/server/responses.md": "tests/server/test_responses_docs.py",

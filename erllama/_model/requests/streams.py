@@ -12,6 +12,9 @@ from contextlib import suppress
 from typing import ClassVar
 from weakref import WeakKeyDictionary, ref
 
+import numpy as np
+from numpy.typing import NDArray
+
 from erllama.engine import Completion, Done, Event, Ticket
 
 
@@ -72,6 +75,11 @@ class AsyncStream:
     def _attach(self, ticket: Ticket) -> None:
         self._ticket = ticket
         self._waiter = TicketWaiter(ticket)
+
+    @property
+    def prompt(self) -> NDArray[np.int32]:
+        """The token ids of the prompt, int32, shape (n,). Those of a chat are known once it has started."""
+        return self._ticket.request.prompt
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self

@@ -1,12 +1,15 @@
-"""Anthropic's Messages API. `endpoints` lists its paths."""
+"""Anthropic's Messages API, and the list of models for its clients. `endpoints` lists its paths."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from erllama.server.anthropic import messages, models
 from erllama.server.endpoints import Endpoint
 
 __all__ = ["endpoints"]
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of the API."""
-    return []
+    return [*messages.endpoints(), *models.endpoints()]

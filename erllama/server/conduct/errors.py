@@ -77,6 +77,7 @@ class ApiError(Exception):
         param: path of the field of the body that is wrong, such as "messages[2].role"; None if it is not one field.
         retry_after: seconds after which the client may try again; None if trying again does not help.
         details: further fields for programs, such as the numbers of a prompt that is too long.
+        request_id: the request that it answers; "" before it is answered.
     """
 
     kind: ErrorKind
@@ -85,6 +86,7 @@ class ApiError(Exception):
     param: str | None = None
     retry_after: int | None = None
     details: Mapping[str, int] = field(default_factory=dict)
+    request_id: str = ""
 
     def __str__(self) -> str:
         return self.message

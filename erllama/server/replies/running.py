@@ -11,6 +11,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any, Generic, NamedTuple, TypeVar, Unpack, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from erllama._model.requests.chat_streams import AsyncChatStream
 from erllama._model.requests.options import ChatOptions, CompletionOptions
 from erllama._model.requests.streams import AsyncStream
@@ -23,6 +26,7 @@ from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call
 from erllama.server.models import ServedModel
 from erllama.server.replies.sessions import SessionHint
+from erllama.server.replies.unstable_prefixes import drop_unstable_headers, note_prefix_change
 
 T = TypeVar("T")
 Result = TypeVar("Result", bound=Completion)
@@ -75,6 +79,11 @@ class Replies(Generic[Result]):
             with suppress(Error):
                 # Not the result of a chat: the model remembers the part that the client got.
                 self._note(index, Done(await AsyncStream.result(self._streams[index])))
+
+    @property
+    def prompt(self) -> NDArray[np.int32]:
+        """The token ids of the prompt, int32, shape (n,)."""
+        return self._streams[0].prompt
 
     async def events(self) -> AsyncIterator[Choice]:
         """Yield the events of all replies, each reply's in order; `Done` is the last of each."""
@@ -162,6 +171,8 @@ async def open_chat(
     options = cast(ChatOptions, {**served.defaults, **options})
     options.setdefault("special_tokens_in_content", served.special_tokens_in_content)
     options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
+    if call.server.options.drop_unstable_headers:
+        messages = drop_unstable_headers(messages)
     if call.server.options.log_prompts:
         call.record.prompt = messages
     await wait_for_process(call, served)
@@ -183,7 +194,9 @@ async def open_chat(
         if hint is not None:
             hint.release()
         raise
-    return Replies(call, streams, hint)
+    replies: Replies[ChatCompletion] = Replies(call, streams, hint)
+    note_prefix_change(call, served, replies.prompt)
+    return replies
 
 
 async def _start_chat(served: ServedModel, messages: Messages, options: ChatOptions) -> AsyncChatStream:
@@ -256,7 +269,9 @@ async def open_completions(
         for stream in streams:
             stream.cancel()
         raise
-    return Replies(call, streams)
+    replies: Replies[Completion] = Replies(call, streams)
+    note_prefix_change(call, served, replies.prompt)
+    return replies
 
 
 def completion_defaults(served: ServedModel) -> CompletionOptions:

@@ -111,6 +111,7 @@ class _EventStream(Response):
         except Exception as error:
             answer = as_api_error(error)
             call.record.error = answer.code or answer.kind
+            answer.request_id = call.record.id
             yield encode_error(answer)
 
     return EventSourceResponse(
