@@ -1,4 +1,4 @@
-"""Server-sent events: responses that stream a reply, with late errors and with comments that keep it open."""
+"""Server-sent events: responses that stream a reply, with later errors, and comments that keep them open."""
 
 from __future__ import annotations
 
@@ -104,23 +104,17 @@ class _EventStream(Response):
         async with aclosing(self._events) as events:  # type: ignore[type-var]
             try:
                 async for event in events:
-                    yield event
-        except (GeneratorExit, asyncio.CancelledError):
-            call.record.error = "disconnected"
-            raise
-        except Exception as error:
-            answer = as_api_error(error)
-            call.record.error = answer.code or answer.kind
-            answer.request_id = call.record.id
-            yield encode_error(answer)
-
-    return EventSourceResponse(
-        with_errors(),
-        ping=call.server.options.keep_alive_seconds,
-        ping_message_factory=_Ping(make_ping),  # type: ignore[arg-type] # it may return bytes
-        sep="\n",
-        headers={"x-request-id": call.record.id, "cache-control": "no-cache"},
-    )
+                    async with self._sending:
+                        await _send_part(send, event)
+                    self._sent = time()
+            except Exception as error:
+                answer = as_api_error(error)
+                self._call.record.error = answer.code or answer.kind
+                answer.request_id = self._call.record.id
+                async with self._sending:
+                    await _send_part(send, self._encode_error(answer))
+        async with self._sending:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _send_part(send: Send, part: bytes) -> None:
