@@ -68,6 +68,7 @@ def test_an_unknown_model_or_page_is_an_error_of_anthropics_form() -> None:
 
 def test_other_clients_get_openais_list() -> None:
     with client_of_three() as client:
-        answer = httpx.get(f"{str(client.base_url).rstrip("/")}/v1/models", timeout=60.0).json()
+        url = str(client.base_url).rstrip("/")
+        answer = httpx.get(f"{url}/v1/models", timeout=60.0).json()
     assert answer["object"] == "list"
     assert [model["id"] for model in answer["data"]] == NAMES

@@ -2,8 +2,8 @@
 
 A client that writes the time into its first line defeats every prefix cache, and does not notice. `PrefixWatch`
 keeps a few recent prompts of each client, and finds the one with which a new prompt shares the longest prefix. If
-they differ before its end, and most of what follows in the earlier prompt occurs in the new one all the same, then it
-is the same conversation with a changed prefix. Otherwise it is another conversation.
+they differ before its end, and most of what follows in the earlier prompt occurs in the new one all the same, then
+it is the same conversation with a changed prefix. Otherwise it is another conversation.
 """
 
 from __future__ import annotations
