@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -87,7 +88,7 @@ def _open_responses(options: ServerOptions, cache: Cache) -> ResponseStore:
     return ResponseStore(n)
 
 
-def all_endpoints() -> list[Endpoint]:
+def all_endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of all APIs."""
     apis = (openai, responses, anthropic, llama_server, ollama)
     found = [endpoint for api in apis for endpoint in api.endpoints()]

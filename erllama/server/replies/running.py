@@ -42,7 +42,7 @@ class Choice(NamedTuple):
         event: what happened.
     """
 
-    index: int
+    index: int  # type: ignore[assignment] # hides tuple.index
     event: Event
 
 
