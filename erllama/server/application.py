@@ -22,8 +22,8 @@ from erllama.server import anthropic, llama_server, ollama, openai, responses
 from erllama.server.conduct.access_log import AccessLog
 from erllama.server.conduct.errors import ApiError
 from erllama.server.conduct.hosts import HostCheck
-from erllama.server.conduct.upgrades import RefuseUpgrades
 from erllama.server.conduct.signing import signing_key
+from erllama.server.conduct.upgrades import RefuseUpgrades
 from erllama.server.endpoints import Endpoint, error_response, make_routes
 from erllama.server.models import ModelPool, ServedModel
 from erllama.server.openai.errors import ERRORS

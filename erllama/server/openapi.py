@@ -34,10 +34,17 @@ def document_endpoint(described: Sequence[Endpoint], errors: ErrorForm) -> Endpo
     return endpoint
 
 
+def _any_value(type: type) -> Json:
+    """Return the schema of a field of type `object`, which takes any JSON."""
+    if type is not object:
+        raise NotImplementedError
+    return {"description": "Any JSON."}
+
+
 def describe(endpoints: Sequence[Endpoint]) -> Json:
     """Return the OpenAPI 3.1 document of some endpoints."""
     bodies = [each.body for each in endpoints if not issubclass(each.body, NoBody)]
-    schemas, components = msgspec.json.schema_components(bodies, _SCHEMAS)
+    schemas, components = msgspec.json.schema_components(bodies, schema_hook=_any_value, ref_template=_SCHEMAS)
     of_body = dict(zip(bodies, schemas, strict=True))
     paths: dict[str, Json] = {}
     for each in endpoints:

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -39,7 +39,6 @@ CREATE TABLE IF NOT EXISTS responses (
 );
 CREATE INDEX IF NOT EXISTS by_use ON responses (used);
 """
-_COLUMNS = "SELECT id, owner, previous, input, response FROM responses"
 
 Json = dict[str, Any]
 
@@ -61,6 +60,26 @@ class StoredResponse:
     previous: str | None
     input: Sequence[Json]
     response: Json
+
+
+class StoredTurn(NamedTuple):
+    """The part of a stored response that later prompts contain.
+
+    Attributes:
+        id: of the response.
+        input: items of its request, without those of earlier responses.
+        output: items of its reply.
+    """
+
+    id: str
+    input: Sequence[Json]
+    output: Sequence[Json]
+
+
+class _Output(msgspec.Struct):
+    """The items of a response. Decoding only these is several times as fast: instructions and tools are long."""
+
+    output: list[Json]
 
 
 class MissingResponseError(LookupError):
@@ -133,20 +152,23 @@ class ResponseStore:
             MissingResponseError: it is not stored.
         """
         with self._lock, self._database:
-            return self._get(id, owner)
+            previous, input, response = self._use(id, owner)
+        return StoredResponse(id, owner, previous, msgspec.json.decode(input), msgspec.json.decode(response))
 
-    def conversation(self, id: str, owner: str) -> list[StoredResponse]:
+    def conversation(self, id: str, owner: str) -> list[StoredTurn]:
         """Return a response and all that it continues, oldest first. They count as used.
 
         Raises:
             MissingResponseError: one of them is not stored.
         """
-        found: list[StoredResponse] = []
+        found: list[StoredTurn] = []
         with self._lock, self._database:
             next_id: str | None = id
-            while next_id is not None and len(found) <= self._max_responses:
-                found.append(self._get(next_id, owner))
-                next_id = found[-1].previous
+            while next_id is not None:
+                previous, input, response = self._use(next_id, owner)
+                output = msgspec.json.decode(response, type=_Output).output
+                found.append(StoredTurn(next_id, msgspec.json.decode(input), output))
+                next_id = previous
         return found[::-1]
 
     def delete(self, id: str, owner: str) -> None:
@@ -160,15 +182,17 @@ class ResponseStore:
             if not deleted.rowcount:
                 raise MissingResponseError(id)
 
-    def _get(self, id: str, owner: str) -> StoredResponse:
-        row = self._database.execute(f"{_COLUMNS} WHERE id = ? AND owner = ?", (id, owner)).fetchone()
+    def _use(self, id: str, owner: str) -> tuple[str | None, bytes, bytes]:
+        """Return the previous response's id, the input and the response of a response, which counts as used."""
+        row: tuple[str | None, bytes, bytes] | None = self._database.execute(
+            "SELECT previous, input, response FROM responses WHERE id = ? AND owner = ?", (id, owner)
+        ).fetchone()
         if row is None:
             raise MissingResponseError(id)
         self._database.execute(
             "UPDATE responses SET used = (SELECT max(used) + 1 FROM responses) WHERE id = ?", (id,)
         )
-        id, owner, previous, input, response = row
-        return StoredResponse(id, owner, previous, msgspec.json.decode(input), msgspec.json.decode(response))
+        return row
 
     def _evict(self) -> None:
         n, size = self._database.execute("SELECT count(*), ifnull(sum(size), 0) FROM responses").fetchone()

@@ -110,7 +110,7 @@ async def _read(call: Call, body: ResponseBody) -> _Request:
             stored = await asyncio.to_thread(call.server.responses.conversation, body.previous_response_id, owner)
         except MissingResponseError as error:
             raise not_found(error.id, body.previous_response_id) from None
-        earlier = [item for each in stored for item in (*each.input, *each.response["output"])]
+        earlier = [item for each in stored for item in (*each.input, *each.output)]
     if any(item.get("type") == "item_reference" for item in items):
         store = call.server.responses
         items = await asyncio.to_thread(resolve_references, items, lambda id: find_item(store, id, owner))

@@ -92,7 +92,7 @@ async def list_items(call: Call, body: NoBody) -> Response:
     for stored in conversation:
         digits = stored.id.removeprefix("resp_")
         items += [listed_item(item, f"item_{digits}_{n}") for n, item in enumerate(stored.input)]
-        items += stored.response["output"] if stored is not conversation[-1] else ()
+        items += stored.output if stored is not conversation[-1] else ()
     if query.get("order", "desc") == "desc":
         items.reverse()
     limit = _limit(query.get("limit"))
