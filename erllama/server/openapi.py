@@ -37,7 +37,7 @@ def document_endpoint(described: Sequence[Endpoint], errors: ErrorForm) -> Endpo
 def describe(endpoints: Sequence[Endpoint]) -> Json:
     """Return the OpenAPI 3.1 document of some endpoints."""
     bodies = [each.body for each in endpoints if not issubclass(each.body, NoBody)]
-    schemas, components = msgspec.json.schema_components(bodies, _SCHEMAS)
+    schemas, components = msgspec.json.schema_components(bodies, ref_template=_SCHEMAS)
     of_body = dict(zip(bodies, schemas, strict=True))
     paths: dict[str, Json] = {}
     for each in endpoints:
