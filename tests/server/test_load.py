@@ -68,6 +68,7 @@ def test_rude_clients_cost_neither_memory_nor_files_nor_slots(tmp_path: Path) ->
         assert {status for name, status in counts if name == "huge"} <= {413, 0}
         assert all_slots_work(server.url)
         wait_until(lambda: footprint(process)[1] <= n_files)
+        echo(f"memory {(footprint(process)[0] - rss) / 2**20:+.1f} MiB, files {footprint(process)[1] - n_files:+d}")
         assert footprint(process)[0] < rss + _GROWTH
         assert "Traceback" not in server.log.read_text()
 

