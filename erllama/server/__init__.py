@@ -1,4 +1,4 @@
-"""An HTTP server for the APIs that agents and other clients speak: OpenAI's, Anthropic's, llama-server's and Ollama's.
+"""An HTTP server for the APIs of OpenAI, Anthropic, llama-server and Ollama, which agents and other clients use.
 
     import erllama, erllama.server
 

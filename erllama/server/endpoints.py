@@ -1,8 +1,8 @@
 """Endpoints: how an API declares a path, and what happens to each of its requests.
 
-An `Endpoint` names a path, the type of its body and the function that answers. `make_routes` wraps the function with
-what all endpoints share: the key, the rate limit, the body, the error's form and the access log. Two APIs may declare
-the same path if a header distinguishes their clients.
+An `Endpoint` names a path, the type of its body and the function that answers. `make_routes` wraps the function
+with what all endpoints share: the key, the rate limit, the body, the error's form and the access log. Two APIs may
+declare the same path if a header distinguishes their clients.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class Endpoint(Generic[B]):
         summary: one line for the OpenAPI document.
         public: whether it needs no key.
         computes: whether it uses a model, and so counts for rate limits.
-        header: name of a header. The endpoint answers requests that have it; another endpoint of the same method and
-            path, without `header`, answers the others. None for an endpoint that answers any request.
+        header: name of a header. The endpoint answers requests that have it; another endpoint of the same method
+            and path, without `header`, answers the others. None for an endpoint that answers any request.
     """
 
     method: str

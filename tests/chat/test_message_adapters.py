@@ -49,6 +49,13 @@ def test_nine_letter_ids_are_generated_for_templates_that_need_them() -> None:
     assert adapt_messages(messages, "{{ call.id }}") == messages == normalize_messages(CONVERSATION)
 
 
+def test_developers_are_the_system_for_templates_without_that_role() -> None:
+    messages = normalize_messages([{"role": "developer", "content": "d"}, {"role": "user", "content": "u"}])
+    assert adapt_messages(messages, "{{ m.role }} {{ developer_token }}")[0] == {"role": "system", "content": "d"}
+    for known in ("{% if m.role == 'developer' %}", '{% if m.role == "developer" %}'):
+        assert adapt_messages(messages, known) == messages
+
+
 def test_thinking_is_dropped_for_templates_that_allow_no_text_with_it() -> None:
     messages = normalize_messages(CONVERSATION)
     spoken = [messages[0], {**messages[1], "content": "Let me see."}, messages[2]]

@@ -308,6 +308,7 @@ ELSEWHERE = {
     "docs/demo-model.md": "tests/models/test_demo_model.py",
     "docs/index.md": "tests/docs/test_commands.py",
     **{f"docs/{page}.md": "tests/docs/test_examples.py" for page in SCRIPTS},
+    "docs/server/openai.md": "tests/server/test_openai_docs.py",
 }
 
 

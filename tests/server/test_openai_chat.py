@@ -190,7 +190,8 @@ def test_parallel_calls_have_ids_of_their_own() -> None:
         messages = [USER, choice.message.model_dump(exclude_none=True), *results]
         second = client.chat.completions.create(model="any", messages=messages, tools=TOOLS)
         assert second.choices[0].message.content == "fine"
-        assert reply.usage is not None and second.usage is not None
+        assert reply.usage is not None
+        assert second.usage is not None
         assert second.usage.prompt_tokens_details is not None
         assert (second.usage.prompt_tokens_details.cached_tokens or 0) >= reply.usage.prompt_tokens
 
@@ -198,7 +199,12 @@ def test_parallel_calls_have_ids_of_their_own() -> None:
 def test_the_choice_of_tools_is_followed() -> None:
     named = {"type": "function", "function": {"name": "get_time"}}
     with model_replying(CALL) as model, openai_client(model) as client:
-        for choice, reason in (("none", "stop"), ("auto", "tool_calls"), ("required", "tool_calls"), (named, "tool_calls")):
+        for choice, reason in (
+            ("none", "stop"),
+            ("auto", "tool_calls"),
+            ("required", "tool_calls"),
+            (named, "tool_calls"),
+        ):
             reply = client.chat.completions.create(model="any", messages=[USER], tools=TOOLS, tool_choice=choice)
             assert reply.choices[0].finish_reason == reason, choice
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import openai
 import pydantic
+import pytest
 
 from support.chat.scripted_model import CALL, TOOLS, model_replying
 from support.http_server import running_server
@@ -52,15 +53,15 @@ def test_each_call_has_its_index_and_its_id_type_and_name_once() -> None:
         arguments = "".join(part["function"].get("arguments", "") for part in own)
         assert json.loads(arguments) == {"city": city}
     ids = [part["id"] for part in parts if "id" in part]
-    assert all(ids) and len(set(ids)) == 2
+    assert all(ids)
+    assert len(set(ids)) == 2
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_text_that_is_not_a_call_is_content() -> None:
-    text = "<tool_call>not json</tool_call>"
-    chunks = chunks_of(text, tools=TOOLS, tool_choice="auto", logit_bias={})
-    content = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
-    assert not any("tool_calls" in chunk["choices"][0]["delta"] for chunk in chunks) or "tool_call" not in content
+def test_a_call_without_tools_is_content() -> None:
+    chunks = chunks_of(CALL)
+    assert not any("tool_calls" in chunk["choices"][0]["delta"] for chunk in chunks)
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == CALL
 
 
 def test_thinking_streams_as_reasoning_content() -> None:
@@ -94,12 +95,9 @@ def test_a_function_streams_in_the_older_form() -> None:
 
 def test_an_error_before_the_stream_is_a_status() -> None:
     with model_replying("x") as model, openai_client(model) as client:
-        try:
+        with pytest.raises(openai.BadRequestError) as raised:
             client.chat.completions.create(model="any", messages=[], stream=True)
-        except openai.BadRequestError as error:
-            assert error.param == "messages"
-        else:
-            raise AssertionError("an empty conversation was accepted")
+        assert raised.value.param == "messages"
 
 
 class get_time(pydantic.BaseModel):  # noqa: N801 - the tool's name

@@ -29,6 +29,17 @@ def client_of(server: RunningServer, api_key: str = "any") -> openai.OpenAI:
 
 
 @contextmanager
+def without_validation(client: openai.OpenAI) -> Iterator[openai.OpenAI]:
+    """Yield a client of the same server for two answers that the client's own types do not allow.
+
+    These are the null as the reason of a streamed completion's chunks, which clients need to know that more follow,
+    and the base64 of embeddings, which the client requests by default and decodes after the validation.
+    """
+    with openai.OpenAI(base_url=client.base_url, api_key=client.api_key, max_retries=0) as other:
+        yield other
+
+
+@contextmanager
 def openai_client(*models: Model | ServedModel, **options: object) -> Iterator[openai.OpenAI]:
     """Serve models within a `with` block and yield the official client."""
     with running_server(list(models), **options) as server, client_of(server) as client:

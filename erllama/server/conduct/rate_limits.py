@@ -1,7 +1,7 @@
 """Limits of requests and tokens per minute, one pair of buckets for each key.
 
-A bucket holds a minute's worth and refills continuously. Tokens are charged when a request ends, since a reply's length
-is not known before; so a bucket may fall below zero, and new requests wait until it is positive.
+A bucket holds a minute's worth and refills continuously. Tokens are charged when a request ends, since a reply's
+length is not known before; so a bucket may fall below zero, and new requests wait until it is positive.
 """
 
 from __future__ import annotations

@@ -32,10 +32,12 @@ def read_inputs(inputs: Inputs, field: str) -> list[str] | list[list[int]]:
     if not inputs:
         raise ApiError("invalid_request", f"{field} is an empty list; send at least one text", param=field)
     if all(isinstance(item, int) for item in inputs):
-        return [inputs]  # type: ignore[list-item]
+        return [inputs]  # type: ignore[return-value]
     for kind in (str, list):
         if all(isinstance(item, kind) for item in inputs):
             return inputs  # type: ignore[return-value]
     raise ApiError(
-        "invalid_request", f"{field} mixes texts and token ids; send texts, token ids, or lists of these", param=field
+        "invalid_request",
+        f"{field} mixes texts and token ids; send texts, token ids, or lists of these",
+        param=field,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.responses import Response
 
 from erllama.chat.results import ChatCompletion
@@ -20,7 +22,7 @@ from erllama.server.replies.running import Replies, open_chat
 from erllama.server.replies.sse import event_stream
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of this module."""
     return [Endpoint("POST", "/v1/chat/completions", ChatBody, answer, ERRORS, "Reply to a conversation.")]
 

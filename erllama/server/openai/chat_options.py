@@ -94,7 +94,9 @@ def _tool_options(body: ChatBody) -> dict[str, Any]:
         if choice in (None, "none", "auto"):
             return {}
         field = "function_call" if choice is body.function_call else "tool_choice"
-        raise ApiError("invalid_request", f"{field} requires a call, and there are no tools; send some", param=field)
+        raise ApiError(
+            "invalid_request", f"{field} requires a call, and there are no tools; send some", param=field
+        )
     options: dict[str, Any] = {"tools": tools}
     if choice is not None:
         options["tool_choice"] = choice

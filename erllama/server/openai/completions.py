@@ -43,7 +43,7 @@ class CompletionBody(SamplingBody, kw_only=True):
     echo: bool | None = None
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of this module."""
     return [Endpoint("POST", "/v1/completions", CompletionBody, answer, ERRORS, "Complete prompts.")]
 
@@ -84,7 +84,7 @@ def _check(body: CompletionBody, prompts: Sequence[object]) -> None:
         message = f"best_of is {body.best_of}, and all completions are returned; send n instead"
         raise ApiError("invalid_request", message, param="best_of")
     if body.echo and body.logprobs is not None:
-        message = "echo with logprobs asks for the log-probabilities of the prompt, which a completion does not have"
+        message = "echo with logprobs asks for log-probabilities of the prompt, which a completion does not have"
         raise ApiError("invalid_request", f"{message}; send one of them", param="echo")
     if body.suffix is not None and (body.echo or not all(isinstance(prompt, str) for prompt in prompts)):
         message = "suffix fills the gap after a prompt; send prompts as texts, without echo"

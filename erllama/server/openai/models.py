@@ -1,13 +1,14 @@
 """`GET /v1/models` and `GET /v1/models/{id}`: the models of the server.
 
-The list has each model twice: in `data`, as OpenAI has it, with llama-server's `meta`; and in `models`, as Ollama and
-llama-server have it.
+The list has each model twice: in `data`, as OpenAI has it, with llama-server's `meta`; and in `models`, as Ollama
+and llama-server have it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from starlette.responses import Response
 
@@ -19,7 +20,7 @@ from erllama.server.models import ServedModel
 from erllama.server.openai.errors import ERRORS
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of this module."""
     # llama-server has both paths, and clients whose base URL has no version use the second one.
     lists = [
@@ -96,6 +97,10 @@ def _details(info: ModelInfo) -> Json:
         "format": "gguf" if info.backend == "llama" else "",
         "family": info.architecture,
         "families": [info.architecture] if info.architecture else [],
-        "parameter_size": f"{info.n_params / 1e9:.1f}B" if info.n_params else "",
+        "parameter_size": _size(info.n_params) if info.n_params else "",
         "quantization_level": info.quantization,
     }
+
+
+def _size(n_params: int) -> str:
+    return f"{n_params / 1e9:.1f}B" if n_params >= 1e9 else f"{n_params / 1e6:.1f}M"

@@ -1,7 +1,8 @@
 """Messages and tools as clients send them, without what other servers' clients add.
 
-The façade refuses unknown keys, since in a program they are mistakes. Over HTTP they are fields of newer APIs, so they
-are removed here. Values that stay are the client's objects, unchanged: the template writes them into the prompt.
+The façade refuses unknown keys, since in a program they are mistakes. Over HTTP they are fields of newer APIs, so
+they are removed here. Values that stay are the client's objects, unchanged: the template writes them into the
+prompt.
 """
 
 from __future__ import annotations

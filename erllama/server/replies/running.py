@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from typing import Generic, NamedTuple, TypeVar, Unpack, cast
+from typing import Any, Generic, NamedTuple, TypeVar, Unpack, cast
 
 from erllama._model.requests.chat_streams import AsyncChatStream
 from erllama._model.requests.options import ChatOptions, CompletionOptions
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
         event: what happened.
     """
 
-    index: int
+    index: int  # type: ignore[assignment] # hides tuple.index
     event: Event
 
 
@@ -171,7 +171,7 @@ async def open_chat(
     streams: list[AsyncChatStream] = []
     try:
         for index in range(n):
-            own = _of_reply(options, index)
+            own = _of_reply(options, index, has_session=index == 0)
             if hint is not None and index == 0:
                 stream = await _start_hinted_chat(served, messages, own, hint)
             else:
@@ -245,8 +245,8 @@ async def open_completions(
         for prompt in prompts:
             if isinstance(prompt, str) and prompt and suffix is None:  # a long one takes a while
                 prompt = await asyncio.to_thread(served.model.tokenize, prompt, parse_special=True)
-            for _ in range(n):
-                own = _of_reply(options, len(streams))
+            for index in range(n):
+                own = _of_reply(options, index, has_session=not streams)
                 if suffix is None:
                     streams.append(served.model.astream(prompt, **own))
                 else:
@@ -282,12 +282,16 @@ async def _compile_grammar(served: ServedModel, options: CompletionOptions) -> N
     options.pop("json_schema", None)
 
 
-def _of_reply(options: T, index: int) -> T:
-    """Return the options of reply `index`: equal seeds would give equal replies, and one reply has the session."""
+def _of_reply(options: T, index: int, *, has_session: bool) -> T:
+    """Return the options of reply `index` to a prompt: equal seeds would give equal replies.
+
+    Args:
+        has_session: whether the reply keeps the option `session_id`.
+    """
     assert isinstance(options, dict)
-    if not index:
-        return options
-    own = {name: value for name, value in options.items() if name != "session_id"}
+    own: dict[str, Any] = dict(options)
+    if not has_session:
+        own.pop("session_id", None)
     if own.get("seed") is not None:
         own["seed"] += index
     return own  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Server-sent events: responses that stream a reply, with errors after the first byte and comments that keep it open."""
+"""Server-sent events: responses that stream a reply, with late errors and with comments that keep it open."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def event_stream(
 
     return EventSourceResponse(
         with_errors(),
-        ping=call.server.options.keep_alive_seconds,  # type: ignore[arg-type]
-        ping_message_factory=_Ping(make_ping),
+        ping=call.server.options.keep_alive_seconds,
+        ping_message_factory=_Ping(make_ping),  # type: ignore[arg-type] # it may return bytes
         sep="\n",
         headers={"x-request-id": call.record.id, "cache-control": "no-cache"},
     )
