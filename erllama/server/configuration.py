@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from erllama._model.load import load_model
-from erllama.cache.sizes import parse_bytes
 from erllama.cache.options import OPTIONS as CACHE_OPTIONS
+from erllama.cache.sizes import parse_bytes
 from erllama.checks import boolean, reject_unknown, shown
 from erllama.errors import OptionError
 from erllama.server.conduct.key_files import ENVIRONMENT, check_private, read_key_file
@@ -106,7 +106,11 @@ class _Reader:
     def read(self, sections: Mapping[str, object]) -> Configuration:
         with self._located(None, None, sections):
             reject_unknown(
-                {name: value for name, value in sections.items() if name not in ("server", "models", "keys", "cache")},
+                {
+                    name: value
+                    for name, value in sections.items()
+                    if name not in ("server", "models", "keys", "cache")
+                },
                 ("server", "models", "keys", "cache"),
                 "the configuration",
             )
@@ -115,7 +119,9 @@ class _Reader:
         with self._located("server", None, server):
             self._refuse(server, (*_SERVER, *_LISTEN, "access_log"), "[server]")
             options = {name: _size(name, value) for name, value in server.items() if name in _SERVER}
-            options |= {name: texts(name, server[name]) for name in ("allowed_hosts", "cors_origins") if name in server}
+            options |= {
+                name: texts(name, server[name]) for name in ("allowed_hosts", "cors_origins") if name in server
+            }
             listen = {name: value for name, value in server.items() if name in _LISTEN}
             ServerOptions.of(options)
             ListenOptions(**listen)  # type: ignore[arg-type]
@@ -131,7 +137,9 @@ class _Reader:
             access_log=str(self._resolve(log)) if log not in (None, "stderr", "none") else log,
             models=tuple(self._each(sections, "models", self._model)),
             keys=tuple(key for keys in self._each(sections, "keys", self._keys) for key in keys),
-            cache={name: self._cache_path(value) if name in _CACHE_PATHS else value for name, value in cache.items()},
+            cache={
+                name: self._cache_path(value) if name in _CACHE_PATHS else value for name, value in cache.items()
+            },
         )
 
     # --- entries -----------------------------------------------------------------------------------

@@ -72,6 +72,10 @@ class ServerOptions:
 
 def texts(name: str, value: object) -> tuple[str, ...]:
     """Return a list of texts as a tuple; raise OptionError for anything else, such as one text."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence)
+        or not all(isinstance(each, str) for each in value)
+    ):
         raise OptionError(f"{name} must be a list of texts, not {shown(value)}")
     return tuple(value)

@@ -94,6 +94,8 @@ class _UvicornServer(uvicorn.Server):
     async def _end_requests(self) -> None:
         """Unload the models once the running requests have had their time."""
         await asyncio.sleep(self._server.options.shutdown_seconds)
-        log.warning("requests still run after %g s; their models are unloaded", self._server.options.shutdown_seconds)
+        log.warning(
+            "requests still run after %g s; their models are unloaded", self._server.options.shutdown_seconds
+        )
         models = [served.model for served in self._server.models.models]
         await asyncio.gather(*(asyncio.to_thread(model.unload) for model in models))

@@ -175,7 +175,7 @@ def test_the_metrics_of_the_server_are_listed() -> None:
 
     from erllama.server.conduct.metrics import ServerMetrics
 
-    text = generate_latest(ServerMetrics(lambda: []).registry).decode()
+    text = generate_latest(ServerMetrics(list).registry).decode()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.MULTILINE))
     expected = {
         name: kind for name, kind in kinds.items() if name.startswith(("vllm:", "erllama_http", "erllama_prefix"))

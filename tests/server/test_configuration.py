@@ -39,7 +39,11 @@ def test_options_reach_the_server(tmp_path: Path) -> None:
     listen = ListenOptions(**found.listen)  # type: ignore[arg-type]
     options = ServerOptions.of(found.server)
     assert (listen.host, listen.port, listen.header_timeout) == ("::1", 9000, 5)
-    assert (options.allowed_hosts, options.max_body_bytes, options.restart_wait) == (("models.example",), 8 << 20, 2.5)
+    assert (options.allowed_hosts, options.max_body_bytes, options.restart_wait) == (
+        ("models.example",),
+        8 << 20,
+        2.5,
+    )
     assert found.access_log == str(tmp_path / "logs/access.jsonl")
 
 
@@ -49,7 +53,9 @@ def test_every_option_of_the_server_can_be_set(tmp_path: Path) -> None:
             value = getattr(options, name)
             if name == "keys":
                 continue
-            written = str(value).lower() if isinstance(value, bool | int | float) else repr(value).replace("()", "[]")
+            written = (
+                str(value).lower() if isinstance(value, bool | int | float) else repr(value).replace("()", "[]")
+            )
             found = read(tmp_path, f"[server]\n{name} = {written}\n")
             assert {**found.server, **found.listen} == {name: value}
 
@@ -88,7 +94,10 @@ def test_keys_come_from_the_file_a_variable_or_another_file(tmp_path: Path) -> N
     assert (laptop.secret, laptop.name, laptop.cache_salt, laptop.models) == ("plain", "laptop", "salt", ("m",))
     assert (laptop.requests_per_minute, laptop.tokens_per_minute) == (3, 4)
     assert (agent.secret, agent.name, agent.models) == ("from-environment", "AGENT", None)
-    assert [(key.secret, key.name, key.models) for key in (one, two)] == [("one", "keys:1", ()), ("two", "keys:2", ())]
+    assert [(key.secret, key.name, key.models) for key in (one, two)] == [
+        ("one", "keys:1", ()),
+        ("two", "keys:2", ()),
+    ]
     assert "plain" not in repr(laptop)
 
 
@@ -96,7 +105,7 @@ def test_a_file_with_keys_that_all_users_can_read_is_refused(tmp_path: Path) -> 
     path = tmp_path / "erllama.toml"
     path.write_text('[[keys]]\nkey = "x"\n')
     path.chmod(0o604)
-    with pytest.raises(OptionError, match="line 1: .*chmod o-rw"):
+    with pytest.raises(OptionError, match=r"line 1: .*chmod o-rw"):
         read_configuration(path, {})
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -16,6 +17,9 @@ from erllama.cache import Cache
 from support.engine_models import GatedBackend
 from support.http_server import CHAT, RunningServer, chat_body, read_until, running
 from support.threads import wait_until
+
+# Arguments that take many tokens.
+LONG = {"type": "object", "properties": {"text": {"type": "string", "minLength": 300}}, "required": ["text"]}
 
 
 class Cancellations:
@@ -94,6 +98,10 @@ def test_what_an_abandoned_request_computed_stays_cached(model: erllama.Model, b
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 500
 
 
+def access_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [json.loads(each.getMessage()) for each in caplog.records if each.name == "erllama.server.access"]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_abandoned_tokens_are_logged_and_counted(
     stream: bool, model: erllama.Model, backend: GatedBackend, caplog: pytest.LogCaptureFixture
@@ -103,8 +111,8 @@ def test_abandoned_tokens_are_logged_and_counted(
         client = server.send(chat_body(stream=stream))
         wait_until(lambda: len(backend.batches) > 6)
         client.close()
-        wait_until(lambda: len(caplog.messages) > 0)
-    line = json.loads(caplog.messages[0])
+        wait_until(lambda: access_lines(caplog))
+    (line,) = access_lines(caplog)
     assert line["error"] == "disconnected"
     assert line["finish_reason"] == "cancelled"
     assert line["completion_tokens"] > 1
@@ -151,7 +159,7 @@ def test_keep_alive_comments_arrive_while_no_token_does(model: erllama.Model, ba
 def test_keep_alive_comments_arrive_while_tool_text_is_withheld(
     model: erllama.Model, backend: GatedBackend
 ) -> None:
-    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    tools = [{"type": "function", "function": {"name": "look", "parameters": LONG}}]
     body = chat_body(stream=True, tools=tools, tool_choice="required")
     with running(model, keep_alive_seconds=0.05) as server:
         client = server.send(body, CHAT)

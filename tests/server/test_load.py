@@ -15,6 +15,7 @@ import httpx
 import psutil
 
 import erllama
+from erllama._runtime.printing import echo
 from erllama.testing.scripted import write_scripted
 from support.cli import SPECIAL, TEMPLATE
 from support.engine_models import GatedBackend
@@ -58,16 +59,18 @@ def test_rude_clients_cost_neither_memory_nor_files_nor_slots(tmp_path: Path) ->
         rss, n_files = footprint(process)
         counts, seconds = asyncio.run(load(N_REQUESTS, 2))
         for (name, status), n in sorted(counts.items()):
-            print(f"{name:12} {status:3} {n:6}")
+            echo(f"{name:12} {status:3} {n:6}")
         seconds.sort()
-        print(f"another endpoint: median {seconds[len(seconds) // 2]:.4f} s, slowest {seconds[-1]:.4f} s")
+        echo(f"another endpoint: median {seconds[len(seconds) // 2]:.4f} s, slowest {seconds[-1]:.4f} s")
         assert counts["whole", 200] == sum(n for (name, _), n in counts.items() if name == "whole")
         assert counts["stream", 200] == sum(n for (name, _), n in counts.items() if name == "stream")
         assert not any(status >= 500 for _, status in counts)
         assert {status for name, status in counts if name == "huge"} <= {413, 0}
         assert all_slots_work(server.url)
         wait_until(lambda: footprint(process)[1] <= n_files)
-        print(f"memory {(footprint(process)[0] - rss) / 2**20:+.1f} MiB, files {footprint(process)[1] - n_files:+d}")
+        print(
+            f"memory {(footprint(process)[0] - rss) / 2**20:+.1f} MiB, files {footprint(process)[1] - n_files:+d}"
+        )
         assert footprint(process)[0] < rss + _GROWTH
         assert "Traceback" not in server.log.read_text()
 

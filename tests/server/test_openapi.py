@@ -109,8 +109,12 @@ def test_no_request_is_an_internal_error(
     content = operation.get("requestBody", {}).get("content", {})
     bodies = nearly(content["application/json"]["schema"], components) if content else st.none()
     names = [each["name"] for each in operation.get("parameters", ())]
+    letters = st.characters(codec="ascii", exclude_categories=["Cc"])
     places = st.fixed_dictionaries(
-        {name: st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_size=1, max_size=9) for name in names}
+        {
+            name: st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), min_size=1, max_size=9)
+            for name in names
+        }
     )
     app = make_app(make_server(model, ServerOptions(keep_alive_seconds=600.0)))
     loop = asyncio.new_event_loop()

@@ -11,7 +11,7 @@ import erllama
 from erllama.cache import Cache
 from erllama.server import ApiKey
 from support.engine_models import GatedBackend
-from support.http_server import RunningServer, chat_body, read_until, running
+from support.http_server import RunningServer, chat_body, running
 from support.threads import wait_until
 
 PROMPT = "the same words in every request " * 10
@@ -36,7 +36,9 @@ def value(server: RunningServer, name: str, **labels: str) -> float | None:
 def test_tokens_of_prompts_replies_and_the_cache_are_counted(model: erllama.Model) -> None:
     with running(model) as server:
         usages = [server.post(chat_body(PROMPT, max_tokens=5)).json()["usage"] for _ in range(2)]
-        wait_until(lambda: value(server, "vllm:request_success_total", model_name="m", finished_reason="length") == 2)
+        wait_until(
+            lambda: value(server, "vllm:request_success_total", model_name="m", finished_reason="length") == 2
+        )
         n_prompt = sum(usage["prompt_tokens"] for usage in usages)
         n_cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
         assert n_cached > 200
@@ -68,14 +70,16 @@ def test_each_reply_is_observed_once_by_each_histogram(model: erllama.Model, str
 def test_running_and_waiting_requests_are_read_at_the_scrape(model: erllama.Model, backend: GatedBackend) -> None:
     with running(model) as server:
         assert value(server, "vllm:num_requests_running", model_name="m") == 0
+        clients = [server.send(chat_body(f"{i}", stream=True)) for i in range(2)]
+        wait_until(lambda: model.queue_depth == 2)
         backend.hold()
-        clients = [server.send(chat_body(f"{i}", max_tokens=2)) for i in range(3)]
-        wait_until(lambda: value(server, "vllm:num_requests_running", model_name="m") == 2)
+        clients.append(server.send(chat_body("third")))
         wait_until(lambda: value(server, "vllm:num_requests_waiting", model_name="m") == 1)
-        backend.release()
+        assert value(server, "vllm:num_requests_running", model_name="m") == 2
         for client in clients:
-            read_until(client, b"timings")
             client.close()
+        backend.release()
+        wait_until(lambda: model.queue_depth + model.pending == 0)
 
 
 def test_abandoned_requests_count_as_aborted(model: erllama.Model, backend: GatedBackend) -> None:

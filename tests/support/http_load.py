@@ -60,7 +60,7 @@ async def stream(address: Address, rng: random.Random) -> int:
 async def leaving(address: Address, rng: random.Random) -> int:
     """Leave in the middle of a long answer, or before it."""
     body = chat_body(_prompt(rng), stream=rng.random() < 0.5)
-    reader, writer = await _ask(address, rng, request_bytes(body))
+    _, writer = await _ask(address, rng, request_bytes(body))
     await asyncio.sleep(rng.random() * 0.1)
     if rng.random() < 0.5:
         writer.transport.abort()
@@ -107,7 +107,7 @@ async def malformed(address: Address, rng: random.Random) -> int:
 async def unfinished(address: Address, rng: random.Random) -> int:
     """Send a part of a request, and leave."""
     request = request_bytes(chat_body(_prompt(rng)))
-    reader, writer = await _ask(address, rng, request[: rng.randrange(len(request))])
+    _, writer = await _ask(address, rng, request[: rng.randrange(len(request))])
     await asyncio.sleep(rng.random() * 0.02)
     writer.transport.abort()
     return 0

@@ -1,4 +1,4 @@
-"""Hypothesis strategies of JSON values from the schemas of an OpenAPI document: right ones, and nearly right ones."""
+"""Hypothesis strategies of JSON values for the schemas of an OpenAPI document: right and nearly right ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ KEYS = st.sampled_from(
     ["role", "content", "type", "text", "function", "name", "parameters", "properties", "id", "arguments", "schema"]
 )
 ANYTHING: st.SearchStrategy[Json] = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | TEXTS, inner, max_size=4), max_leaves=8
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | TEXTS, inner, max_size=4),
+    max_leaves=8,
 )
 # Values that reach the handlers' own checks more often than random ones do.
 MESSAGES = st.lists(

@@ -1,6 +1,6 @@
 """The access log: one line of JSON for each request, once its response has ended.
 
-The lines go to the logger `erllama.server.access`. They have no text of prompts, unless the option `log_prompts` is set.
+The lines go to the logger `erllama.server.access`. They have no text of prompts, unless `log_prompts` is set.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Connections with limits of time, for uvicorn: clients that are slow to ask, or to take an answer, are cut off.
 
-uvicorn limits neither how long the headers of a request take nor how long a client leaves an answer unread. Each such
-connection would hold a file descriptor, and an unread one its answer, for as long as the client likes.
+uvicorn limits neither how long the headers of a request take nor how long a client leaves an answer unread. Each
+such connection would hold a file descriptor, and an unread one its answer, for as long as the client likes.
 """
 
 from __future__ import annotations

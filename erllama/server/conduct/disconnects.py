@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
 
 T = TypeVar("T")
 
@@ -18,7 +19,7 @@ async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
         ClientDisconnect: the client left.
     """
     task = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_wait_for_disconnect(request))
+    leaving = asyncio.ensure_future(wait_for_disconnect(request.receive))
     try:
         await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -26,9 +27,12 @@ async def until_disconnect(request: Request, work: Awaitable[T]) -> T:
         return task.result()
     finally:
         leaving.cancel()
-        task.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))  # it notes what it has computed
 
 
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return once the client has left."""
+    while (await receive())["type"] != "http.disconnect":
         pass

@@ -20,8 +20,8 @@ _LOCAL_NAMES = ("localhost",)
 class HostCheck:
     """Answers 421 to requests whose Host header names another machine, and 403 to those of other sites' pages.
 
-    An ASGI application around another. IP addresses are accepted as hosts: a page cannot have one as its name unless
-    it was loaded from there.
+    An ASGI application around another. IP addresses are accepted as hosts: a page cannot have one as its name
+    unless it was loaded from there.
 
     Args:
         allowed: names that are accepted besides those of this machine, without ports. "*" for any.

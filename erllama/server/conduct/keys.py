@@ -22,8 +22,8 @@ class ApiKey:
         secret: the text that clients send. Not part of the repr.
         name: for logs and metrics.
         cache_salt: separates the cached KV of its requests from that of other keys; None to share.
-        requests_per_minute, tokens_per_minute: limits; None for none. Tokens are those that were computed: of replies,
-            and of prompts as far as the cache does not have them.
+        requests_per_minute, tokens_per_minute: limits; None for none. Tokens are those that were computed: of
+            replies, and of prompts as far as the cache does not have them.
         models: names of the models that it may use; None for all.
     """
 

@@ -25,7 +25,29 @@ _FINISHED_REASONS: Mapping[str, str] = {
     "cancelled": "abort",
 }
 # Seconds. Short ones for prompts that the cache has, long ones for long prompts on a CPU.
-_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+_SECONDS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
 
 # Begins the note of a call whose prompt shares less with the previous one than it should.
@@ -92,7 +114,7 @@ class ServerMetrics:
         self._success = counter("vllm:request_success", "Replies that ended.", "model_name", "finished_reason")
         self._first_token = histogram("time_to_first_token_seconds", "Seconds until the first token.")
         self._between = histogram("inter_token_latency_seconds", "Mean seconds between the tokens of a reply.")
-        self._latency = histogram("e2e_request_latency_seconds", "Seconds from the request to the end of its answer.")
+        self._latency = histogram("e2e_request_latency_seconds", "Seconds to the end of the answer.")
         self._queue = histogram("request_queue_time_seconds", "Seconds that a request waited for the model.")
         self._prefill = histogram("request_prefill_time_seconds", "Seconds of restoring and computing a prompt.")
         self._decode = histogram("request_decode_time_seconds", "Seconds from the first token to the last.")

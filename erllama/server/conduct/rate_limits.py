@@ -1,7 +1,7 @@
 """Limits of requests and tokens per minute, one pair of buckets for each key.
 
 A bucket holds a minute's worth and refills continuously. Tokens are charged when a request ends, since a reply's
-length is not known before; so a bucket may fall below zero, and new requests wait until it is positive.
+length is not known before; so a bucket may fall below zero, and new requests wait until it holds one token.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class RateLimits:
         now = self._clock()
         requests = self._bucket(key, "requests", key.requests_per_minute)
         tokens = self._bucket(key, "tokens", key.tokens_per_minute)
-        for name, bucket, needed in (("requests", requests, 1.0), ("tokens", tokens, 0.0)):
-            wait = bucket.wait(now, needed) if bucket is not None else 0.0
+        for name, bucket in (("requests", requests), ("tokens", tokens)):
+            wait = bucket.wait(now) if bucket is not None else 0.0
             if bucket is not None and wait > 0:
                 raise ApiError(
                     "rate_limited",
@@ -58,13 +58,12 @@ class _Bucket:
         self.per_minute = per_minute
         self._level, self._time = float(per_minute), now
 
-    def wait(self, now: float, needed: float) -> float:
-        """Return the seconds until the bucket holds more than zero, and at least `needed`."""
+    def wait(self, now: float) -> float:
+        """Return the seconds until the bucket holds 1."""
         self._refill(now)
-        missing = needed - self._level
-        if missing > 0 or (missing == 0 and not needed):
-            return max(missing, 1e-9) * 60 / self.per_minute
-        return 0.0
+        missing = 1.0 - self._level
+        # Rounding may leave a little missing at the end of a wait.
+        return missing * 60 / self.per_minute if missing > 1e-6 else 0.0
 
     def take(self, now: float, amount: float) -> None:
         self._refill(now)

@@ -1,4 +1,4 @@
-"""The key that signs thinking. With a cache directory it is the same after a restart, so that old thoughts stay valid."""
+"""The key that signs thinking. With a cache directory it survives restarts, and so do the signatures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEY_BYTES = 32
 
 
 def signing_key(cache: Cache) -> bytes:
-    """Return the key of the first disk directory of a cache, created if it is missing; a random one without a disk."""
+    """Return the key in the first disk directory of a cache, created if missing; a random one without a disk."""
     for status in cache.tiers():
         if status.tier == "disk" and not status.read_only and status.error is None:
             path = Path(status.location) / KEY_NAME
