@@ -42,7 +42,8 @@ async def answer(call: Call, body: EmbeddingBody) -> Response:
     inputs = await read_prompts(served.model, body.input, "input")
     await wait_for_process(call, served)
     try:
-        vectors = await until_disconnect(call.request, served.model.aembed(inputs, pooling=cast(Pooling | None, served.pooling)))
+        pooling = cast(Pooling | None, served.pooling)
+        vectors = await until_disconnect(call.request, served.model.aembed(inputs, pooling=pooling))
     except PromptTooLong as error:
         message = f"the input is too large: {str(error).partition(';')[0]}; send shorter texts"
         details = {"n_prompt_tokens": error.n_tokens, "n_ctx": error.n_ctx}

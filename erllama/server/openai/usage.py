@@ -48,5 +48,3 @@ def usage_of_prompts(completions: Sequence[Completion], n: int) -> Json:
         "total_tokens": n_prompt + n_reply,
         "prompt_tokens_details": cached,
     }
-
-
