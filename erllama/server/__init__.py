@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from erllama.checks import import_optional
 
-for _module, _package in (("starlette", "starlette"), ("uvicorn", "uvicorn")):
+for _module, _package in (("starlette", "starlette"), ("sse_starlette", "sse-starlette"), ("uvicorn", "uvicorn")):
     import_optional(_module, needed_by=__name__, package=_package, install="'erllama[server]'")
 
 from erllama.server.application import app  # noqa: E402

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import msgspec
 import numpy as np
 from starlette.responses import Response
 
+from erllama._model.requests.embeddings import Pooling
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.llama_server.errors import ERRORS
@@ -47,8 +50,8 @@ async def answer(call: Call, body: EmbeddingBody) -> Response:
     await wait_for_process(call, served)
     vectors = await served.model.aembed(
         texts,
-        pooling=served.pooling,
-        normalize=pools and body.embd_normalize != -1,  # type: ignore[call-overload]
+        pooling=cast(Pooling | None, served.pooling),
+        normalize=pools and body.embd_normalize != -1,
     )
     _note(call, sum(map(len, texts)))
     return json_response(

@@ -38,8 +38,11 @@ async def answer(call: Call, body: NoBody) -> Response:
         raise ApiError("unsupported", "this server has no metrics; start it with the option `metrics`")
     encode, content_type = choose_encoder(call.request.headers.get("accept", ""))
     own = _render(_llama_metrics(call.server), "openmetrics" in content_type)
-    headers = {"content-type": content_type, "process-start-time-unix": str(int(psutil.Process().create_time()))}
-    return Response(own.encode() + encode(call.server.metrics.registry), headers=headers)
+    response = Response(own.encode() + encode(call.server.metrics.registry), headers={"content-type": content_type})
+    started = str(int(psutil.Process().create_time()))
+    # Spelled as llama-server does. Some clients compare the letters' case, which Starlette would change.
+    response.raw_headers.append((b"Process-Start-Time-Unix", started.encode()))
+    return response
 
 
 def _render(metrics: Sequence[_Metric], as_open_metrics: bool) -> str:

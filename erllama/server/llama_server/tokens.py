@@ -112,7 +112,7 @@ async def answer_template(call: Call, body: TemplateBody) -> Response:
         served.model.render_chat,
         messages,
         add_generation_prompt=generate,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     return json_response({"prompt": text})
 
@@ -125,7 +125,7 @@ async def answer_count(call: Call, body: TemplateBody) -> Response:
         served.model.apply_chat_template,
         messages,
         cache_salt=call.cache_salt(None),
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
 

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from starlette.responses import Response
 
-from erllama._model.model import Model
+from erllama._model.requests.embeddings import Pooling
 from erllama.errors import PromptTooLong
 from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, json_response
-from erllama.server.openai.bodies import Inputs, read_inputs
 from erllama.server.openai.errors import ERRORS
+from erllama.server.replies.prompts import read_prompts
 from erllama.server.replies.running import until_disconnect, wait_for_process
 
 
 class EmbeddingBody(msgspec.Struct, kw_only=True):
     """The body of a request for embeddings."""
 
-    input: Inputs
+    input: object
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
@@ -39,18 +37,21 @@ def endpoints() -> list[Endpoint[Any]]:
 async def answer(call: Call, body: EmbeddingBody) -> Response:
     """Answer a request with one vector for each input."""
     served = call.find_model(body.model)
-    inputs = read_inputs(body.input, "input")
+    if served.pooling == "none":
+        raise ApiError("invalid_request", "the server does not pool vectors, so a text has several; use /embedding")
+    inputs = await read_prompts(served.model, body.input, "input")
     await wait_for_process(call, served)
     try:
-        vectors = await until_disconnect(call.request, served.model.aembed(inputs))
+        pooling = cast(Pooling | None, served.pooling)
+        vectors = await until_disconnect(call.request, served.model.aembed(inputs, pooling=pooling))
     except PromptTooLong as error:
-        message = f"{str(error).partition(';')[0]}; send shorter texts"
+        message = f"the input is too large: {str(error).partition(';')[0]}; send shorter texts"
         details = {"n_prompt_tokens": error.n_tokens, "n_ctx": error.n_ctx}
         raise ApiError("invalid_request", message, "context_length_exceeded", "input", details=details) from error
     if body.dimensions is not None and body.dimensions != vectors.shape[1]:
         message = f"dimensions is {body.dimensions}, and the vectors of {served.name!r} have {vectors.shape[1]}"
         raise ApiError("invalid_request", f"{message}; leave dimensions out", param="dimensions")
-    n_tokens = await asyncio.to_thread(_count_tokens, served.model, inputs)
+    n_tokens = sum(map(len, inputs))
     call.record.prompt_tokens += n_tokens
     if call.key is not None:
         call.server.rate_limits.charge(call.key, n_tokens)
@@ -59,13 +60,6 @@ async def answer(call: Call, body: EmbeddingBody) -> Response:
     counts = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
     values: Json = {"object": "list", "data": rows, "model": served.name, "usage": counts}
     return json_response(values, headers={"x-request-id": call.record.id})
-
-
-def _count_tokens(model: Model, inputs: Sequence[str | list[int]]) -> int:
-    """Return how many tokens the inputs have. They were embedded, so each of them fits the model."""
-    return sum(
-        len(model.tokenize(each, parse_special=True)) if isinstance(each, str) else len(each) for each in inputs
-    )
 
 
 def _as_numbers(row: NDArray[np.float32]) -> list[float]:
