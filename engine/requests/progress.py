@@ -7,17 +7,15 @@ from it. The continued reply equals the uninterrupted one, as that of a preempte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from erllama.engine.requests.request import CacheHit, RequestOptions
 from erllama.engine.sampling.sampler import SamplingState, TokenLogprobs
 from erllama.errors import OptionError
 
 
-@dataclass(frozen=True, slots=True)
-class ReplyProgress:
-    """How far a reply has come, between two ticks.
+class ReplyProgress(NamedTuple):
+    """How far a reply has come, between two ticks. Made in every tick, so it is a tuple.
 
     Attributes:
         tokens: ids of the reply so far, including those that are not part of an event yet.

@@ -22,7 +22,8 @@ import psutil
 
 from erllama._process.protocol import messages as m
 from erllama._process.protocol import wire_types as w
-from erllama._process.protocol.frames import FrameReader, Outbox, receive
+from erllama._process.protocol.frames import FrameReader, Outbox
+from erllama._process.protocol.token_message import MARK, TokenEntry, decode_tokens
 from erllama._runtime.log import logger
 from erllama._runtime.processes import python_command
 from erllama.errors import Unsupported
@@ -33,6 +34,7 @@ _KEPT_LINES = 300  # of the child's log: a crash may print the stacks of many th
 _SHOWN_LINES = 20  # of these, in the error when the model has failed
 _CRASH = re.compile(r"^Fatal Python error|GGML_ASSERT|^terminate called|ssertion .*failed")
 _MAX_LINE = 4000
+_RECEIVED = 1 << 16  # bytes received at once, into memory that stays
 _LOG_LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL):([\w.]+):(.*)", re.DOTALL)
 _MEASURE_SECONDS = 0.25  # between two measurements of memory
 _START_SECONDS = 60.0  # for a process to send its first message
@@ -113,6 +115,7 @@ class ChildProcess:
         self.started = False
         self.last_state: w.ModelState | None = None
         self._reader = FrameReader()
+        self._received = memoryview(bytearray(_RECEIVED))
         self._partial_line = b""
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._silent_seconds = 0.0
@@ -130,7 +133,7 @@ class ChildProcess:
 
     # --- what it sends -----------------------------------------------------------------------------
 
-    def messages(self) -> Iterator[m.FromChild]:
+    def messages(self) -> Iterator[m.FromChild | list[TokenEntry]]:
         """Yield some of the messages that have arrived. Sets `ended` at the end of the connection.
 
         Raises:
@@ -138,13 +141,19 @@ class ChildProcess:
         """
         if self._ended:
             return
-        received = receive(self.connection, wait=False)
-        if received is None:
+        try:
+            n_bytes = self.connection.recv_into(self._received, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
             return
-        self._ended = not received
+        except OSError:
+            n_bytes = 0
+        self._ended = not n_bytes
         self._silent_seconds = 0.0
         self._has_sent = True
-        for body in self._reader.feed(received):
+        for body in self._reader.feed(self._received[:n_bytes]):
+            if body[0] == MARK:
+                yield decode_tokens(body)
+                continue
             message = m.decode_from_child(body)
             self._record(message)
             yield message

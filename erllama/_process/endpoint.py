@@ -19,9 +19,11 @@ from pathlib import Path
 from erllama._process.protocol import messages as m
 from erllama._process.protocol import wire_types as w
 from erllama._process.protocol.frames import FrameReader, Outbox, receive
+from erllama._process.protocol.token_message import TokenEntry, encode_tokens
 from erllama._process.protocol.wire_values import (
     pack_completion,
     pack_error,
+    pack_generator,
     pack_ids,
     pack_metrics,
     pack_piece,
@@ -36,7 +38,8 @@ from erllama.cache import Cache
 from erllama.engine import Backend, Embedder, EmbeddingBackend, ModelFacts, ModelThread, Request, Ticket
 from erllama.engine.adapters import ActiveAdapter, AdapterBackend, AdapterSet, LoadedAdapter
 from erllama.engine.backends.fingerprint import content_digest
-from erllama.engine.requests.ticket import Waker
+from erllama.engine.requests.progress import ReplyProgress
+from erllama.engine.requests.ticket import Piece, Waker
 from erllama.errors import AdapterUnloaded, BackendError, Error, ModelLoadError, Unsupported
 
 log = logger("erllama.process")
@@ -60,7 +63,7 @@ class RunningRequest:
         self.id, self.ticket, self.announced = id, ticket, False
         self._endpoint, self._is_read = endpoint, is_read
         self._n_sent = n_known
-        self._sent_state: object = None
+        self._sent: ReplyProgress | None = None  # in the present process
         ticket.listen(self)
 
     def announce(self) -> Waker | None:
@@ -70,19 +73,32 @@ class RunningRequest:
         self.announced = True
         return self._endpoint.announced(self)
 
-    def take(self) -> w.Update:
+    def take(self) -> w.Update | TokenEntry:
         """Return what is new; in the model thread."""
         ticket = self.ticket
         done = ticket.done
         pieces = ticket.take_pieces()
-        progress, shown = None, None
+        found, before = None, self._sent
         source = ticket.source
         if source is not None:
-            found = source.progress(self._n_sent)
+            found = self._sent = source.progress(self._n_sent)
             self._n_sent += len(found.tokens)
-            progress = pack_progress(found, with_state=found.sampling_state != self._sent_state)
-            self._sent_state = found.sampling_state
-        if self._is_read and (progress is None or tuple(pieces) != progress.tokens):
+        are_tokens = found is not None and (not self._is_read or tuple(pieces) == found.tokens)
+        if are_tokens and before is not None and not done:
+            assert found is not None
+            entry = _token_entry(self.id, found, before)
+            if entry is not None:
+                return entry
+        return self._make_update(found, before, None if are_tokens else pieces, done=done)
+
+    def _make_update(
+        self, found: ReplyProgress | None, before: ReplyProgress | None, pieces: list[Piece] | None, *, done: bool
+    ) -> w.Update:
+        progress, shown, ticket = None, None, self.ticket
+        if found is not None:
+            is_new = before is None or found.sampling_state != before.sampling_state
+            progress = pack_progress(found, with_state=is_new)
+        if self._is_read and pieces is not None:
             shown = tuple(map(pack_piece, pieces))
         if not done:
             return w.Update(self.id, progress, shown)
@@ -90,6 +106,18 @@ class RunningRequest:
             return w.Update(self.id, progress, shown, completion=pack_completion(ticket.outcome()))
         except BaseException as error:
             return w.Update(self.id, progress, shown, error=pack_error(error))
+
+
+def _token_entry(id: int, found: ReplyProgress, before: ReplyProgress) -> TokenEntry | None:
+    """Return what is new in the short form; None if there is more than one token and its draw."""
+    if len(found.tokens) != 1 or found.logprobs or found[3:] != before[3:]:
+        return None
+    state, last = found.sampling_state, before.sampling_state
+    if state is last:
+        return TokenEntry(id, found.tokens[0], False, b"")
+    if state.position[1:] != last.position[1:] or state.mu is not None:
+        return None
+    return TokenEntry(id, found.tokens[0], True, pack_generator(state))
 
 
 class Endpoint:
@@ -122,6 +150,7 @@ class Endpoint:
         self._submitting: set[int] = set()  # requests that the pool submits
         self._cancelled: set[int] = set()  # of these, those that the parent has cancelled
         self._announced: list[RunningRequest] = []
+        self._sent_activity = ("", 0, 0)  # phase, pending and running, as the parent knows them
         self._adapters: dict[int, LoadedAdapter] = {}
         self._embedder: Embedder | None = None
         self._embedder_lock = threading.Lock()
@@ -142,7 +171,9 @@ class Endpoint:
         So no state may overtake another: it is read and sent in one step.
         """
         with self._state_lock:
-            self.send(make(self.state()))
+            state = self.state()
+            self._sent_activity = (state.phase, state.pending, state.running)
+            self.send(make(state))
 
     def state(self) -> w.ModelState:
         """Return the state of the model."""
@@ -173,19 +204,31 @@ class Endpoint:
         if self._outbox.full and not any(request.ticket.done for request in self._announced):
             return  # they stay announced, and `_send_backlog` sends them once the parent reads again
         announced, self._announced = self._announced, []
-        updates = []
+        updates, entries = [], []
         for request in announced:
             request.announced = False
-            updates.append(request.take())
+            new = request.take()
+            if isinstance(new, TokenEntry):
+                entries.append(new)
+            else:
+                updates.append(new)
+        if entries:
+            self._outbox.send(encode_tokens(entries))
+        runner = self._runner
+        activity = (runner.phase, runner.pending, runner.running)
+        if updates or (entries and activity != self._sent_activity):
+            self._send_updates(updates, activity)
+
+    def _send_updates(self, updates: list[w.Update], activity: tuple[str, int, int]) -> None:
         ended = [update.id for update in updates if update.completion is not None or update.error is not None]
         for id in ended:
             self._requests.pop(id, None)
-        if updates:
-            runner = self._runner
-            now = partial(m.Updates, tuple(updates), runner.phase, runner.pending, runner.running)
-            if ended:
-                self._send_with_state(now)
-            else:
+        now = partial(m.Updates, tuple(updates), *activity)
+        if ended:
+            self._send_with_state(now)
+        else:
+            with self._state_lock:
+                self._sent_activity = activity
                 self.send(now())
 
     def _send_backlog(self) -> None:
@@ -228,7 +271,7 @@ class Endpoint:
                         self._stop()
                         return
                     self._handle(message)
-                received = receive(self._connection) or None
+                received = receive(self._connection)
         finally:
             self._ended.set()
             self._backlog.release()

@@ -15,6 +15,7 @@ import msgspec
 
 from erllama._process.protocol import messages as m
 from erllama._process.protocol import wire_types as w
+from erllama._process.protocol.token_message import TokenEntry
 from erllama._process.protocol.wire_values import (
     pack_ids,
     pack_options,
@@ -80,6 +81,7 @@ class RemoteRequest:
         self._tokens: list[int] = []
         self._logprobs: list[w.WireLogprobs] = []
         self._state: w.WireSamplingState | None = None
+        self._generator: bytes | None = None  # of the state, if a draw has changed it since
         self._queued: tuple[int, ...] = ()
         self._hit: w.WireHit | None = None
         self._thinking_ended = False
@@ -118,12 +120,14 @@ class RemoteRequest:
             if left <= 0:
                 raise self.late_error()
             options = msgspec.structs.replace(options, timeout=left)
-        progress = None
-        if self._tokens and self._state is not None:
+        progress, state = None, self._state
+        if state is not None and self._generator is not None:
+            state = msgspec.structs.replace(state, state=self._generator)
+        if self._tokens and state is not None:
             progress = w.WireProgress(
                 tuple(self._tokens),
                 tuple(self._logprobs),
-                self._state,
+                state,
                 self._queued,
                 self._hit,
                 self._thinking_ended,
@@ -139,13 +143,22 @@ class RemoteRequest:
             progress=progress,
         )
 
+    def add_token(self, entry: TokenEntry) -> None:
+        """Record one new token, and send it to the reader."""
+        self._tokens.append(entry.token)
+        if entry.drawn:
+            self._generator = entry.state
+        self.deaths = 0
+        self.ticket.send_token(entry.token)
+
     def apply(self, update: w.Update) -> None:
         """Record what a tick added, and send it to the reader."""
         ticket, progress = self.ticket, update.progress
         if progress is not None:
             self._tokens += progress.tokens
             self._logprobs += progress.logprobs
-            self._state = progress.state or self._state
+            if progress.state is not None:
+                self._state, self._generator = progress.state, None
             self._queued = progress.queued
             self._hit = progress.hit or self._hit
             self._thinking_ended = progress.thinking_ended
@@ -232,6 +245,10 @@ class RequestTable:
         if request.id in self._suspects:
             self._on_trial = request
         return request
+
+    def is_suspect(self, request: RemoteRequest) -> bool:
+        """Whether a request was running at the last death, and has no new token since."""
+        return request.id in self._suspects or self._on_trial is request
 
     def progressed(self, request: RemoteRequest) -> None:
         """Note that a request has a new token."""

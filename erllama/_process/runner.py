@@ -27,6 +27,7 @@ from erllama._process.child_process import ChildProcess
 from erllama._process.options import ProcessOptions
 from erllama._process.protocol import messages as m
 from erllama._process.protocol import wire_types as w
+from erllama._process.protocol.token_message import TokenEntry
 from erllama._process.protocol.wire_values import (
     pack_grammar,
     pack_ids,
@@ -511,6 +512,19 @@ class ProcessRunner:
             case _:
                 pass
 
+    def receive_tokens(self, entries: list[TokenEntry]) -> None:
+        """Handle new tokens of replies."""
+        for entry in entries:
+            request = self._table.get(entry.id)
+            if request is not None:
+                if self._table.is_suspect(request):
+                    with self._lock:
+                        self._table.progressed(request)
+                request.add_token(entry)
+        if self._table.has_waiting:
+            with self._lock:
+                self._send_requests()
+
     def _receive_updates(self, message: m.Updates) -> None:
         if message.state is not None:
             self._history.current = message.state
@@ -523,7 +537,7 @@ class ProcessRunner:
             progress = update.progress
             if progress is not None and progress.hit is not None and request.hit is None:
                 self._history.last_hit = unpack_hit(progress.hit)
-            if progress is not None and progress.tokens:
+            if progress is not None and progress.tokens and self._table.is_suspect(request):
                 with self._lock:
                     self._table.progressed(request)
             ends = update.completion is not None or update.error is not None

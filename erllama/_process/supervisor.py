@@ -20,6 +20,7 @@ from erllama._process.child_process import ChildProcess
 from erllama._process.options import ProcessOptions
 from erllama._process.protocol import messages as m
 from erllama._process.protocol.frames import ProtocolError
+from erllama._process.protocol.token_message import TokenEntry
 from erllama._runtime.log import logger
 from erllama.cache.uninterrupted import uninterrupted
 from erllama.errors import Error, ModelFailed, ModelLoadError
@@ -39,6 +40,10 @@ class ProcessUser(Protocol):
 
     def receive(self, message: m.FromChild) -> None:
         """The process has sent a message."""
+        ...
+
+    def receive_tokens(self, entries: list[TokenEntry]) -> None:
+        """The process has sent new tokens, in the short form."""
         ...
 
     def messages_received(self) -> None:
@@ -195,8 +200,10 @@ class Supervisor:
             elif event & select.POLLOUT and child.outbox.flush():
                 self._poller.modify(descriptor, select.POLLIN)
 
-    def _receive(self, child: ChildProcess, message: m.FromChild) -> None:
-        if isinstance(message, m.Started):
+    def _receive(self, child: ChildProcess, message: m.FromChild | list[TokenEntry]) -> None:
+        if isinstance(message, list):
+            self._user.receive_tokens(message)
+        elif isinstance(message, m.Started):
             child.started = True
             self._user.process_started(child, message)
         elif isinstance(message, m.StartFailed):
@@ -253,7 +260,7 @@ class Supervisor:
                 while not child.ended and time.monotonic() < deadline:
                     self._poll(child)
                     for message in child.messages():
-                        self._user.receive(message)
+                        self._receive(child, message)
                     self._user.messages_received()
             except Exception:
                 log.exception("model %r: its process could not be ended in order", self._name)

@@ -136,7 +136,7 @@ def test_progress_has_only_what_is_new(cache: Cache) -> None:
     n = len(found[0].tokens)
     assert n >= 9
     assert found[0].tokens == reply.tokens[:n]
-    assert found[1] == found[2] == replace(found[0], tokens=reply.tokens[3:n], logprobs=reply.logprobs[3:n])  # type: ignore[index]
+    assert found[1] == found[2] == found[0]._replace(tokens=reply.tokens[3:n], logprobs=reply.logprobs[3:n])  # type: ignore[index]
 
 
 def test_a_call_between_two_ticks_of_a_run_sees_all_tokens(cache: Cache) -> None:

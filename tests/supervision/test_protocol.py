@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import erllama
 from erllama._process.protocol import messages as m
 from erllama._process.protocol.frames import FrameReader, Outbox, ProtocolError
+from erllama._process.protocol.token_message import MARK, TokenEntry, decode_tokens, encode_tokens
 from erllama._process.protocol.wire_values import pack_error, pack_options, unpack_error, unpack_options
 from erllama._runtime.processes import python_command
 from erllama.cache import CacheSpec
@@ -45,6 +46,35 @@ def test_bytes_that_are_no_message_are_refused(raw: bytes) -> None:
     for decode in (m.decode_start, m.decode_from_parent, m.decode_from_child):
         with suppress(ProtocolError):  # some bytes are a message
             decode(raw)
+
+
+entries = st.builds(
+    TokenEntry,
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+    st.binary(min_size=16, max_size=16),
+)
+
+
+@given(st.lists(entries, max_size=8))
+def test_tokens_cross_unchanged_in_the_short_form(sent: list[TokenEntry]) -> None:
+    assert decode_tokens(encode_tokens(sent)) == sent
+
+
+@given(st.lists(entries, min_size=1, max_size=3), st.data())
+def test_a_short_message_that_is_cut_is_refused(sent: list[TokenEntry], data: st.DataObject) -> None:
+    body = encode_tokens(sent)
+    entry = (len(body) - 1) // len(sent)
+    size = data.draw(st.integers(1, len(body) - 1).filter(lambda size: (size - 1) % entry))
+    with pytest.raises(ProtocolError, match="no whole entries"):
+        decode_tokens(body[:size])
+
+
+@given(st.binary(max_size=100))
+def test_no_other_message_begins_as_the_short_one(rest: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        m.decode_from_child(bytes([MARK]) + rest)
 
 
 def test_a_frame_of_a_wrong_length_is_refused() -> None:

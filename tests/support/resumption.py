@@ -72,7 +72,7 @@ class Record:
         known = self.progress
         new = ticket.source.progress(0 if known is None else len(known.tokens))
         if known is not None:
-            new = replace(new, tokens=known.tokens + new.tokens, logprobs=known.logprobs + new.logprobs)
+            new = new._replace(tokens=known.tokens + new.tokens, logprobs=known.logprobs + new.logprobs)
         self.progress = new
 
 

@@ -35,7 +35,7 @@ class FrameReader:
         self._buffer = bytearray()
         self._max_frame = max_frame
 
-    def feed(self, received: bytes) -> Iterator[bytes]:
+    def feed(self, received: bytes | memoryview) -> Iterator[bytes]:
         """Add received bytes, and yield the bodies of the frames that are complete.
 
         Raises:
@@ -59,16 +59,10 @@ class FrameReader:
             del buffer[:start]
 
 
-def receive(connection: socket.socket, *, wait: bool = True) -> bytes | None:
-    """Receive bytes from a socket.
-
-    Returns:
-        some bytes; b"" if the connection has ended or was lost; None if no bytes have arrived and `wait` is False.
-    """
+def receive(connection: socket.socket) -> bytes:
+    """Wait for bytes from a socket, and return some; b"" if the connection has ended or was lost."""
     try:
-        return connection.recv(_RECEIVED, 0 if wait else socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return None
+        return connection.recv(_RECEIVED)
     except OSError:
         return b""
 

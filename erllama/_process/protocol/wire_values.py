@@ -191,12 +191,17 @@ def _unpack_phases(wire: WirePhases | None) -> PhaseOptions | None:
 # --- progress and pieces ---------------------------------------------------------------------------
 
 
+def pack_generator(state: SamplingState) -> bytes:
+    """Return the part of a sampler's state that each draw changes."""
+    return state.position[0].to_bytes(_GENERATOR_BYTES, "little")
+
+
 def pack_state(state: SamplingState) -> WireSamplingState:
     """Return the state of a sampler for a message."""
-    value, increment, has_uint32, uinteger = state.position
+    _, increment, has_uint32, uinteger = state.position
     return WireSamplingState(
         state.seed,
-        value.to_bytes(_GENERATOR_BYTES, "little"),
+        pack_generator(state),
         increment.to_bytes(_GENERATOR_BYTES, "little"),
         has_uint32,
         uinteger,
