@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -60,7 +61,7 @@ def _check_keys(options: ServerOptions, pool: ModelPool) -> None:
                 raise OptionError(f"the key {key.name!r} has the model {name!r}; the server has {', '.join(known)}")
 
 
-def all_endpoints() -> list[Endpoint]:
+def all_endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of all APIs."""
     apis = (openai, responses, anthropic, llama_server, ollama)
     return [endpoint for api in apis for endpoint in api.endpoints()]

@@ -57,7 +57,7 @@ class ChatBody(SamplingBody, kw_only=True):
     user: Any = None
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of this module."""
     return [Endpoint("POST", "/v1/chat/completions", ChatBody, answer, ERRORS, "Reply to a conversation.")]
 

@@ -37,7 +37,7 @@ class Choice(NamedTuple):
         event: what happened.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuples have a method of this name
     event: Event
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from erllama.server.endpoints import Endpoint
 
 __all__ = ["endpoints"]
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of the API."""
     return []
