@@ -118,7 +118,7 @@ fuzz: setup-dev
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/models/test_adapters_refused.py -k flipped_bytes
 	ERLLAMA_FUZZ_N=$(or $(N),20000) $(BIN)/python -m pytest --timeout 7200 tests/storage/test_archives.py -k flipped_bytes
 	ERLLAMA_FUZZ_N=$(or $(N),10000) $(BIN)/python -m pytest --timeout 14400 tests/models/test_mutated_models.py -k no_mutant
-	ERLLAMA_FUZZ_N=$(or $(N),2000) $(BIN)/python -m pytest --timeout 14400 tests/server/test_openapi.py -k "internal_error or refused"
+	ERLLAMA_FUZZ_N=$(or $(N),2000) $(BIN)/python -m pytest --timeout 14400 tests/server/test_openapi.py -k "internal_error or refused or schemathesis"
 
 # The long form of the tests of kills, signals, faults, mutations, processes and state machines, after those of real
 # models.

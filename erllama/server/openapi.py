@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import msgspec
 from starlette.responses import Response
@@ -18,7 +19,7 @@ _PARAMETER = re.compile(r"{(\w+)(?::\w+)?}")
 _SCHEMAS = "#/components/schemas/{name}"
 
 
-def document_endpoint(described: Sequence[Endpoint], errors: ErrorForm) -> Endpoint:
+def document_endpoint(described: Sequence[Endpoint[Any]], errors: ErrorForm) -> Endpoint[NoBody]:
     """Return the endpoint that answers with a document of these endpoints, and of itself."""
 
     @cache
@@ -41,7 +42,7 @@ def _any_value(type: type) -> Json:
     return {"description": "Any JSON."}
 
 
-def describe(endpoints: Sequence[Endpoint]) -> Json:
+def describe(endpoints: Sequence[Endpoint[Any]]) -> Json:
     """Return the OpenAPI 3.1 document of some endpoints."""
     bodies = [each.body for each in endpoints if not issubclass(each.body, NoBody)]
     schemas, components = msgspec.json.schema_components(bodies, schema_hook=_any_value, ref_template=_SCHEMAS)
@@ -65,7 +66,7 @@ def describe(endpoints: Sequence[Endpoint]) -> Json:
     }
 
 
-def _operation(endpoint: Endpoint, body: Json | None) -> Json:
+def _operation(endpoint: Endpoint[Any], body: Json | None) -> Json:
     described: Json = {
         "summary": endpoint.summary,
         "responses": {

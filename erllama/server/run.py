@@ -64,7 +64,7 @@ class _UvicornServer(uvicorn.Server):
         self._server, self._on_started = server, on_started
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         """Stop at a signal. uvicorn's own method raises the signal again at the end, which kills the process."""
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:

@@ -43,7 +43,7 @@ def footprint(process: psutil.Process) -> tuple[int, int]:
 
 def test_rude_clients_cost_neither_memory_nor_files_nor_slots(tmp_path: Path) -> None:
     options = ("--threads", 1, "--n-ctx", 4096, "--load", "n_seq_max=8", "--no-cache", "--access-log", "none")
-    with serve_command(tmp_path, endless(tmp_path), *options) as server:
+    with serve_command(tmp_path, endless(tmp_path), *options, environment={"ERLLAMA_CACHE_DIR": ""}) as server:
         host, port = server.url.removeprefix("http://").split(":")
         address = (host, int(port))
         process = psutil.Process(server.process.pid)

@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,7 +28,8 @@ from erllama.server.endpoints import NoBody
 from erllama.server.openai.errors import ERRORS
 from erllama.server.openapi import describe, document_endpoint
 from erllama.server.options import ServerOptions
-from support.http_server import running
+from support.cli import write_replying_model
+from support.http_server import running, serve_command
 from support.json_fuzz import ANYTHING, nearly
 
 N_REQUESTS = int(os.environ.get("ERLLAMA_FUZZ_N", "40"))
@@ -149,3 +153,17 @@ def test_bytes_that_are_no_body_are_refused(raw: bytes) -> None:
     with pytest.raises(ApiError) as error:
         asyncio.run(decode_body(raw, ChatBody, 20))
     assert error.value.kind == "invalid_request"
+
+
+def test_schemathesis_finds_no_internal_error(tmp_path: Path) -> None:
+    model_path = write_replying_model(tmp_path / "model.gguf", "Hi you")
+    program = Path(sys.executable).with_name("schemathesis")
+    with serve_command(tmp_path, model_path, "--threads", 1, "--n-ctx", 512) as server:
+        url = f"{server.url}/openapi.json"
+        options = ["--checks", "not_a_server_error", "--phases", "coverage,fuzzing", "--seed", "1"]
+        options += ["-n", str(N_REQUESTS)]
+        finished = subprocess.run(
+            [program, "run", url, *options], cwd=tmp_path, capture_output=True, text=True, timeout=3000, check=False
+        )
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-1000:]
+    assert "unexpectedly" not in server.log.read_text()

@@ -60,8 +60,10 @@ class _LimitedConnection:
         self._watch_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._header_timer = _stop(self._header_timer)
-        self._send_timer = _stop(self._send_timer)
+        _stop(self._header_timer)
+        self._header_timer = None
+        _stop(self._send_timer)
+        self._send_timer = None
         super().connection_lost(exc)  # type: ignore[misc]
 
     def pause_writing(self) -> None:
@@ -70,7 +72,8 @@ class _LimitedConnection:
         self._send_timer = self.loop.call_later(self.limits.send_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self._send_timer = _stop(self._send_timer)
+        _stop(self._send_timer)
+        self._send_timer = None
         super().resume_writing()  # type: ignore[misc]
 
     def timeout_keep_alive_handler(self) -> None:
@@ -80,7 +83,8 @@ class _LimitedConnection:
     def _watch_headers(self) -> None:
         """Start the timer of the headers while no request is open, and stop it once one is."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self._header_timer = _stop(self._header_timer)
+            _stop(self._header_timer)
+            self._header_timer = None
             self._header_bytes = 0
         elif self.transport.is_closing():
             return
@@ -90,7 +94,8 @@ class _LimitedConnection:
             self._header_timer = self.loop.call_later(self.limits.header_timeout, self._close)
 
     def _close(self) -> None:
-        self._header_timer = _stop(self._header_timer)
+        _stop(self._header_timer)
+        self._header_timer = None
         # A request that began behind another one on the connection is open without new data.
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
@@ -101,5 +106,6 @@ class _LimitedConnection:
 
 
 def _stop(timer: asyncio.TimerHandle | None) -> None:
+    """Cancel a timer, if there is one."""
     if timer is not None:
         timer.cancel()
