@@ -25,6 +25,7 @@ Body = TypeVar("Body")
 _SMALL = 1 << 18
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 _PATH = re.compile(r" - at `\$\.?(?P<path>.*)`$")
+_MISSING = re.compile(r"^Object missing required field `(?P<name>.*)`$")
 
 
 async def read_body(request: Request, max_bytes: int, timeout: float) -> bytes:
@@ -67,15 +68,27 @@ def _decode(body: bytes, type: type[Body], max_depth: int) -> Body:
     try:
         return msgspec.json.decode(body, type=type)
     except msgspec.ValidationError as error:
-        message = str(error)
-        found = _PATH.search(message)
-        path = found["path"] if found else None
-        where = f"{path}: " if path else "the body: "
-        raise ApiError(
-            "invalid_request", where + (message[: found.start()] if found else message), param=path
-        ) from None
+        raise field_error(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError("invalid_request", f"the body is not JSON: {error}", "invalid_json") from None
+
+
+def field_error(error: msgspec.ValidationError, within: str = "") -> ApiError:
+    """Return the answer for a value of the wrong type, with its path.
+
+    Args:
+        within: path of the value that was checked, such as "messages[2]"; "" for the body.
+    """
+    message, path = str(error), within
+    found = _PATH.search(message)
+    if found:
+        message = message[: found.start()]
+        inner = found["path"]
+        path += f".{inner}" if path and inner and not inner.startswith("[") else inner
+    missing = _MISSING.search(message)
+    if missing:
+        path = f"{path}.{missing['name']}" if path else missing["name"]
+    return ApiError("invalid_request", f"{path or 'the body'}: {message}", param=path or None)
 
 
 def _check_depth(body: bytes, max_depth: int) -> None:
