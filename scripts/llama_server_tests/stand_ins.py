@@ -47,7 +47,8 @@ _THEN = tuple(
 # Words of prompts that are one token. Their beginnings are tokens, too.
 _OF_PROMPTS = (
     *("<|", "|>", "assis", "syst", "use", "Te", "He", "Wh", "he", "▁is", "▁the", "▁believe", "▁mean", "▁best"),
-    *("▁about", "▁Write", "▁prompt", "▁which", "▁fr", "▁This", "▁ch", "▁fibonacci", "▁func", "▁But", "▁she", "▁Hel"),
+    *("▁about", "▁Write", "▁prompt", "▁which", "▁fr", "▁This", "▁ch", "▁fibonacci", "▁func", "▁But", "▁she"),
+    "▁Hel",
 )
 # After these, a word at random comes first: tests of probabilities need many likely tokens.
 _UNSURE = ("a", "▁a", ":")
