@@ -48,9 +48,10 @@ _THEN = tuple(
 _OF_PROMPTS = (
     *("<|", "|>", "assis", "syst", "use", "Te", "He", "Wh", "he", "▁is", "▁the", "▁believe", "▁mean", "▁best"),
     *("▁about", "▁Write", "▁prompt", "▁which", "▁fr", "▁This", "▁ch", "▁fibonacci", "▁func", "▁But", "▁she"),
+    "▁Hel",
 )
 # After these, a word at random comes first: tests of probabilities need many likely tokens.
-_UNSURE = ("a", ":")
+_UNSURE = ("a", "▁a", ":")
 _GAP_MARKS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 _SPECIAL = ("<unk>", "<s>", "</s>")
 _N_BYTES = 256
