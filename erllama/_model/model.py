@@ -565,7 +565,7 @@ class Model:
         return raw.decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of one token, which may be a part of a character; those of a special token's text, too."""
+        """Return the bytes of one token, also of a special one. They may be a part of a character."""
         self._runner.check()
         ids = self._prompts.checked_ids([token])
         return self._vocabulary.piece(token) or self._vocabulary.detokenize(ids, special=True)

@@ -1,8 +1,8 @@
 """Reads the bodies of requests: within limits of size, depth and time, into declared types.
 
 A body's type is a `msgspec.Struct`. Unknown fields are ignored, as clients send fields of newer APIs. A known field
-of the wrong type is an error that names its path. Values that reach prompts, such as messages and tools, are declared
-as plain JSON (`Json`), because a type that drops or reorders keys would change the prompt.
+of the wrong type is an error that names its path. Values that reach prompts, such as messages and tools, are plain
+JSON (`Json`), because a type that drops or reorders keys would change the prompt.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Parts of OpenAI's answers that several endpoints share: token counts, timings, log-probabilities, finish reasons."""
+"""Parts of OpenAI's answers that several endpoints share: token counts, timings, finish reasons."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from erllama.engine import Completion, TokenLogprobs
+from erllama.engine import Completion
 from erllama.engine.requests.request import Timings
 from erllama.server.conduct.bodies import Json
 

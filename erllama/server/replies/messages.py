@@ -1,7 +1,7 @@
 """Messages and tools as clients send them, without what other servers' clients add.
 
 The façade refuses unknown keys, since in a program they are mistakes. Over HTTP they are fields of newer APIs, so
-they are removed here. Values that stay are the client's objects, unchanged: the template writes them into the prompt.
+they are removed here. Values that stay are the client's objects, unchanged: the template writes them to the prompt.
 """
 
 from __future__ import annotations
