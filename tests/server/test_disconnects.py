@@ -18,6 +18,10 @@ from support.engine_models import GatedBackend
 from support.http_server import CHAT, RunningServer, chat_body, read_until, running
 from support.threads import wait_until
 
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+)
 # Arguments that take many tokens.
 LONG = {"type": "object", "properties": {"text": {"type": "string", "minLength": 300}}, "required": ["text"]}
 
@@ -36,7 +40,10 @@ class Cancellations:
 
 @pytest.fixture
 def backend() -> GatedBackend:
-    return GatedBackend(n_ctx=4096)
+    made = GatedBackend(n_ctx=4096)
+    made.metadata = {"tokenizer.chat_template": TEMPLATE}  # type: ignore[attr-defined]
+    made.chat_templates = {"default": TEMPLATE}  # type: ignore[attr-defined]
+    return made
 
 
 @pytest.fixture
