@@ -29,6 +29,7 @@ MODULES = (
     "ticks",
     "streams",
     "isolation",
+    "serving",
     "startup",
     "sampling",
     "grammar",

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,35 +130,30 @@ class Ours:
         self._opened.close()
 
 
-class Server:
-    """llama-server in a separate process, which ends with the `with`.
+class HttpServer:
+    """A server in a separate process, which ends with the `with`, asked through llama-server's API.
 
-    The server fails replies that are not UTF-8: those of random weights, and of trained models whose end of reply
-    is ignored. So tokens that are not text by themselves are banned. With `ignore_eos` the server checks a list of
-    banned tokens anyway.
+    llama-server fails replies that are not UTF-8: those of random weights, and of trained models whose end of reply
+    is ignored. So tokens that are not text by themselves are banned. With `ignore_eos` it checks a list of banned
+    tokens anyway.
 
     Args:
+        arguments: of the server, without its port.
         ours: the engine whose vocabulary determines the banned tokens.
-        n_ctx: total number of cells of all slots.
-        more: further arguments.
+
+    Attributes:
+        command: of the server.
     """
 
-    name = "llama-server"
+    name: str
 
-    def __init__(self, setup: Setup, ours: Ours, n_ctx: int, n_slots: int, more: Sequence[str] = ()) -> None:
-        tools, threads = peers(setup), str(setup.threads)
+    def __init__(self, arguments: Sequence[str], ours: Ours) -> None:
         vocabulary = ours.model._backend.vocabulary
         self._forbidden = [[id, False] for id in range(ours.model.n_vocab) if not _is_text(vocabulary.piece(id))]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
-        # fmt: off
-        arguments = [
-            str(tools / "bin" / "llama-server"), "-m", str(setup.model), "--host", "127.0.0.1",
-            "--port", str(self.port), "-t", threads, "-tb", threads, "-c", str(n_ctx), "-np", str(n_slots),
-            "-b", str(N_BATCH), "-ub", str(N_UBATCH), "-fa", "on", "-ngl", str(setup.gpu_layers), *more,
-        ]
-        # fmt: on
+        arguments = [*arguments, "--port", str(self.port)]
         self.command = shlex.join(arguments)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
@@ -183,7 +178,7 @@ class Server:
             time.sleep(0.2)
         self._log.seek(0)
         raise PeerError(
-            f"llama-server did not start: {self.command}\n{self._log.read()[-3000:].decode(errors='replace')}"
+            f"{self.name} did not start: {self.command}\n{self._log.read()[-3000:].decode(errors='replace')}"
         )
 
     def reply(self, prompt: Prompt, n_tokens: int, pieces: list[Piece], enough: threading.Event) -> Reply | None:
@@ -199,7 +194,7 @@ class Server:
             connection.request("POST", "/completion", body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             if response.status != 200:
-                raise PeerError(f"llama-server answered {response.status}: {response.read().decode()}")
+                raise PeerError(f"{self.name} answered {response.status}: {response.read().decode()}")
             chunks: list[tuple[float, bytes]] = []
             # Only record the time here: parsing JSON now would take time from the threads of the server.
             while chunk := response.read1(1 << 16):
@@ -208,7 +203,7 @@ class Server:
                 chunks.append((time.perf_counter(), chunk))
                 pieces.append(Piece(chunks[-1][0], len(chunks)))
         except (OSError, http.client.HTTPException) as error:
-            raise PeerError(f"the connection to llama-server failed: {error!r}") from error
+            raise PeerError(f"the connection to {self.name} failed: {error!r}") from error
         finally:
             connection.close()
         return self._read(asked, chunks)
@@ -228,15 +223,15 @@ class Server:
                 if text.startswith(b"data: "):
                     last = json.loads(text.removeprefix(b"data: "))
                     if "tokens_predicted" not in last:
-                        raise PeerError(f"llama-server failed: {last}")
+                        raise PeerError(f"the server failed: {last}")
                     if not pieces or last["tokens_predicted"] > pieces[-1].n_tokens:  # the last event repeats
                         pieces.append(Piece(at, last["tokens_predicted"]))
         if "timings" not in last:
-            raise PeerError(f"llama-server ended a reply without its timings: {line[-300:]!r}")
+            raise PeerError(f"the server ended a reply without its timings: {line[-300:]!r}")
         timings = last["timings"]
         return Reply(asked, pieces, timings["prompt_n"], timings["predicted_ms"] / 1e3)
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -251,6 +246,28 @@ class Server:
             self._process.kill()
             self._process.wait()
         self._log.close()
+
+
+class Server(HttpServer):
+    """llama-server.
+
+    Args:
+        n_ctx: total number of cells of all slots.
+        more: further arguments.
+    """
+
+    name = "llama-server"
+
+    def __init__(self, setup: Setup, ours: Ours, n_ctx: int, n_slots: int, more: Sequence[str] = ()) -> None:
+        threads = str(setup.threads)
+        # fmt: off
+        arguments = [
+            str(peers(setup) / "bin" / "llama-server"), "-m", str(setup.model), "--host", "127.0.0.1",
+            "-t", threads, "-tb", threads, "-c", str(n_ctx), "-np", str(n_slots),
+            "-b", str(N_BATCH), "-ub", str(N_UBATCH), "-fa", "on", "-ngl", str(setup.gpu_layers), *more,
+        ]
+        # fmt: on
+        super().__init__(arguments, ours)
 
 
 def _is_text(piece: bytes) -> bool:
