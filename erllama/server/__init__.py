@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from erllama.checks import import_optional
 
-for _module, _package in (("starlette", "starlette"), ("sse_starlette", "sse-starlette"), ("uvicorn", "uvicorn")):
-    import_optional(_module, needed_by=__name__, package=_package, install="'erllama[server]'")
+for _module in ("starlette", "uvicorn"):
+    import_optional(_module, needed_by=__name__, package=_module, install="'erllama[server]'")
 
 from erllama.server.application import app  # noqa: E402
 from erllama.server.conduct.keys import ApiKey  # noqa: E402
