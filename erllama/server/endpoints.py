@@ -100,11 +100,14 @@ class Call:
         return served
 
     def cache_salt(self, requested: str | None) -> str | None:
-        """Return the salt of a request: the key's and the requested one, each of which separates."""
-        of_key = self.key.cache_salt if self.key is not None else None
-        if of_key is None or requested is None:
-            return of_key if requested is None else requested
-        return f"{len(of_key)}:{of_key}{requested}"
+        """Return the salt of a request: the key's and the requested one, each of which separates.
+
+        The length of the key's salt comes first, so that no request can spell the salt of another key.
+        """
+        if self.key is None or (self.key.cache_salt is None and requested is None):
+            return requested
+        of_key = self.key.cache_salt or ""
+        return f"{len(of_key)}:{of_key}{requested or ''}"
 
 
 @dataclass(frozen=True, slots=True)
