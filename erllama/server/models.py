@@ -44,6 +44,17 @@ class ServedModel:
         """The name of the model."""
         return self.model.id
 
+    def with_defaults(self, options: Mapping[str, object]) -> dict[str, object]:
+        """Return the options of a request, with the model's own where the request has none.
+
+        Of `template_args`, each variable is an option of its own.
+        """
+        found = {**self.defaults, **options}
+        args = [each["template_args"] for each in (self.defaults, options) if each.get("template_args")]
+        if len(args) == 2:
+            found["template_args"] = {**args[0], **args[1]}  # type: ignore[dict-item]
+        return found
+
     @property
     def can_think(self) -> bool:
         """Whether the chat template has markers of thinking."""

@@ -168,7 +168,7 @@ async def open_chat(
             session, which takes one request at a time.
         session_hint: name of a session to use unless another request is using it. `session_id` overrides it.
     """
-    options = cast(ChatOptions, {**served.defaults, **options})
+    options = cast(ChatOptions, served.with_defaults(options))
     options.setdefault("special_tokens_in_content", served.special_tokens_in_content)
     options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
     if call.server.options.drop_unstable_headers:
