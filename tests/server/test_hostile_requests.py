@@ -10,6 +10,7 @@ import pytest
 import erllama
 from erllama.cache import Cache
 from erllama.server import ApiKey
+from erllama.server.conduct.errors import as_api_error
 from support.engine_models import GatedBackend
 from support.http_server import CHAT, RunningServer, chat_body, running
 
@@ -61,3 +62,21 @@ def test_a_placeholder_beside_the_key_does_no_harm(model: erllama.Model) -> None
         for headers in (both, [("x-api-key", "none"), ("authorization", "Bearer right")]):
             answer = httpx.post(server.url + CHAT, json=chat_body(max_tokens=1), headers=headers, timeout=60)
             assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("error", [erllama.errors.BackendError, erllama.errors.ModelFailed, OSError])
+def test_failures_of_the_server_show_nothing_of_its_machine(error: type[Exception]) -> None:
+    answer = as_api_error(error("cannot read /home/ada/models/secret.gguf"))
+    assert answer.kind in ("internal", "unavailable")
+    assert "/home" not in answer.message
+
+
+def test_a_key_sees_its_models_alone(model: erllama.Model) -> None:
+    with Cache() as cache, erllama.load_backend(GatedBackend(), id="second", cache=cache) as second:
+        keys = (ApiKey(secret="one", models=("second",)),)
+        with running([model, second], keys=keys) as server:
+            unknown = server.post(chat_body(model="gone"), headers={"x-api-key": "one"})
+            unnamed = server.post(chat_body(max_tokens=1, model=None), headers={"x-api-key": "one"})
+    assert "second" in unknown.text
+    assert "stub" not in unknown.text
+    assert unnamed.json()["model"] == "second"

@@ -116,3 +116,27 @@ def test_tokens_of_vectors_count_for_the_limit_of_a_key(tmp_path: Path, path: st
         del body["input" if path in ("/embedding", "/api/embeddings") else "content"]
         statuses = [client.post(path, json=body, headers={"x-api-key": "k"}).status_code for _ in range(2)]
     assert statuses == [200, 429]
+
+
+def test_a_limit_beyond_the_context_is_no_limit(tiny_gguf: Path) -> None:
+    options = {"process": True, "n_ctx": 256, "n_threads": 1}
+    bodies = {
+        "/v1/chat/completions": {"messages": MESSAGES, "max_completion_tokens": 2**70},
+        "/v1/completions": {"prompt": "Once", "max_tokens": 2**70},
+        "/v1/responses": {"input": "hi", "max_output_tokens": 2**70},
+        "/v1/messages": {"messages": MESSAGES[1:], "max_tokens": 2**70},
+        "/completion": {"prompt": "Once", "n_predict": 2**70},
+        "/api/chat": {"messages": MESSAGES, "stream": False, "options": {"num_predict": 2**70}},
+    }
+    with (
+        erllama.Cache(ram=None) as cache,
+        erllama.load_model(tiny_gguf, cache=cache, **options) as model,  # type: ignore[arg-type]
+        client_of(model) as client,
+    ):
+        answers = {path: client.post(path, json={"seed": 1, **body}) for path, body in bodies.items()}
+    assert {path: answer.status_code for path, answer in answers.items()} == dict.fromkeys(bodies, 200)
+
+
+def test_empty_reasoning_beside_reasoning_does_not_count(client: TestClient) -> None:
+    reply = {"role": "assistant", "content": "Hello.", "reasoning_content": "", "reasoning": "Hm."}
+    post(client, "/v1/chat/completions", messages=[*MESSAGES, reply, MESSAGES[1]])
