@@ -256,7 +256,8 @@ def test_formats_constrain_a_reply(client: openai.OpenAI, body: Json) -> None:
 
 
 def test_a_json_object_is_an_object(client: openai.OpenAI) -> None:
-    body: Json = {"response_format": {"type": "json_object"}, "max_tokens": 1}
+    # Without the first character of the template's <think>, which may come before the object.
+    body: Json = {"response_format": {"type": "json_object"}, "max_tokens": 1, "logit_bias": {str(ord("<")): False}}
     assert post(client, body).json()["choices"][0]["message"]["content"] == "{"
 
 
