@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import click
 import erllama
 from erllama._runtime.printing import echo, printable
 from erllama.cli.loading import ModelOptions, existing_path
+from erllama.cli.memory_cache import memory_cache
 from erllama.cli.options import FILE, model_and_cache_options
 from erllama.server.application import make_server
 from erllama.server.conduct.key_files import VARIABLE, read_key_file, read_key_variable
@@ -125,9 +128,9 @@ def _keys(configuration: Configuration, file: Path | None) -> tuple[ApiKey, ...]
     return (*keys, *(key for key in read_key_variable() if key.secret not in secrets))
 
 
-def _open_cache(loading: ModelOptions, configured: Mapping[str, object]) -> erllama.Cache:
+def _open_cache(loading: ModelOptions, configured: Mapping[str, object]) -> AbstractContextManager[erllama.Cache]:
     if loading.no_cache:
-        return erllama.Cache()
+        return memory_cache(configured)
     options = _chosen({"disk": True, **configured}, disk=loading.cache_dir, disk_quota=loading.quota)
     return erllama.Cache(**options)  # type: ignore[arg-type]
 
@@ -152,7 +155,7 @@ def _log_access(where: str) -> Iterator[None]:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Printable("%(message)s"))
     elif where != "none":
-        handler = WatchedFileHandler(where, encoding="utf-8")
+        handler = _PrivateFile(where, encoding="utf-8")
     log.setLevel(logging.WARNING if where == "none" else logging.INFO)
     log.propagate = False
     log.addHandler(handler)
@@ -163,6 +166,14 @@ def _log_access(where: str) -> Iterator[None]:
         handler.close()
         log.propagate = True
         log.setLevel(logging.NOTSET)
+
+
+class _PrivateFile(WatchedFileHandler):
+    """A file that only its owner can read, if it is new: with `log_prompts` it has prompts."""
+
+    def _open(self) -> TextIOWrapper:
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return open(descriptor, self.mode, encoding=self.encoding, errors=self.errors)  # type: ignore[return-value]
 
 
 class _Printable(logging.Formatter):

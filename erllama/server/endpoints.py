@@ -92,19 +92,31 @@ class Call:
     errors: ErrorForm
 
     def find_model(self, name: str | None) -> ServedModel:
-        """Return the model of a name; raise ApiError if it does not exist or the key may not use it."""
-        served = self.server.models.find(name)
+        """Return the model of a name; for None or "", the first that the key may use.
+
+        Raises:
+            ApiError: the model does not exist, or the key may not use it.
+        """
+        served = self.server.models.find(name, self.allowed_models())
         self.record.model = served.name
         if self.key is not None:
             self.key.check_model(served.name)
         return served
 
+    def allowed_models(self) -> Sequence[ServedModel]:
+        """Return the models that the client's key may use."""
+        names = self.key.models if self.key is not None else None
+        return [served for served in self.server.models.models if names is None or served.name in names]
+
     def cache_salt(self, requested: str | None) -> str | None:
-        """Return the salt of a request: the key's and the requested one, each of which separates."""
-        of_key = self.key.cache_salt if self.key is not None else None
-        if of_key is None or requested is None:
-            return of_key if requested is None else requested
-        return f"{len(of_key)}:{of_key}{requested}"
+        """Return the salt of a request: the key's and the requested one, each of which separates.
+
+        The length of the key's salt comes first, so that no request can spell the salt of another key.
+        """
+        if self.key is None or (self.key.cache_salt is None and requested is None):
+            return requested
+        of_key = self.key.cache_salt or ""
+        return f"{len(of_key)}:{of_key}{requested or ''}"
 
 
 @dataclass(frozen=True, slots=True)

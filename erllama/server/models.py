@@ -44,6 +44,17 @@ class ServedModel:
         """The name of the model."""
         return self.model.id
 
+    def with_defaults(self, options: Mapping[str, object]) -> dict[str, object]:
+        """Return the options of a request, with the model's own where the request has none.
+
+        Of `template_args`, each variable is an option of its own.
+        """
+        found = {**self.defaults, **options}
+        args = [each["template_args"] for each in (self.defaults, options) if each.get("template_args")]
+        if len(args) == 2:
+            found["template_args"] = {**args[0], **args[1]}  # type: ignore[dict-item]
+        return found
+
     @property
     def can_think(self) -> bool:
         """Whether the chat template has markers of thinking."""
@@ -68,20 +79,23 @@ class ModelPool:
                 if self._by_name.setdefault(name, served) is not served:
                     raise OptionError(f"two models have the name {name!r}; give one another id")
 
-    def find(self, name: str | None) -> ServedModel:
-        """Return the model of a name; for None or "", the first.
+    def find(self, name: str | None, allowed: Sequence[ServedModel]) -> ServedModel:
+        """Return the model of a name; for None or "", the first that the client may use.
+
+        Args:
+            allowed: the models that the client may use. An error names only these.
 
         Raises:
             ApiError: no model has the name.
         """
         if not name:
-            return self.models[0]
+            return allowed[0] if allowed else self.models[0]
         # Ollama's clients add a tag.
         served = (
             self._by_name.get(name) or self._by_name.get(name.removesuffix(":latest")) or self._by_name.get("*")
         )
         if served is None:
-            known = ", ".join(each.name for each in self.models)
+            known = ", ".join(each.name for each in allowed) or "none for this key"
             raise ApiError(
                 "not_found", f"there is no model {name!r}; this server has {known}", "model_not_found", "model"
             )

@@ -26,7 +26,8 @@ class ServerOptions:
         restart_wait: seconds for which a new request waits while its model's process is being replaced.
         shutdown_seconds: seconds that running requests have to finish when the server stops.
         log_prompts: write prompts to the access log.
-        drop_unstable_headers: remove what clients put into prompts and change on each request (docs/server.md).
+        drop_unstable_headers: remove what clients put into prompts and change on each request. The list is in
+            docs/server/anthropic.md.
         slots: answer `/slots`, which shows how many requests run.
         metrics: answer `/metrics`.
         max_stored_responses: how many responses `/v1/responses` keeps for `previous_response_id`. 0 for none.

@@ -13,6 +13,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
 
@@ -24,6 +25,8 @@ from erllama.server.state import Server
 log = logging.getLogger("erllama.server")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Threads that render templates, tokenize, and wait for vectors and scores. Most of them wait.
+_THREADS = 64
 # For the errors of requests that the end of their model cut off to reach their clients.
 _GOODBYE_SECONDS = 10.0
 
@@ -81,6 +84,8 @@ class _UvicornServer(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # Python's default is 6 threads on 2 cores. As many embeddings would block the templates of all chats.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "erllama-server"))
         await super().startup(sockets)
         self._on_started()
 

@@ -351,7 +351,7 @@ def test_a_salt_separates_cached_prompts(client: openai.OpenAI) -> None:
 
 
 def test_llama_servers_sampling_fields_are_used(client: openai.OpenAI) -> None:
-    for field, wrong in (("min_p", 7.0), ("top_k", -5), ("repeat_penalty", -1.0), ("frequency_penalty", 1e9)):
+    for field, wrong in (("min_p", 7.0), ("top_p", 7.0), ("repeat_penalty", -1.0), ("frequency_penalty", 1e9)):
         assert post(client, {field: 1}).status_code == 200, field
         assert post(client, {field: wrong}).status_code == 400, field
 

@@ -154,6 +154,7 @@ def test_a_configuration_file_sets_models_keys_cache_and_server(tmp_path: Path, 
         assert ask("endless").status_code == 403
         assert ask("other").status_code == 404
     assert (tmp_path / "prompts" / "index.db").exists()
+    assert (tmp_path / "access.jsonl").stat().st_mode & 0o777 == 0o600  # it has prompts
     lines = [json.loads(line) for line in (tmp_path / "access.jsonl").read_text().splitlines()]
     assert [line["status"] for line in lines] == [200, 403, 404]
     assert lines[0]["key"] == "AGENT"

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 from starlette.responses import Response
 
-from erllama._model.requests.options import TemplateOptions
-from erllama._types import Messages
 from erllama.chat.results import ChatCompletion
 from erllama.engine import Done
 from erllama.server.anthropic.blocks import BlockWriter
@@ -24,7 +21,7 @@ from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.models import ServedModel
 from erllama.server.replies.running import Replies, open_chat
 from erllama.server.replies.sse import encode_event, event_stream
-from erllama.server.replies.unstable_prefixes import drop_unstable_headers
+from erllama.server.replies.templates import count_prompt_tokens
 
 _STOP_REASONS: Mapping[str, str] = {
     "stop": "end_turn",
@@ -88,16 +85,10 @@ async def answer(call: Call, body: MessagesBody) -> Response:
 async def count_tokens(call: Call, body: MessagesBody) -> Response:
     """Answer with the number of tokens of a message's prompt."""
     served = call.find_model(body.model)
-    messages: Messages = _read_messages(call, body)
-    known = TemplateOptions.__annotations__
-    defaults = {name: value for name, value in served.defaults.items() if name in known}
-    options = cast(TemplateOptions, {**defaults, **template_options(body, messages)})
-    if call.server.options.drop_unstable_headers:
-        messages = drop_unstable_headers(messages)
-    options.setdefault("special_tokens_in_content", served.special_tokens_in_content)
-    salt = call.cache_salt(body.cache_salt)
-    ids = await asyncio.to_thread(served.model.apply_chat_template, messages, cache_salt=salt, **options)
-    return json_response({"input_tokens": len(ids)}, headers=request_id_headers(call))
+    messages = _read_messages(call, body)
+    options = template_options(body, messages)
+    n_tokens = await count_prompt_tokens(call, served, messages, body.cache_salt, **options)
+    return json_response({"input_tokens": n_tokens}, headers=request_id_headers(call))
 
 
 def request_id_headers(call: Call) -> dict[str, str]:

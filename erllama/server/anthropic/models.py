@@ -40,7 +40,7 @@ async def list_models(call: Call, _: NoBody) -> Response:
     Raises:
         ApiError: one of these is wrong.
     """
-    models = _allowed(call)
+    models = call.allowed_models()
     query = call.request.query_params
     limit = _limit(query.get("limit"))
     after, before = query.get("after_id"), query.get("before_id")
@@ -59,16 +59,11 @@ async def list_models(call: Call, _: NoBody) -> Response:
 async def get_model(call: Call, _: NoBody) -> Response:
     """Answer with one model. A name that only answers because the server has a single model is unknown here."""
     name = call.request.path_params["id"]
-    for served in _allowed(call):
+    for served in call.allowed_models():
         if name == served.name or name in served.aliases:
             return json_response(_model_json(served), headers=request_id_headers(call))
-    known = ", ".join(served.name for served in _allowed(call)) or "none"
+    known = ", ".join(served.name for served in call.allowed_models()) or "none"
     raise ApiError("not_found", f"there is no model {name!r:.80}; this server has {known}", "model_not_found")
-
-
-def _allowed(call: Call) -> Sequence[ServedModel]:
-    names = call.key.models if call.key is not None else None
-    return [each for each in call.server.models.models if names is None or each.name in names]
 
 
 def _model_json(served: ServedModel) -> Json:

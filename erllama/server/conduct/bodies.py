@@ -23,7 +23,9 @@ Body = TypeVar("Body")
 
 # Larger bodies are decoded in a thread: decoding 1 MiB takes about 10 ms.
 _SMALL = 1 << 18
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# A string, perhaps without its end, or a bracket. Possessive, so that no text is read twice: a body with one open
+# string and many quotes would take quadratic time otherwise.
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _PATH = re.compile(r" - at `\$\.?(?P<path>.*)`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<name>.*)`$")
 

@@ -105,7 +105,10 @@ class ErrorForm(Protocol):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Return the answer for an exception. Unexpected ones are logged."""
+    """Return the answer for an exception.
+
+    Failures of the server are logged, and their texts stay in the log: these may name files and other machines.
+    """
     message = str(error)
     match error:
         case ApiError():
@@ -127,15 +130,19 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError("unsupported", message, "unsupported")
         case ModelNotFound():
             return ApiError("not_found", message, "model_not_found")
-        case ModelUnloaded() | ModelFailed() | ServerLost():
+        case ModelUnloaded():
             return ApiError("unavailable", message, "model_unavailable", retry_after=_RETRY_AFTER)
+        case ModelFailed() | ServerLost():
+            log.error("a request failed: %s", message)
+            answer = "the model cannot compute now; the server's log has the cause"
+            return ApiError("unavailable", answer, "model_unavailable", retry_after=_RETRY_AFTER)
         case RequestCrashed():
             return ApiError("internal", message, "request_crashed")
         case Error() if isinstance(error, ValueError):  # a chat that cannot be rendered
             return ApiError("invalid_request", message)
         case Error():
             log.error("a request failed: %s", message)
-            return ApiError("internal", message)
+            return ApiError("internal", "the model could not compute the reply; the server's log has the cause")
         case _:
             log.exception("a request failed unexpectedly", exc_info=error)
             return ApiError("internal", "the server failed unexpectedly; its log has the cause")

@@ -1,6 +1,7 @@
 """Keys of clients, and what each key may do.
 
-A client sends its key as `Authorization: Bearer KEY` or as `x-api-key: KEY`. Keys are compared in constant time.
+A client sends its key as `Authorization: Bearer KEY` or as `x-api-key: KEY`. If it sends both, as some do with a
+placeholder in one of them, either may be the key. Keys are compared in constant time.
 """
 
 from __future__ import annotations
@@ -56,17 +57,18 @@ def find_key(headers: Mapping[str, str], keys: Sequence[ApiKey]) -> ApiKey | Non
     """
     if not keys:
         return None
-    sent = headers.get("x-api-key") or ""
+    sent = [headers.get("x-api-key") or ""]
     scheme, _, value = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        sent = value.strip()
+        sent.append(value.strip())
     found = None
     for key in keys:  # all of them: the time must not tell which one is similar
-        if hmac.compare_digest(key.secret.encode(), sent.encode("utf-8", "replace")):
-            found = key
+        for each in sent:
+            if hmac.compare_digest(key.secret.encode(), each.encode("utf-8", "replace")):
+                found = key
     if found is None:
         how = "send it as `Authorization: Bearer KEY` or as `x-api-key: KEY`"
         raise ApiError(
-            "authentication", f"{'the key is wrong' if sent else 'a key is needed'}; {how}", "invalid_api_key"
+            "authentication", f"{'the key is wrong' if any(sent) else 'a key is needed'}; {how}", "invalid_api_key"
         )
     return found

@@ -127,7 +127,7 @@ class ServerMetrics:
         Args:
             call: None for a path without an endpoint.
             key: the client's; None if the server has no keys, or none was sent.
-            status: of the answer; 0 if the client left before it.
+            status: of the answer; 499 if the client left before it.
             seconds: until the end of the answer.
         """
         endpoint = call.endpoint if call is not None else ""

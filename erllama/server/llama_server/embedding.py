@@ -12,6 +12,7 @@ from erllama._model.requests.embeddings import Pooling
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.llama_server.errors import ERRORS
+from erllama.server.replies.embeddings import note_tokens
 from erllama.server.replies.prompts import read_prompts
 from erllama.server.replies.running import wait_for_process
 
@@ -53,13 +54,7 @@ async def answer(call: Call, body: EmbeddingBody) -> Response:
         pooling=cast(Pooling | None, served.pooling),
         normalize=pools and body.embd_normalize != -1,
     )
-    _note(call, sum(map(len, texts)))
+    note_tokens(call, sum(map(len, texts)))
     return json_response(
         [{"index": index, "embedding": np.atleast_2d(each).tolist()} for index, each in enumerate(vectors)]
     )
-
-
-def _note(call: Call, n_tokens: int) -> None:
-    call.record.prompt_tokens += n_tokens
-    if call.key is not None:
-        call.server.rate_limits.charge(call.key, n_tokens)

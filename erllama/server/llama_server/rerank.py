@@ -15,6 +15,7 @@ from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.llama_server.errors import ERRORS
+from erllama.server.replies.embeddings import check_number, note_tokens
 from erllama.server.replies.running import wait_for_process
 
 
@@ -55,11 +56,12 @@ async def answer(call: Call, body: RerankBody) -> Response:
     texts = [each if isinstance(each, str) else each.text for each in body.documents or body.texts or ()]
     if not texts:
         raise ApiError("invalid_request", "documents is empty; send at least one", param="documents")
+    check_number(texts, "documents")
     await wait_for_process(call, served)
     scores = await served.model.arerank(body.query, texts)
     count = served.model._embeddings.count_pair_tokens
     n_tokens = sum(await asyncio.to_thread(count, body.query, texts))
-    _note(call, n_tokens)
+    note_tokens(call, n_tokens)
     ranked = sorted(enumerate(map(float, scores)), key=lambda item: -item[1])
     ranked = ranked[: len(texts) if body.top_n is None else max(body.top_n, 0)]
     if body.texts is not None:
@@ -78,9 +80,3 @@ def _in_tei_form(ranked: Sequence[tuple[int, float]], texts: Sequence[str], with
         for result in results:
             result["text"] = texts[result["index"]]
     return results
-
-
-def _note(call: Call, n_tokens: int) -> None:
-    call.record.prompt_tokens += n_tokens
-    if call.key is not None:
-        call.server.rate_limits.charge(call.key, n_tokens)

@@ -11,15 +11,15 @@ from starlette.responses import Response
 
 from erllama._model.model import Model
 from erllama._model.requests.options import TemplateOptions
+from erllama._types import Messages
 from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.llama_server.errors import ERRORS
-from erllama.server.models import ServedModel
 from erllama.server.replies.messages import read_messages, read_tools
 from erllama.server.replies.prompts import read_parts
-
-_TEMPLATE_DEFAULTS = frozenset(TemplateOptions.__annotations__)
+from erllama.server.replies.templates import count_prompt_tokens, rendering_options, thinking_options
+from erllama.server.replies.unstable_prefixes import drop_unstable_headers
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -106,13 +106,14 @@ async def answer_detokenize(call: Call, body: DetokenizeBody) -> Response:
 async def answer_template(call: Call, body: TemplateBody) -> Response:
     """Answer with the text of a conversation."""
     served = call.find_model(body.model)
-    messages, options = read_messages(body.messages), _template_options(served, body)
-    generate = body.add_generation_prompt is not False
+    messages: Messages = read_messages(body.messages)
+    if call.server.options.drop_unstable_headers:
+        messages = drop_unstable_headers(messages)
     text = await asyncio.to_thread(
         served.model.render_chat,
         messages,
-        add_generation_prompt=generate,
-        **options,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        **rendering_options(served, _template_options(body)),
     )
     return json_response({"prompt": text})
 
@@ -120,33 +121,16 @@ async def answer_template(call: Call, body: TemplateBody) -> Response:
 async def answer_count(call: Call, body: TemplateBody) -> Response:
     """Answer with the number of tokens of a conversation."""
     served = call.find_model(body.model)
-    messages, options = read_messages(body.messages), _template_options(served, body)
-    tokens = await asyncio.to_thread(
-        served.model.apply_chat_template,
-        messages,
-        cache_salt=call.cache_salt(None),
-        **options,
-    )
-    return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
+    n_tokens = await count_prompt_tokens(call, served, read_messages(body.messages), **_template_options(body))
+    return json_response({"object": "response.input_tokens", "input_tokens": n_tokens})
 
 
-def _template_options(served: ServedModel, body: TemplateBody) -> Json:
+def _template_options(body: TemplateBody) -> TemplateOptions:
     """Return the options of `Model.render_chat` for a body."""
-    options: Json = {name: value for name, value in served.defaults.items() if name in _TEMPLATE_DEFAULTS}
-    options.setdefault("special_tokens_in_content", served.special_tokens_in_content)
+    options = thinking_options(body.chat_template_kwargs, body.reasoning_effort)
     tools = read_tools(body.tools)
     if tools is not None:
         options["tools"] = tools
     if body.continue_final_message:
         options["continue_final_message"] = True
-    args = dict(body.chat_template_kwargs or {})
-    enabled = args.pop("enable_thinking", None)
-    if isinstance(enabled, bool):
-        options["thinking"] = enabled
-    elif body.reasoning_effort is not None:
-        options["thinking"] = body.reasoning_effort != "none"
-    if body.reasoning_effort is not None:
-        args.setdefault("reasoning_effort", body.reasoning_effort)
-    if args:
-        options["template_args"] = {**options.get("template_args", {}), **args}
     return options

@@ -10,8 +10,7 @@ from erllama.engine import Completion, TokenLogprobs
 from erllama.server.conduct.bodies import Json
 from erllama.server.endpoints import Call
 from erllama.server.ollama.facts import now
-
-_LEAST = -9999.0  # for a token that cannot occur; JSON has no infinity
+from erllama.server.replies.logprobs import token_logprobs
 
 
 def head(model: str) -> Json:
@@ -51,15 +50,4 @@ def _nanoseconds(seconds: float) -> int:
 
 def logprobs_json(model: Model, logprobs: Sequence[TokenLogprobs]) -> list[Json]:
     """Return log-probabilities as Ollama has them."""
-    return [
-        {
-            **_entry(model, each.token, each.logprob),
-            "top_logprobs": [_entry(model, token, logprob) for token, logprob in each.top],
-        }
-        for each in logprobs
-    ]
-
-
-def _entry(model: Model, token: int, logprob: float) -> Json:
-    raw = model.token_bytes(token)
-    return {"token": raw.decode("utf-8", "replace"), "bytes": list(raw), "logprob": max(logprob, _LEAST)}
+    return [token_logprobs(model, each) for each in logprobs]

@@ -17,7 +17,8 @@ from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.models import ServedModel
 from erllama.server.ollama.answers import elapsed
 from erllama.server.ollama.errors import ERRORS
-from erllama.server.replies.running import until_disconnect, wait_for_process
+from erllama.server.replies.embeddings import check_number, note_tokens
+from erllama.server.replies.running import wait_for_process
 
 
 class EmbedBody(msgspec.Struct, kw_only=True):
@@ -88,15 +89,13 @@ async def _embed(
 ) -> NDArray[np.float32]:
     """Return the vectors of texts, float32, shape (texts, d), and count their tokens."""
     model = served.model
+    check_number(texts, "input")
     await wait_for_process(call, served)
-    embedded = model.aembed(texts, normalize=normalize, truncate=truncate)
-    rows: NDArray[np.float32] = await until_disconnect(call.request, embedded)
+    rows = await model.aembed(texts, normalize=normalize, truncate=truncate)
     n_tokens = await asyncio.to_thread(
         lambda: sum(min(len(model.tokenize(text, parse_special=True)), model.n_ctx) for text in texts)
     )
-    call.record.prompt_tokens += n_tokens
-    if call.key is not None:
-        call.server.rate_limits.charge(call.key, n_tokens)
+    note_tokens(call, n_tokens)
     return rows
 
 

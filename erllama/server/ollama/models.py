@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -60,12 +60,14 @@ async def version(call: Call, body: NoBody) -> Response:
 
 async def tags(call: Call, body: NoBody) -> Response:
     """Answer with the models that the client may use."""
-    return json_response({"models": [summary(each) | {"modified_at": loaded_at(each)} for each in _models(call)]})
+    return json_response(
+        {"models": [summary(each) | {"modified_at": loaded_at(each)} for each in call.allowed_models()]}
+    )
 
 
 async def running(call: Call, body: NoBody) -> Response:
     """Answer with the models and the memory that they take."""
-    return json_response({"models": [_running(each) for each in _models(call)]})
+    return json_response({"models": [_running(each) for each in call.allowed_models()]})
 
 
 def _running(served: ServedModel) -> Json:
@@ -81,12 +83,6 @@ def _running(served: ServedModel) -> Json:
 
 def _is_host_memory(place: str) -> bool:
     return place.startswith("CPU") or place.endswith("_Host")
-
-
-def _models(call: Call) -> Sequence[ServedModel]:
-    """Return the models that the client's key may use."""
-    allowed = call.key.models if call.key is not None else None
-    return [each for each in call.server.models.models if allowed is None or each.name in allowed]
 
 
 async def show(call: Call, body: ShowBody) -> Response:

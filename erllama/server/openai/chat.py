@@ -43,7 +43,7 @@ async def answer(call: Call, body: ChatBody) -> Response:
 
 async def _open(call: Call, served: ServedModel, body: ChatBody) -> Replies[ChatCompletion]:
     """Submit the conversation. An error in one of its messages has that message's path."""
-    messages, options = read_messages(body.messages), chat_options(body)
+    messages, options = read_messages(body.messages), chat_options(body, served.model)
     try:
         return await open_chat(
             call, served, messages, n=body.n_choices, session_hint=body.prompt_cache_key, **options

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
+from erllama._model.model import Model
 from erllama._model.requests.options import ChatOptions
 from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.openai.bodies import MAX_CHOICES, StreamOptions
 from erllama.server.replies.messages import read_tools
 from erllama.server.replies.sampling import SamplingBody
+from erllama.server.replies.templates import thinking_options
 
 
 class ChatBody(SamplingBody, kw_only=True):
@@ -48,13 +50,13 @@ class ChatBody(SamplingBody, kw_only=True):
         return self.n or 1
 
 
-def chat_options(body: ChatBody) -> ChatOptions:
+def chat_options(body: ChatBody, model: Model) -> ChatOptions:
     """Return the options of `Model.chat` for a body.
 
     Raises:
         ApiError: fields contradict each other, or one has a value that it does not take.
     """
-    options: dict[str, Any] = dict(body.sampling_options())
+    options: dict[str, Any] = dict(body.sampling_options(model))
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if limit is not None and limit >= 0:  # llama-server's -1 is no limit
         options["max_tokens"] = limit
@@ -71,15 +73,7 @@ def chat_options(body: ChatBody) -> ChatOptions:
     elif body.top_logprobs:
         message = "top_logprobs has no effect without logprobs; send logprobs: true, too"
         raise ApiError("invalid_request", message, param="top_logprobs")
-    thinking = _thinking(body)
-    if thinking is not None:
-        options["thinking"] = thinking
-    args = {name: value for name, value in (body.chat_template_kwargs or {}).items() if name != "enable_thinking"}
-    if body.reasoning_effort is not None:
-        args.setdefault("reasoning_effort", body.reasoning_effort)
-    if args:
-        options["template_args"] = args
-    return options  # type: ignore[return-value]
+    return {**options, **thinking_options(body.chat_template_kwargs, body.reasoning_effort)}  # type: ignore[typeddict-item]
 
 
 def _tool_options(body: ChatBody) -> dict[str, Any]:
@@ -103,19 +97,6 @@ def _tool_options(body: ChatBody) -> dict[str, Any]:
     if parallel is not None:
         options["parallel_tool_calls"] = parallel
     return options
-
-
-def _thinking(body: ChatBody) -> bool | None:
-    """Return whether the model thinks; None for its default."""
-    enabled = (body.chat_template_kwargs or {}).get("enable_thinking")
-    if isinstance(enabled, bool):
-        return enabled
-    if enabled is not None:
-        where = "chat_template_kwargs.enable_thinking"
-        raise ApiError("invalid_request", f"{where} is {enabled!r:.60}; send true or false", param=where)
-    if body.reasoning_effort is None:
-        return None
-    return body.reasoning_effort != "none"
 
 
 def _response_schema(format: Json | None) -> Json | None:

@@ -53,19 +53,19 @@ async def answer(call: Call, body: CompletionBody) -> Response:
     served = call.find_model(body.model)
     prompts = read_inputs(body.prompt, "prompt")
     _check(body, prompts)
-    options: dict[str, Any] = dict(body.sampling_options())
+    options: dict[str, Any] = dict(body.sampling_options(served.model))
     limit = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if limit >= 0:  # llama-server's -1 is no limit
         options["max_tokens"] = limit
     if body.logprobs is not None:
         options["logprobs"] = body.logprobs
+    echoed = await asyncio.to_thread(_echoed, served, prompts) if body.echo else [""] * len(prompts)
     try:
         replies = await open_completions(call, served, prompts, suffix=body.suffix, n=body.n or 1, **options)
     except Unsupported as error:
         if body.suffix is None:
             raise
         raise ApiError("invalid_request", str(error), "unsupported", param="suffix") from error
-    echoed = await asyncio.to_thread(_echoed, served, prompts) if body.echo else [""] * len(prompts)
     answering = _Answer(served, body, echoed, call.record.id)
     if body.stream:
         return event_stream(call, answering.stream(replies), encode_error)

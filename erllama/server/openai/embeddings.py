@@ -16,8 +16,9 @@ from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.openai.errors import ERRORS
+from erllama.server.replies.embeddings import note_tokens
 from erllama.server.replies.prompts import read_prompts
-from erllama.server.replies.running import until_disconnect, wait_for_process
+from erllama.server.replies.running import wait_for_process
 
 
 class EmbeddingBody(msgspec.Struct, kw_only=True):
@@ -43,7 +44,7 @@ async def answer(call: Call, body: EmbeddingBody) -> Response:
     await wait_for_process(call, served)
     try:
         pooling = cast(Pooling | None, served.pooling)
-        vectors = await until_disconnect(call.request, served.model.aembed(inputs, pooling=pooling))
+        vectors = await served.model.aembed(inputs, pooling=pooling)
     except PromptTooLong as error:
         message = f"the input is too large: {str(error).partition(';')[0]}; send shorter texts"
         details = {"n_prompt_tokens": error.n_tokens, "n_ctx": error.n_ctx}
@@ -52,9 +53,7 @@ async def answer(call: Call, body: EmbeddingBody) -> Response:
         message = f"dimensions is {body.dimensions}, and the vectors of {served.name!r} have {vectors.shape[1]}"
         raise ApiError("invalid_request", f"{message}; leave dimensions out", param="dimensions")
     n_tokens = sum(map(len, inputs))
-    call.record.prompt_tokens += n_tokens
-    if call.key is not None:
-        call.server.rate_limits.charge(call.key, n_tokens)
+    note_tokens(call, n_tokens)
     encode = _as_base64 if body.encoding_format == "base64" else _as_numbers
     rows = [{"object": "embedding", "index": i, "embedding": encode(row)} for i, row in enumerate(vectors)]
     counts = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from erllama._model.model import Model
 from erllama.engine import TokenLogprobs
 from erllama.server.conduct.bodies import Json
-
-_LEAST = -9999.0  # OpenAI's number for a token that cannot occur; JSON has no infinity
+from erllama.server.replies.logprobs import LEAST, token_logprob
 
 
 def chat_logprobs(model: Model, logprobs: Sequence[TokenLogprobs]) -> Json:
@@ -23,9 +22,7 @@ def chat_logprobs(model: Model, logprobs: Sequence[TokenLogprobs]) -> Json:
 
 
 def _entry(model: Model, token: int, logprob: float) -> Json:
-    raw = model.token_bytes(token)
-    text = raw.decode("utf-8", "replace")
-    return {"id": token, "token": text, "bytes": list(raw), "logprob": max(logprob, _LEAST)}
+    return {"id": token, **token_logprob(model, token, logprob)}  # llama-server's clients read the id
 
 
 def completion_logprobs(model: Model, logprobs: Sequence[TokenLogprobs], offset: int) -> Json:
@@ -41,12 +38,12 @@ def completion_logprobs(model: Model, logprobs: Sequence[TokenLogprobs], offset:
         offsets.append(offset)
         offset += len(text)
     tops = [
-        {model.token_bytes(id).decode("utf-8", "replace"): max(logprob, _LEAST) for id, logprob in each.top}
+        {model.token_bytes(id).decode("utf-8", "replace"): max(logprob, LEAST) for id, logprob in each.top}
         for each in logprobs
     ]
     return {
         "tokens": tokens,
-        "token_logprobs": [max(each.logprob, _LEAST) for each in logprobs],
+        "token_logprobs": [max(each.logprob, LEAST) for each in logprobs],
         "top_logprobs": tops,
         "text_offset": offsets,
     }

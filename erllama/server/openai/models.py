@@ -6,7 +6,6 @@ and llama-server have it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,7 +32,7 @@ def endpoints() -> list[Endpoint[Any]]:
 
 async def list_models(call: Call, _: NoBody) -> Response:
     """Answer with the models that the key may use."""
-    found = _allowed(call)
+    found = call.allowed_models()
     values = {"object": "list", "data": list(map(_entry, found)), "models": list(map(_listed, found))}
     return json_response(values)
 
@@ -41,16 +40,11 @@ async def list_models(call: Call, _: NoBody) -> Response:
 async def get_model(call: Call, _: NoBody) -> Response:
     """Answer with one model. A name that only answers because the server has a single model is unknown here."""
     name = call.request.path_params["id"]
-    for served in _allowed(call):
+    for served in call.allowed_models():
         if name == served.name or name in served.aliases:
             return json_response(_entry(served))
-    known = ", ".join(served.name for served in _allowed(call)) or "none"
+    known = ", ".join(served.name for served in call.allowed_models()) or "none"
     raise ApiError("not_found", f"there is no model {name!r}; this server has {known}", "model_not_found", "model")
-
-
-def _allowed(call: Call) -> Sequence[ServedModel]:
-    names = None if call.key is None else call.key.models
-    return [served for served in call.server.models.models if names is None or served.name in names]
 
 
 def _entry(served: ServedModel) -> Json:

@@ -11,6 +11,7 @@ from erllama._model.model import Model
 from erllama.server.conduct.errors import ApiError
 
 _NAME = "logit_bias"
+_MAX_CHARACTERS = 2000  # of all texts: more would keep the event loop from other requests
 
 
 def read_biases(model: Model, value: Mapping[str, object] | Sequence[object] | None) -> dict[int, float]:
@@ -21,9 +22,13 @@ def read_biases(model: Model, value: Mapping[str, object] | Sequence[object] | N
             text, all of whose tokens get the number. False excludes a token.
 
     Raises:
-        ApiError: an item is neither of these.
+        ApiError: an item is neither of these, or the texts are too long.
     """
     pairs = list(value.items()) if isinstance(value, Mapping) else list(value or ())
+    n_characters = sum(len(pair[0]) for pair in pairs if isinstance(pair, list | tuple) and _has_text(pair))
+    if n_characters > _MAX_CHARACTERS:
+        message = f"{_NAME} has texts of {n_characters:,} characters; the limit is {_MAX_CHARACTERS:,}, so send ids"
+        raise ApiError("invalid_request", message, param=_NAME)
     biases: dict[int, float] = {}
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -38,6 +43,10 @@ def read_biases(model: Model, value: Mapping[str, object] | Sequence[object] | N
         for id in _token_ids(model, token, pair):
             biases[id] = number
     return biases
+
+
+def _has_text(pair: Sequence[object]) -> bool:
+    return bool(pair) and isinstance(pair[0], str) and not pair[0].isdecimal()
 
 
 def _token_ids(model: Model, token: object, pair: object) -> list[int]:

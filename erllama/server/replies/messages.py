@@ -29,6 +29,7 @@ _MESSAGE_KEYS = frozenset(
     }
     | {"function_call"}
 )
+_REASONING = frozenset({"reasoning_content", "reasoning", "thinking"})
 _CALL_KEYS = frozenset({"id", "type", "function"})
 _FUNCTION_KEYS = frozenset({"name", "arguments"})
 _TOOL_KEYS = frozenset({"name", "description", "parameters", "input_schema", "strict"})
@@ -102,6 +103,9 @@ def _read_message(index: int, message: Json) -> Json:
         raise ApiError("invalid_request", f"{where} is {role!r:.60}; send the name of a role", param=where)
     _check(message, _Message, f"messages[{index}]")
     read = {key: value for key, value in message.items() if key in _MESSAGE_KEYS and value is not None}
+    for key in _REASONING & read.keys():
+        if not read[key]:  # clients send one of these with a text, and another one empty
+            del read[key]
     if role != "assistant":
         for key in _OF_ASSISTANT & read.keys():
             del read[key]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from erllama._model.model import Model
 from erllama.server.conduct.errors import ApiError
+from erllama.server.replies.embeddings import check_number
 
 Tokens = NDArray[np.int32]
 
@@ -25,13 +26,14 @@ async def read_prompts(model: Model, value: object, where: str = "prompt") -> li
         where: path of the field, for error messages.
 
     Raises:
-        ApiError: it is none of these, or has images or audio.
+        ApiError: it is none of these, has images or audio, or there are too many.
     """
     return await asyncio.to_thread(_read_prompts, model, value, where)
 
 
 def _read_prompts(model: Model, value: object, where: str) -> list[Tokens]:
     if isinstance(value, list) and value and not _is_one_prompt(value):
+        check_number(value, where)
         return [_read_prompt(model, item, f"{where}[{index}]") for index, item in enumerate(value)]
     return [_read_prompt(model, value, where)]
 

@@ -21,7 +21,6 @@ from erllama._types import Messages, Prompt
 from erllama.chat.results import ChatCompletion
 from erllama.engine import Completion, Done, Event, Grammar
 from erllama.errors import Error, SessionBusy
-from erllama.server.conduct.disconnects import until_disconnect as until_disconnect  # for the APIs
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call
 from erllama.server.models import ServedModel
@@ -168,7 +167,7 @@ async def open_chat(
             session, which takes one request at a time.
         session_hint: name of a session to use unless another request is using it. `session_id` overrides it.
     """
-    options = cast(ChatOptions, {**served.defaults, **options})
+    options = cast(ChatOptions, _within_context(served, served.with_defaults(options)))
     options.setdefault("special_tokens_in_content", served.special_tokens_in_content)
     options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
     if call.server.options.drop_unstable_headers:
@@ -246,7 +245,7 @@ async def open_completions(
         Unsupported: there is a suffix, and the model does not fill gaps.
         Error: as `open_chat`.
     """
-    options = cast(CompletionOptions, {**completion_defaults(served), **options})
+    options = cast(CompletionOptions, _within_context(served, {**completion_defaults(served), **options}))
     options["cache_salt"] = call.cache_salt(options.get("cache_salt"))
     if call.server.options.log_prompts:
         logged = [prompt if isinstance(prompt, str) else [int(token) for token in prompt] for prompt in prompts]
@@ -256,15 +255,10 @@ async def open_completions(
     streams: list[AsyncStream] = []
     try:
         for prompt in prompts:
-            if isinstance(prompt, str) and prompt and suffix is None:  # a long one takes a while
-                prompt = await asyncio.to_thread(served.model.tokenize, prompt, parse_special=True)
+            tokens = await _tokenize(served, prompt, suffix)
             for index in range(n):
                 own = _of_reply(options, index, has_session=not streams)
-                if suffix is None:
-                    streams.append(served.model.astream(prompt, **own))
-                else:
-                    assert isinstance(prompt, str)
-                    streams.append(served.model.astream_infill(prompt, suffix, **own))
+                streams.append(served.model.astream(tokens, **own))
     except BaseException:
         for stream in streams:
             stream.cancel()
@@ -272,6 +266,21 @@ async def open_completions(
     replies: Replies[Completion] = Replies(call, streams)
     note_prefix_change(call, served, replies.prompt)
     return replies
+
+
+def _within_context(served: ServedModel, options: dict[str, Any]) -> dict[str, Any]:
+    """Return options whose `max_tokens` is at most the context: clients send huge numbers for no limit."""
+    limit = options.get("max_tokens")
+    return options if limit is None else {**options, "max_tokens": min(limit, served.model.n_ctx)}
+
+
+async def _tokenize(served: ServedModel, prompt: Prompt, suffix: str | None) -> Prompt:
+    """Return the token ids of a prompt. Texts are tokenized in a thread, since a long one takes a while."""
+    if suffix is not None:
+        return await asyncio.to_thread(served.model._requests.infill_prompt, prompt, suffix)
+    if isinstance(prompt, str) and prompt:
+        return await asyncio.to_thread(served.model.tokenize, prompt, parse_special=True)
+    return prompt
 
 
 def completion_defaults(served: ServedModel) -> CompletionOptions:

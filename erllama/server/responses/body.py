@@ -7,10 +7,12 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from erllama._model.requests.options import ChatOptions
+from erllama._model.model import Model
+from erllama._model.requests.options import ChatOptions, TemplateOptions
 from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.replies.sampling import SamplingBody
+from erllama.server.replies.templates import thinking_options
 from erllama.server.responses.tools import Tools, read_tool_choice
 
 LOGPROBS = "message.output_text.logprobs"
@@ -86,13 +88,13 @@ class ResponseBody(SamplingBody, kw_only=True):
             raise ApiError("invalid_request", message, "unsupported_parameter", "prompt")
 
 
-def chat_options(body: ResponseBody, tools: Tools) -> ChatOptions:
+def chat_options(body: ResponseBody, tools: Tools, model: Model) -> ChatOptions:
     """Return the options of `Model.chat` for a body.
 
     Raises:
         ApiError: `tool_choice` or `text.format` is invalid.
     """
-    options: dict[str, Any] = dict(body.sampling_options())
+    options: dict[str, Any] = dict(body.sampling_options(model))
     if body.max_output_tokens is not None:
         options["max_tokens"] = body.max_output_tokens
     choice = read_tool_choice(body.tool_choice, tools)
@@ -110,21 +112,10 @@ def chat_options(body: ResponseBody, tools: Tools) -> ChatOptions:
     return {**options, **template_options(body)}  # type: ignore[typeddict-item]
 
 
-def template_options(body: ResponseBody) -> dict[str, Any]:
+def template_options(body: ResponseBody) -> TemplateOptions:
     """Return the options of `Model.chat` that choose how the template renders."""
-    options: dict[str, Any] = {}
-    args = {name: value for name, value in (body.chat_template_kwargs or {}).items() if name != "enable_thinking"}
     effort = body.reasoning.effort if body.reasoning is not None else None
-    enabled = (body.chat_template_kwargs or {}).get("enable_thinking")
-    if isinstance(enabled, bool):
-        options["thinking"] = enabled
-    elif effort is not None:
-        options["thinking"] = effort != "none"
-    if effort is not None:
-        args.setdefault("reasoning_effort", effort)
-    if args:
-        options["template_args"] = args
-    return options
+    return thinking_options(body.chat_template_kwargs, effort)
 
 
 def _schema(text: TextOptions | None) -> Json | None:

@@ -20,15 +20,16 @@ from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.models import ServedModel
 from erllama.server.replies.messages import read_messages
 from erllama.server.replies.openai_errors import ERRORS, encode_error
-from erllama.server.replies.running import Replies, open_chat, until_disconnect
+from erllama.server.replies.running import Replies, open_chat
 from erllama.server.replies.sse import encode_event, event_stream
+from erllama.server.replies.templates import count_prompt_tokens
 from erllama.server.replies.timings import timings
 from erllama.server.responses.answer import Answer
 from erllama.server.responses.body import ResponseBody, chat_options, template_options
 from erllama.server.responses.items import Conversation, items_of, read_items, resolve_references
 from erllama.server.responses.output import OutputBuilder
 from erllama.server.responses.retrieval import find_item, not_found, owner_of
-from erllama.server.responses.tools import Tools, read_response_tools
+from erllama.server.responses.tools import Tools, read_response_tools, read_tool_choice
 from erllama.server.stored_responses import MissingResponseError, StoredResponse
 
 log = logging.getLogger("erllama.server")
@@ -73,7 +74,7 @@ async def answer(call: Call, body: ResponseBody) -> Response:
     if body.stream:
         return event_stream(call, run.stream(replies), encode_error)
     async with replies:
-        await until_disconnect(call.request, run.collect(replies))
+        await run.collect(replies)
     response = run.response()
     await run.save(response)
     assert run.output.completion is not None
@@ -87,19 +88,15 @@ async def count(call: Call, body: ResponseBody) -> Response:
     served = call.find_model(body.model)
     request = await _read(call, body)
     options = template_options(body)
-    if request.tools.functions is not None:
-        options["tools"] = request.tools.functions
+    functions = read_tool_choice(body.tool_choice, request.tools).functions
+    if functions is not None:
+        options["tools"] = functions
     try:
-        tokens = await asyncio.to_thread(
-            served.model.apply_chat_template,
-            read_messages(request.conversation.messages),
-            special_tokens_in_content=served.special_tokens_in_content,
-            cache_salt=call.cache_salt(body.cache_salt),
-            **options,
-        )
+        messages = read_messages(request.conversation.messages)
+        n_tokens = await count_prompt_tokens(call, served, messages, body.cache_salt, **options)
     except (ApiError, ChatError) as error:
         raise _with_place(error, request) from None
-    return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
+    return json_response({"object": "response.input_tokens", "input_tokens": n_tokens})
 
 
 async def _read(call: Call, body: ResponseBody) -> _Request:
@@ -122,7 +119,7 @@ async def _read(call: Call, body: ResponseBody) -> _Request:
 
 async def _open(call: Call, served: ServedModel, body: ResponseBody, request: _Request) -> Replies[ChatCompletion]:
     """Submit a request. An error in a message names the item."""
-    options: Any = chat_options(body, request.tools)
+    options: Any = chat_options(body, request.tools, served.model)
     try:
         messages = read_messages(request.conversation.messages)
         return await open_chat(call, served, messages, session_hint=body.prompt_cache_key, **options)

@@ -16,15 +16,13 @@ from erllama.engine import (
     TextDelta,
     ThinkingDelta,
     ThinkingEnd,
-    TokenLogprobs,
     ToolCall,
     ToolCallEnd,
 )
 from erllama.server.conduct.bodies import Json
+from erllama.server.replies.logprobs import token_logprobs
 from erllama.server.responses.reasoning import encode_thinking
 from erllama.server.responses.tools import ToolNames
-
-_LEAST = -9999.0  # OpenAI's number for a token that cannot occur; JSON has no infinity
 
 
 class OutputBuilder:
@@ -63,7 +61,7 @@ class OutputBuilder:
         """Yield the events of the API for an event of the engine, without their numbers."""
         match event:
             case TextDelta():
-                self._logprobs += [_logprob(self._model, each) for each in event.logprobs]
+                self._logprobs += [token_logprobs(self._model, each) for each in event.logprobs]
                 if event.text:
                     yield from self._add_text(event.text)
             case ThinkingDelta():
@@ -221,13 +219,3 @@ class _OpenReasoning:
             yield self._summary_place("text.done") | {"text": text}
             yield self._summary_place("part.done") | {"part": {"type": "summary_text", "text": text}}
         yield {"type": "response.output_item.done", "output_index": self._index, "item": self.item(status)}
-
-
-def _logprob(model: Model, logprobs: TokenLogprobs) -> Json:
-    def entry(token: int, logprob: float) -> Json:
-        raw = model.token_bytes(token)
-        text = raw.decode("utf-8", "replace")
-        return {"token": text, "bytes": list(raw), "logprob": max(logprob, _LEAST)}
-
-    tops = [entry(*top) for top in logprobs.top]
-    return {**entry(logprobs.token, logprobs.logprob), "top_logprobs": tops}
