@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import erllama
 from erllama._model.model import Model
 from erllama.chat.thinking import find_thinking_markers
 from erllama.errors import OptionError
@@ -43,6 +44,12 @@ class ServedModel:
     def name(self) -> str:
         """The name of the model."""
         return self.model.id
+
+    @property
+    def fingerprint(self) -> str:
+        """What computes the replies, such as "b10605-erllama-0.1.0": the build of libllama and our version."""
+        build = self.model._backend.namespace.get("libllama")
+        return f"{build}-erllama-{erllama.__version__}" if build else f"erllama-{erllama.__version__}"
 
     @property
     def can_think(self) -> bool:

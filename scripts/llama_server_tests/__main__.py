@@ -40,6 +40,7 @@ FILES = (
     ),
     *("infill", "metrics", "rerank", "security", "template", "tokenize", "tool_call"),
 )
+_PLUGIN = "scripts.llama_server_tests.no_downloads"
 # The tests download with this module. The stand-ins need no download.
 _NO_DOWNLOADS = '''"""Takes the place of the package that downloads files."""
 
@@ -81,7 +82,7 @@ def run_tests(tests: Path, server: str, peer: str, files: Sequence[str], chosen:
     start.chmod(start.stat().st_mode | stat.S_IXUSR)
     report, log = FOLDER / f"{server}.xml", FOLDER / f"{server}.log"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", _PLUGIN]
     command += [f"--junitxml={report}", "-k", chosen, *(f"unit/{file}" for file in files)]
     environment = os.environ | {
         "LLAMA_SERVER_BIN_PATH": str(start),

@@ -61,6 +61,7 @@ def _run_peer(peer: str, arguments: Sequence[str], model: Path | None) -> None:
             given.append(argument)
     if model is not None:
         given += ["--model", str(model)]
+    given += ["--threads", "1"]  # as ours
     os.execv(peer, [peer, *given])
 
 

@@ -16,7 +16,7 @@ from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.llama_server.errors import ERRORS
 from erllama.server.models import ServedModel
-from erllama.server.replies.messages import read_messages, read_tools
+from erllama.server.replies.messages import continues_final_message, read_messages, read_tools
 from erllama.server.replies.prompts import read_parts
 
 _TEMPLATE_DEFAULTS = frozenset(TemplateOptions.__annotations__)
@@ -137,7 +137,7 @@ def _template_options(served: ServedModel, body: TemplateBody) -> Json:
     tools = read_tools(body.tools)
     if tools is not None:
         options["tools"] = tools
-    if body.continue_final_message:
+    if continues_final_message(body.add_generation_prompt, body.continue_final_message):
         options["continue_final_message"] = True
     args = dict(body.chat_template_kwargs or {})
     enabled = args.pop("enable_thinking", None)

@@ -48,7 +48,7 @@ class ReplyBody(msgspec.Struct, kw_only=True):
 def completion_options(call: Call, served: ServedModel, body: ReplyBody) -> CompletionOptions:
     """Return the options of `Model.complete` for a body: sampling, length, format and log-probabilities."""
     sent = body.options or Options()
-    options = sent.sampling_options()
+    options = sent.sampling_options(served.model)
     if sent.num_predict is not None and sent.num_predict > 0:  # Ollama's other values are no limit
         options["max_tokens"] = sent.num_predict
     if sent.num_ctx is not None and sent.num_ctx > served.model.n_ctx:

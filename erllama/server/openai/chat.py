@@ -31,7 +31,7 @@ async def answer(call: Call, body: ChatBody) -> Response:
     """Answer a request with a whole reply, or with a stream."""
     served = call.find_model(body.model)
     replies = await _open(call, served, body)
-    head = ChatHead(served.name, call.record.id)
+    head = ChatHead(served, call.record.id)
     if body.stream:
         return event_stream(call, stream_chunks(replies, served, head, body), encode_error)
     async with replies:
@@ -43,7 +43,7 @@ async def answer(call: Call, body: ChatBody) -> Response:
 
 async def _open(call: Call, served: ServedModel, body: ChatBody) -> Replies[ChatCompletion]:
     """Submit the conversation. An error in one of its messages has that message's path."""
-    messages, options = read_messages(body.messages), chat_options(body)
+    messages, options = read_messages(body.messages), chat_options(body, served)
     try:
         return await open_chat(
             call, served, messages, n=body.n_choices, session_hint=body.prompt_cache_key, **options

@@ -10,8 +10,9 @@ from msgspec import Meta
 from erllama._model.requests.options import ChatOptions
 from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
+from erllama.server.models import ServedModel
 from erllama.server.openai.bodies import MAX_CHOICES, StreamOptions
-from erllama.server.replies.messages import read_tools
+from erllama.server.replies.messages import continues_final_message, read_tools
 from erllama.server.replies.sampling import SamplingBody
 
 
@@ -25,6 +26,8 @@ class ChatBody(SamplingBody, kw_only=True):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     tools: list[Json] | None = None
     tool_choice: str | Json | None = None
     parallel_tool_calls: bool | None = None
@@ -48,13 +51,13 @@ class ChatBody(SamplingBody, kw_only=True):
         return self.n or 1
 
 
-def chat_options(body: ChatBody) -> ChatOptions:
+def chat_options(body: ChatBody, served: ServedModel) -> ChatOptions:
     """Return the options of `Model.chat` for a body.
 
     Raises:
         ApiError: fields contradict each other, or one has a value that it does not take.
     """
-    options: dict[str, Any] = dict(body.sampling_options())
+    options: dict[str, Any] = dict(body.sampling_options(served.model))
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if limit is not None and limit >= 0:  # llama-server's -1 is no limit
         options["max_tokens"] = limit
@@ -79,6 +82,11 @@ def chat_options(body: ChatBody) -> ChatOptions:
         args.setdefault("reasoning_effort", body.reasoning_effort)
     if args:
         options["template_args"] = args
+    if continues_final_message(body.add_generation_prompt, body.continue_final_message):
+        options["continue_final_message"] = True
+    elif body.add_generation_prompt is False:
+        message = "add_generation_prompt is false, and a reply begins with it; leave it out, or continue a message"
+        raise ApiError("invalid_request", message, param="add_generation_prompt")
     return options  # type: ignore[return-value]
 
 

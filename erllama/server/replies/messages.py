@@ -143,6 +143,18 @@ def read_tools(tools: Sequence[Json] | None, field: str = "tools") -> list[Json]
     return read or None
 
 
+def continues_final_message(add_generation_prompt: bool | None, continue_final_message: bool | None) -> bool:
+    """Return whether the reply continues the last message, which is the assistant's, instead of following it.
+
+    Raises:
+        ApiError: both are asked for.
+    """
+    if add_generation_prompt and continue_final_message:
+        message = "add_generation_prompt and continue_final_message exclude each other; send one of them"
+        raise ApiError("invalid_request", message, param="continue_final_message")
+    return bool(continue_final_message)
+
+
 def _check(value: Json, type: type[T], path: str) -> None:
     """Raise ApiError, with a path, if a field has the wrong type."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -10,7 +9,6 @@ import msgspec
 from erllama._model.model import Model
 from erllama._model.requests.options import CompletionOptions
 from erllama.server.conduct.bodies import Json
-from erllama.server.conduct.errors import ApiError
 from erllama.server.replies.biases import end_biases, read_biases
 
 # Fields that have the same name and meaning in `Model.complete`.
@@ -58,12 +56,11 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     reproducible: bool | None = None
 
-    def sampling_options(self, model: Model | None = None) -> CompletionOptions:
+    def sampling_options(self, model: Model) -> CompletionOptions:
         """Return the options of `Model.complete` for the fields that have a value.
 
         Args:
-            model: the model of the request. Without it, `ignore_eos` has no effect, and texts in `logit_bias` are
-                errors.
+            model: the model of the request, whose vocabulary has the tokens of `logit_bias` and `ignore_eos`.
         """
         options: dict[str, object] = {
             name: value for name in _SAME if (value := getattr(self, name)) not in (None, "")
@@ -75,12 +72,9 @@ class SamplingBody(msgspec.Struct, kw_only=True):
             options["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
         if self.json_schema is not None:
             options["json_schema"] = self.json_schema
-        if model is not None:
-            biases = read_biases(model, self.logit_bias) | (end_biases(model) if self.ignore_eos else {})
-            if biases:
-                options["logit_bias"] = biases
-        elif self.logit_bias:
-            options["logit_bias"] = _read_biases(self.logit_bias)
+        biases = read_biases(model, self.logit_bias) | (end_biases(model) if self.ignore_eos else {})
+        if biases:
+            options["logit_bias"] = biases
         if self.reproducible:
             options["reproducible"] = True
         return options  # type: ignore[return-value]
@@ -96,28 +90,3 @@ def _read_off_values(options: dict[str, object]) -> None:
     if isinstance(threshold, int | float) and threshold > 0.5:  # no two tokens are that likely
         for name in ("xtc_threshold", "xtc_probability"):
             options.pop(name, None)
-
-
-def _read_biases(value: Mapping[str, float | bool] | list[list[object]]) -> dict[int, float]:
-    """Return biases by token id: of OpenAI's mapping, or of llama-server's pairs, where false excludes a token."""
-    pairs = list(value.items()) if isinstance(value, Mapping) else value
-    biases = {}
-    for pair in pairs:
-        if len(pair) != 2:
-            raise ApiError(
-                "invalid_request",
-                f"logit_bias has {pair!r:.60}; pass pairs of a token id and a bias",
-                param="logit_bias",
-            )
-        token, bias = pair
-        try:
-            number = int(token) if isinstance(token, str | int) else None
-        except ValueError:
-            number = None
-        if number is None or not isinstance(bias, int | float):
-            raise ApiError(
-                "invalid_request", f"logit_bias has {pair!r:.60}; pass a token id and a number", param="logit_bias"
-            )
-        if bias is not True:
-            biases[number] = float("-inf") if bias is False else float(bias)
-    return biases

@@ -10,6 +10,7 @@ from msgspec import Meta
 from erllama._model.requests.options import ChatOptions
 from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
+from erllama.server.models import ServedModel
 from erllama.server.replies.sampling import SamplingBody
 from erllama.server.responses.tools import Tools, read_tool_choice
 
@@ -86,13 +87,13 @@ class ResponseBody(SamplingBody, kw_only=True):
             raise ApiError("invalid_request", message, "unsupported_parameter", "prompt")
 
 
-def chat_options(body: ResponseBody, tools: Tools) -> ChatOptions:
+def chat_options(body: ResponseBody, served: ServedModel, tools: Tools) -> ChatOptions:
     """Return the options of `Model.chat` for a body.
 
     Raises:
         ApiError: `tool_choice` or `text.format` is invalid.
     """
-    options: dict[str, Any] = dict(body.sampling_options())
+    options: dict[str, Any] = dict(body.sampling_options(served.model))
     if body.max_output_tokens is not None:
         options["max_tokens"] = body.max_output_tokens
     choice = read_tool_choice(body.tool_choice, tools)

@@ -122,7 +122,7 @@ async def _read(call: Call, body: ResponseBody) -> _Request:
 
 async def _open(call: Call, served: ServedModel, body: ResponseBody, request: _Request) -> Replies[ChatCompletion]:
     """Submit a request. An error in a message names the item."""
-    options: Any = chat_options(body, request.tools)
+    options: Any = chat_options(body, served, request.tools)
     try:
         messages = read_messages(request.conversation.messages)
         return await open_chat(call, served, messages, session_hint=body.prompt_cache_key, **options)
