@@ -77,8 +77,8 @@ _COMMAND_R7B = """\
 {%- if message.role == 'assistant' %}<|CHATBOT_TOKEN|>
 {%- if message.reasoning_content %}<|START_THINKING|>{{ message.reasoning_content }}<|END_THINKING|>{% endif %}
 {%- if message.tool_calls %}<|START_ACTION|>[
-{%- for call in message.tool_calls %}{"tool_call_id": "{{ loop.index0 }}", "tool_name": \
-"{{ call.function.name }}", "parameters": {{ call.function.arguments | tojson }}}{% if not loop.last %}, {% endif %}{% endfor %}]<|END_ACTION|>
+{%- for call in message.tool_calls %}{"tool_name": "{{ call.function.name }}", \
+"parameters": {{ call.function.arguments | tojson }}}{% if not loop.last %}, {% endif %}{% endfor %}]<|END_ACTION|>
 {%- else %}<|START_RESPONSE|>{{ message.content }}<|END_RESPONSE|>{% endif %}
 {%- elif message.role == 'system' %}<|SYSTEM_TOKEN|>{{ message.content }}
 {%- else %}<|USER_TOKEN|>{{ message.content }}
