@@ -48,7 +48,7 @@ def memory_cache(options: Mapping[str, object], parent: Path = _TMPFS) -> Iterat
 
 @contextmanager
 def _own_directory(parent: Path) -> Iterator[Path]:
-    """Yield a new directory that only this user can read. Remove it at the end, and those of killed servers."""
+    """Yield a new directory that only this user can read, and remove it at the end. Remove leftovers, too."""
     prefix = f"erllama-{os.geteuid()}-server-"
     for left in parent.glob(f"{prefix}*"):
         _remove_unless_locked(left)

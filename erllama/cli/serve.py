@@ -105,7 +105,7 @@ def serve(
     with ExitStack() as stack:
         bound = stack.enter_context(listen.bind())  # before the models, whose loading takes long
         stack.enter_context(_log_access(access_log or configuration.access_log or "stderr"))
-        cache = stack.enter_context(_open_cache(loading, configuration.cache))
+        cache = stack.enter_context(_open_cache(loading, configuration.cache, in_process))
         served = [
             stack.enter_context(_load(entry, loading, cache, in_process))
             for entry in entries or [ModelEntry(path=erllama.demo_model())]
@@ -128,9 +128,11 @@ def _keys(configuration: Configuration, file: Path | None) -> tuple[ApiKey, ...]
     return (*keys, *(key for key in read_key_variable() if key.secret not in secrets))
 
 
-def _open_cache(loading: ModelOptions, configured: Mapping[str, object]) -> AbstractContextManager[erllama.Cache]:
+def _open_cache(
+    loading: ModelOptions, configured: Mapping[str, object], in_process: bool
+) -> AbstractContextManager[erllama.Cache]:
     if loading.no_cache:
-        return memory_cache(configured)
+        return erllama.Cache() if in_process else memory_cache(configured)
     options = _chosen({"disk": True, **configured}, disk=loading.cache_dir, disk_quota=loading.quota)
     return erllama.Cache(**options)  # type: ignore[arg-type]
 

@@ -188,7 +188,9 @@ async def _handle(endpoint: Endpoint[B], server: Server, request: Request) -> Re
         body = await _read(endpoint, server, request)
         if server.is_stopping and endpoint.computes:
             raise ApiError("unavailable", "the server is stopping; try again", "server_stopping", retry_after=1)
-        return await until_disconnect(request, endpoint.answer(call, body))
+        response = await until_disconnect(request, endpoint.answer(call, body))
+        response.headers.setdefault("x-request-id", record.id)
+        return response
     except ClientDisconnect:
         record.error = "disconnected"
         return Response(status_code=499)  # nobody reads it

@@ -51,7 +51,10 @@ def test_without_a_tmpfs_there_is_a_ram_tier(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="this system has no /dev/shm")
 def test_a_server_without_a_cache_leaves_none(tmp_path: Path, tiny_gguf: Path) -> None:
-    with serve_command(tmp_path, tiny_gguf, "--no-cache", "--threads", 1, "--n-ctx", 512) as server:
+    around = {"ERLLAMA_CACHE_DIR": ""}  # the variable would override the option
+    with serve_command(
+        tmp_path, tiny_gguf, "--no-cache", "--threads", 1, "--n-ctx", 512, environment=around
+    ) as server:
         directories = {Path(file.path).parent for file in psutil.Process(server.process.pid).open_files()}
         (own,) = {each for each in directories if each.name.startswith(f"erllama-{os.geteuid()}-server-")}
         body = chat_body("the same words " * 20, max_tokens=1)

@@ -118,6 +118,11 @@ def test_tokens_of_vectors_count_for_the_limit_of_a_key(tmp_path: Path, path: st
     assert statuses == [200, 429]
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/api/tags", "/slots"])
+def test_every_answer_names_its_request(client: TestClient, path: str) -> None:
+    assert len(client.get(path).headers["x-request-id"]) == 32
+
+
 def test_a_limit_beyond_the_context_is_no_limit(tiny_gguf: Path) -> None:
     options = {"process": True, "n_ctx": 256, "n_threads": 1}
     bodies = {

@@ -56,7 +56,7 @@ async def answer(call: Call, body: ChatBody) -> Response:
     values = head(served.name) | {"message": message}
     if result.logprobs is not None:
         values["logprobs"] = logprobs_json(served.model, result.logprobs)
-    return json_response(values | ending(call, result), headers={"x-request-id": call.record.id})
+    return json_response(values | ending(call, result))
 
 
 def _message(text: str, thinking: str = "", calls: Sequence[ToolCall] = (), n_calls: int = 0) -> Json:

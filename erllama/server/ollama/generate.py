@@ -70,7 +70,7 @@ async def answer(call: Call, body: GenerateBody) -> Response:
     if result.logprobs is not None:
         values["logprobs"] = logprobs_json(served.model, result.logprobs)
     last = _ending(call, result, returns_context)
-    return json_response(values | last, headers={"x-request-id": call.record.id})
+    return json_response(values | last)
 
 
 def _check(body: GenerateBody) -> None:

@@ -38,7 +38,7 @@ async def answer(call: Call, body: ChatBody) -> Response:
         results = await replies.results()
     choices = [_choice(index, result, served, body) for index, result in enumerate(results)]
     values = head.values("chat.completion") | {"choices": choices, "usage": usage(results)}
-    return json_response(values | {"timings": timings(results[0])}, headers={"x-request-id": call.record.id})
+    return json_response(values | {"timings": timings(results[0])})
 
 
 async def _open(call: Call, served: ServedModel, body: ChatBody) -> Replies[ChatCompletion]:

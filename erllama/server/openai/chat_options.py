@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -14,6 +13,7 @@ from erllama.server.conduct.errors import ApiError
 from erllama.server.openai.bodies import MAX_CHOICES, StreamOptions
 from erllama.server.replies.messages import continues_final_message, read_tools
 from erllama.server.replies.sampling import SamplingBody
+from erllama.server.replies.schemas import read_format
 from erllama.server.replies.templates import thinking_options
 
 
@@ -63,7 +63,7 @@ def chat_options(body: ChatBody, model: Model) -> ChatOptions:
     if limit is not None and limit >= 0:  # llama-server's -1 is no limit
         options["max_tokens"] = limit
     options |= _tool_options(body)
-    schema = _response_schema(body.response_format)
+    schema = read_format(body.response_format, "response_format", "json_schema")
     if schema is not None:
         if body.json_schema is not None or body.grammar is not None:
             other = "json_schema" if body.json_schema is not None else "grammar"
@@ -104,34 +104,3 @@ def _tool_options(body: ChatBody) -> dict[str, Any]:
     if parallel is not None:
         options["parallel_tool_calls"] = parallel
     return options
-
-
-def _response_schema(format: Json | None) -> Json | None:
-    """Return the JSON schema of `response_format`; None for text.
-
-    Raises:
-        ApiError: its type is unknown, or it has no schema.
-    """
-    kind = "text" if format is None else format.get("type")
-    if format is None or kind == "text":
-        return None
-    if kind == "json_object":
-        schema = format.get("schema")
-        if schema is None:
-            return {"type": "object"}
-        if isinstance(schema, dict):
-            return schema
-        where = "response_format.schema"
-        raise ApiError("invalid_request", f"{where} is {schema!r:.60}; send a JSON schema", param=where)
-    if kind == "json_schema":
-        declared = format.get("json_schema")
-        schema = declared.get("schema") if isinstance(declared, Mapping) else format.get("schema")
-        if isinstance(schema, dict):
-            return schema
-        where = "response_format.json_schema.schema"
-        raise ApiError("invalid_request", f"{where} is missing; send a JSON schema", param=where)
-    raise ApiError(
-        "invalid_request",
-        f"response_format.type is {kind!r:.60}; it takes text, json_object and json_schema",
-        param="response_format.type",
-    )

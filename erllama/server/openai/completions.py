@@ -71,7 +71,7 @@ async def answer(call: Call, body: CompletionBody) -> Response:
         return event_stream(call, answering.stream(replies), encode_error)
     async with replies:
         results = await replies.results()
-    return json_response(answering.whole(results), headers={"x-request-id": call.record.id})
+    return json_response(answering.whole(results))
 
 
 def _check(body: CompletionBody, prompts: Sequence[object]) -> None:

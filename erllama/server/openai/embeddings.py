@@ -58,7 +58,7 @@ async def answer(call: Call, body: EmbeddingBody) -> Response:
     rows = [{"object": "embedding", "index": i, "embedding": encode(row)} for i, row in enumerate(vectors)]
     counts = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
     values: Json = {"object": "list", "data": rows, "model": served.name, "usage": counts}
-    return json_response(values, headers={"x-request-id": call.record.id})
+    return json_response(values)
 
 
 def _as_numbers(row: NDArray[np.float32]) -> list[float]:

@@ -12,6 +12,7 @@ from erllama._model.requests.options import ChatOptions, TemplateOptions
 from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.replies.sampling import SamplingBody
+from erllama.server.replies.schemas import read_format
 from erllama.server.replies.templates import thinking_options
 from erllama.server.responses.tools import Tools, read_tool_choice
 
@@ -104,7 +105,7 @@ def chat_options(body: ResponseBody, tools: Tools, model: Model) -> ChatOptions:
             options["parallel_tool_calls"] = body.parallel_tool_calls
     if choice.tool_choice is not None and (choice.functions or choice.tool_choice not in ("auto", "none")):
         options["tool_choice"] = choice.tool_choice  # a call that is required without tools is an error
-    schema = _schema(body.text)
+    schema = read_format(body.text.format if body.text is not None else None, "text.format")
     if schema is not None:
         options["json_schema"] = schema
     if body.wants_logprobs:
@@ -116,27 +117,3 @@ def template_options(body: ResponseBody) -> TemplateOptions:
     """Return the options of `Model.chat` that choose how the template renders."""
     effort = body.reasoning.effort if body.reasoning is not None else None
     return thinking_options(body.chat_template_kwargs, effort)
-
-
-def _schema(text: TextOptions | None) -> Json | None:
-    """Return the JSON schema of `text.format`; None for text.
-
-    Raises:
-        ApiError: its type is unknown, or it has no schema.
-    """
-    format = text.format if text is not None else None
-    kind = "text" if format is None else format.get("type")
-    if format is None or kind == "text":
-        return None
-    if kind == "json_object":
-        return {"type": "object"}
-    if kind != "json_schema":
-        where = "text.format.type"
-        raise ApiError(
-            "invalid_request", f"{where} is {kind!r:.60}; it takes text, json_object and json_schema", param=where
-        )
-    schema = format.get("schema")
-    if not isinstance(schema, dict):
-        where = "text.format.schema"
-        raise ApiError("invalid_request", f"{where} is missing; send a JSON schema", param=where)
-    return schema

@@ -79,7 +79,7 @@ async def answer(call: Call, body: ResponseBody) -> Response:
     await run.save(response)
     assert run.output.completion is not None
     values = response | {"timings": timings(run.output.completion)}
-    return json_response(values, headers={"x-request-id": call.record.id})
+    return json_response(values)
 
 
 async def count(call: Call, body: ResponseBody) -> Response:
