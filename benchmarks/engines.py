@@ -208,8 +208,7 @@ class HttpServer:
             connection.close()
         return self._read(asked, chunks)
 
-    @staticmethod
-    def _read(asked: float, chunks: list[tuple[float, bytes]]) -> Reply:
+    def _read(self, asked: float, chunks: list[tuple[float, bytes]]) -> Reply:
         """Return the reply from its chunks, which are server-sent events.
 
         Raises:
@@ -223,11 +222,11 @@ class HttpServer:
                 if text.startswith(b"data: "):
                     last = json.loads(text.removeprefix(b"data: "))
                     if "tokens_predicted" not in last:
-                        raise PeerError(f"the server failed: {last}")
+                        raise PeerError(f"{self.name} failed: {last}")
                     if not pieces or last["tokens_predicted"] > pieces[-1].n_tokens:  # the last event repeats
                         pieces.append(Piece(at, last["tokens_predicted"]))
         if "timings" not in last:
-            raise PeerError(f"the server ended a reply without its timings: {line[-300:]!r}")
+            raise PeerError(f"{self.name} ended a reply without its timings: {line[-300:]!r}")
         timings = last["timings"]
         return Reply(asked, pieces, timings["prompt_n"], timings["predicted_ms"] / 1e3)
 

@@ -145,7 +145,7 @@ def _load(
     process = False if in_process else entry.options.get("process", loading.extra.get("process", True))
     extra = {**loading.extra, **entry.options, "process": process, "id": entry.name or entry.path.stem}
     with replace(loading, extra=extra).load(existing_path(entry.path), cache) as model:
-        yield ServedModel(model, entry.aliases, entry.special_tokens_in_content)
+        yield ServedModel(model, entry.aliases, entry.special_tokens_in_content, file=entry.path.name)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Reads `erllama.toml`, the configuration of `erllama serve`.
+"""Reads the configuration file of `erllama serve`, in TOML.
 
 Sections: `[server]`, `[[models]]`, `[[keys]]` and `[cache]`. Errors name the file and, where possible, the line.
 Relative paths start at the file's directory.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import erllama
 from erllama._model.model import Model
 from erllama.chat.thinking import find_thinking_markers
 from erllama.errors import OptionError
@@ -54,6 +55,12 @@ class ServedModel:
         if len(args) == 2:
             found["template_args"] = {**args[0], **args[1]}  # type: ignore[dict-item]
         return found
+
+    @property
+    def fingerprint(self) -> str:
+        """What computes the replies, such as "b10605-erllama-0.1.0": the build of libllama and our version."""
+        build = self.model._backend.namespace.get("libllama")
+        return f"{build}-erllama-{erllama.__version__}" if build else f"erllama-{erllama.__version__}"
 
     @property
     def can_think(self) -> bool:

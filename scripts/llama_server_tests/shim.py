@@ -61,6 +61,7 @@ def _run_peer(peer: str, arguments: Sequence[str], model: Path | None) -> None:
             given.append(argument)
     if model is not None:
         given += ["--model", str(model)]
+    given += ["--threads", "1"]  # as ours
     os.execv(peer, [peer, *given])
 
 
@@ -121,10 +122,15 @@ def _defaults(parsed: argparse.Namespace) -> dict[str, object]:
     if parsed.chat_template_file:
         defaults["chat_template"] = Path(parsed.chat_template_file).read_text()
     elif parsed.chat_template and parsed.chat_template != "chatml":  # ours without a template in the file
-        defaults["chat_template"] = parsed.chat_template
+        defaults["chat_template"] = _as_template(parsed.chat_template)
     if parsed.reasoning in ("on", "off"):
         defaults["thinking"] = parsed.reasoning == "on"
     return defaults
+
+
+def _as_template(text: str) -> str:
+    """Return a template's text, with a comment by which ours distinguishes it from the name of a template."""
+    return text if "{" in text or " " not in text else text + "{# a template #}"
 
 
 if __name__ == "__main__":

@@ -310,6 +310,7 @@ ELSEWHERE = {
     "docs/server/ollama.md": "tests/server/test_ollama.py",
     **{f"docs/{page}.md": "tests/docs/test_examples.py" for page in SCRIPTS},
     "docs/server/anthropic.md": "tests/server/test_anthropic_docs.py",
+    "docs/server/llama-server.md": "tests/server/test_llama_server_docs.py",
     "docs/server/openai.md": "tests/server/test_openai_docs.py",
     "docs/server/responses.md": "tests/server/test_responses_docs.py",
 }

@@ -130,12 +130,18 @@ def prompts_of(monkeypatch: pytest.MonkeyPatch, *bodies: Json, template: str = T
 
 def test_content_may_be_null_absent_text_or_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    contents: list[Json] = [{"content": None}, {}, {"content": ""}, {"content": "ab"}, {"content": parts}]
+    contents: list[Json] = [{"content": None}, {}, {"content": ""}, {"content": "a\nb"}, {"content": parts}]
     bodies: list[Json] = [{"messages": [{"role": "user", **content}]} for content in contents]
     null, absent, empty, text, of_parts = prompts_of(monkeypatch, *bodies)
     assert null == absent == empty
     assert text == of_parts
-    assert "<|user|>ab<|end|>" in text
+    assert "<|user|>a\nb<|end|>" in text
+
+
+def test_parts_of_a_reply_have_no_line_end_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    (prompt,) = prompts_of(monkeypatch, {"messages": [USER, {"role": "assistant", "content": parts}, USER]})
+    assert "ab<|end|>" in prompt
 
 
 def test_reasoning_is_accepted_under_both_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +262,8 @@ def test_formats_constrain_a_reply(client: openai.OpenAI, body: Json) -> None:
 
 
 def test_a_json_object_is_an_object(client: openai.OpenAI) -> None:
-    # Without the first character of the template's <think>, which may come before the object.
-    body: Json = {"response_format": {"type": "json_object"}, "max_tokens": 1, "logit_bias": {str(ord("<")): False}}
+    thinks_first = {str(ord("<")): -100}  # the template has a mark of thinking, which may come before the reply
+    body: Json = {"response_format": {"type": "json_object"}, "max_tokens": 1, "logit_bias": thinks_first}
     assert post(client, body).json()["choices"][0]["message"]["content"] == "{"
 
 
@@ -293,6 +299,7 @@ def test_the_format_text_changes_nothing(client: openai.OpenAI) -> None:
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_object", "schema": 123}}, "response_format.schema"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "json_object"}, "grammar": 'root ::= "7"'}, "grammar"),
         ({"chat_template_kwargs": {"enable_thinking": "no"}}, "chat_template_kwargs.enable_thinking"),

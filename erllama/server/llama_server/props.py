@@ -55,7 +55,7 @@ async def answer_props(call: Call, body: NoBody) -> Response:
         "chat_template": _chat_template(served),
         "bos_token": tokens["bos"].text if "bos" in tokens else "",
         "eos_token": tokens["eos"].text if "eos" in tokens else "",
-        "build_info": "erllama",
+        "build_info": served.fingerprint,
         "is_sleeping": False,
     }
     return json_response(values)

@@ -16,7 +16,7 @@ from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.llama_server.errors import ERRORS
-from erllama.server.replies.messages import read_messages, read_tools
+from erllama.server.replies.messages import continues_final_message, read_messages, read_tools
 from erllama.server.replies.prompts import read_parts
 from erllama.server.replies.templates import count_prompt_tokens, rendering_options, thinking_options
 from erllama.server.replies.unstable_prefixes import drop_unstable_headers
@@ -131,6 +131,6 @@ def _template_options(body: TemplateBody) -> TemplateOptions:
     tools = read_tools(body.tools)
     if tools is not None:
         options["tools"] = tools
-    if body.continue_final_message:
+    if continues_final_message(body.add_generation_prompt, body.continue_final_message):
         options["continue_final_message"] = True
     return options

@@ -1,4 +1,4 @@
-"""Ollama's endpoints about models: `/api/version`, `tags`, `show` and `ps`, and `HEAD /` for clients that probe."""
+"""Ollama's endpoints about its version and its models, and `HEAD /` for clients that probe."""
 
 from __future__ import annotations
 

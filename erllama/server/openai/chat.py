@@ -31,7 +31,7 @@ async def answer(call: Call, body: ChatBody) -> Response:
     """Answer a request with a whole reply, or with a stream."""
     served = call.find_model(body.model)
     replies = await _open(call, served, body)
-    head = ChatHead(served.name, call.record.id)
+    head = ChatHead(served, call.record.id)
     if body.stream:
         return event_stream(call, stream_chunks(replies, served, head, body), encode_error)
     async with replies:

@@ -11,7 +11,7 @@ from erllama._model.requests.options import ChatOptions
 from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.openai.bodies import MAX_CHOICES, StreamOptions
-from erllama.server.replies.messages import read_tools
+from erllama.server.replies.messages import continues_final_message, read_tools
 from erllama.server.replies.sampling import SamplingBody
 from erllama.server.replies.schemas import read_format
 from erllama.server.replies.templates import thinking_options
@@ -27,6 +27,8 @@ class ChatBody(SamplingBody, kw_only=True):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     tools: list[Json] | None = None
     tool_choice: str | Json | None = None
     parallel_tool_calls: bool | None = None
@@ -73,6 +75,11 @@ def chat_options(body: ChatBody, model: Model) -> ChatOptions:
     elif body.top_logprobs:
         message = "top_logprobs has no effect without logprobs; send logprobs: true, too"
         raise ApiError("invalid_request", message, param="top_logprobs")
+    if continues_final_message(body.add_generation_prompt, body.continue_final_message):
+        options["continue_final_message"] = True
+    elif body.add_generation_prompt is False:
+        message = "add_generation_prompt is false, and a reply begins with it; leave it out, or continue a message"
+        raise ApiError("invalid_request", message, param="add_generation_prompt")
     return {**options, **thinking_options(body.chat_template_kwargs, body.reasoning_effort)}  # type: ignore[typeddict-item]
 
 

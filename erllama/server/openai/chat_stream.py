@@ -25,8 +25,9 @@ _CHUNK = "chat.completion.chunk"
 class ChatHead:
     """The fields that the whole reply, or each chunk of a stream, begins with."""
 
-    def __init__(self, model: str, id: str) -> None:
-        self._model, self._id, self._created = model, f"chatcmpl-{id}", int(time.time())
+    def __init__(self, served: ServedModel, id: str) -> None:
+        self._served, self._id, self._created = served, f"chatcmpl-{id}", int(time.time())
+        self._fingerprint = served.fingerprint
 
     def values(self, kind: str) -> Json:
         """Return the fields of an object of a kind."""
@@ -34,8 +35,8 @@ class ChatHead:
             "id": self._id,
             "object": kind,
             "created": self._created,
-            "model": self._model,
-            "system_fingerprint": "erllama",
+            "model": self._served.name,
+            "system_fingerprint": self._fingerprint,
         }
 
 
@@ -81,9 +82,10 @@ class _Chunks:
         return encode_event(self._chunk(index, delta, logprobs))
 
     def encode_usage(self) -> bytes:
-        """Return the chunk with the token counts of all choices."""
+        """Return the chunk with the token counts of all choices, and the timings of the first."""
         results = [self._results[index] for index in sorted(self._results)]
-        return encode_event(self._head.values(_CHUNK) | {"choices": [], "usage": usage(results)})
+        values = {"choices": [], "usage": usage(results), "timings": timings(results[0])}
+        return encode_event(self._head.values(_CHUNK) | values)
 
     def of_event(self, index: int, event: Event) -> list[bytes]:
         """Return the chunks of an event of one choice."""

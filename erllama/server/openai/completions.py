@@ -107,7 +107,7 @@ class _Answer:
             "object": "text_completion",
             "created": int(time.time()),
             "model": served.name,
-            "system_fingerprint": "erllama",
+            "system_fingerprint": served.fingerprint,
         }
 
     def whole(self, results: Sequence[Completion]) -> Json:
@@ -145,7 +145,7 @@ class _Answer:
                     yield encode_event(head | {"choices": [self._choice(index, event.text, logprobs, None)]})
         if counts_usage:
             counts = usage_of_prompts([results[index] for index in sorted(results)], self._n)
-            yield encode_event(head | {"choices": [], "usage": counts})
+            yield encode_event(head | {"choices": [], "usage": counts, "timings": timings(results[0])})
         yield DONE
 
     def _logprobs(self, logprobs: Sequence[TokenLogprobs], offset: int) -> Json | None:

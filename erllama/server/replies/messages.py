@@ -33,6 +33,7 @@ _REASONING = frozenset({"reasoning_content", "reasoning", "thinking"})
 _CALL_KEYS = frozenset({"id", "type", "function"})
 _FUNCTION_KEYS = frozenset({"name", "arguments"})
 _TOOL_KEYS = frozenset({"name", "description", "parameters", "input_schema", "strict"})
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 T = TypeVar("T")
 
 
@@ -111,11 +112,32 @@ def _read_message(index: int, message: Json) -> Json:
             del read[key]
     if role != "tool" or not read.get("tool_call_id"):  # without an id, a result is that of the first open call
         read.pop("tool_call_id", None)
+    if role != "assistant":
+        read |= _joined_texts(read.get("content"))
     if isinstance(read.get("tool_calls"), list):
         read["tool_calls"] = [_read_call(call) for call in read["tool_calls"]]
     if not read.get("content") and not read.get("tool_calls") and "function_call" not in read:
         read["content"] = ""
     return read
+
+
+def _joined_texts(content: object) -> Json:
+    """Return the content of a message with several texts as one, with a line end between two, as llama-server does.
+
+    Empty if it has other parts, or is one text: then it stays as it is.
+    """
+    if not isinstance(content, list) or len(content) < 2:
+        return {}
+    texts = [part if isinstance(part, str) else _text_of(part) for part in content]
+    return {} if None in texts else {"content": "\n".join(text for text in texts if text)}
+
+
+def _text_of(part: object) -> str | None:
+    """Return the text of a part; None if it is not a text."""
+    if not isinstance(part, dict) or part.get("type") not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+        return None
+    text: str = part["text"]
+    return text
 
 
 def _read_call(call: object) -> object:
@@ -145,6 +167,18 @@ def read_tools(tools: Sequence[Json] | None, field: str = "tools") -> list[Json]
         known = {key: value for key, value in function.items() if key in _TOOL_KEYS and value is not None}
         read.append({"type": "function", "function": known})
     return read or None
+
+
+def continues_final_message(add_generation_prompt: bool | None, continue_final_message: bool | None) -> bool:
+    """Return whether the reply continues the last message, which is the assistant's, instead of following it.
+
+    Raises:
+        ApiError: both are asked for.
+    """
+    if add_generation_prompt and continue_final_message:
+        message = "add_generation_prompt and continue_final_message exclude each other; send one of them"
+        raise ApiError("invalid_request", message, param="continue_final_message")
+    return bool(continue_final_message)
 
 
 def _check(value: Json, type: type[T], path: str) -> None:

@@ -59,6 +59,9 @@ class SamplingBody(msgspec.Struct, kw_only=True):
     def sampling_options(self, model: Model) -> CompletionOptions:
         """Return the options of `Model.complete` for the fields that have a value.
 
+        Args:
+            model: the model of the request, whose vocabulary has the tokens of `logit_bias` and `ignore_eos`.
+
         Raises:
             ApiError: `logit_bias` is invalid.
         """

@@ -24,8 +24,12 @@ def read_format(format: Json | None, where: str, within: str | None = None) -> J
     declared = format.get(within) if within is not None else None
     schema = declared.get("schema") if isinstance(declared, dict) else format.get("schema")
     if kind == "json_object":
-        schema = format.get("schema")
-        return schema if isinstance(schema, dict) else {"type": "object"}
+        schema = format.get("schema", {"type": "object"})
+        if isinstance(schema, dict):
+            return schema
+        raise ApiError(
+            "invalid_request", f"{where}.schema is {schema!r:.60}; send a JSON schema", param=f"{where}.schema"
+        )
     if kind != "json_schema":
         where = f"{where}.type"
         message = f"{where} is {kind!r:.60}; it takes text, json_object and json_schema"
