@@ -71,10 +71,21 @@ def tools(draw: st.DrawFn) -> list[Json] | None:
     return [{"type": "function", "function": draw(shuffled({**WEATHER, "parameters": schema}))}]
 
 
+def joined_texts(message: Json) -> Json:
+    content = message.get("content")
+    if message["role"] == "assistant" or not isinstance(content, list) or len(content) < 2:
+        return {}
+    return {"content": "\n".join(part["text"] for part in content if part["text"])}
+
+
 def expected_prompt(model: erllama.Model, messages: Sequence[Json], tools: list[Json] | None) -> list[int] | None:
-    """Return the tokens of the model's own rendering; None if the template refuses the conversation."""
+    """Return the tokens of the model's own rendering; None if the template refuses the conversation.
+
+    The server puts a line end between two texts of a message, as llama-server does.
+    """
     try:
-        ids = model.apply_chat_template(messages, tools=tools, special_tokens_in_content=False)
+        joined = [message | joined_texts(message) for message in messages]
+        ids = model.apply_chat_template(joined, tools=tools, special_tokens_in_content=False)
     except ChatError:
         return None
     return [int(id) for id in ids]
