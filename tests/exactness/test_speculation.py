@@ -145,9 +145,9 @@ def random_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("flash_attn", [False, True])
 def test_greedy_replies_on_libllama_are_unchanged(random_gguf: Path, flash_attn: bool) -> None:
-    """Equal to the token. With flash attention, whose sums depend on the number of rows, except for near-ties.
+    """Equal to the token, except for near-ties: the order of sums depends on the number of rows of a batch.
 
-    With several threads, the order of sums depends on the threads, too.
+    Flash attention sums in half precision, and otherwise the ties are far narrower.
     """
     random = np.random.default_rng(1)
     sizes = {"n_ctx": 1024, "flash_attn": flash_attn, "n_threads": 1}
@@ -162,20 +162,20 @@ def test_greedy_replies_on_libllama_are_unchanged(random_gguf: Path, flash_attn:
             lies = (random.random(7) < 0.3).tolist()
             for drafter in ("ngram", oracle(expected.tokens, len(prompt), lies)):
                 reply = model.complete(prompt, max_tokens=40, temperature=0.0, speculative=drafter)
-                assert reply.tokens == expected.tokens or (flash_attn and tied(reply, expected))
+                assert reply.tokens == expected.tokens or tied(reply, expected, 0.05 if flash_attn else 0.001)
                 assert reply.drafts is not None
                 drafted, accepted = drafted + reply.drafts.drafted, accepted + reply.drafts.accepted
         assert drafted > accepted > N_PROMPTS
 
 
-def tied(reply: erllama.Completion, expected: erllama.Completion) -> bool:
-    """Return whether two replies diverge where two tokens were almost equally likely."""
+def tied(reply: erllama.Completion, expected: erllama.Completion, most: float) -> bool:
+    """Return whether two replies diverge where the log-probabilities of two tokens differed by less than `most`."""
     pairs = zip(reply.tokens, expected.tokens, strict=False)
     at = next((i for i, (token, other) in enumerate(pairs) if token != other), None)
     if at is None or expected.logprobs is None:
         return False  # one reply ends, and its end token has no logprob
     (_, first), (_, second) = expected.logprobs[at].top
-    return first - second < 0.05
+    return first - second < most
 
 
 def test_speculative_draws_follow_the_models_distribution() -> None:
