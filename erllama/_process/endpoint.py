@@ -271,7 +271,7 @@ class Endpoint:
                         self._stop()
                         return
                     self._handle(message)
-                received = receive(self._connection)
+                received = receive(self._connection) or None  # no bytes: the parent has ended
         finally:
             self._ended.set()
             self._backlog.release()
