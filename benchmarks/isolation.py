@@ -20,6 +20,8 @@ from benchmarks.engines import N_BATCH, N_UBATCH, SHORT_PROMPT, Prompts
 from benchmarks.measure import Figure, Findings, Setup, Target, in_turn
 
 N_STREAMS = 8
+# Turns of one run. They are short and many, because the speed of a machine drifts by more than the difference.
+TURNS = 5
 MORE_US = 60.0  # allowed per token, for a reader
 
 
@@ -54,7 +56,8 @@ class Pair:
 
 def isolation(setup: Setup) -> Findings:
     """Compare a model in its own process with one in this process, and measure the wait after a crash."""
-    n, prompts, findings = setup.of(128, 16), Prompts(), Findings()
+    n, prompts, findings = setup.of(64, 16), Prompts(), Findings()
+    turns = setup.of(TURNS, 1) * setup.runs
     pair = Pair(setup, 8 * 1024)
     try:
         for model in (pair.here, pair.there):
@@ -63,7 +66,7 @@ def isolation(setup: Setup) -> Findings:
         def one(model: erllama.Model) -> float:
             return 1 / statistics.median(pair.gaps(model, prompts.of(SHORT_PROMPT), n))
 
-        speeds = in_turn(partial(one, pair.there), partial(one, pair.here), setup.runs)
+        speeds = in_turn(partial(one, pair.there), partial(one, pair.here), turns)
         findings.figures.append(
             Figure(
                 "isolation-1",
@@ -90,7 +93,7 @@ def isolation(setup: Setup) -> Findings:
         speeds = in_turn(
             lambda: _together(pair, pair.there, prompts, n),
             lambda: _together(pair, pair.here, prompts, n),
-            setup.runs,
+            turns,
         )
         findings.figures.append(
             Figure(
@@ -102,7 +105,7 @@ def isolation(setup: Setup) -> Findings:
                 Target(">=", 1.0),
             )
         )
-        crashes = [_crash(pair, prompts.of(setup.of(2000, 300)), n) for _ in range(setup.runs)]
+        crashes = [_crash(pair, prompts.of(setup.of(2000, 300)), setup.of(128, 16)) for _ in range(setup.runs)]
         findings.figures.append(
             Figure(
                 "isolation-crash",
