@@ -28,7 +28,7 @@ def main() -> None:
         again = complete(model_or_demo(), place)
     print(f"reply: {first.text!r}, ended by {first.finish_reason!r}")
     for reply in (first, again):
-        n_prompt = len(reply.context_tokens) - len(reply.tokens)
+        n_prompt = reply.n_prompt
         hit = reply.cache
         print(f"{hit.kind}: {hit.tokens} of {n_prompt} prompt tokens from the cache; tier {hit.tier}")
     print("the same reply" if again.tokens == first.tokens else "a different reply")

@@ -42,7 +42,7 @@ def other_requests(model: erllama.Model) -> None:
 
 
 def show(how: str, reply: erllama.Completion) -> None:
-    n_prompt = len(reply.context_tokens) - len(reply.tokens)
+    n_prompt = reply.n_prompt
     print(f"{how}: {reply.cache.tokens} of {n_prompt} prompt tokens from the cache; tier {reply.cache.tier}")
 
 

@@ -282,6 +282,11 @@ class Completion:
     tool_call_places: tuple[int, ...] = ()
     restarts: int = 0
 
+    @property
+    def n_prompt(self) -> int:
+        """Number of tokens of the prompt."""
+        return len(self.context_tokens) - len(self.tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:

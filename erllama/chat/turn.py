@@ -132,7 +132,7 @@ class Turn:
         values = {field.name: getattr(completion, field.name) for field in fields(completion)}
         values |= {"text": text, "tool_call_places": places}
         values |= {"finish_reason": "tool_calls" if ended_by_itself and calls else completion.finish_reason}
-        n_prompt = len(completion.context_tokens) - len(completion.tokens)
+        n_prompt = completion.n_prompt
         self._remember(completion, message, ended=ended_by_itself, text=text)
         return ChatCompletion(
             **values,
@@ -165,7 +165,7 @@ class Turn:
                 that ends within thinking.
             text: the reply's text, including spans that are not calls.
         """
-        n_prompt = len(completion.context_tokens) - len(completion.tokens)
+        n_prompt = completion.n_prompt
         prompt = completion.context_tokens[:n_prompt]
         reply, stop = completion.tokens, completion.stop_sequence
         if completion.stop_token is not None:

@@ -121,7 +121,7 @@ def _cancel_on_interrupt(stream: erllama.Stream) -> Iterator[None]:
 
 def prompt_tokens(reply: erllama.Completion) -> int:
     """Return the length of a reply's prompt in tokens."""
-    return len(reply.context_tokens) - len(reply.tokens)
+    return reply.n_prompt
 
 
 def tokens_per_second(n_tokens: int, seconds: float) -> float:

@@ -51,7 +51,7 @@ class CallRecord:
         error: code or kind of its error; "" if none.
         notes: remarks for the log, such as how the prompt differs from the previous one.
         prompt: the messages or the prompt, if the option `log_prompts` is set.
-        ending: completes the counts of replies that the client abandoned; None if there are none.
+        ending: adds the counts of replies that the client abandoned; None if the client read all of them.
     """
 
     id: str
@@ -81,7 +81,7 @@ class Call:
         request: with headers and query.
         server: the models and options.
         key: the client's; None if the server has no keys.
-        record: for the access log; whoever runs replies fills it in.
+        record: for the access log. `replies.running` adds the counts of tokens.
         errors: the API's form of errors, for those after the first byte.
     """
 
@@ -144,10 +144,6 @@ class Endpoint(Generic[B]):
     public: bool = False
     computes: bool = True
     header: str | None = None
-
-    def route(self, server: Server) -> Route:
-        """Return the route of this endpoint."""
-        return _make_route([self], server)
 
 
 def make_routes(endpoints: Iterable[Endpoint[Any]], server: Server) -> list[Route]:

@@ -36,9 +36,9 @@ def document_endpoint(described: Sequence[Endpoint[Any]], errors: ErrorForm) -> 
 
 
 def _any_value(type: type) -> Json:
-    """Return the schema of a field of type `object`, which takes any JSON."""
+    """Return the schema of a field of type `object`, which takes any JSON. msgspec calls this function."""
     if type is not object:
-        raise NotImplementedError
+        raise TypeError(f"a body has a field of type {type.__name__}, which has no schema")
     return {"description": "Any JSON."}
 
 

@@ -50,7 +50,7 @@ class StoredResponse:
     Attributes:
         id: of the response.
         owner: whose it is; "" on a server without keys.
-        previous: id of the response that it continues; None if there is none.
+        previous: id of the response that it continues; None for the first response of a conversation.
         input: items of the request, without those of earlier responses.
         response: the response, as clients receive it.
     """

@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from erllama.server import ApiKey, ServedModel, ServerOptions
 from erllama.server.application import make_server
 from erllama.server.endpoints import Call, Endpoint, NoBody, json_response, make_routes
-from erllama.server.openai.errors import ERRORS
+from erllama.server.replies.openai_errors import ERRORS
 from support.chat.scripted_model import model_replying
 from support.http_server import running_server
 from support.openai_server import client_of, openai_client

@@ -8,7 +8,7 @@ from erllama import Model
 from erllama.server import ServedModel, ServerOptions
 from erllama.server.application import make_server
 from erllama.server.endpoints import Call, CallRecord
-from erllama.server.openai.errors import ERRORS
+from erllama.server.replies.openai_errors import ERRORS
 from erllama.server.replies.sessions import SessionHint
 from support.chat.scripted_model import model_replying
 

@@ -6,7 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -204,18 +205,23 @@ def start_message(**changes: object) -> m.Start:
 def exchange(raw: bytes) -> tuple[list[m.FromChild], int]:
     """Send bytes to a process. Returns what it answers until it ends, and its exit status."""
     ours, theirs = socket.socketpair()
-    with ours:
+    with ours, ExitStack() as stack:
         with theirs:
-            child = subprocess.Popen(
-                python_command("erllama._process.child", str(theirs.fileno()), str(os.getpid())),
-                pass_fds=[theirs.fileno()],
-                stderr=subprocess.DEVNULL,
+            child = stack.enter_context(
+                subprocess.Popen(
+                    python_command("erllama._process.child", str(theirs.fileno()), str(os.getpid())),
+                    pass_fds=[theirs.fileno()],
+                    stderr=subprocess.DEVNULL,
+                )
             )
+        stack.callback(child.kill)  # one that does not end by itself
         ours.sendall(raw)
         ours.shutdown(socket.SHUT_WR)
         reader, received = FrameReader(), []
+        end = time.monotonic() + 120
         while raw := ours.recv(1 << 16):
             received += [m.decode_from_child(body) for body in reader.feed(raw)]
+            assert time.monotonic() < end, "the process does not end"  # it sends signs of life for ever
         return received, child.wait(60)
 
 

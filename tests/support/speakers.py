@@ -218,9 +218,9 @@ class OllamaSpeaker(Speaker):
         )
 
 
-SPEAKERS: dict[str, tuple[str, type[Speaker]]] = {
-    "chat": ("/v1/chat/completions", OpenAIChatSpeaker),
-    "responses": ("/v1/responses", ResponsesSpeaker),
-    "anthropic": ("/v1/messages", AnthropicSpeaker),
-    "ollama": ("/api/chat", OllamaSpeaker),
+SPEAKERS: dict[str, type[Speaker]] = {
+    "chat": OpenAIChatSpeaker,
+    "responses": ResponsesSpeaker,
+    "anthropic": AnthropicSpeaker,
+    "ollama": OllamaSpeaker,
 }

@@ -98,7 +98,7 @@ def request_id_headers(call: Call) -> dict[str, str]:
 
 def usage(completion: ChatCompletion) -> Json:
     """Return the token counts of a reply. The three counts of input tokens add up to the prompt."""
-    n_prompt = len(completion.context_tokens) - len(completion.tokens)
+    n_prompt = completion.n_prompt
     read, created = completion.cache_delta
     created = min(created, n_prompt - read)  # without the tokens of the reply
     return _input_usage(n_prompt, read, created) | {"output_tokens": len(completion.tokens)}

@@ -73,7 +73,7 @@ class ApiError(Exception):
     Attributes:
         kind: what went wrong.
         message: for the reader, with the value, the limit and the remedy.
-        code: a word for programs, such as "context_length_exceeded"; None if there is none.
+        code: the error's name for programs, such as "context_length_exceeded"; None for an error without a name.
         param: path of the field of the body that is wrong, such as "messages[2].role"; None if it is not one field.
         retry_after: seconds after which the client may try again; None if trying again does not help.
         details: further fields for programs, such as the numbers of a prompt that is too long.

@@ -30,7 +30,7 @@ def ending(call: Call, completion: Completion) -> Json:
         "done_reason": "length" if completion.finish_reason in ("length", "context_full") else "stop",
         "total_duration": elapsed(call),
         "load_duration": _nanoseconds(timings.queued),
-        "prompt_eval_count": len(completion.context_tokens) - len(completion.tokens),
+        "prompt_eval_count": completion.n_prompt,
         "prompt_eval_duration": _nanoseconds(timings.restore + timings.prefill),
         "eval_count": len(completion.tokens),
         "eval_duration": _nanoseconds(timings.decode),

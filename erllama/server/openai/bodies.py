@@ -25,7 +25,7 @@ def read_inputs(inputs: Inputs, field: str) -> list[str] | list[list[int]]:
         field: the field's name, for errors.
 
     Raises:
-        ApiError: there is none, or texts and token ids are mixed.
+        ApiError: the list is empty, or mixes texts and token ids.
     """
     if isinstance(inputs, str):
         return [inputs]

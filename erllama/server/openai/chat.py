@@ -14,12 +14,13 @@ from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.models import ServedModel
 from erllama.server.openai.chat_options import ChatBody, chat_options
 from erllama.server.openai.chat_stream import ChatHead, call_json, chat_finish_reason, stream_chunks
-from erllama.server.openai.errors import ERRORS, encode_error
 from erllama.server.openai.logprobs import chat_logprobs
-from erllama.server.openai.usage import timings, usage
+from erllama.server.openai.usage import usage
 from erllama.server.replies.messages import read_messages
+from erllama.server.replies.openai_errors import ERRORS, encode_error
 from erllama.server.replies.running import Replies, open_chat
 from erllama.server.replies.sse import event_stream
+from erllama.server.replies.timings import timings
 
 
 def endpoints() -> list[Endpoint[Any]]:

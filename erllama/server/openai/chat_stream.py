@@ -15,9 +15,10 @@ from erllama.server.conduct.bodies import Json
 from erllama.server.models import ServedModel
 from erllama.server.openai.chat_options import ChatBody
 from erllama.server.openai.logprobs import chat_logprobs
-from erllama.server.openai.usage import finish_reason, timings, usage
+from erllama.server.openai.usage import finish_reason, usage
 from erllama.server.replies.running import Replies
 from erllama.server.replies.sse import DONE, encode_event
+from erllama.server.replies.timings import timings
 
 _CHUNK = "chat.completion.chunk"
 

@@ -17,12 +17,13 @@ from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.models import ServedModel
 from erllama.server.openai.bodies import MAX_CHOICES, Inputs, StreamOptions, read_inputs
-from erllama.server.openai.errors import ERRORS, encode_error
 from erllama.server.openai.logprobs import completion_logprobs
-from erllama.server.openai.usage import finish_reason, timings, usage_of_prompts
+from erllama.server.openai.usage import finish_reason, usage_of_prompts
+from erllama.server.replies.openai_errors import ERRORS, encode_error
 from erllama.server.replies.running import Replies, open_completions
 from erllama.server.replies.sampling import SamplingBody
 from erllama.server.replies.sse import DONE, encode_event, event_stream
+from erllama.server.replies.timings import timings
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 _MAX_PROMPTS = 128  # of one request; more would fill the queue of waiting requests

@@ -15,8 +15,8 @@ from erllama.errors import PromptTooLong
 from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, json_response
-from erllama.server.openai.errors import ERRORS
 from erllama.server.replies.embeddings import note_tokens
+from erllama.server.replies.openai_errors import ERRORS
 from erllama.server.replies.prompts import read_prompts
 from erllama.server.replies.running import wait_for_process
 

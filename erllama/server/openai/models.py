@@ -16,7 +16,7 @@ from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, NoBody, json_response
 from erllama.server.models import ServedModel
-from erllama.server.openai.errors import ERRORS
+from erllama.server.replies.openai_errors import ERRORS
 
 
 def endpoints() -> list[Endpoint[Any]]:

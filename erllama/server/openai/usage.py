@@ -1,4 +1,4 @@
-"""Parts of OpenAI's answers that several endpoints share: token counts, timings and finish reasons."""
+"""Parts of OpenAI's answers that several endpoints share: token counts and finish reasons."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from erllama.engine import Completion
 from erllama.server.conduct.bodies import Json
-from erllama.server.replies.timings import timings
-
-__all__ = ["finish_reason", "timings", "usage", "usage_of_prompts"]
 
 # "context_full" and "cancelled" have no counterpart: the reply is cut short, as by max_tokens.
 _FINISH_REASONS: Mapping[str, str] = {"stop": "stop", "tool_calls": "tool_calls"}
@@ -35,7 +32,7 @@ def usage_of_prompts(completions: Sequence[Completion], n: int) -> Json:
         completions: the `n` replies to the first prompt, then those to the second, and so on.
     """
     firsts = completions[::n]
-    n_prompt = sum(len(each.context_tokens) - len(each.tokens) for each in firsts)
+    n_prompt = sum(each.n_prompt for each in firsts)
     n_reply = sum(len(each.tokens) for each in completions)
     tiers = [each.cache.tier for each in firsts if each.cache.tier is not None]
     cached = {

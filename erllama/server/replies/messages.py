@@ -15,21 +15,10 @@ import msgspec
 from erllama.server.conduct.bodies import Json, field_error
 from erllama.server.conduct.errors import ApiError
 
-_MESSAGE_KEYS = frozenset(
-    {
-        "role",
-        "content",
-        "name",
-        "tool_calls",
-        "tool_call_id",
-        "reasoning_content",
-        "reasoning",
-        "thinking",
-        "refusal",
-    }
-    | {"function_call"}
-)
 _REASONING = frozenset({"reasoning_content", "reasoning", "thinking"})
+# Keys that only messages of the assistant have. Clients send them empty in others.
+_OF_ASSISTANT = _REASONING | {"tool_calls", "refusal", "function_call"}
+_MESSAGE_KEYS = _OF_ASSISTANT | {"role", "content", "name", "tool_call_id"}
 _CALL_KEYS = frozenset({"id", "type", "function"})
 _FUNCTION_KEYS = frozenset({"name", "arguments"})
 _TOOL_KEYS = frozenset({"name", "description", "parameters", "input_schema", "strict"})
@@ -80,10 +69,6 @@ class _ToolFunction(msgspec.Struct):
 
 class _Tool(msgspec.Struct):
     function: _ToolFunction
-
-
-# Keys that only some roles may have. Clients send them empty for the others.
-_OF_ASSISTANT = frozenset({"tool_calls", "reasoning_content", "reasoning", "thinking", "refusal", "function_call"})
 
 
 def read_messages(messages: Sequence[Json]) -> list[Json]:
@@ -150,7 +135,7 @@ def _read_call(call: object) -> object:
 
 
 def read_tools(tools: Sequence[Json] | None, field: str = "tools") -> list[Json] | None:
-    """Return the functions among the tools, as `Model.chat` takes them; None if there is none.
+    """Return the functions among the tools, as `Model.chat` takes them; None if no tool is a function.
 
     Args:
         field: the name of the body's field, for errors.

@@ -26,7 +26,7 @@ async def read_prompts(model: Model, value: object, where: str = "prompt") -> li
         where: path of the field, for error messages.
 
     Raises:
-        ApiError: it is none of these, has images or audio, or there are too many.
+        ApiError: the value has another type, contains images or audio, or has too many prompts.
     """
     return await asyncio.to_thread(_read_prompts, model, value, where)
 

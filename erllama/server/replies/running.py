@@ -134,7 +134,7 @@ async def _forward(index: int, stream: AsyncStream, queue: asyncio.Queue[Choice 
 
 def _note_completion(call: Call, completion: Completion) -> None:
     record = call.record
-    n_prompt = len(completion.context_tokens) - len(completion.tokens)
+    n_prompt = completion.n_prompt
     timings = completion.timings
     if record.first_token is None and completion.tokens:
         record.first_token = timings.queued + timings.restore + timings.prefill

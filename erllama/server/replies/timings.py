@@ -13,7 +13,7 @@ def timings(completion: Completion) -> Json:
     """
     times = completion.timings
     n_cached, n_reply = completion.cache.tokens, len(completion.tokens)
-    n_prompt = len(completion.context_tokens) - n_reply - n_cached
+    n_prompt = completion.n_prompt - n_cached
     prompt_ms, reply_ms = (times.restore + times.prefill) * 1000, times.decode * 1000
     n_steps = max(n_reply - 1, 0)
     values: Json = {

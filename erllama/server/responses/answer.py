@@ -1,4 +1,4 @@
-"""The response object: what the request asked for, and what came of it."""
+"""The response object: the options of the request, and the reply."""
 
 from __future__ import annotations
 

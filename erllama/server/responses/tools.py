@@ -59,7 +59,7 @@ class Tools(NamedTuple):
     """The tools of a request.
 
     Attributes:
-        functions: as `Model.chat` takes them; None if there is none.
+        functions: as `Model.chat` takes them; None if no tool is a function.
         names: of these functions.
         shown: the functions and namespaces as the client sent them, for the response.
     """
@@ -130,7 +130,7 @@ class Choice(NamedTuple):
 
     Attributes:
         tool_choice: as `Model.chat` takes it.
-        functions: the functions that it may call; None if there is none.
+        functions: the functions that the reply may call; None if no tool is a function.
     """
 
     tool_choice: str | Json | None
