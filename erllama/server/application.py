@@ -5,22 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from erllama._model.model import Model
 from erllama.cache import Cache
 from erllama.errors import OptionError
 from erllama.server import anthropic, llama_server, ollama, openai, responses
 from erllama.server.conduct.access_log import AccessLog
-from erllama.server.conduct.errors import ApiError
+from erllama.server.conduct.errors import ApiError, ErrorForm
 from erllama.server.conduct.hosts import HostCheck
 from erllama.server.conduct.signing import signing_key
 from erllama.server.conduct.upgrades import RefuseUpgrades
@@ -108,8 +110,8 @@ def make_app(server: Server) -> ASGIApp:
     options = server.options
     middleware = [
         Middleware(AccessLog, server.metrics.count),
-        Middleware(HostCheck, options.allowed_hosts, options.cors_origins),
-        Middleware(RefuseUpgrades),
+        Middleware(HostCheck, options.allowed_hosts, options.cors_origins, _refuse),
+        Middleware(RefuseUpgrades, _refuse),
     ]
     if options.cors_origins:
         middleware.append(
@@ -118,15 +120,23 @@ def make_app(server: Server) -> ASGIApp:
     return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _no_endpoint})
 
 
+def _error_form(path: str, headers: Headers) -> ErrorForm:
+    """Return the form of errors of the API that a request calls, for errors that no endpoint makes."""
+    if path.startswith("/api/"):
+        return ollama.ERRORS
+    return anthropic.ERRORS if "anthropic-version" in headers else ERRORS
+
+
+def _refuse(scope: Scope, error: ApiError) -> Response:
+    return error_response(_error_form(scope["path"], Headers(scope=scope)), error)
+
+
 async def _no_endpoint(request: Request, error: Exception) -> Response:
     """Answer a path or a method that does not exist."""
     assert isinstance(error, HTTPException)
-    form = ollama.ERRORS if request.url.path.startswith("/api/") else ERRORS
-    if error.status_code == 405:
-        found = ApiError(
-            "invalid_request", f"{request.url.path} does not take {request.method}", "method_not_allowed"
-        )
-        answer = error_response(form, found)
-        answer.status_code = 405
-        return answer
-    return error_response(form, ApiError("not_found", f"there is no endpoint {request.url.path}", "not_found"))
+    path = request.url.path
+    found = ApiError("not_found", f"there is no endpoint {path}", "not_found")
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        message = f"{path} does not take {request.method}"
+        found = ApiError("invalid_request", message, "method_not_allowed", status=HTTPStatus.METHOD_NOT_ALLOWED)
+    return _refuse(request.scope, found)

@@ -212,7 +212,7 @@ def error_response(form: ErrorForm, error: ApiError, record: CallRecord | None =
         headers |= {"x-request-id": error.request_id, "request-id": error.request_id}
     if error.kind == "authentication":
         headers["www-authenticate"] = "Bearer"
-    return json_response(form.body(error), form.status(error), headers)
+    return json_response(form.body(error), error.status or form.status(error), headers)
 
 
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -14,6 +14,8 @@ from openai.types.responses import Response
 from starlette.types import Message
 
 from erllama.server.conduct.upgrades import RefuseUpgrades
+from erllama.server.endpoints import error_response
+from erllama.server.replies.openai_errors import ERRORS
 from support.chat.scripted_model import model_replying
 from support.http_server import running_server
 from support.responses_server import CALL, GET_TIME, client_of_replies, n_computed, n_new, new_client
@@ -167,5 +169,6 @@ def test_a_websocket_scope_is_answered_with_426() -> None:
         "headers": [],
         "extensions": {"websocket.http.response": {}},
     }
-    asyncio.run(RefuseUpgrades(never)(scope, receive, send))
+    refuse = lambda scope, error: error_response(ERRORS, error)  # noqa: E731
+    asyncio.run(RefuseUpgrades(never, refuse)(scope, receive, send))
     assert (sent[0]["type"], sent[0]["status"]) == ("websocket.http.response.start", 426)

@@ -162,8 +162,23 @@ def test_the_host_header_names_this_machine(model: erllama.Model, host: str, sta
         client.close()
 
 
+def test_a_refused_host_is_an_error_in_the_form_of_the_api(model: erllama.Model) -> None:
+    with running(model) as server:
+
+        def ask(path: str, **headers: str) -> httpx.Response:
+            return httpx.post(f"{server.url}{path}", json={}, headers={"host": "evil.example", **headers})
+
+        openai, ollama = ask("/v1/chat/completions"), ask("/api/chat")
+        anthropic = ask("/v1/messages", **{"anthropic-version": "2023-06-01"})
+    assert [each.status_code for each in (openai, ollama, anthropic)] == [421] * 3
+    assert "--allowed-host" in openai.json()["error"]["message"]
+    assert "--allowed-host" in ollama.json()["error"]
+    assert anthropic.json()["type"] == "error"
+    assert "--allowed-host" in anthropic.json()["error"]["message"]
+
+
 def test_any_host_is_accepted_if_that_is_allowed() -> None:
-    check = HostCheck(None, ("*",))  # type: ignore[arg-type]
+    check = HostCheck(None, ("*",), (), None)  # type: ignore[arg-type]
     assert check._is_allowed("evil.example")
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from erllama.server.anthropic import messages, models
+from erllama.server.anthropic.errors import ERRORS
 from erllama.server.endpoints import Endpoint
 
-__all__ = ["endpoints"]
+__all__ = ["ERRORS", "endpoints"]
 
 
 def endpoints() -> list[Endpoint[Any]]:

@@ -78,6 +78,7 @@ class ApiError(Exception):
         retry_after: seconds after which the client may try again; None if trying again does not help.
         details: further fields for programs, such as the numbers of a prompt that is too long.
         request_id: the request that it answers; "" before it is answered.
+        status: the HTTP status; None for that of the kind in the API's form.
     """
 
     kind: ErrorKind
@@ -87,6 +88,7 @@ class ApiError(Exception):
     retry_after: int | None = None
     details: Mapping[str, int] = field(default_factory=dict)
     request_id: str = ""
+    status: HTTPStatus | None = None
 
     def __str__(self) -> str:
         return self.message

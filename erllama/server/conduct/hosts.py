@@ -7,12 +7,14 @@ rebinding), or by a request to 127.0.0.1 whose answer it cannot read. Either wou
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from http import HTTPStatus
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from erllama.server.conduct.errors import ApiError
 
 _LOCAL_NAMES = ("localhost",)
 
@@ -26,27 +28,38 @@ class HostCheck:
     Args:
         allowed: names that are accepted besides those of this machine, without ports. "*" for any.
         origins: origins of pages that are accepted besides those of the server itself. "*" for any.
+        refuse: returns the response for an error of a request, in the form of the API that was called.
     """
 
-    def __init__(self, app: ASGIApp, allowed: Collection[str], origins: Collection[str] = ()) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        allowed: Collection[str],
+        origins: Collection[str],
+        refuse: Callable[[Scope, ApiError], ASGIApp],
+    ) -> None:
+        self._app, self._refuse = app, refuse
         self._allowed = frozenset(name.lower() for name in (*_LOCAL_NAMES, *allowed))
         self._origins = frozenset(origin.lower().rstrip("/") for origin in origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it."""
         if scope["type"] in ("http", "websocket"):
-            headers = Headers(scope=scope)
-            host = headers.get("host", "")
-            if not self._is_allowed(host):
-                text = "the Host header names a machine that this server does not serve; see `--allowed-host`"
-                await PlainTextResponse(text, 421)(scope, receive, send)
-                return
-            if not self._is_origin_allowed(headers.get("origin"), host):
-                text = "pages of this origin may not use this server; see `--cors-origin`"
-                await PlainTextResponse(text, 403)(scope, receive, send)
+            error = self._find_error(Headers(scope=scope))
+            if error is not None:
+                await self._refuse(scope, error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+    def _find_error(self, headers: Headers) -> ApiError | None:
+        host = headers.get("host", "")
+        if not self._is_allowed(host):
+            text = "the Host header names a machine that this server does not serve; see `--allowed-host`"
+            return ApiError("permission", text, "host_not_allowed", status=HTTPStatus.MISDIRECTED_REQUEST)
+        if not self._is_origin_allowed(headers.get("origin"), host):
+            text = "pages of this origin may not use this server; see `--cors-origin`"
+            return ApiError("permission", text, "origin_not_allowed")
+        return None
 
     def _is_origin_allowed(self, origin: str | None, host: str) -> bool:
         if origin is None or "*" in self._origins or origin.lower() in self._origins:
