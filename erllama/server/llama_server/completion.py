@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -48,9 +49,11 @@ async def answer_prompts(
     options = body.options(served)
     if body.post_sampling_probs and body.n_top:
         check_post_sampling(options)
+    # In a thread, since a long prompt takes a while.
+    texts = await asyncio.to_thread(lambda: [served.model.detokenize(each, special=True) for each in prompts])
     replies = await open_completions(call, served, prompts, n=body.n_replies, **options)
-    indexed = enumerate(prompt for prompt in prompts for _ in range(body.n_replies))
-    writers = [ReplyWriter(served, body, options, prompt, index) for index, prompt in indexed]
+    indexed = enumerate(each for each in zip(prompts, texts, strict=True) for _ in range(body.n_replies))
+    writers = [ReplyWriter(served, body, options, prompt, text, index) for index, (prompt, text) in indexed]
     if body.stream:
         return event_stream(call, _stream(replies, writers, body), encode_error)
     async with replies:

@@ -27,7 +27,7 @@ class ReplyWriter:
 
     Attributes:
         index: number of the reply among those of the request.
-        prompt: token ids, int32, shape (n,).
+        prompt, prompt_text: token ids, int32, shape (n,), and their text.
         n_tokens: tokens of the reply so far.
         withheld: text that came without a token of its own; it goes out with the next piece.
         written: tokens whose probabilities were written.
@@ -38,6 +38,7 @@ class ReplyWriter:
     body: CompletionBody
     options: CompletionOptions
     prompt: Tokens
+    prompt_text: str
     index: int
     n_tokens: int = 0
     withheld: str = ""
@@ -95,7 +96,7 @@ class ReplyWriter:
             "tokens_predicted": len(completion.tokens),
             "tokens_evaluated": len(self.prompt),
             "generation_settings": self._settings(completion),
-            "prompt": self.served.model.detokenize(self.prompt, special=True),
+            "prompt": self.prompt_text,
             "has_new_line": "\n" in text,
             "truncated": completion.finish_reason == "context_full",
             "stop_type": _stop_type(completion),
