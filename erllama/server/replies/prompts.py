@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,20 +76,33 @@ def read_parts(
     Raises:
         ApiError: a part is neither text nor the id of a token.
     """
-    found = []
-    for index, part in enumerate(parts):
-        if isinstance(part, str):
-            special = add_special and index == 0
-            found.append(model.tokenize(part, add_special=special, parse_special=parse_special))
+    found, at = [], 0
+    for is_text, group in groupby(parts, lambda part: isinstance(part, str)):
+        run = list(group)
+        if is_text:
+            for index, text in enumerate(run, at):
+                special = add_special and index == 0
+                found.append(model.tokenize(text, add_special=special, parse_special=parse_special))
         else:
-            found.append(_check_id(model, part, where if len(parts) == 1 else f"{where}[{index}]"))
+            found.append(_check_ids(model, run, where, at if len(parts) > 1 else None))
+        at += len(run)
     return np.concatenate(found).astype(np.int32) if found else np.empty(0, np.int32)
 
 
-def _check_id(model: Model, token: object, where: str) -> Tokens:
-    if not isinstance(token, int) or isinstance(token, bool):
-        raise ApiError("invalid_request", f"{where} is {token!r:.60}; send a text or token ids", param=where)
-    if not 0 <= token < model.n_vocab:
-        limit = f"token ids of this model are 0 to {model.n_vocab - 1}"
-        raise ApiError("invalid_request", f"{where} is {token}; {limit}", param=where)
-    return np.array([token], np.int32)
+def _check_ids(model: Model, tokens: Sequence[object], where: str, first: int | None) -> Tokens:
+    """Return token ids as an array, int32, shape (n,).
+
+    Args:
+        first: index of the first of them in the list at `where`; None if `where` is the only token.
+    """
+    n_vocab = model.n_vocab
+    for index, token in enumerate(tokens):
+        if type(token) is int and 0 <= token < n_vocab:
+            continue
+        place = where if first is None else f"{where}[{first + index}]"
+        if type(token) is int:
+            message = f"{place} is {token}; token ids of this model are 0 to {n_vocab - 1}"
+        else:
+            message = f"{place} is {token!r:.60}; send a text or token ids"
+        raise ApiError("invalid_request", message, param=place)
+    return np.array(tokens, np.int32)
