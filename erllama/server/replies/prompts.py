@@ -82,7 +82,7 @@ def read_parts(
         if is_text:
             for index, text in enumerate(run, at):
                 special = add_special and index == 0
-                found.append(model.tokenize(text, add_special=special, parse_special=parse_special))
+                found.append(model.tokenize(str(text), add_special=special, parse_special=parse_special))
         else:
             found.append(_check_ids(model, run, where, at if len(parts) > 1 else None))
         at += len(run)
