@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import httpx
@@ -63,6 +62,5 @@ def test_a_server_without_a_cache_leaves_none(tmp_path: Path, tiny_gguf: Path) -
             for _ in range(2)
         ]
         assert details[1]["cached_tokens"] > 0
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(60) == 0
+        server.stop()
     assert not own.exists()

@@ -42,8 +42,7 @@ def test_a_model_is_served_saved_and_found_after_a_restart(tmp_path: Path, path:
             assert answer["model"] == "little"
             assert answer["choices"][0]["message"]["content"] == "Hi you"
             cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
-            server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(120) == 0
+            server.stop()
         (line,) = server.access_lines()
         assert (line["status"], line["model"], line["completion_tokens"]) == (200, "little", 6)
         assert line["computed_tokens"]
@@ -102,6 +101,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, path: Path) -
                 server.url + CHAT, json=chat_body(max_tokens=1), headers={"x-api-key": key}, timeout=60
             )
             assert answer.status_code == status
+        server.stop()
     assert [line["key"] for line in server.access_lines() if "key" in line] == [
         "keys:2",
         "keys:4",
@@ -153,6 +153,7 @@ def test_a_configuration_file_sets_models_keys_cache_and_server(tmp_path: Path, 
         assert ask("gpt-4o").json()["model"] == "tiny"
         assert ask("endless").status_code == 403
         assert ask("other").status_code == 404
+        server.stop()
     assert (tmp_path / "prompts" / "index.db").exists()
     assert (tmp_path / "access.jsonl").stat().st_mode & 0o777 == 0o600  # it has prompts
     lines = [json.loads(line) for line in (tmp_path / "access.jsonl").read_text().splitlines()]

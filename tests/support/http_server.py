@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -124,6 +125,11 @@ class ServeCommand:
     process: subprocess.Popen[str]
     url: str
     log: Path
+
+    def stop(self) -> None:
+        """Let the server finish, its access log included, and end."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(120) == 0
 
     def access_lines(self) -> list[dict[str, object]]:
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
