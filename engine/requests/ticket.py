@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -157,6 +158,7 @@ class Ticket:
         self._emitted: list[Piece] = []  # not sent to the readers yet; used by the model thread alone
         self._backlog = _Backlog()  # pieces before those, if the reader is slow; used by the model thread alone
         self._unread: SimpleQueue[Piece | None] = SimpleQueue()  # None, the last item, wakes the readers at the end
+        self._joined: deque[Piece] = deque()  # pieces before those, which `join_unread` joined; used by the reader
         self._decoder: TokenDecoder | None = None  # of a reply that is all text; used by the readers
         self._ended: SimpleQueue[None] = SimpleQueue()  # has an item once the request has ended
         self._completion: Completion | None = None
@@ -221,17 +223,21 @@ class Ticket:
         up to that progress. Another ticket's `emit` and `send_token` accept them. The end of the request remains
         for the other readers. `result` and `outcome` return it.
         """
+        pieces = self._take_unread()
+        if self._backlog.runs:
+            pieces += self._backlog.take()
+        pieces += self._emitted
+        self._emitted = []
+        return pieces
+
+    def _take_unread(self) -> list[Piece]:
         pieces: list[Piece] = []
         while not self._unread.empty():
             piece = self._unread.get_nowait()
             if piece is None:  # the last item
                 self._unread.put(None)
-                return pieces
+                break
             pieces.append(piece)
-        if self._backlog.runs:
-            pieces += self._backlog.take()
-        pieces += self._emitted
-        self._emitted = []
         return pieces
 
     def drop_emitted(self) -> None:
@@ -299,9 +305,15 @@ class Ticket:
     def poll(self) -> Event | None:
         """Return the next event, or None if there is none yet. Raises the request's error if it failed."""
         self._check_process()
-        if not self.done and self._unread.empty():
+        if not self.done and not self._joined and self._unread.empty():
             return None
         return self._next(wait=False)
+
+    def join_unread(self) -> None:
+        """Join the unread pieces, so that the next events have all that has come. Called by the reader."""
+        unread = _Backlog()
+        unread.add([*self._joined, *self._take_unread()])
+        self._joined = deque(unread.take())
 
     def events(self) -> Iterator[Event]:
         """Yield events as they arrive. Raises the request's error if it failed."""
@@ -329,6 +341,8 @@ class Ticket:
 
     def _next(self, *, wait: bool) -> Event | None:
         """Return the next event; None if none arrives in time, or after the end."""
+        if self._joined:
+            return self._make_event(self._joined.popleft())
         done = self.done  # read first: all pieces are sent before the request is done
         try:
             piece = self._unread.get(wait and not done, SLEEP_SECONDS)
@@ -402,8 +416,14 @@ def _join(pieces: list[Piece]) -> Piece:
     """Join pieces of one kind."""
     deltas = [piece for piece in pieces if isinstance(piece, DeltaPiece)]
     if not deltas:
-        tokens = tuple(piece for piece in pieces if isinstance(piece, int))
-        return TextTokens(tokens, is_last=not isinstance(pieces[-1], int))
+        tokens: list[int] = []
+        for piece in pieces:
+            if isinstance(piece, int):
+                tokens.append(piece)
+            elif isinstance(piece, TextTokens):
+                tokens += piece.tokens
+        last = pieces[-1]
+        return TextTokens(tuple(tokens), is_last=isinstance(last, TextTokens) and last.is_last)
     return DeltaPiece(
         deltas[0].kind,
         "".join(delta.text for delta in deltas),

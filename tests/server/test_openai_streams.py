@@ -9,6 +9,7 @@ import openai
 import pydantic
 import pytest
 
+from erllama.server.replies import running
 from support.chat.scripted_model import CALL, TOOLS, model_replying
 from support.http_server import running_server
 from support.openai_server import USER, Json, client_of, openai_client, stream_events
@@ -32,6 +33,24 @@ def test_only_the_first_delta_of_a_choice_has_the_role() -> None:
         assert deltas[0]["role"] == "assistant"
         assert not any("role" in delta for delta in deltas[1:])
         assert "".join(delta.get("content") or "" for delta in deltas) == "hello there"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_tokens_of_a_fast_reply_share_chunks(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = "a reply with many tokens " * 4
+    monkeypatch.setattr(running, "_GATHER_SECONDS", 0.5)
+    chunks = chunks_of(reply, n=n, logprobs=True)
+    contents = [c["choices"][0]["delta"].get("content") for c in chunks if c["choices"][0]["index"] == n - 1]
+    assert "".join(text for text in contents if text) == reply
+    assert len(contents) < len(reply) / 2
+    listed = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["index"] == n - 1]
+    assert sum(len(each["content"]) for each in listed if each) >= len(reply)
+
+
+def test_tokens_of_a_slow_reply_have_chunks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "_GATHER_SECONDS", 0.0)  # every reply is slower
+    contents = [chunk["choices"][0]["delta"].get("content") for chunk in chunks_of("hello there")]
+    assert len([text for text in contents if text]) > len("hello there") / 2
 
 
 def test_chunks_have_one_id_and_the_last_one_the_reason() -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import erllama
 from erllama.engine import Batch, Request, RequestOptions, Ticket
 from erllama.engine.backends.stub import EOG, StubBackend
-from erllama.engine.requests.ticket import DeltaPiece
+from erllama.engine.requests.ticket import DeltaPiece, EndPiece
 from support.engine_models import (
     GatedBackend,
     engine_metrics,
@@ -70,6 +70,40 @@ def test_a_request_that_pauses_sends_what_a_slow_reader_has_not_read() -> None:
         *range(300)
     ]
     assert ticket.poll() is None
+
+
+@pytest.mark.parametrize("read_first", [0, 3, 40])
+def test_joining_what_is_unread_changes_neither_text_nor_tokens(read_first: int) -> None:
+    with load_stub(StubBackend(n_ctx=8192, eog_bias=-100)) as model:
+        stream = model.stream([1], max_tokens=1000, seed=1)
+        whole = stream.result()
+        pieces = [next(stream) for _ in range(read_first)]
+        for _ in range(2):  # joins what is joined already, too
+            stream._ticket.join_unread()
+        *rest, done = stream
+        assert len(rest) == 1
+        pieces += rest
+        assert "".join(piece.text for piece in pieces if isinstance(piece, erllama.TextDelta)) == whole.text
+        assert [token for p in pieces if isinstance(p, erllama.TextDelta) for token in p.tokens] == [*whole.tokens]
+        assert done == erllama.Done(whole)
+
+
+def test_only_events_of_one_kind_are_joined_and_the_end_stays() -> None:
+    ticket = Ticket(Request(np.zeros(1, np.int32), RequestOptions()), streaming=True)
+    for kind, token in (("thinking", 1), ("thinking", 2), ("end", 3), ("text", 4), ("text", 5), ("call", 6)):
+        piece = EndPiece("thinking", b"") if kind == "end" else DeltaPiece(kind, str(token), (token,), ())  # type: ignore[arg-type]
+        ticket.emit(piece)
+        ticket.notify()
+    ticket.fail(erllama.SamplingError("the end"))
+    ticket.join_unread()
+    assert [ticket.poll() for _ in range(4)] == [
+        erllama.ThinkingDelta("12", (1, 2), ()),
+        erllama.ThinkingEnd(b""),
+        erllama.TextDelta("45", (4, 5), ()),
+        erllama.ToolCallDelta("6", (6,), ()),
+    ]
+    with pytest.raises(erllama.SamplingError):
+        ticket.poll()
 
 
 def test_a_ticket_that_several_threads_read_ends_for_each_of_them() -> None:

@@ -81,6 +81,15 @@ class AsyncStream:
         """The token ids of the prompt, int32, shape (n,). Those of a chat are known once it has started."""
         return self._ticket.request.prompt
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the reply is complete, so that the events that are left can be read without waiting."""
+        return self._ticket.done
+
+    def join_unread(self) -> None:
+        """Join the events that nobody has read, so that the next one has all that has come of its kind."""
+        self._ticket.join_unread()
+
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
 

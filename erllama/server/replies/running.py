@@ -6,6 +6,7 @@ A reply that its client abandons ends at the next tick. What was computed stays 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from erllama._model.requests.options import ChatOptions, CompletionOptions
 from erllama._model.requests.streams import AsyncStream
 from erllama._types import Messages, Prompt
 from erllama.chat.results import ChatCompletion
-from erllama.engine import Completion, Done, Event, Grammar
+from erllama.engine import Completion, Done, Event, Grammar, TextDelta
 from erllama.errors import Error, SessionBusy
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call
@@ -31,6 +32,7 @@ T = TypeVar("T")
 Result = TypeVar("Result", bound=Completion)
 
 _RESTART_POLL = 0.05  # seconds
+_GATHER_SECONDS = 0.005
 
 
 class Choice(NamedTuple):
@@ -87,9 +89,11 @@ class Replies(Generic[Result]):
     async def events(self) -> AsyncIterator[Choice]:
         """Yield the events of all replies, each reply's in order; `Done` is the last of each."""
         if len(self._streams) == 1:
+            pace = _Pace(self._streams[0])
             async for event in self._streams[0]:
                 self._note(0, event)
                 yield Choice(0, event)
+                await pace.rest(event)
             return
         queue: asyncio.Queue[Choice | Exception | None] = asyncio.Queue(maxsize=64)
         async with asyncio.TaskGroup() as tasks:
@@ -122,10 +126,32 @@ class Replies(Generic[Result]):
             _note_completion(self._call, event.completion)
 
 
+class _Pace:
+    """Lets the tokens of a fast reply gather, since an event costs as much for several tokens as for one.
+
+    A reply with more than `_GATHER_SECONDS` between its tokens is never delayed.
+    """
+
+    def __init__(self, stream: AsyncStream) -> None:
+        self._stream, self._last = stream, -math.inf
+
+    async def rest(self, event: Event) -> None:
+        """Wait after an event if the next one would come at once."""
+        now = time.monotonic()
+        is_fast = now - self._last < _GATHER_SECONDS or (isinstance(event, TextDelta) and len(event.tokens) > 1)
+        self._last = now
+        if is_fast:
+            if not self._stream.has_ended:
+                await asyncio.sleep(_GATHER_SECONDS)
+            self._stream.join_unread()
+
+
 async def _forward(index: int, stream: AsyncStream, queue: asyncio.Queue[Choice | Exception | None]) -> None:
+    pace = _Pace(stream)
     try:
         async for event in stream:
             await queue.put(Choice(index, event))
+            await pace.rest(event)
     except Exception as error:
         await queue.put(error)
     else:
