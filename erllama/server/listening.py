@@ -22,6 +22,7 @@ class ListenOptions:
         insecure: listen on other addresses than loopback without a key.
         header_timeout: seconds within which the headers of a request must arrive.
         send_timeout: seconds for which a client may leave an answer unread.
+        max_connections: how many connections there may be at once. Further ones get a 503.
         idle_timeout: seconds for which a connection stays open between two requests.
     """
 
@@ -31,11 +32,13 @@ class ListenOptions:
     header_timeout: float = 20.0
     send_timeout: float = 60.0
     idle_timeout: float = 75.0
+    max_connections: int = 512
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not self.host:
             raise OptionError(f"host must be an address, not {shown(self.host)}")
         integer("port", self.port, 0, 65535)
+        integer("max_connections", self.max_connections, 1)
         boolean("insecure", self.insecure)
         for name in ("header_timeout", "send_timeout", "idle_timeout"):
             real(name, getattr(self, name), 0.001)

@@ -44,7 +44,7 @@ def run(server: Server, listen: ListenOptions, bound: socket.socket, on_started:
 
 def uvicorn_config(server: Server, listen: ListenOptions) -> uvicorn.Config:
     """Return how uvicorn runs a server."""
-    limits = ConnectionLimits(listen.header_timeout, listen.send_timeout)
+    limits = ConnectionLimits(listen.header_timeout, listen.send_timeout, listen.max_connections)
     return uvicorn.Config(
         make_app(server),
         http=protocol_class(limits),

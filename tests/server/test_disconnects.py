@@ -177,3 +177,18 @@ def test_keep_alive_comments_arrive_while_tool_text_is_withheld(
         client.close()
         backend.release()
         wait_until(lambda: model.queue_depth == 0)
+
+
+def test_more_connections_than_the_limit_get_a_503_until_one_ends(model: erllama.Model) -> None:
+    with running(model, listen={"max_connections": 2}) as server:
+        first, second = server.connect(), server.connect()
+        wait_until(lambda: len(server.uvicorn.server_state.connections) == 2)
+        with server.connect() as third:
+            answer = read_until(third, b"as it accepts")
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert len(answer.split(b"\r\n\r\n")[1]) == int(answer.split(b"content-length: ")[1].split(b"\r\n")[0])
+            assert third.recv(1) == b""
+        first.close()
+        wait_until(lambda: len(server.uvicorn.server_state.connections) == 1)
+        assert server.post(chat_body(max_tokens=1)).status_code == 200
+        second.close()

@@ -1,4 +1,4 @@
-"""Connections with limits of time, for uvicorn: clients that are slow to ask, or to take an answer, are cut off.
+"""Connections with limits, for uvicorn: clients that are slow to ask, or to take an answer, are cut off.
 
 uvicorn limits neither how long the headers of a request take nor how long a client leaves an answer unread. Each
 such connection would hold a file descriptor, and an unread one its answer, for as long as the client likes.
@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 
 # Bytes that may arrive before the headers of a request are complete. uvicorn limits them on h11 alone.
 _MAX_HEADER_BYTES = 1 << 16
+_TOO_MANY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: text/plain; charset=utf-8\r\n"
+    b"content-length: 48\r\nconnection: close\r\n\r\nthe server has as many connections as it accepts"
+)
 # After the server closes a connection, a client has this long to take what is left.
 _LINGER_SECONDS = 5.0
 
@@ -24,10 +28,12 @@ class ConnectionLimits(NamedTuple):
             the start of the connection.
         send_timeout: seconds for which a client may leave an answer unread. Bytes that it reads meanwhile do not
             count unless they empty most of the connection's buffer of 64 KiB.
+        max_connections: how many there may be. Further ones are answered with 503 and closed.
     """
 
     header_timeout: float
     send_timeout: float
+    max_connections: int
 
 
 def protocol_class(limits: ConnectionLimits) -> type[asyncio.Protocol]:
@@ -46,12 +52,18 @@ class _LimitedConnection:
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
     cycle: Any
+    connections: set[Any]
     _header_bytes = 0
     _header_timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)  # type: ignore[misc]
+        if len(self.connections) > self.limits.max_connections:
+            transport.write(_TOO_MANY)
+            transport.close()
+            self._abort_later()
+            return
         self._watch_headers()
 
     def data_received(self, data: bytes) -> None:
