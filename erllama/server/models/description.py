@@ -81,7 +81,7 @@ def describe_file(entry: ModelEntry) -> ModelDescription:
         Error: the file cannot be read.
         OSError: the same.
     """
-    needed = needed_memory(entry.path, entry.options)
+    needed = needed_memory(entry)
     overrides = entry.options.get("overrides")
     with (
         Cache(ram=0) as none,
