@@ -41,7 +41,7 @@ _QUANTIZATIONS: Mapping[object, str] = {
     30: "IQ4_XS - 4.25 bpw",
     32: "BF16",
 }
-# Numbers of tensor types, and the number of such a file: what libllama takes a file for that has no number of its own.
+# Number of a file by that of the commonest type of its tensors: libllama takes it if the file has none.
 _FILE_TYPES = {
     0: 0,
     1: 1,
