@@ -83,6 +83,23 @@ def test_a_failed_load_fails_its_requests_and_the_next_one_tries_again() -> None
     assert stubs.pool.lifecycle.load_failures == {"a": 1}
 
 
+def test_a_model_that_has_failed_is_loaded_again() -> None:
+    stubs = StubPool("a", "b")
+
+    async def test() -> None:
+        await stubs.touch("a")
+        model = await stubs.use("a")
+        model.unload()  # as its process does that ended too often
+        request = asyncio.create_task(stubs.use("a"))
+        await asyncio.sleep(0.02)
+        assert not request.done()
+        stubs.pool.release(stubs["a"])
+        assert (await request).complete([1], max_tokens=1).tokens
+
+    stubs.run(test)
+    assert stubs.unloads() == {("a", "failed"): 1}
+
+
 def test_a_load_in_progress_ends_when_the_server_stops() -> None:
     stubs = StubPool("a", "b")
 
