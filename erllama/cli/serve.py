@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
@@ -17,20 +16,20 @@ import click
 
 import erllama
 from erllama._runtime.printing import echo, printable
-from erllama.cli.loading import ModelOptions, existing_path
+from erllama.cli.loading import ModelOptions
 from erllama.cli.memory_cache import memory_cache
-from erllama.cli.options import FILE, model_and_cache_options
+from erllama.cli.options import FILE, model_and_cache_options, parse_size
+from erllama.cli.served_models import model_entries, open_pool
 from erllama.server.application import make_server
 from erllama.server.conduct.key_files import VARIABLE, read_key_file, read_key_variable
 from erllama.server.conduct.keys import ApiKey
-from erllama.server.configuration import Configuration, ModelEntry, read_configuration
+from erllama.server.configuration import Configuration, read_configuration
 from erllama.server.listening import ListenOptions, url_of
-from erllama.server.models import ServedModel
 from erllama.server.options import ServerOptions
 
 
 @click.command()
-@click.argument("models", nargs=-1, metavar="[MODEL]...", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option("--host", metavar="ADDRESS", help=f"Address to listen on. Default: {ListenOptions().host}.")
 @click.option(
     "--port",
@@ -68,9 +67,21 @@ from erllama.server.options import ServerOptions
     help='File for the access log, one line of JSON for each request; "none" for no log. Default: stderr.',
 )
 @click.option("--in-process", is_flag=True, help="Run the models in this process instead of one process each.")
+@click.option("--on-request", is_flag=True, help="Load each MODEL when a request needs it, not at the start.")
+@click.option(
+    "--keep-alive",
+    metavar="TIME",
+    help="Time after its last request until a model is unloaded, such as 5m or forever, which is the default.",
+)
+@click.option(
+    "--memory-limit",
+    type=parse_size,
+    metavar="SIZE",
+    help="Memory for all models. Idle ones are unloaded for others. Default: nine tenths of what is available.",
+)
 @model_and_cache_options
 def serve(
-    models: tuple[Path, ...],
+    models: tuple[str, ...],
     host: str | None,
     port: int | None,
     config: Path | None,
@@ -80,17 +91,22 @@ def serve(
     cors_origins: tuple[str, ...],
     access_log: str | None,
     in_process: bool,
+    on_request: bool,
+    keep_alive: str | None,
+    memory_limit: int | None,
     loading: ModelOptions,
 ) -> int:
     """Serve models over HTTP, with the APIs of OpenAI, Anthropic, llama-server and Ollama.
 
-    MODEL is a GGUF file. Its name without .gguf is the name that clients use. Without any MODEL, here or in the
+    MODEL is a GGUF file. Its name without .gguf is the name that clients use. NAME=FILE gives it another name, and
+    NAME,ALIAS=FILE further ones; the alias * is for all names that no model has. Without any MODEL, here or in the
     configuration file, the command serves erllama's demo model. Options of the command override those of the
     configuration file, except that an option of a model in the file is the model's own.
 
     \b
       erllama serve model.gguf
       erllama serve chat.gguf embeddings.gguf --port 9000 --n-ctx 32768
+      erllama serve 'small,*=small.gguf' large=large.gguf --on-request --keep-alive 10m
       erllama serve --config erllama.toml
     """
     configuration = read_configuration(config) if config is not None else Configuration()
@@ -99,21 +115,24 @@ def serve(
     listen.check_keys(bool(keys))
     if not listen.is_loopback and listen.host[0].isalpha():
         allowed_hosts = (*allowed_hosts, listen.host)
-    lists = {"allowed_hosts": allowed_hosts or None, "cors_origins": cors_origins or None}
-    options = ServerOptions.of(_chosen(configuration.server, **lists) | {"keys": keys})
-    entries = [ModelEntry(path=existing_path(path)) for path in models] + list(configuration.models)
+    given = {
+        "allowed_hosts": allowed_hosts or None,
+        "cors_origins": cors_origins or None,
+        "model_keep_alive": keep_alive,
+        "memory_limit": memory_limit,
+    }
+    options = ServerOptions.of(_chosen(configuration.server, **given) | {"keys": keys})
+    entries = model_entries(models, configuration.models, loading, in_process=in_process, on_request=on_request)
     with ExitStack() as stack:
         bound = stack.enter_context(listen.bind())  # before the models, whose loading takes long
         stack.enter_context(_log_access(access_log or configuration.access_log or "stderr"))
         cache = stack.enter_context(_open_cache(loading, configuration.cache, in_process))
-        served = [
-            stack.enter_context(_load(entry, loading, cache, in_process))
-            for entry in entries or [ModelEntry(path=erllama.demo_model())]
-        ]
-        server = make_server(served, options)
+        pool = stack.enter_context(open_pool(entries, cache, options))
+        server = make_server(pool, options)
         from erllama.server.run import run  # uvicorn is imported only if all else is right
 
-        run(server, listen, bound, lambda: _print_address(url_of(bound), served, bool(keys)))
+        names = [model.name for model in pool.models]
+        run(server, listen, bound, lambda: _print_address(url_of(bound), names, bool(keys)))
     return 0
 
 
@@ -135,17 +154,6 @@ def _open_cache(
         return erllama.Cache() if in_process else memory_cache(configured)
     options = _chosen({"disk": True, **configured}, disk=loading.cache_dir, disk_quota=loading.quota)
     return erllama.Cache(**options)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _load(
-    entry: ModelEntry, loading: ModelOptions, cache: erllama.Cache, in_process: bool
-) -> Iterator[ServedModel]:
-    """Yield a loaded model; save its prompts and unload it at the end of the `with`."""
-    process = False if in_process else entry.options.get("process", loading.extra.get("process", True))
-    extra = {**loading.extra, **entry.options, "process": process, "id": entry.name or entry.path.stem}
-    with replace(loading, extra=extra).load(existing_path(entry.path), cache) as model:
-        yield ServedModel(model, entry.aliases, entry.special_tokens_in_content, file=entry.path.name)
 
 
 @contextmanager
@@ -185,12 +193,11 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def _print_address(url: str, served: Sequence[ServedModel], has_keys: bool) -> None:
+def _print_address(url: str, names: Sequence[str], has_keys: bool) -> None:
     """Print the address and a request to try."""
-    body = json.dumps({"model": served[0].name, "messages": [{"role": "user", "content": "Hello"}]})
+    body = json.dumps({"model": names[0], "messages": [{"role": "user", "content": "Hello"}]})
     key = " -H 'authorization: Bearer KEY'" if has_keys else ""
-    names = ", ".join(each.name for each in served)
-    echo(f"erllama serves {names} on {url}. Ctrl-C stops it. Try it:")
+    echo(f"erllama serves {', '.join(names)} on {url}. Ctrl-C stops it. Try it:")
     echo(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {_quoted(body)}")
     sys.stdout.flush()
 

@@ -53,21 +53,21 @@ def app(models: Model | ServedModel | Iterable[Model | ServedModel], **options: 
     return make_app(make_server(models, ServerOptions.of(options)))
 
 
-def make_server(models: Model | ServedModel | Iterable[Model | ServedModel], options: ServerOptions) -> Server:
+def make_server(
+    models: ModelPool | Model | ServedModel | Iterable[Model | ServedModel], options: ServerOptions
+) -> Server:
     """Return the state of a server of these models."""
-    given = [models] if isinstance(models, Model | ServedModel) else list(models)
-    served = [each if isinstance(each, ServedModel) else ServedModel(each) for each in given]
-    if len(served) == 1 and not served[0].aliases:
-        served = [replace(served[0], aliases=("*",))]
-    pool = ModelPool(served)
-    _check_keys(options, pool)
-    cache = pool.models[0].model.cache
-    return Server(pool, options, signing_key(cache), responses=_open_responses(options, cache))
+    if not isinstance(models, ModelPool):
+        given = [models] if isinstance(models, Model | ServedModel) else list(models)
+        models = ModelPool([each if isinstance(each, ServedModel) else ServedModel(each) for each in given])
+    _check_keys(options, models)
+    cache = models.cache
+    return Server(models, options, signing_key(cache), responses=_open_responses(options, cache))
 
 
 def _check_keys(options: ServerOptions, pool: ModelPool) -> None:
     """Raise OptionError if a key names a model that does not exist: its client could use no model."""
-    known = [served.name for served in pool.models]
+    known = [model.name for model in pool.models]
     for key in options.keys:
         for name in key.models or ():
             if name not in known:

@@ -23,6 +23,7 @@ from erllama.errors import OptionError
 from erllama.server.conduct.key_files import ENVIRONMENT, check_private, read_key_file
 from erllama.server.conduct.keys import ApiKey
 from erllama.server.listening import ListenOptions
+from erllama.server.models.entry import ModelEntry
 from erllama.server.options import ServerOptions, texts
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ _SERVER = tuple(each.name for each in fields(ServerOptions) if each.name != "key
 _LISTEN = tuple(each.name for each in fields(ListenOptions))
 _KEY_SOURCES = ("key", "key_env", "key_file")
 _KEY = ("name", "cache_salt", "requests_per_minute", "tokens_per_minute", "models")
-_MODEL = ("path", "name", "aliases", "special_tokens_in_content")
+_MODEL = ("path", "name", "aliases", "special_tokens_in_content", "load", "keep_alive")
 # Options of load_model and Cache that are objects of Python, or that the command sets itself.
 _NOT_IN_FILES = ("cache", "id", "on_progress", "vocab_only", "tiers")
 _CACHE_PATHS = ("disk", "ram_file")
@@ -40,25 +41,6 @@ _LOAD = tuple(
     for parameter in inspect.signature(load_model).parameters.values()
     if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in _NOT_IN_FILES
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelEntry:
-    """A model that a configuration names.
-
-    Attributes:
-        path: of the GGUF file.
-        name: that clients use; None for the name of the file.
-        aliases: further names.
-        special_tokens_in_content: as in `ServedModel`.
-        options: of `load_model`, by name.
-    """
-
-    path: Path
-    name: str | None = None
-    aliases: tuple[str, ...] = ()
-    special_tokens_in_content: bool = False
-    options: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +141,7 @@ class _Reader:
                 "special_tokens_in_content", entry.get("special_tokens_in_content", False)
             ),
             options={name: value for name, value in entry.items() if name not in _MODEL},
+            **{name: entry[name] for name in ("load", "keep_alive") if name in entry},  # type: ignore[arg-type]
         )
 
     def _keys(self, entry: Mapping[str, object]) -> list[ApiKey]:

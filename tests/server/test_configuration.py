@@ -55,6 +55,8 @@ def test_every_option_of_the_server_can_be_set(tmp_path: Path) -> None:
                 continue
             if name == "state_dir":
                 value = str(tmp_path)
+            if name == "memory_limit":
+                value = "12GiB"
             written = (
                 str(value).lower() if isinstance(value, bool | int | float) else repr(value).replace("()", "[]")
             )
@@ -131,6 +133,12 @@ def test_a_file_with_keys_that_all_users_can_read_is_refused(tmp_path: Path) -> 
         ("[[models]]\npath = 'a'\nname = ''\n", 3, "name must be a text"),
         ("[[models]]\npath = 'a'\naliases = 'b'\n", 3, "aliases must be a list"),
         ("[[models]]\npath = 'a'\ncache = 'b'\n", 3, "no option 'cache'"),
+        ("[[models]]\npath = 'a'\nload = 'later'\n", 3, "load='later'"),
+        ("[[models]]\npath = 'a'\nkeep_alive = '5 parsecs'\n", 3, "keep_alive='5 parsecs'"),
+        ("[server]\nmemory_limit = '12 apples'\n", 2, "memory_limit='12 apples'"),
+        ("[server]\nmemory_limit = 0\n", 2, "memory_limit is 0"),
+        ("[server]\nmodel_keep_alive = true\n", 2, "model_keep_alive=True"),
+        ("[server]\nmemory_pressure = 2\n", 2, "memory_pressure=2"),
         ("[[keys]]\nname = 'x'\n", 1, "a key needs one of key, key_env, key_file"),
         ("[[keys]]\nkey = 'x'\nkey_env = 'X'\n", 2, "a key needs one of"),
         ("[[keys]]\nkey = 'x'\nrequests_per_minute = 0\n", 3, "requests_per_minute=0"),
