@@ -42,6 +42,17 @@ class ModelOptions:
             return erllama.Cache(disk=self.cache_dir or True)
         return erllama.Cache(disk=self.cache_dir or True, disk_quota=self.quota)
 
+    @property
+    def load_options(self) -> dict[str, object]:
+        """The options of `load_model`, by name."""
+        options: dict[str, object] = {
+            "n_ctx": self.n_ctx,
+            "n_threads": self.threads,
+            "n_gpu_layers": self.n_gpu_layers,
+            "devices": list(self.devices) or None,
+        }
+        return {name: value for name, value in options.items() if value is not None} | dict(self.extra)
+
     @contextmanager
     def open_model(self, path: Path) -> Iterator[erllama.Model]:
         """Yield the loaded model; save its prompts and unload it at the end of the `with`."""
@@ -50,17 +61,7 @@ class ModelOptions:
 
     def load(self, path: Path, cache: erllama.Cache, *, show_progress: bool = True) -> erllama.Model:
         """Load the model with a cache of the caller, and show a bar if stderr is a terminal."""
-        options: dict[str, object] = {
-            name: value
-            for name, value in (
-                ("n_ctx", self.n_ctx),
-                ("n_threads", self.threads),
-                ("n_gpu_layers", self.n_gpu_layers),
-                ("devices", list(self.devices) or None),
-            )
-            if value is not None
-        }
-        options |= self.extra
+        options = self.load_options
         if not (show_progress and is_terminal(stderr=True)):
             return erllama.load_model(path, cache=cache, **options)  # type: ignore[arg-type]
         with progress_bar(f"loading {path.name}") as report:

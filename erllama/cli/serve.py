@@ -16,17 +16,18 @@ from pathlib import Path
 import click
 
 import erllama
-from erllama._runtime.printing import echo, printable
+from erllama._runtime.printing import echo, one_line, printable
+from erllama.cli.console import format_count
 from erllama.cli.loading import ModelOptions, existing_path
 from erllama.cli.memory_cache import memory_cache
 from erllama.cli.options import FILE, model_and_cache_options
 from erllama.server.application import make_server
-from erllama.server.conduct.key_files import VARIABLE, read_key_file, read_key_variable
-from erllama.server.conduct.keys import ApiKey
-from erllama.server.configuration import Configuration, ModelEntry, read_configuration
+from erllama.server.conduct.key_files import VARIABLE
+from erllama.server.configuration import ModelEntry
 from erllama.server.listening import ListenOptions, url_of
+from erllama.server.mistakes import ConfigurationError
 from erllama.server.models import ServedModel
-from erllama.server.options import ServerOptions
+from erllama.server.settings import CommandOptions, Settings, read_settings
 
 
 @click.command()
@@ -67,6 +68,11 @@ from erllama.server.options import ServerOptions
     metavar="FILE",
     help='File for the access log, one line of JSON for each request; "none" for no log. Default: stderr.',
 )
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Check the configuration and the other options without starting a server. Exit status 1 if one is wrong.",
+)
 @click.option("--in-process", is_flag=True, help="Run the models in this process instead of one process each.")
 @model_and_cache_options
 def serve(
@@ -79,6 +85,7 @@ def serve(
     allowed_hosts: tuple[str, ...],
     cors_origins: tuple[str, ...],
     access_log: str | None,
+    check: bool,
     in_process: bool,
     loading: ModelOptions,
 ) -> int:
@@ -93,39 +100,53 @@ def serve(
       erllama serve chat.gguf embeddings.gguf --port 9000 --n-ctx 32768
       erllama serve --config erllama.toml
     """
-    configuration = read_configuration(config) if config is not None else Configuration()
-    listen = ListenOptions(**_chosen(configuration.listen, host=host, port=port, insecure=insecure or None))  # type: ignore[arg-type]
-    keys = _keys(configuration, api_key_file)
-    listen.check_keys(bool(keys))
-    if not listen.is_loopback and listen.host[0].isalpha():
-        allowed_hosts = (*allowed_hosts, listen.host)
-    lists = {"allowed_hosts": allowed_hosts or None, "cors_origins": cors_origins or None}
-    options = ServerOptions.of(_chosen(configuration.server, **lists) | {"keys": keys})
-    entries = [ModelEntry(path=existing_path(path)) for path in models] + list(configuration.models)
+    command = CommandOptions(
+        config=config,
+        models=models,
+        api_key_file=api_key_file,
+        listen=_given(host=host, port=port, insecure=insecure or None),
+        server=_given(allowed_hosts=allowed_hosts or None, cors_origins=cors_origins or None),
+        cache=_given(disk=loading.cache_dir, disk_quota=loading.quota),
+        load=loading.load_options,
+        access_log=access_log,
+    )
+    if check:
+        return _check(command)
+    settings = read_settings(command)
     with ExitStack() as stack:
-        bound = stack.enter_context(listen.bind())  # before the models, whose loading takes long
-        stack.enter_context(_log_access(access_log or configuration.access_log or "stderr"))
-        cache = stack.enter_context(_open_cache(loading, configuration.cache, in_process))
-        served = [
-            stack.enter_context(_load(entry, loading, cache, in_process))
-            for entry in entries or [ModelEntry(path=erllama.demo_model())]
-        ]
-        server = make_server(served, options)
+        bound = stack.enter_context(settings.listen.bind())  # before the models, whose loading takes long
+        stack.enter_context(_log_access(settings.access_log))
+        cache = stack.enter_context(_open_cache(loading, settings.cache, in_process))
+        served = [stack.enter_context(_load(entry, loading, cache, in_process)) for entry in settings.models]
+        server = make_server(served, settings.options)
         from erllama.server.run import run  # uvicorn is imported only if all else is right
 
-        run(server, listen, bound, lambda: _print_address(url_of(bound), served, bool(keys)))
+        has_keys = bool(settings.options.keys)
+        run(server, settings.listen, bound, lambda: _print_address(url_of(bound), served, has_keys))
     return 0
 
 
-def _chosen(configured: Mapping[str, object], **given: object) -> dict[str, object]:
-    """Return the options of the configuration, with those of the command in their place."""
-    return {**configured, **{name: value for name, value in given.items() if value is not None}}
+def _given(**options: object) -> dict[str, object]:
+    """Return the options that the command line sets."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
-def _keys(configuration: Configuration, file: Path | None) -> tuple[ApiKey, ...]:
-    keys = [*configuration.keys, *(read_key_file(file) if file is not None else [])]
-    secrets = {key.secret for key in keys}
-    return (*keys, *(key for key in read_key_variable() if key.secret not in secrets))
+def _check(command: CommandOptions) -> int:
+    """Print what is wrong with the configuration, or what it serves. Return the exit status."""
+    try:
+        settings = read_settings(command)
+    except ConfigurationError as error:
+        for mistake in error.mistakes:
+            echo(printable(one_line(str(mistake))))
+        return 1
+    echo(printable(one_line(f"The configuration is valid: {_summary(settings)}.")))
+    return 0
+
+
+def _summary(settings: Settings) -> str:
+    names = ", ".join(entry.names[0] for entry in settings.models)
+    n_keys = format_count(len(settings.options.keys), "key")
+    return f"{names} on {settings.listen.host}, port {settings.listen.port}, with {n_keys}"
 
 
 def _open_cache(
@@ -133,8 +154,7 @@ def _open_cache(
 ) -> AbstractContextManager[erllama.Cache]:
     if loading.no_cache:
         return erllama.Cache() if in_process else memory_cache(configured)
-    options = _chosen({"disk": True, **configured}, disk=loading.cache_dir, disk_quota=loading.quota)
-    return erllama.Cache(**options)  # type: ignore[arg-type]
+    return erllama.Cache(**configured)  # type: ignore[arg-type]
 
 
 @contextmanager

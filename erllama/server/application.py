@@ -60,18 +60,10 @@ def make_server(models: Model | ServedModel | Iterable[Model | ServedModel], opt
     if len(served) == 1 and not served[0].aliases:
         served = [replace(served[0], aliases=("*",))]
     pool = ModelPool(served)
-    _check_keys(options, pool)
+    for key in options.keys:
+        key.check_names([served.name for served in pool.models])
     cache = pool.models[0].model.cache
     return Server(pool, options, signing_key(cache), responses=_open_responses(options, cache))
-
-
-def _check_keys(options: ServerOptions, pool: ModelPool) -> None:
-    """Raise OptionError if a key names a model that does not exist: its client could use no model."""
-    known = [served.name for served in pool.models]
-    for key in options.keys:
-        for name in key.models or ():
-            if name not in known:
-                raise OptionError(f"the key {key.name!r} has the model {name!r}; the server has {', '.join(known)}")
 
 
 def _open_responses(options: ServerOptions, cache: Cache) -> ResponseStore:
