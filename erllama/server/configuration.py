@@ -14,15 +14,12 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import MappingProxyType
 
 from erllama._model.load import check_load_options, load_model
 from erllama.cache.options import OPTIONS as CACHE_OPTIONS
 from erllama.cache.options import check_options, check_usable
 from erllama.cache.sizes import parse_bytes
 from erllama.checks import boolean, reject_unknown, shown
-from erllama.engine.backends.gguf_parts import parts
-from erllama.engine.backends.llama_file import check_header
 from erllama.errors import Error, ModelLoadError, OptionError
 from erllama.server.conduct.key_files import ENVIRONMENT, check_private, read_key_file
 from erllama.server.conduct.keys import ApiKey
@@ -65,7 +62,7 @@ class ModelEntry:
     aliases: tuple[str, ...] = ()
     special_tokens_in_content: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
-    lines: Mapping[str, int] = field(default=MappingProxyType({}), compare=False, repr=False)
+    lines: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,7 +98,7 @@ class Configuration:
     keys: tuple[ApiKey, ...] = ()
     cache: Mapping[str, object] = field(default_factory=dict)
     mistakes: tuple[Mistake, ...] = ()
-    lines: Mapping[Place, int] = field(default=MappingProxyType({}), compare=False, repr=False)
+    lines: Mapping[Place, int] = field(default_factory=dict, compare=False, repr=False)
     key_lines: tuple[int | None, ...] = field(default=(), compare=False, repr=False)
 
 
@@ -194,15 +191,16 @@ class _Reader:
                     read[name] = self._resolve(checked) if name == "path" else checked
         options = {name: value for name, value in known.items() if name not in _MODEL}
         options = self._check_together(place, options, check_load_options)
-        if "path" not in read:
-            return None
-        made = ModelEntry(
+        path = read.get("path")
+        if isinstance(path, Path):
+            self._check_together(place, options, lambda rest: check_model_file(path, rest), "path")
+        if "path" not in read or any(name in known and name not in read for name in _MODEL):
+            return None  # its names are unknown
+        return ModelEntry(
             **read,  # type: ignore[arg-type]
             options=options,
             lines={str(name): self._lines[where] for name in entry if (where := (*place, name)) in self._lines},
         )
-        self._check_together(place, options, lambda rest: check_model_file(made.path, rest), "path")
-        return made
 
     def _read_keys(self, place: Place, entry: Mapping[str, object]) -> None:
         known = self._known(place, entry, (*_KEY_SOURCES, *_KEY), "[[keys]]")
@@ -210,8 +208,9 @@ class _Reader:
         for name in _KEY:
             with self._at((*place, name)):
                 if name in known:
-                    limits[name] = _key_option(name, known[name])
-                    ApiKey(secret="key", **{name: limits[name]})  # type: ignore[arg-type]
+                    checked = _key_option(name, known[name])
+                    ApiKey(secret="key", **{name: checked})  # type: ignore[arg-type]
+                    limits[name] = checked
         sources = [name for name in _KEY_SOURCES if name in known]
         with self._at((*place, *sources[:1])):
             if len(sources) != 1:
@@ -320,8 +319,7 @@ class _Reader:
                 named = _named_options(str(error), rest) if isinstance(error, OptionError) else []
                 where = named[0] if named else (culprit,) if culprit else ()
                 self._mistakes.add(error, self._path, self._line((*place, *where)), str(place[0]))
-                # Options that contradict each other, and an error of the file, may cause further errors.
-                if len({each[0] for each in named}) != 1:
+                if not named:  # it would be found again
                     return {}
                 del rest[str(named[0][0])]
 
@@ -333,6 +331,10 @@ def check_model_file(path: Path, options: Mapping[str, object]) -> None:
         ModelLoadError: the file is missing, incomplete, or of a kind that libllama does not know.
         OptionError: an option is wrong, or contradicts the file.
     """
+    # Imported here: the help of the command works without a built libllama.
+    from erllama.engine.backends.gguf_parts import parts
+    from erllama.engine.backends.llama_file import check_header
+
     check_header(path, check_load_options(options))
     for part in parts(path):
         if not part.exists():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import erllama
+from erllama._model.load import check_load_options
 from erllama.cache.options import check_options, check_usable
 from erllama.server.conduct.key_files import read_key_file, read_key_variable
 from erllama.server.conduct.keys import ApiKey
@@ -139,9 +140,13 @@ def _server_options(command: CommandOptions, file: Configuration, listen: Listen
 def _read_models(command: CommandOptions, file: Configuration, mistakes: Mistakes) -> tuple[ModelEntry, ...]:
     """Return the models of the command and of the file; the demo model if there is none. Check their names."""
     entries = [ModelEntry(path=path) for path in command.models]
+    load: Mapping[str, object] = {}
+    with mistakes.collecting():
+        check_load_options(command.load)
+        load = command.load
     for entry in entries:
         with mistakes.collecting():
-            check_model_file(entry.path, command.load)
+            check_model_file(entry.path, load)
     entries += file.models
     if not entries and not _has_mistake(file, "models"):
         entries = [ModelEntry(path=erllama.demo_model())]

@@ -72,7 +72,7 @@ BROKEN = {
     "a directory of the cache that is a file": """
         [cache]
         disk = "text.gguf/prompts"  #! is not a directory
-        ram_file = "text.gguf"  #! is not a directory
+        ram_file = "good.gguf"  #! is not a directory
         """,
     "options of memory pressure in a section of their own": """
         [cache]
