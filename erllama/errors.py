@@ -112,6 +112,20 @@ class ModelUnloaded(Error):  # noqa: N818
     """The model was unloaded before the request ran, or while it ran."""
 
 
+class MemoryLimitExceeded(Error):  # noqa: N818
+    """A model does not fit the memory limit of a server. It was not loaded.
+
+    Attributes:
+        n_bytes: estimated memory that the model needs.
+        limit: bytes for all models of the server.
+        is_busy: whether it fits once other models are idle.
+    """
+
+    def __init__(self, message: str, n_bytes: int, limit: int, is_busy: bool) -> None:
+        super().__init__(message)
+        self.n_bytes, self.limit, self.is_busy = n_bytes, limit, is_busy
+
+
 class VocabularyOnly(Error):  # noqa: N818
     """The model was loaded with vocab_only=True and has no weights to compute with."""
 

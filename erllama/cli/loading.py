@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import erllama
 from erllama.cli.console import is_terminal, progress_bar
@@ -42,30 +43,30 @@ class ModelOptions:
             return erllama.Cache(disk=self.cache_dir or True)
         return erllama.Cache(disk=self.cache_dir or True, disk_quota=self.quota)
 
-    @property
-    def load_options(self) -> dict[str, object]:
-        """The options of `load_model`, by name."""
-        options: dict[str, object] = {
-            "n_ctx": self.n_ctx,
-            "n_threads": self.threads,
-            "n_gpu_layers": self.n_gpu_layers,
-            "devices": list(self.devices) or None,
-        }
-        return {name: value for name, value in options.items() if value is not None} | dict(self.extra)
-
     @contextmanager
     def open_model(self, path: Path) -> Iterator[erllama.Model]:
         """Yield the loaded model; save its prompts and unload it at the end of the `with`."""
         with self.open_cache() as cache, self.load(path, cache) as model:
             yield model
 
+    @property
+    def options(self) -> dict[str, object]:
+        """The options of `load_model` that were set, by name."""
+        own = {
+            "n_ctx": self.n_ctx,
+            "n_threads": self.threads,
+            "n_gpu_layers": self.n_gpu_layers,
+            "devices": list(self.devices) or None,
+        }
+        return {name: value for name, value in own.items() if value is not None} | dict(self.extra)
+
     def load(self, path: Path, cache: erllama.Cache, *, show_progress: bool = True) -> erllama.Model:
         """Load the model with a cache of the caller, and show a bar if stderr is a terminal."""
-        options = self.load_options
+        options: dict[str, Any] = self.options
         if not (show_progress and is_terminal(stderr=True)):
-            return erllama.load_model(path, cache=cache, **options)  # type: ignore[arg-type]
+            return erllama.load_model(path, cache=cache, **options)
         with progress_bar(f"loading {path.name}") as report:
-            return erllama.load_model(path, cache=cache, on_progress=report, **options)  # type: ignore[arg-type]
+            return erllama.load_model(path, cache=cache, on_progress=report, **options)
 
 
 def existing_path(path: Path) -> Path:

@@ -126,6 +126,16 @@ for command in (
         "erllama.cli.serve",
         "Serve models over HTTP, with the APIs of OpenAI, Anthropic, llama-server and Ollama.",
     ),
+    LazyCommand(
+        "ps",
+        "erllama.cli.ps",
+        "Show the models of a running server: their state, memory, requests and cached prompt tokens.",
+    ),
+    LazyCommand(
+        "stop",
+        "erllama.cli.stop",
+        "Unload a model of a running server. Its prompts stay in the cache, and the next request loads it again.",
+    ),
     LazyCommand("demo", "erllama.cli.demo", "Compute a long prompt, and restore it in a new process."),
     LazyCommand("demo-worker", "erllama.cli.demo"),
     LazyCommand("info", "erllama.cli.info", "Describe a model file. Reads its header only."),

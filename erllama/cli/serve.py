@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
@@ -18,20 +17,20 @@ import click
 import erllama
 from erllama._runtime.printing import echo, one_line, printable
 from erllama.cli.console import format_count
-from erllama.cli.loading import ModelOptions, existing_path
+from erllama.cli.loading import ModelOptions
 from erllama.cli.memory_cache import memory_cache
-from erllama.cli.options import FILE, model_and_cache_options
+from erllama.cli.options import FILE, model_and_cache_options, parse_size
+from erllama.cli.served_models import open_pool, parse_model
 from erllama.server.application import make_server
 from erllama.server.conduct.key_files import VARIABLE
-from erllama.server.configuration import ModelEntry
 from erllama.server.listening import ListenOptions, url_of
 from erllama.server.mistakes import ConfigurationError
-from erllama.server.models import ServedModel
+from erllama.server.reload import Reloader
 from erllama.server.settings import CommandOptions, Settings, read_settings
 
 
 @click.command()
-@click.argument("models", nargs=-1, metavar="[MODEL]...", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option("--host", metavar="ADDRESS", help=f"Address to listen on. Default: {ListenOptions().host}.")
 @click.option(
     "--port",
@@ -74,9 +73,21 @@ from erllama.server.settings import CommandOptions, Settings, read_settings
     help="Check the configuration and the other options without starting a server. Exit status 1 if one is wrong.",
 )
 @click.option("--in-process", is_flag=True, help="Run the models in this process instead of one process each.")
+@click.option("--on-request", is_flag=True, help="Load each MODEL when a request needs it, not at the start.")
+@click.option(
+    "--keep-alive",
+    metavar="TIME",
+    help="Time after its last request until a model is unloaded, such as 5m or forever, which is the default.",
+)
+@click.option(
+    "--memory-limit",
+    type=parse_size,
+    metavar="SIZE",
+    help="Memory for all models. Idle ones are unloaded for others. Default: nine tenths of what is available.",
+)
 @model_and_cache_options
 def serve(
-    models: tuple[Path, ...],
+    models: tuple[str, ...],
     host: str | None,
     port: int | None,
     config: Path | None,
@@ -87,27 +98,38 @@ def serve(
     access_log: str | None,
     check: bool,
     in_process: bool,
+    on_request: bool,
+    keep_alive: str | None,
+    memory_limit: int | None,
     loading: ModelOptions,
 ) -> int:
     """Serve models over HTTP, with the APIs of OpenAI, Anthropic, llama-server and Ollama.
 
-    MODEL is a GGUF file. Its name without .gguf is the name that clients use. Without any MODEL, here or in the
+    MODEL is a GGUF file. Its name without .gguf is the name that clients use. NAME=FILE gives it another name, and
+    NAME,ALIAS=FILE further ones; the alias * is for all names that no model has. Without any MODEL, here or in the
     configuration file, the command serves erllama's demo model. Options of the command override those of the
     configuration file, except that an option of a model in the file is the model's own.
 
     \b
       erllama serve model.gguf
       erllama serve chat.gguf embeddings.gguf --port 9000 --n-ctx 32768
+      erllama serve 'small,*=small.gguf' large=large.gguf --on-request --keep-alive 10m
       erllama serve --config erllama.toml
     """
     command = CommandOptions(
         config=config,
-        models=models,
+        models=[parse_model(text, on_request=on_request) for text in models],
         api_key_file=api_key_file,
         listen=_given(host=host, port=port, insecure=insecure or None),
-        server=_given(allowed_hosts=allowed_hosts or None, cors_origins=cors_origins or None),
+        server=_given(
+            allowed_hosts=allowed_hosts or None,
+            cors_origins=cors_origins or None,
+            model_keep_alive=keep_alive,
+            memory_limit=memory_limit,
+        ),
         cache=_given(disk=loading.cache_dir, disk_quota=loading.quota),
-        load=loading.load_options,
+        load=loading.options,
+        in_process=in_process,
         access_log=access_log,
     )
     if check:
@@ -117,12 +139,13 @@ def serve(
         bound = stack.enter_context(settings.listen.bind())  # before the models, whose loading takes long
         stack.enter_context(_log_access(settings.access_log))
         cache = stack.enter_context(_open_cache(loading, settings.cache, in_process))
-        served = [stack.enter_context(_load(entry, loading, cache, in_process)) for entry in settings.models]
-        server = make_server(served, settings.options)
+        pool = stack.enter_context(open_pool(settings.models, cache, settings.options))
+        server = make_server(pool, settings.options)
         from erllama.server.run import run  # uvicorn is imported only if all else is right
 
-        has_keys = bool(settings.options.keys)
-        run(server, settings.listen, bound, lambda: _print_address(url_of(bound), served, has_keys))
+        logging.getLogger("erllama.server.reload").setLevel(logging.INFO)  # an administrator waits for its report
+        reloader = Reloader(server, settings, lambda: read_settings(command))
+        run(server, settings.listen, bound, lambda: _print_address(url_of(bound), settings), reloader.request)
     return 0
 
 
@@ -139,14 +162,11 @@ def _check(command: CommandOptions) -> int:
         for mistake in error.mistakes:
             echo(printable(one_line(str(mistake))))
         return 1
-    echo(printable(one_line(f"The configuration is valid: {_summary(settings)}.")))
-    return 0
-
-
-def _summary(settings: Settings) -> str:
-    names = ", ".join(entry.names[0] for entry in settings.models)
+    names = ", ".join(entry.id for entry in settings.models)
     n_keys = format_count(len(settings.options.keys), "key")
-    return f"{names} on {settings.listen.host}, port {settings.listen.port}, with {n_keys}"
+    address = f"{settings.listen.host}, port {settings.listen.port}"
+    echo(printable(one_line(f"The configuration is valid: {names} on {address}, with {n_keys}.")))
+    return 0
 
 
 def _open_cache(
@@ -155,17 +175,6 @@ def _open_cache(
     if loading.no_cache:
         return erllama.Cache() if in_process else memory_cache(configured)
     return erllama.Cache(**configured)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _load(
-    entry: ModelEntry, loading: ModelOptions, cache: erllama.Cache, in_process: bool
-) -> Iterator[ServedModel]:
-    """Yield a loaded model; save its prompts and unload it at the end of the `with`."""
-    process = False if in_process else entry.options.get("process", loading.extra.get("process", True))
-    extra = {**loading.extra, **entry.options, "process": process, "id": entry.name or entry.path.stem}
-    with replace(loading, extra=extra).load(existing_path(entry.path), cache) as model:
-        yield ServedModel(model, entry.aliases, entry.special_tokens_in_content, file=entry.path.name)
 
 
 @contextmanager
@@ -205,12 +214,12 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def _print_address(url: str, served: Sequence[ServedModel], has_keys: bool) -> None:
+def _print_address(url: str, settings: Settings) -> None:
     """Print the address and a request to try."""
-    body = json.dumps({"model": served[0].name, "messages": [{"role": "user", "content": "Hello"}]})
-    key = " -H 'authorization: Bearer KEY'" if has_keys else ""
-    names = ", ".join(each.name for each in served)
-    echo(f"erllama serves {names} on {url}. Ctrl-C stops it. Try it:")
+    names = [entry.id for entry in settings.models]
+    body = json.dumps({"model": names[0], "messages": [{"role": "user", "content": "Hello"}]})
+    key = " -H 'authorization: Bearer KEY'" if settings.options.keys else ""
+    echo(f"erllama serves {', '.join(names)} on {url}. Ctrl-C stops it. Try it:")
     echo(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {_quoted(body)}")
     sys.stdout.flush()
 

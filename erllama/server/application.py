@@ -53,17 +53,17 @@ def app(models: Model | ServedModel | Iterable[Model | ServedModel], **options: 
     return make_app(make_server(models, ServerOptions.of(options)))
 
 
-def make_server(models: Model | ServedModel | Iterable[Model | ServedModel], options: ServerOptions) -> Server:
+def make_server(
+    models: ModelPool | Model | ServedModel | Iterable[Model | ServedModel], options: ServerOptions
+) -> Server:
     """Return the state of a server of these models."""
-    given = [models] if isinstance(models, Model | ServedModel) else list(models)
-    served = [each if isinstance(each, ServedModel) else ServedModel(each) for each in given]
-    if len(served) == 1 and not served[0].aliases:
-        served = [replace(served[0], aliases=("*",))]
-    pool = ModelPool(served)
+    if not isinstance(models, ModelPool):
+        given = [models] if isinstance(models, Model | ServedModel) else list(models)
+        models = ModelPool([each if isinstance(each, ServedModel) else ServedModel(each) for each in given])
     for key in options.keys:
-        key.check_names([served.name for served in pool.models])
-    cache = pool.models[0].model.cache
-    return Server(pool, options, signing_key(cache), responses=_open_responses(options, cache))
+        key.check_names([model.name for model in models.models])
+    cache = models.cache
+    return Server(models, options, signing_key(cache), responses=_open_responses(options, cache))
 
 
 def _open_responses(options: ServerOptions, cache: Cache) -> ResponseStore:

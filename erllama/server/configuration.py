@@ -25,6 +25,7 @@ from erllama.server.conduct.key_files import ENVIRONMENT, check_private, read_ke
 from erllama.server.conduct.keys import ApiKey
 from erllama.server.listening import ListenOptions
 from erllama.server.mistakes import Mistake, Mistakes
+from erllama.server.models.entry import ModelEntry
 from erllama.server.options import ServerOptions, texts
 from erllama.server.toml_lines import Place, toml_lines
 
@@ -33,7 +34,7 @@ _LISTEN = tuple(each.name for each in fields(ListenOptions))
 _SECTIONS = ("server", "models", "keys", "cache")
 _KEY_SOURCES = ("key", "key_env", "key_file")
 _KEY = ("name", "cache_salt", "requests_per_minute", "tokens_per_minute", "models")
-_MODEL = ("path", "name", "aliases", "special_tokens_in_content")
+_MODEL = ("path", "name", "aliases", "special_tokens_in_content", "load", "keep_alive")
 # Options of load_model and Cache that are objects of Python, or that the command sets itself.
 _NOT_IN_FILES = ("cache", "id", "on_progress", "vocab_only", "tiers")
 _CACHE_PATHS = ("disk", "ram_file")
@@ -42,38 +43,6 @@ _LOAD = tuple(
     for parameter in inspect.signature(load_model).parameters.values()
     if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in _NOT_IN_FILES
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelEntry:
-    """A model that a configuration names.
-
-    Attributes:
-        path: of the GGUF file.
-        name: that clients use; None for the name of the file.
-        aliases: further names.
-        special_tokens_in_content: as in `ServedModel`.
-        options: of `load_model`, by name.
-        lines: the lines of the file that set these, by the names of the options. Empty without a file.
-    """
-
-    path: Path
-    name: str | None = None
-    aliases: tuple[str, ...] = ()
-    special_tokens_in_content: bool = False
-    options: Mapping[str, object] = field(default_factory=dict)
-    lines: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All names of the model: its name, or that of its file, and its aliases."""
-        return tuple(name for _, name in self.named)
-
-    @property
-    def named(self) -> list[tuple[str, str]]:
-        """All names of the model, each after the option that sets it."""
-        own = ("name", self.name) if self.name is not None else ("path", self.path.stem)
-        return [own, *(("aliases", alias) for alias in self.aliases)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -366,6 +335,8 @@ def _model_option(name: str, value: object) -> object:
         raise OptionError(f"name must be a text, not {shown(value)}")
     if name == "aliases":
         return texts(name, value)
+    if name in ("load", "keep_alive"):
+        ModelEntry(path=Path(), **{name: value})  # type: ignore[arg-type]
     return boolean(name, value) if name == "special_tokens_in_content" else value
 
 

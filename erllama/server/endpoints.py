@@ -23,7 +23,7 @@ from erllama.server.conduct.bodies import decode_body, read_body
 from erllama.server.conduct.disconnects import until_disconnect
 from erllama.server.conduct.errors import ApiError, ErrorForm, as_api_error
 from erllama.server.conduct.keys import ApiKey, find_key
-from erllama.server.models import ServedModel
+from erllama.server.models import ConfiguredModel, ServedModel
 from erllama.server.state import Server
 
 B = TypeVar("B")
@@ -51,7 +51,10 @@ class CallRecord:
         error: code or kind of its error; "" if none.
         notes: remarks for the log, such as how the prompt differs from the previous one.
         prompt: the messages or the prompt, if the option `log_prompts` is set.
+        load_seconds: how long it waited until its model was loaded.
         ending: adds the counts of replies that the client abandoned; None if the client read all of them.
+        held: the model that is kept loaded until the response has ended; None if there is none.
+        release: ends that hold.
     """
 
     id: str
@@ -70,7 +73,10 @@ class CallRecord:
     error: str = ""
     notes: list[str] = field(default_factory=list)
     prompt: object = None
+    load_seconds: float = 0.0
     ending: asyncio.Task[None] | None = None
+    held: ConfiguredModel | None = None
+    release: Callable[[], None] | None = None
 
 
 @dataclass(slots=True)
@@ -91,22 +97,41 @@ class Call:
     record: CallRecord
     errors: ErrorForm
 
-    def find_model(self, name: str | None) -> ServedModel:
-        """Return the model of a name; for None or "", the first that the key may use.
+    def find_model(self, name: str | None) -> ConfiguredModel:
+        """Return the model of a name, loaded or not; for None or "", the first that the key may use.
 
         Raises:
             ApiError: the model does not exist, or the key may not use it.
         """
-        served = self.server.models.find(name, self.allowed_models())
-        self.record.model = served.name
+        found = self.server.models.find(name, self.allowed_models())
+        self.record.model = found.name
         if self.key is not None:
-            self.key.check_model(served.name)
+            self.key.check_model(found.name)
+        return found
+
+    async def use_model(self, name: str | None, keep_alive: float | None = None) -> ServedModel:
+        """Return the model of a name, as `find_model`, but loaded. It stays loaded until the response has ended.
+
+        Args:
+            keep_alive: seconds after its last request until it is unloaded, from now on; None to leave that.
+
+        Raises:
+            ApiError: the model does not exist, the key may not use it, it cannot be loaded, or it does not fit.
+        """
+        found, record, pool = self.find_model(name), self.record, self.server.models
+        if record.held is found and found.served is not None:
+            return found.served
+        assert record.held is None, "one request uses one model: with two it could wait for itself"
+        began = time.monotonic()
+        served = await pool.use(found, keep_alive)
+        record.load_seconds = time.monotonic() - began
+        record.held, record.release = found, lambda: pool.release(found)
         return served
 
-    def allowed_models(self) -> Sequence[ServedModel]:
-        """Return the models that the client's key may use."""
+    def allowed_models(self) -> Sequence[ConfiguredModel]:
+        """Return the models that the client's key may use, loaded or not."""
         names = self.key.models if self.key is not None else None
-        return [served for served in self.server.models.models if names is None or served.name in names]
+        return [model for model in self.server.models.models if names is None or model.name in names]
 
     def cache_salt(self, requested: str | None) -> str | None:
         """Return the salt of a request: the key's and the requested one, each of which separates.

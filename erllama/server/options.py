@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from erllama.cache.sizes import parse_bytes
 from erllama.checks import boolean, integer, real, reject_unknown, shown
 from erllama.errors import OptionError
+from erllama.server.conduct.durations import parse_duration
 from erllama.server.conduct.keys import ApiKey
 
 
@@ -28,6 +30,14 @@ class ServerOptions:
         log_prompts: write prompts to the access log.
         drop_unstable_headers: remove what clients put into prompts and change on each request. The list is in
             docs/server/anthropic.md.
+        model_keep_alive: time after its last request until a model is unloaded, where it has no own: seconds, or a
+            text such as "5m" or "forever". Models that `app` gets stay loaded.
+        memory_limit: memory for all models that the server loads: bytes, or a text such as "12GiB". None for nine
+            tenths of what is available at the start on this machine, within the limits of its cgroups, and on its
+            GPUs.
+        memory_wait: seconds for which a request waits until models in use make room for its model.
+        memory_pressure: used fraction of the machine's memory, or of a cgroup's limit, from which idle models are
+            unloaded, the least recently used first. 1.0 for never.
         slots: answer `/slots`, which shows how many requests run.
         metrics: answer `/metrics`.
         max_stored_responses: how many responses `/v1/responses` keeps for `previous_response_id`. 0 for none.
@@ -48,6 +58,10 @@ class ServerOptions:
     drop_unstable_headers: bool = True
     max_stored_responses: int = 1000
     state_dir: str | Path | None = None
+    model_keep_alive: float | str = "forever"
+    memory_limit: int | str | None = None
+    memory_wait: float = 30.0
+    memory_pressure: float = 0.95
     slots: bool = True
     metrics: bool = True
 
@@ -59,7 +73,11 @@ class ServerOptions:
             texts(name, getattr(self, name))
         for name in ("body_timeout", "keep_alive_seconds"):
             real(name, getattr(self, name), 0.001)
-        for name in ("restart_wait", "shutdown_seconds"):
+        parse_duration("model_keep_alive", self.model_keep_alive)
+        if self.memory_limit is not None and not parse_bytes("memory_limit", self.memory_limit):
+            raise OptionError('memory_limit is 0; pass the bytes for all models, such as "12GiB", or leave it out')
+        real("memory_pressure", self.memory_pressure, 0.01, 1.0)
+        for name in ("restart_wait", "shutdown_seconds", "memory_wait"):
             real(name, getattr(self, name), 0.0)
         for name in ("log_prompts", "drop_unstable_headers", "slots", "metrics"):
             boolean(name, getattr(self, name))

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 from erllama.errors import Error
-from erllama.server.configuration import ModelEntry
 from erllama.server.mistakes import ConfigurationError
 from erllama.server.service_manager import report_ready, report_reloading
 from erllama.server.settings import Settings
@@ -27,17 +26,10 @@ class Reloader:
         server: whose keys and models change.
         settings: those that it was started with.
         read: returns the settings as they are now. Called in a thread.
-        set_models: makes these the models of the server.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        settings: Settings,
-        read: Callable[[], Settings],
-        set_models: Callable[[Sequence[ModelEntry]], Awaitable[None]],
-    ) -> None:
-        self._server, self._started_with, self._read, self._set_models = server, settings, read, set_models
+    def __init__(self, server: Server, settings: Settings, read: Callable[[], Settings]) -> None:
+        self._server, self._started_with, self._read = server, settings, read
         self._requested = False
         self._running: asyncio.Task[None] | None = None
 
@@ -46,11 +38,6 @@ class Reloader:
         self._requested = True
         if self._running is None or self._running.done():
             self._running = asyncio.get_running_loop().create_task(self._run())
-
-    async def wait(self) -> None:
-        """Wait until no reload runs."""
-        if self._running is not None:
-            await self._running
 
     async def _run(self) -> None:
         report_reloading()
@@ -64,9 +51,8 @@ class Reloader:
     async def _reload(self) -> None:
         try:
             new = await asyncio.to_thread(self._read)
-            # Keys first: a key that was removed must not wait for a model.
+            self._server.models.reconfigure(new.models)  # raises OptionError before it changes anything
             self._server.options = replace(self._server.options, keys=new.options.keys)
-            await self._set_models(new.models)
         except Exception as error:
             self._server.metrics.count_reload(succeeded=False)
             for mistake in error.mistakes if isinstance(error, ConfigurationError) else [error]:
@@ -75,4 +61,4 @@ class Reloader:
         self._server.metrics.count_reload(succeeded=True)
         changed = self._started_with.needing_restart(new)
         restart = f"; restart the server to change {', '.join(changed)}" if changed else ""
-        log.info("reloaded %d models and %d keys%s", len(new.models), len(new.options.keys), restart)
+        log.info("reloaded (models: %d, keys: %d)%s", len(new.models), len(new.options.keys), restart)

@@ -112,6 +112,7 @@ class _UvicornServer(uvicorn.Server):
         # Python's default is 6 threads on 2 cores. As many embeddings would block the templates of all chats.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "erllama-server"))
         await super().startup(sockets)
+        self._server.models.start()
         self._on_started()
         report_ready()
 
@@ -121,12 +122,14 @@ class _UvicornServer(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             ending.cancel()
+            self._server.models.cancel_loads()
 
     async def _end_requests(self) -> None:
         """Unload the models once the running requests have had their time."""
         await asyncio.sleep(self._server.options.shutdown_seconds)
+        self._server.models.cancel_loads()
         log.warning(
             "requests still run after %g s; their models are unloaded", self._server.options.shutdown_seconds
         )
-        models = [served.model for served in self._server.models.models]
+        models = [served.model for served in self._server.models.loaded()]
         await asyncio.gather(*(asyncio.to_thread(model.unload) for model in models))

@@ -7,7 +7,7 @@ address is bound.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import erllama
@@ -15,9 +15,10 @@ from erllama._model.load import check_load_options
 from erllama.cache.options import check_options, check_usable
 from erllama.server.conduct.key_files import read_key_file, read_key_variable
 from erllama.server.conduct.keys import ApiKey
-from erllama.server.configuration import Configuration, ModelEntry, check_model_file, read_configuration
+from erllama.server.configuration import Configuration, check_model_file, read_configuration
 from erllama.server.listening import ListenOptions
 from erllama.server.mistakes import Mistake, Mistakes
+from erllama.server.models.entry import ModelEntry
 from erllama.server.options import ServerOptions
 
 
@@ -27,20 +28,22 @@ class CommandOptions:
 
     Attributes:
         config: the configuration file; None for none.
-        models: paths of further models.
+        models: further models, without the options of `load`; the demo model if there is none in the file, either.
         api_key_file: a file with further keys; None for none.
         listen, server, cache: options of `ListenOptions`, `ServerOptions` and `Cache`, by name.
-        load: options of `load_model` for all models, by name.
+        load: options of `load_model` for all models, by name. Those of a model in the file override them.
+        in_process: run all models in this process. Otherwise each has one of its own, unless an option says so.
         access_log: as in `Configuration`.
     """
 
     config: Path | None = None
-    models: Sequence[Path] = ()
+    models: Sequence[ModelEntry] = ()
     api_key_file: Path | None = None
     listen: Mapping[str, object] = field(default_factory=dict)
     server: Mapping[str, object] = field(default_factory=dict)
     cache: Mapping[str, object] = field(default_factory=dict)
     load: Mapping[str, object] = field(default_factory=dict)
+    in_process: bool = False
     access_log: str | None = None
 
 
@@ -50,7 +53,7 @@ class Settings:
 
     Attributes:
         listen, options: of the server, checked. `options` has the keys.
-        models: at least one.
+        models: at least one, with all options of their loads.
         cache: options of `Cache`, by name.
         access_log: a path, "stderr" or "none".
     """
@@ -138,27 +141,38 @@ def _server_options(command: CommandOptions, file: Configuration, listen: Listen
 
 
 def _read_models(command: CommandOptions, file: Configuration, mistakes: Mistakes) -> tuple[ModelEntry, ...]:
-    """Return the models of the command and of the file; the demo model if there is none. Check their names."""
-    entries = [ModelEntry(path=path) for path in command.models]
+    """Return the models of the command and of the file, or the demo model. Check their files and names."""
     load: Mapping[str, object] = {}
     with mistakes.collecting():
         check_load_options(command.load)
         load = command.load
-    for entry in entries:
+    for entry in command.models:
         with mistakes.collecting():
             check_model_file(entry.path, load)
-    entries += file.models
+    entries = [*command.models, *file.models]
     if not entries and not _has_mistake(file, "models"):
         entries = [ModelEntry(path=erllama.demo_model())]
+    _check_names(command, file, entries, mistakes)
+    return tuple(_with_options(entry, command) for entry in entries)
+
+
+def _check_names(
+    command: CommandOptions, file: Configuration, entries: Sequence[ModelEntry], mistakes: Mistakes
+) -> None:
+    """Note names that two models have, and models of keys that do not exist."""
     taken: dict[str, ModelEntry] = {}
     for entry in entries:
-        for option, name in entry.named:
+        for option, name in entry.names:
             if taken.setdefault(name, entry) is not entry:
                 place = (command.config, entry.lines.get(option)) if entry.lines else (None, None)
                 mistakes.found.append(Mistake(f"two models have the name {name!r}; give one another name", *place))
     if not _has_mistake(file, "models"):
-        known = [entry.names[0] for entry in entries]
         for key, line in zip(file.keys, file.key_lines, strict=True):
             with mistakes.collecting(command.config, line):
-                key.check_names(known)
-    return tuple(entries)
+                key.check_names([entry.id for entry in entries])
+
+
+def _with_options(entry: ModelEntry, command: CommandOptions) -> ModelEntry:
+    """Return a model with the options of the command, too."""
+    options = {"process": True, **command.load, **entry.options}
+    return replace(entry, options=options | ({"process": False} if command.in_process else {}))

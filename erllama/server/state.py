@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from erllama.server.conduct.metrics import ModelLoad, ServerMetrics
+from erllama.server.conduct.metrics import ModelReading, ServerMetrics
 from erllama.server.conduct.prefix_watch import PrefixWatch
 from erllama.server.conduct.rate_limits import RateLimits
 from erllama.server.models import ModelPool
@@ -40,8 +40,20 @@ class Server:
     metrics: ServerMetrics = field(init=False)
 
     def __post_init__(self) -> None:
-        self.metrics = ServerMetrics(self._load)
+        self.metrics = ServerMetrics(self._read_models, lambda: self.models.lifecycle.room.limit)
 
-    def _load(self) -> Iterable[ModelLoad]:
-        for served in self.models.models:
-            yield ModelLoad(served.name, served.model.queue_depth, served.model.pending)
+    def _read_models(self) -> Iterable[ModelReading]:
+        lifecycle = self.models.lifecycle
+        for model in self.models.models:
+            served, name = model.served, model.name
+            yield ModelReading(
+                name,
+                served is not None,
+                served.model.queue_depth if served is not None else 0,
+                len(model.waiters) + (served.model.pending if served is not None else 0),
+                served.model.info.n_seq_max if served is not None else 0,
+                model.memory,
+                lifecycle.loads[name],
+                lifecycle.load_failures[name],
+                {reason: n for (of, reason), n in lifecycle.unloads.items() if of == name},
+            )

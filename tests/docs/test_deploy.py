@@ -71,7 +71,7 @@ def test_the_example_configuration_is_valid(
     result = command("serve", "--check", "--config", configuration)
     assert (result.status, result.err) == (0, "")
     settings = read_settings(CommandOptions(config=configuration))
-    assert [entry.names for entry in settings.models] == [("chat", "*")]
+    assert [(entry.id, entry.aliases) for entry in settings.models] == [("chat", ("*",))]
 
 
 def test_the_unit_runs_the_command_with_options_that_it_has() -> None:

@@ -60,8 +60,8 @@ def test_every_option_of_the_server_can_be_set(tmp_path: Path) -> None:
             value = getattr(options, name)
             if name == "keys":
                 continue
-            if name == "state_dir":
-                value = str(tmp_path)
+            if value is None:
+                value = {"state_dir": str(tmp_path), "memory_limit": "1GiB"}[name]
             written = (
                 str(value).lower() if isinstance(value, bool | int | float) else repr(value).replace("()", "[]")
             )

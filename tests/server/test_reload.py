@@ -42,7 +42,8 @@ class Folder:
 
 
 def model(name: str) -> str:
-    return f'[[models]]\npath = "{name}.gguf"\nn_ctx = 2048\nn_threads = 1\nprocess = false\n'
+    # With an alias: a single model without one answers under any name.
+    return f'[[models]]\npath = "{name}.gguf"\naliases = ["{name}s"]\nn_ctx = 2048\nn_threads = 1\nprocess = false\n'
 
 
 def key(secret: str, *options: str) -> str:
@@ -99,7 +100,7 @@ def open_stream(server: ServeCommand, model: str, n_tokens: int) -> socket.socke
 def test_an_added_model_answers_and_a_removed_one_does_not(start: ServeCommand, folder: Folder) -> None:
     assert ask(start, "two").status_code == 404
     folder.write(model("one"), model("two"), key("k"))
-    assert "reloaded 2 models and 1 key" in reload(start)
+    assert "reloaded (models: 2, keys: 1)" in reload(start)
     assert ask(start, "two").json()["model"] == "two"
     folder.write(model("two"), key("k"))
     reload(start)
@@ -143,7 +144,7 @@ def test_what_a_kept_key_has_used_is_remembered(start: ServeCommand, folder: Fol
 def test_a_wrong_file_changes_nothing(start: ServeCommand, folder: Folder) -> None:
     folder.write(model("two"), key("new"), "[server]\nprot = 1\n")
     line = reload(start)
-    assert f"not reloaded: {folder.path}, line 12: [server] has no option 'prot'" in line
+    assert f"not reloaded: {folder.path}, line 13: [server] has no option 'prot'" in line
     assert ask(start).status_code == 200
     assert (n_reloads(start, "ok"), n_reloads(start, "error")) == (0, 1)
     folder.path.unlink()
@@ -155,8 +156,8 @@ def test_a_wrong_file_changes_nothing(start: ServeCommand, folder: Folder) -> No
 
 
 def test_options_that_need_a_restart_are_named(start: ServeCommand, folder: Folder) -> None:
-    folder.write(model("one"), key("k"), "[server]\nport = 1\nslots = false\n[cache]\nram = '64MiB'\n")
-    assert "restart the server to change port, slots, cache.ram" in reload(start)
+    folder.write(model("one"), key("k"), "[server]\nidle_timeout = 9\nslots = false\n[cache]\nram = '64MiB'\n")
+    assert "restart the server to change idle_timeout, slots, cache.ram" in reload(start)
     assert httpx.get(start.url + "/slots", headers={"x-api-key": "k"}, timeout=60).status_code == 200
 
 

@@ -65,7 +65,7 @@ class _Reply:
 
 async def answer(call: Call, body: MessagesBody) -> Response:
     """Answer a request with a whole message, or with a stream."""
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model)
     messages = _read_messages(call, body)
     options = chat_options(body, served, messages, call.server.signing_key)
     replies = await open_chat(call, served, messages, **options)
@@ -84,7 +84,7 @@ async def answer(call: Call, body: MessagesBody) -> Response:
 
 async def count_tokens(call: Call, body: MessagesBody) -> Response:
     """Answer with the number of tokens of a message's prompt."""
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model)
     messages = _read_messages(call, body)
     options = template_options(body, messages)
     n_tokens = await count_prompt_tokens(call, served, messages, body.cache_salt, **options)

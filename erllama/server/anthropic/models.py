@@ -15,7 +15,8 @@ from erllama.server.anthropic.messages import request_id_headers
 from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, NoBody, json_response
-from erllama.server.models import ServedModel
+from erllama.server.models import ConfiguredModel
+from erllama.server.models.description import ModelDescription
 
 _DEFAULT_LIMIT, _MAX_LIMIT = 20, 1000  # Anthropic's
 _HEADER = "anthropic-version"
@@ -48,7 +49,7 @@ async def list_models(call: Call, _: NoBody) -> Response:
     end = len(models) if before is None else _position(models, before, "before_id")
     page = models[max(begin, end - limit) : end] if before is not None else models[begin : min(begin + limit, end)]
     values = {
-        "data": [_model_json(each) for each in page],
+        "data": [_model_json(*each) for each in await call.server.models.describe_all(page)],
         "has_more": len(page) < end - begin,
         "first_id": page[0].name if page else None,
         "last_id": page[-1].name if page else None,
@@ -59,22 +60,23 @@ async def list_models(call: Call, _: NoBody) -> Response:
 async def get_model(call: Call, _: NoBody) -> Response:
     """Answer with one model. A name that only answers because the server has a single model is unknown here."""
     name = call.request.path_params["id"]
-    for served in call.allowed_models():
-        if name == served.name or name in served.aliases:
-            return json_response(_model_json(served), headers=request_id_headers(call))
-    known = ", ".join(served.name for served in call.allowed_models()) or "none"
+    for model in call.allowed_models():
+        if name == model.name or name in model.aliases:
+            values = _model_json(model, await call.server.models.describe(model))
+            return json_response(values, headers=request_id_headers(call))
+    known = ", ".join(model.name for model in call.allowed_models()) or "none"
     raise ApiError("not_found", f"there is no model {name!r:.80}; this server has {known}", "model_not_found")
 
 
-def _model_json(served: ServedModel) -> Json:
+def _model_json(model: ConfiguredModel, description: ModelDescription) -> Json:
     return {
         "type": "model",
-        "id": served.name,
-        "display_name": served.name,
-        "created_at": datetime.fromtimestamp(served.created, UTC).isoformat().replace("+00:00", "Z"),
+        "id": model.name,
+        "display_name": model.name,
+        "created_at": datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z"),
         "lifecycle": "active",
-        "max_input_tokens": served.model.n_ctx,
-        "max_tokens": served.model.n_ctx,
+        "max_input_tokens": description.info.n_ctx,
+        "max_tokens": description.info.n_ctx,
     }
 
 
@@ -86,7 +88,7 @@ def _limit(text: str | None) -> int:
     return int(text)
 
 
-def _position(models: Sequence[ServedModel], name: str, param: str) -> int:
+def _position(models: Sequence[ConfiguredModel], name: str, param: str) -> int:
     for index, each in enumerate(models):
         if each.name == name:
             return index

@@ -15,9 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("erllama.server.access")
 
+# A request whose model is loaded waits less than this for it.
+_LOAD_SECONDS = 0.001
+
 
 class AccessLog:
-    """Logs each request. An ASGI application around another.
+    """Logs each request, and ends its hold on its model. An ASGI application around another.
 
     Args:
         on_end: called at the end of each request with its record (None without an endpoint), its key (None without
@@ -51,6 +54,8 @@ class AccessLog:
                 if record is not None and record.ending is not None:
                     await record.ending
             finally:
+                if record is not None and record.release is not None:
+                    record.release()
                 if self._on_end is not None:
                     self._on_end(record, key, status, seconds)
                 if log.isEnabledFor(logging.INFO):
@@ -75,6 +80,7 @@ def _write(scope: Scope, status: int, seconds: float, record: Any, key: Any) -> 
             "computed_tokens": record.prompt_tokens - record.cached_tokens,
             "completion_tokens": record.completion_tokens,
             "tier": record.tier,
+            "load_seconds": round(record.load_seconds, 6) if record.load_seconds > _LOAD_SECONDS else None,
             "first_token": record.first_token,
             "finish_reason": record.finish_reason,
             "error": record.error,

@@ -16,6 +16,7 @@ from erllama.errors import (
     DeadlineExceeded,
     Error,
     GrammarError,
+    MemoryLimitExceeded,
     ModelFailed,
     ModelNotFound,
     ModelUnloaded,
@@ -132,6 +133,10 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError("unsupported", message, "unsupported")
         case ModelNotFound():
             return ApiError("not_found", message, "model_not_found")
+        case MemoryLimitExceeded():
+            if error.is_busy:
+                return ApiError("unavailable", message, "memory_in_use", retry_after=_RETRY_AFTER)
+            return ApiError("unavailable", message, "model_too_large")
         case ModelUnloaded():
             return ApiError("unavailable", message, "model_unavailable", retry_after=_RETRY_AFTER)
         case ModelFailed() | ServerLost():

@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from erllama import metrics
@@ -71,30 +71,50 @@ class EndedCall(Protocol):
     notes: list[str]
 
 
-class ModelLoad(NamedTuple):
-    """How many requests of a model run and wait."""
+class ModelReading(NamedTuple):
+    """The state of a model at a scrape.
+
+    Attributes:
+        model: its name.
+        is_loaded: whether it is loaded.
+        running, waiting: requests that compute, and that wait for it or in it.
+        slots: requests that can run at once; 0 if it is not loaded.
+        memory: bytes.
+        loads, load_failures: how many there were.
+        unloads: how many there were, by reason.
+    """
 
     model: str
+    is_loaded: bool
     running: int
     waiting: int
+    slots: int
+    memory: int
+    loads: int
+    load_failures: int
+    unloads: Mapping[str, int]
 
 
 class ServerMetrics:
     """The metrics of one server.
 
     Args:
-        read_load: returns the load of each model, at a scrape.
+        read_models: returns the state of each model, at a scrape.
+        read_limit: returns the memory limit in bytes; 0 without one.
 
     Attributes:
         registry: with these metrics, and those of all models and caches of this process.
         longest: tokens of the longest prompt with its replies.
     """
 
-    def __init__(self, read_load: Callable[[], Iterable[ModelLoad]]) -> None:
+    def __init__(
+        self, read_models: Callable[[], Iterable[ModelReading]], read_limit: Callable[[], int] = lambda: 0
+    ) -> None:
         self.registry = registry = CollectorRegistry()
+        self._prompts: dict[str, tuple[int, int]] = {}
         self.longest = 0
         metrics.register(registry)
-        registry.register(_LoadCollector(read_load))
+        registry.register(_ModelCollector(read_models, read_limit))
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
@@ -144,8 +164,14 @@ class ServerMetrics:
         if call.model and (call.prompt_tokens or call.finish_reason):
             self._count_replies(call, seconds)
 
+    def prompt_tokens(self, model: str) -> tuple[int, int]:
+        """Return how many prompt tokens a model has had, and how many of them the cache had."""
+        return self._prompts.get(model, (0, 0))
+
     def _count_replies(self, call: EndedCall, seconds: float) -> None:
         model = call.model
+        n_prompt, n_cached = self.prompt_tokens(model)
+        self._prompts[model] = n_prompt + call.prompt_tokens, n_cached + call.cached_tokens
         self._prompt.labels(model).inc(call.prompt_tokens)
         self._generated.labels(model).inc(call.completion_tokens)
         self._queries.labels(model).inc(call.prompt_tokens)
@@ -168,25 +194,53 @@ class ServerMetrics:
             self._between.labels(model).observe(call.decode_seconds / (call.completion_tokens - 1))
 
 
-class _LoadCollector(Collector):
-    """Reads at a scrape how many requests run and wait."""
+class _ModelCollector(Collector):
+    """Reads at a scrape which models are loaded, what they take, and how many requests run and wait."""
 
-    def __init__(self, read_load: Callable[[], Iterable[ModelLoad]]) -> None:
-        self._read_load = read_load
+    def __init__(self, read_models: Callable[[], Iterable[ModelReading]], read_limit: Callable[[], int]) -> None:
+        self._read_models, self._read_limit = read_models, read_limit
 
-    def describe(self) -> Iterable[GaugeMetricFamily]:
-        return self._families()
+    def describe(self) -> Iterable[Metric]:
+        return self._families([])
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        running, waiting = self._families()
-        for model, n_running, n_waiting in self._read_load():
-            running.add_metric([model], n_running)
-            waiting.add_metric([model], n_waiting)
-        return running, waiting
+    def collect(self) -> Iterable[Metric]:
+        families = self._families(list(self._read_models()))
+        limit = self._read_limit()
+        if limit:
+            families.append(
+                GaugeMetricFamily("erllama_memory_limit_bytes", "Memory for all models of the server.", limit)
+            )
+        return families
 
     @staticmethod
-    def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily]:
-        return (
-            GaugeMetricFamily("vllm:num_requests_running", "Requests that compute.", labels=["model_name"]),
-            GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait.", labels=["model_name"]),
+    def _families(models: Sequence[ModelReading]) -> list[Metric]:
+        def gauge(name: str, text: str, value: Callable[[ModelReading], float]) -> Metric:
+            family = GaugeMetricFamily(name, text, labels=["model_name"])
+            for model in models:
+                family.add_metric([model.model], value(model))
+            return family
+
+        def counter(name: str, text: str, value: Callable[[ModelReading], float]) -> Metric:
+            family = CounterMetricFamily(name, text, labels=["model_name"])
+            for model in models:
+                family.add_metric([model.model], value(model))
+            return family
+
+        unloads = CounterMetricFamily(
+            "erllama_model_unloads", "Unloads of a model.", labels=["model_name", "reason"]
         )
+        for model in models:
+            for reason, n in model.unloads.items():
+                unloads.add_metric([model.model, reason], n)
+        return [
+            gauge("vllm:num_requests_running", "Requests that compute.", lambda model: model.running),
+            gauge("vllm:num_requests_waiting", "Requests that wait.", lambda model: model.waiting),
+            gauge("erllama_model_loaded", "Whether a model is loaded.", lambda model: model.is_loaded),
+            gauge(
+                "erllama_model_slots", "Requests that a loaded model can run at once.", lambda model: model.slots
+            ),
+            gauge("erllama_model_memory_bytes", "Memory of a model.", lambda model: model.memory),
+            counter("erllama_model_loads", "Loads of a model.", lambda model: model.loads),
+            counter("erllama_model_load_failures", "Loads that failed.", lambda model: model.load_failures),
+            unloads,
+        ]

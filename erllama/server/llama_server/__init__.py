@@ -1,4 +1,5 @@
-"""The endpoints of llama-server: health, settings, metrics, tokens, completions, embeddings, rankings and adapters.
+"""The endpoints of llama-server: health, settings, metrics, tokens, completions, embeddings, rankings,
+adapters, and the loading of models.
 
 `endpoints` lists its paths. `ERRORS` is its form of errors.
 """
@@ -15,6 +16,7 @@ from erllama.server.llama_server import (
     health,
     infill,
     metrics,
+    models,
     props,
     rerank,
     tokens,
@@ -26,5 +28,5 @@ __all__ = ["ERRORS", "endpoints"]
 
 def endpoints() -> list[Endpoint[Any]]:
     """Return the endpoints of the API."""
-    modules = (health, props, metrics, tokens, completion, infill, embedding, rerank, adapters)
+    modules = (health, props, metrics, models, tokens, completion, infill, embedding, rerank, adapters)
     return [endpoint for module in modules for endpoint in module.endpoints()]

@@ -33,8 +33,9 @@ def endpoints() -> list[Endpoint[Any]]:
 
 
 async def answer_list(call: Call, body: NoBody) -> Response:
-    """Answer with the adapters of the model that the query names, or of the first."""
-    adapters = call.find_model(call.request.query_params.get("model")).model.adapters
+    """Answer with the adapters of the model that the query names, or the first; none if it is not loaded."""
+    served = call.find_model(call.request.query_params.get("model")).served
+    adapters = served.model.adapters if served is not None else ()
     return json_response(
         [
             {"id": id, "path": adapter.path.name, "scale": adapter.scale, "task_name": "", "prompt_prefix": ""}
@@ -45,7 +46,7 @@ async def answer_list(call: Call, body: NoBody) -> Response:
 
 async def answer_scale(call: Call, body: list[AdapterScale]) -> Response:
     """Set the scales of adapters, for requests from now on. Those that the body does not name get 0."""
-    adapters = call.find_model(call.request.query_params.get("model")).model.adapters
+    adapters = (await call.use_model(call.request.query_params.get("model"))).model.adapters
     for each in body:
         if not 0 <= each.id < len(adapters):
             known = f"the ids are 0 to {len(adapters) - 1}" if adapters else "the model has no adapters"

@@ -38,7 +38,7 @@ def endpoints() -> list[Endpoint[PromptBody]]:
 
 async def answer(call: Call, body: PromptBody) -> Response:
     """Answer a request with whole replies, or with a stream."""
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model)
     return await answer_prompts(call, body, served, await read_prompts(served.model, body.prompt))
 
 

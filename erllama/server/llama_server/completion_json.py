@@ -110,7 +110,7 @@ class ReplyWriter:
 
     def _settings(self, completion: Completion) -> Json:
         body = self.body
-        return generation_settings(self.served.model, self.options, completion.seed) | {
+        return generation_settings(self.served.model.adapters, self.options, completion.seed) | {
             "ignore_eos": body.ignore_eos,
             "stream": bool(body.stream),
             "n_probs": body.n_top,

@@ -39,7 +39,7 @@ def endpoints() -> list[Endpoint[EmbeddingBody]]:
 
 async def answer(call: Call, body: EmbeddingBody) -> Response:
     """Answer with the vectors of each text: one, or one for each token if the model does not pool."""
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model)
     name, value = ("content", body.content) if body.input is None else ("input", body.input)
     if value is None:
         raise ApiError("invalid_request", "content is missing; send a text, or several", param="content")

@@ -1,7 +1,8 @@
 """Whether the server lives, and whether it can answer: for people, load balancers and orchestrators.
 
 `/health` and `/readyz` answer 503 while the server stops, or while the processes of all models are being replaced.
-`/livez` answers 200 as long as the server runs. None of them needs a key, uses a model, or waits.
+A model that is not loaded counts as ready: a request loads it. `/livez` answers 200 as long as the server runs.
+None of them needs a key, uses a model, or waits.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ async def answer_ready(call: Call, body: NoBody) -> Response:
     """Answer whether the server accepts requests now."""
     if call.server.is_stopping:
         raise ApiError("unavailable", "the server is stopping", "stopping")
-    if not any(served.model.info.pid for served in call.server.models.models):
-        raise ApiError("unavailable", "no model is loaded now; try again", "model_restarting", retry_after=1)
+    if not any(each.served is None or each.served.model.info.pid for each in call.server.models.models):
+        raise ApiError("unavailable", "no model can answer now; try again", "model_restarting", retry_after=1)
     return json_response({"status": "ok"})
 
 

@@ -53,7 +53,7 @@ def endpoints() -> list[Endpoint[InfillBody]]:
 
 async def answer(call: Call, body: InfillBody) -> Response:
     """Answer with the text in the gap, whole or as a stream."""
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model)
     limit = body.options(served).get("max_tokens")
     prompt = await asyncio.to_thread(infill_prompt, served.model, body, _MAX_REPLY if limit is None else limit)
     return await answer_prompts(call, body, served, [prompt])

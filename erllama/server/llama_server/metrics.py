@@ -58,8 +58,8 @@ def _render(metrics: Sequence[_Metric], as_open_metrics: bool) -> str:
 
 
 def _llama_metrics(server: Server) -> list[_Metric]:
-    models = [served.model for served in server.models.models]
-    metrics = [model.metrics for model in models]
+    models = [served.model for served in server.models.loaded()]
+    metrics, ended = [model.metrics for model in models], server.models.lifecycle.ended_counts
     sums = _sums(server, "vllm:")
     n_prompt, n_cached, n_reply = (
         sums[f"vllm:{name}_total"] for name in ("prompt_tokens", "prefix_cache_hits", "generation_tokens")
@@ -69,9 +69,12 @@ def _llama_metrics(server: Server) -> list[_Metric]:
     )
     n_computed = n_prompt - n_cached
     n_encoded = sums["vllm:request_prompt_tokens_count"] - sums["vllm:request_success_total"]
-    n_decodes, n_rows = (sum(getattr(each, name) for each in metrics) for name in ("ticks", "decoded_tokens"))
+    n_decodes, n_rows = (
+        ended[name] + sum(getattr(each, name) for each in metrics) for name in ("ticks", "decoded_tokens")
+    )
     n_drafted, n_accepted, n_drafts = (
-        sum(getattr(each, name) for each in metrics) for name in ("drafted_tokens", "accepted_tokens", "drafts")
+        ended[name] + sum(getattr(each, name) for each in metrics)
+        for name in ("drafted_tokens", "accepted_tokens", "drafts")
     )
     counters = (
         ("prompt_tokens_total", "Prompt tokens computed.", n_computed),

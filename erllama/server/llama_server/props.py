@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -13,10 +12,8 @@ from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, NoBody, json_response
 from erllama.server.llama_server.errors import ERRORS
 from erllama.server.llama_server.settings import generation_settings
-from erllama.server.models import ServedModel
+from erllama.server.models import ConfiguredModel
 from erllama.server.replies.running import completion_defaults
-
-_TEMPLATE = "tokenizer.chat_template"
 
 
 class AnyBody(msgspec.Struct):
@@ -35,37 +32,32 @@ def endpoints() -> list[Endpoint[Any]]:
 
 async def answer_props(call: Call, body: NoBody) -> Response:
     """Answer with the settings of the server, and of the model that the query names, or the first."""
-    served = call.find_model(call.request.query_params.get("model"))
-    model, info, options = served.model, served.model.info, call.server.options
+    model, options = call.find_model(call.request.query_params.get("model")), call.server.options
+    served, description = model.served, await call.server.models.describe(model)
+    info = description.info
     tokens = info.special_tokens
+    defaults = completion_defaults(served) if served is not None else {}
     values: Json = {
         "default_generation_settings": {
-            "params": generation_settings(model, completion_defaults(served)),
-            "n_ctx": model.n_ctx,
+            "params": generation_settings(served.model.adapters if served is not None else (), defaults),
+            "n_ctx": info.n_ctx,
         },
         "total_slots": info.n_seq_max,
-        "model_alias": served.name,
+        "model_alias": model.name,
         "model_ftype": info.quantization,
-        "model_path": served.file,
+        "model_path": model.file,
         "modalities": {"vision": False, "video": False, "audio": False},
         "endpoint_slots": options.slots,
         "endpoint_props": False,
         "endpoint_metrics": options.metrics,
         "ui": False,
-        "chat_template": _chat_template(served),
+        "chat_template": description.chat_template,
         "bos_token": tokens["bos"].text if "bos" in tokens else "",
         "eos_token": tokens["eos"].text if "eos" in tokens else "",
-        "build_info": served.fingerprint,
-        "is_sleeping": False,
+        "build_info": description.fingerprint,
+        "is_sleeping": served is None,
     }
     return json_response(values)
-
-
-def _chat_template(served: ServedModel) -> str:
-    template = served.defaults.get("chat_template")
-    if template is None:
-        template = served.model.metadata.get(_TEMPLATE, "")
-    return str(template)
 
 
 async def refuse_props(call: Call, body: AnyBody) -> Response:
@@ -74,18 +66,37 @@ async def refuse_props(call: Call, body: AnyBody) -> Response:
 
 
 async def answer_slots(call: Call, body: NoBody) -> Response:
-    """Answer with one entry for each request that can run at once. Requests have no slot of their own."""
+    """Answer with one entry for each request that can run at once, of the model that the query names, or of all.
+
+    Requests have no slot of their own. A model that is not loaded has none.
+    """
     if not call.server.options.slots:
         raise ApiError("unsupported", "this server does not show its slots; start it with the option `slots`")
-    served = call.find_model(call.request.query_params.get("model"))
-    n_slots, n_running = served.model.info.n_seq_max, served.model.queue_depth
-    if call.request.query_params.get("fail_on_no_slot") and n_running >= n_slots:
-        raise ApiError("unavailable", f"all {n_slots} slots are in use; try again", "no_slot", retry_after=1)
-    slots: list[Mapping[str, object]] = [
-        {"id": id, "n_ctx": served.model.n_ctx, "speculative": False, "is_processing": id < n_running}
-        for id in range(n_slots)
-    ]
+    name = call.request.query_params.get("model")
+    models = [call.find_model(name)] if name else call.allowed_models()
+    slots = [slot for model in models for slot in _slots(model)]
+    if call.request.query_params.get("fail_on_no_slot") and slots and all(slot["is_processing"] for slot in slots):
+        raise ApiError("unavailable", f"all {len(slots)} slots are in use; try again", "no_slot", retry_after=1)
     return json_response(slots)
+
+
+def _slots(model: ConfiguredModel) -> list[Json]:
+    """Return the slots of a model, and its memory with each; none if it is not loaded."""
+    served = model.served
+    if served is None:
+        return []
+    loaded, memory = served.model, model.memory
+    return [
+        {
+            "id": id,
+            "n_ctx": loaded.n_ctx,
+            "speculative": False,
+            "is_processing": id < loaded.queue_depth,
+            "model": model.name,
+            "model_memory_bytes": memory,
+        }
+        for id in range(loaded.info.n_seq_max)
+    ]
 
 
 async def refuse_slot(call: Call, body: AnyBody) -> Response:

@@ -52,7 +52,7 @@ def endpoints() -> list[Endpoint[RerankBody]]:
 
 async def answer(call: Call, body: RerankBody) -> Response:
     """Answer with the documents, the best first."""
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model)
     texts = [each if isinstance(each, str) else each.text for each in body.documents or body.texts or ()]
     if not texts:
         raise ApiError("invalid_request", "documents is empty; send at least one", param="documents")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from erllama._model.model import Model
+from erllama._model.adapters import Adapter
 from erllama.engine import SamplingOptions
 from erllama.engine.sampling.options import DECLARED, SAMPLERS
 from erllama.server.conduct.bodies import Json
@@ -28,10 +28,13 @@ _ABSENT: Json = {
 }
 
 
-def generation_settings(model: Model, options: Mapping[str, object], seed: int | None = None) -> Json:
+def generation_settings(
+    adapters: Sequence[Adapter], options: Mapping[str, object], seed: int | None = None
+) -> Json:
     """Return the settings of a reply.
 
     Args:
+        adapters: of the model.
         options: of `Model.complete`, those that were set.
         seed: of the reply; None for that of `options`, or -1, which is llama-server's number for a random one.
     """
@@ -49,7 +52,7 @@ def generation_settings(model: Model, options: Mapping[str, object], seed: int |
         "stop": _texts(options.get("stop")),
         "grammar": grammar if isinstance(grammar, str) else "",
         "logit_bias": [{"bias": bias, "token": token} for token, bias in (checked.logit_bias or {}).items()],
-        "lora": [{"id": id, "scale": adapter.scale} for id, adapter in enumerate(model.adapters)],
+        "lora": [{"id": id, "scale": adapter.scale} for id, adapter in enumerate(adapters)],
     }
     return settings | _ABSENT
 

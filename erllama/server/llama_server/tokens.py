@@ -72,7 +72,7 @@ def endpoints() -> list[Endpoint[Any]]:
 
 async def answer_tokenize(call: Call, body: TokenizeBody) -> Response:
     """Answer with the tokens of a text."""
-    model = call.find_model(body.model).model
+    model = (await call.use_model(body.model)).model
     parse_special = body.parse_special is not False
     content = body.content if isinstance(body.content, list) else [body.content]
     ids = await asyncio.to_thread(read_parts, model, content, "content", body.add_special is True, parse_special)
@@ -93,7 +93,7 @@ def _piece(model: Model, token: int) -> str | list[int]:
 
 async def answer_detokenize(call: Call, body: DetokenizeBody) -> Response:
     """Answer with the text of tokens."""
-    model = call.find_model(body.model).model
+    model = (await call.use_model(body.model)).model
     for index, token in enumerate(body.tokens):
         if not 0 <= token < model.n_vocab:
             where = f"tokens[{index}]"
@@ -105,7 +105,7 @@ async def answer_detokenize(call: Call, body: DetokenizeBody) -> Response:
 
 async def answer_template(call: Call, body: TemplateBody) -> Response:
     """Answer with the text of a conversation."""
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model)
     messages: Messages = read_messages(body.messages)
     if call.server.options.drop_unstable_headers:
         messages = drop_unstable_headers(messages)
@@ -120,7 +120,7 @@ async def answer_template(call: Call, body: TemplateBody) -> Response:
 
 async def answer_count(call: Call, body: TemplateBody) -> Response:
     """Answer with the number of tokens of a conversation."""
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model)
     n_tokens = await count_prompt_tokens(call, served, read_messages(body.messages), **_template_options(body))
     return json_response({"object": "response.input_tokens", "input_tokens": n_tokens})
 

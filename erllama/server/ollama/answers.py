@@ -29,11 +29,11 @@ def ending(call: Call, completion: Completion) -> Json:
         "done": True,
         "done_reason": "length" if completion.finish_reason in ("length", "context_full") else "stop",
         "total_duration": elapsed(call),
-        "load_duration": _nanoseconds(timings.queued),
+        "load_duration": nanoseconds(call.record.load_seconds + timings.queued),
         "prompt_eval_count": completion.n_prompt,
-        "prompt_eval_duration": _nanoseconds(timings.restore + timings.prefill),
+        "prompt_eval_duration": nanoseconds(timings.restore + timings.prefill),
         "eval_count": len(completion.tokens),
-        "eval_duration": _nanoseconds(timings.decode),
+        "eval_duration": nanoseconds(timings.decode),
         "prompt_cached_count": completion.cache.tokens,
         "prompt_cached_tier": completion.cache.tier,
     }
@@ -41,10 +41,11 @@ def ending(call: Call, completion: Completion) -> Json:
 
 def elapsed(call: Call) -> int:
     """Return the nanoseconds since a call began."""
-    return _nanoseconds(time.monotonic() - call.record.began)
+    return nanoseconds(time.monotonic() - call.record.began)
 
 
-def _nanoseconds(seconds: float) -> int:
+def nanoseconds(seconds: float) -> int:
+    """Return seconds as Ollama has them."""
     return round(seconds * 1e9)
 
 

@@ -16,7 +16,13 @@ from erllama.server.models import ServedModel
 from erllama.server.ollama.answers import ending, head, logprobs_json
 from erllama.server.ollama.errors import ERRORS, encode_error
 from erllama.server.ollama.messages import read_ollama_messages
-from erllama.server.ollama.options import ReplyBody, completion_options, thinking_options
+from erllama.server.ollama.options import (
+    ReplyBody,
+    completion_options,
+    load_or_unload,
+    read_keep_alive,
+    thinking_options,
+)
 from erllama.server.replies.messages import read_tools
 from erllama.server.replies.ndjson import encode_line, line_stream
 from erllama.server.replies.running import Replies, open_chat
@@ -37,12 +43,14 @@ def endpoints() -> list[Endpoint[Any]]:
 async def answer(call: Call, body: ChatBody) -> Response:
     """Answer a request with a stream of lines, or with a whole reply.
 
-    Without messages, the answer only says that the model is loaded.
+    Without messages, the model is loaded, or unloaded if `keep_alive` is 0.
     """
-    served = call.find_model(body.model)
     if not body.messages:
-        loaded = {"message": _message(""), "done": True, "done_reason": "load"}
-        return json_response(head(served.name) | loaded)
+        reason = await load_or_unload(call, body)
+        return json_response(
+            head(call.record.model) | {"message": _message(""), "done": True, "done_reason": reason}
+        )
+    served = await call.use_model(body.model, read_keep_alive(body.keep_alive))
     options: ChatOptions = {**completion_options(call, served, body), **thinking_options(served, body.think)}
     tools = read_tools(body.tools)
     if tools is not None:

@@ -15,14 +15,15 @@ from starlette.responses import Response
 from erllama.server.conduct.bodies import Json
 from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.models import ServedModel
-from erllama.server.ollama.answers import elapsed
+from erllama.server.ollama.answers import elapsed, nanoseconds
 from erllama.server.ollama.errors import ERRORS
+from erllama.server.ollama.options import read_keep_alive
 from erllama.server.replies.embeddings import check_number, note_tokens
 from erllama.server.replies.running import wait_for_process
 
 
 class EmbedBody(msgspec.Struct, kw_only=True):
-    """The body of `/api/embed`. `keep_alive` and `options` are checked and have no effect."""
+    """The body of `/api/embed`. `options` are checked and have no effect."""
 
     input: str | list[str]
     model: str | None = None
@@ -33,7 +34,7 @@ class EmbedBody(msgspec.Struct, kw_only=True):
 
 
 class EmbeddingsBody(msgspec.Struct, kw_only=True):
-    """The body of `/api/embeddings`. `keep_alive` and `options` are checked and have no effect."""
+    """The body of `/api/embeddings`. `options` are checked and have no effect."""
 
     prompt: str | None = None
     model: str | None = None
@@ -58,7 +59,7 @@ def endpoints() -> list[Endpoint[Any]]:
 
 async def answer(call: Call, body: EmbedBody) -> Response:
     """Answer a request with one vector per text."""
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model, read_keep_alive(body.keep_alive))
     texts = [body.input] if isinstance(body.input, str) else body.input
     rows: list[list[float]] = []
     if texts and body.input:
@@ -69,7 +70,7 @@ async def answer(call: Call, body: EmbedBody) -> Response:
             "model": served.name,
             "embeddings": rows,
             "total_duration": elapsed(call),
-            "load_duration": 0,
+            "load_duration": nanoseconds(call.record.load_seconds),
             "prompt_eval_count": call.record.prompt_tokens,
         }
     )
@@ -77,7 +78,7 @@ async def answer(call: Call, body: EmbedBody) -> Response:
 
 async def answer_one(call: Call, body: EmbeddingsBody) -> Response:
     """Answer a request with the vector of one text; with an empty one for an empty text."""
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model, read_keep_alive(body.keep_alive))
     row: list[float] = []
     if body.prompt:
         row = (await _embed(call, served, [body.prompt], normalize=False, truncate=True))[0].tolist()

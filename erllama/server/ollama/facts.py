@@ -6,38 +6,39 @@ import hashlib
 from datetime import UTC, datetime
 
 from erllama.server.conduct.bodies import Json
-from erllama.server.models import ServedModel
+from erllama.server.models import ConfiguredModel
+from erllama.server.models.description import ModelDescription
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 _SIZES = {"Small": "S", "Medium": "M", "Large": "L"}
 
 
-def chat_template(served: ServedModel) -> str:
+def chat_template(model: ModelDescription) -> str:
     """Return the source of the chat template in the model's file; "" if it has none."""
-    return str(served.model.metadata.get("tokenizer.chat_template", ""))
+    return str(model.metadata.get("tokenizer.chat_template", ""))
 
 
-def capabilities(served: ServedModel) -> list[str]:
+def capabilities(model: ModelDescription) -> list[str]:
     """Return what the model can do, in Ollama's words."""
-    info, template = served.model.info, chat_template(served)
-    if served.model.metadata.get(f"{info.architecture}.pooling_type") is not None:
+    info, template = model.info, chat_template(model)
+    if model.metadata.get(f"{info.architecture}.pooling_type") is not None:
         return ["embedding"]
     found = ["completion"]
     if "tools" in template:
         found.append("tools")
     if {"fim_pre", "fim_suf", "fim_mid"} <= info.special_tokens.keys():
         found.append("insert")
-    if served.can_think:
+    if model.can_think:
         found.append("thinking")
     return found
 
 
-def details(served: ServedModel) -> Json:
+def details(model: ModelDescription) -> Json:
     """Return `details` of a model."""
-    info = served.model.info
+    info = model.info
     return {
         "parent_model": "",
-        "format": "gguf" if served.model.metadata else "",
+        "format": "gguf" if model.metadata else "",
         "family": info.architecture,
         "families": [info.architecture] if info.architecture else None,
         "parameter_size": _count(info.n_params),
@@ -45,26 +46,26 @@ def details(served: ServedModel) -> Json:
     }
 
 
-def summary(served: ServedModel) -> Json:
+def summary(name: str, model: ModelDescription) -> Json:
     """Return what the lists of models have of each.
 
     `digest` identifies the model by its metadata and sizes. It is not the checksum of its file: that would require
     reading the whole file.
     """
-    info = served.model.info
-    named = (served.name, info.architecture, info.name, info.quantization, info.n_params, info.file_bytes)
+    info = model.info
+    named = (name, info.architecture, info.name, info.quantization, info.n_params, info.file_bytes)
     return {
-        "name": served.name,
-        "model": served.name,
+        "name": name,
+        "model": name,
         "size": info.file_bytes,
         "digest": hashlib.sha256(repr(named).encode()).hexdigest(),
-        "details": details(served),
+        "details": details(model),
     }
 
 
-def loaded_at(served: ServedModel) -> str:
-    """Return the time at which a model was loaded."""
-    return timestamp(datetime.fromtimestamp(served.created, UTC))
+def created_at(model: ConfiguredModel) -> str:
+    """Return the time at which a model became one of the server's."""
+    return timestamp(datetime.fromtimestamp(model.created, UTC))
 
 
 def timestamp(time: datetime) -> str:

@@ -23,7 +23,14 @@ from erllama.server.endpoints import Call, Endpoint, json_response
 from erllama.server.models import ServedModel
 from erllama.server.ollama.answers import ending, head, logprobs_json
 from erllama.server.ollama.errors import ERRORS, encode_error
-from erllama.server.ollama.options import ReplyBody, completion_options, refuse_images, thinking_options
+from erllama.server.ollama.options import (
+    ReplyBody,
+    completion_options,
+    load_or_unload,
+    read_keep_alive,
+    refuse_images,
+    thinking_options,
+)
 from erllama.server.replies.ndjson import encode_line, line_stream
 from erllama.server.replies.running import Replies, open_chat, open_completion, open_completions
 
@@ -53,12 +60,13 @@ def endpoints() -> list[Endpoint[Any]]:
 async def answer(call: Call, body: GenerateBody) -> Response:
     """Answer a request with a stream of lines, or with a whole reply.
 
-    Without a prompt, the answer only says that the model is loaded.
+    Without a prompt, the model is loaded, or unloaded if `keep_alive` is 0.
     """
-    served = call.find_model(body.model)
     _check(body)
     if not body.prompt and not body.suffix:
-        return json_response(head(served.name) | {"response": "", "done": True, "done_reason": "load"})
+        reason = await load_or_unload(call, body)
+        return json_response(head(call.record.model) | {"response": "", "done": True, "done_reason": reason})
+    served = await call.use_model(body.model, read_keep_alive(body.keep_alive))
     replies = await _open(call, served, body)
     returns_context = not body.raw and not body.suffix
     if body.is_stream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
@@ -11,15 +12,17 @@ from starlette.responses import Response
 
 import erllama
 from erllama.server.conduct.bodies import Json
+from erllama.server.conduct.durations import FOREVER
 from erllama.server.endpoints import Call, Endpoint, NoBody, json_response
-from erllama.server.models import ServedModel
+from erllama.server.models import ConfiguredModel
+from erllama.server.models.description import ModelDescription
 from erllama.server.ollama.errors import ERRORS
-from erllama.server.ollama.facts import capabilities, chat_template, details, loaded_at, summary
+from erllama.server.ollama.facts import capabilities, chat_template, created_at, details, summary, timestamp
 
 # The version of Ollama whose API this is. Clients compare it with the oldest one that they work with.
 API_VERSION = "0.12.11"
 
-# Models stay loaded. Clients show a time so far away as "forever".
+# For models that stay loaded. Clients show a time so far away as "forever".
 _NEVER = "9999-12-31T23:59:59Z"
 
 
@@ -43,7 +46,7 @@ def endpoints() -> list[Endpoint[Any]]:
         ),
         get("/api/version", version, "Return the version of the API."),
         get("/api/tags", tags, "Return the models."),
-        get("/api/ps", running, "Return the loaded models, which are all."),
+        get("/api/ps", running, "Return the loaded models."),
         Endpoint("POST", "/api/show", ShowBody, show, ERRORS, "Describe a model.", computes=False),
     ]
 
@@ -60,25 +63,37 @@ async def version(call: Call, body: NoBody) -> Response:
 
 async def tags(call: Call, body: NoBody) -> Response:
     """Answer with the models that the client may use."""
+    found = await call.server.models.describe_all(call.allowed_models())
     return json_response(
-        {"models": [summary(each) | {"modified_at": loaded_at(each)} for each in call.allowed_models()]}
+        {"models": [summary(model.name, each) | {"modified_at": created_at(model)} for model, each in found]}
     )
 
 
 async def running(call: Call, body: NoBody) -> Response:
-    """Answer with the models and the memory that they take."""
-    return json_response({"models": [_running(each) for each in call.allowed_models()]})
+    """Answer with the loaded models and the memory that they take."""
+    loaded = [model for model in call.allowed_models() if model.served is not None]
+    found = await call.server.models.describe_all(loaded)
+    return json_response({"models": [_running(model, each) for model, each in found]})
 
 
-def _running(served: ServedModel) -> Json:
-    info = served.model.info
+def _running(model: ConfiguredModel, description: ModelDescription) -> Json:
+    info, seconds = description.info, model.expires_in
+    if seconds is None and model.keep_alive < FOREVER:  # in use
+        seconds = model.keep_alive
     vram = sum(each.n_bytes for each in info.buffers if not _is_host_memory(each.place))
-    return summary(served) | {
+    return summary(model.name, description) | {
         "size": info.weights_bytes + info.kv_bytes,
         "size_vram": vram,
-        "expires_at": _NEVER,
+        "expires_at": _NEVER if seconds is None else _in_future(seconds),
         "context_length": info.n_ctx,
     }
+
+
+def _in_future(seconds: float) -> str:
+    try:
+        return timestamp(datetime.now(UTC) + timedelta(seconds=seconds))
+    except OverflowError:
+        return _NEVER
 
 
 def _is_host_memory(place: str) -> bool:
@@ -87,19 +102,20 @@ def _is_host_memory(place: str) -> bool:
 
 async def show(call: Call, body: ShowBody) -> Response:
     """Answer with a model's metadata, template and capabilities. Arrays are null unless `verbose` is true."""
-    served = call.find_model(body.model or body.name)
-    metadata = served.model.metadata
+    model = call.find_model(body.model or body.name)
+    description = await call.server.models.describe(model)
+    metadata = description.metadata
     values = {
-        "details": details(served),
+        "details": details(description),
         "model_info": {
             name: _plain(value, bool(body.verbose))
             for name, value in metadata.items()
             if name != "tokenizer.chat_template"
         },
-        "capabilities": capabilities(served),
-        "modified_at": loaded_at(served),
+        "capabilities": capabilities(description),
+        "modified_at": created_at(model),
     }
-    template = chat_template(served)
+    template = chat_template(description)
     if template:
         values["template"] = template
     license = metadata.get("general.license")

@@ -8,7 +8,9 @@ import msgspec
 from msgspec import Meta
 
 from erllama._model.requests.options import ChatOptions, CompletionOptions
+from erllama.errors import OptionError
 from erllama.server.conduct.bodies import Json
+from erllama.server.conduct.durations import parse_duration
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call
 from erllama.server.models import ServedModel
@@ -28,7 +30,7 @@ class Options(SamplingBody, kw_only=True):
 
 
 class ReplyBody(msgspec.Struct, kw_only=True):
-    """Fields of the bodies that ask for a reply. `keep_alive` is checked and has no effect: models stay loaded."""
+    """Fields of the bodies that ask for a reply."""
 
     model: str | None = None
     stream: bool | None = None
@@ -59,6 +61,34 @@ def completion_options(call: Call, served: ServedModel, body: ReplyBody) -> Comp
     if body.logprobs:
         options["logprobs"] = body.top_logprobs or 0
     return options
+
+
+def read_keep_alive(value: float | str | None) -> float | None:
+    """Return the seconds of `keep_alive`, infinite for ever; None if it is absent.
+
+    Raises:
+        ApiError: it is not a duration.
+    """
+    if value is None:
+        return None
+    try:
+        return parse_duration("keep_alive", value)
+    except OptionError as error:
+        raise ApiError("invalid_request", str(error), param="keep_alive") from None
+
+
+async def load_or_unload(call: Call, body: ReplyBody) -> str:
+    """Load the model of a request without a prompt, or unload it if `keep_alive` is 0. Return its `done_reason`.
+
+    A model that requests use is unloaded once they have ended.
+    """
+    keep_alive = read_keep_alive(body.keep_alive)
+    model = call.find_model(body.model)
+    if keep_alive == 0 and model.entry is not None:
+        call.server.models.unload(model)
+        return "unload"
+    await call.use_model(body.model, keep_alive)
+    return "load"
 
 
 def _read_format(format: str | Json | None) -> Json | None:

@@ -30,7 +30,7 @@ def endpoints() -> list[Endpoint[Any]]:
 
 async def answer(call: Call, body: ChatBody) -> Response:
     """Answer a request with a whole reply, or with a stream."""
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model)
     replies = await _open(call, served, body)
     head = ChatHead(served, call.record.id)
     if body.stream:

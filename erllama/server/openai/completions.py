@@ -51,7 +51,7 @@ def endpoints() -> list[Endpoint[Any]]:
 
 async def answer(call: Call, body: CompletionBody) -> Response:
     """Answer a request with whole completions, or with a stream."""
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model)
     prompts = read_inputs(body.prompt, "prompt")
     _check(body, prompts)
     options: dict[str, Any] = dict(body.sampling_options(served.model))

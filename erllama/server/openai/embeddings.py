@@ -37,7 +37,7 @@ def endpoints() -> list[Endpoint[Any]]:
 
 async def answer(call: Call, body: EmbeddingBody) -> Response:
     """Answer a request with one vector for each input."""
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model)
     if served.pooling == "none":
         raise ApiError("invalid_request", "the server does not pool vectors, so a text has several; use /embedding")
     inputs = await read_prompts(served.model, body.input, "input")

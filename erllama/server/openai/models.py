@@ -15,7 +15,9 @@ from erllama._model.info import ModelInfo
 from erllama.server.conduct.bodies import Json
 from erllama.server.conduct.errors import ApiError
 from erllama.server.endpoints import Call, Endpoint, NoBody, json_response
-from erllama.server.models import ServedModel
+from erllama.server.models import ConfiguredModel
+from erllama.server.models.description import ModelDescription
+from erllama.server.replies.model_status import model_status
 from erllama.server.replies.openai_errors import ERRORS
 
 
@@ -31,25 +33,29 @@ def endpoints() -> list[Endpoint[Any]]:
 
 
 async def list_models(call: Call, _: NoBody) -> Response:
-    """Answer with the models that the key may use."""
-    found = call.allowed_models()
-    values = {"object": "list", "data": list(map(_entry, found)), "models": list(map(_listed, found))}
+    """Answer with the models that the key may use, loaded or not."""
+    found = await call.server.models.describe_all(call.allowed_models())
+    values = {
+        "object": "list",
+        "data": [_entry(call, *each) for each in found],
+        "models": [_listed(*each) for each in found],
+    }
     return json_response(values)
 
 
 async def get_model(call: Call, _: NoBody) -> Response:
     """Answer with one model. A name that only answers because the server has a single model is unknown here."""
     name = call.request.path_params["id"]
-    for served in call.allowed_models():
-        if name == served.name or name in served.aliases:
-            return json_response(_entry(served))
-    known = ", ".join(served.name for served in call.allowed_models()) or "none"
+    for model in call.allowed_models():
+        if name == model.name or name in model.aliases:
+            return json_response(_entry(call, model, await call.server.models.describe(model)))
+    known = ", ".join(model.name for model in call.allowed_models()) or "none"
     raise ApiError("not_found", f"there is no model {name!r}; this server has {known}", "model_not_found", "model")
 
 
-def _entry(served: ServedModel) -> Json:
-    """Return a model as OpenAI has it."""
-    info = served.model.info
+def _entry(call: Call, model: ConfiguredModel, description: ModelDescription) -> Json:
+    """Return a model as OpenAI has it, with llama-server's `meta` and `status`."""
+    info = description.info
     meta = {
         "n_vocab": info.n_vocab,
         "n_ctx": info.n_ctx,
@@ -59,22 +65,23 @@ def _entry(served: ServedModel) -> Json:
         "size": info.file_bytes,
     }
     return {
-        "id": served.name,
+        "id": model.name,
         "object": "model",
-        "created": served.created,
+        "created": model.created,
         "owned_by": "erllama",
-        "aliases": [alias for alias in served.aliases if alias != "*"],
+        "aliases": [alias for alias in model.aliases if alias != "*"],
         "meta": meta,
+        "status": model_status(call.server, model),
     }
 
 
-def _listed(served: ServedModel) -> Json:
+def _listed(model: ConfiguredModel, description: ModelDescription) -> Json:
     """Return a model as Ollama has it. Fields that only a registry of models knows are empty."""
-    info = served.model.info
+    info = description.info
     return {
-        "name": served.name,
-        "model": served.name,
-        "modified_at": datetime.fromtimestamp(served.created, UTC).isoformat(),
+        "name": model.name,
+        "model": model.name,
+        "modified_at": datetime.fromtimestamp(model.created, UTC).isoformat(),
         "size": info.file_bytes,
         "digest": "",
         "type": "model",

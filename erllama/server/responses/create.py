@@ -67,7 +67,7 @@ class _Request:
 async def answer(call: Call, body: ResponseBody) -> Response:
     """Answer a request with a whole response, or with a stream of events."""
     body.check()
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model)
     request = await _read(call, body)
     replies = await _open(call, served, body, request)
     run = _Run(call, served, body, request)
@@ -85,7 +85,7 @@ async def answer(call: Call, body: ResponseBody) -> Response:
 async def count(call: Call, body: ResponseBody) -> Response:
     """Answer with the number of tokens that a request's prompt has."""
     body.check()
-    served = call.find_model(body.model)
+    served = await call.use_model(body.model)
     request = await _read(call, body)
     options = template_options(body)
     functions = read_tool_choice(body.tool_choice, request.tools).functions

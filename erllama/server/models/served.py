@@ -1,19 +1,14 @@
-"""The models of a server, by the names that clients use.
-
-`ModelPool` finds the model of a request. A model keeps the name that it was loaded with.
-"""
+"""A loaded model and how it is served: `ServedModel`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import erllama
 from erllama._model.model import Model
 from erllama.chat.thinking import find_thinking_markers
-from erllama.errors import OptionError
-from erllama.server.conduct.errors import ApiError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,43 +62,3 @@ class ServedModel:
         """Whether the chat template has markers of thinking."""
         templates = self.model._chat_requests.chats.templates
         return find_thinking_markers(templates.choose(self.defaults.get("chat_template")).source) is not None
-
-
-class ModelPool:
-    """Finds models by name.
-
-    Raises:
-        OptionError: there is no model, or two have the same name or alias.
-    """
-
-    def __init__(self, models: Iterable[ServedModel]) -> None:
-        self.models: Sequence[ServedModel] = tuple(models)
-        if not self.models:
-            raise OptionError("a server needs at least one model")
-        self._by_name: dict[str, ServedModel] = {}
-        for served in self.models:
-            for name in (served.name, *served.aliases):
-                if self._by_name.setdefault(name, served) is not served:
-                    raise OptionError(f"two models have the name {name!r}; give one another id")
-
-    def find(self, name: str | None, allowed: Sequence[ServedModel]) -> ServedModel:
-        """Return the model of a name; for None or "", the first that the client may use.
-
-        Args:
-            allowed: the models that the client may use. An error names only these.
-
-        Raises:
-            ApiError: no model has the name.
-        """
-        if not name:
-            return allowed[0] if allowed else self.models[0]
-        # Ollama's clients add a tag.
-        served = (
-            self._by_name.get(name) or self._by_name.get(name.removesuffix(":latest")) or self._by_name.get("*")
-        )
-        if served is None:
-            known = ", ".join(each.name for each in allowed) or "none for this key"
-            raise ApiError(
-                "not_found", f"there is no model {name!r}; this server has {known}", "model_not_found", "model"
-            )
-        return served
