@@ -103,7 +103,7 @@ def test_the_unit_passes_the_check_of_systemd(tmp_path: Path) -> None:
     path.write_text(text)
     found = subprocess.run([analyze, "verify", "--man=no", str(path)], capture_output=True, text=True, check=False)
     problems = [line for line in found.stderr.splitlines() if "erllama.service" in line]
-    unknown = [re.search(r"Unknown key name '(\w+)'", line) for line in problems]
+    unknown = [re.search(r"Unknown key (?:name )?'(\w+)'", line) for line in problems]
     assert all(match and match[1] in NEW_SETTINGS for match in unknown), found.stderr
 
 
