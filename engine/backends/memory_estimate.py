@@ -2,7 +2,8 @@
 
 The server compares the estimate with its memory limit. Weights, KV and recurrent state follow libllama's formulas.
 Compute buffers are an approximation: libllama plans them when it builds the graph of an architecture. Where the
-header does not say how a layer keeps its context, the estimate is the larger of the possibilities.
+header does not say how a layer keeps its context, the estimate is the larger of the possibilities. Not counted: the
+process of a model, and the copies of weights that libllama keeps in another order while the file stays mapped.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ class _Model:
             found = _LAYER.match(tensor.name)
             if found:
                 self._parts[int(found[1])].add(found[2])
+        self._is_embedder = any(word in self._architecture for word in _EMBEDDERS)
         self._n_layer = max(self._number("block_count"), len(self._parts))
         self._n_embd = self._number("embedding_length")
         self._recurrent = [layer for layer in range(self._n_layer) if self._has(layer, _RECURRENT)]
@@ -133,7 +135,7 @@ class _Model:
     # --- sizes ---------------------------------------------------------------------------------
 
     def _kv(self) -> int:
-        if any(word in self._architecture for word in _EMBEDDERS):
+        if self._is_embedder:
             return 0
         key_bytes, value_bytes = (
             _KV_BYTES.get(str(self._options.get(name, "f16")), 4.0) for name in ("kv_type_k", "kv_type_v")
@@ -183,12 +185,13 @@ class _Model:
     def _compute(self) -> int:
         """Return about the bytes of intermediate results: those of the widest step of a slice of prefill."""
         n_vocab = max((each.shape[1] for each in self._tensors if each.name == "token_embd.weight"), default=0)
+        n_vocab = 0 if self._is_embedder else n_vocab
         n_head = self._of_layer("attention.head_count", 0)
         widest = max(n_vocab, 3 * self._widest_layer())
-        if self._options.get("flash_attn") is False:  # all scores at once
-            widest = max(widest, 2 * n_head * self._n_ctx)
-        mask = 0 if self._recurrent and not n_head else self._n_ctx
-        step = 4 * self._n_ubatch * (widest + 4 * self._n_embd + mask)
+        mask = 2 * (self._n_ctx + (self._cells(True) if self._window else 0)) if n_head else 0
+        if self._options.get("flash_attn") is False:  # all scores at once, and masks of f32
+            widest, mask = max(widest, n_head * self._n_ctx), 2 * mask
+        step = self._n_ubatch * (4 * (widest + 4 * self._n_embd) + mask)
         return step + 4 * self._n_sequences * n_vocab
 
     def _widest_layer(self) -> int:

@@ -46,6 +46,16 @@ BROKEN = {
         access_log = 1  #! access_log must be a path
         log_prompts = "yes"  #! log_prompts must be True or False
         """,
+    "memory and times of models": """
+        [server]
+        memory_limit = "12 apples"  #! memory_limit='12 apples'
+        model_keep_alive = true  #! model_keep_alive=True
+        memory_pressure = 2  #! memory_pressure=2
+        [[models]]
+        path = "good.gguf"
+        load = "later"  #! load='later'
+        keep_alive = "5 parsecs"  #! keep_alive='5 parsecs'
+        """,
     "a log in a folder that does not exist": """
         [server]
         access_log = "nowhere/access.jsonl"  #! nowhere is not a directory

@@ -22,6 +22,7 @@ import erllama
 from erllama.server import ServedModel, ServerOptions
 from erllama.server.application import make_server
 from erllama.server.listening import ListenOptions, url_of
+from erllama.server.models import ModelPool
 from erllama.server.run import uvicorn_config
 from erllama.server.state import Server
 from support.threads import wait_until
@@ -88,7 +89,7 @@ def read_until(client: socket.socket, text: bytes) -> bytes:
 
 @contextmanager
 def running(
-    models: erllama.Model | ServedModel | Sequence[erllama.Model],
+    models: erllama.Model | ServedModel | Sequence[erllama.Model] | ModelPool,
     listen: Mapping[str, object] | None = None,
     **options: object,
 ) -> Iterator[RunningServer]:
@@ -111,7 +112,7 @@ def running(
 
 @contextmanager
 def running_server(
-    models: erllama.Model | ServedModel | Sequence[erllama.Model], **options: object
+    models: erllama.Model | ServedModel | Sequence[erllama.Model] | ModelPool, **options: object
 ) -> Iterator[RunningServer]:
     """Run a server of some models in a thread, with options of the server alone."""
     with running(models, **options) as server:  # type: ignore[arg-type]

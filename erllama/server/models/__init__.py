@@ -1,7 +1,7 @@
 """The models of a server: which there are, their names, when they are loaded and unloaded, and their memory.
 
-`ModelPool` is what the rest of the server uses. Imports run one way: pool -> lifecycle, description, pressure ->
-configured -> entry, served, memory.
+`ModelPool` is what the rest of the server uses. Imports run one way: pool -> lifecycle, description -> room ->
+configured, memory -> entry, served.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import erllama
 from erllama._model.info import ModelInfo
@@ -11,8 +13,8 @@ from erllama._model.load import load_model
 from erllama._model.model import Model
 from erllama.cache import Cache
 from erllama.chat.thinking import find_thinking_markers
-from erllama.engine.backends.llama_library import llama_ffi
-from erllama.errors import Error
+from erllama.engine.backends.llama_library import llama_ffi, translate_errors
+from erllama.errors import Error, ModelLoadError
 from erllama.server.models.entry import ModelEntry
 from erllama.server.models.memory import needed_memory
 from erllama.server.models.served import ServedModel
@@ -38,6 +40,24 @@ _QUANTIZATIONS: Mapping[object, str] = {
     25: "IQ4_NL - 4.5 bpw",
     30: "IQ4_XS - 4.25 bpw",
     32: "BF16",
+}
+# Number of a file by that of the commonest type of its tensors: libllama takes it if the file has none.
+_FILE_TYPES = {
+    0: 0,
+    1: 1,
+    2: 2,
+    3: 3,
+    6: 8,
+    7: 9,
+    8: 7,
+    10: 10,
+    11: 12,
+    12: 15,
+    13: 17,
+    14: 18,
+    20: 25,
+    23: 30,
+    30: 32,
 }
 _DEFAULT_SLOTS = 4  # of `load_model`
 
@@ -81,7 +101,7 @@ def describe_file(entry: ModelEntry) -> ModelDescription:
         Error: the file cannot be read.
         OSError: the same.
     """
-    needed = needed_memory(entry.path, entry.options)
+    needed = needed_memory(entry)
     overrides = entry.options.get("overrides")
     with (
         Cache(ram=0) as none,
@@ -95,7 +115,7 @@ def describe_file(entry: ModelEntry) -> ModelDescription:
             vocab_only=False,
             n_ctx=needed.n_ctx,
             n_seq_max=n_slots if isinstance(n_slots, int) else _DEFAULT_SLOTS,
-            quantization=_QUANTIZATIONS.get(metadata.get("general.file_type"), ""),
+            quantization=_quantization(entry.path, metadata),
             pid=0,
         )
         return ModelDescription(
@@ -105,6 +125,16 @@ def describe_file(entry: ModelEntry) -> ModelDescription:
             can_think=_can_think(model),
             fingerprint=f"{llama_ffi.build_info()['source']}-erllama-{erllama.__version__}",
         )
+
+
+def _quantization(path: Path, metadata: Mapping[str, object]) -> str:
+    """Return how most weights of a file are stored; "" if its number is not one of the commonest."""
+    number = metadata.get("general.file_type")
+    if number is None:
+        with translate_errors(ModelLoadError, f"{path} cannot be read"):
+            types = Counter(tensor.ggml_type for tensor in llama_ffi.read_tensor_table(path)[1])
+        number = _FILE_TYPES.get(types.most_common(1)[0][0]) if types else None
+    return _QUANTIZATIONS.get(number, "")
 
 
 def no_description(entry: ModelEntry) -> ModelDescription:

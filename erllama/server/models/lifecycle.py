@@ -16,12 +16,12 @@ from collections import Counter
 from collections.abc import Callable
 
 from erllama._model.model import Model
+from erllama.engine.backends.memory_estimate import MemoryEstimate
 from erllama.errors import Error, MemoryLimitExceeded, ModelUnloaded
 from erllama.server.conduct.durations import FOREVER
 from erllama.server.conduct.errors import ApiError, as_api_error
 from erllama.server.models.configured import ConfiguredModel, UnloadReason, serve
 from erllama.server.models.entry import ModelEntry
-from erllama.server.models.memory import needed_memory
 from erllama.server.models.room import NotAwaitedError, Room
 from erllama.server.models.served import ServedModel
 
@@ -29,6 +29,7 @@ log = logging.getLogger("erllama.server")
 
 # Loads the model of an entry. Calls the function with the loaded fraction, and cancels if that returns False.
 Loader = Callable[[ModelEntry, Callable[[float], bool]], Model]
+Estimator = Callable[[ModelEntry], MemoryEstimate]
 
 # Counts of an engine that `GET /metrics` adds up over all models.
 _ENGINE_COUNTS = ("ticks", "decoded_tokens", "drafted_tokens", "accepted_tokens", "drafts")
@@ -39,6 +40,7 @@ class Lifecycle:
 
     Args:
         load: loads the model of an entry, in a thread.
+        estimate: returns the memory that the model of an entry needs, in a thread, before it is loaded.
         memory_limit: bytes for all models.
         memory_wait: seconds for which a load waits until other models make room.
 
@@ -50,14 +52,14 @@ class Lifecycle:
         ended_counts: counts of the engines of models that were unloaded.
     """
 
-    def __init__(self, load: Loader, memory_limit: int, memory_wait: float) -> None:
+    def __init__(self, load: Loader, estimate: Estimator, memory_limit: int, memory_wait: float) -> None:
         self.known: list[ConfiguredModel] = []
         self.room = Room(self.known, memory_limit, memory_wait, self.unload_when_idle, self.keep_loaded)
         self.loads: Counter[str] = Counter()
         self.load_failures: Counter[str] = Counter()
         self.unloads: Counter[tuple[str, UnloadReason]] = Counter()
         self.ended_counts: Counter[str] = Counter()
-        self._load_entry = load
+        self._load_entry, self._estimate = load, estimate
         # What `close` unloads. A load that nobody awaits any more may end after the event loop.
         self._alive: set[Model] = set()
         self._closing = False
@@ -147,7 +149,7 @@ class Lifecycle:
         """
         for model in self.known:
             if model.entry is not None and model.entry.load == "start":
-                self.room.take(model, needed_memory(model.entry.path, model.entry.options))
+                self.room.take(model, self._estimate(model.entry))
                 self._add_loaded(model, self._load_now(model))
 
     def start(self) -> None:
@@ -165,7 +167,7 @@ class Lifecycle:
         assert entry is not None
         try:
             await self._end_predecessor(model)
-            needed = await asyncio.to_thread(needed_memory, entry.path, entry.options)
+            needed = await asyncio.to_thread(self._estimate, entry)
             await self.room.make(model, needed)
             try:
                 loaded = await asyncio.to_thread(self._load_now, model)

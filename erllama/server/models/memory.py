@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 
 from erllama._model.info import devices
 from erllama.cache.pressure.memory import MemoryUsage, open_sources, readings
 from erllama.engine.backends.memory_estimate import MemoryEstimate, estimate_memory
 from erllama.errors import Error, MemoryLimitExceeded
+from erllama.server.models.entry import ModelEntry
 
 log = logging.getLogger("erllama.server")
 
@@ -33,14 +33,14 @@ def default_memory_limit() -> int:
     return int(_USABLE * (min(free, default=0) + on_gpus))
 
 
-def needed_memory(path: Path, options: Mapping[str, object]) -> MemoryEstimate:
+def needed_memory(entry: ModelEntry) -> MemoryEstimate:
     """Return the memory that a model needs on this machine; zeros if RPC servers take an unknown part of it.
 
     Raises:
         ModelLoadError: the file is missing, or is not GGUF.
     """
-    estimate = estimate_memory(path, options)
-    return MemoryEstimate(estimate.n_ctx, 0, 0, 0, 0) if options.get("rpc_servers") else estimate
+    estimate = estimate_memory(entry.path, entry.options)
+    return MemoryEstimate(estimate.n_ctx, 0, 0, 0, 0) if entry.options.get("rpc_servers") else estimate
 
 
 def not_enough_memory(

@@ -23,8 +23,8 @@ from erllama.server.models.description import (
     no_description,
 )
 from erllama.server.models.entry import ModelEntry
-from erllama.server.models.lifecycle import Lifecycle, Loader
-from erllama.server.models.memory import default_memory_limit
+from erllama.server.models.lifecycle import Estimator, Lifecycle, Loader
+from erllama.server.models.memory import default_memory_limit, needed_memory
 from erllama.server.models.served import ServedModel
 
 log = logging.getLogger("erllama.server")
@@ -47,6 +47,7 @@ class ModelPool:
         models: loaded models, which the server never unloads, and entries, which it loads and unloads.
         cache: of the models that it loads; None for that of the first loaded model.
         load: loads the model of an entry; None for `load_model`.
+        estimate: returns the memory that the model of an entry needs.
         keep_alive: seconds after its last request until a model is unloaded, where its entry has no own.
         memory_limit: bytes for all models that it loads, by their estimates; None for nine tenths of what is
             available now.
@@ -68,6 +69,7 @@ class ModelPool:
         *,
         cache: Cache | None = None,
         load: Loader | None = None,
+        estimate: Estimator = needed_memory,
         keep_alive: float = FOREVER,
         memory_limit: int | None = None,
         memory_wait: float = 30.0,
@@ -79,7 +81,7 @@ class ModelPool:
             memory_limit = default_memory_limit()
         self._keep_alive, self._memory_pressure = keep_alive, memory_pressure
         self._given_cache = cache
-        self.lifecycle = Lifecycle(load or self._load, memory_limit or 0, memory_wait)
+        self.lifecycle = Lifecycle(load or self._load, estimate, memory_limit or 0, memory_wait)
         self.models: Sequence[ConfiguredModel] = ()
         self._by_name: dict[str, ConfiguredModel] = {}
         self._descriptions: dict[str, tuple[object, ModelDescription]] = {}
