@@ -266,7 +266,9 @@ def check_load_options(options: Mapping[str, object]) -> LlamaOptions:
             devices.
         ServerLost: an RPC server cannot be reached.
     """
-    reject_unknown({name: options[name] for name in options if name not in _LOAD_DEFAULTS}, _LOAD_DEFAULTS, "load_model")
+    reject_unknown(
+        {name: options[name] for name in options if name not in _LOAD_DEFAULTS}, _LOAD_DEFAULTS, "load_model"
+    )
     values: dict[str, Any] = {**_LOAD_DEFAULTS, **options}
     ProcessOptions.of(values["process"])
     Policy.of(values["policy"])

@@ -205,9 +205,7 @@ class _Reader:
 
     def _with_paths(self, options: Mapping[str, object]) -> dict[str, object]:
         """Return options of the cache, with absolute paths."""
-        return {
-            name: self._cache_path(value) if name in _CACHE_PATHS else value for name, value in options.items()
-        }
+        return {name: self._cache_path(value) if name in _CACHE_PATHS else value for name, value in options.items()}
 
     def _cache_path(self, value: object) -> object:
         """Return directories with absolute paths: one, a list, or a mapping to quotas."""
@@ -234,9 +232,7 @@ class _Reader:
                 raise OptionError(f"{name} must be a section, [{name}]")
         return table if isinstance(table, Mapping) else {}
 
-    def _entries(
-        self, sections: Mapping[str, object], name: str
-    ) -> list[tuple[Place, Mapping[str, object]]]:
+    def _entries(self, sections: Mapping[str, object], name: str) -> list[tuple[Place, Mapping[str, object]]]:
         """Return the sections of a list, each with its place."""
         entries = sections.get(name, [])
         with self._at((name,)):

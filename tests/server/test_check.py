@@ -247,7 +247,9 @@ BROKEN = {
         """,
 }
 # The value starts on the line of `models`, and TOML's parser gives no other.
-BROKEN["entries in one line"] = BROKEN["entries in one line"].replace("models = [", "models = [  #! did you mean 'n_ctx'")
+BROKEN["entries in one line"] = BROKEN["entries in one line"].replace(
+    "models = [", "models = [  #! did you mean 'n_ctx'"
+)
 
 
 @pytest.fixture
@@ -260,7 +262,11 @@ def folder(tmp_path: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "cut.gguf").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.gguf").write_text("hello")
     (tmp_path / "folder").mkdir()
-    for name, text, mode in (("good-keys", "one\n", 0o600), ("open-keys", "two\n", 0o644), ("no-keys", "#\n", 0o600)):
+    for name, text, mode in (
+        ("good-keys", "one\n", 0o600),
+        ("open-keys", "two\n", 0o644),
+        ("no-keys", "#\n", 0o600),
+    ):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(mode)
     return tmp_path

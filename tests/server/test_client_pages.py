@@ -48,4 +48,6 @@ def test_the_program_of_a_page_runs(name: str, tmp_path: Path, caplog: pytest.Lo
     assert {call["path"] for call in calls} == {"/v1/chat/completions"}
     last, before = calls[-1], calls[-2]
     assert finished.stdout == f"{output}{last['cached_tokens']} tokens came from the cache\n"
-    assert last["cached_tokens"] >= before["prompt_tokens"] + before["completion_tokens"] - 2
+    # LlamaIndex asks for at most one call. The marker that ends it is then not computed with the reply.
+    n_marker = len("</tool_call>") if name == "llamaindex" else 2
+    assert last["cached_tokens"] >= before["prompt_tokens"] + before["completion_tokens"] - n_marker

@@ -43,7 +43,9 @@ class Folder:
 
 def model(name: str) -> str:
     # With an alias: a single model without one answers under any name.
-    return f'[[models]]\npath = "{name}.gguf"\naliases = ["{name}s"]\nn_ctx = 2048\nn_threads = 1\nprocess = false\n'
+    return (
+        f'[[models]]\npath = "{name}.gguf"\naliases = ["{name}s"]\nn_ctx = 2048\nn_threads = 1\nprocess = false\n'
+    )
 
 
 def key(secret: str, *options: str) -> str:

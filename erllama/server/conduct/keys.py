@@ -46,7 +46,9 @@ class ApiKey:
         """Raise OptionError if the key has a model that does not exist: its client could use no model."""
         for name in self.models or ():
             if name not in known:
-                raise OptionError(f"the key {self.name!r} has the model {name!r}; the server has {', '.join(known)}")
+                raise OptionError(
+                    f"the key {self.name!r} has the model {name!r}; the server has {', '.join(known)}"
+                )
 
     def check_model(self, model: str) -> None:
         """Raise ApiError if the key may not use a model."""
