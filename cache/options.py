@@ -132,7 +132,8 @@ def check_separate(roots: Sequence[Root]) -> None:
             a, b = Path(os.path.realpath(root.path)), Path(os.path.realpath(other.path))
             if a == b or a in b.parents or b in a.parents:
                 raise OptionError(
-                    f"{root.tier}: {root.path} and {other.path} are equal, or one lies in the other; pass separate directories"
+                    f"{root.tier}: {root.path} and {other.path} are equal, or one lies in the other; "
+                    "pass separate directories"
                 )
 
 

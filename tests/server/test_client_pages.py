@@ -1,4 +1,4 @@
-"""The programs on the pages of Python clients run: a tool is called, a reply is streamed, and the prompt is cached."""
+"""The programs on the pages of Python clients run: tools are called, replies streamed, and prompts cached."""
 
 from __future__ import annotations
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
+import http.client
+import itertools
+import json
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +16,9 @@ import httpx
 import pytest
 
 from support.cli import write_replying_model
-from support.http_server import CHAT, ServeCommand, chat_body, read_until, request_bytes, serve_command
+from support.http_server import CHAT, JSON, ServeCommand, chat_body, read_until, request_bytes, serve_command
 from support.pseudo_terminal import PseudoTerminal
-from support.threads import wait_until
+from support.threads import in_threads, wait_until
 
 N_CLIENTS, N_REQUESTS = 12, 10  # requests of each client
 
@@ -166,33 +169,35 @@ def test_options_that_need_a_restart_are_named(start: ServeCommand, folder: Fold
 def test_reloads_under_load_lose_no_request(start: ServeCommand, folder: Folder) -> None:
     """Models and keys come and go every few milliseconds while clients use those that stay."""
     variants = [(), (model("two"),), (key("l"),), (model("two"), key("l", 'models = ["two"]'))]
+    done = threading.Event()
 
-    async def client(number: int) -> list[int]:
-        statuses = []
-        async with httpx.AsyncClient(headers={"x-api-key": "k"}, timeout=300) as http:
-            for i in range(N_REQUESTS):
-                body = chat_body(f"{number} {i}", model="one", stream=i % 2 == 1)
-                answer = await http.post(start.url + CHAT, json=body)
-                assert ("[DONE]" if i % 2 else '"Hi you"') in answer.text
-                statuses.append(answer.status_code)
-        return statuses
-
-    async def send_signals() -> int:
-        n = 0
-        while True:
-            folder.write(model("one"), key("k"), *variants[n % len(variants)])
+    def send_signals() -> None:
+        for variant in itertools.cycle(variants):
+            folder.write(model("one"), key("k"), *variant)
             start.process.send_signal(signal.SIGHUP)
-            n += 1
-            await asyncio.sleep(0.005)
+            if done.wait(0.005):
+                return
 
-    async def load() -> list[list[int]]:
-        signals = asyncio.create_task(send_signals())
-        try:
-            return await asyncio.gather(*(client(number) for number in range(N_CLIENTS)))
-        finally:
-            signals.cancel()
+    def client(number: int) -> None:
+        connection = http.client.HTTPConnection(start.url.removeprefix("http://"), timeout=300)
+        connection.connect()
+        connection.auto_open = 0  # a connection that the server closes is an error
+        for i in range(N_REQUESTS):
+            body = chat_body(f"{number} {i}", model="one", stream=i % 2 == 1)
+            connection.request("POST", CHAT, json.dumps(body), {"x-api-key": "k", **JSON})
+            answer = connection.getresponse()
+            text = answer.read().decode()
+            assert answer.status == 200, text
+            assert ("[DONE]" if i % 2 else '"Hi you"') in text
+        connection.close()
 
-    assert asyncio.run(load()) == [[200] * N_REQUESTS] * N_CLIENTS
+    sender = threading.Thread(target=send_signals)
+    sender.start()
+    try:
+        in_threads(client, N_CLIENTS)
+    finally:
+        done.set()
+        sender.join()
     assert n_reloads(start, "ok") > 1
     assert n_reloads(start, "error") == 0
     assert "Traceback" not in start.log.read_text()
