@@ -11,9 +11,11 @@ BIN := $(VENV)/bin
 TREE := build/tree
 # A change to one of these files makes an installation stale. Python sources are used in place.
 INSTALL_INPUTS := pyproject.toml setup.py scripts/build_llama.sh scripts/patch_ggml.py scripts/apply_patch.py scripts/rpc.patch $(wildcard scripts/*.h) llama_ffi/build.py llama_ffi/shim.h llama_ffi/shim.cpp llama_ffi/graph_check.h llama_ffi/graph_check.cpp llama_ffi/state_join.h llama_ffi/state_join.cpp llama_ffi/top_k.h llama_ffi/top_k.cpp
-# Stamp files: erllama itself, and the packages of the `dev` extra.
+# Stamp files: erllama itself, the packages of the `dev` extra, and those of the `llamaindex` extra.
 INSTALLED := $(VENV)/.installed-$(BACKEND)$(if $(filter 1,$(RPC)),+rpc)
 INSTALLED_DEV := $(VENV)/.dev
+LLAMAINDEX := $(VENV)/llamaindex
+INSTALLED_LLAMAINDEX := $(LLAMAINDEX)/.installed
 # The tests of `make check`: fast files that protect what often breaks. All of them take less than a minute of CPU time.
 FAST_TESTS := $(addprefix tests/,chat/test_messages.py chat/test_message_adapters.py chat/test_tool_formats.py chat/test_turns.py \
 	cli/test_cli_chat.py docs/test_cli_docs.py cli/test_cli_files.py docs/test_plots.py models/test_loading.py \
@@ -39,7 +41,7 @@ endef
 setup: $(INSTALLED)
 
 # Also install what the tests, the linters and the documentation need.
-setup-dev: $(INSTALLED_DEV)
+setup-dev: $(INSTALLED_DEV) $(INSTALLED_LLAMAINDEX)
 
 $(INSTALLED): $(INSTALL_INPUTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "erllama needs Python 3.11 or newer; set PYTHON" >&2; exit 1; }
@@ -52,6 +54,14 @@ $(INSTALLED): $(INSTALL_INPUTS)
 
 $(INSTALLED_DEV): $(INSTALLED) scripts/extra_requirements.py
 	@$(call install_extra,dev,the development tools (tests and linters and documentation))
+	@touch $@
+
+# In an environment of its own: it needs an older `openai` than the other tests.
+$(INSTALLED_LLAMAINDEX): $(INSTALLED)
+	@echo "setup: installing LlamaIndex for the tests, in $(LLAMAINDEX)"
+	@$(PYTHON) -m venv $(LLAMAINDEX)
+	@$(BIN)/python scripts/extra_requirements.py llamaindex > $(LLAMAINDEX)/requirements.txt
+	@$(LLAMAINDEX)/bin/python -m pip --disable-pip-version-check -q -q install -r $(LLAMAINDEX)/requirements.txt
 	@touch $@
 
 demo: setup

@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import platformdirs
 
+from erllama.cache.pressure.pressure import Pressure
 from erllama.cache.sizes import parse_bytes
 from erllama.cache.tiers.file_tier import FileTier
-from erllama.cache.tiers.read_only import create_file_tier
+from erllama.cache.tiers.read_only import create_file_tier, is_read_only
 from erllama.cache.tiers.tier import Tier
-from erllama.errors import OptionError
+from erllama.checks import boolean, integer, reject_unknown
+from erllama.errors import CacheError, OptionError
 
 OPTIONS = (
     "ram",
@@ -43,6 +45,51 @@ class Root(NamedTuple):
     path: Path
     budget: int
     read_only: bool = False
+
+
+def check_options(options: Mapping[str, object]) -> list[Root]:
+    """Check options of `Cache` without opening a directory; return its directories.
+
+    Raises:
+        OptionError: an option is unknown, has the wrong type, is out of range, or contradicts another option.
+    """
+    reject_unknown({name: options[name] for name in options if name not in OPTIONS}, OPTIONS, "Cache")
+    for name in ("ram", "write_queue", *(name for name in OPTIONS if name.endswith("_quota"))):
+        if options.get(name) is not None:
+            parse_bytes(name, options[name])
+    if "block_size" in options:
+        checked_block_size(options["block_size"])
+    boolean("watch", options.get("watch", True))
+    roots = [
+        root
+        for name in ("ram_file", "disk")
+        for root in directories(name, options.get(name), options.get(f"{name}_quota", 1))
+    ]
+    if boolean("read_only", options.get("read_only", False)):
+        roots = as_read_only(roots)
+    check_separate(roots)
+    custom_tiers(options.get("tiers", ()))
+    Pressure.of(options.get("pressure"))
+    return roots
+
+
+def checked_block_size(value: object) -> int:
+    """Return the size of a block in tokens; raise OptionError if it is none."""
+    size = integer("block_size", value, 16, 4096)
+    if size & (size - 1):
+        raise OptionError(f"block_size={size}; it must be a power of two from 16 to 4096")
+    return size
+
+
+def check_usable(root: Root) -> None:
+    """Raise CacheError if a directory can neither be written nor, holding a cache, be read."""
+    if root.read_only or is_read_only(root.path):
+        return
+    existing = next(path for path in (root.path, *root.path.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise CacheError(f"{root.tier}: {existing} is not a directory; pass another directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CacheError(f"{root.tier}: {existing} is not writable; make it so, or pass another directory")
 
 
 def directories(name: str, value: object, quota: object) -> list[Root]:
@@ -85,7 +132,8 @@ def check_separate(roots: Sequence[Root]) -> None:
             a, b = Path(os.path.realpath(root.path)), Path(os.path.realpath(other.path))
             if a == b or a in b.parents or b in a.parents:
                 raise OptionError(
-                    f"{root.path} and {other.path} are equal, or one lies in the other; pass separate directories"
+                    f"{root.tier}: {root.path} and {other.path} are equal, or one lies in the other; "
+                    "pass separate directories"
                 )
 
 

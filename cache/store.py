@@ -28,7 +28,15 @@ from erllama.cache.blocks.keys import TOKEN_BYTES, token_bytes
 from erllama.cache.blocks.match import Loaded, Match, Row, TierStatus
 from erllama.cache.catalog.catalog import BlockCatalog
 from erllama.cache.catalog.counters import Counters
-from erllama.cache.options import OPTIONS, Directories, as_read_only, custom_tiers, directories, file_tiers
+from erllama.cache.options import (
+    OPTIONS,
+    Directories,
+    as_read_only,
+    checked_block_size,
+    custom_tiers,
+    directories,
+    file_tiers,
+)
 from erllama.cache.pipeline.attached_tiers import AttachedTiers
 from erllama.cache.pipeline.change_feed import ChangeFeed
 from erllama.cache.pipeline.evictor import Evictor
@@ -51,7 +59,7 @@ from erllama.cache.tiers.file_tier import FileTier
 from erllama.cache.tiers.ram_tier import RamTier
 from erllama.cache.tiers.tier import Problem, Tier
 from erllama.cache.uninterrupted import run_behind, uninterrupted
-from erllama.checks import boolean, integer, reject_unknown
+from erllama.checks import boolean, reject_unknown
 from erllama.errors import CacheError, IntegrityError, OptionError
 
 log = logger("erllama.cache")
@@ -110,9 +118,7 @@ class Cache:
     ) -> None:
         reject_unknown(unknown, OPTIONS, "Cache")
         self.ram_budget = parse_bytes("ram", 0 if ram is None else ram)
-        self.block_size = integer("block_size", block_size, 16, 4096)
-        if self.block_size & (self.block_size - 1):
-            raise OptionError(f"block_size={block_size}; it must be a power of two from 16 to 4096")
+        self.block_size = checked_block_size(block_size)
         queue_bytes = parse_bytes("write_queue", write_queue)
         roots = directories("ram_file", ram_file, ram_file_quota) + directories("disk", disk, disk_quota)
         self._watch = boolean("watch", watch)

@@ -101,18 +101,8 @@ def load_file(
         OptionError: an option contradicts the file, or an override has no effect.
         LoadCancelled: `on_progress` returned False.
     """
-    check_file(path)
-    metadata: Mapping[str, object] = {}
-    n_positions = None
+    metadata, n_positions = check_header(path, options, vocab_only=vocab_only)
     try:
-        header = llama_ffi.check_header(path, options.overrides)
-        metadata = header.metadata
-        llama_ffi.check_hyperparameters(metadata)
-        if not vocab_only:
-            options.check_against_file(metadata)
-            tensors = _all_tensors(path, header)
-            llama_ffi.check_tensors(metadata, tensors)
-            n_positions = next((each.shape[1] for each in tensors if each.name == "position_embd.weight"), None)
         model = llama_ffi.LlamaModel(
             path,
             n_gpu_layers=options.n_gpu_layers,
@@ -131,10 +121,44 @@ def load_file(
     except llama_ffi.UnusedOverrideError as error:
         raise OptionError(_unused_override_message(error, metadata, vocab_only)) from None
     except llama_ffi.LlamaError as error:
-        raise ModelLoadError(
-            f"{path} cannot be loaded: {error}. Check that the file is complete and of a supported kind"
-        ) from error
+        raise _load_error(path, error) from error
     return LoadedFile(model, metadata, n_positions)
+
+
+class CheckedHeader(NamedTuple):
+    """A header's metadata with the overrides, and the number of learned positions as in `LoadedFile`."""
+
+    metadata: Mapping[str, object]
+    n_positions: int | None
+
+
+def check_header(path: Path, options: LlamaOptions, *, vocab_only: bool = False) -> CheckedHeader:
+    """Check what can be checked before a load: a file's header, and the options against it. Reads no weights.
+
+    Raises:
+        ModelLoadError: the file is missing, not a regular file, not GGUF, damaged, or of a kind unknown to
+            libllama.
+        OptionError: an option contradicts the file.
+    """
+    check_file(path)
+    n_positions = None
+    try:
+        header = llama_ffi.check_header(path, options.overrides)
+        llama_ffi.check_hyperparameters(header.metadata)
+        if not vocab_only:
+            options.check_against_file(header.metadata)
+            tensors = _all_tensors(path, header)
+            llama_ffi.check_tensors(header.metadata, tensors)
+            n_positions = next((each.shape[1] for each in tensors if each.name == "position_embd.weight"), None)
+    except llama_ffi.LlamaError as error:
+        raise _load_error(path, error) from error
+    return CheckedHeader(header.metadata, n_positions)
+
+
+def _load_error(path: Path, error: Exception) -> ModelLoadError:
+    return ModelLoadError(
+        f"{path} cannot be loaded: {error}. Check that the file is complete and of a supported kind"
+    )
 
 
 def _all_tensors(path: Path, header: llama_ffi.GGUFHeader) -> list[llama_ffi.Tensor]:

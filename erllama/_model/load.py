@@ -23,7 +23,7 @@ from erllama._process.launch import Launch
 from erllama._process.options import ProcessOptions
 from erllama.cache import Cache, Policy
 from erllama.checks import boolean, integer, reject_unknown
-from erllama.engine import Backend, ModelThread, RequestOptions
+from erllama.engine import Backend, Limits, ModelThread, RequestOptions
 from erllama.engine.backends.fingerprint import Fingerprint
 from erllama.engine.scheduling.options import SchedulingOptions
 from erllama.errors import OptionError
@@ -253,6 +253,53 @@ _LOAD_DEFAULTS = {
     for parameter in inspect.signature(load_model).parameters.values()
     if parameter.kind is parameter.KEYWORD_ONLY
 }
+
+
+def check_load_options(options: Mapping[str, object]) -> LlamaOptions:
+    """Check options of `load_model` without a file.
+
+    Returns:
+        Those of libllama, for the check of a file's header.
+
+    Raises:
+        OptionError: an option is unknown, has the wrong type, is out of range, or contradicts another option or the
+            devices.
+        ServerLost: an RPC server cannot be reached.
+    """
+    reject_unknown(
+        {name: options[name] for name in options if name not in _LOAD_DEFAULTS}, _LOAD_DEFAULTS, "load_model"
+    )
+    values: dict[str, Any] = {**_LOAD_DEFAULTS, **options}
+    ProcessOptions.of(values["process"])
+    Policy.of(values["policy"])
+    RequestOptions(cache_salt=values["cache_salt"])
+    Fingerprint(values["fingerprint"], values["own_fingerprint"])
+    boolean("warmup", values["warmup"])
+    llama_options, n_running = _checked_options(
+        {name: values[name] for name in _LOAD_DEFAULTS if name in _llama_option_names()}, values["n_seq_max"]
+    )
+    scheduling = SchedulingOptions(
+        n_running, values["prefill_chunk_size"], values["parked_cells"], values["max_pending"]
+    )
+    scheduling.for_limits(_largest_limits(llama_options))
+    return llama_options
+
+
+def _llama_option_names() -> tuple[str, ...]:
+    from erllama.engine.backends.llama_options import LlamaOptions
+
+    return LlamaOptions.__slots__  # type: ignore[attr-defined, no-any-return]
+
+
+def _largest_limits(options: LlamaOptions) -> Limits:
+    """Return the limits of a context with these options, as large as any model allows."""
+    from erllama.engine.backends.llama_options import MAX_N_CTX
+
+    n_ctx = MAX_N_CTX if options.n_ctx is None else -(-options.n_ctx // 256) * 256  # rounded up, as libllama does
+    n_sequences = options.n_sequences + options.n_spare_sequences
+    return Limits(n_ctx, options.n_batch, options.n_ubatch, 0, False, n_sequences=n_sequences)
+
+
 _VOCABULARY_OPTIONS = ("id", "cache", "cache_salt", "overrides", "vocab_only", "on_progress")
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
@@ -15,17 +15,18 @@ from pathlib import Path
 import click
 
 import erllama
-from erllama._runtime.printing import echo, printable
+from erllama._runtime.printing import echo, one_line, printable
+from erllama.cli.console import format_count
 from erllama.cli.loading import ModelOptions
 from erllama.cli.memory_cache import memory_cache
 from erllama.cli.options import FILE, model_and_cache_options, parse_size
-from erllama.cli.served_models import model_entries, open_pool
+from erllama.cli.served_models import open_pool, parse_model
 from erllama.server.application import make_server
-from erllama.server.conduct.key_files import VARIABLE, read_key_file, read_key_variable
-from erllama.server.conduct.keys import ApiKey
-from erllama.server.configuration import Configuration, read_configuration
+from erllama.server.conduct.key_files import VARIABLE
 from erllama.server.listening import ListenOptions, url_of
-from erllama.server.options import ServerOptions
+from erllama.server.mistakes import ConfigurationError
+from erllama.server.reload import Reloader
+from erllama.server.settings import CommandOptions, Settings, read_settings
 
 
 @click.command()
@@ -66,6 +67,11 @@ from erllama.server.options import ServerOptions
     metavar="FILE",
     help='File for the access log, one line of JSON for each request; "none" for no log. Default: stderr.',
 )
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Check the configuration and the other options without starting a server. Exit status 1 if one is wrong.",
+)
 @click.option("--in-process", is_flag=True, help="Run the models in this process instead of one process each.")
 @click.option("--on-request", is_flag=True, help="Load each MODEL when a request needs it, not at the start.")
 @click.option(
@@ -90,6 +96,7 @@ def serve(
     allowed_hosts: tuple[str, ...],
     cors_origins: tuple[str, ...],
     access_log: str | None,
+    check: bool,
     in_process: bool,
     on_request: bool,
     keep_alive: str | None,
@@ -109,42 +116,57 @@ def serve(
       erllama serve 'small,*=small.gguf' large=large.gguf --on-request --keep-alive 10m
       erllama serve --config erllama.toml
     """
-    configuration = read_configuration(config) if config is not None else Configuration()
-    listen = ListenOptions(**_chosen(configuration.listen, host=host, port=port, insecure=insecure or None))  # type: ignore[arg-type]
-    keys = _keys(configuration, api_key_file)
-    listen.check_keys(bool(keys))
-    if not listen.is_loopback and listen.host[0].isalpha():
-        allowed_hosts = (*allowed_hosts, listen.host)
-    given = {
-        "allowed_hosts": allowed_hosts or None,
-        "cors_origins": cors_origins or None,
-        "model_keep_alive": keep_alive,
-        "memory_limit": memory_limit,
-    }
-    options = ServerOptions.of(_chosen(configuration.server, **given) | {"keys": keys})
-    entries = model_entries(models, configuration.models, loading, in_process=in_process, on_request=on_request)
+    command = CommandOptions(
+        config=config,
+        models=[parse_model(text, on_request=on_request) for text in models],
+        api_key_file=api_key_file,
+        listen=_given(host=host, port=port, insecure=insecure or None),
+        server=_given(
+            allowed_hosts=allowed_hosts or None,
+            cors_origins=cors_origins or None,
+            model_keep_alive=keep_alive,
+            memory_limit=memory_limit,
+        ),
+        cache=_given(disk=loading.cache_dir, disk_quota=loading.quota),
+        load=loading.options,
+        in_process=in_process,
+        access_log=access_log,
+    )
+    if check:
+        return _check(command)
+    settings = read_settings(command)
     with ExitStack() as stack:
-        bound = stack.enter_context(listen.bind())  # before the models, whose loading takes long
-        stack.enter_context(_log_access(access_log or configuration.access_log or "stderr"))
-        cache = stack.enter_context(_open_cache(loading, configuration.cache, in_process))
-        pool = stack.enter_context(open_pool(entries, cache, options))
-        server = make_server(pool, options)
+        bound = stack.enter_context(settings.listen.bind())  # before the models, whose loading takes long
+        stack.enter_context(_log_access(settings.access_log))
+        cache = stack.enter_context(_open_cache(loading, settings.cache, in_process))
+        pool = stack.enter_context(open_pool(settings.models, cache, settings.options))
+        server = make_server(pool, settings.options)
         from erllama.server.run import run  # uvicorn is imported only if all else is right
 
-        names = [model.name for model in pool.models]
-        run(server, listen, bound, lambda: _print_address(url_of(bound), names, bool(keys)))
+        logging.getLogger("erllama.server.reload").setLevel(logging.INFO)  # an administrator waits for its report
+        reloader = Reloader(server, settings, lambda: read_settings(command))
+        run(server, settings.listen, bound, lambda: _print_address(url_of(bound), settings), reloader.request)
     return 0
 
 
-def _chosen(configured: Mapping[str, object], **given: object) -> dict[str, object]:
-    """Return the options of the configuration, with those of the command in their place."""
-    return {**configured, **{name: value for name, value in given.items() if value is not None}}
+def _given(**options: object) -> dict[str, object]:
+    """Return the options that the command line sets."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
-def _keys(configuration: Configuration, file: Path | None) -> tuple[ApiKey, ...]:
-    keys = [*configuration.keys, *(read_key_file(file) if file is not None else [])]
-    secrets = {key.secret for key in keys}
-    return (*keys, *(key for key in read_key_variable() if key.secret not in secrets))
+def _check(command: CommandOptions) -> int:
+    """Print what is wrong with the configuration, or what it serves. Return the exit status."""
+    try:
+        settings = read_settings(command)
+    except ConfigurationError as error:
+        for mistake in error.mistakes:
+            echo(printable(one_line(str(mistake))))
+        return 1
+    names = ", ".join(entry.id for entry in settings.models)
+    n_keys = format_count(len(settings.options.keys), "key")
+    address = f"{settings.listen.host}, port {settings.listen.port}"
+    echo(printable(one_line(f"The configuration is valid: {names} on {address}, with {n_keys}.")))
+    return 0
 
 
 def _open_cache(
@@ -152,8 +174,7 @@ def _open_cache(
 ) -> AbstractContextManager[erllama.Cache]:
     if loading.no_cache:
         return erllama.Cache() if in_process else memory_cache(configured)
-    options = _chosen({"disk": True, **configured}, disk=loading.cache_dir, disk_quota=loading.quota)
-    return erllama.Cache(**options)  # type: ignore[arg-type]
+    return erllama.Cache(**configured)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -193,10 +214,11 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-def _print_address(url: str, names: Sequence[str], has_keys: bool) -> None:
+def _print_address(url: str, settings: Settings) -> None:
     """Print the address and a request to try."""
+    names = [entry.id for entry in settings.models]
     body = json.dumps({"model": names[0], "messages": [{"role": "user", "content": "Hello"}]})
-    key = " -H 'authorization: Bearer KEY'" if has_keys else ""
+    key = " -H 'authorization: Bearer KEY'" if settings.options.keys else ""
     echo(f"erllama serves {', '.join(names)} on {url}. Ctrl-C stops it. Try it:")
     echo(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d {_quoted(body)}")
     sys.stdout.flush()

@@ -1,16 +1,14 @@
-"""The models of `erllama serve`: those of its arguments and of the configuration file, and how they are loaded."""
+"""The models of `erllama serve`: those of its arguments, and how all of them are loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import erllama
 from erllama.cache.sizes import parse_bytes
 from erllama.cli.console import is_terminal, progress_bar
-from erllama.cli.loading import ModelOptions, existing_path
 from erllama.errors import OptionError
 from erllama.server.conduct.durations import parse_duration
 from erllama.server.models import ModelEntry, ModelPool
@@ -18,35 +16,15 @@ from erllama.server.models.pool import load_entry
 from erllama.server.options import ServerOptions
 
 
-def model_entries(
-    arguments: Sequence[str],
-    configured: Sequence[ModelEntry],
-    loading: ModelOptions,
-    *,
-    in_process: bool,
-    on_request: bool,
-) -> list[ModelEntry]:
-    """Return the models to serve, with all options of their loads; the demo model if there is none.
+def parse_model(text: str, *, on_request: bool) -> ModelEntry:
+    """Return the model of an argument: a path, or "NAME,ALIAS,…=PATH".
 
     Args:
-        arguments: the command's MODELs.
-        configured: those of the configuration file.
-        loading: options of the command, for models that do not set them.
-        in_process: run all models in this process.
-        on_request: load the command's MODELs on their first request.
+        on_request: load it on its first request.
 
     Raises:
-        ModelLoadError: a file does not exist.
-        OptionError: an argument has no name before its "=".
+        OptionError: there is no name before the "=", or no path after it.
     """
-    entries = [_entry(text, on_request) for text in arguments] + list(configured)
-    if not entries:
-        entries = [ModelEntry(path=erllama.demo_model(), load="request" if on_request else "start")]
-    return [_with_options(entry, loading, in_process) for entry in entries]
-
-
-def _entry(text: str, on_request: bool) -> ModelEntry:
-    """Return the model of an argument: a path, or "NAME,ALIAS,…=PATH"."""
     names, equals, place = text.rpartition("=")
     if not equals or Path(text).exists():
         return ModelEntry(path=Path(text), load="request" if on_request else "start")
@@ -55,12 +33,6 @@ def _entry(text: str, on_request: bool) -> ModelEntry:
         raise OptionError(f"{text!r}: pass PATH, NAME=PATH, or NAME,ALIAS=PATH")
     load = "request" if on_request else "start"
     return ModelEntry(path=Path(place), name=name, aliases=tuple(aliases), load=load)  # type: ignore[arg-type]
-
-
-def _with_options(entry: ModelEntry, loading: ModelOptions, in_process: bool) -> ModelEntry:
-    process = False if in_process else entry.options.get("process", loading.extra.get("process", True))
-    options = {**loading.options, **entry.options, "process": process}
-    return replace(entry, path=existing_path(entry.path), options=options)
 
 
 @contextmanager

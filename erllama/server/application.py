@@ -60,18 +60,10 @@ def make_server(
     if not isinstance(models, ModelPool):
         given = [models] if isinstance(models, Model | ServedModel) else list(models)
         models = ModelPool([each if isinstance(each, ServedModel) else ServedModel(each) for each in given])
-    _check_keys(options, models)
+    for key in options.keys:
+        key.check_names([model.name for model in models.models])
     cache = models.cache
     return Server(models, options, signing_key(cache), responses=_open_responses(options, cache))
-
-
-def _check_keys(options: ServerOptions, pool: ModelPool) -> None:
-    """Raise OptionError if a key names a model that does not exist: its client could use no model."""
-    known = [model.name for model in pool.models]
-    for key in options.keys:
-        for name in key.models or ():
-            if name not in known:
-                raise OptionError(f"the key {key.name!r} has the model {name!r}; the server has {', '.join(known)}")
 
 
 def _open_responses(options: ServerOptions, cache: Cache) -> ResponseStore:

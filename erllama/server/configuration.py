@@ -1,7 +1,8 @@
-"""Reads the configuration file of `erllama serve`, in TOML.
+"""Reads the configuration file of `erllama serve`, in TOML, and checks it.
 
-Sections: `[server]`, `[[models]]`, `[[keys]]` and `[cache]`. Errors name the file and, where possible, the line.
-Relative paths start at the file's directory.
+Sections: `[server]`, `[[models]]`, `[[keys]]` and `[cache]`. Relative paths start at the file's directory. Reading
+finds every mistake that can be found without loading a model, each with its line: `serve`, `serve --check` and a
+reload read a file with the same function.
 """
 
 from __future__ import annotations
@@ -9,27 +10,28 @@ from __future__ import annotations
 import inspect
 import re
 import tomllib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
 
-from erllama._model.load import load_model
+from erllama._model.load import check_load_options, load_model
 from erllama.cache.options import OPTIONS as CACHE_OPTIONS
+from erllama.cache.options import check_options, check_usable
 from erllama.cache.sizes import parse_bytes
 from erllama.checks import boolean, reject_unknown, shown
-from erllama.errors import OptionError
+from erllama.errors import Error, ModelLoadError, OptionError
 from erllama.server.conduct.key_files import ENVIRONMENT, check_private, read_key_file
 from erllama.server.conduct.keys import ApiKey
 from erllama.server.listening import ListenOptions
+from erllama.server.mistakes import Mistake, Mistakes
 from erllama.server.models.entry import ModelEntry
 from erllama.server.options import ServerOptions, texts
-
-T = TypeVar("T")
+from erllama.server.toml_lines import Place, toml_lines
 
 _SERVER = tuple(each.name for each in fields(ServerOptions) if each.name != "keys")
 _LISTEN = tuple(each.name for each in fields(ListenOptions))
+_SECTIONS = ("server", "models", "keys", "cache")
 _KEY_SOURCES = ("key", "key_env", "key_file")
 _KEY = ("name", "cache_salt", "requests_per_minute", "tokens_per_minute", "models")
 _MODEL = ("path", "name", "aliases", "special_tokens_in_content", "load", "keep_alive")
@@ -53,6 +55,9 @@ class Configuration:
         access_log: a path, "stderr" or "none"; None if the file has no such option.
         models, keys: as listed.
         cache: options of `Cache`, by name.
+        mistakes: what is wrong with the file. What a mistake is about is left out of the other attributes.
+        lines: the line of each option, by its place in the file.
+        key_lines: for each key, the line of its `models`, or of its section.
     """
 
     server: Mapping[str, object] = field(default_factory=dict)
@@ -61,114 +66,146 @@ class Configuration:
     models: tuple[ModelEntry, ...] = ()
     keys: tuple[ApiKey, ...] = ()
     cache: Mapping[str, object] = field(default_factory=dict)
+    mistakes: tuple[Mistake, ...] = ()
+    lines: Mapping[Place, int] = field(default_factory=dict, compare=False, repr=False)
+    key_lines: tuple[int | None, ...] = field(default=(), compare=False, repr=False)
 
 
 def read_configuration(path: Path, environment: Mapping[str, str] = ENVIRONMENT) -> Configuration:
-    """Return the content of a configuration file.
+    """Return the content of a configuration file, and its mistakes.
 
     Args:
         environment: where `key_env` is looked up.
-
-    Raises:
-        OptionError: the file is not TOML, or an option is unknown, has the wrong type or is out of range.
-        OSError: the file cannot be read.
     """
-    text = path.read_text(encoding="utf-8")
+    mistakes = Mistakes()
     try:
+        text = path.read_text(encoding="utf-8")
         sections = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise OptionError(f"{path}: {error}") from None
-    return _Reader(path, text, environment).read(sections)
+        found = re.search(r"\(at line (\d+), column \d+\)", str(error))
+        line = int(found[1]) if found else text.rstrip("\n").count("\n") + 1
+        return Configuration(mistakes=(Mistake(f"not TOML: {error}", path, line),))
+    except UnicodeDecodeError as error:
+        return Configuration(mistakes=(Mistake(f"not UTF-8 text: {error.reason} at byte {error.start}", path),))
+    except OSError as error:
+        mistakes.add(error)
+        return Configuration(mistakes=tuple(mistakes.found))
+    return _Reader(path, toml_lines(text), environment, mistakes).read(sections)
 
 
 class _Reader:
-    def __init__(self, path: Path, text: str, environment: Mapping[str, str]) -> None:
-        self._path, self._lines, self._environment = path, text.splitlines(), environment
+    """Reads one file. Each option is read where it can be read, and each mistake is noted with its line."""
+
+    def __init__(
+        self, path: Path, lines: Mapping[Place, int], environment: Mapping[str, str], mistakes: Mistakes
+    ) -> None:
+        self._path, self._lines, self._environment, self._mistakes = path, lines, environment, mistakes
+        self._keys: list[ApiKey] = []
+        self._key_lines: list[int | None] = []
 
     def read(self, sections: Mapping[str, object]) -> Configuration:
-        with self._located(None, None, sections):
-            reject_unknown(
-                {
-                    name: value
-                    for name, value in sections.items()
-                    if name not in ("server", "models", "keys", "cache")
-                },
-                ("server", "models", "keys", "cache"),
-                "the configuration",
-            )
-        server = self._table(sections, "server")
-        cache = self._table(sections, "cache")
-        with self._located("server", None, server):
-            self._refuse(server, (*_SERVER, *_LISTEN, "access_log"), "[server]")
-            options = {name: _size(name, value) for name, value in server.items() if name in _SERVER}
-            options |= {
-                name: texts(name, server[name]) for name in ("allowed_hosts", "cors_origins") if name in server
-            }
-            listen = {name: value for name, value in server.items() if name in _LISTEN}
-            ServerOptions.of(options)
-            ListenOptions(**listen)  # type: ignore[arg-type]
-            log = server.get("access_log")
-            if log is not None and not isinstance(log, str):
-                raise OptionError(f'access_log must be a path, "stderr" or "none", not {shown(log)}')
-        with self._located("cache", None, cache):
-            known = [name for name in CACHE_OPTIONS if name not in _NOT_IN_FILES]
-            self._refuse(cache, known, "[cache]")
+        """Return the content of the file's sections."""
+        self._known((), sections, _SECTIONS, "the configuration")
+        server = self._server(self._table(sections, "server"))
+        cache = self._cache(self._table(sections, "cache"))
+        models = [self._model(place, entry) for place, entry in self._entries(sections, "models")]
+        for place, entry in self._entries(sections, "keys"):
+            self._read_keys(place, entry)
+        log = server.get("access_log")
         return Configuration(
-            server=options,
-            listen=listen,
-            access_log=str(self._resolve(log)) if log not in (None, "stderr", "none") else log,
-            models=tuple(self._each(sections, "models", self._model)),
-            keys=tuple(key for keys in self._each(sections, "keys", self._keys) for key in keys),
-            cache={
-                name: self._cache_path(value) if name in _CACHE_PATHS else value for name, value in cache.items()
-            },
+            server={name: value for name, value in server.items() if name in _SERVER},
+            listen={name: value for name, value in server.items() if name in _LISTEN},
+            access_log=str(log) if log is not None else None,
+            cache=cache,
+            models=tuple(entry for entry in models if entry is not None),
+            keys=tuple(self._keys),
+            key_lines=tuple(self._key_lines),
+            mistakes=tuple(self._mistakes.found),
+            lines=self._lines,
         )
 
-    # --- entries -----------------------------------------------------------------------------------
+    # --- sections ----------------------------------------------------------------------------------
 
-    def _model(self, entry: Mapping[str, object]) -> ModelEntry:
-        self._refuse(entry, (*_MODEL, *_LOAD), "[[models]]")
-        path, name = entry.get("path"), entry.get("name")
-        if not isinstance(path, str) or not path:
-            raise OptionError("a model needs a path, the path of a GGUF file")
-        if name is not None and (not isinstance(name, str) or not name):
-            raise OptionError(f"name must be a text, not {shown(name)}")
+    def _server(self, section: Mapping[str, object]) -> dict[str, object]:
+        known = self._known(("server",), section, (*_SERVER, *_LISTEN, "access_log"), "[server]")
+        values: dict[str, object] = {}
+        for name, value in known.items():
+            with self._at(("server", name)):
+                checked = _server_option(name, value)
+                if name == "state_dir" or (name == "access_log" and value not in ("stderr", "none")):
+                    checked = str(self._resolve(checked))
+                if name == "access_log" and not Path(str(checked)).parent.is_dir():
+                    raise OptionError(f"access_log: {Path(str(checked)).parent} is not a directory; create it")
+                values[name] = checked
+        return values
+
+    def _cache(self, section: Mapping[str, object]) -> dict[str, object]:
+        known = [name for name in CACHE_OPTIONS if name not in _NOT_IN_FILES]
+        options = self._known(("cache",), section, known, "[cache]")
+        options = self._check_together(("cache",), options, lambda rest: check_options(self._with_paths(rest)))
+        options = self._with_paths(options)
+        for name in options.keys() & set(_CACHE_PATHS):
+            with self._at(("cache", name)):
+                for root in check_options({name: options[name]}):
+                    check_usable(root)
+        return options
+
+    def _model(self, place: Place, entry: Mapping[str, object]) -> ModelEntry | None:
+        known = self._known(place, entry, (*_MODEL, *_LOAD), "[[models]]")
+        read: dict[str, object] = {}
+        for name in _MODEL:
+            with self._at((*place, name)):
+                if name in known or name == "path":
+                    checked = _model_option(name, known.get(name))
+                    read[name] = self._resolve(checked) if name == "path" else checked
+        options = {name: value for name, value in known.items() if name not in _MODEL}
+        options = self._check_together(place, options, check_load_options)
+        path = read.get("path")
+        if isinstance(path, Path):
+            self._check_together(place, options, lambda rest: check_model_file(path, rest), "path")
+        if "path" not in read or any(name in known and name not in read for name in _MODEL):
+            return None  # its names are unknown
         return ModelEntry(
-            path=self._resolve(path),
-            name=name,
-            aliases=texts("aliases", entry.get("aliases", ())),
-            special_tokens_in_content=boolean(
-                "special_tokens_in_content", entry.get("special_tokens_in_content", False)
-            ),
-            options={name: value for name, value in entry.items() if name not in _MODEL},
-            **{name: entry[name] for name in ("load", "keep_alive") if name in entry},  # type: ignore[arg-type]
+            **read,  # type: ignore[arg-type]
+            options=options,
+            lines={str(name): self._lines[where] for name in entry if (where := (*place, name)) in self._lines},
         )
 
-    def _keys(self, entry: Mapping[str, object]) -> list[ApiKey]:
-        self._refuse(entry, (*_KEY_SOURCES, *_KEY), "[[keys]]")
-        limits = {name: value for name, value in entry.items() if name in _KEY}
-        if "models" in limits:
-            limits["models"] = texts("models", limits["models"])
-        for name in ("name", "cache_salt"):
-            if not isinstance(limits.get(name, ""), str):
-                raise OptionError(f"{name} must be a text, not {shown(limits[name])}")
-        sources = [name for name in _KEY_SOURCES if name in entry]
-        if len(sources) != 1:
-            raise OptionError(f"a key needs one of {', '.join(_KEY_SOURCES)}")
-        source, value = sources[0], entry[sources[0]]
+    def _read_keys(self, place: Place, entry: Mapping[str, object]) -> None:
+        known = self._known(place, entry, (*_KEY_SOURCES, *_KEY), "[[keys]]")
+        limits: dict[str, object] = {}
+        for name in _KEY:
+            with self._at((*place, name)):
+                if name in known:
+                    checked = _key_option(name, known[name])
+                    ApiKey(secret="key", **{name: checked})  # type: ignore[arg-type]
+                    limits[name] = checked
+        sources = [name for name in _KEY_SOURCES if name in known]
+        with self._at((*place, *sources[:1])):
+            if len(sources) != 1:
+                raise OptionError(f"a key needs one of {', '.join(_KEY_SOURCES)}")
+            keys = [*self._keys, *self._keys_of(sources[0], known[sources[0]], limits)]
+            ServerOptions(keys=tuple(keys))  # refuses equal ones
+            self._key_lines += [self._line((*place, "models"))] * (len(keys) - len(self._keys))
+            self._keys = keys
+
+    def _keys_of(self, source: str, value: object, limits: dict[str, object]) -> list[ApiKey]:
+        """Return the keys of an entry from the file itself, from another one, or from a variable."""
         if not isinstance(value, str):
             raise OptionError(f"{source} must be a text, not {shown(value)}")
         if source == "key_file":
             return read_key_file(self._resolve(value), **limits)
         if source == "key":
             check_private(self._path)
-            secret = value
-        else:
-            secret = self._environment.get(value, "").strip()
-            if not secret:
-                raise OptionError(f"key_env: the variable {value} is not set; set it to the key")
-            limits.setdefault("name", value)
-        return [ApiKey(secret=secret, **limits)]  # type: ignore[arg-type]
+            return [ApiKey(secret=value, **limits)]  # type: ignore[arg-type]
+        secret = self._environment.get(value, "").strip()
+        if not secret:
+            raise OptionError(f"key_env: the variable {value} is not set; set it to the key")
+        return [ApiKey(secret=secret, **{"name": value, **limits})]  # type: ignore[arg-type]
+
+    def _with_paths(self, options: Mapping[str, object]) -> dict[str, object]:
+        """Return options of the cache, with absolute paths."""
+        return {name: self._cache_path(value) if name in _CACHE_PATHS else value for name, value in options.items()}
 
     def _cache_path(self, value: object) -> object:
         """Return directories with absolute paths: one, a list, or a mapping to quotas."""
@@ -181,63 +218,144 @@ class _Reader:
         return value
 
     def _resolve(self, path: object) -> Path:
-        return self._path.parent / Path(str(path)).expanduser()
+        try:
+            return self._path.parent / Path(str(path)).expanduser()
+        except RuntimeError as error:  # "~name" without such a user
+            raise OptionError(f"{shown(path)}: {error}") from None
 
-    # --- structure and errors ----------------------------------------------------------------------
+    # --- structure ---------------------------------------------------------------------------------
 
     def _table(self, sections: Mapping[str, object], name: str) -> Mapping[str, object]:
         table = sections.get(name, {})
-        if not isinstance(table, Mapping):
-            raise OptionError(f"{self._path}: {name} must be a section, [{name}]")
-        return table
+        with self._at((name,)):
+            if not isinstance(table, Mapping):
+                raise OptionError(f"{name} must be a section, [{name}]")
+        return table if isinstance(table, Mapping) else {}
 
-    def _each(
-        self, sections: Mapping[str, object], name: str, read: Callable[[Mapping[str, object]], T]
-    ) -> Iterator[T]:
+    def _entries(self, sections: Mapping[str, object], name: str) -> list[tuple[Place, Mapping[str, object]]]:
+        """Return the sections of a list, each with its place."""
         entries = sections.get(name, [])
-        if not isinstance(entries, list) or not all(isinstance(each, Mapping) for each in entries):
-            raise OptionError(f"{self._path}: {name} must be a list of sections, [[{name}]]")
-        for index, entry in enumerate(entries):
-            with self._located(name, index, entry):
-                made = read(entry)
-            yield made
+        with self._at((name,)):
+            if not isinstance(entries, list) or not all(isinstance(each, Mapping) for each in entries):
+                raise OptionError(f"{name} must be a list of sections, [[{name}]]")
+            return [((name, index), entry) for index, entry in enumerate(entries)]
+        return []
 
-    @staticmethod
-    def _refuse(entry: Mapping[str, object], known: Collection[str], where: str) -> None:
-        reject_unknown({name: value for name, value in entry.items() if name not in known}, known, where)
+    def _known(
+        self, place: Place, section: Mapping[str, object], known: Collection[str], where: str
+    ) -> dict[str, object]:
+        """Return the options of a section that exist, and note the others."""
+        for name, value in section.items():
+            if name not in known:
+                with self._at((*place, name)):
+                    reject_unknown({name: value}, known, where)
+        return {name: value for name, value in section.items() if name in known}
 
-    @contextmanager
-    def _located(self, section: str | None, index: int | None, entry: Mapping[str, object]) -> Iterator[None]:
-        """Add the file, and the line of the option that an error names, to errors."""
-        try:
-            yield
-        except OptionError as error:
-            line = self._line(section, index, [name for name in entry if _names(str(error), name)])
-            where = f"{self._path}, line {line}" if line else str(self._path)
-            raise OptionError(f"{where}: {error}") from None
+    # --- mistakes ----------------------------------------------------------------------------------
 
-    def _line(self, section: str | None, index: int | None, names: Collection[str]) -> int | None:
-        """Return the number of the line that sets one of some options in a section; else that of its header."""
-        current, n_before, header = None, -1, None
-        for number, line in enumerate(self._lines, 1):
-            found = re.match(r"\s*\[\[?\s*([\w.-]+)", line)
-            if found:
-                current = found[1]
-                n_before += current == section
-                if section is None and current in names:
-                    return number
-                if current == section and index in (None, n_before):
-                    header = number
-            elif current == section and (section is None or index in (None, n_before)):
-                option = re.match(r"""\s*["']?([\w-]+)["']?\s*=""", line)
-                if option and option[1] in names:
-                    return number
-        return header
+    def _at(self, place: Place) -> AbstractContextManager[None]:
+        """Note an error of the `with` block as a mistake at a place, and continue after the block."""
+        return self._mistakes.collecting(self._path, self._line(place), str(place[0]))
+
+    def _line(self, place: Place) -> int | None:
+        """Return the line of a place; of the smallest section around it if it has none."""
+        while place and place not in self._lines:
+            place = place[:-1]
+        return self._lines.get(place)
+
+    def _check_together(
+        self,
+        place: Place,
+        options: Mapping[str, object],
+        check: Callable[[dict[str, object]], object],
+        culprit: str | None = None,
+    ) -> dict[str, object]:
+        """Return the options that pass a check, and note those that the check's errors name.
+
+        Args:
+            culprit: the option to blame for an error that names none; None for the whole section.
+        """
+        rest = dict(options)
+        while True:
+            try:
+                check(rest)
+                return rest
+            except (Error, OSError) as error:
+                named = _named_options(str(error), rest) if isinstance(error, OptionError) else []
+                where = named[0] if named else (culprit,) if culprit else ()
+                self._mistakes.add(error, self._path, self._line((*place, *where)), str(place[0]))
+                if not named:  # it would be found again
+                    return {}
+                del rest[str(named[0][0])]
 
 
-def _names(message: str, name: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message.split(";")[0]) is not None
+def check_model_file(path: Path, options: Mapping[str, object]) -> None:
+    """Check the header of a model's file, and options of `load_model` against it. Reads no weights.
+
+    Raises:
+        ModelLoadError: the file is missing, incomplete, or of a kind that libllama does not know.
+        OptionError: an option is wrong, or contradicts the file.
+    """
+    # Imported here: the help of the command works without a built libllama.
+    from erllama.engine.backends.gguf_parts import parts
+    from erllama.engine.backends.llama_file import check_header
+
+    check_header(path, check_load_options(options))
+    for part in parts(path):
+        if not part.exists():
+            raise ModelLoadError(f"{part} does not exist; a model in parts needs all of them")
 
 
-def _size(name: str, value: object) -> object:
-    return parse_bytes(name, value) if name == "max_body_bytes" else value
+def _server_option(name: str, value: object) -> object:
+    """Return an option of `[server]`, checked."""
+    if name == "access_log":
+        if not isinstance(value, str) or not value:
+            raise OptionError(f'access_log must be a path, "stderr" or "none", not {shown(value)}')
+        return value
+    if name in _LISTEN:
+        ListenOptions(**{name: value})  # type: ignore[arg-type]
+        return value
+    if name in ("allowed_hosts", "cors_origins"):
+        value = texts(name, value)
+    elif name == "max_body_bytes":
+        value = parse_bytes(name, value)
+    ServerOptions.of({name: value})
+    return value
+
+
+def _model_option(name: str, value: object) -> object:
+    """Return an option of `[[models]]` that is not one of `load_model`, checked."""
+    if name == "path" and (not isinstance(value, str) or not value):
+        raise OptionError("a model needs a path, the path of a GGUF file")
+    if name == "name" and (not isinstance(value, str) or not value):
+        raise OptionError(f"name must be a text, not {shown(value)}")
+    if name == "aliases":
+        return texts(name, value)
+    if name in ("load", "keep_alive"):
+        ModelEntry(path=Path(), **{name: value})  # type: ignore[arg-type]
+    return boolean(name, value) if name == "special_tokens_in_content" else value
+
+
+def _key_option(name: str, value: object) -> object:
+    """Return an option of `[[keys]]`, checked except for what `ApiKey` checks."""
+    if name == "models":
+        return texts(name, value)
+    if name in ("name", "cache_salt") and not isinstance(value, str):
+        raise OptionError(f"{name} must be a text, not {shown(value)}")
+    return value
+
+
+def _named_options(message: str, options: Mapping[str, object]) -> list[Place]:
+    """Return the options that an error names before its remedy, in the order of the message.
+
+    For an option with options of its own, such as `policy`, these follow its name.
+    """
+    message = message.split(";")[0]
+    found: dict[Place, int] = {}
+    for name, value in options.items():
+        inner = [(name, each) for each in value] if isinstance(value, Mapping) else []
+        for place in [(name,), *inner]:
+            match = re.search(rf"(?<!\w){re.escape(str(place[-1]))}(?!\w)", message)
+            if match:
+                found[place] = match.start()
+    return sorted(found, key=lambda place: (-len(place), found[place]))

@@ -2,7 +2,7 @@
 
 SIGTERM or SIGINT ends it in this order: no new connections, running requests finish within `shutdown_seconds`, the
 models are unloaded, which saves their contexts and ends what still runs with an error, and `run` returns. A second
-signal skips the wait.
+signal skips the wait. SIGHUP reloads the configuration.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,7 @@ import uvicorn
 from erllama.server.application import make_app
 from erllama.server.conduct.connections import ConnectionLimits, protocol_class
 from erllama.server.listening import ListenOptions
+from erllama.server.service_manager import report_ready, report_stopping
 from erllama.server.state import Server
 
 log = logging.getLogger("erllama.server")
@@ -31,15 +33,22 @@ _THREADS = 64
 _GOODBYE_SECONDS = 10.0
 
 
-def run(server: Server, listen: ListenOptions, bound: socket.socket, on_started: Callable[[], None]) -> None:
+def run(
+    server: Server,
+    listen: ListenOptions,
+    bound: socket.socket,
+    on_started: Callable[[], None],
+    on_hangup: Callable[[], None],
+) -> None:
     """Serve until SIGTERM or SIGINT. Call it in the main thread.
 
     Args:
         bound: of `listen.bind()`.
         on_started: called once the server accepts connections.
+        on_hangup: called in the event loop at a SIGHUP, which reloads the configuration.
     """
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every malformed request
-    _UvicornServer(uvicorn_config(server, listen), server, on_started).run([bound])
+    _UvicornServer(uvicorn_config(server, listen), server, on_started, on_hangup).run([bound])
 
 
 def uvicorn_config(server: Server, listen: ListenOptions) -> uvicorn.Config:
@@ -62,9 +71,16 @@ def uvicorn_config(server: Server, listen: ListenOptions) -> uvicorn.Config:
 class _UvicornServer(uvicorn.Server):
     """uvicorn's server, whose exit status is its caller's and whose requests end with their models."""
 
-    def __init__(self, config: uvicorn.Config, server: Server, on_started: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server: Server,
+        on_started: Callable[[], None],
+        on_hangup: Callable[[], None],
+    ) -> None:
         super().__init__(config)
-        self._server, self._on_started = server, on_started
+        self._server, self._on_started, self._on_hangup = server, on_started, on_hangup
+        self._in_terminal = sys.stderr.isatty()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -72,13 +88,22 @@ class _UvicornServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._stop)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         try:
             yield
         finally:
-            for number in _SIGNALS:
+            for number in (*_SIGNALS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
+    def _hang_up(self) -> None:
+        """Reload at a SIGHUP. If the terminal of the server is closed, which also sends one, stop."""
+        if self._in_terminal and not sys.stderr.isatty():
+            self._stop()
+        else:
+            self._on_hangup()
+
     def _stop(self) -> None:
+        report_stopping()
         self._server.is_stopping = True
         self.force_exit = self.should_exit
         self.should_exit = True
@@ -89,6 +114,7 @@ class _UvicornServer(uvicorn.Server):
         await super().startup(sockets)
         self._server.models.start()
         self._on_started()
+        report_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         ending = asyncio.create_task(self._end_requests())

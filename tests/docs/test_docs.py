@@ -309,6 +309,10 @@ ELSEWHERE = {
     "docs/index.md": "tests/docs/test_commands.py",
     "docs/server/ollama.md": "tests/server/test_ollama.py",
     **{f"docs/{page}.md": "tests/docs/test_examples.py" for page in SCRIPTS},
+    **{
+        f"docs/server/clients/{page}.md": "tests/server/test_client_pages.py"
+        for page in ("langchain", "litellm", "llamaindex", "pydantic-ai")
+    },
     "docs/server/anthropic.md": "tests/server/test_anthropic_docs.py",
     "docs/server/llama-server.md": "tests/server/test_llama_server_docs.py",
     "docs/server/openai.md": "tests/server/test_openai_docs.py",

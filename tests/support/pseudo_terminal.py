@@ -67,6 +67,12 @@ class PseudoTerminal:
             pass
         return self._process.wait(max(deadline - time.monotonic(), 1.0))
 
+    def hang_up(self, seconds: float = 60) -> int:
+        """Close the terminal, as its window does, and wait until the program ends. Returns the exit status."""
+        os.close(self._ours)
+        self._ours = -1
+        return self._process.wait(seconds)
+
     def _read(self, deadline: float) -> bool:
         """Return whether more output was read."""
         ready, _, _ = select.select([self._ours], [], [], max(deadline - time.monotonic(), 0))
@@ -88,4 +94,5 @@ class PseudoTerminal:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        os.close(self._ours)
+        if self._ours >= 0:
+            os.close(self._ours)

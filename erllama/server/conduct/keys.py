@@ -42,6 +42,14 @@ class ApiKey:
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name), 1)
 
+    def check_names(self, known: Sequence[str]) -> None:
+        """Raise OptionError if the key has a model that does not exist: its client could use no model."""
+        for name in self.models or ():
+            if name not in known:
+                raise OptionError(
+                    f"the key {self.name!r} has the model {name!r}; the server has {', '.join(known)}"
+                )
+
     def check_model(self, model: str) -> None:
         """Raise ApiError if the key may not use a model."""
         if self.models is not None and model not in self.models:

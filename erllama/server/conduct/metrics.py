@@ -124,6 +124,7 @@ class ServerMetrics:
 
         self._http = counter("erllama_http_requests", "Requests that ended.", "endpoint", "status", "key")
         self._errors = counter("erllama_request_errors", "Requests that ended with an error.", "endpoint", "error")
+        self._reloads = counter("erllama_reloads", "Reloads of the configuration.", "result")
         self._prefixes = counter(
             "erllama_prefix_changes", "Requests whose prompt changed near the start of its prefix.", "model_name"
         )
@@ -140,6 +141,10 @@ class ServerMetrics:
         self._decode = histogram("request_decode_time_seconds", "Seconds from the first token to the last.")
         self._prompt_sizes = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._reply_sizes = histogram("request_generation_tokens", "Tokens of a request's replies.", _TOKENS)
+
+    def count_reload(self, *, succeeded: bool) -> None:
+        """Count a reload of the configuration."""
+        self._reloads.labels("ok" if succeeded else "error").inc()
 
     def count(self, call: EndedCall | None, key: ApiKey | None, status: int, seconds: float) -> None:
         """Count a request that ended.

@@ -26,6 +26,7 @@ class ModelEntry:
         keep_alive: time after its last request until it is unloaded: seconds, or a text such as "5m" or "forever".
             None for the server's default.
         options: of `load_model`, by name.
+        lines: the lines of the configuration file that set these, by the names of the options; empty without one.
 
     Raises:
         OptionError: `load` or `keep_alive` is wrong.
@@ -38,6 +39,7 @@ class ModelEntry:
     load: Literal["start", "request"] = "start"
     keep_alive: float | str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
+    lines: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         choice("load", self.load, LOAD_TIMES)
@@ -48,6 +50,12 @@ class ModelEntry:
     def id(self) -> str:
         """The name that clients use."""
         return self.name or self.path.stem
+
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """The name and the aliases, each after the option that sets it."""
+        own = ("path" if self.name is None else "name", self.id)
+        return [own, *(("aliases", alias) for alias in self.aliases)]
 
     def is_same_load(self, other: ModelEntry) -> bool:
         """Return whether a model loaded for the one entry may serve the other."""
